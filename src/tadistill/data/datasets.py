@@ -1,0 +1,221 @@
+"""Named data sets, JSONL files and hub data sets, read into `Example`s. No tokenizer, no torch.
+
+A split is found in this order: the embedded tinyworld; a path that exists; a named set under `data.root` (or
+TADISTILL_DATA); the hub. Rows may hold instruction/input/output(s), prompt/completion, messages, or text (corpora).
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tadistill.config import Data, DataRef
+from tadistill.data import tinyworld
+from tadistill.errors import DataError
+
+Facts = tuple[tuple[str, tuple[str, ...]], ...]
+"""(value, rivals) pairs: an answer is right for a fact iff it says the value and none of the rivals."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its reference answers."""
+
+    instruction: str
+    input: str
+    references: tuple[str, ...]
+    messages: tuple[dict[str, str], ...] = ()
+    """A conversation up to the answer; instruction and input are empty then."""
+    verbatim: bool = False
+    """The instruction is the whole prompt: no template is put around it."""
+    facts: Facts = ()
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Where a published set lies: in MiniLLM's local layout and on the hub (first and last line of each split)."""
+
+    folder: str
+    hub: str
+    files: dict[str, tuple[str, int | None, int | None]]
+
+
+_TEST_ONLY = {"test": ("valid.jsonl", None, None)}
+NAMED = {
+    # MiniLLM calls its test rows "valid"; its dev rows are the first 1,000 of the raw training file
+    "dolly": _Named(
+        "minillm_dolly",
+        "MiniLLM/dolly",
+        {"train": ("raw.jsonl", 1000, None), "dev": ("raw.jsonl", None, 1000), "test": ("valid.jsonl", None, None)},
+    ),
+    "self_inst": _Named("minillm_self_inst", "MiniLLM/self-inst", _TEST_ONLY),
+    "vicuna": _Named("minillm_vicuna", "MiniLLM/Vicuna", _TEST_ONLY),
+    "sinst": _Named("minillm_sinst_11", "MiniLLM/sinst", {"test": ("11_/valid.jsonl", None, None)}),
+    "uinst": _Named("minillm_uinst_11", "MiniLLM/uinst", {"test": ("11_/valid.jsonl", None, 10_000)}),
+}
+
+
+def load(ref: DataRef, role: str, data: Data) -> list[Example]:
+    """The examples of a split, limited by `data.limit`.
+
+    Args:
+        ref: which data set.
+        role: train, dev or test: the split that is read unless `ref.split` names another.
+
+    Raises:
+        DataError: the set is missing or empty, or a row lacks a column.
+    """
+    limit = getattr(data.limit, role)
+    examples = [_example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, data), limit))]
+    if not examples:
+        raise DataError(f"data set `{ref.load}` ({ref.split or role}) is empty; give a file with at least one row")
+    return examples
+
+
+def texts(ref: DataRef, data: Data) -> Iterator[str]:
+    """The documents of a corpus (column `text`)."""
+    column = ref.columns.get("text", "text")
+    world = {"seed": data.world.seed, "people": data.world.people}
+    rows = tinyworld.corpus(**world) if ref.load == "tinyworld" else _rows(ref, "train", data)
+    for i, row in enumerate(rows):
+        if column not in row:
+            raise DataError(_no_column(ref, i, f"`{column}`", row))
+        yield row[column]
+
+
+def fingerprint(ref: DataRef, role: str, data: Data) -> str:
+    """What the split's content is known by in a stage's key: a digest of the file, a world's identity, or hub id@revision."""
+    if ref.load in tinyworld.SPLITS:
+        return f"{tinyworld.fingerprint(seed=data.world.seed, people=data.world.people)}:{ref.load}:{ref.split or role}"
+    path = _local_file(ref, role, data)
+    if path is None:
+        return f"hub:{ref.load}@{ref.revision}:{ref.split or role}"
+    return f"file:{_digest(path, path.stat().st_mtime_ns)}"
+
+
+def is_local(ref: DataRef, role: str, data: Data) -> bool:
+    """Whether the split can be read without the network."""
+    return ref.load in tinyworld.SPLITS or _local_file(ref, role, data) is not None
+
+
+@lru_cache
+def _digest(path: Path, mtime_ns: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _rows(ref: DataRef, role: str, data: Data) -> Iterator[dict[str, Any]]:
+    split = ref.split or role
+    if ref.load in tinyworld.SPLITS:
+        world = {"seed": data.world.seed, "people": data.world.people}
+        if split in tinyworld.SPLITS[ref.load]:
+            return iter(tinyworld.rows(ref.load, split, **world))
+        raise DataError(f"data set `{ref.load}` has no split `{split}`; it has {', '.join(tinyworld.SPLITS[ref.load])}")
+    path = _local_file(ref, role, data)
+    if path is not None:
+        return _read_jsonl(path)
+    if ref.load in NAMED:
+        return _hub_file(ref, split)
+    if ref.load.endswith((".jsonl", ".json")) or ref.load.startswith((".", "/")) or ref.load.count("/") != 1:
+        known = ", ".join([*NAMED, *tinyworld.SPLITS])
+        raise DataError(f"no data set `{ref.load}`: it is neither a file here, nor a hub id, nor one of {known}")
+    return _hub_dataset(ref, split)
+
+
+def _local_file(ref: DataRef, role: str, data: Data) -> Path | None:
+    """The file on this disk that holds the split, if there is one."""
+    split = ref.split or role
+    root = data.root or os.environ.get("TADISTILL_DATA")
+    folders = [Path(ref.load)]
+    if root and ref.load in NAMED:
+        folders.append(Path(root) / NAMED[ref.load].folder)
+    elif root:
+        folders.append(Path(root) / ref.load)
+    for folder in folders:
+        if folder.is_file():
+            return folder
+        if (folder / f"{split}.jsonl").is_file():
+            return folder / f"{split}.jsonl"
+    return None
+
+
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error.msg}); every line must be one JSON object") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: a {type(row).__name__}, not an object; every line must be one JSON object")
+            yield row
+
+
+def _hub_file(ref: DataRef, split: str) -> Iterator[dict[str, Any]]:
+    """Rows of a named set from the hub's own file, cut as MiniLLM cuts it."""
+    from huggingface_hub import hf_hub_download  # here: `plan` on local data must not pay for this import
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    named = NAMED[ref.load]
+    if split not in named.files:
+        raise DataError(f"data set `{ref.load}` has no split `{split}`; it has {', '.join(named.files)}")
+    name, first, last = named.files[split]
+    try:
+        path = hf_hub_download(named.hub, name, repo_type="dataset", revision=ref.revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DataError(
+            f"data set `{ref.load}` ({split}) is not on this disk and the hub cannot be reached; put {split}.jsonl into "
+            f"{named.folder}/ under data.root (or TADISTILL_DATA), or run where {named.hub} can be downloaded"
+        ) from error
+    return itertools.islice(_read_jsonl(Path(path)), first, last)
+
+
+def _hub_dataset(ref: DataRef, split: str) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset  # here: heavy, and only needed for data sets on the hub
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return iter(load_dataset(ref.load, split=split, revision=ref.revision))
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()
+        raise DataError(
+            f"data set `{ref.load}` (split {split}, revision {ref.revision}) cannot be loaded: {reason[0] if reason else error!r}; "
+            "check the name and the split, or give a local .jsonl file"
+        ) from error
+
+
+def _no_column(ref: DataRef, index: int, wanted: str, row: dict) -> str:
+    return f"data set `{ref.load}`, row {index + 1}: no column {wanted}; it has {', '.join(map(str, row))}. Map it with data.*.columns"
+
+
+def _example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
+    def get(name: str) -> Any:
+        return row.get(ref.columns.get(name, name))  # type: ignore[call-overload]
+
+    if (messages := get("messages")) is not None:
+        if len(messages) < 2 or messages[-1].get("role") != "assistant":
+            raise DataError(f"data set `{ref.load}`, row {index + 1}: messages must end with an assistant turn after a prompt")
+        return Example("", "", (messages[-1]["content"],), messages=tuple(messages[:-1]))
+    if (prompt := get("prompt")) is not None and get("instruction") is None:
+        answer, verbatim, instruction = get("completion"), True, prompt
+        wanted = "`completion` (the response)"
+    else:
+        instruction, verbatim = get("instruction"), False
+        answer = get("output") if get("output") is not None else row.get("outputs")
+        wanted = "`output` (the response)"
+    if instruction is None:
+        raise DataError(_no_column(ref, index, "`instruction`, `prompt` or `messages`", row))
+    if answer is None:
+        raise DataError(_no_column(ref, index, wanted, row))
+    references = tuple(answer) if isinstance(answer, (list, tuple)) else (answer,)
+    if not references or not all(isinstance(r, str) for r in references):
+        raise DataError(f"data set `{ref.load}`, row {index + 1}: the response must be a string or a list of strings")
+    facts = tuple((value, tuple(rivals)) for value, rivals in row.get("facts", ()))
+    return Example(instruction, get("input") or "", references, verbatim=verbatim, facts=facts)

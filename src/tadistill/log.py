@@ -1,0 +1,34 @@
+"""A stage's metrics: one JSON object a line in metrics.jsonl, and accelerate's trackers when a recipe names some.
+
+Metric names are paths: train/loss, dev/rouge_l, rollout/length. After a resume, lines past the checkpoint are dropped, so
+the curve is that of an uninterrupted run.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+
+class RunLog:
+    """Appends metrics of one training stage."""
+
+    def __init__(self, path: Path, *, resume_step: int = 0, track: Callable[[dict, int], None] | None = None):
+        self.path, self.track = path, track
+        if path.exists():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
+            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line for `step` (the number of updates done)."""
+        line = {"step": step, **{name: float(f"{value:.6g}") for name, value in metrics.items()}}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.track:
+            self.track(dict(metrics), step)
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # a line cut short by a kill

@@ -1,0 +1,85 @@
+"""Memory a model needs against memory this machine has, before anything is loaded. Imports no torch.
+
+    check_memory({"teacher": resident_bytes(1_557_611_200, training=False), "student": resident_bytes(124_439_808, training=True)})
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from tadistill.errors import ConfigError, ModelError
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_TRAINED = 16  # float32 weights, gradients and AdamW's two moments
+
+
+def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32") -> int:
+    """Bytes of weights, and of gradients and AdamW's moments (float32) when `training`. Activations come on top.
+
+    Training in half precision keeps float32 weights and adds a half-precision copy (autocast).
+
+    Raises:
+        ConfigError: `dtype` is not float32, bfloat16 or float16.
+    """
+    width = _BYTES.get(str(dtype).removeprefix("torch."))
+    if width is None:
+        raise ConfigError(f"dtype is `{dtype}`; use one of {', '.join(_BYTES)}")
+    if not training:
+        return parameters * width
+    return parameters * (_TRAINED + (width if width < 4 else 0))
+
+
+def check_memory(needs: Mapping[str, int], available: int | None = None) -> None:
+    """Raise unless all `needs` (bytes by model name) fit into `available` bytes; the memory free for this process when None.
+
+    Raises:
+        ModelError: they do not fit; names the models, the need and what is there.
+    """
+    if available is None:
+        available = available_memory()
+    total = sum(needs.values())
+    if total > available:
+        parts = " + ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.items())
+        raise ModelError(
+            f"the models need {total / 1e9:.1f} GB of memory ({parts}) but {available / 1e9:.1f} GB are free; "
+            "use smaller models, runtime.jobs=1, bf16 precision for teachers, or a machine with more memory"
+        )
+
+
+def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes this process may still take: free memory, or what a Slurm job's or container's limit leaves, whichever is less."""
+    free = psutil.virtual_memory().available
+    if not own.is_file():
+        return free  # not Linux
+    lines = own.read_text(encoding="utf-8").splitlines()
+    path = next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), None)
+    if path is None:
+        return free  # cgroup version 1
+    here = root / path
+    for folder in (here, *here.parents):
+        if root not in (folder, *folder.parents):
+            break
+        limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
+        if limit is not None and used is not None:
+            cached = _inactive_file(folder / "memory.stat")
+            free = min(free, max(limit - used + cached, 0))
+    return free
+
+
+def _number(path: Path) -> int | None:
+    """The number in a control file; None when there is no file or no limit (`max`)."""
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _inactive_file(path: Path) -> int:
+    """Page cache that the kernel gives back under pressure; it counts as used in memory.current."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)

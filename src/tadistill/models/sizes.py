@@ -1,0 +1,156 @@
+"""Parameter counts and forward FLOPs from a config.json alone, exact for the families below. Imports no torch.
+
+    config = read_config("gpt2")            # from this disk; None when the model is not there
+    size = size_of(config)                  # None for a family that is not listed in `_COUNTERS`
+    flops_per_token(size, context=512)
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tadistill.errors import ConfigError
+from tadistill.models import sources
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a causal language model is made of."""
+
+    total: int
+    """Parameters, tied weights counted once."""
+    matmul: int
+    """Entries of the matrices that every token is multiplied with: the LM head included (also when tied), embeddings excluded."""
+    layers: int
+    attention: int
+    """Width of attention: query heads times their size."""
+
+
+def read_config(load: str, revision: str = "main", config: Config | None = None, vocab_size: int | None = None) -> dict[str, Any] | None:
+    """The contents of config.json without network; for `scratch:TYPE` the recipe's `config` with type and vocabulary.
+
+    None when the model is not on this disk, or when a scratch model's vocabulary size is not known.
+
+    Raises:
+        ModelError: a local source does not exist or is damaged.
+    """
+    source = sources.parse(load)
+    if source.kind == "scratch":
+        known = {"model_type": source.name, **(config or {})}
+        if vocab_size is not None:
+            known["vocab_size"] = vocab_size
+        return known if "vocab_size" in known else None
+    directory = sources.locate(load, revision, weights=False)
+    return None if directory is None else json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
+
+
+def with_layers(config: Config, layers: int) -> dict[str, Any]:
+    """The configuration with another number of layers (`pruning.prune_depth`), for counting only."""
+    return {**config, "n_layer" if config.get("model_type") == "gpt2" else "num_hidden_layers": layers}
+
+
+def size_of(config: Config) -> Size | None:
+    """Count from a configuration; None when its `model_type` is not one of gpt2, opt, llama, mistral, qwen2, qwen3.
+
+    These sizes must be present; every other field may be missing and then has the default of transformers:
+    gpt2: vocab_size n_positions n_embd n_layer; opt: vocab_size max_position_embeddings hidden_size ffn_dim
+    num_hidden_layers; the others: vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads.
+
+    Raises:
+        ConfigError: one of these sizes is missing or is not a positive whole number.
+    """
+    counter = _COUNTERS.get(str(config.get("model_type")))
+    return None if counter is None else counter(config)
+
+
+def flops_per_token(size: Size, context: float) -> float:
+    """Forward FLOPs per token, averaged over a causal sequence of `context` tokens.
+
+    2 matmul + 2 layers x attention x context: scores and values cost 4 x attention per attended token and layer, and a
+    token attends to context / 2 tokens on average. A backward pass costs twice as much.
+    """
+    return 2 * size.matmul + 2 * size.layers * size.attention * context
+
+
+def _get(config: Config, *names: str) -> int:
+    """A size that must be there, under its own name or its alias."""
+    for name in names:
+        if (value := config.get(name)) is not None:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{names[0]} of the {config['model_type']} configuration is {value!r}; it must be a positive whole number")
+            return value
+    raise ConfigError(f"the {config['model_type']} configuration has no {names[0]}; add it, so that the model can be counted")
+
+
+def _or(value: Any, default: int) -> int:
+    return default if value is None else value
+
+
+def _gpt2(config: Config) -> Size:
+    vocab, width, layers = _get(config, "vocab_size"), _get(config, "n_embd", "hidden_size"), _get(config, "n_layer", "num_hidden_layers")
+    positions, inner = _get(config, "n_positions", "max_position_embeddings"), _or(config.get("n_inner"), 4 * width)
+    matrices = 4 * width * width + 2 * width * inner
+    biases = 3 * width + width + inner + width
+    block = matrices + biases + 4 * width  # two layer norms
+    heads = 1 if config.get("tie_word_embeddings", True) else 2
+    total = heads * vocab * width + positions * width + layers * block + 2 * width
+    return Size(total, layers * matrices + vocab * width, layers, width)
+
+
+def _opt(config: Config) -> Size:
+    vocab, width, layers = _get(config, "vocab_size"), _get(config, "hidden_size"), _get(config, "num_hidden_layers")
+    positions, inner = _get(config, "max_position_embeddings"), _get(config, "ffn_dim")
+    outer = _or(config.get("word_embed_proj_dim"), width)
+    bias = 1 if config.get("enable_bias", True) else 0
+    norm = 2 * width if config.get("layer_norm_elementwise_affine", True) else 0
+    final = norm if config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False) else 0
+    matrices = 4 * width * width + 2 * width * inner
+    block = matrices + bias * (4 * width + inner + width) + 2 * norm
+    projections = 2 * outer * width if outer != width else 0
+    heads = 1 if config.get("tie_word_embeddings", True) else 2
+    # OPT's position table has two more rows than positions.
+    total = heads * vocab * outer + (positions + 2) * width + layers * block + final + projections
+    return Size(total, layers * matrices + projections + vocab * outer, layers, width)
+
+
+def _llama_like(
+    *, key_value_heads: int | None = None, head_dim: int | None = None, qkv_bias: bool = False, bias_fields: bool = False, query_norm: bool = False
+) -> Callable[[Config], Size]:
+    """A counter for decoders with RMSNorm, rotary positions, grouped queries and a gated MLP.
+
+    `key_value_heads` and `head_dim` are transformers' defaults where a configuration has none; `qkv_bias`: always biases on
+    queries, keys and values; `bias_fields`: attention_bias and mlp_bias are honoured; `query_norm`: a norm per head on queries and keys.
+    """
+
+    def count(config: Config) -> Size:
+        vocab, width, layers = _get(config, "vocab_size"), _get(config, "hidden_size"), _get(config, "num_hidden_layers")
+        inner, heads = _get(config, "intermediate_size"), _get(config, "num_attention_heads")
+        # An explicit null means one key-value head per query head; a missing field means the family's default.
+        kv_heads = _or(config.get("num_key_value_heads", key_value_heads), heads)
+        size = _or(config.get("head_dim", head_dim), width // heads)
+        queries, keys = heads * size, kv_heads * size
+        matrices = 2 * width * queries + 2 * width * keys + 3 * width * inner
+        biases = queries + 2 * keys if qkv_bias else 0
+        if bias_fields and config.get("attention_bias", False):
+            biases += queries + 2 * keys + width
+        if bias_fields and config.get("mlp_bias", False):
+            biases += 2 * inner + width
+        block = matrices + biases + 2 * width + (2 * size if query_norm else 0)
+        tables = 1 if config.get("tie_word_embeddings", False) else 2
+        return Size(tables * vocab * width + layers * block + width, layers * matrices + vocab * width, layers, queries)
+
+    return count
+
+
+_COUNTERS: dict[str, Callable[[Config], Size]] = {
+    "gpt2": _gpt2,
+    "opt": _opt,
+    "llama": _llama_like(bias_fields=True),
+    "mistral": _llama_like(key_value_heads=8),
+    "qwen2": _llama_like(key_value_heads=32, qkv_bias=True),
+    "qwen3": _llama_like(key_value_heads=32, head_dim=128, bias_fields=True, query_norm=True),
+}

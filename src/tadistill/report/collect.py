@@ -1,0 +1,202 @@
+"""Finished evaluations of a study -> rows, summaries over seeds, paired comparisons, and ``results.json``.
+
+Axes in names: S training seeds, N prompts, K decoding seeds. An arm is summarised over the training seeds that are
+finished; whatever is not finished is listed in `Results.missing` and shown by every output.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tadistill.errors import StoreError
+from tadistill.report.files import Arm, Plan, Scores, is_finished, load_plan, load_scores, write_text
+from tadistill.statistics import Difference, bootstrap_interval, macro_difference, macro_interval
+
+MEAN = "mean"  # the pseudo-set: the unweighted mean over the test sets that have the metric
+LOWER_IS_BETTER = frozenset({"loss", "forward_kl", "reverse_kl"})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of ``results.json``: low and high are the prompt bootstrap interval within this seed."""
+
+    arm: str
+    model: str
+    parameters: int
+    seed: int
+    set: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    stage: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An arm's mean over training seeds on one set (or `MEAN`), its 95 % interval, and each seed's own mean."""
+
+    mean: float
+    low: float
+    high: float
+    per_seed: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """An evaluation that the plan has and the store has not."""
+
+    arm: str
+    seed: int
+    stage: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything a report shows, except curves and samples, which it reads from the store."""
+
+    plan: Plan
+    store_dir: Path
+    sets: tuple[str, ...]
+    metrics: tuple[str, ...]
+    rows: tuple[Row, ...]
+    summaries: Mapping[tuple[str, str, str], Summary]  # (arm, set, metric)
+    missing: tuple[Missing, ...]
+    scores: Mapping[str, Mapping[int, Scores]]  # arm -> training seed -> scores, finished ones only
+
+
+def collect(study_dir: Path, store_dir: Path) -> Results:
+    """Reads a study, writes ``results.json`` into its directory, and returns what the report shows."""
+    results = read_results(study_dir, store_dir)
+    content = {
+        "study": results.plan.study,
+        "created": results.plan.created,
+        "command": results.plan.command,
+        "rows": [asdict(row) for row in results.rows],
+    }
+    write_text(study_dir / "results.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return results
+
+
+def read_results(study_dir: Path, store_dir: Path) -> Results:
+    """The same without writing anything."""
+    plan = load_plan(study_dir)
+    scores: dict[str, dict[int, Scores]] = {arm.name: {} for arm in plan.arms}
+    missing: list[Missing] = []
+    loaded: dict[str, Scores] = {}  # arms may share a model, and so its evaluation
+    for arm in plan.arms:
+        for seed, key in arm.evaluate.items():
+            if not is_finished(store_dir, key):
+                missing.append(Missing(arm.name, seed, key))
+                continue
+            if key not in loaded:
+                loaded[key] = load_scores(store_dir, key)
+            scores[arm.name][seed] = loaded[key]
+    sets = tuple(dict.fromkeys(name for tables in loaded.values() for name in tables))
+    metrics = tuple(dict.fromkeys(metric for tables in loaded.values() for table in tables.values() for metric in table))
+    _check_prompts(loaded)
+    results = Results(plan, store_dir, sets, metrics, _rows(plan, scores, sets), {}, tuple(missing), scores)
+    return replace(results, summaries=_summaries(results))
+
+
+def primary_metric(results: Results) -> str:
+    """The metric that the headline, the forest plot and the path picture speak about."""
+    return "fact_accuracy" if "fact_accuracy" in results.metrics else "rouge_l"
+
+
+def seeds_of(results: Results) -> tuple[int, ...]:
+    """The training seeds that the plan asks for."""
+    return tuple(sorted({seed for arm in results.plan.arms for seed in arm.evaluate}))
+
+
+def sets_with(results: Results, metric: str) -> tuple[str, ...]:
+    """The test sets on which any arm has the metric: those that `MEAN` averages."""
+    tables = [table for by_seed in results.scores.values() for table in by_seed.values()]
+    return tuple(name for name in results.sets if any(metric in table.get(name, {}) for table in tables))
+
+
+def compare(results: Results, arm: str, other: str, metric: str) -> tuple[Difference, tuple[int, ...]] | None:
+    """``arm - other`` on the mean over sets, paired by training seed and prompt; None without a common seed."""
+    sets = sets_with(results, metric)
+    mine, theirs = (_complete_seeds(results, name, sets, metric) for name in (arm, other))
+    common = tuple(seed for seed in mine if seed in theirs)
+    if not common or not sets:
+        return None
+    stacks = [[_stack(results, name, common, set_name, metric) for set_name in sets] for name in (arm, other)]
+    return macro_difference(*stacks), common
+
+
+def twin_of(results: Results, chain: Arm) -> Arm | None:
+    """The direct arm that was given the chain's compute: ``compute: as CHAIN``."""
+    return next((arm for arm in results.plan.arms if arm.compute == f"as {chain.name}"), None)
+
+
+def direct_arm(results: Results, arm: Arm) -> Arm | None:
+    """The plan's first plain direct arm (teacher > student, no extra compute) with the same student."""
+    candidates = (a for a in results.plan.arms if len(a.path) == 2 and a.model == arm.model and a.compute is None)
+    return next(candidates, None)
+
+
+def _rows(plan: Plan, scores: Mapping[str, Mapping[int, Scores]], sets: tuple[str, ...]) -> tuple[Row, ...]:
+    rows: list[Row] = []
+    for arm in plan.arms:
+        for seed, tables in sorted(scores[arm.name].items()):
+            for set_name in (name for name in sets if name in tables):
+                for metric, values_NK in tables[set_name].items():
+                    low, high = bootstrap_interval(values_NK)
+                    value, low, high = (round(float(x), 6) + 0.0 for x in (values_NK.mean(), low, high))
+                    model, stage = arm.model, arm.evaluate[seed]
+                    parameters = plan.parameters[model]
+                    rows.append(Row(arm.name, model, parameters, seed, set_name, metric, value, low, high, stage))
+    return tuple(rows)
+
+
+def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
+    summaries: dict[tuple[str, str, str], Summary] = {}
+    for arm in (arm.name for arm in results.plan.arms):
+        for metric in results.metrics:
+            with_metric = sets_with(results, metric)
+            groups = [(name, (name,)) for name in with_metric] + [(MEAN, with_metric)]
+            for name, members in groups:
+                seeds = _complete_seeds(results, arm, members, metric)
+                if seeds:
+                    summaries[arm, name, metric] = _summary(results, arm, seeds, members, metric)
+    return summaries
+
+
+def _summary(results: Results, arm: str, seeds: tuple[int, ...], sets: tuple[str, ...], metric: str) -> Summary:
+    strata_SNK = [_stack(results, arm, seeds, name, metric) for name in sets]
+    low, high = macro_interval(strata_SNK)
+    means_S = np.mean([values.mean(axis=(1, 2)) for values in strata_SNK], axis=0)
+    per_seed = {seed: float(value) for seed, value in zip(seeds, means_S, strict=True)}
+    return Summary(float(means_S.mean()), low, high, per_seed)
+
+
+def _complete_seeds(results: Results, arm: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
+    """The arm's finished seeds that have the metric on all the sets: a mean over fewer sets would not compare."""
+    by_seed = results.scores[arm]
+    return tuple(seed for seed in sorted(by_seed) if all(metric in by_seed[seed].get(name, {}) for name in sets))
+
+
+def _stack(results: Results, arm: str, seeds: tuple[int, ...], set_name: str, metric: str) -> NDArray[np.float64]:
+    """(S, N, 1): decoding seeds are averaged here, because arms need not have the same number of them."""
+    by_seed = results.scores[arm]
+    return np.stack([by_seed[seed][set_name][metric].mean(axis=1, keepdims=True) for seed in seeds])
+
+
+def _check_prompts(loaded: Mapping[str, Scores]) -> None:
+    """Pairing needs the same prompts everywhere; a set that changed its size between evaluations is an error."""
+    first: dict[tuple[str, str], tuple[int, str]] = {}
+    for key, tables in loaded.items():
+        for set_name, table in tables.items():
+            for metric, values_NK in table.items():
+                count, other = first.setdefault((set_name, metric), (len(values_NK), key))
+                if count != len(values_NK):
+                    raise StoreError(
+                        f"stages {other} and {key} scored {count} and {len(values_NK)} prompts of {set_name} "
+                        f"({metric}), so their arms cannot be compared: evaluate both again on the same data"
+                    )

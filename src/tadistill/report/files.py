@@ -1,0 +1,228 @@
+"""What a report reads: the plan of a study and the finished stages in the store, as frozen dataclasses.
+
+A stage counts as finished when its manifest exists (the manifest is written last). Anything that cannot be read is a
+`StoreError` that names the file, because a report with a silent hole is worse than none.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tadistill.errors import StoreError
+
+Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts, decoding seeds)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One unit of work of the plan; `arms` are the arms that need it."""
+
+    key: str
+    kind: str
+    label: str
+    model: str
+    seed: int
+    arms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One named path and method; `evaluate` and `final` map a training seed to a stage key."""
+
+    name: str
+    path: tuple[str, ...]
+    method: str
+    model: str
+    compute: str | None
+    flops: float | None
+    evaluate: Mapping[int, str]
+    final: Mapping[int, str | None]
+
+    @property
+    def path_text(self) -> str:
+        """The path as a recipe writes it: ``xl > l > s``."""
+        return " > ".join(self.path)
+
+    @property
+    def is_chain(self) -> bool:
+        """True when at least one teacher assistant stands between the teacher and the student."""
+        return len(self.path) > 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study as it was expanded from its recipe."""
+
+    study: str
+    created: str
+    command: str
+    recipe_text: str
+    teacher: str
+    parameters: Mapping[str, int]
+    stages: tuple[Stage, ...]
+    arms: tuple[Arm, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The part of a finished stage's manifest that a report shows."""
+
+    seconds: float
+    versions: Mapping[str, str]
+
+
+def load_plan(study_dir: Path) -> Plan:
+    """Reads ``plan.json``; says what to run when there is none."""
+    path = study_dir / "plan.json"
+    if not path.is_file():
+        raise StoreError(f"{path} does not exist, so there is no study to report: `tadistill run RECIPE` writes it")
+    content = read_json(path)
+    try:
+        plan = Plan(
+            study=content["study"],
+            created=content["created"],
+            command=content["command"],
+            recipe_text=content["recipe_text"],
+            teacher=content["teacher"],
+            parameters={name: int(model["parameters"]) for name, model in content["models"].items()},
+            stages=tuple(_stage(entry) for entry in content["stages"]),
+            arms=tuple(_arm(entry) for entry in content["arms"]),
+        )
+        for name in {name for arm in plan.arms for name in (*arm.path, arm.model)}:
+            plan.parameters[name]  # an arm over an undeclared model is damage too
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}): `tadistill run RECIPE` rewrites it") from error
+    return plan
+
+
+def _stage(entry: Mapping[str, Any]) -> Stage:
+    key, kind, label, model = (entry[name] for name in ("key", "kind", "label", "model"))
+    return Stage(key, kind, label, model, int(entry["seed"]), tuple(entry["arms"]))
+
+
+def _arm(entry: Mapping[str, Any]) -> Arm:
+    return Arm(
+        name=entry["name"],
+        path=tuple(entry["path"]),
+        method=entry["method"],
+        model=entry["model"],
+        compute=entry["compute"],
+        flops=entry["flops"],
+        evaluate={int(seed): key for seed, key in entry["evaluate"].items()},
+        final={int(seed): key for seed, key in entry["final"].items()},
+    )
+
+
+def stage_dir(store_dir: Path, key: str) -> Path:
+    """Where the store keeps a stage."""
+    return store_dir / key[:2] / key
+
+
+def is_finished(store_dir: Path, key: str) -> bool:
+    """True when the stage's manifest is in place."""
+    return (stage_dir(store_dir, key) / "manifest.json").is_file()
+
+
+def load_manifest(store_dir: Path, key: str) -> Manifest | None:
+    """The manifest of a stage, or None while it is not finished."""
+    path = stage_dir(store_dir, key) / "manifest.json"
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    try:
+        return Manifest(float(content["seconds"]), {str(k): str(v) for k, v in content["versions"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def load_scores(store_dir: Path, key: str) -> Scores:
+    """The scores of an evaluation as arrays (prompts, decoding seeds)."""
+    path = stage_dir(store_dir, key) / "scores.json"
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(metrics, dict) for metrics in content.values()):
+        raise _damaged(path, "it must map sets to metrics")
+    return {
+        name: {metric: _score_array(path, name, metric, values) for metric, values in metrics.items()} for name, metrics in content.items()
+    }
+
+
+def _score_array(path: Path, name: str, metric: str, values: Any) -> NDArray[np.float64]:
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise _damaged(path, f"{name}/{metric} is not a table of numbers") from error
+    if array.ndim != 2 or array.size == 0:
+        raise _damaged(path, f"{name}/{metric} must have one row a prompt and one column a decoding seed")
+    if not np.isfinite(array).all():
+        raise _damaged(path, f"{name}/{metric} holds NaN or infinite values")
+    return array
+
+
+def load_predictions(store_dir: Path, key: str) -> list[dict[str, Any]]:
+    """Every prediction of an evaluation, in the order of the file."""
+    return read_jsonl(stage_dir(store_dir, key) / "predictions.jsonl")
+
+
+def load_metrics(store_dir: Path, key: str) -> dict[str, dict[int, float]]:
+    """The training log of a stage: metric -> step -> value. After a resume the later line of a step wins."""
+    path = stage_dir(store_dir, key) / "metrics.jsonl"
+    series: dict[str, dict[int, float]] = {}
+    for line in read_jsonl(path):
+        if not isinstance(line.get("step"), int):
+            raise _damaged(path, "a line has no step")
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float):
+                series.setdefault(name, {})[line["step"]] = float(value)
+    return {name: dict(sorted(points.items())) for name, points in series.items()}
+
+
+def read_json(path: Path) -> Any:
+    """Parses a file; a missing or broken one is a `StoreError` that names it."""
+    try:
+        return json.loads(_read_text(path))
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Parses a file with one JSON object a line."""
+    rows: list[dict[str, Any]] = []
+    # not splitlines(): a prediction may hold U+2028 and its like, which JSON leaves as they are
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise _damaged(path, f"line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise _damaged(path, f"line {number} is not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, getattr(error, "strerror", None) or str(error)) from error
+
+
+def _damaged(path: Path, reason: str) -> StoreError:
+    return StoreError(f"{path} cannot be read ({reason}): delete its directory and run the recipe again")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside the target and renames, so that a reader never sees half a file."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written ({error.strerror}): check the directory's permissions and quota") from error

@@ -1,0 +1,117 @@
+"""What a stage costs, before it runs: forward FLOPs times passes times tokens. Imports no torch.
+
+Forward FLOPs per token are 2 x the matrix parameters (head included) plus attention; a backward pass counts as two
+forwards (Kaplan et al. 2020). Tokens are estimated from the text: words in tinyworld, characters / 4 elsewhere. A rollout is
+taken to be as long as the mean reference answer.
+"""
+
+from functools import cached_property
+from itertools import islice
+
+from tadistill.config import Method, Recipe
+from tadistill.config.method import CrossEntropy, MiniLLM, Optim, TeacherMixedSampler
+from tadistill.config.recipe import ModelConfig
+from tadistill.data import datasets, tinyworld
+from tadistill.errors import DataError
+from tadistill.models import sizes
+
+_ALPACA_TOKENS = 40
+_SAMPLE = 500  # rows read to estimate lengths
+
+
+class Ledger:
+    """Estimates for one recipe."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    @cached_property
+    def _train(self) -> list[datasets.Example]:
+        return datasets.load(self.recipe.data.train, "train", self.recipe.data)
+
+    @property
+    def rows(self) -> int:
+        """Training rows, before the length filter."""
+        return len(self._train)
+
+    @cached_property
+    def tokens(self) -> float:
+        """Mean tokens of a training sequence, prompt and response."""
+        data = self.recipe.data
+        tiny = data.train.load in tinyworld.SPLITS
+        prompts = _ALPACA_TOKENS if data.template == "alpaca" else 2
+        sample = list(islice(self._train, _SAMPLE))
+
+        def length(text: str) -> float:
+            return len(text.split()) if tiny else len(text) / 4
+
+        total = sum(length(e.instruction) + length(e.input) + length(e.references[0]) + prompts for e in sample)
+        return min(total / len(sample), data.max_length)
+
+    @cached_property
+    def corpus_tokens(self) -> float:
+        """Tokens of one corpus chunk."""
+        return float(self.recipe.data.max_length)
+
+    def size(self, name: str) -> sizes.Size | None:
+        """The size of a model, or None while its configuration is not on this disk."""
+        config = self._config(name)
+        return None if config is None else sizes.size_of(config)
+
+    def _config(self, name: str) -> dict | None:
+        model: ModelConfig = self.recipe.models[name]
+        if model.init:
+            parent = self._config(model.init.from_)
+            layers = model.init.layers
+            count = layers if isinstance(layers, int) else len(layers)
+            return None if parent is None else sizes.with_layers(parent, count)
+        assert model.load is not None
+        vocab = None
+        if model.tokenizer == "tinyworld":
+            world = self.recipe.data.world
+            vocab = len(tinyworld.words(seed=world.seed, people=world.people)) + 3  # and <pad>, <eos>, <unk>
+        return sizes.read_config(model.load, model.revision, model.config, vocab)
+
+    def forward(self, name: str) -> float | None:
+        """Forward FLOPs of one token."""
+        size = self.size(name)
+        return None if size is None else sizes.flops_per_token(size, self.tokens / 2)
+
+    def sft(self, name: str, optim: Optim) -> float | None:
+        """Student forward and backward on every token."""
+        student = self.forward(name)
+        return None if student is None or optim.steps is None else 3 * student * optim.steps * optim.batch * self.tokens
+
+    def generate(self, name: str) -> float | None:
+        """One answer to every training prompt."""
+        teacher = self.forward(name)
+        return None if teacher is None else teacher * self.rows * self.tokens
+
+    def distill(self, above: str, name: str, method: Method) -> float | None:
+        """Training passes of student and teacher, and rollouts where the sampler makes them."""
+        student, teacher = self.forward(name), self.forward(above)
+        if student is None or teacher is None or method.optim.steps is None:
+            return None
+        sequences = method.optim.steps * method.optim.batch
+        needs_teacher = not isinstance(method.objective, CrossEntropy)
+        if isinstance(method.objective, MiniLLM):
+            needs_teacher = method.objective.single_step
+        total = sequences * self.tokens * (3 * student + (teacher if needs_teacher else 0))
+        if isinstance(method.sampler, TeacherMixedSampler):
+            total += sequences / method.sampler.inner_epochs * self.tokens * (student + teacher)
+        if isinstance(method.objective, MiniLLM) and method.objective.pt_weight:
+            total += sequences * self.corpus_tokens * 3 * student
+        return total
+
+
+def check_data(recipe: Recipe) -> None:
+    """Read the first row of every split, so that a missing file or column is known before any work."""
+    data = recipe.data
+    for ref, role in [(data.train, "train"), (data.dev, "dev"), *((r, "test") for r in data.test)]:
+        datasets.load(ref, role, data)
+    names = [r.name for r in data.test]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"data.test has two sets called `{name}`; rename one of the files")
+
+

@@ -1,0 +1,103 @@
+"""A study from recipe to report: the function behind `tadistill run` and `tadistill.run`."""
+
+import datetime
+import json
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from tadistill.config import Recipe
+from tadistill.study.costs import Ledger
+from tadistill.study.plan import Plan, make_plan
+from tadistill.study.runner import run_stages
+from tadistill.study.store import Store, write_json
+
+
+def runs_directory(given: str | Path | None = None) -> Path:
+    """`--runs DIR`, else TADISTILL_RUNS, else ./runs."""
+    return Path(given or os.environ.get("TADISTILL_RUNS") or "runs")
+
+
+def run(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "", console: Console | None = None) -> Path:
+    """Run what the store lacks; returns the study's directory, ready for `tadistill.report.write_report`.
+
+    Raises:
+        TadistillError: the input is wrong (before anything starts), or a stage failed.
+    """
+    console = console or Console()
+    plan = make_plan(recipe)
+    store = Store(runs / "store")
+    missing = [s for s in plan.stages.values() if not store.finished(s.key)]
+    if missing:
+        from tadistill.study.preflight import check  # imports transformers: not for a run that is all hits
+
+        jobs = check(recipe, missing)
+        console.print(f"{recipe.study}: {len(plan.stages)} stages, {len(missing)} to run, {jobs} at a time", highlight=False)
+    study = save_plan(plan, runs, recipe_text=recipe_text, command=command)
+    if missing:
+        run_stages(plan, store, jobs=jobs, console=console)
+    return study
+
+
+def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str) -> Path:
+    """Write runs/STUDY/plan.json, from which report and other tools read; keeps the date of the first run."""
+    study = runs / plan.recipe.study
+    path = study / "plan.json"
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    if path.is_file():
+        try:
+            created = json.loads(path.read_text(encoding="utf-8"))["created"]
+        except (json.JSONDecodeError, KeyError):
+            pass  # a damaged plan is simply written anew
+    write_json(path, describe(plan, created=created, recipe_text=recipe_text, command=command))
+    return study
+
+
+def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dict:
+    """The plan as plain data (the contract with `tadistill.report`)."""
+    ledger = Ledger(plan.recipe)
+    sizes = {name: ledger.size(name) for name in plan.recipe.models}
+    return {
+        "study": plan.recipe.study,
+        "created": created,
+        "command": command,
+        "recipe_text": recipe_text,
+        "recipe": plan.recipe.model_dump(mode="json", by_alias=True),
+        "teacher": plan.teacher,
+        "models": {name: {"parameters": size.total if size else None} for name, size in sizes.items()},
+        "stages": [
+            {
+                "key": s.key,
+                "kind": s.kind,
+                "label": s.label,
+                "model": s.model,
+                "parents": s.parents,
+                "seed": s.seed,
+                "arms": [a.name for a in plan.arms if a.name in s.arms],
+                "flops": s.flops,
+                "steps": s.steps,
+            }
+            for s in plan.stages.values()
+        ],
+        "arms": [
+            {
+                "name": a.name,
+                "path": list(a.arm.path),
+                "method": _method(a),
+                "model": a.arm.path[-1],
+                "compute": a.arm.compute,
+                "flops": a.flops,
+                "evaluate": {str(seed): key for seed, key in a.evaluate.items()},
+                "final": {str(seed): key for seed, key in a.final.items()},
+            }
+            for a in plan.arms
+        ],
+    }
+
+
+def _method(arm) -> str:
+    """What made the arm's model, in a few words."""
+    if len(arm.arm.path) > 1:
+        return f"{arm.method.objective.type} ({arm.method.sampler.type})"
+    return "sft, continued" if arm.arm.objective else "sft"

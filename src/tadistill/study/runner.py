@@ -1,0 +1,194 @@
+"""Run a plan on this machine: ready stages go to worker processes, progress comes back to one screen.
+
+Workers are separate processes, so that stages which use one thread well (small models) run side by side and a crash takes
+one stage only. They share nothing but the store. A worker whose parent dies ends itself.
+"""
+
+import multiprocessing
+import os
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tadistill.errors import StageFailed, TadistillError
+from tadistill.study.plan import Plan, Stage
+from tadistill.study.store import Store
+from tadistill.study.task import Task
+
+_worker: dict[str, Any] = {}
+"""In a worker process: the event that asks it to stop, and the queue to the screen."""
+
+
+def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None:
+    """Run every stage that the store lacks.
+
+    Raises:
+        StageFailed: stages failed; those that do not depend on them were still run.
+        KeyboardInterrupt: after the workers have saved their state.
+    """
+    todo = {k: s for k, s in plan.stages.items() if not store.finished(k)}
+    if not todo:
+        return
+    context = multiprocessing.get_context("spawn")
+    stop, messages = context.Event(), context.SimpleQueue()
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs) if hasattr(os, "sched_getaffinity") else 1
+    pool = ProcessPoolExecutor(min(jobs, len(todo)), context, _start_worker, (stop, messages, threads, os.getpid()))
+    with _Screen(console, len(plan.stages), len(plan.stages) - len(todo), messages) as screen:
+        try:
+            failed = _schedule(plan, todo, store, pool, screen, jobs)
+        except KeyboardInterrupt:
+            console.print("stopping: the running stages save their state …")
+            stop.set()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    if failed:
+        first = next(iter(failed.items()))
+        label = plan.stages[first[0]].label
+        more = f"; {len(failed) - 1} more failed" if len(failed) > 1 else ""
+        raise StageFailed(f"{label} ({first[0]}) failed: {first[1]}{more}. Finished stages are kept; the same command goes on from them")
+
+
+def _schedule(
+    plan: Plan, todo: dict[str, Stage], store: Store, pool: ProcessPoolExecutor, screen: "_Screen", jobs: int
+) -> dict[str, str]:
+    """Submit stages whose parents are finished, those with the longest way behind them first; returns the failures."""
+    weight = _weights(plan)
+    done = set(plan.stages) - set(todo)
+    running: dict[Future, str] = {}
+    failed: dict[str, str] = {}
+    while True:
+        ready = [k for k, s in todo.items() if k not in running.values() and k not in done | set(failed) and set(s.parents.values()) <= done]
+        for key in sorted(ready, key=lambda k: -weight[k])[: jobs - len(running)]:
+            screen.start(key, todo[key].label, todo[key].steps)
+            running[pool.submit(_work, _task(plan, todo[key], store))] = key
+        if not running:
+            return failed
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            key = running.pop(future)
+            screen.end(key)
+            try:
+                future.result()
+                done.add(key)
+            except (TadistillError, MemoryError, BrokenProcessPool, RuntimeError, OSError, ValueError) as error:
+                failed[key] = "the worker process died (out of memory?)" if isinstance(error, BrokenProcessPool) else str(error)
+                screen.failed(todo[key].label, failed[key])
+                if isinstance(error, BrokenProcessPool):
+                    return failed | {k: "not run" for k in running.values()}
+
+
+def _weights(plan: Plan) -> dict[str, float]:
+    """FLOPs of a stage plus those of the dearest chain after it."""
+    weight: dict[str, float] = {k: s.flops or 0.0 for k, s in plan.stages.items()}
+    for key in reversed(plan.stages):
+        for parent in set(plan.stages[key].parents.values()):
+            weight[parent] = max(weight[parent], (plan.stages[parent].flops or 0.0) + weight[key])
+    return weight
+
+
+def _task(plan: Plan, stage: Stage, store: Store) -> Task:
+    recipe = plan.recipe
+    return Task(
+        stage.kind,
+        stage.key,
+        stage.spec,
+        stage.parents,
+        stage.label,
+        stage.steps,
+        str(store.root),
+        recipe.study,
+        recipe.data.root,
+        recipe.runtime.checkpoint_seconds,
+        recipe.runtime.trackers,
+    )
+
+
+# --- in the worker ------------------------------------------------------------------------------------------------------
+
+
+def _start_worker(stop: Any, messages: Any, threads: int, parent: int) -> None:
+    import signal  # the worker's own set-up; the parent never imports torch through this module
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sets `stop`
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    import torch
+
+    torch.set_num_threads(threads)
+    _worker.update(stop=stop, messages=messages)
+
+
+def _die_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(task: Task) -> None:
+    from tadistill.study.execute import run_stage  # imports torch
+
+    def progress(done: int, total: int, text: str) -> None:
+        _worker["messages"].put((task.key, done, total, text))
+
+    run_stage(task, progress=progress, stop=_worker["stop"].is_set)
+
+
+# --- the screen ---------------------------------------------------------------------------------------------------------
+
+
+class _Screen:
+    """Progress bars: all stages, and each running one with its speed and what is left."""
+
+    def __init__(self, console: Console, total: int, finished: int, messages: Any):
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", table_column=None),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.all = self.progress.add_task("all stages", total=total, completed=finished, note="")
+        self.tasks: dict[str, Any] = {}
+        self.started: dict[str, tuple[str, float]] = {}
+        self.messages, self.total, self.done = messages, total, finished
+        self.reader = threading.Thread(target=self._read, daemon=True)
+
+    def __enter__(self) -> "_Screen":
+        self.progress.start()
+        self.reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.messages.put(None)
+        self.reader.join(timeout=2)
+        self.progress.stop()
+
+    def _read(self) -> None:
+        while (message := self.messages.get()) is not None:
+            key, done, total, text = message
+            if key in self.tasks:
+                self.progress.update(self.tasks[key], completed=done, total=total, note=text)
+
+    def start(self, key: str, label: str, steps: int | None) -> None:
+        self.started[key] = (label, time.monotonic())
+        self.tasks[key] = self.progress.add_task(label, total=steps or 1, note="")
+
+    def end(self, key: str) -> None:
+        label, start = self.started.pop(key)
+        self.progress.remove_task(self.tasks.pop(key))
+        self.done += 1
+        self.progress.update(self.all, completed=self.done)
+        self.progress.console.print(f"[dim]{self.done:3d}/{self.total}[/] {label} [dim]{time.monotonic() - start:.1f} s[/]", highlight=False)
+
+    def failed(self, label: str, reason: str) -> None:
+        self.progress.console.print(f"[bold red]failed[/] {label}: {reason}", highlight=False)

@@ -1,0 +1,96 @@
+"""The store: finished stages, addressed by content.
+
+`runs/store/ab/abcd…/` belongs to one stage. It is finished iff it holds manifest.json, which is renamed into place last; all
+else in an unfinished folder is what a killed run left to resume from. A lock keeps two processes off the same stage.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tadistill.errors import StoreError
+
+MANIFEST = "manifest.json"
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of a value, for hashing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def key_of(value: Any) -> str:
+    """16 hex digits that identify a stage's content."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a temporary file and rename it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}; check the disk and its permissions, or set --runs DIR") from error
+
+
+class Store:
+    """Read and write stage folders under one directory."""
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+
+    def folder(self, key: str) -> Path:
+        """Where a stage lives, finished or not."""
+        return self.root / key[:2] / key
+
+    def finished(self, key: str) -> bool:
+        """Whether the stage's artifact is whole."""
+        return (self.folder(key) / MANIFEST).is_file()
+
+    def manifest(self, key: str) -> dict[str, Any]:
+        """The record of a finished stage."""
+        path = self.folder(key) / MANIFEST
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise StoreError(f"stage {key} is not in the store at {self.root}; run the recipe again to make it") from error
+        except json.JSONDecodeError as error:
+            raise StoreError(f"{path} is damaged; delete its folder and run the recipe again to redo the stage") from error
+
+    def lock(self, key: str) -> FileLock:
+        """A lock that dies with its process."""
+        path = self.folder(key).with_suffix(".lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return FileLock(path)
+        except OSError as error:
+            raise StoreError(f"cannot write to the store at {self.root}: {error.strerror}; set --runs DIR to a writable folder") from error
+
+    def acquire(self, key: str, timeout: float) -> FileLock:
+        """Take the lock of a stage, or say who else may be at it."""
+        lock = self.lock(key)
+        try:
+            lock.acquire(timeout=timeout)
+        except Timeout as error:
+            raise StoreError(f"stage {key} is being run by another process; wait for it, or stop it, then run again") from error
+        return lock
+
+    def finish(self, key: str, manifest: dict[str, Any]) -> None:
+        """Drop what only a resume needed and put the manifest in place, with the digest of every file."""
+        folder = self.folder(key)
+        for name in ("state.pt", "best.pt", "state.tmp", "best.tmp"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+        files = {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST}
+        write_json(folder / MANIFEST, manifest | {"files": files})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,37 @@
+"""Shared fixtures: tiny random models, one thread, no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+torch.set_num_threads(1)
+
+
+def tiny_model(kind: str, *, vocab: int = 31, seed: int = 0, layers: int = 2):
+    """A random model of a few thousand parameters, in eval mode, with logits far from uniform."""
+    torch.manual_seed(seed)
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=16, n_layer=layers, n_head=2, n_positions=128, **ids))
+    else:
+        config = LlamaConfig(
+            vocab_size=vocab, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=32, max_position_embeddings=128, **ids,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    return model.eval()
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def kind(request) -> str:
+    """Both families of position handling: learned absolute, and rotary."""
+    return request.param

@@ -1,0 +1,67 @@
+"""Collation: the mask is the predictions of response tokens, EOS once; padding changes no logit and no loss."""
+
+import numpy as np
+import pytest
+import torch
+
+from tadistill.data.batch import Batch, Sequence, collate
+from tadistill.models.forward import response_logits
+from tadistill.objectives import cross_entropy
+from tests.conftest import tiny_model
+
+EOS = 0
+ROWS = [Sequence((5, 6, 7), (8, 9, EOS)), Sequence((4,), (3, 2, 1, 11, EOS)), Sequence((12, 13, 14, 15, 16, 17), (18, EOS))]
+
+
+def test_mask_marks_the_prediction_of_each_response_token():
+    batch = collate(ROWS, pad=EOS)
+    for b, s in enumerate(ROWS):
+        predicted = batch.targets_BT[b][batch.mask_BT[b]].tolist()
+        assert predicted == list(s.response)
+        assert predicted.count(EOS) == 1
+
+
+def test_text_without_a_prompt_counts_from_its_second_token():
+    batch = collate([Sequence((), (5, 6, 7))], pad=EOS)
+    assert batch.targets_BT[batch.mask_BT].tolist() == [6, 7]
+
+
+def test_values_stand_where_their_token_is_predicted():
+    batch = collate([Sequence((5, 6), (7, EOS), {"student": np.array([-1.0, -2.0], np.float32)}), Sequence((5,), (EOS,), {"student": np.array([-3.0], np.float32)})], pad=EOS)  # fmt: skip
+    assert batch.values["student"][batch.mask_BT].tolist() == [-1.0, -2.0, -3.0]
+    assert float(batch.values["student"].sum()) == -6.0
+
+
+def left_padded(batch: Batch, extra: int) -> Batch:
+    """The same rows with padding moved to the left and `extra` columns more."""
+    rows = []
+    for b in range(len(batch.ids_BT)):
+        n = int(batch.attention_BT[b].sum())
+        pad = batch.ids_BT.shape[1] - n + extra
+        rows.append([torch.nn.functional.pad(t[b, :n], (pad, 0)) for t in (batch.ids_BT, batch.attention_BT, batch.mask_BT)])
+    return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+def test_padding_changes_nothing(kind, extra):
+    model = tiny_model(kind)
+    batch = collate(ROWS, pad=EOS)
+    alone = torch.cat([response_logits(model, collate([s], pad=EOS), 31) for s in ROWS])
+    torch.testing.assert_close(response_logits(model, batch, 31), alone, atol=1e-5, rtol=0)
+    moved = left_padded(batch, extra)
+    torch.testing.assert_close(response_logits(model, moved, 31), alone, atol=1e-5, rtol=0)
+    loss = cross_entropy(alone, batch.targets_BT[batch.mask_BT])
+    assert torch.allclose(cross_entropy(response_logits(model, moved, 31), moved.targets_BT[moved.mask_BT]), loss, atol=1e-5)
+
+
+def test_logits_are_those_of_the_whole_model(kind):
+    model, batch = tiny_model(kind), collate(ROWS, pad=EOS)
+    whole = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT, position_ids=batch.positions_BT).logits
+    torch.testing.assert_close(response_logits(model, batch, 31), whole[batch.mask_BT])
+
+
+def test_wide_logits_are_cut_and_renormalised():
+    model, batch = tiny_model("llama"), collate(ROWS, pad=EOS)
+    narrow = response_logits(model, batch, 20)
+    assert narrow.shape[1] == 20
+    assert torch.allclose(narrow.softmax(-1).sum(-1), torch.ones(len(narrow)))

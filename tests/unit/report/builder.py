@@ -1,0 +1,193 @@
+"""A synthetic study on disk: the files that a run leaves behind, with numbers that the tests know."""
+
+import json
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+PARAMETERS = {"xl": 1_557_611_200, "l": 774_030_080, "m": 354_823_168, "s": 124_439_808}
+NASTY = "</script><script>window.hacked = 1</script> <b>bold</b> & 'quotes' \u2028 end"
+VERSIONS = {"tadistill": "0.1.0", "torch": "2.13.0", "transformers": "5.8.1"}
+
+
+@dataclass
+class ArmSpec:
+    """What the builder needs to know of an arm: its path, and by how much it beats the baseline."""
+
+    name: str
+    path: tuple[str, ...]
+    gain: float = 0.0
+    compute: str | None = None
+    flops: float | None = 3.0e17
+    method: str = "minillm (teacher_mixed)"
+
+
+@dataclass
+class StudySpec:
+    """Everything the builder writes; the defaults are the small study of the tests."""
+
+    arms: list[ArmSpec]
+    seeds: tuple[int, ...] = (10, 20)
+    sets: dict[str, int] = field(default_factory=lambda: {"dolly": 12, "facts": 9})
+    fact_sets: tuple[str, ...] = ("facts",)
+    decoding_seeds: int = 3
+    unfinished: tuple[tuple[str, int], ...] = ()
+    steps: int = 10
+    prompt: str = "Instruction: name the capital of country {index}."
+    answer: str = NASTY
+
+
+@dataclass
+class Study:
+    """A study on disk, with the scores it was built from: (arm, seed) -> set -> metric -> (prompts, decoding seeds)."""
+
+    study_dir: Path
+    store_dir: Path
+    scores: dict[tuple[str, int], dict[str, dict[str, np.ndarray]]]
+
+
+def key_of(*parts: object) -> str:
+    text = "/".join(map(str, parts)).encode()
+    return f"{zlib.crc32(text):08x}{zlib.crc32(text[::-1]):08x}"
+
+
+def build_study(root: Path, spec: StudySpec) -> Study:
+    """Writes plan.json and the store."""
+    study = Study(root / "demo", root / "store", {})
+    stages: dict[str, dict] = {}
+    arms = [_arm(study, spec, arm, stages) for arm in spec.arms]
+    models = {model: {"parameters": count} for model, count in PARAMETERS.items()}
+    plan = {
+        "study": "demo",
+        "created": "2026-01-02T03:04:05+00:00",
+        "command": "tadistill run recipes/demo.yaml",
+        "recipe_text": "study: demo\nseeds: [10, 20]\narms:\n  direct: xl > s\n",
+        "recipe": {},
+        "teacher": "xl",
+        "models": models,
+        "stages": list(stages.values()),
+        "arms": arms,
+    }
+    study.study_dir.mkdir(parents=True)
+    (study.study_dir / "plan.json").write_text(json.dumps(plan))
+    return study
+
+
+def _arm(study: Study, spec: StudySpec, arm: ArmSpec, stages: dict[str, dict]) -> dict:
+    evaluate, final = {}, {}
+    for seed in spec.seeds:
+        final[str(seed)] = _train_path(study, spec, arm, seed, stages)
+        key = key_of("evaluate", arm.name, seed)
+        evaluate[str(seed)] = key
+        _stage(stages, key, "evaluate", f"evaluate {arm.name}, seed {seed}", arm.path[-1], seed, arm.name)
+        if (arm.name, seed) not in spec.unfinished:
+            _evaluate(study, spec, arm, seed, key)
+    return {
+        "name": arm.name,
+        "path": list(arm.path),
+        "method": arm.method,
+        "model": arm.path[-1],
+        "compute": arm.compute,
+        "flops": arm.flops,
+        "evaluate": evaluate,
+        "final": final,
+    }
+
+
+def _train_path(study: Study, spec: StudySpec, arm: ArmSpec, seed: int, stages: dict[str, dict]) -> str | None:
+    """SFT of the student, then one distillation a hop; chains share their first hops."""
+    key = None
+    hops = [("sft", arm.path[-1:])] + [("distill", arm.path[: i + 1]) for i in range(1, len(arm.path))]
+    for kind, path in hops:
+        last = len(path) == len(arm.path) and kind == "distill"
+        key = key_of(kind, path, seed, arm.name if last else "")
+        edge = f"{path[-2]} -> {path[-1]}, minillm" if kind == "distill" else path[-1]
+        name = f", {arm.name}" if last else ""
+        _stage(stages, key, kind, f"{kind} {edge}{name}, seed {seed}", path[-1], seed, arm.name)
+        if not (study.store_dir / key[:2] / key).exists():
+            _train(study, spec, arm, kind, path, seed, key)
+    return key
+
+
+def _stage(stages: dict, key: str, kind: str, label: str, model: str, seed: int, arm: str) -> None:
+    entry = stages.setdefault(
+        key,
+        {"key": key, "kind": kind, "label": label, "model": model, "parents": {}, "seed": seed, "arms": [],
+         "flops": 1e16, "steps": 10},
+    )  # fmt: skip
+    if arm not in entry["arms"]:
+        entry["arms"].append(arm)
+
+
+def _train(study: Study, spec: StudySpec, arm: ArmSpec, kind: str, path: tuple[str, ...], seed: int, key: str) -> None:
+    rng = np.random.default_rng(zlib.crc32(f"{arm.name}{path}{seed}{kind}".encode()))
+    lines = []
+    level = np.log10(PARAMETERS[path[-1]]) + 0.4 * arm.gain
+    for step in range(1, spec.steps + 1):
+        progress = 1 - np.exp(-3 * step / spec.steps)
+        line = {"step": step, "train/loss": 3.2 - 1.4 * progress + rng.normal(0, 0.08), "train/tokens_per_second": 9e3}
+        if step % max(1, spec.steps // 20) == 0:
+            line["dev/loss"] = 2.9 - 0.08 * level * progress + rng.normal(0, 0.01)
+            line["dev/rouge_l"] = 14 + level * progress + rng.normal(0, 0.25)
+            if spec.fact_sets:
+                line["dev/fact_accuracy"] = 20 + 4 * level * progress + rng.normal(0, 1)
+        lines.append(json.dumps(line))
+    finish(study.store_dir, key, {"metrics.jsonl": "\n".join(lines) + "\n"})
+
+
+def _evaluate(study: Study, spec: StudySpec, arm: ArmSpec, seed: int, key: str) -> None:
+    rng = np.random.default_rng(zlib.crc32(f"{arm.name}/{seed}".encode()))
+    wobble = rng.normal(0, 0.3)
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    predictions = []
+    for set_name, count in spec.sets.items():
+        hard = np.random.default_rng(zlib.crc32(set_name.encode())).normal(0, 9, size=(count, 1))  # same for all arms
+        sampled = (count, spec.decoding_seeds)
+        table = {
+            "rouge_l": np.clip(24 + arm.gain + wobble + hard + rng.normal(0, 4, sampled), 0, 100),
+            "loss": 2.5 - 0.05 * arm.gain + rng.normal(0, 0.2, (count, 1)),
+            "forward_kl": 0.61 - 0.02 * arm.gain + rng.normal(0, 0.05, (count, 1)),
+            "reverse_kl": 0.48 - 0.02 * arm.gain + rng.normal(0, 0.05, (count, 1)),
+            "length": rng.integers(5, 60, sampled).astype(float),
+        }
+        if set_name in spec.fact_sets:
+            table["fact_accuracy"] = np.where(rng.random(sampled) < 0.4 + 0.1 * arm.gain, 100.0, 0.0)
+        scores[set_name] = table
+        for index in range(count):
+            for decoding in range(spec.decoding_seeds):
+                row = {
+                    "set": set_name,
+                    "index": index,
+                    "seed": decoding,
+                    "prompt": spec.prompt.format(index=index),
+                    "prediction": f"{arm.name} answers {index} in {set_name}. {spec.answer}",
+                    "references": [f"reference {index}", "another"],
+                    "rouge_l": float(table["rouge_l"][index, decoding]),
+                    "length": int(table["length"][index, decoding]),
+                }
+                if "fact_accuracy" in table:
+                    row["fact_accuracy"] = float(table["fact_accuracy"][index, decoding])
+                predictions.append(json.dumps(row, ensure_ascii=False))
+    study.scores[arm.name, seed] = scores
+    as_lists = {name: {metric: values.tolist() for metric, values in table.items()} for name, table in scores.items()}
+    files = {"scores.json": json.dumps(as_lists), "predictions.jsonl": "\n".join(predictions) + "\n"}
+    finish(study.store_dir, key, files)
+
+
+def finish(store_dir: Path, key: str, files: dict[str, str]) -> None:
+    """Writes a stage as a run does: its files, then the manifest."""
+    directory = store_dir / key[:2] / key
+    directory.mkdir(parents=True)
+    for name, content in files.items():
+        (directory / name).write_text(content, encoding="utf-8")
+    manifest = {"key": key, "seconds": 12.5, "versions": VERSIONS, "files": {}}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+SMALL = [
+    ArmSpec("direct", ("xl", "s")),
+    ArmSpec("chain", ("xl", "l", "s"), gain=3.0, flops=7.4e17),
+    ArmSpec("direct-long", ("xl", "s"), gain=0.2, compute="as chain", flops=7.4e17),
+]

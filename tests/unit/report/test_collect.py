@@ -1,0 +1,170 @@
+"""results.json against numbers computed from the synthetic scores, missing evaluations, and damaged files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tadistill.errors import StoreError
+from tadistill.report.collect import MEAN, collect, compare, direct_arm, primary_metric, read_results, twin_of
+from tadistill.statistics import bootstrap_interval, paired_difference
+
+from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of
+
+ROW_KEYS = ["arm", "model", "parameters", "seed", "set", "metric", "value", "low", "high", "stage"]
+
+
+def test_rows_hold_the_scores(study):
+    collect(study.study_dir, study.store_dir)
+    content = json.loads((study.study_dir / "results.json").read_text())
+    assert list(content) == ["study", "created", "command", "rows"]
+    assert content["command"] == "tadistill run recipes/demo.yaml"
+    assert len(content["rows"]) == 3 * 2 * (5 + 6)  # arms x seeds x metrics of the two sets
+    for row in content["rows"]:
+        assert list(row) == ROW_KEYS
+        values = study.scores[row["arm"], row["seed"]][row["set"]][row["metric"]]
+        assert row["value"] == pytest.approx(values.mean(), abs=1e-6)
+        assert [row["low"], row["high"]] == pytest.approx(bootstrap_interval(values), abs=1e-6)
+        assert (row["model"], row["parameters"]) == ("s", 124_439_808)
+        assert row["stage"] == key_of("evaluate", row["arm"], row["seed"])
+
+
+def test_the_same_files_give_the_same_bytes(study):
+    collect(study.study_dir, study.store_dir)
+    first = (study.study_dir / "results.json").read_bytes()
+    collect(study.study_dir, study.store_dir)
+    assert (study.study_dir / "results.json").read_bytes() == first
+    assert sorted(path.name for path in study.study_dir.iterdir()) == ["plan.json", "results.json"]
+
+
+def test_summaries_average_seeds_and_the_mean_weighs_sets_equally(study):
+    results = read_results(study.study_dir, study.store_dir)
+    for spec in SMALL:
+        means = {seed: {name: table["rouge_l"].mean() for name, table in study.scores[spec.name, seed].items()} for seed in (10, 20)}
+        for name in ("dolly", "facts"):
+            expected = np.mean([means[10][name], means[20][name]])
+            assert results.summaries[spec.name, name, "rouge_l"].mean == pytest.approx(expected)
+        summary = results.summaries[spec.name, MEAN, "rouge_l"]
+        assert summary.mean == pytest.approx(np.mean([list(by_set.values()) for by_set in means.values()]))
+        assert summary.low < summary.mean < summary.high
+        assert summary.per_seed == pytest.approx({seed: np.mean(list(by_set.values())) for seed, by_set in means.items()})
+
+
+def test_metrics_that_few_sets_have_are_averaged_over_those(study):
+    results = read_results(study.study_dir, study.store_dir)
+    assert primary_metric(results) == "fact_accuracy"
+    only, mean = (results.summaries["chain", name, "fact_accuracy"] for name in ("facts", MEAN))
+    assert only == mean
+    assert ("chain", "dolly", "fact_accuracy") not in results.summaries
+
+
+def test_rouge_is_primary_without_facts(tmp_path):
+    study = build_study(tmp_path, StudySpec(SMALL, fact_sets=()))
+    assert primary_metric(read_results(study.study_dir, study.store_dir)) == "rouge_l"
+
+
+def test_comparison_is_paired(study):
+    results = read_results(study.study_dir, study.store_dir)
+    difference, seeds = compare(results, "chain", "direct-long", "fact_accuracy")
+    stacks = [
+        np.stack([study.scores[arm, seed]["facts"]["fact_accuracy"].mean(axis=1, keepdims=True) for seed in (10, 20)])
+        for arm in ("chain", "direct-long")
+    ]
+    assert difference == paired_difference(*stacks)
+    assert seeds == (10, 20)
+
+
+def test_a_chain_knows_its_twin_and_its_direct_arm(study):
+    results = read_results(study.study_dir, study.store_dir)
+    direct, chain, twin = results.plan.arms
+    assert twin_of(results, chain) is twin
+    assert twin_of(results, direct) is None
+    assert direct_arm(results, chain) is direct
+
+
+def test_unfinished_evaluations_are_listed_and_their_arms_kept(unfinished):
+    results = read_results(unfinished.study_dir, unfinished.store_dir)
+    assert [(entry.arm, entry.seed) for entry in results.missing] == [("direct", 20), ("chain", 10), ("chain", 20)]
+    assert results.missing[0].stage == key_of("evaluate", "direct", 20)
+    assert {row.arm for row in results.rows} == {"direct", "direct-long"}
+    assert list(results.summaries["direct", MEAN, "rouge_l"].per_seed) == [10]
+    assert compare(results, "direct", "direct-long", "rouge_l")[1] == (10,)
+    assert compare(results, "chain", "direct-long", "rouge_l") is None
+
+
+def test_two_arms_may_share_an_evaluation(tmp_path):
+    study = build_study(tmp_path, StudySpec(SMALL))
+    plan = json.loads((study.study_dir / "plan.json").read_text())
+    plan["arms"].append({**plan["arms"][0], "name": "same"})
+    (study.study_dir / "plan.json").write_text(json.dumps(plan))
+    results = read_results(study.study_dir, study.store_dir)
+    assert results.summaries["same", MEAN, "loss"] == results.summaries["direct", MEAN, "loss"]
+
+
+def test_no_study_says_what_to_run(tmp_path):
+    with pytest.raises(StoreError, match=r"nowhere.plan\.json does not exist.*`tadistill run RECIPE`"):
+        collect(tmp_path / "nowhere", tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"plan\.json cannot be read"),
+        ("{}", r"plan\.json is damaged \(KeyError: 'study'\)"),
+        ("[]", r"plan\.json is damaged"),
+    ],
+)
+def test_a_damaged_plan_is_named(study, content, message):
+    (study.study_dir / "plan.json").write_text(content)
+    with pytest.raises(StoreError, match=message):
+        collect(study.study_dir, study.store_dir)
+
+
+def test_an_arm_over_an_undeclared_model_is_damage(study):
+    plan = json.loads((study.study_dir / "plan.json").read_text())
+    del plan["models"]["l"]
+    (study.study_dir / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(StoreError, match=r"plan\.json is damaged \(KeyError: 'l'\)"):
+        collect(study.study_dir, study.store_dir)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"dolly": ', "Expecting value"),
+        ("[1]", "must map sets to metrics"),
+        ('{"dolly": {"rouge_l": [[1], [1, 2]]}}', "dolly/rouge_l is not a table"),
+        ('{"dolly": {"rouge_l": [1, 2]}}', "one row a prompt"),
+        ('{"dolly": {"rouge_l": [[NaN], [2]]}}', "NaN or infinite"),
+    ],
+)
+def test_damaged_scores_are_named(study, content, message):
+    key = key_of("evaluate", "chain", 20)
+    (study.store_dir / key[:2] / key / "scores.json").write_text(content)
+    with pytest.raises(StoreError, match=rf"{key}.scores\.json cannot be read \(.*{message}") as caught:
+        collect(study.study_dir, study.store_dir)
+    assert "\n" not in str(caught.value)
+    assert not (study.study_dir / "results.json").exists()
+
+
+def test_a_finished_stage_without_scores_is_an_error(study):
+    key = key_of("evaluate", "chain", 20)
+    (study.store_dir / key[:2] / key / "scores.json").unlink()
+    with pytest.raises(StoreError, match=r"scores\.json cannot be read \(No such file"):
+        collect(study.study_dir, study.store_dir)
+
+
+def test_different_prompts_cannot_be_compared(study):
+    key = key_of("evaluate", "chain", 20)
+    path = study.store_dir / key[:2] / key / "scores.json"
+    scores = json.loads(path.read_text())
+    scores["dolly"]["rouge_l"].pop()
+    path.write_text(json.dumps(scores))
+    with pytest.raises(StoreError, match="scored 12 and 11 prompts of dolly"):
+        collect(study.study_dir, study.store_dir)
+
+
+def test_a_teacher_may_be_an_arm(tmp_path):
+    study = build_study(tmp_path, StudySpec([*SMALL, ArmSpec("teacher", ("xl",), gain=5, flops=None)]))
+    results = read_results(study.study_dir, study.store_dir)
+    assert direct_arm(results, results.plan.arms[-1]) is None

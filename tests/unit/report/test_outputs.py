@@ -1,0 +1,225 @@
+"""report.html, report.md and the terminal table: the numbers of results.json, the sentences, and their gaps."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import rich.console
+
+from tadistill.errors import StoreError
+from tadistill.report import summary_table, write_report
+from tadistill.report.collect import read_results
+from tadistill.report.text import flops_text, headline, number, parameters_text
+
+from .builder import NASTY, SMALL, ArmSpec, StudySpec, build_study, key_of
+
+
+class _Cells(HTMLParser):
+    """The text of every score cell, by (metric, arm, set); and of the embedded JSON."""
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.cells, self.data, self.tags = {}, "", []
+        self._metric = self._cell = None
+        self._in_data = False
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        if tag == "table":
+            self._metric = attrs.get("data-metric")
+        if tag == "td":
+            self._cell = (self._metric, attrs.get("data-arm"), attrs.get("data-set"))
+        if tag == "script":
+            self._in_data = attrs.get("id") == "data"
+
+    def handle_endtag(self, tag):
+        if tag == "td":
+            self._cell = None
+
+    def handle_data(self, data):
+        if self._in_data:
+            self.data += data
+            self._in_data = False
+        if self._cell:
+            self.cells[self._cell] = (self.cells.get(self._cell, "") + " " + data).strip()
+
+
+def parse(path):
+    parser = _Cells()
+    parser.feed(path.read_text(encoding="utf-8"))
+    return parser
+
+
+def means_of(study):
+    """(metric, arm, set) -> the mean over seeds, from results.json alone."""
+    rows = json.loads((study.study_dir / "results.json").read_text())["rows"]
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["metric"], row["arm"], row["set"]), []).append(row["value"])
+    return {key: float(np.mean(values)) for key, values in groups.items()}
+
+
+def test_page_shows_the_numbers_of_results_json(study):
+    cells = parse(write_report(study.study_dir, study.store_dir)).cells
+    means = means_of(study)
+    checked = 0
+    for (metric, arm, set_name), mean in means.items():
+        if metric in ("fact_accuracy", "rouge_l"):
+            assert re.sub(r"\s+\[.*", "", cells[metric, arm, set_name]) == number(mean, metric)
+            checked += 1
+    assert checked == 3 * (2 + 1)
+    mean_over_sets = np.mean([means["rouge_l", "chain", name] for name in ("dolly", "facts")])
+    assert cells["rouge_l", "chain", "mean"].startswith(number(mean_over_sets, "rouge_l"))
+
+
+def test_markdown_shows_the_numbers_of_results_json(study):
+    write_report(study.study_dir, study.store_dir)
+    markdown = (study.study_dir / "report.md").read_text(encoding="utf-8")
+    means = means_of(study)
+    table = markdown.split("### ROUGE-L")[1].split("###")[0].strip().splitlines()
+    assert table[0] == "| arm | mean over sets | dolly | facts |"
+    for line in table[2:]:
+        arm, _, dolly, facts = (cell.strip(" *") for cell in line.strip("|").split("|"))
+        assert dolly.startswith(number(means["rouge_l", arm, "dolly"], "rouge_l") + " [")
+        assert facts.startswith(number(means["rouge_l", arm, "facts"], "rouge_l") + " [")
+    assert "7.4e17" in markdown
+    assert "2.47" in markdown
+    assert "tadistill run recipes/demo.yaml" in markdown
+    assert f"`{key_of('evaluate', 'chain', 10)}`" in markdown
+
+
+def test_reports_are_deterministic(study):
+    def contents():
+        write_report(study.study_dir, study.store_dir)
+        return [(study.study_dir / name).read_bytes() for name in ("results.json", "report.html", "report.md")]
+
+    assert contents() == contents()
+
+
+def test_text_of_a_model_cannot_leave_its_element(study):
+    page = write_report(study.study_dir, study.store_dir)
+    parser = parse(page)
+    samples = json.loads(parser.data)["samples"]
+    assert samples["dolly"][3]["answers"]["chain"]["text"] == f"chain answers 3 in dolly. {NASTY}"
+    assert samples["dolly"][3]["references"] == ["reference 3", "another"]
+    assert [len(prompts) for prompts in samples.values()] == [8, 8]
+    assert "<script>window.hacked" not in page.read_text(encoding="utf-8")
+
+
+def test_names_are_escaped(tmp_path):
+    name = "<img src=x onerror=alert(1)>|a"
+    study = build_study(tmp_path, StudySpec([ArmSpec(name, ("xl", "s")), *SMALL]))
+    parser = parse(write_report(study.study_dir, study.store_dir))
+    assert not [tag for tag, _ in parser.tags if tag == "img"]
+    assert ("rouge_l", name, "dolly") in parser.cells
+    rows = [line for line in (study.study_dir / "report.md").read_text().splitlines() if "onerror" in line]
+    assert rows
+    assert not [line for line in rows if "<img" in line]
+    assert all("\\|a" in line for line in rows if line.startswith("|"))
+
+
+def test_page_needs_no_network(study):
+    parser = parse(write_report(study.study_dir, study.store_dir))
+    addresses = [attrs.get("src") or attrs.get("href") for _, attrs in parser.tags if "src" in attrs or "href" in attrs]
+    assert [address for address in addresses if not address.startswith(("#", "data:"))] == []
+    assert len([tag for tag, _ in parser.tags if tag == "link"]) == 1  # the empty icon
+
+
+def test_headline_compares_a_chain_with_its_twin_and_warns_about_few_seeds(study):
+    findings = headline(read_results(study.study_dir, study.store_dir))
+    texts = [finding.text for finding in findings]
+    assert texts[0].startswith("Highest mean for s (124 M): chain (xl > l > s), ")
+    versus = next(finding for finding in findings if "equal-compute twin direct-long" in finding.text)
+    assert versus.kind == "gain"
+    assert re.search(r"\+\d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\] percentage points \(2 seeds\)", versus.text)
+    assert "2 seeds: too few for a claim (3 are the least)." in texts
+
+
+def test_no_evidence_is_said_in_words(tmp_path):
+    arms = [ArmSpec("chain", ("xl", "l", "s")), ArmSpec("twin", ("xl", "s"), compute="as chain")]
+    study = build_study(tmp_path, StudySpec(arms, seeds=(1, 2, 3), fact_sets=()))
+    texts = [finding.text for finding in headline(read_results(study.study_dir, study.store_dir))]
+    assert any("chain (xl > l > s): no evidence of a difference from its equal-compute twin twin" in t for t in texts)
+    assert not any("too few" in text for text in texts)
+
+
+def test_a_worse_chain_and_a_chain_without_a_twin(tmp_path):
+    arms = [
+        ArmSpec("chain", ("xl", "l", "s"), gain=-6),
+        ArmSpec("twin", ("xl", "s"), compute="as chain"),
+        ArmSpec("alone", ("xl", "m", "s")),
+    ]
+    study = build_study(tmp_path, StudySpec(arms, seeds=(1, 2, 3), fact_sets=()))
+    findings = headline(read_results(study.study_dir, study.store_dir))
+    assert [f.kind for f in findings if "chain (xl > l > s) scores lower" in f.text] == ["loss"]
+    assert [f.kind for f in findings if "alone (xl > m > s) has no equal-compute twin" in f.text] == ["caution"]
+
+
+def test_missing_evaluations_are_named_everywhere(unfinished):
+    page = write_report(unfinished.study_dir, unfinished.store_dir)
+    sentence = "3 of 6 evaluations are not finished: direct (seed 20); chain (seed 10, 20)."
+    for name in ("report.html", "report.md"):
+        assert sentence in (unfinished.study_dir / name).read_text(encoding="utf-8")
+    cells = parse(page).cells
+    assert not re.search(r"\d", cells["rouge_l", "chain", "dolly"])
+    text = render(summary_table(unfinished.study_dir, unfinished.store_dir))
+    assert re.search(r"chain +xl > l > s +0/2 +missing", text)
+    assert re.search(r"direct +xl > s +1/2 +\d", text)
+
+
+def test_nothing_finished_still_makes_a_report(tmp_path):
+    everything = tuple((arm.name, seed) for arm in SMALL for seed in (10, 20))
+    study = build_study(tmp_path, StudySpec(SMALL, unfinished=everything))
+    page = write_report(study.study_dir, study.store_dir)
+    assert "No arm has been evaluated yet." in page.read_text(encoding="utf-8")
+    assert "No arm has been evaluated yet." in render(summary_table(study.study_dir, study.store_dir))
+
+
+def test_a_teacher_as_an_arm_is_not_the_best_student(tmp_path):
+    study = build_study(tmp_path, StudySpec([*SMALL, ArmSpec("teacher", ("xl",), gain=20, flops=None)]))
+    findings = headline(read_results(study.study_dir, study.store_dir))
+    assert "teacher (xl)" not in findings[0].text
+    assert write_report(study.study_dir, study.store_dir).is_file()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "manifest.json"])
+def test_a_damaged_training_log_is_named(study, name):
+    plan = json.loads((study.study_dir / "plan.json").read_text())
+    key = plan["arms"][0]["final"]["10"]
+    (study.store_dir / key[:2] / key / name).write_text('{"step": 1}\n{"step"')
+    with pytest.raises(StoreError, match=rf"{key}.{name} cannot be read"):
+        write_report(study.study_dir, study.store_dir)
+
+
+def test_numbers_in_words():
+    assert [parameters_text(count) for count in (124_439_808, 1_557_611_200, 12_345, 999)] == [
+        "124 M",
+        "1.56 B",
+        "12.3 k",
+        "999",
+    ]
+    assert [flops_text(value) for value in (3.14e17, 0, None)] == ["3.1e17", "0", "\N{EN DASH}"]
+    assert flops_text(9.96e17) == "1.0e18"
+    assert number(-0.01, "rouge_l") == "0.0"
+    assert number(-1.26, "rouge_l") == "\N{MINUS SIGN}1.3"
+
+
+def test_report_needs_no_torch():
+    code = (
+        "import sys, tadistill.report, tadistill.statistics\n"
+        "print(sorted({'torch', 'transformers', 'accelerate', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)})
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def render(table):
+    console = rich.console.Console(width=140)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
