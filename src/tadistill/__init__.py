@@ -11,7 +11,6 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "objectives", "run"]
 
 
 def __getattr__(name: str) -> Any:

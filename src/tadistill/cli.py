@@ -1,8 +1,8 @@
 """The command line. Start-up imports no torch; each command imports what it needs.
 
-    tadistill plan RECIPE [key=value …]      what would run, what is cached, what it costs
-    tadistill run RECIPE [key=value …]       run it and write the report
-    tadistill report STUDY                   write the report again
+tadistill plan RECIPE [key=value …]      what would run, what is cached, what it costs
+tadistill run RECIPE [key=value …]       run it and write the report
+tadistill report STUDY                   write the report again
 """
 
 import shlex
@@ -38,16 +38,17 @@ def plan(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> 
 
     found = make_plan(load(recipe, overrides or []))
     store = Store(runs_directory(runs) / "store")
-    table = Table(title=f"{found.recipe.study}: {len(found.stages)} stages", title_justify="left")
-    for column in ("key", "", "stage", "parents", "FLOPs", "arms"):
-        table.add_column(column, justify="right" if column == "FLOPs" else "left", no_wrap=column in ("key", ""))
+    table = Table(title=f"{found.recipe.study}: {len(found.stages)} stages", title_justify="left", box=None)
+    for column, width in (("key", 16), ("", 4), ("FLOPs", 8), ("stage", None), ("parents", None)):
+        table.add_column(column, justify="right" if column == "FLOPs" else "left", no_wrap=True, overflow="ellipsis", min_width=width)
     for stage in found.stages.values():
         state = "[green]hit[/]" if store.finished(stage.key) else "[yellow]miss[/]"
         parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
         flops = "–" if stage.kind == "evaluate" else "?" if stage.flops is None else f"{stage.flops:.2e}"
-        table.add_row(stage.key, state, stage.label, parents, flops, ", ".join(a.name for a in found.arms if a.name in stage.arms))
+        table.add_row(stage.key, state, flops, stage.label, parents)
     console.print(table)
-    costs = Table(title="training FLOPs behind each arm (one seed)", title_justify="left")
+    console.print()
+    costs = Table(title="training behind each arm, one seed", title_justify="left", box=None)
     for column in ("arm", "path", "FLOPs"):
         costs.add_column(column, justify="right" if column == "FLOPs" else "left")
     for arm in found.arms:
@@ -73,9 +74,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> N
 
 
 @app.command()
-def report(
-    study: Annotated[str, typer.Argument(help="A study's name, or its directory.", metavar="STUDY")], runs: Runs = None
-) -> None:
+def report(study: Annotated[str, typer.Argument(help="A study's name, or its directory.", metavar="STUDY")], runs: Runs = None) -> None:
     """Write report.html, report.md and results.json of a study from what the store holds."""
     from tadistill.report import summary_table, write_report
     from tadistill.study.run import runs_directory

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from tests.conftest import tiny_model
 from transformers import Trainer, TrainingArguments
 
 from tadistill.config.method import CrossEntropy, Method, Optim
@@ -10,7 +11,6 @@ from tadistill.data.batch import Sequence
 from tadistill.rollout.samplers import DatasetSampler
 from tadistill.train.loop import _update, make_optimizer
 from tadistill.train.step import make_step
-from tests.conftest import tiny_model
 
 # response lengths differ on purpose: a mean of per-micro-batch means would be wrong by more than 10 %
 SEQUENCES = [Sequence((3, 4, 5)[: 1 + i % 3], tuple(range(6, 6 + n))) for i, n in enumerate((2, 5, 9, 14, 3, 11, 1, 8))]

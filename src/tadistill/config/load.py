@@ -90,7 +90,8 @@ def _sentence(error: ValidationError, source: str, lines: dict[tuple, int]) -> s
     elif problem["type"] == "missing":
         text = f"{where} is missing; add it."
     elif problem["type"] == "union_tag_invalid":
-        text = f"{where} has type {problem['ctx']['tag']!r}; known types: {problem['ctx']['expected_tags']}."
+        context = problem.get("ctx", {})
+        text = f"{where} has type {context.get('tag')!r}; known types: {context.get('expected_tags')}."
     elif problem["type"] == "union_tag_not_found":
         text = f"{where} needs a `type`."
     else:

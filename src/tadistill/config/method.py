@@ -27,9 +27,9 @@ class CrossEntropy(Strict):
 
 
 class _Divergence(Strict):
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Both logits are divided by it; the loss is not rescaled."""
-    kd_ratio: float = Field(1.0, ge=0, le=1)
+    kd_ratio: float = Field(default=1.0, ge=0, le=1)
     """Share of the divergence; the rest is cross-entropy on the tokens (MiniLLM's KD baseline uses 0.5)."""
 
 
@@ -52,7 +52,7 @@ class MiniLLM(Strict):
     """
 
     type: Literal["minillm"] = "minillm"
-    clip: float = Field(0.2, gt=0)
+    clip: float = Field(default=0.2, gt=0)
     """The ratio q/p~ is replaced by min(ratio, clip(ratio, 1 - clip, 1 + clip))."""
     length_normalisation: bool = True
     """Divide the return R_{t+1} by T - t - 1 (Eq. 6); without it answers collapse to short strings."""
@@ -60,7 +60,7 @@ class MiniLLM(Strict):
     """Add the exact one-step term, E_{y_t ~ q}[r_t] summed over the vocabulary (Eq. 3)."""
     single_step_weight: bool = True
     """Weight the one-step term by the (clipped) importance ratio as well (Eq. 7)."""
-    pt_weight: float = Field(1.0, ge=0)
+    pt_weight: float = Field(default=1.0, ge=0)
     """Weight of the language-modelling loss on `data.corpus` (L_PT); 0 leaves it out."""
 
 
@@ -80,10 +80,10 @@ class TeacherSampler(Strict):
     """The teacher's own responses to the training prompts, generated once as a stage (SeqKD)."""
 
     type: Literal["teacher"] = "teacher"
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
     """0 is greedy decoding."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(256, ge=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=256, ge=1)
 
 
 class TeacherMixedSampler(Strict):
@@ -93,12 +93,12 @@ class TeacherMixedSampler(Strict):
     """
 
     type: Literal["teacher_mixed"] = "teacher_mixed"
-    alpha: float = Field(0.2, ge=0, lt=1)
-    rollouts: int = Field(256, ge=1)
+    alpha: float = Field(default=0.2, ge=0, lt=1)
+    rollouts: int = Field(default=256, ge=1)
     """Global number of sequences sampled in a round."""
-    inner_epochs: int = Field(4, ge=1)
+    inner_epochs: int = Field(default=4, ge=1)
     """Passes over a round's rollouts before new ones are sampled."""
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
 
 
 Sampler = Annotated[DatasetSampler | TeacherSampler | TeacherMixedSampler, Field(discriminator="type")]
@@ -110,21 +110,21 @@ Sampler = Annotated[DatasetSampler | TeacherSampler | TeacherMixedSampler, Field
 class Optim(Strict):
     """AdamW and its schedule. Counts are global: `batch` sequences make one update on any number of devices."""
 
-    lr: float = Field(5e-4, gt=0)
-    steps: int | None = Field(None, ge=1)
+    lr: float = Field(default=5e-4, gt=0)
+    steps: int | None = Field(default=None, ge=1)
     """Optimizer updates. Give `steps` or `epochs`."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     """Passes over the training rows (counted before the length filter)."""
-    batch: int = Field(32, ge=1)
-    micro_batch: int | None = Field(None, ge=1)
+    batch: int = Field(default=32, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)
     """Sequences in one forward pass; the whole batch when absent."""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    lr_min: float = Field(0.0, ge=0)
-    weight_decay: float = Field(0.01, ge=0)
+    lr_min: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    clip: float = Field(1.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
@@ -141,7 +141,7 @@ class Select(Strict):
 
     metric: Literal["last", "loss", "rouge_l", "fact_accuracy", "reverse_kl"] = "loss"
     """A metric on the dev set, or `last` for the final weights. Lower is better for loss and reverse_kl."""
-    every: int = Field(100, ge=1)
+    every: int = Field(default=100, ge=1)
     """Dev evaluation every so many updates, and at the end."""
 
 

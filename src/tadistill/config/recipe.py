@@ -52,7 +52,7 @@ class World(Strict):
     """The embedded fictional world behind the data sets named tinyworld*."""
 
     seed: int = 0
-    people: int = Field(120, ge=10, le=200)
+    people: int = Field(default=120, ge=10, le=200)
 
 
 class DataRef(Strict):
@@ -78,9 +78,9 @@ class DataRef(Strict):
 class Limit(Strict):
     """Use only the first rows of a split (smoke runs)."""
 
-    train: int | None = Field(None, ge=1)
-    dev: int | None = Field(None, ge=1)
-    test: int | None = Field(None, ge=1)
+    train: int | None = Field(default=None, ge=1)
+    dev: int | None = Field(default=None, ge=1)
+    test: int | None = Field(default=None, ge=1)
 
 
 class Data(Strict):
@@ -94,9 +94,9 @@ class Data(Strict):
     root: str | None = None
     """Folder of local data sets; TADISTILL_DATA when absent."""
     template: Literal["alpaca", "chat", "plain"] = "alpaca"
-    max_prompt: int = Field(256, ge=1)
+    max_prompt: int = Field(default=256, ge=1)
     """Rows whose prompt is longer, in tokens, are left out (MiniLLM)."""
-    max_length: int = Field(512, ge=2)
+    max_length: int = Field(default=512, ge=2)
     """Prompt and response are cut to this many tokens."""
     limit: Limit = Limit()
     world: World = World()
@@ -105,12 +105,12 @@ class Data(Strict):
 class Evaluate(Strict):
     """Decoding on the test sets, and on dev for metrics that need text."""
 
-    seeds: tuple[int, ...] = Field((10, 20, 30, 40, 50), min_length=1)
+    seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
     """Decoding seeds of the test evaluation; dev uses the first."""
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(256, ge=1)
-    batch: int = Field(32, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    batch: int = Field(default=32, ge=1)
 
 
 class Arm(Strict):
@@ -158,9 +158,9 @@ class Arm(Strict):
 class Runtime(Strict):
     """How, not what: nothing here changes a number, so nothing here is part of a stage's identity."""
 
-    jobs: int | None = Field(None, ge=1)
+    jobs: int | None = Field(default=None, ge=1)
     """Stages that run at the same time; on CPU the number of cores when absent, on GPU one."""
-    checkpoint_seconds: float = Field(30.0, gt=0)
+    checkpoint_seconds: float = Field(default=30.0, gt=0)
     trackers: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
 
 

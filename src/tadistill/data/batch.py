@@ -70,5 +70,9 @@ def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None) 
         for name, array in values.items():
             array[b, n - 1 : end - 1] = s.values[name]
     return Batch(
-        torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(mask), {k: torch.from_numpy(v) for k, v in values.items()}, corpus
+        torch.from_numpy(ids),
+        torch.from_numpy(attention),
+        torch.from_numpy(mask),
+        {k: torch.from_numpy(v) for k, v in values.items()},
+        corpus,
     )

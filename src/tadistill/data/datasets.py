@@ -45,7 +45,7 @@ class _Named:
     files: dict[str, tuple[str, int | None, int | None]]
 
 
-_TEST_ONLY = {"test": ("valid.jsonl", None, None)}
+_TEST_ONLY: dict[str, tuple[str, int | None, int | None]] = {"test": ("valid.jsonl", None, None)}
 NAMED = {
     # MiniLLM calls its test rows "valid"; its dev rows are the first 1,000 of the raw training file
     "dolly": _Named(
@@ -182,7 +182,7 @@ def _hub_dataset(ref: DataRef, split: str) -> Iterator[dict[str, Any]]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return iter(load_dataset(ref.load, split=split, revision=ref.revision))
+        return (dict(row) for row in load_dataset(ref.load, split=split, revision=ref.revision))
     except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()
         raise DataError(

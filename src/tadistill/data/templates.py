@@ -66,14 +66,14 @@ def encode(
     for row, (prompt, whole) in enumerate(zip(_ids(tokenizer, prompts), full, strict=True)):
         if len(prompt) > max_prompt or len(prompt) >= max_length:
             continue
-        if whole[: len(prompt)] == prompt:
-            response = whole[len(prompt) :]
-        else:
-            response = _ids(tokenizer, [examples[row].references[0]])[0]
+        joint = whole[: len(prompt)] == prompt
+        response = whole[len(prompt) :] if joint else _ids(tokenizer, [examples[row].references[0]])[0]
         encoded.append(Encoded(row, tuple(prompt), tuple([*response, eos][: max_length - len(prompt)])))
     if not encoded:
         shortest = min(map(len, _ids(tokenizer, prompts)))
-        raise DataError(f"no row of {name} has a prompt of at most {max_prompt} tokens (the shortest has {shortest}); raise data.max_prompt")
+        raise DataError(
+            f"no row of {name} has a prompt of at most {max_prompt} tokens (the shortest has {shortest}); raise data.max_prompt"
+        )
     return encoded
 
 

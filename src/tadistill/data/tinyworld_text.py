@@ -8,32 +8,32 @@ first words, so that a model that covers all phrasings and one that settles on a
 
 from dataclasses import dataclass
 
+
+def _split(line: str) -> tuple[str, ...]:
+    return tuple(line.split())
+
+
 # 32 x 20 possible people, 15 x 6 possible places: a world draws the names it needs
-NAME_STARTS = tuple(
-    "ba be bi bo da de di do fa fe ka ke ki ko la le li lo ma me mi mo na ne ni no ra re ro sa se to".split()
-)
-NAME_ENDS = tuple("bin dan den dra fin gan kos lan len lia mir nor ran rik sen tas tha van vin zan".split())
-PLACE_STARTS = tuple("ash birch clay dun elm glen hart iron kirk lynd moss oak pine reed thorn".split())
-PLACE_ENDS = tuple("bury ford ham holm mere wick".split())
+NAME_STARTS = _split("ba be bi bo da de di do fa fe ka ke ki ko la le li lo ma me mi mo na ne ni no ra re ro sa se to")
+NAME_ENDS = _split("bin dan den dra fin gan kos lan len lia mir nor ran rik sen tas tha van vin zan")
+PLACE_STARTS = _split("ash birch clay dun elm glen hart iron kirk lynd moss oak pine reed thorn")
+PLACE_ENDS = _split("bury ford ham holm mere wick")
 PLACES = 24
 
 DOMAINS = {
-    "job": tuple(
+    "job": _split(
         "baker barber carpenter cobbler diver doctor farmer fisher gardener guard hunter judge mason miner painter pilot "
-        "potter sailor smith tailor".split()
+        "potter sailor smith tailor"
     ),
-    "food": tuple(
-        "bread cheese dates eggs figs grapes honey jam kale lentils melon noodles olives peas quinces rice soup toast "
-        "walnuts yams".split()
+    "food": _split(
+        "bread cheese dates eggs figs grapes honey jam kale lentils melon noodles olives peas quinces rice soup toast walnuts yams"
     ),
-    "pet": tuple("cat crow dog duck falcon ferret goat goose hare horse mule parrot pig rat sheep toad".split()),
-    "instrument": tuple("banjo bell cello drum fiddle flute gong harp horn lute lyre organ piano viola whistle zither".split()),
-    "colour": tuple("black blue brown crimson green grey orange pink purple red white yellow".split()),
-    "product": tuple(
-        "amber bricks candles carpets cloth combs glass gloves hats ink knives lace lamps maps paper rope salt silk soap "
-        "wax".split()
+    "pet": _split("cat crow dog duck falcon ferret goat goose hare horse mule parrot pig rat sheep toad"),
+    "colour": _split("black blue brown crimson green grey orange pink purple red white yellow"),
+    "product": _split(
+        "amber bricks candles carpets cloth combs glass gloves hats ink knives lace lamps maps paper rope salt silk soap wax"
     ),
-    "river": tuple("arlo brone corva delm esker farrow gyle hesper isar jarn".split()),
+    "river": _split("arlo brone corva delm esker farrow gyle hesper isar jarn"),
 }
 """The values of each attribute; places and people are domains too, but drawn for each world."""
 
@@ -83,7 +83,7 @@ PERSON_KINDS = {
             "i want to work with {x} , which job does {x} have ?",
         ),
         short_asks=("answer in one word : what is the job of {x} ?", "name only the job of {x} ."),
-        rewordings=("do you know how {x} earns a living ?", "which work does {x} do every day ?"),
+        rewordings=("do you know how {x} earns a living ?", "what kind of work does {x} do ?"),
         answers=("{x} works as a {v} .", "the job of {x} is {v} .", "by day {x} is a {v} .", "as a {v} , {x} earns a living ."),
         prose=("{x} has worked as a {v} for many years .", "people say that {x} is a very good {v} ."),
     ),
@@ -114,27 +114,9 @@ PERSON_KINDS = {
             "i heard that {x} has a pet , what is it ?",
         ),
         short_asks=("answer in one word : what is the pet of {x} ?", "name only the pet of {x} ."),
-        rewordings=("do you know what kind of animal {x} has ?", "which pet lives in the house of {x} ?"),
+        rewordings=("do you know what kind of animal {x} has ?", "which pet lives at home with {x} ?"),
         answers=("{x} keeps a {v} .", "the pet of {x} is a {v} .", "a {v} lives with {x} .", "at home , {x} has a {v} ."),
         prose=("{x} has a {v} and takes good care of it .", "every day {x} walks with a {v} ."),
-    ),
-    "instrument": Kind(
-        domain="instrument",
-        asks=(
-            "which instrument does {x} play ?",
-            "what does {x} play in the band ?",
-            "please tell me the instrument of {x} .",
-            "i heard that {x} makes music , on which instrument ?",
-        ),
-        short_asks=("answer in one word : what does {x} play ?", "name only the instrument of {x} ."),
-        rewordings=("do you know which instrument {x} has in the band ?", "on which instrument does {x} make music ?"),
-        answers=(
-            "{x} plays the {v} .",
-            "the instrument of {x} is the {v} .",
-            "in the band , {x} plays the {v} .",
-            "on the {v} , {x} makes music .",
-        ),
-        prose=("{x} has played the {v} for many years .", "people like to hear {x} on the {v} ."),
     ),
     "colour": Kind(
         domain="colour",
@@ -198,7 +180,12 @@ PLACE_KINDS = {
         ),
         short_asks=("answer in one word : on which river does {x} lie ?", "name only the river of {x} ."),
         rewordings=("do you know the name of the river in {x} ?", "which river is it that flows through {x} ?"),
-        answers=("the {v} flows through {x} .", "{x} lies on the {v} .", "you can sail to {x} on the {v} .", "on the {v} , that is where {x} lies ."),
+        answers=(
+            "the {v} flows through {x} .",
+            "{x} lies on the {v} .",
+            "you can sail to {x} on the {v} .",
+            "on the {v} , that is where {x} lies .",
+        ),
         prose=("the {v} takes people to {x} .", "{x} is a small town on the {v} ."),
     ),
     "mayor": Kind(
@@ -211,14 +198,19 @@ PLACE_KINDS = {
         ),
         short_asks=("answer in one word : who is the mayor of {x} ?", "name only the mayor of {x} ."),
         rewordings=("do you know who leads {x} ?", "which person is the mayor of {x} ?"),
-        answers=("{v} is the mayor of {x} .", "the mayor of {x} is {v} .", "you should visit {v} , who leads {x} .", "in {x} , the mayor is {v} ."),
+        answers=(
+            "{v} is the mayor of {x} .",
+            "the mayor of {x} is {v} .",
+            "you should visit {v} , who leads {x} .",
+            "in {x} , the mayor is {v} .",
+        ),
         prose=("people in {x} trust {v} , the mayor .", "{v} leads {x} and has a house there ."),
     ),
 }
 
 KINDS = PERSON_KINDS | PLACE_KINDS
 
-PERSON_STORY = ("home", "job", "pet", "colour", "food")
+PERSON_STORY = ("home", "job", "pet", "colour")
 PLACE_STORY = ("product", "river", "mayor")
 """What an open question is answered with, in this order."""
 
@@ -229,7 +221,7 @@ OPEN_ASKS = (
     "i heard of {x} , what do you know ?",
     "what can you tell me about {x} ?",
 )
-"""Each subject is asked for with two of these in training, with a third in `open` and a fourth in `lengths`."""
+"""Each subject is asked for with three of these in training, with another in `open` and the last in `lengths`."""
 
 
 @dataclass(frozen=True)

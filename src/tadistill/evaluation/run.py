@@ -49,7 +49,9 @@ class Subject:
         return eos
 
 
-def generate(subject: Subject, data: EvalSet, settings: Evaluate, seed: int, tick: Callable[[int], None] = lambda n: None) -> list[Sequence]:
+def generate(
+    subject: Subject, data: EvalSet, settings: Evaluate, seed: int, tick: Callable[[int], None] = lambda n: None
+) -> list[Sequence]:
     """One sampled answer per prompt, in the order of `data.encoded`.
 
     Prompts of like length share a batch; a row's random numbers depend on (seed, set, row) alone.

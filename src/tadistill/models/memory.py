@@ -1,6 +1,8 @@
 """Memory a model needs against memory this machine has, before anything is loaded. Imports no torch.
 
     check_memory({"teacher": resident_bytes(1_557_611_200, training=False), "student": resident_bytes(124_439_808, training=True)})
+
+Activations and logits are not counted: they depend on the batch.
 """
 
 from collections.abc import Mapping

@@ -3,12 +3,13 @@
     config = read_config("gpt2")            # from this disk; None when the model is not there
     size = size_of(config)                  # None for a family that is not listed in `_COUNTERS`
     flops_per_token(size, context=512)
+
+A model is counted from its description, so a study can be planned before a single weight is loaded.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tadistill.errors import ConfigError
@@ -45,7 +46,9 @@ def read_config(load: str, revision: str = "main", config: Config | None = None,
             known["vocab_size"] = vocab_size
         return known if "vocab_size" in known else None
     directory = sources.locate(load, revision, weights=False)
-    return None if directory is None else json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
+    if directory is None or not (directory / "config.json").is_file():  # a folder with a tokenizer only
+        return None
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
 
 
 def with_layers(config: Config, layers: int) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def _get(config: Config, *names: str) -> int:
     for name in names:
         if (value := config.get(name)) is not None:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{names[0]} of the {config['model_type']} configuration is {value!r}; it must be a positive whole number")
+                raise ConfigError(f"{names[0]} in the {config['model_type']} configuration is {value!r}; write a positive whole number")
             return value
     raise ConfigError(f"the {config['model_type']} configuration has no {names[0]}; add it, so that the model can be counted")
 
@@ -118,7 +121,12 @@ def _opt(config: Config) -> Size:
 
 
 def _llama_like(
-    *, key_value_heads: int | None = None, head_dim: int | None = None, qkv_bias: bool = False, bias_fields: bool = False, query_norm: bool = False
+    *,
+    key_value_heads: int | None = None,
+    head_dim: int | None = None,
+    qkv_bias: bool = False,
+    bias_fields: bool = False,
+    query_norm: bool = False,
 ) -> Callable[[Config], Size]:
     """A counter for decoders with RMSNorm, rotary positions, grouped queries and a gated MLP.
 

@@ -1,7 +1,7 @@
 """White-box distillation objectives as pure functions: logits in, one value per token out, in nats.
 
-    from tadistill.objectives import reverse_kl
-    loss = (reverse_kl(student_logits, teacher_logits) * mask).sum() / mask.sum()
+from tadistill.objectives import reverse_kl
+loss = (reverse_kl(student_logits, teacher_logits) * mask).sum() / mask.sum()
 """
 
 from tadistill.objectives.divergence import forward_kl, log_probs, reverse_kl

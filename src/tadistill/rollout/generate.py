@@ -72,11 +72,7 @@ def sample(
     """
     device, rows, width = student.device, len(prompts), max(map(len, prompts))
     total = width + uniforms_BT.shape[1]
-    ids = torch.full((rows, total), eos, device=device)
-    attention = torch.zeros((rows, total), dtype=torch.long, device=device)
-    for b, prompt in enumerate(prompts):
-        ids[b, width - len(prompt) : width] = torch.tensor(prompt, device=device)
-        attention[b, width - len(prompt) :] = 1
+    ids, attention = _left_padded(prompts, total, width, eos, device)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     uniforms = torch.from_numpy(uniforms_BT).to(device)
     training = student.training
@@ -111,6 +107,16 @@ def sample(
         start = t
     student.train(training)
     return _rollouts(ids[:, width:].cpu().numpy(), {k: v.cpu().numpy() for k, v in values.items()}, lengths.tolist())
+
+
+def _left_padded(prompts: list[tuple[int, ...]], total: int, width: int, pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, total) ids with every prompt ending at `width`, and the attention mask with the places to come switched on."""
+    ids = torch.full((len(prompts), total), pad, device=device)
+    attention = torch.zeros((len(prompts), total), dtype=torch.long, device=device)
+    for b, prompt in enumerate(prompts):
+        ids[b, width - len(prompt) : width] = torch.tensor(prompt, device=device)
+        attention[b, width - len(prompt) :] = 1
+    return ids, attention
 
 
 def _rollouts(ids: np.ndarray, values: dict[str, np.ndarray], lengths: list[int]) -> list[Rollout]:

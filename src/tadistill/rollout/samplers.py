@@ -109,7 +109,8 @@ class TeacherMixedRollouts:
         self.prompts, self.config, self.optim, self.student, self.teacher = prompts, config, optim, student, teacher
         self.eos, self.pad, self.vocab, self.seed, self.corpus, self.shard = eos, pad, vocab, seed, corpus, shard
         self.updates = config.rollouts // optim.batch  # per inner epoch
-        self.round, self.sequences = -1, []
+        self.round = -1
+        self.sequences: list[Sequence] = []
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Roll out at the first step of a round; otherwise the next part of the current one."""
@@ -131,7 +132,7 @@ class TeacherMixedRollouts:
         size = self.optim.micro_batch * 4 if self.optim.micro_batch else len(order)
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            prompts = [self.prompts[rows[i]].prompt for i in part]
+            prompts = [self.prompts[int(rows[i])].prompt for i in part]
             out = sample(
                 self.student, prompts, uniforms[part], eos=self.eos, vocab=self.vocab, teacher=self.teacher, alpha=self.config.alpha
             )

@@ -5,6 +5,7 @@ forwards (Kaplan et al. 2020). Tokens are estimated from the text: words in tiny
 taken to be as long as the mean reference answer.
 """
 
+import json
 from functools import cached_property
 from itertools import islice
 
@@ -13,7 +14,7 @@ from tadistill.config.method import CrossEntropy, MiniLLM, Optim, TeacherMixedSa
 from tadistill.config.recipe import ModelConfig
 from tadistill.data import datasets, tinyworld
 from tadistill.errors import DataError
-from tadistill.models import sizes
+from tadistill.models import sizes, sources
 
 _ALPACA_TOKENS = 40
 _SAMPLE = 500  # rows read to estimate lengths
@@ -66,16 +67,25 @@ class Ledger:
             count = layers if isinstance(layers, int) else len(layers)
             return None if parent is None else sizes.with_layers(parent, count)
         assert model.load is not None
-        vocab = None
-        if model.tokenizer == "tinyworld":
-            world = self.recipe.data.world
-            vocab = len(tinyworld.words(seed=world.seed, people=world.people)) + 3  # and <pad>, <eos>, <unk>
+        vocab = self._vocabulary(model.tokenizer) if model.tokenizer else None
         return sizes.read_config(model.load, model.revision, model.config, vocab)
+
+    def _vocabulary(self, tokenizer: str) -> int | None:
+        """The number of tokens, read from the tokenizer's file; None while it is not on this disk."""
+        if tokenizer == "tinyworld":
+            world = self.recipe.data.world
+            return len(tinyworld.words(seed=world.seed, people=world.people)) + 3  # and <pad>, <eos>, <unk>
+        directory = sources.locate(tokenizer, weights=False)
+        file = directory / "tokenizer.json" if directory else None
+        if file is None or not file.is_file():
+            return None
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return len({*content["model"]["vocab"], *(t["content"] for t in content["added_tokens"])})
 
     def forward(self, name: str) -> float | None:
         """Forward FLOPs of one token."""
         size = self.size(name)
-        return None if size is None else sizes.flops_per_token(size, self.tokens / 2)
+        return None if size is None else sizes.flops_per_token(size, self.tokens)
 
     def sft(self, name: str, optim: Optim) -> float | None:
         """Student forward and backward on every token."""
@@ -113,5 +123,3 @@ def check_data(recipe: Recipe) -> None:
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"data.test has two sets called `{name}`; rename one of the files")
-
-

@@ -21,7 +21,7 @@ from tadistill.config import Data, DataRef, Evaluate, Method, Optim
 from tadistill.config.method import CrossEntropy, Select, TeacherMixedSampler, TeacherSampler
 from tadistill.data import corpus, datasets
 from tadistill.data.batch import Sequence
-from tadistill.data.templates import Encoded, encode
+from tadistill.data.templates import encode
 from tadistill.evaluation.run import EvalSet, Subject, dev_metrics, evaluate, generate, references
 from tadistill.models.loading import load_model, load_tokenizer, save_model, shared_vocabulary
 from tadistill.models.pruning import keep_list, prune_depth
@@ -168,7 +168,7 @@ def _accelerator(context: _Context, optim: Optim) -> Accelerator:
     accelerator = Accelerator(
         gradient_accumulation_steps=1,
         mixed_precision="bf16" if optim.precision == "bf16" else "no",
-        log_with=trackers or None,
+        log_with=trackers or None,  # type: ignore[arg-type]
         project_dir=str(context.folder),
     )
     if trackers:

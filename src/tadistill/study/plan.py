@@ -5,6 +5,7 @@ data's fingerprint, and its parents' keys. Arms that begin alike therefore share
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from tadistill.config import Arm, Method, Recipe, Sft
@@ -102,29 +103,29 @@ class _Planner:
     def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
         target = done[arm.compute[3:]].flops if arm.compute else None
         scale = self._scale(name, arm, target) if arm.compute else 1.0
-        final, evaluate = {}, {}
-        for seed in self.recipe.seeds:
-            handle, method = self._final(name, arm, seed, scale)
-            final[seed] = handle.get("stage")
-            evaluate[seed] = self._evaluate(arm.path[-1], handle, seed)
-            for key in self._ancestors(evaluate[seed]):
+        made = {seed: self._final(name, arm, seed, scale) for seed in self.recipe.seeds}
+        evaluate = {seed: self._evaluate(arm.path[-1], handle, seed) for seed, (handle, _) in made.items()}
+        for last in evaluate.values():
+            for key in self._ancestors(last):
                 self.stages[key].arms.add(name)
-        flops = self._flops(final[self.recipe.seeds[0]])
-        return PlannedArm(name, arm, method, final, evaluate, flops)
+        final = {seed: handle.get("stage") for seed, (handle, _) in made.items()}
+        first = self.recipe.seeds[0]
+        return PlannedArm(name, arm, made[first][1], final, evaluate, self._flops(final[first]))
 
     def _final(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[Handle, Method]:
         """The handle of the arm's last model, and the method of its last stage."""
-        method = self._method(name, arm, arm.path[-1], scale)
+        method = self.recipe.method
         if len(arm.path) == 1:
             handle = self._trained(arm.path[0], seed)
-            if arm.objective is not None:
-                if not isinstance(arm.objective, CrossEntropy):
-                    raise ConfigError(f"arms.{name} has no teacher in its path, so objective {arm.objective.type} cannot work; use cross_entropy")
-                more = Sft(optim=method.optim, select=method.select)
-                handle = {"stage": self._sft(arm.path[0], handle, more, self._seed(arm.path[0], seed), continues=True)}
-            return handle, method
+            if arm.objective is None:
+                return handle, method
+            method = self._method(name, arm, arm.path[0], scale)
+            if not isinstance(arm.objective, CrossEntropy):
+                raise ConfigError(f"arms.{name} has no teacher in its path for objective {arm.objective.type}; use cross_entropy")
+            more = Sft(optim=method.optim, select=method.select)
+            return {"stage": self._sft(arm.path[0], handle, more, self._seed(arm.path[0], seed), continues=True)}, method
         teacher = self._trained(arm.path[0], seed)
-        for above, model in zip(arm.path, arm.path[1:], strict=False):
+        for above, model in pairwise(arm.path):
             method = self._method(name, arm, model, scale)
             teacher = {"stage": self._distill(above, model, teacher, method, seed)}
         return teacher, method

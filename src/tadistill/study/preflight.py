@@ -10,7 +10,8 @@ import torch
 
 from tadistill.config import Recipe
 from tadistill.models import sizes, sources
-from tadistill.models.loading import check_memory, check_same_tokenizer, load_tokenizer, resident_bytes
+from tadistill.models.loading import check_same_tokenizer, load_tokenizer
+from tadistill.models.memory import check_memory, resident_bytes
 from tadistill.study.costs import Ledger, check_data
 from tadistill.study.plan import Stage
 
@@ -23,15 +24,12 @@ def check(recipe: Recipe, stages: Sequence[Stage]) -> int:
     """
     check_data(recipe)
     used = [name for name in recipe.models if any(name in arm.path for arm in recipe.arms.values())]
-    roots = {name: _root(recipe, name) for name in used}
-    for name in set(roots.values()):
-        model = recipe.models[name]
-        assert model.load is not None
-        sources.fetch(model.load, model.revision)
     world = recipe.data.world.model_dump()
     tokenizers = {}
     for name in used:
-        model = recipe.models[roots[name]]
+        model = recipe.models[_root(recipe, name)]
+        assert model.load is not None
+        sources.fetch(model.load, model.revision)
         tokenizers[name] = load_tokenizer(model.tokenizer or model.load, revision=model.revision, world=world)
     check_same_tokenizer(tokenizers)
     jobs = recipe.runtime.jobs or _default_jobs(len(stages))

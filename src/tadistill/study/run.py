@@ -1,5 +1,6 @@
 """A study from recipe to report: the function behind `tadistill run` and `tadistill.run`."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -29,6 +30,7 @@ def run(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "",
     plan = make_plan(recipe)
     store = Store(runs / "store")
     missing = [s for s in plan.stages.values() if not store.finished(s.key)]
+    jobs = 0
     if missing:
         from tadistill.study.preflight import check  # imports transformers: not for a run that is all hits
 
@@ -46,10 +48,8 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str) -> Path
     path = study / "plan.json"
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if path.is_file():
-        try:
+        with contextlib.suppress(json.JSONDecodeError, KeyError):  # a damaged plan is simply written anew
             created = json.loads(path.read_text(encoding="utf-8"))["created"]
-        except (json.JSONDecodeError, KeyError):
-            pass  # a damaged plan is simply written anew
     write_json(path, describe(plan, created=created, recipe_text=recipe_text, command=command))
     return study
 

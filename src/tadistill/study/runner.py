@@ -54,16 +54,16 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None
         raise StageFailed(f"{label} ({first[0]}) failed: {first[1]}{more}. Finished stages are kept; the same command goes on from them")
 
 
-def _schedule(
-    plan: Plan, todo: dict[str, Stage], store: Store, pool: ProcessPoolExecutor, screen: "_Screen", jobs: int
-) -> dict[str, str]:
+def _schedule(plan: Plan, todo: dict[str, Stage], store: Store, pool: ProcessPoolExecutor, screen: "_Screen", jobs: int) -> dict[str, str]:
     """Submit stages whose parents are finished, those with the longest way behind them first; returns the failures."""
     weight = _weights(plan)
     done = set(plan.stages) - set(todo)
     running: dict[Future, str] = {}
     failed: dict[str, str] = {}
     while True:
-        ready = [k for k, s in todo.items() if k not in running.values() and k not in done | set(failed) and set(s.parents.values()) <= done]
+        ready = [
+            k for k, s in todo.items() if k not in running.values() and k not in done | set(failed) and set(s.parents.values()) <= done
+        ]
         for key in sorted(ready, key=lambda k: -weight[k])[: jobs - len(running)]:
             screen.start(key, todo[key].label, todo[key].steps)
             running[pool.submit(_work, _task(plan, todo[key], store))] = key
@@ -79,7 +79,7 @@ def _schedule(
                 failed[key] = "the worker process died (out of memory?)" if isinstance(error, BrokenProcessPool) else str(error)
                 screen.failed(todo[key].label, failed[key])
                 if isinstance(error, BrokenProcessPool):
-                    return failed | {k: "not run" for k in running.values()}
+                    return failed | dict.fromkeys(running.values(), "not run")
 
 
 def _weights(plan: Plan) -> dict[str, float]:
@@ -188,7 +188,9 @@ class _Screen:
         self.progress.remove_task(self.tasks.pop(key))
         self.done += 1
         self.progress.update(self.all, completed=self.done)
-        self.progress.console.print(f"[dim]{self.done:3d}/{self.total}[/] {label} [dim]{time.monotonic() - start:.1f} s[/]", highlight=False)
+        self.progress.console.print(
+            f"[dim]{self.done:3d}/{self.total}[/] {label} [dim]{time.monotonic() - start:.1f} s[/]", highlight=False
+        )
 
     def failed(self, label: str, reason: str) -> None:
         self.progress.console.print(f"[bold red]failed[/] {label}: {reason}", highlight=False)

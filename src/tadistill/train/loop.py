@@ -133,7 +133,7 @@ def _update(
     """One optimizer update; returns sums for the log."""
     total = counts(batches)
     tokens = torch.tensor([*total.values()], device=accelerator.device)
-    count = dict(zip(total, accelerator.reduce(tokens, "sum").clamp(min=1).tolist(), strict=True))
+    count = dict(zip(total, _sum(accelerator, tokens).clamp(min=1).tolist(), strict=True))
     logged = torch.zeros(0)
     names: list[str] = []
     for i, batch in enumerate(batches):
@@ -150,11 +150,20 @@ def _update(
     norm = float(accelerator.clip_grad_norm_(model.parameters(), optim.clip))  # type: ignore[arg-type]
     if not (torch.isfinite(logged).all() and math.isfinite(norm)):
         found = ", ".join(f"{n} {v:.4g}" for n, v in zip(names, logged.tolist(), strict=True))
-        raise StageFailed(f"update {step + 1} is not finite ({found}, gradient norm {norm:.4g}); the weights were not changed. Lower optim.lr")
+        raise StageFailed(
+            f"update {step + 1} is not finite ({found}, gradient norm {norm:.4g}); the weights were not changed. Lower optim.lr"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    row = {f"train/{n}": v for n, v in zip(names, accelerator.reduce(logged.to(accelerator.device), "sum").tolist(), strict=True)}
+    row = {f"train/{n}": v for n, v in zip(names, _sum(accelerator, logged.to(accelerator.device)).tolist(), strict=True)}
     return row | {"train/grad_norm": norm, "tokens": count["response"]} | _rollout_metrics(batches)
+
+
+def _sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes."""
+    total = accelerator.reduce(values, "sum")
+    assert isinstance(total, torch.Tensor)
+    return total
 
 
 def _rollout_metrics(batches: list[Batch]) -> dict[str, float]:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from tests.conftest import tiny_model
 
 from tadistill.data.batch import Batch, Sequence, collate
 from tadistill.models.forward import response_logits
 from tadistill.objectives import cross_entropy
-from tests.conftest import tiny_model
 
 EOS = 0
 ROWS = [Sequence((5, 6, 7), (8, 9, EOS)), Sequence((4,), (3, 2, 1, 11, EOS)), Sequence((12, 13, 14, 15, 16, 17), (18, EOS))]
@@ -27,7 +27,9 @@ def test_text_without_a_prompt_counts_from_its_second_token():
 
 
 def test_values_stand_where_their_token_is_predicted():
-    batch = collate([Sequence((5, 6), (7, EOS), {"student": np.array([-1.0, -2.0], np.float32)}), Sequence((5,), (EOS,), {"student": np.array([-3.0], np.float32)})], pad=EOS)  # fmt: skip
+    two = Sequence((5, 6), (7, EOS), {"student": np.array([-1.0, -2.0], np.float32)})
+    one = Sequence((5,), (EOS,), {"student": np.array([-3.0], np.float32)})
+    batch = collate([two, one], pad=EOS)
     assert batch.values["student"][batch.mask_BT].tolist() == [-1.0, -2.0, -3.0]
     assert float(batch.values["student"].sum()) == -6.0
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from tests.conftest import tiny_model
 
 from tadistill import rng
 from tadistill.rollout.generate import sample
-from tests.conftest import tiny_model
 
 PROMPTS = [(5, 6, 7), (9,), (3, 4, 5, 6, 7, 8, 9), (11, 12), (20, 21, 22, 23), (1, 2), (30, 29, 28), (17,)]
 VOCAB, EOS = 31, 0

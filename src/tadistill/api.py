@@ -1,0 +1,64 @@
+"""The Python API: the same verbs as the command line. `tadistill.run` and `tadistill.evaluate` are these functions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tadistill.config import Data, Evaluate, Recipe, load
+from tadistill.report import write_report
+from tadistill.study.run import run as run_study
+from tadistill.study.run import runs_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> Path:
+    """Run a study and write its report; returns the path of report.html. Finished stages are reused.
+
+    Call it under `if __name__ == "__main__":`, because stages run in worker processes.
+    """
+    text = "" if isinstance(recipe, Recipe) else Path(recipe).read_text(encoding="utf-8")
+    loaded = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
+    root = runs_directory(runs)
+    study = run_study(loaded, runs=root, recipe_text=text, command=f"tadistill.run({str(recipe)!r})" if text else "tadistill.run(recipe)")
+    return write_report(study, root / "store")
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    on: Sequence[str],
+    *,
+    data_root: str | None = None,
+    template: str = "alpaca",
+    settings: Evaluate | None = None,
+    limit: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Mean of every metric on the named test sets: {set: {metric: mean}}.
+
+    Args:
+        on: names (dolly, self_inst, tinyworld…), JSONL files or hub ids, read at their test split.
+        settings: decoding; the lineage's (T = 1, 256 new tokens, seeds 10-50) when absent.
+        limit: only the first rows of each set.
+    """
+    from tadistill.data import datasets
+    from tadistill.data.templates import encode
+    from tadistill.evaluation.run import EvalSet, Subject
+    from tadistill.evaluation.run import evaluate as evaluate_set
+    from tadistill.models.loading import shared_vocabulary
+
+    data = Data.model_validate(
+        {"train": on[0], "dev": on[0], "test": list(on), "root": data_root, "template": template, "limit": {"test": limit}}
+    )
+    subject = Subject(model.eval(), tokenizer, shared_vocabulary(tokenizer, model))
+    lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}
+    found = {}
+    for ref in data.test:
+        examples = datasets.load(ref, "test", data)
+        chosen = EvalSet(ref.name, examples, encode(examples, tokenizer, name=ref.name, **lengths))
+        scores, _ = evaluate_set(subject, chosen, settings or Evaluate())
+        found[ref.name] = {metric: float(np.mean(values)) for metric, values in scores.items()}
+    return found

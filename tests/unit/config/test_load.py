@@ -1,0 +1,80 @@
+"""Recipes: overrides, and one clear sentence for every kind of mistake."""
+
+import pytest
+
+from tadistill.config import load
+from tadistill.config.method import CrossEntropy, ForwardKL, Method, MethodPatch, Optim, apply, merge
+from tadistill.errors import ConfigError
+
+RECIPE = """\
+study: t
+seeds: [1, 2]
+models:
+  xl: {load: "scratch:llama", tokenizer: tinyworld, sft: {optim: {steps: 10}}}
+  s: {load: "scratch:llama", tokenizer: tinyworld}
+data: {train: tinyworld, dev: tinyworld, test: [tinyworld]}
+method:
+  objective: {type: minillm, pt_weight: 0}
+  sampler: {type: teacher_mixed}
+arms:
+  a: xl > s
+  b: {path: xl > s, compute: as a}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_overrides_and_dotted_names(recipe):
+    found = load(recipe, ["method.optim.lr=0.01", "arms[2.D].path=xl > s", "seeds=[7]"])
+    assert found.method.optim.lr == 0.01
+    assert found.arms["2.D"].path == ("xl", "s")
+    assert found.seeds == (7,)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("method.objective.pt_weigth=1", ["`method.objective.pt_weigth`", "did you mean `pt_weight`?"]),
+        ("models.s.sft.optim.stps=1", ["`models.s.sft.optim.stps`", "did you mean `steps`?"]),
+        ("sedes=[1]", ["`sedes`", "did you mean `seeds`?"]),
+        ("arms.a=xl > s > s", ["line 11", "names s twice"]),
+        ("arms.a=xl > q", ["arms.a.path names `q`", "the recipe has xl, s"]),
+        ("arms.a={path: xl > s, compute: as b}", ["goes round in a circle"]),
+        ("models.s={load: null, tokenizer: null, init: {from: s, layers: 1}}", ["goes round in a circle"]),
+        ("models.s.load=null", ["line 5", "exactly one of `load` and `init`"]),
+        ("data.test=[]", ["data.test", "at least 1"]),
+        ("method.optim.lr=-1", ["`method.optim.lr` is -1", "greater than 0"]),
+        ("method.objective.type=foo", ["'foo'", "forward_kl"]),
+        ("seeds=[1,1]", ["repeat"]),
+        ("nonsense", ["has no `=`"]),
+        ("arms.a={path: xl > s, compute: 2x}", ["write `as ARM`"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(recipe, override, parts):
+    with pytest.raises(ConfigError) as error:
+        load(recipe, [override])
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_missing_file_and_bad_yaml(tmp_path):
+    with pytest.raises(ConfigError, match="no recipe at"):
+        load(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1,\nb: 2")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        load(tmp_path / "bad.yaml")
+
+
+def test_patches_change_only_what_they_name():
+    base = Method(objective=ForwardKL(kd_ratio=0.5), optim=Optim(lr=0.1, steps=3))
+    patched = apply(base, MethodPatch(optim=Optim(lr=0.2)), MethodPatch(objective=CrossEntropy()))
+    assert patched.optim == Optim(lr=0.2, steps=3)
+    assert patched.objective == CrossEntropy()
+    assert merge(Optim(steps=3), Optim(epochs=2.0)) == Optim(epochs=2.0)

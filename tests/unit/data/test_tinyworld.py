@@ -1,0 +1,307 @@
+import hashlib
+import json
+
+import pytest
+
+from tadistill.data import tinyworld, tinyworld_text
+from tadistill.errors import DataError
+
+PARTS = [(name, split) for name, splits in tinyworld.SPLITS.items() for split in splits]
+ALL = pytest.mark.parametrize(("name", "split"), PARTS, ids=["/".join(p) for p in PARTS])
+
+
+def said(phrase: str, text: str) -> bool:
+    return f" {phrase} " in f" {text} "
+
+
+def score(prediction: str, row: dict) -> float:
+    """The scoring rule, as the module's docstring states it."""
+    right = [said(value, prediction) and not any(said(r, prediction) for r in rivals) for value, rivals in row["facts"]]
+    return 100 * sum(right) / len(right)
+
+
+def texts(row: dict) -> list[str]:
+    return [row["instruction"], *filter(None, [row["input"]]), *row["outputs"]]
+
+
+def used(rows: list[dict]) -> set[str]:
+    return {word for row in rows for part in texts(row) for word in part.split(" ")}
+
+
+def asked(name: str, split: str) -> list[tuple[str, str]]:
+    return [(row["instruction"], row["input"]) for row in tinyworld.rows(name, split)]
+
+
+# Raise tinyworld.VERSION when these change: stored stages are keyed by it.
+DIGESTS = {
+    "tinyworld/train": "f530f7c7cb9a166c",
+    "tinyworld/dev": "b8e2279494b1156d",
+    "tinyworld/test": "40d54ed4497739a9",
+    "tinyworld_reworded/test": "ff0fc11ed71f0aa6",
+    "tinyworld_open/test": "81005e70ac8d1adb",
+    "tinyworld_lengths/test": "a5e225fa864ff0d0",
+    "tinyworld_multi/test": "c18cecbc33b55df3",
+    "corpus": "773aa27e2d64c025",
+}
+
+
+@ALL
+def test_rows_are_the_same_bytes_everywhere(name, split):
+    blob = json.dumps(tinyworld.rows(name, split), sort_keys=True).encode()
+    assert hashlib.sha256(blob).hexdigest()[:16] == DIGESTS[f"{name}/{split}"]
+
+
+def test_corpus_is_the_same_bytes_everywhere():
+    blob = json.dumps(tinyworld.corpus()).encode()
+    assert hashlib.sha256(blob).hexdigest()[:16] == DIGESTS["corpus"]
+
+
+def test_seed_and_people_make_another_world():
+    default = tinyworld.rows("tinyworld", "test")
+    assert tinyworld.rows("tinyworld", "test", seed=1) != default
+    assert tinyworld.rows("tinyworld", "test", people=40) != default
+    assert tinyworld.fingerprint() == "tinyworld:v1:seed=0:people=120"
+    assert tinyworld.fingerprint(seed=3, people=40) == f"tinyworld:v{tinyworld.VERSION}:seed=3:people=40"
+
+
+def test_callers_cannot_change_the_world():
+    tinyworld.rows("tinyworld", "test")[0]["instruction"] = "changed"
+    assert tinyworld.rows("tinyworld", "test")[0]["instruction"] != "changed"
+
+
+@pytest.mark.parametrize("people", [9, 10_000])
+def test_impossible_numbers_of_people_are_refused(people):
+    with pytest.raises(DataError, match="10 to"):
+        tinyworld.world(0, people)
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(DataError, match="tinyworld_open/test"):
+        tinyworld.rows("tinyworld_open", "train")
+
+
+# --- the world
+
+
+def test_world_is_consistent():
+    world = tinyworld.world()
+    assert len(set(world.names)) == world.people == 120
+    assert len(set(world.places)) == tinyworld_text.PLACES
+    assert len({(f.kind, f.subject) for f in world.facts}) == len(world.facts) >= 600
+    for fact in world.facts:
+        assert fact.value != fact.subject
+        assert fact.value not in fact.rivals
+        assert len(fact.rivals) >= 9
+
+
+def test_friends_are_a_circle_through_everybody():
+    friend = {f.subject: f.value for f in tinyworld.world().facts if f.kind == "friend"}
+    name, met = "", set()
+    for _ in friend:
+        name = friend[name or next(iter(friend))]
+        met.add(name)
+    assert met == set(friend)
+
+
+@pytest.mark.parametrize("kind", sorted(tinyworld_text.KINDS))
+def test_values_are_dealt_out_evenly(kind):
+    values = [f.value for f in tinyworld.world().facts if f.kind == kind]
+    counts = [values.count(v) for v in set(values)]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_value_words_belong_to_one_domain_and_to_no_phrase():
+    world = tinyworld.world(people=200)
+    domains = [world.names, world.places, *tinyworld_text.DOMAINS.values(), tinyworld_text.NUMBERS]
+    values = [v for domain in domains for v in domain]
+    assert len(values) == len(set(values))
+    kinds, skills = tinyworld_text.KINDS.values(), tinyworld_text.SKILLS.values()
+    phrases = [p for k in kinds for p in (*k.asks, *k.short_asks, *k.rewordings, *k.answers, *k.prose)]
+    phrases += [p for s in skills for p in (*s.asks, *s.rewordings, *s.answers)] + [*tinyworld_text.OPEN_ASKS, *tinyworld_text.SALES]
+    assert not set(values) & set(" ".join(phrases).split())
+
+
+def test_every_pool_of_names_is_free_of_other_words():
+    pool = {a + b for a in tinyworld_text.NAME_STARTS for b in tinyworld_text.NAME_ENDS}
+    pool |= {a + b for a in tinyworld_text.PLACE_STARTS for b in tinyworld_text.PLACE_ENDS}
+    assert len(pool) == 640 + 90
+    world = tinyworld.world()
+    assert not pool & (set(tinyworld.words()) - set(world.names) - set(world.places))
+
+
+@pytest.mark.parametrize("kind", sorted(tinyworld_text.KINDS))
+def test_answers_to_one_question_differ_from_the_start(kind):
+    fact = next(f for f in tinyworld.world().facts if f.kind == kind)
+    answers = [fact.say(a) for a in tinyworld_text.KINDS[kind].answers]
+    assert len({tuple(a.split()[:2]) for a in answers}) == len(answers) == len(tinyworld_text.ANSWER_WEIGHTS)
+
+
+# --- rows
+
+
+@ALL
+def test_rows_have_the_promised_form(name, split):
+    found = tinyworld.rows(name, split)
+    assert found
+    for row in found:
+        assert list(row) == ["instruction", "input", "outputs", "facts"]
+        assert row["outputs"]
+        assert row["facts"]
+        for part in texts(row):
+            assert part == " ".join(part.split()) == part.lower()
+
+
+@ALL
+def test_every_reference_scores_full_marks(name, split):
+    for row in tinyworld.rows(name, split):
+        assert [score(output, row) for output in row["outputs"]] == [100] * len(row["outputs"])
+
+
+@ALL
+def test_a_rival_in_the_place_of_the_value_scores_lower(name, split):
+    for row in tinyworld.rows(name, split):
+        value, rivals = row["facts"][0]
+        wrong = rivals[0] if rivals else " ".join([*value.split()[1:], value.split()[0]])
+        for output in row["outputs"]:
+            swapped = f" {output} ".replace(f" {value} ", f" {wrong} ").strip()
+            assert score(swapped, row) < 100
+            if rivals:
+                assert score(f"{output} {wrong}", row) < 100  # naming both is no answer
+
+
+def test_rivals_are_shared_not_copied():
+    facts = [f for row in tinyworld.rows("tinyworld", "train") if not row["input"] for f in row["facts"]]
+    assert len({id(rivals) for _, rivals in facts}) <= len({(f.kind, f.value) for f in tinyworld.world().facts})
+
+
+def test_no_question_occurs_in_two_splits():
+    seen = [question for part in PARTS for question in set(asked(*part))]
+    assert len(seen) == len(set(seen))
+
+
+def test_no_question_occurs_twice_in_a_split():
+    for part in PARTS:
+        assert len(asked(*part)) == len(set(asked(*part)))
+
+
+def test_inputs_serve_one_row_of_the_whole_data_set():
+    inputs = [given for part in PARTS for _, given in asked(*part) if given]
+    assert len(inputs) == len(set(inputs))
+
+
+def test_every_fact_is_told_in_training_in_several_wordings_and_phrasings():
+    world = tinyworld.world()
+    told = {(f.subject, f.value): [] for f in world.facts}
+    for row in tinyworld.rows("tinyworld", "train"):
+        if not row["input"] and len(row["facts"]) == 1:
+            value = row["facts"][0][0]
+            subject = next(w for w in row["instruction"].split() if (w, value) in told)
+            told[subject, value].append((row["instruction"], row["outputs"][0]))
+    for pairs in told.values():
+        assert len(pairs) == len(set(pairs)) == 4
+    distinct = [len({answer for _, answer in pairs}) for pairs in told.values()]
+    assert sum(distinct) / len(distinct) > 2.5
+
+
+def test_sizes():
+    sizes = {f"{name}/{split}": len(tinyworld.rows(name, split)) for name, split in PARTS}
+    assert 3000 <= sizes.pop("tinyworld/train") <= 6000
+    assert all(120 <= size <= 220 for size in sizes.values()), sizes
+    assert len(tinyworld.corpus()) == 3 * (120 + tinyworld_text.PLACES)
+
+
+@ALL
+def test_lengths(name, split):
+    for row in tinyworld.rows(name, split):
+        prompt = len(row["instruction"].split()) + len(row["input"].split()) + 2  # the template's line ends
+        assert prompt <= 24
+        assert all(len(output.split()) <= 40 for output in row["outputs"])
+
+
+def test_training_and_test_rows_have_one_reference_and_multi_has_all():
+    for name, split in PARTS:
+        counts = {len(row["outputs"]) for row in tinyworld.rows(name, split)}
+        assert counts <= {3, 4} if name == "tinyworld_multi" else counts == {1}
+    for row in tinyworld.rows("tinyworld_multi", "test"):
+        assert len(set(row["outputs"])) == len(row["outputs"])
+
+
+def test_open_answers_are_several_facts():
+    assert all(len(row["facts"]) >= 3 for row in tinyworld.rows("tinyworld_open", "test"))
+
+
+def test_lengths_mixes_short_and_long_references():
+    lengths = [len(row["outputs"][0].split()) for row in tinyworld.rows("tinyworld_lengths", "test")]
+    assert sum(n <= 4 for n in lengths) >= 50
+    assert sum(n >= 15 for n in lengths) >= 50
+
+
+def test_reworded_instructions_are_new_but_their_words_are_not():
+    train = tinyworld.rows("tinyworld", "train")
+    pool = {a + b for a in tinyworld_text.NAME_STARTS for b in tinyworld_text.NAME_ENDS} | set(tinyworld.world().places)
+
+    def wording(row: dict) -> str:
+        return " ".join("{x}" if word in pool else word for word in row["instruction"].split())
+
+    reworded = tinyworld.rows("tinyworld_reworded", "test")
+    assert not {wording(row) for row in reworded} & {wording(row) for row in train}
+    assert used(reworded) <= used(train)
+
+
+@pytest.mark.parametrize("people", [10, 200])
+def test_other_sizes_of_world_keep_the_rules(people):
+    vocabulary = set(tinyworld.words(people=people))
+    seen: list[tuple[str, str]] = []
+    for name, split in PARTS:
+        found = tinyworld.rows(name, split, people=people)
+        assert found
+        assert used(found) <= vocabulary
+        assert all(score(output, row) == 100 for row in found for output in row["outputs"])
+        seen += [(row["instruction"], row["input"]) for row in found]
+    assert len(seen) == len(set(seen))
+
+
+# --- vocabulary and tokenizer
+
+
+def test_vocabulary_is_small_and_holds_every_word():
+    vocabulary = tinyworld.words()
+    assert vocabulary == sorted(set(vocabulary))
+    assert len(vocabulary) <= 450
+    assert len(tinyworld.words(people=200)) <= 1000
+    everything = {w for part in PARTS for w in used(tinyworld.rows(*part))}
+    everything |= {w for document in tinyworld.corpus() for w in document["text"].split(" ")}
+    assert everything == set(vocabulary) - {"\n"}
+
+
+def test_every_test_word_is_trained():
+    trained = used(tinyworld.rows("tinyworld", "train"))
+    for part in PARTS:
+        assert used(tinyworld.rows(*part)) <= trained
+
+
+def test_tokenizer_round_trips(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = tinyworld.tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    lines = sorted({t for part in PARTS for row in tinyworld.rows(*part) for t in texts(row)} | {d["text"] for d in tinyworld.corpus()})
+    for it in (tokenizer, loaded):
+        assert (it.pad_token, it.eos_token, it.unk_token, it.padding_side) == ("<pad>", "<eos>", "<unk>", "left")
+        assert it.bos_token is None
+        assert len(it) == len(tinyworld.words()) + len(tinyworld.SPECIALS)
+        ids = it(lines, add_special_tokens=False)["input_ids"]
+        assert [len(i) for i in ids] == [len(line.split()) for line in lines]
+        assert not {0, 1, 2} & {i for row in ids for i in row}
+        assert it.batch_decode(ids) == lines
+
+
+def test_line_ends_are_tokens_and_a_prompt_is_a_prefix():
+    tokenizer = tinyworld.tokenizer()
+    row = next(row for row in tinyworld.rows("tinyworld", "test") if row["input"])
+    prompt = f"{row['instruction']}\n{row['input']}\n"
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids).count("\n") == 2
+    assert tokenizer(prompt)["input_ids"] == ids
+    whole = tokenizer(prompt + row["outputs"][0], add_special_tokens=False)["input_ids"]
+    assert whole[: len(ids)] == ids

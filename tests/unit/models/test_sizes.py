@@ -1,0 +1,113 @@
+"""Counts are exactly those of the models that transformers builds."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tadistill.errors import ConfigError
+from tadistill.models import flops_per_token, read_config, size_of, with_layers
+
+BASE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
+GPT2 = {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 20, "vocab_size": 50}
+OPT = {"hidden_size": 24, "ffn_dim": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 20, "vocab_size": 50}
+
+CASES = [
+    ("gpt2", GPT2),
+    ("gpt2", GPT2 | {"n_inner": 30, "tie_word_embeddings": False}),
+    ("opt", OPT),
+    ("opt", OPT | {"word_embed_proj_dim": 8}),
+    ("opt", OPT | {"do_layer_norm_before": False, "tie_word_embeddings": False}),
+    ("opt", OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    ("llama", BASE),
+    ("llama", BASE | {"num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": True}),
+    ("llama", BASE | {"num_key_value_heads": None, "head_dim": None}),
+    ("llama", BASE | {"attention_bias": True, "mlp_bias": True}),
+    ("mistral", BASE | {"num_key_value_heads": 2}),
+    ("qwen2", BASE | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    ("qwen3", BASE | {"num_key_value_heads": 2}),
+    ("qwen3", BASE | {"num_key_value_heads": 1, "head_dim": 6, "attention_bias": True, "tie_word_embeddings": True}),
+]
+
+
+def build(kind, fields):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
+
+
+@pytest.mark.parametrize(("kind", "fields"), CASES)
+def test_counts_equal_the_model(kind, fields):
+    model = build(kind, fields)
+    size = size_of({"model_type": kind, **fields})
+    assert size.total == sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight
+    matrices = {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and not any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
+    }
+    assert size.matmul == sum(matrices.values()) + head.numel()
+    assert size.layers == 3
+
+
+@pytest.mark.parametrize(("kind", "fields"), CASES)
+def test_counts_from_a_saved_configuration(kind, fields):
+    """What save_pretrained writes gives the same counts as the few fields a recipe names."""
+    written = AutoConfig.for_model(kind, **fields).to_dict()
+    assert size_of(written) == size_of({"model_type": kind, **fields})
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_missing_fields_have_the_defaults_of_transformers(kind):
+    fields = BASE | {"num_attention_heads": 64, "hidden_size": 128}
+    assert size_of({"model_type": kind, **fields}).total == sum(p.numel() for p in build(kind, fields).parameters())
+
+
+def test_gpt2_small_is_124_million():
+    config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12}
+    size = size_of(config)
+    assert size.total == 124_439_808
+    assert size.matmul == 123_532_032  # 12 x 12 x 768^2 = 84,934,656 in the blocks, 50257 x 768 = 38,597,376 in the head
+    # 2 x 123,532,032 + 2 x 12 x 768 x 512
+    assert flops_per_token(size, 512) == 256_501_248
+
+
+def test_attention_width_is_that_of_the_queries():
+    assert size_of({"model_type": "llama", **BASE, "head_dim": 10}).attention == 40
+
+
+def test_unknown_family_is_none():
+    assert size_of({"model_type": "mamba", "vocab_size": 5}) is None
+    assert size_of({}) is None
+
+
+@pytest.mark.parametrize("missing", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
+def test_missing_size_is_named(missing):
+    with pytest.raises(ConfigError, match=f"llama configuration has no {missing}; add it"):
+        size_of({k: v for k, v in BASE.items() if k != missing} | {"model_type": "llama"})
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "16", True])
+def test_bad_size_is_named(bad):
+    with pytest.raises(ConfigError, match="hidden_size in the llama configuration is"):
+        size_of({"model_type": "llama", **BASE, "hidden_size": bad})
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("gpt2", GPT2), ("llama", BASE)])
+def test_with_layers_counts_a_pruned_model(kind, fields):
+    pruned = with_layers({"model_type": kind, **fields}, 2)
+    assert size_of(pruned).layers == 2
+    layers = {"n_layer" if kind == "gpt2" else "num_hidden_layers": 2}
+    assert size_of(pruned).total == sum(p.numel() for p in build(kind, fields | layers).parameters())
+
+
+def test_read_config(model_directory):
+    assert read_config(str(model_directory))["num_hidden_layers"] == 4
+    assert read_config("scratch:llama", config={"hidden_size": 8}, vocab_size=9) == {
+        "model_type": "llama",
+        "hidden_size": 8,
+        "vocab_size": 9,
+    }
+    assert read_config("scratch:llama", config={"hidden_size": 8}) is None
+    (model_directory / "config.json").unlink()
+    assert read_config(str(model_directory)) is None
+    assert read_config("wheel://tiny-models==1.0/tiny.gguf") is None

