@@ -8,14 +8,12 @@ MiniLLM's suite:
     tinyworld            held-out wordings of known facts, skills on new inputs     (as Dolly)
     tinyworld_reworded   wordings that training never uses                         (as SelfInst)
     tinyworld_open       "tell me about …": several facts in a row                 (as Vicuna)
-    tinyworld_lengths    references of one word next to references of forty        (as S-NI)
+    tinyworld_lengths    references of one word next to references of thirty       (as S-NI)
     tinyworld_multi      every phrasing is a reference                             (as UnNI)
 
 The facts themselves are all told in training: the sets test knowledge, not guessing. No (instruction, input) pair occurs
 in two splits. The same seed gives byte-identical rows everywhere: each draw has its own generator, addressed by its
 purpose, and uses `random()` alone, the one method whose stream Python promises to keep.
-
-    rows("tinyworld", "train")[0]  ->  {"instruction", "input", "outputs", "facts": [[value, rivals], …]}
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -43,7 +41,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 
-# rows of each kind; facts are also limited to a share, because a small world has few held-out wordings to deal out
+# fact rows (at most, and as a share: a small world has few held-out wordings to deal out), rows of each skill, open rows
 _FACTS = {"dev": (140, 0.16), "test": (130, 0.15), "multi": (120, 0.14), "reworded": (130, 0.5), "lengths": (70, 0.5)}
 _INPUTS = {"train": 180, "dev": 7, "test": 6, "multi": 4, "reworded": 4, "lengths": 3}
 _OPEN, _LENGTHS_OPEN = 150, 60
@@ -96,10 +94,10 @@ def world(seed: int = 0, people: int = 120) -> World:
 
 
 def rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row]:
-    """The rows of a split: instruction, input ("" if none), outputs and facts.
+    """The rows of a split: instruction, input ("" if none), outputs, and facts as [value, rivals].
 
-    Training rows hold one phrasing. An answer is right for a fact iff it says the value and none of the rivals; the rivals
-    of one value are one shared tuple.
+    An answer is right for a fact iff it says the value and none of the rivals, as whole words. The rivals of one value are
+    one shared tuple. Only `multi` rows have more than one output.
 
     Raises:
         DataError: there is no such split.
@@ -230,8 +228,7 @@ def _fact_rows(here: World) -> dict[str, list[Row]]:
     """Each fact keeps one long and one short wording out of training; dev, test and multi share the long ones out."""
     parts: dict[str, list[Row]] = {part: [] for part in ("train", *_FACTS)}
     queue = iter(_shuffled(here.facts, _rng(here.seed, "deal")))
-    total = len(here.facts)
-    counts = {part: min(most, int(share * total)) for part, (most, share) in _FACTS.items()}
+    counts = {part: min(most, int(share * len(here.facts))) for part, (most, share) in _FACTS.items()}
     part_of = {next(queue): part for part in ("dev", "test", "multi") for _ in range(counts[part])}
     chosen = {part: set(_shuffled(here.facts, _rng(here.seed, part))[: counts[part]]) for part in ("reworded", "lengths")}
     for fact in here.facts:
@@ -284,6 +281,7 @@ def _open_rows(here: World) -> dict[str, list[Row]]:
 
 
 def _skill_rows(here: World) -> dict[str, list[Row]]:
+    """Tasks on inputs that no other row has."""
     parts: dict[str, list[Row]] = {part: [] for part in _INPUTS}
     seen: set[str] = set()
     rivals = {domain: _rivals(values) for domain, values in (("who", here.names), ("what", text.DOMAINS["food"]), ("where", here.places))}
@@ -292,7 +290,7 @@ def _skill_rows(here: World) -> dict[str, list[Row]]:
             rng = _rng(here.seed, "skill", name, part)
             for _ in range(count):
                 given, value, others = _TASKS[name](here, rng, rivals)
-                while given in seen:  # an input serves one row of the whole data set
+                while given in seen:
                     given, value, others = _TASKS[name](here, rng, rivals)
                 seen.add(given)
                 answers = [a.format(v=value) for a in skill.answers]
@@ -327,8 +325,7 @@ def _last(here: World, rng: Random, rivals: Rivals) -> Task:
 
 def _larger(here: World, rng: Random, rivals: Rivals) -> Task:
     a, b = _shuffled(text.NUMBERS, rng)[:2]
-    larger, smaller = sorted((a, b), key=int, reverse=True)
-    return f"{a} and {b}", larger, (smaller,)
+    return f"{a} and {b}", max(a, b, key=int), (min(a, b, key=int),)
 
 
 def _sale(role: str, domain: str) -> Callable[[World, Random, Rivals], Task]:

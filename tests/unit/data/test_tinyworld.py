@@ -16,7 +16,8 @@ def said(phrase: str, text: str) -> bool:
 
 def score(prediction: str, row: dict) -> float:
     """The scoring rule, as the module's docstring states it."""
-    right = [said(value, prediction) and not any(said(r, prediction) for r in rivals) for value, rivals in row["facts"]]
+    spoken = set(prediction.split(" "))  # every rival is one word
+    right = [said(value, prediction) and spoken.isdisjoint(rivals) for value, rivals in row["facts"]]
     return 100 * sum(right) / len(right)
 
 
@@ -34,14 +35,14 @@ def asked(name: str, split: str) -> list[tuple[str, str]]:
 
 # Raise tinyworld.VERSION when these change: stored stages are keyed by it.
 DIGESTS = {
-    "tinyworld/train": "f530f7c7cb9a166c",
-    "tinyworld/dev": "b8e2279494b1156d",
-    "tinyworld/test": "40d54ed4497739a9",
-    "tinyworld_reworded/test": "ff0fc11ed71f0aa6",
-    "tinyworld_open/test": "81005e70ac8d1adb",
-    "tinyworld_lengths/test": "a5e225fa864ff0d0",
-    "tinyworld_multi/test": "c18cecbc33b55df3",
-    "corpus": "773aa27e2d64c025",
+    "tinyworld/train": "0ca2456e21151c5f",
+    "tinyworld/dev": "1e4426ac3eb87209",
+    "tinyworld/test": "333088889baaa776",
+    "tinyworld_reworded/test": "9f009e423e821fca",
+    "tinyworld_open/test": "cb9f2a737479f040",
+    "tinyworld_lengths/test": "fa090afa2c932a85",
+    "tinyworld_multi/test": "890f47f33bcd9116",
+    "corpus": "77d13ea79553e93b",
 }
 
 
