@@ -1,0 +1,173 @@
+"""The loop: schedule, selection, resume to the bit, NaN before the weights change, and MiniLLM's step by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from tests.conftest import tiny_model
+
+from tadistill.config.method import CrossEntropy, ForwardKL, Method, MiniLLM, Optim, ReverseKL, Select
+from tadistill.data.batch import Sequence, collate
+from tadistill.errors import StageFailed
+from tadistill.objectives import cross_entropy
+from tadistill.rollout.samplers import DatasetSampler
+from tadistill.train.loop import Hooks, Interrupted, learning_rate, train_stage
+from tadistill.train.step import make_step
+
+ROWS = [Sequence((3 + i % 4, 9), (*tuple(range(5, 7 + i % 5)), 0)) for i in range(16)]
+
+
+def train(directory, *, kind="gpt2", steps=8, select=None, dev=None, stop=lambda: False, lr=1e-2, objective=None, teacher=None):
+    """One small stage; GPT-2 has dropout, so this also shows that dropout is addressed."""
+    student = tiny_model(kind).train()
+    optim = Optim(steps=steps, batch=4, micro_batch=2, lr=lr, warmup=2)
+    method = Method(objective=objective or CrossEntropy(), optim=optim)
+    directory.mkdir(exist_ok=True)
+    state = train_stage(
+        student,
+        make_step(method, teacher, 31),
+        DatasetSampler(ROWS, optim, pad=0, seed=1),
+        optim=optim,
+        select=select or Select(metric="last"),
+        seed=1,
+        accelerator=Accelerator(gradient_accumulation_steps=1, cpu=True),
+        directory=directory,
+        hooks=Hooks(evaluate=dev or dict, progress=lambda done, text: None, stop=stop),
+        checkpoint_seconds=1e9,
+    )
+    return student, state
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(("schedule", "middle", "end"), [("constant", 1.0, 1.0), ("linear", 0.55, 0.1), ("cosine", 0.55, 0.1)])
+def test_schedules(schedule, middle, end):
+    optim = Optim(lr=1.0, lr_min=0.1, warmup=10, schedule=schedule, steps=110)
+    assert learning_rate(optim, 0, 110) == pytest.approx(0.1)
+    assert learning_rate(optim, 9, 110) == pytest.approx(1.0)
+    assert learning_rate(optim, 60, 110) == pytest.approx(middle)
+    assert learning_rate(optim, 110, 110) == pytest.approx(end)
+
+
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_an_interrupted_stage_resumes_to_the_bit(tmp_path, at):
+    whole, _ = train(tmp_path / "whole")
+    calls = iter(range(100))
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", stop=lambda: next(calls) == at)
+    resumed, state = train(tmp_path / "parts")
+    assert state.step == 8
+    assert torch.equal(weights(resumed), weights(whole))
+    a, b = ((tmp_path / d / "metrics.jsonl").read_text() for d in ("whole", "parts"))
+    assert [line.split('"train/tokens')[0] for line in a.splitlines()] == [line.split('"train/tokens')[0] for line in b.splitlines()]
+
+
+def test_the_best_dev_checkpoint_is_kept(tmp_path):
+    values = iter([0.5, 0.2, 0.9, 0.4])
+    seen = []
+
+    def dev():
+        seen.append(None)
+        return {"loss": next(values)}
+
+    student, state = train(tmp_path / "best", select=Select(metric="loss", every=2), dev=dev)
+    assert (state.best_step, state.best_value, len(seen)) == (4, 0.2, 4)
+    # the weights are those of update 4 of 8, not the last ones
+    calls = iter(range(100))
+    with pytest.raises(Interrupted):
+        train(tmp_path / "half", stop=lambda: next(calls) == 4)
+    half = torch.load(tmp_path / "half" / "state.pt", weights_only=True)["model"]
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, half[name])
+
+
+def test_nan_stops_before_the_weights_change(tmp_path):
+    student = tiny_model("llama")
+    with torch.no_grad():
+        student.lm_head.weight[3] = math.nan
+    before = weights(student).clone()
+    optim = Optim(steps=1, batch=4)
+    method = Method(objective=CrossEntropy(), optim=optim)
+    with pytest.raises(StageFailed, match="update 1 is not finite"):
+        train_stage(
+            student,
+            make_step(method, None, 31),
+            DatasetSampler(ROWS, optim, pad=0, seed=1),
+            optim=optim,
+            select=Select(metric="last"),
+            seed=1,
+            accelerator=Accelerator(cpu=True),
+            directory=tmp_path,
+            hooks=Hooks(evaluate=dict, progress=lambda done, text: None),
+        )
+    assert torch.equal(weights(student).nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("objective", [ForwardKL(), ReverseKL(), ForwardKL(kd_ratio=0.5)])
+def test_distillation_brings_the_student_nearer(tmp_path, objective):
+    teacher = tiny_model("llama", seed=5).requires_grad_(False)
+    step = make_step(Method(objective=objective), teacher, 31)
+    batch = collate(ROWS, pad=0)
+
+    @torch.no_grad()
+    def loss(model):
+        return float(sum(term.weight * term.total for term in step(model, batch).values()))
+
+    student, _ = train(tmp_path / "kd", kind="llama", objective=objective, teacher=teacher, steps=30)
+    assert loss(student) < 0.7 * loss(tiny_model("llama"))
+
+
+def test_an_empty_mask_has_zero_loss_and_a_graph():
+    model = tiny_model("llama")
+    batch = collate(ROWS[:2], pad=0)
+    batch.mask_BT.fill_(False)
+    term = make_step(Method(objective=CrossEntropy()), None, 31)(model, batch)["cross_entropy"]
+    assert float(term.total) == 0
+    term.total.backward()
+    assert all(p.grad is None or float(p.grad.abs().sum()) == 0 for p in model.parameters())
+
+
+def rollout_batch(student, teacher):
+    """Two responses with the log-probabilities that a rollout would have stored, recomputed independently."""
+    rows = []
+    for prompt, response in (((5, 6), (7, 8, 9, 0)), ((4,), (11, 0))):
+        ids, at = torch.tensor([prompt + response]), slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+        tokens = torch.tensor(response)
+        with torch.no_grad():
+            log_q, log_p = (-cross_entropy(m(ids).logits[0, at], tokens) for m in (student, teacher))
+        mixed = (0.8 * log_q.exp() + 0.2 * log_p.exp()).log()
+        values = {"student": log_q, "teacher": log_p, "behaviour": mixed}
+        rows.append(Sequence(prompt, response, {k: v.numpy().astype(np.float32) for k, v in values.items()}))
+    return collate(rows, pad=0), rows
+
+
+def test_minillm_step_by_hand():
+    student, teacher = tiny_model("llama"), tiny_model("llama", seed=5)
+    batch, rows = rollout_batch(student, teacher)
+    terms = make_step(Method(objective=MiniLLM(pt_weight=0)), teacher, 31)(student, batch)
+    policy = 0.0
+    for row in rows:
+        reward = row.values["teacher"] - row.values["student"]
+        ratio = np.exp(row.values["student"] - row.values["behaviour"])
+        total = len(reward)
+        for t in range(1, total + 1):  # as in the paper, from 1
+            advantage = reward[t:].sum() / max(total - t - 1, 1)
+            policy -= advantage * min(ratio[t - 1], np.clip(ratio[t - 1], 0.8, 1.2))
+    assert float(terms["policy"].total) == pytest.approx(policy, abs=1e-3)
+    assert set(terms) == {"policy", "single_step"}
+
+
+def test_minillm_switches():
+    student, teacher = tiny_model("llama"), tiny_model("llama", seed=5)
+    batch, _ = rollout_batch(student, teacher)
+
+    def terms(**switches):
+        return make_step(Method(objective=MiniLLM(pt_weight=0, **switches)), teacher, 31)(student, batch)
+
+    assert "single_step" not in terms(single_step=False)
+    assert float(terms()["policy"].total) != float(terms(length_normalisation=False)["policy"].total)
+    assert float(terms()["single_step"].total) != float(terms(single_step_weight=False)["single_step"].total)
