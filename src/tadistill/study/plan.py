@@ -167,7 +167,7 @@ class _Planner:
         if target is None or total is None or last is None:
             raise ConfigError(
                 f"arms.{name} has `compute: {arm.compute}`, but the size of a model is not known yet; "
-                "download it first (`tadistill fetch` or a local directory)"
+                "`tadistill run` downloads it first, or use a local directory"
             )
         if target <= total - last:
             raise ConfigError(f"arms.{name}: `{arm.compute}` costs less than what this arm needs before its last stage; drop `compute`")

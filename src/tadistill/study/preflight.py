@@ -4,19 +4,17 @@ A mistake found here costs a second; found in the sixth stage it costs the first
 """
 
 import os
-from collections.abc import Sequence
 
 import torch
 
 from tadistill.config import Recipe
-from tadistill.models import sizes, sources
+from tadistill.models import sizes
 from tadistill.models.loading import check_same_tokenizer, load_tokenizer
 from tadistill.models.memory import check_memory, resident_bytes
 from tadistill.study.costs import Ledger, check_data
-from tadistill.study.plan import Stage
 
 
-def check(recipe: Recipe, stages: Sequence[Stage]) -> int:
+def check(recipe: Recipe) -> int:
     """Check a recipe against this machine; returns how many stages may run at the same time.
 
     Raises:
@@ -29,12 +27,10 @@ def check(recipe: Recipe, stages: Sequence[Stage]) -> int:
     for name in used:
         model = recipe.models[_root(recipe, name)]
         assert model.load is not None
-        sources.fetch(model.load, model.revision)
         tokenizers[name] = load_tokenizer(model.tokenizer or model.load, revision=model.revision, world=world)
     check_same_tokenizer(tokenizers)
-    jobs = recipe.runtime.jobs or _default_jobs(len(stages))
     _check_memory(recipe, used)
-    return jobs
+    return recipe.runtime.jobs or _default_jobs()
 
 
 def _root(recipe: Recipe, name: str) -> str:
@@ -43,11 +39,13 @@ def _root(recipe: Recipe, name: str) -> str:
     return _root(recipe, init.from_) if init else name
 
 
-def _default_jobs(stages: int) -> int:
+def _default_jobs() -> int:
+    """One stage a core, or one in all on a GPU. It must not depend on how many stages are left: a stage's number of
+    threads follows from it, and a resumed run has to add up its floats in the same order.
+    """
     if torch.cuda.is_available():
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, stages))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_memory(recipe: Recipe, used: list[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tadistill.config import Recipe
+from tadistill.models import sources
 from tadistill.study.costs import Ledger
 from tadistill.study.plan import Plan, make_plan
 from tadistill.study.runner import run_stages
@@ -27,6 +28,7 @@ def run(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "",
         TadistillError: the input is wrong (before anything starts), or a stage failed.
     """
     console = console or Console()
+    fetch_models(recipe, console)
     plan = make_plan(recipe)
     store = Store(runs / "store")
     missing = [s for s in plan.stages.values() if not store.finished(s.key)]
@@ -34,12 +36,20 @@ def run(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "",
     if missing:
         from tadistill.study.preflight import check  # imports transformers: not for a run that is all hits
 
-        jobs = check(recipe, missing)
+        jobs = check(recipe)
         console.print(f"{recipe.study}: {len(plan.stages)} stages, {len(missing)} to run, {jobs} at a time", highlight=False)
     study = save_plan(plan, runs, recipe_text=recipe_text, command=command)
     if missing:
         run_stages(plan, store, jobs=jobs, console=console)
     return study
+
+
+def fetch_models(recipe: Recipe, console: Console) -> None:
+    """Bring every model to this disk; the plan needs their sizes."""
+    for model in recipe.models.values():
+        if model.load and not model.load.startswith("scratch:") and sources.locate(model.load, model.revision) is None:
+            console.print(f"fetching {model.load} …", highlight=False)
+            sources.fetch(model.load, model.revision)
 
 
 def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str) -> Path:
