@@ -20,8 +20,8 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, runs: str
 
     Call it under `if __name__ == "__main__":`, because stages run in worker processes.
     """
-    text = "" if isinstance(recipe, Recipe) else Path(recipe).read_text(encoding="utf-8")
     loaded = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
+    text = "" if isinstance(recipe, Recipe) else Path(recipe).read_text(encoding="utf-8")
     root = runs_directory(runs)
     study = run_study(loaded, runs=root, recipe_text=text, command=f"tadistill.run({str(recipe)!r})" if text else "tadistill.run(recipe)")
     return write_report(study, root / "store")

@@ -67,7 +67,11 @@ def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> N
     root = runs_directory(runs)
     loaded = load(recipe, overrides or [])
     command = shlex.join(["tadistill", "run", str(recipe), *(overrides or [])])
-    study = run_study(loaded, runs=root, recipe_text=recipe.read_text(encoding="utf-8"), command=command, console=console)
+    try:
+        study = run_study(loaded, runs=root, recipe_text=recipe.read_text(encoding="utf-8"), command=command, console=console)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on where it stopped")
+        raise typer.Exit(130) from None
     page = write_report(study, root / "store")
     console.print(summary_table(study, root / "store"))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
@@ -91,9 +95,6 @@ def main() -> None:
     errors = Console(stderr=True)
     try:
         app()
-    except KeyboardInterrupt:
-        errors.print("interrupted; the same command goes on where it stopped")
-        sys.exit(130)
     except TadistillError as error:
         kind = "failed" if isinstance(error, StageFailed) else "error"
         errors.print(f"[bold red]{kind}[/]: ", end="")

@@ -1,7 +1,7 @@
 """A stage's metrics: one JSON object a line in metrics.jsonl, and accelerate's trackers when a recipe names some.
 
 Metric names are paths: train/loss, dev/rouge_l, rollout/length. After a resume, lines past the checkpoint are dropped, so
-the curve is that of an uninterrupted run.
+the curve has every step once (the first line after a resume averages over the updates since the checkpoint)
 """
 
 import json

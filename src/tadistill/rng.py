@@ -1,7 +1,9 @@
 """Addressed randomness: every draw names what it is for, so no draw depends on what was drawn before it.
 
 A generator is a pure function of its address, for instance (seed, stage, step, purpose). Nothing in the project uses a
-global generator; a resumed run therefore needs no generator state.
+global generator except dropout, whose seed is set from an address before every update; a resumed run therefore needs no
+generator state. Arms share their addresses on purpose (common random numbers): the same seed gives every arm the same
+data order and the same uniforms, which makes their differences less noisy.
 """
 
 import hashlib
@@ -24,5 +26,5 @@ def uniforms(rows: list[int] | range, count: int, *address: int | str) -> np.nda
 
 
 def torch_seed(*address: int | str) -> int:
-    """A seed for `torch.manual_seed` inside a fork (weight initialisation)."""
+    """A seed for `torch.manual_seed` inside a fork (weights, dropout)."""
     return int(generator(*address).integers(2**62))

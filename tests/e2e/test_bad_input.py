@@ -36,6 +36,15 @@ def jsonl(tmp_path: Path, *rows: dict) -> Path:
         ("data.train=missing.jsonl", "no data set `missing.jsonl`"),
         ("models.s.init.from=s", "goes round in a circle"),
         ("arms.twin.path=xl > l > s", "direct path"),
+        ("models.l.config.n_emb=3", "n_emb"),
+        ("models.s.init.layers=[7]", "7"),
+        ("models.s.sft.select.metric=reverse_kl", "sft has no teacher"),
+        ("data.corpus=nope.jsonl", "no data set `nope.jsonl`"),
+        ("data.template=chat", "chat template"),
+        ("data.max_prompt=1", "raise data.max_prompt"),
+        ("evaluate.max_new_tokens=200", "has 128 positions"),
+        ("arms.sft={path: s, optim: {lr: 1}}", "trains nothing"),
+        ("arms={takd: xl > s, seqkd: {path: l > s}}", "set `teacher:`"),
     ],
 )
 def test_mistakes(tmp_path, override, words):

@@ -13,15 +13,21 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
-ONE_SEED = ["seeds=[1]", "arms={takd: xl > l > s}", "runtime.checkpoint_seconds=0.05"]
+CHAIN = "{takd: xl > l > s, seqkd: {path: xl > s, objective: {type: cross_entropy}, sampler: {type: teacher, max_new_tokens: 16}}}"
+ONE_SEED = ["seeds=[1]", "runtime.checkpoint_seconds=0.05"]
 
 
-def command(runs: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "tadistill", "run", str(RECIPE), *overrides, "--runs", str(runs)]
+def command(runs: Path, *overrides: str, arms: str = "") -> list[str]:
+    """The command line; `arms` replaces the recipe's arms."""
+    path = RECIPE
+    if arms:
+        path = runs.with_suffix(".yaml")
+        path.write_text(RECIPE.read_text().split("arms:")[0] + f"arms: {arms}\n")
+    return [sys.executable, "-m", "tadistill", "run", str(path), *overrides, "--runs", str(runs)]
 
 
-def run(runs: Path, *overrides: str, code: int = 0) -> str:
-    done = subprocess.run(command(runs, *overrides), capture_output=True, text=True, timeout=300, check=False)
+def run(runs: Path, *overrides: str, code: int = 0, arms: str = "") -> str:
+    done = subprocess.run(command(runs, *overrides, arms=arms), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -85,26 +91,22 @@ def newest(runs: Path) -> int:
 @pytest.mark.parametrize(("how", "code", "times"), [(signal.SIGKILL, -signal.SIGKILL, 5), (signal.SIGINT, 130, 3)])
 def test_killed_runs_resume_to_the_same_results(how, code, times, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(whole, *ONE_SEED)
+    run(whole, *ONE_SEED, arms=CHAIN)
     for _ in range(times):
         before = newest(killed)
-        process = subprocess.Popen(command(killed, *ONE_SEED), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(killed, *ONE_SEED, arms=CHAIN), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and newest(killed) == before:
             time.sleep(0.01)
         os.kill(process.pid, how)  # just after a checkpoint or the end of a stage
         assert process.wait(timeout=60) == code
-    run(killed, *ONE_SEED)
+    run(killed, *ONE_SEED, arms=CHAIN)
     assert rows(killed) == rows(whole)
 
 
 def test_a_diverging_run_fails_with_the_reason_and_keeps_the_rest(tmp_path):
-    text = run(
-        tmp_path,
-        "seeds=[1]",
-        "arms={kd: {path: xl > s, objective: {type: forward_kl}, sampler: {type: dataset}, optim: {lr: 1e30}}}",
-        code=1,
-    )
+    arms = "{kd: {path: xl > s, objective: {type: forward_kl}, sampler: {type: dataset}, optim: {lr: 1e30}}}"
+    text = run(tmp_path / "runs", "seeds=[1]", code=1, arms=arms)
     assert "not finite" in text
     assert "Traceback" not in text
-    kinds = [json.loads(Path(p).read_text())["kind"] for p in manifests(tmp_path)]
+    kinds = [json.loads(Path(p).read_text())["kind"] for p in manifests(tmp_path / "runs")]
     assert kinds == ["sft", "sft"]

@@ -27,14 +27,14 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no recipe at {path}; give the path of a YAML file, for instance recipes/quickstart.yaml")
-    text = path.read_text(encoding="utf-8")
     for item in overrides:
-        if "=" not in item:
-            raise ConfigError(f"override `{item}` has no `=`; write key.sub=value, for instance seeds=[10]")
+        if item.find("=") < 1:
+            raise ConfigError(f"override `{item}` is not KEY=VALUE; write key.sub=value, for instance seeds=[10]")
     try:
+        text = path.read_text(encoding="utf-8")
         tree = OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides)))
         raw = OmegaConf.to_container(tree, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds no recipe; it must be a mapping with study, seeds, models, data and arms")

@@ -48,7 +48,7 @@ class ReverseKL(_Divergence):
 class MiniLLM(Strict):
     """MiniLLM's policy gradient, as the paper has it (arXiv 2306.08543v6, Algorithm 1): each part is a switch.
 
-    The `official` preset of the released code differs in ten documented points and is not this class's default.
+    The `official` preset of the released code differs in ten points (discount, return, divisor, whitening, clip, …) and is not this class.
     """
 
     type: Literal["minillm"] = "minillm"
@@ -192,5 +192,10 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
     if isinstance(method.objective, MiniLLM) and not isinstance(method.sampler, TeacherMixedSampler):
         raise ConfigError(
             f"objective minillm learns from rollouts, but the sampler is {method.sampler.type}; use sampler: {{type: teacher_mixed}}"
+        )
+    if isinstance(method.sampler, TeacherMixedSampler) and method.optim.gradient_checkpointing:
+        raise ConfigError(
+            "gradient_checkpointing works in training mode only, and rollouts train without dropout in evaluation mode; "
+            "lower optim.micro_batch instead"
         )
     return method

@@ -97,7 +97,7 @@ class Data(Strict):
     max_prompt: int = Field(default=256, ge=1)
     """Rows whose prompt is longer, in tokens, are left out (MiniLLM)."""
     max_length: int = Field(default=512, ge=2)
-    """Prompt and response are cut to this many tokens."""
+    """Prompt and reference response are cut to this many tokens; sampled responses by `max_new_tokens`."""
     limit: Limit = Limit()
     world: World = World()
 
@@ -156,7 +156,7 @@ class Arm(Strict):
 
 
 class Runtime(Strict):
-    """How, not what: nothing here changes a number, so nothing here is part of a stage's identity."""
+    """How, not what: no part of a stage's identity. (`jobs` sets the threads of a stage, and so the order of its sums.)"""
 
     jobs: int | None = Field(default=None, ge=1)
     """Stages that run at the same time; on CPU the number of cores when absent, on GPU one."""
@@ -174,6 +174,8 @@ class Recipe(Strict):
     method: Method = Method()
     evaluate: Evaluate = Evaluate()
     arms: dict[str, Arm] = Field(min_length=1)
+    teacher: str | None = None
+    """The original teacher, to which every KL is measured; needed only where paths start from several models."""
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")
@@ -189,6 +191,8 @@ class Recipe(Strict):
         for name, model in self.models.items():
             if model.init and model.init.from_ not in self.models:
                 raise ValueError(f"models.{name}.init.from is `{model.init.from_}`, which is not a model; {_known(self.models)}")
+        if self.teacher and self.teacher not in self.models:
+            raise ValueError(f"teacher is `{self.teacher}`, which is not a model; {_known(self.models)}")
         for name, arm in self.arms.items():
             for model in arm.path:
                 if model not in self.models:

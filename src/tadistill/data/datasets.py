@@ -98,11 +98,6 @@ def fingerprint(ref: DataRef, role: str, data: Data) -> str:
     return f"file:{_digest(path, path.stat().st_mtime_ns)}"
 
 
-def is_local(ref: DataRef, role: str, data: Data) -> bool:
-    """Whether the split can be read without the network."""
-    return ref.load in tinyworld.SPLITS or _local_file(ref, role, data) is not None
-
-
 @lru_cache
 def _digest(path: Path, mtime_ns: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -144,7 +139,7 @@ def _local_file(ref: DataRef, role: str, data: Data) -> Path | None:
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

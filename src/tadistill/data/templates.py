@@ -64,7 +64,7 @@ def encode(
     full = _ids(tokenizer, [p + e.references[0] for p, e in zip(prompts, examples, strict=True)])
     encoded = []
     for row, (prompt, whole) in enumerate(zip(_ids(tokenizer, prompts), full, strict=True)):
-        if len(prompt) > max_prompt or len(prompt) >= max_length:
+        if not 0 < len(prompt) <= max_prompt or len(prompt) >= max_length:
             continue
         joint = whole[: len(prompt)] == prompt
         response = whole[len(prompt) :] if joint else _ids(tokenizer, [examples[row].references[0]])[0]

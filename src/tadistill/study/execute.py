@@ -166,6 +166,7 @@ def _accelerator(context: _Context, optim: Optim) -> Accelerator:
     AcceleratorState._reset_state(True)  # one worker runs many stages, each with its own precision
     trackers = list(context.task.trackers)
     accelerator = Accelerator(
+        cpu=context.device.type == "cpu",
         gradient_accumulation_steps=1,
         mixed_precision="bf16" if optim.precision == "bf16" else "no",
         log_with=trackers or None,  # type: ignore[arg-type]
@@ -217,7 +218,7 @@ def _dev(context: _Context, subject: Subject, select: Select, teacher: PreTraine
     if select.metric == "last":
         return dict
     data = context.split("dev", context.spec["dev"]["ref"], context.spec["dev_limit"], subject.tokenizer)
-    settings = Evaluate.model_validate(context.spec.get("decoding", {}))
+    settings = Evaluate.model_validate(context.spec["decoding"])
     return lambda: dev_metrics(subject, data, settings, select.metric, teacher=teacher)
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from tadistill.config import Arm, Method, Recipe, Sft
-from tadistill.config.method import CrossEntropy, MiniLLM, Optim, TeacherMixedSampler, TeacherSampler, apply
+from tadistill.config.method import CrossEntropy, DatasetSampler, MiniLLM, Optim, TeacherMixedSampler, TeacherSampler, apply
 from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.models import sources
@@ -78,8 +78,7 @@ class _Planner:
         self.recipe = recipe
         self.stages: dict[str, Stage] = {}
         self.ledger = costs.Ledger(recipe)
-        chains = [a.path for a in recipe.arms.values() if len(a.path) > 1]
-        self.teacher = chains[0][0] if chains else next(iter(recipe.arms.values())).path[0]
+        self.teacher = _original_teacher(recipe)
         self.data = {
             "template": recipe.data.template,
             "max_prompt": recipe.data.max_prompt,
@@ -117,11 +116,10 @@ class _Planner:
         method = self.recipe.method
         if len(arm.path) == 1:
             handle = self._trained(arm.path[0], seed)
+            self._check_single(name, arm)
             if arm.objective is None:
                 return handle, method
             method = self._method(name, arm, arm.path[0], scale)
-            if not isinstance(arm.objective, CrossEntropy):
-                raise ConfigError(f"arms.{name} has no teacher in its path for objective {arm.objective.type}; use cross_entropy")
             more = Sft(optim=method.optim, select=method.select)
             return {"stage": self._sft(arm.path[0], handle, more, self._seed(arm.path[0], seed), continues=True)}, method
         teacher = self._trained(arm.path[0], seed)
@@ -130,19 +128,29 @@ class _Planner:
             teacher = {"stage": self._distill(above, model, teacher, method, seed)}
         return teacher, method
 
+    @staticmethod
+    def _check_single(name: str, arm: Arm) -> None:
+        """An arm without a teacher can only train on with cross-entropy on the data set."""
+        if arm.objective is None and (arm.optim or arm.select or arm.sampler):
+            raise ConfigError(f"arms.{name} trains nothing, so its settings would do nothing; add objective: {{type: cross_entropy}}")
+        if arm.objective is not None and not isinstance(arm.objective, CrossEntropy):
+            raise ConfigError(f"arms.{name} has no teacher in its path for objective {arm.objective.type}; use cross_entropy")
+        if arm.sampler is not None and not isinstance(arm.sampler, DatasetSampler):
+            raise ConfigError(f"arms.{name} has no teacher in its path for sampler {arm.sampler.type}; use sampler: {{type: dataset}}")
+
     def _method(self, name: str, arm: Arm, model: str, scale: float) -> Method:
-        method = apply(self.recipe.method, self.recipe.models[model].distill, arm.patch)
         try:
+            method = apply(self.recipe.method, self.recipe.models[model].distill, arm.patch)
             self._check_method(method)
+            optim = self._with_steps(method.optim)
         except ValueError as error:
             raise ConfigError(f"arms.{name}: {error}") from error
-        optim = self._with_steps(method.optim)
         assert optim.steps is not None
         steps, every = optim.steps, method.select.every
         if scale != 1.0:
             unit = _round_length(method) if isinstance(method.sampler, TeacherMixedSampler) else 1
             steps = max(unit, round(optim.steps * scale / unit) * unit)
-            every = max(1, round(every * steps / optim.steps))  # as many looks at dev as the arm it is compared with
+            every = max(1, round(every * steps / optim.steps))  # a longer run must not get more checkpoints to choose from
         return method.model_copy(
             update={
                 "optim": optim.model_copy(update={"steps": steps}),
@@ -166,8 +174,8 @@ class _Planner:
         total, last = trial._flops(handle["stage"]), trial.stages[handle["stage"]].flops
         if target is None or total is None or last is None:
             raise ConfigError(
-                f"arms.{name} has `compute: {arm.compute}`, but the size of a model is not known yet; "
-                "`tadistill run` downloads it first, or use a local directory"
+                f"arms.{name} has `compute: {arm.compute}`, but the size of a model is not known: it is not on this disk yet "
+                "(`tadistill run` downloads it), or its family is not counted (only gpt2, opt, llama, mistral, qwen2, qwen3)"
             )
         if target <= total - last:
             raise ConfigError(f"arms.{name}: `{arm.compute}` costs less than what this arm needs before its last stage; drop `compute`")
@@ -192,6 +200,8 @@ class _Planner:
             "tokenizer": model.tokenizer,
             "fingerprint": sources.fingerprint(model.load, model.revision, model.config),
         }
+        if model.tokenizer and model.tokenizer != "tinyworld":
+            handle["tokenizer_fingerprint"] = sources.fingerprint(model.tokenizer, model.revision, weights=False)
         return handle | ({"seed": self._seed(name, seed)} if model.load.startswith("scratch:") else {})
 
     def _trained(self, name: str, seed: int) -> Handle:
@@ -203,6 +213,8 @@ class _Planner:
     # --- stages ---------------------------------------------------------------------------------------------------------
 
     def _sft(self, name: str, student: Handle, sft: Sft, seed: int, continues: bool = False) -> str:
+        if sft.select.metric == "reverse_kl":
+            raise ConfigError(f"models.{name}: sft has no teacher, so it cannot select by reverse_kl; use loss, rouge_l or last")
         optim = self._with_steps(sft.optim)
         spec = {"student": student, "optim": optim.model_dump(), "seed": seed, **self._split("train")}
         spec |= self._select(sft.select)
@@ -249,7 +261,9 @@ class _Planner:
         spec: dict[str, Any] = {"select": select.model_dump()}
         if select.metric != "last":
             spec |= self._split("dev")
-        if select.metric not in ("last", "loss"):
+        if select.metric == "loss":
+            spec["decoding"] = {"batch": self.recipe.evaluate.batch}
+        elif select.metric != "last":
             spec["decoding"] = self.recipe.evaluate.model_dump() | {"seeds": self.recipe.evaluate.seeds[:1]}
         return spec
 
@@ -288,6 +302,17 @@ class _Planner:
             return 0.0
         parts = [self.stages[k].flops for k in self._ancestors(key)]
         return None if any(p is None for p in parts) else float(sum(p for p in parts if p is not None))
+
+
+def _original_teacher(recipe: Recipe) -> str:
+    """The one model that every KL is measured to: `teacher`, or the only head of a path that nothing teaches."""
+    if recipe.teacher:
+        return recipe.teacher
+    taught = {model for arm in recipe.arms.values() for model in arm.path[1:]}
+    heads = list(dict.fromkeys(arm.path[0] for arm in recipe.arms.values() if len(arm.path) > 1 and arm.path[0] not in taught))
+    if len(heads) > 1:
+        raise ConfigError(f"the paths start from {', '.join(heads)}; set `teacher:` to the one that KLs are measured to")
+    return heads[0] if heads else next(iter(recipe.arms.values())).path[0]
 
 
 def _stage_keys(handle: Handle | None) -> list[str]:

@@ -6,11 +6,18 @@ A mistake found here costs a second; found in the sixth stage it costs the first
 import os
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
+from tadistill.config.method import DatasetSampler
+from tadistill.data import datasets
+from tadistill.data.templates import encode
+from tadistill.errors import ConfigError
 from tadistill.models import sizes
 from tadistill.models.loading import check_same_tokenizer, load_tokenizer
 from tadistill.models.memory import check_memory, resident_bytes
+from tadistill.models.pruning import keep_list
+from tadistill.models.scratch import scratch_config
 from tadistill.study.costs import Ledger, check_data
 
 
@@ -22,15 +29,59 @@ def check(recipe: Recipe) -> int:
     """
     check_data(recipe)
     used = [name for name in recipe.models if any(name in arm.path for arm in recipe.arms.values())]
-    world = recipe.data.world.model_dump()
-    tokenizers = {}
-    for name in used:
-        model = recipe.models[_root(recipe, name)]
-        assert model.load is not None
-        tokenizers[name] = load_tokenizer(model.tokenizer or model.load, revision=model.revision, world=world)
+    tokenizers = {name: _tokenizer(recipe, name) for name in used}
     check_same_tokenizer(tokenizers)
+    longest = _check_encoding(recipe, tokenizers[used[0]])
+    for name in used:
+        _check_model(recipe, name, tokenizers[name], longest)
     _check_memory(recipe, used)
     return recipe.runtime.jobs or _default_jobs()
+
+
+def _tokenizer(recipe: Recipe, name: str) -> PreTrainedTokenizerBase:
+    model = recipe.models[_root(recipe, name)]
+    source = model.tokenizer or model.load
+    assert source is not None
+    return load_tokenizer(source, revision=model.revision, world=recipe.data.world.model_dump())
+
+
+def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, prompt: int) -> None:
+    """A scratch configuration, a keep-list, and room for the longest prompt with its answer."""
+    model = recipe.models[name]
+    if model.load and model.load.startswith("scratch:"):
+        scratch_config(model.load.removeprefix("scratch:"), model.config, tokenizer)
+    config = Ledger(recipe).config(name)
+    if model.init:
+        parent = Ledger(recipe).config(model.init.from_) or {}
+        if layers := parent.get("num_hidden_layers", parent.get("n_layer")):
+            keep_list(model.init.layers, layers)
+    positions = (config or {}).get("max_position_embeddings", (config or {}).get("n_positions"))
+    samplers = [recipe.method.sampler, *(arm.sampler for arm in recipe.arms.values() if arm.sampler)]
+    longest = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if not isinstance(s, DatasetSampler))])
+    if positions and prompt + longest > positions:
+        raise ConfigError(
+            f"models.{name} has {positions} positions, but the longest prompt, {prompt}, and max_new_tokens, {longest}, are more; "
+            "lower data.max_prompt or max_new_tokens"
+        )
+
+
+def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The template works with the tokenizer, some row is short enough, and dev knows facts if they select.
+
+    Returns the longest prompt, in tokens.
+    """
+    longest = 0
+    data = recipe.data
+    lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}
+    splits = {"train": data.train, "dev": data.dev}
+    for role, ref in [*splits.items(), *(("test", r) for r in data.test)]:
+        encoded = encode(datasets.load(ref, role, data), tokenizer, name=f"data set `{ref.name}` ({role})", **lengths)
+        longest = max(longest, *(len(e.prompt) for e in encoded))
+    selects = [recipe.method.select, *(m.sft.select for m in recipe.models.values() if m.sft)]
+    selects += [a.select for a in recipe.arms.values() if a.select]
+    if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(data.dev, "dev", data)):
+        raise ConfigError(f"a stage selects by fact_accuracy, but the dev set `{data.dev.name}` knows no facts; select by rouge_l or loss")
+    return longest
 
 
 def _root(recipe: Recipe, name: str) -> str:

@@ -50,6 +50,8 @@ def fetch_models(recipe: Recipe, console: Console) -> None:
         if model.load and not model.load.startswith("scratch:") and sources.locate(model.load, model.revision) is None:
             console.print(f"fetching {model.load} …", highlight=False)
             sources.fetch(model.load, model.revision)
+        if model.tokenizer and model.tokenizer != "tinyworld":
+            sources.fetch(model.tokenizer, model.revision, weights=False)
 
 
 def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str) -> Path:

@@ -6,6 +6,7 @@ one stage only. They share nothing but the store. A worker whose parent dies end
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,9 +14,10 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tadistill.errors import StageFailed, TadistillError
+from tadistill.errors import ConfigError, DataError, ModelError, StageFailed, TadistillError
 from tadistill.study.plan import Plan, Stage
 from tadistill.study.store import Store
 from tadistill.study.task import Task
@@ -48,18 +50,21 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     if failed:
-        first = next(iter(failed.items()))
-        label = plan.stages[first[0]].label
+        key, error = next(iter(failed.items()))
         more = f"; {len(failed) - 1} more failed" if len(failed) > 1 else ""
-        raise StageFailed(f"{label} ({first[0]}) failed: {first[1]}{more}. Finished stages are kept; the same command goes on from them")
+        text = f"{plan.stages[key].label} ({key}): {_reason(error)}{more}. Finished stages are kept; the same command goes on from them"
+        # a mistake in the input stays one (exit code 2), wherever it comes to light
+        raise type(error)(text) if isinstance(error, (ConfigError, DataError, ModelError)) else StageFailed(text)
 
 
-def _schedule(plan: Plan, todo: dict[str, Stage], store: Store, pool: ProcessPoolExecutor, screen: "_Screen", jobs: int) -> dict[str, str]:
+def _schedule(
+    plan: Plan, todo: dict[str, Stage], store: Store, pool: ProcessPoolExecutor, screen: "_Screen", jobs: int
+) -> dict[str, BaseException]:
     """Submit stages whose parents are finished, those with the longest way behind them first; returns the failures."""
     weight = _weights(plan)
     done = set(plan.stages) - set(todo)
     running: dict[Future, str] = {}
-    failed: dict[str, str] = {}
+    failed: dict[str, BaseException] = {}
     while True:
         ready = [
             k for k, s in todo.items() if k not in running.values() and k not in done | set(failed) and set(s.parents.values()) <= done
@@ -71,15 +76,22 @@ def _schedule(plan: Plan, todo: dict[str, Stage], store: Store, pool: ProcessPoo
             return failed
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             key = running.pop(future)
-            screen.end(key)
-            try:
-                future.result()
+            error = future.exception()
+            if error is None:
                 done.add(key)
-            except (TadistillError, MemoryError, BrokenProcessPool, RuntimeError, OSError, ValueError) as error:
-                failed[key] = "the worker process died (out of memory?)" if isinstance(error, BrokenProcessPool) else str(error)
-                screen.failed(todo[key].label, failed[key])
-                if isinstance(error, BrokenProcessPool):
-                    return failed | dict.fromkeys(running.values(), "not run")
+                screen.end(key)
+                continue
+            failed[key] = error
+            screen.end(key, _reason(error))
+            if isinstance(error, BrokenProcessPool):  # the pool is gone, and with it what else was running
+                return failed
+
+
+def _reason(error: BaseException) -> str:
+    """Why a stage failed, in words."""
+    if isinstance(error, BrokenProcessPool):
+        return "the worker process died (out of memory?)"
+    return str(error) if isinstance(error, TadistillError) else f"{type(error).__name__}: {error}"
 
 
 def _weights(plan: Plan) -> dict[str, float]:
@@ -112,11 +124,9 @@ def _task(plan: Plan, stage: Stage, store: Store) -> Task:
 
 
 def _start_worker(stop: Any, messages: Any, threads: int, parent: int) -> None:
-    import signal  # the worker's own set-up; the parent never imports torch through this module
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sets `stop`
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    import torch
+    import torch  # in the worker only
 
     torch.set_num_threads(threads)
     _worker.update(stop=stop, messages=messages)
@@ -183,14 +193,14 @@ class _Screen:
         self.started[key] = (label, time.monotonic())
         self.tasks[key] = self.progress.add_task(label, total=steps or 1, note="")
 
-    def end(self, key: str) -> None:
+    def end(self, key: str, failure: str | None = None) -> None:
         label, start = self.started.pop(key)
         self.progress.remove_task(self.tasks.pop(key))
+        if failure is not None:
+            self.progress.console.print(f"[bold red]failed[/] {label}: ", escape(failure), highlight=False)
+            return
         self.done += 1
         self.progress.update(self.all, completed=self.done)
         self.progress.console.print(
             f"[dim]{self.done:3d}/{self.total}[/] {label} [dim]{time.monotonic() - start:.1f} s[/]", highlight=False
         )
-
-    def failed(self, label: str, reason: str) -> None:
-        self.progress.console.print(f"[bold red]failed[/] {label}: {reason}", highlight=False)

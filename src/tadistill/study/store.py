@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 from tadistill.errors import StoreError
 
 MANIFEST = "manifest.json"
+_RESUME = ("state.pt", "best.pt", "state.tmp", "best.tmp")
+_PARTS = "parts"
 
 
 def canonical(value: Any) -> str:
@@ -84,13 +86,13 @@ class Store:
         return lock
 
     def finish(self, key: str, manifest: dict[str, Any]) -> None:
-        """Drop what only a resume needed and put the manifest in place, with the digest of every file."""
+        """Put the manifest in place, with the digest of every file; then drop what only a resume needed."""
         folder = self.folder(key)
-        for name in ("state.pt", "best.pt", "state.tmp", "best.tmp"):
+        kept = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (MANIFEST, *_RESUME) and p.parent.name != _PARTS]
+        write_json(folder / MANIFEST, manifest | {"files": {str(p.relative_to(folder)): _sha256(p) for p in kept}})
+        for name in _RESUME:
             (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "parts", ignore_errors=True)
-        files = {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST}
-        write_json(folder / MANIFEST, manifest | {"files": files})
+        shutil.rmtree(folder / _PARTS, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

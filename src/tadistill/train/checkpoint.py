@@ -1,6 +1,7 @@
 """Training state on disk: written to a temporary file and renamed, so a kill leaves the old state or the new one, whole."""
 
 import os
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,5 +38,5 @@ def load(path: Path) -> dict[str, Any]:
     """Read what `save` wrote."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise StoreError(f"{path} is damaged ({error}); delete it and run the same command again to redo the stage") from error

@@ -114,6 +114,7 @@ def train_stage(
             hooks.progress(state.step, f"loss {metrics['train/loss']:.3f}, {metrics['train/tokens_per_second']:,.0f} tokens/s")
             if chosen:
                 metrics |= _evaluate(student, hooks, select, state, directory)
+                since.restart()
             log.write(state.step, metrics)
     if select.metric != "last":
         student.load_state_dict(checkpoint.load(directory / "best.pt"))
@@ -183,6 +184,10 @@ class _Averages:
         self.rows: list[dict[str, float]] = []
         self.start = time.monotonic()
 
+    def restart(self) -> None:
+        """Start the clock again, after time that was not training."""
+        self.start = time.monotonic()
+
     def add(self, row: dict[str, float]) -> None:
         self.rows.append(row)
 
@@ -190,7 +195,7 @@ class _Averages:
         rows, seconds = self.rows, time.monotonic() - self.start
         means = {name: sum(r[name] for r in rows) / len(rows) for name in rows[0] if name != "tokens"}
         speed = sum(r["tokens"] for r in rows) / max(seconds, 1e-9)
-        self.__init__()
+        self.rows, self.start = [], time.monotonic()
         return means | {"train/tokens_per_second": speed}
 
 

@@ -51,7 +51,7 @@ def test_overrides_and_dotted_names(recipe):
         ("method.optim.lr=-1", ["`method.optim.lr` is -1", "greater than 0"]),
         ("method.objective.type=foo", ["'foo'", "forward_kl"]),
         ("seeds=[1,1]", ["repeat"]),
-        ("nonsense", ["has no `=`"]),
+        ("nonsense", ["is not KEY=VALUE"]),
         ("arms.a={path: xl > s, compute: 2x}", ["write `as ARM`"]),
     ],
 )

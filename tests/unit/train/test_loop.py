@@ -126,7 +126,7 @@ def test_an_empty_mask_has_zero_loss_and_a_graph():
     batch = collate(ROWS[:2], pad=0)
     batch.mask_BT.fill_(False)
     term = make_step(Method(objective=CrossEntropy()), None, 31)(model, batch)["cross_entropy"]
-    assert float(term.total) == 0
+    assert term.total.item() == 0
     term.total.backward()
     assert all(p.grad is None or float(p.grad.abs().sum()) == 0 for p in model.parameters())
 
