@@ -18,20 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
-from tadistill.models.memory import available_memory, check_memory, resident_bytes
 from tadistill.models.noise import quiet
 from tadistill.models.scratch import scratch_config, scratch_model
-
-__all__ = [
-    "available_memory",
-    "check_memory",
-    "check_same_tokenizer",
-    "load_model",
-    "load_tokenizer",
-    "resident_bytes",
-    "save_model",
-    "shared_vocabulary",
-]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

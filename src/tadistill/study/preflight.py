@@ -3,8 +3,6 @@
 A mistake found here costs a second; found in the sixth stage it costs the first five.
 """
 
-import os
-
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +17,7 @@ from tadistill.models.memory import check_memory, resident_bytes
 from tadistill.models.pruning import keep_list
 from tadistill.models.scratch import scratch_config
 from tadistill.study.costs import Ledger, check_data
+from tadistill.study.runner import cores
 
 
 def check(recipe: Recipe) -> int:
@@ -50,9 +49,10 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
     model = recipe.models[name]
     if model.load and model.load.startswith("scratch:"):
         scratch_config(model.load.removeprefix("scratch:"), model.config, tokenizer)
-    config = Ledger(recipe).config(name)
+    ledger = Ledger(recipe)
+    config = ledger.config(name)
     if model.init:
-        parent = Ledger(recipe).config(model.init.from_) or {}
+        parent = ledger.config(model.init.from_) or {}
         if layers := parent.get("num_hidden_layers", parent.get("n_layer")):
             keep_list(model.init.layers, layers)
     positions = (config or {}).get("max_position_embeddings", (config or {}).get("n_positions"))
@@ -96,7 +96,7 @@ def _default_jobs() -> int:
     """
     if torch.cuda.is_available():
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()
 
 
 def _check_memory(recipe: Recipe, used: list[str]) -> None:

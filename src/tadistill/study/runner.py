@@ -26,6 +26,11 @@ _worker: dict[str, Any] = {}
 """In a worker process: the event that asks it to stop, and the queue to the screen."""
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None:
     """Run every stage that the store lacks.
 
@@ -38,7 +43,7 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None
         return
     context = multiprocessing.get_context("spawn")
     stop, messages = context.Event(), context.SimpleQueue()
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs) if hasattr(os, "sched_getaffinity") else 1
+    threads = max(1, cores() // jobs)
     pool = ProcessPoolExecutor(min(jobs, len(todo)), context, _start_worker, (stop, messages, threads, os.getpid()))
     with _Screen(console, len(plan.stages), len(plan.stages) - len(todo), messages) as screen:
         try:
