@@ -2,18 +2,58 @@
 
 from tadistill.objectives import reverse_kl
 loss = (reverse_kl(student_logits, teacher_logits) * mask).sum() / mask.sum()
+
+`fused_divergence` gives the same numbers from hidden states and heads, and never holds a [tokens, vocabulary] tensor.
 """
 
-from tadistill.objectives.divergence import forward_kl, log_probs, reverse_kl
-from tadistill.objectives.sampled import clipped_ratio, cross_entropy, policy_gradient, returns, token_log_probs
+from tadistill.objectives.adaptive import TaidSchedule, adaptive_kl, contrastive, contrastive_alpha, taid, taid_target
+from tadistill.objectives.divergence import (
+    forward_kl,
+    jeffreys,
+    jensen_shannon,
+    log_probs,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    total_variation,
+)
+from tadistill.objectives.families import alpha_beta, alpha_mixture
+from tadistill.objectives.fused import Head, Hidden, fused_divergence, fused_head
+from tadistill.objectives.sampled import clipped_ratio, cross_entropy, k1, k2, k3, policy_gradient, returns, token_log_probs
+from tadistill.objectives.targets import TargetMixture, TopK, top_k, top_k_forward_kl, top_k_reverse_kl
 
 __all__ = [
+    "Head",
+    "Hidden",
+    "TaidSchedule",
+    "TargetMixture",
+    "TopK",
+    "adaptive_kl",
+    "alpha_beta",
+    "alpha_mixture",
     "clipped_ratio",
+    "contrastive",
+    "contrastive_alpha",
     "cross_entropy",
     "forward_kl",
+    "fused_divergence",
+    "fused_head",
+    "jeffreys",
+    "jensen_shannon",
+    "k1",
+    "k2",
+    "k3",
     "log_probs",
     "policy_gradient",
     "returns",
     "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "taid",
+    "taid_target",
     "token_log_probs",
+    "top_k",
+    "top_k_forward_kl",
+    "top_k_reverse_kl",
+    "total_variation",
 ]

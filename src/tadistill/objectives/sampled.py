@@ -1,4 +1,4 @@
-"""Losses that see the sampled tokens: cross-entropy, and MiniLLM's policy gradient with its returns and weights.
+"""Losses that see the sampled tokens: cross-entropy, estimators of the reverse KL, MiniLLM's policy gradient and returns.
 
 All functions take at least float32 and return one value per token without mask or reduction, except `returns`, which
 needs the mask because it sums along the sequence. Axes: B sequences, T positions.
@@ -18,6 +18,34 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     """-log q(token): logits (..., V) and token ids (...) to (...), in nats."""
     return -token_log_probs(logits, tokens)
+
+
+def k1(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """log q - log p at a token drawn from q: unbiased for KL(q || p), of high variance, and its own gradient has mean zero.
+
+    Args:
+        student_log_probs, teacher_log_probs: log-probabilities of the same tokens, any shape.
+
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    return student_log_probs - teacher_log_probs
+
+
+def k2(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """(log p - log q)^2 / 2 at a token drawn from q: biased, of low variance; its gradient is unbiased for that of KL(q || p).
+
+    Args and source as in `k1`.
+    """
+    return (teacher_log_probs - student_log_probs).square() / 2
+
+
+def k3(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """p/q - 1 - log(p/q) at a token drawn from q: unbiased for KL(q || p), never negative, of low variance.
+
+    Its gradient is unbiased for that of KL(p || q). Args and source as in `k1`.
+    """
+    gap = teacher_log_probs - student_log_probs
+    return torch.expm1(gap) - gap
 
 
 def returns(rewards_BT: Tensor, mask_BT: Tensor, *, length_normalisation: bool = True) -> Tensor:

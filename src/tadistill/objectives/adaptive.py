@@ -1,0 +1,158 @@
+"""Objectives that look at the student before they choose: adaptive KL, TAID's moving target, DistiLLM-2's contrastive pair.
+
+Convention as in `tadistill.objectives.divergence`: logits (..., V) in, (...) nats out, p the teacher and q the student.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tadistill.errors import ConfigError
+from tadistill.objectives import checks
+from tadistill.objectives.divergence import LOG_ZERO, both_log_probs, kl
+
+_HEAD_GUESS = 256
+
+
+def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0.5, temperature: float = 1.0) -> Tensor:
+    """w KL(p || q) + (1 - w) KL(q || p), where w is the share of sum_v |p - q| that lies on the teacher's head.
+
+    The head is the smallest set of the teacher's most probable tokens with mass >= mu, including the token that crosses mu, as in the
+    paper (the authors' code leaves that token out, and TAID's copy masks the wrong tokens). No gradient flows through w.
+
+    Args:
+        mu: mass of the head, in [0, 1]. 0 empties it (`reverse_kl`), 1 makes it the whole vocabulary (`forward_kl`).
+
+    Other args, returns and errors as in `forward_kl`. Source: Wu et al. 2025 (AKL), section 4.
+    """
+    checks.within("mu", mu, 0, 1)
+    log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
+    with torch.no_grad():
+        weight = _head_weight(log_p.exp(), log_q.exp(), mu)
+    value = weight * kl(log_p, log_q) + (1 - weight) * kl(log_q, log_p)
+    return checks.result(value, student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+def _head_weight(p: Tensor, q: Tensor, mu: float) -> Tensor:
+    """The head's share of the gap, (...); one half where p = q."""
+    width = p.shape[-1]
+    k = min(_HEAD_GUESS, width)
+    top, ids = p.topk(k)  # most heads are short, and a sort of a whole vocabulary is dear on a CPU
+    while k < width and bool((top.sum(-1) < mu).any()):
+        k = min(8 * k, width)
+        top, ids = p.topk(k)
+    head = top.cumsum(-1) - top < mu
+    gap = (p - q).abs()
+    total, inside = gap.sum(-1), (gap.gather(-1, ids) * head).sum(-1)
+    return torch.where(total > 0, (inside / total).clamp(max=1), 0.5) if mu < 1 else torch.ones_like(total)
+
+
+# --- TAID ---------------------------------------------------------------------------------------------------------------
+
+
+def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> Tensor:
+    """Logits of TAID's intermediate teacher, (1 - t) z_q + t z_p with the student's detached, (..., V).
+
+    t = 0 is the student itself, t = 1 the teacher. Source: Shing et al. 2025 (TAID), Eq. 3.
+    """
+    checks.within("t", t, 0, 1)
+    checks.pair(student_logits, teacher_logits)
+    if t in (0, 1):  # 0 * -inf is not a number
+        return teacher_logits if t == 1 else student_logits.detach()
+    return (1 - t) * student_logits.detach() + t * teacher_logits
+
+
+def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperature: float = 1.0) -> Tensor:
+    """-sum_v p_t log q: the cross-entropy to `taid_target`, whose gradient is that of KL(p_t || q).
+
+    The value is the cross-entropy because TAID's schedule reads it; the KL is
+    `forward_kl(student_logits, taid_target(student_logits, teacher_logits, t=t))`.
+
+    Args:
+        t: interpolation, in [0, 1]; `TaidSchedule` moves it.
+
+    Other args, returns and errors as in `forward_kl`. Source: Shing et al. 2025 (TAID), Eq. 4.
+    """
+    log_q, log_t = both_log_probs(student_logits, taid_target(student_logits, teacher_logits, t=t), temperature)
+    value = -(log_t.exp() * log_q).sum(-1)
+    return checks.result(value, student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+class TaidSchedule:
+    """TAID's adaptive t: it rises at least linearly, and faster while the loss falls (Shing et al. 2025, Algorithm 1).
+
+    delta = (J_prev - J) / J_prev; m <- decay m + (1 - decay) delta; t <- min(end, max(linear(step), t + rate sigmoid(m) (1 - t))).
+    Call `update` once per optimizer update; the first call only stores the loss.
+    """
+
+    def __init__(self, *, start: float = 0.4, end: float = 1.0, rate: float = 5e-4, decay: float = 0.99):
+        checks.within("start", start, 0, 1)
+        checks.within("end", end, start, 1)
+        self.start, self.end, self.rate, self.decay = start, end, rate, decay
+        self.t, self.momentum, self.previous = start, 0.0, math.nan
+
+    def update(self, loss: float, step: int, steps: int) -> None:
+        """Take in the mean `taid` loss of the update just made, the `step`-th (from 1) of `steps`."""
+        if not math.isnan(self.previous):
+            delta = (self.previous - loss) / (self.previous + 1e-15)
+            self.momentum = self.decay * self.momentum + (1 - self.decay) * delta
+            linear = self.start + (self.end - self.start) * step / steps
+            raised = self.t + self.rate / (1 + math.exp(-self.momentum)) * (1 - self.t)
+            self.t = min(self.end, max(linear, raised))
+        self.previous = loss
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"t": self.t, "momentum": self.momentum, "previous": self.previous}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.t, self.momentum, self.previous = state["t"], state["momentum"], state["previous"]
+
+
+# --- DistiLLM-2 ---------------------------------------------------------------------------------------------------------
+
+
+def contrastive(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    from_teacher: Tensor,
+    *,
+    alpha: float | Tensor = 0.1,
+    temperature: float = 1.0,
+) -> Tensor:
+    """DistiLLM-2's pair: `skew_forward_kl` on text of the teacher, `skew_reverse_kl` (mixture detached) on text of the student.
+
+    Args:
+        student_logits, teacher_logits: (..., V).
+        from_teacher: bool, broadcastable to (...): True where the text is the teacher's.
+        alpha: skew in [0, 1], or a tensor of them broadcastable to (...), from `contrastive_alpha`.
+
+    Returns and errors as in `forward_kl`. Source: Ko et al. 2025 (DistiLLM-2), Eq. 5.
+    """
+    log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
+    skew = torch.as_tensor(alpha, dtype=log_q.dtype, device=log_q.device)
+    if not bool(((skew >= 0) & (skew <= 1)).all()):
+        raise ConfigError(f"alpha is between {float(skew.min())} and {float(skew.max())}; it must be in [0, 1]")
+    log_skew, log_rest = skew.log().clamp(min=LOG_ZERO).unsqueeze(-1), torch.log1p(-skew).clamp(min=LOG_ZERO).unsqueeze(-1)
+    pulled = kl(log_p, torch.logaddexp(log_p + log_skew, log_q + log_rest))
+    pushed = kl(log_q, torch.logaddexp(log_q.detach() + log_skew, log_p + log_rest))
+    return checks.result(torch.where(from_teacher, pulled, pushed), student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+def contrastive_alpha(gap: Tensor, anchor: float | Tensor, *, base: float = 0.1) -> Tensor:
+    """The skew of each response: clip(1 - (1 - base) anchor / gap, 0.01, base).
+
+    A response on which the models differ much gets a small skew (a steep loss), one on which they agree gets `base`.
+
+    Args:
+        gap: (B,) exp(mean log p) - exp(mean log q) of each teacher's response, its opposite for a student's.
+        anchor: running mean of the gap over the training so far.
+        base: the largest skew, in [0.01, 1].
+
+    Source: Ko et al. 2025 (DistiLLM-2), section 3.3.
+    """
+    checks.within("base", base, 0.01, 1)
+    return (1 - (1 - base) * anchor / (gap + 1e-5)).clamp(0.01, base)

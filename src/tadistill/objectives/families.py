@@ -1,0 +1,103 @@
+"""Families with two parameters that contain the divergences of the field: alpha-beta (ABKD) and the alpha-mixture (AMiD).
+
+Convention as in `tadistill.objectives.divergence`: logits (..., V) in, (...) nats out, p the teacher and q the student.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tadistill.errors import ConfigError
+from tadistill.objectives import checks
+from tadistill.objectives.divergence import both_log_probs
+
+
+def alpha_beta(
+    student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.2, beta: float = 0.7, temperature: float = 1.0
+) -> Tensor:
+    """-1/(alpha beta) sum_v [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)].
+
+    (1, 0) is the forward KL, (0, 1) the reverse KL, (1/2, 1/2) four times the squared Hellinger distance, (1, 1) half the squared
+    Euclidean distance. Larger alpha weighs tokens by the teacher's confidence, larger beta by the student's. Where alpha, beta or their sum is
+    exactly 0 the limit is used; parameters closer to 0 than 1e-3 lose digits in float32.
+
+    Args:
+        alpha, beta: finite; the defaults are ABKD's for GPT-2 (0.5, 0.5 for OpenLLaMA2). With a negative one the value is
+            unbounded, and undefined where a probability is 0.
+
+    Other args, returns and errors as in `forward_kl`. Source: Wang et al. 2025 (ABKD), Eq. 5; Cichocki et al. 2011.
+    """
+    checks.finite("alpha", alpha)
+    checks.finite("beta", beta)
+    log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
+    return checks.result(_ab(log_p, log_q, alpha, beta), student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+def _ab(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
+    """The alpha-beta divergence of log-probabilities (..., V), and its limits where a parameter or the sum is 0."""
+    total, gap = alpha + beta, log_p - log_q
+    if alpha == 0 and beta == 0:
+        terms = gap.square() / 2
+    elif alpha == 0:
+        terms = ((beta * log_p).exp() - (beta * log_q).exp()) / beta**2 - (beta * log_q).exp() * gap / beta
+    elif beta == 0:
+        terms = ((alpha * log_q).exp() - (alpha * log_p).exp()) / alpha**2 + (alpha * log_p).exp() * gap / alpha
+    elif total == 0:
+        terms = ((alpha * gap).exp() - 1 - alpha * gap) / alpha**2
+    else:
+        teacher, student = (total * log_p).exp() * alpha / total, (total * log_q).exp() * beta / total
+        terms = (teacher + student - (alpha * log_p + beta * log_q).exp()) / (alpha * beta)
+    value = terms.sum(-1)
+    if min(alpha, beta, total) < 0 and bool((value.isinf() & ~log_p.isnan().any(-1)).any()):
+        raise ConfigError(
+            f"alpha {alpha} and beta {beta} have a negative exponent and some probability is 0 (or nearly), where the divergence is undefined; "
+            "use alpha >= 0 and beta >= 0"
+        )
+    return value
+
+
+def alpha_mixture(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    alpha: float = -5.0,
+    lam: float = 0.5,
+    pair: Literal["pr", "rp", "qr", "rq"] = "pr",
+    ab_parameters: tuple[float, float] = (1.0, 0.0),
+    temperature: float = 1.0,
+) -> Tensor:
+    """A divergence to the assistant r, the alpha-mixture of p and q: r ~ [lam p^c + (1 - lam) q^c]^(1/c), c = (1 - alpha)/2.
+
+    alpha = -1 is the arithmetic mixture (then "pr" is `skew_forward_kl(alpha=lam)`), alpha = 1 the geometric one, alpha = 3 the
+    harmonic one. lam = 0 makes r = q, lam = 1 makes r = p. The gradient flows through r.
+
+    Args:
+        alpha: finite; shapes the mixture.
+        lam: the teacher's share, in [0, 1].
+        pair: the two sides of the divergence, first letter first: p the teacher, q the student, r the assistant.
+        ab_parameters: (alpha, beta) of `alpha_beta`; (1, 0) is the KL from the first side to the second, AMiD also uses (0.2, 0.7).
+
+    Other args, returns and errors as in `forward_kl`. Source: Shin et al. 2025 (AMiD); the defaults are WASD's setting of it.
+    """
+    checks.finite("alpha", alpha)
+    checks.within("lam", lam, 0, 1)
+    if pair not in ("pr", "rp", "qr", "rq"):
+        raise ConfigError(f"pair is {pair!r}; it must be one of pr, rp, qr, rq")
+    log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
+    sides = {"p": log_p, "q": log_q, "r": _assistant(log_p, log_q, alpha, lam)}
+    value = _ab(sides[pair[0]], sides[pair[1]], *ab_parameters)
+    return checks.result(value, student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+def _assistant(log_p: Tensor, log_q: Tensor, alpha: float, lam: float) -> Tensor:
+    """log r, normalised."""
+    if lam in (0, 1):
+        return log_p if lam == 1 else log_q
+    power = (1 - alpha) / 2
+    if power == 0:
+        log_r = lam * log_p + (1 - lam) * log_q
+    else:
+        log_r = torch.logaddexp(power * log_p + math.log(lam), power * log_q + math.log1p(-lam)) / power
+    return torch.log_softmax(log_r, dim=-1)

@@ -1,0 +1,325 @@
+"""The head fused into the loss: hidden states in, loss and gradients out, for any objective, without a [tokens, vocabulary] tensor.
+
+    total, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=mask, beta=0.1)
+    (total / mask.sum()).backward()
+
+Two sizes of tile. Matrix products work on as many tokens as `TILE_BYTES` allows, over the whole vocabulary; the objective works on a few
+tokens at a time that stay in cache. The gradient of the student's logits is taken by autograd inside such a small tile and written over
+the logits, so the plain function IS the fused one's definition, nothing is computed twice, and backward only hands out
+what forward found. Tiles over the vocabulary as well would need each head a second and third time (a divergence is known only
+after both normalisers), and save no memory that matters: one token's logits are small.
+
+Axes: N tokens, H hidden, V vocabulary, K terms.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tadistill.errors import ConfigError
+from tadistill.objectives import checks
+from tadistill.objectives.targets import TargetMixture, TopK
+
+TILE_BYTES = 144 * 2**20
+"""For the logits of one tile, student and teachers together."""
+_CACHED = {"cpu": 2**19}
+_STREAMED = 2**22
+"""Elements of a small tile: on a CPU one that stays in cache, on a GPU one that outweighs the launch of a kernel."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """softcap(scale * (hidden @ weight.T + bias)), with softcap(z) = cap tanh(z / cap): the last layer of a language model."""
+
+    weight: Tensor
+    """(V, H); the embedding's own weight where they are tied."""
+    bias: Tensor | None = None
+    """(V,)"""
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """What comes after the matrix product and the bias."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits, (..., V): the plain form."""
+        return self.shape(torch.nn.functional.linear(hidden, self.weight, self.bias))
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A teacher's last hidden states (..., H) and its head."""
+
+    states: Tensor
+    head: Head
+
+
+Target = Tensor | Hidden | TopK
+"""A teacher: its logits (..., V), its hidden states with its head, or its top-k tokens."""
+
+Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
+"""(student logits (n, V), each teacher's logits (n, V) or TopK, which of the N tokens) to (K, n) values per term and token."""
+
+
+def fused_divergence(
+    divergence: Callable[..., Tensor],
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher: Target | Sequence[Target],
+    *,
+    mask: Tensor | None = None,
+    mixture: TargetMixture | None = None,
+    vocab: int | None = None,
+    temperature: float = 1.0,
+    **parameters: Any,
+) -> tuple[Tensor, Tensor]:
+    """The sum over tokens of `divergence(student_logits, teacher_logits, temperature=…, **parameters)`.
+
+    Args:
+        divergence: any function of `tadistill.objectives` on two tensors of logits.
+        student_hidden: (..., H) last hidden states, with a graph.
+        teacher: one target, or several with a `mixture`; no gradient reaches them.
+        mask: (...) bool, True where the token counts (all by default), or weights >= 0.
+        vocab: cut both heads (or teacher logits) to the first `vocab` tokens, and renormalise.
+
+    Returns:
+        The weighted sum, a scalar with a graph to the hidden states and the head's weight and bias; and the values (...), detached, zero
+        where the mask is. Where the mask is False nothing is computed.
+
+    Raises:
+        ConfigError: shapes do not fit, a parameter is out of range, or a result is NaN.
+    """
+    weights = torch.ones(student_hidden.shape[:-1], device=student_hidden.device) if mask is None else mask
+    if weights.shape != student_hidden.shape[:-1]:
+        raise ConfigError(f"mask has shape {tuple(weights.shape)} but student_hidden {tuple(student_hidden.shape)}; give one value per token")
+    counted = weights != 0
+    targets = (teacher,) if isinstance(teacher, Tensor | Hidden | TopK) else tuple(teacher)
+    if len(targets) > 1 and mixture is None:
+        raise ConfigError(f"teacher has {len(targets)} targets and no mixture; give mixture=TargetMixture(kind, weights)")
+
+    def values(student: Tensor, teachers: tuple[Any, ...], _: slice) -> Tensor:
+        return divergence(*aligned(student, teachers, mixture, temperature), **parameters).unsqueeze(0)
+
+    parameters["temperature"] = 1.0 if isinstance(targets[0], TopK) else temperature  # a TopK is aligned at its temperature
+    total, found = fused_head(
+        student_hidden[counted],
+        student_head,
+        values,
+        weights[counted].unsqueeze(0),
+        teachers=[_counted(t, counted) for t in targets],
+        vocab=vocab,
+    )
+    checks.result(found, student_hidden=student_hidden.detach(), student_head=student_head.weight.detach())
+    return total, torch.zeros(counted.shape, dtype=found.dtype, device=found.device).masked_scatter(counted, found[0])
+
+
+def aligned(student: Tensor, teachers: Sequence[Tensor | TopK], mixture: TargetMixture | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """Both sides' logits for a divergence: of one teacher, of its top-k tokens (already tempered), or of a mixture."""
+    if isinstance(teachers[0], TopK):
+        if len(teachers) > 1:
+            raise ConfigError("a top-k target cannot be part of a mixture, since teachers keep different tokens; use hidden states or logits")
+        return teachers[0].align(student, temperature)
+    dense = [t for t in teachers if isinstance(t, Tensor)]
+    return student, dense[0] if mixture is None else mixture.logits(dense, temperature=temperature)
+
+
+def fused_head(
+    hidden: Tensor,
+    head: Head,
+    values: Values,
+    weights: Tensor,
+    *,
+    teachers: Sequence[Target] = (),
+    vocab: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Any loss on logits, several terms at once: sum_kn weights_kn values_kn, with the gradient taken tile by tile.
+
+    Args:
+        hidden: (N, H).
+        values: called on small tiles, with gradients on.
+        weights: (K, N), or broadcastable to it; fold 1 / count in here, so that backward has nothing left to scale.
+        teachers: targets over the same N tokens.
+        vocab: as in `fused_divergence`.
+
+    Returns:
+        The scalar sum, with a graph; and the values (K, N), detached. A NaN is passed on.
+    """
+    width = _width(head, teachers, vocab)
+    for target in teachers:
+        states = target.states if isinstance(target, Hidden) else target.ids if isinstance(target, TopK) else target
+        if states.shape[:-1] != hidden.shape[:-1]:
+            raise ConfigError(f"the teacher has {tuple(states.shape[:-1])} tokens and student_hidden {tuple(hidden.shape[:-1])}; give the same ones")
+    plan = _Plan(head, values, weights, tuple(teachers), width)
+    total, found = _FusedHead.apply(hidden, head.weight, head.bias, plan)  # type: ignore[misc]
+    return total, found
+
+
+def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
+    """How many tokens of the vocabulary take part."""
+    widths = [head.weight.shape[0]]
+    widths += [t.head.weight.shape[0] if isinstance(t, Hidden) else t.shape[-1] for t in teachers if not isinstance(t, TopK)]
+    if vocab is None and len(set(widths)) > 1:
+        raise ConfigError(f"student and teacher have {widths} logits; set vocab to the size of the shared vocabulary, at most {min(widths)}")
+    if vocab is not None and not 1 <= vocab <= min(widths):
+        raise ConfigError(f"vocab is {vocab}; it must be in [1, {min(widths)}], the narrowest head")
+    return vocab or widths[0]
+
+
+def _counted(target: Target, counted: Tensor) -> Target:
+    if isinstance(target, Hidden):
+        return Hidden(target.states[counted], target.head)
+    if isinstance(target, TopK):
+        return TopK(target.ids[counted], target.log_probs[counted], None if target.tail is None else target.tail[counted])
+    return target[counted]
+
+
+# --- the autograd function ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    head: Head
+    values: Values
+    weights: Tensor
+    teachers: tuple[Target, ...]
+    width: int
+
+
+class _FusedHead(torch.autograd.Function):
+    """Loss and gradients in forward; backward hands them out, times the gradient that comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
+        needs = ctx.needs_input_grad
+        with torch.autocast(hidden.device.type, enabled=False):
+            grads = _Gradients(hidden, weight if needs[1] else None, bias if bias is not None and needs[2] else None, needs[0])
+            total, found = _run(plan, hidden.detach(), _operand(hidden, plan.head, plan.width), grads)
+        ctx.save_for_backward(*grads.result(hidden.dtype, weight.dtype))
+        ctx.mark_non_differentiable(found)
+        return total, found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # Callers who fold every factor into the weights get 1 here; then no second copy of the head's gradient is made.
+        whole = bool(grad == 1)
+        return (*(g if g is None or whole else g * grad.to(g.dtype) for g in ctx.saved_tensors), None)
+
+
+class _Gradients:
+    """Accumulators of the gradients that are asked for, in the precision of the products."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, of_hidden: bool):
+        wide = _wide(hidden.dtype)
+        self.hidden = torch.zeros_like(hidden, dtype=wide) if of_hidden else None
+        self.weight = torch.zeros_like(weight, dtype=wide) if weight is not None else None
+        self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None else None
+        self.wanted = of_hidden or weight is not None or bias is not None
+
+    def add(self, rows: slice, slope: Tensor, hidden: Tensor, operand: Tensor) -> None:
+        """`slope` is the gradient of a tile's logits before scale and cap, (n, width)."""
+        width = slope.shape[1]
+        narrow = slope.to(operand.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = narrow @ operand
+        if self.weight is not None:
+            if operand.dtype == self.weight.dtype:
+                self.weight[:width].addmm_(narrow.t(), hidden)
+            else:
+                self.weight[:width] += narrow.t() @ hidden
+        if self.bias is not None:
+            self.bias[:width] += slope.sum(0)
+
+    def result(self, of_hidden: torch.dtype, of_weight: torch.dtype) -> tuple[Tensor | None, ...]:
+        """In the order and the dtypes of the inputs."""
+        wanted = ((self.hidden, of_hidden), (self.weight, of_weight), (self.bias, of_weight))
+        return tuple(None if g is None else g.to(dtype) for g, dtype in wanted)
+
+
+def _run(plan: _Plan, hidden: Tensor, operand: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
+    """All tiles: the weighted sum, and the values (K, N)."""
+    count, width, wide = len(hidden), plan.width, _wide(hidden.dtype)
+    dense = [t for t in plan.teachers if isinstance(t, Hidden)]
+    rows = _rows(count, (1 + len(dense)) * width * wide.itemsize)
+    small = max(1, _CACHED.get(hidden.device.type, _STREAMED) // width)
+    buffers = [torch.empty(rows, width, dtype=wide, device=hidden.device) for _ in range(1 + len(dense))]
+    operands = [_operand(t.states, t.head, width) for t in dense]
+    found: list[Tensor] = []
+    for start in range(0, count, rows):
+        tile = slice(start, min(start + rows, count))
+        here = hidden[tile].to(operand.dtype)
+        student = _project(here, operand, plan.head.bias, buffers[0])
+        projected = iter(
+            _project(t.states[tile].to(w.dtype), w, t.head.bias, out) for t, w, out in zip(dense, operands, buffers[1:], strict=True)
+        )
+        teachers = [next(projected) if isinstance(t, Hidden) else _slice(t, tile, width) for t in plan.teachers]
+        for first in range(0, len(here), small):
+            inside = slice(first, min(first + small, len(here)))
+            found.append(_small(plan, student[inside], teachers, inside, start, grads.wanted))
+        if grads.wanted:
+            grads.add(tile, student, here, operand)
+    values = torch.cat(found, dim=1) if found else _no_values(plan, hidden, wide)
+    return (plan.weights.to(values.dtype) * values).sum(), values
+
+
+def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, start: int, wanted: bool) -> Tensor:
+    """Values (K, n) of a small tile; overwrites its logits with the gradient of the weighted sum."""
+    rows = slice(start + inside.start, start + inside.stop)
+    targets = tuple(
+        t.head.shape(tile[inside]) if isinstance(t, Hidden) else _slice(tile, inside) for t, tile in zip(plan.teachers, teachers, strict=True)
+    )
+    leaf = logits.detach().requires_grad_(wanted)
+    with torch.set_grad_enabled(wanted), checks.deferred():
+        values = plan.values(plan.head.shape(leaf), targets, rows)
+    if wanted:
+        weights = plan.weights if plan.weights.shape[-1] == 1 else plan.weights[..., rows]
+        (slope,) = torch.autograd.grad(values, leaf, weights.to(values.dtype).expand_as(values))
+        logits.copy_(slope)
+    return values.detach()
+
+
+def _no_values(plan: _Plan, hidden: Tensor, wide: torch.dtype) -> Tensor:
+    return torch.zeros(plan.weights.shape[0] if plan.weights.ndim > 1 else 1, 0, dtype=wide, device=hidden.device)
+
+
+def _rows(count: int, bytes_per_row: int) -> int:
+    """Tokens of one tile: tiles of like size that keep the budget."""
+    most = max(1, TILE_BYTES // bytes_per_row)
+    return max(1, math.ceil(count / math.ceil(count / most))) if count else 1
+
+
+def _slice(target: Tensor | TopK, rows: slice, width: int | None = None) -> Tensor | TopK:
+    if isinstance(target, TopK):
+        return TopK(target.ids[rows], target.log_probs[rows], None if target.tail is None else target.tail[rows])
+    return target[rows, :width]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision of logits and sums: float32, or float64 for float64."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _operand(hidden: Tensor, head: Head, width: int) -> Tensor:
+    """The head's matrix (width, H) in the dtype of the product: autocast's where that is on, else the hidden states'."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64 else hidden.dtype
+    return head.weight.detach()[:width].to(dtype)
+
+
+def _project(hidden: Tensor, operand: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """hidden @ operand.T + bias into the first rows of `out`."""
+    logits = out[: len(hidden)]
+    if operand.dtype == out.dtype:
+        torch.mm(hidden, operand.t(), out=logits)
+    else:
+        logits.copy_(hidden @ operand.t())
+    if bias is not None:
+        logits += bias.detach()[: logits.shape[1]].to(logits.dtype)
+    return logits

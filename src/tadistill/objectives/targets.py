@@ -1,0 +1,165 @@
+"""What stands in for one teacher's logits: a mixture of several teachers, or the teacher's top-k tokens.
+
+Both end as logits that any divergence takes: `TargetMixture.logits` gives a teacher's side, `TopK.align` gives both sides on the
+top-k support.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tadistill.errors import ConfigError
+from tadistill.objectives import checks
+from tadistill.objectives.divergence import LOG_ZERO, forward_kl, log_probs, reverse_kl
+
+
+@dataclass(frozen=True)
+class TargetMixture:
+    """Several teachers as one target distribution: dense guidance without a new loss.
+
+    Reverse KL to every teacher is reverse KL to their geometric mixture plus -log Z: sum_k w_k KL(q || p_k) = KL(q || p_geo) - log Z,
+    where Z does not depend on q at a given prefix (over whole sequences sampled from q it does, and is dropped here). Forward KL from every
+    teacher is, up to a constant, forward KL from the arithmetic mixture.
+
+    Source: Son et al. 2021 (DGKD) for dense guidance and its stochastic dropping; the identities are in docs/objectives.md.
+    """
+
+    kind: Literal["geometric", "arithmetic"]
+    weights: tuple[float, ...]
+    """One per teacher, at least 0; normalised to sum 1."""
+    drop: float = 0.0
+    """Probability of leaving a teacher out of a batch (`drawn`); at least one stays."""
+
+    def __post_init__(self):
+        if self.kind not in ("geometric", "arithmetic"):
+            raise ConfigError(f"kind is {self.kind!r}; it must be geometric or arithmetic")
+        if not self.weights or min(self.weights) < 0 or not 0 < sum(self.weights) < float("inf"):
+            raise ConfigError(f"weights are {self.weights}; they must be numbers >= 0 with a sum above 0, one per teacher")
+        if not 0 <= self.drop < 1:
+            raise ConfigError(f"drop is {self.drop}; it must be in [0, 1)")
+
+    def drawn(self, generator: np.random.Generator) -> "TargetMixture":
+        """The mixture of one batch: each teacher left out with probability `drop`, drawn again if none is left.
+
+        A teacher of weight 0 needs no forward pass. Every rank must draw from the same generator.
+        """
+        while True:
+            kept = tuple(w if u >= self.drop else 0.0 for w, u in zip(self.weights, generator.random(len(self.weights)), strict=True))
+            if sum(kept) > 0:
+                return TargetMixture(self.kind, kept)
+
+    def logits(self, teacher_logits: Sequence[Tensor], *, temperature: float = 1.0) -> Tensor:
+        """Logits (..., V) whose softmax at `temperature` is the mixture of the teachers' softmaxes at `temperature`.
+
+        Args:
+            teacher_logits: one (..., V) per weight.
+        """
+        if len(teacher_logits) != len(self.weights):
+            raise ConfigError(f"the mixture has {len(self.weights)} weights but teacher_logits has {len(teacher_logits)} tensors; give one each")
+        checks.positive("temperature", temperature)
+        total = sum(self.weights)
+        parts = [(w / total, log_probs(z, temperature)) for w, z in zip(self.weights, teacher_logits, strict=True) if w > 0]
+        mixed, log_p = parts[0]
+        if self.kind == "geometric":
+            out = mixed * log_p
+            for weight, log_p in parts[1:]:
+                out = out + weight * log_p
+            return torch.log_softmax(out, dim=-1) * temperature
+        out = log_p + float(np.log(mixed))
+        for weight, log_p in parts[1:]:
+            out = torch.logaddexp(out, log_p + float(np.log(weight)))
+        return out * temperature
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher's k most probable tokens: what a cache holds instead of V logits."""
+
+    ids: Tensor
+    """(..., K) token ids."""
+    log_probs: Tensor
+    """(..., K) their log-probabilities under the teacher's whole softmax."""
+    tail: Tensor | None
+    """(...) log-probability of all other tokens together, which become one more outcome; None drops them, and both sides are
+    renormalised over the k tokens."""
+
+    def align(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Student's and teacher's logits on the common support, (..., K) or (..., K + 1), for any divergence at temperature 1.
+
+        Raises:
+            ConfigError: an id is outside the student's vocabulary, or a lumped tail meets a temperature (the tail of a tempered
+                teacher cannot be told from its tail at 1).
+        """
+        checks.positive("temperature", temperature)
+        width = student_logits.shape[-1]
+        if self.ids.shape[:-1] != student_logits.shape[:-1] or self.ids.shape != self.log_probs.shape:
+            raise ConfigError(
+                f"student_logits {tuple(student_logits.shape)}, ids {tuple(self.ids.shape)} and log_probs {tuple(self.log_probs.shape)} do not "
+                "belong together; all but the last axis must be equal, and ids and log_probs of one shape"
+            )
+        if self.ids.numel() and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < width:
+            raise ConfigError(f"ids run from {int(self.ids.min())} to {int(self.ids.max())}; they must be in [0, {width - 1}]")
+        if self.tail is None:
+            wide = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
+            return wide.gather(-1, self.ids) / temperature, self.log_probs / temperature
+        if temperature != 1.0:
+            raise ConfigError(f"temperature is {temperature} with a lumped tail, whose mass is known at 1 only; use temperature 1, or drop the tail")
+        log_q = log_probs(student_logits)
+        if self.ids.shape[-1] == width:
+            return log_q.gather(-1, self.ids), self.log_probs
+        rest = _rest(log_q, self.ids)
+        return torch.cat([log_q.gather(-1, self.ids), rest], -1), torch.cat([self.log_probs, self.tail.unsqueeze(-1)], -1)
+
+
+def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0) -> TopK:
+    """The k most probable tokens of softmax(teacher_logits / temperature), (..., V), with or without the mass of the rest."""
+    width = teacher_logits.shape[-1]
+    if not 1 <= k <= width:
+        raise ConfigError(f"k is {k}; it must be in [1, {width}], the vocabulary")
+    if tail not in ("lump", "drop"):
+        raise ConfigError(f"tail is {tail!r}; it must be lump or drop")
+    log_p = log_probs(teacher_logits, temperature)
+    found, ids = log_p.topk(k)
+    if tail == "drop":
+        return TopK(ids, found, None)
+    rest = _rest(log_p, ids).squeeze(-1) if k < width else torch.full_like(found[..., 0], LOG_ZERO)
+    return TopK(ids, found, rest)
+
+
+def _rest(log_all: Tensor, ids: Tensor) -> Tensor:
+    """(..., 1) log of the mass outside `ids`, summed rather than taken from 1, which would round a confident model's to 0."""
+    return log_all.scatter(-1, ids, LOG_ZERO).logsumexp(-1, keepdim=True)
+
+
+def top_k_forward_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, k: int = 64, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0
+) -> Tensor:
+    """Forward KL on the teacher's k most probable tokens. k = V is `forward_kl`.
+
+    Args:
+        k: tokens kept, in [1, V].
+        tail: `lump` makes the rest one more outcome, a lower bound of the whole KL; `drop` renormalises both sides over the k tokens,
+            and the student's mass elsewhere is left alone.
+
+    Other args, returns and errors as in `forward_kl`. Source: sparse logits of Anshumann et al. 2025; TRL's server distillation (lumped).
+    """
+    return forward_kl(*_on_top_k(student_logits, teacher_logits, k, tail, temperature))
+
+
+def top_k_reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, k: int = 64, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0
+) -> Tensor:
+    """Reverse KL on the teacher's k most probable tokens; all as in `top_k_forward_kl`. k = V is `reverse_kl`."""
+    return reverse_kl(*_on_top_k(student_logits, teacher_logits, k, tail, temperature))
+
+
+def _on_top_k(student: Tensor, teacher: Tensor, k: int, tail: Literal["lump", "drop"], temperature: float) -> tuple[Tensor, Tensor]:
+    checks.pair(student, teacher)
+    checks.positive("temperature", temperature)
+    # a tempered student is a student, so the tail of both is exact at any temperature
+    wide = student if student.dtype == torch.float64 else student.float()
+    return top_k(teacher, k, tail=tail, temperature=temperature).align(wide / temperature)
