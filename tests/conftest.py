@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from tadistill.models.forward import Reader
+
 torch.set_num_threads(1)
+
+
+def response_logits(model, batch, vocab):
+    """(N, vocab) logits at the N positions where the mask counts."""
+    reader = Reader(model)
+    return reader.head.logits(reader.hidden(model, batch))[:, :vocab].float()
 
 
 def tiny_model(kind: str, *, vocab: int = 31, seed: int = 0, layers: int = 2):

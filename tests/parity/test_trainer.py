@@ -6,11 +6,12 @@ from accelerate import Accelerator
 from tests.conftest import tiny_model
 from transformers import Trainer, TrainingArguments
 
-from tadistill.config.method import CrossEntropy, Method, Optim
+from tadistill.config.method import Method, Optim
+from tadistill.config.objective import CrossEntropy
 from tadistill.data.batch import Sequence
-from tadistill.rollout.samplers import DatasetSampler
+from tadistill.rollout.samplers import FixedSequences
 from tadistill.train.loop import _update, make_optimizer
-from tadistill.train.step import make_step
+from tadistill.train.step import counts, make_step
 
 # response lengths differ on purpose: a mean of per-micro-batch means would be wrong by more than 10 %
 SEQUENCES = [Sequence((3, 4, 5)[: 1 + i % 3], tuple(range(6, 6 + n))) for i, n in enumerate((2, 5, 9, 14, 3, 11, 1, 8))]
@@ -43,8 +44,8 @@ def test_loss_and_gradient_equal_stock_trainer(accumulation, tmp_path):
     method = Method(objective=CrossEntropy(), optim=optim)
     accelerator = Accelerator(gradient_accumulation_steps=1, cpu=True)
     model = tiny_model("llama")
-    sampler = DatasetSampler(SEQUENCES, optim, pad=0, seed=0)
-    ours = _update(model, make_step(method, None, 31), sampler.micro_batches(0), make_optimizer(model, optim), optim, accelerator, 0)
+    sampler = FixedSequences(SEQUENCES, optim, pad=0, seed=0)
+    ours = _update(model, make_step(method, model, None, 31), sampler.micro_batches(0), make_optimizer(model, optim), optim, accelerator, 0)
     loss, norm = stock(tiny_model("llama"), accumulation, tmp_path)
     assert ours["train/loss"] == pytest.approx(loss, rel=1e-6, abs=1e-5)  # Trainer's log keeps four decimals
     assert ours["train/grad_norm"] == pytest.approx(norm, rel=1e-6)
@@ -56,10 +57,9 @@ def test_accumulation_does_not_change_the_gradient(accumulation, kind):
     for micro in (8, 8 // accumulation):
         optim = Optim(steps=1, batch=8, micro_batch=micro)
         model = tiny_model(kind)
-        step = make_step(Method(objective=CrossEntropy(), optim=optim), None, 31)
-        batches = DatasetSampler(SEQUENCES, optim, pad=0, seed=0).micro_batches(0)
-        count = sum(int(b.mask_BT.sum()) for b in batches)
+        step = make_step(Method(objective=CrossEntropy(), optim=optim), model, None, 31)
+        batches = FixedSequences(SEQUENCES, optim, pad=0, seed=0).micro_batches(0)
         for batch in batches:
-            (step(model, batch)["cross_entropy"].total / count).backward()
+            step.loss(model, batch, counts(batches)).total.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-5)

@@ -1,89 +1,67 @@
 """What a learner minimises, on which sequences, with which optimizer: objectives, samplers, optimizer, selection.
 
-Each objective and sampler is a config variant told apart by `type`; its defaults are the source paper's. To add one, add
-a class here and to its union, and the code that reads it in `tadistill.train.step` or `tadistill.rollout.samplers`.
+Objectives are in `tadistill.config.objective`. Each sampler is a config variant told apart by `type`, with the source paper's defaults; to
+add one, add a class here and to its union, and the code that reads it in `tadistill.rollout.samplers`.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from tadistill.config.objective import (
+    Contrastive,
+    CrossEntropy,
+    Divergence,
+    ForwardKL,
+    MiniLLM,
+    Objective,
+    SampledKL,
+    TopKForwardKL,
+    TopKReverseKL,
+)
+from tadistill.config.strict import Strict
 from tadistill.errors import ConfigError
 
-
-class Strict(BaseModel):
-    """Base of all recipe parts: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-# --- objectives ---------------------------------------------------------------------------------------------------------
-
-
-class CrossEntropy(Strict):
-    """Maximum likelihood of the training text. On a teacher's text this is SeqKD (Kim & Rush 2016)."""
-
-    type: Literal["cross_entropy"] = "cross_entropy"
-
-
-class _Divergence(Strict):
-    temperature: float = Field(default=1.0, gt=0)
-    """Both logits are divided by it; the loss is not rescaled."""
-    kd_ratio: float = Field(default=1.0, ge=0, le=1)
-    """Share of the divergence; the rest is cross-entropy on the tokens (MiniLLM's KD baseline uses 0.5)."""
-
-
-class ForwardKL(_Divergence):
-    """KL(teacher || student) per token (Hinton et al. 2015; Sanh et al. 2019)."""
-
-    type: Literal["forward_kl"] = "forward_kl"
-
-
-class ReverseKL(_Divergence):
-    """KL(student || teacher) per token, exact over the vocabulary (Gu et al. 2024, section 2.2)."""
-
-    type: Literal["reverse_kl"] = "reverse_kl"
-
-
-class MiniLLM(Strict):
-    """MiniLLM's policy gradient, as the paper has it (arXiv 2306.08543v6, Algorithm 1): each part is a switch.
-
-    The `official` preset of the released code differs in ten points (discount, return, divisor, whitening, clip, …) and is not this class.
-    """
-
-    type: Literal["minillm"] = "minillm"
-    clip: float = Field(default=0.2, gt=0)
-    """The ratio q/p~ is replaced by min(ratio, clip(ratio, 1 - clip, 1 + clip))."""
-    length_normalisation: bool = True
-    """Divide the return R_{t+1} by T - t - 1 (Eq. 6); without it answers collapse to short strings."""
-    single_step: bool = True
-    """Add the exact one-step term, E_{y_t ~ q}[r_t] summed over the vocabulary (Eq. 3)."""
-    single_step_weight: bool = True
-    """Weight the one-step term by the (clipped) importance ratio as well (Eq. 7)."""
-    pt_weight: float = Field(default=1.0, ge=0)
-    """Weight of the language-modelling loss on `data.corpus` (L_PT); 0 leaves it out."""
-
-
-Objective = Annotated[CrossEntropy | ForwardKL | ReverseKL | MiniLLM, Field(discriminator="type")]
-
-
 # --- samplers: where training sequences come from -----------------------------------------------------------------------
+
+
+class HiddenSignal(Strict):
+    """Keep the teacher's last hidden states for the whole training set on disk; its head alone is loaded to train. Exact in float32."""
+
+    type: Literal["hidden"] = "hidden"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class TopKSignal(Strict):
+    """Keep the teacher's k most probable tokens at every position on disk; nothing of the teacher is loaded to train."""
+
+    type: Literal["top_k"] = "top_k"
+    k: int = Field(default=64, ge=1)
+    tail: Literal["lump", "drop"] = "lump"
+    """`lump` keeps the mass of all other tokens as one more outcome, `drop` renormalises over the k tokens."""
 
 
 class DatasetSampler(Strict):
     """The training set's own responses."""
 
     type: Literal["dataset"] = "dataset"
+    signal: Annotated[HiddenSignal | TopKSignal, Field(discriminator="type")] | None = None
+    """The teacher's outputs, computed once as a stage and shared by its arms. Without it the teacher runs beside the student."""
 
 
-class TeacherSampler(Strict):
-    """The teacher's own responses to the training prompts, generated once as a stage (SeqKD)."""
+class _TeacherText(Strict):
+    """How a teacher answers the training prompts."""
 
-    type: Literal["teacher"] = "teacher"
     temperature: float = Field(default=1.0, ge=0)
     """0 is greedy decoding."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=256, ge=1)
+
+
+class TeacherSampler(_TeacherText):
+    """The teacher's own responses to the training prompts, generated once as a stage (SeqKD)."""
+
+    type: Literal["teacher"] = "teacher"
 
 
 class TeacherMixedSampler(Strict):
@@ -101,7 +79,16 @@ class TeacherMixedSampler(Strict):
     max_new_tokens: int = Field(default=256, ge=1)
 
 
-Sampler = Annotated[DatasetSampler | TeacherSampler | TeacherMixedSampler, Field(discriminator="type")]
+class PairSampler(_TeacherText):
+    """For every prompt of a batch the teacher's response, generated once as a stage, and a fresh one of the student (DistiLLM-2).
+
+    A batch of n prompts makes 2n sequences; `temperature` and `top_p` hold for both models.
+    """
+
+    type: Literal["pair"] = "pair"
+
+
+Sampler = Annotated[DatasetSampler | TeacherSampler | TeacherMixedSampler | PairSampler, Field(discriminator="type")]
 
 
 # --- training settings --------------------------------------------------------------------------------------------------
@@ -189,13 +176,41 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
     """A method with patches applied in order; checks what only the result can break."""
     for patch in patches:
         method = Method(**{f: merge(getattr(method, f), getattr(patch, f)) for f in Method.model_fields})
-    if isinstance(method.objective, MiniLLM) and not isinstance(method.sampler, TeacherMixedSampler):
+    _check_pairing(method)
+    return method
+
+
+def _check_pairing(method: Method) -> None:
+    """Raise where an objective and a sampler cannot work together."""
+    objective, sampler = method.objective, method.sampler
+    mixed, paired = isinstance(sampler, TeacherMixedSampler), isinstance(sampler, PairSampler)
+    on_policy = isinstance(sampler, TeacherMixedSampler) and sampler.alpha == 0
+    if isinstance(objective, MiniLLM) and not mixed:
         raise ConfigError(
-            f"objective minillm learns from rollouts, but the sampler is {method.sampler.type}; use sampler: {{type: teacher_mixed}}"
+            f"objective minillm learns from rollouts, but the sampler is {sampler.type}; use sampler: {{type: teacher_mixed}}"
         )
-    if isinstance(method.sampler, TeacherMixedSampler) and method.optim.gradient_checkpointing:
+    if isinstance(objective, SampledKL) and not on_policy:
+        raise ConfigError(
+            f"objective sampled_kl estimates from the student's own samples, but the sampler is {sampler.type}; "
+            "use sampler: {type: teacher_mixed, alpha: 0}"
+        )
+    if isinstance(objective, Contrastive) != paired:
+        raise ConfigError(
+            f"objective contrastive and sampler pair belong together, but here are {objective.type} and {sampler.type}; change one of them"
+        )
+    signal = sampler.signal if isinstance(sampler, DatasetSampler) else None
+    if signal and isinstance(objective, CrossEntropy):
+        raise ConfigError(f"sampler.signal {signal.type} is of no use to objective cross_entropy, which has no teacher; drop it")
+    if isinstance(signal, TopKSignal) and isinstance(objective, TopKForwardKL | TopKReverseKL):
+        raise ConfigError(
+            f"objective {objective.type} chooses its own tokens, and so does the top_k signal; "
+            f"use objective {objective.type.removeprefix('top_k_')}"
+        )
+    tempered = isinstance(objective, Divergence) and objective.temperature != 1
+    if isinstance(signal, TopKSignal) and signal.tail == "lump" and tempered:
+        raise ConfigError("a top_k signal with a lumped tail knows the tail's mass at temperature 1 only; set temperature: 1 or tail: drop")
+    if (mixed or paired) and method.optim.gradient_checkpointing:
         raise ConfigError(
             "gradient_checkpointing works in training mode only, and rollouts train without dropout in evaluation mode; "
             "lower optim.micro_batch instead"
         )
-    return method

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tadistill.config.method import Method, MethodPatch, Objective, Optim, Sampler, Select, Sft, Strict
+from tadistill.config.method import Method, MethodPatch, Optim, Sampler, Select, Sft
+from tadistill.config.objective import Objective
+from tadistill.config.strict import Strict
 
 
 class Init(Strict):

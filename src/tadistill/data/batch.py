@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tadistill.objectives import Hidden, TopK
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -33,6 +35,8 @@ class Batch:
     """Per-token float32 values (B, T), zero where the mask is False."""
     corpus: "Batch | None" = None
     """Plain text that rides along for a language-modelling term."""
+    signal: Hidden | TopK | None = None
+    """The teacher at the positions where the mask is True, in row-major order, when it was computed beforehand."""
 
     @property
     def targets_BT(self) -> Tensor:
@@ -52,10 +56,11 @@ class Batch:
             self.mask_BT.to(device),
             {k: v.to(device) for k, v in self.values.items()},
             self.corpus.to(device) if self.corpus else None,
+            self.signal.to(device) if self.signal else None,
         )
 
 
-def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None) -> Batch:
+def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, signal: Hidden | TopK | None = None) -> Batch:
     """Pad sequences on the right. A sequence without a prompt counts from its second token on."""
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)
@@ -75,4 +80,5 @@ def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None) 
         torch.from_numpy(mask),
         {k: torch.from_numpy(v) for k, v in values.items()},
         corpus,
+        signal,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill import rng
@@ -17,8 +18,8 @@ from tadistill.data.batch import Sequence, collate
 from tadistill.data.datasets import Example
 from tadistill.data.templates import Encoded
 from tadistill.evaluation.metrics import fact_accuracy, rouge_l
-from tadistill.models.forward import response_logits
-from tadistill.objectives import cross_entropy, forward_kl, reverse_kl
+from tadistill.models.forward import Reader
+from tadistill.objectives import cross_entropy, forward_kl, fused_head, reverse_kl
 from tadistill.rollout.generate import sample
 
 TEXT_METRICS = {"rouge_l", "fact_accuracy"}
@@ -87,20 +88,26 @@ def per_sequence(
 ) -> dict[str, np.ndarray]:
     """Means over each response's tokens: loss (nats), and forward_kl and reverse_kl to the teacher if there is one."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].response))
-    found: dict[str, np.ndarray] = {}
+    names = ("loss", "forward_kl", "reverse_kl") if teacher is not None else ("loss",)
+    found = {name: np.zeros(len(sequences)) for name in names}
+    reader, of_teacher = Reader(subject.model), Reader(teacher) if teacher is not None else None
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         rows = collate([sequences[i] for i in part], pad=subject.pad).to(subject.model.device)
-        logits = response_logits(subject.model, rows, subject.vocab)
-        values = {"loss": cross_entropy(logits, rows.targets_BT[rows.mask_BT])}
-        if teacher is not None:
-            target = response_logits(teacher, rows, subject.vocab)
-            values |= {"forward_kl": forward_kl(logits, target), "reverse_kl": reverse_kl(logits, target)}
+        teachers = (of_teacher.target(teacher, rows),) if of_teacher and teacher else ()
+        tokens = rows.targets_BT[rows.mask_BT]
+
+        def values(logits: Tensor, targets: tuple, at: slice, tokens: Tensor = tokens) -> Tensor:
+            loss = cross_entropy(logits, tokens[at])
+            return torch.stack([loss, *(kl(logits, t) for t in targets for kl in (forward_kl, reverse_kl))])
+
+        hidden, weights = reader.hidden(subject.model, rows), torch.ones(len(names), 1)
+        _, tiles = fused_head(hidden, reader.head, values, weights.to(hidden.device), teachers=teachers, vocab=subject.vocab)
         owner = rows.mask_BT.nonzero()[:, 0]
         size = torch.bincount(owner, minlength=len(part))
-        for name, value in values.items():
+        for name, value in zip(names, tiles, strict=True):
             mean = torch.zeros(len(part), device=value.device).index_add_(0, owner, value) / size
-            found.setdefault(name, np.zeros(len(sequences)))[part] = mean.double().cpu().numpy()
+            found[name][part] = mean.double().cpu().numpy()
     return found
 
 

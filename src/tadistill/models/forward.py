@@ -1,17 +1,99 @@
-"""The forward pass of training and scoring: logits only where the mask counts."""
+"""The forward pass of training and scoring: last hidden states where the mask counts, and the head that turns them into logits.
 
+    reader = Reader(model)
+    hidden = reader.hidden(model, batch)            # (N, H), then tadistill.objectives.fused_head(hidden, reader.head, …)
+
+Logits are not made here: the head is fused into the loss.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tadistill.data.batch import Batch
+from tadistill.errors import ModelError
+from tadistill.objectives import Head, Hidden
 
 
-def response_logits(model: nn.Module, batch: Batch, vocab: int) -> Tensor:
-    """(N, vocab) float32 logits at the N positions where the mask counts, in row-major order.
+class Reader:
+    """Takes a causal language model apart into its body and its head, checked once against the model's own logits."""
 
-    The head runs only on columns that count in some row; logits wider than the tokenizer are cut to `vocab`.
-    """
-    columns = batch.mask_BT.any(0).nonzero().squeeze(1)
-    logits = model(
-        input_ids=batch.ids_BT, attention_mask=batch.attention_BT, position_ids=batch.positions_BT, use_cache=False, logits_to_keep=columns
-    ).logits
-    return logits[batch.mask_BT[:, columns]][:, :vocab].float()
+    def __init__(self, model: PreTrainedModel):
+        """
+        Raises:
+            ModelError: the model's logits are not what its head makes of its last hidden states.
+        """
+        module = model.get_output_embeddings()
+        if not isinstance(module, nn.Module) or not isinstance(getattr(module, "weight", None), Tensor):
+            raise ModelError(f"models of type {model.config.model_type} have no linear output head, so their loss cannot be fused")
+        self._module = module
+        self._scale, self._softcap = _after_the_head(model)
+        self._check(model)
+
+    @property
+    def head(self) -> Head:
+        """The head with the parameters as they are now."""
+        bias = self._module._parameters.get("bias")
+        weight = self._module._parameters["weight"]
+        assert weight is not None
+        return Head(weight, bias, self._scale, self._softcap)
+
+    def hidden(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(N, H) last hidden states at the N positions where the mask counts, in row-major order.
+
+        Args:
+            model: the model this reader was made of, or a wrapper around it (for several processes).
+        """
+        columns = batch.mask_BT.any(0).nonzero().squeeze(1)
+        with _tapped(self._module, skip=True) as seen:
+            model(
+                input_ids=batch.ids_BT,
+                attention_mask=batch.attention_BT,
+                position_ids=batch.positions_BT,
+                use_cache=False,
+                logits_to_keep=columns,
+            )
+        return seen[0][batch.mask_BT[:, columns]]
+
+    def target(self, model: nn.Module, batch: Batch) -> Hidden:
+        """The same without a graph, as a teacher's side of a loss."""
+        with torch.no_grad():
+            return Hidden(self.hidden(model, batch), self.head)
+
+    @torch.no_grad()
+    def _check(self, model: PreTrainedModel) -> None:
+        ids = torch.arange(2, device=model.device).unsqueeze(0)
+        with _tapped(self._module, skip=False) as seen:
+            logits = model(input_ids=ids, use_cache=False).logits.float().nan_to_num()
+        expected = self.head.logits(seen[0]).float().nan_to_num()  # broken weights are the training loop's to report
+        if expected.shape != logits.shape or not torch.allclose(expected, logits, rtol=0.02, atol=0.02 * float(logits.abs().max())):
+            raise ModelError(
+                f"models of type {model.config.model_type} change their logits after the head in a way that is not known here "
+                "(a scale, a soft cap and a bias are), so their loss cannot be fused; choose another model"
+            )
+
+
+@contextmanager
+def _tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
+    """Collects what the head is given; with `skip` the head itself then works on no position at all."""
+    seen: list[Tensor] = []
+
+    def tap(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        seen.append(inputs[0])
+        return (inputs[0][:, :0], *inputs[1:]) if skip else None
+
+    handle = head.register_forward_pre_hook(tap)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _after_the_head(model: PreTrainedModel) -> tuple[float, float | None]:
+    """(scale, soft cap) of the logits: Cohere multiplies, Granite divides, Gemma caps."""
+    settings = model.config.get_text_config().to_dict()
+    scale = (settings.get("logit_scale") or 1.0) / (settings.get("logits_scaling") or 1.0)
+    return float(scale), settings.get("final_logit_softcapping")

@@ -20,8 +20,8 @@ def alpha_beta(
     """-1/(alpha beta) sum_v [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)].
 
     (1, 0) is the forward KL, (0, 1) the reverse KL, (1/2, 1/2) four times the squared Hellinger distance, (1, 1) half the squared
-    Euclidean distance. Larger alpha weighs tokens by the teacher's confidence, larger beta by the student's. Where alpha, beta or their sum is
-    exactly 0 the limit is used; parameters closer to 0 than 1e-3 lose digits in float32.
+    Euclidean distance. Larger alpha weighs tokens by the teacher's confidence, larger beta by the student's. Where alpha, beta or
+    their sum is exactly 0 the limit is used; parameters closer to 0 than 1e-3 lose digits in float32.
 
     Args:
         alpha, beta: finite; the defaults are ABKD's for GPT-2 (0.5, 0.5 for OpenLLaMA2). With a negative one the value is
@@ -52,8 +52,8 @@ def _ab(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
     value = terms.sum(-1)
     if min(alpha, beta, total) < 0 and bool((value.isinf() & ~log_p.isnan().any(-1)).any()):
         raise ConfigError(
-            f"alpha {alpha} and beta {beta} have a negative exponent and some probability is 0 (or nearly), where the divergence is undefined; "
-            "use alpha >= 0 and beta >= 0"
+            f"alpha {alpha} and beta {beta} have a negative exponent and some probability is 0 (or nearly), where the "
+            "divergence is undefined; use alpha >= 0 and beta >= 0"
         )
     return value
 

@@ -60,6 +60,10 @@ class Hidden:
     states: Tensor
     head: Head
 
+    def to(self, device: torch.device) -> "Hidden":
+        """The states on another device; the head stays where it is."""
+        return Hidden(self.states.to(device), self.head)
+
 
 Target = Tensor | Hidden | TopK
 """A teacher: its logits (..., V), its hidden states with its head, or its top-k tokens."""
@@ -98,9 +102,13 @@ def fused_divergence(
     """
     weights = torch.ones(student_hidden.shape[:-1], device=student_hidden.device) if mask is None else mask
     if weights.shape != student_hidden.shape[:-1]:
-        raise ConfigError(f"mask has shape {tuple(weights.shape)} but student_hidden {tuple(student_hidden.shape)}; give one value per token")
+        raise ConfigError(
+            f"mask has shape {tuple(weights.shape)} but student_hidden {tuple(student_hidden.shape)}; give one value per token"
+        )
     counted = weights != 0
-    targets = (teacher,) if isinstance(teacher, Tensor | Hidden | TopK) else tuple(teacher)
+    targets = [teacher] if isinstance(teacher, Tensor | Hidden | TopK) else list(teacher)
+    if not targets:
+        raise ConfigError("teacher is an empty list; give at least one target")
     if len(targets) > 1 and mixture is None:
         raise ConfigError(f"teacher has {len(targets)} targets and no mixture; give mixture=TargetMixture(kind, weights)")
 
@@ -124,7 +132,9 @@ def aligned(student: Tensor, teachers: Sequence[Tensor | TopK], mixture: TargetM
     """Both sides' logits for a divergence: of one teacher, of its top-k tokens (already tempered), or of a mixture."""
     if isinstance(teachers[0], TopK):
         if len(teachers) > 1:
-            raise ConfigError("a top-k target cannot be part of a mixture, since teachers keep different tokens; use hidden states or logits")
+            raise ConfigError(
+                "a top-k target cannot be part of a mixture, since teachers keep different tokens; use hidden states or logits"
+            )
         return teachers[0].align(student, temperature)
     dense = [t for t in teachers if isinstance(t, Tensor)]
     return student, dense[0] if mixture is None else mixture.logits(dense, temperature=temperature)
@@ -143,8 +153,8 @@ def fused_head(
 
     Args:
         hidden: (N, H).
-        values: called on small tiles, with gradients on.
-        weights: (K, N), or broadcastable to it; fold 1 / count in here, so that backward has nothing left to scale.
+        values: called on small tiles, with gradients on where they are needed.
+        weights: (K, N) or (K, 1); fold 1 / count in here, so that backward has nothing left to scale.
         teachers: targets over the same N tokens.
         vocab: as in `fused_divergence`.
 
@@ -155,8 +165,10 @@ def fused_head(
     for target in teachers:
         states = target.states if isinstance(target, Hidden) else target.ids if isinstance(target, TopK) else target
         if states.shape[:-1] != hidden.shape[:-1]:
-            raise ConfigError(f"the teacher has {tuple(states.shape[:-1])} tokens and student_hidden {tuple(hidden.shape[:-1])}; give the same ones")
-    plan = _Plan(head, values, weights, tuple(teachers), width)
+            raise ConfigError(
+                f"the teacher has {tuple(states.shape[:-1])} tokens and student_hidden {tuple(hidden.shape[:-1])}; give the same ones"
+            )
+    plan = _Plan(head, values, weights, tuple(teachers), width, torch.is_grad_enabled())
     total, found = _FusedHead.apply(hidden, head.weight, head.bias, plan)  # type: ignore[misc]
     return total, found
 
@@ -166,7 +178,9 @@ def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
     widths = [head.weight.shape[0]]
     widths += [t.head.weight.shape[0] if isinstance(t, Hidden) else t.shape[-1] for t in teachers if not isinstance(t, TopK)]
     if vocab is None and len(set(widths)) > 1:
-        raise ConfigError(f"student and teacher have {widths} logits; set vocab to the size of the shared vocabulary, at most {min(widths)}")
+        raise ConfigError(
+            f"student and teacher have {widths} logits; set vocab to the size of the shared vocabulary, at most {min(widths)}"
+        )
     if vocab is not None and not 1 <= vocab <= min(widths):
         raise ConfigError(f"vocab is {vocab}; it must be in [1, {min(widths)}], the narrowest head")
     return vocab or widths[0]
@@ -190,6 +204,8 @@ class _Plan:
     weights: Tensor
     teachers: tuple[Target, ...]
     width: int
+    grad: bool
+    """Whether gradients are on outside; inside an autograd function they never are."""
 
 
 class _FusedHead(torch.autograd.Function):
@@ -197,7 +213,7 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
-        needs = ctx.needs_input_grad
+        needs = [plan.grad and need for need in ctx.needs_input_grad]
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _Gradients(hidden, weight if needs[1] else None, bias if bias is not None and needs[2] else None, needs[0])
             total, found = _run(plan, hidden.detach(), _operand(hidden, plan.head, plan.width), grads)
@@ -207,8 +223,9 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # Callers who fold every factor into the weights get 1 here; then no second copy of the head's gradient is made.
+        grad = grad_outputs[0]
         whole = bool(grad == 1)
         return (*(g if g is None or whole else g * grad.to(g.dtype) for g in ctx.saved_tensors), None)
 
@@ -251,7 +268,8 @@ def _run(plan: _Plan, hidden: Tensor, operand: Tensor, grads: _Gradients) -> tup
     small = max(1, _CACHED.get(hidden.device.type, _STREAMED) // width)
     buffers = [torch.empty(rows, width, dtype=wide, device=hidden.device) for _ in range(1 + len(dense))]
     operands = [_operand(t.states, t.head, width) for t in dense]
-    found: list[Tensor] = []
+    # One tensor for all values: small ones left between large, freed ones make the C allocator ask for ever new memory.
+    values = torch.zeros(plan.weights.shape[0], count, dtype=wide, device=hidden.device)
     for start in range(0, count, rows):
         tile = slice(start, min(start + rows, count))
         here = hidden[tile].to(operand.dtype)
@@ -262,10 +280,10 @@ def _run(plan: _Plan, hidden: Tensor, operand: Tensor, grads: _Gradients) -> tup
         teachers = [next(projected) if isinstance(t, Hidden) else _slice(t, tile, width) for t in plan.teachers]
         for first in range(0, len(here), small):
             inside = slice(first, min(first + small, len(here)))
-            found.append(_small(plan, student[inside], teachers, inside, start, grads.wanted))
+            here_values = _small(plan, student[inside], teachers, inside, start, grads.wanted)
+            values[:, start + inside.start : start + inside.stop] = here_values
         if grads.wanted:
             grads.add(tile, student, here, operand)
-    values = torch.cat(found, dim=1) if found else _no_values(plan, hidden, wide)
     return (plan.weights.to(values.dtype) * values).sum(), values
 
 
@@ -273,7 +291,8 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
     """Values (K, n) of a small tile; overwrites its logits with the gradient of the weighted sum."""
     rows = slice(start + inside.start, start + inside.stop)
     targets = tuple(
-        t.head.shape(tile[inside]) if isinstance(t, Hidden) else _slice(tile, inside) for t, tile in zip(plan.teachers, teachers, strict=True)
+        t.head.shape(tile[inside]) if isinstance(t, Hidden) else _slice(tile, inside)
+        for t, tile in zip(plan.teachers, teachers, strict=True)
     )
     leaf = logits.detach().requires_grad_(wanted)
     with torch.set_grad_enabled(wanted), checks.deferred():
@@ -283,10 +302,6 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
         (slope,) = torch.autograd.grad(values, leaf, weights.to(values.dtype).expand_as(values))
         logits.copy_(slope)
     return values.detach()
-
-
-def _no_values(plan: _Plan, hidden: Tensor, wide: torch.dtype) -> Tensor:
-    return torch.zeros(plan.weights.shape[0] if plan.weights.ndim > 1 else 1, 0, dtype=wide, device=hidden.device)
 
 
 def _rows(count: int, bytes_per_row: int) -> int:

@@ -59,7 +59,9 @@ class TargetMixture:
             teacher_logits: one (..., V) per weight.
         """
         if len(teacher_logits) != len(self.weights):
-            raise ConfigError(f"the mixture has {len(self.weights)} weights but teacher_logits has {len(teacher_logits)} tensors; give one each")
+            raise ConfigError(
+                f"the mixture has {len(self.weights)} weights but teacher_logits has {len(teacher_logits)} tensors; give one each"
+            )
         checks.positive("temperature", temperature)
         total = sum(self.weights)
         parts = [(w / total, log_probs(z, temperature)) for w, z in zip(self.weights, teacher_logits, strict=True) if w > 0]
@@ -87,6 +89,10 @@ class TopK:
     """(...) log-probability of all other tokens together, which become one more outcome; None drops them, and both sides are
     renormalised over the k tokens."""
 
+    def to(self, device: torch.device) -> "TopK":
+        """The same on another device."""
+        return TopK(self.ids.to(device), self.log_probs.to(device), None if self.tail is None else self.tail.to(device))
+
     def align(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Student's and teacher's logits on the common support, (..., K) or (..., K + 1), for any divergence at temperature 1.
 
@@ -98,8 +104,8 @@ class TopK:
         width = student_logits.shape[-1]
         if self.ids.shape[:-1] != student_logits.shape[:-1] or self.ids.shape != self.log_probs.shape:
             raise ConfigError(
-                f"student_logits {tuple(student_logits.shape)}, ids {tuple(self.ids.shape)} and log_probs {tuple(self.log_probs.shape)} do not "
-                "belong together; all but the last axis must be equal, and ids and log_probs of one shape"
+                f"student_logits {tuple(student_logits.shape)}, ids {tuple(self.ids.shape)} and log_probs {tuple(self.log_probs.shape)} "
+                "do not belong together; all but the last axis must be equal, and ids and log_probs of one shape"
             )
         if self.ids.numel() and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < width:
             raise ConfigError(f"ids run from {int(self.ids.min())} to {int(self.ids.max())}; they must be in [0, {width - 1}]")
@@ -107,7 +113,9 @@ class TopK:
             wide = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
             return wide.gather(-1, self.ids) / temperature, self.log_probs / temperature
         if temperature != 1.0:
-            raise ConfigError(f"temperature is {temperature} with a lumped tail, whose mass is known at 1 only; use temperature 1, or drop the tail")
+            raise ConfigError(
+                f"temperature is {temperature} with a lumped tail, whose mass is known at 1 only; use temperature 1, or drop the tail"
+            )
         log_q = log_probs(student_logits)
         if self.ids.shape[-1] == width:
             return log_q.gather(-1, self.ids), self.log_probs

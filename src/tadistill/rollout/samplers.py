@@ -15,10 +15,11 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from tadistill import rng
-from tadistill.config.method import Optim, TeacherMixedSampler
+from tadistill.config.method import Optim, PairSampler, TeacherMixedSampler
 from tadistill.data.batch import Batch, Sequence, collate
 from tadistill.data.templates import Encoded
 from tadistill.rollout.generate import sample
+from tadistill.rollout.signals import Signals
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,27 @@ def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
 
 
 def split(sequences: Seq[Sequence], optim: Optim, shard: Shard, *, pad: int, corpus: Callable[[int], Batch] | None = None) -> list[Batch]:
-    """Cut one update's sequences into this rank's micro-batches; `corpus(size)` adds as many plain-text rows."""
+    """Cut one update's sequences into this rank's micro-batches; `corpus(offset)` adds as many plain-text rows."""
     mine = sequences[shard.rank :: shard.world]
     size = optim.micro_batch or len(mine)
     return [collate(mine[i : i + size], pad=pad, corpus=corpus(i) if corpus else None) for i in range(0, len(mine), size)]
 
 
-class DatasetSampler:
-    """Fixed sequences (the data set's responses or a teacher's), shuffled anew every epoch."""
+class FixedSequences:
+    """Fixed sequences (the data set's responses or a teacher's), shuffled anew every epoch, with the teacher's signal if recorded."""
 
-    def __init__(self, sequences: Seq[Sequence], optim: Optim, *, pad: int, seed: int, shard: Shard = Shard()):
-        self.sequences, self.optim, self.pad, self.seed, self.shard = sequences, optim, pad, seed, shard
+    def __init__(
+        self, sequences: Seq[Sequence], optim: Optim, *, pad: int, seed: int, signals: Signals | None = None, shard: Shard = Shard()
+    ):
+        self.sequences, self.optim, self.pad, self.seed, self.signals, self.shard = sequences, optim, pad, seed, signals, shard
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Rows step * batch … of the endless shuffled stream."""
-        rows = shuffled(len(self.sequences), self.optim.batch, step, (self.seed, "data order"))
-        return split([self.sequences[i] for i in rows], self.optim, self.shard, pad=self.pad)
+        rows = shuffled(len(self.sequences), self.optim.batch, step, (self.seed, "data order"))[self.shard.rank :: self.shard.world]
+        size = self.optim.micro_batch or len(rows)
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        signals = [self.signals.target(part.tolist()) if self.signals else None for part in parts]
+        return [collate([self.sequences[i] for i in p], pad=self.pad, signal=s) for p, s in zip(parts, signals, strict=True)]
 
     def state(self) -> dict[str, Any]:
         """Nothing: a batch follows from the step."""
@@ -160,3 +166,52 @@ class TeacherMixedRollouts:
         self.sequences = [
             Sequence(tuple(r["prompt"]), tuple(r["response"]), {k: v.numpy() for k, v in r["values"].items()}) for r in state["rollouts"]
         ]
+
+
+class Pairs:
+    """DistiLLM-2's data: for each prompt the teacher's stored response and a fresh one of the student as it is now.
+
+    `Batch.values` holds from_teacher, 1 on the teacher's responses and 0 on the student's. A micro-batch of n prompts has 2n sequences.
+    """
+
+    def __init__(
+        self,
+        responses: Seq[Sequence],
+        config: PairSampler,
+        optim: Optim,
+        *,
+        student: PreTrainedModel,
+        eos: int,
+        pad: int,
+        vocab: int,
+        seed: int,
+        shard: Shard = Shard(),
+    ):
+        self.responses, self.config, self.optim, self.student = responses, config, optim, student
+        self.eos, self.pad, self.vocab, self.seed, self.shard = eos, pad, vocab, seed, shard
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """Sample for this rank's prompts of the update, and pair."""
+        places = range(self.optim.batch)[self.shard.rank :: self.shard.world]
+        rows = shuffled(len(self.responses), self.optim.batch, step, (self.seed, "data order"))[self.shard.rank :: self.shard.world]
+        uniforms = rng.uniforms(places, self.config.max_new_tokens, self.seed, "pair", step)
+        size = self.optim.micro_batch or len(rows)
+        return [self._pair([self.responses[r] for r in rows[i : i + size]], uniforms[i : i + size]) for i in range(0, len(rows), size)]
+
+    def _pair(self, of_teacher: list[Sequence], uniforms: np.ndarray) -> Batch:
+        settings = {"eos": self.eos, "vocab": self.vocab, "temperature": self.config.temperature, "top_p": self.config.top_p}
+        sampled = sample(self.student, [s.prompt for s in of_teacher], uniforms, **settings)
+        of_student = [Sequence(s.prompt, r.tokens) for s, r in zip(of_teacher, sampled, strict=True)]
+        tagged = [_tagged(s, 1.0) for s in of_teacher] + [_tagged(s, 0.0) for s in of_student]
+        return collate(tagged, pad=self.pad)
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: a batch follows from the step and the student."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+def _tagged(sequence: Sequence, from_teacher: float) -> Sequence:
+    return Sequence(sequence.prompt, sequence.response, {"from_teacher": np.full(len(sequence.response), from_teacher, np.float32)})

@@ -10,7 +10,8 @@ from functools import cached_property
 from itertools import islice
 
 from tadistill.config import Method, Recipe
-from tadistill.config.method import CrossEntropy, MiniLLM, Optim, TeacherMixedSampler
+from tadistill.config.method import DatasetSampler, Optim, PairSampler, TeacherMixedSampler
+from tadistill.config.objective import CrossEntropy, MiniLLM, SampledKL
 from tadistill.config.recipe import ModelConfig
 from tadistill.data import datasets, tinyworld
 from tadistill.errors import DataError
@@ -98,16 +99,23 @@ class Ledger:
         teacher = self.forward(name)
         return None if teacher is None else teacher * self.rows * self.tokens
 
+    def signal(self, name: str) -> float | None:
+        """One forward pass of the teacher over the training set."""
+        return self.generate(name)
+
     def distill(self, above: str, name: str, method: Method) -> float | None:
         """Training passes of student and teacher, and rollouts where the sampler makes them."""
         student, teacher = self.forward(name), self.forward(above)
         if student is None or teacher is None or method.optim.steps is None:
             return None
         sequences = method.optim.steps * method.optim.batch
-        needs_teacher = not isinstance(method.objective, CrossEntropy)
-        if isinstance(method.objective, MiniLLM):
-            needs_teacher = method.objective.single_step
-        total = sequences * self.tokens * (3 * student + (teacher if needs_teacher else 0))
+        objective, sampler = method.objective, method.sampler
+        live = not isinstance(objective, CrossEntropy | SampledKL) and not (isinstance(sampler, DatasetSampler) and sampler.signal)
+        if isinstance(objective, MiniLLM):
+            live = objective.single_step
+        total = sequences * self.tokens * (3 * student + (teacher if live else 0))
+        if isinstance(sampler, PairSampler):
+            total = 2 * total + sequences * self.tokens * student
         if isinstance(method.sampler, TeacherMixedSampler):
             total += sequences / method.sampler.inner_epochs * self.tokens * (student + teacher)
         if isinstance(method.objective, MiniLLM) and method.objective.pt_weight:

@@ -18,19 +18,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill import rng
 from tadistill.config import Data, DataRef, Evaluate, Method, Optim
-from tadistill.config.method import CrossEntropy, Select, TeacherMixedSampler, TeacherSampler
+from tadistill.config.method import DatasetSampler, PairSampler, Select, TeacherMixedSampler, TeacherSampler
+from tadistill.config.objective import CrossEntropy
 from tadistill.data import corpus, datasets
 from tadistill.data.batch import Sequence
 from tadistill.data.templates import encode
 from tadistill.evaluation.run import EvalSet, Subject, dev_metrics, evaluate, generate, references
 from tadistill.models.loading import load_model, load_tokenizer, save_model, shared_vocabulary
 from tadistill.models.pruning import keep_list, prune_depth
-from tadistill.rollout.samplers import DatasetSampler, Sampler, Shard, TeacherMixedRollouts
+from tadistill.rollout.samplers import FixedSequences, Pairs, Sampler, Shard, TeacherMixedRollouts
+from tadistill.rollout.signals import Signals, record
 from tadistill.study.store import Store, write_json
 from tadistill.study.task import Task
 from tadistill.train.loop import Hooks, Interrupted, train_stage
 from tadistill.train.step import make_step
 
+SIGNAL = "signal"  # the sub-folder of a signal stage with the teacher's outputs
 MODEL = "model"  # the sub-folder of a training stage that is an ordinary Hugging Face directory
 _GENERATION_BATCH = 64
 _CORPUS_CHUNKS = 20_000
@@ -50,7 +53,7 @@ def run_stage(task: Task, *, progress: Progress, stop: Callable[[], bool]) -> No
         write_json(folder / "stage.json", {"kind": task.kind, "label": task.label, "parents": task.parents, "spec": task.spec})
         start = time.monotonic()
         context = _Context(task, store, folder, progress, stop)
-        facts = {"sft": _train, "distill": _train, "generate": _generate, "evaluate": _evaluate}[task.kind](context)
+        facts = {"sft": _train, "distill": _train, "generate": _generate, "signal": _signal, "evaluate": _evaluate}[task.kind](context)
         store.finish(
             task.key,
             {
@@ -130,15 +133,16 @@ def _train(context: _Context) -> dict[str, Any]:
     method = method.model_copy(update={"optim": optim, "select": select})
     accelerator = _accelerator(context, optim)
     student, tokenizer = context.model(spec["student"])
-    teacher = None
-    if "teacher" in spec:
-        teacher, _ = context.teacher(torch.bfloat16 if optim.precision == "bf16" else torch.float32)
+    teacher = context.teacher(_dtype(optim.precision))[0] if _needs_teacher(method) else None
+    signals = Signals(context.store.folder(spec["signal"]["stage"]) / SIGNAL, context.device) if "signal" in spec else None
     vocab = shared_vocabulary(tokenizer, student, *([teacher] if teacher else []))
+    if signals and signals.head:
+        vocab = min(vocab, len(signals.head.weight))
     if optim.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    sampler = _sampler(context, method, student, teacher, tokenizer, vocab, accelerator)
+    sampler = _sampler(context, method, student, teacher, tokenizer, vocab, signals, accelerator)
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
-    student.train(not isinstance(method.sampler, TeacherMixedSampler))
+    student.train(not isinstance(method.sampler, TeacherMixedSampler | PairSampler))
     hooks = Hooks(
         evaluate=_dev(context, Subject(student, tokenizer, vocab), select, teacher),
         progress=lambda done, text: context.progress(done, optim.steps or 1, text),
@@ -146,7 +150,7 @@ def _train(context: _Context) -> dict[str, Any]:
     )
     state = train_stage(
         student,
-        make_step(method, teacher, vocab),
+        make_step(method, student, teacher, vocab),
         sampler,
         optim=optim,
         select=select,
@@ -184,6 +188,7 @@ def _sampler(
     teacher: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     vocab: int,
+    signals: Signals | None,
     accelerator: Accelerator,
 ) -> Sampler:
     spec, seed = context.spec, context.spec["seed"]
@@ -206,11 +211,12 @@ def _sampler(
             corpus=context.corpus(tokenizer),
             shard=shard,
         )
-    if isinstance(method.sampler, TeacherSampler):
-        sequences = _responses(context.store.folder(spec["responses"]["stage"]) / "responses.jsonl")
-    else:
-        sequences = references(train)
-    return DatasetSampler(sequences, method.optim, pad=eos, seed=seed, shard=shard)
+    if isinstance(method.sampler, DatasetSampler):
+        return FixedSequences(references(train), method.optim, pad=eos, seed=seed, signals=signals, shard=shard)
+    responses = _responses(context.store.folder(spec["responses"]["stage"]) / "responses.jsonl")
+    if isinstance(method.sampler, PairSampler):
+        return Pairs(responses, method.sampler, method.optim, student=student, eos=eos, pad=eos, vocab=vocab, seed=seed, shard=shard)
+    return FixedSequences(responses, method.optim, pad=eos, seed=seed, shard=shard)
 
 
 def _dev(context: _Context, subject: Subject, select: Select, teacher: PreTrainedModel | None) -> Callable[[], dict[str, float]]:
@@ -222,13 +228,46 @@ def _dev(context: _Context, subject: Subject, select: Select, teacher: PreTraine
     return lambda: dev_metrics(subject, data, settings, select.metric, teacher=teacher)
 
 
+def _needs_teacher(method: Method) -> bool:
+    """Whether training itself runs the teacher, or selection does."""
+    if isinstance(method.sampler, TeacherMixedSampler) or method.select.metric == "reverse_kl":
+        return True
+    recorded = isinstance(method.sampler, DatasetSampler) and method.sampler.signal
+    return not (isinstance(method.objective, CrossEntropy) or recorded)
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+# --- signal -------------------------------------------------------------------------------------------------------------
+
+
+def _signal(context: _Context) -> dict[str, Any]:
+    """The teacher's hidden states or top-k tokens on the training set, in parts that survive a kill."""
+    spec = context.spec
+    config = DatasetSampler.model_validate({"signal": spec["signal"]}).signal
+    assert config is not None
+    model, tokenizer = context.teacher(_dtype(spec["precision"]))
+    sequences = references(context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer))
+    eos, vocab = tokenizer.eos_token_id, shared_vocabulary(tokenizer, model)
+    assert isinstance(eos, int)
+
+    def tick(done: int) -> None:
+        context.progress(done, len(sequences), "sequences")
+        _stop_if_asked(context)
+
+    record(model, sequences, config, context.folder / SIGNAL, vocab=vocab, pad=eos, tick=tick)
+    return {"sequences": len(sequences)}
+
+
 # --- generate -----------------------------------------------------------------------------------------------------------
 
 
 def _generate(context: _Context) -> dict[str, Any]:
     """The teacher's answer to every training prompt, in parts that survive a kill."""
     spec = context.spec
-    settings = TeacherSampler.model_validate(spec["sampler"])
+    settings = TeacherSampler.model_validate(spec["sampler"])  # a pair sampler's settings are the same
     model, tokenizer = context.teacher()
     subject = Subject(model, tokenizer, shared_vocabulary(tokenizer, model))
     train = context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer)

@@ -9,14 +9,24 @@ from itertools import pairwise
 from typing import Any
 
 from tadistill.config import Arm, Method, Recipe, Sft
-from tadistill.config.method import CrossEntropy, DatasetSampler, MiniLLM, Optim, TeacherMixedSampler, TeacherSampler, apply
+from tadistill.config.method import (
+    DatasetSampler,
+    HiddenSignal,
+    Optim,
+    PairSampler,
+    TeacherMixedSampler,
+    TeacherSampler,
+    TopKSignal,
+    apply,
+)
+from tadistill.config.objective import CrossEntropy, MiniLLM
 from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.study import costs
 from tadistill.study.store import key_of
 
-STAGE_VERSION = {"sft": 1, "generate": 1, "distill": 1, "evaluate": 1}
+STAGE_VERSION = {"sft": 2, "generate": 1, "signal": 1, "distill": 2, "evaluate": 2}
 """Raised by hand when a stage of that kind gives other numbers for the same settings."""
 
 Handle = dict[str, Any]
@@ -227,7 +237,9 @@ class _Planner:
         spec = {"student": student, "teacher": teacher, "seed": seed, **self._split("train")}
         spec |= {"method": method.model_dump(exclude={"optim", "select"}), "optim": method.optim.model_dump()}
         spec |= self._select(method.select)
-        if isinstance(method.sampler, TeacherSampler):
+        if isinstance(method.sampler, DatasetSampler) and method.sampler.signal:
+            spec["signal"] = {"stage": self._signal(above, teacher, method.sampler.signal, method.optim.precision, seed)}
+        if isinstance(method.sampler, TeacherSampler | PairSampler):
             spec["responses"] = {"stage": self._generate(above, teacher, method.sampler, seed)}
         if isinstance(method.objective, MiniLLM) and method.objective.pt_weight and self.recipe.data.corpus:
             corpus = self.recipe.data.corpus
@@ -235,8 +247,12 @@ class _Planner:
         label = f"distill {above} -> {name}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
         return self._add("distill", spec, label, name, seed, self.ledger.distill(above, name, method), method.optim.steps)
 
-    def _generate(self, name: str, teacher: Handle, sampler: TeacherSampler, seed: int) -> str:
-        spec = {"teacher": teacher, "sampler": sampler.model_dump(), "seed": seed, **self._split("train")}
+    def _signal(self, name: str, teacher: Handle, signal: HiddenSignal | TopKSignal, precision: str, seed: int) -> str:
+        spec = {"teacher": teacher, "signal": signal.model_dump(), "precision": precision, **self._split("train")}
+        return self._add("signal", spec, f"{signal.type} signal of {name}, seed {seed}", name, seed, self.ledger.signal(name))
+
+    def _generate(self, name: str, teacher: Handle, sampler: TeacherSampler | PairSampler, seed: int) -> str:
+        spec = {"teacher": teacher, "sampler": sampler.model_dump(exclude={"type"}), "seed": seed, **self._split("train")}
         return self._add("generate", spec, f"generate with {name}, seed {seed}", name, seed, self.ledger.generate(name))
 
     def _evaluate(self, name: str, model: Handle, seed: int) -> str:
@@ -281,7 +297,7 @@ class _Planner:
     def _add(self, kind: str, spec: dict, label: str, model: str, seed: int, flops: float | None, steps: int | None = None) -> str:
         key = key_of({"kind": kind, "version": STAGE_VERSION[kind], **spec})
         if key not in self.stages:
-            parents = {role: k for role in ("student", "teacher", "model", "responses") for k in _stage_keys(spec.get(role))}
+            parents = {role: k for role in ("student", "teacher", "model", "responses", "signal") for k in _stage_keys(spec.get(role))}
             self.stages[key] = Stage(kind, key, spec, parents, label, model, seed, flops, steps)
         return key
 

@@ -67,7 +67,7 @@ def make_optimizer(model: PreTrainedModel, optim: Optim) -> torch.optim.AdamW:
 
 def train_stage(
     student: PreTrainedModel,
-    step_fn: Step,
+    step: Step,
     sampler: Sampler,
     *,
     optim: Optim,
@@ -92,21 +92,21 @@ def train_stage(
     steps, every = optim.steps, max(1, optim.steps // _LOG_POINTS)
     optimizer = make_optimizer(student, optim)
     model, optimizer = accelerator.prepare(student, optimizer)
-    state = _resume(directory, accelerator.unwrap_model(model), optimizer, sampler)
+    state = _resume(directory, accelerator.unwrap_model(model), optimizer, sampler, step)
     log = RunLog(directory / "metrics.jsonl", resume_step=state.step, track=track)
     saved, since = time.monotonic(), _Averages()
     while state.step < steps:
         if hooks.stop():
-            _save(directory, state, student, optimizer, sampler)
+            _save(directory, state, student, optimizer, sampler, step)
             raise Interrupted(f"stopped at update {state.step} of {steps}")
         if time.monotonic() - saved > checkpoint_seconds:
-            _save(directory, state, student, optimizer, sampler)
+            _save(directory, state, student, optimizer, sampler, step)
             saved = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optim, state.step, steps)
         batches = sampler.micro_batches(state.step)
         torch.manual_seed(rng.torch_seed(seed, "dropout", state.step))
-        since.add(_update(model, step_fn, batches, optimizer, optim, accelerator, state.step))
+        since.add(_update(model, step, batches, optimizer, optim, accelerator, state.step))
         state.step += 1
         chosen = select.metric != "last" and (state.step % select.every == 0 or state.step == steps)
         if state.step % every == 0 or chosen:
@@ -124,39 +124,43 @@ def train_stage(
 
 def _update(
     model: torch.nn.Module,
-    step_fn: Step,
+    step: Step,
     batches: list[Batch],
     optimizer: torch.optim.Optimizer,
     optim: Optim,
     accelerator: Accelerator,
-    step: int,
+    done: int,
 ) -> dict[str, float]:
-    """One optimizer update; returns sums for the log."""
+    """One optimizer update, the one after `done` others; returns its row for the log."""
     total = counts(batches)
     tokens = torch.tensor([*total.values()], device=accelerator.device)
     count = dict(zip(total, _sum(accelerator, tokens).clamp(min=1).tolist(), strict=True))
+    # DDP and FSDP average gradients over ranks; the count is global already
+    per = {name: n / accelerator.num_processes for name, n in count.items()}
     logged = torch.zeros(0)
     names: list[str] = []
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
-            terms = step_fn(model, batch.to(accelerator.device))
-            parts = {name: term.weight * term.total / count[term.per] for name, term in terms.items()}
-            loss = torch.stack(list(parts.values())).sum()
-            # DDP and FSDP average gradients over ranks; the count is global already
-            accelerator.backward(loss * accelerator.num_processes)
-        values = torch.stack([loss.detach(), *(p.detach() for p in parts.values())]).cpu()
-        names = ["loss", *parts]
+            loss = step.loss(model, batch.to(accelerator.device), per)
+            accelerator.backward(loss.total)
+        values = torch.stack([loss.total.detach(), *loss.parts.values()]).cpu()
+        names = ["loss", *loss.parts]
         logged = values if i == 0 else logged + values
     norm = float(accelerator.clip_grad_norm_(model.parameters(), optim.clip))  # type: ignore[arg-type]
     if not (torch.isfinite(logged).all() and math.isfinite(norm)):
         found = ", ".join(f"{n} {v:.4g}" for n, v in zip(names, logged.tolist(), strict=True))
         raise StageFailed(
-            f"update {step + 1} is not finite ({found}, gradient norm {norm:.4g}); the weights were not changed. Lower optim.lr"
+            f"update {done + 1} is not finite ({found}, gradient norm {norm:.4g}); the weights were not changed. Lower optim.lr"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    row = {f"train/{n}": v for n, v in zip(names, _sum(accelerator, logged.to(accelerator.device)).tolist(), strict=True)}
+    mean = (_sum(accelerator, logged.to(accelerator.device)) / accelerator.num_processes).tolist()
+    row = {f"train/{n}": v for n, v in zip(names, mean, strict=True)}
+    if step.schedule:
+        assert optim.steps is not None
+        step.schedule.update(row["train/taid"], done + 1, optim.steps)
+        row["train/taid_t"] = step.schedule.t
     return row | {"train/grad_norm": norm, "tokens": count["response"]} | _rollout_metrics(batches)
 
 
@@ -213,12 +217,15 @@ def _evaluate(student: PreTrainedModel, hooks: Hooks, select: Select, state: Tra
     return {f"dev/{name}": v for name, v in metrics.items()}
 
 
-def _save(directory: Path, state: TrainState, student: PreTrainedModel, optimizer: torch.optim.Optimizer, sampler: Sampler) -> None:
+def _save(
+    directory: Path, state: TrainState, student: PreTrainedModel, optimizer: torch.optim.Optimizer, sampler: Sampler, step: Step
+) -> None:
     state.model, state.optimizer, state.sampler = student.state_dict(), optimizer.state_dict(), sampler.state()
+    state.schedule = step.schedule.state() if step.schedule else {}
     checkpoint.save(directory / "state.pt", vars(state))
 
 
-def _resume(directory: Path, student: PreTrainedModel, optimizer: torch.optim.Optimizer, sampler: Sampler) -> TrainState:
+def _resume(directory: Path, student: PreTrainedModel, optimizer: torch.optim.Optimizer, sampler: Sampler, step: Step) -> TrainState:
     path = directory / "state.pt"
     if not path.exists():
         return TrainState()
@@ -226,4 +233,6 @@ def _resume(directory: Path, student: PreTrainedModel, optimizer: torch.optim.Op
     student.load_state_dict(state.model)
     optimizer.load_state_dict(state.optimizer)
     sampler.restore(state.sampler)
+    if step.schedule:
+        step.schedule.restore(state.schedule)
     return state

@@ -1,48 +1,103 @@
 """From a method to a step: the one place where objectives meet models.
 
-A step maps a batch to named terms, each a SUM over tokens with the name of the count it is divided by. To add an objective:
-one pure function in `tadistill.objectives`, one config class in `tadistill.config.method`, one line in `_STEPS`.
+A step maps a batch to the micro-batch's share of the loss, computed by the fused head. To add an objective: one pure function in
+`tadistill.objectives`, one config class in `tadistill.config.objective`, one line in `DIVERGENCES`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tadistill.config.method import CrossEntropy, ForwardKL, Method, MiniLLM, ReverseKL
+from tadistill import objectives
+from tadistill.config import objective as config
+from tadistill.config.method import Method
 from tadistill.data.batch import Batch
-from tadistill.models.forward import response_logits
-from tadistill.objectives import (
-    clipped_ratio,
-    cross_entropy,
-    forward_kl,
-    policy_gradient,
-    returns,
-    reverse_kl,
-    token_log_probs,
-)
+from tadistill.models.forward import Reader
+from tadistill.objectives import TaidSchedule, fused_head
+from tadistill.objectives.fused import Target, aligned
 
 RESPONSE, CORPUS = "response", "corpus"
 
+DIVERGENCES: dict[type[config.Divergence], Callable[..., Tensor]] = {
+    config.ForwardKL: objectives.forward_kl,
+    config.ReverseKL: objectives.reverse_kl,
+    config.Jeffreys: objectives.jeffreys,
+    config.JensenShannon: objectives.jensen_shannon,
+    config.SkewForwardKL: objectives.skew_forward_kl,
+    config.SkewReverseKL: objectives.skew_reverse_kl,
+    config.TotalVariation: objectives.total_variation,
+    config.AdaptiveKL: objectives.adaptive_kl,
+    config.AlphaBeta: objectives.alpha_beta,
+    config.AlphaMixture: objectives.alpha_mixture,
+    config.TopKForwardKL: objectives.top_k_forward_kl,
+    config.TopKReverseKL: objectives.top_k_reverse_kl,
+}
+"""A variant's fields, but for `type` and `kd_ratio`, are its function's keyword arguments."""
+
 
 @dataclass(frozen=True)
-class Term:
-    """A weighted part of the loss: `total` is a scalar sum with a graph, to be divided by the global count `per`."""
+class Loss:
+    """A micro-batch's share of the update's loss: `total` has a graph, `parts` are its detached addends by name."""
 
     total: Tensor
-    per: str = RESPONSE
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the loop calls: `loss(student, batch, per)`, where `per` holds the number that sums over tokens are divided by."""
+
+    loss: Callable[[nn.Module, Batch, Mapping[str, float]], Loss]
+    schedule: TaidSchedule | None = None
+    """State that moves once per update and is saved with the training state."""
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One addend: its values (n,) on a small tile, from (student logits, teachers, rows)."""
+
+    name: str
+    values: Callable[[Tensor, tuple[Any, ...], slice], Tensor]
     weight: float = 1.0
 
 
-Step = Callable[[nn.Module, Batch], dict[str, Term]]
+class _Models:
+    """Student and teacher as a step sees them."""
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, vocab: int):
+        self.student, self.teacher, self.vocab = Reader(student), teacher, vocab
+        self.teacher_reader = Reader(teacher) if teacher is not None else None
+
+    def target(self, batch: Batch) -> Target:
+        """The teacher at the batch's response tokens: as the batch brings it, or live."""
+        if batch.signal is not None:
+            return batch.signal
+        assert self.teacher is not None
+        assert self.teacher_reader is not None
+        return self.teacher_reader.target(self.teacher, batch)
+
+    def loss(self, model: nn.Module, batch: Batch, terms: list[_Term], per: float, teachers: tuple[Target, ...] = ()) -> Loss:
+        """The terms over the batch's response tokens, each sum divided by `per`."""
+        hidden = self.student.hidden(model, batch)
+        weights = torch.tensor([[t.weight / per] for t in terms], dtype=torch.float32, device=hidden.device)
+
+        def values(student: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
+            return torch.stack([t.values(student, targets, rows) for t in terms])
+
+        total, found = fused_head(hidden, self.student.head, values, weights, teachers=teachers, vocab=self.vocab)
+        sums = (found * weights.to(found.dtype)).sum(1)
+        return Loss(total, dict(zip((t.name for t in terms), sums, strict=True)))
 
 
-def make_step(method: Method, teacher: PreTrainedModel | None, vocab: int) -> Step:
-    """The step of a method; `teacher` is None only for cross-entropy."""
-    return _STEPS[type(method.objective)](method.objective, teacher, vocab)
+def make_step(method: Method, student: PreTrainedModel, teacher: PreTrainedModel | None, vocab: int) -> Step:
+    """The step of a method; `teacher` is None for cross-entropy, for scores from rollouts, and where batches bring the teacher's signal."""
+    models = _Models(student, teacher, vocab)
+    return _STEPS.get(type(method.objective), _divergence)(method.objective, models)
 
 
 def counts(batches: list[Batch]) -> dict[str, int]:
@@ -51,61 +106,112 @@ def counts(batches: list[Batch]) -> dict[str, int]:
     return {RESPONSE: sum(int(b.mask_BT.sum()) for b in batches), CORPUS: sum(int(c.mask_BT.sum()) for c in corpora)}
 
 
-def _cross_entropy(_: CrossEntropy, __: PreTrainedModel | None, vocab: int) -> Step:
-    def step(student: nn.Module, batch: Batch) -> dict[str, Term]:
-        logits = response_logits(student, batch, vocab)
-        return {"cross_entropy": Term(cross_entropy(logits, batch.targets_BT[batch.mask_BT]).sum())}
-
-    return step
+def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") -> _Term:
+    """Cross-entropy on the batch's own tokens."""
+    tokens = batch.targets_BT[batch.mask_BT]
+    return _Term(name, lambda student, _, rows: objectives.cross_entropy(student, tokens[rows]), weight)
 
 
-def _divergence(objective: ForwardKL | ReverseKL, teacher: PreTrainedModel | None, vocab: int) -> Step:
-    assert teacher is not None
-    function = {ForwardKL: forward_kl, ReverseKL: reverse_kl}[type(objective)]
-    ratio = objective.kd_ratio
-
-    def step(student: nn.Module, batch: Batch) -> dict[str, Term]:
-        with torch.no_grad():
-            target = response_logits(teacher, batch, vocab)
-        logits = response_logits(student, batch, vocab)
-        terms = {objective.type: Term(function(logits, target, temperature=objective.temperature).sum(), weight=ratio)}
-        if ratio < 1:
-            terms["cross_entropy"] = Term(cross_entropy(logits, batch.targets_BT[batch.mask_BT]).sum(), weight=1 - ratio)
-        return terms
-
-    return step
+def _cross_entropy(_: config.CrossEntropy, models: _Models) -> Step:
+    return Step(lambda student, batch, per: models.loss(student, batch, [_likelihood(batch)], per[RESPONSE]))
 
 
-def _minillm(objective: MiniLLM, teacher: PreTrainedModel | None, vocab: int) -> Step:
-    assert teacher is not None
+def _divergence(objective: config.Divergence, models: _Models) -> Step:
+    function = partial(DIVERGENCES[type(objective)], **objective.model_dump(exclude={"type", "kd_ratio", "temperature"}))
+    return Step(partial(_towards_teacher, models, objective, lambda _: lambda rows: function))
 
-    def step(student: nn.Module, batch: Batch) -> dict[str, Term]:
+
+def _taid(objective: config.Taid, models: _Models) -> Step:
+    schedule = TaidSchedule(start=objective.start, end=objective.end, rate=objective.rate, decay=objective.decay)
+    return Step(partial(_towards_teacher, models, objective, lambda _: lambda rows: partial(objectives.taid, t=schedule.t)), schedule)
+
+
+def _contrastive(objective: config.Contrastive, models: _Models) -> Step:
+    def of(batch: Batch) -> _Rowwise:
+        from_teacher = batch.values["from_teacher"][batch.mask_BT] > 0
+        return lambda rows: partial(objectives.contrastive, from_teacher=from_teacher[rows], alpha=objective.alpha)
+
+    return Step(partial(_towards_teacher, models, objective, of))
+
+
+_Rowwise = Callable[[slice], Callable[..., Tensor]]
+"""The divergence for a tile of a batch's tokens."""
+
+
+def _towards_teacher(
+    models: _Models,
+    objective: config.Divergence,
+    divergence_of: Callable[[Batch], _Rowwise],
+    student: nn.Module,
+    batch: Batch,
+    per: Mapping[str, float],
+) -> Loss:
+    """kd_ratio x divergence + (1 - kd_ratio) x cross-entropy."""
+    divergence, target = divergence_of(batch), models.target(batch)
+    # a top-k target is put on its support at the objective's temperature, and compared at 1
+    temperature = 1.0 if isinstance(target, objectives.TopK) else objective.temperature
+
+    def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
+        return divergence(rows)(*aligned(logits, targets, None, objective.temperature), temperature=temperature)
+
+    terms = [_Term(objective.type, values, objective.kd_ratio)]  # type: ignore[attr-defined]
+    if objective.kd_ratio < 1:
+        terms.append(_likelihood(batch, 1 - objective.kd_ratio))
+    return models.loss(student, batch, terms, per[RESPONSE], (target,))
+
+
+def _sampled(objective: config.SampledKL, models: _Models) -> Step:
+    estimate = {"k2": objectives.k2, "k3": objectives.k3}[objective.estimator]
+
+    def loss(student: nn.Module, batch: Batch, per: Mapping[str, float]) -> Loss:
+        tokens, scores = batch.targets_BT[batch.mask_BT], batch.values["teacher"][batch.mask_BT]
+
+        def values(logits: Tensor, _: tuple[Any, ...], rows: slice) -> Tensor:
+            return estimate(objectives.token_log_probs(logits, tokens[rows]), scores[rows])
+
+        return models.loss(student, batch, [_Term(objective.type, values)], per[RESPONSE])
+
+    return Step(loss)
+
+
+def _minillm(objective: config.MiniLLM, models: _Models) -> Step:
+    clip = objective.clip
+
+    def loss(student: nn.Module, batch: Batch, per: Mapping[str, float]) -> Loss:
         mask = batch.mask_BT
-        logits = response_logits(student, batch, vocab)
-        log_q = token_log_probs(logits, batch.targets_BT[mask])
-        behaviour = batch.values["behaviour"][mask]
+        tokens, behaviour = batch.targets_BT[mask], batch.values["behaviour"][mask]
         rewards_BT = batch.values["teacher"] - batch.values["student"]
-        advantage = returns(rewards_BT, mask, length_normalisation=objective.length_normalisation)[mask]
-        terms = {"policy": Term(policy_gradient(log_q, behaviour, advantage, clip=objective.clip).sum())}
+        advantage = objectives.returns(rewards_BT, mask, length_normalisation=objective.length_normalisation)[mask]
+
+        def policy(logits: Tensor, _: tuple[Any, ...], rows: slice) -> Tensor:
+            log_q = objectives.token_log_probs(logits, tokens[rows])
+            return objectives.policy_gradient(log_q, behaviour[rows], advantage[rows], clip=clip)
+
+        def single_step(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> Tensor:
+            exact = objectives.reverse_kl(logits, teachers[0])
+            if not objective.single_step_weight:
+                return exact
+            log_q = objectives.token_log_probs(logits.detach(), tokens[rows])
+            return exact * objectives.clipped_ratio(log_q, behaviour[rows], clip=clip)
+
+        terms, teachers = [_Term("policy", policy)], ()
         if objective.single_step:
-            with torch.no_grad():
-                target = response_logits(teacher, batch, vocab)
-            exact = reverse_kl(logits, target)
-            if objective.single_step_weight:
-                exact = exact * clipped_ratio(log_q, behaviour, clip=objective.clip).detach()
-            terms["single_step"] = Term(exact.sum())
-        if batch.corpus:
-            plain = response_logits(student, batch.corpus, vocab)
-            loss = cross_entropy(plain, batch.corpus.targets_BT[batch.corpus.mask_BT])
-            terms["corpus"] = Term(loss.sum(), per=CORPUS, weight=objective.pt_weight)
-        return terms
+            terms.append(_Term("single_step", single_step))
+            teachers = (models.target(batch),)
+        found = models.loss(student, batch, terms, per[RESPONSE], teachers)
+        if batch.corpus is None:
+            return found
+        plain = models.loss(student, batch.corpus, [_likelihood(batch.corpus, objective.pt_weight, "corpus")], per[CORPUS])
+        return Loss(found.total + plain.total, found.parts | plain.parts)
 
-    return step
+    return Step(loss)
 
 
-_STEPS: dict[type, Callable[[Any, PreTrainedModel | None, int], Step]] = {
-    CrossEntropy: _cross_entropy,
-    ForwardKL: _divergence,
-    ReverseKL: _divergence,
-    MiniLLM: _minillm,
+_STEPS: dict[type, Callable[[Any, _Models], Step]] = {
+    config.CrossEntropy: _cross_entropy,
+    config.Taid: _taid,
+    config.Contrastive: _contrastive,
+    config.SampledKL: _sampled,
+    config.MiniLLM: _minillm,
 }
+"""Objectives that need more than two logits; every other is a divergence."""

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tests.conftest import tiny_model
+from tests.conftest import response_logits, tiny_model
 
 from tadistill.data.batch import Batch, Sequence, collate
-from tadistill.models.forward import response_logits
 from tadistill.objectives import cross_entropy
 
 EOS = 0

@@ -11,7 +11,7 @@ from tadistill.config.method import Optim
 from tadistill.config.method import TeacherMixedSampler as Config
 from tadistill.data.batch import Sequence
 from tadistill.data.templates import Encoded
-from tadistill.rollout.samplers import DatasetSampler, Shard, TeacherMixedRollouts, shuffled
+from tadistill.rollout.samplers import FixedSequences, Shard, TeacherMixedRollouts, shuffled
 
 ROWS = [Sequence((1, 2), (3 + i, 0)) for i in range(10)]
 
@@ -24,7 +24,7 @@ def test_epochs_follow_each_other_and_hold_every_row_once():
 
 def test_micro_batches_cut_the_same_rows():
     def tokens(micro):
-        sampler = DatasetSampler(ROWS, Optim(steps=1, batch=8, micro_batch=micro), pad=0, seed=1)
+        sampler = FixedSequences(ROWS, Optim(steps=1, batch=8, micro_batch=micro), pad=0, seed=1)
         return [b.targets_BT[b.mask_BT].tolist() for b in sampler.micro_batches(3)]
 
     assert functools.reduce(operator.iadd, tokens(2), []) == tokens(None)[0]
@@ -33,7 +33,7 @@ def test_micro_batches_cut_the_same_rows():
 
 def test_shards_partition_the_batch():
     def rows(shard):
-        batches = DatasetSampler(ROWS, Optim(steps=1, batch=8), pad=0, seed=1, shard=shard).micro_batches(0)
+        batches = FixedSequences(ROWS, Optim(steps=1, batch=8), pad=0, seed=1, shard=shard).micro_batches(0)
         return [row.tolist() for b in batches for row in b.ids_BT]
 
     parts = rows(Shard(0, 2)) + rows(Shard(1, 2))
