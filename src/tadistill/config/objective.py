@@ -6,7 +6,7 @@ are the source paper's; formulas, limits and ranges are in the functions' docstr
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tadistill.config.strict import Strict
 
@@ -138,6 +138,12 @@ class Taid(Divergence):
     """How much faster than linearly t may rise."""
     decay: float = Field(default=0.99, ge=0, lt=1)
     """Of the momentum of the loss's relative change."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.end < self.start:
+            raise ValueError(f"end {self.end} is below start {self.start}; t only rises, so raise end")
+        return self
 
 
 class SampledKL(Strict):

@@ -344,4 +344,6 @@ def _round_length(method: Method) -> int:
 
 
 def _describe(method: Method) -> str:
-    return f"{method.objective.type} on {method.sampler.type}"
+    sampler = method.sampler
+    signal = f" ({sampler.signal.type} signal)" if isinstance(sampler, DatasetSampler) and sampler.signal else ""
+    return f"{method.objective.type} on {sampler.type}{signal}"

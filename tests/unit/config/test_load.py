@@ -3,7 +3,8 @@
 import pytest
 
 from tadistill.config import load
-from tadistill.config.method import CrossEntropy, ForwardKL, Method, MethodPatch, Optim, apply, merge
+from tadistill.config.method import Method, MethodPatch, Optim, apply, merge
+from tadistill.config.objective import CrossEntropy, ForwardKL
 from tadistill.errors import ConfigError
 
 RECIPE = """\
@@ -78,3 +79,49 @@ def test_patches_change_only_what_they_name():
     assert patched.optim == Optim(lr=0.2, steps=3)
     assert patched.objective == CrossEntropy()
     assert merge(Optim(steps=3), Optim(epochs=2.0)) == Optim(epochs=2.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"objective": {"type": "minillm"}, "sampler": {"type": "dataset"}}, "minillm learns from rollouts, but the sampler is dataset"),
+        ({"objective": {"type": "sampled_kl"}, "sampler": {"type": "teacher_mixed", "alpha": 0.2}}, "alpha: 0"),
+        ({"objective": {"type": "contrastive"}}, "contrastive and sampler pair belong together"),
+        ({"sampler": {"type": "pair"}}, "contrastive and sampler pair belong together"),
+        (
+            {"objective": {"type": "cross_entropy"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}},
+            "no use to objective cross_entropy",
+        ),
+        (
+            {"objective": {"type": "top_k_reverse_kl"}, "sampler": {"type": "dataset", "signal": {"type": "top_k"}}},
+            "use objective reverse_kl",
+        ),
+        (
+            {"objective": {"type": "forward_kl", "temperature": 2}, "sampler": {"type": "dataset", "signal": {"type": "top_k"}}},
+            "tail: drop",
+        ),
+    ],
+)
+def test_objectives_and_samplers_that_do_not_go_together(method, words):
+    with pytest.raises(ConfigError, match=words):
+        apply(Method.model_validate(method))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"type": "jensen_shannon", "beta": 1.2},
+        {"type": "skew_reverse_kl", "alpha": -0.1},
+        {"type": "adaptive_kl", "mu": 2},
+        {"type": "alpha_beta", "alpha": float("nan")},
+        {"type": "alpha_mixture", "pair": "pq"},
+        {"type": "taid", "decay": 1.0},
+        {"type": "taid", "start": 0.8, "end": 0.5},
+        {"type": "top_k_forward_kl", "k": 0},
+        {"type": "forward_kl", "temperature": 0},
+        {"type": "reverse_kl", "beta": 0.5},
+    ],
+)
+def test_an_objectives_settings_have_ranges(objective):
+    with pytest.raises(ValueError, match="validation error"):
+        Method.model_validate({"objective": objective})

@@ -1,4 +1,4 @@
-"""MiniLLM's pieces: returns against hand-computed values, and its gradient against autograd of the exact sequence KL."""
+"""Cross-entropy and the k estimators; MiniLLM's returns by hand, and its gradient against autograd of the exact sequence KL."""
 
 import itertools
 import math
@@ -6,9 +6,70 @@ import math
 import pytest
 import torch
 
-from tadistill.objectives import clipped_ratio, policy_gradient, returns, reverse_kl, token_log_probs
+from tadistill.objectives import (
+    clipped_ratio,
+    cross_entropy,
+    forward_kl,
+    k1,
+    k2,
+    k3,
+    policy_gradient,
+    returns,
+    reverse_kl,
+    token_log_probs,
+)
+
+from .cases import CHECKS, draw, name, of
 
 V, EOS, LENGTH = 3, 0, 3
+
+
+@pytest.mark.parametrize("case", of("sampled"), ids=name)
+@pytest.mark.parametrize("check", CHECKS, ids=name)
+def test_common(case, check):
+    check(case)
+
+
+def test_cross_entropy_by_hand():
+    logits = torch.tensor([0.5, 1.5, -0.5, 0.0], dtype=torch.float64)
+    # log(e^0.5 + e^1.5 + e^-0.5 + 1) = log 7.7369410
+    found = cross_entropy(logits.expand(4, 4), torch.arange(4))
+    torch.testing.assert_close(found, math.log(7.7369410011) - logits, atol=1e-9, rtol=0)
+    assert torch.equal(token_log_probs(logits.expand(4, 4), torch.arange(4)), -found)
+
+
+def test_cross_entropy_equals_torch():
+    logits, _ = draw(6, 10)
+    tokens = torch.randint(10, (6,), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(cross_entropy(logits, tokens), torch.nn.functional.cross_entropy(logits, tokens, reduction="none"))
+
+
+@pytest.mark.parametrize("estimator", [k1, k3])
+def test_k1_and_k3_are_unbiased_for_the_reverse_kl(estimator):
+    student, teacher = draw(5, 9)
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    torch.testing.assert_close((log_q.exp() * estimator(log_q, log_p)).sum(-1), reverse_kl(student, teacher), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("estimator", "target"), [(k1, None), (k2, reverse_kl), (k3, forward_kl)], ids=name)
+def test_expected_gradients_of_the_estimators(estimator, target):
+    """The draw is from q, but no gradient goes through the drawing: E_q[grad k1] = 0, of k2 grad KL(q || p), of k3 grad KL(p || q)."""
+    student, teacher = draw(5, 9)
+    student.requires_grad_()
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    (found,) = torch.autograd.grad((log_q.exp().detach() * estimator(log_q, log_p)).sum(), student, retain_graph=True)
+    expected = torch.zeros_like(found) if target is None else torch.autograd.grad(target(student, teacher).sum(), student)[0]
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+def test_k_estimators_by_hand():
+    """log q = -1, log p = -3: the gap is 2, the ratio p/q e^-2."""
+    log_q, log_p = torch.tensor(-1.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
+    assert float(k1(log_q, log_p)) == 2
+    assert float(k2(log_q, log_p)) == 2
+    assert float(k3(log_q, log_p)) == pytest.approx(math.exp(-2) - 1 + 2, abs=1e-15)
+    close = torch.tensor(-1.0 - 1e-5)  # float32: the difference of a gap this small must not round to 0 or below
+    assert float(k3(torch.tensor(-1.0), close)) == pytest.approx(5e-11, rel=0.5)
 
 
 def test_returns_by_hand():

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from tests.conftest import tiny_model
 
-from tadistill.config.method import Optim
+from tadistill.config.method import Optim, PairSampler
 from tadistill.config.method import TeacherMixedSampler as Config
 from tadistill.data.batch import Sequence
 from tadistill.data.templates import Encoded
-from tadistill.rollout.samplers import FixedSequences, Shard, TeacherMixedRollouts, shuffled
+from tadistill.rollout.samplers import FixedSequences, Pairs, Shard, TeacherMixedRollouts, shuffled
 
 ROWS = [Sequence((1, 2), (3 + i, 0)) for i in range(10)]
 
@@ -91,3 +91,34 @@ def test_corpus_rows_ride_along():
     assert batch.corpus is not None
     assert batch.corpus.ids_BT.shape == (4, 4)
     assert int(batch.corpus.mask_BT.sum()) == 4 * 3
+
+
+def pairs(student, *, micro=None, shard=Shard()):
+    optim = Optim(steps=4, batch=4, micro_batch=micro)
+    return Pairs(ROWS, PairSampler(max_new_tokens=5), optim, student=student, eos=0, pad=0, vocab=31, seed=1, shard=shard)
+
+
+def test_pairs_hold_a_teachers_and_a_fresh_response_to_each_prompt():
+    student = tiny_model("llama")
+    (batch,) = pairs(student).micro_batches(2)
+    source = [set(v[m].tolist()) for v, m in zip(batch.values["from_teacher"], batch.mask_BT, strict=True)]
+    assert source == [{1.0}] * 4 + [{0.0}] * 4
+    assert torch.equal(batch.ids_BT[:4, :2], batch.ids_BT[4:, :2])
+    stored = {s.response for s in ROWS}
+    assert all(tuple(row[m].tolist()) in stored for row, m in zip(batch.targets_BT[:4], batch.mask_BT[:4], strict=True))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(-1)
+    (after,) = pairs(student).micro_batches(2)
+    assert torch.equal(after.ids_BT[:4, :4], batch.ids_BT[:4, :4])
+    assert not torch.equal(after.ids_BT[4:], batch.ids_BT[4:])
+
+
+def test_pairs_do_not_depend_on_micro_batches_or_shards():
+    def responses(batches):
+        return sorted(tuple(row[m].tolist()) for b in batches for row, m in zip(b.targets_BT, b.mask_BT, strict=True))
+
+    student = tiny_model("llama")
+    whole = responses(pairs(student).micro_batches(1))
+    assert responses(pairs(student, micro=1).micro_batches(1)) == whole
+    assert responses(pairs(student, shard=Shard(0, 2)).micro_batches(1) + pairs(student, shard=Shard(1, 2)).micro_batches(1)) == whole

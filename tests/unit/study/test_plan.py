@@ -92,6 +92,32 @@ def test_seqkd_has_a_generate_stage_and_sft_longer_continues():
     assert kinds(plan(arms=arms, seeds=[1])) == {"sft": 3, "generate": 1, "distill": 1, "evaluate": 2}
 
 
+def test_a_recorded_signal_is_one_stage_of_its_teacher():
+    signal = {"sampler": {"type": "dataset", "signal": {"type": "top_k", "k": 8}}}
+    arms = {name: {"path": "xl > s", "objective": {"type": name}, **signal} for name in ("forward_kl", "reverse_kl")}
+    found = plan(arms=arms, method={"optim": {"steps": 4}})
+    assert kinds(found)["signal"] == 1  # the teacher has its own seed, so both seeds share it as well
+    (key,) = [s.key for s in found.stages.values() if s.kind == "signal"]
+    learners = [s for s in found.stages.values() if s.kind == "distill"]
+    assert len(learners) == 4
+    assert all(s.parents["signal"] == key for s in learners)
+    live = plan(
+        arms={"forward_kl": {"path": "xl > s", "objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}}},
+        method={"optim": {"steps": 4}},
+    )
+    (cheaper,), (dearer,) = ({s.flops for s in p.stages.values() if s.kind == "distill"} for p in (found, live))
+    assert cheaper < dearer
+
+
+def test_pairs_have_a_generate_stage_shared_with_seqkd():
+    text = {"max_new_tokens": 8}
+    arms = {
+        "pair": {"path": "xl > s", "objective": {"type": "contrastive"}, "sampler": {"type": "pair", **text}},
+        "seqkd": {"path": "xl > s", "objective": {"type": "cross_entropy"}, "sampler": {"type": "teacher", **text}},
+    }
+    assert kinds(plan(arms=arms, method={"optim": {"steps": 4}}, seeds=[1]))["generate"] == 1
+
+
 def test_specs_are_plain_data():
     for stage in plan().stages.values():
         assert json.loads(json.dumps(stage.spec)) is not None

@@ -1,5 +1,6 @@
 """The loop: schedule, selection, resume to the bit, NaN before the weights change, and MiniLLM's step by hand."""
 
+import json
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 from tests.conftest import tiny_model
 
 from tadistill.config.method import Method, Optim, Select
-from tadistill.config.objective import CrossEntropy, ForwardKL, MiniLLM, ReverseKL
+from tadistill.config.objective import CrossEntropy, ForwardKL, MiniLLM, ReverseKL, Taid
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import StageFailed
 from tadistill.objectives import cross_entropy
@@ -65,6 +66,25 @@ def test_an_interrupted_stage_resumes_to_the_bit(tmp_path, at):
     assert torch.equal(weights(resumed), weights(whole))
     a, b = ((tmp_path / d / "metrics.jsonl").read_text() for d in ("whole", "parts"))
     assert [line.split('"train/tokens')[0] for line in a.splitlines()] == [line.split('"train/tokens')[0] for line in b.splitlines()]
+
+
+def test_taids_schedule_resumes_to_the_bit(tmp_path):
+    """Its momentum and last loss are part of the training state, so t goes on where it was."""
+    settings = {"objective": Taid(start=0.2, rate=0.9), "teacher": tiny_model("gpt2", seed=5).requires_grad_(False)}
+    whole, _ = train(tmp_path / "whole", **settings)
+    calls = iter(range(100))
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", stop=lambda: next(calls) == 3, **settings)
+    resumed, _ = train(tmp_path / "parts", **settings)
+    assert torch.equal(weights(resumed), weights(whole))
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    ts = [line["train/taid_t"] for line in lines]
+    assert ts == sorted(ts)
+    assert ts == [json.loads(line)["train/taid_t"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert ts[0] == 0.2  # the first update only stores the loss
+    linear = [0.2 + 0.8 * step / 8 for step in range(2, 9)]
+    assert all(t >= at for t, at in zip(ts[1:], linear, strict=True))
+    assert any(t > at + 0.1 for t, at in zip(ts[1:], linear, strict=True))
 
 
 def test_the_best_dev_checkpoint_is_kept(tmp_path):

@@ -1,0 +1,81 @@
+"""Body and head taken apart: the same logits for families that bias, scale or cap theirs, and an error for those not known."""
+
+import pytest
+import torch
+from tests.conftest import tiny_model
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+from tadistill.data.batch import Sequence, collate
+from tadistill.errors import ModelError
+from tadistill.models.forward import Reader
+
+SHAPE = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
+WIDE = {"intermediate_size": 32, "num_key_value_heads": 1}
+BATCH = collate([Sequence((5, 6, 7), (8, 9, 0)), Sequence((4,), (3, 2, 1, 11, 0)), Sequence((12, 13), (18, 0))], pad=0)
+
+FAMILIES = {
+    "gpt2": lambda: tiny_model("gpt2"),
+    "llama": lambda: tiny_model("llama"),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**SHAPE, ffn_dim=32, word_embed_proj_dim=8)),
+    "phi (bias)": lambda: PhiForCausalLM(PhiConfig(**SHAPE, intermediate_size=32)),
+    "gemma2 (soft cap)": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, **WIDE, head_dim=8, final_logit_softcapping=0.5)),
+    "cohere (multiplies)": lambda: CohereForCausalLM(CohereConfig(**SHAPE, **WIDE, logit_scale=0.0625)),
+    "granite (divides)": lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, **WIDE, logits_scaling=8.0)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_of_hidden_states_is_the_models_logits(family):
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    if family.startswith("phi"):
+        torch.nn.init.normal_(model.lm_head.bias)
+    reader = Reader(model)
+    logits = reader.head.logits(reader.hidden(model, BATCH))
+    whole = model(input_ids=BATCH.ids_BT, attention_mask=BATCH.attention_BT, position_ids=BATCH.positions_BT).logits
+    torch.testing.assert_close(logits, whole[BATCH.mask_BT], atol=1e-5, rtol=1e-5)
+
+
+def test_no_logits_are_made():
+    model = tiny_model("llama")
+    made = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.numel()))
+    reader = Reader(model)
+    made.clear()
+    reader.hidden(model, BATCH)
+    assert made == [0]
+
+
+def test_an_unknown_change_after_the_head_is_refused():
+    class Tripled(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 3
+            return out
+
+    with pytest.raises(ModelError, match="type llama change their logits after the head"):
+        Reader(Tripled(tiny_model("llama").config))
+
+
+def test_the_gradient_reaches_body_and_head():
+    model = tiny_model("llama")
+    reader = Reader(model)
+    reader.head.logits(reader.hidden(model, BATCH)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_a_target_has_no_graph():
+    model = tiny_model("llama")
+    assert not Reader(model).target(model, BATCH).states.requires_grad

@@ -1,0 +1,278 @@
+"""The fused head against the plain functions: values and gradients, tied heads, cut vocabularies, mixtures, tiles, precisions."""
+
+import math
+
+import pytest
+import torch
+
+from tadistill.objectives import (
+    Head,
+    Hidden,
+    TargetMixture,
+    forward_kl,
+    fused,
+    fused_divergence,
+    fused_head,
+    jensen_shannon,
+    reverse_kl,
+    top_k,
+)
+
+from .cases import CASES, Case, name
+
+V, WIDE, H, TOKENS = 13, 17, 6, (3, 4)
+MASK = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
+ALL = pytest.mark.parametrize("case", CASES, ids=name)
+MIXTURES = {"one": None, "geometric": TargetMixture("geometric", (1, 2)), "arithmetic": TargetMixture("arithmetic", (1, 2))}
+
+
+def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def student(tied: bool = False, dtype: torch.dtype = torch.float32, **shape) -> tuple[torch.Tensor, Head, list[torch.Tensor]]:
+    """Hidden states with a graph, the head, and the leaves: embedding, mixing matrix, head weight, head bias."""
+    embedding = drawn(V, H, seed=1, dtype=dtype).requires_grad_()
+    mixing = drawn(H, H, seed=2, dtype=dtype).requires_grad_()
+    bias = drawn(V, seed=3, dtype=dtype).requires_grad_()
+    weight = embedding if tied else drawn(V, H, seed=4, dtype=dtype).requires_grad_()
+    ids = torch.randint(V, TOKENS, generator=torch.Generator().manual_seed(5))
+    hidden = torch.tanh(embedding[ids] @ mixing)
+    return hidden, Head(weight, bias, **shape), [embedding, mixing, *([] if tied else [weight]), bias]
+
+
+def teacher(width: int, seed: int = 20, dtype: torch.dtype = torch.float32) -> Hidden:
+    return Hidden(drawn(*TOKENS, H + 1, seed=seed, dtype=dtype), Head(drawn(width, H + 1, seed=seed + 1, dtype=dtype) * 0.7))
+
+
+def slopes(total: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(total, inputs, retain_graph=True))
+
+
+def close(found, expected, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@ALL
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("width", [V, WIDE], ids=["equal", "sliced"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_fused_equals_plain(case, tied, width, kind):
+    hidden, head, leaves = student(tied)
+    mixture = MIXTURES[kind]
+    targets = [teacher(width), teacher(width, seed=30)][: 2 if mixture else 1]
+    vocab = V if width == WIDE else None
+    total, values = fused_divergence(case.run, hidden, head, targets, mask=MASK, mixture=mixture, vocab=vocab, temperature=1.5)
+    logits = [t.head.logits(t.states)[..., :V] for t in targets]
+    target = mixture.logits(logits, temperature=1.5) if mixture else logits[0]
+    plain = case.run(head.logits(hidden), target, temperature=1.5) * MASK
+    close(values, plain.detach())
+    close(total.detach(), plain.sum().detach())
+    for found, expected in zip(slopes(total, [hidden, *leaves]), slopes(plain.sum(), [hidden, *leaves]), strict=True):
+        close(found, expected)
+        assert expected.abs().max() > 1e-4 or "t=0)" in case.name  # TAID at t = 0 has no gradient
+
+
+@ALL
+@pytest.mark.parametrize(("tile", "small"), [(1, 1), (3 * 2 * V * 8, 2 * V)], ids=["one", "three-of-two"])
+def test_tiles_give_the_same_numbers(case, tile, small, monkeypatch):
+    hidden, head, leaves = student(dtype=torch.float64)
+    target, results = teacher(V, dtype=torch.float64), []
+    for _ in range(2):
+        total, values = fused_divergence(case.run, hidden, head, target)
+        results.append([total.detach(), values, *slopes(total, leaves)])
+        monkeypatch.setattr(fused, "TILE_BYTES", tile)
+        monkeypatch.setattr(fused, "_CACHED", {"cpu": small})
+    for found, expected in zip(*results, strict=True):
+        close(found, expected, 1e-12)
+
+
+def test_the_tiles_of_that_test_are_small(monkeypatch):
+    seen = []
+
+    def counted(z, target, *, temperature):
+        seen.append(len(z))
+        return forward_kl(z, target, temperature=temperature)
+
+    hidden, head, _ = student(dtype=torch.float64)
+    fused_divergence(counted, hidden, head, teacher(V, dtype=torch.float64))
+    monkeypatch.setattr(fused, "TILE_BYTES", 3 * 2 * V * 8)
+    monkeypatch.setattr(fused, "_CACHED", {"cpu": 2 * V})
+    fused_divergence(counted, hidden, head, teacher(V, dtype=torch.float64))
+    assert seen == [12, *(2, 1) * 4]
+
+
+@ALL
+def test_all_masked_is_zero_with_a_graph(case: Case):
+    hidden, head, leaves = student()
+    total, values = fused_divergence(case.run, hidden, head, teacher(V), mask=torch.zeros(TOKENS, dtype=torch.bool))
+    assert float(total.detach()) == 0
+    assert values.shape == TOKENS
+    assert values.abs().max() == 0
+    assert all(g.abs().max() == 0 for g in slopes(total, leaves))
+
+
+@pytest.mark.parametrize("parameters", [{}, {"scale": 0.6}, {"softcap": 2.0}, {"scale": 1.7, "softcap": 3.0}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(parameters, bias):
+    hidden, weight, offset = (drawn(*s, seed=k, dtype=torch.float64).requires_grad_() for k, s in enumerate([(*TOKENS, H), (V, H), (V,)]))
+    target = teacher(WIDE, dtype=torch.float64)
+
+    def loss(states, matrix, vector):
+        head = Head(matrix, vector if bias else None, **parameters)
+        return fused_divergence(jensen_shannon, states, head, target, mask=MASK, vocab=V - 2, beta=0.3, temperature=1.3)[0]
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight, offset))
+    head = Head(weight, offset if bias else None, **parameters)
+    plain = jensen_shannon(head.logits(hidden)[..., : V - 2], target.head.logits(target.states)[..., : V - 2], beta=0.3, temperature=1.3)
+    close(loss(hidden, weight, offset).detach(), (plain * MASK).sum().detach(), 1e-12)
+
+
+def test_a_teacher_with_bias_scale_and_cap():
+    hidden, head, leaves = student()
+    states, matrix = drawn(*TOKENS, H, seed=40), drawn(V, H, seed=41)
+    target = Hidden(states, Head(matrix, drawn(V, seed=42), scale=1.4, softcap=2.5))
+    total, values = fused_divergence(reverse_kl, hidden, head, target)
+    by_hand = 2.5 * torch.tanh(1.4 * (states @ matrix.T + drawn(V, seed=42)) / 2.5)
+    plain = reverse_kl(head.logits(hidden), by_hand)
+    close(values, plain.detach())
+    for found, expected in zip(slopes(total, leaves), slopes(plain.sum(), leaves), strict=True):
+        close(found, expected)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_backward_twice_gives_the_same_gradient(factor):
+    hidden, head, leaves = student()
+    loss = fused_divergence(forward_kl, hidden, head, teacher(V))[0] * factor
+    first, second = ([g.clone() for g in slopes(loss, leaves)] for _ in range(2))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for a, b, leaf in zip(first, second, leaves, strict=True):
+        assert torch.equal(a, b)
+        close(leaf.grad, 2 * a)
+
+
+def test_accumulating_over_calls_adds_up():
+    """The stored gradients must not be written over when a second loss adds to the same leaves."""
+    hidden, head, leaves = student(tied=True)
+    one, two = (fused_divergence(f, hidden, head, teacher(V))[0] for f in (forward_kl, reverse_kl))
+    expected = [a + b for a, b in zip(slopes(one, leaves), slopes(two, leaves), strict=True)]
+    (one + two).backward()
+    for leaf, slope in zip(leaves, expected, strict=True):
+        close(leaf.grad, slope)
+
+
+@pytest.mark.parametrize("kind", ["logits", "wide logits", "hidden", "top-k", "top-k dropped"])
+def test_kinds_of_teachers(kind):
+    hidden, head, leaves = student()
+    full = teacher(WIDE if kind == "wide logits" else V)
+    logits = full.head.logits(full.states)
+    sparse = top_k(logits, 4, tail="drop" if "dropped" in kind else "lump")
+    target = full if kind == "hidden" else sparse if "top-k" in kind else logits
+    total, values = fused_divergence(reverse_kl, hidden, head, target, mask=MASK, vocab=V)
+    sides = sparse.align(head.logits(hidden)) if "top-k" in kind else (head.logits(hidden), logits[..., :V])
+    plain = reverse_kl(*sides) * MASK
+    close(values, plain.detach())
+    for found, expected in zip(slopes(total, leaves), slopes(plain.sum(), leaves), strict=True):
+        close(found, expected)
+
+
+def test_a_mixture_of_logits_and_hidden_states():
+    hidden, head, _ = student()
+    a, b = teacher(V), teacher(V, seed=30)
+    mixture = TargetMixture("geometric", (1, 2))
+    _, expected = fused_divergence(reverse_kl, hidden, head, [a, b], mixture=mixture)
+    _, found = fused_divergence(reverse_kl, hidden, head, [a.head.logits(a.states), b], mixture=mixture)
+    close(found, expected)
+
+
+def test_a_dropped_tail_meets_a_temperature_once():
+    hidden, head, _ = student()
+    full = teacher(V)
+    sparse = top_k(full.head.logits(full.states), 4, tail="drop")
+    _, values = fused_divergence(forward_kl, hidden, head, sparse, temperature=2.0)
+    close(values, forward_kl(*sparse.align(head.logits(hidden), 2.0)).detach())
+
+
+def test_weights_scale_tokens_and_zero_leaves_out():
+    hidden, head, leaves = student()
+    weights = torch.tensor([[0.5, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.25, 3.0, 0.0]])
+    total, values = fused_divergence(forward_kl, hidden, head, teacher(V), mask=weights)
+    plain = forward_kl(head.logits(hidden), teacher(V).head.logits(teacher(V).states))
+    close(values, plain.detach() * (weights > 0))  # values are without the weight
+    for found, expected in zip(slopes(total, leaves), slopes((plain * weights).sum(), leaves), strict=True):
+        close(found, expected)
+
+
+def test_several_terms_at_once():
+    """Two divergences with a weight each per token, over the same tiles."""
+    hidden, head, leaves = student()
+    flat, target = hidden.flatten(0, 1), teacher(V)
+    weights = torch.stack([torch.linspace(0, 1, 12), torch.linspace(2, 1, 12)])
+
+    def terms(z, targets, rows):
+        assert len(z) == rows.stop - rows.start
+        return torch.stack([forward_kl(z, targets[0]), reverse_kl(z, targets[0])])
+
+    total, values = fused_head(flat, head, terms, weights, teachers=[Hidden(target.states.flatten(0, 1), target.head)])
+    pair = head.logits(flat), target.head.logits(target.states).flatten(0, 1)
+    plain = torch.stack([forward_kl(*pair), reverse_kl(*pair)])
+    close(values, plain.detach())
+    for found, expected in zip(slopes(total, leaves), slopes((plain * weights).sum(), leaves), strict=True):
+        close(found, expected)
+
+
+def test_what_is_frozen_gets_no_gradient():
+    hidden, head, _ = student()
+    target = teacher(V)
+    target.states.requires_grad_()
+    frozen = Head(head.weight.detach(), head.bias.detach())
+    states = hidden.detach().requires_grad_()
+    total, _ = fused_divergence(forward_kl, states, frozen, target)
+    total.backward()
+    expected = slopes(forward_kl(head.logits(states), target.head.logits(target.states)).sum(), [states])[0]
+    close(states.grad, expected)
+    assert frozen.weight.grad is None
+    assert frozen.bias.grad is None
+    assert target.states.grad is None
+    total, _ = fused_divergence(forward_kl, hidden.detach(), head, target)  # only the head learns
+    assert slopes(total, [head.weight])[0].abs().max() > 0
+    with torch.no_grad():
+        assert not fused_divergence(forward_kl, hidden, frozen, target)[0].requires_grad
+
+
+def test_impossible_tokens_in_the_teachers_logits():
+    hidden, head, leaves = student()
+    logits = drawn(*TOKENS, V, seed=50)
+    logits[..., 3] = -math.inf
+    for objective in (forward_kl, reverse_kl, jensen_shannon):
+        total, values = fused_divergence(objective, hidden, head, logits)
+        assert torch.isfinite(values).all()
+        assert all(torch.isfinite(g).all() for g in slopes(total, leaves))
+
+
+@pytest.mark.parametrize("objective", [forward_kl, reverse_kl, jensen_shannon])
+def test_bfloat16_hidden_states(objective):
+    hidden, head, _ = student()
+    narrow = hidden.detach().bfloat16().requires_grad_()
+    weight = head.weight.detach().bfloat16().requires_grad_()
+    total, values = fused_divergence(objective, narrow, Head(weight), teacher(V), mask=MASK)
+    assert values.dtype == torch.float32
+    wide = [narrow.detach().float().requires_grad_(), weight.detach().float().requires_grad_()]
+    plain = objective(wide[0] @ wide[1].T, teacher(V).head.logits(teacher(V).states)) * MASK
+    close(values, plain.detach(), 0.03)  # logits of size 4 carry an error of 4 / 256 / 2 in bfloat16
+    for found, expected in zip(slopes(total, [narrow, weight]), slopes(plain.sum(), wide), strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found.float() - expected).norm() < 0.02 * expected.norm()  # a few times the 1/256 of bfloat16
+
+
+def test_autocast_takes_the_products_in_bfloat16():
+    hidden, head, leaves = student()
+    exact, full = fused_divergence(forward_kl, hidden, head, teacher(V))
+    with torch.autocast("cpu", torch.bfloat16):
+        total, values = fused_divergence(forward_kl, hidden, head, teacher(V))
+    assert values.dtype == torch.float32
+    assert 1e-5 < (values - full).abs().max() < 0.05  # rounded, and not by much
+    for found, expected in zip(slopes(total, leaves), slopes(exact, leaves), strict=True):
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() < 0.03 * expected.norm()
