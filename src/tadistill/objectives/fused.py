@@ -168,7 +168,9 @@ def fused_head(
             raise ConfigError(
                 f"the teacher has {tuple(states.shape[:-1])} tokens and student_hidden {tuple(hidden.shape[:-1])}; give the same ones"
             )
-    plan = _Plan(head, values, weights, tuple(teachers), width, torch.is_grad_enabled())
+    kind = hidden.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    plan = _Plan(head, values, weights, tuple(teachers), width, autocast, torch.is_grad_enabled())
     total, found = _FusedHead.apply(hidden, head.weight, head.bias, plan)  # type: ignore[misc]
     return total, found
 
@@ -204,8 +206,15 @@ class _Plan:
     weights: Tensor
     teachers: tuple[Target, ...]
     width: int
+    autocast: torch.dtype | None
+    """The dtype of matrix products where autocast is on outside."""
     grad: bool
     """Whether gradients are on outside; inside an autograd function they never are."""
+
+    def operand(self, states: Tensor, head: Head) -> Tensor:
+        """A head's matrix (width, H) in the dtype of its product with `states`."""
+        dtype = self.autocast if self.autocast and states.dtype != torch.float64 else states.dtype
+        return head.weight.detach()[: self.width].to(dtype)
 
 
 class _FusedHead(torch.autograd.Function):
@@ -216,7 +225,7 @@ class _FusedHead(torch.autograd.Function):
         needs = [plan.grad and need for need in ctx.needs_input_grad]
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _Gradients(hidden, weight if needs[1] else None, bias if bias is not None and needs[2] else None, needs[0])
-            total, found = _run(plan, hidden.detach(), _operand(hidden, plan.head, plan.width), grads)
+            total, found = _run(plan, hidden.detach(), grads)
         ctx.save_for_backward(*grads.result(hidden.dtype, weight.dtype))
         ctx.mark_non_differentiable(found)
         return total, found
@@ -260,14 +269,14 @@ class _Gradients:
         return tuple(None if g is None else g.to(dtype) for g, dtype in wanted)
 
 
-def _run(plan: _Plan, hidden: Tensor, operand: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
+def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
     """All tiles: the weighted sum, and the values (K, N)."""
     count, width, wide = len(hidden), plan.width, _wide(hidden.dtype)
     dense = [t for t in plan.teachers if isinstance(t, Hidden)]
     rows = _rows(count, (1 + len(dense)) * width * wide.itemsize)
     small = max(1, _CACHED.get(hidden.device.type, _STREAMED) // width)
     buffers = [torch.empty(rows, width, dtype=wide, device=hidden.device) for _ in range(1 + len(dense))]
-    operands = [_operand(t.states, t.head, width) for t in dense]
+    operand, operands = plan.operand(hidden, plan.head), [plan.operand(t.states, t.head) for t in dense]
     # One tensor for all values: small ones left between large, freed ones make the C allocator ask for ever new memory.
     values = torch.zeros(plan.weights.shape[0], count, dtype=wide, device=hidden.device)
     for start in range(0, count, rows):
@@ -319,13 +328,6 @@ def _slice(target: Tensor | TopK, rows: slice, width: int | None = None) -> Tens
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The precision of logits and sums: float32, or float64 for float64."""
     return dtype if dtype == torch.float64 else torch.float32
-
-
-def _operand(hidden: Tensor, head: Head, width: int) -> Tensor:
-    """The head's matrix (width, H) in the dtype of the product: autocast's where that is on, else the hidden states'."""
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64 else hidden.dtype
-    return head.weight.detach()[:width].to(dtype)
 
 
 def _project(hidden: Tensor, operand: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
