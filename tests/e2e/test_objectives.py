@@ -1,0 +1,50 @@
+"""Objectives and recorded signals in whole studies: one of each kind of step, and a signal that changes no number."""
+
+import json
+
+import pytest
+from tests.e2e.test_study import manifests, rows, run
+
+ARMS = """
+  jsd: {path: xl > s, objective: {type: jensen_shannon, beta: 0.1, kd_ratio: 0.5}, sampler: {type: dataset}}
+  recorded: {path: xl > s, objective: {type: jensen_shannon, beta: 0.1, kd_ratio: 0.5}, sampler: {type: dataset, signal: {type: hidden}}}
+  top_k: {path: xl > s, objective: {type: reverse_kl}, sampler: {type: dataset, signal: {type: top_k, k: 8}}}
+  taid: {path: xl > s, objective: {type: taid}, sampler: {type: dataset}}
+  contrastive: {path: xl > s, objective: {type: contrastive}, sampler: {type: pair, max_new_tokens: 8}}
+  sampled: {path: xl > s, objective: {type: sampled_kl}, sampler: {type: teacher_mixed, alpha: 0, rollouts: 16, max_new_tokens: 8}}
+"""
+SETTINGS = ["seeds=[1]", "method.optim.steps=4", "method.select.metric=loss", "evaluate.max_new_tokens=8"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("objectives")
+    run(runs, *SETTINGS, arms=ARMS)
+    return runs
+
+
+def test_all_train_and_are_measured(finished):
+    assert {r["arm"] for r in rows(finished)} == {"jsd", "recorded", "top_k", "taid", "contrastive", "sampled"}
+
+
+def test_recorded_hidden_states_give_the_live_teachers_numbers(finished):
+    """The same batches, so only the order of floating-point sums differs (padding of the teacher's batches)."""
+    found = {(r["arm"], r["set"], r["metric"]): r["value"] for r in rows(finished) if r["metric"] in ("loss", "forward_kl")}
+    for (arm, *rest), value in found.items():
+        if arm == "recorded":
+            assert value == pytest.approx(found["jsd", *rest], abs=1e-4)
+
+
+def test_the_signal_is_written_once_and_reused(finished):
+    stages = [json.loads((path.parent / "stage.json").read_text()) for path in finished.glob("store/*/*/manifest.json")]
+    assert sorted(s["spec"]["signal"]["type"] for s in stages if s["kind"] == "signal") == ["hidden", "top_k"]
+    before = manifests(finished)
+    more = ARMS + "  again: {path: xl > s, objective: {type: forward_kl}, sampler: {type: dataset, signal: {type: hidden}}}\n"
+    run(finished, *SETTINGS, arms=more)
+    after = manifests(finished)
+    assert before.items() <= after.items()
+    kinds = [
+        json.loads((finished / "store" / p[-2][:2] / p[-2] / "stage.json").read_text())["kind"]
+        for p in (k.split("/") for k in after.keys() - before.keys())
+    ]
+    assert sorted(kinds) == ["distill", "evaluate"]
