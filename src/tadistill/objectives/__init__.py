@@ -18,7 +18,8 @@ from tadistill.objectives.divergence import (
     total_variation,
 )
 from tadistill.objectives.families import alpha_beta, alpha_mixture
-from tadistill.objectives.fused import Head, Hidden, fused_divergence, fused_head
+from tadistill.objectives.fused import fused_divergence, fused_head
+from tadistill.objectives.head import Head, Hidden
 from tadistill.objectives.sampled import clipped_ratio, cross_entropy, k1, k2, k3, policy_gradient, returns, token_log_probs
 from tadistill.objectives.targets import TargetMixture, TopK, top_k, top_k_forward_kl, top_k_reverse_kl
 

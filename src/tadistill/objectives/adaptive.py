@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.divergence import LOG_ZERO, both_log_probs, kl
+from tadistill.objectives.divergence import LOG_ZERO, at_least_float32, both_log_probs, kl
 
 _HEAD_GUESS = 256
 
@@ -61,7 +61,7 @@ def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> 
     checks.pair(student_logits, teacher_logits)
     if t in (0, 1):  # 0 * -inf is not a number
         return teacher_logits if t == 1 else student_logits.detach()
-    return (1 - t) * student_logits.detach() + t * teacher_logits
+    return (1 - t) * at_least_float32(student_logits.detach()) + t * at_least_float32(teacher_logits)
 
 
 def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperature: float = 1.0) -> Tensor:
@@ -134,7 +134,7 @@ def contrastive(
     """
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     skew = torch.as_tensor(alpha, dtype=log_q.dtype, device=log_q.device)
-    if not bool(((skew >= 0) & (skew <= 1)).all()):
+    if not checks.is_deferred() and not bool(((skew >= 0) & (skew <= 1)).all()):
         raise ConfigError(f"alpha is between {float(skew.min())} and {float(skew.max())}; it must be in [0, 1]")
     log_skew, log_rest = skew.log().clamp(min=LOG_ZERO).unsqueeze(-1), torch.log1p(-skew).clamp(min=LOG_ZERO).unsqueeze(-1)
     pulled = kl(log_p, torch.logaddexp(log_p + log_skew, log_q + log_rest))

@@ -19,12 +19,17 @@ _deferred = ContextVar("_deferred", default=False)
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a NaN is passed on instead of raised."""
+    """Inside, checks that read tensors are left out: a NaN is passed on instead of raised."""
     token = _deferred.set(True)
     try:
         yield
     finally:
         _deferred.reset(token)
+
+
+def is_deferred() -> bool:
+    """Whether checks that read tensors are left to the caller, who has made them."""
+    return _deferred.get() or torch.compiler.is_compiling()
 
 
 def pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
@@ -58,7 +63,7 @@ def finite(name: str, value: float) -> None:
 
 def result(value: Tensor, **arguments: Tensor) -> Tensor:
     """`value`, unless it has a NaN: then raise, naming the argument that brought it in."""
-    if _deferred.get() or torch.compiler.is_compiling() or not bool(value.isnan().any()):
+    if is_deferred() or not bool(value.isnan().any()):
         return value
     for name, argument in arguments.items():
         if bool((argument.isnan() | argument.isposinf()).any()):

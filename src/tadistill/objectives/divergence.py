@@ -18,8 +18,7 @@ LOG_ZERO = -1e15
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) in at least float32, the same shape; -inf logits become `LOG_ZERO`."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    wide = wide.clamp(min=LOG_ZERO)
+    wide = at_least_float32(logits).clamp(min=LOG_ZERO)
     return torch.log_softmax(wide / temperature if temperature != 1.0 else wide, dim=-1)
 
 
@@ -125,6 +124,11 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     value = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
     return checks.result(value, student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """float64 as it is, everything else in float32."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -50,12 +50,20 @@ def _ab(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
         teacher, student = (total * log_p).exp() * alpha / total, (total * log_q).exp() * beta / total
         terms = (teacher + student - (alpha * log_p + beta * log_q).exp()) / (alpha * beta)
     value = terms.sum(-1)
-    if min(alpha, beta, total) < 0 and bool((value.isinf() & ~log_p.isnan().any(-1)).any()):
+    if min(alpha, beta, total) < 0 and _overflowed(value, log_p, log_q):
         raise ConfigError(
             f"alpha {alpha} and beta {beta} have a negative exponent and some probability is 0 (or nearly), where the "
             "divergence is undefined; use alpha >= 0 and beta >= 0"
         )
     return value
+
+
+def _overflowed(value: Tensor, *inputs: Tensor) -> bool:
+    """Whether some value is not finite although its inputs are numbers."""
+    broken = ~value.isfinite()
+    for tensor in inputs:
+        broken = broken & ~tensor.isnan().any(-1)
+    return bool(broken.any())
 
 
 def alpha_mixture(
@@ -83,6 +91,8 @@ def alpha_mixture(
     """
     checks.finite("alpha", alpha)
     checks.within("lam", lam, 0, 1)
+    for parameter in ab_parameters:
+        checks.finite("ab_parameters", parameter)
     if pair not in ("pr", "rp", "qr", "rq"):
         raise ConfigError(f"pair is {pair!r}; it must be one of pr, rp, qr, rq")
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)

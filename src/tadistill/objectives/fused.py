@@ -22,7 +22,8 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.targets import TargetMixture, TopK
+from tadistill.objectives.head import Head, Hidden
+from tadistill.objectives.targets import Target, TargetMixture, TopK, aligned, per_token, select
 
 TILE_BYTES = 144 * 2**20
 """For the logits of one tile, student and teachers together."""
@@ -30,43 +31,6 @@ _CACHED = {"cpu": 2**19}
 _STREAMED = 2**22
 """Elements of a small tile: on a CPU one that stays in cache, on a GPU one that outweighs the launch of a kernel."""
 
-
-@dataclass(frozen=True)
-class Head:
-    """softcap(scale * (hidden @ weight.T + bias)), with softcap(z) = cap tanh(z / cap): the last layer of a language model."""
-
-    weight: Tensor
-    """(V, H); the embedding's own weight where they are tied."""
-    bias: Tensor | None = None
-    """(V,)"""
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def shape(self, logits: Tensor) -> Tensor:
-        """What comes after the matrix product and the bias."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """All logits, (..., V): the plain form."""
-        return self.shape(torch.nn.functional.linear(hidden, self.weight, self.bias))
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """A teacher's last hidden states (..., H) and its head."""
-
-    states: Tensor
-    head: Head
-
-    def to(self, device: torch.device) -> "Hidden":
-        """The states on another device; the head stays where it is."""
-        return Hidden(self.states.to(device), self.head)
-
-
-Target = Tensor | Hidden | TopK
-"""A teacher: its logits (..., V), its hidden states with its head, or its top-k tokens."""
 
 Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
 """(student logits (n, V), each teacher's logits (n, V) or TopK, which of the N tokens) to (K, n) values per term and token."""
@@ -107,10 +71,16 @@ def fused_divergence(
         )
     counted = weights != 0
     targets = [teacher] if isinstance(teacher, Tensor | Hidden | TopK) else list(teacher)
+    _same_tokens(student_hidden, targets)
     if not targets:
         raise ConfigError("teacher is an empty list; give at least one target")
     if len(targets) > 1 and mixture is None:
         raise ConfigError(f"teacher has {len(targets)} targets and no mixture; give mixture=TargetMixture(kind, weights)")
+
+    if mixture is not None:
+        mixture.check("teacher", len(targets))
+        targets = [t for t, w in zip(targets, mixture.weights, strict=True) if w > 0]
+        mixture = TargetMixture(mixture.kind, tuple(w for w in mixture.weights if w > 0))
 
     def values(student: Tensor, teachers: tuple[Any, ...], _: slice) -> Tensor:
         return divergence(*aligned(student, teachers, mixture, temperature), **parameters).unsqueeze(0)
@@ -121,23 +91,13 @@ def fused_divergence(
         student_head,
         values,
         weights[counted].unsqueeze(0),
-        teachers=[_counted(t, counted) for t in targets],
+        teachers=[select(t, counted) for t in targets],
         vocab=vocab,
     )
-    checks.result(found, student_hidden=student_hidden.detach(), student_head=student_head.weight.detach())
+    if bool(found.isnan().any()):
+        teachers = torch.cat([per_token(t)[counted].flatten() for t in targets])
+        checks.result(found, student_hidden=student_hidden[counted], student_head=student_head.weight, teacher=teachers)
     return total, torch.zeros(counted.shape, dtype=found.dtype, device=found.device).masked_scatter(counted, found[0])
-
-
-def aligned(student: Tensor, teachers: Sequence[Tensor | TopK], mixture: TargetMixture | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """Both sides' logits for a divergence: of one teacher, of its top-k tokens (already tempered), or of a mixture."""
-    if isinstance(teachers[0], TopK):
-        if len(teachers) > 1:
-            raise ConfigError(
-                "a top-k target cannot be part of a mixture, since teachers keep different tokens; use hidden states or logits"
-            )
-        return teachers[0].align(student, temperature)
-    dense = [t for t in teachers if isinstance(t, Tensor)]
-    return student, dense[0] if mixture is None else mixture.logits(dense, temperature=temperature)
 
 
 def fused_head(
@@ -162,17 +122,22 @@ def fused_head(
         The scalar sum, with a graph; and the values (K, N), detached. A NaN is passed on.
     """
     width = _width(head, teachers, vocab)
+    _same_tokens(hidden, teachers)
     for target in teachers:
-        states = target.states if isinstance(target, Hidden) else target.ids if isinstance(target, TopK) else target
-        if states.shape[:-1] != hidden.shape[:-1]:
-            raise ConfigError(
-                f"the teacher has {tuple(states.shape[:-1])} tokens and student_hidden {tuple(hidden.shape[:-1])}; give the same ones"
-            )
+        if isinstance(target, TopK):
+            target.check(width)
     kind = hidden.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     plan = _Plan(head, values, weights, tuple(teachers), width, autocast, torch.is_grad_enabled())
     total, found = _FusedHead.apply(hidden, head.weight, head.bias, plan)  # type: ignore[misc]
     return total, found
+
+
+def _same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
+    for target in teachers:
+        found, expected = tuple(per_token(target).shape[:-1]), tuple(hidden.shape[:-1])
+        if found != expected:
+            raise ConfigError(f"teacher has tokens {found} but student_hidden {expected}; give the same ones")
 
 
 def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
@@ -186,14 +151,6 @@ def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
     if vocab is not None and not 1 <= vocab <= min(widths):
         raise ConfigError(f"vocab is {vocab}; it must be in [1, {min(widths)}], the narrowest head")
     return vocab or widths[0]
-
-
-def _counted(target: Target, counted: Tensor) -> Target:
-    if isinstance(target, Hidden):
-        return Hidden(target.states[counted], target.head)
-    if isinstance(target, TopK):
-        return TopK(target.ids[counted], target.log_probs[counted], None if target.tail is None else target.tail[counted])
-    return target[counted]
 
 
 # --- the autograd function ----------------------------------------------------------------------------------------------
@@ -286,7 +243,7 @@ def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor
         projected = iter(
             _project(t.states[tile].to(w.dtype), w, t.head.bias, out) for t, w, out in zip(dense, operands, buffers[1:], strict=True)
         )
-        teachers = [next(projected) if isinstance(t, Hidden) else _slice(t, tile, width) for t in plan.teachers]
+        teachers = [next(projected) if isinstance(t, Hidden) else select(t, tile, width) for t in plan.teachers]
         for first in range(0, len(here), small):
             inside = slice(first, min(first + small, len(here)))
             here_values = _small(plan, student[inside], teachers, inside, start, grads.wanted)
@@ -300,13 +257,15 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
     """Values (K, n) of a small tile; overwrites its logits with the gradient of the weighted sum."""
     rows = slice(start + inside.start, start + inside.stop)
     targets = tuple(
-        t.head.shape(tile[inside]) if isinstance(t, Hidden) else _slice(tile, inside)
+        t.head.shape(tile[inside]) if isinstance(t, Hidden) else select(tile, inside)
         for t, tile in zip(plan.teachers, teachers, strict=True)
     )
     leaf = logits.detach().requires_grad_(wanted)
     with torch.set_grad_enabled(wanted), checks.deferred():
         values = plan.values(plan.head.shape(leaf), targets, rows)
-    if wanted:
+    if wanted and not values.requires_grad:  # a divergence that does not look at the student, such as a skew of 1
+        logits.zero_()
+    elif wanted:
         weights = plan.weights if plan.weights.shape[-1] == 1 else plan.weights[..., rows]
         (slope,) = torch.autograd.grad(values, leaf, weights.to(values.dtype).expand_as(values))
         logits.copy_(slope)
@@ -317,12 +276,6 @@ def _rows(count: int, bytes_per_row: int) -> int:
     """Tokens of one tile: tiles of like size that keep the budget."""
     most = max(1, TILE_BYTES // bytes_per_row)
     return max(1, math.ceil(count / math.ceil(count / most))) if count else 1
-
-
-def _slice(target: Tensor | TopK, rows: slice, width: int | None = None) -> Tensor | TopK:
-    if isinstance(target, TopK):
-        return TopK(target.ids[rows], target.log_probs[rows], None if target.tail is None else target.tail[rows])
-    return target[rows, :width]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What stands in for one teacher's logits: a mixture of several teachers, or the teacher's top-k tokens.
+"""What stands in for one teacher's logits: a mixture of several teachers, its top-k tokens, or its hidden states with its head.
 
 Both end as logits that any divergence takes: `TargetMixture.logits` gives a teacher's side, `TopK.align` gives both sides on the
 top-k support.
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.divergence import LOG_ZERO, forward_kl, log_probs, reverse_kl
+from tadistill.objectives.divergence import LOG_ZERO, at_least_float32, forward_kl, log_probs, reverse_kl
+from tadistill.objectives.head import Hidden
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,18 @@ class TargetMixture:
             if sum(kept) > 0:
                 return TargetMixture(self.kind, kept)
 
+    def check(self, name: str, count: int) -> None:
+        """Raise unless the argument `name` has one entry per weight."""
+        if count != len(self.weights):
+            raise ConfigError(f"the mixture has {len(self.weights)} weights but {name} has {count} entries; give one each")
+
     def logits(self, teacher_logits: Sequence[Tensor], *, temperature: float = 1.0) -> Tensor:
         """Logits (..., V) whose softmax at `temperature` is the mixture of the teachers' softmaxes at `temperature`.
 
         Args:
             teacher_logits: one (..., V) per weight.
         """
-        if len(teacher_logits) != len(self.weights):
-            raise ConfigError(
-                f"the mixture has {len(self.weights)} weights but teacher_logits has {len(teacher_logits)} tensors; give one each"
-            )
+        self.check("teacher_logits", len(teacher_logits))
         checks.positive("temperature", temperature)
         total = sum(self.weights)
         parts = [(w / total, log_probs(z, temperature)) for w, z in zip(self.weights, teacher_logits, strict=True) if w > 0]
@@ -93,6 +96,11 @@ class TopK:
         """The same on another device."""
         return TopK(self.ids.to(device), self.log_probs.to(device), None if self.tail is None else self.tail.to(device))
 
+    def check(self, width: int) -> None:
+        """Raise unless all ids are in a vocabulary of `width` tokens."""
+        if self.ids.numel() and not checks.is_deferred() and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < width:
+            raise ConfigError(f"ids run from {int(self.ids.min())} to {int(self.ids.max())}; they must be in [0, {width - 1}]")
+
     def align(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Student's and teacher's logits on the common support, (..., K) or (..., K + 1), for any divergence at temperature 1.
 
@@ -107,11 +115,9 @@ class TopK:
                 f"student_logits {tuple(student_logits.shape)}, ids {tuple(self.ids.shape)} and log_probs {tuple(self.log_probs.shape)} "
                 "do not belong together; all but the last axis must be equal, and ids and log_probs of one shape"
             )
-        if self.ids.numel() and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < width:
-            raise ConfigError(f"ids run from {int(self.ids.min())} to {int(self.ids.max())}; they must be in [0, {width - 1}]")
+        self.check(width)
         if self.tail is None:
-            wide = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
-            return wide.gather(-1, self.ids) / temperature, self.log_probs / temperature
+            return at_least_float32(student_logits).gather(-1, self.ids) / temperature, self.log_probs / temperature
         if temperature != 1.0:
             raise ConfigError(
                 f"temperature is {temperature} with a lumped tail, whose mass is known at 1 only; use temperature 1, or drop the tail"
@@ -121,6 +127,36 @@ class TopK:
             return log_q.gather(-1, self.ids), self.log_probs
         rest = _rest(log_q, self.ids)
         return torch.cat([log_q.gather(-1, self.ids), rest], -1), torch.cat([self.log_probs, self.tail.unsqueeze(-1)], -1)
+
+
+Target = Tensor | Hidden | TopK
+"""A teacher: its logits (..., V), its hidden states with its head, or its top-k tokens."""
+
+
+def per_token(target: Target) -> Tensor:
+    """The tensor of a target that has one row per token."""
+    return target.states if isinstance(target, Hidden) else target.log_probs if isinstance(target, TopK) else target
+
+
+def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Target:
+    """Some of a target's tokens; logits also cut to the first `width`."""
+    if isinstance(target, Hidden):
+        return Hidden(target.states[rows], target.head)
+    if isinstance(target, TopK):
+        return TopK(target.ids[rows], target.log_probs[rows], None if target.tail is None else target.tail[rows])
+    return target[rows] if width is None else target[rows][..., :width]
+
+
+def aligned(student: Tensor, teachers: Sequence[Tensor | TopK], mixture: TargetMixture | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """Both sides' logits for a divergence: of one teacher, of its top-k tokens (already tempered), or of a mixture."""
+    if isinstance(teachers[0], TopK):
+        if len(teachers) > 1:
+            raise ConfigError(
+                "a top-k target cannot be part of a mixture, since teachers keep different tokens; use hidden states or logits"
+            )
+        return teachers[0].align(student, temperature)
+    dense = [t for t in teachers if isinstance(t, Tensor)]
+    return student, dense[0] if mixture is None else mixture.logits(dense, temperature=temperature)
 
 
 def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0) -> TopK:
@@ -169,5 +205,4 @@ def _on_top_k(student: Tensor, teacher: Tensor, k: int, tail: Literal["lump", "d
     checks.pair(student, teacher)
     checks.positive("temperature", temperature)
     # a tempered student is a student, so the tail of both is exact at any temperature
-    wide = student if student.dtype == torch.float64 else student.float()
-    return top_k(teacher, k, tail=tail, temperature=temperature).align(wide / temperature)
+    return top_k(teacher, k, tail=tail, temperature=temperature).align(at_least_float32(student) / temperature)

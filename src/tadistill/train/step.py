@@ -19,7 +19,7 @@ from tadistill.config.method import Method
 from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
 from tadistill.objectives import TaidSchedule, fused_head
-from tadistill.objectives.fused import Target, aligned
+from tadistill.objectives.targets import Target, aligned
 
 RESPONSE, CORPUS = "response", "corpus"
 
