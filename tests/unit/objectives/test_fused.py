@@ -78,8 +78,9 @@ def test_fused_equals_plain(case, tied, width, kind):
 def test_tiles_give_the_same_numbers(case, tile, small, monkeypatch):
     hidden, head, leaves = student(dtype=torch.float64)
     target, results = teacher(V, dtype=torch.float64), []
+    weights = torch.linspace(0.1, 2, 12).reshape(TOKENS)  # all different, so that a tile with another's weights shows
     for _ in range(2):
-        total, values = fused_divergence(case.run, hidden, head, target)
+        total, values = fused_divergence(case.run, hidden, head, target, mask=weights)
         results.append([total.detach(), values, *slopes(total, leaves)])
         monkeypatch.setattr(fused, "TILE_BYTES", tile)
         monkeypatch.setattr(fused, "_CACHED", {"cpu": small})
