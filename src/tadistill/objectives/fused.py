@@ -54,7 +54,7 @@ def fused_divergence(
         divergence: any function of `tadistill.objectives` on two tensors of logits.
         student_hidden: (..., H) last hidden states, with a graph.
         teacher: one target, or several with a `mixture`; no gradient reaches them.
-        mask: (...) bool, True where the token counts (all by default), or weights >= 0.
+        mask: (...) bool, True where the token counts (all by default), or a weight per token.
         vocab: cut both heads (or teacher logits) to the first `vocab` tokens, and renormalise.
 
     Returns:
@@ -70,17 +70,7 @@ def fused_divergence(
             f"mask has shape {tuple(weights.shape)} but student_hidden {tuple(student_hidden.shape)}; give one value per token"
         )
     counted = weights != 0
-    targets = [teacher] if isinstance(teacher, Tensor | Hidden | TopK) else list(teacher)
-    _same_tokens(student_hidden, targets)
-    if not targets:
-        raise ConfigError("teacher is an empty list; give at least one target")
-    if len(targets) > 1 and mixture is None:
-        raise ConfigError(f"teacher has {len(targets)} targets and no mixture; give mixture=TargetMixture(kind, weights)")
-
-    if mixture is not None:
-        mixture.check("teacher", len(targets))
-        targets = [t for t, w in zip(targets, mixture.weights, strict=True) if w > 0]
-        mixture = TargetMixture(mixture.kind, tuple(w for w in mixture.weights if w > 0))
+    targets, mixture = _targets(student_hidden, teacher, mixture)
 
     def values(student: Tensor, teachers: tuple[Any, ...], _: slice) -> Tensor:
         return divergence(*aligned(student, teachers, mixture, temperature), **parameters).unsqueeze(0)
@@ -98,6 +88,23 @@ def fused_divergence(
         teachers = torch.cat([per_token(t)[counted].flatten() for t in targets])
         checks.result(found, student_hidden=student_hidden[counted], student_head=student_head.weight, teacher=teachers)
     return total, torch.zeros(counted.shape, dtype=found.dtype, device=found.device).masked_scatter(counted, found[0])
+
+
+def _targets(
+    hidden: Tensor, teacher: Target | Sequence[Target], mixture: TargetMixture | None
+) -> tuple[list[Target], TargetMixture | None]:
+    """The teachers that take part, with their mixture; those of weight 0 are left out."""
+    targets = [teacher] if isinstance(teacher, Tensor | Hidden | TopK) else list(teacher)
+    _same_tokens(hidden, targets)
+    if not targets:
+        raise ConfigError("teacher is an empty list; give at least one target")
+    if mixture is None:
+        if len(targets) > 1:
+            raise ConfigError(f"teacher has {len(targets)} targets and no mixture; give mixture=TargetMixture(kind, weights)")
+        return targets, None
+    mixture.check("teacher", len(targets))
+    kept = [(t, w) for t, w in zip(targets, mixture.weights, strict=True) if w > 0]
+    return [t for t, _ in kept], TargetMixture(mixture.kind, tuple(w for _, w in kept))
 
 
 def fused_head(
