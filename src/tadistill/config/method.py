@@ -200,7 +200,9 @@ def _check_pairing(method: Method) -> None:
         )
     signal = sampler.signal if isinstance(sampler, DatasetSampler) else None
     if signal and isinstance(objective, CrossEntropy):
-        raise ConfigError(f"sampler.signal {signal.type} is of no use to objective cross_entropy, which has no teacher; drop it")
+        raise ConfigError(
+            f"sampler.signal {signal.type} is of no use to objective cross_entropy, which has no teacher; set signal: null here"
+        )
     if isinstance(signal, TopKSignal) and isinstance(objective, TopKForwardKL | TopKReverseKL):
         raise ConfigError(
             f"objective {objective.type} chooses its own tokens, and so does the top_k signal; "

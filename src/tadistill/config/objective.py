@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from tadistill.config.strict import Strict
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class CrossEntropy(Strict):
@@ -99,7 +100,7 @@ class AlphaMixture(Divergence):
     alpha: float = Field(default=-5.0, allow_inf_nan=False)
     lam: Share = 0.5
     pair: Literal["pr", "rp", "qr", "rq"] = "pr"
-    ab_parameters: tuple[float, float] = (1.0, 0.0)
+    ab_parameters: tuple[Finite, Finite] = (1.0, 0.0)
 
 
 class TopKForwardKL(Divergence):
@@ -149,7 +150,8 @@ class Taid(Divergence):
 class SampledKL(Strict):
     """Reverse KL from the sampled tokens alone (Schulman 2020): `k2` has its gradient, `k3` that of the forward KL.
 
-    Needs rollouts of the student itself, so sampler teacher_mixed with alpha 0; the teacher only scores them. k1 is no objective,
+    Needs rollouts of the student itself, so sampler teacher_mixed with alpha 0; the teacher only scores them. Exact in the first update
+    of a round only: set `rollouts` to the batch and `inner_epochs` to 1, or accept older samples. k1 is no objective,
     because its own gradient has mean zero.
     """
 

@@ -99,7 +99,7 @@ class TaidSchedule:
             delta = (self.previous - loss) / (self.previous + 1e-15)
             self.momentum = self.decay * self.momentum + (1 - self.decay) * delta
             linear = self.start + (self.end - self.start) * step / steps
-            raised = self.t + self.rate / (1 + math.exp(-self.momentum)) * (1 - self.t)
+            raised = self.t + self.rate * 0.5 * (1 + math.tanh(self.momentum / 2)) * (1 - self.t)  # a sigmoid that cannot overflow
             self.t = min(self.end, max(linear, raised))
         self.previous = loss
 
@@ -143,9 +143,10 @@ def contrastive(
 
 
 def contrastive_alpha(gap: Tensor, anchor: float | Tensor, *, base: float = 0.1) -> Tensor:
-    """The skew of each response: clip(1 - (1 - base) anchor / gap, 0.01, base).
+    """The skew of each response: clip(1 - (1 - base) anchor / (gap + 1e-5), 0.01, base).
 
-    A response on which the models differ much gets a small skew (a steep loss), one on which they agree gets `base`.
+    A response on which the models differ at least as much as usual (gap >= anchor) gets `base`, one on which they agree more gets
+    less. A gap below 0 gets `base`.
 
     Args:
         gap: (B,) exp(mean log p) - exp(mean log q) of each teacher's response, its opposite for a student's.

@@ -1,4 +1,4 @@
-"""What stands in for one teacher's logits: a mixture of several teachers, its top-k tokens, or its hidden states with its head.
+"""What stands in for one teacher's logits: a mixture of several teachers, or its top-k tokens (hidden states are in `head`).
 
 Both end as logits that any divergence takes: `TargetMixture.logits` gives a teacher's side, `TopK.align` gives both sides on the
 top-k support.

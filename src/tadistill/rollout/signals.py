@@ -112,12 +112,14 @@ class Signals:
         """
         self._device = device
         head = folder / "head.safetensors"
-        self.head = _read_head(head, device) if head.is_file() else None
         paths = sorted(p for p in folder.glob("*.safetensors") if p != head)
         try:
+            if [int(p.stem) for p in paths] != list(range(0, _PART * len(paths), _PART)) or not paths:
+                raise ValueError("a part is missing")
+            self.head = _read_head(head, device) if head.is_file() else None
             self._parts = [safe_open(p, "pt") for p in paths]
             lengths = [part.get_tensor("lengths").numpy() for part in self._parts]
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StoreError(f"a teacher's signal in {folder} is damaged ({error}); delete that stage's folder and run again") from error
         self._ends = [np.cumsum(n) for n in lengths]
 

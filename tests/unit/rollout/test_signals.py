@@ -87,8 +87,13 @@ def test_the_sampler_hands_out_the_signal_of_its_rows(tmp_path):
             torch.testing.assert_close(batch.signal.head.logits(batch.signal.states), live, atol=1e-5, rtol=0)
 
 
-def test_a_damaged_part_is_named(tmp_path):
-    record(tiny_model("llama"), ROWS, TopKSignal(k=3), tmp_path, vocab=31, pad=0)
-    (tmp_path / "00000004.safetensors").write_bytes(b"junk")
+@pytest.mark.parametrize("name", ["00000004", "head"])
+@pytest.mark.parametrize("content", [b"junk", None])
+def test_a_damaged_or_missing_part_is_named(tmp_path, name, content):
+    record(tiny_model("llama"), ROWS, HiddenSignal(), tmp_path, vocab=31, pad=0)
+    if content:
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    else:
+        (tmp_path / "00000000.safetensors").unlink()
     with pytest.raises(StoreError, match=r"teacher's signal .* damaged .* delete that stage's folder"):
         Signals(tmp_path, CPU)
