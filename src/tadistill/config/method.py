@@ -191,12 +191,17 @@ def _check_pairing(method: Method) -> None:
         )
     if isinstance(objective, SampledKL) and not on_policy:
         raise ConfigError(
-            f"objective sampled_kl estimates from the student's own samples, but the sampler is {sampler.type}; "
+            f"objective sampled_kl estimates from the student's own samples, which sampler {sampler.type} as set here does not draw; "
             "use sampler: {type: teacher_mixed, alpha: 0}"
         )
     if isinstance(objective, Contrastive) != paired:
         raise ConfigError(
             f"objective contrastive and sampler pair belong together, but here are {objective.type} and {sampler.type}; change one of them"
+        )
+    if (mixed or paired) and isinstance(objective, Divergence) and objective.kd_ratio < 1:
+        raise ConfigError(
+            f"kd_ratio is {objective.kd_ratio}, but sampler {sampler.type} trains on the student's own text, which is no target for "
+            "cross-entropy; set kd_ratio: 1"
         )
     signal = sampler.signal if isinstance(sampler, DatasetSampler) else None
     if signal and isinstance(objective, CrossEntropy):

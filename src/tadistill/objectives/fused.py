@@ -1,7 +1,7 @@
 """The head fused into the loss: hidden states in, loss and gradients out, for any objective, without a [tokens, vocabulary] tensor.
 
-    total, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=mask, beta=0.1)
-    (total / mask.sum()).backward()
+    mean, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=mask / mask.sum(), beta=0.1)
+    mean.backward()  # the count is in the weights, so no second copy of the head's gradient is made
 
 Two sizes of tile. Matrix products work on as many tokens as `TILE_BYTES` allows, over the whole vocabulary; the objective works on a few
 tokens at a time that stay in cache. The gradient of the student's logits is taken by autograd inside such a small tile and written over

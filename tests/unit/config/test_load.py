@@ -86,6 +86,7 @@ def test_patches_change_only_what_they_name():
     [
         ({"objective": {"type": "minillm"}, "sampler": {"type": "dataset"}}, "minillm learns from rollouts, but the sampler is dataset"),
         ({"objective": {"type": "sampled_kl"}, "sampler": {"type": "teacher_mixed", "alpha": 0.2}}, "alpha: 0"),
+        ({"objective": {"type": "forward_kl", "kd_ratio": 0.5}, "sampler": {"type": "teacher_mixed"}}, "set kd_ratio: 1"),
         ({"objective": {"type": "contrastive"}}, "contrastive and sampler pair belong together"),
         ({"sampler": {"type": "pair"}}, "contrastive and sampler pair belong together"),
         (
