@@ -147,6 +147,11 @@ class Method(Strict):
     optim: Optim = Optim()
     select: Select = Select()
 
+    @property
+    def signal(self) -> HiddenSignal | TopKSignal | None:
+        """The teacher's recorded signal, where the sampler reads one."""
+        return self.sampler.signal if isinstance(self.sampler, DatasetSampler) else None
+
 
 class MethodPatch(Strict):
     """The part of a method that one model or one arm changes."""
@@ -203,7 +208,7 @@ def _check_pairing(method: Method) -> None:
             f"kd_ratio is {objective.kd_ratio}, but sampler {sampler.type} trains on the student's own text, which is no target for "
             "cross-entropy; set kd_ratio: 1"
         )
-    signal = sampler.signal if isinstance(sampler, DatasetSampler) else None
+    signal = method.signal
     if signal and isinstance(objective, CrossEntropy):
         raise ConfigError(
             f"sampler.signal {signal.type} is of no use to objective cross_entropy, which has no teacher; set signal: null here"

@@ -103,20 +103,21 @@ class AlphaMixture(Divergence):
     ab_parameters: tuple[Finite, Finite] = (1.0, 0.0)
 
 
-class TopKForwardKL(Divergence):
+class _TopK(Divergence):
+    k: int = Field(default=64, ge=1)
+    tail: Literal["lump", "drop"] = "lump"
+
+
+class TopKForwardKL(_TopK):
     """Forward KL on the teacher's k most probable tokens (Anshumann et al. 2025)."""
 
     type: Literal["top_k_forward_kl"] = "top_k_forward_kl"
-    k: int = Field(default=64, ge=1)
-    tail: Literal["lump", "drop"] = "lump"
 
 
-class TopKReverseKL(Divergence):
+class TopKReverseKL(_TopK):
     """Reverse KL on the teacher's k most probable tokens."""
 
     type: Literal["top_k_reverse_kl"] = "top_k_reverse_kl"
-    k: int = Field(default=64, ge=1)
-    tail: Literal["lump", "drop"] = "lump"
 
 
 class Contrastive(Divergence):

@@ -60,6 +60,12 @@ class Batch:
         )
 
 
+def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:
+    """Indices in batches of `size`, short sequences first: neighbours of like length waste least padding."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].response))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, signal: Hidden | TopK | None = None) -> Batch:
     """Pad sequences on the right. A sequence without a prompt counts from its second token on."""
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill import rng
 from tadistill.config import Evaluate
-from tadistill.data.batch import Sequence, collate
+from tadistill.data.batch import Sequence, by_length, collate
 from tadistill.data.datasets import Example
 from tadistill.data.templates import Encoded
 from tadistill.evaluation.metrics import fact_accuracy, rouge_l
@@ -87,12 +87,10 @@ def per_sequence(
     subject: Subject, sequences: Seq[Sequence], *, batch: int, teacher: PreTrainedModel | None = None
 ) -> dict[str, np.ndarray]:
     """Means over each response's tokens: loss (nats), and forward_kl and reverse_kl to the teacher if there is one."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].response))
     names = ("loss", "forward_kl", "reverse_kl") if teacher is not None else ("loss",)
     found = {name: np.zeros(len(sequences)) for name in names}
     reader, of_teacher = Reader(subject.model), Reader(teacher) if teacher is not None else None
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
+    for part in by_length(sequences, batch):
         rows = collate([sequences[i] for i in part], pad=subject.pad).to(subject.model.device)
         teachers = (of_teacher.target(teacher, rows),) if of_teacher and teacher else ()
         tokens = rows.targets_BT[rows.mask_BT]

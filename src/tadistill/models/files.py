@@ -1,4 +1,5 @@
-"""Digests, the cache folder, and atomic publication: what `sources`, `wheels` and `gguf` share. Imports no torch.
+"""Digests, the cache folder, and atomic publication: what `sources`, `wheels`, `gguf`, checkpoints and recorded signals share. Imports no
+torch.
 
 Called as `with publishing(target) as temporary: ...`; a reader sees the whole of `target` or nothing of it.
 """
@@ -11,6 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from tadistill.errors import StoreError
 
 _BLOCK = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
@@ -50,6 +55,24 @@ def sampled_digest(path: Path) -> str:
             file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, of a fixed name; it becomes `path` when the block ends without an error.
+
+    For files that one process owns and writes again after a kill, which thus overwrites what the kill left.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise StoreError(f"cannot write {path}: {error}; free some space or check permissions, then run the same command again") from error
 
 
 @contextmanager

@@ -68,9 +68,8 @@ class Reader:
         ids = torch.arange(2, device=model.device).unsqueeze(0)
         with _tapped(self._module, skip=False) as seen:
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().nan_to_num()
-        expected = (
-            self.head.logits(seen[0].to(self.head.weight.dtype)).float().nan_to_num()
-        )  # broken weights are the training loop's to report
+        # NaN as 0 on both sides: broken weights are the training loop's to report
+        expected = self.head.logits(seen[0].to(self.head.weight.dtype)).float().nan_to_num()
         if expected.shape != logits.shape or not torch.allclose(expected, logits, rtol=0.02, atol=0.02 * float(logits.abs().max())):
             raise ModelError(
                 f"models of type {model.config.model_type} change their logits after the head in a way that is not known here "

@@ -18,8 +18,8 @@ LOG_ZERO = -1e15
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) in at least float32, the same shape; -inf logits become `LOG_ZERO`."""
-    wide = at_least_float32(logits).clamp(min=LOG_ZERO)
-    return torch.log_softmax(wide / temperature if temperature != 1.0 else wide, dim=-1)
+    finite = at_least_float32(logits).clamp(min=LOG_ZERO)
+    return torch.log_softmax(finite / temperature if temperature != 1.0 else finite, dim=-1)
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -126,9 +126,14 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
     return checks.result(value, student_logits=student_logits, teacher_logits=teacher_logits)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision that objectives work in: float64 for float64, float32 for everything else."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
 def at_least_float32(values: Tensor) -> Tensor:
-    """float64 as it is, everything else in float32."""
-    return values if values.dtype == torch.float64 else values.float()
+    """The same values in that precision."""
+    return values.to(wide(values.dtype))
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
+from tadistill.objectives.divergence import wide
 from tadistill.objectives.head import Head, Hidden
 from tadistill.objectives.targets import Target, TargetMixture, TopK, aligned, per_token, select
 
@@ -73,9 +74,10 @@ def fused_divergence(
     targets, mixture = _targets(student_hidden, teacher, mixture)
 
     def values(student: Tensor, teachers: tuple[Any, ...], _: slice) -> Tensor:
-        return divergence(*aligned(student, teachers, mixture, temperature), **parameters).unsqueeze(0)
+        """The one term of a small tile."""
+        *sides, left = aligned(student, teachers, mixture, temperature)
+        return divergence(*sides, temperature=left, **parameters).unsqueeze(0)
 
-    parameters["temperature"] = 1.0 if isinstance(targets[0], TopK) else temperature  # a TopK is aligned at its temperature
     total, found = fused_head(
         student_hidden[counted],
         student_head,
@@ -135,7 +137,7 @@ def fused_head(
             target.check(width)
     kind = hidden.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    plan = _Plan(head, values, weights, tuple(teachers), width, autocast, torch.is_grad_enabled())
+    plan = _Plan(head, values, weights.expand(-1, len(hidden)), tuple(teachers), width, autocast, torch.is_grad_enabled())
     total, found = _FusedHead.apply(hidden, head.weight, head.bias, plan)  # type: ignore[misc]
     return total, found
 
@@ -186,6 +188,7 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
+        """The scalar sum and the values (K, N); keeps the gradients of hidden, weight and bias."""
         needs = [plan.grad and need for need in ctx.needs_input_grad]
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _Gradients(hidden, weight if needs[1] else None, bias if bias is not None and needs[2] else None, needs[0])
@@ -197,6 +200,7 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """The kept gradients times the sum's."""
         # Callers who fold every factor into the weights get 1 here; then no second copy of the head's gradient is made.
         grad = grad_outputs[0]
         whole = bool(grad == 1)
@@ -207,10 +211,10 @@ class _Gradients:
     """Accumulators of the gradients that are asked for, in the precision of the products."""
 
     def __init__(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, of_hidden: bool):
-        wide = _wide(hidden.dtype)
-        self.hidden = torch.zeros_like(hidden, dtype=wide) if of_hidden else None
-        self.weight = torch.zeros_like(weight, dtype=wide) if weight is not None else None
-        self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None else None
+        dtype = wide(hidden.dtype)
+        self.hidden = torch.zeros_like(hidden, dtype=dtype) if of_hidden else None
+        self.weight = torch.zeros_like(weight, dtype=dtype) if weight is not None else None
+        self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None else None
         self.wanted = of_hidden or weight is not None or bias is not None
 
     def add(self, rows: slice, slope: Tensor, hidden: Tensor, operand: Tensor) -> None:
@@ -235,14 +239,14 @@ class _Gradients:
 
 def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
     """All tiles: the weighted sum, and the values (K, N)."""
-    count, width, wide = len(hidden), plan.width, _wide(hidden.dtype)
+    count, width, dtype = len(hidden), plan.width, wide(hidden.dtype)
     dense = [t for t in plan.teachers if isinstance(t, Hidden)]
-    rows = _rows(count, (1 + len(dense)) * width * wide.itemsize)
+    rows = _rows(count, (1 + len(dense)) * width * dtype.itemsize)
     small = max(1, _CACHED.get(hidden.device.type, _STREAMED) // width)
-    buffers = [torch.empty(rows, width, dtype=wide, device=hidden.device) for _ in range(1 + len(dense))]
+    buffers = [torch.empty(rows, width, dtype=dtype, device=hidden.device) for _ in range(1 + len(dense))]
     operand, operands = plan.operand(hidden, plan.head), [plan.operand(t.states, t.head) for t in dense]
     # One tensor for all values: small ones left between large, freed ones make the C allocator ask for ever new memory.
-    values = torch.zeros(plan.weights.shape[0], count, dtype=wide, device=hidden.device)
+    values = torch.zeros(plan.weights.shape[0], count, dtype=dtype, device=hidden.device)
     for start in range(0, count, rows):
         tile = slice(start, min(start + rows, count))
         here = hidden[tile].to(operand.dtype)
@@ -273,8 +277,7 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
     if wanted and not values.requires_grad:  # a divergence that does not look at the student, such as a skew of 1
         logits.zero_()
     elif wanted:
-        weights = plan.weights if plan.weights.shape[-1] == 1 else plan.weights[..., rows]
-        (slope,) = torch.autograd.grad(values, leaf, weights.to(values.dtype).expand_as(values))
+        (slope,) = torch.autograd.grad(values, leaf, plan.weights[:, rows].to(values.dtype))
         logits.copy_(slope)
     return values.detach()
 
@@ -283,11 +286,6 @@ def _rows(count: int, bytes_per_row: int) -> int:
     """Tokens of one tile: tiles of like size that keep the budget."""
     most = max(1, TILE_BYTES // bytes_per_row)
     return max(1, math.ceil(count / math.ceil(count / most))) if count else 1
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision of logits and sums: float32, or float64 for float64."""
-    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _project(hidden: Tensor, operand: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

@@ -147,16 +147,18 @@ def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Ta
     return target[rows] if width is None else target[rows][..., :width]
 
 
-def aligned(student: Tensor, teachers: Sequence[Tensor | TopK], mixture: TargetMixture | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """Both sides' logits for a divergence: of one teacher, of its top-k tokens (already tempered), or of a mixture."""
+def aligned(
+    student: Tensor, teachers: Sequence[Tensor | TopK], mixture: TargetMixture | None, temperature: float
+) -> tuple[Tensor, Tensor, float]:
+    """Both sides' logits for a divergence, and the temperature it still has to apply: 1 for top-k tokens, which are aligned at theirs."""
     if isinstance(teachers[0], TopK):
         if len(teachers) > 1:
             raise ConfigError(
                 "a top-k target cannot be part of a mixture, since teachers keep different tokens; use hidden states or logits"
             )
-        return teachers[0].align(student, temperature)
+        return *teachers[0].align(student, temperature), 1.0
     dense = [t for t in teachers if isinstance(t, Tensor)]
-    return student, dense[0] if mixture is None else mixture.logits(dense, temperature=temperature)
+    return student, dense[0] if mixture is None else mixture.logits(dense, temperature=temperature), temperature
 
 
 def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0) -> TopK:

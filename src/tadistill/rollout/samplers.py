@@ -4,7 +4,6 @@ A sampler owns the on-policy logic (rounds of rollouts, inner epochs), so that t
 algorithm. What a rollout knew (log-probabilities per token) rides in `Batch.values`; the objective decides its use.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -59,11 +58,11 @@ def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
     return np.array([row(p) for p in range(step * batch, (step + 1) * batch)])
 
 
-def split(sequences: Seq[Sequence], optim: Optim, shard: Shard, *, pad: int, corpus: Callable[[int], Batch] | None = None) -> list[Batch]:
-    """Cut one update's sequences into this rank's micro-batches; `corpus(offset)` adds as many plain-text rows."""
-    mine = sequences[shard.rank :: shard.world]
+def cut(optim: Optim, shard: Shard) -> list[np.ndarray]:
+    """The places in an update's batch that each micro-batch of this rank takes."""
+    mine = np.arange(optim.batch)[shard.rank :: shard.world]
     size = optim.micro_batch or len(mine)
-    return [collate(mine[i : i + size], pad=pad, corpus=corpus(i) if corpus else None) for i in range(0, len(mine), size)]
+    return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
 class FixedSequences:
@@ -76,11 +75,12 @@ class FixedSequences:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Rows step * batch … of the endless shuffled stream."""
-        rows = shuffled(len(self.sequences), self.optim.batch, step, (self.seed, "data order"))[self.shard.rank :: self.shard.world]
-        size = self.optim.micro_batch or len(rows)
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        signals = [self.signals.target(part.tolist()) if self.signals else None for part in parts]
-        return [collate([self.sequences[i] for i in p], pad=self.pad, signal=s) for p, s in zip(parts, signals, strict=True)]
+        rows = shuffled(len(self.sequences), self.optim.batch, step, (self.seed, "data order"))
+        return [self._collate(rows[places].tolist()) for places in cut(self.optim, self.shard)]
+
+    def _collate(self, rows: list[int]) -> Batch:
+        signal = self.signals.target(rows) if self.signals else None
+        return collate([self.sequences[i] for i in rows], pad=self.pad, signal=signal)
 
     def state(self) -> dict[str, Any]:
         """Nothing: a batch follows from the step."""
@@ -126,8 +126,10 @@ class TeacherMixedRollouts:
         epoch, part = divmod(inside, self.updates)
         order = rng.generator(self.seed, "inner epoch", number, epoch).permutation(len(self.sequences))
         rows = order[part * self.optim.batch : (part + 1) * self.optim.batch]
-        corpus = (lambda offset: self._corpus_batch(step, offset)) if self.corpus else None
-        return split([self.sequences[i] for i in rows], self.optim, self.shard, pad=self.pad, corpus=corpus)
+        return [
+            collate([self.sequences[i] for i in rows[places]], pad=self.pad, corpus=self._corpus_batch(step, places))
+            for places in cut(self.optim, self.shard)
+        ]
 
     def _roll_out(self, number: int) -> list[Sequence]:
         rows = shuffled(len(self.prompts), self.config.rollouts, number, (self.seed, "prompt order"))
@@ -147,10 +149,12 @@ class TeacherMixedRollouts:
             found = gather_object(found)
         return [s for _, s in sorted(found, key=lambda item: item[0])]
 
-    def _corpus_batch(self, step: int, offset: int) -> Batch:
-        rows = shuffled(len(self.corpus), self.optim.batch, step, (self.seed, "corpus order"))[self.shard.rank :: self.shard.world]
-        size = self.optim.micro_batch or len(rows)
-        return collate([self.corpus[i] for i in rows[offset : offset + size]], pad=self.pad)
+    def _corpus_batch(self, step: int, places: np.ndarray) -> Batch | None:
+        """As many rows of plain text as the micro-batch has sequences."""
+        if not self.corpus:
+            return None
+        rows = shuffled(len(self.corpus), self.optim.batch, step, (self.seed, "corpus order"))
+        return collate([self.corpus[i] for i in rows[places]], pad=self.pad)
 
     def state(self) -> dict[str, Any]:
         """The round and its rollouts, as plain tensors."""
@@ -192,11 +196,14 @@ class Pairs:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Sample for this rank's prompts of the update, and pair."""
-        places = range(self.optim.batch)[self.shard.rank :: self.shard.world]
-        rows = shuffled(len(self.responses), self.optim.batch, step, (self.seed, "data order"))[self.shard.rank :: self.shard.world]
-        uniforms = rng.uniforms(places, self.config.max_new_tokens, self.seed, "pair", step)
-        size = self.optim.micro_batch or len(rows)
-        return [self._pair([self.responses[r] for r in rows[i : i + size]], uniforms[i : i + size]) for i in range(0, len(rows), size)]
+        rows = shuffled(len(self.responses), self.optim.batch, step, (self.seed, "data order"))
+        return [
+            self._pair(
+                [self.responses[i] for i in rows[places]],
+                rng.uniforms(places.tolist(), self.config.max_new_tokens, self.seed, "pair", step),
+            )
+            for places in cut(self.optim, self.shard)
+        ]
 
     def _pair(self, of_teacher: list[Sequence], uniforms: np.ndarray) -> Batch:
         settings = {"eos": self.eos, "vocab": self.vocab, "temperature": self.config.temperature, "top_p": self.config.top_p}

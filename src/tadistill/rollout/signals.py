@@ -8,7 +8,6 @@ the teacher; they take 4 H bytes a token (2 H in bfloat16), a top-k signal 8 k +
 """
 
 import json
-import os
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -21,8 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tadistill.config.method import HiddenSignal, TopKSignal
-from tadistill.data.batch import Sequence, collate
+from tadistill.data.batch import Sequence, by_length, collate
 from tadistill.errors import StoreError
+from tadistill.models.files import replacing
 from tadistill.models.forward import Reader
 from tadistill.objectives import Head, Hidden, TopK, top_k
 
@@ -59,10 +59,8 @@ def _part(
     teacher: PreTrainedModel, reader: Reader, sequences: Seq[Sequence], config: HiddenSignal | TopKSignal, vocab: int, pad: int
 ) -> dict[str, Tensor]:
     """The tensors of one part, sequence after sequence."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].response))
     found: dict[int, dict[str, Tensor]] = {}
-    for start in range(0, len(order), _BATCH):
-        rows = order[start : start + _BATCH]
+    for rows in by_length(sequences, _BATCH):
         batch = collate([sequences[i] for i in rows], pad=pad).to(teacher.device)
         tensors = _signal(reader.hidden(teacher, batch), reader.head, config, vocab)
         lengths = batch.mask_BT.sum(1).tolist()
@@ -93,13 +91,8 @@ def _write_head(head: Head, vocab: int, folder: Path) -> None:
 
 def _write(path: Path, tensors: dict[str, Tensor], settings: dict | None = None) -> None:
     """Written beside and renamed, so that a kill leaves no half part."""
-    temporary = path.with_suffix(".tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, {"settings": json.dumps(settings)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(f"cannot write {path}: {error}; free some space or check permissions, then run the same command again") from error
 
 
 class Signals:

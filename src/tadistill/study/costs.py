@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import islice
 
 from tadistill.config import Method, Recipe
-from tadistill.config.method import DatasetSampler, Optim, PairSampler, TeacherMixedSampler
+from tadistill.config.method import Optim, PairSampler, TeacherMixedSampler
 from tadistill.config.objective import CrossEntropy, MiniLLM, SampledKL
 from tadistill.config.recipe import ModelConfig
 from tadistill.data import datasets, tinyworld
@@ -95,13 +95,9 @@ class Ledger:
         return None if student is None or optim.steps is None else 3 * student * optim.steps * optim.batch * self.tokens
 
     def generate(self, name: str) -> float | None:
-        """One answer to every training prompt."""
+        """One forward pass over the training set: an answer to every prompt, or a signal recorded."""
         teacher = self.forward(name)
         return None if teacher is None else teacher * self.rows * self.tokens
-
-    def signal(self, name: str) -> float | None:
-        """One forward pass of the teacher over the training set."""
-        return self.generate(name)
 
     def distill(self, above: str, name: str, method: Method) -> float | None:
         """Training passes of student and teacher, and rollouts where the sampler makes them."""
@@ -110,7 +106,7 @@ class Ledger:
             return None
         sequences = method.optim.steps * method.optim.batch
         objective, sampler = method.objective, method.sampler
-        live = not isinstance(objective, CrossEntropy | SampledKL) and not (isinstance(sampler, DatasetSampler) and sampler.signal)
+        live = not isinstance(objective, CrossEntropy | SampledKL) and not method.signal
         if isinstance(objective, MiniLLM):
             live = objective.single_step
         total = sequences * self.tokens * (3 * student + (teacher if live else 0))

@@ -232,8 +232,7 @@ def _needs_teacher(method: Method) -> bool:
     """Whether training itself runs the teacher, or selection does."""
     if isinstance(method.sampler, TeacherMixedSampler) or method.select.metric == "reverse_kl":
         return True
-    recorded = isinstance(method.sampler, DatasetSampler) and method.sampler.signal
-    return not (isinstance(method.objective, CrossEntropy) or recorded)
+    return not (isinstance(method.objective, CrossEntropy) or method.signal)
 
 
 def _dtype(precision: str) -> torch.dtype:
@@ -250,14 +249,13 @@ def _signal(context: _Context) -> dict[str, Any]:
     assert config is not None
     model, tokenizer = context.teacher(_dtype(spec["precision"]))
     sequences = references(context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer))
-    eos, vocab = tokenizer.eos_token_id, shared_vocabulary(tokenizer, model)
-    assert isinstance(eos, int)
+    subject = Subject(model, tokenizer, shared_vocabulary(tokenizer, model))
 
     def tick(done: int) -> None:
         context.progress(done, len(sequences), "sequences")
         _stop_if_asked(context)
 
-    record(model, sequences, config, context.folder / SIGNAL, vocab=vocab, pad=eos, tick=tick)
+    record(model, sequences, config, context.folder / SIGNAL, vocab=subject.vocab, pad=subject.pad, tick=tick)
     return {"sequences": len(sequences)}
 
 

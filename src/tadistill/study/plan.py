@@ -237,8 +237,8 @@ class _Planner:
         spec = {"student": student, "teacher": teacher, "seed": seed, **self._split("train")}
         spec |= {"method": method.model_dump(exclude={"optim", "select"}), "optim": method.optim.model_dump()}
         spec |= self._select(method.select)
-        if isinstance(method.sampler, DatasetSampler) and method.sampler.signal:
-            spec["signal"] = {"stage": self._signal(above, teacher, method.sampler.signal, method.optim.precision, seed)}
+        if method.signal:
+            spec["signal"] = {"stage": self._signal(above, teacher, method.signal, method.optim.precision, seed)}
         if isinstance(method.sampler, TeacherSampler | PairSampler):
             spec["responses"] = {"stage": self._generate(above, teacher, method.sampler, seed)}
         if isinstance(method.objective, MiniLLM) and method.objective.pt_weight and self.recipe.data.corpus:
@@ -249,7 +249,7 @@ class _Planner:
 
     def _signal(self, name: str, teacher: Handle, signal: HiddenSignal | TopKSignal, precision: str, seed: int) -> str:
         spec = {"teacher": teacher, "signal": signal.model_dump(), "precision": precision, **self._split("train")}
-        return self._add("signal", spec, f"{signal.type} signal of {name}, seed {seed}", name, seed, self.ledger.signal(name))
+        return self._add("signal", spec, f"{signal.type} signal of {name}, seed {seed}", name, seed, self.ledger.generate(name))
 
     def _generate(self, name: str, teacher: Handle, sampler: TeacherSampler | PairSampler, seed: int) -> str:
         spec = {"teacher": teacher, "sampler": sampler.model_dump(exclude={"type"}), "seed": seed, **self._split("train")}
@@ -344,6 +344,5 @@ def _round_length(method: Method) -> int:
 
 
 def _describe(method: Method) -> str:
-    sampler = method.sampler
-    signal = f" ({sampler.signal.type} signal)" if isinstance(sampler, DatasetSampler) and sampler.signal else ""
-    return f"{method.objective.type} on {sampler.type}{signal}"
+    signal = f" ({method.signal.type} signal)" if method.signal else ""
+    return f"{method.objective.type} on {method.sampler.type}{signal}"

@@ -1,6 +1,5 @@
 """Training state on disk: written to a temporary file and renamed, so a kill leaves the old state or the new one, whole."""
 
-import os
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from tadistill.errors import StoreError
+from tadistill.models.files import replacing
 
 
 @dataclass
@@ -26,13 +26,8 @@ class TrainState:
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values to `path`, atomically."""
-    temporary = path.with_suffix(".tmp")
-    try:
+    with replacing(path) as temporary:
         torch.save(content, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise StoreError(f"cannot write {path}: {error}; free some space or check permissions, then run the same command again") from error
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -116,6 +116,10 @@ def _cross_entropy(_: config.CrossEntropy, models: _Models) -> Step:
     return Step(lambda student, batch, per: models.loss(student, batch, [_likelihood(batch)], per[RESPONSE]))
 
 
+_Rowwise = Callable[[slice], Callable[..., Tensor]]
+"""The divergence for a tile of a batch's tokens."""
+
+
 def _divergence(objective: config.Divergence, models: _Models) -> Step:
     function = partial(DIVERGENCES[type(objective)], **objective.model_dump(exclude={"type", "kd_ratio", "temperature"}))
     return Step(partial(_towards_teacher, models, objective, lambda _: lambda rows: function))
@@ -134,10 +138,6 @@ def _contrastive(objective: config.Contrastive, models: _Models) -> Step:
     return Step(partial(_towards_teacher, models, objective, of))
 
 
-_Rowwise = Callable[[slice], Callable[..., Tensor]]
-"""The divergence for a tile of a batch's tokens."""
-
-
 def _towards_teacher(
     models: _Models,
     objective: config.Divergence,
@@ -148,11 +148,10 @@ def _towards_teacher(
 ) -> Loss:
     """kd_ratio x divergence + (1 - kd_ratio) x cross-entropy."""
     divergence, target = divergence_of(batch), models.target(batch)
-    # a top-k target is put on its support at the objective's temperature, and compared at 1
-    temperature = 1.0 if isinstance(target, objectives.TopK) else objective.temperature
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
-        return divergence(rows)(*aligned(logits, targets, None, objective.temperature), temperature=temperature)
+        *sides, left = aligned(logits, targets, None, objective.temperature)
+        return divergence(rows)(*sides, temperature=left)
 
     terms = [_Term(objective.type, values, objective.kd_ratio)]  # type: ignore[attr-defined]
     if objective.kd_ratio < 1:

@@ -217,6 +217,23 @@ def half_precision_is_computed_in_float32(c: Case) -> None:
         assert torch.isfinite(slope).all()
 
 
+def temperature_divides_both_logits(c: Case) -> None:
+    student, teacher = draw(5, 9)
+    torch.testing.assert_close(c.run(student, teacher, temperature=2.0), c.run(student / 2, teacher / 2), atol=1e-12, rtol=0)
+
+
+def zero_at_equality(c: Case) -> None:
+    """Not in CHECKS: a cross-entropy is not zero there."""
+    same, _ = draw(100, 9)
+    assert c.run(same, same).abs().max() < 1e-12
+
+
+def positive_elsewhere(c: Case) -> None:
+    """Not in CHECKS: of divergences over the whole vocabulary only."""
+    same, other = draw(100, 9)
+    assert c.run(same, other).min() > 1e-4
+
+
 CHECKS = [
     equals_reference,
     gradient_is_right,
@@ -225,4 +242,5 @@ CHECKS = [
     extreme_logits_stay_finite,
     one_token_vocabulary_is_zero,
     half_precision_is_computed_in_float32,
+    temperature_divides_both_logits,
 ]

@@ -7,7 +7,7 @@ import torch
 
 from tadistill.objectives import alpha_beta, alpha_mixture, forward_kl, reverse_kl, skew_forward_kl, skew_reverse_kl
 
-from .cases import CHECKS, draw, extreme, name, of
+from .cases import CHECKS, draw, extreme, name, of, positive_elsewhere, zero_at_equality
 from .test_divergence import STUDENT, TEACHER
 
 ALL = pytest.mark.parametrize("case", of("families"), ids=name)
@@ -15,7 +15,7 @@ PAIRS = ("pr", "rp", "qr", "rq")
 
 
 @ALL
-@pytest.mark.parametrize("check", CHECKS, ids=name)
+@pytest.mark.parametrize("check", [*CHECKS, zero_at_equality, positive_elsewhere], ids=name)
 def test_common(case, check):
     check(case)
 
@@ -44,19 +44,6 @@ def test_alpha_mixture_golden(alpha, from_teacher, from_student):
 
 def test_alpha_mixture_defaults():
     assert abs(float(alpha_mixture(STUDENT, TEACHER)) - 0.1054329) < 1e-7
-
-
-@ALL
-def test_zero_at_equality_and_positive_elsewhere(case):
-    same, other = draw(100, 9)
-    assert case.run(same, same).abs().max() < 1e-12
-    assert case.run(same, other).min() > 1e-4
-
-
-@ALL
-def test_temperature_divides_both_logits(case):
-    student, teacher = draw(5, 9)
-    torch.testing.assert_close(case.run(student, teacher, temperature=2.0), case.run(student / 2, teacher / 2), atol=1e-12, rtol=0)
 
 
 # --- alpha-beta ---------------------------------------------------------------------------------------------------------
