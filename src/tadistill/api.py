@@ -48,12 +48,12 @@ def evaluate(
     from tadistill.data.templates import encode
     from tadistill.evaluation.run import EvalSet, Subject
     from tadistill.evaluation.run import evaluate as evaluate_set
-    from tadistill.models.loading import shared_vocabulary
+    from tadistill.models.loading import end_tokens, shared_vocabulary
 
     data = Data.model_validate(
         {"train": on[0], "dev": on[0], "test": list(on), "root": data_root, "template": template, "limit": {"test": limit}}
     )
-    subject = Subject(model.eval(), tokenizer, shared_vocabulary(tokenizer, model))
+    subject = Subject(model.eval(), tokenizer, shared_vocabulary(tokenizer, model), end_tokens(model, tokenizer))
     lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}
     found = {}
     for ref in data.test:

@@ -17,3 +17,8 @@ class Decoding(Strict):
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Drop tokens less probable than this share of the most probable one."""
     max_new_tokens: int = Field(default=256, ge=1)
+
+    @property
+    def plain(self) -> bool:
+        """Whether text is drawn from the model's own distribution."""
+        return all(getattr(self, name) == Decoding.model_fields[name].default for name in Decoding.model_fields if name != "max_new_tokens")

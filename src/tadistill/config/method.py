@@ -1,10 +1,9 @@
 """What a learner minimises, on which sequences, with which optimizer: objectives, samplers, optimizer, selection.
 
-Objectives are in `tadistill.config.objective`. Each sampler is a config variant told apart by `type`, with the source paper's defaults; to
-add one, add a class here and to its union, and the code that reads it in `tadistill.rollout.samplers`.
+Objectives are in `tadistill.config.objective`, samplers in `tadistill.config.sampling`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,77 +18,21 @@ from tadistill.config.objective import (
     TopKForwardKL,
     TopKReverseKL,
 )
+from tadistill.config.sampling import (
+    DatasetSampler,
+    HiddenSignal,
+    OnPolicy,
+    PairSampler,
+    ReplaySampler,
+    Rounds,
+    Sampler,
+    SpeculativeSampler,
+    StudentSampler,
+    TeacherMixedSampler,
+    TopKSignal,
+)
 from tadistill.config.strict import Strict
 from tadistill.errors import ConfigError
-
-# --- samplers: where training sequences come from -----------------------------------------------------------------------
-
-
-class HiddenSignal(Strict):
-    """Keep the teacher's last hidden states for the whole training set on disk; its head alone is loaded to train. Exact in float32."""
-
-    type: Literal["hidden"] = "hidden"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-class TopKSignal(Strict):
-    """Keep the teacher's k most probable tokens at every position on disk; nothing of the teacher is loaded to train."""
-
-    type: Literal["top_k"] = "top_k"
-    k: int = Field(default=64, ge=1)
-    tail: Literal["lump", "drop"] = "lump"
-    """`lump` keeps the mass of all other tokens as one more outcome, `drop` renormalises over the k tokens."""
-
-
-class DatasetSampler(Strict):
-    """The training set's own responses."""
-
-    type: Literal["dataset"] = "dataset"
-    signal: Annotated[HiddenSignal | TopKSignal, Field(discriminator="type")] | None = None
-    """The teacher's outputs, computed once as a stage and shared by its arms. Without it the teacher runs beside the student."""
-
-
-class _TeacherText(Strict):
-    """How a teacher answers the training prompts."""
-
-    temperature: float = Field(default=1.0, ge=0)
-    """0 is greedy decoding."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    max_new_tokens: int = Field(default=256, ge=1)
-
-
-class TeacherSampler(_TeacherText):
-    """The teacher's own responses to the training prompts, generated once as a stage (SeqKD)."""
-
-    type: Literal["teacher"] = "teacher"
-
-
-class TeacherMixedSampler(Strict):
-    """Rollouts from (1 - alpha) student + alpha teacher, mixed per token as distributions (MiniLLM, Eq. 4).
-
-    Sampling is at temperature 1 over the whole vocabulary, as in the paper.
-    """
-
-    type: Literal["teacher_mixed"] = "teacher_mixed"
-    alpha: float = Field(default=0.2, ge=0, lt=1)
-    rollouts: int = Field(default=256, ge=1)
-    """Global number of sequences sampled in a round."""
-    inner_epochs: int = Field(default=4, ge=1)
-    """Passes over a round's rollouts before new ones are sampled."""
-    max_new_tokens: int = Field(default=256, ge=1)
-
-
-class PairSampler(_TeacherText):
-    """For every prompt of a batch the teacher's response, generated once as a stage, and a fresh one of the student (DistiLLM-2).
-
-    A batch of n prompts makes 2n sequences; `temperature` and `top_p` hold for both models.
-    """
-
-    type: Literal["pair"] = "pair"
-
-
-Sampler = Annotated[DatasetSampler | TeacherSampler | TeacherMixedSampler | PairSampler, Field(discriminator="type")]
-
 
 # --- training settings --------------------------------------------------------------------------------------------------
 
@@ -152,6 +95,13 @@ class Method(Strict):
         """The teacher's recorded signal, where the sampler reads one."""
         return self.sampler.signal if isinstance(self.sampler, DatasetSampler) else None
 
+    @property
+    def round_updates(self) -> int:
+        """Updates on one round of rollouts; 1 where the sampler has no rounds."""
+        if not isinstance(self.sampler, Rounds):
+            return 1
+        return (self.sampler.rollouts or self.optim.batch) // self.optim.batch * self.sampler.inner_epochs
+
 
 class MethodPatch(Strict):
     """The part of a method that one model or one arm changes."""
@@ -181,34 +131,66 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
     """A method with patches applied in order; checks what only the result can break."""
     for patch in patches:
         method = Method(**{f: merge(getattr(method, f), getattr(patch, f)) for f in Method.model_fields})
-    _check_pairing(method)
+    check_pairing(method)
     return method
 
 
-def _check_pairing(method: Method) -> None:
-    """Raise where an objective and a sampler cannot work together."""
-    objective, sampler = method.objective, method.sampler
-    mixed, paired = isinstance(sampler, TeacherMixedSampler), isinstance(sampler, PairSampler)
-    on_policy = isinstance(sampler, TeacherMixedSampler) and sampler.alpha == 0
-    if isinstance(objective, MiniLLM) and not mixed:
+def check_pairing(method: Method) -> None:
+    """Raise where objective, sampler and optimizer cannot work together."""
+    _check_text(method)
+    _check_signal(method)
+    sampler, optim = method.sampler, method.optim
+    if isinstance(sampler, Rounds) and sampler.rollouts and sampler.rollouts % optim.batch:
         raise ConfigError(
-            f"objective minillm learns from rollouts, but the sampler is {sampler.type}; use sampler: {{type: teacher_mixed}}"
+            f"sampler.rollouts {sampler.rollouts} is not a multiple of optim.batch {optim.batch}, so a round has no whole "
+            "number of updates; change one of them"
         )
-    if isinstance(objective, SampledKL) and not on_policy:
+    if isinstance(sampler, ReplaySampler) and method.select.metric == "last":
+        raise ConfigError(
+            "sampler replay follows the dev loss, but select.metric is `last`, which measures none; select by loss or rouge_l"
+        )
+    if isinstance(sampler, ReplaySampler) and sampler.capacity < optim.batch:
+        raise ConfigError(f"sampler.capacity {sampler.capacity} holds less than one batch of {optim.batch}; raise it")
+    if isinstance(sampler, OnPolicy) and optim.gradient_checkpointing:
+        raise ConfigError(
+            "gradient_checkpointing works in training mode only, and rollouts train without dropout in evaluation mode; "
+            "lower optim.micro_batch instead"
+        )
+    if isinstance(sampler, TeacherMixedSampler | SpeculativeSampler) and sampler.engine == "vllm":
+        raise ConfigError(f"sampler {sampler.type} needs the teacher's distribution at every token, which engine vllm has not; use native")
+    if isinstance(sampler, OnPolicy) and sampler.engine == "vllm" and sampler.no_repeat_ngram:
+        raise ConfigError("engine vllm knows no no_repeat_ngram; leave it out, or use engine: native")
+    if isinstance(method.objective, MiniLLM) and sampler.engine == "vllm" and not sampler.plain:  # type: ignore[union-attr]
+        raise ConfigError("objective minillm with engine vllm needs plain sampling (temperature 1, no top_k, top_p or min_p); use native")
+
+
+def _check_text(method: Method) -> None:
+    """Raise where an objective cannot learn from the sampler's text."""
+    objective, sampler = method.objective, method.sampler
+    if isinstance(objective, MiniLLM) and not isinstance(sampler, Rounds):
+        raise ConfigError(
+            f"objective minillm learns from rounds of rollouts, but the sampler is {sampler.type}; use sampler: {{type: teacher_mixed}}"
+        )
+    of_student = isinstance(sampler, StudentSampler) or (isinstance(sampler, TeacherMixedSampler) and sampler.alpha == 0)
+    if isinstance(objective, SampledKL) and not of_student:
         raise ConfigError(
             f"objective sampled_kl estimates from the student's own samples, which sampler {sampler.type} as set here does not draw; "
-            "use sampler: {type: teacher_mixed, alpha: 0}"
+            "use sampler: {type: student}"
         )
-    if isinstance(objective, Contrastive) != paired:
+    if isinstance(objective, Contrastive) != isinstance(sampler, PairSampler):
         raise ConfigError(
             f"objective contrastive and sampler pair belong together, but here are {objective.type} and {sampler.type}; change one of them"
         )
-    if (mixed or paired) and isinstance(objective, Divergence) and objective.kd_ratio < 1:
-        raise ConfigError(
-            f"kd_ratio is {objective.kd_ratio}, but sampler {sampler.type} trains on the student's own text, which is no target for "
-            "cross-entropy; set kd_ratio: 1"
-        )
-    signal = method.signal
+    if not isinstance(sampler, OnPolicy):
+        return
+    if isinstance(objective, CrossEntropy) or (isinstance(objective, Divergence) and objective.kd_ratio < 1):
+        fix = "use a divergence" if isinstance(objective, CrossEntropy) else f"kd_ratio is {objective.kd_ratio}; set it to 1"
+        raise ConfigError(f"sampler {sampler.type} trains on the student's own text, which is no target for cross-entropy; {fix}")
+
+
+def _check_signal(method: Method) -> None:
+    """Raise where a recorded signal does not hold what the objective asks for."""
+    objective, signal = method.objective, method.signal
     if signal and isinstance(objective, CrossEntropy):
         raise ConfigError(
             f"sampler.signal {signal.type} is of no use to objective cross_entropy, which has no teacher; set signal: null here"
@@ -221,8 +203,3 @@ def _check_pairing(method: Method) -> None:
     tempered = isinstance(objective, Divergence) and objective.temperature != 1
     if isinstance(signal, TopKSignal) and signal.tail == "lump" and tempered:
         raise ConfigError("a top_k signal with a lumped tail knows the tail's mass at temperature 1 only; set temperature: 1 or tail: drop")
-    if (mixed or paired) and method.optim.gradient_checkpointing:
-        raise ConfigError(
-            "gradient_checkpointing works in training mode only, and rollouts train without dropout in evaluation mode; "
-            "lower optim.micro_batch instead"
-        )

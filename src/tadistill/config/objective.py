@@ -4,7 +4,7 @@ The fields of a divergence are exactly the keyword arguments of its function, so
 are the source paper's; formulas, limits and ranges are in the functions' docstrings and in docs/objectives.md.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -151,9 +151,8 @@ class Taid(Divergence):
 class SampledKL(Strict):
     """Reverse KL from the sampled tokens alone (Schulman 2020): `k2` has its gradient, `k3` that of the forward KL.
 
-    Needs rollouts of the student itself, so sampler teacher_mixed with alpha 0; the teacher only scores them. Exact in the first update
-    of a round only: set `rollouts` to the batch and `inner_epochs` to 1, or accept older samples. k1 is no objective,
-    because its own gradient has mean zero.
+    Needs samples of the student itself, so sampler student. Exact in the first update of a round, so with its defaults of one batch and one
+    epoch. k1 is no objective, because its own gradient has mean zero.
     """
 
     type: Literal["sampled_kl"] = "sampled_kl"
@@ -161,22 +160,78 @@ class SampledKL(Strict):
 
 
 class MiniLLM(Strict):
-    """MiniLLM's policy gradient, as the paper has it (arXiv 2306.08543v6, Algorithm 1): each part is a switch.
+    """MiniLLM's policy gradient (Gu et al. 2024, arXiv 2306.08543v6), in the paper's form or the released code's, part by part.
 
-    The `official` preset of the released code differs in ten points (discount, return, divisor, whitening, clip, …) and is not this class.
+    `preset` sets every field below it that is not given: `paper` is Algorithm 1, `official` the released code, which differs in each of
+    these fields. Per token, with r = (log p - log q) / reward_scale, behaviour p~ and ratio = q / p~:
+
+        -A min(ratio, clip(ratio))  +  ratio KL(q || p)  +  pt_weight L_PT,      A = length-normalised sum of r after the token
     """
 
     type: Literal["minillm"] = "minillm"
+    preset: Literal["paper", "official"] = "paper"
+    discount: float = Field(default=1.0, gt=0, le=1)
+    """Of later rewards in the return. Paper: 1; official: 0.95."""
+    include_current: bool = False
+    """The return has the token's own reward in it, and so counts the single step twice. Paper: no, R_{t+1}; official: yes, R_t."""
+    length_normalisation: Literal["after", "remaining", "discounts", "none"] = "after"
+    """The return is divided by T - t - 1 (paper, Eq. 6), by the tokens from t to the end (official), or by the sum of the discounts,
+    which alone makes the mean of equal rewards that reward. Without it answers collapse to short strings."""
+    whitening: Literal["none", "tokens", "padded"] = "none"
+    """Returns of an update get mean 0 and variance 1, over its tokens or over rows x max_new_tokens places of which the padding counts as
+    0. Paper: none; official: padded."""
+    reward_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Rewards are divided by it. Paper: 1; official: 0.5."""
+    reward_clip: float | None = Field(default=None, gt=0)
+    """Largest absolute reward after scaling. Paper: none; official: 100."""
     clip: float = Field(default=0.2, gt=0)
-    """The ratio q/p~ is replaced by min(ratio, clip(ratio, 1 - clip, 1 + clip))."""
-    length_normalisation: bool = True
-    """Divide the return R_{t+1} by T - t - 1 (Eq. 6); without it answers collapse to short strings."""
+    """Half width of the clip around 1."""
+    clipping: Literal["ratio", "ppo"] = "ratio"
+    """Paper: min(ratio, clip(ratio)); official: PPO's max(-A ratio, -A clip(ratio)), which depends on the sign of A."""
+    clip_weight: bool = True
+    """The importance weight q_old / p~ counts inside the clip, which then bites before the student has moved (both forms). Otherwise only
+    the student's drift q / q_old is clipped."""
     single_step: bool = True
     """Add the exact one-step term, E_{y_t ~ q}[r_t] summed over the vocabulary (Eq. 3)."""
     single_step_weight: bool = True
-    """Weight the one-step term by the (clipped) importance ratio as well (Eq. 7)."""
+    """Weight the one-step term by the (clipped) ratio as well. Paper: yes (Eq. 7); official: no."""
     pt_weight: float = Field(default=1.0, ge=0)
-    """Weight of the language-modelling loss on `data.corpus` (L_PT); 0 leaves it out."""
+    """Weight of the term on `data.corpus` (L_PT); 0 leaves it out."""
+    pt_kd_ratio: Share = 0.0
+    """Share of the forward KL to the teacher in L_PT; the rest is language modelling. Paper: 0; official: 0.5."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """A preset that is named sets all its fields, so that it also replaces another one's when it comes as a patch."""
+        preset = _PRESETS.get(values.get("preset")) if isinstance(values, dict) else None
+        return preset | values if preset else values
+
+
+_PRESETS: dict[Any, dict[str, Any]] = {
+    "paper": {
+        "discount": 1.0,
+        "include_current": False,
+        "length_normalisation": "after",
+        "whitening": "none",
+        "reward_scale": 1.0,
+        "reward_clip": None,
+        "clipping": "ratio",
+        "single_step_weight": True,
+        "pt_kd_ratio": 0.0,
+    },
+    "official": {
+        "discount": 0.95,
+        "include_current": True,
+        "length_normalisation": "remaining",
+        "whitening": "padded",
+        "reward_scale": 0.5,
+        "reward_clip": 100.0,
+        "clipping": "ppo",
+        "single_step_weight": False,
+        "pt_kd_ratio": 0.5,
+    },
+}
 
 
 Objective = Annotated[

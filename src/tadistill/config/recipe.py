@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tadistill.config.method import Method, MethodPatch, Optim, Sampler, Select, Sft
+from tadistill.config.decoding import Decoding
+from tadistill.config.method import Method, MethodPatch, Optim, Select, Sft
 from tadistill.config.objective import Objective
+from tadistill.config.sampling import Sampler
 from tadistill.config.strict import Strict
 
 
@@ -104,14 +106,11 @@ class Data(Strict):
     world: World = World()
 
 
-class Evaluate(Strict):
+class Evaluate(Decoding):
     """Decoding on the test sets, and on dev for metrics that need text."""
 
     seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
     """Decoding seeds of the test evaluation; dev uses the first."""
-    temperature: float = Field(default=1.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    max_new_tokens: int = Field(default=256, ge=1)
     batch: int = Field(default=32, ge=1)
 
 

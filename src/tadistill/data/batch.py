@@ -6,12 +6,14 @@ belong to a response token stand at the position that predicts it.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tadistill.objectives import Hidden, TopK
+from tadistill.objectives.targets import select
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Sequence:
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     values: dict[str, np.ndarray] = field(default_factory=dict)
+    states: Tensor | None = None
+    """(len(response), H) the teacher's last hidden states at the positions that predict the response."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,13 @@ class Batch:
     def positions_BT(self) -> Tensor:
         """Position ids, always passed to the model."""
         return (self.attention_BT.cumsum(1) - 1).clamp(min=0)
+
+    def first(self, rows: int) -> "Batch":
+        """The first rows, without the plain text."""
+        mask = self.mask_BT[:rows]
+        signal: Any = select(self.signal, slice(0, int(mask.sum()))) if self.signal else None
+        values = {k: v[:rows] for k, v in self.values.items()}
+        return Batch(self.ids_BT[:rows], self.attention_BT[:rows], mask, values, None, signal)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""

@@ -20,7 +20,7 @@ from tadistill.data.templates import Encoded
 from tadistill.evaluation.metrics import fact_accuracy, rouge_l
 from tadistill.models.forward import Reader
 from tadistill.objectives import cross_entropy, forward_kl, fused_head, reverse_kl
-from tadistill.rollout.generate import sample
+from tadistill.rollout.engine import Native
 
 TEXT_METRICS = {"rouge_l", "fact_accuracy"}
 
@@ -41,6 +41,8 @@ class Subject:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     vocab: int
+    eos: tuple[int, ...]
+    """Tokens that end an answer."""
 
     @property
     def pad(self) -> int:
@@ -57,24 +59,10 @@ def generate(
 
     Prompts of like length share a batch; a row's random numbers depend on (seed, set, row) alone.
     """
-    order = sorted(range(len(data.encoded)), key=lambda i: len(data.encoded[i].prompt))
-    answers: dict[int, Sequence] = {}
-    for start in range(0, len(order), settings.batch):
-        part = order[start : start + settings.batch]
-        prompts = [data.encoded[i].prompt for i in part]
-        uniforms = rng.uniforms([data.encoded[i].row for i in part], settings.max_new_tokens, seed, "decode", data.name)
-        rollouts = sample(
-            subject.model,
-            prompts,
-            uniforms,
-            eos=subject.pad,
-            vocab=subject.vocab,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-        )
-        answers |= {i: Sequence(p, r.tokens) for i, p, r in zip(part, prompts, rollouts, strict=True)}
-        tick(len(part))
-    return [answers[i] for i in range(len(data.encoded))]
+    uniforms = rng.uniforms([e.row for e in data.encoded], settings.max_new_tokens, seed, "decode", data.name)
+    engine = Native(subject.model, settings, eos=subject.eos, vocab=subject.vocab, chunk=settings.batch)
+    prompts = [e.prompt for e in data.encoded]
+    return [Sequence(p, r.tokens) for p, r in zip(prompts, engine.respond(prompts, uniforms, tick=tick), strict=True)]
 
 
 def texts(subject: Subject, answers: Seq[Sequence]) -> list[str]:

@@ -48,7 +48,7 @@ class Reader:
             model: the model this reader was made of, or a wrapper around it (for several processes).
         """
         columns = batch.mask_BT.any(0).nonzero().squeeze(1)
-        with _tapped(self._module, skip=True) as seen:
+        with tapped(self._module, skip=True) as seen:
             model(
                 input_ids=batch.ids_BT,
                 attention_mask=batch.attention_BT,
@@ -66,7 +66,7 @@ class Reader:
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
         ids = torch.arange(2, device=model.device).unsqueeze(0)
-        with _tapped(self._module, skip=False) as seen:
+        with tapped(self._module, skip=False) as seen:
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().nan_to_num()
         # NaN as 0 on both sides: broken weights are the training loop's to report
         expected = self.head.logits(seen[0].to(self.head.weight.dtype)).float().nan_to_num()
@@ -78,7 +78,7 @@ class Reader:
 
 
 @contextmanager
-def _tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
+def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
     """Collects what the head is given; with `skip` the head itself then works on no position at all."""
     seen: list[Tensor] = []
 

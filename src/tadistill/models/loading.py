@@ -110,6 +110,15 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
         model.generation_config = before
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that end an answer: the tokenizer's EOS, which training teaches, then others that the model's generation config names."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    others = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)
+    return tuple(dict.fromkeys([eos, *others]))
+
+
 def check_same_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
     """Raise unless all models (by name) share one vocabulary, token by id, and one EOS.
 

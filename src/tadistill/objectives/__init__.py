@@ -20,7 +20,18 @@ from tadistill.objectives.divergence import (
 from tadistill.objectives.families import alpha_beta, alpha_mixture
 from tadistill.objectives.fused import fused_divergence, fused_head
 from tadistill.objectives.head import Head, Hidden
-from tadistill.objectives.sampled import clipped_ratio, cross_entropy, k1, k2, k3, policy_gradient, returns, token_log_probs
+from tadistill.objectives.sampled import (
+    clipped_ratio,
+    cross_entropy,
+    k1,
+    k2,
+    k3,
+    moments,
+    policy_gradient,
+    returns,
+    token_log_probs,
+    whiten,
+)
 from tadistill.objectives.targets import TargetMixture, TopK, top_k, top_k_forward_kl, top_k_reverse_kl
 
 __all__ = [
@@ -45,6 +56,7 @@ __all__ = [
     "k2",
     "k3",
     "log_probs",
+    "moments",
     "policy_gradient",
     "returns",
     "reverse_kl",
@@ -57,4 +69,5 @@ __all__ = [
     "top_k_forward_kl",
     "top_k_reverse_kl",
     "total_variation",
+    "whiten",
 ]

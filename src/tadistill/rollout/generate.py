@@ -1,152 +1,196 @@
-"""Batched sampling from a model, or from a per-token mixture of student and teacher, on stock transformers.
+"""Batched sampling from a model, or from student and teacher together, on stock transformers models.
 
-One loop serves SeqKD, evaluation and MiniLLM. Each model keeps its own KV cache; a sequence's random numbers are given by
-the caller, so its text does not depend on what else is in the batch; finished sequences leave the batch.
-Axes: B sequences, T positions, V vocabulary.
+One loop serves SeqKD, evaluation and rollouts of training. Each model keeps its own KV cache; a sequence's random numbers are
+given by the caller, so its text does not depend on what else is in the batch; finished sequences leave the batch.
+Axes: B sequences, T positions, V vocabulary, H hidden.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tadistill.objectives import log_probs
+from tadistill.config.decoding import Decoding
+from tadistill.models.forward import tapped
+from tadistill.rollout.cache import in_place_cache
+from tadistill.rollout.draw import Mixture, Speculation, next_tokens, processors
 
-_COMPACT_BELOW = 0.6  # share of unfinished rows under which copying the caches pays for itself
+__all__ = ["Mixture", "Rollout", "Speculation", "sample"]
+
+_COMPACT_BELOW = 0.8  # share of unfinished rows under which copying the caches pays for itself
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A sampled response (EOS included when it was reached) and, per token, log-probabilities in nats.
+    """A sampled response (EOS included when it was reached) and what sampling knew of each of its tokens.
 
-    `behaviour` is the distribution sampled from, `student` the first model, `teacher` the second if there is one.
+    `values` are log-probabilities in nats, float32: `student` and, with a guide, `teacher` are the models' own (temperature 1,
+    whole shared vocabulary); `behaviour` is of the distribution really sampled from, after warping and mixing.
+    `hidden` (T, H) is what the guide's teacher gave to its output head for each token, on the CPU in the teacher's dtype.
     """
 
     tokens: tuple[int, ...]
     values: dict[str, np.ndarray]
+    hidden: Tensor | None = None
 
 
 class _Decoder:
-    """One model with its cache: next-token logits for the rows that are still running."""
+    """One model with its cache."""
 
-    def __init__(self, model: PreTrainedModel, vocab: int):
+    def __init__(self, model: PreTrainedModel, vocab: int, capacity: int):
         self.model, self.vocab = model, vocab
-        self.cache = DynamicCache(config=model.config)
+        self.cache = in_place_cache(model.config, capacity)
 
-    def logits(self, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, attention: Tensor | None, positions: Tensor) -> Tensor:
         out = self.model(
             input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         )
         return out.logits[:, -1, : self.vocab].float()
 
-    def keep(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
+
+class _Batch:
+    """The rows that are still sampled: their tokens so far, every prompt ending at `width`, and the models' caches."""
+
+    def __init__(self, models: dict[str, PreTrainedModel], prompts: list[tuple[int, ...]], uniforms_BT: np.ndarray, vocab: int):
+        rows, self.width = len(prompts), max(map(len, prompts))
+        device, total = models["student"].device, self.width + uniforms_BT.shape[1]
+        self.vocab, self.start, self.end = vocab, 0, self.width  # [start, end) is what the models have not seen
+        ids, attention = np.zeros((rows, total), np.int64), np.zeros((rows, total), np.int64)
+        for b, prompt in enumerate(prompts):
+            ids[b, self.width - len(prompt) : self.width] = prompt
+            attention[b, self.width - len(prompt) :] = 1
+        positions = np.maximum(attention.cumsum(1) - 1, 0)
+        self.ids, self.positions = (torch.from_numpy(a).to(device) for a in (ids, positions))
+        # without padding a mask says nothing, and attention is faster without
+        self.attention = None if attention.all() else torch.from_numpy(attention).to(device)
+        self.uniforms = torch.from_numpy(uniforms_BT).to(device)
+        self.decoders = {name: _Decoder(model, vocab, total - 1) for name, model in models.items()}
+
+    def logits(self) -> dict[str, Tensor]:
+        """Every model's (B, V) logits of the next token."""
+        unseen = slice(self.start, self.end)
+        attention = None if self.attention is None else self.attention[:, : self.end]
+        inputs = self.ids[:, unseen], attention, self.positions[:, unseen]
+        return {name: decoder.logits(*inputs) for name, decoder in self.decoders.items()}
+
+    def history(self) -> Tensor:
+        """The tokens so far; padding is an id that no model can say, so that it is part of no n-gram."""
+        ids = self.ids[:, : self.end]
+        return ids if self.attention is None else ids.masked_fill(self.attention[:, : self.end] == 0, self.vocab)
+
+    def next_uniforms(self) -> Tensor:
+        return self.uniforms[:, self.end - self.width]
+
+    def append(self, tokens_B: Tensor) -> None:
+        self.ids[:, self.end] = tokens_B
+        self.start, self.end = self.end, self.end + 1
+
+    def keep(self, places: np.ndarray) -> None:
+        """Drop all other rows."""
+        index = torch.from_numpy(places).to(self.ids.device)
+        self.ids, self.positions, self.uniforms = self.ids[index], self.positions[index], self.uniforms[index]
+        if self.attention is not None:
+            self.attention = self.attention[index]
+        for decoder in self.decoders.values():
+            decoder.cache.batch_select_indices(index)
 
 
-@torch.no_grad()
+class _Record:
+    """What was sampled, on the host and for all rows, whether or not they are still in the batch."""
+
+    def __init__(self, rows: int, steps: int, eos: tuple[int, ...], teacher: PreTrainedModel | None):
+        self.tokens = np.zeros((rows, steps), np.int64)
+        self.lengths = np.full(rows, steps)
+        self.eos = np.array(eos, np.int64)
+        names = ("student", "behaviour") if teacher is None else ("student", "behaviour", "teacher")
+        self.values = {name: np.zeros((rows, steps), np.float32) for name in names}
+        self.hidden = None
+        if teacher is not None:
+            size = teacher.get_output_embeddings().weight.shape[1]
+            self.hidden = torch.zeros(rows, steps, size, dtype=teacher.dtype)
+
+    def add(self, t: int, rows: np.ndarray, tokens_B: Tensor, log_p: dict[str, Tensor], hidden_BH: Tensor | None) -> np.ndarray:
+        """Write the step's results; places in `rows` of those that go on."""
+        tokens = tokens_B.cpu().numpy()
+        self.tokens[rows, t] = tokens
+        for name, log_p_B in log_p.items():
+            self.values[name][rows, t] = log_p_B.cpu().numpy()
+        if self.hidden is not None and hidden_BH is not None:
+            self.hidden[torch.from_numpy(rows), t] = hidden_BH.cpu()
+        ended = (tokens[:, None] == self.eos).any(1) & (self.lengths[rows] > t)
+        self.lengths[rows[ended]] = t + 1
+        return (self.lengths[rows] > t + 1).nonzero()[0]
+
+    def rollouts(self) -> list[Rollout]:
+        found = []
+        for b, n in enumerate(self.lengths.tolist()):
+            values = {name: array[b, :n].copy() for name, array in self.values.items()}
+            hidden = None if self.hidden is None else self.hidden[b, :n].clone()
+            found.append(Rollout(tuple(self.tokens[b, :n].tolist()), values, hidden))
+        return found
+
+
 def sample(
     student: PreTrainedModel,
     prompts: list[tuple[int, ...]],
     uniforms_BT: np.ndarray,
     *,
-    eos: int,
+    eos: tuple[int, ...],
     vocab: int,
-    teacher: PreTrainedModel | None = None,
-    alpha: float = 0.0,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    decoding: Decoding = Decoding(),
+    guide: Mixture | Speculation | None = None,
 ) -> list[Rollout]:
-    """Sample one response per prompt, up to `uniforms_BT.shape[1]` tokens, ending at `eos`.
+    """Sample one response per prompt, up to `uniforms_BT.shape[1]` tokens, ending at any of `eos`.
 
     Args:
         prompts: token ids; padded on the left inside.
         uniforms_BT: (B, max_new_tokens) numbers in [0, 1): token t of row b is the inverse CDF at uniforms_BT[b, t].
-        teacher, alpha: sample from (1 - alpha) student + alpha teacher, mixed as distributions (MiniLLM, Eq. 4).
-        temperature: 0 is greedy decoding.
-        top_p: nucleus of each model's distribution.
+        vocab: size of the vocabulary that the models share; logits beyond it are left out.
+        decoding: acts on each model's logits, before mixing. `max_new_tokens` is the callers' business.
+        guide: a teacher that takes part in the choice of every token.
 
     Returns:
         Rollouts in the order of the prompts.
     """
-    device, rows, width = student.device, len(prompts), max(map(len, prompts))
-    total = width + uniforms_BT.shape[1]
-    ids, attention = _left_padded(prompts, total, width, eos, device)
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    uniforms = torch.from_numpy(uniforms_BT).to(device)
+    record = _Record(len(prompts), uniforms_BT.shape[1], eos, guide.teacher if guide else None)
     training = student.training
     student.eval()
-    models = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
-    decoders = {name: _Decoder(model, vocab) for name, model in models.items()}
-    values = {name: torch.zeros(rows, total - width, device=device) for name in ("behaviour", *models)}
-    lengths = torch.full((rows,), total - width, device=device)
-    running = torch.arange(rows, device=device)  # rows in the caches; some of them may have finished
-    finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    start = 0
-    for t in range(width, total):
-        at = slice(start, t)
-        inputs = (ids[running, at], attention[running, :t], positions[running, at])
-        logits = {name: d.logits(*inputs) for name, d in decoders.items()}
-        tokens, log_p = _draw(logits, uniforms[running, t - width], alpha, temperature, top_p)
-        ids[running, t] = tokens
-        for name, log_p_B in log_p.items():
-            values[name][running, t - width] = log_p_B
-        ended = (tokens == eos) & ~finished[running]
-        lengths[running[ended]] = t - width + 1
-        finished[running[ended]] = True
-        kept = (~finished[running]).nonzero().squeeze(1)
-        if len(kept) == 0:
-            break
-        if len(kept) < _COMPACT_BELOW * len(running):
-            for decoder in decoders.values():
-                decoder.keep(kept)
-            running = running[kept]
-        start = t
-    student.train(training)
-    return _rollouts(ids[:, width:], values, lengths)
+    try:
+        _fill(record, student, prompts, uniforms_BT, vocab, decoding, guide)
+    finally:
+        student.train(training)
+    # outside of inference mode, whose tensors could not be part of a loss
+    return record.rollouts()
 
 
-def _left_padded(prompts: list[tuple[int, ...]], total: int, width: int, pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, total) ids with every prompt ending at `width`, and the attention mask with the places to come switched on."""
-    ids = torch.full((len(prompts), total), pad, device=device)
-    attention = torch.zeros((len(prompts), total), dtype=torch.long, device=device)
-    for b, prompt in enumerate(prompts):
-        ids[b, width - len(prompt) : width] = torch.tensor(prompt, device=device)
-        attention[b, width - len(prompt) :] = 1
-    return ids, attention
-
-
-def _rollouts(ids_BT: Tensor, values: dict[str, Tensor], lengths_B: Tensor) -> list[Rollout]:
-    ids, arrays = ids_BT.tolist(), {name: v.cpu().numpy() for name, v in values.items()}
-    return [Rollout(tuple(ids[b][:n]), {k: v[b, :n].copy() for k, v in arrays.items()}) for b, n in enumerate(lengths_B.tolist())]
-
-
-def _draw(
-    logits: dict[str, Tensor], uniforms_B: Tensor, alpha: float, temperature: float, top_p: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The next token of every row and its log-probabilities under the mixture and under each model."""
-    log_p = {name: _nucleus(log_probs(z, temperature or 1.0), top_p) for name, z in logits.items()}
-    mixed = log_p["student"].exp()
-    if "teacher" in log_p:
-        mixed = torch.lerp(mixed, log_p["teacher"].exp(), alpha)
-    if temperature == 0:
-        tokens = logits["student"].argmax(-1)
-    else:
-        # float64: over a large vocabulary a float32 running sum drifts by more than a rare token's mass
-        cumulative = mixed.cumsum(-1, dtype=torch.float64)
-        point = uniforms_B.unsqueeze(1) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=mixed.shape[1] - 1)
-    # gathered in log space: a probability that underflows would make a reward infinite
-    picked = {name: values.gather(1, tokens.unsqueeze(1)).squeeze(1) for name, values in log_p.items()}
-    return tokens, picked | {"behaviour": mixed.gather(1, tokens.unsqueeze(1)).squeeze(1).log()}
-
-
-def _nucleus(log_p_BV: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens with mass >= top_p, renormalised; log-probabilities in and out."""
-    if top_p >= 1:
-        return log_p_BV
-    ordered, order = log_p_BV.sort(-1, descending=True)
-    p = ordered.exp()
-    kept = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
-    return torch.full_like(log_p_BV, -torch.inf).scatter_(-1, order, kept.log_softmax(-1))
+@torch.inference_mode()
+def _fill(
+    record: _Record,
+    student: PreTrainedModel,
+    prompts: list[tuple[int, ...]],
+    uniforms_BT: np.ndarray,
+    vocab: int,
+    decoding: Decoding,
+    guide: Mixture | Speculation | None,
+) -> None:
+    """The loop over positions."""
+    models = {"student": student} | ({"teacher": guide.teacher} if guide else {})
+    batch, rows = _Batch(models, prompts, uniforms_BT, vocab), np.arange(len(prompts))
+    warping, greedy = processors(decoding), decoding.temperature == 0
+    tap = tapped(guide.teacher.get_output_embeddings(), skip=False) if guide else nullcontext([])
+    with tap as seen:
+        for t in range(uniforms_BT.shape[1]):
+            logits = batch.logits()
+            tokens, log_p = next_tokens(logits, batch.history(), batch.next_uniforms(), warping, guide, greedy=greedy)
+            # the last one seen is the teacher's, also where student and teacher are one model
+            going = record.add(t, rows, tokens, log_p, seen[-1][:, -1] if seen else None)
+            seen.clear()
+            if len(going) == 0:
+                break
+            batch.append(tokens)
+            if len(going) < _COMPACT_BELOW * len(rows):
+                batch.keep(going)
+                rows = rows[going]

@@ -1,23 +1,24 @@
 """Samplers: where training sequences come from. Each yields, for an optimizer step, the ready micro-batches of this rank.
 
-A sampler owns the on-policy logic (rounds of rollouts, inner epochs), so that the training loop stays blind to the
-algorithm. What a rollout knew (log-probabilities per token) rides in `Batch.values`; the objective decides its use.
+A sampler owns the on-policy logic, so that the training loop stays blind to the algorithm. What sampling knew (log-probabilities per token)
+rides in `Batch.values`; the objective decides its use. Rounds of rollouts are in `tadistill.rollout.rounds`.
 """
 
+from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel
 
 from tadistill import rng
-from tadistill.config.method import Optim, PairSampler, TeacherMixedSampler
+from tadistill.config.method import Optim
+from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler
 from tadistill.data.batch import Batch, Sequence, collate
-from tadistill.data.templates import Encoded
-from tadistill.rollout.generate import sample
+from tadistill.rollout.engine import Engine
 from tadistill.rollout.signals import Signals
 
 
@@ -28,21 +29,35 @@ class Shard:
     rank: int = 0
     world: int = 1
 
+    def gather(self, found: list[tuple[int, Sequence]]) -> list[Sequence]:
+        """The sequences of all ranks, in the order of their numbers."""
+        every = gather_object(found) if self.world > 1 else found
+        return [s for _, s in sorted(every, key=lambda item: item[0])]
 
-class Sampler(Protocol):
+
+class Sampler:
     """What the loop needs of a source of batches."""
+
+    watches_dev = False
+    """Whether `observe` wants the dev metrics of the untrained student too."""
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of update `step` for this rank."""
-        ...
+        raise NotImplementedError
+
+    def observe(self, dev: Mapping[str, float]) -> None:
+        """Dev metrics, whenever they were measured."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of its own for the log."""
+        return {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold so that the next step is the same."""
-        ...
+        """What a checkpoint must hold so that the next step is the same; nothing where a batch follows from the step and the student."""
+        return {}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        ...
 
 
 def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
@@ -65,7 +80,26 @@ def cut(optim: Optim, shard: Shard) -> list[np.ndarray]:
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
-class FixedSequences:
+def respond(engine: Engine, prompts: Seq[tuple[int, ...]], places: Seq[int], *address: int | str) -> list[Sequence]:
+    """The student's answers now; a place in the update and the address give the random numbers, whatever rank answers."""
+    uniforms = rng.uniforms([int(p) for p in places], engine.decoding.max_new_tokens, *address)
+    return [Sequence(p, r.tokens, r.values) for p, r in zip(prompts, engine.respond(prompts, uniforms), strict=True)]
+
+
+def pack(sequences: Seq[Sequence]) -> list[dict[str, Any]]:
+    """Sequences as plain tensors, for a checkpoint."""
+    return [
+        {"prompt": s.prompt, "response": s.response, "states": s.states, "values": {k: torch.from_numpy(v) for k, v in s.values.items()}}
+        for s in sequences
+    ]
+
+
+def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
+    """The inverse of `pack`."""
+    return [Sequence(tuple(s["prompt"]), tuple(s["response"]), {k: v.numpy() for k, v in s["values"].items()}, s["states"]) for s in stored]
+
+
+class FixedSequences(Sampler):
     """Fixed sequences (the data set's responses or a teacher's), shuffled anew every epoch, with the teacher's signal if recorded."""
 
     def __init__(
@@ -73,151 +107,125 @@ class FixedSequences:
     ):
         self.sequences, self.optim, self.pad, self.seed, self.signals, self.shard = sequences, optim, pad, seed, signals, shard
 
+    def rows(self, step: int) -> list[int]:
+        """The rows of update `step`: step * batch … of the endless shuffled stream."""
+        return shuffled(len(self.sequences), self.optim.batch, step, (self.seed, "data order")).tolist()
+
     def micro_batches(self, step: int) -> list[Batch]:
-        """Rows step * batch … of the endless shuffled stream."""
-        rows = shuffled(len(self.sequences), self.optim.batch, step, (self.seed, "data order"))
-        return [self._collate(rows[places].tolist()) for places in cut(self.optim, self.shard)]
+        """The update's rows, cut."""
+        rows = self.rows(step)
+        return [self._collate([rows[p] for p in places]) for places in cut(self.optim, self.shard)]
 
     def _collate(self, rows: list[int]) -> Batch:
         signal = self.signals.target(rows) if self.signals else None
         return collate([self.sequences[i] for i in rows], pad=self.pad, signal=signal)
 
-    def state(self) -> dict[str, Any]:
-        """Nothing: a batch follows from the step."""
-        return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+class _WithStudent(FixedSequences):
+    """Base of samplers that answer the prompts of the update's rows with the student."""
+
+    def __init__(self, sequences: Seq[Sequence], optim: Optim, *, engine: Engine, pad: int, seed: int, shard: Shard = Shard()):
+        super().__init__(sequences, optim, pad=pad, seed=seed, shard=shard)
+        self.engine = engine
+
+    def fresh(self, step: int) -> dict[int, Sequence]:
+        """By place in the update, the student's answers to this rank's share of its prompts."""
+        rows, mine = self.rows(step), np.concatenate(cut(self.optim, self.shard)).tolist()
+        prompts = [self.sequences[rows[place]].prompt for place in mine]
+        return dict(zip(mine, respond(self.engine, prompts, mine, self.seed, "rollout", step), strict=True))
+
+    def collated(self, by_place: Mapping[int, Sequence] | Seq[Sequence]) -> list[Batch]:
+        """The micro-batches of sequences given for every place of this rank."""
+        return [collate([by_place[int(p)] for p in places], pad=self.pad) for places in cut(self.optim, self.shard)]
+
+    def draw(self, step: int) -> float:
+        """The update's uniform, the same on all ranks."""
+        return rng.generator(self.seed, "source", step).random()
 
 
-class TeacherMixedRollouts:
-    """MiniLLM's rounds: sample `rollouts` sequences with the current student, then train on them for several epochs.
+class Mix(_WithStudent):
+    """GKD's lambda: the whole update from the student with that probability, else the rows' own responses."""
 
-    `Batch.values` holds the log-probabilities behaviour (of the mixture), student (at rollout time) and teacher, all from
-    generation itself.
-    """
-
-    def __init__(
-        self,
-        prompts: Seq[Encoded],
-        config: TeacherMixedSampler,
-        optim: Optim,
-        *,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel,
-        eos: int,
-        pad: int,
-        vocab: int,
-        seed: int,
-        corpus: Seq[Sequence] = (),
-        shard: Shard = Shard(),
-    ):
-        self.prompts, self.config, self.optim, self.student, self.teacher = prompts, config, optim, student, teacher
-        self.eos, self.pad, self.vocab, self.seed, self.corpus, self.shard = eos, pad, vocab, seed, corpus, shard
-        self.updates = config.rollouts // optim.batch  # per inner epoch
-        self.round = -1
-        self.sequences: list[Sequence] = []
+    def __init__(self, sequences: Seq[Sequence], config: MixSampler, optim: Optim, **common: Any):
+        super().__init__(sequences, optim, **common)
+        self.config = config
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Roll out at the first step of a round; otherwise the next part of the current one."""
-        number, inside = divmod(step, self.updates * self.config.inner_epochs)
-        if number != self.round:
-            self.round, self.sequences = number, self._roll_out(number)
-        epoch, part = divmod(inside, self.updates)
-        order = rng.generator(self.seed, "inner epoch", number, epoch).permutation(len(self.sequences))
-        rows = order[part * self.optim.batch : (part + 1) * self.optim.batch]
-        return [
-            collate([self.sequences[i] for i in rows[places]], pad=self.pad, corpus=self._corpus_batch(step, places))
-            for places in cut(self.optim, self.shard)
-        ]
+        """One draw decides for all."""
+        return self.collated(self.fresh(step)) if self.draw(step) < self.config.lam else super().micro_batches(step)
 
-    def _roll_out(self, number: int) -> list[Sequence]:
-        rows = shuffled(len(self.prompts), self.config.rollouts, number, (self.seed, "prompt order"))
-        uniforms = rng.uniforms(range(len(rows)), self.config.max_new_tokens, self.seed, "rollout", number)
-        # neighbours of like length waste least padding; every rank takes every world-th of them
-        order = np.argsort([len(self.prompts[i].prompt) for i in rows], kind="stable")[self.shard.rank :: self.shard.world]
-        found = []
-        size = self.optim.micro_batch * 4 if self.optim.micro_batch else len(order)
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
-            prompts = [self.prompts[int(rows[i])].prompt for i in part]
-            out = sample(
-                self.student, prompts, uniforms[part], eos=self.eos, vocab=self.vocab, teacher=self.teacher, alpha=self.config.alpha
-            )
-            found += [(int(i), Sequence(p, r.tokens, r.values)) for i, p, r in zip(part, prompts, out, strict=True)]
-        if self.shard.world > 1:
-            found = gather_object(found)
-        return [s for _, s in sorted(found, key=lambda item: item[0])]
 
-    def _corpus_batch(self, step: int, places: np.ndarray) -> Batch | None:
-        """As many rows of plain text as the micro-batch has sequences."""
-        if not self.corpus:
-            return None
-        rows = shuffled(len(self.corpus), self.optim.batch, step, (self.seed, "corpus order"))
-        return collate([self.corpus[i] for i in rows[places]], pad=self.pad)
+class Replay(_WithStudent):
+    """DistiLLM's adaptive off-policy buffer: see `ReplaySampler`. All ranks hold the whole buffer."""
+
+    watches_dev = True
+
+    def __init__(self, sequences: Seq[Sequence], config: ReplaySampler, optim: Optim, **common: Any):
+        super().__init__(sequences, optim, **common)
+        self.config = config
+        self.phi = 0.0
+        self.mark: float | None = None
+        """The dev loss that the next ones are held against."""
+        self.buffer: deque[Sequence] = deque(maxlen=config.capacity)
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """Fresh text, text from the buffer, or the rows' own responses."""
+        u = self.draw(step)
+        if u < self._share_of_fresh(step) or (u < self.phi and len(self.buffer) < self.config.capacity):
+            found = self.shard.gather(list(self.fresh(step).items()))
+            self.buffer.extend(found)
+            return self.collated(found)
+        if u < self.phi:
+            picked = rng.generator(self.seed, "replay", step).choice(len(self.buffer), self.optim.batch, replace=False)
+            return self.collated([self.buffer[i] for i in picked.tolist()])
+        return super().micro_batches(step)
+
+    def _share_of_fresh(self, step: int) -> float:
+        assert self.optim.steps is not None
+        done = step / self.optim.steps
+        return self.phi * {"decreasing": 1 - done, "constant": 0.5, "increasing": done}[self.config.schedule]
+
+    def observe(self, dev: Mapping[str, float]) -> None:
+        """A loss above the mark raises phi and becomes the mark; a lower one changes nothing (as in the authors' code)."""
+        if self.mark is None:
+            self.mark = dev["loss"]
+        elif dev["loss"] >= self.mark + self.config.tolerance:
+            self.phi, self.mark = min(self.phi + self.config.increment, 1.0), dev["loss"]
+
+    def metrics(self) -> dict[str, float]:
+        """phi, and how full the buffer is."""
+        return {"replay/phi": self.phi, "replay/buffer": len(self.buffer)}
 
     def state(self) -> dict[str, Any]:
-        """The round and its rollouts, as plain tensors."""
-        rollouts = [
-            {"prompt": s.prompt, "response": s.response, "values": {k: torch.from_numpy(v) for k, v in s.values.items()}}
-            for s in self.sequences
-        ]
-        return {"round": self.round, "rollouts": rollouts}
+        """phi, the mark and the buffer."""
+        return {"phi": self.phi, "mark": self.mark, "buffer": pack(self.buffer)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue inside the stored round."""
-        self.round = state["round"]
-        self.sequences = [
-            Sequence(tuple(r["prompt"]), tuple(r["response"]), {k: v.numpy() for k, v in r["values"].items()}) for r in state["rollouts"]
-        ]
+        """The inverse of `state`."""
+        self.phi, self.mark = state["phi"], state["mark"]
+        self.buffer = deque(unpack(state["buffer"]), maxlen=self.config.capacity)
 
 
-class Pairs:
+class Pairs(_WithStudent):
     """DistiLLM-2's data: for each prompt the teacher's stored response and a fresh one of the student as it is now.
 
     `Batch.values` holds from_teacher, 1 on the teacher's responses and 0 on the student's. A micro-batch of n prompts has 2n sequences.
     """
 
-    def __init__(
-        self,
-        responses: Seq[Sequence],
-        config: PairSampler,
-        optim: Optim,
-        *,
-        student: PreTrainedModel,
-        eos: int,
-        pad: int,
-        vocab: int,
-        seed: int,
-        shard: Shard = Shard(),
-    ):
-        self.responses, self.config, self.optim, self.student = responses, config, optim, student
-        self.eos, self.pad, self.vocab, self.seed, self.shard = eos, pad, vocab, seed, shard
+    def __init__(self, responses: Seq[Sequence], config: PairSampler, optim: Optim, **common: Any):
+        super().__init__(responses, optim, **common)
+        self.config = config
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Sample for this rank's prompts of the update, and pair."""
-        rows = shuffled(len(self.responses), self.optim.batch, step, (self.seed, "data order"))
+        rows, fresh = self.rows(step), self.fresh(step)
         return [
-            self._pair(
-                [self.responses[i] for i in rows[places]],
-                rng.uniforms(places.tolist(), self.config.max_new_tokens, self.seed, "pair", step),
+            collate(
+                [_tagged(self.sequences[rows[p]], 1.0) for p in places] + [_tagged(fresh[int(p)], 0.0) for p in places],
+                pad=self.pad,
             )
             for places in cut(self.optim, self.shard)
         ]
-
-    def _pair(self, of_teacher: list[Sequence], uniforms: np.ndarray) -> Batch:
-        settings = {"eos": self.eos, "vocab": self.vocab, "temperature": self.config.temperature, "top_p": self.config.top_p}
-        sampled = sample(self.student, [s.prompt for s in of_teacher], uniforms, **settings)
-        of_student = [Sequence(s.prompt, r.tokens) for s, r in zip(of_teacher, sampled, strict=True)]
-        tagged = [_tagged(s, 1.0) for s in of_teacher] + [_tagged(s, 0.0) for s in of_student]
-        return collate(tagged, pad=self.pad)
-
-    def state(self) -> dict[str, Any]:
-        """Nothing: a batch follows from the step and the student."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
 
 
 def _tagged(sequence: Sequence, from_teacher: float) -> Sequence:

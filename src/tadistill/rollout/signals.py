@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tadistill.config.method import HiddenSignal, TopKSignal
+from tadistill.config.sampling import HiddenSignal, TopKSignal
 from tadistill.data.batch import Sequence, by_length, collate
 from tadistill.errors import StoreError
 from tadistill.models.files import replacing

@@ -10,9 +10,10 @@ from functools import cached_property
 from itertools import islice
 
 from tadistill.config import Method, Recipe
-from tadistill.config.method import Optim, PairSampler, TeacherMixedSampler
-from tadistill.config.objective import CrossEntropy, MiniLLM, SampledKL
+from tadistill.config.method import Optim
+from tadistill.config.objective import CrossEntropy, MiniLLM
 from tadistill.config.recipe import ModelConfig
+from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler, Rounds
 from tadistill.data import datasets, tinyworld
 from tadistill.errors import DataError
 from tadistill.models import sizes, sources
@@ -100,22 +101,23 @@ class Ledger:
         return None if teacher is None else teacher * self.rows * self.tokens
 
     def distill(self, above: str, name: str, method: Method) -> float | None:
-        """Training passes of student and teacher, and rollouts where the sampler makes them."""
+        """Training passes of student and teacher, and what the sampler samples."""
         student, teacher = self.forward(name), self.forward(above)
         if student is None or teacher is None or method.optim.steps is None:
             return None
-        sequences = method.optim.steps * method.optim.batch
-        objective, sampler = method.objective, method.sampler
-        live = not isinstance(objective, CrossEntropy | SampledKL) and not method.signal
-        if isinstance(objective, MiniLLM):
-            live = objective.single_step
-        total = sequences * self.tokens * (3 * student + (teacher if live else 0))
-        if isinstance(sampler, PairSampler):
-            total = 2 * total + sequences * self.tokens * student
-        if isinstance(method.sampler, TeacherMixedSampler):
-            total += sequences / method.sampler.inner_epochs * self.tokens * (student + teacher)
-        if isinstance(method.objective, MiniLLM) and method.objective.pt_weight:
-            total += sequences * self.corpus_tokens * 3 * student
+        sequences, objective, sampler = method.optim.steps * method.optim.batch, method.objective, method.sampler
+        per_sequence = 3 * student + (0 if isinstance(objective, CrossEntropy) or method.signal else teacher)
+        if isinstance(sampler, Rounds):  # the teacher runs once over a rollout, however often it is trained on
+            per_sequence = 3 * student + (student + teacher) / sampler.inner_epochs
+        elif isinstance(sampler, PairSampler):
+            per_sequence = 2 * per_sequence + student
+        elif isinstance(sampler, MixSampler):
+            per_sequence += sampler.lam * student
+        elif isinstance(sampler, ReplaySampler):  # phi depends on the run: an upper bound
+            per_sequence += student
+        total = sequences * self.tokens * per_sequence
+        if isinstance(objective, MiniLLM) and objective.pt_weight:
+            total += sequences * self.corpus_tokens * (3 * student + (teacher if objective.pt_kd_ratio else 0))
         return total
 
 

@@ -18,16 +18,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill import rng
 from tadistill.config import Data, DataRef, Evaluate, Method, Optim
-from tadistill.config.method import DatasetSampler, PairSampler, Select, TeacherMixedSampler, TeacherSampler
-from tadistill.config.objective import CrossEntropy
+from tadistill.config.method import Select
+from tadistill.config.objective import CrossEntropy, MiniLLM, SampledKL
+from tadistill.config.sampling import DatasetSampler, OnPolicy, Rounds
 from tadistill.data import corpus, datasets
 from tadistill.data.batch import Sequence
 from tadistill.data.templates import encode
 from tadistill.evaluation.run import EvalSet, Subject, dev_metrics, evaluate, generate, references
-from tadistill.models.loading import load_model, load_tokenizer, save_model, shared_vocabulary
+from tadistill.models.loading import end_tokens, load_model, load_tokenizer, save_model, shared_vocabulary
 from tadistill.models.pruning import keep_list, prune_depth
-from tadistill.rollout.samplers import FixedSequences, Pairs, Sampler, Shard, TeacherMixedRollouts
+from tadistill.rollout.engine import Engine, Native
+from tadistill.rollout.rounds import Rollouts, Teacher
+from tadistill.rollout.samplers import FixedSequences, Mix, Pairs, Replay, Sampler, Shard
 from tadistill.rollout.signals import Signals, record
+from tadistill.rollout.vllm import Vllm
 from tadistill.study.store import Store, write_json
 from tadistill.study.task import Task
 from tadistill.train.loop import Hooks, Interrupted, train_stage
@@ -41,7 +45,7 @@ _CORPUS_CHUNKS = 20_000
 Progress = Callable[[int, int, str], None]
 
 
-def run_stage(task: Task, *, progress: Progress, stop: Callable[[], bool]) -> None:
+def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]) -> None:
     """Run a stage unless the store has it (another process may have finished it meanwhile)."""
     store = Store(Path(task.store))
     lock = store.acquire(task.key, timeout=10)
@@ -52,7 +56,7 @@ def run_stage(task: Task, *, progress: Progress, stop: Callable[[], bool]) -> No
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "stage.json", {"kind": task.kind, "label": task.label, "parents": task.parents, "spec": task.spec})
         start = time.monotonic()
-        context = _Context(task, store, folder, progress, stop)
+        context = _Context(task, store, folder, progress, alarm, stop)
         facts = {"sft": _train, "distill": _train, "generate": _generate, "signal": _signal, "evaluate": _evaluate}[task.kind](context)
         store.finish(
             task.key,
@@ -73,8 +77,9 @@ def run_stage(task: Task, *, progress: Progress, stop: Callable[[], bool]) -> No
 class _Context:
     """A task with the helpers that read its spec."""
 
-    def __init__(self, task: Task, store: Store, folder: Path, progress: Progress, stop: Callable[[], bool]):
-        self.task, self.spec, self.store, self.folder, self.progress, self.stop = task, task.spec, store, folder, progress, stop
+    def __init__(self, task: Task, store: Store, folder: Path, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]):
+        self.task, self.spec, self.store, self.folder = task, task.spec, store, folder
+        self.progress, self.alarm, self.stop = progress, alarm, stop
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def model(self, handle: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -142,10 +147,11 @@ def _train(context: _Context) -> dict[str, Any]:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     sampler = _sampler(context, method, student, teacher, tokenizer, vocab, signals, accelerator)
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
-    student.train(not isinstance(method.sampler, TeacherMixedSampler | PairSampler))
+    student.train(not isinstance(method.sampler, OnPolicy))
     hooks = Hooks(
-        evaluate=_dev(context, Subject(student, tokenizer, vocab), select, teacher),
+        evaluate=_dev(context, Subject(student, tokenizer, vocab, end_tokens(student, tokenizer)), select, teacher),
         progress=lambda done, text: context.progress(done, optim.steps or 1, text),
+        alarm=context.alarm,
         stop=context.stop,
     )
     state = train_stage(
@@ -191,32 +197,29 @@ def _sampler(
     signals: Signals | None,
     accelerator: Accelerator,
 ) -> Sampler:
-    spec, seed = context.spec, context.spec["seed"]
-    train = context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer)
-    shard = Shard(accelerator.process_index, accelerator.num_processes)
-    eos = tokenizer.eos_token_id
+    spec, eos = context.spec, tokenizer.eos_token_id
     assert isinstance(eos, int)
-    if isinstance(method.sampler, TeacherMixedSampler):
+    common: dict[str, Any] = {"pad": eos, "seed": spec["seed"], "shard": Shard(accelerator.process_index, accelerator.num_processes)}
+    train = context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer)
+    texts = _responses(context, spec["responses"]["stage"]) if "responses" in spec else references(train)
+    config = method.sampler
+    if not isinstance(config, OnPolicy):
+        return FixedSequences(texts, method.optim, signals=signals, **common)
+    common["engine"] = _engine(context, config, student, tokenizer, vocab)
+    if isinstance(config, Rounds):
         assert teacher is not None
-        return TeacherMixedRollouts(
-            train.encoded,
-            method.sampler,
-            method.optim,
-            student=student,
-            teacher=teacher,
-            eos=eos,
-            pad=eos,
-            vocab=vocab,
-            seed=seed,
-            corpus=context.corpus(tokenizer),
-            shard=shard,
-        )
-    if isinstance(method.sampler, DatasetSampler):
-        return FixedSequences(references(train), method.optim, pad=eos, seed=seed, signals=signals, shard=shard)
-    responses = _responses(context.store.folder(spec["responses"]["stage"]) / "responses.jsonl")
-    if isinstance(method.sampler, PairSampler):
-        return Pairs(responses, method.sampler, method.optim, student=student, eos=eos, pad=eos, vocab=vocab, seed=seed, shard=shard)
-    return FixedSequences(responses, method.optim, pad=eos, seed=seed, shard=shard)
+        scores = isinstance(method.objective, MiniLLM | SampledKL)
+        states = method.objective.single_step if isinstance(method.objective, MiniLLM) else not scores
+        plain = context.corpus(tokenizer)
+        return Rollouts(train.encoded, method, teacher=Teacher(teacher, vocab, scores, states), corpus=plain, **common)
+    return {"mix": Mix, "replay": Replay, "pair": Pairs}[config.type](texts, config, method.optim, **common)
+
+
+def _engine(context: _Context, config: OnPolicy, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Engine:
+    eos = end_tokens(student, tokenizer)
+    if config.engine == "vllm":
+        return Vllm(student, config, eos=eos, vocab=vocab)
+    return Native(student, config, eos=eos, vocab=vocab, chunk=config.chunk)
 
 
 def _dev(context: _Context, subject: Subject, select: Select, teacher: PreTrainedModel | None) -> Callable[[], dict[str, float]]:
@@ -230,7 +233,7 @@ def _dev(context: _Context, subject: Subject, select: Select, teacher: PreTraine
 
 def _needs_teacher(method: Method) -> bool:
     """Whether training itself runs the teacher, or selection does."""
-    if isinstance(method.sampler, TeacherMixedSampler) or method.select.metric == "reverse_kl":
+    if isinstance(method.sampler, Rounds) or method.select.metric == "reverse_kl":
         return True
     return not (isinstance(method.objective, CrossEntropy) or method.signal)
 
@@ -249,7 +252,7 @@ def _signal(context: _Context) -> dict[str, Any]:
     assert config is not None
     model, tokenizer = context.teacher(_dtype(spec["precision"]))
     sequences = references(context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer))
-    subject = Subject(model, tokenizer, shared_vocabulary(tokenizer, model))
+    subject = _subject(model, tokenizer)
 
     def tick(done: int) -> None:
         context.progress(done, len(sequences), "sequences")
@@ -265,17 +268,10 @@ def _signal(context: _Context) -> dict[str, Any]:
 def _generate(context: _Context) -> dict[str, Any]:
     """The teacher's answer to every training prompt, in parts that survive a kill."""
     spec = context.spec
-    settings = TeacherSampler.model_validate(spec["sampler"])  # a pair sampler's settings are the same
     model, tokenizer = context.teacher()
-    subject = Subject(model, tokenizer, shared_vocabulary(tokenizer, model))
+    subject = _subject(model, tokenizer)
     train = context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer)
-    decoding = Evaluate(
-        seeds=(spec["seed"],),
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        max_new_tokens=settings.max_new_tokens,
-        batch=_GENERATION_BATCH,
-    )
+    decoding = Evaluate(seeds=(spec["seed"],), batch=_GENERATION_BATCH, **spec["sampler"])
     parts = context.folder / "parts"
     rows = []
     for start in range(0, len(train.encoded), 8 * _GENERATION_BATCH):
@@ -292,8 +288,13 @@ def _generate(context: _Context) -> dict[str, Any]:
     return {"answers": len(rows)}
 
 
-def _responses(path: Path) -> list[Sequence]:
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: PreTrainedModel) -> Subject:
+    return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, *others), end_tokens(model, tokenizer))
+
+
+def _responses(context: _Context, stage: str) -> list[Sequence]:
+    text = (context.store.folder(stage) / "responses.jsonl").read_text(encoding="utf-8")
+    rows = (json.loads(line) for line in text.splitlines())
     return [Sequence(tuple(r["prompt"]), tuple(r["response"])) for r in rows]
 
 
@@ -306,7 +307,7 @@ def _evaluate(context: _Context) -> dict[str, Any]:
     settings = Evaluate.model_validate(spec["decoding"])
     model, tokenizer = context.model(spec["model"])
     teacher, _ = context.teacher()
-    subject = Subject(model.eval(), tokenizer, shared_vocabulary(tokenizer, model, teacher))
+    subject = _subject(model.eval(), tokenizer, teacher)
     scores, records, done = {}, [], 0
     sets = [context.split("test", s["ref"], spec["limit"], tokenizer) for s in spec["sets"]]
     total = sum(len(s.encoded) for s in sets) * len(settings.seeds)

@@ -9,24 +9,17 @@ from itertools import pairwise
 from typing import Any
 
 from tadistill.config import Arm, Method, Recipe, Sft
-from tadistill.config.method import (
-    DatasetSampler,
-    HiddenSignal,
-    Optim,
-    PairSampler,
-    TeacherMixedSampler,
-    TeacherSampler,
-    TopKSignal,
-    apply,
-)
+from tadistill.config.decoding import Decoding
+from tadistill.config.method import Optim, apply
 from tadistill.config.objective import CrossEntropy, MiniLLM
+from tadistill.config.sampling import DatasetSampler, HiddenSignal, PairSampler, Rounds, TeacherSampler, TopKSignal
 from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.study import costs
 from tadistill.study.store import key_of
 
-STAGE_VERSION = {"sft": 2, "generate": 1, "signal": 1, "distill": 2, "evaluate": 2}
+STAGE_VERSION = {"sft": 2, "generate": 2, "signal": 1, "distill": 3, "evaluate": 3}
 """Raised by hand when a stage of that kind gives other numbers for the same settings."""
 
 Handle = dict[str, Any]
@@ -158,7 +151,7 @@ class _Planner:
         assert optim.steps is not None
         steps, every = optim.steps, method.select.every
         if scale != 1.0:
-            unit = _round_length(method) if isinstance(method.sampler, TeacherMixedSampler) else 1
+            unit = method.round_updates
             steps = max(unit, round(optim.steps * scale / unit) * unit)
             every = max(1, round(every * steps / optim.steps))  # a longer run must not get more checkpoints to choose from
         return method.model_copy(
@@ -169,11 +162,9 @@ class _Planner:
         )
 
     def _check_method(self, method: Method) -> None:
-        objective, sampler = method.objective, method.sampler
+        objective = method.objective
         if isinstance(objective, MiniLLM) and objective.pt_weight and self.recipe.data.corpus is None:
             raise ValueError("objective minillm has pt_weight > 0 but there is no data.corpus; give a corpus, or set pt_weight: 0")
-        if isinstance(sampler, TeacherMixedSampler) and sampler.rollouts % method.optim.batch:
-            raise ValueError(f"rollouts {sampler.rollouts} is not a multiple of batch {method.optim.batch}; change one of them")
 
     def _scale(self, name: str, arm: Arm, target: float | None) -> float:
         """How many times more steps make this direct arm as dear as the arm it is compared with."""
@@ -252,7 +243,7 @@ class _Planner:
         return self._add("signal", spec, f"{signal.type} signal of {name}, seed {seed}", name, seed, self.ledger.generate(name))
 
     def _generate(self, name: str, teacher: Handle, sampler: TeacherSampler | PairSampler, seed: int) -> str:
-        spec = {"teacher": teacher, "sampler": sampler.model_dump(exclude={"type"}), "seed": seed, **self._split("train")}
+        spec = {"teacher": teacher, "sampler": sampler.model_dump(include=set(Decoding.model_fields)), "seed": seed, **self._split("train")}
         return self._add("generate", spec, f"generate with {name}, seed {seed}", name, seed, self.ledger.generate(name))
 
     def _evaluate(self, name: str, model: Handle, seed: int) -> str:
@@ -338,11 +329,9 @@ def _stage_keys(handle: Handle | None) -> list[str]:
     return [handle["stage"]] if "stage" in handle else _stage_keys(handle.get("of"))
 
 
-def _round_length(method: Method) -> int:
-    assert isinstance(method.sampler, TeacherMixedSampler)
-    return method.sampler.rollouts // method.optim.batch * method.sampler.inner_epochs
-
-
 def _describe(method: Method) -> str:
-    signal = f" ({method.signal.type} signal)" if method.signal else ""
-    return f"{method.objective.type} on {method.sampler.type}{signal}"
+    sampler = method.sampler
+    detail = f" ({method.signal.type} signal)" if method.signal else ""
+    if isinstance(sampler, Rounds) and sampler.rollouts:
+        detail = f" (rounds of {sampler.rollouts}, {method.round_updates} updates each)"
+    return f"{method.objective.type} on {sampler.type}{detail}"

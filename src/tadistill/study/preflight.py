@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
-from tadistill.config.method import DatasetSampler
+from tadistill.config.sampling import DatasetSampler
 from tadistill.data import datasets
 from tadistill.data.templates import encode
 from tadistill.errors import ConfigError

@@ -149,7 +149,10 @@ def _work(task: Task) -> None:
     def progress(done: int, total: int, text: str) -> None:
         _worker["messages"].put((task.key, done, total, text))
 
-    run_stage(task, progress=progress, stop=_worker["stop"].is_set)
+    def alarm(text: str) -> None:
+        _worker["messages"].put((task.key, None, None, text))
+
+    run_stage(task, progress=progress, alarm=alarm, stop=_worker["stop"].is_set)
 
 
 # --- the screen ---------------------------------------------------------------------------------------------------------
@@ -191,7 +194,10 @@ class _Screen:
     def _read(self) -> None:
         while (message := self.messages.get()) is not None:
             key, done, total, text = message
-            if key in self.tasks:
+            if done is None:
+                label = self.started[key][0] if key in self.started else key
+                self.progress.console.print(f"[bold yellow]alarm[/] {label}: ", escape(text), highlight=False)
+            elif key in self.tasks:
                 self.progress.update(self.tasks[key], completed=done, total=total, note=text)
 
     def start(self, key: str, label: str, steps: int | None) -> None:

@@ -22,6 +22,7 @@ class TrainState:
     optimizer: dict[str, Any] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
+    alarms: dict[str, Any] = field(default_factory=dict)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

@@ -24,10 +24,13 @@ from tadistill.log import RunLog
 from tadistill.rollout.samplers import Sampler
 from tadistill.train import checkpoint
 from tadistill.train.checkpoint import TrainState
-from tadistill.train.step import Step, counts
+from tadistill.train.step import counts
+from tadistill.train.terms import Step
+from tadistill.train.watch import Alarms, watch
 
 HIGHER_IS_BETTER = {"rouge_l", "fact_accuracy"}
 _LOG_POINTS = 100
+_WATCH_EVERY = 10  # watching rollouts costs about a tenth of an update
 
 
 class Interrupted(Exception):
@@ -42,6 +45,8 @@ class Hooks:
     """Dev metrics of the student as it is now."""
     progress: Callable[[int, str], None]
     """(updates done, short text)."""
+    alarm: Callable[[str], None] = lambda text: None
+    """One line about rollouts that go wrong."""
     stop: Callable[[], bool] = lambda: False
     """True when the run should save and end (a signal came)."""
 
@@ -92,34 +97,90 @@ def train_stage(
     steps, every = optim.steps, max(1, optim.steps // _LOG_POINTS)
     optimizer = make_optimizer(student, optim)
     model, optimizer = accelerator.prepare(student, optimizer)
-    state = _resume(directory, accelerator.unwrap_model(model), optimizer, sampler, step)
-    log = RunLog(directory / "metrics.jsonl", resume_step=state.step, track=track)
+    run = _Run(student, step, sampler, optimizer, accelerator, directory, Alarms())
+    state = run.resume()
+    log = RunLog(directory / "metrics.jsonl", resume_step=state.step, track=track) if accelerator.is_main_process else None
     saved, since = time.monotonic(), _Averages()
+    if sampler.watches_dev and state.step == 0:
+        sampler.observe(_measured(student, hooks))
     while state.step < steps:
-        if hooks.stop():
-            _save(directory, state, student, optimizer, sampler, step)
+        if _anywhere(accelerator, hooks.stop()):
+            run.save(state)
             raise Interrupted(f"stopped at update {state.step} of {steps}")
         if time.monotonic() - saved > checkpoint_seconds:
-            _save(directory, state, student, optimizer, sampler, step)
+            run.save(state)
             saved = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optim, state.step, steps)
-        batches = sampler.micro_batches(state.step)
-        torch.manual_seed(rng.torch_seed(seed, "dropout", state.step))
-        since.add(_update(model, step, batches, optimizer, optim, accelerator, state.step))
+        batches = step.prepare(sampler.micro_batches(state.step), lambda values: _sum(accelerator, values).cpu())
+        watched = watch(step, batches[0]) if state.step % max(every, _WATCH_EVERY) == 0 and accelerator.is_main_process else {}
+        for line in run.alarms.check(watched):
+            hooks.alarm(f"update {state.step}: {line}")
+        # equal numbers of processes see equal masks; rank 0 sees those of a single process
+        torch.manual_seed(rng.torch_seed(seed, "dropout", state.step, *([accelerator.process_index] if accelerator.process_index else [])))
+        since.add(_update(model, step, batches, optimizer, optim, accelerator, state.step) | watched)
         state.step += 1
         chosen = select.metric != "last" and (state.step % select.every == 0 or state.step == steps)
         if state.step % every == 0 or chosen:
-            metrics = since.pop() | {"train/lr": optimizer.param_groups[0]["lr"]}
+            metrics = since.pop() | sampler.metrics() | {"train/lr": optimizer.param_groups[0]["lr"]}
             hooks.progress(state.step, f"loss {metrics['train/loss']:.3f}, {metrics['train/tokens_per_second']:,.0f} tokens/s")
             if chosen:
-                metrics |= _evaluate(student, hooks, select, state, directory)
+                dev = _measured(student, hooks)
+                run.keep_best(state, dev[select.metric], select)
+                sampler.observe(dev)
+                metrics |= {f"dev/{name}": v for name, v in dev.items()}
                 since.restart()
-            log.write(state.step, metrics)
+            if log:
+                log.write(state.step, metrics)
     if select.metric != "last":
+        accelerator.wait_for_everyone()
         student.load_state_dict(checkpoint.load(directory / "best.pt"))
     student.eval()
     return state
+
+
+@dataclass
+class _Run:
+    """What a checkpoint is made of; the main process writes, all read."""
+
+    student: PreTrainedModel
+    step: Step
+    sampler: Sampler
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    directory: Path
+    alarms: Alarms
+
+    def save(self, state: TrainState) -> None:
+        """Write the whole state."""
+        if not self.accelerator.is_main_process:
+            return
+        state.model, state.optimizer, state.sampler = self.student.state_dict(), self.optimizer.state_dict(), self.sampler.state()
+        state.schedule = self.step.schedule.state() if self.step.schedule else {}
+        state.alarms = self.alarms.state()
+        checkpoint.save(self.directory / "state.pt", vars(state))
+
+    def resume(self) -> TrainState:
+        """The stored state, put in place everywhere; a new one if there is none."""
+        path = self.directory / "state.pt"
+        if not path.exists():
+            return TrainState()
+        state = TrainState(**checkpoint.load(path))
+        self.student.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.sampler.restore(state.sampler)
+        self.alarms.restore(state.alarms)
+        if self.step.schedule:
+            self.step.schedule.restore(state.schedule)
+        return state
+
+    def keep_best(self, state: TrainState, value: float, select: Select) -> None:
+        """Keep the weights when they are the best so far."""
+        sign = 1 if select.metric in HIGHER_IS_BETTER else -1
+        if state.best_value is None or sign * value > sign * state.best_value:
+            state.best_value, state.best_step = value, state.step
+            if self.accelerator.is_main_process:
+                checkpoint.save(self.directory / "best.pt", self.student.state_dict())
 
 
 def _update(
@@ -155,30 +216,34 @@ def _update(
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    mean = (_sum(accelerator, logged.to(accelerator.device)) / accelerator.num_processes).tolist()
+    mean = (_sum(accelerator, logged) / accelerator.num_processes).tolist()
     row = {f"train/{n}": v for n, v in zip(names, mean, strict=True)}
     if step.schedule:
         assert optim.steps is not None
         step.schedule.update(row["train/taid"], done + 1, optim.steps)
         row["train/taid_t"] = step.schedule.t
-    return row | {"train/grad_norm": norm, "tokens": count["response"]} | _rollout_metrics(batches)
+    return row | {"train/grad_norm": norm, "tokens": count["response"]}
 
 
 def _sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """The sum over all processes."""
-    total = accelerator.reduce(values, "sum")
+    total = accelerator.reduce(values.to(accelerator.device), "sum")
     assert isinstance(total, torch.Tensor)
     return total
 
 
-def _rollout_metrics(batches: list[Batch]) -> dict[str, float]:
-    """Length and reward of the sampled sequences in this rank's batch, when they are rollouts."""
-    if not batches or "teacher" not in batches[0].values:
-        return {}
-    rows = sum(len(b.ids_BT) for b in batches)
-    tokens = sum(float(b.mask_BT.sum()) for b in batches)
-    reward = sum(float((b.values["teacher"] - b.values["student"]).sum()) for b in batches)
-    return {"rollout/length": tokens / rows, "rollout/reward": reward / rows}
+def _anywhere(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is up on any process."""
+    return flag if accelerator.num_processes == 1 else bool(_sum(accelerator, torch.tensor(float(flag))) > 0)
+
+
+def _measured(student: PreTrainedModel, hooks: Hooks) -> dict[str, float]:
+    """Dev metrics of the student as it is now."""
+    was_training = student.training
+    student.eval()
+    metrics = hooks.evaluate()
+    student.train(was_training)
+    return metrics
 
 
 class _Averages:
@@ -197,42 +262,12 @@ class _Averages:
 
     def pop(self) -> dict[str, float]:
         rows, seconds = self.rows, time.monotonic() - self.start
-        means = {name: sum(r[name] for r in rows) / len(rows) for name in rows[0] if name != "tokens"}
+        names = dict.fromkeys(name for row in rows for name in row if name != "tokens")  # not every update is watched
+        means = {name: _mean([r[name] for r in rows if name in r]) for name in names}
         speed = sum(r["tokens"] for r in rows) / max(seconds, 1e-9)
         self.rows, self.start = [], time.monotonic()
         return means | {"train/tokens_per_second": speed}
 
 
-def _evaluate(student: PreTrainedModel, hooks: Hooks, select: Select, state: TrainState, directory: Path) -> dict[str, float]:
-    """Dev metrics; keeps the weights when they are the best so far."""
-    was_training = student.training
-    student.eval()
-    metrics = hooks.evaluate()
-    student.train(was_training)
-    value = metrics[select.metric]
-    sign = 1 if select.metric in HIGHER_IS_BETTER else -1
-    if state.best_value is None or sign * value > sign * state.best_value:
-        state.best_value, state.best_step = value, state.step
-        checkpoint.save(directory / "best.pt", student.state_dict())
-    return {f"dev/{name}": v for name, v in metrics.items()}
-
-
-def _save(
-    directory: Path, state: TrainState, student: PreTrainedModel, optimizer: torch.optim.Optimizer, sampler: Sampler, step: Step
-) -> None:
-    state.model, state.optimizer, state.sampler = student.state_dict(), optimizer.state_dict(), sampler.state()
-    state.schedule = step.schedule.state() if step.schedule else {}
-    checkpoint.save(directory / "state.pt", vars(state))
-
-
-def _resume(directory: Path, student: PreTrainedModel, optimizer: torch.optim.Optimizer, sampler: Sampler, step: Step) -> TrainState:
-    path = directory / "state.pt"
-    if not path.exists():
-        return TrainState()
-    state = TrainState(**checkpoint.load(path))
-    student.load_state_dict(state.model)
-    optimizer.load_state_dict(state.optimizer)
-    sampler.restore(state.sampler)
-    if step.schedule:
-        step.schedule.restore(state.schedule)
-    return state
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

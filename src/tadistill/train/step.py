@@ -1,27 +1,25 @@
-"""From a method to a step: the one place where objectives meet models.
+"""From a method to a step, which maps a batch to the micro-batch's share of the loss, computed by the fused head.
 
-A step maps a batch to the micro-batch's share of the loss, computed by the fused head. To add an objective: one pure function in
-`tadistill.objectives`, one config class in `tadistill.config.objective`, one line in `DIVERGENCES`.
+To add an objective: one pure function in `tadistill.objectives`, one config class in `tadistill.config.objective`, one line in
+`DIVERGENCES`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tadistill import objectives
 from tadistill.config import objective as config
 from tadistill.config.method import Method
+from tadistill.config.sampling import Rounds
 from tadistill.data.batch import Batch
-from tadistill.models.forward import Reader
-from tadistill.objectives import TaidSchedule, fused_head
-from tadistill.objectives.targets import Target, aligned
-
-RESPONSE, CORPUS = "response", "corpus"
+from tadistill.objectives import TaidSchedule
+from tadistill.objectives.targets import aligned
+from tadistill.train.minillm import minillm
+from tadistill.train.terms import CORPUS, RESPONSE, Loss, Models, Step, Term, likelihood
 
 DIVERGENCES: dict[type[config.Divergence], Callable[..., Tensor]] = {
     config.ForwardKL: objectives.forward_kl,
@@ -40,63 +38,12 @@ DIVERGENCES: dict[type[config.Divergence], Callable[..., Tensor]] = {
 """A variant's fields, but for `type` and `kd_ratio`, are its function's keyword arguments."""
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A micro-batch's share of the update's loss: `total` has a graph, `parts` are its detached addends by name."""
-
-    total: Tensor
-    parts: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What the loop calls: `loss(student, batch, per)`, where `per` holds the number that sums over tokens are divided by."""
-
-    loss: Callable[[nn.Module, Batch, Mapping[str, float]], Loss]
-    schedule: TaidSchedule | None = None
-    """State that moves once per update and is saved with the training state."""
-
-
-@dataclass(frozen=True)
-class _Term:
-    """One addend: its values (n,) on a small tile, from (student logits, teachers, rows)."""
-
-    name: str
-    values: Callable[[Tensor, tuple[Any, ...], slice], Tensor]
-    weight: float = 1.0
-
-
-class _Models:
-    """Student and teacher as a step sees them."""
-
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, vocab: int):
-        self.student, self.teacher, self.vocab = Reader(student), teacher, vocab
-        self.teacher_reader = Reader(teacher) if teacher is not None else None
-
-    def target(self, batch: Batch) -> Target:
-        """The teacher at the batch's response tokens: as the batch brings it, or live."""
-        if batch.signal is not None:
-            return batch.signal
-        assert self.teacher is not None
-        assert self.teacher_reader is not None
-        return self.teacher_reader.target(self.teacher, batch)
-
-    def loss(self, model: nn.Module, batch: Batch, terms: list[_Term], per: float, teachers: tuple[Target, ...] = ()) -> Loss:
-        """The terms over the batch's response tokens, each sum divided by `per`."""
-        hidden = self.student.hidden(model, batch)
-        weights = torch.tensor([[t.weight / per] for t in terms], dtype=torch.float32, device=hidden.device)
-
-        def values(student: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
-            return torch.stack([t.values(student, targets, rows) for t in terms])
-
-        total, found = fused_head(hidden, self.student.head, values, weights, teachers=teachers, vocab=self.vocab)
-        sums = (found * weights.to(found.dtype)).sum(1)
-        return Loss(total, dict(zip((t.name for t in terms), sums, strict=True)))
-
-
 def make_step(method: Method, student: PreTrainedModel, teacher: PreTrainedModel | None, vocab: int) -> Step:
     """The step of a method; `teacher` is None for cross-entropy, for scores from rollouts, and where batches bring the teacher's signal."""
-    models = _Models(student, teacher, vocab)
+    models, sampler = Models(student, teacher, vocab), method.sampler
+    if isinstance(method.objective, config.MiniLLM):
+        assert isinstance(sampler, Rounds)
+        return minillm(method.objective, models, sampler.max_new_tokens)
     return _STEPS.get(type(method.objective), _divergence)(method.objective, models)
 
 
@@ -106,40 +53,36 @@ def counts(batches: list[Batch]) -> dict[str, int]:
     return {RESPONSE: sum(int(b.mask_BT.sum()) for b in batches), CORPUS: sum(int(c.mask_BT.sum()) for c in corpora)}
 
 
-def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") -> _Term:
-    """Cross-entropy on the batch's own tokens."""
-    tokens = batch.targets_BT[batch.mask_BT]
-    return _Term(name, lambda student, _, rows: objectives.cross_entropy(student, tokens[rows]), weight)
-
-
-def _cross_entropy(_: config.CrossEntropy, models: _Models) -> Step:
-    return Step(lambda student, batch, per: models.loss(student, batch, [_likelihood(batch)], per[RESPONSE]))
+def _cross_entropy(_: config.CrossEntropy, models: Models) -> Step:
+    return Step(models, lambda student, batch, per: models.loss(student, batch, [likelihood(batch)], per[RESPONSE]))
 
 
 _Rowwise = Callable[[slice], Callable[..., Tensor]]
 """The divergence for a tile of a batch's tokens."""
 
 
-def _divergence(objective: config.Divergence, models: _Models) -> Step:
+def _divergence(objective: config.Divergence, models: Models) -> Step:
     function = partial(DIVERGENCES[type(objective)], **objective.model_dump(exclude={"type", "kd_ratio", "temperature"}))
-    return Step(partial(_towards_teacher, models, objective, lambda _: lambda rows: function))
+    return Step(models, partial(_towards_teacher, models, objective, lambda _: lambda rows: function))
 
 
-def _taid(objective: config.Taid, models: _Models) -> Step:
+def _taid(objective: config.Taid, models: Models) -> Step:
     schedule = TaidSchedule(start=objective.start, end=objective.end, rate=objective.rate, decay=objective.decay)
-    return Step(partial(_towards_teacher, models, objective, lambda _: lambda rows: partial(objectives.taid, t=schedule.t)), schedule)
+    return Step(
+        models, partial(_towards_teacher, models, objective, lambda _: lambda rows: partial(objectives.taid, t=schedule.t)), schedule
+    )
 
 
-def _contrastive(objective: config.Contrastive, models: _Models) -> Step:
+def _contrastive(objective: config.Contrastive, models: Models) -> Step:
     def of(batch: Batch) -> _Rowwise:
         from_teacher = batch.values["from_teacher"][batch.mask_BT] > 0
         return lambda rows: partial(objectives.contrastive, from_teacher=from_teacher[rows], alpha=objective.alpha)
 
-    return Step(partial(_towards_teacher, models, objective, of))
+    return Step(models, partial(_towards_teacher, models, objective, of))
 
 
 def _towards_teacher(
-    models: _Models,
+    models: Models,
     objective: config.Divergence,
     divergence_of: Callable[[Batch], _Rowwise],
     student: nn.Module,
@@ -153,13 +96,13 @@ def _towards_teacher(
         *sides, left = aligned(logits, targets, None, objective.temperature)
         return divergence(rows)(*sides, temperature=left)
 
-    terms = [_Term(objective.type, values, objective.kd_ratio)]  # type: ignore[attr-defined]
+    terms = [Term(objective.type, values, objective.kd_ratio)]  # type: ignore[attr-defined]
     if objective.kd_ratio < 1:
-        terms.append(_likelihood(batch, 1 - objective.kd_ratio))
+        terms.append(likelihood(batch, 1 - objective.kd_ratio))
     return models.loss(student, batch, terms, per[RESPONSE], (target,))
 
 
-def _sampled(objective: config.SampledKL, models: _Models) -> Step:
+def _sampled(objective: config.SampledKL, models: Models) -> Step:
     estimate = {"k2": objectives.k2, "k3": objectives.k3}[objective.estimator]
 
     def loss(student: nn.Module, batch: Batch, per: Mapping[str, float]) -> Loss:
@@ -168,49 +111,15 @@ def _sampled(objective: config.SampledKL, models: _Models) -> Step:
         def values(logits: Tensor, _: tuple[Any, ...], rows: slice) -> Tensor:
             return estimate(objectives.token_log_probs(logits, tokens[rows]), scores[rows])
 
-        return models.loss(student, batch, [_Term(objective.type, values)], per[RESPONSE])
+        return models.loss(student, batch, [Term(objective.type, values)], per[RESPONSE])
 
-    return Step(loss)
-
-
-def _minillm(objective: config.MiniLLM, models: _Models) -> Step:
-    clip = objective.clip
-
-    def loss(student: nn.Module, batch: Batch, per: Mapping[str, float]) -> Loss:
-        mask = batch.mask_BT
-        tokens, behaviour = batch.targets_BT[mask], batch.values["behaviour"][mask]
-        rewards_BT = batch.values["teacher"] - batch.values["student"]
-        advantage = objectives.returns(rewards_BT, mask, length_normalisation=objective.length_normalisation)[mask]
-
-        def policy(logits: Tensor, _: tuple[Any, ...], rows: slice) -> Tensor:
-            log_q = objectives.token_log_probs(logits, tokens[rows])
-            return objectives.policy_gradient(log_q, behaviour[rows], advantage[rows], clip=clip)
-
-        def single_step(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> Tensor:
-            exact = objectives.reverse_kl(logits, teachers[0])
-            if not objective.single_step_weight:
-                return exact
-            log_q = objectives.token_log_probs(logits.detach(), tokens[rows])
-            return exact * objectives.clipped_ratio(log_q, behaviour[rows], clip=clip)
-
-        terms, teachers = [_Term("policy", policy)], ()
-        if objective.single_step:
-            terms.append(_Term("single_step", single_step))
-            teachers = (models.target(batch),)
-        found = models.loss(student, batch, terms, per[RESPONSE], teachers)
-        if batch.corpus is None:
-            return found
-        plain = models.loss(student, batch.corpus, [_likelihood(batch.corpus, objective.pt_weight, "corpus")], per[CORPUS])
-        return Loss(found.total + plain.total, found.parts | plain.parts)
-
-    return Step(loss)
+    return Step(models, loss)
 
 
-_STEPS: dict[type, Callable[[Any, _Models], Step]] = {
+_STEPS: dict[type, Callable[[Any, Models], Step]] = {
     config.CrossEntropy: _cross_entropy,
     config.Taid: _taid,
     config.Contrastive: _contrastive,
     config.SampledKL: _sampled,
-    config.MiniLLM: _minillm,
 }
 """Objectives that need more than two logits; every other is a divergence."""

@@ -13,10 +13,12 @@ from tadistill.objectives import (
     k1,
     k2,
     k3,
+    moments,
     policy_gradient,
     returns,
     reverse_kl,
     token_log_probs,
+    whiten,
 )
 
 from .cases import CHECKS, draw, name, of
@@ -75,17 +77,73 @@ def test_k_estimators_by_hand():
 def test_returns_by_hand():
     rewards = torch.tensor([[9.0, 1.0, -2.0, 0.5, 3.0, 9.0]])
     mask = torch.tensor([[False, True, True, True, True, False]])
-    assert torch.allclose(returns(rewards, mask, length_normalisation=False), torch.tensor([[0, 1.5, 3.5, 3.0, 0, 0]]))
+    assert torch.allclose(returns(rewards, mask, length_normalisation="none"), torch.tensor([[0, 1.5, 3.5, 3.0, 0, 0]]))
     # divisors T - t - 1 = 2, 1, (0 -> 1)
     assert torch.allclose(returns(rewards, mask), torch.tensor([[0, 0.75, 3.5, 3.0, 0, 0]]))
 
 
-def test_returns_ignore_padding():
+@pytest.mark.parametrize(
+    ("length_normalisation", "expected"),
+    [
+        ("none", [2.123375, 1.1825, 3.35, 3]),
+        ("remaining", [0.530844, 0.394167, 1.675, 3]),
+        ("discounts", [0.572358, 0.414549, 1.717949, 3]),
+    ],
+)
+def test_golden_returns_of_the_released_code(length_normalisation, expected):
+    rewards = torch.tensor([[1, -2, 0.5, 3]], dtype=torch.float64)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    found = returns(rewards, mask, discount=0.95, include_current=True, length_normalisation=length_normalisation)
+    torch.testing.assert_close(found[0], torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("include_current", [False, True])
+@pytest.mark.parametrize("length_normalisation", ["after", "remaining", "discounts", "none"])
+@pytest.mark.parametrize("discount", [1.0, 0.9])
+def test_returns_are_their_sums(discount, length_normalisation, include_current):
+    rewards = torch.randn(1, 6, dtype=torch.float64)[0]
+    settings = {"discount": discount, "include_current": include_current, "length_normalisation": length_normalisation}
+    found = returns(rewards.unsqueeze(0), torch.ones(1, 6, dtype=torch.bool), **settings)[0]
+    for t in range(6):
+        first = t if include_current else t + 1
+        weights = [discount**k for k in range(6 - first)]
+        total = sum(w * float(r) for w, r in zip(weights, rewards[first:], strict=True))
+        divisor = {"after": 6 - t - 2, "remaining": 6 - t, "discounts": sum(weights), "none": 1}[length_normalisation]
+        assert float(found[t]) == pytest.approx(total / max(divisor, 1), abs=1e-12)
+
+
+@pytest.mark.parametrize("length_normalisation", ["after", "remaining", "discounts", "none"])
+def test_returns_ignore_padding(length_normalisation):
+    settings = {"discount": 0.9, "include_current": True, "length_normalisation": length_normalisation}
     rewards, mask = torch.randn(2, 5), torch.tensor([[True] * 4 + [False], [True] * 2 + [False] * 3])
     wide = torch.nn.functional.pad(rewards, (2, 3), value=7.0)
     wide_mask = torch.nn.functional.pad(mask, (2, 3), value=False)
-    assert torch.allclose(returns(wide, wide_mask)[:, 2:7], returns(rewards, mask))
-    assert returns(wide, wide_mask)[~wide_mask].abs().max() == 0
+    assert torch.allclose(returns(wide, wide_mask, **settings)[:, 2:7], returns(rewards, mask, **settings))
+    assert returns(wide, wide_mask, **settings)[~wide_mask].abs().max() == 0
+
+
+def test_whitening_over_tokens_and_over_padded_places():
+    values = torch.tensor([[1.0, 2.0, 6.0, 7.0], [3.0, 7.0, 7.0, 7.0]])
+    mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    counted = values[mask].double()
+    sums = moments(values, mask)
+    found = whiten(values, sums, 4)[mask].double()
+    torch.testing.assert_close(found, (counted - 3) / counted.var(correction=0).sqrt(), atol=1e-6, rtol=0)
+    padded = torch.where(mask, values, 0.0).flatten()  # 8 places, zeros included
+    expected = (padded - padded.mean()) / padded.var(correction=0).sqrt()
+    torch.testing.assert_close(whiten(values, sums, 8)[mask], expected[mask.flatten()], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 1.1, 1.5])
+def test_ppo_clips_where_the_ratio_has_gone_too_far_in_the_advantages_direction(ratio, advantage):
+    log_q = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
+    loss = policy_gradient(log_q, torch.zeros_like(log_q), torch.tensor(advantage).double(), clip=0.2, clipping="ppo")
+    clipped = min(max(ratio, 0.8), 1.2)
+    assert float(loss) == pytest.approx(max(-advantage * ratio, -advantage * clipped))
+    idle = (ratio > 1.2 and advantage > 0) or (ratio < 0.8 and advantage < 0)
+    (slope,) = torch.autograd.grad(loss, log_q)
+    assert float(slope) == pytest.approx(0 if idle else -advantage * ratio)
 
 
 @pytest.mark.parametrize(("log_ratio", "expected"), [(0.0, 1.0), (math.log(1.5), 1.2), (math.log(0.5), 0.5), (math.log(1.1), 1.1)])
@@ -123,7 +181,7 @@ def test_gradient_equals_that_of_the_exact_kl():
         log_q, log_p = token_log_probs(logits, tokens), token_log_probs(target, tokens)
         exact = exact + log_q.sum().exp() * (log_q.sum() - log_p.sum())
         mask = torch.ones(1, len(sequence), dtype=torch.bool)
-        advantage = returns((log_p - log_q).detach().unsqueeze(0), mask, length_normalisation=False)[0]
+        advantage = returns((log_p - log_q).detach().unsqueeze(0), mask, length_normalisation="none")[0]
         weight = log_q.sum().exp().detach()  # the probability of drawing this sequence
         policy = policy_gradient(log_q, log_q.detach(), advantage, clip=math.inf)
         surrogate = surrogate + weight * (policy + reverse_kl(logits, target)).sum()

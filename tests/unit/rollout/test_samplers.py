@@ -1,17 +1,24 @@
-"""Samplers: every row once an epoch, rounds and inner epochs, resume inside a round, shards that add up."""
+"""Samplers: rows once an epoch, rounds and inner epochs, GKD's lambda, DistiLLM's buffer, resume inside a round, shards that add up."""
 
 import functools
 import operator
 
 import numpy as np
+import pytest
 import torch
 from tests.conftest import tiny_model
 
-from tadistill.config.method import Optim, PairSampler
-from tadistill.config.method import TeacherMixedSampler as Config
+from tadistill.config.decoding import Decoding
+from tadistill.config.method import Method, Optim
+from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler, SpeculativeSampler, StudentSampler, TeacherMixedSampler
 from tadistill.data.batch import Sequence
 from tadistill.data.templates import Encoded
-from tadistill.rollout.samplers import FixedSequences, Pairs, Shard, TeacherMixedRollouts, shuffled
+from tadistill.models.forward import Reader
+from tadistill.objectives import Hidden
+from tadistill.rollout import samplers
+from tadistill.rollout.engine import Native
+from tadistill.rollout.rounds import Rollouts, Teacher
+from tadistill.rollout.samplers import FixedSequences, Mix, Pairs, Replay, Shard, shuffled
 
 ROWS = [Sequence((1, 2), (3 + i, 0)) for i in range(10)]
 
@@ -40,19 +47,17 @@ def test_shards_partition_the_batch():
     assert sorted(parts) == sorted(rows(Shard()))
 
 
-def rollouts(student=None) -> TeacherMixedRollouts:
+def native(student, length):
+    return Native(student, Decoding(max_new_tokens=length), eos=(0,), vocab=31)
+
+
+def rollouts(student=None, sampler=None, *, scores=True, states=True, shard=Shard()) -> Rollouts:
+    student = student or tiny_model("llama")
     prompts = [Encoded(i, (5 + i, 6, 7)[: 1 + i % 3], (8, 0)) for i in range(12)]
-    return TeacherMixedRollouts(
-        prompts,
-        Config(rollouts=8, inner_epochs=2, max_new_tokens=6),
-        Optim(steps=99, batch=4),
-        student=student or tiny_model("llama"),
-        teacher=tiny_model("llama", seed=2),
-        eos=0,
-        pad=0,
-        vocab=31,
-        seed=3,
-    )
+    sampler = sampler or TeacherMixedSampler(rollouts=8, inner_epochs=2, max_new_tokens=6)
+    teacher = Teacher(tiny_model("llama", seed=2).requires_grad_(False), 31, scores, states)
+    method = Method(sampler=sampler, optim=Optim(steps=99, batch=4))
+    return Rollouts(prompts, method, engine=native(student, 6), teacher=teacher, pad=0, seed=3, shard=shard)
 
 
 def test_a_round_is_trained_on_for_its_inner_epochs():
@@ -93,9 +98,123 @@ def test_corpus_rows_ride_along():
     assert int(batch.corpus.mask_BT.sum()) == 4 * 3
 
 
+SAMPLERS = {
+    "teacher_mixed": TeacherMixedSampler(rollouts=8, inner_epochs=2, max_new_tokens=6),
+    "speculative": SpeculativeSampler(rollouts=8, inner_epochs=2, max_new_tokens=6, k=3),
+    "student": StudentSampler(rollouts=8, inner_epochs=2, max_new_tokens=6),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_rounds_teacher_states_and_scores_are_those_of_a_forward_pass(name):
+    """Kept from sampling where the teacher took part in it, from one pass elsewhere; the same for every update on them."""
+    sampler = rollouts(sampler=SAMPLERS[name])
+    reader = Reader(sampler.teacher.model)
+    for step in range(4):
+        (batch,) = sampler.micro_batches(step)
+        assert isinstance(batch.signal, Hidden)
+        live = reader.target(sampler.teacher.model, batch)
+        torch.testing.assert_close(batch.signal.states, live.states, atol=1e-5, rtol=1e-4)
+        tokens = batch.targets_BT[batch.mask_BT].unsqueeze(1)
+        log_p = live.head.logits(live.states).log_softmax(-1).gather(1, tokens).squeeze(1)
+        torch.testing.assert_close(batch.values["teacher"][batch.mask_BT], log_p.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_teacher_runs_once_over_a_round(monkeypatch):
+    sampler, calls = rollouts(sampler=SAMPLERS["student"]), []
+    hidden = sampler.reader.hidden
+    monkeypatch.setattr(sampler.reader, "hidden", lambda *a: calls.append(None) or hidden(*a))
+    for step in range(4):
+        sampler.micro_batches(step)
+    assert len(calls) == 1
+    once = rollouts(sampler=StudentSampler(max_new_tokens=6), scores=False)  # each rollout is used once: the step's business
+    assert once.micro_batches(0)[0].signal is None
+
+
+def test_a_round_is_the_same_on_any_number_of_ranks(monkeypatch):
+    """Rank 0 and rank 1 sample half each; together they are the round of a single process."""
+    whole = rollouts()
+    whole.micro_batches(0)
+    halves = []
+    for rank in (0, 1):
+        monkeypatch.setattr(samplers, "gather_object", lambda found: halves.append(found) or found)
+        rollouts(shard=Shard(rank, 2))._roll_out(0)
+    joined = Shard().gather(halves[0] + halves[1])
+    assert [s.response for s in joined] == [s.response for s in whole.sequences]
+
+
+def mixed(config, student=None, **changes):
+    student = student or tiny_model("llama")
+    kind = Mix if isinstance(config, MixSampler) else Replay
+    return kind(ROWS, config, Optim(steps=40, batch=4), engine=native(student, 5), pad=0, seed=1, **changes)
+
+
+def is_student_text(batches):
+    return "student" in batches[0].values
+
+
+def test_lambda_is_one_draw_for_the_whole_batch_and_all_ranks():
+    steps = range(200)
+    ranks = [[is_student_text(mixed(MixSampler(lam=0.3), shard=Shard(r, 2)).micro_batches(s)) for s in range(12)] for r in (0, 1)]
+    assert ranks[0] == ranks[1]
+    draws = [mixed(MixSampler(lam=0.3)).draw(s) < 0.3 for s in steps]
+    assert 40 <= sum(draws) <= 80  # 60 expected, standard deviation 6.5
+    assert not any(is_student_text(mixed(MixSampler(lam=0.0)).micro_batches(s)) for s in range(5))
+    assert all(is_student_text(mixed(MixSampler(lam=1.0)).micro_batches(s)) for s in range(5))
+
+
+def test_mixed_batches_answer_the_prompts_they_replace():
+    student, gold = (mixed(MixSampler(lam=lam)).micro_batches(2)[0] for lam in (1.0, 0.0))
+    assert torch.equal(student.ids_BT[:, :2], gold.ids_BT[:, :2])
+
+
+def test_phi_rises_with_the_dev_loss_and_never_falls():
+    sampler = mixed(ReplaySampler(tolerance=0.1, increment=0.25))
+    seen = []
+    for loss in (2.0, 1.5, 2.05, 2.11, 2.15, 2.22, 9.0, 20.0, 40.0):
+        sampler.observe({"loss": loss})
+        seen.append((sampler.phi, sampler.mark))
+    # the mark is the first loss and then each one that raised phi; a lower loss moves nothing
+    marks = [2.0, 2.0, 2.0, 2.11, 2.11, 2.22, 9.0, 20.0, 40.0]
+    assert seen == list(zip([0, 0, 0, 0.25, 0.25, 0.5, 0.75, 1, 1], marks, strict=True))
+
+
+def test_replay_without_phi_is_the_data_set():
+    assert not any(is_student_text(mixed(ReplaySampler()).micro_batches(s)) for s in range(8))
+
+
+@pytest.mark.parametrize(("schedule", "share"), [("decreasing", 0.75), ("constant", 0.5), ("increasing", 0.25)])
+def test_a_full_buffer_is_drawn_from(schedule, share):
+    """A quarter of the way, phi = 1: this share of updates samples anew, the others repeat stored text."""
+    sampler = mixed(ReplaySampler(capacity=8, schedule=schedule))
+    sampler.phi = 1.0
+    assert sampler._share_of_fresh(10) == share
+    for step in range(2):  # fills whatever the draw is
+        assert is_student_text(sampler.micro_batches(step))
+    assert len(sampler.buffer) == 8
+    stored = {s.response for s in sampler.buffer}
+    sampler.config = sampler.config.model_copy(update={"schedule": "increasing"})  # at step 0 nothing is sampled anew
+    (batch,) = sampler.micro_batches(0)
+    responses = [tuple(row[m].tolist()) for row, m in zip(batch.targets_BT, batch.mask_BT, strict=True)]
+    assert set(responses) <= stored
+    assert len(sampler.buffer) == 8
+
+
+def test_replay_resumes_with_its_buffer():
+    sampler = mixed(ReplaySampler(capacity=12))
+    sampler.observe({"loss": 1.0})
+    sampler.phi = 1.0
+    for step in range(3):
+        sampler.micro_batches(step)
+    other = mixed(ReplaySampler(capacity=12), student=tiny_model("llama", seed=9))
+    other.restore(sampler.state())
+    assert (other.phi, other.mark) == (1.0, 1.0)
+    assert [s.response for s in other.buffer] == [s.response for s in sampler.buffer]
+
+
 def pairs(student, *, micro=None, shard=Shard()):
     optim = Optim(steps=4, batch=4, micro_batch=micro)
-    return Pairs(ROWS, PairSampler(max_new_tokens=5), optim, student=student, eos=0, pad=0, vocab=31, seed=1, shard=shard)
+    return Pairs(ROWS, PairSampler(max_new_tokens=5), optim, engine=native(student, 5), pad=0, seed=1, shard=shard)
 
 
 def test_pairs_hold_a_teachers_and_a_fresh_response_to_each_prompt():

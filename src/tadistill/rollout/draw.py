@@ -1,0 +1,145 @@
+"""The distribution of the next token, and a token from it: warping, mixing with a teacher, the inverse CDF.
+
+Axes: B sequences, T tokens so far, V vocabulary. q is the student's distribution, p the teacher's, b the one sampled from.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tadistill.config.decoding import Decoding
+
+_BLOCK = 64  # columns that the first level of a draw sees as one
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """b = (1 - alpha) q + alpha p, mixed per token as distributions (MiniLLM, Gu et al. 2024, Eq. 4)."""
+
+    teacher: PreTrainedModel
+    alpha: float
+
+    def probabilities(self, q_BV: Tensor, p_BV: Tensor) -> Tensor:
+        """b; exactly q at alpha 0 and exactly p at alpha 1."""
+        return torch.lerp(q_BV, p_BV, self.alpha)
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """The student proposes; where its token is not among the teacher's k most probable, the teacher draws it (SKD, Xu et al. 2024).
+
+    In law that is b = q on the top k and, everywhere, (1 - q(top k)) p on top of it: one draw, with a known probability.
+    """
+
+    teacher: PreTrainedModel
+    k: int
+
+    def probabilities(self, q_BV: Tensor, p_BV: Tensor) -> Tensor:
+        """b."""
+        top_BK = p_BV.topk(min(self.k, p_BV.shape[1]), sorted=False).indices
+        accepted_BK = q_BV.gather(1, top_BK)
+        refused_B1 = (1 - accepted_BK.sum(1, keepdim=True)).clamp_(min=0)
+        return (p_BV * refused_B1).scatter_add_(1, top_BK, accepted_BK)
+
+
+def processors(decoding: Decoding) -> LogitsProcessorList:
+    """The settings as transformers' own processors, in the order of the fields; empty for the model itself.
+
+    Temperature 0 is none of them: greedy decoding takes the largest of what the others leave.
+    """
+    found = LogitsProcessorList()
+    if decoding.no_repeat_ngram is not None:
+        found.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram))
+    if decoding.temperature not in (0, 1):
+        found.append(TemperatureLogitsWarper(decoding.temperature))
+    if decoding.top_k is not None:
+        found.append(TopKLogitsWarper(decoding.top_k))
+    if decoding.top_p < 1:
+        found.append(TopPLogitsWarper(decoding.top_p))
+    if decoding.min_p > 0:
+        found.append(MinPLogitsWarper(decoding.min_p))
+    return found
+
+
+def next_tokens(
+    logits: dict[str, Tensor],
+    history_BT: Tensor,
+    uniforms_B: Tensor,
+    warping: LogitsProcessorList,
+    guide: Mixture | Speculation | None,
+    *,
+    greedy: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The next token of every row and its log-probabilities: raw under each model, and under `behaviour`, what it was drawn from.
+
+    Args:
+        logits: (B, V) float32 of "student" and, with a guide, of "teacher".
+        history_BT: prompt and response so far, for the n-grams of `warping`.
+    """
+    raw = {name: z.softmax(-1) for name, z in logits.items()}
+    scores, warped = logits, raw
+    if warping:
+        scores = {name: warping(history_BT, z) for name, z in logits.items()}  # type: ignore[arg-type]  # they take any tensor
+        warped = {name: z.softmax(-1) for name, z in scores.items()}
+    b_BV = guide.probabilities(warped["student"], warped["teacher"]) if guide else warped["student"]
+    if greedy:
+        # of the scores where possible: softmax can make neighbours equal
+        tokens = (b_BV if guide else scores["student"]).argmax(-1)
+        behaviour = torch.zeros_like(b_BV[:, 0])
+    else:
+        tokens = draw(b_BV, uniforms_B)
+        behaviour = _at(b_BV, tokens).log()
+    return tokens, {name: _log_prob(z, raw[name], tokens) for name, z in logits.items()} | {"behaviour": behaviour}
+
+
+def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """The inverse CDF of every row of non-negative weights at its uniform in [0, 1): (B,) columns, never one of weight 0.
+
+    In two levels, a block of columns and then a column of it: a running sum over the whole vocabulary costs more than its softmax.
+    """
+    vocab = weights_BV.shape[1]
+    whole = vocab - vocab % _BLOCK
+    blocks = weights_BV[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
+    if whole < vocab:
+        blocks = torch.cat([blocks, weights_BV[:, whole:].sum(-1, keepdim=True)], 1)
+    block_B1, inside_B1 = _inverse_cdf(blocks, uniforms_B.unsqueeze(1))
+    columns = block_B1 * _BLOCK + torch.arange(_BLOCK, device=weights_BV.device)
+    block_weights = weights_BV.gather(1, columns.clamp(max=vocab - 1))
+    if whole < vocab:
+        block_weights = block_weights.masked_fill(columns >= vocab, 0)
+    column_B1, _ = _inverse_cdf(block_weights, inside_B1)
+    return (block_B1 * _BLOCK + column_B1).squeeze(1)
+
+
+def _inverse_cdf(weights_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The column whose part of the running sum holds the uniform, and how far into that part it lies, in [0, 1]."""
+    # float64: over many columns a float32 running sum drifts by more than a rare token's mass
+    cumulative = weights_BN.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    point = torch.minimum(uniforms_B1 * total, torch.nextafter(total, torch.zeros_like(total)))  # below the total also after rounding
+    column = torch.searchsorted(cumulative, point, right=True)
+    width = weights_BN.gather(1, column)
+    below = cumulative.gather(1, column) - width
+    return column, ((point - below) / width).clamp_(0, 1)
+
+
+def _at(values_BV: Tensor, tokens_B: Tensor) -> Tensor:
+    return values_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
+
+
+def _log_prob(logits_BV: Tensor, probabilities_BV: Tensor, tokens_B: Tensor) -> Tensor:
+    """log softmax at the tokens, from a softmax that is there already: log p(y) = z(y) - max z + log max p.
+
+    The logarithm of p(y) itself would be minus infinity where the other model chose a token that underflows here.
+    """
+    return _at(logits_BV, tokens_B) - logits_BV.amax(-1) + probabilities_BV.amax(-1).log()

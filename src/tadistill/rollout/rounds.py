@@ -1,0 +1,152 @@
+"""Rounds of rollouts: sample many sequences with the current student, train on them for some epochs, sample again.
+
+The teacher runs over a rollout once. Where it has a part in the sampling its hidden states and log-probabilities are kept
+from there; else one forward pass makes them, or none if every rollout is used only once and nothing asks for scores in
+advance: the step then runs the teacher itself. Hidden states are kept, never logits.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tadistill import rng
+from tadistill.config.method import Method
+from tadistill.config.sampling import Rounds, SpeculativeSampler, TeacherMixedSampler
+from tadistill.data.batch import Batch, Sequence, by_length, collate
+from tadistill.data.templates import Encoded
+from tadistill.models.forward import Reader
+from tadistill.objectives import Hidden, fused_head, token_log_probs
+from tadistill.rollout.engine import Engine
+from tadistill.rollout.generate import Mixture, Speculation
+from tadistill.rollout.samplers import Sampler, Shard, cut, pack, shuffled, unpack
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher of a round, and what the objective asks of it."""
+
+    model: PreTrainedModel
+    vocab: int
+    scores: bool
+    """Its log-probability of every sampled token is needed before the loss."""
+    states: bool
+    """Its distribution at every token is needed in the loss."""
+
+
+class Rollouts(Sampler):
+    """Rounds of `rollouts` sequences, each used for `inner_epochs` epochs of `rollouts` / batch updates.
+
+    `Batch.values` holds log-probabilities of the sampled tokens: student (the policy at rollout time, as a model), behaviour (what was
+    sampled from), and teacher where the objective needs it.
+    """
+
+    def __init__(
+        self,
+        prompts: Seq[Encoded],
+        method: Method,
+        *,
+        engine: Engine,
+        teacher: Teacher,
+        pad: int,
+        seed: int,
+        corpus: Seq[Sequence] = (),
+        shard: Shard = Shard(),
+    ):
+        assert isinstance(method.sampler, Rounds)
+        self.prompts, self.config, self.optim, self.engine, self.teacher = prompts, method.sampler, method.optim, engine, teacher
+        self.pad, self.seed, self.corpus, self.shard = pad, seed, corpus, shard
+        self.rollouts = self.config.rollouts or self.optim.batch
+        self.updates = self.rollouts // self.optim.batch  # per inner epoch
+        self.reader = Reader(teacher.model)
+        self.round = -1
+        self.sequences: list[Sequence] = []
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """Roll out at the first step of a round; otherwise the next part of the current one."""
+        number, inside = divmod(step, self.updates * self.config.inner_epochs)
+        if number != self.round:
+            self.sequences = []  # freed before the next ones are made
+            self.round, self.sequences = number, self._roll_out(number)
+        epoch, part = divmod(inside, self.updates)
+        order = rng.generator(self.seed, "inner epoch", number, epoch).permutation(len(self.sequences))
+        rows = order[part * self.optim.batch : (part + 1) * self.optim.batch]
+        return [self._collate(rows[places].tolist(), self._corpus_batch(step, places)) for places in cut(self.optim, self.shard)]
+
+    def _collate(self, rows: list[int], corpus: Batch | None) -> Batch:
+        sequences = [self.sequences[i] for i in rows]
+        return collate(sequences, pad=self.pad, corpus=corpus, signal=self._signal(sequences))
+
+    def _roll_out(self, number: int) -> list[Sequence]:
+        """The whole round; every rank samples its share of it."""
+        rows = shuffled(len(self.prompts), self.rollouts, number, (self.seed, "prompt order"))
+        # in order of length, so that all ranks get prompts of like length
+        mine = np.argsort([len(self.prompts[i].prompt) for i in rows], kind="stable")[self.shard.rank :: self.shard.world].tolist()
+        prompts = [self.prompts[int(rows[i])].prompt for i in mine]
+        uniforms = rng.uniforms(mine, self.config.max_new_tokens, self.seed, "rollout", number)
+        out = self.engine.respond(prompts, uniforms, self._guide())
+        found = [Sequence(p, r.tokens, r.values, r.hidden) for p, r in zip(prompts, out, strict=True)]
+        return self.shard.gather(list(zip(mine, self._with_teacher(found), strict=True)))
+
+    def _guide(self) -> Mixture | Speculation | None:
+        if isinstance(self.config, TeacherMixedSampler) and self.config.alpha > 0:
+            return Mixture(self.teacher.model, self.config.alpha)
+        if isinstance(self.config, SpeculativeSampler):
+            return Speculation(self.teacher.model, self.config.k)
+        return None
+
+    def _with_teacher(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Add the teacher's scores and states if they will be needed more than once or in advance, and drop what nothing needs."""
+        needed = self.teacher.scores or (self.teacher.states and self.config.inner_epochs > 1)
+        if sequences and sequences[0].states is None and needed:
+            sequences = self._scored(sequences)
+        return sequences if self.teacher.states else [replace(s, states=None) for s in sequences]
+
+    @torch.no_grad()
+    def _scored(self, sequences: list[Sequence]) -> list[Sequence]:
+        """With the teacher's hidden states and, if the objective needs them, its log-probabilities."""
+        found: dict[int, Sequence] = {}
+        for rows in by_length(sequences, self.config.chunk):
+            batch = collate([sequences[i] for i in rows], pad=self.pad).to(self.teacher.model.device)
+            hidden = self.reader.hidden(self.teacher.model, batch)
+            lengths = batch.mask_BT.sum(1).tolist()
+            states = hidden.cpu().split(lengths)
+            scores = self._log_probs(hidden, batch).cpu().split(lengths) if self.teacher.scores else None
+            for b, row in enumerate(rows):
+                values = sequences[row].values | ({"teacher": scores[b].numpy()} if scores else {})
+                found[row] = replace(sequences[row], values=values, states=states[b].clone())
+        return [found[i] for i in range(len(sequences))]
+
+    def _log_probs(self, hidden: Tensor, batch: Batch) -> Tensor:
+        tokens = batch.targets_BT[batch.mask_BT]
+
+        def values(logits: Tensor, _: tuple, rows: slice) -> Tensor:
+            return token_log_probs(logits, tokens[rows]).unsqueeze(0)
+
+        weights = torch.ones(1, 1, device=hidden.device)
+        return fused_head(hidden, self.reader.head, values, weights, vocab=self.teacher.vocab)[1][0].float()
+
+    def _signal(self, sequences: list[Sequence]) -> Hidden | None:
+        """The teacher's kept states of a micro-batch."""
+        states = [s.states for s in sequences if s.states is not None]
+        head = self.reader.head
+        return Hidden(torch.cat(states).to(head.weight.device), head) if states else None
+
+    def _corpus_batch(self, step: int, places: np.ndarray) -> Batch | None:
+        """As many rows of plain text as the micro-batch has sequences."""
+        if not self.corpus:
+            return None
+        rows = shuffled(len(self.corpus), self.optim.batch, step, (self.seed, "corpus order"))
+        return collate([self.corpus[i] for i in rows[places]], pad=self.pad)
+
+    def state(self) -> dict[str, Any]:
+        """The round and its rollouts."""
+        return {"round": self.round, "rollouts": pack(self.sequences)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue inside the stored round."""
+        self.round, self.sequences = state["round"], unpack(state["rollouts"])

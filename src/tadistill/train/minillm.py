@@ -1,0 +1,95 @@
+"""MiniLLM's loss from a batch of rollouts: policy gradient, single-step term and language modelling, each part a field of the config.
+
+Axes: B sequences, T positions.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tadistill import objectives
+from tadistill.config.objective import MiniLLM
+from tadistill.data.batch import Batch
+from tadistill.objectives.targets import aligned
+from tadistill.train.terms import CORPUS, RESPONSE, Loss, Models, Step, Term, likelihood
+
+
+def minillm(config: MiniLLM, models: Models, max_new_tokens: int) -> Step:
+    """The step of MiniLLM on rollouts of at most `max_new_tokens`."""
+    return Step(models, partial(_loss, config, models), prepare=partial(_advantages, config, max_new_tokens), clip=config.clip)
+
+
+def _advantages(config: MiniLLM, max_new_tokens: int, batches: list[Batch], total: Callable[[Tensor], Tensor]) -> list[Batch]:
+    """The batches with `values["advantage"]`: returns of scaled rewards, whitened over the update if asked for."""
+    found = [_returns(config, batch) for batch in batches]
+    if config.whitening != "none":
+        rows, tokens = sum(len(b.ids_BT) for b in batches), sum(int(b.mask_BT.sum()) for b in batches)
+        here = sum(objectives.moments(a, b.mask_BT) for a, b in zip(found, batches, strict=True))
+        places = rows * max_new_tokens if config.whitening == "padded" else tokens
+        *sums, count = total(torch.cat([torch.as_tensor(here), torch.tensor([float(places)]).double()])).unbind()
+        found = [objectives.whiten(a, torch.stack(sums), float(count)) for a in found]
+    return [replace(b, values=b.values | {"advantage": a}) for a, b in zip(found, batches, strict=True)]
+
+
+def _returns(config: MiniLLM, batch: Batch) -> Tensor:
+    rewards = (batch.values["teacher"] - batch.values["student"]) / config.reward_scale
+    if config.reward_clip is not None:
+        rewards = rewards.clamp(-config.reward_clip, config.reward_clip)
+    return objectives.returns(
+        rewards,
+        batch.mask_BT,
+        discount=config.discount,
+        include_current=config.include_current,
+        length_normalisation=config.length_normalisation,
+    )
+
+
+def _loss(config: MiniLLM, models: Models, student: nn.Module, batch: Batch, per: Mapping[str, float]) -> Loss:
+    mask = batch.mask_BT
+    tokens, behaviour, advantage = batch.targets_BT[mask], batch.values["behaviour"][mask], batch.values["advantage"][mask]
+    if not config.clip_weight:  # the weight q_old / p~ moves out of the ratio and into what the ratio multiplies
+        old = batch.values["student"][mask]
+        weight, behaviour = (old - behaviour).exp(), old
+    else:
+        weight = torch.ones_like(behaviour)
+
+    def policy(logits: Tensor, _: tuple[Any, ...], rows: slice) -> Tensor:
+        log_q = objectives.token_log_probs(logits, tokens[rows])
+        surrogate = objectives.policy_gradient(log_q, behaviour[rows], advantage[rows], clip=config.clip, clipping=config.clipping)
+        return weight[rows] * surrogate
+
+    def single_step(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> Tensor:
+        exact = objectives.reverse_kl(logits, teachers[0])
+        if not config.single_step_weight:
+            return exact
+        log_q = objectives.token_log_probs(logits.detach(), tokens[rows])
+        return exact * weight[rows] * objectives.clipped_ratio(log_q, behaviour[rows], clip=config.clip)
+
+    terms, teachers = [Term("policy", policy)], ()
+    if config.single_step:
+        terms.append(Term("single_step", single_step))
+        teachers = (models.target(batch),)
+    found = models.loss(student, batch, terms, per[RESPONSE], teachers)
+    if batch.corpus is None:
+        return found
+    plain = _corpus_loss(config, models, student, batch.corpus, per[CORPUS])
+    return Loss(found.total + plain.total, found.parts | plain.parts)
+
+
+def _corpus_loss(config: MiniLLM, models: Models, student: nn.Module, corpus: Batch, per: float) -> Loss:
+    """L_PT in a forward pass of its own: joined to the rollouts' it would pad the shorter of both, and hold both graphs at once."""
+    share = config.pt_kd_ratio
+    terms = [likelihood(corpus, config.pt_weight * (1 - share), "corpus")]
+    if share == 0:
+        return models.loss(student, corpus, terms, per)
+
+    def towards_teacher(logits: Tensor, targets: tuple[Any, ...], _: slice) -> Tensor:
+        *sides, left = aligned(logits, targets, None, 1.0)
+        return objectives.forward_kl(*sides, temperature=left)
+
+    terms.append(Term("corpus_kl", towards_teacher, config.pt_weight * share))
+    return models.loss(student, corpus, terms, per, (models.target(corpus),))

@@ -1,0 +1,82 @@
+"""Student, teacher and the addends of a loss, as every step sees them: the one place where objectives meet models."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tadistill.data.batch import Batch
+from tadistill.models.forward import Reader
+from tadistill.objectives import TaidSchedule, cross_entropy, fused_head
+from tadistill.objectives.targets import Target
+
+RESPONSE, CORPUS = "response", "corpus"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A micro-batch's share of the update's loss: `total` has a graph, `parts` are its detached addends by name."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One addend: its values (n,) on a small tile, from (student logits, teachers, rows)."""
+
+    name: str
+    values: Callable[[Tensor, tuple[Any, ...], slice], Tensor]
+    weight: float = 1.0
+
+
+class Models:
+    """Student and teacher as a step sees them."""
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, vocab: int):
+        self.student_model, self.teacher, self.vocab = student, teacher, vocab
+        self.student = Reader(student)
+        self.teacher_reader = Reader(teacher) if teacher is not None else None
+
+    def target(self, batch: Batch) -> Target:
+        """The teacher at the batch's response tokens: as the batch brings it, or live."""
+        if batch.signal is not None:
+            return batch.signal
+        assert self.teacher is not None
+        assert self.teacher_reader is not None
+        return self.teacher_reader.target(self.teacher, batch)
+
+    def loss(self, model: nn.Module, batch: Batch, terms: list[Term], per: float, teachers: tuple[Target, ...] = ()) -> Loss:
+        """The terms over the batch's response tokens, each sum divided by `per`."""
+        hidden = self.student.hidden(model, batch)
+        weights = torch.tensor([[t.weight / per] for t in terms], dtype=torch.float32, device=hidden.device)
+
+        def values(student: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
+            return torch.stack([t.values(student, targets, rows) for t in terms])
+
+        total, found = fused_head(hidden, self.student.head, values, weights, teachers=teachers, vocab=self.vocab)
+        sums = (found * weights.to(found.dtype)).sum(1)
+        return Loss(total, dict(zip((t.name for t in terms), sums, strict=True)))
+
+
+def likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") -> Term:
+    """Cross-entropy on the batch's own tokens."""
+    tokens = batch.targets_BT[batch.mask_BT]
+    return Term(name, lambda student, _, rows: cross_entropy(student, tokens[rows]), weight)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the loop calls: `loss(student, batch, per)`, where `per` holds the number that sums over tokens are divided by."""
+
+    models: Models
+    loss: Callable[[nn.Module, Batch, Mapping[str, float]], Loss]
+    schedule: TaidSchedule | None = None
+    """State that moves once per update and is saved with the training state."""
+    prepare: Callable[[list[Batch], Callable[[Tensor], Tensor]], list[Batch]] = lambda batches, total: batches
+    """Called once per update with all of this rank's micro-batches and a function that adds a tensor up over all ranks."""
+    clip: float | None = None
+    """Half width of the clip around a probability ratio of 1, where the objective has one."""
