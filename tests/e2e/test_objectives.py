@@ -11,7 +11,7 @@ ARMS = """
   top_k: {path: xl > s, objective: {type: reverse_kl}, sampler: {type: dataset, signal: {type: top_k, k: 8}}}
   taid: {path: xl > s, objective: {type: taid}, sampler: {type: dataset}}
   contrastive: {path: xl > s, objective: {type: contrastive}, sampler: {type: pair, max_new_tokens: 8}}
-  sampled: {path: xl > s, objective: {type: sampled_kl}, sampler: {type: teacher_mixed, alpha: 0, rollouts: 16, max_new_tokens: 8}}
+  sampled: {path: xl > s, objective: {type: sampled_kl}, sampler: {type: student, max_new_tokens: 8}}
 """
 SETTINGS = ["seeds=[1]", "method.optim.steps=4", "method.select.metric=loss", "evaluate.max_new_tokens=8"]
 

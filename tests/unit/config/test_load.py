@@ -4,7 +4,8 @@ import pytest
 
 from tadistill.config import load
 from tadistill.config.method import Method, MethodPatch, Optim, apply, merge
-from tadistill.config.objective import CrossEntropy, ForwardKL
+from tadistill.config.objective import CrossEntropy, ForwardKL, MiniLLM
+from tadistill.config.sampling import TeacherMixedSampler
 from tadistill.errors import ConfigError
 
 RECIPE = """\
@@ -84,9 +85,24 @@ def test_patches_change_only_what_they_name():
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ({"objective": {"type": "minillm"}, "sampler": {"type": "dataset"}}, "minillm learns from rollouts, but the sampler is dataset"),
-        ({"objective": {"type": "sampled_kl"}, "sampler": {"type": "teacher_mixed", "alpha": 0.2}}, "alpha: 0"),
-        ({"objective": {"type": "forward_kl", "kd_ratio": 0.5}, "sampler": {"type": "teacher_mixed"}}, "set kd_ratio: 1"),
+        (
+            {"objective": {"type": "minillm"}, "sampler": {"type": "dataset"}},
+            "minillm learns from rounds of rollouts, but the sampler is dataset",
+        ),
+        ({"objective": {"type": "sampled_kl"}, "sampler": {"type": "teacher_mixed", "alpha": 0.2}}, "use sampler: {type: student}"),
+        ({"objective": {"type": "forward_kl", "kd_ratio": 0.5}, "sampler": {"type": "teacher_mixed"}}, "kd_ratio is 0.5; set it to 1"),
+        ({"objective": {"type": "minillm"}, "sampler": {"type": "mix"}}, "learns from rounds of rollouts, but the sampler is mix"),
+        ({"objective": {"type": "cross_entropy"}, "sampler": {"type": "student"}}, "no target for cross-entropy; use a divergence"),
+        ({"sampler": {"type": "student", "rollouts": 40}}, "rollouts 40 is not a multiple of optim.batch 32"),
+        ({"sampler": {"type": "replay"}, "select": {"metric": "last"}}, "follows the dev loss, but select.metric is `last`"),
+        ({"sampler": {"type": "replay", "capacity": 8}}, "capacity 8 holds less than one batch of 32"),
+        ({"sampler": {"type": "teacher_mixed", "engine": "vllm"}}, "needs the teacher's distribution at every token"),
+        ({"sampler": {"type": "mix", "engine": "vllm", "no_repeat_ngram": 3}}, "vllm knows no no_repeat_ngram"),
+        (
+            {"objective": {"type": "minillm"}, "sampler": {"type": "student", "engine": "vllm", "top_k": 5}},
+            "minillm with engine vllm needs plain sampling",
+        ),
+        ({"sampler": {"type": "mix"}, "optim": {"gradient_checkpointing": True}}, "lower optim.micro_batch"),
         ({"objective": {"type": "contrastive"}}, "contrastive and sampler pair belong together"),
         ({"sampler": {"type": "pair"}}, "contrastive and sampler pair belong together"),
         (
@@ -106,6 +122,33 @@ def test_patches_change_only_what_they_name():
 def test_objectives_and_samplers_that_do_not_go_together(method, words):
     with pytest.raises(ConfigError, match=words):
         apply(Method.model_validate(method))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {"type": "teacher_mixed", "alpha": 1.2},
+        {"type": "teacher_mixed", "alpha": -0.1},
+        {"type": "mix", "lam": 2},
+        {"type": "speculative", "k": 0},
+        {"type": "student", "min_p": 1.5},
+        {"type": "student", "top_p": 0},
+        {"type": "student", "no_repeat_ngram": 0},
+        {"type": "replay", "schedule": "sometimes"},
+    ],
+)
+def test_a_samplers_settings_have_ranges(sampler):
+    with pytest.raises(ValueError, match="validation error"):
+        Method.model_validate({"sampler": sampler})
+
+
+def test_a_preset_in_a_patch_replaces_all_of_the_other():
+    official = apply(Method(sampler=TeacherMixedSampler()), MethodPatch(objective=MiniLLM(preset="official", clip=0.3)))
+    assert (official.objective.discount, official.objective.whitening, official.objective.clip) == (0.95, "padded", 0.3)
+    one = apply(official, MethodPatch(objective=MiniLLM(discount=0.9)))
+    assert (one.objective.discount, one.objective.whitening, one.objective.preset) == (0.9, "padded", "official")
+    paper = apply(official, MethodPatch(objective=MiniLLM(preset="paper")))
+    assert paper.objective.model_dump(exclude={"clip"}) == MiniLLM().model_dump(exclude={"clip"})
 
 
 @pytest.mark.parametrize(

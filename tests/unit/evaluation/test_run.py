@@ -25,7 +25,7 @@ def data(tokenizer):
 
 
 def subject(tokenizer, seed=0):
-    return Subject(tiny_model("llama", vocab=len(tokenizer), seed=seed), tokenizer, len(tokenizer))
+    return Subject(tiny_model("llama", vocab=len(tokenizer), seed=seed), tokenizer, len(tokenizer), (tokenizer.eos_token_id,))
 
 
 def settings(**more) -> Evaluate:

@@ -140,7 +140,7 @@ def test_ppo_clips_where_the_ratio_has_gone_too_far_in_the_advantages_direction(
     log_q = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
     loss = policy_gradient(log_q, torch.zeros_like(log_q), torch.tensor(advantage).double(), clip=0.2, clipping="ppo")
     clipped = min(max(ratio, 0.8), 1.2)
-    assert float(loss) == pytest.approx(max(-advantage * ratio, -advantage * clipped))
+    assert loss.item() == pytest.approx(max(-advantage * ratio, -advantage * clipped))
     idle = (ratio > 1.2 and advantage > 0) or (ratio < 0.8 and advantage < 0)
     (slope,) = torch.autograd.grad(loss, log_q)
     assert float(slope) == pytest.approx(0 if idle else -advantage * ratio)

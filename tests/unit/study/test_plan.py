@@ -126,9 +126,9 @@ def test_specs_are_plain_data():
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"method": {"objective": {"type": "minillm"}}}, ConfigError, "learns from rollouts"),
+        ({"method": {"objective": {"type": "minillm"}}}, ConfigError, "learns from rounds of rollouts"),
         ({"method": recipe()["method"] | {"objective": {"type": "minillm"}}}, ConfigError, "no data.corpus"),
-        ({"method": recipe()["method"] | {"optim": {"steps": 8, "batch": 48}}}, ConfigError, "not a multiple of batch 48"),
+        ({"method": recipe()["method"] | {"optim": {"steps": 8, "batch": 48}}}, ConfigError, "not a multiple of optim.batch 48"),
         ({"method": recipe()["method"] | {"optim": {"batch": 16}}}, ConfigError, "neither `steps` nor `epochs`"),
         ({"arms": {"a": {"path": "s", "objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}}}}, ConfigError, "no teacher"),
         ({"arms": {"a": "xl > s", "b": {"path": "xl > l > s", "compute": "as a"}}}, ConfigError, "direct path"),

@@ -11,6 +11,7 @@ from tadistill import objectives
 from tadistill.config import objective as config
 from tadistill.config.method import Method
 from tadistill.data.batch import Sequence, collate
+from tadistill.models.forward import Reader
 from tadistill.objectives import Hidden, cross_entropy, log_probs, top_k
 from tadistill.train import step as steps
 from tadistill.train.step import counts, make_step
@@ -110,7 +111,7 @@ def test_a_recorded_signal_takes_the_teachers_place(variant, tail):
 
 def test_hidden_states_take_the_teachers_place():
     teacher = tiny_model("llama", seed=5).requires_grad_(False)
-    reader = steps.Reader(teacher)
+    reader = Reader(teacher)
     signal = Hidden(reader.hidden(teacher, collate(ROWS, pad=0)), reader.head)
     student = tiny_model("llama")
     losses = []
@@ -139,7 +140,7 @@ def test_an_objective_is_one_function_one_variant_and_one_line(monkeypatch):
 def test_every_variant_has_a_step_and_only_the_functions_arguments():
     classes = config.Objective.__args__[0].__args__
     assert {c for c in classes if issubclass(c, config.Divergence)} == {*steps.DIVERGENCES, config.Taid, config.Contrastive}
-    assert set(classes) == {*steps.DIVERGENCES, *steps._STEPS}
+    assert set(classes) == {*steps.DIVERGENCES, *steps._STEPS, config.MiniLLM}
     for variant, function in steps.DIVERGENCES.items():
         defaults = variant()
         assert function.__name__ == defaults.type

@@ -1,0 +1,149 @@
+"""One training stage for any sampler and objective on tinyworld, run in one process or in several: what `test_on_policy` compares.
+
+Models have random weights; the training loop, samplers, objectives and data are the product's own.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tadistill.config import Data, DataRef
+from tadistill.config.method import Method, Optim, Select, check_pairing
+from tadistill.config.objective import MiniLLM
+from tadistill.config.sampling import DatasetSampler, OnPolicy, Rounds, TeacherSampler
+from tadistill.data import datasets, tinyworld
+from tadistill.data.batch import Sequence
+from tadistill.data.templates import encode
+from tadistill.rollout.engine import Native
+from tadistill.rollout.rounds import Rollouts, Teacher
+from tadistill.rollout.samplers import FixedSequences, Mix, Pairs, Replay, Shard
+from tadistill.train.loop import Hooks, train_stage
+from tadistill.train.step import make_step
+
+LENGTH = 6
+ROUNDS = {"rollouts": 16, "inner_epochs": 2, "max_new_tokens": LENGTH}
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "dataset": {},
+    "teacher": {"max_new_tokens": LENGTH},
+    "student": ROUNDS,
+    "mix": {"max_new_tokens": LENGTH},
+    "teacher_mixed": ROUNDS,
+    "replay": {"max_new_tokens": LENGTH, "tolerance": 0.0, "increment": 0.9, "capacity": 16},
+    "speculative": ROUNDS | {"k": 5},
+    "pair": {"max_new_tokens": LENGTH},
+}
+OBJECTIVES: dict[str, list[dict[str, Any]]] = {
+    "pair": [{"type": "contrastive", "alpha": a} for a in (0.1, 0.3, 0.5)],
+    **{name: [{"type": "minillm", "pt_weight": 0}, {"type": "reverse_kl"}, {"type": "taid"}] for name in ("teacher_mixed", "speculative")},
+    "student": [{"type": "minillm", "preset": "official", "pt_weight": 0}, {"type": "sampled_kl"}, {"type": "jensen_shannon"}],
+}
+DEFAULT = [{"type": "reverse_kl"}, {"type": "jensen_shannon"}, {"type": "taid"}]
+STEPS, BATCH = 8, 8  # two rounds of 16 rollouts, each for two epochs of two updates
+CASES = [(sampler, i) for sampler in SAMPLERS for i in range(3)]
+
+
+def model(seed: int, hidden: int, tokenizer) -> LlamaForCausalLM:
+    """A small model with sharp predictions, some of which end early."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.4,
+        max_position_embeddings=64,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def train(
+    directory: Path, case: tuple[str, int], *, stop: Callable[[], bool] = lambda: False, interrupt: int | None = None
+) -> torch.Tensor:
+    """All weights after training; `interrupt` raises in the middle of that call of the engine."""
+    name, number = case
+    method = Method.model_validate(
+        {
+            "objective": OBJECTIVES.get(name, DEFAULT)[number],
+            "sampler": {"type": name} | SAMPLERS[name],
+            "optim": Optim(steps=STEPS, batch=BATCH, micro_batch=4, lr=2e-3, eps=1e-4),
+            "select": Select(metric="loss", every=2),
+        }
+    )
+    check_pairing(method)
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True)
+    tokenizer = tinyworld.tokenizer(seed=0, people=20)
+    student, teacher = model(1, 16, tokenizer), model(2, 24, tokenizer).requires_grad_(False)
+    sampler = _sampler(method, student, teacher, tokenizer, Shard(accelerator.process_index, accelerator.num_processes), interrupt)
+    directory.mkdir(parents=True, exist_ok=True)
+    log = directory / "metrics.jsonl"
+
+    def evaluate() -> dict[str, float]:
+        """A loss that rises from one evaluation to the next, so that a replay buffer comes into use."""
+        return {"loss": 1.0 + (log.read_text().count("dev/loss") if log.is_file() else 0)}
+
+    train_stage(
+        student,
+        make_step(method, student, teacher, len(tokenizer)),
+        sampler,
+        optim=method.optim,
+        select=Select(metric="loss", every=2),
+        seed=1,
+        accelerator=accelerator,
+        directory=directory,
+        hooks=Hooks(evaluate=evaluate, progress=lambda done, text: None, stop=stop),
+        checkpoint_seconds=0.0,
+    )
+    last = torch.load(directory / "state.pt", weights_only=True)["model"]  # before the last update; selection keeps an early one
+    return torch.cat([value.flatten() for value in last.values()])
+
+
+def _sampler(method: Method, student, teacher, tokenizer, shard: Shard, interrupt: int | None):
+    data = Data(train=DataRef(load="tinyworld"), dev=DataRef(load="tinyworld"), test=(DataRef(load="tinyworld"),), template="plain")
+    data = data.model_copy(update={"world": data.world.model_copy(update={"people": 20})})
+    examples = datasets.load(data.train, "train", data)[:40]
+    encoded = encode(examples, tokenizer, name="tinyworld", template="plain", max_prompt=24, max_length=40)
+    texts = [Sequence(e.prompt, e.response) for e in encoded]
+    eos, config = tokenizer.eos_token_id, method.sampler
+    common: dict[str, Any] = {"pad": eos, "seed": 3, "shard": shard}
+    if isinstance(config, DatasetSampler | TeacherSampler):
+        return FixedSequences(texts, method.optim, **common)
+    assert isinstance(config, OnPolicy)
+    common["engine"] = _Interrupted(Native(student, config, eos=(eos,), vocab=len(tokenizer), chunk=3), interrupt)
+    if isinstance(config, Rounds):
+        scores = method.objective.type in ("minillm", "sampled_kl")
+        states = method.objective.single_step if isinstance(method.objective, MiniLLM) else not scores
+        return Rollouts(encoded, method, teacher=Teacher(teacher, len(tokenizer), scores, states), **common)
+    return {"mix": Mix, "replay": Replay, "pair": Pairs}[config.type](texts, config, method.optim, **common)
+
+
+class _Interrupted:
+    """An engine that dies inside one of its calls, after half of the sequences were sampled."""
+
+    def __init__(self, engine: Native, at: int | None):
+        self.engine, self.at, self.calls, self.decoding = engine, at, 0, engine.decoding
+
+    def respond(self, prompts, uniforms, guide=None):
+        if self.calls == self.at:
+            half = len(prompts) // 2
+            self.engine.respond(prompts[:half], uniforms[:half], guide)
+            raise KeyboardInterrupt
+        self.calls += 1
+        return self.engine.respond(prompts, uniforms, guide)
+
+
+if __name__ == "__main__":  # one of several processes started by torchrun: all cases; rank 0 writes the weights
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    weights = {f"{name}-{number}": train(out / f"{name}-{number}", (name, number)) for name, number in CASES}
+    if PartialState().is_main_process:
+        torch.save(weights, out / "weights.pt")
+    PartialState().destroy_process_group()

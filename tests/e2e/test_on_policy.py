@@ -1,0 +1,59 @@
+"""Every sampler with three objectives: two rounds, a kill inside a rollout or an epoch changes nothing, nor does a second process."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.e2e.on_policy import CASES, train
+
+from tadistill.train.loop import Interrupted
+
+IDS = [f"{name}-{number}" for name, number in CASES]
+SAMPLING = [case for case in CASES if case[0] not in ("dataset", "teacher")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Weights after an undisturbed run of every case, made when first asked for."""
+    found: dict[tuple[str, int], torch.Tensor] = {}
+
+    def get(case: tuple[str, int]) -> torch.Tensor:
+        if case not in found:
+            found[case] = train(tmp_path_factory.mktemp("whole"), case)
+        return found[case]
+
+    return get
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_every_pair_trains_and_resumes_inside_an_epoch(tmp_path, case, whole):
+    assert torch.isfinite(whole(case)).all()
+    calls = itertools.count()
+    with pytest.raises(Interrupted):
+        train(tmp_path, case, stop=lambda: next(calls) == 6)  # the second round's second epoch
+    assert torch.equal(train(tmp_path, case), whole(case))
+
+
+@pytest.mark.parametrize("case", SAMPLING, ids=[f"{name}-{number}" for name, number in SAMPLING])
+def test_a_kill_inside_a_rollout_changes_nothing(tmp_path, case, whole):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, case, interrupt=1)
+    assert torch.equal(train(tmp_path, case), whole(case))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Weights of every case after training in two gloo processes."""
+    directory = tmp_path_factory.mktemp("gloo")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.e2e.on_policy", str(directory)]
+    subprocess.run([sys.executable, *launch], cwd=Path(__file__).parents[2], check=True)
+    return torch.load(directory / "weights.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_two_processes_give_the_numbers_of_one(case, whole, two_processes):
+    found, expected = two_processes[f"{case[0]}-{case[1]}"], whole(case)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)  # sums in another order; an update moves a weight by up to 2e-3

@@ -1,0 +1,93 @@
+"""Watching: metrics against direct computation, and alarms that come once."""
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import response_logits, tiny_model
+
+from tadistill.config.method import Method
+from tadistill.config.objective import MiniLLM, ReverseKL
+from tadistill.config.sampling import TeacherMixedSampler
+from tadistill.data.batch import Sequence, collate
+from tadistill.train.step import make_step
+from tadistill.train.watch import Alarms, watch
+
+ROWS = [((5, 6), (7, 8, 9, 0)), ((4,), (11, 0)), ((1,), (2, 3, 4, 5, 2, 3, 4, 5, 2))]
+
+
+def sampled(values):
+    return collate([Sequence(p, r, {k: np.full(len(r), v, np.float32) for k, v in values.items()}) for p, r in ROWS], pad=0)
+
+
+def test_metrics_are_what_they_say():
+    student, teacher = tiny_model("llama"), tiny_model("llama", seed=5)
+    batch = sampled({"student": -2.0, "behaviour": -1.9})
+    step = make_step(Method(objective=MiniLLM(pt_weight=0, clip=0.3), sampler=TeacherMixedSampler()), student, teacher, 31)
+    found = watch(step, batch)
+    with torch.no_grad():
+        log_q, log_p = (response_logits(m, batch, 31).double().log_softmax(-1) for m in (student, teacher))
+    tokens = batch.targets_BT[batch.mask_BT].unsqueeze(1)
+    q, p = log_q.gather(1, tokens)[:, 0], log_p.gather(1, tokens)[:, 0]
+    ratio = (q + 1.9).exp()
+    expected = {
+        "length": 15 / 3,
+        "repetition": 2 / 7,  # the grams 2345 and 3452 come again, out of 1 + 6
+        "entropy": -(log_q.exp() * log_q).sum(-1).mean(),
+        "teacher_top_mass": log_q.exp().gather(1, log_p.topk(10).indices).sum(1).mean(),
+        "reward": (p + 2.0).mean(),
+        "reverse_kl": (ratio * ((p - q).exp() - 1 - (p - q))).sum() / ratio.sum(),
+        "clip_fraction": ((ratio - 1).abs() > 0.3).double().mean(),
+        "weight_min": np.exp(-0.1),
+        "weight_max": np.exp(-0.1),
+    }
+    assert set(found) == {f"rollout/{name}" for name in expected}
+    for name, value in expected.items():
+        assert found[f"rollout/{name}"] == pytest.approx(float(value), rel=1e-4), name
+
+
+def test_text_that_is_not_the_students_is_not_watched():
+    step = make_step(Method(objective=ReverseKL()), tiny_model("llama"), tiny_model("llama", seed=5), 31)
+    assert watch(step, collate([Sequence(p, r) for p, r in ROWS], pad=0)) == {}
+
+
+def test_only_the_teachers_scores_are_enough_for_the_reverse_kl():
+    student = tiny_model("llama")
+    step = make_step(Method(objective=ReverseKL()), student, None, 31)
+    found = watch(step, sampled({"student": -2.0, "behaviour": -2.0, "teacher": -1.0}))
+    assert found["rollout/reward"] == pytest.approx(1.0)
+    assert "rollout/teacher_top_mass" not in found
+    assert "rollout/clip_fraction" not in found
+
+
+def metrics(length=20.0, repetition=0.05, entropy=2.0):
+    return {"rollout/length": length, "rollout/repetition": repetition, "rollout/entropy": entropy}
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (metrics(repetition=0.6), "collapse: 60% of 4-grams repeat within a response, at first 5%; lower optim.lr"),
+        (metrics(length=5), "length drift: responses have 5 tokens, at first 20; keep objective.length_normalisation"),
+        (metrics(length=60), "length drift: responses have 60 tokens"),
+        (metrics(entropy=0.2), "entropy drop: 0.20 nats a token, at first 2.00; lower optim.lr"),
+    ],
+)
+def test_an_alarm_comes_once_and_again_after_it_was_over(bad, words):
+    alarms = Alarms()
+    assert alarms.check(metrics()) == []
+    (line,) = alarms.check(bad)
+    assert line.startswith(words)
+    assert "\n" not in line
+    assert alarms.check(bad) == []
+    resumed = Alarms()
+    resumed.restore(alarms.state())
+    assert resumed.check(bad) == []
+    assert resumed.check(metrics()) == []
+    assert len(resumed.check(bad)) == 1
+
+
+def test_small_changes_and_unwatched_updates_raise_none():
+    alarms = Alarms()
+    for length, repetition, entropy in ((20, 0.05, 2.0), (25, 0.1, 1.5), (14, 0.2, 2.6)):
+        assert alarms.check(metrics(length, repetition, entropy)) == []
+    assert alarms.check({}) == []
