@@ -9,7 +9,11 @@ import numpy as np
 from tadistill.report.collect import Results
 from tadistill.report.files import Arm, is_finished, load_metrics
 
-METRICS = ("dev/fact_accuracy", "dev/rouge_l", "dev/loss", "train/loss")  # in the order of the panels
+METRICS = (
+    *("dev/fact_accuracy", "dev/rouge_l", "dev/loss", "train/loss"),
+    *("rollout/reverse_kl", "rollout/length", "rollout/entropy", "rollout/repetition"),
+)
+"""In the order of the panels."""
 _POINTS = 120  # averaging into so many bins calms the training loss and keeps the page small
 
 Series = tuple[list[int], list[float]]  # steps, values

@@ -20,6 +20,7 @@ from transformers import (
 from tadistill.config.decoding import Decoding
 
 _BLOCK = 64  # columns that the first level of a draw sees as one
+_BELOW_ONE = 1 - 2**-53  # the largest float64 below 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Mixture:
 class Speculation:
     """The student proposes; where its token is not among the teacher's k most probable, the teacher draws it (SKD, Xu et al. 2024).
 
-    In law that is b = q on the top k and, everywhere, (1 - q(top k)) p on top of it: one draw, with a known probability.
+    In law that is b = q 1[top k] + (1 - q(top k)) p, so that one draw from b does it, with an exact probability.
     """
 
     teacher: PreTrainedModel
@@ -122,15 +123,16 @@ def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 def _inverse_cdf(weights_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """The column whose part of the running sum holds the uniform, and how far into that part it lies, in [0, 1]."""
+    """The column whose part of the running sum holds the uniform, and how far into that part it lies, again in [0, 1)."""
     # float64: over many columns a float32 running sum drifts by more than a rare token's mass
     cumulative = weights_BN.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    point = torch.minimum(uniforms_B1 * total, torch.nextafter(total, torch.zeros_like(total)))  # below the total also after rounding
-    column = torch.searchsorted(cumulative, point, right=True)
+    # u <= 1 - 2^-53 keeps the point below the total also after rounding, so a last column of weight 0 is never taken; without the
+    # clamp, logits that are not numbers would fail here and not where training reports them
+    point = uniforms_B1 * cumulative[:, -1:]
+    column = torch.searchsorted(cumulative, point, right=True).clamp_(max=weights_BN.shape[1] - 1)
     width = weights_BN.gather(1, column)
     below = cumulative.gather(1, column) - width
-    return column, ((point - below) / width).clamp_(0, 1)
+    return column, ((point - below) / width).clamp_(0, _BELOW_ONE)
 
 
 def _at(values_BV: Tensor, tokens_B: Tensor) -> Tensor:

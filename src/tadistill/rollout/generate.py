@@ -5,12 +5,13 @@ given by the caller, so its text does not depend on what else is in the batch; f
 Axes: B sequences, T positions, V vocabulary, H hidden.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tadistill.config.decoding import Decoding
@@ -101,16 +102,12 @@ class _Batch:
 class _Record:
     """What was sampled, on the host and for all rows, whether or not they are still in the batch."""
 
-    def __init__(self, rows: int, steps: int, eos: tuple[int, ...], teacher: PreTrainedModel | None):
+    def __init__(self, rows: int, steps: int, eos: tuple[int, ...], models: Iterable[str]):
         self.tokens = np.zeros((rows, steps), np.int64)
         self.lengths = np.full(rows, steps)
         self.eos = np.array(eos, np.int64)
-        names = ("student", "behaviour") if teacher is None else ("student", "behaviour", "teacher")
-        self.values = {name: np.zeros((rows, steps), np.float32) for name in names}
-        self.hidden = None
-        if teacher is not None:
-            size = teacher.get_output_embeddings().weight.shape[1]
-            self.hidden = torch.zeros(rows, steps, size, dtype=teacher.dtype)
+        self.values = {name: np.zeros((rows, steps), np.float32) for name in ("behaviour", *models)}
+        self.hidden: Tensor | None = None  # made when its size is known
 
     def add(self, t: int, rows: np.ndarray, tokens_B: Tensor, log_p: dict[str, Tensor], hidden_BH: Tensor | None) -> np.ndarray:
         """Write the step's results; places in `rows` of those that go on."""
@@ -118,13 +115,16 @@ class _Record:
         self.tokens[rows, t] = tokens
         for name, log_p_B in log_p.items():
             self.values[name][rows, t] = log_p_B.cpu().numpy()
-        if self.hidden is not None and hidden_BH is not None:
+        if hidden_BH is not None:
+            if self.hidden is None:
+                self.hidden = torch.zeros(*self.tokens.shape, hidden_BH.shape[1], dtype=hidden_BH.dtype)
             self.hidden[torch.from_numpy(rows), t] = hidden_BH.cpu()
         ended = (tokens[:, None] == self.eos).any(1) & (self.lengths[rows] > t)
         self.lengths[rows[ended]] = t + 1
         return (self.lengths[rows] > t + 1).nonzero()[0]
 
     def rollouts(self) -> list[Rollout]:
+        """The responses, each with memory of its own."""
         found = []
         for b, n in enumerate(self.lengths.tolist()):
             values = {name: array[b, :n].copy() for name, array in self.values.items()}
@@ -155,11 +155,12 @@ def sample(
     Returns:
         Rollouts in the order of the prompts.
     """
-    record = _Record(len(prompts), uniforms_BT.shape[1], eos, guide.teacher if guide else None)
+    models = {"student": student} | ({"teacher": guide.teacher} if guide else {})
+    record = _Record(len(prompts), uniforms_BT.shape[1], eos, models)
     training = student.training
     student.eval()
     try:
-        _fill(record, student, prompts, uniforms_BT, vocab, decoding, guide)
+        _fill(record, _Batch(models, prompts, uniforms_BT, vocab), decoding, guide)
     finally:
         student.train(training)
     # outside of inference mode, whose tensors could not be part of a loss
@@ -167,22 +168,12 @@ def sample(
 
 
 @torch.inference_mode()
-def _fill(
-    record: _Record,
-    student: PreTrainedModel,
-    prompts: list[tuple[int, ...]],
-    uniforms_BT: np.ndarray,
-    vocab: int,
-    decoding: Decoding,
-    guide: Mixture | Speculation | None,
-) -> None:
+def _fill(record: _Record, batch: _Batch, decoding: Decoding, guide: Mixture | Speculation | None) -> None:
     """The loop over positions."""
-    models = {"student": student} | ({"teacher": guide.teacher} if guide else {})
-    batch, rows = _Batch(models, prompts, uniforms_BT, vocab), np.arange(len(prompts))
+    rows, steps = np.arange(record.tokens.shape[0]), record.tokens.shape[1]
     warping, greedy = processors(decoding), decoding.temperature == 0
-    tap = tapped(guide.teacher.get_output_embeddings(), skip=False) if guide else nullcontext([])
-    with tap as seen:
-        for t in range(uniforms_BT.shape[1]):
+    with _teacher_tap(guide) as seen:
+        for t in range(steps):
             logits = batch.logits()
             tokens, log_p = next_tokens(logits, batch.history(), batch.next_uniforms(), warping, guide, greedy=greedy)
             # the last one seen is the teacher's, also where student and teacher are one model
@@ -194,3 +185,12 @@ def _fill(
             if len(going) < _COMPACT_BELOW * len(rows):
                 batch.keep(going)
                 rows = rows[going]
+
+
+def _teacher_tap(guide: Mixture | Speculation | None) -> AbstractContextManager[list[Tensor]]:
+    """Collects what the teacher's output head is given."""
+    if guide is None:
+        return nullcontext([])
+    head = guide.teacher.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+    return tapped(head, skip=False)

@@ -1,0 +1,179 @@
+"""Time of sampling beside transformers' `model.generate`.
+
+    python benchmarks/generate.py [--json PATH] [--markdown PATH] [--quick] [--rounds N]
+
+Four ways to make 64 new tokens behind prompts of 32, of random Llama-shaped models (student 2 layers x 128, teacher 8 x 256), from
+the whole vocabulary at temperature 1:
+
+    own            tadistill's loop, the student alone
+    generate       `student.generate(do_sample=True, top_k=0)`
+    own mixed      tadistill's loop, 0.8 student + 0.2 teacher, with log-probabilities and the teacher's hidden states
+    generate both  `generate` of the student and then of the teacher: what two models cost at least with it, since it cannot mix
+
+No token ends a response, so that all do equal work. Every way runs once in a round, one after the other; the first round is dropped, the
+others give the medians. A ratio is the median of the rounds' ratios, so that a disturbance from outside hits both sides of it.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from tadistill.rollout.generate import Mixture, sample
+
+
+class Size(NamedTuple):
+    """Vocabulary, sequences, prompt tokens, new tokens."""
+
+    vocab: int
+    batch: int
+    prompt: int
+    new: int
+
+
+SIZES = [Size(vocab, batch, 32, 64) for vocab in (4096, 49152) for batch in (16, 64)]
+QUICK = [Size(4096, 4, 8, 8)]
+STUDENT = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 344}
+TEACHER = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 688}
+RATIOS = {"own": "generate", "own mixed": "generate both"}
+COLUMNS = ["vocabulary", "batch", "own ms", "generate ms", "ratio", "own mixed ms", "generate both ms", "ratio"]
+
+
+class Problem:
+    """Models, prompts and uniforms of one size."""
+
+    def __init__(self, size: Size, device: str):
+        self.size = size
+        self.student, self.teacher = (self._model(shape).to(device) for shape in (STUDENT, TEACHER))
+        generator = np.random.default_rng(0)
+        ids = generator.integers(size.vocab, size=(size.batch, size.prompt))
+        self.ids, self.prompts = torch.from_numpy(ids).to(device), [tuple(row) for row in ids.tolist()]
+        self.uniforms = generator.random((size.batch, size.new))
+        self.settings = GenerationConfig(max_new_tokens=size.new, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0)
+
+    def _model(self, shape: dict[str, int]) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        longest = self.size.prompt + self.size.new
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=self.size.vocab, max_position_embeddings=longest, **heads, **shape, **ids)).eval()
+
+    def ways(self) -> dict[str, Callable[[], None]]:
+        """What is timed."""
+
+        def own(guide: Mixture | None) -> None:
+            rollouts = sample(self.student, self.prompts, self.uniforms, eos=(), vocab=self.size.vocab, guide=guide)
+            assert all(len(rollout.tokens) == self.size.new for rollout in rollouts)
+
+        def generate(*models: LlamaForCausalLM) -> None:
+            for model in models:
+                out = model.generate(input_ids=self.ids, attention_mask=torch.ones_like(self.ids), generation_config=self.settings)
+                assert out.shape == (self.size.batch, self.size.prompt + self.size.new)
+
+        return {
+            "own": lambda: own(None),
+            "generate": lambda: generate(self.student),
+            "own mixed": lambda: own(Mixture(self.teacher, 0.2)),
+            "generate both": lambda: generate(self.student, self.teacher),
+        }
+
+
+def measured(size: Size, rounds: int, device: str) -> dict[str, Any]:
+    """Median milliseconds of each way and the ratios."""
+    ways = Problem(size, device).ways()
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds + 1):
+        for way, run in ways.items():
+            start = time.perf_counter()
+            run()  # ends with the tokens on the host, so that a GPU's work is inside
+            taken[way].append(1000 * (time.perf_counter() - start))
+    kept = {way: values[1:] for way, values in taken.items()}
+    ratios = {way: statistics.median(a / b for a, b in zip(kept[way], kept[peer], strict=True)) for way, peer in RATIOS.items()}
+    return {**size._asdict(), "ms": {way: statistics.median(values) for way, values in kept.items()}, "ratios": ratios}
+
+
+# --- report -------------------------------------------------------------------------------------------------------------
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text, in the order of the columns."""
+    text = [f"{row['vocab']:,}", str(row["batch"])]
+    for way, peer in RATIOS.items():
+        text += [f"{row['ms'][way]:,.0f}", f"{row['ms'][peer]:,.0f}", f"{row['ratios'][way]:.2f}"]
+    return text
+
+
+def environment(result: dict[str, Any]) -> str:
+    """Device, versions and threads."""
+    return f"{result['device']}; torch {result['torch']}, transformers {result['transformers']}, {result['threads']} threads; float32"
+
+
+def title(result: dict[str, Any]) -> str:
+    """What was made, in a line."""
+    row = result["rows"][0]
+    return f"{row['new']} new tokens behind prompts of {row['prompt']}"
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """A table on the terminal."""
+    console.print(environment(result))
+    table = Table(*COLUMNS, title=title(result))
+    for row in result["rows"]:
+        table.add_row(*cells(row))
+    console.print(table)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The same as a page."""
+    lines = ["# Sampling: time", "", f"```\n{result['command']}\n```", "", f"{title(result)}. Device: {environment(result)}.", ""]
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---:|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
+    return "\n".join([*lines, "", "What is measured, and how, is said in `benchmarks/generate.py`.", ""])
+
+
+# --- main ---------------------------------------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time of sampling beside transformers' generate.")
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--markdown", type=Path, help="write the table there")
+    parser.add_argument("--quick", action="store_true", help="one small size, a few seconds: says that it runs, not how fast")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after the one that is dropped")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "command": " ".join(["python benchmarks/generate.py", *sys.argv[1:]]),
+        "rows": [],
+    }
+    for size in QUICK if options.quick else SIZES:
+        result["rows"].append(measured(size, options.rounds, device))
+        Console(stderr=True).print(", ".join(cells(result["rows"][-1])))
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(Console(), result)
+    if options.markdown:
+        options.markdown.write_text(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

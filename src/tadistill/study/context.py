@@ -1,0 +1,89 @@
+"""What every stage's work reads: the task, its models, its data, and the ways to report."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tadistill import rng
+from tadistill.config import Data, DataRef
+from tadistill.data import corpus, datasets
+from tadistill.data.batch import Sequence
+from tadistill.data.templates import encode
+from tadistill.evaluation.run import EvalSet, Subject
+from tadistill.models.loading import end_tokens, load_model, load_tokenizer, shared_vocabulary
+from tadistill.models.pruning import keep_list, prune_depth
+from tadistill.study.store import Store
+from tadistill.study.task import Task
+
+SIGNAL = "signal"  # the sub-folder of a signal stage with the teacher's outputs
+MODEL = "model"  # the sub-folder of a training stage that is an ordinary Hugging Face directory
+RESPONSES = "responses.jsonl"  # of a generate stage
+_CORPUS_CHUNKS = 20_000
+
+Progress = Callable[[int, int, str], None]
+
+
+class Context:
+    """A task with the helpers that read its spec."""
+
+    def __init__(self, task: Task, store: Store, folder: Path, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]):
+        self.task, self.spec, self.store, self.folder = task, task.spec, store, folder
+        self.progress, self.alarm, self.stop = progress, alarm, stop
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def model(self, handle: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and tokenizer behind a handle."""
+        world = self.spec["data"]["world"]
+        if "stage" in handle:
+            directory = str(self.store.folder(handle["stage"]) / MODEL)
+            tokenizer = load_tokenizer(directory, world=world)
+            model = load_model(directory, dtype=dtype)
+        elif "prune" in handle:
+            parent, tokenizer = self.model(handle["of"], dtype)
+            model = prune_depth(parent, keep_list(handle["prune"], parent.config.num_hidden_layers))
+        else:
+            tokenizer = load_tokenizer(handle["tokenizer"] or handle["load"], revision=handle["revision"], world=world)
+            model = load_model(
+                handle["load"],
+                revision=handle["revision"],
+                config=handle["config"],
+                dtype=dtype,
+                seed=rng.torch_seed(handle.get("seed", 0), "initial weights"),
+                tokenizer=tokenizer,
+            )
+        return model.to(self.device), tokenizer  # type: ignore[arg-type]
+
+    def teacher(self, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The frozen teacher of the stage."""
+        model, tokenizer = self.model(self.spec["teacher"], dtype)
+        return model.eval().requires_grad_(False), tokenizer
+
+    def split(self, role: str, ref: dict, limit: int | None, tokenizer: PreTrainedTokenizerBase) -> EvalSet:
+        """A data set, read and encoded."""
+        settings, name = self.spec["data"], DataRef.model_validate(ref).name
+        everywhere = {"train": ref, "dev": ref, "test": [ref], "limit": {role: limit}, "root": self.task.data_root}
+        data = Data.model_validate(settings | everywhere)
+        examples = datasets.load(DataRef.model_validate(ref), role, data)
+        lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}
+        return EvalSet(name, examples, encode(examples, tokenizer, name=f"data set `{name}`", **lengths))
+
+    def corpus(self, tokenizer: PreTrainedTokenizerBase) -> list[Sequence]:
+        """Chunks of plain text for the language-modelling term, if the stage has one."""
+        if "corpus" not in self.spec:
+            return []
+        ref = self.spec["corpus"]["ref"]
+        data = Data.model_validate(self.spec["data"] | {"train": ref, "dev": ref, "test": [ref], "root": self.task.data_root})
+        return corpus.chunks(datasets.texts(DataRef.model_validate(ref), data), tokenizer, data.max_length, _CORPUS_CHUNKS)
+
+
+def make_subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: PreTrainedModel) -> Subject:
+    """A model under evaluation, on the vocabulary that it shares with the others."""
+    return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, *others), end_tokens(model, tokenizer))
+
+
+def teacher_dtype(precision: str) -> torch.dtype:
+    """The dtype of a frozen teacher beside a student trained in this precision."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32

@@ -1,0 +1,156 @@
+"""A training stage, sft or distill: models, sampler and step come together and go through the loop."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tadistill.config import Evaluate, Method, Optim
+from tadistill.config.method import Select
+from tadistill.config.objective import CrossEntropy, MiniLLM, SampledKL
+from tadistill.config.sampling import OnPolicy, Rounds
+from tadistill.data.batch import Sequence
+from tadistill.evaluation.run import Subject, dev_metrics, references
+from tadistill.models.loading import end_tokens, save_model, shared_vocabulary
+from tadistill.rollout.engine import Engine, Native
+from tadistill.rollout.rounds import Rollouts, Teacher
+from tadistill.rollout.samplers import FixedSequences, Mix, Pairs, Replay, Sampler, Shard
+from tadistill.rollout.signals import Signals
+from tadistill.rollout.vllm import Vllm
+from tadistill.study.context import MODEL, RESPONSES, SIGNAL, Context, teacher_dtype
+from tadistill.train.loop import Hooks, train_stage
+from tadistill.train.step import make_step
+
+
+def train(context: Context) -> dict[str, Any]:
+    """An sft or distill stage: trains, keeps the selected checkpoint, saves it as a Hugging Face directory."""
+    spec = context.spec
+    optim, select = Optim.model_validate(spec["optim"]), Select.model_validate(spec["select"])
+    method = Method.model_validate(spec["method"]) if "method" in spec else Method(objective=CrossEntropy())
+    method = method.model_copy(update={"optim": optim, "select": select})
+    accelerator = _accelerator(context, optim)
+    student, tokenizer = context.model(spec["student"])
+    teacher = context.teacher(teacher_dtype(optim.precision))[0] if _needs_teacher(method) else None
+    signals = Signals(context.store.folder(spec["signal"]["stage"]) / SIGNAL, context.device) if "signal" in spec else None
+    vocab = shared_vocabulary(tokenizer, student, *([teacher] if teacher else []))
+    if signals and signals.head:
+        vocab = min(vocab, len(signals.head.weight))
+    if optim.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    sampler = _sampler(context, method, student, teacher, tokenizer, vocab, signals, accelerator)
+    # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
+    student.train(not isinstance(method.sampler, OnPolicy))
+    alarms: list[str] = []
+
+    def alarm(text: str) -> None:
+        alarms.append(text)
+        context.alarm(text)
+
+    hooks = Hooks(
+        evaluate=_dev(context, Subject(student, tokenizer, vocab, end_tokens(student, tokenizer)), select, teacher),
+        progress=lambda done, text: context.progress(done, optim.steps or 1, text),
+        alarm=alarm,
+        stop=context.stop,
+    )
+    state = train_stage(
+        student,
+        make_step(method, student, teacher, vocab),
+        sampler,
+        optim=optim,
+        select=select,
+        seed=spec["seed"],
+        accelerator=accelerator,
+        directory=context.folder,
+        hooks=hooks,
+        checkpoint_seconds=context.task.checkpoint_seconds,
+        track=accelerator.log if context.task.trackers else None,
+    )
+    accelerator.end_training()
+    save_model(student, tokenizer, context.folder / MODEL)
+    found = {"steps": state.step, "best_step": state.best_step, "best_value": state.best_value, "alarms": alarms}
+    return found | {"global_and_per_device": _counts(method, accelerator.num_processes)}
+
+
+def _counts(method: Method, devices: int) -> dict[str, Any]:
+    """What the recipe's global numbers mean on this number of devices."""
+    batch, sampler = method.optim.batch, method.sampler
+    found: dict[str, Any] = {"devices": devices, "batch": batch, "batch_per_device": batch / devices}
+    if isinstance(sampler, Rounds):
+        rollouts = sampler.rollouts or batch
+        found |= {"rollouts": rollouts, "rollouts_per_device": rollouts / devices, "updates_per_round": method.round_updates}
+    return found
+
+
+def _accelerator(context: Context, optim: Optim) -> Accelerator:
+    AcceleratorState._reset_state(True)  # one worker runs many stages, each with its own precision
+    trackers = list(context.task.trackers)
+    accelerator = Accelerator(
+        cpu=context.device.type == "cpu",
+        gradient_accumulation_steps=1,
+        mixed_precision="bf16" if optim.precision == "bf16" else "no",
+        log_with=trackers or None,  # type: ignore[arg-type]
+        project_dir=str(context.folder),
+    )
+    if trackers:
+        accelerator.init_trackers(context.task.study, config={"stage": context.task.label, "key": context.task.key})
+    return accelerator
+
+
+def _sampler(
+    context: Context,
+    method: Method,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab: int,
+    signals: Signals | None,
+    accelerator: Accelerator,
+) -> Sampler:
+    spec, eos = context.spec, tokenizer.eos_token_id
+    assert isinstance(eos, int)
+    common: dict[str, Any] = {"pad": eos, "seed": spec["seed"], "shard": Shard(accelerator.process_index, accelerator.num_processes)}
+    train = context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer)
+    texts = _responses(context, spec["responses"]["stage"]) if "responses" in spec else references(train)
+    config = method.sampler
+    if not isinstance(config, OnPolicy):
+        return FixedSequences(texts, method.optim, signals=signals, **common)
+    common["engine"] = _engine(context, config, student, tokenizer, vocab)
+    if isinstance(config, Rounds):
+        assert teacher is not None
+        scores = isinstance(method.objective, MiniLLM | SampledKL)
+        states = method.objective.single_step if isinstance(method.objective, MiniLLM) else not scores
+        plain = context.corpus(tokenizer)
+        return Rollouts(train.encoded, method, teacher=Teacher(teacher, vocab, scores, states), corpus=plain, **common)
+    return {"mix": Mix, "replay": Replay, "pair": Pairs}[config.type](texts, config, method.optim, **common)
+
+
+def _engine(context: Context, config: OnPolicy, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Engine:
+    eos = end_tokens(student, tokenizer)
+    if config.engine == "vllm":
+        return Vllm(student, config, eos=eos, vocab=vocab)
+    return Native(student, config, eos=eos, vocab=vocab, chunk=config.chunk)
+
+
+def _dev(context: Context, subject: Subject, select: Select, teacher: PreTrainedModel | None) -> Callable[[], dict[str, float]]:
+    """The dev evaluation of a training stage."""
+    if select.metric == "last":
+        return dict
+    data = context.split("dev", context.spec["dev"]["ref"], context.spec["dev_limit"], subject.tokenizer)
+    settings = Evaluate.model_validate(context.spec["decoding"])
+    return lambda: dev_metrics(subject, data, settings, select.metric, teacher=teacher)
+
+
+def _needs_teacher(method: Method) -> bool:
+    """Whether training itself runs the teacher, or selection does."""
+    if isinstance(method.sampler, Rounds) or method.select.metric == "reverse_kl":
+        return True
+    return not (isinstance(method.objective, CrossEntropy) or method.signal)
+
+
+def _responses(context: Context, stage: str) -> list[Sequence]:
+    text = (context.store.folder(stage) / RESPONSES).read_text(encoding="utf-8")
+    rows = (json.loads(line) for line in text.splitlines())
+    return [Sequence(tuple(r["prompt"]), tuple(r["response"])) for r in rows]
