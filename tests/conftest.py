@@ -7,7 +7,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from tadistill.models.forward import Reader
 
@@ -20,18 +31,29 @@ def response_logits(model, batch, vocab):
     return reader.head.logits(reader.hidden(model, batch))[:, :vocab].float()
 
 
-def tiny_model(kind: str, *, vocab: int = 31, seed: int = 0, layers: int = 2):
+def tiny_model(kind: str, *, vocab: int = 31, seed: int = 0, layers: int = 2, **settings):
     """A random model of a few thousand parameters, in eval mode, with logits far from uniform."""
     torch.manual_seed(seed)
-    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    common = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=16, n_layer=layers, n_head=2, n_positions=128, **ids))
+        model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=layers, n_head=2, n_positions=128, **common, **settings))
+    elif kind == "opt":
+        sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
+        model = OPTForCausalLM(OPTConfig(max_position_embeddings=128, **sizes, **common, **settings))
     else:
-        config = LlamaConfig(
-            vocab_size=vocab, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
-            intermediate_size=32, max_position_embeddings=128, **ids,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
+        config, model_class = {
+            "llama": (LlamaConfig, LlamaForCausalLM),
+            "mistral": (MistralConfig, MistralForCausalLM),
+            "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        }[kind]
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        }
+        model = model_class(config(max_position_embeddings=128, **sizes, **common, **settings))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -30,10 +30,12 @@ class InPlaceLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        self.keys[:, :, start : self.length].copy_(key_states)
-        self.values[:, :, start : self.length].copy_(value_states)
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        start, new = self.length, key_states.shape[-2]
+        self.length = start + new
+        # `narrow` costs half of an index expression, which counts at two tensors a layer and token
+        self.keys.narrow(2, start, new).copy_(key_states)
+        self.values.narrow(2, start, new).copy_(value_states)
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -46,8 +48,6 @@ def in_place_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
     A sliding window at least that wide is no window. Narrower windows, and the states of recurrent layers, stay transformers' own.
     """
     cache = DynamicCache(config=config)
-    if not cache.layers:
-        cache.layer_class_to_replicate = lambda: InPlaceLayer(capacity)  # type: ignore[assignment]
     for i, layer in enumerate(cache.layers):
         wide = type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= capacity
         if wide or type(layer) is DynamicLayer:

@@ -73,25 +73,16 @@ def processors(decoding: Decoding) -> LogitsProcessorList:
 
 
 def next_tokens(
-    logits: dict[str, Tensor],
-    history_BT: Tensor,
-    uniforms_B: Tensor,
-    warping: LogitsProcessorList,
-    guide: Mixture | Speculation | None,
-    *,
-    greedy: bool,
+    logits: dict[str, Tensor], scores: dict[str, Tensor], uniforms_B: Tensor, guide: Mixture | Speculation | None, *, greedy: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The next token of every row and its log-probabilities: raw under each model, and under `behaviour`, what it was drawn from.
 
     Args:
         logits: (B, V) float32 of "student" and, with a guide, of "teacher".
-        history_BT: prompt and response so far, for the n-grams of `warping`.
+        scores: the same after warping; `logits` itself where there is none.
     """
     raw = {name: z.softmax(-1) for name, z in logits.items()}
-    scores, warped = logits, raw
-    if warping:
-        scores = {name: warping(history_BT, z) for name, z in logits.items()}  # type: ignore[arg-type]  # they take any tensor
-        warped = {name: z.softmax(-1) for name, z in scores.items()}
+    warped = raw if scores is logits else {name: z.softmax(-1) for name, z in scores.items()}
     b_BV = guide.probabilities(warped["student"], warped["teacher"]) if guide else warped["student"]
     if greedy:
         # of the scores where possible: softmax can make neighbours equal

@@ -8,6 +8,7 @@ Axes: B sequences, T positions, V vocabulary, H hidden.
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ class _Decoder:
         self.cache = in_place_cache(model.config, capacity)
 
     def logits(self, ids: Tensor, attention: Tensor | None, positions: Tensor) -> Tensor:
+        """(B, V) of the token after `ids`, which follow what the cache holds."""
         out = self.model(
             input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         )
@@ -77,15 +79,19 @@ class _Batch:
         inputs = self.ids[:, unseen], attention, self.positions[:, unseen]
         return {name: decoder.logits(*inputs) for name, decoder in self.decoders.items()}
 
-    def history(self) -> Tensor:
+    def history(self) -> torch.LongTensor:
         """The tokens so far; padding is an id that no model can say, so that it is part of no n-gram."""
         ids = self.ids[:, : self.end]
-        return ids if self.attention is None else ids.masked_fill(self.attention[:, : self.end] == 0, self.vocab)
+        if self.attention is not None:
+            ids = ids.masked_fill(self.attention[:, : self.end] == 0, self.vocab)
+        return cast(torch.LongTensor, ids)
 
     def next_uniforms(self) -> Tensor:
+        """(B,) for the next token."""
         return self.uniforms[:, self.end - self.width]
 
     def append(self, tokens_B: Tensor) -> None:
+        """The next tokens are what the models see next."""
         self.ids[:, self.end] = tokens_B
         self.start, self.end = self.end, self.end + 1
 
@@ -175,7 +181,8 @@ def _fill(record: _Record, batch: _Batch, decoding: Decoding, guide: Mixture | S
     with _teacher_tap(guide) as seen:
         for t in range(steps):
             logits = batch.logits()
-            tokens, log_p = next_tokens(logits, batch.history(), batch.next_uniforms(), warping, guide, greedy=greedy)
+            scores = {name: warping(batch.history(), z) for name, z in logits.items()} if warping else logits
+            tokens, log_p = next_tokens(logits, scores, batch.next_uniforms(), guide, greedy=greedy)
             # the last one seen is the teacher's, also where student and teacher are one model
             going = record.add(t, rows, tokens, log_p, seen[-1][:, -1] if seen else None)
             seen.clear()
