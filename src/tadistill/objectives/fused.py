@@ -5,8 +5,8 @@
 
 Two sizes of tile. Matrix products work on as many tokens as `TILE_BYTES` allows, over the whole vocabulary; the objective works on a few
 tokens at a time that stay in cache. The gradient of the student's logits is taken by autograd inside such a small tile and written over
-the logits, so the plain function IS the fused one's definition, nothing is computed twice, and backward only hands out
-what forward found. Tiles over the vocabulary as well would need each head a second and third time (a divergence is known only
+the logits, so the plain function IS the fused one's definition (`slopes` writes some gradients out, which is faster, and is held to it by
+tests), nothing is computed twice, and backward only hands out what forward found. Tiles over the vocabulary as well would need each head a second and third time (a divergence is known only
 after both normalisers), and save no memory that matters: one token's logits are small.
 
 Axes: N tokens, H hidden, V vocabulary, K terms.
@@ -24,6 +24,7 @@ from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import wide
 from tadistill.objectives.head import Head, Hidden
+from tadistill.objectives.slopes import written_out
 from tadistill.objectives.targets import Target, TargetMixture, TopK, aligned, per_token, select
 
 TILE_BYTES = 144 * 2**20
@@ -35,6 +36,8 @@ _STREAMED = 2**22
 
 Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
 """(student logits (n, V), each teacher's logits (n, V) or TopK, which of the N tokens) to (K, n) values per term and token."""
+Slopes = Callable[[Tensor, tuple[Any, ...], slice, Tensor], tuple[Tensor, Tensor]]
+"""The same and weights (K, n) to those values, and the gradient (n, V) of their weighted sum in the student's logits."""
 
 
 def fused_divergence(
@@ -78,11 +81,21 @@ def fused_divergence(
         *sides, left = aligned(student, teachers, mixture, temperature)
         return divergence(*sides, temperature=left, **parameters).unsqueeze(0)
 
+    graded = written_out(divergence, **parameters)
+
+    def slopes(student: Tensor, teachers: tuple[Any, ...], _: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with its gradient."""
+        assert graded is not None
+        *sides, left = aligned(student, teachers, mixture, temperature)
+        value, slope = graded(*sides, temperature=left)
+        return value.unsqueeze(0), slope.mul_(weights[0].unsqueeze(-1))
+
     total, found = fused_head(
         student_hidden[counted],
         student_head,
         values,
         weights[counted].unsqueeze(0),
+        slopes=slopes if graded and not any(isinstance(t, TopK) for t in targets) else None,
         teachers=[select(t, counted) for t in targets],
         vocab=vocab,
     )
@@ -115,6 +128,7 @@ def fused_head(
     values: Values,
     weights: Tensor,
     *,
+    slopes: Slopes | None = None,
     teachers: Sequence[Target] = (),
     vocab: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -124,6 +138,7 @@ def fused_head(
         hidden: (N, H).
         values: called on small tiles, with gradients on where they are needed.
         weights: (K, N) or (K, 1); fold 1 / count in here, so that backward has nothing left to scale.
+        slopes: `values` with their gradient written out, used where there is one; autograd finds it otherwise.
         teachers: targets over the same N tokens.
         vocab: as in `fused_divergence`.
 
@@ -137,7 +152,7 @@ def fused_head(
             target.check(width)
     kind = hidden.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    plan = _Plan(head, values, weights.expand(-1, len(hidden)), tuple(teachers), width, autocast, torch.is_grad_enabled())
+    plan = _Plan(head, values, slopes, weights.expand(-1, len(hidden)), tuple(teachers), width, autocast, torch.is_grad_enabled())
     total, found = _FusedHead.apply(hidden, head.weight, head.bias, plan)  # type: ignore[misc]
     return total, found
 
@@ -169,6 +184,7 @@ def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
 class _Plan:
     head: Head
     values: Values
+    slopes: Slopes | None
     weights: Tensor
     teachers: tuple[Target, ...]
     width: int
@@ -271,13 +287,19 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
         t.head.shape(tile[inside]) if isinstance(t, Hidden) else select(tile, inside)
         for t, tile in zip(plan.teachers, teachers, strict=True)
     )
+    weights = plan.weights[:, rows].to(logits.dtype)
+    if wanted and plan.slopes is not None and plan.head.plain:
+        with checks.deferred():
+            values, slope = plan.slopes(logits, targets, rows, weights)
+        logits.copy_(slope)
+        return values
     leaf = logits.detach().requires_grad_(wanted)
     with torch.set_grad_enabled(wanted), checks.deferred():
         values = plan.values(plan.head.shape(leaf), targets, rows)
     if wanted and not values.requires_grad:  # a divergence that does not look at the student, such as a skew of 1
         logits.zero_()
     elif wanted:
-        (slope,) = torch.autograd.grad(values, leaf, plan.weights[:, rows].to(values.dtype))
+        (slope,) = torch.autograd.grad(values, leaf, weights)
         logits.copy_(slope)
     return values.detach()
 

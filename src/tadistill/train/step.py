@@ -19,7 +19,9 @@ from tadistill.config.method import Method
 from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
 from tadistill.objectives import TaidSchedule, fused_head
-from tadistill.objectives.targets import Target, aligned
+from tadistill.objectives.fused import Slopes
+from tadistill.objectives.slopes import written_out
+from tadistill.objectives.targets import Target, TopK, aligned
 
 RESPONSE, CORPUS = "response", "corpus"
 
@@ -64,6 +66,8 @@ class _Term:
     name: str
     values: Callable[[Tensor, tuple[Any, ...], slice], Tensor]
     weight: float = 1.0
+    slope: Callable[[Tensor, tuple[Any, ...], slice], tuple[Tensor, Tensor]] | None = None
+    """The same values with their gradient in the logits (n, V), where that is written out."""
 
 
 class _Models:
@@ -89,9 +93,28 @@ class _Models:
         def values(student: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
             return torch.stack([t.values(student, targets, rows) for t in terms])
 
-        total, found = fused_head(hidden, self.student.head, values, weights, teachers=teachers, vocab=self.vocab)
+        slopes = _slopes(terms)
+        total, found = fused_head(hidden, self.student.head, values, weights, slopes=slopes, teachers=teachers, vocab=self.vocab)
         sums = (found * weights.to(found.dtype)).sum(1)
         return Loss(total, dict(zip((t.name for t in terms), sums, strict=True)))
+
+
+def _slopes(terms: list[_Term]) -> Slopes | None:
+    """All terms at once, where each has its gradient written out."""
+    graded = [t.slope for t in terms if t.slope is not None]
+    if len(graded) < len(terms):
+        return None
+
+    def of(student: Tensor, targets: tuple[Any, ...], rows: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
+        values, total = [], None
+        for slope_of, weight in zip(graded, weights.unsqueeze(-1), strict=True):
+            value, slope = slope_of(student, targets, rows)
+            values.append(value)
+            total = slope.mul_(weight) if total is None else total.addcmul_(slope, weight)
+        assert total is not None
+        return torch.stack(values), total
+
+    return of
 
 
 def make_step(method: Method, student: PreTrainedModel, teacher: PreTrainedModel | None, vocab: int) -> Step:
@@ -153,7 +176,14 @@ def _towards_teacher(
         *sides, left = aligned(logits, targets, None, objective.temperature)
         return divergence(rows)(*sides, temperature=left)
 
-    terms = [_Term(objective.type, values, objective.kd_ratio)]  # type: ignore[attr-defined]
+    def slope(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
+        graded = written_out(divergence(rows))
+        assert graded is not None
+        *sides, left = aligned(logits, targets, None, objective.temperature)
+        return graded(*sides, temperature=left)
+
+    graded = not isinstance(target, TopK) and written_out(divergence(slice(0))) is not None
+    terms = [_Term(objective.type, values, objective.kd_ratio, slope if graded else None)]  # type: ignore[attr-defined]
     if objective.kd_ratio < 1:
         terms.append(_likelihood(batch, 1 - objective.kd_ratio))
     return models.loss(student, batch, terms, per[RESPONSE], (target,))
