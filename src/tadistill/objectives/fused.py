@@ -32,6 +32,8 @@ TILE_BYTES = 144 * 2**20
 _CACHED = {"cpu": 2**19}
 _STREAMED = 2**22
 """Elements of a small tile: on a CPU one that stays in cache, on a GPU one that outweighs the launch of a kernel."""
+_ENOUGH = {"cpu": 384}
+"""Tokens of a tile beyond which a product gets no faster, only its logits larger."""
 
 
 Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
@@ -257,7 +259,7 @@ def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor
     """All tiles: the weighted sum, and the values (K, N)."""
     count, width, dtype = len(hidden), plan.width, wide(hidden.dtype)
     dense = [t for t in plan.teachers if isinstance(t, Hidden)]
-    rows = _rows(count, (1 + len(dense)) * width * dtype.itemsize)
+    rows = _rows(count, (1 + len(dense)) * width * dtype.itemsize, _ENOUGH.get(hidden.device.type, count))
     small = max(1, _CACHED.get(hidden.device.type, _STREAMED) // width)
     buffers = [torch.empty(rows, width, dtype=dtype, device=hidden.device) for _ in range(1 + len(dense))]
     operand, operands = plan.operand(hidden, plan.head), [plan.operand(t.states, t.head) for t in dense]
@@ -304,9 +306,9 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
     return values.detach()
 
 
-def _rows(count: int, bytes_per_row: int) -> int:
+def _rows(count: int, bytes_per_row: int, enough: int) -> int:
     """Tokens of one tile: tiles of like size that keep the budget."""
-    most = max(1, TILE_BYTES // bytes_per_row)
+    most = max(1, min(TILE_BYTES // bytes_per_row, enough))
     return max(1, math.ceil(count / math.ceil(count / most))) if count else 1
 
 
