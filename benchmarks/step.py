@@ -37,7 +37,13 @@ WARM_UP = 2
 TEACHER = {"num_hidden_layers": 8, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 688}
 STUDENT = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 344}
 RAISED = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
-QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONWARNINGS": "ignore",
+}
 
 GROUPS = [["ours reverse_kl", "ours minillm", "trl beta=1"], ["ours jensen_shannon", "trl beta=0.5"]]
 TRL_DEFAULTS = "trl beta=1, its defaults"
@@ -315,23 +321,23 @@ def run_one(name: str, vocab: int, steps: int) -> None:
 def run_group(names: list[str], vocab: int, allocator: str, rounds: int) -> dict[str, dict[str, Any]]:
     """The measured rounds of processes that take turns."""
     environment = os.environ | QUIET | (RAISED if allocator == "raised" else {})
-    children = {}
-    for name in names:
-        command = [sys.executable, __file__, "--one", json.dumps([name, vocab, rounds + WARM_UP])]
-        log = tempfile.TemporaryFile("w+")
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-        children[name] = child, log
-        answer(name, child, log)
-    found = {}
-    for turn in range(rounds + WARM_UP):
-        for name, (child, log) in children.items():
-            assert child.stdin is not None
-            child.stdin.write("go\n")
-            child.stdin.flush()
-            said = answer(name, child, log)
-            if turn == rounds + WARM_UP - 1:
-                found[name] = json.loads(said)
-                child.wait()
+    children, found = {}, {}
+    with contextlib.ExitStack() as files:
+        for name in names:
+            command = [sys.executable, __file__, "--one", json.dumps([name, vocab, rounds + WARM_UP])]
+            log = files.enter_context(tempfile.TemporaryFile("w+"))
+            child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+            children[name] = child, log
+            answer(name, child, log)
+        for turn in range(rounds + WARM_UP):
+            for name, (child, log) in children.items():
+                assert child.stdin is not None
+                child.stdin.write("go\n")
+                child.stdin.flush()
+                said = answer(name, child, log)
+                if turn == rounds + WARM_UP - 1:
+                    found[name] = json.loads(said)
+                    child.wait()
     for result in found.values():
         result["rounds"] = result["rounds"][WARM_UP:]
     return found

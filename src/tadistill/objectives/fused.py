@@ -4,10 +4,11 @@
     mean.backward()  # the count is in the weights, so no second copy of the head's gradient is made
 
 Two sizes of tile. Matrix products work on as many tokens as `TILE_BYTES` allows, over the whole vocabulary; the objective works on a few
-tokens at a time that stay in cache. The gradient of the student's logits is taken by autograd inside such a small tile and written over
-the logits, so the plain function IS the fused one's definition (`slopes` writes some gradients out, which is faster, and is held to it by
-tests), nothing is computed twice, and backward only hands out what forward found. Tiles over the vocabulary as well would need each head a second and third time (a divergence is known only
-after both normalisers), and save no memory that matters: one token's logits are small.
+tokens at a time that stay in cache. The gradient of the student's logits is taken inside such a small tile and written over the logits, so
+nothing is computed twice, and backward only hands out what forward found. Autograd takes it, so that the plain function IS the fused one's
+definition; where `slopes` has it written out, which is faster, tests hold it to that. Tiles over the vocabulary as well would need each
+head a second and third time (a divergence is known only after both normalisers), and save no memory that matters: one token's logits are
+small.
 
 Axes: N tokens, H hidden, V vocabulary, K terms.
 """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tadistill.objectives import checks, divergence
-from tadistill.objectives.divergence import LOG_ZERO, both_log_probs, mixture
+from tadistill.objectives.divergence import LOG_ZERO, both_log_probs, log_probs, mixture
 
 Graded = Callable[..., tuple[Tensor, Tensor]]
 """(student logits, teacher logits, temperature=…) to values (...) and slopes (..., V)."""
@@ -40,9 +40,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     return value, _through_softmax(q, gap, value, temperature)
 
 
-def jensen_shannon(
-    student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """g = (1 - beta) (log q - log m): what reaches q through m cancels."""
     checks.within("beta", beta, 0, 1)
     if beta in (0, 1):
@@ -77,12 +75,25 @@ def skew_reverse_kl(
 ) -> tuple[Tensor, Tensor]:
     """g = log q - log m - alpha q / m, the last addend only where the gradient flows through the mixture."""
     checks.within("alpha", alpha, 0, 1)
+    if alpha == 0:
+        return reverse_kl(student_logits, teacher_logits, temperature=temperature)
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     gap = torch.sub(log_q, mixture(log_q, log_p, alpha), out=log_p)
     q = log_q.exp_()
     value = _dot(q, gap)
     g = gap if detach_mixture else gap.sub_(gap.exp(), alpha=alpha)
     return value, _through_softmax(q, g, _dot(q, g), temperature)
+
+
+def of_tokens(student_logits: Tensor, tokens: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """A loss of the tokens' log-probabilities, (...) to (...): its derivative there, by autograd, times (1 at the token - q)."""
+    log_q, at = log_probs(student_logits), tokens.unsqueeze(-1)
+    leaf = log_q.gather(-1, at).requires_grad_()
+    with torch.enable_grad():
+        value = loss(leaf.squeeze(-1))
+    (outer,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
+    moves = student_logits.gather(-1, at) >= LOG_ZERO
+    return value.detach(), log_q.exp_().mul_(-outer).scatter_add_(-1, at, outer * moves)
 
 
 SLOPES: dict[Callable[..., Tensor], Graded] = {

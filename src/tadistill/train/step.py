@@ -18,9 +18,8 @@ from tadistill.config import objective as config
 from tadistill.config.method import Method
 from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
-from tadistill.objectives import TaidSchedule, fused_head
+from tadistill.objectives import TaidSchedule, fused_head, slopes
 from tadistill.objectives.fused import Slopes
-from tadistill.objectives.slopes import written_out
 from tadistill.objectives.targets import Target, TopK, aligned
 
 RESPONSE, CORPUS = "response", "corpus"
@@ -93,13 +92,12 @@ class _Models:
         def values(student: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
             return torch.stack([t.values(student, targets, rows) for t in terms])
 
-        slopes = _slopes(terms)
-        total, found = fused_head(hidden, self.student.head, values, weights, slopes=slopes, teachers=teachers, vocab=self.vocab)
+        total, found = fused_head(hidden, self.student.head, values, weights, slopes=_graded(terms), teachers=teachers, vocab=self.vocab)
         sums = (found * weights.to(found.dtype)).sum(1)
         return Loss(total, dict(zip((t.name for t in terms), sums, strict=True)))
 
 
-def _slopes(terms: list[_Term]) -> Slopes | None:
+def _graded(terms: list[_Term]) -> Slopes | None:
     """All terms at once, where each has its gradient written out."""
     graded = [t.slope for t in terms if t.slope is not None]
     if len(graded) < len(terms):
@@ -131,8 +129,19 @@ def counts(batches: list[Batch]) -> dict[str, int]:
 
 def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") -> _Term:
     """Cross-entropy on the batch's own tokens."""
-    tokens = batch.targets_BT[batch.mask_BT]
-    return _Term(name, lambda student, _, rows: objectives.cross_entropy(student, tokens[rows]), weight)
+    return _of_tokens(name, batch.targets_BT[batch.mask_BT], lambda log_q, _: -log_q, weight)
+
+
+def _of_tokens(name: str, tokens: Tensor, loss: Callable[[Tensor, slice], Tensor], weight: float = 1.0) -> _Term:
+    """A loss of the tokens' log-probabilities under the student."""
+
+    def values(logits: Tensor, _: tuple[Any, ...], rows: slice) -> Tensor:
+        return loss(objectives.token_log_probs(logits, tokens[rows]), rows)
+
+    def slope(logits: Tensor, _: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
+        return slopes.of_tokens(logits, tokens[rows], lambda log_q: loss(log_q, rows))
+
+    return _Term(name, values, weight, slope)
 
 
 def _cross_entropy(_: config.CrossEntropy, models: _Models) -> Step:
@@ -177,12 +186,12 @@ def _towards_teacher(
         return divergence(rows)(*sides, temperature=left)
 
     def slope(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
-        graded = written_out(divergence(rows))
+        graded = slopes.written_out(divergence(rows))
         assert graded is not None
         *sides, left = aligned(logits, targets, None, objective.temperature)
         return graded(*sides, temperature=left)
 
-    graded = not isinstance(target, TopK) and written_out(divergence(slice(0))) is not None
+    graded = not isinstance(target, TopK) and slopes.written_out(divergence(slice(0))) is not None
     terms = [_Term(objective.type, values, objective.kd_ratio, slope if graded else None)]  # type: ignore[attr-defined]
     if objective.kd_ratio < 1:
         terms.append(_likelihood(batch, 1 - objective.kd_ratio))
@@ -194,11 +203,8 @@ def _sampled(objective: config.SampledKL, models: _Models) -> Step:
 
     def loss(student: nn.Module, batch: Batch, per: Mapping[str, float]) -> Loss:
         tokens, scores = batch.targets_BT[batch.mask_BT], batch.values["teacher"][batch.mask_BT]
-
-        def values(logits: Tensor, _: tuple[Any, ...], rows: slice) -> Tensor:
-            return estimate(objectives.token_log_probs(logits, tokens[rows]), scores[rows])
-
-        return models.loss(student, batch, [_Term(objective.type, values)], per[RESPONSE])
+        term = _of_tokens(objective.type, tokens, lambda log_q, rows: estimate(log_q, scores[rows]))
+        return models.loss(student, batch, [term], per[RESPONSE])
 
     return Step(loss)
 
@@ -212,20 +218,26 @@ def _minillm(objective: config.MiniLLM, models: _Models) -> Step:
         rewards_BT = batch.values["teacher"] - batch.values["student"]
         advantage = objectives.returns(rewards_BT, mask, length_normalisation=objective.length_normalisation)[mask]
 
-        def policy(logits: Tensor, _: tuple[Any, ...], rows: slice) -> Tensor:
-            log_q = objectives.token_log_probs(logits, tokens[rows])
+        def policy(log_q: Tensor, rows: slice) -> Tensor:
             return objectives.policy_gradient(log_q, behaviour[rows], advantage[rows], clip=clip)
 
-        def single_step(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> Tensor:
-            exact = objectives.reverse_kl(logits, teachers[0])
+        def importance(logits: Tensor, rows: slice) -> Tensor | float:
             if not objective.single_step_weight:
-                return exact
+                return 1.0
             log_q = objectives.token_log_probs(logits.detach(), tokens[rows])
-            return exact * objectives.clipped_ratio(log_q, behaviour[rows], clip=clip)
+            return objectives.clipped_ratio(log_q, behaviour[rows], clip=clip)
 
-        terms, teachers = [_Term("policy", policy)], ()
+        def single_step(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> Tensor:
+            return objectives.reverse_kl(logits, teachers[0]) * importance(logits, rows)
+
+        def single_step_slope(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
+            weight = torch.as_tensor(importance(logits, rows), dtype=logits.dtype)
+            exact, slope = slopes.reverse_kl(logits, teachers[0])
+            return exact * weight, slope.mul_(weight.unsqueeze(-1))
+
+        terms, teachers = [_of_tokens("policy", tokens, policy)], ()
         if objective.single_step:
-            terms.append(_Term("single_step", single_step))
+            terms.append(_Term("single_step", single_step, slope=single_step_slope))
             teachers = (models.target(batch),)
         found = models.loss(student, batch, terms, per[RESPONSE], teachers)
         if batch.corpus is None:
