@@ -64,6 +64,7 @@ class Clock:
     tokens: int = 0
     before: int = 0
     since: float = 0.0
+    cpu: float = 0.0
     out: Any = None
 
     def start(self) -> None:
@@ -75,17 +76,18 @@ class Clock:
     def tick(self) -> None:
         """A step is over."""
         seconds = time.perf_counter() - self.since
-        self.rounds.append({"seconds": seconds, "sampling": self.sampling, "tokens": self.tokens})
+        cpu = time.process_time() - self.cpu
+        self.rounds.append({"seconds": seconds, "cpu": cpu, "sampling": self.sampling, "tokens": self.tokens})
         if len(self.rounds) < self.steps:
             self._wait()
 
     def timed(self, sample: Callable[..., Any]) -> Callable[..., Any]:
-        """`sample`, with its time added to the step's sampling."""
+        """`sample`, with its CPU time added to the step's sampling."""
 
         def inner(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = time.process_time()
             result = sample(*args, **kwargs)
-            self.sampling += time.perf_counter() - start
+            self.sampling += time.process_time() - start
             return result
 
         return inner
@@ -97,7 +99,8 @@ class Clock:
     def _wait(self) -> None:
         print("done", file=self.out, flush=True)
         sys.stdin.readline()
-        self.sampling, self.tokens, self.since = 0.0, 0, time.perf_counter()
+        self.sampling, self.tokens = 0.0, 0
+        self.since, self.cpu = time.perf_counter(), time.process_time()
 
 
 def resident(name: str) -> int:

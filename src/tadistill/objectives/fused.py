@@ -30,7 +30,7 @@ from tadistill.objectives.targets import Target, TargetMixture, TopK, aligned, p
 
 TILE_BYTES = 144 * 2**20
 """For the logits of one tile, student and teachers together."""
-_CACHED = {"cpu": 2**19}
+_CACHED = {"cpu": 2**18}
 _STREAMED = 2**22
 """Elements of a small tile: on a CPU one that stays in cache, on a GPU one that outweighs the launch of a kernel."""
 _ENOUGH = {"cpu": 384}
