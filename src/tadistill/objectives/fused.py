@@ -16,6 +16,7 @@ Axes: N tokens, H hidden, V vocabulary, K terms.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,26 +80,13 @@ def fused_divergence(
     counted = weights != 0
     targets, mixture = _targets(student_hidden, teacher, mixture)
 
-    def values(student: Tensor, teachers: tuple[Any, ...], _: slice) -> Tensor:
-        """The one term of a small tile."""
-        *sides, left = aligned(student, teachers, mixture, temperature)
-        return divergence(*sides, temperature=left, **parameters).unsqueeze(0)
-
-    graded = written_out(divergence, **parameters)
-
-    def slopes(student: Tensor, teachers: tuple[Any, ...], _: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with its gradient."""
-        assert graded is not None
-        *sides, left = aligned(student, teachers, mixture, temperature)
-        value, slope = graded(*sides, temperature=left)
-        return value.unsqueeze(0), slope.mul_(weights[0].unsqueeze(-1))
-
+    values, slopes = _of(partial(divergence, **parameters), targets, mixture, temperature)
     total, found = fused_head(
         student_hidden[counted],
         student_head,
         values,
         weights[counted].unsqueeze(0),
-        slopes=slopes if graded and not any(isinstance(t, TopK) for t in targets) else None,
+        slopes=slopes,
         teachers=[select(t, counted) for t in targets],
         vocab=vocab,
     )
@@ -106,6 +94,26 @@ def fused_divergence(
         teachers = torch.cat([per_token(t)[counted].flatten() for t in targets])
         checks.result(found, student_hidden=student_hidden[counted], student_head=student_head.weight, teacher=teachers)
     return total, torch.zeros(counted.shape, dtype=found.dtype, device=found.device).masked_scatter(counted, found[0])
+
+
+def _of(
+    divergence: Callable[..., Tensor], targets: list[Target], mixture: TargetMixture | None, temperature: float
+) -> tuple[Values, Slopes | None]:
+    """A divergence on small tiles, as one term, and the same with its gradient where that is written out."""
+    graded = written_out(divergence)
+
+    def values(student: Tensor, teachers: tuple[Any, ...], _: slice) -> Tensor:
+        *sides, left = aligned(student, teachers, mixture, temperature)
+        return divergence(*sides, temperature=left).unsqueeze(0)
+
+    def slopes(student: Tensor, teachers: tuple[Any, ...], _: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
+        assert graded is not None
+        *sides, left = aligned(student, teachers, mixture, temperature)
+        value, slope = graded(*sides, temperature=left)
+        return value.unsqueeze(0), slope.mul_(weights[0].unsqueeze(-1))
+
+    on_support = any(isinstance(t, TopK) for t in targets)  # autograd carries the slope back to the whole vocabulary
+    return values, slopes if graded and not on_support else None
 
 
 def _targets(
