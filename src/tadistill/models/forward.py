@@ -48,11 +48,12 @@ class Reader:
             model: the model this reader was made of, or a wrapper around it (for several processes).
         """
         columns = batch.mask_BT.any(0).nonzero().squeeze(1)
+        end = int(columns[-1]) + 1 if len(columns) else 1  # what comes later is read by no position that counts
         with tapped(self._module, skip=True) as seen:
             model(
-                input_ids=batch.ids_BT,
-                attention_mask=batch.attention_BT,
-                position_ids=batch.positions_BT,
+                input_ids=batch.ids_BT[:, :end],
+                attention_mask=batch.attention_BT[:, :end],
+                position_ids=batch.positions_BT[:, :end],
                 use_cache=False,
                 logits_to_keep=columns,
             )

@@ -81,7 +81,7 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: floa
     elif beta == 1:
         value = kl(log_q, log_p)
     else:
-        log_m = _mixture(log_p, log_q, beta)
+        log_m = mixture(log_p, log_q, beta)
         value = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
     return checks.result(value, student_logits=student_logits, teacher_logits=teacher_logits)
 
@@ -96,7 +96,7 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: fl
     """
     checks.within("alpha", alpha, 0, 1)
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
-    return checks.result(kl(log_p, _mixture(log_p, log_q, alpha)), student_logits=student_logits, teacher_logits=teacher_logits)
+    return checks.result(kl(log_p, mixture(log_p, log_q, alpha)), student_logits=student_logits, teacher_logits=teacher_logits)
 
 
 def skew_reverse_kl(
@@ -112,7 +112,7 @@ def skew_reverse_kl(
     """
     checks.within("alpha", alpha, 0, 1)
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
-    log_m = _mixture(log_q.detach() if detach_mixture else log_q, log_p, alpha)
+    log_m = mixture(log_q.detach() if detach_mixture else log_q, log_p, alpha)
     return checks.result(kl(log_q, log_m), student_logits=student_logits, teacher_logits=teacher_logits)
 
 
@@ -148,7 +148,7 @@ def both_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     return log_probs(student_logits, temperature), log_probs(teacher_logits, temperature)
 
 
-def _mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+def mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
     """log(weight a + (1 - weight) b)."""
     if weight in (0, 1):
         return log_a if weight == 1 else log_b

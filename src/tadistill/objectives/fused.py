@@ -4,10 +4,11 @@
     mean.backward()  # the count is in the weights, so no second copy of the head's gradient is made
 
 Two sizes of tile. Matrix products work on as many tokens as `TILE_BYTES` allows, over the whole vocabulary; the objective works on a few
-tokens at a time that stay in cache. The gradient of the student's logits is taken by autograd inside such a small tile and written over
-the logits, so the plain function IS the fused one's definition, nothing is computed twice, and backward only hands out
-what forward found. Tiles over the vocabulary as well would need each head a second and third time (a divergence is known only
-after both normalisers), and save no memory that matters: one token's logits are small.
+tokens at a time that stay in cache. The gradient of the student's logits is taken inside such a small tile and written over the logits, so
+nothing is computed twice, and backward only hands out what forward found. Autograd takes it, so that the plain function IS the fused one's
+definition; where `slopes` has it written out, which is faster, tests hold it to that. Tiles over the vocabulary as well would need each
+head a second and third time (a divergence is known only after both normalisers), and save no memory that matters: one token's logits are
+small.
 
 Axes: N tokens, H hidden, V vocabulary, K terms.
 """
@@ -15,6 +16,7 @@ Axes: N tokens, H hidden, V vocabulary, K terms.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,17 +26,22 @@ from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import wide
 from tadistill.objectives.head import Head, Hidden
+from tadistill.objectives.slopes import written_out
 from tadistill.objectives.targets import Target, TargetMixture, TopK, aligned, per_token, select
 
 TILE_BYTES = 144 * 2**20
 """For the logits of one tile, student and teachers together."""
-_CACHED = {"cpu": 2**19}
+_CACHED = {"cpu": 2**18}
 _STREAMED = 2**22
 """Elements of a small tile: on a CPU one that stays in cache, on a GPU one that outweighs the launch of a kernel."""
+_ENOUGH = {"cpu": 384}
+"""Tokens of a tile beyond which a product gets no faster, only its logits larger."""
 
 
 Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
 """(student logits (n, V), each teacher's logits (n, V) or TopK, which of the N tokens) to (K, n) values per term and token."""
+Slopes = Callable[[Tensor, tuple[Any, ...], slice, Tensor], tuple[Tensor, Tensor]]
+"""The same and weights (K, n) to those values, and the gradient (n, V) of their weighted sum in the student's logits."""
 
 
 def fused_divergence(
@@ -73,16 +80,13 @@ def fused_divergence(
     counted = weights != 0
     targets, mixture = _targets(student_hidden, teacher, mixture)
 
-    def values(student: Tensor, teachers: tuple[Any, ...], _: slice) -> Tensor:
-        """The one term of a small tile."""
-        *sides, left = aligned(student, teachers, mixture, temperature)
-        return divergence(*sides, temperature=left, **parameters).unsqueeze(0)
-
+    values, slopes = _of(partial(divergence, **parameters), targets, mixture, temperature)
     total, found = fused_head(
         student_hidden[counted],
         student_head,
         values,
         weights[counted].unsqueeze(0),
+        slopes=slopes,
         teachers=[select(t, counted) for t in targets],
         vocab=vocab,
     )
@@ -90,6 +94,26 @@ def fused_divergence(
         teachers = torch.cat([per_token(t)[counted].flatten() for t in targets])
         checks.result(found, student_hidden=student_hidden[counted], student_head=student_head.weight, teacher=teachers)
     return total, torch.zeros(counted.shape, dtype=found.dtype, device=found.device).masked_scatter(counted, found[0])
+
+
+def _of(
+    divergence: Callable[..., Tensor], targets: list[Target], mixture: TargetMixture | None, temperature: float
+) -> tuple[Values, Slopes | None]:
+    """A divergence on small tiles, as one term, and the same with its gradient where that is written out."""
+    graded = written_out(divergence)
+
+    def values(student: Tensor, teachers: tuple[Any, ...], _: slice) -> Tensor:
+        *sides, left = aligned(student, teachers, mixture, temperature)
+        return divergence(*sides, temperature=left).unsqueeze(0)
+
+    def slopes(student: Tensor, teachers: tuple[Any, ...], _: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
+        assert graded is not None
+        *sides, left = aligned(student, teachers, mixture, temperature)
+        value, slope = graded(*sides, temperature=left)
+        return value.unsqueeze(0), slope.mul_(weights[0].unsqueeze(-1))
+
+    on_support = any(isinstance(t, TopK) for t in targets)  # autograd carries the slope back to the whole vocabulary
+    return values, slopes if graded and not on_support else None
 
 
 def _targets(
@@ -115,6 +139,7 @@ def fused_head(
     values: Values,
     weights: Tensor,
     *,
+    slopes: Slopes | None = None,
     teachers: Sequence[Target] = (),
     vocab: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -124,6 +149,7 @@ def fused_head(
         hidden: (N, H).
         values: called on small tiles, with gradients on where they are needed.
         weights: (K, N) or (K, 1); fold 1 / count in here, so that backward has nothing left to scale.
+        slopes: `values` with their gradient written out, used where there is one; autograd finds it otherwise.
         teachers: targets over the same N tokens.
         vocab: as in `fused_divergence`.
 
@@ -137,7 +163,7 @@ def fused_head(
             target.check(width)
     kind = hidden.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    plan = _Plan(head, values, weights.expand(-1, len(hidden)), tuple(teachers), width, autocast, torch.is_grad_enabled())
+    plan = _Plan(head, values, slopes, weights.expand(-1, len(hidden)), tuple(teachers), width, autocast, torch.is_grad_enabled())
     total, found = _FusedHead.apply(hidden, head.weight, head.bias, plan)  # type: ignore[misc]
     return total, found
 
@@ -169,6 +195,7 @@ def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
 class _Plan:
     head: Head
     values: Values
+    slopes: Slopes | None
     weights: Tensor
     teachers: tuple[Target, ...]
     width: int
@@ -241,7 +268,7 @@ def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor
     """All tiles: the weighted sum, and the values (K, N)."""
     count, width, dtype = len(hidden), plan.width, wide(hidden.dtype)
     dense = [t for t in plan.teachers if isinstance(t, Hidden)]
-    rows = _rows(count, (1 + len(dense)) * width * dtype.itemsize)
+    rows = _rows(count, (1 + len(dense)) * width * dtype.itemsize, _ENOUGH.get(hidden.device.type, count))
     small = max(1, _CACHED.get(hidden.device.type, _STREAMED) // width)
     buffers = [torch.empty(rows, width, dtype=dtype, device=hidden.device) for _ in range(1 + len(dense))]
     operand, operands = plan.operand(hidden, plan.head), [plan.operand(t.states, t.head) for t in dense]
@@ -271,20 +298,26 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
         t.head.shape(tile[inside]) if isinstance(t, Hidden) else select(tile, inside)
         for t, tile in zip(plan.teachers, teachers, strict=True)
     )
+    weights = plan.weights[:, rows].to(logits.dtype)
+    if wanted and plan.slopes is not None and plan.head.plain:
+        with checks.deferred():
+            values, slope = plan.slopes(logits, targets, rows, weights)
+        logits.copy_(slope)
+        return values
     leaf = logits.detach().requires_grad_(wanted)
     with torch.set_grad_enabled(wanted), checks.deferred():
         values = plan.values(plan.head.shape(leaf), targets, rows)
     if wanted and not values.requires_grad:  # a divergence that does not look at the student, such as a skew of 1
         logits.zero_()
     elif wanted:
-        (slope,) = torch.autograd.grad(values, leaf, plan.weights[:, rows].to(values.dtype))
+        (slope,) = torch.autograd.grad(values, leaf, weights)
         logits.copy_(slope)
     return values.detach()
 
 
-def _rows(count: int, bytes_per_row: int) -> int:
+def _rows(count: int, bytes_per_row: int, enough: int) -> int:
     """Tokens of one tile: tiles of like size that keep the budget."""
-    most = max(1, TILE_BYTES // bytes_per_row)
+    most = max(1, min(TILE_BYTES // bytes_per_row, enough))
     return max(1, math.ceil(count / math.ceil(count / most))) if count else 1
 
 

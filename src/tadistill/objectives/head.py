@@ -17,6 +17,11 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether nothing comes after the matrix product and the bias."""
+        return self.scale == 1.0 and self.softcap is None
+
     def shape(self, logits: Tensor) -> Tensor:
         """What comes after the matrix product and the bias."""
         if self.scale != 1.0:

@@ -19,7 +19,7 @@ from tadistill.models import sources
 from tadistill.study import costs
 from tadistill.study.store import key_of
 
-STAGE_VERSION = {"sft": 2, "generate": 2, "signal": 1, "distill": 3, "evaluate": 3}
+STAGE_VERSION = {"sft": 3, "generate": 2, "signal": 1, "distill": 3, "evaluate": 3}
 """Raised by hand when a stage of that kind gives other numbers for the same settings."""
 
 Handle = dict[str, Any]

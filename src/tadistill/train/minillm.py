@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tadistill import objectives
 from tadistill.config.objective import MiniLLM
 from tadistill.data.batch import Batch
-from tadistill.objectives.targets import aligned
-from tadistill.train.terms import CORPUS, RESPONSE, Loss, Models, Step, Term, likelihood
+from tadistill.objectives import slopes
+from tadistill.train.terms import CORPUS, RESPONSE, Loss, Models, Step, Term, likelihood, of_tokens
 
 
 def minillm(config: MiniLLM, models: Models, max_new_tokens: int) -> Step:
@@ -57,21 +57,27 @@ def _loss(config: MiniLLM, models: Models, student: nn.Module, batch: Batch, per
     else:
         weight = torch.ones_like(behaviour)
 
-    def policy(logits: Tensor, _: tuple[Any, ...], rows: slice) -> Tensor:
-        log_q = objectives.token_log_probs(logits, tokens[rows])
+    def policy(log_q: Tensor, rows: slice) -> Tensor:
         surrogate = objectives.policy_gradient(log_q, behaviour[rows], advantage[rows], clip=config.clip, clipping=config.clipping)
         return weight[rows] * surrogate
 
-    def single_step(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> Tensor:
-        exact = objectives.reverse_kl(logits, teachers[0])
+    def importance(logits: Tensor, rows: slice) -> Tensor:
         if not config.single_step_weight:
-            return exact
+            return torch.ones_like(weight[rows])
         log_q = objectives.token_log_probs(logits.detach(), tokens[rows])
-        return exact * weight[rows] * objectives.clipped_ratio(log_q, behaviour[rows], clip=config.clip)
+        return weight[rows] * objectives.clipped_ratio(log_q, behaviour[rows], clip=config.clip)
 
-    terms, teachers = [Term("policy", policy)], ()
+    def single_step(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> Tensor:
+        return objectives.reverse_kl(logits, teachers[0]) * importance(logits, rows)
+
+    def single_step_slope(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
+        factor = importance(logits, rows)
+        exact, slope = slopes.reverse_kl(logits, teachers[0])
+        return exact * factor, slope.mul_(factor.unsqueeze(-1))
+
+    terms, teachers = [of_tokens("policy", tokens, policy)], ()
     if config.single_step:
-        terms.append(Term("single_step", single_step))
+        terms.append(Term("single_step", single_step, slope=single_step_slope))
         teachers = (models.target(batch),)
     found = models.loss(student, batch, terms, per[RESPONSE], teachers)
     if batch.corpus is None:
@@ -87,9 +93,11 @@ def _corpus_loss(config: MiniLLM, models: Models, student: nn.Module, corpus: Ba
     if share == 0:
         return models.loss(student, corpus, terms, per)
 
-    def towards_teacher(logits: Tensor, targets: tuple[Any, ...], _: slice) -> Tensor:
-        *sides, left = aligned(logits, targets, None, 1.0)
-        return objectives.forward_kl(*sides, temperature=left)
+    def towards_teacher(logits: Tensor, teachers: tuple[Any, ...], _: slice) -> Tensor:
+        return objectives.forward_kl(logits, teachers[0])
 
-    terms.append(Term("corpus_kl", towards_teacher, config.pt_weight * share))
+    def slope(logits: Tensor, teachers: tuple[Any, ...], _: slice) -> tuple[Tensor, Tensor]:
+        return slopes.forward_kl(logits, teachers[0])
+
+    terms.append(Term("corpus_kl", towards_teacher, config.pt_weight * share, slope))
     return models.loss(student, corpus, terms, per, (models.target(corpus),))

@@ -16,10 +16,10 @@ from tadistill.config import objective as config
 from tadistill.config.method import Method
 from tadistill.config.sampling import Rounds
 from tadistill.data.batch import Batch
-from tadistill.objectives import TaidSchedule
-from tadistill.objectives.targets import aligned
+from tadistill.objectives import TaidSchedule, slopes
+from tadistill.objectives.targets import TopK, aligned
 from tadistill.train.minillm import minillm
-from tadistill.train.terms import CORPUS, RESPONSE, Loss, Models, Step, Term, likelihood
+from tadistill.train.terms import CORPUS, RESPONSE, Loss, Models, Step, Term, likelihood, of_tokens
 
 DIVERGENCES: dict[type[config.Divergence], Callable[..., Tensor]] = {
     config.ForwardKL: objectives.forward_kl,
@@ -96,7 +96,14 @@ def _towards_teacher(
         *sides, left = aligned(logits, targets, None, objective.temperature)
         return divergence(rows)(*sides, temperature=left)
 
-    terms = [Term(objective.type, values, objective.kd_ratio)]  # type: ignore[attr-defined]
+    def slope(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
+        graded = slopes.written_out(divergence(rows))
+        assert graded is not None
+        *sides, left = aligned(logits, targets, None, objective.temperature)
+        return graded(*sides, temperature=left)
+
+    graded = not isinstance(target, TopK) and slopes.written_out(divergence(slice(0))) is not None
+    terms = [Term(objective.type, values, objective.kd_ratio, slope if graded else None)]  # type: ignore[attr-defined]
     if objective.kd_ratio < 1:
         terms.append(likelihood(batch, 1 - objective.kd_ratio))
     return models.loss(student, batch, terms, per[RESPONSE], (target,))
@@ -107,11 +114,8 @@ def _sampled(objective: config.SampledKL, models: Models) -> Step:
 
     def loss(student: nn.Module, batch: Batch, per: Mapping[str, float]) -> Loss:
         tokens, scores = batch.targets_BT[batch.mask_BT], batch.values["teacher"][batch.mask_BT]
-
-        def values(logits: Tensor, _: tuple[Any, ...], rows: slice) -> Tensor:
-            return estimate(objectives.token_log_probs(logits, tokens[rows]), scores[rows])
-
-        return models.loss(student, batch, [Term(objective.type, values)], per[RESPONSE])
+        term = of_tokens(objective.type, tokens, lambda log_q, rows: estimate(log_q, scores[rows]))
+        return models.loss(student, batch, [term], per[RESPONSE])
 
     return Step(models, loss)
 

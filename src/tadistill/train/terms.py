@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
-from tadistill.objectives import TaidSchedule, cross_entropy, fused_head
+from tadistill.objectives import TaidSchedule, fused_head, slopes, token_log_probs
+from tadistill.objectives.fused import Slopes
 from tadistill.objectives.targets import Target
 
 RESPONSE, CORPUS = "response", "corpus"
@@ -31,6 +32,8 @@ class Term:
     name: str
     values: Callable[[Tensor, tuple[Any, ...], slice], Tensor]
     weight: float = 1.0
+    slope: Callable[[Tensor, tuple[Any, ...], slice], tuple[Tensor, Tensor]] | None = None
+    """The same values with their gradient in the logits (n, V), where that is written out."""
 
 
 class Models:
@@ -57,15 +60,44 @@ class Models:
         def values(student: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
             return torch.stack([t.values(student, targets, rows) for t in terms])
 
-        total, found = fused_head(hidden, self.student.head, values, weights, teachers=teachers, vocab=self.vocab)
+        total, found = fused_head(hidden, self.student.head, values, weights, slopes=_graded(terms), teachers=teachers, vocab=self.vocab)
         sums = (found * weights.to(found.dtype)).sum(1)
         return Loss(total, dict(zip((t.name for t in terms), sums, strict=True)))
 
 
+def _graded(terms: list[Term]) -> Slopes | None:
+    """All terms at once, where each has its gradient written out."""
+    graded = [t.slope for t in terms if t.slope is not None]
+    if len(graded) < len(terms):
+        return None
+
+    def of(student: Tensor, targets: tuple[Any, ...], rows: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
+        values, total = [], None
+        for slope_of, weight in zip(graded, weights.unsqueeze(-1), strict=True):
+            value, slope = slope_of(student, targets, rows)
+            values.append(value)
+            total = slope.mul_(weight) if total is None else total.addcmul_(slope, weight)
+        assert total is not None
+        return torch.stack(values), total
+
+    return of
+
+
+def of_tokens(name: str, tokens: Tensor, loss: Callable[[Tensor, slice], Tensor], weight: float = 1.0) -> Term:
+    """A loss of the tokens' log-probabilities under the student."""
+
+    def values(logits: Tensor, _: tuple[Any, ...], rows: slice) -> Tensor:
+        return loss(token_log_probs(logits, tokens[rows]), rows)
+
+    def slope(logits: Tensor, _: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
+        return slopes.of_tokens(logits, tokens[rows], lambda log_q: loss(log_q, rows))
+
+    return Term(name, values, weight, slope)
+
+
 def likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") -> Term:
     """Cross-entropy on the batch's own tokens."""
-    tokens = batch.targets_BT[batch.mask_BT]
-    return Term(name, lambda student, _, rows: cross_entropy(student, tokens[rows]), weight)
+    return of_tokens(name, batch.targets_BT[batch.mask_BT], lambda log_q, _: -log_q, weight)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,254 @@
+"""One side of `step.py` in a process of its own: the workload, and ours or TRL's trainer on it.
+
+    python benchmarks/step_sides.py "ours reverse_kl" 4096 10
+
+It prints a line when it is ready and after every step, and starts a step at a line on stdin; the last line is the measurement, as JSON.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BATCH, PROMPT, NEW, PROMPTS = 16, 32, 64, 256
+TEACHER = {"num_hidden_layers": 8, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 688}
+STUDENT = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 344}
+
+
+# --- the workload -------------------------------------------------------------------------------------------------------
+
+
+def tokenizer(vocab: int) -> Any:
+    """Whole words w0, w1, …: a prompt of 32 words has 32 tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(vocab - 2)} | {"<eos>": vocab - 2, "<pad>": vocab - 1}
+    plain = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[attr-defined]
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+
+
+def prompts(vocab: int) -> list[tuple[int, ...]]:
+    """The same random tokens for everyone."""
+    import numpy as np
+
+    return [tuple(row) for row in np.random.default_rng(0).integers(vocab - 2, size=(PROMPTS, PROMPT)).tolist()]
+
+
+def model(shape: dict[str, int], vocab: int) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    special = {"bos_token_id": None, "eos_token_id": vocab - 2, "pad_token_id": vocab - 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, max_position_embeddings=256, **special, **shape)).float()
+
+
+# --- a process that takes turns -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """Takes turns with the other processes: a step starts at a line on stdin and ends with a line on stdout."""
+
+    steps: int
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    sampling: float = 0.0
+    tokens: int = 0
+    before: int = 0
+    since: float = 0.0
+    cpu: float = 0.0
+    out: Any = None
+
+    def start(self) -> None:
+        """Called once, before the first step."""
+        Path("/proc/self/clear_refs").write_text("5")
+        self.before = resident("VmRSS")
+        self._wait()
+
+    def tick(self) -> None:
+        """A step is over."""
+        seconds = time.perf_counter() - self.since
+        cpu = time.process_time() - self.cpu
+        self.rounds.append({"seconds": seconds, "cpu": cpu, "sampling": self.sampling, "tokens": self.tokens})
+        if len(self.rounds) < self.steps:
+            self._wait()
+
+    def timed(self, sample: Callable[..., Any]) -> Callable[..., Any]:
+        """`sample`, with its CPU time added to the step's sampling."""
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            result = sample(*args, **kwargs)
+            self.sampling += time.process_time() - start
+            return result
+
+        return inner
+
+    def report(self) -> dict[str, Any]:
+        """Peak and rounds."""
+        return {"rounds": self.rounds, "extra_mb": (resident("VmHWM") - self.before) / 2**20}
+
+    def _wait(self) -> None:
+        print("done", file=self.out, flush=True)
+        sys.stdin.readline()
+        self.sampling, self.tokens = 0.0, 0
+        self.since, self.cpu = time.perf_counter(), time.process_time()
+
+
+def resident(name: str) -> int:
+    """Bytes of this process, from Linux's status file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def run_ours(name: str, vocab: int, clock: Clock) -> None:
+    """`train_stage` until the clock has its steps."""
+    from accelerate import Accelerator
+
+    from tadistill.config.method import Method, Optim, Select
+    from tadistill.train.loop import Hooks, Interrupted, train_stage
+    from tadistill.train.step import make_step
+
+    optim = Optim(lr=1e-6, steps=clock.steps + 1, batch=BATCH, schedule="constant")
+    method = Method.model_validate({"objective": {"type": name}, "optim": optim, "select": Select(metric="last")})
+    student, teacher = model(STUDENT, vocab).eval(), model(TEACHER, vocab).eval().requires_grad_(False)
+    sampler = our_sampler(name, method, student, teacher, vocab)
+    sampler.micro_batches = counted(clock.timed(sampler.micro_batches), clock)
+
+    def stop() -> bool:
+        """The loop asks before every update, the first one too."""
+        clock.tick() if clock.since else clock.start()
+        return len(clock.rounds) == clock.steps
+
+    hooks = Hooks(evaluate=dict, progress=lambda done, text: None, stop=stop)
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Interrupted):
+        train_stage(
+            student,
+            make_step(method, student, teacher, vocab),
+            sampler,
+            optim=optim,
+            select=method.select,
+            seed=0,
+            accelerator=Accelerator(cpu=True, gradient_accumulation_steps=1),
+            directory=Path(folder),
+            hooks=hooks,
+            checkpoint_seconds=1e9,
+        )
+
+
+def our_sampler(name: str, method: Any, student: Any, teacher: Any, vocab: int) -> Any:
+    """Fresh rollouts for every update: mixed with the teacher for MiniLLM, the student's own for the divergences."""
+    from tadistill.config.method import TeacherMixedSampler
+    from tadistill.data.templates import Encoded
+    from tadistill.rollout.samplers import TeacherMixedRollouts
+
+    encoded = [Encoded(row, tokens, ()) for row, tokens in enumerate(prompts(vocab))]
+    config = TeacherMixedSampler(alpha=0.2 if name == "minillm" else 0.0, rollouts=BATCH, inner_epochs=1, max_new_tokens=NEW)
+    special = {"eos": vocab - 2, "pad": vocab - 1}
+    if name == "minillm":
+        return TeacherMixedRollouts(encoded, config, method.optim, student=student, teacher=teacher, vocab=vocab, seed=0, **special)
+    return StudentRollouts(encoded, student, vocab, **special)
+
+
+class StudentRollouts:
+    """Prompts in order, answered by the student."""
+
+    def __init__(self, encoded: list[Any], student: Any, vocab: int, *, eos: int, pad: int):
+        self.prompts, self.student, self.vocab, self.eos, self.pad = [e.prompt for e in encoded], student, vocab, eos, pad
+
+    def micro_batches(self, step: int) -> list[Any]:
+        from tadistill import rng
+        from tadistill.data.batch import Sequence, collate
+        from tadistill.rollout.generate import sample
+
+        chosen = [self.prompts[i % PROMPTS] for i in range(step * BATCH, (step + 1) * BATCH)]
+        found = sample(self.student, chosen, rng.uniforms(range(BATCH), NEW, 0, "rollout", step), eos=self.eos, vocab=self.vocab)
+        return [collate([Sequence(p, r.tokens) for p, r in zip(chosen, found, strict=True)], pad=self.pad)]
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+def counted(micro_batches: Callable[[int], list[Any]], clock: Clock) -> Callable[[int], list[Any]]:
+    """`micro_batches`, with the response tokens told to the clock."""
+
+    def inner(step: int) -> list[Any]:
+        batches = micro_batches(step)
+        clock.tokens += sum(int(b.mask_BT.sum()) for b in batches)
+        return batches
+
+    return inner
+
+
+def run_trl(name: str, vocab: int, clock: Clock) -> None:
+    """`DistillationTrainer.train` for the clock's steps."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    class Turns(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            clock.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            clock.tick()
+
+    class Counting(DistillationTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            clock.tokens += int(inputs["completion_mask"].sum())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    defaults = name.endswith("its defaults")
+    texts = [" ".join(f"w{t}" for t in row) for row in prompts(vocab)]
+    with tempfile.TemporaryDirectory() as folder:
+        config = DistillationConfig(
+            output_dir=folder,
+            beta=0.5 if "0.5" in name else 1.0,
+            max_completion_length=NEW,
+            per_device_train_batch_size=BATCH,
+            max_steps=clock.steps,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=0,
+            **({} if defaults else {"gradient_checkpointing": False, "bf16": False}),
+        )
+        trainer = Counting(
+            model=model(STUDENT, vocab),
+            teacher_model=model(TEACHER, vocab),
+            args=config,
+            processing_class=tokenizer(vocab),
+            train_dataset=Dataset.from_dict({"prompt": texts}),
+            callbacks=[Turns()],
+        )
+        trainer._generate_single_turn = clock.timed(trainer._generate_single_turn)
+        trainer.train()
+
+
+def run_one(name: str, vocab: int, steps: int) -> None:
+    """A child: everything but the protocol goes to stderr."""
+    import torch
+
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    clock = Clock(steps, out=os.fdopen(os.dup(1), "w"))
+    os.dup2(2, 1)
+    (run_ours if name.startswith("ours") else run_trl)(name.removeprefix("ours "), vocab, clock)
+    print(json.dumps(clock.report()), file=clock.out, flush=True)
+
+
+if __name__ == "__main__":
+    run_one(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
