@@ -118,10 +118,13 @@ def run_ours(name: str, vocab: int, clock: Clock) -> None:
     from tadistill.train.step import make_step
 
     optim = Optim(lr=1e-6, steps=clock.steps + 1, batch=BATCH, schedule="constant")
-    method = Method.model_validate({"objective": {"type": name}, "optim": optim, "select": Select(metric="last")})
+    sampler = {"type": "student", "max_new_tokens": NEW}
+    if name == "minillm":  # a round of one batch: 16 rollouts and one update
+        sampler |= {"type": "teacher_mixed", "alpha": 0.2, "rollouts": BATCH, "inner_epochs": 1}
+    method = Method.model_validate({"objective": {"type": name}, "sampler": sampler, "optim": optim, "select": Select(metric="last")})
     student, teacher = model(STUDENT, vocab).eval(), model(TEACHER, vocab).eval().requires_grad_(False)
-    sampler = our_sampler(name, method, student, teacher, vocab)
-    sampler.micro_batches = counted(clock.timed(sampler.micro_batches), clock)
+    source = our_sampler(method, student, teacher, vocab)
+    source.micro_batches = counted(clock.timed(source.micro_batches), clock)
 
     def stop() -> bool:
         """The loop asks before every update, the first one too."""
@@ -133,7 +136,7 @@ def run_ours(name: str, vocab: int, clock: Clock) -> None:
         train_stage(
             student,
             make_step(method, student, teacher, vocab),
-            sampler,
+            source,
             optim=optim,
             select=method.select,
             seed=0,
@@ -144,40 +147,16 @@ def run_ours(name: str, vocab: int, clock: Clock) -> None:
         )
 
 
-def our_sampler(name: str, method: Any, student: Any, teacher: Any, vocab: int) -> Any:
-    """Fresh rollouts for every update: mixed with the teacher for MiniLLM, the student's own for the divergences."""
-    from tadistill.config.method import TeacherMixedSampler
+def our_sampler(method: Any, student: Any, teacher: Any, vocab: int) -> Any:
+    """Fresh rollouts for every update."""
     from tadistill.data.templates import Encoded
-    from tadistill.rollout.samplers import TeacherMixedRollouts
+    from tadistill.rollout.engine import Native
+    from tadistill.rollout.rounds import Rollouts, Teacher
 
     encoded = [Encoded(row, tokens, ()) for row, tokens in enumerate(prompts(vocab))]
-    config = TeacherMixedSampler(alpha=0.2 if name == "minillm" else 0.0, rollouts=BATCH, inner_epochs=1, max_new_tokens=NEW)
-    special = {"eos": vocab - 2, "pad": vocab - 1}
-    if name == "minillm":
-        return TeacherMixedRollouts(encoded, config, method.optim, student=student, teacher=teacher, vocab=vocab, seed=0, **special)
-    return StudentRollouts(encoded, student, vocab, **special)
-
-
-class StudentRollouts:
-    """Prompts in order, answered by the student."""
-
-    def __init__(self, encoded: list[Any], student: Any, vocab: int, *, eos: int, pad: int):
-        self.prompts, self.student, self.vocab, self.eos, self.pad = [e.prompt for e in encoded], student, vocab, eos, pad
-
-    def micro_batches(self, step: int) -> list[Any]:
-        from tadistill import rng
-        from tadistill.data.batch import Sequence, collate
-        from tadistill.rollout.generate import sample
-
-        chosen = [self.prompts[i % PROMPTS] for i in range(step * BATCH, (step + 1) * BATCH)]
-        found = sample(self.student, chosen, rng.uniforms(range(BATCH), NEW, 0, "rollout", step), eos=self.eos, vocab=self.vocab)
-        return [collate([Sequence(p, r.tokens) for p, r in zip(chosen, found, strict=True)], pad=self.pad)]
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+    engine = Native(student, method.sampler, eos=(vocab - 2,), vocab=vocab)
+    of_teacher = Teacher(teacher, vocab, scores=method.objective.type == "minillm", states=True)
+    return Rollouts(encoded, method, engine=engine, teacher=of_teacher, pad=vocab - 1, seed=0)
 
 
 def counted(micro_batches: Callable[[int], list[Any]], clock: Clock) -> Callable[[int], list[Any]]:
