@@ -1,0 +1,244 @@
+"""Every committed recipe is read and planned without network, and MiniLLM's run whole on tiny models of the same architectures."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import response_logits
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import tadistill
+from tadistill.config import load
+from tadistill.data.batch import Sequence, collate
+from tadistill.models.loading import load_model, load_tokenizer, shared_vocabulary
+from tadistill.rollout.generate import Mixture, sample
+from tadistill.study.execute import run_stage
+from tadistill.study.plan import Plan, make_plan
+from tadistill.study.runner import _task
+from tadistill.study.store import Store
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+ALL = sorted(RECIPES.rglob("*.yaml"))
+MINILLM = sorted((RECIPES / "minillm").glob("*.yaml"))
+METHODS = sorted(set((RECIPES / "methods").glob("*.yaml")) - {RECIPES / "methods" / "all.yaml"})
+SETS = {
+    "minillm_dolly": ("train", "dev", "test"),
+    "minillm_self_inst": ("test",),
+    "minillm_vicuna": ("test",),
+    "minillm_sinst_11": ("test",),
+    "minillm_uinst_11": ("test",),
+}
+SMALL = [
+    "method.optim.steps=4", "method.optim.batch=4", "method.optim.micro_batch=2", "method.optim.warmup=1", "method.select.every=2",
+    "method.sampler.rollouts=8", "method.sampler.inner_epochs=2", "method.sampler.max_new_tokens=6",
+    "models.base.distill.optim.epochs=0.5", "models.base.distill.optim.batch=4", "models.base.distill.select.every=1",
+    "arms.seqkd.sampler.max_new_tokens=6", "evaluate.seeds=[10]", "evaluate.max_new_tokens=6", "data.max_length=128", "runtime.jobs=1",
+]  # fmt: skip
+SMALL_SFT = ["optim.epochs=0.5", "optim.batch=4", "optim.micro_batch=2", "select.every=1"]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(RECIPES).with_suffix(""))
+
+
+# --- stand-ins ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A `data.root` with a few rows of each of MiniLLM's sets, and a corpus."""
+    root = tmp_path_factory.mktemp("data")
+    for folder, splits in SETS.items():
+        (root / folder).mkdir()
+        for split in splits:
+            rows = [
+                {"instruction": f"Name {i} things of set {folder}.", "input": "red, blue" if i % 2 else "", "output": f"The answer is {i}."}
+                for i in range(16 if split == "train" else 3)
+            ]
+            if folder == "minillm_sinst_11":
+                rows = [row | {"output": [row["output"], "Another answer."]} for row in rows]
+            (root / folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = root / "Skylion007" / "openwebtext"
+    corpus.mkdir(parents=True)
+    documents = [{"text": f"Document {i} has a few words, and then it ends.\n" * 8} for i in range(8)]
+    (corpus / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
+    return root
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a stand-in shares with the real models: the layout of special tokens, the class, and the width of the logits."""
+
+    special: tuple[str, ...]
+    bos: str | None
+    eos: str
+    pad: str | None
+    prefix: str | None = None
+    """Token that the tokenizer puts before a text unless told not to."""
+    padding: tuple[int, int] = (0, 0)
+    """Logits of teacher and student beyond the tokenizer."""
+
+
+FAMILIES = {
+    "gpt2": Family(("<|endoftext|>",), "<|endoftext|>", "<|endoftext|>", None),
+    "opt": Family(("<s>", "<pad>", "</s>", "<unk>"), "</s>", "</s>", "<pad>", prefix="</s>", padding=(7, 7)),
+    "llama": Family(("<unk>", "<s>", "</s>"), "<s>", "</s>", None, prefix="<s>"),
+    "qwen2": Family(("<|endoftext|>", "<|im_start|>", "<|im_end|>"), None, "<|endoftext|>", "<|endoftext|>", padding=(24, 8)),
+}
+
+
+def tokenizer_of(family: Family, data: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of a few hundred tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=list(family.special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    alpaca = "Below is an instruction that describes a task, paired with an input that provides further context. ### Response:\n"
+    texts = [path.read_text() for path in sorted(data.rglob("*.jsonl"))]
+    tokenizer.train_from_iterator([alpaca * 20, *texts], trainer)
+    if family.prefix:
+        pair = (family.prefix, tokenizer.token_to_id(family.prefix))
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{family.prefix} $A", special_tokens=[pair])
+    tokens = {"bos_token": family.bos, "eos_token": family.eos, "pad_token": family.pad}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{k: v for k, v in tokens.items() if v})
+
+
+def model_of(kind: str, tokenizer: PreTrainedTokenizerFast, width: int, padding: int, seed: int):
+    """A random model of one or two layers."""
+    torch.manual_seed(seed)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    common = ids | {"vocab_size": len(tokenizer) + padding}
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=1, n_head=2, n_positions=160, **common))
+    shape = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 160}
+    if kind == "opt":
+        return OPTForCausalLM(OPTConfig(ffn_dim=2 * width, word_embed_proj_dim=width, **shape, **common))
+    shape |= {"intermediate_size": 2 * width, "num_key_value_heads": 1}
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**shape, **common))
+    return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **shape, **common))
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory, data):
+    """kind, role -> the directory of a tiny model; made when it is first asked for."""
+    made: dict[tuple[str, str], Path] = {}
+    sizes = {"teacher": (32, 0), "init": (16, 1), "base": (16, 2)}
+
+    def directory(kind: str, role: str) -> Path:
+        if (kind, role) not in made:
+            family, (width, seed) = FAMILIES[kind], sizes[role]
+            tokenizer = tokenizer_of(family, data)
+            model = model_of(kind, tokenizer, width, family.padding[role != "teacher"], seed)
+            made[kind, role] = tmp_path_factory.mktemp(f"{kind}-{role}")
+            model.save_pretrained(made[kind, role])
+            tokenizer.save_pretrained(made[kind, role])
+        return made[kind, role]
+
+    return directory
+
+
+# --- every recipe -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ALL, ids=name)
+def test_is_read_and_planned_without_network(path, data, stand_in):
+    """Models on the hub need not be here, but for `compute`, which counts them."""
+    packaged = [n for n, m in load(path).models.items() if (m.load or "").startswith("wheel:")]
+    recipe = load(path, [f"data.root={data}", *(f"models.{n}.load={stand_in('llama', 'base')}" for n in packaged)])
+    plan = make_plan(recipe)
+    assert [arm.name for arm in plan.arms] == list(recipe.arms)
+    assert all(arm.evaluate.keys() == set(recipe.seeds) for arm in plan.arms)
+
+
+@pytest.mark.parametrize("path", ALL, ids=name)
+def test_header_names_its_command(path):
+    header = path.read_text().split("\nstudy:")[0]
+    assert f"tadistill run recipes/{name(path)}.yaml" in header
+
+
+@pytest.fixture(scope="module")
+def table() -> Plan:
+    return make_plan(load(RECIPES / "methods" / "all.yaml"))
+
+
+@pytest.mark.parametrize("path", METHODS, ids=name)
+def test_a_single_method_is_a_part_of_the_table(path, table):
+    """The same stages, by key, so that they are never run twice and never differ."""
+    plan = make_plan(load(path))
+    assert len(plan.arms) == 2
+    assert table.stages.keys() >= plan.stages.keys()
+
+
+@pytest.mark.parametrize("path", MINILLM, ids=name)
+@pytest.mark.parametrize(
+    "override",
+    ["objective.preset=official", "objective.length_normalisation=none", "objective.single_step=false", "objective.pt_weight=0",
+     "sampler.alpha=0"],
+)  # fmt: skip
+def test_ablations_are_one_override_and_change_minillm_alone(path, override, data):
+    plans = [make_plan(load(path, [f"data.root={data}", *more])) for more in ([], [f"method.{override}"])]
+    before, after = ({arm.name: arm.final for arm in plan.arms} for plan in plans)
+    assert {n for n in before if before[n] != after[n]} == {"minillm"}
+
+
+# --- MiniLLM's recipes, whole -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_padding_changes_no_log_probability(kind, stand_in):
+    """Sampling pads on the left and training on the right; the stock model alone, without padding, says the same of every token."""
+    student, teacher = (load_model(stand_in(kind, role)) for role in ("base", "teacher"))
+    vocab = shared_vocabulary(load_tokenizer(stand_in(kind, "base")), student, teacher)
+    prompts = [tuple(range(5, 5 + n)) for n in (3, 11, 6)]
+    rollouts = sample(student, prompts, np.random.default_rng(0).random((3, 8)), eos=(0,), vocab=vocab, guide=Mixture(teacher, 0.5))
+    batch = collate([Sequence(p, r.tokens) for p, r in zip(prompts, rollouts, strict=True)], pad=1)
+    for model, role in ((student, "student"), (teacher, "teacher")):
+        alone = []
+        for prompt, rollout in zip(prompts, rollouts, strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*prompt, *rollout.tokens]])).logits[0, len(prompt) - 1 : -1, :vocab]
+            alone.append(logits.log_softmax(-1).gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0])
+            torch.testing.assert_close(torch.from_numpy(rollout.values[role]), alone[-1], atol=1e-5, rtol=1e-4)
+        trained = response_logits(model, batch, vocab).log_softmax(-1).gather(1, batch.targets_BT[batch.mask_BT][:, None])[:, 0]
+        torch.testing.assert_close(trained, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+def run_here(plan: Plan, store: Store, **_) -> None:
+    """All stages in this process: starting a worker takes longer than the stages of these models."""
+    for stage in plan.stages.values():
+        run_stage(_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
+
+
+@pytest.mark.parametrize("path", MINILLM, ids=lambda path: path.stem)
+def test_runs_end_to_end(path, data, stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr("tadistill.study.run.run_stages", run_here)
+    kind = next(k for k in FAMILIES if path.stem.startswith(k.removesuffix("2")))
+    recipe = load(path)
+    overrides = [*SMALL, f"data.root={data}"]
+    for model, config in recipe.models.items():
+        overrides.append(f"models.{model}.load={stand_in(kind, model)}")
+        overrides += [f"models.{model}.sft.{setting}" for setting in SMALL_SFT if config.sft]
+    tadistill.run(path, overrides, runs=tmp_path)
+    rows = json.loads((tmp_path / recipe.study / "results.json").read_text())["rows"]
+    metrics = {"rouge_l", "loss", "forward_kl", "reverse_kl", "length"}
+    expected = {(arm, ref.name, metric) for arm in recipe.arms for ref in recipe.data.test for metric in metrics}
+    assert {(row["arm"], row["set"], row["metric"]) for row in rows} >= expected
+    assert all(math.isfinite(row[field]) for row in rows for field in ("value", "low", "high"))
