@@ -81,7 +81,7 @@ def texts(ref: DataRef, data: Data) -> Iterator[str]:
     """The documents of a corpus (column `text`)."""
     column = ref.columns.get("text", "text")
     world = {"seed": data.world.seed, "people": data.world.people}
-    rows = tinyworld.corpus(**world) if ref.load == "tinyworld" else _rows(ref, "train", data)
+    rows = tinyworld.corpus(**world) if ref.load == "tinyworld" else _rows(ref, "train", data, stream=True)
     for i, row in enumerate(rows):
         if column not in row:
             raise DataError(_no_column(ref, i, f"`{column}`", row))
@@ -103,7 +103,8 @@ def _digest(path: Path, mtime_ns: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _rows(ref: DataRef, role: str, data: Data) -> Iterator[dict[str, Any]]:
+def _rows(ref: DataRef, role: str, data: Data, *, stream: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of a split; `stream` reads a hub data set from the network as far as it is asked for, where the whole is not wanted."""
     split = ref.split or role
     if ref.load in tinyworld.SPLITS:
         world = {"seed": data.world.seed, "people": data.world.people}
@@ -118,7 +119,7 @@ def _rows(ref: DataRef, role: str, data: Data) -> Iterator[dict[str, Any]]:
     if ref.load.endswith((".jsonl", ".json")) or ref.load.startswith((".", "/")) or ref.load.count("/") != 1:
         known = ", ".join([*NAMED, *tinyworld.SPLITS])
         raise DataError(f"no data set `{ref.load}`: it is neither a file here, nor a hub id, nor one of {known}")
-    return _hub_dataset(ref, split)
+    return _hub_dataset(ref, split, stream)
 
 
 def _local_file(ref: DataRef, role: str, data: Data) -> Path | None:
@@ -171,14 +172,14 @@ def _hub_file(ref: DataRef, split: str) -> Iterator[dict[str, Any]]:
     return itertools.islice(_read_jsonl(Path(path)), first, last)
 
 
-def _hub_dataset(ref: DataRef, split: str) -> Iterator[dict[str, Any]]:
+def _hub_dataset(ref: DataRef, split: str, stream: bool) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset  # here: heavy, and only needed for data sets on the hub
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return (dict(row) for row in load_dataset(ref.load, split=split, revision=ref.revision))
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
+        return (dict(row) for row in load_dataset(ref.load, split=split, revision=ref.revision, streaming=stream))
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loading script
         reason = str(error).strip().splitlines()
         raise DataError(
             f"data set `{ref.load}` (split {split}, revision {ref.revision}) cannot be loaded: {reason[0] if reason else error!r}; "

@@ -124,9 +124,10 @@ class Ledger:
 def check_data(recipe: Recipe) -> None:
     """Read every split, and the start of the corpus, so that a missing file or column is known before any work."""
     data = recipe.data
+    objectives = [recipe.method.objective, *(arm.objective for arm in recipe.arms.values())]
     for ref, role in [(data.train, "train"), (data.dev, "dev"), *((r, "test") for r in data.test)]:
         datasets.load(ref, role, data)
-    if data.corpus:
+    if data.corpus and any(isinstance(o, MiniLLM) and o.pt_weight for o in objectives):
         next(datasets.texts(data.corpus, data), None)
     names = [r.name for r in data.test]
     for name in names:
