@@ -114,9 +114,11 @@ def run_ours(name: str, vocab: int, clock: Clock) -> None:
     from accelerate import Accelerator
 
     from tadistill.config.method import Method, Optim, Select
+    from tadistill.models.memory import keep_freed_memory
     from tadistill.train.loop import Hooks, Interrupted, train_stage
     from tadistill.train.step import make_step
 
+    keep_freed_memory()  # as a worker of `tadistill run` does
     optim = Optim(lr=1e-6, steps=clock.steps + 1, batch=BATCH, schedule="constant")
     sampler = {"type": "student", "max_new_tokens": NEW}
     if name == "minillm":  # a round of one batch: 16 rollouts and one update

@@ -5,6 +5,7 @@
 Activations and logits are not counted: they depend on the batch.
 """
 
+import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import psutil
 from tadistill.errors import ConfigError, ModelError
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_MALLOC = {-3: 2**30, -1: 2**30, -2: 2**26}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
 _TRAINED = 16  # float32 weights, gradients and AdamW's two moments
 
 
@@ -47,6 +49,18 @@ def check_memory(needs: Mapping[str, int], available: int | None = None) -> None
             f"the models need {total / 1e9:.1f} GB of memory ({parts}) but {available / 1e9:.1f} GB are free; "
             "use smaller models, runtime.jobs=1, bf16 precision for teachers, or a machine with more memory"
         )
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks for the next request, in this process; nothing elsewhere.
+
+    By default blocks go back to the system, and the next tile of a loss takes its pages anew: 3 to 5 % of a small student's update. The
+    process's peak stays what it is; between two peaks it holds on to memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in _MALLOC.items():
+            mallopt(parameter, value)
 
 
 def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tadistill.errors import ConfigError, DataError, ModelError, StageFailed, TadistillError
+from tadistill.models.memory import keep_freed_memory
 from tadistill.study.plan import Plan, Stage
 from tadistill.study.store import Store
 from tadistill.study.task import Task
@@ -134,6 +135,8 @@ def _start_worker(stop: Any, messages: Any, threads: int, parent: int) -> None:
     import torch  # in the worker only
 
     torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     _worker.update(stop=stop, messages=messages)
 
 
