@@ -157,8 +157,7 @@ def our_sampler(method: Any, student: Any, teacher: Any, vocab: int) -> Any:
 
     encoded = [Encoded(row, tokens, ()) for row, tokens in enumerate(prompts(vocab))]
     engine = Native(student, method.sampler, eos=(vocab - 2,), vocab=vocab)
-    of_teacher = Teacher(teacher, vocab, scores=method.objective.type == "minillm", states=True)
-    return Rollouts(encoded, method, engine=engine, teacher=of_teacher, pad=vocab - 1, seed=0)
+    return Rollouts(encoded, method, engine=engine, teacher=Teacher.of(method.objective, teacher, vocab), pad=vocab - 1, seed=0)
 
 
 def counted(micro_batches: Callable[[int], list[Any]], clock: Clock) -> Callable[[int], list[Any]]:

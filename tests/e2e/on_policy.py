@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tadistill.config import Data, DataRef
 from tadistill.config.method import Method, Optim, Select, check_pairing
-from tadistill.config.objective import MiniLLM
 from tadistill.config.sampling import DatasetSampler, OnPolicy, Rounds, TeacherSampler
 from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import Sequence
@@ -41,7 +40,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "pair": [{"type": "contrastive", "alpha": a} for a in (0.1, 0.3, 0.5)],
     **{name: [{"type": "minillm", "pt_weight": 0}, {"type": "reverse_kl"}, {"type": "taid"}] for name in ("teacher_mixed", "speculative")},
-    "student": [{"type": "minillm", "preset": "official", "pt_weight": 0}, {"type": "sampled_kl"}, {"type": "jensen_shannon"}],
+    "student": [{"type": "minillm", "preset": "official"}, {"type": "sampled_kl"}, {"type": "jensen_shannon"}],  # with a corpus term
 }
 DEFAULT = [{"type": "reverse_kl"}, {"type": "jensen_shannon"}, {"type": "taid"}]
 STEPS, BATCH = 8, 8  # two rounds of 16 rollouts, each for two epochs of two updates
@@ -119,9 +118,8 @@ def _sampler(method: Method, student, teacher, tokenizer, shard: Shard, interrup
     assert isinstance(config, OnPolicy)
     common["engine"] = _Interrupted(Native(student, config, eos=(eos,), vocab=len(tokenizer), chunk=3), interrupt)
     if isinstance(config, Rounds):
-        scores = method.objective.type in ("minillm", "sampled_kl")
-        states = method.objective.single_step if isinstance(method.objective, MiniLLM) else not scores
-        return Rollouts(encoded, method, teacher=Teacher(teacher, len(tokenizer), scores, states), **common)
+        corpus = [Sequence((), s.prompt + s.response) for s in texts] if getattr(method.objective, "pt_weight", 0) else []
+        return Rollouts(encoded, method, teacher=Teacher.of(method.objective, teacher, len(tokenizer)), corpus=corpus, **common)
     return {"mix": Mix, "replay": Replay, "pair": Pairs}[config.type](texts, config, method.optim, **common)
 
 

@@ -172,11 +172,13 @@ def _check_text(method: Method) -> None:
             f"objective minillm learns from rounds of rollouts, but the sampler is {sampler.type}; use sampler: {{type: teacher_mixed}}"
         )
     of_student = isinstance(sampler, StudentSampler) or (isinstance(sampler, TeacherMixedSampler) and sampler.alpha == 0)
-    if isinstance(objective, SampledKL) and not of_student:
+    if isinstance(objective, SampledKL) and not (of_student and sampler.plain):  # type: ignore[union-attr]
         raise ConfigError(
             f"objective sampled_kl estimates from the student's own samples, which sampler {sampler.type} as set here does not draw; "
-            "use sampler: {type: student}"
+            "use sampler: {type: student} with temperature 1 and no top_k, top_p, min_p or no_repeat_ngram"
         )
+    if isinstance(objective, MiniLLM) and isinstance(sampler, Rounds) and sampler.temperature == 0:
+        raise ConfigError("objective minillm weighs samples by their probability, and sampler.temperature 0 draws none; set it above 0")
     if isinstance(objective, Contrastive) != isinstance(sampler, PairSampler):
         raise ConfigError(
             f"objective contrastive and sampler pair belong together, but here are {objective.type} and {sampler.type}; change one of them"

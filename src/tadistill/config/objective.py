@@ -162,8 +162,8 @@ class SampledKL(Strict):
 class MiniLLM(Strict):
     """MiniLLM's policy gradient (Gu et al. 2024, arXiv 2306.08543v6), in the paper's form or the released code's, part by part.
 
-    `preset` sets every field below it that is not given: `paper` is Algorithm 1, `official` the released code, which differs in each of
-    these fields. Per token, with r = (log p - log q) / reward_scale, behaviour p~ and ratio = q / p~:
+    `preset` sets every field below it that is not given, but for `pt_weight`: `paper` is Algorithm 1, `official` the released code.
+    Per token, with r = (log p - log q) / reward_scale, behaviour p~ and ratio = q / p~:
 
         -A min(ratio, clip(ratio))  +  ratio KL(q || p)  +  pt_weight L_PT,      A = length-normalised sum of r after the token
     """
@@ -204,34 +204,25 @@ class MiniLLM(Strict):
     @classmethod
     def _fill(cls, values: Any) -> Any:
         """A preset that is named sets all its fields, so that it also replaces another one's when it comes as a patch."""
-        preset = _PRESETS.get(values.get("preset")) if isinstance(values, dict) else None
-        return preset | values if preset else values
+        named = values.get("preset") if isinstance(values, dict) else None
+        return _PRESETS[named] | values if isinstance(named, str) and named in _PRESETS else values
 
 
-_PRESETS: dict[Any, dict[str, Any]] = {
-    "paper": {
-        "discount": 1.0,
-        "include_current": False,
-        "length_normalisation": "after",
-        "whitening": "none",
-        "reward_scale": 1.0,
-        "reward_clip": None,
-        "clipping": "ratio",
-        "single_step_weight": True,
-        "pt_kd_ratio": 0.0,
-    },
-    "official": {
-        "discount": 0.95,
-        "include_current": True,
-        "length_normalisation": "remaining",
-        "whitening": "padded",
-        "reward_scale": 0.5,
-        "reward_clip": 100.0,
-        "clipping": "ppo",
-        "single_step_weight": False,
-        "pt_kd_ratio": 0.5,
-    },
+_OFFICIAL: dict[str, Any] = {
+    "discount": 0.95,
+    "include_current": True,
+    "length_normalisation": "remaining",
+    "whitening": "padded",
+    "reward_scale": 0.5,
+    "reward_clip": 100.0,
+    "clip": 0.2,
+    "clipping": "ppo",
+    "clip_weight": True,
+    "single_step": True,
+    "single_step_weight": False,
+    "pt_kd_ratio": 0.5,
 }
+_PRESETS = {"paper": {name: MiniLLM.model_fields[name].default for name in _OFFICIAL}, "official": _OFFICIAL}
 
 
 Objective = Annotated[

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.decoding import Decoding
-from tadistill.config.method import Method, MethodPatch, Optim, Select, Sft
+from tadistill.config.method import Method, MethodPatch, Optim, Select, Sft, apply
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
 from tadistill.config.strict import Strict
@@ -200,6 +200,16 @@ class Recipe(Strict):
                     raise ValueError(f"arms.{name}.path names `{model}`, which is not a model; {_known(self.models)}")
             if arm.compute and arm.compute[3:] not in self.arms:
                 raise ValueError(f"arms.{name}.compute is `{arm.compute}`, which is not an arm; {_known(self.arms)}")
+
+
+def methods(recipe: Recipe) -> list[Method]:
+    """The method of every distillation of the study, and of every arm that goes on training a model.
+
+    Raises:
+        ConfigError: parts of a method cannot work together.
+    """
+    targets = [(model, arm) for arm in recipe.arms.values() for model in (arm.path[1:] or (arm.path if arm.objective else ()))]
+    return [apply(recipe.method, recipe.models[model].distill, arm.patch) for model, arm in targets]
 
 
 def _known(names: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from tadistill.rollout.generate import Mixture, Rollout, Speculation, sample
 class Engine(Protocol):
     """Samples from the student with its weights of this moment."""
 
+    student: PreTrainedModel
     decoding: Decoding
 
     def respond(self, prompts: Seq[tuple[int, ...]], uniforms_BT: np.ndarray, guide: Mixture | Speculation | None = None) -> list[Rollout]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from tadistill import rng
 from tadistill.config.method import Method
+from tadistill.config.objective import MiniLLM, Objective, SampledKL
 from tadistill.config.sampling import Rounds, SpeculativeSampler, TeacherMixedSampler
 from tadistill.data.batch import Batch, Sequence, by_length, collate
 from tadistill.data.templates import Encoded
@@ -36,6 +37,12 @@ class Teacher:
     """Its log-probability of every sampled token is needed before the loss."""
     states: bool
     """Its distribution at every token is needed in the loss."""
+
+    @classmethod
+    def of(cls, objective: Objective, model: PreTrainedModel, vocab: int) -> "Teacher":
+        """What this objective asks of the teacher."""
+        scores = isinstance(objective, MiniLLM | SampledKL)
+        return cls(model, vocab, scores, objective.single_step if isinstance(objective, MiniLLM) else not scores)
 
 
 class Rollouts(Sampler):
@@ -89,8 +96,10 @@ class Rollouts(Sampler):
         prompts = [self.prompts[int(rows[i])].prompt for i in mine]
         uniforms = rng.uniforms(mine, self.config.max_new_tokens, self.seed, "rollout", number)
         out = self.engine.respond(prompts, uniforms, self._guide())
-        found = [Sequence(p, r.tokens, r.values, r.hidden) for p, r in zip(prompts, out, strict=True)]
-        return self.shard.gather(list(zip(mine, self._with_teacher(found), strict=True)))
+        found = self._with_teacher([Sequence(p, r.tokens, r.values, r.hidden) for p, r in zip(prompts, out, strict=True)])
+        if self.teacher.scores and (self.optim.precision == "bf16" or self.config.engine == "vllm"):
+            found = self._as_trained(found)
+        return self.shard.gather(list(zip(mine, found, strict=True)))
 
     def _guide(self) -> Mixture | Speculation | None:
         if isinstance(self.config, TeacherMixedSampler) and self.config.alpha > 0:
@@ -106,35 +115,61 @@ class Rollouts(Sampler):
             sequences = self._scored(sequences)
         return sequences if self.teacher.states else [replace(s, states=None) for s in sequences]
 
-    @torch.no_grad()
     def _scored(self, sequences: list[Sequence]) -> list[Sequence]:
         """With the teacher's hidden states and, if the objective needs them, its log-probabilities."""
-        found: dict[int, Sequence] = {}
+        passes = self._passes(sequences, self.reader, self.teacher.model, scores=self.teacher.scores)
+        return [
+            replace(s, values=s.values | ({} if scores is None else {"teacher": scores.numpy()}), states=states)
+            for s, (states, scores) in zip(sequences, passes, strict=True)
+        ]
+
+    def _as_trained(self, sequences: list[Sequence]) -> list[Sequence]:
+        """With the student's log-probabilities as a training forward has them; in half precision, or from vLLM, sampling rounds otherwise.
+
+        A ratio q / p~ would start beside 1. Of a mixture the behaviour follows; where the teacher replaces tokens it stays.
+        """
+        guide, found = self._guide(), []
+        with torch.autocast(self.engine.student.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"):
+            passes = self._passes(sequences, Reader(self.engine.student), self.engine.student, scores=True)
+        for s, (_, scores) in zip(sequences, passes, strict=True):
+            assert scores is not None
+            log_q = behaviour = scores.numpy()
+            if isinstance(guide, Mixture):
+                parts = np.array([[1 - guide.alpha], [guide.alpha]], np.float32)
+                with np.errstate(divide="ignore"):
+                    behaviour = np.logaddexp.reduce(np.log(parts) + np.stack([log_q, s.values["teacher"]]))
+            elif guide is not None:
+                behaviour = s.values["behaviour"]
+            found.append(replace(s, values=s.values | {"student": log_q, "behaviour": behaviour}))
+        return found
+
+    @torch.no_grad()
+    def _passes(
+        self, sequences: list[Sequence], reader: Reader, model: PreTrainedModel, *, scores: bool
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """One forward pass over the sequences: per sequence its last hidden states and, with `scores`, its tokens' log-probabilities."""
+        found: dict[int, tuple[Tensor, Tensor | None]] = {}
         for rows in by_length(sequences, self.config.chunk):
-            batch = collate([sequences[i] for i in rows], pad=self.pad).to(self.teacher.model.device)
-            hidden = self.reader.hidden(self.teacher.model, batch)
-            lengths = batch.mask_BT.sum(1).tolist()
-            states = hidden.cpu().split(lengths)
-            scores = self._log_probs(hidden, batch).cpu().split(lengths) if self.teacher.scores else None
-            for b, row in enumerate(rows):
-                values = sequences[row].values | ({"teacher": scores[b].numpy()} if scores else {})
-                found[row] = replace(sequences[row], values=values, states=states[b].clone())
+            batch = collate([sequences[i] for i in rows], pad=self.pad).to(model.device)
+            hidden, lengths = reader.hidden(model, batch), batch.mask_BT.sum(1).tolist()
+            log_p = self._log_probs(reader, hidden, batch).cpu().split(lengths) if scores else [None] * len(rows)
+            states = [part.clone() for part in hidden.cpu().split(lengths)]
+            found |= dict(zip(rows, zip(states, log_p, strict=True), strict=True))
         return [found[i] for i in range(len(sequences))]
 
-    def _log_probs(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def _log_probs(self, reader: Reader, hidden: Tensor, batch: Batch) -> Tensor:
         tokens = batch.targets_BT[batch.mask_BT]
 
         def values(logits: Tensor, _: tuple, rows: slice) -> Tensor:
             return token_log_probs(logits, tokens[rows]).unsqueeze(0)
 
         weights = torch.ones(1, 1, device=hidden.device)
-        return fused_head(hidden, self.reader.head, values, weights, vocab=self.teacher.vocab)[1][0].float()
+        return fused_head(hidden, reader.head, values, weights, vocab=self.teacher.vocab)[1][0].float()
 
     def _signal(self, sequences: list[Sequence]) -> Hidden | None:
         """The teacher's kept states of a micro-batch."""
         states = [s.states for s in sequences if s.states is not None]
-        head = self.reader.head
-        return Hidden(torch.cat(states).to(head.weight.device), head) if states else None
+        return Hidden(torch.cat(states), self.reader.head) if states else None
 
     def _corpus_batch(self, step: int, places: np.ndarray) -> Batch | None:
         """As many rows of plain text as the micro-batch has sequences."""

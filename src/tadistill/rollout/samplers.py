@@ -38,8 +38,10 @@ class Shard:
 class Sampler:
     """What the loop needs of a source of batches."""
 
-    watches_dev = False
-    """Whether `observe` wants the dev metrics of the untrained student too."""
+    @property
+    def wants_dev(self) -> bool:
+        """Whether `observe` still has to see the dev metrics of the untrained student."""
+        return False
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of update `step` for this rank."""
@@ -121,16 +123,16 @@ class FixedSequences(Sampler):
         return collate([self.sequences[i] for i in rows], pad=self.pad, signal=signal)
 
 
-class _WithStudent(FixedSequences):
-    """Base of samplers that answer the prompts of the update's rows with the student."""
+class _WithStudent(Sampler):
+    """Base of samplers that answer the prompts of the update's rows with the student; `fixed` has the rows' own responses."""
 
     def __init__(self, sequences: Seq[Sequence], optim: Optim, *, engine: Engine, pad: int, seed: int, shard: Shard = Shard()):
-        super().__init__(sequences, optim, pad=pad, seed=seed, shard=shard)
-        self.engine = engine
+        self.fixed = FixedSequences(sequences, optim, pad=pad, seed=seed, shard=shard)
+        self.sequences, self.optim, self.engine, self.pad, self.seed, self.shard = sequences, optim, engine, pad, seed, shard
 
     def fresh(self, step: int) -> dict[int, Sequence]:
         """By place in the update, the student's answers to this rank's share of its prompts."""
-        rows, mine = self.rows(step), np.concatenate(cut(self.optim, self.shard)).tolist()
+        rows, mine = self.fixed.rows(step), np.concatenate(cut(self.optim, self.shard)).tolist()
         prompts = [self.sequences[rows[place]].prompt for place in mine]
         return dict(zip(mine, respond(self.engine, prompts, mine, self.seed, "rollout", step), strict=True))
 
@@ -152,13 +154,11 @@ class Mix(_WithStudent):
 
     def micro_batches(self, step: int) -> list[Batch]:
         """One draw decides for all."""
-        return self.collated(self.fresh(step)) if self.draw(step) < self.config.lam else super().micro_batches(step)
+        return self.collated(self.fresh(step)) if self.draw(step) < self.config.lam else self.fixed.micro_batches(step)
 
 
 class Replay(_WithStudent):
     """DistiLLM's adaptive off-policy buffer: see `ReplaySampler`. All ranks hold the whole buffer."""
-
-    watches_dev = True
 
     def __init__(self, sequences: Seq[Sequence], config: ReplaySampler, optim: Optim, **common: Any):
         super().__init__(sequences, optim, **common)
@@ -167,6 +167,11 @@ class Replay(_WithStudent):
         self.mark: float | None = None
         """The dev loss that the next ones are held against."""
         self.buffer: deque[Sequence] = deque(maxlen=config.capacity)
+
+    @property
+    def wants_dev(self) -> bool:
+        """The first mark is the loss before training."""
+        return self.mark is None
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Fresh text, text from the buffer, or the rows' own responses."""
@@ -178,7 +183,7 @@ class Replay(_WithStudent):
         if u < self.phi:
             picked = rng.generator(self.seed, "replay", step).choice(len(self.buffer), self.optim.batch, replace=False)
             return self.collated([self.buffer[i] for i in picked.tolist()])
-        return super().micro_batches(step)
+        return self.fixed.micro_batches(step)
 
     def _share_of_fresh(self, step: int) -> float:
         assert self.optim.steps is not None
@@ -218,7 +223,7 @@ class Pairs(_WithStudent):
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Sample for this rank's prompts of the update, and pair."""
-        rows, fresh = self.rows(step), self.fresh(step)
+        rows, fresh = self.fixed.rows(step), self.fresh(step)
         return [
             collate(
                 [_tagged(self.sequences[rows[p]], 1.0) for p in places] + [_tagged(fresh[int(p)], 0.0) for p in places],

@@ -12,7 +12,7 @@ from itertools import islice
 from tadistill.config import Method, Recipe
 from tadistill.config.method import Optim
 from tadistill.config.objective import CrossEntropy, MiniLLM
-from tadistill.config.recipe import ModelConfig
+from tadistill.config.recipe import ModelConfig, methods
 from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler, Rounds
 from tadistill.data import datasets, tinyworld
 from tadistill.errors import DataError
@@ -124,7 +124,7 @@ class Ledger:
 def check_data(recipe: Recipe) -> None:
     """Read every split, and the start of the corpus, so that a missing file or column is known before any work."""
     data = recipe.data
-    objectives = [recipe.method.objective, *(arm.objective for arm in recipe.arms.values())]
+    objectives = [method.objective for method in methods(recipe)]
     for ref, role in [(data.train, "train"), (data.dev, "dev"), *((r, "test") for r in data.test)]:
         datasets.load(ref, role, data)
     if data.corpus and any(isinstance(o, MiniLLM) and o.pt_weight for o in objectives):

@@ -3,11 +3,14 @@
 A mistake found here costs a second; found in the sixth stage it costs the first five.
 """
 
+import importlib.util
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
-from tadistill.config.sampling import DatasetSampler
+from tadistill.config.recipe import methods
+from tadistill.config.sampling import DatasetSampler, OnPolicy
 from tadistill.data import datasets
 from tadistill.data.templates import encode
 from tadistill.errors import ConfigError
@@ -27,6 +30,7 @@ def check(recipe: Recipe) -> int:
         ConfigError, DataError, ModelError: in one sentence, before anything is written.
     """
     check_data(recipe)
+    _check_engine(recipe)
     used = [name for name in recipe.models if any(name in arm.path for arm in recipe.arms.values())]
     tokenizers = {name: _tokenizer(recipe, name) for name in used}
     check_same_tokenizer(tokenizers)
@@ -35,6 +39,12 @@ def check(recipe: Recipe) -> int:
         _check_model(recipe, name, tokenizers[name], longest)
     _check_memory(recipe, used)
     return recipe.runtime.jobs or _default_jobs()
+
+
+def _check_engine(recipe: Recipe) -> None:
+    wanted = any(isinstance(m.sampler, OnPolicy) and m.sampler.engine == "vllm" for m in methods(recipe))
+    if wanted and not (importlib.util.find_spec("vllm") and torch.cuda.is_available()):
+        raise ConfigError("a sampler has engine vllm, which needs CUDA and `pip install 'tadistill[vllm]'`; set engine: native")
 
 
 def _tokenizer(recipe: Recipe, name: str) -> PreTrainedTokenizerBase:
@@ -56,7 +66,7 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
         if layers := parent.get("num_hidden_layers", parent.get("n_layer")):
             keep_list(model.init.layers, layers)
     positions = (config or {}).get("max_position_embeddings", (config or {}).get("n_positions"))
-    samplers = [recipe.method.sampler, *(arm.sampler for arm in recipe.arms.values() if arm.sampler)]
+    samplers = [method.sampler for method in methods(recipe)]
     longest = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if not isinstance(s, DatasetSampler))])
     if positions and prompt + longest > positions:
         raise ConfigError(
@@ -77,8 +87,7 @@ def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
     for role, ref in [*splits.items(), *(("test", r) for r in data.test)]:
         encoded = encode(datasets.load(ref, role, data), tokenizer, name=f"data set `{ref.name}` ({role})", **lengths)
         longest = max(longest, *(len(e.prompt) for e in encoded))
-    selects = [recipe.method.select, *(m.sft.select for m in recipe.models.values() if m.sft)]
-    selects += [a.select for a in recipe.arms.values() if a.select]
+    selects = [*(method.select for method in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
     if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(data.dev, "dev", data)):
         raise ConfigError(f"a stage selects by fact_accuracy, but the dev set `{data.dev.name}` knows no facts; select by rouge_l or loss")
     return longest

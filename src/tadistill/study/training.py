@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill.config import Evaluate, Method, Optim
 from tadistill.config.method import Select
-from tadistill.config.objective import CrossEntropy, MiniLLM, SampledKL
+from tadistill.config.objective import CrossEntropy
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.data.batch import Sequence
 from tadistill.evaluation.run import Subject, dev_metrics, references
@@ -43,16 +43,10 @@ def train(context: Context) -> dict[str, Any]:
     sampler = _sampler(context, method, student, teacher, tokenizer, vocab, signals, accelerator)
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
     student.train(not isinstance(method.sampler, OnPolicy))
-    alarms: list[str] = []
-
-    def alarm(text: str) -> None:
-        alarms.append(text)
-        context.alarm(text)
-
     hooks = Hooks(
         evaluate=_dev(context, Subject(student, tokenizer, vocab, end_tokens(student, tokenizer)), select, teacher),
         progress=lambda done, text: context.progress(done, optim.steps or 1, text),
-        alarm=alarm,
+        alarm=context.alarm,
         stop=context.stop,
     )
     state = train_stage(
@@ -70,17 +64,17 @@ def train(context: Context) -> dict[str, Any]:
     )
     accelerator.end_training()
     save_model(student, tokenizer, context.folder / MODEL)
-    found = {"steps": state.step, "best_step": state.best_step, "best_value": state.best_value, "alarms": alarms}
+    found = {"steps": state.step, "best_step": state.best_step, "best_value": state.best_value, "alarms": state.alarms["given"]}
     return found | {"global_and_per_device": _counts(method, accelerator.num_processes)}
 
 
 def _counts(method: Method, devices: int) -> dict[str, Any]:
     """What the recipe's global numbers mean on this number of devices."""
     batch, sampler = method.optim.batch, method.sampler
-    found: dict[str, Any] = {"devices": devices, "batch": batch, "batch_per_device": batch / devices}
+    found: dict[str, Any] = {"devices": devices, "batch": batch, "batch_per_device": batch // devices}
     if isinstance(sampler, Rounds):
         rollouts = sampler.rollouts or batch
-        found |= {"rollouts": rollouts, "rollouts_per_device": rollouts / devices, "updates_per_round": method.round_updates}
+        found |= {"rollouts": rollouts, "rollouts_per_device": rollouts // devices, "updates_per_round": method.round_updates}
     return found
 
 
@@ -120,10 +114,8 @@ def _sampler(
     common["engine"] = _engine(context, config, student, tokenizer, vocab)
     if isinstance(config, Rounds):
         assert teacher is not None
-        scores = isinstance(method.objective, MiniLLM | SampledKL)
-        states = method.objective.single_step if isinstance(method.objective, MiniLLM) else not scores
         plain = context.corpus(tokenizer)
-        return Rollouts(train.encoded, method, teacher=Teacher(teacher, vocab, scores, states), corpus=plain, **common)
+        return Rollouts(train.encoded, method, teacher=Teacher.of(method.objective, teacher, vocab), corpus=plain, **common)
     return {"mix": Mix, "replay": Replay, "pair": Pairs}[config.type](texts, config, method.optim, **common)
 
 

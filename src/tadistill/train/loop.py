@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from tadistill import rng
 from tadistill.config.method import Optim, Select
 from tadistill.data.batch import Batch
-from tadistill.errors import StageFailed
+from tadistill.errors import ConfigError, StageFailed
 from tadistill.log import RunLog
 from tadistill.rollout.samplers import Sampler
 from tadistill.train import checkpoint
@@ -90,19 +91,22 @@ def train_stage(
         directory: holds state.pt and best.pt while training, and metrics.jsonl; an existing state.pt is resumed.
 
     Raises:
+        ConfigError: the batch cannot be shared by the processes.
         StageFailed: a loss or gradient is not finite (before it touches the weights).
         Interrupted: `hooks.stop` said so; the state is saved.
     """
     assert optim.steps is not None
+    if optim.batch % accelerator.num_processes:
+        raise ConfigError(f"optim.batch {optim.batch} is not a multiple of the {accelerator.num_processes} processes; change one of them")
     steps, every = optim.steps, max(1, optim.steps // _LOG_POINTS)
     optimizer = make_optimizer(student, optim)
     model, optimizer = accelerator.prepare(student, optimizer)
-    run = _Run(student, step, sampler, optimizer, accelerator, directory, Alarms())
+    run = _Run(student, step, sampler, optimizer, accelerator, directory, Alarms(minillm=step.clip is not None))
     state = run.resume()
     log = RunLog(directory / "metrics.jsonl", resume_step=state.step, track=track) if accelerator.is_main_process else None
     saved, since = time.monotonic(), _Averages()
-    if sampler.watches_dev and state.step == 0:
-        sampler.observe(_measured(student, hooks))
+    if sampler.wants_dev:
+        sampler.observe(_measured(student, hooks, accelerator))
     while state.step < steps:
         if _anywhere(accelerator, hooks.stop()):
             run.save(state)
@@ -113,9 +117,9 @@ def train_stage(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optim, state.step, steps)
         batches = step.prepare(sampler.micro_batches(state.step), lambda values: _sum(accelerator, values).cpu())
-        watched = watch(step, batches[0]) if state.step % max(every, _WATCH_EVERY) == 0 and accelerator.is_main_process else {}
-        for line in run.alarms.check(watched):
-            hooks.alarm(f"update {state.step}: {line}")
+        watched = run.watch(batches) if state.step % max(every, _WATCH_EVERY) == 0 else {}
+        for line in run.alarms.check(state.step, watched):
+            hooks.alarm(line)
         # equal numbers of processes see equal masks; rank 0 sees those of a single process
         torch.manual_seed(rng.torch_seed(seed, "dropout", state.step, *([accelerator.process_index] if accelerator.process_index else [])))
         since.add(_update(model, step, batches, optimizer, optim, accelerator, state.step) | watched)
@@ -125,7 +129,7 @@ def train_stage(
             metrics = since.pop() | sampler.metrics() | {"train/lr": optimizer.param_groups[0]["lr"]}
             hooks.progress(state.step, f"loss {metrics['train/loss']:.3f}, {metrics['train/tokens_per_second']:,.0f} tokens/s")
             if chosen:
-                dev = _measured(student, hooks)
+                dev = _measured(student, hooks, accelerator)
                 run.keep_best(state, dev[select.metric], select)
                 sampler.observe(dev)
                 metrics |= {f"dev/{name}": v for name, v in dev.items()}
@@ -136,6 +140,7 @@ def train_stage(
         accelerator.wait_for_everyone()
         student.load_state_dict(checkpoint.load(directory / "best.pt"))
     student.eval()
+    state.alarms = run.alarms.state()
     return state
 
 
@@ -150,6 +155,13 @@ class _Run:
     accelerator: Accelerator
     directory: Path
     alarms: Alarms
+
+    def watch(self, batches: list[Batch]) -> dict[str, float]:
+        """What the main process sees of its rollouts."""
+        if not self.accelerator.is_main_process:
+            return {}
+        with self.accelerator.autocast():
+            return watch(self.step, [b.to(self.accelerator.device) for b in batches])
 
     def save(self, state: TrainState) -> None:
         """Write the whole state."""
@@ -237,13 +249,15 @@ def _anywhere(accelerator: Accelerator, flag: bool) -> bool:
     return flag if accelerator.num_processes == 1 else bool(_sum(accelerator, torch.tensor(float(flag))) > 0)
 
 
-def _measured(student: PreTrainedModel, hooks: Hooks) -> dict[str, float]:
-    """Dev metrics of the student as it is now."""
+def _measured(student: PreTrainedModel, hooks: Hooks, accelerator: Accelerator) -> dict[str, float]:
+    """Dev metrics of the student as it is now; the main process's, since samplers decide by them and must decide alike."""
     was_training = student.training
     student.eval()
-    metrics = hooks.evaluate()
+    metrics = [hooks.evaluate()]
     student.train(was_training)
-    return metrics
+    if accelerator.num_processes > 1:
+        broadcast_object_list(metrics)
+    return metrics[0]
 
 
 class _Averages:

@@ -6,7 +6,6 @@ Axes: B sequences, T positions.
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from tadistill import objectives
 from tadistill.config.objective import MiniLLM
 from tadistill.data.batch import Batch
-from tadistill.objectives import slopes
-from tadistill.train.terms import CORPUS, RESPONSE, Loss, Models, Step, Term, likelihood, of_tokens
+from tadistill.train.terms import CORPUS, RESPONSE, Loss, Models, Step, likelihood, of_divergence, of_tokens
 
 
 def minillm(config: MiniLLM, models: Models, max_new_tokens: int) -> Step:
@@ -62,22 +60,12 @@ def _loss(config: MiniLLM, models: Models, student: nn.Module, batch: Batch, per
         return weight[rows] * surrogate
 
     def importance(logits: Tensor, rows: slice) -> Tensor:
-        if not config.single_step_weight:
-            return torch.ones_like(weight[rows])
-        log_q = objectives.token_log_probs(logits.detach(), tokens[rows])
+        log_q = objectives.token_log_probs(logits, tokens[rows])
         return weight[rows] * objectives.clipped_ratio(log_q, behaviour[rows], clip=config.clip)
-
-    def single_step(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> Tensor:
-        return objectives.reverse_kl(logits, teachers[0]) * importance(logits, rows)
-
-    def single_step_slope(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
-        factor = importance(logits, rows)
-        exact, slope = slopes.reverse_kl(logits, teachers[0])
-        return exact * factor, slope.mul_(factor.unsqueeze(-1))
 
     terms, teachers = [of_tokens("policy", tokens, policy)], ()
     if config.single_step:
-        terms.append(Term("single_step", single_step, slope=single_step_slope))
+        terms.append(of_divergence("single_step", objectives.reverse_kl, factor=importance if config.single_step_weight else None))
         teachers = (models.target(batch),)
     found = models.loss(student, batch, terms, per[RESPONSE], teachers)
     if batch.corpus is None:
@@ -89,15 +77,10 @@ def _loss(config: MiniLLM, models: Models, student: nn.Module, batch: Batch, per
 def _corpus_loss(config: MiniLLM, models: Models, student: nn.Module, corpus: Batch, per: float) -> Loss:
     """L_PT in a forward pass of its own: joined to the rollouts' it would pad the shorter of both, and hold both graphs at once."""
     share = config.pt_kd_ratio
-    terms = [likelihood(corpus, config.pt_weight * (1 - share), "corpus")]
-    if share == 0:
-        return models.loss(student, corpus, terms, per)
-
-    def towards_teacher(logits: Tensor, teachers: tuple[Any, ...], _: slice) -> Tensor:
-        return objectives.forward_kl(logits, teachers[0])
-
-    def slope(logits: Tensor, teachers: tuple[Any, ...], _: slice) -> tuple[Tensor, Tensor]:
-        return slopes.forward_kl(logits, teachers[0])
-
-    terms.append(Term("corpus_kl", towards_teacher, config.pt_weight * share, slope))
-    return models.loss(student, corpus, terms, per, (models.target(corpus),))
+    terms, teachers = [], ()
+    if share < 1:
+        terms.append(likelihood(corpus, config.pt_weight * (1 - share), "corpus"))
+    if share > 0:
+        terms.append(of_divergence("corpus_kl", objectives.forward_kl, config.pt_weight * share))
+        teachers = (models.target(corpus),)
+    return models.loss(student, corpus, terms, per, teachers)

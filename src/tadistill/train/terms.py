@@ -95,6 +95,25 @@ def of_tokens(name: str, tokens: Tensor, loss: Callable[[Tensor, slice], Tensor]
     return Term(name, values, weight, slope)
 
 
+def of_divergence(
+    name: str, function: Callable[..., Tensor], weight: float = 1.0, factor: Callable[[Tensor, slice], Tensor] | None = None
+) -> Term:
+    """A divergence to the first teacher, one whose gradient is written out, times a factor per token that no gradient goes through."""
+    graded = slopes.written_out(function)
+    assert graded is not None
+
+    def values(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> Tensor:
+        found = function(logits, teachers[0])
+        return found if factor is None else found * factor(logits.detach(), rows)
+
+    def slope(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
+        by = None if factor is None else factor(logits, rows)
+        found, gradient = graded(logits, teachers[0])
+        return (found, gradient) if by is None else (found * by, gradient.mul_(by.unsqueeze(-1)))
+
+    return Term(name, values, weight, slope)
+
+
 def likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") -> Term:
     """Cross-entropy on the batch's own tokens."""
     return of_tokens(name, batch.targets_BT[batch.mask_BT], lambda log_q, _: -log_q, weight)

@@ -19,31 +19,33 @@ _TOP = 10
 _GRAM = 4
 
 
-def watch(step: Step, batch: Batch) -> dict[str, float]:
-    """Metrics of a micro-batch of sampled sequences; none of them where the batch holds no text of the student.
+def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
+    """Metrics of an update's sampled sequences; none of them where the batches hold no text of the student (or, in pairs, half of it).
+
+    length        tokens a response; repetition: share of its 4-grams that occurred in it before
+
+    and of the first sequences alone:
 
     reverse_kl    per token, by the k3 estimator, weighted by q / behaviour (nats)
     reward        log p - log q at the time of sampling, per token (nats)
     entropy       of the student's next token (nats); teacher_top_mass: what it gives to the teacher's 10 most probable tokens
-    length        tokens a response; repetition: share of its 4-grams that occurred in it before
     weight_min, weight_max    q_old / behaviour; clip_fraction: share of tokens whose q / behaviour is outside the objective's clip
     """
-    if "student" not in batch.values:
+    if "student" not in batches[0].values:
         return {}
-    found = {"length": float(batch.mask_BT.sum()) / len(batch.ids_BT), "repetition": _repetition(batch)}
-    part = batch.first(_ROWS).to(step.models.student_model.device)
+    rows = sum(len(b.ids_BT) for b in batches)
+    found = {"length": sum(float(b.mask_BT.sum()) for b in batches) / rows, "repetition": _repetition(batches)}
+    part = batches[0].first(_ROWS)
     mask = part.mask_BT
     old, behaviour = part.values["student"][mask], part.values["behaviour"][mask]
     weight = (old - behaviour).exp()
     found |= {"weight_min": float(weight.min()), "weight_max": float(weight.max())}
     entropy, top_mass, log_q, log_p = _scored(step, part)
     ratio = (log_q - behaviour).exp()
-    found |= {"entropy": float(entropy.mean())}
+    found["entropy"] = float(entropy.mean())
     if log_p is not None:
-        found |= {
-            "reverse_kl": float((ratio * objectives.k3(log_q, log_p)).sum() / ratio.sum()),
-            "reward": float((log_p - old).mean()),
-        }
+        found["reverse_kl"] = float((ratio * objectives.k3(log_q, log_p)).sum() / ratio.sum())
+        found["reward"] = float((log_p - old).mean())
     if top_mass is not None:
         found["teacher_top_mass"] = float(top_mass.mean())
     if step.clip is not None:
@@ -76,50 +78,48 @@ def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Te
     return found[0], None, found[1], known[batch.mask_BT] if known is not None else None
 
 
-def _repetition(batch: Batch) -> float:
+def _repetition(batches: list[Batch]) -> float:
     """The share of n-grams within a response that are not its first ones of their kind."""
     total = again = 0
-    for row, mask in zip(batch.targets_BT.tolist(), batch.mask_BT.tolist(), strict=True):
-        tokens = [t for t, m in zip(row, mask, strict=True) if m]
-        grams = [tuple(tokens[i : i + _GRAM]) for i in range(len(tokens) - _GRAM + 1)]
-        total, again = total + len(grams), again + len(grams) - len(set(grams))
+    for batch in batches:
+        for row, mask in zip(batch.targets_BT.tolist(), batch.mask_BT.tolist(), strict=True):
+            tokens = [t for t, m in zip(row, mask, strict=True) if m]
+            grams = [tuple(tokens[i : i + _GRAM]) for i in range(len(tokens) - _GRAM + 1)]
+            total, again = total + len(grams), again + len(grams) - len(set(grams))
     return again / total if total else 0.0
 
 
 class Alarms:
     """Compares watched metrics with the first ones of a run; each alarm is given once until its cause is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, minillm: bool) -> None:
         self.first: dict[str, float] = {}
         self.active: list[str] = []
+        self.given: list[str] = []
+        more = "raise sampler.alpha, keep objective.length_normalisation on, " if minillm else ""
+        self.advice = f"{more}lower optim.lr, or stop earlier; the loss does not show this"
 
-    def check(self, metrics: Mapping[str, float]) -> list[str]:
-        """One line per alarm that is new."""
+    def check(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        """One line per alarm that is new at this update."""
         if "rollout/length" not in metrics:
             return []
-        first = self.first = self.first or dict(metrics)
-        now, then = (lambda name: metrics[f"rollout/{name}"]), (lambda name: first[f"rollout/{name}"])
-        causes = {
-            "collapse": now("repetition") > max(0.3, 2 * then("repetition")),
-            "length drift": not 0.5 * then("length") <= now("length") <= 2 * then("length"),
-            "entropy drop": now("entropy") < 0.3 * then("entropy"),
-        }
-        lines = {
-            "collapse": f"collapse: {now('repetition'):.0%} of 4-grams repeat within a response, at first {then('repetition'):.0%}; "
-            "lower optim.lr, raise sampler.alpha, or stop earlier (reverse KL alone does not show this)",
-            "length drift": f"length drift: responses have {now('length'):.0f} tokens, at first {then('length'):.0f}; keep "
-            "objective.length_normalisation on, raise sampler.alpha, or lower optim.lr",
-            "entropy drop": f"entropy drop: {now('entropy'):.2f} nats a token, at first {then('entropy'):.2f}; lower optim.lr, use fewer "
-            "inner_epochs, or add objective.pt_weight",
-        }
-        new = [lines[name] for name, holds in causes.items() if holds and name not in self.active]
-        self.active = [name for name, holds in causes.items() if holds]
+        self.first = self.first or dict(metrics)
+        now, then = ({name.removeprefix("rollout/"): value for name, value in m.items()} for m in (metrics, self.first))
+        found: dict[str, str] = {}
+        if now["repetition"] > max(0.3, 2 * then["repetition"]):
+            found["collapse"] = f"{now['repetition']:.0%} of 4-grams repeat within a response, at first {then['repetition']:.0%}"
+        if not 0.5 * then["length"] <= now["length"] <= 2 * then["length"]:
+            found["length drift"] = f"responses have {now['length']:.0f} tokens, at first {then['length']:.0f}"
+        if now["entropy"] < 0.3 * then["entropy"]:
+            found["entropy drop"] = f"{now['entropy']:.2f} nats a token, at first {then['entropy']:.2f}"
+        new = [f"update {step}: {name}: {text}; {self.advice}" for name, text in found.items() if name not in self.active]
+        self.active, self.given = list(found), self.given + new
         return new
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"first": self.first, "active": self.active}
+        return {"first": self.first, "active": self.active, "given": self.given}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
-        self.first, self.active = dict(state.get("first", {})), list(state.get("active", []))
+        self.first, self.active, self.given = dict(state["first"]), list(state["active"]), list(state["given"])

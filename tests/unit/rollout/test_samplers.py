@@ -120,6 +120,25 @@ def test_a_rounds_teacher_states_and_scores_are_those_of_a_forward_pass(name):
         torch.testing.assert_close(batch.values["teacher"][batch.mask_BT], log_p.detach(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["teacher_mixed", "student"])
+def test_in_half_precision_the_policy_is_the_one_that_training_sees(name):
+    """Before the first update q is q_old to the bit, though sampling rounds otherwise than a forward pass under autocast."""
+    sampler = rollouts(sampler=SAMPLERS[name])
+    sampler.optim = sampler.optim.model_copy(update={"precision": "bf16"})
+    (batch,) = sampler.micro_batches(0)
+    student, mask = sampler.engine.student, batch.mask_BT
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden, head = Reader(student).hidden(student, batch), Reader(student).head
+        log_q = torch.nn.functional.linear(hidden, head.weight).float().log_softmax(-1)
+    log_q = log_q.gather(1, batch.targets_BT[mask].unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(batch.values["student"][mask], log_q, atol=2e-2, rtol=0)  # batches of another shape round otherwise
+    log_p = batch.values["teacher"][mask]
+    mixed = (
+        (0.8 * batch.values["student"][mask].exp() + 0.2 * log_p.exp()).log() if name == "teacher_mixed" else batch.values["student"][mask]
+    )
+    torch.testing.assert_close(batch.values["behaviour"][mask], mixed, atol=1e-5, rtol=0)
+
+
 def test_the_teacher_runs_once_over_a_round(monkeypatch):
     sampler, calls = rollouts(sampler=SAMPLERS["student"]), []
     hidden = sampler.reader.hidden

@@ -23,7 +23,7 @@ def test_metrics_are_what_they_say():
     student, teacher = tiny_model("llama"), tiny_model("llama", seed=5)
     batch = sampled({"student": -2.0, "behaviour": -1.9})
     step = make_step(Method(objective=MiniLLM(pt_weight=0, clip=0.3), sampler=TeacherMixedSampler()), student, teacher, 31)
-    found = watch(step, batch)
+    found = watch(step, [batch])
     with torch.no_grad():
         log_q, log_p = (response_logits(m, batch, 31).double().log_softmax(-1) for m in (student, teacher))
     tokens = batch.targets_BT[batch.mask_BT].unsqueeze(1)
@@ -47,13 +47,13 @@ def test_metrics_are_what_they_say():
 
 def test_text_that_is_not_the_students_is_not_watched():
     step = make_step(Method(objective=ReverseKL()), tiny_model("llama"), tiny_model("llama", seed=5), 31)
-    assert watch(step, collate([Sequence(p, r) for p, r in ROWS], pad=0)) == {}
+    assert watch(step, [collate([Sequence(p, r) for p, r in ROWS], pad=0)]) == {}
 
 
 def test_only_the_teachers_scores_are_enough_for_the_reverse_kl():
     student = tiny_model("llama")
     step = make_step(Method(objective=ReverseKL()), student, None, 31)
-    found = watch(step, sampled({"student": -2.0, "behaviour": -2.0, "teacher": -1.0}))
+    found = watch(step, [sampled({"student": -2.0, "behaviour": -2.0, "teacher": -1.0})])
     assert found["rollout/reward"] == pytest.approx(1.0)
     assert "rollout/teacher_top_mass" not in found
     assert "rollout/clip_fraction" not in found
@@ -66,28 +66,30 @@ def metrics(length=20.0, repetition=0.05, entropy=2.0):
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (metrics(repetition=0.6), "collapse: 60% of 4-grams repeat within a response, at first 5%; lower optim.lr"),
-        (metrics(length=5), "length drift: responses have 5 tokens, at first 20; keep objective.length_normalisation"),
+        (metrics(repetition=0.6), "collapse: 60% of 4-grams repeat within a response, at first 5%; raise sampler.alpha"),
+        (metrics(length=5), "length drift: responses have 5 tokens, at first 20; raise sampler.alpha, keep objective.length"),
         (metrics(length=60), "length drift: responses have 60 tokens"),
-        (metrics(entropy=0.2), "entropy drop: 0.20 nats a token, at first 2.00; lower optim.lr"),
+        (metrics(entropy=0.2), "entropy drop: 0.20 nats a token, at first 2.00; raise sampler.alpha"),
     ],
 )
 def test_an_alarm_comes_once_and_again_after_it_was_over(bad, words):
-    alarms = Alarms()
-    assert alarms.check(metrics()) == []
-    (line,) = alarms.check(bad)
-    assert line.startswith(words)
+    alarms = Alarms(minillm=True)
+    assert alarms.check(3, metrics()) == []
+    (line,) = alarms.check(3, bad)
+    assert line.startswith(f"update 3: {words}")
+    assert alarms.given == [line]
+    assert "alpha" not in Alarms(minillm=False).advice
     assert "\n" not in line
-    assert alarms.check(bad) == []
-    resumed = Alarms()
+    assert alarms.check(3, bad) == []
+    resumed = Alarms(minillm=True)
     resumed.restore(alarms.state())
-    assert resumed.check(bad) == []
-    assert resumed.check(metrics()) == []
-    assert len(resumed.check(bad)) == 1
+    assert resumed.check(3, bad) == []
+    assert resumed.check(3, metrics()) == []
+    assert len(resumed.check(3, bad)) == 1
 
 
 def test_small_changes_and_unwatched_updates_raise_none():
-    alarms = Alarms()
+    alarms = Alarms(minillm=True)
     for length, repetition, entropy in ((20, 0.05, 2.0), (25, 0.1, 1.5), (14, 0.2, 2.6)):
-        assert alarms.check(metrics(length, repetition, entropy)) == []
-    assert alarms.check({}) == []
+        assert alarms.check(3, metrics(length, repetition, entropy)) == []
+    assert alarms.check(3, {}) == []
