@@ -1,0 +1,115 @@
+"""The table of docs/results/methods.md, from the finished study of recipes/methods/all.yaml.
+
+    tadistill run recipes/methods/all.yaml
+    python docs/tabulate_methods.py [RUNS] > docs/results/methods.md
+
+A difference to the arm `kd` is called real where its paired 95 % interval excludes 0 and all training seeds agree in its sign.
+"""
+
+import sys
+from pathlib import Path
+
+from tadistill.report.collect import MEAN, Results, compare, read_results
+from tadistill.report.text import difference_text, summary_text
+
+BASE = "kd"
+METRICS = {"fact_accuracy": "fact accuracy", "rouge_l": "Rouge-L", "reverse_kl": "KL(student ‖ teacher)"}
+NO_STUDENT = "teacher"
+METHODS = {
+    "teacher": "the teacher",
+    "sft": "SFT, where all others start",
+    "sft-longer": "SFT, continued",
+    "kd": "KD",
+    "seqkd": "SeqKD",
+    "abkd": "ABKD",
+    "taid": "TAID",
+    "amid": "AMiD",
+    "distillm": "DistiLLM",
+    "imitkd": "ImitKD",
+    "gkd": "GKD",
+    "on-policy-rkl": "on-policy reverse KL",
+    "skd": "SKD",
+    "distillm-2": "DistiLLM-2",
+    "minillm": "MiniLLM, the paper's form",
+    "minillm-official": "MiniLLM, the released code's form",
+}
+
+HEAD = """# Every method on the embedded world
+
+```
+tadistill run recipes/methods/all.yaml
+python docs/tabulate_methods.py > docs/results/methods.md
+```
+
+One teacher of 316 k parameters, one student of 24 k, three training seeds, 240 updates of 32 sequences for every method after the same
+SFT; checkpoints are chosen on dev, learning rates with a seed that is not shown (the recipe's header says what was tried). Means over five
+test sets with 95 % intervals (hierarchical bootstrap over seeds and prompts).
+"""
+TAIL = """
+The world is a toy and the student far too small for its facts, so a few hundred updates move little. The table says that every method
+runs and what these updates did here; it ranks no method in general. With three seeds the intervals are too narrow, and among so many
+comparisons one or two exclude 0 by chance.
+"""
+
+
+def seeds_agree(results: Results, arm: str, metric: str) -> bool:
+    """Whether every training seed has the sign of the mean difference to the base."""
+    mine, base = (results.summaries[name, MEAN, metric].per_seed for name in (arm, BASE))
+    return len({mine[seed] > base[seed] for seed in mine}) == 1
+
+
+def table(results: Results) -> list[str]:
+    """A row an arm."""
+    names = [*METRICS.values(), *(f"Δ {METRICS[m]} to {BASE}" for m in ("fact_accuracy", "rouge_l"))]
+    lines = ["| method | arm | objective on sampler | " + " | ".join(names) + " |", "|---|---|---|" + "---:|" * len(names)]
+    for arm in results.plan.arms:
+        cells = [summary_text(results.summaries[arm.name, MEAN, metric], metric) for metric in METRICS]
+        cells += [difference(results, arm.name, metric) for metric in ("fact_accuracy", "rouge_l")]
+        lines.append(f"| {METHODS[arm.name]} | `{arm.name}` | {arm.method} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def difference(results: Results, arm: str, metric: str) -> str:
+    """The paired difference to the base, bold where it is real."""
+    found = compare(results, arm, BASE, metric)
+    if found is None or arm in (BASE, NO_STUDENT):
+        return ""
+    text = difference_text(found[0], metric).removesuffix(" points").removesuffix(" percentage")
+    return f"**{text}**" if is_real(results, arm, metric) else text
+
+
+def is_real(results: Results, arm: str, metric: str) -> bool:
+    """The interval excludes 0 and the seeds agree."""
+    found = compare(results, arm, BASE, metric)
+    return found is not None and not found[0].covers_zero and seeds_agree(results, arm, metric)
+
+
+def verdict(results: Results) -> list[str]:
+    """Which differences to the base are real, in words."""
+    lines = [
+        "",
+        f"Against `{BASE}`, a difference is called real (bold) where its paired interval excludes 0 and all three seeds agree in its sign:",
+        "",
+    ]
+    for metric, name in METRICS.items():
+        sides: dict[bool, list[str]] = {True: [], False: []}
+        students = [arm.name for arm in results.plan.arms if arm.name not in (BASE, NO_STUDENT)]
+        for arm in students:
+            if is_real(results, arm, metric):
+                ahead = compare(results, arm, BASE, metric)[0].mean > 0  # type: ignore[index]
+                sides[ahead].append(f"`{arm}`")
+        level = [f"`{arm}`" for arm in students if f"`{arm}`" not in sides[True] + sides[False]]
+        parts = [f"{word} {', '.join(found) or 'none'}" for word, found in (("higher:", sides[True]), ("lower:", sides[False]))]
+        lines.append(f"- {name}: {'; '.join(parts)}; no evidence of a difference: {', '.join(level) or 'none'}.")
+    return lines
+
+
+def main() -> None:
+    """Write the page to stdout."""
+    runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
+    results = read_results(runs / "methods", runs / "store")
+    print("\n".join([HEAD, *table(results), *verdict(results), TAIL]), end="")
+
+
+if __name__ == "__main__":
+    main()
