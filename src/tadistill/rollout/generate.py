@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from tadistill.config.decoding import Decoding
 from tadistill.models.forward import tapped
-from tadistill.rollout import lazy
+from tadistill.rollout import lazy, packed
 from tadistill.rollout.cache import in_place_cache
 from tadistill.rollout.draw import Mixture, Speculation, next_tokens, processors
 from tadistill.rollout.record import Record, Rollout
@@ -119,7 +119,7 @@ def sample(
     student.eval()
     try:
         capacity = max(map(len, prompts)) + uniforms_BT.shape[1]
-        if isinstance(guide, Mixture) and decoding.plain and lazy.possible(list(models.values()), capacity):
+        if isinstance(guide, Mixture) and decoding.plain and all(packed.possible(model, capacity) for model in models.values()):
             lazy.fill(record, student, prompts, uniforms_BT, vocab, guide)
         else:
             _fill(record, _Batch(models, prompts, uniforms_BT, vocab), decoding, guide)
