@@ -1,7 +1,8 @@
 """Batched sampling from a model, or from student and teacher together, on stock transformers models.
 
-One loop serves SeqKD, evaluation and rollouts of training. Each model keeps its own KV cache; a sequence's random numbers are
-given by the caller, so its text does not depend on what else is in the batch; finished sequences leave the batch.
+One loop over positions serves SeqKD, evaluation and rollouts of training; a plain mixture of two models that allow it takes a faster
+way to the same tokens (`lazy`). Each model keeps its own KV cache; a sequence's random numbers are given by the caller, so its text does
+not depend on what else is in the batch; finished sequences leave the batch.
 Axes: B sequences, T positions, V vocabulary, H hidden.
 """
 
@@ -105,7 +106,8 @@ def sample(
 
     Args:
         prompts: token ids; padded on the left inside.
-        uniforms_BT: (B, max_new_tokens) numbers in [0, 1): token t of row b is the inverse CDF at uniforms_BT[b, t].
+        uniforms_BT: (B, max_new_tokens) numbers in [0, 1): token t of row b is the inverse CDF at uniforms_BT[b, t]
+            (of a mixture: of the model that its switch takes, at what the switch leaves).
         vocab: size of the vocabulary that the models share; logits beyond it are left out.
         decoding: acts on each model's logits, before mixing. `max_new_tokens` is the callers' business.
         guide: a teacher that takes part in the choice of every token.

@@ -85,7 +85,7 @@ def _next(text: _Text, sides: list[_Side]) -> _Side | None:
 
 def _read(text: _Text, side: _Side, vocab: int) -> None:
     """Let the model read all that it can: it scores the tokens that are there and chooses those whose turn is its own."""
-    rows, mine, counts = text.rows, text.turns(side), text.unread(side)
+    rows, counts = text.rows, text.unread(side)
     b_N = np.repeat(np.arange(len(rows)), counts)
     row_N = rows[b_N]
     columns_N = np.arange(len(b_N)) - np.repeat(counts.cumsum() - counts - side.done[rows], counts)

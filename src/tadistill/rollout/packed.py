@@ -7,7 +7,7 @@ Axes: N tokens, M of them that predict, B rows in the batch, w most tokens of a 
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -62,15 +62,16 @@ _current: ContextVar[_Places] = ContextVar("places of the tokens in the current 
 class _Layer(DynamicLayer):
     """Keys and values (rows, capacity, heads, head size): columns before heads, so that places are the same for any number of heads."""
 
-    def __init__(self, rows: int, capacity: int):
+    def __init__(self, capacity: int):
         super().__init__()
-        self.rows, self.capacity = rows, capacity
+        self.capacity, self.length = capacity, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take the room when the shapes are known; zeros, because what nobody may see is still multiplied, by a weight of 0."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        rows = _current.get().shape[0]
         self.keys, self.values = (
-            states.new_zeros((self.rows, self.capacity, states.shape[1], states.shape[3])) for states in (key_states, value_states)
+            states.new_zeros((rows, self.capacity, states.shape[1], states.shape[3])) for states in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -79,6 +80,7 @@ class _Layer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         places, found = _current.get(), []
+        self.length = places.length
         for room, states in ((self.keys, key_states), (self.values, value_states)):
             assert room is not None
             room.flatten(0, 1).index_copy_(0, places.in_cache_N, states[0].transpose(0, 1))
@@ -86,15 +88,17 @@ class _Layer(DynamicLayer):
         return found[0], found[1]
 
     def get_seq_length(self) -> int:
-        """Columns with a token in them, or 0 before the first call."""
-        return _current.get().length if self.is_initialized else 0
+        """Columns that the last call saw."""
+        return self.length
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, None]:
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
     """Of packed queries (1, heads, N, head size) on the cache of all rows."""
     places = _current.get()
     query_BhwD = places.spread(query[0].transpose(0, 1)).transpose(1, 2)
-    out_BwhD, _ = sdpa_attention_forward(module, query_BhwD, key, value, mask, **kwargs)
+    out_BwhD, _ = sdpa_attention_forward(module, query_BhwD, key, value, attention_mask, **kwargs)
     return places.pack(out_BwhD).unsqueeze(0), None
 
 
@@ -123,7 +127,7 @@ class Packed:
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int):
         self.model, self.rows, self.capacity = model, rows, capacity
         self.cache = DynamicCache(config=model.config)
-        self.cache.layers[:] = [_Layer(rows, capacity) for _ in self.cache.layers]
+        self.cache.layers[:] = [_Layer(capacity) for _ in self.cache.layers]
 
     def __call__(self, ids_N: np.ndarray, rows_N: np.ndarray, columns_N: np.ndarray, predict_M: np.ndarray) -> tuple[Tensor, Tensor]:
         """(M, V) logits of the tokens after some of the N, and (M, H) what the output head is given there.
@@ -153,10 +157,7 @@ class Packed:
     def keep(self, rows: np.ndarray) -> None:
         """Drop all other rows."""
         self.rows = len(rows)
-        index = torch.from_numpy(rows).to(self.model.device)
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[index], layer.values[index]
+        self.cache.batch_select_indices(torch.from_numpy(rows).to(self.model.device))
 
 
 @contextmanager
