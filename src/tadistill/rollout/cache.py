@@ -42,14 +42,18 @@ class InPlaceLayer(DynamicLayer):
         return self.length
 
 
+def keeps_all(layer: object, capacity: int) -> bool:
+    """Whether transformers' layer attends to all of `capacity` tokens. A sliding window at least that wide is no window."""
+    return type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= capacity)
+
+
 def in_place_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
     """The model's dynamic cache with in-place layers for every layer that attends to all of `capacity` tokens.
 
-    A sliding window at least that wide is no window. Narrower windows, and the states of recurrent layers, stay transformers' own.
+    Narrower windows, and the states of recurrent layers, stay transformers' own.
     """
     cache = DynamicCache(config=config)
     for i, layer in enumerate(cache.layers):
-        wide = type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= capacity
-        if wide or type(layer) is DynamicLayer:
+        if keeps_all(layer, capacity):
             cache.layers[i] = InPlaceLayer(capacity)
     return cache

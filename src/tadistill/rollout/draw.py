@@ -25,7 +25,11 @@ _BELOW_ONE = 1 - 2**-53  # the largest float64 below 1
 
 @dataclass(frozen=True)
 class Mixture:
-    """b = (1 - alpha) q + alpha p, mixed per token as distributions (MiniLLM, Gu et al. 2024, Eq. 4)."""
+    """b = (1 - alpha) q + alpha p, mixed per token as distributions (MiniLLM, Gu et al. 2024, Eq. 4).
+
+    A draw from b is one from p with probability alpha, else one from q. The token's uniform says which, and what is left of it is
+    again uniform: so it is known which model chooses a token before either has read the text.
+    """
 
     teacher: PreTrainedModel
     alpha: float
@@ -33,6 +37,12 @@ class Mixture:
     def probabilities(self, q_BV: Tensor, p_BV: Tensor) -> Tensor:
         """b; exactly q at alpha 0 and exactly p at alpha 1."""
         return torch.lerp(q_BV, p_BV, self.alpha)
+
+    def switch(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """For uniforms of any shape: whether the teacher chooses, and the uniform of the choice."""
+        teachers = uniforms < self.alpha
+        rest = torch.where(teachers, uniforms / self.alpha, (uniforms - self.alpha) / (1 - self.alpha)) if 0 < self.alpha < 1 else uniforms
+        return teachers, rest.clamp(max=_BELOW_ONE)
 
 
 @dataclass(frozen=True)
@@ -89,9 +99,13 @@ def next_tokens(
         tokens = (b_BV if guide else scores["student"]).argmax(-1)
         behaviour = torch.zeros_like(b_BV[:, 0])
     else:
-        tokens = draw(b_BV, uniforms_B)
+        weights_BV = b_BV
+        if isinstance(guide, Mixture):
+            teachers_B, uniforms_B = guide.switch(uniforms_B)
+            weights_BV = torch.where(teachers_B.unsqueeze(1), warped["teacher"], warped["student"])
+        tokens = draw(weights_BV, uniforms_B)
         behaviour = _at(b_BV, tokens).log()
-    return tokens, {name: _log_prob(z, raw[name], tokens) for name, z in logits.items()} | {"behaviour": behaviour}
+    return tokens, {name: log_prob(z, raw[name], tokens) for name, z in logits.items()} | {"behaviour": behaviour}
 
 
 def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
@@ -130,7 +144,7 @@ def _at(values_BV: Tensor, tokens_B: Tensor) -> Tensor:
     return values_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
 
 
-def _log_prob(logits_BV: Tensor, probabilities_BV: Tensor, tokens_B: Tensor) -> Tensor:
+def log_prob(logits_BV: Tensor, probabilities_BV: Tensor, tokens_B: Tensor) -> Tensor:
     """log softmax at the tokens, from a softmax that is there already: log p(y) = z(y) - max z + log max p.
 
     The logarithm of p(y) itself would be minus infinity where the other model chose a token that underflows here.

@@ -1,13 +1,12 @@
 """Batched sampling from a model, or from student and teacher together, on stock transformers models.
 
-One loop serves SeqKD, evaluation and rollouts of training. Each model keeps its own KV cache; a sequence's random numbers are
-given by the caller, so its text does not depend on what else is in the batch; finished sequences leave the batch.
+One loop over positions serves SeqKD, evaluation and rollouts of training; a plain mixture of two models that allow it takes a faster
+way to the same tokens (`lazy`). Each model keeps its own KV cache; a sequence's random numbers are given by the caller, so its text does
+not depend on what else is in the batch; finished sequences leave the batch.
 Axes: B sequences, T positions, V vocabulary, H hidden.
 """
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -17,26 +16,14 @@ from transformers import PreTrainedModel
 
 from tadistill.config.decoding import Decoding
 from tadistill.models.forward import tapped
+from tadistill.rollout import lazy, packed
 from tadistill.rollout.cache import in_place_cache
 from tadistill.rollout.draw import Mixture, Speculation, next_tokens, processors
+from tadistill.rollout.record import Record, Rollout
 
 __all__ = ["Mixture", "Rollout", "Speculation", "sample"]
 
 _COMPACT_BELOW = 0.8  # share of unfinished rows under which copying the caches pays for itself
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """A sampled response (EOS included when it was reached) and what sampling knew of each of its tokens.
-
-    `values` are log-probabilities in nats, float32: `student` and, with a guide, `teacher` are the models' own (temperature 1,
-    whole shared vocabulary); `behaviour` is of the distribution really sampled from, after warping and mixing.
-    `hidden` (T, H) is what the guide's teacher gave to its output head for each token, on the CPU in the teacher's dtype.
-    """
-
-    tokens: tuple[int, ...]
-    values: dict[str, np.ndarray]
-    hidden: Tensor | None = None
 
 
 class _Decoder:
@@ -105,40 +92,6 @@ class _Batch:
             decoder.cache.batch_select_indices(index)
 
 
-class _Record:
-    """What was sampled, on the host and for all rows, whether or not they are still in the batch."""
-
-    def __init__(self, rows: int, steps: int, eos: tuple[int, ...], models: Iterable[str]):
-        self.tokens = np.zeros((rows, steps), np.int64)
-        self.lengths = np.full(rows, steps)
-        self.eos = np.array(eos, np.int64)
-        self.values = {name: np.zeros((rows, steps), np.float32) for name in ("behaviour", *models)}
-        self.hidden: Tensor | None = None  # made when its size is known
-
-    def add(self, t: int, rows: np.ndarray, tokens_B: Tensor, log_p: dict[str, Tensor], hidden_BH: Tensor | None) -> np.ndarray:
-        """Write the step's results; places in `rows` of those that go on."""
-        tokens = tokens_B.cpu().numpy()
-        self.tokens[rows, t] = tokens
-        for name, log_p_B in log_p.items():
-            self.values[name][rows, t] = log_p_B.cpu().numpy()
-        if hidden_BH is not None:
-            if self.hidden is None:
-                self.hidden = torch.zeros(*self.tokens.shape, hidden_BH.shape[1], dtype=hidden_BH.dtype)
-            self.hidden[torch.from_numpy(rows), t] = hidden_BH.cpu()
-        ended = (tokens[:, None] == self.eos).any(1) & (self.lengths[rows] > t)
-        self.lengths[rows[ended]] = t + 1
-        return (self.lengths[rows] > t + 1).nonzero()[0]
-
-    def rollouts(self) -> list[Rollout]:
-        """The responses, each with memory of its own."""
-        found = []
-        for b, n in enumerate(self.lengths.tolist()):
-            values = {name: array[b, :n].copy() for name, array in self.values.items()}
-            hidden = None if self.hidden is None else self.hidden[b, :n].clone()
-            found.append(Rollout(tuple(self.tokens[b, :n].tolist()), values, hidden))
-        return found
-
-
 def sample(
     student: PreTrainedModel,
     prompts: list[tuple[int, ...]],
@@ -153,7 +106,8 @@ def sample(
 
     Args:
         prompts: token ids; padded on the left inside.
-        uniforms_BT: (B, max_new_tokens) numbers in [0, 1): token t of row b is the inverse CDF at uniforms_BT[b, t].
+        uniforms_BT: (B, max_new_tokens) numbers in [0, 1): token t of row b is the inverse CDF at uniforms_BT[b, t]
+            (of a mixture: of the model that its switch takes, at what the switch leaves).
         vocab: size of the vocabulary that the models share; logits beyond it are left out.
         decoding: acts on each model's logits, before mixing. `max_new_tokens` is the callers' business.
         guide: a teacher that takes part in the choice of every token.
@@ -162,11 +116,15 @@ def sample(
         Rollouts in the order of the prompts.
     """
     models = {"student": student} | ({"teacher": guide.teacher} if guide else {})
-    record = _Record(len(prompts), uniforms_BT.shape[1], eos, models)
+    record = Record(len(prompts), uniforms_BT.shape[1], eos, models)
     training = student.training
     student.eval()
     try:
-        _fill(record, _Batch(models, prompts, uniforms_BT, vocab), decoding, guide)
+        capacity = max(map(len, prompts)) + uniforms_BT.shape[1]
+        if isinstance(guide, Mixture) and decoding.plain and all(packed.possible(model, capacity) for model in models.values()):
+            lazy.fill(record, student, prompts, uniforms_BT, vocab, guide)
+        else:
+            _fill(record, _Batch(models, prompts, uniforms_BT, vocab), decoding, guide)
     finally:
         student.train(training)
     # outside of inference mode, whose tensors could not be part of a loss
@@ -174,7 +132,7 @@ def sample(
 
 
 @torch.inference_mode()
-def _fill(record: _Record, batch: _Batch, decoding: Decoding, guide: Mixture | Speculation | None) -> None:
+def _fill(record: Record, batch: _Batch, decoding: Decoding, guide: Mixture | Speculation | None) -> None:
     """The loop over positions."""
     rows, steps = np.arange(record.tokens.shape[0]), record.tokens.shape[1]
     warping, greedy = processors(decoding), decoding.temperature == 0
@@ -184,8 +142,10 @@ def _fill(record: _Record, batch: _Batch, decoding: Decoding, guide: Mixture | S
             scores = {name: warping(batch.history(), z) for name, z in logits.items()} if warping else logits
             tokens, log_p = next_tokens(logits, scores, batch.next_uniforms(), guide, greedy=greedy)
             # the last one seen is the teacher's, also where student and teacher are one model
-            going = record.add(t, rows, tokens, log_p, seen[-1][:, -1] if seen else None)
+            record.say(rows, t, tokens.cpu().numpy())
+            record.score(rows, t, log_p, seen[-1][:, -1] if seen else None)
             seen.clear()
+            going = (record.lengths[rows] > t + 1).nonzero()[0]
             if len(going) == 0:
                 break
             batch.append(tokens)

@@ -18,7 +18,8 @@ from tadistill import rng
 from tadistill.config.decoding import Decoding
 from tadistill.rollout.cache import InPlaceLayer, in_place_cache
 from tadistill.rollout.draw import draw
-from tadistill.rollout.generate import Mixture, Speculation, _Record, sample
+from tadistill.rollout.generate import Mixture, Speculation, sample
+from tadistill.rollout.record import Record
 
 PROMPTS = [(5, 6, 7), (9,), (3, 4, 5, 6, 7, 8, 9), (11, 12), (20, 21, 22, 23), (1, 2), (30, 29, 28), (17,)]
 VOCAB, EOS = 31, (0,)
@@ -309,9 +310,9 @@ def test_a_bfloat16_model_works_and_a_wider_vocabulary_is_cut():
 
 
 def test_a_finished_row_that_is_still_in_the_batch_stays_finished():
-    record = _Record(3, 4, eos=(0,), models=["student"])
+    record = Record(3, 4, eos=(0,), models=["student"])
     for t in range(3):
-        log_p = {"student": torch.full((3,), -1.0), "behaviour": torch.full((3,), -1.0)}
-        going = record.add(t, np.arange(3), torch.tensor([0, 5, 6]), log_p, None)
-        assert going.tolist() == [1, 2]
-    assert [r.tokens for r in record.rollouts()] == [(0,), (5, 5, 5, 0), (6, 6, 6, 0)]
+        record.say(np.arange(3), t, np.array([0, 5, 6]))
+        assert record.lengths.tolist() == [1, 4, 4]
+    record.say(np.arange(3), 3, np.array([0, 0, 6]))
+    assert [r.tokens for r in record.rollouts()] == [(0,), (5, 5, 5, 0), (6, 6, 6, 6)]
