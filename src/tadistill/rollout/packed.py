@@ -6,7 +6,6 @@ queries are spread over (B, w) for transformers' own `sdpa` with a mask, and its
 Axes: N tokens, M of them that predict, B rows in the batch, w most tokens of a row, L columns of the cache, V vocabulary, H hidden.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tadistill.rollout.cache import keeps_all
 
 _NAME = "tadistill_packed"
+_FAMILIES = {"gpt2", "llama", "mistral", "opt", "qwen2"}
 
 
 class _Places:
@@ -106,19 +106,14 @@ AttentionInterface.register(_NAME, _attention)
 
 
 def possible(model: PreTrainedModel, capacity: int) -> bool:
-    """Whether the model can be called like this.
+    """Whether the model can be called like this: a family that is tested, `sdpa` attention, no window narrower than the text.
 
-    Windows narrower than the text, recurrent states, ALiBi (whose distances come from a mask of two axes), models without position ids
-    and kinds of attention other than `sdpa` cannot.
+    Others may bring what packing breaks: ALiBi, whose distances come from a mask of two axes, recurrent states, no position ids, a bias
+    of their own in attention. A family joins the list with its name in `tests/unit/rollout/test_lazy.py`.
     """
     layers = DynamicCache(config=model.config).layers
-    return (
-        model.config._attn_implementation == "sdpa"
-        and not getattr(model.config, "alibi", False)
-        and "position_ids" in inspect.signature(model.forward).parameters
-        and len(layers) > 0
-        and all(keeps_all(layer, capacity) for layer in layers)
-    )
+    known = model.config.model_type in _FAMILIES and model.config._attn_implementation == "sdpa"
+    return known and len(layers) > 0 and all(keeps_all(layer, capacity) for layer in layers)
 
 
 class Packed:
