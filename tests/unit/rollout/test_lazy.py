@@ -120,14 +120,14 @@ def test_the_switch_leaves_a_uniform_for_the_choice():
     assert rest < 1
 
 
-@pytest.mark.parametrize("case", ["window", "eager", "alibi", "warping", "greedy", "speculation"])
-def test_what_cannot_be_packed_goes_in_step(case):
+@pytest.mark.parametrize("case", ["window", "eager", "family", "warping", "greedy", "speculation"])
+def test_what_cannot_be_packed_goes_in_step(case, monkeypatch):
     student = tiny_model("mistral")
     teacher = tiny_model("mistral", seed=3, **({"sliding_window": 6} if case == "window" else {}))
     if case == "eager":
         teacher.set_attn_implementation("eager")
-    if case == "alibi":
-        teacher.config.alibi = True
+    if case == "family":
+        monkeypatch.setattr(packed, "_FAMILIES", {"llama"})
     decoding = {"warping": Decoding(top_p=0.9), "greedy": GREEDY}.get(case, Decoding())
     guide = Speculation(teacher, 3) if case == "speculation" else Mixture(teacher, 0.2)
     with counted(teacher) as calls:
