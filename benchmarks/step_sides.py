@@ -114,17 +114,18 @@ def run_ours(name: str, vocab: int, clock: Clock) -> None:
     from accelerate import Accelerator
 
     from tadistill.config.method import Method, Optim, Select
+    from tadistill.models.loading import column_major
     from tadistill.models.memory import keep_freed_memory
     from tadistill.train.loop import Hooks, Interrupted, train_stage
     from tadistill.train.step import make_step
 
-    keep_freed_memory()  # as a worker of `tadistill run` does
+    keep_freed_memory()  # this, and the teacher's layout, as in `tadistill run`
     optim = Optim(lr=1e-6, steps=clock.steps + 1, batch=BATCH, schedule="constant")
     sampler = {"type": "student", "max_new_tokens": NEW}
     if name == "minillm":  # a round of one batch: 16 rollouts and one update
         sampler |= {"type": "teacher_mixed", "alpha": 0.2, "rollouts": BATCH, "inner_epochs": 1}
     method = Method.model_validate({"objective": {"type": name}, "sampler": sampler, "optim": optim, "select": Select(metric="last")})
-    student, teacher = model(STUDENT, vocab).eval(), model(TEACHER, vocab).eval().requires_grad_(False)
+    student, teacher = model(STUDENT, vocab).eval(), column_major(model(TEACHER, vocab).eval().requires_grad_(False))
     source = our_sampler(method, student, teacher, vocab)
     source.micro_batches = counted(clock.timed(source.micro_batches), clock)
 

@@ -13,7 +13,7 @@ from tadistill.data import corpus, datasets
 from tadistill.data.batch import Sequence
 from tadistill.data.templates import encode
 from tadistill.evaluation.run import EvalSet, Subject
-from tadistill.models.loading import end_tokens, load_model, load_tokenizer, shared_vocabulary
+from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
 from tadistill.models.pruning import keep_list, prune_depth
 from tadistill.study.store import Store
 from tadistill.study.task import Task
@@ -59,7 +59,7 @@ class Context:
     def teacher(self, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The frozen teacher of the stage."""
         model, tokenizer = self.model(self.spec["teacher"], dtype)
-        return model.eval().requires_grad_(False), tokenizer
+        return column_major(model.eval().requires_grad_(False)), tokenizer
 
     def split(self, role: str, ref: dict, limit: int | None, tokenizer: PreTrainedTokenizerBase) -> EvalSet:
         """A data set, read and encoded."""
