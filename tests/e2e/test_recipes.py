@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tests.conftest import response_logits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -225,6 +226,7 @@ def run_here(plan: Plan, store: Store, **_) -> None:
     """All stages in this process: starting a worker takes longer than the stages of these models."""
     for stage in plan.stages.values():
         run_stage(_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
+    AcceleratorState._reset_state(True)  # other tests of this process have precisions of their own
 
 
 @pytest.mark.parametrize("path", MINILLM, ids=lambda path: path.stem)
