@@ -15,13 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tadistill.config import Data, DataRef
 from tadistill.config.method import Method, Optim, Select, check_pairing
-from tadistill.config.sampling import DatasetSampler, OnPolicy, Rounds, TeacherSampler
+from tadistill.config.sampling import DatasetSampler, OnPolicy, TeacherSampler
 from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import Sequence
 from tadistill.data.templates import encode
 from tadistill.rollout.engine import Native
-from tadistill.rollout.rounds import Rollouts, Teacher
-from tadistill.rollout.samplers import FixedSequences, Mix, Pairs, Replay, Shard
+from tadistill.rollout.rounds import on_policy
+from tadistill.rollout.samplers import FixedSequences, Shard
 from tadistill.train.loop import Hooks, train_stage
 from tadistill.train.step import make_step
 
@@ -117,10 +117,8 @@ def _sampler(method: Method, student, teacher, tokenizer, shard: Shard, interrup
         return FixedSequences(texts, method.optim, **common)
     assert isinstance(config, OnPolicy)
     common["engine"] = _Interrupted(Native(student, config, eos=(eos,), vocab=len(tokenizer), chunk=3), interrupt)
-    if isinstance(config, Rounds):
-        corpus = [Sequence((), s.prompt + s.response) for s in texts] if getattr(method.objective, "pt_weight", 0) else []
-        return Rollouts(encoded, method, teacher=Teacher.of(method.objective, teacher, len(tokenizer)), corpus=corpus, **common)
-    return {"mix": Mix, "replay": Replay, "pair": Pairs}[config.type](texts, config, method.optim, **common)
+    corpus = [Sequence((), s.prompt + s.response) for s in texts] if getattr(method.objective, "pt_weight", 0) else []
+    return on_policy(method, texts, encoded, teacher=teacher, vocab=len(tokenizer), corpus=corpus, **common)
 
 
 class _Interrupted:

@@ -96,11 +96,15 @@ class Method(Strict):
         return self.sampler.signal if isinstance(self.sampler, DatasetSampler) else None
 
     @property
+    def round_rollouts(self) -> int:
+        """Global number of sequences in a round; a batch where the sampler has no rounds or leaves it open."""
+        return (self.sampler.rollouts if isinstance(self.sampler, Rounds) else None) or self.optim.batch
+
+    @property
     def round_updates(self) -> int:
         """Updates on one round of rollouts; 1 where the sampler has no rounds."""
-        if not isinstance(self.sampler, Rounds):
-            return 1
-        return (self.sampler.rollouts or self.optim.batch) // self.optim.batch * self.sampler.inner_epochs
+        epochs = self.sampler.inner_epochs if isinstance(self.sampler, Rounds) else 1
+        return self.round_rollouts // self.optim.batch * epochs
 
 
 class MethodPatch(Strict):

@@ -103,10 +103,12 @@ def _of(
     graded = written_out(divergence)
 
     def values(student: Tensor, teachers: tuple[Any, ...], _: slice) -> Tensor:
+        """The one term of a small tile."""
         *sides, left = aligned(student, teachers, mixture, temperature)
         return divergence(*sides, temperature=left).unsqueeze(0)
 
     def slopes(student: Tensor, teachers: tuple[Any, ...], _: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with its weighted gradient."""
         assert graded is not None
         *sides, left = aligned(student, teachers, mixture, temperature)
         value, slope = graded(*sides, temperature=left)

@@ -17,13 +17,11 @@ from transformers import PreTrainedModel
 from tadistill.config.decoding import Decoding
 from tadistill.models.forward import tapped
 from tadistill.rollout import lazy, packed
-from tadistill.rollout.cache import in_place_cache
+from tadistill.rollout.cache import COMPACT_BELOW, in_place_cache
 from tadistill.rollout.draw import Mixture, Speculation, next_tokens, processors
 from tadistill.rollout.record import Record, Rollout
 
 __all__ = ["Mixture", "Rollout", "Speculation", "sample"]
-
-_COMPACT_BELOW = 0.8  # share of unfinished rows under which copying the caches pays for itself
 
 
 class _Decoder:
@@ -149,7 +147,7 @@ def _fill(record: Record, batch: _Batch, decoding: Decoding, guide: Mixture | Sp
             if len(going) == 0:
                 break
             batch.append(tokens)
-            if len(going) < _COMPACT_BELOW * len(rows):
+            if len(going) < COMPACT_BELOW * len(rows):
                 batch.keep(going)
                 rows = rows[going]
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tadistill.rollout.cache import COMPACT_BELOW
 from tadistill.rollout.draw import Mixture, draw, log_prob
 from tadistill.rollout.packed import Packed
 from tadistill.rollout.record import Record
 
 _BEHIND = 8  # tokens of a row that a model may have to read; bounds the memory of a call
 _WAITING = 0.5  # share of the rows
-_COMPACT_BELOW = 0.8  # share of unfinished rows under which copying the caches pays for itself
 
 
 class _Side:
@@ -122,7 +122,7 @@ def _compact(text: _Text, sides: list[_Side]) -> None:
     going = text.going()
     for side in sides:
         going |= text.unread(side) > 0
-    if 0 < going.sum() < _COMPACT_BELOW * len(going):
+    if 0 < going.sum() < COMPACT_BELOW * len(going):
         text.rows = text.rows[going]
         for side in sides:
             side.packed.keep(going.nonzero()[0])

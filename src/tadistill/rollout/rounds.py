@@ -7,6 +7,7 @@ advance: the step then runs the teacher itself. Hidden states are kept, never lo
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from tadistill.models.forward import Reader
 from tadistill.objectives import Hidden, fused_head, token_log_probs
 from tadistill.rollout.engine import Engine
 from tadistill.rollout.generate import Mixture, Speculation
-from tadistill.rollout.samplers import Sampler, Shard, cut, pack, shuffled, unpack
+from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, pack, shuffled, unpack
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,15 @@ class Rollouts(Sampler):
         assert isinstance(method.sampler, Rounds)
         self.prompts, self.config, self.optim, self.engine, self.teacher = prompts, method.sampler, method.optim, engine, teacher
         self.pad, self.seed, self.corpus, self.shard = pad, seed, corpus, shard
-        self.rollouts = self.config.rollouts or self.optim.batch
-        self.updates = self.rollouts // self.optim.batch  # per inner epoch
+        self.rollouts, self.round_updates = method.round_rollouts, method.round_updates
+        self.updates = self.round_updates // self.config.inner_epochs  # per inner epoch
         self.reader = Reader(teacher.model)
         self.round = -1
         self.sequences: list[Sequence] = []
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Roll out at the first step of a round; otherwise the next part of the current one."""
-        number, inside = divmod(step, self.updates * self.config.inner_epochs)
+        number, inside = divmod(step, self.round_updates)
         if number != self.round:
             self.sequences = []  # freed before the next ones are made
             self.round, self.sequences = number, self._roll_out(number)
@@ -117,7 +118,7 @@ class Rollouts(Sampler):
 
     def _scored(self, sequences: list[Sequence]) -> list[Sequence]:
         """With the teacher's hidden states and, if the objective needs them, its log-probabilities."""
-        passes = self._passes(sequences, self.reader, self.teacher.model, scores=self.teacher.scores)
+        passes = self._passes(sequences, self.reader, self.teacher.model, states=self.teacher.states, scores=self.teacher.scores)
         return [
             replace(s, values=s.values | ({} if scores is None else {"teacher": scores.numpy()}), states=states)
             for s, (states, scores) in zip(sequences, passes, strict=True)
@@ -130,7 +131,7 @@ class Rollouts(Sampler):
         """
         guide, found = self._guide(), []
         with torch.autocast(self.engine.student.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"):
-            passes = self._passes(sequences, Reader(self.engine.student), self.engine.student, scores=True)
+            passes = self._passes(sequences, self._student_reader, self.engine.student, states=False, scores=True)
         for s, (_, scores) in zip(sequences, passes, strict=True):
             assert scores is not None
             log_q = behaviour = scores.numpy()
@@ -143,18 +144,22 @@ class Rollouts(Sampler):
             found.append(replace(s, values=s.values | {"student": log_q, "behaviour": behaviour}))
         return found
 
+    @cached_property
+    def _student_reader(self) -> Reader:
+        return Reader(self.engine.student)
+
     @torch.no_grad()
     def _passes(
-        self, sequences: list[Sequence], reader: Reader, model: PreTrainedModel, *, scores: bool
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """One forward pass over the sequences: per sequence its last hidden states and, with `scores`, its tokens' log-probabilities."""
-        found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self, sequences: list[Sequence], reader: Reader, model: PreTrainedModel, *, states: bool, scores: bool
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """One forward pass over the sequences: per sequence its last hidden states and its tokens' log-probabilities, those asked for."""
+        found: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         for rows in by_length(sequences, self.config.chunk):
             batch = collate([sequences[i] for i in rows], pad=self.pad).to(model.device)
             hidden, lengths = reader.hidden(model, batch), batch.mask_BT.sum(1).tolist()
             log_p = self._log_probs(reader, hidden, batch).cpu().split(lengths) if scores else [None] * len(rows)
-            states = [part.clone() for part in hidden.cpu().split(lengths)]
-            found |= dict(zip(rows, zip(states, log_p, strict=True), strict=True))
+            kept = [part.clone() for part in hidden.cpu().split(lengths)] if states else [None] * len(rows)
+            found |= dict(zip(rows, zip(kept, log_p, strict=True), strict=True))
         return [found[i] for i in range(len(sequences))]
 
     def _log_probs(self, reader: Reader, hidden: Tensor, batch: Batch) -> Tensor:
@@ -185,3 +190,26 @@ class Rollouts(Sampler):
     def restore(self, state: dict[str, Any]) -> None:
         """Continue inside the stored round."""
         self.round, self.sequences = state["round"], unpack(state["rollouts"])
+
+
+def on_policy(
+    method: Method,
+    texts: Seq[Sequence],
+    prompts: Seq[Encoded],
+    *,
+    teacher: PreTrainedModel | None,
+    vocab: int,
+    corpus: Seq[Sequence] = (),
+    **common: Any,
+) -> Sampler:
+    """The sampler of a method in whose text the student has a part.
+
+    Args:
+        texts: the data set's responses, or the teacher's for pairs; prompts: what rounds of rollouts answer.
+        common: engine, pad, seed and shard.
+    """
+    config = method.sampler
+    if isinstance(config, Rounds):
+        assert teacher is not None
+        return Rollouts(prompts, method, teacher=Teacher.of(method.objective, teacher, vocab), corpus=corpus, **common)
+    return {"mix": Mix, "replay": Replay, "pair": Pairs}[config.type](texts, config, method.optim, **common)

@@ -16,8 +16,8 @@ from tadistill.data.batch import Sequence
 from tadistill.evaluation.run import Subject, dev_metrics, references
 from tadistill.models.loading import end_tokens, save_model, shared_vocabulary
 from tadistill.rollout.engine import Engine, Native
-from tadistill.rollout.rounds import Rollouts, Teacher
-from tadistill.rollout.samplers import FixedSequences, Mix, Pairs, Replay, Sampler, Shard
+from tadistill.rollout.rounds import on_policy
+from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
 from tadistill.rollout.vllm import Vllm
 from tadistill.study.context import MODEL, RESPONSES, SIGNAL, Context, teacher_dtype
@@ -73,7 +73,7 @@ def _counts(method: Method, devices: int) -> dict[str, Any]:
     batch, sampler = method.optim.batch, method.sampler
     found: dict[str, Any] = {"devices": devices, "batch": batch, "batch_per_device": batch // devices}
     if isinstance(sampler, Rounds):
-        rollouts = sampler.rollouts or batch
+        rollouts = method.round_rollouts
         found |= {"rollouts": rollouts, "rollouts_per_device": rollouts // devices, "updates_per_round": method.round_updates}
     return found
 
@@ -112,11 +112,7 @@ def _sampler(
     if not isinstance(config, OnPolicy):
         return FixedSequences(texts, method.optim, signals=signals, **common)
     common["engine"] = _engine(context, config, student, tokenizer, vocab)
-    if isinstance(config, Rounds):
-        assert teacher is not None
-        plain = context.corpus(tokenizer)
-        return Rollouts(train.encoded, method, teacher=Teacher.of(method.objective, teacher, vocab), corpus=plain, **common)
-    return {"mix": Mix, "replay": Replay, "pair": Pairs}[config.type](texts, config, method.optim, **common)
+    return on_policy(method, texts, train.encoded, teacher=teacher, vocab=vocab, corpus=context.corpus(tokenizer), **common)
 
 
 def _engine(context: Context, config: OnPolicy, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Engine:
