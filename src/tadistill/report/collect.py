@@ -13,16 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tadistill.errors import StoreError
-from tadistill.report.files import Arm, Plan, Scores, is_finished, load_plan, load_scores, write_text
+from tadistill.report.files import Arm, Plan, Scores, is_finished, load_corpus, load_plan, load_scores, write_text
 from tadistill.statistics import Difference, bootstrap_interval, macro_difference, macro_interval
 
 MEAN = "mean"  # the pseudo-set: the unweighted mean over the test sets that have the metric
-LOWER_IS_BETTER = frozenset({"loss", "forward_kl", "reverse_kl"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forward_kl", "reverse_kl", "ece_tokens", "ece_labels", "repetition", "self_bleu"})
+
+Numbers = dict[str, dict[str, float]]  # set -> corpus metric -> value
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of ``results.json``: low and high are the prompt bootstrap interval within this seed."""
+    """One number of ``results.json``: low and high are the prompt bootstrap interval within this seed, None for a number of a whole set."""
 
     arm: str
     model: str
@@ -31,8 +33,8 @@ class Row:
     set: str
     metric: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     stage: str
 
 
@@ -43,6 +45,14 @@ class Summary:
     mean: float
     low: float
     high: float
+    per_seed: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Average:
+    """The same of a number that only a whole set has (perplexity, distinct n-grams, calibration error): no prompts to resample."""
+
+    mean: float
     per_seed: Mapping[int, float]
 
 
@@ -67,6 +77,7 @@ class Results:
     summaries: Mapping[tuple[str, str, str], Summary]  # (arm, set, metric)
     missing: tuple[Missing, ...]
     scores: Mapping[str, Mapping[int, Scores]]  # arm -> training seed -> scores, finished ones only
+    averages: Mapping[tuple[str, str, str], Average]  # (arm, set, metric of a whole set)
 
 
 def collect(study_dir: Path, store_dir: Path) -> Results:
@@ -86,21 +97,51 @@ def read_results(study_dir: Path, store_dir: Path) -> Results:
     """The same without writing anything."""
     plan = load_plan(study_dir)
     scores: dict[str, dict[int, Scores]] = {arm.name: {} for arm in plan.arms}
+    corpus: dict[str, dict[int, Numbers]] = {arm.name: {} for arm in plan.arms}
     missing: list[Missing] = []
-    loaded: dict[str, Scores] = {}  # arms may share a model, and so its evaluation
+    read = _Reader(store_dir)
     for arm in plan.arms:
         for seed, key in arm.evaluate.items():
-            if not is_finished(store_dir, key):
+            if not all(is_finished(store_dir, key) for key in arm.measured_by(seed)):
                 missing.append(Missing(arm.name, seed, key))
                 continue
-            if key not in loaded:
-                loaded[key] = load_scores(store_dir, key)
-            scores[arm.name][seed] = loaded[key]
-    sets = tuple(dict.fromkeys(name for tables in loaded.values() for name in tables))
-    metrics = tuple(dict.fromkeys(metric for tables in loaded.values() for table in tables.values() for metric in table))
-    _check_prompts(loaded)
-    results = Results(plan, store_dir, sets, metrics, _rows(plan, scores, sets), {}, tuple(missing), scores)
+            scores[arm.name][seed] = read.scores(arm, seed)
+            corpus[arm.name][seed] = read.numbers(key)
+    found = [tables for by_seed in scores.values() for tables in by_seed.values()]
+    sets = tuple(dict.fromkeys(name for tables in found for name in tables))
+    metrics = tuple(dict.fromkeys(metric for tables in found for table in tables.values() for metric in table))
+    _check_prompts(read.loaded)
+    results = Results(
+        plan, store_dir, sets, metrics, _rows(plan, scores, corpus, sets), {}, tuple(missing), scores, _averages(sets, corpus)
+    )
     return replace(results, summaries=_summaries(results))
+
+
+class _Reader:
+    """Reads each stage once: arms may share a model, and so its evaluation."""
+
+    def __init__(self, store_dir: Path):
+        self.store_dir = store_dir
+        self.loaded: dict[str, Scores] = {}
+
+    def scores(self, arm: Arm, seed: int) -> Scores:
+        """The union of an arm's stages; another decoding's metrics are named METRIC@DECODING."""
+        found = {name: dict(table) for name, table in self._of(arm.evaluate[seed]).items()}
+        if seed in arm.analyse:
+            for name, table in self._of(arm.analyse[seed]).items():
+                found[name] |= table
+        for decoding, keys in arm.also.items():
+            for name, table in self._of(keys[seed]).items():
+                found[name] |= {f"{metric}@{decoding}": values for metric, values in table.items()}
+        return found
+
+    def numbers(self, key: str) -> Numbers:
+        return {name: found["numbers"] for name, found in load_corpus(self.store_dir, key).items()}
+
+    def _of(self, key: str) -> Scores:
+        if key not in self.loaded:
+            self.loaded[key] = load_scores(self.store_dir, key)
+        return self.loaded[key]
 
 
 def primary_metric(results: Results) -> str:
@@ -141,18 +182,44 @@ def direct_arm(results: Results, arm: Arm) -> Arm | None:
     return next(candidates, None)
 
 
-def _rows(plan: Plan, scores: Mapping[str, Mapping[int, Scores]], sets: tuple[str, ...]) -> tuple[Row, ...]:
+def _rows(
+    plan: Plan, scores: Mapping[str, Mapping[int, Scores]], corpus: Mapping[str, Mapping[int, Numbers]], sets: tuple[str, ...]
+) -> tuple[Row, ...]:
     rows: list[Row] = []
     for arm in plan.arms:
         for seed, tables in sorted(scores[arm.name].items()):
             for set_name in (name for name in sets if name in tables):
-                for metric, values_NK in tables[set_name].items():
-                    low, high = bootstrap_interval(values_NK)
-                    value, low, high = (round(float(x), 6) + 0.0 for x in (values_NK.mean(), low, high))
-                    model, stage = arm.model, arm.evaluate[seed]
-                    parameters = plan.parameters[model]
-                    rows.append(Row(arm.name, model, parameters, seed, set_name, metric, value, low, high, stage))
+                found: dict[str, tuple[float, float | None, float | None]] = {
+                    metric: (float(values_NK.mean()), *bootstrap_interval(values_NK)) for metric, values_NK in tables[set_name].items()
+                }
+                found |= {metric: (value, None, None) for metric, value in corpus[arm.name][seed].get(set_name, {}).items()}
+                for metric, (value, low, high) in found.items():
+                    rows.append(
+                        Row(
+                            arm=arm.name,
+                            model=arm.model,
+                            parameters=plan.parameters[arm.model],
+                            seed=seed,
+                            set=set_name,
+                            metric=metric,
+                            value=_rounded(value),
+                            low=None if low is None else _rounded(low),
+                            high=None if high is None else _rounded(high),
+                            stage=_stage(arm, seed, metric),
+                        )
+                    )
     return tuple(rows)
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 6) + 0.0
+
+
+def _stage(arm: Arm, seed: int, metric: str) -> str:
+    """The stage that measured a metric."""
+    if "@" in metric:
+        return arm.also[metric.rpartition("@")[2]][seed]
+    return arm.analyse[seed] if metric in ("forward_kl", "reverse_kl") or metric.startswith("budget/") else arm.evaluate[seed]
 
 
 def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
@@ -174,6 +241,21 @@ def _summary(results: Results, arm: str, seeds: tuple[int, ...], sets: tuple[str
     means_S = np.mean([values.mean(axis=(1, 2)) for values in strata_SNK], axis=0)
     per_seed = {seed: float(value) for seed, value in zip(seeds, means_S, strict=True)}
     return Summary(float(means_S.mean()), low, high, per_seed)
+
+
+def _averages(sets: tuple[str, ...], corpus: Mapping[str, Mapping[int, Numbers]]) -> dict[tuple[str, str, str], Average]:
+    """Means over training seeds, per set and over the sets that have the metric."""
+    averages: dict[tuple[str, str, str], Average] = {}
+    tables = [numbers for by_seed in corpus.values() for numbers in by_seed.values()]
+    for metric in dict.fromkeys(metric for numbers in tables for table in numbers.values() for metric in table):
+        having = [name for name in sets if any(metric in numbers.get(name, {}) for numbers in tables)]
+        for name, members in [*((name, [name]) for name in having), (MEAN, having)]:
+            for arm, by_seed in corpus.items():
+                complete = {seed: n for seed, n in sorted(by_seed.items()) if all(metric in n.get(m, {}) for m in members)}
+                per_seed = {seed: float(np.mean([n[m][metric] for m in members])) for seed, n in complete.items()}
+                if per_seed:
+                    averages[arm, name, metric] = Average(float(np.mean(list(per_seed.values()))), per_seed)
+    return averages
 
 
 def _complete_seeds(results: Results, arm: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
