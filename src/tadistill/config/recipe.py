@@ -4,7 +4,7 @@ A recipe names models, data, a method and arms; `tadistill.study.plan` expands i
 keys, and every default lives in this package and nowhere else. Nothing here imports torch.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -106,12 +106,44 @@ class Data(Strict):
     world: World = World()
 
 
+class OtherDecoding(Decoding):
+    """What another decoding changes of the main one: only the fields that are given count."""
+
+    seeds: tuple[int, ...] = Field(default=(), max_length=100)
+    """Its decoding seeds; the main one's first when absent."""
+
+
 class Evaluate(Decoding):
     """Decoding on the test sets, and on dev for metrics that need text."""
 
     seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
     """Decoding seeds of the test evaluation; dev uses the first."""
     batch: int = Field(default=32, ge=1)
+    also: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")], OtherDecoding] = {
+        "greedy": OtherDecoding(temperature=0),
+        "t0.5": OtherDecoding(temperature=0.5),
+    }
+    """Other decodings by name, reported as METRIC@NAME: sharper text alone moves Rouge-L, and this shows by how much."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError(f"decoding seeds {list(seeds)} repeat; every seed is one more answer to each prompt")
+        return seeds
+
+    def other(self, name: str) -> "Evaluate":
+        """The settings of one of the other decodings."""
+        changes = {field: getattr(self.also[name], field) for field in self.also[name].model_fields_set}
+        return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, **changes})
+
+
+class Published(Strict):
+    """What somebody else reported for an arm, for the report to compare with."""
+
+    source: str
+    rouge_l: dict[str, float]
+    """Test set -> Rouge-L."""
 
 
 class Arm(Strict):
@@ -124,6 +156,7 @@ class Arm(Strict):
     select: Select | None = None
     compute: str | None = None
     """`as ARM`: choose the number of steps so that total training FLOPs equal that arm's."""
+    published: Published | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -176,7 +209,9 @@ class Recipe(Strict):
     evaluate: Evaluate = Evaluate()
     arms: dict[str, Arm] = Field(min_length=1)
     teacher: str | None = None
-    """The original teacher, to which every KL is measured; needed only where paths start from several models."""
+    """The original teacher, to which every KL is measured; needed only where paths start from several models, or there are no paths."""
+    margin: float = Field(default=0.3, gt=0)
+    """Differences of the primary metric smaller than this, in points, count as none."""
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from tadistill.config import Arm, Method, Recipe, Sft
+from tadistill.config import Arm, Evaluate, Method, Recipe, Sft
 from tadistill.config.decoding import Decoding
 from tadistill.config.method import Optim, apply
 from tadistill.config.objective import CrossEntropy, MiniLLM
@@ -19,9 +19,11 @@ from tadistill.models import sources
 from tadistill.study import costs
 from tadistill.study.store import key_of
 
-STAGE_VERSION = {"sft": 3, "generate": 2, "signal": 1, "distill": 3, "evaluate": 3}
+STAGE_VERSION = {"sft": 3, "generate": 2, "signal": 1, "distill": 3, "evaluate": 4, "analyse": 1}
 """Raised by hand when a stage of that kind gives other numbers for the same settings."""
 
+_ROLES = ("student", "teacher", "model", "responses", "signal", "answers", "teacher_answers")
+"""The parts of a stage's settings that may stand on another stage."""
 Handle = dict[str, Any]
 """Where weights come from: {"stage": key} or {"load": …} (with its fingerprint), {"prune": layers, "of": handle}."""
 
@@ -40,18 +42,24 @@ class Stage:
     seed: int
     flops: float | None
     steps: int | None = None
+    checkpoints: int = 0
+    """How many dev evaluations its selection chooses among."""
     arms: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
 class PlannedArm:
-    """One arm, expanded: per seed the stage that makes its model (None: loaded as it is) and the one that evaluates it."""
+    """One arm, expanded: per seed the stage that makes its model (None: loaded as it is) and those that measure it."""
 
     name: str
     arm: Arm
     method: Method
     final: dict[int, str | None]
     evaluate: dict[int, str]
+    analyse: dict[int, str]
+    """Beside the original teacher; empty where there is none."""
+    also: dict[str, dict[int, str]]
+    """Other decodings, by name."""
     flops: float | None
     """Training FLOPs behind the final model, all stages counted once, for one seed."""
 
@@ -61,7 +69,7 @@ class Plan:
     """The whole study."""
 
     recipe: Recipe
-    teacher: str
+    teacher: str | None
     stages: dict[str, Stage]
     """By key, parents before children."""
     arms: list[PlannedArm]
@@ -81,7 +89,7 @@ class _Planner:
         self.recipe = recipe
         self.stages: dict[str, Stage] = {}
         self.ledger = costs.Ledger(recipe)
-        self.teacher = _original_teacher(recipe)
+        self.teacher = original_teacher(recipe)
         self.data = {
             "template": recipe.data.template,
             "max_prompt": recipe.data.max_prompt,
@@ -105,31 +113,37 @@ class _Planner:
     def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
         target = done[arm.compute[3:]].flops if arm.compute else None
         scale = self._scale(name, arm, target) if arm.compute else 1.0
-        made = {seed: self._final(name, arm, seed, scale) for seed in self.recipe.seeds}
-        evaluate = {seed: self._evaluate(arm.path[-1], handle, seed) for seed, (handle, _) in made.items()}
-        for last in evaluate.values():
-            for key in self._ancestors(last):
-                self.stages[key].arms.add(name)
-        final = {seed: handle.get("stage") for seed, (handle, _) in made.items()}
+        made = {seed: self._models(name, arm, seed, scale) for seed in self.recipe.seeds}
+        last = arm.path[-1]
+        main = self.recipe.evaluate
+        evaluate = {seed: self._evaluate(last, models[-1], seed, main) for seed, (models, _) in made.items()}
+        also = {
+            decoding: {seed: self._evaluate(last, models[-1], seed, main.other(decoding), decoding) for seed, (models, _) in made.items()}
+            for decoding in main.also
+        }
+        analyse = {seed: self._analyse(last, models, seed, evaluate[seed]) for seed, (models, _) in made.items()} if self.teacher else {}
+        for measured in (evaluate, analyse, *also.values()):
+            for ancestor in (a for key in measured.values() for a in self._ancestors(key)):
+                self.stages[ancestor].arms.add(name)
+        final = {seed: models[-1].get("stage") for seed, (models, _) in made.items()}
         first = self.recipe.seeds[0]
-        return PlannedArm(name, arm, made[first][1], final, evaluate, self._flops(final[first]))
+        return PlannedArm(name, arm, made[first][1], final, evaluate, analyse, also, self._flops(final[first]))
 
-    def _final(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[Handle, Method]:
-        """The handle of the arm's last model, and the method of its last stage."""
+    def _models(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[list[Handle], Method]:
+        """The handle of every model of the arm's path, and the method of its last stage."""
         method = self.recipe.method
+        models = [self._trained(arm.path[0], seed)]
         if len(arm.path) == 1:
-            handle = self._trained(arm.path[0], seed)
             self._check_single(name, arm)
             if arm.objective is None:
-                return handle, method
+                return models, method
             method = self._method(name, arm, arm.path[0], scale)
             more = Sft(optim=method.optim, select=method.select)
-            return {"stage": self._sft(arm.path[0], handle, more, self._seed(arm.path[0], seed), continues=True)}, method
-        teacher = self._trained(arm.path[0], seed)
+            return [{"stage": self._sft(arm.path[0], models[0], more, self._seed(arm.path[0], seed), continues=True)}], method
         for above, model in pairwise(arm.path):
             method = self._method(name, arm, model, scale)
-            teacher = {"stage": self._distill(above, model, teacher, method, seed)}
-        return teacher, method
+            models.append({"stage": self._distill(above, model, models[-1], method, seed)})
+        return models, method
 
     @staticmethod
     def _check_single(name: str, arm: Arm) -> None:
@@ -171,8 +185,8 @@ class _Planner:
         if len(arm.path) != 2:
             raise ConfigError(f"arms.{name} has `compute`, which works for a direct path (A > B); its path is {' > '.join(arm.path)}")
         trial = _Planner(self.recipe)
-        handle, _ = trial._final(name, arm, self.recipe.seeds[0], 1.0)
-        total, last = trial._flops(handle["stage"]), trial.stages[handle["stage"]].flops
+        final = trial._models(name, arm, self.recipe.seeds[0], 1.0)[0][-1]["stage"]
+        total, last = trial._flops(final), trial.stages[final].flops
         if target is None or total is None or last is None:
             raise ConfigError(
                 f"arms.{name} has `compute: {arm.compute}`, but the size of a model is not known: it is not on this disk yet "
@@ -246,14 +260,27 @@ class _Planner:
         spec = {"teacher": teacher, "sampler": sampler.model_dump(include=set(Decoding.model_fields)), "seed": seed, **self._split("train")}
         return self._add("generate", spec, f"generate with {name}, seed {seed}", name, seed, self.ledger.generate(name))
 
-    def _evaluate(self, name: str, model: Handle, seed: int) -> str:
-        reference = self._trained(self.teacher, seed)
+    def _evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
+        spec = {"model": model, **self._test_sets(), "decoding": decoding.model_dump(exclude={"also"}), "references": not other}
+        label = f"evaluate {self._label(name, model)}{f', {other}' if other else ''}"
+        return self._add("evaluate", spec, label, name, self._seed(name, seed), None)
+
+    def _analyse(self, name: str, models: list[Handle], seed: int, answers: str) -> str:
+        """The last of a path's models beside the original teacher and the models between them."""
+        assert self.teacher is not None
+        teacher = self._trained(self.teacher, seed)
+        teacher_answers = self._evaluate(self.teacher, teacher, seed, self.recipe.evaluate)
+        spec = {"model": models[-1], "teacher": teacher, "assistants": [m for m in models[:-1] if m != teacher], **self._test_sets()}
+        spec |= {"answers": {"stage": answers}, "teacher_answers": {"stage": teacher_answers}, "batch": self.recipe.evaluate.batch}
+        return self._add("analyse", spec, f"analyse {self._label(name, models[-1])}", name, self._seed(name, seed), None)
+
+    def _test_sets(self) -> dict[str, Any]:
         refs = self.recipe.data.test
         sets = [{"ref": r.model_dump(), "fingerprint": datasets.fingerprint(r, "test", self.recipe.data)} for r in refs]
-        spec = {"model": model, "teacher": reference, "sets": sets, "limit": self.recipe.data.limit.test, "data": self.data}
-        spec |= {"decoding": self.recipe.evaluate.model_dump()}
-        of = self.stages[model["stage"]].label if "stage" in model else name
-        return self._add("evaluate", spec, f"evaluate {of}", name, self._seed(name, seed), None)
+        return {"sets": sets, "limit": self.recipe.data.limit.test, "data": self.data}
+
+    def _label(self, name: str, model: Handle) -> str:
+        return self.stages[model["stage"]].label if "stage" in model else name
 
     def _split(self, role: str) -> dict[str, Any]:
         ref = getattr(self.recipe.data, role)
@@ -271,7 +298,7 @@ class _Planner:
         if select.metric == "loss":
             spec["decoding"] = {"batch": self.recipe.evaluate.batch}
         elif select.metric != "last":
-            spec["decoding"] = self.recipe.evaluate.model_dump() | {"seeds": self.recipe.evaluate.seeds[:1]}
+            spec["decoding"] = self.recipe.evaluate.model_dump(exclude={"also"}) | {"seeds": self.recipe.evaluate.seeds[:1]}
         return spec
 
     def _with_steps(self, optim: Optim) -> Optim:
@@ -288,8 +315,11 @@ class _Planner:
     def _add(self, kind: str, spec: dict, label: str, model: str, seed: int, flops: float | None, steps: int | None = None) -> str:
         key = key_of({"kind": kind, "version": STAGE_VERSION[kind], **spec})
         if key not in self.stages:
-            parents = {role: k for role in ("student", "teacher", "model", "responses", "signal") for k in _stage_keys(spec.get(role))}
-            self.stages[key] = Stage(kind, key, spec, parents, label, model, seed, flops, steps)
+            handles = {role: spec.get(role) for role in _ROLES} | {
+                f"assistant {i + 1}": h for i, h in enumerate(spec.get("assistants", ()))
+            }
+            parents = {role: k for role, handle in handles.items() for k in _stage_keys(handle)}
+            self.stages[key] = Stage(kind, key, spec, parents, label, model, seed, flops, steps, _checkpoints(spec, steps))
         return key
 
     # --- costs ----------------------------------------------------------------------------------------------------------
@@ -311,15 +341,15 @@ class _Planner:
         return None if any(p is None for p in parts) else float(sum(p for p in parts if p is not None))
 
 
-def _original_teacher(recipe: Recipe) -> str:
-    """The one model that every KL is measured to: `teacher`, or the only head of a path that nothing teaches."""
+def original_teacher(recipe: Recipe) -> str | None:
+    """The one model that every KL is measured to: `teacher`, or the only head of a path that nothing teaches; None without paths."""
     if recipe.teacher:
         return recipe.teacher
     taught = {model for arm in recipe.arms.values() for model in arm.path[1:]}
     heads = list(dict.fromkeys(arm.path[0] for arm in recipe.arms.values() if len(arm.path) > 1 and arm.path[0] not in taught))
     if len(heads) > 1:
         raise ConfigError(f"the paths start from {', '.join(heads)}; set `teacher:` to the one that KLs are measured to")
-    return heads[0] if heads else next(iter(recipe.arms.values())).path[0]
+    return heads[0] if heads else None
 
 
 def _stage_keys(handle: Handle | None) -> list[str]:
@@ -327,6 +357,13 @@ def _stage_keys(handle: Handle | None) -> list[str]:
     if handle is None:
         return []
     return [handle["stage"]] if "stage" in handle else _stage_keys(handle.get("of"))
+
+
+def _checkpoints(spec: dict[str, Any], steps: int | None) -> int:
+    """Selection looks at the model every `every` updates and at the end."""
+    if steps is None or spec["select"]["metric"] == "last":
+        return 0
+    return -(-steps // spec["select"]["every"])
 
 
 def _describe(method: Method) -> str:
