@@ -114,18 +114,18 @@ class _Planner:
         target = done[arm.compute[3:]].flops if arm.compute else None
         scale = self._scale(name, arm, target) if arm.compute else 1.0
         made = {seed: self._models(name, arm, seed, scale) for seed in self.recipe.seeds}
-        last = arm.path[-1]
-        main = self.recipe.evaluate
-        evaluate = {seed: self._evaluate(last, models[-1], seed, main) for seed, (models, _) in made.items()}
+        models = {seed: of_path for seed, (of_path, _) in made.items()}
+        last, main = arm.path[-1], self.recipe.evaluate
+        evaluate = {seed: self._evaluate(last, of_path[-1], seed, main) for seed, of_path in models.items()}
         also = {
-            decoding: {seed: self._evaluate(last, models[-1], seed, main.other(decoding), decoding) for seed, (models, _) in made.items()}
-            for decoding in main.also
+            other: {seed: self._evaluate(last, of_path[-1], seed, main.other(other), other) for seed, of_path in models.items()}
+            for other in main.also
         }
-        analyse = {seed: self._analyse(last, models, seed, evaluate[seed]) for seed, (models, _) in made.items()} if self.teacher else {}
+        analyse = {seed: self._analyse(last, of_path, seed, evaluate[seed]) for seed, of_path in models.items()} if self.teacher else {}
         for measured in (evaluate, analyse, *also.values()):
             for ancestor in (a for key in measured.values() for a in self._ancestors(key)):
                 self.stages[ancestor].arms.add(name)
-        final = {seed: models[-1].get("stage") for seed, (models, _) in made.items()}
+        final = {seed: of_path[-1].get("stage") for seed, of_path in models.items()}
         first = self.recipe.seeds[0]
         return PlannedArm(name, arm, made[first][1], final, evaluate, analyse, also, self._flops(final[first]))
 
