@@ -6,7 +6,7 @@ keys, and every default lives in this package and nowhere else. Nothing here imp
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from tadistill.config.decoding import Decoding
 from tadistill.config.method import Method, MethodPatch, Optim, Select, Sft, apply
@@ -60,22 +60,44 @@ class World(Strict):
 
 
 class DataRef(Strict):
-    """A data set: a name (dolly, self_inst, vicuna, sinst, uinst, tinyworld…), a .jsonl file, or a hub id."""
+    """A data set: a name (dolly, self_inst, vicuna, sinst, uinst, sinst/0_2, tinyworld…), a .jsonl file, or a hub id."""
 
     load: str
     split: str | None = None
     revision: str = "main"
-    columns: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text"], str] = {}
+    columns: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "choices"], str] = {}
     """Our column name: the file's. Needed only where they differ."""
+    choices: tuple[str, ...] = ()
+    """The answers that every row is chosen among; an integer or boolean output is then an index into them."""
+    instruction: str | None = None
+    """The instruction of every row, for a set that has none."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
         return {"load": value} if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _check(self):
+        if self.choices and (len(set(self.choices)) < max(2, len(self.choices)) or "" in self.choices):
+            raise ValueError(f"`choices` are {list(self.choices)}; give at least two, all different and none empty")
+        for name, given in (("choices", self.choices), ("instruction", self.instruction is not None)):
+            if given and name in self.columns:
+                raise ValueError(f"`{name}` is given for every row and as a column (`{self.columns[name]}`); keep one of them")
+        if self.instruction == "":
+            raise ValueError("`instruction` is empty; write what every row is asked, or leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_unset(self, handler: Any) -> dict[str, Any]:
+        dumped = handler(self)  # part of a stage's key: sets that need neither keep the keys of their stored stages
+        return {k: v for k, v in dumped.items() if v or k not in ("choices", "instruction")}
+
     @property
     def name(self) -> str:
-        """The short name used in tables."""
+        """The short name used in tables and file names."""
+        if self.load.startswith(("sinst/", "uinst/")):  # the bucket alone would not say of what
+            return self.load.replace("/", "_")
         return self.load.rsplit("/", 1)[-1].removesuffix(".jsonl")
 
 
