@@ -125,7 +125,9 @@ def _read_references(subject: Subject, data: EvalSet, batch: int, columns: dict[
     bins = {"tokens": calibration.bins(np.concatenate(found["confidence"]), np.concatenate(found["correct"]))}
     corpus["numbers"]["perplexity"] = float(np.exp(np.concatenate(found["loss"]).mean()))
     if all(r.choices for r in data.rows):
-        confidence, correct = calibration.label_words(subject, data, batch=batch)
+        labels, prompts = [e.choices for e in data.encoded], [e.prompt for e in data.encoded]
+        found = calibration.label_probabilities(subject.model, prompts, labels, pad=subject.pad, vocab=subject.vocab, batch=batch)
+        confidence, correct = calibration.likeliest(found, [r.choices for r in data.rows], [r.references for r in data.rows])
         columns["label_accuracy"] = 100 * correct[:, None]
         bins["labels"] = calibration.bins(confidence, correct)
     corpus["numbers"] |= {f"ece_{name}": calibration.ece(b) for name, b in bins.items()}

@@ -1,10 +1,9 @@
 """A recipe's arms x seeds as a graph of stages, addressed by content. Imports no torch.
 
-Stages hand over artifacts on disk only. A stage's key is a hash of everything its numbers depend on: its settings, its
-data's fingerprint, and its parents' keys. Arms that begin alike therefore share their stages.
+Stages hand over artifacts on disk only (`study.graph` has their keys). Arms that begin alike share their stages.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,34 +16,7 @@ from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.study import costs
-from tadistill.study.store import key_of
-
-STAGE_VERSION = {"sft": 3, "generate": 2, "signal": 1, "distill": 3, "evaluate": 4, "analyse": 1}
-"""Raised by hand when a stage of that kind gives other numbers for the same settings."""
-
-_ROLES = ("student", "teacher", "model", "responses", "signal", "answers", "teacher_answers")
-"""The parts of a stage's settings that may stand on another stage."""
-Handle = dict[str, Any]
-"""Where weights come from: {"stage": key} or {"load": …} (with its fingerprint), {"prune": layers, "of": handle}."""
-
-
-@dataclass
-class Stage:
-    """One unit of work with an artifact."""
-
-    kind: str
-    key: str
-    spec: dict[str, Any]
-    parents: dict[str, str]
-    """Role -> key of a stage that must be finished first."""
-    label: str
-    model: str
-    seed: int
-    flops: float | None
-    steps: int | None = None
-    checkpoints: int = 0
-    """How many dev evaluations its selection chooses among."""
-    arms: set[str] = field(default_factory=set)
+from tadistill.study.graph import Graph, Handle, Stage
 
 
 @dataclass(frozen=True)
@@ -87,7 +59,7 @@ def make_plan(recipe: Recipe) -> Plan:
 class _Planner:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.stages: dict[str, Stage] = {}
+        self.graph = Graph()
         self.ledger = costs.Ledger(recipe)
         self.teacher = original_teacher(recipe)
         self.data = {
@@ -106,7 +78,7 @@ class _Planner:
                 if arm.compute is None or arm.compute[3:] in done:
                     done[name] = self._arm(name, arm, done)
                     del waiting[name]
-        return Plan(self.recipe, self.teacher, self.stages, [done[name] for name in self.recipe.arms])
+        return Plan(self.recipe, self.teacher, self.graph.stages, [done[name] for name in self.recipe.arms])
 
     # --- arms -----------------------------------------------------------------------------------------------------------
 
@@ -123,11 +95,11 @@ class _Planner:
         }
         analyse = {seed: self._analyse(last, of_path, seed, evaluate[seed]) for seed, of_path in models.items()} if self.teacher else {}
         for measured in (evaluate, analyse, *also.values()):
-            for ancestor in (a for key in measured.values() for a in self._ancestors(key)):
-                self.stages[ancestor].arms.add(name)
+            for key in measured.values():
+                self.graph.mark(key, name)
         final = {seed: of_path[-1].get("stage") for seed, of_path in models.items()}
         first = self.recipe.seeds[0]
-        return PlannedArm(name, arm, made[first][1], final, evaluate, analyse, also, self._flops(final[first]))
+        return PlannedArm(name, arm, made[first][1], final, evaluate, analyse, also, self.graph.flops(final[first]))
 
     def _models(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[list[Handle], Method]:
         """The handle of every model of the arm's path, and the method of its last stage."""
@@ -186,7 +158,7 @@ class _Planner:
             raise ConfigError(f"arms.{name} has `compute`, which works for a direct path (A > B); its path is {' > '.join(arm.path)}")
         trial = _Planner(self.recipe)
         final = trial._models(name, arm, self.recipe.seeds[0], 1.0)[0][-1]["stage"]
-        total, last = trial._flops(final), trial.stages[final].flops
+        total, last = trial.graph.flops(final), trial.graph.stages[final].flops
         if target is None or total is None or last is None:
             raise ConfigError(
                 f"arms.{name} has `compute: {arm.compute}`, but the size of a model is not known: it is not on this disk yet "
@@ -234,7 +206,7 @@ class _Planner:
         spec = {"student": student, "optim": optim.model_dump(), "seed": seed, **self._split("train")}
         spec |= self._select(sft.select)
         label = f"sft {name}{', continued' if continues else ''}, seed {seed}"
-        return self._add("sft", spec, label, name, seed, self.ledger.sft(name, optim), optim.steps)
+        return self.graph.add("sft", spec, label, name, seed, self.ledger.sft(name, optim), optim.steps)
 
     def _distill(self, above: str, name: str, teacher: Handle, method: Method, seed: int) -> str:
         # a learner and a teacher that do not vary with the study's seed still make one distillation per seed
@@ -250,20 +222,20 @@ class _Planner:
             corpus = self.recipe.data.corpus
             spec["corpus"] = {"ref": corpus.model_dump(), "fingerprint": datasets.fingerprint(corpus, "train", self.recipe.data)}
         label = f"distill {above} -> {name}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
-        return self._add("distill", spec, label, name, seed, self.ledger.distill(above, name, method), method.optim.steps)
+        return self.graph.add("distill", spec, label, name, seed, self.ledger.distill(above, name, method), method.optim.steps)
 
     def _signal(self, name: str, teacher: Handle, signal: HiddenSignal | TopKSignal, precision: str, seed: int) -> str:
         spec = {"teacher": teacher, "signal": signal.model_dump(), "precision": precision, **self._split("train")}
-        return self._add("signal", spec, f"{signal.type} signal of {name}, seed {seed}", name, seed, self.ledger.generate(name))
+        return self.graph.add("signal", spec, f"{signal.type} signal of {name}, seed {seed}", name, seed, self.ledger.generate(name))
 
     def _generate(self, name: str, teacher: Handle, sampler: TeacherSampler | PairSampler, seed: int) -> str:
         spec = {"teacher": teacher, "sampler": sampler.model_dump(include=set(Decoding.model_fields)), "seed": seed, **self._split("train")}
-        return self._add("generate", spec, f"generate with {name}, seed {seed}", name, seed, self.ledger.generate(name))
+        return self.graph.add("generate", spec, f"generate with {name}, seed {seed}", name, seed, self.ledger.generate(name))
 
     def _evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
         spec = {"model": model, **self._test_sets(), "decoding": decoding.model_dump(exclude={"also"}), "references": not other}
         label = f"evaluate {self._label(name, model)}{f', {other}' if other else ''}"
-        return self._add("evaluate", spec, label, name, self._seed(name, seed), None)
+        return self.graph.add("evaluate", spec, label, name, self._seed(name, seed), None)
 
     def _analyse(self, name: str, models: list[Handle], seed: int, answers: str) -> str:
         """The last of a path's models beside the original teacher and the models between them."""
@@ -272,7 +244,7 @@ class _Planner:
         teacher_answers = self._evaluate(self.teacher, teacher, seed, self.recipe.evaluate)
         spec = {"model": models[-1], "teacher": teacher, "assistants": [m for m in models[:-1] if m != teacher], **self._test_sets()}
         spec |= {"answers": {"stage": answers}, "teacher_answers": {"stage": teacher_answers}, "batch": self.recipe.evaluate.batch}
-        return self._add("analyse", spec, f"analyse {self._label(name, models[-1])}", name, self._seed(name, seed), None)
+        return self.graph.add("analyse", spec, f"analyse {self._label(name, models[-1])}", name, self._seed(name, seed), None)
 
     def _test_sets(self) -> dict[str, Any]:
         refs = self.recipe.data.test
@@ -280,7 +252,7 @@ class _Planner:
         return {"sets": sets, "limit": self.recipe.data.limit.test, "data": self.data}
 
     def _label(self, name: str, model: Handle) -> str:
-        return self.stages[model["stage"]].label if "stage" in model else name
+        return self.graph.stages[model["stage"]].label if "stage" in model else name
 
     def _split(self, role: str) -> dict[str, Any]:
         ref = getattr(self.recipe.data, role)
@@ -312,34 +284,6 @@ class _Planner:
             return optim.model_copy(update={"steps": steps, "epochs": None})
         return optim
 
-    def _add(self, kind: str, spec: dict, label: str, model: str, seed: int, flops: float | None, steps: int | None = None) -> str:
-        key = key_of({"kind": kind, "version": STAGE_VERSION[kind], **spec})
-        if key not in self.stages:
-            handles = {role: spec.get(role) for role in _ROLES} | {
-                f"assistant {i + 1}": h for i, h in enumerate(spec.get("assistants", ()))
-            }
-            parents = {role: k for role, handle in handles.items() for k in _stage_keys(handle)}
-            self.stages[key] = Stage(kind, key, spec, parents, label, model, seed, flops, steps, _checkpoints(spec, steps))
-        return key
-
-    # --- costs ----------------------------------------------------------------------------------------------------------
-
-    def _ancestors(self, key: str) -> set[str]:
-        found, todo = set(), [key]
-        while todo:
-            at = todo.pop()
-            if at not in found:
-                found.add(at)
-                todo += self.stages[at].parents.values()
-        return found
-
-    def _flops(self, key: str | None) -> float | None:
-        """Training FLOPs of a stage and everything it builds on, each stage once."""
-        if key is None:
-            return 0.0
-        parts = [self.stages[k].flops for k in self._ancestors(key)]
-        return None if any(p is None for p in parts) else float(sum(p for p in parts if p is not None))
-
 
 def original_teacher(recipe: Recipe) -> str | None:
     """The one model that every KL is measured to: `teacher`, or the only head of a path that nothing teaches; None without paths."""
@@ -350,20 +294,6 @@ def original_teacher(recipe: Recipe) -> str | None:
     if len(heads) > 1:
         raise ConfigError(f"the paths start from {', '.join(heads)}; set `teacher:` to the one that KLs are measured to")
     return heads[0] if heads else None
-
-
-def _stage_keys(handle: Handle | None) -> list[str]:
-    """The stages a handle stands on (at most one)."""
-    if handle is None:
-        return []
-    return [handle["stage"]] if "stage" in handle else _stage_keys(handle.get("of"))
-
-
-def _checkpoints(spec: dict[str, Any], steps: int | None) -> int:
-    """Selection looks at the model every `every` updates and at the end."""
-    if steps is None or spec["select"]["metric"] == "last":
-        return 0
-    return -(-steps // spec["select"]["every"])
 
 
 def _describe(method: Method) -> str:

@@ -185,7 +185,9 @@ def test_buckets_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, **_: asked.append(names) or path)
     sizes = [len(read(name, "test", root=str(tmp_path / "none"))) for name in ("sinst", "sinst/3_5", "uinst", "uinst/0_2")]
     assert sizes == [10_001, 10_001, 10_000, 10_001]  # MiniLLM uses the first 10,000 of uinst's longest bucket
-    assert asked == [("MiniLLM/sinst", "11_/valid.jsonl"), ("MiniLLM/sinst", "3_5/valid.jsonl")] + [
+    assert asked == [
+        ("MiniLLM/sinst", "11_/valid.jsonl"),
+        ("MiniLLM/sinst", "3_5/valid.jsonl"),
         ("MiniLLM/uinst", "11_/valid.jsonl"),
         ("MiniLLM/uinst", "0_2/valid.jsonl"),
     ]

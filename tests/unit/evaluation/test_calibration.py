@@ -8,7 +8,7 @@ import torch
 from tests.conftest import tiny_model
 
 from tadistill.errors import DataError
-from tadistill.evaluation.calibration import Bins, bins, ece, likeliest, label_probabilities, merge
+from tadistill.evaluation.calibration import Bins, bins, ece, label_probabilities, likeliest, merge
 
 RNG = np.random.default_rng(0)
 CONFIDENCE = np.concatenate([RNG.random(400), np.arange(16) / 15, [0.0, 1.0, 1.0]])
