@@ -35,6 +35,7 @@ def recipe_text(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teacher: str
         # nothing trains, so train and dev are only there to be checked
         "data": {"train": {"load": on[0], "split": "test"}, "dev": {"load": on[0], "split": "test"}, "test": list(on)},
         "evaluate": {"seeds": list(seeds), "also": {}},
+        "runtime": {"jobs": 1},  # few stages: each gets all cores
         "arms": dict(zip(names, names, strict=True)),
     }
     if teacher:
