@@ -40,11 +40,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Spread:
-    """The variance of the mean, its degrees of freedom, and the part of it that resampling prompts already has."""
+    """The variance of the mean, as a part of seeds and a part of prompts, and its degrees of freedom."""
 
-    variance: float
-    df: float
+    seeds: float
     prompts: float
+    resampled: float  # the variance that resampling prompts has by itself: more than ``prompts``, which is without A's share
+    df: float
+
+    @property
+    def variance(self) -> float:
+        return self.seeds + self.prompts
 
 
 def bootstrap_interval(values_NK: ArrayLike, *, replicates: int = 10_000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
@@ -108,30 +113,31 @@ def _prompt_means(strata_SNK: Sequence[ArrayLike]) -> list[Array]:
 
 
 def _spread(strata_SN: list[Array]) -> _Spread:
-    """A + B - C with Satterthwaite's degrees of freedom: see the module's docstring."""
+    """A, B - C and the degrees of freedom of their sum: see the module's docstring."""
     n_seeds = strata_SN[0].shape[0]
-    between_seeds = prompts = both = squares = 0.0
+    of_seeds = of_prompts = of_both = squares = 0.0
     if n_seeds > 1:
-        between_seeds = float(np.var(np.mean([values.mean(axis=1) for values in strata_SN], axis=0), ddof=1)) / n_seeds
-        squares += between_seeds**2 / (n_seeds - 1)
+        of_seeds = float(np.var(np.mean([values.mean(axis=1) for values in strata_SN], axis=0), ddof=1)) / n_seeds
     for values_SN in strata_SN:
         n_prompts = values_SN.shape[1]
         if n_prompts == 1:
-            continue  # its spread over prompts cannot be known
+            continue  # the spread over a single prompt cannot be known
         share = len(strata_SN) ** 2 * n_prompts
         mean_N = values_SN.mean(axis=0)
         of_set = float(np.var(mean_N, ddof=1)) / share
-        prompts += of_set
+        of_prompts += of_set
         squares += of_set**2 / (n_prompts - 1)
         if n_seeds > 1:
             rest_SN = values_SN - mean_N - values_SN.mean(axis=1, keepdims=True) + mean_N.mean()
-            df = (n_seeds - 1) * (n_prompts - 1)
-            residual = float((rest_SN**2).sum()) / df / (share * n_seeds)
-            both += residual
-            squares += residual**2 / df
-    variance = max(between_seeds + prompts - both, prompts)
-    least = max(1, n_seeds - 1)  # the sum has no fewer degrees of freedom than its weakest part
-    return _Spread(variance, max(least, variance**2 / squares) if squares > 0 else np.inf, prompts)
+            of_both += float((rest_SN**2).sum()) / ((n_seeds - 1) * (n_prompts - 1)) / (share * n_seeds)
+    alone = max(of_prompts - of_both, 0.0)
+    if of_seeds + alone == 0:
+        return _Spread(0.0, 0.0, of_prompts, np.inf)
+    share_of_seeds = of_seeds / (of_seeds + alone)
+    inverse = share_of_seeds / max(1, n_seeds - 1)
+    if alone > 0:
+        inverse += (1 - share_of_seeds) * squares / of_prompts**2
+    return _Spread(of_seeds, alone, of_prompts, 1 / inverse)
 
 
 def _replicate_means(strata_SN: list[Array], spread: _Spread, replicates: int, seed: int) -> Array:
@@ -152,9 +158,10 @@ def _replicate_means(strata_SN: list[Array], spread: _Spread, replicates: int, s
         counts_RN = _counts(n_prompts, replicates, (seed, _PROMPT_DRAWS, number))
         for rows in _blocks(replicates, n_prompts):
             moved_R[rows] += counts_RN[rows] @ centred_N
-    rest = spread.variance - spread.prompts
-    if rest > 0:
-        moved_R += np.sqrt(rest) * _normals(replicates, seed)
+    if spread.resampled > 0:
+        moved_R *= np.sqrt(spread.prompts / spread.resampled)
+    if spread.seeds > 0:
+        moved_R += np.sqrt(spread.seeds) * _normals(replicates, seed)
     return _macro_mean(strata_SN) + moved_R / _chis(replicates, seed, spread.df)
 
 
