@@ -145,8 +145,8 @@ def reliabilities(results: Results, what: str) -> Mapping[str, Reliability]:
         )
         total = count.sum(axis=0)
         held = total > 0
-        means = [100 * (count * part).sum(axis=0)[held] / total[held] for part in (confidence, correct)]
-        found[arm.name] = Reliability(*means, total[held])
+        sure, right = (100 * (count * part).sum(axis=0)[held] / total[held] for part in (confidence, correct))
+        found[arm.name] = Reliability(sure, right, total[held])
     return found
 
 
