@@ -31,6 +31,8 @@ class Stage:
     arms: tuple[str, ...]
     checkpoints: int
     """How many dev evaluations its selection chose among; 0 without selection."""
+    flops: float | None
+    """Of its training; None where the plan could not tell."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def load_plan(study_dir: Path) -> Plan:
 
 def _stage(entry: Mapping[str, Any]) -> Stage:
     key, kind, label, model = (entry[name] for name in ("key", "kind", "label", "model"))
-    return Stage(key, kind, label, model, int(entry["seed"]), tuple(entry["arms"]), int(entry["checkpoints"]))
+    return Stage(key, kind, label, model, int(entry["seed"]), tuple(entry["arms"]), int(entry["checkpoints"]), entry["flops"])
 
 
 def _arm(entry: Mapping[str, Any]) -> Arm:
