@@ -26,3 +26,7 @@ class StoreError(TadistillError, OSError):
 
 class StageFailed(TadistillError, RuntimeError):
     """A stage stopped before it was finished (for instance on a loss that is not finite)."""
+
+
+class JudgeFailed(TadistillError, RuntimeError):
+    """A judge's endpoint stopped answering before every question was asked. What was answered is kept."""

@@ -53,4 +53,5 @@ def _bleu(answer: list[str], others: list[list[str]]) -> float:
     if not answer:
         return float([] in others)
     order = min(_ORDER, len(answer))
-    return float(sentence_bleu(others, answer, weights=(1 / order,) * order, smoothing_function=SmoothingFunction().method1))
+    score = sentence_bleu(others, answer, weights=(1 / order,) * order, smoothing_function=SmoothingFunction().method1)
+    return float(score)  # type: ignore[arg-type]  # a list only for a list of weights

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tadistill.errors import StoreError
-from tadistill.report.collect import MEAN, collect, compare, direct_arm, primary_metric, read_results, twin_of
-from tadistill.statistics import bootstrap_interval, paired_difference
+from tadistill.report.collect import MEAN, compare, direct_arm, primary_metric, read_results, twin_of
+from tadistill.report.output import collect
+from tadistill.statistics import bootstrap_interval, macro_difference
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of
 
@@ -73,7 +74,7 @@ def test_comparison_is_paired(study):
         np.stack([study.scores[arm, seed]["facts"]["fact_accuracy"].mean(axis=1, keepdims=True) for seed in (10, 20)])
         for arm in ("chain", "direct-long")
     ]
-    assert difference == paired_difference(*stacks)
+    assert difference == macro_difference(*([stack] for stack in stacks))
     assert seeds == (10, 20)
 
 

@@ -1,0 +1,147 @@
+"""What is judged: the same prompts of a study for every arm, each with the arms' answers and the reference.
+
+Of each evaluation, the answers of its first decoding seed. Arms whose evaluation is not finished are left out and named.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tadistill.errors import ConfigError, DataError, StoreError
+from tadistill.report.files import Arm, Plan, is_finished, load_plan, load_predictions, stage_dir
+
+REFERENCE = "reference"  # the name under which the reference answers take part
+_ALPACA = re.compile(
+    r"Below is an instruction that describes a task.*?### Instruction:\s*(?P<instruction>.*?)"
+    r"(?:\n\s*### Input:\s*(?P<input>.*?))?\s*### Response:\s*",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt; `answers` maps an arm (or `REFERENCE`) to its text under each training seed, in the order of `Answers.seeds`."""
+
+    set: str
+    index: int
+    instruction: str
+    input: str
+    answers: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Everything that a judge sees, and which arms had nothing to show yet."""
+
+    plan: Plan
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    items: tuple[Item, ...]
+    unfinished: tuple[str, ...]
+
+
+def read_answers(
+    study_dir: Path,
+    store_dir: Path,
+    *,
+    arms: Sequence[str] = (),
+    sets: Sequence[str] = (),
+    all_seeds: bool = False,
+    limit: int | None = None,
+) -> Answers:
+    """The chosen prompts with the answers of the chosen arms (all of the study's by default).
+
+    Args:
+        all_seeds: every training seed for which all these arms are evaluated, instead of the plan's first.
+        limit: prompts of each set, taken at even distances and the same for all arms.
+
+    Raises:
+        ConfigError: an arm or a set does not exist, or an arm that was named has no answers yet.
+        DataError: there is nothing to judge.
+        StoreError: a file cannot be read.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}: it must be at least 1 prompt of each set; leave it out to take all")
+    if not (study_dir / "plan.json").is_file():
+        raise ConfigError(f"{study_dir} is not a study (it holds no plan.json): `tadistill run RECIPE` makes one")
+    plan = load_plan(study_dir)
+    first = min(seed for arm in plan.arms for seed in arm.evaluate)
+    chosen, unfinished = _choose(plan, store_dir, arms, first)
+    seeds = (first,)
+    if all_seeds:
+        everywhere = sorted({seed for arm in chosen for seed in arm.evaluate})
+        seeds = tuple(seed for seed in everywhere if all(is_finished(store_dir, arm.evaluate.get(seed, "")) for arm in chosen))
+    names = tuple(arm.name for arm in chosen)
+    tables = {(arm.name, seed): _first_answers(store_dir, arm.evaluate[seed]) for arm in chosen for seed in seeds}
+    return Answers(plan, names, seeds, _items(tables, names, seeds, sets, limit), unfinished)
+
+
+def split_prompt(text: str) -> tuple[str, str]:
+    """Instruction and input of a prompt in the Alpaca template; any other prompt is all instruction."""
+    match = _ALPACA.fullmatch(text.strip())
+    if match is None:
+        return text.strip(), ""
+    return match["instruction"].strip(), (match["input"] or "").strip()
+
+
+def _choose(plan: Plan, store_dir: Path, wanted: Sequence[str], seed: int) -> tuple[list[Arm], tuple[str, ...]]:
+    known = {arm.name: arm for arm in plan.arms}
+    if REFERENCE in known:
+        raise ConfigError(f"the study {plan.study} has an arm named `{REFERENCE}`, which means the reference answers here; rename it")
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(f"the study {plan.study} has no arm `{name}`; it has {', '.join(known)}")
+    arms = [known[name] for name in dict.fromkeys(wanted)] or list(plan.arms)
+    unfinished = tuple(arm.name for arm in arms if seed not in arm.evaluate or not is_finished(store_dir, arm.evaluate[seed]))
+    if wanted and unfinished:
+        raise ConfigError(
+            f"arm `{unfinished[0]}` has no answers under training seed {seed} yet: `{plan.command}` evaluates it, or leave it out"
+        )
+    if len(unfinished) == len(arms):
+        raise DataError(f"the study {plan.study} has no answers under training seed {seed} yet: `{plan.command}` makes them")
+    return [arm for arm in arms if arm.name not in unfinished], unfinished
+
+
+def _first_answers(store_dir: Path, key: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """(set, index) -> the row of the set's lowest decoding seed."""
+    rows = load_predictions(store_dir, key)
+    lowest: dict[str, int] = {}
+    try:
+        for row in rows:
+            lowest[row["set"]] = min(lowest.get(row["set"], row["seed"]), row["seed"])
+        found = {(row["set"], row["index"]): row for row in rows if row["seed"] == lowest[row["set"]]}
+        for row in found.values():
+            _ = (row["references"][0], row["prompt"] + row["prediction"])  # what is read later
+    except (KeyError, TypeError, IndexError) as error:
+        path = stage_dir(store_dir, key) / "predictions.jsonl"
+        reason = f"a row is not a prediction: {type(error).__name__} {error}"
+        raise StoreError(f"{path} cannot be read ({reason}): delete its directory and run the recipe again") from error
+    return found
+
+
+def _items(
+    tables: Mapping[tuple[str, int], Mapping[tuple[str, int], Mapping[str, Any]]],
+    arms: tuple[str, ...],
+    seeds: tuple[int, ...],
+    sets: Sequence[str],
+    limit: int | None,
+) -> tuple[Item, ...]:
+    rows = next(iter(tables.values()))
+    known = tuple(dict.fromkeys(name for name, _ in rows))
+    for name in sets:
+        if name not in known:
+            raise ConfigError(f"the study has no answers to a set `{name}`; it has {', '.join(known) or 'none'}")
+    items: list[Item] = []
+    for name in dict.fromkeys(sets or known):
+        shared = sorted(index for of, index in rows if of == name and all((name, index) in table for table in tables.values()))
+        count = min(limit or len(shared), len(shared))
+        for index in (shared[i * len(shared) // count] for i in range(count)):
+            row = rows[name, index]
+            answers = {arm: tuple(tables[arm, seed][name, index]["prediction"] for seed in seeds) for arm in arms}
+            answers[REFERENCE] = (row["references"][0],) * len(seeds)
+            items.append(Item(name, index, *split_prompt(row["prompt"]), answers))
+    if not items:
+        raise DataError(f"the arms {', '.join(arms)} share no prompt: judge fewer arms, or evaluate them on the same sets")
+    return tuple(items)

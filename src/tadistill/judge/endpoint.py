@@ -1,0 +1,142 @@
+"""One OpenAI-compatible endpoint, through the `openai` package, which retries, backs off and obeys Retry-After."""
+
+import json
+import os
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from tadistill.errors import ConfigError, JudgeFailed
+from tadistill.judge.cache import Reply, Settings
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+PUBLIC = "https://api.openai.com/v1"
+
+
+class Refused(Exception):
+    """The endpoint took the request and refuses this one question (too long, or filtered)."""
+
+
+class Unavailable(Exception):
+    """The endpoint cannot go on: the reason as half a sentence."""
+
+
+def check_address(base_url: str) -> str:
+    """The address without a trailing slash.
+
+    Raises:
+        ConfigError: it is not an http address.
+    """
+    try:
+        parts = urlsplit(base_url)
+        wrong = parts.scheme not in ("http", "https") or not parts.hostname or (parts.port is not None and parts.port < 1)
+    except ValueError:
+        wrong = True
+    if wrong:
+        raise ConfigError(f"the address `{base_url}` is not of the form http://HOST:PORT/v1 or https://HOST/v1")
+    return base_url.rstrip("/")
+
+
+def connect(base_url: str, *, timeout: float, retries: int = 5) -> "OpenAI":
+    """A client; the key comes from OPENAI_API_KEY, and an endpoint of one's own needs none.
+
+    Raises:
+        ConfigError: the `openai` package is absent, or the public endpoint has no key.
+    """
+    try:
+        from openai import OpenAI
+    except ImportError as error:
+        raise ConfigError("a judge needs the package openai; install it with `pip install 'tadistill[judge]'`") from error
+    key = os.environ.get("OPENAI_API_KEY", "")
+    if not key and base_url.startswith(PUBLIC):
+        raise ConfigError(f"{PUBLIC} needs a key: set the environment variable OPENAI_API_KEY, or give --base-url")
+    return OpenAI(base_url=base_url, api_key=key or "none", timeout=timeout, max_retries=retries)
+
+
+def knock(client: "OpenAI") -> None:
+    """One cheap request (GET /models, no retries): is anything there, and does it know the key?
+
+    Raises:
+        JudgeFailed: nothing answers, or the key is wrong. An endpoint without /models is fine.
+    """
+    import openai
+
+    try:
+        client.with_options(max_retries=0).models.with_raw_response.list()
+    except (openai.AuthenticationError, openai.PermissionDeniedError, openai.APIConnectionError) as error:
+        raise JudgeFailed(f"{client.base_url} {reason_of(error)}: nothing was asked") from error
+    except openai.APIStatusError:
+        return
+
+
+def ask(client: "OpenAI", settings: Settings, text: str) -> Reply:
+    """One reply to one question.
+
+    Raises:
+        Refused: the endpoint refuses this question.
+        Unavailable: it is down, too slow, out of quota, knows neither key nor model, or talks junk.
+    """
+    import openai
+    from openai.types.chat import ChatCompletion
+
+    try:
+        completion = _complete(client, settings, text)
+    except openai.BadRequestError as error:
+        raise Refused(reason_of(error)) from error
+    except openai.UnprocessableEntityError as error:
+        raise Refused(reason_of(error)) from error
+    except openai.APIError as error:
+        raise Unavailable(reason_of(error)) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Unavailable("answers with something that is not JSON") from error
+    if not isinstance(completion, ChatCompletion):
+        raise Unavailable(f"answers with something that is not a chat completion ({_start(completion)})")
+    choices, usage = completion.choices, completion.usage
+    if not isinstance(choices, list) or not choices or choices[0].message is None:
+        raise Unavailable("answers without any choice")
+    tokens_in, tokens_out = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+    return Reply(choices[0].message.content or "", tokens_in or 0, tokens_out or 0)
+
+
+def _complete(client: "OpenAI", settings: Settings, text: str) -> object:
+    import openai
+
+    create, messages = client.chat.completions.create, [{"role": "user", "content": text}]
+    common = {"model": settings.judge, "messages": messages, "temperature": settings.temperature}
+    try:
+        return create(**common, max_tokens=settings.max_tokens)  # type: ignore[call-overload]
+    except openai.BadRequestError as error:
+        if "max_completion_tokens" not in str(error):
+            raise
+    # the newest models of the public endpoint know the limit under this name only; older servers know only the other
+    return create(**common, max_completion_tokens=settings.max_tokens)  # type: ignore[call-overload]
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, as half a sentence after the endpoint's name."""
+    import openai
+
+    if isinstance(error, openai.APITimeoutError):
+        return "did not answer in time"
+    if isinstance(error, openai.APIConnectionError):
+        return f"cannot be reached ({error.__cause__ or error})"
+    if isinstance(error, openai.AuthenticationError):
+        return "does not accept the key in OPENAI_API_KEY (401)"
+    if isinstance(error, openai.PermissionDeniedError):
+        return f"forbids the request (403, {_start(error.body)})"
+    if isinstance(error, openai.NotFoundError):
+        return f"does not know the model or the path (404, {_start(error.body)})"
+    if isinstance(error, openai.RateLimitError):
+        wait = error.response.headers.get("retry-after")
+        return "is at its rate limit or out of quota (429)" + (f" and asks to wait {wait} s" if wait else "")
+    if isinstance(error, openai.APIStatusError):
+        return f"answers {error.status_code} ({_start(error.body)})"
+    return f"answers with something that is not a chat completion ({_start(error)})"
+
+
+def _start(body: object) -> str:
+    """The first words of what came, in one line."""
+    text = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
+    words = " ".join(str(text).split())
+    return words if len(words) <= 120 else words[:119] + "…"

@@ -1,0 +1,101 @@
+"""The question that a judge is asked, and the strict reading of what it says.
+
+After MiniLLM (Gu et al. 2024, section 3.1 and appendix): two answers to instruction and input are rated 1 to 10 each. The wording is our
+own. Every pair is asked in both orders, because judges favour a position.
+"""
+
+import re
+from dataclasses import dataclass
+
+from tadistill.errors import ConfigError
+from tadistill.judge.answers import REFERENCE, Answers
+
+MODES = ("pair", "score")
+_TASK = (
+    "Rate two answers to the same task. Judge how helpful, relevant, accurate and detailed each answer is, by the same measure "
+    "for both. Neither the order of the answers nor their length is a merit."
+)
+_FORM = (
+    "Give each answer a score from 1 (worst) to 10 (best). The first line of your reply must hold the two scores only, first that of "
+    "Assistant 1, then that of Assistant 2, with a space between them. Explain them in one sentence on the second line."
+)
+_AGAIN = "An earlier reply did not begin with a line of two scores from 1 to 10. Begin with that line, for example: 6 9"
+
+_SCORE = r"(?P<{0}>\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*10)?"
+_LABEL = r"(?:(?:assistant|answer)\s*{0}(?:'s)?\s*(?:score)?\s*[:=\-]?\s*)?"
+_LINE = re.compile(
+    r"(?:the\s+)?(?:scores?\s*(?:are)?\s*[:=]?\s*)?"
+    + _LABEL.format(1) + _SCORE.format("first") + r"\s*[,;|&\s]\s*(?:and\s+)?"
+    + _LABEL.format(2) + _SCORE.format("second") + r"\s*\.?",
+    re.IGNORECASE,
+)  # fmt: skip
+_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Two answers to one prompt in one order: `left` is shown as Assistant 1. `seed` counts the training seeds from 0."""
+
+    set: str
+    index: int
+    seed: int
+    left: str
+    right: str
+    text: str
+
+
+def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> list[Question]:
+    """Each arm beside `against`, in both orders, for every prompt and training seed.
+
+    Raises:
+        ConfigError: the mode does not exist, or `against` is neither an arm nor `REFERENCE`, or is the only arm.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode is `{mode}`: it must be one of {', '.join(MODES)}")
+    if mode == "score" and against != REFERENCE:
+        raise ConfigError(f"mode score rates each arm beside the reference, not beside `{against}`; use mode pair for two arms")
+    if against != REFERENCE and against not in answers.arms:
+        raise ConfigError(f"`{against}` is neither an arm with answers nor `{REFERENCE}`; the arms are {', '.join(answers.arms)}")
+    judged = [arm for arm in answers.arms if arm != against]
+    if not judged:
+        raise ConfigError(f"`{against}` cannot be judged against itself; name another arm")
+    questions = []
+    for item in answers.items:
+        for arm in judged:
+            for seed in range(len(answers.seeds)):
+                for left, right in ((arm, against), (against, arm)):
+                    text = write_question(item.instruction, item.input, item.answers[left][seed], item.answers[right][seed])
+                    questions.append(Question(item.set, item.index, seed, left, right, text))
+    return questions
+
+
+def write_question(instruction: str, given: str, left: str, right: str) -> str:
+    """The text that the judge reads. It names no arm and does not say which answer is the reference."""
+    parts = [("Instruction", instruction), ("Input", given), ("Assistant 1's answer", left), ("Assistant 2's answer", right)]
+    blocks = [f"[{name}]\n{text}\n[End of {name}]" for name, text in parts if text or name != "Input"]
+    return "\n\n".join([_TASK, *blocks, _FORM])
+
+
+def again(text: str, attempt: int) -> str:
+    """The question for a further attempt (0 is the first): the same with a reminder of the form."""
+    return text if attempt == 0 else f"{text}\n\n{_AGAIN}"
+
+
+def parse(reply: str) -> tuple[float, float] | None:
+    """The two scores, or None where the reply does not hold them in the asked form.
+
+    Accepted besides ``8 7``: commas, ``8/10 7/10``, labels (``Assistant 1: 8, Assistant 2: 7``, also on two lines), Markdown's
+    asterisks, and a ``<think>`` block before. Scores outside 1 to 10 or further numbers make it None.
+    """
+    lines = [line for line in (_plain(line) for line in _THOUGHT.sub("", reply, count=1).splitlines()) if line]
+    labelled = len(lines) > 1 and all(re.match(rf"(?i)(?:assistant|answer)\s*{n}\b", line) for n, line in enumerate(lines[:2], start=1))
+    for candidate in (lines[:1], lines[:2] if labelled else []):
+        match = _LINE.fullmatch(" ".join(candidate))
+        if match is not None:
+            first, second = float(match["first"]), float(match["second"])
+            return (first, second) if 1 <= first <= 10 and 1 <= second <= 10 else None
+    return None
+
+
+def _plain(line: str) -> str:
+    return re.sub(r"[*_`#>]", "", line).strip().strip("\"'()[]").strip()
