@@ -29,8 +29,12 @@ class Stage:
     model: str
     seed: int
     arms: tuple[str, ...]
+    parents: tuple[str, ...]
+    """The keys of the stages it builds on."""
     checkpoints: int
     """How many dev evaluations its selection chose among; 0 without selection."""
+    flops: float | None
+    """Of its training; None where the plan could not tell."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ class Arm:
         return " > ".join(self.path)
 
     @property
+    def is_trained(self) -> bool:
+        """True when the study trained its model, so that its seeds are training seeds."""
+        return any(key is not None for key in self.final.values())
+
+    @property
     def is_chain(self) -> bool:
         """True when at least one teacher assistant stands between the teacher and the student."""
         return len(self.path) > 2
@@ -81,6 +90,8 @@ class Plan:
     created: str
     command: str
     recipe_text: str
+    recipe: Mapping[str, Any]
+    """The resolved recipe as plain data."""
     teacher: str | None
     margin: float
     """Differences of the primary metric within this margin, in points, count as none."""
@@ -89,6 +100,18 @@ class Plan:
     parameters: Mapping[str, int]
     stages: tuple[Stage, ...]
     arms: tuple[Arm, ...]
+
+    def ancestors(self, key: str | None) -> list[Stage]:
+        """The stage and all that it builds on; none for a model that is loaded as it is."""
+        stages = {stage.key: stage for stage in self.stages}
+        found: dict[str, Stage] = {}
+        todo = [key] if key is not None else []
+        while todo:
+            at = todo.pop()
+            if at in stages and at not in found:
+                found[at] = stages[at]
+                todo += stages[at].parents
+        return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -111,6 +134,7 @@ def load_plan(study_dir: Path) -> Plan:
             created=content["created"],
             command=content["command"],
             recipe_text=content["recipe_text"],
+            recipe=content["recipe"],
             teacher=content["teacher"],
             margin=float(content["recipe"]["margin"]),
             decodings=content["recipe"]["evaluate"]["also"],
@@ -127,7 +151,8 @@ def load_plan(study_dir: Path) -> Plan:
 
 def _stage(entry: Mapping[str, Any]) -> Stage:
     key, kind, label, model = (entry[name] for name in ("key", "kind", "label", "model"))
-    return Stage(key, kind, label, model, int(entry["seed"]), tuple(entry["arms"]), int(entry["checkpoints"]))
+    parents = tuple(entry["parents"].values())
+    return Stage(key, kind, label, model, int(entry["seed"]), tuple(entry["arms"]), parents, int(entry["checkpoints"]), entry["flops"])
 
 
 def _arm(entry: Mapping[str, Any]) -> Arm:

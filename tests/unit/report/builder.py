@@ -41,6 +41,8 @@ class StudySpec:
     answer: str = NASTY
     also: dict[str, dict] = field(default_factory=lambda: {"greedy": {"temperature": 0.0}, "t0.5": {"temperature": 0.5}})
     teacher: str | None = "xl"
+    trained: bool = True
+    """False: every model is loaded as it is, as in `tadistill eval`."""
 
 
 @dataclass
@@ -83,7 +85,7 @@ def _arm(study: Study, spec: StudySpec, arm: ArmSpec, stages: dict[str, dict]) -
     evaluate, analyse, final = {}, {}, {}
     also: dict[str, dict[str, str]] = {name: {} for name in spec.also}
     for seed in spec.seeds:
-        final[str(seed)] = _train_path(study, spec, arm, seed, stages)
+        final[str(seed)] = _train_path(study, spec, arm, seed, stages) if spec.trained else None
         keys = {"evaluate": evaluate, **({"analyse": analyse} if spec.teacher else {}), **also}
         for what, found in keys.items():
             found[str(seed)] = key = key_of(what, arm.name, seed)
@@ -113,19 +115,23 @@ def _train_path(study: Study, spec: StudySpec, arm: ArmSpec, seed: int, stages: 
     hops = [("sft", arm.path[-1:])] + [("distill", arm.path[: i + 1]) for i in range(1, len(arm.path))]
     for kind, path in hops:
         last = len(path) == len(arm.path) and kind == "distill"
+        above = key if len(path) > 2 else None  # the teacher of the first hop is loaded as it is
         key = key_of(kind, path, seed, arm.name if last else "")
         edge = f"{path[-2]} -> {path[-1]}, minillm" if kind == "distill" else path[-1]
         name = f", {arm.name}" if last else ""
-        _stage(stages, key, kind, f"{kind} {edge}{name}, seed {seed}", path[-1], seed, arm.name)
+        parents = {"teacher": above} if kind == "distill" and above else {}
+        if kind == "distill" and path[-1] == arm.path[-1]:
+            parents["student"] = key_of("sft", arm.path[-1:], seed, "")
+        _stage(stages, key, kind, f"{kind} {edge}{name}, seed {seed}", path[-1], seed, arm.name, parents)
         if not (study.store_dir / key[:2] / key).exists():
             _train(study, spec, arm, kind, path, seed, key)
     return key
 
 
-def _stage(stages: dict, key: str, kind: str, label: str, model: str, seed: int, arm: str) -> None:
+def _stage(stages: dict, key: str, kind: str, label: str, model: str, seed: int, arm: str, parents: dict[str, str] | None = None) -> None:
     entry = stages.setdefault(
         key,
-        {"key": key, "kind": kind, "label": label, "model": model, "parents": {}, "seed": seed, "arms": [],
+        {"key": key, "kind": kind, "label": label, "model": model, "parents": parents or {}, "seed": seed, "arms": [],
          "flops": 1e16, "steps": 10, "checkpoints": 10 if kind in ("sft", "distill") else 0},
     )  # fmt: skip
     if arm not in entry["arms"]:
