@@ -80,7 +80,8 @@ def judge(
         questions=plan.questions, training_seeds=list(answers.seeds), temperature=temperature,
     )  # fmt: skip
     _conclude(console, verdicts, plan)
-    console.print(rows_table(rows, f"{mode}, judged by {model}"))
+    if rows:
+        console.print(rows_table(rows, f"{mode}, judged by {model}"))
     console.print(f"summary: {path}", soft_wrap=True, highlight=False)
     return path
 
@@ -149,8 +150,8 @@ def _ask(
 def _announce(console: Console, answers: Answers, plan: Estimate, model: str, price_in: float | None, price_out: float | None) -> None:
     _name_unfinished(console, answers)
     console.print(
-        f"{model}: {plan.questions} questions ({len(answers.arms)} arms, {len(answers.items)} prompts, {len(answers.seeds)} training "
-        f"seeds, both orders), {plan.cached} already answered, {plan.requests} requests to send",
+        f"{model}: {plan.questions} questions ({len(answers.arms)} arms, {len(answers.items)} prompts, training seed "
+        f"{', '.join(map(str, answers.seeds))}, both orders), {plan.cached} already answered, {plan.requests} requests to send",
         highlight=False,
     )
     if plan.requests:
@@ -175,7 +176,7 @@ def _name_unfinished(console: Console, answers: Answers) -> None:
 
 
 def _default_name(mode: str, model: str, against: str) -> str:
-    return f"{mode}-{model}" + ("" if against == REFERENCE else f"-vs-{against}")
+    return f"{mode}-{model.strip('/')}" + ("" if against == REFERENCE else f"-vs-{against}")
 
 
 def _file_name(name: str) -> str:
