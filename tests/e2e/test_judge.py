@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tests.conftest import tiny_model
+from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 
 from tadistill.data import tinyworld
 from tadistill.errors import JudgeFailed
 from tadistill.judge.commands import judge
-from tests.conftest import tiny_model
-from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 
 SECONDS_TO_START = 90
 CHAT = "{% for message in messages %}{{ message['content'] }} \n {% endfor %}"

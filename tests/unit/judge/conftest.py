@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tests.unit.report.builder import ArmSpec, Study, StudySpec, build_study
 
 from tadistill.judge import commands
-
-from tests.unit.report.builder import ArmSpec, Study, StudySpec, build_study
 
 
 @pytest.fixture(autouse=True)
