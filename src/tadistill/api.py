@@ -37,7 +37,7 @@ def evaluate(
     settings: Evaluate | None = None,
     limit: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Mean of every metric on the named test sets: {set: {metric: mean}}.
+    """Every metric of a model in memory on the named test sets: {set: {metric: mean over prompts and decoding seeds}}.
 
     Args:
         on: names (dolly, self_inst, tinyworld…), JSONL files or hub ids, read at their test split.
@@ -46,8 +46,9 @@ def evaluate(
     """
     from tadistill.data import datasets
     from tadistill.data.templates import encode
-    from tadistill.evaluation.run import EvalSet, Subject
+    from tadistill.evaluation.run import EvalSet
     from tadistill.evaluation.run import evaluate as evaluate_set
+    from tadistill.evaluation.scoring import Subject
     from tadistill.models.loading import end_tokens, shared_vocabulary
 
     data = Data.model_validate(
@@ -59,6 +60,7 @@ def evaluate(
     for ref in data.test:
         examples = datasets.load(ref, "test", data)
         chosen = EvalSet(ref.name, examples, encode(examples, tokenizer, name=ref.name, **lengths))
-        scores, _ = evaluate_set(subject, chosen, settings or Evaluate())
-        found[ref.name] = {metric: float(np.mean(values)) for metric, values in scores.items()}
+        evaluation = evaluate_set(subject, chosen, settings or Evaluate())
+        means = {metric: float(np.mean(values)) for metric, values in evaluation.scores.items()}
+        found[ref.name] = means | evaluation.corpus["numbers"]
     return found

@@ -3,18 +3,23 @@
 tadistill plan RECIPE [key=value …]      what would run, what is cached, what it costs
 tadistill run RECIPE [key=value …]       run it and write the report
 tadistill report STUDY                   write the report again
+tadistill eval MODEL --on SETS           evaluate any model
+tadistill compare MODEL MODEL …          the same prompts through several models
 """
 
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from tadistill.errors import ConfigError, DataError, ModelError, StageFailed, TadistillError
+
+if TYPE_CHECKING:
+    from tadistill.config import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,7 +49,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> 
     for stage in found.stages.values():
         state = "[green]hit[/]" if store.finished(stage.key) else "[yellow]miss[/]"
         parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
-        flops = "–" if stage.kind == "evaluate" else "?" if stage.flops is None else f"{stage.flops:.2e}"
+        flops = "–" if stage.kind in ("evaluate", "analyse") else "?" if stage.flops is None else f"{stage.flops:.2e}"
         table.add_row(stage.key, state, flops, stage.label, parents)
     console.print(table)
     console.print()
@@ -60,21 +65,26 @@ def plan(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> 
 def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
     """Run a study here and write its report. Finished stages are reused; an interrupted run goes on."""
     from tadistill.config import load
-    from tadistill.report import summary_table, write_report
-    from tadistill.study.run import run as run_study
     from tadistill.study.run import runs_directory
 
-    root = runs_directory(runs)
-    loaded = load(recipe, overrides or [])
     command = shlex.join(["tadistill", "run", str(recipe), *(overrides or [])])
+    _run_and_report(load(recipe, overrides or []), recipe.read_text(encoding="utf-8"), command, runs_directory(runs))
+
+
+def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Path:
+    """Run a study, write its report, print its table; returns the study's directory."""
+    from tadistill.report import summary_table, write_report
+    from tadistill.study.run import run as run_study
+
     try:
-        study = run_study(loaded, runs=root, recipe_text=recipe.read_text(encoding="utf-8"), command=command, console=console)
+        study = run_study(loaded, runs=root, recipe_text=text, command=command, console=console)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on where it stopped")
         raise typer.Exit(130) from None
     page = write_report(study, root / "store")
     console.print(summary_table(study, root / "store"))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
+    return study
 
 
 @app.command()
@@ -84,10 +94,90 @@ def report(study: Annotated[str, typer.Argument(help="A study's name, or its dir
     from tadistill.study.run import runs_directory
 
     root = runs_directory(runs)
-    directory = Path(study) if (Path(study) / "plan.json").is_file() else root / study
+    directory = _study_directory(study, root)
     page = write_report(directory, root / "store")
     console.print(summary_table(directory, root / "store"))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+def _study_directory(study: str, root: Path) -> Path:
+    """A study by its directory or its name."""
+    return Path(study) if (Path(study) / "plan.json").is_file() else root / study
+
+
+On = Annotated[str, typer.Option("--on", help="Test sets, by comma: names, JSONL files or hub ids.")]
+Seeds = Annotated[str, typer.Option("--seeds", help="Decoding seeds, by comma.")]
+Teacher = Annotated[str | None, typer.Option("--teacher", help="A model that KLs are measured to.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE of the recipe, for instance data.template=chat, evaluate.temperature=0, data.limit.test=50."),
+]
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id, directory, x.gguf, or wheel://…", metavar="MODEL")],
+    on: On = "dolly,self_inst,vicuna,sinst,uinst",
+    seeds: Seeds = "10,20,30,40,50",
+    teacher: Teacher = None,
+    settings: Settings = None,
+    runs: Runs = None,
+) -> None:
+    """Evaluate any model on MiniLLM's suite or other sets; answers are kept in the store, and the report is a page."""
+    _evaluate([model], on, seeds, teacher, settings, runs, ["tadistill", "eval", model])
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Two models or more.", metavar="MODEL MODEL …")],
+    on: On = "dolly",
+    seeds: Seeds = "10",
+    teacher: Teacher = None,
+    show: Annotated[int, typer.Option("--show", min=0, help="Prompts of each set to print with all answers.")] = 2,
+    settings: Settings = None,
+    runs: Runs = None,
+) -> None:
+    """Put the same prompts through several models: answers side by side here and on a page, and paired differences."""
+    from tadistill.report.terminal import side_by_side
+
+    if len(models) < 2:
+        raise ConfigError(f"compare has one model, {models[0]}; give at least two, or use `tadistill eval`")
+    study = _evaluate(models, on, seeds, teacher, settings, runs, ["tadistill", "compare", *models])
+    console.print(side_by_side(study, study.parent / "store", show))
+
+
+def _evaluate(
+    models: list[str], on: str, seeds: str, teacher: str | None, settings: list[str] | None, runs: Path | None, verb: list[str]
+) -> Path:
+    from tadistill.config import parse
+    from tadistill.study.run import runs_directory
+    from tadistill.study.standalone import recipe_text
+
+    numbers = [part.strip() for part in seeds.split(",") if part.strip()]
+    if not numbers or not all(part.isdigit() for part in numbers):
+        raise ConfigError(f"--seeds is `{seeds}`; give whole numbers by comma, for instance 10,20,30")
+    sets = [part.strip() for part in on.split(",") if part.strip()]
+    text = recipe_text(models, sets, seeds=[int(n) for n in numbers], teacher=teacher)
+    chosen = [part for option in settings or [] for part in ("--set", option)] + (["--teacher", teacher] if teacher else [])
+    command = shlex.join([*verb, "--on", on, "--seeds", seeds, *chosen])
+    return _run_and_report(parse(text, settings or [], source=" ".join(verb[:2])), text, command, runs_directory(runs))
+
+
+@app.command()
+def export(
+    study: Annotated[str, typer.Argument(help="A study's name, or its directory.", metavar="STUDY")],
+    arm: Annotated[str, typer.Argument(help="Which arm's model.", metavar="ARM")],
+    target: Annotated[Path, typer.Argument(help="A new directory.", metavar="TARGET")],
+    seed: Annotated[int | None, typer.Option("--seed", help="Training seed; the first when absent.")] = None,
+    runs: Runs = None,
+) -> None:
+    """Copy a trained model out of the store, as a Hugging Face directory with a model card."""
+    from tadistill.report.cards import export as export_model
+    from tadistill.study.run import runs_directory
+
+    root = runs_directory(runs)
+    export_model(_study_directory(study, root), root / "store", arm, seed, target)
+    console.print(f"{target}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True, highlight=False)
 
 
 def main() -> None:

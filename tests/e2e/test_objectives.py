@@ -47,4 +47,4 @@ def test_the_signal_is_written_once_and_reused(finished):
         json.loads((finished / "store" / p[-2][:2] / p[-2] / "stage.json").read_text())["kind"]
         for p in (k.split("/") for k in after.keys() - before.keys())
     ]
-    assert sorted(kinds) == ["distill", "evaluate"]
+    assert sorted(kinds) == ["analyse", "distill", "evaluate", "evaluate"]

@@ -47,15 +47,34 @@ def finished(tmp_path_factory) -> Path:
     return runs
 
 
+SETS = ("tinyworld", "tinyworld_multi", "tinyworld_choices")
+
+
 def test_every_arm_seed_set_and_metric_is_there(finished):
     found = {(r["arm"], r["seed"], r["set"], r["metric"]) for r in rows(finished)}
     arms = ("sft", "longer", "kd", "rkl", "seqkd", "direct", "takd", "twin")
-    metrics = ("rouge_l", "fact_accuracy", "loss", "forward_kl", "reverse_kl", "length")
-    assert found == {(a, s, d, m) for a in arms for s in (1, 2) for d in ("tinyworld", "tinyworld_multi") for m in metrics}
+    answers = {"rouge_l", "fact_accuracy", "exact_match", "length", "repetition", "entropy"}
+    whole_set = {"perplexity", "ece_tokens", "distinct_1", "distinct_2", "distinct_4"}
+    metrics = answers | {f"{m}@greedy" for m in answers} | whole_set | {"loss", "self_bleu", "forward_kl", "reverse_kl"}
+    expected = {(a, s, d, m) for a in arms for s in (1, 2) for d in SETS for m in metrics}
+    expected |= {(a, s, "tinyworld_choices", m) for a in arms for s in (1, 2) for m in ("label_accuracy", "ece_labels")}
+    expected |= {("takd", s, d, f"budget/{j}") for s in (1, 2) for d in SETS for j in (0, 1)}
+    assert found == expected
     for row in rows(finished):
-        assert row["low"] <= row["value"] <= row["high"]
+        assert (row["low"] is None) == (row["metric"] in whole_set | {"ece_labels"})
+        assert row["low"] is None or row["low"] <= row["value"] <= row["high"]
     for name in ("report.html", "report.md", "plan.json"):
         assert (finished / "tiny" / name).is_file()
+
+
+def test_the_error_budget_telescopes(finished):
+    """KL(q ‖ p_T) of a chain's student is what training minimised plus what each hop adds."""
+    values = {(r["seed"], r["set"], r["metric"]): r["value"] for r in rows(finished) if r["arm"] == "takd"}
+    for seed in (1, 2):
+        for name in SETS:
+            terms = [values[seed, name, f"budget/{j}"] for j in (0, 1)]
+            assert sum(terms) == pytest.approx(values[seed, name, "reverse_kl"], abs=1e-4)
+            assert terms[0] > 0
 
 
 def test_students_are_ordinary_hugging_face_models(finished):
@@ -79,7 +98,7 @@ def test_one_changed_key_reruns_only_what_depends_on_it(finished, tmp_path):
     before = manifests(runs)
     run(runs, "arms.kd.objective.kd_ratio=0.7")
     kinds = [json.loads(Path(p).read_text())["kind"] for p in set(manifests(runs)) - set(before)]
-    assert sorted(kinds) == ["distill", "distill", "evaluate", "evaluate"]
+    assert sorted(kinds) == [kind for kind, count in (("analyse", 2), ("distill", 2), ("evaluate", 4)) for _ in range(count)]
 
 
 def newest(runs: Path) -> int:
@@ -114,4 +133,4 @@ def test_a_diverging_run_fails_with_the_reason_and_keeps_the_rest(tmp_path):
     assert "not finite" in text
     assert "Traceback" not in text
     kinds = [json.loads(Path(p).read_text())["kind"] for p in manifests(tmp_path / "runs")]
-    assert kinds == ["sft", "sft"]
+    assert sorted(kinds) == ["evaluate", "sft", "sft"]  # the teacher's own answers need no student

@@ -1,7 +1,7 @@
-"""The recipe language: `load` a file, or `validate` plain data, into a frozen `Recipe`."""
+"""The recipe language: `load` a file, `parse` YAML text or `validate` plain data, into a frozen `Recipe`."""
 
-from tadistill.config.load import load, validate
+from tadistill.config.load import load, parse, validate
 from tadistill.config.method import Method, Optim, Sft
 from tadistill.config.recipe import Arm, Data, DataRef, Evaluate, ModelConfig, Recipe
 
-__all__ = ["Arm", "Data", "DataRef", "Evaluate", "Method", "ModelConfig", "Optim", "Recipe", "Sft", "load", "validate"]
+__all__ = ["Arm", "Data", "DataRef", "Evaluate", "Method", "ModelConfig", "Optim", "Recipe", "Sft", "load", "parse", "validate"]

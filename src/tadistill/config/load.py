@@ -27,18 +27,26 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no recipe at {path}; give the path of a YAML file, for instance recipes/quickstart.yaml")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    return parse(text, overrides, source=str(path))
+
+
+def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str) -> Recipe:
+    """A recipe from YAML text; `source` is what messages call it. Otherwise as `load`."""
     for item in overrides:
         if item.find("=") < 1:
             raise ConfigError(f"override `{item}` is not KEY=VALUE; write key.sub=value, for instance seeds=[10]")
     try:
-        text = path.read_text(encoding="utf-8")
         tree = OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides)))
         raw = OmegaConf.to_container(tree, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no recipe; it must be a mapping with study, seeds, models, data and arms")
-    return validate(_string_keys(raw), source=str(path), lines=_lines(text))
+        raise ConfigError(f"{source} holds no recipe; it must be a mapping with study, seeds, models, data and arms")
+    return validate(_string_keys(raw), source=source, lines=_lines(text))
 
 
 def validate(raw: dict[str, Any], *, source: str = "recipe", lines: dict[tuple, int] | None = None) -> Recipe:

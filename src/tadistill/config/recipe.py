@@ -4,9 +4,9 @@ A recipe names models, data, a method and arms; `tadistill.study.plan` expands i
 keys, and every default lives in this package and nowhere else. Nothing here imports torch.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from tadistill.config.decoding import Decoding
 from tadistill.config.method import Method, MethodPatch, Optim, Select, Sft, apply
@@ -60,22 +60,44 @@ class World(Strict):
 
 
 class DataRef(Strict):
-    """A data set: a name (dolly, self_inst, vicuna, sinst, uinst, tinyworld…), a .jsonl file, or a hub id."""
+    """A data set: a name (dolly, self_inst, vicuna, sinst, uinst, sinst/0_2, tinyworld…), a .jsonl file, or a hub id."""
 
     load: str
     split: str | None = None
     revision: str = "main"
-    columns: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text"], str] = {}
+    columns: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "choices"], str] = {}
     """Our column name: the file's. Needed only where they differ."""
+    choices: tuple[str, ...] = ()
+    """The answers that every row is chosen among; an integer or boolean output is then an index into them."""
+    instruction: str | None = None
+    """The instruction of every row, for a set that has none."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
         return {"load": value} if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _check(self):
+        if self.choices and (len(set(self.choices)) < max(2, len(self.choices)) or "" in self.choices):
+            raise ValueError(f"`choices` are {list(self.choices)}; give at least two, all different and none empty")
+        for name, given in (("choices", self.choices), ("instruction", self.instruction is not None)):
+            if given and name in self.columns:
+                raise ValueError(f"`{name}` is given for every row and as a column (`{self.columns[name]}`); keep one of them")
+        if self.instruction == "":
+            raise ValueError("`instruction` is empty; write what every row is asked, or leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_unset(self, handler: Any) -> dict[str, Any]:
+        dumped = handler(self)  # part of a stage's key: sets that need neither keep the keys of their stored stages
+        return {k: v for k, v in dumped.items() if v or k not in ("choices", "instruction")}
+
     @property
     def name(self) -> str:
-        """The short name used in tables."""
+        """The short name used in tables and file names."""
+        if self.load.startswith(("sinst/", "uinst/")):  # the bucket alone would not say of what
+            return self.load.replace("/", "_")
         return self.load.rsplit("/", 1)[-1].removesuffix(".jsonl")
 
 
@@ -106,12 +128,44 @@ class Data(Strict):
     world: World = World()
 
 
+class OtherDecoding(Decoding):
+    """What another decoding changes of the main one: only the fields that are given count."""
+
+    seeds: tuple[int, ...] = Field(default=(), max_length=100)
+    """Its decoding seeds; the main one's first when absent."""
+
+
 class Evaluate(Decoding):
     """Decoding on the test sets, and on dev for metrics that need text."""
 
     seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
     """Decoding seeds of the test evaluation; dev uses the first."""
     batch: int = Field(default=32, ge=1)
+    also: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")], OtherDecoding] = {
+        "greedy": OtherDecoding(temperature=0),
+        "t0.5": OtherDecoding(temperature=0.5),
+    }
+    """Other decodings by name, reported as METRIC@NAME: sharper text alone moves Rouge-L, and this shows by how much."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError(f"decoding seeds {list(seeds)} repeat; every seed is one more answer to each prompt")
+        return seeds
+
+    def other(self, name: str) -> "Evaluate":
+        """The settings of one of the other decodings."""
+        changes = {field: getattr(self.also[name], field) for field in self.also[name].model_fields_set}
+        return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, **changes})
+
+
+class Published(Strict):
+    """What somebody else reported for an arm, for the report to compare with."""
+
+    source: str
+    rouge_l: dict[str, float]
+    """Test set -> Rouge-L."""
 
 
 class Arm(Strict):
@@ -124,6 +178,7 @@ class Arm(Strict):
     select: Select | None = None
     compute: str | None = None
     """`as ARM`: choose the number of steps so that total training FLOPs equal that arm's."""
+    published: Published | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -176,7 +231,9 @@ class Recipe(Strict):
     evaluate: Evaluate = Evaluate()
     arms: dict[str, Arm] = Field(min_length=1)
     teacher: str | None = None
-    """The original teacher, to which every KL is measured; needed only where paths start from several models."""
+    """The original teacher, to which every KL is measured; needed only where paths start from several models, or there are no paths."""
+    margin: float = Field(default=0.3, gt=0)
+    """Differences of the primary metric smaller than this, in points, count as none."""
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """Named data sets, JSONL files and hub data sets, read into `Example`s. No tokenizer, no torch.
 
 A split is found in this order: the embedded tinyworld; a path that exists; a named set under `data.root` (or
-TADISTILL_DATA); the hub. Rows may hold instruction/input/output(s), prompt/completion, messages, or text (corpora).
+TADISTILL_DATA); the hub. Rows may hold instruction/input/output(s), prompt/completion, messages, or text (corpora), and
+the answers to choose among (choices).
 """
 
 import hashlib
@@ -34,6 +35,8 @@ class Example:
     verbatim: bool = False
     """The instruction is the whole prompt: no template is put around it."""
     facts: Facts = ()
+    choices: tuple[str, ...] = ()
+    """The answers to choose among, where the task is a classification; the references are among them."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class _Named:
     folder: str
     hub: str
     files: dict[str, tuple[str, int | None, int | None]]
+
+
+def _bucket(name: str, lengths: str, last: int | None = None) -> _Named:
+    """The part of a set whose first references have so many tokens; MiniLLM's tables show the longest ones."""
+    return _Named(f"minillm_{name}_{lengths.rstrip('_')}", f"MiniLLM/{name}", {"test": (f"{lengths}/valid.jsonl", None, last)})
 
 
 _TEST_ONLY: dict[str, tuple[str, int | None, int | None]] = {"test": ("valid.jsonl", None, None)}
@@ -55,8 +63,14 @@ NAMED = {
     ),
     "self_inst": _Named("minillm_self_inst", "MiniLLM/self-inst", _TEST_ONLY),
     "vicuna": _Named("minillm_vicuna", "MiniLLM/Vicuna", _TEST_ONLY),
-    "sinst": _Named("minillm_sinst_11", "MiniLLM/sinst", {"test": ("11_/valid.jsonl", None, None)}),
-    "uinst": _Named("minillm_uinst_11", "MiniLLM/uinst", {"test": ("11_/valid.jsonl", None, 10_000)}),
+    "sinst": _bucket("sinst", "11_"),
+    "sinst/0_2": _bucket("sinst", "0_2"),
+    "sinst/3_5": _bucket("sinst", "3_5"),
+    "sinst/6_10": _bucket("sinst", "6_10"),
+    "uinst": _bucket("uinst", "11_", 10_000),
+    "uinst/0_2": _bucket("uinst", "0_2"),
+    "uinst/3_5": _bucket("uinst", "3_5"),
+    "uinst/6_10": _bucket("uinst", "6_10"),
 }
 
 
@@ -192,26 +206,71 @@ def _no_column(ref: DataRef, index: int, wanted: str, row: dict) -> str:
 
 
 def _example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
+    where = f"data set `{ref.load}`, row {index + 1}"
+
     def get(name: str) -> Any:
         return row.get(ref.columns.get(name, name))  # type: ignore[call-overload]
 
-    if (messages := get("messages")) is not None:
-        if len(messages) < 2 or messages[-1].get("role") != "assistant":
-            raise DataError(f"data set `{ref.load}`, row {index + 1}: messages must end with an assistant turn after a prompt")
-        return Example("", "", (messages[-1]["content"],), messages=tuple(messages[:-1]))
-    if (prompt := get("prompt")) is not None and get("instruction") is None:
-        answer, verbatim, instruction = get("completion"), True, prompt
-        wanted = "`completion` (the response)"
-    else:
-        instruction, verbatim = get("instruction"), False
-        answer = get("output") if get("output") is not None else row.get("outputs")
-        wanted = "`output` (the response)"
-    if instruction is None:
+    instruction, prompt, messages = ref.instruction or get("instruction"), get("prompt"), get("messages")
+    if (named := ref.columns.get("choices")) and named not in row:
+        raise DataError(_no_column(ref, index, f"`{named}` (the choices)", row))
+    choices = _choices(ref.choices or get("choices"), where)
+    if messages is not None:
+        answer = _last_turn(messages, ref, where)
+        return Example("", "", _references(answer, choices, where), messages=tuple(messages[:-1]), choices=choices)
+    if instruction is None and prompt is None:
         raise DataError(_no_column(ref, index, "`instruction`, `prompt` or `messages`", row))
-    if answer is None:
-        raise DataError(_no_column(ref, index, wanted, row))
-    references = tuple(answer) if isinstance(answer, (list, tuple)) else (answer,)
-    if not references or not all(isinstance(r, str) for r in references):
-        raise DataError(f"data set `{ref.load}`, row {index + 1}: the response must be a string or a list of strings")
+    verbatim = instruction is None
+    wanted = "completion" if verbatim else "output"
+    column = ref.columns.get(wanted, wanted)  # type: ignore[call-overload]
+    if not verbatim and row.get(column) is None and "outputs" in row:
+        column = "outputs"
+    if column not in row:
+        raise DataError(_no_column(ref, index, f"`{wanted}` (the response)", row))
+    references = _references(row[column], choices, where)
+    if verbatim:
+        return Example(prompt, "", references, verbatim=True, choices=choices)
     facts = tuple((value, tuple(rivals)) for value, rivals in row.get("facts", ()))
-    return Example(instruction, get("input") or "", references, verbatim=verbatim, facts=facts)
+    return Example(instruction, get("input") or "", references, facts=facts, choices=choices)
+
+
+def _last_turn(messages: Any, ref: DataRef, where: str) -> Any:
+    if ref.instruction is not None:
+        raise DataError(
+            f"{where}: it holds messages, which bring their own instructions; remove `instruction` from the data set's settings"
+        )
+    turns = isinstance(messages, list) and len(messages) >= 2 and all(isinstance(turn, dict) for turn in messages)
+    if not turns or messages[-1].get("role") != "assistant":
+        raise DataError(f"{where}: messages must end with an assistant turn after a prompt")
+    return messages[-1].get("content")
+
+
+def _choices(given: Any, where: str) -> tuple[str, ...]:
+    if given is None or given == ():
+        return ()
+    if not isinstance(given, list | tuple) or not all(isinstance(c, str) and c for c in given):
+        raise DataError(f"{where}: choices are {given!r}; they must be a list of strings, none of them empty")
+    if len(set(given)) < max(2, len(given)):
+        raise DataError(f"{where}: choices are {', '.join(given) or 'an empty list'}; give at least two, all different")
+    return tuple(given)
+
+
+def _references(answer: Any, choices: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """The reference answers, of which an integer or a boolean is an index into the choices."""
+    if answer is None or (isinstance(answer, list | tuple) and not answer):
+        what = "null" if answer is None else "an empty list"
+        raise DataError(f"{where}: the response is {what}; every row needs at least one (an empty string is one), so leave the row out")
+    answers = answer if isinstance(answer, list | tuple) else (answer,)
+    known = f"the choices are {', '.join(choices)}"
+    if choices:
+        wrong = [a for a in answers if isinstance(a, int) and not 0 <= a < len(choices)]
+        if wrong:
+            raise DataError(f"{where}: label {wrong[0]} is outside 0 to {len(choices) - 1}; {known}, and the split must be one with labels")
+        answers = [choices[a] if isinstance(a, int) else a for a in answers]
+    for answer in answers:
+        if not isinstance(answer, str):
+            fix = known if choices else "if it is a label, name the labels with data.*.choices"
+            raise DataError(f"{where}: the response is {answer!r}; it must be a string or a list of strings ({fix})")
+        if choices and answer not in choices:
+            raise DataError(f"{where}: the reference `{answer}` is not among the choices; {known}")
+    return tuple(answers)

@@ -29,6 +29,8 @@ class Encoded:
     row: int
     prompt: tuple[int, ...]
     response: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...] = ()
+    """Each of the example's choices as the start of a response: without EOS, never cut."""
 
 
 def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -52,30 +54,48 @@ def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase"
 def encode(
     examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", *, template: str, max_prompt: int, max_length: int, name: str = "data"
 ) -> list[Encoded]:
-    """Encode examples with their first reference; rows whose prompt exceeds `max_prompt` tokens are left out.
+    """Encode examples with their first reference and their choices; rows whose prompt exceeds `max_prompt` tokens are left out.
 
     Raises:
-        DataError: no row is left.
+        DataError: no row is left, or a row's choices cannot be told apart or are too long.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ModelError("the tokenizer has no EOS token, so a response could never end; set eos_token in its configuration")
     prompts = [render(e, template, tokenizer) for e in examples]
-    full = _ids(tokenizer, [p + e.references[0] for p, e in zip(prompts, examples, strict=True)])
+    ids = _ids(tokenizer, prompts)
+    responses = _after(tokenizer, prompts, ids, [e.references[0] for e in examples])
     encoded = []
-    for row, (prompt, whole) in enumerate(zip(_ids(tokenizer, prompts), full, strict=True)):
+    for row, (prompt, response) in enumerate(zip(ids, responses, strict=True)):
         if not 0 < len(prompt) <= max_prompt or len(prompt) >= max_length:
             continue
-        joint = whole[: len(prompt)] == prompt
-        response = whole[len(prompt) :] if joint else _ids(tokenizer, [examples[row].references[0]])[0]
-        encoded.append(Encoded(row, tuple(prompt), tuple([*response, eos][: max_length - len(prompt)])))
+        labels = examples[row].choices
+        choices = _after(tokenizer, [prompts[row]] * len(labels), [prompt] * len(labels), list(labels))
+        if choices:
+            _check_choices(choices, labels, max_length - len(prompt), f"{name}, row {row + 1}")
+        encoded.append(Encoded(row, tuple(prompt), tuple([*response, eos][: max_length - len(prompt)]), tuple(map(tuple, choices))))
     if not encoded:
-        shortest = min(map(len, _ids(tokenizer, prompts)))
+        shortest = min(map(len, ids))
         raise DataError(
             f"no row of {name} has a prompt of at most {max_prompt} tokens (the shortest has {shortest}); raise data.max_prompt"
         )
     return encoded
 
 
+def _after(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: list[list[int]], texts: list[str]) -> list[list[int]]:
+    """Each text's tokens after its prompt: what it adds to the prompt's, or its own tokens where it would change those."""
+    whole = _ids(tokenizer, [p + t for p, t in zip(prompts, texts, strict=True)])
+    joint = [w[: len(p)] == p for w, p in zip(whole, ids, strict=True)]
+    return [w[len(p) :] if j else _ids(tokenizer, [t])[0] for w, p, j, t in zip(whole, ids, joint, texts, strict=True)]
+
+
+def _check_choices(choices: list[list[int]], labels: Seq[str], room: int, where: str) -> None:
+    for ids, label in zip(choices, labels, strict=True):
+        if not 0 < len(ids) <= room:
+            raise DataError(f"{where}: choice `{label}` has {len(ids)} tokens; it must have 1 to {room} (data.max_length less the prompt)")
+        if choices.count(ids) > 1:
+            raise DataError(f"{where}: choice `{label}` has the same tokens as another one, so no model can tell them apart; reword it")
+
+
 def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []  # type: ignore[return-value]

@@ -3,13 +3,14 @@
 People and places have attributes, and relations to each other. Each fact is asked for in several wordings and told in
 several phrasings of unequal frequency, so that mode-seeking and mode-covering training differ; there are more facts than
 a small student can hold; and skills (sort, reverse, count, extract, …) work on a given input. Five test sets mirror
-MiniLLM's suite:
+MiniLLM's suite, and a sixth its measure of calibration:
 
     tinyworld            held-out wordings of known facts, skills on new inputs     (as Dolly)
     tinyworld_reworded   wordings that training never uses                         (as SelfInst)
     tinyworld_open       "tell me about …": several facts in a row                 (as Vicuna)
     tinyworld_lengths    references of one word next to references of thirty       (as S-NI)
     tinyworld_multi      every phrasing is a reference                             (as UnNI)
+    tinyworld_choices    one word, to choose among the value and its rivals        (as SST-2, BoolQ)
 
 The facts themselves are all told in training: the sets test knowledge, not guessing. No (instruction, input) pair occurs
 in two splits. The same seed gives byte-identical rows everywhere: each draw has its own generator, addressed by its
@@ -20,8 +21,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from tadistill.data import tinyworld_draw as draw
 from tadistill.data import tinyworld_text as text
 from tadistill.errors import DataError
 
@@ -37,16 +39,17 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "tinyworld_open": ("test",),
     "tinyworld_lengths": ("test",),
     "tinyworld_multi": ("test",),
+    "tinyworld_choices": ("test",),
 }
 
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 
 # fact rows (at most, and as a share: a small world has few held-out wordings to deal out), rows of each skill, open rows
-_FACTS = {"dev": (140, 0.16), "test": (130, 0.15), "multi": (120, 0.14), "reworded": (130, 0.5), "lengths": (70, 0.5)}
+_FACTS = {"dev": (140, 0.16), "test": (130, 0.15), "multi": (120, 0.14)}
+_FACTS |= {"reworded": (130, 0.5), "lengths": (70, 0.5), "choices": (150, 0.5)}
 _INPUTS = {"train": 180, "dev": 7, "test": 6, "multi": 4, "reworded": 4, "lengths": 3}
 _OPEN, _LENGTHS_OPEN = 150, 60
 
-T = TypeVar("T")
 Row = dict[str, Any]
 
 
@@ -85,9 +88,9 @@ def world(seed: int = 0, people: int = 120) -> World:
     pool = [start + end for start in text.NAME_STARTS for end in text.NAME_ENDS]
     if not 10 <= people <= len(pool):
         raise DataError(f"tinyworld with people={people}: a world has 10 to {len(pool)} people")
-    names = tuple(_shuffled(pool, _rng(seed, "names"))[:people])
+    names = tuple(draw.shuffled(pool, draw.rng(seed, "names"))[:people])
     pool = [start + end for start in text.PLACE_STARTS for end in text.PLACE_ENDS]
-    places = tuple(_shuffled(pool, _rng(seed, "places"))[: text.PLACES])
+    places = tuple(draw.shuffled(pool, draw.rng(seed, "places"))[: text.PLACES])
     facts = [f for kind in text.PERSON_KINDS for f in _facts(seed, kind, names, names, places)]
     facts += [f for kind in text.PLACE_KINDS for f in _facts(seed, kind, places, names, places)]
     return World(seed, people, names, places, tuple(facts))
@@ -97,7 +100,8 @@ def rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row
     """The rows of a split: instruction, input ("" if none), outputs, and facts as [value, rivals].
 
     An answer is right for a fact iff it says the value and none of the rivals, as whole words. The rivals of one value are
-    one shared tuple. Only `multi` rows have more than one output.
+    one shared tuple. Only `multi` rows have more than one output. Rows of tinyworld_choices also have choices: the value and
+    its rivals, sorted.
 
     Raises:
         DataError: there is no such split.
@@ -114,14 +118,14 @@ def corpus(*, seed: int = 0, people: int = 120) -> list[dict[str, str]]:
     documents = []
     for subject, facts in told.items():
         for telling in range(3):
-            rng = _rng(seed, "corpus", subject, telling)
-            sentences = [_pick(text.STORY_OPENINGS, rng).format(x=subject)]
-            sentences += [f.say(_pick(text.KINDS[f.kind].prose, rng)) for f in _shuffled(list(facts.values()), rng)[:4]]
-            who = _shuffled(residents.get(subject, []), rng)[:3]
+            rng = draw.rng(seed, "corpus", subject, telling)
+            sentences = [draw.pick(text.STORY_OPENINGS, rng).format(x=subject)]
+            sentences += [f.say(draw.pick(text.KINDS[f.kind].prose, rng)) for f in draw.shuffled(list(facts.values()), rng)[:4]]
+            who = draw.shuffled(residents.get(subject, []), rng)[:3]
             if len(who) == 3:
                 sentences.append(text.RESIDENTS.format(a=who[0], b=who[1], c=who[2], x=subject))
             documents.append({"text": " ".join(sentences)})
-    return _shuffled(documents, _rng(seed, "corpus order"))
+    return draw.shuffled(documents, draw.rng(seed, "corpus order"))
 
 
 @lru_cache
@@ -163,36 +167,16 @@ def tokenizer(*, seed: int = 0, people: int = 120) -> "PreTrainedTokenizerFast":
     )
 
 
-def _rng(*address: int | str) -> Random:
-    return Random("|".join(map(str, address)))
-
-
-def _pick(items: Sequence[T], rng: Random, weights: Sequence[int] | None = None) -> T:
-    if weights is None:
-        return items[int(rng.random() * len(items))]
-    weights = weights[: len(items)]
-    left = rng.random() * sum(weights)
-    for item, weight in zip(items, weights, strict=True):
-        left -= weight
-        if left < 0:
-            return item
-    return items[-1]
-
-
-def _shuffled(items: Iterable[T], rng: Random) -> list[T]:
-    return sorted(items, key=lambda _: rng.random())
-
-
 def _facts(seed: int, kind: str, subjects: tuple[str, ...], names: tuple[str, ...], places: tuple[str, ...]) -> list[Fact]:
     """One fact for each subject. Values are dealt out evenly, so that guessing the commonest one earns nothing."""
     domain = {"place": places, "person": names}.get(text.KINDS[kind].domain) or text.DOMAINS[text.KINDS[kind].domain]
-    rng = _rng(seed, "facts", kind)
+    rng = draw.rng(seed, "facts", kind)
     if kind == "friend":  # one circle through all people: nobody is their own friend
-        circle = _shuffled(names, rng)
+        circle = draw.shuffled(names, rng)
         friends = dict(zip(circle, circle[1:] + circle[:1], strict=True))
         return [Fact(kind, x, friends[x], tuple(n for n in names if n not in (x, friends[x]))) for x in subjects]
     rivals = _rivals(domain)
-    values = _shuffled((domain * (len(subjects) // len(domain) + 1))[: len(subjects)], rng)
+    values = draw.shuffled((domain * (len(subjects) // len(domain) + 1))[: len(subjects)], rng)
     return [Fact(kind, x, v, rivals[v]) for x, v in zip(subjects, values, strict=True)]
 
 
@@ -214,34 +198,39 @@ def _row(instruction: str, outputs: Sequence[str], facts: Iterable[tuple[str, tu
 @lru_cache
 def _splits(seed: int, people: int) -> dict[tuple[str, str], tuple[Row, ...]]:
     here = world(seed, people)
-    parts: dict[str, list[Row]] = {part: [] for part in ("train", "dev", "test", "reworded", "open", "lengths", "multi")}
+    parts: dict[str, list[Row]] = {part: [] for part in ("train", *_FACTS, "open")}
     for source in (_fact_rows, _open_rows, _skill_rows):
         for part, found in source(here).items():
             parts[part] += found
-    mixed = {part: tuple(_shuffled(found, _rng(seed, "order", part))) for part, found in parts.items()}
+    mixed = {part: tuple(draw.shuffled(found, draw.rng(seed, "order", part))) for part, found in parts.items()}
     return {
         (name, split): mixed[split if name == "tinyworld" else name.removeprefix("tinyworld_")] for name in SPLITS for split in SPLITS[name]
     }
 
 
 def _fact_rows(here: World) -> dict[str, list[Row]]:
-    """Each fact keeps one long and one short wording out of training; dev, test and multi share the long ones out."""
+    """Each fact keeps one long and one short wording out of training; dev, test and multi share the long ones out.
+
+    Lengths and choices share out the short ones.
+    """
     parts: dict[str, list[Row]] = {part: [] for part in ("train", *_FACTS)}
-    queue = iter(_shuffled(here.facts, _rng(here.seed, "deal")))
+    queue = iter(draw.shuffled(here.facts, draw.rng(here.seed, "deal")))
     counts = {part: min(most, int(share * len(here.facts))) for part, (most, share) in _FACTS.items()}
     part_of = {next(queue): part for part in ("dev", "test", "multi") for _ in range(counts[part])}
-    chosen = {part: set(_shuffled(here.facts, _rng(here.seed, part))[: counts[part]]) for part in ("reworded", "lengths")}
+    chosen = {part: set(draw.shuffled(here.facts, draw.rng(here.seed, part))[: counts[part]]) for part in ("reworded", "lengths")}
+    others = [fact for fact in here.facts if fact not in chosen["lengths"]]
+    chosen["choices"] = set(draw.shuffled(others, draw.rng(here.seed, "choices"))[: counts["choices"]])
     for fact in here.facts:
-        kind, rng = text.KINDS[fact.kind], _rng(here.seed, "wordings", fact.kind, fact.subject)
-        held, *asks = _shuffled(kind.asks, rng)
-        held_short, *short_asks = _shuffled(kind.short_asks, rng)
+        kind, rng = text.KINDS[fact.kind], draw.rng(here.seed, "wordings", fact.kind, fact.subject)
+        held, *asks = draw.shuffled(kind.asks, rng)
+        held_short, *short_asks = draw.shuffled(kind.short_asks, rng)
         part, answers = part_of.get(fact), [fact.say(a) for a in kind.answers]
 
         def add(to: str, ask: str, outputs: list[str], fact: Fact = fact) -> None:
             parts[to].append(_row(fact.say(ask), outputs, [(fact.value, fact.rivals)]))
 
         def one(rng: Random = rng, answers: list[str] = answers) -> list[str]:
-            return [_pick(answers, rng, text.ANSWER_WEIGHTS)]
+            return [draw.pick(answers, rng, text.ANSWER_WEIGHTS)]
 
         for ask in asks:
             add("train", ask, one())
@@ -250,9 +239,12 @@ def _fact_rows(here: World) -> dict[str, list[Row]]:
         if part is not None:
             add(part, held, answers if part == "multi" else one())
         if fact in chosen["reworded"]:
-            add("reworded", _pick(kind.rewordings, rng), one())
+            add("reworded", draw.pick(kind.rewordings, rng), one())
         if fact in chosen["lengths"]:
             add("lengths", held_short, [fact.value])
+        if fact in chosen["choices"]:
+            add("choices", held_short, [fact.value])
+            parts["choices"][-1]["choices"] = sorted((fact.value, *fact.rivals))
     return parts
 
 
@@ -260,15 +252,15 @@ def _open_rows(here: World) -> dict[str, list[Row]]:
     """Long answers: what there is to tell about a subject, in the tables' order."""
     parts: dict[str, list[Row]] = {part: [] for part in ("train", "open", "lengths")}
     told = _by_subject(here)
-    opened = set(_shuffled(told, _rng(here.seed, "open"))[:_OPEN])
-    lengthened = set(_shuffled(told, _rng(here.seed, "long"))[:_LENGTHS_OPEN])
+    opened = set(draw.shuffled(told, draw.rng(here.seed, "open"))[:_OPEN])
+    lengthened = set(draw.shuffled(told, draw.rng(here.seed, "long"))[:_LENGTHS_OPEN])
     for subject, facts in told.items():
-        rng = _rng(here.seed, "open", subject)
-        to_open, to_lengths, *trained = [ask.format(x=subject) for ask in _shuffled(text.OPEN_ASKS, rng)]
+        rng = draw.rng(here.seed, "open", subject)
+        to_open, to_lengths, *trained = [ask.format(x=subject) for ask in draw.shuffled(text.OPEN_ASKS, rng)]
         story = [facts[kind] for kind in (text.PERSON_STORY if "home" in facts else text.PLACE_STORY)]
 
         def add(to: str, ask: str, rng: Random = rng, story: list[Fact] = story) -> None:
-            answer = " ".join(f.say(_pick(text.KINDS[f.kind].answers, rng, text.ANSWER_WEIGHTS)) for f in story)
+            answer = " ".join(f.say(draw.pick(text.KINDS[f.kind].answers, rng, text.ANSWER_WEIGHTS)) for f in story)
             parts[to].append(_row(ask, [answer], [(f.value, f.rivals) for f in story]))
 
         for ask in trained:
@@ -287,15 +279,15 @@ def _skill_rows(here: World) -> dict[str, list[Row]]:
     rivals = {domain: _rivals(values) for domain, values in (("who", here.names), ("what", text.DOMAINS["food"]), ("where", here.places))}
     for name, skill in text.SKILLS.items():
         for part, count in _INPUTS.items():
-            rng = _rng(here.seed, "skill", name, part)
+            rng = draw.rng(here.seed, "skill", name, part)
             for _ in range(count):
                 given, value, others = _TASKS[name](here, rng, rivals)
                 while given in seen:
                     given, value, others = _TASKS[name](here, rng, rivals)
                 seen.add(given)
                 answers = [a.format(v=value) for a in skill.answers]
-                ask = _pick(skill.rewordings if part == "reworded" else skill.asks, rng)
-                outputs = answers if part == "multi" else [_pick(answers, rng, text.ANSWER_WEIGHTS)]
+                ask = draw.pick(skill.rewordings if part == "reworded" else skill.asks, rng)
+                outputs = answers if part == "multi" else [draw.pick(answers, rng, text.ANSWER_WEIGHTS)]
                 parts[part].append(_row(ask, outputs, [(value, others)], given))
     return parts
 
@@ -307,32 +299,32 @@ Rivals = dict[str, dict[str, tuple[str, ...]]]
 
 def _list_task(items: tuple[str, ...], answer: Callable[[list[str]], list[str]]) -> Callable[[World, Random, Rivals], Task]:
     def task(here: World, rng: Random, rivals: Rivals) -> Task:
-        given = _shuffled(items, rng)[: 2 + int(rng.random() * 2)]
+        given = draw.shuffled(items, rng)[: 2 + int(rng.random() * 2)]
         return " ".join(given), " ".join(answer(given)), ()
 
     return task
 
 
 def _count(here: World, rng: Random, rivals: Rivals) -> Task:
-    given = _shuffled(text.DOMAINS["food"], rng)[: 2 + int(rng.random() * 4)]
+    given = draw.shuffled(text.DOMAINS["food"], rng)[: 2 + int(rng.random() * 4)]
     return " ".join(given), str(len(given)), tuple(n for n in text.NUMBERS if n != str(len(given)))
 
 
 def _last(here: World, rng: Random, rivals: Rivals) -> Task:
-    given = _shuffled(text.DOMAINS["food"], rng)[: 3 + int(rng.random() * 2)]
+    given = draw.shuffled(text.DOMAINS["food"], rng)[: 3 + int(rng.random() * 2)]
     return " ".join(given), given[-1], tuple(given[:-1])
 
 
 def _larger(here: World, rng: Random, rivals: Rivals) -> Task:
-    a, b = _shuffled(text.NUMBERS, rng)[:2]
+    a, b = draw.shuffled(text.NUMBERS, rng)[:2]
     return f"{a} and {b}", max(a, b, key=int), (min(a, b, key=int),)
 
 
 def _sale(role: str, domain: str) -> Callable[[World, Random, Rivals], Task]:
     def task(here: World, rng: Random, rivals: Rivals) -> Task:
-        seller, buyer = _shuffled(here.names, rng)[:2]
-        parts = {"seller": seller, "buyer": buyer, "food": _pick(text.DOMAINS["food"], rng), "place": _pick(here.places, rng)}
-        return _pick(text.SALES, rng).format(**parts), parts[role], rivals[domain][parts[role]]
+        seller, buyer = draw.shuffled(here.names, rng)[:2]
+        parts = {"seller": seller, "buyer": buyer, "food": draw.pick(text.DOMAINS["food"], rng), "place": draw.pick(here.places, rng)}
+        return draw.pick(text.SALES, rng).format(**parts), parts[role], rivals[domain][parts[role]]
 
     return task
 

@@ -1,28 +1,31 @@
-"""Evaluate a model on prompts with references: generated text over decoding seeds, reference loss, KL to a teacher.
+"""Evaluate a model on prompts with references: answers sampled over decoding seeds, scores of their text, loss, calibration.
 
-`evaluate` is the public function; `dev_metrics` is the short form that the training loop calls.
+`evaluate` is the public function; a stage calls its two halves, `generate` and `score`, to keep the answers in between.
+`dev_metrics` is the short form that the training loop calls. What needs a second model is in `tadistill.evaluation.analysis`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from tadistill import rng
 from tadistill.config import Evaluate
-from tadistill.data.batch import Sequence, by_length, collate
+from tadistill.data.batch import Sequence
 from tadistill.data.datasets import Example
 from tadistill.data.templates import Encoded
-from tadistill.evaluation.metrics import fact_accuracy, rouge_l
-from tadistill.models.forward import Reader
-from tadistill.objectives import cross_entropy, forward_kl, fused_head, reverse_kl
+from tadistill.evaluation import calibration
+from tadistill.evaluation.diversity import distinct, self_bleu
+from tadistill.evaluation.metrics import exact_match, fact_accuracy, repetition, rouge_l
+from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood, means
 from tadistill.rollout.engine import Native
 
 TEXT_METRICS = {"rouge_l", "fact_accuracy"}
+Answers = Mapping[int, Seq[Sequence]]
+"""Decoding seed -> one answer per prompt."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +36,28 @@ class EvalSet:
     examples: Seq[Example]
     encoded: Seq[Encoded]
 
+    @property
+    def rows(self) -> list[Example]:
+        """The example of every encoded prompt."""
+        return [self.examples[e.row] for e in self.encoded]
+
 
 @dataclass(frozen=True)
-class Subject:
-    """The model under evaluation with what decoding needs."""
+class Evaluation:
+    """What one set says of one model."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    vocab: int
-    eos: tuple[int, ...]
-    """Tokens that end an answer."""
+    scores: dict[str, list[list[float]]]
+    """Metric -> [prompt][decoding seed]; one column where no decoding is involved."""
+    corpus: dict[str, Any]
+    """`numbers` that only the whole set has, and, where references were read, `calibration` and `reference_length`."""
+    records: list[dict[str, Any]]
+    """One per answer: prompt, prediction, references, scores."""
 
-    @property
-    def pad(self) -> int:
-        """Any id: padding is told by length."""
-        eos = self.tokenizer.eos_token_id
-        assert isinstance(eos, int)
-        return eos
+
+def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Callable[[int], None] = lambda n: None) -> Evaluation:
+    """Every metric of one set that the model has by itself; `tick` hears how many prompts were answered."""
+    answers = {seed: generate(subject, data, settings, seed, tick) for seed in settings.seeds}
+    return score(subject, data, settings, answers)
 
 
 def generate(
@@ -65,36 +73,24 @@ def generate(
     return [Sequence(p, r.tokens) for p, r in zip(prompts, engine.respond(prompts, uniforms, tick=tick), strict=True)]
 
 
+def score(subject: Subject, data: EvalSet, settings: Evaluate, answers: Answers, *, read_references: bool = True) -> Evaluation:
+    """Scores of given answers, and of the references themselves unless `read_references` is off (they depend on no decoding)."""
+    predictions = {seed: texts(subject, of_seed) for seed, of_seed in answers.items()}
+    per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}
+    columns = {name: np.stack([scores[name] for scores in per_seed.values()], axis=1) for name in next(iter(per_seed.values()))}
+    if len(answers) > 1:
+        columns["self_bleu"] = np.array(self_bleu(list(zip(*predictions.values(), strict=True))))[:, None]
+    numbers = {f"distinct_{n}": float(np.mean([distinct(p, n) for p in predictions.values()])) for n in (1, 2, 4)}
+    corpus: dict[str, Any] = {"numbers": numbers}
+    if read_references:
+        _read_references(subject, data, settings.batch, columns, corpus)
+    records = [r for seed in answers for r in _records(data, seed, subject, predictions[seed], per_seed[seed])]
+    return Evaluation({name: values.tolist() for name, values in columns.items()}, corpus, records)
+
+
 def texts(subject: Subject, answers: Seq[Sequence]) -> list[str]:
     """Answers as text: special tokens skipped, white space stripped."""
     return [t.strip() for t in subject.tokenizer.batch_decode([list(a.response) for a in answers], skip_special_tokens=True)]
-
-
-@torch.no_grad()
-def per_sequence(
-    subject: Subject, sequences: Seq[Sequence], *, batch: int, teacher: PreTrainedModel | None = None
-) -> dict[str, np.ndarray]:
-    """Means over each response's tokens: loss (nats), and forward_kl and reverse_kl to the teacher if there is one."""
-    names = ("loss", "forward_kl", "reverse_kl") if teacher is not None else ("loss",)
-    found = {name: np.zeros(len(sequences)) for name in names}
-    reader, of_teacher = Reader(subject.model), Reader(teacher) if teacher is not None else None
-    for part in by_length(sequences, batch):
-        rows = collate([sequences[i] for i in part], pad=subject.pad).to(subject.model.device)
-        teachers = (of_teacher.target(teacher, rows),) if of_teacher and teacher else ()
-        tokens = rows.targets_BT[rows.mask_BT]
-
-        def values(logits: Tensor, targets: tuple, at: slice, tokens: Tensor = tokens) -> Tensor:
-            loss = cross_entropy(logits, tokens[at])
-            return torch.stack([loss, *(kl(logits, t) for t in targets for kl in (forward_kl, reverse_kl))])
-
-        hidden, weights = reader.hidden(subject.model, rows), torch.ones(len(names), 1)
-        _, tiles = fused_head(hidden, reader.head, values, weights.to(hidden.device), teachers=teachers, vocab=subject.vocab)
-        owner = rows.mask_BT.nonzero()[:, 0]
-        size = torch.bincount(owner, minlength=len(part))
-        for name, value in zip(names, tiles, strict=True):
-            mean = torch.zeros(len(part), device=value.device).index_add_(0, owner, value) / size
-            found[name][part] = mean.double().cpu().numpy()
-    return found
 
 
 def references(data: EvalSet) -> list[Sequence]:
@@ -104,50 +100,43 @@ def references(data: EvalSet) -> list[Sequence]:
 
 def text_scores(data: EvalSet, predictions: list[str]) -> dict[str, list[float]]:
     """Rouge-L of every prediction, and fact accuracy where the set knows its facts."""
-    rows = [data.examples[e.row] for e in data.encoded]
-    scores = {"rouge_l": rouge_l(predictions, [r.references for r in rows])}
-    if all(r.facts for r in rows):
-        scores["fact_accuracy"] = fact_accuracy(predictions, [r.facts for r in rows])
+    scores = {"rouge_l": rouge_l(predictions, [r.references for r in data.rows])}
+    if all(r.facts for r in data.rows):
+        scores["fact_accuracy"] = fact_accuracy(predictions, [r.facts for r in data.rows])
     return scores
 
 
-def evaluate(
-    subject: Subject,
-    data: EvalSet,
-    settings: Evaluate,
-    *,
-    teacher: PreTrainedModel | None = None,
-    tick: Callable[[int], None] = lambda n: None,
-) -> tuple[dict[str, list[list[float]]], list[dict]]:
-    """Every metric of one set.
-
-    Args:
-        teacher: the original teacher, for forward_kl (on the references) and reverse_kl (on the student's own samples),
-            both exact over the vocabulary at each position.
-        tick: called with the number of prompts answered.
-
-    Returns:
-        {metric: [prompt][decoding seed]} (one column where no decoding is involved), and one record per answer.
-    """
-    fixed = per_sequence(subject, references(data), batch=settings.batch, teacher=teacher)
-    scores = {name: fixed[name][:, None].tolist() for name in ("loss", "forward_kl") if name in fixed}
-    columns: dict[str, list[np.ndarray]] = {}
-    records = []
-    for seed in settings.seeds:
-        answers = generate(subject, data, settings, seed, tick)
-        predictions = texts(subject, answers)
-        now: dict[str, Seq[float]] = dict(text_scores(data, predictions))
-        now["length"] = [len(a.response) for a in answers]
-        if teacher is not None:
-            now["reverse_kl"] = per_sequence(subject, answers, batch=settings.batch, teacher=teacher)["reverse_kl"].tolist()
-        for name, column in now.items():
-            columns.setdefault(name, []).append(np.asarray(column, float))
-        records += _records(data, seed, subject, predictions, now)
-    scores |= {name: np.stack(column, axis=1).tolist() for name, column in columns.items()}
-    return scores, records
+def _answer_scores(
+    subject: Subject, data: EvalSet, settings: Evaluate, answers: Seq[Sequence], predictions: list[str]
+) -> dict[str, np.ndarray]:
+    """What the answers of one decoding seed score, one number per prompt."""
+    found = {name: np.asarray(column, float) for name, column in text_scores(data, predictions).items()}
+    found["exact_match"] = np.array(exact_match(predictions, [r.references for r in data.rows]))
+    found["length"] = np.array([float(len(a.response)) for a in answers])
+    found["repetition"] = np.array(repetition([a.response for a in answers]))
+    found["entropy"] = means(entropy(subject, answers, batch=settings.batch, temperature=settings.temperature))
+    return found
 
 
-def _records(data: EvalSet, seed: int, subject: Subject, predictions: list[str], scores: dict[str, Seq[float]]) -> list[dict]:
+def _read_references(subject: Subject, data: EvalSet, batch: int, columns: dict[str, np.ndarray], corpus: dict[str, Any]) -> None:
+    """Loss and calibration on the first references, and on label words where the set has choices."""
+    found = likelihood(subject, references(data), batch=batch)
+    columns["loss"] = means(found["loss"])[:, None]
+    bins = {"tokens": calibration.bins(np.concatenate(found["confidence"]), np.concatenate(found["correct"]))}
+    corpus["numbers"]["perplexity"] = float(np.exp(np.concatenate(found["loss"]).mean()))
+    if all(r.choices for r in data.rows):
+        labels, prompts = [e.choices for e in data.encoded], [e.prompt for e in data.encoded]
+        found = calibration.label_probabilities(subject.model, prompts, labels, pad=subject.pad, vocab=subject.vocab, batch=batch)
+        confidence, correct = calibration.likeliest(found, [r.choices for r in data.rows], [r.references for r in data.rows])
+        columns["label_accuracy"] = 100 * correct[:, None]
+        bins["labels"] = calibration.bins(confidence, correct)
+    corpus["numbers"] |= {f"ece_{name}": calibration.ece(b) for name, b in bins.items()}
+    corpus["calibration"] = {name: b.as_json() for name, b in bins.items()}
+    ended = [e.response[-1] in subject.eos for e in data.encoded]
+    corpus["reference_length"] = [len(e.response) - end for e, end in zip(data.encoded, ended, strict=True)]
+
+
+def _records(data: EvalSet, seed: int, subject: Subject, predictions: list[str], scores: dict[str, np.ndarray]) -> list[dict]:
     prompts = subject.tokenizer.batch_decode([list(e.prompt) for e in data.encoded], skip_special_tokens=True)
     return [
         {
@@ -167,12 +156,14 @@ def dev_metrics(
     subject: Subject, data: EvalSet, settings: Evaluate, metric: str, *, teacher: PreTrainedModel | None = None
 ) -> dict[str, float]:
     """The dev metrics that are free beside `metric`: the loss always, text scores and reverse KL only if asked for."""
-    found = {"loss": float(per_sequence(subject, references(data), batch=settings.batch)["loss"].mean())}
+    found = {"loss": float(means(likelihood(subject, references(data), batch=settings.batch)["loss"]).mean())}
     if metric in TEXT_METRICS or metric == "reverse_kl":
         answers = generate(subject, data, settings, settings.seeds[0])
         if metric in TEXT_METRICS:
             found |= {name: float(np.mean(column)) for name, column in text_scores(data, texts(subject, answers)).items()}
             found["length"] = float(np.mean([len(a.response) for a in answers]))
         else:
-            found["reverse_kl"] = float(per_sequence(subject, answers, batch=settings.batch, teacher=teacher)["reverse_kl"].mean())
+            assert teacher is not None
+            (beside,) = divergences(subject, answers, [teacher], batch=settings.batch)
+            found["reverse_kl"] = float(means(beside["reverse_kl"]).mean())
     return found

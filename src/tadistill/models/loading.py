@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
@@ -172,6 +172,12 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedMod
     """
     heads: list[Any] = [model.get_output_embeddings() for model in models]
     return min([len(tokenizer), *(head.weight.shape[0] for head in heads)])
+
+
+def count_parameters(config: Mapping[str, Any]) -> int:
+    """Parameters of a causal language model of any family from the contents of its config.json, without its weights."""
+    with torch.device("meta"), quiet():
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).num_parameters()
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -1,28 +1,30 @@
-"""Finished evaluations of a study -> rows, summaries over seeds, paired comparisons, and ``results.json``.
+"""Finished evaluations of a study -> rows, summaries over seeds, and paired differences.
 
 Axes in names: S training seeds, N prompts, K decoding seeds. An arm is summarised over the training seeds that are
 finished; whatever is not finished is listed in `Results.missing` and shown by every output.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tadistill.errors import StoreError
-from tadistill.report.files import Arm, Plan, Scores, is_finished, load_plan, load_scores, write_text
+from tadistill.report.files import Arm, Plan, Scores, is_finished, load_corpus, load_plan, load_scores
 from tadistill.statistics import Difference, bootstrap_interval, macro_difference, macro_interval
 
 MEAN = "mean"  # the pseudo-set: the unweighted mean over the test sets that have the metric
-LOWER_IS_BETTER = frozenset({"loss", "forward_kl", "reverse_kl"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forward_kl", "reverse_kl", "ece_tokens", "ece_labels", "repetition", "self_bleu"})
+
+Numbers = dict[str, dict[str, float]]  # set -> corpus metric -> value
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of ``results.json``: low and high are the prompt bootstrap interval within this seed."""
+    """One number of ``results.json``: low and high are the prompt bootstrap interval within this seed, None for a number of a whole set."""
 
     arm: str
     model: str
@@ -31,8 +33,8 @@ class Row:
     set: str
     metric: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     stage: str
 
 
@@ -47,6 +49,14 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Average:
+    """The same of a number that only a whole set has (perplexity, distinct n-grams, calibration error): no prompts to resample."""
+
+    mean: float
+    per_seed: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class Missing:
     """An evaluation that the plan has and the store has not."""
 
@@ -55,7 +65,7 @@ class Missing:
     stage: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, so that what is derived from it can be cached
 class Results:
     """Everything a report shows, except curves and samples, which it reads from the store."""
 
@@ -67,40 +77,63 @@ class Results:
     summaries: Mapping[tuple[str, str, str], Summary]  # (arm, set, metric)
     missing: tuple[Missing, ...]
     scores: Mapping[str, Mapping[int, Scores]]  # arm -> training seed -> scores, finished ones only
+    averages: Mapping[tuple[str, str, str], Average]  # (arm, set, metric of a whole set)
+    reference_length: Mapping[str, NDArray[np.int64]]  # set -> tokens of each prompt's first reference, (N,)
 
-
-def collect(study_dir: Path, store_dir: Path) -> Results:
-    """Reads a study, writes ``results.json`` into its directory, and returns what the report shows."""
-    results = read_results(study_dir, store_dir)
-    content = {
-        "study": results.plan.study,
-        "created": results.plan.created,
-        "command": results.plan.command,
-        "rows": [asdict(row) for row in results.rows],
-    }
-    write_text(study_dir / "results.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    return results
+    def arm(self, name: str) -> Arm:
+        """The plan's arm of that name."""
+        return next(arm for arm in self.plan.arms if arm.name == name)
 
 
 def read_results(study_dir: Path, store_dir: Path) -> Results:
-    """The same without writing anything."""
+    """Reads a study: its plan, and what the store holds of it."""
     plan = load_plan(study_dir)
     scores: dict[str, dict[int, Scores]] = {arm.name: {} for arm in plan.arms}
+    corpus: dict[str, dict[int, Numbers]] = {arm.name: {} for arm in plan.arms}
+    lengths: dict[str, NDArray[np.int64]] = {}
     missing: list[Missing] = []
-    loaded: dict[str, Scores] = {}  # arms may share a model, and so its evaluation
+    read = _Reader(store_dir)
     for arm in plan.arms:
         for seed, key in arm.evaluate.items():
-            if not is_finished(store_dir, key):
+            if not all(is_finished(store_dir, key) for key in arm.measured_by(seed)):
                 missing.append(Missing(arm.name, seed, key))
                 continue
-            if key not in loaded:
-                loaded[key] = load_scores(store_dir, key)
-            scores[arm.name][seed] = loaded[key]
-    sets = tuple(dict.fromkeys(name for tables in loaded.values() for name in tables))
-    metrics = tuple(dict.fromkeys(metric for tables in loaded.values() for table in tables.values() for metric in table))
-    _check_prompts(loaded)
-    results = Results(plan, store_dir, sets, metrics, _rows(plan, scores, sets), {}, tuple(missing), scores)
+            scores[arm.name][seed] = read.scores(arm, seed)
+            found = load_corpus(store_dir, key)
+            corpus[arm.name][seed] = {name: of_set["numbers"] for name, of_set in found.items()}
+            for name, of_set in found.items():
+                lengths.setdefault(name, np.asarray(of_set["reference_length"], dtype=np.int64))
+    all_tables = [tables for by_seed in scores.values() for tables in by_seed.values()]
+    sets = tuple(dict.fromkeys(name for tables in all_tables for name in tables))
+    metrics = tuple(dict.fromkeys(metric for tables in all_tables for table in tables.values() for metric in table))
+    _check_prompts(read.loaded)
+    rows = _rows(plan, scores, corpus, sets)
+    results = Results(plan, store_dir, sets, metrics, rows, {}, tuple(missing), scores, _averages(sets, corpus), lengths)
     return replace(results, summaries=_summaries(results))
+
+
+class _Reader:
+    """Reads each stage once: arms may share a model, and so its evaluation."""
+
+    def __init__(self, store_dir: Path):
+        self.store_dir = store_dir
+        self.loaded: dict[str, Scores] = {}
+
+    def scores(self, arm: Arm, seed: int) -> Scores:
+        """The union of an arm's stages; another decoding's metrics are named METRIC@DECODING."""
+        found = {name: dict(table) for name, table in self._of(arm.evaluate[seed]).items()}
+        if seed in arm.analyse:
+            for name, table in self._of(arm.analyse[seed]).items():
+                found[name] |= table
+        for decoding, keys in arm.also.items():
+            for name, table in self._of(keys[seed]).items():
+                found[name] |= {f"{metric}@{decoding}": values for metric, values in table.items()}
+        return found
+
+    def _of(self, key: str) -> Scores:
+        if key not in self.loaded:
+            self.loaded[key] = load_scores(self.store_dir, key)
+        return self.loaded[key]
 
 
 def primary_metric(results: Results) -> str:
@@ -119,15 +152,31 @@ def sets_with(results: Results, metric: str) -> tuple[str, ...]:
     return tuple(name for name in results.sets if any(metric in table.get(name, {}) for table in tables))
 
 
-def compare(results: Results, arm: str, other: str, metric: str) -> tuple[Difference, tuple[int, ...]] | None:
-    """``arm - other`` on the mean over sets, paired by training seed and prompt; None without a common seed."""
-    sets = sets_with(results, metric)
-    mine, theirs = (_complete_seeds(results, name, sets, metric) for name in (arm, other))
-    common = tuple(seed for seed in mine if seed in theirs)
-    if not common or not sets:
+@lru_cache(maxsize=4096)
+def compare(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> tuple[Difference, tuple[int, ...]] | None:
+    """``arm - other`` on a set or the mean over sets, paired by training seed and prompt; None without a common seed."""
+    sets = sets_with(results, metric) if set_name == MEAN else (set_name,)
+    common = common_seeds(results, arm, other, sets, metric)
+    if not common:
         return None
-    stacks = [[_stack(results, name, common, set_name, metric) for set_name in sets] for name in (arm, other)]
+    stacks = [[stack(results, name, common, member, metric) for member in sets] for name in (arm, other)]
     return macro_difference(*stacks), common
+
+
+def common_seeds(results: Results, arm: str, other: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
+    """The training seeds that both arms have the metric for on all the sets; empty where no set has it."""
+    mine, theirs = (_complete_seeds(results, name, sets, metric) for name in (arm, other))
+    return tuple(seed for seed in mine if seed in theirs) if sets else ()
+
+
+def differences_per_seed(results: Results, arm: str, other: str, metric: str) -> dict[int, float]:
+    """Each common training seed's own ``arm - other`` on the mean over sets."""
+    sets = sets_with(results, metric)
+    seeds = common_seeds(results, arm, other, sets, metric)
+    if not seeds:
+        return {}
+    mine_S, theirs_S = (np.mean([stack(results, n, seeds, m, metric).mean(axis=(1, 2)) for m in sets], axis=0) for n in (arm, other))
+    return {seed: float(value) for seed, value in zip(seeds, mine_S - theirs_S, strict=True)}
 
 
 def twin_of(results: Results, chain: Arm) -> Arm | None:
@@ -141,39 +190,93 @@ def direct_arm(results: Results, arm: Arm) -> Arm | None:
     return next(candidates, None)
 
 
-def _rows(plan: Plan, scores: Mapping[str, Mapping[int, Scores]], sets: tuple[str, ...]) -> tuple[Row, ...]:
+def _rows(
+    plan: Plan, scores: Mapping[str, Mapping[int, Scores]], corpus: Mapping[str, Mapping[int, Numbers]], sets: tuple[str, ...]
+) -> tuple[Row, ...]:
     rows: list[Row] = []
+    intervals: dict[tuple[str, str, str], tuple[float, float]] = {}  # arms may share a model, and so its evaluation
     for arm in plan.arms:
         for seed, tables in sorted(scores[arm.name].items()):
             for set_name in (name for name in sets if name in tables):
+                found: dict[str, tuple[float, float | None, float | None]] = {}
                 for metric, values_NK in tables[set_name].items():
-                    low, high = bootstrap_interval(values_NK)
-                    value, low, high = (round(float(x), 6) + 0.0 for x in (values_NK.mean(), low, high))
-                    model, stage = arm.model, arm.evaluate[seed]
-                    parameters = plan.parameters[model]
-                    rows.append(Row(arm.name, model, parameters, seed, set_name, metric, value, low, high, stage))
+                    address = (_stage(arm, seed, metric), set_name, metric)
+                    if address not in intervals:
+                        intervals[address] = bootstrap_interval(values_NK)
+                    found[metric] = (float(values_NK.mean()), *intervals[address])
+                found |= {metric: (value, None, None) for metric, value in corpus[arm.name][seed].get(set_name, {}).items()}
+                for metric, (value, low, high) in found.items():
+                    rows.append(
+                        Row(
+                            arm=arm.name,
+                            model=arm.model,
+                            parameters=plan.parameters[arm.model],
+                            seed=seed,
+                            set=set_name,
+                            metric=metric,
+                            value=_rounded(value),
+                            low=None if low is None else _rounded(low),
+                            high=None if high is None else _rounded(high),
+                            stage=_stage(arm, seed, metric),
+                        )
+                    )
     return tuple(rows)
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 6) + 0.0
+
+
+def _stage(arm: Arm, seed: int, metric: str) -> str:
+    """The stage that measured a metric."""
+    if "@" in metric:
+        return arm.also[metric.rpartition("@")[2]][seed]
+    return arm.analyse[seed] if metric in ("forward_kl", "reverse_kl") or metric.startswith("budget/") else arm.evaluate[seed]
 
 
 def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
     summaries: dict[tuple[str, str, str], Summary] = {}
-    for arm in (arm.name for arm in results.plan.arms):
-        for metric in results.metrics:
-            with_metric = sets_with(results, metric)
-            groups = [(name, (name,)) for name in with_metric] + [(MEAN, with_metric)]
-            for name, members in groups:
-                seeds = _complete_seeds(results, arm, members, metric)
-                if seeds:
-                    summaries[arm, name, metric] = _summary(results, arm, seeds, members, metric)
+    known: dict[tuple[object, ...], Summary] = {}  # the same stages have the same summary, and one set is its own mean
+    for metric in results.metrics:
+        with_metric = sets_with(results, metric)
+        groups = [(name, (name,)) for name in with_metric] + [(MEAN, with_metric)]
+        for name, members in groups:
+            for arm in results.plan.arms:
+                seeds = _complete_seeds(results, arm.name, members, metric)
+                if not seeds:
+                    continue
+                address = (metric, members, seeds, *(_stage(arm, seed, metric) for seed in seeds))
+                if address not in known:
+                    known[address] = _summary(results, arm.name, seeds, members, metric)
+                summaries[arm.name, name, metric] = known[address]
     return summaries
 
 
 def _summary(results: Results, arm: str, seeds: tuple[int, ...], sets: tuple[str, ...], metric: str) -> Summary:
-    strata_SNK = [_stack(results, arm, seeds, name, metric) for name in sets]
+    return summarise([stack(results, arm, seeds, name, metric) for name in sets], seeds)
+
+
+def summarise(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int]) -> Summary:
+    """The unweighted mean of several sets' means with its interval; axis 0 runs over the seeds."""
     low, high = macro_interval(strata_SNK)
     means_S = np.mean([values.mean(axis=(1, 2)) for values in strata_SNK], axis=0)
     per_seed = {seed: float(value) for seed, value in zip(seeds, means_S, strict=True)}
     return Summary(float(means_S.mean()), low, high, per_seed)
+
+
+def _averages(sets: tuple[str, ...], corpus: Mapping[str, Mapping[int, Numbers]]) -> dict[tuple[str, str, str], Average]:
+    """Means over training seeds, per set and over the sets that have the metric."""
+    averages: dict[tuple[str, str, str], Average] = {}
+    tables = [numbers for by_seed in corpus.values() for numbers in by_seed.values()]
+    for metric in dict.fromkeys(metric for numbers in tables for table in numbers.values() for metric in table):
+        having = [name for name in sets if any(metric in numbers.get(name, {}) for numbers in tables)]
+        for name, members in [*((name, [name]) for name in having), (MEAN, having)]:
+            for arm, by_seed in corpus.items():
+                complete = {seed: n for seed, n in sorted(by_seed.items()) if all(metric in n.get(m, {}) for m in members)}
+                per_seed = {seed: float(np.mean([n[m][metric] for m in members])) for seed, n in complete.items()}
+                if per_seed:
+                    averages[arm, name, metric] = Average(float(np.mean(list(per_seed.values()))), per_seed)
+    return averages
 
 
 def _complete_seeds(results: Results, arm: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
@@ -182,7 +285,7 @@ def _complete_seeds(results: Results, arm: str, sets: tuple[str, ...], metric: s
     return tuple(seed for seed in sorted(by_seed) if all(metric in by_seed[seed].get(name, {}) for name in sets))
 
 
-def _stack(results: Results, arm: str, seeds: tuple[int, ...], set_name: str, metric: str) -> NDArray[np.float64]:
+def stack(results: Results, arm: str, seeds: Sequence[int], set_name: str, metric: str) -> NDArray[np.float64]:
     """(S, N, 1): decoding seeds are averaged here, because arms need not have the same number of them."""
     by_seed = results.scores[arm]
     return np.stack([by_seed[seed][set_name][metric].mean(axis=1, keepdims=True) for seed in seeds])

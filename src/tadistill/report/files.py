@@ -29,11 +29,25 @@ class Stage:
     model: str
     seed: int
     arms: tuple[str, ...]
+    parents: tuple[str, ...]
+    """The keys of the stages it builds on."""
+    checkpoints: int
+    """How many dev evaluations its selection chose among; 0 without selection."""
+    flops: float | None
+    """Of its training; None where the plan could not tell."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What somebody else reported for an arm: set -> Rouge-L."""
+
+    source: str
+    rouge_l: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One named path and method; `evaluate` and `final` map a training seed to a stage key."""
+    """One named path and method; `evaluate`, `analyse`, `final` and each decoding of `also` map a training seed to a stage key."""
 
     name: str
     path: tuple[str, ...]
@@ -42,12 +56,25 @@ class Arm:
     compute: str | None
     flops: float | None
     evaluate: Mapping[int, str]
+    analyse: Mapping[int, str]
+    also: Mapping[str, Mapping[int, str]]
     final: Mapping[int, str | None]
+    published: Published | None
+
+    def measured_by(self, seed: int) -> tuple[str, ...]:
+        """The keys of all stages that measure the arm's model of a training seed."""
+        analyse = (self.analyse[seed],) if seed in self.analyse else ()
+        return (self.evaluate[seed], *analyse, *(keys[seed] for keys in self.also.values()))
 
     @property
     def path_text(self) -> str:
         """The path as a recipe writes it: ``xl > l > s``."""
         return " > ".join(self.path)
+
+    @property
+    def is_trained(self) -> bool:
+        """True when the study trained its model, so that its seeds are training seeds."""
+        return any(key is not None for key in self.final.values())
 
     @property
     def is_chain(self) -> bool:
@@ -63,10 +90,28 @@ class Plan:
     created: str
     command: str
     recipe_text: str
-    teacher: str
+    recipe: Mapping[str, Any]
+    """The resolved recipe as plain data."""
+    teacher: str | None
+    margin: float
+    """Differences of the primary metric within this margin, in points, count as none."""
+    decodings: Mapping[str, Mapping[str, Any]]
+    """What each other decoding changes of the main one."""
     parameters: Mapping[str, int]
     stages: tuple[Stage, ...]
     arms: tuple[Arm, ...]
+
+    def ancestors(self, key: str | None) -> list[Stage]:
+        """The stage and all that it builds on; none for a model that is loaded as it is."""
+        stages = {stage.key: stage for stage in self.stages}
+        found: dict[str, Stage] = {}
+        todo = [key] if key is not None else []
+        while todo:
+            at = todo.pop()
+            if at in stages and at not in found:
+                found[at] = stages[at]
+                todo += stages[at].parents
+        return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -89,7 +134,10 @@ def load_plan(study_dir: Path) -> Plan:
             created=content["created"],
             command=content["command"],
             recipe_text=content["recipe_text"],
+            recipe=content["recipe"],
             teacher=content["teacher"],
+            margin=float(content["recipe"]["margin"]),
+            decodings=content["recipe"]["evaluate"]["also"],
             parameters={name: int(model["parameters"]) for name, model in content["models"].items()},
             stages=tuple(_stage(entry) for entry in content["stages"]),
             arms=tuple(_arm(entry) for entry in content["arms"]),
@@ -103,10 +151,12 @@ def load_plan(study_dir: Path) -> Plan:
 
 def _stage(entry: Mapping[str, Any]) -> Stage:
     key, kind, label, model = (entry[name] for name in ("key", "kind", "label", "model"))
-    return Stage(key, kind, label, model, int(entry["seed"]), tuple(entry["arms"]))
+    parents = tuple(entry["parents"].values())
+    return Stage(key, kind, label, model, int(entry["seed"]), tuple(entry["arms"]), parents, int(entry["checkpoints"]), entry["flops"])
 
 
 def _arm(entry: Mapping[str, Any]) -> Arm:
+    published = entry["published"]
     return Arm(
         name=entry["name"],
         path=tuple(entry["path"]),
@@ -114,9 +164,16 @@ def _arm(entry: Mapping[str, Any]) -> Arm:
         model=entry["model"],
         compute=entry["compute"],
         flops=entry["flops"],
-        evaluate={int(seed): key for seed, key in entry["evaluate"].items()},
+        evaluate=_by_seed(entry["evaluate"]),
+        analyse=_by_seed(entry["analyse"]),
+        also={name: _by_seed(keys) for name, keys in entry["also"].items()},
+        published=Published(published["source"], published["rouge_l"]) if published else None,
         final={int(seed): key for seed, key in entry["final"].items()},
     )
+
+
+def _by_seed(keys: Mapping[str, str]) -> dict[int, str]:
+    return {int(seed): key for seed, key in keys.items()}
 
 
 def stage_dir(store_dir: Path, key: str) -> Path:
@@ -150,6 +207,20 @@ def load_scores(store_dir: Path, key: str) -> Scores:
     return {
         name: {metric: _score_array(path, name, metric, values) for metric, values in metrics.items()} for name, metrics in content.items()
     }
+
+
+def load_corpus(store_dir: Path, key: str) -> dict[str, dict[str, Any]]:
+    """What an evaluation says of whole sets: set -> numbers, calibration, reference_length."""
+    path = stage_dir(store_dir, key) / "corpus.json"
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(found, dict) and "numbers" in found for found in content.values()):
+        raise _damaged(path, "it must map sets to their numbers")
+    return content
+
+
+def load_exposure(store_dir: Path, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Set -> student and teacher -> kl and count, by position in the response."""
+    return read_json(stage_dir(store_dir, key) / "exposure.json")
 
 
 def _score_array(path: Path, name: str, metric: str, values: Any) -> NDArray[np.float64]:

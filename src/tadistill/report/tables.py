@@ -44,8 +44,8 @@ def main_metrics(results: Results) -> tuple[str, ...]:
 
 
 def other_metrics(results: Results) -> tuple[str, ...]:
-    """The metrics that are shown on the mean over sets only."""
-    return tuple(metric for metric in results.metrics if metric not in main_metrics(results))
+    """The metrics that stand beside the cost; all others have tables of their own (`tadistill.report.details`)."""
+    return tuple(metric for metric in ("loss", "forward_kl", "reverse_kl", "entropy", "length") if metric in results.metrics)
 
 
 def score_table(results: Results, metric: str) -> ScoreTable:
@@ -67,7 +67,7 @@ def _best(results: Results, column: str, metric: str) -> str | None:
 
 
 def cost_rows(results: Results) -> list[CostRow]:
-    """The second table: other metrics, parameters, training FLOPs, and FLOPs relative to the direct arm."""
+    """Every arm's parameters, training FLOPs, FLOPs relative to the direct arm, and the metrics beside them."""
     rows: list[CostRow] = []
     for arm in results.plan.arms:
         others = tuple(results.summaries.get((arm.name, MEAN, metric)) for metric in other_metrics(results))

@@ -1,116 +1,168 @@
 """Numbers and findings in words: what the page, the Markdown file and the terminal say alike.
 
-The rule behind the sentences: a difference is only called one when its paired 95 % interval excludes 0, a chain is only
-compared with the direct arm of equal compute, and fewer than three training seeds are called too few.
+The verdict comes first. What makes a difference one, and when a gain is credited to a path, is `tadistill.report.verdict`'s rule;
+here it only gets words.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from tadistill.report.collect import MEAN, Results, Summary, compare, primary_metric, sets_with, twin_of
+from tadistill.report.collect import MEAN, Results, Summary, primary_metric, sets_with
 from tadistill.report.files import Arm
-from tadistill.statistics import Difference
+from tadistill.report.units import (
+    DASH,
+    MINUS,
+    TIMES,
+    difference_text,
+    flops_text,
+    interval,
+    metric_title,
+    metric_unit,
+    number,
+    p_text,
+    parameters_text,
+    ratio_text,
+    signed,
+    span,
+    summary_text,
+)
+from tadistill.report.verdict import SEEDS_FOR_A_CLAIM, Comparison, Pair, comparisons, pairs
 
-SEEDS_FOR_A_CLAIM = 3
-MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+__all__ = [  # the page reads numbers and findings from here
+    "DASH",
+    "MINUS",
+    "TIMES",
+    "Finding",
+    "caution_texts",
+    "difference_text",
+    "flops_text",
+    "headline",
+    "interval",
+    "metric_title",
+    "metric_unit",
+    "missing_text",
+    "number",
+    "p_text",
+    "parameters_text",
+    "ratio_text",
+    "sample_text",
+    "signed",
+    "span",
+    "summary_text",
+    "undecided_text",
+    "verdict_text",
+]
 
-_TITLES = {
-    "rouge_l": "ROUGE-L",
-    "fact_accuracy": "fact accuracy",
-    "loss": "reference loss",
-    "forward_kl": "KL(teacher ‖ student)",
-    "reverse_kl": "KL(student ‖ teacher)",
-    "length": "answer length",
-}
-_UNITS = {
-    "rouge_l": "points",
-    "fact_accuracy": "percentage points",
-    "loss": "nats/token",
-    "forward_kl": "nats/token",
-    "reverse_kl": "nats/token",
-    "length": "tokens",
-}
-_DECIMALS = {"rouge_l": 1, "fact_accuracy": 1, "length": 1}  # of a value; a difference shows one more
+_PAIRS_IN_WORDS = 6
+_Kind = Literal["best", "gain", "loss", "none", "caution"]
+_KINDS: dict[str, _Kind] = {"gain": "gain", "loss": "loss", "equivalent": "none", "no evidence": "none"}
 
 
 @dataclass(frozen=True)
 class Finding:
     """One sentence of the headline; `kind` only decides how a page marks it."""
 
-    kind: Literal["best", "gain", "loss", "none", "caution"]
+    kind: _Kind
     text: str
 
 
-def metric_title(metric: str) -> str:
-    """A metric's name for readers; a metric that this module does not know keeps its own."""
-    return _TITLES.get(metric, metric)
-
-
-def metric_unit(metric: str) -> str:
-    """The unit of a metric, or an empty string."""
-    return _UNITS.get(metric, "")
-
-
-def number(value: float, metric: str, *, more: int = 0) -> str:
-    """A value with the metric's number of decimals and a real minus sign."""
-    text = f"{value:.{_DECIMALS.get(metric, 3) + more}f}"
-    return text.replace("-", MINUS) if float(text) else text.lstrip("-")
-
-
-def interval(low: float, high: float, metric: str, *, more: int = 0) -> str:
-    """``[low, high]``."""
-    return f"[{number(low, metric, more=more)}, {number(high, metric, more=more)}]"
-
-
-def summary_text(summary: Summary, metric: str) -> str:
-    """``24.6 [23.8, 25.4]``."""
-    return f"{number(summary.mean, metric)} {interval(summary.low, summary.high, metric)}"
-
-
-def difference_text(difference: Difference, metric: str) -> str:
-    """``+0.83 [0.21, 1.44]`` with the unit."""
-    more = 1 if metric in _DECIMALS else 0
-    sign = "+" if difference.mean > 0 else ""
-    value = sign + number(difference.mean, metric, more=more)
-    return f"{value} {interval(difference.low, difference.high, metric, more=more)} {metric_unit(metric)}".rstrip()
-
-
-def parameters_text(count: int) -> str:
-    """``124 M``, ``1.56 B``."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            scaled = count / size
-            return f"{scaled:.{0 if scaled >= 100 else 1 if scaled >= 10 else 2}f} {letter}"
-    return str(count)
-
-
-def flops_text(flops: float | None) -> str:
-    """``3.1e17``, or a dash when the plan could not tell."""
-    if flops is None:
-        return DASH
-    if flops == 0:
-        return "0"
-    mantissa, exponent = f"{flops:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def ratio_text(ratio: float | None) -> str:
-    """``2.47`` and a multiplication sign, or a dash."""
-    return DASH if ratio is None else f"{ratio:.2f}{TIMES}"
-
-
 def headline(results: Results) -> list[Finding]:
-    """The study in sentences: the best arm, every chain against its equal-compute twin, and the cautions."""
-    metric = primary_metric(results)
+    """The study in sentences: the verdict on every chain (or on pairs of models), the means, and the cautions."""
     if not results.summaries:
         findings = [Finding("caution", "No arm has been evaluated yet.")]
     else:
-        chains = [arm for arm in results.plan.arms if arm.is_chain]
-        findings = [*_best(results, metric), *(_against_twin(results, arm, metric) for arm in chains)]
-        findings += _too_few_seeds(results)
+        findings = [*_verdicts(results), *_means(results), *_cautions(results)]
     if results.missing:
         findings.append(Finding("caution", missing_text(results)))
     return findings
+
+
+def _verdicts(results: Results) -> list[Finding]:
+    """One sentence for each chain; without chains, the pairs with the highest mean in them (a table has the rest)."""
+    decided = {(c.arm, c.other): c for c in comparisons(results)}
+    best = {arm.name for _, arm in (ranked[0] for ranked in _ranked(results))}
+    findings: list[Finding] = []
+    for pair in pairs(results):
+        comparison = decided.get((pair.arm.name, pair.other.name)) if pair.other else None
+        if pair.against == "pair":
+            if comparison and (len(decided) <= _PAIRS_IN_WORDS or best & {comparison.arm, comparison.other}):
+                findings.append(Finding(_KINDS[comparison.word], verdict_text(results, comparison)))
+        elif comparison:
+            findings.append(Finding(_KINDS[comparison.word], verdict_text(results, comparison)))
+        else:
+            findings.append(Finding("caution", undecided_text(pair)))
+    return findings
+
+
+def undecided_text(pair: Pair) -> str:
+    """What to say of a chain that is not compared (yet)."""
+    name = f"TA path {pair.arm.path_text} ({pair.arm.name})"
+    if pair.other is None:
+        return f"{name}: no evidence, because the study has no arm to compare it with; add a direct arm with `compute: as {pair.arm.name}`."
+    return f"{name}: no evidence yet, because it shares no finished seed with {_other(pair.against, pair.other.name)}."
+
+
+def _other(against: str, name: str) -> str:
+    return {"equal compute": "equal-compute direct", "plain direct": "plain direct", "pair": "model"}[against] + f" ({name})"
+
+
+def verdict_text(results: Results, c: Comparison) -> str:
+    """A comparison as one sentence, and a second one for what it may be credited to."""
+    unit = f"{metric_unit(c.metric)} of {metric_title(c.metric)}".lstrip()
+    value = f"{signed(c.difference.mean, c.metric)} {unit}, 95 % " + span(c.difference, c.metric).partition("95 % ")[2]
+    if c.against == "pair":
+        subject = f"{c.arm} against {c.other}: {value}"
+    else:
+        subject = f"TA path {results.arm(c.arm).path_text} ({c.arm}): {value} against {_other(c.against, c.other)}"
+    parts = [f"{subject}: {_word_text(c)}", _power_text(c)]
+    sentence = "; ".join(part for part in parts if part) + "."
+    return " ".join([sentence, *_credit_text(c)])
+
+
+def _word_text(c: Comparison) -> str:
+    adjusted = f"Holm-adjusted {p_text(c.p_holm)} over {c.family} comparisons" if c.family > 1 else p_text(c.p_holm)
+    if c.word in ("gain", "loss"):
+        small = f", and smaller than the margin of {number(c.margin, c.metric)}" if c.equivalent else ""
+        return f"{c.word} ({adjusted}{small})"
+    if c.word == "equivalent":
+        return f"equivalent, within the margin of ±{number(c.margin, c.metric)}"
+    nothing = "no evidence of a difference" if c.against == "pair" else "no evidence of a gain"
+    if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
+        return f"{nothing}, because {_seeds(len(c.seeds))} are too few for a claim ({SEEDS_FOR_A_CLAIM} are the least)".replace(
+            "1 seed are", "1 seed is"
+        )
+    if not c.difference.covers_zero:
+        return f"{nothing} after adjustment ({adjusted})"
+    return nothing
+
+
+def _power_text(c: Comparison) -> str:
+    """What the design could have seen; with one training seed that is unknown, because training's own spread is."""
+    if c.word != "no evidence" or (c.trained and len(c.seeds) < 2):
+        return ""
+    return f"an effect of {number(c.detectable, c.metric)} would have been seen with 80 % power"
+
+
+def _credit_text(c: Comparison) -> list[str]:
+    """What a gain may be credited to, with the numbers that decide it."""
+    if c.against == "plain direct":
+        return [f"Compute differs: the study has no arm with `compute: as {c.arm}`, so nothing can be credited to the path."]
+    if c.credit is None or c.mechanism is None:
+        return []
+    if c.credit == "credited":
+        return ["The divergence from the teacher is not worse and the gain is not sharpening, so it is credited to the path."]
+    if c.credit == "not measured":
+        return ["Not credited to the path: divergence from the teacher or a control for sharpening was not measured."]
+    if c.credit == "farther from the teacher":
+        worse = [
+            f"{metric_title(metric)} {span(d, metric)}"
+            for metric, d in (("forward_kl", c.mechanism.forward_kl), ("reverse_kl", c.mechanism.reverse_kl))
+            if d is not None and d.low > 0
+        ]
+        return [f"Not credited to the path: it is farther from the teacher ({'; '.join(worse)})."]
+    controls = (("under greedy decoding", c.mechanism.greedy), ("at matched entropy", c.mechanism.matched))
+    gone = [f"{where} the difference is {span(d, c.metric)}" for where, d in controls if d is not None and d.low <= 0]
+    return [f"Not credited to the path but to sharpening: {' and '.join(gone)}."]
 
 
 def missing_text(results: Results) -> str:
@@ -123,68 +175,82 @@ def missing_text(results: Results) -> str:
     return f"{len(results.missing)} of {total} evaluations are not finished: {listed}. `{results.plan.command}` continues where it stopped."
 
 
-def _best(results: Results, metric: str) -> list[Finding]:
-    """One sentence for each student size: arms that end in different models do not compete."""
-    n_sets = len(sets_with(results, metric))
-    over = f"mean over {n_sets} sets" if n_sets > 1 else f"on {sets_with(results, metric)[0]}"
+def _ranked(results: Results) -> list[list[tuple[Summary, Arm]]]:
+    """The scored arms, best first: one list for each student size, because arms that end in different models do not
+    compete; one list of all without a teacher, where they do.
+    """
+    metric = primary_metric(results)
+    scored = [
+        (results.summaries[arm.name, MEAN, metric], arm)
+        for arm in results.plan.arms
+        if (arm.name, MEAN, metric) in results.summaries and arm.path != (results.plan.teacher,)
+    ]
+    groups: dict[str, list[tuple[Summary, Arm]]] = {}
+    for summary, arm in scored:
+        groups.setdefault(arm.model if results.plan.teacher else "", []).append((summary, arm))
+    return [sorted(group, key=lambda pair: -pair[0].mean) for group in groups.values()]
+
+
+def _means(results: Results) -> list[Finding]:
+    metric = primary_metric(results)
+    names = sets_with(results, metric)
+    over = f"mean over {len(names)} sets" if len(names) > 1 else f"on {', '.join(names)}"
     findings: list[Finding] = []
-    students = dict.fromkeys(arm.model for arm in results.plan.arms if arm.model != results.plan.teacher)
-    for model in students:
-        scored = [
-            (results.summaries[arm.name, MEAN, metric], arm)
-            for arm in results.plan.arms
-            if arm.model == model and (arm.name, MEAN, metric) in results.summaries
-        ]
-        scored.sort(key=lambda pair: -pair[0].mean)
-        if not scored:
+    for ranked in _ranked(results):
+        if results.plan.teacher is None:
+            listed = "; ".join(f"{arm.name} {summary_text(summary, metric)}" for summary, arm in ranked)
+            findings.append(Finding("best", f"{metric_title(metric)}, {over}: {listed} ({sample_text(results, ranked[0][1])})."))
             continue
-        summary, arm = scored[0]
-        size = parameters_text(results.plan.parameters[model])
+        summary, arm = ranked[0]
+        size = parameters_text(results.plan.parameters[arm.model])
         text = f"{arm.name} ({arm.path_text}), {summary_text(summary, metric)} {metric_title(metric)}, {over}"
-        if len(scored) == 1:
-            findings.append(Finding("best", f"The only arm that ends in {model} ({size}) is {text}."))
+        if len(ranked) == 1:
+            findings.append(Finding("best", f"The only arm that ends in {arm.model} ({size}) is {text}."))
         else:
-            next_best = _against_next(results, arm, scored[1][1], metric)
-            findings.append(Finding("best", f"Highest mean for {model} ({size}): {text}. {next_best}"))
+            findings.append(Finding("best", f"Highest mean for {arm.model} ({size}): {text}; the highest of {len(ranked)} is no verdict."))
     return findings
 
 
-def _against_next(results: Results, arm: Arm, other: Arm, metric: str) -> str:
-    compared = compare(results, arm.name, other.name, metric)
-    if compared is None:
-        return f"It shares no finished seed with the next, {other.name}."
-    difference, _ = compared
-    verdict = "No evidence of a difference from" if difference.covers_zero else "Ahead of"
-    return f"{verdict} the next, {other.name}: {difference_text(difference, metric)}."
+def sample_text(results: Results, arm: Arm) -> str:
+    """``580 prompts, 5 decoding seeds``, and training seeds where the study trains the arm's model."""
+    metric = primary_metric(results)
+    seeds = results.scores[arm.name]
+    table = [of_set[metric] for of_set in next(iter(seeds.values())).values() if metric in of_set]
+    decodings = max(values_NK.shape[1] for values_NK in table)
+    counts = f"{sum(map(len, table))} prompts, {decodings} decoding seed{'s' if decodings > 1 else ''}"
+    return f"{counts}, {_seeds(len(seeds), 'training seed')}" if arm.is_trained else counts
 
 
-def _against_twin(results: Results, chain: Arm, metric: str) -> Finding:
-    name = f"{chain.name} ({chain.path_text})"
-    twin = twin_of(results, chain)
-    if twin is None:
-        return Finding(
-            "caution",
-            f"{name} has no equal-compute twin (an arm with `compute: as {chain.name}`), so nothing it gains can be credited to its path.",
-        )
-    compared = compare(results, chain.name, twin.name, metric)
-    if compared is None:
-        return Finding("caution", f"{name} and its equal-compute twin {twin.name} share no finished seed yet.")
-    difference, seeds = compared
-    numbers = f"{difference_text(difference, metric)} ({_seeds(len(seeds))})"
-    versus = f"its equal-compute twin {twin.name}"
-    if difference.covers_zero:
-        return Finding("none", f"{name}: no evidence of a difference from {versus}, {numbers}.")
-    if difference.mean > 0:
-        return Finding("gain", f"{name} scores higher than {versus}: {numbers}.")
-    return Finding("loss", f"{name} scores lower than {versus}: {numbers}.")
+def _cautions(results: Results) -> list[Finding]:
+    texts: list[str] = []
+    for c in comparisons(results):
+        texts += caution_texts(c)
+    trained = [len(results.scores[arm.name]) for arm in results.plan.arms if arm.is_trained and results.scores[arm.name]]
+    if trained and min(trained) < SEEDS_FOR_A_CLAIM:
+        texts.append(f"{_seeds(min(trained))}: too few for a claim ({SEEDS_FOR_A_CLAIM} are the least).")
+    return [Finding("caution", text) for text in texts]
 
 
-def _too_few_seeds(results: Results) -> list[Finding]:
-    fewest = min(len(seeds) for seeds in results.scores.values() if seeds)
-    if fewest >= SEEDS_FOR_A_CLAIM:
-        return []
-    return [Finding("caution", f"{_seeds(fewest)}: too few for a claim ({SEEDS_FOR_A_CLAIM} are the least).")]
+def caution_texts(c: Comparison) -> list[str]:
+    """What makes the two sides of a comparison unequal, beside the path."""
+    texts: list[str] = []
+    if c.selection is not None:
+        s = c.selection
+        text = f"{c.arm} chose among {s.mine} checkpoints on dev, {c.other} among {s.theirs}: "
+        if s.inflation is None:
+            text += f"what picking the best of them adds is unknown, because dev did not log {metric_title(c.metric)}."
+        else:
+            text += (
+                f"picking on noise adds {number(s.inflation, c.metric, more=1)} {metric_unit(c.metric)} at most "
+                f"(checkpoints on dev spread by {number(s.sigma or 0.0, c.metric, more=1)})."
+            )
+        texts.append(text)
+    if c.decoding_seeds[0] != c.decoding_seeds[1]:
+        texts.append(f"{c.arm} was decoded with {c.decoding_seeds[0]} seeds on the test sets, {c.other} with {c.decoding_seeds[1]}.")
+    if c.trained and any(set(seeds) != set(c.seeds) for seeds in c.planned_seeds):
+        texts.append(f"{c.arm} and {c.other} are compared on the seeds that both have finished: {', '.join(map(str, c.seeds))}.")
+    return texts
 
 
-def _seeds(count: int) -> str:
-    return f"{count} seed" if count == 1 else f"{count} seeds"
+def _seeds(count: int, what: str = "seed") -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

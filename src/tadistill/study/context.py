@@ -12,15 +12,18 @@ from tadistill.config import Data, DataRef
 from tadistill.data import corpus, datasets
 from tadistill.data.batch import Sequence
 from tadistill.data.templates import encode
-from tadistill.evaluation.run import EvalSet, Subject
+from tadistill.evaluation.run import EvalSet
+from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
 from tadistill.models.pruning import keep_list, prune_depth
 from tadistill.study.store import Store
 from tadistill.study.task import Task
+from tadistill.train.loop import Interrupted
 
 SIGNAL = "signal"  # the sub-folder of a signal stage with the teacher's outputs
 MODEL = "model"  # the sub-folder of a training stage that is an ordinary Hugging Face directory
 RESPONSES = "responses.jsonl"  # of a generate stage
+ANSWERS = "answers.jsonl"  # of an evaluate stage: token ids
 _CORPUS_CHUNKS = 20_000
 
 Progress = Callable[[int, int, str], None]
@@ -70,6 +73,10 @@ class Context:
         lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}
         return EvalSet(name, examples, encode(examples, tokenizer, name=f"data set `{name}`", **lengths))
 
+    def test_sets(self, tokenizer: PreTrainedTokenizerBase) -> list[EvalSet]:
+        """The test sets of the stage."""
+        return [self.split("test", s["ref"], self.spec["limit"], tokenizer) for s in self.spec["sets"]]
+
     def corpus(self, tokenizer: PreTrainedTokenizerBase) -> list[Sequence]:
         """Chunks of plain text for the language-modelling term, if the stage has one."""
         if "corpus" not in self.spec:
@@ -77,6 +84,12 @@ class Context:
         ref = self.spec["corpus"]["ref"]
         data = Data.model_validate(self.spec["data"] | {"train": ref, "dev": ref, "test": [ref], "root": self.task.data_root})
         return corpus.chunks(datasets.texts(DataRef.model_validate(ref), data), tokenizer, data.max_length, _CORPUS_CHUNKS)
+
+
+def stop_if_asked(context: Context) -> None:
+    """Between two parts of a stage's work: leave when the study is interrupted; finished parts stay."""
+    if context.stop():
+        raise Interrupted("stopped between two parts")
 
 
 def make_subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: PreTrainedModel) -> Subject:

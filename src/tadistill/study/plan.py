@@ -1,14 +1,13 @@
 """A recipe's arms x seeds as a graph of stages, addressed by content. Imports no torch.
 
-Stages hand over artifacts on disk only. A stage's key is a hash of everything its numbers depend on: its settings, its
-data's fingerprint, and its parents' keys. Arms that begin alike therefore share their stages.
+Stages hand over artifacts on disk only (`study.graph` has their keys). Arms that begin alike share their stages.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from tadistill.config import Arm, Method, Recipe, Sft
+from tadistill.config import Arm, Evaluate, Method, Recipe, Sft
 from tadistill.config.decoding import Decoding
 from tadistill.config.method import Optim, apply
 from tadistill.config.objective import CrossEntropy, MiniLLM
@@ -17,41 +16,22 @@ from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.study import costs
-from tadistill.study.store import key_of
-
-STAGE_VERSION = {"sft": 3, "generate": 2, "signal": 1, "distill": 3, "evaluate": 3}
-"""Raised by hand when a stage of that kind gives other numbers for the same settings."""
-
-Handle = dict[str, Any]
-"""Where weights come from: {"stage": key} or {"load": …} (with its fingerprint), {"prune": layers, "of": handle}."""
-
-
-@dataclass
-class Stage:
-    """One unit of work with an artifact."""
-
-    kind: str
-    key: str
-    spec: dict[str, Any]
-    parents: dict[str, str]
-    """Role -> key of a stage that must be finished first."""
-    label: str
-    model: str
-    seed: int
-    flops: float | None
-    steps: int | None = None
-    arms: set[str] = field(default_factory=set)
+from tadistill.study.graph import Graph, Handle, Stage
 
 
 @dataclass(frozen=True)
 class PlannedArm:
-    """One arm, expanded: per seed the stage that makes its model (None: loaded as it is) and the one that evaluates it."""
+    """One arm, expanded: per seed the stage that makes its model (None: loaded as it is) and those that measure it."""
 
     name: str
     arm: Arm
     method: Method
     final: dict[int, str | None]
     evaluate: dict[int, str]
+    analyse: dict[int, str]
+    """Beside the original teacher; empty where there is none."""
+    also: dict[str, dict[int, str]]
+    """Other decodings, by name."""
     flops: float | None
     """Training FLOPs behind the final model, all stages counted once, for one seed."""
 
@@ -61,7 +41,7 @@ class Plan:
     """The whole study."""
 
     recipe: Recipe
-    teacher: str
+    teacher: str | None
     stages: dict[str, Stage]
     """By key, parents before children."""
     arms: list[PlannedArm]
@@ -79,9 +59,9 @@ def make_plan(recipe: Recipe) -> Plan:
 class _Planner:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.stages: dict[str, Stage] = {}
+        self.graph = Graph()
         self.ledger = costs.Ledger(recipe)
-        self.teacher = _original_teacher(recipe)
+        self.teacher = original_teacher(recipe)
         self.data = {
             "template": recipe.data.template,
             "max_prompt": recipe.data.max_prompt,
@@ -98,38 +78,44 @@ class _Planner:
                 if arm.compute is None or arm.compute[3:] in done:
                     done[name] = self._arm(name, arm, done)
                     del waiting[name]
-        return Plan(self.recipe, self.teacher, self.stages, [done[name] for name in self.recipe.arms])
+        return Plan(self.recipe, self.teacher, self.graph.stages, [done[name] for name in self.recipe.arms])
 
     # --- arms -----------------------------------------------------------------------------------------------------------
 
     def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
         target = done[arm.compute[3:]].flops if arm.compute else None
         scale = self._scale(name, arm, target) if arm.compute else 1.0
-        made = {seed: self._final(name, arm, seed, scale) for seed in self.recipe.seeds}
-        evaluate = {seed: self._evaluate(arm.path[-1], handle, seed) for seed, (handle, _) in made.items()}
-        for last in evaluate.values():
-            for key in self._ancestors(last):
-                self.stages[key].arms.add(name)
-        final = {seed: handle.get("stage") for seed, (handle, _) in made.items()}
+        made = {seed: self._models(name, arm, seed, scale) for seed in self.recipe.seeds}
+        models = {seed: of_path for seed, (of_path, _) in made.items()}
+        last, main = arm.path[-1], self.recipe.evaluate
+        evaluate = {seed: self._evaluate(last, of_path[-1], seed, main) for seed, of_path in models.items()}
+        also = {
+            other: {seed: self._evaluate(last, of_path[-1], seed, main.other(other), other) for seed, of_path in models.items()}
+            for other in main.also
+        }
+        analyse = {seed: self._analyse(last, of_path, seed, evaluate[seed]) for seed, of_path in models.items()} if self.teacher else {}
+        for measured in (evaluate, analyse, *also.values()):
+            for key in measured.values():
+                self.graph.mark(key, name)
+        final = {seed: of_path[-1].get("stage") for seed, of_path in models.items()}
         first = self.recipe.seeds[0]
-        return PlannedArm(name, arm, made[first][1], final, evaluate, self._flops(final[first]))
+        return PlannedArm(name, arm, made[first][1], final, evaluate, analyse, also, self.graph.flops(final[first]))
 
-    def _final(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[Handle, Method]:
-        """The handle of the arm's last model, and the method of its last stage."""
+    def _models(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[list[Handle], Method]:
+        """The handle of every model of the arm's path, and the method of its last stage."""
         method = self.recipe.method
+        models = [self._trained(arm.path[0], seed)]
         if len(arm.path) == 1:
-            handle = self._trained(arm.path[0], seed)
             self._check_single(name, arm)
             if arm.objective is None:
-                return handle, method
+                return models, method
             method = self._method(name, arm, arm.path[0], scale)
             more = Sft(optim=method.optim, select=method.select)
-            return {"stage": self._sft(arm.path[0], handle, more, self._seed(arm.path[0], seed), continues=True)}, method
-        teacher = self._trained(arm.path[0], seed)
+            return [{"stage": self._sft(arm.path[0], models[0], more, self._seed(arm.path[0], seed), continues=True)}], method
         for above, model in pairwise(arm.path):
             method = self._method(name, arm, model, scale)
-            teacher = {"stage": self._distill(above, model, teacher, method, seed)}
-        return teacher, method
+            models.append({"stage": self._distill(above, model, models[-1], method, seed)})
+        return models, method
 
     @staticmethod
     def _check_single(name: str, arm: Arm) -> None:
@@ -171,8 +157,8 @@ class _Planner:
         if len(arm.path) != 2:
             raise ConfigError(f"arms.{name} has `compute`, which works for a direct path (A > B); its path is {' > '.join(arm.path)}")
         trial = _Planner(self.recipe)
-        handle, _ = trial._final(name, arm, self.recipe.seeds[0], 1.0)
-        total, last = trial._flops(handle["stage"]), trial.stages[handle["stage"]].flops
+        final = trial._models(name, arm, self.recipe.seeds[0], 1.0)[0][-1]["stage"]
+        total, last = trial.graph.flops(final), trial.graph.stages[final].flops
         if target is None or total is None or last is None:
             raise ConfigError(
                 f"arms.{name} has `compute: {arm.compute}`, but the size of a model is not known: it is not on this disk yet "
@@ -220,7 +206,7 @@ class _Planner:
         spec = {"student": student, "optim": optim.model_dump(), "seed": seed, **self._split("train")}
         spec |= self._select(sft.select)
         label = f"sft {name}{', continued' if continues else ''}, seed {seed}"
-        return self._add("sft", spec, label, name, seed, self.ledger.sft(name, optim), optim.steps)
+        return self.graph.add("sft", spec, label, name, seed, self.ledger.sft(name, optim), optim.steps)
 
     def _distill(self, above: str, name: str, teacher: Handle, method: Method, seed: int) -> str:
         # a learner and a teacher that do not vary with the study's seed still make one distillation per seed
@@ -236,24 +222,37 @@ class _Planner:
             corpus = self.recipe.data.corpus
             spec["corpus"] = {"ref": corpus.model_dump(), "fingerprint": datasets.fingerprint(corpus, "train", self.recipe.data)}
         label = f"distill {above} -> {name}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
-        return self._add("distill", spec, label, name, seed, self.ledger.distill(above, name, method), method.optim.steps)
+        return self.graph.add("distill", spec, label, name, seed, self.ledger.distill(above, name, method), method.optim.steps)
 
     def _signal(self, name: str, teacher: Handle, signal: HiddenSignal | TopKSignal, precision: str, seed: int) -> str:
         spec = {"teacher": teacher, "signal": signal.model_dump(), "precision": precision, **self._split("train")}
-        return self._add("signal", spec, f"{signal.type} signal of {name}, seed {seed}", name, seed, self.ledger.generate(name))
+        return self.graph.add("signal", spec, f"{signal.type} signal of {name}, seed {seed}", name, seed, self.ledger.generate(name))
 
     def _generate(self, name: str, teacher: Handle, sampler: TeacherSampler | PairSampler, seed: int) -> str:
         spec = {"teacher": teacher, "sampler": sampler.model_dump(include=set(Decoding.model_fields)), "seed": seed, **self._split("train")}
-        return self._add("generate", spec, f"generate with {name}, seed {seed}", name, seed, self.ledger.generate(name))
+        return self.graph.add("generate", spec, f"generate with {name}, seed {seed}", name, seed, self.ledger.generate(name))
 
-    def _evaluate(self, name: str, model: Handle, seed: int) -> str:
-        reference = self._trained(self.teacher, seed)
+    def _evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
+        spec = {"model": model, **self._test_sets(), "decoding": decoding.model_dump(exclude={"also"}), "references": not other}
+        label = f"evaluate {self._label(name, model)}{f', {other}' if other else ''}"
+        return self.graph.add("evaluate", spec, label, name, self._seed(name, seed), None)
+
+    def _analyse(self, name: str, models: list[Handle], seed: int, answers: str) -> str:
+        """The last of a path's models beside the original teacher and the models between them."""
+        assert self.teacher is not None
+        teacher = self._trained(self.teacher, seed)
+        teacher_answers = self._evaluate(self.teacher, teacher, seed, self.recipe.evaluate)
+        spec = {"model": models[-1], "teacher": teacher, "assistants": [m for m in models[:-1] if m != teacher], **self._test_sets()}
+        spec |= {"answers": {"stage": answers}, "teacher_answers": {"stage": teacher_answers}, "batch": self.recipe.evaluate.batch}
+        return self.graph.add("analyse", spec, f"analyse {self._label(name, models[-1])}", name, self._seed(name, seed), None)
+
+    def _test_sets(self) -> dict[str, Any]:
         refs = self.recipe.data.test
         sets = [{"ref": r.model_dump(), "fingerprint": datasets.fingerprint(r, "test", self.recipe.data)} for r in refs]
-        spec = {"model": model, "teacher": reference, "sets": sets, "limit": self.recipe.data.limit.test, "data": self.data}
-        spec |= {"decoding": self.recipe.evaluate.model_dump()}
-        of = self.stages[model["stage"]].label if "stage" in model else name
-        return self._add("evaluate", spec, f"evaluate {of}", name, self._seed(name, seed), None)
+        return {"sets": sets, "limit": self.recipe.data.limit.test, "data": self.data}
+
+    def _label(self, name: str, model: Handle) -> str:
+        return self.graph.stages[model["stage"]].label if "stage" in model else name
 
     def _split(self, role: str) -> dict[str, Any]:
         ref = getattr(self.recipe.data, role)
@@ -271,7 +270,7 @@ class _Planner:
         if select.metric == "loss":
             spec["decoding"] = {"batch": self.recipe.evaluate.batch}
         elif select.metric != "last":
-            spec["decoding"] = self.recipe.evaluate.model_dump() | {"seeds": self.recipe.evaluate.seeds[:1]}
+            spec["decoding"] = self.recipe.evaluate.model_dump(exclude={"also"}) | {"seeds": self.recipe.evaluate.seeds[:1]}
         return spec
 
     def _with_steps(self, optim: Optim) -> Optim:
@@ -285,48 +284,16 @@ class _Planner:
             return optim.model_copy(update={"steps": steps, "epochs": None})
         return optim
 
-    def _add(self, kind: str, spec: dict, label: str, model: str, seed: int, flops: float | None, steps: int | None = None) -> str:
-        key = key_of({"kind": kind, "version": STAGE_VERSION[kind], **spec})
-        if key not in self.stages:
-            parents = {role: k for role in ("student", "teacher", "model", "responses", "signal") for k in _stage_keys(spec.get(role))}
-            self.stages[key] = Stage(kind, key, spec, parents, label, model, seed, flops, steps)
-        return key
 
-    # --- costs ----------------------------------------------------------------------------------------------------------
-
-    def _ancestors(self, key: str) -> set[str]:
-        found, todo = set(), [key]
-        while todo:
-            at = todo.pop()
-            if at not in found:
-                found.add(at)
-                todo += self.stages[at].parents.values()
-        return found
-
-    def _flops(self, key: str | None) -> float | None:
-        """Training FLOPs of a stage and everything it builds on, each stage once."""
-        if key is None:
-            return 0.0
-        parts = [self.stages[k].flops for k in self._ancestors(key)]
-        return None if any(p is None for p in parts) else float(sum(p for p in parts if p is not None))
-
-
-def _original_teacher(recipe: Recipe) -> str:
-    """The one model that every KL is measured to: `teacher`, or the only head of a path that nothing teaches."""
+def original_teacher(recipe: Recipe) -> str | None:
+    """The one model that every KL is measured to: `teacher`, or the only head of a path that nothing teaches; None without paths."""
     if recipe.teacher:
         return recipe.teacher
     taught = {model for arm in recipe.arms.values() for model in arm.path[1:]}
     heads = list(dict.fromkeys(arm.path[0] for arm in recipe.arms.values() if len(arm.path) > 1 and arm.path[0] not in taught))
     if len(heads) > 1:
         raise ConfigError(f"the paths start from {', '.join(heads)}; set `teacher:` to the one that KLs are measured to")
-    return heads[0] if heads else next(iter(recipe.arms.values())).path[0]
-
-
-def _stage_keys(handle: Handle | None) -> list[str]:
-    """The stages a handle stands on (at most one)."""
-    if handle is None:
-        return []
-    return [handle["stage"]] if "stage" in handle else _stage_keys(handle.get("of"))
+    return heads[0] if heads else None
 
 
 def _describe(method: Method) -> str:

@@ -20,6 +20,7 @@ from tadistill.models.memory import check_memory, resident_bytes
 from tadistill.models.pruning import keep_list
 from tadistill.models.scratch import scratch_config
 from tadistill.study.costs import Ledger, check_data
+from tadistill.study.plan import original_teacher
 from tadistill.study.runner import cores
 
 
@@ -31,10 +32,12 @@ def check(recipe: Recipe) -> int:
     """
     check_data(recipe)
     _check_engine(recipe)
-    used = [name for name in recipe.models if any(name in arm.path for arm in recipe.arms.values())]
+    teacher = original_teacher(recipe)
+    used = [name for name in recipe.models if name == teacher or any(name in arm.path for arm in recipe.arms.values())]
     tokenizers = {name: _tokenizer(recipe, name) for name in used}
-    check_same_tokenizer(tokenizers)
-    longest = _check_encoding(recipe, tokenizers[used[0]])
+    if teacher:  # without one, models are only evaluated, each by itself
+        check_same_tokenizer(tokenizers)
+    longest = max(_check_encoding(recipe, tokenizers[name]) for name in (used[:1] if teacher else used))
     for name in used:
         _check_model(recipe, name, tokenizers[name], longest)
     _check_memory(recipe, used)
@@ -109,16 +112,18 @@ def _default_jobs() -> int:
 
 
 def _check_memory(recipe: Recipe, used: list[str]) -> None:
-    """The dearest stage needs its learner in training and its teacher at rest."""
-    ledger = Ledger(recipe)
+    """The dearest stage of each arm: its learner in training beside its teacher, or its whole path and the original teacher at rest."""
+    ledger, teacher = Ledger(recipe), original_teacher(recipe)
     found: dict[str, sizes.Size | None] = {name: ledger.size(name) for name in used}
     for arm in recipe.arms.values():
         for above, name in zip((None, *arm.path), arm.path, strict=False):
-            size, teacher = found[name], found[above] if above else None
-            if size is None:
-                continue
             trains = above is not None or recipe.models[name].sft is not None or arm.objective is not None
-            needs = {name: resident_bytes(size.total, training=trains)}
-            if above and teacher:
-                needs[above] = resident_bytes(teacher.total, training=False)
-            check_memory(needs)
+            _check_stage(found, [above] if above else [], name, trains)
+        if teacher:
+            _check_stage(found, [teacher, *arm.path[:-1]], arm.path[-1], False)
+
+
+def _check_stage(found: dict[str, sizes.Size | None], beside: list[str], name: str, trains: bool) -> None:
+    needs = {other: resident_bytes(size.total, training=False) for other in beside if (size := found[other])}
+    if size := found[name]:
+        check_memory(needs | {name: resident_bytes(size.total, training=trains)})

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -69,15 +70,14 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str) -> Path
 def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dict:
     """The plan as plain data (the contract with `tadistill.report`)."""
     ledger = Ledger(plan.recipe)
-    sizes = {name: ledger.size(name) for name in plan.recipe.models}
     return {
         "study": plan.recipe.study,
         "created": created,
         "command": command,
         "recipe_text": recipe_text,
-        "recipe": plan.recipe.model_dump(mode="json", by_alias=True),
+        "recipe": _as_written(plan.recipe),
         "teacher": plan.teacher,
-        "models": {name: {"parameters": size.total if size else None} for name, size in sizes.items()},
+        "models": {name: {"parameters": _parameters(ledger, name)} for name in plan.recipe.models},
         "stages": [
             {
                 "key": s.key,
@@ -89,6 +89,7 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
                 "arms": [a.name for a in plan.arms if a.name in s.arms],
                 "flops": s.flops,
                 "steps": s.steps,
+                "checkpoints": s.checkpoints,
             }
             for s in plan.stages.values()
         ],
@@ -100,12 +101,35 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
                 "model": a.arm.path[-1],
                 "compute": a.arm.compute,
                 "flops": a.flops,
-                "evaluate": {str(seed): key for seed, key in a.evaluate.items()},
-                "final": {str(seed): key for seed, key in a.final.items()},
+                "evaluate": _by_seed(a.evaluate),
+                "analyse": _by_seed(a.analyse),
+                "also": {name: _by_seed(keys) for name, keys in a.also.items()},
+                "final": _by_seed(a.final),
+                "published": a.arm.published.model_dump() if a.arm.published else None,
             }
             for a in plan.arms
         ],
     }
+
+
+def _parameters(ledger: Ledger, name: str) -> int:
+    """Counted by hand for the families that the plan knows, by transformers for others."""
+    if size := ledger.size(name):
+        return size.total
+    from tadistill.models.loading import count_parameters  # imports torch
+
+    return count_parameters(ledger.config(name) or {})
+
+
+def _by_seed(keys: Mapping[int, str | None]) -> dict[str, str | None]:
+    return {str(seed): key for seed, key in keys.items()}
+
+
+def _as_written(recipe: Recipe) -> dict:
+    """All of the recipe, but of another decoding only what it changes: its other fields are the main one's."""
+    content = recipe.model_dump(mode="json", by_alias=True)
+    content["evaluate"]["also"] = {name: o.model_dump(mode="json", exclude_unset=True) for name, o in recipe.evaluate.also.items()}
+    return content
 
 
 def _method(arm) -> str:

@@ -13,7 +13,8 @@ from tadistill.config.method import Select
 from tadistill.config.objective import CrossEntropy
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.data.batch import Sequence
-from tadistill.evaluation.run import Subject, dev_metrics, references
+from tadistill.evaluation.run import dev_metrics, references
+from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import end_tokens, save_model, shared_vocabulary
 from tadistill.rollout.engine import Engine, Native
 from tadistill.rollout.rounds import on_policy

@@ -2,9 +2,11 @@
 
 import json
 
+import huggingface_hub
 import pytest
+from pydantic import ValidationError
 
-from tadistill.config import Data
+from tadistill.config import Data, DataRef
 from tadistill.data import datasets
 from tadistill.data.templates import encode, render
 from tadistill.data.tinyworld import tokenizer as world_tokenizer
@@ -63,12 +65,132 @@ def test_columns_are_mapped(tmp_path):
         ([{"text": "a"}], "no column `instruction`, `prompt` or `messages`"),
         ([{"instruction": "a", "output": 3}], "must be a string"),
         ([{"messages": [{"role": "user", "content": "hi"}]}], "end with an assistant turn"),
+        ([{"messages": "hi"}], "end with an assistant turn"),
+        ([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant"}]}], "row 1: the response is null"),
+        ([{"instruction": "a", "output": None}], "row 1: the response is null; every row needs at least one"),
+        ([{"instruction": "a", "output": "b"}, {"instruction": "a", "outputs": []}], "row 2: the response is an empty list"),
+        ([{"instruction": "a", "outputs": ["b", None]}], "the response is None; it must be a string"),
+        ([{"instruction": "a", "output": True}], r"the response is True; .* name the labels with data\.\*\.choices"),
+        ([{"instruction": "a", "output": "b", "choices": ["b"]}], "row 1: choices are b; give at least two"),
+        ([{"instruction": "a", "output": "b", "choices": []}], "choices are an empty list"),
+        ([{"instruction": "a", "output": "b", "choices": ["b", "b"]}], "at least two, all different"),
+        ([{"instruction": "a", "output": "b", "choices": {"text": ["b"]}}], "must be a list of strings"),
+        ([{"instruction": "a", "output": "b", "choices": ["b", ""]}], "none of them empty"),
+        ([{"instruction": "a", "output": "c", "choices": ["a", "b"]}], "reference `c` is not among the choices; the choices are a, b"),
+        ([{"instruction": "a", "output": 2, "choices": ["a", "b"]}], "label 2 is outside 0 to 1; the choices are a, b"),
+        ([{"instruction": "a", "output": -1, "choices": ["a", "b"]}], "label -1 is outside 0 to 1.*the split must be one with labels"),
+        ([{"instruction": "a", "output": 1.0, "choices": ["a", "b"]}], "the response is 1.0; it must be a string"),
         ([[1]], "a list, not an object"),
     ],
 )
 def test_bad_rows(tmp_path, rows, words):
     with pytest.raises(DataError, match=words):
         read(write(tmp_path / "x.jsonl", rows))
+
+
+def test_an_empty_string_is_a_reference(tmp_path):
+    (row,) = read(write(tmp_path / "x.jsonl", [{"instruction": "a", "output": ""}]))
+    assert row.references == ("",)
+    tokenizer = world_tokenizer()
+    (encoded,) = encode([row], tokenizer, template="plain", max_prompt=5, max_length=8)
+    assert encoded.response == (tokenizer.eos_token_id,)
+
+
+def test_rows_carry_their_choices(tmp_path):
+    rows = [
+        {"instruction": "a", "output": "y", "choices": ["x", "y"]},
+        {"instruction": "a", "output": 1, "choices": ["x", "y", "z"]},
+        {"instruction": "a", "outputs": ["x", "y"], "choices": None},
+        {"prompt": "a", "completion": "x", "choices": ["x", "y"]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}], "choices": ["x", "y"]},
+    ]
+    found = read(write(tmp_path / "x.jsonl", rows))
+    assert [e.choices for e in found] == [("x", "y"), ("x", "y", "z"), (), ("x", "y"), ("x", "y")]
+    assert [e.references for e in found] == [("y",), ("y",), ("x", "y"), ("x",), ("x",)]
+
+
+def test_labels_are_indices_into_the_choices_of_the_set(tmp_path):
+    """SST-2 as the hub has it, and BoolQ's booleans."""
+    reviews = write(tmp_path / "sst2.jsonl", [{"sentence": "a joy", "label": 1, "idx": 0}, {"sentence": "dull", "label": 0, "idx": 1}])
+    ref = {
+        "instruction": "Is the review positive?",
+        "columns": {"input": "sentence", "output": "label"},
+        "choices": ["negative", "positive"],
+    }
+    joy, dull = read({"load": reviews, **ref})
+    assert (joy.instruction, joy.input, joy.references) == ("Is the review positive?", "a joy", ("positive",))
+    assert dull.references == ("negative",)
+    assert dull.choices == ("negative", "positive")
+    questions = write(tmp_path / "boolq.jsonl", [{"question": "is ice cold", "passage": "…", "answer": True}])
+    columns = {"instruction": "question", "input": "passage", "output": "answer"}
+    (row,) = read({"load": questions, "columns": columns, "choices": ["no", "yes"]})
+    assert (row.instruction, row.references) == ("is ice cold", ("yes",))
+
+
+def test_choices_under_another_name(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"instruction": "a", "output": "y", "options": ["x", "y"]}])
+    (row,) = read({"load": path, "columns": {"choices": "options"}})
+    assert row.choices == ("x", "y")
+    with pytest.raises(DataError, match=r"no column `option` \(the choices\); it has instruction, output, options"):
+        read({"load": path, "columns": {"choices": "option"}})
+
+
+def test_an_instruction_for_every_row_does_not_fit_conversations(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]}]
+    with pytest.raises(DataError, match="bring their own instructions"):
+        read({"load": write(tmp_path / "x.jsonl", rows), "instruction": "do"})
+
+
+@pytest.mark.parametrize(
+    ("ref", "words"),
+    [
+        ({"choices": ["yes"]}, "at least two"),
+        ({"choices": ["yes", "yes"]}, "all different"),
+        ({"choices": ["yes", ""]}, "none empty"),
+        ({"choices": ["no", "yes"], "columns": {"choices": "options"}}, "keep one of them"),
+        ({"instruction": "do", "columns": {"instruction": "question"}}, "keep one of them"),
+        ({"instruction": ""}, "`instruction` is empty"),
+    ],
+)
+def test_settings_of_a_set_that_make_no_sense(ref, words):
+    with pytest.raises(ValidationError, match=words):
+        DataRef.model_validate({"load": "x.jsonl", **ref})
+
+
+def test_what_a_set_does_not_use_is_no_part_of_its_identity():
+    """Stored stages are keyed by this."""
+    assert DataRef(load="dolly").model_dump() == {"load": "dolly", "split": None, "revision": "main", "columns": {}}
+    ref = DataRef(load="x", choices=("no", "yes"), instruction="do")
+    assert DataRef.model_validate(ref.model_dump()) == ref
+    assert DataRef.model_validate_json(ref.model_dump_json()) == ref
+
+
+def test_length_buckets_lie_beside_the_longest(tmp_path):
+    for folder in ("sinst_11", "sinst_0_2", "uinst_6_10"):
+        write(tmp_path / f"minillm_{folder}" / "test.jsonl", [{"instruction": folder, "outputs": ["o"]}])
+    for name, folder in {"sinst": "sinst_11", "sinst/0_2": "sinst_0_2", "uinst/6_10": "uinst_6_10"}.items():
+        (row,) = read(name, "test", root=str(tmp_path))
+        assert row.instruction == folder
+    assert [DataRef(load=name).name for name in ("sinst", "sinst/0_2", "uinst/0_2", "org/set")] == [
+        "sinst",
+        "sinst_0_2",
+        "uinst_0_2",
+        "set",
+    ]
+
+
+def test_buckets_on_the_hub(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.jsonl", [{"instruction": "a", "outputs": ["o"]}] * 10_001)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, **_: asked.append(names) or path)
+    sizes = [len(read(name, "test", root=str(tmp_path / "none"))) for name in ("sinst", "sinst/3_5", "uinst", "uinst/0_2")]
+    assert sizes == [10_001, 10_001, 10_000, 10_001]  # MiniLLM uses the first 10,000 of uinst's longest bucket
+    assert asked == [
+        ("MiniLLM/sinst", "11_/valid.jsonl"),
+        ("MiniLLM/sinst", "3_5/valid.jsonl"),
+        ("MiniLLM/uinst", "11_/valid.jsonl"),
+        ("MiniLLM/uinst", "0_2/valid.jsonl"),
+    ]
 
 
 def test_broken_json_names_the_line(tmp_path):
@@ -111,3 +233,26 @@ def test_encoding_ends_with_eos_and_follows_the_length_rules():
     assert tokenizer.eos_token_id not in cut.response
     with pytest.raises(DataError, match=r"raise data\.max_prompt"):
         encode(rows, tokenizer, template="plain", max_prompt=1, max_length=8)
+
+
+def test_choices_are_encoded_as_responses_are():
+    tokenizer = world_tokenizer()
+    a, b, c = [w for w in tokenizer.get_vocab() if w.isalpha()][:3]
+    example = datasets.Example(a, "", (f"{b} {c}",), choices=(b, f"{b} {c}"))
+    (row,) = encode([example], tokenizer, template="plain", max_prompt=5, max_length=8)
+    assert row.choices == (row.response[:1], row.response[:2])
+    assert encode([datasets.Example(a, "", (b,))], tokenizer, template="plain", max_prompt=5, max_length=8)[0].choices == ()
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        (("cat", "nosuchword cat"), "must have 1 to 1"),
+        (("nosuchword", "norsuchone"), "same tokens as another"),
+        (("cat", " "), "has 0 tokens"),
+    ],
+)
+def test_choices_that_no_model_can_answer(choices, words):
+    example = datasets.Example("name", "", (choices[0],), choices=choices)
+    with pytest.raises(DataError, match=rf"sst2, row 1: choice .*{words}"):
+        encode([example], world_tokenizer(), template="plain", max_prompt=5, max_length=3, name="sst2")

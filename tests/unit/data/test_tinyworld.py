@@ -42,6 +42,7 @@ DIGESTS = {
     "tinyworld_open/test": "cb9f2a737479f040",
     "tinyworld_lengths/test": "fa090afa2c932a85",
     "tinyworld_multi/test": "890f47f33bcd9116",
+    "tinyworld_choices/test": "e45d3ccaa5eda5c0",
     "corpus": "77d13ea79553e93b",
 }
 
@@ -145,7 +146,7 @@ def test_rows_have_the_promised_form(name, split):
     found = tinyworld.rows(name, split)
     assert found
     for row in found:
-        assert list(row) == ["instruction", "input", "outputs", "facts"]
+        assert list(row) == ["instruction", "input", "outputs", "facts", *(["choices"] if name == "tinyworld_choices" else [])]
         assert row["outputs"]
         assert row["facts"]
         for part in texts(row):
@@ -235,6 +236,19 @@ def test_lengths_mixes_short_and_long_references():
     lengths = [len(row["outputs"][0].split()) for row in tinyworld.rows("tinyworld_lengths", "test")]
     assert sum(n <= 4 for n in lengths) >= 50
     assert sum(n >= 15 for n in lengths) >= 50
+
+
+def test_choices_are_the_value_and_its_rivals_in_an_order_that_tells_nothing():
+    rows = tinyworld.rows("tinyworld_choices", "test")
+    for row in rows:
+        ((value, rivals),) = row["facts"]
+        assert row["outputs"] == [value]
+        assert row["choices"] == sorted({value, *rivals})
+        assert all(len(choice.split()) == 1 for choice in row["choices"])
+    kinds = {(f.subject, f.value): f.kind for f in tinyworld.world().facts}
+    asked_for = [next(kinds[w, row["outputs"][0]] for w in row["instruction"].split() if (w, row["outputs"][0]) in kinds) for row in rows]
+    assert len(rows) == 150
+    assert set(asked_for) == set(tinyworld_text.KINDS)
 
 
 def test_reworded_instructions_are_new_but_their_words_are_not():

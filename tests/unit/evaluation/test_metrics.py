@@ -1,10 +1,15 @@
-"""Scores of text: Rouge-L equals the library's, fact accuracy by hand, errors."""
+"""Scores of text: Rouge-L equals the library's, the others by hand, errors."""
+
+import json
+import os
+from pathlib import Path
 
 import pytest
 from rouge_score import rouge_scorer
 
+from tadistill.data import tinyworld
 from tadistill.errors import DataError
-from tadistill.evaluation.metrics import fact_accuracy, rouge_l
+from tadistill.evaluation.metrics import exact_match, fact_accuracy, repetition, rouge_l
 
 
 def test_rouge_l_is_the_best_stemmed_f_measure():
@@ -15,6 +20,64 @@ def test_rouge_l_is_the_best_stemmed_f_measure():
         assert found == 100 * max(scorer.score(r, prediction)["rougeL"].fmeasure for r in refs)
     assert rouge_l([""], [["x"]]) == [0.0]
     assert rouge_l(["the runner runs"], [["the runner runs"]]) == [100.0]
+
+
+def real_references() -> list[list[str]]:
+    """Reference lists of MiniLLM's test sets where they are at hand, else of tinyworld."""
+    root, rows = os.environ.get("TADISTILL_DATA"), []
+    for path in sorted(Path(root).glob("minillm_*/test.jsonl")) if root else ():
+        with path.open(encoding="utf-8") as lines:
+            rows += [json.loads(line) for line, _ in zip(lines, range(60), strict=False)]
+    rows = rows or [row for name in ("tinyworld_multi", "tinyworld_lengths") for row in tinyworld.rows(name, "test")]
+    answers = [row.get("outputs") or row["output"] for row in rows]
+    return [answer if isinstance(answer, list) else [answer] for answer in answers]
+
+
+def test_rouge_l_equals_the_library_on_real_texts():
+    """Predictions like a model's: a cut reference, a neighbour's answer, the right answer in another case, nothing."""
+    references, scorer = real_references(), rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    spoiled = [lambda i, r: r[: len(r) // 2], lambda i, r: references[i - 1][0], lambda i, r: f"« {r.upper()} » …", lambda i, r: ""]
+    predictions = [spoiled[i % 4](i, refs[0]) for i, refs in enumerate(references)]
+    expected = [100 * max(scorer.score(r, p)["rougeL"].fmeasure for r in refs) for p, refs in zip(predictions, references, strict=True)]
+    assert rouge_l(predictions, references) == expected
+    assert len(references) >= 100
+    assert len(set(expected)) > 20
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "score"),
+    [
+        ("  The Cat,\n sat. ", ["the cat sat"], 100),
+        ("cat sat", ["the cat sat"], 0),  # articles count
+        ("no", ["yes", "No!"], 100),  # the best reference
+        ("", [""], 100),
+        ("", ["x"], 0),
+        ("ünïcode — naïve", ["Ünïcode — NAÏVE"], 100),
+        ("don't", ["dont"], 100),
+        ("well-known", ["well known"], 0),  # punctuation is removed, not replaced
+    ],
+)
+def test_exact_match(prediction, references, score):
+    assert exact_match([prediction], [references]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("ids", "score"),
+    [
+        ([], 0),
+        ([1, 1, 1], 0),  # shorter than one 4-gram
+        ([1, 2, 3, 4, 5], 0),
+        ([7] * 7, 75),  # four 4-grams, the last three said before
+        ([1, 2, 3, 4, 1, 2, 3, 4], 20),  # five, the last said before
+    ],
+)
+def test_repetition(ids, score):
+    assert repetition([ids]) == [pytest.approx(score)]
+
+
+def test_repetition_is_counted_within_an_answer():
+    assert repetition([[1, 2, 3, 4], [1, 2, 3, 4]]) == [0, 0]
+    assert repetition([[5, 5, 5]], n=1) == [pytest.approx(200 / 3)]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +100,8 @@ def test_fact_accuracy_is_the_share_of_facts():
 
 
 def test_lengths_that_differ_are_an_error_not_a_cut():
-    with pytest.raises(DataError, match="2 predictions but 1 rows"):
-        rouge_l(["a", "b"], [["a"]])
-    with pytest.raises(DataError, match="no reference"):
-        rouge_l(["a"], [[]])
+    for metric in (rouge_l, exact_match):
+        with pytest.raises(DataError, match="2 predictions but 1 rows"):
+            metric(["a", "b"], [["a"]])
+        with pytest.raises(DataError, match="no reference"):
+            metric(["a"], [[]])

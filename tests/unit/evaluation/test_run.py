@@ -1,4 +1,4 @@
-"""Evaluation: batch size changes nothing, KLs are exact, a model has none to itself."""
+"""Evaluation of a model by itself: batch size changes nothing, every number is what a direct computation gives."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,8 @@ from tests.conftest import tiny_model
 from tadistill.config import Evaluate
 from tadistill.data import datasets, tinyworld
 from tadistill.data.templates import encode
-from tadistill.evaluation.run import EvalSet, Subject, dev_metrics, evaluate, per_sequence, references
+from tadistill.evaluation.run import EvalSet, dev_metrics, evaluate, generate, references, score
+from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood
 from tadistill.objectives import forward_kl, reverse_kl
 
 
@@ -33,33 +34,66 @@ def settings(**more) -> Evaluate:
 
 
 def test_scores_do_not_depend_on_the_batch(tokenizer, data):
-    teacher = tiny_model("llama", vocab=len(tokenizer), seed=4)
-    one, _ = evaluate(subject(tokenizer), data, settings(batch=1), teacher=teacher)
-    many, records = evaluate(subject(tokenizer), data, settings(batch=16), teacher=teacher)
-    for metric in ("rouge_l", "fact_accuracy", "loss", "forward_kl", "reverse_kl", "length"):
-        np.testing.assert_allclose(one[metric], many[metric], atol=1e-4)
-    assert np.shape(many["rouge_l"]) == (10, 2)
-    assert np.shape(many["loss"]) == (10, 1)
-    assert len(records) == 20
-    assert {r["seed"] for r in records} == {1, 2}
+    one = evaluate(subject(tokenizer), data, settings(batch=1))
+    many = evaluate(subject(tokenizer), data, settings(batch=16))
+    assert [r["prediction"] for r in one.records] == [r["prediction"] for r in many.records]
+    for metric, values in one.scores.items():
+        np.testing.assert_allclose(values, many.scores[metric], atol=1e-4)
+    assert {metric: np.shape(values) for metric, values in many.scores.items()} == {
+        **dict.fromkeys(("rouge_l", "fact_accuracy", "exact_match", "length", "repetition", "entropy"), (10, 2)),
+        "loss": (10, 1),
+        "self_bleu": (10, 1),
+    }
+    assert len(many.records) == 20
+    assert {r["seed"] for r in many.records} == {1, 2}
 
 
-def test_divergences_equal_a_direct_computation(tokenizer, data):
-    student, teacher = subject(tokenizer), tiny_model("llama", vocab=len(tokenizer), seed=4)
-    found = per_sequence(student, references(data), batch=4, teacher=teacher)
-    row = data.encoded[3]
-    ids, at = torch.tensor([row.prompt + row.response]), slice(len(row.prompt) - 1, len(row.prompt) + len(row.response) - 1)
+def test_greedy_text_does_not_depend_on_the_batch(tokenizer, data):
+    found = [evaluate(subject(tokenizer), data, settings(batch=batch, temperature=0, seeds=[1])) for batch in (1, 16)]
+    assert [r["prediction"] for r in found[0].records] == [r["prediction"] for r in found[1].records]
+    assert found[0].scores["entropy"] == [[0.0]] * 10
+
+
+def row_logits(model, sequence):
+    ids, at = torch.tensor([sequence.prompt + sequence.response]), slice(len(sequence.prompt) - 1, -1)
     with torch.no_grad():
-        q, p = student.model(ids).logits[0, at], teacher(ids).logits[0, at]
-    assert found["forward_kl"][3] == pytest.approx(float(forward_kl(q, p).mean()), abs=1e-4)
-    assert found["reverse_kl"][3] == pytest.approx(float(reverse_kl(q, p).mean()), abs=1e-4)
+        return model(ids).logits[0, at].double()
 
 
-def test_no_divergence_to_itself(tokenizer, data):
+def test_numbers_of_tokens_equal_a_direct_computation(tokenizer, data):
+    student, teacher = subject(tokenizer), tiny_model("llama", vocab=len(tokenizer), seed=4)
+    texts = references(data)
+    q, p = row_logits(student.model, texts[3]), row_logits(teacher, texts[3])
+    log_q, tokens = q.log_softmax(-1), torch.tensor(texts[3].response)
+    (beside,) = divergences(student, texts, [teacher], batch=4)
+    likely = likelihood(student, texts, batch=4)
+    sharp = (q / 0.5).log_softmax(-1)
+    for found, expected in [
+        (beside["forward_kl"], forward_kl(q, p)),
+        (beside["reverse_kl"], reverse_kl(q, p)),
+        (likely["loss"], -log_q[range(len(tokens)), tokens]),
+        (likely["confidence"], log_q.max(-1).values.exp()),
+        (likely["correct"], (log_q.argmax(-1) == tokens).double()),
+        (entropy(student, texts, batch=4, temperature=0.5), -(sharp.exp() * sharp).sum(-1)),
+    ]:
+        np.testing.assert_allclose(found[3], expected.numpy(), atol=1e-4)
+
+
+def test_numbers_of_the_whole_set(tokenizer, data):
     student = subject(tokenizer)
-    scores, _ = evaluate(student, data, settings(), teacher=student.model)
-    assert np.abs(scores["forward_kl"]).max() < 1e-5
-    assert np.abs(scores["reverse_kl"]).max() < 1e-5
+    found = evaluate(student, data, settings())
+    losses = np.concatenate(likelihood(student, references(data), batch=4)["loss"])
+    assert found.corpus["numbers"]["perplexity"] == pytest.approx(np.exp(losses.mean()), rel=1e-5)
+    assert sum(found.corpus["calibration"]["tokens"]["count"]) == len(losses)
+    assert found.corpus["reference_length"] == [len(e.response) - 1 for e in data.encoded]  # without EOS
+
+
+def test_another_decoding_reads_no_references(tokenizer, data):
+    student, other = subject(tokenizer), settings(temperature=0.5, seeds=[1])
+    found = score(student, data, other, {1: generate(student, data, other, 1)}, read_references=False)
+    assert {"loss", "self_bleu"}.isdisjoint(found.scores)
+    assert set(found.corpus) == {"numbers"}
+    assert set(found.corpus["numbers"]) == {"distinct_1", "distinct_2", "distinct_4"}
 
 
 def test_dev_metrics_compute_what_is_asked(tokenizer, data):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tadistill.errors import StoreError
-from tadistill.report.collect import MEAN, collect, compare, direct_arm, primary_metric, read_results, twin_of
-from tadistill.statistics import bootstrap_interval, paired_difference
+from tadistill.report.collect import MEAN, compare, direct_arm, primary_metric, read_results, twin_of
+from tadistill.report.output import collect
+from tadistill.statistics import bootstrap_interval, macro_difference
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of
 
@@ -19,14 +20,17 @@ def test_rows_hold_the_scores(study):
     content = json.loads((study.study_dir / "results.json").read_text())
     assert list(content) == ["study", "created", "command", "rows"]
     assert content["command"] == "tadistill run recipes/demo.yaml"
-    assert len(content["rows"]) == 3 * 2 * (5 + 6)  # arms x seeds x metrics of the two sets
-    for row in content["rows"]:
+    whole_set = ("perplexity", "distinct_1", "distinct_2", "distinct_4", "ece_tokens")
+    assert {row["metric"] for row in content["rows"] if row["low"] is None} == set(whole_set)
+    for row in (row for row in content["rows"] if row["metric"] not in whole_set):
         assert list(row) == ROW_KEYS
         values = study.scores[row["arm"], row["seed"]][row["set"]][row["metric"]]
         assert row["value"] == pytest.approx(values.mean(), abs=1e-6)
         assert [row["low"], row["high"]] == pytest.approx(bootstrap_interval(values), abs=1e-6)
         assert (row["model"], row["parameters"]) == ("s", 124_439_808)
-        assert row["stage"] == key_of("evaluate", row["arm"], row["seed"])
+        analysed = row["metric"] in ("forward_kl", "reverse_kl") or row["metric"].startswith("budget/")
+        what = row["metric"].partition("@")[2] or ("analyse" if analysed else "evaluate")
+        assert row["stage"] == key_of(what, row["arm"], row["seed"])
 
 
 def test_the_same_files_give_the_same_bytes(study):
@@ -70,7 +74,7 @@ def test_comparison_is_paired(study):
         np.stack([study.scores[arm, seed]["facts"]["fact_accuracy"].mean(axis=1, keepdims=True) for seed in (10, 20)])
         for arm in ("chain", "direct-long")
     ]
-    assert difference == paired_difference(*stacks)
+    assert difference == macro_difference(*([stack] for stack in stacks))
     assert seeds == (10, 20)
 
 

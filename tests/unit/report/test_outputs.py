@@ -107,7 +107,7 @@ def test_text_of_a_model_cannot_leave_its_element(study):
     samples = json.loads(parser.data)["samples"]
     assert samples["dolly"][3]["answers"]["chain"]["text"] == f"chain answers 3 in dolly. {NASTY}"
     assert samples["dolly"][3]["references"] == ["reference 3", "another"]
-    assert [len(prompts) for prompts in samples.values()] == [8, 8]
+    assert [len(prompts) for prompts in samples.values()] == [12, 9]
     assert "<script>window.hacked" not in page.read_text(encoding="utf-8")
 
 
@@ -130,13 +130,17 @@ def test_page_needs_no_network(study):
     assert len([tag for tag, _ in parser.tags if tag == "link"]) == 1  # the empty icon
 
 
-def test_headline_compares_a_chain_with_its_twin_and_warns_about_few_seeds(study):
+def test_headline_compares_a_chain_with_its_twin(tmp_path):
+    study = build_study(tmp_path, StudySpec(SMALL, seeds=(1, 2, 3, 4, 5), sets={"dolly": 12, "facts": 60}))
     findings = headline(read_results(study.study_dir, study.store_dir))
-    texts = [finding.text for finding in findings]
-    assert texts[0].startswith("Highest mean for s (124 M): chain (xl > l > s), ")
+    assert findings[0].text.startswith("Highest mean for s (124 M): chain (xl > l > s), ")
     versus = next(finding for finding in findings if "equal-compute twin direct-long" in finding.text)
     assert versus.kind == "gain"
-    assert re.search(r"\+\d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\] percentage points \(2 seeds\)", versus.text)
+    assert re.search(r"\+\d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\] percentage points \(5 seeds\)", versus.text)
+
+
+def test_headline_warns_about_few_seeds(study):
+    texts = [finding.text for finding in headline(read_results(study.study_dir, study.store_dir))]
     assert "2 seeds: too few for a claim (3 are the least)." in texts
 
 

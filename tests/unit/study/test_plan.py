@@ -44,7 +44,8 @@ def kinds(found) -> dict[str, int]:
 def test_shared_prefixes_are_one_stage():
     found = plan()
     # sft: xl once (fixed seed), l and s per seed; distill per seed: xl->s, xl->l, l->s
-    assert kinds(found) == {"sft": 5, "distill": 6, "evaluate": 4}
+    # measured per arm and seed: the main decoding, greedy and t0.5, and beside the teacher; the teacher's own answers once
+    assert kinds(found) == {"sft": 5, "distill": 6, "evaluate": 13, "analyse": 4}
     order = list(found.stages)
     for key, stage in found.stages.items():
         assert all(order.index(p) < order.index(key) for p in stage.parents.values())
@@ -89,7 +90,42 @@ def test_seqkd_has_a_generate_stage_and_sft_longer_continues():
         "seqkd": {"path": "xl > s", "objective": {"type": "cross_entropy"}, "sampler": {"type": "teacher"}},
         "longer": {"path": "s", "objective": {"type": "cross_entropy"}, "sampler": {"type": "dataset"}},
     }
-    assert kinds(plan(arms=arms, seeds=[1])) == {"sft": 3, "generate": 1, "distill": 1, "evaluate": 2}
+    assert kinds(plan(arms=arms, seeds=[1])) == {"sft": 3, "generate": 1, "distill": 1, "evaluate": 7, "analyse": 2}
+
+
+def test_a_chain_is_analysed_with_its_assistants():
+    found = plan(seeds=[1])
+    (direct, takd) = found.arms
+    chain, plain = (found.stages[arm.analyse[1]] for arm in (takd, direct))
+    assert [k for role, k in chain.parents.items() if role.startswith("assistant")] == [found.stages[takd.final[1]].parents["teacher"]]
+    assert not [role for role in plain.parents if role.startswith("assistant")]
+    assert plain.parents["teacher_answers"] == chain.parents["teacher_answers"]
+    assert chain.parents["answers"] == takd.evaluate[1]
+
+
+def test_without_a_path_nothing_is_measured_beside_a_teacher():
+    found = plan(arms={"small": "s", "large": "l"})
+    assert found.teacher is None
+    assert kinds(found) == {"sft": 4, "evaluate": 12}
+    assert all(arm.analyse == {} for arm in found.arms)
+    assert plan(arms={"small": "s"}, teacher="l").arms[0].analyse.keys() == {1, 2}
+
+
+def test_another_decoding_adds_its_stages_and_changes_no_other():
+    decodings = {"ngram6": {"no_repeat_ngram": 6}, "cold": {"temperature": 0.2, "seeds": [5, 6]}}
+    before, after = plan(evaluate={"also": {}}), plan(evaluate={"also": decodings})
+    added = [s for key, s in after.stages.items() if key not in before.stages]
+    assert set(before.stages) < set(after.stages)
+    assert {s.kind for s in added} == {"evaluate"}
+    assert {(s.spec["decoding"]["temperature"], tuple(s.spec["decoding"]["seeds"])) for s in added} == {(1.0, (10,)), (0.2, (5, 6))}
+    assert after.arms[0].also.keys() == decodings.keys()
+
+
+def test_a_plan_counts_what_selection_looks_at():
+    method = recipe()["method"] | {"select": {"metric": "loss", "every": 5}}
+    found = plan(method=method)
+    assert {s.checkpoints for s in found.stages.values() if s.kind == "distill"} == {4}  # after 5, 10, 15 and 16 updates
+    assert {s.checkpoints for s in found.stages.values() if s.kind in ("evaluate", "analyse")} == {0}
 
 
 def test_a_recorded_signal_is_one_stage_of_its_teacher():

@@ -1,0 +1,157 @@
+"""Whether confidence is deserved: reliability bins, the expected calibration error, and confidence among label words.
+
+    probabilities = label_probabilities(model, prompts, choices, pad=…, vocab=…, batch=…)
+    ece(bins(*likeliest(probabilities, labels, references)))
+
+This is MiniLLM's measurement on SST-2 and BoolQ (arXiv:2306.08543): the answer is the likeliest label word.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tadistill.data.batch import Sequence, by_length, collate
+from tadistill.errors import DataError
+from tadistill.models.forward import Reader
+from tadistill.objectives import cross_entropy, fused_head
+
+_ROUNDING = 1e-5
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Predictions by confidence, in bins of equal width on [0, 1]; all arrays have one number per bin."""
+
+    count: np.ndarray
+    confidence: np.ndarray
+    """Their mean confidence, 0-1; 0 in an empty bin."""
+    correct: np.ndarray
+    """The share of them that is right, 0-1; 0 in an empty bin."""
+
+    def as_json(self) -> dict[str, list]:
+        """Plain lists, for JSON."""
+        return {"count": self.count.tolist(), "confidence": self.confidence.tolist(), "correct": self.correct.tolist()}
+
+
+def bins(confidence: Seq[float] | np.ndarray, correct: Seq[bool] | np.ndarray, count: int = 15) -> Bins:
+    """Sort predictions into `count` bins [k / count, (k + 1) / count); 1 belongs to the last.
+
+    Args:
+        confidence: the probability that each prediction was given, 0-1.
+        correct: whether each is right.
+
+    Raises:
+        DataError: the lengths differ, or a confidence is no probability.
+    """
+    sure, right = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
+    if sure.shape != right.shape or sure.ndim != 1:
+        raise DataError(f"confidence has shape {sure.shape} but correct {right.shape}; give one number each per prediction")
+    outside = ~((sure >= -_ROUNDING) & (sure <= 1 + _ROUNDING))
+    if outside.any():
+        raise DataError(f"confidence {sure[outside][0]} is no probability; it must be in [0, 1]")
+    bin_of = np.searchsorted(np.linspace(0, 1, count + 1)[1:-1], sure, side="right")
+    return _of_sums(*(np.bincount(bin_of, weights, count) for weights in (None, sure, right)))
+
+
+def merge(parts: Seq[Bins]) -> Bins:
+    """The bins of all parts' predictions together.
+
+    Raises:
+        DataError: there is no part, or they have different numbers of bins.
+    """
+    sizes = {len(p.count) for p in parts}
+    if len(sizes) != 1:
+        raise DataError(f"bins of {sorted(sizes)} intervals cannot be merged; give at least one part, all with the same number")
+    counts = np.stack([p.count for p in parts])
+    confidence, correct = np.stack([p.confidence for p in parts]), np.stack([p.correct for p in parts])
+    return _of_sums(counts.sum(0), (counts * confidence).sum(0), (counts * correct).sum(0))
+
+
+def ece(of: Bins) -> float:
+    """Expected calibration error (Naeini et al. 2015; Guo et al., arXiv:1706.04599) in percentage points.
+
+    The mean over predictions of |share correct - mean confidence| of their bin.
+
+    Raises:
+        DataError: there is no prediction.
+    """
+    total = of.count.sum()
+    if total == 0:
+        raise DataError("the calibration error of no predictions is undefined; give at least one")
+    return float(100 * (of.count * np.abs(of.correct - of.confidence)).sum() / total)
+
+
+@torch.no_grad()
+def label_probabilities(
+    model: PreTrainedModel, prompts: Seq[tuple[int, ...]], choices: Seq[Seq[tuple[int, ...]]], *, pad: int, vocab: int, batch: int
+) -> list[np.ndarray]:
+    """The model's probability of each choice among the choices of its prompt.
+
+    log p(choice | prompt) is summed over the choice's tokens, EOS not among them, and goes through a softmax over the choices.
+
+    Args:
+        prompts: token ids.
+        choices: for each prompt the token ids of each choice, at least one token each (`Encoded.choices`).
+        pad: any token id.
+        vocab: tokens that take part in the distributions.
+        batch: sequences per forward pass.
+
+    Returns:
+        For each prompt one float64 probability per choice.
+    """
+    reader = Reader(model)
+    stems: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for i, labels in enumerate(choices):
+        for k, label in enumerate(labels):
+            stems.setdefault((i, label[:-1]), []).append(k)
+    groups = [(i, members) for (i, _), members in stems.items()]  # labels that differ in their last token share a forward pass
+    sequences = [Sequence(tuple(prompts[i]), tuple(choices[i][members[0]])) for i, members in groups]
+    found = [np.zeros(len(labels)) for labels in choices]
+    for part in by_length(sequences, batch):
+        rows, start = collate([sequences[g] for g in part], pad=pad).to(model.device), 0
+        at, tokens, owners = [], [], []
+        for i, members in (groups[g] for g in part):
+            length = len(choices[i][members[0]])
+            for k in members:
+                at += range(start, start + length)
+                tokens += choices[i][k]
+                owners += [(i, k)] * length
+            start += length
+        hidden = reader.hidden(model, rows)[torch.tensor(at, device=model.device)]
+        for (i, k), loss in zip(owners, _losses(reader, hidden, torch.tensor(tokens), vocab), strict=True):
+            found[i][k] -= loss
+    return [_softmax(scores) for scores in found]
+
+
+def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references: Seq[Seq[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest choice of each prompt: its probability (0-1), and whether it is one of the references (bool)."""
+    best = [int(p.argmax()) for p in probabilities]
+    confidence = np.array([p[k] for p, k in zip(probabilities, best, strict=True)], np.float64)
+    right = [labels[k] in refs for k, labels, refs in zip(best, choices, references, strict=True)]
+    return confidence, np.array(right, bool)
+
+
+def _of_sums(count: np.ndarray, confidence: np.ndarray, correct: np.ndarray) -> Bins:
+    """Bins from the number of their predictions and from sums over them."""
+    size = np.maximum(count, 1)
+    return Bins(count, confidence / size, correct / size)
+
+
+def _losses(reader: Reader, hidden: Tensor, tokens: Tensor, vocab: int) -> np.ndarray:
+    """-log p of tokens (N,) at hidden states (N, H), in nats."""
+    targets = tokens.to(hidden.device)
+
+    def values(logits: Tensor, _: tuple, at: slice) -> Tensor:
+        return cross_entropy(logits, targets[at]).unsqueeze(0)
+
+    _, (loss,) = fused_head(hidden, reader.head, values, torch.ones(1, 1, device=hidden.device), vocab=vocab)
+    return loss.double().cpu().numpy()
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()

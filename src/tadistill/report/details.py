@@ -1,0 +1,183 @@
+"""The secondary tables of a report: comparisons, and every number that the score tables leave out, in groups."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tadistill.report.buckets import BUCKETS, bucket_size, bucket_summary, bucket_title
+from tadistill.report.collect import MEAN, Results, Summary, sets_with
+from tadistill.report.tables import cost_rows, main_metrics
+from tadistill.report.units import DASH, flops_text, interval, metric_title, metric_unit, number, parameters_text, ratio_text, signed
+from tadistill.report.verdict import Comparison, comparisons
+
+_LANGUAGE = ("loss", "perplexity", "ece_tokens", "ece_labels", "label_accuracy")
+_TEXT = ("length", "repetition", "self_bleu", "distinct_1", "distinct_2", "distinct_4", "entropy", "exact_match")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's title, and its unit or remark in small."""
+
+    title: str
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value and its interval (or a remark) as text; a dash where there is none."""
+
+    value: str = DASH
+    interval: str = ""
+
+    @property
+    def text(self) -> str:
+        """Both, with a space between."""
+        return f"{self.value} {self.interval}".rstrip()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A secondary table: `name` is its stable identity; each row starts with an arm, or with a pair of arms."""
+
+    name: str
+    title: str
+    note: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+
+def comparison_table(results: Results) -> Table | None:
+    """Every paired difference of the primary metric with its tests and its verdict; None where nothing is compared."""
+    compared = comparisons(results)
+    if not compared:
+        return None
+    metric = compared[0].metric
+    columns = (
+        Column("difference", metric_unit(metric)),
+        Column("p"),
+        Column("Holm p", f"over {compared[0].family}"),
+        Column("sign-flip p", "smallest possible"),
+        Column("detectable", "80 % power"),
+        Column("verdict"),
+    )
+    note = (
+        f"Paired differences of {metric_title(metric)} on the mean over sets, with 95 % intervals of a hierarchical bootstrap over "
+        f"training seeds and prompts. The equivalence margin is ±{number(results.plan.margin, metric)}."
+    )
+    return Table("comparisons", "Comparisons", note, columns, tuple((_pair_title(c), _comparison_cells(c)) for c in compared))
+
+
+def _pair_title(c: Comparison) -> str:
+    return f"{c.arm} {DASH} {c.other}" + (" (compute differs)" if c.against == "plain direct" else "")
+
+
+def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
+    d = c.difference
+    value = Cell(signed(d.mean, c.metric, more=1), interval(d.low, d.high, c.metric, more=1))
+    signs = Cell(f"{c.sign_flip.p:.3f}", f"[{c.sign_flip.smallest:.3f}]") if c.sign_flip else Cell()
+    verdict = Cell(c.word, f"({c.credit})" if c.credit else "")
+    return value, Cell(f"{d.p:.4f}"), Cell(f"{c.p_holm:.4f}"), signs, Cell(number(c.detectable, c.metric, more=1)), verdict
+
+
+def detail_tables(results: Results) -> list[Table]:
+    """Divergence from the teacher, language, text, other decodings, lengths of references, published values, metrics that
+    this module does not know, and cost. A table or a row without a number is left out.
+    """
+    main = main_metrics(results)
+    divergences = ("forward_kl", "reverse_kl", *sorted(metric for metric in results.metrics if metric.startswith("budget/")))
+    everything = dict.fromkeys([*results.metrics, *(metric for _, _, metric in results.averages)])
+    rest = [m for m in everything if m not in (*main, *divergences, *_LANGUAGE, *_TEXT) and "@" not in m]
+    tables = [
+        _group(results, "divergence", "Divergence from the teacher", divergences),
+        _group(results, "language", "Language", _LANGUAGE),
+        _group(results, "text", "Text", [metric for metric in _TEXT if metric not in main]),
+        *(_decodings(results, metric) for metric in main),
+        _buckets(results),
+        _published(results),
+        _group(results, "other", "Other metrics", rest),
+        _cost(results),
+    ]
+    return [table for table in tables if table is not None]
+
+
+def _group(results: Results, name: str, title: str, metrics: Sequence[str]) -> Table | None:
+    """Arms by metrics on the mean over sets."""
+    present = {metric for _, _, metric in (*results.summaries, *results.averages)}
+    having = [metric for metric in metrics if metric in present]
+    columns = tuple(Column(metric_title(metric), metric_unit(metric)) for metric in having)
+    note = "Means over the test sets that have the metric, with 95 % intervals; numbers of whole sets have none."
+    return _by_arm(results, name, title, note, columns, lambda arm: [mean_cell(results, arm, metric) for metric in having])
+
+
+def mean_cell(results: Results, arm: str, metric: str, set_name: str = MEAN) -> Cell:
+    """An arm's number on the mean over sets, or on one set."""
+    average = results.averages.get((arm, set_name, metric))
+    return Cell(number(average.mean, metric)) if average else _cell(results.summaries.get((arm, set_name, metric)), metric)
+
+
+def _cell(summary: Summary | None, metric: str) -> Cell:
+    return Cell(number(summary.mean, metric), interval(summary.low, summary.high, metric)) if summary else Cell()
+
+
+def _decodings(results: Results, metric: str) -> Table | None:
+    names = [name for name in results.plan.decodings if f"{metric}@{name}" in results.metrics]
+    if not names:
+        return None
+    columns = (Column("main", _changes(results.plan.recipe["evaluate"])), *(Column(n, _changes(results.plan.decodings[n])) for n in names))
+    metrics = [metric, *(f"{metric}@{name}" for name in names)]
+    title, note = f"{metric_title(metric)} by decoding", "Means over the test sets. All other tables are of the main decoding."
+    return _by_arm(results, f"decoding-{metric}", title, note, columns, lambda arm: [mean_cell(results, arm, m) for m in metrics])
+
+
+def _changes(decoding: Mapping[str, object]) -> str:
+    names = {"temperature": "T", "no_repeat_ngram": "no repeated n-gram of"}
+    return ", ".join(f"{words} = {decoding[key]}" for key, words in names.items() if decoding.get(key) is not None)
+
+
+def _buckets(results: Results) -> Table | None:
+    metric = "rouge_l"
+    shown = [(b, bucket_size(results, metric, b)) for b in BUCKETS]
+    shown = [(bucket, size) for bucket, size in shown if size]
+    columns = tuple(Column(f"{bucket_title(bucket)} tokens", f"{size} prompts") for bucket, size in shown)
+    title, note = (
+        f"{metric_title(metric)} by length of the reference",
+        "Prompts of all sets, pooled by their first reference's length.",
+    )
+
+    def cells(arm: str) -> list[Cell]:
+        return [_cell(bucket_summary(results, arm, metric, bucket), metric) for bucket, _ in shown]
+
+    return _by_arm(results, "buckets", title, note, columns, cells)
+
+
+def _published(results: Results) -> Table | None:
+    metric, published = "rouge_l", {arm.name: arm.published for arm in results.plan.arms if arm.published}
+    sets = [name for name in sets_with(results, metric) if any(name in found.rouge_l for found in published.values())]
+    columns = tuple(Column(name, what) for name in sets for what in ("published", "here"))
+
+    def cells(arm: str) -> list[Cell]:
+        if arm not in published:
+            return [Cell()]
+        values = published[arm].rouge_l
+        said = [Cell(number(values[name], metric)) if name in values else Cell() for name in sets]
+        return [cell for name, value in zip(sets, said, strict=True) for cell in (value, mean_cell(results, arm, metric, name))]
+
+    note = "Sources: " + "; ".join(f"{arm}: {found.source}" for arm, found in published.items()) + "."
+    return _by_arm(results, "published", f"{metric_title(metric)} beside published values", note, columns, cells)
+
+
+def _cost(results: Results) -> Table:
+    columns = (Column("parameters"), Column("training FLOPs", "a seed"), Column("relative to direct"))
+    rows: list[tuple[str, tuple[Cell, ...]]] = []
+    for row in cost_rows(results):
+        relative = Cell(ratio_text(row.relative), row.direct or "") if row.relative is not None else Cell()
+        rows.append((row.arm.name, (Cell(parameters_text(row.parameters)), Cell(flops_text(row.flops)), relative)))
+    return Table("cost", "Cost", "All training behind an arm's final model, its teacher assistants included.", columns, tuple(rows))
+
+
+def _by_arm(
+    results: Results, name: str, title: str, note: str, columns: tuple[Column, ...], cells: Callable[[str], Iterable[Cell]]
+) -> Table | None:
+    """A table of the arms that have any number in it; None where no arm has."""
+    rows = [(arm.name, tuple(cells(arm.name))) for arm in results.plan.arms] if columns else []
+    shown = tuple((arm, of_arm) for arm, of_arm in rows if any(cell != Cell() for cell in of_arm))
+    return Table(name, title, note, columns, shown) if shown else None

@@ -1,0 +1,89 @@
+"""Stages and what they stand on: a graph that grows as a plan asks for stages, each once. Imports no torch.
+
+A stage's key is a hash of everything its numbers depend on: its settings, its data's fingerprint, and its parents' keys.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tadistill.study.store import key_of
+
+STAGE_VERSION = {"sft": 3, "generate": 2, "signal": 1, "distill": 3, "evaluate": 4, "analyse": 1}
+"""Raised by hand when a stage of that kind gives other numbers for the same settings."""
+
+_ROLES = ("student", "teacher", "model", "responses", "signal", "answers", "teacher_answers")
+"""The parts of a stage's settings that may stand on another stage."""
+Handle = dict[str, Any]
+"""Where weights come from: {"stage": key} or {"load": …} (with its fingerprint), {"prune": layers, "of": handle}."""
+
+
+@dataclass
+class Stage:
+    """One unit of work with an artifact."""
+
+    kind: str
+    key: str
+    spec: dict[str, Any]
+    parents: dict[str, str]
+    """Role -> key of a stage that must be finished first."""
+    label: str
+    model: str
+    seed: int
+    flops: float | None
+    steps: int | None = None
+    checkpoints: int = 0
+    """How many dev evaluations its selection chooses among."""
+    arms: set[str] = field(default_factory=set)
+
+
+class Graph:
+    """Stages by key, parents before children."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, Stage] = {}
+
+    def add(self, kind: str, spec: dict, label: str, model: str, seed: int, flops: float | None, steps: int | None = None) -> str:
+        """The key of the stage with these settings, which is new unless an arm before had it."""
+        key = key_of({"kind": kind, "version": STAGE_VERSION[kind], **spec})
+        if key not in self.stages:
+            handles = {role: spec.get(role) for role in _ROLES} | {
+                f"assistant {i + 1}": h for i, h in enumerate(spec.get("assistants", ()))
+            }
+            parents = {role: k for role, handle in handles.items() for k in _stage_keys(handle)}
+            self.stages[key] = Stage(kind, key, spec, parents, label, model, seed, flops, steps, _checkpoints(spec, steps))
+        return key
+
+    def mark(self, key: str, arm: str) -> None:
+        """Note that an arm needs this stage and all that it stands on."""
+        for ancestor in self._with_ancestors(key):
+            self.stages[ancestor].arms.add(arm)
+
+    def flops(self, key: str | None) -> float | None:
+        """Training FLOPs of a stage and everything it builds on, each stage once."""
+        if key is None:
+            return 0.0
+        parts = [self.stages[k].flops for k in self._with_ancestors(key)]
+        return None if any(p is None for p in parts) else float(sum(p for p in parts if p is not None))
+
+    def _with_ancestors(self, key: str) -> set[str]:
+        found, todo = set(), [key]
+        while todo:
+            at = todo.pop()
+            if at not in found:
+                found.add(at)
+                todo += self.stages[at].parents.values()
+        return found
+
+
+def _stage_keys(handle: Handle | None) -> list[str]:
+    """The stages a handle stands on (at most one)."""
+    if handle is None:
+        return []
+    return [handle["stage"]] if "stage" in handle else _stage_keys(handle.get("of"))
+
+
+def _checkpoints(spec: dict[str, Any], steps: int | None) -> int:
+    """Selection looks at the model every `every` updates and at the end."""
+    if steps is None or spec["select"]["metric"] == "last":
+        return 0
+    return -(-steps // spec["select"]["every"])
