@@ -36,7 +36,7 @@ the noise from B repairs the second, but the tails of t alone (Behrens and Fishe
 
 The price is paid in the last row: where only noise varies, the Student draw is a quarter narrower. On whole simulated
 studies with skewed, clipped, heavy-tailed scores, one set or five, S = 3, 5, 10, it covers 93.5 to 96.7 %
-(`docs/benchmarks/statistics-cpu.md`). With two seeds expect 91 to 96 %. Three seeds that agree by luck can give an
+(`docs/benchmarks/statistics-cpu.md`). With two seeds expect 90 to 96 %. Three seeds that agree by luck can give an
 interval narrower than prompts alone would: no rule sees luck.
 """
 
