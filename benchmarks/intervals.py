@@ -1,0 +1,289 @@
+"""Simulated studies: does a 95 % interval hold the truth 95 % of the time, what does it find, how long does it take?
+
+    OMP_NUM_THREADS=1 python benchmarks/intervals.py [--json PATH] [--markdown PATH] [--quick]
+
+A simulated study has S training seeds and N prompts a set; decoding seeds are averaged, so that their noise is part of the prompt x seed
+noise. A scenario names three shares (seed, prompt, prompt x seed): what each contributes to the variance of a mean difference. Prompts have
+a difficulty besides, as large as the arm's own prompt effects, that arms share; it widens an arm's interval and cancels in a difference.
+
+Designs: `normal` is one set of 200 prompts with normal effects. `scores` clips to 0-100, with a mean of 20 before it and 15 % of the
+prompts with effects six times as large as the others': skewed scores, many of them 0, and heavy-tailed differences. `five sets` is the same
+in sets of 500, 242, 80, 1694 and 1000 prompts, each at a fifth of its size. The truth is known in closed form.
+
+Other rules for the interval: `interval_rules.py`.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from interval_rules import RULES, Scenario, rules_row
+from numpy.typing import NDArray
+from scipy.special import ndtr, stdtrit
+
+from tadistill.statistics import Difference, holm, macro_difference, macro_interval
+
+Array = NDArray[np.float64]
+
+
+class Design(NamedTuple):
+    """Prompts and mean score of every set; scores are clipped to 0-100 or not."""
+
+    sizes: tuple[int, ...]
+    means: tuple[float, ...]
+    clipped: bool
+
+
+SCENARIOS = {
+    "all seed": Scenario(1, 0, 0),
+    "mostly seed": Scenario(1, 0.1, 0.1),
+    "seed and noise": Scenario(1, 0, 1),
+    "equal": Scenario(1, 1, 1),
+    "mostly prompt": Scenario(0.1, 1, 0.1),
+    "all prompt": Scenario(0, 1, 0),
+    "all prompt x seed noise": Scenario(0, 0, 1),
+}
+DESIGNS = {
+    "normal": Design((200,), (20.0,), False),
+    "scores": Design((200,), (20.0,), True),
+    "five sets": Design((100, 48, 16, 339, 200), (20.0, 12.0, 30.0, 15.0, 8.0), True),
+}
+SEEDS = (3, 5, 10)
+EFFECT = 3.0
+SPREADS, SPREAD_SHARES = np.array([0.4, 2.4]), np.array([0.85, 0.15])
+"""Scale of a prompt's effects and how common it is: a mean square of 1."""
+STUDIES_A_DRAW = 100
+"""Studies that share the bootstrap's random draws."""
+
+
+class Effects(NamedTuple):
+    """Standard deviations of one arm's effects, and of the difficulty that arms share."""
+
+    seed: float
+    prompt: float
+    both: float
+    difficulty: float
+
+
+def effects(design: Design, scenario: Scenario, seeds: int) -> Effects:
+    """Standard deviations that give the scenario's shares, 20 points for the largest of a prompt's own."""
+    per_prompt = sum(1 / n for n in design.sizes) / len(design.sizes) ** 2
+    unit = 400.0 / max(scenario.prompt, seeds * scenario.both, 1.0 * (scenario.prompt == scenario.both == 0))
+    variances = (per_prompt * seeds * scenario.seed, scenario.prompt, seeds * scenario.both, scenario.prompt)
+    return Effects(*(float(np.sqrt(unit * variance)) for variance in variances))
+
+
+def simulate(rng: np.random.Generator, design: Design, sd: Effects, seeds: int, shifts: tuple[float, ...]) -> list[list[Array]]:
+    """Arm by arm the sets' scores, (seeds, prompts, 1)."""
+    arms: list[list[Array]] = [[] for _ in shifts]
+    wobbles = rng.normal(0, sd.seed, size=(len(shifts), seeds, 1))  # a seed moves all sets of its arm
+    for size, mean in zip(design.sizes, design.means, strict=True):
+        scale_N = rng.choice(SPREADS, p=SPREAD_SHARES, size=size) if design.clipped else np.ones(size)
+        difficulty_N = rng.normal(0, sd.difficulty, size=size)
+        for arm, shift, wobble_S1 in zip(arms, shifts, wobbles, strict=True):
+            own_SN = rng.normal(0, sd.prompt, size=size) + rng.normal(0, sd.both, size=(seeds, size))
+            scores_SN = mean + shift + difficulty_N + wobble_S1 + scale_N * own_SN
+            arm.append((np.clip(scores_SN, 0, 100) if design.clipped else scores_SN)[..., None])
+    return arms
+
+
+def true_mean(design: Design, sd: Effects, shift: float) -> float:
+    """The expectation of a macro mean."""
+    centres = np.array(design.means) + shift
+    if not design.clipped:
+        return float(centres.mean())
+    deviations = np.sqrt(sd.seed**2 + sd.difficulty**2 + SPREADS**2 * (sd.prompt**2 + sd.both**2))
+
+    def above(m: Array) -> Array:  # E max(X, 0) of X ~ N(m, deviations)
+        z = m / deviations
+        return m * ndtr(z) + deviations * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+
+    means = above(centres[:, None]) - above(centres[:, None] - 100)
+    return float((means @ SPREAD_SHARES).mean())
+
+
+def coverage(design: Design, scenario: Scenario, seeds: int, studies: int, replicates: int) -> dict[str, float]:
+    """Shares of studies whose intervals hold the truth, in percent, and mean widths."""
+    rng = np.random.default_rng((seeds, *(int(100 * share) for share in scenario), len(design.sizes), design.clipped))
+    sd = effects(design, scenario, seeds)
+    mean, effect = true_mean(design, sd, EFFECT), true_mean(design, sd, EFFECT) - true_mean(design, sd, 0.0)
+    found: list[tuple[float, ...]] = []
+    for study in range(studies):
+        a, b = simulate(rng, design, sd, seeds, (EFFECT, 0.0))
+        draws = study // STUDIES_A_DRAW
+        low, high = macro_interval(a, replicates=replicates, seed=draws)
+        d = macro_difference(a, b, replicates=replicates, seed=draws)
+        half = stdtrit(d.df, 0.975) * d.se
+        in_90 = d.low90 <= effect <= d.high90
+        found.append((low <= mean <= high, high - low, d.low <= effect <= d.high, d.high - d.low, in_90, abs(d.mean - effect) <= half))
+    macro, macro_width, apart, apart_width, apart_90, student = np.mean(np.array(found, dtype=np.float64), axis=0)
+    return {
+        "macro": 100 * macro,
+        "macro_width": macro_width,
+        "difference": 100 * apart,
+        "difference_width": apart_width,
+        "difference_90": 100 * apart_90,
+        "difference_student": 100 * student,
+    }
+
+
+def null_study(scenario: Scenario, seeds: int, studies: int, replicates: int, arms: int = 12) -> dict[str, float]:
+    """Arms that do not differ: how often Holm over the comparisons with the first finds nothing, in percent."""
+    design, rng = DESIGNS["five sets"], np.random.default_rng((1, seeds, *(int(100 * share) for share in scenario)))
+    sd = effects(design, scenario, seeds)
+    nothing, single = 0, 0
+    for study in range(studies):
+        first, *others = simulate(rng, design, sd, seeds, (0.0,) * arms)
+        p = [macro_difference(other, first, replicates=replicates, seed=study // STUDIES_A_DRAW).p for other in others]
+        nothing += min(holm(p)) >= 0.05
+        single += sum(value < 0.05 for value in p)
+    return {"finds_nothing": 100 * nothing / studies, "single_below_5": 100 * single / studies / (arms - 1)}
+
+
+def power(scenario: Scenario, seeds: int, effect: float, studies: int, replicates: int) -> float:
+    """Share of studies, in percent, whose interval excludes 0 when the effect is that many true standard errors."""
+    design, rng = DESIGNS["normal"], np.random.default_rng((2, seeds, int(10 * effect), *(int(100 * share) for share in scenario)))
+    sd = effects(design, scenario, seeds)
+    size = design.sizes[0]
+    shift = effect * float(np.sqrt(2 * (sd.seed**2 / seeds + sd.prompt**2 / size + sd.both**2 / (seeds * size))))
+    hits = 0
+    for study in range(studies):
+        a, b = simulate(rng, design, sd, seeds, (shift, 0.0))
+        hits += not macro_difference(a, b, replicates=replicates, seed=study // STUDIES_A_DRAW).covers_zero
+    return 100 * hits / studies
+
+
+# --- speed ---------------------------------------------------------------------------------------------------------------
+
+
+def speed(arms: int = 12, sets: int = 5, prompts: int = 3000, seeds: int = 5, replicates: int = 10_000) -> dict[str, float]:
+    """Seconds for an interval of every arm and the differences from the first, and the peak of this process's memory."""
+    rng = np.random.default_rng(5)
+    scores = [[rng.normal(size=(seeds, prompts, 5)) for _ in range(sets)] for _ in range(arms)]
+    start = time.perf_counter()
+    for strata in scores:
+        macro_interval(strata, replicates=replicates, seed=10_000)
+    differences = [macro_difference(strata, scores[0], replicates=replicates, seed=10_000) for strata in scores[1:]]
+    assert all(isinstance(d, Difference) for d in differences)
+    seconds = time.perf_counter() - start
+    own_mb = sum(values.nbytes for strata in scores for values in strata) / 1e6
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return {"seconds": seconds, "peak_mb": peak_mb, "scores_mb": own_mb}
+
+
+# --- report --------------------------------------------------------------------------------------------------------------
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """Everything, as rows."""
+    studies, replicates, draws = (40, 200, 400) if quick else (1000, 1000, 4000)
+    start = time.perf_counter()
+    at = [(name, scenario, seeds) for name, scenario in SCENARIOS.items() for seeds in SEEDS]
+    result: dict[str, Any] = {
+        # first, so that the peak of memory is its own
+        "speed": speed(prompts=100, replicates=100) if quick else speed(),
+        "studies": studies,
+        "replicates": replicates,
+        "binomial_se": 100 * float(np.sqrt(0.95 * 0.05 / studies)),
+        "coverage": [
+            {"design": title, "scenario": name, "seeds": seeds, **coverage(design, scenario, seeds, studies, replicates)}
+            for title, design in DESIGNS.items()
+            for name, scenario, seeds in at
+        ],
+        "null": [
+            {"scenario": name, "seeds": 3, **null_study(SCENARIOS[name], 3, studies, replicates)}
+            for name in ("equal", "all prompt", "all prompt x seed noise")
+        ],
+        "power": [
+            {"scenario": name, "seeds": seeds, **{str(e): power(SCENARIOS[name], seeds, e, studies, replicates) for e in (2.0, 2.8, 4.0)}}
+            for name in ("all seed", "equal", "all prompt")
+            for seeds in SEEDS
+        ],
+        "rules": [{"scenario": name, "seeds": seeds, **rules_row(scenario, seeds, draws)} for name, scenario, seeds in at],
+    }
+    return {**result, "seconds": time.perf_counter() - start, "python": platform.python_version(), "numpy": np.__version__}
+
+
+def markdown(result: dict[str, Any], command: str) -> str:
+    """The result as a page."""
+    lowest, highest = (end(row[key] for row in result["coverage"] for key in ("macro", "difference")) for end in (min, max))
+    took = result["speed"]
+    parts = [
+        f"# Intervals: coverage, power, time\n\n```\n{command}\n```\n",
+        f"{result['studies']:,} simulated studies a cell, {result['replicates']:,} replicates each, one core, {result['seconds']:.0f} s; "
+        f"Python {result['python']}, numpy {result['numpy']}. The binomial standard error of a coverage near 95 % is "
+        f"{result['binomial_se']:.1f}. What is simulated is said in `benchmarks/intervals.py`.\n",
+        "## Coverage of the 95 % interval\n",
+        f"From {lowest:.1f} to {highest:.1f} % over all cells. *90 %* is the interval that the equivalence test uses. *Student* is "
+        "mean ± t se with the same degrees of freedom: the interval without the bootstrap's shape.\n",
+        table(
+            ("design", "variance", "seeds", "one arm %", "width", "difference %", "width", "90 %", "Student %"),
+            [
+                (
+                    *(str(row[key]) for key in ("design", "scenario", "seeds")),
+                    *(f"{row[key]:.{digits}f}" for key, digits in COVERAGE_COLUMNS.items()),
+                )
+                for row in result["coverage"]
+            ],
+        ),
+        "## No effects\n\nTwelve equal arms, five sets, Holm over the eleven comparisons with the first.\n",
+        table(
+            ("variance", "seeds", "studies that find nothing %", "single comparisons with p < 0.05 %"),
+            [(row["scenario"], str(row["seeds"]), f"{row['finds_nothing']:.1f}", f"{row['single_below_5']:.1f}") for row in result["null"]],
+        ),
+        "## Power\n\nStudies in percent whose interval excludes 0, by the size of the effect in true standard errors; with known "
+        "variances 2.8 would give 80 %.\n",
+        table(
+            ("variance", "seeds", "2", "2.8", "4"),
+            [(row["scenario"], str(row["seeds"]), *(f"{row[e]:.0f}" for e in ("2.0", "2.8", "4.0"))) for row in result["power"]],
+        ),
+        "## Other rules\n\nCoverage in percent and mean width in true standard errors, one set of 500 prompts, normal effects.\n",
+        table(
+            ("variance", "seeds", *RULES),
+            [
+                (row["scenario"], str(row["seeds"]), *(f"{row[name]['coverage']:.1f} ({row[name]['width']:.1f})" for name in RULES))
+                for row in result["rules"]
+            ],
+        ),
+        "## Time\n\n12 intervals and 11 differences, 10,000 replicates, 5 sets of 3,000 prompts, 5 seeds, 5 decoding seeds: "
+        f"{took['seconds']:.1f} s; peak memory of the process {took['peak_mb']:.0f} MB, "
+        f"of which {took['scores_mb']:.0f} MB are the scores.",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+COVERAGE_COLUMNS = {"macro": 1, "macro_width": 2, "difference": 1, "difference_width": 2, "difference_90": 1, "difference_student": 1}
+
+
+def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table, numbers to the right."""
+    names = {"variance", "design"}
+    ruler = ["---" if name in names else "---:" for name in columns]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ruler, *rows)) + "\n"
+
+
+def main() -> None:
+    """Measures, shows, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--markdown", type=Path, help="write the page there")
+    parser.add_argument("--quick", action="store_true", help="few studies: says that it runs, not what it finds")
+    options = parser.parse_args()
+    result = measure(options.quick)
+    command = "OMP_NUM_THREADS=1 python benchmarks/intervals.py"
+    command += "".join(f" --{name} {path}" for name, path in (("json", options.json), ("markdown", options.markdown)) if path)
+    page = markdown(result, command)
+    print(page)
+    if options.json:
+        options.json.write_text(json.dumps({"command": command, **result}, indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
