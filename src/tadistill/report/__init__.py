@@ -29,6 +29,6 @@ def write_report(study_dir: Path, store_dir: Path) -> Path:
     """Writes ``results.json``, ``results.csv``, ``report.html`` and ``report.md`` beside the plan; returns the HTML's path."""
     results = collect(study_dir, store_dir)
     page = study_dir / "report.html"
-    write_text(page, render_page(results))
+    write_text(page, render_page(results, study_dir))
     write_text(study_dir / "report.md", render_markdown(results))
     return page

@@ -33,6 +33,8 @@ class Stage:
     """The keys of the stages it builds on."""
     checkpoints: int
     """How many dev evaluations its selection chose among; 0 without selection."""
+    flops: float | None
+    """Of its training; None where the plan could not tell."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def load_plan(study_dir: Path) -> Plan:
 def _stage(entry: Mapping[str, Any]) -> Stage:
     key, kind, label, model = (entry[name] for name in ("key", "kind", "label", "model"))
     parents = tuple(entry["parents"].values())
-    return Stage(key, kind, label, model, int(entry["seed"]), tuple(entry["arms"]), parents, int(entry["checkpoints"]))
+    return Stage(key, kind, label, model, int(entry["seed"]), tuple(entry["arms"]), parents, int(entry["checkpoints"]), entry["flops"])
 
 
 def _arm(entry: Mapping[str, Any]) -> Arm:

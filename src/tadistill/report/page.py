@@ -1,26 +1,47 @@
 """The HTML report: one file that holds its scripts, styles and data, and asks the network for nothing.
 
-To add a section: a function here that returns its data, a block in ``templates/report.html.j2``.
+To add a section: a function here that returns its data, a block in ``templates/report.html.j2``, its title in `_SECTIONS`.
 """
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from tadistill.report import text
+from tadistill.report import figures, text
 from tadistill.report.collect import MEAN, Results, primary_metric, seeds_of
 from tadistill.report.curves import learning_curves
-from tadistill.report.figures import arm_colours, curve_figures, forest_figure, legend_entries, path_figure
-from tadistill.report.samples import samples
-from tadistill.report.tables import cost_rows, main_metrics, other_metrics, score_table, stage_rows, versions
+from tadistill.report.details import comparison_table, detail_tables
+from tadistill.report.judgements import judgements
+from tadistill.report.samples import samples, shown_first
+from tadistill.report.tables import main_metrics, score_table, stage_rows, versions
+
+# anchor, title, and what must not be empty for the section to appear
+_SECTIONS = (
+    ("results", "Results", "tables"),
+    ("forest", "Arms compared", "means"),
+    ("paths", "Paths", "paths"),
+    ("plane", "Quality and entropy", "plane"),
+    ("budget", "Error budget", "budgets"),
+    ("cost", "Quality and cost", "cost"),
+    ("curves", "Learning curves", "panels"),
+    ("exposure", "Exposure bias and length", "behaviour"),
+    ("calibration", "Calibration", "calibration"),
+    ("judge", "Judgements", "judged"),
+    ("samples", "Samples", "samples"),
+    ("details", "All metrics", "details"),
+    ("provenance", "Provenance", "stages"),
+)
 
 
-def render_page(results: Results) -> str:
-    """The whole page as text."""
+def render_page(results: Results, study_dir: Path) -> str:
+    """The whole page as text; judgements are read from the study's directory."""
     environment = Environment(
         loader=PackageLoader("tadistill.report"),
         autoescape=True,
@@ -29,46 +50,87 @@ def render_page(results: Results) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(embedded=_embedded, prose=_prose)
-    template = environment.get_template("report.html.j2")
-    return template.render(
-        plan=results.plan,
-        results=results,
-        text=text,
-        mean=MEAN,
-        primary=primary_metric(results),
-        seeds=seeds_of(results),
-        colours=arm_colours(results),
-        findings=text.headline(results),
-        tables=[score_table(results, metric) for metric in main_metrics(results)],
-        others=other_metrics(results),
-        costs=cost_rows(results),
-        samples=samples(results),
+    shown = {**_words(results), **_figures(results), **_samples(results), "judged": judgements(study_dir)}
+    return environment.get_template("report.html.j2").render(
+        sections=[(anchor, title) for anchor, title, needs in _SECTIONS if shown[needs]],
         plotly_js=Markup(get_plotlyjs()),
-        **_figures(results),
-        **_provenance(results),
+        **shown,
     )
+
+
+def _words(results: Results) -> dict[str, Any]:
+    """Sentences and tables."""
+    stages = stage_rows(results)
+    measured = bool(results.summaries)
+    findings = text.headline(results)
+    return {
+        "plan": results.plan,
+        "results": results,
+        "text": text,
+        "mean": MEAN,
+        "primary": primary_metric(results),
+        "seeds": seeds_of(results),
+        "trained": any(arm.is_trained for arm in results.plan.arms),
+        "chains": any(arm.is_chain for arm in results.plan.arms),
+        "findings": findings,
+        "cautions": [finding for finding in findings if finding.kind == "caution"],
+        "tables": [score_table(results, metric) for metric in main_metrics(results)],
+        "compared": comparison_table(results) if measured else None,
+        "details": detail_tables(results) if measured else [],
+        "stages": stages,
+        "versions": versions(stages),
+    }
 
 
 def _figures(results: Results) -> dict[str, Any]:
     curves = learning_curves(results)
-    forest = forest_figure(results)
+    exposure, lengths = figures.exposure_figure(results), figures.length_figure(results)
+    scored = [name for name, seeds in results.scores.items() if seeds]
     return {
-        "forest": Markup(forest) if forest else None,
-        "panels": {metric: Markup(div) for metric, div in curve_figures(curves, results).items()},
-        "legend": legend_entries(curves, results),
-        "paths": Markup(path_figure(results)),
+        "looks": figures.looks(results),
+        "differences": _markup(figures.difference_figure(results)),
+        "means": _markup(figures.means_figure(results)),
+        "paths": _markup(figures.lattice_figure(results)),
+        "path_legend": figures.lattice_legend(results),
+        "plane": _markup(figures.plane_figure(results)),
+        "plane_legend": figures.plane_legend(results),
+        "budgets": _markups(figures.budget_figures(results)),
+        "cost": _markup(figures.pareto_figure(results)),
+        "cost_legend": figures.cost_legend(results),
+        "longer": bool(figures.direct_longer(results)),
+        "panels": _markups(figures.curve_figures(curves, results)),
+        "legend": figures.curve_legend(curves, results),
+        "behaviour": exposure or lengths,
+        "exposure": _markup(exposure),
+        "lengths": _markup(lengths),
+        "exposure_legend": figures.arm_legend(results, scored),
+        "calibration": _markups(figures.calibration_figures(results)),
+        "calibration_legend": figures.calibration_legend(results),
     }
 
 
-def _provenance(results: Results) -> dict[str, Any]:
-    stages = stage_rows(results)
-    return {"stages": stages, "versions": versions(stages)}
+def _samples(results: Results) -> dict[str, Any]:
+    found = samples(results)
+    first = set(shown_first(results))
+    names = {name for prompts in found.values() for prompt in prompts for name in prompt["answers"]}
+    entries = [replace(entry, shown=entry.name in first) for entry in figures.arm_legend(results, names)]
+    looks = figures.looks(results).items()
+    colours, glyphs = {name: look.colour for name, look in looks}, {name: f"{look.glyph}\ufe0e" for name, look in looks}
+    return {"samples": found, "sampled": entries, "colours": colours, "glyphs": glyphs}
+
+
+def _markup(figure: str | None) -> Markup | None:
+    return Markup(figure) if figure else None
+
+
+def _markups(panels: Mapping[str, str]) -> dict[str, Markup]:
+    return {name: Markup(panel) for name, panel in panels.items()}
 
 
 def _prose(sentence: str) -> Markup:
     """A sentence with its `code` marked and its intervals kept on one line."""
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(sentence)))
-    return Markup(re.sub(r"(\[[^\s\]]+, [^\s\]]+\]|\(\d+ seeds?\))", r'<span class="unbroken">\1</span>', marked))
+    return Markup(re.sub(r"(\[[^\s\]]+, [^\s\]]+\]|\(\d+ seeds?\)|\S+ … \S+)", r'<span class="unbroken">\1</span>', marked))
 
 
 def _embedded(value: Any) -> Markup:

@@ -107,7 +107,7 @@ def test_text_of_a_model_cannot_leave_its_element(study):
     samples = json.loads(parser.data)["samples"]
     assert samples["dolly"][3]["answers"]["chain"]["text"] == f"chain answers 3 in dolly. {NASTY}"
     assert samples["dolly"][3]["references"] == ["reference 3", "another"]
-    assert [len(prompts) for prompts in samples.values()] == [8, 8]
+    assert [len(prompts) for prompts in samples.values()] == [12, 9]
     assert "<script>window.hacked" not in page.read_text(encoding="utf-8")
 
 

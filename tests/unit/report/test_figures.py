@@ -1,0 +1,106 @@
+"""What the figures compute: fronts, exposure bias, pooled calibration, the lattice; and what they leave out."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tadistill.report.collect import read_results
+from tadistill.report.figures import budget_figures, difference_figure, exposure_figure, lattice_figure, looks, means_figure
+from tadistill.report.figures.behaviour import accumulated_error, exposures, reliabilities
+from tadistill.report.figures.lattice import lattice
+from tadistill.report.figures.tradeoffs import direct_longer, pareto_front
+from tadistill.report.samples import samples, shown_first
+
+from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of
+
+
+def read(study):
+    return read_results(study.study_dir, study.store_dir)
+
+
+def stage_file(study, what, arm, seed, name):
+    key = key_of(what, arm, seed)
+    return study.store_dir / key[:2] / key / name
+
+
+def test_the_front_keeps_what_nothing_cheaper_beats():
+    points = [(3.0, 5.0), (1.0, 2.0), (2.0, 1.0), (3.0, 4.0), (4.0, 5.0), (5.0, 6.0)]
+    assert pareto_front(points) == [(1.0, 2.0), (3.0, 5.0), (5.0, 6.0)]
+
+
+def test_accumulated_error_is_relative_to_the_teachers_prefixes():
+    student, teacher = np.array([0.5, 0.7, 0.9]), np.array([0.5, 0.5, 0.5])
+    assert accumulated_error(student, teacher) == pytest.approx([0.0, 20.0, 40.0])
+    assert np.isnan(accumulated_error(student, np.array([0.0, 0.5, 0.5]))[0])
+
+
+def test_exposure_weighs_sets_by_answers_and_marks_few(study):
+    table = {
+        "dolly": {"student": {"kl": [1.0, 2.0, 4.0], "count": [30, 30, 5]}, "teacher": {"kl": [1.0, 1.0, 1.0], "count": [30, 30, 6]}},
+        "facts": {"student": {"kl": [3.0], "count": [10]}, "teacher": {"kl": [1.0], "count": [10]}},
+    }
+    for seed in (10, 20):
+        stage_file(study, "analyse", "direct", seed, "exposure.json").write_text(json.dumps(table))
+    found = exposures(read(study))["direct"]
+    assert found.mean == pytest.approx([50.0, 75.0, 100 * (7.5 - 3) / 3])  # (30 x 1 + 10 x 3) / 40 = 1.5 at the first position
+    assert found.solid == 2
+    assert set(found.seeds) == {10, 20}
+
+
+def test_calibration_is_pooled_by_count(study):
+    for seed in (10, 20):
+        path = stage_file(study, "evaluate", "direct", seed, "corpus.json")
+        corpus = json.loads(path.read_text())
+        for name, (count, correct) in {"dolly": (30, 0.5), "facts": (10, 0.9)}.items():
+            bins = {"count": [count] + [0] * 14, "confidence": [0.6] + [0.0] * 14, "correct": [correct] + [0.0] * 14}
+            corpus[name]["calibration"] = {"tokens": bins}
+        path.write_text(json.dumps(corpus))
+    found = reliabilities(read(study), "tokens")["direct"]
+    assert found.confidence == pytest.approx([60.0])
+    assert found.correct == pytest.approx([60.0])  # (30 x 50 + 10 x 90) / 40
+    assert found.count == pytest.approx([2 * 40])
+    assert reliabilities(read(study), "labels") == {}
+
+
+def test_arms_share_assistants_in_the_lattice(tmp_path):
+    arms = [*SMALL, ArmSpec("longer-chain", ("xl", "l", "m", "s")), ArmSpec("sft", ("s",))]
+    nodes = lattice(read(build_study(tmp_path, StudySpec(arms))))
+    shared = [node for node in nodes.values() if node.model == "l"]
+    assert [[arm.name for arm in node.arms] for node in shared] == [["chain", "longer-chain"]]
+    assert shared[0].kind == "minillm"
+    assert [node.row for at, node in nodes.items() if at[0] == "arm"] == list(range(5))
+    rows = {at[1]: node.row for at, node in nodes.items() if at[0] == "arm"}
+    assert rows["longer-chain"] == rows["chain"] + 1
+    assert nodes["arm", "sft"].parent is None
+    assert nodes["arm", "chain"].flops == 2e16  # its fine-tuning and its distillation
+
+
+def test_direct_longer_needs_a_twin(study):
+    curve = direct_longer(read(study))
+    assert [flops for flops, _ in curve] == [3.0e17, 7.4e17]
+
+
+def test_looks_differ_in_colour_and_marker(tmp_path):
+    arms = [ArmSpec(f"arm{index}", ("xl", "s")) for index in range(30)]
+    spec = StudySpec(arms, seeds=(1,), unfinished=tuple((arm.name, 1) for arm in arms))
+    found = looks(read(build_study(tmp_path, spec)))
+    assert len({(look.colour, look.marker) for look in found.values()}) == 30
+
+
+def test_nothing_to_show_is_no_figure(tmp_path):
+    spec = StudySpec([ArmSpec("gpt2", ("s",))], teacher=None, trained=False)
+    results = read(build_study(tmp_path, spec))
+    figures = (difference_figure(results), means_figure(results), exposure_figure(results), lattice_figure(results))
+    assert figures == (None, None, None, None)
+    assert budget_figures(results) == {}
+
+
+def test_long_answers_leave_fewer_samples(tmp_path):
+    results = read(
+        build_study(
+            tmp_path, StudySpec(SMALL, seeds=(10,), sets={"dolly": 60}, decoding_seeds=1, answer="long " * 4000, fact_sets=(), also={})
+        )
+    )
+    assert len(samples(results)["dolly"]) == 41  # 3 arms x 20.2 kB a prompt, 2.5 MB in all
+    assert shown_first(results) == ["direct", "chain", "direct-long"]
