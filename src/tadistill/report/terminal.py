@@ -1,4 +1,4 @@
-"""The verdict and the results for a terminal: what ``tadistill run`` prints when a study is done."""
+"""For a terminal: the verdict and the results, as ``tadistill run`` prints them, and answers side by side for ``compare``."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tadistill.report import text
 from tadistill.report.collect import MEAN, Results, read_results
+from tadistill.report.samples import samples
 from tadistill.report.tables import cost_rows, main_metrics
 from tadistill.report.units import metric_title, ratio_text, summary_text
 
@@ -44,3 +45,18 @@ def _arms(results: Results) -> Table:
         name = arm.name if done == planned else f"{arm.name} ({done}/{planned} seeds)"
         table.add_row(*map(escape, (name, *cells, *([ratio_text(row.relative)] if with_compute else []))))
     return table
+
+
+def side_by_side(study_dir: Path, store_dir: Path, show: int) -> Group:
+    """The answers of all arms to the first ``show`` prompts of each set, every one with its scores."""
+    blocks: list[Text | Table] = []
+    for name, prompts in samples(read_results(study_dir, store_dir)).items() if show else ():
+        for prompt in prompts[:show]:
+            answers = Table(box=box.SIMPLE, show_header=False, padding=(0, 1))
+            answers.add_column(style="bold", overflow="fold")
+            answers.add_column(overflow="fold", ratio=1)
+            answers.add_row("reference", escape(prompt["references"][0]))
+            for arm, answer in prompt["answers"].items():
+                answers.add_row(escape(arm), f"{escape(answer['text'])}\n[dim]{escape(answer['scores'])}[/]")
+            blocks += [Text(f"{name}, prompt {prompt['index']}", style="bold"), Text(prompt["prompt"].strip()), answers]
+    return Group(*blocks)

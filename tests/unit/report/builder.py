@@ -23,7 +23,8 @@ class ArmSpec:
     flops: float | None = 3.0e17
     method: str = "minillm (teacher_mixed)"
     published: dict | None = None
-    checkpoints: int = 10
+    sharper: float = 0.0
+    """Divides every temperature by 1 / (1 - sharper): the arm moves along its curve of metric over entropy."""
 
 
 @dataclass
@@ -198,6 +199,7 @@ def _text_scores(
     spec: StudySpec, arm: ArmSpec, set_name: str, level: np.ndarray, rng: np.random.Generator, seeds: int, temperature: float
 ) -> dict[str, np.ndarray]:
     sampled = (spec.sets[set_name], seeds)
+    temperature *= 1 - arm.sharper
     sharper = 3 * (1 - temperature)
     table = {
         "rouge_l": np.clip(24 + arm.gain + sharper + level + rng.normal(0, 4, sampled), 0, 100),
