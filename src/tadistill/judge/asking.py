@@ -89,13 +89,14 @@ def ask_all(
         if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable):
             raise error
     if run.failure:
-        left = len(texts) - sum(_settled(text, settings, cache) for text in texts)
-        done = len(texts) - left
-        raise JudgeFailed(
-            f"the endpoint {run.failure}: {done} of {len(texts)} questions are answered and kept, {left} are missing; "
-            "the same command goes on from there"
-        )
+        done = sum(_settled(text, settings, cache) for text in texts)
+        raise JudgeFailed(stopped(f"the endpoint {run.failure}", done, len(texts)))
     return Verdicts(run.scores, frozenset(run.unparsed), run.refused)
+
+
+def stopped(reason: str, done: int, total: int) -> str:
+    """The sentence with which a run ends before its time."""
+    return f"{reason}: {done} of {total} questions are answered and kept, {total - done} are missing; the same command goes on from there"
 
 
 class _Run:

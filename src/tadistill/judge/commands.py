@@ -3,20 +3,24 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, JudgeFailed
 from tadistill.judge.answers import REFERENCE, Answers, read_answers
-from tadistill.judge.asking import Estimate, Verdicts, ask_all, estimate
+from tadistill.judge.asking import Estimate, Verdicts, ask_all, estimate, stopped
 from tadistill.judge.cache import Cache, Settings, open_cache
-from tadistill.judge.endpoint import ask, check_address, connect, knock
+from tadistill.judge.endpoint import Unavailable, ask, check_address, connect, knock
 from tadistill.judge.questions import Question, make_questions
 from tadistill.judge.ratings import load_key, read_ratings, summarise_ratings
 from tadistill.judge.sheet import make_sheet, write_sheet
 from tadistill.judge.summary import summarise, write_summary
 from tadistill.judge.terminal import rows_table
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 
 def judge(
@@ -45,10 +49,7 @@ def judge(
 ) -> Path | None:
     """Has a model rate the answers of a study; returns the summary's path, or None where the user said no.
 
-    Args:
-        root: the directory of studies and of the store.
-        confirm: asked before anything is sent, unless `yes`.
-        command: what the summary says made it.
+    `root` holds the studies and the store; `confirm` is asked before anything is sent, unless `yes`.
 
     Raises:
         ConfigError, DataError: wrong input, before anything is asked.
@@ -71,16 +72,15 @@ def judge(
         if plan.requests:
             if not yes and not confirm(f"Send {plan.requests} requests to {base_url}?"):
                 return None
-            knock(client)
+            _find_endpoint(client, plan)
         verdicts = _ask(console, questions, settings, cache, lambda text: ask(client, settings, text), jobs)
     rows = summarise(answers, questions, verdicts, mode=mode, against=against)
-    write_summary(
-        path, mode=mode, judge=model, arms=answers.arms, rows=rows, command=command,
-        unparsed=len(verdicts.unparsed), missing=len(verdicts.refused), unfinished=list(answers.unfinished),
-        questions=plan.questions, training_seeds=list(answers.seeds), temperature=temperature,
-    )  # fmt: skip
+    more = {"questions": plan.questions, "training_seeds": list(answers.seeds), "temperature": temperature}
+    more |= {"unparsed": len(verdicts.unparsed), "missing": len(verdicts.refused), "unfinished": list(answers.unfinished)}
+    write_summary(path, mode=mode, judge=model, arms=answers.arms, rows=rows, command=command, **more)
     _conclude(console, verdicts, plan)
-    console.print(rows_table(rows, f"{mode}, judged by {model}"))
+    if rows:
+        console.print(rows_table(rows, f"{mode}, judged by {model}"))
     console.print(f"summary: {path}", soft_wrap=True, highlight=False)
     return path
 
@@ -137,6 +137,13 @@ def find_study(study: str, root: Path) -> Path:
     raise ConfigError(f"there is no study `{study}` ({root / study / 'plan.json'} does not exist): `tadistill run RECIPE` makes one")
 
 
+def _find_endpoint(client: "OpenAI", plan: Estimate) -> None:
+    try:
+        knock(client)
+    except Unavailable as error:
+        raise JudgeFailed(stopped(f"{client.base_url} {error}", plan.cached, plan.questions)) from error
+
+
 def _ask(
     console: Console, questions: Sequence[Question], settings: Settings, cache: Cache, ask_one: Callable, jobs: int
 ) -> Verdicts:  # fmt: skip
@@ -149,8 +156,8 @@ def _ask(
 def _announce(console: Console, answers: Answers, plan: Estimate, model: str, price_in: float | None, price_out: float | None) -> None:
     _name_unfinished(console, answers)
     console.print(
-        f"{model}: {plan.questions} questions ({len(answers.arms)} arms, {len(answers.items)} prompts, {len(answers.seeds)} training "
-        f"seeds, both orders), {plan.cached} already answered, {plan.requests} requests to send",
+        f"{model}: {plan.questions} questions ({len(answers.arms)} arms, {len(answers.items)} prompts, training seed "
+        f"{', '.join(map(str, answers.seeds))}, both orders), {plan.cached} already answered, {plan.requests} requests to send",
         highlight=False,
     )
     if plan.requests:
@@ -175,7 +182,7 @@ def _name_unfinished(console: Console, answers: Answers) -> None:
 
 
 def _default_name(mode: str, model: str, against: str) -> str:
-    return f"{mode}-{model}" + ("" if against == REFERENCE else f"-vs-{against}")
+    return f"{mode}-{model.strip('/')}" + ("" if against == REFERENCE else f"-vs-{against}")
 
 
 def _file_name(name: str) -> str:

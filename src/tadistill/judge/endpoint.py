@@ -5,7 +5,7 @@ import os
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from tadistill.errors import ConfigError, JudgeFailed
+from tadistill.errors import ConfigError
 from tadistill.judge.cache import Reply, Settings
 
 if TYPE_CHECKING:
@@ -58,14 +58,14 @@ def knock(client: "OpenAI") -> None:
     """One cheap request (GET /models, no retries): is anything there, and does it know the key?
 
     Raises:
-        JudgeFailed: nothing answers, or the key is wrong. An endpoint without /models is fine.
+        Unavailable: nothing answers, or the key is wrong. An endpoint without /models is fine.
     """
     import openai
 
     try:
         client.with_options(max_retries=0).models.with_raw_response.list()
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.APIConnectionError) as error:
-        raise JudgeFailed(f"{client.base_url} {reason_of(error)}: nothing was asked") from error
+        raise Unavailable(reason_of(error)) from error
     except openai.APIStatusError:
         return
 

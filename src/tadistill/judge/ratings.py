@@ -88,7 +88,9 @@ def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict
         by_arm.setdefault((rating.item, arm), {})[rating.rater] = rating.value
     rows: list[Row] = []
     for arm in arms:
-        means = {s: [float(np.mean([*by_arm[i, arm].values()])) for i in items if items[i]["set"] == s and (i, arm) in by_arm] for s in sets}
+        means = {
+            s: [float(np.mean([*by_arm[i, arm].values()])) for i in items if items[i]["set"] == s and (i, arm) in by_arm] for s in sets
+        }
         rows += _score_rows(arm, {name: values for name, values in means.items() if values})
     for arm, other in itertools.combinations(arms, 2):
         outcomes = {name: _outcomes(by_arm, [i for i in items if items[i]["set"] == name], arm, other) for name in sets}

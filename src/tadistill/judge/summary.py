@@ -127,7 +127,7 @@ def _complete(scores: Mapping[tuple, Scores], answers: Answers, name: str, arm: 
 
 
 def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)
+    return int(value > 0) - int(value < 0)
 
 
 def _rounded(**values: float) -> dict[str, float]:

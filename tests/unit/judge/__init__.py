@@ -1,0 +1,1 @@
+"""Tests of the judge package (a package, so that they can share `fake`)."""

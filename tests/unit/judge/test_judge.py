@@ -1,0 +1,291 @@
+"""The command against an endpoint of this machine, whole and in all the ways endpoints fail."""
+
+import json
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tadistill.errors import ConfigError, JudgeFailed, StoreError
+from tadistill.judge import commands
+from tadistill.judge.endpoint import connect
+
+from .fake import as_json, completion, error, serve, slow
+
+
+@pytest.fixture(autouse=True)
+def few_retries(monkeypatch):
+    """The client's back-off is its own affair; two retries show that there are any."""
+    monkeypatch.setattr(commands, "connect", lambda url, timeout: connect(url, timeout=timeout, retries=2))
+
+
+def honest(number: int, text: str):
+    """Prefers `fine` to the reference to `poor`, wherever they stand."""
+    worth = {"fine": 9, "refe": 6, "poor": 3}
+    shown = [text.split(f"[Assistant {n}'s answer]\n")[1][:4] for n in (1, 2)]
+    return completion(f"{worth[shown[0]]} {worth[shown[1]]}\nBecause.")
+
+
+def replies(judged):
+    return (judged.study.study_dir / "judge" / "replies.jsonl").read_text().splitlines()
+
+
+def test_pair_against_the_reference(judged):
+    with serve(honest) as fake:
+        found = judged(fake.url)
+    assert len(fake.asked) == len(set(fake.asked)) == 2 * 10 * 2
+    assert fake.bodies[0]["temperature"] == 0.0
+    assert {(r["arm"], r["set"]): (r["wins"], r["ties"], r["losses"]) for r in found["rows"]} == {
+        ("good", "dolly"): (4, 0, 0), ("good", "facts"): (6, 0, 0), ("good", "mean"): (10, 0, 0),
+        ("bad", "dolly"): (0, 0, 4), ("bad", "facts"): (0, 0, 6), ("bad", "mean"): (0, 0, 10),
+    }  # fmt: skip
+    assert (found["mode"], found["judge"], found["arms"]) == ("pair", "judge-1", ["good", "bad"])
+    assert (found["unparsed"], found["missing"], found["unfinished"]) == (0, 0, ["late"])
+    assert "not evaluated yet, so left out: late" in judged.said
+    assert found["command"] == "tadistill judge demo"
+
+
+def test_arm_against_arm_and_scores(judged):
+    with serve(honest) as fake:
+        pair = judged(fake.url, arms=["good"], against="bad", sets=["dolly"], all_seeds=True)
+        score = judged(fake.url, mode="score", sets=["dolly"])
+    assert [(r["arm"], r["other"], r["wins"], r["n"]) for r in pair["rows"]] == [("good", "bad", 8, 8)]
+    assert [(r["arm"], r["score"], r["low"], r["high"], r["n"]) for r in score["rows"]] == [
+        ("good", 150, 150, 150, 4),
+        ("bad", 50, 50, 50, 4),
+    ]
+
+
+def test_position_bias_is_a_tie(judged):
+    with serve(lambda number, text: completion("9 3")) as fake:
+        found = judged(fake.url, sets=["dolly"])
+    assert [(r["wins"], r["ties"], r["losses"], r["win_rate"]) for r in found["rows"]] == [(0, 4, 0, 50), (0, 4, 0, 50)]
+
+
+def test_nothing_is_asked_twice_and_pairs_share_scores(judged):
+    with serve(honest) as fake:
+        before = judged(fake.url, limit=2)
+        count = len(fake.asked)
+        assert count == 16
+        judged(fake.url, limit=2, mode="score")
+        assert len(fake.asked) == count  # score asks the same questions
+        again = judged(fake.url, limit=2)
+        assert "16 already answered, 0 requests to send" in judged.said
+        judged(fake.url, limit=2, temperature=0.5)
+        assert len(fake.asked) == 2 * count
+    assert again["rows"] == before["rows"]
+    assert judged(fake.url, limit=2)["rows"] == before["rows"]  # the endpoint is gone, and not needed
+
+
+def test_order_of_replies_does_not_matter(judged):
+    with serve(honest) as fake:
+        one = judged(fake.url, jobs=1)
+        (judged.study.study_dir / "judge" / "replies.jsonl").unlink()
+        many = judged(fake.url, jobs=8)
+    assert one["rows"] == many["rows"]
+
+
+def test_unparsable_then_fine(judged):
+    seen = set()
+
+    def shy(number, text):
+        first = text.split("An earlier reply")[0].strip()
+        if first in seen:
+            return honest(number, text)
+        seen.add(first)
+        return completion("Both are lovely.")
+
+    with serve(shy) as fake:
+        found = judged(fake.url, sets=["dolly"])
+    assert len(fake.asked) == 32
+    assert (found["unparsed"], found["rows"][0]["wins"]) == (0, 4)
+
+
+def test_unparsable_for_ever_is_counted_not_guessed(judged):
+    def moody(number, text):
+        return completion(None) if "dolly 1 of" in text and "fine" in text else honest(number, text)
+
+    with serve(moody) as fake:
+        found = judged(fake.url, sets=["dolly"])
+        asked = len(fake.asked)
+        judged(fake.url, sets=["dolly"])
+        assert len(fake.asked) == asked == 14 + 2 * 3
+    assert found["unparsed"] == 2
+    assert {r["arm"]: r["n"] for r in found["rows"]} == {"good": 3, "bad": 4}
+    assert "2 of 16 questions have no reply that can be parsed" in judged.said
+
+
+def test_429_then_fine(judged):
+    def busy(number, text):
+        return error(429, "slow down", retry_after="0.01") if number % 3 == 0 else honest(number, text)
+
+    with serve(busy) as fake:
+        found = judged(fake.url, sets=["dolly"], jobs=1)
+    assert found["rows"][0]["wins"] == 4
+
+
+def test_429_half_way_keeps_what_is_answered(judged):
+    def spent(number, text):
+        return honest(number, text) if number < 7 else error(429, "quota", retry_after="0.01")
+
+    with serve(spent) as fake, pytest.raises(JudgeFailed) as caught:
+        judged(fake.url, sets=["dolly"], jobs=2)
+    assert "(429)" in str(caught.value)
+    assert "7 of 16 questions are answered and kept, 9 are missing; the same command goes on from there" in str(caught.value)
+    assert len(replies(judged)) == 7
+    assert not list((judged.study.study_dir / "judge").glob("judge-*.json"))
+    with serve(honest) as fake:
+        found = judged(fake.url, sets=["dolly"])
+    assert len(fake.asked) == 9
+    assert found["rows"][0]["wins"] == 4
+
+
+def test_retry_after_is_respected(judged):
+    with serve(lambda number, text: error(429, "later", retry_after="9999")) as fake, pytest.raises(JudgeFailed, match="wait 9999 s"):
+        judged(fake.url, jobs=1)
+    assert len(fake.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((200, {"content-type": "text/html"}, b"<html>welcome</html>"), "not a chat completion"),
+        ((200, {"content-type": "application/json"}, b"{broken"), "not JSON"),
+        ((200, {"content-type": "application/json"}, b"[1, 2]"), "not a chat completion"),
+        (as_json({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": []}), "without any choice"),
+        (as_json({"hello": "world"}), "without any choice"),
+        (error(404, "no model judge-1"), "does not know the model or the path"),
+        (error(403, "not for you"), "forbids"),
+        (error(401, "bad key"), "does not accept the key"),
+        (error(400, "temperature is out of range"), "refuses every question so far"),
+        ((503, {"content-type": "text/html", "retry-after": "0.01"}, b"<html>down</html>"), "503"),
+    ],
+)
+def test_faults_are_one_sentence(judged, answer, message):
+    with serve(lambda number, text: answer) as fake, pytest.raises(JudgeFailed, match=message) as caught:
+        judged(fake.url, sets=["dolly"])
+    assert "0 of 16 questions are answered and kept, 16 are missing" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refused_question_does_not_stop_the_others(judged):
+    def picky(number, text):
+        return error(400, "too long") if "dolly 1 of" in text and "fine" in text else honest(number, text)
+
+    with serve(picky) as fake:
+        found = judged(fake.url, sets=["dolly"], jobs=1)
+    assert (found["missing"], found["unparsed"]) == (2, 0)
+    assert {r["arm"]: r["n"] for r in found["rows"]} == {"good": 3, "bad": 4}
+    assert "2 of 16 questions were refused" in judged.said
+
+
+def test_newer_name_of_the_token_limit(judged):
+    def modern(number, text):
+        if "max_tokens" in fake.bodies[number]:
+            return error(400, "Unsupported parameter: use 'max_completion_tokens' instead.")
+        return honest(number, text)
+
+    with serve(modern) as fake:
+        found = judged(fake.url, sets=["dolly"], jobs=1)
+    assert found["rows"][0]["wins"] == 4
+
+
+def test_timeout(judged):
+    with serve(lambda number, text: slow(1.5)) as fake, pytest.raises(JudgeFailed, match="did not answer in time"):
+        judged(fake.url, sets=["dolly"], jobs=1, timeout=0.1)
+
+
+def test_nobody_there(judged):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        with pytest.raises(JudgeFailed, match="cannot be reached"):
+            judged(url)
+
+
+def test_wrong_key_is_found_before_anything_is_asked(judged):
+    with serve(honest) as fake:
+        fake.models = error(401, "bad key")
+        with pytest.raises(JudgeFailed, match=r"OPENAI_API_KEY \(401\): 0 of 40 questions"):
+            judged(fake.url)
+        fake.models = error(404, "no such path")
+        judged(fake.url, limit=1)
+    assert len(fake.asked) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "--temperature is -1.0"),
+        ({"max_tokens": 0}, "--max-tokens is 0"),
+        ({"jobs": 0}, "--jobs is 0"),
+        ({"timeout": float("nan")}, "--timeout is nan"),
+        ({"price_in": 1.0}, "both --price-in and --price-out"),
+        ({"against": "nobody"}, "`nobody` is neither an arm"),
+        ({"name": "//"}, "--name is `//`"),
+    ],
+)
+def test_wrong_input_asks_nothing(judged, options, message):
+    with serve(honest) as fake, pytest.raises(ConfigError, match=message):
+        judged(fake.url, **options)
+    assert fake.asked == []
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host/v1", "http://", "http://host:port/v1", "http://host:99999/v1"])
+def test_wrong_address(judged, url):
+    with pytest.raises(ConfigError, match="is not of the form"):
+        judged(url)
+
+
+def test_public_endpoint_needs_a_key(judged):
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        judged("https://api.openai.com/v1")
+
+
+def test_without_the_package(judged, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match=r"pip install 'tadistill\[judge\]'"):
+        judged("http://127.0.0.1:1/v1")
+
+
+def test_no_such_study(judged):
+    judged.study.study_dir.rename(judged.study.study_dir.with_name("other"))
+    with pytest.raises(ConfigError, match="no study `demo`"):
+        judged("http://127.0.0.1:1/v1")
+
+
+def test_says_what_it_costs_and_asks_first(judged):
+    with serve(honest) as fake:
+        assert judged(fake.url, yes=False, price_in=1e6, price_out=2e6) is None
+        assert fake.asked == []
+        tokens = int(judged.said.split("estimated: ")[1].split(" tokens in")[0].replace(",", ""))
+        assert f"estimated cost: {tokens + 40 * 50 * 2:.2f} (at most {tokens + 40 * 256 * 2:.2f}" in judged.said
+        judged(fake.url)
+    assert tokens == sum(map(len, fake.asked)) // 4
+
+
+def test_half_a_line_is_dropped_and_asked_again(judged):
+    with serve(honest) as fake:
+        judged(fake.url, sets=["dolly"])
+        path = judged.study.study_dir / "judge" / "replies.jsonl"
+        whole = path.read_text()
+        path.write_text(whole[:-20])
+        judged(fake.url, sets=["dolly"])
+        assert len(fake.asked) == 17
+        assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
+        path.write_text("nonsense\n" + whole)
+        with pytest.raises(StoreError, match="line 1 is not a reply"):
+            judged(fake.url)
+
+
+def test_two_at_once_are_refused(judged):
+    def during(number, text):
+        if number == 0:
+            with ThreadPoolExecutor(1) as pool, pytest.raises(StoreError, match="another process"):
+                pool.submit(type(judged)(judged.study), fake.url).result()
+        return honest(number, text)
+
+    with serve(during) as fake:
+        assert judged(fake.url, limit=1, jobs=1)["rows"][0]["wins"] == 1
+    assert all(json.loads(line)["out"] == 5 for line in replies(judged))

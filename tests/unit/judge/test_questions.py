@@ -1,0 +1,115 @@
+"""The question's form, and the strict reading of replies."""
+
+import pytest
+
+from tadistill.data.datasets import Example
+from tadistill.data.templates import render
+from tadistill.errors import ConfigError
+from tadistill.judge.answers import read_answers, split_prompt
+from tadistill.judge.questions import again, make_questions, parse, write_question
+
+
+@pytest.mark.parametrize(
+    ("reply", "scores"),
+    [
+        ("8 7", (8, 7)),
+        ("\n  8 7  \nThe first is better.", (8, 7)),
+        ("8, 7", (8, 7)),
+        ("8.5 7", (8.5, 7)),
+        ("8/10 7/10", (8, 7)),
+        ("8 / 10, 7 / 10", (8, 7)),
+        ("10 out of 10 and 1 out of 10", (10, 1)),
+        ("10, and 1", (10, 1)),
+        ("**8 7**", (8, 7)),
+        ("Scores: 8 7", (8, 7)),
+        ("Assistant 1: 8, Assistant 2: 7", (8, 7)),
+        ("Assistant 1: 8\nAssistant 2: 7\nBecause.", (8, 7)),
+        ("**Assistant 1:** 8/10\n\n**Assistant 2:** 7/10", (8, 7)),
+        ("<think>9 9, or rather 3 4?</think>\n3 4", (3, 4)),
+        ("", None),
+        ("The answers are good.", None),
+        ("8", None),
+        ("8\n7", None),
+        ("8 7 6", None),
+        ("0 7", None),
+        ("11 7", None),
+        ("-8 7", None),
+        ("8/100 7", None),
+        ("Assistant 2: 8, Assistant 1: 7", None),
+        ("I would give 8 to the first and 7 to the second", None),
+        ("Both are fine.\n8 7", None),
+        ("87", None),
+        ("8 7th", None),
+    ],
+)
+def test_parse(reply, scores):
+    assert parse(reply) == scores
+
+
+def test_prompts_are_split_as_the_template_writes_them():
+    plain, given = Example("Add them.", "", ("5",)), Example("Add them.", "2 and 3\n\n4", ("9",))
+    assert split_prompt(render(plain, "alpaca", None)) == ("Add them.", "")
+    assert split_prompt(render(given, "alpaca", None)) == ("Add them.", "2 and 3\n\n4")
+    assert split_prompt("<|user|> hello ") == ("<|user|> hello", "")
+
+
+def test_question_shows_both_answers_in_order_and_no_names(study):
+    answers = read_answers(study.study_dir, study.store_dir)
+    questions = make_questions(answers, mode="pair", against="bad")
+    first, second = questions[:2]
+    assert (first.left, first.right, second.left, second.right) == ("good", "bad", "bad", "good")
+    assert first.text.index("fine text") < first.text.index("poor text")
+    assert second.text.index("poor text") < second.text.index("fine text")
+    assert "good" not in first.text
+    assert "bad" not in first.text
+    assert "[Input]" not in first.text
+    assert "[Input]\n2 and 3\n" in write_question("Add.", "2 and 3", "5", "6")
+    assert again(first.text, 0) == first.text
+    assert again(first.text, 1) != first.text
+
+
+def test_choice_of_prompts_seeds_and_arms(study):
+    def read(**more):
+        return read_answers(study.study_dir, study.store_dir, **more)
+
+    everything = read()
+    assert (everything.arms, everything.seeds, everything.unfinished) == (("good", "bad"), (10,), ("late",))
+    assert len(everything.items) == 10
+    assert everything.items[0].answers == {
+        "good": ("fine text dolly 0 of run 10, draw 0",),
+        "bad": ("poor text dolly 0 of run 10, draw 0",),
+        "reference": ("reference 0",),
+    }
+    assert [(i.set, i.index) for i in read(limit=2).items] == [("dolly", 0), ("dolly", 2), ("facts", 0), ("facts", 3)]
+    assert [i.index for i in read(sets=["facts"], limit=3).items] == [0, 2, 4]
+    both = read(all_seeds=True)
+    assert both.seeds == (10, 20)
+    assert both.items[0].answers["good"][1] == "fine text dolly 0 of run 20, draw 0"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arms": ["nobody"]}, "no arm `nobody`; it has good, bad, late"),
+        ({"arms": ["late"]}, "`late` has no answers"),
+        ({"sets": ["nothing"]}, "set `nothing`; it has dolly, facts"),
+        ({"limit": 0}, "limit is 0"),
+    ],
+)
+def test_wrong_choices(study, options, message):
+    with pytest.raises(ConfigError, match=message):
+        read_answers(study.study_dir, study.store_dir, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "rank"}, "mode is `rank`"),
+        ({"mode": "score", "against": "bad"}, "beside the reference"),
+        ({"mode": "pair", "against": "late"}, "neither an arm with answers"),
+    ],
+)
+def test_wrong_questions(study, options, message):
+    answers = read_answers(study.study_dir, study.store_dir)
+    with pytest.raises(ConfigError, match=message):
+        make_questions(answers, **options)
