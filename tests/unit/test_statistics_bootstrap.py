@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import stdtrit
 
-from tadistill.statistics import bootstrap, bootstrap_interval, macro_difference, macro_interval
+from tadistill.statistics import bootstrap, bootstrap_interval, macro_difference, macro_interval, macro_intervals
 
 
 def crossed(rng, seeds, prompts, of_seed=1.0, of_prompt=3.0, rest=1.0, decodes=2):
@@ -172,3 +172,13 @@ def test_same_seed_same_interval_other_seed_other_interval():
 def test_wrong_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_many_intervals_at_once_are_those_of_each_alone():
+    rng = np.random.default_rng(5)
+    shapes = [((3, 20, 2), (3, 31, 1))] * 70 + [((2, 20, 1),), ((1, 20, 3),), ((3, 1, 1), (3, 9, 1))]
+    problems = [[rng.normal(size=shape) for shape in of_problem] for of_problem in shapes]
+    found = macro_intervals(problems, replicates=500)
+    alone = [macro_interval(problem, replicates=500) for problem in problems]
+    np.testing.assert_allclose(found, alone, rtol=1e-12)
+    assert macro_intervals([]) == []

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tadistill.errors import StoreError
 from tadistill.report.files import Arm, Plan, Scores, is_finished, load_corpus, load_plan, load_scores
-from tadistill.statistics import Difference, bootstrap_interval, macro_difference, macro_interval
+from tadistill.statistics import Difference, macro_difference, macro_interval, macro_intervals
 
 MEAN = "mean"  # the pseudo-set: the unweighted mean over the test sets that have the metric
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forward_kl", "reverse_kl", "ece_tokens", "ece_labels", "repetition", "self_bleu"})
@@ -194,16 +194,13 @@ def _rows(
     plan: Plan, scores: Mapping[str, Mapping[int, Scores]], corpus: Mapping[str, Mapping[int, Numbers]], sets: tuple[str, ...]
 ) -> tuple[Row, ...]:
     rows: list[Row] = []
-    intervals: dict[tuple[str, str, str], tuple[float, float]] = {}  # arms may share a model, and so its evaluation
+    intervals = _intervals(plan, scores)
     for arm in plan.arms:
         for seed, tables in sorted(scores[arm.name].items()):
             for set_name in (name for name in sets if name in tables):
                 found: dict[str, tuple[float, float | None, float | None]] = {}
                 for metric, values_NK in tables[set_name].items():
-                    address = (_stage(arm, seed, metric), set_name, metric)
-                    if address not in intervals:
-                        intervals[address] = bootstrap_interval(values_NK)
-                    found[metric] = (float(values_NK.mean()), *intervals[address])
+                    found[metric] = (float(values_NK.mean()), *intervals[_stage(arm, seed, metric), set_name, metric])
                 found |= {metric: (value, None, None) for metric, value in corpus[arm.name][seed].get(set_name, {}).items()}
                 for metric, (value, low, high) in found.items():
                     rows.append(
@@ -223,6 +220,16 @@ def _rows(
     return tuple(rows)
 
 
+def _intervals(plan: Plan, scores: Mapping[str, Mapping[int, Scores]]) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """(stage, set, metric) -> the interval within one seed. Arms may share a model, and so its evaluation."""
+    values: dict[tuple[str, str, str], NDArray[np.float64]] = {}
+    for arm in plan.arms:
+        for seed, tables in scores[arm.name].items():
+            for set_name, table in tables.items():
+                values |= {(_stage(arm, seed, metric), set_name, metric): values_NK for metric, values_NK in table.items()}
+    return dict(zip(values, macro_intervals([[values_NK[None]] for values_NK in values.values()]), strict=True))
+
+
 def _rounded(value: float) -> float:
     return round(float(value), 6) + 0.0
 
@@ -235,8 +242,9 @@ def _stage(arm: Arm, seed: int, metric: str) -> str:
 
 
 def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
-    summaries: dict[tuple[str, str, str], Summary] = {}
-    known: dict[tuple[object, ...], Summary] = {}  # the same stages have the same summary, and one set is its own mean
+    wanted: dict[tuple[str, str, str], tuple[object, ...]] = {}
+    strata: dict[tuple[object, ...], list[NDArray[np.float64]]] = {}  # the same stages have the same summary; one set is its own mean
+    seeds_of_address: dict[tuple[object, ...], tuple[int, ...]] = {}
     for metric in results.metrics:
         with_metric = sets_with(results, metric)
         groups = [(name, (name,)) for name in with_metric] + [(MEAN, with_metric)]
@@ -246,19 +254,21 @@ def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
                 if not seeds:
                     continue
                 address = (metric, members, seeds, *(_stage(arm, seed, metric) for seed in seeds))
-                if address not in known:
-                    known[address] = _summary(results, arm.name, seeds, members, metric)
-                summaries[arm.name, name, metric] = known[address]
-    return summaries
-
-
-def _summary(results: Results, arm: str, seeds: tuple[int, ...], sets: tuple[str, ...], metric: str) -> Summary:
-    return summarise([stack(results, arm, seeds, name, metric) for name in sets], seeds)
+                wanted[arm.name, name, metric] = address
+                if address not in strata:
+                    strata[address] = [stack(results, arm.name, seeds, member, metric) for member in members]
+                    seeds_of_address[address] = seeds
+    intervals = dict(zip(strata, macro_intervals(list(strata.values())), strict=True))
+    known = {address: _summary(strata[address], seeds_of_address[address], *intervals[address]) for address in strata}
+    return {name: known[address] for name, address in wanted.items()}
 
 
 def summarise(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int]) -> Summary:
     """The unweighted mean of several sets' means with its interval; axis 0 runs over the seeds."""
-    low, high = macro_interval(strata_SNK)
+    return _summary(strata_SNK, seeds, *macro_interval(strata_SNK))
+
+
+def _summary(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int], low: float, high: float) -> Summary:
     means_S = np.mean([values.mean(axis=(1, 2)) for values in strata_SNK], axis=0)
     per_seed = {seed: float(value) for seed, value in zip(seeds, means_S, strict=True)}
     return Summary(float(means_S.mean()), low, high, per_seed)

@@ -213,8 +213,10 @@ def load_corpus(store_dir: Path, key: str) -> dict[str, dict[str, Any]]:
     """What an evaluation says of whole sets: set -> numbers, calibration, reference_length."""
     path = stage_dir(store_dir, key) / "corpus.json"
     content = read_json(path)
-    if not isinstance(content, dict) or not all(isinstance(found, dict) and "numbers" in found for found in content.values()):
-        raise _damaged(path, "it must map sets to their numbers")
+    if not isinstance(content, dict) or not all(
+        isinstance(found, dict) and {"numbers", "reference_length"} <= set(found) for found in content.values()
+    ):
+        raise _damaged(path, "it must map sets to their numbers and reference lengths")
     return content
 
 

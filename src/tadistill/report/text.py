@@ -26,7 +26,7 @@ from tadistill.report.units import (
     span,
     summary_text,
 )
-from tadistill.report.verdict import SEEDS_FOR_A_CLAIM, Comparison, Pair, comparisons, pairs
+from tadistill.report.verdict import SEEDS_FOR_A_CLAIM, Comparison, Pair, comparisons, competitors, pairs
 
 __all__ = [  # the page reads numbers and findings from here
     "DASH",
@@ -176,19 +176,13 @@ def missing_text(results: Results) -> str:
 
 
 def _ranked(results: Results) -> list[list[tuple[Summary, Arm]]]:
-    """The scored arms, best first: one list for each student size, because arms that end in different models do not
-    compete; one list of all without a teacher, where they do.
-    """
+    """The scored arms among those that compete, best first."""
     metric = primary_metric(results)
-    scored = [
-        (results.summaries[arm.name, MEAN, metric], arm)
-        for arm in results.plan.arms
-        if (arm.name, MEAN, metric) in results.summaries and arm.path != (results.plan.teacher,)
+    groups = [
+        [(results.summaries[arm.name, MEAN, metric], arm) for arm in group if (arm.name, MEAN, metric) in results.summaries]
+        for group in competitors(results)
     ]
-    groups: dict[str, list[tuple[Summary, Arm]]] = {}
-    for summary, arm in scored:
-        groups.setdefault(arm.model if results.plan.teacher else "", []).append((summary, arm))
-    return [sorted(group, key=lambda pair: -pair[0].mean) for group in groups.values()]
+    return [sorted(group, key=lambda pair: -pair[0].mean) for group in groups if group]
 
 
 def _means(results: Results) -> list[Finding]:
@@ -197,7 +191,7 @@ def _means(results: Results) -> list[Finding]:
     over = f"mean over {len(names)} sets" if len(names) > 1 else f"on {', '.join(names)}"
     findings: list[Finding] = []
     for ranked in _ranked(results):
-        if results.plan.teacher is None:
+        if not any(arm.is_trained for arm in results.plan.arms):
             listed = "; ".join(f"{arm.name} {summary_text(summary, metric)}" for summary, arm in ranked)
             findings.append(Finding("best", f"{metric_title(metric)}, {over}: {listed} ({sample_text(results, ranked[0][1])})."))
             continue

@@ -94,9 +94,18 @@ def pairs(results: Results) -> list[Pair]:
     chains = [arm for arm in results.plan.arms if arm.is_chain]
     if chains:
         return [_chain_pair(results, chain) for chain in chains]
-    arms = [arm for arm in results.plan.arms if results.plan.teacher is None or arm.path != (results.plan.teacher,)]
-    competing = [(a, b) for a, b in combinations(arms, 2) if results.plan.teacher is None or a.model == b.model]
-    return [Pair(a, b, "pair") for a, b in competing]
+    return [Pair(a, b, "pair") for group in competitors(results) for a, b in combinations(group, 2)]
+
+
+def competitors(results: Results) -> list[list[Arm]]:
+    """The arms that end in one model, for every such model but the teacher; all of them where the study trains nothing."""
+    if not any(arm.is_trained for arm in results.plan.arms):
+        return [list(results.plan.arms)]
+    groups: dict[str, list[Arm]] = {}
+    for arm in results.plan.arms:
+        if arm.path != (results.plan.teacher,):
+            groups.setdefault(arm.model, []).append(arm)
+    return list(groups.values())
 
 
 def _chain_pair(results: Results, chain: Arm) -> Pair:

@@ -1,6 +1,6 @@
 """Intervals, tests and power for scores that arms share training seeds and prompts for. Needs numpy and scipy only."""
 
-from tadistill.statistics.bootstrap import Difference, bootstrap_interval, macro_difference, macro_interval
+from tadistill.statistics.bootstrap import Difference, bootstrap_interval, macro_difference, macro_interval, macro_intervals
 from tadistill.statistics.power import detectable, expected_best_of, inflation, minimum_detectable_effect
 from tadistill.statistics.tests import SignFlip, equivalent, holm, sign_flip
 
@@ -15,6 +15,7 @@ __all__ = [
     "inflation",
     "macro_difference",
     "macro_interval",
+    "macro_intervals",
     "minimum_detectable_effect",
     "sign_flip",
 ]

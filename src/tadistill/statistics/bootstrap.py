@@ -51,6 +51,7 @@ from scipy.special import chdtri
 Array = NDArray[np.float64]
 
 _PROMPT_DRAWS, _NORMAL_DRAWS, _CHI_DRAWS = 0, 1, 2  # one random stream each, so that a change in one leaves the others
+_PROBLEMS_AT_ONCE = 64  # 5 MB of replicates
 _CELLS_AT_ONCE = 2_000_000  # weights held as float64 at one time: 16 MB, whatever the number of prompts
 
 
@@ -108,6 +109,27 @@ def macro_interval(strata_SNK: Sequence[ArrayLike], *, replicates: int = 10_000,
     """
     strata_SN = _prompt_means(strata_SNK)
     return _bounds(_replicate_means(strata_SN, _spread(strata_SN), replicates, seed), level)
+
+
+def macro_intervals(
+    problems: Sequence[Sequence[ArrayLike]], *, replicates: int = 10_000, level: float = 0.95, seed: int = 0
+) -> list[tuple[float, float]]:
+    """`macro_interval` of many problems at once, many times faster where they have the same numbers of prompts, set by set.
+
+    Equal to one `macro_interval` each, but for the rounding of sums.
+    """
+    strata = [_prompt_means(problem) for problem in problems]
+    spreads = [_spread(of_problem) for of_problem in strata]
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, of_problem in enumerate(strata):
+        alike.setdefault(tuple(values.shape[1] for values in of_problem), []).append(i)
+    bounds: dict[int, tuple[float, float]] = {}
+    for members in alike.values():
+        for batch in (members[start : start + _PROBLEMS_AT_ONCE] for start in range(0, len(members), _PROBLEMS_AT_ONCE)):
+            moved_RP = _resampled([strata[i] for i in batch], replicates, seed)
+            for i, moved_R in zip(batch, moved_RP.T, strict=True):
+                bounds[i] = _bounds(_scaled(moved_R, strata[i], spreads[i], replicates, seed), level)
+    return [bounds[i] for i in range(len(strata))]
 
 
 def macro_difference(
@@ -182,26 +204,36 @@ def _spread(strata_SN: list[Array]) -> _Spread:
 
 def _replicate_means(strata_SN: list[Array], spread: _Spread, replicates: int, seed: int) -> Array:
     """(R,): the mean, moved by resampling prompts and by a normal draw for seeds, both divided by one chi draw."""
+    return _scaled(_resampled([strata_SN], replicates, seed)[:, 0], strata_SN, spread, replicates, seed)
+
+
+def _resampled(problems: list[list[Array]], replicates: int, seed: int) -> Array:
+    """(R, problems): how far resampling prompts moves the mean of each; all have the same numbers of prompts, set by set."""
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1, not {replicates}")
-    moved_R = np.zeros(replicates)
+    moved_RP = np.zeros((replicates, len(problems)))
     met: dict[int, int] = {}
-    for values_SN in strata_SN:
-        n_prompts = values_SN.shape[1]
+    for alike in zip(*problems, strict=True):
+        n_prompts = alike[0].shape[1]
         # sets of one size need draws of their own; a set alone and among others has the same, which the cache then holds once
         number = met[n_prompts] = met.get(n_prompts, -1) + 1
         if n_prompts == 1:
             continue
-        mean_N = values_SN.mean(axis=0)
+        mean_NP = np.stack([values_SN.mean(axis=0) for values_SN in alike], axis=1)
         # resampling has the variance of N prompts, not N - 1
-        centred_N = (mean_N - mean_N.mean()) * np.sqrt(n_prompts / (n_prompts - 1)) / (n_prompts * len(strata_SN))
+        centred_NP = (mean_NP - mean_NP.mean(axis=0)) * np.sqrt(n_prompts / (n_prompts - 1)) / (n_prompts * len(problems[0]))
         counts_RN = _counts(n_prompts, replicates, (seed, _PROMPT_DRAWS, number))
         for rows in _blocks(replicates, n_prompts):
-            moved_R[rows] += counts_RN[rows] @ centred_N
+            moved_RP[rows] += counts_RN[rows].astype(np.float64) @ centred_NP
+    return moved_RP
+
+
+def _scaled(moved_R: Array, strata_SN: list[Array], spread: _Spread, replicates: int, seed: int) -> Array:
+    """(R,): the mean, moved as far as the prompts' and the seeds' parts of its variance say."""
     if spread.resampled > 0:
-        moved_R *= np.sqrt(spread.prompts / spread.resampled)
+        moved_R = moved_R * np.sqrt(spread.prompts / spread.resampled)
     if spread.seeds > 0:
-        moved_R += np.sqrt(spread.seeds) * _normals(replicates, seed)
+        moved_R = moved_R + np.sqrt(spread.seeds) * _normals(replicates, seed)
     return _macro_mean(strata_SN) + moved_R / _chis(replicates, seed, spread.df)
 
 

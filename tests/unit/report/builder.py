@@ -23,7 +23,8 @@ class ArmSpec:
     flops: float | None = 3.0e17
     method: str = "minillm (teacher_mixed)"
     published: dict | None = None
-    checkpoints: int = 10
+    sharper: float = 0.0
+    """Divides every temperature by 1 / (1 - sharper): the arm moves along its curve of metric over entropy."""
 
 
 @dataclass
@@ -70,7 +71,12 @@ def build_study(root: Path, spec: StudySpec) -> Study:
         "created": "2026-01-02T03:04:05+00:00",
         "command": "tadistill run recipes/demo.yaml",
         "recipe_text": "study: demo\nseeds: [10, 20]\narms:\n  direct: xl > s\n",
-        "recipe": {"margin": 0.3, "evaluate": {"also": spec.also, "temperature": 1.0}},
+        "recipe": {
+            "margin": 0.3,
+            "evaluate": {"also": spec.also, "temperature": 1.0},
+            "models": {model: {"load": f"gpt2-{model}", "init": None} for model in PARAMETERS},
+            "data": {"train": {"load": "dolly"}, "corpus": None},
+        },
         "teacher": spec.teacher,
         "models": models,
         "stages": list(stages.values()),
@@ -151,7 +157,9 @@ def _train(study: Study, spec: StudySpec, arm: ArmSpec, kind: str, path: tuple[s
             if spec.fact_sets:
                 line["dev/fact_accuracy"] = 20 + 4 * level * progress + rng.normal(0, 1)
         lines.append(json.dumps(line))
-    finish(study.store_dir, key, {"metrics.jsonl": "\n".join(lines) + "\n"})
+    finish(
+        study.store_dir, key, {"metrics.jsonl": "\n".join(lines) + "\n", "model/config.json": json.dumps({"arm": arm.name, "seed": seed})}
+    )
 
 
 def _measure(study: Study, spec: StudySpec, arm: ArmSpec, seed: int, keys: dict[str, str]) -> None:
@@ -191,6 +199,7 @@ def _text_scores(
     spec: StudySpec, arm: ArmSpec, set_name: str, level: np.ndarray, rng: np.random.Generator, seeds: int, temperature: float
 ) -> dict[str, np.ndarray]:
     sampled = (spec.sets[set_name], seeds)
+    temperature *= 1 - arm.sharper
     sharper = 3 * (1 - temperature)
     table = {
         "rouge_l": np.clip(24 + arm.gain + sharper + level + rng.normal(0, 4, sampled), 0, 100),
@@ -257,6 +266,7 @@ def finish(store_dir: Path, key: str, files: dict[str, str]) -> None:
     directory = store_dir / key[:2] / key
     directory.mkdir(parents=True)
     for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(content, encoding="utf-8")
     manifest = {"key": key, "seconds": 12.5, "versions": VERSIONS, "files": {}}
     (directory / "manifest.json").write_text(json.dumps(manifest))

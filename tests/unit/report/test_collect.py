@@ -1,5 +1,6 @@
 """results.json against numbers computed from the synthetic scores, missing evaluations, and damaged files."""
 
+import csv
 import json
 
 import numpy as np
@@ -18,7 +19,7 @@ ROW_KEYS = ["arm", "model", "parameters", "seed", "set", "metric", "value", "low
 def test_rows_hold_the_scores(study):
     collect(study.study_dir, study.store_dir)
     content = json.loads((study.study_dir / "results.json").read_text())
-    assert list(content) == ["study", "created", "command", "rows"]
+    assert list(content) == ["study", "created", "command", "rows", "comparisons", "verdicts"]
     assert content["command"] == "tadistill run recipes/demo.yaml"
     whole_set = ("perplexity", "distinct_1", "distinct_2", "distinct_4", "ece_tokens")
     assert {row["metric"] for row in content["rows"] if row["low"] is None} == set(whole_set)
@@ -33,12 +34,19 @@ def test_rows_hold_the_scores(study):
         assert row["stage"] == key_of(what, row["arm"], row["seed"])
 
 
+def test_csv_holds_the_rows_of_results_json(study):
+    collect(study.study_dir, study.store_dir)
+    rows = json.loads((study.study_dir / "results.json").read_text())["rows"]
+    with (study.study_dir / "results.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.DictReader(file)) == [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+
+
 def test_the_same_files_give_the_same_bytes(study):
     collect(study.study_dir, study.store_dir)
     first = (study.study_dir / "results.json").read_bytes()
     collect(study.study_dir, study.store_dir)
     assert (study.study_dir / "results.json").read_bytes() == first
-    assert sorted(path.name for path in study.study_dir.iterdir()) == ["plan.json", "results.json"]
+    assert sorted(path.name for path in study.study_dir.iterdir()) == ["plan.json", "results.csv", "results.json"]
 
 
 def test_summaries_average_seeds_and_the_mean_weighs_sets_equally(study):

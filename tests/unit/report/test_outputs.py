@@ -13,7 +13,9 @@ import rich.console
 from tadistill.errors import StoreError
 from tadistill.report import summary_table, write_report
 from tadistill.report.collect import read_results
-from tadistill.report.text import flops_text, headline, number, parameters_text
+from tadistill.report.terminal import side_by_side
+from tadistill.report.text import headline
+from tadistill.report.units import flops_text, number, parameters_text
 
 from .builder import NASTY, SMALL, ArmSpec, StudySpec, build_study, key_of
 
@@ -130,38 +132,53 @@ def test_page_needs_no_network(study):
     assert len([tag for tag, _ in parser.tags if tag == "link"]) == 1  # the empty icon
 
 
-def test_headline_compares_a_chain_with_its_twin(tmp_path):
-    study = build_study(tmp_path, StudySpec(SMALL, seeds=(1, 2, 3, 4, 5), sets={"dolly": 12, "facts": 60}))
+def test_the_verdict_comes_first_everywhere(study):
+    write_report(study.study_dir, study.store_dir)
+    results = read_results(study.study_dir, study.store_dir)
+    sentence = headline(results)[0].text
+    assert sentence.startswith("TA path xl > l > s (chain): ")
+    assert json.loads((study.study_dir / "results.json").read_text())["verdicts"][0]["sentence"] == sentence
+    markdown = (study.study_dir / "report.md").read_text(encoding="utf-8").split("\n\n")
+    assert markdown[2].startswith("- TA path xl > l > s (chain): ")
+    assert " ".join(render(summary_table(study.study_dir, study.store_dir), 80).split()).startswith(f"demo - {sentence}")
+
+
+def test_a_chain_without_anything_to_compare_with(tmp_path):
+    study = build_study(tmp_path, StudySpec([ArmSpec("alone", ("xl", "m", "s"))], seeds=(1, 2, 3), fact_sets=()))
     findings = headline(read_results(study.study_dir, study.store_dir))
-    assert findings[0].text.startswith("Highest mean for s (124 M): chain (xl > l > s), ")
-    versus = next(finding for finding in findings if "equal-compute twin direct-long" in finding.text)
-    assert versus.kind == "gain"
-    assert re.search(r"\+\d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\] percentage points \(5 seeds\)", versus.text)
+    assert findings[0].text == (
+        "TA path xl > m > s (alone): no evidence, because the study has no arm to compare it with; "
+        "add a direct arm with `compute: as alone`."
+    )
 
 
-def test_headline_warns_about_few_seeds(study):
-    texts = [finding.text for finding in headline(read_results(study.study_dir, study.store_dir))]
-    assert "2 seeds: too few for a claim (3 are the least)." in texts
+def test_the_terminal_fits_80_columns(tmp_path):
+    arms = [*SMALL, ArmSpec("direct-with-a-rather-long-name-of-its-own", ("xl", "s"))]
+    study = build_study(tmp_path, StudySpec(arms))
+    lines = render(summary_table(study.study_dir, study.store_dir), 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len([line for line in lines if line.rstrip().endswith("×")]) == 4  # no number is cut
+    assert not [line for line in lines if "…" in line and "95 %" not in line and "+" not in line]
 
 
-def test_no_evidence_is_said_in_words(tmp_path):
-    arms = [ArmSpec("chain", ("xl", "l", "s")), ArmSpec("twin", ("xl", "s"), compute="as chain")]
-    study = build_study(tmp_path, StudySpec(arms, seeds=(1, 2, 3), fact_sets=()))
-    texts = [finding.text for finding in headline(read_results(study.study_dir, study.store_dir))]
-    assert any("chain (xl > l > s): no evidence of a difference from its equal-compute twin twin" in t for t in texts)
-    assert not any("too few" in text for text in texts)
+def test_answers_side_by_side(study):
+    text = render(side_by_side(study.study_dir, study.store_dir, 2), 200)
+    assert text.count("chain answers 1 in facts. </script>") == 1
+    assert "chain answers 2 in facts" not in text
+    assert text.count("reference 0") == 2  # one in each set
 
 
-def test_a_worse_chain_and_a_chain_without_a_twin(tmp_path):
-    arms = [
-        ArmSpec("chain", ("xl", "l", "s"), gain=-6),
-        ArmSpec("twin", ("xl", "s"), compute="as chain"),
-        ArmSpec("alone", ("xl", "m", "s")),
-    ]
-    study = build_study(tmp_path, StudySpec(arms, seeds=(1, 2, 3), fact_sets=()))
-    findings = headline(read_results(study.study_dir, study.store_dir))
-    assert [f.kind for f in findings if "chain (xl > l > s) scores lower" in f.text] == ["loss"]
-    assert [f.kind for f in findings if "alone (xl > m > s) has no equal-compute twin" in f.text] == ["caution"]
+def test_models_alone_in_every_output(tmp_path):
+    study = build_study(tmp_path, StudySpec([ArmSpec("xl", ("xl",))], seeds=(0,), sets={"dolly": 12}, teacher=None, trained=False, also={}))
+    write_report(study.study_dir, study.store_dir)
+    terminal, markdown = render(summary_table(study.study_dir, study.store_dir), 80), (study.study_dir / "report.md").read_text("utf-8")
+    for text in (terminal, markdown):
+        flat = " ".join(text.split())
+        assert re.search(r"ROUGE-L, on dolly: xl \d+\.\d \[\d+\.\d, \d+\.\d\] \(12 prompts, 3 decoding seeds\)\.", flat)
+        assert "too few" not in text
+        assert "training seed" not in text
+    content = json.loads((study.study_dir / "results.json").read_text())
+    assert (content["comparisons"], content["verdicts"]) == ([], [])
 
 
 def test_missing_evaluations_are_named_everywhere(unfinished):
@@ -187,7 +204,7 @@ def test_nothing_finished_still_makes_a_report(tmp_path):
 def test_a_teacher_as_an_arm_is_not_the_best_student(tmp_path):
     study = build_study(tmp_path, StudySpec([*SMALL, ArmSpec("teacher", ("xl",), gain=20, flops=None)]))
     findings = headline(read_results(study.study_dir, study.store_dir))
-    assert "teacher (xl)" not in findings[0].text
+    assert not [finding for finding in findings if "teacher" in finding.text and finding.kind == "best"]
     assert write_report(study.study_dir, study.store_dir).is_file()
 
 
@@ -222,8 +239,8 @@ def test_report_needs_no_torch():
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
-def render(table):
-    console = rich.console.Console(width=140)
+def render(table, width=140):
+    console = rich.console.Console(width=width)
     with console.capture() as capture:
         console.print(table)
     return capture.get()

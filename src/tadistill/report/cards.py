@@ -1,0 +1,195 @@
+"""Exported students: a copy of a trained model as an ordinary Hugging Face directory, with a model card made from the study."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tadistill.data.datasets import NAMED
+from tadistill.errors import ConfigError, StoreError
+from tadistill.models import sources
+from tadistill.report.collect import MEAN, Results, primary_metric, read_results, sets_with, stack, summarise
+from tadistill.report.details import Cell, mean_cell
+from tadistill.report.explain import explain
+from tadistill.report.files import Arm, is_finished, load_manifest, load_plan, stage_dir, write_text
+from tadistill.report.markdown import escaped, table
+from tadistill.report.text import caution_texts, sample_text, undecided_text, verdict_text
+from tadistill.report.units import interval, metric_title, metric_unit, number, parameters_text
+from tadistill.report.verdict import comparisons, pairs
+
+_HUB_METRICS = {
+    "rouge_l": "rouge",
+    "fact_accuracy": "accuracy",
+    "label_accuracy": "accuracy",
+    "exact_match": "exact_match",
+    "perplexity": "perplexity",
+}
+_NUMBERS = ("loss", "perplexity", "forward_kl", "reverse_kl", "entropy", "length", "repetition", "distinct_4", "ece_tokens", "exact_match")
+
+
+def export(study_dir: Path, store_dir: Path, arm: str, seed: int | None, target: Path) -> Path:
+    """Copies the arm's trained model of one seed (the plan's first when None) to ``target`` with its card as README.md.
+
+    Returns the target.
+
+    Raises:
+        ConfigError: no such arm or seed, nothing was trained, or the target is in use.
+        StoreError: the training is not finished, or a file cannot be copied.
+    """
+    source, chosen = _trained_model(study_dir, store_dir, arm, seed)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not an empty directory; name a new directory to export to")
+    card = model_card(read_results(study_dir, store_dir), arm, chosen)
+    try:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    except (OSError, shutil.Error) as error:
+        raise StoreError(f"{source} cannot be copied to {target} ({error}): check the permissions and the space there") from error
+    write_text(target / "README.md", card)
+    return target
+
+
+def _trained_model(study_dir: Path, store_dir: Path, name: str, seed: int | None) -> tuple[Path, int]:
+    """The Hugging Face directory of an arm's final stage."""
+    plan = load_plan(study_dir)
+    arm = next((arm for arm in plan.arms if arm.name == name), None)
+    if arm is None:
+        raise ConfigError(f"study {plan.study} has no arm `{name}`; its arms are {', '.join(arm.name for arm in plan.arms)}")
+    chosen = min(arm.final) if seed is None else seed
+    if chosen not in arm.final:
+        raise ConfigError(f"arm {name} has no seed {chosen}; its seeds are {', '.join(map(str, sorted(arm.final)))}")
+    key = arm.final[chosen]
+    if key is None:
+        raise ConfigError(f"arm {name} is model {arm.model} as it is loaded, so there is nothing to export; choose an arm that trains")
+    folder = stage_dir(store_dir, key) / "model"
+    if not is_finished(store_dir, key):
+        raise StoreError(f"arm {name} with seed {chosen} is not trained yet (stage {key}): `{plan.command}` finishes it")
+    if not folder.is_dir():
+        raise StoreError(f"{folder} does not exist: delete the stage's directory and run `{plan.command}` again")
+    return folder, chosen
+
+
+def model_card(results: Results, arm_name: str, seed: int) -> str:
+    """README.md of an exported model: front matter, how it was made, its numbers, the verdict on its arm, limits."""
+    arm, plan = results.arm(arm_name), results.plan
+    size = parameters_text(plan.parameters[arm.model])
+    blocks = [
+        f"---\n{yaml.safe_dump(_front_matter(results, arm), sort_keys=False, allow_unicode=True)}---",
+        f"# {escaped(arm.name)} of study {escaped(plan.study)}, seed {seed}",
+        f"Model {escaped(arm.model)} ({size} parameters), made by the path `{arm.path_text}` with {escaped(arm.method)}.",
+        "## Verdict\n\n" + "\n".join(f"- {escaped(sentence)}" for sentence in _verdict(results, arm)),
+        "## Numbers\n\n" + _numbers(results, arm, seed),
+        *_analysis(results, arm),
+        "## How it was made\n\n" + _provenance(results, arm, seed),
+        "## Limits\n\n" + "\n".join(f"- {escaped(sentence)}" for sentence in _limits(results, arm)),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _front_matter(results: Results, arm: Arm) -> dict[str, Any]:
+    plan = results.plan
+    content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    base = _hub_id(plan.recipe["models"], arm.model)
+    if base:
+        content["base_model"] = base
+    datasets = _datasets(plan.recipe["data"])
+    if datasets:
+        content["datasets"] = datasets
+    present = {metric for name, _, metric in (*results.summaries, *results.averages) if name == arm.name}
+    metrics = list(dict.fromkeys(name for metric, name in _HUB_METRICS.items() if metric in present))
+    return content | {"metrics": metrics, "tags": ["distillation", "tadistill"]}
+
+
+def _hub_id(models: dict[str, Any], name: str) -> str | None:
+    """The hub id that a model starts from, through pruning; None for other sources."""
+    model = models[name]
+    if model.get("init"):
+        return _hub_id(models, model["init"]["from"])
+    source = sources.parse(model["load"])
+    return source.name if source.kind == "hub" else None
+
+
+def _datasets(data: dict[str, Any]) -> list[str]:
+    """Hub ids of the training data: what a named set is on the hub, or ORG/NAME as the recipe has it; files have none."""
+    found: list[str] = []
+    for ref in (data["train"], data.get("corpus")):
+        load = ref["load"] if ref else ""
+        if load in NAMED:
+            found.append(NAMED[load].hub)
+        elif load.count("/") == 1 and not load.startswith((".", "/", "~")) and not Path(load).exists():
+            found.append(load)
+    return found
+
+
+def _verdict(results: Results, arm: Arm) -> list[str]:
+    """Every comparison that the arm is part of, whatever came out, with its cautions."""
+    sentences: list[str] = []
+    for c in comparisons(results):
+        if arm.name in (c.arm, c.other):
+            sentences += [verdict_text(results, c), *caution_texts(c)]
+    decided = {c.arm for c in comparisons(results)}
+    sentences += [undecided_text(p) for p in pairs(results) if p.arm.name == arm.name and p.against != "pair" and p.arm.name not in decided]
+    return sentences or ["The study compares this arm with no other, so nothing is claimed for its method."]
+
+
+def _analysis(results: Results, arm: Arm) -> list[str]:
+    found = [sentence for p in explain(results) if p.title == f"What explains {arm.name}" for sentence in p.sentences]
+    return ["## Analysis\n\n" + "\n".join(f"- {escaped(sentence)}" for sentence in found)] if found else []
+
+
+def _numbers(results: Results, arm: Arm, seed: int) -> str:
+    if seed not in results.scores[arm.name]:
+        return f"Seed {seed} is not evaluated yet: `{results.plan.command}` does it."
+    main = [m for m in dict.fromkeys((primary_metric(results), "rouge_l")) if m in results.metrics]
+    shown: list[tuple[str, str]] = []
+    for metric in main:
+        sets = sets_with(results, metric)
+        shown += [(metric, name) for name in ((*sets, MEAN) if len(sets) > 1 else sets)]
+    body: list[list[str]] = []
+    for metric, name in [*shown, *((m, MEAN) for m in _NUMBERS if m not in main)]:
+        title = f"{metric_title(metric)} ({metric_unit(metric)})" if metric_unit(metric) else metric_title(metric)
+        cells = _number_cells(results, arm, seed, metric, name)
+        body += [[title, "mean over sets" if name == MEAN else name, *cells]] if cells else []
+    found = table(["metric", "set", f"this model (seed {seed})", "mean of the arm"], body)
+    return f"{found}\n\nIn brackets: 95 % intervals. {metric_title(main[0])} is over {sample_text(results, arm)}."
+
+
+def _number_cells(results: Results, arm: Arm, seed: int, metric: str, set_name: str) -> list[str]:
+    """This seed's number and the arm's; empty where the arm has none."""
+    mean = mean_cell(results, arm.name, metric, set_name)
+    if mean == Cell():
+        return []
+    average = results.averages.get((arm.name, set_name, metric))
+    if average is not None:
+        return [number(average.per_seed[seed], metric) if seed in average.per_seed else Cell().text, mean.text]
+    sets = sets_with(results, metric) if set_name == MEAN else (set_name,)
+    if not all(metric in results.scores[arm.name][seed].get(name, {}) for name in sets):
+        return [Cell().text, mean.text]
+    own = summarise([stack(results, arm.name, (seed,), name, metric) for name in sets], (seed,))
+    return [f"{number(own.mean, metric)} {interval(own.low, own.high, metric)}", mean.text]
+
+
+def _provenance(results: Results, arm: Arm, seed: int) -> str:
+    plan = results.plan
+    stages = plan.ancestors(arm.final[seed])[::-1]
+    versions: dict[str, str] = {}
+    for stage in stages:
+        manifest = load_manifest(results.store_dir, stage.key)
+        versions |= manifest.versions if manifest else {}
+    listed = [[f"`{stage.key}`", stage.label] for stage in stages]
+    packages = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    ran_on = f"\n\nVersions: {packages}." if packages else ""
+    return f"````sh\n{plan.command}\n````\n\n````yaml\n{plan.recipe_text.rstrip()}\n````\n\n{table(['stage', 'what'], listed)}{ran_on}"
+
+
+def _limits(results: Results, arm: Arm) -> list[str]:
+    sets = ", ".join(results.sets) or "no test set yet"
+    trained = len(results.scores[arm.name])
+    sentences = [
+        f"Measured on {sets}; nothing is known about other tasks or languages, and no safety evaluation was made.",
+        "The licences of the base model, the teacher and the data apply; this card does not state them.",
+        "The exported seed is the plan's first unless it was asked for by number: it is not chosen by its score.",
+    ]
+    if trained < len(arm.evaluate):
+        sentences.append(f"The study is not finished: {trained} of {len(arm.evaluate)} seeds of this arm are evaluated.")
+    return sentences

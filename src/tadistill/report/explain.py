@@ -1,0 +1,230 @@
+"""The analysis in words, written from the numbers of a study and never beyond them.
+
+Which published values are met, where a chain helps and where it hurts, and which explanation the measurements support:
+sharpening, the error of each hop, or compute. Every sentence carries the numbers it rests on; what was not measured is
+said to be so. The intervals here are not adjusted for how many there are: they say where to look, the verdict decides.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tadistill.report.buckets import BUCKETS, bucket_difference, bucket_title
+from tadistill.report.collect import LOWER_IS_BETTER, MEAN, Results, compare, direct_arm, sets_with, stack, summarise
+from tadistill.report.files import Arm
+from tadistill.report.units import metric_title, metric_unit, number, span, summary_text
+from tadistill.report.verdict import Comparison, comparisons
+from tadistill.statistics import Difference
+
+_HIGHER_IS_BETTER = ("fact_accuracy", "rouge_l", "exact_match", "label_accuracy")
+_WHOLE_SETS = ("perplexity", "ece_tokens", "ece_labels", "distinct_1", "distinct_2", "distinct_4")
+_MOST_PAIRS = 6  # of a study without chains: more would be read by nobody
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A few sentences under a title."""
+
+    title: str
+    sentences: tuple[str, ...]
+
+
+def explain(results: Results) -> list[Paragraph]:
+    """The whole analysis; empty where nothing is compared and nothing is published."""
+    paragraphs = [_published(results)] if any(arm.published for arm in results.plan.arms) else []
+    compared = comparisons(results)
+    for c in compared if len(compared) <= _MOST_PAIRS or compared[0].against != "pair" else ():
+        paragraphs.append(Paragraph(f"Where {c.arm} differs from {c.other}", (*_where(results, c), _UNADJUSTED)))
+        if c.against != "pair":
+            paragraphs.append(Paragraph(f"What explains {c.arm}", (_sharpening(c), *_hops(results, c), _compute(results, c))))
+    return paragraphs
+
+
+_UNADJUSTED = "These intervals are not adjusted for their number: they show where to look, and the verdict decides."
+
+
+# --- published values ---------------------------------------------------------------------------------------------------
+
+
+def _published(results: Results) -> Paragraph:
+    sentences = [_arm_published(results, arm) for arm in results.plan.arms if arm.published]
+    return Paragraph("Published values", tuple(sentences))
+
+
+def _arm_published(results: Results, arm: Arm) -> str:
+    """Inside the set's 95 % interval a published value matches."""
+    assert arm.published is not None
+    parts: list[str] = []
+    for name, value in arm.published.rouge_l.items():
+        summary = results.summaries.get((arm.name, name, "rouge_l"))
+        said = number(value, "rouge_l")
+        if summary is None:
+            parts.append(f"on {name} {said} is published and not measured here")
+        elif summary.low <= value <= summary.high:
+            parts.append(f"on {name} {summary_text(summary, 'rouge_l')} matches the published {said}")
+        else:
+            apart = number(abs(summary.mean - value), "rouge_l")
+            where = "above" if summary.mean > value else "below"
+            parts.append(f"on {name} {summary_text(summary, 'rouge_l')} is {apart} {where} the published {said}")
+    return f"{arm.name} ({metric_title('rouge_l')}, published by {arm.published.source}): {'; '.join(parts)}."
+
+
+# --- where a chain helps and where it hurts -----------------------------------------------------------------------------
+
+
+def _where(results: Results, c: Comparison) -> list[str]:
+    metrics = dict.fromkeys((c.metric, "rouge_l"))
+    sentences = [_by_set(results, c, metric) for metric in metrics if metric in results.metrics]
+    return [*sentences, _by_length(results, c), *_by_metric(results, c)]
+
+
+def _by_set(results: Results, c: Comparison, metric: str) -> str:
+    found = [(f"on {name}", _difference(results, c.arm, c.other, metric, name)) for name in sets_with(results, metric)]
+    return f"{metric_title(metric)} by set: {_sorted_out(found, metric)}."
+
+
+def _by_length(results: Results, c: Comparison) -> str:
+    title = f"{metric_title('rouge_l')} by length of the reference"
+    if "rouge_l" not in results.metrics:
+        return f"{title}: not measured."
+    found = [(f"at {bucket_title(b)} tokens", bucket_difference(results, c.arm, c.other, "rouge_l", b)) for b in BUCKETS]
+    return f"{title}: {_sorted_out(found, 'rouge_l')}."
+
+
+def _by_metric(results: Results, c: Comparison) -> list[str]:
+    """Metrics with a direction, then those of whole sets, which have no interval."""
+    shown = [m for m in (*_HIGHER_IS_BETTER, *sorted(LOWER_IS_BETTER)) if m in results.metrics and m not in (c.metric, "rouge_l")]
+    better, worse, unclear = [], [], []
+    for metric in shown:
+        d = _difference(results, c.arm, c.other, metric)
+        if d is None:
+            continue
+        text = f"{metric_title(metric)} ({span(d, metric)} {metric_unit(metric)})"
+        good = d.mean < 0 if metric in LOWER_IS_BETTER else d.mean > 0
+        (unclear if d.covers_zero else better if good else worse).append(text)
+    sentences = []
+    if better or worse or unclear:
+        sentences.append(f"Other metrics, {_grouped(better, worse, unclear)}.")
+    whole = [
+        f"{metric_title(metric)} {number(mine.mean, metric)} against {number(theirs.mean, metric)}"
+        for metric in _WHOLE_SETS
+        if (mine := results.averages.get((c.arm, MEAN, metric))) and (theirs := results.averages.get((c.other, MEAN, metric)))
+    ]
+    return [*sentences, f"Of whole sets, without intervals: {', '.join(whole)}."] if whole else sentences
+
+
+def _sorted_out(found: Iterable[tuple[str, Difference | None]], metric: str) -> str:
+    """Where it helps, hurts, and makes no clear difference, each with its numbers."""
+    helps, hurts, unclear, unmeasured = [], [], [], []
+    for where, d in found:
+        if d is None:
+            unmeasured.append(where)
+        else:
+            good = d.mean < 0 if metric in LOWER_IS_BETTER else d.mean > 0
+            (unclear if d.covers_zero else helps if good else hurts).append(f"{where} ({span(d, metric)})")
+    parts = [f"helps {_listed(helps)}", f"hurts {_listed(hurts)}"]
+    parts += [f"no clear difference {_listed(unclear)}"] if unclear else []
+    parts += [f"not measured {_listed(unmeasured)}"] if unmeasured else []
+    return "; ".join(parts)
+
+
+def _grouped(better: list[str], worse: list[str], unclear: list[str]) -> str:
+    groups = (("better", better), ("worse", worse), ("no clear difference", unclear))
+    return "; ".join(f"{title}: {', '.join(texts)}" for title, texts in groups if texts)
+
+
+def _listed(items: list[str]) -> str:
+    return ", ".join(items) if items else "nowhere"
+
+
+def _difference(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> Difference | None:
+    compared = compare(results, arm, other, metric, set_name)
+    return compared[0] if compared else None
+
+
+# --- what explains it ---------------------------------------------------------------------------------------------------
+
+
+def _sharpening(c: Comparison) -> str:
+    """Supported where a gain is gone under a control and entropy fell; refuted where it stays under all of them."""
+    assert c.mechanism is not None
+    m = c.mechanism
+    entropy = f"entropy {span(m.entropy, 'entropy')} nats/token" if m.entropy else "entropy not measured"
+    greedy = f"greedy {metric_title(c.metric)} {span(m.greedy, c.metric)}" if m.greedy else "greedy decoding not measured"
+    if m.matched and m.at_entropy is not None:
+        matched = f"at a matched entropy of {number(m.at_entropy, 'entropy')} nats/token {span(m.matched, c.metric)}"
+    else:
+        matched = (
+            "matched entropy not measured" if m.curves == "not measured" else "the entropies of the two arms' decodings do not overlap"
+        )
+    return f"Sharpening {_sharpening_verdict(c)}: against {c.other}, {entropy}; {greedy}; {matched}."
+
+
+def _sharpening_verdict(c: Comparison) -> str:
+    assert c.mechanism is not None
+    m = c.mechanism
+    if c.difference.low <= 0:
+        return f"has no gain to explain ({metric_title(c.metric)} {span(c.difference, c.metric)})"
+    controls = [d for d in (m.greedy, m.matched) if d is not None]
+    if not controls:
+        return "is not measured"
+    if all(d.low > 0 for d in controls):
+        return "is not supported, the gain stays"
+    if m.entropy is not None and m.entropy.high < 0:
+        return "is supported, entropy fell and the gain is gone"
+    return "is possible, the gain is gone under a control but entropy did not clearly fall"
+
+
+def _hops(results: Results, c: Comparison) -> list[str]:
+    """The chain's error budget: KL(q ‖ T) = KL(q ‖ last assistant) + one term a hop between the assistants and T."""
+    arm = results.arm(c.arm)
+    terms = [f"budget/{j}" for j in range(len(arm.path) - 1)]
+    if not all((arm.name, MEAN, metric) in results.summaries for metric in ("reverse_kl", *terms)):
+        return ["Error per hop is not measured: the analysis beside the teacher has no error budget of this arm."]
+    seeds = sorted(results.summaries[arm.name, MEAN, terms[0]].per_seed)
+    sets = sets_with(results, terms[0])
+    added = summarise([sum_of([stack(results, arm.name, seeds, name, t) for t in terms[1:]]) for name in sets], seeds)
+    total, first = (results.summaries[arm.name, MEAN, metric] for metric in ("reverse_kl", terms[0]))
+    share = f" ({100 * added.mean / total.mean:.0f} % of it)" if total.mean > 0 else ""
+    verdict = "adds to" if added.low > 0 else "takes from" if added.high < 0 else "makes no clear difference to"
+    hops = [f"{hop_text(arm, j)} {summary_text(results.summaries[arm.name, MEAN, t], t)}" for j, t in enumerate(terms) if j]
+    return [
+        f"Error per hop {verdict} the divergence: of {metric_title('reverse_kl')} {summary_text(total, 'reverse_kl')} nats/token, "
+        f"{summary_text(first, terms[0])} is to the last assistant {arm.path[-2]}, which training minimised, and "
+        f"{summary_text(added, terms[1])}{share} comes from the hops above it: {', '.join(hops)}.",
+        "A positive hop means that the student does better against the hop's assistant than against the model above it.",
+    ]
+
+
+def sum_of(terms_SNK: list[np.ndarray]) -> np.ndarray:
+    """The terms added up, prompt by prompt."""
+    return np.sum(terms_SNK, axis=0)
+
+
+def hop_text(arm: Arm, j: int) -> str:
+    """The hop of the error budget's term j >= 1, counted from the last assistant upwards: ``xl > l``."""
+    return f"{arm.path[-2 - j]} > {arm.path[-1 - j]}"
+
+
+def _compute(results: Results, c: Comparison) -> str:
+    """How much of a chain's gap over plain direct its equal-compute twin closes without any assistant."""
+    direct = direct_arm(results, results.arm(c.arm))
+    if direct is None:
+        return "Compute is not measured: the study has no plain direct arm of this student."
+    if c.against == "plain direct":
+        return f"Compute is not measured: no arm with `compute: as {c.arm}` tells training more from training through an assistant."
+    gap = _difference(results, c.arm, direct.name, c.metric)
+    closed = _difference(results, c.other, direct.name, c.metric)
+    if gap is None or closed is None:
+        return f"Compute is not measured yet: {direct.name} shares no finished seed with both sides."
+    numbers = (
+        f"over plain direct ({direct.name}), {c.arm} gains {span(gap, c.metric)} and its twin {c.other} {span(closed, c.metric)} "
+        f"{metric_unit(c.metric)} of {metric_title(c.metric)}"
+    )
+    if gap.low <= 0:
+        return f"Compute has no clear gap to explain: {numbers}."
+    share = f"closes {100 * closed.mean / gap.mean:.0f} % of the gap"
+    if closed.low <= 0:
+        return f"Compute is not shown to explain the gap: {numbers} (more training without an assistant {share})."
+    return f"Compute explains a part: {numbers}, so more training without an assistant {share}."

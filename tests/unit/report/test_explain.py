@@ -1,0 +1,97 @@
+"""The analysis in words: every sentence holds the numbers of the study, and says what was not measured."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tadistill.report.buckets import BUCKETS, bucket_difference, bucket_size
+from tadistill.report.collect import MEAN, read_results
+from tadistill.report.explain import explain, hop_text
+from tadistill.report.units import number, summary_text
+from tadistill.report.verdict import comparisons
+from tadistill.statistics import macro_difference
+
+from .builder import SMALL, ArmSpec, StudySpec, build_study
+
+SEEDS = (1, 2, 3)
+
+
+def analysed(tmp_path, arms, **changes):
+    study = build_study(tmp_path, StudySpec(arms, **{"seeds": SEEDS, "sets": {"dolly": 60, "vicuna": 30}, "fact_sets": (), **changes}))
+    results = read_results(study.study_dir, study.store_dir)
+    return study, results, {p.title: p.sentences for p in explain(results)}
+
+
+def test_published_values_match_inside_the_interval(tmp_path):
+    values = {"dolly": 24.5, "vicuna": 40.0, "sinst": 25.3}
+    _, results, found = analysed(tmp_path, [ArmSpec("direct", ("xl", "s"), published={"source": "a paper", "rouge_l": values})])
+    (sentence,) = found["Published values"]
+    dolly, vicuna = (results.summaries["direct", name, "rouge_l"] for name in ("dolly", "vicuna"))
+    assert dolly.low < 24.5 < dolly.high
+    assert f"on dolly {summary_text(dolly, 'rouge_l')} matches the published 24.5" in sentence
+    assert f"is {number(40 - vicuna.mean, 'rouge_l')} below the published 40.0" in sentence
+    assert "on sinst 25.3 is published and not measured here" in sentence
+
+
+def test_where_a_chain_helps(tmp_path):
+    _, results, found = analysed(tmp_path, SMALL)
+    by_set, by_length, *_ = found["Where chain differs from direct-long"]
+    assert re.match(r"ROUGE-L by set: helps on dolly \(\+\d\.\d, 95 % \+\d\.\d … \+\d\.\d\), on vicuna", by_set)
+    assert by_set.endswith("hurts nowhere.")
+    for bucket in BUCKETS:
+        assert bucket_difference(results, "chain", "direct-long", "rouge_l", bucket) is not None
+    assert "[11, ∞) tokens" in by_length
+
+
+def test_buckets_hold_the_prompts_of_their_lengths(tmp_path):
+    study, results, _ = analysed(tmp_path, SMALL)
+    lengths = results.reference_length
+    assert sum(bucket_size(results, "rouge_l", bucket) for bucket in BUCKETS) == 90
+    chosen = {name: np.flatnonzero((n >= 6) & (n <= 10)) for name, n in lengths.items()}
+    pooled = []
+    for arm in ("chain", "direct"):
+        tables = {n: np.stack([study.scores[arm, s][n]["rouge_l"].mean(axis=1, keepdims=True) for s in SEEDS]) for n in chosen}
+        pooled.append(np.concatenate([tables[name][:, rows] for name, rows in chosen.items()], axis=1))
+    assert bucket_difference(results, "chain", "direct", "rouge_l", (6, 10)) == macro_difference([pooled[0]], [pooled[1]])
+
+
+def test_the_error_budget_in_words(tmp_path):
+    arms = [ArmSpec("long", ("xl", "l", "m", "s")), ArmSpec("twin", ("xl", "s"), compute="as long")]
+    study, results, found = analysed(tmp_path, arms)
+    _, hops, _, _ = found["What explains long"]
+    means = {
+        metric: np.mean([[study.scores["long", s][n][metric].mean() for n in ("dolly", "vicuna")] for s in SEEDS])
+        for metric in ("reverse_kl", "budget/0", "budget/1", "budget/2")
+    }
+    assert means["reverse_kl"] == pytest.approx(means["budget/0"] + means["budget/1"] + means["budget/2"])
+    added = means["budget/1"] + means["budget/2"]
+    assert hops.startswith(f"Error per hop adds to the divergence: of KL(student ‖ teacher) {means['reverse_kl']:.3f} [")
+    assert f"{means['budget/0']:.3f} [" in hops
+    assert f"{added:.3f} [" in hops
+    assert f"({100 * added / means['reverse_kl']:.0f} % of it)" in hops
+    assert [hop_text(results.arm("long"), j) for j in (1, 2)] == ["l > m", "xl > l"]
+    assert f"l > m {means['budget/1']:.3f} [" in hops
+
+
+def test_compute_closes_a_share_of_the_gap(tmp_path):
+    _, results, found = analysed(tmp_path, SMALL)
+    compute = found["What explains chain"][-1]
+    means = {arm: results.summaries[arm, MEAN, "rouge_l"].mean for arm in ("direct", "chain", "direct-long")}
+    share = 100 * (means["direct-long"] - means["direct"]) / (means["chain"] - means["direct"])
+    assert f"closes {share:.0f} % of the gap" in compute
+
+
+def test_what_was_not_measured_is_said(tmp_path):
+    _, results, found = analysed(tmp_path, SMALL[:2], also={}, teacher=None)
+    (comparison,) = comparisons(results)
+    assert comparison.against == "plain direct"
+    sharpening, hops, compute = found["What explains chain"]
+    assert "greedy decoding not measured; matched entropy not measured" in sharpening
+    assert hops.startswith("Error per hop is not measured")
+    assert compute.startswith("Compute is not measured: no arm with `compute: as chain`")
+
+
+def test_nothing_to_say_of_an_arm_alone(tmp_path):
+    _, _, found = analysed(tmp_path, [ArmSpec("direct", ("xl", "s"))])
+    assert found == {}

@@ -1,0 +1,149 @@
+"""The verdict on chains: its word, its tests, its controls, and what it says of models alone."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tadistill.report.collect import MEAN, read_results
+from tadistill.report.sharpening import Mechanism
+from tadistill.report.text import caution_texts, headline, verdict_text
+from tadistill.report.verdict import _credit, _word, comparisons
+from tadistill.statistics import Difference, holm, inflation, macro_difference, minimum_detectable_effect, sign_flip
+
+from .builder import ArmSpec, StudySpec, build_study, key_of
+
+SEEDS = (1, 2, 3, 4, 5)
+SETS = {"dolly": 60, "vicuna": 30}
+
+
+def chain_study(tmp_path, *arms, margin=None, **changes):
+    study = build_study(tmp_path, StudySpec(list(arms), **{"seeds": SEEDS, "sets": SETS, "fact_sets": (), **changes}))
+    if margin is not None:
+        plan = json.loads((study.study_dir / "plan.json").read_text())
+        plan["recipe"]["margin"] = margin
+        (study.study_dir / "plan.json").write_text(json.dumps(plan))
+    return study, read_results(study.study_dir, study.store_dir)
+
+
+def pair_of(gain, **changes):
+    return ArmSpec("chain", ("xl", "l", "s"), gain=gain, **changes), ArmSpec("twin", ("xl", "s"), compute="as chain")
+
+
+def stacks(study, arm, metric="rouge_l"):
+    return [np.stack([study.scores[arm, seed][name][metric].mean(axis=1, keepdims=True) for seed in SEEDS]) for name in SETS]
+
+
+def test_the_numbers_of_a_comparison(tmp_path):
+    study, results = chain_study(tmp_path, *pair_of(1.0), ArmSpec("other", ("xl", "m", "s")), ArmSpec("direct", ("xl", "s")))
+    found = comparisons(results)
+    assert [(c.arm, c.other, c.against) for c in found] == [("chain", "twin", "equal compute"), ("other", "direct", "plain direct")]
+    expected = [macro_difference(stacks(study, a), stacks(study, b)) for a, b in (("chain", "twin"), ("other", "direct"))]
+    assert [c.difference for c in found] == expected
+    assert [c.p_holm for c in found] == holm([d.p for d in expected])
+    mine, theirs = (np.mean([values.mean(axis=(1, 2)) for values in stacks(study, arm)], axis=0) for arm in ("chain", "twin"))
+    per_seed = mine - theirs
+    assert list(found[0].per_seed.values()) == pytest.approx(per_seed)
+    assert found[0].sign_flip == sign_flip(per_seed)
+    assert found[0].sign_flip.smallest == 2 / 32
+    assert found[0].detectable == minimum_detectable_effect(expected[0].se, expected[0].df)
+
+
+@pytest.mark.parametrize(
+    ("gain", "margin", "seeds", "word", "phrase"),
+    [
+        (4.0, 0.3, SEEDS, "gain", ": gain (p"),
+        (-4.0, 0.3, SEEDS, "loss", ": loss (p"),
+        (0.0, 4.0, SEEDS, "equivalent", "equivalent, within the margin of ±4.0"),
+        (0.0, 0.01, SEEDS, "no evidence", "no evidence of a gain; an effect of "),
+        (4.0, 0.3, (1, 2), "no evidence", "no evidence of a gain, because 2 seeds are too few for a claim (3 are the least)"),
+        (0.0, 9.0, (1,), "no evidence", "no evidence of a gain, because 1 seed is too few for a claim (3 are the least)."),
+    ],
+)
+def test_words(tmp_path, gain, margin, seeds, word, phrase):
+    _, results = chain_study(tmp_path, *pair_of(gain), margin=margin, seeds=seeds)
+    (comparison,) = comparisons(results)
+    assert comparison.word == word
+    sentence = verdict_text(results, comparison)
+    assert sentence.startswith("TA path xl > l > s (chain): ")
+    assert " points of ROUGE-L, 95 % " in sentence
+    assert " against equal-compute direct (twin)" in sentence
+    assert phrase in sentence
+    assert "would have been seen" not in sentence or word == "no evidence"
+
+
+def difference(mean, half=0.5, p=0.001):
+    return Difference(mean, mean - half, mean + half, p, half / 2, 20.0, mean - 0.8 * half, mean + 0.8 * half)
+
+
+def test_an_interval_alone_is_no_gain():
+    assert _word(difference(1.0), 0.06, False, enough=True) == "no evidence"
+    assert _word(difference(1.0), 0.04, False, enough=True) == "gain"
+    assert _word(difference(0.4), 0.04, True, enough=True) == "equivalent"  # the interval covers 0
+
+
+@pytest.mark.parametrize(
+    ("forward", "reverse", "greedy", "matched", "credit"),
+    [
+        (0.0, 0.0, 1.0, 1.0, "credited"),
+        (-1.0, 0.3, 1.0, None, "credited"),
+        (0.0, 1.0, 1.0, 1.0, "farther from the teacher"),
+        (1.0, 0.0, 0.1, 0.1, "farther from the teacher"),
+        (0.0, 0.0, 0.2, 1.0, "sharpening"),
+        (0.0, 0.0, None, -0.2, "sharpening"),
+        (0.0, 0.0, None, None, "not measured"),
+        (None, 0.0, 1.0, 1.0, "not measured"),
+    ],
+)
+def test_what_a_gain_is_credited_to(forward, reverse, greedy, matched, credit):
+    values = [None if value is None else difference(value) for value in (forward, reverse, greedy, matched)]
+    assert _credit(Mechanism(values[0], values[1], None, values[2], "matched", values[3], 1.0)) == credit
+
+
+def test_a_sharper_arm_is_called_sharpening(tmp_path):
+    _, results = chain_study(tmp_path, *pair_of(0.0, sharper=0.8), also={"greedy": {"temperature": 0.0}, "t0.1": {"temperature": 0.1}})
+    (comparison,) = comparisons(results)
+    assert (comparison.word, comparison.mechanism.curves) == ("gain", "matched")
+    assert comparison.difference.low > 1 > abs(comparison.mechanism.matched.mean)
+    assert comparison.mechanism.at_entropy == pytest.approx(results.summaries["chain", MEAN, "entropy"].mean)
+    assert "Not credited to the path but to sharpening: " in verdict_text(results, comparison)
+    assert comparison.credit == "sharpening"
+
+
+def test_entropies_that_do_not_overlap_are_said_to_be_apart(tmp_path):
+    _, results = chain_study(tmp_path, *pair_of(0.0, sharper=0.9), also={"t0.9": {"temperature": 0.9}})
+    assert comparisons(results)[0].mechanism.curves == "apart"
+    assert comparisons(results)[0].mechanism.greedy is None
+
+
+def test_selection_among_more_checkpoints_is_a_caution(tmp_path):
+    study, results = chain_study(tmp_path, *pair_of(0.0))
+    (comparison,) = comparisons(results)
+    assert (comparison.selection.mine, comparison.selection.theirs) == (30, 20)  # sft and two hops; sft and one
+    variances = []
+    for path, name in ((("xl", "l", "s"), "chain"), (("xl", "s"), "twin")):
+        for seed in SEEDS:
+            key = key_of("distill", path, seed, name)
+            log = (study.store_dir / key[:2] / key / "metrics.jsonl").read_text().splitlines()
+            values = [json.loads(line)["dev/rouge_l"] for line in log if "dev/rouge_l" in line]
+            variances.append(np.var(values[len(values) // 2 :], ddof=1))
+    assert comparison.selection.sigma == pytest.approx(np.sqrt(np.mean(variances)))
+    assert comparison.selection.inflation == pytest.approx(inflation(30, 20, comparison.selection.sigma))
+    assert caution_texts(comparison)[0].startswith("chain chose among 30 checkpoints on dev, twin among 20: picking on noise adds 0.")
+
+
+def test_seeds_that_only_one_side_has_are_named(tmp_path):
+    _, results = chain_study(tmp_path, *pair_of(0.0), unfinished=(("twin", 5),))
+    assert "chain and twin are compared on the seeds that both have finished: 1, 2, 3, 4." in caution_texts(comparisons(results)[0])
+
+
+def test_models_alone_are_compared_in_pairs(tmp_path):
+    arms = [ArmSpec("a", ("xl",)), ArmSpec("b", ("l",), gain=4.0), ArmSpec("c", ("s",))]
+    _, results = chain_study(tmp_path, *arms, seeds=(0,), teacher=None, trained=False)
+    found = comparisons(results)
+    assert [(c.arm, c.other, c.word) for c in found][::2] == [("a", "b", "loss"), ("b", "c", "gain")]
+    assert {c.family for c in found} == {3}
+    assert {c.sign_flip for c in found} == {None}
+    texts = [finding.text for finding in headline(results)]
+    assert not [text for text in texts if "too few" in text]
+    assert any(text.endswith("(90 prompts, 3 decoding seeds).") for text in texts)
