@@ -5,6 +5,9 @@ tadistill run RECIPE [key=value …]       run it and write the report
 tadistill report STUDY                   write the report again
 tadistill eval MODEL --on SETS           evaluate any model
 tadistill compare MODEL MODEL …          the same prompts through several models
+tadistill export STUDY ARM TARGET        a trained model with its card
+tadistill judge STUDY --model NAME       a language model rates the answers
+tadistill human STUDY                    a blind sheet for people, and their ratings read back
 """
 
 import shlex
@@ -16,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tadistill.errors import ConfigError, DataError, ModelError, StageFailed, TadistillError
+from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, StageFailed, TadistillError
 
 if TYPE_CHECKING:
     from tadistill.config import Recipe
@@ -29,6 +32,7 @@ app = typer.Typer(
 )
 RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, for instance seeds=[10].", metavar="[KEY=VALUE]…")]
+StudyName = Annotated[str, typer.Argument(help="A study's name, or its directory.", metavar="STUDY")]
 Runs = Annotated[Path | None, typer.Option("--runs", help="Where studies and the store live (TADISTILL_RUNS; default ./runs).")]
 console = Console()
 
@@ -88,7 +92,7 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
 
 
 @app.command()
-def report(study: Annotated[str, typer.Argument(help="A study's name, or its directory.", metavar="STUDY")], runs: Runs = None) -> None:
+def report(study: StudyName, runs: Runs = None) -> None:
     """Write report.html, report.md and results.json of a study from what the store holds."""
     from tadistill.report import summary_table, write_report
     from tadistill.study.run import runs_directory
@@ -153,11 +157,10 @@ def _evaluate(
     from tadistill.study.run import runs_directory
     from tadistill.study.standalone import recipe_text
 
-    numbers = [part.strip() for part in seeds.split(",") if part.strip()]
+    numbers = _parts(seeds)
     if not numbers or not all(part.isdigit() for part in numbers):
         raise ConfigError(f"--seeds is `{seeds}`; give whole numbers by comma, for instance 10,20,30")
-    sets = [part.strip() for part in on.split(",") if part.strip()]
-    text = recipe_text(models, sets, seeds=[int(n) for n in numbers], teacher=teacher)
+    text = recipe_text(models, _parts(on), seeds=[int(n) for n in numbers], teacher=teacher)
     chosen = [part for option in settings or [] for part in ("--set", option)] + (["--teacher", teacher] if teacher else [])
     command = shlex.join([*verb, "--on", on, "--seeds", seeds, *chosen])
     return _run_and_report(parse(text, settings or [], source=" ".join(verb[:2])), text, command, runs_directory(runs))
@@ -165,7 +168,7 @@ def _evaluate(
 
 @app.command()
 def export(
-    study: Annotated[str, typer.Argument(help="A study's name, or its directory.", metavar="STUDY")],
+    study: StudyName,
     arm: Annotated[str, typer.Argument(help="Which arm's model.", metavar="ARM")],
     target: Annotated[Path, typer.Argument(help="A new directory.", metavar="TARGET")],
     seed: Annotated[int | None, typer.Option("--seed", help="Training seed; the first when absent.")] = None,
@@ -180,13 +183,86 @@ def export(
     console.print(f"{target}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True, highlight=False)
 
 
+Arms = Annotated[list[str] | None, typer.Option("--arm", help="An arm to judge (again for more; default all).")]
+JudgedOn = Annotated[str, typer.Option("--on", help="Test sets, by comma (default all).")]
+Limit = Annotated[int | None, typer.Option("--limit", help="Prompts of each set, at even distances (default all).")]
+
+
+@app.command()
+def judge(
+    study: StudyName,
+    model: Annotated[str, typer.Option(help="The judge's name at its endpoint.")],
+    base_url: Annotated[
+        str, typer.Option(envvar="OPENAI_BASE_URL", help="Any OpenAI-compatible endpoint; the key is OPENAI_API_KEY.")
+    ] = "https://api.openai.com/v1",
+    mode: Annotated[str, typer.Option(help="pair (wins in both orders) or score (MiniLLM's, in % of the reference's).")] = "pair",
+    arm: Arms = None,
+    against: Annotated[str, typer.Option(help="An arm, or `reference` for the reference answers.")] = "reference",
+    on: JudgedOn = "",
+    limit: Limit = None,
+    all_seeds: Annotated[bool, typer.Option("--all-seeds", help="Every finished training seed, not the first only.")] = False,
+    name: Annotated[str | None, typer.Option(help="The summary is judge-NAME.json (default mode and judge).")] = None,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature of the judge.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply; more for judges that think aloud.")] = 256,
+    jobs: Annotated[int, typer.Option(help="Requests at a time.")] = 4,
+    timeout: Annotated[float, typer.Option(help="Seconds that a reply may take.")] = 120.0,
+    price_in: Annotated[float | None, typer.Option(help="Price of a million tokens in, for the estimate.")] = None,
+    price_out: Annotated[float | None, typer.Option(help="Price of a million tokens out.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
+    runs: Runs = None,
+) -> None:
+    """Have a language model rate the answers of a study (docs/judge.md). Replies are kept; the same command goes on."""
+    from tadistill.judge import commands
+    from tadistill.study.run import runs_directory
+
+    try:
+        commands.judge(
+            study, root=runs_directory(runs), console=console, confirm=typer.confirm, command=shlex.join(["tadistill", *sys.argv[1:]]),
+            model=model, base_url=base_url, mode=mode, arms=arm or (), against=against, sets=_parts(on), all_seeds=all_seeds,
+            limit=limit, name=name, temperature=temperature, max_tokens=max_tokens, jobs=jobs, timeout=timeout,
+            price_in=price_in, price_out=price_out, yes=yes,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        console.print("interrupted; replies are kept, and the same command goes on")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def human(
+    study: StudyName,
+    files: Annotated[list[Path] | None, typer.Argument(help="Filled-in sheets, one a rater.", metavar="[ANSWERS.csv]…")] = None,
+    arm: Arms = None,
+    on: JudgedOn = "",
+    limit: Limit = None,
+    reference: Annotated[bool, typer.Option("--reference", help="Show the reference among the answers.")] = False,
+    name: Annotated[str, typer.Option(help="The sheet's name.")] = "blind",
+    seed: Annotated[int, typer.Option(help="Of the random order.")] = 0,
+    runs: Runs = None,
+) -> None:
+    """Write a blind sheet of a study's answers for people to rate; with files, read their ratings back (docs/judge.md)."""
+    from tadistill.judge import commands
+    from tadistill.study.run import runs_directory
+
+    root = runs_directory(runs)
+    if files:
+        commands.read_sheets(study, files, root=root, console=console, command=shlex.join(["tadistill", *sys.argv[1:]]), name=name)
+        return
+    chosen = {"arms": arm or (), "sets": _parts(on), "limit": limit, "with_reference": reference, "seed": seed}
+    commands.export_sheet(study, root=root, console=console, name=name, **chosen)
+
+
+def _parts(text: str) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def main() -> None:
     """Entry point: maps errors to one sentence and an exit code (1 a run failed, 2 the input is wrong)."""
     errors = Console(stderr=True)
     try:
         app()
     except TadistillError as error:
-        kind = "failed" if isinstance(error, StageFailed) else "error"
+        kind = "failed" if isinstance(error, StageFailed | JudgeFailed) else "error"
         errors.print(f"[bold red]{kind}[/]: ", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, (ConfigError, DataError, ModelError)) else 1)
