@@ -95,18 +95,14 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
 def report(study: StudyName, runs: Runs = None) -> None:
     """Write report.html, report.md and results.json of a study from what the store holds."""
     from tadistill.report import summary_table, write_report
+    from tadistill.report.files import find_study
     from tadistill.study.run import runs_directory
 
     root = runs_directory(runs)
-    directory = _study_directory(study, root)
+    directory = find_study(study, root)
     page = write_report(directory, root / "store")
     console.print(summary_table(directory, root / "store"))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
-
-
-def _study_directory(study: str, root: Path) -> Path:
-    """A study by its directory or its name."""
-    return Path(study) if (Path(study) / "plan.json").is_file() else root / study
 
 
 On = Annotated[str, typer.Option("--on", help="Test sets, by comma: names, JSONL files or hub ids.")]
@@ -176,10 +172,11 @@ def export(
 ) -> None:
     """Copy a trained model out of the store, as a Hugging Face directory with a model card."""
     from tadistill.report.cards import export as export_model
+    from tadistill.report.files import find_study
     from tadistill.study.run import runs_directory
 
     root = runs_directory(runs)
-    export_model(_study_directory(study, root), root / "store", arm, seed, target)
+    export_model(find_study(study, root), root / "store", arm, seed, target)
     console.print(f"{target}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True, highlight=False)
 
 

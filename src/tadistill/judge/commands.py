@@ -18,6 +18,7 @@ from tadistill.judge.ratings import load_key, read_ratings, summarise_ratings
 from tadistill.judge.sheet import make_sheet, write_sheet
 from tadistill.judge.summary import summarise, write_summary
 from tadistill.judge.terminal import rows_table
+from tadistill.report.files import find_study
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -123,18 +124,6 @@ def read_sheets(study: str, files: Sequence[Path], *, root: Path, console: Conso
     console.print(f"{found['measure']}: {value} ({found['raters']} raters, {found['shared']} answers rated by several)", highlight=False)
     console.print(f"summary: {path}", soft_wrap=True, highlight=False)
     return path
-
-
-def find_study(study: str, root: Path) -> Path:
-    """A study's directory from its name or its path.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for directory in (Path(study), root / study):
-        if (directory / "plan.json").is_file():
-            return directory
-    raise ConfigError(f"there is no study `{study}` ({root / study / 'plan.json'} does not exist): `tadistill run RECIPE` makes one")
 
 
 def _find_endpoint(client: "OpenAI", plan: Estimate) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tadistill.errors import StoreError
+from tadistill.errors import ConfigError, StoreError
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts, decoding seeds)
 
@@ -120,6 +120,18 @@ class Manifest:
 
     seconds: float
     versions: Mapping[str, str]
+
+
+def find_study(study: str, root: Path) -> Path:
+    """A study's directory from its name or its path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for directory in (Path(study), root / study):
+        if (directory / "plan.json").is_file():
+            return directory
+    raise ConfigError(f"there is no study `{study}` ({root / study / 'plan.json'} does not exist): `tadistill run RECIPE` makes one")
 
 
 def load_plan(study_dir: Path) -> Plan:
