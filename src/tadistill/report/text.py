@@ -153,16 +153,18 @@ def _credit_text(c: Comparison) -> list[str]:
         return ["The divergence from the teacher is not worse and the gain is not sharpening, so it is credited to the path."]
     if c.credit == "not measured":
         return ["Not credited to the path: divergence from the teacher or a control for sharpening was not measured."]
+    worse = [
+        f"{metric_title(metric)} {span(d, metric)}"
+        for metric, d in (("forward_kl", c.mechanism.forward_kl), ("reverse_kl", c.mechanism.reverse_kl))
+        if d is not None and d.low > 0
+    ]
+    farther = f"farther from the teacher ({'; '.join(worse)})"
     if c.credit == "farther from the teacher":
-        worse = [
-            f"{metric_title(metric)} {span(d, metric)}"
-            for metric, d in (("forward_kl", c.mechanism.forward_kl), ("reverse_kl", c.mechanism.reverse_kl))
-            if d is not None and d.low > 0
-        ]
-        return [f"Not credited to the path: it is farther from the teacher ({'; '.join(worse)})."]
+        return [f"Not credited to the path: it is {farther}."]
     controls = (("under greedy decoding", c.mechanism.greedy), ("at matched entropy", c.mechanism.matched))
     gone = [f"{where} the difference is {span(d, c.metric)}" for where, d in controls if d is not None and d.low <= 0]
-    return [f"Not credited to the path but to sharpening: {' and '.join(gone)}."]
+    sharpening = f"Not credited to the path but to sharpening: {' and '.join(gone)}."
+    return [sharpening, f"It is also {farther}."] if worse else [sharpening]
 
 
 def missing_text(results: Results) -> str:

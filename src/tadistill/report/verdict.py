@@ -175,10 +175,10 @@ def _word(difference: Difference, p_holm: float, inside: bool, *, enough: bool) 
 def _credit(why: Mechanism) -> Credit:
     """Whether a gain belongs to the path. What was not measured credits nothing."""
     divergences, controls = (why.forward_kl, why.reverse_kl), [d for d in (why.greedy, why.matched) if d is not None]
-    if any(d is not None and d.low > 0 for d in divergences):
-        return "farther from the teacher"
     if any(d.low <= 0 for d in controls):
         return "sharpening"
+    if any(d is not None and d.low > 0 for d in divergences):
+        return "farther from the teacher"
     if None in divergences or not controls:
         return "not measured"
     return "credited"

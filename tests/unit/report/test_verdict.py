@@ -88,7 +88,7 @@ def test_an_interval_alone_is_no_gain():
         (0.0, 0.0, 1.0, 1.0, "credited"),
         (-1.0, 0.3, 1.0, None, "credited"),
         (0.0, 1.0, 1.0, 1.0, "farther from the teacher"),
-        (1.0, 0.0, 0.1, 0.1, "farther from the teacher"),
+        (1.0, 0.0, 0.1, 0.1, "sharpening"),
         (0.0, 0.0, 0.2, 1.0, "sharpening"),
         (0.0, 0.0, None, -0.2, "sharpening"),
         (0.0, 0.0, None, None, "not measured"),
