@@ -18,6 +18,7 @@ from tadistill.report import figures, text
 from tadistill.report.collect import MEAN, Results, primary_metric, seeds_of
 from tadistill.report.curves import learning_curves
 from tadistill.report.details import comparison_table, detail_tables
+from tadistill.report.explain import explain
 from tadistill.report.judgements import judgements
 from tadistill.report.samples import samples, shown_first
 from tadistill.report.tables import main_metrics, score_table, stage_rows, versions
@@ -26,6 +27,7 @@ from tadistill.report.tables import main_metrics, score_table, stage_rows, versi
 _SECTIONS = (
     ("results", "Results", "tables"),
     ("forest", "Arms compared", "means"),
+    ("analysis", "Analysis", "analysis"),
     ("paths", "Paths", "paths"),
     ("plane", "Quality and entropy", "plane"),
     ("budget", "Error budget", "budgets"),
@@ -77,6 +79,7 @@ def _words(results: Results) -> dict[str, Any]:
         "tables": [score_table(results, metric) for metric in main_metrics(results)],
         "compared": comparison_table(results) if measured else None,
         "details": detail_tables(results) if measured else [],
+        "analysis": explain(results) if measured else [],
         "stages": stages,
         "versions": versions(stages),
     }
