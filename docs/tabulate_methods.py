@@ -48,8 +48,7 @@ test sets with 95 % intervals (hierarchical bootstrap over seeds and prompts).
 TAIL = """
 The world is a toy and the student far too small for its facts, so a few hundred updates move little. The table says that every method
 runs and what these updates did here; it ranks no method in general. Selection is noisy as well: dev has 189 facts, and it kept `minillm`
-with seed 20 as it was after 40 updates, which makes that arm's wide interval. With three seeds the intervals are too narrow, and among so
-many comparisons one or two exclude 0 by chance.
+with seed 20 as it was after 40 updates, which makes that arm's wide interval. Among so many comparisons one or two exclude 0 by chance.
 """
 
 

@@ -42,7 +42,7 @@ def _tables(content: Mapping[str, Any]) -> list[Judgement]:
     if scores:
         columns = ("arm", "set", "score", "95 % interval", "prompts")
         tables.append(Judgement(f"Scores by {content['judge']} ({content['mode']})", note, columns, tuple(map(_score, scores))))
-    return tables
+    return tables or [Judgement(f"{content['judge']} ({content['mode']}) said nothing that could be used", _gaps(content), (), ())]
 
 
 def _gaps(content: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The path lattice: what was distilled from what, over columns of model size."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -74,9 +75,9 @@ def _steps(results: Results, arm: Arm, model: str) -> list[Stage]:
 
 
 def _kind(stage: Stage) -> str:
-    """The method out of a label such as ``distill xl -> l, minillm (teacher_mixed), 800 updates, seed 1``."""
-    parts = stage.label.split(", ")
-    return parts[1] if len(parts) > 1 else stage.kind
+    """The method out of a label such as ``distill xl -> l, minillm on student (rounds of 256, 4 updates each), 800 updates, seed 1``."""
+    found = re.match(r"distill [^,]+, (.+?)(?: \(rounds[^)]*\))?(?:, |$)", stage.label)
+    return found[1] if found else stage.kind
 
 
 def lattice_figure(results: Results) -> str | None:
