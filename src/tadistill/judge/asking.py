@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from tadistill.errors import JudgeFailed
 from tadistill.judge.cache import Cache, Reply, Settings, key_of
 from tadistill.judge.endpoint import Refused, Unavailable
-from tadistill.judge.questions import Question, again, parse
+from tadistill.judge.questions import ATTEMPTS, Question, again, parse
 
-ATTEMPTS = 3  # an answer that cannot be parsed is asked for again this often in all
 _CHARACTERS_A_TOKEN = 4  # English text in the usual vocabularies; only for the estimate
 _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
 _REFUSALS = 3  # so many questions refused and none answered: the endpoint refuses all
@@ -116,12 +115,13 @@ class _Run:
         """Asks one question until its reply can be parsed, at most `ATTEMPTS` times."""
         found = None
         for attempt in range(ATTEMPTS):
-            key = key_of(self.settings, text, attempt)
+            asked = again(text, attempt)
+            key = key_of(self.settings, asked)
             reply = self.cache.get(key)
             if reply is None:
                 if self.stop.is_set():
                     return
-                reply = self._request(text, attempt)
+                reply = self._request(text, asked)
                 if reply is None:
                     return
                 self.cache.put(key, reply)
@@ -136,9 +136,9 @@ class _Run:
                 self.scores[text] = found
             self.tick()
 
-    def _request(self, text: str, attempt: int) -> Reply | None:
+    def _request(self, text: str, asked: str) -> Reply | None:
         try:
-            return self.ask(again(text, attempt))
+            return self.ask(asked)
         except Refused as error:
             with self.lock:
                 self.refused[text] = str(error)
@@ -160,7 +160,7 @@ class _Run:
 def _settled(text: str, settings: Settings, cache: Cache) -> bool:
     """Whether the cache holds a reply that can be parsed, or all attempts."""
     for attempt in range(ATTEMPTS):
-        reply = cache.get(key_of(settings, text, attempt))
+        reply = cache.get(key_of(settings, again(text, attempt)))
         if reply is None:
             return False
         if parse(reply.text) is not None:

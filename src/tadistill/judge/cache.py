@@ -32,9 +32,9 @@ class Reply:
     tokens_out: int
 
 
-def key_of(settings: Settings, text: str, attempt: int) -> str:
-    """The address of one attempt at one question."""
-    content = [settings.judge, settings.temperature, settings.max_tokens, text, attempt]
+def key_of(settings: Settings, text: str) -> str:
+    """The address of the reply to a text."""
+    content = [settings.judge, settings.temperature, settings.max_tokens, text]
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:32]
 
 

@@ -154,7 +154,8 @@ def _announce(console: Console, answers: Answers, plan: Estimate, model: str, pr
         console.print(f"estimated: {plan.tokens_in:,} tokens in, {out}; unparsable replies are asked again", highlight=False)
     if plan.requests and price_in is not None and price_out is not None:
         expected, most = plan.cost(price_in, price_out)
-        console.print(f"estimated cost: {expected:.2f} (at most {most:.2f} without repeats)", highlight=False)
+        digits = 2 if most >= 1 else 4
+        console.print(f"estimated cost: {expected:.{digits}f} (at most {most:.{digits}f} without repeats)", highlight=False)
 
 
 def _conclude(console: Console, verdicts: Verdicts, plan: Estimate) -> None:

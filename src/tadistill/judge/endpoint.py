@@ -1,9 +1,10 @@
 """One OpenAI-compatible endpoint, through the `openai` package, which retries, backs off and obeys Retry-After."""
 
-import json
 import os
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ValidationError
 
 from tadistill.errors import ConfigError
 from tadistill.judge.cache import Reply, Settings
@@ -20,6 +21,26 @@ class Refused(Exception):
 
 class Unavailable(Exception):
     """The endpoint cannot go on: the reason as half a sentence."""
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Completion(BaseModel):
+    """What is read of a chat completion; servers differ in the rest."""
+
+    choices: list[_Choice]
+    usage: _Usage | None = None
 
 
 def check_address(base_url: str) -> str:
@@ -78,39 +99,36 @@ def ask(client: "OpenAI", settings: Settings, text: str) -> Reply:
         Unavailable: it is down, too slow, out of quota, knows neither key nor model, or talks junk.
     """
     import openai
-    from openai.types.chat import ChatCompletion
 
     try:
-        completion = _complete(client, settings, text)
-    except openai.BadRequestError as error:
-        raise Refused(reason_of(error)) from error
-    except openai.UnprocessableEntityError as error:
+        body = _complete(client, settings, text)
+    except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
         raise Refused(reason_of(error)) from error
     except openai.APIError as error:
         raise Unavailable(reason_of(error)) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Unavailable("answers with something that is not JSON") from error
-    if not isinstance(completion, ChatCompletion):
-        raise Unavailable(f"answers with something that is not a chat completion ({_start(completion)})")
-    choices, usage = completion.choices, completion.usage
-    if not isinstance(choices, list) or not choices or choices[0].message is None:
-        raise Unavailable("answers without any choice")
-    tokens_in, tokens_out = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-    return Reply(choices[0].message.content or "", tokens_in or 0, tokens_out or 0)
+    try:
+        completion = _Completion.model_validate_json(body)
+    except ValidationError as error:
+        raise Unavailable(f"answers with something that is not a chat completion ({_start(body)})") from error
+    if not completion.choices:
+        raise Unavailable(f"answers without any choice ({_start(body)})")
+    usage = completion.usage or _Usage()
+    return Reply(completion.choices[0].message.content or "", usage.prompt_tokens or 0, usage.completion_tokens or 0)
 
 
-def _complete(client: "OpenAI", settings: Settings, text: str) -> object:
+def _complete(client: "OpenAI", settings: Settings, text: str) -> str:
+    """The body of the response, which the client does not check."""
     import openai
 
-    create, messages = client.chat.completions.create, [{"role": "user", "content": text}]
+    create, messages = client.chat.completions.with_raw_response.create, [{"role": "user", "content": text}]
     common = {"model": settings.judge, "messages": messages, "temperature": settings.temperature}
     try:
-        return create(**common, max_tokens=settings.max_tokens)  # type: ignore[call-overload]
+        return create(**common, max_tokens=settings.max_tokens).http_response.text  # type: ignore[call-overload]
     except openai.BadRequestError as error:
         if "max_completion_tokens" not in str(error):
             raise
     # the newest models of the public endpoint know the limit under this name only; older servers know only the other
-    return create(**common, max_completion_tokens=settings.max_tokens)  # type: ignore[call-overload]
+    return create(**common, max_completion_tokens=settings.max_tokens).http_response.text  # type: ignore[call-overload]
 
 
 def reason_of(error: Exception) -> str:

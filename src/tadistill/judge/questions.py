@@ -19,7 +19,12 @@ _FORM = (
     "Give each answer a score from 1 (worst) to 10 (best). The first line of your reply must hold the two scores only, first that of "
     "Assistant 1, then that of Assistant 2, with a space between them. Explain them in one sentence on the second line."
 )
-_AGAIN = "An earlier reply did not begin with a line of two scores from 1 to 10. Begin with that line, for example: 6 9"
+# no example in numbers: a weak judge would repeat it, and it would count
+_AGAIN = (
+    "An earlier reply did not begin with a line of two scores from 1 to 10. Begin with that line.",
+    "Earlier replies did not begin with a line of two scores. Reply with two numbers from 1 to 10, a space between them, and nothing else.",
+)
+ATTEMPTS = 1 + len(_AGAIN)  # so often in all is a question asked until its reply can be parsed
 
 _SCORE = r"(?P<{0}>\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*10)?"
 _LABEL = r"(?:(?:assistant|answer)\s*{0}(?:'s)?\s*(?:score)?\s*[:=\-]?\s*)?"
@@ -77,8 +82,9 @@ def write_question(instruction: str, given: str, left: str, right: str) -> str:
 
 
 def again(text: str, attempt: int) -> str:
-    """The question for a further attempt (0 is the first): the same with a reminder of the form."""
-    return text if attempt == 0 else f"{text}\n\n{_AGAIN}"
+    """The question for a further attempt (0 is the first): with a reminder, other words each time, because a judge at temperature 0
+    says the same to the same words."""
+    return text if attempt == 0 else f"{text}\n\n{_AGAIN[attempt - 1]}"
 
 
 def parse(reply: str) -> tuple[float, float] | None:

@@ -66,7 +66,8 @@ def read_ratings(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Rating]:
                 continue
             place = (rating.rater, rating.item, rating.letter)
             if place in ratings:
-                raise DataError(f"{path}, line {line}: {rating.rater} rated {rating.item} {rating.letter} twice; keep one of them")
+                twice = f"{path}, line {line}: {rating.rater} rated {rating.item} {rating.letter} twice"
+                raise DataError(f"{twice}; keep one row, or give raters different names")
             ratings[place] = rating
         if len(ratings) == before:
             raise DataError(f"{path} holds no rating: fill in its column rating, or leave the file out")

@@ -3,6 +3,8 @@
 import json
 import socket
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -111,6 +113,7 @@ def test_unparsable_for_ever_is_counted_not_guessed(judged):
         asked = len(fake.asked)
         judged(fake.url, sets=["dolly"])
         assert len(fake.asked) == asked == 14 + 2 * 3
+    assert len(set(fake.asked)) == asked  # a judge at temperature 0 would say the same to the same words
     assert found["unparsed"] == 2
     assert {r["arm"]: r["n"] for r in found["rows"]} == {"good": 3, "bad": 4}
     assert "2 of 16 questions have no reply that can be parsed" in judged.said
@@ -151,10 +154,15 @@ def test_retry_after_is_respected(judged):
     ("answer", "message"),
     [
         ((200, {"content-type": "text/html"}, b"<html>welcome</html>"), "not a chat completion"),
-        ((200, {"content-type": "application/json"}, b"{broken"), "not JSON"),
+        ((200, {"content-type": "application/json"}, b"{broken"), "not a chat completion"),
+        ((200, {"content-type": "application/json"}, b""), "not a chat completion"),
+        (as_json(None), "not a chat completion"),
+        (as_json({"choices": None}), "not a chat completion"),
+        (as_json({"choices": [None]}), "not a chat completion"),
+        (as_json({"choices": [{"message": "8 5"}]}), "not a chat completion"),
         ((200, {"content-type": "application/json"}, b"[1, 2]"), "not a chat completion"),
         (as_json({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": []}), "without any choice"),
-        (as_json({"hello": "world"}), "without any choice"),
+        (as_json({"hello": "world"}), "not a chat completion"),
         (error(404, "no model judge-1"), "does not know the model or the path"),
         (error(403, "not for you"), "forbids"),
         (error(401, "bad key"), "does not accept the key"),
@@ -263,6 +271,30 @@ def test_says_what_it_costs_and_asks_first(judged):
         assert f"estimated cost: {tokens + 40 * 50 * 2:.2f} (at most {tokens + 40 * 256 * 2:.2f}" in judged.said
         judged(fake.url)
     assert tokens == sum(map(len, fake.asked)) // 4
+
+
+def test_the_cost_of_a_few_questions_is_not_rounded_to_nothing(judged):
+    with serve(honest) as fake:
+        judged(fake.url, yes=False, price_in=1.0, price_out=0.0)
+    tokens = int(judged.said.split("estimated: ")[1].split(" tokens in")[0].replace(",", ""))
+    assert f"estimated cost: {tokens / 1e6:.4f} (" in judged.said
+    assert tokens > 100
+
+
+def test_several_threads_keep_what_is_on_its_way(judged):
+    """One thread meets the failure while three wait for good replies: those are kept too."""
+    gate = threading.Barrier(4)
+
+    def late(number, text):
+        if number < 4:
+            gate.wait(timeout=10)
+        if number == 0:
+            return error(404, "gone")
+        time.sleep(0.3)
+        return honest(number, text)
+
+    with serve(late) as fake, pytest.raises(JudgeFailed, match="3 of 16 questions are answered and kept, 13 are missing"):
+        judged(fake.url, sets=["dolly"], jobs=4)
 
 
 def test_half_a_line_is_dropped_and_asked_again(judged):

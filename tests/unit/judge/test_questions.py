@@ -6,7 +6,7 @@ from tadistill.data.datasets import Example
 from tadistill.data.templates import render
 from tadistill.errors import ConfigError
 from tadistill.judge.answers import read_answers, split_prompt
-from tadistill.judge.questions import again, make_questions, parse, write_question
+from tadistill.judge.questions import ATTEMPTS, again, make_questions, parse, write_question
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,9 @@ def test_question_shows_both_answers_in_order_and_no_names(study):
     assert "[Input]" not in first.text
     assert "[Input]\n2 and 3\n" in write_question("Add.", "2 and 3", "5", "6")
     assert again(first.text, 0) == first.text
-    assert again(first.text, 1) != first.text
+    asked = [again(first.text, attempt) for attempt in range(ATTEMPTS)]
+    assert len(set(asked)) == ATTEMPTS == 3
+    assert all(parse(text.removeprefix(first.text)) is None for text in asked)  # nothing to repeat that would count
 
 
 def test_choice_of_prompts_seeds_and_arms(study):
