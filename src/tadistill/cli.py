@@ -242,6 +242,8 @@ def human(
 
     root = runs_directory(runs)
     if files:
+        if arm or on or limit or reference or seed:
+            raise ConfigError("reading filled-in sheets takes only --name and --runs; the other options say what a new sheet holds")
         commands.read_sheets(study, files, root=root, console=console, command=shlex.join(["tadistill", *sys.argv[1:]]), name=name)
         return
     chosen = {"arms": arm or (), "sets": _parts(on), "limit": limit, "with_reference": reference, "seed": seed}
