@@ -78,20 +78,29 @@ def headline(results: Results) -> list[Finding]:
 
 
 def _verdicts(results: Results) -> list[Finding]:
-    """One sentence for each chain; without chains, the pairs with the highest mean in them (a table has the rest)."""
+    """One sentence for each chain; without chains, one for each pair of arms, of many those that the best arm decides."""
     decided = {(c.arm, c.other): c for c in comparisons(results)}
-    best = {arm.name for _, arm in (ranked[0] for ranked in _ranked(results))}
+    if len(decided) > _PAIRS_IN_WORDS and not any(arm.is_chain for arm in results.plan.arms):
+        return _many_pairs(results, list(decided.values()))
     findings: list[Finding] = []
     for pair in pairs(results):
         comparison = decided.get((pair.arm.name, pair.other.name)) if pair.other else None
-        if pair.against == "pair":
-            if comparison and (len(decided) <= _PAIRS_IN_WORDS or best & {comparison.arm, comparison.other}):
-                findings.append(Finding(_KINDS[comparison.word], verdict_text(results, comparison)))
-        elif comparison:
+        if comparison:
             findings.append(Finding(_KINDS[comparison.word], verdict_text(results, comparison)))
-        else:
+        elif pair.against != "pair":
             findings.append(Finding("caution", undecided_text(pair)))
     return findings
+
+
+def _many_pairs(results: Results, decided: list[Comparison]) -> list[Finding]:
+    """What is known of the arms with the highest means; the table of comparisons has all pairs."""
+    best = {arm.name for _, arm in (ranked[0] for ranked in _ranked(results))}
+    of_best = [c for c in decided if best & {c.arm, c.other}]
+    known = [c for c in of_best if c.word != "no evidence"]
+    rest = f"{len(of_best) - len(known)} of the {len(of_best)} pairs with {' or '.join(sorted(best))}"
+    text = f"No evidence of a difference in {rest}, after adjustment for all {len(decided)} pairs; the table of comparisons has them."
+    findings = [Finding(_KINDS[c.word], verdict_text(results, c)) for c in known]
+    return findings + ([Finding("none", text)] if len(known) < len(of_best) else [])
 
 
 def undecided_text(pair: Pair) -> str:
