@@ -244,3 +244,14 @@ def render(table, width=140):
     with console.capture() as capture:
         console.print(table)
     return capture.get()
+
+
+def test_headline_of_many_arms_without_chains_counts_what_is_not_known(tmp_path):
+    arms = [ArmSpec(f"arm{i}", ("xl", "s"), gain=8.0 * (i == 4)) for i in range(5)]
+    spec = StudySpec(arms, seeds=(10, 20, 30, 40), sets={"dolly": 60}, fact_sets=())
+    study = build_study(tmp_path, spec)
+    findings = headline(read_results(study.study_dir, study.store_dir))
+    gains = [finding.text for finding in findings if finding.kind in ("gain", "loss")]
+    assert len(gains) == 4  # every pair with arm4, and none of the six others
+    assert all("arm4" in text for text in gains)
+    assert not any(finding.kind == "none" for finding in findings)
