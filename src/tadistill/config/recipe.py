@@ -131,7 +131,7 @@ class Data(Strict):
 class OtherDecoding(Decoding):
     """What another decoding changes of the main one: only the fields that are given count."""
 
-    seeds: tuple[int, ...] = Field(default=(), max_length=100)
+    seeds: tuple[int, ...] = Field(default=(10,), min_length=1)
     """Its decoding seeds; the main one's first when absent."""
 
 
@@ -249,6 +249,9 @@ class Recipe(Strict):
         for name, model in self.models.items():
             if model.init and model.init.from_ not in self.models:
                 raise ValueError(f"models.{name}.init.from is `{model.init.from_}`, which is not a model; {_known(self.models)}")
+        for name, arm in self.arms.items():
+            if self.teacher in arm.path[1:]:
+                raise ValueError(f"teacher is `{self.teacher}`, which arms.{name} teaches; the original teacher is taught by no arm")
         if self.teacher and self.teacher not in self.models:
             raise ValueError(f"teacher is `{self.teacher}`, which is not a model; {_known(self.models)}")
         for name, arm in self.arms.items():

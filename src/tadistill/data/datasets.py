@@ -220,6 +220,9 @@ def _example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
         return Example("", "", _references(answer, choices, where), messages=tuple(messages[:-1]), choices=choices)
     if instruction is None and prompt is None:
         raise DataError(_no_column(ref, index, "`instruction`, `prompt` or `messages`", row))
+    for text in (instruction, prompt, get("input")):
+        if not isinstance(text, str | None):
+            raise DataError(f"{where}: instruction, input and prompt must be strings, and one is {text!r}")
     verbatim = instruction is None
     wanted = "completion" if verbatim else "output"
     column = ref.columns.get(wanted, wanted)  # type: ignore[call-overload]

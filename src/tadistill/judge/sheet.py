@@ -61,11 +61,14 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
     key_path = directory / f"sheet-{name}.key.json"
     if key_path.is_file() and read_json(key_path).get("sheet") != sheet.identity:
         raise ConfigError(f"{key_path} belongs to another sheet, which raters may hold: choose another --name, or delete it")
+    table = directory / f"sheet-{name}.csv"
+    if table.is_file() and table.read_text(encoding="utf-8", errors="replace") != _table(sheet):
+        raise ConfigError(f"{table} has been filled in: move it elsewhere and read it back, choose another --name, or delete it")
     directory.mkdir(parents=True, exist_ok=True)
     page = directory / f"sheet-{name}.html"
     write_text(key_path, json.dumps(sheet.key, indent=1, ensure_ascii=False) + "\n")
     write_text(page, render_sheet(sheet))
-    write_text(directory / f"sheet-{name}.csv", _table(sheet))
+    write_text(table, _table(sheet))
     return page
 
 

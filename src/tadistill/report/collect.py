@@ -185,9 +185,18 @@ def twin_of(results: Results, chain: Arm) -> Arm | None:
 
 
 def direct_arm(results: Results, arm: Arm) -> Arm | None:
-    """The plan's first plain direct arm (teacher > student, no extra compute) with the same student."""
-    candidates = (a for a in results.plan.arms if len(a.path) == 2 and a.model == arm.model and a.compute is None)
-    return next(candidates, None)
+    """The first plain direct arm (teacher > student, no extra compute) with the same ends; for a chain or a twin of the same method."""
+    candidates = [a for a in results.plan.arms if len(a.path) == 2 and a.model == arm.model and a.compute is None]
+    if len(arm.path) > 1:
+        candidates = [a for a in candidates if a.path[0] == arm.path[0]]
+    like = [a for a in candidates if a.method == arm.method] if arm.is_chain or arm.compute else []
+    return next(iter([*like, *candidates]), None)
+
+
+def ladder(results: Results, arm: Arm) -> tuple[str, ...]:
+    """The models of a chain's error budget, from the original teacher down to the student."""
+    teacher = results.plan.teacher
+    return arm.path if teacher is None or teacher in arm.path else (teacher, *arm.path)
 
 
 def _rows(

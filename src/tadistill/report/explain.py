@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tadistill.report.buckets import BUCKETS, bucket_difference, bucket_title
-from tadistill.report.collect import LOWER_IS_BETTER, MEAN, Results, compare, direct_arm, sets_with, stack, summarise
+from tadistill.report.collect import LOWER_IS_BETTER, MEAN, Results, compare, direct_arm, ladder, sets_with, stack, summarise
 from tadistill.report.files import Arm
 from tadistill.report.units import metric_title, metric_unit, number, span, summary_text
 from tadistill.report.verdict import Comparison, comparisons
@@ -179,7 +179,8 @@ def _sharpening_verdict(c: Comparison) -> str:
 def _hops(results: Results, c: Comparison) -> list[str]:
     """The chain's error budget: KL(q ‖ T) = KL(q ‖ last assistant) + one term a hop between the assistants and T."""
     arm = results.arm(c.arm)
-    terms = [f"budget/{j}" for j in range(len(arm.path) - 1)]
+    models = ladder(results, arm)
+    terms = [f"budget/{j}" for j in range(len(models) - 1)]
     if not all((arm.name, MEAN, metric) in results.summaries for metric in ("reverse_kl", *terms)):
         return ["Error per hop is not measured: the analysis beside the teacher has no error budget of this arm."]
     seeds = sorted(results.summaries[arm.name, MEAN, terms[0]].per_seed)
@@ -188,7 +189,7 @@ def _hops(results: Results, c: Comparison) -> list[str]:
     total, first = (results.summaries[arm.name, MEAN, metric] for metric in ("reverse_kl", terms[0]))
     share = f" ({100 * added.mean / total.mean:.0f} % of it)" if total.mean > 0 else ""
     verdict = "adds to" if added.low > 0 else "takes from" if added.high < 0 else "makes no clear difference to"
-    hops = [f"{hop_text(arm, j)} {summary_text(results.summaries[arm.name, MEAN, t], t)}" for j, t in enumerate(terms) if j]
+    hops = [f"{hop_text(models, j)} {summary_text(results.summaries[arm.name, MEAN, t], t)}" for j, t in enumerate(terms) if j]
     return [
         f"Error per hop {verdict} the divergence: of {metric_title('reverse_kl')} {summary_text(total, 'reverse_kl')} nats/token, "
         f"{summary_text(first, terms[0])} is to the last assistant {arm.path[-2]}, which training minimised, and "
@@ -202,9 +203,9 @@ def sum_of(terms_SNK: list[np.ndarray]) -> np.ndarray:
     return np.sum(terms_SNK, axis=0)
 
 
-def hop_text(arm: Arm, j: int) -> str:
+def hop_text(models: tuple[str, ...], j: int) -> str:
     """The hop of the error budget's term j >= 1, counted from the last assistant upwards: ``xl > l``."""
-    return f"{arm.path[-2 - j]} > {arm.path[-1 - j]}"
+    return f"{models[-2 - j]} > {models[-1 - j]}"
 
 
 def _compute(results: Results, c: Comparison) -> str:

@@ -140,6 +140,8 @@ def _word_text(c: Comparison) -> str:
         return f"{nothing}, because {_seeds(len(c.seeds))} are too few for a claim ({SEEDS_FOR_A_CLAIM} are the least)".replace(
             "1 seed are", "1 seed is"
         )
+    if c.difference.se == 0:
+        return f"{nothing}, because nothing varies over these prompts"
     if not c.difference.covers_zero:
         return f"{nothing} after adjustment ({adjusted})"
     return nothing
@@ -147,7 +149,7 @@ def _word_text(c: Comparison) -> str:
 
 def _power_text(c: Comparison) -> str:
     """What the design could have seen; with one training seed that is unknown, because training's own spread is."""
-    if c.word != "no evidence" or (c.trained and len(c.seeds) < 2):
+    if c.word != "no evidence" or c.difference.se == 0 or (c.trained and len(c.seeds) < 2):
         return ""
     return f"an effect of {number(c.detectable, c.metric)} would have been seen with 80 % power"
 
@@ -159,7 +161,7 @@ def _credit_text(c: Comparison) -> list[str]:
     if c.credit is None or c.mechanism is None:
         return []
     if c.credit == "credited":
-        return ["The divergence from the teacher is not worse and the gain is not sharpening, so it is credited to the path."]
+        return ["The divergence from the teacher is not shown to be worse and the gain is not sharpening, so it is credited to the path."]
     if c.credit == "not measured":
         return ["Not credited to the path: divergence from the teacher or a control for sharpening was not measured."]
     worse = [
@@ -172,7 +174,9 @@ def _credit_text(c: Comparison) -> list[str]:
         return [f"Not credited to the path: it is {farther}."]
     controls = (("under greedy decoding", c.mechanism.greedy), ("at matched entropy", c.mechanism.matched))
     gone = [f"{where} the difference is {span(d, c.metric)}" for where, d in controls if d is not None and d.low <= 0]
-    sharpening = f"Not credited to the path but to sharpening: {' and '.join(gone)}."
+    fell = c.mechanism.entropy is not None and c.mechanism.entropy.high < 0
+    why = "Not credited to the path but to sharpening" if fell else "Not credited to the path, because it cannot be told from sharpening"
+    sharpening = f"{why}: {' and '.join(gone)}."
     return [sharpening, f"It is also {farther}."] if worse else [sharpening]
 
 

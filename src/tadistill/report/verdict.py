@@ -122,8 +122,10 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
         compared = compare(results, pair.arm.name, pair.other.name, metric) if pair.other else None
         if pair.other and compared:
             found.append((pair, pair.other, *compared))
-    adjusted = holm([difference.p for _, _, difference, _ in found]) if found else []
-    return tuple(_comparison(results, *entry, p_holm, len(found)) for entry, p_holm in zip(found, adjusted, strict=True))
+    # pairs that are not finished count too: a verdict must not be taken back when they are
+    family = max(len(found), sum(pair.other is not None for pair in pairs(results)))
+    adjusted = holm([difference.p for _, _, difference, _ in found] + [1.0] * (family - len(found))) if found else []
+    return tuple(_comparison(results, *entry, p_holm, family) for entry, p_holm in zip(found, adjusted, strict=False))
 
 
 def _comparison(
@@ -133,7 +135,7 @@ def _comparison(
     trained = arm.is_trained or other.is_trained
     per_seed = differences_per_seed(results, arm.name, other.name, metric)
     inside = equivalent(difference, margin) if margin > 0 else False
-    word = _word(difference, p_holm, inside, enough=not trained or len(seeds) >= SEEDS_FOR_A_CLAIM)
+    word = _word(difference, p_holm, inside, enough=difference.se > 0 and (not trained or len(seeds) >= SEEDS_FOR_A_CLAIM))
     why = None if pair.against == "pair" else mechanism(results, arm.name, other.name, metric)
     sets = sets_with(results, metric)
     tables = [results.scores[name][seeds[0]] for name in (arm.name, other.name)]
@@ -154,7 +156,7 @@ def _comparison(
         sign_flip=sign_flip(list(per_seed.values())) if trained and 2 <= len(seeds) < _SEEDS_FOR_SIGNS else None,
         margin=margin,
         equivalent=inside,
-        detectable=minimum_detectable_effect(difference.se, difference.df),
+        detectable=minimum_detectable_effect(difference.se, difference.df, level=1 - _ALPHA / family),
         word=word,
         selection=_selection(results, arm, other, seeds, metric),
         decoding_seeds=(mine, theirs),

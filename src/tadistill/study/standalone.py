@@ -27,21 +27,21 @@ def recipe_text(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teacher: str
     """
     if not on:
         raise ConfigError(f"--on names no test set; give some, for instance --on {','.join(SUITE[:2])}")
-    names = _names(models)
+    sources = list(models) + ([teacher] if teacher and teacher not in models else [])
+    names = _names(sources)
+    arms = names[: len(models)]
     content: dict[str, Any] = {
-        "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(names)}"[:80],
+        "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(arms)}"[:80],
         "seeds": [0],
-        "models": {name: {"load": load} for name, load in zip(names, models, strict=True)},
+        "models": {name: {"load": load} for name, load in zip(names, sources, strict=True)},
         # nothing trains, so train and dev are only there to be checked
         "data": {"train": {"load": on[0], "split": "test"}, "dev": {"load": on[0], "split": "test"}, "test": list(on)},
         "evaluate": {"seeds": list(seeds), "also": {}},
         "runtime": {"jobs": 1},  # few stages: each gets all cores
-        "arms": dict(zip(names, names, strict=True)),
+        "arms": dict(zip(arms, arms, strict=True)),
     }
     if teacher:
-        known = dict(zip(models, names, strict=True))
-        content["teacher"] = known.get(teacher, "teacher")
-        content["models"].setdefault(content["teacher"], {"load": teacher})
+        content["teacher"] = names[sources.index(teacher)]
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
@@ -50,4 +50,8 @@ def _names(models: Seq[str]) -> list[str]:
     if len(set(models)) < len(models):
         raise ConfigError(f"a model is given twice in {', '.join(models)}; every model is one column")
     short = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(m.rstrip("/")).name).strip("-.") or "model" for m in models]
-    return [name if short.count(name) == 1 else f"{name}-{short[: i + 1].count(name)}" for i, name in enumerate(short)]
+    names: list[str] = []
+    for name in short:
+        numbered = (f"{name}-{i}" for i in range(2, len(short) + 2))
+        names.append(name if name not in names else next(n for n in numbered if n not in names and n not in short))
+    return names

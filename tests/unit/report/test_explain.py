@@ -70,7 +70,7 @@ def test_the_error_budget_in_words(tmp_path):
     assert f"{means['budget/0']:.3f} [" in hops
     assert f"{added:.3f} [" in hops
     assert f"({100 * added / means['reverse_kl']:.0f} % of it)" in hops
-    assert [hop_text(results.arm("long"), j) for j in (1, 2)] == ["l > m", "xl > l"]
+    assert [hop_text(results.arm("long").path, j) for j in (1, 2)] == ["l > m", "xl > l"]
     assert f"l > m {means['budget/1']:.3f} [" in hops
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from tadistill.report.collect import MEAN, Results, Summary, twin_of
+from tadistill.report.collect import MEAN, Results, Summary, ladder, twin_of
 from tadistill.report.figures.style import GREY, GRID, div, escaped, line, looks
 from tadistill.report.files import Arm
 from tadistill.report.units import interval, number, summary_text
@@ -28,7 +28,7 @@ def budgets(results: Results) -> list[Budget]:
     """The budgets of all chains whose terms were measured; see ``budget/J`` of the analyse stage for the identity."""
     found: list[Budget] = []
     for arm in (arm for arm in results.plan.arms if arm.is_chain):
-        upwards = arm.path[::-1]  # student, last assistant, ..., teacher
+        upwards = ladder(results, arm)[::-1]  # student, last assistant, ..., teacher
         names = [f"KL({upwards[0]} ‖ {upwards[1]})", *(f"{upwards[j]} → {upwards[j + 1]}" for j in range(1, len(upwards) - 1))]
         terms = [results.summaries.get((arm.name, MEAN, f"budget/{j}")) for j in range(len(names))]
         total = results.summaries.get((arm.name, MEAN, "reverse_kl"))
