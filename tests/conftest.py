@@ -1,6 +1,7 @@
-"""Shared fixtures: tiny random models, one thread, no network."""
+"""Shared fixtures: tiny random models, a browser, one thread, no network."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +24,9 @@ from transformers import (
 from tadistill.models.forward import Reader
 
 torch.set_num_threads(1)
+CHROMIUM = Path("/usr/bin/chromium")
+ARGS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+        "--disable-sync"]  # fmt: skip
 
 
 def response_logits(model, batch, vocab):
@@ -65,3 +69,15 @@ def tiny_model(kind: str, *, vocab: int = 31, seed: int = 0, layers: int = 2, **
 def kind(request) -> str:
     """Both families of position handling: learned absolute, and rotary."""
     return request.param
+
+
+@pytest.fixture
+def browser():
+    """Debian's Chromium, driven by playwright; the test skips with a message where either is absent."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not installed")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGS)
+        yield chromium
+        chromium.close()

@@ -179,6 +179,12 @@ def differences_per_seed(results: Results, arm: str, other: str, metric: str) ->
     return {seed: float(value) for seed, value in zip(seeds, mine_S - theirs_S, strict=True)}
 
 
+def difference(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> Difference | None:
+    """``arm - other`` as in `compare`, without the seeds that it rests on."""
+    compared = compare(results, arm, other, metric, set_name)
+    return compared[0] if compared else None
+
+
 def twin_of(results: Results, chain: Arm) -> Arm | None:
     """The direct arm that was given the chain's compute: ``compute: as CHAIN``."""
     return next((arm for arm in results.plan.arms if arm.compute == f"as {chain.name}"), None)

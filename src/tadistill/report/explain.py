@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tadistill.report.buckets import BUCKETS, bucket_difference, bucket_title
-from tadistill.report.collect import LOWER_IS_BETTER, MEAN, Results, compare, direct_arm, ladder, sets_with, stack, summarise
+from tadistill.report.collect import LOWER_IS_BETTER, MEAN, Results, difference, direct_arm, ladder, sets_with, stack, summarise
 from tadistill.report.files import Arm
 from tadistill.report.units import metric_title, metric_unit, number, span, summary_text
 from tadistill.report.verdict import Comparison, comparisons
@@ -80,7 +80,7 @@ def _where(results: Results, c: Comparison) -> list[str]:
 
 
 def _by_set(results: Results, c: Comparison, metric: str) -> str:
-    found = [(f"on {name}", _difference(results, c.arm, c.other, metric, name)) for name in sets_with(results, metric)]
+    found = [(f"on {name}", difference(results, c.arm, c.other, metric, name)) for name in sets_with(results, metric)]
     return f"{metric_title(metric)} by set: {_sorted_out(found, metric)}."
 
 
@@ -97,7 +97,7 @@ def _by_metric(results: Results, c: Comparison) -> list[str]:
     shown = [m for m in (*_HIGHER_IS_BETTER, *sorted(LOWER_IS_BETTER)) if m in results.metrics and m not in (c.metric, "rouge_l")]
     better, worse, unclear = [], [], []
     for metric in shown:
-        d = _difference(results, c.arm, c.other, metric)
+        d = difference(results, c.arm, c.other, metric)
         if d is None:
             continue
         text = f"{metric_title(metric)} ({span(d, metric)} {metric_unit(metric)})"
@@ -136,11 +136,6 @@ def _grouped(better: list[str], worse: list[str], unclear: list[str]) -> str:
 
 def _listed(items: list[str]) -> str:
     return ", ".join(items) if items else "nowhere"
-
-
-def _difference(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> Difference | None:
-    compared = compare(results, arm, other, metric, set_name)
-    return compared[0] if compared else None
 
 
 # --- what explains it ---------------------------------------------------------------------------------------------------
@@ -215,8 +210,8 @@ def _compute(results: Results, c: Comparison) -> str:
         return "Compute is not measured: the study has no plain direct arm of this student."
     if c.against == "plain direct":
         return f"Compute is not measured: no arm with `compute: as {c.arm}` tells training more from training through an assistant."
-    gap = _difference(results, c.arm, direct.name, c.metric)
-    closed = _difference(results, c.other, direct.name, c.metric)
+    gap = difference(results, c.arm, direct.name, c.metric)
+    closed = difference(results, c.other, direct.name, c.metric)
     if gap is None or closed is None:
         return f"Compute is not measured yet: {direct.name} shares no finished seed with both sides."
     numbers = (

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from tadistill.report.collect import Results, common_seeds, compare, sets_with, stack
+from tadistill.report.collect import Results, common_seeds, difference, sets_with, stack
 from tadistill.statistics import Difference, macro_difference
 
 Curves = Literal["matched", "apart", "not measured"]
@@ -46,10 +46,10 @@ def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
     greedy = greedy_decoding(results)
     curves, matched, at_entropy = _at_matched_entropy(results, arm, other, metric)
     return Mechanism(
-        forward_kl=_difference(results, arm, other, "forward_kl"),
-        reverse_kl=_difference(results, arm, other, "reverse_kl"),
-        entropy=_difference(results, arm, other, "entropy"),
-        greedy=_difference(results, arm, other, f"{metric}@{greedy}") if greedy else None,
+        forward_kl=difference(results, arm, other, "forward_kl"),
+        reverse_kl=difference(results, arm, other, "reverse_kl"),
+        entropy=difference(results, arm, other, "entropy"),
+        greedy=difference(results, arm, other, f"{metric}@{greedy}") if greedy else None,
         curves=curves,
         matched=matched,
         at_entropy=at_entropy,
@@ -78,11 +78,6 @@ def entropy_curve(results: Results, arm: str, metric: str, seeds: Sequence[int])
             entropy, value = (float(np.mean([table[name].mean() for table in tables])) for name in names)
             points.append(Point(entropy, value, names[1]))
     return sorted(points, key=lambda point: point.entropy)
-
-
-def _difference(results: Results, arm: str, other: str, metric: str) -> Difference | None:
-    compared = compare(results, arm, other, metric)
-    return compared[0] if compared else None
 
 
 def _at_matched_entropy(results: Results, arm: str, other: str, metric: str) -> tuple[Curves, Difference | None, float | None]:

@@ -211,8 +211,3 @@ def _spread_on_dev(results: Results, arms: tuple[Arm, Arm], seeds: tuple[int, ..
         if len(later) > 1:
             variances.append(float(np.var(later, ddof=1)))
     return float(np.sqrt(np.mean(variances))) if variances else None
-
-
-def verdict_of(results: Results, arm: str) -> Comparison | None:
-    """The comparison that decides about a chain; None for other arms, and while no seed of both sides is finished."""
-    return next((c for c in comparisons(results) if c.arm == arm and c.against != "pair"), None)

@@ -107,8 +107,7 @@ def macro_interval(strata_SNK: Sequence[ArrayLike], *, replicates: int = 10_000,
     Every set has its own number of prompts and the same training seeds in the same order. A single training seed
     leaves only prompts to resample: such an interval knows nothing of how training varies, and a report must say so.
     """
-    strata_SN = _prompt_means(strata_SNK)
-    return _bounds(_replicate_means(strata_SN, _spread(strata_SN), replicates, seed), level)
+    return macro_intervals([strata_SNK], replicates=replicates, level=level, seed=seed)[0]
 
 
 def macro_intervals(
@@ -116,7 +115,7 @@ def macro_intervals(
 ) -> list[tuple[float, float]]:
     """`macro_interval` of many problems at once, many times faster where they have the same numbers of prompts, set by set.
 
-    Equal to one `macro_interval` each, but for the rounding of sums.
+    One problem at a time gives the same but for the rounding of sums.
     """
     strata = [_prompt_means(problem) for problem in problems]
     spreads = [_spread(of_problem) for of_problem in strata]

@@ -18,7 +18,7 @@ from tadistill.evaluation.run import EvalSet, generate, references
 from tadistill.rollout.signals import record
 from tadistill.study.context import RESPONSES, SIGNAL, Context, Progress, make_subject, stop_if_asked, teacher_dtype
 from tadistill.study.measuring import analyse, evaluate
-from tadistill.study.store import Store, write_json
+from tadistill.study.store import Store, write_json, write_rows
 from tadistill.study.task import Task
 from tadistill.study.training import train
 
@@ -95,8 +95,7 @@ def _generate(context: Context) -> dict[str, Any]:
             write_json(part, [{"prompt": list(a.prompt), "response": list(a.response)} for a in answers])
         rows += json.loads(part.read_text(encoding="utf-8"))
         context.progress(len(rows), len(train.encoded), "answers")
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (context.folder / RESPONSES).write_text(text, encoding="utf-8")
+    write_rows(context.folder / RESPONSES, rows)
     return {"answers": len(rows)}
 
 

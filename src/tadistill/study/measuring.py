@@ -12,7 +12,7 @@ from tadistill.evaluation.analysis import analyse as analyse_set
 from tadistill.evaluation.run import EvalSet, generate, score
 from tadistill.evaluation.scoring import Subject
 from tadistill.study.context import ANSWERS, Context, make_subject, stop_if_asked
-from tadistill.study.store import write_json
+from tadistill.study.store import write_json, write_rows
 
 
 def evaluate(context: Context) -> dict[str, Any]:
@@ -29,14 +29,14 @@ def evaluate(context: Context) -> dict[str, Any]:
         found = score(subject, data, settings, answers[data.name], read_references=spec["references"])
         scores[data.name], corpus[data.name] = found.scores, found.corpus
         predictions += found.records
-    _write_rows(context, "predictions.jsonl", predictions)
+    write_rows(context.folder / "predictions.jsonl", predictions)
     rows = [
         {"set": data.name, "index": e.row, "seed": seed, "tokens": a.response}
         for data in sets
         for seed, of_seed in answers[data.name].items()
         for e, a in zip(data.encoded, of_seed, strict=True)
     ]
-    _write_rows(context, ANSWERS, rows)
+    write_rows(context.folder / ANSWERS, rows)
     write_json(context.folder / "scores.json", scores)
     write_json(context.folder / "corpus.json", corpus)
     return {"left_out": {s.name: len(s.examples) - len(s.encoded) for s in sets}}
@@ -99,8 +99,3 @@ def _read_answers(context: Context, stage: str, sets: list[EvalSet]) -> dict[str
         of_seed = found.setdefault(row["set"], {}).setdefault(row["seed"], [])
         of_seed.append(Sequence(prompts[row["set"]][row["index"]], tuple(row["tokens"])))
     return found
-
-
-def _write_rows(context: Context, name: str, rows: list[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (context.folder / name).write_text(text, encoding="utf-8")

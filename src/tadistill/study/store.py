@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def write_json(path: Path, value: Any) -> None:
         raise StoreError(
             f"cannot write {path}: {error.strerror or error}; check the disk and its permissions, or set --runs DIR"
         ) from error
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value a line."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 class Store:

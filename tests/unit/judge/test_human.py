@@ -12,10 +12,6 @@ from tadistill.errors import ConfigError, DataError
 from tadistill.judge import commands
 from tadistill.judge.ratings import Rating, agreement
 
-CHROMIUM = Path("/usr/bin/chromium")
-ARGS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-        "--disable-sync"]  # fmt: skip
-
 
 def export(study, **options) -> Path:
     return commands.export_sheet("demo", root=study.study_dir.parent, console=Console(file=io.StringIO()), **options)
@@ -172,17 +168,6 @@ def test_more_bad_files(study, tmp_path):
     page.with_suffix(".key.json").write_text('{"items": 3}')
     with pytest.raises(DataError, match="is not the key of a sheet"):
         read(study, path)
-
-
-@pytest.fixture
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not installed")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGS)
-        yield chromium
-        chromium.close()
 
 
 def test_page_in_a_browser(browser, study, tmp_path):

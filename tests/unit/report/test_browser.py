@@ -11,9 +11,6 @@ from tadistill.report.units import number
 
 from .builder import NASTY, ArmSpec, Study, StudySpec, build_study
 
-CHROMIUM = Path("/usr/bin/chromium")
-ARGS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-        "--disable-sync"]  # fmt: skip
 TWELVE = [
     ArmSpec("teacher", ("xl",), gain=6.0, flops=0.0),
     ArmSpec("sft", ("s",), gain=-3.0, flops=4.0e16),
@@ -28,17 +25,6 @@ TWELVE = [
     ArmSpec("direct-as-chain-l-m", ("xl", "s"), gain=1.0, compute="as chain-l-m", flops=1.1e18),
     ArmSpec("chain-without-twin", ("xl", "l", "s"), gain=0.1, flops=8.1e17),
 ]
-
-
-@pytest.fixture
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not installed")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGS)
-        yield chromium
-        chromium.close()
 
 
 class Opened:
