@@ -12,6 +12,7 @@ from tadistill.config.decoding import Decoding
 from tadistill.config.method import Method, MethodPatch, Optim, Select, Sft, apply
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
+from tadistill.config.search import Search
 from tadistill.config.strict import Strict
 
 
@@ -234,6 +235,7 @@ class Recipe(Strict):
     """The original teacher, to which every KL is measured; needed only where paths start from several models, or there are no paths."""
     margin: float = Field(default=0.3, gt=0)
     """Differences of the primary metric smaller than this, in points, count as none."""
+    search: Search | None = None
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")
@@ -249,6 +251,9 @@ class Recipe(Strict):
         for name, model in self.models.items():
             if model.init and model.init.from_ not in self.models:
                 raise ValueError(f"models.{name}.init.from is `{model.init.from_}`, which is not a model; {_known(self.models)}")
+        for name in (self.search.teacher, *self.search.assistants, self.search.student) if self.search else ():
+            if name not in self.models:
+                raise ValueError(f"search names `{name}`, which is not a model; {_known(self.models)}")
         for name, arm in self.arms.items():
             if self.teacher in arm.path[1:]:
                 raise ValueError(f"teacher is `{self.teacher}`, which arms.{name} teaches; the original teacher is taught by no arm")
