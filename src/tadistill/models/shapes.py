@@ -139,7 +139,7 @@ def _check_hidden(fields: Mapping[str, Any], shape: Shape) -> None:
     family = fields["model_type"]
     if family in _FIXED and shape.hidden != shape.heads * shape.head_dim:
         raise ConfigError(
-            f"hidden is {shape.hidden} with {shape.heads} heads, but a {family} model's hidden size is its heads times their size, "
+            f"hidden is {shape.hidden} with {shape.heads} heads, but in {family} models hidden is heads times head_dim, "
             f"{shape.head_dim}; write hidden {shape.heads * shape.head_dim}, or as many heads as hidden / {shape.head_dim}"
         )
     if family == "llama" and shape.hidden % shape.heads:

@@ -10,8 +10,8 @@ The result is an ordinary model of the same family: it trains, generates, saves 
 first, `activations` and `width` the second, `families` the weights' axes; `tadistill.models.shapes`, without torch, the shapes.
 """
 
-from tadistill.models.pruning.depth import keep_list, prune_depth
 from tadistill.models.pruning.activations import Importance, importance, keep_important
+from tadistill.models.pruning.depth import keep_list, prune_depth
 from tadistill.models.pruning.width import prune
 from tadistill.models.shapes import Shape, check_shape, shape_of
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tadistill.errors import ConfigError, ModelError
+from tadistill.models.pruning.activations import Importance, keep_important
 from tadistill.models.pruning.depth import assembled, configured, keep_list, renumbered
 from tadistill.models.pruning.families import FAMILIES, Axis, Family
-from tadistill.models.pruning.activations import Importance, keep_important
 from tadistill.models.shapes import Shape, changes, check_shape, shape_of
 
 
@@ -132,5 +132,5 @@ def _axes(family: Family, name: str, kind: str) -> tuple[int | None, tuple[Axis,
     else:
         layer, axes = None, family.outside.get(name)
     if axes is None:
-        raise ModelError(f"a {kind} model with a weight {name} cannot be pruned in width, since that weight is not known here")
+        raise ModelError(f"{kind} models with a weight {name} cannot be pruned in width, since that weight is not known here")
     return layer, axes
