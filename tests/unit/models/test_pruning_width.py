@@ -360,3 +360,15 @@ def test_other_families_and_unknown_weights_are_refused():
     model.transformer.h[0].register_parameter("gate", nn.Parameter(torch.ones(1)))
     with pytest.raises(ModelError, match=r"gpt2 models with a weight transformer\.h\.0\.gate cannot be pruned in width"):
         prune(model, target("gpt2", model), scores(model))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "kept"), [(1, 1, [0]), (2, 1, [2, 3]), (2, 2, [0, 3]), (3, 3, [0, 3, 4]), (4, 2, [0, 1, 2, 3])])
+def test_a_group_counts_by_the_queries_it_would_keep(heads, kv_heads, kept):
+    """Scores by hand: the first group has the best query, the second the best pair."""
+    model = tiny("llama")
+    row = torch.tensor([1.0, 0.0, 0.6, 0.7, 0.2, 0.1], dtype=torch.float64)
+    by = dataclasses.replace(scores(model), heads=row.repeat(3, 1))
+    pruned = prune(model, dataclasses.replace(shape_of(model.config), heads=heads, kv_heads=kv_heads), by)
+    for before, after in zip(model.model.layers, pruned.model.layers, strict=True):
+        assert torch.equal(after.self_attn.q_proj.weight, before.self_attn.q_proj.weight[rows(kept, 4)])
+        assert torch.equal(after.self_attn.v_proj.weight, before.self_attn.v_proj.weight[rows(sorted({head // 2 for head in kept}), 4)])
