@@ -191,10 +191,12 @@ def twin_of(results: Results, chain: Arm) -> Arm | None:
 
 
 def direct_arm(results: Results, arm: Arm) -> Arm | None:
-    """The first plain direct arm (teacher > student, no extra compute) with the same ends; for a chain or a twin of the same method."""
+    """The first plain direct arm (original teacher > student, no extra compute) for the same student; for a chain or a twin of the same
+    method."""
     candidates = [a for a in results.plan.arms if len(a.path) == 2 and a.model == arm.model and a.compute is None]
     if len(arm.path) > 1:
-        candidates = [a for a in candidates if a.path[0] == arm.path[0]]
+        head = results.plan.teacher or arm.path[0]
+        candidates = [a for a in candidates if a.path[0] == head]
     like = [a for a in candidates if a.method == arm.method] if arm.is_chain or arm.compute else []
     return next(iter([*like, *candidates]), None)
 

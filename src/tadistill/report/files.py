@@ -51,6 +51,9 @@ class Arm:
 
     name: str
     path: tuple[str, ...]
+    """The path that ends with its model."""
+    path_text: str
+    """All of its edges as a recipe writes them: ``xl > l > s``."""
     method: str
     model: str
     compute: str | None
@@ -65,11 +68,6 @@ class Arm:
         """The keys of all stages that measure the arm's model of a training seed."""
         analyse = (self.analyse[seed],) if seed in self.analyse else ()
         return (self.evaluate[seed], *analyse, *(keys[seed] for keys in self.also.values()))
-
-    @property
-    def path_text(self) -> str:
-        """The path as a recipe writes it: ``xl > l > s``."""
-        return " > ".join(self.path)
 
     @property
     def is_trained(self) -> bool:
@@ -172,6 +170,7 @@ def _arm(entry: Mapping[str, Any]) -> Arm:
     return Arm(
         name=entry["name"],
         path=tuple(entry["path"]),
+        path_text=entry.get("text") or " > ".join(entry["path"]),  # a plan of an earlier version has the path alone
         method=entry["method"],
         model=entry["model"],
         compute=entry["compute"],

@@ -81,7 +81,7 @@ def escaped(text: str) -> str:
 
 def path_arrows(arm: Arm) -> str:
     """``xl → l → s``."""
-    return " → ".join(arm.path)
+    return arm.path_text.replace(" > ", " → ")
 
 
 def row_text(y: float, text: str, *, right: bool = False, size: int = 12) -> dict[str, Any]:
