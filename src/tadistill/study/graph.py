@@ -8,7 +8,7 @@ from typing import Any
 
 from tadistill.study.store import key_of
 
-STAGE_VERSION = {"sft": 3, "generate": 2, "signal": 1, "distill": 3, "evaluate": 4, "analyse": 1}
+STAGE_VERSION = {"sft": 3, "generate": 2, "signal": 1, "distill": 3, "evaluate": 4, "analyse": 1, "probe": 1, "pair": 1}
 """Raised by hand when a stage of that kind gives other numbers for the same settings."""
 
 _ROLES = ("student", "teacher", "model", "responses", "signal", "answers", "teacher_answers")

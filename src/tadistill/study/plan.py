@@ -3,8 +3,9 @@
 Stages hand over artifacts on disk only (`study.graph` has their keys). Arms that begin alike share their stages.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 from tadistill.config import Arm, Evaluate, Method, Recipe, Sft
@@ -45,6 +46,15 @@ class Plan:
     stages: dict[str, Stage]
     """By key, parents before children."""
     arms: list[PlannedArm]
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """Stages that measure models on dev prompts, with the key of each model's and each (bigger, smaller) pair's."""
+
+    plan: Plan
+    alone: dict[str, str]
+    beside: dict[tuple[str, str], str]
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -283,6 +293,30 @@ class _Planner:
             steps = max(1, round(optim.epochs * self.ledger.rows / optim.batch))
             return optim.model_copy(update={"steps": steps, "epochs": None})
         return optim
+
+
+def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) -> ProbePlan:
+    """The stages that measure models on dev prompts before any distillation: a `probe` of each, a `pair` of each two.
+
+    Args:
+        models: from big to small; weights are those after their own fine-tuning, at the first seed, shared with the study.
+        prompts: the first so many dev rows.
+        k: how many likeliest tokens are compared.
+    """
+    planner = _Planner(recipe)
+    seed, graph = recipe.seeds[0], planner.graph
+    dev = planner._split("dev") | {"dev_limit": prompts}
+    own = Decoding(max_new_tokens=recipe.evaluate.max_new_tokens).model_dump()  # the model's own distribution
+    decoding = own | {"seeds": recipe.evaluate.seeds[:1], "batch": recipe.evaluate.batch}
+    handles = {name: planner._trained(name, seed) for name in models}
+    alone, beside = {}, {}
+    for name, handle in handles.items():
+        alone[name] = graph.add("probe", {"model": handle, "decoding": decoding, **dev}, f"probe {name}", name, seed, None)
+    for above, learner in combinations(models, 2):
+        spec = {"model": handles[learner], "teacher": handles[above], "answers": {"stage": alone[learner]}, "k": k, **dev}
+        spec["batch"] = recipe.evaluate.batch
+        beside[above, learner] = graph.add("pair", spec, f"pair {above} -> {learner}", learner, seed, None)
+    return ProbePlan(Plan(recipe, planner.teacher, graph.stages, []), alone, beside)
 
 
 def original_teacher(recipe: Recipe) -> str | None:
