@@ -120,7 +120,7 @@ def costs(recipe: Recipe, found: Lattice) -> tuple[Recipe, dict[tuple[str, ...],
     Raises:
         ConfigError: the budget is too small for any path.
     """
-    plain = recipe.model_copy(update={"arms": {arm_name(path): Arm(path=path) for path in found.paths}})
+    plain = recipe.model_copy(update={"arms": {arm_name(path): Arm(path=(path,)) for path in found.paths}})
     flops = {arm.arm.path: arm.flops for arm in make_plan(plain).arms}
     direct = found.paths[0]
     assert all(flops.values()), "lattice() refuses models of unknown size"
@@ -133,8 +133,8 @@ def costs(recipe: Recipe, found: Lattice) -> tuple[Recipe, dict[tuple[str, ...],
             f"search.budget is {budget:g}, but the cheapest path, {' > '.join(cheapest)}, costs {multiples[cheapest]:.2f} times direct; "
             "raise the budget"
         )
-    arms = {arm_name(path): Arm(path=path) for path in kept}
-    arms |= {twin_name(path): Arm(path=direct, compute=f"as {arm_name(path)}") for path in kept if path != direct}
+    arms = {arm_name(path): Arm(path=(path,)) for path in kept}
+    arms |= {twin_name(path): Arm(path=(direct,), compute=f"as {arm_name(path)}") for path in kept if path != direct}
     limited = recipe.model_copy(update={"arms": arms})
     steps = _twin_steps(make_plan(limited))
     return limited, {path: PathCost(float(flops[path] or 0), multiples[path], steps.get(path)) for path in kept}
