@@ -1,0 +1,81 @@
+"""Chains of finished studies beside direct distillation at equal compute, seed by seed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import log
+
+import numpy as np
+
+from tadistill.advise.edges import Edge, Observation
+
+EQUAL = 0.05
+"""Costs that differ by less than this share count as equal."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One chain of one family less its twin; one difference a seed."""
+
+    family: str
+    path: tuple[str, ...]
+    edges: tuple[Edge, ...]
+    direct: Edge
+    cost: float
+    seeds: tuple[int, ...]
+    differences: tuple[float, ...]
+    """Higher is better for the chain."""
+    twin: tuple[float, ...]
+    """The costs of the direct runs that stand for the twin: one, or the two that it was interpolated between."""
+
+    @cached_property
+    def mean(self) -> float:
+        """Over seeds."""
+        return float(np.mean(self.differences))
+
+
+def pair_up(observations: Sequence[Observation]) -> list[Pair]:
+    """Every chain that has a twin: direct, same family and seed, at the chain's cost within 5 %, else between a cheaper and a dearer one.
+
+    Between two direct runs the twin is interpolated in the log of the cost. Chains without either are left out, never compared with a
+    cheaper direct run.
+    """
+    directs: dict[tuple[str, str, str, int], dict[float, Observation]] = {}
+    for o in observations:
+        if len(o.path) == 2:
+            directs.setdefault((o.family, o.path[0], o.path[-1], o.seed), {})[o.cost] = o
+    found: dict[tuple[str, tuple[str, ...], float, tuple[float, ...]], list[tuple[Observation, Edge, float]]] = {}
+    for o in observations:
+        beside = directs.get((o.family, o.path[0], o.path[-1], o.seed), {})
+        twin = _twin(o.cost, {cost: d.quality for cost, d in beside.items()}) if len(o.path) > 2 else None
+        if twin is not None:
+            costs, quality = twin
+            found.setdefault((o.family, o.path, o.cost, costs), []).append((o, beside[costs[0]].edges[0], o.quality - quality))
+    return [
+        Pair(
+            family=family,
+            path=path,
+            edges=rows[0][0].edges,
+            direct=rows[0][1],
+            cost=cost,
+            seeds=tuple(o.seed for o, _, _ in rows),
+            differences=tuple(difference for _, _, difference in rows),
+            twin=costs,
+        )
+        for (family, path, cost, costs), rows in found.items()
+    ]
+
+
+def _twin(cost: float, directs: dict[float, float]) -> tuple[tuple[float, ...], float] | None:
+    """The costs that stand for the twin and its quality."""
+    nearest = min(directs, key=lambda c: abs(log(c / cost)), default=None)
+    if nearest is None:
+        return None
+    if abs(nearest / cost - 1) <= EQUAL:
+        return (nearest,), directs[nearest]
+    below, above = [c for c in directs if c < cost], [c for c in directs if c > cost]
+    if not (below and above):
+        return None
+    low, high = max(below), min(above)
+    share = log(cost / low) / log(high / low)
+    return (low, high), (1 - share) * directs[low] + share * directs[high]
