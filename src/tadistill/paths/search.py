@@ -103,7 +103,8 @@ def beam(lattice: Lattice, *, width: int) -> Strategy:
         raise ValueError(f"width is {width}; a beam keeps at least one checkpoint of each model")
     allowed = lattice.prefixes()
     teacher, *_, student = lattice.nodes
-    ways: dict[str, list[Path]] = {node: [] for node in lattice.nodes} | {teacher: [(teacher,)]}
+    ways: dict[str, list[Path]] = {node: [] for node in lattice.nodes}
+    ways[teacher].append((teacher,))
     quality: dict[Path, float] = {}
     for node in lattice.nodes[:-1]:
         kept = ways[node] if node == teacher else _ranked(lattice, ways[node], quality)[:width]
