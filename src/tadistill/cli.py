@@ -3,6 +3,7 @@
 tadistill plan RECIPE [key=value …]      what would run, what is cached, what it costs
 tadistill run RECIPE [key=value …]       run it and write the report
 tadistill report STUDY                   write the report again
+tadistill advise RECIPE [key=value …]    which path is worth its compute, including none
 tadistill eval MODEL --on SETS           evaluate any model
 tadistill compare MODEL MODEL …          the same prompts through several models
 tadistill export STUDY ARM TARGET        a trained model with its card
@@ -103,6 +104,28 @@ def report(study: StudyName, runs: Runs = None) -> None:
     page = write_report(directory, root / "store")
     console.print(summary_table(directory, root / "store"))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def advise(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    prompts: Annotated[int, typer.Option(help="Dev prompts to measure on; all where dev has fewer.")] = 256,
+    runs: Runs = None,
+) -> None:
+    """Measure a recipe's models on dev prompts, price its paths, and say which is worth running, with evidence (docs/advise.md)."""
+    from tadistill.advise.command import advise_recipe
+    from tadistill.config import load
+    from tadistill.study.run import runs_directory
+
+    chosen = overrides or []
+    try:
+        advise_recipe(
+            load(recipe, chosen), source=str(recipe), overrides=chosen, runs=runs_directory(runs), prompts=prompts, console=console
+        )
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on where it stopped")
+        raise typer.Exit(130) from None
 
 
 On = Annotated[str, typer.Option("--on", help="Test sets, by comma: names, JSONL files or hub ids.")]

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import Any
 
 from tadistill.advise.measures import Measures, measure
 from tadistill.config import Arm, Recipe
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, StoreError
+from tadistill.paths import count_paths, make_lattice
 from tadistill.study.costs import Ledger
 from tadistill.study.plan import Plan, ProbePlan, make_plan, original_teacher, plan_probes
 from tadistill.study.store import Store
@@ -19,7 +20,7 @@ MOST_PATHS = 128
 
 
 @dataclass(frozen=True)
-class Lattice:
+class Ladder:
     """Models from big to small, the teacher first and the student last, and the paths that may be tried, direct first."""
 
     sizes: Mapping[str, int]
@@ -46,11 +47,11 @@ class PathCost:
 
     flops: float
     multiple: float
-    twin_steps: int | None
-    """Updates with which the direct path costs as much; None for direct itself."""
+    twin: tuple[int, int] | None
+    """Updates with which the direct path costs as much, and between its dev evaluations; None for direct itself."""
 
 
-def lattice(recipe: Recipe) -> Lattice:
+def ladder(recipe: Recipe) -> Ladder:
     """The models and paths of `recipe.search`, or of the arms: original teacher, the students' end, and what lies between in size.
 
     Raises:
@@ -77,24 +78,15 @@ def lattice(recipe: Recipe) -> Lattice:
             raise ConfigError(
                 f"no model of the recipe lies between {teacher} and {student} in size, so there is nothing to choose; add one"
             )
-    if len(set(names)) < len(names):
-        raise ConfigError(f"search names a model twice ({', '.join(names)}); every model has one place")
-    return Lattice({n: sizes[n] for n in names}, _paths(names, most), search is None)
-
-
-def _paths(names: Sequence[str], most: int | None) -> tuple[tuple[str, ...], ...]:
-    """Direct, then those with one assistant, two and so on, each in the order of sizes."""
-    between = names[1:-1]
-    count = range(len(between) + 1 if most is None else min(most, len(between)) + 1)
-    found = tuple((names[0], *some, names[-1]) for n in count for some in combinations(between, n))
-    if len(found) > MOST_PATHS:
-        raise ConfigError(f"{len(between)} assistants make {len(found)} paths, more than {MOST_PATHS}; set search.max_assistants: 1 or 2")
-    return found
+    if (count := count_paths(len(names) - 2, most)) > MOST_PATHS:
+        raise ConfigError(f"{len(names) - 2} assistants make {count} paths, more than {MOST_PATHS}; set search.max_assistants: 1 or 2")
+    found = make_lattice(names[0], names[1:-1], names[-1], max_assistants=most)
+    return Ladder({n: sizes[n] for n in names}, found.paths, search is None)
 
 
 def _ends(recipe: Recipe) -> tuple[str, str]:
     teacher = original_teacher(recipe)
-    paths = [arm.path for arm in recipe.arms.values() if len(arm.path) > 1]
+    paths = [path for arm in recipe.arms.values() for path in arm.path if len(path) > 1]
     teaching = {model for path in paths for model in path[:-1]}
     students = list(dict.fromkeys(path[-1] for path in paths if path[-1] not in teaching))
     if teacher is None or len(students) != 1:
@@ -109,21 +101,24 @@ def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
     unknown = [name for name, size in found.items() if size is None]
     if unknown:
         raise ConfigError(
-            f"the size of {', '.join(unknown)} is not known (only gpt2, opt, llama, mistral, qwen2 and qwen3 are counted), so paths have no cost"
+            f"the size of {', '.join(unknown)} is not known (gpt2, opt, llama, mistral, qwen2, qwen3 are counted), so paths have no cost"
         )
     return {name: size.total for name, size in found.items() if size}
 
 
-def costs(recipe: Recipe, found: Lattice) -> tuple[Recipe, dict[tuple[str, ...], PathCost]]:
+def costs(recipe: Recipe, found: Ladder) -> tuple[Recipe, dict[tuple[str, ...], PathCost]]:
     """What the paths within the budget cost by the study's ledger, and a recipe whose arms are these paths, chains with their twins.
 
     Raises:
         ConfigError: the budget is too small for any path.
     """
-    plain = recipe.model_copy(update={"arms": {arm_name(path): Arm(path=(path,)) for path in found.paths}})
-    flops = {arm.arm.path: arm.flops for arm in make_plan(plain).arms}
+    liked = [model.temper.like for model in recipe.models.values() if model.temper and model.temper.like]
+    others = {name: recipe.arms[name] for name in liked}  # a tempered model needs the arm whose entropy it has
+    plain = {arm_name(path): Arm(path=(path,)) for path in found.paths}
+    planned = {arm.name: arm.flops for arm in make_plan(_with_arms(recipe, found, others | plain)).arms}
+    flops = {path: planned[arm_name(path)] for path in found.paths}
     direct = found.paths[0]
-    assert all(flops.values()), "lattice() refuses models of unknown size"
+    assert all(flops.values()), "ladder() refuses models of unknown size"
     multiples = {path: float(cost or 0) / float(flops[direct] or 1) for path, cost in flops.items()}
     budget = recipe.search.budget if recipe.search and recipe.search.budget else float("inf")
     kept = [path for path in found.paths if multiples[path] <= budget]
@@ -135,9 +130,13 @@ def costs(recipe: Recipe, found: Lattice) -> tuple[Recipe, dict[tuple[str, ...],
         )
     arms = {arm_name(path): Arm(path=(path,)) for path in kept}
     arms |= {twin_name(path): Arm(path=(direct,), compute=f"as {arm_name(path)}") for path in kept if path != direct}
-    limited = recipe.model_copy(update={"arms": arms})
-    steps = _twin_steps(make_plan(limited))
+    limited = _with_arms(recipe, found, others | arms)
+    steps = _twins(make_plan(limited))
     return limited, {path: PathCost(float(flops[path] or 0), multiples[path], steps.get(path)) for path in kept}
+
+
+def _with_arms(recipe: Recipe, found: Ladder, arms: dict[str, Arm]) -> Recipe:
+    return recipe.model_copy(update={"arms": arms, "teacher": found.teacher})
 
 
 def arm_name(path: Sequence[str]) -> str:
@@ -150,16 +149,13 @@ def twin_name(path: Sequence[str]) -> str:
     return f"{arm_name(path)}-twin"
 
 
-def _twin_steps(plan: Plan) -> dict[tuple[str, ...], int]:
-    paths = {arm.name: arm.arm.path for arm in plan.arms}
-    found: dict[tuple[str, ...], int] = {}
-    for arm in plan.arms:
-        if arm.arm.compute and arm.method.optim.steps is not None:
-            found[paths[arm.arm.compute[3:]]] = arm.method.optim.steps
-    return found
+def _twins(plan: Plan) -> dict[tuple[str, ...], tuple[int, int]]:
+    paths = {arm.name: arm.arm.last for arm in plan.arms}
+    twins = [(arm.arm.compute[3:], arm.method) for arm in plan.arms if arm.arm.compute]
+    return {paths[of]: (method.optim.steps or 0, method.select.every) for of, method in twins}
 
 
-def probe_plan(recipe: Recipe, found: Lattice, prompts: int) -> ProbePlan:
+def probe_plan(recipe: Recipe, found: Ladder, prompts: int) -> ProbePlan:
     """The stages that measure the lattice on the first dev prompts (all of them where dev has fewer).
 
     Raises:
@@ -171,7 +167,7 @@ def probe_plan(recipe: Recipe, found: Lattice, prompts: int) -> ProbePlan:
     return plan_probes(recipe, list(found.sizes), prompts=min(prompts, rows), k=TOP_K)
 
 
-def read_measures(probes: ProbePlan, store: Store, found: Lattice) -> Measures:
+def read_measures(probes: ProbePlan, store: Store, found: Ladder) -> Measures:
     """What the finished stages of a probe plan say.
 
     Raises:
