@@ -121,7 +121,12 @@ def advise(
     chosen = overrides or []
     try:
         advise_recipe(
-            load(recipe, chosen), source=str(recipe), overrides=chosen, runs=runs_directory(runs), prompts=prompts, console=console
+            load(recipe, chosen),
+            source=str(recipe),
+            overrides=[*chosen, *(["--runs", str(runs)] if runs else [])],
+            runs=runs_directory(runs),
+            prompts=prompts,
+            console=console,
         )
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on where it stopped")

@@ -4,6 +4,7 @@ import plotly.graph_objects as go
 
 from tadistill.advise.measures import Estimate, Measures
 from tadistill.advise.record import Report, plus_minus
+from tadistill.advise.words import sweep_text
 from tadistill.report.figures.style import GREY, GRID, PALETTE, LegendEntry, Look, axes, div, escaped, line
 from tadistill.report.units import metric_title
 
@@ -12,13 +13,18 @@ _ADDS, _TAKES = "#E0475B", "#17A673"
 _MARKERS = (("circle", "●"), ("square", "■"), ("diamond", "◆"), ("triangle-up", "▲"), ("triangle-down", "▼"), ("star", "★"), ("cross", "✚"))
 
 
-def heatmap(measures: Measures, field: str, *, two_sided: bool = False) -> str:
-    """One measure of all pairs: bigger models down, learners across; the colour is of the mean, the text has its standard error."""
+def heatmap(measures: Measures, field: str, *, two_sided: bool = False, most: float | None = None, decimals: int = 3) -> str:
+    """One measure of all pairs: bigger models down, learners across; the colour is of the mean, the text has its standard error.
+
+    Args:
+        two_sided: red below 0, blue above.
+        most: the value of the strongest colour; the largest mean when absent.
+    """
     names = [m.name for m in measures.models]
     teachers, learners = names[:-1], names[1:]
     found = {pair: getattr(measures.pairs[pair], field) for pair in measures.pairs}
     values = [[found[t, s].mean if (t, s) in found else None for s in learners] for t in teachers]
-    most = max((abs(e.mean) for e in found.values()), default=1) or 1
+    most = most or max(abs(e.mean) for e in found.values()) or 1.0
     blue, red = (f"rgba({c},0.55)" for c in (_BLUE, _RED))
     none = f"rgba({_BLUE},0.03)"
     scale = [[0, red], [0.5, none], [1, blue]] if two_sided else [[0, none], [1, blue]]
@@ -27,7 +33,7 @@ def heatmap(measures: Measures, field: str, *, two_sided: bool = False) -> str:
     )
     small = len(learners) > 3
     for (teacher, learner), e in found.items():
-        text = plus_minus(e, 2).replace(" ± ", "<br>± ")
+        text = plus_minus(e, decimals).replace(" ± ", "<br>± ")
         size = 10 if small else 12
         figure.add_annotation(x=learners.index(learner), y=teachers.index(teacher), text=text, showarrow=False, font_size=size)
     figure.update_xaxes(tickvals=list(range(len(learners))), ticktext=[escaped(n) for n in learners], showgrid=False, zeroline=False)
@@ -125,7 +131,14 @@ def lambda_figure(report: Report) -> str | None:
                 label = {"text": f"<b>{escaped(c.assistant)}</b>", "showarrow": False, "font_size": 12}
                 figure.add_annotation(x=(c.low + high) / 2, y=y, **label)
         figure.add_annotation(
-            x=0, xref="paper", xanchor="left", y=y + 0.27, yanchor="bottom", text=escaped(name), showarrow=False, font_size=11
+            x=0,
+            xref="paper",
+            xanchor="left",
+            y=y + 0.27,
+            yanchor="bottom",
+            text=f"{escaped(name)}: {escaped(sweep_text(chosen))}",
+            showarrow=False,
+            font_size=11,
         )
     axes(figure, "lambda: what smallness is worth beside the score", "")
     figure.update_xaxes(range=[0, right])

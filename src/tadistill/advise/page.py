@@ -1,6 +1,8 @@
 """The advice as a page: one file that holds its scripts, styles and data, in the report's style."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -10,6 +12,7 @@ from tadistill.advise import figures
 from tadistill.advise.probes import TOP_K
 from tadistill.advise.record import TAGS, Report, plus_minus
 from tadistill.advise.terminal import basis_line, interval, signed, verdict_line
+from tadistill.advise.words import measure_name
 from tadistill.report import units
 
 _COLUMNS = (
@@ -22,10 +25,10 @@ _COLUMNS = (
     ("loss ratio", "p / q, references", "loss_ratio"),
     ("advantage", "references, nats/token", "advantage"),
 )
-_HEATMAPS = (
-    ("reverse_kl", "Initial KL(q ‖ p), nats/token", "small: the pair is close"),
-    ("overlap", f"Overlap of the {TOP_K} likeliest tokens", "1: both have the same"),
-    ("entropy_gap", "Entropy gap H(p) − H(q), nats", "red: the teacher is sharper"),
+_HEATMAPS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("reverse_kl", "Initial KL(q ‖ p), nats/token", "0: both are the same", {}),
+    ("overlap", f"Overlap of the {TOP_K} likeliest tokens", "1: both have the same", {"most": 1.0, "decimals": 2}),
+    ("entropy_gap", "Entropy gap H(p) − H(q), nats", "red: the teacher is the sharper one", {"two_sided": True}),
 )
 
 
@@ -47,7 +50,7 @@ def render_page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(signed=signed, estimate=plus_minus)
+    environment.filters.update(signed=signed, estimate=plus_minus, names=_names)
     return environment.get_template("advice.html.j2").render(
         report=report,
         advice=report.advice,
@@ -58,16 +61,17 @@ def render_page(report: Report) -> str:
         units=units,
         columns=_COLUMNS,
         tags=TAGS,
-        heatmaps=[
-            Panel(title, hint, Markup(figures.heatmap(report.measures, field, two_sided=field == "entropy_gap")))
-            for field, title, hint in _HEATMAPS
-        ],
+        heatmaps=[Panel(title, hint, Markup(figures.heatmap(report.measures, field, **look))) for field, title, hint, look in _HEATMAPS],
         cost=_markup(figures.cost_figure(report)),
         cost_legend=figures.cost_legend(report),
         sweep=_markup(figures.lambda_figure(report)),
         bias=Markup(figures.bias_figure(report)),
         plotly_js=Markup(get_plotlyjs()),
     )
+
+
+def _names(measures: Iterable[str]) -> str:
+    return ", ".join(map(measure_name, measures))
 
 
 def _markup(figure: str | None) -> Markup | None:

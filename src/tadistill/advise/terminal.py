@@ -85,13 +85,14 @@ def _models(report: Report) -> Table:
 
 
 def _pairs(report: Report, title: str, columns: Columns) -> Table:
-    table = _table(title, "p > q", "size", *(name for name, *_ in columns))
+    table = _table(title, "p > q", *(name for name, *_ in columns))
     for pair in report.measures.pairs.values():
-        table.add_row(escape(f"{pair.teacher} > {pair.learner}"), f"{pair.size_ratio:.1f}{TIMES}", *_cells(pair, columns))
+        table.add_row(escape(f"{pair.teacher} > {pair.learner}"), *_cells(pair, columns))
     return table
 
 
 def _cells(pair: Pair, columns: Columns) -> list[str]:
+    """A measure with its error; the ratio of sizes has none."""
     return [plus_minus(getattr(pair, field), decimals).replace(" ± ", "±") for _, field, decimals in columns]
 
 

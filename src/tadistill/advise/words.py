@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import exp
+from math import exp, inf
 
 from tadistill.advise import Advice, History
 from tadistill.advise.history import NOT_COMPARABLE
@@ -13,6 +13,22 @@ from tadistill.config import Recipe
 from tadistill.paths.rules import Chosen, geometric_mean, lambda_tradeoff, performance_mean, size_law
 
 LEAST_MASS, HOPS = 0.9, (1.3, 4.0)
+
+
+_NAMES = {
+    "cost": "compute",
+    "size": "size ratio",
+    "size_law": "distance from the size law",
+    "reverse_kl": "KL(q ‖ p)",
+    "forward_kl": "KL(p ‖ q)",
+    "entropy_gap": "entropy gap",
+    "loss": "loss ratio",
+}
+
+
+def measure_name(name: str) -> str:
+    """A measure of the predictor for readers."""
+    return _NAMES.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,12 @@ def lambda_sweeps(measures: Measures) -> dict[str, tuple[Chosen, ...]]:
     names = [m.name for m in measures.models]
     sizes = {m.name: float(m.parameters) for m in measures.models}
     return {name: lambda_tradeoff(names[0], names[1:-1], of_models, sizes) for name, of_models in scores(measures).items()}
+
+
+def sweep_text(chosen: Sequence[Chosen]) -> str:
+    """``l up to 0.13, then m``."""
+    parts = [c.assistant if c.high == inf else f"{c.assistant} up to {c.high:.2g}" for c in chosen]
+    return ", then ".join(parts)
 
 
 def rules(measures: Measures, ladder: Ladder, most: int | None) -> tuple[Rule, ...]:
