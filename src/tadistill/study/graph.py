@@ -8,10 +8,10 @@ from typing import Any
 
 from tadistill.study.store import key_of
 
-STAGE_VERSION = {"sft": 3, "generate": 2, "signal": 1, "distill": 3, "evaluate": 4, "analyse": 1}
+STAGE_VERSION = {"sft": 3, "generate": 2, "signal": 1, "distill": 3, "temper": 1, "evaluate": 4, "analyse": 1}
 """Raised by hand when a stage of that kind gives other numbers for the same settings."""
 
-_ROLES = ("student", "teacher", "model", "responses", "signal", "answers", "teacher_answers")
+_ROLES = ("student", "teacher", "like", "model", "responses", "signal", "answers", "teacher_answers")
 """The parts of a stage's settings that may stand on another stage."""
 Handle = dict[str, Any]
 """Where weights come from: {"stage": key} or {"load": …} (with its fingerprint), {"prune": layers, "of": handle}."""
@@ -59,19 +59,22 @@ class Graph:
             self.stages[ancestor].arms.add(arm)
 
     def flops(self, key: str | None) -> float | None:
-        """Training FLOPs of a stage and everything it builds on, each stage once."""
+        """Training FLOPs of a stage and everything it builds on, each stage once.
+
+        A model that another is only tempered like teaches nothing, and its training is not counted.
+        """
         if key is None:
             return 0.0
-        parts = [self.stages[k].flops for k in self._with_ancestors(key)]
+        parts = [self.stages[k].flops for k in self._with_ancestors(key, without="like")]
         return None if any(p is None for p in parts) else float(sum(p for p in parts if p is not None))
 
-    def _with_ancestors(self, key: str) -> set[str]:
+    def _with_ancestors(self, key: str, without: str | None = None) -> set[str]:
         found, todo = set(), [key]
         while todo:
             at = todo.pop()
             if at not in found:
                 found.add(at)
-                todo += self.stages[at].parents.values()
+                todo += [parent for role, parent in self.stages[at].parents.items() if role != without]
         return found
 
 

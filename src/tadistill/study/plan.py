@@ -5,18 +5,15 @@ Stages hand over artifacts on disk only (`study.graph` has their keys). Arms tha
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-from tadistill.config import Arm, Evaluate, Method, Recipe, Sft
-from tadistill.config.decoding import Decoding
-from tadistill.config.method import Optim, apply
+from tadistill.config import Arm, Method, Recipe, Sft
+from tadistill.config.method import apply
 from tadistill.config.objective import CrossEntropy, MiniLLM
-from tadistill.config.sampling import DatasetSampler, HiddenSignal, PairSampler, Rounds, TeacherSampler, TopKSignal
-from tadistill.data import datasets
+from tadistill.config.sampling import DatasetSampler
 from tadistill.errors import ConfigError
-from tadistill.models import sources
-from tadistill.study import costs
+from tadistill.study.costs import Ledger
 from tadistill.study.graph import Graph, Handle, Stage
+from tadistill.study.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -60,14 +57,11 @@ class _Planner:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.graph = Graph()
-        self.ledger = costs.Ledger(recipe)
+        self.ledger = Ledger(recipe)
+        self.stages = Stages(recipe, self.graph, self.ledger, self._model_of)
         self.teacher = original_teacher(recipe)
-        self.data = {
-            "template": recipe.data.template,
-            "max_prompt": recipe.data.max_prompt,
-            "max_length": recipe.data.max_length,
-            "world": recipe.data.world.model_dump(),
-        }
+        self.making: list[str] = []
+        """Arms whose model is being made, each for a tempered model of the one before."""
 
     def plan(self) -> Plan:
         """Arms in the recipe's order, but an arm that matches another's compute after that one."""
@@ -87,13 +81,15 @@ class _Planner:
         scale = self._scale(name, arm, target) if arm.compute else 1.0
         made = {seed: self._models(name, arm, seed, scale) for seed in self.recipe.seeds}
         models = {seed: of_path for seed, (of_path, _) in made.items()}
-        last, main = arm.path[-1], self.recipe.evaluate
-        evaluate = {seed: self._evaluate(last, of_path[-1], seed, main) for seed, of_path in models.items()}
+        last, main = arm.last[-1], self.recipe.evaluate
+        evaluate = {seed: self.stages.evaluate(last, of_path[-1], seed, main) for seed, of_path in models.items()}
         also = {
-            other: {seed: self._evaluate(last, of_path[-1], seed, main.other(other), other) for seed, of_path in models.items()}
+            other: {seed: self.stages.evaluate(last, of_path[-1], seed, main.other(other), other) for seed, of_path in models.items()}
             for other in main.also
         }
-        analyse = {seed: self._analyse(last, of_path, seed, evaluate[seed]) for seed, of_path in models.items()} if self.teacher else {}
+        analyse = {}
+        if self.teacher:
+            analyse = {seed: self.stages.analyse(last, of_path, seed, evaluate[seed], self.teacher) for seed, of_path in models.items()}
         for measured in (evaluate, analyse, *also.values()):
             for key in measured.values():
                 self.graph.mark(key, name)
@@ -102,20 +98,47 @@ class _Planner:
         return PlannedArm(name, arm, made[first][1], final, evaluate, analyse, also, self.graph.flops(final[first]))
 
     def _models(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[list[Handle], Method]:
-        """The handle of every model of the arm's path, and the method of its last stage."""
-        method = self.recipe.method
-        models = [self._trained(arm.path[0], seed)]
-        if len(arm.path) == 1:
+        """The handle of every model of the arm's last path, and the method of its last stage."""
+        self._check_sizes(name, arm)
+        method, made = self.recipe.method, _Made(self.stages, arm, seed)
+        if not arm.learners:
             self._check_single(name, arm)
+            only = arm.last[0]
             if arm.objective is None:
-                return models, method
-            method = self._method(name, arm, arm.path[0], scale)
+                return [made[only]], method
+            method = self._method(name, arm, only, scale)
             more = Sft(optim=method.optim, select=method.select)
-            return [{"stage": self._sft(arm.path[0], models[0], more, self._seed(arm.path[0], seed), continues=True)}], method
-        for above, model in pairwise(arm.path):
-            method = self._method(name, arm, model, scale)
-            models.append({"stage": self._distill(above, model, models[-1], method, seed)})
-        return models, method
+            return [{"stage": self.stages.sft(only, made[only], more, self.stages.seed(only, seed), continues=True)}], method
+        taught: list[str] = []
+        for path in arm.path:
+            for i, model in enumerate(path[1:], 1):
+                method = self._method(name, arm, model, scale / arm.learners.count(model))
+                teachers = [(m, made[m]) for m in (path[:i] if method.dense else path[i - 1 : i])]
+                made[model] = {"stage": self.stages.distill(teachers, model, made[model], method, seed, taught.count(model))}
+                taught.append(model)
+        return [made[m] for m in arm.last], method
+
+    def _model_of(self, arm: str, seed: int) -> Handle:
+        """The model that an arm makes, for one that is tempered like it."""
+        if arm in self.making:
+            raise ConfigError(f"the model that is tempered like arm {arm} is part of that arm's path; match another arm's model")
+        if (compute := self.recipe.arms[arm].compute) is not None:
+            raise ConfigError(f"a model is tempered like arm {arm}, which has `compute: {compute}`; match an arm without it")
+        self.making.append(arm)
+        try:
+            return self._models(arm, self.recipe.arms[arm], seed, 1.0)[0][-1]
+        finally:
+            self.making.pop()
+
+    def _check_sizes(self, name: str, arm: Arm) -> None:
+        """Raise where a model is taught by a smaller one."""
+        for above, below in (pair for path in arm.path for pair in pairwise(path)):
+            teacher, learner = self.ledger.size(above), self.ledger.size(below)
+            if teacher and learner and learner.total > teacher.total:
+                raise ConfigError(
+                    f"arms.{name}: in `{arm.text}` {above} ({teacher.total:,} parameters) teaches {below} ({learner.total:,}), which is "
+                    "bigger; write a path from big to small"
+                )
 
     @staticmethod
     def _check_single(name: str, arm: Arm) -> None:
@@ -131,7 +154,7 @@ class _Planner:
         try:
             method = apply(self.recipe.method, self.recipe.models[model].distill, arm.patch)
             self._check_method(method)
-            optim = self._with_steps(method.optim)
+            optim = self.stages.with_steps(method.optim)
         except ValueError as error:
             raise ConfigError(f"arms.{name}: {error}") from error
         assert optim.steps is not None
@@ -154,8 +177,8 @@ class _Planner:
 
     def _scale(self, name: str, arm: Arm, target: float | None) -> float:
         """How many times more steps make this direct arm as dear as the arm it is compared with."""
-        if len(arm.path) != 2:
-            raise ConfigError(f"arms.{name} has `compute`, which works for a direct path (A > B); its path is {' > '.join(arm.path)}")
+        if len(arm.path) > 1 or len(arm.last) != 2:
+            raise ConfigError(f"arms.{name} has `compute`, which works for a direct path (A > B); its path is {arm.text}")
         trial = _Planner(self.recipe)
         final = trial._models(name, arm, self.recipe.seeds[0], 1.0)[0][-1]["stage"]
         total, last = trial.graph.flops(final), trial.graph.stages[final].flops
@@ -168,137 +191,26 @@ class _Planner:
             raise ConfigError(f"arms.{name}: `{arm.compute}` costs less than what this arm needs before its last stage; drop `compute`")
         return (target - (total - last)) / last
 
-    # --- models ---------------------------------------------------------------------------------------------------------
 
-    def _seed(self, name: str, seed: int) -> int:
-        own = self.recipe.models[name].seed
-        return seed if own is None else own
+class _Made(dict[str, Handle]):
+    """The models of an arm as they are by now: fine-tuned when they are first asked for, then as the arm has taught them."""
 
-    def _loaded(self, name: str, seed: int) -> Handle:
-        """The model before any training."""
-        model = self.recipe.models[name]
-        if model.init:
-            return {"prune": model.init.layers, "of": self._trained(model.init.from_, seed)}
-        assert model.load is not None
-        handle = {
-            "load": model.load,
-            "revision": model.revision,
-            "config": model.config,
-            "tokenizer": model.tokenizer,
-            "fingerprint": sources.fingerprint(model.load, model.revision, model.config),
-        }
-        if model.tokenizer and model.tokenizer != "tinyworld":
-            handle["tokenizer_fingerprint"] = sources.fingerprint(model.tokenizer, model.revision, weights=False)
-        return handle | ({"seed": self._seed(name, seed)} if model.load.startswith("scratch:") else {})
+    def __init__(self, stages: Stages, arm: Arm, seed: int):
+        self.stages, self.arm, self.seed = stages, arm, seed
 
-    def _trained(self, name: str, seed: int) -> Handle:
-        """The model as the study uses it: after its own fine-tuning, if it has one."""
-        model, seed = self.recipe.models[name], self._seed(name, seed)
-        handle = self._loaded(name, seed)
-        return {"stage": self._sft(name, handle, model.sft, seed)} if model.sft else handle
-
-    # --- stages ---------------------------------------------------------------------------------------------------------
-
-    def _sft(self, name: str, student: Handle, sft: Sft, seed: int, continues: bool = False) -> str:
-        if sft.select.metric == "reverse_kl":
-            raise ConfigError(f"models.{name}: sft has no teacher, so it cannot select by reverse_kl; use loss, rouge_l or last")
-        optim = self._with_steps(sft.optim)
-        spec = {"student": student, "optim": optim.model_dump(), "seed": seed, **self._split("train")}
-        spec |= self._select(sft.select)
-        label = f"sft {name}{', continued' if continues else ''}, seed {seed}"
-        return self.graph.add("sft", spec, label, name, seed, self.ledger.sft(name, optim), optim.steps)
-
-    def _distill(self, above: str, name: str, teacher: Handle, method: Method, seed: int) -> str:
-        # a learner and a teacher that do not vary with the study's seed still make one distillation per seed
-        student = self._trained(name, seed)
-        spec = {"student": student, "teacher": teacher, "seed": seed, **self._split("train")}
-        spec |= {"method": method.model_dump(exclude={"optim", "select"}), "optim": method.optim.model_dump()}
-        spec |= self._select(method.select)
-        if method.signal:
-            spec["signal"] = {"stage": self._signal(above, teacher, method.signal, method.optim.precision, seed)}
-        if isinstance(method.sampler, TeacherSampler | PairSampler):
-            spec["responses"] = {"stage": self._generate(above, teacher, method.sampler, seed)}
-        if isinstance(method.objective, MiniLLM) and method.objective.pt_weight and self.recipe.data.corpus:
-            corpus = self.recipe.data.corpus
-            spec["corpus"] = {"ref": corpus.model_dump(), "fingerprint": datasets.fingerprint(corpus, "train", self.recipe.data)}
-        label = f"distill {above} -> {name}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
-        return self.graph.add("distill", spec, label, name, seed, self.ledger.distill(above, name, method), method.optim.steps)
-
-    def _signal(self, name: str, teacher: Handle, signal: HiddenSignal | TopKSignal, precision: str, seed: int) -> str:
-        spec = {"teacher": teacher, "signal": signal.model_dump(), "precision": precision, **self._split("train")}
-        return self.graph.add("signal", spec, f"{signal.type} signal of {name}, seed {seed}", name, seed, self.ledger.generate(name))
-
-    def _generate(self, name: str, teacher: Handle, sampler: TeacherSampler | PairSampler, seed: int) -> str:
-        spec = {"teacher": teacher, "sampler": sampler.model_dump(include=set(Decoding.model_fields)), "seed": seed, **self._split("train")}
-        return self.graph.add("generate", spec, f"generate with {name}, seed {seed}", name, seed, self.ledger.generate(name))
-
-    def _evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
-        spec = {"model": model, **self._test_sets(), "decoding": decoding.model_dump(exclude={"also"}), "references": not other}
-        label = f"evaluate {self._label(name, model)}{f', {other}' if other else ''}"
-        return self.graph.add("evaluate", spec, label, name, self._seed(name, seed), None)
-
-    def _analyse(self, name: str, models: list[Handle], seed: int, answers: str) -> str:
-        """The last of a path's models beside the original teacher and the models between them."""
-        assert self.teacher is not None
-        teacher = self._trained(self.teacher, seed)
-        teacher_answers = self._evaluate(self.teacher, teacher, seed, self.recipe.evaluate)
-        spec = {"model": models[-1], "teacher": teacher, "assistants": [m for m in models[:-1] if m != teacher], **self._test_sets()}
-        spec |= {"answers": {"stage": answers}, "teacher_answers": {"stage": teacher_answers}, "batch": self.recipe.evaluate.batch}
-        return self.graph.add("analyse", spec, f"analyse {self._label(name, models[-1])}", name, self._seed(name, seed), None)
-
-    def _test_sets(self) -> dict[str, Any]:
-        refs = self.recipe.data.test
-        sets = [{"ref": r.model_dump(), "fingerprint": datasets.fingerprint(r, "test", self.recipe.data)} for r in refs]
-        return {"sets": sets, "limit": self.recipe.data.limit.test, "data": self.data}
-
-    def _label(self, name: str, model: Handle) -> str:
-        return self.graph.stages[model["stage"]].label if "stage" in model else name
-
-    def _split(self, role: str) -> dict[str, Any]:
-        ref = getattr(self.recipe.data, role)
-        return {
-            "data": self.data,
-            role: {"ref": ref.model_dump(), "fingerprint": datasets.fingerprint(ref, role, self.recipe.data)},
-            f"{role}_limit": getattr(self.recipe.data.limit, role),
-        }
-
-    def _select(self, select: Any) -> dict[str, Any]:
-        """Selection settings, with dev data and decoding only where the metric reads them."""
-        spec: dict[str, Any] = {"select": select.model_dump()}
-        if select.metric != "last":
-            spec |= self._split("dev")
-        if select.metric == "loss":
-            spec["decoding"] = {"batch": self.recipe.evaluate.batch}
-        elif select.metric != "last":
-            spec["decoding"] = self.recipe.evaluate.model_dump(exclude={"also"}) | {"seeds": self.recipe.evaluate.seeds[:1]}
-        return spec
-
-    def _with_steps(self, optim: Optim) -> Optim:
-        """Updates instead of epochs."""
-        if optim.steps is None and optim.epochs is None:
-            raise ConfigError("an optim has neither `steps` nor `epochs`; give one, for instance optim: {epochs: 3}")
-        if optim.steps is not None and optim.epochs is not None:
-            raise ConfigError(f"an optim has both steps {optim.steps} and epochs {optim.epochs}; give one of them")
-        if optim.epochs is not None:
-            steps = max(1, round(optim.epochs * self.ledger.rows / optim.batch))
-            return optim.model_copy(update={"steps": steps, "epochs": None})
-        return optim
+    def __missing__(self, model: str) -> Handle:
+        source = self.arm.init.get(model)
+        start = None if source is None else self.stages.cut_to(model, source, self[source])
+        self[model] = self.stages.trained(model, self.seed, start)
+        return self[model]
 
 
 def original_teacher(recipe: Recipe) -> str | None:
     """The one model that every KL is measured to: `teacher`, or the only head of a path that nothing teaches; None without paths."""
     if recipe.teacher:
         return recipe.teacher
-    taught = {model for arm in recipe.arms.values() for model in arm.path[1:]}
-    heads = list(dict.fromkeys(arm.path[0] for arm in recipe.arms.values() if len(arm.path) > 1 and arm.path[0] not in taught))
+    taught = {model for arm in recipe.arms.values() for model in arm.learners}
+    heads = list(dict.fromkeys(path[0] for arm in recipe.arms.values() for path in arm.path if len(path) > 1 and path[0] not in taught))
     if len(heads) > 1:
         raise ConfigError(f"the paths start from {', '.join(heads)}; set `teacher:` to the one that KLs are measured to")
     return heads[0] if heads else None
-
-
-def _describe(method: Method) -> str:
-    sampler = method.sampler
-    detail = f" ({method.signal.type} signal)" if method.signal else ""
-    if isinstance(sampler, Rounds) and sampler.rollouts:
-        detail = f" (rounds of {sampler.rollouts}, {method.round_updates} updates each)"
-    return f"{method.objective.type} on {sampler.type}{detail}"

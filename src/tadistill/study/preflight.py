@@ -33,7 +33,7 @@ def check(recipe: Recipe) -> int:
     check_data(recipe)
     _check_engine(recipe)
     teacher = original_teacher(recipe)
-    used = [name for name in recipe.models if name == teacher or any(name in arm.path for arm in recipe.arms.values())]
+    used = [name for name in recipe.models if name == teacher or any(name in arm.models for arm in recipe.arms.values())]
     tokenizers = {name: _tokenizer(recipe, name) for name in used}
     if teacher:  # without one, models are only evaluated, each by itself
         check_same_tokenizer(tokenizers)
@@ -67,7 +67,7 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
     if model.init:
         parent = ledger.config(model.init.from_) or {}
         if layers := parent.get("num_hidden_layers", parent.get("n_layer")):
-            keep_list(model.init.layers, layers)
+            keep_list(layers if model.init.layers is None else model.init.layers, layers)
     positions = (config or {}).get("max_position_embeddings", (config or {}).get("n_positions"))
     samplers = [method.sampler for method in methods(recipe)]
     longest = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if not isinstance(s, DatasetSampler))])
@@ -97,9 +97,9 @@ def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _root(recipe: Recipe, name: str) -> str:
-    """The model whose weights a pruned model comes from in the end."""
-    init = recipe.models[name].init
-    return _root(recipe, init.from_) if init else name
+    """The model whose weights a model comes from in the end."""
+    parent = recipe.models[name].parent
+    return _root(recipe, parent) if parent else name
 
 
 def _default_jobs() -> int:
@@ -116,11 +116,12 @@ def _check_memory(recipe: Recipe, used: list[str]) -> None:
     ledger, teacher = Ledger(recipe), original_teacher(recipe)
     found: dict[str, sizes.Size | None] = {name: ledger.size(name) for name in used}
     for arm in recipe.arms.values():
-        for above, name in zip((None, *arm.path), arm.path, strict=False):
-            trains = above is not None or recipe.models[name].sft is not None or arm.objective is not None
-            _check_stage(found, [above] if above else [], name, trains)
+        for path in arm.path:
+            for i, name in enumerate(path):
+                trains = i > 0 or recipe.models[name].sft is not None or arm.objective is not None
+                _check_stage(found, list(path[:i] if arm.dense or recipe.method.dense else path[i - 1 : i]), name, trains)
         if teacher:
-            _check_stage(found, [teacher, *arm.path[:-1]], arm.path[-1], False)
+            _check_stage(found, [teacher, *arm.last[:-1]], arm.last[-1], False)
 
 
 def _check_stage(found: dict[str, sizes.Size | None], beside: list[str], name: str, trains: bool) -> None:

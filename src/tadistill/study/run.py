@@ -12,7 +12,7 @@ from rich.console import Console
 from tadistill.config import Recipe
 from tadistill.models import sources
 from tadistill.study.costs import Ledger
-from tadistill.study.plan import Plan, make_plan
+from tadistill.study.plan import Plan, PlannedArm, make_plan
 from tadistill.study.runner import run_stages
 from tadistill.study.store import Store, write_json
 
@@ -96,9 +96,10 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
         "arms": [
             {
                 "name": a.name,
-                "path": list(a.arm.path),
+                "path": list(a.arm.last),
+                "text": _text(a),
                 "method": _method(a),
-                "model": a.arm.path[-1],
+                "model": a.arm.last[-1],
                 "compute": a.arm.compute,
                 "flops": a.flops,
                 "evaluate": _by_seed(a.evaluate),
@@ -132,8 +133,14 @@ def _as_written(recipe: Recipe) -> dict:
     return content
 
 
-def _method(arm) -> str:
+def _text(arm: PlannedArm) -> str:
+    """The arm's edges in one line."""
+    starts = "".join(f", {learner} from {source}" for learner, source in arm.arm.init.items())
+    return f"{arm.arm.text}{starts}{', dense' if arm.method.dense else ''}"
+
+
+def _method(arm: PlannedArm) -> str:
     """What made the arm's model, in a few words."""
-    if len(arm.arm.path) > 1:
+    if arm.arm.learners:
         return f"{arm.method.objective.type} ({arm.method.sampler.type})"
     return "sft, continued" if arm.arm.objective else "sft"
