@@ -34,7 +34,7 @@ SLOPES = (0.1, 0.3, 1.0, 2.0)
 """Standard deviation of all slopes together, in units."""
 FAMILIES = (0.1, 0.3, 0.6, 1.0)
 """Standard deviation of a family's effect, in units."""
-EDGES = (0.1, 0.3, 0.6, 1.0)
+EDGES = (0.1, 0.3, 0.8)
 """Standard deviation of an edge's effect, in units."""
 TINY = 1e-9
 INTERCEPT = 2.0
@@ -70,7 +70,7 @@ class Forecast:
     def quantile(self, share: float) -> float:
         """The value that the difference stays below with a probability, by bisection."""
         low, high = (float(f(self.means + s * 10 * self.sds)) for f, s in ((np.min, -1), (np.max, 1)))
-        for _ in range(60):
+        for _ in range(40):
             middle = (low + high) / 2
             low, high = (middle, high) if 1 - self.p_above(middle) < share else (low, middle)
         return (low + high) / 2
@@ -124,9 +124,7 @@ def predict(
     log_weights, means, variances = (np.concatenate([p[i] for p in parts]) for i in range(3))
     weights = np.exp(log_weights - log_weights.max())
     weights /= weights.sum()
-    forecasts = tuple(
-        Forecast(weights, means[:, i], np.sqrt(variances[:, i]), names) for i, names in enumerate(beyond)
-    )
+    forecasts = tuple(Forecast(weights, means[:, i], np.sqrt(variances[:, i]), names) for i, names in enumerate(beyond))
     used = tuple(columns) if history else ()
     possible = {n for row in rows for n, v in contrasts(row.edges, row.direct, row.cost, 0.3).items() if v is not None}
     unused = tuple(sorted(possible - set(used))) if history else ()
@@ -200,11 +198,11 @@ def _kernels(rows: Sequence[_Row], x_RK: Array, excess_RK: Array, carry: float, 
     """(grid, rows, rows): the prior covariance of Delta at each point of the grid."""
     families = np.array([row.family for row in rows])
     same_RR = (families[:, None] == families[None, :]).astype(np.float64)
-    places = {key: i for i, key in enumerate({(row.family, e.teacher, e.learner) for row in rows for e in row.edges})}
+    keys = [[(row.family, e.teacher, e.learner, e.measures.size_ratio) for e in row.edges] for row in rows]
+    places = {key: i for i, key in enumerate(dict.fromkeys(key for of_row in keys for key in of_row))}
     edges_RE = np.zeros((len(rows), len(places)))
-    for i, row in enumerate(rows):
-        for weight, edge in zip(hop_weights(len(row.edges), carry), row.edges, strict=True):
-            edges_RE[i, places[row.family, edge.teacher, edge.learner]] = weight
+    for i, of_row in enumerate(keys):
+        edges_RE[i, [places[key] for key in of_row]] = hop_weights(len(of_row), carry)
     slopes_RR, shared_RR = x_RK @ x_RK.T / x_RK.shape[1], edges_RE @ edges_RE.T
     # beyond history's range the line may bend: as much again as the slopes could make of the distance, for each row by itself
     slopes_RR = slopes_RR + np.diag((excess_RK**2).sum(axis=1) / x_RK.shape[1])
