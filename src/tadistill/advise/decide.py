@@ -11,6 +11,7 @@ from tadistill.advise.edges import Candidate, Observation
 from tadistill.advise.pairs import pair_up
 from tadistill.advise.predict import Forecast, Predictions, predict
 from tadistill.errors import ConfigError
+from tadistill.paths.rules import size_law
 
 SEEDS = 3
 """Training seeds of a proposed experiment."""
@@ -108,22 +109,28 @@ def advise(
         raise ConfigError(f"history is on the metrics {', '.join(scales)}, which have different units; choose one of them")
     pairs = pair_up(history)
     found = predict(chains, direct.edges[0], pairs, margin=margin, family=family)
-    basis = "history" if pairs else "prior"
+    return decide(candidates, found, scale=scales[0] if pairs else None, margin=margin, level=level)
+
+
+def decide(candidates: Sequence[Candidate], found: Predictions, *, scale: str | None, margin: float, level: float) -> Advice:
+    """The advice that forecasts lead to; `advise` has the rule and the arguments."""
+    direct, chains = candidates[0], candidates[1:]
     options = [Option(direct.path, direct.cost, 0.0, 0.0, 0.0, 0.0, 0.0, "reference")]
     for chain, forecast in zip(chains, found.forecasts, strict=True):
         low, high = forecast.interval(level)
         p_better, p_matters = forecast.p_above(0.0), forecast.p_above(margin)
+        basis = "history" if found.pairs else "prior"
         options.append(Option(chain.path, chain.cost, forecast.mean, low, high, p_better, p_matters, basis, forecast.beyond))
     verdict, path, reason = _verdict(options, found, level, margin)
     return Advice(
         verdict=verdict,
         path=path,
         options=tuple(options),
-        reason=reason,
+        reason=reason if found.pairs or not chains else reason + _hypothesis(candidates),
         next=() if verdict == "chain" else _experiments(chains, found),
         level=level,
         margin=margin,
-        scale=scales[0] if scales and pairs else None,
+        scale=scale,
         families=found.families,
         pairs=found.pairs,
         used=found.used,
@@ -181,6 +188,21 @@ def _verdict(
         f"History neither shows nor rules out a chain that beats direct at equal compute: {text}, P(better) {best.p_better:.2f}, where "
         f"{strict:.3f} is asked; from {on}. Until then run direct with the chain's compute.",
     )
+
+
+def _hypothesis(candidates: Sequence[Candidate]) -> str:
+    """What the size law would try, where it is among the candidates."""
+    sizes = {candidates[0].path[-1]: 1.0}
+    for c in candidates:
+        for edge in reversed(c.edges):
+            if edge.measures.size_ratio is not None and edge.learner in sizes:
+                sizes[edge.teacher] = sizes[edge.learner] * edge.measures.size_ratio
+    teacher, student = candidates[0].path
+    middle = sorted((name for name in sizes if name not in (teacher, student)), key=lambda name: -sizes[name])
+    path = size_law(teacher, middle, student, sizes) if teacher in sizes else ()
+    if len(path) <= 2 or path not in [c.path for c in candidates]:
+        return ""
+    return f" The size law would try {' > '.join(path)}: a hypothesis, not a finding."
 
 
 def _experiments(chains: Sequence[Candidate], found: Predictions) -> tuple[Experiment, ...]:

@@ -6,6 +6,7 @@ of every hop, discounted by how far it is from the student, less the gap of the 
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from itertools import pairwise
 from math import isfinite, log
 
@@ -76,7 +77,7 @@ class Observation:
     """One finished arm of an earlier study, for one training seed; dev values only."""
 
     family: str
-    """Models, data and method: what has to be the same for two runs to be of one family."""
+    """Teacher, data and method: what runs share that are no independent evidence (`history.family_of`)."""
     path: tuple[str, ...]
     seed: int
     edges: tuple[Edge, ...]
@@ -102,21 +103,21 @@ def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
         raise ConfigError(f"path {' > '.join(path)} needs at least two models and one edge for each of its hops, in order")
 
 
+@lru_cache(maxsize=4096)
 def gaps(measures: EdgeMeasures) -> dict[str, float | None]:
-    """Numbers that grow with the gap between teacher and learner, by the name of the measure."""
+    """The gap between teacher and learner, by the measure's name; larger is wider.
+
+    One of each kind, since history is short: forward KL, mass and advantage say much the same as reverse KL, overlap and loss.
+    """
     m = measures
     size = None if m.size_ratio is None else log(m.size_ratio)
     return {
         "size": size,
         "size_law": None if size is None else (size - log(SIZE_LAW)) ** 2,
         "reverse_kl": m.reverse_kl,
-        "forward_kl": m.forward_kl,
         "overlap": None if m.overlap is None else 1 - m.overlap,
-        "mass": None if m.mass is None else 1 - m.mass,
         "entropy_gap": m.entropy_gap,
         "loss": None if m.loss_ratio is None else -log(m.loss_ratio),
-        "advantage": m.advantage,
-        "bias": m.bias,
     }
 
 
@@ -128,14 +129,13 @@ def hop_weights(hops: int, carry: float) -> list[float]:
 def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) -> dict[str, float | None]:
     """Per measure the chain's discounted sum of gaps less the direct hop's gap; and the log of the cost. All 0 for direct at cost 1."""
     found: dict[str, float | None] = {"cost": log(cost)}
-    weights = hop_weights(len(edges), carry)
-    of_chain = [gaps(e.measures) for e in edges]
+    of_chain, weights = [gaps(e.measures) for e in edges], hop_weights(len(edges), carry)
     for name, base in gaps(direct.measures).items():
-        known = [v for v in (g[name] for g in of_chain) if v is not None]
-        if base is None or len(known) < len(edges):
-            found[name] = None
-        else:
-            found[name] = sum(w * v for w, v in zip(weights, known, strict=True)) - base
+        total = -base if base is not None else None
+        for weight, gap in zip(weights, of_chain, strict=True):
+            value = gap[name]
+            total = total + weight * value if total is not None and value is not None else None
+        found[name] = total
     return found
 
 

@@ -59,7 +59,9 @@ def history(runs: Path) -> History:
 
 
 def family_of(recipe: Mapping[str, Any], parameters: Mapping[str, int], path: tuple[str, ...], method: str) -> str:
-    """The name that runs of one family share: the ends of the path, the training data and the method of the last hop.
+    """The name that runs of one family share: the teacher, the training data and the method of the last hop.
+
+    Students of one teacher are one family, because what they have in common must not count as independent evidence.
 
     Args:
         recipe: the resolved recipe as plain data (plan.json's `recipe`).
@@ -67,8 +69,8 @@ def family_of(recipe: Mapping[str, Any], parameters: Mapping[str, int], path: tu
         path: any path of the family.
         method: the arm's `method`, such as ``minillm (teacher_mixed)``.
     """
-    ends = (f"{_origin(recipe['models'][name])} ({parameters[name]:,} parameters)" for name in (path[0], path[-1]))
-    return f"{' > '.join(ends)}; {recipe['data']['train']['load']}; {method}"
+    teacher = path[0]
+    return f"{_origin(recipe['models'][teacher])} ({parameters[teacher]:,} parameters); {recipe['data']['train']['load']}; {method}"
 
 
 def _origin(model: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import log
+from math import log, prod
 
 import numpy as np
 
@@ -40,13 +40,13 @@ def pair_up(observations: Sequence[Observation]) -> list[Pair]:
     Between two direct runs the twin is interpolated in the log of the cost. Chains without either are left out, never compared with a
     cheaper direct run.
     """
-    directs: dict[tuple[str, str, str, int], dict[float, Observation]] = {}
+    directs: dict[tuple[str, str, str, str, int], dict[float, Observation]] = {}
     for o in observations:
         if len(o.path) == 2:
-            directs.setdefault((o.family, o.path[0], o.path[-1], o.seed), {})[o.cost] = o
+            directs.setdefault(_ends(o), {})[o.cost] = o
     found: dict[tuple[str, tuple[str, ...], float, tuple[float, ...]], list[tuple[Observation, Edge, float]]] = {}
     for o in observations:
-        beside = directs.get((o.family, o.path[0], o.path[-1], o.seed), {})
+        beside = directs.get(_ends(o), {})
         twin = _twin(o.cost, {cost: d.quality for cost, d in beside.items()}) if len(o.path) > 2 else None
         if twin is not None:
             costs, quality = twin
@@ -64,6 +64,12 @@ def pair_up(observations: Sequence[Observation]) -> list[Pair]:
         )
         for (family, path, cost, costs), rows in found.items()
     ]
+
+
+def _ends(o: Observation) -> tuple[str, str, str, str, int]:
+    """What a chain and its twin share. The size ratio tells apart students that two studies call by one name."""
+    ratio = prod(e.measures.size_ratio or 1.0 for e in o.edges)
+    return o.family, o.path[0], o.path[-1], f"{ratio:.6g}", o.seed
 
 
 def _twin(cost: float, directs: dict[float, float]) -> tuple[tuple[float, ...], float] | None:

@@ -30,12 +30,13 @@ Array = NDArray[np.float64]
 
 CARRIES = {0.1: 0.25, 0.3: 0.5, 0.6: 0.25}
 """b and its prior weight."""
-SLOPES = (0.1, 0.5, 1.5, 3.0)
+SLOPES = (0.1, 0.3, 1.0, 2.0)
 """Standard deviation of all slopes together, in units."""
-FAMILIES = (0.1, 0.3, 0.7, 1.5)
+FAMILIES = (0.1, 0.3, 0.6, 1.0)
 """Standard deviation of a family's effect, in units."""
-EDGES = (0.1, 0.4, 1.2)
+EDGES = (0.1, 0.3, 0.8)
 """Standard deviation of an edge's effect, in units."""
+TINY = 1e-9
 INTERCEPT = 2.0
 """Standard deviation of a, in units."""
 SEED_NOISE, SEED_WEIGHT = 1.9, 2.0
@@ -69,7 +70,7 @@ class Forecast:
     def quantile(self, share: float) -> float:
         """The value that the difference stays below with a probability, by bisection."""
         low, high = (float(f(self.means + s * 10 * self.sds)) for f, s in ((np.min, -1), (np.max, 1)))
-        for _ in range(60):
+        for _ in range(40):
             middle = (low + high) / 2
             low, high = (middle, high) if 1 - self.p_above(middle) < share else (low, middle)
         return (low + high) / 2
@@ -113,20 +114,17 @@ def predict(
     y_N = np.array([p.mean for p in history])
     parts: list[tuple[Array, Array, Array]] = []
     columns: dict[str, Array] = {}
-    beyond: list[dict[str, float]] = []
+    beyond: list[tuple[str, ...]] = []
     for carry, prior in CARRIES.items():
         columns = _contrasts(rows, carry)
-        if carry == 0.3:  # the range of a contrast hardly depends on b
+        if carry == 0.3:  # which measures lie beyond history hardly depends on b
             beyond = [_beyond(columns, len(history), len(history) + i) for i in range(len(candidates))]
-        x_RK = _standardised(columns, len(history))
-        parts.append(_conditional(_kernels(rows, x_RK, carry, unit), y_N, noise_NN, prior))
+        x_RK, excess_RK = _standardised(columns, len(history))
+        parts.append(_conditional(_kernels(rows, x_RK, excess_RK, carry, unit), y_N, noise_NN, prior))
     log_weights, means, variances = (np.concatenate([p[i] for p in parts]) for i in range(3))
     weights = np.exp(log_weights - log_weights.max())
     weights /= weights.sum()
-    forecasts = tuple(
-        Forecast(weights, means[:, i], np.sqrt(variances[:, i]) * (1 + max(found.values(), default=0.0)), tuple(found))
-        for i, found in enumerate(beyond)
-    )
+    forecasts = tuple(Forecast(weights, means[:, i], np.sqrt(variances[:, i]), names) for i, names in enumerate(beyond))
     used = tuple(columns) if history else ()
     possible = {n for row in rows for n, v in contrasts(row.edges, row.direct, row.cost, 0.3).items() if v is not None}
     unused = tuple(sorted(possible - set(used))) if history else ()
@@ -175,32 +173,39 @@ def _contrasts(rows: Sequence[_Row], carry: float) -> dict[str, Array]:
     return {name: np.array(v, dtype=np.float64) for name, v in values.items() if all(x is not None for x in v)}
 
 
-def _standardised(columns: dict[str, Array], seen: int) -> Array:
-    """(rows, contrasts), centred and scaled by history; drops from `columns` what history never varied.
+def _standardised(columns: dict[str, Array], seen: int) -> tuple[Array, Array]:
+    """Contrasts centred and scaled by history, and by how much each lies outside history's range; both (rows, contrasts).
 
-    Without history a chain counts as one standard deviation away on the whole.
+    Drops from `columns` what history never varied: nothing can be learnt of it, and a row that differs in it counts as one standard
+    deviation outside. Without history every row does.
     """
     rows = len(next(iter(columns.values())))
     if seen == 0:
-        return np.ones((rows, 1))
-    for name in [n for n, v in columns.items() if np.ptp(v[:seen]) < 1e-9]:
-        del columns[name]
+        return np.ones((rows, 1)), np.zeros((rows, 1))
+    constant = [name for name, v in columns.items() if np.ptp(v[:seen]) < TINY]
+    unknown_R1 = np.zeros((rows, 1))
+    for name in constant:
+        unknown_R1[:, 0] = np.maximum(unknown_R1[:, 0], np.abs(columns[name] - columns.pop(name)[0]) > TINY)
     if not columns:
-        return np.zeros((rows, 1))
+        return np.zeros((rows, 1)), unknown_R1
     x_RK = np.stack(list(columns.values()), axis=1)
-    return (x_RK - x_RK[:seen].mean(axis=0)) / x_RK[:seen].std(axis=0)
+    x_RK = (x_RK - x_RK[:seen].mean(axis=0)) / x_RK[:seen].std(axis=0)
+    excess_RK = np.maximum(x_RK[:seen].min(axis=0) - x_RK, 0) + np.maximum(x_RK - x_RK[:seen].max(axis=0), 0)
+    return x_RK, np.concatenate([excess_RK, unknown_R1], axis=1)
 
 
-def _kernels(rows: Sequence[_Row], x_RK: Array, carry: float, unit: float) -> Array:
+def _kernels(rows: Sequence[_Row], x_RK: Array, excess_RK: Array, carry: float, unit: float) -> Array:
     """(grid, rows, rows): the prior covariance of Delta at each point of the grid."""
     families = np.array([row.family for row in rows])
     same_RR = (families[:, None] == families[None, :]).astype(np.float64)
-    places = {key: i for i, key in enumerate({(row.family, e.teacher, e.learner) for row in rows for e in row.edges})}
+    keys = [[(row.family, e.teacher, e.learner, e.measures.size_ratio) for e in row.edges] for row in rows]
+    places = {key: i for i, key in enumerate(dict.fromkeys(key for of_row in keys for key in of_row))}
     edges_RE = np.zeros((len(rows), len(places)))
-    for i, row in enumerate(rows):
-        for weight, edge in zip(hop_weights(len(row.edges), carry), row.edges, strict=True):
-            edges_RE[i, places[row.family, edge.teacher, edge.learner]] = weight
+    for i, of_row in enumerate(keys):
+        edges_RE[i, [places[key] for key in of_row]] = hop_weights(len(of_row), carry)
     slopes_RR, shared_RR = x_RK @ x_RK.T / x_RK.shape[1], edges_RE @ edges_RE.T
+    # beyond history's range the line may bend: as much again as the slopes could make of the distance, for each row by itself
+    slopes_RR = slopes_RR + np.diag((excess_RK**2).sum(axis=1) / x_RK.shape[1])
     grid = np.array(list(product(SLOPES, FAMILIES, EDGES))) ** 2
     parts = np.stack([slopes_RR, same_RR, shared_RR])
     return unit**2 * (INTERCEPT**2 + np.einsum("gp,prs->grs", grid, parts))
@@ -221,14 +226,8 @@ def _conditional(kernel_GRR: Array, y_N: Array, noise_NN: Array, prior: float) -
     return base + evidence, np.einsum("gn,gnc->gc", z_GN, k_GNC), prior_variance - (k_GNC**2).sum(axis=1)
 
 
-def _beyond(columns: dict[str, Array], seen: int, row: int) -> dict[str, float]:
-    """How far outside history's range a row lies, in widths of that range, by measure; 1 where history never varied."""
+def _beyond(columns: dict[str, Array], seen: int, row: int) -> tuple[str, ...]:
+    """The contrasts in which a row lies outside history's range."""
     if not seen:
-        return {}
-    found: dict[str, float] = {}
-    for name, v in columns.items():
-        low, high = v[:seen].min(), v[:seen].max()
-        excess = max(low - v[row], v[row] - high, 0.0)
-        if excess > 1e-9:
-            found[name] = float(excess / (high - low)) if high - low > 1e-9 else 1.0
-    return found
+        return ()
+    return tuple(n for n, v in columns.items() if v[row] < v[:seen].min() - TINY or v[row] > v[:seen].max() + TINY)
