@@ -13,7 +13,7 @@ from tadistill.advise import Advice, Candidate, EdgeMeasures, History, advise, f
 from tadistill.advise.history import LOWER_IS_BETTER, MEASURES, NOT_COMPARABLE
 from tadistill.advise.measures import PAIR_MEASURES, Measures
 from tadistill.advise.page import render_page
-from tadistill.advise.probes import Ladder, PathCost, arm_name, costs, ladder, probe_plan, read_measures
+from tadistill.advise.probes import Ladder, PathCost, arm_name, costs, ladder, probe_plan, read_measures, with_search
 from tadistill.advise.record import Report, decided, measured
 from tadistill.advise.steps import steps
 from tadistill.advise.terminal import show
@@ -41,8 +41,9 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
         StageFailed: a stage failed; finished ones are kept.
     """
     fetch_models(recipe, console)
+    recipe = with_search(recipe)
     found = ladder(recipe)
-    limited, priced = costs(recipe, found)
+    limited, priced = costs(recipe)
     probes = probe_plan(limited, found, prompts)
     store = Store(runs / "store")
     _run(limited, probes, store, console)
@@ -67,7 +68,7 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
         history=past,
         advice=advice,
         steps=steps(recipe, source, overrides, advice, priced),
-        notes=notes(recipe, found, measures, advice, past, metric, prompts),
+        notes=notes(recipe, list(priced), measures, advice, past, metric, prompts),
     )
     write_json(study / MEASURES, record | decided(report))
     page = study / "advice.html"
@@ -95,7 +96,7 @@ def _advice(
 ) -> tuple[Advice, History, str]:
     """The verdict; history on the metric that the direct path's student is selected by, and that metric."""
     plan = make_plan(recipe)
-    direct = found.paths[0]
+    direct = (found.teacher, found.student)
     arm = next(a for a in plan.arms if a.name in {arm_name(path) for path in priced})
     metric = arm.method.select.metric
     described = describe(plan, created="", recipe_text="", command="")

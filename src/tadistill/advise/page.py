@@ -1,6 +1,6 @@
 """The advice as a page: one file that holds its scripts, styles and data, in the report's style."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ def render_page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(signed=signed, estimate=plus_minus, names=_names)
+    environment.filters.update(signed=signed, estimate=plus_minus, names=_names, few=_few)
     return environment.get_template("advice.html.j2").render(
         report=report,
         advice=report.advice,
@@ -72,6 +72,12 @@ def render_page(report: Report) -> str:
 
 def _names(measures: Iterable[str]) -> str:
     return ", ".join(map(measure_name, measures))
+
+
+def _few(measures: Sequence[str]) -> str:
+    """The first three, and how many more."""
+    more = f" and {len(measures) - 3} more" if len(measures) > 3 else ""
+    return _names(measures[:3]) + more
 
 
 def _markup(figure: str | None) -> Markup | None:

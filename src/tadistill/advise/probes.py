@@ -1,18 +1,20 @@
-"""The lattice of a recipe, what each path through it costs, and the probe stages that measure its models on dev prompts."""
+"""The ladder of models that a recipe's paths run through, what each path costs, and the probe stages that measure models on dev prompts."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from tadistill.advise.measures import Measures, measure
 from tadistill.config import Arm, Recipe
+from tadistill.config.search import Search
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, StoreError
-from tadistill.paths import count_paths, make_lattice
+from tadistill.paths import Path, count_paths
+from tadistill.study.choice import with_parents
 from tadistill.study.costs import Ledger
 from tadistill.study.plan import Plan, ProbePlan, make_plan, original_teacher, plan_probes
+from tadistill.study.search import affordable, check_order, path_flops
 from tadistill.study.store import Store
 
 TOP_K = 16
@@ -21,23 +23,23 @@ MOST_PATHS = 128
 
 @dataclass(frozen=True)
 class Ladder:
-    """Models from big to small, the teacher first and the student last, and the paths that may be tried, direct first."""
+    """Models from big to small with their parameters, the teacher first and the student last."""
 
     sizes: Mapping[str, int]
-    paths: tuple[tuple[str, ...], ...]
-    inferred: bool
-    """Read from the arms, because the recipe has no `search`."""
 
     @property
     def teacher(self) -> str:
+        """The original teacher."""
         return next(iter(self.sizes))
 
     @property
     def student(self) -> str:
+        """The model that paths end with."""
         return list(self.sizes)[-1]
 
     @property
     def assistants(self) -> tuple[str, ...]:
+        """What lies between."""
         return tuple(self.sizes)[1:-1]
 
 
@@ -51,37 +53,46 @@ class PathCost:
     """Updates with which the direct path costs as much, and between its dev evaluations; None for direct itself."""
 
 
-def ladder(recipe: Recipe) -> Ladder:
-    """The models and paths of `recipe.search`, or of the arms: original teacher, the students' end, and what lies between in size.
+def with_search(recipe: Recipe) -> Recipe:
+    """The recipe with a `search`: its own, or from the original teacher to the arms' one student through all models between in size.
 
     Raises:
-        ConfigError: models are out of size order, a size is not known, or there is nothing to choose among.
+        ConfigError: there is nothing to choose among, or models are out of size order.
+    """
+    if recipe.search is None:
+        teacher, student = _ends(recipe)
+        sizes = _sizes(recipe, list(recipe.models))
+        between = [n for n in recipe.models if n not in (teacher, student) and sizes[student] < sizes[n] < sizes[teacher]]
+        if not between:
+            raise ConfigError(
+                f"no model of the recipe lies between {teacher} ({sizes[teacher]:,} parameters) and {student} ({sizes[student]:,}), so there "
+                "is nothing to choose; add one, or write search: {teacher: …, assistants: […], student: …}"
+            )
+        found = Search(teacher=teacher, assistants=tuple(sorted(between, key=lambda n: -sizes[n])), student=student)
+        recipe = recipe.model_copy(update={"search": found})
+    search = recipe.search
+    assert search is not None
+    check_order(recipe)
+    names = (search.teacher, *search.assistants, search.student)
+    for name in sorted(with_parents(recipe, names)):
+        if (temper := recipe.models[name].temper) and temper.like is not None:
+            raise ConfigError(f"{name} is tempered like arm {temper.like}, which is not trained yet when advice is given; give it a fixed tau")
+    if (count := count_paths(len(search.assistants), search.max_assistants)) > MOST_PATHS:
+        raise ConfigError(
+            f"{len(search.assistants)} assistants make {count} paths, and {MOST_PATHS} may be looked at; set search.max_assistants: 1 or 2"
+        )
+    return recipe
+
+
+def ladder(recipe: Recipe) -> Ladder:
+    """The models of `recipe.search` with their sizes.
+
+    Raises:
+        ConfigError: a size is not known.
     """
     search = recipe.search
-    if search:
-        names, most = [search.teacher, *search.assistants, search.student], search.max_assistants
-        sizes = _sizes(recipe, names)
-        for above, name in pairwise(names):
-            if sizes[name] > sizes[above]:
-                raise ConfigError(
-                    f"search goes from big to small, but {name} has {sizes[name]:,} parameters and {above} before it {sizes[above]:,}; "
-                    "order teacher, assistants and student by size"
-                )
-    else:
-        teacher, student = _ends(recipe)
-        sizes, most = _sizes(recipe, list(recipe.models)), None
-        if sizes[student] > sizes[teacher]:
-            raise ConfigError(f"student {student} has more parameters than its teacher {teacher}; a path goes from big to small")
-        between = [n for n in recipe.models if n not in (teacher, student) and sizes[student] < sizes[n] < sizes[teacher]]
-        names = [teacher, *sorted(between, key=lambda n: -sizes[n]), student]
-        if len(names) == 2:
-            raise ConfigError(
-                f"no model of the recipe lies between {teacher} and {student} in size, so there is nothing to choose; add one"
-            )
-    if (count := count_paths(len(names) - 2, most)) > MOST_PATHS:
-        raise ConfigError(f"{len(names) - 2} assistants make {count} paths, more than {MOST_PATHS}; set search.max_assistants: 1 or 2")
-    found = make_lattice(names[0], names[1:-1], names[-1], max_assistants=most)
-    return Ladder({n: sizes[n] for n in names}, found.paths, search is None)
+    assert search is not None
+    return Ladder(_sizes(recipe, (search.teacher, *search.assistants, search.student)))
 
 
 def _ends(recipe: Recipe) -> tuple[str, str]:
@@ -106,50 +117,36 @@ def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
     return {name: size.total for name, size in found.items() if size}
 
 
-def costs(recipe: Recipe, found: Ladder) -> tuple[Recipe, dict[tuple[str, ...], PathCost]]:
-    """What the paths within the budget cost by the study's ledger, and a recipe whose arms are these paths, chains with their twins.
+def costs(recipe: Recipe) -> tuple[Recipe, dict[Path, PathCost]]:
+    """A recipe whose arms are the paths within the budget, chains with their equal-compute twins, and what these cost by the ledger.
 
     Raises:
         ConfigError: the budget is too small for any path.
     """
-    liked = [model.temper.like for model in recipe.models.values() if model.temper and model.temper.like]
-    others = {name: recipe.arms[name] for name in liked}  # a tempered model needs the arm whose entropy it has
-    plain = {arm_name(path): Arm(path=(path,)) for path in found.paths}
-    planned = {arm.name: arm.flops for arm in make_plan(_with_arms(recipe, found, others | plain)).arms}
-    flops = {path: planned[arm_name(path)] for path in found.paths}
-    direct = found.paths[0]
-    assert all(flops.values()), "ladder() refuses models of unknown size"
-    multiples = {path: float(cost or 0) / float(flops[direct] or 1) for path, cost in flops.items()}
-    budget = recipe.search.budget if recipe.search and recipe.search.budget else float("inf")
-    kept = [path for path in found.paths if multiples[path] <= budget]
-    if not kept:
-        cheapest = min(multiples, key=lambda path: multiples[path])
-        raise ConfigError(
-            f"search.budget is {budget:g}, but the cheapest path, {' > '.join(cheapest)}, costs {multiples[cheapest]:.2f} times direct; "
-            "raise the budget"
-        )
+    search = recipe.search
+    assert search is not None
+    direct = (search.teacher, search.student)
+    flops = path_flops(recipe)
+    kept = affordable(recipe, flops).paths
     arms = {arm_name(path): Arm(path=(path,)) for path in kept}
     arms |= {twin_name(path): Arm(path=(direct,), compute=f"as {arm_name(path)}") for path in kept if path != direct}
-    limited = _with_arms(recipe, found, others | arms)
-    steps = _twins(make_plan(limited))
-    return limited, {path: PathCost(float(flops[path] or 0), multiples[path], steps.get(path)) for path in kept}
+    limited = recipe.model_copy(update={"arms": arms, "teacher": search.teacher})
+    twins, base = _twins(make_plan(limited)), flops[direct]
+    assert base, "ladder() refuses models of unknown size"
+    return limited, {path: PathCost(float(flops[path] or 0), float(flops[path] or 0) / base, twins.get(path)) for path in kept}
 
 
-def _with_arms(recipe: Recipe, found: Ladder, arms: dict[str, Arm]) -> Recipe:
-    return recipe.model_copy(update={"arms": arms, "teacher": found.teacher})
-
-
-def arm_name(path: Sequence[str]) -> str:
+def arm_name(path: Path) -> str:
     """The name of a path's arm."""
     return "-".join(path)
 
 
-def twin_name(path: Sequence[str]) -> str:
+def twin_name(path: Path) -> str:
     """The name of the arm that trains directly with a path's compute."""
     return f"{arm_name(path)}-twin"
 
 
-def _twins(plan: Plan) -> dict[tuple[str, ...], tuple[int, int]]:
+def _twins(plan: Plan) -> dict[Path, tuple[int, int]]:
     paths = {arm.name: arm.arm.last for arm in plan.arms}
     twins = [(arm.arm.compute[3:], arm.method) for arm in plan.arms if arm.arm.compute]
     return {paths[of]: (method.optim.steps or 0, method.select.every) for of, method in twins}

@@ -10,6 +10,7 @@ from tadistill.advise.history import NOT_COMPARABLE
 from tadistill.advise.measures import Measures
 from tadistill.advise.probes import TOP_K, Ladder
 from tadistill.config import Recipe
+from tadistill.paths import Path
 from tadistill.paths.rules import Chosen, geometric_mean, lambda_tradeoff, performance_mean, size_law
 
 LEAST_MASS, HOPS = 0.9, (1.3, 4.0)
@@ -71,7 +72,7 @@ def rules(measures: Measures, ladder: Ladder, most: int | None) -> tuple[Rule, .
 
 def notes(recipe: Recipe, ladder: Ladder, measures: Measures, advice: Advice, past: History, metric: str, prompts: int) -> tuple[str, ...]:
     """Cautions, one sentence each."""
-    pairs = [measures.pairs[hop] for hop in dict.fromkeys(hop for path in ladder.paths for hop in pairwise(path))]
+    pairs = [measures.pairs[hop] for hop in dict.fromkeys(hop for path in paths for hop in pairwise(path))]
     found: list[str] = []
     wide = [f"{p.teacher} > {p.learner} ({p.size_ratio:.1f})" for p in pairs if p.size_ratio > HOPS[1]]
     near = [f"{p.teacher} > {p.learner} ({p.size_ratio:.2f})" for p in pairs if p.size_ratio < HOPS[0]]
@@ -85,7 +86,7 @@ def notes(recipe: Recipe, ladder: Ladder, measures: Measures, advice: Advice, pa
             f"A learner gives less than {LEAST_MASS:g} of its probability to its teacher's {TOP_K} likeliest tokens: {_list(thin)}; "
             "on-policy reverse KL has been reported to collapse where that share is low."
         )
-    bought = [name for name in ladder.assistants if _ready_made(recipe, name)]
+    bought = [m.name for m in measures.models[1:-1] if _ready_made(recipe, m.name)]
     if bought:
         found.append(
             f"{_list(bought)}: loaded as it is, so how it was trained and selected, and with how much compute, is not known here and in "

@@ -16,6 +16,7 @@ from tadistill.evaluation.run import EvalSet
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
 from tadistill.models.pruning import keep_list, prune_depth
+from tadistill.models.tempering import temper
 from tadistill.study.store import Store
 from tadistill.study.task import Task
 from tadistill.train.loop import Interrupted
@@ -41,12 +42,15 @@ class Context:
         """The model and tokenizer behind a handle."""
         world = self.spec["data"]["world"]
         if "stage" in handle:
-            directory = str(self.store.folder(handle["stage"]) / MODEL)
+            directory = str(self.store.folder(handle["stage"]) / (f"{MODEL}-{handle['checkpoint']}" if "checkpoint" in handle else MODEL))
             tokenizer = load_tokenizer(directory, world=world)
             model = load_model(directory, dtype=dtype)
         elif "prune" in handle:
             parent, tokenizer = self.model(handle["of"], dtype)
             model = prune_depth(parent, keep_list(handle["prune"], parent.config.num_hidden_layers))
+        elif "temper" in handle:
+            model, tokenizer = self.model(handle["of"], dtype)
+            temper(model, handle["temper"])
         else:
             tokenizer = load_tokenizer(handle["tokenizer"] or handle["load"], revision=handle["revision"], world=world)
             model = load_model(
@@ -61,7 +65,11 @@ class Context:
 
     def teacher(self, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The frozen teacher of the stage."""
-        model, tokenizer = self.model(self.spec["teacher"], dtype)
+        return self.frozen(self.spec["teacher"], dtype)
+
+    def frozen(self, handle: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A model that only answers."""
+        model, tokenizer = self.model(handle, dtype)
         return column_major(model.eval().requires_grad_(False)), tokenizer
 
     def split(self, role: str, ref: dict, limit: int | None, tokenizer: PreTrainedTokenizerBase) -> EvalSet:
