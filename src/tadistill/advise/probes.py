@@ -65,8 +65,8 @@ def with_search(recipe: Recipe) -> Recipe:
         between = [n for n in recipe.models if n not in (teacher, student) and sizes[student] < sizes[n] < sizes[teacher]]
         if not between:
             raise ConfigError(
-                f"no model of the recipe lies between {teacher} ({sizes[teacher]:,} parameters) and {student} ({sizes[student]:,}), so there "
-                "is nothing to choose; add one, or write search: {teacher: …, assistants: […], student: …}"
+                f"no model is between {teacher} ({sizes[teacher]:,} parameters) and {student} ({sizes[student]:,}) in size, "
+                "so there is nothing to choose; add one, or write search: {teacher: …, assistants: […], student: …}"
             )
         found = Search(teacher=teacher, assistants=tuple(sorted(between, key=lambda n: -sizes[n])), student=student)
         recipe = recipe.model_copy(update={"search": found})
@@ -76,7 +76,7 @@ def with_search(recipe: Recipe) -> Recipe:
     names = (search.teacher, *search.assistants, search.student)
     for name in sorted(with_parents(recipe, names)):
         if (temper := recipe.models[name].temper) and temper.like is not None:
-            raise ConfigError(f"{name} is tempered like arm {temper.like}, which is not trained yet when advice is given; give it a fixed tau")
+            raise ConfigError(f"{name} is tempered like arm {temper.like}, which advice does not train; give it a fixed tau")
     if (count := count_paths(len(search.assistants), search.max_assistants)) > MOST_PATHS:
         raise ConfigError(
             f"{len(search.assistants)} assistants make {count} paths, and {MOST_PATHS} may be looked at; set search.max_assistants: 1 or 2"

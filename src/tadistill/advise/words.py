@@ -70,7 +70,9 @@ def rules(measures: Measures, ladder: Ladder, most: int | None) -> tuple[Rule, .
     )
 
 
-def notes(recipe: Recipe, ladder: Ladder, measures: Measures, advice: Advice, past: History, metric: str, prompts: int) -> tuple[str, ...]:
+def notes(
+    recipe: Recipe, paths: Sequence[Path], measures: Measures, advice: Advice, past: History, metric: str, prompts: int
+) -> tuple[str, ...]:
     """Cautions, one sentence each."""
     pairs = [measures.pairs[hop] for hop in dict.fromkeys(hop for path in paths for hop in pairwise(path))]
     found: list[str] = []
