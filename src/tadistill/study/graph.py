@@ -4,6 +4,7 @@ A stage's key is a hash of everything its numbers depend on: its settings, its d
 """
 
 from dataclasses import dataclass, field
+from math import fsum
 from typing import Any
 
 from tadistill.study.store import key_of
@@ -66,7 +67,8 @@ class Graph:
         if key is None:
             return 0.0
         parts = [self.stages[k].flops for k in self._with_ancestors(key, without="like")]
-        return None if any(p is None for p in parts) else float(sum(p for p in parts if p is not None))
+        # fsum: the order of a set changes from process to process, and a sum of floats with it
+        return None if any(p is None for p in parts) else fsum(p for p in parts if p is not None)
 
     def _with_ancestors(self, key: str, without: str | None = None) -> set[str]:
         found, todo = set(), [key]
