@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from advise_page import markdown
 from advise_worlds import Family, World, make_family
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from tadistill.advise import Candidate, Edge, EdgeMeasures, Observation, advise
 from tadistill.advise.decide import Advice, decide
@@ -120,10 +120,15 @@ def cell(world: World, families: int, worlds: int, key: tuple[int, ...]) -> dict
         "coverage_80": _percent(inside_80),
         "coverage_95": _percent(inside_95),
         "width": float(np.mean(widths)),
-        "spearman": float(spearmanr(expected, actual).statistic) if np.ptp(actual) > 0 and np.ptp(expected) > 0 else None,
+        "spearman": spearman(expected, actual),
         "regret": {name: float(np.mean(values)) for name, values in regrets.items()},
         "regret_se": {name: float(np.std(values) / np.sqrt(len(values))) for name, values in regrets.items()},
     }
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Rank correlation; None where one of them never varies."""
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1]) if len(a) > 1 and np.ptp(a) > 0 and np.ptp(b) > 0 else None
 
 
 def _percent(values: Sequence[bool]) -> float:
@@ -184,7 +189,7 @@ def public_tables() -> list[dict[str, Any]]:
                     "chains": len(chains),
                     "verdict": advice.verdict,
                     "inside_95": sum(o.low <= a <= o.high for o, a in zip(chains, actual, strict=True)),
-                    "spearman": float(spearmanr([o.expected for o in chains], actual).statistic) if len(chains) > 1 else None,
+                    "spearman": spearman([o.expected for o in chains], actual),
                     "regret": regret,
                 }
             )

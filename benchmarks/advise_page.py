@@ -13,14 +13,12 @@ def markdown(result: Row, command: str) -> str:
 
 
 def _opening(result: Row, command: str) -> str:
-    return "\n".join(
-        [
-            f"# Advice: verdicts, regret, intervals, power\n\n```\n{command}\n```\n",
-            f"{result['worlds']:,} worlds a cell, {result['seeds']} seeds an arm, margin {result['margin']}, level {result['level']}, "
-            f"{result['jobs']} processes of one thread, {result['seconds']:.0f} s; Python {result['python']}, numpy {result['numpy']}. Each world is one held-out family and F "
-            "families of history. What is simulated is said in `benchmarks/advise_worlds.py`; the effects are assumptions, so the page says "
-            "how the method behaves if the world is like that, not that the world is.\n",
-        ]
+    where = f"{result['jobs']} processes of one thread, {result['seconds']:.0f} s; Python {result['python']}, numpy {result['numpy']}"
+    return (
+        f"# Advice: verdicts, regret, intervals, power\n\n```\n{command}\n```\n\n{result['worlds']:,} worlds a cell, "
+        f"{result['seeds']} seeds an arm, margin {result['margin']}, level {result['level']}, {where}. Each world is one held-out family and F families of history. "
+        "What is simulated is said in `benchmarks/advise_worlds.py`. The effects are assumptions: the page says how the method behaves "
+        "if the world is like that, not that it is.\n"
     )
 
 
@@ -41,24 +39,26 @@ def _verdicts(result: Row) -> str:
     least = min(100 - r["chain"] for r in result["cells"] if r["world"].startswith("null"))
     least_after = min(100 - r["after_chain"] for r in result["cells"] if r["world"].startswith("null"))
     return (
-        "## Verdicts\n\nIn percent. *Inconclusive* tells the user to run direct at equal compute too, and names experiments. *Wrong*: a chain was "
-        "recommended that is truly worse than direct. *In 80 / 95 %*: truth inside the interval; *width* is that of the 95 % interval. *After*: "
-        f"once the first proposed experiment (a chain and its twin, {result['seeds']} seeds each) was run on the held-out family.\n\n"
+        "## Verdicts\n\nIn percent. *Inconclusive* tells the user to run direct at equal compute too, and names experiments. *Wrong*: a "
+        "chain was recommended that is truly worse than direct. *In 80 / 95 %*: truth inside the interval; *width*: the 95 % interval's. "
+        f"*After*: once the first proposed experiment (a chain and its twin, {result['seeds']} seeds each) was run on the held-out family.\n\n"
         f"On null worlds direct is what to run in {least:.1f} % or more, after an experiment in {least_after:.1f} % or more.\n\n"
         + table((*columns, *after), rows, left=1)
     )
 
 
 def _regrets(result: Row) -> str:
-    rows = []
-    for r in result["cells"]:
-        ours = ("advise", "after one experiment", "best expectation")
-        rows.append((r["world"], r["families"], *(f"{r['regret'][name]:.2f}" for name in (*ours, *RULES)), _beaten(r)))
+    names = ("advise", "after one experiment", "best expectation", *RULES)
+    rows = [(r["world"], r["families"], *(f"{r['regret'][name]:.2f}" for name in names), _beaten(r)) for r in result["cells"]]
+    for families in sorted({r["families"] for r in result["cells"]}):
+        of = [r["regret"] for r in result["cells"] if r["families"] == families]
+        rows.append(("*mean of the worlds*", families, *(f"{sum(r[name] for r in of) / len(of):.2f}" for name in names), ""))
+        rows.append(("*worst world*", families, *(f"{max(r[name] for r in of):.2f}" for name in names), ""))
     return (
-        "## Regret\n\nMean points lost to the best path of the held-out family, where exhaustive search without noise has 0. *Best expectation* "
-        "runs whatever path is expected to be best, however unsure. *Beaten by*: rules with a regret smaller than that of `advise` by more "
-        "than two standard errors.\n\n"
-        + table(("world", "F", "advise", "after one experiment", "best expectation", *RULES, "`advise` is beaten by"), rows, left=1)
+        "## Regret\n\nMean points lost to the best path of the held-out family, where exhaustive search without noise has 0. *Best "
+        "expectation* runs whatever path is expected to be best, however unsure. *Beaten by*: rules with a regret smaller than that of "
+        "`advise` by more than two standard errors. How often each world occurs is not known, so the mean over them weighs nothing real.\n\n"
+        + table(("world", "F", *names, "`advise` is beaten by"), rows, left=1)
     )
 
 
@@ -76,8 +76,8 @@ def _power(result: Row) -> str:
         for when, key in (("from history", "chain"), ("after one experiment", "after_chain")):
             rows.append((families, when, *(f"{of[e][key]:.0f}" for e in effects)))
     return (
-        "## Power\n\nWorlds in percent in which a chain is recommended, by the mean effect of every chain in points; families differ by 0.3, "
-        "edges by 0.3.\n\n" + table(("F", "when", *(f"{e:g}" for e in effects)), rows)
+        "## Power\n\nWorlds in percent in which a chain is recommended, by the mean effect of every chain in points; families differ by "
+        "0.3, edges by 0.3.\n\n" + table(("F", "when", *(f"{e:g}" for e in effects)), rows)
     )
 
 
@@ -95,10 +95,10 @@ def _tables(result: Row) -> str:
         for r in result["tables"]
     ]
     return (
-        "## Public tables\n\nTAKD's figure 5 and two replications, each predicted from the other two: every student with an assistant is a family, "
-        "size ratios are of layers, margin 0.5. None of them has equal-compute twins, so direct at its own cost stands for them, which flatters "
-        "chains; one seed, selected on test, and most differences are below the standard error of an accuracy. Performance mean needs scores "
-        "without distillation, which are not printed for all.\n\n"
+        "## Public tables\n\nTAKD's figure 5 and two replications, each predicted from the other two: a table is a family, size ratios are "
+        "of layers, margin 0.5. None of them has equal-compute twins, so direct at its own cost stands for them, which flatters chains; one "
+        "seed, selected on test, and most differences are below the standard error of an accuracy. Performance mean is left out: it needs scores "
+        "without distillation, which are not at hand for all.\n\n"
         + table(("table", "student", "verdict", "in 95 %", "Spearman", *(f"regret: {n}" for n in names)), rows, left=3)
     )
 

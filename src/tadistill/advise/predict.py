@@ -119,7 +119,7 @@ def predict(
         columns = _contrasts(rows, carry)
         if carry == 0.3:  # which measures lie beyond history hardly depends on b
             beyond = [_beyond(columns, len(history), len(history) + i) for i in range(len(candidates))]
-        x_RK, excess_RK = _standardised(columns, len(history))
+        x_RK, excess_RK = _standardised(columns, len(rows), len(history))
         parts.append(_conditional(_kernels(rows, x_RK, excess_RK, carry, unit), y_N, noise_NN, prior))
     log_weights, means, variances = (np.concatenate([p[i] for p in parts]) for i in range(3))
     weights = np.exp(log_weights - log_weights.max())
@@ -173,13 +173,12 @@ def _contrasts(rows: Sequence[_Row], carry: float) -> dict[str, Array]:
     return {name: np.array(v, dtype=np.float64) for name, v in values.items() if all(x is not None for x in v)}
 
 
-def _standardised(columns: dict[str, Array], seen: int) -> tuple[Array, Array]:
+def _standardised(columns: dict[str, Array], rows: int, seen: int) -> tuple[Array, Array]:
     """Contrasts centred and scaled by history, and by how much each lies outside history's range; both (rows, contrasts).
 
     Drops from `columns` what history never varied: nothing can be learnt of it, and a row that differs in it counts as one standard
     deviation outside. Without history every row does.
     """
-    rows = len(next(iter(columns.values())))
     if seen == 0:
         return np.ones((rows, 1)), np.zeros((rows, 1))
     constant = [name for name, v in columns.items() if np.ptp(v[:seen]) < TINY]
