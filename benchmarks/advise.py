@@ -31,7 +31,7 @@ from tadistill.advise.predict import Predictions, predict
 from tadistill.paths import rules
 
 SEEDS, MARGIN, LEVEL = 3, 0.3, 0.95
-HISTORIES = (3, 6, 12)
+HISTORIES = (0, 3, 6, 12)
 WORLDS = {
     "null": World("none"),
     "null, scatter": World("none", family_sd=0.3, edge_sd=0.3),
@@ -41,7 +41,7 @@ WORLDS = {
     "curve x2": World("curve", 2.0, family_sd=0.3, edge_sd=0.3),
     "unrelated": World("unrelated", 1.0, family_sd=0.3, edge_sd=0.3),
 }
-EFFECTS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+EFFECTS = (0.0, 0.5, 1.0, 2.0, 3.0)
 CHOOSERS = ("advise", "after one experiment", "best expectation", "direct", "size law", "performance mean", "geometric mean", "random")
 Chosen = tuple[str, ...]
 
@@ -201,7 +201,7 @@ def measure(quick: bool, jobs: int) -> dict[str, Any]:
     start, worlds = time.perf_counter(), 40 if quick else 500
     of_worlds = [({"world": name}, world, (1, i, f)) for i, (name, world) in enumerate(WORLDS.items()) for f in HISTORIES]
     worlds_of = {effect: World("constant", effect, family_sd=0.3, edge_sd=0.3) for effect in EFFECTS}
-    of_effects = [({"effect": e}, world, (2, i, f)) for i, (e, world) in enumerate(worlds_of.items()) for f in (0, *HISTORIES)]
+    of_effects = [({"effect": e}, world, (2, i, f)) for i, (e, world) in enumerate(worlds_of.items()) for f in HISTORIES]
     todo = [*of_worlds, *of_effects]
     with ProcessPoolExecutor(jobs) as pool:
         rows = list(pool.map(cell, *zip(*((world, key[-1], worlds, key) for _, world, key in todo), strict=True)))

@@ -16,7 +16,8 @@ def _opening(result: Row, command: str) -> str:
     where = f"{result['jobs']} processes of one thread, {result['seconds']:.0f} s; Python {result['python']}, numpy {result['numpy']}"
     return (
         f"# Advice: verdicts, regret, intervals, power\n\n```\n{command}\n```\n\n{result['worlds']:,} worlds a cell, "
-        f"{result['seeds']} seeds an arm, margin {result['margin']}, level {result['level']}, {where}. Each world is one held-out family and F families of history. "
+        f"{result['seeds']} seeds an arm, margin {result['margin']}, level {result['level']}, {where}. Each "
+        "world is one held-out family and F families of history. "
         "What is simulated is said in `benchmarks/advise_worlds.py`. The effects are assumptions: the page says how the method behaves "
         "if the world is like that, not that it is.\n"
     )
@@ -41,7 +42,8 @@ def _verdicts(result: Row) -> str:
     return (
         "## Verdicts\n\nIn percent. *Inconclusive* tells the user to run direct at equal compute too, and names experiments. *Wrong*: a "
         "chain was recommended that is truly worse than direct. *In 80 / 95 %*: truth inside the interval; *width*: the 95 % interval's. "
-        f"*After*: once the first proposed experiment (a chain and its twin, {result['seeds']} seeds each) was run on the held-out family.\n\n"
+        f"*After*: once the first proposed experiment (a chain and its twin, {result['seeds']} seeds each) was run on the held-out "
+        "family.\n\n"
         f"On null worlds direct is what to run in {least:.1f} % or more, after an experiment in {least_after:.1f} % or more.\n\n"
         + table((*columns, *after), rows, left=1)
     )
@@ -57,8 +59,8 @@ def _regrets(result: Row) -> str:
     return (
         "## Regret\n\nMean points lost to the best path of the held-out family, where exhaustive search without noise has 0. *Best "
         "expectation* runs whatever path is expected to be best, however unsure. *Beaten by*: rules with a regret smaller than that of "
-        "`advise` by more than two standard errors. How often each world occurs is not known, so the mean over them weighs nothing real.\n\n"
-        + table(("world", "F", *names, "`advise` is beaten by"), rows, left=1)
+        "`advise` by more than two standard errors. How often each world occurs is not known, so the mean over them weighs nothing "
+        "real.\n\n" + table(("world", "F", *names, "`advise` is beaten by"), rows, left=1)
     )
 
 
@@ -96,9 +98,9 @@ def _tables(result: Row) -> str:
     ]
     return (
         "## Public tables\n\nTAKD's figure 5 and two replications, each predicted from the other two: a table is a family, size ratios are "
-        "of layers, margin 0.5. None of them has equal-compute twins, so direct at its own cost stands for them, which flatters chains; one "
-        "seed, selected on test, and most differences are below the standard error of an accuracy. Performance mean is left out: it needs scores "
-        "without distillation, which are not at hand for all.\n\n"
+        "of layers, margin 0.5. None of them has equal-compute twins, so direct at its own cost stands for them, which flatters "
+        "chains; one seed, selected on test, and most differences are below the standard error of an accuracy. Performance mean is "
+        "left out: it needs scores without distillation, which are not at hand for all.\n\n"
         + table(("table", "student", "verdict", "in 95 %", "Spearman", *(f"regret: {n}" for n in names)), rows, left=3)
     )
 

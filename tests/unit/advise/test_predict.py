@@ -120,7 +120,7 @@ def test_forecasts_are_those_of_the_linear_model(monkeypatch, own):
     covariance = np.linalg.inv(precision)
     mean = covariance @ design[:n].T @ np.array([p.mean for p in history]) / (noise / 3)
     for forecast, row, out in zip(found.forecasts, design[n:], beyond[n:], strict=True):
-        extra = (unit * slope) ** 2 * np.sum(out**2) / x.shape[1]
+        extra = (unit * slope * out.max()) ** 2
         assert forecast.mean == pytest.approx(row @ mean)
         assert forecast.sd == pytest.approx(np.sqrt(row @ covariance @ row + extra))
     assert found.seed_sd == pytest.approx(np.sqrt(noise))
