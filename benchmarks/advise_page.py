@@ -9,19 +9,51 @@ RULES = ("direct", "size law", "performance mean", "geometric mean", "random")
 
 def markdown(result: Row, command: str) -> str:
     """The result as a page."""
-    return "\n".join([_opening(result, command), _verdicts(result), _regrets(result), _power(result), _tables(result)]) + "\n"
+    return (
+        "\n".join([_opening(result, command), _findings(result), _verdicts(result), _regrets(result), _power(result), _tables(result)])
+        + "\n"
+    )
 
 
 def _opening(result: Row, command: str) -> str:
-    return "\n".join(
-        [
-            f"# Advice: verdicts, regret, intervals, power\n\n```\n{command}\n```\n",
-            f"{result['worlds']:,} worlds a cell, {result['seeds']} seeds an arm, margin {result['margin']}, level {result['level']}, "
-            f"{result['jobs']} processes of one thread, {result['seconds']:.0f} s; Python {result['python']}, numpy {result['numpy']}. Each world is one held-out family and F "
-            "families of history. What is simulated is said in `benchmarks/advise_worlds.py`; the effects are assumptions, so the page says "
-            "how the method behaves if the world is like that, not that the world is.\n",
-        ]
+    where = f"{result['jobs']} processes of one thread, {result['seconds']:.0f} s; Python {result['python']}, numpy {result['numpy']}"
+    return (
+        f"# Advice: verdicts, regret, intervals, power\n\n```\n{command}\n```\n\n{result['worlds']:,} worlds a cell, "
+        f"{result['seeds']} seeds an arm, margin {result['margin']}, level {result['level']}, {where}. Each "
+        "world is one held-out family and F families of history. "
+        "What is simulated is said in `benchmarks/advise_worlds.py`. The effects are assumptions: the page says how the method behaves "
+        "if the world is like that, not that it is.\n"
     )
+
+
+def _findings(result: Row) -> str:
+    """What the tables below say, in sentences."""
+    cells = [r for r in result["cells"] if r["families"]]
+    null, scatter = ([r for r in result["cells"] if r["world"] == name] for name in ("null", "null, scatter"))
+    inside_80, inside_95 = ([r[key] for r in cells] for key in ("coverage_80", "coverage_95"))
+    beaten, worse, after = ([r for r in cells if _beaten(r, n)] for n in ("advise", "best expectation", "after one experiment"))
+    lines = [
+        f"No effect at all: direct is what to run in at least {_least(null, 'chain'):.1f} % of the worlds, and in at least "
+        f"{_least(null, 'after_chain'):.1f} % after an experiment. No mean effect but families and edges that differ: "
+        f"{_least(scatter, 'chain'):.1f} and {_least(scatter, 'after_chain'):.1f} %, where some chains are truly better.",
+        f"A chain that is truly worse than direct is recommended in at most {max(r['wrong'] for r in result['cells']):.1f} % of the worlds "
+        f"of any kind, after an experiment in at most {max(r['after_wrong'] for r in result['cells']):.1f} %.",
+        f"Intervals with history hold the truth in {min(inside_80):.0f} to {max(inside_80):.0f} % (80 %) and {min(inside_95):.0f} to "
+        f"{max(inside_95):.0f} % (95 %) of the cases.",
+        f"Some rule of thumb loses less than `advise` in {len(beaten)} of {len(cells)} cells with history, less than the best expectation "
+        f"in {len(worse)}, and less than `advise` with one experiment in {len(after)}. In doubt `advise` says direct, and that costs most "
+        "where chains help everywhere.",
+    ]
+    if beaten:
+        lines.append(
+            "So from history alone the advice does **not** beat the rules of thumb in every world. It prices the paths, refuses chains "
+            "without evidence, and names the experiment; the experiment is what decides."
+        )
+    return "## What the tables say\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _least(rows: Sequence[Row], key: str) -> float:
+    return min(100 - r[key] for r in rows)
 
 
 def _verdicts(result: Row) -> str:
@@ -38,34 +70,36 @@ def _verdicts(result: Row) -> str:
     ]
     columns = ("world", "F", "direct", "inconclusive", "chain", "wrong", "in 80 %", "in 95 %", "width", "Spearman")
     after = ("direct after", "inconclusive after", "chain after", "wrong after")
-    least = min(100 - r["chain"] for r in result["cells"] if r["world"].startswith("null"))
-    least_after = min(100 - r["after_chain"] for r in result["cells"] if r["world"].startswith("null"))
     return (
-        "## Verdicts\n\nIn percent. *Inconclusive* tells the user to run direct at equal compute too, and names experiments. *Wrong*: a chain was "
-        "recommended that is truly worse than direct. *In 80 / 95 %*: truth inside the interval; *width* is that of the 95 % interval. *After*: "
-        f"once the first proposed experiment (a chain and its twin, {result['seeds']} seeds each) was run on the held-out family.\n\n"
-        f"On null worlds direct is what to run in {least:.1f} % or more, after an experiment in {least_after:.1f} % or more.\n\n"
-        + table((*columns, *after), rows, left=1)
+        "## Verdicts\n\nIn percent. *Inconclusive* tells the user to run direct at equal compute too, and names experiments. *Wrong*: a "
+        "chain was recommended that is truly worse than direct. *In 80 / 95 %*: truth inside the interval; *width*: the 95 % interval's. "
+        f"*After*: once the first proposed experiment (a chain and its twin, {result['seeds']} seeds each) was run on the held-out "
+        "family.\n\n" + table((*columns, *after), rows, left=1)
     )
 
 
 def _regrets(result: Row) -> str:
-    rows = []
-    for r in result["cells"]:
-        ours = ("advise", "after one experiment", "best expectation")
-        rows.append((r["world"], r["families"], *(f"{r['regret'][name]:.2f}" for name in (*ours, *RULES)), _beaten(r)))
+    names = ("advise", "after one experiment", "best expectation", *RULES)
+    rows = [
+        (r["world"], r["families"], *(f"{r['regret'][name]:.2f}" for name in names), ", ".join(_beaten(r, "advise")) or "none")
+        for r in result["cells"]
+    ]
+    for families in sorted({r["families"] for r in result["cells"]}):
+        of = [r["regret"] for r in result["cells"] if r["families"] == families]
+        rows.append(("*mean of the worlds*", families, *(f"{sum(r[name] for r in of) / len(of):.2f}" for name in names), ""))
+        rows.append(("*worst world*", families, *(f"{max(r[name] for r in of):.2f}" for name in names), ""))
     return (
-        "## Regret\n\nMean points lost to the best path of the held-out family, where exhaustive search without noise has 0. *Best expectation* "
-        "runs whatever path is expected to be best, however unsure. *Beaten by*: rules with a regret smaller than that of `advise` by more "
-        "than two standard errors.\n\n"
-        + table(("world", "F", "advise", "after one experiment", "best expectation", *RULES, "`advise` is beaten by"), rows, left=1)
+        "## Regret\n\nMean points lost to the best path of the held-out family, where exhaustive search without noise has 0. *Best "
+        "expectation* runs whatever path is expected to be best, however unsure. *Beaten by*: rules with a regret smaller than that of "
+        "`advise` by more than two standard errors. How often each world occurs is not known, so the mean over them weighs nothing "
+        "real.\n\n" + table(("world", "F", *names, "`advise` is beaten by"), rows, left=1)
     )
 
 
-def _beaten(row: Row) -> str:
+def _beaten(row: Row, by: str) -> list[str]:
+    """The rules of thumb whose regret is smaller than a chooser's by more than two standard errors."""
     regret, se = row["regret"], row["regret_se"]
-    better = [n for n in RULES if regret[n] < regret["advise"] - 2 * (se[n] ** 2 + se["advise"] ** 2) ** 0.5]
-    return ", ".join(better) or "none"
+    return [n for n in RULES if regret[n] < regret[by] - 2 * (se[n] ** 2 + se[by] ** 2) ** 0.5]
 
 
 def _power(result: Row) -> str:
@@ -76,8 +110,8 @@ def _power(result: Row) -> str:
         for when, key in (("from history", "chain"), ("after one experiment", "after_chain")):
             rows.append((families, when, *(f"{of[e][key]:.0f}" for e in effects)))
     return (
-        "## Power\n\nWorlds in percent in which a chain is recommended, by the mean effect of every chain in points; families differ by 0.3, "
-        "edges by 0.3.\n\n" + table(("F", "when", *(f"{e:g}" for e in effects)), rows)
+        "## Power\n\nWorlds in percent in which a chain is recommended, by the mean effect of every chain in points; families differ by "
+        "0.3, edges by 0.3.\n\n" + table(("F", "when", *(f"{e:g}" for e in effects)), rows)
     )
 
 
@@ -95,10 +129,10 @@ def _tables(result: Row) -> str:
         for r in result["tables"]
     ]
     return (
-        "## Public tables\n\nTAKD's figure 5 and two replications, each predicted from the other two: every student with an assistant is a family, "
-        "size ratios are of layers, margin 0.5. None of them has equal-compute twins, so direct at its own cost stands for them, which flatters "
-        "chains; one seed, selected on test, and most differences are below the standard error of an accuracy. Performance mean needs scores "
-        "without distillation, which are not printed for all.\n\n"
+        "## Public tables\n\nTAKD's figure 5 and two replications, each predicted from the other two: a table is a family, size ratios are "
+        "of layers, margin 0.5. None of them has equal-compute twins, so direct at its own cost stands for them, which flatters "
+        "chains; one seed, selected on test, and most differences are below the standard error of an accuracy. Performance mean is "
+        "left out: it needs scores without distillation, which are not at hand for all.\n\n"
         + table(("table", "student", "verdict", "in 95 %", "Spearman", *(f"regret: {n}" for n in names)), rows, left=3)
     )
 

@@ -1,8 +1,9 @@
 """Simulated families of models whose true differences between chains and equal-compute direct distillation are known.
 
 A family has a teacher, one or two assistants and a student, 4 to 40 times smaller than the teacher. The latent gap of a pair is
-k_family log(size ratio) with 20 % noise, k_family = exp(0.3 z); measures are noisy views of it (reverse KL, forward KL, overlap, loss ratio),
-the entropy gap is noise. Chains cost what N_teacher + 2.55 N_learner per hop adds up to, which fits the GPT-2 ladder's 1.67, 2.47 and 3.14.
+k_family log(size ratio) with 20 % noise, k_family = exp(0.3 z); measures are noisy views of it (reverse KL, forward KL, overlap, loss
+ratio), the entropy gap is noise. Chains cost what N_teacher + 2.55 N_learner per hop adds up to, which fits the GPT-2 ladder's 1.67, 2.47
+and 3.14.
 
 The true difference of a chain is  effect x shape(path) + family effect + sum over edges of 0.3^hops x violation:
 
@@ -57,10 +58,10 @@ class Family:
 
 def make_family(rng: np.random.Generator, world: World, name: str, seeds: int) -> Family:
     """A random family of a world."""
-    names = ("t", *("ab"[: rng.integers(1, 3)]), "s")
+    names: list[str] = ["t", *"ab"[: int(rng.integers(1, 3))], "s"]
     top = rng.uniform(np.log(4), np.log(40))
     inner = np.sort(rng.uniform(0.15, 0.85, size=len(names) - 2))[::-1] * top
-    sizes = dict(zip(names, np.exp([top, *inner, 0.0]).tolist(), strict=True))
+    sizes: dict[str, float] = dict(zip(names, np.exp([top, *inner, 0.0]).tolist(), strict=True))
     k = np.exp(0.3 * rng.normal())
     gap = {(u, v): float(k * np.log(sizes[u] / sizes[v]) * np.exp(0.2 * rng.normal())) for u, v in combinations(names, 2)}
     edges = {pair: Edge(*pair, _measures(rng, sizes[pair[0]] / sizes[pair[1]], g)) for pair, g in gap.items()}

@@ -44,26 +44,21 @@ def pair_up(observations: Sequence[Observation]) -> list[Pair]:
     for o in observations:
         if len(o.path) == 2:
             directs.setdefault(_ends(o), {})[o.cost] = o
-    found: dict[tuple[str, tuple[str, ...], float, tuple[float, ...]], list[tuple[Observation, Edge, float]]] = {}
+    found: dict[tuple[tuple[str, ...], tuple[str, ...], float, tuple[float, ...]], list[tuple[Observation, Edge, float]]] = {}
     for o in observations:
         beside = directs.get(_ends(o), {})
         twin = _twin(o.cost, {cost: d.quality for cost, d in beside.items()}) if len(o.path) > 2 else None
         if twin is not None:
             costs, quality = twin
-            found.setdefault((o.family, o.path, o.cost, costs), []).append((o, beside[costs[0]].edges[0], o.quality - quality))
-    return [
-        Pair(
-            family=family,
-            path=path,
-            edges=rows[0][0].edges,
-            direct=rows[0][1],
-            cost=cost,
-            seeds=tuple(o.seed for o, _, _ in rows),
-            differences=tuple(difference for _, _, difference in rows),
-            twin=costs,
-        )
-        for (family, path, cost, costs), rows in found.items()
-    ]
+            found.setdefault((_ends(o)[:-1], o.path, o.cost, costs), []).append((o, beside[costs[0]].edges[0], o.quality - quality))
+    return [_pair(rows, costs) for (*_, costs), rows in found.items()]
+
+
+def _pair(rows: Sequence[tuple[Observation, Edge, float]], twin: tuple[float, ...]) -> Pair:
+    """One chain with all its seeds: (run, direct hop, difference)."""
+    first, direct, _ = rows[0]
+    seeds, differences = tuple(o.seed for o, *_ in rows), tuple(difference for *_, difference in rows)
+    return Pair(first.family, first.path, first.edges, direct, first.cost, seeds, differences, twin)
 
 
 def _ends(o: Observation) -> tuple[str, str, str, str, int]:

@@ -119,8 +119,8 @@ def predict(
         columns = _contrasts(rows, carry)
         if carry == 0.3:  # which measures lie beyond history hardly depends on b
             beyond = [_beyond(columns, len(history), len(history) + i) for i in range(len(candidates))]
-        x_RK, excess_RK = _standardised(columns, len(history))
-        parts.append(_conditional(_kernels(rows, x_RK, excess_RK, carry, unit), y_N, noise_NN, prior))
+        x_RK, excess_R = _standardised(columns, len(rows), len(history))
+        parts.append(_conditional(_kernels(rows, x_RK, excess_R, carry, unit), y_N, noise_NN, prior))
     log_weights, means, variances = (np.concatenate([p[i] for p in parts]) for i in range(3))
     weights = np.exp(log_weights - log_weights.max())
     weights /= weights.sum()
@@ -173,28 +173,28 @@ def _contrasts(rows: Sequence[_Row], carry: float) -> dict[str, Array]:
     return {name: np.array(v, dtype=np.float64) for name, v in values.items() if all(x is not None for x in v)}
 
 
-def _standardised(columns: dict[str, Array], seen: int) -> tuple[Array, Array]:
-    """Contrasts centred and scaled by history, and by how much each lies outside history's range; both (rows, contrasts).
+def _standardised(columns: dict[str, Array], rows: int, seen: int) -> tuple[Array, Array]:
+    """Contrasts centred and scaled by history, (rows, contrasts), and how far each row's farthest lies outside history's range, (rows,).
 
     Drops from `columns` what history never varied: nothing can be learnt of it, and a row that differs in it counts as one standard
     deviation outside. Without history every row does.
     """
-    rows = len(next(iter(columns.values())))
     if seen == 0:
-        return np.ones((rows, 1)), np.zeros((rows, 1))
+        return np.ones((rows, 1)), np.zeros(rows)
     constant = [name for name, v in columns.items() if np.ptp(v[:seen]) < TINY]
-    unknown_R1 = np.zeros((rows, 1))
+    unknown_R = np.zeros(rows)
     for name in constant:
-        unknown_R1[:, 0] = np.maximum(unknown_R1[:, 0], np.abs(columns[name] - columns.pop(name)[0]) > TINY)
+        column_R = columns.pop(name)
+        unknown_R = np.maximum(unknown_R, np.abs(column_R - column_R[0]) > TINY)
     if not columns:
-        return np.zeros((rows, 1)), unknown_R1
+        return np.zeros((rows, 1)), unknown_R
     x_RK = np.stack(list(columns.values()), axis=1)
     x_RK = (x_RK - x_RK[:seen].mean(axis=0)) / x_RK[:seen].std(axis=0)
     excess_RK = np.maximum(x_RK[:seen].min(axis=0) - x_RK, 0) + np.maximum(x_RK - x_RK[:seen].max(axis=0), 0)
-    return x_RK, np.concatenate([excess_RK, unknown_R1], axis=1)
+    return x_RK, np.maximum(excess_RK.max(axis=1), unknown_R)
 
 
-def _kernels(rows: Sequence[_Row], x_RK: Array, excess_RK: Array, carry: float, unit: float) -> Array:
+def _kernels(rows: Sequence[_Row], x_RK: Array, excess_R: Array, carry: float, unit: float) -> Array:
     """(grid, rows, rows): the prior covariance of Delta at each point of the grid."""
     families = np.array([row.family for row in rows])
     same_RR = (families[:, None] == families[None, :]).astype(np.float64)
@@ -204,8 +204,8 @@ def _kernels(rows: Sequence[_Row], x_RK: Array, excess_RK: Array, carry: float, 
     for i, of_row in enumerate(keys):
         edges_RE[i, [places[key] for key in of_row]] = hop_weights(len(of_row), carry)
     slopes_RR, shared_RR = x_RK @ x_RK.T / x_RK.shape[1], edges_RE @ edges_RE.T
-    # beyond history's range the line may bend: as much again as the slopes could make of the distance, for each row by itself
-    slopes_RR = slopes_RR + np.diag((excess_RK**2).sum(axis=1) / x_RK.shape[1])
+    # beyond history's range the line may bend: as much again as all slopes together could make of the distance, for each row by itself
+    slopes_RR = slopes_RR + np.diag(excess_R**2)
     grid = np.array(list(product(SLOPES, FAMILIES, EDGES))) ** 2
     parts = np.stack([slopes_RR, same_RR, shared_RR])
     return unit**2 * (INTERCEPT**2 + np.einsum("gp,prs->grs", grid, parts))
