@@ -29,7 +29,7 @@ def manifests(runs: Path) -> list[dict]:
 
 def test_every_arm_has_results(finished):
     rows = json.loads((finished / "tiny" / "results.json").read_text())["rows"]
-    arms = {"teacher", "ta", "chain", "curriculum", "dense", "dense-kd", "early", "soft", "like"}
+    arms = {"teacher", "ta", "chain", "curriculum", "dense", "dense-kd", "early", "soft", "like", "cascade", "pruned"}
     assert {r["arm"] for r in rows if r["metric"] == "rouge_l"} == arms
     assert {r["arm"] for r in rows if r["metric"] == "reverse_kl"} == arms
     assert (finished / "tiny" / "report.html").is_file()

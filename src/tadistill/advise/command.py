@@ -104,11 +104,15 @@ def _advice(
     family = family_of(described["recipe"], {n: m["parameters"] for n, m in described["models"].items()}, direct, method)
     past = history(runs)
     used = () if metric in NOT_COMPARABLE else past.on(metric)
-    margin = recipe.margin * (NATS_PER_POINT if metric in LOWER_IS_BETTER else 1)
     known = edge_measures(measures)
     chains = [Candidate(path, cost.multiple, path_edges(path, found.sizes, known)) for path, cost in priced.items() if len(path) > 2]
     candidates = [Candidate(direct, 1.0, path_edges(direct, found.sizes, known)), *chains]
-    return advise(candidates, used, margin=margin, family=family), past, metric
+    return advise(candidates, used, margin=margin_on(recipe, metric), family=family), past, metric
+
+
+def margin_on(recipe: Recipe, metric: str) -> float:
+    """The recipe's margin, which is in points, in the unit of a metric."""
+    return recipe.margin * (NATS_PER_POINT if metric in LOWER_IS_BETTER else 1)
 
 
 def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:

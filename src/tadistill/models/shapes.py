@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from tadistill.errors import ConfigError, ModelError
@@ -74,6 +74,13 @@ def shape_of(config: Config) -> Shape:
     kv_heads = fields.get("num_key_value_heads", _KV_HEADS.get(family)) or heads
     head_dim = fields.get("head_dim", _HEAD_DIM.get(family)) or hidden // heads
     return Shape(layers=layers, hidden=hidden, intermediate=inner, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def resized(shape: Shape, **sizes: int) -> Shape:
+    """The shape with other `layers`, `hidden`, `intermediate`, `heads` or `kv_heads`; one key-value head per query stays one per query."""
+    if "heads" in sizes and shape.groups == shape.heads:
+        sizes.setdefault("kv_heads", sizes["heads"])
+    return replace(shape, **sizes) if shape.kv_heads is not None else replace(shape, **{k: v for k, v in sizes.items() if k != "kv_heads"})
 
 
 def check_shape(config: Config, shape: Shape) -> None:

@@ -6,7 +6,8 @@ last stage's dev value at the selected checkpoint. The test sets are not looked 
 the same command goes on where it stopped, and trains nothing when it is done.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -276,6 +277,6 @@ def _method(recipe: Recipe, name: str) -> Method:
     return apply(recipe.method, recipe.models[name].distill)
 
 
-def _total(stages) -> float | None:
+def _total(stages: Iterable[Stage]) -> float | None:
     flops = [stage.flops for stage in stages]
-    return None if any(f is None for f in flops) else float(sum(flops))
+    return None if any(f is None for f in flops) else math.fsum(f for f in flops if f is not None)

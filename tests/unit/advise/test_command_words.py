@@ -3,52 +3,26 @@
 import shlex
 from dataclasses import replace
 from math import inf
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.unit.advise.example import LOSS, RECIPE, SIZES, measures, verdict
 
-from tadistill.advise import Candidate, Observation, advise, path_edges
-from tadistill.advise.command import edge_measures
+from tadistill.advise import Observation, path_edges
+from tadistill.advise.command import edge_measures, margin_on
 from tadistill.advise.history import History
-from tadistill.advise.measures import Estimate, measure
+from tadistill.advise.measures import Estimate
 from tadistill.advise.probes import costs, ladder, with_search
 from tadistill.advise.steps import steps
 from tadistill.advise.words import lambda_sweeps, notes, rules, sweep_text
 from tadistill.config import load
 from tadistill.study.plan import make_plan
 
-RECIPE = Path(__file__).parents[2] / "e2e" / "advice.yaml"
-SIZES = {"xl": 1000, "l": 400, "m": 350, "s": 100}
-LOSS = {"xl": 1.0, "l": 1.2, "m": 1.6, "s": 2.0}
-
-
-def measures(mass: float = 0.95):
-    draw = np.random.default_rng(0)
-
-    def around(value: float) -> list[float]:
-        return list(value + 0.01 * draw.normal(size=20))
-
-    alone = {name: {"loss": around(LOSS[name]), "rouge_l": around(20 - LOSS[name]), "entropy": around(1)} for name in SIZES}
-    names = list(SIZES)
-    beside = {
-        (a, b): {"reverse_kl": around(1), "forward_kl": around(1), "overlap": around(0.5), "mass": around(mass), "entropy_gap": around(0)}
-        for i, b in enumerate(names)
-        for a in names[:i]
-    }
-    return measure(SIZES, alone, beside)
-
 
 @pytest.fixture(scope="module")
 def study():
     found = with_search(load(RECIPE, []))
     return found, ladder(found), costs(found)[1]
-
-
-def verdict(priced, history=()):
-    known = edge_measures(measures())
-    candidates = [Candidate(path, cost.multiple, path_edges(path, SIZES, known)) for path, cost in priced.items()]
-    return advise(candidates, list(history), margin=0.3, family="family")
 
 
 def test_the_predictor_gets_every_measure():
@@ -58,6 +32,11 @@ def test_the_predictor_gets_every_measure():
     assert found.advantage == pytest.approx(0.2, abs=0.02)
     no_loss = replace(measures().pairs["xl", "l"], loss_ratio=Estimate(inf, None, 20))
     assert edge_measures(replace(measures(), pairs={("xl", "l"): no_loss}))["xl", "l"].loss_ratio is None
+
+
+def test_the_margin_is_in_the_metrics_unit(study):
+    assert margin_on(study[0], "rouge_l") == 0.3
+    assert margin_on(study[0], "loss") == pytest.approx(0.01)
 
 
 def test_cautions(study):

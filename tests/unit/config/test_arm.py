@@ -49,4 +49,4 @@ def test_mistakes_in_models(model, sentence):
 
 
 def test_what_a_pruned_model_changes():
-    assert Init.model_validate({"from": "xl", "layers": 2, "heads": 3}).width == {"heads": 3}
+    assert Init.model_validate({"from": "xl", "layers": 2, "heads": 3}).sizes == {"layers": 2, "heads": 3}

@@ -362,7 +362,9 @@ def test_other_families_and_unknown_weights_are_refused():
         prune(model, target("gpt2", model), scores(model))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "kept"), [(1, 1, [0]), (2, 1, [2, 3]), (2, 2, [0, 3]), (3, 3, [0, 3, 4]), (4, 2, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "kept"), [(1, 1, [0]), (2, 1, [2, 3]), (2, 2, [0, 3]), (3, 3, [0, 3, 4]), (4, 2, [0, 1, 2, 3])]
+)
 def test_a_group_counts_by_the_queries_it_would_keep(heads, kv_heads, kept):
     """Scores by hand: the first group has the best query, the second the best pair."""
     model = tiny("llama")

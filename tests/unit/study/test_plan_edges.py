@@ -35,12 +35,13 @@ def test_a_chain_then_its_teacher_shares_the_assistant():
 
 
 def test_init_in_an_arm_starts_from_its_taught_assistant():
-    found = plan(arms={"cascade": {"path": "xl > l then xl > s", "init": {"s": "l"}}})
+    models = MODELS | {"s": model(16, config=MODELS["s"]["config"] | {"num_attention_heads": 1, "num_key_value_heads": 1})}
+    found = plan(models=models, arms={"cascade": {"path": "xl > l then xl > s", "init": {"s": "l"}}})
     taught, last = stages(found, "cascade")
     assert taught.model == "l"
     (sft,) = (s for s in stages(found, "cascade", "sft") if s.model == "s")
     assert sft.spec["student"]["of"] == {"stage": taught.key}
-    shape = {"layers": 2, "hidden": 16, "intermediate": 32, "heads": 2, "kv_heads": 2}
+    shape = {"layers": 2, "hidden": 16, "intermediate": 32, "heads": 1, "kv_heads": 1}
     assert sft.spec["student"]["prune"] == shape
     assert last.spec["student"] == {"stage": sft.key}
     assert [m["stage"] for m in [last.spec["teacher"]]] == [s.key for s in stages(found, "cascade", "sft") if s.model == "xl"]
@@ -90,6 +91,8 @@ def test_a_tempered_teacher_needs_the_arm_but_is_not_charged_for_it():
             "tempered like arm a is part of that arm's path",
         ),
         ({"arms": {"a": {"path": "xl > l > s", "dense": {"weights": [1]}}}}, "dense.weights has 1 entries, but s has 2 teachers"),
+        ({"arms": {"a": {"path": "xl > l > s", "init": {"s": "l"}}}}, "s cannot start from l: head_dim is 8, but heads are removed, never"),
+        ({"models": MODELS | {"p": {"init": {"from": "xl", "heads": 3}}}, "arms": {"a": "xl > p"}}, "models.p.init: heads is 3, but"),
         ({"arms": {"a": {"path": "xl > l > s then xl > s", "compute": "as b"}, "b": "xl > s"}}, "works for a direct path"),
     ],
 )

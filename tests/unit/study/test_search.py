@@ -1,7 +1,9 @@
 """`tadistill search`: mistakes before any work, rounds that share the store, resuming, and the recipe that confirms the choice."""
 
+import io
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,12 @@ from rich.console import Console
 
 from tadistill.config import load, validate
 from tadistill.errors import ConfigError
+from tadistill.study import search as module
+from tadistill.study.choice import write_choice
+from tadistill.study.execute import run_stage
 from tadistill.study.plan import make_plan
 from tadistill.study.run import run
+from tadistill.study.runner import _task
 from tadistill.study.search import affordable, path_flops, search
 from tadistill.study.store import Store
 
@@ -44,7 +50,7 @@ def recipe(strategy: str = "best_prefix", select: str = "loss", **changes):
 
 
 def find(runs: Path, *args, **more):
-    console = Console(width=140, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=140, record=True, file=io.StringIO())
     return search(recipe(*args, **more), runs=runs, console=console), console.export_text()
 
 
@@ -52,6 +58,19 @@ def manifests(runs: Path) -> dict[str, str]:
     """Key -> kind of every finished stage."""
     found = [json.loads(path.read_text()) for path in runs.glob("store/*/*/manifest.json")]
     return {m["key"]: m["kind"] for m in found}
+
+
+def run_here(plan, store, *, jobs, console):
+    """Stages one by one in this process: starting workers would take most of the time (tests/e2e has a search with workers)."""
+    for stage in plan.stages.values():
+        run_stage(_task(plan, stage, store), progress=lambda *_: None, alarm=pytest.fail, stop=lambda: False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_workers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "run_stages", run_here)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +123,7 @@ def test_c_search_counts_every_stage_once(finished):
 def test_a_second_run_trains_nothing_and_writes_the_same(finished, monkeypatch):
     runs, choice, _, done = finished
     before = (runs / "lattice" / "search.json").read_bytes()
-    monkeypatch.setattr("tadistill.study.search.run_stages", lambda *_, **__: pytest.fail("something was trained"))
+    monkeypatch.setattr(module, "run_stages", lambda *_, **__: pytest.fail("something was trained"))
     again, text = find(runs)
     assert again == choice
     assert manifests(runs) == done
@@ -124,22 +143,20 @@ def test_exhaustive_afterwards_trains_only_what_is_new(finished):
 
 def test_a_stopped_search_goes_on_to_the_same_choice(finished, tmp_path, monkeypatch):
     _, choice, _, done = finished
-    import tadistill.study.search as module
-
-    real, calls = module.run_stages, []
+    calls = []
 
     def stop_in_round_two(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        real(*args, **kwargs)
+        run_here(*args, **kwargs)
 
     monkeypatch.setattr(module, "run_stages", stop_in_round_two)
     with pytest.raises(KeyboardInterrupt):
         find(tmp_path)
     first = manifests(tmp_path)
     assert Counter(first.values())["distill"] == 6
-    monkeypatch.setattr(module, "run_stages", real)
+    monkeypatch.setattr(module, "run_stages", run_here)
     again, _ = find(tmp_path)
     assert manifests(tmp_path) == done
     assert set(first) < set(done)
@@ -157,12 +174,9 @@ def test_halving_runs_short_versions_of_every_stage(tmp_path):
 
 
 def test_the_confirmation_is_a_recipe_with_the_twin_on_new_seeds(tmp_path, finished):
-    from tadistill.study.choice import write_choice
-
     _, choice, _, _ = finished
-    through = next(t for t in choice.tried if len(t.path) == 3)
-    chain = next(t for t in choice.tried if t == through)
-    chosen = type(choice)(**{**vars(choice), "tried": (chain, *(t for t in choice.tried if t != chain))})
+    chain = next(t for t in choice.tried if len(t.path) == 3)
+    chosen = replace(choice, tried=(chain, *(t for t in choice.tried if t != chain)))
     path = write_choice(chosen, recipe(), tmp_path)
     assert path is not None
     confirm = load(path)
@@ -176,7 +190,7 @@ def test_the_confirmation_is_a_recipe_with_the_twin_on_new_seeds(tmp_path, finis
     assert plan["chain"].arm.last == chain.path
     assert plan["chain"].flops == chain.flops
     assert plan["twin"].flops == pytest.approx(chain.flops, rel=0.1)
-    direct = type(choice)(**{**vars(choice), "tried": tuple(sorted(choice.tried, key=lambda t: len(t.path)))})
+    direct = replace(choice, tried=tuple(sorted(choice.tried, key=lambda t: len(t.path))))
     assert write_choice(direct, recipe(), tmp_path) is None
     assert not path.exists()
 
@@ -190,9 +204,6 @@ def test_a_budget_limits_what_is_tried():
     assert multiples[("t", "a", "b", "s")] > multiples[("t", "a", "s")] > multiples[("t", "b", "s")] > 1
     limited = recipe(search={"budget": multiples[("t", "b", "s")] + 1e-9})
     assert affordable(limited, flops).paths == (("t", "s"), ("t", "b", "s"))
-
-
-NONE = "tadistill search"
 
 
 @pytest.mark.parametrize(
