@@ -138,7 +138,7 @@ def run_ours(name: str, vocab: int, clock: Clock) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Interrupted):
         train_stage(
             student,
-            make_step(method, student, teacher, vocab),
+            make_step(method, student, (teacher,), vocab),
             source,
             optim=optim,
             select=method.select,
@@ -158,7 +158,7 @@ def our_sampler(method: Any, student: Any, teacher: Any, vocab: int) -> Any:
 
     encoded = [Encoded(row, tokens, ()) for row, tokens in enumerate(prompts(vocab))]
     engine = Native(student, method.sampler, eos=(vocab - 2,), vocab=vocab)
-    return Rollouts(encoded, method, engine=engine, teacher=Teacher.of(method.objective, teacher, vocab), pad=vocab - 1, seed=0)
+    return Rollouts(encoded, method, engine=engine, teacher=Teacher.of(method.objective, (teacher,), vocab), pad=vocab - 1, seed=0)
 
 
 def counted(micro_batches: Callable[[int], list[Any]], clock: Clock) -> Callable[[int], list[Any]]:

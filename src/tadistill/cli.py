@@ -2,6 +2,7 @@
 
 tadistill plan RECIPE [key=value …]      what would run, what is cached, what it costs
 tadistill run RECIPE [key=value …]       run it and write the report
+tadistill search RECIPE [key=value …]    train paths of `search:` until the best one is found
 tadistill report STUDY                   write the report again
 tadistill eval MODEL --on SETS           evaluate any model
 tadistill compare MODEL MODEL …          the same prompts through several models
@@ -89,6 +90,20 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
     console.print(summary_table(study, root / "store"))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
     return study
+
+
+@app.command()
+def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
+    """Train paths of the recipe's `search` until its strategy has chosen one, by dev values alone (docs/paths.md)."""
+    from tadistill.config import load
+    from tadistill.study.run import runs_directory
+    from tadistill.study.search import search as find_path
+
+    try:
+        find_path(load(recipe, overrides or []), runs=runs_directory(runs), console=console)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on where it stopped")
+        raise typer.Exit(130) from None
 
 
 @app.command()

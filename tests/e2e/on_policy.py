@@ -91,7 +91,7 @@ def train(
 
     train_stage(
         student,
-        make_step(method, student, teacher, len(tokenizer)),
+        make_step(method, student, (teacher,), len(tokenizer)),
         sampler,
         optim=method.optim,
         select=Select(metric="loss", every=2),
@@ -118,7 +118,7 @@ def _sampler(method: Method, student, teacher, tokenizer, shard: Shard, interrup
     assert isinstance(config, OnPolicy)
     common["engine"] = _Interrupted(Native(student, config, eos=(eos,), vocab=len(tokenizer), chunk=3), interrupt)
     corpus = [Sequence((), s.prompt + s.response) for s in texts] if getattr(method.objective, "pt_weight", 0) else []
-    return on_policy(method, texts, encoded, teacher=teacher, vocab=len(tokenizer), corpus=corpus, **common)
+    return on_policy(method, texts, encoded, teachers=(teacher,), vocab=len(tokenizer), corpus=corpus, **common)
 
 
 class _Interrupted:

@@ -45,7 +45,7 @@ def test_loss_and_gradient_equal_stock_trainer(accumulation, tmp_path):
     accelerator = Accelerator(gradient_accumulation_steps=1, cpu=True)
     model = tiny_model("llama")
     sampler = FixedSequences(SEQUENCES, optim, pad=0, seed=0)
-    ours = _update(model, make_step(method, model, None, 31), sampler.micro_batches(0), make_optimizer(model, optim), optim, accelerator, 0)
+    ours = _update(model, make_step(method, model, (), 31), sampler.micro_batches(0), make_optimizer(model, optim), optim, accelerator, 0)
     loss, norm = stock(tiny_model("llama"), accumulation, tmp_path)
     assert ours["train/loss"] == pytest.approx(loss, rel=1e-6, abs=1e-5)  # Trainer's log keeps four decimals
     assert ours["train/grad_norm"] == pytest.approx(norm, rel=1e-6)
@@ -57,7 +57,7 @@ def test_accumulation_does_not_change_the_gradient(accumulation, kind):
     for micro in (8, 8 // accumulation):
         optim = Optim(steps=1, batch=8, micro_batch=micro)
         model = tiny_model(kind)
-        step = make_step(Method(objective=CrossEntropy(), optim=optim), model, None, 31)
+        step = make_step(Method(objective=CrossEntropy(), optim=optim), model, (), 31)
         batches = FixedSequences(SEQUENCES, optim, pad=0, seed=0).micro_batches(0)
         for batch in batches:
             step.loss(model, batch, counts(batches)).total.backward()

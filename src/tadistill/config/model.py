@@ -1,6 +1,6 @@
 """The models of a recipe: where weights come from. Nothing here imports torch."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,9 @@ class Init(Strict):
 
     from_: str = Field(alias="from")
     layers: int | tuple[int, ...] | None = None
-    """Layers to keep: a list of indices, or a number of evenly spaced ones (first and last included)."""
+    """Layers to keep: a list of indices, or a number of them."""
+    layers_by: Literal["spacing", "influence"] = "spacing"
+    """A number of layers is evenly spaced, first and last included, or those that change their input most (Men et al. 2024, ShortGPT)."""
     hidden: int | None = Field(default=None, ge=1)
     intermediate: int | None = Field(default=None, ge=1)
     """Neurons of each feed-forward block."""
@@ -25,13 +27,19 @@ class Init(Strict):
     """Query heads; with grouped queries whole groups go, or every group loses the same number."""
 
     @property
-    def width(self) -> dict[str, int]:
-        """The sizes in width that are given."""
-        return {name: value for name in ("hidden", "intermediate", "heads") if (value := getattr(self, name)) is not None}
+    def sizes(self) -> dict[str, int]:
+        """The sizes that are given."""
+        depth = {} if self.layers is None else {"layers": self.layers if isinstance(self.layers, int) else len(self.layers)}
+        return depth | {name: value for name in ("hidden", "intermediate", "heads") if (value := getattr(self, name)) is not None}
+
+    @property
+    def measured(self) -> bool:
+        """Whether activations decide what stays."""
+        return self.layers_by == "influence" or set(self.sizes) != {"layers"}
 
     @model_validator(mode="after")
     def _check(self):
-        if self.layers is None and not self.width:
+        if not self.sizes:
             raise ValueError(f"init from `{self.from_}` prunes nothing; give layers, hidden, intermediate or heads")
         return self
 

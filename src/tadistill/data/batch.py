@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tadistill.objectives import Hidden, TopK
+from tadistill.objectives import Hidden, TargetMixture, TopK
 from tadistill.objectives.targets import select
 
 
@@ -23,8 +23,8 @@ class Sequence:
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     values: dict[str, np.ndarray] = field(default_factory=dict)
-    states: Tensor | None = None
-    """(len(response), H) the teacher's last hidden states at the positions that predict the response."""
+    states: tuple[Tensor, ...] = ()
+    """(len(response), H) per teacher: its last hidden states at the positions that predict the response."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ class Batch:
     """Per-token float32 values (B, T), zero where the mask is False."""
     corpus: "Batch | None" = None
     """Plain text that rides along for a language-modelling term."""
-    signal: Hidden | TopK | None = None
-    """The teacher at the positions where the mask is True, in row-major order, when it was computed beforehand."""
+    targets: tuple[Hidden | TopK, ...] = ()
+    """The teachers at the positions where the mask is True, in row-major order, when they were computed beforehand."""
+    mixture: TargetMixture | None = None
+    """What several teachers make together in this update."""
 
     @property
     def targets_BT(self) -> Tensor:
@@ -55,9 +57,9 @@ class Batch:
     def first(self, rows: int) -> "Batch":
         """The first rows, without the plain text."""
         mask = self.mask_BT[:rows]
-        signal: Any = select(self.signal, slice(0, int(mask.sum()))) if self.signal else None
+        targets: Any = tuple(select(t, slice(0, int(mask.sum()))) for t in self.targets)
         values = {k: v[:rows] for k, v in self.values.items()}
-        return Batch(self.ids_BT[:rows], self.attention_BT[:rows], mask, values, None, signal)
+        return Batch(self.ids_BT[:rows], self.attention_BT[:rows], mask, values, None, targets, self.mixture)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
@@ -67,7 +69,8 @@ class Batch:
             self.mask_BT.to(device),
             {k: v.to(device) for k, v in self.values.items()},
             self.corpus.to(device) if self.corpus else None,
-            self.signal.to(device) if self.signal else None,
+            tuple(t.to(device) for t in self.targets),
+            self.mixture,
         )
 
 
@@ -77,7 +80,7 @@ def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, signal: Hidden | TopK | None = None) -> Batch:
+def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, targets: tuple[Hidden | TopK, ...] = ()) -> Batch:
     """Pad sequences on the right. A sequence without a prompt counts from its second token on."""
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)
@@ -97,5 +100,5 @@ def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, 
         torch.from_numpy(mask),
         {k: torch.from_numpy(v) for k, v in values.items()},
         corpus,
-        signal,
+        targets,
     )

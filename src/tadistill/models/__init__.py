@@ -5,7 +5,7 @@ imported by their own paths, so that planning on a login node never loads torch.
 """
 
 from tadistill.models.memory import check_memory, resident_bytes
-from tadistill.models.sizes import Size, flops_per_token, read_config, reshaped, size_of
+from tadistill.models.sizes import Size, flops_per_token, read_config, size_of, with_layers
 from tadistill.models.sources import Source, fetch, fingerprint, locate, parse
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "locate",
     "parse",
     "read_config",
-    "reshaped",
     "resident_bytes",
     "size_of",
+    "with_layers",
 ]

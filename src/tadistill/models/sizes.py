@@ -51,37 +51,9 @@ def read_config(load: str, revision: str = "main", config: Config | None = None,
     return json.loads((directory / "config.json").read_text(encoding="utf-8"))
 
 
-_NAMES = {
-    "gpt2": {"layers": "n_layer", "hidden": "n_embd", "intermediate": "n_inner", "heads": "n_head"},
-    "opt": {"layers": "num_hidden_layers", "hidden": "hidden_size", "intermediate": "ffn_dim", "heads": "num_attention_heads"},
-}
-_LLAMA_NAMES = {
-    "layers": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "intermediate": "intermediate_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-}
-
-
-def shape(config: Config) -> dict[str, int]:
-    """Layers, hidden size, intermediate size and heads, and the key-value heads where the configuration has them."""
-    names = _NAMES.get(str(config.get("model_type")), _LLAMA_NAMES)
-    found = {ours: value for ours, name in names.items() if (value := config.get(name)) is not None}
-    if "intermediate" not in found and "hidden" in found:
-        found["intermediate"] = 4 * found["hidden"]  # GPT-2 says so by an absent n_inner
-    return found
-
-
-def reshaped(config: Config, **changes: int) -> dict[str, Any]:
-    """The configuration with other numbers of `shape` (`models.pruning`), for counting only."""
-    names = _NAMES.get(str(config.get("model_type")), _LLAMA_NAMES)
-    old = shape(config)
-    head = config.get("head_dim") or old["hidden"] // old["heads"]
-    kept = {"head_dim": head} if "kv_heads" in names else {}
-    if "heads" in changes and "kv_heads" in old and "kv_heads" not in changes:
-        changes["kv_heads"] = min(old["kv_heads"], changes["heads"])
-    return {**config, **kept, **{names[name]: value for name, value in (old | changes).items()}}
+def with_layers(config: Config, layers: int) -> dict[str, Any]:
+    """The configuration with another number of layers (`pruning.prune_depth`), for counting only."""
+    return {**config, "n_layer" if config.get("model_type") == "gpt2" else "num_hidden_layers": layers}
 
 
 def size_of(config: Config) -> Size | None:

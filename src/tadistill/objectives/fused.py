@@ -131,8 +131,8 @@ def _targets(
             raise ConfigError(f"teacher has {len(targets)} targets and no mixture; give mixture=TargetMixture(kind, weights)")
         return targets, None
     mixture.check("teacher", len(targets))
-    kept = [(t, w) for t, w in zip(targets, mixture.weights, strict=True) if w > 0]
-    return [t for t, _ in kept], TargetMixture(mixture.kind, tuple(w for _, w in kept))
+    kept, left = mixture.kept()
+    return [targets[k] for k in kept], left
 
 
 def fused_head(

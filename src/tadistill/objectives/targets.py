@@ -58,6 +58,24 @@ class TargetMixture:
         if count != len(self.weights):
             raise ConfigError(f"the mixture has {len(self.weights)} weights but {name} has {count} entries; give one each")
 
+    def kept(self) -> tuple[list[int], "TargetMixture | None"]:
+        """The teachers of weight above 0, and their mixture; None when one is left."""
+        which = [k for k, w in enumerate(self.weights) if w > 0]
+        return which, TargetMixture(self.kind, tuple(self.weights[k] for k in which)) if len(which) > 1 else None
+
+    def token_scores(self, log_p: Sequence[Tensor]) -> Tensor:
+        """What the teachers' log-probabilities of sampled tokens make together, each (...), as a reward has it.
+
+        The geometric mixture is not normalised here, sum_k w_k log p_k: over sequences drawn from the student -log Z depends on its
+        choices and belongs to the reward.
+        """
+        self.check("log_p", len(log_p))
+        total = sum(self.weights)
+        parts = [(w / total, p) for w, p in zip(self.weights, log_p, strict=True) if w > 0]
+        if self.kind == "geometric":
+            return torch.stack([w * p for w, p in parts]).sum(0)
+        return torch.stack([p + float(np.log(w)) for w, p in parts]).logsumexp(0)
+
     def logits(self, teacher_logits: Sequence[Tensor], *, temperature: float = 1.0) -> Tensor:
         """Logits (..., V) whose softmax at `temperature` is the mixture of the teachers' softmaxes at `temperature`.
 

@@ -30,9 +30,10 @@ from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher of a round, and what the objective asks of it."""
+    """The teacher of a round, with the assistants that teach beside it, and what the objective asks of them."""
 
-    model: PreTrainedModel
+    models: tuple[PreTrainedModel, ...]
+    """The original teacher first: it is the one that may take part in the sampling."""
     vocab: int
     scores: bool
     """Its log-probability of every sampled token is needed before the loss."""
@@ -40,17 +41,17 @@ class Teacher:
     """Its distribution at every token is needed in the loss."""
 
     @classmethod
-    def of(cls, objective: Objective, model: PreTrainedModel, vocab: int) -> "Teacher":
-        """What this objective asks of the teacher."""
+    def of(cls, objective: Objective, models: tuple[PreTrainedModel, ...], vocab: int) -> "Teacher":
+        """What this objective asks of the teachers."""
         scores = isinstance(objective, MiniLLM | SampledKL)
-        return cls(model, vocab, scores, objective.single_step if isinstance(objective, MiniLLM) else not scores)
+        return cls(models, vocab, scores, objective.single_step if isinstance(objective, MiniLLM) else not scores)
 
 
 class Rollouts(Sampler):
     """Rounds of `rollouts` sequences, each used for `inner_epochs` epochs of `rollouts` / batch updates.
 
     `Batch.values` holds log-probabilities of the sampled tokens: student (the policy at rollout time, as a model), behaviour (what was
-    sampled from), and teacher where the objective needs it.
+    sampled from), and teacher where the objective needs it; with several teachers that is `teacher 0`, `teacher 1` …
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Rollouts(Sampler):
         self.pad, self.seed, self.corpus, self.shard = pad, seed, corpus, shard
         self.rollouts, self.round_updates = method.round_rollouts, method.round_updates
         self.updates = self.round_updates // self.config.inner_epochs  # per inner epoch
-        self.reader = Reader(teacher.model)
+        self.readers = [Reader(model) for model in teacher.models]
         self.round = -1
         self.sequences: list[Sequence] = []
 
@@ -87,7 +88,7 @@ class Rollouts(Sampler):
 
     def _collate(self, rows: list[int], corpus: Batch | None) -> Batch:
         sequences = [self.sequences[i] for i in rows]
-        return collate(sequences, pad=self.pad, corpus=corpus, signal=self._signal(sequences))
+        return collate(sequences, pad=self.pad, corpus=corpus, targets=self._targets(sequences))
 
     def _roll_out(self, number: int) -> list[Sequence]:
         """The whole round; every rank samples its share of it."""
@@ -97,32 +98,44 @@ class Rollouts(Sampler):
         prompts = [self.prompts[int(rows[i])].prompt for i in mine]
         uniforms = rng.uniforms(mine, self.config.max_new_tokens, self.seed, "rollout", number)
         out = self.engine.respond(prompts, uniforms, self._guide())
-        found = self._with_teacher([Sequence(p, r.tokens, r.values, r.hidden) for p, r in zip(prompts, out, strict=True)])
+        found = self._with_teacher(
+            [Sequence(p, r.tokens, r.values, () if r.hidden is None else (r.hidden,)) for p, r in zip(prompts, out, strict=True)]
+        )
         if self.teacher.scores and (self.optim.precision == "bf16" or self.config.engine == "vllm"):
             found = self._as_trained(found)
         return self.shard.gather(list(zip(mine, found, strict=True)))
 
     def _guide(self) -> Mixture | Speculation | None:
         if isinstance(self.config, TeacherMixedSampler) and self.config.alpha > 0:
-            return Mixture(self.teacher.model, self.config.alpha)
+            return Mixture(self.teacher.models[0], self.config.alpha)
         if isinstance(self.config, SpeculativeSampler):
-            return Speculation(self.teacher.model, self.config.k)
+            return Speculation(self.teacher.models[0], self.config.k)
         return None
 
     def _with_teacher(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Add the teacher's scores and states if they will be needed more than once or in advance, and drop what nothing needs."""
-        needed = self.teacher.scores or (self.teacher.states and self.config.inner_epochs > 1)
-        if sequences and sequences[0].states is None and needed:
+        """Add the teachers' scores and states if they will be needed more than once or in advance, and drop what nothing needs."""
+        teacher = self.teacher
+        if not sequences or not (teacher.scores or (teacher.states and self.config.inner_epochs > 1)):
+            return sequences if teacher.states and len(teacher.models) == 1 else [replace(s, states=()) for s in sequences]
+        if len(teacher.models) > 1 or not sequences[0].states:
             sequences = self._scored(sequences)
-        return sequences if self.teacher.states else [replace(s, states=None) for s in sequences]
+        return sequences if teacher.states else [replace(s, states=()) for s in sequences]
 
     def _scored(self, sequences: list[Sequence]) -> list[Sequence]:
-        """With the teacher's hidden states and, if the objective needs them, its log-probabilities."""
-        passes = self._passes(sequences, self.reader, self.teacher.model, states=self.teacher.states, scores=self.teacher.scores)
-        return [
-            replace(s, values=s.values | ({} if scores is None else {"teacher": scores.numpy()}), states=states)
-            for s, (states, scores) in zip(sequences, passes, strict=True)
-        ]
+        """With the teachers' hidden states and, if the objective needs them, their log-probabilities."""
+        teacher, found = self.teacher, [replace(s, states=()) for s in sequences]
+        for k, (model, reader) in enumerate(zip(teacher.models, self.readers, strict=True)):
+            name = "teacher" if len(teacher.models) == 1 else f"teacher {k}"
+            passes = self._passes(sequences, reader, model, states=teacher.states, scores=teacher.scores)
+            found = [
+                replace(
+                    s,
+                    values=s.values | ({} if scores is None else {name: scores.numpy()}),
+                    states=s.states if states is None else (*s.states, states),
+                )
+                for s, (states, scores) in zip(found, passes, strict=True)
+            ]
+        return found
 
     def _as_trained(self, sequences: list[Sequence]) -> list[Sequence]:
         """With the student's log-probabilities as a training forward has them; in half precision, or from vLLM, sampling rounds otherwise.
@@ -171,10 +184,10 @@ class Rollouts(Sampler):
         weights = torch.ones(1, 1, device=hidden.device)
         return fused_head(hidden, reader.head, values, weights, vocab=self.teacher.vocab)[1][0].float()
 
-    def _signal(self, sequences: list[Sequence]) -> Hidden | None:
-        """The teacher's kept states of a micro-batch."""
-        states = [s.states for s in sequences if s.states is not None]
-        return Hidden(torch.cat(states), self.reader.head) if states else None
+    def _targets(self, sequences: list[Sequence]) -> tuple[Hidden, ...]:
+        """The teachers' kept states of a micro-batch."""
+        states = zip(*(s.states for s in sequences), strict=True)
+        return tuple(Hidden(torch.cat(parts), reader.head) for parts, reader in zip(states, self.readers, strict=False))
 
     def _corpus_batch(self, step: int, places: np.ndarray) -> Batch | None:
         """As many rows of plain text as the micro-batch has sequences."""
@@ -197,7 +210,7 @@ def on_policy(
     texts: Seq[Sequence],
     prompts: Seq[Encoded],
     *,
-    teacher: PreTrainedModel | None,
+    teachers: tuple[PreTrainedModel, ...],
     vocab: int,
     corpus: Seq[Sequence] = (),
     **common: Any,
@@ -210,6 +223,5 @@ def on_policy(
     """
     config = method.sampler
     if isinstance(config, Rounds):
-        assert teacher is not None
-        return Rollouts(prompts, method, teacher=Teacher.of(method.objective, teacher, vocab), corpus=corpus, **common)
+        return Rollouts(prompts, method, teacher=Teacher.of(method.objective, teachers, vocab), corpus=corpus, **common)
     return {"mix": Mix, "replay": Replay, "pair": Pairs}[config.type](texts, config, method.optim, **common)

@@ -98,7 +98,11 @@ def pack(sequences: Seq[Sequence]) -> list[dict[str, Any]]:
 
 def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
     """The inverse of `pack`."""
-    return [Sequence(tuple(s["prompt"]), tuple(s["response"]), {k: v.numpy() for k, v in s["values"].items()}, s["states"]) for s in stored]
+
+    def values(s: dict[str, Any]) -> dict[str, np.ndarray]:
+        return {name: tensor.numpy() for name, tensor in s["values"].items()}
+
+    return [Sequence(tuple(s["prompt"]), tuple(s["response"]), values(s), tuple(s["states"])) for s in stored]
 
 
 class FixedSequences(Sampler):
@@ -119,8 +123,8 @@ class FixedSequences(Sampler):
         return [self._collate([rows[p] for p in places]) for places in cut(self.optim, self.shard)]
 
     def _collate(self, rows: list[int]) -> Batch:
-        signal = self.signals.target(rows) if self.signals else None
-        return collate([self.sequences[i] for i in rows], pad=self.pad, signal=signal)
+        targets = (self.signals.target(rows),) if self.signals else ()
+        return collate([self.sequences[i] for i in rows], pad=self.pad, targets=targets)
 
 
 class _WithStudent(Sampler):

@@ -12,10 +12,12 @@ from tadistill.config import Data, DataRef
 from tadistill.data import corpus, datasets
 from tadistill.data.batch import Sequence
 from tadistill.data.templates import encode
-from tadistill.evaluation.run import EvalSet
+from tadistill.evaluation.run import EvalSet, references
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
-from tadistill.models.pruning import keep_list, prune_depth
+from tadistill.models.pruning import importance, keep_list, prune, prune_depth, shape_of
+from tadistill.models.shapes import resized
+from tadistill.models.tempering import temper
 from tadistill.study.store import Store
 from tadistill.study.task import Task
 from tadistill.train.loop import Interrupted
@@ -25,6 +27,7 @@ MODEL = "model"  # the sub-folder of a training stage that is an ordinary Huggin
 RESPONSES = "responses.jsonl"  # of a generate stage
 ANSWERS = "answers.jsonl"  # of an evaluate stage: token ids
 _CORPUS_CHUNKS = 20_000
+_CALIBRATION = 256  # training texts that decide what pruning keeps (Minitron used 1,024 of a web corpus)
 
 Progress = Callable[[int, int, str], None]
 
@@ -41,12 +44,15 @@ class Context:
         """The model and tokenizer behind a handle."""
         world = self.spec["data"]["world"]
         if "stage" in handle:
-            directory = str(self.store.folder(handle["stage"]) / MODEL)
+            directory = str(self.store.folder(handle["stage"]) / (f"{MODEL}-{handle['checkpoint']}" if "checkpoint" in handle else MODEL))
             tokenizer = load_tokenizer(directory, world=world)
             model = load_model(directory, dtype=dtype)
         elif "prune" in handle:
             parent, tokenizer = self.model(handle["of"], dtype)
-            model = prune_depth(parent, keep_list(handle["prune"], parent.config.num_hidden_layers))
+            model = self._pruned(parent, tokenizer, handle)
+        elif "temper" in handle:
+            model, tokenizer = self.model(handle["of"], dtype)
+            temper(model, handle["temper"])
         else:
             tokenizer = load_tokenizer(handle["tokenizer"] or handle["load"], revision=handle["revision"], world=world)
             model = load_model(
@@ -59,9 +65,25 @@ class Context:
             )
         return model.to(self.device), tokenizer  # type: ignore[arg-type]
 
+    def _pruned(self, parent: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, handle: dict[str, Any]) -> PreTrainedModel:
+        """A model cut in depth, or to a shape by what is active on training text."""
+        total = parent.config.num_hidden_layers
+        if not isinstance(handle["prune"], dict):
+            return prune_depth(parent, keep_list(handle["prune"], total))
+        train = references(self.split("train", handle["train"]["ref"], handle["train_limit"], tokenizer))
+        measured = importance(parent, [[*s.prompt, *s.response] for s in train[:_CALIBRATION]])
+        shape = resized(shape_of(parent.config), **handle["prune"])
+        which = handle["layers"]
+        layers = None if which == "influence" else keep_list(shape.layers if which == "spacing" else tuple(which), total)
+        return prune(parent, shape, measured, layers)
+
     def teacher(self, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The frozen teacher of the stage."""
-        model, tokenizer = self.model(self.spec["teacher"], dtype)
+        return self.frozen(self.spec["teacher"], dtype)
+
+    def frozen(self, handle: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A model that only answers."""
+        model, tokenizer = self.model(handle, dtype)
         return column_major(model.eval().requires_grad_(False)), tokenizer
 
     def split(self, role: str, ref: dict, limit: int | None, tokenizer: PreTrainedTokenizerBase) -> EvalSet:

@@ -15,8 +15,8 @@ from tadistill.config.objective import CrossEntropy, MiniLLM
 from tadistill.config.recipe import methods
 from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler, Rounds
 from tadistill.data import datasets, tinyworld
-from tadistill.errors import DataError
-from tadistill.models import sizes, sources
+from tadistill.errors import ConfigError, DataError
+from tadistill.models import shapes, sizes, sources
 
 _ALPACA_TOKENS = 40
 _SAMPLE = 500  # rows read to estimate lengths
@@ -68,9 +68,14 @@ class Ledger:
             parent = self.config(model.parent)
             if parent is None or model.init is None:
                 return parent
-            layers = model.init.layers
-            changes = {} if layers is None else {"layers": layers if isinstance(layers, int) else len(layers)}
-            return sizes.reshaped(parent, **changes, **model.init.width)
+            if not model.init.measured:
+                return sizes.with_layers(parent, model.init.sizes["layers"])
+            shape = shapes.resized(shapes.shape_of(parent), **model.init.sizes)
+            try:
+                shapes.check_shape(parent, shape)
+            except ConfigError as error:
+                raise ConfigError(f"models.{name}.init: {error}") from error
+            return shapes.with_shape(parent, shape)
         assert model.load is not None
         vocab = self._vocabulary(model.tokenizer) if model.tokenizer else None
         return sizes.read_config(model.load, model.revision, model.config, vocab)

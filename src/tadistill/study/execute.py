@@ -8,6 +8,7 @@ earlier, killed attempt left there is resumed.
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from typing import Any
 from tadistill.config import Evaluate
 from tadistill.config.sampling import DatasetSampler
 from tadistill.evaluation.run import EvalSet, generate, references
+from tadistill.evaluation.scoring import Subject, entropy, means
+from tadistill.models.loading import save_model
+from tadistill.models.tempering import matching_temperature, temper
 from tadistill.rollout.signals import record
-from tadistill.study.context import RESPONSES, SIGNAL, Context, Progress, make_subject, stop_if_asked, teacher_dtype
+from tadistill.study.context import MODEL, RESPONSES, SIGNAL, Context, Progress, make_subject, stop_if_asked, teacher_dtype
 from tadistill.study.measuring import analyse, evaluate
 from tadistill.study.store import Store, write_json, write_rows
 from tadistill.study.task import Task
@@ -99,4 +103,32 @@ def _generate(context: Context) -> dict[str, Any]:
     return {"answers": len(rows)}
 
 
-_WORK = {"sft": train, "distill": train, "generate": _generate, "signal": _signal, "evaluate": evaluate, "analyse": analyse}
+# --- temper -------------------------------------------------------------------------------------------------------------
+
+
+def _temper(context: Context) -> dict[str, Any]:
+    """The teacher with the temperature at which its mean entropy on dev responses is another model's."""
+    spec = context.spec
+    teacher, tokenizer = context.model(spec["teacher"])
+    like, _ = context.frozen(spec["like"])
+    subject = make_subject(teacher.eval(), tokenizer, like)
+    sequences = references(context.split("dev", spec["dev"]["ref"], spec["dev_limit"], tokenizer))
+
+    def mean_entropy(of: Subject, tau: float) -> float:
+        return float(means(entropy(of, sequences, batch=spec["batch"], temperature=tau)).mean())
+
+    wanted = mean_entropy(replace(subject, model=like), 1.0)
+    tau = matching_temperature(lambda tau: mean_entropy(subject, tau), wanted)
+    save_model(temper(teacher, tau), tokenizer, context.folder / MODEL)
+    return {"tau": tau, "entropy": wanted}
+
+
+_WORK = {
+    "sft": train,
+    "distill": train,
+    "temper": _temper,
+    "generate": _generate,
+    "signal": _signal,
+    "evaluate": evaluate,
+    "analyse": analyse,
+}

@@ -3,6 +3,7 @@
 A stage's key is a hash of everything its numbers depend on: its settings, its data's fingerprint, and its parents' keys.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +67,7 @@ class Graph:
         if key is None:
             return 0.0
         parts = [self.stages[k].flops for k in self._with_ancestors(key, without="like")]
-        return None if any(p is None for p in parts) else float(sum(p for p in parts if p is not None))
+        return None if any(p is None for p in parts) else math.fsum(p for p in parts if p is not None)  # whatever the order of the set
 
     def _with_ancestors(self, key: str, without: str | None = None) -> set[str]:
         found, todo = set(), [key]

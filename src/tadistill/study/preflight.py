@@ -67,7 +67,7 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
     if model.init:
         parent = ledger.config(model.init.from_) or {}
         if layers := parent.get("num_hidden_layers", parent.get("n_layer")):
-            keep_list(layers if model.init.layers is None else model.init.layers, layers)
+            keep_list(layers if model.init.layers is None or model.init.layers_by == "influence" else model.init.layers, layers)
     positions = (config or {}).get("max_position_embeddings", (config or {}).get("n_positions"))
     samplers = [method.sampler for method in methods(recipe)]
     longest = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if not isinstance(s, DatasetSampler))])

@@ -5,6 +5,7 @@ torch. The arms are put together of these in `tadistill.study.plan`.
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from tadistill import rng
@@ -15,7 +16,7 @@ from tadistill.config.objective import MiniLLM
 from tadistill.config.sampling import HiddenSignal, PairSampler, Rounds, TeacherSampler, TopKSignal
 from tadistill.data import datasets
 from tadistill.errors import ConfigError
-from tadistill.models import sizes, sources
+from tadistill.models import shapes, sources
 from tadistill.study.costs import Ledger
 from tadistill.study.graph import Graph, Handle
 
@@ -51,9 +52,10 @@ class Stages:
         model = self.recipe.models[name]
         if init := model.init:
             parent = self.trained(init.from_, seed)
-            if not init.width:
+            if not init.measured:
                 return {"prune": init.layers, "of": parent}
-            return {"prune": {"layers": init.layers, **init.width}, "of": parent, **self._split("train")}
+            which = [*init.layers] if isinstance(init.layers, tuple) else init.layers_by
+            return {"prune": init.sizes, "layers": which, "of": parent, **self._split("train")}
         if point := model.checkpoint:
             return self.trained(point.of, seed) | {"checkpoint": point.step}
         if temper := model.temper:
@@ -83,8 +85,15 @@ class Stages:
         if wanted["model_type"] != have["model_type"]:
             kinds = f"{have['model_type']} and {wanted['model_type']}"
             raise ConfigError(f"{name} cannot start from {source}: they are of the types {kinds}; choose models of one family")
-        shape = sizes.shape(wanted)
-        return handle if shape == sizes.shape(have) else {"prune": shape, "of": handle, **self._split("train")}
+        shape = shapes.shape_of(wanted)
+        if shape == shapes.shape_of(have):
+            return handle
+        try:
+            shapes.check_shape(have, shape)
+        except ConfigError as error:
+            raise ConfigError(f"{name} cannot start from {source}: {error}") from error
+        sizes = {key: value for key, value in asdict(shape).items() if key != "head_dim" and value is not None}
+        return {"prune": sizes, "layers": "influence", "of": handle, **self._split("train")}
 
     def _temper(self, name: str, parent: Handle, arm: str, seed: int) -> str:
         """A teacher whose mean entropy on dev responses is that of an arm's model."""

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill.config import Evaluate, Method, Optim
-from tadistill.config.method import Select
+from tadistill.config.method import Dense, Select
 from tadistill.config.objective import CrossEntropy
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.data.batch import Sequence
@@ -31,28 +31,34 @@ def train(context: Context) -> dict[str, Any]:
     spec = context.spec
     optim, select = Optim.model_validate(spec["optim"]), Select.model_validate(spec["select"])
     method = Method.model_validate(spec["method"]) if "method" in spec else Method(objective=CrossEntropy())
-    method = method.model_copy(update={"optim": optim, "select": select})
+    dense = Dense.model_validate(spec["dense"]) if "dense" in spec else None
+    method = method.model_copy(update={"optim": optim, "select": select, "dense": dense})
     accelerator = _accelerator(context, optim)
     student, tokenizer = context.model(spec["student"])
-    teacher = context.teacher(teacher_dtype(optim.precision))[0] if _needs_teacher(method) else None
+    handles = [spec["teacher"], *spec.get("assistants", ())] if _needs_teacher(method) else []
+    teachers = tuple(context.frozen(handle, teacher_dtype(optim.precision))[0] for handle in handles)
     signals = Signals(context.store.folder(spec["signal"]["stage"]) / SIGNAL, context.device) if "signal" in spec else None
-    vocab = shared_vocabulary(tokenizer, student, *([teacher] if teacher else []))
+    vocab = shared_vocabulary(tokenizer, student, *teachers)
     if signals and signals.head:
         vocab = min(vocab, len(signals.head.weight))
     if optim.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    sampler = _sampler(context, method, student, teacher, tokenizer, vocab, signals, accelerator)
+    sampler = _sampler(context, method, student, teachers, tokenizer, vocab, signals, accelerator)
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
     student.train(not isinstance(method.sampler, OnPolicy))
     hooks = Hooks(
-        evaluate=_dev(context, Subject(student, tokenizer, vocab, end_tokens(student, tokenizer)), select, teacher),
+        evaluate=_dev(
+            context, Subject(student, tokenizer, vocab, end_tokens(student, tokenizer)), select, teachers[0] if teachers else None
+        ),
         progress=lambda done, text: context.progress(done, optim.steps or 1, text),
         alarm=context.alarm,
         stop=context.stop,
+        keep=lambda step: save_model(student, tokenizer, context.folder / f"{MODEL}-{step}"),
+        kept=frozenset(spec.get("keep", ())),
     )
     state = train_stage(
         student,
-        make_step(method, student, teacher, vocab),
+        make_step(method, student, teachers, vocab, seed=spec["seed"]),
         sampler,
         optim=optim,
         select=select,
@@ -98,7 +104,7 @@ def _sampler(
     context: Context,
     method: Method,
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teachers: tuple[PreTrainedModel, ...],
     tokenizer: PreTrainedTokenizerBase,
     vocab: int,
     signals: Signals | None,
@@ -113,7 +119,7 @@ def _sampler(
     if not isinstance(config, OnPolicy):
         return FixedSequences(texts, method.optim, signals=signals, **common)
     common["engine"] = _engine(context, config, student, tokenizer, vocab)
-    return on_policy(method, texts, train.encoded, teacher=teacher, vocab=vocab, corpus=context.corpus(tokenizer), **common)
+    return on_policy(method, texts, train.encoded, teachers=teachers, vocab=vocab, corpus=context.corpus(tokenizer), **common)
 
 
 def _engine(context: Context, config: OnPolicy, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Engine:

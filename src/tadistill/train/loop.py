@@ -50,6 +50,10 @@ class Hooks:
     """One line about rollouts that go wrong."""
     stop: Callable[[], bool] = lambda: False
     """True when the run should save and end (a signal came)."""
+    kept: frozenset[int] = frozenset()
+    """Numbers of updates after which `keep` is called."""
+    keep: Callable[[int], None] = lambda step: None
+    """Keeps the student as it is after this many updates."""
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
@@ -116,7 +120,7 @@ def train_stage(
             saved = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optim, state.step, steps)
-        batches = step.prepare(sampler.micro_batches(state.step), lambda values: _sum(accelerator, values).cpu())
+        batches = step.prepare(sampler.micro_batches(state.step), state.step, lambda values: _sum(accelerator, values).cpu())
         watched = run.watch(batches) if state.step % max(every, _WATCH_EVERY) == 0 else {}
         for line in run.alarms.check(state.step, watched):
             hooks.alarm(line)
@@ -124,6 +128,8 @@ def train_stage(
         torch.manual_seed(rng.torch_seed(seed, "dropout", state.step, *([accelerator.process_index] if accelerator.process_index else [])))
         since.add(_update(model, step, batches, optimizer, optim, accelerator, state.step) | watched)
         state.step += 1
+        if state.step in hooks.kept and accelerator.is_main_process:
+            hooks.keep(state.step)
         chosen = select.metric != "last" and (state.step % select.every == 0 or state.step == steps)
         if state.step % every == 0 or chosen:
             metrics = since.pop() | sampler.metrics() | {"train/lr": optimizer.param_groups[0]["lr"]}

@@ -21,7 +21,7 @@ def minillm(config: MiniLLM, models: Models, max_new_tokens: int) -> Step:
     return Step(models, partial(_loss, config, models), prepare=partial(_advantages, config, max_new_tokens), clip=config.clip)
 
 
-def _advantages(config: MiniLLM, max_new_tokens: int, batches: list[Batch], total: Callable[[Tensor], Tensor]) -> list[Batch]:
+def _advantages(config: MiniLLM, max_new_tokens: int, batches: list[Batch], _: int, total: Callable[[Tensor], Tensor]) -> list[Batch]:
     """The batches with `values["advantage"]`: returns of scaled rewards, whitened over the update if asked for."""
     found = [_returns(config, batch) for batch in batches]
     if config.whitening != "none":
@@ -65,8 +65,8 @@ def _loss(config: MiniLLM, models: Models, student: nn.Module, batch: Batch, per
 
     terms, teachers = [of_tokens("policy", tokens, policy)], ()
     if config.single_step:
-        terms.append(of_divergence("single_step", objectives.reverse_kl, factor=importance if config.single_step_weight else None))
-        teachers = (models.target(batch),)
+        teachers, mixture = models.targets(batch)
+        terms.append(of_divergence("single_step", objectives.reverse_kl, mixture, factor=importance if config.single_step_weight else None))
     found = models.loss(student, batch, terms, per[RESPONSE], teachers)
     if batch.corpus is None:
         return found
@@ -81,6 +81,6 @@ def _corpus_loss(config: MiniLLM, models: Models, student: nn.Module, corpus: Ba
     if share < 1:
         terms.append(likelihood(corpus, config.pt_weight * (1 - share), "corpus"))
     if share > 0:
-        terms.append(of_divergence("corpus_kl", objectives.forward_kl, config.pt_weight * share))
-        teachers = (models.target(corpus),)
+        teachers, mixture = models.targets(corpus)
+        terms.append(of_divergence("corpus_kl", objectives.forward_kl, mixture, config.pt_weight * share))
     return models.loss(student, corpus, terms, per, teachers)

@@ -5,21 +5,22 @@ To add an objective: one pure function in `tadistill.objectives`, one config cla
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tadistill import objectives
+from tadistill import objectives, rng
 from tadistill.config import objective as config
 from tadistill.config.method import Method
 from tadistill.config.sampling import Rounds
 from tadistill.data.batch import Batch
 from tadistill.objectives import TaidSchedule, slopes
-from tadistill.objectives.targets import TopK, aligned
+from tadistill.objectives.targets import TargetMixture, TopK, aligned
 from tadistill.train.minillm import minillm
-from tadistill.train.terms import CORPUS, RESPONSE, Loss, Models, Step, Term, likelihood, of_tokens
+from tadistill.train.terms import CORPUS, RESPONSE, Loss, Models, Prepare, Step, Term, likelihood, of_tokens
 
 DIVERGENCES: dict[type[config.Divergence], Callable[..., Tensor]] = {
     config.ForwardKL: objectives.forward_kl,
@@ -38,13 +39,39 @@ DIVERGENCES: dict[type[config.Divergence], Callable[..., Tensor]] = {
 """A variant's fields, but for `type` and `kd_ratio`, are its function's keyword arguments."""
 
 
-def make_step(method: Method, student: PreTrainedModel, teacher: PreTrainedModel | None, vocab: int) -> Step:
-    """The step of a method; `teacher` is None for cross-entropy, for scores from rollouts, and where batches bring the teacher's signal."""
-    models, sampler = Models(student, teacher, vocab), method.sampler
+def make_step(method: Method, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], vocab: int, *, seed: int = 0) -> Step:
+    """The step of a method.
+
+    Args:
+        teachers: none for cross-entropy, for scores from rollouts, and where batches bring the teacher's signal; several, the original
+            one first, for dense guidance.
+        seed: addresses the draws of teachers that are left out.
+    """
+    models, sampler = Models(student, teachers, vocab), method.sampler
     if isinstance(method.objective, config.MiniLLM):
         assert isinstance(sampler, Rounds)
-        return minillm(method.objective, models, sampler.max_new_tokens)
-    return _STEPS.get(type(method.objective), _divergence)(method.objective, models)
+        step = minillm(method.objective, models, sampler.max_new_tokens)
+    else:
+        step = _STEPS.get(type(method.objective), _divergence)(method.objective, models)
+    if method.dense is None or len(teachers) < 2:
+        return step
+    mixture = TargetMixture(method.dense.kind, method.dense.weights or (1.0,) * len(teachers), method.dense.drop)
+    return replace(step, prepare=partial(_mix, mixture, seed, step.prepare))
+
+
+def _mix(
+    mixture: TargetMixture, seed: int, then: Prepare, batches: list[Batch], done: int, total: Callable[[Tensor], Tensor]
+) -> list[Batch]:
+    """Give an update's batches their mixture of teachers, and the reward of sampled tokens under it."""
+    if mixture.drop:
+        mixture = mixture.drawn(rng.generator(seed, "teachers left out", done))
+
+    def mixed(batch: Batch) -> Batch:
+        scores = [batch.values[name] for k in range(len(mixture.weights)) if (name := f"teacher {k}") in batch.values]
+        values = batch.values | ({"teacher": mixture.token_scores(scores)} if scores else {})
+        return replace(batch, values=values, mixture=mixture, corpus=mixed(batch.corpus) if batch.corpus else None)
+
+    return then([mixed(b) for b in batches], done, total)
 
 
 def counts(batches: list[Batch]) -> dict[str, int]:
@@ -90,23 +117,23 @@ def _towards_teacher(
     per: Mapping[str, float],
 ) -> Loss:
     """kd_ratio x divergence + (1 - kd_ratio) x cross-entropy."""
-    divergence, target = divergence_of(batch), models.target(batch)
+    divergence, (teachers, mixture) = divergence_of(batch), models.targets(batch)
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
-        *sides, left = aligned(logits, targets, None, objective.temperature)
+        *sides, left = aligned(logits, targets, mixture, objective.temperature)
         return divergence(rows)(*sides, temperature=left)
 
     def slope(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
         graded = slopes.written_out(divergence(rows))
         assert graded is not None
-        *sides, left = aligned(logits, targets, None, objective.temperature)
+        *sides, left = aligned(logits, targets, mixture, objective.temperature)
         return graded(*sides, temperature=left)
 
-    graded = not isinstance(target, TopK) and slopes.written_out(divergence(slice(0))) is not None
+    graded = not isinstance(teachers[0], TopK) and slopes.written_out(divergence(slice(0))) is not None
     terms = [Term(objective.type, values, objective.kd_ratio, slope if graded else None)]  # type: ignore[attr-defined]
     if objective.kd_ratio < 1:
         terms.append(likelihood(batch, 1 - objective.kd_ratio))
-    return models.loss(student, batch, terms, per[RESPONSE], (target,))
+    return models.loss(student, batch, terms, per[RESPONSE], teachers)
 
 
 def _sampled(objective: config.SampledKL, models: Models) -> Step:

@@ -12,7 +12,7 @@ from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
 from tadistill.objectives import TaidSchedule, fused_head, slopes, token_log_probs
 from tadistill.objectives.fused import Slopes
-from tadistill.objectives.targets import Target
+from tadistill.objectives.targets import Target, TargetMixture, aligned
 
 RESPONSE, CORPUS = "response", "corpus"
 
@@ -39,18 +39,20 @@ class Term:
 class Models:
     """Student and teacher as a step sees them."""
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, vocab: int):
-        self.student_model, self.teacher, self.vocab = student, teacher, vocab
+    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], vocab: int):
+        self.student_model, self.teachers, self.vocab = student, teachers, vocab
         self.student = Reader(student)
-        self.teacher_reader = Reader(teacher) if teacher is not None else None
+        self.readers = [Reader(teacher) for teacher in teachers]
 
-    def target(self, batch: Batch) -> Target:
-        """The teacher at the batch's response tokens: as the batch brings it, or live."""
-        if batch.signal is not None:
-            return batch.signal
-        assert self.teacher is not None
-        assert self.teacher_reader is not None
-        return self.teacher_reader.target(self.teacher, batch)
+    def targets(self, batch: Batch) -> tuple[tuple[Target, ...], TargetMixture | None]:
+        """The teachers at the batch's response tokens, as the batch brings them or live, and what several of them make together.
+
+        Those that the batch's mixture leaves out are not run.
+        """
+        kept, mixture = batch.mixture.kept() if batch.mixture else ([0], None)
+        if batch.targets:
+            return tuple(batch.targets[k] for k in kept), mixture
+        return tuple(self.readers[k].target(self.teachers[k], batch) for k in kept), mixture
 
     def loss(self, model: nn.Module, batch: Batch, terms: list[Term], per: float, teachers: tuple[Target, ...] = ()) -> Loss:
         """The terms over the batch's response tokens, each sum divided by `per`."""
@@ -96,19 +98,26 @@ def of_tokens(name: str, tokens: Tensor, loss: Callable[[Tensor, slice], Tensor]
 
 
 def of_divergence(
-    name: str, function: Callable[..., Tensor], weight: float = 1.0, factor: Callable[[Tensor, slice], Tensor] | None = None
+    name: str,
+    function: Callable[..., Tensor],
+    mixture: TargetMixture | None,
+    weight: float = 1.0,
+    factor: Callable[[Tensor, slice], Tensor] | None = None,
 ) -> Term:
-    """A divergence to the first teacher, one whose gradient is written out, times a factor per token that no gradient goes through."""
+    """A divergence to the teacher or the mixture of teachers, one whose gradient is written out, times a factor per token that no gradient
+    goes through."""
     graded = slopes.written_out(function)
     assert graded is not None
 
     def values(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> Tensor:
-        found = function(logits, teachers[0])
+        student, teacher, _ = aligned(logits, teachers, mixture, 1.0)
+        found = function(student, teacher)
         return found if factor is None else found * factor(logits.detach(), rows)
 
     def slope(logits: Tensor, teachers: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
         by = None if factor is None else factor(logits, rows)
-        found, gradient = graded(logits, teachers[0])
+        student, teacher, _ = aligned(logits, teachers, mixture, 1.0)
+        found, gradient = graded(student, teacher)
         return (found, gradient) if by is None else (found * by, gradient.mul_(by.unsqueeze(-1)))
 
     return Term(name, values, weight, slope)
@@ -119,6 +128,9 @@ def likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") -
     return of_tokens(name, batch.targets_BT[batch.mask_BT], lambda log_q, _: -log_q, weight)
 
 
+Prepare = Callable[[list[Batch], int, Callable[[Tensor], Tensor]], list[Batch]]
+
+
 @dataclass(frozen=True)
 class Step:
     """What the loop calls: `loss(student, batch, per)`, where `per` holds the number that sums over tokens are divided by."""
@@ -127,7 +139,8 @@ class Step:
     loss: Callable[[nn.Module, Batch, Mapping[str, float]], Loss]
     schedule: TaidSchedule | None = None
     """State that moves once per update and is saved with the training state."""
-    prepare: Callable[[list[Batch], Callable[[Tensor], Tensor]], list[Batch]] = lambda batches, total: batches
-    """Called once per update with all of this rank's micro-batches and a function that adds a tensor up over all ranks."""
+    prepare: Prepare = lambda batches, done, total: batches
+    """Called once per update with all of this rank's micro-batches, the number of updates before it, and a function that adds a tensor up
+    over all ranks."""
     clip: float | None = None
     """Half width of the clip around a probability ratio of 1, where the objective has one."""

@@ -57,13 +57,13 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
 def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Per token: entropy, mass on the teacher's top tokens, log q and log p of the token; None for what needs a teacher and has none."""
     models, tokens = step.models, batch.targets_BT[batch.mask_BT]
-    has_states = batch.signal is not None or models.teacher is not None
-    teachers = (models.target(batch),) if has_states else ()
+    teachers, mixture = models.targets(batch) if batch.targets or models.teachers else ((), None)
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
         q = objectives.log_probs(logits)
         found = [-(q.exp() * q).sum(-1), objectives.token_log_probs(logits, tokens[rows])]
-        for target in targets:
+        if targets:
+            target = targets[0] if mixture is None else mixture.logits(targets)
             top = target.topk(min(_TOP, target.shape[-1]), dim=-1).indices
             found += [q.gather(-1, top).exp().sum(-1), objectives.token_log_probs(target, tokens[rows])]
         return torch.stack(found)

@@ -34,7 +34,7 @@ def recipe(tmp_path):
 def test_overrides_and_dotted_names(recipe):
     found = load(recipe, ["method.optim.lr=0.01", "arms[2.D].path=xl > s", "seeds=[7]"])
     assert found.method.optim.lr == 0.01
-    assert found.arms["2.D"].path == ("xl", "s")
+    assert found.arms["2.D"].path == (("xl", "s"),)
     assert found.seeds == (7,)
 
 
@@ -48,7 +48,7 @@ def test_overrides_and_dotted_names(recipe):
         ("arms.a=xl > q", ["arms.a.path names `q`", "the recipe has xl, s"]),
         ("arms.a={path: xl > s, compute: as b}", ["goes round in a circle"]),
         ("models.s={load: null, tokenizer: null, init: {from: s, layers: 1}}", ["goes round in a circle"]),
-        ("models.s.load=null", ["line 5", "exactly one of `load` and `init`"]),
+        ("models.s.load=null", ["line 5", "exactly one of `load`, `init`"]),
         ("data.test=[]", ["data.test", "at least 1"]),
         ("method.optim.lr=-1", ["`method.optim.lr` is -1", "greater than 0"]),
         ("method.objective.type=foo", ["'foo'", "forward_kl"]),

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tadistill.errors import ConfigError
-from tadistill.models import flops_per_token, read_config, reshaped, size_of
+from tadistill.models import flops_per_token, read_config, size_of, with_layers
 
 BASE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
 GPT2 = {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 20, "vocab_size": 50}
@@ -93,8 +93,8 @@ def test_bad_size_is_named(bad):
 
 
 @pytest.mark.parametrize(("kind", "fields"), [("gpt2", GPT2), ("llama", BASE)])
-def test_reshaped_counts_a_pruned_model(kind, fields):
-    pruned = reshaped({"model_type": kind, **fields}, layers=2)
+def test_with_layers_counts_a_pruned_model(kind, fields):
+    pruned = with_layers({"model_type": kind, **fields}, 2)
     assert size_of(pruned).layers == 2
     layers = {"n_layer" if kind == "gpt2" else "num_hidden_layers": 2}
     assert size_of(pruned).total == sum(p.numel() for p in build(kind, fields | layers).parameters())

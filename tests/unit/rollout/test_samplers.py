@@ -55,7 +55,7 @@ def rollouts(student=None, sampler=None, *, scores=True, states=True, shard=Shar
     student = student or tiny_model("llama")
     prompts = [Encoded(i, (5 + i, 6, 7)[: 1 + i % 3], (8, 0)) for i in range(12)]
     sampler = sampler or TeacherMixedSampler(rollouts=8, inner_epochs=2, max_new_tokens=6)
-    teacher = Teacher(tiny_model("llama", seed=2).requires_grad_(False), 31, scores, states)
+    teacher = Teacher((tiny_model("llama", seed=2).requires_grad_(False),), 31, scores, states)
     method = Method(sampler=sampler, optim=Optim(steps=99, batch=4))
     return Rollouts(prompts, method, engine=native(student, 6), teacher=teacher, pad=0, seed=3, shard=shard)
 
@@ -109,12 +109,12 @@ SAMPLERS = {
 def test_a_rounds_teacher_states_and_scores_are_those_of_a_forward_pass(name):
     """Kept from sampling where the teacher took part in it, from one pass elsewhere; the same for every update on them."""
     sampler = rollouts(sampler=SAMPLERS[name])
-    reader = Reader(sampler.teacher.model)
+    reader = Reader(sampler.teacher.models[0])
     for step in range(4):
         (batch,) = sampler.micro_batches(step)
-        assert isinstance(batch.signal, Hidden)
-        live = reader.target(sampler.teacher.model, batch)
-        torch.testing.assert_close(batch.signal.states, live.states, atol=1e-5, rtol=1e-4)
+        assert isinstance(batch.targets[0], Hidden)
+        live = reader.target(sampler.teacher.models[0], batch)
+        torch.testing.assert_close(batch.targets[0].states, live.states, atol=1e-5, rtol=1e-4)
         tokens = batch.targets_BT[batch.mask_BT].unsqueeze(1)
         log_p = live.head.logits(live.states).log_softmax(-1).gather(1, tokens).squeeze(1)
         torch.testing.assert_close(batch.values["teacher"][batch.mask_BT], log_p.detach(), atol=1e-4, rtol=1e-4)
@@ -141,13 +141,13 @@ def test_in_half_precision_the_policy_is_the_one_that_training_sees(name):
 
 def test_the_teacher_runs_once_over_a_round(monkeypatch):
     sampler, calls = rollouts(sampler=SAMPLERS["student"]), []
-    hidden = sampler.reader.hidden
-    monkeypatch.setattr(sampler.reader, "hidden", lambda *a: calls.append(None) or hidden(*a))
+    hidden = sampler.readers[0].hidden
+    monkeypatch.setattr(sampler.readers[0], "hidden", lambda *a: calls.append(None) or hidden(*a))
     for step in range(4):
         sampler.micro_batches(step)
     assert len(calls) == 1
     once = rollouts(sampler=StudentSampler(max_new_tokens=6), scores=False)  # each rollout is used once: the step's business
-    assert once.micro_batches(0)[0].signal is None
+    assert once.micro_batches(0)[0].targets == ()
 
 
 def test_a_round_is_the_same_on_any_number_of_ranks(monkeypatch):

@@ -84,7 +84,7 @@ def test_the_sampler_hands_out_the_signal_of_its_rows(tmp_path):
     for step in range(3):
         for batch in sampler.micro_batches(step):
             live = response_logits(teacher, batch, 31)
-            torch.testing.assert_close(batch.signal.head.logits(batch.signal.states), live, atol=1e-5, rtol=0)
+            torch.testing.assert_close(batch.targets[0].head.logits(batch.targets[0].states), live, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["00000004", "head"])

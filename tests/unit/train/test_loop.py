@@ -27,7 +27,7 @@ def train(directory, *, kind="gpt2", steps=8, select=None, dev=None, stop=lambda
     directory.mkdir(exist_ok=True)
     state = train_stage(
         student,
-        make_step(method, student, teacher, 31),
+        make_step(method, student, () if teacher is None else (teacher,), 31),
         FixedSequences(ROWS, optim, pad=0, seed=1),
         optim=optim,
         select=select or Select(metric="last"),
@@ -114,7 +114,7 @@ def test_nan_stops_before_the_weights_change(tmp_path):
     with pytest.raises(StageFailed, match="update 1 is not finite"):
         train_stage(
             student,
-            make_step(method, student, None, 31),
+            make_step(method, student, (), 31),
             FixedSequences(ROWS, optim, pad=0, seed=1),
             optim=optim,
             select=Select(metric="last"),
@@ -133,7 +133,7 @@ def test_distillation_brings_the_student_nearer(tmp_path, objective):
 
     @torch.no_grad()
     def loss(model):
-        return float(make_step(Method(objective=objective), model, teacher, 31).loss(model, batch, counts([batch])).total)
+        return float(make_step(Method(objective=objective), model, (teacher,), 31).loss(model, batch, counts([batch])).total)
 
     student, _ = train(tmp_path / "kd", kind="llama", objective=objective, teacher=teacher, steps=30)
     assert loss(student) < 0.7 * loss(tiny_model("llama"))
@@ -143,7 +143,7 @@ def test_an_empty_mask_has_zero_loss_and_a_graph():
     model = tiny_model("llama")
     batch = collate(ROWS[:2], pad=0)
     batch.mask_BT.fill_(False)
-    loss = make_step(Method(objective=CrossEntropy()), model, None, 31).loss(model, batch, {"response": 1.0})
+    loss = make_step(Method(objective=CrossEntropy()), model, (), 31).loss(model, batch, {"response": 1.0})
     assert loss.total.item() == 0
     loss.total.backward()
     assert all(p.grad is None or float(p.grad.abs().sum()) == 0 for p in model.parameters())

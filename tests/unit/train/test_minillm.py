@@ -31,8 +31,8 @@ def rollout_batch(old, teacher):
 
 def terms(student, teacher, batch, per=1.0, **settings):
     sampler = TeacherMixedSampler(max_new_tokens=LENGTH)
-    step = make_step(Method(objective=MiniLLM(**{"pt_weight": 0, **settings}), sampler=sampler), student, teacher, 31)
-    (ready,) = step.prepare([batch], lambda sums: sums)
+    step = make_step(Method(objective=MiniLLM(**{"pt_weight": 0, **settings}), sampler=sampler), student, (teacher,), 31)
+    (ready,) = step.prepare([batch], 0, lambda sums: sums)
     return step.loss(student, ready, {"response": per, "corpus": 1.0})
 
 
@@ -168,9 +168,9 @@ def test_micro_batches_are_whitened_together(models, whitening):
     student, old, teacher = models
     batch, rows = rollout_batch(old, teacher)
     sampler = TeacherMixedSampler(max_new_tokens=LENGTH)
-    step = make_step(Method(objective=MiniLLM(pt_weight=0, whitening=whitening), sampler=sampler), student, teacher, 31)
-    (whole,) = step.prepare([batch], lambda sums: sums)
-    parts = step.prepare([collate([r], pad=0) for r in rows], lambda sums: sums)
+    step = make_step(Method(objective=MiniLLM(pt_weight=0, whitening=whitening), sampler=sampler), student, (teacher,), 31)
+    (whole,) = step.prepare([batch], 0, lambda sums: sums)
+    parts = step.prepare([collate([r], pad=0) for r in rows], 0, lambda sums: sums)
     found = torch.cat([p.values["advantage"][p.mask_BT] for p in parts])
     torch.testing.assert_close(found, whole.values["advantage"][whole.mask_BT])
 

@@ -30,7 +30,7 @@ def check(objective, batch, expected, *, kind="llama", vocab=31, teacher=None):
     """The step's loss and gradient equal those of `expected(student's logits, teacher's logits, tokens)` on whole logits."""
     student = tiny_model(kind)
     teacher = teacher or tiny_model("llama", seed=5).requires_grad_(False)
-    step = make_step(Method.model_construct(objective=objective), student, teacher, vocab)
+    step = make_step(Method.model_construct(objective=objective), student, (teacher,), vocab)
     found = step.loss(student, batch, counts([batch]))
     found.total.backward()
     ours = gradients(student)
@@ -106,7 +106,7 @@ def test_a_recorded_signal_takes_the_teachers_place(variant, tail):
     def expected(logits, _, __):
         return function(*kept.align(logits, objective.temperature), **arguments)
 
-    check(objective, collate(ROWS, pad=0, signal=kept), expected)
+    check(objective, collate(ROWS, pad=0, targets=(kept,)), expected)
 
 
 def test_hidden_states_take_the_teachers_place():
@@ -115,7 +115,7 @@ def test_hidden_states_take_the_teachers_place():
     signal = Hidden(reader.hidden(teacher, collate(ROWS, pad=0)), reader.head)
     student = tiny_model("llama")
     losses = []
-    for batch, other in ((collate(ROWS, pad=0), teacher), (collate(ROWS, pad=0, signal=signal), None)):
+    for batch, other in ((collate(ROWS, pad=0), (teacher,)), (collate(ROWS, pad=0, targets=(signal,)), ())):
         step = make_step(Method(objective=config.JensenShannon()), student, other, 31)
         losses.append(step.loss(student, batch, counts([batch])).total)
     assert torch.equal(*losses)

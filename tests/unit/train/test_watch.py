@@ -22,7 +22,7 @@ def sampled(values):
 def test_metrics_are_what_they_say():
     student, teacher = tiny_model("llama"), tiny_model("llama", seed=5)
     batch = sampled({"student": -2.0, "behaviour": -1.9})
-    step = make_step(Method(objective=MiniLLM(pt_weight=0, clip=0.3), sampler=TeacherMixedSampler()), student, teacher, 31)
+    step = make_step(Method(objective=MiniLLM(pt_weight=0, clip=0.3), sampler=TeacherMixedSampler()), student, (teacher,), 31)
     found = watch(step, [batch])
     with torch.no_grad():
         log_q, log_p = (response_logits(m, batch, 31).double().log_softmax(-1) for m in (student, teacher))
@@ -46,13 +46,13 @@ def test_metrics_are_what_they_say():
 
 
 def test_text_that_is_not_the_students_is_not_watched():
-    step = make_step(Method(objective=ReverseKL()), tiny_model("llama"), tiny_model("llama", seed=5), 31)
+    step = make_step(Method(objective=ReverseKL()), tiny_model("llama"), (tiny_model("llama", seed=5),), 31)
     assert watch(step, [collate([Sequence(p, r) for p, r in ROWS], pad=0)]) == {}
 
 
 def test_only_the_teachers_scores_are_enough_for_the_reverse_kl():
     student = tiny_model("llama")
-    step = make_step(Method(objective=ReverseKL()), student, None, 31)
+    step = make_step(Method(objective=ReverseKL()), student, (), 31)
     found = watch(step, [sampled({"student": -2.0, "behaviour": -2.0, "teacher": -1.0})])
     assert found["rollout/reward"] == pytest.approx(1.0)
     assert "rollout/teacher_top_mass" not in found

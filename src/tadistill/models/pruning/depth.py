@@ -1,18 +1,18 @@
-"""Depth pruning: a smaller model made of some layers of a larger one. Called by stages whose model has `init: {from, layers}`.
+"""Depth pruning: a smaller model made of some layers of a larger one, of any family with one stack of layers.
 
     student = prune_depth(teacher, keep_list(6, teacher.config.num_hidden_layers))
 
-The result is an ordinary model of the same family: it trains, generates, saves and loads like any other.
+`configured`, `renumbered` and `assembled` are its three steps, shared with `width`.
 """
 
 import copy
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models.noise import quiet
@@ -54,7 +54,16 @@ def prune_depth(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     total = model.config.num_hidden_layers
     keep = keep_list(tuple(keep), total)
     stack = _stack(model, total)
-    config = copy.deepcopy(model.config)
+    return assembled(model, configured(model.config, keep), renumbered(model.state_dict(), stack, keep))
+
+
+def configured(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfig:
+    """A copy of the configuration for the kept layers.
+
+    Raises:
+        ModelError: a layer depends on its number.
+    """
+    config, total = copy.deepcopy(config), config.num_hidden_layers
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):  # GPT-2 only
         raise ModelError("scale_attn_by_inverse_layer_idx makes a layer depend on its number; such a model cannot be pruned in depth")
     for name in _PER_LAYER:
@@ -62,12 +71,35 @@ def prune_depth(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
         if isinstance(values, list | tuple) and len(values) == total:
             setattr(config, name, [values[i] for i in keep])
     config.num_hidden_layers = len(keep)  # gpt2 maps this name to n_layer
+    return config
+
+
+def renumbered(weights: Mapping[str, torch.Tensor], stack: str, keep: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The state of the kept layers under their new numbers, and everything outside the stack."""
+    number = {old: new for new, old in enumerate(keep)}
+    pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
+    renumbered = {}
+    for name, tensor in weights.items():
+        match = pattern.match(name)
+        if match is None:
+            renumbered[name] = tensor
+        elif int(match[1]) in number:
+            renumbered[f"{stack}.{number[int(match[1])]}.{name[match.end() :]}"] = tensor
+    return renumbered
+
+
+def assembled(model: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """A model of `config` with copies of `weights`; dtype, device and generation settings are `model`'s.
+
+    Raises:
+        ModelError: the weights do not make up such a model.
+    """
     with torch.random.fork_rng(devices=[]), quiet():  # the random weights made here are replaced at once
         pruned = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
     try:
-        pruned.load_state_dict(_renumbered(model.state_dict(), stack, keep))
+        pruned.load_state_dict(weights)
     except RuntimeError as error:
-        raise ModelError(f"a {config.model_type} model cannot be pruned in depth: {str(error).splitlines()[-1].strip()}") from error
+        raise ModelError(f"a {config.model_type} model cannot be pruned: {str(error).splitlines()[-1].strip()}") from error
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned.to(model.device).eval()
 
@@ -81,17 +113,3 @@ def _stack(model: PreTrainedModel, total: int) -> str:
         kind = model.config.model_type
         raise ModelError(f"a {kind} model has {len(outer)} stacks of {total} layers; only one with a single stack can be pruned in depth")
     return outer[0]
-
-
-def _renumbered(weights: dict[str, torch.Tensor], stack: str, keep: Sequence[int]) -> dict[str, torch.Tensor]:
-    """The state of the kept layers under their new numbers, and everything outside the stack."""
-    number = {old: new for new, old in enumerate(keep)}
-    pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
-    renumbered = {}
-    for name, tensor in weights.items():
-        match = pattern.match(name)
-        if match is None:
-            renumbered[name] = tensor
-        elif int(match[1]) in number:
-            renumbered[f"{stack}.{number[int(match[1])]}.{name[match.end() :]}"] = tensor
-    return renumbered

@@ -1,0 +1,18 @@
+"""Pruning: a smaller model made of some of a larger one's weights. Called by stages whose model has `init`.
+
+    student = prune_depth(teacher, keep_list(6, teacher.config.num_hidden_layers))      # evenly spaced layers; any family
+
+    measured = importance(teacher, calibration)                                         # depth and width, by activations
+    shape = dataclasses.replace(shape_of(teacher.config), layers=6, intermediate=1024)
+    student = prune(teacher, shape, measured)
+
+The result is an ordinary model of the same family: it trains, generates, saves and loads like any other. `depth` holds the
+first, `activations` and `width` the second, `families` the weights' axes; `tadistill.models.shapes`, without torch, the shapes.
+"""
+
+from tadistill.models.pruning.activations import Importance, importance, keep_important
+from tadistill.models.pruning.depth import keep_list, prune_depth
+from tadistill.models.pruning.width import prune
+from tadistill.models.shapes import Shape, check_shape, shape_of
+
+__all__ = ["Importance", "Shape", "check_shape", "importance", "keep_important", "keep_list", "prune", "prune_depth", "shape_of"]

@@ -1,0 +1,153 @@
+"""How much each channel, neuron, head and layer of a model matters, from activations on a small calibration set.
+
+    measured = importance(model, sequences)          # a list of token ids per sequence; forward passes only
+
+Channels, neurons and heads: Muralidharan et al. 2024 (Minitron, arXiv 2407.14679, section 2.2), aggregated as they found best,
+"batch = L2, seq = mean": the mean of absolute values over a sequence's tokens, then the L2 norm over the sequences. Layers:
+block influence, Men et al. 2024 (ShortGPT, arXiv 2403.03853).
+
+Axes: B sequences, T tokens, H channels, I neurons, A heads, L layers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from tadistill.errors import ConfigError, DataError, ModelError
+from tadistill.models.pruning.families import FAMILIES
+from tadistill.models.shapes import shape_of
+
+
+@dataclass(frozen=True, eq=False)
+class Importance:
+    """Scores in float64 on the CPU, comparable within a row only."""
+
+    hidden: Tensor
+    """(H,): |norm output| of a channel, summed over both norms of all layers."""
+    neurons: Tensor
+    """(L, I): |what the MLP's last projection reads|."""
+    heads: Tensor
+    """(L, A): L2 norm of a head's output before the output projection."""
+    layers: Tensor
+    """(L,): block influence, 1 minus the mean over tokens of cos(a layer's input, its output), 0 to 2."""
+
+
+def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_size: int = 8) -> Importance:
+    """Measured on `sequences`, each a list of token ids; padding never counts.
+
+    Args:
+        batch_size: sequences per forward pass; the scores depend on it by rounding only.
+
+    Raises:
+        ModelError: a family that cannot be pruned in width, or activations that are not finite.
+        DataError: no sequences, or one that is empty, too long, or not of this vocabulary.
+    """
+    shape = shape_of(model.config)
+    _check_sequences(model, sequences)
+    ordered = sorted(sequences, key=len)  # sequences of like length share a batch
+    sums = _Sums(shape.layers, shape.heads)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _recorded(model, sums):
+            for start in range(0, len(ordered), batch_size):
+                rows = [torch.tensor(row) for row in ordered[start : start + batch_size]]
+                mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
+                sums.mask_BT = mask_BT.bool()
+                # on the right, where no token of a causal model reads it
+                model.base_model(input_ids=pad_sequence(rows, batch_first=True).to(model.device), attention_mask=mask_BT, use_cache=False)
+    finally:
+        model.train(training)
+    measured = sums.result()
+    if not all(torch.isfinite(scores).all() for scores in (measured.hidden, measured.neurons, measured.heads, measured.layers)):
+        raise ModelError("the model's activations on the calibration set are not finite, so nothing can be ranked; check its weights")
+    return measured
+
+
+def keep_important(count: int, scores: Tensor) -> tuple[int, ...]:
+    """The `count` highest of (n,) scores as ascending indices; of equals the first.
+
+    Raises:
+        ConfigError: a count outside 1..n.
+    """
+    if not 1 <= count <= len(scores):
+        raise ConfigError(f"{count} of {len(scores)} cannot be kept; write 1 to {len(scores)}")
+    return tuple(sorted(torch.sort(scores.cpu(), descending=True, stable=True).indices[:count].tolist()))
+
+
+class _Sums:
+    """Running sums over the batches, and the current batch's mask."""
+
+    def __init__(self, layers: int, heads: int):
+        self.mask_BT = torch.ones(0, 0, dtype=torch.bool)
+        self._heads = heads
+        self._squares: dict[tuple[str, int], Tensor] = {}  # sums over sequences of squared means
+        self._cosines = torch.zeros(layers, dtype=torch.float64)
+        self._tokens = [0] * layers
+
+    def widths(self, kind: str, place: int, values: Tensor) -> None:
+        """Adds a batch of activations (B, T, n), or (B T, n) where OPT flattens."""
+        values_BTn = values.detach().float().reshape(*self.mask_BT.shape, -1)
+        if kind == "heads":
+            values_BTn = values_BTn.unflatten(-1, (self._heads, -1)).norm(dim=-1)
+        counts_B1 = self.mask_BT.sum(1, keepdim=True)
+        means_Bn = values_BTn.abs().masked_fill(~self.mask_BT.unsqueeze(-1), 0).sum(1) / counts_B1
+        squares = means_Bn.double().square().sum(0).cpu()
+        self._squares[kind, place] = self._squares.get((kind, place), torch.zeros(())) + squares
+
+    def block(self, layer: int, before: Tensor, after: Tensor) -> None:
+        """Adds a batch of a layer's inputs and outputs, (B, T, H)."""
+        cosines = cosine_similarity(before.detach().float(), after.detach().float(), dim=-1)[self.mask_BT]
+        self._cosines[layer] += cosines.double().sum().cpu()
+        self._tokens[layer] += len(cosines)
+
+    def result(self) -> Importance:
+        """The scores of everything added."""
+
+        def rows(kind: str) -> Tensor:
+            return torch.stack([s for (k, _), s in sorted(self._squares.items(), key=lambda item: item[0]) if k == kind]).sqrt()
+
+        influence = 1 - self._cosines / torch.tensor(self._tokens)
+        return Importance(rows("norms").sum(0), rows("neurons"), rows("heads"), influence)
+
+
+@contextmanager
+def _recorded(model: PreTrainedModel, sums: _Sums) -> Iterator[None]:
+    """Forward passes inside add to `sums`."""
+    family = FAMILIES[model.config.model_type]
+
+    def reads(kind: str, place: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, inputs: sums.widths(kind, place, inputs[0])
+
+    def makes(kind: str, place: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _, __, output: sums.widths(kind, place, output)
+
+    def passes(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        return lambda _, inputs, output: sums.block(layer, inputs[0], output)
+
+    with ExitStack() as hooks:
+        for i, layer in enumerate(model.get_submodule(family.stack).children()):
+            for j, norm in enumerate(family.norms):
+                hooks.callback(layer.get_submodule(norm).register_forward_hook(makes("norms", 2 * i + j)).remove)
+            hooks.callback(layer.get_submodule(family.mlp).register_forward_pre_hook(reads("neurons", i)).remove)
+            hooks.callback(layer.get_submodule(family.attention).register_forward_pre_hook(reads("heads", i)).remove)
+            hooks.callback(layer.register_forward_hook(passes(i)).remove)
+        yield
+
+
+def _check_sequences(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
+    if not sequences:
+        raise DataError("the calibration set has no sequences; give at least one, some hundreds for a stable ranking")
+    positions, words = model.config.max_position_embeddings, model.config.vocab_size
+    for number, row in enumerate(sequences):
+        if not 1 <= len(row) <= positions:
+            raise DataError(f"sequence {number} of the calibration set has {len(row)} tokens; the model reads 1 to {positions}, so cut it")
+        if min(row) < 0 or max(row) >= words:
+            raise DataError(f"sequence {number} of the calibration set has ids outside 0 to {words - 1}; use the model's own tokenizer")

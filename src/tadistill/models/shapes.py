@@ -1,0 +1,178 @@
+"""What a model is cut to in depth and width, and which cuts its family allows. Imports no torch.
+
+    have = shape_of(config)                                      # a config.json as a dict, or transformers' own object
+    want = dataclasses.replace(have, layers=6, intermediate=1024)
+    check_shape(config, want)
+    size_of(with_shape(config, want))                            # the pruned model's parameters and FLOPs
+
+`pruning.prune` makes the model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from tadistill.errors import ConfigError, ModelError
+
+
+class Describes(Protocol):
+    """A configuration object of transformers."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+Config = Mapping[str, Any] | Describes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a decoder that pruning can change, and `head_dim`, which it never changes."""
+
+    layers: int
+    hidden: int
+    """Channels of the residual stream."""
+    intermediate: int
+    """Neurons of each MLP."""
+    heads: int
+    """Query heads of each layer."""
+    kv_heads: int | None = None
+    """Key-value heads of each layer; None is one per query head, and always None for gpt2 and opt."""
+    head_dim: int
+
+    @property
+    def groups(self) -> int:
+        """Key-value heads, counted: each is shared by heads / groups queries."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+
+PRUNABLE = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
+"""The families that can be pruned in width."""
+
+_FIXED = ("gpt2", "opt")  # their configurations have no head_dim: it is hidden / heads
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # transformers' values where a config.json has none
+_HEAD_DIM = {"qwen3": 128}
+
+
+def shape_of(config: Config) -> Shape:
+    """The shape a configuration describes.
+
+    Raises:
+        ModelError: the family is not one of `PRUNABLE`.
+        ConfigError: a size is missing.
+    """
+    fields = _fields(config)
+    family = fields["model_type"]
+    if family == "gpt2":
+        hidden, heads = _size(fields, "n_embd", "hidden_size"), _size(fields, "n_head", "num_attention_heads")
+        layers, inner = _size(fields, "n_layer", "num_hidden_layers"), fields.get("n_inner") or 4 * hidden
+        return Shape(layers=layers, hidden=hidden, intermediate=inner, heads=heads, head_dim=hidden // heads)
+    hidden, heads = _size(fields, "hidden_size"), _size(fields, "num_attention_heads")
+    layers, inner = _size(fields, "num_hidden_layers"), _size(fields, "ffn_dim" if family == "opt" else "intermediate_size")
+    if family == "opt":
+        return Shape(layers=layers, hidden=hidden, intermediate=inner, heads=heads, head_dim=hidden // heads)
+    # An explicit null means one key-value head per query head; a missing field means the family's default.
+    kv_heads = fields.get("num_key_value_heads", _KV_HEADS.get(family)) or heads
+    head_dim = fields.get("head_dim", _HEAD_DIM.get(family)) or hidden // heads
+    return Shape(layers=layers, hidden=hidden, intermediate=inner, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def resized(shape: Shape, **sizes: int) -> Shape:
+    """The shape with other `layers`, `hidden`, `intermediate`, `heads` or `kv_heads`; one key-value head per query stays one per query."""
+    if "heads" in sizes and shape.groups == shape.heads:
+        sizes.setdefault("kv_heads", sizes["heads"])
+    return replace(shape, **sizes) if shape.kv_heads is not None else replace(shape, **{k: v for k, v in sizes.items() if k != "kv_heads"})
+
+
+def check_shape(config: Config, shape: Shape) -> None:
+    """Nothing, if a model of this configuration can be pruned to `shape`.
+
+    Raises:
+        ModelError: the family cannot be pruned in width.
+        ConfigError: the shape asks for more than there is, or for what the family's configuration cannot say.
+    """
+    have, fields = shape_of(config), _fields(config)
+    if shape.head_dim != have.head_dim:
+        raise ConfigError(f"head_dim is {shape.head_dim}, but heads are removed, never narrowed; write {have.head_dim}, as the model has")
+    for name, value, limit in (
+        ("layers", shape.layers, have.layers),
+        ("hidden", shape.hidden, have.hidden),
+        ("intermediate", shape.intermediate, have.intermediate),
+        ("heads", shape.heads, have.heads),
+        ("kv_heads", shape.groups, have.groups),
+    ):
+        if not 1 <= value <= limit:
+            raise ConfigError(f"{name} is {value}, but the model has {limit} and pruning only removes; write 1 to {limit}")
+    _check_groups(shape, have)
+    _check_hidden(fields, shape)
+
+
+def with_shape(config: Config, shape: Shape) -> dict[str, Any]:
+    """The configuration with the sizes of `shape`, for counting; lists with one entry per layer stay as they are."""
+    return {**_fields(config), **changes(config, shape)}
+
+
+def changes(config: Config, shape: Shape) -> dict[str, Any]:
+    """The fields of the configuration that say `shape`, with their values."""
+    fields = _fields(config)
+    family, have = fields["model_type"], shape_of(config)
+    if family == "gpt2":
+        implied = fields.get("n_inner") is None and shape.intermediate == 4 * shape.hidden
+        inner = None if implied else shape.intermediate
+        return {"n_layer": shape.layers, "n_embd": shape.hidden, "n_inner": inner, "n_head": shape.heads}
+    common = {"num_hidden_layers": shape.layers, "hidden_size": shape.hidden, "num_attention_heads": shape.heads}
+    if family == "opt":
+        outer = fields.get("word_embed_proj_dim") or have.hidden
+        return {**common, "ffn_dim": shape.intermediate, "word_embed_proj_dim": shape.hidden if outer == have.hidden else outer}
+    rotary = {**common, "intermediate_size": shape.intermediate, "num_key_value_heads": shape.groups}
+    if fields.get("head_dim") is not None or shape.hidden != shape.heads * shape.head_dim:  # qwen2 has no such field of its own
+        rotary["head_dim"] = shape.head_dim
+    return rotary
+
+
+def _check_groups(shape: Shape, have: Shape) -> None:
+    """Key-value heads leave with all their queries, and the kept ones keep equally many."""
+    kv_heads, most = shape.groups, have.heads // have.groups
+    if shape.heads % kv_heads:
+        raise ConfigError(f"heads is {shape.heads}, but each of {kv_heads} kv_heads serves equally many; write a multiple of {kv_heads}")
+    if shape.heads // kv_heads > most:
+        raise ConfigError(
+            f"heads is {shape.heads}, but each of the model's kv_heads serves {most} and {kv_heads} of them are kept; "
+            f"write heads up to {most * kv_heads}, or more kv_heads"
+        )
+
+
+def _check_hidden(fields: Mapping[str, Any], shape: Shape) -> None:
+    """What the configurations of some families ask of the hidden size."""
+    family = fields["model_type"]
+    if family in _FIXED and shape.hidden != shape.heads * shape.head_dim:
+        raise ConfigError(
+            f"hidden is {shape.hidden} with {shape.heads} heads, but in {family} models hidden is heads times head_dim, "
+            f"{shape.head_dim}; write hidden {shape.heads * shape.head_dim}, or as many heads as hidden / {shape.head_dim}"
+        )
+    if family == "llama" and shape.hidden % shape.heads:
+        raise ConfigError(
+            f"hidden is {shape.hidden} with {shape.heads} heads, but a llama configuration needs a multiple of the heads; "
+            f"write hidden {max(shape.hidden // shape.heads, 1) * shape.heads}"
+        )
+    have, outer = fields["hidden_size"] if family == "opt" else 0, fields.get("word_embed_proj_dim")
+    if family == "opt" and outer not in (None, have) and shape.hidden == outer:
+        raise ConfigError(
+            f"hidden is {shape.hidden}, which is also the model's word_embed_proj_dim, and an opt model whose sizes are equal has no "
+            f"projections between them; write another hidden size"
+        )
+
+
+def _fields(config: Config) -> Mapping[str, Any]:
+    fields = config if isinstance(config, Mapping) else config.to_dict()
+    family = fields.get("model_type")
+    if family not in PRUNABLE:
+        raise ModelError(f"a {family} model cannot be pruned in width; these can: {', '.join(PRUNABLE)}")
+    return fields
+
+
+def _size(fields: Mapping[str, Any], *names: str) -> int:
+    """A size under its own name or its alias."""
+    for name in names:
+        if isinstance(fields.get(name), int) and fields[name] > 0:
+            return fields[name]
+    raise ConfigError(f"the {fields['model_type']} configuration has no {names[0]} that is a positive whole number; add it")

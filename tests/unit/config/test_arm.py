@@ -1,0 +1,52 @@
+"""Arms: teach, then and init edges as a recipe writes them, and mistakes in one sentence."""
+
+import pytest
+from pydantic import ValidationError
+
+from tadistill.config import Arm
+from tadistill.config.model import Init, ModelConfig
+
+
+def test_paths_and_their_models():
+    arm = Arm.model_validate({"path": "xl > m > s then xl > s"})
+    assert arm.path == (("xl", "m", "s"), ("xl", "s"))
+    assert (arm.last, arm.models, arm.learners) == (("xl", "s"), ("xl", "m", "s"), ("m", "s", "s"))
+    assert arm.text == "xl > m > s then xl > s"
+    assert Arm.model_validate("xl > s").learners == ("s",)
+    assert Arm.model_validate({"path": ["xl", "s"]}).path == (("xl", "s"),)
+    assert Arm.model_validate(arm.model_dump()) == arm
+
+
+@pytest.mark.parametrize(
+    ("arm", "sentence"),
+    [
+        ("xl > s > s", "names s twice; a model cannot teach itself"),
+        ("xl > s then s", "has a part in which nothing is taught; write each as A > B"),
+        ({"path": "xl > s", "init": {"m": "xl"}}, "init names m, which is not taught in `xl > s`"),
+        ({"path": "xl > s then xl > m", "init": {"s": "m"}}, "init starts s from m, which is not in `xl > s then xl > m` before s"),
+        ({"path": "xl > s", "dense": {"drop": 1}}, "less than 1"),
+        ({"path": "xl > s", "compute": "direct"}, "write `as ARM`"),
+    ],
+)
+def test_mistakes(arm, sentence):
+    with pytest.raises(ValidationError, match=sentence.replace("(", r"\(")):
+        Arm.model_validate(arm)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ({"load": "gpt2", "init": {"from": "xl", "layers": 2}}, "exactly one of `load`, `init`, `checkpoint` and `temper`"),
+        ({"temper": {"of": "xl"}}, "exactly one of `tau`"),
+        ({"temper": {"of": "xl", "tau": 1, "like": "a"}}, "exactly one of `tau`"),
+        ({"temper": {"of": "xl", "tau": 0.5}, "sft": {}}, "give `sft` to that one"),
+        ({"init": {"from": "xl"}}, "prunes nothing; give layers, hidden, intermediate or heads"),
+    ],
+)
+def test_mistakes_in_models(model, sentence):
+    with pytest.raises(ValidationError, match=sentence):
+        ModelConfig.model_validate(model)
+
+
+def test_what_a_pruned_model_changes():
+    assert Init.model_validate({"from": "xl", "layers": 2, "heads": 3}).sizes == {"layers": 2, "heads": 3}
