@@ -110,10 +110,10 @@ def measure_cell(cell: Cell, lattices: int) -> list[dict[str, Any]]:
 
 def measure(quick: bool) -> dict[str, Any]:
     """All cells."""
-    start, lattices = time.monotonic(), 50 if quick else 2000
+    start, lattices = time.process_time(), 50 if quick else 2000
     cells = [Cell(n, rho, noise) for n in (3, 5) for rho in (0.0, 0.5, 1.0) for noise in (0.0, 0.3, 1.0)]
     rows = [row for cell in cells for row in measure_cell(cell, lattices)]
-    machine = {"python": platform.python_version(), "numpy": np.__version__, "seconds": round(time.monotonic() - start)}
+    machine = {"python": platform.python_version(), "numpy": np.__version__, "seconds": round(time.process_time() - start)}
     return {"lattices": lattices, "machine": machine, "rows": rows}
 
 
@@ -125,7 +125,7 @@ def markdown(result: dict[str, Any], command: str) -> str:
         "",
         f"```\n{command}\n```",
         "",
-        f"{result['lattices']:,} simulated lattices a cell, one core, {machine['seconds']} s; Python {machine['python']}, "
+        f"{result['lattices']:,} simulated lattices a cell, {machine['seconds']} s of one core; Python {machine['python']}, "
         f"numpy {machine['numpy']}. What is simulated is said in `benchmarks/search.py`; the unit is the spread between last hops. "
         f"Standard errors of the regrets are at most {max(r['regret_se'] for r in rows):.3f}. *Whole* counts a short run as the share of a "
         "training that it is. *Concordance*: how often the better checkpoint of a teacher makes the better learner. *Above single*: true "

@@ -61,6 +61,11 @@ class Choice:
         """The chosen one."""
         return self.tried[0].path
 
+    @property
+    def compared(self) -> int:
+        """How many paths to the student the choice was among, those that `halving` dropped included."""
+        return len({path for asked, _ in self.rounds for path in asked.paths if path[-1] == self.path[-1]})
+
     def cost(self, tried: Tried) -> float | None:
         """As a multiple of direct."""
         return None if tried.flops is None or self.direct is None else tried.flops / self.direct
@@ -70,7 +75,7 @@ class Choice:
         return undominated(self.tried, lambda t: (t.flops or 0.0, -self.sign * t.mean))
 
     def inflation(self) -> float | None:
-        """How far the best of the tried paths stands out by chance, in the metric's unit: E[max of k] standard errors of a path's mean.
+        """How far the best of the compared paths stands out by chance, in the metric's unit: E[max of k] standard errors of a path's mean.
 
         An upper bound, as paths that share stages resemble each other; None with one seed, which shows no spread.
         """
@@ -78,7 +83,7 @@ class Choice:
         if seeds < 2:
             return None
         spread = np.mean([np.var(t.values, ddof=1) for t in self.tried])
-        return expected_best_of(len(self.tried)) * float(np.sqrt(spread / seeds))
+        return expected_best_of(self.compared) * float(np.sqrt(spread / seeds))
 
 
 def path_name(path: Path) -> str:
@@ -99,7 +104,7 @@ def write_choice(choice: Choice, recipe: Recipe, directory: File) -> File | None
 
 def choice_table(choice: Choice) -> Table:
     """The tried paths, best first."""
-    table = Table(title=f"{choice.study}: {choice.strategy} over {len(choice.tried)} paths", title_justify="left", box=None)
+    table = Table(title=f"{choice.study}: {choice.strategy}, the best of {choice.compared} paths", title_justify="left", box=None)
     for column in ("path", "trainings", "× direct", f"dev {choice.metric}", "seeds", "front", ""):
         table.add_column(column, justify="left" if column in ("path", "front", "") else "right")
     front = choice.front()
@@ -122,7 +127,7 @@ def choice_notes(choice: Choice, confirm: File | None, runs: File) -> list[str]:
             f"seed{'s' * (seeds > 1)} ({choice.trained / (seeds * choice.direct):.2f} × direct), of which {choice.discarded:.3g} "
             "for what the chosen path does not use."
         ]
-    k, chance = len(choice.tried), choice.inflation()
+    k, chance = choice.compared, choice.inflation()
     if k > 1:
         unit = "" if chance is None else f", here up to {chance:.2g}"
         notes.append(
@@ -157,7 +162,7 @@ def _record(choice: Choice) -> dict[str, Any]:
         "distillations": choice.distillations,
         "flops": choice.trained,
         "discarded_flops": choice.discarded,
-        "expected_best_of": {"k": len(choice.tried), "standard_errors": expected_best_of(len(choice.tried)), "value": choice.inflation()},
+        "expected_best_of": {"k": choice.compared, "standard_errors": expected_best_of(choice.compared), "value": choice.inflation()},
     }
 
 
@@ -180,7 +185,7 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
     }
     head = (
         f"# Is {path_name(choice.path)} worth its compute? `tadistill search` chose it by dev {choice.metric}, as the best of "
-        f"{len(choice.tried)} paths.\n# The seeds are new, so that the luck which helped it there plays no part here. "
+        f"{choice.compared} paths.\n# The seeds are new, so that the luck which helped it there plays no part here. "
         "`twin` is direct training with the chain's FLOPs.\n"
     )
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140)

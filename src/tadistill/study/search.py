@@ -213,7 +213,8 @@ class _Training:
         stages = {key: stage for key, stage in plan.stages.items() if stage.kind not in ("evaluate", "analyse")}
         missing = sum(not self.store.finished(key) for key in stages)
         share = "" if asked.share == 1 else f" at {asked.share:.0%} of their updates"
-        text = f"round {len(self.rounds) + 1}: {len(asked.paths)} paths{share}, {len(stages)} stages, {missing} to run"
+        count = f"{len(asked.paths)} path{'s' * (len(asked.paths) > 1)}{share}"
+        text = f"round {len(self.rounds) + 1}: {count}, {len(stages)} stages, {missing} to run"
         self.console.print(text, highlight=False)
         if missing:
             run_stages(replace(plan, stages=stages), self.store, jobs=self.jobs, console=self.console)

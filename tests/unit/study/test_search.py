@@ -170,7 +170,7 @@ def test_halving_runs_short_versions_of_every_stage(tmp_path):
     assert [(r.share, len(r.paths)) for r, _ in choice.rounds] == [(0.5, 4), (1.0, 2)]
     assert choice.distillations == sum(steps.values())
     assert choice.inflation() is None
-    assert len(choice.tried) == 2
+    assert (len(choice.tried), choice.compared) == (2, 4)
 
 
 def test_the_confirmation_is_a_recipe_with_the_twin_on_new_seeds(tmp_path, finished):
