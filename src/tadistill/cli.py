@@ -2,7 +2,9 @@
 
 tadistill plan RECIPE [key=value …]      what would run, what is cached, what it costs
 tadistill run RECIPE [key=value …]       run it and write the report
+tadistill search RECIPE [key=value …]    train paths of `search:` until the best one is found
 tadistill report STUDY                   write the report again
+tadistill advise RECIPE [key=value …]    which path is worth its compute, including none
 tadistill eval MODEL --on SETS           evaluate any model
 tadistill compare MODEL MODEL …          the same prompts through several models
 tadistill export STUDY ARM TARGET        a trained model with its card
@@ -92,6 +94,20 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
 
 
 @app.command()
+def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
+    """Train paths of the recipe's `search` until its strategy has chosen one, by dev values alone (docs/paths.md)."""
+    from tadistill.config import load
+    from tadistill.study.run import runs_directory
+    from tadistill.study.search import search as find_path
+
+    try:
+        find_path(load(recipe, overrides or []), runs=runs_directory(runs), console=console)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on where it stopped")
+        raise typer.Exit(130) from None
+
+
+@app.command()
 def report(study: StudyName, runs: Runs = None) -> None:
     """Write report.html, report.md and results.json of a study from what the store holds."""
     from tadistill.report import summary_table, write_report
@@ -103,6 +119,33 @@ def report(study: StudyName, runs: Runs = None) -> None:
     page = write_report(directory, root / "store")
     console.print(summary_table(directory, root / "store"))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def advise(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    prompts: Annotated[int, typer.Option(help="Dev prompts to measure on; all where dev has fewer.")] = 256,
+    runs: Runs = None,
+) -> None:
+    """Measure a recipe's models on dev prompts, price its paths, and say which is worth running, with evidence (docs/advise.md)."""
+    from tadistill.advise.command import advise_recipe
+    from tadistill.config import load
+    from tadistill.study.run import runs_directory
+
+    chosen = overrides or []
+    try:
+        advise_recipe(
+            load(recipe, chosen),
+            source=str(recipe),
+            overrides=[*chosen, *(["--runs", str(runs)] if runs else [])],
+            runs=runs_directory(runs),
+            prompts=prompts,
+            console=console,
+        )
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on where it stopped")
+        raise typer.Exit(130) from None
 
 
 On = Annotated[str, typer.Option("--on", help="Test sets, by comma: names, JSONL files or hub ids.")]

@@ -142,7 +142,8 @@ class Recipe(Strict):
     data: Data
     method: Method = Method()
     evaluate: Evaluate = Evaluate()
-    arms: dict[str, Arm] = Field(min_length=1)
+    arms: dict[str, Arm] = {}
+    """May be left out where `search` says which paths there are."""
     teacher: str | None = None
     """The original teacher, to which every KL is measured; needed only where paths start from several models, or there are no paths."""
     margin: float = Field(default=0.3, gt=0)
@@ -154,6 +155,8 @@ class Recipe(Strict):
     def _check(self):
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)} repeat; every seed is one replicate")
+        if not self.arms and self.search is None:
+            raise ValueError("there are no `arms` and no `search`; add one of them, for instance arms: {direct: xl > s}")
         self._check_names()
         check_acyclic({n: m.parent for n, m in self.models.items() if m.parent}, "models")
         check_acyclic({n: a.compute[3:] for n, a in self.arms.items() if a.compute}, "compute")

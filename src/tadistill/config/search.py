@@ -35,4 +35,6 @@ class Search(Strict):
                 raise ValueError(f"search names {name} twice; teacher, assistants and student are different models")
         if self.rungs[-1] != 1 or any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)) or self.rungs[0] <= 0:
             raise ValueError(f"search.rungs are {list(self.rungs)}; write rising shares that end with 1, such as [0.1, 0.3, 1]")
+        if self.strategy == "halving" and len(self.rungs) < 2:
+            raise ValueError("search.strategy is halving, which needs at least two rungs; write search.rungs, such as [0.1, 0.3, 1]")
         return self

@@ -45,7 +45,7 @@ def likelihood(subject: Subject, sequences: Seq[Sequence], *, batch: int) -> Per
         best, token = log_probs(logits).max(-1)
         return torch.stack([cross_entropy(logits, tokens), best.exp(), (token == tokens).float()])
 
-    return _per_token(subject, sequences, ("loss", "confidence", "correct"), values, batch=batch)
+    return per_token(subject, sequences, ("loss", "confidence", "correct"), values, batch=batch)
 
 
 def entropy(subject: Subject, sequences: Seq[Sequence], *, batch: int, temperature: float) -> list[np.ndarray]:
@@ -57,7 +57,7 @@ def entropy(subject: Subject, sequences: Seq[Sequence], *, batch: int, temperatu
         log_q = log_probs(logits, temperature)
         return -(log_q.exp() * log_q).sum(-1).unsqueeze(0)
 
-    return _per_token(subject, sequences, ("entropy",), values, batch=batch)["entropy"]
+    return per_token(subject, sequences, ("entropy",), values, batch=batch)["entropy"]
 
 
 def divergences(subject: Subject, sequences: Seq[Sequence], others: Seq[PreTrainedModel], *, batch: int) -> list[PerToken]:
@@ -70,7 +70,7 @@ def divergences(subject: Subject, sequences: Seq[Sequence], others: Seq[PreTrain
     def values(logits: Tensor, targets: tuple, tokens: Tensor) -> Tensor:
         return torch.stack([kl(logits, target) for target in targets for kl in (forward_kl, reverse_kl)])
 
-    found = _per_token(subject, sequences, names, values, batch=batch, others=others)
+    found = per_token(subject, sequences, names, values, batch=batch, others=others)
     return [{name: found[f"{name} {i}"] for name in ("forward_kl", "reverse_kl")} for i in range(len(others))]
 
 
@@ -80,7 +80,7 @@ def means(per_token: list[np.ndarray]) -> np.ndarray:
 
 
 @torch.no_grad()
-def _per_token(
+def per_token(
     subject: Subject,
     sequences: Seq[Sequence],
     names: tuple[str, ...],
@@ -89,7 +89,11 @@ def _per_token(
     batch: int,
     others: Seq[PreTrainedModel] = (),
 ) -> PerToken:
-    """`values` makes (names, N) of the subject's logits (N, V), the others' and the tokens (N,) that the text has there."""
+    """Named numbers at every response token.
+
+    `values` makes (names, N) of the subject's logits (N, V), the others' and the tokens (N,) that the text has there; it is called on
+    small tiles of tokens.
+    """
     found: PerToken = {name: [np.empty(0)] * len(sequences) for name in names}
     reader, readers = Reader(subject.model), [Reader(model) for model in others]
     for part in by_length(sequences, batch):

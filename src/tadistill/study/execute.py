@@ -1,4 +1,5 @@
-"""Run one stage in this process: with `training` (sft, distill) and `measuring` (evaluate, analyse) the only place that joins models,
+"""Run one stage in this process: with `training` (sft, distill), `measuring` (evaluate, analyse) and `probing`
+(probe, pair) the only place that joins models,
 data, training and evaluation.
 
 `run_stage` takes the stage's lock, does the work in its folder in the store, and puts the manifest in place last. What an
@@ -22,6 +23,7 @@ from tadistill.models.tempering import matching_temperature, temper
 from tadistill.rollout.signals import record
 from tadistill.study.context import MODEL, RESPONSES, SIGNAL, Context, Progress, make_subject, stop_if_asked, teacher_dtype
 from tadistill.study.measuring import analyse, evaluate
+from tadistill.study.probing import pair, probe
 from tadistill.study.store import Store, write_json, write_rows
 from tadistill.study.task import Task
 from tadistill.study.training import train
@@ -131,4 +133,6 @@ _WORK = {
     "signal": _signal,
     "evaluate": evaluate,
     "analyse": analyse,
+    "probe": probe,
+    "pair": pair,
 }

@@ -3,12 +3,13 @@
 A stage's key is a hash of everything its numbers depend on: its settings, its data's fingerprint, and its parents' keys.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from tadistill.study.store import key_of
 
-STAGE_VERSION = {"sft": 3, "generate": 2, "signal": 1, "distill": 3, "temper": 1, "evaluate": 4, "analyse": 1}
+STAGE_VERSION = {"sft": 3, "generate": 2, "signal": 1, "distill": 3, "temper": 1, "evaluate": 4, "analyse": 1, "probe": 1, "pair": 1}
 """Raised by hand when a stage of that kind gives other numbers for the same settings."""
 
 _ROLES = ("student", "teacher", "like", "model", "responses", "signal", "answers", "teacher_answers")
@@ -66,7 +67,7 @@ class Graph:
         if key is None:
             return 0.0
         parts = [self.stages[k].flops for k in self._with_ancestors(key, without="like")]
-        return None if any(p is None for p in parts) else float(sum(p for p in parts if p is not None))
+        return None if any(p is None for p in parts) else math.fsum(p for p in parts if p is not None)  # whatever the order of the set
 
     def _with_ancestors(self, key: str, without: str | None = None) -> set[str]:
         found, todo = set(), [key]

@@ -3,8 +3,9 @@
 Stages hand over artifacts on disk only (`study.graph` has their keys). Arms that begin alike share their stages.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 from tadistill.config import Arm, Method, Recipe, Sft
 from tadistill.config.method import apply
@@ -42,6 +43,15 @@ class Plan:
     stages: dict[str, Stage]
     """By key, parents before children."""
     arms: list[PlannedArm]
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """Stages that measure models on dev prompts, with the key of each model's and each (bigger, smaller) pair's."""
+
+    plan: Plan
+    alone: dict[str, str]
+    beside: dict[tuple[str, str], str]
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -203,6 +213,25 @@ class _Made(dict[str, Handle]):
         start = None if source is None else self.stages.cut_to(model, source, self[source])
         self[model] = self.stages.trained(model, self.seed, start)
         return self[model]
+
+
+def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) -> ProbePlan:
+    """The stages that measure models on dev prompts before any distillation: a `probe` of each, a `pair` of each two.
+
+    Args:
+        models: from big to small; weights are those after their own fine-tuning, at the first seed, shared with the study.
+        prompts: the first so many dev rows.
+        k: how many likeliest tokens are compared.
+    """
+    planner = _Planner(recipe)
+    stages, seed = planner.stages, recipe.seeds[0]
+    handles = {name: stages.trained(name, seed) for name in models}
+    alone = {name: stages.probe(name, handle, seed, prompts) for name, handle in handles.items()}
+    beside = {
+        (above, name): stages.pair((above, handles[above]), (name, handles[name]), alone[name], seed, prompts, k)
+        for above, name in combinations(models, 2)
+    }
+    return ProbePlan(Plan(recipe, planner.teacher, planner.graph.stages, []), alone, beside)
 
 
 def original_teacher(recipe: Recipe) -> str | None:

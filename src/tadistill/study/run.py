@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tadistill.config import Recipe
+from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.study.costs import Ledger
 from tadistill.study.plan import Plan, PlannedArm, make_plan
@@ -29,6 +30,8 @@ def run(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "",
         TadistillError: the input is wrong (before anything starts), or a stage failed.
     """
     console = console or Console()
+    if not recipe.arms:
+        raise ConfigError(f"{recipe.study} has no arms, so there is nothing to run; add arms, or look for a path with `tadistill search`")
     fetch_models(recipe, console)
     plan = make_plan(recipe)
     store = Store(runs / "store")

@@ -173,6 +173,20 @@ class Stages:
         spec |= {"answers": {"stage": answers}, "teacher_answers": {"stage": teacher_answers}, "batch": self.recipe.evaluate.batch}
         return self.graph.add("analyse", spec, f"analyse {self._label(name, models[-1])}", name, self.seed(name, seed), None)
 
+    def probe(self, name: str, model: Handle, seed: int, prompts: int) -> str:
+        """A model by itself on the first dev prompts, with answers from its own distribution."""
+        own, main = Decoding(max_new_tokens=self.recipe.evaluate.max_new_tokens), self.recipe.evaluate
+        decoding = own.model_dump() | {"seeds": main.seeds[:1], "batch": main.batch}
+        spec = {"model": model, "decoding": decoding, **self._split("dev"), "dev_limit": prompts}
+        return self.graph.add("probe", spec, f"probe {name}", name, self.seed(name, seed), None)
+
+    def pair(self, teacher: tuple[str, Handle], learner: tuple[str, Handle], answers: str, seed: int, prompts: int, k: int) -> str:
+        """A learner beside a bigger model, on the answers of the learner's probe; the `k` likeliest tokens are compared."""
+        (above, handle), (name, model) = teacher, learner
+        spec = {"model": model, "teacher": handle, "answers": {"stage": answers}, "k": k, **self._split("dev"), "dev_limit": prompts}
+        spec["batch"] = self.recipe.evaluate.batch
+        return self.graph.add("pair", spec, f"pair {above} -> {name}", name, self.seed(name, seed), None)
+
     def _test_sets(self) -> dict[str, Any]:
         refs = self.recipe.data.test
         sets = [{"ref": r.model_dump(), "fingerprint": datasets.fingerprint(r, "test", self.recipe.data)} for r in refs]

@@ -1,0 +1,185 @@
+"""The pictures of the advice page, as HTML divs in the report's style."""
+
+import plotly.graph_objects as go
+
+from tadistill.advise.measures import Estimate, Measures
+from tadistill.advise.record import Report, plus_minus
+from tadistill.advise.words import sweep_text
+from tadistill.report.figures.style import GREY, GRID, PALETTE, LegendEntry, Look, axes, div, escaped, line
+from tadistill.report.units import metric_title
+
+_BLUE, _RED = "59,130,246", "224,71,91"
+_ADDS, _TAKES = "#E0475B", "#17A673"
+_MARKERS = (("circle", "●"), ("square", "■"), ("diamond", "◆"), ("triangle-up", "▲"), ("triangle-down", "▼"), ("star", "★"), ("cross", "✚"))
+
+
+def heatmap(measures: Measures, field: str, *, two_sided: bool = False, most: float | None = None, decimals: int = 3) -> str:
+    """One measure of all pairs: bigger models down, learners across; the colour is of the mean, the text has its standard error.
+
+    Args:
+        two_sided: red below 0, blue above.
+        most: the value of the strongest colour; the largest mean when absent.
+    """
+    names = [m.name for m in measures.models]
+    teachers, learners = names[:-1], names[1:]
+    found = {pair: getattr(measures.pairs[pair], field) for pair in measures.pairs}
+    values = [[found[t, s].mean if (t, s) in found else None for s in learners] for t in teachers]
+    most = most or max(abs(e.mean) for e in found.values()) or 1.0
+    blue, red = (f"rgba({c},0.55)" for c in (_BLUE, _RED))
+    none = f"rgba({_BLUE},0.03)"
+    scale = [[0, red], [0.5, none], [1, blue]] if two_sided else [[0, none], [1, blue]]
+    figure = go.Figure(
+        go.Heatmap(z=values, colorscale=scale, zmin=-most if two_sided else 0, zmax=most, showscale=False, xgap=3, ygap=3, hoverinfo="skip")
+    )
+    small = len(learners) > 3
+    for (teacher, learner), e in found.items():
+        text = plus_minus(e, decimals).replace(" ± ", "<br>± ")
+        size = 10 if small else 12
+        figure.add_annotation(x=learners.index(learner), y=teachers.index(teacher), text=text, showarrow=False, font_size=size)
+    figure.update_xaxes(tickvals=list(range(len(learners))), ticktext=[escaped(n) for n in learners], showgrid=False, zeroline=False)
+    figure.update_yaxes(
+        tickvals=list(range(len(teachers))), ticktext=[escaped(n) for n in teachers], autorange="reversed", showgrid=False, automargin=True
+    )
+    axes(figure, "learner", "teacher")
+    figure.update_xaxes(showgrid=False)
+    figure.update_yaxes(showgrid=False, zeroline=False)
+    return div(figure, f"figure-{field.replace('_', '-')}", height=90 + 62 * len(teachers))
+
+
+def path_looks(report: Report) -> dict[tuple[str, ...], Look]:
+    """The look of each path, direct in grey."""
+    chains = [option.path for option in report.advice.options[1:]]
+    found = {report.advice.options[0].path: Look(GREY, "line-ew", "━", "solid")}
+    for i, path in enumerate(chains):
+        marker, glyph = _MARKERS[i % len(_MARKERS)]
+        found[path] = Look(PALETTE[i % len(PALETTE)], marker, glyph, "solid")
+    return found
+
+
+def cost_legend(report: Report) -> list[LegendEntry]:
+    """A button for each path, and for the line of direct."""
+    looks = path_looks(report)
+    names = {path: " > ".join(path) for path in looks}
+    direct = report.advice.options[0].path
+    names[direct] = "direct, trained longer"
+    return [LegendEntry(f"path:{' > '.join(path)}", names[path], look) for path, look in looks.items()]
+
+
+def cost_figure(report: Report) -> str | None:
+    """Compute against the difference to direct at that compute, so that direct trained longer is the line at 0; None without a chain."""
+    advice = report.advice
+    if len(advice.options) < 2:
+        return None
+    figure, looks = go.Figure(), path_looks(report)
+    right = max(o.cost for o in advice.options)
+    room = 0.08 * max(right - 1, 0.25)
+    ends = [1 - room, right + room]
+    figure.add_shape(
+        type="rect", xref="paper", x0=0, x1=1, y0=-advice.margin, y1=advice.margin, fillcolor=GRID, line={"width": 0}, layer="below"
+    )
+    direct = advice.options[0]
+    group = f"path:{' > '.join(direct.path)}"
+    figure.add_scatter(x=ends, y=[0, 0], mode="lines", line={"color": GREY, "width": 2.5}, hoverinfo="skip", legendgroup=group)
+    for option in advice.options[1:]:
+        look, name = looks[option.path], " > ".join(option.path)
+        text = f"{escaped(name)}: %{{y:+.2f}} [{option.low:+.2f}, {option.high:+.2f}] at %{{x:.2f}} times direct, {option.basis}"
+        figure.add_scatter(
+            x=[option.cost],
+            y=[option.expected],
+            mode="markers",
+            legendgroup=f"path:{name}",
+            marker={"color": look.colour, "symbol": look.marker, "size": 12},
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [option.high - option.expected],
+                "arrayminus": [option.expected - option.low],
+                "thickness": 1.5,
+                "width": 5,
+            },
+            hovertemplate=f"{text}<extra></extra>",
+            meta=[name, "option"],
+        )
+    axes(figure, "training compute, in direct runs", f"difference in {metric_title(report.metric)}")
+    figure.update_xaxes(range=ends)
+    return div(figure, "figure-cost", height=400)
+
+
+def lambda_figure(report: Report) -> str | None:
+    """Which assistant the trade-off takes at which lambda, one strip a score; None with a single assistant, which is always taken."""
+    assistants = report.ladder.assistants
+    if len(assistants) < 2:
+        return None
+    switches = [c.high for chosen in report.sweeps.values() for c in chosen if c.high != float("inf")]
+    right = max(1.0, 1.25 * max(switches, default=1.0))
+    figure = go.Figure()
+    for y, (name, chosen) in enumerate(reversed(list(report.sweeps.items()))):
+        for c in chosen:
+            high = min(c.high, right)
+            colour = PALETTE[assistants.index(c.assistant) % len(PALETTE)]
+            figure.add_bar(
+                x=[high - c.low],
+                base=[c.low],
+                y=[y],
+                orientation="h",
+                width=0.5,
+                marker={"color": colour, "opacity": 0.8},
+                hovertemplate=f"{escaped(name)}: {escaped(c.assistant)} for lambda from {c.low:.3g} to {c.high:.3g}<extra></extra>",
+                meta=[name, c.assistant],
+            )
+            if high - c.low > 0.06 * right:
+                label = {"text": f"<b>{escaped(c.assistant)}</b>", "showarrow": False, "font_size": 12}
+                figure.add_annotation(x=(c.low + high) / 2, y=y, **label)
+        figure.add_annotation(
+            x=0,
+            xref="paper",
+            xanchor="left",
+            y=y + 0.27,
+            yanchor="bottom",
+            text=f"{escaped(name)}: {escaped(sweep_text(chosen))}",
+            showarrow=False,
+            font_size=11,
+        )
+    axes(figure, "lambda: what smallness is worth beside the score", "")
+    figure.update_xaxes(range=[0, right])
+    figure.update_yaxes(showticklabels=False, showgrid=False, range=[-0.4, len(report.sweeps) - 0.35])
+    figure.update_layout(barmode="overlay")
+    return div(figure, "figure-lambda", height=90 + 74 * len(report.sweeps))
+
+
+def bias_figure(report: Report) -> str:
+    """For every model above the student: KL(q ‖ p) to it and what its bias adds or takes, which together are KL(q ‖ p_T)."""
+    ladder, pairs = report.ladder, report.measures.pairs
+    total = pairs[ladder.teacher, ladder.student].reverse_kl
+    figure = go.Figure()
+    names = [ladder.teacher, *ladder.assistants]
+    rows = [(name, pairs[name, ladder.student]) for name in reversed(names)]
+    for y, (name, pair) in enumerate(rows):
+        _bar(figure, y, 0.0, pair.reverse_kl, PALETTE[0], f"KL(q ‖ {name})")
+        if name != ladder.teacher:
+            colour = _ADDS if pair.bias.mean > 0 else _TAKES
+            _bar(figure, y, pair.reverse_kl.mean, pair.bias, colour, f"bias of {name}", error=True)
+        detail = f"KL {plus_minus(pair.reverse_kl)}" + ("" if name == ladder.teacher else f", bias {plus_minus(pair.bias)}")
+        text = f"<b>{escaped(name)}</b>  {detail}"
+        figure.add_annotation(x=0, xref="paper", xanchor="left", y=y + 0.25, yanchor="bottom", text=text, showarrow=False, font_size=11)
+    line(figure, colour=GREY, dash="dash", width=1.5, x0=total.mean, x1=total.mean, yref="paper", y0=0, y1=1)
+    axes(figure, f"nats/token on the answers of {escaped(ladder.student)}", "")
+    figure.update_xaxes(rangemode="tozero")
+    figure.update_yaxes(showticklabels=False, showgrid=False, range=[-0.4, len(rows) - 0.3])
+    figure.update_layout(barmode="overlay")
+    return div(figure, "figure-bias", height=80 + 66 * len(rows))
+
+
+def _bar(figure: go.Figure, y: float, base: float, value: Estimate, colour: str, name: str, *, error: bool = False) -> None:
+    spread = [1.96 * (value.se or 0.0)] if error else [0.0]
+    figure.add_bar(
+        x=[value.mean],
+        base=[base],
+        y=[y],
+        orientation="h",
+        width=0.46,
+        marker={"color": colour, "opacity": 0.8},
+        error_x={"type": "data", "array": spread, "width": 4, "thickness": 1.3, "visible": error},
+        hovertemplate=f"{escaped(name)}: {plus_minus(value)} nats/token<extra></extra>",
+        meta=[name],
+    )

@@ -1,0 +1,88 @@
+"""The page in a browser, and the terminal's text: what they show, that they fit, and that names cannot break them."""
+
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+from tests.unit.advise.example import report
+
+from tadistill.advise.command import edge_measures
+from tadistill.advise.history import load_measures
+from tadistill.advise.page import render_page
+from tadistill.advise.record import TAGS, decided, measured
+from tadistill.advise.terminal import show
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_page(report())
+
+
+def test_the_verdict_is_on_top_and_every_number_is_tagged(page):
+    body = page[page.index("<body>") :]
+    assert body.index("direct: xl &gt; s") < body.index('id="paths"') < body.index('id="pairs"')
+    assert "an &lt;b&gt;example&lt;/b&gt;" in body
+    for name in ("measured", "predicted", "assumed"):
+        assert f'<span class="tag {name}">' in body
+    for figure in ("reverse-kl", "overlap", "entropy-gap", "cost", "lambda", "bias"):
+        assert f'id="figure-{figure}"' in body
+    assert body.count("tadistill run recipe.yaml") == len(report().steps)
+    assert "study x: arm y, seed 1, is not finished" in body
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(browser, page, tmp_path, width, scheme):
+    file = tmp_path / "advice.html"
+    file.write_text(page, encoding="utf-8")
+    tab = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+    errors: list[str] = []
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.on("request", lambda request: errors.append(request.url) if request.url.startswith("http") else None)
+    tab.goto(file.as_uri())
+    tab.wait_for_selector("#figure-bias .main-svg")
+    assert errors == []
+    assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    assert tab.evaluate(
+        "[...document.querySelectorAll('.js-plotly-plot')].every(p => p.querySelector('.main-svg').clientWidth <= innerWidth)"
+    )
+    points = "document.getElementById('figure-cost').data.filter(t => t.meta && t.meta[1] === 'option').map(t => [t.x[0], t.y[0]])"
+    options = report().advice.options[1:]
+    assert tab.evaluate(points) == [pytest.approx([o.cost, o.expected], abs=1e-6) for o in options]
+    tab.context.close()
+
+
+def test_the_budget_bars_end_at_the_whole(browser, page, tmp_path):
+    file = tmp_path / "advice.html"
+    file.write_text(page, encoding="utf-8")
+    tab = browser.new_page()
+    tab.goto(file.as_uri())
+    bars = tab.evaluate("document.getElementById('figure-bias').data.map(t => [t.y[0], t.base[0] + t.x[0]])")
+    ends = dict(bars)  # the last bar of each row
+    total = report().measures.pairs["xl", "s"].reverse_kl.mean
+    assert list(ends.values()) == [pytest.approx(total, abs=1e-6)] * 3
+    tab.close()
+
+
+def test_the_terminal_fits_80_columns_but_for_commands():
+    said = io.StringIO()
+    show(report(), Console(file=said, width=80))
+    lines = said.getvalue().splitlines()
+    commands = [line for line in lines if line.startswith("tadistill run")]
+    assert [step.command for step in report().steps] == commands  # whole, so that they can be copied
+    assert all(len(line) <= 80 for line in lines if line not in commands)
+    for pair in report().measures.pairs.values():
+        row = next(line for line in lines if line.strip().startswith(f"{pair.teacher} > {pair.learner} ") and "±" in line)
+        assert len(re.findall("±", row)) == 5
+
+
+def test_what_is_written_is_what_history_reads(tmp_path):
+    found = report()
+    edges = edge_measures(found.measures)
+    record = measured("s", "c", found.measures, edges) | decided(found)
+    (tmp_path / "advice.json").write_text(json.dumps(record, allow_nan=False))
+    assert load_measures(tmp_path) == edges
+    assert record["tags"] == TAGS
+    assert record["lambda_sweeps"]["exp(−loss)"][-1]["high"] is None

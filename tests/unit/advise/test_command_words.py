@@ -1,0 +1,132 @@
+"""Cautions, rules of thumb and the commands that advice ends with."""
+
+import shlex
+from dataclasses import replace
+from math import inf
+
+import numpy as np
+import pytest
+from tests.unit.advise.example import LOSS, RECIPE, SIZES, measures, verdict
+
+from tadistill.advise import Observation, path_edges
+from tadistill.advise.command import edge_measures, margin_on
+from tadistill.advise.history import History
+from tadistill.advise.measures import Estimate
+from tadistill.advise.probes import costs, ladder, with_search
+from tadistill.advise.steps import steps
+from tadistill.advise.words import lambda_sweeps, notes, rules, sweep_text
+from tadistill.config import load
+from tadistill.study.plan import make_plan
+
+
+@pytest.fixture(scope="module")
+def study():
+    found = with_search(load(RECIPE, []))
+    return found, ladder(found), costs(found)[1]
+
+
+def test_the_predictor_gets_every_measure():
+    found = edge_measures(measures())["xl", "l"]
+    assert (found.size_ratio, found.bias) == (2.5, 0)
+    assert found.loss_ratio == pytest.approx(LOSS["xl"] / LOSS["l"], rel=0.02)
+    assert found.advantage == pytest.approx(0.2, abs=0.02)
+    no_loss = replace(measures().pairs["xl", "l"], loss_ratio=Estimate(inf, None, 20))
+    assert edge_measures(replace(measures(), pairs={("xl", "l"): no_loss}))["xl", "l"].loss_ratio is None
+
+
+def test_the_margin_is_in_the_metrics_unit(study):
+    assert margin_on(study[0], "rouge_l") == 0.3
+    assert margin_on(study[0], "loss") == pytest.approx(0.01)
+
+
+def test_cautions(study):
+    found, _, priced = study
+    advice, nothing = verdict(priced), History((), ())
+
+    def said(given, metric: str = "rouge_l", prompts: int = 20, past: History = nothing) -> str:
+        return "\n".join(notes(found, list(priced), given, advice, past, metric, prompts))
+
+    text = said(measures())
+    assert "Wide hops, more than 4 times in size: xl > s (10.0)." in text
+    assert "Short hops, less than 1.3 times in size: l > m (1.14)" in text
+    assert "likeliest tokens" not in text
+    assert "There is no history" in text
+    assert "fewer than" not in text
+    assert "xl > s 0.5" in said(measures(mass=0.5))
+    assert "Dev has 20 prompts that fit, fewer than the 256 asked for." in said(measures(), prompts=256)
+    assert "`last`, which cannot compare" in said(measures(), metric="last")
+    assert "2 arms or seeds of earlier studies could not be used: a." in said(measures(), past=History((), ("a", "b")))
+    models = found.models | {"l": found.models["l"].model_copy(update={"load": "gpt2", "config": {}, "sft": None})}
+    bought = found.model_copy(update={"models": models})
+    assert "l: loaded as it is" in "\n".join(notes(bought, list(priced), measures(), advice, nothing, "loss", 20))
+
+
+def test_rules_of_thumb(study):
+    chosen = {rule.name: rule.path for rule in rules(measures(), replace(study[1], sizes=SIZES), None)}
+    assert chosen["size law"] == ("xl", "l", "m", "s") or chosen["size law"][0] == "xl"
+    assert chosen["geometric mean"] == ("xl", "m", "s")  # sqrt(1000 x 100) = 316
+    scores = {name: np.exp(-loss) for name, loss in LOSS.items()}
+    wanted = min(("l", "m"), key=lambda name: abs(scores[name] - (scores["xl"] + scores["s"]) / 2))
+    assert chosen["performance mean"] == ("xl", wanted, "s")
+    sweep = lambda_sweeps(measures())["exp(−loss)"]
+    assert [c.assistant for c in sweep] == ["l", "m"]
+    switch = (np.exp(-LOSS["l"]) - np.exp(-LOSS["m"])) / 0.05
+    assert sweep[0].high == pytest.approx(switch, rel=0.05)
+    assert sweep_text(sweep) == f"l up to {sweep[0].high:.2g}, then m"
+
+
+def arms_of(command: str, *, start: str = "tadistill run") -> tuple[list[str], dict]:
+    words = shlex.split(command)
+    assert " ".join(words[:2]) == start
+    planned = make_plan(load(words[2], words[3:]))
+    return words, {arm.name: arm for arm in planned.arms}
+
+
+def test_commands_are_recipes_that_plan(study):
+    found, _, priced = study
+    advice = verdict(priced)
+    now, *more = steps(found, str(RECIPE), ["data.limit.train=100"], advice, priced)
+    assert now.gain is None
+    assert len(more) == len(advice.next)
+    found_chain = {}
+    for step, experiment in zip(more, advice.next, strict=True):
+        words, arms = arms_of(step.command)
+        assert "data.limit.train=100" in words
+        name = "-".join(experiment.path)
+        assert arms[name].arm.last == experiment.path
+        assert arms[f"{name}-twin"].flops == pytest.approx(arms[name].flops, rel=0.05)
+        assert len(arms[name].final) == experiment.seeds == 3
+        assert (step.cost, step.gain) == (experiment.cost, experiment.gain)
+        found_chain[name] = arms
+    _, arms = arms_of(now.command)
+    twin = next(name for name in arms if name.endswith("-twin"))
+    assert set(arms) == {"direct", twin}
+
+
+def test_the_direct_run_now_is_the_stage_that_the_chains_twin_will_be(study):
+    """Nothing is trained twice when the chain is tried after all."""
+    found, _, priced = study
+    advice = verdict(priced)
+    now, first, *_ = steps(found, str(RECIPE), [], advice, priced)
+    _, alone = arms_of(now.command)
+    _, beside = arms_of(first.command)
+    name = f"{'-'.join(advice.next[0].path)}-twin"
+    assert alone[name].final[1] == beside[name].final[1]
+
+
+def test_a_chain_that_has_proven_itself_is_run_beside_its_twin(study):
+    found, _, priced = study
+    history = []
+    for number in range(8):
+        for seed in range(4):
+            for path, gain in ((("xl", "s"), 0.0), (("xl", "l", "s"), 6.0)):
+                edges = path_edges(path, SIZES, edge_measures(measures()))
+                quality = 20 + number + gain + 0.1 * seed * len(path)
+                cost = priced["xl", "l", "s"].multiple
+                history.append(Observation(f"family {number}", path, seed, edges, cost, quality, "rouge_l", "earlier"))
+    advice = verdict(priced, history)
+    assert advice.verdict == "chain"
+    (now,) = steps(found, str(RECIPE), [], advice, priced)
+    _, arms = arms_of(now.command)
+    name = "-".join(advice.path)
+    assert {name, f"{name}-twin", "direct"} == set(arms)

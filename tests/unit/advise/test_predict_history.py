@@ -1,0 +1,129 @@
+"""What is read of finished studies: dev values of selected checkpoints, with the sign and cost that the predictor wants."""
+
+import json
+import zlib
+
+import pytest
+
+from tadistill.advise import EdgeMeasures, edge_record, history, path_edges
+from tadistill.advise.history import MEASURES
+from tadistill.advise.pairs import pair_up
+from tadistill.errors import StoreError
+
+SIZES = {"xl": 1200, "l": 400, "s": 100}
+METHOD = "minillm (teacher_mixed)"
+
+
+def write(runs, study, arms, *, metric="rouge_l", values=None, unfinished=()):
+    """A study of arms (name, path, flops, compute) with seeds 1 and 2; an arm's dev value is values[arm] + seed."""
+    described = []
+    for name, path, flops, compute in arms:
+        final = {}
+        for seed in (1, 2):
+            key = f"{zlib.crc32(repr((name, path, flops, metric, seed)).encode()):016x}"
+            final[str(seed)] = key
+            if (name, seed) in unfinished:
+                continue
+            folder = runs / "store" / key[:2] / key
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "stage.json").write_text(json.dumps({"spec": {"select": {"metric": metric}}}))
+            (folder / "manifest.json").write_text(json.dumps({"best_value": (values or {}).get(name, 20.0) + seed}))
+        nothing = {"evaluate": {}, "analyse": {}, "also": {}, "published": None}
+        described.append(
+            {"name": name, "path": path, "method": METHOD, "model": path[-1], "compute": compute, "flops": flops, "final": final, **nothing}
+        )
+    recipe = {
+        "margin": 0.3,
+        "evaluate": {"also": {}},
+        "models": {name: {"load": f"hub/{name}", "init": None} for name in SIZES},
+        "data": {"train": {"load": "dolly"}},
+    }
+    plan = {
+        "study": study,
+        "created": "",
+        "command": "",
+        "recipe_text": "",
+        "recipe": recipe,
+        "teacher": "xl",
+        "stages": [],
+        "arms": described,
+    }
+    folder = runs / study
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(plan | {"models": {name: {"parameters": n} for name, n in SIZES.items()}}))
+
+
+ARMS = [
+    ("sft", ["s"], 1.0, None),
+    ("direct", ["xl", "s"], 10.0, None),
+    ("takd", ["xl", "l", "s"], 25.0, None),
+    ("twin", ["xl", "s"], 25.0, "as takd"),
+]
+ARMS = [(name, tuple(path), flops, compute) for name, path, flops, compute in ARMS]
+
+
+def test_arms_become_observations_and_a_chain_is_paired_with_its_twin(tmp_path):
+    write(tmp_path, "one", ARMS, values={"direct": 20.0, "takd": 24.0, "twin": 23.5})
+    found = history(tmp_path)
+    assert found.left_out == ()
+    assert [(o.path, o.seed, o.cost, o.quality) for o in found.on("rouge_l")] == [
+        (("xl", "s"), 1, 1.0, 21.0),
+        (("xl", "s"), 2, 1.0, 22.0),
+        (("xl", "l", "s"), 1, 2.5, 25.0),
+        (("xl", "l", "s"), 2, 2.5, 26.0),
+        (("xl", "s"), 1, 2.5, 24.5),
+        (("xl", "s"), 2, 2.5, 25.5),
+    ]
+    (pair,) = pair_up(found.observations)
+    assert pair.differences == (0.5, 0.5)
+    assert pair.direct.measures.size_ratio == 12
+    assert [e.measures.size_ratio for e in pair.edges] == [3, 4]
+    assert pair.family == "hub/xl (1,200 parameters); dolly; minillm (teacher_mixed)"
+
+
+def test_a_loss_changes_its_sign(tmp_path):
+    write(tmp_path, "one", ARMS, metric="loss", values={"takd": 3.0, "twin": 2.0})
+    (pair,) = pair_up(history(tmp_path).on("loss"))
+    assert pair.differences == (-1.0, -1.0)
+
+
+@pytest.mark.parametrize("metric", ["last", "reverse_kl"])
+def test_metrics_that_do_not_compare_teachers_are_left_out(tmp_path, metric):
+    write(tmp_path, "one", ARMS, metric=metric)
+    found = history(tmp_path)
+    assert found.observations == ()
+    assert len(found.left_out) == 6
+    assert f"was selected by `{metric}`" in found.left_out[0]
+
+
+def test_what_cannot_be_used_is_named(tmp_path):
+    write(tmp_path, "one", ARMS, unfinished={("takd", 2)})
+    write(tmp_path, "two", [arm for arm in ARMS if arm[0] != "direct"], unfinished={("takd", 2)})
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three" / "plan.json").write_text("{")
+    found = history(tmp_path)
+    assert len(found.observations) == 5
+    assert "one: arm takd, seed 2, is not finished" in found.left_out
+    assert any("two: arm takd has no direct arm" in text for text in found.left_out)
+    assert any("three" in text and "cannot be read" in text for text in found.left_out)
+    with pytest.raises(StoreError, match="not a directory"):
+        history(tmp_path / "nowhere")
+
+
+def test_a_stage_of_two_studies_counts_once(tmp_path):
+    write(tmp_path, "one", ARMS)
+    write(tmp_path, "two", ARMS)
+    assert len(history(tmp_path).observations) == 6
+
+
+def test_measures_of_a_study_are_read_back(tmp_path):
+    write(tmp_path, "one", ARMS)
+    measured = {("xl", "l"): EdgeMeasures(reverse_kl=0.3, overlap=0.7, size_ratio=3.0)}
+    edges = path_edges(("xl", "l", "s"), SIZES, measured)
+    (tmp_path / "one" / MEASURES).write_text(json.dumps({"edges": [edge_record(e) for e in edges]}))
+    chain = next(o for o in history(tmp_path).observations if len(o.path) == 3)
+    assert chain.edges == edges
+    assert chain.edges[0].measures.reverse_kl == 0.3
+    assert chain.edges[1].measures == EdgeMeasures(size_ratio=4.0)
+    (tmp_path / "one" / MEASURES).write_text(json.dumps({"edges": [{"teacher": "xl"}]}))
+    assert "is damaged" in history(tmp_path).left_out[0]
