@@ -157,6 +157,7 @@ class _Planner:
         if len(arm.path) != 2:
             raise ConfigError(f"arms.{name} has `compute`, which works for a direct path (A > B); its path is {' > '.join(arm.path)}")
         trial = _Planner(self.recipe)
+        trial.ledger = self.ledger  # what it has read serves both
         final = trial._models(name, arm, self.recipe.seeds[0], 1.0)[0][-1]["stage"]
         total, last = trial.graph.flops(final), trial.graph.stages[final].flops
         if target is None or total is None or last is None:
@@ -206,7 +207,7 @@ class _Planner:
         spec = {"student": student, "optim": optim.model_dump(), "seed": seed, **self._split("train")}
         spec |= self._select(sft.select)
         label = f"sft {name}{', continued' if continues else ''}, seed {seed}"
-        return self.graph.add("sft", spec, label, name, seed, self.ledger.sft(name, optim), optim.steps)
+        return self.graph.add("sft", spec, label, name, seed, self.ledger.sft(name, optim, sft.select), optim.steps)
 
     def _distill(self, above: str, name: str, teacher: Handle, method: Method, seed: int) -> str:
         # a learner and a teacher that do not vary with the study's seed still make one distillation per seed
@@ -226,11 +227,12 @@ class _Planner:
 
     def _signal(self, name: str, teacher: Handle, signal: HiddenSignal | TopKSignal, precision: str, seed: int) -> str:
         spec = {"teacher": teacher, "signal": signal.model_dump(), "precision": precision, **self._split("train")}
-        return self.graph.add("signal", spec, f"{signal.type} signal of {name}, seed {seed}", name, seed, self.ledger.generate(name))
+        label = f"{signal.type} signal of {name}, seed {seed}"
+        return self.graph.add("signal", spec, label, name, seed, self.ledger.signal(name, signal))
 
     def _generate(self, name: str, teacher: Handle, sampler: TeacherSampler | PairSampler, seed: int) -> str:
         spec = {"teacher": teacher, "sampler": sampler.model_dump(include=set(Decoding.model_fields)), "seed": seed, **self._split("train")}
-        return self.graph.add("generate", spec, f"generate with {name}, seed {seed}", name, seed, self.ledger.generate(name))
+        return self.graph.add("generate", spec, f"generate with {name}, seed {seed}", name, seed, self.ledger.generate(name, sampler))
 
     def _evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
         spec = {"model": model, **self._test_sets(), "decoding": decoding.model_dump(exclude={"also"}), "references": not other}

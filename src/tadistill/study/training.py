@@ -66,6 +66,7 @@ def train(context: Context) -> dict[str, Any]:
     accelerator.end_training()
     save_model(student, tokenizer, context.folder / MODEL)
     found = {"steps": state.step, "best_step": state.best_step, "best_value": state.best_value, "alarms": state.alarms["given"]}
+    found |= {"ledger": state.ledger}
     return found | {"global_and_per_device": _counts(method, accelerator.num_processes)}
 
 
