@@ -35,6 +35,10 @@ class Cost:
     """Positions of training text that are padding, of those in training and corpus parts of the student."""
     published: float | None = None
     """For MiniLLM: FLOPs of the released code's calls on as many rollouts."""
+    memory: float | None = None
+    """Estimated bytes at the peak."""
+    kind: str = ""
+    """Equal for stages that do the same, however long: they have one speed."""
 
     @property
     def learning(self) -> float:
@@ -56,6 +60,15 @@ class Cost:
         for name, part in self.parts.items():
             found[phase(name)] = found.get(phase(name), 0.0) + part.flops
         return found
+
+
+def spans(flops: Mapping[str, float]) -> dict[str, float]:
+    """FLOPs of phases joined as the loop's clock takes them: scoring is part of sampling, the corpus of training."""
+    found: dict[str, float] = {}
+    for name, value in flops.items():
+        span = {"rollout": "sampling", "scoring": "sampling", "corpus": "training"}.get(name, name)
+        found[span] = found.get(span, 0.0) + value
+    return found
 
 
 def phase(name: str) -> str:

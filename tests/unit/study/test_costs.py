@@ -100,12 +100,14 @@ def test_sampling_pads_prompts_and_drops_ended_rows_in_groups():
 
 def test_what_the_predictions_copy_from_the_code():
     """Constants of modules that need torch, which a plan must not import."""
+    from tadistill.objectives import fused
     from tadistill.rollout import cache, packed, signals
     from tadistill.study import execute
-    from tadistill.study.costs import ledger
+    from tadistill.study.costs import ledger, memory, sheet
     from tadistill.train import loop, watch
 
     assert passes.COMPACT_BELOW == cache.COMPACT_BELOW
     assert passes.PACKED_FAMILIES == packed._FAMILIES
+    assert memory._TILE == fused.TILE_BYTES
     assert (ledger._ANSWERS, ledger._RECORDED) == (execute._GENERATION_BATCH, signals._BATCH)
-    assert (ledger._LOG_POINTS, ledger._WATCH_EVERY, ledger._WATCHED_ROWS) == (loop._LOG_POINTS, loop._WATCH_EVERY, watch._ROWS)
+    assert (sheet._LOG_POINTS, sheet._WATCH_EVERY, sheet._WATCHED_ROWS) == (loop._LOG_POINTS, loop._WATCH_EVERY, watch._ROWS)

@@ -5,6 +5,7 @@ A sampled answer is taken to be as long as the prompt's reference, and as `max_n
 no answer.
 """
 
+from dataclasses import asdict
 from functools import cached_property
 
 from tadistill.config import Method, Recipe
@@ -26,15 +27,17 @@ from tadistill.config.sampling import (
 )
 from tadistill.data import datasets
 from tadistill.models import sizes
-from tadistill.models.cost import Cost, Part
+from tadistill.models.cost import Cost
+from tadistill.models.memory import resident_bytes
 from tadistill.models.sizes import Size, Work, forward_flops
-from tadistill.study.costs import lengths, passes
+from tadistill.study.costs import lengths, memory, passes
 from tadistill.study.costs.lengths import Texts
 from tadistill.study.costs.published import minillm_flops
+from tadistill.study.costs.sheet import Sheet, part_of
+from tadistill.study.store import key_of
 
 _ANSWERS = 64  # prompts that a teacher answers at a time (`study.execute`)
 _RECORDED = 16  # sequences that a signal is recorded of at a time (`rollout.signals`)
-_LOG_POINTS, _WATCH_EVERY, _WATCHED_ROWS = 100, 10, 8  # `train.loop` and `train.watch`
 
 
 class Ledger:
@@ -107,7 +110,7 @@ class Ledger:
         size = self.size(name)
         if size is None:
             return None
-        sheet = _Sheet(size, None, optim)
+        sheet = Sheet(size, None, optim)
         sheet.train(self.train)
         self._selection(sheet, select)
         return sheet.cost()
@@ -119,7 +122,9 @@ class Ledger:
             return None
         texts = self.train.answered(decoding.max_new_tokens, endless=self.untrained(name))
         work = passes.sampling(texts, _ANSWERS, round(self.train.count))
-        return Cost({"rollout/teacher": _part(size, work)})
+        needs = resident_bytes(size.total, training=False) + memory.cache(size, _ANSWERS, texts.mean_prompt + decoding.max_new_tokens)
+        kind = key_of(["generate", asdict(size), decoding.model_dump(include=set(Decoding.model_fields))])
+        return Cost({"rollout/teacher": part_of(size, work)}, memory=needs, kind=kind)
 
     def signal(self, name: str, signal: HiddenSignal | TopKSignal) -> Cost | None:
         """One pass of a teacher over the training set; logits are made for a top-k signal alone."""
@@ -127,7 +132,10 @@ class Ledger:
         if size is None:
             return None
         work = passes.by_length(self.train, _RECORDED, self.train.count)
-        return Cost({"recording/teacher": _part(size, work if isinstance(signal, TopKSignal) else Work(work.positions, work.pairs))})
+        if isinstance(signal, HiddenSignal):
+            work = Work(work.positions, work.pairs)
+        kind, needs = key_of(["signal", asdict(size), signal.model_dump()]), resident_bytes(size.total, training=False)
+        return Cost({"recording/teacher": part_of(size, work)}, memory=needs, kind=kind)
 
     def distill(self, above: str, name: str, method: Method) -> Cost | None:
         """A distillation, as `study.training` puts it together."""
@@ -140,7 +148,7 @@ class Ledger:
         student, teacher = self.size(name), self.size(above)
         if student is None or teacher is None or method.optim.steps is None:
             return None
-        sheet, sampler, objective = _Sheet(student, teacher, method.optim), method.sampler, method.objective
+        sheet, sampler, objective = Sheet(student, teacher, method.optim), method.sampler, method.objective
         on_policy = isinstance(sampler, OnPolicy)
         most = sampler.max_new_tokens if isinstance(sampler, Decoding) else 0
         answers = self.train.answered(most, endless=self.untrained(name)) if on_policy else self.train
@@ -156,7 +164,7 @@ class Ledger:
             fresh = min(1.0, 0.5 + sampler.capacity / (method.optim.batch * sheet.steps))
             sheet.sample(answers, sampler.chunk, fresh)
             sheet.watch(answers, teacher=True)
-        elif isinstance(sampler, PairSampler):
+        elif isinstance(sampler, PairSampler):  # nothing watches it
             of_teacher = self.train.answered(most, endless=self.untrained(above))
             both = Texts((*of_teacher.rows, *answers.rows), self.train.count)
             sheet.train(both, 2.0, teacher=True)
@@ -165,10 +173,13 @@ class Ledger:
             texts = self.train.answered(most) if isinstance(sampler, TeacherSampler) else self.train
             live = not isinstance(objective, CrossEntropy) and method.signal is None
             sheet.train(texts, teacher=live, teacher_head=isinstance(method.signal, HiddenSignal))
+        if isinstance(sampler, OnPolicy):
+            guided = isinstance(sampler, TeacherMixedSampler | SpeculativeSampler)
+            sheet.caches(answers, min(sampler.chunk, method.round_rollouts), most, student, *([teacher] if guided else []))
         self._selection(sheet, method.select, extra=isinstance(sampler, ReplaySampler))
-        return sheet.cost(self._published(sheet, method, answers) if isinstance(objective, MiniLLM) else None)
+        return sheet.cost(method, self._published(sheet, method, answers) if isinstance(objective, MiniLLM) else None)
 
-    def _round(self, sheet: "_Sheet", sampler: Rounds, method: Method, answers: Texts, above: str, name: str) -> None:
+    def _round(self, sheet: "Sheet", sampler: Rounds, method: Method, answers: Texts, above: str, name: str) -> None:
         """`rollout.rounds`: sampling, the teacher's pass where sampling had none, then epochs in which its states are kept."""
         objective, rounds = method.objective, -(-sheet.steps // method.round_updates)
         rollouts = method.round_rollouts
@@ -197,7 +208,7 @@ class Ledger:
         if isinstance(objective, MiniLLM) and objective.pt_weight and self.recipe.data.corpus:
             sheet.corpus(self.corpus_length, teacher=objective.pt_kd_ratio > 0)
 
-    def _selection(self, sheet: "_Sheet", select: Select, *, extra: bool = False) -> None:
+    def _selection(self, sheet: "Sheet", select: Select, *, extra: bool = False) -> None:
         """`evaluation.run.dev_metrics`: the loss always, answers and KLs where the metric is made of them."""
         if select.metric == "last":
             return
@@ -212,7 +223,7 @@ class Ledger:
             sheet.add("selection/student", beside)
             sheet.add("selection/teacher", beside)
 
-    def _published(self, sheet: "_Sheet", method: Method, answers: Texts) -> float:
+    def _published(self, sheet: "Sheet", method: Method, answers: Texts) -> float:
         """The released code on as many rollouts, all logits made."""
         objective, sampler = method.objective, method.sampler
         assert isinstance(objective, MiniLLM)
@@ -224,59 +235,3 @@ class Ledger:
         )
         each = minillm_flops(student, teacher, length=length, corpus=corpus, epochs=sampler.inner_epochs)
         return each * sheet.steps * method.optim.batch / sampler.inner_epochs
-
-
-class _Sheet:
-    """The parts of one training stage, as they add up."""
-
-    def __init__(self, student: Size, teacher: Size | None, optim: Optim):
-        assert optim.steps is not None
-        self.student, self.teacher, self.optim, self.steps = student, teacher, optim, optim.steps
-        self.parts: dict[str, Part] = {}
-        self.padding = 0.0
-
-    def add(self, name: str, work: Work, *, backward: bool = False) -> None:
-        """Forward passes of student or teacher, and, for the student, backward ones; the body forward again with gradient checkpointing."""
-        size = self.teacher if name.endswith("/teacher") else self.student
-        assert size is not None
-        again = Work(work.positions, work.pairs) if backward and self.optim.gradient_checkpointing else Work()
-        flops = forward_flops(size, work * (3 if backward else 1) + again)
-        self.parts[name] = self.parts.get(name, Part()) + Part(flops, work.positions, work.heads)
-
-    def train(self, texts: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """A share of the updates on such texts; the teacher runs beside, or its head alone on states that are kept."""
-        micro = self.optim.micro_batch or self.optim.batch
-        batches = share * self.steps * self.optim.batch / micro
-        work, padding = passes.training_batch(texts, micro)
-        self.padding += padding * batches
-        self.add("training/student", work * batches, backward=True)
-        if teacher or teacher_head:
-            self.add("training/teacher", (work if teacher else Work(heads=work.heads)) * batches)
-
-    def corpus(self, length: int, *, teacher: bool) -> None:
-        """MiniLLM's plain text in every update."""
-        work = passes.plain_batch(length, self.optim.batch) * self.steps
-        self.add("corpus/student", work, backward=True)
-        if teacher:
-            self.add("corpus/teacher", work)
-
-    def sample(self, answers: Texts, chunk: int, share: float) -> None:
-        """A batch sampled by the student alone in a share of the updates."""
-        self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
-
-    def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """`train.watch` on the first rows of every tenth update, at most a hundred times."""
-        micro = self.optim.micro_batch or self.optim.batch
-        times = share * -(-self.steps // max(1, self.steps // _LOG_POINTS, _WATCH_EVERY))
-        work = passes.training_batch(answers, micro)[0] * (min(micro, _WATCHED_ROWS) / micro * times)
-        self.add("watching/student", work)
-        if teacher or teacher_head:
-            self.add("watching/teacher", work if teacher else Work(heads=work.heads))
-
-    def cost(self, published: float | None = None) -> Cost:
-        """All of it."""
-        return Cost(self.parts, self.padding, published)
-
-
-def _part(size: Size, work: Work) -> Part:
-    return Part(forward_flops(size, work), work.positions, work.heads)

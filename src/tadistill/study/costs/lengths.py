@@ -4,7 +4,6 @@ The rules (template, cuts, rows left out) are `data.templates.encode`'s own. Wit
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -151,13 +150,9 @@ def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
     ordered, n = sorted(values), len(values)
     if draws >= n:
         return float(ordered[-1] ** power)
-    total, below = 0.0, 0.0
-    for i, value in enumerate(ordered):
-        share = math.exp(_log_choose(i + 1, draws) - _log_choose(n, draws)) if i + 1 >= draws else 0.0
-        total += (share - below) * value**power
-        below = share
+    total, share = 0.0, 1.0  # of the ways to draw, those among the k smallest
+    for k in range(n, draws - 1, -1):
+        below = share * (k - draws) / k
+        total += (share - below) * ordered[k - 1] ** power
+        share = below
     return total
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

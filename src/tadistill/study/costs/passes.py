@@ -5,6 +5,7 @@ Each function follows one place of the code, named in its docstring, and counts 
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 
 from tadistill.models.sizes import Work
 from tadistill.study.costs.lengths import Texts, largest
@@ -17,6 +18,7 @@ _CALLS = 1.5
 """In `rollout.lazy` a call attends for every row of its rectangle, also those that have fewer tokens to read, or none."""
 
 
+@lru_cache
 def training_batch(texts: Texts, rows: int) -> tuple[Work, float]:
     """`models.forward.Reader.hidden` on `rows` shuffled sequences: all padded to the longest less its last token, logits at responses.
 
@@ -34,6 +36,7 @@ def plain_batch(length: int, rows: int) -> Work:
     return Work(rows * (length - 1), rows * (length - 1) ** 2, rows * (length - 1))
 
 
+@lru_cache
 def by_length(texts: Texts, batch: int, count: float) -> Work:
     """One pass over `count` sequences sorted by length (`data.batch.by_length`), each batch padded to its longest; logits at responses."""
     ordered = sorted(texts.totals)
@@ -47,6 +50,7 @@ def by_length(texts: Texts, batch: int, count: float) -> Work:
     return total * (count / most) + Work(heads=texts.mean_response * count)
 
 
+@lru_cache
 def sampling(texts: Texts, chunk: int, count: int) -> Work:
     """`rollout.generate` on `count` prompts in chunks of like prompts: padded on the left; rows that have ended leave in groups."""
     rows = texts.drawn(count)
@@ -68,6 +72,7 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
     return Work(positions, pairs, heads)
 
 
+@lru_cache
 def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
     """`rollout.lazy`, for either model: every token but the last is read once, each token of a response has logits once."""
     rows = texts.drawn(count)
