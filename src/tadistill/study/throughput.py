@@ -13,7 +13,6 @@ from typing import Any
 
 from tadistill.models.cost import Cost, phase, spans
 from tadistill.study.graph import Stage
-from tadistill.study.plan import Plan
 from tadistill.study.store import Store, write_json
 
 _FILE = "throughput.json"
@@ -52,10 +51,10 @@ def save(store: Store, where: str, speeds: Speeds) -> None:
     write_json(store.root / _FILE, known | {where: known.get(where, {}) | speeds})
 
 
-def load(store: Store, plan: Plan, threads: int, accelerator: str | None = None) -> Speeds:
+def load(store: Store, stages: Mapping[str, Stage], threads: int, accelerator: str | None = None) -> Speeds:
     """What is known of this machine: of finished stages, and over that what was measured."""
     here, found = machine(threads, accelerator), {}
-    for stage in plan.stages.values():
+    for stage in stages.values():
         if stage.cost and store.finished(stage.key):
             manifest = store.manifest(stage.key)
             if manifest.get("machine") == here:
@@ -87,7 +86,7 @@ def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: in
     Stages with the longest way behind them go first, as `study.runner` does it. What is not in `takes` costs no time.
     """
     behind = dict.fromkeys(stages, 0.0)
-    for key in reversed(stages):
+    for key in reversed(list(stages)):
         behind[key] += takes.get(key, 0.0)
         for parent in stages[key].parents.values():
             behind[parent] = max(behind[parent], behind[key])
@@ -95,7 +94,11 @@ def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: in
     free = [0.0] * jobs
     waiting = dict(stages)
     while waiting:
-        ready = {k: max((ends[p] for p in s.parents.values()), default=0.0) for k, s in waiting.items() if all(p in ends for p in s.parents.values())}
+        ready = {
+            k: max((ends[p] for p in s.parents.values()), default=0.0)
+            for k, s in waiting.items()
+            if all(p in ends for p in s.parents.values())
+        }
         worker = min(range(jobs), key=free.__getitem__)
         now = max(free[worker], min(ready.values()))
         key = max((k for k, at in ready.items() if at <= now), key=behind.__getitem__)
