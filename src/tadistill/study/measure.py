@@ -38,7 +38,7 @@ def measure(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.
 
 
 def _speeds(plan: Plan, stage: Stage, manifest: dict[str, Any]) -> dict[str, float]:
-    """From the stage's ledger, or, for a teacher's answers and signals, from the share of the rows that were run and all the time it took."""
+    """From the stage's ledger; of a teacher's answers and signals from the share of the rows that were run, and the whole time."""
     if "ledger" in manifest:
         return throughput.measured(manifest["ledger"])
     assert stage.cost is not None

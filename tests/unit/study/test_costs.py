@@ -6,8 +6,10 @@ import pytest
 from tests.unit.study.flops import counted
 
 from tadistill.config import validate
+from tadistill.study import throughput
 from tadistill.study.costs import minillm_flops, passes
 from tadistill.study.costs.lengths import Texts, largest
+from tadistill.study.graph import Stage
 from tadistill.study.plan import make_plan
 
 FAMILIES = {
@@ -111,3 +113,13 @@ def test_what_the_predictions_copy_from_the_code():
     assert memory._TILE == fused.TILE_BYTES
     assert (ledger._ANSWERS, ledger._RECORDED) == (execute._GENERATION_BATCH, signals._BATCH)
     assert (sheet._LOG_POINTS, sheet._WATCH_EVERY, sheet._WATCHED_ROWS) == (loop._LOG_POINTS, loop._WATCH_EVERY, watch._ROWS)
+
+
+def test_wall_clock_fills_all_workers():
+    """A chain of 3 and 2 seconds beside one of 4: 5 s on two workers, 9 s on one."""
+    stages = {
+        name: Stage("sft", name, {}, parents, name, "m", 1, None) for name, parents in (("a", {}), ("b", {"student": "a"}), ("c", {}))
+    }
+    takes = {"a": 3.0, "b": 2.0, "c": 4.0}
+    assert throughput.wall_clock(stages, takes, 2) == 5
+    assert throughput.wall_clock(stages, takes, 1) == 9
