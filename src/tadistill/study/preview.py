@@ -46,7 +46,7 @@ _NUMBERS = ("FLOPs", "time", "memory", "x direct", "assistants", "share", "relea
 
 def _stages(plan: Plan, store: Store, speeds: Speeds) -> Table:
     table = _table(f"{plan.recipe.study}: {len(plan.stages)} stages", "key", "", "FLOPs", "time", "memory", "stage", "parents")
-    table.columns[0].min_width = 16
+    table.columns[0].min_width, table.columns[1].min_width = 16, 4
     for stage in plan.stages.values():
         done = store.finished(stage.key)
         parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
