@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, StageFailed, TadistillError
 
@@ -40,31 +39,33 @@ console = Console()
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
-    """Show the stages: which are in the store, which would run, and the estimated training FLOPs."""
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time 20 updates of each kind of training stage here first.")] = False,
+    runs: Runs = None,
+) -> None:
+    """Show the stages: which are in the store, which would run, and what they cost (docs/compute.md)."""
     from tadistill.config import load
+    from tadistill.study import preview, throughput
     from tadistill.study.plan import make_plan
-    from tadistill.study.run import runs_directory
+    from tadistill.study.run import fetch_models, runs_directory
     from tadistill.study.store import Store
 
-    found = make_plan(load(recipe, overrides or []))
-    store = Store(runs_directory(runs) / "store")
-    table = Table(title=f"{found.recipe.study}: {len(found.stages)} stages", title_justify="left", box=None)
-    for column, width in (("key", 16), ("", 4), ("FLOPs", 8), ("stage", None), ("parents", None)):
-        table.add_column(column, justify="right" if column == "FLOPs" else "left", no_wrap=True, overflow="ellipsis", min_width=width)
-    for stage in found.stages.values():
-        state = "[green]hit[/]" if store.finished(stage.key) else "[yellow]miss[/]"
-        parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
-        flops = "–" if stage.kind in ("evaluate", "analyse") else "?" if stage.flops is None else f"{stage.flops:.2e}"
-        table.add_row(stage.key, state, flops, stage.label, parents)
-    console.print(table)
-    console.print()
-    costs = Table(title="training behind each arm, one seed", title_justify="left", box=None)
-    for column in ("arm", "path", "FLOPs"):
-        costs.add_column(column, justify="right" if column == "FLOPs" else "left")
-    for arm in found.arms:
-        costs.add_row(arm.name, arm.arm.text, "?" if arm.flops is None else f"{arm.flops:.3e}")
-    console.print(costs)
+    loaded = load(recipe, overrides or [])
+    store, accelerator = Store(runs_directory(runs) / "store"), None
+    if measure:
+        fetch_models(loaded, console)
+    found = make_plan(loaded)
+    if measure:
+        import torch
+
+        from tadistill.study.measure import measure as run_measure
+
+        accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        speeds = run_measure(found, preview.threads(found), lambda text: console.print(f"timing {text}", highlight=False))
+        throughput.save(store, throughput.machine(preview.threads(found), accelerator), speeds)
+    preview.show(found, store, console, accelerator)
 
 
 @app.command()

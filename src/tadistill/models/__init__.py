@@ -5,16 +5,17 @@ imported by their own paths, so that planning on a login node never loads torch.
 """
 
 from tadistill.models.memory import check_memory, resident_bytes
-from tadistill.models.sizes import Size, flops_per_token, read_config, size_of, with_layers
+from tadistill.models.sizes import Size, Work, forward_flops, read_config, size_of, with_layers
 from tadistill.models.sources import Source, fetch, fingerprint, locate, parse
 
 __all__ = [
     "Size",
     "Source",
+    "Work",
     "check_memory",
     "fetch",
     "fingerprint",
-    "flops_per_token",
+    "forward_flops",
     "locate",
     "parse",
     "read_config",

@@ -1,8 +1,8 @@
-"""Parameter counts and forward FLOPs from a config.json alone, exact for the families below. Imports no torch.
+"""Parameter counts and FLOPs from a config.json alone, exact for the families below. Imports no torch.
 
     config = read_config("gpt2")            # from this disk; None when the model is not there
     size = size_of(config)                  # None for a family that is not listed in `_COUNTERS`
-    flops_per_token(size, context=512)
+    forward_flops(size, Work(positions=512, pairs=512**2, heads=512))
 
 A model is counted from its description, so a study can be planned before a single weight is loaded.
 """
@@ -29,6 +29,30 @@ class Size:
     layers: int
     attention: int
     """Width of attention: query heads times their size."""
+    head: int
+    """Entries of the LM head alone."""
+    hidden: int
+    """Width of the hidden states."""
+    keys: int
+    """Width of a position's keys in one layer; its values have the same."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model was given to do, in the units that FLOPs follow from; of one forward pass or of many."""
+
+    positions: float = 0.0
+    """Token positions that went through the layers, padding included."""
+    pairs: float = 0.0
+    """Query-key pairs of attention, masked ones included: T^2 for a sequence of T positions."""
+    heads: float = 0.0
+    """Positions whose logits were made."""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.positions + other.positions, self.pairs + other.pairs, self.heads + other.heads)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.positions * times, self.pairs * times, self.heads * times)
 
 
 def read_config(load: str, revision: str = "main", config: Config | None = None, vocab_size: int | None = None) -> dict[str, Any] | None:
@@ -70,13 +94,13 @@ def size_of(config: Config) -> Size | None:
     return None if counter is None else counter(config)
 
 
-def flops_per_token(size: Size, context: float) -> float:
-    """Forward FLOPs per token, averaged over a causal sequence of `context` tokens.
+def forward_flops(size: Size, work: Work) -> float:
+    """FLOPs of forward passes; a backward pass costs twice as much (Kaplan et al. 2020).
 
-    2 matmul + 2 layers x attention x context: scores and values cost 4 x attention per attended token and layer, and a
-    token attends to context / 2 tokens on average. A backward pass costs twice as much.
+    Body: 2 per matrix entry and position, and 4 x attention width per query-key pair and layer (scores and values). The pairs are the whole
+    rectangle, as `torch.utils.flop_counter` counts them and kernels with a mask compute them. Head: 2 per entry where logits are made.
     """
-    return 2 * size.matmul + 2 * size.layers * size.attention * context
+    return 2 * (size.matmul - size.head) * work.positions + 4 * size.layers * size.attention * work.pairs + 2 * size.head * work.heads
 
 
 def _get(config: Config, *names: str) -> int:
@@ -101,7 +125,7 @@ def _gpt2(config: Config) -> Size:
     block = matrices + biases + 4 * width  # two layer norms
     heads = 1 if config.get("tie_word_embeddings", True) else 2
     total = heads * vocab * width + positions * width + layers * block + 2 * width
-    return Size(total, layers * matrices + vocab * width, layers, width)
+    return Size(total, layers * matrices + vocab * width, layers, width, vocab * width, width, width)
 
 
 def _opt(config: Config) -> Size:
@@ -117,7 +141,7 @@ def _opt(config: Config) -> Size:
     heads = 1 if config.get("tie_word_embeddings", True) else 2
     # OPT's position table has two more rows than positions.
     total = heads * vocab * outer + (positions + 2) * width + layers * block + final + projections
-    return Size(total, layers * matrices + projections + vocab * outer, layers, width)
+    return Size(total, layers * matrices + projections + vocab * outer, layers, width, vocab * outer, width, width)
 
 
 def _llama_like(
@@ -149,7 +173,8 @@ def _llama_like(
             biases += 2 * inner + width
         block = matrices + biases + 2 * width + (2 * size if query_norm else 0)
         tables = 1 if config.get("tie_word_embeddings", False) else 2
-        return Size(tables * vocab * width + layers * block + width, layers * matrices + vocab * width, layers, queries)
+        total, head = tables * vocab * width + layers * block + width, vocab * width
+        return Size(total, layers * matrices + head, layers, queries, head, width, keys)
 
     return count
 

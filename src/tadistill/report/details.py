@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tadistill.report.buckets import BUCKETS, bucket_size, bucket_summary, bucket_title
 from tadistill.report.collect import MEAN, Results, Summary, sets_with
-from tadistill.report.tables import cost_rows, main_metrics
+from tadistill.report.tables import StageRow, cost_rows, main_metrics, stage_rows
 from tadistill.report.units import DASH, flops_text, interval, metric_title, metric_unit, number, parameters_text, ratio_text, signed
 from tadistill.report.verdict import Comparison, comparisons
 
@@ -95,6 +95,7 @@ def detail_tables(results: Results) -> list[Table]:
         _published(results),
         _group(results, "other", "Other metrics", rest),
         _cost(results),
+        _ledger(results),
     ]
     return [table for table in tables if table is not None]
 
@@ -172,6 +173,24 @@ def _cost(results: Results) -> Table:
         relative = Cell(ratio_text(row.relative), row.direct or "") if row.relative is not None else Cell()
         rows.append((row.arm.name, (Cell(parameters_text(row.parameters)), Cell(flops_text(row.flops)), relative)))
     return Table("cost", "Cost", "All training behind an arm's final model, its teacher assistants included.", columns, tuple(rows))
+
+
+def _ledger(results: Results) -> Table | None:
+    """Predicted beside metered FLOPs and the time of finished training stages, those of a label's kind (its seeds) together."""
+    groups: dict[str, list[StageRow]] = {}
+    for row in stage_rows(results):
+        if row.manifest is not None and row.manifest.flops is not None and row.stage.flops is not None:
+            groups.setdefault(row.stage.label.rsplit(", seed ", 1)[0], []).append(row)
+    rows = tuple((label, _ledger_cells(group)) for label, group in groups.items())
+    columns = (Column("predicted FLOPs"), Column("metered FLOPs"), Column("metered / predicted"), Column("time", "of the stage"))
+    note = "Means over seeds, without dev evaluations; the prediction is the plan's, from the recipe alone (docs/compute.md)."
+    return Table("ledger", "Predicted and metered compute", note, columns, rows) if rows else None
+
+
+def _ledger_cells(rows: Sequence[StageRow]) -> tuple[Cell, ...]:
+    found = [(row.stage.flops or 0.0, row.manifest.flops or 0.0, row.manifest.seconds) for row in rows if row.manifest]
+    predicted, metered, seconds = (sum(column) / len(found) for column in zip(*found, strict=True))
+    return Cell(flops_text(predicted)), Cell(flops_text(metered)), Cell(ratio_text(metered / predicted)), Cell(f"{seconds:.0f} s")
 
 
 def _by_arm(

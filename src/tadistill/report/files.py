@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tadistill.errors import ConfigError, StoreError
+from tadistill.models.cost import Cost, Part
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts, decoding seeds)
 
@@ -118,6 +119,8 @@ class Manifest:
 
     seconds: float
     versions: Mapping[str, str]
+    flops: float | None
+    """Metered, of a training stage, without its dev evaluations; None where they were not metered."""
 
 
 def find_study(study: str, root: Path) -> Path:
@@ -204,7 +207,10 @@ def load_manifest(store_dir: Path, key: str) -> Manifest | None:
         return None
     content = read_json(path)
     try:
-        return Manifest(float(content["seconds"]), {str(k): str(v) for k, v in content["versions"].items()})
+        versions = {str(k): str(v) for k, v in content["versions"].items()}
+        parts = content["ledger"]["parts"] if "ledger" in content else {}
+        metered = {name: Part(**part) for name, part in parts.items()}
+        return Manifest(float(content["seconds"]), versions, Cost(metered).learning if metered else None)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 

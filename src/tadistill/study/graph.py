@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from tadistill.study.costs import Cost
 from tadistill.study.store import key_of
 
 STAGE_VERSION = {"sft": 3, "generate": 2, "signal": 1, "distill": 3, "temper": 1, "evaluate": 4, "analyse": 1, "probe": 1, "pair": 1}
@@ -30,11 +31,17 @@ class Stage:
     label: str
     model: str
     seed: int
-    flops: float | None
+    cost: Cost | None
+    """None where it is not known, or not counted: evaluate and analyse."""
     steps: int | None = None
     checkpoints: int = 0
     """How many dev evaluations its selection chooses among."""
     arms: set[str] = field(default_factory=set)
+
+    @property
+    def flops(self) -> float | None:
+        """Training FLOPs, without dev evaluations; None where they are not known."""
+        return self.cost.learning if self.cost else None
 
 
 class Graph:
@@ -43,7 +50,7 @@ class Graph:
     def __init__(self) -> None:
         self.stages: dict[str, Stage] = {}
 
-    def add(self, kind: str, spec: dict, label: str, model: str, seed: int, flops: float | None, steps: int | None = None) -> str:
+    def add(self, kind: str, spec: dict, label: str, model: str, seed: int, cost: Cost | None, steps: int | None = None) -> str:
         """The key of the stage with these settings, which is new unless an arm before had it."""
         key = key_of({"kind": kind, "version": STAGE_VERSION[kind], **spec})
         if key not in self.stages:
@@ -51,7 +58,7 @@ class Graph:
                 f"assistant {i + 1}": h for i, h in enumerate(spec.get("assistants", ()))
             }
             parents = {role: k for role, handle in handles.items() for k in _stage_keys(handle)}
-            self.stages[key] = Stage(kind, key, spec, parents, label, model, seed, flops, steps, _checkpoints(spec, steps))
+            self.stages[key] = Stage(kind, key, spec, parents, label, model, seed, cost, steps, _checkpoints(spec, steps))
         return key
 
     def mark(self, key: str, arm: str) -> None:

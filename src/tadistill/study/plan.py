@@ -190,6 +190,7 @@ class _Planner:
         if len(arm.path) > 1 or len(arm.last) != 2:
             raise ConfigError(f"arms.{name} has `compute`, which works for a direct path (A > B); its path is {arm.text}")
         trial = _Planner(self.recipe)
+        trial.ledger = trial.stages.ledger = self.ledger  # what it has read serves both
         final = trial._models(name, arm, self.recipe.seeds[0], 1.0)[0][-1]["stage"]
         total, last = trial.graph.flops(final), trial.graph.stages[final].flops
         if target is None or total is None or last is None:

@@ -21,7 +21,7 @@ from tadistill.models.pruning import keep_list
 from tadistill.models.scratch import scratch_config
 from tadistill.study.costs import Ledger, check_data
 from tadistill.study.plan import original_teacher
-from tadistill.study.runner import cores
+from tadistill.study.throughput import cores
 
 
 def check(recipe: Recipe) -> int:

@@ -22,14 +22,10 @@ from tadistill.models.memory import keep_freed_memory
 from tadistill.study.plan import Plan, Stage
 from tadistill.study.store import Store
 from tadistill.study.task import Task
+from tadistill.study.throughput import cores
 
 _worker: dict[str, Any] = {}
 """In a worker process: the event that asks it to stop, and the queue to the screen."""
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None:

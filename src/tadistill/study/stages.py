@@ -17,7 +17,7 @@ from tadistill.config.sampling import HiddenSignal, PairSampler, Rounds, Teacher
 from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.models import shapes, sources
-from tadistill.study.costs import Ledger
+from tadistill.study.costs import Cost, Ledger
 from tadistill.study.graph import Graph, Handle
 
 
@@ -98,7 +98,7 @@ class Stages:
     def _temper(self, name: str, parent: Handle, arm: str, seed: int) -> str:
         """A teacher whose mean entropy on dev responses is that of an arm's model."""
         spec = {"teacher": parent, "like": self.of_arm(arm, seed), **self._split("dev"), "batch": self.recipe.evaluate.batch}
-        return self.graph.add("temper", spec, f"temper {name} like {arm}, seed {seed}", name, seed, 0.0)
+        return self.graph.add("temper", spec, f"temper {name} like {arm}, seed {seed}", name, seed, Cost())
 
     # --- training -------------------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ class Stages:
                 raise ConfigError(f"models.{name}.sft.keep has {max(sft.keep)}, but its training has {optim.steps} updates; lower it")
             spec["keep"] = sorted(set(sft.keep))
         label = f"sft {name}{', continued' if continues else ''}, seed {seed}"
-        return self.graph.add("sft", spec, label, name, seed, self.ledger.sft(name, optim), optim.steps)
+        return self.graph.add("sft", spec, label, name, seed, self.ledger.sft(name, optim, sft.select), optim.steps)
 
     def distill(self, teachers: list[tuple[str, Handle]], name: str, student: Handle, method: Method, seed: int, turn: int = 0) -> str:
         """Teach a model: `teachers` from big to small, several of them with dense guidance.
@@ -147,15 +147,16 @@ class Stages:
             spec["corpus"] = {"ref": corpus.model_dump(), "fingerprint": datasets.fingerprint(corpus, "train", self.recipe.data)}
         again = f" (turn {turn + 1})" if turn else ""
         label = f"distill {' + '.join(names)} -> {name}{again}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
-        return self.graph.add("distill", spec, label, name, seed, self.ledger.distill(names, name, method), method.optim.steps)
+        return self.graph.add("distill", spec, label, name, seed, self.ledger.distill(tuple(names), name, method), method.optim.steps)
 
     def _signal(self, name: str, teacher: Handle, signal: HiddenSignal | TopKSignal, precision: str, seed: int) -> str:
         spec = {"teacher": teacher, "signal": signal.model_dump(), "precision": precision, **self._split("train")}
-        return self.graph.add("signal", spec, f"{signal.type} signal of {name}, seed {seed}", name, seed, self.ledger.generate(name))
+        label = f"{signal.type} signal of {name}, seed {seed}"
+        return self.graph.add("signal", spec, label, name, seed, self.ledger.signal(name, signal))
 
     def _generate(self, name: str, teacher: Handle, sampler: TeacherSampler | PairSampler, seed: int) -> str:
         spec = {"teacher": teacher, "sampler": sampler.model_dump(include=set(Decoding.model_fields)), "seed": seed, **self._split("train")}
-        return self.graph.add("generate", spec, f"generate with {name}, seed {seed}", name, seed, self.ledger.generate(name))
+        return self.graph.add("generate", spec, f"generate with {name}, seed {seed}", name, seed, self.ledger.generate(name, sampler))
 
     # --- measuring ------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
 from tadistill.rollout.vllm import Vllm
 from tadistill.study.context import MODEL, RESPONSES, SIGNAL, Context, teacher_dtype
+from tadistill.study.throughput import machine
 from tadistill.train.loop import Hooks, train_stage
 from tadistill.train.step import make_step
 
@@ -72,6 +74,8 @@ def train(context: Context) -> dict[str, Any]:
     accelerator.end_training()
     save_model(student, tokenizer, context.folder / MODEL)
     found = {"steps": state.step, "best_step": state.best_step, "best_value": state.best_value, "alarms": state.alarms["given"]}
+    accelerator_name = torch.cuda.get_device_name() if context.device.type == "cuda" else None
+    found |= {"ledger": state.ledger, "machine": machine(torch.get_num_threads(), accelerator_name)}
     return found | {"global_and_per_device": _counts(method, accelerator.num_processes)}
 
 

@@ -23,6 +23,8 @@ class TrainState:
     sampler: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     alarms: dict[str, Any] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict)
+    """What `train.meter` counted."""
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from tadistill.log import RunLog
 from tadistill.rollout.samplers import Sampler
 from tadistill.train import checkpoint
 from tadistill.train.checkpoint import TrainState
+from tadistill.train.meter import Meter
 from tadistill.train.step import counts
 from tadistill.train.terms import Step
 from tadistill.train.watch import Alarms, watch
@@ -105,48 +106,55 @@ def train_stage(
     steps, every = optim.steps, max(1, optim.steps // _LOG_POINTS)
     optimizer = make_optimizer(student, optim)
     model, optimizer = accelerator.prepare(student, optimizer)
-    run = _Run(student, step, sampler, optimizer, accelerator, directory, Alarms(minillm=step.clip is not None))
+    meter = Meter(student, step.models.teachers, checkpointing=optim.gradient_checkpointing)
+    run = _Run(student, step, sampler, optimizer, accelerator, directory, Alarms(minillm=step.clip is not None), meter)
     state = run.resume()
     log = RunLog(directory / "metrics.jsonl", resume_step=state.step, track=track) if accelerator.is_main_process else None
     saved, since = time.monotonic(), _Averages()
-    if sampler.wants_dev:
-        sampler.observe(_measured(student, hooks, accelerator))
-    while state.step < steps:
-        if _anywhere(accelerator, hooks.stop()):
-            run.save(state)
-            raise Interrupted(f"stopped at update {state.step} of {steps}")
-        if time.monotonic() - saved > checkpoint_seconds:
-            run.save(state)
-            saved = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, state.step, steps)
-        batches = step.prepare(sampler.micro_batches(state.step), state.step, lambda values: _sum(accelerator, values).cpu())
-        watched = run.watch(batches) if state.step % max(every, _WATCH_EVERY) == 0 else {}
-        for line in run.alarms.check(state.step, watched):
-            hooks.alarm(line)
-        # equal numbers of processes see equal masks; rank 0 sees those of a single process
-        torch.manual_seed(rng.torch_seed(seed, "dropout", state.step, *([accelerator.process_index] if accelerator.process_index else [])))
-        since.add(_update(model, step, batches, optimizer, optim, accelerator, state.step) | watched)
-        state.step += 1
-        if state.step in hooks.kept and accelerator.is_main_process:
-            hooks.keep(state.step)
-        chosen = select.metric != "last" and (state.step % select.every == 0 or state.step == steps)
-        if state.step % every == 0 or chosen:
-            metrics = since.pop() | sampler.metrics() | {"train/lr": optimizer.param_groups[0]["lr"]}
-            hooks.progress(state.step, f"loss {metrics['train/loss']:.3f}, {metrics['train/tokens_per_second']:,.0f} tokens/s")
-            if chosen:
-                dev = _measured(student, hooks, accelerator)
-                run.keep_best(state, dev[select.metric], select)
-                sampler.observe(dev)
-                metrics |= {f"dev/{name}": v for name, v in dev.items()}
-                since.restart()
-            if log:
-                log.write(state.step, metrics)
+    # equal numbers of processes see equal dropout; rank 0 sees that of a single process
+    others = [accelerator.process_index] if accelerator.process_index else []
+    with meter.counting():
+        if sampler.wants_dev:
+            sampler.observe(run.dev(hooks))
+        while state.step < steps:
+            if _anywhere(accelerator, hooks.stop()):
+                run.save(state)
+                raise Interrupted(f"stopped at update {state.step} of {steps}")
+            if time.monotonic() - saved > checkpoint_seconds:
+                run.save(state)
+                saved = time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(optim, state.step, steps)
+            with meter.timed("sampling"):
+                batches = step.prepare(sampler.micro_batches(state.step), state.step, lambda values: _sum(accelerator, values).cpu())
+            meter.saw(batches)
+            with meter.timed("watching"):
+                watched = run.watch(batches) if state.step % max(every, _WATCH_EVERY) == 0 else {}
+            for line in run.alarms.check(state.step, watched):
+                hooks.alarm(line)
+            torch.manual_seed(rng.torch_seed(seed, "dropout", state.step, *others))
+            with meter.timed("training"):
+                since.add(_update(model, step, batches, optimizer, optim, accelerator, state.step) | watched)
+            state.step += 1
+            if state.step in hooks.kept and accelerator.is_main_process:
+                hooks.keep(state.step)
+            chosen = select.metric != "last" and (state.step % select.every == 0 or state.step == steps)
+            if state.step % every == 0 or chosen:
+                metrics = since.pop() | sampler.metrics() | {"train/lr": optimizer.param_groups[0]["lr"]}
+                hooks.progress(state.step, f"loss {metrics['train/loss']:.3f}, {metrics['train/tokens_per_second']:,.0f} tokens/s")
+                if chosen:
+                    dev = run.dev(hooks)
+                    run.keep_best(state, dev[select.metric], select)
+                    sampler.observe(dev)
+                    metrics |= {f"dev/{name}": v for name, v in dev.items()}
+                    since.restart()
+                if log:
+                    log.write(state.step, metrics)
     if select.metric != "last":
         accelerator.wait_for_everyone()
         student.load_state_dict(checkpoint.load(directory / "best.pt"))
     student.eval()
-    state.alarms = run.alarms.state()
+    state.alarms, state.ledger = run.alarms.state(), meter.state(accelerator.num_processes)
     return state
 
 
@@ -161,6 +169,12 @@ class _Run:
     accelerator: Accelerator
     directory: Path
     alarms: Alarms
+    meter: Meter
+
+    def dev(self, hooks: Hooks) -> dict[str, float]:
+        """Dev metrics, metered as selection."""
+        with self.meter.timed("selection"):
+            return _measured(self.student, hooks, self.accelerator)
 
     def watch(self, batches: list[Batch]) -> dict[str, float]:
         """What the main process sees of its rollouts."""
@@ -175,7 +189,7 @@ class _Run:
             return
         state.model, state.optimizer, state.sampler = self.student.state_dict(), self.optimizer.state_dict(), self.sampler.state()
         state.schedule = self.step.schedule.state() if self.step.schedule else {}
-        state.alarms = self.alarms.state()
+        state.alarms, state.ledger = self.alarms.state(), self.meter.state()
         checkpoint.save(self.directory / "state.pt", vars(state))
 
     def resume(self) -> TrainState:
@@ -188,6 +202,7 @@ class _Run:
         self.optimizer.load_state_dict(state.optimizer)
         self.sampler.restore(state.sampler)
         self.alarms.restore(state.alarms)
+        self.meter.restore(state.ledger)
         if self.step.schedule:
             self.step.schedule.restore(state.schedule)
         return state

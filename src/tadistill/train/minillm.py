@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tadistill import objectives
 from tadistill.config.objective import MiniLLM
 from tadistill.data.batch import Batch
+from tadistill.train.meter import phase
 from tadistill.train.terms import CORPUS, RESPONSE, Loss, Models, Step, likelihood, of_divergence, of_tokens
 
 
@@ -70,7 +71,8 @@ def _loss(config: MiniLLM, models: Models, student: nn.Module, batch: Batch, per
     found = models.loss(student, batch, terms, per[RESPONSE], teachers)
     if batch.corpus is None:
         return found
-    plain = _corpus_loss(config, models, student, batch.corpus, per[CORPUS])
+    with phase("corpus"):
+        plain = _corpus_loss(config, models, student, batch.corpus, per[CORPUS])
     return Loss(found.total + plain.total, found.parts | plain.parts)
 
 

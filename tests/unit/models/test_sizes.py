@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tadistill.errors import ConfigError
-from tadistill.models import flops_per_token, read_config, size_of, with_layers
+from tadistill.models import Work, forward_flops, read_config, size_of, with_layers
 
 BASE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
 GPT2 = {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 20, "vocab_size": 50}
@@ -67,8 +67,10 @@ def test_gpt2_small_is_124_million():
     size = size_of(config)
     assert size.total == 124_439_808
     assert size.matmul == 123_532_032  # 12 x 12 x 768^2 = 84,934,656 in the blocks, 50257 x 768 = 38,597,376 in the head
-    # 2 x 123,532,032 + 2 x 12 x 768 x 512
-    assert flops_per_token(size, 512) == 256_501_248
+    assert (size.head, size.hidden, size.keys) == (38_597_376, 768, 768)
+    # a sequence of 512: 2 x 84,934,656 a position, 4 x 12 x 768 a pair, and 2 x 38,597,376 where there are logits, here on 100
+    work = Work(positions=512, pairs=512**2, heads=100)
+    assert forward_flops(size, work) == 512 * 169_869_312 + 512**2 * 36_864 + 100 * 77_194_752
 
 
 def test_attention_width_is_that_of_the_queries():

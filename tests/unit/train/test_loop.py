@@ -55,13 +55,15 @@ def test_schedules(schedule, middle, end):
 
 @pytest.mark.parametrize("at", [1, 4, 7])
 def test_an_interrupted_stage_resumes_to_the_bit(tmp_path, at):
-    whole, _ = train(tmp_path / "whole")
+    whole, of_whole = train(tmp_path / "whole")
+    assert of_whole.ledger["parts"]["training/student"]["heads"] > 0
     calls = iter(range(100))
     with pytest.raises(Interrupted):
         train(tmp_path / "parts", stop=lambda: next(calls) == at)
     resumed, state = train(tmp_path / "parts")
     assert state.step == 8
     assert torch.equal(weights(resumed), weights(whole))
+    assert {k: v for k, v in state.ledger.items() if k != "seconds"} == {k: v for k, v in of_whole.ledger.items() if k != "seconds"}
     a, b = ((tmp_path / d / "metrics.jsonl").read_text() for d in ("whole", "parts"))
     assert [line.split('"train/tokens')[0] for line in a.splitlines()] == [line.split('"train/tokens')[0] for line in b.splitlines()]
 

@@ -1,0 +1,158 @@
+"""How long a study's texts are, in tokens, without transformers: from the tokenizer's file where it is on this disk.
+
+The rules (template, cuts, rows left out) are `data.templates.encode`'s own. Without a tokenizer's file a token is four characters.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import Tokenizer
+
+from tadistill.config import DataRef, Recipe
+from tadistill.data import datasets, tinyworld
+from tadistill.data.templates import encode
+from tadistill.models import sources
+
+_SAMPLE = 512  # rows read to learn how lengths are distributed
+_ENDLESS = 2**31
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Lengths of the rows of a split, or of as many as were looked at."""
+
+    rows: tuple[tuple[int, int], ...]
+    """(prompt, response with its EOS) of rows at even distances."""
+    count: float
+    """Rows of the split that are not left out."""
+
+    @property
+    def totals(self) -> list[int]:
+        """Prompt and response."""
+        return [prompt + response for prompt, response in self.rows]
+
+    @property
+    def mean_prompt(self) -> float:
+        """Mean tokens of a prompt."""
+        return sum(prompt for prompt, _ in self.rows) / len(self.rows)
+
+    @property
+    def mean_response(self) -> float:
+        """Mean tokens of a response."""
+        return sum(response for _, response in self.rows) / len(self.rows)
+
+    def answered(self, most: int, *, endless: bool = False) -> "Texts":
+        """The prompts with sampled answers of at most `most` tokens: as long as the references, or all `most` where none ends."""
+        return replace(self, rows=tuple((prompt, most if endless else min(response, most)) for prompt, response in self.rows))
+
+    def drawn(self, count: int) -> list[tuple[int, int]]:
+        """`count` typical rows, short prompts first; fewer where fewer are known."""
+        ordered = sorted(self.rows)
+        if count >= len(ordered):
+            return ordered
+        # neighbours have prompts of like length, so each keeps a response of its own place
+        return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
+
+
+def read(recipe: Recipe, ref: DataRef, role: str, examples: Sequence[datasets.Example]) -> Texts:
+    """The lengths of a split that is read already."""
+    data, places = recipe.data, min(_SAMPLE, len(examples))
+    sample = [replace(examples[i * len(examples) // places], choices=()) for i in range(places)]
+    ids = tokenizer(recipe)
+    known = ids is not None
+    limits = {"max_prompt": data.max_prompt, "max_length": data.max_length} if known else {"max_prompt": _ENDLESS, "max_length": _ENDLESS}
+    stand_in = cast(Any, _StandIn(ids or _pieces))
+    found = encode(sample, stand_in, template=data.template, name=f"data set `{ref.name}` ({role})", **limits)
+    rows = [(min(len(e.prompt), data.max_prompt, data.max_length - 1), len(e.response)) for e in found]
+    return Texts(tuple((p, min(r, data.max_length - p)) for p, r in rows), len(examples) * len(rows) / places)
+
+
+def chunk(recipe: Recipe) -> int:
+    """Tokens of a row of the corpus: `max_length`, or all of a corpus that is shorter."""
+    data = recipe.data
+    assert data.corpus is not None
+    if data.corpus.load not in tinyworld.SPLITS:
+        return data.max_length  # reading may mean the network
+    ids, total = tokenizer(recipe) or _pieces, 0
+    for text in datasets.texts(data.corpus, data):
+        total += len(ids([text])[0]) + 1
+        if total >= data.max_length:
+            return data.max_length
+    return total
+
+
+Ids = Callable[[list[str]], Sequence[Sequence[Any]]]
+"""Texts to tokens, of which only number and equality matter."""
+
+
+def tokenizer(recipe: Recipe) -> Ids | None:
+    """The study's tokenizer, or None while its file is not on this disk."""
+    model = next(m for m in recipe.models.values() if m.load)  # models that teach each other share it
+    name = model.tokenizer or model.load
+    assert name is not None
+    if name == "tinyworld":
+        return lambda texts: [re.findall(r"\S+|\n", text) for text in texts]
+    directory = None if name.startswith("scratch:") else sources.locate(name, model.revision, weights=False)
+    file = directory / "tokenizer.json" if directory else None
+    return _from_file(file) if file and file.is_file() else None
+
+
+def vocabulary(name: str, recipe: Recipe) -> int | None:
+    """The number of tokens, read from the tokenizer's file; None while it is not on this disk."""
+    if name == "tinyworld":
+        world = recipe.data.world
+        return len(tinyworld.words(seed=world.seed, people=world.people)) + 3  # and <pad>, <eos>, <unk>
+    directory = sources.locate(name, weights=False)
+    file = directory / "tokenizer.json" if directory else None
+    if file is None or not file.is_file():
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return len({*content["model"]["vocab"], *(t["content"] for t in content["added_tokens"])})
+
+
+@lru_cache
+def _from_file(file: Path) -> Ids:
+    backend = Tokenizer.from_file(str(file))
+    backend.no_truncation()
+    backend.no_padding()
+    return lambda texts: [e.ids for e in backend.encode_batch(texts, add_special_tokens=False)]
+
+
+def _pieces(texts: list[str]) -> list[list[str]]:
+    """Four characters a token."""
+    return [[text[i : i + 4] for i in range(0, len(text), 4)] for text in texts]
+
+
+class _StandIn:
+    """What `encode` asks of a tokenizer; a chat is put into ChatML, whatever the model's own template is."""
+
+    eos_token_id = -1
+    chat_template = "chatml"
+
+    def __init__(self, ids: Ids):
+        self._ids = ids
+
+    def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, Sequence[Sequence[Any]]]:
+        return {"input_ids": [list(ids) for ids in self._ids(texts)]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
+        turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        return f"{turns}<|im_start|>assistant\n"
+
+
+def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
+    """The expected largest of `draws` of these values, or of its `power`: without replacement, as a batch of shuffled rows is drawn."""
+    ordered, n = sorted(values), len(values)
+    if draws >= n:
+        return float(ordered[-1] ** power)
+    total, share = 0.0, 1.0  # of the ways to draw, those among the k smallest
+    for k in range(n, draws - 1, -1):
+        below = share * (k - draws) / k
+        total += (share - below) * ordered[k - 1] ** power
+        share = below
+    return total

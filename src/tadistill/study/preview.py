@@ -1,0 +1,132 @@
+"""What `tadistill plan` shows: stages with their FLOPs, seconds and memory, arms with what they cost in all. Imports no torch."""
+
+from collections.abc import Iterable
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from tadistill.study import throughput
+from tadistill.study.graph import Stage
+from tadistill.study.plan import Plan, PlannedArm
+from tadistill.study.store import Store
+from tadistill.study.throughput import Speeds
+
+_DEAREST = 3  # stages whose parts are shown
+
+
+def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Group:
+    """All tables, and the sentences under them."""
+    parts = [_stages(plan, store, speeds), "", _arms(plan), "", _dearest(plan), ""]
+    return Group(*parts, *_notes(plan, store, speeds, jobs))
+
+
+def show(plan: Plan, store: Store, console: Console, accelerator: str | None = None) -> None:
+    """Print the preview for this machine."""
+    jobs = plan.recipe.runtime.jobs or (1 if accelerator else throughput.cores())
+    speeds = throughput.load(store, plan.stages, threads(plan), accelerator)
+    console.print(preview(plan, store, speeds, jobs))
+
+
+def threads(plan: Plan) -> int:
+    """Threads of a stage on a CPU: cores that the jobs share."""
+    jobs = plan.recipe.runtime.jobs or throughput.cores()
+    return max(1, throughput.cores() // jobs)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None)
+    for column in columns:
+        number = column in _NUMBERS
+        table.add_column(column, justify="right" if number else "left", no_wrap=True, overflow="ellipsis", min_width=8 if number else None)
+    return table
+
+
+_NUMBERS = ("FLOPs", "time", "memory", "x direct", "assistants", "share", "released")
+
+
+def _stages(plan: Plan, store: Store, speeds: Speeds) -> Table:
+    table = _table(f"{plan.recipe.study}: {len(plan.stages)} stages", "key", "", "FLOPs", "time", "memory", "stage", "parents")
+    table.columns[0].min_width, table.columns[1].min_width = 16, 4
+    for stage in plan.stages.values():
+        done = store.finished(stage.key)
+        parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
+        flops = "–" if stage.kind in ("evaluate", "analyse") else _flops(stage.flops)
+        state = "[green]hit[/]" if done else "[yellow]miss[/]"
+        memory = f"{stage.cost.memory / 1e9:.2g} GB" if stage.cost and stage.cost.memory else "–"
+        table.add_row(stage.key, state, flops, _time(throughput.seconds(stage.cost, speeds)), memory, stage.label, parents)
+    return table
+
+
+def _arms(plan: Plan) -> Table:
+    table = _table("training behind each arm, one seed", "arm", "path", "FLOPs", "x direct", "assistants", "compute")
+    for arm in plan.arms:
+        direct = _direct(plan, arm)
+        ratio = f"{arm.flops / direct:.2f}" if arm.flops and direct else "–"
+        table.add_row(arm.name, " > ".join(arm.arm.path), _flops(arm.flops), ratio, _assistants(plan, arm), arm.arm.compute or "")
+    return table
+
+
+def _direct(plan: Plan, arm: PlannedArm) -> float | None:
+    """FLOPs of the path from this arm's teacher straight to its student, by the same method and with its own number of updates."""
+    ends, how = (arm.arm.path[0], arm.arm.path[-1]), (arm.method.objective, arm.method.sampler)
+    plain = [a for a in plan.arms if a.arm.path == ends and len(arm.arm.path) > 1 and not a.arm.compute]
+    return next((a.flops for a in plain if (a.method.objective, a.method.sampler) == how), None)
+
+
+def _assistants(plan: Plan, arm: PlannedArm) -> str:
+    """FLOPs of the stages that train the path's middle models."""
+    key = next(iter(arm.final.values()))
+    if len(arm.arm.path) < 3 or key is None:
+        return "–"
+    needed, todo = set(), [key]
+    while todo:
+        at = todo.pop()
+        if at not in needed:
+            needed.add(at)
+            todo += plan.stages[at].parents.values()
+    flops = [plan.stages[k].flops for k in needed if plan.stages[k].model in arm.arm.path[1:-1]]
+    return "?" if None in flops else _flops(sum(f for f in flops if f is not None))
+
+
+def _dearest(plan: Plan) -> Table:
+    """The parts of the dearest stages, one of a kind, and what MiniLLM's released code would spend."""
+    table = _table("parts of the dearest kinds of stage", "stage", "part", "FLOPs", "share")
+    kinds: dict[str, Stage] = {}
+    for stage in sorted(plan.stages.values(), key=lambda s: -(s.flops or 0.0)):
+        if stage.cost:
+            kinds.setdefault(stage.cost.kind, stage)
+    for stage in list(kinds.values())[:_DEAREST]:
+        assert stage.cost is not None
+        label = stage.label
+        for name, part in sorted(stage.cost.parts.items(), key=lambda item: -item[1].flops):
+            table.add_row(label, name, _flops(part.flops), f"{part.flops / stage.cost.total:.0%}")
+            label = ""
+        if stage.cost.published:
+            share = f"{stage.cost.published / stage.cost.total:.0%}"
+            table.add_row("", "[dim]released code would[/]", _flops(stage.cost.published), share)
+    return table
+
+
+def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]:
+    head = plan.teacher or "a loaded model"
+    yield f"Counted: all training behind an arm's final model, {head}'s own included. Not counted: dev evaluations, rollout metrics, tests."
+    todo = [s for s in plan.stages.values() if s.cost and not store.finished(s.key)]
+    takes = {s.key: t for s in todo if (t := throughput.seconds(s.cost, speeds)) is not None}
+    if not todo:
+        return
+    if len(takes) < len(todo):
+        unknown = f"{len(todo) - len(takes)} of {len(todo)} stages to run"
+        yield f"Time: not known for {unknown}; `tadistill plan RECIPE --measure` times their kinds here."
+    if takes:
+        total = throughput.wall_clock(plan.stages, takes, jobs)
+        yield f"Time of the known training, {jobs} at a time: {_time(total)}. Evaluations and analyses come on top."
+
+
+def _flops(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2e}"
+
+
+def _time(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

@@ -1,0 +1,146 @@
+"""What a training stage really computes: tokens and FLOPs by part (`models.cost`), from the shapes that models and heads are called with.
+
+    meter = Meter(student, (teacher,))
+    with meter.counting():
+        with meter.timed("sampling"):
+            …                                   # every call of a model in here counts, and so does every fused head
+    meter.state()                               # plain numbers: for a checkpoint, and for the stage's manifest
+
+Nothing but shapes is read, so no device is waited for. A backward pass is counted with its forward pass, as two more of them. Not
+counted: what is no matrix product with weights and no attention (norms, softmax, the optimizer, rotary tables, returns), and vLLM.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tadistill.data.batch import Batch
+from tadistill.models.cost import Part
+from tadistill.models.sizes import Size, Work, forward_flops, size_of
+from tadistill.objectives import Head
+from tadistill.objectives.fused import heads_watched
+
+_phase: ContextVar[str] = ContextVar("phase of the training stage")
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """What the calls inside are for; in `sampling` they are rollouts in inference mode, and scoring passes outside of it."""
+    token = _phase.set(name)
+    try:
+        yield
+    finally:
+        _phase.reset(token)
+
+
+class _Side:
+    """The student or a teacher."""
+
+    def __init__(self, name: str, model: PreTrainedModel):
+        self.name, self.model = name, model
+        self.size = size_of(model.config.get_text_config().to_dict())
+        head = model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        self.head = head
+
+
+class Meter:
+    """Counts the calls of a student and of its teachers."""
+
+    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], *, checkpointing: bool = False):
+        """
+        Args:
+            checkpointing: the student's layers run forward once more in a backward pass.
+        """
+        self._backward = 4 if checkpointing else 3
+        self._sides = [_Side("student", student), *(_Side("teacher", teacher) for teacher in teachers)]
+        self._parts: dict[str, Part] = {}
+        self._seconds: dict[str, float] = {}
+        self._padding = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Hooks on all models and on the fused head, gone at the end."""
+        handles = [side.model.register_forward_pre_hook(self._body(side), with_kwargs=True) for side in self._sides]
+        handles += [side.head.register_forward_hook(self._logits(side)) for side in self._sides]
+        try:
+            with heads_watched(self._fused), phase("training"):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """A phase whose seconds are kept. Each ends with numbers on the host, so no device is still at work for it."""
+        start = time.perf_counter()
+        try:
+            with phase(name):
+                yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def saw(self, batches: list[Batch]) -> None:
+        """Note the padding of an update's text."""
+        for batch in batches:
+            self._padding += batch.attention_BT.numel() - int(batch.attention_BT.sum())
+
+    def state(self, processes: int = 1) -> dict[str, Any]:
+        """Parts, seconds and padding as plain numbers; of `processes` that are taken to do as much each."""
+        parts = {
+            name: {key: value * processes for key, value in vars(part).items()}
+            for name, part in sorted(self._parts.items())
+            if part.positions or part.heads
+        }
+        return {"parts": parts, "seconds": dict(self._seconds), "padding": self._padding * processes}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state` for one process; an empty state is a new start."""
+        self._parts = {name: Part(**part) for name, part in state.get("parts", {}).items()}
+        self._seconds, self._padding = dict(state.get("seconds", {})), state.get("padding", 0)
+
+    # --- the hooks ------------------------------------------------------------------------------------------------------
+
+    def _add(self, who: str, flops: float, positions: int, heads: int) -> None:
+        at = _phase.get()
+        if at == "sampling":
+            at = "rollout" if torch.is_inference_mode_enabled() else "scoring"
+        name = f"{at}/{who}"
+        self._parts[name] = self._parts.get(name, Part()) + Part(flops, positions, heads)
+
+    def _body(self, side: _Side) -> Any:
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+            rows, width = ids.shape
+            if mask is not None and mask.ndim == 4:  # packed sampling: one row of tokens, a rectangle of attention
+                pairs = mask.shape[0] * mask.shape[2] * mask.shape[3]
+            else:
+                pairs = rows * width * (width + (cache.get_seq_length() if cache is not None else 0))
+            times = self._backward if side.name == "student" and torch.is_grad_enabled() else 1
+            self._add(side.name, times * _flops(side.size, rows * width, pairs), rows * width, 0)
+
+        return count
+
+    def _logits(self, side: _Side) -> Any:
+        def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            rows = output.numel() // output.shape[-1] if output.numel() else 0
+            if rows:
+                self._add(side.name, 2 * rows * output.shape[-1] * args[0].shape[-1], 0, rows)
+
+        return count
+
+    def _fused(self, head: Head, rows: int, width: int, grad: bool) -> None:
+        student = head.weight is self._sides[0].head._parameters["weight"]
+        flops = 2 * rows * width * head.weight.shape[1] * (3 if student and grad else 1)
+        self._add("student" if student else "teacher", flops, 0, rows)
+
+
+def _flops(size: Size | None, positions: int, pairs: int) -> float:
+    """Of the layers alone; not a number for a family that is not counted."""
+    return float("nan") if size is None else forward_flops(size, Work(positions, pairs))

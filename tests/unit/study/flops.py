@@ -1,0 +1,47 @@
+"""Runs the stages of a plan in this process while torch counts their FLOPs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from tadistill.study.execute import run_stage
+from tadistill.study.plan import Plan, Stage
+from tadistill.study.store import Store
+from tadistill.study.task import Task
+
+
+def _attention(query, key, value, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad, query, key, value, *args: Any, **kwargs: Any) -> int:
+    """Twice the forward pass; the kernel makes the scores once more, which is not counted here."""
+    return 2 * sdpa_flop_count(query, key, value)
+
+
+def _product_added(total, left, right, **kwargs: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+_ADDED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten.addmm_: _product_added,  # the fused head adds its gradient up in place
+}
+"""What torch's own registry leaves out."""
+
+
+def counted(plan: Plan, directory: Path, kinds: tuple[str, ...] = ("sft", "distill")) -> Iterator[tuple[Stage, float, dict[str, Any]]]:
+    """Every stage of these kinds with torch's FLOPs and its manifest; those that only measure are left out."""
+    store = Store(directory)
+    for stage in plan.stages.values():
+        if stage.kind in ("evaluate", "analyse"):
+            continue
+        task = Task(stage.kind, stage.key, stage.spec, stage.parents, stage.label, stage.steps, str(directory), "t", None, 1e9, ())
+        with FlopCounterMode(display=False, custom_mapping=_ADDED) as counter:
+            run_stage(task, progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
+        if stage.kind in kinds:
+            yield stage, float(counter.get_total_flops()), store.manifest(stage.key)
