@@ -62,7 +62,7 @@ def _arms(plan: Plan) -> Table:
     for arm in plan.arms:
         direct = _direct(plan, arm)
         ratio = f"{arm.flops / direct:.2f}" if arm.flops and direct else "–"
-        table.add_row(arm.name, " > ".join(arm.arm.path), _flops(arm.flops), ratio, _assistants(plan, arm), arm.arm.compute or "")
+        table.add_row(arm.name, arm.arm.text, _flops(arm.flops), ratio, _assistants(plan, arm), arm.arm.compute or "")
     return table
 
 
