@@ -14,9 +14,7 @@ Axes: N tokens, H hidden, V vocabulary, K terms.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +25,7 @@ from torch import Tensor
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import wide
-from tadistill.objectives.head import Head, Hidden
+from tadistill.objectives.head import Head, Hidden, report_heads
 from tadistill.objectives.slopes import written_out
 from tadistill.objectives.targets import Target, TargetMixture, TopK, aligned, per_token, select
 
@@ -165,30 +163,12 @@ def fused_head(
     for target in teachers:
         if isinstance(target, TopK):
             target.check(width)
-    if (watcher := _watcher.get()) is not None:
-        watcher(head, len(hidden), width, torch.is_grad_enabled())
-        for target in teachers:
-            if isinstance(target, Hidden):
-                watcher(target.head, len(hidden), width, False)
+    report_heads(head, [t.head for t in teachers if isinstance(t, Hidden)], len(hidden), width)
     kind = hidden.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     plan = _Plan(head, values, slopes, weights.expand(-1, len(hidden)), tuple(teachers), width, autocast, torch.is_grad_enabled())
     total, found = _FusedHead.apply(hidden, head.weight, head.bias, plan)  # type: ignore[misc]
     return total, found
-
-
-Watcher = Callable[[Head, int, int, bool], None]
-_watcher: ContextVar[Watcher | None] = ContextVar("what hears of every head", default=None)
-
-
-@contextmanager
-def heads_watched(watcher: Watcher) -> Iterator[None]:
-    """Tell `watcher` of every head in `fused_head`: the head, tokens, how much of the vocabulary, and whether gradients are made."""
-    token = _watcher.set(watcher)
-    try:
-        yield
-    finally:
-        _watcher.reset(token)
 
 
 def _same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:

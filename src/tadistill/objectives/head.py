@@ -1,5 +1,8 @@
 """The last layer of a language model, and a teacher that is its hidden states with such a layer. Axes: H hidden, V vocabulary."""
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -43,3 +46,25 @@ class Hidden:
     def to(self, device: torch.device) -> "Hidden":
         """The states on another device; the head stays where it is."""
         return Hidden(self.states.to(device), self.head)
+
+
+Watcher = Callable[[Head, int, int, bool], None]
+_watcher: ContextVar[Watcher | None] = ContextVar("what hears of every head", default=None)
+
+
+@contextmanager
+def heads_watched(watcher: Watcher) -> Iterator[None]:
+    """Tell `watcher` of every head in `fused_head`: the head, tokens, how much of the vocabulary, and whether gradients are made."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def report_heads(student: Head, teachers: Iterable[Head], tokens: int, width: int) -> None:
+    """Called by `fused_head` before it works."""
+    if (watcher := _watcher.get()) is not None:
+        watcher(student, tokens, width, torch.is_grad_enabled())
+        for head in teachers:
+            watcher(head, tokens, width, False)

@@ -197,7 +197,7 @@ def direct_arm(results: Results, arm: Arm) -> Arm | None:
     if len(arm.path) > 1:
         head = results.plan.teacher or arm.path[0]
         candidates = [a for a in candidates if a.path[0] == head]
-    like = [a for a in candidates if a.method == arm.method] if arm.is_chain or arm.compute else []
+    like = [a for a in candidates if a.method == arm.method] if arm.has_assistant or arm.compute else []
     return next(iter([*like, *candidates]), None)
 
 

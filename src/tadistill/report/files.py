@@ -55,6 +55,8 @@ class Arm:
     """The path that ends with its model."""
     path_text: str
     """All of its edges as a recipe writes them: ``xl > l > s``."""
+    models: tuple[str, ...]
+    """All models that have a part in it."""
     method: str
     model: str
     compute: str | None
@@ -79,6 +81,11 @@ class Arm:
     def is_chain(self) -> bool:
         """True when at least one teacher assistant stands between the teacher and the student."""
         return len(self.path) > 2
+
+    @property
+    def has_assistant(self) -> bool:
+        """True when a teacher assistant has any part in it: as a link, as a start, or as a teacher for some time."""
+        return len(self.models) > 2
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,7 @@ def _arm(entry: Mapping[str, Any]) -> Arm:
     return Arm(
         name=entry["name"],
         path=tuple(entry["path"]),
+        models=tuple(entry.get("models", entry["path"])),
         path_text=entry.get("text") or " > ".join(entry["path"]),  # a plan of an earlier version has the path alone
         method=entry["method"],
         model=entry["model"],

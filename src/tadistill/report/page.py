@@ -73,7 +73,7 @@ def _words(results: Results) -> dict[str, Any]:
         "primary": primary_metric(results),
         "seeds": seeds_of(results),
         "trained": any(arm.is_trained for arm in results.plan.arms),
-        "chains": any(arm.is_chain for arm in results.plan.arms),
+        "chains": any(arm.has_assistant for arm in results.plan.arms),
         "findings": findings,
         "cautions": [finding for finding in findings if finding.kind == "caution"],
         "tables": [score_table(results, metric) for metric in main_metrics(results)],

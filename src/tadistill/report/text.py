@@ -80,7 +80,7 @@ def headline(results: Results) -> list[Finding]:
 def _verdicts(results: Results) -> list[Finding]:
     """One sentence for each chain; without chains, one for each pair of arms, of many those that the best arm decides."""
     decided = {(c.arm, c.other): c for c in comparisons(results)}
-    if len(decided) > _PAIRS_IN_WORDS and not any(arm.is_chain for arm in results.plan.arms):
+    if len(decided) > _PAIRS_IN_WORDS and not any(arm.has_assistant for arm in results.plan.arms):
         return _many_pairs(results, list(decided.values()))
     findings: list[Finding] = []
     for pair in pairs(results):

@@ -91,7 +91,7 @@ class Pair:
 
 def pairs(results: Results) -> list[Pair]:
     """Every chain and what it is compared with; without chains, all pairs of models that compete."""
-    chains = [arm for arm in results.plan.arms if arm.is_chain]
+    chains = [arm for arm in results.plan.arms if arm.has_assistant]
     if chains:
         return [_chain_pair(results, chain) for chain in chains]
     return [Pair(a, b, "pair") for group in competitors(results) for a, b in combinations(group, 2)]

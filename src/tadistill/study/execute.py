@@ -27,6 +27,7 @@ from tadistill.study.probing import pair, probe
 from tadistill.study.store import Store, write_json, write_rows
 from tadistill.study.task import Task
 from tadistill.study.training import train
+from tadistill.train.loop import Interrupted
 
 _GENERATION_BATCH = 64
 
@@ -34,7 +35,13 @@ _GENERATION_BATCH = 64
 def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]) -> None:
     """Run a stage unless the store has it (another process may have finished it meanwhile)."""
     store = Store(Path(task.store))
-    lock = store.acquire(task.key, timeout=10)
+
+    def waiting() -> None:
+        progress(0, task.steps or 1, "another process is at it")
+        if stop():
+            raise Interrupted("stopped while another process ran the stage")
+
+    lock = store.acquire(task.key, waiting)
     try:
         if store.finished(task.key):
             return

@@ -67,16 +67,19 @@ def _arms(plan: Plan) -> Table:
 
 
 def _direct(plan: Plan, arm: PlannedArm) -> float | None:
-    """FLOPs of the path from this arm's teacher straight to its student, by the same method and with its own number of updates."""
-    ends, how = (arm.arm.path[0], arm.arm.path[-1]), (arm.method.objective, arm.method.sampler)
-    plain = [a for a in plan.arms if a.arm.path == ends and len(arm.arm.path) > 1 and not a.arm.compute]
+    """FLOPs of the path from the original teacher straight to this arm's student, by the same method and with its own number of updates."""
+    if not arm.arm.learners or plan.teacher is None:
+        return None
+    ends, how = ((plan.teacher, arm.arm.last[-1]),), (arm.method.objective, arm.method.sampler)
+    plain = [a for a in plan.arms if a.arm.path == ends and not a.arm.compute and not a.arm.init]
     return next((a.flops for a in plain if (a.method.objective, a.method.sampler) == how), None)
 
 
 def _assistants(plan: Plan, arm: PlannedArm) -> str:
-    """FLOPs of the stages that train the path's middle models."""
+    """FLOPs of the stages that train models other than the teachers' heads and the student."""
     key = next(iter(arm.final.values()))
-    if len(arm.arm.path) < 3 or key is None:
+    middle = set(arm.arm.learners) - {arm.arm.last[-1]}
+    if not middle or key is None:
         return "–"
     needed, todo = set(), [key]
     while todo:
@@ -84,7 +87,7 @@ def _assistants(plan: Plan, arm: PlannedArm) -> str:
         if at not in needed:
             needed.add(at)
             todo += plan.stages[at].parents.values()
-    flops = [plan.stages[k].flops for k in needed if plan.stages[k].model in arm.arm.path[1:-1]]
+    flops = [plan.stages[k].flops for k in needed if plan.stages[k].model in middle]
     return "?" if None in flops else _flops(sum(f for f in flops if f is not None))
 
 

@@ -101,6 +101,7 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
                 "name": a.name,
                 "path": list(a.arm.last),
                 "text": _text(a),
+                "models": list(a.arm.models),
                 "method": _method(a),
                 "model": a.arm.last[-1],
                 "compute": a.arm.compute,

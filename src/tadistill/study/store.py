@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +82,15 @@ class Store:
         except OSError as error:
             raise StoreError(f"cannot write to the store at {self.root}: {error.strerror}; set --runs DIR to a writable folder") from error
 
-    def acquire(self, key: str, timeout: float) -> FileLock:
-        """Take the lock of a stage, or say who else may be at it."""
+    def acquire(self, key: str, waiting: Callable[[], None]) -> FileLock:
+        """Take the lock of a stage; while another process runs it, call `waiting` once a second, which may raise to give up."""
         lock = self.lock(key)
-        try:
-            lock.acquire(timeout=timeout)
-        except Timeout as error:
-            raise StoreError(f"stage {key} is being run by another process; wait for it, or stop it, then run again") from error
-        return lock
+        while True:
+            try:
+                lock.acquire(timeout=1)
+                return lock
+            except Timeout:
+                waiting()
 
     def finish(self, key: str, manifest: dict[str, Any]) -> None:
         """Put the manifest in place, with the digest of every file; then drop what only a resume needed."""

@@ -24,7 +24,7 @@ from tadistill.data.batch import Batch
 from tadistill.models.cost import Part
 from tadistill.models.sizes import Size, Work, forward_flops, size_of
 from tadistill.objectives import Head
-from tadistill.objectives.fused import heads_watched
+from tadistill.objectives.head import heads_watched
 
 _phase: ContextVar[str] = ContextVar("phase of the training stage")
 

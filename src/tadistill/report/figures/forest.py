@@ -31,7 +31,7 @@ def reference_of(results: Results, arm: Arm) -> Arm | None:
     teacher = results.plan.teacher
     if teacher is not None and arm.path == (teacher,):
         return None
-    other = (twin_of(results, arm) if arm.is_chain else None) or direct_arm(results, arm)
+    other = (twin_of(results, arm) if arm.has_assistant else None) or direct_arm(results, arm)
     if other is None:
         other = next(a for a in results.plan.arms if teacher is None or a.model == arm.model)
     return None if other.name == arm.name else other
@@ -50,7 +50,7 @@ def differences(results: Results) -> list[Against]:
         if other and compared:
             per_seed = differences_per_seed(results, arm.name, other.name, metric)
             found.append(Against(arm, other, compared[0], per_seed, words.get((arm.name, other.name))))
-    return sorted(found, key=lambda entry: (not entry.arm.is_chain, -entry.difference.mean))
+    return sorted(found, key=lambda entry: (not entry.arm.has_assistant, -entry.difference.mean))
 
 
 def difference_figure(results: Results) -> str | None:
