@@ -1,0 +1,156 @@
+"""docs/results/takd.md and its pictures, from the finished study of recipes/takd/tinyworld-all-paths.yaml.
+
+    tadistill run recipes/takd/tinyworld-all-paths.yaml
+    python docs/tabulate_takd.py [RUNS]
+
+The pictures are the report's own figures, taken in Chromium through playwright.
+"""
+
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+from tadistill.report.collect import MEAN, Results, compare, primary_metric, read_results, twin_of
+from tadistill.report.units import difference_text, flops_text, ratio_text, summary_text
+from tadistill.report.verdict import Comparison, comparisons
+
+STUDY = "tinyworld-all-paths"
+HERE = Path(__file__).parent
+DIRECT = "direct"
+CHAINS = ("via-l", "via-m", "via-l-m")
+PICTURES = {
+    "differences": "Paired differences, each arm to its equal-compute twin or to `direct`; dots are seeds",
+    "paths": "The path lattice: what was distilled from what",
+    "plane": "The entropy-ROUGE plane: each arm as a curve over decoding temperatures",
+    "budget": "The error budget of each chain: KL(student ‖ teacher), hop by hop",
+}
+WHAT = {
+    "teacher": "the teacher",
+    "sft": "SFT, where all students start",
+    "ta-l": "the bigger TA",
+    "ta-m": "the smaller TA",
+    "direct": "no TA",
+    "via-l": "chain",
+    "via-m": "chain",
+    "via-l-m": "chain of two TAs",
+    "direct-as-via-l": "no TA, the compute of `via-l`",
+    "direct-as-via-m": "no TA, the compute of `via-m`",
+    "direct-as-via-l-m": "no TA, the compute of `via-l-m`",
+    "sft-only-ta": "TA not distilled",
+    "same-size-ta": "TA as big as the teacher",
+    "tempered": "teacher as sharp as `ta-m`",
+    "early": "teacher at a third of its training",
+    "taid": "TAID in place of a TA",
+    "dense": "teacher and TA at once",
+    "curriculum": "TA, then teacher",
+    "init-m": "starts from the TA, pruned; teacher teaches",
+    "init-m-via-m": "starts from the TA, pruned; TA teaches",
+    "direct-as-init-m": "no TA, the compute of `init-m`",
+}
+
+
+def answer(results: Results) -> str:
+    """The first sentence: the best chain against its equal-compute twin."""
+    best = max((_comparison(results, name) for name in CHAINS), key=lambda c: c.difference.mean)
+    low, high = best.difference.low, best.difference.high
+    said = "helped" if best.word == "gain" else "did not help"
+    more = {True: " and every one of them cost accuracy", False: ""}[all(_comparison(results, c).difference.high < 0 for c in CHAINS)]
+    return (
+        f"**At equal compute no teacher assistant used as a teacher {said if said == 'helped' else 'helped'} on tinyworld{more}: the best of "
+        f"the three chains, `{best.arm}`, is {difference_text(best.difference, best.metric)} of fact accuracy against direct distillation with "
+        f"the same compute (95 % interval {low:+.1f} to {high:+.1f}, {len(best.seeds)} seeds).**"
+        if said != "helped"
+        else f"**At equal compute a teacher assistant helped on tinyworld: `{best.arm}` is {difference_text(best.difference, best.metric)} of "
+        f"fact accuracy against direct distillation with the same compute ({len(best.seeds)} seeds).**"
+    )
+
+
+def _comparison(results: Results, arm: str) -> Comparison:
+    return next(c for c in comparisons(results) if c.arm == arm)
+
+
+def arms_table(results: Results) -> list[str]:
+    """A row an arm: what it scores, how far it is from the teacher, and what it cost."""
+    metrics = {"fact_accuracy": "fact accuracy", "rouge_l": "Rouge-L", "fact_accuracy@greedy": "greedy", "loss": "loss"}
+    metrics |= {"reverse_kl": "KL(q‖T)", "forward_kl": "KL(T‖q)", "entropy": "entropy"}
+    direct = results.plan.arms[[a.name for a in results.plan.arms].index(DIRECT)].flops
+    lines = [
+        "| arm | path | what it is | " + " | ".join(metrics.values()) + " | FLOPs | × direct |",
+        "|---|---|---|" + "---:|" * (len(metrics) + 2),
+    ]
+    for arm in results.plan.arms:
+        cells = [summary_text(results.summaries[arm.name, MEAN, metric], metric) for metric in metrics]
+        ratio = ratio_text(arm.flops / direct) if arm.flops and direct else "–"
+        lines.append(
+            f"| `{arm.name}` | {arm.path_text} | {WHAT[arm.name]} | {' | '.join(cells)} | {flops_text(arm.flops)} | {ratio} |"
+        )
+    return lines
+
+
+def chains_table(results: Results) -> list[str]:
+    """Every arm with an assistant against its twin (or plain direct), and against plain direct as if its assistant were free."""
+    metric = primary_metric(results)
+    lines = [
+        "| arm | against | fact accuracy | Holm p | verdict | greedy | Rouge-L | KL(q‖T) | fact accuracy, as if the TA were free (against `direct`) |",
+        "|---|---|---:|---:|---|---:|---:|---:|---:|",
+    ]
+    for c in comparisons(results):
+        others = [_difference(results, c.arm, c.other, m) for m in ("fact_accuracy@greedy", "rouge_l", "reverse_kl")]
+        free = _difference(results, c.arm, DIRECT, metric)
+        word = {"gain": "gain", "loss": "loss"}.get(c.word, c.word)
+        against = f"`{c.other}`" + ("" if c.against == "equal compute" else " (less compute)")
+        lines.append(
+            f"| `{c.arm}` | {against} | {difference_text(c.difference, metric)} | {c.p_holm:.3f} | {word} | {' | '.join(others)} | {free} |"
+        )
+    return lines
+
+
+def controls_table(results: Results) -> list[str]:
+    """The controls at the compute of direct, against it."""
+    names = ("sft-only-ta", "tempered", "early", "taid")
+    metrics = ("fact_accuracy", "fact_accuracy@greedy", "rouge_l", "reverse_kl", "entropy")
+    lines = ["| control | fact accuracy | greedy | Rouge-L | KL(q‖T) | entropy |", "|---|" + "---:|" * 5]
+    return lines + [f"| `{n}` | " + " | ".join(_difference(results, n, DIRECT, m) for m in metrics) + " |" for n in names]
+
+
+def _difference(results: Results, arm: str, other: str, metric: str) -> str:
+    found = compare(results, arm, other, metric)
+    if found is None or arm == other:
+        return "–"
+    text = difference_text(found[0], metric)
+    return text.removesuffix(" points").removesuffix(" percentage")
+
+
+def take_pictures(report: Path) -> None:
+    """The report's figures as PNG files."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 900}, device_scale_factor=1.5)
+        page.goto(report.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        page.wait_for_timeout(2000)
+        for name in PICTURES:
+            found = page.locator(f"[id^=figure-{name}]").first
+            found.scroll_into_view_if_needed()
+            page.wait_for_timeout(500)
+            found.screenshot(path=HERE / "pictures" / f"takd-{name}.png")
+        browser.close()
+
+
+def main() -> None:
+    """Write the page and its pictures."""
+    runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs").resolve()
+    results = read_results(runs / STUDY, runs / "store")
+    take_pictures(runs / STUDY / "report.html")
+    parts = (HERE / "results" / "takd.in.md").read_text(encoding="utf-8")
+    for name, lines in (("answer", [answer(results)]), ("arms", arms_table(results)), ("chains", chains_table(results))):
+        parts = parts.replace(f"{{{{{name}}}}}", "\n".join(lines))
+    parts = parts.replace("{{controls}}", "\n".join(controls_table(results)))
+    for name, caption in PICTURES.items():
+        parts = parts.replace(f"{{{{picture {name}}}}}", f"![{caption}](../pictures/takd-{name}.png)\n\n*{caption}.*")
+    (HERE / "results" / "takd.md").write_text(parts, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
