@@ -1,4 +1,4 @@
-"""docs/results/takd.md and its pictures, from the finished study of recipes/takd/tinyworld-all-paths.yaml.
+"""docs/results/takd.md and its pictures, from the finished study of recipes/takd/tinyworld-all-paths.yaml and results/takd.md.j2.
 
     tadistill run recipes/takd/tinyworld-all-paths.yaml
     python docs/tabulate_takd.py [RUNS]
@@ -9,10 +9,11 @@ The pictures are the report's own figures, taken in Chromium through playwright.
 import sys
 from pathlib import Path
 
+import jinja2
 from playwright.sync_api import sync_playwright
 
-from tadistill.report.collect import MEAN, Results, compare, primary_metric, read_results, twin_of
-from tadistill.report.units import difference_text, flops_text, ratio_text, summary_text
+from tadistill.report.collect import MEAN, Results, compare, primary_metric, read_results
+from tadistill.report.units import difference_text, flops_text, number, ratio_text, summary_text
 from tadistill.report.verdict import Comparison, comparisons
 
 STUDY = "tinyworld-all-paths"
@@ -47,22 +48,20 @@ WHAT = {
     "init-m": "starts from the TA, pruned; teacher teaches",
     "init-m-via-m": "starts from the TA, pruned; TA teaches",
     "direct-as-init-m": "no TA, the compute of `init-m`",
+    "init-xl": "starts from the teacher, pruned; no TA",
+    "init-xl-as-init-m": "the same with the compute of `init-m`",
 }
 
 
 def answer(results: Results) -> str:
     """The first sentence: the best chain against its equal-compute twin."""
-    best = max((_comparison(results, name) for name in CHAINS), key=lambda c: c.difference.mean)
-    low, high = best.difference.low, best.difference.high
-    said = "helped" if best.word == "gain" else "did not help"
-    more = {True: " and every one of them cost accuracy", False: ""}[all(_comparison(results, c).difference.high < 0 for c in CHAINS)]
+    found = [_comparison(results, name) for name in CHAINS]
+    best = max(found, key=lambda c: c.difference.mean)
+    said = {"gain": "a teacher assistant (TA) that teaches helped", "loss": "a teacher assistant (TA) that teaches hurt"}
+    word = said.get(best.word, "no teacher assistant (TA) that teaches helped")
     return (
-        f"**At equal compute no teacher assistant used as a teacher {said if said == 'helped' else 'helped'} on tinyworld{more}: the best of "
-        f"the three chains, `{best.arm}`, is {difference_text(best.difference, best.metric)} of fact accuracy against direct distillation with "
-        f"the same compute (95 % interval {low:+.1f} to {high:+.1f}, {len(best.seeds)} seeds).**"
-        if said != "helped"
-        else f"**At equal compute a teacher assistant helped on tinyworld: `{best.arm}` is {difference_text(best.difference, best.metric)} of "
-        f"fact accuracy against direct distillation with the same compute ({len(best.seeds)} seeds).**"
+        f"**At equal compute {word} on tinyworld: the best of the three chains, `{best.arm}`, differs from direct distillation with the "
+        f"same compute by {difference_text(best.difference, best.metric)} (95 % interval, {len(best.seeds)} training seeds).**"
     )
 
 
@@ -82,9 +81,7 @@ def arms_table(results: Results) -> list[str]:
     for arm in results.plan.arms:
         cells = [summary_text(results.summaries[arm.name, MEAN, metric], metric) for metric in metrics]
         ratio = ratio_text(arm.flops / direct) if arm.flops and direct else "–"
-        lines.append(
-            f"| `{arm.name}` | {arm.path_text} | {WHAT[arm.name]} | {' | '.join(cells)} | {flops_text(arm.flops)} | {ratio} |"
-        )
+        lines.append(f"| `{arm.name}` | {arm.path_text} | {WHAT[arm.name]} | {' | '.join(cells)} | {flops_text(arm.flops)} | {ratio} |")
     return lines
 
 
@@ -92,7 +89,7 @@ def chains_table(results: Results) -> list[str]:
     """Every arm with an assistant against its twin (or plain direct), and against plain direct as if its assistant were free."""
     metric = primary_metric(results)
     lines = [
-        "| arm | against | fact accuracy | Holm p | verdict | greedy | Rouge-L | KL(q‖T) | fact accuracy, as if the TA were free (against `direct`) |",
+        "| arm | against | fact accuracy | Holm p | verdict | greedy | Rouge-L | KL(q‖T) | against `direct`, as if the TA were free |",
         "|---|---|---:|---:|---|---:|---:|---:|---:|",
     ]
     for c in comparisons(results):
@@ -114,12 +111,29 @@ def controls_table(results: Results) -> list[str]:
     return lines + [f"| `{n}` | " + " | ".join(_difference(results, n, DIRECT, m) for m in metrics) + " |" for n in names]
 
 
+def _teachers_training(results: Results) -> float:
+    """FLOPs of the original teacher's own training."""
+    arm = next(a for a in results.plan.arms if a.name == DIRECT)
+    return sum(s.flops or 0.0 for s in results.plan.ancestors(arm.final[min(arm.final)]) if s.model == results.plan.teacher)
+
+
 def _difference(results: Results, arm: str, other: str, metric: str) -> str:
     found = compare(results, arm, other, metric)
     if found is None or arm == other:
         return "–"
     text = difference_text(found[0], metric)
     return text.removesuffix(" points").removesuffix(" percentage")
+
+
+def budget_table(results: Results) -> list[str]:
+    """The terms of each chain's error budget."""
+    lines = ["| chain | KL(q‖T) | to its last teacher, minimised | added by the hops above, from the student up |", "|---|---:|---:|---|"]
+    for arm in ("direct", *CHAINS, "sft-only-ta", "same-size-ta"):
+        terms = [results.summaries[arm, MEAN, name] for k in range(9) if (arm, MEAN, name := f"budget/{k}") in results.summaries]
+        whole = results.summaries[arm, MEAN, "reverse_kl"]
+        texts = [summary_text(t, "reverse_kl") for t in terms] or [summary_text(whole, "reverse_kl")]
+        lines.append(f"| `{arm}` | {summary_text(whole, 'reverse_kl')} | {texts[0]} | {', '.join(texts[1:]) or 'none'} |")
+    return lines
 
 
 def take_pictures(report: Path) -> None:
@@ -143,13 +157,23 @@ def main() -> None:
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs").resolve()
     results = read_results(runs / STUDY, runs / "store")
     take_pictures(runs / STUDY / "report.html")
-    parts = (HERE / "results" / "takd.in.md").read_text(encoding="utf-8")
-    for name, lines in (("answer", [answer(results)]), ("arms", arms_table(results)), ("chains", chains_table(results))):
-        parts = parts.replace(f"{{{{{name}}}}}", "\n".join(lines))
-    parts = parts.replace("{{controls}}", "\n".join(controls_table(results)))
-    for name, caption in PICTURES.items():
-        parts = parts.replace(f"{{{{picture {name}}}}}", f"![{caption}](../pictures/takd-{name}.png)\n\n*{caption}.*")
-    (HERE / "results" / "takd.md").write_text(parts, encoding="utf-8")
+    template = (HERE / "results" / "takd.md.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    tables = {
+        "arms": "\n".join(arms_table(results)),
+        "chains": "\n".join(chains_table(results)),
+        "controls": "\n".join(controls_table(results)),
+        "budget": "\n".join(budget_table(results)),
+        "flops": flops_text(_teachers_training(results)),
+    }
+    page = environment.from_string(template).render(
+        answer=answer(results),
+        **tables,
+        picture=lambda name: f"![{PICTURES[name]}](../pictures/takd-{name}.png)\n\n*{PICTURES[name]}.*",
+        mean=lambda arm, metric: number(results.summaries[arm, MEAN, metric].mean, metric),
+        difference=lambda arm, other, metric: _difference(results, arm, other, metric),
+    )
+    (HERE / "results" / "takd.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
