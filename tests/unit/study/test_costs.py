@@ -16,9 +16,10 @@ from tadistill.study.plan import make_plan
 COUNTED = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "ledger_counted.py"))
 ON_POLICY = {"max_new_tokens": 8, "chunk": 8}
 ROUNDS = {"max_new_tokens": 8, "rollouts": 16, "inner_epochs": 2}
+WHOLE = {"optim": {"steps": 8}}  # every training row once: which rows are drawn has no say
 ARMS = {
-    "kd": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}},
-    "recorded": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}},
+    "kd": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}} | WHOLE,
+    "recorded": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}} | WHOLE,
     "on-policy": {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student"} | ON_POLICY},
     "minillm": {
         "objective": {"type": "minillm", "pt_kd_ratio": 0.5},
@@ -44,7 +45,7 @@ ARMS = {
 def recipe(family: str) -> dict:
     """Random weights, so that hardly a sampled answer ends before `max_new_tokens`: lengths are known, and all else is tested."""
     shaped = COUNTED["shaped"]
-    sft = {"sft": {"optim": {"steps": 4, "batch": 16}, "select": {"metric": "loss"}}}
+    sft = {"sft": {"optim": {"batch": 16} | WHOLE["optim"], "select": {"metric": "loss"}}}
     return {
         "study": "t",
         "seeds": [1],
