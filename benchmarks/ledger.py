@@ -122,8 +122,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"| {' | '.join(names)} |", f"| --- | --- |{' ---: |' * (len(names) - 2)}"]
     for row in rows:
         cells = [row["family"], row["stage"], str(row["updates"]), *(f"{row[name] / 1e6:,.1f}" for name in COLUMNS)]
-        errors = [row["predicted_error"], row["metered_error"], row["sampled_error"]]
-        cells += ["" if e is None else f"{100 * e:+.1f}" for e in errors]
+        cells += [f"{100 * row['predicted_error']:+.1f}", f"{100 * row['metered_error']:+.2f}"]
+        cells.append("" if row["sampled_error"] is None else f"{100 * row['sampled_error']:+.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -134,10 +134,16 @@ def markdown(result: dict[str, Any], command: str) -> str:
     known, unknown = ([row for row in rows if row["lengths"] == lengths] for lengths in ("known", "unknown"))
     shapes = ", ".join(f"{name} {width} x {layers}" for name, (width, layers) in SHAPES.items())
 
-    def worst(block: list[dict[str, Any]], name: str) -> str:
-        row = max(block, key=lambda row: abs(row[name]))
-        return f"{100 * row[name]:+.1f} % ({row['family']}, {row['stage']})"
+    def largest(block: list[dict[str, Any]]) -> str:
+        texts = []
+        for part in (block, [row for row in block if row["stage"] != "replay"]):
+            row = max(part, key=lambda row: abs(row["predicted_error"]))
+            texts.append(f"{100 * row['predicted_error']:+.1f} % ({row['family']}, {row['stage']})")
+        meter = max(abs(row["metered_error"]) for row in block)
+        return f"Largest error: prediction {texts[0]}, without replay {texts[1]}; meter {100 * meter:.2f} %."
 
+    replays = [row for row in rows if row["stage"] == "replay"]
+    idle = sum(row["sampled_error"] is None for row in replays)
     lines = [
         "# FLOPs of training stages: predicted, metered, counted",
         "",
@@ -148,15 +154,18 @@ def markdown(result: dict[str, Any], command: str) -> str:
         "has both teachers). MiniLLM has its corpus term. What is counted, and how, is said in `benchmarks/ledger.py`; the formulas are in "
         "[compute.md](../compute.md).",
         "",
+        f"In {idle} of {len(replays)} stages of `replay` nothing was sampled; such a row sets training on the data set beside a prediction "
+        "for phi = 1, and says nothing about replayed text. Errors of parts can cancel in a total.",
+        "",
         "## Known lengths: models with random weights, which hardly ever end an answer",
         "",
-        f"Largest error: prediction {worst(known, 'predicted_error')}, meter {worst(known, 'metered_error')}.",
+        largest(known),
         "",
         *table(known),
         "",
         f"## Unknown lengths: teacher, assistant and student after {result['trained']} updates of SFT",
         "",
-        f"Largest error: prediction {worst(unknown, 'predicted_error')}, meter {worst(unknown, 'metered_error')}.",
+        largest(unknown),
         "",
         *table(unknown),
     ]
