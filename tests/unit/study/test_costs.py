@@ -1,9 +1,10 @@
 """Predicted and metered FLOPs beside those that torch counts, and the published call graph."""
 
+import runpy
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
-from tests.unit.study.flops import counted
 
 from tadistill.config import validate
 from tadistill.study import throughput
@@ -12,64 +13,61 @@ from tadistill.study.costs.lengths import Texts, largest
 from tadistill.study.graph import Stage
 from tadistill.study.plan import make_plan
 
-FAMILIES = {
-    "gpt2": lambda width, layers: {"n_embd": width, "n_layer": layers, "n_head": 4, "n_positions": 128},
-    "llama": lambda width, layers: {
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
+COUNTED = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "ledger_counted.py"))
+ON_POLICY = {"max_new_tokens": 8, "chunk": 8}
+ROUNDS = {"max_new_tokens": 8, "rollouts": 16, "inner_epochs": 2}
+WHOLE = {"optim": {"steps": 8}}  # every training row once: which rows are drawn has no say
 ARMS = {
-    "kd": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}},
-    "recorded": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}},
-    "on-policy": {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "max_new_tokens": 12, "chunk": 8}},
+    "kd": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}} | WHOLE,
+    "recorded": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}} | WHOLE,
+    "on-policy": {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student"} | ON_POLICY},
     "minillm": {
         "objective": {"type": "minillm", "pt_kd_ratio": 0.5},
-        "sampler": {"type": "teacher_mixed", "max_new_tokens": 12, "rollouts": 32, "inner_epochs": 2},
+        "sampler": {"type": "teacher_mixed"} | ROUNDS,
         "optim": {"micro_batch": 8},
     },
     "minillm alone": {
         "objective": {"type": "minillm", "pt_weight": 0},
-        "sampler": {"type": "student", "max_new_tokens": 12, "rollouts": 32, "inner_epochs": 2},
+        "sampler": {"type": "student"} | ROUNDS | {"rollouts": 32},
         "select": {"metric": "reverse_kl"},
     },
-    "speculative": {"objective": {"type": "reverse_kl"}, "sampler": {"type": "speculative", "max_new_tokens": 12}},
-    "pair": {"objective": {"type": "contrastive"}, "sampler": {"type": "pair", "max_new_tokens": 12}},
+    "dense": {
+        "path": "t > a > s",
+        "objective": {"type": "minillm", "pt_kd_ratio": 0.5},
+        "sampler": {"type": "teacher_mixed"} | ROUNDS,
+        "dense": {},
+    },
+    "speculative": {"objective": {"type": "reverse_kl"}, "sampler": {"type": "speculative"} | ON_POLICY},
+    "pair": {"objective": {"type": "contrastive"}, "sampler": {"type": "pair"} | ON_POLICY},
 }
 
 
 def recipe(family: str) -> dict:
-    """Random weights, so that no sampled answer ends before `max_new_tokens`: lengths are known, and all else is tested."""
-    sft = {"sft": {"optim": {"steps": 4, "batch": 16}, "select": {"metric": "loss"}}}
-
-    def model(width: int, layers: int) -> dict:
-        return {"load": f"scratch:{family}", "tokenizer": "tinyworld", "config": FAMILIES[family](width, layers)}
-
+    """Random weights, so that hardly a sampled answer ends before `max_new_tokens`: lengths are known, and all else is tested."""
+    shaped = COUNTED["shaped"]
+    sft = {"sft": {"optim": {"batch": 16} | WHOLE["optim"], "select": {"metric": "loss"}}}
     return {
         "study": "t",
         "seeds": [1],
-        "models": {"t": model(48, 3) | sft, "s": model(32, 2)},
+        "models": {"t": shaped(family, 48, 2) | sft, "a": shaped(family, 40, 2), "s": shaped(family, 32, 1)},
         "data": {"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"], "corpus": "tinyworld", "template": "plain"}
-        | {"max_length": 48, "limit": {"train": 256, "dev": 16}, "world": {"people": 20}},
-        "method": {"optim": {"steps": 8, "batch": 16}, "select": {"metric": "loss"}},
-        "evaluate": {"also": {}, "max_new_tokens": 12},
+        | {"max_length": 48, "limit": {"train": 128, "dev": 16}, "world": {"people": 20}},
+        "method": {"optim": {"steps": 4, "batch": 16}, "select": {"metric": "loss"}},
+        "evaluate": {"also": {}, "max_new_tokens": 8},
         "arms": {name: {"path": "t > s"} | arm for name, arm in ARMS.items()},
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", COUNTED["FAMILIES"])
 def test_meter_and_prediction_agree_with_torch(family, tmp_path):
     found = {}
-    for stage, flops, manifest in counted(make_plan(validate(recipe(family))), tmp_path):
+    for stage, flops, manifest in COUNTED["counted"](make_plan(validate(recipe(family))), tmp_path):
         parts = manifest["ledger"]["parts"]
         assert sum(part["flops"] for part in parts.values()) == pytest.approx(flops, rel=0.02), stage.label
         assert stage.cost.total == pytest.approx(flops, rel=0.15), stage.label
         assert set(stage.cost.parts) == set(parts), stage.label
         found[stage.label] = stage.cost.total / flops
-    assert len(found) == 1 + len(ARMS)
+    assert len(found) == 2 + len(ARMS)  # the teacher's SFT, and t > a
 
 
 def test_published_call_graph_of_the_gpt2_ladder():

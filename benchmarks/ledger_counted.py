@@ -1,4 +1,7 @@
-"""Runs the stages of a plan in this process while torch counts their FLOPs."""
+"""Tiny models of two shapes, and the stages of a plan run in this process while torch counts their FLOPs.
+
+`ledger.py` and `tests/unit/study/test_costs.py` share this.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +14,18 @@ from tadistill.study.execute import run_stage
 from tadistill.study.plan import Plan, Stage
 from tadistill.study.store import Store
 from tadistill.study.task import Task
+
+FAMILIES = ("gpt2", "llama")
+
+
+def shaped(family: str, width: int, layers: int) -> dict[str, Any]:
+    """A model of a recipe: random weights of this shape."""
+    if family == "gpt2":
+        config = {"n_embd": width, "n_layer": layers, "n_head": 4, "n_positions": 128}
+    else:
+        config = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+        config |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return {"load": f"scratch:{family}", "tokenizer": "tinyworld", "config": config}
 
 
 def _attention(query, key, value, *args: Any, **kwargs: Any) -> int:
