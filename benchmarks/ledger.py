@@ -159,8 +159,8 @@ def markdown(result: dict[str, Any], command: str) -> str:
         "has both teachers). MiniLLM has its corpus term. What is counted, and how, is said in `benchmarks/ledger.py`; the formulas are in "
         "[compute.md](../compute.md).",
         "",
-        "The learning rate of `replay` raises the dev loss on purpose. With unknown lengths its prediction is low, probably because a spoilt "
-        "student ends few answers, which was not measured by itself. Errors of parts can cancel in a total.",
+        "The learning rate of `replay` raises the dev loss on purpose. With unknown lengths its prediction is low, probably because a "
+        "spoilt student ends few answers, which was not measured by itself. Errors of parts can cancel in a total.",
         "",
         "## Known lengths: models with random weights, which hardly ever end an answer",
         "",
