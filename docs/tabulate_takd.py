@@ -98,7 +98,7 @@ def chains_table(results: Results) -> list[str]:
         word = {"gain": "gain", "loss": "loss"}.get(c.word, c.word)
         against = f"`{c.other}`" + ("" if c.against == "equal compute" else " (less compute)")
         lines.append(
-            f"| `{c.arm}` | {against} | {difference_text(c.difference, metric)} | {c.p_holm:.3f} | {word} | {' | '.join(others)} | {free} |"
+            f"| `{c.arm}` | {against} | {_bare(difference_text(c.difference, metric))} | {c.p_holm:.3f} | {word} | {' | '.join(others)} | {free} |"
         )
     return lines
 
@@ -121,8 +121,12 @@ def _difference(results: Results, arm: str, other: str, metric: str) -> str:
     found = compare(results, arm, other, metric)
     if found is None or arm == other:
         return "–"
-    text = difference_text(found[0], metric)
-    return text.removesuffix(" points").removesuffix(" percentage")
+    return _bare(difference_text(found[0], metric))
+
+
+def _bare(text: str) -> str:
+    """A difference without its unit, which the page says once."""
+    return text.removesuffix(" points").removesuffix(" percentage").removesuffix(" nats/token")
 
 
 def budget_table(results: Results) -> list[str]:
