@@ -3,13 +3,14 @@
     tadistill run recipes/takd/tinyworld-all-paths.yaml
     python docs/tabulate_takd.py [RUNS]
 
-The pictures are the report's own figures, taken in Chromium through playwright.
+The pictures are the report's own figures, taken in Chromium through playwright, but for the plane of a few arms.
 """
 
 import sys
 from pathlib import Path
 
 import jinja2
+import matplotlib.pyplot as plt
 from playwright.sync_api import sync_playwright
 
 from tadistill.report.collect import MEAN, Results, compare, primary_metric, read_results
@@ -23,9 +24,10 @@ CHAINS = ("via-l", "via-m", "via-l-m")
 PICTURES = {
     "differences": "Paired differences, each arm to its equal-compute twin or to `direct`; dots are seeds",
     "paths": "The path lattice: what was distilled from what",
-    "plane": "The entropy-ROUGE plane: each arm as a curve over decoding temperatures",
-    "budget": "The error budget of each chain: KL(student ‖ teacher), hop by hop",
+    "plane": "The entropy plane: arms as curves over decoding temperatures, greedy at the left",
+    "budget-2": "The error budget of `via-l-m`: KL(student ‖ teacher), hop by hop; the dashed line is its equal-compute twin's",
 }
+PLANE = ("sft", "direct", "via-m", "via-l-m", "direct-as-via-l-m", "init-m")
 WHAT = {
     "teacher": "the teacher",
     "sft": "SFT, where all students start",
@@ -97,9 +99,8 @@ def chains_table(results: Results) -> list[str]:
         free = _difference(results, c.arm, DIRECT, metric)
         word = {"gain": "gain", "loss": "loss"}.get(c.word, c.word)
         against = f"`{c.other}`" + ("" if c.against == "equal compute" else " (less compute)")
-        lines.append(
-            f"| `{c.arm}` | {against} | {_bare(difference_text(c.difference, metric))} | {c.p_holm:.3f} | {word} | {' | '.join(others)} | {free} |"
-        )
+        cells = [f"`{c.arm}`", against, _bare(difference_text(c.difference, metric)), f"{c.p_holm:.3f}", word, *others, free]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -148,7 +149,7 @@ def take_pictures(report: Path) -> None:
         page.goto(report.as_uri())
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         page.wait_for_timeout(2000)
-        for name in PICTURES:
+        for name in (n for n in PICTURES if n != "plane"):
             found = page.locator(f"[id^=figure-{name}]").first
             found.scroll_into_view_if_needed()
             page.wait_for_timeout(500)
@@ -156,11 +157,28 @@ def take_pictures(report: Path) -> None:
         browser.close()
 
 
+def draw_plane(results: Results) -> None:
+    """Rouge-L and fact accuracy over entropy, for a few arms."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
+    for axis, metric in zip(axes, ("rouge_l", "fact_accuracy"), strict=True):
+        for arm, marker in zip(PLANE, "os^vDP", strict=True):
+            points = [(f"entropy{at}", f"{metric}{at}") for at in ("@greedy", "@t0.5", "")]
+            x, y = ([results.summaries[arm, MEAN, pair[k]].mean for pair in points] for k in (0, 1))
+            axis.plot(x, y, marker=marker, label=arm)
+        axis.set_xlabel("entropy of the decoding (nats a token)")
+        axis.set_title({"rouge_l": "Rouge-L", "fact_accuracy": "fact accuracy"}[metric])
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(HERE / "pictures" / "takd-plane.png", dpi=110)
+
+
 def main() -> None:
     """Write the page and its pictures."""
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs").resolve()
     results = read_results(runs / STUDY, runs / "store")
     take_pictures(runs / STUDY / "report.html")
+    draw_plane(results)
     template = (HERE / "results" / "takd.md.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     tables = {
