@@ -141,13 +141,16 @@ def model_of(kind: str, tokenizer: PreTrainedTokenizerFast, width: int, padding:
 def stand_in(tmp_path_factory, data):
     """kind, role -> the directory of a tiny model; made when it is first asked for."""
     made: dict[tuple[str, str], Path] = {}
-    sizes = {"teacher": (32, 0), "init": (16, 1), "base": (16, 2)}
+    sizes = {"teacher": (32, 0), "init": (16, 1), "base": (16, 2), "deep": (16, 3)}
 
     def directory(kind: str, role: str) -> Path:
         if (kind, role) not in made:
             family, (width, seed) = FAMILIES[kind], sizes[role]
             tokenizer = tokenizer_of(family, data)
             model = model_of(kind, tokenizer, width, family.padding[role != "teacher"], seed)
+            if role == "deep":  # one that can be pruned
+                config = LlamaConfig(**model.config.to_dict() | {"num_hidden_layers": 30, "intermediate_size": 1536})
+                model = LlamaForCausalLM(config)
             made[kind, role] = tmp_path_factory.mktemp(f"{kind}-{role}")
             model.save_pretrained(made[kind, role])
             tokenizer.save_pretrained(made[kind, role])
@@ -165,7 +168,11 @@ def test_is_read_and_planned_without_network(path, data, stand_in):
     counts = any(arm.compute for arm in load(path).arms.values())
     scratch = {n for n, m in load(path).models.items() if (m.load or "scratch:").startswith("scratch:")}
     packaged = [n for n, m in load(path).models.items() if n not in scratch and (counts or (m.load or "").startswith("wheel:"))]
-    recipe = load(path, [f"data.root={data}", *(f"models.{n}.load={stand_in('llama', 'base')}" for n in packaged)])
+    pruned = any(m.init for m in load(path).models.values())
+    changes = [f"models.{n}.load={stand_in('llama', 'deep' if pruned else 'base')}" for n in packaged]
+    kept = {n: max(m.sft.keep) for n, m in load(path).models.items() if m.sft and m.sft.keep}
+    changes += [f"models.{n}.sft.optim.{s}" for n, steps in kept.items() for s in ("epochs=null", f"steps={steps}")]
+    recipe = load(path, [f"data.root={data}", *changes])
     plan = make_plan(recipe)
     assert [arm.name for arm in plan.arms] == list(recipe.arms)
     assert all(arm.evaluate.keys() == set(recipe.seeds) for arm in plan.arms)

@@ -112,6 +112,9 @@ def _read_arm(
 ) -> None:
     """Adds the arm's finished seeds to `found`, by the key of their last stage."""
     name = f"{plan.study}: arm {arm.name}"
+    if not arm.is_plain:
+        left_out.append(f"{name} is `{arm.path_text}`, which is more than a path along which each model teaches the next")
+        return
     direct = _direct_flops(plan, arm)
     if direct is None or arm.flops is None:
         left_out.append(f"{name} has no direct arm of the same ends and method with known FLOPs, so its cost is no multiple of one")
@@ -136,7 +139,7 @@ def _read_arm(
 
 def _direct_flops(plan: Plan, arm: Arm) -> float | None:
     """Training FLOPs of the direct arm that an arm's cost is a multiple of."""
-    ends, plain = (arm.path[0], arm.path[-1]), [a for a in plan.arms if a.compute is None and a.method == arm.method]
+    ends, plain = (arm.path[0], arm.path[-1]), [a for a in plan.arms if a.compute is None and a.is_plain and a.method == arm.method]
     return next((a.flops for a in plain if a.path == ends), None)
 
 

@@ -61,6 +61,10 @@ class Arm(Strict):
                     raise ValueError(f"path `{' > '.join(path)}` names {a} twice; a model cannot teach itself")
         if len(self.path) > 1 and any(len(path) < 2 for path in self.path):
             raise ValueError(f"path `{self.text}` has a part in which nothing is taught; write each as A > B")
+        for i, path in enumerate(self.path[:-1]):
+            used = {m for later in self.path[i + 1 :] for m in later} | set(self.init.values())
+            if path[-1] not in used:
+                raise ValueError(f"path `{self.text}` teaches {path[-1]} and then leaves it; go on with it, or start another from it")
         return self
 
     @model_validator(mode="after")

@@ -98,6 +98,12 @@ class Dense(Strict):
     drop: float = Field(default=0.0, ge=0, lt=1)
     """Probability of leaving a teacher out of an update; one always stays."""
 
+    @model_validator(mode="after")
+    def _check(self):
+        if self.weights and not sum(self.weights) > 0:
+            raise ValueError(f"dense.weights are {list(self.weights)}; at least one must be above 0")
+        return self
+
 
 class Method(Strict):
     """How a learner is distilled: what is minimised, on which sequences, with which optimizer."""
@@ -154,6 +160,8 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
     """A method with patches applied in order; checks what only the result can break."""
     for patch in patches:
         method = Method(**{f: merge(getattr(method, f), getattr(patch, f)) for f in Method.model_fields})
+    if isinstance(method.objective, CrossEntropy) and not any(patch.dense for patch in patches):
+        method = method.model_copy(update={"dense": None})  # of the recipe's method; an arm that has no teacher cannot follow it
     check_pairing(method)
     return method
 

@@ -187,13 +187,13 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 
 def twin_of(results: Results, chain: Arm) -> Arm | None:
     """The direct arm that was given the chain's compute: ``compute: as CHAIN``."""
-    return next((arm for arm in results.plan.arms if arm.compute == f"as {chain.name}"), None)
+    return next((arm for arm in results.plan.arms if arm.compute == f"as {chain.name}" and arm.is_plain), None)
 
 
 def direct_arm(results: Results, arm: Arm) -> Arm | None:
     """The first plain direct arm (original teacher > student, no extra compute) for the same student; for a chain or a twin of the same
     method."""
-    candidates = [a for a in results.plan.arms if len(a.path) == 2 and a.model == arm.model and a.compute is None]
+    candidates = [a for a in results.plan.arms if len(a.path) == 2 and a.is_plain and a.model == arm.model and a.compute is None]
     if len(arm.path) > 1:
         head = results.plan.teacher or arm.path[0]
         candidates = [a for a in candidates if a.path[0] == head]

@@ -83,6 +83,11 @@ class Arm:
         return len(self.path) > 2
 
     @property
+    def is_plain(self) -> bool:
+        """True when teaching along one path is all: no turns, no start from another model, one teacher a learner."""
+        return self.path_text == " > ".join(self.path)
+
+    @property
     def has_assistant(self) -> bool:
         """True when a teacher assistant has any part in it: as a link, as a start, or as a teacher for some time."""
         return len(self.models) > 2

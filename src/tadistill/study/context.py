@@ -48,8 +48,8 @@ class Context:
             tokenizer = load_tokenizer(directory, world=world)
             model = load_model(directory, dtype=dtype)
         elif "prune" in handle:
-            parent, tokenizer = self.model(handle["of"], dtype)
-            model = self._pruned(parent, tokenizer, handle)
+            parent, tokenizer = self.model(handle["of"])  # in float32, so that the same is kept whatever the model is used in
+            model = self._pruned(parent, tokenizer, handle).to(dtype)  # type: ignore[arg-type]
         elif "temper" in handle:
             model, tokenizer = self.model(handle["of"], dtype)
             temper(model, handle["temper"])

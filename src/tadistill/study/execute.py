@@ -1,6 +1,5 @@
-"""Run one stage in this process: with `training` (sft, distill), `measuring` (evaluate, analyse) and `probing`
-(probe, pair) the only place that joins models,
-data, training and evaluation.
+"""Run one stage in this process: with `training` (sft, distill), `measuring` (evaluate, analyse) and `probing` (probe, pair) the only place
+that joins models, data, training and evaluation.
 
 `run_stage` takes the stage's lock, does the work in its folder in the store, and puts the manifest in place last. What an
 earlier, killed attempt left there is resumed.

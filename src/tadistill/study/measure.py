@@ -27,7 +27,7 @@ def measure(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.
     torch.set_num_threads(threads)
     kinds: dict[str, Stage] = {}
     for stage in plan.stages.values():
-        if stage.cost:
+        if stage.cost and stage.cost.parts:
             kinds.setdefault(stage.cost.kind, stage)
     found: throughput.Speeds = {}
     for number, (kind, stage) in enumerate(kinds.items(), 1):
@@ -49,6 +49,8 @@ def _speeds(plan: Plan, stage: Stage, manifest: dict[str, Any]) -> dict[str, flo
 def _run(plan: Plan, stage: Stage, directory: Path) -> dict[str, Any]:
     """The manifest of the stage's first updates."""
     spec: dict[str, Any] = stage.spec | {role: _origin(plan, stage.spec[role]) for role in ("student", "teacher") if role in stage.spec}
+    if "assistants" in spec:
+        spec["assistants"] = [_origin(plan, handle) for handle in spec["assistants"]]
     graph, trains = Graph(), "optim" in spec
     if trains:
         spec["optim"] = spec["optim"] | {"steps": _UPDATES}
@@ -72,5 +74,6 @@ def _run(plan: Plan, stage: Stage, directory: Path) -> dict[str, Any]:
 def _origin(plan: Plan, handle: dict[str, Any]) -> dict[str, Any]:
     """Where a model's weights come from before the study trains it."""
     if "stage" in handle:
-        return _origin(plan, plan.stages[handle["stage"]].spec["student"])
+        spec = plan.stages[handle["stage"]].spec
+        return _origin(plan, spec.get("student") or spec["teacher"])  # a tempered teacher's stage has no student
     return handle | {"of": _origin(plan, handle["of"])} if "of" in handle else handle

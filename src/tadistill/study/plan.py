@@ -110,6 +110,8 @@ class _Planner:
     def _models(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[list[Handle], Method]:
         """The handle of every model of the arm's last path, and the method of its last stage."""
         self._check_sizes(name, arm)
+        if arm.dense and all(len(path) < 3 for path in arm.path):
+            raise ConfigError(f"arms.{name}: dense does nothing in `{arm.text}`: no learner there has two teachers; write A > B > C")
         method, made = self.recipe.method, _Made(self.stages, arm, seed)
         if not arm.learners:
             self._check_single(name, arm)

@@ -12,11 +12,12 @@ from tadistill.study.store import Store
 from tadistill.study.throughput import Speeds
 
 _DEAREST = 3  # stages whose parts are shown
+_WIDE = 130  # columns of a screen that has room for a stage's parents
 
 
-def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Group:
-    """All tables, and the sentences under them."""
-    parts = [_stages(plan, store, speeds), "", _arms(plan), "", _dearest(plan), ""]
+def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 200) -> Group:
+    """All tables, and the sentences under them; on a narrow screen labels are cut, never numbers."""
+    parts = [_stages(plan, store, speeds, width), "", _arms(plan), "", _dearest(plan, width), ""]
     return Group(*parts, *_notes(plan, store, speeds, jobs))
 
 
@@ -24,7 +25,7 @@ def show(plan: Plan, store: Store, console: Console, accelerator: str | None = N
     """Print the preview for this machine."""
     jobs = plan.recipe.runtime.jobs or (1 if accelerator else throughput.cores())
     speeds = throughput.load(store, plan.stages, threads(plan), accelerator)
-    console.print(preview(plan, store, speeds, jobs))
+    console.print(preview(plan, store, speeds, jobs, console.width))
 
 
 def threads(plan: Plan) -> int:
@@ -44,8 +45,17 @@ def _table(title: str, *columns: str) -> Table:
 _NUMBERS = ("FLOPs", "time", "memory", "x direct", "assistants", "share", "released")
 
 
-def _stages(plan: Plan, store: Store, speeds: Speeds) -> Table:
-    table = _table(f"{plan.recipe.study}: {len(plan.stages)} stages", "key", "", "FLOPs", "time", "memory", "stage", "parents")
+def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
+    table = _table(
+        f"{plan.recipe.study}: {len(plan.stages)} stages",
+        "key",
+        "",
+        "FLOPs",
+        "time",
+        "memory",
+        "stage",
+        *(["parents"] if width >= _WIDE else []),
+    )
     table.columns[0].min_width, table.columns[1].min_width = 16, 4
     for stage in plan.stages.values():
         done = store.finished(stage.key)
@@ -53,7 +63,9 @@ def _stages(plan: Plan, store: Store, speeds: Speeds) -> Table:
         flops = "–" if stage.kind in ("evaluate", "analyse") else _flops(stage.flops)
         state = "[green]hit[/]" if done else "[yellow]miss[/]"
         memory = f"{stage.cost.memory / 1e9:.2g} GB" if stage.cost and stage.cost.memory else "–"
-        table.add_row(stage.key, state, flops, _time(throughput.seconds(stage.cost, speeds)), memory, stage.label, parents)
+        label = _cut(stage.label, width - (90 if width >= _WIDE else 62))
+        cells = [stage.key, state, flops, _time(throughput.seconds(stage.cost, speeds)), memory, label]
+        table.add_row(*cells, *([parents] if width >= _WIDE else []))
     return table
 
 
@@ -91,7 +103,7 @@ def _assistants(plan: Plan, arm: PlannedArm) -> str:
     return "?" if None in flops else _flops(sum(f for f in flops if f is not None))
 
 
-def _dearest(plan: Plan) -> Table:
+def _dearest(plan: Plan, width: int) -> Table:
     """The parts of the dearest stages, one of a kind, and what MiniLLM's released code would spend."""
     table = _table("parts of the dearest kinds of stage", "stage", "part", "FLOPs", "share")
     kinds: dict[str, Stage] = {}
@@ -100,7 +112,7 @@ def _dearest(plan: Plan) -> Table:
             kinds.setdefault(stage.cost.kind, stage)
     for stage in list(kinds.values())[:_DEAREST]:
         assert stage.cost is not None
-        label = stage.label
+        label = _cut(stage.label, width - 52)
         for name, part in sorted(stage.cost.parts.items(), key=lambda item: -item[1].flops):
             table.add_row(label, name, _flops(part.flops), f"{part.flops / stage.cost.total:.0%}")
             label = ""
@@ -113,7 +125,7 @@ def _dearest(plan: Plan) -> Table:
 def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]:
     head = plan.teacher or "a loaded model"
     yield f"Counted: all training behind an arm's final model, {head}'s own included. Not counted: dev evaluations, rollout metrics, tests."
-    todo = [s for s in plan.stages.values() if s.cost and not store.finished(s.key)]
+    todo = [s for s in plan.stages.values() if s.cost and s.cost.parts and not store.finished(s.key)]
     takes = {s.key: t for s in todo if (t := throughput.seconds(s.cost, speeds)) is not None}
     if not todo:
         return
@@ -123,6 +135,10 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
     if takes:
         total = throughput.wall_clock(plan.stages, takes, jobs)
         yield f"Time of the known training, {jobs} at a time: {_time(total)}. Evaluations and analyses come on top."
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= max(width, 12) else f"{text[: max(width, 12) - 1]}…"
 
 
 def _flops(value: float | None) -> str:

@@ -59,6 +59,7 @@ def search(recipe: Recipe, *, runs: File, console: Console) -> Choice:
     check_order(recipe)
     flops = path_flops(recipe)
     lattice = affordable(recipe, flops)
+    _check_chains(recipe, lattice, flops)
     training = _Training(recipe, lattice, Store(runs / "store"), console)
     outcome = drive(_strategy(recipe, lattice), lambda asked: training.measure(asked, _SIGN[metric]))
     teacher, *_, student = lattice.nodes
@@ -115,6 +116,12 @@ def check_search(recipe: Recipe) -> str:
                 f"{name} is selected by {metric}, which {_NOT_COMPARABLE[metric]}, so paths cannot be compared by it; "
                 "set select.metric to loss, rouge_l or fact_accuracy"
             )
+        student = _method(recipe, names[-1]).select.metric
+        if metric != student:
+            raise ConfigError(
+                f"{name} is selected by {metric} and {names[-1]} by {student}, so what is found of one says nothing of the other; "
+                "set the same select.metric for both"
+            )
     return _method(recipe, names[-1]).select.metric
 
 
@@ -138,6 +145,19 @@ def path_flops(recipe: Recipe) -> dict[Path, float | None]:
     paths = make_lattice(s.teacher, s.assistants, s.student, max_assistants=s.max_assistants).paths
     plan = make_plan(_round_recipe(recipe, paths).model_copy(update={"seeds": recipe.seeds[:1]}))
     return {path: arm.flops for path, arm in zip(paths, plan.arms, strict=True)}
+
+
+def _check_chains(recipe: Recipe, lattice: Lattice, flops: dict[Path, float | None]) -> None:
+    """Raise where the budget leaves nothing to look for."""
+    if any(len(path) > 2 for path in lattice.paths):
+        return
+    assert recipe.search is not None
+    costs = {path: cost for path, cost in flops.items() if cost is not None}
+    nearest = min((path for path in costs if len(path) > 2), key=costs.__getitem__)
+    raise ConfigError(
+        f"search.budget is {recipe.search.budget:g} × the FLOPs of the direct path, which leaves no path but that one: the cheapest chain, "
+        f"{' > '.join(nearest)}, costs {costs[nearest] / costs[recipe.search.teacher, recipe.search.student]:.2f} × direct; raise the budget"
+    )
 
 
 def affordable(recipe: Recipe, flops: dict[Path, float | None]) -> Lattice:

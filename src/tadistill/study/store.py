@@ -91,6 +91,10 @@ class Store:
                 return lock
             except Timeout:
                 waiting()
+            except OSError as error:
+                raise StoreError(
+                    f"cannot write to the store at {self.root}: {error.strerror}; set --runs DIR to a writable folder"
+                ) from error
 
     def finish(self, key: str, manifest: dict[str, Any]) -> None:
         """Put the manifest in place, with the digest of every file; then drop what only a resume needed."""

@@ -77,6 +77,26 @@ def test_a_tempered_teacher_needs_the_arm_but_is_not_charged_for_it():
     assert specs(found, "half")[0]["teacher"]["temper"] == 0.5
 
 
+def test_dense_guidance_of_the_recipe_leaves_out_arms_without_a_teacher():
+    method = {"objective": {"type": "reverse_kl"}, "optim": {"steps": 16, "batch": 16}, "dense": {}}
+    longer = {"path": "s", "objective": {"type": "cross_entropy"}}
+    found = plan(method=method, arms={"chain": "xl > l > s", "longer": longer})
+    assert [bool(s.get("dense")) for s in specs(found, "chain")] == [False, True]
+    assert [s.label for s in stages(found, "longer", "sft") if s.model == "s"] == ["sft s, seed 1", "sft s, continued, seed 1"]
+
+
+def test_a_dropped_teacher_is_paid_for_as_often_as_it_is_kept():
+    """Drawn again where none stays: of two teachers each is kept in (1 - p) / (1 - p^2) of the updates."""
+    method = {"objective": {"type": "reverse_kl"}, "sampler": {"type": "dataset"}, "optim": {"steps": 16, "batch": 16}}
+
+    def teachers(dense):
+        found = plan(method=method, arms={"a": {"path": "xl > l > s", "dense": dense}})
+        (last,) = (s for s in stages(found, "a") if s.model == "s")
+        return last.cost.parts["training/teacher"].flops
+
+    assert teachers({"drop": 0.5}) == pytest.approx(teachers({}) * 2 / 3)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -90,6 +110,8 @@ def test_a_tempered_teacher_needs_the_arm_but_is_not_charged_for_it():
             {"models": MODELS | {"t": {"temper": {"of": "xl", "like": "a"}}}, "arms": {"a": "t > s"}},
             "tempered like arm a is part of that arm's path",
         ),
+        ({"arms": {"a": {"path": "xl > s", "dense": {}}}}, "dense does nothing in `xl > s`: no learner there has two teachers"),
+        ({"arms": {"a": {"path": "xl > l > s", "dense": {"weights": [0, 0]}}}}, "at least one must be above 0"),
         ({"arms": {"a": {"path": "xl > l > s", "dense": {"weights": [1]}}}}, "dense.weights has 1 entries, but s has 2 teachers"),
         ({"arms": {"a": {"path": "xl > l > s", "init": {"s": "l"}}}}, "s cannot start from l: head_dim is 8, but heads are removed, never"),
         ({"models": MODELS | {"p": {"init": {"from": "xl", "heads": 3}}}, "arms": {"a": "xl > p"}}, "models.p.init: heads is 3, but"),

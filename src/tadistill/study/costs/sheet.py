@@ -19,20 +19,20 @@ class Sheet:
     """The parts of one training stage, as they add up."""
 
     def __init__(self, student: Size, teachers: tuple[Size, ...], optim: Optim, *, drop: float = 0.0):
-        """`drop`: the share of updates that each of several teachers is left out of."""
+        """`drop`: the probability that each of several teachers is left out of an update; drawn again where none stays."""
         assert optim.steps is not None
         self.student, self.teachers, self.optim, self.steps = student, teachers, optim, optim.steps
-        self.used = 1 - drop if len(teachers) > 1 else 1.0
+        self.used = (1 - drop) / (1 - drop ** len(teachers)) if len(teachers) > 1 else 1.0
         self.parts: dict[str, Part] = {}
         self.padding = self.batch = self.cache = 0.0
         """Positions that are padding in all; bytes that the largest micro-batch takes, and sampling."""
 
     def add(self, name: str, work: Work, *, backward: bool = False) -> None:
         """Forward passes of the student or of all teachers, and, for the student, backward ones; the body forward again with gradient
-        checkpointing. Only the first teacher takes part in rollouts."""
+        checkpointing. Only the first teacher takes part in rollouts and selection."""
         again = Work(work.positions, work.pairs) if backward and self.optim.gradient_checkpointing else Work()
         models = self.teachers if name.endswith("/teacher") else (self.student,)
-        for size in models[:1] if name.startswith("rollout/") else models:
+        for size in models[:1] if name.startswith(("rollout/", "selection/")) else models:
             flops = forward_flops(size, work * (3 if backward else 1) + again)
             self.parts[name] = self.parts.get(name, Part()) + Part(flops, work.positions, work.heads)
 
