@@ -154,9 +154,10 @@ def _check_chains(recipe: Recipe, lattice: Lattice, flops: dict[Path, float | No
     assert recipe.search is not None
     costs = {path: cost for path, cost in flops.items() if cost is not None}
     nearest = min((path for path in costs if len(path) > 2), key=costs.__getitem__)
+    multiple = costs[nearest] / costs[recipe.search.teacher, recipe.search.student]
     raise ConfigError(
         f"search.budget is {recipe.search.budget:g} × the FLOPs of the direct path, which leaves no path but that one: the cheapest chain, "
-        f"{' > '.join(nearest)}, costs {costs[nearest] / costs[recipe.search.teacher, recipe.search.student]:.2f} × direct; raise the budget"
+        f"{' > '.join(nearest)}, costs {multiple:.2f} × direct; raise the budget"
     )
 
 
