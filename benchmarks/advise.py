@@ -7,8 +7,6 @@ truth and measures arise. Regret is the true difference of the best path (direct
 At last the three public tables with every path, each predicted from the other two.
 """
 
-import argparse
-import json
 import os
 import platform
 import runpy
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import page
 from advise_page import markdown
 from advise_worlds import Family, World, make_family
 from scipy.stats import rankdata
@@ -222,21 +221,10 @@ def measure(quick: bool, jobs: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, shows, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    parser.add_argument("--markdown", type=Path, help="write the page there")
+    parser = page.parser(__doc__, "few worlds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--quick", action="store_true", help="few worlds: says that it runs, not what it finds")
     options = parser.parse_args()
-    result = measure(options.quick, options.jobs)
-    command = "OMP_NUM_THREADS=1 python benchmarks/advise.py"
-    command += "".join(f" --{name} {path}" for name, path in (("json", options.json), ("markdown", options.markdown)) if path)
-    page = markdown(result, command)
-    print(page)
-    if options.json:
-        options.json.write_text(json.dumps({"command": command, **result}, indent=1) + "\n")
-    if options.markdown:
-        options.markdown.write_text(page)
+    page.write(options, "OMP_NUM_THREADS=1 python benchmarks/advise.py", measure(options.quick, options.jobs), markdown)
 
 
 if __name__ == "__main__":

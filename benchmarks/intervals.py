@@ -13,15 +13,13 @@ in sets of 500, 242, 80, 1694 and 1000 prompts, each at a fifth of its size. The
 Other rules for the interval: `interval_rules.py`.
 """
 
-import argparse
-import json
 import platform
 import resource
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import page
 from interval_rules import RULES, Scenario, rules_row
 from numpy.typing import NDArray
 from scipy.special import ndtr, stdtrit
@@ -269,20 +267,9 @@ def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def main() -> None:
     """Measures, shows, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    parser.add_argument("--markdown", type=Path, help="write the page there")
-    parser.add_argument("--quick", action="store_true", help="few studies: says that it runs, not what it finds")
+    parser = page.parser(__doc__, "few studies")
     options = parser.parse_args()
-    result = measure(options.quick)
-    command = "OMP_NUM_THREADS=1 python benchmarks/intervals.py"
-    command += "".join(f" --{name} {path}" for name, path in (("json", options.json), ("markdown", options.markdown)) if path)
-    page = markdown(result, command)
-    print(page)
-    if options.json:
-        options.json.write_text(json.dumps({"command": command, **result}, indent=1) + "\n")
-    if options.markdown:
-        options.markdown.write_text(page)
+    page.write(options, "OMP_NUM_THREADS=1 python benchmarks/intervals.py", measure(options.quick), markdown)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ phi = 0 and raises it when the dev loss rises, where the prediction takes phi = 
 batches hold the rows that they hold.
 """
 
-import argparse
-import json
 import platform
 import tempfile
 import time
@@ -24,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import page
 import torch
 import transformers
 from ledger_counted import FAMILIES, counted, shaped
@@ -179,20 +178,10 @@ def markdown(result: dict[str, Any], command: str) -> str:
 
 def main() -> None:
     """Measures, shows, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    parser.add_argument("--markdown", type=Path, help="write the page there")
-    parser.add_argument("--quick", action="store_true", help="few updates: says that it runs, not what it finds")
+    parser = page.parser(__doc__, "few updates")
     options = parser.parse_args()
-    result = measure(options.quick)
     command = "OMP_NUM_THREADS=1 python benchmarks/ledger.py" + " --quick" * options.quick
-    command += "".join(f" --{name} {path}" for name, path in (("json", options.json), ("markdown", options.markdown)) if path)
-    page = markdown(result, command)
-    print(page)
-    if options.json:
-        options.json.write_text(json.dumps({"command": command, **result}, indent=1) + "\n")
-    if options.markdown:
-        options.markdown.write_text(page)
+    page.write(options, command, measure(options.quick), markdown)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,13 @@ same draws). A run of `halving` with a share r of the updates has (1 - r) / 2 mo
 nobody's measurement here. Regret: true quality of the best of all paths less that of the chosen one.
 """
 
-import argparse
-import json
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import page
 
 from tadistill import paths
 from tadistill.paths import Lattice, Outcome, Round, Strategy
@@ -144,20 +142,9 @@ def markdown(result: dict[str, Any], command: str) -> str:
 
 def main() -> None:
     """Measures, shows, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    parser.add_argument("--markdown", type=Path, help="write the page there")
-    parser.add_argument("--quick", action="store_true", help="few lattices: says that it runs, not what it finds")
+    parser = page.parser(__doc__, "few lattices")
     options = parser.parse_args()
-    result = measure(options.quick)
-    command = "OMP_NUM_THREADS=1 python benchmarks/search.py"
-    command += "".join(f" --{name} {path}" for name, path in (("json", options.json), ("markdown", options.markdown)) if path)
-    page = markdown(result, command)
-    print(page)
-    if options.json:
-        options.json.write_text(json.dumps({"command": command, **result}, indent=1) + "\n")
-    if options.markdown:
-        options.markdown.write_text(page)
+    page.write(options, "OMP_NUM_THREADS=1 python benchmarks/search.py", measure(options.quick), markdown)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tadistill.advise import Advice, Candidate, EdgeMeasures, History, advise, family_of, history, path_edges
-from tadistill.advise.history import LOWER_IS_BETTER, MEASURES, NOT_COMPARABLE
+from tadistill.advise.history import MEASURES
 from tadistill.advise.measures import PAIR_MEASURES, Measures
 from tadistill.advise.page import render_page
 from tadistill.advise.probes import Ladder, PathCost, arm_name, costs, ladder, probe_plan, read_measures, with_search
@@ -19,6 +19,7 @@ from tadistill.advise.steps import steps
 from tadistill.advise.terminal import show
 from tadistill.advise.words import lambda_sweeps, notes, rules
 from tadistill.config import Recipe
+from tadistill.config.method import NOT_COMPARABLE
 from tadistill.report.files import write_text
 from tadistill.study.plan import ProbePlan, make_plan
 from tadistill.study.run import describe, fetch_models
@@ -112,7 +113,7 @@ def _advice(
 
 def margin_on(recipe: Recipe, metric: str) -> float:
     """The recipe's margin, which is in points, in the unit of a metric."""
-    return recipe.margin * (NATS_PER_POINT if metric in LOWER_IS_BETTER else 1)
+    return recipe.margin * (NATS_PER_POINT if metric == "loss" else 1)
 
 
 def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:

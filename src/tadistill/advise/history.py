@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.advise.edges import Edge, EdgeMeasures, Observation, measures_from
+from tadistill.config.method import HIGHER_IS_BETTER, NOT_COMPARABLE
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.report.files import Arm, Plan, is_finished, load_plan, read_json, stage_dir
 
-LOWER_IS_BETTER = ("loss",)
-NOT_COMPARABLE = ("last", "reverse_kl")
-"""`last` measures nothing; reverse KL is to each learner's own teacher, so a chain's and a direct arm's differ in what they are to."""
 MEASURES = "advice.json"
 """Beside a study's plan.json: {"edges": [{"teacher", "learner", "measures": {name: value}}]}, as `edge_record` writes them."""
 
@@ -133,7 +131,7 @@ def _read_arm(
         if metric in NOT_COMPARABLE or value is None:
             left_out.append(f"{name}, seed {seed}, was selected by `{metric}`, which does not compare students of different teachers")
             continue
-        quality = -value if metric in LOWER_IS_BETTER else value
+        quality = value if metric in HIGHER_IS_BETTER else -value
         found.setdefault(key, Observation(family, arm.path, seed, edges, arm.flops / direct, quality, metric, plan.study))
 
 

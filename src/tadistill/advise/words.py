@@ -6,10 +6,10 @@ from itertools import pairwise
 from math import exp, inf
 
 from tadistill.advise import Advice, History
-from tadistill.advise.history import NOT_COMPARABLE
 from tadistill.advise.measures import Measures
 from tadistill.advise.probes import TOP_K, Ladder
 from tadistill.config import Recipe
+from tadistill.config.method import NOT_COMPARABLE
 from tadistill.paths import Path
 from tadistill.paths.rules import Chosen, geometric_mean, lambda_tradeoff, performance_mean, size_law
 

@@ -75,6 +75,15 @@ class Select(Strict):
     """Dev evaluation every so many updates, and at the end."""
 
 
+HIGHER_IS_BETTER = frozenset({"rouge_l", "fact_accuracy"})
+"""Of the metrics of `Select`; of the others lower is."""
+NOT_COMPARABLE = {
+    "last": "measures nothing on dev",
+    "reverse_kl": "is measured to the teacher of the last stage, which is another one in every path",
+}
+"""Metrics of `Select` that say nothing about two paths, and why."""
+
+
 class Sft(Strict):
     """Supervised fine-tuning of a model before it teaches or learns."""
 

@@ -4,6 +4,7 @@ A stage's key is a hash of everything its numbers depend on: its settings, its d
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +64,7 @@ class Graph:
 
     def mark(self, key: str, arm: str) -> None:
         """Note that an arm needs this stage and all that it stands on."""
-        for ancestor in self._with_ancestors(key):
+        for ancestor in with_ancestors(self.stages, [key]):
             self.stages[ancestor].arms.add(arm)
 
     def flops(self, key: str | None) -> float | None:
@@ -73,17 +74,19 @@ class Graph:
         """
         if key is None:
             return 0.0
-        parts = [self.stages[k].flops for k in self._with_ancestors(key, without="like")]
+        parts = [self.stages[k].flops for k in with_ancestors(self.stages, [key], without="like")]
         return None if any(p is None for p in parts) else math.fsum(p for p in parts if p is not None)  # whatever the order of the set
 
-    def _with_ancestors(self, key: str, without: str | None = None) -> set[str]:
-        found, todo = set(), [key]
-        while todo:
-            at = todo.pop()
-            if at not in found:
-                found.add(at)
-                todo += [parent for role, parent in self.stages[at].parents.items() if role != without]
-        return found
+
+def with_ancestors(stages: Mapping[str, Stage], keys: Iterable[str], without: str | None = None) -> set[str]:
+    """These stages and all that they stand on, but for what stands there in the role `without`."""
+    found, todo = set(), list(keys)
+    while todo:
+        at = todo.pop()
+        if at not in found:
+            found.add(at)
+            todo += [parent for role, parent in stages[at].parents.items() if role != without]
+    return found
 
 
 def _stage_keys(handle: Handle | None) -> list[str]:

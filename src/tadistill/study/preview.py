@@ -6,7 +6,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from tadistill.study import throughput
-from tadistill.study.graph import Stage
+from tadistill.study.graph import Stage, with_ancestors
 from tadistill.study.plan import Plan, PlannedArm
 from tadistill.study.store import Store
 from tadistill.study.throughput import Speeds
@@ -93,13 +93,7 @@ def _assistants(plan: Plan, arm: PlannedArm) -> str:
     middle = set(arm.arm.learners) - {arm.arm.last[-1]}
     if not middle or key is None:
         return "–"
-    needed, todo = set(), [key]
-    while todo:
-        at = todo.pop()
-        if at not in needed:
-            needed.add(at)
-            todo += plan.stages[at].parents.values()
-    flops = [plan.stages[k].flops for k in needed if plan.stages[k].model in middle]
+    flops = [plan.stages[k].flops for k in with_ancestors(plan.stages, [key]) if plan.stages[k].model in middle]
     return "?" if None in flops else _flops(sum(f for f in flops if f is not None))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path as File
 from rich.console import Console
 
 from tadistill.config import Arm, Method, Recipe
-from tadistill.config.method import MethodPatch, Optim, Select, apply
+from tadistill.config.method import HIGHER_IS_BETTER, NOT_COMPARABLE, MethodPatch, Optim, Select, apply
 from tadistill.errors import ConfigError
 from tadistill.paths import (
     Lattice,
@@ -34,18 +34,13 @@ from tadistill.paths import (
 )
 from tadistill.study.choice import Choice, Tried, choice_notes, choice_table, path_name, with_parents, write_choice
 from tadistill.study.costs import Ledger
-from tadistill.study.graph import Stage
+from tadistill.study.graph import Stage, with_ancestors
 from tadistill.study.plan import make_plan
 from tadistill.study.run import fetch_models
 from tadistill.study.runner import run_stages
 from tadistill.study.store import Store
 
 MOST_PATHS = 256
-_SIGN = {"loss": -1, "rouge_l": 1, "fact_accuracy": 1}
-_NOT_COMPARABLE = {
-    "last": "measures nothing on dev",
-    "reverse_kl": "is measured to the teacher of the last stage, which is another one in every path",
-}
 
 
 def search(recipe: Recipe, *, runs: File, console: Console) -> Choice:
@@ -61,7 +56,8 @@ def search(recipe: Recipe, *, runs: File, console: Console) -> Choice:
     lattice = affordable(recipe, flops)
     _check_chains(recipe, lattice, flops)
     training = _Training(recipe, lattice, Store(runs / "store"), console)
-    outcome = drive(_strategy(recipe, lattice), lambda asked: training.measure(asked, _SIGN[metric]))
+    sign = 1 if metric in HIGHER_IS_BETTER else -1
+    outcome = drive(_strategy(recipe, lattice), lambda asked: training.measure(asked, sign))
     teacher, *_, student = lattice.nodes
     tried = [Tried(path, flops[path], training.values(path)) for path in outcome.quality if path[-1] == student]
     used = training.used(outcome.path)
@@ -69,8 +65,8 @@ def search(recipe: Recipe, *, runs: File, console: Console) -> Choice:
         study=recipe.study,
         strategy=_strategy_of(recipe),
         metric=metric,
-        sign=_SIGN[metric],
-        tried=tuple(sorted(tried, key=lambda t: (t.path != outcome.path, -_SIGN[metric] * t.mean))),
+        sign=sign,
+        tried=tuple(sorted(tried, key=lambda t: (t.path != outcome.path, -sign * t.mean))),
         rounds=tuple(training.rounds),
         direct=flops[(teacher, student)],
         trained=_total(training.stages.values()),
@@ -111,9 +107,9 @@ def check_search(recipe: Recipe) -> str:
     compared = names[1:] if recipe.search.strategy in ("best_prefix", "beam") else names[-1:]
     for name in compared:
         metric = _method(recipe, name).select.metric
-        if metric in _NOT_COMPARABLE:
+        if metric in NOT_COMPARABLE:
             raise ConfigError(
-                f"{name} is selected by {metric}, which {_NOT_COMPARABLE[metric]}, so paths cannot be compared by it; "
+                f"{name} is selected by {metric}, which {NOT_COMPARABLE[metric]}, so paths cannot be compared by it; "
                 "set select.metric to loss, rouge_l or fact_accuracy"
             )
         student = _method(recipe, names[-1]).select.metric
@@ -253,13 +249,7 @@ class _Training:
 
     def used(self, path: Path) -> set[str]:
         """The stages that a path's models stand on."""
-        found, todo = set(), list(self.finals[path])
-        while todo:
-            at = todo.pop()
-            if at not in found:
-                found.add(at)
-                todo += self.stages[at].parents.values()
-        return found
+        return with_ancestors(self.stages, self.finals[path])
 
     def _values(self, keys: Sequence[str]) -> list[float]:
         return [float(self.store.manifest(key)["best_value"]) for key in keys]

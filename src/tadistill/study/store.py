@@ -80,7 +80,10 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             return FileLock(path)
         except OSError as error:
-            raise StoreError(f"cannot write to the store at {self.root}: {error.strerror}; set --runs DIR to a writable folder") from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> StoreError:
+        return StoreError(f"cannot write to the store at {self.root}: {error.strerror}; set --runs DIR to a writable folder")
 
     def acquire(self, key: str, waiting: Callable[[], None]) -> FileLock:
         """Take the lock of a stage; while another process runs it, call `waiting` once a second, which may raise to give up."""
@@ -92,9 +95,7 @@ class Store:
             except Timeout:
                 waiting()
             except OSError as error:
-                raise StoreError(
-                    f"cannot write to the store at {self.root}: {error.strerror}; set --runs DIR to a writable folder"
-                ) from error
+                raise self._unwritable(error) from error
 
     def finish(self, key: str, manifest: dict[str, Any]) -> None:
         """Put the manifest in place, with the digest of every file; then drop what only a resume needed."""

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from tadistill import rng
-from tadistill.config.method import Optim, Select
+from tadistill.config.method import HIGHER_IS_BETTER, Optim, Select
 from tadistill.data.batch import Batch
 from tadistill.errors import ConfigError, StageFailed
 from tadistill.log import RunLog
@@ -30,7 +30,6 @@ from tadistill.train.step import counts
 from tadistill.train.terms import Step
 from tadistill.train.watch import Alarms, watch
 
-HIGHER_IS_BETTER = {"rouge_l", "fact_accuracy"}
 _LOG_POINTS = 100
 _WATCH_EVERY = 10  # watching rollouts costs about a tenth of an update
 
