@@ -30,8 +30,8 @@ from tadistill.models.loading import load_model, load_tokenizer, shared_vocabula
 from tadistill.rollout.generate import Mixture, sample
 from tadistill.study.execute import run_stage
 from tadistill.study.plan import Plan, make_plan
-from tadistill.study.runner import _task
 from tadistill.study.store import Store
+from tadistill.study.task import make_task
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALL = sorted(RECIPES.rglob("*.yaml"))
@@ -234,7 +234,7 @@ def test_padding_changes_no_log_probability(kind, stand_in):
 def run_here(plan: Plan, store: Store, **_) -> None:
     """All stages in this process: starting a worker takes longer than the stages of these models."""
     for stage in plan.stages.values():
-        run_stage(_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
+        run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
     AcceleratorState._reset_state(True)  # other tests of this process have precisions of their own
 
 

@@ -12,6 +12,7 @@ from tadistill.config.arm import Arm
 from tadistill.config.decoding import Decoding
 from tadistill.config.method import Method, apply
 from tadistill.config.model import ModelConfig
+from tadistill.config.resources import Resources, check_entries
 from tadistill.config.search import Search
 from tadistill.config.strict import Strict
 
@@ -150,6 +151,8 @@ class Recipe(Strict):
     """Differences of the primary metric smaller than this, in points, count as none."""
     search: Search | None = None
     runtime: Runtime = Runtime()
+    resources: dict[str, Resources] = {}
+    """What stages are given to run on: `default`, a kind of stage, or `KIND MODEL`."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -158,6 +161,7 @@ class Recipe(Strict):
         if not self.arms and self.search is None:
             raise ValueError("there are no `arms` and no `search`; add one of them, for instance arms: {direct: xl > s}")
         self._check_names()
+        check_entries(self.resources, dict(self.models))
         check_acyclic({n: m.parent for n, m in self.models.items() if m.parent}, "models")
         check_acyclic({n: a.compute[3:] for n, a in self.arms.items() if a.compute}, "compute")
         return self

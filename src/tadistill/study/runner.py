@@ -21,7 +21,7 @@ from tadistill.errors import ConfigError, DataError, ModelError, StageFailed, Ta
 from tadistill.models.memory import keep_freed_memory
 from tadistill.study.plan import Plan, Stage
 from tadistill.study.store import Store
-from tadistill.study.task import Task
+from tadistill.study.task import Task, make_task
 from tadistill.study.throughput import cores
 
 _worker: dict[str, Any] = {}
@@ -73,7 +73,7 @@ def _schedule(
         ]
         for key in sorted(ready, key=lambda k: -weight[k])[: jobs - len(running)]:
             screen.start(key, todo[key].label, todo[key].steps)
-            running[pool.submit(_work, _task(plan, todo[key], store))] = key
+            running[pool.submit(_work, make_task(plan, todo[key], store))] = key
         if not running:
             return failed
         for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -103,23 +103,6 @@ def _weights(plan: Plan) -> dict[str, float]:
         for parent in set(plan.stages[key].parents.values()):
             weight[parent] = max(weight[parent], (plan.stages[parent].flops or 0.0) + weight[key])
     return weight
-
-
-def _task(plan: Plan, stage: Stage, store: Store) -> Task:
-    recipe = plan.recipe
-    return Task(
-        stage.kind,
-        stage.key,
-        stage.spec,
-        stage.parents,
-        stage.label,
-        stage.steps,
-        str(store.root),
-        recipe.study,
-        recipe.data.root,
-        recipe.runtime.checkpoint_seconds,
-        recipe.runtime.trackers,
-    )
 
 
 # --- in the worker ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,12 @@
-"""What a worker process is told about its stage: plain data that can be pickled."""
+"""What a worker process or a job is told about its stage: plain data that can be pickled. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from tadistill.config.resources import Resources, resources_of
+from tadistill.study.graph import Stage
+from tadistill.study.plan import Plan
+from tadistill.study.store import Store
 
 
 @dataclass(frozen=True)
@@ -19,3 +24,24 @@ class Task:
     data_root: str | None
     checkpoint_seconds: float
     trackers: tuple[str, ...]
+    resources: Resources = field(default_factory=Resources)
+    """Processes, and how models lie on their devices."""
+
+
+def make_task(plan: Plan, stage: Stage, store: Store) -> Task:
+    """The task of a planned stage."""
+    recipe = plan.recipe
+    return Task(
+        stage.kind,
+        stage.key,
+        stage.spec,
+        stage.parents,
+        stage.label,
+        stage.steps,
+        str(store.root),
+        recipe.study,
+        recipe.data.root,
+        recipe.runtime.checkpoint_seconds,
+        recipe.runtime.trackers,
+        resources_of(recipe.resources, stage.kind, stage.model),
+    )

@@ -16,9 +16,9 @@ from tadistill.study.choice import write_choice
 from tadistill.study.execute import run_stage
 from tadistill.study.plan import make_plan
 from tadistill.study.run import run
-from tadistill.study.runner import _task
 from tadistill.study.search import affordable, path_flops, search
 from tadistill.study.store import Store
+from tadistill.study.task import make_task
 
 GPT2 = {"n_layer": 1, "n_head": 2, "n_positions": 128}
 
@@ -63,7 +63,7 @@ def manifests(runs: Path) -> dict[str, str]:
 def run_here(plan, store, *, jobs, console):
     """Stages one by one in this process: starting workers would take most of the time (tests/e2e has a search with workers)."""
     for stage in plan.stages.values():
-        run_stage(_task(plan, stage, store), progress=lambda *_: None, alarm=pytest.fail, stop=lambda: False)
+        run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=pytest.fail, stop=lambda: False)
 
 
 @pytest.fixture(scope="module", autouse=True)
