@@ -2,6 +2,7 @@
 
 tadistill plan RECIPE [key=value …]      what would run, what is cached, what it costs
 tadistill run RECIPE [key=value …]       run it and write the report
+tadistill submit RECIPE --cluster NAME   the same as Slurm jobs; tadistill status STUDY, tadistill cancel STUDY
 tadistill search RECIPE [key=value …]    train paths of `search:` until the best one is found
 tadistill report STUDY                   write the report again
 tadistill advise RECIPE [key=value …]    which path is worth its compute, including none
@@ -92,6 +93,56 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
     console.print(summary_table(study, root / "store"))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
     return study
+
+
+@app.command()
+def submit(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    cluster: Annotated[str | None, typer.Option("--cluster", help="A profile's name or YAML file (CC_CLUSTER; docs/cluster.md).")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="Who pays, for instance def-PROF (SBATCH_ACCOUNT).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")] = False,
+    runs: Runs = None,
+) -> None:
+    """Submit a study's missing stages to Slurm. Twice submits nothing; after a failure, the branch that failed (docs/cluster.md)."""
+    from tadistill.cluster.command import submit as submit_recipe
+    from tadistill.config import load
+    from tadistill.study.run import runs_directory
+
+    submit_recipe(
+        load(recipe, overrides or []),
+        text=recipe.read_text(encoding="utf-8"),
+        command=shlex.join(["tadistill", *sys.argv[1:]]),
+        cluster=cluster,
+        account=account,
+        runs=runs_directory(runs),
+        dry_run=dry_run,
+        console=console,
+    )
+
+
+@app.command()
+def status(study: StudyName, runs: Runs = None) -> None:
+    """Where each stage of a submitted study is: its job, state, time and last metric."""
+    from tadistill.cluster.status import show
+    from tadistill.report.files import find_study
+    from tadistill.study.run import runs_directory
+    from tadistill.study.store import Store
+
+    root = runs_directory(runs)
+    console.print(show(find_study(study, root), Store(root / "store")))
+
+
+@app.command()
+def cancel(study: StudyName, runs: Runs = None) -> None:
+    """Cancel a study's jobs. What runs saves its state first; a later submission goes on from it."""
+    from tadistill.cluster.status import cancel as cancel_jobs
+    from tadistill.report.files import find_study
+    from tadistill.study.run import runs_directory
+    from tadistill.study.store import Store
+
+    root = runs_directory(runs)
+    console.print(f"{cancel_jobs(find_study(study, root), Store(root / 'store'))} jobs cancelled", highlight=False)
 
 
 @app.command()
