@@ -50,7 +50,7 @@ configure() {
         echo IgnoreSystemd=yes >"$DIR/etc/cgroup.conf"
     fi
     : >"$DIR/etc/plugstack.conf"
-    # cred_expire is also how long a job that was queued again has to wait; kill_invalid_depend is what the Alliance has;
+    # cred_expire is also how long a job that was queued again waits (below 5 the default of 120 holds); kill_invalid_depend is the Alliance;
     # job ids start from the clock, so that no id is given twice even on a fresh DIR
     cat >"$DIR/etc/slurm.conf" <<CONF
 ClusterName=tests
@@ -60,7 +60,7 @@ CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge
-AuthInfo=socket=$DIR/munge/socket,cred_expire=2
+AuthInfo=socket=$DIR/munge/socket,cred_expire=5
 FirstJobId=$(($(date +%s) % 60000000 + 1))
 StateSaveLocation=$DIR/state
 SlurmdSpoolDir=$DIR/spool

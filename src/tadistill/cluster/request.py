@@ -156,7 +156,7 @@ class Requests:
                 )
             limit = wanted.hours
         else:
-            limit = min(profile.piece_hours, profile.max_hours, max(profile.min_hours, 1.5 * hours, 0.25))
+            limit = min(profile.piece_hours, profile.max_hours, max(profile.min_hours, 1.5 * hours, 1.0))
         return math.ceil(60 * limit), max(1, math.ceil(1.5 * hours / limit))
 
     def _hours(self, stage: Stage, wanted: Resources, gpu: Gpu | None) -> float:

@@ -1,0 +1,160 @@
+"""A study on a real Slurm: arrays, a requeue by signal, a planned failure, its children, the branch again, and the report.
+
+One study goes through all of it, in the order of the tests.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tadistill.cluster import queue
+from tadistill.cluster.status import rows
+from tadistill.config import load
+from tadistill.study.plan import make_plan
+from tadistill.study.store import Store
+
+HERE = Path(__file__).parent
+GOLDEN = HERE.parent / "unit" / "cluster" / "golden"
+RECIPE, CLUSTER = HERE / "study.yaml", HERE / "cluster.yaml"
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Study:
+    """The study's command line and its files."""
+
+    def __init__(self, runs: Path):
+        self.runs, self.store, self.directory = runs, Store(runs / "store"), runs / "tiny"
+        self.stages = make_plan(load(RECIPE)).stages
+
+    def call(self, *arguments: str, code: int = 0) -> str:
+        command = [sys.executable, "-m", "tadistill", *arguments, "--runs", str(self.runs)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return " ".join(ANSI.sub("", done.stdout + done.stderr).split())
+
+    def submit(self, *more: str, code: int = 0) -> str:
+        return self.call("submit", str(RECIPE), "--cluster", str(CLUSTER), "--account", "def-tests", *more, code=code)
+
+    def key(self, label: str) -> str:
+        (found,) = (s.key for s in self.stages.values() if s.label.startswith(label))
+        return found
+
+    def states(self) -> Counter[str]:
+        return Counter(row.state for row in rows(self.directory, self.store))
+
+    def await_end(self, seconds: float = 400) -> None:
+        end = time.monotonic() + seconds
+        while queued := queue.queued():
+            assert time.monotonic() < end, queued
+            time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def study(slurm, tmp_path_factory):
+    return Study(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.parametrize("site", ["narval", "rorqual"])
+def test_the_controller_takes_the_resource_lines_of_real_sites(slurm, site, tmp_path):
+    """All kinds of stages; the node here has their GPUs, slices, cores and memory. Dependencies name jobs that are not there."""
+    scripts = GOLDEN.joinpath(f"{site}.txt").read_text().split("#!/bin/bash")[1:]
+    assert len(scripts) == 6
+    for i, text in enumerate(scripts):
+        lines = [line for line in text.splitlines() if "--dependency" not in line and "--output" not in line]
+        assert _accepted(tmp_path / f"{i}.sh", lines)
+    lines = [line.replace("a100", "v100").replace("h100", "v100") for line in lines]
+    assert not _accepted(tmp_path / "unknown.sh", lines)
+
+
+FAILS = "distill xl -> s, minillm on teacher_mixed (rounds of 32, 4 updates each), 8 updates, seed 20"
+
+
+def test_a_study_goes_as_arrays_and_survives_a_signal(study):
+    # one stage cannot write its log: a planned failure
+    obstacle = study.store.folder(study.key(FAILS)) / "metrics.jsonl"
+    obstacle.mkdir(parents=True)
+    said = study.submit()
+    assert "27 stages, of them 0 done, 0 queued before, 27 submitted as 20 jobs" in said
+    assert len(re.findall(r"_\[0-2\]", said)) == 6  # arrays of seeds; the teacher and its evaluation are single jobs
+    assert "0 submitted as 0 jobs" in study.submit()  # all of it is queued
+    # the teacher saves, goes back into the queue under its own id, and ends where it would have ended
+    teacher = study.key("sft xl")
+    record = json.loads((study.store.folder(teacher) / "job.json").read_text())
+    log = study.store.folder(teacher) / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while not log.is_file() or len(log.read_text().splitlines()) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    subprocess.run(["scancel", "--signal=USR2", record["job"]], check=True)
+    study.await_end()
+    text = (study.directory / "jobs" / f"{record['job']}_0_log.out").read_text()
+    assert re.search(r"stopped at update \d+ of 1500", text)
+    assert text.count("Starting with JobEnvironment") == 2
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == sorted({*range(15, 1501, 15), *range(250, 1501, 250)})  # each once, across the interruption
+    assert study.store.finished(teacher)
+
+
+def test_a_failure_takes_its_children_and_nothing_else(study):
+    failed = study.key(FAILS)
+    lost = {s.key for s in study.stages.values() if failed in s.parents.values()} | {failed}
+    lost |= {s.key for s in study.stages.values() if set(s.parents.values()) & lost}
+    assert {s.key for s in study.stages.values() if not study.store.finished(s.key)} == lost
+    assert study.states() == {"done": 24, "failed": 1, "cancelled": 2}
+    said = study.call("status", "tiny")
+    assert "24 done, 2 cancelled, 1 failed" in said
+    assert "nothing is queued; the same `tadistill submit` goes on" in said
+
+
+def test_the_failed_branch_goes_again_and_the_report_follows(study):
+    report = study.directory / "report.html"
+    assert report.is_file()  # written when all had ended, whatever became of it
+    first = report.stat().st_mtime_ns
+    (study.store.folder(study.key(FAILS)) / "metrics.jsonl").rmdir()
+    assert "24 done, 0 queued before, 3 submitted as 2 jobs" in study.submit()
+    study.await_end()
+    assert study.states() == {"done": 27}
+    assert report.stat().st_mtime_ns > first
+    assert {row["arm"] for row in json.loads((study.directory / "results.json").read_text())["rows"]} == {"teacher", "direct", "takd"}
+    assert "27 done, 0 queued before, 0 submitted as 0 jobs" in study.submit()
+    assert "all stages are done" in study.call("status", "tiny")
+
+
+def test_cancel_and_stale_records(study):
+    """Cancelled jobs, and ids that Slurm does not know or that other jobs have, are submitted anew."""
+    more = ("seeds=[40]", "study=tiny2")
+    subprocess.run(["scontrol", "update", f"NodeName={_node()}", "State=DRAIN", "Reason=test"], check=True)  # nothing starts
+    try:
+        assert "submitted as" in study.submit(*more)
+        other = Study(study.runs)
+        other.directory = study.runs / "tiny2"
+        (jobs,) = re.findall(r"(\d+) jobs cancelled", other.call("cancel", "tiny2"))
+        assert int(jobs) > 0
+        study.await_end()
+        again = study.submit(*more)
+        assert "0 queued before" in again
+        assert "0 submitted" not in again
+        records = [p for p in study.runs.glob("store/*/*/job.json") if json.loads(p.read_text())["study"] == "tiny2"]
+        stale = {"job": "1", "index": None} | {"name": "x", "cluster": "cluster", "study": "tiny2"}
+        records[0].write_text(json.dumps(stale))
+        records[1].write_text("{")
+        assert "submitted as 2 jobs" in study.submit(*more)
+    finally:
+        other.call("cancel", "tiny2")
+        subprocess.run(["scancel", "--quiet", "--me"], check=False)
+        subprocess.run(["scontrol", "update", f"NodeName={_node()}", "State=RESUME"], check=True)
+
+
+def _accepted(path: Path, lines: list[str]) -> bool:
+    path.write_text("\n".join(["#!/bin/bash", *lines]))
+    return subprocess.run(["sbatch", "--test-only", path], capture_output=True, check=False).returncode == 0
+
+
+def _node() -> str:
+    return subprocess.run(["sinfo", "-h", "-o", "%n"], capture_output=True, text=True, check=True).stdout.strip()

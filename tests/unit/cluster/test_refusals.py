@@ -1,0 +1,120 @@
+"""What a site would refuse is refused before anything is submitted, with the rule and the fix."""
+
+from pathlib import Path
+
+import pytest
+
+from tadistill.cluster import profile
+from tadistill.cluster.command import submit
+from tadistill.cluster.submit import Submission
+from tadistill.config import load
+from tadistill.errors import ConfigError
+from tadistill.study.plan import make_plan
+
+RECIPE = Path(__file__).with_name("recipe.yaml")
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT", "CC_CLUSTER"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def scripts(site: str, *resources: str, account: str = "def-prof", runs: Path = Path("/scratch/runs")):
+    chosen = [f"resources={{{', '.join(resources)}}}"] if resources else []
+    return list(Submission(make_plan(load(RECIPE, chosen)), profile.load(site), runs, account=account).scripts())
+
+
+@pytest.mark.parametrize(
+    ("site", "resources", "message"),
+    [
+        ("narval", "sft: {gpu: h100}", "gpu is `h100`, which narval has not; it has a100, a100_3g.20gb"),
+        ("fir", "sft: {gpu: h100_3g.40gb}", "it has h100, nvidia_h100_80gb_hbm3_3g.40gb"),  # long names only
+        ("rorqual", "sft: {gpu: h100_3g.40gb, processes: 2}", "a job has one slice"),
+        ("rorqual", "sft: {processes: 8}", "a node of rorqual has 4 x h100; raise nodes"),
+        ("rorqual", "sft: {gpu: h100, cpus: 65}", "65 cores on a node, but rorqual gives at most 64"),
+        ("rorqual", "sft: {gpu: h100_1g.10gb, memory: 31}", "31 GB of memory on a node, but rorqual gives at most 15"),
+        ("trillium", "sft: {hours: 25}", "hours is 25, but a job on trillium has 0.25 to 24"),
+        ("narval", "sft: {hours: 0.5}", "hours is 0.5, but a job on narval has 1 to 168"),
+        ("local", "sft: {gpu: h100}", "profile local names no GPUs"),
+        ("narval", "sft: {processes: 3}", "optim.batch 64 is not a multiple of the 3 processes"),
+    ],
+)
+def test_requests(site, resources, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        scripts(site, resources)
+
+
+def test_a_model_that_fits_nowhere_says_how_to_spread_it():
+    big = "models.xl.config={n_embd: 4096, n_layer: 40, n_head: 32, n_positions: 1024}"
+    plan = make_plan(load(RECIPE, [big]))
+    with pytest.raises(ConfigError, match=r"sft xl, seed 10 needs about \d+ GB on a device, but the largest of narval has 40; spread it"):
+        list(Submission(plan, profile.load("narval"), Path("/scratch/runs"), account="def-prof").scripts())
+    spread = load(RECIPE, [big, "resources={sft xl: {processes: 4, parallel: fsdp}, default: {teacher: offloaded}}"])
+    text = next(t for sent, t in Submission(make_plan(spread), profile.load("rorqual"), Path("/scratch/r"), account="def-a").scripts())
+    assert "--gpus-per-node=h100:4" in text
+
+
+def test_whole_nodes_are_rounded_up():
+    text = next(text for _, text in scripts("tamia", account="aip-prof"))
+    assert "#SBATCH --gpus=h100:4\n" in text
+    assert "#SBATCH --ntasks-per-node=1\n" in text
+    text = next(text for _, text in scripts("trillium", "sft: {processes: 2}"))
+    assert "#SBATCH --gpus-per-node=4\n" in text
+    assert "--mem" not in text
+
+
+def test_accounts(monkeypatch):
+    with pytest.raises(ConfigError, match="narval needs an account; give --account NAME"):
+        scripts("narval", account="")
+    with pytest.raises(ConfigError, match="account `def-prof` is none of vulcan, which look like aip-PROF"):
+        scripts("vulcan")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "def-other")
+    with pytest.raises(ConfigError, match="SBATCH_ACCOUNT=def-other in the environment wins over it; unset SBATCH_ACCOUNT"):
+        scripts("narval")
+    assert all("--account=def-other" in text for _, text in scripts("narval", account=""))
+
+
+def test_home_is_no_place_for_jobs(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"the home folder is read-only in jobs on trillium; go to .SCRATCH, or set --runs there"):
+        scripts("trillium", runs=tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"this folder is .*, but the home folder is not taken as a place for jobs on rorqual"):
+        scripts("rorqual")
+    assert scripts("narval", runs=tmp_path / "runs")
+
+
+def test_profiles(tmp_path):
+    with pytest.raises(ConfigError, match="no cluster profile `cedar`; there are fir, killarney"):
+        profile.load("cedar")
+    own = tmp_path / "own.yaml"
+    own.write_text("about: mine\nmax_hour: 3\n")
+    with pytest.raises(ConfigError, match=r"own.yaml: max_hours: Field required"):
+        profile.load(str(own))
+    own.write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        profile.load(str(own))
+    own.write_text("about: mine\nmax_hours: 3\n")
+    assert profile.load(str(own)).name == "own"
+
+
+def test_a_cluster_must_be_named():
+    with pytest.raises(ConfigError, match="--cluster is not given; use one of fir, killarney"):
+        submit(load(RECIPE), text="", command="", cluster=None, account=None, runs=Path("x"), dry_run=True, console=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ("training: {}", "resources.training is neither `default` nor a kind of stage"),
+        ("sft xxl: {}", "resources.sft xxl names `xxl`, which is not a model"),
+        ("evaluate: {processes: 2}", "a stage of kind evaluate is one process"),
+        ("sft: {processes: 3, nodes: 2}", "processes 3 is not a multiple of nodes 2"),
+        ("sft: {parallel: fsdp}", "parallel fsdp spreads a model over several processes, but processes is 1"),
+        ("sft: {gpus: 2}", "gpus"),
+    ],
+)
+def test_a_recipes_resources(resources, message):
+    with pytest.raises(ConfigError, match=message):
+        load(RECIPE, [f"resources={{{resources}}}"])

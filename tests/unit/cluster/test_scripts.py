@@ -1,0 +1,85 @@
+"""The batch script of every kind of stage on every site, word by word (UPDATE_GOLDEN=1 writes them anew), and how stages become jobs."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tadistill.cluster import profile, sbatch
+from tadistill.cluster.submit import Submission
+from tadistill.config import load
+from tadistill.config.resources import KINDS
+from tadistill.study.plan import make_plan
+
+HERE = Path(__file__).parent
+GOLDEN = HERE / "golden"
+RUNS = Path("/scratch/runs")  # nothing is written there
+
+
+@pytest.fixture
+def plan():
+    return make_plan(load(HERE / "recipe.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in (*sbatch._PASSED_ON, "SBATCH_ACCOUNT", "SLURM_ACCOUNT", "CC_CLUSTER"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def account(site: str) -> str | None:
+    pattern = profile.load(site).account
+    return None if not pattern else "aip-prof" if pattern.startswith("aip") else "def-prof"
+
+
+def scripts(plan, site: str) -> list[tuple]:
+    return list(Submission(plan, profile.load(site), RUNS, account=account(site)).scripts())
+
+
+@pytest.mark.parametrize("site", profile.names())
+def test_golden(plan, site):
+    first: dict[str, str] = {}
+    for sent, text in scripts(plan, site):
+        first.setdefault(sent.jobs[0].stages[0].kind, f"# {sent.text}\n{text.replace(sys.executable, 'python')}")
+    report = Submission(plan, profile.load(site), RUNS, account=account(site)).requests.report()
+    assert (report is None) == (profile.load(site).cpu is None)
+    assert set(first) == set(KINDS) - {"analyse"}  # which share their jobs with evaluate
+    text = "\n".join(first[kind] for kind in sorted(first))
+    path = GOLDEN / f"{site}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def test_several_processes_and_nodes(tmp_path):
+    recipe = load(HERE / "recipe.yaml", ["resources={'sft xl': {processes: 8, nodes: 2, parallel: fsdp}}"])
+    (text,) = [t for sent, t in scripts(make_plan(recipe), "rorqual") if sent.jobs[0].stages[0].label.startswith("sft xl")]
+    for line in ("--gpus-per-node=h100:4", "--nodes=2", "--ntasks-per-node=4", "--cpus-per-task=16", "--mem=496G"):
+        assert f"#SBATCH {line}\n" in text
+    assert "MASTER_ADDR=$(scontrol show hostnames" in text
+    assert "srun --unbuffered --output" in text
+    assert "--kill-on-bad-exit=1" in text
+
+
+def test_seeds_share_arrays_and_wait_for_their_own(plan):
+    found = {sent.jobs[0].stages[0].label: sent for sent, _ in scripts(plan, "narval")}
+    kd = next(s for label, s in found.items() if label.startswith("distill xl -> s, forward_kl on dataset, 5000"))
+    assert len(kd.jobs) == 3
+    assert kd.settings["dependency"] == f"aftercorr:{found['sft s, seed 10'].id},afterok:{found['sft xl, seed 10'].id}"
+
+
+def test_a_chain_has_an_array_of_segments_for_each_job(plan):
+    found = scripts(plan, "trillium")
+    assert all(len(sent.jobs) == 1 for sent, _ in found)
+    assert all("%1\n" in text and "--no-requeue" in text for _, text in found)
+    assert not any("aftercorr" in text for _, text in found)
+
+
+def test_every_stage_is_in_one_job_and_parents_come_first(plan):
+    seen: set[str] = set()
+    for sent, _ in scripts(plan, "fir"):
+        for job in sent.jobs:
+            assert job.parents <= seen
+        seen |= {key for job in sent.jobs for key in job.keys}
+    assert seen == set(plan.stages)
