@@ -126,29 +126,35 @@ def test_the_failed_branch_goes_again_and_the_report_follows(study):
     assert "all stages are done" in study.call("status", "tiny")
 
 
-def test_cancel_and_stale_records(study):
-    """Cancelled jobs, and ids that Slurm does not know or that other jobs have, are submitted anew."""
-    more = ("seeds=[40]", "study=tiny2")
+def test_two_submissions_cancelling_and_stale_records(study):
+    """Two at once submit each job once; cancelled jobs, and ids that Slurm does not know or gave to others, are submitted anew."""
+    more = [str(RECIPE), "seeds=[40]", "study=tiny2", "--cluster", str(CLUSTER), "--account", "def-tests", "--runs", str(study.runs)]
     subprocess.run(["scontrol", "update", f"NodeName={_node()}", "State=DRAIN", "Reason=test"], check=True)  # nothing starts
     try:
-        assert "submitted as" in study.submit(*more)
-        other = Study(study.runs)
-        other.directory = study.runs / "tiny2"
-        (jobs,) = re.findall(r"(\d+) jobs cancelled", other.call("cancel", "tiny2"))
-        assert int(jobs) > 0
+        both = [subprocess.Popen([sys.executable, "-m", "tadistill", "submit", *more], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        said = [" ".join(process.communicate(timeout=120)[0].split()) for process in both]
+        (stages,) = {int(n) for text in said for n in re.findall(r"of them (?:\d+) done, 0 queued before, (\d+) submitted", text)}
+        assert sorted("0 submitted as 0 jobs" in text for text in said) == [False, True]
+        assert f"{stages} queued before" in next(text for text in said if "0 submitted as 0 jobs" in text)
+        (jobs,) = re.findall(r"(\d+) jobs cancelled", study.call("cancel", "tiny2"))
+        assert int(jobs) == len(stage_jobs(study, "tiny2"))
         study.await_end()
-        again = study.submit(*more)
-        assert "0 queued before" in again
-        assert "0 submitted" not in again
-        records = [p for p in study.runs.glob("store/*/*/job.json") if json.loads(p.read_text())["study"] == "tiny2"]
-        stale = {"job": "1", "index": None} | {"name": "x", "cluster": "cluster", "study": "tiny2"}
-        records[0].write_text(json.dumps(stale))
-        records[1].write_text("{")
-        assert "submitted as 2 jobs" in study.submit(*more)
+        assert f"0 queued before, {stages} submitted" in study.call("submit", *more[:-2])
+        first, second, *_ = [p for p in study.runs.glob("store/*/*/job.json") if json.loads(p.read_text())["study"] == "tiny2"]
+        # an id that is not there, or that belongs to another job by now
+        first.write_text(json.dumps({"job": "1", "index": None, "name": "x", "cluster": "cluster", "study": "tiny2"}))
+        second.write_text("{")
+        assert re.search(rf"{stages - 2} queued before, 2 submitted as [12] jobs", study.call("submit", *more[:-2]))
     finally:
-        other.call("cancel", "tiny2")
         subprocess.run(["scancel", "--quiet", "--me"], check=False)
+        study.await_end()
         subprocess.run(["scontrol", "update", f"NodeName={_node()}", "State=RESUME"], check=True)
+
+
+def stage_jobs(study: Study, name: str) -> set[tuple]:
+    """The jobs that a study's records name."""
+    found = [json.loads(p.read_text()) for p in study.runs.glob("store/*/*/job.json")]
+    return {(record["job"], record["index"]) for record in found if record["study"] == name}
 
 
 def _accepted(path: Path, lines: list[str]) -> bool:

@@ -1,0 +1,108 @@
+"""What Slurm says, from commands that only pretend; tests/slurm asks a real one."""
+
+import json
+
+import pytest
+
+from tadistill.cluster import queue, records
+from tadistill.cluster.jobs import Job, Place, arrays
+from tadistill.cluster.queue import Entry
+from tadistill.cluster.request import Request
+from tadistill.cluster.status import rows
+from tadistill.errors import ConfigError, StoreError
+from tadistill.study.graph import Stage
+from tadistill.study.store import Store
+
+REQUEST = Request(None, 0, 1, 1, 1, 1, 60, 1)
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Puts a script on an otherwise empty PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def make(name: str, text: str) -> None:
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+
+    return make
+
+
+def test_no_slurm_is_one_sentence(command):
+    with pytest.raises(ConfigError, match="squeue does not answer, so the state of jobs is not known; run this on a login node"):
+        queue.queued()
+    command("squeue", "exit 1")
+    with pytest.raises(ConfigError, match="squeue does not answer"):
+        queue.queued()
+    assert queue.ended(["3"]) == {}
+
+
+def test_squeue_and_sacct_are_read(command):
+    command("squeue", "echo '7_1|RUNNING|1:02|distill-s-abc|None'; echo '8|PENDING|0:00|x|DependencyNeverSatisfied'; echo rubbish")
+    found = queue.queued()
+    assert found["7_1"] == Entry("7_1", "RUNNING", "1:02", "distill-s-abc", "None")
+    assert found["8"].hopeless
+    command("sacct", "echo '3|CANCELLED by 0|00:10|a'; echo '4_0|TIMEOUT|01:00|b'")
+    assert {i: e.state for i, e in queue.ended(["3", "4_0", "5"]).items()} == {"3": "CANCELLED", "4_0": "TIMEOUT"}
+    command("sacct", "exit 1")  # accounting is off
+    assert queue.ended(["7_1"])["7_1"].state == "RUNNING"
+
+
+def test_only_the_job_that_was_submitted_counts(tmp_path):
+    store = Store(tmp_path)
+    records.write(store, "ab12", Place("7", 1), "distill-s-abc", "narval", "study")
+    record = records.read(store, "ab12")
+    assert records.live(record, {"7_1": Entry("7_1", "RUNNING", "0:10", "distill-s-abc")}, "narval")
+    assert not records.live(record, {"7_1": Entry("7_1", "RUNNING", "0:10", "another")}, "narval")  # the id was given again
+    assert not records.live(record, {"7_1": Entry("7_1", "PENDING", "0:00", "distill-s-abc", "DependencyNeverSatisfied")}, "narval")
+    assert not records.live(record, {"7_1": Entry("7_1", "RUNNING", "0:10", "distill-s-abc")}, "fir")
+    assert not records.live(record, {}, "narval")
+    segments = {"9_1": Entry("9_1", "PENDING", "0:00", "x"), "9_0": Entry("9_0", "RUNNING", "0:10", "x")}
+    chain = {"job": "9", "index": None, "name": "x", "cluster": "trillium"}
+    assert records.live(chain, segments, "trillium") == segments["9_0"]
+
+
+def stage(key: str, kind: str = "sft", *, seed: int = 0, **parents: str) -> Stage:
+    return Stage(kind, key, {}, parents, f"{kind} {key}", "s", seed, None)
+
+
+def test_dependencies_of_arrays():
+    def job(key: str, *parents: str) -> Job:
+        return Job((stage(key, **{f"p{i}": p for i, p in enumerate(parents)}),), REQUEST, 0)
+
+    places = {"t": Place("1"), "a0": Place("2", 0), "a1": Place("2", 1), "b1": Place("3", 1), "c": Place("4")}
+    (both,) = arrays([job("x", "t", "a0"), job("y", "t", "a1")], places)
+    assert (len(both[0]), both[1]) == (2, "aftercorr:2,afterok:1")
+    # one of the seeds is finished already: its element waits for nothing of that array
+    assert [d for _, d in arrays([job("x", "t"), job("y", "t", "a1")], places)] == ["afterok:1", "afterok:1:2_1"]
+    # indices do not correspond
+    assert [d for _, d in arrays([job("x", "b1"), job("y", "c")], places)] == ["afterok:3_1", "afterok:4"]
+    (free,) = arrays([job("x", "done"), job("y")], places)
+    assert (len(free[0]), free[1]) == (2, None)
+
+
+def test_status_of_every_kind(command, tmp_path):
+    study, store = tmp_path / "study", Store(tmp_path / "store")
+    study.mkdir()
+    keys = ["done", "runs", "wait", "fail", "gone", "lost", "none"]
+    stages = [{"key": key, "kind": "sft", "label": key, "steps": 10} for key in keys]
+    (study / "plan.json").write_text(json.dumps({"stages": stages}))
+    for i, key in enumerate(keys[:-1]):
+        records.write(store, key, Place(str(i)), key, "local", "study")
+    store.finish("done", {"seconds": 3700.0})
+    (store.folder("runs") / "metrics.jsonl").write_text('{"step": 4, "train/loss": 1.5, "train/lr": 1}\n{"step": 5, "tra')
+    (store.folder("fail") / "failure.txt").write_text("it broke\n")
+    command("squeue", "case $* in *--me*) echo '1|RUNNING|0:05|runs|None'; echo '2|PENDING|0:00|wait|Dependency';; esac")
+    command("sacct", "echo '4|OUT_OF_MEMORY|00:10|gone'")
+    found = {row.label: row for row in rows(study, store)}
+    expected = ["done", "running", "pending", "failed", "out_of_memory", "lost", "not submitted"]
+    assert {label: row.state for label, row in found.items()} == dict(zip(keys, expected, strict=True))
+    assert found["done"].elapsed == "1:01:40"
+    assert found["runs"].last == "4/10 train/loss 1.5"
+    assert found["fail"].last == "it broke"
+    (study / "plan.json").write_text("{")
+    with pytest.raises(StoreError, match=r"plan.json is damaged; submit the recipe again"):
+        rows(study, store)
