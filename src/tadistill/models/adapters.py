@@ -110,7 +110,10 @@ def _matrices(config: Config) -> list[_Matrix] | None:
         found += [matrix("fc1", shape.hidden, shape.intermediate, 2), matrix("fc2", shape.intermediate, shape.hidden, 3)]
         outer = config.get("word_embed_proj_dim") or shape.hidden
         if outer != shape.hidden:
-            found += [_Matrix("project_in", outer, shape.hidden, (-1,)), _Matrix("project_out", shape.hidden, outer, (shape.layers * _LAYER,))]
+            found += [
+                _Matrix("project_in", outer, shape.hidden, (-1,)),
+                _Matrix("project_out", shape.hidden, outer, (shape.layers * _LAYER,)),
+            ]
         return found
     gates = [matrix(f"mlp.{name}_proj", shape.hidden, shape.intermediate, 2) for name in ("gate", "up")]
     return [*found, *gates, matrix("mlp.down_proj", shape.intermediate, shape.hidden, 3)]

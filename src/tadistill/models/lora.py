@@ -7,7 +7,7 @@ The head stays as it is: losses are fused with its weights, which an adapter wou
 """
 
 import copy
-import warnings
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ from tadistill.models.adapters import Adapters, adapters_of
 if TYPE_CHECKING:
     from peft import LoraModel
 
+_NUMBERED = re.compile(r"\.\d+\.")  # what comes before a name within a layer
 _DOWN = ".lora_A.default.weight"  # peft's name of the half that reads a layer's input
 
 
@@ -47,12 +48,14 @@ def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
         target_modules=list(settings.targets) or "all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return peft.LoraModel(model, config, "default")
+            tuner = peft.LoraModel(model, config, "default")
         except ValueError as error:
             raise ModelError(f"lora does not fit a {model.config.model_type} model: {error}") from error
+    model.train(model.training)  # new modules are in training mode, whatever the model is in
+    return tuner
 
 
 def merged(tuner: "LoraModel") -> PreTrainedModel:
@@ -67,8 +70,8 @@ def adapters_in(model: PreTrainedModel) -> Adapters | None:
     found = {name.removesuffix(_DOWN): weight.shape[0] for name, weight in model.named_parameters() if name.endswith(_DOWN)}
     if not found:
         return None
-    config = model.config.get_text_config().to_dict()
-    return adapters_of(config, next(iter(found.values())), modules=found)
+    names = {_NUMBERED.split(name)[-1] if _NUMBERED.search(name) else name.rpartition(".")[2] for name in found}
+    return adapters_of(model.config.get_text_config().to_dict(), next(iter(found.values())), sorted(names))
 
 
 def _check_ends(model: PreTrainedModel, targets: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """Gradient checkpointing in any mode of a model: transformers' own works in training mode alone, where dropout is on and caches are off.
 
-    recompute_layers(model)     # same losses and gradients, less memory, one more forward pass of the layers
+recompute_layers(model)     # same losses and gradients, less memory, one more forward pass of the layers
 """
 
 from collections.abc import Callable

@@ -133,9 +133,7 @@ def _check_memory(recipe: Recipe, used: list[str]) -> None:
             _check_stage(found, [teacher, *arm.last[:-1]], arm.last[-1], False)
 
 
-def _check_stage(
-    found: dict[str, sizes.Size | None], beside: list[str], name: str, trains: bool, adapters: Adapters | None = None
-) -> None:
+def _check_stage(found: dict[str, sizes.Size | None], beside: list[str], name: str, trains: bool, adapters: Adapters | None = None) -> None:
     needs = {other: resident_bytes(size.total, training=False) for other in beside if (size := found[other])}
     if size := found[name]:
         total = with_adapters(size, adapters).total

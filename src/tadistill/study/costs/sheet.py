@@ -19,9 +19,7 @@ _LOG_POINTS, _WATCH_EVERY, _WATCHED_ROWS = 100, 10, 8  # `train.loop` and `train
 class Sheet:
     """The parts of one training stage, as they add up."""
 
-    def __init__(
-        self, student: Size, teachers: tuple[Size, ...], optim: Optim, *, drop: float = 0.0, adapters: Adapters | None = None
-    ):
+    def __init__(self, student: Size, teachers: tuple[Size, ...], optim: Optim, *, drop: float = 0.0, adapters: Adapters | None = None):
         """
         Args:
             drop: the probability that each of several teachers is left out of an update; drawn again where none stays.
