@@ -116,7 +116,7 @@ def test_gradients_begin_at_the_first_adapter():
 
 
 def test_what_does_not_fit_is_one_sentence():
-    with pytest.raises(ConfigError, match="`c_attn` is no linear layer of this model; choose from self_attn.q_proj, "):
+    with pytest.raises(ConfigError, match="`c_attn` is no linear layer of this model; choose from self_attn"):
         adapters_of(tiny_model("llama").config.to_dict(), 4, ("c_attn",))
     with pytest.raises(ModelError, match="lora does not fit a llama model"):
         adapt(tiny_model("llama"), Lora(targets=("c_attn",)), seed=1)
