@@ -89,7 +89,7 @@ def test_adapters_and_layers_that_run_again_agree_with_torch(family, part, tmp_p
     whole = make_plan(validate(settings | {"models": {name: m | {"lora": None} for name, m in settings["models"].items()}}))
     for tuned, full in zip(plan.stages.values(), whole.stages.values(), strict=True):
         if tuned.steps:
-            assert tuned.cost.parts["training/student"].flops < 0.85 * full.cost.parts["training/student"].flops
+            assert tuned.cost.parts["training/student"].flops < 0.9 * full.cost.parts["training/student"].flops
             assert tuned.cost.memory < full.cost.memory
             assert tuned.cost.kind != full.cost.kind
 
