@@ -33,7 +33,11 @@ def plan(family: str) -> Plan:
     recipe = {
         "study": "lora",
         "seeds": [1],
-        "models": {"t": base | {"sft": sft | {"keep": [3]}}, "s": base | {"sft": sft}, "e": {"checkpoint": {"of": "t", "step": 3}}},
+        "models": {
+            "t": base | {"seed": 2, "sft": sft | {"keep": [3]}},
+            "s": base | {"sft": sft},
+            "e": {"checkpoint": {"of": "t", "step": 3}},
+        },
         "data": {"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"], "template": "plain", "max_length": 48}
         | {"limit": {"train": 64, "dev": 8, "test": 4}, "world": {"people": 20}},
         "method": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}, "optim": OPTIM}
