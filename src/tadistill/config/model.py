@@ -76,7 +76,7 @@ class Lora(Strict):
 
     r: int = Field(default=16, ge=1)
     """Rank."""
-    alpha: float = Field(default=32, gt=0, allow_inf_nan=False)
+    alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False)
     """The adapters' product is scaled by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of the adapters' inputs; off, as all dropout, where a sampler is on-policy."""

@@ -180,14 +180,15 @@ def test_mistakes_are_found_in_the_plan(changes, error, words):
 
 
 def test_adapters_are_part_of_their_models_keys_alone():
-    lora = {"r": 8}
-    plain, tuned = plan(), plan(models={"xl": model(64, seed=1), "l": model(32) | {"lora": lora}, "s": model(16)})
+    plain, tuned = plan(), plan(models={"xl": model(64, seed=1), "l": model(32, lora={"r": 8}), "s": model(16)})
     assert list(plan(models={"xl": model(64, seed=1, lora=None), "l": model(32), "s": model(16)}).stages) == list(plain.stages)
     assert {tuned.stages[key].label.split(",")[0] for key in set(tuned.stages) & set(plain.stages)} >= {
         "sft xl",
         "sft s",
         "distill xl -> s",
     }
+    written = plan(models={"xl": model(64, seed=1), "l": model(32, lora={"r": 8, "alpha": 32, "targets": []}), "s": model(16)})
+    assert list(written.stages) == list(tuned.stages)
     for stage in tuned.stages.values():
         if stage.kind in ("sft", "distill"):
             assert stage.spec.get("lora") == ({"r": 8, "alpha": 32.0, "dropout": 0.0, "targets": ()} if stage.model == "l" else None)
