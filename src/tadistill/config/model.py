@@ -67,6 +67,36 @@ class Temper(Strict):
         return self
 
 
+class Lora(Strict):
+    """Train low-rank adapters beside frozen weights (Hu et al. 2021, LoRA), merged into them when a stage ends.
+
+    Defaults: rank 16 and alpha 32, so that the adapters' product counts twice, beside every linear layer (Dettmers et al. 2023, QLoRA, find
+    that all layers are needed to match full fine-tuning), without dropout.
+    """
+
+    r: int = Field(default=16, ge=1)
+    """Rank."""
+    alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False)
+    """The adapters' product is scaled by alpha / r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of the adapters' inputs; off, as all dropout, where a sampler is on-policy."""
+    targets: tuple[str, ...] = ()
+    """Names of linear layers, such as q_proj, or attn.c_proj; all but the output head when absent."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if refused := sorted(_ENDS & {target.split(".")[-1] for target in self.targets}):
+            raise ValueError(
+                f"lora.targets has {', '.join(refused)}, but the head and the embeddings stay frozen, because losses read the head's own "
+                "weights; name layers between them, or leave targets out for all of those"
+            )
+        return self
+
+
+_ENDS = {"lm_head", "embed_out", "wte", "wpe", "embed_tokens", "embed_positions", "embed_in"}
+"""Heads and embeddings, as transformers names them."""
+
+
 class ModelConfig(Strict):
     """One model: where its weights come from, and its own fine-tuning."""
 
@@ -83,6 +113,8 @@ class ModelConfig(Strict):
     seed: int | None = None
     """Train this model once with this seed, whatever the study's seeds (a published teacher, for instance)."""
     sft: Sft | None = None
+    lora: Lora | None = None
+    """Its training stages train adapters alone; what they make is an ordinary model."""
     distill: MethodPatch = MethodPatch()
     """Overrides of the method for stages that distil INTO this model."""
 

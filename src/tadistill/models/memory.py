@@ -18,10 +18,13 @@ _MALLOC = {-3: 2**30, -1: 2**30, -2: 2**26}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOL
 _TRAINED = 16  # float32 weights, gradients and AdamW's two moments
 
 
-def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32") -> int:
+def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32", adapters: int | None = None) -> int:
     """Bytes of weights, and of gradients and AdamW's moments (float32) when `training`. Activations come on top.
 
     Training in half precision keeps float32 weights and adds a half-precision copy (autocast).
+
+    Args:
+        adapters: so many of the parameters are trained, and the others frozen, when `training`.
 
     Raises:
         ConfigError: `dtype` is not float32, bfloat16 or float16.
@@ -31,7 +34,8 @@ def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32") -
         raise ConfigError(f"dtype is `{dtype}`; use one of {', '.join(_BYTES)}")
     if not training:
         return parameters * width
-    return parameters * (_TRAINED + (width if width < 4 else 0))
+    trained = parameters if adapters is None else adapters
+    return trained * (_TRAINED + (width if width < 4 else 0)) + (parameters - trained) * 4
 
 
 def check_memory(needs: Mapping[str, int], available: int | None = None) -> None:

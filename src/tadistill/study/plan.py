@@ -10,7 +10,7 @@ from itertools import combinations, pairwise
 from tadistill.config import Arm, Method, Recipe, Sft
 from tadistill.config.method import apply
 from tadistill.config.objective import CrossEntropy, MiniLLM
-from tadistill.config.sampling import DatasetSampler
+from tadistill.config.sampling import DatasetSampler, OnPolicy
 from tadistill.errors import ConfigError
 from tadistill.study.costs import Ledger
 from tadistill.study.graph import Graph, Handle, Stage
@@ -165,7 +165,7 @@ class _Planner:
     def _method(self, name: str, arm: Arm, model: str, scale: float) -> Method:
         try:
             method = apply(self.recipe.method, self.recipe.models[model].distill, arm.patch)
-            self._check_method(method)
+            self._check_method(method, model)
             optim = self.stages.with_steps(method.optim)
         except ValueError as error:
             raise ConfigError(f"arms.{name}: {error}") from error
@@ -182,8 +182,10 @@ class _Planner:
             }
         )
 
-    def _check_method(self, method: Method) -> None:
-        objective = method.objective
+    def _check_method(self, method: Method, model: str) -> None:
+        objective, sampler = method.objective, method.sampler
+        if self.recipe.models[model].lora and isinstance(sampler, OnPolicy) and sampler.engine == "vllm":
+            raise ValueError(f"models.{model} has lora, but engine vllm takes whole models only; use engine: native, or leave lora out")
         if isinstance(objective, MiniLLM) and objective.pt_weight and self.recipe.data.corpus is None:
             raise ValueError("objective minillm has pt_weight > 0 but there is no data.corpus; give a corpus, or set pt_weight: 0")
 

@@ -15,6 +15,7 @@ from tadistill.data import datasets
 from tadistill.data.templates import encode
 from tadistill.errors import ConfigError
 from tadistill.models import sizes
+from tadistill.models.adapters import Adapters, with_adapters
 from tadistill.models.loading import check_same_tokenizer, load_tokenizer
 from tadistill.models.memory import check_memory, resident_bytes
 from tadistill.models.pruning import keep_list
@@ -43,6 +44,7 @@ def check_inputs(recipe: Recipe) -> None:
         ConfigError, DataError, ModelError: in one sentence.
     """
     check_data(recipe)
+    _check_peft(recipe)
     teacher, used = original_teacher(recipe), _used(recipe)
     tokenizers = {name: _tokenizer(recipe, name) for name in used}
     if teacher:  # without one, models are only evaluated, each by itself
@@ -62,6 +64,12 @@ def _check_engine(recipe: Recipe) -> None:
     wanted = any(isinstance(m.sampler, OnPolicy) and m.sampler.engine == "vllm" for m in methods(recipe))
     if wanted and not (importlib.util.find_spec("vllm") and torch.cuda.is_available()):
         raise ConfigError("a sampler has engine vllm, which needs CUDA and `pip install 'tadistill[vllm]'`; set engine: native")
+
+
+def _check_peft(recipe: Recipe) -> None:
+    wanted = [name for name, model in recipe.models.items() if model.lora]
+    if wanted and not importlib.util.find_spec("peft"):
+        raise ConfigError(f"models.{wanted[0]} has lora, which needs `pip install 'tadistill[lora]'`; install it, or leave lora out")
 
 
 def _tokenizer(recipe: Recipe, name: str) -> PreTrainedTokenizerBase:
@@ -133,12 +141,14 @@ def _check_memory(recipe: Recipe, used: list[str]) -> None:
         for path in arm.path:
             for i, name in enumerate(path):
                 trains = i > 0 or recipe.models[name].sft is not None or arm.objective is not None
-                _check_stage(found, list(path[:i] if arm.dense or recipe.method.dense else path[i - 1 : i]), name, trains)
+                others = list(path[:i] if arm.dense or recipe.method.dense else path[i - 1 : i])
+                _check_stage(found, others, name, trains, ledger.adapters(name))
         if teacher:
             _check_stage(found, [teacher, *arm.last[:-1]], arm.last[-1], False)
 
 
-def _check_stage(found: dict[str, sizes.Size | None], beside: list[str], name: str, trains: bool) -> None:
+def _check_stage(found: dict[str, sizes.Size | None], beside: list[str], name: str, trains: bool, adapters: Adapters | None = None) -> None:
     needs = {other: resident_bytes(size.total, training=False) for other in beside if (size := found[other])}
     if size := found[name]:
-        check_memory(needs | {name: resident_bytes(size.total, training=trains)})
+        total = with_adapters(size, adapters).total
+        check_memory(needs | {name: resident_bytes(total, training=trains, adapters=adapters and adapters.trained)})

@@ -108,7 +108,7 @@ class Stages:
             raise ConfigError(f"models.{name}: sft has no teacher, so it cannot select by reverse_kl; use loss, rouge_l or last")
         optim = self.with_steps(sft.optim)
         spec = {"student": student, "optim": optim.model_dump(), "seed": seed, **self._split("train")}
-        spec |= self._select(sft.select)
+        spec |= self._select(sft.select) | self._lora(name)
         if sft.keep:
             assert optim.steps is not None
             if max(sft.keep) > optim.steps:
@@ -128,7 +128,7 @@ class Stages:
         spec = {"student": student, "teacher": teacher, "seed": rng.torch_seed(seed, "then", turn) if turn else seed}
         spec |= self._split("train")
         spec |= {"method": method.model_dump(exclude={"optim", "select", "dense"}), "optim": method.optim.model_dump()}
-        spec |= self._select(method.select)
+        spec |= self._select(method.select) | self._lora(name)
         names = [n for n, _ in teachers]
         if others and method.dense:
             weights = method.dense.weights
@@ -148,6 +148,11 @@ class Stages:
         again = f" (turn {turn + 1})" if turn else ""
         label = f"distill {' + '.join(names)} -> {name}{again}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
         return self.graph.add("distill", spec, label, name, seed, self.ledger.distill(tuple(names), name, method), method.optim.steps)
+
+    def _lora(self, name: str) -> dict[str, Any]:
+        """What alone a model trains, where that is not everything."""
+        lora = self.recipe.models[name].lora
+        return {"lora": lora.model_dump()} if lora else {}
 
     def _signal(self, name: str, teacher: Handle, signal: HiddenSignal | TopKSignal, precision: str, seed: int) -> str:
         spec = {"teacher": teacher, "signal": signal.model_dump(), "precision": precision, **self._split("train")}

@@ -9,14 +9,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tadistill import rng
 from tadistill.config import Evaluate, Method, Optim
 from tadistill.config.method import Dense, Select
+from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.data.batch import Sequence
 from tadistill.evaluation.run import dev_metrics, references
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import end_tokens, save_model, shared_vocabulary
+from tadistill.models.lora import adapt, merged
+from tadistill.models.recomputing import recompute_layers
 from tadistill.rollout.engine import Engine, Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
@@ -36,15 +40,13 @@ def train(context: Context) -> dict[str, Any]:
     dense = Dense.model_validate(spec["dense"]) if "dense" in spec else None
     method = method.model_copy(update={"optim": optim, "select": select, "dense": dense})
     accelerator = _accelerator(context, optim)
-    student, tokenizer = context.model(spec["student"])
+    student, tokenizer, whole = _student(context, optim)
     handles = [spec["teacher"], *spec.get("assistants", ())] if _needs_teacher(method) else []
     teachers = tuple(context.frozen(handle, teacher_dtype(optim.precision))[0] for handle in handles)
     signals = Signals(context.store.folder(spec["signal"]["stage"]) / SIGNAL, context.device) if "signal" in spec else None
     vocab = shared_vocabulary(tokenizer, student, *teachers)
     if signals and signals.head:
         vocab = min(vocab, len(signals.head.weight))
-    if optim.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
     sampler = _sampler(context, method, student, teachers, tokenizer, vocab, signals, accelerator)
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
     student.train(not isinstance(method.sampler, OnPolicy))
@@ -55,7 +57,7 @@ def train(context: Context) -> dict[str, Any]:
         progress=lambda done, text: context.progress(done, optim.steps or 1, text),
         alarm=context.alarm,
         stop=context.stop,
-        keep=lambda step: save_model(student, tokenizer, context.folder / f"{MODEL}-{step}"),
+        keep=lambda step: save_model(whole(), tokenizer, context.folder / f"{MODEL}-{step}"),
         kept=frozenset(spec.get("keep", ())),
     )
     state = train_stage(
@@ -72,11 +74,23 @@ def train(context: Context) -> dict[str, Any]:
         track=accelerator.log if context.task.trackers else None,
     )
     accelerator.end_training()
-    save_model(student, tokenizer, context.folder / MODEL)
+    save_model(whole(), tokenizer, context.folder / MODEL)
     found = {"steps": state.step, "best_step": state.best_step, "best_value": state.best_value, "alarms": state.alarms["given"]}
     accelerator_name = torch.cuda.get_device_name() if context.device.type == "cuda" else None
     found |= {"ledger": state.ledger, "machine": machine(torch.get_num_threads(), accelerator_name)}
     return found | {"global_and_per_device": _counts(method, accelerator.num_processes)}
+
+
+def _student(context: Context, optim: Optim) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Callable[[], PreTrainedModel]]:
+    """What is trained, with its tokenizer, and the model that it is at any time, adapters merged."""
+    spec = context.spec
+    student, tokenizer = context.model(spec["student"])
+    if optim.gradient_checkpointing:
+        recompute_layers(student)
+    if "lora" not in spec:
+        return student, tokenizer, lambda: student
+    tuner = adapt(student, Lora.model_validate(spec["lora"]), seed=rng.torch_seed(spec["seed"], "adapters"))
+    return student, tokenizer, lambda: merged(tuner)
 
 
 def _counts(method: Method, devices: int) -> dict[str, Any]:

@@ -6,8 +6,9 @@
             …                                   # every call of a model in here counts, and so does every fused head
     meter.state()                               # plain numbers: for a checkpoint, and for the stage's manifest
 
-Nothing but shapes is read, so no device is waited for. A backward pass is counted with its forward pass, as two more of them. Not
-counted: what is no matrix product with weights and no attention (norms, softmax, the optimizer, rotary tables, returns), and vLLM.
+Nothing but shapes is read, so no device is waited for. A backward pass is counted with its forward pass, as two more of them, or as what
+adapters beside frozen weights need (`models.adapters`). Not counted: what is no matrix product with weights and no attention (norms,
+softmax, the optimizer, rotary tables, returns), and vLLM.
 """
 
 import time
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tadistill.data.batch import Batch
+from tadistill.models.adapters import training_flops, with_adapters
 from tadistill.models.cost import Part
-from tadistill.models.sizes import Size, Work, forward_flops, size_of
+from tadistill.models.lora import adapters_in
+from tadistill.models.sizes import Work, forward_flops, size_of
 from tadistill.objectives import Head
 from tadistill.objectives.head import heads_watched
 
@@ -43,8 +46,9 @@ class _Side:
     """The student or a teacher."""
 
     def __init__(self, name: str, model: PreTrainedModel):
-        self.name, self.model = name, model
-        self.size = size_of(model.config.get_text_config().to_dict())
+        self.name, self.model, self.adapters = name, model, adapters_in(model)
+        size = size_of(model.config.get_text_config().to_dict())
+        self.size = None if size is None else with_adapters(size, self.adapters)
         head = model.get_output_embeddings()
         assert isinstance(head, nn.Module)
         self.head = head
@@ -58,7 +62,7 @@ class Meter:
         Args:
             checkpointing: the student's layers run forward once more in a backward pass.
         """
-        self._backward = 4 if checkpointing else 3
+        self._again = checkpointing
         self._sides = [_Side("student", student), *(_Side("teacher", teacher) for teacher in teachers)]
         self._parts: dict[str, Part] = {}
         self._seconds: dict[str, float] = {}
@@ -122,8 +126,8 @@ class Meter:
                 pairs = mask.shape[0] * mask.shape[2] * mask.shape[3]
             else:
                 pairs = rows * width * (width + (cache.get_seq_length() if cache is not None else 0))
-            times = self._backward if side.name == "student" and torch.is_grad_enabled() else 1
-            self._add(side.name, times * _flops(side.size, rows * width, pairs), rows * width, 0)
+            work, backward = Work(rows * width, pairs), side.name == "student" and torch.is_grad_enabled()
+            self._add(side.name, _flops(side, work, backward, self._again), rows * width, 0)
 
         return count
 
@@ -137,10 +141,15 @@ class Meter:
 
     def _fused(self, head: Head, rows: int, width: int, grad: bool) -> None:
         student = head.weight is self._sides[0].head._parameters["weight"]
-        flops = 2 * rows * width * head.weight.shape[1] * (3 if student and grad else 1)
+        backward = (2 if head.weight.requires_grad else 1) if student and grad else 0
+        flops = 2 * rows * width * head.weight.shape[1] * (1 + backward)
         self._add("student" if student else "teacher", flops, 0, rows)
 
 
-def _flops(size: Size | None, positions: int, pairs: int) -> float:
+def _flops(side: _Side, work: Work, backward: bool, again: bool) -> float:
     """Of the layers alone; not a number for a family that is not counted."""
-    return float("nan") if size is None else forward_flops(size, Work(positions, pairs))
+    if side.size is None:
+        return float("nan")
+    if backward and side.adapters:
+        return training_flops(side.size, side.adapters, work, again=again)
+    return forward_flops(side.size, work) * ((4 if again else 3) if backward else 1)

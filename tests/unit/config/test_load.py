@@ -102,7 +102,6 @@ def test_patches_change_only_what_they_name():
             {"objective": {"type": "minillm"}, "sampler": {"type": "student", "engine": "vllm", "top_k": 5}},
             "minillm with engine vllm needs plain sampling",
         ),
-        ({"sampler": {"type": "mix"}, "optim": {"gradient_checkpointing": True}}, "lower optim.micro_batch"),
         ({"objective": {"type": "contrastive"}}, "contrastive and sampler pair belong together"),
         ({"sampler": {"type": "pair"}}, "contrastive and sampler pair belong together"),
         (

@@ -13,6 +13,8 @@ def test_resident_bytes():
     assert resident_bytes(1000, training=False, dtype="bfloat16") == 2000
     assert resident_bytes(1000, training=True) == 16000  # weights 4, gradients 4, two moments 8
     assert resident_bytes(1000, training=True, dtype="bfloat16") == 18000
+    assert resident_bytes(1000, training=True, adapters=10) == 4 * 1000 + 12 * 10
+    assert resident_bytes(1000, training=True, dtype="bfloat16", adapters=10) == 4 * 1000 + 14 * 10
     assert resident_bytes(1000, training=False, dtype=str(torch.float16)) == 2000
     with pytest.raises(ConfigError, match="dtype is `int8`; use one of float32, bfloat16, float16"):
         resident_bytes(1, training=False, dtype="int8")

@@ -70,6 +70,30 @@ def test_meter_and_prediction_agree_with_torch(family, tmp_path):
     assert len(found) == 2 + len(ARMS)  # the teacher's SFT, and t > a
 
 
+@pytest.mark.parametrize("family", COUNTED["FAMILIES"])
+@pytest.mark.parametrize("part", [(), ("c_fc", "down_proj")])
+def test_adapters_and_layers_that_run_again_agree_with_torch(family, part, tmp_path):
+    """Frozen weights need no gradient, and nothing before the first adapter takes part in a backward pass."""
+    settings = recipe(family)
+    lora = {"r": 4, "targets": [name for name in part if (name == "c_fc") == (family == "gpt2")]}
+    settings["models"] = {name: settings["models"][name] | {"lora": lora} for name in "ts"}
+    settings["arms"] = {name: settings["arms"][name] for name in ("kd", "minillm")}
+    if not part:  # elsewhere the end of a layer, which nothing needs, is counted though torch leaves it out
+        settings["arms"]["minillm"]["optim"] = {"micro_batch": 8, "gradient_checkpointing": True}
+    plan = make_plan(validate(settings))
+    for stage, flops, manifest in COUNTED["counted"](plan, tmp_path):
+        parts = manifest["ledger"]["parts"]
+        assert sum(found["flops"] for found in parts.values()) == pytest.approx(flops, rel=0.02), stage.label
+        assert stage.cost.total == pytest.approx(flops, rel=0.15), stage.label
+        assert set(stage.cost.parts) == set(parts), stage.label
+    whole = make_plan(validate(settings | {"models": {name: m | {"lora": None} for name, m in settings["models"].items()}}))
+    for tuned, full in zip(plan.stages.values(), whole.stages.values(), strict=True):
+        if tuned.steps:
+            assert tuned.cost.parts["training/student"].flops < 0.9 * full.cost.parts["training/student"].flops
+            assert tuned.cost.memory < full.cost.memory
+            assert tuned.cost.kind != full.cost.kind
+
+
 def test_published_call_graph_of_the_gpt2_ladder():
     """XL > M > S costs 1.67 of XL > S per rollout, XL > L > S 2.47, XL > L > M > S 3.14 (256 tokens, 512 of plain text, 4 epochs)."""
     forward = {name: 2 * millions * 1e6 for name, millions in {"S": 124.4, "M": 354.8, "L": 774.0, "XL": 1557.6}.items()}

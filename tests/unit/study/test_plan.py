@@ -6,6 +6,7 @@ import pytest
 
 from tadistill.config import validate
 from tadistill.errors import ConfigError, DataError
+from tadistill.study import preflight
 from tadistill.study.plan import make_plan
 
 LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -176,3 +177,37 @@ def test_specs_are_plain_data():
 def test_mistakes_are_found_in_the_plan(changes, error, words):
     with pytest.raises(error, match=words):
         plan(**changes)
+
+
+def test_adapters_are_part_of_their_models_keys_alone():
+    plain, tuned = plan(), plan(models={"xl": model(64, seed=1), "l": model(32, lora={"r": 8}), "s": model(16)})
+    assert list(plan(models={"xl": model(64, seed=1, lora=None), "l": model(32), "s": model(16)}).stages) == list(plain.stages)
+    assert {tuned.stages[key].label.split(",")[0] for key in set(tuned.stages) & set(plain.stages)} >= {
+        "sft xl",
+        "sft s",
+        "distill xl -> s",
+    }
+    written = plan(models={"xl": model(64, seed=1), "l": model(32, lora={"r": 8, "alpha": 32, "targets": []}), "s": model(16)})
+    assert list(written.stages) == list(tuned.stages)
+    for stage in tuned.stages.values():
+        if stage.kind in ("sft", "distill"):
+            assert stage.spec.get("lora") == ({"r": 8, "alpha": 32.0, "dropout": 0.0, "targets": ()} if stage.model == "l" else None)
+            assert "lora" in stage.spec or stage.key in plain.stages or "l ->" in stage.label
+
+
+def test_adapters_that_do_not_fit_are_found_before_anything_runs(monkeypatch):
+    models = {"xl": model(64, seed=1), "l": model(32), "s": model(16, lora={"targets": ["q_proj", "gate"]})}
+    with pytest.raises(
+        ConfigError, match=r"models\.s\.lora\.targets: `gate` is no linear layer of this model; choose from self_attn\.q_proj"
+    ):
+        plan(models=models)
+    with pytest.raises(ConfigError, match="the head and the embeddings stay frozen"):
+        plan(models=models | {"s": model(16, lora={"targets": ["lm_head"]})})
+    models["s"] = model(16, lora={})
+    method = {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "engine": "vllm"}, "optim": {"steps": 16, "batch": 16}}
+    with pytest.raises(ConfigError, match="has lora, but engine vllm takes whole models only; use engine: native"):
+        plan(models=models, method=method)
+    found = preflight.importlib.util.find_spec
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    with pytest.raises(ConfigError, match=r"models\.s has lora, which needs `pip install 'tadistill\[lora\]'`"):
+        preflight.check(validate(recipe(models=models)))

@@ -27,6 +27,7 @@ from tadistill.config.sampling import (
 from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.models import shapes, sizes
+from tadistill.models.adapters import Adapters, adapters_of
 from tadistill.models.cost import Cost
 from tadistill.models.memory import resident_bytes
 from tadistill.models.sizes import Size, Work, forward_flops
@@ -100,6 +101,20 @@ class Ledger:
         vocab = lengths.vocabulary(model.tokenizer, self.recipe) if model.tokenizer else None
         return sizes.read_config(model.load, model.revision, model.config, vocab)
 
+    def adapters(self, name: str) -> Adapters | None:
+        """What alone a model trains where it has `lora`; None while its size is not known.
+
+        Raises:
+            ConfigError: `lora.targets` names no layer of it.
+        """
+        lora, config = self.recipe.models[name].lora, self.config(name)
+        if lora is None or config is None:
+            return None
+        try:
+            return adapters_of(config, lora.r, lora.targets)
+        except ConfigError as error:
+            raise ConfigError(f"models.{name}.lora.targets: {error}") from error
+
     def _packs(self, name: str) -> bool:
         return (self.config(name) or {}).get("model_type") in passes.PACKED_FAMILIES
 
@@ -117,7 +132,7 @@ class Ledger:
         size = self.size(name)
         if size is None:
             return None
-        sheet = Sheet(size, (), optim)
+        sheet = Sheet(size, (), optim, adapters=self.adapters(name))
         sheet.train(self.train)
         self._selection(sheet, select)
         return sheet.cost()
@@ -155,7 +170,8 @@ class Ledger:
         student, teachers = self.size(name), tuple(size for model in above if (size := self.size(model)))
         if student is None or len(teachers) < len(above) or method.optim.steps is None:
             return None
-        sheet = Sheet(student, teachers, method.optim, drop=method.dense.drop if method.dense else 0.0)
+        drop = method.dense.drop if method.dense else 0.0
+        sheet = Sheet(student, teachers, method.optim, drop=drop, adapters=self.adapters(name))
         sampler, objective = method.sampler, method.objective
         on_policy = isinstance(sampler, OnPolicy)
         most = sampler.max_new_tokens if isinstance(sampler, Decoding) else 0

@@ -16,10 +16,10 @@ def activations(size: Size, positions: float, *, checkpointing: bool) -> float:
     return layer + 4 * positions * size.hidden * size.layers if checkpointing else layer * size.layers
 
 
-def head(size: Size, heads: float, *, teacher: bool) -> float:
-    """Tiles of logits, of both models with a live or recorded teacher, and the head's gradient as it adds up."""
+def head(size: Size, heads: float, *, teacher: bool, frozen: bool = False) -> float:
+    """Tiles of logits, of both models with a live or recorded teacher, and the head's gradient as it adds up, unless it is frozen."""
     rows = 4 * heads * size.head / size.hidden
-    return min(rows * (2 if teacher else 1), _TILE) + 4 * size.head
+    return min(rows * (2 if teacher else 1), _TILE) + (0 if frozen else 4 * size.head)
 
 
 def cache(size: Size, rows: int, length: float) -> float:

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from tadistill.config import Method
 from tadistill.config.method import Optim
+from tadistill.models.adapters import Adapters, training_flops, with_adapters
 from tadistill.models.cost import Cost, Part
 from tadistill.models.memory import resident_bytes
 from tadistill.models.sizes import Size, Work, forward_flops
@@ -18,10 +19,15 @@ _LOG_POINTS, _WATCH_EVERY, _WATCHED_ROWS = 100, 10, 8  # `train.loop` and `train
 class Sheet:
     """The parts of one training stage, as they add up."""
 
-    def __init__(self, student: Size, teachers: tuple[Size, ...], optim: Optim, *, drop: float = 0.0):
-        """`drop`: the probability that each of several teachers is left out of an update; drawn again where none stays."""
+    def __init__(self, student: Size, teachers: tuple[Size, ...], optim: Optim, *, drop: float = 0.0, adapters: Adapters | None = None):
+        """
+        Args:
+            drop: the probability that each of several teachers is left out of an update; drawn again where none stays.
+            adapters: what alone the student trains.
+        """
         assert optim.steps is not None
-        self.student, self.teachers, self.optim, self.steps = student, teachers, optim, optim.steps
+        self.student, self.adapters = with_adapters(student, adapters), adapters
+        self.teachers, self.optim, self.steps = teachers, optim, optim.steps
         self.used = (1 - drop) / (1 - drop ** len(teachers)) if len(teachers) > 1 else 1.0
         self.parts: dict[str, Part] = {}
         self.padding = self.batch = self.cache = 0.0
@@ -30,10 +36,13 @@ class Sheet:
     def add(self, name: str, work: Work, *, backward: bool = False) -> None:
         """Forward passes of the student or of all teachers, and, for the student, backward ones; the body forward again with gradient
         checkpointing. Only the first teacher takes part in rollouts and selection."""
-        again = Work(work.positions, work.pairs) if backward and self.optim.gradient_checkpointing else Work()
+        again = backward and self.optim.gradient_checkpointing
         models = self.teachers if name.endswith("/teacher") else (self.student,)
         for size in models[:1] if name.startswith(("rollout/", "selection/")) else models:
-            flops = forward_flops(size, work * (3 if backward else 1) + again)
+            if backward and self.adapters:
+                flops = training_flops(size, self.adapters, work, again=again)
+            else:
+                flops = forward_flops(size, work * (3 if backward else 1) + (Work(work.positions, work.pairs) if again else Work()))
             self.parts[name] = self.parts.get(name, Part()) + Part(flops, work.positions, work.heads)
 
     def train(self, texts: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
@@ -49,7 +58,7 @@ class Sheet:
 
     def _took(self, work: Work, teacher: bool) -> None:
         bodies = memory.activations(self.student, work.positions, checkpointing=self.optim.gradient_checkpointing)
-        self.batch = max(self.batch, bodies + memory.head(self.student, work.heads, teacher=teacher))
+        self.batch = max(self.batch, bodies + memory.head(self.student, work.heads, teacher=teacher, frozen=self.adapters is not None))
 
     def caches(self, answers: Texts, chunk: int, most: int, *sizes: Size) -> None:
         """Keys and values of each of the models that sample `chunk` sequences."""
@@ -79,7 +88,8 @@ class Sheet:
 
     def cost(self, method: Method | None = None, published: float | None = None) -> Cost:
         """All of it."""
-        needs = resident_bytes(self.student.total, training=True) + max(self.batch, self.cache)
+        trained = self.adapters and self.adapters.trained
+        needs = resident_bytes(self.student.total, training=True, adapters=trained) + max(self.batch, self.cache)
         if any(name.endswith("/teacher") and part.positions for name, part in self.parts.items()):
             needs += sum(resident_bytes(t.total, training=False, dtype=_TEACHER[self.optim.precision]) for t in self.teachers)
         return Cost(self.parts, self.padding, published, needs, self._kind(method))
@@ -87,7 +97,8 @@ class Sheet:
     def _kind(self, method: Method | None) -> str:
         how = self.optim.model_dump(include={"batch", "micro_batch", "precision", "gradient_checkpointing"})
         what = method.model_dump(include={"objective", "sampler"}) if method else None
-        return key_of([asdict(self.student), [asdict(t) for t in self.teachers], how, what])
+        alone = [asdict(self.adapters)] if self.adapters else []
+        return key_of([asdict(self.student), [asdict(t) for t in self.teachers], how, what, *alone])
 
 
 def part_of(size: Size, work: Work) -> Part:
