@@ -49,12 +49,13 @@ def plan(
     from tadistill.config import load
     from tadistill.study import preview, throughput
     from tadistill.study.plan import make_plan
-    from tadistill.study.run import fetch_models, runs_directory
-    from tadistill.study.store import Store
+    from tadistill.study.store import Store, runs_directory
 
     loaded = load(recipe, overrides or [])
     store, accelerator = Store(runs_directory(runs) / "store"), None
     if measure:
+        from tadistill.study.run import fetch_models
+
         fetch_models(loaded, console)
     found = make_plan(loaded)
     if measure:
@@ -72,7 +73,7 @@ def plan(
 def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
     """Run a study here and write its report. Finished stages are reused; an interrupted run goes on."""
     from tadistill.config import load
-    from tadistill.study.run import runs_directory
+    from tadistill.study.store import runs_directory
 
     command = shlex.join(["tadistill", "run", str(recipe), *(overrides or [])])
     _run_and_report(load(recipe, overrides or []), recipe.read_text(encoding="utf-8"), command, runs_directory(runs))
@@ -98,8 +99,8 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
 def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
     """Train paths of the recipe's `search` until its strategy has chosen one, by dev values alone (docs/paths.md)."""
     from tadistill.config import load
-    from tadistill.study.run import runs_directory
     from tadistill.study.search import search as find_path
+    from tadistill.study.store import runs_directory
 
     try:
         find_path(load(recipe, overrides or []), runs=runs_directory(runs), console=console)
@@ -113,7 +114,7 @@ def report(study: StudyName, runs: Runs = None) -> None:
     """Write report.html, report.md and results.json of a study from what the store holds."""
     from tadistill.report import summary_table, write_report
     from tadistill.report.files import find_study
-    from tadistill.study.run import runs_directory
+    from tadistill.study.store import runs_directory
 
     root = runs_directory(runs)
     directory = find_study(study, root)
@@ -132,7 +133,7 @@ def advise(
     """Measure a recipe's models on dev prompts, price its paths, and say which is worth running, with evidence (docs/advise.md)."""
     from tadistill.advise.command import advise_recipe
     from tadistill.config import load
-    from tadistill.study.run import runs_directory
+    from tadistill.study.store import runs_directory
 
     chosen = overrides or []
     try:
@@ -194,8 +195,8 @@ def _evaluate(
     models: list[str], on: str, seeds: str, teacher: str | None, settings: list[str] | None, runs: Path | None, verb: list[str]
 ) -> Path:
     from tadistill.config import parse
-    from tadistill.study.run import runs_directory
     from tadistill.study.standalone import recipe_text
+    from tadistill.study.store import runs_directory
 
     numbers = _parts(seeds)
     if not numbers or not all(part.isdigit() for part in numbers):
@@ -217,7 +218,7 @@ def export(
     """Copy a trained model out of the store, as a Hugging Face directory with a model card."""
     from tadistill.report.cards import export as export_model
     from tadistill.report.files import find_study
-    from tadistill.study.run import runs_directory
+    from tadistill.study.store import runs_directory
 
     root = runs_directory(runs)
     export_model(find_study(study, root), root / "store", arm, seed, target)
@@ -254,7 +255,7 @@ def judge(
 ) -> None:
     """Have a language model rate the answers of a study (docs/judge.md). Replies are kept; the same command goes on."""
     from tadistill.judge import commands
-    from tadistill.study.run import runs_directory
+    from tadistill.study.store import runs_directory
 
     try:
         commands.judge(
@@ -282,7 +283,7 @@ def human(
 ) -> None:
     """Write a blind sheet of a study's answers for people to rate; with files, read their ratings back (docs/judge.md)."""
     from tadistill.judge import commands
-    from tadistill.study.run import runs_directory
+    from tadistill.study.store import runs_directory
 
     root = runs_directory(runs)
     if files:
