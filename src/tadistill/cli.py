@@ -2,6 +2,8 @@
 
 tadistill plan RECIPE [key=value …]      what would run, what is cached, what it costs
 tadistill run RECIPE [key=value …]       run it and write the report
+tadistill fetch RECIPE [key=value …]     its models and data sets to this disk, for jobs without network
+tadistill doctor [RECIPE]                is this machine ready, and what to do if not
 tadistill search RECIPE [key=value …]    train paths of `search:` until the best one is found
 tadistill report STUDY                   write the report again
 tadistill advise RECIPE [key=value …]    which path is worth its compute, including none
@@ -93,6 +95,16 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
     console.print(summary_table(study, root / "store"))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
     return study
+
+
+@app.command()
+def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
+    """Bring a recipe's models and data sets to this disk, on a login node; jobs then need no network."""
+    from tadistill.cluster.fetch import fetch_recipe
+    from tadistill.config import load
+    from tadistill.study.store import runs_directory
+
+    fetch_recipe(load(recipe, overrides or []), runs_directory(runs), console)
 
 
 @app.command()
