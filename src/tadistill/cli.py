@@ -4,6 +4,7 @@ tadistill plan RECIPE [key=value …]      what would run, what is cached, what 
 tadistill run RECIPE [key=value …]       run it and write the report
 tadistill fetch RECIPE [key=value …]     its models and data sets to this disk, for jobs without network
 tadistill doctor [RECIPE]                is this machine ready, and what to do if not
+tadistill submit RECIPE --cluster NAME   the same as Slurm jobs; tadistill status STUDY, tadistill cancel STUDY
 tadistill search RECIPE [key=value …]    train paths of `search:` until the best one is found
 tadistill report STUDY                   write the report again
 tadistill advise RECIPE [key=value …]    which path is worth its compute, including none
@@ -105,6 +106,54 @@ def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) ->
     from tadistill.study.store import runs_directory
 
     fetch_recipe(load(recipe, overrides or []), runs_directory(runs), console)
+
+
+@app.command()
+def submit(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    cluster: Annotated[str | None, typer.Option("--cluster", help="A profile's name or YAML file (CC_CLUSTER; docs/cluster.md).")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="Who pays, for instance def-PROF (SBATCH_ACCOUNT).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")] = False,
+    runs: Runs = None,
+) -> None:
+    """Submit a study's missing stages to Slurm. Twice submits nothing; after a failure, the branch that failed (docs/cluster.md)."""
+    from tadistill.cluster.command import submit as submit_recipe
+    from tadistill.config import load
+    from tadistill.study.store import runs_directory
+
+    submit_recipe(
+        load(recipe, overrides or []),
+        text=recipe.read_text(encoding="utf-8"),
+        command=shlex.join(["tadistill", *sys.argv[1:]]),
+        cluster=cluster,
+        account=account,
+        runs=runs_directory(runs),
+        dry_run=dry_run,
+        console=console,
+    )
+
+
+@app.command()
+def status(study: StudyName, runs: Runs = None) -> None:
+    """Where each stage of a submitted study is: its job, state, time and last metric."""
+    from tadistill.cluster.status import show
+    from tadistill.report.files import find_study
+    from tadistill.study.store import Store, runs_directory
+
+    root = runs_directory(runs)
+    console.print(show(find_study(study, root), Store(root / "store")))
+
+
+@app.command()
+def cancel(study: StudyName, runs: Runs = None) -> None:
+    """Cancel a study's jobs. What runs saves its state first; a later submission goes on from it."""
+    from tadistill.cluster.status import cancel as cancel_jobs
+    from tadistill.report.files import find_study
+    from tadistill.study.store import Store, runs_directory
+
+    root = runs_directory(runs)
+    console.print(f"{cancel_jobs(find_study(study, root), Store(root / 'store'))} jobs cancelled", highlight=False)
 
 
 @app.command()

@@ -1,1 +1,1 @@
-"""Clusters: what their login nodes are asked to do before jobs run, since many compute nodes have no network."""
+"""A study on a Slurm cluster: profiles of sites, jobs of a plan, their submission and their state (docs/cluster.md). Imports no torch."""

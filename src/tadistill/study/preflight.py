@@ -30,18 +30,32 @@ def check(recipe: Recipe) -> int:
     Raises:
         ConfigError, DataError, ModelError: in one sentence, before anything is written.
     """
-    check_data(recipe)
+    check_inputs(recipe)
     _check_engine(recipe)
-    teacher = original_teacher(recipe)
-    used = [name for name in recipe.models if name == teacher or any(name in arm.models for arm in recipe.arms.values())]
+    _check_memory(recipe, _used(recipe))
+    return recipe.runtime.jobs or _default_jobs()
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Check what does not depend on the machine that trains: data, tokenizers, encodings, models.
+
+    Raises:
+        ConfigError, DataError, ModelError: in one sentence.
+    """
+    check_data(recipe)
+    teacher, used = original_teacher(recipe), _used(recipe)
     tokenizers = {name: _tokenizer(recipe, name) for name in used}
     if teacher:  # without one, models are only evaluated, each by itself
         check_same_tokenizer(tokenizers)
     longest = max(_check_encoding(recipe, tokenizers[name]) for name in (used[:1] if teacher else used))
     for name in used:
         _check_model(recipe, name, tokenizers[name], longest)
-    _check_memory(recipe, used)
-    return recipe.runtime.jobs or _default_jobs()
+
+
+def _used(recipe: Recipe) -> list[str]:
+    """Models that an arm, or every KL, needs."""
+    teacher = original_teacher(recipe)
+    return [name for name in recipe.models if name == teacher or any(name in arm.models for arm in recipe.arms.values())]
 
 
 def _check_engine(recipe: Recipe) -> None:

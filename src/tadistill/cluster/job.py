@@ -1,0 +1,121 @@
+"""What runs inside a job: stages one after the other, one process a task. Pickled by `cluster.submit`; torch is imported in the job only.
+
+A signal only sets a flag. All ranks agree on it at a step boundary, the state is saved, and then the first process hands over to submitit,
+whose handler queues the job again under the same id; or, where jobs may not do that, the next segment of a chain goes on.
+"""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tadistill.errors import StageFailed, TadistillError
+from tadistill.study.interruption import StopFlag
+from tadistill.study.store import Store
+from tadistill.study.task import Task
+
+FAILURE = "failure.txt"  # beside a stage's other files while it is not finished: why it failed last
+_EVERY = 30.0  # seconds between two lines of progress in the log
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """The work of one job."""
+
+    tasks: tuple[Task, ...]
+    chain: bool = False
+    """Segments follow each other instead of a requeue."""
+
+    def __call__(self) -> None:
+        """Run the stages; an error ends the job as failed, so that Slurm cancels what stands on it."""
+        stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)
+        _name_ranks()
+        for task in self.tasks:
+            self._run(task, stop)
+
+    def checkpoint(self) -> Any:
+        """What submitit queues again: the same work, which goes on from what it saved."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def _run(self, task: Task, stop: StopFlag) -> None:
+        from tadistill.study.execute import run_stage  # imports torch
+        from tadistill.train.loop import Interrupted
+
+        failure = Store(Path(task.store)).folder(task.key) / FAILURE
+        if _first():
+            failure.unlink(missing_ok=True)
+        say(f"{task.label} ({task.key})")
+        try:
+            run_stage(task, progress=_Log(), alarm=lambda text: say(f"alarm: {text}"), stop=stop)
+        except Interrupted as reason:
+            say(str(reason))
+            self._go_on_later(stop)
+        except Exception as error:
+            reason = str(error) if isinstance(error, TadistillError) else f"{type(error).__name__}: {error}"
+            if _first():
+                failure.parent.mkdir(parents=True, exist_ok=True)
+                failure.write_text(f"{reason}\n", encoding="utf-8")
+            say(f"failed: {reason}")
+            raise
+        say("finished")
+
+    def _go_on_later(self, stop: StopFlag) -> None:
+        """The state is saved: be queued again, or leave the rest to the next segment."""
+        if stop.received != signal.SIGUSR2:  # cancelled, or preempted by a site that queues again by itself
+            sys.exit(128 + signal.SIGTERM)
+        if not self.chain:
+            if not _first():
+                time.sleep(3600)  # the requeue ends this process; to leave now could end the first one before it has asked for that
+            stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)  # type: ignore[operator]
+        elif os.environ.get("SLURM_ARRAY_TASK_ID") == os.environ.get("SLURM_ARRAY_TASK_MAX"):
+            raise StageFailed("the last segment of the chain ended before the stage did; its state is saved, so submit the study again")
+        else:
+            sys.exit(0)
+
+
+@dataclass(frozen=True)
+class ReportJob:
+    """Writes a study's report when all its jobs have ended."""
+
+    study: str
+    store: str
+
+    def __call__(self) -> None:
+        """Write it."""
+        from tadistill.report import write_report
+
+        say(f"report: {write_report(Path(self.study), Path(self.store))}")
+
+
+def say(text: str) -> None:
+    """A line of the job's log, from the first process."""
+    if _first():
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+class _Log:
+    """Progress as lines."""
+
+    def __init__(self) -> None:
+        self.last = float("-inf")
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        if done >= total or time.monotonic() - self.last > _EVERY:
+            self.last = time.monotonic()
+            say(f"{done}/{total} {text}")
+
+
+def _first() -> bool:
+    return os.environ.get("SLURM_PROCID", "0") == "0"
+
+
+def _name_ranks() -> None:
+    """Tell torch of the other tasks of this job; a single one needs no telling."""
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+        os.environ.update({name: os.environ[of] for name, of in names.items()})

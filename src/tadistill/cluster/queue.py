@@ -1,0 +1,80 @@
+"""What Slurm knows of this user's jobs: one call to squeue, and one to sacct for jobs that have left the queue. Imports no torch."""
+
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tadistill.errors import ConfigError
+
+_SECONDS = 60
+_NEVER = "DependencyNeverSatisfied"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A job, or one element of an array."""
+
+    id: str
+    state: str
+    elapsed: str
+    name: str
+    reason: str = ""
+
+    @property
+    def hopeless(self) -> bool:
+        """It waits for a job that has failed; sites that do not cancel such jobs keep them for ever."""
+        return self.reason == _NEVER
+
+
+def queued() -> dict[str, Entry]:
+    """This user's jobs that wait or run, by id; elements of arrays one by one.
+
+    Raises:
+        ConfigError: there is no Slurm here, or it does not answer.
+    """
+    return _squeue("--me")
+
+
+def ended(ids: Iterable[str]) -> dict[str, Entry]:
+    """What became of jobs that are not queued any more, as far as Slurm remembers."""
+    wanted = sorted(ids)
+    if not wanted:
+        return {}
+    roots = ",".join(sorted({i.partition("_")[0] for i in wanted}))
+    out = _run(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={roots}", "--format=JobID,State,Elapsed,JobName"])
+    lines = [line.split("|") for line in (out or "").splitlines()]
+    found = {f[0]: Entry(f[0], f[1].split()[0], f[2], f[3]) for f in lines if len(f) == 4 and f[1]}
+    if not found:  # accounting is off: the controller remembers for a while
+        found = _squeue("--states=all", f"--jobs={roots}", strict=False)
+    return {i: found[i] for i in wanted if i in found}
+
+
+def cancel(ids: Iterable[str]) -> None:
+    """Cancel jobs; those that have ended meanwhile are no mistake."""
+    if wanted := sorted(ids):
+        _run(["scancel", "--quiet", *wanted])
+
+
+def _squeue(*options: str, strict: bool = True) -> dict[str, Entry]:
+    out = _run(["squeue", "--noheader", "--array", "--format=%i|%T|%M|%j|%r", *options])
+    if out is None:
+        if strict:
+            raise ConfigError(
+                "squeue does not answer, so the state of jobs is not known; run this on a login node of the cluster, "
+                "or look at the scripts with --dry-run"
+            )
+        return {}
+    lines = [line.strip().split("|") for line in out.splitlines()]
+    return {f[0]: Entry(*f) for f in lines if len(f) == 5}
+
+
+def _run(command: list[str]) -> str | None:
+    """What a command printed; None where it is missing, fails or hangs."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout if done.returncode == 0 else None

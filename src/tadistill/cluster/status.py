@@ -1,0 +1,132 @@
+"""`tadistill status` and `tadistill cancel`: where a study's stages are, from the store, the queue and the logs. Imports no torch."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from tadistill.cluster import queue, records
+from tadistill.cluster.job import FAILURE
+from tadistill.errors import StoreError
+from tadistill.study.store import Store
+
+_COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage."""
+
+    label: str
+    job: str
+    state: str
+    """done, or Slurm's word in lower case, or `not submitted`, or `lost` where nobody knows what became of a job."""
+    elapsed: str
+    last: str
+    """The newest line of the log of its training; why it failed."""
+
+
+def rows(study: Path, store: Store) -> list[Row]:
+    """All stages of a study, in the plan's order."""
+    stages = _stages(study)
+    found = {s["key"]: records.read(store, s["key"]) for s in stages}
+    open_ = {key: record for key, record in found.items() if record and not store.finished(key)}
+    queued = queue.queued() if open_ else {}
+    live = {key: entry for key, record in open_.items() if (entry := records.live(record, queued, record["cluster"]))}
+    gone = queue.ended(str(records.place(record)) for key, record in open_.items() if key not in live)
+    return [_row(s, store, found[s["key"]], live, gone) for s in stages]
+
+
+def _row(
+    stage: dict[str, Any], store: Store, record: dict[str, Any] | None, live: dict[str, queue.Entry], gone: dict[str, queue.Entry]
+) -> Row:
+    key, label = stage["key"], stage["label"]
+    job = str(records.place(record)) if record else ""
+    folder = store.folder(key)
+    if store.finished(key):
+        return Row(label, job, "done", _time(store.manifest(key).get("seconds")), _metric(folder, stage))
+    if record is None:
+        return Row(label, "", "not submitted", "", _metric(folder, stage))
+    if key in live:
+        state = live[key].state.lower()
+        return Row(label, job, state, live[key].elapsed, _metric(folder, stage) if state == "running" else live[key].reason)
+    reason = folder / FAILURE
+    if reason.is_file():
+        return Row(label, job, "failed", gone[job].elapsed if job in gone else "", reason.read_text(encoding="utf-8").strip())
+    if job in gone:
+        return Row(label, job, gone[job].state.lower(), gone[job].elapsed, _metric(folder, stage))
+    return Row(label, job, "lost", "", "the job has left Slurm's memory; submit again")
+
+
+def show(study: Path, store: Store) -> Group:
+    """The table, and what to do next."""
+    found = rows(study, store)
+    table = Table(box=None, title=study.name, title_justify="left", expand=True)
+    for column, width in {"stage": 20, "job": 8, "state": 9, "elapsed": 7, "last": 10}.items():
+        table.add_column(column, overflow="ellipsis", no_wrap=column != "last", min_width=width, ratio=1 if width > 9 else None)
+    for row in found:
+        colour = _COLOUR.get(row.state, "dim")
+        table.add_row(escape(row.label), row.job, f"[{colour}]{row.state}[/]", row.elapsed, escape(row.last))
+    counts = Counter(row.state for row in found)
+    return Group(table, "", ", ".join(f"{n} {state}" for state, n in counts.most_common()), _advice(counts, study.name))
+
+
+def _advice(counts: Counter[str], study: str) -> str:
+    if set(counts) == {"done"}:
+        return f"all stages are done: tadistill report {study}"
+    if {"pending", "running", "configuring", "completing", "requeued"} & set(counts):
+        return f"jobs are queued; tadistill cancel {study} ends them"
+    return "nothing is queued; the same `tadistill submit` goes on with what is missing"
+
+
+def cancel(study: Path, store: Store) -> int:
+    """Cancel a study's jobs, but for those that another study waits for as well; returns how many there were.
+
+    A running stage saves its state first; a later submission goes on from it.
+    """
+    queued = queue.queued()
+    found = [
+        r for s in _stages(study) if not store.finished(s["key"]) and (r := records.read(store, s["key"])) and r["study"] == study.name
+    ]
+    jobs = {entry.id for record in found if (entry := records.live(record, queued, record["cluster"]))}
+    jobs |= {i for record in found for i in queued if record["index"] is None and i.startswith(f"{record['job']}_")}
+    report = {entry.id for entry in queued.values() if entry.name == f"report-{study.name}"}
+    queue.cancel(jobs | report)
+    return len(jobs)
+
+
+def _stages(study: Path) -> list[dict[str, Any]]:
+    path = study / "plan.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["stages"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise StoreError(f"{path} is damaged; submit the recipe again to write it anew") from error
+
+
+def _metric(folder: Path, stage: dict[str, Any]) -> str:
+    """The last line of a training stage's log."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return ""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for line in reversed(lines):  # the last one may be half written
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        values = {name: value for name, value in row.items() if name == "train/loss" or name.startswith("dev/")}
+        return " ".join([f"{row['step']}/{stage['steps']}", *(f"{name} {value:.3g}" for name, value in values.items())])
+    return ""
+
+
+def _time(seconds: float | None) -> str:
+    """As Slurm writes it."""
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
