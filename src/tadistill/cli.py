@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from tadistill.cluster.cli import app as cluster_app
 from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, StageFailed, TadistillError
+from tadistill.options import Overrides, RecipePath, Runs, StudyName
 
 if TYPE_CHECKING:
     from tadistill.config import Recipe
@@ -34,10 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="White-box distillation of language models through teacher assistants.",
 )
-RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, for instance seeds=[10].", metavar="[KEY=VALUE]…")]
-StudyName = Annotated[str, typer.Argument(help="A study's name, or its directory.", metavar="STUDY")]
-Runs = Annotated[Path | None, typer.Option("--runs", help="Where studies and the store live (TADISTILL_RUNS; default ./runs).")]
+app.add_typer(cluster_app)
 console = Console()
 
 
@@ -96,64 +95,6 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
     console.print(summary_table(study, root / "store"))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
     return study
-
-
-@app.command()
-def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
-    """Bring a recipe's models and data sets to this disk, on a login node; jobs then need no network."""
-    from tadistill.cluster.fetch import fetch_recipe
-    from tadistill.config import load
-    from tadistill.study.store import runs_directory
-
-    fetch_recipe(load(recipe, overrides or []), runs_directory(runs), console)
-
-
-@app.command()
-def submit(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    cluster: Annotated[str | None, typer.Option("--cluster", help="A profile's name or YAML file (CC_CLUSTER; docs/cluster.md).")] = None,
-    account: Annotated[str | None, typer.Option("--account", help="Who pays, for instance def-PROF (SBATCH_ACCOUNT).")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")] = False,
-    runs: Runs = None,
-) -> None:
-    """Submit a study's missing stages to Slurm. Twice submits nothing; after a failure, the branch that failed (docs/cluster.md)."""
-    from tadistill.cluster.command import submit as submit_recipe
-    from tadistill.config import load
-    from tadistill.study.store import runs_directory
-
-    submit_recipe(
-        load(recipe, overrides or []),
-        text=recipe.read_text(encoding="utf-8"),
-        command=shlex.join(["tadistill", *sys.argv[1:]]),
-        cluster=cluster,
-        account=account,
-        runs=runs_directory(runs),
-        dry_run=dry_run,
-        console=console,
-    )
-
-
-@app.command()
-def status(study: StudyName, runs: Runs = None) -> None:
-    """Where each stage of a submitted study is: its job, state, time and last metric."""
-    from tadistill.cluster.status import show
-    from tadistill.report.files import find_study
-    from tadistill.study.store import Store, runs_directory
-
-    root = runs_directory(runs)
-    console.print(show(find_study(study, root), Store(root / "store")))
-
-
-@app.command()
-def cancel(study: StudyName, runs: Runs = None) -> None:
-    """Cancel a study's jobs. What runs saves its state first; a later submission goes on from it."""
-    from tadistill.cluster.status import cancel as cancel_jobs
-    from tadistill.report.files import find_study
-    from tadistill.study.store import Store, runs_directory
-
-    root = runs_directory(runs)
-    console.print(f"{cancel_jobs(find_study(study, root), Store(root / 'store'))} jobs cancelled", highlight=False)
 
 
 @app.command()

@@ -193,8 +193,8 @@ def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[
         path = hub.download(repository, ref.revision, file)
     except DataError as error:
         raise DataError(
-            f"`{ref.load}` ({split}) is not on this disk (as {named.folder}/{split}.jsonl under data.root or TADISTILL_DATA), and from the hub: "
-            f"{error}"
+            f"`{ref.load}` ({split}) is not on this disk (as {named.folder}/{split}.jsonl under data.root or TADISTILL_DATA), "
+            f"and from the hub: {error}"
         ) from error
     return itertools.islice(_read_jsonl(path), first, last)
 
@@ -206,11 +206,9 @@ def _hub_dataset(ref: DataRef, split: str, stream: bool) -> Iterator[dict[str, A
     from huggingface_hub.errors import HfHubHTTPError
 
     # Offline, `datasets` takes whatever it once prepared, of any revision; the snapshot of this revision is read instead.
-    place = (
-        {"path": str(hub.download(ref.load, ref.revision))} if constants.HF_HUB_OFFLINE else {"path": ref.load, "revision": ref.revision}
-    )
+    path, revision = (str(hub.download(ref.load, ref.revision)), None) if constants.HF_HUB_OFFLINE else (ref.load, ref.revision)
     try:
-        return (dict(row) for row in load_dataset(**place, split=split, streaming=stream))
+        return (dict(row) for row in load_dataset(path, split=split, revision=revision, streaming=stream))
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loading script
         reason = str(error).strip().splitlines()
         raise DataError(
