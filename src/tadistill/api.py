@@ -9,7 +9,7 @@ import numpy as np
 from tadistill.config import Data, Evaluate, Recipe, load
 from tadistill.report import write_report
 from tadistill.study.run import run as run_study
-from tadistill.study.run import runs_directory
+from tadistill.study.store import runs_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -2,6 +2,8 @@
 
 tadistill plan RECIPE [key=value …]      what would run, what is cached, what it costs
 tadistill run RECIPE [key=value …]       run it and write the report
+tadistill fetch RECIPE [key=value …]     its models and data sets to this disk, for jobs without network
+tadistill doctor [RECIPE]                is this machine ready, and what to do if not
 tadistill submit RECIPE --cluster NAME   the same as Slurm jobs; tadistill status STUDY, tadistill cancel STUDY
 tadistill search RECIPE [key=value …]    train paths of `search:` until the best one is found
 tadistill report STUDY                   write the report again
@@ -21,7 +23,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from tadistill.cluster.cli import app as cluster_app
 from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, StageFailed, TadistillError
+from tadistill.options import Overrides, RecipePath, Runs, StudyName
 
 if TYPE_CHECKING:
     from tadistill.config import Recipe
@@ -32,10 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="White-box distillation of language models through teacher assistants.",
 )
-RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, for instance seeds=[10].", metavar="[KEY=VALUE]…")]
-StudyName = Annotated[str, typer.Argument(help="A study's name, or its directory.", metavar="STUDY")]
-Runs = Annotated[Path | None, typer.Option("--runs", help="Where studies and the store live (TADISTILL_RUNS; default ./runs).")]
+app.add_typer(cluster_app)
 console = Console()
 
 
@@ -50,12 +51,13 @@ def plan(
     from tadistill.config import load
     from tadistill.study import preview, throughput
     from tadistill.study.plan import make_plan
-    from tadistill.study.run import fetch_models, runs_directory
-    from tadistill.study.store import Store
+    from tadistill.study.store import Store, runs_directory
 
     loaded = load(recipe, overrides or [])
     store, accelerator = Store(runs_directory(runs) / "store"), None
     if measure:
+        from tadistill.study.run import fetch_models
+
         fetch_models(loaded, console)
     found = make_plan(loaded)
     if measure:
@@ -73,7 +75,7 @@ def plan(
 def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
     """Run a study here and write its report. Finished stages are reused; an interrupted run goes on."""
     from tadistill.config import load
-    from tadistill.study.run import runs_directory
+    from tadistill.study.store import runs_directory
 
     command = shlex.join(["tadistill", "run", str(recipe), *(overrides or [])])
     _run_and_report(load(recipe, overrides or []), recipe.read_text(encoding="utf-8"), command, runs_directory(runs))
@@ -96,61 +98,11 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
 
 
 @app.command()
-def submit(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    cluster: Annotated[str | None, typer.Option("--cluster", help="A profile's name or YAML file (CC_CLUSTER; docs/cluster.md).")] = None,
-    account: Annotated[str | None, typer.Option("--account", help="Who pays, for instance def-PROF (SBATCH_ACCOUNT).")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")] = False,
-    runs: Runs = None,
-) -> None:
-    """Submit a study's missing stages to Slurm. Twice submits nothing; after a failure, the branch that failed (docs/cluster.md)."""
-    from tadistill.cluster.command import submit as submit_recipe
-    from tadistill.config import load
-    from tadistill.study.run import runs_directory
-
-    submit_recipe(
-        load(recipe, overrides or []),
-        text=recipe.read_text(encoding="utf-8"),
-        command=shlex.join(["tadistill", *sys.argv[1:]]),
-        cluster=cluster,
-        account=account,
-        runs=runs_directory(runs),
-        dry_run=dry_run,
-        console=console,
-    )
-
-
-@app.command()
-def status(study: StudyName, runs: Runs = None) -> None:
-    """Where each stage of a submitted study is: its job, state, time and last metric."""
-    from tadistill.cluster.status import show
-    from tadistill.report.files import find_study
-    from tadistill.study.run import runs_directory
-    from tadistill.study.store import Store
-
-    root = runs_directory(runs)
-    console.print(show(find_study(study, root), Store(root / "store")))
-
-
-@app.command()
-def cancel(study: StudyName, runs: Runs = None) -> None:
-    """Cancel a study's jobs. What runs saves its state first; a later submission goes on from it."""
-    from tadistill.cluster.status import cancel as cancel_jobs
-    from tadistill.report.files import find_study
-    from tadistill.study.run import runs_directory
-    from tadistill.study.store import Store
-
-    root = runs_directory(runs)
-    console.print(f"{cancel_jobs(find_study(study, root), Store(root / 'store'))} jobs cancelled", highlight=False)
-
-
-@app.command()
 def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
     """Train paths of the recipe's `search` until its strategy has chosen one, by dev values alone (docs/paths.md)."""
     from tadistill.config import load
-    from tadistill.study.run import runs_directory
     from tadistill.study.search import search as find_path
+    from tadistill.study.store import runs_directory
 
     try:
         find_path(load(recipe, overrides or []), runs=runs_directory(runs), console=console)
@@ -164,7 +116,7 @@ def report(study: StudyName, runs: Runs = None) -> None:
     """Write report.html, report.md and results.json of a study from what the store holds."""
     from tadistill.report import summary_table, write_report
     from tadistill.report.files import find_study
-    from tadistill.study.run import runs_directory
+    from tadistill.study.store import runs_directory
 
     root = runs_directory(runs)
     directory = find_study(study, root)
@@ -183,7 +135,7 @@ def advise(
     """Measure a recipe's models on dev prompts, price its paths, and say which is worth running, with evidence (docs/advise.md)."""
     from tadistill.advise.command import advise_recipe
     from tadistill.config import load
-    from tadistill.study.run import runs_directory
+    from tadistill.study.store import runs_directory
 
     chosen = overrides or []
     try:
@@ -245,8 +197,8 @@ def _evaluate(
     models: list[str], on: str, seeds: str, teacher: str | None, settings: list[str] | None, runs: Path | None, verb: list[str]
 ) -> Path:
     from tadistill.config import parse
-    from tadistill.study.run import runs_directory
     from tadistill.study.standalone import recipe_text
+    from tadistill.study.store import runs_directory
 
     numbers = _parts(seeds)
     if not numbers or not all(part.isdigit() for part in numbers):
@@ -268,7 +220,7 @@ def export(
     """Copy a trained model out of the store, as a Hugging Face directory with a model card."""
     from tadistill.report.cards import export as export_model
     from tadistill.report.files import find_study
-    from tadistill.study.run import runs_directory
+    from tadistill.study.store import runs_directory
 
     root = runs_directory(runs)
     export_model(find_study(study, root), root / "store", arm, seed, target)
@@ -305,7 +257,7 @@ def judge(
 ) -> None:
     """Have a language model rate the answers of a study (docs/judge.md). Replies are kept; the same command goes on."""
     from tadistill.judge import commands
-    from tadistill.study.run import runs_directory
+    from tadistill.study.store import runs_directory
 
     try:
         commands.judge(
@@ -333,7 +285,7 @@ def human(
 ) -> None:
     """Write a blind sheet of a study's answers for people to rate; with files, read their ratings back (docs/judge.md)."""
     from tadistill.judge import commands
-    from tadistill.study.run import runs_directory
+    from tadistill.study.store import runs_directory
 
     root = runs_directory(runs)
     if files:

@@ -1,6 +1,7 @@
 """What must start without torch, and the size limits of the house."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,27 @@ QUICK = [
     "from typer.testing import CliRunner; from tadistill.cli import app; CliRunner().invoke(app, ['--help'])",
     "from typer.testing import CliRunner; from tadistill.cli import app; "
     "found = CliRunner().invoke(app, ['plan', 'recipes/quickstart.yaml']); assert found.exit_code == 0, found.output",
+    "from typer.testing import CliRunner; from tadistill.cli import app; "
+    "found = CliRunner().invoke(app, ['doctor', 'recipes/quickstart.yaml']); assert 'fetched' in found.output, found.output",
 ]
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "scipy", "plotly", "nltk", "rouge_score", "gguf", "submitit", "peft"}
+"""Libraries that take long to import; plan and doctor have a second in all."""
 
 
 @pytest.mark.parametrize("code", QUICK)
-def test_no_torch(code):
-    check = "; import sys; bad = {'torch', 'transformers', 'accelerate', 'datasets'} & set(sys.modules); assert not bad, bad"
-    subprocess.run([sys.executable, "-c", code + check], check=True, cwd=ROOT, timeout=60)
+def test_no_torch(code, tmp_path):
+    heavy = HEAVY if "invoke" in code else {"torch", "transformers", "accelerate", "datasets"}
+    check = f"; import sys; bad = {heavy} & set(sys.modules); assert not bad, bad"
+    environment = os.environ | {"TADISTILL_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code + check], check=True, cwd=ROOT, timeout=60, env=environment)
+
+
+def test_plan_leaves_out_what_it_does_not_use():
+    code = (
+        QUICK[3]
+        + "; import sys; bad = {'numpy', 'psutil', 'filelock', 'tokenizers', 'multiprocessing'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT / "src")))

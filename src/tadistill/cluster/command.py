@@ -28,7 +28,7 @@ def submit(
     profile = profiles.load(_cluster(cluster))
     if not recipe.arms:
         raise ConfigError(f"{recipe.study} has no arms, so there is nothing to submit; add arms, or look for a path: `tadistill search`")
-    if absent := missing(recipe):
+    if absent := missing(recipe, runs):
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         raise ConfigError(f"jobs have no network, and {absent[0]}{more}")
     check_data(recipe)

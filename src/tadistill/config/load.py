@@ -46,15 +46,15 @@ def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str) -> Re
         raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} holds no recipe; it must be a mapping with study, seeds, models, data and arms")
-    return validate(_string_keys(raw), source=source, lines=_lines(text))
+    return validate(_string_keys(raw), source=source, text=text)
 
 
-def validate(raw: dict[str, Any], *, source: str = "recipe", lines: dict[tuple, int] | None = None) -> Recipe:
-    """A recipe from plain data; `lines` maps key paths to line numbers for messages."""
+def validate(raw: dict[str, Any], *, source: str = "recipe", text: str = "") -> Recipe:
+    """A recipe from plain data; messages name lines of the YAML `text` that it was read from."""
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, source, lines or {})) from error
+        raise ConfigError(_sentence(error, source, _lines(text))) from error
 
 
 def _string_keys(value: Any) -> Any:

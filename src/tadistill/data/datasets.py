@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.config import Data, DataRef
-from tadistill.data import tinyworld
+from tadistill.data import hub, tinyworld
 from tadistill.errors import DataError
 
 Facts = tuple[tuple[str, tuple[str, ...]], ...]
@@ -128,12 +128,30 @@ def _rows(ref: DataRef, role: str, data: Data, *, stream: bool = False) -> Itera
     path = _local_file(ref, role, data)
     if path is not None:
         return _read_jsonl(path)
-    if ref.load in NAMED:
-        return _hub_file(ref, split)
+    repository, file = _on_hub(ref, split)
+    return _hub_dataset(ref, split, stream) if file is None else _hub_file(ref, split, repository, file)
+
+
+def on_hub(ref: DataRef, role: str, data: Data) -> tuple[str, str | None] | None:
+    """The repository and the file there (None for all of it) that a split is read from; None where no hub is needed.
+
+    Raises:
+        DataError: there is no such data set.
+    """
+    if ref.load in tinyworld.SPLITS or _local_file(ref, role, data) is not None:
+        return None
+    return _on_hub(ref, ref.split or role)
+
+
+def _on_hub(ref: DataRef, split: str) -> tuple[str, str | None]:
+    if named := NAMED.get(ref.load):
+        if split not in named.files:
+            raise DataError(f"data set `{ref.load}` has no split `{split}`; it has {', '.join(named.files)}")
+        return named.hub, named.files[split][0]
     if ref.load.endswith((".jsonl", ".json")) or ref.load.startswith((".", "/")) or ref.load.count("/") != 1:
         known = ", ".join([*NAMED, *tinyworld.SPLITS])
         raise DataError(f"no data set `{ref.load}`: it is neither a file here, nor a hub id, nor one of {known}")
-    return _hub_dataset(ref, split, stream)
+    return ref.load, None
 
 
 def _local_file(ref: DataRef, role: str, data: Data) -> Path | None:
@@ -167,32 +185,30 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _hub_file(ref: DataRef, split: str) -> Iterator[dict[str, Any]]:
+def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[dict[str, Any]]:
     """Rows of a named set from the hub's own file, cut as MiniLLM cuts it."""
-    from huggingface_hub import hf_hub_download  # here: `plan` on local data must not pay for this import
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     named = NAMED[ref.load]
-    if split not in named.files:
-        raise DataError(f"data set `{ref.load}` has no split `{split}`; it has {', '.join(named.files)}")
-    name, first, last = named.files[split]
+    _, first, last = named.files[split]
     try:
-        path = hf_hub_download(named.hub, name, repo_type="dataset", revision=ref.revision)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        path = hub.download(repository, ref.revision, file)
+    except DataError as error:
         raise DataError(
-            f"data set `{ref.load}` ({split}) is not on this disk and the hub cannot be reached; put {split}.jsonl into "
-            f"{named.folder}/ under data.root (or TADISTILL_DATA), or run where {named.hub} can be downloaded"
+            f"`{ref.load}` ({split}) is not on this disk (as {named.folder}/{split}.jsonl under data.root or TADISTILL_DATA), "
+            f"and from the hub: {error}"
         ) from error
-    return itertools.islice(_read_jsonl(Path(path)), first, last)
+    return itertools.islice(_read_jsonl(path), first, last)
 
 
 def _hub_dataset(ref: DataRef, split: str, stream: bool) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset  # here: heavy, and only needed for data sets on the hub
     from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
+    # Offline, `datasets` takes whatever it once prepared, of any revision; the snapshot of this revision is read instead.
+    path, revision = (str(hub.download(ref.load, ref.revision)), None) if constants.HF_HUB_OFFLINE else (ref.load, ref.revision)
     try:
-        return (dict(row) for row in load_dataset(ref.load, split=split, revision=ref.revision, streaming=stream))
+        return (dict(row) for row in load_dataset(path, split=split, revision=revision, streaming=stream))
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loading script
         reason = str(error).strip().splitlines()
         raise DataError(

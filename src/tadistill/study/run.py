@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,11 +15,6 @@ from tadistill.study.costs import Ledger
 from tadistill.study.plan import Plan, PlannedArm, make_plan
 from tadistill.study.runner import run_stages
 from tadistill.study.store import Store, write_json
-
-
-def runs_directory(given: str | Path | None = None) -> Path:
-    """`--runs DIR`, else TADISTILL_RUNS, else ./runs."""
-    return Path(given or os.environ.get("TADISTILL_RUNS") or "runs")
 
 
 def run(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "", console: Console | None = None) -> Path:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from tadistill import rng
 from tadistill.config import Evaluate, Method, Recipe, Sft
 from tadistill.config.decoding import Decoding
 from tadistill.config.method import Optim
@@ -125,7 +124,7 @@ class Stages:
         """
         # a learner and a teacher that do not vary with the study's seed still make one distillation per seed
         (above, teacher), *others = teachers
-        spec = {"student": student, "teacher": teacher, "seed": rng.torch_seed(seed, "then", turn) if turn else seed}
+        spec = {"student": student, "teacher": teacher, "seed": _seed_of_turn(seed, turn)}
         spec |= self._split("train")
         spec |= {"method": method.model_dump(exclude={"optim", "select", "dense"}), "optim": method.optim.model_dump()}
         spec |= self._select(method.select) | self._lora(name)
@@ -238,3 +237,11 @@ def _describe(method: Method) -> str:
     if isinstance(sampler, Rounds) and sampler.rollouts:
         detail = f" (rounds of {sampler.rollouts}, {method.round_updates} updates each)"
     return f"{method.objective.type} on {sampler.type}{detail}"
+
+
+def _seed_of_turn(seed: int, turn: int) -> int:
+    if turn == 0:
+        return seed
+    from tadistill import rng  # here: numpy, which few plans need
+
+    return rng.torch_seed(seed, "then", turn)

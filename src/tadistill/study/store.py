@@ -10,11 +10,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any
 
 from tadistill.errors import StoreError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 MANIFEST = "manifest.json"
 _RESUME = ("state.pt", "best.pt", "state.tmp", "best.tmp")
@@ -49,6 +50,11 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def runs_directory(given: str | Path | None = None) -> Path:
+    """`--runs DIR`, else TADISTILL_RUNS, else ./runs."""
+    return Path(given or os.environ.get("TADISTILL_RUNS") or "runs")
+
+
 class Store:
     """Read and write stage folders under one directory."""
 
@@ -73,8 +79,10 @@ class Store:
         except json.JSONDecodeError as error:
             raise StoreError(f"{path} is damaged; delete its folder and run the recipe again to redo the stage") from error
 
-    def lock(self, key: str) -> FileLock:
+    def lock(self, key: str) -> "FileLock":
         """A lock that dies with its process."""
+        from filelock import FileLock  # here: it brings asyncio, and most commands only look
+
         path = self.folder(key).with_suffix(".lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +93,10 @@ class Store:
     def _unwritable(self, error: OSError) -> StoreError:
         return StoreError(f"cannot write to the store at {self.root}: {error.strerror}; set --runs DIR to a writable folder")
 
-    def acquire(self, key: str, waiting: Callable[[], None]) -> FileLock:
+    def acquire(self, key: str, waiting: Callable[[], None]) -> "FileLock":
         """Take the lock of a stage; while another process runs it, call `waiting` once a second, which may raise to give up."""
+        from filelock import Timeout
+
         lock = self.lock(key)
         while True:
             try:

@@ -182,6 +182,7 @@ def test_length_buckets_lie_beside_the_longest(tmp_path):
 def test_buckets_on_the_hub(tmp_path, monkeypatch):
     path = write(tmp_path / "x.jsonl", [{"instruction": "a", "outputs": ["o"]}] * 10_001)
     asked = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, **_: asked.append(names) or path)
     sizes = [len(read(name, "test", root=str(tmp_path / "none"))) for name in ("sinst", "sinst/3_5", "uinst", "uinst/0_2")]
     assert sizes == [10_001, 10_001, 10_000, 10_001]  # MiniLLM uses the first 10,000 of uinst's longest bucket

@@ -347,5 +347,5 @@ def test_hub_snapshot_without_weights_is_not_complete(hub, model_directory):
 
 
 def test_hub_offline_error_names_model_revision_and_command(hub):
-    with pytest.raises(ModelError, match=r"model `org/name` at revision `v2` is not in .*HF_HUB_OFFLINE=1.*run the same command once"):
+    with pytest.raises(ModelError, match=r"model `org/name` at revision `v2` is not in .*HF_HUB_OFFLINE=1.*run `tadistill fetch RECIPE`"):
         fetch("org/name", "v2")

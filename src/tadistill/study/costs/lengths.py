@@ -11,8 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import Tokenizer
-
 from tadistill.config import DataRef, Recipe
 from tadistill.data import datasets, tinyworld
 from tadistill.data.templates import encode
@@ -117,6 +115,8 @@ def vocabulary(name: str, recipe: Recipe) -> int | None:
 
 @lru_cache
 def _from_file(file: Path) -> Ids:
+    from tokenizers import Tokenizer  # here: not every study has a tokenizer's file
+
     backend = Tokenizer.from_file(str(file))
     backend.no_truncation()
     backend.no_padding()

@@ -1,0 +1,93 @@
+"""The commands for login nodes: fetch, doctor, submit, status, cancel. Part of `tadistill.cli`, and as there each imports what it needs."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tadistill.options import Overrides, RecipePath, Runs, StudyName
+
+app = typer.Typer()
+console = Console()
+Cluster = Annotated[str | None, typer.Option("--cluster", help="A profile's name or YAML file (CC_CLUSTER; docs/cluster.md).")]
+
+
+@app.command()
+def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
+    """Bring a recipe's models and data sets to this disk, on a login node; jobs then need no network."""
+    from tadistill.cluster.fetch import fetch_recipe
+    from tadistill.config import load
+    from tadistill.study.store import runs_directory
+
+    fetch_recipe(load(recipe, overrides or []), runs_directory(runs), console)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML) whose models and data are looked for.", metavar="[RECIPE]")] = None,
+    cluster: Cluster = None,
+    runs: Runs = None,
+) -> None:
+    """Look at this machine: versions, Slurm, account, disks, caches, locks; says what to do. Exits with 1 if there is a problem."""
+    from tadistill.cluster import profile as profiles
+    from tadistill.cluster.doctor import examine, table
+    from tadistill.config import load
+    from tadistill.study.store import runs_directory
+
+    name = cluster or next((n for n in profiles.names() if n == os.environ.get("CC_CLUSTER")), None)
+    found = examine(runs=runs_directory(runs), recipe=load(recipe) if recipe else None, profile=profiles.load(name) if name else None)
+    console.print(table(found))
+    if any(check.state == "problem" for check in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def submit(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    cluster: Cluster = None,
+    account: Annotated[str | None, typer.Option("--account", help="Who pays, for instance def-PROF (SBATCH_ACCOUNT).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")] = False,
+    runs: Runs = None,
+) -> None:
+    """Submit a study's missing stages to Slurm. Twice submits nothing; after a failure, the branch that failed (docs/cluster.md)."""
+    from tadistill.cluster.command import submit as submit_recipe
+    from tadistill.config import load
+    from tadistill.study.store import runs_directory
+
+    submit_recipe(
+        load(recipe, overrides or []),
+        text=recipe.read_text(encoding="utf-8"),
+        command=shlex.join(["tadistill", *sys.argv[1:]]),
+        cluster=cluster,
+        account=account,
+        runs=runs_directory(runs),
+        dry_run=dry_run,
+        console=console,
+    )
+
+
+@app.command()
+def status(study: StudyName, runs: Runs = None) -> None:
+    """Where each stage of a submitted study is: its job, state, time and last metric."""
+    from tadistill.cluster.status import show
+    from tadistill.report.files import find_study
+    from tadistill.study.store import Store, runs_directory
+
+    root = runs_directory(runs)
+    console.print(show(find_study(study, root), Store(root / "store")))
+
+
+@app.command()
+def cancel(study: StudyName, runs: Runs = None) -> None:
+    """Cancel a study's jobs. What runs saves its state first; a later submission goes on from it."""
+    from tadistill.cluster.status import cancel as cancel_jobs
+    from tadistill.report.files import find_study
+    from tadistill.study.store import Store, runs_directory
+
+    root = runs_directory(runs)
+    console.print(f"{cancel_jobs(find_study(study, root), Store(root / 'store'))} jobs cancelled", highlight=False)

@@ -1,0 +1,256 @@
+"""Fetching a recipe's models and data sets, what of them is missing, and loading all of it from the hub's cache without network."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from rich.console import Console
+from tests.conftest import tiny_model
+
+from tadistill.cluster import fetch
+from tadistill.config import parse
+from tadistill.data import tinyworld
+from tadistill.errors import DataError, ModelError
+
+ONE, TWO = "1" * 40, "2" * 40
+ROWS = "".join(json.dumps({"instruction": f"say {i}", "output": str(i), "text": f"text {i}"}) + "\n" for i in range(4)).encode()
+RECIPE = """
+study: tiny
+seeds: [1]
+models:
+  t: {load: org/teacher}
+  s: {load: org/teacher}
+data: {train: org/set, dev: {load: org/set, split: train}, test: [dolly], corpus: org/set}
+arms: {direct: t > s}
+"""
+NO_NETWORK = """
+import socket
+def connect(self, address, real=socket.socket.connect):
+    if self.family != socket.AF_UNIX:
+        raise AssertionError(f"network: {address}")
+    return real(self, address)
+socket.socket.connect = connect
+"""
+
+
+def lay(cache: Path, repository: str, files: dict[str, bytes], commit: str = ONE, kind: str = "datasets") -> Path:
+    """A repository as the hub's cache holds it: refs, blobs, and a snapshot of links."""
+    folder = cache / f"{kind}--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / commit
+    for part in (folder / "refs", folder / "blobs", snapshot):
+        part.mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+    for name, content in files.items():
+        blob = folder / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / name).symlink_to(blob)
+    return snapshot
+
+
+@pytest.fixture(scope="module")
+def model_files(tmp_path_factory) -> dict[str, bytes]:
+    """A tiny model in several shards, and its tokenizer."""
+    folder, tokenizer = tmp_path_factory.mktemp("model"), tinyworld.tokenizer(seed=0, people=10)
+    tiny_model("llama", vocab=len(tokenizer)).save_pretrained(folder, max_shard_size="20KB")
+    tokenizer.save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty hub cache in a home of its own, and no local data sets."""
+    folder = tmp_path / "home" / "hub"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("TADISTILL_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def lay_all(cache: Path, model_files: dict[str, bytes], commit: str = ONE) -> Path:
+    """Everything that RECIPE reads; returns the model's snapshot."""
+    lay(cache, "org/set", {"train.jsonl": ROWS, "README.md": b"# rows"}, commit)
+    lay(cache, "MiniLLM/dolly", {"valid.jsonl": ROWS}, commit)
+    return lay(cache, "org/teacher", model_files, commit, kind="models")
+
+
+def recipe(text: str = RECIPE):
+    return parse(text, source="recipe")
+
+
+def run(runs: Path, text: str = RECIPE) -> str:
+    """What `tadistill fetch` prints."""
+    screen = StringIO()
+    fetch.fetch_recipe(recipe(text), runs, Console(file=screen, width=200))
+    return screen.getvalue()
+
+
+def test_everything_is_named_once():
+    assert [(n.kind, n.shown) for n in fetch.needs(recipe())] == [
+        ("model", "org/teacher"),
+        ("data set", "org/set"),
+        ("data set", "MiniLLM/dolly/valid.jsonl"),
+    ]
+
+
+def test_embedded_and_random_sources_need_nothing(tmp_path):
+    text = (Path(__file__).parents[3] / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+    assert fetch.missing(recipe(text), tmp_path) == []
+    assert "reads nothing from the network" in run(tmp_path, text)
+
+
+def test_missing_names_what_revision_and_command(cache, tmp_path, model_files):
+    model, rows, dolly = fetch.missing(recipe(), tmp_path)
+    assert model == "model `org/teacher` at revision `main` is not on this disk; run `tadistill fetch RECIPE` where there is network"
+    assert rows.startswith("data set `org/set` at revision `main`")
+    assert dolly.startswith("data set `MiniLLM/dolly/valid.jsonl` at revision `main`")
+    lay_all(cache, model_files)
+    assert fetch.missing(recipe(), tmp_path) == []
+
+
+@pytest.mark.parametrize("lost", ["model-00002-of", "config.json", "tokenizer"])
+def test_a_snapshot_without_a_shard_or_its_tokenizer_is_missing(cache, tmp_path, model_files, lost):
+    snapshot = lay_all(cache, model_files)
+    gone = [path for path in snapshot.iterdir() if path.name.startswith(lost)]
+    assert gone
+    for path in gone:
+        path.unlink()
+    assert ["org/teacher" in line for line in fetch.missing(recipe(), tmp_path)] == [True]
+
+
+def test_a_tokenizer_from_elsewhere_is_not_asked_of_the_model(cache, tmp_path, model_files):
+    lay_all(cache, {name: content for name, content in model_files.items() if "tokenizer" not in name})
+    text = RECIPE.replace("{load: org/teacher}", "{load: org/teacher, tokenizer: org/words}")
+    assert [line[:25] for line in fetch.missing(recipe(text), tmp_path)] == ["tokenizer `org/words` at "]
+    lay(cache, "org/words", {name: content for name, content in model_files.items() if "tokenizer" in name}, kind="models")
+    lay(cache, "org/words", {"config.json": b"{}"}, kind="models")
+    assert fetch.missing(recipe(text), tmp_path) == []
+
+
+def test_a_data_set_whose_link_points_nowhere_is_missing(cache, tmp_path, model_files):
+    lay_all(cache, model_files)
+    (cache / "datasets--org--set" / "snapshots" / ONE / "train.jsonl").resolve().unlink()
+    assert [line[:18] for line in fetch.missing(recipe(), tmp_path)] == ["data set `org/set`"]
+
+
+def test_fetch_records_commits_and_then_needs_no_network(cache, tmp_path, model_files, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    real, asked = huggingface_hub.snapshot_download, []
+
+    def download(name, **options):
+        if options.get("local_files_only"):
+            return real(name, **options)
+        asked.append((name, options["max_workers"]))
+        return str(lay_all(cache, model_files)) if name == "org/teacher" else real(name, **{**options, "local_files_only": True})
+
+    def download_file(name, file, **options):
+        asked.append((name, 1))
+        return str(cache / "datasets--MiniLLM--dolly" / "snapshots" / ONE / file)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download_file)
+    shown = run(tmp_path / "runs")
+    assert asked == [("org/teacher", 1), ("org/set", 1)]  # dolly came with the first of them
+    assert shown.count("1" * 12) == 3
+    assert shown.count("fetched") == 2
+    record = json.loads((tmp_path / "runs" / "fetched.json").read_text())
+    assert record["model org/teacher@main"]["commit"] == ONE
+    assert record["data set org/set@main"]["files"] == ["README.md", "train.jsonl"]
+    assert record["data set MiniLLM/dolly/valid.jsonl@main"]["bytes"] == len(ROWS)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    asked.clear()
+    assert run(tmp_path / "runs").count("was here") == 3
+    assert asked == []
+    (cache / "datasets--org--set" / "snapshots" / ONE / "README.md").unlink()  # the record knows what belongs to it
+    assert [line[:18] for line in fetch.missing(recipe(), tmp_path / "runs")] == ["data set `org/set`"]
+
+
+def test_a_revision_that_moved_is_told(cache, tmp_path, model_files):
+    lay_all(cache, model_files)
+    run(tmp_path)
+    assert fetch.moved(recipe(), tmp_path) == []
+    lay_all(cache, model_files, TWO)
+    told = fetch.moved(recipe(), tmp_path)
+    assert len(told) == 3
+    assert told[0].startswith("model org/teacher: `main` has moved, 111111111111 -> 222222222222; ")
+    assert told[0] in run(tmp_path).splitlines()
+    assert fetch.moved(recipe(), tmp_path) == []  # told once, and recorded
+
+
+def test_all_failures_are_told_at_once(cache, tmp_path, model_files):
+    lay(cache, "MiniLLM/dolly", {"valid.jsonl": ROWS})
+    with pytest.raises(ModelError) as caught:
+        run(tmp_path)
+    model, rows = str(caught.value).splitlines()
+    assert model.startswith("model `org/teacher` at revision `main` is not in the local Hugging Face cache and HF_HUB_OFFLINE=1 forbids")
+    assert rows.endswith("run `tadistill fetch RECIPE` where there is network")
+    assert list(json.loads((tmp_path / "fetched.json").read_text())) == ["data set MiniLLM/dolly/valid.jsonl@main"]
+
+
+def test_an_unreachable_hub_is_one_sentence(cache, tmp_path, monkeypatch):
+    def unreachable(*names, **options):
+        raise LocalEntryNotFoundError("no")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(ModelError, match=r"data set `org/set` at revision `main` cannot be downloaded .*; check the connection"):
+        run(tmp_path)
+
+
+def test_a_file_that_is_no_data_set(cache):
+    with pytest.raises(DataError, match=r"no data set `rows\.jsonl`"):
+        fetch.needs(recipe(RECIPE.replace("test: [dolly]", "test: [rows.jsonl]")))
+
+
+def offline(code: str, home: Path) -> str:
+    """Run code in a process that can reach no network, with this Hugging Face home."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "TADISTILL_DATA")}
+    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", NO_NETWORK + code], env=environment, cwd=home, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_everything_loads_from_the_cache_without_network(cache, tmp_path, model_files):
+    lay_all(cache, model_files)
+    (cache.parent / "recipe.yaml").write_text(RECIPE)
+    code = """
+from tadistill.cluster.fetch import missing
+from tadistill.config import load
+recipe = load("recipe.yaml")
+assert missing(recipe) == []
+from tadistill.data import datasets
+from tadistill.models.loading import load_model, load_tokenizer
+print(load_model("org/teacher").config.num_hidden_layers, load_tokenizer("org/teacher").eos_token)
+data = recipe.data
+print([len(datasets.load(ref, role, data)) for ref, role in ((data.train, "train"), (data.dev, "dev"), (data.test[0], "test"))])
+print(next(datasets.texts(data.corpus, data)))
+from tadistill.errors import DataError
+from tadistill.config import DataRef
+for ref in (DataRef(load="org/other"), DataRef(load="vicuna")):
+    try:
+        datasets.load(ref, "test", data)
+    except DataError as error:
+        print(error)
+"""
+    model, sizes, text, other, vicuna = offline(code, cache.parent).splitlines()
+    assert model == "2 <eos>"
+    assert sizes == "[4, 4, 4]"
+    assert text == "text 0"
+    said = (
+        "at revision `main` is not in the local Hugging Face cache and HF_HUB_OFFLINE=1 forbids the network; run `tadistill fetch RECIPE` "
+    )
+    assert other == f"data set `org/other` {said}where there is network"
+    assert vicuna.startswith("`vicuna` (test) is not on this disk")
+    assert vicuna.endswith(f"data set `MiniLLM/Vicuna/valid.jsonl` {said}where there is network")
