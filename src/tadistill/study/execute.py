@@ -113,15 +113,20 @@ def _generate(context: Context) -> dict[str, Any]:
     train = context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer)
     decoding = Evaluate(seeds=(spec["seed"],), batch=_GENERATION_BATCH, **spec["sampler"])
     parts = context.folder / "parts"
-    rows = []
+    rows, answered, ends = [], 0, 0
 
     def tick(count: int) -> None:
-        stop_if_asked(context)  # a part may take longer than the time that a signal leaves
+        nonlocal answered
+        answered += count
+        if answered < ends:  # inside a part, which may take longer than the time that a signal leaves
+            stop_if_asked(context)
 
     for start in range(0, len(train.encoded), 8 * _GENERATION_BATCH):
         part = parts / f"{start}.json"
         if not part.is_file():
+            stop_if_asked(context)
             chunk = EvalSet(train.name, train.examples, train.encoded[start : start + 8 * _GENERATION_BATCH])
+            ends = answered + len(chunk.encoded)
             answers = generate(subject, chunk, decoding, spec["seed"], tick)
             write_json(part, [{"prompt": list(a.prompt), "response": list(a.response)} for a in answers])
         rows += json.loads(part.read_text(encoding="utf-8"))

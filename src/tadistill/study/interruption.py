@@ -64,17 +64,28 @@ class StopFlag:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Within: SIGTERM and SIGUSR2 raise `Stopped` at once, as Ctrl-C raises KeyboardInterrupt."""
+    """For a command: within, SIGTERM and SIGUSR2 raise `Stopped` at once, as Ctrl-C raises KeyboardInterrupt.
+
+    After the first one the process is ending, and further ones are ignored.
+    """
     before = {number: signal.signal(number, _raise) for number in ENDING if number != signal.SIGINT}
     try:
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except KeyboardInterrupt:
+        _ignore()
+        raise
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    _ignore()
     raise Stopped(signal.Signals(number))
+
+
+def _ignore() -> None:
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

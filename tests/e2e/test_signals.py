@@ -1,0 +1,99 @@
+"""Signals to `tadistill run` itself: what Slurm and a shutdown send, to all processes or to one, ends it as Ctrl-C does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+RECIPE = """
+study: long
+seeds: [1]
+models:
+  xl:
+    {load: "scratch:llama", tokenizer: tinyworld, config: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 32},
+     sft: {optim: {steps: 2000, batch: 4}, select: {metric: last}}}
+data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 40, world: {people: 20}, limit: {train: 64, dev: 4, test: 4}}
+runtime: {checkpoint_seconds: 1000, jobs: 1}
+arms: {sft: xl}
+"""
+
+
+def start(runs: Path) -> subprocess.Popen:
+    """A study whose first stage takes minutes, in a process group of its own."""
+    recipe = runs.with_suffix(".yaml")
+    recipe.write_text(RECIPE)
+    command = [sys.executable, "-m", "tadistill", "run", str(recipe)]
+    return subprocess.Popen(
+        [*command, "--runs", str(runs)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests started in the background inherit that it is ignored
+    )
+
+
+def wait_for_update(runs: Path, after: int) -> None:
+    """Until the log has a line past this update."""
+    for _ in range(600):
+        for path in runs.glob("store/*/*/metrics.jsonl"):
+            lines = path.read_text().splitlines()
+            if lines and int(lines[-1].split('"step": ')[1].split(",")[0]) > after:
+                return
+        time.sleep(0.1)
+    raise AssertionError("no update")
+
+
+def step(runs: Path) -> int:
+    (path,) = runs.glob("store/*/*/state.pt")
+    return torch.load(path, weights_only=True)["step"]
+
+
+def worker_of(process: subprocess.Popen) -> int:
+    """The child that trains: the one with the most memory."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return max(map(int, children), key=lambda child: int(Path(f"/proc/{child}/statm").read_text().split()[1]))
+
+
+def ended(group: int) -> bool:
+    """Whether no process of a group is left."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process groups are looked at through /proc")
+def test_any_signal_to_stop_saves_and_ends_with_its_code(tmp_path):
+    last = 0
+    for how, whom, code in (
+        (signal.SIGTERM, "all, twice", 143),
+        (signal.SIGUSR2, "all", 140),
+        (signal.SIGTERM, "the worker", 143),
+    ):
+        process = start(tmp_path)
+        wait_for_update(tmp_path, last)
+        if whom == "the worker":
+            os.kill(worker_of(process), how)
+        else:
+            os.killpg(process.pid, how)
+        if whom == "all, twice":
+            time.sleep(0.01)
+            os.killpg(process.pid, how)
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode == code, (whom, how, text)
+        assert "the running stages save their state" in text
+        assert "interrupted; the same command goes on where it stopped" in text
+        assert "Traceback" not in text
+        assert "resource_tracker" not in text
+        assert ended(process.pid)
+        assert step(tmp_path) > last
+        last = step(tmp_path)
