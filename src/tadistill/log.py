@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tadistill.errors import StoreError
+
 
 class RunLog:
     """Appends metrics of one training stage."""
@@ -24,8 +26,11 @@ class RunLog:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line for `step` (the number of updates done)."""
         line = {"step": step, **{name: float(f"{value:.6g}") for name, value in metrics.items()}}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise StoreError(f"cannot write {self.path}: {error.strerror}; free some space, then run the same command again") from error
         if self.track:
             self.track(dict(metrics), step)
 

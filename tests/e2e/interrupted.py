@@ -102,14 +102,12 @@ def attempt(task: Task, log: Path, at: int | None = None, how: signal.Signals = 
         os._exit(code)
 
 
-def chain(name: str, task: Task, how: signal.Signals, out: Path, whole: Store, events: int) -> dict:
-    """Three attempts that are cut short at random events, and one that may finish; what became of each."""
+def chain(name: str, task: Task, how: signal.Signals, out: Path, whole: Store, ends: list[int]) -> dict:
+    """Attempts that are cut short after so many events in all, and one that may finish; what became of each."""
     store = Store(out / f"{name}-{how.name}".replace(" ", "-"))
     for key in task.parents.values():
         store.folder(key).parent.mkdir(parents=True, exist_ok=True)
         store.folder(key).symlink_to(whole.folder(key))
-    numbers = random.Random(f"{name} {how.name}")
-    ends = sorted(numbers.sample(range(1, max(5, int(0.7 * events))), 3))
     attempts = []
     for at in (*(after - before for before, after in zip([0, *ends], ends, strict=False)), None):
         log = out / "log"
@@ -126,6 +124,18 @@ def chain(name: str, task: Task, how: signal.Signals, out: Path, whole: Store, e
             break
     found = {"attempts": attempts} | outcome(store, task.key)
     shutil.rmtree(store.root)
+    return found
+
+
+def cut_short(name: str, task: Task, out: Path, whole: Store, events: int) -> dict[str, dict]:
+    """Each signal at three random events; and a kill around the last rename, which puts the manifest in place."""
+    found = {}
+    for how in SIGNALS:
+        ends = random.Random(f"{name} {how.name}").sample(range(1, max(5, int(0.7 * events))), 3)
+        found[how.name] = chain(name, task, how, out, whole, sorted(ends))
+    if name == "sft":
+        found["before the manifest"] = chain(name, task, signal.SIGKILL, out, whole, [events - 1])
+        found["after the manifest"] = chain(name, task, signal.SIGKILL, out, whole, [events])
     return found
 
 
@@ -161,8 +171,7 @@ def main(out: Path, only: list[str]) -> None:
                 mine = out / f"shard-{shard}"
                 mine.mkdir()
                 found = {
-                    name: {how.name: chain(name, chosen[name], how, mine, whole, events[chosen[name].key]) for how in SIGNALS}
-                    | {"whole": outcome(whole, chosen[name].key)}
+                    name: cut_short(name, chosen[name], mine, whole, events[chosen[name].key]) | {"whole": outcome(whole, chosen[name].key)}
                     for name in names[shard::2]
                 }
                 (mine / "found.json").write_text(json.dumps(found))

@@ -55,3 +55,11 @@ def test_cut_short_and_resumed_to_the_bit(name, how, found):
         parts = Counter(f for f in files if f.parent.name in ("parts", "signal") and f.stem != "head")
         assert len(parts) > 1
         assert set(parts.values()) == {1}  # none is made twice
+
+
+def test_a_kill_between_artifact_and_manifest_loses_neither(found):
+    whole, before, after = (found["sft"][name] for name in ("whole", "before the manifest", "after the manifest"))
+    assert [a["killed"] for a in before["attempts"]] == [a["killed"] for a in after["attempts"]] == [signal.SIGKILL, None]
+    assert before["digests"] == after["digests"] == whole["digests"]
+    assert before["attempts"][1]["done"] == [UPDATES]  # from the last state
+    assert after["attempts"][1]["done"] == []  # finished
