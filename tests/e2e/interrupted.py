@@ -181,7 +181,8 @@ def main(out: Path, only: list[str]) -> None:
             finally:
                 os._exit(code)
         shards.append(child)
-    assert all([os.waitpid(child, 0)[1] == 0 for child in shards])
+    statuses = [os.waitpid(child, 0)[1] for child in shards]
+    assert statuses == [0, 0]
     found = [json.loads((out / f"shard-{shard}" / "found.json").read_text()) for shard in range(2)]
     (out / "found.json").write_text(json.dumps(found[0] | found[1]))
 

@@ -1,5 +1,6 @@
 """Signals to `tadistill run` itself: what Slurm and a shutdown send, to all processes or to one, ends it as Ctrl-C does."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,17 +15,20 @@ RECIPE = """
 study: long
 seeds: [1]
 models:
-  xl:
-    {load: "scratch:llama", tokenizer: tinyworld, config: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 32},
-     sft: {optim: {steps: 2000, batch: 4}, select: {metric: last}}}
+  a: &model
+    load: scratch:gpt2
+    tokenizer: tinyworld
+    config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}
+    sft: {optim: {steps: 2000, batch: 4}, select: {metric: last}}
+  b: {<<: *model, seed: 2}
 data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 40, world: {people: 20}, limit: {train: 64, dev: 4, test: 4}}
-runtime: {checkpoint_seconds: 1000, jobs: 1}
-arms: {sft: xl}
+runtime: {checkpoint_seconds: 1000, jobs: 2}
+arms: {a: a, b: b}
 """
 
 
 def start(runs: Path) -> subprocess.Popen:
-    """A study whose first stage takes minutes, in a process group of its own."""
+    """A study whose two first stages take minutes, in a process group of its own."""
     recipe = runs.with_suffix(".yaml")
     recipe.write_text(RECIPE)
     command = [sys.executable, "-m", "tadistill", "run", str(recipe)]
@@ -38,24 +42,24 @@ def start(runs: Path) -> subprocess.Popen:
     )
 
 
-def wait_for_update(runs: Path, after: int) -> None:
-    """Until the log has a line past this update."""
+def wait_for_updates(runs: Path, after: list[int]) -> None:
+    """Until both logs have a line past these updates."""
     for _ in range(600):
-        for path in runs.glob("store/*/*/metrics.jsonl"):
-            lines = path.read_text().splitlines()
-            if lines and int(lines[-1].split('"step": ')[1].split(",")[0]) > after:
-                return
+        logs = [path.read_text().splitlines() for path in sorted(runs.glob("store/*/*/metrics.jsonl"))]
+        last = [json.loads(lines[-1])["step"] if lines else 0 for lines in logs]
+        if len(last) == 2 and all(now > before for now, before in zip(last, after, strict=True)):
+            return
         time.sleep(0.1)
     raise AssertionError("no update")
 
 
-def step(runs: Path) -> int:
-    (path,) = runs.glob("store/*/*/state.pt")
-    return torch.load(path, weights_only=True)["step"]
+def steps(runs: Path) -> list[int]:
+    """Of the saved states."""
+    return [torch.load(path, weights_only=True)["step"] for path in sorted(runs.glob("store/*/*/state.pt"))]
 
 
 def worker_of(process: subprocess.Popen) -> int:
-    """The child that trains: the one with the most memory."""
+    """A child that trains: the one with the most memory."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return max(map(int, children), key=lambda child: int(Path(f"/proc/{child}/statm").read_text().split()[1]))
 
@@ -73,10 +77,10 @@ def ended(group: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="process groups are looked at through /proc")
 def test_any_signal_to_stop_saves_and_ends_with_its_code(tmp_path):
-    last = 0
+    last = [0, 0]
     for how, whom, code in ((signal.SIGUSR2, "all", 140), (signal.SIGTERM, "the worker", 143)):
         process = start(tmp_path)
-        wait_for_update(tmp_path, last)
+        wait_for_updates(tmp_path, last)
         if whom == "the worker":
             os.kill(worker_of(process), how)
         else:
@@ -90,5 +94,14 @@ def test_any_signal_to_stop_saves_and_ends_with_its_code(tmp_path):
         assert "Traceback" not in text
         assert "resource_tracker" not in text
         assert ended(process.pid)
-        assert step(tmp_path) > last
-        last = step(tmp_path)
+        assert all(now > before for now, before in zip(steps(tmp_path), last, strict=True))
+        last = steps(tmp_path)
+    # a worker that is killed (for its memory, say) takes one stage only: the other one saves before the study ends
+    process = start(tmp_path)
+    wait_for_updates(tmp_path, last)
+    os.kill(worker_of(process), signal.SIGKILL)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, text
+    assert "the worker process died (out of memory?)" in text
+    assert ended(process.pid)
+    assert sorted(now > before for now, before in zip(steps(tmp_path), last, strict=True)) == [False, True]

@@ -25,8 +25,10 @@ study: faults
 seeds: [1]
 models:
   xl:
-    {load: "scratch:llama", tokenizer: tinyworld, config: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 32},
-     sft: {optim: {steps: 8, batch: 4}, select: {metric: loss, every: 2}}}
+    load: scratch:gpt2
+    tokenizer: tinyworld
+    config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}
+    sft: {optim: {steps: 8, batch: 4}, select: {metric: loss, every: 2}}
 data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 40, world: {people: 20}, limit: {train: 64, dev: 4, test: 4}}
 evaluate: {seeds: [1], max_new_tokens: 4, also: {}}
 arms: {sft: xl}
@@ -89,9 +91,8 @@ def disk(request, tmp_path):
             pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
 
         def fill() -> None:
-            with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
+            with pytest.raises(OSError, match="No space left"):
+                ballast.write_bytes(bytes(4 << 20))
 
         yield root, fill, lambda: ballast.unlink(missing_ok=True)
         subprocess.run(["umount", str(root)], check=True)

@@ -121,7 +121,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 def test_what_is_cut_short_while_written_leaves_the_old_file(tmp_path):
     checkpoint.save(tmp_path / "a.pt", {"x": 1})
     for error, seen in ((KeyboardInterrupt, KeyboardInterrupt), (OSError(28, "No space left on device"), StoreError)):
-        with pytest.raises(seen), replacing(tmp_path / "a.pt") as temporary:
+        with pytest.raises(seen), replacing(tmp_path / "a.pt") as temporary:  # noqa: PT012 (a context manager is what is tested)
             temporary.write_bytes(b"half")
             raise error
     assert names(tmp_path) == ["a.pt"]
