@@ -21,7 +21,8 @@ models:
     config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}
     sft: {optim: {steps: 2000, batch: 4}, select: {metric: last}}
   b: {<<: *model, seed: 2}
-data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 40, world: {people: 20}, limit: {train: 64, dev: 4, test: 4}}
+data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 40, limit: {train: 64, dev: 4, test: 4}}
+evaluate: {seeds: [1], max_new_tokens: 8, also: {}}
 runtime: {checkpoint_seconds: 1000, jobs: 2}
 arms: {a: a, b: b}
 """

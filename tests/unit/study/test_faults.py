@@ -29,7 +29,7 @@ models:
     tokenizer: tinyworld
     config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}
     sft: {optim: {steps: 8, batch: 4}, select: {metric: loss, every: 2}}
-data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 40, world: {people: 20}, limit: {train: 64, dev: 4, test: 4}}
+data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 40, limit: {train: 64, dev: 4, test: 4}}
 evaluate: {seeds: [1], max_new_tokens: 4, also: {}}
 arms: {sft: xl}
 """
