@@ -42,7 +42,6 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
     except OSError as error:
         raise StoreError(
             f"cannot write {path}: {error.strerror or error}; check the disk and its permissions, or set --runs DIR"

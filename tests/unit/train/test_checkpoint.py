@@ -115,7 +115,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     noted("fsync", os.fsync)
     noted("replace", os.replace)
     checkpoint.save(tmp_path / "a.pt", {"x": 1})
-    assert calls == ["fsync", "replace", "fsync"]  # the file; its name; the folder
+    assert calls == ["fsync", "replace"]
 
 
 def test_what_is_cut_short_while_written_leaves_the_old_file(tmp_path):
