@@ -1,7 +1,7 @@
 """Run stages to their end, and again with three signals each in between: what `test_interrupted` compares. Written to OUT/found.json.
 
 One process has torch loaded and runs one thread; each attempt at a stage is a child of it, which sends a real signal to itself at a certain
-event: a question whether to stop (a step's boundary), or just before a file is brought to the disk or renamed.
+event: a question whether to stop (a step's boundary), or just before a file is brought to the disk, renamed or deleted.
 """
 
 import json
@@ -77,11 +77,11 @@ def attempt(task: Task, log: Path, at: int | None = None, how: signal.Signals = 
             return stop()
 
         def before(call: Callable, name: str) -> Callable:
-            def instead(*arguments):
+            def instead(*arguments, **options):
                 event()
-                result = call(*arguments)
+                result = call(*arguments, **options)
                 if name == "replace":
-                    os.write(file, f"file {Path(arguments[1]).relative_to(task.store)}\n".encode())
+                    os.write(file, f"file {Path(arguments[1]).relative_to(task.store)} {events}\n".encode())
                 return result
 
             return instead
@@ -89,7 +89,7 @@ def attempt(task: Task, log: Path, at: int | None = None, how: signal.Signals = 
         def progress(done: int, total: int, text: str) -> None:
             os.write(file, f"done {done}\n".encode())
 
-        os.replace, os.fsync = before(os.replace, "replace"), before(os.fsync, "fsync")
+        os.replace, os.fsync, os.unlink = before(os.replace, "replace"), before(os.fsync, "fsync"), before(os.unlink, "unlink")
         try:
             run_stage(task, progress=progress, alarm=lambda text: None, stop=asked)
             code = 0
@@ -118,7 +118,7 @@ def chain(name: str, task: Task, how: signal.Signals, out: Path, whole: Store, e
             "killed": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
             "code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
             "done": [int(value) for what, value in lines if what == "done"],
-            "files": [value for what, value in lines if what == "file"],
+            "files": [value.split(" ")[0] for what, value in lines if what == "file"],
         })  # fmt: skip
         if attempts[-1]["code"] == 0:
             break
@@ -127,15 +127,16 @@ def chain(name: str, task: Task, how: signal.Signals, out: Path, whole: Store, e
     return found
 
 
-def cut_short(name: str, task: Task, out: Path, whole: Store, events: int) -> dict[str, dict]:
+def cut_short(name: str, task: Task, out: Path, whole: Store, log: Path) -> dict[str, dict]:
     """Each signal at three random events; and a kill around the last rename, which puts the manifest in place."""
-    found = {}
+    *_, last, total = log.read_text().splitlines()
+    found, renamed, events = {}, int(last.split()[-1]), int(total.split()[-1])
     for how in SIGNALS:
         ends = random.Random(f"{name} {how.name}").sample(range(1, max(5, int(0.7 * events))), 3)
         found[how.name] = chain(name, task, how, out, whole, sorted(ends))
     if name == "sft":
-        found["before the manifest"] = chain(name, task, signal.SIGKILL, out, whole, [events - 1])
-        found["after the manifest"] = chain(name, task, signal.SIGKILL, out, whole, [events])
+        found["before the manifest"] = chain(name, task, signal.SIGKILL, out, whole, [renamed])
+        found["after the manifest"] = chain(name, task, signal.SIGKILL, out, whole, [renamed + 1])
     return found
 
 
@@ -156,11 +157,9 @@ def main(out: Path, only: list[str]) -> None:
     torch.set_num_threads(1)
     whole = Store(out / "whole")
     chosen, needed = cases(whole.root)
-    events: dict[str, int] = {}
     for key, task in needed.items():
         status = attempt(task, out / f"log-{key}")
         assert status == 0, task.label
-        events[key] = int((out / f"log-{key}").read_text().split()[-1])
     shards = []
     names = [name for name in chosen if not only or name in only]
     for shard in range(2):
@@ -171,7 +170,8 @@ def main(out: Path, only: list[str]) -> None:
                 mine = out / f"shard-{shard}"
                 mine.mkdir()
                 found = {
-                    name: cut_short(name, chosen[name], mine, whole, events[chosen[name].key]) | {"whole": outcome(whole, chosen[name].key)}
+                    name: cut_short(name, chosen[name], mine, whole, out / f"log-{chosen[name].key}")
+                    | {"whole": outcome(whole, chosen[name].key)}
                     for name in names[shard::2]
                 }
                 (mine / "found.json").write_text(json.dumps(found))
