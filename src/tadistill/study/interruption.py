@@ -69,13 +69,17 @@ def raising() -> Iterator[None]:
     After the first one the process is ending, and further ones are ignored.
     """
     before = {number: signal.signal(number, _raise) for number in ENDING if number != signal.SIGINT}
+    ending = False
     try:
         yield
     except KeyboardInterrupt:
         _ignore()
+        ending = True
         raise
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    finally:
+        if not ending:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
