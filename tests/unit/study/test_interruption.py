@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tadistill.study.interruption import ENDING, Stopped, StopFlag, raising
+from tadistill.study.interruption import ENDING, StopFlag, Stopped, raising
 
 
 @pytest.fixture(autouse=True)
