@@ -16,7 +16,10 @@ tadistill human STUDY                    a blind sheet for people, and their rat
 """
 
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,11 +89,8 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
     from tadistill.report import summary_table, write_report
     from tadistill.study.run import run as run_study
 
-    try:
+    with _interruptible():
         study = run_study(loaded, runs=root, recipe_text=text, command=command, console=console)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on where it stopped")
-        raise typer.Exit(130) from None
     page = write_report(study, root / "store")
     console.print(summary_table(study, root / "store"))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
@@ -104,11 +104,8 @@ def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -
     from tadistill.study.search import search as find_path
     from tadistill.study.store import runs_directory
 
-    try:
+    with _interruptible():
         find_path(load(recipe, overrides or []), runs=runs_directory(runs), console=console)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on where it stopped")
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -138,7 +135,7 @@ def advise(
     from tadistill.study.store import runs_directory
 
     chosen = overrides or []
-    try:
+    with _interruptible():
         advise_recipe(
             load(recipe, chosen),
             source=str(recipe),
@@ -147,9 +144,6 @@ def advise(
             prompts=prompts,
             console=console,
         )
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on where it stopped")
-        raise typer.Exit(130) from None
 
 
 On = Annotated[str, typer.Option("--on", help="Test sets, by comma: names, JSONL files or hub ids.")]
@@ -295,6 +289,20 @@ def human(
         return
     chosen = {"arms": arm or (), "sets": _parts(on), "limit": limit, "with_reference": reference, "seed": seed}
     commands.export_sheet(study, root=root, console=console, name=name, **chosen)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGUSR2 end the command with a message and the exit code of a shell (docs/interruptions.md)."""
+    from tadistill.study.interruption import Stopped, raising
+
+    try:
+        with raising():
+            yield
+    except KeyboardInterrupt as asked:
+        console.print("interrupted; the same command goes on where it stopped")
+        received = asked.received if isinstance(asked, Stopped) else signal.SIGINT
+        raise typer.Exit(128 + received) from None
 
 
 def _parts(text: str) -> list[str]:

@@ -1,12 +1,15 @@
 """A stage's metrics: one JSON object a line in metrics.jsonl, and accelerate's trackers when a recipe names some.
 
 Metric names are paths: train/loss, dev/rouge_l, rollout/length. After a resume, lines past the checkpoint are dropped, so
-the curve has every step once (the first line after a resume averages over the updates since the checkpoint)
+the curve has every step once.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from tadistill.errors import StoreError
 
 
 class RunLog:
@@ -16,13 +19,18 @@ class RunLog:
         self.path, self.track = path, track
         if path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
-            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            temporary = path.with_suffix(".tmp")  # a kill or a full disk must not take the lines before the checkpoint along
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            os.replace(temporary, path)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line for `step` (the number of updates done)."""
         line = {"step": step, **{name: float(f"{value:.6g}") for name, value in metrics.items()}}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise StoreError(f"cannot write {self.path}: {error.strerror}; free some space, then run the same command again") from error
         if self.track:
             self.track(dict(metrics), step)
 

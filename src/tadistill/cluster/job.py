@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tadistill.errors import StageFailed, TadistillError
+from tadistill.errors import Interrupted, StageFailed, TadistillError
 from tadistill.study.interruption import StopFlag
 from tadistill.study.store import Store
 from tadistill.study.task import Task
@@ -44,7 +44,6 @@ class StageJob:
 
     def _run(self, task: Task, stop: StopFlag) -> None:
         from tadistill.study.execute import run_stage  # imports torch
-        from tadistill.train.loop import Interrupted
 
         failure = Store(Path(task.store)).folder(task.key) / FAILURE
         if _first():
@@ -71,7 +70,7 @@ class StageJob:
         if not self.chain:
             if not _first():
                 time.sleep(3600)  # the requeue ends this process; to leave now could end the first one before it has asked for that
-            stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)  # type: ignore[operator]
+            stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)
         elif os.environ.get("SLURM_ARRAY_TASK_ID") == os.environ.get("SLURM_ARRAY_TASK_MAX"):
             raise StageFailed("the last segment of the chain ended before the stage did; its state is saved, so submit the study again")
         else:

@@ -130,7 +130,8 @@ class Runtime(Strict):
 
     jobs: int | None = Field(default=None, ge=1)
     """Stages that run at the same time; on CPU the number of cores when absent, on GPU one."""
-    checkpoint_seconds: float = Field(default=30.0, gt=0)
+    checkpoint_seconds: float | None = Field(default=None, gt=0)
+    """Between two saves of a training state; when absent 30, and where a save takes long, 20 times as long as the last one took."""
     trackers: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
 
 

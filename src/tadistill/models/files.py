@@ -57,22 +57,44 @@ def sampled_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Wait until what a file holds is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong while the block writes `path`, in words.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
+        raise StoreError(f"cannot write {path}: {error}; free some space or check permissions, then run the same command again") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to, of a fixed name; it becomes `path` when the block ends without an error.
 
-    For files that one process owns and writes again after a kill, which thus overwrites what the kill left.
+    For files that one process owns and writes again after a kill, which thus overwrites what the kill left. It is on the disk before it is
+    renamed: after a power failure `path` is the old file or the new one, whole.
 
     Raises:
         StoreError: it cannot be written.
     """
     temporary = path.with_suffix(".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise StoreError(f"cannot write {path}: {error}; free some space or check permissions, then run the same command again") from error
+    with writing(path):
+        try:
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
+from tadistill.models.files import writing
 from tadistill.models.noise import quiet
 from tadistill.models.scratch import scratch_config, scratch_model
 
@@ -103,7 +104,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
         ids["pad_token_id"] = tokenizer.pad_token_id
     model.generation_config = GenerationConfig(**ids)
     try:
-        with quiet():
+        with quiet(), writing(Path(directory)):
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
     finally:

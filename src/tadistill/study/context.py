@@ -12,6 +12,7 @@ from tadistill.config import Data, DataRef
 from tadistill.data import corpus, datasets
 from tadistill.data.batch import Sequence
 from tadistill.data.templates import encode
+from tadistill.errors import Interrupted
 from tadistill.evaluation.run import EvalSet, references
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
@@ -20,7 +21,6 @@ from tadistill.models.shapes import resized
 from tadistill.models.tempering import temper
 from tadistill.study.store import Store
 from tadistill.study.task import Task
-from tadistill.train.loop import Interrupted
 
 SIGNAL = "signal"  # the sub-folder of a signal stage with the teacher's outputs
 MODEL = "model"  # the sub-folder of a training stage that is an ordinary Hugging Face directory

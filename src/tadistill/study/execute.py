@@ -2,7 +2,7 @@
 that joins models, data, training and evaluation.
 
 `run_stage` takes the stage's lock, does the work in its folder in the store, and puts the manifest in place last. What an
-earlier, killed attempt left there is resumed.
+earlier, killed attempt left there is resumed (docs/interruptions.md).
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 from tadistill.config import Evaluate
 from tadistill.config.sampling import DatasetSampler
+from tadistill.errors import Interrupted, StageFailed
 from tadistill.evaluation.run import EvalSet, generate, references
 from tadistill.evaluation.scoring import Subject, entropy, means
 from tadistill.models.loading import save_model
@@ -26,14 +27,21 @@ from tadistill.study.probing import pair, probe
 from tadistill.study.store import Store, write_json, write_rows
 from tadistill.study.task import Task
 from tadistill.study.training import train
-from tadistill.train.loop import Interrupted
 
 _GENERATION_BATCH = 64
 
 
 def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]) -> None:
-    """Run a stage unless the store has it (another process may have finished it meanwhile)."""
+    """Run a stage unless the store has it (another process may have finished it meanwhile).
+
+    Raises:
+        StageFailed: a stage that this one stands on is not finished; nothing was written.
+        Interrupted: `stop` said so; what was done is kept.
+    """
     store = Store(Path(task.store))
+    if store.finished(task.key):
+        return
+    _check_parents(task, store)
 
     def waiting() -> None:
         progress(0, task.steps or 1, "another process is at it")
@@ -44,9 +52,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
     try:
         if store.finished(task.key):
             return
-        folder = store.folder(task.key)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "stage.json", {"kind": task.kind, "label": task.label, "parents": task.parents, "spec": task.spec})
+        folder = store.begin(task.key, {"kind": task.kind, "label": task.label, "parents": task.parents, "spec": task.spec})
         start = time.monotonic()
         context = Context(task, store, folder, progress, alarm, stop)
         facts = _WORK[task.kind](context)
@@ -64,6 +70,16 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         )
     finally:
         lock.release()
+
+
+def _check_parents(task: Task, store: Store) -> None:
+    """A scheduler may start a job whose parent failed, and people delete folders."""
+    for role, key in task.parents.items():
+        if not store.finished(key):
+            raise StageFailed(
+                f"{task.label} ({task.key}) needs {store.label(key)} as its {role}, which is not finished in the store at {store.root} (it "
+                "failed, or files of it were deleted); run the recipe again, which redoes what is missing"
+            )
 
 
 # --- signal -------------------------------------------------------------------------------------------------------------
@@ -97,13 +113,21 @@ def _generate(context: Context) -> dict[str, Any]:
     train = context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer)
     decoding = Evaluate(seeds=(spec["seed"],), batch=_GENERATION_BATCH, **spec["sampler"])
     parts = context.folder / "parts"
-    rows = []
+    rows, answered, ends = [], 0, 0
+
+    def tick(count: int) -> None:
+        nonlocal answered
+        answered += count
+        if answered < ends:  # inside a part, which may take longer than the time that a signal leaves
+            stop_if_asked(context)
+
     for start in range(0, len(train.encoded), 8 * _GENERATION_BATCH):
         part = parts / f"{start}.json"
         if not part.is_file():
             stop_if_asked(context)
             chunk = EvalSet(train.name, train.examples, train.encoded[start : start + 8 * _GENERATION_BATCH])
-            answers = generate(subject, chunk, decoding, spec["seed"])
+            ends = answered + len(chunk.encoded)
+            answers = generate(subject, chunk, decoding, spec["seed"], tick)
             write_json(part, [{"prompt": list(a.prompt), "response": list(a.response)} for a in answers])
         rows += json.loads(part.read_text(encoding="utf-8"))
         context.progress(len(rows), len(train.encoded), "answers")
@@ -123,6 +147,7 @@ def _temper(context: Context) -> dict[str, Any]:
     sequences = references(context.split("dev", spec["dev"]["ref"], spec["dev_limit"], tokenizer))
 
     def mean_entropy(of: Subject, tau: float) -> float:
+        stop_if_asked(context)
         return float(means(entropy(of, sequences, batch=spec["batch"], temperature=tau)).mean())
 
     wanted = mean_entropy(replace(subject, model=like), 1.0)

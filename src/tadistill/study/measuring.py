@@ -44,17 +44,20 @@ def evaluate(context: Context) -> dict[str, Any]:
 
 def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: Evaluate) -> dict[str, dict[int, list[Sequence]]]:
     """Set -> decoding seed -> answers."""
-    total, done = sum(len(s.encoded) for s in sets) * len(settings.seeds), 0
+    total, done, ends = sum(len(s.encoded) for s in sets) * len(settings.seeds), 0, 0
 
     def tick(count: int) -> None:
         nonlocal done
         done += count
         context.progress(done, total, "answers")
+        if done < ends:  # inside a part, which may take longer than the time that a signal leaves
+            stop_if_asked(context)
 
     found: dict[str, dict[int, list[Sequence]]] = {}
     for data in sets:
         for seed in settings.seeds:
             part = context.folder / "parts" / f"{data.name}-{seed}.json"
+            ends += len(data.encoded)
             if part.is_file():
                 tick(len(data.encoded))
             else:

@@ -30,7 +30,8 @@ def probe(context: Context) -> dict[str, Any]:
         nonlocal done
         done += count
         context.progress(done, len(dev.encoded), "answers")
-        stop_if_asked(context)
+        if done < len(dev.encoded):
+            stop_if_asked(context)
 
     answers = generate(subject, dev, settings, seed, tick)
     found = score(subject, dev, settings, {seed: answers})
@@ -47,6 +48,7 @@ def pair(context: Context) -> dict[str, Any]:
     subject = make_subject(model.eval(), tokenizer, teacher)
     dev = context.split("dev", spec["dev"]["ref"], spec["dev_limit"], tokenizer)
     own = _answers(context, spec["answers"]["stage"], dev)
+    stop_if_asked(context)
     found = beside(subject, teacher, own=own, references=references(dev), k=spec["k"], batch=spec["batch"])
     write_json(context.folder / "scores.json", {name: means(values).tolist() for name, values in found.items()})
     return {"prompts": len(dev.encoded)}

@@ -1,7 +1,8 @@
 """Run a plan on this machine: ready stages go to worker processes, progress comes back to one screen.
 
 Workers are separate processes, so that stages which use one thread well (small models) run side by side and a crash takes
-one stage only. They share nothing but the store. A worker whose parent dies ends itself.
+one stage only. They share nothing but the store. A worker whose parent dies ends itself. A signal to stop may come to this process or to
+all of them (Slurm does that): running stages save their state and end.
 """
 
 import multiprocessing
@@ -17,15 +18,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tadistill.errors import ConfigError, DataError, ModelError, StageFailed, TadistillError
+from tadistill.errors import ConfigError, DataError, Interrupted, ModelError, StageFailed, TadistillError
 from tadistill.models.memory import keep_freed_memory
+from tadistill.study.interruption import ENDING, StopFlag, Stopped, held, release
 from tadistill.study.plan import Plan, Stage
 from tadistill.study.store import Store
 from tadistill.study.task import Task, make_task
 from tadistill.study.throughput import cores
 
 _worker: dict[str, Any] = {}
-"""In a worker process: the event that asks it to stop, and the queue to the screen."""
+"""In a worker process: whether it is asked to stop, whether it runs a stage, and the queue to the screen."""
+_POLL = 0.5
 
 
 def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None:
@@ -33,24 +36,29 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None
 
     Raises:
         StageFailed: stages failed; those that do not depend on them were still run.
-        KeyboardInterrupt: after the workers have saved their state.
+        Stopped (a KeyboardInterrupt): after the workers have saved their state.
     """
     todo = {k: s for k, s in plan.stages.items() if not store.finished(k)}
     if not todo:
         return
     context = multiprocessing.get_context("spawn")
-    stop, messages = context.Event(), context.SimpleQueue()
-    threads = max(1, cores() // jobs)
-    pool = ProcessPoolExecutor(min(jobs, len(todo)), context, _start_worker, (stop, messages, threads, os.getpid()))
-    with _Screen(console, len(plan.stages), len(plan.stages) - len(todo), messages) as screen:
-        try:
-            failed = _schedule(plan, todo, store, pool, screen, jobs)
-        except KeyboardInterrupt:
-            console.print("stopping: the running stages save their state …")
-            stop.set()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    flag = StopFlag(*ENDING, told=_still_saving)
+    try:
+        with held():  # the process that looks after these has no handler for SIGUSR2
+            stop, messages = context.Event(), context.SimpleQueue()
+        threads = max(1, cores() // jobs)
+        pool = ProcessPoolExecutor(min(jobs, len(todo)), context, _start_worker, (stop, messages, threads, os.getpid()))
+        with _Screen(console, len(plan.stages), len(plan.stages) - len(todo), messages) as screen:
+            try:
+                failed = _schedule(plan, todo, store, pool, screen, jobs, flag)
+            except Stopped as asked:
+                console.print(f"{asked.received.name}: the running stages save their state …", highlight=False)
+                raise
+            finally:
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+    finally:
+        flag.restore()
     if failed:
         key, error = next(iter(failed.items()))
         more = f"; {len(failed) - 1} more failed" if len(failed) > 1 else ""
@@ -60,9 +68,13 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None
 
 
 def _schedule(
-    plan: Plan, todo: dict[str, Stage], store: Store, pool: ProcessPoolExecutor, screen: "_Screen", jobs: int
+    plan: Plan, todo: dict[str, Stage], store: Store, pool: ProcessPoolExecutor, screen: "_Screen", jobs: int, flag: StopFlag
 ) -> dict[str, BaseException]:
-    """Submit stages whose parents are finished, those with the longest way behind them first; returns the failures."""
+    """Submit stages whose parents are finished, those with the longest way behind them first; returns the failures.
+
+    Raises:
+        Stopped: this process or a worker was asked to stop.
+    """
     weight = _weights(plan)
     done = set(plan.stages) - set(todo)
     running: dict[Future, str] = {}
@@ -73,12 +85,18 @@ def _schedule(
         ]
         for key in sorted(ready, key=lambda k: -weight[k])[: jobs - len(running)]:
             screen.start(key, todo[key].label, todo[key].steps)
-            running[pool.submit(_work, make_task(plan, todo[key], store))] = key
+            with held():
+                running[pool.submit(_work, make_task(plan, todo[key], store))] = key
         if not running:
             return failed
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
+        ended = wait(running, timeout=_POLL, return_when=FIRST_COMPLETED).done
+        if flag.received:
+            raise Stopped(flag.received)
+        for future in ended:
             key = running.pop(future)
             error = future.exception()
+            if isinstance(error, Interrupted):  # the signal went to the worker alone
+                raise Stopped(signal.SIGTERM)
             if error is None:
                 done.add(key)
                 screen.end(key)
@@ -105,23 +123,32 @@ def _weights(plan: Plan) -> dict[str, float]:
     return weight
 
 
+def _still_saving() -> None:
+    os.write(2, b"already stopping: the running stages save their state\n")  # from a signal's handler, where print may not be called
+
+
 # --- in the worker ------------------------------------------------------------------------------------------------------
 
 
 def _start_worker(stop: Any, messages: Any, threads: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sets `stop`
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    flag = StopFlag(signal.SIGTERM, signal.SIGUSR2)
+    release()
+    _worker.update(stop=lambda: flag() or stop.is_set(), busy=False, messages=messages)
+    threading.Thread(target=_end_with, args=(parent, flag), daemon=True).start()
     import torch  # in the worker only
 
     torch.set_num_threads(threads)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    _worker.update(stop=stop, messages=messages)
 
 
-def _die_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _end_with(parent: int, flag: StopFlag) -> None:
+    """End this process with its parent, or when it has nothing to do after a signal: the pool ends idle workers by SIGTERM."""
+    idle = 0
+    while os.getppid() == parent and idle < 2:  # twice, so that what the last stage returned is on its way
+        time.sleep(_POLL)
+        idle = idle + 1 if flag() and not _worker["busy"] else 0
     os._exit(1)
 
 
@@ -134,7 +161,11 @@ def _work(task: Task) -> None:
     def alarm(text: str) -> None:
         _worker["messages"].put((task.key, None, None, text))
 
-    run_stage(task, progress=progress, alarm=alarm, stop=_worker["stop"].is_set)
+    _worker["busy"] = True
+    try:
+        run_stage(task, progress=progress, alarm=alarm, stop=_worker["stop"])
+    finally:
+        _worker["busy"] = False
 
 
 # --- the screen ---------------------------------------------------------------------------------------------------------

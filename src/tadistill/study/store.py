@@ -1,9 +1,10 @@
 """The store: finished stages, addressed by content.
 
-`runs/store/ab/abcd…/` belongs to one stage. It is finished iff it holds manifest.json, which is renamed into place last; all
-else in an unfinished folder is what a killed run left to resume from. A lock keeps two processes off the same stage.
+`runs/store/ab/abcd…/` belongs to one stage. It is finished iff it holds manifest.json, which is renamed into place last, and the files
+that this names; all else in an unfinished folder is what a killed run left to resume from. A lock keeps two processes off the same stage.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tadistill.errors import StoreError
+from tadistill.models.files import sync, writing
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
 MANIFEST = "manifest.json"
-_RESUME = ("state.pt", "best.pt", "state.tmp", "best.tmp")
+_RESUME = ("state.pt", "state-before.pt", "best-*.pt", "*.tmp")
 _PARTS = "parts"
+_STAGE = "stage.json"
 
 
 def canonical(value: Any) -> str:
@@ -33,11 +36,12 @@ def key_of(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary file and rename it into place."""
+    """Write JSON to a temporary file, bring it to the disk and rename it into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise StoreError(
@@ -47,7 +51,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
     """Write one JSON value a line."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with writing(path):
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def runs_directory(given: str | Path | None = None) -> Path:
@@ -66,8 +71,32 @@ class Store:
         return self.root / key[:2] / key
 
     def finished(self, key: str) -> bool:
-        """Whether the stage's artifact is whole."""
-        return (self.folder(key) / MANIFEST).is_file()
+        """Whether the stage's manifest can be read and its files are there; what they hold is not looked at."""
+        folder = self.folder(key)
+        try:
+            files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+            return all((folder / name).is_file() for name in files)
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            return False
+        except OSError as error:
+            raise StoreError(f"cannot read the store at {self.root}: {error.strerror}; check its permissions, or set --runs DIR") from error
+
+    def label(self, key: str) -> str:
+        """What a stage calls itself, where its folder still says so, and its key."""
+        try:
+            return f"{json.loads((self.folder(key) / _STAGE).read_text(encoding='utf-8'))['label']} ({key})"
+        except (OSError, ValueError, KeyError, TypeError):
+            return key
+
+    def begin(self, key: str, record: dict[str, Any]) -> Path:
+        """The folder of a stage that is not finished, with the record of what will be done in it.
+
+        A manifest that is there is damaged, or names files that are gone; it must not vouch for what is written from now on.
+        """
+        folder = self.folder(key)
+        write_json(folder / _STAGE, record)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        return folder
 
     def manifest(self, key: str) -> dict[str, Any]:
         """The record of a finished stage."""
@@ -110,13 +139,17 @@ class Store:
     def finish(self, key: str, manifest: dict[str, Any]) -> None:
         """Put the manifest in place, with the digest of every file; then drop what only a resume needed."""
         folder = self.folder(key)
-        kept = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (MANIFEST, *_RESUME) and p.parent.name != _PARTS]
+        files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST and p.parent.name != _PARTS]
+        resume = [p for p in files if any(fnmatch.fnmatch(p.name, pattern) for pattern in _RESUME)]
+        kept = [p for p in files if p not in resume]
         write_json(folder / MANIFEST, manifest | {"files": {str(p.relative_to(folder)): _sha256(p) for p in kept}})
-        for name in _RESUME:
-            (folder / name).unlink(missing_ok=True)
+        for path in resume:
+            path.unlink(missing_ok=True)
         shutil.rmtree(folder / _PARTS, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
+    """The digest of a file, which is on the disk when it returns: a power failure must not leave a manifest without it."""
     with path.open("rb") as file:
+        os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,7 +22,7 @@ class Task:
     store: str
     study: str
     data_root: str | None
-    checkpoint_seconds: float
+    checkpoint_seconds: float | None
     trackers: tuple[str, ...]
     resources: Resources = field(default_factory=Resources)
     """Processes, and how models lie on their devices."""

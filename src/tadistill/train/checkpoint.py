@@ -1,6 +1,15 @@
-"""Training state on disk: written to a temporary file and renamed, so a kill leaves the old state or the new one, whole."""
+"""Training state on disk: the two newest states of a stage, and the weights of the best update that each of them knows.
 
+A file is written beside its place, brought to the disk and renamed, so a kill or a power failure leaves the old one or the new one, whole.
+Best weights carry their update in their name. A state thus goes on with the weights that it knows as the best ones, never with those that a
+later, lost update had earned.
+"""
+
+import os
 import pickle
+import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +18,9 @@ import torch
 
 from tadistill.errors import StoreError
 from tadistill.models.files import replacing
+
+_SECONDS = 30.0
+_SHARE = 20  # a save takes at most a twentieth of the time since the one before
 
 
 @dataclass
@@ -25,6 +37,83 @@ class TrainState:
     alarms: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
     """What `train.meter` counted."""
+    pending: list[dict[str, float]] = field(default_factory=list)
+    """Updates since the last line of the log."""
+
+
+class Checkpoints:
+    """The training states in a stage's folder: state.pt, state-before.pt, and best-STEP.pt for the best weights of each."""
+
+    def __init__(self, directory: Path, seconds: float | None = None):
+        """`seconds` between two saves; when absent 30, and more where a save takes long (a twentieth of the time at most)."""
+        self.directory, self.seconds = directory, seconds
+        self.newest, self.before = directory / "state.pt", directory / "state-before.pt"
+        self.took, self.at = 0.0, time.monotonic()
+        self.sound = True
+        """Whether the newest state can be read, and so may take the place of the one before."""
+        self.best_steps: list[int] = []
+        """The best update of the newest state, and of the one before."""
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        pause = max(_SECONDS, _SHARE * self.took) if self.seconds is None else self.seconds
+        return time.monotonic() - self.at > pause
+
+    def best(self, step: int) -> Path:
+        """Where the weights after `step` updates are kept while they are the best."""
+        return self.directory / f"best-{step}.pt"
+
+    def load(self, alarm: Callable[[str], None]) -> TrainState | None:
+        """The newest state that can be read, None at a stage's start; `alarm` hears of one that cannot.
+
+        Raises:
+            StoreError: there are states, and none can be read.
+        """
+        damage = []
+        for path in (self.newest, self.before):
+            if not path.exists():
+                continue
+            try:
+                state = TrainState(**load(path))
+                if state.best_step:
+                    load(self.best(state.best_step), mmap=True)
+            except StoreError as error:
+                damage.append(error)
+                continue
+            self.best_steps, self.sound = [state.best_step], not damage
+            if damage:
+                alarm(f"{damage[0]}; the state before it, of update {state.step}, is used")
+            return state
+        if damage:
+            files = self.directory / "state*.pt"
+            raise StoreError(
+                f"{damage[0]}, and no state before it can be read; delete {files} and run the same command again to redo the stage"
+            )
+        return None
+
+    def save(self, state: TrainState) -> None:
+        """Write a state; the one that was the newest becomes the one before."""
+        start = time.monotonic()
+        with replacing(self.newest) as temporary:
+            torch.save(vars(state), temporary)
+            if self.sound and self.newest.exists():
+                os.replace(self.newest, self.before)
+        self.best_steps = [state.best_step, *self.best_steps[: int(self.sound)]]
+        self.sound = True
+        self._drop_other_best()
+        self.at = time.monotonic()
+        self.took = self.at - start
+
+    def keep_best(self, step: int, weights: dict[str, Any]) -> None:
+        """Write the weights after `step` updates, the best so far."""
+        save(self.best(step), weights)
+        self._drop_other_best(step)
+
+    def _drop_other_best(self, *steps: int) -> None:
+        """Delete best weights that neither state knows."""
+        for path in self.directory.glob("best-*.pt"):
+            if int(re.sub(r"\D", "", path.stem)) not in (*steps, *self.best_steps):
+                path.unlink(missing_ok=True)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -33,9 +122,9 @@ def save(path: Path, content: dict[str, Any]) -> None:
         torch.save(content, temporary)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read what `save` wrote."""
+def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Read what `save` wrote; `mmap` reads tensors only when they are used."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise StoreError(f"{path} is damaged ({error}); delete it and run the same command again to redo the stage") from error
+        raise StoreError(f"{path} is damaged ({str(error).splitlines()[0]})") from error

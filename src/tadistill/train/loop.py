@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from tadistill import rng
 from tadistill.config.method import HIGHER_IS_BETTER, Optim, Select
 from tadistill.data.batch import Batch
-from tadistill.errors import ConfigError, StageFailed
+from tadistill.errors import ConfigError, Interrupted, StageFailed
 from tadistill.log import RunLog
 from tadistill.rollout.samplers import Sampler
 from tadistill.train import checkpoint
-from tadistill.train.checkpoint import TrainState
+from tadistill.train.checkpoint import Checkpoints, TrainState
 from tadistill.train.meter import Meter
 from tadistill.train.step import counts
 from tadistill.train.terms import Step
@@ -32,10 +32,6 @@ from tadistill.train.watch import Alarms, watch
 
 _LOG_POINTS = 100
 _WATCH_EVERY = 10  # watching rollouts costs about a tenth of an update
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; the state is saved and the same command goes on from it."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +82,14 @@ def train_stage(
     accelerator: Accelerator,
     directory: Path,
     hooks: Hooks,
-    checkpoint_seconds: float = 30.0,
+    checkpoint_seconds: float | None = None,
     track: Callable[[dict, int], None] | None = None,
 ) -> TrainState:
     """Train `student` in place for `optim.steps` updates and leave it with the selected checkpoint's weights.
 
     Args:
-        directory: holds state.pt and best.pt while training, and metrics.jsonl; an existing state.pt is resumed.
+        directory: holds the training's `Checkpoints`, which are resumed, and metrics.jsonl.
+        checkpoint_seconds: between two saves; by what a save takes when absent.
 
     Raises:
         ConfigError: the batch cannot be shared by the processes.
@@ -106,22 +103,22 @@ def train_stage(
     optimizer = make_optimizer(student, optim)
     model, optimizer = accelerator.prepare(student, optimizer)
     meter = Meter(student, step.models.teachers, checkpointing=optim.gradient_checkpointing)
-    run = _Run(student, step, sampler, optimizer, accelerator, directory, Alarms(minillm=step.clip is not None), meter)
-    state = run.resume()
+    files = Checkpoints(directory, checkpoint_seconds)
+    run = _Run(student, step, sampler, optimizer, accelerator, files, Alarms(minillm=step.clip is not None), meter)
+    state = run.resume(hooks.alarm)
     log = RunLog(directory / "metrics.jsonl", resume_step=state.step, track=track) if accelerator.is_main_process else None
-    saved, since = time.monotonic(), _Averages()
+    since = _Averages(state.pending)
     # equal numbers of processes see equal dropout; rank 0 sees that of a single process
     others = [accelerator.process_index] if accelerator.process_index else []
     with meter.counting():
         if sampler.wants_dev:
             sampler.observe(run.dev(hooks))
         while state.step < steps:
-            if _anywhere(accelerator, hooks.stop()):
+            stop, due = _anywhere(accelerator, hooks.stop(), accelerator.is_main_process and files.due())
+            if stop or due:
                 run.save(state)
-                raise Interrupted(f"stopped at update {state.step} of {steps}")
-            if time.monotonic() - saved > checkpoint_seconds:
-                run.save(state)
-                saved = time.monotonic()
+            if stop:
+                raise Interrupted(f"stopped at update {state.step} of {steps}; the state is saved")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, state.step, steps)
             with meter.timed("sampling"):
@@ -151,7 +148,7 @@ def train_stage(
                     log.write(state.step, metrics)
     if select.metric != "last":
         accelerator.wait_for_everyone()
-        student.load_state_dict(checkpoint.load(directory / "best.pt"))
+        student.load_state_dict(checkpoint.load(files.best(state.best_step)))
     student.eval()
     state.alarms, state.ledger = run.alarms.state(), meter.state(accelerator.num_processes)
     return state
@@ -166,7 +163,7 @@ class _Run:
     sampler: Sampler
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
-    directory: Path
+    files: Checkpoints
     alarms: Alarms
     meter: Meter
 
@@ -189,14 +186,13 @@ class _Run:
         state.model, state.optimizer, state.sampler = self.student.state_dict(), self.optimizer.state_dict(), self.sampler.state()
         state.schedule = self.step.schedule.state() if self.step.schedule else {}
         state.alarms, state.ledger = self.alarms.state(), self.meter.state()
-        checkpoint.save(self.directory / "state.pt", vars(state))
+        self.files.save(state)
 
-    def resume(self) -> TrainState:
+    def resume(self, alarm: Callable[[str], None]) -> TrainState:
         """The stored state, put in place everywhere; a new one if there is none."""
-        path = self.directory / "state.pt"
-        if not path.exists():
+        state = self.files.load(alarm)
+        if state is None:
             return TrainState()
-        state = TrainState(**checkpoint.load(path))
         self.student.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
         self.sampler.restore(state.sampler)
@@ -212,7 +208,7 @@ class _Run:
         if state.best_value is None or sign * value > sign * state.best_value:
             state.best_value, state.best_step = value, state.step
             if self.accelerator.is_main_process:
-                checkpoint.save(self.directory / "best.pt", self.student.state_dict())
+                self.files.keep_best(state.step, self.student.state_dict())
 
 
 def _update(
@@ -264,9 +260,9 @@ def _sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _anywhere(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is up on any process."""
-    return flag if accelerator.num_processes == 1 else bool(_sum(accelerator, torch.tensor(float(flag))) > 0)
+def _anywhere(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Whether each flag is up on any process."""
+    return list(flags) if accelerator.num_processes == 1 else (_sum(accelerator, torch.tensor(flags, dtype=torch.float32)) > 0).tolist()
 
 
 def _measured(student: PreTrainedModel, hooks: Hooks, accelerator: Accelerator) -> dict[str, float]:
@@ -283,8 +279,8 @@ def _measured(student: PreTrainedModel, hooks: Hooks, accelerator: Accelerator) 
 class _Averages:
     """Means of what was added since the last line of the log."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
+    def __init__(self, rows: list[dict[str, float]]):
+        self.rows = rows  # a checkpoint's state holds this list, too
         self.start = time.monotonic()
 
     def restart(self) -> None:
@@ -295,11 +291,12 @@ class _Averages:
         self.rows.append(row)
 
     def pop(self) -> dict[str, float]:
-        rows, seconds = self.rows, time.monotonic() - self.start
+        rows, seconds = list(self.rows), time.monotonic() - self.start
         names = dict.fromkeys(name for row in rows for name in row if name != "tokens")  # not every update is watched
         means = {name: _mean([r[name] for r in rows if name in r]) for name in names}
         speed = sum(r["tokens"] for r in rows) / max(seconds, 1e-9)
-        self.rows, self.start = [], time.monotonic()
+        self.rows.clear()
+        self.start = time.monotonic()
         return means | {"train/tokens_per_second": speed}
 
 

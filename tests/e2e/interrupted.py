@@ -1,0 +1,192 @@
+"""Run stages to their end, and again with three signals each in between: what `test_interrupted` compares. Written to OUT/found.json.
+
+One process has torch loaded and runs one thread; each attempt at a stage is a child of it, which sends a real signal to itself at a certain
+event: a question whether to stop (a step's boundary), or just before a file is brought to the disk, renamed or deleted.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tadistill.config import load
+from tadistill.errors import Interrupted
+from tadistill.rollout import signals
+from tadistill.study import execute
+from tadistill.study.execute import run_stage
+from tadistill.study.graph import with_ancestors
+from tadistill.study.interruption import StopFlag
+from tadistill.study.plan import Plan, make_plan, plan_probes
+from tadistill.study.store import Store
+from tadistill.study.task import Task, make_task
+
+RECIPE = Path(__file__).with_name("interrupted.yaml")
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGKILL)
+STOPPED, FAILED = 3, 1
+execute._GENERATION_BATCH, signals._PART = 2, 8  # several parts of the little that there is
+
+
+def cases(root: Path) -> tuple[dict[str, Task], dict[str, Task]]:
+    """Name -> the stage to interrupt, and key -> all stages that are needed, parents first."""
+    recipe = load(RECIPE)
+    plan, probes = make_plan(recipe), plan_probes(recipe, ["xl", "l", "s"], prompts=6, k=4)
+    arms = {arm.name: arm for arm in plan.arms}
+    chosen = {f"distill {name}": (plan, arm.final[1]) for name, arm in arms.items()}
+    chosen |= {"evaluate": (plan, arms["dense"].evaluate[1]), "analyse": (plan, arms["dense"].analyse[1])}
+    chosen |= {"probe": (probes.plan, probes.alone["s"]), "pair": (probes.plan, probes.beside["xl", "s"])}
+    for key, stage in plan.stages.items():
+        if stage.kind in ("signal", "generate", "temper") or stage.label.startswith("sft xl"):
+            chosen[f"{stage.kind} {stage.spec['signal']['type']}" if stage.kind == "signal" else stage.kind] = (plan, key)
+    needed: dict[str, Task] = {}
+
+    def task(of: Plan, key: str) -> Task:
+        return replace(make_task(of, of.stages[key], Store(root)), checkpoint_seconds=1e-9)
+
+    for of, key in chosen.values():
+        assert key is not None
+        needed |= {k: task(of, k) for k in of.stages if k in with_ancestors(of.stages, [key])}
+    return {name: task(of, key) for name, (of, key) in chosen.items() if key}, needed
+
+
+def attempt(task: Task, log: Path, at: int | None = None, how: signal.Signals = signal.SIGTERM) -> int:
+    """Run a stage in a child, which signals itself at its event number `at`; returns the child's wait status. `log` gets its events."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    code = FAILED
+    try:
+        file, events = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 0
+        stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)
+
+        def event() -> None:
+            nonlocal events
+            events += 1
+            if events == at:
+                os.kill(os.getpid(), how)
+
+        def asked() -> bool:
+            event()
+            return stop()
+
+        def before(call: Callable, name: str) -> Callable:
+            def instead(*arguments, **options):
+                event()
+                result = call(*arguments, **options)
+                if name == "replace":
+                    os.write(file, f"file {Path(arguments[1]).relative_to(task.store)} {events}\n".encode())
+                return result
+
+            return instead
+
+        def progress(done: int, total: int, text: str) -> None:
+            os.write(file, f"done {done}\n".encode())
+
+        os.replace, os.fsync, os.unlink = before(os.replace, "replace"), before(os.fsync, "fsync"), before(os.unlink, "unlink")
+        try:
+            run_stage(task, progress=progress, alarm=lambda text: None, stop=asked)
+            code = 0
+        except Interrupted:
+            code = STOPPED
+        os.write(file, f"events {events}\n".encode())
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def chain(name: str, task: Task, how: signal.Signals, out: Path, whole: Store, ends: list[int]) -> dict:
+    """Attempts that are cut short after so many events in all, and one that may finish; what became of each."""
+    store = Store(out / f"{name}-{how.name}".replace(" ", "-"))
+    for key in task.parents.values():
+        store.folder(key).parent.mkdir(parents=True, exist_ok=True)
+        store.folder(key).symlink_to(whole.folder(key))
+    attempts = []
+    for at in (*(after - before for before, after in zip([0, *ends], ends, strict=False)), None):
+        log = out / "log"
+        log.unlink(missing_ok=True)
+        status = attempt(replace(task, store=str(store.root)), log, at, how)
+        lines = [line.split(" ", 1) for line in log.read_text().splitlines()] if log.exists() else []
+        attempts.append({
+            "killed": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
+            "code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
+            "done": [int(value) for what, value in lines if what == "done"],
+            "files": [value.split(" ")[0] for what, value in lines if what == "file"],
+        })  # fmt: skip
+        if attempts[-1]["code"] == 0:
+            break
+    found = {"attempts": attempts} | outcome(store, task.key)
+    shutil.rmtree(store.root)
+    return found
+
+
+def cut_short(name: str, task: Task, out: Path, whole: Store, log: Path) -> dict[str, dict]:
+    """Each signal at three random events; and a kill around the last rename, which puts the manifest in place."""
+    *_, last, total = log.read_text().splitlines()
+    found, renamed, events = {}, int(last.split()[-1]), int(total.split()[-1])
+    for how in SIGNALS:
+        ends = random.Random(f"{name} {how.name}").sample(range(1, max(5, int(0.7 * events))), 3)
+        found[how.name] = chain(name, task, how, out, whole, sorted(ends))
+    if name == "sft":
+        found["before the manifest"] = chain(name, task, signal.SIGKILL, out, whole, [renamed])
+        found["after the manifest"] = chain(name, task, signal.SIGKILL, out, whole, [renamed + 1])
+    return found
+
+
+def outcome(store: Store, key: str) -> dict:
+    """What a finished stage is: the digests of its files, its log without speeds, and whether anything else is left."""
+    if not store.finished(key):
+        return {"digests": None}
+    folder, digests = store.folder(key), store.manifest(key)["files"]
+    rows = []
+    if digests.pop("metrics.jsonl", None):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k != "train/tokens_per_second"} for row in rows]
+    left = sorted({p.name for p in folder.rglob("*") if p.is_file()} - {Path(n).name for n in digests} - {"manifest.json", "metrics.jsonl"})
+    return {"digests": digests, "rows": rows, "left": left}
+
+
+def main(out: Path, only: list[str]) -> None:
+    torch.set_num_threads(1)
+    whole = Store(out / "whole")
+    chosen, needed = cases(whole.root)
+    for key, task in needed.items():
+        status = attempt(task, out / f"log-{key}")
+        assert status == 0, task.label
+    shards = []
+    names = [name for name in chosen if not only or name in only]
+    for shard in range(2):
+        child = os.fork()
+        if not child:
+            code = FAILED
+            try:
+                mine = out / f"shard-{shard}"
+                mine.mkdir()
+                found = {
+                    name: cut_short(name, chosen[name], mine, whole, out / f"log-{chosen[name].key}")
+                    | {"whole": outcome(whole, chosen[name].key)}
+                    | {"whole": outcome(whole, chosen[name].key)}
+                    for name in names[shard::2]
+                }
+                (mine / "found.json").write_text(json.dumps(found))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        shards.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in shards]
+    assert statuses == [0, 0]
+    found = [json.loads((out / f"shard-{shard}" / "found.json").read_text()) for shard in range(2)]
+    (out / "found.json").write_text(json.dumps(found[0] | found[1]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,108 @@
+"""Signals to `tadistill run` itself: what Slurm and a shutdown send, to all processes or to one, ends it as Ctrl-C does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+RECIPE = """
+study: long
+seeds: [1]
+models:
+  a: &model
+    load: scratch:gpt2
+    tokenizer: tinyworld
+    config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}
+    sft: {optim: {steps: 2000, batch: 4}, select: {metric: last}}
+  b: {<<: *model, seed: 2}
+data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 40, limit: {train: 64, dev: 4, test: 4}}
+evaluate: {seeds: [1], max_new_tokens: 8, also: {}}
+runtime: {checkpoint_seconds: 1000, jobs: 2}
+arms: {a: a, b: b}
+"""
+
+
+def start(runs: Path) -> subprocess.Popen:
+    """A study whose two first stages take minutes, in a process group of its own."""
+    recipe = runs.with_suffix(".yaml")
+    recipe.write_text(RECIPE)
+    command = [sys.executable, "-m", "tadistill", "run", str(recipe)]
+    return subprocess.Popen(
+        [*command, "--runs", str(runs)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests started in the background inherit that it is ignored
+    )
+
+
+def wait_for_updates(runs: Path, after: list[int]) -> None:
+    """Until both logs have a line past these updates."""
+    for _ in range(600):
+        logs = [path.read_text().splitlines() for path in sorted(runs.glob("store/*/*/metrics.jsonl"))]
+        last = [json.loads(lines[-1])["step"] if lines else 0 for lines in logs]
+        if len(last) == 2 and all(now > before for now, before in zip(last, after, strict=True)):
+            return
+        time.sleep(0.1)
+    raise AssertionError("no update")
+
+
+def steps(runs: Path) -> list[int]:
+    """Of the saved states."""
+    return [torch.load(path, weights_only=True)["step"] for path in sorted(runs.glob("store/*/*/state.pt"))]
+
+
+def worker_of(process: subprocess.Popen) -> int:
+    """A child that trains: the one with the most memory."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return max(map(int, children), key=lambda child: int(Path(f"/proc/{child}/statm").read_text().split()[1]))
+
+
+def ended(group: int) -> bool:
+    """Whether no process of a group is left."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process groups are looked at through /proc")
+def test_any_signal_to_stop_saves_and_ends_with_its_code(tmp_path):
+    last = [0, 0]
+    for how, whom, code in ((signal.SIGUSR2, "all", 140), (signal.SIGTERM, "the worker", 143)):
+        process = start(tmp_path)
+        wait_for_updates(tmp_path, last)
+        if whom == "the worker":
+            os.kill(worker_of(process), how)
+        else:
+            os.killpg(process.pid, how)
+            time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGTERM)  # a second one, while the state is saved
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode == code, (whom, how, text)
+        assert "the running stages save their state" in text
+        assert "interrupted; the same command goes on where it stopped" in text
+        assert "Traceback" not in text
+        assert "resource_tracker" not in text
+        assert ended(process.pid)
+        assert all(now > before for now, before in zip(steps(tmp_path), last, strict=True))
+        last = steps(tmp_path)
+    # a worker that is killed (for its memory, say) takes one stage only: the other one saves before the study ends
+    process = start(tmp_path)
+    wait_for_updates(tmp_path, last)
+    os.kill(worker_of(process), signal.SIGKILL)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, text
+    assert "the worker process died (out of memory?)" in text
+    assert ended(process.pid)
+    assert sorted(now > before for now, before in zip(steps(tmp_path), last, strict=True)) == [False, True]
