@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tadistill.errors import Interrupted, StageFailed, TadistillError
 from tadistill.study.interruption import StopFlag
@@ -46,6 +46,8 @@ class StageJob:
         from tadistill.study.execute import run_stage  # imports torch
 
         failure = Store(Path(task.store)).folder(task.key) / FAILURE
+        if self.chain and os.environ.get("SLURM_ARRAY_TASK_ID") != "0" and failure.is_file():
+            raise StageFailed(f"an earlier segment failed: {failure.read_text(encoding='utf-8').strip()}")
         if _first():
             failure.unlink(missing_ok=True)
         say(f"{task.label} ({task.key})")
@@ -63,18 +65,18 @@ class StageJob:
             raise
         say("finished")
 
-    def _go_on_later(self, stop: StopFlag) -> None:
+    def _go_on_later(self, stop: StopFlag) -> NoReturn:
         """The state is saved: be queued again, or leave the rest to the next segment."""
         if stop.received != signal.SIGUSR2:  # cancelled, or preempted by a site that queues again by itself
             sys.exit(128 + signal.SIGTERM)
         if not self.chain:
             if not _first():
                 time.sleep(3600)  # the requeue ends this process; to leave now could end the first one before it has asked for that
-            stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)
-        elif os.environ.get("SLURM_ARRAY_TASK_ID") == os.environ.get("SLURM_ARRAY_TASK_MAX"):
+            stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)  # ends this process
+            sys.exit(1)
+        if os.environ.get("SLURM_ARRAY_TASK_ID") == os.environ.get("SLURM_ARRAY_TASK_MAX"):
             raise StageFailed("the last segment of the chain ended before the stage did; its state is saved, so submit the study again")
-        else:
-            sys.exit(0)
+        sys.exit(0)
 
 
 @dataclass(frozen=True)

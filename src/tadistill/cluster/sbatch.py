@@ -4,6 +4,7 @@ The text of a dry run is the text that is submitted. Imports no torch.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -56,7 +57,7 @@ def _setup(request: Request, profile: Profile) -> list[str]:
     if profile.internet != "full":
         lines += ["export WANDB_MODE=offline"]
     # a site may start jobs with an empty environment
-    lines += [f"export {name}={os.environ[name]}" for name in _PASSED_ON if name in os.environ]
+    lines += [f"export {name}={shlex.quote(os.environ[name])}" for name in _PASSED_ON if name in os.environ]
     # since 22.05 srun does not take --cpus-per-task over from sbatch
     lines += ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK"]
     if request.tasks * request.nodes > 1:
@@ -71,7 +72,7 @@ def script(folder: Path, elements: int, settings: dict[str, Any], *, python: str
     """The text that would be submitted, with `elements` in its array."""
     from submitit.slurm import slurm
 
-    command = f"{python} -u -m submitit.core._submit {folder}"
+    command = f"{shlex.quote(python)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return slurm._make_sbatch_string(command=command, folder=folder, map_count=elements if elements > 1 else None, **settings)
 
 
