@@ -28,5 +28,9 @@ class StageFailed(TadistillError, RuntimeError):
     """A stage stopped before it was finished (for instance on a loss that is not finite)."""
 
 
+class Interrupted(Exception):
+    """The run was asked to stop; the state is saved and the same command goes on from it."""
+
+
 class JudgeFailed(TadistillError, RuntimeError):
     """A judge's endpoint stopped answering before every question was asked. What was answered is kept."""

@@ -127,6 +127,7 @@ def _die_with(parent: int) -> None:
 
 def _work(task: Task) -> None:
     from tadistill.study.execute import run_stage  # imports torch
+    from tadistill.study.launch import launch
 
     def progress(done: int, total: int, text: str) -> None:
         _worker["messages"].put((task.key, done, total, text))
@@ -134,7 +135,8 @@ def _work(task: Task) -> None:
     def alarm(text: str) -> None:
         _worker["messages"].put((task.key, None, None, text))
 
-    run_stage(task, progress=progress, alarm=alarm, stop=_worker["stop"].is_set)
+    run = launch if task.resources.processes > 1 else run_stage
+    run(task, progress=progress, alarm=alarm, stop=_worker["stop"].is_set)
 
 
 # --- the screen ---------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from tadistill.rollout.vllm import Vllm
 from tadistill.study.context import MODEL, RESPONSES, SIGNAL, Context, teacher_dtype
 from tadistill.study.throughput import machine
 from tadistill.train.loop import Hooks, train_stage
+from tadistill.train.sharding import weights
 from tadistill.train.step import make_step
 
 
@@ -55,7 +56,7 @@ def train(context: Context) -> dict[str, Any]:
         progress=lambda done, text: context.progress(done, optim.steps or 1, text),
         alarm=context.alarm,
         stop=context.stop,
-        keep=lambda step: save_model(student, tokenizer, context.folder / f"{MODEL}-{step}"),
+        keep=lambda step, weights: save_model(student, tokenizer, context.folder / f"{MODEL}-{step}", weights),
         kept=frozenset(spec.get("keep", ())),
     )
     state = train_stage(
@@ -69,10 +70,13 @@ def train(context: Context) -> dict[str, Any]:
         directory=context.folder,
         hooks=hooks,
         checkpoint_seconds=context.task.checkpoint_seconds,
+        fsdp=context.task.resources.parallel == "fsdp",
         track=accelerator.log if context.task.trackers else None,
     )
     accelerator.end_training()
-    save_model(student, tokenizer, context.folder / MODEL)
+    whole = weights(student)
+    if accelerator.is_main_process:
+        save_model(student, tokenizer, context.folder / MODEL, whole)
     found = {"steps": state.step, "best_step": state.best_step, "best_value": state.best_value, "alarms": state.alarms["given"]}
     accelerator_name = torch.cuda.get_device_name() if context.device.type == "cuda" else None
     found |= {"ledger": state.ledger, "machine": machine(torch.get_num_threads(), accelerator_name)}
