@@ -1,4 +1,4 @@
-"""Two processes, with the student and the teacher laid out in every way, give the loss curve of one; a checkpoint fits any number of them."""
+"""Two processes, whatever the layout of student and teacher, give the loss curve of one; a checkpoint fits any number of processes."""
 
 import os
 import subprocess

@@ -109,7 +109,7 @@ def save_model(
     model.generation_config = GenerationConfig(**ids)
     try:
         with quiet():
-            model.save_pretrained(directory, state_dict=weights)
+            model.save_pretrained(directory, state_dict=weights and dict(weights))  # which it empties
             tokenizer.save_pretrained(directory)
     finally:
         model.generation_config = before
