@@ -16,7 +16,6 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from tadistill.errors import ConfigError, Interrupted, StageFailed, TadistillError
 from tadistill.models.memory import keep_freed_memory
@@ -129,6 +128,7 @@ def _rank(task: Task, environment: dict[str, str], threads: int, asked: Any, pip
     torch.set_num_threads(threads)
     if not torch.cuda.is_available():
         keep_freed_memory()
+    code = 0
     try:
         run_stage(
             task,
@@ -136,15 +136,16 @@ def _rank(task: Task, environment: dict[str, str], threads: int, asked: Any, pip
             alarm=pipe.send,
             stop=lambda: bool(signalled) or asked.is_set(),
         )
-        dist.destroy_process_group()
     except Exception as error:  # whatever it is, the launcher says it and ends the others
         if not isinstance(error, Interrupted | TadistillError):
             traceback.print_exc()
             error = RuntimeError(f"{type(error).__name__}: {error}")
         pipe.send(error)
-        pipe.close()
-        sys.stderr.flush()
-        os._exit(1)  # at once: a library's own end may wait for the other ranks
+        code = 1
+    pipe.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: torch's own end may wait for the other ranks, and sometimes aborts where they are gone
 
 
 def _end_with(parent: int) -> None:

@@ -8,9 +8,10 @@ import importlib.util
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tadistill.config import Recipe
+from tadistill.config import Method, Recipe
 from tadistill.config.recipe import methods
-from tadistill.config.sampling import DatasetSampler, OnPolicy
+from tadistill.config.resources import resources_of
+from tadistill.config.sampling import DatasetSampler, OnPolicy, SpeculativeSampler, TeacherMixedSampler
 from tadistill.data import datasets
 from tadistill.data.templates import encode
 from tadistill.errors import ConfigError
@@ -20,7 +21,7 @@ from tadistill.models.memory import check_memory, resident_bytes
 from tadistill.models.pruning import keep_list
 from tadistill.models.scratch import scratch_config
 from tadistill.study.costs import Ledger, check_data
-from tadistill.study.plan import original_teacher
+from tadistill.study.plan import Stage, make_plan, original_teacher
 from tadistill.study.throughput import cores
 
 
@@ -32,6 +33,8 @@ def check(recipe: Recipe) -> int:
     """
     check_data(recipe)
     _check_engine(recipe)
+    for stage in make_plan(recipe).stages.values() if recipe.resources else ():
+        _check_resources(recipe, stage)
     teacher = original_teacher(recipe)
     used = [name for name in recipe.models if name == teacher or any(name in arm.models for arm in recipe.arms.values())]
     tokenizers = {name: _tokenizer(recipe, name) for name in used}
@@ -48,6 +51,27 @@ def _check_engine(recipe: Recipe) -> None:
     wanted = any(isinstance(m.sampler, OnPolicy) and m.sampler.engine == "vllm" for m in methods(recipe))
     if wanted and not (importlib.util.find_spec("vllm") and torch.cuda.is_available()):
         raise ConfigError("a sampler has engine vllm, which needs CUDA and `pip install 'tadistill[vllm]'`; set engine: native")
+
+
+def _check_resources(recipe: Recipe, stage: Stage) -> None:
+    """The batch can be shared by the stage's processes, and what samples token by token has its models whole."""
+    given, spec = resources_of(recipe.resources, stage.kind, stage.model), stage.spec
+    if stage.kind not in ("sft", "distill"):
+        return
+    if spec["optim"]["batch"] % given.processes:
+        raise ConfigError(
+            f"optim.batch is {spec['optim']['batch']}, but resources give {stage.label} {given.processes} processes, "
+            "each with as many rows; make the batch a multiple of processes"
+        )
+    sampler = Method.model_validate(spec["method"]).sampler if "method" in spec else DatasetSampler()
+    guided = isinstance(sampler, SpeculativeSampler) or (isinstance(sampler, TeacherMixedSampler) and sampler.alpha > 0)
+    if given.teacher == "sharded" and guided:
+        raise ConfigError(
+            f"resources say teacher sharded for {stage.label}, but its sampler {sampler.type} asks the teacher for tokens one by one, "
+            "each process as often as it needs, and a sharded teacher answers all processes at once; set teacher: offloaded"
+        )
+    if given.parallel == "fsdp" and isinstance(sampler, OnPolicy) and sampler.engine == "vllm":
+        raise ConfigError(f"resources say parallel fsdp for {stage.label}, but engine vllm needs the whole student; set parallel: ddp")
 
 
 def _tokenizer(recipe: Recipe, name: str) -> PreTrainedTokenizerBase:

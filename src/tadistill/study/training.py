@@ -73,7 +73,8 @@ def train(context: Context) -> dict[str, Any]:
         fsdp=context.task.resources.parallel == "fsdp",
         track=accelerator.log if context.task.trackers else None,
     )
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not accelerator.end_training(), which would part the ranks, who may have more stages to run
+        tracker.finish()
     whole = weights(student)
     if accelerator.is_main_process:
         save_model(student, tokenizer, context.folder / MODEL, whole)
