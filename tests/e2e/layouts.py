@@ -41,19 +41,18 @@ class Case:
     fsdp: bool = False
     teacher: str = "replicated"
     tied: bool = False
-    precision: str = "fp32"
     recompute: bool = False
 
     @property
     def name(self) -> str:
         """For folders and test ids."""
-        extra = ["tied"] * self.tied + [self.precision] * (self.precision == "bf16") + ["recompute"] * self.recompute
+        extra = ["tied"] * self.tied + ["recompute"] * self.recompute
         return "-".join([self.method, "fsdp" if self.fsdp else "ddp", self.teacher, *extra])
 
     @property
     def alone(self) -> "Case":
         """The same for one process."""
-        return Case(self.method, tied=self.tied, precision=self.precision, recompute=self.recompute)
+        return Case(self.method, tied=self.tied, recompute=self.recompute)
 
 
 CASES = [
@@ -80,13 +79,11 @@ class Found:
 def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: False) -> Found:
     """Train; the state stays in `directory`, and the model as a Hugging Face directory in `directory`/model."""
     objective, sampling = METHODS[case.method]
-    optim = Optim(
-        steps=STEPS, batch=BATCH, micro_batch=2, lr=1e-3, eps=1e-4, precision=case.precision, gradient_checkpointing=case.recompute
-    )
+    optim = Optim(steps=STEPS, batch=BATCH, micro_batch=2, lr=1e-3, eps=1e-4, gradient_checkpointing=case.recompute)
     method = Method.model_validate({"objective": objective, "sampler": sampling, "optim": optim})
     check_pairing(method)
     AcceleratorState._reset_state(True)
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if case.precision == "bf16" else "no")
+    accelerator = Accelerator(cpu=True)
     tokenizer = tinyworld.tokenizer(seed=0, people=20)
     student, teacher = _model(1, 16, tokenizer, case.tied), _model(2, 24, tokenizer, False).requires_grad_(False)
     if case.recompute:
