@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.e2e.on_policy import CASES, train
 
-from tadistill.train.loop import Interrupted
+from tadistill.errors import Interrupted
 
 IDS = [f"{name}-{number}" for name, number in CASES]
 SAMPLING = [case for case in CASES if case[0] not in ("dataset", "teacher")]

@@ -35,6 +35,9 @@ class StageJob:
         _name_ranks()
         for task in self.tasks:
             self._run(task, stop)
+        if "WORLD_SIZE" in os.environ:
+            sys.stdout.flush()
+            os._exit(0)  # as `study.launch` ends its ranks: torch's own end sometimes aborts where other ranks are gone
 
     def checkpoint(self) -> Any:
         """What submitit queues again: the same work, which goes on from what it saved."""

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from tadistill.cluster.profile import Cpu, Gpu, Profile
-from tadistill.config.resources import Resources, resources_of
+from tadistill.config.resources import Resources
 from tadistill.errors import ConfigError
 from tadistill.models.cost import spans
 from tadistill.models.memory import resident_bytes
 from tadistill.study import throughput
 from tadistill.study.costs import Ledger
 from tadistill.study.graph import Handle, Stage
+from tadistill.study.layout import layout
 from tadistill.study.plan import Plan
 from tadistill.study.throughput import Speeds
 
@@ -64,10 +65,9 @@ class Requests:
             ConfigError: the site would refuse it, or no GPU of the site is large enough.
         """
         first = stages[0]
-        wanted = resources_of(self.plan.recipe.resources, first.kind, first.model)
+        wanted = layout(self.plan.recipe, first)
         where = f"resources of `{first.kind} {first.model}`"
         per_node = wanted.processes // wanted.nodes
-        _check_batch(first, wanted)
         if not self.profile.gpus:
             return self._without_gpu(stages, wanted, where)
         name = wanted.gpu or self._smallest(stages, wanted)
@@ -192,11 +192,3 @@ def _count(gpu: Gpu, processes: int, name: str, where: str, site: str) -> int:
     if not fits:
         raise ConfigError(f"{where}: {processes} processes a node, but a node of {site} has {gpu.per_node} x {name}; raise nodes")
     return min(fits)
-
-
-def _check_batch(stage: Stage, wanted: Resources) -> None:
-    batch = stage.spec.get("optim", {}).get("batch")
-    if batch and batch % wanted.processes:
-        raise ConfigError(
-            f"{stage.label}: optim.batch {batch} is not a multiple of the {wanted.processes} processes; change optim.batch or processes"
-        )

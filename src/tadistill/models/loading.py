@@ -90,11 +90,16 @@ def load_model(
     return model.eval()
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write an ordinary Hugging Face directory (safetensors, configuration, tokenizer).
 
     Of the generation configuration only token ids stay: a parent's sampling defaults (temperature, penalties) would
     silently change what the new model says in other people's `generate`, and inconsistent ones cannot be saved.
+
+    Args:
+        weights: the model's whole state dict, where it holds only a part itself.
     """
     before = model.generation_config
     ids = {name: getattr(before, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} if before else {}
@@ -105,7 +110,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     model.generation_config = GenerationConfig(**ids)
     try:
         with quiet(), writing(Path(directory)):
-            model.save_pretrained(directory)
+            model.save_pretrained(directory, state_dict=weights and dict(weights))  # which it empties
             tokenizer.save_pretrained(directory)
     finally:
         model.generation_config = before

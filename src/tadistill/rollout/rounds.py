@@ -86,6 +86,10 @@ class Rollouts(Sampler):
         rows = order[part * self.optim.batch : (part + 1) * self.optim.batch]
         return [self._collate(rows[places].tolist(), self._corpus_batch(step, places)) for places in cut(self.optim, self.shard)]
 
+    def samples(self, step: int) -> bool:
+        """At the first step of a round."""
+        return step // self.round_updates != self.round
+
     def _collate(self, rows: list[int], corpus: Batch | None) -> Batch:
         sequences = [self.sequences[i] for i in rows]
         return collate(sequences, pad=self.pad, corpus=corpus, targets=self._targets(sequences))

@@ -47,6 +47,10 @@ class Sampler:
         """The micro-batches of update `step` for this rank."""
         raise NotImplementedError
 
+    def samples(self, step: int) -> bool:
+        """Whether the micro-batches of update `step` may take forward passes of the student; the same on all ranks."""
+        return False
+
     def observe(self, dev: Mapping[str, float]) -> None:
         """Dev metrics, whenever they were measured."""
 
@@ -133,6 +137,10 @@ class _WithStudent(Sampler):
     def __init__(self, sequences: Seq[Sequence], optim: Optim, *, engine: Engine, pad: int, seed: int, shard: Shard = Shard()):
         self.fixed = FixedSequences(sequences, optim, pad=pad, seed=seed, shard=shard)
         self.sequences, self.optim, self.engine, self.pad, self.seed, self.shard = sequences, optim, engine, pad, seed, shard
+
+    def samples(self, step: int) -> bool:
+        """Some updates may do without."""
+        return True
 
     def fresh(self, step: int) -> dict[int, Sequence]:
         """By place in the update, the student's answers to this rank's share of its prompts."""

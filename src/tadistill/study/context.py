@@ -19,8 +19,10 @@ from tadistill.models.loading import column_major, end_tokens, load_model, load_
 from tadistill.models.pruning import importance, keep_list, prune, prune_depth, shape_of
 from tadistill.models.shapes import resized
 from tadistill.models.tempering import temper
+from tadistill.study.ranks import own_device
 from tadistill.study.store import Store
 from tadistill.study.task import Task
+from tadistill.train.sharding import offload, shard
 
 SIGNAL = "signal"  # the sub-folder of a signal stage with the teacher's outputs
 MODEL = "model"  # the sub-folder of a training stage that is an ordinary Hugging Face directory
@@ -38,10 +40,12 @@ class Context:
     def __init__(self, task: Task, store: Store, folder: Path, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]):
         self.task, self.spec, self.store, self.folder = task, task.spec, store, folder
         self.progress, self.alarm, self.stop = progress, alarm, stop
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = own_device()
 
-    def model(self, handle: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model and tokenizer behind a handle."""
+    def model(
+        self, handle: dict[str, Any], dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and tokenizer behind a handle, on the stage's device unless another is given."""
         world = self.spec["data"]["world"]
         if "stage" in handle:
             directory = str(self.store.folder(handle["stage"]) / (f"{MODEL}-{handle['checkpoint']}" if "checkpoint" in handle else MODEL))
@@ -51,7 +55,7 @@ class Context:
             parent, tokenizer = self.model(handle["of"])  # in float32, so that the same is kept whatever the model is used in
             model = self._pruned(parent, tokenizer, handle).to(dtype)  # type: ignore[arg-type]
         elif "temper" in handle:
-            model, tokenizer = self.model(handle["of"], dtype)
+            model, tokenizer = self.model(handle["of"], dtype, device)
             temper(model, handle["temper"])
         else:
             tokenizer = load_tokenizer(handle["tokenizer"] or handle["load"], revision=handle["revision"], world=world)
@@ -63,7 +67,7 @@ class Context:
                 seed=rng.torch_seed(handle.get("seed", 0), "initial weights"),
                 tokenizer=tokenizer,
             )
-        return model.to(self.device), tokenizer  # type: ignore[arg-type]
+        return model.to(device or self.device), tokenizer  # type: ignore[arg-type]
 
     def _pruned(self, parent: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, handle: dict[str, Any]) -> PreTrainedModel:
         """A model cut in depth, or to a shape by what is active on training text."""
@@ -82,9 +86,12 @@ class Context:
         return self.frozen(self.spec["teacher"], dtype)
 
     def frozen(self, handle: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """A model that only answers."""
-        model, tokenizer = self.model(handle, dtype)
-        return column_major(model.eval().requires_grad_(False)), tokenizer
+        """A model that only answers, placed as the stage's resources say."""
+        where = self.task.resources.teacher
+        model, tokenizer = self.model(handle, dtype, None if where == "replicated" else torch.device("cpu"))
+        model.eval().requires_grad_(False)
+        place = {"replicated": lambda model, _: column_major(model), "sharded": shard, "offloaded": offload}[where]
+        return place(model, self.device), tokenizer
 
     def split(self, role: str, ref: dict, limit: int | None, tokenizer: PreTrainedTokenizerBase) -> EvalSet:
         """A data set, read and encoded."""

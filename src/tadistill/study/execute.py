@@ -24,35 +24,51 @@ from tadistill.rollout.signals import record
 from tadistill.study.context import MODEL, RESPONSES, SIGNAL, Context, Progress, make_subject, stop_if_asked, teacher_dtype
 from tadistill.study.measuring import analyse, evaluate
 from tadistill.study.probing import pair, probe
+from tadistill.study.ranks import Ranks
 from tadistill.study.store import Store, write_json, write_rows
 from tadistill.study.task import Task
 from tadistill.study.training import train
 
 _GENERATION_BATCH = 64
+_WAIT, _GO, _FINISHED, _STOPPED = "wait", "go", "finished", "stopped while another process ran the stage"
 
 
 def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]) -> None:
     """Run a stage unless the store has it (another process may have finished it meanwhile).
 
+    With `task.resources.processes` > 1 every rank calls this with the same task, and finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT in its environment (`launch` does that on one machine). WORLD_SIZE must be `processes`; every rank sees all GPUs of its
+    machine and takes that of its LOCAL_RANK; all machines see the store and the models. Rank 0 alone takes the lock, writes and reports.
+    `stop` may be true on any rank; then all save and raise Interrupted. An error on one rank is raised there alone, and whoever started
+    the ranks ends the others (`srun --kill-on-bad-exit=1`). A process may run several stages, as long as its ranks run the same ones.
+
     Raises:
         StageFailed: a stage that this one stands on is not finished; nothing was written.
         Interrupted: `stop` said so; what was done is kept.
     """
-    store = Store(Path(task.store))
+    store, ranks = Store(Path(task.store)), Ranks.join(task.resources.processes)
+    if ranks.rank:
+        _follow(task, store, ranks, stop)
+        return
     if store.finished(task.key):
+        ranks.agree(_FINISHED)
         return
     _check_parents(task, store)
 
     def waiting() -> None:
         progress(0, task.steps or 1, "another process is at it")
         if stop():
-            raise Interrupted("stopped while another process ran the stage")
+            ranks.agree(_STOPPED)
+            raise Interrupted(_STOPPED)
+        ranks.agree(_WAIT)
 
     lock = store.acquire(task.key, waiting)
     try:
         if store.finished(task.key):
+            ranks.agree(_FINISHED)
             return
         folder = store.begin(task.key, {"kind": task.kind, "label": task.label, "parents": task.parents, "spec": task.spec})
+        ranks.agree(_GO)
         start = time.monotonic()
         context = Context(task, store, folder, progress, alarm, stop)
         facts = _WORK[task.kind](context)
@@ -80,6 +96,16 @@ def _check_parents(task: Task, store: Store) -> None:
                 f"{task.label} ({task.key}) needs {store.label(key)} as its {role}, which is not finished in the store at {store.root} (it "
                 "failed, or files of it were deleted); run the recipe again, which redoes what is missing"
             )
+
+
+def _follow(task: Task, store: Store, ranks: Ranks, stop: Callable[[], bool]) -> None:
+    """A rank other than 0: its share of the work, once rank 0 has the lock and there is something to do."""
+    while (word := ranks.agree()) == _WAIT:  # once a second, since a collective operation does not wait for hours
+        pass
+    if word == _STOPPED:
+        raise Interrupted(_STOPPED)
+    if word == _GO:
+        _WORK[task.kind](Context(task, store, store.folder(task.key), lambda done, total, text: None, lambda text: None, stop))
 
 
 # --- signal -------------------------------------------------------------------------------------------------------------

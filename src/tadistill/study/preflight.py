@@ -21,7 +21,8 @@ from tadistill.models.memory import check_memory, resident_bytes
 from tadistill.models.pruning import keep_list
 from tadistill.models.scratch import scratch_config
 from tadistill.study.costs import Ledger, check_data
-from tadistill.study.plan import original_teacher
+from tadistill.study.layout import layout
+from tadistill.study.plan import make_plan, original_teacher
 from tadistill.study.throughput import cores
 
 
@@ -45,6 +46,8 @@ def check_inputs(recipe: Recipe) -> None:
     """
     check_data(recipe)
     _check_peft(recipe)
+    for stage in make_plan(recipe).stages.values() if recipe.resources else ():
+        layout(recipe, stage)
     teacher, used = original_teacher(recipe), _used(recipe)
     tokenizers = {name: _tokenizer(recipe, name) for name in used}
     if teacher:  # without one, models are only evaluated, each by itself

@@ -154,6 +154,7 @@ def _end_with(parent: int, flag: StopFlag) -> None:
 
 def _work(task: Task) -> None:
     from tadistill.study.execute import run_stage  # imports torch
+    from tadistill.study.launch import launch
 
     def progress(done: int, total: int, text: str) -> None:
         _worker["messages"].put((task.key, done, total, text))
@@ -161,9 +162,10 @@ def _work(task: Task) -> None:
     def alarm(text: str) -> None:
         _worker["messages"].put((task.key, None, None, text))
 
+    run = launch if task.resources.processes > 1 else run_stage
     _worker["busy"] = True
     try:
-        run_stage(task, progress=progress, alarm=alarm, stop=_worker["stop"])
+        run(task, progress=progress, alarm=alarm, stop=_worker["stop"])
     finally:
         _worker["busy"] = False
 

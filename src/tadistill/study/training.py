@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from tadistill.rollout.vllm import Vllm
 from tadistill.study.context import MODEL, RESPONSES, SIGNAL, Context, teacher_dtype
 from tadistill.study.throughput import machine
 from tadistill.train.loop import Hooks, train_stage
+from tadistill.train.sharding import weights
 from tadistill.train.step import make_step
 
 
@@ -40,7 +42,7 @@ def train(context: Context) -> dict[str, Any]:
     dense = Dense.model_validate(spec["dense"]) if "dense" in spec else None
     method = method.model_copy(update={"optim": optim, "select": select, "dense": dense})
     accelerator = _accelerator(context, optim)
-    student, tokenizer, whole = _student(context, optim)
+    student, tokenizer, save = _student(context, optim)
     handles = [spec["teacher"], *spec.get("assistants", ())] if _needs_teacher(method) else []
     teachers = tuple(context.frozen(handle, teacher_dtype(optim.precision))[0] for handle in handles)
     signals = Signals(context.store.folder(spec["signal"]["stage"]) / SIGNAL, context.device) if "signal" in spec else None
@@ -57,7 +59,7 @@ def train(context: Context) -> dict[str, Any]:
         progress=lambda done, text: context.progress(done, optim.steps or 1, text),
         alarm=context.alarm,
         stop=context.stop,
-        keep=lambda step: save_model(whole(), tokenizer, context.folder / f"{MODEL}-{step}"),
+        keep=lambda step, whole: save(context.folder / f"{MODEL}-{step}", whole),
         kept=frozenset(spec.get("keep", ())),
     )
     state = train_stage(
@@ -71,26 +73,33 @@ def train(context: Context) -> dict[str, Any]:
         directory=context.folder,
         hooks=hooks,
         checkpoint_seconds=context.task.checkpoint_seconds,
+        fsdp=context.task.resources.parallel == "fsdp",
         track=accelerator.log if context.task.trackers else None,
     )
-    accelerator.end_training()
-    save_model(whole(), tokenizer, context.folder / MODEL)
+    for tracker in accelerator.trackers:  # not accelerator.end_training(), which would part the ranks, who may have more stages to run
+        tracker.finish()
+    whole = weights(student)
+    if accelerator.is_main_process:
+        save(context.folder / MODEL, whole)
     found = {"steps": state.step, "best_step": state.best_step, "best_value": state.best_value, "alarms": state.alarms["given"]}
     accelerator_name = torch.cuda.get_device_name() if context.device.type == "cuda" else None
     found |= {"ledger": state.ledger, "machine": machine(torch.get_num_threads(), accelerator_name)}
     return found | {"global_and_per_device": _counts(method, accelerator.num_processes)}
 
 
-def _student(context: Context, optim: Optim) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Callable[[], PreTrainedModel]]:
-    """What is trained, with its tokenizer, and the model that it is at any time, adapters merged."""
+_Save = Callable[[Path, dict[str, torch.Tensor]], None]
+
+
+def _student(context: Context, optim: Optim) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Save]:
+    """What is trained, its tokenizer, and how it becomes an ordinary directory, by its whole weights or with its adapters merged."""
     spec = context.spec
     student, tokenizer = context.model(spec["student"])
     if optim.gradient_checkpointing:
         recompute_layers(student)
     if "lora" not in spec:
-        return student, tokenizer, lambda: student
+        return student, tokenizer, lambda folder, whole: save_model(student, tokenizer, folder, whole)
     tuner = adapt(student, Lora.model_validate(spec["lora"]), seed=rng.torch_seed(spec["seed"], "adapters"))
-    return student, tokenizer, lambda: merged(tuner)
+    return student, tokenizer, lambda folder, _: save_model(merged(tuner), tokenizer, folder)
 
 
 def _counts(method: Method, devices: int) -> dict[str, Any]:

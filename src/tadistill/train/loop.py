@@ -23,7 +23,7 @@ from tadistill.data.batch import Batch
 from tadistill.errors import ConfigError, Interrupted, StageFailed
 from tadistill.log import RunLog
 from tadistill.rollout.samplers import Sampler
-from tadistill.train import checkpoint
+from tadistill.train import checkpoint, sharding
 from tadistill.train.checkpoint import Checkpoints, TrainState
 from tadistill.train.meter import Meter
 from tadistill.train.step import counts
@@ -48,8 +48,8 @@ class Hooks:
     """True when the run should save and end (a signal came)."""
     kept: frozenset[int] = frozenset()
     """Numbers of updates after which `keep` is called."""
-    keep: Callable[[int], None] = lambda step: None
-    """Keeps the student as it is after this many updates."""
+    keep: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None
+    """Keeps the student as it is after this many updates: its weights, whole. The main process's is called."""
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
@@ -83,13 +83,15 @@ def train_stage(
     directory: Path,
     hooks: Hooks,
     checkpoint_seconds: float | None = None,
+    fsdp: bool = False,
     track: Callable[[dict, int], None] | None = None,
 ) -> TrainState:
     """Train `student` in place for `optim.steps` updates and leave it with the selected checkpoint's weights.
 
     Args:
-        directory: holds the training's `Checkpoints`, which are resumed, and metrics.jsonl.
+        directory: holds the training's `Checkpoints`, which are resumed whatever number of processes wrote them, and metrics.jsonl.
         checkpoint_seconds: between two saves; by what a save takes when absent.
+        fsdp: the processes hold a part of the student each, and it is left in parts (`sharding`).
 
     Raises:
         ConfigError: the batch cannot be shared by the processes.
@@ -100,8 +102,8 @@ def train_stage(
     if optim.batch % accelerator.num_processes:
         raise ConfigError(f"optim.batch {optim.batch} is not a multiple of the {accelerator.num_processes} processes; change one of them")
     steps, every = optim.steps, max(1, optim.steps // _LOG_POINTS)
-    optimizer = make_optimizer(student, optim)
-    model, optimizer = accelerator.prepare(student, optimizer)
+    model = sharding.shard(student, accelerator.device) if fsdp else accelerator.prepare(student)
+    optimizer = accelerator.prepare(make_optimizer(student, optim))
     meter = Meter(student, step.models.teachers, checkpointing=optim.gradient_checkpointing)
     files = Checkpoints(directory, checkpoint_seconds)
     run = _Run(student, step, sampler, optimizer, accelerator, files, Alarms(minillm=step.clip is not None), meter)
@@ -121,7 +123,7 @@ def train_stage(
                 raise Interrupted(f"stopped at update {state.step} of {steps}; the state is saved")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, state.step, steps)
-            with meter.timed("sampling"):
+            with meter.timed("sampling"), sharding.whole(student, sampler.samples(state.step)):
                 batches = step.prepare(sampler.micro_batches(state.step), state.step, lambda values: _sum(accelerator, values).cpu())
             meter.saw(batches)
             with meter.timed("watching"):
@@ -132,8 +134,10 @@ def train_stage(
             with meter.timed("training"):
                 since.add(_update(model, step, batches, optimizer, optim, accelerator, state.step) | watched)
             state.step += 1
-            if state.step in hooks.kept and accelerator.is_main_process:
-                hooks.keep(state.step)
+            if state.step in hooks.kept:
+                kept = sharding.weights(student)
+                if accelerator.is_main_process:
+                    hooks.keep(state.step, kept)
             chosen = select.metric != "last" and (state.step % select.every == 0 or state.step == steps)
             if state.step % every == 0 or chosen:
                 metrics = since.pop() | sampler.metrics() | {"train/lr": optimizer.param_groups[0]["lr"]}
@@ -148,7 +152,7 @@ def train_stage(
                     log.write(state.step, metrics)
     if select.metric != "last":
         accelerator.wait_for_everyone()
-        student.load_state_dict(checkpoint.load(files.best(state.best_step)))
+        sharding.load_weights(student, checkpoint.load(files.best(state.best_step)))
     student.eval()
     state.alarms, state.ledger = run.alarms.state(), meter.state(accelerator.num_processes)
     return state
@@ -169,23 +173,26 @@ class _Run:
 
     def dev(self, hooks: Hooks) -> dict[str, float]:
         """Dev metrics, metered as selection."""
-        with self.meter.timed("selection"):
+        with self.meter.timed("selection"), sharding.whole(self.student):
             return _measured(self.student, hooks, self.accelerator)
 
     def watch(self, batches: list[Batch]) -> dict[str, float]:
         """What the main process sees of its rollouts."""
-        if not self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if not main and not any(map(sharding.sharded, (self.student, *self.step.models.teachers))):  # cut models need all processes
             return {}
         with self.accelerator.autocast():
-            return watch(self.step, [b.to(self.accelerator.device) for b in batches])
+            found = watch(self.step, [b.to(self.accelerator.device) for b in batches])
+        return found if main else {}
 
     def save(self, state: TrainState) -> None:
         """Write the whole state."""
+        model, optimizer = sharding.weights(self.student), sharding.gathered(self.optimizer.state_dict())
         if not self.accelerator.is_main_process:
             return
-        state.model, state.optimizer, state.sampler = self.student.state_dict(), self.optimizer.state_dict(), self.sampler.state()
+        state.model, state.optimizer, state.sampler = model, optimizer, self.sampler.state()
         state.schedule = self.step.schedule.state() if self.step.schedule else {}
-        state.alarms, state.ledger = self.alarms.state(), self.meter.state()
+        state.alarms, state.ledger = self.alarms.state(), self.meter.state(self.accelerator.num_processes)
         self.files.save(state)
 
     def resume(self, alarm: Callable[[str], None]) -> TrainState:
@@ -193,11 +200,11 @@ class _Run:
         state = self.files.load(alarm)
         if state is None:
             return TrainState()
-        self.student.load_state_dict(state.model)
-        self.optimizer.load_state_dict(state.optimizer)
+        sharding.load_weights(self.student, state.model)
+        sharding.load_optimizer(self.optimizer, state.optimizer)
         self.sampler.restore(state.sampler)
         self.alarms.restore(state.alarms)
-        self.meter.restore(state.ledger)
+        self.meter.restore(state.ledger, self.accelerator.num_processes)
         if self.step.schedule:
             self.step.schedule.restore(state.schedule)
         return state
@@ -207,8 +214,9 @@ class _Run:
         sign = 1 if select.metric in HIGHER_IS_BETTER else -1
         if state.best_value is None or sign * value > sign * state.best_value:
             state.best_value, state.best_step = value, state.step
+            best = sharding.weights(self.student)
             if self.accelerator.is_main_process:
-                self.files.keep_best(state.step, self.student.state_dict())
+                self.files.keep_best(state.step, best)
 
 
 def _update(
@@ -230,13 +238,15 @@ def _update(
     names: list[str] = []
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
+        # in parts, gradients are summed over the processes each time: whole ones would not fit
+        sync = last or sharding.sharded(model)
+        with contextlib.nullcontext() if sync else accelerator.no_sync(model), accelerator.autocast():
             loss = step.loss(model, batch.to(accelerator.device), per)
             accelerator.backward(loss.total)
         values = torch.stack([loss.total.detach(), *loss.parts.values()]).cpu()
         names = ["loss", *loss.parts]
         logged = values if i == 0 else logged + values
-    norm = float(accelerator.clip_grad_norm_(model.parameters(), optim.clip))  # type: ignore[arg-type]
+    norm = sharding.number(accelerator.clip_grad_norm_(model.parameters(), optim.clip))  # type: ignore[arg-type]
     if not (torch.isfinite(logged).all() and math.isfinite(norm)):
         found = ", ".join(f"{n} {v:.4g}" for n, v in zip(names, logged.tolist(), strict=True))
         raise StageFailed(

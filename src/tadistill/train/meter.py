@@ -104,10 +104,13 @@ class Meter:
         }
         return {"parts": parts, "seconds": dict(self._seconds), "padding": self._padding * processes}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state` for one process; an empty state is a new start."""
-        self._parts = {name: Part(**part) for name, part in state.get("parts", {}).items()}
-        self._seconds, self._padding = dict(state.get("seconds", {})), state.get("padding", 0)
+    def restore(self, state: Mapping[str, Any], processes: int = 1) -> None:
+        """The inverse of `state`; an empty state is a new start."""
+        self._parts = {
+            name: Part(**{key: value // processes if isinstance(value, int) else value / processes for key, value in part.items()})
+            for name, part in state.get("parts", {}).items()
+        }
+        self._seconds, self._padding = dict(state.get("seconds", {})), state.get("padding", 0) // processes
 
     # --- the hooks ------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ from tadistill.study.task import Task
 def work(monkeypatch, tmp_path):
     """Sets what running a stage does; the signals' handlers are put back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
-    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    for name in ("SLURM_NTASKS", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     made = Task("sft", "ab12", {}, {}, "sft s", 3, str(tmp_path), "study", None, None, ())
 
     def make(run, *, chain: bool = False) -> StageJob:

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tadistill.errors import Interrupted
 from tadistill.study import execute
 from tadistill.study.store import Store, write_json
 from tadistill.study.task import Task
-from tadistill.train.loop import Interrupted
 
 
 def task(root) -> Task:

@@ -1,0 +1,169 @@
+"""Training stages under every layout of student and teacher over processes: what `test_layouts` compares with one process.
+
+python -m torch.distributed.run --nproc-per-node 2 -m tests.e2e.layouts DIRECTORY
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from tests.e2e.on_policy import BATCH, ROUNDS, STEPS, _sampler
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from tadistill.config.method import Method, Optim, Select, check_pairing
+from tadistill.data import tinyworld
+from tadistill.errors import Interrupted
+from tadistill.models.loading import save_model
+from tadistill.models.recomputing import recompute_layers
+from tadistill.rollout.samplers import Shard
+from tadistill.train.loop import Hooks, train_stage
+from tadistill.train.sharding import offload, shard, weights
+from tadistill.train.step import make_step
+
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sft": ({"type": "cross_entropy"}, {"type": "dataset"}),
+    "kd": ({"type": "forward_kl"}, {"type": "dataset"}),
+    "on-policy": ({"type": "reverse_kl"}, {"type": "student", **ROUNDS}),
+    "minillm": ({"type": "minillm", "preset": "official"}, {"type": "teacher_mixed", **ROUNDS}),  # two forward passes a backward pass
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training stage."""
+
+    method: str
+    fsdp: bool = False
+    teacher: str = "replicated"
+    tied: bool = False
+    recompute: bool = False
+
+    @property
+    def name(self) -> str:
+        """For folders and test ids."""
+        extra = ["tied"] * self.tied + ["recompute"] * self.recompute
+        return "-".join([self.method, "fsdp" if self.fsdp else "ddp", self.teacher, *extra])
+
+    @property
+    def alone(self) -> "Case":
+        """The same for one process."""
+        return Case(self.method, tied=self.tied, recompute=self.recompute)
+
+
+CASES = [
+    *(Case(method, fsdp) for method in METHODS for fsdp in (False, True)),
+    Case("kd", True, tied=True),
+    Case("on-policy", True, tied=True),
+    Case("kd", True, recompute=True),
+    Case("kd", True, "sharded"),
+    Case("on-policy", False, "sharded"),
+    Case("kd", False, "offloaded"),
+    Case("minillm", True, "offloaded"),
+]
+
+
+@dataclass
+class Found:
+    """What a stage left: its loss at every update, its weights, and the dev figure of each evaluation."""
+
+    losses: list[float] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    dev: list[float] = field(default_factory=list)
+
+
+def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: False) -> Found:
+    """Train; the state stays in `directory`, and the model as a Hugging Face directory in `directory`/model."""
+    objective, sampling = METHODS[case.method]
+    optim = Optim(steps=STEPS, batch=BATCH, micro_batch=2, lr=1e-3, eps=1e-4, gradient_checkpointing=case.recompute)
+    method = Method.model_validate({"objective": objective, "sampler": sampling, "optim": optim})
+    check_pairing(method)
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True)
+    tokenizer = tinyworld.tokenizer(seed=0, people=20)
+    student, teacher = _model(1, 16, tokenizer, case.tied), _model(2, 24, tokenizer, False).requires_grad_(False)
+    if case.recompute:
+        recompute_layers(student)
+        student.train()
+    if case.teacher != "replicated":
+        {"sharded": shard, "offloaded": offload}[case.teacher](teacher, torch.device("cpu"))
+    sampler = _sampler(method, student, teacher, tokenizer, Shard(accelerator.process_index, accelerator.num_processes), None)
+    directory.mkdir(parents=True, exist_ok=True)
+    found = Found()
+
+    def evaluate() -> dict[str, float]:
+        """More forward passes on one process than on another, in inference mode, as sampling does."""
+        ids = torch.arange(20, 30).unsqueeze(0)
+        with torch.inference_mode():
+            for _ in range(accelerator.process_index + 1):
+                loss = student(input_ids=ids, labels=ids).loss
+        found.dev.append(float(loss))
+        return {"loss": float(loss)}
+
+    try:
+        train_stage(
+            student,
+            make_step(method, student, () if case.method == "sft" else (teacher,), len(tokenizer)),
+            sampler,
+            optim=optim,
+            select=Select(metric="loss", every=2),
+            seed=1,
+            accelerator=accelerator,
+            directory=directory,
+            hooks=Hooks(evaluate=evaluate, progress=lambda done, text: None, stop=stop),
+            checkpoint_seconds=0.0,
+            fsdp=case.fsdp and accelerator.num_processes > 1,
+            track=lambda metrics, step: found.losses.append(metrics["train/loss"]),
+        )
+    except Interrupted:
+        return found
+    found.weights = weights(student)
+    if accelerator.is_main_process:
+        save_model(student, tokenizer, directory / "model", found.weights)
+    return found
+
+
+def _model(seed: int, hidden: int, tokenizer: Any, tied: bool) -> PreTrainedModel:
+    """Two layers; GPT-2 where the head is the embedding's weight."""
+    torch.manual_seed(seed)
+    if tied:
+        sizes = {"n_embd": hidden, "n_layer": 2, "n_head": 2, "n_positions": 64}
+        config = GPT2Config(vocab_size=len(tokenizer), initializer_range=0.2, eos_token_id=tokenizer.eos_token_id, **sizes)
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0  # other processes see other dropout
+        return GPT2LMHeadModel(config).eval()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden + 1,  # does not divide by 2
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        max_position_embeddings=64,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def interrupted(directory: Path, case: Case) -> Found:
+    """The same, stopped after five updates."""
+    asked = iter([False] * 5)
+    return train(directory, case, stop=lambda: next(asked, True))
+
+
+RESUMED = Case("on-policy", True)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    everything = {case.name: vars(train(out / case.name, case)) for case in CASES}
+    interrupted(out / "two-then-one", RESUMED)
+    everything["one-then-two"] = vars(train(out / "one-then-two", RESUMED))
+    if PartialState().is_main_process:
+        torch.save(everything, out / "found.pt")
+    PartialState().wait_for_everyone()
+    os._exit(0)  # torch's own end sometimes aborts where the other process is gone

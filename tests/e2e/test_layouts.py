@@ -1,0 +1,65 @@
+"""Two processes, whatever the layout of student and teacher, give the loss curve of one; a checkpoint fits any number of processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.e2e.layouts import CASES, RESUMED, Case, interrupted, train
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process, made when first asked for."""
+    found = {}
+
+    def get(case: Case):
+        if case.alone not in found:
+            found[case.alone] = train(tmp_path_factory.mktemp("alone"), case.alone)
+        return found[case.alone]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where two processes worked: all cases, one stage that one process had begun, and one that they did not end."""
+    folder = tmp_path_factory.mktemp("two")
+    interrupted(folder / "one-then-two", RESUMED.alone)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.e2e.layouts", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *launch], cwd=Path(__file__).parents[2], env=environment, check=True, timeout=500)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    return torch.load(folder / "found.pt", weights_only=True)
+
+
+def _close(found: list[float], expected: list[float]) -> None:
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_two_processes_have_the_loss_curve_of_one(case, alone, two, folder):
+    found, expected = two[case.name], alone(case)
+    assert len(expected.losses) == 8
+    assert expected.losses[-1] != expected.losses[0]
+    _close(found["losses"], expected.losses)
+    _close(found["dev"], expected.dev)
+    model = AutoModelForCausalLM.from_pretrained(folder / case.name / "model")
+    for name, value in model.state_dict().items():  # Adam makes up to lr of a gradient near 0
+        torch.testing.assert_close(value, expected.weights[name], rtol=0, atol=1e-4)
+
+
+def test_one_process_goes_on_from_the_state_of_two(alone, two, folder):
+    found = train(folder / "two-then-one", RESUMED.alone)
+    _close(found.losses, alone(RESUMED).losses[5:])
+
+
+def test_two_processes_go_on_from_the_state_of_one(alone, two):
+    _close(two["one-then-two"]["losses"], alone(RESUMED).losses[5:])

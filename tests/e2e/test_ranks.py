@@ -1,0 +1,121 @@
+"""A stage by several processes on this machine: one is killed, the others end, and the same call goes on to the same result."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tadistill.config import validate
+from tadistill.errors import ConfigError, Interrupted, StageFailed
+from tadistill.study.execute import run_stage
+from tadistill.study.launch import launch
+from tadistill.study.plan import make_plan
+from tadistill.study.preflight import check
+from tadistill.study.store import Store
+from tadistill.study.task import make_task
+
+STEPS = 40
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def recipe(resources: dict, **method) -> dict:
+    def model(width: int) -> dict:
+        config = SIZES | {"hidden_size": width, "intermediate_size": 2 * width}
+        return {"load": "scratch:llama", "tokenizer": "tinyworld", "config": config}
+
+    method = {"sampler": {"type": "student", "rollouts": 16, "max_new_tokens": 8}, "objective": {"type": "reverse_kl"}} | method
+    optim = {"steps": STEPS, "batch": 8, "lr": 1e-3, "eps": 1e-4}
+    return {
+        "study": "ranks",
+        "seeds": [1],
+        "models": {"l": model(24), "s": model(16)},
+        "data": {"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"], "template": "plain", "world": {"people": 20}}
+        | {"limit": {"train": 64, "dev": 4, "test": 4}},
+        "method": method | {"optim": optim, "select": {"metric": "loss", "every": 10}},
+        "arms": {"direct": "l > s"},
+        "runtime": {"checkpoint_seconds": 1e-3},
+        "resources": resources,
+    }
+
+
+def task(root, resources: dict, **method):
+    plan = make_plan(validate(recipe(resources, **method)))
+    stage = next(s for s in plan.stages.values() if s.kind == "distill")
+    return make_task(plan, stage, Store(root))
+
+
+def weights(root, key: str) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(Store(root).folder(key) / "model")
+    return torch.cat([value.flatten() for value in model.state_dict().values()])
+
+
+def quiet(done: int, total: int, text: str) -> None:
+    pass
+
+
+def launched(root, told, **resources):
+    """Run by two processes; `told` hears of progress."""
+    made = task(root, {"distill": {"processes": 2} | resources})
+    launch(made, progress=told, alarm=print, stop=lambda: False)
+    return made.key
+
+
+def test_a_killed_rank_ends_the_stage_and_the_same_call_goes_on(tmp_path):
+    killed, seen, laid_out = [], [], {"parallel": "fsdp", "teacher": "sharded"}
+
+    def kill(done: int, total: int, text: str) -> None:
+        if done >= 15 and not killed:
+            killed.append(multiprocessing.active_children()[1].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    with pytest.raises(StageFailed, match=r"rank [01] of 2 was killed by SIGKILL .*the same command goes on") as failure:
+        launched(tmp_path / "a", kill, **laid_out)
+    assert "\n" not in str(failure.value)
+    assert not multiprocessing.active_children()
+    key = launched(tmp_path / "a", lambda done, total, text: seen.append(done), **laid_out)
+    assert seen[0] > 10
+    assert seen[-1] == STEPS
+    seen.clear()
+    launched(tmp_path / "a", lambda done, total, text: seen.append(done), **laid_out)
+    assert seen == []  # finished
+    alone = task(tmp_path / "b", {})
+    assert alone.key == key  # what a stage runs on is no part of it
+    run_stage(alone, progress=quiet, alarm=print, stop=lambda: False)
+    torch.testing.assert_close(weights(tmp_path / "a", key), weights(tmp_path / "b", key), rtol=0, atol=1e-3)
+    facts = [Store(tmp_path / name).manifest(key)["ledger"]["parts"] for name in "ab"]
+    assert facts[0].keys() == facts[1].keys()
+
+
+def test_all_ranks_stop_when_asked(tmp_path):
+    made, heard = task(tmp_path, {"distill": {"processes": 2, "teacher": "offloaded"}}), []
+    with pytest.raises(Interrupted, match="stopped at update"):
+        launch(made, progress=lambda done, total, text: heard.append(done), alarm=print, stop=lambda: len(heard) > 3)
+    folder = Store(tmp_path).folder(made.key)
+    assert (folder / "state.pt").is_file()
+    assert not Store(tmp_path).finished(made.key)
+
+
+def test_an_error_is_the_one_that_a_rank_raised(tmp_path):
+    made = task(tmp_path, {"distill": {"processes": 2}})
+    made.spec["optim"] = made.spec["optim"] | {"batch": 7}
+    with pytest.raises(ConfigError, match=r"optim.batch 7 is not a multiple of the 2 processes"):
+        launch(made, progress=quiet, alarm=print, stop=lambda: False)
+
+
+def test_fewer_ranks_than_the_stage_asks_for_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"processes 2 .* WORLD_SIZE is 1"):
+        run_stage(task(tmp_path, {"distill": {"processes": 2}}), progress=quiet, alarm=print, stop=lambda: False)
+
+
+def test_what_cannot_be_laid_out_is_refused_before_anything_runs():
+    with pytest.raises(ConfigError, match=r"distill .*: optim.batch 8 is not a multiple of the 3 processes"):
+        check(validate(recipe({"distill": {"processes": 3}})))
+    sharded = {"distill": {"processes": 2, "teacher": "sharded"}}
+    sampler = {"type": "teacher_mixed", "rollouts": 16, "max_new_tokens": 8}
+    with pytest.raises(ConfigError, match=r"teacher sharded.* teacher_mixed .* set teacher: offloaded"):
+        check(validate(recipe(sharded, sampler=sampler)))
+    check(validate(recipe(sharded)))
+    check(validate(recipe(sharded, sampler=sampler | {"alpha": 0})))
