@@ -16,7 +16,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/tadistill run recipes/quickstart.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

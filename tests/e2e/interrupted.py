@@ -172,7 +172,6 @@ def main(out: Path, only: list[str]) -> None:
                 found = {
                     name: cut_short(name, chosen[name], mine, whole, out / f"log-{chosen[name].key}")
                     | {"whole": outcome(whole, chosen[name].key)}
-                    | {"whole": outcome(whole, chosen[name].key)}
                     for name in names[shard::2]
                 }
                 (mine / "found.json").write_text(json.dumps(found))

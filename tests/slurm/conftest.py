@@ -21,6 +21,7 @@ def slurm():
     directory = Path(tempfile.mkdtemp(prefix="slurm-"))  # not under pytest's folder: munge wants short paths and a private chain of owners
     directory.chmod(0o755)
     before = os.environ.get("SLURM_CONF")
+    os.environ["SLURM_TEST_PORT"] = str(20000 + os.getpid() % 20000)  # two runs on one machine do not meet
     try:
         # to files, not pipes: the daemons keep their output open
         with (directory / "up.log").open("w") as log:

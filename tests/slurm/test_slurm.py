@@ -126,6 +126,28 @@ def test_the_failed_branch_goes_again_and_the_report_follows(study):
     assert "all stages are done" in study.call("status", "tiny")
 
 
+def test_a_chain_of_segments_goes_on_where_the_one_before_stopped(study, tmp_path):
+    """Where a job may not call Slurm: a told segment ends, the next goes on, the rest end at once, and children start after all."""
+    profile, recipe = tmp_path / "chain.yaml", tmp_path / "chained.yaml"
+    profile.write_text(CLUSTER.read_text() + "resume: chain\n")
+    text = RECIPE.read_text().replace("study: tiny", "study: tiny3").replace("    seed: 10\n", "    seed: 11\n")
+    recipe.write_text(re.sub(r"  (direct|takd): .*\n", "", text))
+    assert "submitted as 2 jobs" in study.call("submit", str(recipe), "--cluster", str(profile), "--account", "def-tests")
+    records = [(path, json.loads(path.read_text())) for path in study.runs.glob("store/*/*/job.json")]
+    ((sft, job),) = [(path, r["job"]) for path, r in records if r["study"] == "tiny3" and r["name"].startswith("sft-xl")]
+    end = time.monotonic() + 120
+    while not (log := sft.with_name("metrics.jsonl")).is_file() or len(log.read_text().splitlines()) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    subprocess.run(["scancel", "--signal=USR2", f"{job}_0"], check=True)
+    study.await_end()
+    logs = [(study.runs / "tiny3" / "jobs" / f"{job}_{i}_0_log.out").read_text() for i in range(3)]
+    assert "stopped at update" in logs[0]
+    assert "1500/1500" in logs[1]
+    assert "/1500" not in logs[2]  # nothing was left
+    assert {row.state for row in rows(study.runs / "tiny3", study.store)} == {"done"}
+
+
 def test_two_submissions_cancelling_and_stale_records(study):
     """Two at once submit each job once; cancelled jobs, and ids that Slurm does not know or gave to others, are submitted anew."""
     more = [str(RECIPE), "seeds=[40]", "study=tiny2", "--cluster", str(CLUSTER), "--account", "def-tests", "--runs", str(study.runs)]
@@ -142,7 +164,7 @@ def test_two_submissions_cancelling_and_stale_records(study):
         assert f"0 queued before, {stages} submitted" in study.call("submit", *more[:-2])
         first, second, *_ = [p for p in study.runs.glob("store/*/*/job.json") if json.loads(p.read_text())["study"] == "tiny2"]
         # an id that is not there, or that belongs to another job by now
-        first.write_text(json.dumps({"job": "1", "index": None, "name": "x", "cluster": "cluster", "study": "tiny2"}))
+        first.write_text(json.dumps({"job": "1", "index": None, "name": "x", "study": "tiny2"}))
         second.write_text("{")
         assert re.search(rf"{stages - 2} queued before, 2 submitted as [12] jobs", study.call("submit", *more[:-2]))
     finally:

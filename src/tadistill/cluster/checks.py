@@ -113,6 +113,8 @@ def slurm(site: str | None) -> Check:
     """The commands that `submit` and `status` call."""
     absent = [name for name in _SLURM if shutil.which(name) is None]
     if not absent:
+        if _ask("squeue", "--me", "--noheader") is None:
+            return Check("slurm", "problem", "its controller does not answer", "look whether `squeue --me` works; ask the site's people")
         return Check("slurm", "ok", (_ask("sbatch", "--version") or "").strip() or "here")
     if len(absent) == len(_SLURM) and site is None:
         return Check("slurm", "ok", "none (only `tadistill submit` needs it)")

@@ -59,16 +59,20 @@ def submit(
     from tadistill.config import load
     from tadistill.study.store import runs_directory
 
-    submit_recipe(
-        load(recipe, overrides or []),
-        text=recipe.read_text(encoding="utf-8"),
-        command=shlex.join(["tadistill", *sys.argv[1:]]),
-        cluster=cluster,
-        account=account,
-        runs=runs_directory(runs),
-        dry_run=dry_run,
-        console=console,
-    )
+    try:
+        submit_recipe(
+            load(recipe, overrides or []),
+            text=recipe.read_text(encoding="utf-8"),
+            command=shlex.join(["tadistill", *sys.argv[1:]]),
+            cluster=cluster,
+            account=account,
+            runs=runs_directory(runs),
+            dry_run=dry_run,
+            console=console,
+        )
+    except KeyboardInterrupt:
+        console.print("interrupted; jobs that were submitted go on, and the same command submits the rest")
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -79,7 +83,7 @@ def status(study: StudyName, runs: Runs = None) -> None:
     from tadistill.study.store import Store, runs_directory
 
     root = runs_directory(runs)
-    console.print(show(find_study(study, root), Store(root / "store")))
+    console.print(show(find_study(study, root), Store(root / "store"), console.width))
 
 
 @app.command()

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tadistill.cluster import profile as profiles
-from tadistill.cluster.fetch import missing
+from tadistill.cluster.fetch import missing, moved
+from tadistill.cluster.status import again, shortened
 from tadistill.cluster.submit import Sent, Submission
 from tadistill.config import Recipe
 from tadistill.errors import ConfigError
@@ -31,33 +32,41 @@ def submit(
     if absent := missing(recipe, runs):
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         raise ConfigError(f"jobs have no network, and {absent[0]}{more}")
+    for change in moved(recipe, runs):
+        console.print(change, highlight=False, soft_wrap=True)
     check_data(recipe)
     plan = make_plan(recipe)
     submission = Submission(plan, profile, runs, account=account)
-    done = len(plan.stages) - len(submission.todo)
     if dry_run:
         for sent, script in submission.scripts():
             console.print(f"# {sent.id}: {sent.text}", soft_wrap=True, highlight=False, markup=False)
             console.print(f"{script}\n", soft_wrap=True, highlight=False, markup=False)
         return
-    if submission.todo:
-        from tadistill.study.preflight import check_inputs  # imports transformers: tokenizers and encodings
 
-        check_inputs(recipe)
-    study = save_plan(plan, runs, recipe_text=text, command=command)
-    table = _table()
-    sent = submission.run(lambda each: _row(table, each))
+    def ready(anything: bool) -> None:
+        if anything:
+            from tadistill.study.preflight import check_inputs  # imports transformers: tokenizers and encodings
+
+            check_inputs(recipe)
+        save_plan(plan, runs, recipe_text=text, command=command)
+
+    table, wide = _table(), max(24, (console.width - 40) // 2)
+    sent, waiting = submission.run(ready, lambda each: _row(table, each, wide))
     if sent:
         console.print(table)
     jobs, stages = sum(len(each.jobs) for each in sent), sum(len(job.stages) for each in sent for job in each.jobs)
-    waiting = len(submission.todo) - stages
+    done = len(plan.stages) - waiting - stages
     console.print(
         f"{recipe.study} on {profile.name}: {len(plan.stages)} stages, of them {done} done, {waiting} queued before, "
         f"{stages} submitted as {jobs} jobs",
         highlight=False,
     )
+    study = runs / recipe.study
     if sent:
-        console.print(f"tadistill status {study.name}", highlight=False)
+        report = "a job writes the report when all have ended; " if submission.requests.report() else ""
+        console.print(f"{report}{again('status', study)}", highlight=False, soft_wrap=True)
+    elif done == len(plan.stages):
+        console.print(f"all stages are done: {again('report', study)}", highlight=False, soft_wrap=True)
 
 
 def _table() -> Table:
@@ -67,11 +76,11 @@ def _table() -> Table:
     return table
 
 
-def _row(table: Table, sent: Sent) -> None:
+def _row(table: Table, sent: Sent, wide: int) -> None:
     request = sent.request
     gpu = f"{request.nodes * request.gpus} x {request.gpu}" if request.gpu else "–"
     job = f"{sent.id}_[0-{len(sent.jobs) - 1}]" if len(sent.jobs) > 1 else sent.id
-    table.add_row(job, gpu, f"{request.minutes / 60:.3g}", sent.settings.get("dependency", ""), sent.text)
+    table.add_row(job, gpu, f"{request.minutes / 60:.3g}", sent.settings.get("dependency", ""), shortened(sent.text, wide))
 
 
 def _cluster(given: str | None) -> str:

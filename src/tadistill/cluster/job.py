@@ -6,6 +6,7 @@ whose handler queues the job again under the same id; or, where jobs may not do 
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -14,10 +15,9 @@ from typing import Any, NoReturn
 
 from tadistill.errors import Interrupted, StageFailed, TadistillError
 from tadistill.study.interruption import StopFlag
-from tadistill.study.store import Store
+from tadistill.study.store import FAILURE, Store
 from tadistill.study.task import Task
 
-FAILURE = "failure.txt"  # beside a stage's other files while it is not finished: why it failed last
 _EVERY = 30.0  # seconds between two lines of progress in the log
 
 
@@ -55,27 +55,34 @@ class StageJob:
             failure.unlink(missing_ok=True)
         say(f"{task.label} ({task.key})")
         try:
-            run_stage(task, progress=_Log(), alarm=lambda text: say(f"alarm: {text}"), stop=stop)
-        except Interrupted as reason:
-            say(str(reason))
-            self._go_on_later(stop)
+            try:
+                run_stage(task, progress=_Log(), alarm=lambda text: say(f"alarm: {text}"), stop=stop)
+            except Interrupted as reason:
+                say(str(reason))
+                self._go_on_later(stop)
         except Exception as error:
             reason = str(error) if isinstance(error, TadistillError) else f"{type(error).__name__}: {error}"
-            if _first():
-                failure.parent.mkdir(parents=True, exist_ok=True)
+            failure.parent.mkdir(parents=True, exist_ok=True)
+            if not failure.exists():  # what failed first, on whatever rank
                 failure.write_text(f"{reason}\n", encoding="utf-8")
-            say(f"failed: {reason}")
+            print(f"failed: {reason}", flush=True)
             raise
         say("finished")
 
     def _go_on_later(self, stop: StopFlag) -> NoReturn:
         """The state is saved: be queued again, or leave the rest to the next segment."""
-        if stop.received != signal.SIGUSR2:  # cancelled, or preempted by a site that queues again by itself
+        if stop.received == signal.SIGTERM:  # cancelled, or preempted by a site that queues again by itself
             sys.exit(128 + signal.SIGTERM)
         if not self.chain:
             if not _first():
                 time.sleep(3600)  # the requeue ends this process; to leave now could end the first one before it has asked for that
-            stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)  # ends this process
+            try:
+                stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)  # ends this process
+            except subprocess.SubprocessError as error:
+                raise StageFailed(
+                    f"Slurm did not queue the job again ({error}); its state is saved, so submit the study again, and where the site "
+                    "forbids it set `resume: chain` in the cluster's profile"
+                ) from error
             sys.exit(1)
         if os.environ.get("SLURM_ARRAY_TASK_ID") == os.environ.get("SLURM_ARRAY_TASK_MAX"):
             raise StageFailed("the last segment of the chain ended before the stage did; its state is saved, so submit the study again")

@@ -73,10 +73,8 @@ class Profile(Strict):
     """Of compute nodes. Jobs never use it; it says whether trackers can send."""
     home: Literal["writable", "read-only", "no-jobs"] = "writable"
     """In jobs: read-only means that runs must lie elsewhere; no-jobs that the site refuses jobs submitted from there."""
-    submit_from_jobs: bool = True
-    """Whether compute nodes may call Slurm; a job cannot requeue itself where they may not."""
     resume: Literal["requeue", "chain"] = "requeue"
-    """After a time limit a job queues itself again, or (chain) the next of several segments goes on."""
+    """After a time limit a job queues itself again; or, where compute nodes may not call Slurm, the next of several segments goes on."""
     modules: tuple[str, ...] = ()
     """Loaded in every job, in this order."""
     setup: tuple[str, ...] = ()

@@ -2,12 +2,12 @@
 
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, TadistillError
 
-_SECONDS = 60
+_SECONDS = 30
 _NEVER = "DependencyNeverSatisfied"
 
 
@@ -47,13 +47,24 @@ def ended(ids: Iterable[str]) -> dict[str, Entry]:
     found = {f[0]: Entry(f[0], f[1].split()[0], f[2], f[3]) for f in lines if len(f) == 4 and f[1]}
     if not found:  # accounting is off: the controller remembers for a while
         found = _squeue("--states=all", f"--jobs={roots}", strict=False)
-    return {i: found[i] for i in wanted if i in found}
+    return {i: entry for i in wanted if (entry := found.get(i) or _of_segments(i, found))}
+
+
+def _of_segments(id: str, found: Mapping[str, Entry]) -> Entry | None:
+    """A chain as a whole: its first segment that did not end well, else its last."""
+    segments = [entry for i, entry in found.items() if i.startswith(f"{id}_")]
+    return next((entry for entry in segments if entry.state != "COMPLETED"), segments[-1] if segments else None)
 
 
 def cancel(ids: Iterable[str]) -> None:
-    """Cancel jobs; those that have ended meanwhile are no mistake."""
-    if wanted := sorted(ids):
-        _run(["scancel", "--quiet", *wanted])
+    """Cancel jobs; those that have ended meanwhile are no mistake.
+
+    Raises:
+        TadistillError: Slurm did not take it.
+    """
+    wanted = sorted(ids)
+    if wanted and _run(["scancel", "--quiet", *wanted]) is None:
+        raise TadistillError(f"scancel failed for {', '.join(wanted)}; look at `squeue --me`, and cancel them by hand")
 
 
 def _squeue(*options: str, strict: bool = True) -> dict[str, Entry]:
@@ -61,8 +72,7 @@ def _squeue(*options: str, strict: bool = True) -> dict[str, Entry]:
     if out is None:
         if strict:
             raise ConfigError(
-                "squeue does not answer, so the state of jobs is not known; run this on a login node of the cluster, "
-                "or look at the scripts with --dry-run"
+                "squeue does not answer, so the state of jobs is not known; run this on a login node of the cluster, where squeue works"
             )
         return {}
     lines = [line.strip().split("|") for line in out.splitlines()]

@@ -7,22 +7,20 @@ from typing import Any
 
 from tadistill.cluster.jobs import Place
 from tadistill.cluster.queue import Entry
-from tadistill.study.store import Store, write_json
-
-_FILE = "job.json"
+from tadistill.study.store import RECORD, Store, key_of, write_json
 
 
-def write(store: Store, key: str, place: Place, name: str, cluster: str, study: str) -> None:
-    """Note where a stage's job is."""
-    record = {"job": place.job, "index": place.index, "name": name, "cluster": cluster, "study": study}
-    write_json(store.folder(key) / _FILE, record)
+def write(store: Store, key: str, place: Place, name: str, study: str) -> None:
+    """Note where a stage's job is, and who submitted it."""
+    write_json(store.folder(key) / RECORD, {"job": place.job, "index": place.index, "name": name, "study": study})
 
 
 def read(store: Store, key: str) -> dict[str, Any] | None:
     """The record of a stage, or None. A damaged one counts as none: at worst there is a job too many, which finds the stage finished."""
-    path = store.folder(key) / _FILE
-    with contextlib.suppress(OSError, json.JSONDecodeError):
-        return json.loads(path.read_text(encoding="utf-8"))
+    path = store.folder(key) / RECORD
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if {"job", "index", "name", "study"} <= set(found) else None
     return None
 
 
@@ -31,21 +29,20 @@ def place(record: dict[str, Any]) -> Place:
     return Place(record["job"], record["index"])
 
 
-def live(record: dict[str, Any] | None, queue: dict[str, Entry], cluster: str) -> Entry | None:
-    """The queue's entry of a recorded job. An id that another job has by now, or that another cluster gave, is stale."""
-    if record is None or record["cluster"] != cluster:
-        return None
-    entries = [e for e in _entries(record, queue) if e.name == record["name"] and not e.hopeless]
-    return entries[0] if entries else None
+def entries(record: dict[str, Any], queue: dict[str, Entry]) -> list[Entry]:
+    """What the queue has of a recorded job: an element of an array, a job, or what is left of a chain of segments, the running one first.
 
-
-def _entries(record: dict[str, Any], queue: dict[str, Entry]) -> list[Entry]:
-    """An element of an array, a job, or what is left of a chain of segments, the running one first."""
+    An id that belongs to a job of another name was given again, so the record is stale.
+    """
     here = str(place(record))
-    if here in queue:
-        return [queue[here]]
     segments = [e for i, e in queue.items() if i.startswith(f"{here}_")] if record["index"] is None else []
-    return sorted(segments, key=lambda e: e.state != "RUNNING")
+    found = [queue[here]] if here in queue else sorted(segments, key=lambda e: e.state != "RUNNING")
+    return [e for e in found if e.name == record["name"]]
+
+
+def live(record: dict[str, Any] | None, queue: dict[str, Entry]) -> Entry | None:
+    """The queue's entry of a recorded job that runs or will run."""
+    return next((e for e in entries(record, queue) if not e.hopeless), None) if record else None
 
 
 def jobs_folder(study: Path) -> Path:
@@ -53,7 +50,6 @@ def jobs_folder(study: Path) -> Path:
     return study.resolve() / "jobs"
 
 
-def log_file(study: Path, record: dict[str, Any]) -> Path:
-    """A job's log."""
-    name = record["job"] if record["index"] is None else f"{record['job']}_{record['index']}"
-    return jobs_folder(study) / f"{name}_0_log.out"
+def report_name(study: Path) -> str:
+    """What Slurm calls the job that writes a study's report; studies of one name in two folders are two."""
+    return f"report-{study.name}-{key_of(str(study.resolve()))[:6]}"

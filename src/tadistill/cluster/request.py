@@ -29,6 +29,7 @@ _USED = {"training": 0.15, "sampling": 0.01}
 _CPU_TFLOPS = 0.02
 _EVALUATION_HOURS = 0.5
 _UNKNOWN_HOURS = 3.0
+_CHAIN_HOURS = 3.0  # at least, for a segment: a chain cannot be made longer when the estimate was too short
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,13 @@ class Requests:
                 )
             limit = wanted.hours
         else:
-            limit = min(profile.piece_hours, profile.max_hours, max(profile.min_hours, 1.5 * hours, 1.0))
+            least = _CHAIN_HOURS if profile.resume == "chain" else 1.0
+            limit = min(profile.piece_hours, profile.max_hours, max(profile.min_hours, 1.5 * hours, least))
         return math.ceil(60 * limit), max(1, math.ceil(1.5 * hours / limit))
 
     def _hours(self, stage: Stage, wanted: Resources, gpu: Gpu | None) -> float:
         """An estimate: measured speeds, else a share of the device's peak."""
-        if stage.kind in ("evaluate", "analyse"):
+        if stage.kind in ("evaluate", "analyse", "temper"):
             return _EVALUATION_HOURS
         if gpu and (seconds := throughput.seconds(stage.cost, self.speeds.get(gpu.device, {}))) is not None:
             return seconds / 3600 / wanted.processes

@@ -12,21 +12,22 @@ from typing import Any
 
 from tadistill.cluster.profile import Profile
 from tadistill.cluster.request import Request
+from tadistill.models.files import cache_root
 
 _TIMEOUTS = 50  # requeues at time limits: a stage ends by its own budget
-_PASSED_ON = ("TADISTILL_DATA", "TADISTILL_CACHE", "HF_HOME", "HF_HUB_CACHE")
+_PASSED_ON = ("TADISTILL_DATA", "HF_HUB_CACHE")
 
 
 def parameters(name: str, request: Request, profile: Profile, *, account: str | None, dependency: str | None) -> dict[str, Any]:
     """What submitit's Slurm executor is told."""
-    more: dict[str, Any] = {"requeue" if profile.resume == "requeue" else "no-requeue": True}
+    more: dict[str, Any] = {"requeue" if profile.resume == "requeue" else "no-requeue": True, "kill-on-invalid-dep": "yes"}
     found: dict[str, Any] = {
         "job_name": name,
         "time": request.minutes,
         "nodes": request.nodes,
         "ntasks_per_node": request.tasks,
         "cpus_per_task": request.cpus,
-        "signal_delay_s": profile.signal_seconds,
+        "signal_delay_s": min(profile.signal_seconds, 60 * request.minutes // 4),
         "stderr_to_stdout": True,
         "wckey": None,
         "setup": _setup(request, profile),
@@ -52,12 +53,12 @@ def parameters(name: str, request: Request, profile: Profile, *, account: str | 
 
 def _setup(request: Request, profile: Profile) -> list[str]:
     """Shell before the work: modules, no network, threads, and where the ranks meet."""
-    lines = [f"module load {' '.join(profile.modules)}"] if profile.modules else []
+    lines = [f"module load {shlex.join(profile.modules)}"] if profile.modules else []
     lines += ["export HF_HUB_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TOKENIZERS_PARALLELISM=false"]
     if profile.internet != "full":
         lines += ["export WANDB_MODE=offline"]
-    # a site may start jobs with an empty environment
-    lines += [f"export {name}={shlex.quote(os.environ[name])}" for name in _PASSED_ON if name in os.environ]
+    # by their places here: a site may start jobs with an empty environment, or with caches of their own
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in _places().items()]
     # since 22.05 srun does not take --cpus-per-task over from sbatch
     lines += ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK"]
     if request.tasks * request.nodes > 1:
@@ -66,6 +67,13 @@ def _setup(request: Request, profile: Profile) -> list[str]:
             "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000)) TORCH_NCCL_ASYNC_ERROR_HANDLING=1",
         ]
     return [*lines, *profile.setup]
+
+
+def _places() -> dict[str, str]:
+    """Where models and data lie."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    found = {"HF_HOME": os.environ.get("HF_HOME") or str(Path(base) / "huggingface"), "TADISTILL_CACHE": str(cache_root())}
+    return found | {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
 
 
 def script(folder: Path, elements: int, settings: dict[str, Any], *, python: str = sys.executable) -> str:

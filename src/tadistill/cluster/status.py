@@ -1,6 +1,7 @@
 """`tadistill status` and `tadistill cancel`: where a study's stages are, from the store, the queue and the logs. Imports no torch."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tadistill.cluster import queue, records
-from tadistill.cluster.job import FAILURE
 from tadistill.errors import StoreError
-from tadistill.study.store import Store
+from tadistill.study.store import FAILURE, Store, runs_directory
 
 _COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red"}
 
@@ -37,7 +37,7 @@ def rows(study: Path, store: Store) -> list[Row]:
     found = {s["key"]: records.read(store, s["key"]) for s in stages}
     open_ = {key: record for key, record in found.items() if record and not store.finished(key)}
     queued = queue.queued() if open_ else {}
-    live = {key: entry for key, record in open_.items() if (entry := records.live(record, queued, record["cluster"]))}
+    live = {key: entry for key, record in open_.items() if (entry := records.live(record, queued))}
     gone = queue.ended(str(records.place(record)) for key, record in open_.items() if key not in live)
     return [_row(s, store, found[s["key"]], live, gone) for s in stages]
 
@@ -63,40 +63,53 @@ def _row(
     return Row(label, job, "lost", "", "the job has left Slurm's memory; submit again")
 
 
-def show(study: Path, store: Store) -> Group:
-    """The table, and what to do next."""
+def again(verb: str, study: Path) -> str:
+    """A command on a study as it has to be typed here."""
+    place = "" if study.parent.resolve() == runs_directory().resolve() else f" --runs {study.parent}"
+    return f"tadistill {verb} {study.name}{place}"
+
+
+def shortened(label: str, width: int) -> str:
+    """A stage's label without what is in brackets, and cut in its middle: it ends in the seed."""
+    text = re.sub(r" \([^)]*\)", "", label)
+    if len(text) <= width:
+        return text
+    tail = min(width // 2, len(text) - text.rindex(",") if "," in text else 0)
+    return f"{text[: width - tail - 1]}…{text[len(text) - tail :]}"
+
+
+def show(study: Path, store: Store, width: int) -> Group:
+    """The table in so many columns, and what to do next."""
     found = rows(study, store)
     table = Table(box=None, title=study.name, title_justify="left", expand=True)
-    for column, width in {"stage": 20, "job": 8, "state": 9, "elapsed": 7, "last": 10}.items():
-        table.add_column(column, overflow="ellipsis", no_wrap=column != "last", min_width=width, ratio=1 if width > 9 else None)
+    for column, least in {"stage": 24, "job": 8, "state": 9, "elapsed": 7, "last": 10}.items():
+        table.add_column(column, overflow="ellipsis", no_wrap=column != "last", min_width=least, ratio=1 if column == "last" else None)
     for row in found:
         colour = _COLOUR.get(row.state, "dim")
-        table.add_row(escape(row.label), row.job, f"[{colour}]{row.state}[/]", row.elapsed, escape(row.last))
+        label = escape(shortened(row.label, max(24, width - 56)))
+        table.add_row(label, row.job, f"[{colour}]{row.state}[/]", row.elapsed, escape(row.last))
     counts = Counter(row.state for row in found)
-    return Group(table, "", ", ".join(f"{n} {state}" for state, n in counts.most_common()), _advice(counts, study.name))
+    return Group(table, "", ", ".join(f"{n} {state}" for state, n in counts.most_common()), _advice(counts, study))
 
 
-def _advice(counts: Counter[str], study: str) -> str:
+def _advice(counts: Counter[str], study: Path) -> str:
     if set(counts) == {"done"}:
-        return f"all stages are done: tadistill report {study}"
-    if {"pending", "running", "configuring", "completing", "requeued"} & set(counts):
-        return f"jobs are queued; tadistill cancel {study} ends them"
+        return f"all stages are done: {again('report', study)}"
+    if {"pending", "running", "configuring", "requeued"} & set(counts):
+        return f"jobs are queued; {again('cancel', study)} ends them"
     return "nothing is queued; the same `tadistill submit` goes on with what is missing"
 
 
 def cancel(study: Path, store: Store) -> int:
-    """Cancel a study's jobs, but for those that another study waits for as well; returns how many there were.
+    """Cancel the jobs that a study submitted; returns how many there were. Another study that waits for one has to be submitted again.
 
     A running stage saves its state first; a later submission goes on from it.
     """
     queued = queue.queued()
-    found = [
-        r for s in _stages(study) if not store.finished(s["key"]) and (r := records.read(store, s["key"])) and r["study"] == study.name
-    ]
-    jobs = {entry.id for record in found if (entry := records.live(record, queued, record["cluster"]))}
-    jobs |= {i for record in found for i in queued if record["index"] is None and i.startswith(f"{record['job']}_")}
-    report = {entry.id for entry in queued.values() if entry.name == f"report-{study.name}"}
-    queue.cancel(jobs | report)
+    unfinished = [s["key"] for s in _stages(study) if not store.finished(s["key"])]
+    found = [record for key in unfinished if (record := records.read(store, key)) and record["study"] == study.name]
+    jobs = {entry.id for record in found for entry in records.entries(record, queued)}
+    queue.cancel(jobs | {entry.id for entry in queued.values() if entry.name == records.report_name(study)})
     return len(jobs)
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from tadistill.cluster.request import Request, Requests
 from tadistill.errors import ConfigError, StageFailed
 from tadistill.study import throughput
 from tadistill.study.plan import Plan
-from tadistill.study.store import Store, write_json
+from tadistill.study.store import Store
 from tadistill.study.task import make_task
 
 _WAIT = 120  # seconds for another submission to end
@@ -63,7 +63,11 @@ class Submission:
         devices = {gpu.device for gpu in profile.gpus.values() if gpu.device}
         speeds = {device: throughput.load(self.store, plan.stages, 1, device) for device in devices}
         self.requests = Requests(plan, profile, speeds)
-        self.todo = [key for key in plan.stages if not self.store.finished(key)]
+
+    @property
+    def todo(self) -> list[str]:
+        """Stages that the store lacks now."""
+        return [key for key in self.plan.stages if not self.store.finished(key)]
 
     def jobs(self, keys: list[str]) -> list[Job]:
         """The jobs of these stages."""
@@ -80,8 +84,12 @@ class Submission:
                 places |= self._places(sent)
                 yield sent, sbatch.script(self._folder, self._elements(sent), sent.settings)
 
-    def run(self, tell: Any) -> list[Sent]:
-        """Submit; `tell` hears of every job.
+    def run(self, ready: Callable[[bool], None], tell: Callable[["Sent"], None]) -> tuple[list[Sent], int]:
+        """Submit. Returns what was sent, and how many stages are queued by earlier submissions.
+
+        Args:
+            ready: called before the first job, with whether there is one.
+            tell: hears of every job.
 
         Raises:
             ConfigError: the site refuses, or another submission is at work.
@@ -89,11 +97,13 @@ class Submission:
         with self._alone():
             queued = queue.queued()
             found = {key: records.read(self.store, key) for key in self.todo}
-            live = {key for key, record in found.items() if records.live(record, queued, self.profile.name)}
-            queue.cancel(i for i, entry in queued.items() if entry.hopeless and entry.name in {r["name"] for r in found.values() if r})
+            live = {key for key, record in found.items() if records.live(record, queued)}
+            hopeless = {e.id for record in found.values() if record for e in records.entries(record, queued) if e.hopeless}
+            queue.cancel(hopeless)
             places = {key: records.place(record) for key, record in found.items() if record and key in live}
-            jobs = self.jobs([key for key in self.todo if key not in live])
-            self._check_number(jobs, len(queued))
+            jobs = self.jobs([key for key in found if key not in live])
+            self._check_number(jobs, len(queued) - len(hopeless))
+            ready(bool(jobs))
             sent: list[Sent] = []
             for family in families(jobs):
                 for members, dependency in self._arrays(family, places):
@@ -102,7 +112,7 @@ class Submission:
                     tell(sent[-1])
             if sent:
                 self._report(places, queued)
-            return sent
+            return sent, len(live)
 
     # --- parts ----------------------------------------------------------------------------------------------------------
 
@@ -115,9 +125,11 @@ class Submission:
         return self.profile.resume == "chain"
 
     def _arrays(self, family: list[Job], places: dict[str, Place]) -> list[tuple[list[Job], str | None]]:
-        if self._chain:  # the array is the chain of one job's segments
-            return [part for job in family for part in arrays([job], places)]
-        return arrays(family, places)
+        if not self._chain:
+            return arrays(family, places)
+        # the array is the chain of one job's segments, of which one that is cut off may come before one that ends well
+        parts = [part for job in family for part in arrays([job], places)]
+        return [(members, dependency and dependency.replace("afterok:", "afterany:")) for members, dependency in parts]
 
     def _sent(self, id: str, members: list[Job], dependency: str | None) -> Sent:
         name, request = members[0].name, members[0].request
@@ -125,8 +137,12 @@ class Submission:
         return Sent(id, tuple(members), settings)
 
     def _elements(self, sent: Sent) -> int:
-        """Segments of a chain, one more than the estimate needs; else the jobs."""
-        return sent.request.pieces + 1 if self._chain else len(sent.jobs)
+        """Segments of a chain, or jobs."""
+        return self._segments(sent.request) if self._chain else len(sent.jobs)
+
+    def _segments(self, request: Request) -> int:
+        """Twice what the estimate needs, and one more: estimates are guesses, and segments after the end take seconds."""
+        return 2 * request.pieces + 1
 
     def _places(self, sent: Sent) -> dict[str, Place]:
         """Where the stages of a submitted job are."""
@@ -139,7 +155,7 @@ class Submission:
         job = self._sbatch(work * self._elements(sent) if self._chain else work, sent.settings, sent.text)
         sent = Sent(job, sent.jobs, sent.settings)
         for key, place in self._places(sent).items():
-            records.write(self.store, key, place, members[0].name, self.profile.name, self.plan.recipe.study)
+            records.write(self.store, key, place, members[0].name, self.plan.recipe.study)
         time.sleep(self.profile.pause)
         return sent
 
@@ -156,21 +172,19 @@ class Submission:
 
     def _report(self, places: dict[str, Place], queued: dict[str, queue.Entry]) -> None:
         """A job that writes the report after everything else, whatever became of it; an earlier one that still waits is cancelled."""
-        request, record = self.requests.report(), self.study / "report_job.json"
+        request, name = self.requests.report(), records.report_name(self.study)
         if request is None:
             return
-        name = f"report-{self.plan.recipe.study}"
         queue.cancel(i for i, entry in queued.items() if entry.name == name)
         parents = {p for key in places for p in self.plan.stages[key].parents.values()}
         last = sorted({str(place) for key, place in places.items() if key not in parents})
         after = f"afterany:{':'.join(last)}"
         settings = sbatch.parameters(name, request, self.profile, account=self.account, dependency=after) | {"array_parallelism": 256}
-        job = self._sbatch([ReportJob(str(self.study), str(self.store.root))], settings, "the report")
-        write_json(record, {"job": job, "name": name, "cluster": self.profile.name})
+        self._sbatch([ReportJob(str(self.study), str(self.store.root))], settings, "the report")
 
     def _check_number(self, jobs: list[Job], queued: int) -> None:
-        number = sum(job.request.pieces + 1 if self._chain else 1 for job in jobs)
-        if queued + number > self.profile.max_jobs:
+        number = sum(self._segments(job.request) if self._chain else 1 for job in jobs) + 1  # the report
+        if jobs and queued + number > self.profile.max_jobs:
             raise ConfigError(
                 f"{number} jobs beside {queued} that are queued are more than the {self.profile.max_jobs} of a user on {self.profile.name}"
                 "; submit fewer seeds or arms at a time (seeds=[10]), or wait"
@@ -222,10 +236,13 @@ def _example(profile: Profile) -> str:
 
 def _check_place(profile: Profile, runs: Path) -> None:
     """Runs, and where the site looks at it the current folder, lie where jobs may write."""
-    home = Path.home().resolve()
     if profile.home == "writable":
         return
-    for what, path in (("runs are", runs.resolve()), ("this folder is", Path.cwd())):
-        if path.is_relative_to(home) and (profile.home == "no-jobs" or what == "runs are"):
-            rule = "is read-only in jobs" if profile.home == "read-only" else "is not taken as a place for jobs"
-            raise ConfigError(f"{what} {path}, but the home folder {rule} on {profile.name}; go to $SCRATCH, or set --runs there")
+    closed = [Path.home().resolve()]
+    if profile.home == "read-only":
+        closed += [Path("/project"), *(Path(os.environ[name]).resolve() for name in ("PROJECT",) if os.environ.get(name))]
+    looked_at = {"runs are": runs.resolve()} | ({"this folder is": Path.cwd()} if profile.home == "no-jobs" else {})
+    for what, path in looked_at.items():
+        if any(path.is_relative_to(folder) for folder in closed):
+            rule = "home and project folders are read-only in jobs" if profile.home == "read-only" else "the site takes no jobs from home"
+            raise ConfigError(f"{what} {path}, but on {profile.name} {rule}; go to $SCRATCH, or set --runs there")

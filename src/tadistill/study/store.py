@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 MANIFEST = "manifest.json"
+RECORD = "job.json"  # which job of a cluster a stage was given
+FAILURE = "failure.txt"  # why a job failed last
+_NOT_ARTIFACTS = (MANIFEST, RECORD, FAILURE)
 _RESUME = ("state.pt", "state-before.pt", "best-*.pt", "*.tmp")
 _PARTS = "parts"
 _STAGE = "stage.json"
@@ -139,7 +142,7 @@ class Store:
     def finish(self, key: str, manifest: dict[str, Any]) -> None:
         """Put the manifest in place, with the digest of every file; then drop what only a resume needed."""
         folder = self.folder(key)
-        files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST and p.parent.name != _PARTS]
+        files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _NOT_ARTIFACTS and p.parent.name != _PARTS]
         resume = [p for p in files if any(fnmatch.fnmatch(p.name, pattern) for pattern in _RESUME)]
         kept = [p for p in files if p not in resume]
         write_json(folder / MANIFEST, manifest | {"files": {str(p.relative_to(folder)): _sha256(p) for p in kept}})

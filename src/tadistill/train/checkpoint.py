@@ -98,7 +98,7 @@ class Checkpoints:
             torch.save(vars(state), temporary)
             if self.sound and self.newest.exists():
                 os.replace(self.newest, self.before)
-        self.best_steps = [state.best_step, *self.best_steps[: int(self.sound)]]
+        self.best_steps = [state.best_step, *self.best_steps[:1]]
         self.sound = True
         self._drop_other_best()
         self.at = time.monotonic()
@@ -126,5 +126,5 @@ def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read what `save` wrote; `mmap` reads tensors only when they are used."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise StoreError(f"{path} is damaged ({str(error).splitlines()[0]})") from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:  # by where it is torn
+        raise StoreError(f"{path} is damaged ({(str(error) or type(error).__name__).splitlines()[0]})") from error

@@ -120,6 +120,7 @@ def train_stage(
             if stop or due:
                 run.save(state)
             if stop:
+                accelerator.wait_for_everyone()  # a rank that leaves early ends the others, and with them the save
                 raise Interrupted(f"stopped at update {state.step} of {steps}; the state is saved")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, state.step, steps)

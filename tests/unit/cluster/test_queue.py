@@ -9,7 +9,7 @@ from tadistill.cluster.jobs import Job, Place, arrays
 from tadistill.cluster.queue import Entry
 from tadistill.cluster.request import Request
 from tadistill.cluster.status import rows
-from tadistill.errors import ConfigError, StoreError
+from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.study.graph import Stage
 from tadistill.study.store import Store
 
@@ -47,22 +47,32 @@ def test_squeue_and_sacct_are_read(command):
     assert found["8"].hopeless
     command("sacct", "echo '3|CANCELLED by 0|00:10|a'; echo '4_0|TIMEOUT|01:00|b'")
     assert {i: e.state for i, e in queue.ended(["3", "4_0", "5"]).items()} == {"3": "CANCELLED", "4_0": "TIMEOUT"}
+    command("sacct", "echo '9_0|COMPLETED|00:10|x'; echo '9_1|FAILED|00:10|x'; echo '9_2|FAILED|00:00|x'")
+    assert queue.ended(["9"])["9"].id == "9_1"  # a chain
     command("sacct", "exit 1")  # accounting is off
     assert queue.ended(["7_1"])["7_1"].state == "RUNNING"
 
 
+def test_a_cancel_that_fails_says_so(command):
+    command("scancel", "exit 1")
+    with pytest.raises(TadistillError, match="scancel failed for 7_1, 8; look at `squeue --me`"):
+        queue.cancel(["8", "7_1"])
+
+
 def test_only_the_job_that_was_submitted_counts(tmp_path):
     store = Store(tmp_path)
-    records.write(store, "ab12", Place("7", 1), "distill-s-abc", "narval", "study")
+    records.write(store, "ab12", Place("7", 1), "distill-s-abc", "study")
     record = records.read(store, "ab12")
-    assert records.live(record, {"7_1": Entry("7_1", "RUNNING", "0:10", "distill-s-abc")}, "narval")
-    assert not records.live(record, {"7_1": Entry("7_1", "RUNNING", "0:10", "another")}, "narval")  # the id was given again
-    assert not records.live(record, {"7_1": Entry("7_1", "PENDING", "0:00", "distill-s-abc", "DependencyNeverSatisfied")}, "narval")
-    assert not records.live(record, {"7_1": Entry("7_1", "RUNNING", "0:10", "distill-s-abc")}, "fir")
-    assert not records.live(record, {}, "narval")
+    assert records.live(record, {"7_1": Entry("7_1", "RUNNING", "0:10", "distill-s-abc")})
+    assert not records.live(record, {"7_1": Entry("7_1", "RUNNING", "0:10", "another")})  # the id was given again
+    assert not records.live(record, {"7_1": Entry("7_1", "PENDING", "0:00", "distill-s-abc", "DependencyNeverSatisfied")})
+    for damaged in (b"{}", b"[]", b"3", b"{", b"\xff"):
+        (store.folder("ab12") / "job.json").write_bytes(damaged)
+        assert records.read(store, "ab12") is None
+    assert not records.live(record, {})
     segments = {"9_1": Entry("9_1", "PENDING", "0:00", "x"), "9_0": Entry("9_0", "RUNNING", "0:10", "x")}
-    chain = {"job": "9", "index": None, "name": "x", "cluster": "trillium"}
-    assert records.live(chain, segments, "trillium") == segments["9_0"]
+    chain = {"job": "9", "index": None, "name": "x", "study": "study"}
+    assert records.live(chain, segments) == segments["9_0"]
 
 
 def stage(key: str, kind: str = "sft", *, seed: int = 0, **parents: str) -> Stage:
@@ -91,7 +101,7 @@ def test_status_of_every_kind(command, tmp_path):
     stages = [{"key": key, "kind": "sft", "label": key, "steps": 10} for key in keys]
     (study / "plan.json").write_text(json.dumps({"stages": stages}))
     for i, key in enumerate(keys[:-1]):
-        records.write(store, key, Place(str(i)), key, "local", "study")
+        records.write(store, key, Place(str(i)), key, "study")
     store.finish("done", {"seconds": 3700.0})
     (store.folder("runs") / "metrics.jsonl").write_text('{"step": 4, "train/loss": 1.5, "train/lr": 1}\n{"step": 5, "tra')
     (store.folder("fail") / "failure.txt").write_text("it broke\n")

@@ -77,10 +77,12 @@ def test_accounts(monkeypatch):
 
 def test_home_is_no_place_for_jobs(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"the home folder is read-only in jobs on trillium; go to .SCRATCH, or set --runs there"):
+    with pytest.raises(ConfigError, match=r"on trillium home and project folders are read-only in jobs; go to .SCRATCH"):
         scripts("trillium", runs=tmp_path / "runs")
+    with pytest.raises(ConfigError, match="runs are /project/u/runs, but on trillium"):
+        scripts("trillium", runs=Path("/project/u/runs"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"this folder is .*, but the home folder is not taken as a place for jobs on rorqual"):
+    with pytest.raises(ConfigError, match=r"this folder is .*, but on rorqual the site takes no jobs from home"):
         scripts("rorqual")
     assert scripts("narval", runs=tmp_path / "runs")
 

@@ -26,6 +26,8 @@ def plan():
 def plain_environment(monkeypatch):
     for name in (*sbatch._PASSED_ON, "SBATCH_ACCOUNT", "SLURM_ACCOUNT", "CC_CLUSTER"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", "/scratch/hf")
+    monkeypatch.setenv("TADISTILL_CACHE", "/scratch/cache")
 
 
 def account(site: str) -> str | None:
@@ -73,7 +75,23 @@ def test_a_chain_has_an_array_of_segments_for_each_job(plan):
     found = scripts(plan, "trillium")
     assert all(len(sent.jobs) == 1 for sent, _ in found)
     assert all("%1\n" in text and "--no-requeue" in text for _, text in found)
-    assert not any("aftercorr" in text for _, text in found)
+    # segments that were cut off count as failed: children start after all and check their parents themselves
+    assert not any("aftercorr" in text or "afterok" in text for _, text in found)
+    assert any("afterany:@1" in text for _, text in found)
+
+
+def test_caches_are_named_in_the_script_and_quoted(plan, monkeypatch):
+    monkeypatch.setenv("HF_HOME", "/scratch/my hf; ls")
+    text = scripts(plan, "local")[0][1]
+    assert "export HF_HOME='/scratch/my hf; ls'\n" in text
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch/xdg")  # a job may find another one
+    assert "export HF_HOME=/scratch/xdg/huggingface\n" in scripts(plan, "local")[0][1]
+
+
+def test_a_short_job_is_told_in_time_to_have_worked_before():
+    text = scripts(make_plan(load(HERE / "recipe.yaml", ["resources={default: {hours: 0.1}}"])), "local")[0][1]
+    assert "--signal=USR2@90\n" in text
 
 
 def test_every_stage_is_in_one_job_and_parents_come_first(plan):

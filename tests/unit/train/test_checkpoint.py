@@ -126,3 +126,17 @@ def test_what_is_cut_short_while_written_leaves_the_old_file(tmp_path):
             raise error
     assert names(tmp_path) == ["a.pt"]
     assert checkpoint.load(tmp_path / "a.pt") == {"x": 1}
+
+
+def test_the_state_before_keeps_its_best_weights_after_a_damaged_one(tmp_path):
+    files = Checkpoints(tmp_path)
+    for step in (1, 2):
+        files.keep_best(step, {"w": torch.tensor(step)})
+        files.save(TrainState(step=step, best_step=step))
+    (tmp_path / "state.pt").write_bytes(b"torn")
+    again = Checkpoints(tmp_path)
+    assert again.load(lambda text: None).step == 1
+    again.keep_best(3, {"w": torch.tensor(3)})
+    again.save(TrainState(step=3, best_step=3))
+    (tmp_path / "state.pt").write_bytes(b"torn")
+    assert Checkpoints(tmp_path).load(lambda text: None).step == 1
