@@ -63,8 +63,11 @@ def cancel(ids: Iterable[str]) -> None:
         TadistillError: Slurm did not take it.
     """
     wanted = sorted(ids)
-    if wanted and _run(["scancel", "--quiet", *wanted]) is None:
-        raise TadistillError(f"scancel failed for {', '.join(wanted)}; look at `squeue --me`, and cancel them by hand")
+    if not wanted or _run(["scancel", "--quiet", *wanted]) is not None:
+        return
+    # it also fails where one of the jobs has ended meanwhile
+    if left := [i for i, entry in queued().items() if i in wanted and entry.state == "PENDING"]:
+        raise TadistillError(f"scancel failed for {', '.join(left)}; look at `squeue --me`, and cancel them by hand")
 
 
 def _squeue(*options: str, strict: bool = True) -> dict[str, Entry]:

@@ -106,8 +106,8 @@ def cancel(study: Path, store: Store) -> int:
     A running stage saves its state first; a later submission goes on from it.
     """
     queued = queue.queued()
-    unfinished = [s["key"] for s in _stages(study) if not store.finished(s["key"])]
-    found = [record for key in unfinished if (record := records.read(store, key)) and record["study"] == study.name]
+    # of finished stages as well: segments of their chains may be left
+    found = [record for s in _stages(study) if (record := records.read(store, s["key"])) and record["study"] == study.name]
     jobs = {entry.id for record in found for entry in records.entries(record, queued)}
     queue.cancel(jobs | {entry.id for entry in queued.values() if entry.name == records.report_name(study)})
     return len(jobs)

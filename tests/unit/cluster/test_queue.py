@@ -55,6 +55,8 @@ def test_squeue_and_sacct_are_read(command):
 
 def test_a_cancel_that_fails_says_so(command):
     command("scancel", "exit 1")
+    command("squeue", "echo '7_1|PENDING|0:00|x|Priority'; echo '8|PENDING|0:00|x|Priority'; echo '9|COMPLETING|0:10|x|None'")
+    queue.cancel(["9"])
     with pytest.raises(TadistillError, match="scancel failed for 7_1, 8; look at `squeue --me`"):
         queue.cancel(["8", "7_1"])
 
