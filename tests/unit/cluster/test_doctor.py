@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import stat
 from pathlib import Path
 
 import pytest
@@ -20,21 +19,6 @@ USAGE = """                            Description                Space         
                   /scratch (user2)              17.5 TB/18 TB              1/1000k
        /project (project def-prof)       9600 GB/9536 GB          0/500k
 """
-
-
-@pytest.fixture
-def programs(tmp_path, monkeypatch):
-    """A PATH of its own; call it with a name and a line of shell to put a program there."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-
-    def put(name: str, script: str) -> None:
-        path = folder / name
-        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-    return put
 
 
 def test_python():

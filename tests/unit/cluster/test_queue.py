@@ -16,46 +16,31 @@ from tadistill.study.store import Store
 REQUEST = Request(None, 0, 1, 1, 1, 1, 60, 1)
 
 
-@pytest.fixture
-def command(monkeypatch, tmp_path):
-    """Puts a script on an otherwise empty PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-
-    def make(name: str, text: str) -> None:
-        path = folder / name
-        path.write_text(f"#!/bin/sh\n{text}\n")
-        path.chmod(0o755)
-
-    return make
-
-
-def test_no_slurm_is_one_sentence(command):
+def test_no_slurm_is_one_sentence(programs):
     with pytest.raises(ConfigError, match="squeue does not answer, so the state of jobs is not known; run this on a login node"):
         queue.queued()
-    command("squeue", "exit 1")
+    programs("squeue", "exit 1")
     with pytest.raises(ConfigError, match="squeue does not answer"):
         queue.queued()
     assert queue.ended(["3"]) == {}
 
 
-def test_squeue_and_sacct_are_read(command):
-    command("squeue", "echo '7_1|RUNNING|1:02|distill-s-abc|None'; echo '8|PENDING|0:00|x|DependencyNeverSatisfied'; echo rubbish")
+def test_squeue_and_sacct_are_read(programs):
+    programs("squeue", "echo '7_1|RUNNING|1:02|distill-s-abc|None'; echo '8|PENDING|0:00|x|DependencyNeverSatisfied'; echo rubbish")
     found = queue.queued()
     assert found["7_1"] == Entry("7_1", "RUNNING", "1:02", "distill-s-abc", "None")
     assert found["8"].hopeless
-    command("sacct", "echo '3|CANCELLED by 0|00:10|a'; echo '4_0|TIMEOUT|01:00|b'")
+    programs("sacct", "echo '3|CANCELLED by 0|00:10|a'; echo '4_0|TIMEOUT|01:00|b'")
     assert {i: e.state for i, e in queue.ended(["3", "4_0", "5"]).items()} == {"3": "CANCELLED", "4_0": "TIMEOUT"}
-    command("sacct", "echo '9_0|COMPLETED|00:10|x'; echo '9_1|FAILED|00:10|x'; echo '9_2|FAILED|00:00|x'")
+    programs("sacct", "echo '9_0|COMPLETED|00:10|x'; echo '9_1|FAILED|00:10|x'; echo '9_2|FAILED|00:00|x'")
     assert queue.ended(["9"])["9"].id == "9_1"  # a chain
-    command("sacct", "exit 1")  # accounting is off
+    programs("sacct", "exit 1")  # accounting is off
     assert queue.ended(["7_1"])["7_1"].state == "RUNNING"
 
 
-def test_a_cancel_that_fails_says_so(command):
-    command("scancel", "exit 1")
-    command("squeue", "echo '7_1|PENDING|0:00|x|Priority'; echo '8|PENDING|0:00|x|Priority'; echo '9|COMPLETING|0:10|x|None'")
+def test_a_cancel_that_fails_says_so(programs):
+    programs("scancel", "exit 1")
+    programs("squeue", "echo '7_1|PENDING|0:00|x|Priority'; echo '8|PENDING|0:00|x|Priority'; echo '9|COMPLETING|0:10|x|None'")
     queue.cancel(["9"])
     with pytest.raises(TadistillError, match="scancel failed for 7_1, 8; look at `squeue --me`"):
         queue.cancel(["8", "7_1"])
@@ -96,7 +81,7 @@ def test_dependencies_of_arrays():
     assert (len(free[0]), free[1]) == (2, None)
 
 
-def test_status_of_every_kind(command, tmp_path):
+def test_status_of_every_kind(programs, tmp_path):
     study, store = tmp_path / "study", Store(tmp_path / "store")
     study.mkdir()
     keys = ["done", "runs", "wait", "fail", "gone", "lost", "none"]
@@ -107,8 +92,8 @@ def test_status_of_every_kind(command, tmp_path):
     store.finish("done", {"seconds": 3700.0})
     (store.folder("runs") / "metrics.jsonl").write_text('{"step": 4, "train/loss": 1.5, "train/lr": 1}\n{"step": 5, "tra')
     (store.folder("fail") / "failure.txt").write_text("it broke\n")
-    command("squeue", "case $* in *--me*) echo '1|RUNNING|0:05|runs|None'; echo '2|PENDING|0:00|wait|Dependency';; esac")
-    command("sacct", "echo '4|OUT_OF_MEMORY|00:10|gone'")
+    programs("squeue", "case $* in *--me*) echo '1|RUNNING|0:05|runs|None'; echo '2|PENDING|0:00|wait|Dependency';; esac")
+    programs("sacct", "echo '4|OUT_OF_MEMORY|00:10|gone'")
     found = {row.label: row for row in rows(study, store)}
     expected = ["done", "running", "pending", "failed", "out_of_memory", "lost", "not submitted"]
     assert {label: row.state for label, row in found.items()} == dict(zip(keys, expected, strict=True))
