@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, LlamaConfig, Trainer, TrainingArguments, set_seed
 
 from tadistill.data import tinyworld
 from tadistill.objectives import Head, Hidden, fused_divergence, jensen_shannon
@@ -14,8 +14,7 @@ class Distiller(Trainer):
         passes = [m(**inputs, output_hidden_states=True, logits_to_keep=1) for m in (model, teacher)]  # the loss makes its own logits
         states = [p.hidden_states[-1][:, :-1] for p in passes]
         heads = [Head(m.get_output_embeddings().weight) for m in (self.model, teacher)]  # add softcap or scale where a model has one
-        # Dividing the weights rather than their sum spares backward a second copy of the head's gradient.
-        weights = counted / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+        weights = counted / (counted.sum() if num_items_in_batch is None else num_items_in_batch)  # dividing the sum would copy a gradient
         loss, _ = fused_divergence(jensen_shannon, states[0], heads[0], Hidden(states[1], heads[1]), mask=weights, beta=0.5)
         return (loss, passes[0]) if return_outputs else loss
 
@@ -31,6 +30,7 @@ parser.add_argument("--teacher", help="by default both models are small and rand
 parser.add_argument("--student", help="a model with the teacher's tokenizer")
 parser.add_argument("--steps", type=int, default=150)
 options = parser.parse_args()
+set_seed(0)  # also of the random models
 tokenizer = AutoTokenizer.from_pretrained(options.teacher) if options.teacher else tinyworld.tokenizer()
 tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "right"  # left would shift GPT-2's positions
 teacher, student = load(options.teacher, 0.1).eval().requires_grad_(False), load(options.student, 0.02)
