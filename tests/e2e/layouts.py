@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from tests.e2e.on_policy import BATCH, ROUNDS, STEPS, _sampler
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tests.e2e.on_policy import BATCH, ROUNDS, STEPS, _sampler, model
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from tadistill.config.method import Method, Optim, Select, check_pairing
 from tadistill.data import tinyworld
@@ -136,17 +136,7 @@ def _model(seed: int, hidden: int, tokenizer: Any, tied: bool) -> PreTrainedMode
         config = GPT2Config(vocab_size=len(tokenizer), initializer_range=0.2, eos_token_id=tokenizer.eos_token_id, **sizes)
         config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0  # other processes see other dropout
         return GPT2LMHeadModel(config).eval()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden + 1,  # does not divide by 2
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        max_position_embeddings=64,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config).eval()
+    return model(seed, hidden, tokenizer, num_hidden_layers=2, initializer_range=0.3, intermediate_size=2 * hidden + 1)  # odd: cut unevenly
 
 
 def interrupted(directory: Path, case: Case) -> Found:

@@ -47,20 +47,20 @@ STEPS, BATCH = 8, 8  # two rounds of 16 rollouts, each for two epochs of two upd
 CASES = [(sampler, i) for sampler in SAMPLERS for i in range(3)]
 
 
-def model(seed: int, hidden: int, tokenizer) -> LlamaForCausalLM:
-    """A small model with sharp predictions, some of which end early."""
+def model(seed: int, hidden: int, tokenizer, **changes: Any) -> LlamaForCausalLM:
+    """A small model with sharp predictions, some of which end early; `changes` of its configuration."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        initializer_range=0.4,
-        max_position_embeddings=64,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "initializer_range": 0.4,
+        "max_position_embeddings": 64,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
 
 
 def train(

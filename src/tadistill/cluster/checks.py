@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from tadistill.cluster.fetch import missing, moved, size
+from tadistill.cluster.programs import ask
 from tadistill.config import Recipe
 from tadistill.errors import TadistillError
 
@@ -80,7 +81,7 @@ def wheelhouse(requirements: Iterable[str]) -> Check | None:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{r.name}{r.specifier}\n" for r in wanted))
         file.flush()
-        out = _ask("avail_wheels", "-r", file.name, "--not-available")
+        out = ask("avail_wheels", "-r", file.name, "--not-available")
     if out is None:
         return None
     words = {_plain(word) for word in re.findall(r"[\w.-]+", out)}
@@ -104,7 +105,7 @@ def _plain(name: str) -> str:
 
 def gpus() -> Check:
     """GPUs of this machine; a login node has none."""
-    out = _ask("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    out = ask("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     found = [line.strip() for line in (out or "").splitlines() if line.strip()]
     return Check("gpus", "ok", "; ".join(found) or "none (login nodes have none; jobs get theirs)")
 
@@ -113,9 +114,9 @@ def slurm(site: str | None) -> Check:
     """The commands that `submit` and `status` call."""
     absent = [name for name in _SLURM if shutil.which(name) is None]
     if not absent:
-        if _ask("squeue", "--me", "--noheader") is None:
+        if ask("squeue", "--me", "--noheader") is None:
             return Check("slurm", "problem", "its controller does not answer", "look whether `squeue --me` works; ask the site's people")
-        return Check("slurm", "ok", (_ask("sbatch", "--version") or "").strip() or "here")
+        return Check("slurm", "ok", (ask("sbatch", "--version") or "").strip() or "here")
     if len(absent) == len(_SLURM) and site is None:
         return Check("slurm", "ok", "none (only `tadistill submit` needs it)")
     return Check("slurm", "problem", f"not on PATH: {', '.join(absent)}", "go to a login node of the cluster")
@@ -142,10 +143,10 @@ def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
 
 def accounts() -> list[str]:
     """This user's accounts as Slurm lists them; the site's own endings for kinds of nodes are left out."""
-    out = _ask("sshare", "-U", "--noheader", "--parsable2", "--format=Account")
+    out = ask("sshare", "-U", "--noheader", "--parsable2", "--format=Account")
     if out is None:
         user = os.environ.get("USER", "")
-        out = _ask("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}", "format=account")
+        out = ask("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}", "format=account")
     names = [line.split("|")[0].strip() for line in (out or "").splitlines()]
     return sorted({re.sub(r"_(cpu|gpu)$", "", name) for name in names if name})
 
@@ -170,12 +171,12 @@ def modules(wanted: Iterable[str], environment: Mapping[str, str]) -> Check:
 
 def quota(places: Mapping[str, Path]) -> list[Check]:
     """What the site allows, where it says so: `diskusage_report`, else `lfs quota` of each place."""
-    report = _ask("diskusage_report")
+    report = ask("diskusage_report")
     if report is not None:
         lines = report.splitlines()
     else:
         user = os.environ.get("USER", "")
-        lines = [_lustre(place, _ask("lfs", "quota", "-q", "-u", user, str(_existing(path))) or "") for place, path in places.items()]
+        lines = [_lustre(place, ask("lfs", "quota", "-q", "-u", user, str(_existing(path))) or "") for place, path in places.items()]
     checks = []
     for line in lines:
         pairs = [(float(a) * _UNITS[u.lower()], float(b) * _UNITS[v.lower()]) for a, u, b, v in _OF.findall(line)]
@@ -278,14 +279,3 @@ def fetched(recipe: Recipe, runs: Path, site: str | None) -> Check:
     if changed:
         return Check("fetched", "warning", "; ".join(changed), "tadistill fetch RECIPE, which records the new commits")
     return Check("fetched", "ok", "everything is on this disk")
-
-
-def _ask(*command: str) -> str | None:
-    """What a program printed; None where it is not on PATH, fails or hangs."""
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, stdin=subprocess.DEVNULL)
-    except (subprocess.TimeoutExpired, OSError):
-        return None
-    return done.stdout if done.returncode == 0 else None

@@ -1,13 +1,11 @@
 """What Slurm knows of this user's jobs: one call to squeue, and one to sacct for jobs that have left the queue. Imports no torch."""
 
-import shutil
-import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from tadistill.cluster.programs import ask
 from tadistill.errors import ConfigError, TadistillError
 
-_SECONDS = 30
 _NEVER = "DependencyNeverSatisfied"
 
 
@@ -42,7 +40,7 @@ def ended(ids: Iterable[str]) -> dict[str, Entry]:
     if not wanted:
         return {}
     roots = ",".join(sorted({i.partition("_")[0] for i in wanted}))
-    out = _run(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={roots}", "--format=JobID,State,Elapsed,JobName"])
+    out = ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={roots}", "--format=JobID,State,Elapsed,JobName")
     lines = [line.split("|") for line in (out or "").splitlines()]
     found = {f[0]: Entry(f[0], f[1].split()[0], f[2], f[3]) for f in lines if len(f) == 4 and f[1]}
     if not found:  # accounting is off: the controller remembers for a while
@@ -63,7 +61,7 @@ def cancel(ids: Iterable[str]) -> None:
         TadistillError: Slurm did not take it.
     """
     wanted = sorted(ids)
-    if not wanted or _run(["scancel", "--quiet", *wanted]) is not None:
+    if not wanted or ask("scancel", "--quiet", *wanted) is not None:
         return
     # it also fails where one of the jobs has ended meanwhile
     if left := [i for i, entry in queued().items() if i in wanted and entry.state == "PENDING"]:
@@ -71,7 +69,7 @@ def cancel(ids: Iterable[str]) -> None:
 
 
 def _squeue(*options: str, strict: bool = True) -> dict[str, Entry]:
-    out = _run(["squeue", "--noheader", "--array", "--format=%i|%T|%M|%j|%r", *options])
+    out = ask("squeue", "--noheader", "--array", "--format=%i|%T|%M|%j|%r", *options)
     if out is None:
         if strict:
             raise ConfigError(
@@ -80,14 +78,3 @@ def _squeue(*options: str, strict: bool = True) -> dict[str, Entry]:
         return {}
     lines = [line.strip().split("|") for line in out.splitlines()]
     return {f[0]: Entry(*f) for f in lines if len(f) == 5}
-
-
-def _run(command: list[str]) -> str | None:
-    """What a command printed; None where it is missing, fails or hangs."""
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return None
-    return done.stdout if done.returncode == 0 else None

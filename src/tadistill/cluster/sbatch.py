@@ -12,7 +12,7 @@ from typing import Any
 
 from tadistill.cluster.profile import Profile
 from tadistill.cluster.request import Request
-from tadistill.models.files import cache_root
+from tadistill.models.files import cache_root, user_cache
 
 _TIMEOUTS = 50  # requeues at time limits: a stage ends by its own budget
 _PASSED_ON = ("TADISTILL_DATA", "HF_HUB_CACHE")
@@ -71,8 +71,7 @@ def _setup(request: Request, profile: Profile) -> list[str]:
 
 def _places() -> dict[str, str]:
     """Where models and data lie."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    found = {"HF_HOME": os.environ.get("HF_HOME") or str(Path(base) / "huggingface"), "TADISTILL_CACHE": str(cache_root())}
+    found = {"HF_HOME": os.environ.get("HF_HOME") or str(user_cache() / "huggingface"), "TADISTILL_CACHE": str(cache_root())}
     return found | {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
 
 

@@ -34,24 +34,27 @@ class Row:
 def rows(study: Path, store: Store) -> list[Row]:
     """All stages of a study, in the plan's order."""
     stages = _stages(study)
+    done = {s["key"] for s in stages if store.finished(s["key"])}
     found = {s["key"]: records.read(store, s["key"]) for s in stages}
-    open_ = {key: record for key, record in found.items() if record and not store.finished(key)}
+    open_ = {key: record for key, record in found.items() if record and key not in done}
     queued = queue.queued() if open_ else {}
     live = {key: entry for key, record in open_.items() if (entry := records.live(record, queued))}
     gone = queue.ended(str(records.place(record)) for key, record in open_.items() if key not in live)
-    return [_row(s, store, found[s["key"]], live, gone) for s in stages]
+    return [_finished(s, store, found[s["key"]]) if s["key"] in done else _row(s, store, found[s["key"]], live, gone) for s in stages]
+
+
+def _finished(stage: dict[str, Any], store: Store, record: dict[str, Any] | None) -> Row:
+    key, job = stage["key"], str(records.place(record)) if record else ""
+    return Row(stage["label"], job, "done", _time(store.manifest(key).get("seconds")), _metric(store.folder(key), stage))
 
 
 def _row(
     stage: dict[str, Any], store: Store, record: dict[str, Any] | None, live: dict[str, queue.Entry], gone: dict[str, queue.Entry]
 ) -> Row:
-    key, label = stage["key"], stage["label"]
-    job = str(records.place(record)) if record else ""
-    folder = store.folder(key)
-    if store.finished(key):
-        return Row(label, job, "done", _time(store.manifest(key).get("seconds")), _metric(folder, stage))
+    key, label, folder = stage["key"], stage["label"], store.folder(stage["key"])
     if record is None:
         return Row(label, "", "not submitted", "", _metric(folder, stage))
+    job = str(records.place(record))
     if key in live:
         state = live[key].state.lower()
         return Row(label, job, state, live[key].elapsed, _metric(folder, stage) if state == "running" else live[key].reason)

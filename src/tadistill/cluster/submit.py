@@ -179,7 +179,7 @@ class Submission:
         parents = {p for key in places for p in self.plan.stages[key].parents.values()}
         last = sorted({str(place) for key, place in places.items() if key not in parents})
         after = f"afterany:{':'.join(last)}"
-        settings = sbatch.parameters(name, request, self.profile, account=self.account, dependency=after) | {"array_parallelism": 256}
+        settings = sbatch.parameters(name, request, self.profile, account=self.account, dependency=after)
         self._sbatch([ReportJob(str(self.study), str(self.store.root))], settings, "the report")
 
     def _check_number(self, jobs: list[Job], queued: int) -> None:
@@ -240,7 +240,7 @@ def _check_place(profile: Profile, runs: Path) -> None:
         return
     closed = [Path.home().resolve()]
     if profile.home == "read-only":
-        closed += [Path("/project"), *(Path(os.environ[name]).resolve() for name in ("PROJECT",) if os.environ.get(name))]
+        closed += [Path("/project"), Path(os.environ.get("PROJECT") or "/project").resolve()]
     looked_at = {"runs are": runs.resolve()} | ({"this folder is": Path.cwd()} if profile.home == "no-jobs" else {})
     for what, path in looked_at.items():
         if any(path.is_relative_to(folder) for folder in closed):

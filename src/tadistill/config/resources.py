@@ -14,7 +14,8 @@ from tadistill.config.strict import Strict
 
 KINDS = ("sft", "distill", "temper", "generate", "signal", "evaluate", "analyse")
 """Kinds of stages, as `resources` names them."""
-_TRAINING = ("sft", "distill")
+TRAINING = ("sft", "distill")
+"""Those that several processes may share."""
 
 
 class Resources(Strict):
@@ -55,7 +56,7 @@ def resources_of(entries: dict[str, Resources], kind: str, model: str) -> Resour
     """
     names = ("default", kind, f"{kind} {model}")
     given = {f: getattr(entries[n], f) for n in names if n in entries for f in entries[n].model_fields_set}
-    if kind not in _TRAINING:  # one process each; `default` may ask for more, for the training stages
+    if kind not in TRAINING:  # one process each; `default` may ask for more, for the training stages
         given = {f: v for f, v in given.items() if f not in ("processes", "nodes", "parallel") and (f, v) != ("teacher", "sharded")}
     return Resources.model_validate(given)
 
@@ -68,5 +69,5 @@ def check_entries(entries: dict[str, Resources], models: dict[str, object]) -> N
             raise ValueError(f"resources.{name} is neither `default` nor a kind of stage; the kinds are {', '.join(KINDS)}")
         if model and model not in models:
             raise ValueError(f"resources.{name} names `{model}`, which is not a model; the recipe has {', '.join(models)}")
-        if kind in KINDS and kind not in _TRAINING and entry.processes > 1:
+        if kind in KINDS and kind not in TRAINING and entry.processes > 1:
             raise ValueError(f"resources.{name}.processes is {entry.processes}, but a stage of kind {kind} is one process; leave it out")

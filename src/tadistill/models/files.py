@@ -25,7 +25,12 @@ def cache_root() -> Path:
     """The folder of converted models: TADISTILL_CACHE, else tadistill in the user's cache folder."""
     if given := os.environ.get("TADISTILL_CACHE"):
         return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tadistill"
+    return user_cache() / "tadistill"
+
+
+def user_cache() -> Path:
+    """The user's cache folder, in which programs have theirs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
 def sha256(path: Path) -> str:

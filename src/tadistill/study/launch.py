@@ -20,6 +20,7 @@ import torch
 from tadistill.errors import ConfigError, Interrupted, StageFailed, TadistillError
 from tadistill.models.memory import keep_freed_memory
 from tadistill.study.execute import run_stage
+from tadistill.study.interruption import StopFlag
 from tadistill.study.task import Task
 
 _LAST_WORDS = 1.0
@@ -119,10 +120,8 @@ def _free_port() -> int:
 
 def _rank(task: Task, environment: dict[str, str], threads: int, asked: Any, pipe: Connection, parent: int) -> None:
     """One process of a stage, from its start to its end."""
-    signalled: list[int] = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which sets `asked`
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, lambda received, _: signalled.append(received))
+    flag = StopFlag(signal.SIGTERM, signal.SIGUSR2)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ.update(environment)
     torch.set_num_threads(threads)
@@ -134,7 +133,7 @@ def _rank(task: Task, environment: dict[str, str], threads: int, asked: Any, pip
             task,
             progress=lambda done, total, text: pipe.send((done, total, text)),
             alarm=pipe.send,
-            stop=lambda: bool(signalled) or asked.is_set(),
+            stop=lambda: flag() or asked.is_set(),
         )
     except Exception as error:  # whatever it is, the launcher says it and ends the others
         if not isinstance(error, Interrupted | TadistillError):

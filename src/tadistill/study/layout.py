@@ -1,7 +1,7 @@
 """Whether a stage can be laid out over its processes as the recipe's `resources` say. Imports no torch."""
 
 from tadistill.config import Method, Recipe
-from tadistill.config.resources import Resources, resources_of
+from tadistill.config.resources import TRAINING, Resources, resources_of
 from tadistill.config.sampling import DatasetSampler, OnPolicy, SpeculativeSampler, TeacherMixedSampler
 from tadistill.errors import ConfigError
 from tadistill.study.graph import Stage
@@ -14,7 +14,7 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
         ConfigError: the batch cannot be shared by the processes, or what must be whole on each would be cut.
     """
     given, spec = resources_of(recipe.resources, stage.kind, stage.model), stage.spec
-    if stage.kind not in ("sft", "distill"):
+    if stage.kind not in TRAINING:
         return given
     if spec["optim"]["batch"] % given.processes:
         raise ConfigError(
