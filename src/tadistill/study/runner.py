@@ -5,6 +5,7 @@ one stage only. They share nothing but the store. A worker whose parent dies end
 all of them (Slurm does that): running stages save their state and end.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -79,6 +80,7 @@ def _schedule(
     done = set(plan.stages) - set(todo)
     running: dict[Future, str] = {}
     failed: dict[str, BaseException] = {}
+    alive: set[int | None] = set()
     while True:
         ready = [
             k for k, s in todo.items() if k not in running.values() and k not in done | set(failed) and set(s.parents.values()) <= done
@@ -92,6 +94,9 @@ def _schedule(
         ended = wait(running, timeout=_POLL, return_when=FIRST_COMPLETED).done
         if flag.received:
             raise Stopped(flag.received)
+        before, alive = alive, {child.pid for child in multiprocessing.active_children()}
+        if before - alive:
+            _look_again(pool)
         for future in ended:
             key = running.pop(future)
             error = future.exception()
@@ -105,6 +110,12 @@ def _schedule(
             screen.end(key, _reason(error))
             if isinstance(error, BrokenProcessPool):  # the pool is gone, and with it what else was running
                 return failed
+
+
+def _look_again(pool: ProcessPoolExecutor) -> None:
+    """A worker has died. The pool does not see that of one that it started while it was waiting, until something else wakes it."""
+    with contextlib.suppress(BrokenProcessPool):
+        pool.submit(os.getpid)
 
 
 def _reason(error: BaseException) -> str:
