@@ -27,7 +27,7 @@ from tadistill.advise import Candidate, Edge, EdgeMeasures, Observation, advise
 from tadistill.advise.decide import Advice, decide
 from tadistill.advise.pairs import pair_up
 from tadistill.advise.predict import Predictions, predict
-from tadistill.paths import rules
+from tadistill.search import rules
 
 SEEDS, MARGIN, LEVEL = 3, 0.3, 0.95
 HISTORIES = (0, 3, 6, 12)

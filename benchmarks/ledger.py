@@ -28,7 +28,7 @@ import transformers
 from ledger_counted import FAMILIES, counted, shaped
 
 from tadistill.config import Recipe, validate
-from tadistill.study.plan import make_plan
+from tadistill.plan.arms import make_plan
 
 COLUMNS = ("predicted", "metered", "counted")
 SHAPES = {"t": (64, 3), "a": (48, 2), "s": (32, 2)}

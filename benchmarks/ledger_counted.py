@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from tadistill.study.execute import run_stage
-from tadistill.study.plan import Plan, Stage
-from tadistill.study.store import Store
-from tadistill.study.task import Task
+from tadistill.plan.arms import Plan, Stage
+from tadistill.plan.task import Task
+from tadistill.stages.execute import run_stage
+from tadistill.store import Store
 
 FAMILIES = ("gpt2", "llama")
 

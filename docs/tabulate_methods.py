@@ -9,8 +9,8 @@ A difference to the arm `kd` is called real where its paired 95 % interval exclu
 import sys
 from pathlib import Path
 
-from tadistill.report.collect import MEAN, Results, compare, read_results
 from tadistill.report.text import difference_text, summary_text
+from tadistill.results.collect import MEAN, Results, compare, read_results
 
 BASE = "kd"
 METRICS = {"fact_accuracy": "fact accuracy", "rouge_l": "Rouge-L", "reverse_kl": "KL(student ‖ teacher)"}

@@ -13,9 +13,9 @@ import jinja2
 import matplotlib.pyplot as plt
 from playwright.sync_api import sync_playwright
 
-from tadistill.report.collect import MEAN, Results, compare, primary_metric, read_results
-from tadistill.report.units import difference_text, flops_text, number, ratio_text, summary_text
-from tadistill.report.verdict import Comparison, comparisons
+from tadistill.results.collect import MEAN, Results, compare, primary_metric, read_results
+from tadistill.results.units import difference_text, flops_text, number, ratio_text, summary_text
+from tadistill.results.verdict import Comparison, comparisons
 
 STUDY = "tinyworld-all-paths"
 HERE = Path(__file__).parent

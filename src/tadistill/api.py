@@ -8,8 +8,8 @@ import numpy as np
 
 from tadistill.config import Data, Evaluate, Recipe, load
 from tadistill.report import write_report
-from tadistill.study.run import run as run_study
-from tadistill.study.store import runs_directory
+from tadistill.runner.study import run as run_study
+from tadistill.store import runs_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -52,21 +52,21 @@ def plan(
 ) -> None:
     """Show the stages: which are in the store, which would run, and what they cost (docs/compute.md)."""
     from tadistill.config import load
-    from tadistill.study import preview, throughput
-    from tadistill.study.plan import make_plan
-    from tadistill.study.store import Store, runs_directory
+    from tadistill.plan import preview, throughput
+    from tadistill.plan.arms import make_plan
+    from tadistill.store import Store, runs_directory
 
     loaded = load(recipe, overrides or [])
     store, accelerator = Store(runs_directory(runs) / "store"), None
     if measure:
-        from tadistill.study.run import fetch_models
+        from tadistill.runner.study import fetch_models
 
         fetch_models(loaded, console)
     found = make_plan(loaded)
     if measure:
         import torch
 
-        from tadistill.study.measure import measure as run_measure
+        from tadistill.runner.timing import measure as run_measure
 
         accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         speeds = run_measure(found, preview.threads(found), lambda text: console.print(f"timing {text}", highlight=False))
@@ -78,7 +78,7 @@ def plan(
 def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
     """Run a study here and write its report. Finished stages are reused; an interrupted run goes on."""
     from tadistill.config import load
-    from tadistill.study.store import runs_directory
+    from tadistill.store import runs_directory
 
     command = shlex.join(["tadistill", "run", str(recipe), *(overrides or [])])
     _run_and_report(load(recipe, overrides or []), recipe.read_text(encoding="utf-8"), command, runs_directory(runs))
@@ -87,7 +87,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> N
 def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Path:
     """Run a study, write its report, print its table; returns the study's directory."""
     from tadistill.report import summary_table, write_report
-    from tadistill.study.run import run as run_study
+    from tadistill.runner.study import run as run_study
 
     with _interruptible():
         study = run_study(loaded, runs=root, recipe_text=text, command=command, console=console)
@@ -101,8 +101,8 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
 def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
     """Train paths of the recipe's `search` until its strategy has chosen one, by dev values alone (docs/paths.md)."""
     from tadistill.config import load
-    from tadistill.study.search import search as find_path
-    from tadistill.study.store import runs_directory
+    from tadistill.search.command import search as find_path
+    from tadistill.store import runs_directory
 
     with _interruptible():
         find_path(load(recipe, overrides or []), runs=runs_directory(runs), console=console)
@@ -112,8 +112,8 @@ def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -
 def report(study: StudyName, runs: Runs = None) -> None:
     """Write report.html, report.md and results.json of a study from what the store holds."""
     from tadistill.report import summary_table, write_report
-    from tadistill.report.files import find_study
-    from tadistill.study.store import runs_directory
+    from tadistill.results.files import find_study
+    from tadistill.store import runs_directory
 
     root = runs_directory(runs)
     directory = find_study(study, root)
@@ -132,7 +132,7 @@ def advise(
     """Measure a recipe's models on dev prompts, price its paths, and say which is worth running, with evidence (docs/advise.md)."""
     from tadistill.advise.command import advise_recipe
     from tadistill.config import load
-    from tadistill.study.store import runs_directory
+    from tadistill.store import runs_directory
 
     chosen = overrides or []
     with _interruptible():
@@ -191,8 +191,8 @@ def _evaluate(
     models: list[str], on: str, seeds: str, teacher: str | None, settings: list[str] | None, runs: Path | None, verb: list[str]
 ) -> Path:
     from tadistill.config import parse
-    from tadistill.study.standalone import recipe_text
-    from tadistill.study.store import runs_directory
+    from tadistill.runner.standalone import recipe_text
+    from tadistill.store import runs_directory
 
     numbers = _parts(seeds)
     if not numbers or not all(part.isdigit() for part in numbers):
@@ -213,8 +213,8 @@ def export(
 ) -> None:
     """Copy a trained model out of the store, as a Hugging Face directory with a model card."""
     from tadistill.report.cards import export as export_model
-    from tadistill.report.files import find_study
-    from tadistill.study.store import runs_directory
+    from tadistill.results.files import find_study
+    from tadistill.store import runs_directory
 
     root = runs_directory(runs)
     export_model(find_study(study, root), root / "store", arm, seed, target)
@@ -251,7 +251,7 @@ def judge(
 ) -> None:
     """Have a language model rate the answers of a study (docs/judge.md). Replies are kept; the same command goes on."""
     from tadistill.judge import commands
-    from tadistill.study.store import runs_directory
+    from tadistill.store import runs_directory
 
     try:
         commands.judge(
@@ -279,7 +279,7 @@ def human(
 ) -> None:
     """Write a blind sheet of a study's answers for people to rate; with files, read their ratings back (docs/judge.md)."""
     from tadistill.judge import commands
-    from tadistill.study.store import runs_directory
+    from tadistill.store import runs_directory
 
     root = runs_directory(runs)
     if files:
@@ -294,7 +294,7 @@ def human(
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGUSR2 end the command with a message and the exit code of a shell (docs/interruptions.md)."""
-    from tadistill.study.interruption import Stopped, raising
+    from tadistill.runner.interruption import Stopped, raising
 
     try:
         with raising():

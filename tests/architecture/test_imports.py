@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 QUICK = [
     "import tadistill",
-    "import tadistill.config, tadistill.study.plan, tadistill.study.store, tadistill.report",
+    "import tadistill.config, tadistill.plan.arms, tadistill.store, tadistill.report",
     "from typer.testing import CliRunner; from tadistill.cli import app; CliRunner().invoke(app, ['--help'])",
     "from typer.testing import CliRunner; from tadistill.cli import app; "
     "found = CliRunner().invoke(app, ['plan', 'recipes/quickstart.yaml']); assert found.exit_code == 0, found.output",

@@ -19,14 +19,14 @@ import torch
 
 from tadistill.config import load
 from tadistill.errors import Interrupted
+from tadistill.plan.arms import Plan, make_plan, plan_probes
+from tadistill.plan.graph import with_ancestors
+from tadistill.plan.task import Task, make_task
 from tadistill.rollout import signals
-from tadistill.study import execute
-from tadistill.study.execute import run_stage
-from tadistill.study.graph import with_ancestors
-from tadistill.study.interruption import StopFlag
-from tadistill.study.plan import Plan, make_plan, plan_probes
-from tadistill.study.store import Store
-from tadistill.study.task import Task, make_task
+from tadistill.runner.interruption import StopFlag
+from tadistill.stages import execute
+from tadistill.stages.execute import run_stage
+from tadistill.store import Store
 
 RECIPE = Path(__file__).with_name("interrupted.yaml")
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGKILL)

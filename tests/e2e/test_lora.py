@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tadistill.config import validate
-from tadistill.study.execute import run_stage
-from tadistill.study.plan import Plan, make_plan
-from tadistill.study.store import Store
-from tadistill.study.task import make_task
+from tadistill.plan.arms import Plan, make_plan
+from tadistill.plan.task import make_task
+from tadistill.stages.execute import run_stage
+from tadistill.store import Store
 from tadistill.train.loop import Interrupted
 
 CONFIG = {

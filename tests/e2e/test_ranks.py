@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from tadistill.config import validate
 from tadistill.errors import ConfigError, Interrupted, StageFailed
-from tadistill.study.execute import run_stage
-from tadistill.study.launch import launch
-from tadistill.study.plan import make_plan
-from tadistill.study.preflight import check
-from tadistill.study.store import Store
-from tadistill.study.task import make_task
+from tadistill.plan.arms import make_plan
+from tadistill.plan.task import make_task
+from tadistill.runner.launch import launch
+from tadistill.runner.preflight import check
+from tadistill.stages.execute import run_stage
+from tadistill.store import Store
 
 STEPS = 40
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}

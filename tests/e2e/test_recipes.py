@@ -27,11 +27,11 @@ import tadistill
 from tadistill.config import load
 from tadistill.data.batch import Sequence, collate
 from tadistill.models.loading import load_model, load_tokenizer, shared_vocabulary
+from tadistill.plan.arms import Plan, make_plan
+from tadistill.plan.task import make_task
 from tadistill.rollout.generate import Mixture, sample
-from tadistill.study.execute import run_stage
-from tadistill.study.plan import Plan, make_plan
-from tadistill.study.store import Store
-from tadistill.study.task import make_task
+from tadistill.stages.execute import run_stage
+from tadistill.store import Store
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALL = sorted(RECIPES.rglob("*.yaml"))
@@ -240,7 +240,7 @@ def run_here(plan: Plan, store: Store, **_) -> None:
 
 @pytest.mark.parametrize("path", MINILLM, ids=lambda path: path.stem)
 def test_runs_end_to_end(path, data, stand_in, tmp_path, monkeypatch):
-    monkeypatch.setattr("tadistill.study.run.run_stages", run_here)
+    monkeypatch.setattr("tadistill.runner.study.run_stages", run_here)
     kind = next(k for k in FAMILIES if path.stem.startswith(k.removesuffix("2")))
     recipe = load(path)
     overrides = [*SMALL, f"data.root={data}"]

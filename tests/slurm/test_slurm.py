@@ -16,8 +16,8 @@ import pytest
 from tadistill.cluster import queue
 from tadistill.cluster.status import rows
 from tadistill.config import load
-from tadistill.study.plan import make_plan
-from tadistill.study.store import Store
+from tadistill.plan.arms import make_plan
+from tadistill.store import Store
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "unit" / "cluster" / "golden"

@@ -20,11 +20,11 @@ from tadistill.advise.terminal import show
 from tadistill.advise.words import lambda_sweeps, notes, rules
 from tadistill.config import Recipe
 from tadistill.config.method import NOT_COMPARABLE
-from tadistill.report.files import write_text
-from tadistill.study.plan import ProbePlan, make_plan
-from tadistill.study.run import describe, fetch_models
-from tadistill.study.runner import run_stages
-from tadistill.study.store import Store, write_json
+from tadistill.plan.arms import ProbePlan, make_plan
+from tadistill.results.files import write_text
+from tadistill.runner.study import describe, fetch_models
+from tadistill.runner.workers import run_stages
+from tadistill.store import Store, write_json
 
 NATS_PER_POINT = 1 / 30
 """A recipe's margin is in points; on the loss a margin of 0.3 points is taken as 0.01 nats."""
@@ -85,7 +85,7 @@ def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Console) -> N
     missing = [s for s in probes.plan.stages.values() if not store.finished(s.key)]
     if not missing:
         return
-    from tadistill.study.preflight import check  # imports transformers: not for a call that is all hits
+    from tadistill.runner.preflight import check  # imports transformers: not for a call that is all hits
 
     jobs = check(recipe)
     console.print(f"{recipe.study}: {len(probes.plan.stages)} stages to measure, {len(missing)} to run, {jobs} at a time", highlight=False)

@@ -6,7 +6,7 @@ from tadistill.advise.measures import Estimate, Measures
 from tadistill.advise.record import Report, plus_minus
 from tadistill.advise.words import sweep_text
 from tadistill.report.figures.style import GREY, GRID, PALETTE, LegendEntry, Look, axes, div, escaped, line
-from tadistill.report.units import metric_title
+from tadistill.results.units import metric_title
 
 _BLUE, _RED = "59,130,246", "224,71,91"
 _ADDS, _TAKES = "#E0475B", "#17A673"

@@ -12,7 +12,7 @@ from typing import Any
 from tadistill.advise.edges import Edge, EdgeMeasures, Observation, measures_from
 from tadistill.config.method import HIGHER_IS_BETTER, NOT_COMPARABLE
 from tadistill.errors import ConfigError, StoreError, TadistillError
-from tadistill.report.files import Arm, Plan, is_finished, load_plan, read_json, stage_dir
+from tadistill.results.files import Arm, Plan, is_finished, load_plan, read_json, stage_dir
 
 MEASURES = "advice.json"
 """Beside a study's plan.json: {"edges": [{"teacher", "learner", "measures": {name: value}}]}, as `edge_record` writes them."""

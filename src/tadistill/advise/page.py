@@ -13,7 +13,7 @@ from tadistill.advise.probes import TOP_K
 from tadistill.advise.record import TAGS, Report, plus_minus
 from tadistill.advise.terminal import basis_line, interval, signed, verdict_line
 from tadistill.advise.words import measure_name
-from tadistill.report import units
+from tadistill.results import units
 
 _COLUMNS = (
     ("KL(q ‖ p)", "nats/token", "reverse_kl"),

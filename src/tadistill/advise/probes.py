@@ -10,12 +10,12 @@ from tadistill.config import Arm, Recipe
 from tadistill.config.search import Search
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, StoreError
-from tadistill.paths import Path, count_paths
-from tadistill.study.choice import with_parents
-from tadistill.study.costs import Ledger
-from tadistill.study.plan import Plan, ProbePlan, make_plan, original_teacher, plan_probes
-from tadistill.study.search import affordable, check_order, path_flops
-from tadistill.study.store import Store
+from tadistill.plan.arms import Plan, ProbePlan, make_plan, original_teacher, plan_probes
+from tadistill.plan.costs import Ledger
+from tadistill.search import Path, count_paths
+from tadistill.search.choice import with_parents
+from tadistill.search.command import affordable, check_order, path_flops
+from tadistill.store import Store
 
 TOP_K = 16
 MOST_PATHS = 128

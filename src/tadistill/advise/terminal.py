@@ -9,7 +9,7 @@ from rich.text import Text
 from tadistill.advise import Advice, Option
 from tadistill.advise.measures import Pair
 from tadistill.advise.record import Report, plus_minus
-from tadistill.report.units import MINUS, TIMES, metric_title, parameters_text
+from tadistill.results.units import MINUS, TIMES, metric_title, parameters_text
 
 _STYLES = {"chain": "bold green", "direct": "bold", "inconclusive": "bold yellow"}
 Columns = tuple[tuple[str, str, int], ...]  # title, measure, decimals

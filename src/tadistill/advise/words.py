@@ -10,8 +10,8 @@ from tadistill.advise.measures import Measures
 from tadistill.advise.probes import TOP_K, Ladder
 from tadistill.config import Recipe
 from tadistill.config.method import NOT_COMPARABLE
-from tadistill.paths import Path
-from tadistill.paths.rules import Chosen, geometric_mean, lambda_tradeoff, performance_mean, size_law
+from tadistill.search import Path
+from tadistill.search.rules import Chosen, geometric_mean, lambda_tradeoff, performance_mean, size_law
 
 LEAST_MASS, HOPS = 0.9, (1.3, 4.0)
 

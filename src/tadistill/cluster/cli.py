@@ -21,7 +21,7 @@ def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) ->
     """Bring a recipe's models and data sets to this disk, on a login node; jobs then need no network."""
     from tadistill.cluster.fetch import fetch_recipe
     from tadistill.config import load
-    from tadistill.study.store import runs_directory
+    from tadistill.store import runs_directory
 
     fetch_recipe(load(recipe, overrides or []), runs_directory(runs), console)
 
@@ -36,7 +36,7 @@ def doctor(
     from tadistill.cluster import profile as profiles
     from tadistill.cluster.doctor import examine, table
     from tadistill.config import load
-    from tadistill.study.store import runs_directory
+    from tadistill.store import runs_directory
 
     name = cluster or next((n for n in profiles.names() if n == os.environ.get("CC_CLUSTER")), None)
     found = examine(runs=runs_directory(runs), recipe=load(recipe) if recipe else None, profile=profiles.load(name) if name else None)
@@ -57,7 +57,7 @@ def submit(
     """Submit a study's missing stages to Slurm. Twice submits nothing; after a failure, the branch that failed (docs/cluster.md)."""
     from tadistill.cluster.command import submit as submit_recipe
     from tadistill.config import load
-    from tadistill.study.store import runs_directory
+    from tadistill.store import runs_directory
 
     try:
         submit_recipe(
@@ -79,8 +79,8 @@ def submit(
 def status(study: StudyName, runs: Runs = None) -> None:
     """Where each stage of a submitted study is: its job, state, time and last metric."""
     from tadistill.cluster.status import show
-    from tadistill.report.files import find_study
-    from tadistill.study.store import Store, runs_directory
+    from tadistill.results.files import find_study
+    from tadistill.store import Store, runs_directory
 
     root = runs_directory(runs)
     console.print(show(find_study(study, root), Store(root / "store"), console.width))
@@ -90,8 +90,8 @@ def status(study: StudyName, runs: Runs = None) -> None:
 def cancel(study: StudyName, runs: Runs = None) -> None:
     """Cancel a study's jobs. What runs saves its state first; a later submission goes on from it."""
     from tadistill.cluster.status import cancel as cancel_jobs
-    from tadistill.report.files import find_study
-    from tadistill.study.store import Store, runs_directory
+    from tadistill.results.files import find_study
+    from tadistill.store import Store, runs_directory
 
     root = runs_directory(runs)
     console.print(f"{cancel_jobs(find_study(study, root), Store(root / 'store'))} jobs cancelled", highlight=False)

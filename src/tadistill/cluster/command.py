@@ -12,9 +12,9 @@ from tadistill.cluster.status import again, shortened
 from tadistill.cluster.submit import Sent, Submission
 from tadistill.config import Recipe
 from tadistill.errors import ConfigError
-from tadistill.study.costs import check_data
-from tadistill.study.plan import make_plan
-from tadistill.study.run import save_plan
+from tadistill.plan.arms import make_plan
+from tadistill.plan.costs import check_data
+from tadistill.runner.study import save_plan
 
 
 def submit(
@@ -45,7 +45,7 @@ def submit(
 
     def ready(anything: bool) -> None:
         if anything:
-            from tadistill.study.preflight import check_inputs  # imports transformers: tokenizers and encodings
+            from tadistill.runner.preflight import check_inputs  # imports transformers: tokenizers and encodings
 
             check_inputs(recipe)
         save_plan(plan, runs, recipe_text=text, command=command)

@@ -15,7 +15,7 @@ from tadistill.cluster import checks
 from tadistill.cluster.checks import Check
 from tadistill.cluster.profile import Profile
 from tadistill.config import Recipe
-from tadistill.models.files import cache_root
+from tadistill.disk import cache_root
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 

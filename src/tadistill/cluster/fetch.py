@@ -21,7 +21,7 @@ from tadistill.config import Recipe
 from tadistill.data import datasets, hub
 from tadistill.errors import StoreError, TadistillError
 from tadistill.models import sources
-from tadistill.study.store import runs_directory, write_json
+from tadistill.store import runs_directory, write_json
 
 _RECORD = "fetched.json"
 _WORKERS = 1

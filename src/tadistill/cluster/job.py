@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tadistill.errors import Interrupted, StageFailed, TadistillError
-from tadistill.study.interruption import StopFlag
-from tadistill.study.store import FAILURE, Store
-from tadistill.study.task import Task
+from tadistill.plan.task import Task
+from tadistill.runner.interruption import StopFlag
+from tadistill.store import FAILURE, Store
 
 _EVERY = 30.0  # seconds between two lines of progress in the log
 
@@ -37,7 +37,7 @@ class StageJob:
             self._run(task, stop)
         if "WORLD_SIZE" in os.environ:
             sys.stdout.flush()
-            os._exit(0)  # as `study.launch` ends its ranks: torch's own end sometimes aborts where other ranks are gone
+            os._exit(0)  # as `runner.launch` ends its ranks: torch's own end sometimes aborts where other ranks are gone
 
     def checkpoint(self) -> Any:
         """What submitit queues again: the same work, which goes on from what it saved."""
@@ -46,7 +46,7 @@ class StageJob:
         return DelayedSubmission(self)
 
     def _run(self, task: Task, stop: StopFlag) -> None:
-        from tadistill.study.execute import run_stage  # imports torch
+        from tadistill.stages.execute import run_stage  # imports torch
 
         failure = Store(Path(task.store)).folder(task.key) / FAILURE
         if self.chain and os.environ.get("SLURM_ARRAY_TASK_ID") != "0" and failure.is_file():

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from tadistill.cluster.request import Request
-from tadistill.study.graph import Stage
+from tadistill.plan.graph import Stage
 
 _MEASURING = ("evaluate", "analyse")
 

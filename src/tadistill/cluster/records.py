@@ -7,7 +7,7 @@ from typing import Any
 
 from tadistill.cluster.jobs import Place
 from tadistill.cluster.queue import Entry
-from tadistill.study.store import RECORD, Store, key_of, write_json
+from tadistill.store import RECORD, Store, key_of, write_json
 
 
 def write(store: Store, key: str, place: Place, name: str, study: str) -> None:

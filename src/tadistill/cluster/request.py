@@ -13,14 +13,14 @@ from typing import Any
 from tadistill.cluster.profile import Cpu, Gpu, Profile
 from tadistill.config.resources import Resources
 from tadistill.errors import ConfigError
-from tadistill.models.cost import spans
-from tadistill.models.memory import resident_bytes
-from tadistill.study import throughput
-from tadistill.study.costs import Ledger
-from tadistill.study.graph import Handle, Stage
-from tadistill.study.layout import layout
-from tadistill.study.plan import Plan
-from tadistill.study.throughput import Speeds
+from tadistill.models.counting.cost import spans
+from tadistill.models.counting.memory import resident_bytes
+from tadistill.plan import throughput
+from tadistill.plan.arms import Plan
+from tadistill.plan.costs import Ledger
+from tadistill.plan.graph import Handle, Stage
+from tadistill.plan.layout import layout
+from tadistill.plan.throughput import Speeds
 
 _SPARE = 0.9  # of a GPU's memory: the rest is CUDA's own, fragments and what an estimate misses
 _WORK = 2e9  # bytes for activations and caches of a stage that only evaluates

@@ -12,7 +12,7 @@ from typing import Any
 
 from tadistill.cluster.profile import Profile
 from tadistill.cluster.request import Request
-from tadistill.models.files import cache_root, user_cache
+from tadistill.disk import cache_root, user_cache
 
 _TIMEOUTS = 50  # requeues at time limits: a stage ends by its own budget
 _PASSED_ON = ("TADISTILL_DATA", "HF_HUB_CACHE")

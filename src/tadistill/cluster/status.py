@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tadistill.cluster import queue, records
 from tadistill.errors import StoreError
-from tadistill.study.store import FAILURE, Store, runs_directory
+from tadistill.store import FAILURE, Store, runs_directory
 
 _COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red"}
 

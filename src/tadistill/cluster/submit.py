@@ -20,10 +20,10 @@ from tadistill.cluster.jobs import Job, Place, arrays, bundles, families
 from tadistill.cluster.profile import Profile
 from tadistill.cluster.request import Request, Requests
 from tadistill.errors import ConfigError, StageFailed
-from tadistill.study import throughput
-from tadistill.study.plan import Plan
-from tadistill.study.store import Store
-from tadistill.study.task import make_task
+from tadistill.plan import throughput
+from tadistill.plan.arms import Plan
+from tadistill.plan.task import make_task
+from tadistill.store import Store
 
 _WAIT = 120  # seconds for another submission to end
 

@@ -1,6 +1,6 @@
 """Recipes: one frozen, closed description of a study (YAML by hand, JSON by machine).
 
-A recipe names models, data, a method and arms; `tadistill.study.plan` expands it into stages. Every part refuses unknown
+A recipe names models, data, a method and arms; `tadistill.plan.arms` expands it into stages. Every part refuses unknown
 keys, and every default lives in this package and nowhere else. Nothing here imports torch.
 """
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_serializer, model_validator
 
 from tadistill.config.arm import Arm
-from tadistill.config.decoding import Decoding
+from tadistill.config.common import Decoding
 from tadistill.config.method import Method, apply
 from tadistill.config.model import ModelConfig
 from tadistill.config.resources import Resources, check_entries

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tadistill.config.decoding import Decoding
+from tadistill.config.common import Decoding
 from tadistill.config.strict import Strict
 
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.errors import ConfigError, DataError, StoreError
-from tadistill.report.files import Arm, Plan, is_finished, load_plan, load_predictions, stage_dir
+from tadistill.results.files import Arm, Plan, is_finished, load_plan, load_predictions, stage_dir
 
 REFERENCE = "reference"  # the name under which the reference answers take part
 _ALPACA = re.compile(

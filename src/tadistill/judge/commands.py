@@ -18,7 +18,7 @@ from tadistill.judge.ratings import load_key, read_ratings, summarise_ratings
 from tadistill.judge.sheet import make_sheet, write_sheet
 from tadistill.judge.summary import summarise, write_summary
 from tadistill.judge.terminal import rows_table
-from tadistill.report.files import find_study
+from tadistill.results.files import find_study
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -15,8 +15,8 @@ import numpy as np
 
 from tadistill.errors import ConfigError, DataError
 from tadistill.judge.summary import Row, pair_rows
-from tadistill.report.collect import MEAN
-from tadistill.report.files import read_json
+from tadistill.results.collect import MEAN
+from tadistill.results.files import read_json
 from tadistill.statistics import macro_interval
 
 _NEEDED = ("item", "letter", "rating")

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from tadistill.errors import ConfigError
 from tadistill.judge.answers import Answers
-from tadistill.report.files import read_json, write_text
+from tadistill.results.files import read_json, write_text
 
 SCALE = (1, 5)
 COLUMNS = ("sheet", "item", "letter", "instruction", "input", "answer", "rating")

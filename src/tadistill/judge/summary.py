@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from tadistill.judge.answers import REFERENCE, Answers
 from tadistill.judge.asking import Scores, Verdicts
 from tadistill.judge.questions import Question
-from tadistill.report.collect import MEAN
-from tadistill.report.files import write_text
+from tadistill.results.collect import MEAN
+from tadistill.results.files import write_text
 from tadistill.statistics import macro_interval
 
 Array = NDArray[np.float64]

@@ -4,8 +4,8 @@
 imported by their own paths, so that planning on a login node never loads torch.
 """
 
-from tadistill.models.memory import check_memory, resident_bytes
-from tadistill.models.sizes import Size, Work, forward_flops, read_config, size_of, with_layers
+from tadistill.models.counting.memory import check_memory, resident_bytes
+from tadistill.models.counting.sizes import Size, Work, forward_flops, read_config, size_of, with_layers
 from tadistill.models.sources import Source, fetch, fingerprint, locate, parse
 
 __all__ = [

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tadistill.disk import writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
-from tadistill.models.files import writing
 from tadistill.models.noise import quiet
 from tadistill.models.scratch import scratch_config, scratch_model
 

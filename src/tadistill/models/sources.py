@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tadistill import disk as files
 from tadistill.errors import ModelError
-from tadistill.models import files, wheels
+from tadistill.models import wheels
 
 Kind = Literal["hub", "directory", "gguf", "wheel", "scratch"]
 

@@ -14,8 +14,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from tadistill import disk as files
 from tadistill.errors import ModelError
-from tadistill.models import files
 
 PREFIX = "wheel://"
 _PATTERN = re.compile(

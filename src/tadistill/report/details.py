@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tadistill.report.buckets import BUCKETS, bucket_size, bucket_summary, bucket_title
-from tadistill.report.collect import MEAN, Results, Summary, sets_with
 from tadistill.report.tables import StageRow, cost_rows, main_metrics, stage_rows
-from tadistill.report.units import DASH, flops_text, interval, metric_title, metric_unit, number, parameters_text, ratio_text, signed
-from tadistill.report.verdict import Comparison, comparisons
+from tadistill.results.buckets import BUCKETS, bucket_size, bucket_summary, bucket_title
+from tadistill.results.collect import MEAN, Results, Summary, sets_with
+from tadistill.results.units import DASH, flops_text, interval, metric_title, metric_unit, number, parameters_text, ratio_text, signed
+from tadistill.results.verdict import Comparison, comparisons
 
 _LANGUAGE = ("loss", "perplexity", "ece_tokens", "ece_labels", "label_accuracy")
 _TEXT = ("length", "repetition", "self_bleu", "distinct_1", "distinct_2", "distinct_4", "entropy", "exact_match")

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tadistill.report.buckets import BUCKETS, bucket_difference, bucket_title
-from tadistill.report.collect import LOWER_IS_BETTER, MEAN, Results, difference, direct_arm, ladder, sets_with, stack, summarise
-from tadistill.report.files import Arm
-from tadistill.report.units import metric_title, metric_unit, number, span, summary_text
-from tadistill.report.verdict import Comparison, comparisons
+from tadistill.results.buckets import BUCKETS, bucket_difference, bucket_title
+from tadistill.results.collect import LOWER_IS_BETTER, MEAN, Results, difference, direct_arm, ladder, sets_with, stack, summarise
+from tadistill.results.files import Arm
+from tadistill.results.units import metric_title, metric_unit, number, span, summary_text
+from tadistill.results.verdict import Comparison, comparisons
 from tadistill.statistics import Difference
 
 _HIGHER_IS_BETTER = ("fact_accuracy", "rouge_l", "exact_match", "label_accuracy")

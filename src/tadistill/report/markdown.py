@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 
 from tadistill.report import text
-from tadistill.report.collect import MEAN, Results, Summary, seeds_of
 from tadistill.report.details import Table, comparison_table, detail_tables
 from tadistill.report.explain import explain
 from tadistill.report.tables import ScoreTable, main_metrics, score_table, stage_rows, versions
-from tadistill.report.units import DASH, metric_title, summary_text
+from tadistill.results.collect import MEAN, Results, Summary, seeds_of
+from tadistill.results.units import DASH, metric_title, summary_text
 
 
 def render_markdown(results: Results) -> str:

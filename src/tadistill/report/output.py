@@ -7,10 +7,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from tadistill.report.collect import Results, Row, read_results
-from tadistill.report.files import write_text
 from tadistill.report.text import undecided_text, verdict_text
-from tadistill.report.verdict import Comparison, comparisons, pairs
+from tadistill.results.collect import Results, Row, read_results
+from tadistill.results.files import write_text
+from tadistill.results.verdict import Comparison, comparisons, pairs
 from tadistill.statistics import Difference
 
 

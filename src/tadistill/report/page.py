@@ -15,13 +15,13 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from tadistill.report import figures, text
-from tadistill.report.collect import MEAN, Results, primary_metric, seeds_of
-from tadistill.report.curves import learning_curves
 from tadistill.report.details import comparison_table, detail_tables
 from tadistill.report.explain import explain
-from tadistill.report.judgements import judgements
-from tadistill.report.samples import samples, shown_first
 from tadistill.report.tables import main_metrics, score_table, stage_rows, versions
+from tadistill.results.collect import MEAN, Results, primary_metric, seeds_of
+from tadistill.results.curves import learning_curves
+from tadistill.results.judgements import judgements
+from tadistill.results.samples import samples, shown_first
 
 # anchor, title, and what must not be empty for the section to appear
 _SECTIONS = (

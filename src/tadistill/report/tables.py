@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tadistill.report.collect import LOWER_IS_BETTER, MEAN, Results, Summary, direct_arm, primary_metric, sets_with
-from tadistill.report.files import Arm, Manifest, Stage, load_manifest
+from tadistill.results.collect import LOWER_IS_BETTER, MEAN, Results, Summary, direct_arm, primary_metric, sets_with
+from tadistill.results.files import Arm, Manifest, Stage, load_manifest
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tadistill.report import text
-from tadistill.report.collect import MEAN, Results, read_results
-from tadistill.report.samples import samples
 from tadistill.report.tables import cost_rows, main_metrics
-from tadistill.report.units import metric_title, ratio_text, summary_text
+from tadistill.results.collect import MEAN, Results, read_results
+from tadistill.results.samples import samples
+from tadistill.results.units import metric_title, ratio_text, summary_text
 
 _STYLES = {"gain": "green", "loss": "red", "caution": "yellow"}
 

@@ -1,15 +1,15 @@
 """Numbers and findings in words: what the page, the Markdown file and the terminal say alike.
 
-The verdict comes first. What makes a difference one, and when a gain is credited to a path, is `tadistill.report.verdict`'s rule;
+The verdict comes first. What makes a difference one, and when a gain is credited to a path, is `tadistill.results.verdict`'s rule;
 here it only gets words.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from tadistill.report.collect import MEAN, Results, Summary, primary_metric, sets_with
-from tadistill.report.files import Arm
-from tadistill.report.units import (
+from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
+from tadistill.results.files import Arm
+from tadistill.results.units import (
     DASH,
     MINUS,
     TIMES,
@@ -26,7 +26,7 @@ from tadistill.report.units import (
     span,
     summary_text,
 )
-from tadistill.report.verdict import SEEDS_FOR_A_CLAIM, Comparison, Pair, comparisons, competitors, pairs
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Pair, comparisons, competitors, pairs
 
 __all__ = [  # the page reads numbers and findings from here
     "DASH",

@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tadistill.config.decoding import Decoding
+from tadistill.config.common import Decoding
 
 _BLOCK = 64  # columns that the first level of a draw sees as one
 _BELOW_ONE = 1 - 2**-53  # the largest float64 below 1

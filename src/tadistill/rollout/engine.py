@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from transformers import PreTrainedModel
 
-from tadistill.config.decoding import Decoding
+from tadistill.config.common import Decoding
 from tadistill.rollout.generate import Mixture, Rollout, Speculation, sample
 
 

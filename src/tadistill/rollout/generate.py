@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tadistill.config.decoding import Decoding
+from tadistill.config.common import Decoding
 from tadistill.models.forward import tapped
 from tadistill.rollout import lazy, packed
 from tadistill.rollout.cache import COMPACT_BELOW, in_place_cache

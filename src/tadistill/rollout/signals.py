@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from tadistill.config.sampling import HiddenSignal, TopKSignal
 from tadistill.data.batch import Sequence, by_length, collate
+from tadistill.disk import replacing
 from tadistill.errors import StoreError
-from tadistill.models.files import replacing
 from tadistill.models.forward import Reader
 from tadistill.objectives import Head, Hidden, TopK, top_k
 

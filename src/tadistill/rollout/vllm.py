@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from tadistill.config.decoding import Decoding
+from tadistill.config.common import Decoding
 from tadistill.errors import ConfigError
 from tadistill.rollout.generate import Mixture, Rollout, Speculation
 

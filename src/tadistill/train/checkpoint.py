@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from tadistill.disk import replacing
 from tadistill.errors import StoreError
-from tadistill.models.files import replacing
 
 _SECONDS = 30.0
 _SHARE = 20  # a save takes at most a twentieth of the time since the one before

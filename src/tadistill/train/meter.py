@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tadistill.data.batch import Batch
-from tadistill.models.adapters import training_flops, with_adapters
-from tadistill.models.cost import Part
+from tadistill.models.counting.adapters import training_flops, with_adapters
+from tadistill.models.counting.cost import Part
+from tadistill.models.counting.sizes import Work, forward_flops, size_of
 from tadistill.models.lora import adapters_in
-from tadistill.models.sizes import Work, forward_flops, size_of
 from tadistill.objectives import Head
 from tadistill.objectives.head import heads_watched
 

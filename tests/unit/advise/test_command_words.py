@@ -16,7 +16,7 @@ from tadistill.advise.probes import costs, ladder, with_search
 from tadistill.advise.steps import steps
 from tadistill.advise.words import lambda_sweeps, notes, rules, sweep_text
 from tadistill.config import load
-from tadistill.study.plan import make_plan
+from tadistill.plan.arms import make_plan
 
 
 @pytest.fixture(scope="module")

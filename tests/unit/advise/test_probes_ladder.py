@@ -7,7 +7,7 @@ import pytest
 from tadistill.advise.probes import TOP_K, costs, ladder, probe_plan, with_search
 from tadistill.config import load
 from tadistill.errors import ConfigError, DataError, ModelError
-from tadistill.study.plan import make_plan
+from tadistill.plan.arms import make_plan
 
 RECIPE = Path(__file__).parents[2] / "e2e" / "advice.yaml"
 ALL = "search={teacher: xl, assistants: [l, m], student: s}"

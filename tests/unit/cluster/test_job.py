@@ -8,8 +8,8 @@ import pytest
 from tadistill.cluster import job
 from tadistill.cluster.job import FAILURE, StageJob
 from tadistill.errors import Interrupted, StageFailed
-from tadistill.study.store import Store
-from tadistill.study.task import Task
+from tadistill.plan.task import Task
+from tadistill.store import Store
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def work(monkeypatch, tmp_path):
     made = Task("sft", "ab12", {}, {}, "sft s", 3, str(tmp_path), "study", None, None, ())
 
     def make(run, *, chain: bool = False) -> StageJob:
-        monkeypatch.setattr("tadistill.study.execute.run_stage", lambda task, **hooks: run(**hooks))
+        monkeypatch.setattr("tadistill.stages.execute.run_stage", lambda task, **hooks: run(**hooks))
         return StageJob((made,), chain)
 
     yield make

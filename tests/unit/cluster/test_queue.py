@@ -10,8 +10,8 @@ from tadistill.cluster.queue import Entry
 from tadistill.cluster.request import Request
 from tadistill.cluster.status import rows
 from tadistill.errors import ConfigError, StoreError, TadistillError
-from tadistill.study.graph import Stage
-from tadistill.study.store import Store
+from tadistill.plan.graph import Stage
+from tadistill.store import Store
 
 REQUEST = Request(None, 0, 1, 1, 1, 1, 60, 1)
 

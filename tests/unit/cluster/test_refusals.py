@@ -9,7 +9,7 @@ from tadistill.cluster.command import submit
 from tadistill.cluster.submit import Submission
 from tadistill.config import load
 from tadistill.errors import ConfigError
-from tadistill.study.plan import make_plan
+from tadistill.plan.arms import make_plan
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 

@@ -10,7 +10,7 @@ from tadistill.cluster import profile, sbatch
 from tadistill.cluster.submit import Submission
 from tadistill.config import load
 from tadistill.config.resources import KINDS
-from tadistill.study.plan import make_plan
+from tadistill.plan.arms import make_plan
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"

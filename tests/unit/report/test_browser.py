@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tadistill.report import write_report
-from tadistill.report.units import number
+from tadistill.results.units import number
 
 from .builder import NASTY, ArmSpec, Study, StudySpec, build_study
 

@@ -7,10 +7,10 @@ import yaml
 
 from tadistill.errors import ConfigError, StoreError
 from tadistill.report.cards import export, model_card
-from tadistill.report.collect import read_results
 from tadistill.report.text import verdict_text
-from tadistill.report.units import number
-from tadistill.report.verdict import comparisons
+from tadistill.results.collect import read_results
+from tadistill.results.units import number
+from tadistill.results.verdict import comparisons
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of
 

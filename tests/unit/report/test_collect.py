@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tadistill.errors import StoreError
-from tadistill.report.collect import MEAN, compare, direct_arm, primary_metric, read_results, twin_of
 from tadistill.report.output import collect
+from tadistill.results.collect import MEAN, compare, direct_arm, primary_metric, read_results, twin_of
 from tadistill.statistics import bootstrap_interval, macro_difference
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tadistill.report.collect import read_results
-from tadistill.report.curves import last_dev_value, learning_curves
+from tadistill.results.collect import read_results
+from tadistill.results.curves import last_dev_value, learning_curves
 
 from .builder import SMALL, StudySpec, build_study, key_of
 

@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from tadistill.report.buckets import BUCKETS, bucket_difference, bucket_size
-from tadistill.report.collect import MEAN, read_results
 from tadistill.report.explain import explain, hop_text
-from tadistill.report.units import number, summary_text
-from tadistill.report.verdict import comparisons
+from tadistill.results.buckets import BUCKETS, bucket_difference, bucket_size
+from tadistill.results.collect import MEAN, read_results
+from tadistill.results.units import number, summary_text
+from tadistill.results.verdict import comparisons
 from tadistill.statistics import macro_difference
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study

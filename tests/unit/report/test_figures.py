@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from tadistill.report.collect import read_results
 from tadistill.report.figures import budget_figures, difference_figure, exposure_figure, lattice_figure, looks, means_figure
 from tadistill.report.figures.behaviour import accumulated_error, exposures, reliabilities
 from tadistill.report.figures.lattice import lattice
 from tadistill.report.figures.tradeoffs import direct_longer, pareto_front
-from tadistill.report.samples import samples, shown_first
+from tadistill.results.collect import read_results
+from tadistill.results.samples import samples, shown_first
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of
 

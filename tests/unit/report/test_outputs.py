@@ -12,10 +12,10 @@ import rich.console
 
 from tadistill.errors import StoreError
 from tadistill.report import summary_table, write_report
-from tadistill.report.collect import read_results
 from tadistill.report.terminal import side_by_side
 from tadistill.report.text import headline
-from tadistill.report.units import flops_text, number, parameters_text
+from tadistill.results.collect import read_results
+from tadistill.results.units import flops_text, number, parameters_text
 
 from .builder import NASTY, SMALL, ArmSpec, StudySpec, build_study, key_of
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from tadistill.report.collect import MEAN, read_results
-from tadistill.report.sharpening import Mechanism
 from tadistill.report.text import caution_texts, headline, verdict_text
-from tadistill.report.verdict import _credit, _word, comparisons
+from tadistill.results.collect import MEAN, read_results
+from tadistill.results.sharpening import Mechanism
+from tadistill.results.verdict import _credit, _word, comparisons
 from tadistill.statistics import Difference, holm, inflation, macro_difference, minimum_detectable_effect, sign_flip
 
 from .builder import ArmSpec, StudySpec, build_study, key_of

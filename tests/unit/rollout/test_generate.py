@@ -15,7 +15,7 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tadistill import rng
-from tadistill.config.decoding import Decoding
+from tadistill.config.common import Decoding
 from tadistill.rollout.cache import InPlaceLayer, in_place_cache
 from tadistill.rollout.draw import draw
 from tadistill.rollout.generate import Mixture, Speculation, sample

@@ -8,7 +8,7 @@ import torch
 from tests.conftest import tiny_model
 from tests.unit.rollout.test_generate import EOS, FAMILIES, GREEDY, PROMPTS, VOCAB, full_forward, log_probs, uniforms
 
-from tadistill.config.decoding import Decoding
+from tadistill.config.common import Decoding
 from tadistill.rollout import packed
 from tadistill.rollout.draw import Mixture
 from tadistill.rollout.generate import Speculation, sample

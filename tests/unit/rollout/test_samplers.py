@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.conftest import tiny_model
 
-from tadistill.config.decoding import Decoding
+from tadistill.config.common import Decoding
 from tadistill.config.method import Method, Optim
 from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler, SpeculativeSampler, StudentSampler, TeacherMixedSampler
 from tadistill.data.batch import Sequence

@@ -15,7 +15,7 @@ from tests.conftest import tiny_model
 from transformers import AutoModelForCausalLM
 
 from tadistill import rng
-from tadistill.config.decoding import Decoding
+from tadistill.config.common import Decoding
 from tadistill.errors import ConfigError
 from tadistill.rollout.vllm import Vllm
 

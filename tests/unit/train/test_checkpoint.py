@@ -7,8 +7,8 @@ import torch
 from tests.unit.train.test_loop import train
 
 from tadistill.config.method import Select
+from tadistill.disk import replacing
 from tadistill.errors import Interrupted, StoreError
-from tadistill.models.files import replacing
 from tadistill.train import checkpoint
 from tadistill.train.checkpoint import Checkpoints, TrainState
 

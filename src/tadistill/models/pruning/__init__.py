@@ -7,12 +7,12 @@
     student = prune(teacher, shape, measured)
 
 The result is an ordinary model of the same family: it trains, generates, saves and loads like any other. `depth` holds the
-first, `activations` and `width` the second, `families` the weights' axes; `tadistill.models.shapes`, without torch, the shapes.
+first, `activations` and `width` the second, `families` the weights' axes; `tadistill.models.counting.shapes`, without torch, the shapes.
 """
 
+from tadistill.models.counting.shapes import Shape, check_shape, shape_of
 from tadistill.models.pruning.activations import Importance, importance, keep_important
 from tadistill.models.pruning.depth import keep_list, prune_depth
 from tadistill.models.pruning.width import prune
-from tadistill.models.shapes import Shape, check_shape, shape_of
 
 __all__ = ["Importance", "Shape", "check_shape", "importance", "keep_important", "keep_list", "prune", "prune_depth", "shape_of"]

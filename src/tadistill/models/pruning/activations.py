@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from tadistill.errors import ConfigError, DataError, ModelError
+from tadistill.models.counting.shapes import shape_of
 from tadistill.models.pruning.families import FAMILIES
-from tadistill.models.shapes import shape_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from tadistill.models.shapes import PRUNABLE
+from tadistill.models.counting.shapes import PRUNABLE
 
 Axis = Literal["channels", "neurons", "queries", "keys", "fused", "words"] | None
 Axes = Mapping[str, tuple[Axis, ...]]

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tadistill.errors import ConfigError, ModelError
+from tadistill.models.counting.shapes import Shape, changes, check_shape, shape_of
 from tadistill.models.pruning.activations import Importance, keep_important
 from tadistill.models.pruning.depth import assembled, configured, keep_list, renumbered
 from tadistill.models.pruning.families import FAMILIES, Axis, Family
-from tadistill.models.shapes import Shape, changes, check_shape, shape_of
 
 
 def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, layers: Sequence[int] | None = None) -> PreTrainedModel:

@@ -7,11 +7,11 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from tadistill.report.buckets import BUCKETS, bucket_size, bucket_summary, bucket_title
-from tadistill.report.collect import MEAN, Results
 from tadistill.report.figures.style import GREY, GRID, LegendEntry, arm_group, arm_legend, axes, div, escaped, line, looks
-from tadistill.report.files import load_corpus, load_exposure
-from tadistill.report.units import metric_title, number, summary_text
+from tadistill.results.buckets import BUCKETS, bucket_size, bucket_summary, bucket_title
+from tadistill.results.collect import MEAN, Results
+from tadistill.results.files import load_corpus, load_exposure
+from tadistill.results.units import metric_title, number, summary_text
 
 FEW = 10  # answers: below this a position says little
 _LONGEST = 256  # positions drawn

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from tadistill.report.collect import MEAN, Results, Summary, ladder, twin_of
 from tadistill.report.figures.style import GREY, GRID, div, escaped, line, looks
-from tadistill.report.files import Arm
-from tadistill.report.units import interval, number, summary_text
+from tadistill.results.collect import MEAN, Results, Summary, ladder, twin_of
+from tadistill.results.files import Arm
+from tadistill.results.units import interval, number, summary_text
 
 _ADDS, _TAKES = "#E0475B", "#17A673"
 

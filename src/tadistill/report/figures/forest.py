@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from tadistill.report.collect import MEAN, Results, Summary, compare, differences_per_seed, direct_arm, primary_metric, twin_of
 from tadistill.report.figures.style import GREY, GRID, Look, div, escaped, line, looks, row_text, separate_rows
-from tadistill.report.files import Arm
-from tadistill.report.units import MINUS, interval, metric_title, metric_unit, number, summary_text
-from tadistill.report.verdict import comparisons
+from tadistill.results.collect import MEAN, Results, Summary, compare, differences_per_seed, direct_arm, primary_metric, twin_of
+from tadistill.results.files import Arm
+from tadistill.results.units import MINUS, interval, metric_title, metric_unit, number, summary_text
+from tadistill.results.verdict import comparisons
 from tadistill.statistics import Difference
 
 _PAIRS = 15  # more pairs of models than this would be a list nobody reads: then all are compared with the first

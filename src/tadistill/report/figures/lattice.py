@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import plotly.graph_objects as go
 
-from tadistill.report.collect import MEAN, Results, primary_metric
-from tadistill.report.curves import last_dev_value
 from tadistill.report.figures.style import DASHES, GREY, PALETTE, LegendEntry, Look, div, escaped, line, looks, row_text, separate_rows
-from tadistill.report.files import Arm, Stage
-from tadistill.report.units import flops_text, metric_title, number, parameters_text
+from tadistill.results.collect import MEAN, Results, primary_metric
+from tadistill.results.curves import last_dev_value
+from tadistill.results.files import Arm, Stage
+from tadistill.results.units import flops_text, metric_title, number, parameters_text
 
 _ROW = 58  # pixels
 _THIN, _WIDER = 1.5, 6.0  # pixels of an edge that costs nothing, and what the dearest one has more

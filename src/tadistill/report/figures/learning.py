@@ -2,9 +2,9 @@
 
 import plotly.graph_objects as go
 
-from tadistill.report.collect import Results
-from tadistill.report.curves import METRICS, Curve
 from tadistill.report.figures.style import DASHES, GREY, GRID, LegendEntry, Look, arm_group, div, escaped, looks
+from tadistill.results.collect import Results
+from tadistill.results.curves import METRICS, Curve
 
 
 def curve_figures(curves: list[Curve], results: Results) -> dict[str, str]:

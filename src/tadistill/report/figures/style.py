@@ -13,8 +13,8 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from tadistill.report.collect import Results
-from tadistill.report.files import Arm
+from tadistill.results.collect import Results
+from tadistill.results.files import Arm
 
 # Hues with enough contrast on white and on near-black
 PALETTE = (

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from tadistill.report.collect import MEAN, Results, primary_metric, sets_with
 from tadistill.report.figures.style import GREY, LegendEntry, Look, arm_group, arm_legend, axes, div, escaped, line, looks
-from tadistill.report.files import Arm
-from tadistill.report.units import flops_text, metric_title, number, summary_text
+from tadistill.results.collect import MEAN, Results, primary_metric, sets_with
+from tadistill.results.files import Arm
+from tadistill.results.units import flops_text, metric_title, number, summary_text
 
 Point = tuple[float, float, str]  # entropy, metric, decoding
 

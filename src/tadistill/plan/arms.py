@@ -1,0 +1,250 @@
+"""A recipe's arms x seeds as a graph of stages, addressed by content. Imports no torch.
+
+Stages hand over artifacts on disk only (`plan.graph` has their keys). Arms that begin alike share their stages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+
+from tadistill.config import Arm, Method, Recipe, Sft
+from tadistill.config.method import apply
+from tadistill.config.objective import CrossEntropy, MiniLLM
+from tadistill.config.sampling import DatasetSampler, OnPolicy
+from tadistill.errors import ConfigError
+from tadistill.plan.builder import Stages
+from tadistill.plan.costs import Ledger
+from tadistill.plan.graph import Graph, Handle, Stage
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """One arm, expanded: per seed the stage that makes its model (None: loaded as it is) and those that measure it."""
+
+    name: str
+    arm: Arm
+    method: Method
+    final: dict[int, str | None]
+    evaluate: dict[int, str]
+    analyse: dict[int, str]
+    """Beside the original teacher; empty where there is none."""
+    also: dict[str, dict[int, str]]
+    """Other decodings, by name."""
+    flops: float | None
+    """Training FLOPs behind the final model, all stages counted once, for one seed."""
+
+
+@dataclass
+class Plan:
+    """The whole study."""
+
+    recipe: Recipe
+    teacher: str | None
+    stages: dict[str, Stage]
+    """By key, parents before children."""
+    arms: list[PlannedArm]
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """Stages that measure models on dev prompts, with the key of each model's and each (bigger, smaller) pair's."""
+
+    plan: Plan
+    alone: dict[str, str]
+    beside: dict[tuple[str, str], str]
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Expand a recipe.
+
+    Raises:
+        ConfigError, DataError, ModelError: something that can be known without loading a model is wrong.
+    """
+    return _Planner(recipe).plan()
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.graph = Graph()
+        self.ledger = Ledger(recipe)
+        self.stages = Stages(recipe, self.graph, self.ledger, self._model_of)
+        self.teacher = original_teacher(recipe)
+        self.making: list[str] = []
+        """Arms whose model is being made, each for a tempered model of the one before."""
+
+    def plan(self) -> Plan:
+        """Arms in the recipe's order, but an arm that matches another's compute after that one."""
+        done: dict[str, PlannedArm] = {}
+        waiting = dict(self.recipe.arms)
+        while waiting:
+            for name, arm in list(waiting.items()):
+                if arm.compute is None or arm.compute[3:] in done:
+                    done[name] = self._arm(name, arm, done)
+                    del waiting[name]
+        return Plan(self.recipe, self.teacher, self.graph.stages, [done[name] for name in self.recipe.arms])
+
+    # --- arms -----------------------------------------------------------------------------------------------------------
+
+    def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
+        target = done[arm.compute[3:]].flops if arm.compute else None
+        scale = self._scale(name, arm, target) if arm.compute else 1.0
+        made = {seed: self._models(name, arm, seed, scale) for seed in self.recipe.seeds}
+        models = {seed: of_path for seed, (of_path, _) in made.items()}
+        last, main = arm.last[-1], self.recipe.evaluate
+        evaluate = {seed: self.stages.evaluate(last, of_path[-1], seed, main) for seed, of_path in models.items()}
+        also = {
+            other: {seed: self.stages.evaluate(last, of_path[-1], seed, main.other(other), other) for seed, of_path in models.items()}
+            for other in main.also
+        }
+        analyse = {}
+        if self.teacher:
+            analyse = {seed: self.stages.analyse(last, of_path, seed, evaluate[seed], self.teacher) for seed, of_path in models.items()}
+        for measured in (evaluate, analyse, *also.values()):
+            for key in measured.values():
+                self.graph.mark(key, name)
+        final = {seed: of_path[-1].get("stage") for seed, of_path in models.items()}
+        first = self.recipe.seeds[0]
+        return PlannedArm(name, arm, made[first][1], final, evaluate, analyse, also, self.graph.flops(final[first]))
+
+    def _models(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[list[Handle], Method]:
+        """The handle of every model of the arm's last path, and the method of its last stage."""
+        self._check_sizes(name, arm)
+        if arm.dense and all(len(path) < 3 for path in arm.path):
+            raise ConfigError(f"arms.{name}: dense does nothing in `{arm.text}`: no learner there has two teachers; write A > B > C")
+        method, made = self.recipe.method, _Made(self.stages, arm, seed)
+        if not arm.learners:
+            self._check_single(name, arm)
+            only = arm.last[0]
+            if arm.objective is None:
+                return [made[only]], method
+            method = self._method(name, arm, only, scale)
+            more = Sft(optim=method.optim, select=method.select)
+            return [{"stage": self.stages.sft(only, made[only], more, self.stages.seed(only, seed), continues=True)}], method
+        taught: list[str] = []
+        for path in arm.path:
+            for i, model in enumerate(path[1:], 1):
+                method = self._method(name, arm, model, scale / arm.learners.count(model))
+                teachers = [(m, made[m]) for m in (path[:i] if method.dense else path[i - 1 : i])]
+                made[model] = {"stage": self.stages.distill(teachers, model, made[model], method, seed, taught.count(model))}
+                taught.append(model)
+        return [made[m] for m in arm.last], method
+
+    def _model_of(self, arm: str, seed: int) -> Handle:
+        """The model that an arm makes, for one that is tempered like it."""
+        if arm in self.making:
+            raise ConfigError(f"the model that is tempered like arm {arm} is part of that arm's path; match another arm's model")
+        if (compute := self.recipe.arms[arm].compute) is not None:
+            raise ConfigError(f"a model is tempered like arm {arm}, which has `compute: {compute}`; match an arm without it")
+        self.making.append(arm)
+        try:
+            return self._models(arm, self.recipe.arms[arm], seed, 1.0)[0][-1]
+        finally:
+            self.making.pop()
+
+    def _check_sizes(self, name: str, arm: Arm) -> None:
+        """Raise where a model is taught by a smaller one."""
+        for above, below in (pair for path in arm.path for pair in pairwise(path)):
+            teacher, learner = self.ledger.size(above), self.ledger.size(below)
+            if teacher and learner and learner.total > teacher.total:
+                raise ConfigError(
+                    f"arms.{name}: in `{arm.text}` {above} ({teacher.total:,} parameters) teaches {below} ({learner.total:,}), which is "
+                    "bigger; write a path from big to small"
+                )
+
+    @staticmethod
+    def _check_single(name: str, arm: Arm) -> None:
+        """An arm without a teacher can only train on with cross-entropy on the data set."""
+        if arm.objective is None and (arm.optim or arm.select or arm.sampler):
+            raise ConfigError(f"arms.{name} trains nothing, so its settings would do nothing; add objective: {{type: cross_entropy}}")
+        if arm.objective is not None and not isinstance(arm.objective, CrossEntropy):
+            raise ConfigError(f"arms.{name} has no teacher in its path for objective {arm.objective.type}; use cross_entropy")
+        if arm.sampler is not None and not isinstance(arm.sampler, DatasetSampler):
+            raise ConfigError(f"arms.{name} has no teacher in its path for sampler {arm.sampler.type}; use sampler: {{type: dataset}}")
+
+    def _method(self, name: str, arm: Arm, model: str, scale: float) -> Method:
+        try:
+            method = apply(self.recipe.method, self.recipe.models[model].distill, arm.patch)
+            self._check_method(method, model)
+            optim = self.stages.with_steps(method.optim)
+        except ValueError as error:
+            raise ConfigError(f"arms.{name}: {error}") from error
+        assert optim.steps is not None
+        steps, every = optim.steps, method.select.every
+        if scale != 1.0:
+            unit = method.round_updates
+            steps = max(unit, round(optim.steps * scale / unit) * unit)
+            every = max(1, round(every * steps / optim.steps))  # a longer run must not get more checkpoints to choose from
+        return method.model_copy(
+            update={
+                "optim": optim.model_copy(update={"steps": steps}),
+                "select": method.select.model_copy(update={"every": every}),
+            }
+        )
+
+    def _check_method(self, method: Method, model: str) -> None:
+        objective, sampler = method.objective, method.sampler
+        if self.recipe.models[model].lora and isinstance(sampler, OnPolicy) and sampler.engine == "vllm":
+            raise ValueError(f"models.{model} has lora, but engine vllm takes whole models only; use engine: native, or leave lora out")
+        if isinstance(objective, MiniLLM) and objective.pt_weight and self.recipe.data.corpus is None:
+            raise ValueError("objective minillm has pt_weight > 0 but there is no data.corpus; give a corpus, or set pt_weight: 0")
+
+    def _scale(self, name: str, arm: Arm, target: float | None) -> float:
+        """How many times more steps make this direct arm as dear as the arm it is compared with."""
+        if len(arm.path) > 1 or len(arm.last) != 2:
+            raise ConfigError(f"arms.{name} has `compute`, which works for a direct path (A > B); its path is {arm.text}")
+        trial = _Planner(self.recipe)
+        trial.ledger = trial.stages.ledger = self.ledger  # what it has read serves both
+        final = trial._models(name, arm, self.recipe.seeds[0], 1.0)[0][-1]["stage"]
+        total, last = trial.graph.flops(final), trial.graph.stages[final].flops
+        if target is None or total is None or last is None:
+            raise ConfigError(
+                f"arms.{name} has `compute: {arm.compute}`, but the size of a model is not known: it is not on this disk yet "
+                "(`tadistill run` downloads it), or its family is not counted (only gpt2, opt, llama, mistral, qwen2, qwen3)"
+            )
+        if target <= total - last:
+            raise ConfigError(f"arms.{name}: `{arm.compute}` costs less than what this arm needs before its last stage; drop `compute`")
+        return (target - (total - last)) / last
+
+
+class _Made(dict[str, Handle]):
+    """The models of an arm as they are by now: fine-tuned when they are first asked for, then as the arm has taught them."""
+
+    def __init__(self, stages: Stages, arm: Arm, seed: int):
+        self.stages, self.arm, self.seed = stages, arm, seed
+
+    def __missing__(self, model: str) -> Handle:
+        source = self.arm.init.get(model)
+        start = None if source is None else self.stages.cut_to(model, source, self[source])
+        self[model] = self.stages.trained(model, self.seed, start)
+        return self[model]
+
+
+def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) -> ProbePlan:
+    """The stages that measure models on dev prompts before any distillation: a `probe` of each, a `pair` of each two.
+
+    Args:
+        models: from big to small; weights are those after their own fine-tuning, at the first seed, shared with the study.
+        prompts: the first so many dev rows.
+        k: how many likeliest tokens are compared.
+    """
+    planner = _Planner(recipe)
+    stages, seed = planner.stages, recipe.seeds[0]
+    handles = {name: stages.trained(name, seed) for name in models}
+    alone = {name: stages.probe(name, handle, seed, prompts) for name, handle in handles.items()}
+    beside = {
+        (above, name): stages.pair((above, handles[above]), (name, handles[name]), alone[name], seed, prompts, k)
+        for above, name in combinations(models, 2)
+    }
+    return ProbePlan(Plan(recipe, planner.teacher, planner.graph.stages, []), alone, beside)
+
+
+def original_teacher(recipe: Recipe) -> str | None:
+    """The one model that every KL is measured to: `teacher`, or the only head of a path that nothing teaches; None without paths."""
+    if recipe.teacher:
+        return recipe.teacher
+    taught = {model for arm in recipe.arms.values() for model in arm.learners}
+    heads = list(dict.fromkeys(path[0] for arm in recipe.arms.values() for path in arm.path if len(path) > 1 and path[0] not in taught))
+    if len(heads) > 1:
+        raise ConfigError(f"the paths start from {', '.join(heads)}; set `teacher:` to the one that KLs are measured to")
+    return heads[0] if heads else None

@@ -1,0 +1,145 @@
+"""What `tadistill plan` shows: stages with their FLOPs, seconds and memory, arms with what they cost in all. Imports no torch."""
+
+from collections.abc import Iterable
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from tadistill.plan import throughput
+from tadistill.plan.arms import Plan, PlannedArm
+from tadistill.plan.graph import Stage, with_ancestors
+from tadistill.plan.throughput import Speeds
+from tadistill.store import Store
+
+_DEAREST = 3  # stages whose parts are shown
+_WIDE = 130  # columns of a screen that has room for a stage's parents
+
+
+def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 200) -> Group:
+    """All tables, and the sentences under them; on a narrow screen labels are cut, never numbers."""
+    parts = [_stages(plan, store, speeds, width), "", _arms(plan), "", _dearest(plan, width), ""]
+    return Group(*parts, *_notes(plan, store, speeds, jobs))
+
+
+def show(plan: Plan, store: Store, console: Console, accelerator: str | None = None) -> None:
+    """Print the preview for this machine."""
+    jobs = plan.recipe.runtime.jobs or (1 if accelerator else throughput.cores())
+    speeds = throughput.load(store, plan.stages, threads(plan), accelerator)
+    console.print(preview(plan, store, speeds, jobs, console.width))
+
+
+def threads(plan: Plan) -> int:
+    """Threads of a stage on a CPU: cores that the jobs share."""
+    jobs = plan.recipe.runtime.jobs or throughput.cores()
+    return max(1, throughput.cores() // jobs)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None)
+    for column in columns:
+        number = column in _NUMBERS
+        table.add_column(column, justify="right" if number else "left", no_wrap=True, overflow="ellipsis", min_width=8 if number else None)
+    return table
+
+
+_NUMBERS = ("FLOPs", "time", "memory", "x direct", "assistants", "share", "released")
+
+
+def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
+    table = _table(
+        f"{plan.recipe.study}: {len(plan.stages)} stages",
+        "key",
+        "",
+        "FLOPs",
+        "time",
+        "memory",
+        "stage",
+        *(["parents"] if width >= _WIDE else []),
+    )
+    table.columns[0].min_width, table.columns[1].min_width = 16, 4
+    for stage in plan.stages.values():
+        done = store.finished(stage.key)
+        parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
+        flops = "–" if stage.kind in ("evaluate", "analyse") else _flops(stage.flops)
+        state = "[green]hit[/]" if done else "[yellow]miss[/]"
+        memory = f"{stage.cost.memory / 1e9:.2g} GB" if stage.cost and stage.cost.memory else "–"
+        label = _cut(stage.label, width - (90 if width >= _WIDE else 62))
+        cells = [stage.key, state, flops, _time(throughput.seconds(stage.cost, speeds)), memory, label]
+        table.add_row(*cells, *([parents] if width >= _WIDE else []))
+    return table
+
+
+def _arms(plan: Plan) -> Table:
+    table = _table("training behind each arm, one seed", "arm", "path", "FLOPs", "x direct", "assistants", "compute")
+    for arm in plan.arms:
+        direct = _direct(plan, arm)
+        ratio = f"{arm.flops / direct:.2f}" if arm.flops and direct else "–"
+        table.add_row(arm.name, arm.arm.text, _flops(arm.flops), ratio, _assistants(plan, arm), arm.arm.compute or "")
+    return table
+
+
+def _direct(plan: Plan, arm: PlannedArm) -> float | None:
+    """FLOPs of the path from the original teacher straight to this arm's student, by the same method and with its own number of updates."""
+    if not arm.arm.learners or plan.teacher is None:
+        return None
+    ends, how = ((plan.teacher, arm.arm.last[-1]),), (arm.method.objective, arm.method.sampler)
+    plain = [a for a in plan.arms if a.arm.path == ends and not a.arm.compute and not a.arm.init]
+    return next((a.flops for a in plain if (a.method.objective, a.method.sampler) == how), None)
+
+
+def _assistants(plan: Plan, arm: PlannedArm) -> str:
+    """FLOPs of the stages that train models other than the teachers' heads and the student."""
+    key = next(iter(arm.final.values()))
+    middle = set(arm.arm.learners) - {arm.arm.last[-1]}
+    if not middle or key is None:
+        return "–"
+    flops = [plan.stages[k].flops for k in with_ancestors(plan.stages, [key]) if plan.stages[k].model in middle]
+    return "?" if None in flops else _flops(sum(f for f in flops if f is not None))
+
+
+def _dearest(plan: Plan, width: int) -> Table:
+    """The parts of the dearest stages, one of a kind, and what MiniLLM's released code would spend."""
+    table = _table("parts of the dearest kinds of stage", "stage", "part", "FLOPs", "share")
+    kinds: dict[str, Stage] = {}
+    for stage in sorted(plan.stages.values(), key=lambda s: -(s.flops or 0.0)):
+        if stage.cost:
+            kinds.setdefault(stage.cost.kind, stage)
+    for stage in list(kinds.values())[:_DEAREST]:
+        assert stage.cost is not None
+        label = _cut(stage.label, width - 52)
+        for name, part in sorted(stage.cost.parts.items(), key=lambda item: -item[1].flops):
+            table.add_row(label, name, _flops(part.flops), f"{part.flops / stage.cost.total:.0%}")
+            label = ""
+        if stage.cost.published:
+            share = f"{stage.cost.published / stage.cost.total:.0%}"
+            table.add_row("", "[dim]released code would[/]", _flops(stage.cost.published), share)
+    return table
+
+
+def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]:
+    head = plan.teacher or "a loaded model"
+    yield f"Counted: all training behind an arm's final model, {head}'s own included. Not counted: dev evaluations, rollout metrics, tests."
+    todo = [s for s in plan.stages.values() if s.cost and s.cost.parts and not store.finished(s.key)]
+    takes = {s.key: t for s in todo if (t := throughput.seconds(s.cost, speeds)) is not None}
+    if not todo:
+        return
+    if len(takes) < len(todo):
+        unknown = f"{len(todo) - len(takes)} of {len(todo)} stages to run"
+        yield f"Time: not known for {unknown}; `tadistill plan RECIPE --measure` times their kinds here."
+    if takes:
+        total = throughput.wall_clock(plan.stages, takes, jobs)
+        yield f"Time of the known training, {jobs} at a time: {_time(total)}. Evaluations and analyses come on top."
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= max(width, 12) else f"{text[: max(width, 12) - 1]}…"
+
+
+def _flops(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2e}"
+
+
+def _time(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

@@ -1,0 +1,110 @@
+"""How fast this machine is at each kind of stage, and what that makes of a plan: seconds a stage, and of the whole. Imports no torch.
+
+Speeds are FLOP/s by kind of stage and by span of its loop (sampling, training, watching, selection), as `models.cost.spans` joins them.
+They come from `tadistill plan --measure` (RUNS/store/throughput.json) or from finished stages of this machine, the former first.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tadistill.models.counting.cost import Cost, phase, spans
+from tadistill.plan.graph import Stage
+from tadistill.store import Store, write_json
+
+_FILE = "throughput.json"
+Speeds = dict[str, dict[str, float]]
+"""Kind of stage -> span -> FLOP/s."""
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine(threads: int, accelerator: str | None = None) -> str:
+    """What speeds are known by: the accelerator, or the processor and the threads of a stage."""
+    return accelerator or f"{_processor()}, {threads} threads"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
+
+
+def measured(ledger: Mapping[str, Any]) -> dict[str, float]:
+    """FLOP/s by span from a training stage's ledger; spans without FLOPs or time have none."""
+    flops: dict[str, float] = {}
+    for name, part in ledger["parts"].items():
+        flops[phase(name)] = flops.get(phase(name), 0.0) + part["flops"]
+    seconds = ledger["seconds"]
+    return {span: value / seconds[span] for span, value in spans(flops).items() if value > 0 and seconds.get(span)}
+
+
+def save(store: Store, where: str, speeds: Speeds) -> None:
+    """Add speeds of a machine to the file."""
+    known = _read(store)
+    write_json(store.root / _FILE, known | {where: known.get(where, {}) | speeds})
+
+
+def load(store: Store, stages: Mapping[str, Stage], threads: int, accelerator: str | None = None) -> Speeds:
+    """What is known of this machine: of finished stages, and over that what was measured."""
+    here, found = machine(threads, accelerator), {}
+    for stage in stages.values():
+        if stage.cost and store.finished(stage.key):
+            manifest = store.manifest(stage.key)
+            if manifest.get("machine") == here:
+                found[stage.cost.kind] = measured(manifest["ledger"])
+    return found | _read(store).get(here, {})
+
+
+def _read(store: Store) -> dict[str, Speeds]:
+    path = store.root / _FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
+    """What a stage takes; None where the speed of a span that matters is not known."""
+    if cost is None or cost.kind not in speeds:
+        return None
+    known, total = speeds[cost.kind], 0.0
+    for span, flops in spans(cost.phases()).items():
+        if span in known:
+            total += flops / known[span]
+        elif flops > 0.01 * cost.total:
+            return None
+    return total
+
+
+def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: int) -> float:
+    """Seconds until all of `takes` (seconds by key) are done, `jobs` at a time; a stage starts after those that it stands on.
+
+    Stages with the longest way behind them go first, as `runner.workers` does it. What is not in `takes` costs no time.
+    """
+    behind = dict.fromkeys(stages, 0.0)
+    for key in reversed(list(stages)):
+        behind[key] += takes.get(key, 0.0)
+        for parent in stages[key].parents.values():
+            behind[parent] = max(behind[parent], behind[key])
+    ends: dict[str, float] = {}
+    free = [0.0] * jobs
+    waiting = dict(stages)
+    while waiting:
+        ready = {
+            k: max((ends[p] for p in s.parents.values()), default=0.0)
+            for k, s in waiting.items()
+            if all(p in ends for p in s.parents.values())
+        }
+        worker = min(range(jobs), key=free.__getitem__)
+        now = max(free[worker], min(ready.values()))
+        key = max((k for k, at in ready.items() if at <= now), key=behind.__getitem__)
+        length = takes.get(key, 0.0)
+        ends[key] = (now if length else ready[key]) + length
+        if length:
+            free[worker] = ends[key]
+        del waiting[key]
+    return max(ends.values(), default=0.0)

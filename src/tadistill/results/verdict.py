@@ -1,0 +1,213 @@
+"""What a study decides: every chain against its equal-compute twin, and one word for the outcome.
+
+The rule. A difference of the primary metric (mean over sets, paired by training seed and prompt) is a `gain` or a `loss` when
+its 95 % interval excludes 0 and its p-value, adjusted by Holm over all comparisons of the study, is below 0.05. It is
+`equivalent` when two one-sided tests place it inside the recipe's margin. Anything else, and anything with fewer than
+three training seeds, is `no evidence`. A gain is credited to the path only when the divergence from the original teacher
+is not worse and the gain is not sharpening (`tadistill.results.sharpening`).
+
+A study without chains compares its models in pairs instead.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+
+from tadistill.results.collect import Results, compare, differences_per_seed, direct_arm, primary_metric, sets_with, twin_of
+from tadistill.results.files import Arm, is_finished, load_metrics
+from tadistill.results.sharpening import Mechanism, mechanism
+from tadistill.statistics import Difference, SignFlip, equivalent, holm, minimum_detectable_effect, sign_flip
+from tadistill.statistics import inflation as inflation_of
+
+SEEDS_FOR_A_CLAIM = 3
+_ALPHA = 0.05
+_SEEDS_FOR_SIGNS = 6  # from here on a bootstrap over seeds needs no exact test beside it
+
+Word = Literal["gain", "loss", "equivalent", "no evidence"]
+Against = Literal["equal compute", "plain direct", "pair"]
+Credit = Literal["credited", "sharpening", "farther from the teacher", "not measured"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How many dev checkpoints the two sides chose among, and what the difference can add by picking on noise.
+
+    ``sigma`` is the spread of the primary metric between the later half of the checkpoints on dev. It holds what
+    training still changed, so ``inflation`` is an upper bound; both are None where dev did not log the metric.
+    """
+
+    mine: int
+    theirs: int
+    sigma: float | None
+    inflation: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One paired difference ``arm - other`` of the primary metric on the mean over sets, and what follows from it."""
+
+    arm: str
+    other: str
+    against: Against
+    metric: str
+    n_sets: int
+    n_prompts: int
+    seeds: tuple[int, ...]
+    trained: bool
+    """False when neither model was trained here: then prompts are all there is to resample, and seeds are no training seeds."""
+    difference: Difference
+    per_seed: dict[int, float]
+    p_holm: float
+    family: int
+    """How many comparisons Holm's adjustment was made over."""
+    sign_flip: SignFlip | None
+    """Of trained arms with 2 to 5 common seeds."""
+    margin: float
+    equivalent: bool
+    detectable: float
+    """The true difference that this design finds with 80 % power."""
+    word: Word
+    selection: Selection | None
+    """Only where the arm chose among more checkpoints than the other."""
+    decoding_seeds: tuple[int, int]
+    planned_seeds: tuple[tuple[int, ...], tuple[int, ...]]
+    mechanism: Mechanism | None
+    """None for pairs of a study without chains."""
+    credit: Credit | None
+    """Of gains over an equal-compute twin."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two arms that the study compares; `other` is None for a chain that has nothing to be compared with."""
+
+    arm: Arm
+    other: Arm | None
+    against: Against
+
+
+def pairs(results: Results) -> list[Pair]:
+    """Every chain and what it is compared with; without chains, all pairs of models that compete."""
+    chains = [arm for arm in results.plan.arms if arm.has_assistant]
+    if chains:
+        return [_chain_pair(results, chain) for chain in chains]
+    return [Pair(a, b, "pair") for group in competitors(results) for a, b in combinations(group, 2)]
+
+
+def competitors(results: Results) -> list[list[Arm]]:
+    """The arms that end in one model, for every such model but the teacher; all of them where the study trains nothing."""
+    if not any(arm.is_trained for arm in results.plan.arms):
+        return [list(results.plan.arms)]
+    groups: dict[str, list[Arm]] = {}
+    for arm in results.plan.arms:
+        if arm.path != (results.plan.teacher,):
+            groups.setdefault(arm.model, []).append(arm)
+    return list(groups.values())
+
+
+def _chain_pair(results: Results, chain: Arm) -> Pair:
+    twin = twin_of(results, chain)
+    return Pair(chain, twin, "equal compute") if twin else Pair(chain, direct_arm(results, chain), "plain direct")
+
+
+@lru_cache(maxsize=1)
+def comparisons(results: Results) -> tuple[Comparison, ...]:
+    """The comparisons of all pairs that share a finished seed, in the plan's order."""
+    metric = primary_metric(results)
+    found: list[tuple[Pair, Arm, Difference, tuple[int, ...]]] = []
+    for pair in pairs(results):
+        compared = compare(results, pair.arm.name, pair.other.name, metric) if pair.other else None
+        if pair.other and compared:
+            found.append((pair, pair.other, *compared))
+    # pairs that are not finished count too: a verdict must not be taken back when they are
+    family = max(len(found), sum(pair.other is not None for pair in pairs(results)))
+    adjusted = holm([difference.p for _, _, difference, _ in found] + [1.0] * (family - len(found))) if found else []
+    return tuple(_comparison(results, *entry, p_holm, family) for entry, p_holm in zip(found, adjusted, strict=False))
+
+
+def _comparison(
+    results: Results, pair: Pair, other: Arm, difference: Difference, seeds: tuple[int, ...], p_holm: float, family: int
+) -> Comparison:
+    arm, metric, margin = pair.arm, primary_metric(results), results.plan.margin
+    trained = arm.is_trained or other.is_trained
+    per_seed = differences_per_seed(results, arm.name, other.name, metric)
+    inside = equivalent(difference, margin) if margin > 0 else False
+    word = _word(difference, p_holm, inside, enough=difference.se > 0 and (not trained or len(seeds) >= SEEDS_FOR_A_CLAIM))
+    why = None if pair.against == "pair" else mechanism(results, arm.name, other.name, metric)
+    sets = sets_with(results, metric)
+    tables = [results.scores[name][seeds[0]] for name in (arm.name, other.name)]
+    mine, theirs = (max(table[name][metric].shape[1] for name in sets) for table in tables)
+    return Comparison(
+        arm=arm.name,
+        other=other.name,
+        against=pair.against,
+        metric=metric,
+        n_sets=len(sets),
+        n_prompts=sum(len(tables[0][name][metric]) for name in sets),
+        seeds=seeds,
+        trained=trained,
+        difference=difference,
+        per_seed=per_seed,
+        p_holm=p_holm,
+        family=family,
+        sign_flip=sign_flip(list(per_seed.values())) if trained and 2 <= len(seeds) < _SEEDS_FOR_SIGNS else None,
+        margin=margin,
+        equivalent=inside,
+        detectable=minimum_detectable_effect(difference.se, difference.df, level=1 - _ALPHA / family),
+        word=word,
+        selection=_selection(results, arm, other, seeds, metric),
+        decoding_seeds=(mine, theirs),
+        planned_seeds=(tuple(sorted(arm.evaluate)), tuple(sorted(other.evaluate))),
+        mechanism=why,
+        credit=_credit(why) if why and word == "gain" and pair.against == "equal compute" else None,
+    )
+
+
+def _word(difference: Difference, p_holm: float, inside: bool, *, enough: bool) -> Word:
+    if not enough:
+        return "no evidence"
+    if p_holm < _ALPHA and not difference.covers_zero:
+        return "gain" if difference.mean > 0 else "loss"
+    return "equivalent" if inside else "no evidence"
+
+
+def _credit(why: Mechanism) -> Credit:
+    """Whether a gain belongs to the path. What was not measured credits nothing."""
+    divergences, controls = (why.forward_kl, why.reverse_kl), [d for d in (why.greedy, why.matched) if d is not None]
+    if any(d.low <= 0 for d in controls):
+        return "sharpening"
+    if any(d is not None and d.low > 0 for d in divergences):
+        return "farther from the teacher"
+    if None in divergences or not controls:
+        return "not measured"
+    return "credited"
+
+
+def _selection(results: Results, arm: Arm, other: Arm, seeds: tuple[int, ...], metric: str) -> Selection | None:
+    mine, theirs = (checkpoints_seen(results, a, seeds[0]) for a in (arm, other))
+    if mine <= theirs:
+        return None
+    sigma = _spread_on_dev(results, (arm, other), seeds, metric)
+    best = inflation_of(max(mine, 1), max(theirs, 1), sigma) if sigma is not None else None
+    return Selection(mine, theirs, sigma, best)
+
+
+def checkpoints_seen(results: Results, arm: Arm, seed: int) -> int:
+    """Dev evaluations that an arm's whole path chose among, for one training seed; 0 where nothing was selected."""
+    return sum(stage.checkpoints for stage in results.plan.ancestors(arm.final[seed]))
+
+
+def _spread_on_dev(results: Results, arms: tuple[Arm, Arm], seeds: tuple[int, ...], metric: str) -> float | None:
+    """Root mean square over arms and seeds of the sample deviation of the later half of the dev values."""
+    variances: list[float] = []
+    for key in (arm.final[seed] for arm in arms for seed in seeds):
+        if key is None or not is_finished(results.store_dir, key):
+            continue
+        values = list(load_metrics(results.store_dir, key).get(f"dev/{metric}", {}).values())
+        later = values[len(values) // 2 :] if len(values) > 3 else values
+        if len(later) > 1:
+            variances.append(float(np.var(later, ddof=1)))
+    return float(np.sqrt(np.mean(variances))) if variances else None

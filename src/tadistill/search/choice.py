@@ -1,0 +1,202 @@
+"""What a search for a path found: the table, search.json, and a recipe that confirms the choice. Imports no torch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path as File
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.table import Table
+
+from tadistill.config import Recipe
+from tadistill.search import Path, Round, undominated
+from tadistill.statistics import expected_best_of
+from tadistill.store import write_json
+
+_SEEDS = 3
+"""Fewest training seeds of a confirmation."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One path from teacher to student that was trained in full."""
+
+    path: Path
+    flops: float | None
+    """Training FLOPs behind its student, for one seed."""
+    values: tuple[float, ...]
+    """The student's dev value of every seed, in the metric's own unit."""
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return float(np.mean(self.values))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A finished search."""
+
+    study: str
+    strategy: str
+    metric: str
+    sign: int
+    """1 where a higher value is better, else -1."""
+    tried: tuple[Tried, ...]
+    """Best first; the first one is chosen."""
+    rounds: tuple[tuple[Round, dict[Path, float]], ...]
+    """What was asked, and the mean dev value of every path's last model."""
+    direct: float | None
+    """FLOPs of the direct path, for one seed."""
+    trained: float | None
+    """FLOPs of every stage that the search needed, all seeds; with the own fine-tuning of the models."""
+    discarded: float | None
+    """The part of them that the chosen path does not stand on."""
+    distillations: int
+    """Distillations that the search needed, all seeds."""
+
+    @property
+    def path(self) -> Path:
+        """The chosen one."""
+        return self.tried[0].path
+
+    @property
+    def compared(self) -> int:
+        """How many paths to the student the choice was among, those that `halving` dropped included."""
+        return len({path for asked, _ in self.rounds for path in asked.paths if path[-1] == self.path[-1]})
+
+    def cost(self, tried: Tried) -> float | None:
+        """As a multiple of direct."""
+        return None if tried.flops is None or self.direct is None else tried.flops / self.direct
+
+    def front(self) -> list[Tried]:
+        """Paths than which no other tried one is both as cheap and as good."""
+        return undominated(self.tried, lambda t: (t.flops or 0.0, -self.sign * t.mean))
+
+    def inflation(self) -> float | None:
+        """How far the best of the compared paths stands out by chance, in the metric's unit: E[max of k] standard errors of a path's mean.
+
+        An upper bound, as paths that share stages resemble each other; None with one seed, which shows no spread.
+        """
+        seeds = len(self.tried[0].values)
+        if seeds < 2:
+            return None
+        spread = np.mean([np.var(t.values, ddof=1) for t in self.tried])
+        return expected_best_of(self.compared) * float(np.sqrt(spread / seeds))
+
+
+def path_name(path: Path) -> str:
+    """`xl>l>s`: the name of a path's arm."""
+    return ">".join(path)
+
+
+def write_choice(choice: Choice, recipe: Recipe, directory: File) -> File | None:
+    """Write search.json, and confirm.yaml beside it unless the direct path won; returns the path of the latter."""
+    write_json(directory / "search.json", _record(choice))
+    confirm = directory / "confirm.yaml"
+    if len(choice.path) == 2:
+        confirm.unlink(missing_ok=True)  # that of an earlier search
+        return None
+    confirm.write_text(_confirmation(choice, recipe), encoding="utf-8")
+    return confirm
+
+
+def choice_table(choice: Choice) -> Table:
+    """The tried paths, best first."""
+    table = Table(title=f"{choice.study}: {choice.strategy}, the best of {choice.compared} paths", title_justify="left", box=None)
+    for column in ("path", "trainings", "× direct", f"dev {choice.metric}", "seeds", "front", ""):
+        table.add_column(column, justify="left" if column in ("path", "front", "") else "right")
+    front = choice.front()
+    for i, tried in enumerate(choice.tried):
+        cost = choice.cost(tried)
+        seeds = f"{min(tried.values):.4g} … {max(tried.values):.4g}" if len(tried.values) > 1 else "–"
+        marks = ("yes" if tried in front else "", "[bold green]chosen[/]" if i == 0 else "")
+        numbers = (str(len(tried.path) - 1), "?" if cost is None else f"{cost:.2f}", f"{tried.mean:.4g}", seeds)
+        table.add_row(" > ".join(tried.path), *numbers, *marks)
+    return table
+
+
+def choice_notes(choice: Choice, confirm: File | None, runs: File) -> list[str]:
+    """What the table does not say: what the search cost, how far its best value can be trusted, and what to do next."""
+    seeds = len(choice.tried[0].values)
+    notes = [f"{choice.distillations} distillations, {seeds} seed{'s' * (seeds > 1)}. C_search is not known: the size of a model is not."]
+    if choice.trained is not None and choice.discarded is not None and choice.direct is not None:
+        notes = [
+            f"C_search: {choice.distillations} distillations and what they stand on, {choice.trained:.3g} FLOPs over {seeds} "
+            f"seed{'s' * (seeds > 1)} ({choice.trained / (seeds * choice.direct):.2f} × direct), of which {choice.discarded:.3g} "
+            "for what the chosen path does not use."
+        ]
+    k, chance = choice.compared, choice.inflation()
+    if k > 1:
+        unit = "" if chance is None else f", here up to {chance:.2g}"
+        notes.append(
+            f"The best of {k} equal paths stands out by {expected_best_of(k):.2f} standard errors by chance alone{unit}: "
+            "its dev value above is too good."
+        )
+    if confirm is None:
+        return [*notes, "The direct path is the best on dev: there is no chain to confirm."]
+    return [*notes, f"Confirm it against direct training of equal compute, on new seeds: tadistill run {confirm} --runs {runs}"]
+
+
+def _record(choice: Choice) -> dict[str, Any]:
+    front = choice.front()
+    return {
+        "study": choice.study,
+        "strategy": choice.strategy,
+        "metric": choice.metric,
+        "higher_is_better": choice.sign > 0,
+        "chosen": list(choice.path),
+        "paths": [
+            {
+                "path": list(t.path),
+                "flops": t.flops,
+                "cost": choice.cost(t),
+                "values": list(t.values),
+                "mean": t.mean,
+                "front": t in front,
+            }
+            for t in choice.tried
+        ],
+        "rounds": [{"share": r.share, "means": {path_name(p): m for p, m in means.items()}} for r, means in choice.rounds],
+        "distillations": choice.distillations,
+        "flops": choice.trained,
+        "discarded_flops": choice.discarded,
+        "expected_best_of": {"k": choice.compared, "standard_errors": expected_best_of(choice.compared), "value": choice.inflation()},
+    }
+
+
+def _confirmation(choice: Choice, recipe: Recipe) -> str:
+    """The recipe with direct, the chosen path and its twin of equal compute, on seeds that took no part in the choice."""
+    content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    content.pop("search", None)
+    first = max(recipe.seeds) + 1
+    direct = f"{choice.path[0]} > {choice.path[-1]}"
+    arms: dict[str, Any] = {"direct": direct, "chain": " > ".join(choice.path)}
+    if choice.direct is not None:
+        arms["twin"] = {"path": direct, "compute": "as chain"}
+    models = with_parents(recipe, choice.path)
+    content |= {
+        "study": f"{choice.study}-confirm",
+        "seeds": list(range(first, first + max(_SEEDS, len(recipe.seeds)))),
+        "models": {name: content["models"][name] for name in content["models"] if name in models},
+        "teacher": choice.path[0],
+        "arms": arms,
+    }
+    head = (
+        f"# Is {path_name(choice.path)} worth its compute? `tadistill search` chose it by dev {choice.metric}, as the best of "
+        f"{choice.compared} paths.\n# The seeds are new, so that the luck which helped it there plays no part here. "
+        "`twin` is direct training with the chain's FLOPs.\n"
+    )
+    return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140)
+
+
+def with_parents(recipe: Recipe, names: Iterable[str]) -> set[str]:
+    """The models, and those that their weights come from."""
+    found: set[str] = set()
+    for name in names:
+        at: str | None = name
+        while at is not None:
+            found.add(at)
+            at = recipe.models[at].parent
+    return found

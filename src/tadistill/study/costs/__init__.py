@@ -1,8 +1,0 @@
-"""What a study's stages cost, before they run, from the recipe alone. Imports no torch; docs/compute.md has the formulas."""
-
-from tadistill.models.cost import Cost, Part
-from tadistill.study.costs.data import check_data
-from tadistill.study.costs.ledger import Ledger
-from tadistill.study.costs.published import minillm_flops
-
-__all__ = ["Cost", "Ledger", "Part", "check_data", "minillm_flops"]

@@ -1,0 +1,147 @@
+"""Predicted and metered FLOPs beside those that torch counts, and the published call graph."""
+
+import runpy
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tadistill.config import validate
+from tadistill.plan import throughput
+from tadistill.plan.arms import make_plan
+from tadistill.plan.costs import minillm_flops, passes
+from tadistill.plan.costs.lengths import Texts, largest
+from tadistill.plan.graph import Stage
+
+COUNTED = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "ledger_counted.py"))
+ON_POLICY = {"max_new_tokens": 8, "chunk": 8}
+ROUNDS = {"max_new_tokens": 8, "rollouts": 16, "inner_epochs": 2}
+WHOLE = {"optim": {"steps": 8}}  # every training row once: which rows are drawn has no say
+ARMS = {
+    "kd": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}} | WHOLE,
+    "recorded": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}} | WHOLE,
+    "on-policy": {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student"} | ON_POLICY},
+    "minillm": {
+        "objective": {"type": "minillm", "pt_kd_ratio": 0.5},
+        "sampler": {"type": "teacher_mixed"} | ROUNDS,
+        "optim": {"micro_batch": 8},
+    },
+    "minillm alone": {
+        "objective": {"type": "minillm", "pt_weight": 0},
+        "sampler": {"type": "student"} | ROUNDS | {"rollouts": 32},
+        "select": {"metric": "reverse_kl"},
+    },
+    "dense": {
+        "path": "t > a > s",
+        "objective": {"type": "minillm", "pt_kd_ratio": 0.5},
+        "sampler": {"type": "teacher_mixed"} | ROUNDS,
+        "dense": {},
+    },
+    "speculative": {"objective": {"type": "reverse_kl"}, "sampler": {"type": "speculative"} | ON_POLICY},
+    "pair": {"objective": {"type": "contrastive"}, "sampler": {"type": "pair"} | ON_POLICY},
+}
+
+
+def recipe(family: str) -> dict:
+    """Random weights, so that hardly a sampled answer ends before `max_new_tokens`: lengths are known, and all else is tested."""
+    shaped = COUNTED["shaped"]
+    sft = {"sft": {"optim": {"batch": 16} | WHOLE["optim"], "select": {"metric": "loss"}}}
+    return {
+        "study": "t",
+        "seeds": [1],
+        "models": {"t": shaped(family, 48, 2) | sft, "a": shaped(family, 40, 2), "s": shaped(family, 32, 1)},
+        "data": {"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"], "corpus": "tinyworld", "template": "plain"}
+        | {"max_length": 48, "limit": {"train": 128, "dev": 16}, "world": {"people": 20}},
+        "method": {"optim": {"steps": 4, "batch": 16}, "select": {"metric": "loss"}},
+        "evaluate": {"also": {}, "max_new_tokens": 8},
+        "arms": {name: {"path": "t > s"} | arm for name, arm in ARMS.items()},
+    }
+
+
+@pytest.mark.parametrize("family", COUNTED["FAMILIES"])
+def test_meter_and_prediction_agree_with_torch(family, tmp_path):
+    found = {}
+    for stage, flops, manifest in COUNTED["counted"](make_plan(validate(recipe(family))), tmp_path):
+        parts = manifest["ledger"]["parts"]
+        assert sum(part["flops"] for part in parts.values()) == pytest.approx(flops, rel=0.02), stage.label
+        assert stage.cost.total == pytest.approx(flops, rel=0.15), stage.label
+        assert set(stage.cost.parts) == set(parts), stage.label
+        found[stage.label] = stage.cost.total / flops
+    assert len(found) == 2 + len(ARMS)  # the teacher's SFT, and t > a
+
+
+@pytest.mark.parametrize("family", COUNTED["FAMILIES"])
+@pytest.mark.parametrize("part", [(), ("c_fc", "down_proj")])
+def test_adapters_and_layers_that_run_again_agree_with_torch(family, part, tmp_path):
+    """Frozen weights need no gradient, and nothing before the first adapter takes part in a backward pass."""
+    settings = recipe(family)
+    lora = {"r": 4, "targets": [name for name in part if (name == "c_fc") == (family == "gpt2")]}
+    settings["models"] = {name: settings["models"][name] | {"lora": lora} for name in "ts"}
+    settings["arms"] = {name: settings["arms"][name] for name in ("kd", "minillm")}
+    if not part:  # elsewhere the end of a layer, which nothing needs, is counted though torch leaves it out
+        settings["arms"]["minillm"]["optim"] = {"micro_batch": 8, "gradient_checkpointing": True}
+    plan = make_plan(validate(settings))
+    for stage, flops, manifest in COUNTED["counted"](plan, tmp_path):
+        parts = manifest["ledger"]["parts"]
+        assert sum(found["flops"] for found in parts.values()) == pytest.approx(flops, rel=0.02), stage.label
+        assert stage.cost.total == pytest.approx(flops, rel=0.15), stage.label
+        assert set(stage.cost.parts) == set(parts), stage.label
+    whole = make_plan(validate(settings | {"models": {name: m | {"lora": None} for name, m in settings["models"].items()}}))
+    for tuned, full in zip(plan.stages.values(), whole.stages.values(), strict=True):
+        if tuned.steps:
+            assert tuned.cost.parts["training/student"].flops < 0.9 * full.cost.parts["training/student"].flops
+            assert tuned.cost.memory < full.cost.memory
+            assert tuned.cost.kind != full.cost.kind
+
+
+def test_published_call_graph_of_the_gpt2_ladder():
+    """XL > M > S costs 1.67 of XL > S per rollout, XL > L > S 2.47, XL > L > M > S 3.14 (256 tokens, 512 of plain text, 4 epochs)."""
+    forward = {name: 2 * millions * 1e6 for name, millions in {"S": 124.4, "M": 354.8, "L": 774.0, "XL": 1557.6}.items()}
+
+    def path(*names: str) -> float:
+        return sum(minillm_flops(forward[s], forward[t], length=256, corpus=512, epochs=4) for t, s in pairwise(names))
+
+    direct = path("XL", "S")
+    assert direct == pytest.approx(1.54e13, rel=0.01)
+    ratios = [path(*names) / direct for names in (("XL", "M", "S"), ("XL", "L", "S"), ("XL", "L", "M", "S"))]
+    assert ratios == pytest.approx([1.67, 2.47, 3.14], abs=0.005)
+
+
+def test_the_expected_largest_of_a_batch():
+    assert largest([1, 2, 3], 2) == pytest.approx((2 + 3 + 3) / 3)
+    assert largest([1, 2, 3], 2, power=2) == pytest.approx((4 + 9 + 9) / 3)
+    assert largest([5, 1], 9) == 5
+
+
+def test_sampling_pads_prompts_and_drops_ended_rows_in_groups():
+    """Two prompts of 3 and 5; answers of 1 and 4 tokens: a pass over 2 x 5, then the longer row alone for 3 tokens."""
+    work = passes.sampling(Texts(((3, 1), (5, 4)), 2), chunk=2, count=2)
+    assert (work.positions, work.heads) == (2 * 5 + 3, 2 + 3)
+    assert work.pairs == 2 * 25 + 6 + 7 + 8
+    lazy = passes.lazy_sampling(Texts(((3, 1), (5, 4)), 2), chunk=2, count=2)
+    assert (lazy.positions, lazy.heads) == (3 + 5 + 3, 5)
+
+
+def test_what_the_predictions_copy_from_the_code():
+    """Constants of modules that need torch, which a plan must not import."""
+    from tadistill.objectives import fused
+    from tadistill.plan.costs import ledger, memory, sheet
+    from tadistill.rollout import cache, packed, signals
+    from tadistill.stages import execute
+    from tadistill.train import loop, watch
+
+    assert passes.COMPACT_BELOW == cache.COMPACT_BELOW
+    assert passes.PACKED_FAMILIES == packed._FAMILIES
+    assert memory._TILE == fused.TILE_BYTES
+    assert (ledger._ANSWERS, ledger._RECORDED) == (execute._GENERATION_BATCH, signals._BATCH)
+    assert (sheet._LOG_POINTS, sheet._WATCH_EVERY, sheet._WATCHED_ROWS) == (loop._LOG_POINTS, loop._WATCH_EVERY, watch._ROWS)
+
+
+def test_wall_clock_fills_all_workers():
+    """A chain of 3 and 2 seconds beside one of 4: 5 s on two workers, 9 s on one."""
+    stages = {
+        name: Stage("sft", name, {}, parents, name, "m", 1, None) for name, parents in (("a", {}), ("b", {"student": "a"}), ("c", {}))
+    }
+    takes = {"a": 3.0, "b": 2.0, "c": 4.0}
+    assert throughput.wall_clock(stages, takes, 2) == 5
+    assert throughput.wall_clock(stages, takes, 1) == 9

@@ -1,0 +1,213 @@
+"""The graph of stages: sharing, keys, equal compute, and mistakes found before anything runs."""
+
+import json
+
+import pytest
+
+from tadistill.config import validate
+from tadistill.errors import ConfigError, DataError
+from tadistill.plan.arms import make_plan
+from tadistill.runner import preflight
+
+LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def model(width: int, **more) -> dict:
+    config = LLAMA | {"hidden_size": width, "intermediate_size": 2 * width}
+    return {"load": "scratch:llama", "tokenizer": "tinyworld", "config": config, "sft": {"optim": {"steps": 10}}, **more}
+
+
+def recipe(**changes) -> dict:
+    base = {
+        "study": "t",
+        "seeds": [1, 2],
+        "models": {"xl": model(64, seed=1), "l": model(32), "s": model(16)},
+        "data": {"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"], "template": "plain"},
+        "method": {
+            "objective": {"type": "minillm", "pt_weight": 0},
+            "sampler": {"type": "teacher_mixed", "rollouts": 64},
+            "optim": {"steps": 16, "batch": 16},
+        },
+        "arms": {"direct": "xl > s", "takd": "xl > l > s"},
+    }
+    return base | changes
+
+
+def plan(**changes):
+    return make_plan(validate(recipe(**changes)))
+
+
+def kinds(found) -> dict[str, int]:
+    every = [s.kind for s in found.stages.values()]
+    return {k: every.count(k) for k in every}
+
+
+def test_shared_prefixes_are_one_stage():
+    found = plan()
+    # sft: xl once (fixed seed), l and s per seed; distill per seed: xl->s, xl->l, l->s
+    # measured per arm and seed: the main decoding, greedy and t0.5, and beside the teacher; the teacher's own answers once
+    assert kinds(found) == {"sft": 5, "distill": 6, "evaluate": 13, "analyse": 4}
+    order = list(found.stages)
+    for key, stage in found.stages.items():
+        assert all(order.index(p) < order.index(key) for p in stage.parents.values())
+
+
+def test_keys_are_stable_and_follow_the_content():
+    before = plan()
+    assert list(plan().stages) == list(before.stages)
+    changed = plan(arms={"direct": "xl > s", "takd": {"path": "xl > l > s", "optim": {"lr": 0.1}}})
+    kept = set(before.stages) & set(changed.stages)
+    assert {before.stages[k].label for k in set(before.stages) - kept} == {
+        s.label for s in before.stages.values() if "takd" in s.arms and "direct" not in s.arms and s.kind != "sft"
+    }
+
+
+def test_runtime_settings_do_not_change_keys():
+    assert list(plan(runtime={"jobs": 1, "checkpoint_seconds": 5}).stages) == list(plan().stages)
+
+
+def test_a_seed_adds_only_its_own_stages():
+    assert set(plan().stages) < set(plan(seeds=[1, 2, 3]).stages)
+
+
+def test_equal_compute_matches_and_looks_as_often():
+    arms = {"direct": "xl > s", "takd": "xl > l > s", "twin": {"path": "xl > s", "compute": "as takd"}}
+    method = recipe()["method"] | {"select": {"metric": "loss", "every": 4}, "optim": {"steps": 160, "batch": 16}}
+    found = {a.name: a for a in plan(arms=arms, method=method).arms}
+    assert found["twin"].flops == pytest.approx(found["takd"].flops, rel=0.05)
+    twin, direct = found["twin"].method, found["direct"].method
+    assert twin.optim.steps > direct.optim.steps
+    assert twin.optim.steps % 16 == 0  # whole rounds: 64 / 16 updates x 4 epochs
+    assert abs(twin.optim.steps // twin.select.every - direct.optim.steps // direct.select.every) <= 1
+
+
+def test_compute_may_be_declared_before_the_arm_it_matches():
+    arms = {"twin": {"path": "xl > s", "compute": "as takd"}, "takd": "xl > l > s"}
+    assert [a.name for a in plan(arms=arms).arms] == ["twin", "takd"]
+
+
+def test_seqkd_has_a_generate_stage_and_sft_longer_continues():
+    arms = {
+        "seqkd": {"path": "xl > s", "objective": {"type": "cross_entropy"}, "sampler": {"type": "teacher"}},
+        "longer": {"path": "s", "objective": {"type": "cross_entropy"}, "sampler": {"type": "dataset"}},
+    }
+    assert kinds(plan(arms=arms, seeds=[1])) == {"sft": 3, "generate": 1, "distill": 1, "evaluate": 7, "analyse": 2}
+
+
+def test_a_chain_is_analysed_with_its_assistants():
+    found = plan(seeds=[1])
+    (direct, takd) = found.arms
+    chain, plain = (found.stages[arm.analyse[1]] for arm in (takd, direct))
+    assert [k for role, k in chain.parents.items() if role.startswith("assistant")] == [found.stages[takd.final[1]].parents["teacher"]]
+    assert not [role for role in plain.parents if role.startswith("assistant")]
+    assert plain.parents["teacher_answers"] == chain.parents["teacher_answers"]
+    assert chain.parents["answers"] == takd.evaluate[1]
+
+
+def test_without_a_path_nothing_is_measured_beside_a_teacher():
+    found = plan(arms={"small": "s", "large": "l"})
+    assert found.teacher is None
+    assert kinds(found) == {"sft": 4, "evaluate": 12}
+    assert all(arm.analyse == {} for arm in found.arms)
+    assert plan(arms={"small": "s"}, teacher="l").arms[0].analyse.keys() == {1, 2}
+
+
+def test_another_decoding_adds_its_stages_and_changes_no_other():
+    decodings = {"ngram6": {"no_repeat_ngram": 6}, "cold": {"temperature": 0.2, "seeds": [5, 6]}}
+    before, after = plan(evaluate={"also": {}}), plan(evaluate={"also": decodings})
+    added = [s for key, s in after.stages.items() if key not in before.stages]
+    assert set(before.stages) < set(after.stages)
+    assert {s.kind for s in added} == {"evaluate"}
+    assert {(s.spec["decoding"]["temperature"], tuple(s.spec["decoding"]["seeds"])) for s in added} == {(1.0, (10,)), (0.2, (5, 6))}
+    assert after.arms[0].also.keys() == decodings.keys()
+
+
+def test_a_plan_counts_what_selection_looks_at():
+    method = recipe()["method"] | {"select": {"metric": "loss", "every": 5}}
+    found = plan(method=method)
+    assert {s.checkpoints for s in found.stages.values() if s.kind == "distill"} == {4}  # after 5, 10, 15 and 16 updates
+    assert {s.checkpoints for s in found.stages.values() if s.kind in ("evaluate", "analyse")} == {0}
+
+
+def test_a_recorded_signal_is_one_stage_of_its_teacher():
+    signal = {"sampler": {"type": "dataset", "signal": {"type": "top_k", "k": 8}}}
+    arms = {name: {"path": "xl > s", "objective": {"type": name}, **signal} for name in ("forward_kl", "reverse_kl")}
+    found = plan(arms=arms, method={"optim": {"steps": 4}})
+    assert kinds(found)["signal"] == 1  # the teacher has its own seed, so both seeds share it as well
+    (key,) = [s.key for s in found.stages.values() if s.kind == "signal"]
+    learners = [s for s in found.stages.values() if s.kind == "distill"]
+    assert len(learners) == 4
+    assert all(s.parents["signal"] == key for s in learners)
+    live = plan(
+        arms={"forward_kl": {"path": "xl > s", "objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}}},
+        method={"optim": {"steps": 4}},
+    )
+    (cheaper,), (dearer,) = ({s.flops for s in p.stages.values() if s.kind == "distill"} for p in (found, live))
+    assert cheaper < dearer
+
+
+def test_pairs_have_a_generate_stage_shared_with_seqkd():
+    text = {"max_new_tokens": 8}
+    arms = {
+        "pair": {"path": "xl > s", "objective": {"type": "contrastive"}, "sampler": {"type": "pair", **text}},
+        "seqkd": {"path": "xl > s", "objective": {"type": "cross_entropy"}, "sampler": {"type": "teacher", **text}},
+    }
+    assert kinds(plan(arms=arms, method={"optim": {"steps": 4}}, seeds=[1]))["generate"] == 1
+
+
+def test_specs_are_plain_data():
+    for stage in plan().stages.values():
+        assert json.loads(json.dumps(stage.spec)) is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"method": {"objective": {"type": "minillm"}}}, ConfigError, "learns from rounds of rollouts"),
+        ({"method": recipe()["method"] | {"objective": {"type": "minillm"}}}, ConfigError, "no data.corpus"),
+        ({"method": recipe()["method"] | {"optim": {"steps": 8, "batch": 48}}}, ConfigError, "not a multiple of optim.batch 48"),
+        ({"method": recipe()["method"] | {"optim": {"batch": 16}}}, ConfigError, "neither `steps` nor `epochs`"),
+        ({"arms": {"a": {"path": "s", "objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}}}}, ConfigError, "no teacher"),
+        ({"arms": {"a": "xl > s", "b": {"path": "xl > l > s", "compute": "as a"}}}, ConfigError, "direct path"),
+        ({"arms": {"a": "s", "b": {"path": "xl > s", "compute": "as a"}}}, ConfigError, "costs less"),
+        ({"data": recipe()["data"] | {"train": "nowhere.jsonl"}}, DataError, "no data set `nowhere.jsonl`"),
+        ({"data": recipe()["data"] | {"train": "tinyworld_open"}}, DataError, "has no split `train`"),
+    ],
+)
+def test_mistakes_are_found_in_the_plan(changes, error, words):
+    with pytest.raises(error, match=words):
+        plan(**changes)
+
+
+def test_adapters_are_part_of_their_models_keys_alone():
+    plain, tuned = plan(), plan(models={"xl": model(64, seed=1), "l": model(32, lora={"r": 8}), "s": model(16)})
+    assert list(plan(models={"xl": model(64, seed=1, lora=None), "l": model(32), "s": model(16)}).stages) == list(plain.stages)
+    assert {tuned.stages[key].label.split(",")[0] for key in set(tuned.stages) & set(plain.stages)} >= {
+        "sft xl",
+        "sft s",
+        "distill xl -> s",
+    }
+    written = plan(models={"xl": model(64, seed=1), "l": model(32, lora={"r": 8, "alpha": 32, "targets": []}), "s": model(16)})
+    assert list(written.stages) == list(tuned.stages)
+    for stage in tuned.stages.values():
+        if stage.kind in ("sft", "distill"):
+            assert stage.spec.get("lora") == ({"r": 8, "alpha": 32.0, "dropout": 0.0, "targets": ()} if stage.model == "l" else None)
+            assert "lora" in stage.spec or stage.key in plain.stages or "l ->" in stage.label
+
+
+def test_adapters_that_do_not_fit_are_found_before_anything_runs(monkeypatch):
+    models = {"xl": model(64, seed=1), "l": model(32), "s": model(16, lora={"targets": ["q_proj", "gate"]})}
+    with pytest.raises(
+        ConfigError, match=r"models\.s\.lora\.targets: `gate` is no linear layer of this model; choose from self_attn\.q_proj"
+    ):
+        plan(models=models)
+    with pytest.raises(ConfigError, match="the head and the embeddings stay frozen"):
+        plan(models=models | {"s": model(16, lora={"targets": ["lm_head"]})})
+    models["s"] = model(16, lora={})
+    method = {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "engine": "vllm"}, "optim": {"steps": 16, "batch": 16}}
+    with pytest.raises(ConfigError, match="has lora, but engine vllm takes whole models only; use engine: native"):
+        plan(models=models, method=method)
+    found = preflight.importlib.util.find_spec
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    with pytest.raises(ConfigError, match=r"models\.s has lora, which needs `pip install 'tadistill\[lora\]'`"):
+        preflight.check(validate(recipe(models=models)))

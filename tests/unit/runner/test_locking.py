@@ -1,0 +1,60 @@
+"""Two that run one stage at the same time: the second waits, and finds it finished; or gives up when it is asked to stop."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tadistill.errors import Interrupted
+from tadistill.plan.task import Task
+from tadistill.stages import execute
+from tadistill.store import Store, write_json
+
+
+def task(root) -> Task:
+    return Task("sft", "ab" + "0" * 14, {}, {}, "sft x", 3, str(root), "t", None, 30.0, ())
+
+
+def run(root, heard: list[str], stop=lambda: False) -> None:
+    execute.run_stage(task(root), progress=lambda done, total, text: heard.append(text), alarm=print, stop=stop)
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """A slow stage in place of training; how often it was done."""
+    started, done = threading.Event(), []
+
+    def slow(context):
+        started.set()
+        time.sleep(1.5)
+        write_json(context.folder / "result.json", len(done))
+        done.append(1)
+        return {}
+
+    monkeypatch.setitem(execute._WORK, "sft", slow)
+    return started, done
+
+
+def test_the_second_waits_and_trains_nothing(tmp_path, work):
+    started, done = work
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, tmp_path, [])
+        started.wait(5)
+        heard: list[str] = []
+        pool.submit(run, tmp_path, heard).result(20)
+        first.result(20)
+    assert done == [1]
+    assert "another process is at it" in heard
+    assert Store(tmp_path).finished(task(tmp_path).key)
+
+
+def test_a_waiting_process_can_be_stopped(tmp_path, work):
+    started, done = work
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, tmp_path, [])
+        started.wait(5)
+        with pytest.raises(Interrupted, match="another process"):
+            run(tmp_path, [], stop=lambda: True)
+        first.result(20)
+    assert done == [1]

@@ -1,0 +1,78 @@
+"""Rules of thumb on published sizes and scores."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from tests.unit.search.tables import TAKD, TAKD_SCRATCH
+
+from tadistill.search import make_lattice
+from tadistill.search.rules import (
+    Chosen,
+    capacity_gap_law,
+    direct,
+    geometric_mean,
+    lambda_tradeoff,
+    performance_mean,
+    random_path,
+    size_law,
+)
+
+GPT2 = {"xl": 1557.6e6, "l": 774.0e6, "m": 354.8e6, "s": 124.4e6}
+LAYERS = {name: float(name) for name in ("10", "8", "6", "4", "2")}
+
+
+def test_the_law_of_capacity_gap_on_the_gpt2_ladder():
+    assert round(capacity_gap_law(124.4e6) / 1e6) == 299
+    assert round(capacity_gap_law(355e6) / 1e6) == 875
+    assert round(capacity_gap_law(774e6) / 1e9, 2) == 1.92
+    assert size_law("xl", ["l", "m"], "s", GPT2) == ("xl", "l", "m", "s")
+    assert size_law("xl", ["l", "m"], "s", GPT2, max_assistants=1) == ("xl", "m", "s")
+    assert size_law("xl", ["l", "m"], "s", GPT2, max_assistants=0) == direct("xl", "s")
+    assert size_law("l", ["m"], "s", GPT2) == ("l", "m", "s")
+
+
+def test_the_size_law_skips_models_that_are_too_near():
+    sizes = {"t": 100.0, "a": 90.0, "b": 30.0, "c": 12.0, "s": 10.0}
+    assert size_law("t", ["a", "b", "c"], "s", sizes) == ("t", "a", "b", "s")
+    assert size_law("t", ["a"], "s", {"t": 10.0, "a": 10.0, "s": 10.0}) == ("t", "s")
+
+
+def test_performance_mean_picks_four_layers_in_takd():
+    assert performance_mean("10", ["8", "6", "4"], "2", TAKD_SCRATCH) == ("10", "4", "2")
+
+
+def test_geometric_mean():
+    assert geometric_mean("xl", ["l", "m"], "s", GPT2) == ("xl", "m", "s")
+    assert geometric_mean("10", ["8", "6", "4"], "2", LAYERS) == ("10", "4", "2")
+
+
+def test_lambda_sweep_of_takd_switches_from_six_to_four():
+    scores = {name: TAKD[("10", name)] / 100 for name in ("8", "6", "4")}
+    first, second = lambda_tradeoff("10", ["8", "6", "4"], scores, LAYERS)
+    assert (first.assistant, second.assistant) == ("6", "4")
+    assert first == Chosen("6", 0.0, second.low)
+    assert second.high == math.inf
+    assert second.low == pytest.approx((0.5713 - 0.5094) / 0.2)  # 0.3095: MiniDisc's default 0.2 picks 6, 0.5 picks 4
+
+
+def test_lambda_sweep_is_the_maximum_everywhere():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        names = [f"a{i}" for i in range(5)]
+        sizes = {name: float(x) for name, x in zip(names, sorted(rng.integers(1, 9, 5), reverse=True), strict=True)} | {"t": 10.0}
+        scores = {name: float(rng.integers(0, 6)) / 5 for name in names}
+        sweep = lambda_tradeoff("t", names, scores, sizes)
+        assert sweep[0].low == 0
+        assert all(a.high == b.low for a, b in itertools.pairwise(sweep))
+        for lam in rng.uniform(0, 20, 30):
+            chosen = next(c for c in sweep if c.low <= lam <= c.high).assistant
+            value = {name: scores[name] + lam * (1 - sizes[name] / sizes["t"]) for name in names}
+            assert value[chosen] == pytest.approx(max(value.values()))
+
+
+def test_a_random_path_is_any_of_them():
+    paths = make_lattice("t", ["a", "b"], "s").paths
+    rng = np.random.default_rng(0)
+    assert {random_path(paths, rng) for _ in range(60)} == set(paths)
