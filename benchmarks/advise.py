@@ -1,10 +1,10 @@
-"""Simulated families: what does `advise` recommend, is it right, do its intervals hold, does it beat rules of thumb?
+"""Simulates families of models and compares what `advise` recommends with the truth and with rules of thumb.
 
     OMP_NUM_THREADS=1 python benchmarks/advise.py [--json PATH] [--markdown PATH] [--quick]
 
-Every world is a family that is held out and F families of the same kind, with 3 seeds an arm, as its history; `advise_worlds.py` says how
-truth and measures arise. Regret is the true difference of the best path (direct included) less that of the path that was chosen.
-At last the three public tables with every path, each predicted from the other two.
+Each world has one held-out family and, as its history, F families of the same kind with 3 seeds per arm. `advise_worlds.py` describes how
+truth and measures are drawn. Regret is the true difference of the best path (direct included) minus that of the chosen path. Finally,
+each of the three public tables that list every path is predicted from the other two.
 """
 
 import os
@@ -46,31 +46,31 @@ Chosen = tuple[str, ...]
 
 
 def forecasts(family: Family, history: Sequence[Observation]) -> Predictions:
-    """What `advise` rests on."""
+    """Return the predictions that `advise` uses."""
     direct, *chains = family.candidates
     return predict(chains, direct.edges[0], pair_up(history), margin=MARGIN, family=family.name)
 
 
 def decided(family: Family, found: Predictions) -> Advice:
-    """What `advise` says."""
+    """Return the advice of `advise`."""
     return decide(family.candidates, found, scale="rouge_l" if found.pairs else None, margin=MARGIN, level=LEVEL)
 
 
 def experiment(family: Family, path: Chosen) -> tuple[Observation, ...]:
-    """A chain of the held-out family and its twin, as their runs would be recorded."""
+    """Return a chain of the held-out family and its equal-compute baseline, as their runs would be recorded."""
     cost = next(c.cost for c in family.candidates if c.path == path)
     return tuple(o for o in family.observations if o.cost == cost)
 
 
 def follow(family: Family, history: Sequence[Observation], first: Advice) -> Advice:
-    """The advice after the first proposed experiment; the same advice where none was proposed."""
+    """Return the advice after the first proposed experiment, or the same advice if none was proposed."""
     if not first.next:
         return first
     return decided(family, forecasts(family, [*history, *experiment(family, first.next[0].path)]))
 
 
 def rule_choices(family: Family, rng: np.random.Generator) -> dict[str, Chosen]:
-    """What the rules of thumb choose."""
+    """Return the paths that the rules of thumb choose."""
     teacher, *assistants, student = family.sizes
     choices: dict[str, Callable[[], Chosen]] = {
         "direct": lambda: rules.direct(teacher, student),
@@ -83,7 +83,7 @@ def rule_choices(family: Family, rng: np.random.Generator) -> dict[str, Chosen]:
 
 
 def cell(world: World, families: int, worlds: int, key: tuple[int, ...]) -> dict[str, Any]:
-    """Shares in percent, coverage, rank correlation and regrets of one kind of world with one length of history."""
+    """Return percentages, coverage, rank correlation and regrets of one kind of world with one length of history."""
     rng = np.random.default_rng(key)
     verdicts: list[str] = []
     after: list[str] = []
@@ -126,7 +126,7 @@ def cell(world: World, families: int, worlds: int, key: tuple[int, ...]) -> dict
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Rank correlation; None where one of them never varies."""
+    """Return the rank correlation, or None if one of them never varies."""
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1]) if len(a) > 1 and np.ptp(a) > 0 and np.ptp(b) > 0 else None
 
 
@@ -138,7 +138,7 @@ def _percent(values: Sequence[bool]) -> float:
 
 
 def table_lattices(name: str, table: Mapping[Chosen, float]) -> list[tuple[tuple[Candidate, ...], dict[Chosen, float], list[Observation]]]:
-    """One lattice for every student of a table that has an assistant: candidates, differences to direct, observations.
+    """Return one lattice per student of a table that has an assistant: candidates, differences to direct, observations.
 
     The tables have no equal-compute twins, so all paths are given cost 1 and direct stands for its own twin, which flatters chains.
     """
@@ -157,7 +157,7 @@ def table_lattices(name: str, table: Mapping[Chosen, float]) -> list[tuple[tuple
 
 
 def public_tables() -> list[dict[str, Any]]:
-    """Each public table from the other two, with layers for sizes and a margin of 0.5, the standard error of one accuracy."""
+    """Predict each public table from the other two, with layers as sizes and a margin of 0.5, the standard error of one accuracy."""
     known = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "unit" / "paths" / "tables.py"))
     tables = {"TAKD figure 5": known["TAKD"], "fork CNN": known["FORK_CNN"], "fork ResNet": known["FORK_RESNET"]}
     rows = []
@@ -196,7 +196,7 @@ def public_tables() -> list[dict[str, Any]]:
 
 
 def measure(quick: bool, jobs: int) -> dict[str, Any]:
-    """All rows."""
+    """Return all rows."""
     start, worlds = time.perf_counter(), 40 if quick else 500
     of_worlds = [({"world": name}, world, (1, i, f)) for i, (name, world) in enumerate(WORLDS.items()) for f in HISTORIES]
     worlds_of = {effect: World("constant", effect, family_sd=0.3, edge_sd=0.3) for effect in EFFECTS}

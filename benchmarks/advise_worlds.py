@@ -1,9 +1,9 @@
-"""Simulated families of models whose true differences between chains and equal-compute direct distillation are known.
+"""Simulates families of models whose true differences between chains and equal-compute direct distillation are known.
 
-A family has a teacher, one or two assistants and a student, 4 to 40 times smaller than the teacher. The latent gap of a pair is
-k_family log(size ratio) with 20 % noise, k_family = exp(0.3 z); measures are noisy views of it (reverse KL, forward KL, overlap, loss
-ratio), the entropy gap is noise. Chains cost what N_teacher + 2.55 N_learner per hop adds up to, which fits the GPT-2 ladder's 1.67, 2.47
-and 3.14.
+A family has a teacher, one or two assistants and a student, which is 4 to 40 times smaller than the teacher. The latent gap of a pair is
+k_family log(size ratio) with 20 % noise, where k_family = exp(0.3 z). Reverse KL, forward KL, overlap and loss ratio are noisy
+measurements of that gap; the entropy gap is noise. A chain costs the sum of N_teacher + 2.55 N_learner over its hops, which fits the
+GPT-2 ladder's 1.67, 2.47 and 3.14.
 
 The true difference of a chain is  effect x shape(path) + family effect + sum over edges of 0.3^hops x violation:
 
@@ -13,8 +13,8 @@ The true difference of a chain is  effect x shape(path) + family effect + sum ov
                chains help across wide gaps and harm across narrow ones
     unrelated  a standard normal draw for every chain of every family, related to no measure
 
-A violation is an edge's own deviation, so that what a better assistant does to its student is not ordered (Bellman condition broken).
-Every arm's measured quality has seed noise; each chain has its own twin.
+A violation is an edge's own deviation: a better assistant then does not always make a better student (the Bellman condition fails).
+Every arm's measured quality has seed noise. Each chain has its own equal-compute baseline.
 """
 
 from dataclasses import dataclass
@@ -31,19 +31,19 @@ CARRY = 0.3
 
 @dataclass(frozen=True)
 class World:
-    """How the true differences arise, in points."""
+    """Parameters of the true differences, in points."""
 
     shape: Literal["none", "constant", "curve", "unrelated"]
     effect: float = 0.0
     family_sd: float = 0.0
     edge_sd: float = 0.0
     seed_sd: float = 0.4
-    """Of one arm and seed."""
+    """Standard deviation between the seeds of an arm."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family with its truth and what a finished study of it would have recorded."""
+    """A family with its true differences and the records of a finished study of it."""
 
     name: str
     sizes: dict[str, float]
@@ -52,12 +52,12 @@ class Family:
     """Quality of each model without distillation."""
     candidates: tuple[Candidate, ...]
     truth: dict[Path, float]
-    """Difference of each path to its equal-compute twin; 0 for direct."""
+    """Difference of each path to its equal-compute baseline; 0 for direct."""
     observations: tuple[Observation, ...]
 
 
 def make_family(rng: np.random.Generator, world: World, name: str, seeds: int) -> Family:
-    """A random family of a world."""
+    """Return a random family of a world."""
     names: list[str] = ["t", *"ab"[: int(rng.integers(1, 3))], "s"]
     top = rng.uniform(np.log(4), np.log(40))
     inner = np.sort(rng.uniform(0.15, 0.85, size=len(names) - 2))[::-1] * top
@@ -108,7 +108,7 @@ def _truth(
 def _observations(
     rng: np.random.Generator, world: World, name: str, candidates: tuple[Candidate, ...], truth: dict[Path, float], seeds: int
 ) -> tuple[Observation, ...]:
-    """Direct once, and every chain beside its twin."""
+    """Return observations of direct and of every chain with its equal-compute baseline."""
     direct, *chains = candidates
     runs = [(direct.path, direct.edges, 1.0, 0.0)]
     for c in chains:

@@ -1,4 +1,4 @@
-"""Time of sampling beside transformers' `model.generate`.
+"""Measures the time of sampling beside transformers' `model.generate`.
 
     python benchmarks/generate.py [--json PATH] [--markdown PATH] [--quick] [--rounds N]
 
@@ -8,10 +8,10 @@ the whole vocabulary at temperature 1:
     own            tadistill's loop, the student alone
     generate       `student.generate(do_sample=True, top_k=0)`
     own mixed      tadistill's loop, 0.8 student + 0.2 teacher, with log-probabilities and the teacher's hidden states
-    generate both  `generate` of the student and then of the teacher: what two models cost at least with it, since it cannot mix
+    generate both  `generate` of the student and then of the teacher: the least that two models cost with it, because it cannot mix them
 
-No token ends a response, so that all do equal work. Every way runs once in a round, one after the other; the first round is dropped, the
-others give the medians. A ratio is the median of the rounds' ratios, so that a disturbance from outside hits both sides of it.
+No token ends a response, so all do equal work. In a round each of them runs once, one after the other. The first round is dropped and the
+others give the medians. A ratio is the median of the rounds' ratios, so other load on the machine affects both sides.
 """
 
 import argparse
@@ -47,6 +47,7 @@ QUICK = [Size(4096, 4, 8, 8)]
 STUDENT = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 344}
 TEACHER = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 688}
 RATIOS = {"own": "generate", "own mixed": "generate both"}
+INTRODUCTION = "This page compares the time of tadistill's sampling loop with that of transformers' `generate`."
 COLUMNS = ["vocabulary", "batch", "own ms", "generate ms", "ratio", "own mixed ms", "generate both ms", "ratio"]
 
 
@@ -70,7 +71,7 @@ class Problem:
         return LlamaForCausalLM(LlamaConfig(vocab_size=self.size.vocab, max_position_embeddings=longest, **heads, **shape, **ids)).eval()
 
     def ways(self) -> dict[str, Callable[[], None]]:
-        """What is timed."""
+        """Return the ways of sampling that are timed."""
 
         def own(guide: Mixture | None) -> None:
             rollouts = sample(self.student, self.prompts, self.uniforms, eos=(), vocab=self.size.vocab, guide=guide)
@@ -90,7 +91,7 @@ class Problem:
 
 
 def measured(size: Size, rounds: int, device: str) -> dict[str, Any]:
-    """Median milliseconds of each way and the ratios."""
+    """Return the median milliseconds of each way, and the ratios."""
     ways = Problem(size, device).ways()
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds + 1):
@@ -107,7 +108,7 @@ def measured(size: Size, rounds: int, device: str) -> dict[str, Any]:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as text, in the order of the columns."""
+    """Return a row as text, in the order of the columns."""
     text = [f"{row['vocab']:,}", str(row["batch"])]
     for way, peer in RATIOS.items():
         text += [f"{row['ms'][way]:,.0f}", f"{row['ms'][peer]:,.0f}", f"{row['ratios'][way]:.2f}"]
@@ -115,18 +116,18 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def environment(result: dict[str, Any]) -> str:
-    """Device, versions and threads."""
+    """Return device, versions and number of threads."""
     return f"{result['device']}; torch {result['torch']}, transformers {result['transformers']}, {result['threads']} threads; float32"
 
 
 def title(result: dict[str, Any]) -> str:
-    """What was made, in a line."""
+    """Describe the measured work in one line."""
     row = result["rows"][0]
     return f"{row['new']} new tokens behind prompts of {row['prompt']}"
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
-    """A table on the terminal."""
+    """Print a table on the terminal."""
     console.print(environment(result))
     table = Table(*COLUMNS, title=title(result))
     for row in result["rows"]:
@@ -135,11 +136,18 @@ def show(console: Console, result: dict[str, Any]) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The same as a page."""
-    lines = ["# Sampling: time", "", f"```\n{result['command']}\n```", "", f"{title(result)}. Device: {environment(result)}.", ""]
+    """Return the result as a page."""
+    lines = [
+        "# Sampling: time",
+        "",
+        f"```\n{result['command']}\n```",
+        "",
+        f"{INTRODUCTION}\n\n{title(result)}. Device: {environment(result)}.",
+        "",
+    ]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---:|" * len(COLUMNS)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
-    return "\n".join([*lines, "", "What is measured, and how, is said in `benchmarks/generate.py`.", ""])
+    return "\n".join([*lines, "", "`benchmarks/generate.py` says what is measured, and how.", ""])
 
 
 # --- main ---------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""Rules for the interval of a mean over crossed seeds and prompts, on the mean squares of normal effects.
+"""Compares rules for the interval of a mean over crossed seeds and prompts, on the mean squares of normal effects.
 
 With d the paired difference of seed s and prompt n:
 
     A = var over seeds of the seeds' means / S,   B = var over prompts of the prompts' means / N,   C = residual mean square / (S N)
 
-For normal effects they are independent chi-squares over their degrees of freedom, so that no scores need to be drawn, and the coverage of a
+For normal effects they are independent chi-squares divided by their degrees of freedom. No scores need to be drawn, and the coverage of a
 half width is a value of the normal distribution.
 """
 
@@ -38,33 +38,33 @@ class Squares(NamedTuple):
 
 
 def half_chosen(x: Squares) -> Array:
-    """A + max(B - C, 0), degrees of freedom weighted by share: what `macro_interval` does."""
+    """Return the half width of A + max(B - C, 0), with degrees of freedom weighted by share; `macro_interval` uses this rule."""
     prompts = np.maximum(x.b - x.c, 0)
     share = x.a / (x.a + prompts)
     return stdtrit(1 / (share / (x.seeds - 1) + (1 - share) / (x.prompts - 1)), 0.975) * np.sqrt(x.a + prompts)
 
 
 def half_satterthwaite(x: Squares) -> Array:
-    """A + B - C, at least B, with Satterthwaite's degrees of freedom."""
+    """Return the half width of A + B - C, at least B, with Satterthwaite's degrees of freedom."""
     variance = np.maximum(x.a + x.b - x.c, x.b)
     squares = x.a**2 / (x.seeds - 1) + x.b**2 / (x.prompts - 1) + x.c**2 / ((x.seeds - 1) * (x.prompts - 1))
     return stdtrit(np.maximum(variance**2 / squares, x.seeds - 1), 0.975) * np.sqrt(variance)
 
 
 def half_student_draw(x: Squares) -> Array:
-    """Prompt resampling (B) plus Student's t with S - 1 degrees of freedom times sqrt(max(A - C, 0))."""
+    """Return the half width of prompt resampling (B) plus Student's t with S - 1 degrees of freedom times sqrt(max(A - C, 0))."""
     rng = np.random.default_rng(3)
     return _quantile(x, x.b, np.maximum(x.a - x.c, 0), rng.normal(size=2000), rng.standard_t(x.seeds - 1, size=2000))
 
 
 def half_fiducial(x: Squares) -> Array:
-    """The same without taking the noise from the seeds: B - C plus t times sqrt(A) (Behrens and Fisher)."""
+    """Return the half width of the Student draw with the noise left in the seeds: B - C plus t times sqrt(A) (Behrens and Fisher)."""
     rng = np.random.default_rng(3)
     return _quantile(x, np.maximum(x.b - x.c, 0), x.a, rng.normal(size=2000), rng.standard_t(x.seeds - 1, size=2000))
 
 
 def half_seeds_resampled(x: Squares) -> Array:
-    """The plain hierarchical percentile bootstrap, seeds and then prompts, by its variance: real replicates are lumpier."""
+    """Return the half width of the plain hierarchical percentile bootstrap, from its variance; real replicates are less smooth."""
     return ndtri(0.975) * np.sqrt((x.seeds - 1) / x.seeds * (x.a + x.c) + x.b)
 
 
@@ -83,7 +83,7 @@ RULES: dict[str, Callable[[Squares], Array]] = {
 
 
 def rules_row(scenario: Scenario, seeds: int, studies: int, prompts: int = 500) -> dict[str, dict[str, float]]:
-    """Coverage of each rule in percent and its mean width in true standard errors; the coverage of a half width is exact."""
+    """Return each rule's coverage in percent and mean width in true standard errors; the coverage of a half width is exact."""
     rng = np.random.default_rng((4, seeds, *(int(100 * share) for share in scenario)))
     df = (seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1))
     expected = (scenario.seed + scenario.both, scenario.prompt + scenario.both, scenario.both)

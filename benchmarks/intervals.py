@@ -1,16 +1,16 @@
-"""Simulated studies: does a 95 % interval hold the truth 95 % of the time, what does it find, how long does it take?
+"""Simulates studies: coverage of the 95 % interval, power, errors without effects, and time.
 
     OMP_NUM_THREADS=1 python benchmarks/intervals.py [--json PATH] [--markdown PATH] [--quick]
 
-A simulated study has S training seeds and N prompts a set; decoding seeds are averaged, so that their noise is part of the prompt x seed
-noise. A scenario names three shares (seed, prompt, prompt x seed): what each contributes to the variance of a mean difference. Prompts have
-a difficulty besides, as large as the arm's own prompt effects, that arms share; it widens an arm's interval and cancels in a difference.
+A simulated study has S training seeds and N prompts per set. Decoding seeds are averaged, so their noise is part of the prompt x seed
+noise. A scenario names the shares of seed, prompt and prompt x seed in the variance of a mean difference. In addition, prompts have
+a difficulty that all arms share, as large as the arm's own prompt effects. It widens an arm's interval and cancels in a difference.
 
-Designs: `normal` is one set of 200 prompts with normal effects. `scores` clips to 0-100, with a mean of 20 before it and 15 % of the
-prompts with effects six times as large as the others': skewed scores, many of them 0, and heavy-tailed differences. `five sets` is the same
-in sets of 500, 242, 80, 1694 and 1000 prompts, each at a fifth of its size. The truth is known in closed form.
+Designs: `normal` is one set of 200 prompts with normal effects. `scores` clips to 0-100, with a mean of 20 before clipping; 15 % of the
+prompts have effects six times as large as the others. This gives skewed scores, many of them 0, and heavy-tailed differences. `five sets`
+is the same with sets of 500, 242, 80, 1694 and 1000 prompts, each at a fifth of its size. The truth is known in closed form.
 
-Other rules for the interval: `interval_rules.py`.
+`interval_rules.py` has other rules for the interval.
 """
 
 import platform
@@ -30,7 +30,7 @@ Array = NDArray[np.float64]
 
 
 class Design(NamedTuple):
-    """Prompts and mean score of every set; scores are clipped to 0-100 or not."""
+    """Number of prompts and mean score of every set, and whether scores are clipped to 0-100."""
 
     sizes: tuple[int, ...]
     means: tuple[float, ...]
@@ -69,7 +69,7 @@ class Effects(NamedTuple):
 
 
 def effects(design: Design, scenario: Scenario, seeds: int) -> Effects:
-    """Standard deviations that give the scenario's shares, 20 points for the largest of a prompt's own."""
+    """Return standard deviations that give the scenario's shares, 20 points for the largest of a prompt's own."""
     per_prompt = sum(1 / n for n in design.sizes) / len(design.sizes) ** 2
     unit = 400.0 / max(scenario.prompt, seeds * scenario.both, 1.0 * (scenario.prompt == scenario.both == 0))
     variances = (per_prompt * seeds * scenario.seed, scenario.prompt, seeds * scenario.both, scenario.prompt)
@@ -77,7 +77,7 @@ def effects(design: Design, scenario: Scenario, seeds: int) -> Effects:
 
 
 def simulate(rng: np.random.Generator, design: Design, sd: Effects, seeds: int, shifts: tuple[float, ...]) -> list[list[Array]]:
-    """Arm by arm the sets' scores, (seeds, prompts, 1)."""
+    """Return the sets' scores of each arm, (seeds, prompts, 1)."""
     arms: list[list[Array]] = [[] for _ in shifts]
     wobbles = rng.normal(0, sd.seed, size=(len(shifts), seeds, 1))  # a seed moves all sets of its arm
     for size, mean in zip(design.sizes, design.means, strict=True):
@@ -91,7 +91,7 @@ def simulate(rng: np.random.Generator, design: Design, sd: Effects, seeds: int, 
 
 
 def true_mean(design: Design, sd: Effects, shift: float) -> float:
-    """The expectation of a macro mean."""
+    """Return the expectation of a macro mean."""
     centres = np.array(design.means) + shift
     if not design.clipped:
         return float(centres.mean())
@@ -106,7 +106,7 @@ def true_mean(design: Design, sd: Effects, shift: float) -> float:
 
 
 def coverage(design: Design, scenario: Scenario, seeds: int, studies: int, replicates: int) -> dict[str, float]:
-    """Shares of studies whose intervals hold the truth, in percent, and mean widths."""
+    """Return the percentage of studies whose intervals contain the truth, and mean widths."""
     rng = np.random.default_rng((seeds, *(int(100 * share) for share in scenario), len(design.sizes), design.clipped))
     sd = effects(design, scenario, seeds)
     mean, effect = true_mean(design, sd, EFFECT), true_mean(design, sd, EFFECT) - true_mean(design, sd, 0.0)
@@ -131,7 +131,7 @@ def coverage(design: Design, scenario: Scenario, seeds: int, studies: int, repli
 
 
 def null_study(scenario: Scenario, seeds: int, studies: int, replicates: int, arms: int = 12) -> dict[str, float]:
-    """Arms that do not differ: how often Holm over the comparisons with the first finds nothing, in percent."""
+    """Return the percentage of studies of equal arms in which Holm's correction over the comparisons with the first arm finds nothing."""
     design, rng = DESIGNS["five sets"], np.random.default_rng((1, seeds, *(int(100 * share) for share in scenario)))
     sd = effects(design, scenario, seeds)
     nothing, single = 0, 0
@@ -144,7 +144,7 @@ def null_study(scenario: Scenario, seeds: int, studies: int, replicates: int, ar
 
 
 def power(scenario: Scenario, seeds: int, effect: float, studies: int, replicates: int) -> float:
-    """Share of studies, in percent, whose interval excludes 0 when the effect is that many true standard errors."""
+    """Return the percentage of studies whose interval excludes 0, by the size of the effect in true standard errors."""
     design, rng = DESIGNS["normal"], np.random.default_rng((2, seeds, int(10 * effect), *(int(100 * share) for share in scenario)))
     sd = effects(design, scenario, seeds)
     size = design.sizes[0]
@@ -160,7 +160,7 @@ def power(scenario: Scenario, seeds: int, effect: float, studies: int, replicate
 
 
 def speed(arms: int = 12, sets: int = 5, prompts: int = 3000, seeds: int = 5, replicates: int = 10_000) -> dict[str, float]:
-    """Seconds for an interval of every arm and the differences from the first, and the peak of this process's memory."""
+    """Return the seconds for an interval of every arm and the differences from the first, and this process's peak memory."""
     rng = np.random.default_rng(5)
     scores = [[rng.normal(size=(seeds, prompts, 5)) for _ in range(sets)] for _ in range(arms)]
     start = time.perf_counter()
@@ -178,7 +178,7 @@ def speed(arms: int = 12, sets: int = 5, prompts: int = 3000, seeds: int = 5, re
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Everything, as rows."""
+    """Return all results, as rows."""
     studies, replicates, draws = (40, 200, 400) if quick else (1000, 1000, 4000)
     start = time.perf_counter()
     at = [(name, scenario, seeds) for name, scenario in SCENARIOS.items() for seeds in SEEDS]
@@ -208,17 +208,18 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any], command: str) -> str:
-    """The result as a page."""
+    """Return the result as a page."""
     lowest, highest = (end(row[key] for row in result["coverage"] for key in ("macro", "difference")) for end in (min, max))
     took = result["speed"]
     parts = [
         f"# Intervals: coverage, power, time\n\n```\n{command}\n```\n",
-        f"{result['studies']:,} simulated studies a cell, {result['replicates']:,} replicates each, one core, {result['seconds']:.0f} s; "
+        "This page shows how often the report's 95 % intervals contain the truth in simulated studies, and which effects they detect.\n",
+        f"{result['studies']:,} simulated studies per cell, {result['replicates']:,} replicates each, one core, {result['seconds']:.0f} s; "
         f"Python {result['python']}, numpy {result['numpy']}. The binomial standard error of a coverage near 95 % is "
-        f"{result['binomial_se']:.1f}. What is simulated is said in `benchmarks/intervals.py`.\n",
+        f"{result['binomial_se']:.1f}. `benchmarks/intervals.py` describes the simulation.\n",
         "## Coverage of the 95 % interval\n",
-        f"From {lowest:.1f} to {highest:.1f} % over all cells. *90 %* is the interval that the equivalence test uses. *Student* is "
-        "mean ± t se with the same degrees of freedom: the interval without the bootstrap's shape.\n",
+        f"Coverage is {lowest:.1f} to {highest:.1f} % over all cells. *90 %* is the interval of the equivalence test. *Student* is "
+        "mean ± t se with the same degrees of freedom, that is, the interval without the bootstrap's shape.\n",
         table(
             ("design", "variance", "seeds", "one arm %", "width", "difference %", "width", "90 %", "Student %"),
             [
@@ -229,13 +230,13 @@ def markdown(result: dict[str, Any], command: str) -> str:
                 for row in result["coverage"]
             ],
         ),
-        "## No effects\n\nTwelve equal arms, five sets, Holm over the eleven comparisons with the first.\n",
+        "## No effects\n\nTwelve equal arms, five sets, Holm's correction over the eleven comparisons with the first arm.\n",
         table(
             ("variance", "seeds", "studies that find nothing %", "single comparisons with p < 0.05 %"),
             [(row["scenario"], str(row["seeds"]), f"{row['finds_nothing']:.1f}", f"{row['single_below_5']:.1f}") for row in result["null"]],
         ),
-        "## Power\n\nStudies in percent whose interval excludes 0, by the size of the effect in true standard errors; with known "
-        "variances 2.8 would give 80 %.\n",
+        "## Power\n\nPercentage of studies whose interval excludes 0, by the size of the effect in true standard errors. With known "
+        "variances, an effect of 2.8 would give 80 %.\n",
         table(
             ("variance", "seeds", "2", "2.8", "4"),
             [(row["scenario"], str(row["seeds"]), *(f"{row[e]:.0f}" for e in ("2.0", "2.8", "4.0"))) for row in result["power"]],
@@ -259,14 +260,14 @@ COVERAGE_COLUMNS = {"macro": 1, "macro_width": 2, "difference": 1, "difference_w
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table, numbers to the right."""
+    """Return a Markdown table with numbers aligned right."""
     names = {"variance", "design"}
     ruler = ["---" if name in names else "---:" for name in columns]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ruler, *rows)) + "\n"
 
 
 def main() -> None:
-    """Measures, shows, writes."""
+    """Measure, show and write the results."""
     parser = page.parser(__doc__, "few studies")
     options = parser.parse_args()
     page.write(options, "OMP_NUM_THREADS=1 python benchmarks/intervals.py", measure(options.quick), markdown)

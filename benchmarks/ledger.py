@@ -1,18 +1,18 @@
-"""FLOPs of whole training stages: predicted from the recipe, metered while they ran, and counted by torch.
+"""Compares FLOPs of whole training stages: predicted from the recipe, metered while they ran, and counted by torch.
 
     OMP_NUM_THREADS=1 python benchmarks/ledger.py [--json PATH] [--markdown PATH] [--quick]
 
-Every stage runs as in a study, dev evaluations included, inside torch's FlopCounterMode. Predicted is what `tadistill plan` says
-(`study.costs.Ledger`), metered is what the stage's manifest says (`train.meter`). Errors are those of totals, against torch's.
+Every stage runs as in a study, dev evaluations included, inside torch's FlopCounterMode. "Predicted" is the number of `tadistill plan`
+(`plan.costs.Ledger`), "metered" the number in the stage's manifest (`train.meter`). Errors are errors of the totals against torch's count.
 
-Known lengths: all models that sample have random weights, so a sampled answer ends before `max_new_tokens` only where <eos> is drawn by
-chance, about once in as many tokens as the vocabulary has. The prediction knows that of a recipe. Unknown lengths: teacher, assistant and
-student have each had a short SFT; predictions then take the references' lengths.
+Known lengths: all models that sample have random weights. A sampled answer then ends before `max_new_tokens` only if <eos> is drawn by
+chance, about once in as many tokens as the vocabulary has. The prediction knows this from the recipe. Unknown lengths: teacher, assistant
+and student have each had a short SFT; predictions then use the references' lengths.
 
-*Sampled* is the prediction's error in the number of logits that the student made while sampling: below 0 the answers became longer than
-predicted. Three stages have chance in them that no prediction can know: `mix` tosses a coin whether an update samples, `replay` starts with
-phi = 0 and raises it when the dev loss rises, where the prediction takes phi = 1 (a high learning rate makes it rise here), and KD's
-batches hold the rows that they hold.
+*Sampled* is the prediction's error in the number of logits that the student computed while sampling; below 0 the answers were longer than
+predicted. Three stages contain chance that no prediction can know. `mix` draws at random whether an update samples. `replay` starts with
+phi = 0 and raises it when the dev loss rises, while the prediction assumes phi = 1 (a high learning rate makes the loss rise here). KD's
+batches contain random rows.
 """
 
 import platform
@@ -36,7 +36,7 @@ SHAPES = {"t": (64, 3), "a": (48, 2), "s": (32, 2)}
 
 
 def arms(most: int) -> dict[str, dict[str, Any]]:
-    """The methods, with answers of at most `most` tokens; all but `dense` teach the student from one teacher."""
+    """Return the methods, with answers of at most `most` tokens; all but `dense` teach the student from one teacher."""
     sampling = {"max_new_tokens": most, "chunk": 16}
     rounds = {"max_new_tokens": most, "rollouts": 32, "inner_epochs": 2}
     minillm = {"objective": {"type": "minillm", "pt_kd_ratio": 0.5}, "sampler": {"type": "teacher_mixed"} | rounds}
@@ -59,7 +59,7 @@ def arms(most: int) -> dict[str, dict[str, Any]]:
 
 
 def recipe(family: str, *, updates: int, trained: int | None) -> Recipe:
-    """A study of all methods.
+    """Return a study of all methods.
 
     Args:
         updates: of each method.
@@ -89,7 +89,7 @@ def recipe(family: str, *, updates: int, trained: int | None) -> Recipe:
 
 
 def measure_block(family: str, *, updates: int, trained: int | None) -> Iterator[dict[str, Any]]:
-    """One row for the SFT of `f`, and one for the student's stage of every method."""
+    """Return one row for the SFT of `f`, and one for the student's stage of every method."""
     plan = make_plan(recipe(family, updates=updates, trained=trained))
     with tempfile.TemporaryDirectory() as directory:
         for stage, flops, manifest in counted(plan, Path(directory)):
@@ -114,7 +114,7 @@ def measure_block(family: str, *, updates: int, trained: int | None) -> Iterator
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Both blocks on both families."""
+    """Measure both blocks on both families."""
     start = time.process_time()
     updates, trained = (4, 20) if quick else (16, 200)
     rows = [row for known in (None, trained) for family in FAMILIES for row in measure_block(family, updates=updates, trained=known)]
@@ -123,7 +123,7 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of one block."""
+    """Return the lines of one block."""
     names = ["family", "stage", "updates", *(f"{name} MFLOPs" for name in COLUMNS), "prediction %", "meter %", "sampled %"]
     lines = [f"| {' | '.join(names)} |", f"| --- | --- |{' ---: |' * (len(names) - 2)}"]
     for row in rows:
@@ -135,7 +135,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def markdown(result: dict[str, Any], command: str) -> str:
-    """The page."""
+    """Return the page."""
     machine, rows = result["machine"], result["rows"]
     known, unknown = ([row for row in rows if row["lengths"] == lengths] for lengths in ("known", "unknown"))
     shapes = ", ".join(f"{name} {width} x {layers}" for name, (width, layers) in SHAPES.items())
@@ -153,13 +153,14 @@ def markdown(result: dict[str, Any], command: str) -> str:
         "",
         f"```\n{command}\n```",
         "",
+        "This page compares the FLOPs that `tadistill plan` predicts with those that the meter and torch count. "
         f"One run, {machine['seconds']} s of one core; Python {machine['python']}, torch {machine['torch']}, transformers "
         f"{machine['transformers']}. tinyworld, width x layers of the models: {shapes} (teacher, assistant, student; `dense MiniLLM` "
-        "has both teachers). MiniLLM has its corpus term. What is counted, and how, is said in `benchmarks/ledger.py`; the formulas are in "
+        "has both teachers). MiniLLM has its corpus term. `benchmarks/ledger.py` says what is counted, and how; the formulas are in "
         "[compute.md](../compute.md).",
         "",
-        "The learning rate of `replay` raises the dev loss on purpose. With unknown lengths its prediction is low, probably because a "
-        "spoilt student ends few answers, which was not measured by itself. Errors of parts can cancel in a total.",
+        "The learning rate of `replay` raises the dev loss on purpose. With unknown lengths its prediction is too low, probably because a "
+        "student with such a loss ends few answers; this was not measured separately. Errors of parts can cancel in a total.",
         "",
         "## Known lengths: models with random weights, which hardly ever end an answer",
         "",
@@ -177,7 +178,7 @@ def markdown(result: dict[str, Any], command: str) -> str:
 
 
 def main() -> None:
-    """Measures, shows, writes."""
+    """Measure, show and write the results."""
     parser = page.parser(__doc__, "few updates")
     options = parser.parse_args()
     command = "OMP_NUM_THREADS=1 python benchmarks/ledger.py" + " --quick" * options.quick

@@ -1,4 +1,4 @@
-"""Tiny models of two shapes, and the stages of a plan run in this process while torch counts their FLOPs.
+"""Runs the stages of a plan on tiny models of two shapes in this process, while torch counts their FLOPs.
 
 `ledger.py` and `tests/unit/study/test_costs.py` share this.
 """
@@ -19,7 +19,7 @@ FAMILIES = ("gpt2", "llama")
 
 
 def shaped(family: str, width: int, layers: int) -> dict[str, Any]:
-    """A model of a recipe: random weights of this shape."""
+    """Return a recipe's model with random weights of this shape."""
     if family == "gpt2":
         config = {"n_embd": width, "n_layer": layers, "n_head": 4, "n_positions": 128}
     else:
@@ -33,7 +33,7 @@ def _attention(query, key, value, *args: Any, **kwargs: Any) -> int:
 
 
 def _attention_backward(grad, query, key, value, *args: Any, **kwargs: Any) -> int:
-    """Twice the forward pass; the kernel makes the scores once more, which is not counted here."""
+    """Return twice the FLOPs of the forward pass; the kernel also recomputes the scores, which is not counted."""
     return 2 * sdpa_flop_count(query, key, value)
 
 
@@ -46,11 +46,11 @@ _ADDED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     torch.ops.aten.addmm_: _product_added,  # the fused head adds its gradient up in place
 }
-"""What torch's own registry leaves out."""
+"""Formulas that torch's own registry lacks."""
 
 
 def counted(plan: Plan, directory: Path, kinds: tuple[str, ...] = ("sft", "distill")) -> Iterator[tuple[Stage, float, dict[str, Any]]]:
-    """Every stage of these kinds with torch's FLOPs and its manifest; those that only measure are left out."""
+    """Yield every stage of these kinds with torch's FLOPs and its manifest, without the stages that only measure."""
     store = Store(directory)
     for stage in plan.stages.values():
         if stage.kind in ("evaluate", "analyse"):

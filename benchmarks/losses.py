@@ -1,21 +1,21 @@
-"""Time and memory of the fused objectives, beside full-logits autograd and TRL's chunked kernel.
+"""Measures time and memory of the fused objectives, beside full-logits autograd and TRL's chunked kernel.
 
     python benchmarks/losses.py [--json PATH] [--markdown PATH] [--quick] [--part time|memory]
 
-Time: forward and backward from hidden states, one step of every implementation in turn, round after round; the first round is dropped, the
-others give the medians. A ratio is the median of the rounds' ratios, so that a disturbance from outside hits both sides of it.
+Time: forward and backward from hidden states. The implementations take one step each in turn, round after round. The first round is dropped
+and the others give the medians. A ratio is the median of the rounds' ratios, so other load on the machine affects both sides.
 
-Memory: every divergence in a fresh process, which builds the two heads and the hidden states, runs the same code once on a few tokens
-(libraries and thread pools are then loaded), and resets the peak. Reported is
+Memory: every divergence runs in a fresh process. The process builds the two heads and the hidden states, runs the same code once on a few
+tokens (to load libraries and thread pools), and resets the peak. It reports
 
     extra = peak resident set - resident set before the call - one gradient of the student's head and of its hidden states
 
-that is, everything above weights, hidden states and the gradients that training needs anyway. The peak is VmHWM after writing 5 to
-/proc/self/clear_refs; on CUDA the same with torch.cuda.max_memory_allocated and memory_allocated. The plain function on whole logits would
+which is everything above weights, hidden states and the gradients that training needs anyway. The peak is VmHWM after writing 5 to
+/proc/self/clear_refs; on CUDA it is torch.cuda.max_memory_allocated with memory_allocated. The plain function on whole logits would
 need several tensors of [tokens, vocabulary], so it is measured on a sixteenth of the tokens and multiplied by 16.
 
-The factor 1/tokens is folded into the weights of the fused objective: backward then has nothing to scale and makes no copy of the head's
-gradient. Megabytes are 10^6 bytes. Everything is float32. TRL is optional; its kernel has the forward KL, the reverse KL and the JSD only.
+The factor 1/tokens is part of the weights of the fused objective, so backward has nothing to scale and makes no copy of the head's
+gradient. Megabytes are 10^6 bytes. Everything is float32. TRL is optional; its kernel has only the forward KL, the reverse KL and the JSD.
 """
 
 import argparse
@@ -70,6 +70,7 @@ DIVERGENCES: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
 }
 NAMES = [*DIVERGENCES, "cross_entropy"]
 TRL_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}
+INTRODUCTION = "This page shows time and memory of every objective: fused with the head, on whole logits, and by TRL's kernel."
 TIME_COLUMNS = ["divergence", "fused ms", "full ms", "TRL ms", "fused/full", "fused/TRL"]
 MEMORY_COLUMNS = ["divergence", "fused MB", "TRL MB", "full MB (scaled)", "fused <= bound"]
 
@@ -91,11 +92,11 @@ class Problem:
         self.share = torch.full((size.tokens,), 1 / size.tokens, device=device)
 
     def gradient_bytes(self) -> int:
-        """One gradient of the student's head and of its hidden states."""
+        """Return the size of one gradient of the student's head and of its hidden states."""
         return self.weight.nbytes + self.hidden.nbytes
 
     def step(self, name: str, way: str) -> float:
-        """The mean loss of one forward and backward, the latter into fresh gradients."""
+        """Return the mean loss of one forward and backward pass into fresh gradients."""
         self.hidden.grad = self.weight.grad = None
         loss = {"fused": self._fused, "full": self._full, "trl": self._trl}[way](name)
         loss.backward()
@@ -130,7 +131,7 @@ class Problem:
 
 
 def time_row(problem: Problem, name: str, ways: list[str], rounds: int, device: str) -> dict[str, Any]:
-    """Median milliseconds of each way, the ratios, and how far the losses are apart."""
+    """Return the median milliseconds of each way, the ratios, and the largest difference of the losses."""
     taken: dict[str, list[float]] = {way: [] for way in ways}
     losses = {}
     for _ in range(rounds + 1):
@@ -149,7 +150,7 @@ def time_row(problem: Problem, name: str, ways: list[str], rounds: int, device: 
 
 
 def synchronise(device: str) -> None:
-    """Wait for the device, so that the clock sees its work."""
+    """Wait for the device, so that the clock includes its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -158,7 +159,7 @@ def synchronise(device: str) -> None:
 
 
 def memory_row(name: str, size: Size, device: str, trl: bool) -> dict[str, Any]:
-    """Extra megabytes of each way, each in its own process."""
+    """Return the extra megabytes of each way, each measured in its own process."""
     row: dict[str, Any] = {"divergence": name, "fused_mb": in_fresh_process(name, "fused", size, device)}
     if trl and name in TRL_BETA:
         row["trl_mb"] = in_fresh_process(name, "trl", size, device)
@@ -169,13 +170,13 @@ def memory_row(name: str, size: Size, device: str, trl: bool) -> dict[str, Any]:
 
 
 def in_fresh_process(name: str, way: str, size: Size, device: str) -> float:
-    """`extra_mb` run by a new interpreter."""
+    """Run `extra_mb` in a new interpreter."""
     command = [sys.executable, __file__, "--one", json.dumps([name, way, size, device])]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
 def extra_mb(name: str, way: str, size: Size, device: str) -> float:
-    """Peak of one step above weights, hidden states and one set of gradients."""
+    """Return the peak of one step above weights, hidden states and one set of gradients."""
     Problem(WARM_UP, device).step(name, way)
     problem = Problem(size, device)
     if device == "cuda":
@@ -192,7 +193,7 @@ def extra_mb(name: str, way: str, size: Size, device: str) -> float:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process, from Linux's status file."""
+    """Return a number of bytes of this process, from Linux's status file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -201,7 +202,7 @@ def resident(field: str) -> int:
 
 
 def cells(part: str, row: dict[str, Any]) -> list[str]:
-    """A row as text, in the order of its columns; empty where nothing was measured."""
+    """Return a row as text, in the order of its columns; a cell is empty if nothing was measured."""
 
     def number(key: str, digits: int) -> str:
         return f"{row[key]:,.{digits}f}" if key in row else ""
@@ -214,7 +215,7 @@ def cells(part: str, row: dict[str, Any]) -> list[str]:
 
 
 def headings(result: dict[str, Any]) -> dict[str, str]:
-    """What each part measured, in a line."""
+    """Describe each part in one line."""
     text = {}
     if "time" in result:
         text["time"] = "Forward and backward of {} tokens, vocabulary {}, hidden {}".format(*result["sizes"]["time"])
@@ -226,14 +227,14 @@ def headings(result: dict[str, Any]) -> dict[str, str]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Whether the bound holds, and for which divergences it does not."""
+    """Say whether the bound holds, and for which divergences it does not."""
     above = [row["divergence"] for row in result["memory"] if not row["holds"]]
     said = f"exceeded by {', '.join(above)}" if above else f"holds for {len(result['memory'])} of {len(result['memory'])}"
     return f"Bound of {BOUND_MB} MB: {said}."
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
-    """Tables on the terminal."""
+    """Print the tables on the terminal."""
     console.print(f"device {result['device']}, {environment(result)}")
     for part, title in headings(result).items():
         columns = TIME_COLUMNS if part == "time" else MEMORY_COLUMNS
@@ -246,9 +247,17 @@ def show(console: Console, result: dict[str, Any]) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The same as a page."""
+    """Return the result as a page."""
     commands = "\n".join(dict.fromkeys(result["commands"].values()))
-    lines = ["# Losses: time and memory", "", f"```\n{commands}\n```", "", f"Device: {result['device']}; {environment(result)}; float32."]
+    lines = [
+        "# Losses: time and memory",
+        "",
+        f"```\n{commands}\n```",
+        "",
+        INTRODUCTION,
+        "",
+        f"Device: {result['device']}; {environment(result)}; float32.",
+    ]
     for part, title in headings(result).items():
         columns = TIME_COLUMNS if part == "time" else MEMORY_COLUMNS
         lines += [
@@ -263,16 +272,16 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["| " + " | ".join(cells(part, row)) + " |" for row in result[part]]
     if "memory" in result:
         lines += ["", verdict(result)]
-    return "\n".join([*lines, "", "What is measured, and how, is said in `benchmarks/losses.py`.", ""])
+    return "\n".join([*lines, "", "`benchmarks/losses.py` says what is measured, and how.", ""])
 
 
 def environment(result: dict[str, Any]) -> str:
-    """Versions and threads."""
+    """Return versions and number of threads."""
     return f"torch {result['torch']}, TRL {result['trl'] or 'not installed'}, {result['threads']} threads"
 
 
 def trl_version() -> str | None:
-    """None where TRL is not installed."""
+    """Return TRL's version, or None if it is not installed."""
     try:
         return version("trl")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks that write a page: measure, show, and keep the rows and the page."""
+"""Command line shared by the benchmarks that write a page: measure, show, and store the rows and the page."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
-    """`--json`, `--markdown` and `--quick`, of which `quick` says what it makes small."""
+    """Return a parser with `--json`, `--markdown` and `--quick`; `quick` says what that option makes small."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--json", type=Path, help="write the rows there")
     found.add_argument("--markdown", type=Path, help="write the page there")
@@ -17,7 +17,7 @@ def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
 
 
 def write(options: argparse.Namespace, command: str, result: Mapping[str, Any], markdown: Callable[[Any, str], str]) -> None:
-    """Print the page that `markdown` makes of the result and the whole command, and write what the options ask for."""
+    """Print the page that `markdown` makes from the result and the whole command, and write the files that the options name."""
     command += "".join(f" --{name} {path}" for name, path in (("json", options.json), ("markdown", options.markdown)) if path)
     text = markdown(result, command)
     print(text)

@@ -1,16 +1,16 @@
-"""Simulated lattices: how much worse than the best path is the one that each strategy chooses, and after how many trainings?
+"""Simulates lattices of paths: the regret of the path that each strategy chooses, and the number of trainings it needs.
 
     OMP_NUM_THREADS=1 python benchmarks/search.py [--json PATH] [--markdown PATH] [--quick]
 
-The true quality of a path that ends with the edge (u, v) is f(u, v) + 0.3 h. f is a standard normal draw of each edge: the unit of all
-numbers is the spread between last hops. h says how the checkpoint of u matters: sqrt(1 - rho^2) d + rho e, where d is how far that
-checkpoint stands above the other ways to u (in standard deviations; 0 where there is one way) and e is a standard normal draw of the
-path. So with rho = 0 a better checkpoint always makes a better learner (the Bellman condition), and with rho = 1 it has no say. 0.3 is
-the size that TAKD's figure 5 has: last hops differ by 1.0 point, ways to the same last hop by 0.3.
+The true quality of a path that ends with the edge (u, v) is f(u, v) + 0.3 h. f is a standard normal draw of each edge, so the unit of all
+numbers is the spread between last hops. h is the effect of the checkpoint of u: sqrt(1 - rho^2) d + rho e. d is the quality of that
+checkpoint relative to the other paths to u (in standard deviations; 0 if there is only one), and e is a standard normal draw of the
+path. With rho = 0 a better checkpoint always makes a better learner (the Bellman condition); with rho = 1 it has no effect. The factor 0.3
+follows TAKD's figure 5: last hops differ by 1.0 point, paths to the same last hop by 0.3.
 
 A strategy sees the true quality plus `noise` times a standard normal draw of each path (dev set and training seed; all strategies see the
-same draws). A run of `halving` with a share r of the updates has (1 - r) / 2 more of it: an assumption, as rankings early in training are
-nobody's measurement here. Regret: true quality of the best of all paths less that of the chosen one.
+same draws). A run of `halving` with a share r of the updates has (1 - r) / 2 more noise. That is an assumption, because nobody has measured
+rankings early in training here. Regret is the true quality of the best of all paths minus that of the chosen one.
 """
 
 import platform
@@ -45,7 +45,7 @@ class Cell(NamedTuple):
 
 
 def true_qualities(lattice: Lattice, rho: float, rng: np.random.Generator) -> dict[paths.Path, float]:
-    """Of every prefix."""
+    """Quality of every prefix."""
     prefixes = lattice.prefixes()
     edge = {pair: rng.normal() for pair in dict.fromkeys(path[-2:] for path in prefixes)}
     quality: dict[paths.Path, float] = {}
@@ -59,7 +59,7 @@ def true_qualities(lattice: Lattice, rho: float, rng: np.random.Generator) -> di
 
 
 def search(strategy: Strategy, quality: dict[paths.Path, float], luck: dict[Any, float], noise: float) -> Outcome:
-    """A strategy that sees noisy qualities."""
+    """Run a strategy on noisy qualities and return its outcome."""
 
     def measure(asked: Round) -> dict[paths.Path, float]:
         whole = asked.share == 1
@@ -69,7 +69,7 @@ def search(strategy: Strategy, quality: dict[paths.Path, float], luck: dict[Any,
 
 
 def measure_cell(cell: Cell, lattices: int) -> list[dict[str, Any]]:
-    """Mean regret and trainings of every strategy."""
+    """Return mean regret and number of trainings of every strategy."""
     lattice = paths.make_lattice("t", [f"a{i}" for i in range(cell.assistants)], "s")
     found: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in ("direct", "random", *STRATEGIES)}
     shares = []
@@ -107,7 +107,7 @@ def measure_cell(cell: Cell, lattices: int) -> list[dict[str, Any]]:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """All cells."""
+    """Measure all cells."""
     start, lattices = time.process_time(), 50 if quick else 2000
     cells = [Cell(n, rho, noise) for n in (3, 5) for rho in (0.0, 0.5, 1.0) for noise in (0.0, 0.3, 1.0)]
     rows = [row for cell in cells for row in measure_cell(cell, lattices)]
@@ -116,18 +116,19 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any], command: str) -> str:
-    """The page."""
+    """Return the page."""
     machine, rows = result["machine"], result["rows"]
     lines = [
         "# Searching a lattice of paths: regret and trainings",
         "",
         f"```\n{command}\n```",
         "",
-        f"{result['lattices']:,} simulated lattices a cell, {machine['seconds']} s of one core; Python {machine['python']}, "
-        f"numpy {machine['numpy']}. What is simulated is said in `benchmarks/search.py`; the unit is the spread between last hops. "
-        f"Standard errors of the regrets are at most {max(r['regret_se'] for r in rows):.3f}. *Whole* counts a short run as the share of a "
-        "training that it is. *Concordance*: how often the better checkpoint of a teacher makes the better learner. *Above single*: true "
-        "quality of the chosen path less that of the single-assistant sweep's.",
+        "This page shows how good the path is that each strategy of `tadistill search` chooses in simulated lattices. "
+        f"{result['lattices']:,} simulated lattices per cell, {machine['seconds']} s of one core; Python {machine['python']}, "
+        f"numpy {machine['numpy']}. `benchmarks/search.py` describes the simulation; the unit is the spread between last hops. "
+        f"Standard errors of the regrets are at most {max(r['regret_se'] for r in rows):.3f}. *Whole* counts a short run by its share of a "
+        "whole training. *Concordance*: how often the better checkpoint of a teacher makes the better learner. *Above single*: true "
+        "quality of the chosen path minus that of the path chosen by `single`.",
     ]
     for n in dict.fromkeys(r["assistants"] for r in rows):
         lines += ["", f"## {n} assistants, {2**n} paths", ""]
@@ -141,7 +142,7 @@ def markdown(result: dict[str, Any], command: str) -> str:
 
 
 def main() -> None:
-    """Measures, shows, writes."""
+    """Measure, show and write the results."""
     parser = page.parser(__doc__, "few lattices")
     options = parser.parse_args()
     page.write(options, "OMP_NUM_THREADS=1 python benchmarks/search.py", measure(options.quick), markdown)

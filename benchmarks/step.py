@@ -1,4 +1,4 @@
-"""What an optimizer step costs on one CPU core, from sampling to AdamW, beside TRL's distillation trainer.
+"""Measures an optimizer step on one CPU core, from sampling to AdamW, beside TRL's distillation trainer.
 
     python benchmarks/step.py [--json PATH] [--markdown PATH] [--quick] [--vocab 4096 49152] [--allocator default|raised|both]
 
@@ -6,13 +6,13 @@ Workload: teacher Llama of 8 layers x 256, student of 2 x 128, random weights, 1
 (1,024 response tokens unless one ends early), float32, one thread. Ours is `train_stage` with a sampler of `tadistill.rollout`; TRL's is
 `DistillationTrainer.train` with gradient checkpointing and bf16 off, and once with its own defaults.
 
-Every configuration is a fresh process. The processes of a group live side by side and take turns, one step each, round after round, so
-that a disturbance from outside hits all of them; a ratio is the median of the rounds' ratios. A step is everything between two
-updates. The first rounds are dropped. Where other work shares the core, CPU seconds say more than wall seconds.
+Every configuration is a fresh process. The processes of a group run side by side and take turns, one step each, round after round, so
+other load on the machine affects all of them. A ratio is the median of the rounds' ratios. A step is everything between two
+updates. The first rounds are dropped. If other work shares the core, CPU seconds are more reliable than wall seconds.
 
-Memory is VmHWM after writing 5 to /proc/self/clear_refs, less the resident set then, before the first step: it holds gradients and the
+Memory is VmHWM after writing 5 to /proc/self/clear_refs, minus the resident set before the first step. It includes gradients and the
 optimizer's state on both sides. Megabytes are 2^20 bytes. The floor is the matrix products' FLOPs over the machine's best sgemm rate.
-`raised` repeats the run with glibc told to keep large blocks (both sides alike), which spares both the page faults of every step.
+`raised` repeats the run with glibc set to keep large blocks (on both sides), which saves both the page faults of every step.
 """
 
 import argparse
@@ -61,7 +61,7 @@ COLUMNS = ["step", "s", "CPU s", "sampling CPU s", "tokens", "extra MB", "time r
 
 
 def flops(vocab: int) -> float:
-    """Of a step's matrix products: the student's rollout, the teacher's forward, the student's forward and backward."""
+    """Return the FLOPs of a step's matrix products: the student's rollout, the teacher's forward, the student's forward and backward."""
     tokens, response = BATCH * (PROMPT + NEW), BATCH * NEW
 
     def body(s: dict[str, int]) -> float:
@@ -75,7 +75,7 @@ def flops(vocab: int) -> float:
 
 
 def sgemm_peak() -> float:
-    """FLOP/s of the best of several square products."""
+    """Return the best FLOP/s of several square products."""
     import torch
 
     torch.set_num_threads(1)
@@ -93,7 +93,7 @@ def sgemm_peak() -> float:
 
 
 def run_group(names: list[str], vocab: int, allocator: str, rounds: int) -> dict[str, dict[str, Any]]:
-    """The measured rounds of processes that take turns."""
+    """Return the measured rounds of processes that take turns."""
     environment = os.environ | QUIET | (RAISED if allocator == "raised" else {})
     children, found = {}, {}
     with contextlib.ExitStack() as files:
@@ -118,7 +118,7 @@ def run_group(names: list[str], vocab: int, allocator: str, rounds: int) -> dict
 
 
 def answer(name: str, child: subprocess.Popen, log: Any) -> str:
-    """The child's next line."""
+    """Return the child's next line."""
     assert child.stdout is not None
     said = child.stdout.readline()
     if not said:
@@ -128,7 +128,7 @@ def answer(name: str, child: subprocess.Popen, log: Any) -> str:
 
 
 def rows(found: dict[str, dict[str, Any]], vocab: int, allocator: str, floor: float) -> list[dict[str, Any]]:
-    """A table's rows: medians, and ours over TRL's round by round."""
+    """Return a table's rows: medians, and the ratio to TRL round by round."""
     table = []
     for name, result in found.items():
         seconds = [r["seconds"] for r in result["rounds"]]
@@ -152,7 +152,7 @@ def rows(found: dict[str, dict[str, Any]], vocab: int, allocator: str, floor: fl
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as text, in the order of its columns."""
+    """Return a row as text, in the order of its columns."""
 
     def number(key: str, digits: int) -> str:
         return f"{row[key]:,.{digits}f}" if row.get(key) is not None else ""
@@ -168,7 +168,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def tables(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(title, rows) by allocator and vocabulary."""
+    """Return (title, rows) by allocator and vocabulary."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
         title = f"V = {row['vocab']:,}, {row['allocator']} allocator, floor {result['floor_s'][str(row['vocab'])]:.2f} s"
@@ -177,7 +177,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
-    """Tables on the terminal."""
+    """Print the tables on the terminal."""
     for title, group in tables(result):
         table = Table(*COLUMNS, title=title)
         for row in group:
@@ -186,14 +186,15 @@ def show(console: Console, result: dict[str, Any]) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The same as a page."""
+    """Return the result as a page."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines = ["# A step: time and memory", "", f"```\n{result['command']}\n```", ""]
+    lines += ["This page shows time and memory of a whole optimizer step, beside TRL's `DistillationTrainer`.", ""]
     lines += [f"{versions}; one thread; float32; sgemm at best {result['sgemm_gflops']:.0f} GFLOP/s."]
     for title, group in tables(result):
         lines += ["", f"## {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in group]
-    return "\n".join([*lines, "", "What is measured, and how, is said in `benchmarks/step.py`.", ""])
+    return "\n".join([*lines, "", "`benchmarks/step.py` says what is measured, and how.", ""])
 
 
 def arguments() -> argparse.Namespace:

@@ -1,8 +1,9 @@
-"""One side of `step.py` in a process of its own: the workload, and ours or TRL's trainer on it.
+"""Runs one side of `step.py` in its own process: the workload, and our trainer or TRL's on it.
 
     python benchmarks/step_sides.py "ours reverse_kl" 4096 10
 
-It prints a line when it is ready and after every step, and starts a step at a line on stdin; the last line is the measurement, as JSON.
+It prints a line when it is ready and after every step, and starts a step when it reads a line on stdin. The last line is the measurement,
+as JSON.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ STUDENT = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4,
 
 
 def tokenizer(vocab: int) -> Any:
-    """Whole words w0, w1, …: a prompt of 32 words has 32 tokens."""
+    """Return a tokenizer of whole words w0, w1, …: a prompt of 32 words has 32 tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -36,7 +37,7 @@ def tokenizer(vocab: int) -> Any:
 
 
 def prompts(vocab: int) -> list[tuple[int, ...]]:
-    """The same random tokens for everyone."""
+    """Return the random prompts, the same on both sides."""
     import numpy as np
 
     return [tuple(row) for row in np.random.default_rng(0).integers(vocab - 2, size=(PROMPTS, PROMPT)).tolist()]
@@ -68,13 +69,13 @@ class Clock:
     out: Any = None
 
     def start(self) -> None:
-        """Called once, before the first step."""
+        """Start the clock; called once, before the first step."""
         Path("/proc/self/clear_refs").write_text("5")
         self.before = resident("VmRSS")
         self._wait()
 
     def tick(self) -> None:
-        """A step is over."""
+        """Record the end of a step."""
         seconds = time.perf_counter() - self.since
         cpu = time.process_time() - self.cpu
         self.rounds.append({"seconds": seconds, "cpu": cpu, "sampling": self.sampling, "tokens": self.tokens})
@@ -82,7 +83,7 @@ class Clock:
             self._wait()
 
     def timed(self, sample: Callable[..., Any]) -> Callable[..., Any]:
-        """`sample`, with its CPU time added to the step's sampling."""
+        """Wrap `sample` so that its CPU time is added to the step's sampling."""
 
         def inner(*args: Any, **kwargs: Any) -> Any:
             start = time.process_time()
@@ -93,7 +94,7 @@ class Clock:
         return inner
 
     def report(self) -> dict[str, Any]:
-        """Peak and rounds."""
+        """Return the peak and the rounds."""
         return {"rounds": self.rounds, "extra_mb": (resident("VmHWM") - self.before) / 2**20}
 
     def _wait(self) -> None:
@@ -104,13 +105,13 @@ class Clock:
 
 
 def resident(name: str) -> int:
-    """Bytes of this process, from Linux's status file."""
+    """Return a number of bytes of this process, from Linux's status file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def run_ours(name: str, vocab: int, clock: Clock) -> None:
-    """`train_stage` until the clock has its steps."""
+    """Run `train_stage` until the clock has its steps."""
     from accelerate import Accelerator
 
     from tadistill.config.method import Method, Optim, Select
@@ -130,7 +131,7 @@ def run_ours(name: str, vocab: int, clock: Clock) -> None:
     source.micro_batches = counted(clock.timed(source.micro_batches), clock)
 
     def stop() -> bool:
-        """The loop asks before every update, the first one too."""
+        """Return whether to stop; the loop asks before every update, also the first."""
         clock.tick() if clock.since else clock.start()
         return len(clock.rounds) == clock.steps
 
@@ -151,7 +152,7 @@ def run_ours(name: str, vocab: int, clock: Clock) -> None:
 
 
 def our_sampler(method: Any, student: Any, teacher: Any, vocab: int) -> Any:
-    """Fresh rollouts for every update."""
+    """Return a sampler that draws fresh rollouts for every update."""
     from tadistill.data.templates import Encoded
     from tadistill.rollout.engine import Native
     from tadistill.rollout.rounds import Rollouts, Teacher
@@ -162,7 +163,7 @@ def our_sampler(method: Any, student: Any, teacher: Any, vocab: int) -> Any:
 
 
 def counted(micro_batches: Callable[[int], list[Any]], clock: Clock) -> Callable[[int], list[Any]]:
-    """`micro_batches`, with the response tokens told to the clock."""
+    """Wrap `micro_batches` so that it reports the response tokens to the clock."""
 
     def inner(step: int) -> list[Any]:
         batches = micro_batches(step)
@@ -173,7 +174,7 @@ def counted(micro_batches: Callable[[int], list[Any]], clock: Clock) -> Callable
 
 
 def run_trl(name: str, vocab: int, clock: Clock) -> None:
-    """`DistillationTrainer.train` for the clock's steps."""
+    """Run `DistillationTrainer.train` for the clock's steps."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
@@ -219,7 +220,7 @@ def run_trl(name: str, vocab: int, clock: Clock) -> None:
 
 
 def run_one(name: str, vocab: int, steps: int) -> None:
-    """A child: everything but the protocol goes to stderr."""
+    """Run a child process; everything except the protocol goes to stderr."""
     import torch
 
     torch.set_num_threads(1)
