@@ -1,8 +1,8 @@
-"""Draws docs/pictures/objectives.png: what each objective makes of a student that is too small for its teacher.
+"""Draws docs/pictures/objectives.png: how each objective fits a student that is too small for its teacher.
 
 Run `python docs/draw_objectives.py` (needs matplotlib, which tadistill itself does not). The teacher is a mixture of two humps over 60
-tokens, the student one discretised Gaussian: two parameters, mean and width. Every fit minimises a function of `tadistill.objectives`
-from many starts at once and keeps the lowest.
+tokens. The student is one discretised Gaussian with two parameters, mean and width. Every fit minimises a function of
+`tadistill.objectives` from many starts at once and keeps the lowest result.
 """
 
 import math
@@ -51,13 +51,13 @@ PULLING: dict[str, tuple[Objective, str, tuple[float, float, str]]] = {
 
 
 def humps() -> Tensor:
-    """The teacher's logits: 60 % around token 18, 40 % around token 42, and a little everywhere."""
+    """Return the teacher's logits: 60 % around token 18, 40 % around token 42, and a little everywhere."""
     humps = [w * torch.softmax(-((TOKENS - m) ** 2) / (2 * s**2), -1) for w, m, s in [(0.6, 18, 3.0), (0.4, 42, 4.0)]]
     return (0.995 * sum(humps) + 0.005 / V).log()
 
 
 def fit(objective: Objective, teacher: Tensor) -> tuple[Tensor, float]:
-    """The student's probabilities at the best of 21 starts, and its standard deviation."""
+    """Return the student's probabilities at the best of 21 starts, and its standard deviation."""
     mean = torch.linspace(12, 48, 7, dtype=torch.float64).repeat(3).requires_grad_()
     width = torch.tensor([2.5, 5.0, 12.0], dtype=torch.float64).repeat_interleave(7).log().requires_grad_()
     optimizer = torch.optim.Adam([{"params": [mean], "lr": 0.6}, {"params": [width], "lr": 0.06}])
@@ -75,7 +75,7 @@ def fit(objective: Objective, teacher: Tensor) -> tuple[Tensor, float]:
 
 
 def pull(objective: Objective, ratios: Tensor) -> Tensor:
-    """Push on one rare token's logit, per unit of the student's probability, where p/q of that token is exp(ratio)."""
+    """Return the push on one rare token's logit, per unit of the student's probability, where p/q of that token is exp(ratio)."""
     rest = torch.zeros(len(ratios), 2, dtype=torch.float64)
     student = torch.cat([rest, torch.full_like(ratios, -14.0).unsqueeze(-1)], -1).requires_grad_()
     teacher = torch.cat([rest, (ratios - 14.0).unsqueeze(-1)], -1)

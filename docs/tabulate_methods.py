@@ -1,23 +1,23 @@
-"""The table of docs/results/methods.md, from the finished study of recipes/methods/all.yaml.
+"""Writes docs/results/methods.md, from the finished study of recipes/methods/all.yaml.
 
     tadistill run recipes/methods/all.yaml
     python docs/tabulate_methods.py [RUNS] > docs/results/methods.md
 
-A difference to the arm `kd` is called real where its paired 95 % interval excludes 0 and all training seeds agree in its sign.
+A difference from the arm `kd` is called real if its paired 95 % interval excludes 0 and all training seeds have the same sign.
 """
 
 import sys
 from pathlib import Path
 
-from tadistill.report.text import difference_text, summary_text
 from tadistill.results.collect import MEAN, Results, compare, read_results
+from tadistill.results.units import difference_text, summary_text
 
 BASE = "kd"
 METRICS = {"fact_accuracy": "fact accuracy", "rouge_l": "Rouge-L", "reverse_kl": "KL(student ‖ teacher)"}
 NO_STUDENT = "teacher"
 METHODS = {
     "teacher": "the teacher",
-    "sft": "SFT, where all others start",
+    "sft": "SFT, the start of all others",
     "sft-longer": "SFT, continued",
     "kd": "KD",
     "seqkd": "SeqKD",
@@ -41,25 +41,27 @@ tadistill run recipes/methods/all.yaml
 python docs/tabulate_methods.py > docs/results/methods.md
 ```
 
-One teacher of 316 k parameters, one student of 24 k, three training seeds, 240 updates of 32 sequences for every method after the same
-SFT; checkpoints are chosen on dev, learning rates with a seed that is not shown (the recipe's header says what was tried). Means over five
-test sets with 95 % intervals (hierarchical bootstrap over seeds and prompts).
+This page compares every method at equal numbers of updates. There is one teacher of 316 k parameters and one student of 24 k, with three
+training seeds. After the same SFT every method gets 240 updates of 32 sequences. Checkpoints are chosen on dev. Learning rates were chosen
+with a seed that is not shown; the recipe's header says what was tried. The numbers are means over five test sets with 95 % intervals.
+Prompts are resampled, and the variation between seeds is a normal draw ([evaluation.md](../evaluation.md)).
 """
 TAIL = """
-The world is a toy and the student far too small for its facts, so a few hundred updates move little. The table says that every method
-runs and what these updates did here; it ranks no method in general. Selection is noisy as well: dev has 189 facts, and it kept `minillm`
-with seed 20 as it was after 40 updates, which makes that arm's wide interval. Among so many comparisons one or two exclude 0 by chance.
+The world is a toy and the student is far too small for its facts, so a few hundred updates change little. The table shows that every method
+runs, and what these updates did here. It does not rank methods in general. Selection is noisy as well: dev has 189 facts, and for
+`minillm` with seed 20 it kept the checkpoint after 40 updates. This explains the wide interval of that arm. Among so many comparisons one
+or two exclude 0 by chance.
 """
 
 
 def seeds_agree(results: Results, arm: str, metric: str) -> bool:
-    """Whether every training seed has the sign of the mean difference to the base."""
+    """Return whether the difference from the base has the same sign for every training seed."""
     mine, base = (results.summaries[name, MEAN, metric].per_seed for name in (arm, BASE))
     return len({mine[seed] > base[seed] for seed in mine}) == 1
 
 
 def table(results: Results) -> list[str]:
-    """A row an arm."""
+    """Return one row per arm."""
     names = [*METRICS.values(), *(f"Δ {METRICS[m]} to {BASE}" for m in ("fact_accuracy", "rouge_l"))]
     lines = ["| method | arm | objective on sampler | " + " | ".join(names) + " |", "|---|---|---|" + "---:|" * len(names)]
     for arm in results.plan.arms:
@@ -70,7 +72,7 @@ def table(results: Results) -> list[str]:
 
 
 def difference(results: Results, arm: str, metric: str) -> str:
-    """The paired difference to the base, bold where it is real."""
+    """Return the paired difference from the base, in bold if it is real."""
     found = compare(results, arm, BASE, metric)
     if found is None or arm in (BASE, NO_STUDENT):
         return ""
@@ -79,16 +81,16 @@ def difference(results: Results, arm: str, metric: str) -> str:
 
 
 def is_real(results: Results, arm: str, metric: str) -> bool:
-    """The interval excludes 0 and the seeds agree."""
+    """Return whether the interval excludes 0 and the seeds agree."""
     found = compare(results, arm, BASE, metric)
     return found is not None and not found[0].covers_zero and seeds_agree(results, arm, metric)
 
 
 def verdict(results: Results) -> list[str]:
-    """Which differences to the base are real, in words."""
+    """Say in words which differences from the base are real."""
     lines = [
         "",
-        f"Against `{BASE}`, a difference is called real (bold) where its paired interval excludes 0 and all three seeds agree in its sign:",
+        f"Against `{BASE}`, a difference is called real (bold) if its paired interval excludes 0 and all three seeds have the same sign:",
         "",
     ]
     for metric, name in METRICS.items():

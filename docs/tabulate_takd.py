@@ -1,9 +1,9 @@
-"""docs/results/takd.md and its pictures, from the finished study of recipes/takd/tinyworld-all-paths.yaml and results/takd.md.j2.
+"""Writes docs/results/takd.md and its pictures from the finished study of recipes/takd/tinyworld-all-paths.yaml and results/takd.md.j2.
 
     tadistill run recipes/takd/tinyworld-all-paths.yaml
     python docs/tabulate_takd.py [RUNS]
 
-The pictures are the report's own figures, taken in Chromium through playwright, but for the plane of a few arms.
+The pictures are the report's own figures, taken in Chromium through playwright. Only the plane is drawn here, for a few arms.
 """
 
 import sys
@@ -22,15 +22,15 @@ HERE = Path(__file__).parent
 DIRECT = "direct"
 CHAINS = ("via-l", "via-m", "via-l-m")
 PICTURES = {
-    "differences": "Paired differences, each arm to its equal-compute twin or to `direct`; dots are seeds",
-    "paths": "The path lattice: what was distilled from what",
+    "differences": "Paired differences, each arm minus its equal-compute baseline or `direct`; dots are seeds",
+    "paths": "The path lattice: which model was distilled from which",
     "plane": "The entropy plane: arms as curves over decoding temperatures, greedy at the left",
-    "budget-2": "The error budget of `via-l-m`: KL(student ‖ teacher), hop by hop; the dashed line is its equal-compute twin's",
+    "budget-2": "The error budget of `via-l-m`: KL(student ‖ teacher), hop by hop; the dashed line is its equal-compute baseline",
 }
 PLANE = ("sft", "direct", "via-m", "via-l-m", "direct-as-via-l-m", "init-m")
 WHAT = {
     "teacher": "the teacher",
-    "sft": "SFT, where all students start",
+    "sft": "SFT, the start of all students",
     "ta-l": "the bigger TA",
     "ta-m": "the smaller TA",
     "direct": "no TA",
@@ -47,16 +47,16 @@ WHAT = {
     "taid": "TAID in place of a TA",
     "dense": "teacher and TA at once",
     "curriculum": "TA, then teacher",
-    "init-m": "starts from the TA, pruned; teacher teaches",
-    "init-m-via-m": "starts from the TA, pruned; TA teaches",
+    "init-m": "initialised from the TA, pruned; teacher teaches",
+    "init-m-via-m": "initialised from the TA, pruned; TA teaches",
     "direct-as-init-m": "no TA, the compute of `init-m`",
-    "init-xl": "starts from the teacher, pruned; no TA",
+    "init-xl": "initialised from the teacher, pruned; no TA",
     "init-xl-as-init-m": "the same with the compute of `init-m`",
 }
 
 
 def answer(results: Results) -> str:
-    """The first sentence: the best chain against its equal-compute twin."""
+    """Return the first sentence: the best chain against its equal-compute baseline."""
     found = [_comparison(results, name) for name in CHAINS]
     best = max(found, key=lambda c: c.difference.mean)
     said = {"gain": "a teacher assistant (TA) that teaches helped", "loss": "a teacher assistant (TA) that teaches hurt"}
@@ -72,7 +72,7 @@ def _comparison(results: Results, arm: str) -> Comparison:
 
 
 def arms_table(results: Results) -> list[str]:
-    """A row an arm: what it scores, how far it is from the teacher, and what it cost."""
+    """Return one row per arm: its scores, its distance from the teacher, and its cost."""
     metrics = {"fact_accuracy": "fact accuracy", "rouge_l": "Rouge-L", "fact_accuracy@greedy": "greedy", "loss": "loss"}
     metrics |= {"reverse_kl": "KL(q‖T)", "forward_kl": "KL(T‖q)", "entropy": "entropy"}
     direct = results.plan.arms[[a.name for a in results.plan.arms].index(DIRECT)].flops
@@ -88,7 +88,7 @@ def arms_table(results: Results) -> list[str]:
 
 
 def chains_table(results: Results) -> list[str]:
-    """Every arm with an assistant against its twin (or plain direct), and against plain direct as if its assistant were free."""
+    """Compare every arm that has an assistant with its equal-compute baseline (or direct), and with direct as if the TA were free."""
     metric = primary_metric(results)
     lines = [
         "| arm | against | fact accuracy | Holm p | verdict | greedy | Rouge-L | KL(q‖T) | against `direct`, as if the TA were free |",
@@ -105,7 +105,7 @@ def chains_table(results: Results) -> list[str]:
 
 
 def controls_table(results: Results) -> list[str]:
-    """The controls at the compute of direct, against it."""
+    """Compare the controls that have the compute of direct with direct."""
     names = ("sft-only-ta", "tempered", "early", "taid")
     metrics = ("fact_accuracy", "fact_accuracy@greedy", "rouge_l", "reverse_kl", "entropy")
     lines = ["| control | fact accuracy | greedy | Rouge-L | KL(q‖T) | entropy |", "|---|" + "---:|" * 5]
@@ -113,7 +113,7 @@ def controls_table(results: Results) -> list[str]:
 
 
 def _teachers_training(results: Results) -> float:
-    """FLOPs of the original teacher's own training."""
+    """Return the FLOPs of the original teacher's own training."""
     arm = next(a for a in results.plan.arms if a.name == DIRECT)
     return sum(s.flops or 0.0 for s in results.plan.ancestors(arm.final[min(arm.final)]) if s.model == results.plan.teacher)
 
@@ -126,12 +126,12 @@ def _difference(results: Results, arm: str, other: str, metric: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """A difference without its unit, which the page says once."""
+    """Remove the unit of a difference, because the page says it once."""
     return text.removesuffix(" points").removesuffix(" percentage").removesuffix(" nats/token")
 
 
 def budget_table(results: Results) -> list[str]:
-    """The terms of each chain's error budget."""
+    """Return the terms of each chain's error budget."""
     lines = ["| chain | KL(q‖T) | to its last teacher, minimised | added by the hops above, from the student up |", "|---|---:|---:|---|"]
     for arm in ("direct", *CHAINS, "sft-only-ta", "same-size-ta"):
         terms = [results.summaries[arm, MEAN, name] for k in range(9) if (arm, MEAN, name := f"budget/{k}") in results.summaries]
@@ -142,7 +142,7 @@ def budget_table(results: Results) -> list[str]:
 
 
 def take_pictures(report: Path) -> None:
-    """The report's figures as PNG files."""
+    """Save the report's figures as PNG files."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1100, "height": 900}, device_scale_factor=1.5)
@@ -158,7 +158,7 @@ def take_pictures(report: Path) -> None:
 
 
 def draw_plane(results: Results) -> None:
-    """Rouge-L and fact accuracy over entropy, for a few arms."""
+    """Draw Rouge-L and fact accuracy over entropy, for a few arms."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
     for axis, metric in zip(axes, ("rouge_l", "fact_accuracy"), strict=True):
         for arm, marker in zip(PLANE, "os^vDP", strict=True):
