@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tadistill.data.templates import Encoded
 from tadistill.objectives import Hidden, TargetMixture, TopK
 from tadistill.objectives.targets import select
 
@@ -72,6 +73,11 @@ class Batch:
             tuple(t.to(device) for t in self.targets),
             self.mixture,
         )
+
+
+def references(encoded: Seq[Encoded]) -> list[Sequence]:
+    """Return every encoded prompt with its first reference as a sequence."""
+    return [Sequence(e.prompt, e.response) for e in encoded]
 
 
 def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:

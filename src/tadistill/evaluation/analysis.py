@@ -18,7 +18,8 @@ from itertools import pairwise
 import numpy as np
 from transformers import PreTrainedModel
 
-from tadistill.evaluation.run import Answers, EvalSet, references
+from tadistill.data.batch import references
+from tadistill.evaluation.run import Answers, EvalSet
 from tadistill.evaluation.scoring import Subject, divergences, means
 
 Exposure = dict[str, dict[str, list[float]]]
@@ -45,7 +46,7 @@ def analyse(
         {metric: [prompt][decoding seed]} with forward_kl (on the references), reverse_kl (on the subject's own answers) and, with
         assistants, budget/0, budget/1, … in the order of the sum above; and the exposure curves.
     """
-    (on_references,) = divergences(subject, references(data), [teacher], batch=batch)
+    (on_references,) = divergences(subject, references(data.encoded), [teacher], batch=batch)
     columns: dict[str, list[np.ndarray]] = {}
     of_student: list[np.ndarray] = []
     for of_seed in answers.values():

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tadistill import rng
 from tadistill.config import Evaluate
-from tadistill.data.batch import Sequence
+from tadistill.data.batch import Sequence, references
 from tadistill.data.datasets import Example
 from tadistill.data.templates import Encoded
 from tadistill.evaluation import calibration
@@ -93,11 +93,6 @@ def texts(subject: Subject, answers: Seq[Sequence]) -> list[str]:
     return [t.strip() for t in subject.tokenizer.batch_decode([list(a.response) for a in answers], skip_special_tokens=True)]
 
 
-def references(data: EvalSet) -> list[Sequence]:
-    """The first reference of every prompt as a sequence."""
-    return [Sequence(e.prompt, e.response) for e in data.encoded]
-
-
 def text_scores(data: EvalSet, predictions: list[str]) -> dict[str, list[float]]:
     """Rouge-L of every prediction, and fact accuracy where the set knows its facts."""
     scores = {"rouge_l": rouge_l(predictions, [r.references for r in data.rows])}
@@ -120,7 +115,7 @@ def _answer_scores(
 
 def _read_references(subject: Subject, data: EvalSet, batch: int, columns: dict[str, np.ndarray], corpus: dict[str, Any]) -> None:
     """Loss and calibration on the first references, and on label words where the set has choices."""
-    found = likelihood(subject, references(data), batch=batch)
+    found = likelihood(subject, references(data.encoded), batch=batch)
     columns["loss"] = means(found["loss"])[:, None]
     bins = {"tokens": calibration.bins(np.concatenate(found["confidence"]), np.concatenate(found["correct"]))}
     corpus["numbers"]["perplexity"] = float(np.exp(np.concatenate(found["loss"]).mean()))
@@ -156,7 +151,7 @@ def dev_metrics(
     subject: Subject, data: EvalSet, settings: Evaluate, metric: str, *, teacher: PreTrainedModel | None = None
 ) -> dict[str, float]:
     """The dev metrics that are free beside `metric`: the loss always, text scores and reverse KL only if asked for."""
-    found = {"loss": float(means(likelihood(subject, references(data), batch=settings.batch)["loss"]).mean())}
+    found = {"loss": float(means(likelihood(subject, references(data.encoded), batch=settings.batch)["loss"]).mean())}
     if metric in TEXT_METRICS or metric == "reverse_kl":
         answers = generate(subject, data, settings, settings.seeds[0])
         if metric in TEXT_METRICS:

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tadistill import rng
 from tadistill.config import Data, DataRef
 from tadistill.data import corpus, datasets
-from tadistill.data.batch import Sequence
+from tadistill.data.batch import Sequence, references
 from tadistill.data.templates import encode
 from tadistill.errors import Interrupted
-from tadistill.evaluation.run import EvalSet, references
+from tadistill.evaluation.run import EvalSet
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.counting.shapes import resized
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
@@ -74,7 +74,7 @@ class Context:
         total = parent.config.num_hidden_layers
         if not isinstance(handle["prune"], dict):
             return prune_depth(parent, keep_list(handle["prune"], total))
-        train = references(self.split("train", handle["train"]["ref"], handle["train_limit"], tokenizer))
+        train = references(self.split("train", handle["train"]["ref"], handle["train_limit"], tokenizer).encoded)
         measured = importance(parent, [[*s.prompt, *s.response] for s in train[:_CALIBRATION]])
         shape = resized(shape_of(parent.config), **handle["prune"])
         which = handle["layers"]

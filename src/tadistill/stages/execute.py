@@ -15,8 +15,9 @@ from typing import Any
 
 from tadistill.config import Evaluate
 from tadistill.config.sampling import DatasetSampler
+from tadistill.data.batch import references
 from tadistill.errors import Interrupted, StageFailed
-from tadistill.evaluation.run import EvalSet, generate, references
+from tadistill.evaluation.run import EvalSet, generate
 from tadistill.evaluation.scoring import Subject, entropy, means
 from tadistill.models.loading import save_model
 from tadistill.models.tempering import matching_temperature, temper
@@ -117,7 +118,7 @@ def _signal(context: Context) -> dict[str, Any]:
     config = DatasetSampler.model_validate({"signal": spec["signal"]}).signal
     assert config is not None
     model, tokenizer = context.teacher(teacher_dtype(spec["precision"]))
-    sequences = references(context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer))
+    sequences = references(context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer).encoded)
     subject = make_subject(model, tokenizer)
 
     def tick(done: int) -> None:
@@ -170,7 +171,7 @@ def _temper(context: Context) -> dict[str, Any]:
     teacher, tokenizer = context.model(spec["teacher"])
     like, _ = context.frozen(spec["like"])
     subject = make_subject(teacher.eval(), tokenizer, like)
-    sequences = references(context.split("dev", spec["dev"]["ref"], spec["dev_limit"], tokenizer))
+    sequences = references(context.split("dev", spec["dev"]["ref"], spec["dev_limit"], tokenizer).encoded)
 
     def mean_entropy(of: Subject, tau: float) -> float:
         stop_if_asked(context)

@@ -8,9 +8,9 @@ import json
 from typing import Any
 
 from tadistill.config import Evaluate
-from tadistill.data.batch import Sequence
+from tadistill.data.batch import Sequence, references
 from tadistill.evaluation.pairing import beside
-from tadistill.evaluation.run import EvalSet, generate, references, score
+from tadistill.evaluation.run import EvalSet, generate, score
 from tadistill.evaluation.scoring import means
 from tadistill.stages.context import ANSWERS, Context, make_subject, stop_if_asked
 from tadistill.store import write_json, write_rows
@@ -49,7 +49,7 @@ def pair(context: Context) -> dict[str, Any]:
     dev = context.split("dev", spec["dev"]["ref"], spec["dev_limit"], tokenizer)
     own = _answers(context, spec["answers"]["stage"], dev)
     stop_if_asked(context)
-    found = beside(subject, teacher, own=own, references=references(dev), k=spec["k"], batch=spec["batch"])
+    found = beside(subject, teacher, own=own, references=references(dev.encoded), k=spec["k"], batch=spec["batch"])
     write_json(context.folder / "scores.json", {name: means(values).tolist() for name, values in found.items()})
     return {"prompts": len(dev.encoded)}
 

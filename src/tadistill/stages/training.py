@@ -16,8 +16,8 @@ from tadistill.config.method import Dense, Select
 from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy
 from tadistill.config.sampling import OnPolicy, Rounds
-from tadistill.data.batch import Sequence
-from tadistill.evaluation.run import dev_metrics, references
+from tadistill.data.batch import Sequence, references
+from tadistill.evaluation.run import dev_metrics
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import end_tokens, save_model, shared_vocabulary
 from tadistill.models.lora import adapt, merged
@@ -141,7 +141,7 @@ def _sampler(
     assert isinstance(eos, int)
     common: dict[str, Any] = {"pad": eos, "seed": spec["seed"], "shard": Shard(accelerator.process_index, accelerator.num_processes)}
     train = context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer)
-    texts = _responses(context, spec["responses"]["stage"]) if "responses" in spec else references(train)
+    texts = _responses(context, spec["responses"]["stage"]) if "responses" in spec else references(train.encoded)
     config = method.sampler
     if not isinstance(config, OnPolicy):
         return FixedSequences(texts, method.optim, signals=signals, **common)

@@ -7,8 +7,9 @@ from tests.conftest import tiny_model
 
 from tadistill.config import Evaluate
 from tadistill.data import datasets, tinyworld
+from tadistill.data.batch import references
 from tadistill.data.templates import encode
-from tadistill.evaluation.run import EvalSet, dev_metrics, evaluate, generate, references, score
+from tadistill.evaluation.run import EvalSet, dev_metrics, evaluate, generate, score
 from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood
 from tadistill.objectives import forward_kl, reverse_kl
 
@@ -62,7 +63,7 @@ def row_logits(model, sequence):
 
 def test_numbers_of_tokens_equal_a_direct_computation(tokenizer, data):
     student, teacher = subject(tokenizer), tiny_model("llama", vocab=len(tokenizer), seed=4)
-    texts = references(data)
+    texts = references(data.encoded)
     q, p = row_logits(student.model, texts[3]), row_logits(teacher, texts[3])
     log_q, tokens = q.log_softmax(-1), torch.tensor(texts[3].response)
     (beside,) = divergences(student, texts, [teacher], batch=4)
@@ -82,7 +83,7 @@ def test_numbers_of_tokens_equal_a_direct_computation(tokenizer, data):
 def test_numbers_of_the_whole_set(tokenizer, data):
     student = subject(tokenizer)
     found = evaluate(student, data, settings())
-    losses = np.concatenate(likelihood(student, references(data), batch=4)["loss"])
+    losses = np.concatenate(likelihood(student, references(data.encoded), batch=4)["loss"])
     assert found.corpus["numbers"]["perplexity"] == pytest.approx(np.exp(losses.mean()), rel=1e-5)
     assert sum(found.corpus["calibration"]["tokens"]["count"]) == len(losses)
     assert found.corpus["reference_length"] == [len(e.response) - 1 for e in data.encoded]  # without EOS
