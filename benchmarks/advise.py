@@ -27,7 +27,7 @@ from tadistill.advise import Candidate, Edge, EdgeMeasures, Observation, advise
 from tadistill.advise.decide import Advice, decide
 from tadistill.advise.pairs import pair_up
 from tadistill.advise.predict import Predictions, predict
-from tadistill.search import rules
+from tadistill.search import strategies as rules
 
 SEEDS, MARGIN, LEVEL = 3, 0.3, 0.95
 HISTORIES = (0, 3, 6, 12)
@@ -73,11 +73,11 @@ def rule_choices(family: Family, rng: np.random.Generator) -> dict[str, Chosen]:
     """Return the paths that the rules of thumb choose."""
     teacher, *assistants, student = family.sizes
     choices: dict[str, Callable[[], Chosen]] = {
-        "direct": lambda: rules.direct(teacher, student),
+        "direct": lambda: (teacher, student),
         "size law": lambda: rules.size_law(teacher, assistants, student, family.sizes),
         "performance mean": lambda: rules.performance_mean(teacher, assistants, student, family.scores),
         "geometric mean": lambda: rules.geometric_mean(teacher, assistants, student, family.sizes),
-        "random": lambda: rules.random_path([c.path for c in family.candidates], rng),
+        "random": lambda: family.candidates[int(rng.integers(len(family.candidates)))].path,
     }
     return {name: choose() for name, choose in choices.items()}
 
@@ -158,7 +158,7 @@ def table_lattices(name: str, table: Mapping[Chosen, float]) -> list[tuple[tuple
 
 def public_tables() -> list[dict[str, Any]]:
     """Predict each public table from the other two, with layers as sizes and a margin of 0.5, the standard error of one accuracy."""
-    known = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "unit" / "paths" / "tables.py"))
+    known = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "unit" / "search" / "tables.py"))
     tables = {"TAKD figure 5": known["TAKD"], "fork CNN": known["FORK_CNN"], "fork ResNet": known["FORK_RESNET"]}
     rows = []
     for name, table in tables.items():

@@ -44,11 +44,11 @@ class Cell(NamedTuple):
     noise: float
 
 
-def true_qualities(lattice: Lattice, rho: float, rng: np.random.Generator) -> dict[paths.Path, float]:
+def true_qualities(lattice: Lattice, rho: float, rng: np.random.Generator) -> dict[paths.ModelPath, float]:
     """Quality of every prefix."""
     prefixes = lattice.prefixes()
     edge = {pair: rng.normal() for pair in dict.fromkeys(path[-2:] for path in prefixes)}
-    quality: dict[paths.Path, float] = {}
+    quality: dict[paths.ModelPath, float] = {}
     for node in lattice.nodes[1:]:  # a model's teachers come before it
         for path in (p for p in prefixes if p[-1] == node):
             ways = [q for p, q in quality.items() if p[-1] == path[-2]]
@@ -58,14 +58,20 @@ def true_qualities(lattice: Lattice, rho: float, rng: np.random.Generator) -> di
     return quality
 
 
-def search(strategy: Strategy, quality: dict[paths.Path, float], luck: dict[Any, float], noise: float) -> Outcome:
+def search(strategy: Strategy, quality: dict[paths.ModelPath, float], luck: dict[Any, float], noise: float) -> Outcome:
     """Run a strategy on noisy qualities and return its outcome."""
 
-    def measure(asked: Round) -> dict[paths.Path, float]:
+    def measure(asked: Round) -> dict[paths.ModelPath, float]:
         whole = asked.share == 1
         return {p: quality[p] + noise * luck[p] + (0 if whole else EARLY * (1 - asked.share) * luck[p, asked.share]) for p in asked.paths}
 
     return paths.drive(strategy, measure)
+
+
+def whole_trainings(outcome: Outcome) -> float:
+    """Count trainings, a short run as the share of a stage that it is."""
+    shares = {r.share for r in outcome.rounds}
+    return sum(share * len(paths.trainings(p for r in outcome.rounds if r.share == share for p in r.paths)) for share in shares)
 
 
 def measure_cell(cell: Cell, lattices: int) -> list[dict[str, Any]]:
@@ -86,7 +92,7 @@ def measure_cell(cell: Cell, lattices: int) -> list[dict[str, Any]]:
         of_single = quality[outcomes["single"].path]
         for name, outcome in outcomes.items():
             mine = quality[outcome.path]
-            found[name].append((best - mine, mine - of_single, outcome.trainings, outcome.full_trainings))
+            found[name].append((best - mine, mine - of_single, outcome.trainings, whole_trainings(outcome)))
     rows = []
     for name, values in found.items():
         regret, gain, trainings, full = np.array(values).T

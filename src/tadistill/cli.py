@@ -101,7 +101,7 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
 def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
     """Train paths of the recipe's `search` until its strategy has chosen one, by dev values alone (docs/paths.md)."""
     from tadistill.config import load
-    from tadistill.search.command import search as find_path
+    from tadistill.search.command import find_path
     from tadistill.store import runs_directory
 
     with _interruptible():

@@ -16,6 +16,7 @@ from tadistill.statistics import (
     inflation,
     minimum_detectable_effect,
     sign_flip,
+    undominated,
 )
 
 
@@ -124,3 +125,17 @@ def test_inflation_is_the_difference_of_two_choices():
 def test_wrong_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_undominated_keeps_the_first_of_equals():
+    assert undominated([("a", 2, 1), ("b", 1, 2), ("c", 2, 1), ("d", 2, 2)], lambda x: x[1:]) == [("b", 1, 2), ("a", 2, 1)]
+
+
+def test_undominated_is_the_front_by_brute_force():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        points = [tuple(map(int, row)) for row in rng.integers(0, 5, (20, 3))]
+        best = {x for x in points if not any(y != x and all(a <= b for a, b in zip(y, x, strict=True)) for y in points)}
+        front = undominated(points, lambda x: x)
+        assert set(front) == best
+        assert len(front) == len(best)

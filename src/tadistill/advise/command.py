@@ -13,7 +13,7 @@ from tadistill.advise import Advice, Candidate, EdgeMeasures, History, advise, f
 from tadistill.advise.history import MEASURES
 from tadistill.advise.measures import PAIR_MEASURES, Measures
 from tadistill.advise.page import render_page
-from tadistill.advise.probes import Ladder, PathCost, arm_name, costs, ladder, probe_plan, read_measures, with_search
+from tadistill.advise.probes import Ladder, PathCost, costs, ladder, probe_plan, read_measures, with_search
 from tadistill.advise.record import Report, decided, measured
 from tadistill.advise.steps import steps
 from tadistill.advise.terminal import show
@@ -24,6 +24,7 @@ from tadistill.plan.arms import ProbePlan, make_plan
 from tadistill.results.files import write_text
 from tadistill.runner.study import describe, fetch_models
 from tadistill.runner.workers import run_stages
+from tadistill.search import path_name
 from tadistill.store import Store, write_json
 
 NATS_PER_POINT = 1 / 30
@@ -98,7 +99,7 @@ def _advice(
     """The verdict; history on the metric that the direct path's student is selected by, and that metric."""
     plan = make_plan(recipe)
     direct = (found.teacher, found.student)
-    arm = next(a for a in plan.arms if a.name in {arm_name(path) for path in priced})
+    arm = next(a for a in plan.arms if a.name in {path_name(path) for path in priced})
     metric = arm.method.select.metric
     described = describe(plan, created="", recipe_text="", command="")
     method = next(a["method"] for a in described["arms"] if a["name"] == arm.name)

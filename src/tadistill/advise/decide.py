@@ -11,7 +11,7 @@ from tadistill.advise.edges import Candidate, Observation
 from tadistill.advise.pairs import pair_up
 from tadistill.advise.predict import Forecast, Predictions, predict
 from tadistill.errors import ConfigError
-from tadistill.search.rules import size_law
+from tadistill.search.strategies import size_law
 
 SEEDS = 3
 """Training seeds of a proposed experiment."""

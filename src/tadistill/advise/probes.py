@@ -12,13 +12,11 @@ from tadistill.data import datasets
 from tadistill.errors import ConfigError, StoreError
 from tadistill.plan.arms import Plan, ProbePlan, make_plan, original_teacher, plan_probes
 from tadistill.plan.costs import Ledger
-from tadistill.search import Path, count_paths
-from tadistill.search.choice import with_parents
-from tadistill.search.command import affordable, check_order, path_flops
+from tadistill.search import ModelPath, path_name
+from tadistill.search.command import affordable, check_lattice, check_order, path_arms, path_flops
 from tadistill.store import Store
 
 TOP_K = 16
-MOST_PATHS = 128
 
 
 @dataclass(frozen=True)
@@ -72,15 +70,8 @@ def with_search(recipe: Recipe) -> Recipe:
         recipe = recipe.model_copy(update={"search": found})
     search = recipe.search
     assert search is not None
-    check_order(recipe)
-    names = (search.teacher, *search.assistants, search.student)
-    for name in sorted(with_parents(recipe, names)):
-        if (temper := recipe.models[name].temper) and temper.like is not None:
-            raise ConfigError(f"{name} is tempered like arm {temper.like}, which advice does not train; give it a fixed tau")
-    if (count := count_paths(len(search.assistants), search.max_assistants)) > MOST_PATHS:
-        raise ConfigError(
-            f"{len(search.assistants)} assistants make {count} paths, and {MOST_PATHS} may be looked at; set search.max_assistants: 1 or 2"
-        )
+    check_lattice(recipe, search)
+    check_order(recipe, search)
     return recipe
 
 
@@ -117,7 +108,7 @@ def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
     return {name: size.total for name, size in found.items() if size}
 
 
-def costs(recipe: Recipe) -> tuple[Recipe, dict[Path, PathCost]]:
+def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
     """A recipe whose arms are the paths within the budget, chains with their equal-compute twins, and what these cost by the ledger.
 
     Raises:
@@ -126,27 +117,21 @@ def costs(recipe: Recipe) -> tuple[Recipe, dict[Path, PathCost]]:
     search = recipe.search
     assert search is not None
     direct = (search.teacher, search.student)
-    flops = path_flops(recipe)
-    kept = affordable(recipe, flops).paths
-    arms = {arm_name(path): Arm(path=(path,)) for path in kept}
-    arms |= {twin_name(path): Arm(path=(direct,), compute=f"as {arm_name(path)}") for path in kept if path != direct}
+    flops = path_flops(recipe, search)
+    kept = affordable(search, flops).paths
+    arms = path_arms(kept) | {twin_name(path): Arm(path=(direct,), compute=f"as {path_name(path)}") for path in kept if path != direct}
     limited = recipe.model_copy(update={"arms": arms, "teacher": search.teacher})
     twins, base = _twins(make_plan(limited)), flops[direct]
     assert base, "ladder() refuses models of unknown size"
     return limited, {path: PathCost(float(flops[path] or 0), float(flops[path] or 0) / base, twins.get(path)) for path in kept}
 
 
-def arm_name(path: Path) -> str:
-    """The name of a path's arm."""
-    return "-".join(path)
-
-
-def twin_name(path: Path) -> str:
+def twin_name(path: ModelPath) -> str:
     """The name of the arm that trains directly with a path's compute."""
-    return f"{arm_name(path)}-twin"
+    return f"{path_name(path)}-twin"
 
 
-def _twins(plan: Plan) -> dict[Path, tuple[int, int]]:
+def _twins(plan: Plan) -> dict[ModelPath, tuple[int, int]]:
     paths = {arm.name: arm.arm.last for arm in plan.arms}
     twins = [(arm.arm.compute[3:], arm.method) for arm in plan.arms if arm.arm.compute]
     return {paths[of]: (method.optim.steps or 0, method.select.every) for of, method in twins}

@@ -14,7 +14,7 @@ from tadistill.advise.measures import Estimate, Measures
 from tadistill.advise.probes import TOP_K, Ladder, PathCost
 from tadistill.advise.steps import Step
 from tadistill.advise.words import Rule
-from tadistill.search.rules import Chosen
+from tadistill.search.strategies import Chosen
 
 TAGS = {
     "models": "measured",

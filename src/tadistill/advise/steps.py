@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tadistill.advise import Advice
-from tadistill.advise.probes import PathCost, arm_name, twin_name
+from tadistill.advise.probes import PathCost, twin_name
 from tadistill.config import Recipe
+from tadistill.search import path_name
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ def _shown(path: Sequence[str]) -> str:
 
 def _chain(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
     """Overrides that add a chain, its twin and, where the recipe has none, the direct arm that costs are multiples of."""
-    chain, twin = _key(arm_name(path)), _key(twin_name(path))
+    chain, twin = _key(path_name(path)), _key(twin_name(path))
     ends = f"{path[0]} > {path[-1]}"
-    return [*_direct(recipe, path), f"{chain}.path={_shown(path)}", f"{twin}.path={ends}", f"{twin}.compute=as {arm_name(path)}"]
+    return [*_direct(recipe, path), f"{chain}.path={_shown(path)}", f"{twin}.path={ends}", f"{twin}.compute=as {path_name(path)}"]
 
 
 def _longer(recipe: Recipe, path: tuple[str, ...], cost: PathCost) -> list[str]:
@@ -73,7 +74,7 @@ def _direct(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
     ends = (path[0], path[-1])
     changed = ("objective", "sampler", "optim", "select", "dense", "compute")
     plain = any(a.path == (ends,) and not a.init and not any(getattr(a, name) for name in changed) for a in recipe.arms.values())
-    return [] if plain else [f"{_key(arm_name(ends))}.path={_shown(ends)}"]
+    return [] if plain else [f"{_key(path_name(ends))}.path={_shown(ends)}"]
 
 
 def _key(arm: str) -> str:

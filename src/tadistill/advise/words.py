@@ -10,8 +10,8 @@ from tadistill.advise.measures import Measures
 from tadistill.advise.probes import TOP_K, Ladder
 from tadistill.config import Recipe
 from tadistill.config.method import NOT_COMPARABLE
-from tadistill.search import Path
-from tadistill.search.rules import Chosen, geometric_mean, lambda_tradeoff, performance_mean, size_law
+from tadistill.search import ModelPath
+from tadistill.search.strategies import Chosen, geometric_mean, lambda_tradeoff, performance_mean, size_law
 
 LEAST_MASS, HOPS = 0.9, (1.3, 4.0)
 
@@ -71,7 +71,7 @@ def rules(measures: Measures, ladder: Ladder, most: int | None) -> tuple[Rule, .
 
 
 def notes(
-    recipe: Recipe, paths: Sequence[Path], measures: Measures, advice: Advice, past: History, metric: str, prompts: int
+    recipe: Recipe, paths: Sequence[ModelPath], measures: Measures, advice: Advice, past: History, metric: str, prompts: int
 ) -> tuple[str, ...]:
     """Cautions, one sentence each."""
     pairs = [measures.pairs[hop] for hop in dict.fromkeys(hop for path in paths for hop in pairwise(path))]

@@ -9,7 +9,7 @@ from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
 from tadistill.config.strict import Strict
 
-Path = tuple[str, ...]
+ModelPath = tuple[str, ...]
 
 
 class Published(Strict):
@@ -27,7 +27,7 @@ class Arm(Strict):
     `init: {s: l}` starts s from the l of this arm, pruned to the size of s. With `dense` all models before a learner in its path teach it.
     """
 
-    path: tuple[Path, ...] = Field(min_length=1)
+    path: tuple[ModelPath, ...] = Field(min_length=1)
     """The paths, one after the other; a name means the same model in all of them. A learner that is taught more than once divides its
     updates equally."""
     init: dict[str, str] = {}
@@ -86,7 +86,7 @@ class Arm(Strict):
         return value
 
     @property
-    def last(self) -> Path:
+    def last(self) -> ModelPath:
         """The path that ends with the arm's model."""
         return self.path[-1]
 

@@ -1,15 +1,14 @@
-"""Paths from a teacher to a student: their lattice, how to search it, what is worth its cost, and rules of thumb. Needs numpy only."""
+"""Paths from a teacher to a student: the lattice of all of them, strategies that search it, and rules of thumb. Needs numpy only."""
 
-from tadistill.search.lattice import Concordance, Lattice, Path, concordance, count_paths, last_hop_means, make_lattice, trainings
-from tadistill.search.pareto import Label, pareto_paths, undominated
+from tadistill.config.arm import ModelPath
+from tadistill.search.lattice import Concordance, Lattice, concordance, count_paths, make_lattice, path_name, trainings
 from tadistill.search.strategies import Outcome, Round, Strategy, beam, best_prefix, drive, exhaustive, halving, single
 
 __all__ = [
     "Concordance",
-    "Label",
     "Lattice",
+    "ModelPath",
     "Outcome",
-    "Path",
     "Round",
     "Strategy",
     "beam",
@@ -19,10 +18,8 @@ __all__ = [
     "drive",
     "exhaustive",
     "halving",
-    "last_hop_means",
     "make_lattice",
-    "pareto_paths",
+    "path_name",
     "single",
     "trainings",
-    "undominated",
 ]

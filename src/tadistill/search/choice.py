@@ -1,8 +1,8 @@
-"""What a search for a path found: the table, search.json, and a recipe that confirms the choice. Imports no torch."""
+"""The result of a search for a path: its table, search.json, and the recipe that confirms the chosen path."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,8 @@ import yaml
 from rich.table import Table
 
 from tadistill.config import Recipe
-from tadistill.search import Path, Round, undominated
-from tadistill.statistics import expected_best_of
+from tadistill.search import ModelPath, Round, path_name
+from tadistill.statistics import expected_best_of, undominated
 from tadistill.store import write_json
 
 _SEEDS = 3
@@ -22,15 +22,15 @@ _SEEDS = 3
 class Tried:
     """One path from teacher to student that was trained in full."""
 
-    path: Path
+    path: ModelPath
     flops: float | None
     """Training FLOPs behind its student, for one seed."""
     values: tuple[float, ...]
-    """The student's dev value of every seed, in the metric's own unit."""
+    """The student's dev value for every seed, in the metric's own unit."""
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean dev value over seeds."""
         return float(np.mean(self.values))
 
 
@@ -45,39 +45,39 @@ class Choice:
     """1 where a higher value is better, else -1."""
     tried: tuple[Tried, ...]
     """Best first; the first one is chosen."""
-    rounds: tuple[tuple[Round, dict[Path, float]], ...]
-    """What was asked, and the mean dev value of every path's last model."""
+    rounds: tuple[tuple[Round, dict[ModelPath, float]], ...]
+    """Each round with the mean dev value of every path's last model."""
     direct: float | None
     """FLOPs of the direct path, for one seed."""
     trained: float | None
-    """FLOPs of every stage that the search needed, all seeds; with the own fine-tuning of the models."""
+    """FLOPs of every stage that the search needed, over all seeds, including the models' own fine-tuning."""
     discarded: float | None
-    """The part of them that the chosen path does not stand on."""
+    """The part of them that the chosen path does not depend on."""
     distillations: int
-    """Distillations that the search needed, all seeds."""
+    """Number of distillations that the search needed, over all seeds."""
 
     @property
-    def path(self) -> Path:
-        """The chosen one."""
+    def path(self) -> ModelPath:
+        """The chosen path."""
         return self.tried[0].path
 
     @property
     def compared(self) -> int:
-        """How many paths to the student the choice was among, those that `halving` dropped included."""
+        """Number of paths to the student that were compared, including those that `halving` dropped."""
         return len({path for asked, _ in self.rounds for path in asked.paths if path[-1] == self.path[-1]})
 
     def cost(self, tried: Tried) -> float | None:
-        """As a multiple of direct."""
+        """Return a path's FLOPs as a multiple of the direct path's."""
         return None if tried.flops is None or self.direct is None else tried.flops / self.direct
 
     def front(self) -> list[Tried]:
-        """Paths than which no other tried one is both as cheap and as good."""
+        """Return the tried paths that no other one matches or beats in both cost and quality."""
         return undominated(self.tried, lambda t: (t.flops or 0.0, -self.sign * t.mean))
 
     def inflation(self) -> float | None:
-        """How far the best of the compared paths stands out by chance, in the metric's unit: E[max of k] standard errors of a path's mean.
+        """Return how far chance alone lifts the best of the compared paths, in the metric's unit: E[max of k] standard errors of a mean.
 
-        An upper bound, as paths that share stages resemble each other; None with one seed, which shows no spread.
+        This is an upper bound, because paths that share stages resemble each other. None with one seed, which shows no spread.
         """
         seeds = len(self.tried[0].values)
         if seeds < 2:
@@ -86,24 +86,19 @@ class Choice:
         return expected_best_of(self.compared) * float(np.sqrt(spread / seeds))
 
 
-def path_name(path: Path) -> str:
-    """`xl>l>s`: the name of a path's arm."""
-    return ">".join(path)
-
-
-def write_choice(choice: Choice, recipe: Recipe, directory: File) -> File | None:
-    """Write search.json, and confirm.yaml beside it unless the direct path won; returns the path of the latter."""
+def write_choice(choice: Choice, recipe: Recipe, directory: Path) -> Path | None:
+    """Write search.json, and confirm.yaml unless the direct path won; return the path of confirm.yaml, or None."""
     write_json(directory / "search.json", _record(choice))
     confirm = directory / "confirm.yaml"
     if len(choice.path) == 2:
-        confirm.unlink(missing_ok=True)  # that of an earlier search
+        confirm.unlink(missing_ok=True)  # an earlier search may have left one
         return None
     confirm.write_text(_confirmation(choice, recipe), encoding="utf-8")
     return confirm
 
 
 def choice_table(choice: Choice) -> Table:
-    """The tried paths, best first."""
+    """Build the table of tried paths, best first."""
     table = Table(title=f"{choice.study}: {choice.strategy}, the best of {choice.compared} paths", title_justify="left", box=None)
     for column in ("path", "trainings", "× direct", f"dev {choice.metric}", "seeds", "front", ""):
         table.add_column(column, justify="left" if column in ("path", "front", "") else "right")
@@ -117,26 +112,27 @@ def choice_table(choice: Choice) -> Table:
     return table
 
 
-def choice_notes(choice: Choice, confirm: File | None, runs: File) -> list[str]:
-    """What the table does not say: what the search cost, how far its best value can be trusted, and what to do next."""
+def choice_notes(choice: Choice, confirm: Path | None, runs: Path) -> list[str]:
+    """Say what the search cost, how far its best value can be trusted, and what to run next."""
     seeds = len(choice.tried[0].values)
-    notes = [f"{choice.distillations} distillations, {seeds} seed{'s' * (seeds > 1)}. C_search is not known: the size of a model is not."]
+    count = f"{choice.distillations} distillations"
+    over = f"{seeds} seed{'s' * (seeds > 1)}"
+    notes = [f"{count}, {over}. The FLOPs of the search (C_search) are unknown, because the size of a model is unknown."]
     if choice.trained is not None and choice.discarded is not None and choice.direct is not None:
         notes = [
-            f"C_search: {choice.distillations} distillations and what they stand on, {choice.trained:.3g} FLOPs over {seeds} "
-            f"seed{'s' * (seeds > 1)} ({choice.trained / (seeds * choice.direct):.2f} × direct), of which {choice.discarded:.3g} "
-            "for what the chosen path does not use."
+            f"C_search: {count} and the stages they depend on took {choice.trained:.3g} FLOPs over {over} "
+            f"({choice.trained / (seeds * choice.direct):.2f} × direct); the chosen path does not use {choice.discarded:.3g} of them."
         ]
     k, chance = choice.compared, choice.inflation()
     if k > 1:
         unit = "" if chance is None else f", here up to {chance:.2g}"
         notes.append(
-            f"The best of {k} equal paths stands out by {expected_best_of(k):.2f} standard errors by chance alone{unit}: "
-            "its dev value above is too good."
+            f"The best of {k} equally good paths stands out by {expected_best_of(k):.2f} standard errors by chance alone{unit}, so its dev "
+            "value above is too optimistic."
         )
     if confirm is None:
-        return [*notes, "The direct path is the best on dev: there is no chain to confirm."]
-    return [*notes, f"Confirm it against direct training of equal compute, on new seeds: tadistill run {confirm} --runs {runs}"]
+        return [*notes, "The direct path is the best on dev, so there is no chain to confirm."]
+    return [*notes, f"Confirm the chain against direct training of equal compute, on new seeds: tadistill run {confirm} --runs {runs}"]
 
 
 def _record(choice: Choice) -> dict[str, Any]:
@@ -167,12 +163,13 @@ def _record(choice: Choice) -> dict[str, Any]:
 
 
 def _confirmation(choice: Choice, recipe: Recipe) -> str:
-    """The recipe with direct, the chosen path and its twin of equal compute, on seeds that took no part in the choice."""
+    """Write the recipe with direct, the chosen path and its equal-compute twin, on seeds that took no part in the choice."""
     content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     content.pop("search", None)
     first = max(recipe.seeds) + 1
     direct = f"{choice.path[0]} > {choice.path[-1]}"
-    arms: dict[str, Any] = {"direct": direct, "chain": " > ".join(choice.path)}
+    chain = " > ".join(choice.path)
+    arms: dict[str, Any] = {"direct": direct, "chain": chain}
     if choice.direct is not None:
         arms["twin"] = {"path": direct, "compute": "as chain"}
     models = with_parents(recipe, choice.path)
@@ -184,15 +181,14 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
         "arms": arms,
     }
     head = (
-        f"# Is {path_name(choice.path)} worth its compute? `tadistill search` chose it by dev {choice.metric}, as the best of "
-        f"{choice.compared} paths.\n# The seeds are new, so that the luck which helped it there plays no part here. "
-        "`twin` is direct training with the chain's FLOPs.\n"
+        f"# Is {chain} worth its compute? `tadistill search` chose it by dev {choice.metric}, as the best of {choice.compared} paths.\n"
+        "# The seeds are new, so luck in the search cannot help it here. `twin` is direct training with the chain's FLOPs.\n"
     )
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140)
 
 
 def with_parents(recipe: Recipe, names: Iterable[str]) -> set[str]:
-    """The models, and those that their weights come from."""
+    """Return these models and the models that their weights come from."""
     found: set[str] = set()
     for name in names:
         at: str | None = name

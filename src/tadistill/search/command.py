@@ -1,22 +1,23 @@
 """`tadistill search`: look for the best path of a recipe's lattice by training, round by round, with one store.
 
-Each round of a strategy (`tadistill.search.strategies`) is a plan whose arms are the round's paths, of which only the stages that train are
-run; paths that begin alike share them, between rounds, strategies and studies. A path's quality is the mean over training seeds of its
-last stage's dev value at the selected checkpoint. The test sets are not looked at. Everything follows from the recipe and the store, so
-the same command goes on where it stopped, and trains nothing when it is done.
+Each round of a strategy (`tadistill.search.strategies`) is a plan whose arms are the round's paths; only its training stages run. Paths
+share their common prefixes between rounds, strategies and studies. A path's quality is the mean over training seeds of its last stage's
+dev value at the selected checkpoint; test sets are not read. The recipe and the store determine everything, so the same command resumes
+an interrupted search and trains nothing once it is done.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path as File
+from pathlib import Path
 
 from rich.console import Console
 
 from tadistill.config import Arm, Method, Recipe
 from tadistill.config.method import HIGHER_IS_BETTER, NOT_COMPARABLE, MethodPatch, Optim, Select, apply
+from tadistill.config.search import Search
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
@@ -25,7 +26,7 @@ from tadistill.runner.study import fetch_models
 from tadistill.runner.workers import run_stages
 from tadistill.search import (
     Lattice,
-    Path,
+    ModelPath,
     Round,
     Strategy,
     beam,
@@ -35,40 +36,46 @@ from tadistill.search import (
     exhaustive,
     halving,
     make_lattice,
+    path_name,
     single,
 )
-from tadistill.search.choice import Choice, Tried, choice_notes, choice_table, path_name, with_parents, write_choice
+from tadistill.search.choice import Choice, Tried, choice_notes, choice_table, with_parents, write_choice
 from tadistill.store import Store
 
 MOST_PATHS = 256
 
 
-def search(recipe: Recipe, *, runs: File, console: Console) -> Choice:
-    """Find a path, print what was tried, and write RUNS/STUDY/search.json and confirm.yaml.
+def find_path(recipe: Recipe, *, runs: Path, console: Console) -> Choice:
+    """Search a recipe's lattice, print the tried paths, and write RUNS/STUDY/search.json and confirm.yaml.
 
     Raises:
         TadistillError: the recipe is wrong (before anything is trained), or a stage failed.
     """
-    metric = check_search(recipe)
+    if recipe.search is None:
+        raise ConfigError(
+            f"{recipe.study} has no `search`; add search: {{teacher: xl, assistants: [l, m], student: s}} with models of the recipe"
+        )
+    search = recipe.search
+    check_lattice(recipe, search)
+    metric = _check_metric(recipe, search)
     fetch_models(recipe, console)
-    check_order(recipe)
-    flops = path_flops(recipe)
-    lattice = affordable(recipe, flops)
-    _check_chains(recipe, lattice, flops)
+    check_order(recipe, search)
+    flops = path_flops(recipe, search)
+    lattice = affordable(search, flops)
+    _check_chains(search, lattice, flops)
     training = _Training(recipe, lattice, Store(runs / "store"), console)
     sign = 1 if metric in HIGHER_IS_BETTER else -1
-    outcome = drive(_strategy(recipe, lattice), lambda asked: training.measure(asked, sign))
-    teacher, *_, student = lattice.nodes
-    tried = [Tried(path, flops[path], training.values(path)) for path in outcome.quality if path[-1] == student]
+    outcome = drive(_strategy(search, lattice), lambda asked: training.measure(asked, sign))
+    tried = [Tried(path, flops[path], training.values(path)) for path in outcome.quality if path[-1] == search.student]
     used = training.used(outcome.path)
     choice = Choice(
         study=recipe.study,
-        strategy=_strategy_of(recipe),
+        strategy=f"beam {search.width}" if search.strategy == "beam" else search.strategy,
         metric=metric,
         sign=sign,
         tried=tuple(sorted(tried, key=lambda t: (t.path != outcome.path, -sign * t.mean))),
         rounds=tuple(training.rounds),
-        direct=flops[(teacher, student)],
+        direct=flops[search.teacher, search.student],
         trained=_total(training.stages.values()),
         discarded=_total(stage for key, stage in training.stages.items() if key not in used),
         distillations=sum(stage.kind == "distill" for stage in training.stages.values()),
@@ -80,31 +87,33 @@ def search(recipe: Recipe, *, runs: File, console: Console) -> Choice:
     return choice
 
 
-# --- what can be known before any work ----------------------------------------------------------------------------------
+# --- what is known before any work --------------------------------------------------------------------------------------
 
 
-def check_search(recipe: Recipe) -> str:
-    """The dev metric that paths are compared by.
-
-    Raises:
-        ConfigError: there is no search, it has too many paths, or its metric does not compare models of different teachers.
-    """
-    if recipe.search is None:
-        raise ConfigError(
-            f"{recipe.study} has no `search`; add search: {{teacher: xl, assistants: [l, m], student: s}} with models of the recipe"
-        )
-    names = (recipe.search.teacher, *recipe.search.assistants, recipe.search.student)
-    for name in sorted(with_parents(recipe, names)):
+def check_lattice(recipe: Recipe, search: Search) -> None:
+    """Raise a ConfigError where the lattice has too many paths, or a model whose temperature depends on an arm."""
+    for name in sorted(with_parents(recipe, _models(search))):
         temper = recipe.models[name].temper
         if temper and temper.like is not None:
-            raise ConfigError(f"search needs {name}, which is tempered like arm {temper.like}, but has no arms; give {name} a fixed tau")
-    paths = count_paths(len(recipe.search.assistants), recipe.search.max_assistants)
+            raise ConfigError(
+                f"{name} is tempered like arm {temper.like}, but a lattice of paths has no arms; give {name} a fixed tau, or leave it out"
+            )
+    paths = count_paths(len(search.assistants), search.max_assistants)
     if paths > MOST_PATHS:
         raise ConfigError(
-            f"{len(recipe.search.assistants)} assistants make {paths:,} paths, and {MOST_PATHS} may be looked at; "
-            "lower search.max_assistants, or name fewer"
+            f"{len(search.assistants)} assistants make {paths:,} paths, and at most {MOST_PATHS} are supported; "
+            "lower search.max_assistants, or name fewer assistants"
         )
-    compared = names[1:] if recipe.search.strategy in ("best_prefix", "beam") else names[-1:]
+
+
+def _check_metric(recipe: Recipe, search: Search) -> str:
+    """Return the dev metric that paths are compared by.
+
+    Raises:
+        ConfigError: the metric does not compare models of different teachers, or models are selected by different metrics.
+    """
+    student = _method(recipe, search.student).select.metric
+    compared = (*search.assistants, search.student) if search.strategy in ("best_prefix", "beam") else (search.student,)
     for name in compared:
         metric = _method(recipe, name).select.metric
         if metric in NOT_COMPARABLE:
@@ -112,20 +121,18 @@ def check_search(recipe: Recipe) -> str:
                 f"{name} is selected by {metric}, which {NOT_COMPARABLE[metric]}, so paths cannot be compared by it; "
                 "set select.metric to loss, rouge_l or fact_accuracy"
             )
-        student = _method(recipe, names[-1]).select.metric
         if metric != student:
             raise ConfigError(
-                f"{name} is selected by {metric} and {names[-1]} by {student}, so what is found of one says nothing of the other; "
+                f"{name} is selected by {metric} and {search.student} by {student}, so their values cannot be compared; "
                 "set the same select.metric for both"
             )
-    return _method(recipe, names[-1]).select.metric
+    return student
 
 
-def check_order(recipe: Recipe) -> None:
-    """Raise where teacher, assistants and student are not from big to small. Models of equal size may follow each other."""
-    assert recipe.search is not None
+def check_order(recipe: Recipe, search: Search) -> None:
+    """Raise a ConfigError where a model is bigger than the one before it. Models of equal size may follow each other."""
     ledger = Ledger(recipe)
-    for above, below in pairwise((recipe.search.teacher, *recipe.search.assistants, recipe.search.student)):
+    for above, below in pairwise(_models(search)):
         big, small = ledger.size(above), ledger.size(below)
         if big and small and small.total > big.total:
             raise ConfigError(
@@ -134,64 +141,76 @@ def check_order(recipe: Recipe) -> None:
             )
 
 
-def path_flops(recipe: Recipe) -> dict[Path, float | None]:
-    """Training FLOPs behind the student of every path, for one seed; None where the size of a model is not known."""
-    assert recipe.search is not None
-    s = recipe.search
-    paths = make_lattice(s.teacher, s.assistants, s.student, max_assistants=s.max_assistants).paths
+def path_arms(paths: Sequence[ModelPath]) -> dict[str, Arm]:
+    """Return one arm for each path, named by `path_name`.
+
+    Raises:
+        ConfigError: two paths have the same name, because names of models hold a hyphen.
+    """
+    arms: dict[str, Arm] = {}
+    for path in paths:
+        if (name := path_name(path)) in arms:
+            raise ConfigError(f"the paths {arms[name].text} and {' > '.join(path)} are both called {name}; rename a model")
+        arms[name] = Arm(path=(path,))
+    return arms
+
+
+def path_flops(recipe: Recipe, search: Search) -> dict[ModelPath, float | None]:
+    """Return the training FLOPs behind the student of every path, for one seed; None where the size of a model is unknown."""
+    paths = _lattice(search).paths
     plan = make_plan(_round_recipe(recipe, paths).model_copy(update={"seeds": recipe.seeds[:1]}))
     return {path: arm.flops for path, arm in zip(paths, plan.arms, strict=True)}
 
 
-def _check_chains(recipe: Recipe, lattice: Lattice, flops: dict[Path, float | None]) -> None:
-    """Raise where the budget leaves nothing to look for."""
-    if any(len(path) > 2 for path in lattice.paths):
-        return
-    assert recipe.search is not None
-    costs = {path: cost for path, cost in flops.items() if cost is not None}
-    nearest = min((path for path in costs if len(path) > 2), key=costs.__getitem__)
-    multiple = costs[nearest] / costs[recipe.search.teacher, recipe.search.student]
-    raise ConfigError(
-        f"search.budget is {recipe.search.budget:g} × the FLOPs of the direct path, which leaves no path but that one: the cheapest chain, "
-        f"{' > '.join(nearest)}, costs {multiple:.2f} × direct; raise the budget"
-    )
-
-
-def affordable(recipe: Recipe, flops: dict[Path, float | None]) -> Lattice:
-    """The lattice of the paths that keep to the budget.
+def affordable(search: Search, flops: Mapping[ModelPath, float | None]) -> Lattice:
+    """Return the lattice of the paths within the budget.
 
     Raises:
-        ConfigError: none does, or costs are not known.
+        ConfigError: no path is within the budget, or costs are unknown.
     """
-    assert recipe.search is not None
-    s = recipe.search
-    direct = flops[(s.teacher, s.student)]
+    direct = flops[search.teacher, search.student]
     costs = {path: cost / direct for path, cost in flops.items() if cost is not None and direct}
-    if s.budget is not None and len(costs) < len(flops):
+    if search.budget is None:
+        return _lattice(search)
+    if len(costs) < len(flops):
         raise ConfigError(
-            f"search.budget is {s.budget:g}, but the size of a model is not known (only gpt2, opt, llama, mistral, qwen2, qwen3 are "
+            f"search.budget is {search.budget:g}, but the size of a model is unknown (only gpt2, opt, llama, mistral, qwen2, qwen3 are "
             "counted); leave out the budget"
         )
-    if s.budget is None:
-        return make_lattice(s.teacher, s.assistants, s.student, max_assistants=s.max_assistants)
-    cheapest = min(costs, key=costs.__getitem__)
-    lattice = make_lattice(s.teacher, s.assistants, s.student, max_assistants=s.max_assistants, cost=costs.__getitem__, budget=s.budget)
-    if not lattice.paths or (s.strategy == "single" and all(len(path) > 3 for path in lattice.paths)):
+    budget = search.budget
+    lattice = _lattice(search, cost=costs.__getitem__, budget=budget)
+    if not lattice.paths or (search.strategy == "single" and all(len(path) > 3 for path in lattice.paths)):
+        cheapest = min(costs, key=costs.__getitem__)
         raise ConfigError(
-            f"search.budget is {s.budget:g} × the FLOPs of the direct path, and no path is that cheap: the cheapest, "
+            f"search.budget is {budget:g} × the FLOPs of the direct path, and no path is that cheap: the cheapest, "
             f"{' > '.join(cheapest)}, costs {costs[cheapest]:.2f} × direct; raise the budget"
         )
     return lattice
 
 
-def _strategy_of(recipe: Recipe) -> str:
-    assert recipe.search is not None
-    return f"beam {recipe.search.width}" if recipe.search.strategy == "beam" else recipe.search.strategy
+def _check_chains(search: Search, lattice: Lattice, flops: Mapping[ModelPath, float | None]) -> None:
+    if any(len(path) > 2 for path in lattice.paths):
+        return
+    costs = {path: cost for path, cost in flops.items() if cost is not None}
+    nearest = min((path for path in costs if len(path) > 2), key=costs.__getitem__)
+    multiple = costs[nearest] / costs[search.teacher, search.student]
+    raise ConfigError(
+        f"search.budget is {search.budget:g} × the FLOPs of the direct path, which leaves only that path: the cheapest chain, "
+        f"{' > '.join(nearest)}, costs {multiple:.2f} × direct; raise the budget"
+    )
 
 
-def _strategy(recipe: Recipe, lattice: Lattice) -> Strategy:
-    assert recipe.search is not None
-    match recipe.search.strategy:
+def _models(search: Search) -> ModelPath:
+    return (search.teacher, *search.assistants, search.student)
+
+
+def _lattice(search: Search, cost: Callable[[ModelPath], float] | None = None, budget: float = math.inf) -> Lattice:
+    most = search.max_assistants
+    return make_lattice(search.teacher, search.assistants, search.student, max_assistants=most, cost=cost, budget=budget)
+
+
+def _strategy(search: Search, lattice: Lattice) -> Strategy:
+    match search.strategy:
         case "exhaustive":
             return exhaustive(lattice)
         case "single":
@@ -199,33 +218,33 @@ def _strategy(recipe: Recipe, lattice: Lattice) -> Strategy:
         case "best_prefix":
             return best_prefix(lattice)
         case "beam":
-            return beam(lattice, width=recipe.search.width)
+            return beam(lattice, width=search.width)
         case "halving":
-            return halving(lattice, rungs=recipe.search.rungs)
+            return halving(lattice, rungs=search.rungs)
 
 
 # --- training -----------------------------------------------------------------------------------------------------------
 
 
 class _Training:
-    """Trains what a round asks for, and remembers every stage that was needed."""
+    """The training of a search: runs what each round asks for and collects every stage that was needed."""
 
     def __init__(self, recipe: Recipe, lattice: Lattice, store: Store, console: Console):
         self.recipe, self.lattice, self.store, self.console = recipe, lattice, store, console
         self.stages: dict[str, Stage] = {}
-        self.rounds: list[tuple[Round, dict[Path, float]]] = []
-        self.finals: dict[Path, list[str]] = {}
-        """Of whole runs: the last stage of every seed."""
+        self.rounds: list[tuple[Round, dict[ModelPath, float]]] = []
+        self.finals: dict[ModelPath, list[str]] = {}
+        """The last stage of every seed, for paths that were trained in full."""
 
     @cached_property
     def jobs(self) -> int:
-        """Stages at the same time; asks for a check of all that could be trained before the first of it is."""
-        from tadistill.runner.preflight import check  # imports transformers: not for a search that is all hits
+        """Number of stages that run at the same time. Before the first stage runs, everything that may be trained is checked."""
+        from tadistill.runner.preflight import check  # imports transformers, which a search that finds all in the store does not need
 
         return check(_round_recipe(self.recipe, self.lattice.paths))
 
-    def measure(self, asked: Round, sign: int) -> dict[Path, float]:
-        """The quality of every path of a round, higher is better."""
+    def measure(self, asked: Round, sign: int) -> dict[ModelPath, float]:
+        """Train a round and return the quality of every path, higher is better."""
         plan = make_plan(_round_recipe(self.recipe, asked.paths, asked.share))
         stages = {key: stage for key, stage in plan.stages.items() if stage.kind not in ("evaluate", "analyse")}
         missing = sum(not self.store.finished(key) for key in stages)
@@ -243,22 +262,21 @@ class _Training:
         self.rounds.append((asked, means))
         return {path: sign * mean for path, mean in means.items()}
 
-    def values(self, path: Path) -> tuple[float, ...]:
-        """The dev value of every seed."""
+    def values(self, path: ModelPath) -> tuple[float, ...]:
+        """Return the dev value of every seed."""
         return tuple(self._values(self.finals[path]))
 
-    def used(self, path: Path) -> set[str]:
-        """The stages that a path's models stand on."""
+    def used(self, path: ModelPath) -> set[str]:
+        """Return the keys of the stages that a path's models depend on."""
         return with_ancestors(self.stages, self.finals[path])
 
     def _values(self, keys: Sequence[str]) -> list[float]:
         return [float(self.store.manifest(key)["best_value"]) for key in keys]
 
 
-def _round_recipe(recipe: Recipe, paths: Sequence[Path], share: float = 1.0) -> Recipe:
-    """The recipe with these paths as its arms; with a share below 1 every distillation is that much shorter."""
-    arms = {path_name(path): Arm(path=(path,)) for path in paths}
-    found = recipe.model_copy(update={"arms": arms, "teacher": paths[0][0], "search": None})
+def _round_recipe(recipe: Recipe, paths: Sequence[ModelPath], share: float = 1.0) -> Recipe:
+    """Make these paths the recipe's arms; with a share below 1 every distillation gets that share of its updates."""
+    found = recipe.model_copy(update={"arms": path_arms(paths), "teacher": paths[0][0], "search": None})
     if share == 1:
         return found
     learners = dict.fromkeys(name for path in paths for name in path[1:])
@@ -271,7 +289,7 @@ def _round_recipe(recipe: Recipe, paths: Sequence[Path], share: float = 1.0) -> 
 
 
 def _shortened(recipe: Recipe, name: str, share: float) -> MethodPatch:
-    """What a model changes of the method, with fewer updates and as many looks at dev as in the whole run."""
+    """Change a model's method to fewer updates, with as many dev evaluations as in the whole run."""
     patch, method = recipe.models[name].distill, _method(recipe, name)
     whole = method.optim.steps
     if whole is None:
@@ -285,7 +303,6 @@ def _shortened(recipe: Recipe, name: str, share: float) -> MethodPatch:
 
 
 def _method(recipe: Recipe, name: str) -> Method:
-    """How a model is distilled."""
     return apply(recipe.method, recipe.models[name].distill)
 
 

@@ -1,7 +1,7 @@
-"""The paths from a teacher to a student through any of the assistants between them, and what they share.
+"""The paths from a teacher to a student through the assistants between them, and the trainings that paths share.
 
-Models are ordered from big to small, M0 = T, M1 … Mn, M(n+1) = S; an edge trains the smaller model with the bigger one as its teacher.
-A path is a tuple of names, teacher first. The same names serve for a prefix, which ends with an assistant.
+Models are ordered from big to small: teacher, assistants, student. An edge trains the smaller model with the bigger one as its teacher.
+A path holds the names of its models, teacher first. A prefix of a path ends with an assistant and has the same form.
 """
 
 import math
@@ -9,37 +9,42 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-Path = tuple[str, ...]
+from tadistill.config.arm import ModelPath
 
 
 @dataclass(frozen=True)
 class Lattice:
     """Models from big to small, and the paths among them that may be tried."""
 
-    nodes: Path
+    nodes: ModelPath
     """Teacher, assistants, student."""
-    paths: tuple[Path, ...]
-    """From teacher to student: fewest assistants first, bigger assistants before smaller ones. The order breaks ties."""
+    paths: tuple[ModelPath, ...]
+    """Paths from teacher to student: fewest assistants first, bigger assistants before smaller ones. This order breaks ties."""
 
-    def prefixes(self) -> tuple[Path, ...]:
-        """Every prefix of a path that may be tried, of two models or more (`trainings` of all paths)."""
+    def prefixes(self) -> tuple[ModelPath, ...]:
+        """Return every prefix, of two models or more, of a path that may be tried (`trainings` of all paths)."""
         return trainings(self.paths)
 
 
 @dataclass(frozen=True)
 class Concordance:
-    """Pairs of equal edges with different histories: does the better checkpoint of the teacher make the better learner?"""
+    """Counts of pairs of equal edges with different histories: does the better checkpoint of the teacher make the better learner?"""
 
     concordant: int
     discordant: int
     tied: int
-    """Equal teachers or equal learners: they say nothing."""
+    """Pairs with equal teachers or equal learners, which decide nothing."""
 
     @property
     def share(self) -> float | None:
-        """Concordant pairs among those that are decided; 1/2 is what a teacher's quality without any effect gives. None without pairs."""
+        """Share of concordant pairs among the decided ones; 1/2 where a teacher's quality has no effect, None without decided pairs."""
         decided = self.concordant + self.discordant
         return self.concordant / decided if decided else None
+
+
+def path_name(path: ModelPath) -> str:
+    """Return the name of a path's arm, such as `xl-l-s`. It needs no quotes in a shell or in an override (`arms.xl-l-s.path=…`)."""
+    return "-".join(path)
 
 
 def make_lattice(
@@ -48,10 +53,10 @@ def make_lattice(
     student: str,
     *,
     max_assistants: int | None = None,
-    cost: Callable[[Path], float] | None = None,
+    cost: Callable[[ModelPath], float] | None = None,
     budget: float = math.inf,
 ) -> Lattice:
-    """All 2^n paths through n assistants (from big to small), or those with few enough assistants that cost no more than `budget`.
+    """List all 2^n paths through n assistants (from big to small), or those with few enough assistants that cost at most `budget`.
 
     Raises:
         ValueError: a model is named twice.
@@ -65,41 +70,32 @@ def make_lattice(
 
 
 def count_paths(assistants: int, max_assistants: int | None = None) -> int:
-    """How many paths `make_lattice` would list without a budget."""
+    """Return the number of paths that `make_lattice` lists without a budget."""
     most = assistants if max_assistants is None else min(max_assistants, assistants)
     return sum(math.comb(assistants, k) for k in range(most + 1))
 
 
-def trainings(paths: Iterable[Path]) -> tuple[Path, ...]:
-    """What has to be trained for these paths when equal prefixes are trained once: each distinct prefix of two models or more.
+def trainings(paths: Iterable[ModelPath]) -> tuple[ModelPath, ...]:
+    """Return each distinct prefix of two models or more: the trainings that these paths need when equal prefixes are trained once.
 
-    For n assistants: 2^(n+1) - 1 for all paths, 2n + 1 for direct and the single assistants, (n+1)(n+2)/2 for the best prefixes.
-    Shorter prefixes come first, so a prefix stands behind the one it continues.
+    With n assistants: 2^(n+1) - 1 for all paths, 2n + 1 for direct and the single assistants, (n+1)(n+2)/2 for the best prefixes.
+    Shorter prefixes come first, so a prefix comes after the one that it continues.
     """
     found = dict.fromkeys(path[:end] for path in paths for end in range(2, len(path) + 1))
     return tuple(sorted(found, key=len))
 
 
-def concordance(quality: Mapping[Path, float]) -> Concordance:
-    """Count over all pairs of paths that end with the same edge: the Bellman condition of `search.best_prefix`, tested on a table.
+def concordance(quality: Mapping[ModelPath, float]) -> Concordance:
+    """Test the Bellman condition, which `best_prefix` relies on, over all pairs of paths that end with the same edge.
 
     Args:
-        quality: of every prefix and path, higher is better. A pair counts where both teachers have a quality.
+        quality: quality of every prefix and path, higher is better. A pair counts where both teachers have a quality.
     """
     found = {1: 0, -1: 0, 0: 0}
     for a, b in combinations(quality, 2):
         if len(a) > 2 and len(b) > 2 and a[-2:] == b[-2:] and a[:-1] in quality and b[:-1] in quality:
             found[_sign(quality[a[:-1]] - quality[b[:-1]]) * _sign(quality[a] - quality[b])] += 1
     return Concordance(found[1], found[-1], found[0])
-
-
-def last_hop_means(quality: Mapping[Path, float], student: str) -> dict[str, float]:
-    """The mean quality of the paths to `student` by the model that teaches it."""
-    groups: dict[str, list[float]] = {}
-    for path, value in quality.items():
-        if len(path) > 1 and path[-1] == student:
-            groups.setdefault(path[-2], []).append(value)
-    return {teacher: sum(values) / len(values) for teacher, values in groups.items()}
 
 
 def _sign(x: float) -> int:

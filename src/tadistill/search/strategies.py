@@ -1,60 +1,54 @@
-"""Strategies that find a path by training few: generators that ask for rounds and are told qualities.
+"""Strategies that find a path by training few of them, and rules of thumb that choose one without training any.
 
     chosen = drive(best_prefix(lattice), measure)      # measure(Round) -> {path: quality, higher is better}
 
-A strategy yields a `Round` of paths, which can be trained side by side, is sent the quality of each path's last model, and returns the
-path it chooses. The same code is driven by a table (tests), by a simulation (`benchmarks/search.py`) and by real training
-(`tadistill search`).
-
-Ties, everywhere: the path with fewer models, then the one with the bigger assistants (`Lattice.paths` has that order).
+A strategy is a generator: it yields a `Round` of paths, which can be trained side by side, receives the quality of each path's last model,
+and returns the path that it chooses. Tables (tests), simulations (`benchmarks/search.py`) and real training (`tadistill search`) all drive
+the same code. In a tie the path with fewer models wins, then the one with bigger assistants (the order of `Lattice.paths`).
 """
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tadistill.search.lattice import Lattice, Path, trainings
+from tadistill.config.arm import ModelPath
+from tadistill.search.lattice import Lattice, trainings
 
 
 @dataclass(frozen=True)
 class Round:
     """Paths to train and measure; they may end with an assistant."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[ModelPath, ...]
     share: float = 1.0
-    """Of every stage's updates: below 1 in the short runs of `halving`."""
+    """Share of every stage's updates; below 1 in the short runs of `halving`."""
 
 
-Quality = Mapping[Path, float]
-Strategy = Generator[Round, Quality, Path]
+Quality = Mapping[ModelPath, float]
+Strategy = Generator[Round, Quality, ModelPath]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search chose, what it measured, and what it asked for."""
+    """The path that a search chose, what it measured, and the rounds that it asked for."""
 
-    path: Path
-    quality: dict[Path, float]
-    """Of whole runs (share 1), prefixes included where the strategy looked at them."""
+    path: ModelPath
+    quality: dict[ModelPath, float]
+    """Qualities measured in whole runs (share 1), including those of prefixes."""
     rounds: tuple[Round, ...]
 
     @property
     def trainings(self) -> int:
-        """Stages trained, equal prefixes once; a short run counts as one more stage."""
+        """Number of stages trained. Equal prefixes count once; a short run counts as one more stage."""
         shares = {r.share for r in self.rounds}
         return sum(len(trainings(p for r in self.rounds if r.share == share for p in r.paths)) for share in shares)
-
-    @property
-    def full_trainings(self) -> float:
-        """The same, a short run counted as the share of a stage that it is."""
-        shares = {r.share for r in self.rounds}
-        return sum(share * len(trainings(p for r in self.rounds if r.share == share for p in r.paths)) for share in shares)
 
 
 def drive(strategy: Strategy, measure: Callable[[Round], Quality]) -> Outcome:
     """Run a strategy to its end, answering each round with `measure`."""
     rounds: list[Round] = []
-    quality: dict[Path, float] = {}
+    quality: dict[ModelPath, float] = {}
     try:
         asked = next(strategy)
         while True:
@@ -68,12 +62,12 @@ def drive(strategy: Strategy, measure: Callable[[Round], Quality]) -> Outcome:
 
 
 def exhaustive(lattice: Lattice) -> Strategy:
-    """Every path: 2^(n+1) - 1 trainings."""
+    """Train every path: 2^(n+1) - 1 trainings."""
     return (yield from _best_of(lattice, lattice.paths))
 
 
 def single(lattice: Lattice) -> Strategy:
-    """The direct path and every single assistant: 2n + 1 trainings.
+    """Train the direct path and every single assistant: 2n + 1 trainings.
 
     Raises:
         ValueError: the lattice has no path with fewer than two assistants.
@@ -85,27 +79,30 @@ def single(lattice: Lattice) -> Strategy:
 
 
 def best_prefix(lattice: Lattice) -> Strategy:
-    """Of each model the best checkpoint is kept, and only this one teaches: (n+1)(n+2)/2 trainings.
+    """Keep the best checkpoint of each model and let only this one teach: (n+1)(n+2)/2 trainings.
 
-    A heuristic. It finds the best path if a better checkpoint of a teacher makes a better learner on every edge (the Bellman condition,
-    which `lattice.concordance` counts); where that fails, a path through a worse checkpoint may be better and is never looked at. With
-    `max_assistants` or a budget, the best checkpoint of a model may stand at the end of a path too long or too dear to go on from.
+    This is a heuristic. It finds the best path if a better checkpoint of a teacher makes a better learner on every edge (the Bellman
+    condition, which `lattice.concordance` counts). Where that fails, a path through a worse checkpoint may be better but is never tried.
+    With `max_assistants` or a budget, the best checkpoint of a model may end a path that is too long or too expensive to continue.
     """
     return (yield from beam(lattice, width=1))
 
 
 def beam(lattice: Lattice, *, width: int) -> Strategy:
-    """As `best_prefix`, with the `width` best checkpoints of each model kept: at most width (n+1)(n+2)/2 trainings.
+    """Keep the `width` best checkpoints of each model: at most width (n+1)(n+2)/2 trainings.
 
-    Round by round, from big to small, a model's kept checkpoints teach every smaller model; so the direct path is in the first round.
+    In each round, from big to small, the kept checkpoints of one model teach every smaller model; so the direct path is in the first round.
+
+    Raises:
+        ValueError: `width` is below 1, or the lattice has no path.
     """
     if width < 1:
         raise ValueError(f"width is {width}; a beam keeps at least one checkpoint of each model")
     allowed = lattice.prefixes()
     teacher, *_, student = lattice.nodes
-    ways: dict[str, list[Path]] = {node: [] for node in lattice.nodes}
+    ways: dict[str, list[ModelPath]] = {node: [] for node in lattice.nodes}
     ways[teacher].append((teacher,))
-    quality: dict[Path, float] = {}
+    quality: dict[ModelPath, float] = {}
     for node in lattice.nodes[:-1]:
         kept = ways[node] if node == teacher else _ranked(lattice, ways[node], quality)[:width]
         asked = tuple(p for p in allowed if p[:-1] in kept)
@@ -119,13 +116,16 @@ def beam(lattice: Lattice, *, width: int) -> Strategy:
 
 
 def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
-    """Successive halving (Jamieson & Talwalkar 2016): short runs of every path, of which the better half goes on to a longer rung.
+    """Run successive halving (Jamieson & Talwalkar 2016): short runs of every path, of which the better half goes on to a longer rung.
 
-    Rankings can turn around early in training, so there are at least two rungs. A run does not continue the shorter one: its schedule of
-    learning rates has another length. Ends early where one path is left, with a whole run of it.
+    At least two rungs are needed because rankings can reverse early in training. A longer run does not continue the shorter one, because
+    its learning-rate schedule has another length. The search ends early, with a whole run, once one path is left.
 
     Args:
         rungs: rising shares of every stage's updates, ending with 1.
+
+    Raises:
+        ValueError: the rungs are not of this form.
     """
     if len(rungs) < 2 or rungs[-1] != 1 or rungs[0] <= 0 or any(a >= b for a, b in pairwise(rungs)):
         raise ValueError(f"rungs are {list(rungs)}; give at least two rising shares that end with 1")
@@ -137,12 +137,80 @@ def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
     return (yield from _best_of(lattice, tuple(paths)))
 
 
-def _best_of(lattice: Lattice, paths: tuple[Path, ...]) -> Strategy:
+def _best_of(lattice: Lattice, paths: tuple[ModelPath, ...]) -> Strategy:
     quality = yield Round(paths)
     return _ranked(lattice, paths, quality)[0]
 
 
-def _ranked(lattice: Lattice, paths: Sequence[Path], quality: Quality) -> list[Path]:
-    """Best first."""
+def _ranked(lattice: Lattice, paths: Sequence[ModelPath], quality: Quality) -> list[ModelPath]:
+    """Sort paths, best first."""
     place = {node: i for i, node in enumerate(lattice.nodes)}
     return sorted(paths, key=lambda path: (-quality[path], len(path), [place[node] for node in path]))
+
+
+# --- rules of thumb: a path from sizes and scores alone, as baselines for a search ---------------------------------------------
+# `assistants` are candidates from big to small; `sizes` (parameters, or any measure of capacity) and `scores` (higher is better) go by name
+
+
+def size_law(
+    teacher: str,
+    assistants: Sequence[str],
+    student: str,
+    sizes: Mapping[str, float],
+    *,
+    ratio: float = 2.5,
+    max_assistants: int | None = None,
+) -> ModelPath:
+    """Go upward from the student: each next model is the one whose size is nearest to `ratio` times the last, until that is the teacher.
+
+    Zhang et al. 2025 (arXiv 2311.07052) fit the best teacher's parameters as 2.498 S - 11.5 million to students of 70 million to 2.8
+    billion parameters that were pruned from the teacher; this ratio also works for smaller models. With `max_assistants` the assistants
+    nearest to the student stay.
+    """
+    path, above = [student], [teacher, *assistants]
+    while path[0] != teacher:
+        bigger = [name for name in above if sizes[name] > sizes[path[0]]] or [teacher]
+        path.insert(0, min(bigger, key=lambda name: abs(sizes[name] - ratio * sizes[path[0]])))
+    middle = path[1:-1]
+    kept = middle if max_assistants is None else middle[len(middle) - min(max_assistants, len(middle)) :]
+    return (teacher, *kept, student)
+
+
+def performance_mean(teacher: str, assistants: Sequence[str], student: str, scores: Mapping[str, float]) -> ModelPath:
+    """Choose the assistant whose score without distillation is nearest to the mean of teacher and student (Mirzadeh et al. 2020, TAKD)."""
+    wanted = (scores[teacher] + scores[student]) / 2
+    return (teacher, min(assistants, key=lambda name: abs(scores[name] - wanted)), student)
+
+
+def geometric_mean(teacher: str, assistants: Sequence[str], student: str, sizes: Mapping[str, float]) -> ModelPath:
+    """Choose the assistant whose size is nearest, as a ratio, to sqrt(N_T N_S), so that both hops shrink by the same factor."""
+    wanted = (math.log(sizes[teacher]) + math.log(sizes[student])) / 2
+    return (teacher, min(assistants, key=lambda name: abs(math.log(sizes[name]) - wanted)), student)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The assistant that a trade-off chooses for every lambda from `low` to `high`."""
+
+    assistant: str
+    low: float
+    high: float
+
+
+def lambda_tradeoff(teacher: str, assistants: Sequence[str], scores: Mapping[str, float], sizes: Mapping[str, float]) -> tuple[Chosen, ...]:
+    """Maximise MiniDisc's trade-off m(A) + lambda (1 - N_A / N_T) for every lambda >= 0 (Zhang et al. 2022, arXiv 2205.14570).
+
+    The choice depends on lambda and on the scale of the scores (0 to 1 is meant), so there is no default: the whole sweep is returned, by
+    rising lambda, with the values where the choice changes. At such a value both assistants are equally good.
+    """
+    left = {name: (scores[name], 1 - sizes[name] / sizes[teacher]) for name in assistants}
+    at, found = 0.0, []
+    now = max(left, key=lambda name: left[name])  # at lambda 0 the best score; of equal ones the smallest model
+    while True:
+        score, slope = left[now]
+        crossings = {name: (score - s) / (k - slope) for name, (s, k) in left.items() if k > slope}
+        if not crossings:
+            return (*found, Chosen(now, at, math.inf))
+        after = min(crossings, key=lambda name: (crossings[name], -left[name][1]))
+        found.append(Chosen(now, at, crossings[after]))
+        now, at = after, crossings[after]

@@ -1,7 +1,12 @@
-"""What a design can detect, and what choosing the best of many checkpoints adds to a score."""
+"""The effects that a design can detect, the gain from choosing the best of many by luck, and the options that no other beats."""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import numpy as np
 from scipy.special import nctdtrinc, ndtr, ndtri, stdtrit
+
+T = TypeVar("T")
 
 
 def minimum_detectable_effect(se: float, df: float, power: float = 0.8, level: float = 0.95) -> float:
@@ -60,6 +65,19 @@ def inflation(k_a: int, k_b: int, sigma: float) -> float:
     if not sigma >= 0:
         raise ValueError(f"sigma is a standard deviation and cannot be negative, not {sigma}")
     return sigma * (expected_best_of(k_a) - expected_best_of(k_b))
+
+
+def undominated(options: Iterable[T], losses: Callable[[T], tuple[float, ...]]) -> list[T]:
+    """Return the Pareto front: the options that no other equals or beats in every loss (lower is better), in order of their losses.
+
+    The first of several equal options stays.
+    """
+    kept: list[tuple[tuple[float, ...], T]] = []
+    for vector, option in sorted(((losses(o), o) for o in options), key=lambda pair: pair[0]):
+        # whatever dominates a vector sorts before it, so comparing with earlier ones is enough
+        if not any(all(a <= b for a, b in zip(other, vector, strict=True)) for other, _ in kept):
+            kept.append((vector, option))
+    return [option for _, option in kept]
 
 
 def _check_shares(power: float, level: float) -> None:

@@ -105,9 +105,9 @@ def test_mistakes_in_data_and_models(tmp_path):
         recipe("search={teacher: xl, assistants: [n], student: s}", f"models.n={{load: {tmp_path / 'nothing'}}}")
     with pytest.raises(ConfigError, match="n is tempered like arm direct"):
         recipe("search={teacher: xl, assistants: [n], student: s}", "models.n={temper: {of: xl, like: direct}}")
-    many = [f"models.n{i}={{temper: {{of: xl, tau: {1 + i}}}}}" for i in range(8)]
-    with pytest.raises(ConfigError, match="8 assistants make 256 paths"):
-        recipe(f"search={{teacher: xl, assistants: [{', '.join(f'n{i}' for i in range(8))}], student: s}}", *many)
+    many = [f"models.n{i}={{temper: {{of: xl, tau: {1 + i}}}}}" for i in range(9)]
+    with pytest.raises(ConfigError, match="9 assistants make 512 paths"):
+        recipe(f"search={{teacher: xl, assistants: [{', '.join(f'n{i}' for i in range(9))}], student: s}}", *many)
 
 
 def test_fewer_prompts_are_other_probes_of_the_same_models():

@@ -7,10 +7,10 @@ test set. Fixtures for algorithms, no evidence about distillation: most differen
 ResNet with 8 layers is 9 points better without a teacher.
 """
 
-from tadistill.search import Path
+from tadistill.search import ModelPath
 
 
-def table(text: str) -> dict[Path, float]:
+def table(text: str) -> dict[ModelPath, float]:
     pairs = (item.split() for item in text.strip().split("\n"))
     return {tuple(path.split("-")): float(value) for path, value in pairs}
 

@@ -16,7 +16,7 @@ from tadistill.plan.task import make_task
 from tadistill.runner.study import run
 from tadistill.search import command as module
 from tadistill.search.choice import write_choice
-from tadistill.search.command import affordable, path_flops, search
+from tadistill.search.command import affordable, find_path, path_arms, path_flops
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
@@ -51,7 +51,7 @@ def recipe(strategy: str = "best_prefix", select: str = "loss", **changes):
 
 def find(runs: Path, *args, **more):
     console = Console(width=140, record=True, file=io.StringIO())
-    return search(recipe(*args, **more), runs=runs, console=console), console.export_text()
+    return find_path(recipe(*args, **more), runs=runs, console=console), console.export_text()
 
 
 def manifests(runs: Path) -> dict[str, str]:
@@ -197,12 +197,14 @@ def test_the_confirmation_is_a_recipe_with_the_twin_on_new_seeds(tmp_path, finis
 
 def test_a_budget_limits_what_is_tried():
     r = recipe()
-    flops = path_flops(r)
+    assert r.search
+    flops = path_flops(r, r.search)
     direct = flops[("t", "s")]
     assert direct
     multiples = {path: (cost or 0) / direct for path, cost in flops.items()}
     assert multiples[("t", "a", "b", "s")] > multiples[("t", "a", "s")] > multiples[("t", "b", "s")] > 1
-    limited = recipe(search={"budget": multiples[("t", "b", "s")] + 1e-9})
+    limited = recipe(search={"budget": multiples[("t", "b", "s")] + 1e-9}).search
+    assert limited
     assert affordable(limited, flops).paths == (("t", "s"), ("t", "b", "s"))
 
 
@@ -221,7 +223,7 @@ def test_a_budget_limits_what_is_tried():
             ["9 assistants make 512 paths", "lower search.max_assistants"],
         ),
         ({"models": {"t": model(32), "a": model(24), "s": model(8), "b": {"temper": {"of": "a", "like": "x"}}}, "arms": {"x": "t > s"}},
-         ["search needs b", "tempered like arm x"]),
+         ["b is tempered like arm x", "give b a fixed tau"]),
     ],
 )  # fmt: skip
 def test_mistakes_cost_one_sentence_and_no_work(changes, words, tmp_path):
@@ -240,4 +242,10 @@ def test_a_recipe_has_arms_or_a_search(tmp_path):
         run(recipe(), runs=tmp_path)
     only_arms = recipe(arms={"x": "t > s"}).model_copy(update={"search": None})
     with pytest.raises(ConfigError, match="has no `search`"):
-        search(only_arms, runs=tmp_path, console=Console(quiet=True))
+        find_path(only_arms, runs=tmp_path, console=Console(quiet=True))
+
+
+def test_paths_of_one_name_are_refused_and_names_go_into_overrides():
+    assert list(path_arms([("t", "s"), ("t", "a", "s")])) == ["t-s", "t-a-s"]
+    with pytest.raises(ConfigError, match="t > a-b > s and t > a > b-s are both called t-a-b-s"):
+        path_arms([("t", "a-b", "s"), ("t", "a", "b-s")])

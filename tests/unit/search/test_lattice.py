@@ -3,7 +3,7 @@
 import pytest
 from tests.unit.search.tables import FORK_CNN, FORK_RESNET, TAKD
 
-from tadistill.search import Concordance, concordance, count_paths, last_hop_means, make_lattice, trainings
+from tadistill.search import Concordance, concordance, count_paths, make_lattice, trainings
 
 
 def test_all_paths_fewest_assistants_first():
@@ -47,8 +47,3 @@ def test_concordance_of_the_public_tables():
     assert concordance(FORK_RESNET) == Concordance(4, 4, 0)
     assert concordance(TAKD).share == 0.75
     assert concordance({("t", "s"): 1.0}).share is None
-
-
-def test_the_last_hop_dominates_in_takd():
-    means = last_hop_means(TAKD, "2")
-    assert {teacher: round(value, 2) for teacher, value in means.items()} == {"10": 42.56, "8": 44.28, "6": 44.52, "4": 44.90}
