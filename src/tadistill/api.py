@@ -9,7 +9,7 @@ import numpy as np
 from tadistill.config import Data, Evaluate, Recipe, load
 from tadistill.report import write_report
 from tadistill.runner.study import run as run_study
-from tadistill.store import runs_directory
+from tadistill.store import runs_directory, store_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, runs: str
     text = "" if isinstance(recipe, Recipe) else Path(recipe).read_text(encoding="utf-8")
     root = runs_directory(runs)
     study = run_study(loaded, runs=root, recipe_text=text, command=f"tadistill.run({str(recipe)!r})" if text else "tadistill.run(recipe)")
-    return write_report(study, root / "store")
+    return write_report(study, store_of(root).root)
 
 
 def evaluate(

@@ -29,6 +29,7 @@ from rich.console import Console
 from tadistill.cluster.cli import app as cluster_app
 from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, StageFailed, TadistillError
 from tadistill.options import Overrides, RecipePath, Runs, StudyName
+from tadistill.store import runs_directory, store_of
 
 if TYPE_CHECKING:
     from tadistill.config import Recipe
@@ -54,10 +55,9 @@ def plan(
     from tadistill.config import load
     from tadistill.plan import preview, throughput
     from tadistill.plan.arms import make_plan
-    from tadistill.store import Store, runs_directory
 
     loaded = load(recipe, overrides or [])
-    store, accelerator = Store(runs_directory(runs) / "store"), None
+    store, accelerator = store_of(runs_directory(runs)), None
     if measure:
         from tadistill.runner.study import fetch_models
 
@@ -78,7 +78,6 @@ def plan(
 def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
     """Run a study here and write its report. Finished stages are reused; an interrupted run goes on."""
     from tadistill.config import load
-    from tadistill.store import runs_directory
 
     command = shlex.join(["tadistill", "run", str(recipe), *(overrides or [])])
     _run_and_report(load(recipe, overrides or []), recipe.read_text(encoding="utf-8"), command, runs_directory(runs))
@@ -91,8 +90,8 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
 
     with _interruptible():
         study = run_study(loaded, runs=root, recipe_text=text, command=command, console=console)
-    page = write_report(study, root / "store")
-    console.print(summary_table(study, root / "store"))
+    page = write_report(study, store_of(root).root)
+    console.print(summary_table(study, store_of(root).root))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
     return study
 
@@ -102,7 +101,6 @@ def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -
     """Train paths of the recipe's `search` until its strategy has chosen one, by dev values alone (docs/paths.md)."""
     from tadistill.config import load
     from tadistill.search.command import find_path
-    from tadistill.store import runs_directory
 
     with _interruptible():
         find_path(load(recipe, overrides or []), runs=runs_directory(runs), console=console)
@@ -113,12 +111,11 @@ def report(study: StudyName, runs: Runs = None) -> None:
     """Write report.html, report.md and results.json of a study from what the store holds."""
     from tadistill.report import summary_table, write_report
     from tadistill.results.files import find_study
-    from tadistill.store import runs_directory
 
     root = runs_directory(runs)
     directory = find_study(study, root)
-    page = write_report(directory, root / "store")
-    console.print(summary_table(directory, root / "store"))
+    page = write_report(directory, store_of(root).root)
+    console.print(summary_table(directory, store_of(root).root))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
@@ -132,7 +129,6 @@ def advise(
     """Measure a recipe's models on dev prompts, price its paths, and say which is worth running, with evidence (docs/advise.md)."""
     from tadistill.advise.command import advise_recipe
     from tadistill.config import load
-    from tadistill.store import runs_directory
 
     chosen = overrides or []
     with _interruptible():
@@ -184,7 +180,7 @@ def compare(
     if len(models) < 2:
         raise ConfigError(f"compare has one model, {models[0]}; give at least two, or use `tadistill eval`")
     study = _evaluate(models, on, seeds, teacher, settings, runs, ["tadistill", "compare", *models])
-    console.print(side_by_side(study, study.parent / "store", show))
+    console.print(side_by_side(study, store_of(study.parent).root, show))
 
 
 def _evaluate(
@@ -192,7 +188,6 @@ def _evaluate(
 ) -> Path:
     from tadistill.config import parse
     from tadistill.runner.standalone import recipe_text
-    from tadistill.store import runs_directory
 
     numbers = _parts(seeds)
     if not numbers or not all(part.isdigit() for part in numbers):
@@ -214,10 +209,9 @@ def export(
     """Copy a trained model out of the store, as a Hugging Face directory with a model card."""
     from tadistill.report.cards import export as export_model
     from tadistill.results.files import find_study
-    from tadistill.store import runs_directory
 
     root = runs_directory(runs)
-    export_model(find_study(study, root), root / "store", arm, seed, target)
+    export_model(find_study(study, root), store_of(root).root, arm, seed, target)
     console.print(f"{target}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True, highlight=False)
 
 
@@ -251,7 +245,6 @@ def judge(
 ) -> None:
     """Have a language model rate the answers of a study (docs/judge.md). Replies are kept; the same command goes on."""
     from tadistill.judge import commands
-    from tadistill.store import runs_directory
 
     try:
         commands.judge(
@@ -279,7 +272,6 @@ def human(
 ) -> None:
     """Write a blind sheet of a study's answers for people to rate; with files, read their ratings back (docs/judge.md)."""
     from tadistill.judge import commands
-    from tadistill.store import runs_directory
 
     root = runs_directory(runs)
     if files:

@@ -5,10 +5,10 @@ the curve has every step once.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tadistill.disk import write_text
 from tadistill.errors import StoreError
 
 
@@ -19,9 +19,7 @@ class RunLog:
         self.path, self.track = path, track
         if path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
-            temporary = path.with_suffix(".tmp")  # a kill or a full disk must not take the lines before the checkpoint along
-            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            os.replace(temporary, path)
+            write_text(path, "".join(line + "\n" for line in lines))  # a kill must not take the lines before the checkpoint along
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line for `step` (the number of updates done)."""

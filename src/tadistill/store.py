@@ -1,7 +1,8 @@
 """The store: finished stages, addressed by content.
 
-`runs/store/ab/abcd…/` belongs to one stage. It is finished iff it holds manifest.json, which is renamed into place last, and the files
-that this names; all else in an unfinished folder is what a killed run left to resume from. A lock keeps two processes off the same stage.
+`runs/store/ab/abcd…/` belongs to one stage. The stage is finished iff the folder holds manifest.json, which is renamed into place last, and
+every file that the manifest names. Anything else in an unfinished folder was left by a killed run, which the next one resumes. A lock keeps
+two processes from running the same stage.
 """
 
 import fnmatch
@@ -9,19 +10,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tadistill.disk import sync, writing
+from tadistill.disk import digest, read_json, sync, write_json
 from tadistill.errors import StoreError
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
 MANIFEST = "manifest.json"
-RECORD = "job.json"  # which job of a cluster a stage was given
-FAILURE = "failure.txt"  # why a job failed last
+RECORD = "job.json"  # the cluster job that runs the stage
+FAILURE = "failure.txt"  # the last error of that job
 _NOT_ARTIFACTS = (MANIFEST, RECORD, FAILURE)
 _RESUME = ("state.pt", "state-before.pt", "best-*.pt", "*.tmp")
 _PARTS = "parts"
@@ -29,52 +30,41 @@ _STAGE = "stage.json"
 
 
 def canonical(value: Any) -> str:
-    """The one JSON text of a value, for hashing."""
+    """Return the canonical JSON text of a value, for hashing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def key_of(value: Any) -> str:
-    """16 hex digits that identify a stage's content."""
+    """Return 16 hex digits that identify a stage's content."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary file, bring it to the disk and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {path}: {error.strerror or error}; check the disk and its permissions, or set --runs DIR"
-        ) from error
-
-
-def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Write one JSON value a line."""
-    with writing(path):
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
 def runs_directory(given: str | Path | None = None) -> Path:
-    """`--runs DIR`, else TADISTILL_RUNS, else ./runs."""
+    """Return `--runs DIR`, else TADISTILL_RUNS, else ./runs."""
     return Path(given or os.environ.get("TADISTILL_RUNS") or "runs")
 
 
+def store_of(runs: Path) -> "Store":
+    """Return the store of a runs directory, which its studies share."""
+    return Store(runs / "store")
+
+
 class Store:
-    """Read and write stage folders under one directory."""
+    """Stage folders under one directory."""
 
     def __init__(self, root: Path):
         self.root = Path(root)
 
     def folder(self, key: str) -> Path:
-        """Where a stage lives, finished or not."""
+        """Return the folder of a stage, finished or not."""
         return self.root / key[:2] / key
 
     def finished(self, key: str) -> bool:
-        """Whether the stage's manifest can be read and its files are there; what they hold is not looked at."""
+        """Return True if the stage's manifest can be read and its files exist; their content is not read.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
         folder = self.folder(key)
         try:
             files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -85,34 +75,33 @@ class Store:
             raise StoreError(f"cannot read the store at {self.root}: {error.strerror}; check its permissions, or set --runs DIR") from error
 
     def label(self, key: str) -> str:
-        """What a stage calls itself, where its folder still says so, and its key."""
+        """Return a stage's label, if its folder has one, and its key."""
         try:
             return f"{json.loads((self.folder(key) / _STAGE).read_text(encoding='utf-8'))['label']} ({key})"
         except (OSError, ValueError, KeyError, TypeError):
             return key
 
     def begin(self, key: str, record: dict[str, Any]) -> Path:
-        """The folder of a stage that is not finished, with the record of what will be done in it.
-
-        A manifest that is there is damaged, or names files that are gone; it must not vouch for what is written from now on.
-        """
+        """Return the folder of a stage that is not finished, after writing the stage's record into it."""
         folder = self.folder(key)
         write_json(folder / _STAGE, record)
+        # a manifest here is damaged, or names files that are gone; it must not vouch for what is written from now on
         (folder / MANIFEST).unlink(missing_ok=True)
         return folder
 
     def manifest(self, key: str) -> dict[str, Any]:
-        """The record of a finished stage."""
+        """Return the manifest of a finished stage.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
         path = self.folder(key) / MANIFEST
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise StoreError(f"stage {key} is not in the store at {self.root}; run the recipe again to make it") from error
-        except json.JSONDecodeError as error:
-            raise StoreError(f"{path} is damaged; delete its folder and run the recipe again to redo the stage") from error
+        if not path.exists():
+            raise StoreError(f"stage {key} is not in the store at {self.root}; run the recipe again to make it")
+        return read_json(path)
 
     def lock(self, key: str) -> "FileLock":
-        """A lock that dies with its process."""
+        """Return the lock of a stage, which ends with its process."""
         from filelock import FileLock  # here: it brings asyncio, and most commands only look
 
         path = self.folder(key).with_suffix(".lock")
@@ -126,7 +115,7 @@ class Store:
         return StoreError(f"cannot write to the store at {self.root}: {error.strerror}; set --runs DIR to a writable folder")
 
     def acquire(self, key: str, waiting: Callable[[], None]) -> "FileLock":
-        """Take the lock of a stage; while another process runs it, call `waiting` once a second, which may raise to give up."""
+        """Take the lock of a stage. While another process holds it, `waiting` is called once a second; it may raise to give up."""
         from filelock import Timeout
 
         lock = self.lock(key)
@@ -140,19 +129,14 @@ class Store:
                 raise self._unwritable(error) from error
 
     def finish(self, key: str, manifest: dict[str, Any]) -> None:
-        """Put the manifest in place, with the digest of every file; then drop what only a resume needed."""
+        """Put the manifest in place, with the digest of every file; then delete the files that only a resume needed."""
         folder = self.folder(key)
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _NOT_ARTIFACTS and p.parent.name != _PARTS]
         resume = [p for p in files if any(fnmatch.fnmatch(p.name, pattern) for pattern in _RESUME)]
         kept = [p for p in files if p not in resume]
-        write_json(folder / MANIFEST, manifest | {"files": {str(p.relative_to(folder)): _sha256(p) for p in kept}})
+        for path in kept:  # a power failure must not leave a manifest without its files
+            sync(path)
+        write_json(folder / MANIFEST, manifest | {"files": {str(p.relative_to(folder)): digest(p) for p in kept}})
         for path in resume:
             path.unlink(missing_ok=True)
         shutil.rmtree(folder / _PARTS, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    """The digest of a file, which is on the disk when it returns: a power failure must not leave a manifest without it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()

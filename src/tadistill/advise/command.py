@@ -20,12 +20,12 @@ from tadistill.advise.terminal import show
 from tadistill.advise.words import lambda_sweeps, notes, rules
 from tadistill.config import Recipe
 from tadistill.config.method import NOT_COMPARABLE
+from tadistill.disk import write_json, write_text
 from tadistill.plan.arms import ProbePlan, make_plan
-from tadistill.results.files import write_text
 from tadistill.runner.study import describe, fetch_models
 from tadistill.runner.workers import run_stages
 from tadistill.search import path_name
-from tadistill.store import Store, write_json
+from tadistill.store import Store, store_of
 
 NATS_PER_POINT = 1 / 30
 """A recipe's margin is in points; on the loss a margin of 0.3 points is taken as 0.01 nats."""
@@ -47,7 +47,7 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
     found = ladder(recipe)
     limited, priced = costs(recipe)
     probes = probe_plan(limited, found, prompts)
-    store = Store(runs / "store")
+    store = store_of(runs)
     _run(limited, probes, store, console)
     measures = read_measures(probes, store, found)
     study = runs / recipe.study

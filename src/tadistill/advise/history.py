@@ -11,8 +11,10 @@ from typing import Any
 
 from tadistill.advise.edges import Edge, EdgeMeasures, Observation, measures_from
 from tadistill.config.method import HIGHER_IS_BETTER, NOT_COMPARABLE
+from tadistill.disk import read_json
 from tadistill.errors import ConfigError, StoreError, TadistillError
-from tadistill.results.files import Arm, Plan, is_finished, load_plan, read_json, stage_dir
+from tadistill.results.files import Arm, Plan, is_finished, load_plan, stage_dir
+from tadistill.store import store_of
 
 MEASURES = "advice.json"
 """Beside a study's plan.json: {"edges": [{"teacher", "learner", "measures": {name: value}}]}, as `edge_record` writes them."""
@@ -52,7 +54,7 @@ def history(runs: Path) -> History:
             continue
         for arm in plan.arms:
             if len(arm.path) > 1:
-                _read_arm(plan, arm, measures, runs / "store", found, left_out)
+                _read_arm(plan, arm, measures, store_of(runs).root, found, left_out)
     return History(tuple(found.values()), tuple(left_out))
 
 

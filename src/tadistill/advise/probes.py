@@ -1,6 +1,5 @@
 """The ladder of models that a recipe's paths run through, what each path costs, and the probe stages that measure models on dev prompts."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,8 @@ from tadistill.advise.measures import Measures, measure
 from tadistill.config import Arm, Recipe
 from tadistill.config.search import Search
 from tadistill.data import datasets
-from tadistill.errors import ConfigError, StoreError
+from tadistill.disk import read_json
+from tadistill.errors import ConfigError
 from tadistill.plan.arms import Plan, ProbePlan, make_plan, original_teacher, plan_probes
 from tadistill.plan.costs import Ledger
 from tadistill.search import ModelPath, path_name
@@ -160,8 +160,4 @@ def read_measures(probes: ProbePlan, store: Store, found: Ladder) -> Measures:
 
 
 def _scores(store: Store, key: str) -> dict[str, Any]:
-    path = store.folder(key) / "scores.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise StoreError(f"{path} cannot be read ({type(error).__name__}); delete its folder and run the command again") from error
+    return read_json(store.folder(key) / "scores.json", fix="delete its directory and run the command again")

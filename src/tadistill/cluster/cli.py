@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from tadistill.options import Overrides, RecipePath, Runs, StudyName
+from tadistill.store import runs_directory, store_of
 
 app = typer.Typer()
 console = Console()
@@ -21,7 +22,6 @@ def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) ->
     """Bring a recipe's models and data sets to this disk, on a login node; jobs then need no network."""
     from tadistill.cluster.fetch import fetch_recipe
     from tadistill.config import load
-    from tadistill.store import runs_directory
 
     fetch_recipe(load(recipe, overrides or []), runs_directory(runs), console)
 
@@ -36,7 +36,6 @@ def doctor(
     from tadistill.cluster import profile as profiles
     from tadistill.cluster.doctor import examine, table
     from tadistill.config import load
-    from tadistill.store import runs_directory
 
     name = cluster or next((n for n in profiles.names() if n == os.environ.get("CC_CLUSTER")), None)
     found = examine(runs=runs_directory(runs), recipe=load(recipe) if recipe else None, profile=profiles.load(name) if name else None)
@@ -57,7 +56,6 @@ def submit(
     """Submit a study's missing stages to Slurm. Twice submits nothing; after a failure, the branch that failed (docs/cluster.md)."""
     from tadistill.cluster.command import submit as submit_recipe
     from tadistill.config import load
-    from tadistill.store import runs_directory
 
     try:
         submit_recipe(
@@ -80,10 +78,9 @@ def status(study: StudyName, runs: Runs = None) -> None:
     """Where each stage of a submitted study is: its job, state, time and last metric."""
     from tadistill.cluster.status import show
     from tadistill.results.files import find_study
-    from tadistill.store import Store, runs_directory
 
     root = runs_directory(runs)
-    console.print(show(find_study(study, root), Store(root / "store"), console.width))
+    console.print(show(find_study(study, root), store_of(root), console.width))
 
 
 @app.command()
@@ -91,7 +88,6 @@ def cancel(study: StudyName, runs: Runs = None) -> None:
     """Cancel a study's jobs. What runs saves its state first; a later submission goes on from it."""
     from tadistill.cluster.status import cancel as cancel_jobs
     from tadistill.results.files import find_study
-    from tadistill.store import Store, runs_directory
 
     root = runs_directory(runs)
-    console.print(f"{cancel_jobs(find_study(study, root), Store(root / 'store'))} jobs cancelled", highlight=False)
+    console.print(f"{cancel_jobs(find_study(study, root), store_of(root))} jobs cancelled", highlight=False)

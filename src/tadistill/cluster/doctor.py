@@ -16,6 +16,7 @@ from tadistill.cluster.checks import Check
 from tadistill.cluster.profile import Profile
 from tadistill.config import Recipe
 from tadistill.disk import cache_root
+from tadistill.store import store_of
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
@@ -34,7 +35,7 @@ def examine(*, runs: Path, recipe: Recipe | None = None, profile: Profile | None
     found += [checks.space(name, path) for name, path in places.items()]
     found.append(checks.cache("hub cache", "HF_HOME", hub, site, environment))
     found.append(checks.cache("cache", "TADISTILL_CACHE", cache_root(), site, environment))
-    found += checks.store(runs / "store")
+    found += checks.store(store_of(runs).root)
     found.append(checks.data_root((recipe.data.root if recipe else None) or environment.get("TADISTILL_DATA")))
     if recipe:
         found.append(checks.fetched(recipe, runs, site))

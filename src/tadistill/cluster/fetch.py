@@ -7,7 +7,6 @@ Models are whole when all their shards and a tokenizer are there. A data set's r
 its files, and without a record any snapshot with data in it counts.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,9 +18,10 @@ from rich.table import Table
 
 from tadistill.config import Recipe
 from tadistill.data import datasets, hub
-from tadistill.errors import StoreError, TadistillError
+from tadistill.disk import read_json, write_json
+from tadistill.errors import TadistillError
 from tadistill.models import sources
-from tadistill.store import runs_directory, write_json
+from tadistill.store import runs_directory
 
 _RECORD = "fetched.json"
 _WORKERS = 1
@@ -198,12 +198,7 @@ def _change(need: Need, found: Found, record: Mapping[str, Any]) -> str | None:
 
 def _read(runs: Path) -> dict[str, Any]:
     path = runs / _RECORD
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StoreError(f"{path} is damaged; delete it and run `tadistill fetch RECIPE` again") from error
+    return read_json(path, fix="delete it and run `tadistill fetch RECIPE` again") if path.is_file() else {}
 
 
 def size(count: float) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 from tadistill.cluster.jobs import Place
 from tadistill.cluster.queue import Entry
-from tadistill.store import RECORD, Store, key_of, write_json
+from tadistill.disk import write_json
+from tadistill.store import RECORD, Store, key_of
 
 
 def write(store: Store, key: str, place: Place, name: str, study: str) -> None:

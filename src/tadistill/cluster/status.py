@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tadistill.cluster import queue, records
-from tadistill.errors import StoreError
+from tadistill.disk import damaged, read_json
 from tadistill.store import FAILURE, Store, runs_directory
 
 _COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red"}
@@ -118,10 +118,11 @@ def cancel(study: Path, store: Store) -> int:
 
 def _stages(study: Path) -> list[dict[str, Any]]:
     path = study / "plan.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["stages"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise StoreError(f"{path} is damaged; submit the recipe again to write it anew") from error
+    fix = "submit the recipe again to rewrite it"
+    content = read_json(path, fix=fix)
+    if not isinstance(content, dict) or "stages" not in content:
+        raise damaged(path, "it lists no stages", fix)
+    return content["stages"]
 
 
 def _metric(folder: Path, stage: dict[str, Any]) -> str:

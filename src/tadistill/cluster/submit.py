@@ -23,7 +23,7 @@ from tadistill.errors import ConfigError, StageFailed
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.task import make_task
-from tadistill.store import Store
+from tadistill.store import store_of
 
 _WAIT = 120  # seconds for another submission to end
 
@@ -57,7 +57,7 @@ class Submission:
         Raises:
             ConfigError: the site would refuse a job of this plan.
         """
-        self.plan, self.profile, self.store = plan, profile, Store(runs.resolve() / "store")
+        self.plan, self.profile, self.store = plan, profile, store_of(runs.resolve())
         self.study, self.account = runs.resolve() / plan.recipe.study, _account(profile, account)
         _check_place(profile, runs)
         devices = {gpu.device for gpu in profile.gpus.values() if gpu.device}

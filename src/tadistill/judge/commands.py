@@ -19,6 +19,7 @@ from tadistill.judge.sheet import make_sheet, write_sheet
 from tadistill.judge.summary import summarise, write_summary
 from tadistill.judge.terminal import rows_table
 from tadistill.results.files import find_study
+from tadistill.store import store_of
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -63,7 +64,7 @@ def judge(
     directory = find_study(study, root)
     path = directory / "judge" / f"judge-{_file_name(name or _default_name(mode, model, against))}.json"
     wanted = [*arms, against] if arms and against != REFERENCE else arms
-    answers = read_answers(directory, root / "store", arms=wanted, sets=sets, all_seeds=all_seeds, limit=limit)
+    answers = read_answers(directory, store_of(root).root, arms=wanted, sets=sets, all_seeds=all_seeds, limit=limit)
     questions = make_questions(answers, mode=mode, against=against)
     settings = Settings(model, temperature, max_tokens)
     client = connect(base_url, timeout=timeout)
@@ -100,7 +101,7 @@ def export_sheet(
 ) -> Path:
     """Writes a blind sheet (page, CSV and key) of a study's first training seed; returns the page's path."""
     directory = find_study(study, root)
-    answers = read_answers(directory, root / "store", arms=arms, sets=sets, limit=limit)
+    answers = read_answers(directory, store_of(root).root, arms=arms, sets=sets, limit=limit)
     name = _file_name(name)
     page = write_sheet(directory / "judge", make_sheet(answers, name=name, with_reference=with_reference, seed=seed), name=name)
     _name_unfinished(console, answers)

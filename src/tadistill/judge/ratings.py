@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from tadistill.disk import read_json
 from tadistill.errors import ConfigError, DataError
 from tadistill.judge.summary import Row, pair_rows
 from tadistill.results.collect import MEAN
-from tadistill.results.files import read_json
 from tadistill.statistics import macro_interval
 
 _NEEDED = ("item", "letter", "rating")

@@ -13,9 +13,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tadistill.disk import read_json, write_json, write_text
 from tadistill.errors import ConfigError
 from tadistill.judge.answers import Answers
-from tadistill.results.files import read_json, write_text
 
 SCALE = (1, 5)
 COLUMNS = ("sheet", "item", "letter", "instruction", "input", "answer", "rating")
@@ -66,7 +66,7 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
         raise ConfigError(f"{table} has been filled in: move it elsewhere and read it back, choose another --name, or delete it")
     directory.mkdir(parents=True, exist_ok=True)
     page = directory / f"sheet-{name}.html"
-    write_text(key_path, json.dumps(sheet.key, indent=1, ensure_ascii=False) + "\n")
+    write_json(key_path, sheet.key)
     write_text(page, render_sheet(sheet))
     write_text(table, _table(sheet))
     return page

@@ -5,7 +5,6 @@ the asked form; the rest is counted, not guessed.
 """
 
 import datetime
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tadistill.disk import write_json
 from tadistill.judge.answers import REFERENCE, Answers
 from tadistill.judge.asking import Scores, Verdicts
 from tadistill.judge.questions import Question
 from tadistill.results.collect import MEAN
-from tadistill.results.files import write_text
 from tadistill.statistics import macro_interval
 
 Array = NDArray[np.float64]
@@ -72,7 +71,7 @@ def write_summary(path: Path, *, mode: str, judge: str, arms: Sequence[str], row
     """Writes ``judge-NAME.json``, which the report reads."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     content = {"mode": mode, "judge": judge, "arms": list(arms), "rows": list(rows), **more, "created": created, "command": command}
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(path, content, allow_nan=False)
 
 
 def pair_row(arm: str, other: str, name: str, outcomes_SN: Array) -> Row:

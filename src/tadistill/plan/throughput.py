@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tadistill.disk import write_json
 from tadistill.models.counting.cost import Cost, phase, spans
 from tadistill.plan.graph import Stage
-from tadistill.store import Store, write_json
+from tadistill.store import Store
 
 _FILE = "throughput.json"
 Speeds = dict[str, dict[str, float]]

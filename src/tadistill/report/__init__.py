@@ -6,12 +6,12 @@ login node and while a study is still running.
 
 from pathlib import Path
 
+from tadistill.disk import write_text
 from tadistill.report.markdown import render_markdown
 from tadistill.report.output import collect
 from tadistill.report.page import render_page
 from tadistill.report.terminal import summary_table
 from tadistill.results.collect import Missing, Results, Row, Summary, primary_metric
-from tadistill.results.files import write_text
 
 __all__ = [
     "Missing",

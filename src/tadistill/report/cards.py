@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from tadistill.data.datasets import NAMED
+from tadistill.disk import write_text
 from tadistill.errors import ConfigError, StoreError
 from tadistill.models import sources
 from tadistill.report.details import Cell, mean_cell
@@ -14,7 +15,7 @@ from tadistill.report.explain import explain
 from tadistill.report.markdown import escaped, table
 from tadistill.report.text import caution_texts, sample_text, undecided_text, verdict_text
 from tadistill.results.collect import MEAN, Results, primary_metric, read_results, sets_with, stack, summarise
-from tadistill.results.files import Arm, is_finished, load_manifest, load_plan, stage_dir, write_text
+from tadistill.results.files import Arm, is_finished, load_manifest, load_plan, stage_dir
 from tadistill.results.units import interval, metric_title, metric_unit, number, parameters_text
 from tadistill.results.verdict import comparisons, pairs
 

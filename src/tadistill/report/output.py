@@ -2,14 +2,13 @@
 
 import csv
 import io
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from tadistill.disk import write_json, write_text
 from tadistill.report.text import undecided_text, verdict_text
 from tadistill.results.collect import Results, Row, read_results
-from tadistill.results.files import write_text
 from tadistill.results.verdict import Comparison, comparisons, pairs
 from tadistill.statistics import Difference
 
@@ -25,7 +24,7 @@ def collect(study_dir: Path, store_dir: Path) -> Results:
         "comparisons": [_comparison(comparison) for comparison in comparisons(results)],
         "verdicts": verdicts(results),
     }
-    write_text(study_dir / "results.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(study_dir / "results.json", content, allow_nan=False)
     write_text(study_dir / "results.csv", _csv(results))
     return results
 

@@ -4,8 +4,6 @@ A stage counts as finished when its manifest exists (the manifest is written las
 `StoreError` that names the file, because a report with a silent hole is worse than none.
 """
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import ConfigError, StoreError
 from tadistill.models.counting.cost import Cost, Part
 
@@ -225,7 +224,7 @@ def load_manifest(store_dir: Path, key: str) -> Manifest | None:
         metered = {name: Part(**part) for name, part in parts.items()}
         return Manifest(float(content["seconds"]), versions, Cost(metered).learning if metered else None)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def load_scores(store_dir: Path, key: str) -> Scores:
@@ -233,7 +232,7 @@ def load_scores(store_dir: Path, key: str) -> Scores:
     path = stage_dir(store_dir, key) / "scores.json"
     content = read_json(path)
     if not isinstance(content, dict) or not all(isinstance(metrics, dict) for metrics in content.values()):
-        raise _damaged(path, "it must map sets to metrics")
+        raise damaged(path, "it must map sets to metrics")
     return {
         name: {metric: _score_array(path, name, metric, values) for metric, values in metrics.items()} for name, metrics in content.items()
     }
@@ -246,7 +245,7 @@ def load_corpus(store_dir: Path, key: str) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict) or not all(
         isinstance(found, dict) and {"numbers", "reference_length"} <= set(found) for found in content.values()
     ):
-        raise _damaged(path, "it must map sets to their numbers and reference lengths")
+        raise damaged(path, "it must map sets to their numbers and reference lengths")
     return content
 
 
@@ -259,11 +258,11 @@ def _score_array(path: Path, name: str, metric: str, values: Any) -> NDArray[np.
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise _damaged(path, f"{name}/{metric} is not a table of numbers") from error
+        raise damaged(path, f"{name}/{metric} is not a table of numbers") from error
     if array.ndim != 2 or array.size == 0:
-        raise _damaged(path, f"{name}/{metric} must have one row a prompt and one column a decoding seed")
+        raise damaged(path, f"{name}/{metric} must have one row a prompt and one column a decoding seed")
     if not np.isfinite(array).all():
-        raise _damaged(path, f"{name}/{metric} holds NaN or infinite values")
+        raise damaged(path, f"{name}/{metric} holds NaN or infinite values")
     return array
 
 
@@ -278,54 +277,8 @@ def load_metrics(store_dir: Path, key: str) -> dict[str, dict[int, float]]:
     series: dict[str, dict[int, float]] = {}
     for line in read_jsonl(path):
         if not isinstance(line.get("step"), int):
-            raise _damaged(path, "a line has no step")
+            raise damaged(path, "a line has no step")
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float):
                 series.setdefault(name, {})[line["step"]] = float(value)
     return {name: dict(sorted(points.items())) for name, points in series.items()}
-
-
-def read_json(path: Path) -> Any:
-    """Parses a file; a missing or broken one is a `StoreError` that names it."""
-    try:
-        return json.loads(_read_text(path))
-    except ValueError as error:
-        raise _damaged(path, str(error)) from error
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Parses a file with one JSON object a line."""
-    rows: list[dict[str, Any]] = []
-    # not splitlines(): a prediction may hold U+2028 and its like, which JSON leaves as they are
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise _damaged(path, f"line {number}: {error}") from error
-        if not isinstance(row, dict):
-            raise _damaged(path, f"line {number} is not a JSON object")
-        rows.append(row)
-    return rows
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(path, getattr(error, "strerror", None) or str(error)) from error
-
-
-def _damaged(path: Path, reason: str) -> StoreError:
-    return StoreError(f"{path} cannot be read ({reason}): delete its directory and run the recipe again")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside the target and renames, so that a reader never sees half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written ({error.strerror}): check the directory's permissions and quota") from error

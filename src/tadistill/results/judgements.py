@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tadistill.disk import read_json
 from tadistill.errors import StoreError
-from tadistill.results.files import read_json
 
 
 @dataclass(frozen=True)

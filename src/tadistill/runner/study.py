@@ -9,12 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from tadistill.config import Recipe
+from tadistill.disk import write_json
 from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.runner.workers import run_stages
-from tadistill.store import Store, write_json
+from tadistill.store import store_of
 
 
 def run(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "", console: Console | None = None) -> Path:
@@ -28,7 +29,7 @@ def run(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "",
         raise ConfigError(f"{recipe.study} has no arms, so there is nothing to run; add arms, or look for a path with `tadistill search`")
     fetch_models(recipe, console)
     plan = make_plan(recipe)
-    store = Store(runs / "store")
+    store = store_of(runs)
     missing = [s for s in plan.stages.values() if not store.finished(s.key)]
     jobs = 0
     if missing:

@@ -10,9 +10,9 @@ import yaml
 from rich.table import Table
 
 from tadistill.config import Recipe
+from tadistill.disk import write_json, write_text
 from tadistill.search import ModelPath, Round, path_name
 from tadistill.statistics import expected_best_of, undominated
-from tadistill.store import write_json
 
 _SEEDS = 3
 """Fewest training seeds of a confirmation."""
@@ -93,7 +93,7 @@ def write_choice(choice: Choice, recipe: Recipe, directory: Path) -> Path | None
     if len(choice.path) == 2:
         confirm.unlink(missing_ok=True)  # an earlier search may have left one
         return None
-    confirm.write_text(_confirmation(choice, recipe), encoding="utf-8")
+    write_text(confirm, _confirmation(choice, recipe))
     return confirm
 
 

@@ -40,7 +40,7 @@ from tadistill.search import (
     single,
 )
 from tadistill.search.choice import Choice, Tried, choice_notes, choice_table, with_parents, write_choice
-from tadistill.store import Store
+from tadistill.store import Store, store_of
 
 MOST_PATHS = 256
 
@@ -63,7 +63,7 @@ def find_path(recipe: Recipe, *, runs: Path, console: Console) -> Choice:
     flops = path_flops(recipe, search)
     lattice = affordable(search, flops)
     _check_chains(search, lattice, flops)
-    training = _Training(recipe, lattice, Store(runs / "store"), console)
+    training = _Training(recipe, lattice, store_of(runs), console)
     sign = 1 if metric in HIGHER_IS_BETTER else -1
     outcome = drive(_strategy(search, lattice), lambda asked: training.measure(asked, sign))
     tried = [Tried(path, flops[path], training.values(path)) for path in outcome.quality if path[-1] == search.student]

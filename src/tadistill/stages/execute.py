@@ -5,7 +5,6 @@ that joins models, data, training and evaluation.
 earlier, killed attempt left there is resumed (docs/interruptions.md).
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Any
 from tadistill.config import Evaluate
 from tadistill.config.sampling import DatasetSampler
 from tadistill.data.batch import references
+from tadistill.disk import read_json, write_json, write_rows
 from tadistill.errors import Interrupted, StageFailed
 from tadistill.evaluation.run import EvalSet, generate
 from tadistill.evaluation.scoring import Subject, entropy, means
@@ -28,7 +28,7 @@ from tadistill.stages.measuring import analyse, evaluate
 from tadistill.stages.probing import pair, probe
 from tadistill.stages.ranks import Ranks
 from tadistill.stages.training import train
-from tadistill.store import Store, write_json, write_rows
+from tadistill.store import Store
 
 _GENERATION_BATCH = 64
 _WAIT, _GO, _FINISHED, _STOPPED = "wait", "go", "finished", "stopped while another process ran the stage"
@@ -156,7 +156,7 @@ def _generate(context: Context) -> dict[str, Any]:
             ends = answered + len(chunk.encoded)
             answers = generate(subject, chunk, decoding, spec["seed"], tick)
             write_json(part, [{"prompt": list(a.prompt), "response": list(a.response)} for a in answers])
-        rows += json.loads(part.read_text(encoding="utf-8"))
+        rows += read_json(part)
         context.progress(len(rows), len(train.encoded), "answers")
     write_rows(context.folder / RESPONSES, rows)
     return {"answers": len(rows)}

@@ -3,16 +3,15 @@
 What an interrupted stage has finished, the answers of a set under a decoding seed or the analysis of a set, is kept in parts/.
 """
 
-import json
 from typing import Any
 
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence
+from tadistill.disk import read_json, read_jsonl, write_json, write_rows
 from tadistill.evaluation.analysis import analyse as analyse_set
 from tadistill.evaluation.run import EvalSet, generate, score
 from tadistill.evaluation.scoring import Subject
 from tadistill.stages.context import ANSWERS, Context, make_subject, stop_if_asked
-from tadistill.store import write_json, write_rows
 
 
 def evaluate(context: Context) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: 
             else:
                 stop_if_asked(context)
                 write_json(part, [a.response for a in generate(subject, data, settings, seed, tick)])
-            responses = json.loads(part.read_text(encoding="utf-8"))
+            responses = read_json(part)
             found.setdefault(data.name, {})[seed] = [
                 Sequence(e.prompt, tuple(tokens)) for e, tokens in zip(data.encoded, responses, strict=True)
             ]
@@ -86,7 +85,7 @@ def analyse(context: Context) -> dict[str, Any]:
             stop_if_asked(context)
             answers = own[data.name], of_teacher[data.name]
             write_json(part, analyse_set(subject, data, *answers, teacher=teacher, assistants=assistants, batch=spec["batch"]))
-        scores[data.name], exposure[data.name] = json.loads(part.read_text(encoding="utf-8"))
+        scores[data.name], exposure[data.name] = read_json(part)
         context.progress(done + 1, len(sets), "sets")
     write_json(context.folder / "scores.json", scores)
     write_json(context.folder / "exposure.json", exposure)
@@ -97,8 +96,7 @@ def _read_answers(context: Context, stage: str, sets: list[EvalSet]) -> dict[str
     """The answers of an evaluate stage, in the order of the sets' prompts."""
     found: dict[str, dict[int, list[Sequence]]] = {}
     prompts = {data.name: {e.row: e.prompt for e in data.encoded} for data in sets}
-    for line in (context.store.folder(stage) / ANSWERS).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_jsonl(context.store.folder(stage) / ANSWERS):
         of_seed = found.setdefault(row["set"], {}).setdefault(row["seed"], [])
         of_seed.append(Sequence(prompts[row["set"]][row["index"]], tuple(row["tokens"])))
     return found

@@ -4,16 +4,15 @@ They read dev prompts only; what is left of each is one number per prompt and me
 be taken later.
 """
 
-import json
 from typing import Any
 
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
+from tadistill.disk import read_jsonl, write_json, write_rows
 from tadistill.evaluation.pairing import beside
 from tadistill.evaluation.run import EvalSet, generate, score
 from tadistill.evaluation.scoring import means
 from tadistill.stages.context import ANSWERS, Context, make_subject, stop_if_asked
-from tadistill.store import write_json, write_rows
 
 
 def probe(context: Context) -> dict[str, Any]:
@@ -56,6 +55,5 @@ def pair(context: Context) -> dict[str, Any]:
 
 def _answers(context: Context, stage: str, dev: EvalSet) -> list[Sequence]:
     """The learner's answers of its probe, in the order of the prompts."""
-    lines = (context.store.folder(stage) / ANSWERS).read_text(encoding="utf-8").splitlines()
-    tokens = {row["index"]: tuple(row["tokens"]) for row in map(json.loads, lines)}
+    tokens = {row["index"]: tuple(row["tokens"]) for row in read_jsonl(context.store.folder(stage) / ANSWERS)}
     return [Sequence(e.prompt, tokens[e.row]) for e in dev.encoded]

@@ -1,6 +1,5 @@
 """A training stage, sft or distill: models, sampler and step come together and go through the loop."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.data.batch import Sequence, references
+from tadistill.disk import read_jsonl
 from tadistill.evaluation.run import dev_metrics
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import end_tokens, save_model, shared_vocabulary
@@ -173,6 +173,5 @@ def _needs_teacher(method: Method) -> bool:
 
 
 def _responses(context: Context, stage: str) -> list[Sequence]:
-    text = (context.store.folder(stage) / RESPONSES).read_text(encoding="utf-8")
-    rows = (json.loads(line) for line in text.splitlines())
+    rows = read_jsonl(context.store.folder(stage) / RESPONSES)
     return [Sequence(tuple(r["prompt"]), tuple(r["response"])) for r in rows]

@@ -101,5 +101,5 @@ def test_status_of_every_kind(programs, tmp_path):
     assert found["runs"].last == "4/10 train/loss 1.5"
     assert found["fail"].last == "it broke"
     (study / "plan.json").write_text("{")
-    with pytest.raises(StoreError, match=r"plan.json is damaged; submit the recipe again"):
+    with pytest.raises(StoreError, match=r"plan.json cannot be read \(.*\): submit the recipe again"):
         rows(study, store)

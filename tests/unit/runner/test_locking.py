@@ -6,10 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tadistill.disk import write_json
 from tadistill.errors import Interrupted
 from tadistill.plan.task import Task
 from tadistill.stages import execute
-from tadistill.store import Store, write_json
+from tadistill.store import Store
 
 
 def task(root) -> Task:
