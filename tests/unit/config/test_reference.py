@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from tadistill.config import Recipe
 
-PAGE = (Path(__file__).parents[3] / "docs" / "recipe.md").read_text(encoding="utf-8")
+PAGE = re.sub(r"```.*?```", "", (Path(__file__).parents[3] / "docs" / "recipe.md").read_text(encoding="utf-8"), flags=re.DOTALL)
 ELSEWHERE = {"Search": "paths.md", "Resources": "cluster.md"}
 
 
