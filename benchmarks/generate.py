@@ -1,4 +1,4 @@
-"""Measures the time of sampling beside transformers' `model.generate`.
+"""Measures the time of sampling and of transformers' `model.generate`.
 
     python benchmarks/generate.py [--json PATH] [--markdown PATH] [--quick] [--rounds N]
 

@@ -1,6 +1,6 @@
 """Runs the stages of a plan on tiny models of two shapes in this process, while torch counts their FLOPs.
 
-`ledger.py` and `tests/unit/study/test_costs.py` share this.
+`ledger.py` and `tests/unit/plan/test_costs.py` share this.
 """
 
 from collections.abc import Iterator

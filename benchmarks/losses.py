@@ -1,4 +1,4 @@
-"""Measures time and memory of the fused objectives, beside full-logits autograd and TRL's chunked kernel.
+"""Measures time and memory of the fused objectives, full-logits autograd and TRL's chunked kernel.
 
     python benchmarks/losses.py [--json PATH] [--markdown PATH] [--quick] [--part time|memory]
 

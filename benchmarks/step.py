@@ -1,4 +1,4 @@
-"""Measures an optimizer step on one CPU core, from sampling to AdamW, beside TRL's distillation trainer.
+"""Measures an optimizer step on one CPU core, from sampling to AdamW, and compares it with TRL's distillation trainer.
 
     python benchmarks/step.py [--json PATH] [--markdown PATH] [--quick] [--vocab 4096 49152] [--allocator default|raised|both]
 
@@ -189,7 +189,7 @@ def markdown(result: dict[str, Any]) -> str:
     """Return the result as a page."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines = ["# A step: time and memory", "", f"```\n{result['command']}\n```", ""]
-    lines += ["This page shows time and memory of a whole optimizer step, beside TRL's `DistillationTrainer`.", ""]
+    lines += ["This page shows time and memory of a whole optimizer step, compared with TRL's `DistillationTrainer`.", ""]
     lines += [f"{versions}; one thread; float32; sgemm at best {result['sgemm_gflops']:.0f} GFLOP/s."]
     for title, group in tables(result):
         lines += ["", f"## {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
