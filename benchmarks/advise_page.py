@@ -18,8 +18,9 @@ def markdown(result: Row, command: str) -> str:
 def _opening(result: Row, command: str) -> str:
     where = f"{result['jobs']} processes of one thread, {result['seconds']:.0f} s; Python {result['python']}, numpy {result['numpy']}"
     return (
-        f"# Advice: verdicts, regret, intervals, power\n\n```\n{command}\n```\n\n"
-        f"This page shows how good the verdicts and intervals of `tadistill advise` are in simulated worlds. "
+        "# Advice: verdicts, regret, intervals, power\n\n"
+        "This page shows how good the verdicts and intervals of `tadistill advise` are in simulated worlds.\n\n"
+        f"```\n{command}\n```\n\n"
         f"{result['worlds']:,} worlds per cell, {result['seeds']} seeds per arm, margin {result['margin']}, level {result['level']}, "
         f"{where}. Each world has one held-out family and F families of history. `benchmarks/advise_worlds.py` describes the simulation. "
         "The effects are assumptions: the page says how the method behaves if the world is like that, not that it is.\n"

@@ -140,9 +140,11 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Sampling: time",
         "",
+        INTRODUCTION,
+        "",
         f"```\n{result['command']}\n```",
         "",
-        f"{INTRODUCTION}\n\n{title(result)}. Device: {environment(result)}.",
+        f"{title(result)}. Device: {environment(result)}.",
         "",
     ]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---:|" * len(COLUMNS)]

@@ -212,8 +212,9 @@ def markdown(result: dict[str, Any], command: str) -> str:
     lowest, highest = (end(row[key] for row in result["coverage"] for key in ("macro", "difference")) for end in (min, max))
     took = result["speed"]
     parts = [
-        f"# Intervals: coverage, power, time\n\n```\n{command}\n```\n",
+        "# Intervals: coverage, power, time\n",
         "This page shows how often the report's 95 % intervals contain the truth in simulated studies, and which effects they detect.\n",
+        f"```\n{command}\n```\n",
         f"{result['studies']:,} simulated studies per cell, {result['replicates']:,} replicates each, one core, {result['seconds']:.0f} s; "
         f"Python {result['python']}, numpy {result['numpy']}. The binomial standard error of a coverage near 95 % is "
         f"{result['binomial_se']:.1f}. `benchmarks/intervals.py` describes the simulation.\n",

@@ -151,9 +151,10 @@ def markdown(result: dict[str, Any], command: str) -> str:
     lines = [
         "# FLOPs of training stages: predicted, metered, counted",
         "",
+        "This page compares the FLOPs that `tadistill plan` predicts with those that the meter and torch count.",
+        "",
         f"```\n{command}\n```",
         "",
-        "This page compares the FLOPs that `tadistill plan` predicts with those that the meter and torch count. "
         f"One run, {machine['seconds']} s of one core; Python {machine['python']}, torch {machine['torch']}, transformers "
         f"{machine['transformers']}. tinyworld, width x layers of the models: {shapes} (teacher, assistant, student; `dense MiniLLM` "
         "has both teachers). MiniLLM has its corpus term. `benchmarks/ledger.py` says what is counted, and how; the formulas are in "

@@ -252,9 +252,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Losses: time and memory",
         "",
-        f"```\n{commands}\n```",
-        "",
         INTRODUCTION,
+        "",
+        f"```\n{commands}\n```",
         "",
         f"Device: {result['device']}; {environment(result)}; float32.",
     ]

@@ -127,9 +127,10 @@ def markdown(result: dict[str, Any], command: str) -> str:
     lines = [
         "# Searching a lattice of paths: regret and trainings",
         "",
+        "This page shows how good the path is that each strategy of `tadistill search` chooses in simulated lattices.",
+        "",
         f"```\n{command}\n```",
         "",
-        "This page shows how good the path is that each strategy of `tadistill search` chooses in simulated lattices. "
         f"{result['lattices']:,} simulated lattices per cell, {machine['seconds']} s of one core; Python {machine['python']}, "
         f"numpy {machine['numpy']}. `benchmarks/search.py` describes the simulation; the unit is the spread between last hops. "
         f"Standard errors of the regrets are at most {max(r['regret_se'] for r in rows):.3f}. *Whole* counts a short run by its share of a "

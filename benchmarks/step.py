@@ -188,8 +188,9 @@ def show(console: Console, result: dict[str, Any]) -> None:
 def markdown(result: dict[str, Any]) -> str:
     """Return the result as a page."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    lines = ["# A step: time and memory", "", f"```\n{result['command']}\n```", ""]
+    lines = ["# A step: time and memory", ""]
     lines += ["This page shows time and memory of a whole optimizer step, compared with TRL's `DistillationTrainer`.", ""]
+    lines += [f"```\n{result['command']}\n```", ""]
     lines += [f"{versions}; one thread; float32; sgemm at best {result['sgemm_gflops']:.0f} GFLOP/s."]
     for title, group in tables(result):
         lines += ["", f"## {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]

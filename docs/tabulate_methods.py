@@ -36,12 +36,14 @@ METHODS = {
 
 HEAD = """# Every method on the embedded world
 
+This page compares every method at equal numbers of updates.
+
 ```
 tadistill run recipes/methods/all.yaml
 python docs/tabulate_methods.py > docs/results/methods.md
 ```
 
-This page compares every method at equal numbers of updates. There is one teacher of 316 k parameters and one student of 24 k, with three
+There is one teacher of 316 k parameters and one student of 24 k, with three
 training seeds. After the same SFT every method gets 240 updates of 32 sequences. Checkpoints are chosen on dev. Learning rates were chosen
 with a seed that is not shown; the recipe's header says what was tried. The numbers are means over five test sets with 95 % intervals.
 Prompts are resampled, and the variation between seeds is a normal draw ([evaluation.md](../evaluation.md)).
