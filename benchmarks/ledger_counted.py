@@ -53,9 +53,9 @@ def counted(plan: Plan, directory: Path, kinds: tuple[str, ...] = ("sft", "disti
     """Yield every stage of these kinds with torch's FLOPs and its manifest, without the stages that only measure."""
     store = Store(directory)
     for stage in plan.stages.values():
-        if stage.kind in ("evaluate", "analyse"):
+        if stage.measures:
             continue
-        task = Task(stage.kind, stage.key, stage.spec, stage.parents, stage.label, stage.steps, str(directory), "t", None, 1e9, ())
+        task = Task(stage.spec, stage.key, stage.label, str(directory), "t", None, 1e9, ())
         with FlopCounterMode(display=False, custom_mapping=_ADDED) as counter:
             run_stage(task, progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
         if stage.kind in kinds:

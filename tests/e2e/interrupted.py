@@ -24,14 +24,14 @@ from tadistill.plan.graph import with_ancestors
 from tadistill.plan.task import Task, make_task
 from tadistill.rollout import signals
 from tadistill.runner.interruption import StopFlag
-from tadistill.stages import execute
+from tadistill.stages import teacher
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
 RECIPE = Path(__file__).with_name("interrupted.yaml")
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGKILL)
 STOPPED, FAILED = 3, 1
-execute._GENERATION_BATCH, signals._PART = 2, 8  # several parts of the little that there is
+teacher._GENERATION_BATCH, signals._PART = 2, 8  # several parts of the little that there is
 
 
 def cases(root: Path) -> tuple[dict[str, Task], dict[str, Task]]:
@@ -44,7 +44,7 @@ def cases(root: Path) -> tuple[dict[str, Task], dict[str, Task]]:
     chosen |= {"probe": (probes.plan, probes.alone["s"]), "pair": (probes.plan, probes.beside["xl", "s"])}
     for key, stage in plan.stages.items():
         if stage.kind in ("signal", "generate", "temper") or stage.label.startswith("sft xl"):
-            chosen[f"{stage.kind} {stage.spec['signal']['type']}" if stage.kind == "signal" else stage.kind] = (plan, key)
+            chosen[f"{stage.kind} {stage.spec.signal.type}" if stage.kind == "signal" else stage.kind] = (plan, key)
     needed: dict[str, Task] = {}
 
     def task(of: Plan, key: str) -> Task:
@@ -105,7 +105,7 @@ def attempt(task: Task, log: Path, at: int | None = None, how: signal.Signals = 
 def chain(name: str, task: Task, how: signal.Signals, out: Path, whole: Store, ends: list[int]) -> dict:
     """Attempts that are cut short after so many events in all, and one that may finish; what became of each."""
     store = Store(out / f"{name}-{how.name}".replace(" ", "-"))
-    for key in task.parents.values():
+    for key in task.spec.parents.values():
         store.folder(key).parent.mkdir(parents=True, exist_ok=True)
         store.folder(key).symlink_to(whole.folder(key))
     attempts = []

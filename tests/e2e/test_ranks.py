@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,7 +101,8 @@ def test_all_ranks_stop_when_asked(tmp_path):
 
 def test_an_error_is_the_one_that_a_rank_raised(tmp_path):
     made = task(tmp_path, {"distill": {"processes": 2}})
-    made.spec["optim"] = made.spec["optim"] | {"batch": 7}
+    optim = made.spec.optim.model_copy(update={"batch": 7})
+    made = replace(made, spec=made.spec.model_copy(update={"optim": optim}))
     with pytest.raises(ConfigError, match=r"optim.batch 7 is not a multiple of the 2 processes"):
         launch(made, progress=quiet, alarm=print, stop=lambda: False)
 

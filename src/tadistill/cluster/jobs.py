@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from tadistill.cluster.request import Request
 from tadistill.plan.graph import Stage
-
-_MEASURING = ("evaluate", "analyse")
+from tadistill.plan.specs import AnalyseSpec, EvaluateSpec
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,11 @@ def bundles(stages: Mapping[str, Stage], todo: Iterable[str]) -> list[tuple[int,
 
 def _home(stages: Mapping[str, Stage], stage: Stage) -> str:
     """What names the job: the stage, or the model that it measures."""
-    if stage.kind not in _MEASURING:
-        return stage.key
-    if stage.kind == "analyse":
-        stage = stages[stage.parents["answers"]]
-    return f"evaluate {stage.parents.get('model') or stage.spec['model']}"
+    if isinstance(stage.spec, AnalyseSpec):
+        stage = stages[stage.spec.answers.stage]
+    if isinstance(stage.spec, EvaluateSpec):
+        return f"evaluate {stage.spec.model}"
+    return stage.key
 
 
 def families(jobs: Seq[Job]) -> list[list[Job]]:

@@ -18,8 +18,10 @@ from tadistill.models.counting.memory import resident_bytes
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.graph import Handle, Stage
+from tadistill.plan.graph import Stage
+from tadistill.plan.inputs import FromStage, Handle, Loaded
 from tadistill.plan.layout import layout
+from tadistill.plan.specs import TemperSpec, TrainingSpec
 from tadistill.plan.throughput import Speeds
 
 _SPARE = 0.9  # of a GPU's memory: the rest is CUDA's own, fragments and what an estimate misses
@@ -117,9 +119,8 @@ class Requests:
 
     def _need(self, stage: Stage, wanted: Resources) -> float:
         """Bytes on one device; 0 where sizes are not known."""
-        others = [h for role in ("teacher", "like") if (h := stage.spec.get(role))] + list(stage.spec.get("assistants", ()))
-        frozen = {self._name(handle) for handle in others}
-        half = stage.spec.get("optim", {}).get("precision") == "bf16"
+        frozen = {self._name(handle) for role, handle in stage.spec.models.items() if role not in ("student", "model")}
+        half = isinstance(stage.spec, TrainingSpec) and stage.spec.optim.precision == "bf16"
         teachers = sum(self._weights(name, "bfloat16" if half else "float32") for name in frozen)
         if stage.cost is None or stage.cost.memory is None:
             return teachers + self._weights(stage.model, "float32") + _WORK
@@ -136,12 +137,12 @@ class Requests:
 
     def _name(self, handle: Handle) -> str | None:
         """The model whose weights a handle stands for."""
-        if "stage" in handle:
-            return self.plan.stages[handle["stage"]].model
-        if "of" in handle:
-            return self._name(handle["of"])
+        if isinstance(handle, FromStage):
+            return self.plan.stages[handle.stage].model
+        if not isinstance(handle, Loaded):
+            return self._name(handle.of)
         loads: dict[Any, str] = {model.load: name for name, model in self.plan.recipe.models.items()}
-        return loads.get(handle["load"])
+        return loads.get(handle.load)
 
     # --- time -----------------------------------------------------------------------------------------------------------
 
@@ -163,7 +164,7 @@ class Requests:
 
     def _hours(self, stage: Stage, wanted: Resources, gpu: Gpu | None) -> float:
         """An estimate: measured speeds, else a share of the device's peak."""
-        if stage.kind in ("evaluate", "analyse", "temper"):
+        if stage.measures or isinstance(stage.spec, TemperSpec):
             return _EVALUATION_HOURS
         if gpu and (seconds := throughput.seconds(stage.cost, self.speeds.get(gpu.device, {}))) is not None:
             return seconds / 3600 / wanted.processes

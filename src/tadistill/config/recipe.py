@@ -12,7 +12,7 @@ from tadistill.config.arm import Arm
 from tadistill.config.common import Decoding
 from tadistill.config.method import Method, apply
 from tadistill.config.model import ModelConfig
-from tadistill.config.resources import Resources, check_entries
+from tadistill.config.resources import Resources
 from tadistill.config.search import Search
 from tadistill.config.strict import Strict
 
@@ -162,7 +162,6 @@ class Recipe(Strict):
         if not self.arms and self.search is None:
             raise ValueError("there are no `arms` and no `search`; add one of them, for instance arms: {direct: xl > s}")
         self._check_names()
-        check_entries(self.resources, dict(self.models))
         check_acyclic({n: m.parent for n, m in self.models.items() if m.parent}, "models")
         check_acyclic({n: a.compute[3:] for n, a in self.arms.items() if a.compute}, "compute")
         return self

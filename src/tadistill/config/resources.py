@@ -12,11 +12,6 @@ from pydantic import Field, model_validator
 
 from tadistill.config.strict import Strict
 
-KINDS = ("sft", "distill", "temper", "generate", "signal", "evaluate", "analyse")
-"""Kinds of stages, as `resources` names them."""
-TRAINING = ("sft", "distill")
-"""Those that several processes may share."""
-
 
 class Resources(Strict):
     """Devices and limits of a stage; on a cluster what is absent follows from the plan's estimates and the cluster's profile."""
@@ -46,28 +41,3 @@ class Resources(Strict):
             given = "parallel fsdp" if self.parallel == "fsdp" else "teacher sharded"
             raise ValueError(f"{given} spreads a model over several processes, but processes is 1; raise it")
         return self
-
-
-def resources_of(entries: dict[str, Resources], kind: str, model: str) -> Resources:
-    """What the entries `default`, KIND and `KIND MODEL` say together, the later over the earlier.
-
-    Raises:
-        ValueError: they do not fit together.
-    """
-    names = ("default", kind, f"{kind} {model}")
-    given = {f: getattr(entries[n], f) for n in names if n in entries for f in entries[n].model_fields_set}
-    if kind not in TRAINING:  # one process each; `default` may ask for more, for the training stages
-        given = {f: v for f, v in given.items() if f not in ("processes", "nodes", "parallel") and (f, v) != ("teacher", "sharded")}
-    return Resources.model_validate(given)
-
-
-def check_entries(entries: dict[str, Resources], models: dict[str, object]) -> None:
-    """Raise where an entry's name is not `default`, a kind, or a kind and a model, or asks for what its kind has not."""
-    for name, entry in entries.items():
-        kind, _, model = name.partition(" ")
-        if name != "default" and kind not in KINDS:
-            raise ValueError(f"resources.{name} is neither `default` nor a kind of stage; the kinds are {', '.join(KINDS)}")
-        if model and model not in models:
-            raise ValueError(f"resources.{name} names `{model}`, which is not a model; the recipe has {', '.join(models)}")
-        if kind in KINDS and kind not in TRAINING and entry.processes > 1:
-            raise ValueError(f"resources.{name}.processes is {entry.processes}, but a stage of kind {kind} is one process; leave it out")

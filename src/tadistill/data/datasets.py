@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.config import Data, DataRef
+from tadistill.config.recipe import World
 from tadistill.data import hub, tinyworld
 from tadistill.errors import DataError
 
@@ -84,18 +85,26 @@ def load(ref: DataRef, role: str, data: Data) -> list[Example]:
     Raises:
         DataError: the set is missing or empty, or a row lacks a column.
     """
-    limit = getattr(data.limit, role)
-    examples = [_example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, data), limit))]
+    return read(ref, role, world=data.world, root=data.root, limit=getattr(data.limit, role))
+
+
+def read(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> list[Example]:
+    """Return the first `limit` examples of a split, or all; `load` without a recipe.
+
+    Raises:
+        DataError: the set is missing or empty, or a row lacks a column.
+    """
+    examples = [_example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, world, root), limit))]
     if not examples:
         raise DataError(f"data set `{ref.load}` ({ref.split or role}) is empty; give a file with at least one row")
     return examples
 
 
-def texts(ref: DataRef, data: Data) -> Iterator[str]:
-    """The documents of a corpus (column `text`)."""
+def texts(ref: DataRef, *, world: World, root: str | None) -> Iterator[str]:
+    """Yield the documents of a corpus (column `text`)."""
     column = ref.columns.get("text", "text")
-    world = {"seed": data.world.seed, "people": data.world.people}
-    rows = tinyworld.corpus(**world) if ref.load == "tinyworld" else _rows(ref, "train", data, stream=True)
+    own = ref.load == "tinyworld"
+    rows = tinyworld.corpus(seed=world.seed, people=world.people) if own else _rows(ref, "train", world, root, stream=True)
     for i, row in enumerate(rows):
         if column not in row:
             raise DataError(_no_column(ref, i, f"`{column}`", row))
@@ -106,7 +115,7 @@ def fingerprint(ref: DataRef, role: str, data: Data) -> str:
     """What the split's content is known by in a stage's key: a digest of the file, a world's identity, or hub id@revision."""
     if ref.load in tinyworld.SPLITS:
         return f"{tinyworld.fingerprint(seed=data.world.seed, people=data.world.people)}:{ref.load}:{ref.split or role}"
-    path = _local_file(ref, role, data)
+    path = _local_file(ref, role, data.root)
     if path is None:
         return f"hub:{ref.load}@{ref.revision}:{ref.split or role}"
     return f"file:{_digest(path, path.stat().st_mtime_ns)}"
@@ -117,15 +126,14 @@ def _digest(path: Path, mtime_ns: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _rows(ref: DataRef, role: str, data: Data, *, stream: bool = False) -> Iterator[dict[str, Any]]:
+def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bool = False) -> Iterator[dict[str, Any]]:
     """The rows of a split; `stream` reads a hub data set from the network as far as it is asked for, where the whole is not wanted."""
     split = ref.split or role
     if ref.load in tinyworld.SPLITS:
-        world = {"seed": data.world.seed, "people": data.world.people}
         if split in tinyworld.SPLITS[ref.load]:
-            return iter(tinyworld.rows(ref.load, split, **world))
+            return iter(tinyworld.rows(ref.load, split, seed=world.seed, people=world.people))
         raise DataError(f"data set `{ref.load}` has no split `{split}`; it has {', '.join(tinyworld.SPLITS[ref.load])}")
-    path = _local_file(ref, role, data)
+    path = _local_file(ref, role, root)
     if path is not None:
         return _read_jsonl(path)
     repository, file = _on_hub(ref, split)
@@ -138,7 +146,7 @@ def on_hub(ref: DataRef, role: str, data: Data) -> tuple[str, str | None] | None
     Raises:
         DataError: there is no such data set.
     """
-    if ref.load in tinyworld.SPLITS or _local_file(ref, role, data) is not None:
+    if ref.load in tinyworld.SPLITS or _local_file(ref, role, data.root) is not None:
         return None
     return _on_hub(ref, ref.split or role)
 
@@ -154,10 +162,10 @@ def _on_hub(ref: DataRef, split: str) -> tuple[str, str | None]:
     return ref.load, None
 
 
-def _local_file(ref: DataRef, role: str, data: Data) -> Path | None:
+def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
     """The file on this disk that holds the split, if there is one."""
     split = ref.split or role
-    root = data.root or os.environ.get("TADISTILL_DATA")
+    root = root or os.environ.get("TADISTILL_DATA")
     folders = [Path(ref.load)]
     if root and ref.load in NAMED:
         folders.append(Path(root) / NAMED[ref.load].folder)

@@ -12,9 +12,11 @@ from tadistill.config.method import apply
 from tadistill.config.objective import CrossEntropy, MiniLLM
 from tadistill.config.sampling import DatasetSampler, OnPolicy
 from tadistill.errors import ConfigError
-from tadistill.plan.builder import Stages
+from tadistill.plan.builder import StageBuilder
 from tadistill.plan.costs import Ledger
-from tadistill.plan.graph import Graph, Handle, Stage
+from tadistill.plan.graph import Graph, Stage
+from tadistill.plan.inputs import FromStage, Handle
+from tadistill.plan.layout import check_entries
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,11 @@ def make_plan(recipe: Recipe) -> Plan:
 
 class _Planner:
     def __init__(self, recipe: Recipe):
+        check_entries(recipe)
         self.recipe = recipe
         self.graph = Graph()
         self.ledger = Ledger(recipe)
-        self.stages = Stages(recipe, self.graph, self.ledger, self._model_of)
+        self.stages = StageBuilder(recipe, self.graph, self.ledger, self._model_of)
         self.teacher = original_teacher(recipe)
         self.making: list[str] = []
         """Arms whose model is being made, each for a tempered model of the one before."""
@@ -103,7 +106,7 @@ class _Planner:
         for measured in (evaluate, analyse, *also.values()):
             for key in measured.values():
                 self.graph.mark(key, name)
-        final = {seed: of_path[-1].get("stage") for seed, of_path in models.items()}
+        final = {seed: _stage(of_path[-1]) for seed, of_path in models.items()}
         first = self.recipe.seeds[0]
         return PlannedArm(name, arm, made[first][1], final, evaluate, analyse, also, self.graph.flops(final[first]))
 
@@ -120,13 +123,13 @@ class _Planner:
                 return [made[only]], method
             method = self._method(name, arm, only, scale)
             more = Sft(optim=method.optim, select=method.select)
-            return [{"stage": self.stages.sft(only, made[only], more, self.stages.seed(only, seed), continues=True)}], method
+            return [self.stages.sft(only, made[only], more, self.stages.seed(only, seed), continues=True)], method
         taught: list[str] = []
         for path in arm.path:
             for i, model in enumerate(path[1:], 1):
                 method = self._method(name, arm, model, scale / arm.learners.count(model))
                 teachers = [(m, made[m]) for m in (path[:i] if method.dense else path[i - 1 : i])]
-                made[model] = {"stage": self.stages.distill(teachers, model, made[model], method, seed, taught.count(model))}
+                made[model] = self.stages.distill(teachers, model, made[model], method, seed, taught.count(model))
                 taught.append(model)
         return [made[m] for m in arm.last], method
 
@@ -195,7 +198,8 @@ class _Planner:
             raise ConfigError(f"arms.{name} has `compute`, which works for a direct path (A > B); its path is {arm.text}")
         trial = _Planner(self.recipe)
         trial.ledger = trial.stages.ledger = self.ledger  # what it has read serves both
-        final = trial._models(name, arm, self.recipe.seeds[0], 1.0)[0][-1]["stage"]
+        final = _stage(trial._models(name, arm, self.recipe.seeds[0], 1.0)[0][-1])
+        assert final is not None
         total, last = trial.graph.flops(final), trial.graph.stages[final].flops
         if target is None or total is None or last is None:
             raise ConfigError(
@@ -210,7 +214,7 @@ class _Planner:
 class _Made(dict[str, Handle]):
     """The models of an arm as they are by now: fine-tuned when they are first asked for, then as the arm has taught them."""
 
-    def __init__(self, stages: Stages, arm: Arm, seed: int):
+    def __init__(self, stages: StageBuilder, arm: Arm, seed: int):
         self.stages, self.arm, self.seed = stages, arm, seed
 
     def __missing__(self, model: str) -> Handle:
@@ -237,6 +241,11 @@ def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) 
         for above, name in combinations(models, 2)
     }
     return ProbePlan(Plan(recipe, planner.teacher, planner.graph.stages, []), alone, beside)
+
+
+def _stage(handle: Handle) -> str | None:
+    """Return the key of the stage that makes this very model; None if it is used as loaded, pruned or tempered."""
+    return handle.stage if isinstance(handle, FromStage) else None
 
 
 def original_teacher(recipe: Recipe) -> str | None:

@@ -1,27 +1,66 @@
-"""Whether a stage can be laid out over its processes as the recipe's `resources` say. Imports no torch."""
+"""The resources of each stage: what a recipe's `resources` say about it, and whether the stage can run on them."""
 
-from tadistill.config import Method, Recipe
-from tadistill.config.resources import TRAINING, Resources, resources_of
-from tadistill.config.sampling import DatasetSampler, OnPolicy, SpeculativeSampler, TeacherMixedSampler
+from pydantic import ValidationError
+
+from tadistill.config import Recipe
+from tadistill.config.resources import Resources
+from tadistill.config.sampling import OnPolicy, SpeculativeSampler, TeacherMixedSampler
 from tadistill.errors import ConfigError
 from tadistill.plan.graph import Stage
+from tadistill.plan.specs import KINDS, TrainingSpec
+
+_SEVERAL = ("processes", "nodes", "parallel")  # settings of stages that several processes share
+
+
+def check_entries(recipe: Recipe) -> None:
+    """Check the names in `resources`: each is `default`, a kind of stage, or a kind and a model.
+
+    Raises:
+        ConfigError: a name is none of these, or asks for several processes for a kind that uses one.
+    """
+    kinds = [kind for kind, spec in KINDS.items() if spec.in_recipes]
+    for name, entry in recipe.resources.items():
+        kind, _, model = name.partition(" ")
+        if name != "default" and kind not in kinds:
+            raise ConfigError(f"resources.{name} is neither `default` nor a kind of stage; the kinds are {', '.join(kinds)}")
+        if model and model not in recipe.models:
+            raise ConfigError(f"resources.{name} names `{model}`, which is not a model; the recipe has {', '.join(recipe.models)}")
+        if kind in kinds and not KINDS[kind].trains and entry.processes > 1:
+            raise ConfigError(f"resources.{name}.processes is {entry.processes}, but a stage of kind {kind} is one process; leave it out")
+
+
+def resources_of(recipe: Recipe, stage: Stage) -> Resources:
+    """Return what the entries `default`, KIND and `KIND MODEL` say together, the later over the earlier.
+
+    Raises:
+        ConfigError: they do not fit together.
+    """
+    names, entries = ("default", stage.kind, f"{stage.kind} {stage.model}"), recipe.resources
+    given = {f: getattr(entries[n], f) for n in names if n in entries for f in entries[n].model_fields_set}
+    if not stage.trains:  # one process; `default` may ask for more, for the stages that train
+        given = {f: v for f, v in given.items() if f not in _SEVERAL and (f, v) != ("teacher", "sharded")}
+    try:
+        return Resources.model_validate(given)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"resources of `{stage.kind} {stage.model}`, put together from {', '.join(entries)}: {reason}") from error
 
 
 def layout(recipe: Recipe, stage: Stage) -> Resources:
-    """The resources of a stage.
+    """Return the resources of a stage.
 
     Raises:
         ConfigError: the batch cannot be shared by the processes, or what must be whole on each would be cut.
     """
-    given, spec = resources_of(recipe.resources, stage.kind, stage.model), stage.spec
-    if stage.kind not in TRAINING:
+    given, spec = resources_of(recipe, stage), stage.spec
+    if not isinstance(spec, TrainingSpec):
         return given
-    if spec["optim"]["batch"] % given.processes:
+    if spec.optim.batch % given.processes:
         raise ConfigError(
-            f"{stage.label}: optim.batch {spec['optim']['batch']} is not a multiple of the {given.processes} processes that resources give "
+            f"{stage.label}: optim.batch {spec.optim.batch} is not a multiple of the {given.processes} processes that resources give "
             "it; change one of them"
         )
-    sampler = Method.model_validate(spec["method"]).sampler if "method" in spec else DatasetSampler()
+    sampler = spec.method.sampler
     guided = isinstance(sampler, SpeculativeSampler) or (isinstance(sampler, TeacherMixedSampler) and sampler.alpha > 0)
     if given.teacher == "sharded" and guided:
         raise ConfigError(
@@ -30,7 +69,7 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
         )
     if given.parallel == "fsdp" and isinstance(sampler, OnPolicy) and sampler.engine == "vllm":
         raise ConfigError(f"{stage.label}: resources say parallel fsdp, but engine vllm needs the whole student; set parallel: ddp")
-    if given.parallel == "fsdp" and "lora" in spec:
+    if given.parallel == "fsdp" and spec.lora:
         raise ConfigError(
             f"{stage.label}: resources say parallel fsdp, but lora merges whole weights; set parallel: ddp, adapters have few gradients"
         )

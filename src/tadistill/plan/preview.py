@@ -60,7 +60,7 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
     for stage in plan.stages.values():
         done = store.finished(stage.key)
         parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
-        flops = "–" if stage.kind in ("evaluate", "analyse") else _flops(stage.flops)
+        flops = "–" if stage.measures else _flops(stage.flops)
         state = "[green]hit[/]" if done else "[yellow]miss[/]"
         memory = f"{stage.cost.memory / 1e9:.2g} GB" if stage.cost and stage.cost.memory else "–"
         label = _cut(stage.label, width - (90 if width >= _WIDE else 62))

@@ -1,24 +1,22 @@
-"""What a worker process or a job is told about its stage: plain data that can be pickled. Imports no torch."""
+"""A stage as a worker process or a cluster job receives it: data that can be pickled."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from tadistill.config.resources import Resources, resources_of
+from tadistill.config.resources import Resources
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Stage
+from tadistill.plan.layout import resources_of
+from tadistill.plan.specs import Spec
 from tadistill.store import Store
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker needs to run one stage."""
+    """Everything that a worker needs to run one stage."""
 
-    kind: str
+    spec: Spec
     key: str
-    spec: dict[str, Any]
-    parents: dict[str, str]
     label: str
-    steps: int | None
     store: str
     study: str
     data_root: str | None
@@ -29,19 +27,16 @@ class Task:
 
 
 def make_task(plan: Plan, stage: Stage, store: Store) -> Task:
-    """The task of a planned stage."""
+    """Return the task of a planned stage."""
     recipe = plan.recipe
     return Task(
-        stage.kind,
-        stage.key,
-        stage.spec,
-        stage.parents,
-        stage.label,
-        stage.steps,
-        str(store.root),
-        recipe.study,
-        recipe.data.root,
-        recipe.runtime.checkpoint_seconds,
-        recipe.runtime.trackers,
-        resources_of(recipe.resources, stage.kind, stage.model),
+        spec=stage.spec,
+        key=stage.key,
+        label=stage.label,
+        store=str(store.root),
+        study=recipe.study,
+        data_root=recipe.data.root,
+        checkpoint_seconds=recipe.runtime.checkpoint_seconds,
+        trackers=recipe.runtime.trackers,
+        resources=resources_of(recipe, stage),
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tadistill.plan.specs import TRAINING
 from tadistill.results.collect import Results
 from tadistill.results.files import Arm, is_finished, load_metrics
 
@@ -40,7 +41,7 @@ def learning_curves(results: Results) -> list[Curve]:
                 groups.setdefault((arm.name, arm.name), {})[seed] = key
                 finals.add(key)
     for stage in results.plan.stages:
-        if stage.kind in ("sft", "distill") and stage.key not in finals:
+        if stage.kind in TRAINING and stage.key not in finals:
             groups.setdefault((None, _without_seed(stage.label)), {})[stage.seed] = stage.key
     curves: list[Curve] = []
     for (arm_name, name), keys in groups.items():
@@ -57,7 +58,7 @@ def last_dev_value(results: Results, arm: Arm, model: str, metric: str) -> float
     """The mean over seeds of a model's last dev value on the arm's path; None where no stage logged one."""
     last: dict[int, float] = {}
     for stage in results.plan.stages:  # a model's distillation comes after its fine-tuning, and so wins
-        trains_it = arm.name in stage.arms and stage.model == model and stage.kind in ("sft", "distill")
+        trains_it = arm.name in stage.arms and stage.model == model and stage.kind in TRAINING
         if trains_it and is_finished(results.store_dir, stage.key):
             points = load_metrics(results.store_dir, stage.key).get(f"dev/{metric}")
             if points:

@@ -14,6 +14,7 @@ from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
+from tadistill.plan.layout import check_entries
 from tadistill.runner.workers import run_stages
 from tadistill.store import store_of
 
@@ -27,6 +28,7 @@ def run(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "",
     console = console or Console()
     if not recipe.arms:
         raise ConfigError(f"{recipe.study} has no arms, so there is nothing to run; add arms, or look for a path with `tadistill search`")
+    check_entries(recipe)  # before models are downloaded
     fetch_models(recipe, console)
     plan = make_plan(recipe)
     store = store_of(runs)

@@ -14,6 +14,8 @@ from tadistill.models.counting.cost import spans
 from tadistill.plan import costs, throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Graph, Stage
+from tadistill.plan.inputs import FromStage, Handle, Loaded, Output, Split
+from tadistill.plan.specs import DistillSpec, GenerateSpec, SignalSpec, Spec, TemperSpec, TrainingSpec
 from tadistill.plan.task import Task
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
@@ -48,32 +50,52 @@ def _speeds(plan: Plan, stage: Stage, manifest: dict[str, Any]) -> dict[str, flo
 
 def _run(plan: Plan, stage: Stage, directory: Path) -> dict[str, Any]:
     """The manifest of the stage's first updates."""
-    spec: dict[str, Any] = stage.spec | {role: _origin(plan, stage.spec[role]) for role in ("student", "teacher") if role in stage.spec}
-    if "assistants" in spec:
-        spec["assistants"] = [_origin(plan, handle) for handle in spec["assistants"]]
-    graph, trains = Graph(), "optim" in spec
-    if trains:
-        spec["optim"] = spec["optim"] | {"steps": _UPDATES}
-        spec["select"] = spec["select"] | {"every": _UPDATES}
-    else:
-        spec["train_limit"] = min(spec["train_limit"] or _ROWS, _ROWS)
-    for role in ("signal", "responses"):
-        if role in spec:
-            spec["train_limit"] = min(spec["train_limit"] or _ROWS, _ROWS)
-            before = plan.stages[spec[role]["stage"]]
-            reduced = before.spec | {"teacher": spec["teacher"], "train_limit": spec["train_limit"]}
-            spec[role] = {"stage": graph.add(before.kind, reduced, before.label, before.model, before.seed, None)}
-    last = graph.add(stage.kind, spec, stage.label, stage.model, stage.seed, None, _UPDATES if trains else None)
+    graph = Graph()
+    spec = _reduced(plan, stage.spec, graph)
+    last = graph.add(spec, stage.label, stage.model, stage.seed, None)
     root = plan.recipe.data.root
     for each in graph.stages.values():
-        task = Task(each.kind, each.key, each.spec, each.parents, each.label, each.steps, str(directory), "measure", root, 1e9, ())
+        task = Task(each.spec, each.key, each.label, str(directory), "measure", root, 1e9, ())
         run_stage(task, progress=lambda done, total, text: None, alarm=lambda text: None, stop=lambda: False)
     return Store(directory).manifest(last)
 
 
-def _origin(plan: Plan, handle: dict[str, Any]) -> dict[str, Any]:
-    """Where a model's weights come from before the study trains it."""
-    if "stage" in handle:
-        spec = plan.stages[handle["stage"]].spec
-        return _origin(plan, spec.get("student") or spec["teacher"])  # a tempered teacher's stage has no student
-    return handle | {"of": _origin(plan, handle["of"])} if "of" in handle else handle
+def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
+    """Return the stage's settings with a few updates or rows, and with models that the study did not train.
+
+    Parents that it reads text or signals of are added to the graph, as small.
+    """
+    if isinstance(spec, GenerateSpec | SignalSpec):
+        return spec.model_copy(update={"teacher": _origin(plan, spec.teacher), "train": _few(spec.train)})
+    assert isinstance(spec, TrainingSpec)
+    changes: dict[str, Any] = {
+        "student": _origin(plan, spec.student),
+        "optim": spec.optim.model_copy(update={"steps": _UPDATES}),
+        "select": spec.select.model_copy(update={"every": _UPDATES}),
+    }
+    if isinstance(spec, DistillSpec):
+        changes["teacher"] = _origin(plan, spec.teacher)
+        changes["assistants"] = tuple(_origin(plan, handle) for handle in spec.assistants)
+        parents = {"signal": spec.signal, "responses": spec.responses}
+        for role, parent in [(role, plan.stages[p.stage]) for role, p in parents.items() if p]:
+            changes["train"] = _few(spec.train)
+            key = graph.add(_reduced(plan, parent.spec, graph), parent.label, parent.model, parent.seed, None)
+            changes[role] = Output(stage=key)
+    return spec.model_copy(update=changes)
+
+
+def _few(split: Split) -> Split:
+    return split.model_copy(update={"limit": min(split.limit or _ROWS, _ROWS)})
+
+
+def _origin(plan: Plan, handle: Handle) -> Handle:
+    """Return where a model's weights come from before the study trains it."""
+    if isinstance(handle, Loaded):
+        return handle
+    if not isinstance(handle, FromStage):
+        return handle.model_copy(update={"of": _origin(plan, handle.of)})
+    spec = plan.stages[handle.stage].spec
+    if isinstance(spec, TrainingSpec):
+        return _origin(plan, spec.student)
+    assert isinstance(spec, TemperSpec)
+    return _origin(plan, spec.teacher)

@@ -246,7 +246,7 @@ class _Training:
     def measure(self, asked: Round, sign: int) -> dict[ModelPath, float]:
         """Train a round and return the quality of every path, higher is better."""
         plan = make_plan(_round_recipe(self.recipe, asked.paths, asked.share))
-        stages = {key: stage for key, stage in plan.stages.items() if stage.kind not in ("evaluate", "analyse")}
+        stages = {key: stage for key, stage in plan.stages.items() if not stage.measures}
         missing = sum(not self.store.finished(key) for key in stages)
         share = "" if asked.share == 1 else f" at {asked.share:.0%} of their updates"
         count = f"{len(asked.paths)} path{'s' * (len(asked.paths) > 1)}{share}"

@@ -1,31 +1,35 @@
-"""The stages that measure: evaluate (a model by itself) and analyse (beside the original teacher and its path's assistants).
+"""The stages that measure models: evaluate and analyse on the test sets, probe and pair on dev prompts.
 
-What an interrupted stage has finished, the answers of a set under a decoding seed or the analysis of a set, is kept in parts/.
+An interrupted evaluate or analyse stage keeps what it has finished in parts/: the answers of a set under a decoding seed, or the analysis
+of a set. Probe and pair come before any distillation. They write one number per prompt and measure, from which standard errors and paired
+differences can be taken later.
 """
 
 from typing import Any
 
 from tadistill.config import Evaluate
-from tadistill.data.batch import Sequence
+from tadistill.data.batch import Sequence, references
 from tadistill.disk import read_json, read_jsonl, write_json, write_rows
 from tadistill.evaluation.analysis import analyse as analyse_set
+from tadistill.evaluation.pairing import beside
 from tadistill.evaluation.run import EvalSet, generate, score
-from tadistill.evaluation.scoring import Subject
+from tadistill.evaluation.scoring import Subject, means
+from tadistill.plan.inputs import Output
+from tadistill.plan.specs import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.stages.context import ANSWERS, Context, make_subject, stop_if_asked
 
 
-def evaluate(context: Context) -> dict[str, Any]:
-    """Answers to every test set under every decoding seed, and what they and the references score."""
-    spec = context.spec
-    settings = Evaluate.model_validate(spec["decoding"])
-    model, tokenizer = context.model(spec["model"])
+def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
+    """Write answers to every test set under every decoding seed, and their scores and those of the references."""
+    spec, settings = context.spec, context.spec.decoding
+    model, tokenizer = context.model(spec.model)
     subject = make_subject(model.eval(), tokenizer)
-    sets = context.test_sets(tokenizer)
+    sets = [context.split(split, tokenizer) for split in spec.sets]
     answers = _answers(context, subject, sets, settings)
     scores, corpus, predictions = {}, {}, []
     for data in sets:
         stop_if_asked(context)
-        found = score(subject, data, settings, answers[data.name], read_references=spec["references"])
+        found = score(subject, data, settings, answers[data.name], read_references=spec.references)
         scores[data.name], corpus[data.name] = found.scores, found.corpus
         predictions += found.records
     write_rows(context.folder / "predictions.jsonl", predictions)
@@ -42,14 +46,14 @@ def evaluate(context: Context) -> dict[str, Any]:
 
 
 def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: Evaluate) -> dict[str, dict[int, list[Sequence]]]:
-    """Set -> decoding seed -> answers."""
+    """Return set -> decoding seed -> answers."""
     total, done, ends = sum(len(s.encoded) for s in sets) * len(settings.seeds), 0, 0
 
     def tick(count: int) -> None:
         nonlocal done
         done += count
         context.progress(done, total, "answers")
-        if done < ends:  # inside a part, which may take longer than the time that a signal leaves
+        if done < ends:  # within a part, which may take longer than the time that a signal leaves
             stop_if_asked(context)
 
     found: dict[str, dict[int, list[Sequence]]] = {}
@@ -69,22 +73,22 @@ def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: 
     return found
 
 
-def analyse(context: Context) -> dict[str, Any]:
-    """Divergence from the original teacher, the error budget of the path, exposure bias."""
+def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
+    """Write the divergence from the original teacher, the error budget of the path, and the exposure bias."""
     spec = context.spec
-    model, tokenizer = context.model(spec["model"])
-    teacher, _ = context.teacher()
-    assistants = [context.model(handle)[0].eval() for handle in spec["assistants"]]
+    model, tokenizer = context.model(spec.model)
+    teacher, _ = context.frozen(spec.teacher)
+    assistants = [context.model(handle)[0].eval() for handle in spec.assistants]
     subject = make_subject(model.eval(), tokenizer, teacher, *assistants)
-    sets = context.test_sets(tokenizer)
-    own, of_teacher = (_read_answers(context, spec[role]["stage"], sets) for role in ("answers", "teacher_answers"))
+    sets = [context.split(split, tokenizer) for split in spec.sets]
+    own, of_teacher = (_read_answers(context, answers, sets) for answers in (spec.answers, spec.teacher_answers))
     scores, exposure = {}, {}
     for done, data in enumerate(sets):
         part = context.folder / "parts" / f"{data.name}.json"
         if not part.is_file():
             stop_if_asked(context)
             answers = own[data.name], of_teacher[data.name]
-            write_json(part, analyse_set(subject, data, *answers, teacher=teacher, assistants=assistants, batch=spec["batch"]))
+            write_json(part, analyse_set(subject, data, *answers, teacher=teacher, assistants=assistants, batch=spec.batch))
         scores[data.name], exposure[data.name] = read_json(part)
         context.progress(done + 1, len(sets), "sets")
     write_json(context.folder / "scores.json", scores)
@@ -92,11 +96,57 @@ def analyse(context: Context) -> dict[str, Any]:
     return {}
 
 
-def _read_answers(context: Context, stage: str, sets: list[EvalSet]) -> dict[str, dict[int, list[Sequence]]]:
-    """The answers of an evaluate stage, in the order of the sets' prompts."""
+def _read_answers(context: Context, answers: Output, sets: list[EvalSet]) -> dict[str, dict[int, list[Sequence]]]:
+    """Return the answers of an evaluate stage, in the order of the sets' prompts."""
     found: dict[str, dict[int, list[Sequence]]] = {}
     prompts = {data.name: {e.row: e.prompt for e in data.encoded} for data in sets}
-    for row in read_jsonl(context.store.folder(stage) / ANSWERS):
+    for row in read_jsonl(context.store.folder(answers.stage) / ANSWERS):
         of_seed = found.setdefault(row["set"], {}).setdefault(row["seed"], [])
         of_seed.append(Sequence(prompts[row["set"]][row["index"]], tuple(row["tokens"])))
     return found
+
+
+# --- before any distillation -------------------------------------------------------------------------------------------
+
+
+def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
+    """Write a model's own answers to the dev prompts, and their scores and those of the references."""
+    spec, settings = context.spec, context.spec.decoding
+    (seed,) = settings.seeds
+    model, tokenizer = context.model(spec.model)
+    subject = make_subject(model.eval(), tokenizer)
+    dev = context.split(spec.dev, tokenizer)
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        context.progress(done, len(dev.encoded), "answers")
+        if done < len(dev.encoded):
+            stop_if_asked(context)
+
+    answers = generate(subject, dev, settings, seed, tick)
+    found = score(subject, dev, settings, {seed: answers})
+    write_rows(context.folder / ANSWERS, [{"index": e.row, "tokens": a.response} for e, a in zip(dev.encoded, answers, strict=True)])
+    write_json(context.folder / "scores.json", {name: [row[0] for row in rows] for name, rows in found.scores.items()})
+    return {"prompts": len(dev.encoded)}
+
+
+def pair(context: Context[PairSpec]) -> dict[str, Any]:
+    """Compare a learner with a bigger model, on the learner's own answers and on the references."""
+    spec = context.spec
+    model, tokenizer = context.model(spec.model)
+    teacher, _ = context.frozen(spec.teacher)
+    subject = make_subject(model.eval(), tokenizer, teacher)
+    dev = context.split(spec.dev, tokenizer)
+    own = _own_answers(context, spec.answers, dev)
+    stop_if_asked(context)
+    found = beside(subject, teacher, own=own, references=references(dev.encoded), k=spec.k, batch=spec.batch)
+    write_json(context.folder / "scores.json", {name: means(values).tolist() for name, values in found.items()})
+    return {"prompts": len(dev.encoded)}
+
+
+def _own_answers(context: Context, answers: Output, dev: EvalSet) -> list[Sequence]:
+    """Return the learner's answers in its probe, in the order of the prompts."""
+    tokens = {row["index"]: tuple(row["tokens"]) for row in read_jsonl(context.store.folder(answers.stage) / ANSWERS)}
+    return [Sequence(e.prompt, tokens[e.row]) for e in dev.encoded]

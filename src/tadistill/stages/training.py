@@ -1,4 +1,4 @@
-"""A training stage, sft or distill: models, sampler and step come together and go through the loop."""
+"""The stages that train, sft and distill: they join models, sampler and step, and run the training loop."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +10,7 @@ from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill import rng
-from tadistill.config import Evaluate, Method, Optim
-from tadistill.config.method import Dense, Select
-from tadistill.config.model import Lora
+from tadistill.config import Method, Optim
 from tadistill.config.objective import CrossEntropy
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.data.batch import Sequence, references
@@ -22,6 +20,8 @@ from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import end_tokens, save_model, shared_vocabulary
 from tadistill.models.lora import adapt, merged
 from tadistill.models.recomputing import recompute_layers
+from tadistill.plan.inputs import Output
+from tadistill.plan.specs import DistillSpec, SftSpec, TrainingSpec
 from tadistill.plan.throughput import machine
 from tadistill.rollout.engine import Engine, Native
 from tadistill.rollout.rounds import on_policy
@@ -34,18 +34,17 @@ from tadistill.train.sharding import weights
 from tadistill.train.step import make_step
 
 
-def train(context: Context) -> dict[str, Any]:
-    """An sft or distill stage: trains, keeps the selected checkpoint, saves it as a Hugging Face directory."""
+def train(context: Context[TrainingSpec]) -> dict[str, Any]:
+    """Train, keep the selected checkpoint, and save it as a Hugging Face directory."""
     spec = context.spec
-    optim, select = Optim.model_validate(spec["optim"]), Select.model_validate(spec["select"])
-    method = Method.model_validate(spec["method"]) if "method" in spec else Method(objective=CrossEntropy())
-    dense = Dense.model_validate(spec["dense"]) if "dense" in spec else None
-    method = method.model_copy(update={"optim": optim, "select": select, "dense": dense})
+    method, optim = spec.method, spec.optim
+    distill = spec if isinstance(spec, DistillSpec) else None
     accelerator = _accelerator(context, optim)
     student, tokenizer, save = _student(context, optim)
-    handles = [spec["teacher"], *spec.get("assistants", ())] if _needs_teacher(method) else []
+    handles = (distill.teacher, *distill.assistants) if distill and _needs_teacher(method) else ()
     teachers = tuple(context.frozen(handle, teacher_dtype(optim.precision))[0] for handle in handles)
-    signals = Signals(context.store.folder(spec["signal"]["stage"]) / SIGNAL, context.device) if "signal" in spec else None
+    recorded = distill.signal if distill else None
+    signals = Signals(context.store.folder(recorded.stage) / SIGNAL, context.device) if recorded else None
     vocab = shared_vocabulary(tokenizer, student, *teachers)
     if signals and signals.head:
         vocab = min(vocab, len(signals.head.weight))
@@ -53,22 +52,20 @@ def train(context: Context) -> dict[str, Any]:
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
     student.train(not isinstance(method.sampler, OnPolicy))
     hooks = Hooks(
-        evaluate=_dev(
-            context, Subject(student, tokenizer, vocab, end_tokens(student, tokenizer)), select, teachers[0] if teachers else None
-        ),
+        evaluate=_dev(context, Subject(student, tokenizer, vocab, end_tokens(student, tokenizer)), teachers[0] if teachers else None),
         progress=lambda done, text: context.progress(done, optim.steps or 1, text),
         alarm=context.alarm,
         stop=context.stop,
         keep=lambda step, whole: save(context.folder / f"{MODEL}-{step}", whole),
-        kept=frozenset(spec.get("keep", ())),
+        kept=frozenset(spec.keep if isinstance(spec, SftSpec) else ()),
     )
     state = train_stage(
         student,
-        make_step(method, student, teachers, vocab, seed=spec["seed"]),
+        make_step(method, student, teachers, vocab, seed=spec.seed),
         sampler,
         optim=optim,
-        select=select,
-        seed=spec["seed"],
+        select=spec.select,
+        seed=spec.seed,
         accelerator=accelerator,
         directory=context.folder,
         hooks=hooks,
@@ -90,20 +87,20 @@ def train(context: Context) -> dict[str, Any]:
 _Save = Callable[[Path, dict[str, torch.Tensor]], None]
 
 
-def _student(context: Context, optim: Optim) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Save]:
-    """What is trained, its tokenizer, and how it becomes an ordinary directory, by its whole weights or with its adapters merged."""
+def _student(context: Context[TrainingSpec], optim: Optim) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Save]:
+    """Return the student, its tokenizer, and the function that saves it: from its whole weights, or with its adapters merged."""
     spec = context.spec
-    student, tokenizer = context.model(spec["student"])
+    student, tokenizer = context.model(spec.student)
     if optim.gradient_checkpointing:
         recompute_layers(student)
-    if "lora" not in spec:
+    if spec.lora is None:
         return student, tokenizer, lambda folder, whole: save_model(student, tokenizer, folder, whole)
-    tuner = adapt(student, Lora.model_validate(spec["lora"]), seed=rng.torch_seed(spec["seed"], "adapters"))
+    tuner = adapt(student, spec.lora, seed=rng.torch_seed(spec.seed, "adapters"))
     return student, tokenizer, lambda folder, _: save_model(merged(tuner), tokenizer, folder)
 
 
 def _counts(method: Method, devices: int) -> dict[str, Any]:
-    """What the recipe's global numbers mean on this number of devices."""
+    """Return the recipe's global numbers, and what they are on each of this number of devices."""
     batch, sampler = method.optim.batch, method.sampler
     found: dict[str, Any] = {"devices": devices, "batch": batch, "batch_per_device": batch // devices}
     if isinstance(sampler, Rounds):
@@ -128,7 +125,7 @@ def _accelerator(context: Context, optim: Optim) -> Accelerator:
 
 
 def _sampler(
-    context: Context,
+    context: Context[TrainingSpec],
     method: Method,
     student: PreTrainedModel,
     teachers: tuple[PreTrainedModel, ...],
@@ -137,16 +134,19 @@ def _sampler(
     signals: Signals | None,
     accelerator: Accelerator,
 ) -> Sampler:
+    """Return the source of training batches."""
     spec, eos = context.spec, tokenizer.eos_token_id
     assert isinstance(eos, int)
-    common: dict[str, Any] = {"pad": eos, "seed": spec["seed"], "shard": Shard(accelerator.process_index, accelerator.num_processes)}
-    train = context.split("train", spec["train"]["ref"], spec["train_limit"], tokenizer)
-    texts = _responses(context, spec["responses"]["stage"]) if "responses" in spec else references(train.encoded)
+    distill = spec if isinstance(spec, DistillSpec) else None
+    common: dict[str, Any] = {"pad": eos, "seed": spec.seed, "shard": Shard(accelerator.process_index, accelerator.num_processes)}
+    train = context.split(spec.train, tokenizer)
+    texts = _responses(context, distill.responses) if distill and distill.responses else references(train.encoded)
     config = method.sampler
     if not isinstance(config, OnPolicy):
         return FixedSequences(texts, method.optim, signals=signals, **common)
     common["engine"] = _engine(context, config, student, tokenizer, vocab)
-    return on_policy(method, texts, train.encoded, teachers=teachers, vocab=vocab, corpus=context.corpus(tokenizer), **common)
+    plain = context.corpus(distill.corpus if distill else None, tokenizer)
+    return on_policy(method, texts, train.encoded, teachers=teachers, vocab=vocab, corpus=plain, **common)
 
 
 def _engine(context: Context, config: OnPolicy, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Engine:
@@ -156,22 +156,22 @@ def _engine(context: Context, config: OnPolicy, student: PreTrainedModel, tokeni
     return Native(student, config, eos=eos, vocab=vocab, chunk=config.chunk)
 
 
-def _dev(context: Context, subject: Subject, select: Select, teacher: PreTrainedModel | None) -> Callable[[], dict[str, float]]:
-    """The dev evaluation of a training stage."""
-    if select.metric == "last":
+def _dev(context: Context[TrainingSpec], subject: Subject, teacher: PreTrainedModel | None) -> Callable[[], dict[str, float]]:
+    """Return the dev evaluation of a training stage; it measures nothing if no dev metric selects."""
+    spec = context.spec
+    if spec.dev is None or spec.decoding is None:
         return dict
-    data = context.split("dev", context.spec["dev"]["ref"], context.spec["dev_limit"], subject.tokenizer)
-    settings = Evaluate.model_validate(context.spec["decoding"])
-    return lambda: dev_metrics(subject, data, settings, select.metric, teacher=teacher)
+    data, settings, metric = context.split(spec.dev, subject.tokenizer), spec.decoding, spec.select.metric
+    return lambda: dev_metrics(subject, data, settings, metric, teacher=teacher)
 
 
 def _needs_teacher(method: Method) -> bool:
-    """Whether training itself runs the teacher, or selection does."""
+    """Return True if training or selection runs the teacher."""
     if isinstance(method.sampler, Rounds) or method.select.metric == "reverse_kl":
         return True
     return not (isinstance(method.objective, CrossEntropy) or method.signal)
 
 
-def _responses(context: Context, stage: str) -> list[Sequence]:
-    rows = read_jsonl(context.store.folder(stage) / RESPONSES)
+def _responses(context: Context, answers: Output) -> list[Sequence]:
+    rows = read_jsonl(context.store.folder(answers.stage) / RESPONSES)
     return [Sequence(tuple(r["prompt"]), tuple(r["response"])) for r in rows]

@@ -64,8 +64,8 @@ def test_probes_stand_on_the_studys_own_fine_tuning():
         stage = probes.plan.stages[key]
         assert stage.parents["answers"] == probes.alone[learner]
         assert stage.parents["teacher"] == probes.plan.stages[probes.alone[teacher]].parents["model"]
-        assert (stage.spec["dev_limit"], stage.spec["k"]) == (12, TOP_K)
-        assert "sets" not in stage.spec  # no test set
+        assert (stage.spec.dev.limit, stage.spec.k) == (12, TOP_K)
+        assert "sets" not in stage.spec.content()  # no test set
 
 
 def test_a_new_candidate_leaves_the_old_probes():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tests.unit.plan.fakes import spec
 
 from tadistill.cluster import queue, records
 from tadistill.cluster.jobs import Job, Place, arrays
@@ -62,13 +63,13 @@ def test_only_the_job_that_was_submitted_counts(tmp_path):
     assert records.live(chain, segments) == segments["9_0"]
 
 
-def stage(key: str, kind: str = "sft", *, seed: int = 0, **parents: str) -> Stage:
-    return Stage(kind, key, {}, parents, f"{kind} {key}", "s", seed, None)
+def stage(key: str, *parents: str) -> Stage:
+    return Stage(spec("distill", *parents), key, f"distill {key}", "s", 0, None)
 
 
 def test_dependencies_of_arrays():
     def job(key: str, *parents: str) -> Job:
-        return Job((stage(key, **{f"p{i}": p for i, p in enumerate(parents)}),), REQUEST, 0)
+        return Job((stage(key, *parents),), REQUEST, 0)
 
     places = {"t": Place("1"), "a0": Place("2", 0), "a1": Place("2", 1), "b1": Place("3", 1), "c": Place("4")}
     (both,) = arrays([job("x", "t", "a0"), job("y", "t", "a1")], places)

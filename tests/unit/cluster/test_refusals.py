@@ -119,4 +119,4 @@ def test_a_cluster_must_be_named():
 )
 def test_a_recipes_resources(resources, message):
     with pytest.raises(ConfigError, match=message):
-        load(RECIPE, [f"resources={{{resources}}}"])
+        make_plan(load(RECIPE, [f"resources={{{resources}}}"]))

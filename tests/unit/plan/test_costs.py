@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tests.unit.plan.fakes import spec
 
 from tadistill.config import validate
 from tadistill.plan import throughput
@@ -127,21 +128,19 @@ def test_what_the_predictions_copy_from_the_code():
     from tadistill.objectives import fused
     from tadistill.plan.costs import ledger, memory, sheet
     from tadistill.rollout import cache, packed, signals
-    from tadistill.stages import execute
+    from tadistill.stages import teacher
     from tadistill.train import loop, watch
 
     assert passes.COMPACT_BELOW == cache.COMPACT_BELOW
     assert passes.PACKED_FAMILIES == packed._FAMILIES
     assert memory._TILE == fused.TILE_BYTES
-    assert (ledger._ANSWERS, ledger._RECORDED) == (execute._GENERATION_BATCH, signals._BATCH)
+    assert (ledger._ANSWERS, ledger._RECORDED) == (teacher._GENERATION_BATCH, signals._BATCH)
     assert (sheet._LOG_POINTS, sheet._WATCH_EVERY, sheet._WATCHED_ROWS) == (loop._LOG_POINTS, loop._WATCH_EVERY, watch._ROWS)
 
 
 def test_wall_clock_fills_all_workers():
     """A chain of 3 and 2 seconds beside one of 4: 5 s on two workers, 9 s on one."""
-    stages = {
-        name: Stage("sft", name, {}, parents, name, "m", 1, None) for name, parents in (("a", {}), ("b", {"student": "a"}), ("c", {}))
-    }
+    stages = {name: Stage(spec(**parents), name, name, "m", 1, None) for name, parents in (("a", {}), ("b", {"student": "a"}), ("c", {}))}
     takes = {"a": 3.0, "b": 2.0, "c": 4.0}
     assert throughput.wall_clock(stages, takes, 2) == 5
     assert throughput.wall_clock(stages, takes, 1) == 9

@@ -118,7 +118,7 @@ def test_another_decoding_adds_its_stages_and_changes_no_other():
     added = [s for key, s in after.stages.items() if key not in before.stages]
     assert set(before.stages) < set(after.stages)
     assert {s.kind for s in added} == {"evaluate"}
-    assert {(s.spec["decoding"]["temperature"], tuple(s.spec["decoding"]["seeds"])) for s in added} == {(1.0, (10,)), (0.2, (5, 6))}
+    assert {(s.spec.decoding.temperature, s.spec.decoding.seeds) for s in added} == {(1.0, (10,)), (0.2, (5, 6))}
     assert after.arms[0].also.keys() == decodings.keys()
 
 
@@ -157,7 +157,7 @@ def test_pairs_have_a_generate_stage_shared_with_seqkd():
 
 def test_specs_are_plain_data():
     for stage in plan().stages.values():
-        assert json.loads(json.dumps(stage.spec)) is not None
+        assert json.loads(json.dumps(stage.spec.content())) is not None
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,9 @@ def test_adapters_are_part_of_their_models_keys_alone():
     assert list(written.stages) == list(tuned.stages)
     for stage in tuned.stages.values():
         if stage.kind in ("sft", "distill"):
-            assert stage.spec.get("lora") == ({"r": 8, "alpha": 32.0, "dropout": 0.0, "targets": ()} if stage.model == "l" else None)
-            assert "lora" in stage.spec or stage.key in plain.stages or "l ->" in stage.label
+            lora = stage.spec.content().get("lora")
+            assert lora == ({"r": 8, "alpha": 32.0, "dropout": 0.0, "targets": ()} if stage.model == "l" else None)
+            assert lora or stage.key in plain.stages or "l ->" in stage.label
 
 
 def test_adapters_that_do_not_fit_are_found_before_anything_runs(monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 from tests.unit.plan.test_plan import model, plan
 
 from tadistill.errors import ConfigError
+from tadistill.plan.inputs import FromStage
 
 MODELS = {"xl": model(64, seed=1), "l": model(32), "s": model(16)}
 XL = {"optim": {"steps": 10}, "keep": [4]}
@@ -14,15 +15,15 @@ def stages(found, arm: str, kind: str = "distill", seed: int = 1):
 
 
 def specs(found, arm: str, kind: str = "distill") -> list[dict]:
-    return [s.spec for s in stages(found, arm, kind)]
+    return [s.spec.content() for s in stages(found, arm, kind)]
 
 
 def test_a_curriculum_continues_the_student_and_divides_its_updates():
     found = plan(teacher="xl", arms={"weak-then-strong": {"path": "l > s then xl > s", "optim": {"steps": 64}}, "weak": "l > s"})
     first, second = (s for s in stages(found, "weak-then-strong"))
-    assert second.spec["student"] == {"stage": first.key}
+    assert second.spec.student == FromStage(stage=first.key)
     assert [s.steps for s in (first, second)] == [32, 32]
-    assert first.spec["seed"] == 1 != second.spec["seed"]  # other prompts than in the first turn
+    assert first.spec.seed == 1 != second.spec.seed  # other prompts than in the first turn
     assert "(turn 2)" in second.label
 
 
@@ -40,11 +41,11 @@ def test_init_in_an_arm_starts_from_its_taught_assistant():
     taught, last = stages(found, "cascade")
     assert taught.model == "l"
     (sft,) = (s for s in stages(found, "cascade", "sft") if s.model == "s")
-    assert sft.spec["student"]["of"] == {"stage": taught.key}
+    assert sft.spec.student.of == FromStage(stage=taught.key)
     shape = {"layers": 2, "hidden": 16, "intermediate": 32, "heads": 1, "kv_heads": 1}
-    assert sft.spec["student"]["prune"] == shape
-    assert last.spec["student"] == {"stage": sft.key}
-    assert [m["stage"] for m in [last.spec["teacher"]]] == [s.key for s in stages(found, "cascade", "sft") if s.model == "xl"]
+    assert sft.spec.student.prune == shape
+    assert last.spec.student == FromStage(stage=sft.key)
+    assert [last.spec.teacher.stage] == [s.key for s in stages(found, "cascade", "sft") if s.model == "xl"]
 
 
 def test_dense_guidance_has_all_bigger_models():

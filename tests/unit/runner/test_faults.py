@@ -39,7 +39,7 @@ def tasks(root: Path) -> tuple[Task, Task]:
     """A fine-tuning that saves before each update, and an evaluation that stands on it."""
     plan = make_plan(parse(RECIPE, [], source="faults.yaml"))
     made = [replace(make_task(plan, stage, Store(root)), checkpoint_seconds=1e-9) for stage in plan.stages.values()]
-    sft, evaluate = (next(task for task in made if task.kind == kind) for kind in ("sft", "evaluate"))
+    sft, evaluate = (next(task for task in made if task.spec.kind == kind) for kind in ("sft", "evaluate"))
     return sft, evaluate
 
 

@@ -6,15 +6,28 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tadistill.config import DataRef
+from tadistill.config.recipe import World
 from tadistill.disk import write_json
 from tadistill.errors import Interrupted
+from tadistill.plan.inputs import Encoding, Loaded, Split
+from tadistill.plan.specs import TemperSpec
 from tadistill.plan.task import Task
 from tadistill.stages import execute
 from tadistill.store import Store
 
+MODEL = Loaded(load="scratch:gpt2", revision="main", config={}, tokenizer="tinyworld", fingerprint="f")
+SPEC = TemperSpec(
+    data=Encoding(template="plain", max_prompt=8, max_length=16, world=World()),
+    teacher=MODEL,
+    like=MODEL,
+    dev=Split(ref=DataRef(load="tinyworld"), fingerprint="f", role="dev", limit=None),
+    batch=4,
+)
+
 
 def task(root) -> Task:
-    return Task("sft", "ab" + "0" * 14, {}, {}, "sft x", 3, str(root), "t", None, 30.0, ())
+    return Task(SPEC, "ab" + "0" * 14, "temper x", str(root), "t", None, 30.0, ())
 
 
 def run(root, heard: list[str], stop=lambda: False) -> None:
@@ -33,7 +46,7 @@ def work(monkeypatch):
         done.append(1)
         return {}
 
-    monkeypatch.setitem(execute._WORK, "sft", slow)
+    monkeypatch.setattr("tadistill.stages.teacher.temper", slow)
     return started, done
 
 
@@ -46,7 +59,7 @@ def test_the_second_waits_and_trains_nothing(tmp_path, work):
         pool.submit(run, tmp_path, heard).result(20)
         first.result(20)
     assert done == [1]
-    assert "another process is at it" in heard
+    assert "another process is running this stage" in heard
     assert Store(tmp_path).finished(task(tmp_path).key)
 
 

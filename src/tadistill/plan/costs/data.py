@@ -18,7 +18,7 @@ def check_data(recipe: Recipe) -> None:
     for ref, role in [(data.train, "train"), (data.dev, "dev"), *((r, "test") for r in data.test)]:
         datasets.load(ref, role, data)
     if data.corpus and any(isinstance(o, MiniLLM) and o.pt_weight for o in objectives):
-        next(datasets.texts(data.corpus, data), None)
+        next(datasets.texts(data.corpus, world=data.world, root=data.root), None)
     names = [r.name for r in data.test]
     for name in names:
         if names.count(name) > 1:

@@ -77,7 +77,7 @@ def chunk(recipe: Recipe) -> int:
     if data.corpus.load not in tinyworld.SPLITS:
         return data.max_length  # reading may mean the network
     ids, total = tokenizer(recipe) or _pieces, 0
-    for text in datasets.texts(data.corpus, data):
+    for text in datasets.texts(data.corpus, world=data.world, root=data.root):
         total += len(ids([text])[0]) + 1
         if total >= data.max_length:
             return data.max_length

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import plotly.graph_objects as go
 
+from tadistill.plan.specs import TRAINING
 from tadistill.report.figures.style import DASHES, GREY, PALETTE, LegendEntry, Look, div, escaped, line, looks, row_text, separate_rows
 from tadistill.results.collect import MEAN, Results, primary_metric
 from tadistill.results.curves import last_dev_value
@@ -71,7 +72,7 @@ def _ids(results: Results, arm: Arm) -> tuple[NodeId, ...]:
 def _steps(results: Results, arm: Arm, model: str) -> list[Stage]:
     """The stages of the arm's first training seed that train the model, in the plan's order."""
     seed = min(arm.evaluate)
-    return [s for s in results.plan.stages if s.seed == seed and s.model == model and arm.name in s.arms and s.kind in ("sft", "distill")]
+    return [s for s in results.plan.stages if s.seed == seed and s.model == model and arm.name in s.arms and s.kind in TRAINING]
 
 
 def _kind(stage: Stage) -> str:

@@ -1,0 +1,82 @@
+"""The stages that prepare a teacher: its answers (generate), its recorded outputs (signal), its temperature (temper)."""
+
+from dataclasses import replace
+from typing import Any
+
+from tadistill.config import Evaluate
+from tadistill.data.batch import references
+from tadistill.disk import read_json, write_json, write_rows
+from tadistill.evaluation.run import EvalSet
+from tadistill.evaluation.run import generate as generate_answers
+from tadistill.evaluation.scoring import Subject, entropy, means
+from tadistill.models.loading import save_model
+from tadistill.models.tempering import matching_temperature
+from tadistill.models.tempering import temper as temper_model
+from tadistill.plan.specs import GenerateSpec, SignalSpec, TemperSpec
+from tadistill.rollout.signals import record
+from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, make_subject, stop_if_asked, teacher_dtype
+
+_GENERATION_BATCH = 64
+
+
+def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
+    """Write the teacher's answer to every training prompt, in parts that survive a kill."""
+    spec = context.spec
+    model, tokenizer = context.frozen(spec.teacher)
+    subject = make_subject(model, tokenizer)
+    train = context.split(spec.train, tokenizer)
+    decoding = Evaluate(seeds=(spec.seed,), batch=_GENERATION_BATCH, **spec.sampler.model_dump())
+    parts = context.folder / "parts"
+    rows, answered, ends = [], 0, 0
+
+    def tick(count: int) -> None:
+        nonlocal answered
+        answered += count
+        if answered < ends:  # within a part, which may take longer than the time that a signal leaves
+            stop_if_asked(context)
+
+    for start in range(0, len(train.encoded), 8 * _GENERATION_BATCH):
+        part = parts / f"{start}.json"
+        if not part.is_file():
+            stop_if_asked(context)
+            chunk = EvalSet(train.name, train.examples, train.encoded[start : start + 8 * _GENERATION_BATCH])
+            ends = answered + len(chunk.encoded)
+            answers = generate_answers(subject, chunk, decoding, spec.seed, tick)
+            write_json(part, [{"prompt": list(a.prompt), "response": list(a.response)} for a in answers])
+        rows += read_json(part)
+        context.progress(len(rows), len(train.encoded), "answers")
+    write_rows(context.folder / RESPONSES, rows)
+    return {"answers": len(rows)}
+
+
+def signal(context: Context[SignalSpec]) -> dict[str, Any]:
+    """Record the teacher's hidden states or top-k tokens on the training set, in parts that survive a kill."""
+    spec = context.spec
+    model, tokenizer = context.frozen(spec.teacher, teacher_dtype(spec.precision))
+    sequences = references(context.split(spec.train, tokenizer).encoded)
+    subject = make_subject(model, tokenizer)
+
+    def tick(done: int) -> None:
+        context.progress(done, len(sequences), "sequences")
+        stop_if_asked(context)
+
+    record(model, sequences, spec.signal, context.folder / SIGNAL, vocab=subject.vocab, pad=subject.pad, tick=tick)
+    return {"sequences": len(sequences)}
+
+
+def temper(context: Context[TemperSpec]) -> dict[str, Any]:
+    """Save the teacher at the temperature at which its mean entropy on dev responses is that of another model."""
+    spec = context.spec
+    teacher, tokenizer = context.model(spec.teacher)
+    like, _ = context.frozen(spec.like)
+    subject = make_subject(teacher.eval(), tokenizer, like)
+    sequences = references(context.split(spec.dev, tokenizer).encoded)
+
+    def mean_entropy(of: Subject, tau: float) -> float:
+        stop_if_asked(context)
+        return float(means(entropy(of, sequences, batch=spec.batch, temperature=tau)).mean())
+
+    wanted = mean_entropy(replace(subject, model=like), 1.0)
+    tau = matching_temperature(lambda tau: mean_entropy(subject, tau), wanted)
+    save_model(temper_model(teacher, tau), tokenizer, context.folder / MODEL)
+    return {"tau": tau, "entropy": wanted}
