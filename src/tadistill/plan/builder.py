@@ -11,7 +11,7 @@ from tadistill.config import DataRef, Evaluate, Method, Recipe, Sft
 from tadistill.config.common import Decoding
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import MiniLLM
-from tadistill.config.sampling import HiddenSignal, PairSampler, Rounds, TeacherSampler, TopKSignal
+from tadistill.config.sampling import PairSampler, Rounds, TeacherSampler
 from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.models import sources
@@ -180,8 +180,6 @@ class StageBuilder:
                 f"dense.weights has {len(dense.weights)} entries, but {name} has {len(teachers)} teachers ({', '.join(names)}); "
                 "give one each, or leave them out for equal weights"
             )
-        asked, corpus = isinstance(method.sampler, TeacherSampler | PairSampler), self.recipe.data.corpus
-        reads_corpus = isinstance(method.objective, MiniLLM) and method.objective.pt_weight > 0
         spec = DistillSpec(
             student=student,
             teacher=teacher,
@@ -191,9 +189,9 @@ class StageBuilder:
             optim=method.optim,
             dense=dense,
             assistants=tuple(handle for _, handle in others) if dense else (),
-            signal=self._signal(above, teacher, method.signal, method.optim.precision, seed) if method.signal else None,
-            responses=self._generate(above, teacher, method.sampler, seed) if asked else None,
-            corpus=self._source(corpus, "train") if corpus and reads_corpus else None,
+            signal=self._signal(above, teacher, method, seed),
+            responses=self._responses(above, teacher, method, seed),
+            corpus=self._corpus(method),
             lora=self.recipe.models[name].lora,
             **self._texts(method.select),
         )
@@ -201,14 +199,29 @@ class StageBuilder:
         label = f"distill {' + '.join(names)} -> {name}{again}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
         return FromStage(stage=self.add(spec, label, name, seed, tuple(names)))
 
-    def _signal(self, name: str, teacher: Handle, signal: HiddenSignal | TopKSignal, precision: Any, seed: int) -> Output:
-        spec = SignalSpec(data=self.data, teacher=teacher, signal=signal, precision=precision, train=self.split("train"))
+    def _signal(self, name: str, teacher: Handle, method: Method, seed: int) -> Output | None:
+        """Add the teacher's recorded outputs, if the method reads them."""
+        signal = method.signal
+        if signal is None:
+            return None
+        spec = SignalSpec(data=self.data, teacher=teacher, signal=signal, precision=method.optim.precision, train=self.split("train"))
         return Output(stage=self.add(spec, f"{signal.type} signal of {name}, seed {seed}", name, seed))
 
-    def _generate(self, name: str, teacher: Handle, decoding: Decoding, seed: int) -> Output:
-        plain = Decoding(**decoding.model_dump(include=set(Decoding.model_fields)))
-        spec = GenerateSpec(data=self.data, teacher=teacher, sampler=plain, seed=seed, train=self.split("train"))
+    def _responses(self, name: str, teacher: Handle, method: Method, seed: int) -> Output | None:
+        """Add the teacher's answers to the training prompts, if the method reads them."""
+        sampler = method.sampler
+        if not isinstance(sampler, TeacherSampler | PairSampler):
+            return None
+        decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
+        spec = GenerateSpec(data=self.data, teacher=teacher, sampler=decoding, seed=seed, train=self.split("train"))
         return Output(stage=self.add(spec, f"generate with {name}, seed {seed}", name, seed))
+
+    def _corpus(self, method: Method) -> Source | None:
+        """Return the plain text that the method reads, if any."""
+        corpus = self.recipe.data.corpus
+        if corpus is None or not isinstance(method.objective, MiniLLM) or not method.objective.pt_weight:
+            return None
+        return Source(ref=corpus, fingerprint=datasets.fingerprint(corpus, "train", self.recipe.data))
 
     # --- measuring ------------------------------------------------------------------------------------------------------
 
@@ -277,9 +290,6 @@ class StageBuilder:
 
     def _split(self, ref: DataRef, role: Literal["train", "dev", "test"], limit: int | None) -> Split:
         return Split(ref=ref, fingerprint=datasets.fingerprint(ref, role, self.recipe.data), role=role, limit=limit)
-
-    def _source(self, ref: DataRef, role: str) -> Source:
-        return Source(ref=ref, fingerprint=datasets.fingerprint(ref, role, self.recipe.data))
 
     def _texts(self, select: Select) -> dict[str, Any]:
         """Return the training data and, where a dev metric selects, the dev data and its decoding."""
