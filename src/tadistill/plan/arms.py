@@ -1,6 +1,6 @@
-"""A recipe's arms x seeds as a graph of stages, addressed by content. Imports no torch.
+"""Expand a recipe's arms and seeds into a graph of stages, addressed by content.
 
-Stages hand over artifacts on disk only (`plan.graph` has their keys). Arms that begin alike share their stages.
+Stages hand over artifacts on disk only. Arms that begin alike share their stages.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from tadistill.plan.layout import check_entries
 
 @dataclass(frozen=True)
 class PlannedArm:
-    """One arm, expanded: per seed the stage that makes its model (None: loaded as it is) and those that measure it."""
+    """One arm with its stages: for each seed the one that makes its model (None if it is loaded) and those that measure it."""
 
     name: str
     arm: Arm
@@ -29,11 +29,11 @@ class PlannedArm:
     final: dict[int, str | None]
     evaluate: dict[int, str]
     analyse: dict[int, str]
-    """Beside the original teacher; empty where there is none."""
+    """Empty if there is no original teacher."""
     also: dict[str, dict[int, str]]
-    """Other decodings, by name."""
+    """Evaluations under the other decodings, by name of the decoding."""
     flops: float | None
-    """Training FLOPs behind the final model, all stages counted once, for one seed."""
+    """Training FLOPs of the final model and all its ancestors, each stage counted once, for one seed."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class ProbePlan:
-    """Stages that measure models on dev prompts, with the key of each model's and each (bigger, smaller) pair's."""
+    """The stages that measure models on dev prompts: keys of each model's probe and of each (bigger, smaller) pair."""
 
     plan: Plan
     alone: dict[str, str]
@@ -57,10 +57,10 @@ class ProbePlan:
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """Expand a recipe.
+    """Expand a recipe into its stages and arms.
 
     Raises:
-        ConfigError, DataError, ModelError: something that can be known without loading a model is wrong.
+        ConfigError, DataError, ModelError: the recipe is wrong in a way that shows before a model is loaded.
     """
     return _Planner(recipe).plan()
 
@@ -74,10 +74,10 @@ class _Planner:
         self.stages = StageBuilder(recipe, self.graph, self.ledger, self._model_of)
         self.teacher = original_teacher(recipe)
         self.making: list[str] = []
-        """Arms whose model is being made, each for a tempered model of the one before."""
+        """Arms whose model is being planned, each needed by a tempered model of the one before."""
 
     def plan(self) -> Plan:
-        """Arms in the recipe's order, but an arm that matches another's compute after that one."""
+        """Plan the arms in the recipe's order, except that an arm with `compute: as` follows the arm that it names."""
         done: dict[str, PlannedArm] = {}
         waiting = dict(self.recipe.arms)
         while waiting:
@@ -111,7 +111,7 @@ class _Planner:
         return PlannedArm(name, arm, made[first][1], final, evaluate, analyse, also, self.graph.flops(final[first]))
 
     def _models(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[list[Handle], Method]:
-        """The handle of every model of the arm's last path, and the method of its last stage."""
+        """Return every model of the arm's last path, and the method of its last stage."""
         self._check_sizes(name, arm)
         if arm.dense and all(len(path) < 3 for path in arm.path):
             raise ConfigError(f"arms.{name}: dense does nothing in `{arm.text}`: no learner there has two teachers; write A > B > C")
@@ -134,7 +134,7 @@ class _Planner:
         return [made[m] for m in arm.last], method
 
     def _model_of(self, arm: str, seed: int) -> Handle:
-        """The model that an arm makes, for one that is tempered like it."""
+        """Return the model that an arm makes, for a model that is tempered like it."""
         if arm in self.making:
             raise ConfigError(f"the model that is tempered like arm {arm} is part of that arm's path; match another arm's model")
         if (compute := self.recipe.arms[arm].compute) is not None:
@@ -146,7 +146,7 @@ class _Planner:
             self.making.pop()
 
     def _check_sizes(self, name: str, arm: Arm) -> None:
-        """Raise where a model is taught by a smaller one."""
+        """Raise if a model is taught by a smaller one."""
         for above, below in (pair for path in arm.path for pair in pairwise(path)):
             teacher, learner = self.ledger.size(above), self.ledger.size(below)
             if teacher and learner and learner.total > teacher.total:
@@ -157,7 +157,7 @@ class _Planner:
 
     @staticmethod
     def _check_single(name: str, arm: Arm) -> None:
-        """An arm without a teacher can only train on with cross-entropy on the data set."""
+        """Raise if an arm without a teacher asks for more than further cross-entropy training on the data set."""
         if arm.objective is None and (arm.optim or arm.select or arm.sampler):
             raise ConfigError(f"arms.{name} trains nothing, so its settings would do nothing; add objective: {{type: cross_entropy}}")
         if arm.objective is not None and not isinstance(arm.objective, CrossEntropy):
@@ -193,7 +193,7 @@ class _Planner:
             raise ValueError("objective minillm has pt_weight > 0 but there is no data.corpus; give a corpus, or set pt_weight: 0")
 
     def _scale(self, name: str, arm: Arm, target: float | None) -> float:
-        """How many times more steps make this direct arm as dear as the arm it is compared with."""
+        """Return the factor on the steps at which this direct arm costs the FLOPs of the arm that `compute` names."""
         if len(arm.path) > 1 or len(arm.last) != 2:
             raise ConfigError(f"arms.{name} has `compute`, which works for a direct path (A > B); its path is {arm.text}")
         trial = _Planner(self.recipe)
@@ -212,7 +212,7 @@ class _Planner:
 
 
 class _Made(dict[str, Handle]):
-    """The models of an arm as they are by now: fine-tuned when they are first asked for, then as the arm has taught them."""
+    """The models of an arm, by name: fine-tuned when they are first asked for, later as the arm has taught them."""
 
     def __init__(self, stages: StageBuilder, arm: Arm, seed: int):
         self.stages, self.arm, self.seed = stages, arm, seed
@@ -225,12 +225,12 @@ class _Made(dict[str, Handle]):
 
 
 def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) -> ProbePlan:
-    """The stages that measure models on dev prompts before any distillation: a `probe` of each, a `pair` of each two.
+    """Plan the stages that measure models on dev prompts before any distillation: a `probe` of each, a `pair` of each two.
 
     Args:
-        models: from big to small; weights are those after their own fine-tuning, at the first seed, shared with the study.
-        prompts: the first so many dev rows.
-        k: how many likeliest tokens are compared.
+        models: names from big to small; each is used after its own fine-tuning at the first seed, which the study shares.
+        prompts: the number of dev rows, from the first.
+        k: the number of likeliest tokens that are compared.
     """
     planner = _Planner(recipe)
     stages, seed = planner.stages, recipe.seeds[0]
@@ -249,7 +249,11 @@ def _stage(handle: Handle) -> str | None:
 
 
 def original_teacher(recipe: Recipe) -> str | None:
-    """The one model that every KL is measured to: `teacher`, or the only head of a path that nothing teaches; None without paths."""
+    """Return the model that every KL is measured to: `teacher`, or the only untaught first model of the paths; None without paths.
+
+    Raises:
+        ConfigError: the paths start from several models.
+    """
     if recipe.teacher:
         return recipe.teacher
     taught = {model for arm in recipe.arms.values() for model in arm.learners}

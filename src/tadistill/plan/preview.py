@@ -1,4 +1,4 @@
-"""What `tadistill plan` shows: stages with their FLOPs, seconds and memory, arms with what they cost in all. Imports no torch."""
+"""The tables of `tadistill plan`: stages with their FLOPs, seconds and memory, and arms with their total FLOPs."""
 
 from collections.abc import Iterable
 
@@ -11,13 +11,13 @@ from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
 
-_DEAREST = 3  # stages whose parts are shown
-_WIDE = 130  # columns of a screen that has room for a stage's parents
+_LARGEST = 3  # stages whose parts are shown
+_WIDE = 130  # columns of a screen from which a stage's parents are shown
 
 
 def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 200) -> Group:
-    """All tables, and the sentences under them; on a narrow screen labels are cut, never numbers."""
-    parts = [_stages(plan, store, speeds, width), "", _arms(plan), "", _dearest(plan, width), ""]
+    """Return all tables and the sentences below them. On a narrow screen labels are cut, numbers never."""
+    parts = [_stages(plan, store, speeds, width), "", _arms(plan), "", _largest(plan, width), ""]
     return Group(*parts, *_notes(plan, store, speeds, jobs))
 
 
@@ -29,7 +29,7 @@ def show(plan: Plan, store: Store, console: Console, accelerator: str | None = N
 
 
 def threads(plan: Plan) -> int:
-    """Threads of a stage on a CPU: cores that the jobs share."""
+    """Return the threads of a stage on a CPU: the jobs share the cores."""
     jobs = plan.recipe.runtime.jobs or throughput.cores()
     return max(1, throughput.cores() // jobs)
 
@@ -79,7 +79,7 @@ def _arms(plan: Plan) -> Table:
 
 
 def _direct(plan: Plan, arm: PlannedArm) -> float | None:
-    """FLOPs of the path from the original teacher straight to this arm's student, by the same method and with its own number of updates."""
+    """Return the FLOPs of the direct arm that an arm is compared with: original teacher to the same student, same method, own updates."""
     if not arm.arm.learners or plan.teacher is None:
         return None
     ends, how = ((plan.teacher, arm.arm.last[-1]),), (arm.method.objective, arm.method.sampler)
@@ -88,7 +88,7 @@ def _direct(plan: Plan, arm: PlannedArm) -> float | None:
 
 
 def _assistants(plan: Plan, arm: PlannedArm) -> str:
-    """FLOPs of the stages that train models other than the teachers' heads and the student."""
+    """Return the FLOPs of the stages that train the arm's assistants."""
     key = next(iter(arm.final.values()))
     middle = set(arm.arm.learners) - {arm.arm.last[-1]}
     if not middle or key is None:
@@ -97,14 +97,14 @@ def _assistants(plan: Plan, arm: PlannedArm) -> str:
     return "?" if None in flops else _flops(sum(f for f in flops if f is not None))
 
 
-def _dearest(plan: Plan, width: int) -> Table:
-    """The parts of the dearest stages, one of a kind, and what MiniLLM's released code would spend."""
-    table = _table("parts of the dearest kinds of stage", "stage", "part", "FLOPs", "share")
+def _largest(plan: Plan, width: int) -> Table:
+    """Return the parts of the stages with the most FLOPs, one of each kind of cost, and the FLOPs of MiniLLM's released code."""
+    table = _table("parts of the most expensive kinds of stage", "stage", "part", "FLOPs", "share")
     kinds: dict[str, Stage] = {}
     for stage in sorted(plan.stages.values(), key=lambda s: -(s.flops or 0.0)):
         if stage.cost:
             kinds.setdefault(stage.cost.kind, stage)
-    for stage in list(kinds.values())[:_DEAREST]:
+    for stage in list(kinds.values())[:_LARGEST]:
         assert stage.cost is not None
         label = _cut(stage.label, width - 52)
         for name, part in sorted(stage.cost.parts.items(), key=lambda item: -item[1].flops):

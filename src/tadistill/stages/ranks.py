@@ -1,6 +1,6 @@
-"""What a process of a stage knows of the others: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment.
+"""The processes (ranks) of one stage find each other through RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment.
 
-`launch` sets them for the processes that it starts on this machine; a cluster's job sets them itself.
+`launch` sets these for the processes that it starts on this machine; a cluster job sets them itself.
 """
 
 import os
@@ -12,28 +12,27 @@ import torch.distributed as dist
 
 from tadistill.errors import ConfigError
 
-_PATIENCE = timedelta(hours=1)
-"""How long a process waits for another, which may be writing a large model."""
+_PATIENCE = timedelta(hours=1)  # a process waits as long for another one, which may be writing a large model
 
 
 def own_device() -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
+    """Return this process's GPU, or the CPU if there is none."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the stage's."""
+    """The rank of this process, and the number of processes of the stage."""
 
     rank: int
     world: int
 
     @classmethod
     def join(cls, processes: int) -> "Ranks":
-        """Meet the others; alone where the environment names none.
+        """Join the other processes, if the environment names any.
 
         Raises:
-            ConfigError: there are not as many as the stage asks for.
+            ConfigError: their number is not what the stage asks for.
         """
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if world != processes:
@@ -46,7 +45,7 @@ class Ranks:
         return cls(rank, world)
 
     def agree(self, word: str = "") -> str:
-        """Rank 0's word, on all ranks."""
+        """Return the word of rank 0 on all ranks."""
         words = [word]
         if self.world > 1:
             dist.broadcast_object_list(words, device=torch.device("cpu"))
