@@ -40,7 +40,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     method, optim = spec.method, spec.optim
     distill = spec if isinstance(spec, DistillSpec) else None
     accelerator = _accelerator(context, optim)
-    student, tokenizer, save = _student(context, optim)
+    student, tokenizer, save = _student(context)
     handles = (distill.teacher, *distill.assistants) if distill and _needs_teacher(method) else ()
     teachers = tuple(context.frozen(handle, teacher_dtype(optim.precision))[0] for handle in handles)
     recorded = distill.signal if distill else None
@@ -48,11 +48,12 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     vocab = shared_vocabulary(tokenizer, student, *teachers)
     if signals and signals.head:
         vocab = min(vocab, len(signals.head.weight))
-    sampler = _sampler(context, method, student, teachers, tokenizer, vocab, signals, accelerator)
+    subject = Subject(student, tokenizer, vocab, end_tokens(student, tokenizer))
+    sampler = _sampler(context, subject, teachers, signals, Shard(accelerator.process_index, accelerator.num_processes))
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
     student.train(not isinstance(method.sampler, OnPolicy))
     hooks = Hooks(
-        evaluate=_dev(context, Subject(student, tokenizer, vocab, end_tokens(student, tokenizer)), teachers[0] if teachers else None),
+        evaluate=_dev(context, subject, teachers[0] if teachers else None),
         progress=lambda done, text: context.progress(done, optim.steps or 1, text),
         alarm=context.alarm,
         stop=context.stop,
@@ -87,11 +88,11 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
 _Save = Callable[[Path, dict[str, torch.Tensor]], None]
 
 
-def _student(context: Context[TrainingSpec], optim: Optim) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Save]:
+def _student(context: Context[TrainingSpec]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Save]:
     """Return the student, its tokenizer, and the function that saves it: from its whole weights, or with its adapters merged."""
     spec = context.spec
     student, tokenizer = context.model(spec.student)
-    if optim.gradient_checkpointing:
+    if spec.optim.gradient_checkpointing:
         recompute_layers(student)
     if spec.lora is None:
         return student, tokenizer, lambda folder, whole: save_model(student, tokenizer, folder, whole)
@@ -125,35 +126,26 @@ def _accelerator(context: Context, optim: Optim) -> Accelerator:
 
 
 def _sampler(
-    context: Context[TrainingSpec],
-    method: Method,
-    student: PreTrainedModel,
-    teachers: tuple[PreTrainedModel, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    vocab: int,
-    signals: Signals | None,
-    accelerator: Accelerator,
+    context: Context[TrainingSpec], subject: Subject, teachers: tuple[PreTrainedModel, ...], signals: Signals | None, shard: Shard
 ) -> Sampler:
     """Return the source of training batches."""
-    spec, eos = context.spec, tokenizer.eos_token_id
-    assert isinstance(eos, int)
-    distill = spec if isinstance(spec, DistillSpec) else None
-    common: dict[str, Any] = {"pad": eos, "seed": spec.seed, "shard": Shard(accelerator.process_index, accelerator.num_processes)}
-    train = context.split(spec.train, tokenizer)
+    spec = context.spec
+    method, distill = spec.method, spec if isinstance(spec, DistillSpec) else None
+    common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard}
+    train = context.split(spec.train, subject.tokenizer)
     texts = _responses(context, distill.responses) if distill and distill.responses else references(train.encoded)
     config = method.sampler
     if not isinstance(config, OnPolicy):
         return FixedSequences(texts, method.optim, signals=signals, **common)
-    common["engine"] = _engine(context, config, student, tokenizer, vocab)
-    plain = context.corpus(distill.corpus if distill else None, tokenizer)
-    return on_policy(method, texts, train.encoded, teachers=teachers, vocab=vocab, corpus=plain, **common)
+    plain = context.corpus(distill.corpus if distill else None, subject.tokenizer)
+    common |= {"engine": _engine(config, subject), "vocab": subject.vocab, "corpus": plain}
+    return on_policy(method, texts, train.encoded, teachers=teachers, **common)
 
 
-def _engine(context: Context, config: OnPolicy, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Engine:
-    eos = end_tokens(student, tokenizer)
+def _engine(config: OnPolicy, subject: Subject) -> Engine:
     if config.engine == "vllm":
-        return Vllm(student, config, eos=eos, vocab=vocab)
-    return Native(student, config, eos=eos, vocab=vocab, chunk=config.chunk)
+        return Vllm(subject.model, config, eos=subject.eos, vocab=subject.vocab)
+    return Native(subject.model, config, eos=subject.eos, vocab=subject.vocab, chunk=config.chunk)
 
 
 def _dev(context: Context[TrainingSpec], subject: Subject, teacher: PreTrainedModel | None) -> Callable[[], dict[str, float]]:
