@@ -1,6 +1,6 @@
-"""The speed of each kind of stage that trains or prepares training on this machine: twenty updates of it, in a temporary directory.
+"""Measure the speed of each kind of stage on this machine with twenty updates in a temporary directory.
 
-Weights are those that a path's models start from, loaded or random: the speed of a stage does not depend on what its models know.
+Models have the weights from which the study trains them, loaded or random, because speed does not depend on what a model knows.
 """
 
 import tempfile
@@ -21,11 +21,11 @@ from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
 _UPDATES = 20
-_ROWS = 128  # training rows of a stage that stands on a teacher's signal or answers
+_ROWS = 128  # training rows of a stage that writes or reads a teacher's signal or answers
 
 
 def measure(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.Speeds:
-    """FLOP/s by span of every kind of stage in the plan whose cost is predicted."""
+    """Return FLOP/s by span for every kind of stage in the plan whose cost is predicted."""
     torch.set_num_threads(threads)
     kinds: dict[str, Stage] = {}
     for stage in plan.stages.values():
@@ -40,7 +40,7 @@ def measure(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.
 
 
 def _speeds(plan: Plan, stage: Stage, manifest: dict[str, Any]) -> dict[str, float]:
-    """From the stage's ledger; of a teacher's answers and signals from the share of the rows that were run, and the whole time."""
+    """Return the speeds in the stage's ledger; for answers and signals, which have none, FLOPs of the rows that ran by the whole time."""
     if "ledger" in manifest:
         return throughput.measured(manifest["ledger"])
     assert stage.cost is not None
@@ -49,7 +49,7 @@ def _speeds(plan: Plan, stage: Stage, manifest: dict[str, Any]) -> dict[str, flo
 
 
 def _run(plan: Plan, stage: Stage, directory: Path) -> dict[str, Any]:
-    """The manifest of the stage's first updates."""
+    """Run the stage's first updates and return the manifest."""
     graph = Graph()
     spec = _reduced(plan, stage.spec, graph)
     last = graph.add(spec, stage.label, stage.model, stage.seed, None)
@@ -63,7 +63,7 @@ def _run(plan: Plan, stage: Stage, directory: Path) -> dict[str, Any]:
 def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
     """Return the stage's settings with a few updates or rows, and with models that the study did not train.
 
-    Parents that it reads text or signals of are added to the graph, as small.
+    The stages whose text or signal it reads are added to the graph, reduced in the same way.
     """
     if isinstance(spec, GenerateSpec | SignalSpec):
         return spec.model_copy(update={"teacher": _origin(plan, spec.teacher), "train": _few(spec.train)})
