@@ -31,7 +31,7 @@ from tadistill.store import Store
 RECIPE = Path(__file__).with_name("interrupted.yaml")
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGKILL)
 STOPPED, FAILED = 3, 1
-teacher._GENERATION_BATCH, signals._PART = 2, 8  # several parts of the little that there is
+teacher.GENERATION_BATCH, signals._PART = 2, 8  # several parts of the little that there is
 
 
 def cases(root: Path) -> tuple[dict[str, Task], dict[str, Task]]:

@@ -20,7 +20,7 @@ from tadistill.config.method import Method, Optim, Select, check_pairing
 from tadistill.data import tinyworld
 from tadistill.errors import Interrupted
 from tadistill.models.loading import save_model
-from tadistill.models.recomputing import recompute_layers
+from tadistill.models.modify import recompute_layers
 from tadistill.rollout.samplers import Shard
 from tadistill.train.loop import Hooks, train_stage
 from tadistill.train.sharding import offload, shard, weights

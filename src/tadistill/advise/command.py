@@ -58,7 +58,7 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
     report = Report(
         study=recipe.study,
         command=command,
-        seed=recipe.seeds[0],
+        seed=recipe.first_seed,
         dev=recipe.data.dev.name,
         prompts=measures.models[0].loss.n,
         metric=metric,

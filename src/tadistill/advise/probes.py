@@ -6,7 +6,7 @@ from typing import Any
 
 from tadistill.advise.measures import Measures, measure
 from tadistill.config import Arm, Recipe
-from tadistill.config.search import Search
+from tadistill.config.arm import Search
 from tadistill.data import datasets
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError

@@ -11,9 +11,9 @@ from tadistill.cluster.fetch import missing, moved
 from tadistill.cluster.status import again, shortened
 from tadistill.cluster.submit import Sent, Submission
 from tadistill.config import Recipe
+from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
-from tadistill.plan.costs import check_data
 from tadistill.runner.study import save_plan
 
 
@@ -34,7 +34,7 @@ def submit(
         raise ConfigError(f"jobs have no network, and {absent[0]}{more}")
     for change in moved(recipe, runs):
         console.print(change, highlight=False, soft_wrap=True)
-    check_data(recipe)
+    datasets.check(recipe)
     plan = make_plan(recipe)
     submission = Submission(plan, profile, runs, account=account)
     if dry_run:

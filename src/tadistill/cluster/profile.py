@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from tadistill.config.strict import Strict
+from tadistill.config.common import Strict
 from tadistill.errors import ConfigError
 
 _FOLDER = Path(__file__).parent / "profiles"

@@ -1,4 +1,4 @@
-"""The recipe language: `load` a file, `parse` YAML text or `validate` plain data, into a frozen `Recipe`."""
+"""Recipes: `load` a file, `parse` YAML text or `validate` plain data into a frozen `Recipe`."""
 
 from tadistill.config.load import load, parse, validate
 from tadistill.config.method import Method, Optim, Sft

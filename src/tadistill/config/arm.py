@@ -1,44 +1,52 @@
-"""The arms of a recipe: which model teaches which, and which starts from which. Nothing here imports torch."""
+"""The arms of a recipe (which model teaches which, and which starts from which), and the search for a path."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from tadistill.config.common import Strict
 from tadistill.config.method import Dense, MethodPatch, Optim, Select
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
-from tadistill.config.strict import Strict
 
 ModelPath = tuple[str, ...]
+"""Names of models, each of which teaches the next."""
 
 
 class Published(Strict):
-    """What somebody else reported for an arm, for the report to compare with."""
+    """A result that somebody else reported for an arm, shown beside ours."""
 
     source: str
+    """Where it was reported."""
     rouge_l: dict[str, float]
     """Test set -> Rouge-L."""
 
 
 class Arm(Strict):
-    """One named path and method. A path of a single model evaluates it, or trains it on with `objective`.
+    """One path of models and one method. A path of a single model evaluates it, or trains it on with `objective`.
 
-    Edges, in any mix: `xl > l > s` is two `teach` edges; `l > s then xl > s` lets s go on with another teacher (a curriculum);
-    `init: {s: l}` starts s from the l of this arm, pruned to the size of s. With `dense` all models before a learner in its path teach it.
+    `xl > l > s` is two distillations: xl teaches l, which then teaches s. `l > s then xl > s` continues the training of s with another
+    teacher (a curriculum). `init: {s: l}` initialises s from the l of this arm, pruned to the size of s. With `dense` all models before
+    a learner in its path teach it.
     """
 
     path: tuple[ModelPath, ...] = Field(min_length=1)
-    """The paths, one after the other; a name means the same model in all of them. A learner that is taught more than once divides its
-    updates equally."""
+    """The paths, one after the other, as `A > B > C then D > C`. A name means the same model in all of them. A learner that is taught
+    more than once divides its updates equally."""
     init: dict[str, str] = {}
-    """Learner: the model of this arm that it starts from, instead of its own weights. Its own `sft` follows as ever."""
+    """Learner -> the model of this arm that it is initialised from, instead of its own weights. Its own `sft` follows as usual."""
     objective: Objective | None = None
+    """Overrides of `method.objective`; another `type` replaces it."""
     sampler: Sampler | None = None
+    """Overrides of `method.sampler`; another `type` replaces it."""
     optim: Optim | None = None
+    """Overrides of `method.optim`."""
     select: Select | None = None
+    """Overrides of `method.select`."""
     dense: Dense | None = None
+    """Overrides of `method.dense`."""
     compute: str | None = None
-    """`as ARM`: choose the number of steps so that total training FLOPs equal that arm's."""
+    """`as ARM`: choose the number of updates so that the total training FLOPs equal that arm's (an equal-compute baseline)."""
     published: Published | None = None
 
     @model_validator(mode="before")
@@ -54,11 +62,11 @@ class Arm(Strict):
         return tuple(tuple(part.strip() for part in chain.split(">")) for chain in value.split(" then "))
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check_path(self):
         for path in self.path:
-            for a in path:
-                if path.count(a) > 1:
-                    raise ValueError(f"path `{' > '.join(path)}` names {a} twice; a model cannot teach itself")
+            for name in path:
+                if path.count(name) > 1:
+                    raise ValueError(f"path `{' > '.join(path)}` names {name} twice; a model cannot teach itself")
         if len(self.path) > 1 and any(len(path) < 2 for path in self.path):
             raise ValueError(f"path `{self.text}` has a part in which nothing is taught; write each as A > B")
         for i, path in enumerate(self.path[:-1]):
@@ -107,5 +115,38 @@ class Arm(Strict):
 
     @property
     def patch(self) -> MethodPatch:
-        """What this arm changes of the recipe's method."""
+        """This arm's overrides of the recipe's method."""
         return MethodPatch(objective=self.objective, sampler=self.sampler, optim=self.optim, select=self.select, dense=self.dense)
+
+
+class Search(Strict):
+    """The paths that `tadistill search` and `tadistill advise` consider, and how they are searched. Paths are compared on dev only."""
+
+    teacher: str
+    assistants: tuple[str, ...] = Field(min_length=1)
+    """Candidate assistants, from big to small."""
+    student: str
+    strategy: Literal["exhaustive", "single", "best_prefix", "beam", "halving"] = "best_prefix"
+    """`exhaustive`: every path. `single`: direct, and with each single assistant. `best_prefix`: keep and extend the best path to each
+    model (a heuristic: it is right only where a better teacher makes a better student). `beam`: the `width` best paths to each model.
+    `halving`: short runs of every path; the better half continues."""
+    max_assistants: int | None = Field(default=None, ge=1)
+    """Most assistants in a path; no limit by default."""
+    budget: float | None = Field(default=None, gt=0)
+    """Most that a path may cost, as a multiple of the training FLOPs of the direct path; no limit by default."""
+    width: int = Field(default=2, ge=1)
+    """Paths to each model that `beam` keeps."""
+    rungs: tuple[float, ...] = Field(default=(0.1, 0.3, 1.0), min_length=1)
+    """Share of every stage's updates at each rung of `halving`, rising to 1."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        models = (self.teacher, *self.assistants, self.student)
+        for name in models:
+            if models.count(name) > 1:
+                raise ValueError(f"search names {name} twice; teacher, assistants and student are different models")
+        if self.rungs[-1] != 1 or any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)) or self.rungs[0] <= 0:
+            raise ValueError(f"search.rungs are {list(self.rungs)}; write rising shares that end with 1, such as [0.1, 0.3, 1]")
+        if self.strategy == "halving" and len(self.rungs) < 2:
+            raise ValueError("search.strategy is halving, which needs at least two rungs; write search.rungs, such as [0.1, 0.3, 1]")
+        return self

@@ -1,24 +1,37 @@
-"""How text is sampled from a model: one class for training rollouts, a teacher's answers and evaluation."""
+"""What the parts of a recipe share: their base class, the settings of sampling, and number types."""
 
-from pydantic import Field
+from typing import Annotated
 
-from tadistill.config.strict import Strict
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A number from 0 to 1."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """Base of every part of a recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class Decoding(Strict):
-    """Settings of sampling, in the order in which they act on the logits; the defaults sample from the model itself."""
+    """Settings of sampling from a model, in the order in which they act on the logits. The defaults sample from the model itself."""
 
     no_repeat_ngram: int | None = Field(default=None, ge=1)
-    """No n-gram of this size occurs twice in prompt and response. (MiniLLM's test script uses 6, without saying so in the paper.)"""
+    """No n-gram of this size occurs twice in prompt and response. (MiniLLM's test script uses 6; the paper does not mention it.)"""
     temperature: float = Field(default=1.0, ge=0)
-    """0 is greedy decoding."""
+    """Logits are divided by it; 0 is greedy decoding."""
     top_k: int | None = Field(default=None, ge=1)
+    """Sample among this many most probable tokens only."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample among the most probable tokens that together have this probability (nucleus sampling)."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Drop tokens less probable than this share of the most probable one."""
     max_new_tokens: int = Field(default=256, ge=1)
+    """Longest response, in tokens."""
 
     @property
     def plain(self) -> bool:
-        """Whether text is drawn from the model's own distribution."""
+        """True if text is drawn from the model's own distribution."""
         return all(getattr(self, name) == Decoding.model_fields[name].default for name in Decoding.model_fields if name != "max_new_tokens")

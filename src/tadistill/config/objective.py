@@ -1,32 +1,70 @@
 """Objectives as config variants, told apart by `type`: one class per function of `tadistill.objectives`.
 
-The fields of a divergence are exactly the keyword arguments of its function, so a variant says which function and with what. Defaults
-are the source paper's; formulas, limits and ranges are in the functions' docstrings and in docs/objectives.md.
+The fields of a divergence are exactly the keyword arguments of its function. Defaults are the source paper's; formulas, limits and ranges
+are in the functions' docstrings and in docs/objectives.md.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tadistill.config.strict import Strict
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+from tadistill.config.common import Finite, Share, Strict
 
 
-class CrossEntropy(Strict):
+class ObjectiveBase(Strict):
+    """Base of all objectives, with the facts that plans, checks and samplers need."""
+
+    needs_teacher: ClassVar[bool] = True
+    """The loss compares the student with a teacher."""
+    needs_scores: ClassVar[bool] = False
+    """The loss needs the teacher's log-probability of every sampled token in advance."""
+    needs_rounds: ClassVar[bool] = False
+    """The loss is defined on rounds of rollouts only."""
+    needs_pairs: ClassVar[bool] = False
+    """The loss needs, for each prompt, a response of the teacher and one of the student."""
+    needs_own_samples: ClassVar[bool] = False
+    """The loss is an estimate that is right on undistorted samples of the student only."""
+
+    @property
+    def needs_distribution(self) -> bool:
+        """True if the loss needs the teacher's distribution over the vocabulary at every token."""
+        return self.needs_teacher and not self.needs_scores
+
+    @property
+    def needs_corpus(self) -> bool:
+        """True if the loss has a term on the plain text of `data.corpus`."""
+        return False
+
+    @property
+    def imitates_text(self) -> bool:
+        """True if cross-entropy on the training text is a part of the loss."""
+        return False
+
+
+class CrossEntropy(ObjectiveBase):
     """Maximum likelihood of the training text. On a teacher's text this is SeqKD (Kim & Rush 2016)."""
 
+    needs_teacher: ClassVar[bool] = False
     type: Literal["cross_entropy"] = "cross_entropy"
 
+    @property
+    def imitates_text(self) -> bool:
+        """True."""
+        return True
 
-class Divergence(Strict):
+
+class Divergence(ObjectiveBase):
     """Base of all divergences between teacher and student at every token."""
 
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Both logits are divided by it; the loss is not rescaled."""
+    """Both models' logits are divided by it; the loss is not multiplied by its square."""
     kd_ratio: Share = 1.0
-    """Share of the divergence; the rest is cross-entropy on the tokens (MiniLLM's KD baseline uses 0.5)."""
+    """Share of the divergence in the loss; the rest is cross-entropy on the tokens (MiniLLM's KD baseline uses 0.5)."""
+
+    @property
+    def imitates_text(self) -> bool:
+        """True if a share of the loss is cross-entropy."""
+        return self.kd_ratio < 1
 
 
 class ForwardKL(Divergence):
@@ -56,19 +94,21 @@ class JensenShannon(Divergence):
 
 
 class SkewForwardKL(Divergence):
-    """KL(p || alpha p + (1 - alpha) q) (Ko et al. 2024, DistiLLM)."""
+    """KL(p || alpha p + (1 - alpha) q), p the teacher and q the student (Ko et al. 2024, DistiLLM)."""
 
     type: Literal["skew_forward_kl"] = "skew_forward_kl"
     alpha: Share = 0.1
+    """The teacher's share of the mixture."""
 
 
 class SkewReverseKL(Divergence):
-    """KL(q || (1 - alpha) p + alpha q) (Ko et al. 2024, DistiLLM)."""
+    """KL(q || (1 - alpha) p + alpha q), p the teacher and q the student (Ko et al. 2024, DistiLLM)."""
 
     type: Literal["skew_reverse_kl"] = "skew_reverse_kl"
     alpha: Share = 0.1
+    """The student's share of the mixture."""
     detach_mixture: bool = False
-    """No gradient through the mixture (DistiLLM-2)."""
+    """No gradient flows through the mixture (as in DistiLLM-2)."""
 
 
 class TotalVariation(Divergence):
@@ -78,34 +118,42 @@ class TotalVariation(Divergence):
 
 
 class AdaptiveKL(Divergence):
-    """Both KLs, weighed by where the models differ (Wu et al. 2025, AKL)."""
+    """Forward and reverse KL, weighted by where the models differ (Wu et al. 2025, AKL)."""
 
     type: Literal["adaptive_kl"] = "adaptive_kl"
     mu: Share = 0.5
-    """Mass of the teacher's head."""
+    """Probability mass of the head: the teacher's most probable tokens. The forward KL's weight is the head's share of the difference."""
 
 
 class AlphaBeta(Divergence):
-    """The alpha-beta divergence (Wang et al. 2025, ABKD); defaults for GPT-2, 0.5 and 0.5 for OpenLLaMA2."""
+    """The alpha-beta divergence (Wang et al. 2025, ABKD). Defaults are the paper's for GPT-2; for OpenLLaMA2 it uses 0.5 and 0.5."""
 
     type: Literal["alpha_beta"] = "alpha_beta"
-    alpha: float = Field(default=0.2, allow_inf_nan=False)
-    beta: float = Field(default=0.7, allow_inf_nan=False)
+    alpha: Finite = 0.2
+    """Larger values weight tokens by the teacher's confidence."""
+    beta: Finite = 0.7
+    """Larger values weight tokens by the student's confidence."""
 
 
 class AlphaMixture(Divergence):
-    """A divergence to the alpha-mixture of both models (Shin et al. 2025, AMiD); defaults as in WASD's runs of it."""
+    """A divergence to the alpha-mixture of both models (Shin et al. 2025, AMiD). Defaults are those of WASD's runs of it."""
 
     type: Literal["alpha_mixture"] = "alpha_mixture"
-    alpha: float = Field(default=-5.0, allow_inf_nan=False)
+    alpha: Finite = -5.0
+    """Shape of the mixture: -1 is arithmetic, 1 geometric, 3 harmonic."""
     lam: Share = 0.5
+    """The teacher's share of the mixture."""
     pair: Literal["pr", "rp", "qr", "rq"] = "pr"
+    """The two sides of the divergence: p is the teacher, q the student, r the mixture."""
     ab_parameters: tuple[Finite, Finite] = (1.0, 0.0)
+    """Alpha and beta of the divergence (`alpha_beta`); (1, 0) is the KL."""
 
 
 class _TopK(Divergence):
     k: int = Field(default=64, ge=1)
+    """Number of the teacher's most probable tokens."""
     tail: Literal["lump", "drop"] = "lump"
+    """All other tokens: `lump` makes them one more outcome, `drop` renormalises without them."""
 
 
 class TopKForwardKL(_TopK):
@@ -121,25 +169,29 @@ class TopKReverseKL(_TopK):
 
 
 class Contrastive(Divergence):
-    """DistiLLM-2's pair: skew forward KL on the teacher's text, skew reverse KL on the student's (Ko et al. 2025).
+    """Skew forward KL on the teacher's text, skew reverse KL on the student's (Ko et al. 2025, DistiLLM-2).
 
-    Needs the pair sampler. The skew is fixed; the paper's, which adapts per response, is `objectives.contrastive_alpha`.
+    Needs the pair sampler. The skew is fixed here; the paper adapts it to each response (`objectives.contrastive_alpha`).
     """
 
+    needs_pairs: ClassVar[bool] = True
     type: Literal["contrastive"] = "contrastive"
     alpha: Share = 0.1
+    """Skew of both parts."""
 
 
 class Taid(Divergence):
-    """Cross-entropy to a target that moves from the student to the teacher (Shing et al. 2025, TAID)."""
+    """Cross-entropy to a target that moves from the student (t = 0) to the teacher (t = 1) (Shing et al. 2025, TAID)."""
 
     type: Literal["taid"] = "taid"
     start: Share = 0.4
+    """t at the first update."""
     end: Share = 1.0
+    """t at the last update."""
     rate: float = Field(default=5e-4, ge=0, allow_inf_nan=False)
-    """How much faster than linearly t may rise."""
+    """Largest rise of t in one update beyond the linear schedule, as a share of 1 - t."""
     decay: float = Field(default=0.99, ge=0, lt=1)
-    """Of the momentum of the loss's relative change."""
+    """Decay of the moving average of the relative change in loss."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -148,62 +200,76 @@ class Taid(Divergence):
         return self
 
 
-class SampledKL(Strict):
-    """Reverse KL from the sampled tokens alone (Schulman 2020): `k2` has its gradient, `k3` that of the forward KL.
+class SampledKL(ObjectiveBase):
+    """Reverse KL estimated from the sampled tokens (Schulman 2020): `k2` has its gradient, `k3` that of the forward KL.
 
-    Needs samples of the student itself, so sampler student. Exact in the first update of a round, so with its defaults of one batch and one
-    epoch. k1 is no objective, because its own gradient has mean zero.
+    Needs the student's own samples, so sampler student. The gradient is unbiased in the first update of a round only, so leave `rollouts`
+    and `inner_epochs` at their defaults. There is no k1, because its gradient has mean zero.
     """
 
+    needs_scores: ClassVar[bool] = True
+    needs_own_samples: ClassVar[bool] = True
     type: Literal["sampled_kl"] = "sampled_kl"
     estimator: Literal["k2", "k3"] = "k2"
 
 
-class MiniLLM(Strict):
-    """MiniLLM's policy gradient (Gu et al. 2024, arXiv 2306.08543v6), in the paper's form or the released code's, part by part.
+class MiniLLM(ObjectiveBase):
+    """MiniLLM's policy gradient (Gu et al. 2024, arXiv 2306.08543v6), as in the paper or in the released code, part by part.
 
-    `preset` sets every field below it that is not given, but for `pt_weight`: `paper` is Algorithm 1, `official` the released code.
-    Per token, with r = (log p - log q) / reward_scale, behaviour p~ and ratio = q / p~:
+    `preset` sets every field below it that is not given, except `pt_weight`: `paper` is Algorithm 1, `official` the released code.
+    Per token, with r = (log p - log q) / reward_scale, p~ the distribution that was sampled from, and ratio = q / p~:
 
         -A min(ratio, clip(ratio))  +  ratio KL(q || p)  +  pt_weight L_PT,      A = length-normalised sum of r after the token
     """
 
+    needs_scores: ClassVar[bool] = True
+    needs_rounds: ClassVar[bool] = True
     type: Literal["minillm"] = "minillm"
     preset: Literal["paper", "official"] = "paper"
     discount: float = Field(default=1.0, gt=0, le=1)
-    """Of later rewards in the return. Paper: 1; official: 0.95."""
+    """Discount of later rewards in the return. Paper: 1; official: 0.95."""
     include_current: bool = False
-    """The return has the token's own reward in it, and so counts the single step twice. Paper: no, R_{t+1}; official: yes, R_t."""
+    """Add the token's own reward to its return, which counts the one-step term twice. Paper: no, R_{t+1}; official: yes, R_t."""
     length_normalisation: Literal["after", "remaining", "discounts", "none"] = "after"
-    """The return is divided by T - t - 1 (paper, Eq. 6), by the tokens from t to the end (official), or by the sum of the discounts,
-    which alone makes the mean of equal rewards that reward. Without it answers collapse to short strings."""
+    """The return is divided by T - t - 1 (`after`; paper, Eq. 6), by the number of tokens from t to the end (`remaining`; official), or by
+    the sum of the discounts (`discounts`, which alone maps equal rewards to that reward). With `none` answers collapse to short strings."""
     whitening: Literal["none", "tokens", "padded"] = "none"
-    """Returns of an update get mean 0 and variance 1, over its tokens or over rows x max_new_tokens places of which the padding counts as
-    0. Paper: none; official: padded."""
+    """Scale an update's returns to mean 0 and variance 1: over its tokens (`tokens`), or over rows x max_new_tokens places where padding
+    counts as 0 (`padded`). Paper: none; official: padded."""
     reward_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Rewards are divided by it. Paper: 1; official: 0.5."""
     reward_clip: float | None = Field(default=None, gt=0)
     """Largest absolute reward after scaling. Paper: none; official: 100."""
     clip: float = Field(default=0.2, gt=0)
-    """Half width of the clip around 1."""
+    """The ratio is clipped to 1 - clip … 1 + clip."""
     clipping: Literal["ratio", "ppo"] = "ratio"
     """Paper: min(ratio, clip(ratio)); official: PPO's max(-A ratio, -A clip(ratio)), which depends on the sign of A."""
     clip_weight: bool = True
-    """The importance weight q_old / p~ counts inside the clip, which then bites before the student has moved (both forms). Otherwise only
-    the student's drift q / q_old is clipped."""
+    """Clip the whole ratio q / p~, including the importance weight q_old / p~, so that some tokens are clipped before the student has
+    changed (paper and official). Otherwise clip only the student's change q / q_old."""
     single_step: bool = True
     """Add the exact one-step term, E_{y_t ~ q}[r_t] summed over the vocabulary (Eq. 3)."""
     single_step_weight: bool = True
     """Weight the one-step term by the (clipped) ratio as well. Paper: yes (Eq. 7); official: no."""
     pt_weight: float = Field(default=1.0, ge=0)
-    """Weight of the term on `data.corpus` (L_PT); 0 leaves it out."""
+    """Weight of the language-modelling term on `data.corpus` (L_PT); 0 leaves it out."""
     pt_kd_ratio: Share = 0.0
     """Share of the forward KL to the teacher in L_PT; the rest is language modelling. Paper: 0; official: 0.5."""
+
+    @property
+    def needs_distribution(self) -> bool:
+        """True if the loss has the one-step term."""
+        return self.single_step
+
+    @property
+    def needs_corpus(self) -> bool:
+        """True if the language-modelling term has a weight."""
+        return self.pt_weight > 0
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        """A preset that is named sets all its fields, so that it also replaces another one's when it comes as a patch."""
+        # a named preset sets all its fields, so that as a patch it replaces those of another preset
         named = values.get("preset") if isinstance(values, dict) else None
         return _PRESETS[named] | values if isinstance(named, str) and named in _PRESETS else values
 

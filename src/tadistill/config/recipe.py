@@ -1,41 +1,44 @@
-"""Recipes: one frozen, closed description of a study (YAML by hand, JSON by machine).
+"""Recipes: one frozen, closed description of a study.
 
-A recipe names models, data, a method and arms; `tadistill.plan.arms` expands it into stages. Every part refuses unknown
-keys, and every default lives in this package and nowhere else. Nothing here imports torch.
+A recipe names models, data, a method and arms; `tadistill.plan.arms` expands it into stages. Every part refuses unknown keys, and every
+default lives in this package and nowhere else.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
-from tadistill.config.arm import Arm
-from tadistill.config.common import Decoding
+from tadistill.config.arm import Arm, Search
+from tadistill.config.common import Decoding, Strict
 from tadistill.config.method import Method, apply
 from tadistill.config.model import ModelConfig
 from tadistill.config.resources import Resources
-from tadistill.config.search import Search
-from tadistill.config.strict import Strict
 
 
 class World(Strict):
-    """The embedded fictional world behind the data sets named tinyworld*."""
+    """The fictional world behind the data sets named tinyworld*, which are generated and need no download."""
 
     seed: int = 0
+    """Seed of its facts and rows."""
     people: int = Field(default=120, ge=10, le=200)
+    """Number of people; with more of them there are more facts to learn."""
 
 
 class DataRef(Strict):
-    """A data set: a name (dolly, self_inst, vicuna, sinst, uinst, sinst/0_2, tinyworld…), a .jsonl file, or a hub id."""
+    """A data set. A string in its place is short for `load`."""
 
     load: str
+    """A name (dolly, self_inst, vicuna, sinst, uinst, sinst/0_2, tinyworld…), a .jsonl file, a folder with SPLIT.jsonl, or a hub id."""
     split: str | None = None
+    """Split to read; by default the one that the set is used as (train, dev or test)."""
     revision: str = "main"
+    """Hub revision: a branch, tag or commit."""
     columns: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "choices"], str] = {}
-    """Our column name: the file's. Needed only where they differ."""
+    """Our column name -> the file's. Needed only if they differ."""
     choices: tuple[str, ...] = ()
-    """The answers that every row is chosen among; an integer or boolean output is then an index into them."""
+    """The answers to choose among, the same for every row; an integer or boolean output is then an index into them."""
     instruction: str | None = None
-    """The instruction of every row, for a set that has none."""
+    """The instruction of every row, for a set without instructions."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,28 +53,30 @@ class DataRef(Strict):
             if given and name in self.columns:
                 raise ValueError(f"`{name}` is given for every row and as a column (`{self.columns[name]}`); keep one of them")
         if self.instruction == "":
-            raise ValueError("`instruction` is empty; write what every row is asked, or leave it out")
+            raise ValueError("`instruction` is empty; write the instruction of every row, or leave it out")
         return self
 
     @model_serializer(mode="wrap")
     def _without_what_is_unset(self, handler: Any) -> dict[str, Any]:
-        dumped = handler(self)  # part of a stage's key: sets that need neither keep the keys of their stored stages
+        # dumped data sets are hashed into the keys of stages: what is not set stays out, so that older stages are found again
+        dumped = handler(self)
         return {k: v for k, v in dumped.items() if v or k not in ("choices", "instruction")}
 
     @property
     def name(self) -> str:
         """The short name used in tables and file names."""
-        if self.load.startswith(("sinst/", "uinst/")):  # the bucket alone would not say of what
+        if self.load.startswith(("sinst/", "uinst/")):  # `0_2` alone would not name the set
             return self.load.replace("/", "_")
         return self.load.rsplit("/", 1)[-1].removesuffix(".jsonl")
 
 
 class Limit(Strict):
-    """Use only the first rows of a split (smoke runs)."""
+    """The number of rows to use, from the first on, for quick trials; all rows by default."""
 
     train: int | None = Field(default=None, ge=1)
     dev: int | None = Field(default=None, ge=1)
     test: int | None = Field(default=None, ge=1)
+    """Rows of each test set."""
 
 
 class Data(Strict):
@@ -79,92 +84,104 @@ class Data(Strict):
 
     train: DataRef
     dev: DataRef
+    """The set that selects checkpoints and paths."""
     test: tuple[DataRef, ...] = Field(min_length=1)
     corpus: DataRef | None = None
     """Plain text for the language-modelling term of MiniLLM."""
     root: str | None = None
-    """Folder of local data sets; TADISTILL_DATA when absent."""
+    """Folder of local data sets; the environment variable TADISTILL_DATA by default."""
     template: Literal["alpaca", "chat", "plain"] = "alpaca"
+    """How an instruction becomes a prompt: the Alpaca text (as MiniLLM), the tokenizer's chat template, or the bare text."""
     max_prompt: int = Field(default=256, ge=1)
-    """Rows whose prompt is longer, in tokens, are left out (MiniLLM)."""
+    """Most tokens of a prompt; rows with a longer one are left out (MiniLLM's value)."""
     max_length: int = Field(default=512, ge=2)
-    """Prompt and reference response are cut to this many tokens; sampled responses by `max_new_tokens`."""
+    """Most tokens of prompt and reference response together; the response is cut. Sampled responses end at `max_new_tokens` instead."""
     limit: Limit = Limit()
     world: World = World()
 
 
 class OtherDecoding(Decoding):
-    """What another decoding changes of the main one: only the fields that are given count."""
+    """Changes to the main decoding: only the fields that are given count."""
 
     seeds: tuple[int, ...] = Field(default=(10,), min_length=1)
-    """Its decoding seeds; the main one's first when absent."""
+    """Its decoding seeds; the main decoding's first seed by default."""
 
 
 class Evaluate(Decoding):
     """Decoding on the test sets, and on dev for metrics that need text."""
 
     seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
-    """Decoding seeds of the test evaluation; dev uses the first."""
+    """Decoding seeds, each one response to every test prompt (MiniLLM's five); dev uses the first."""
     batch: int = Field(default=32, ge=1)
+    """Sequences in a forward pass."""
     also: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")], OtherDecoding] = {
         "greedy": OtherDecoding(temperature=0),
         "t0.5": OtherDecoding(temperature=0.5),
     }
-    """Other decodings by name, reported as METRIC@NAME: sharper text alone moves Rouge-L, and this shows by how much."""
+    """Other decodings by name, reported as METRIC@NAME. They show how far sharper sampling alone moves Rouge-L."""
 
     @field_validator("seeds")
     @classmethod
     def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(seeds)) != len(seeds):
-            raise ValueError(f"decoding seeds {list(seeds)} repeat; every seed is one more answer to each prompt")
+            raise ValueError(f"decoding seeds {list(seeds)} repeat; give every seed once")
         return seeds
 
     def other(self, name: str) -> "Evaluate":
-        """The settings of one of the other decodings."""
+        """Return the settings of one of the other decodings."""
         changes = {field: getattr(self.also[name], field) for field in self.also[name].model_fields_set}
         return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, **changes})
 
 
 class Runtime(Strict):
-    """How, not what: no part of a stage's identity. (`jobs` sets the threads of a stage, and so the order of its sums.)"""
+    """How stages run on this machine. None of it enters a stage's key, but `jobs` sets a stage's threads and so the order of its sums."""
 
     jobs: int | None = Field(default=None, ge=1)
-    """Stages that run at the same time; on CPU the number of cores when absent, on GPU one."""
+    """Stages that run at the same time; by default the number of cores on a CPU, and 1 on a GPU."""
     checkpoint_seconds: float | None = Field(default=None, gt=0)
-    """Between two saves of a training state; when absent 30, and where a save takes long, 20 times as long as the last one took."""
+    """Seconds between two saves of a training state; by default 30, or 20 times the duration of the last save if that is longer."""
     trackers: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
+    """Experiment trackers that training logs to as well."""
 
 
 class Recipe(Strict):
     """A whole study."""
 
     study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the study and of its folder."""
     seeds: tuple[int, ...] = Field(min_length=1)
+    """Training seeds; each is one replicate of every arm."""
     models: dict[str, ModelConfig] = Field(min_length=1)
     data: Data
     method: Method = Method()
+    """The method of every distillation, unless a model (`models.X.distill`) or an arm overrides a part of it."""
     evaluate: Evaluate = Evaluate()
     arms: dict[str, Arm] = {}
-    """May be left out where `search` says which paths there are."""
+    """The paths to compare, by name. May be left out if `search` is given."""
     teacher: str | None = None
-    """The original teacher, to which every KL is measured; needed only where paths start from several models, or there are no paths."""
+    """The original teacher, to which every KL is measured. Needed only if paths start from several models, or if there are no paths."""
     margin: float = Field(default=0.3, gt=0)
-    """Differences of the primary metric smaller than this, in points, count as none."""
+    """Smallest difference of the primary metric that counts, in points."""
     search: Search | None = None
     runtime: Runtime = Runtime()
     resources: dict[str, Resources] = {}
-    """What stages are given to run on: `default`, a kind of stage, or `KIND MODEL`."""
+    """Devices and limits of stages, by `default`, a kind of stage, or `KIND MODEL`."""
 
     @model_validator(mode="after")
     def _check(self):
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)} repeat; every seed is one replicate")
+            raise ValueError(f"seeds {list(self.seeds)} repeat; give every seed once")
         if not self.arms and self.search is None:
             raise ValueError("there are no `arms` and no `search`; add one of them, for instance arms: {direct: xl > s}")
         self._check_names()
         check_acyclic({n: m.parent for n, m in self.models.items() if m.parent}, "models")
         check_acyclic({n: a.compute[3:] for n, a in self.arms.items() if a.compute}, "compute")
         return self
+
+    @property
+    def first_seed(self) -> int:
+        """The seed that stands for all where only one is used: the first that the recipe lists."""
+        return self.seeds[0]
 
     def _check_names(self) -> None:
         for name, model in self.models.items():
@@ -195,7 +212,7 @@ class Recipe(Strict):
 
 
 def methods(recipe: Recipe) -> list[Method]:
-    """The method of every distillation of the study, and of every arm that goes on training a model.
+    """Return the method of every distillation of the study, and of every arm that continues the training of a model.
 
     Raises:
         ConfigError: parts of a method cannot work together.
@@ -209,7 +226,7 @@ def _known(names: dict[str, Any]) -> str:
 
 
 def check_acyclic(edges: dict[str, str], what: str) -> None:
-    """Raise when following `edges` from any name returns to it."""
+    """Raise a ValueError if following `edges` from a name leads back to it."""
     for start in edges:
         seen, at = [start], edges.get(start)
         while at is not None:

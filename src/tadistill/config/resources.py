@@ -1,4 +1,4 @@
-"""What a stage is given to run on. None of it is part of a stage's identity: the same numbers come out, up to the order of sums.
+"""Devices and limits of stages. None of it is part of a stage's key: results are the same, up to the order of sums.
 
 resources:
   default: {hours: 3}
@@ -10,28 +10,28 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tadistill.config.strict import Strict
+from tadistill.config.common import Strict
 
 
 class Resources(Strict):
-    """Devices and limits of a stage; on a cluster what is absent follows from the plan's estimates and the cluster's profile."""
+    """Devices and limits of a stage. On a cluster, defaults follow from the plan's estimates and the cluster's profile."""
 
     processes: int = Field(default=1, ge=1)
-    """Ranks, with one GPU each where there are GPUs. Training stages only."""
+    """Number of processes (ranks), each with its own GPU if there are GPUs. Training stages only."""
     nodes: int = Field(default=1, ge=1)
-    """Machines that the processes are spread over."""
+    """Machines over which the processes are spread."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Several processes hold the student whole (DDP), or a part each (FSDP2)."""
+    """How several processes hold the student: each the whole model (`ddp`), or each a part of it (`fsdp`, FSDP2)."""
     teacher: Literal["replicated", "sharded", "offloaded"] = "replicated"
-    """The teacher is whole on every device, in parts over the processes (FSDP2), or in host memory and brought in layer by layer."""
+    """Placement of the teacher: whole on every device, in parts over the processes (FSDP2), or in host memory and loaded layer by layer."""
     gpu: str | None = None
-    """A GPU or slice of the cluster's profile; the smallest that is large enough when absent."""
+    """A GPU or slice in the cluster's profile; the smallest that is large enough by default."""
     cpus: int | None = Field(default=None, ge=1)
-    """Cores of a process."""
+    """Cores per process."""
     memory: float | None = Field(default=None, gt=0)
-    """GB of host memory of a process."""
+    """Host memory per process, in GB."""
     hours: float | None = Field(default=None, gt=0)
-    """Time limit of a job. A stage that needs longer saves its state, is queued again and goes on."""
+    """Time limit of a job. A stage that needs longer saves its state, is queued again and continues."""
 
     @model_validator(mode="after")
     def _check(self):

@@ -1,29 +1,35 @@
-"""`Sequence`s of token ids and the padded `Batch` made of them: the only place that shifts predictions to targets.
+"""`Sequence`s of token ids, and padded `Batch`es of them. Only this module shifts predictions to targets.
 
-Axes: B sequences, T positions. `mask_BT[b, t]` is True iff the prediction made AT t, of token t + 1, counts. Values that
-belong to a response token stand at the position that predicts it.
+Axes: B sequences, T positions. `mask_BT[b, t]` is True if the prediction made AT t, of token t + 1, counts. A value of a response token is
+stored at the position that predicts the token.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tadistill.data.templates import Encoded
+from tadistill.errors import DataError
 from tadistill.objectives import Hidden, TargetMixture, TopK
 from tadistill.objectives.targets import select
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """A prompt and a response; `values` holds one number per response token and name (log-probabilities of a rollout)."""
+    """Token ids of a prompt and a response, with what is known of the response's tokens."""
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     values: dict[str, np.ndarray] = field(default_factory=dict)
+    """By name one number per response token, such as the log-probabilities of a rollout."""
     states: tuple[Tensor, ...] = ()
     """(len(response), H) per teacher: its last hidden states at the positions that predict the response."""
 
@@ -34,36 +40,37 @@ class Batch:
 
     ids_BT: Tensor
     attention_BT: Tensor
-    """1 at real tokens; by length, never by token id."""
+    """1 at real tokens, 0 at padding; from lengths, never from token ids."""
     mask_BT: Tensor
+    """True where the prediction of the next token counts."""
     values: dict[str, Tensor] = field(default_factory=dict)
-    """Per-token float32 values (B, T), zero where the mask is False."""
+    """By name float32 values (B, T), zero where the mask is False."""
     corpus: "Batch | None" = None
-    """Plain text that rides along for a language-modelling term."""
+    """Plain text for a language-modelling term."""
     targets: tuple[Hidden | TopK, ...] = ()
-    """The teachers at the positions where the mask is True, in row-major order, when they were computed beforehand."""
+    """The teachers' outputs at the positions where the mask is True, in row-major order, if they were computed in advance."""
     mixture: TargetMixture | None = None
-    """What several teachers make together in this update."""
+    """The mixture of several teachers in this update."""
 
     @property
     def targets_BT(self) -> Tensor:
-        """The token predicted at each position (meaningless where the mask is False)."""
+        """The token to predict at each position (meaningless where the mask is False)."""
         return self.ids_BT.roll(-1, dims=1)
 
     @property
     def positions_BT(self) -> Tensor:
-        """Position ids, always passed to the model."""
+        """Position ids, which are always passed to the model."""
         return (self.attention_BT.cumsum(1) - 1).clamp(min=0)
 
     def first(self, rows: int) -> "Batch":
-        """The first rows, without the plain text."""
+        """Return the first rows, without the plain text."""
         mask = self.mask_BT[:rows]
         targets: Any = tuple(select(t, slice(0, int(mask.sum()))) for t in self.targets)
         values = {k: v[:rows] for k, v in self.values.items()}
         return Batch(self.ids_BT[:rows], self.attention_BT[:rows], mask, values, None, targets, self.mixture)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return Batch(
             self.ids_BT.to(device),
             self.attention_BT.to(device),
@@ -80,14 +87,33 @@ def references(encoded: Seq[Encoded]) -> list[Sequence]:
     return [Sequence(e.prompt, e.response) for e in encoded]
 
 
+def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int) -> list[Sequence]:
+    """Join plain-text documents by EOS and cut them into up to `limit` sequences of `length` tokens, as MiniLLM prepares D_PT.
+
+    The last, shorter piece is dropped unless it is the only one.
+
+    Raises:
+        DataError: the documents hold no text.
+    """
+    ids: list[int] = []
+    for document in documents:
+        ids += [*tokenizer(document, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        if len(ids) >= limit * length:
+            break
+    if len(ids) < 2:
+        raise DataError("the corpus holds no text; give a file with at least one document")
+    whole = range(0, min(len(ids) - length, (limit - 1) * length) + 1, length) or [0]
+    return [Sequence((), tuple(ids[i : i + length])) for i in whole]
+
+
 def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:
-    """Indices in batches of `size`, short sequences first: neighbours of like length waste least padding."""
+    """Return the sequences' indices in batches of `size`, short sequences first, which needs the least padding."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].response))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, targets: tuple[Hidden | TopK, ...] = ()) -> Batch:
-    """Pad sequences on the right. A sequence without a prompt counts from its second token on."""
+    """Pad sequences on the right. In a sequence without a prompt all tokens but the first are predicted."""
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)
     attention = np.zeros((rows, width), np.int64)

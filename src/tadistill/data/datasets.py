@@ -1,8 +1,7 @@
-"""Named data sets, JSONL files and hub data sets, read into `Example`s. No tokenizer, no torch.
+"""Named data sets, JSONL files and Hub data sets, read into `Example`s.
 
-A split is found in this order: the embedded tinyworld; a path that exists; a named set under `data.root` (or
-TADISTILL_DATA); the hub. Rows may hold instruction/input/output(s), prompt/completion, messages, or text (corpora), and
-the answers to choose among (choices).
+A split is looked for in this order: the built-in tinyworld; an existing path; a named set under `data.root` (or TADISTILL_DATA); the Hub.
+Rows may hold instruction/input/output(s), prompt/completion, messages, or text (corpora), and the answers to choose among (choices).
 """
 
 import hashlib
@@ -15,13 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tadistill.config import Data, DataRef
-from tadistill.config.recipe import World
+from tadistill.config import Data, DataRef, Recipe
+from tadistill.config.recipe import World, methods
 from tadistill.data import hub, tinyworld
 from tadistill.errors import DataError
 
 Facts = tuple[tuple[str, tuple[str, ...]], ...]
-"""(value, rivals) pairs: an answer is right for a fact iff it says the value and none of the rivals."""
+"""(value, rivals) pairs: an answer is right for a fact if it says the value and none of the rivals."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +33,24 @@ class Example:
     messages: tuple[dict[str, str], ...] = ()
     """A conversation up to the answer; instruction and input are empty then."""
     verbatim: bool = False
-    """The instruction is the whole prompt: no template is put around it."""
+    """True if the instruction is the whole prompt, without a template."""
     facts: Facts = ()
     choices: tuple[str, ...] = ()
-    """The answers to choose among, where the task is a classification; the references are among them."""
+    """The answers to choose among, references included, if the task is a classification."""
 
 
 @dataclass(frozen=True)
 class _Named:
-    """Where a published set lies: in MiniLLM's local layout and on the hub (first and last line of each split)."""
+    """The place of a published set in MiniLLM's local layout and on the Hub."""
 
     folder: str
     hub: str
     files: dict[str, tuple[str, int | None, int | None]]
+    """Split -> file on the Hub, with its first and last line."""
 
 
 def _bucket(name: str, lengths: str, last: int | None = None) -> _Named:
-    """The part of a set whose first references have so many tokens; MiniLLM's tables show the longest ones."""
+    """Describe the part of a set whose first references have this many tokens. MiniLLM's tables show the longest ones."""
     return _Named(f"minillm_{name}_{lengths.rstrip('_')}", f"MiniLLM/{name}", {"test": (f"{lengths}/valid.jsonl", None, last)})
 
 
@@ -76,10 +76,9 @@ NAMED = {
 
 
 def load(ref: DataRef, role: str, data: Data) -> list[Example]:
-    """The examples of a split, limited by `data.limit`.
+    """Read the examples of a split, limited by `data.limit`.
 
     Args:
-        ref: which data set.
         role: train, dev or test: the split that is read unless `ref.split` names another.
 
     Raises:
@@ -100,6 +99,24 @@ def read(ref: DataRef, role: str, *, world: World, root: str | None, limit: int 
     return examples
 
 
+def check(recipe: Recipe) -> None:
+    """Read every split and the start of the corpus, so that a mistake is known before any work.
+
+    Raises:
+        DataError: a file or a column is missing, or two test sets have one name.
+        ConfigError: parts of a method cannot work together.
+    """
+    data = recipe.data
+    for ref, role in [(data.train, "train"), (data.dev, "dev"), *((r, "test") for r in data.test)]:
+        load(ref, role, data)
+    if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
+        next(texts(data.corpus, world=data.world, root=data.root), None)
+    names = [r.name for r in data.test]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"data.test has two sets called `{name}`; rename one of the files")
+
+
 def texts(ref: DataRef, *, world: World, root: str | None) -> Iterator[str]:
     """Yield the documents of a corpus (column `text`)."""
     column = ref.columns.get("text", "text")
@@ -112,7 +129,7 @@ def texts(ref: DataRef, *, world: World, root: str | None) -> Iterator[str]:
 
 
 def fingerprint(ref: DataRef, role: str, data: Data) -> str:
-    """What the split's content is known by in a stage's key: a digest of the file, a world's identity, or hub id@revision."""
+    """Return the identity of a split's content for a stage's key: a digest of the file, the world's identity, or hub id@revision."""
     if ref.load in tinyworld.SPLITS:
         return f"{tinyworld.fingerprint(seed=data.world.seed, people=data.world.people)}:{ref.load}:{ref.split or role}"
     path = _local_file(ref, role, data.root)
@@ -127,7 +144,11 @@ def _digest(path: Path, mtime_ns: int) -> str:
 
 
 def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bool = False) -> Iterator[dict[str, Any]]:
-    """The rows of a split; `stream` reads a hub data set from the network as far as it is asked for, where the whole is not wanted."""
+    """Read the rows of a split.
+
+    Args:
+        stream: read only as much of a Hub data set as is used, over the network.
+    """
     split = ref.split or role
     if ref.load in tinyworld.SPLITS:
         if split in tinyworld.SPLITS[ref.load]:
@@ -141,7 +162,7 @@ def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bo
 
 
 def on_hub(ref: DataRef, role: str, data: Data) -> tuple[str, str | None] | None:
-    """The repository and the file there (None for all of it) that a split is read from; None where no hub is needed.
+    """Return the Hub repository and file (None for all of it) that a split is read from; None if the split needs no Hub.
 
     Raises:
         DataError: there is no such data set.
@@ -163,7 +184,7 @@ def _on_hub(ref: DataRef, split: str) -> tuple[str, str | None]:
 
 
 def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
-    """The file on this disk that holds the split, if there is one."""
+    """Find the file on this disk that holds the split."""
     split = ref.split or role
     root = root or os.environ.get("TADISTILL_DATA")
     folders = [Path(ref.load)]
@@ -194,7 +215,7 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[dict[str, Any]]:
-    """Rows of a named set from the hub's own file, cut as MiniLLM cuts it."""
+    """Read the rows of a named set from its file on the Hub, cut as MiniLLM does."""
     named = NAMED[ref.load]
     _, first, last = named.files[split]
     try:
@@ -208,12 +229,12 @@ def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[
 
 
 def _hub_dataset(ref: DataRef, split: str, stream: bool) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset  # here: heavy, and only needed for data sets on the hub
+    from datasets import load_dataset  # here: slow to import, and only needed for data sets on the Hub
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    # Offline, `datasets` takes whatever it once prepared, of any revision; the snapshot of this revision is read instead.
+    # offline, `datasets` would use any revision that it once prepared, so the snapshot of this revision is read instead
     path, revision = (str(hub.download(ref.load, ref.revision)), None) if constants.HF_HUB_OFFLINE else (ref.load, ref.revision)
     try:
         return (dict(row) for row in load_dataset(path, split=split, revision=revision, streaming=stream))
@@ -263,9 +284,7 @@ def _example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
 
 def _last_turn(messages: Any, ref: DataRef, where: str) -> Any:
     if ref.instruction is not None:
-        raise DataError(
-            f"{where}: it holds messages, which bring their own instructions; remove `instruction` from the data set's settings"
-        )
+        raise DataError(f"{where}: it holds messages, which have their own instructions; remove `instruction` from the data set's settings")
     turns = isinstance(messages, list) and len(messages) >= 2 and all(isinstance(turn, dict) for turn in messages)
     if not turns or messages[-1].get("role") != "assistant":
         raise DataError(f"{where}: messages must end with an assistant turn after a prompt")
@@ -283,7 +302,7 @@ def _choices(given: Any, where: str) -> tuple[str, ...]:
 
 
 def _references(answer: Any, choices: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """The reference answers, of which an integer or a boolean is an index into the choices."""
+    """Return the reference answers; an integer or a boolean is an index into the choices."""
     if answer is None or (isinstance(answer, list | tuple) and not answer):
         what = "null" if answer is None else "an empty list"
         raise DataError(f"{where}: the response is {what}; every row needs at least one (an empty string is one), so leave the row out")

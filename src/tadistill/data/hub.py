@@ -1,26 +1,25 @@
-"""Data sets of the hub: the repository or the one file of it that a split is read from, in the local cache or downloaded. Imports no torch.
+"""Find or download the Hub repository (or single file) that a split is read from, and describe errors of the Hub in one sentence.
 
-cached("tatsu-lab/alpaca", "main")                     -> the snapshot's folder, or None where it is not on this disk
+cached("tatsu-lab/alpaca", "main")                     -> the snapshot's folder, or None if it is not on this disk
 download("MiniLLM/dolly", "main", file="raw.jsonl")    -> that file, from the cache or the network
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tadistill.errors import DataError
+from tadistill.errors import DataError, TadistillError
 
-OFFLINE = (
-    "is not in the local Hugging Face cache and HF_HUB_OFFLINE=1 forbids the network; run `tadistill fetch RECIPE` where there is network"
-)
 _NOT_DATA = (".md", ".gitattributes", ".gitignore", ".yaml")
 
 
 def cached(repository: str, revision: str, file: str | None = None) -> Path | None:
-    """The file, or the folder of the whole snapshot, without network; None where it is missing or a snapshot holds no data.
+    """Find the file, or the folder of the whole snapshot, without network; None if it is missing or a snapshot holds no data.
 
     Raises:
-        DataError: the hub would take no such name.
+        DataError: `repository` is not a valid hub id.
     """
-    from huggingface_hub import snapshot_download, try_to_load_from_cache  # here: most commands read no data set of the hub
+    from huggingface_hub import snapshot_download, try_to_load_from_cache  # here: most commands read no data set of the Hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -31,47 +30,74 @@ def cached(repository: str, revision: str, file: str | None = None) -> Path | No
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise DataError(f"`{repository}` is not a valid hub id ({str(error).rstrip('.')}); write ORG/NAME") from error
+        raise invalid(DataError, repository, error) from error
     files = [path for path in folder.rglob("*") if not path.is_dir()]
-    whole = all(path.is_file() for path in files)  # a link may have lost what it points to
+    whole = all(path.is_file() for path in files)  # a link may have lost its target
     return folder if whole and any(not path.name.endswith(_NOT_DATA) for path in files) else None
 
 
 def download(repository: str, revision: str, file: str | None = None, *, workers: int = 8) -> Path:
-    """The file, or the whole snapshot, brought up to date; with HF_HUB_OFFLINE=1 from the cache only.
+    """Bring the file, or the whole snapshot, up to date and return its path; with HF_HUB_OFFLINE=1 only from the cache.
 
     Raises:
         DataError: it cannot be had; says why, and what to do.
     """
     from huggingface_hub import constants, hf_hub_download, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
+        if (found := cached(repository, revision, file)) is None:
+            raise offline(DataError, "data set", f"{repository}/{file}" if file else repository, revision)
+        return found
+    with explained(DataError, "data set", repository, revision, file):
+        if file is not None:
+            return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
+        return Path(snapshot_download(repository, repo_type="dataset", revision=revision, max_workers=workers))
+
+
+def offline(error: type[TadistillError], kind: str, name: str, revision: str) -> TadistillError:
+    """Return the error for what the cache lacks while the network is forbidden."""
+    return error(
+        f"{kind} `{name}` at revision `{revision}` is not in the local Hugging Face cache and HF_HUB_OFFLINE=1 forbids the network; "
+        "run `tadistill fetch RECIPE` where there is network"
+    )
+
+
+def invalid(error: type[TadistillError], repository: str, cause: Exception) -> TadistillError:
+    """Return the error for a name that the Hub does not allow."""
+    return error(f"`{repository}` is not a valid hub id ({str(cause).rstrip('.')}); write ORG/NAME")
+
+
+@contextmanager
+def explained(error: type[TadistillError], kind: str, repository: str, revision: str, file: str | None = None) -> Iterator[None]:
+    """Turn errors of a download inside the block into `error` with one sentence.
+
+    Args:
+        kind: `model` or `data set`.
+        file: the file of the repository that is wanted; None for all of it.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
-        LocalEntryNotFoundError,
+        HFValidationError,
         RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    what = f"{repository}/{file}" if file else repository
-    where = f"data set `{what}` at revision `{revision}`"
-    if constants.HF_HUB_OFFLINE:
-        if (found := cached(repository, revision, file)) is None:
-            raise DataError(f"{where} {OFFLINE}")
-        return found
+    where = f"{kind} `{repository}/{file}`" if file else f"{kind} `{repository}`"
     try:
-        if file is not None:
-            return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
-        return Path(snapshot_download(repository, repo_type="dataset", revision=revision, max_workers=workers))
-    except GatedRepoError as error:
-        raise DataError(f"{where} is gated; accept its terms on its page on the hub, then log in with `hf auth login`") from error
-    except RevisionNotFoundError as error:
-        raise DataError(f"data set `{repository}` has no revision `{revision}`; correct `revision`") from error
-    except RepositoryNotFoundError as error:
-        raise DataError(
-            f"the hub shows no data set `{repository}`; correct the id, or, if it is private, log in with `hf auth login`"
-        ) from error
-    except RemoteEntryNotFoundError as error:
-        raise DataError(f"data set `{repository}` has no file `{file}` at revision `{revision}`; correct `revision`") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise DataError(f"{where} cannot be downloaded ({type(error).__name__}); check the connection") from error
+        yield
+    except HFValidationError as cause:
+        raise invalid(error, repository, cause) from cause
+    except GatedRepoError as cause:
+        raise error(
+            f"{where} at revision `{revision}` is gated; accept its terms on its page on the hub, then log in with `hf auth login`"
+        ) from cause
+    except RevisionNotFoundError as cause:
+        raise error(f"{kind} `{repository}` has no revision `{revision}`; correct `revision`") from cause
+    except RepositoryNotFoundError as cause:
+        raise error(f"the hub shows no {kind} `{repository}`; correct the id, or, if it is private, log in with `hf auth login`") from cause
+    except RemoteEntryNotFoundError as cause:
+        raise error(f"{kind} `{repository}` has no file `{file}` at revision `{revision}`; correct `revision`") from cause
+    except (HfHubHTTPError, OSError) as cause:
+        raise error(f"{where} at revision `{revision}` cannot be downloaded ({type(cause).__name__}); check the connection") from cause

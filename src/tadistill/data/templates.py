@@ -1,8 +1,8 @@
 """Prompt templates and length rules: from an `Example` to prompt ids and response ids.
 
-Departures from MiniLLM's preprocessing: where a tokenizer merges the end of the prompt with the start of the response,
-the response is encoded by itself (MiniLLM cuts the joint encoding at the prompt's length); prompts that are too long are
-left out of test sets too (MiniLLM cuts them on the right, which loses "### Response:").
+Two rules differ from MiniLLM's preprocessing. If a tokenizer merges the end of the prompt with the start of the response, the response is
+encoded alone (MiniLLM cuts the joint encoding at the prompt's length). Prompts that are too long are left out of test sets too (MiniLLM
+cuts them on the right, which loses "### Response:").
 """
 
 from collections.abc import Sequence as Seq
@@ -24,17 +24,19 @@ _WITH_INPUT = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example; `response` ends with EOS unless it was cut. `row` is the example's place in its split."""
+    """Token ids of one example."""
 
     row: int
+    """The example's place in its split, from 0."""
     prompt: tuple[int, ...]
     response: tuple[int, ...]
+    """The first reference; ends with EOS unless it was cut."""
     choices: tuple[tuple[int, ...], ...] = ()
     """Each of the example's choices as the start of a response: without EOS, never cut."""
 
 
 def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The prompt as text, in the alpaca, chat or plain template."""
+    """Write the prompt as text, in the alpaca, chat or plain template."""
     if example.verbatim:
         return example.instruction
     if template == "chat" or example.messages:
@@ -57,11 +59,12 @@ def encode(
     """Encode examples with their first reference and their choices; rows whose prompt exceeds `max_prompt` tokens are left out.
 
     Raises:
-        DataError: no row is left, or a row's choices cannot be told apart or are too long.
+        DataError: no row is left, or two choices of a row have the same tokens, or one is too long.
+        ModelError: the tokenizer has no EOS token, or the template needs a chat template that it does not have.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ModelError("the tokenizer has no EOS token, so a response could never end; set eos_token in its configuration")
+        raise ModelError("the tokenizer has no EOS token, so no response could end; set eos_token in its configuration")
     prompts = [render(e, template, tokenizer) for e in examples]
     ids = _ids(tokenizer, prompts)
     responses = _after(tokenizer, prompts, ids, [e.references[0] for e in examples])
@@ -83,7 +86,7 @@ def encode(
 
 
 def _after(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: list[list[int]], texts: list[str]) -> list[list[int]]:
-    """Each text's tokens after its prompt: what it adds to the prompt's, or its own tokens where it would change those."""
+    # a text's tokens are what it adds to the prompt's tokens, or its own tokens if the joint encoding changes the prompt's
     whole = _ids(tokenizer, [p + t for p, t in zip(prompts, texts, strict=True)])
     joint = [w[: len(p)] == p for w, p in zip(whole, ids, strict=True)]
     return [w[len(p) :] if j else _ids(tokenizer, [t])[0] for w, p, j, t in zip(whole, ids, joint, texts, strict=True)]

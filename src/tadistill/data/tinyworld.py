@@ -1,9 +1,8 @@
-"""tinyworld: a data set about a fictional world, generated from a seed; nothing to download, no torch.
+"""tinyworld: a data set about a fictional world, generated from a seed, with nothing to download.
 
-People and places have attributes, and relations to each other. Each fact is asked for in several wordings and told in
-several phrasings of unequal frequency, so that mode-seeking and mode-covering training differ; there are more facts than
-a small student can hold; and skills (sort, reverse, count, extract, …) work on a given input. Five test sets mirror
-MiniLLM's suite, and a sixth its measure of calibration:
+People and places have attributes, and relations to each other. Each fact is asked for in several wordings and told in several phrasings of
+unequal frequency, so that mode-seeking and mode-covering training differ. A small student cannot learn all facts. Skills (sort, reverse,
+count, extract, …) work on a given input. Five test sets mirror MiniLLM's suite, and a sixth its measure of calibration:
 
     tinyworld            held-out wordings of known facts, skills on new inputs     (as Dolly)
     tinyworld_reworded   wordings that training never uses                         (as SelfInst)
@@ -12,9 +11,8 @@ MiniLLM's suite, and a sixth its measure of calibration:
     tinyworld_multi      every phrasing is a reference                             (as UnNI)
     tinyworld_choices    one word, to choose among the value and its rivals        (as SST-2, BoolQ)
 
-The facts themselves are all told in training: the sets test knowledge, not guessing. No (instruction, input) pair occurs
-in two splits. The same seed gives byte-identical rows everywhere: each draw has its own generator, addressed by its
-purpose, and uses `random()` alone, the one method whose stream Python promises to keep.
+All facts are told in training, so the sets test knowledge and not guessing. No (instruction, input) pair is in two splits. The same seed
+gives byte-identical rows on every machine (`data.tinyworld_draw`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VERSION = 1
-"""Raised whenever a generated row changes; part of the fingerprint, and so of every stage's key."""
+"""Raise this whenever a generated row changes; it is part of the fingerprint, and so of every stage's key."""
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "tinyworld": ("train", "dev", "test"),
@@ -44,7 +42,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 
-# fact rows (at most, and as a share: a small world has few held-out wordings to deal out), rows of each skill, open rows
+# fact rows (at most, and as a share of all facts, because a small world has few held-out wordings), rows of each skill, open rows
 _FACTS = {"dev": (140, 0.16), "test": (130, 0.15), "multi": (120, 0.14)}
 _FACTS |= {"reworded": (130, 0.5), "lengths": (70, 0.5), "choices": (150, 0.5)}
 _INPUTS = {"train": 180, "dev": 7, "test": 6, "multi": 4, "reworded": 4, "lengths": 3}
@@ -55,7 +53,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fact:
-    """`value` is what the attribute `kind` of `subject` is; `rivals` are the other values it could have had."""
+    """The attribute `kind` of `subject` has this `value`; `rivals` are the other values it could have had."""
 
     kind: str
     subject: str
@@ -63,13 +61,13 @@ class Fact:
     rivals: tuple[str, ...]
 
     def say(self, phrase: str) -> str:
-        """A phrase of the tables with this fact filled in."""
+        """Fill this fact into a phrase of the tables."""
         return phrase.format(x=self.subject, v=self.value)
 
 
 @dataclass(frozen=True)
 class World:
-    """Everything that is true; `facts` holds each subject's attributes in the order of the tables."""
+    """The people, places and facts of one seed. `facts` has each subject's attributes in the order of the tables."""
 
     seed: int
     people: int
@@ -80,7 +78,7 @@ class World:
 
 @lru_cache
 def world(seed: int = 0, people: int = 120) -> World:
-    """The world of a seed: names, places and what holds of them.
+    """Generate the world of a seed.
 
     Raises:
         DataError: fewer than 10 people or more than there are names.
@@ -97,11 +95,10 @@ def world(seed: int = 0, people: int = 120) -> World:
 
 
 def rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row]:
-    """The rows of a split: instruction, input ("" if none), outputs, and facts as [value, rivals].
+    """Generate the rows of a split: instruction, input ("" if none), outputs, and facts as [value, rivals].
 
-    An answer is right for a fact iff it says the value and none of the rivals, as whole words. The rivals of one value are
-    one shared tuple. Only `multi` rows have more than one output. Rows of tinyworld_choices also have choices: the value and
-    its rivals, sorted.
+    An answer is right for a fact if it says the value and none of the rivals, as whole words. Only `multi` rows have more than one output.
+    Rows of tinyworld_choices also have choices: the value and its rivals, sorted.
 
     Raises:
         DataError: there is no such split.
@@ -112,7 +109,7 @@ def rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row
 
 
 def corpus(*, seed: int = 0, people: int = 120) -> list[dict[str, str]]:
-    """Plain prose about the world, for a language-modelling term; its sentences are worded unlike the answers."""
+    """Generate plain prose about the world, for a language-modelling term. Its sentences use other wordings than the answers."""
     here = world(seed, people)
     told, residents = _by_subject(here), {place: [f.subject for f in here.facts if f.value == place] for place in here.places}
     documents = []
@@ -140,18 +137,18 @@ def _vocabulary(seed: int, people: int) -> tuple[str, ...]:
 
 
 def words(*, seed: int = 0, people: int = 120) -> list[str]:
-    r"""The sorted vocabulary, "\n" included, specials not."""
+    r"""Return the sorted vocabulary, with "\n" and without special tokens."""
     return list(_vocabulary(seed, people))
 
 
 def fingerprint(*, seed: int = 0, people: int = 120) -> str:
-    """The identity of the world's rows, stable across machines."""
+    """Return the identity of the world's rows, the same on every machine."""
     return f"tinyworld:v{VERSION}:seed={seed}:people={people}"
 
 
 def tokenizer(*, seed: int = 0, people: int = 120) -> "PreTrainedTokenizerFast":
-    r"""One token a word; "\n" is a token of its own; nothing is added around a text."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # here: rows are also needed where these are not installed
+    r"""Make the world's tokenizer: one token per word, "\n" is a token, and nothing is added around a text."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # here: rows are also needed without these packages
     from transformers import PreTrainedTokenizerFast
 
     ids = {word: i for i, word in enumerate((*SPECIALS, *_vocabulary(seed, people)))}
@@ -168,10 +165,10 @@ def tokenizer(*, seed: int = 0, people: int = 120) -> "PreTrainedTokenizerFast":
 
 
 def _facts(seed: int, kind: str, subjects: tuple[str, ...], names: tuple[str, ...], places: tuple[str, ...]) -> list[Fact]:
-    """One fact for each subject. Values are dealt out evenly, so that guessing the commonest one earns nothing."""
+    """Make one fact for each subject. Values are equally frequent, so that guessing the most frequent one gains nothing."""
     domain = {"place": places, "person": names}.get(text.KINDS[kind].domain) or text.DOMAINS[text.KINDS[kind].domain]
     rng = draw.rng(seed, "facts", kind)
-    if kind == "friend":  # one circle through all people: nobody is their own friend
+    if kind == "friend":  # one circle through all people, so that nobody is their own friend
         circle = draw.shuffled(names, rng)
         friends = dict(zip(circle, circle[1:] + circle[:1], strict=True))
         return [Fact(kind, x, friends[x], tuple(n for n in names if n not in (x, friends[x]))) for x in subjects]
@@ -209,9 +206,9 @@ def _splits(seed: int, people: int) -> dict[tuple[str, str], tuple[Row, ...]]:
 
 
 def _fact_rows(here: World) -> dict[str, list[Row]]:
-    """Each fact keeps one long and one short wording out of training; dev, test and multi share the long ones out.
+    """Make the rows of all facts. One long and one short wording of each fact stay out of training.
 
-    Lengths and choices share out the short ones.
+    The long ones are divided among dev, test and multi, the short ones among lengths and choices.
     """
     parts: dict[str, list[Row]] = {part: [] for part in ("train", *_FACTS)}
     queue = iter(draw.shuffled(here.facts, draw.rng(here.seed, "deal")))
@@ -249,7 +246,7 @@ def _fact_rows(here: World) -> dict[str, list[Row]]:
 
 
 def _open_rows(here: World) -> dict[str, list[Row]]:
-    """Long answers: what there is to tell about a subject, in the tables' order."""
+    """Make rows with long answers: everything about a subject, in the order of the tables."""
     parts: dict[str, list[Row]] = {part: [] for part in ("train", "open", "lengths")}
     told = _by_subject(here)
     opened = set(draw.shuffled(told, draw.rng(here.seed, "open"))[:_OPEN])
@@ -273,7 +270,7 @@ def _open_rows(here: World) -> dict[str, list[Row]]:
 
 
 def _skill_rows(here: World) -> dict[str, list[Row]]:
-    """Tasks on inputs that no other row has."""
+    """Make the rows of tasks, each with an input of its own."""
     parts: dict[str, list[Row]] = {part: [] for part in _INPUTS}
     seen: set[str] = set()
     rivals = {domain: _rivals(values) for domain, values in (("who", here.names), ("what", text.DOMAINS["food"]), ("where", here.places))}

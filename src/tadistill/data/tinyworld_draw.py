@@ -1,6 +1,6 @@
-"""Random draws of tinyworld: each purpose has a generator of its own, and only `random()` is called.
+"""Random draws of tinyworld: each purpose has its own generator, and only its `random()` is called.
 
-That method's stream is the one that Python promises to keep, so the same seed gives the same rows everywhere.
+Python guarantees the stream of that method only, so the same seed gives the same rows with every version.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 def rng(*address: int | str) -> Random:
-    """The generator of one purpose."""
+    """Return the generator of one purpose."""
     return Random("|".join(map(str, address)))
 
 
 def pick(items: Sequence[T], rng: Random, weights: Sequence[int] | None = None) -> T:
-    """One item, with equal chances or by weight (of more weights than items the first count)."""
+    """Draw one item, with equal chances or by weight. Surplus weights at the end are ignored."""
     if weights is None:
         return items[int(rng.random() * len(items))]
     weights = weights[: len(items)]
@@ -29,6 +29,6 @@ def pick(items: Sequence[T], rng: Random, weights: Sequence[int] | None = None) 
 
 
 def shuffled(items: Iterable[T], rng: Random) -> list[T]:
-    """The items in random order."""
-    draw = rng.random  # looked up once: the embedded world draws a hundred thousand times
+    """Return the items in random order."""
+    draw = rng.random  # looked up once, because a world needs a hundred thousand draws
     return sorted(items, key=lambda _: draw())

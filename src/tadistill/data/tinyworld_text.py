@@ -1,9 +1,9 @@
-"""What tinyworld is told in: name parts, value lists, and the phrase tables of its facts and skills.
+"""The text of tinyworld: name parts, value lists, and the phrase tables of its facts and skills.
 
-Everything is lower case, one space between tokens, sentence marks as tokens of their own. `{x}` stands for the subject of a
-fact, `{v}` for its value. Three rules keep the data sound, and the tests check them: no word belongs to two value domains or
-to a domain and a phrase; a rewording uses only words that training rows use too; answers to one question differ in their
-first words, so that a model that covers all phrasings and one that settles on a single phrasing behave differently.
+Everything is lower case with one space between tokens, and sentence marks are tokens. `{x}` stands for the subject of a fact, `{v}` for its
+value. Three rules keep the data sound, and the tests check them. No word belongs to two value domains, or to a domain and a phrase. A
+rewording uses only words that training rows use too. Answers to one question differ in their first words, so that a model that covers all
+phrasings and a model that uses one phrasing behave differently.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ def _split(line: str) -> tuple[str, ...]:
     return tuple(line.split())
 
 
-# 32 x 20 possible people, 15 x 6 possible places: a world draws the names it needs
+# a world draws its names among 32 x 20 possible people and 15 x 6 possible places
 NAME_STARTS = _split("ba be bi bo da de di do fa fe ka ke ki ko la le li lo ma me mi mo na ne ni no ra re ro sa se to")
 NAME_ENDS = _split("bin dan den dra fin gan kos lan len lia mir nor ran rik sen tas tha van vin zan")
 PLACE_STARTS = _split("ash birch clay dun elm glen hart iron kirk lynd moss oak pine reed thorn")
@@ -35,17 +35,17 @@ DOMAINS = {
     ),
     "river": _split("arlo brone corva delm esker farrow gyle hesper isar jarn"),
 }
-"""The values of each attribute; places and people are domains too, but drawn for each world."""
+"""The values of each attribute. Places and people are domains too, but they are drawn for each world."""
 
 NUMBERS = tuple(str(n) for n in range(1, 21))
 
 ANSWER_WEIGHTS = (4, 3, 2, 1)
-"""How often training rows use the first, second, … phrasing: uneven, as in real text, so that there is a mode to seek."""
+"""Relative frequency of the first, second, … phrasing in training rows: uneven as in real text, so that there is a mode to seek."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One attribute: how it is asked for and told."""
+    """The wordings in which one attribute is asked for and told."""
 
     domain: str
     """A key of DOMAINS, `place` or `person`."""
@@ -212,7 +212,7 @@ KINDS = PERSON_KINDS | PLACE_KINDS
 
 PERSON_STORY = ("home", "job", "pet", "colour")
 PLACE_STORY = ("product", "river", "mayor")
-"""What an open question is answered with, in this order."""
+"""The facts that answer an open question, in this order."""
 
 OPEN_ASKS = (
     "tell me about {x} .",
@@ -221,12 +221,12 @@ OPEN_ASKS = (
     "i heard of {x} , what do you know ?",
     "what can you tell me about {x} ?",
 )
-"""Each subject is asked for with three of these in training, with another in `open` and the last in `lengths`."""
+"""Training asks for each subject with three of these, `open` with a fourth and `lengths` with the fifth."""
 
 
 @dataclass(frozen=True)
 class Skill:
-    """A task on a given input; how its inputs are made stands in `tinyworld`."""
+    """The wordings of a task on a given input; `tinyworld` makes the inputs."""
 
     asks: tuple[str, ...]
     rewordings: tuple[str, ...]
@@ -282,7 +282,7 @@ SKILLS = {
 }
 
 SALES = ("{seller} sold {food} to {buyer} in {place} .", "in {place} , {buyer} got {food} , which {seller} sold .")
-"""Inputs of who, what and where. Two orders of the roles, so that a role is not a position."""
+"""Inputs of who, what and where. There are two orders of the roles, so that no role has a fixed position."""
 
 STORY_OPENINGS = ("this is a story about {x} .", "people say many good things about {x} .", "i know {x} .")
 RESIDENTS = "{a} , {b} and {c} live in {x} ."

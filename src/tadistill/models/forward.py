@@ -1,9 +1,9 @@
-"""The forward pass of training and scoring: last hidden states where the mask counts, and the head that turns them into logits.
+"""The forward pass of training and scoring: last hidden states at the positions that count, and the head that turns them into logits.
 
     reader = Reader(model)
     hidden = reader.hidden(model, batch)            # (N, H), then tadistill.objectives.fused_head(hidden, reader.head, …)
 
-Logits are not made here: the head is fused into the loss.
+No logits are computed here, because the head is fused into the loss.
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from tadistill.objectives import Head, Hidden
 
 
 class Reader:
-    """Takes a causal language model apart into its body and its head, checked once against the model's own logits."""
+    """A causal language model, split into body and head. The split is checked once against the model's own logits."""
 
     def __init__(self, model: PreTrainedModel):
         """
         Raises:
-            ModelError: the model's logits are not what its head makes of its last hidden states.
+            ModelError: the model's logits are not the output of its head on its last hidden states.
         """
         module = model.get_output_embeddings()
         if not isinstance(module, nn.Module) or not isinstance(getattr(module, "weight", None), Tensor):
@@ -35,20 +35,20 @@ class Reader:
 
     @property
     def head(self) -> Head:
-        """The head with the parameters as they are now."""
+        """The head with its current parameters."""
         bias = self._module._parameters.get("bias")
         weight = self._module._parameters["weight"]
         assert weight is not None
         return Head(weight, bias, self._scale, self._softcap)
 
     def hidden(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(N, H) last hidden states at the N positions where the mask counts, in row-major order.
+        """Return the (N, H) last hidden states at the N positions where the mask is True, in row-major order.
 
         Args:
-            model: the model this reader was made of, or a wrapper around it (for several processes).
+            model: the model that this reader was made from, or a wrapper around it (for several processes).
         """
         columns = batch.mask_BT.any(0).nonzero().squeeze(1)
-        end = int(columns[-1]) + 1 if len(columns) else 1  # what comes later is read by no position that counts
+        end = int(columns[-1]) + 1 if len(columns) else 1  # no position that counts reads later tokens
         with tapped(self._module, skip=True) as seen:
             model(
                 input_ids=batch.ids_BT[:, :end],
@@ -60,7 +60,7 @@ class Reader:
         return seen[0][batch.mask_BT[:, columns]]
 
     def target(self, model: nn.Module, batch: Batch) -> Hidden:
-        """The same without a graph, as a teacher's side of a loss."""
+        """Return the teacher's side of a loss: hidden states without a graph, and the head."""
         with torch.no_grad():
             return Hidden(self.hidden(model, batch), self.head)
 
@@ -69,18 +69,18 @@ class Reader:
         ids = torch.arange(2, device=model.device).unsqueeze(0)
         with tapped(self._module, skip=False) as seen:
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().nan_to_num()
-        # NaN as 0 on both sides: broken weights are the training loop's to report
+        # NaN counts as 0 on both sides, because the training loop reports broken weights
         expected = self.head.logits(seen[0].to(self.head.weight.dtype)).float().nan_to_num()
         if expected.shape != logits.shape or not torch.allclose(expected, logits, rtol=0.02, atol=0.02 * float(logits.abs().max())):
             raise ModelError(
-                f"models of type {model.config.model_type} change their logits after the head in a way that is not known here "
+                f"models of type {model.config.model_type} change their logits after the head in a way that is not supported "
                 "(a scale, a soft cap and a bias are), so their loss cannot be fused; choose another model"
             )
 
 
 @contextmanager
 def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
-    """Collects what the head is given; with `skip` the head itself then works on no position at all."""
+    """Collect the inputs of the head; with `skip` the head then runs on no position."""
     seen: list[Tensor] = []
 
     def tap(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -95,7 +95,7 @@ def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
 
 
 def _after_the_head(model: PreTrainedModel) -> tuple[float, float | None]:
-    """(scale, soft cap) of the logits: Cohere multiplies, Granite divides, Gemma caps."""
+    """Return (scale, soft cap) of the logits: Cohere multiplies them, Granite divides them, Gemma caps them."""
     settings = model.config.get_text_config().to_dict()
     scale = (settings.get("logit_scale") or 1.0) / (settings.get("logits_scaling") or 1.0)
     return float(scale), settings.get("final_logit_softcapping")

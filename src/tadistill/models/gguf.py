@@ -1,7 +1,7 @@
-"""One GGUF file in, one ordinary Hugging Face directory out. Called once per file by `sources.fetch`, which caches the result.
+"""Conversion of a GGUF file to an ordinary Hugging Face directory. `sources.fetch` calls it once per file and caches the result.
 
-transformers reads GGUF files slowly and keeps a `quantization_config` on the model, which then refuses to be saved. The
-converted directory holds the dequantised float32 weights (4 bytes per parameter) and loads like any other model.
+transformers reads GGUF files slowly and keeps a `quantization_config` on the model, which then cannot be saved. The converted directory
+holds the dequantised float32 weights (4 bytes per parameter) and loads like any other model.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tadistill.errors import ModelError
-from tadistill.models.noise import quiet
+from tadistill.models.loading import quiet
 
 
 def convert(file: Path, directory: Path) -> None:
@@ -25,7 +25,7 @@ def convert(file: Path, directory: Path) -> None:
         ModelError: the `gguf` package is missing, the architecture is not supported, or the file is damaged.
     """
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    # The dequantising bar is drawn by tqdm itself, past transformers' settings; what goes wrong comes as an exception.
+    # tqdm draws the bar of the dequantisation, whatever transformers' settings; errors come as exceptions
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
             tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -41,9 +41,9 @@ def convert(file: Path, directory: Path) -> None:
 
 
 def _without_quantization(loaded: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that never heard of GGUF."""
+    """Copy the weights into a model without quantisation settings."""
     config = copy.deepcopy(loaded.config)
-    delattr(config, "quantization_config")  # a field that only quantised models have
+    delattr(config, "quantization_config")  # only quantised models have this field
     with torch.random.fork_rng(devices=[]):  # the random weights made here are replaced at once
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict(), assign=True)

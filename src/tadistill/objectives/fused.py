@@ -28,9 +28,8 @@ from tadistill.objectives.divergence import wide
 from tadistill.objectives.head import Head, Hidden, report_heads
 from tadistill.objectives.slopes import written_out
 from tadistill.objectives.targets import Target, TargetMixture, TopK, aligned, per_token, select
+from tadistill.tuning import TILE_BYTES
 
-TILE_BYTES = 144 * 2**20
-"""For the logits of one tile, student and teachers together."""
 _CACHED = {"cpu": 2**18}
 _STREAMED = 2**22
 """Elements of a small tile: on a CPU one that stays in cache, on a GPU one that outweighs the launch of a kernel."""

@@ -9,8 +9,7 @@ from itertools import combinations, pairwise
 
 from tadistill.config import Arm, Method, Recipe, Sft
 from tadistill.config.method import apply
-from tadistill.config.objective import CrossEntropy, MiniLLM
-from tadistill.config.sampling import DatasetSampler, OnPolicy
+from tadistill.config.sampling import DatasetSampler
 from tadistill.errors import ConfigError
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.costs import Ledger
@@ -107,7 +106,7 @@ class _Planner:
             for key in measured.values():
                 self.graph.mark(key, name)
         final = {seed: _stage(of_path[-1]) for seed, of_path in models.items()}
-        first = self.recipe.seeds[0]
+        first = self.recipe.first_seed
         return PlannedArm(name, arm, made[first][1], final, evaluate, analyse, also, self.graph.flops(final[first]))
 
     def _models(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[list[Handle], Method]:
@@ -160,7 +159,7 @@ class _Planner:
         """Raise if an arm without a teacher asks for more than further cross-entropy training on the data set."""
         if arm.objective is None and (arm.optim or arm.select or arm.sampler):
             raise ConfigError(f"arms.{name} trains nothing, so its settings would do nothing; add objective: {{type: cross_entropy}}")
-        if arm.objective is not None and not isinstance(arm.objective, CrossEntropy):
+        if arm.objective is not None and arm.objective.needs_teacher:
             raise ConfigError(f"arms.{name} has no teacher in its path for objective {arm.objective.type}; use cross_entropy")
         if arm.sampler is not None and not isinstance(arm.sampler, DatasetSampler):
             raise ConfigError(f"arms.{name} has no teacher in its path for sampler {arm.sampler.type}; use sampler: {{type: dataset}}")
@@ -187,9 +186,9 @@ class _Planner:
 
     def _check_method(self, method: Method, model: str) -> None:
         objective, sampler = method.objective, method.sampler
-        if self.recipe.models[model].lora and isinstance(sampler, OnPolicy) and sampler.engine == "vllm":
+        if self.recipe.models[model].lora and sampler.vllm:
             raise ValueError(f"models.{model} has lora, but engine vllm takes whole models only; use engine: native, or leave lora out")
-        if isinstance(objective, MiniLLM) and objective.pt_weight and self.recipe.data.corpus is None:
+        if objective.needs_corpus and self.recipe.data.corpus is None:
             raise ValueError("objective minillm has pt_weight > 0 but there is no data.corpus; give a corpus, or set pt_weight: 0")
 
     def _scale(self, name: str, arm: Arm, target: float | None) -> float:
@@ -198,7 +197,7 @@ class _Planner:
             raise ConfigError(f"arms.{name} has `compute`, which works for a direct path (A > B); its path is {arm.text}")
         trial = _Planner(self.recipe)
         trial.ledger = trial.stages.ledger = self.ledger  # what it has read serves both
-        final = _stage(trial._models(name, arm, self.recipe.seeds[0], 1.0)[0][-1])
+        final = _stage(trial._models(name, arm, self.recipe.first_seed, 1.0)[0][-1])
         assert final is not None
         total, last = trial.graph.flops(final), trial.graph.stages[final].flops
         if target is None or total is None or last is None:
@@ -233,7 +232,7 @@ def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) 
         k: the number of likeliest tokens that are compared.
     """
     planner = _Planner(recipe)
-    stages, seed = planner.stages, recipe.seeds[0]
+    stages, seed = planner.stages, recipe.first_seed
     handles = {name: stages.trained(name, seed) for name in models}
     alone = {name: stages.probe(name, handle, seed, prompts) for name, handle in handles.items()}
     beside = {

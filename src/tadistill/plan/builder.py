@@ -10,8 +10,7 @@ from typing import Any, Literal
 from tadistill.config import DataRef, Evaluate, Method, Recipe, Sft
 from tadistill.config.common import Decoding
 from tadistill.config.method import Optim, Select
-from tadistill.config.objective import MiniLLM
-from tadistill.config.sampling import PairSampler, Rounds, TeacherSampler
+from tadistill.config.sampling import Rounds
 from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.models import sources
@@ -210,7 +209,7 @@ class StageBuilder:
     def _responses(self, name: str, teacher: Handle, method: Method, seed: int) -> Output | None:
         """Add the teacher's answers to the training prompts, if the method reads them."""
         sampler = method.sampler
-        if not isinstance(sampler, TeacherSampler | PairSampler):
+        if not sampler.teacher_text:
             return None
         decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
         spec = GenerateSpec(data=self.data, teacher=teacher, sampler=decoding, seed=seed, train=self.split("train"))
@@ -219,7 +218,7 @@ class StageBuilder:
     def _corpus(self, method: Method) -> Source | None:
         """Return the plain text that the method reads, if any."""
         corpus = self.recipe.data.corpus
-        if corpus is None or not isinstance(method.objective, MiniLLM) or not method.objective.pt_weight:
+        if corpus is None or not method.objective.needs_corpus:
             return None
         return Source(ref=corpus, fingerprint=datasets.fingerprint(corpus, "train", self.recipe.data))
 

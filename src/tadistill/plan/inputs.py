@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel
 
 from tadistill.config import DataRef, Evaluate
+from tadistill.config.common import Strict
 from tadistill.config.recipe import World
-from tadistill.config.strict import Strict
 
 
 class Part(Strict):

@@ -4,7 +4,6 @@ from pydantic import ValidationError
 
 from tadistill.config import Recipe
 from tadistill.config.resources import Resources
-from tadistill.config.sampling import OnPolicy, SpeculativeSampler, TeacherMixedSampler
 from tadistill.errors import ConfigError
 from tadistill.plan.graph import Stage
 from tadistill.plan.specs import KINDS, TrainingSpec
@@ -50,7 +49,7 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
     """Return the resources of a stage.
 
     Raises:
-        ConfigError: the batch cannot be shared by the processes, or what must be whole on each would be cut.
+        ConfigError: the processes cannot share the batch, or a model would be split that must be whole on each of them.
     """
     given, spec = resources_of(recipe, stage), stage.spec
     if not isinstance(spec, TrainingSpec):
@@ -61,13 +60,12 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
             "it; change one of them"
         )
     sampler = spec.method.sampler
-    guided = isinstance(sampler, SpeculativeSampler) or (isinstance(sampler, TeacherMixedSampler) and sampler.alpha > 0)
-    if given.teacher == "sharded" and guided:
+    if given.teacher == "sharded" and sampler.guided:
         raise ConfigError(
-            f"{stage.label}: resources say teacher sharded, but sampler {sampler.type} asks the teacher for tokens one by one, each "
-            "process as often as it needs, and a sharded teacher answers all processes at once; set teacher: offloaded"
+            f"{stage.label}: resources say teacher sharded, but sampler {sampler.type} runs the teacher token by token, each process as "
+            "often as it needs, and a sharded teacher runs in all processes at once; set teacher: offloaded"
         )
-    if given.parallel == "fsdp" and isinstance(sampler, OnPolicy) and sampler.engine == "vllm":
+    if given.parallel == "fsdp" and sampler.vllm:
         raise ConfigError(f"{stage.label}: resources say parallel fsdp, but engine vllm needs the whole student; set parallel: ddp")
     if given.parallel == "fsdp" and spec.lora:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""How fast this machine is at each kind of stage, and what that makes of a plan: seconds a stage, and of the whole. Imports no torch.
+"""The speed of this machine at each kind of stage, and the predicted time of stages and plans.
 
-Speeds are FLOP/s by kind of stage and by span of its loop (sampling, training, watching, selection), as `models.cost.spans` joins them.
-They come from `tadistill plan --measure` (RUNS/store/throughput.json) or from finished stages of this machine, the former first.
+Speeds are FLOP/s by kind of stage and by span of its loop (sampling, training, watching, selection; `counting.cost.spans`). They come from
+`tadistill plan --measure` (RUNS/store/throughput.json), or else from stages that finished on this machine.
 """
 
 import json
@@ -22,12 +22,12 @@ Speeds = dict[str, dict[str, float]]
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine(threads: int, accelerator: str | None = None) -> str:
-    """What speeds are known by: the accelerator, or the processor and the threads of a stage."""
+    """Return the name under which speeds are stored: the accelerator, or the processor and the threads of a stage."""
     return accelerator or f"{_processor()}, {threads} threads"
 
 
@@ -38,7 +38,7 @@ def _processor() -> str:
 
 
 def measured(ledger: Mapping[str, Any]) -> dict[str, float]:
-    """FLOP/s by span from a training stage's ledger; spans without FLOPs or time have none."""
+    """Compute the FLOP/s of each span from a training stage's ledger, without spans that have no FLOPs or no time."""
     flops: dict[str, float] = {}
     for name, part in ledger["parts"].items():
         flops[phase(name)] = flops.get(phase(name), 0.0) + part["flops"]
@@ -47,13 +47,13 @@ def measured(ledger: Mapping[str, Any]) -> dict[str, float]:
 
 
 def save(store: Store, where: str, speeds: Speeds) -> None:
-    """Add speeds of a machine to the file."""
+    """Add the speeds of a machine to the file."""
     known = _read(store)
     write_json(store.root / _FILE, known | {where: known.get(where, {}) | speeds})
 
 
 def load(store: Store, stages: Mapping[str, Stage], threads: int, accelerator: str | None = None) -> Speeds:
-    """What is known of this machine: of finished stages, and over that what was measured."""
+    """Return the speeds of this machine: measured ones, and those of finished stages."""
     here, found = machine(threads, accelerator), {}
     for stage in stages.values():
         if stage.cost and store.finished(stage.key):
@@ -69,7 +69,7 @@ def _read(store: Store) -> dict[str, Speeds]:
 
 
 def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
-    """What a stage takes; None where the speed of a span that matters is not known."""
+    """Predict the seconds of a stage; None if the speed of a span with over 1 % of its FLOPs is not known."""
     if cost is None or cost.kind not in speeds:
         return None
     known, total = speeds[cost.kind], 0.0
@@ -82,9 +82,12 @@ def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
 
 
 def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: int) -> float:
-    """Seconds until all of `takes` (seconds by key) are done, `jobs` at a time; a stage starts after those that it stands on.
+    """Predict the seconds until all stages are done, `jobs` at a time; a stage starts when its parents are done.
 
-    Stages with the longest way behind them go first, as `runner.workers` does it. What is not in `takes` costs no time.
+    Stages whose descendants take longest go first, as in `runner.workers`.
+
+    Args:
+        takes: seconds by key; other stages take no time.
     """
     behind = dict.fromkeys(stages, 0.0)
     for key in reversed(list(stages)):

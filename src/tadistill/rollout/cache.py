@@ -8,8 +8,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-COMPACT_BELOW = 0.8  # share of unfinished rows under which copying the caches pays for itself
-
 
 class InPlaceLayer(DynamicLayer):
     """Keys and values (rows, heads, capacity, head size), of which the first `length` places are filled."""

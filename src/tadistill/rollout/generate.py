@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from tadistill.config.common import Decoding
 from tadistill.models.forward import tapped
 from tadistill.rollout import lazy, packed
-from tadistill.rollout.cache import COMPACT_BELOW, in_place_cache
+from tadistill.rollout.cache import in_place_cache
 from tadistill.rollout.draw import Mixture, Speculation, next_tokens, processors
 from tadistill.rollout.record import Record, Rollout
+from tadistill.tuning import COMPACT_BELOW
 
 __all__ = ["Mixture", "Rollout", "Speculation", "sample"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tadistill.rollout.cache import COMPACT_BELOW
 from tadistill.rollout.draw import Mixture, draw, log_prob
 from tadistill.rollout.packed import Packed
 from tadistill.rollout.record import Record
+from tadistill.tuning import COMPACT_BELOW
 
 _BEHIND = 8  # tokens of a row that a model may have to read; bounds the memory of a call
 _WAITING = 0.5  # share of the rows

@@ -19,9 +19,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tadistill.rollout.cache import keeps_all
+from tadistill.tuning import PACKED_FAMILIES
 
 _NAME = "tadistill_packed"
-_FAMILIES = {"gpt2", "llama", "mistral", "opt", "qwen2"}
 
 
 class _Places:
@@ -112,7 +112,7 @@ def possible(model: PreTrainedModel, capacity: int) -> bool:
     of their own in attention. A family joins the list with its name in `tests/unit/rollout/test_lazy.py`.
     """
     layers = DynamicCache(config=model.config).layers
-    known = model.config.model_type in _FAMILIES and model.config._attn_implementation == "sdpa"
+    known = model.config.model_type in PACKED_FAMILIES and model.config._attn_implementation == "sdpa"
     return known and len(layers) > 0 and all(keeps_all(layer, capacity) for layer in layers)
 
 

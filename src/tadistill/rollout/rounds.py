@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from tadistill import rng
 from tadistill.config.method import Method
-from tadistill.config.objective import MiniLLM, Objective, SampledKL
+from tadistill.config.objective import Objective
 from tadistill.config.sampling import Rounds, SpeculativeSampler, TeacherMixedSampler
 from tadistill.data.batch import Batch, Sequence, by_length, collate
 from tadistill.data.templates import Encoded
@@ -42,9 +42,8 @@ class Teacher:
 
     @classmethod
     def of(cls, objective: Objective, models: tuple[PreTrainedModel, ...], vocab: int) -> "Teacher":
-        """What this objective asks of the teachers."""
-        scores = isinstance(objective, MiniLLM | SampledKL)
-        return cls(models, vocab, scores, objective.single_step if isinstance(objective, MiniLLM) else not scores)
+        """The teachers, with what this objective needs of them."""
+        return cls(models, vocab, objective.needs_scores, objective.needs_distribution)
 
 
 class Rollouts(Sampler):
@@ -110,7 +109,7 @@ class Rollouts(Sampler):
         return self.shard.gather(list(zip(mine, found, strict=True)))
 
     def _guide(self) -> Mixture | Speculation | None:
-        if isinstance(self.config, TeacherMixedSampler) and self.config.alpha > 0:
+        if isinstance(self.config, TeacherMixedSampler) and self.config.guided:
             return Mixture(self.teacher.models[0], self.config.alpha)
         if isinstance(self.config, SpeculativeSampler):
             return Speculation(self.teacher.models[0], self.config.k)

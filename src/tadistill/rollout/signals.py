@@ -25,9 +25,9 @@ from tadistill.disk import replacing
 from tadistill.errors import StoreError
 from tadistill.models.forward import Reader
 from tadistill.objectives import Head, Hidden, TopK, top_k
+from tadistill.tuning import RECORDING_BATCH
 
 _PART = 256
-_BATCH = 16
 _ROWS = 128  # tokens whose logits are alive at the same time
 
 
@@ -60,7 +60,7 @@ def _part(
 ) -> dict[str, Tensor]:
     """The tensors of one part, sequence after sequence."""
     found: dict[int, dict[str, Tensor]] = {}
-    for rows in by_length(sequences, _BATCH):
+    for rows in by_length(sequences, RECORDING_BATCH):
         batch = collate([sequences[i] for i in rows], pad=pad).to(teacher.device)
         tensors = _signal(reader.hidden(teacher, batch), reader.head, config, vocab)
         lengths = batch.mask_BT.sum(1).tolist()

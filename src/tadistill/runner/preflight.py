@@ -9,19 +9,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
+from tadistill.config.common import Decoding
+from tadistill.config.method import apply
 from tadistill.config.recipe import methods
-from tadistill.config.sampling import DatasetSampler, OnPolicy
 from tadistill.data import datasets
 from tadistill.data.templates import encode
 from tadistill.errors import ConfigError
 from tadistill.models.counting import sizes
 from tadistill.models.counting.adapters import Adapters, with_adapters
 from tadistill.models.counting.memory import check_memory, resident_bytes
-from tadistill.models.loading import check_same_tokenizer, load_tokenizer
+from tadistill.models.loading import check_same_tokenizer, load_tokenizer, scratch_config
 from tadistill.models.pruning import keep_list
-from tadistill.models.scratch import scratch_config
 from tadistill.plan.arms import make_plan, original_teacher
-from tadistill.plan.costs import Ledger, check_data
+from tadistill.plan.costs import Ledger
 from tadistill.plan.layout import layout
 from tadistill.plan.throughput import cores
 
@@ -44,7 +44,7 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         ConfigError, DataError, ModelError: in one sentence.
     """
-    check_data(recipe)
+    datasets.check(recipe)
     _check_peft(recipe)
     for stage in make_plan(recipe).stages.values() if recipe.resources else ():
         layout(recipe, stage)
@@ -64,7 +64,7 @@ def _used(recipe: Recipe) -> list[str]:
 
 
 def _check_engine(recipe: Recipe) -> None:
-    wanted = any(isinstance(m.sampler, OnPolicy) and m.sampler.engine == "vllm" for m in methods(recipe))
+    wanted = any(method.sampler.vllm for method in methods(recipe))
     if wanted and not (importlib.util.find_spec("vllm") and torch.cuda.is_available()):
         raise ConfigError("a sampler has engine vllm, which needs CUDA and `pip install 'tadistill[vllm]'`; set engine: native")
 
@@ -77,9 +77,8 @@ def _check_peft(recipe: Recipe) -> None:
 
 def _tokenizer(recipe: Recipe, name: str) -> PreTrainedTokenizerBase:
     model = recipe.models[_root(recipe, name)]
-    source = model.tokenizer or model.load
-    assert source is not None
-    return load_tokenizer(source, revision=model.revision, world=recipe.data.world.model_dump())
+    assert model.tokenizer_source is not None
+    return load_tokenizer(model.tokenizer_source, revision=model.revision, world=recipe.data.world.model_dump())
 
 
 def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, prompt: int) -> None:
@@ -95,7 +94,7 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
             keep_list(layers if model.init.layers is None or model.init.layers_by == "influence" else model.init.layers, layers)
     positions = (config or {}).get("max_position_embeddings", (config or {}).get("n_positions"))
     samplers = [method.sampler for method in methods(recipe)]
-    longest = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if not isinstance(s, DatasetSampler))])
+    longest = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if isinstance(s, Decoding))])
     if positions and prompt + longest > positions:
         raise ConfigError(
             f"models.{name} has {positions} positions, but the longest prompt, {prompt}, and max_new_tokens, {longest}, are more; "
@@ -144,7 +143,8 @@ def _check_memory(recipe: Recipe, used: list[str]) -> None:
         for path in arm.path:
             for i, name in enumerate(path):
                 trains = i > 0 or recipe.models[name].sft is not None or arm.objective is not None
-                others = list(path[:i] if arm.dense or recipe.method.dense else path[i - 1 : i])
+                dense = i > 0 and apply(recipe.method, recipe.models[name].distill, arm.patch).dense
+                others = list(path[:i] if dense else path[i - 1 : i])
                 _check_stage(found, others, name, trains, ledger.adapters(name))
         if teacher:
             _check_stage(found, [teacher, *arm.last[:-1]], arm.last[-1], False)

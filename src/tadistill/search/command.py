@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from tadistill.config import Arm, Method, Recipe
+from tadistill.config.arm import Search
 from tadistill.config.method import HIGHER_IS_BETTER, NOT_COMPARABLE, MethodPatch, Optim, Select, apply
-from tadistill.config.search import Search
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger

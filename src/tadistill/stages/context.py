@@ -8,16 +8,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill import rng
-from tadistill.data import corpus, datasets
-from tadistill.data.batch import Sequence, references
+from tadistill.config.method import TEACHER_DTYPES
+from tadistill.data import datasets
+from tadistill.data.batch import Sequence, chunks, references
 from tadistill.data.templates import encode
 from tadistill.errors import Interrupted
 from tadistill.evaluation.run import EvalSet
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.counting.shapes import resized
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
+from tadistill.models.modify import temper
 from tadistill.models.pruning import importance, keep_list, prune, prune_depth, shape_of
-from tadistill.models.tempering import temper
 from tadistill.plan.inputs import FromStage, Handle, Loaded, Pruned, PrunedDepth, Source, Split, Tempered
 from tadistill.plan.specs import Spec
 from tadistill.plan.task import Task
@@ -104,7 +105,7 @@ class Context(Generic[AnySpec]):
             return []
         data = self.spec.data
         documents = datasets.texts(source.ref, world=data.world, root=self.task.data_root)
-        return corpus.chunks(documents, tokenizer, data.max_length, _CORPUS_CHUNKS)
+        return chunks(documents, tokenizer, data.max_length, _CORPUS_CHUNKS)
 
 
 def stop_if_asked(context: Context) -> None:
@@ -124,4 +125,4 @@ def make_subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *ot
 
 def teacher_dtype(precision: str) -> torch.dtype:
     """Return the dtype of a frozen teacher beside a student trained in this precision."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return getattr(torch, TEACHER_DTYPES[precision])

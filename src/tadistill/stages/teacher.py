@@ -10,13 +10,12 @@ from tadistill.evaluation.run import EvalSet
 from tadistill.evaluation.run import generate as generate_answers
 from tadistill.evaluation.scoring import Subject, entropy, means
 from tadistill.models.loading import save_model
-from tadistill.models.tempering import matching_temperature
-from tadistill.models.tempering import temper as temper_model
+from tadistill.models.modify import matching_temperature
+from tadistill.models.modify import temper as temper_model
 from tadistill.plan.specs import GenerateSpec, SignalSpec, TemperSpec
 from tadistill.rollout.signals import record
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, make_subject, stop_if_asked, teacher_dtype
-
-_GENERATION_BATCH = 64
+from tadistill.tuning import GENERATION_BATCH
 
 
 def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
     model, tokenizer = context.frozen(spec.teacher)
     subject = make_subject(model, tokenizer)
     train = context.split(spec.train, tokenizer)
-    decoding = Evaluate(seeds=(spec.seed,), batch=_GENERATION_BATCH, **spec.sampler.model_dump())
+    decoding = Evaluate(seeds=(spec.seed,), batch=GENERATION_BATCH, **spec.sampler.model_dump())
     parts = context.folder / "parts"
     rows, answered, ends = [], 0, 0
 
@@ -35,11 +34,11 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
         if answered < ends:  # within a part, which may take longer than the time that a signal leaves
             stop_if_asked(context)
 
-    for start in range(0, len(train.encoded), 8 * _GENERATION_BATCH):
+    for start in range(0, len(train.encoded), 8 * GENERATION_BATCH):
         part = parts / f"{start}.json"
         if not part.is_file():
             stop_if_asked(context)
-            chunk = EvalSet(train.name, train.examples, train.encoded[start : start + 8 * _GENERATION_BATCH])
+            chunk = EvalSet(train.name, train.examples, train.encoded[start : start + 8 * GENERATION_BATCH])
             ends = answered + len(chunk.encoded)
             answers = generate_answers(subject, chunk, decoding, spec.seed, tick)
             write_json(part, [{"prompt": list(a.prompt), "response": list(a.response)} for a in answers])

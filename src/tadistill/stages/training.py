@@ -11,15 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill import rng
 from tadistill.config import Method, Optim
-from tadistill.config.objective import CrossEntropy
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.data.batch import Sequence, references
 from tadistill.disk import read_jsonl
 from tadistill.evaluation.run import dev_metrics
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import end_tokens, save_model, shared_vocabulary
-from tadistill.models.lora import adapt, merged
-from tadistill.models.recomputing import recompute_layers
+from tadistill.models.modify import adapt, merged, recompute_layers
 from tadistill.plan.inputs import Output
 from tadistill.plan.specs import DistillSpec, SftSpec, TrainingSpec
 from tadistill.plan.throughput import machine
@@ -41,7 +39,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     distill = spec if isinstance(spec, DistillSpec) else None
     accelerator = _accelerator(context, optim)
     student, tokenizer, save = _student(context)
-    handles = (distill.teacher, *distill.assistants) if distill and _needs_teacher(method) else ()
+    handles = (distill.teacher, *distill.assistants) if distill and method.runs_teacher else ()
     teachers = tuple(context.frozen(handle, teacher_dtype(optim.precision))[0] for handle in handles)
     recorded = distill.signal if distill else None
     signals = Signals(context.store.folder(recorded.stage) / SIGNAL, context.device) if recorded else None
@@ -51,7 +49,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     subject = Subject(student, tokenizer, vocab, end_tokens(student, tokenizer))
     sampler = _sampler(context, subject, teachers, signals, Shard(accelerator.process_index, accelerator.num_processes))
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
-    student.train(not isinstance(method.sampler, OnPolicy))
+    student.train(not method.sampler.on_policy)
     hooks = Hooks(
         evaluate=_dev(context, subject, teachers[0] if teachers else None),
         progress=lambda done, text: context.progress(done, optim.steps or 1, text),
@@ -155,13 +153,6 @@ def _dev(context: Context[TrainingSpec], subject: Subject, teacher: PreTrainedMo
         return dict
     data, settings, metric = context.split(spec.dev, subject.tokenizer), spec.decoding, spec.select.metric
     return lambda: dev_metrics(subject, data, settings, metric, teacher=teacher)
-
-
-def _needs_teacher(method: Method) -> bool:
-    """Return True if training or selection runs the teacher."""
-    if isinstance(method.sampler, Rounds) or method.select.metric == "reverse_kl":
-        return True
-    return not (isinstance(method.objective, CrossEntropy) or method.signal)
 
 
 def _responses(context: Context, answers: Output) -> list[Sequence]:

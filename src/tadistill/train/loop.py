@@ -29,9 +29,7 @@ from tadistill.train.meter import Meter
 from tadistill.train.step import counts
 from tadistill.train.terms import Step
 from tadistill.train.watch import Alarms, watch
-
-_LOG_POINTS = 100
-_WATCH_EVERY = 10  # watching rollouts costs about a tenth of an update
+from tadistill.tuning import LOG_POINTS, WATCH_EVERY
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def train_stage(
     assert optim.steps is not None
     if optim.batch % accelerator.num_processes:
         raise ConfigError(f"optim.batch {optim.batch} is not a multiple of the {accelerator.num_processes} processes; change one of them")
-    steps, every = optim.steps, max(1, optim.steps // _LOG_POINTS)
+    steps, every = optim.steps, max(1, optim.steps // LOG_POINTS)
     model = sharding.shard(student, accelerator.device) if fsdp else accelerator.prepare(student)
     optimizer = accelerator.prepare(make_optimizer(student, optim))
     meter = Meter(student, step.models.teachers, checkpointing=optim.gradient_checkpointing)
@@ -128,7 +126,7 @@ def train_stage(
                 batches = step.prepare(sampler.micro_batches(state.step), state.step, lambda values: _sum(accelerator, values).cpu())
             meter.saw(batches)
             with meter.timed("watching"):
-                watched = run.watch(batches) if state.step % max(every, _WATCH_EVERY) == 0 else {}
+                watched = run.watch(batches) if state.step % max(every, WATCH_EVERY) == 0 else {}
             for line in run.alarms.check(state.step, watched):
                 hooks.alarm(line)
             torch.manual_seed(rng.torch_seed(seed, "dropout", state.step, *others))

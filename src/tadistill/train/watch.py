@@ -13,8 +13,8 @@ from torch import Tensor
 from tadistill import objectives
 from tadistill.data.batch import Batch
 from tadistill.train.terms import Step
+from tadistill.tuning import WATCHED_ROWS
 
-_ROWS = 8  # sequences that are scored; lengths and repetition are of the whole batch
 _TOP = 10
 _GRAM = 4
 
@@ -35,7 +35,7 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
         return {}
     rows = sum(len(b.ids_BT) for b in batches)
     found = {"length": sum(float(b.mask_BT.sum()) for b in batches) / rows, "repetition": _repetition(batches)}
-    part = batches[0].first(_ROWS)
+    part = batches[0].first(WATCHED_ROWS)
     mask = part.mask_BT
     old, behaviour = part.values["student"][mask], part.values["behaviour"][mask]
     weight = (old - behaviour).exp()

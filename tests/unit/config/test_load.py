@@ -66,6 +66,17 @@ def test_a_mistake_is_one_sentence(recipe, override, parts):
         assert part in message
 
 
+def test_dots_of_paths_stay_in_a_message(recipe, monkeypatch):
+    below = recipe.parent / "below"
+    below.mkdir()
+    monkeypatch.chdir(below)
+    with pytest.raises(ConfigError) as error:
+        load("../r.yaml", ["data.train={load: ../rows.jsonl, instruction: ''}"])
+    assert str(error.value).startswith("../r.yaml, line 6: `data.train`: ")
+    with pytest.raises(ConfigError, match=r"runtime.trackers.0` is '\.\./x\.\.y': .*'tensorboard'\.$"):
+        load("../r.yaml", ["runtime.trackers=[../x..y]"])
+
+
 def test_missing_file_and_bad_yaml(tmp_path):
     with pytest.raises(ConfigError, match="no recipe at"):
         load(tmp_path / "none.yaml")
@@ -97,7 +108,7 @@ def test_patches_change_only_what_they_name():
         ({"sampler": {"type": "replay"}, "select": {"metric": "last"}}, "follows the dev loss, but select.metric is `last`"),
         ({"sampler": {"type": "replay", "capacity": 8}}, "capacity 8 holds less than one batch of 32"),
         ({"sampler": {"type": "teacher_mixed", "engine": "vllm"}}, "needs the teacher's distribution at every token"),
-        ({"sampler": {"type": "mix", "engine": "vllm", "no_repeat_ngram": 3}}, "vllm knows no no_repeat_ngram"),
+        ({"sampler": {"type": "mix", "engine": "vllm", "no_repeat_ngram": 3}}, "vllm does not support no_repeat_ngram"),
         (
             {"objective": {"type": "minillm"}, "sampler": {"type": "student", "engine": "vllm", "top_k": 5}},
             "minillm with engine vllm needs plain sampling",

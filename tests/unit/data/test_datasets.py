@@ -137,7 +137,7 @@ def test_choices_under_another_name(tmp_path):
 
 def test_an_instruction_for_every_row_does_not_fit_conversations(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]}]
-    with pytest.raises(DataError, match="bring their own instructions"):
+    with pytest.raises(DataError, match="have their own instructions"):
         read({"load": write(tmp_path / "x.jsonl", rows), "instruction": "do"})
 
 

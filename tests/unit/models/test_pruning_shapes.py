@@ -98,7 +98,7 @@ def test_narrower_without_importance():
 
 
 def test_importance_of_another_model():
-    with pytest.raises(ConfigError, match="of a model of another shape"):
+    with pytest.raises(ConfigError, match="belong to a model of another shape"):
         prune(tiny("llama"), target("llama", tiny("llama")), scores(tiny("gpt2")))
 
 

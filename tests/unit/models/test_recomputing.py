@@ -9,9 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tadistill.config.common import Decoding
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ModelError
-from tadistill.models import recomputing
+from tadistill.models import modify
 from tadistill.models.forward import Reader
-from tadistill.models.recomputing import recompute_layers
+from tadistill.models.modify import recompute_layers
 from tadistill.rollout.generate import sample
 
 BATCH = collate([Sequence((3, 9), (5, 6, 7, 0)), Sequence((4,), (8, 0))], pad=0)
@@ -46,7 +46,7 @@ def test_sampling_keeps_its_caches(kind, monkeypatch):
     """The same tokens, one new position at a time, without a call of the checkpoint."""
     plain, again = (tiny_model(kind) for _ in range(2))
     recompute_layers(again)
-    monkeypatch.setattr(recomputing, "checkpoint", None)
+    monkeypatch.setattr(modify, "checkpoint", None)
     widths = []
     again.get_input_embeddings().register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
     uniforms = np.random.default_rng(0).random((2, 6))
@@ -58,5 +58,5 @@ def test_sampling_keeps_its_caches(kind, monkeypatch):
 
 def test_a_model_without_layers_that_can_is_one_sentence():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=31, n_embd=8, n_layer=0, n_head=1, n_positions=8))
-    with pytest.raises(ModelError, match="know no gradient_checkpointing in transformers; leave it out"):
+    with pytest.raises(ModelError, match="do not support gradient_checkpointing in transformers; leave it out"):
         recompute_layers(model)

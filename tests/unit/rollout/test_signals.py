@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(signals, "_PART", 4)
-    monkeypatch.setattr(signals, "_BATCH", 3)
+    monkeypatch.setattr(signals, "RECORDING_BATCH", 3)
     monkeypatch.setattr(signals, "_ROWS", 5)
 
 

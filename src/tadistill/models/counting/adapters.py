@@ -1,9 +1,9 @@
-"""What low-rank adapters add to a model, and how far gradients go into it, from its configuration alone. Imports no torch.
+"""Parameters and FLOPs of low-rank adapters, from the model's configuration alone.
 
     size, adapters = size_of(config), adapters_of(config, rank=16, targets=("q_proj", "v_proj"))
     training_flops(with_adapters(size, adapters), adapters, Work(positions=512, pairs=512**2, heads=512))
 
-`models.lora` puts them in.
+`models.modify` puts them into a model.
 """
 
 from collections.abc import Iterable
@@ -13,38 +13,39 @@ from tadistill.errors import ConfigError
 from tadistill.models.counting.shapes import PRUNABLE, shape_of
 from tadistill.models.counting.sizes import Config, Size, Work, forward_flops
 
-_LAYER = 10  # places of a layer; those of its matrices follow the order in which they are used, and attention comes after the first
+_LAYER = 10  # numbers reserved for the places of a layer's matrices, in the order of use; attention comes after the first place
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapters of one model."""
+    """The adapters of one model."""
 
     trained: int
-    """Their parameters. Each is multiplied with every token."""
+    """Number of their parameters, each of which is multiplied with every token."""
     idle: int
-    """Entries of all matrices, theirs too, that work on what no trained parameter has touched: their inputs need no gradient."""
+    """Entries of all matrices, adapters included, that come before the first trained parameter: their inputs need no gradient."""
     idle_attention: int
-    """Layers whose attention works on such inputs."""
+    """Layers whose attention comes before the first trained parameter."""
 
 
 @dataclass(frozen=True)
 class _Matrix:
     name: str
-    """Within its layer, or within the model."""
+    """Name within its layer, or within the model."""
     inputs: int
     outputs: int
     places: tuple[int, ...]
-    """Where in the order of all matrices it is, once per layer."""
+    """Its position in the order of all matrices, once per layer."""
 
 
 def adapters_of(config: Config, rank: int, targets: Iterable[str] = ()) -> Adapters | None:
-    """The adapters of the linear layers whose names end in one of `targets`; of all but the head when there are none.
+    """Describe adapters on the linear layers whose names end in one of `targets`, or on all but the head without targets.
 
-    None for a family that is not counted.
+    Returns:
+        None for a family that is not counted.
 
     Raises:
-        ConfigError: a target is the name of no such layer.
+        ConfigError: a target is not the name of such a layer.
     """
     matrices = _matrices(config)
     if matrices is None:
@@ -61,22 +62,23 @@ def adapters_of(config: Config, rank: int, targets: Iterable[str] = ()) -> Adapt
 
 
 def _named(name: str, target: str) -> bool:
-    """peft's rule."""
+    # peft's rule
     return f".{name}".endswith(f".{target}")
 
 
 def with_adapters(size: Size, adapters: Adapters | None) -> Size:
-    """The size of the model with its adapters beside its matrices, as it is while it trains."""
+    """Return the size of the model during training, with its adapters beside its matrices."""
     return size if adapters is None else replace(size, total=size.total + adapters.trained, matmul=size.matmul + adapters.trained)
 
 
 def training_flops(size: Size, adapters: Adapters, work: Work, *, again: bool = False) -> float:
-    """FLOPs of forward and backward passes that train adapters alone, `size` being that with adapters.
+    """Return the FLOPs of forward and backward passes that train only adapters.
 
-    Backward costs one forward pass for the gradients of the inputs, one more of attention and of the adapters; nothing of what comes
-    before the first adapter.
+    The backward pass costs one forward pass for the gradients of the inputs, plus one more of attention and of the adapters. What comes
+    before the first adapter has no backward pass.
 
     Args:
+        size: size of the model with its adapters.
         again: the layers run forward once more (gradient checkpointing).
     """
     passes = work * 2 + (Work(work.positions, work.pairs) if again else Work())
@@ -86,7 +88,7 @@ def training_flops(size: Size, adapters: Adapters, work: Work, *, again: bool = 
 
 
 def _matrices(config: Config) -> list[_Matrix] | None:
-    """All but the head."""
+    """List the matrices of a model, except its head."""
     family = config.get("model_type")
     if family not in PRUNABLE:
         return None

@@ -1,26 +1,26 @@
-"""The parts that a stage's cost is made of, the same in prediction (`plan.costs`) and in measurement (`train.meter`).
+"""The parts of a stage's cost, for prediction (`plan.costs`) and measurement (`train.meter`) alike.
 
-A part's name is PHASE/WHO, WHO being student or teacher. Phases: training (forward and backward on training text), rollout (sampling),
-scoring (passes over rollouts before they are trained on), corpus (MiniLLM's plain text), recording (a teacher's signal), selection (dev
-evaluations), watching (metrics of rollouts).
+A part is called PHASE/MODEL, where MODEL is student or teacher. Phases: training (forward and backward on training text), rollout
+(sampling), scoring (passes over rollouts before training on them), corpus (MiniLLM's plain text), recording (a teacher's signal), selection
+(dev evaluations), watching (metrics of rollouts).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 NOT_LEARNING = ("selection", "watching")
-"""Phases that look at the student and change nothing in it; they do not count where computes are matched."""
+"""Phases that measure the student without training it; an equal-compute baseline does not count them."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """FLOPs, and the tokens behind them: each forward pass counts its tokens once, a backward pass none."""
+    """FLOPs and token positions. A forward pass counts its positions once, a backward pass counts none."""
 
     flops: float = 0.0
     positions: float = 0.0
     """Token positions that went through the layers, padding included."""
     heads: float = 0.0
-    """Positions whose logits were made."""
+    """Positions whose logits were computed."""
 
     def __add__(self, other: "Part") -> "Part":
         return Part(self.flops + other.flops, self.positions + other.positions, self.heads + other.heads)
@@ -28,21 +28,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """A stage's parts by name."""
+    """The cost of a stage: its parts by name, and estimates of the whole stage."""
 
     parts: Mapping[str, Part] = field(default_factory=dict)
     padding: float = 0.0
-    """Positions of training text that are padding, of those in training and corpus parts of the student."""
+    """Padding among the positions of the student's training and corpus parts."""
     published: float | None = None
-    """For MiniLLM: FLOPs of the released code's calls on as many rollouts."""
+    """FLOPs of MiniLLM's released code on as many rollouts; None for other methods."""
     memory: float | None = None
     """Estimated bytes at the peak."""
     kind: str = ""
-    """Equal for stages that do the same, however long: they have one speed."""
+    """Equal for stages that differ in their number of updates only, and therefore run at the same speed."""
 
     @property
     def learning(self) -> float:
-        """FLOPs of all but selection and watching: what `compute: as ARM` matches."""
+        """FLOPs without selection and watching, which `compute: as ARM` matches."""
         return self.of(*(name for name in self.parts if phase(name) not in NOT_LEARNING))
 
     @property
@@ -51,11 +51,11 @@ class Cost:
         return self.of(*self.parts)
 
     def of(self, *names: str) -> float:
-        """FLOPs of some parts."""
+        """Return the FLOPs of some parts."""
         return float(sum(self.parts[name].flops for name in names))
 
     def phases(self) -> dict[str, float]:
-        """FLOPs by phase."""
+        """Return the FLOPs by phase."""
         found: dict[str, float] = {}
         for name, part in self.parts.items():
             found[phase(name)] = found.get(phase(name), 0.0) + part.flops
@@ -63,7 +63,7 @@ class Cost:
 
 
 def spans(flops: Mapping[str, float]) -> dict[str, float]:
-    """FLOPs of phases joined as the loop's clock takes them: scoring is part of sampling, the corpus of training."""
+    """Add up the FLOPs of phases that the training loop times together: rollout and scoring as sampling, corpus as training."""
     found: dict[str, float] = {}
     for name, value in flops.items():
         span = {"rollout": "sampling", "scoring": "sampling", "corpus": "training"}.get(name, name)
@@ -72,5 +72,5 @@ def spans(flops: Mapping[str, float]) -> dict[str, float]:
 
 
 def phase(name: str) -> str:
-    """The phase of a part's name."""
+    """Return the phase in a part's name."""
     return name.split("/", 1)[0]

@@ -1,11 +1,11 @@
-"""What a model is cut to in depth and width, and which cuts its family allows. Imports no torch.
+"""Shapes of decoders: the sizes that pruning can change, and the changes that each family allows.
 
     have = shape_of(config)                                      # a config.json as a dict, or transformers' own object
     want = dataclasses.replace(have, layers=6, intermediate=1024)
     check_shape(config, want)
     size_of(with_shape(config, want))                            # the pruned model's parameters and FLOPs
 
-`pruning.prune` makes the model.
+`models.pruning.prune` makes the pruned model.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ _HEAD_DIM = {"qwen3": 128}
 
 
 def shape_of(config: Config) -> Shape:
-    """The shape a configuration describes.
+    """Return the shape that a configuration describes.
 
     Raises:
         ModelError: the family is not one of `PRUNABLE`.
@@ -77,18 +77,21 @@ def shape_of(config: Config) -> Shape:
 
 
 def resized(shape: Shape, **sizes: int) -> Shape:
-    """The shape with other `layers`, `hidden`, `intermediate`, `heads` or `kv_heads`; one key-value head per query stays one per query."""
+    """Return the shape with other `layers`, `hidden`, `intermediate`, `heads` or `kv_heads`.
+
+    If each query head has its own key-value head, it keeps its own.
+    """
     if "heads" in sizes and shape.groups == shape.heads:
         sizes.setdefault("kv_heads", sizes["heads"])
     return replace(shape, **sizes) if shape.kv_heads is not None else replace(shape, **{k: v for k, v in sizes.items() if k != "kv_heads"})
 
 
 def check_shape(config: Config, shape: Shape) -> None:
-    """Nothing, if a model of this configuration can be pruned to `shape`.
+    """Check that a model of this configuration can be pruned to `shape`.
 
     Raises:
         ModelError: the family cannot be pruned in width.
-        ConfigError: the shape asks for more than there is, or for what the family's configuration cannot say.
+        ConfigError: a size is larger than the model's, or the family's configuration cannot describe the shape.
     """
     have, fields = shape_of(config), _fields(config)
     if shape.head_dim != have.head_dim:
@@ -107,12 +110,12 @@ def check_shape(config: Config, shape: Shape) -> None:
 
 
 def with_shape(config: Config, shape: Shape) -> dict[str, Any]:
-    """The configuration with the sizes of `shape`, for counting; lists with one entry per layer stay as they are."""
+    """Return the configuration with the sizes of `shape`, for counting only: lists with one entry per layer are not changed."""
     return {**_fields(config), **changes(config, shape)}
 
 
 def changes(config: Config, shape: Shape) -> dict[str, Any]:
-    """The fields of the configuration that say `shape`, with their values."""
+    """Return the fields of the configuration that describe `shape`, with their values."""
     fields = _fields(config)
     family, have = fields["model_type"], shape_of(config)
     if family == "gpt2":
@@ -130,7 +133,7 @@ def changes(config: Config, shape: Shape) -> dict[str, Any]:
 
 
 def _check_groups(shape: Shape, have: Shape) -> None:
-    """Key-value heads leave with all their queries, and the kept ones keep equally many."""
+    # a key-value head is removed with all its queries, and the others keep equally many queries
     kv_heads, most = shape.groups, have.heads // have.groups
     if shape.heads % kv_heads:
         raise ConfigError(f"heads is {shape.heads}, but each of {kv_heads} kv_heads serves equally many; write a multiple of {kv_heads}")
@@ -142,7 +145,6 @@ def _check_groups(shape: Shape, have: Shape) -> None:
 
 
 def _check_hidden(fields: Mapping[str, Any], shape: Shape) -> None:
-    """What the configurations of some families ask of the hidden size."""
     family = fields["model_type"]
     if family in _FIXED and shape.hidden != shape.heads * shape.head_dim:
         raise ConfigError(
@@ -171,7 +173,6 @@ def _fields(config: Config) -> Mapping[str, Any]:
 
 
 def _size(fields: Mapping[str, Any], *names: str) -> int:
-    """A size under its own name or its alias."""
     for name in names:
         if isinstance(fields.get(name), int) and fields[name] > 0:
             return fields[name]

@@ -1,10 +1,10 @@
-"""Parameter counts and FLOPs from a config.json alone, exact for the families below. Imports no torch.
+"""Parameter counts and FLOPs from a config.json alone, exact for the families in `_COUNTERS`.
 
-    config = read_config("gpt2")            # from this disk; None when the model is not there
-    size = size_of(config)                  # None for a family that is not listed in `_COUNTERS`
+    config = read_config("gpt2")            # from this disk; None if the model is not there
+    size = size_of(config)                  # None for a family that is not counted
     forward_flops(size, Work(positions=512, pairs=512**2, heads=512))
 
-A model is counted from its description, so a study can be planned before a single weight is loaded.
+So a study can be planned before any weights are loaded.
 """
 
 import json
@@ -20,33 +20,33 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """What a causal language model is made of."""
+    """Parameter counts and widths of a causal language model."""
 
     total: int
-    """Parameters, tied weights counted once."""
+    """Parameters, with tied weights counted once."""
     matmul: int
-    """Entries of the matrices that every token is multiplied with: the LM head included (also when tied), embeddings excluded."""
+    """Entries of the matrices that every token is multiplied with: with the LM head (also if it is tied), without embeddings."""
     layers: int
     attention: int
-    """Width of attention: query heads times their size."""
+    """Width of attention: number of query heads times their size."""
     head: int
-    """Entries of the LM head alone."""
+    """Entries of the LM head."""
     hidden: int
     """Width of the hidden states."""
     keys: int
-    """Width of a position's keys in one layer; its values have the same."""
+    """Width of the keys of one position in one layer, and of the values."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a model was given to do, in the units that FLOPs follow from; of one forward pass or of many."""
+    """The work of one or many forward passes, in the units that FLOPs are computed from."""
 
     positions: float = 0.0
     """Token positions that went through the layers, padding included."""
     pairs: float = 0.0
     """Query-key pairs of attention, masked ones included: T^2 for a sequence of T positions."""
     heads: float = 0.0
-    """Positions whose logits were made."""
+    """Positions whose logits were computed."""
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.positions + other.positions, self.pairs + other.pairs, self.heads + other.heads)
@@ -56,9 +56,10 @@ class Work:
 
 
 def read_config(load: str, revision: str = "main", config: Config | None = None, vocab_size: int | None = None) -> dict[str, Any] | None:
-    """The contents of config.json without network; for `scratch:TYPE` the recipe's `config` with type and vocabulary.
+    """Read config.json without network; for `scratch:TYPE` return the recipe's `config` with type and vocabulary.
 
-    None when the model is not on this disk, or when a scratch model's vocabulary size is not known.
+    Returns:
+        None if the model is not on this disk, or if a scratch model's vocabulary size is not known.
 
     Raises:
         ModelError: a local source does not exist or is damaged.
@@ -70,22 +71,22 @@ def read_config(load: str, revision: str = "main", config: Config | None = None,
             known["vocab_size"] = vocab_size
         return known if "vocab_size" in known else None
     directory = sources.locate(load, revision, weights=False)
-    if directory is None or not (directory / "config.json").is_file():  # a folder with a tokenizer only
+    if directory is None or not (directory / "config.json").is_file():  # a folder may hold only a tokenizer
         return None
     return json.loads((directory / "config.json").read_text(encoding="utf-8"))
 
 
 def with_layers(config: Config, layers: int) -> dict[str, Any]:
-    """The configuration with another number of layers (`pruning.prune_depth`), for counting only."""
+    """Return the configuration with another number of layers (`pruning.prune_depth`), for counting only."""
     return {**config, "n_layer" if config.get("model_type") == "gpt2" else "num_hidden_layers": layers}
 
 
 def size_of(config: Config) -> Size | None:
-    """Count from a configuration; None when its `model_type` is not one of gpt2, opt, llama, mistral, qwen2, qwen3.
+    """Count a model from its configuration; None if its `model_type` is not one of gpt2, opt, llama, mistral, qwen2, qwen3.
 
-    These sizes must be present; every other field may be missing and then has the default of transformers:
-    gpt2: vocab_size n_positions n_embd n_layer; opt: vocab_size max_position_embeddings hidden_size ffn_dim
-    num_hidden_layers; the others: vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads.
+    These sizes must be present; other missing fields have the defaults of transformers. gpt2: vocab_size n_positions n_embd n_layer.
+    opt: vocab_size max_position_embeddings hidden_size ffn_dim num_hidden_layers. The others: vocab_size hidden_size intermediate_size
+    num_hidden_layers num_attention_heads.
 
     Raises:
         ConfigError: one of these sizes is missing or is not a positive whole number.
@@ -95,16 +96,15 @@ def size_of(config: Config) -> Size | None:
 
 
 def forward_flops(size: Size, work: Work) -> float:
-    """FLOPs of forward passes; a backward pass costs twice as much (Kaplan et al. 2020).
+    """Return the FLOPs of forward passes; a backward pass costs twice as much (Kaplan et al. 2020).
 
-    Body: 2 per matrix entry and position, and 4 x attention width per query-key pair and layer (scores and values). The pairs are the whole
-    rectangle, as `torch.utils.flop_counter` counts them and kernels with a mask compute them. Head: 2 per entry where logits are made.
+    Body: 2 per matrix entry and position, and 4 x attention width per query-key pair and layer (scores and values). All pairs of the
+    rectangle count, as in `torch.utils.flop_counter` and in kernels with a mask. Head: 2 per entry and position with logits.
     """
     return 2 * (size.matmul - size.head) * work.positions + 4 * size.layers * size.attention * work.pairs + 2 * size.head * work.heads
 
 
 def _get(config: Config, *names: str) -> int:
-    """A size that must be there, under its own name or its alias."""
     for name in names:
         if (value := config.get(name)) is not None:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -152,10 +152,13 @@ def _llama_like(
     bias_fields: bool = False,
     query_norm: bool = False,
 ) -> Callable[[Config], Size]:
-    """A counter for decoders with RMSNorm, rotary positions, grouped queries and a gated MLP.
+    """Make a counter for decoders with RMSNorm, rotary positions, grouped queries and a gated MLP.
 
-    `key_value_heads` and `head_dim` are transformers' defaults where a configuration has none; `qkv_bias`: always biases on
-    queries, keys and values; `bias_fields`: attention_bias and mlp_bias are honoured; `query_norm`: a norm per head on queries and keys.
+    Args:
+        key_value_heads, head_dim: transformers' defaults for a configuration without these fields.
+        qkv_bias: queries, keys and values always have biases.
+        bias_fields: the fields attention_bias and mlp_bias count.
+        query_norm: queries and keys have a norm per head.
     """
 
     def count(config: Config) -> Size:

@@ -1,4 +1,4 @@
-"""Pruning: a smaller model made of some of a larger one's weights. Called by stages whose model has `init`.
+"""Pruning: a smaller model made from some of a larger one's weights, for models with `init`.
 
     student = prune_depth(teacher, keep_list(6, teacher.config.num_hidden_layers))      # evenly spaced layers; any family
 
@@ -6,8 +6,8 @@
     shape = dataclasses.replace(shape_of(teacher.config), layers=6, intermediate=1024)
     student = prune(teacher, shape, measured)
 
-The result is an ordinary model of the same family: it trains, generates, saves and loads like any other. `depth` holds the
-first, `activations` and `width` the second, `families` the weights' axes; `tadistill.models.counting.shapes`, without torch, the shapes.
+The result is an ordinary model of the same family. `depth` holds the first kind, `activations` and `width` the second, `families` the axes
+of each weight, and `tadistill.models.counting.shapes` the shapes.
 """
 
 from tadistill.models.counting.shapes import Shape, check_shape, shape_of

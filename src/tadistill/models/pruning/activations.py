@@ -1,10 +1,10 @@
-"""How much each channel, neuron, head and layer of a model matters, from activations on a small calibration set.
+"""Importance of each channel, neuron, head and layer of a model, from activations on a small calibration set.
 
     measured = importance(model, sequences)          # a list of token ids per sequence; forward passes only
 
-Channels, neurons and heads: Muralidharan et al. 2024 (Minitron, arXiv 2407.14679, section 2.2), aggregated as they found best,
-"batch = L2, seq = mean": the mean of absolute values over a sequence's tokens, then the L2 norm over the sequences. Layers:
-block influence, Men et al. 2024 (ShortGPT, arXiv 2403.03853).
+Channels, neurons and heads: Muralidharan et al. 2024 (Minitron, arXiv 2407.14679, section 2.2) with the aggregation that they found best,
+"batch = L2, seq = mean": the mean of absolute values over a sequence's tokens, then the L2 norm over the sequences. Layers: block
+influence, Men et al. 2024 (ShortGPT, arXiv 2403.03853).
 
 Axes: B sequences, T tokens, H channels, I neurons, A heads, L layers.
 """
@@ -27,12 +27,12 @@ from tadistill.models.pruning.families import FAMILIES
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """Scores in float64 on the CPU, comparable within a row only."""
+    """Importance scores in float64 on the CPU. Only scores in the same row can be compared."""
 
     hidden: Tensor
-    """(H,): |norm output| of a channel, summed over both norms of all layers."""
+    """(H,): absolute output of the norms, summed over both norms of all layers."""
     neurons: Tensor
-    """(L, I): |what the MLP's last projection reads|."""
+    """(L, I): absolute input of the MLP's last projection."""
     heads: Tensor
     """(L, A): L2 norm of a head's output before the output projection."""
     layers: Tensor
@@ -40,10 +40,10 @@ class Importance:
 
 
 def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_size: int = 8) -> Importance:
-    """Measured on `sequences`, each a list of token ids; padding never counts.
+    """Measure importances on `sequences`, each a list of token ids; padding does not count.
 
     Args:
-        batch_size: sequences per forward pass; the scores depend on it by rounding only.
+        batch_size: sequences per forward pass; it changes the scores by rounding only.
 
     Raises:
         ModelError: a family that cannot be pruned in width, or activations that are not finite.
@@ -51,7 +51,7 @@ def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, ba
     """
     shape = shape_of(model.config)
     _check_sequences(model, sequences)
-    ordered = sorted(sequences, key=len)  # sequences of like length share a batch
+    ordered = sorted(sequences, key=len)  # sequences of similar length share a batch
     sums = _Sums(shape.layers, shape.heads)
     training = model.training
     model.eval()
@@ -61,7 +61,7 @@ def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, ba
                 rows = [torch.tensor(row) for row in ordered[start : start + batch_size]]
                 mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
                 sums.mask_BT = mask_BT.bool()
-                # on the right, where no token of a causal model reads it
+                # padding is on the right, where no token of a causal model reads it
                 model.base_model(input_ids=pad_sequence(rows, batch_first=True).to(model.device), attention_mask=mask_BT, use_cache=False)
     finally:
         model.train(training)
@@ -72,7 +72,7 @@ def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, ba
 
 
 def keep_important(count: int, scores: Tensor) -> tuple[int, ...]:
-    """The `count` highest of (n,) scores as ascending indices; of equals the first.
+    """Return the indices of the `count` highest of (n,) scores, ascending; among equal scores the first ones win.
 
     Raises:
         ConfigError: a count outside 1..n.
@@ -93,7 +93,7 @@ class _Sums:
         self._tokens = [0] * layers
 
     def widths(self, kind: str, place: int, values: Tensor) -> None:
-        """Adds a batch of activations (B, T, n), or (B T, n) where OPT flattens."""
+        """Add a batch of activations, (B, T, n), or (B T, n) from OPT."""
         values_BTn = values.detach().float().reshape(*self.mask_BT.shape, -1)
         if kind == "heads":
             values_BTn = values_BTn.unflatten(-1, (self._heads, -1)).norm(dim=-1)
@@ -103,13 +103,13 @@ class _Sums:
         self._squares[kind, place] = self._squares.get((kind, place), torch.zeros(())) + squares
 
     def block(self, layer: int, before: Tensor, after: Tensor) -> None:
-        """Adds a batch of a layer's inputs and outputs, (B, T, H)."""
+        """Add a batch of a layer's inputs and outputs, (B, T, H)."""
         cosines = cosine_similarity(before.detach().float(), after.detach().float(), dim=-1)[self.mask_BT]
         self._cosines[layer] += cosines.double().sum().cpu()
         self._tokens[layer] += len(cosines)
 
     def result(self) -> Importance:
-        """The scores of everything added."""
+        """Return the scores of all that was added."""
 
         def rows(kind: str) -> Tensor:
             return torch.stack([s for (k, _), s in sorted(self._squares.items(), key=lambda item: item[0]) if k == kind]).sqrt()
@@ -120,7 +120,7 @@ class _Sums:
 
 @contextmanager
 def _recorded(model: PreTrainedModel, sums: _Sums) -> Iterator[None]:
-    """Forward passes inside add to `sums`."""
+    """Record forward passes inside the block in `sums`."""
     family = FAMILIES[model.config.model_type]
 
     def reads(kind: str, place: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:

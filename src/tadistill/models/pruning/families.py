@@ -1,13 +1,13 @@
-"""Where each family keeps its weights, and which axis of each weight is which. Called by `activations` and `width`.
+"""The names of each family's weights, and the axes of each weight.
 
 A weight's axes are named in the order of its dimensions:
 
     channels   the residual stream, H
-    neurons    the MLP's inner side, I
+    neurons    the inner width of the MLP, I
     queries    query heads times head_dim, head after head
     keys       key-value heads times head_dim
     fused      queries, keys and values of GPT-2, one after the other
-    words      the embedding's own width, which OPT may project to H
+    words      the embedding's width, which OPT may project to H
     None       never cut: vocabulary, positions, head_dim
 """
 
@@ -30,13 +30,13 @@ class Family:
     norms: tuple[str, str]
     """Both norms of a layer."""
     attention: str
-    """The projection that reads all heads' outputs side by side."""
+    """The projection that reads the concatenated outputs of all heads."""
     mlp: str
     """The projection that reads the neurons."""
     inside: Axes
-    """Weights of a layer, named from the layer on."""
+    """Weights of a layer, by their names within it."""
     outside: Axes
-    """All others, by their full names."""
+    """All other weights, by their full names."""
 
 
 def _linear(name: str, output: Axis, inputs: Axis) -> Axes:
@@ -44,7 +44,7 @@ def _linear(name: str, output: Axis, inputs: Axis) -> Axes:
 
 
 def _conv1d(name: str, output: Axis, inputs: Axis) -> Axes:
-    """GPT-2's linear layers store their weight transposed."""
+    # GPT-2's linear layers store their weight transposed
     return {f"{name}.weight": (inputs, output), f"{name}.bias": (output,)}
 
 
@@ -124,4 +124,4 @@ _ROTARY = Family(
 )
 
 FAMILIES: Mapping[str, Family] = {"gpt2": _GPT2, "opt": _OPT} | dict.fromkeys(set(PRUNABLE) - {"gpt2", "opt"}, _ROTARY)
-"""By `model_type`."""
+"""Families by `model_type`."""

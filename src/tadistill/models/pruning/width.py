@@ -1,4 +1,4 @@
-"""Pruning in depth and width at once, after Muralidharan et al. 2024 (Minitron, arXiv 2407.14679). Called as
+"""Pruning in depth and width at once, after Muralidharan et al. 2024 (Minitron, arXiv 2407.14679).
 
 student = prune(teacher, shape, importance(teacher, sequences))
 """
@@ -18,22 +18,22 @@ from tadistill.models.pruning.families import FAMILIES, Axis, Family
 
 
 def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, layers: Sequence[int] | None = None) -> PreTrainedModel:
-    """A new, ordinary model of the same family and of `shape`, with copies of the kept weights; `model` is left as it was.
+    """Make a new, ordinary model of the same family and of `shape`, with copies of the kept weights; `model` is not changed.
 
-    The same channels are kept everywhere; neurons and heads are chosen in each layer. What is kept stays in order, at its
-    values: removing channels changes the mean square that RMSNorm and LayerNorm divide by, and as in Minitron nothing makes
-    up for it before training. Where keys and values are shared, a key-value head goes with all of its queries: a group scores
-    the sum of its best `heads / kv_heads` queries, the best groups stay, and each keeps those queries, so that all kept
-    groups are equally large. Same dtype and device, eval mode.
+    The same channels are kept in all layers; neurons and heads are chosen in each layer. Kept weights stay in order and keep their values:
+    removing channels changes the mean square that RMSNorm and LayerNorm divide by, and as in Minitron nothing compensates for it before
+    training. With grouped queries a key-value head is removed with all its queries: a group's score is the sum of its best
+    `heads / kv_heads` queries, the best groups are kept, and each keeps those queries, so that all groups have the same size. The model has
+    the same dtype and device and is in eval mode.
 
     Args:
-        importance: of this model; None keeps its width.
-        layers: the layers to keep; None keeps those of highest block influence, or without `importance` evenly spaced ones.
+        importance: the importances of this model; None keeps its width.
+        layers: the layers to keep; None keeps those of highest block influence, or evenly spaced ones without `importance`.
 
     Raises:
-        ConfigError: a shape that this model cannot be cut to, `layers` that are not `shape.layers`, or a narrower shape
-            without `importance`, or with another model's.
-        ModelError: the family, or a weight of this model, is not known here.
+        ConfigError: the model cannot be cut to this shape, the number of `layers` is not `shape.layers`, or `importance` is missing for a
+            narrower shape, or is that of another model.
+        ModelError: the family, or a weight of this model, is not supported.
     """
     check_shape(model.config, shape)
     family, have = FAMILIES[model.config.model_type], shape_of(model.config)
@@ -62,7 +62,7 @@ class _Cuts:
         self._indices: dict[tuple[Axis, int | None], Tensor | None] = {}
 
     def cut(self, tensor: Tensor, axes: tuple[Axis, ...], layer: int | None) -> Tensor:
-        """The kept part of a weight; the weight itself where nothing goes."""
+        """Return the kept part of a weight; the weight itself if nothing is removed."""
         for dim, axis in enumerate(axes):
             place = None if axis in ("channels", "words") else layer
             if (axis, place) not in self._indices:
@@ -73,7 +73,7 @@ class _Cuts:
         return tensor
 
     def _kept(self, axis: Axis, layer: int | None) -> Tensor | None:
-        """Indices along `axis`, ascending; None is all."""
+        """Return the kept indices along `axis`, ascending; None if all are kept."""
         shape, scores = self._shape, self._importance
         if axis is None or scores is None or (axis == "words" and self._whole_words):
             return None
@@ -91,7 +91,7 @@ class _Cuts:
 
 
 def _heads(scores: Tensor, shape: Shape, have: Shape) -> tuple[Tensor, Tensor]:
-    """(query heads, key-value heads) kept in a layer of (A,) scores."""
+    """Return the (query heads, key-value heads) to keep in a layer with (A,) scores."""
     size, keep = have.heads // have.groups, shape.heads // shape.groups
     groups = scores.view(have.groups, size)
     keys = keep_important(shape.groups, groups.sort(descending=True).values[:, :keep].sum(1))
@@ -100,7 +100,6 @@ def _heads(scores: Tensor, shape: Shape, have: Shape) -> tuple[Tensor, Tensor]:
 
 
 def _spread(heads: Tensor, head_dim: int) -> Tensor:
-    """The rows of whole heads."""
     return (heads.unsqueeze(1) * head_dim + torch.arange(head_dim)).flatten()
 
 
@@ -116,21 +115,21 @@ def _layers(count: int, total: int, importance: Importance | None, layers: Seque
 def _check_importance(importance: Importance, have: Shape) -> None:
     found = [tuple(s.shape) for s in (importance.hidden, importance.neurons, importance.heads, importance.layers)]
     if found != [(have.hidden,), (have.layers, have.intermediate), (have.layers, have.heads), (have.layers,)]:
-        raise ConfigError("the importances are of a model of another shape; measure them on the model that is pruned")
+        raise ConfigError("the importances belong to a model of another shape; measure them on the model that is pruned")
 
 
 def _projected(model: PreTrainedModel) -> bool:
-    """Whether the embedding has a width of its own, as in OPT-350m."""
+    # the embedding of OPT-350m has another width than the hidden states
     return model.config.model_type == "opt" and model.config.word_embed_proj_dim != model.config.hidden_size
 
 
 def _axes(family: Family, name: str, kind: str) -> tuple[int | None, tuple[Axis, ...]]:
-    """(layer or None, names of its axes) of a weight."""
+    """Return (layer or None, names of the axes) of a weight."""
     if name.startswith(family.stack + "."):
         number, rest = name.removeprefix(family.stack + ".").split(".", 1)
         layer, axes = int(number), family.inside.get(rest)
     else:
         layer, axes = None, family.outside.get(name)
     if axes is None:
-        raise ModelError(f"{kind} models with a weight {name} cannot be pruned in width, since that weight is not known here")
+        raise ModelError(f"{kind} models with a weight {name} cannot be pruned in width, because that weight is not supported")
     return layer, axes

@@ -1,8 +1,7 @@
-"""What a study's stages cost, before they run, from the recipe alone. Imports no torch; docs/compute.md has the formulas."""
+"""The predicted cost of a study's stages, from the recipe alone; docs/compute.md has the formulas."""
 
 from tadistill.models.counting.cost import Cost, Part
-from tadistill.plan.costs.data import check_data
 from tadistill.plan.costs.ledger import Ledger
-from tadistill.plan.costs.published import minillm_flops
+from tadistill.plan.costs.passes import minillm_flops
 
-__all__ = ["Cost", "Ledger", "Part", "check_data", "minillm_flops"]
+__all__ = ["Cost", "Ledger", "Part", "minillm_flops"]

@@ -1,6 +1,6 @@
-"""How long a study's texts are, in tokens, without transformers: from the tokenizer's file where it is on this disk.
+"""The lengths of a study's texts in tokens, without transformers: from the tokenizer's file if it is on this disk.
 
-The rules (template, cuts, rows left out) are `data.templates.encode`'s own. Without a tokenizer's file a token is four characters.
+`data.templates.encode` applies the rules (template, cuts, rows left out). Without a tokenizer's file a token is four characters.
 """
 
 import json
@@ -11,27 +11,28 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
-from tadistill.config import DataRef, Recipe
+from tadistill.config import DataRef, ModelConfig, Recipe
+from tadistill.config.recipe import World
 from tadistill.data import datasets, tinyworld
 from tadistill.data.templates import encode
 from tadistill.models import sources
 
-_SAMPLE = 512  # rows read to learn how lengths are distributed
+_SAMPLE = 512  # rows that stand for the distribution of lengths
 _ENDLESS = 2**31
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Lengths of the rows of a split, or of as many as were looked at."""
+    """Lengths of the rows of a split, or of a sample of them."""
 
     rows: tuple[tuple[int, int], ...]
-    """(prompt, response with its EOS) of rows at even distances."""
+    """(prompt, response with its EOS) of evenly spaced rows."""
     count: float
     """Rows of the split that are not left out."""
 
     @property
     def totals(self) -> list[int]:
-        """Prompt and response."""
+        """Tokens of prompt and response, per row."""
         return [prompt + response for prompt, response in self.rows]
 
     @property
@@ -45,20 +46,20 @@ class Texts:
         return sum(response for _, response in self.rows) / len(self.rows)
 
     def answered(self, most: int, *, endless: bool = False) -> "Texts":
-        """The prompts with sampled answers of at most `most` tokens: as long as the references, or all `most` where none ends."""
+        """Return the prompts with sampled answers: as long as the references but at most `most` tokens, or all `most` if `endless`."""
         return replace(self, rows=tuple((prompt, most if endless else min(response, most)) for prompt, response in self.rows))
 
     def drawn(self, count: int) -> list[tuple[int, int]]:
-        """`count` typical rows, short prompts first; fewer where fewer are known."""
+        """Return `count` typical rows, short prompts first; fewer if fewer are known."""
         ordered = sorted(self.rows)
         if count >= len(ordered):
             return ordered
-        # neighbours have prompts of like length, so each keeps a response of its own place
+        # neighbours have prompts of similar length, so each row keeps its own response
         return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
 
 
 def read(recipe: Recipe, ref: DataRef, role: str, examples: Sequence[datasets.Example]) -> Texts:
-    """The lengths of a split that is read already."""
+    """Measure the lengths of a split from its examples."""
     data, places = recipe.data, min(_SAMPLE, len(examples))
     sample = [replace(examples[i * len(examples) // places], choices=()) for i in range(places)]
     ids = tokenizer(recipe)
@@ -71,11 +72,11 @@ def read(recipe: Recipe, ref: DataRef, role: str, examples: Sequence[datasets.Ex
 
 
 def chunk(recipe: Recipe) -> int:
-    """Tokens of a row of the corpus: `max_length`, or all of a corpus that is shorter."""
+    """Return the tokens of a row of the corpus: `max_length`, or fewer if the whole corpus is shorter."""
     data = recipe.data
     assert data.corpus is not None
     if data.corpus.load not in tinyworld.SPLITS:
-        return data.max_length  # reading may mean the network
+        return data.max_length  # reading could need the network
     ids, total = tokenizer(recipe) or _pieces, 0
     for text in datasets.texts(data.corpus, world=data.world, root=data.root):
         total += len(ids([text])[0]) + 1
@@ -85,32 +86,36 @@ def chunk(recipe: Recipe) -> int:
 
 
 Ids = Callable[[list[str]], Sequence[Sequence[Any]]]
-"""Texts to tokens, of which only number and equality matter."""
+"""Turns texts into tokens, of which only number and equality matter."""
 
 
 def tokenizer(recipe: Recipe) -> Ids | None:
-    """The study's tokenizer, or None while its file is not on this disk."""
-    model = next(m for m in recipe.models.values() if m.load)  # models that teach each other share it
-    name = model.tokenizer or model.load
-    assert name is not None
-    if name == "tinyworld":
+    """Return the study's tokenizer, or None if its file is not on this disk."""
+    model = next(m for m in recipe.models.values() if m.load)  # models that teach each other share their tokenizer
+    if model.tokenizer_source == "tinyworld":
         return lambda texts: [re.findall(r"\S+|\n", text) for text in texts]
-    directory = None if name.startswith("scratch:") else sources.locate(name, model.revision, weights=False)
-    file = directory / "tokenizer.json" if directory else None
-    return _from_file(file) if file and file.is_file() else None
+    file = _tokenizer_file(model)
+    return _from_file(file) if file else None
 
 
-def vocabulary(name: str, recipe: Recipe) -> int | None:
-    """The number of tokens, read from the tokenizer's file; None while it is not on this disk."""
-    if name == "tinyworld":
-        world = recipe.data.world
+def vocabulary(model: ModelConfig, world: World) -> int | None:
+    """Return the number of tokens of a model's tokenizer, or None if its file is not on this disk."""
+    if model.tokenizer_source == "tinyworld":
         return len(tinyworld.words(seed=world.seed, people=world.people)) + 3  # and <pad>, <eos>, <unk>
-    directory = sources.locate(name, weights=False)
-    file = directory / "tokenizer.json" if directory else None
-    if file is None or not file.is_file():
+    file = _tokenizer_file(model)
+    if file is None:
         return None
     content = json.loads(file.read_text(encoding="utf-8"))
     return len({*content["model"]["vocab"], *(t["content"] for t in content["added_tokens"])})
+
+
+def _tokenizer_file(model: ModelConfig) -> Path | None:
+    """Find the tokenizer.json of a model that is loaded, at the model's revision; None if it is not on this disk."""
+    source = model.tokenizer_source
+    assert source is not None
+    directory = sources.locate(source, model.revision, weights=False)
+    file = directory / "tokenizer.json" if directory else None
+    return file if file and file.is_file() else None
 
 
 @lru_cache
@@ -124,12 +129,11 @@ def _from_file(file: Path) -> Ids:
 
 
 def _pieces(texts: list[str]) -> list[list[str]]:
-    """Four characters a token."""
     return [[text[i : i + 4] for i in range(0, len(text), 4)] for text in texts]
 
 
 class _StandIn:
-    """What `encode` asks of a tokenizer; a chat is put into ChatML, whatever the model's own template is."""
+    """Stand-in for a tokenizer in `encode`. Conversations are put into ChatML, whatever the model's own template is."""
 
     eos_token_id = -1
     chat_template = "chatml"
@@ -146,11 +150,11 @@ class _StandIn:
 
 
 def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
-    """The expected largest of `draws` of these values, or of its `power`: without replacement, as a batch of shuffled rows is drawn."""
+    """Return the expected largest of `draws` of these values, or of its `power`, drawn without replacement as a batch of rows is."""
     ordered, n = sorted(values), len(values)
     if draws >= n:
         return float(ordered[-1] ** power)
-    total, share = 0.0, 1.0  # of the ways to draw, those among the k smallest
+    total, share = 0.0, 1.0  # share: the draws that lie entirely among the k smallest values
     for k in range(n, draws - 1, -1):
         below = share * (k - draws) / k
         total += (share - below) * ordered[k - 1] ** power

@@ -1,6 +1,6 @@
-"""The work of each way in which the code runs a model: batches of training text, sampling, scoring. Imports no torch.
+"""The work of running a model on batches of training text, in sampling and in scoring, padding included.
 
-Each function follows one place of the code, named in its docstring, and counts what that place does, padding included.
+Each function follows one place of the code, which its docstring names.
 """
 
 from bisect import bisect_right
@@ -9,21 +9,18 @@ from functools import lru_cache
 
 from tadistill.models.counting.sizes import Work
 from tadistill.plan.costs.lengths import Texts, largest
+from tadistill.tuning import COMPACT_BELOW
 
-COMPACT_BELOW = 0.8
-"""`rollout.cache.COMPACT_BELOW`."""
-PACKED_FAMILIES = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2"})
-"""`rollout.packed`'s families: both models of a plain mixture read without padding."""
 _CALLS = 1.5
-"""In `rollout.lazy` a call attends for every row of its rectangle, also those that have fewer tokens to read, or none."""
+"""Attention of `rollout.lazy` over that of the tokens it reads: a call works on a rectangle, in which some rows have fewer tokens."""
 
 
 @lru_cache
 def training_batch(texts: Texts, rows: int) -> tuple[Work, float]:
-    """`models.forward.Reader.hidden` on `rows` shuffled sequences: all padded to the longest less its last token, logits at responses.
+    """Count `models.forward.Reader.hidden` on `rows` shuffled sequences: padded to the longest without its last token, logits at responses.
 
     Returns:
-        The work, and how many of its positions are padding.
+        The work, and the number of its positions that are padding.
     """
     width = largest(texts.totals, rows) - 1
     square = largest([total - 1 for total in texts.totals], rows, power=2)
@@ -32,13 +29,13 @@ def training_batch(texts: Texts, rows: int) -> tuple[Work, float]:
 
 
 def plain_batch(length: int, rows: int) -> Work:
-    """The same on rows of the corpus, which have no prompt: every token but the first is predicted."""
+    """Count the same on rows of the corpus, which have no prompt: every token but the first is predicted."""
     return Work(rows * (length - 1), rows * (length - 1) ** 2, rows * (length - 1))
 
 
 @lru_cache
 def by_length(texts: Texts, batch: int, count: float) -> Work:
-    """One pass over `count` sequences sorted by length (`data.batch.by_length`), each batch padded to its longest; logits at responses."""
+    """Count one pass over `count` sequences sorted by length (`data.batch.by_length`): each batch padded, logits at responses."""
     ordered = sorted(texts.totals)
     most = min(round(count), len(ordered))
     rows = [ordered[int((i + 0.5) * len(ordered) / most)] for i in range(most)]
@@ -52,7 +49,7 @@ def by_length(texts: Texts, batch: int, count: float) -> Work:
 
 @lru_cache
 def sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """`rollout.generate` on `count` prompts in chunks of like prompts: padded on the left; rows that have ended leave in groups."""
+    """Count `rollout.generate` on `count` prompts in chunks of similar length: padded on the left; finished rows are dropped in groups."""
     rows = texts.drawn(count)
     total = Work()
     for start in range(0, len(rows), chunk):
@@ -64,7 +61,7 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
     width, ends = max(prompt for prompt, _ in rows), sorted(response for _, response in rows)
     alive = len(rows)
     positions, pairs, heads = float(alive * width), float(alive * width**2), float(alive)
-    for t in range(1, ends[-1]):  # the last token is read by nobody
+    for t in range(1, ends[-1]):  # no model reads the last token
         going = len(rows) - bisect_right(ends, t)
         if going < COMPACT_BELOW * alive:
             alive = going
@@ -74,7 +71,7 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
 
 @lru_cache
 def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """`rollout.lazy`, for either model: every token but the last is read once, each token of a response has logits once."""
+    """Count `rollout.lazy`, for either model: every token but the last is read once, and each token of a response has logits once."""
     rows = texts.drawn(count)
     total = Work()
     for start in range(0, len(rows), chunk):
@@ -85,3 +82,20 @@ def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
             attended = (response - 1) * (prompt + response / 2)
             total += Work(prompt + response - 1, _CALLS * attended, response)
     return total * (count / len(rows))
+
+
+def minillm_flops(student: float, teacher: float, *, length: float, corpus: float, epochs: int) -> float:
+    """Return the FLOPs of MiniLLM's released code for one rollout, from its call graph (microsoft/LMOps/minillm: sampler.py, trainer.py).
+
+    For every rollout the code runs the student five times and the teacher four times: sampling from the mixture (both), the teacher's
+    reward, the student's log-probabilities, a second generation by the student alone with a teacher and a student pass over it (for
+    logging), and once more both over the rollout. In each inner epoch the student runs forward and backward on rollout and plain text,
+    and the teacher forward on both.
+
+    Args:
+        student, teacher: forward FLOPs per token, head included (2 x parameters in the usual estimate).
+        length: tokens of a rollout with its prompt; corpus: tokens of a row of plain text, 0 without.
+        epochs: PPO epochs on each rollout.
+    """
+    trained = epochs * (length + corpus)
+    return student * (5 * length + 3 * trained) + teacher * (4 * length + trained)

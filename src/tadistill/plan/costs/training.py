@@ -1,41 +1,55 @@
-"""A training stage's parts, as they add up. Imports no torch."""
+"""The cost of a training stage, added up part by part: FLOPs, padding, and bytes at the peak.
+
+Weights, gradients and AdamW's moments are exact. Activations are estimated for fused attention, which stores no scores.
+"""
 
 from dataclasses import asdict
 
 from tadistill.config import Method
-from tadistill.config.method import Optim
+from tadistill.config.method import TEACHER_DTYPES, Optim
 from tadistill.models.counting.adapters import Adapters, training_flops, with_adapters
 from tadistill.models.counting.cost import Cost, Part
 from tadistill.models.counting.memory import resident_bytes
 from tadistill.models.counting.sizes import Size, Work, forward_flops
-from tadistill.plan.costs import memory, passes
+from tadistill.plan.costs import passes
 from tadistill.plan.costs.lengths import Texts
 from tadistill.store import key_of
+from tadistill.tuning import LOG_POINTS, TILE_BYTES, WATCH_EVERY, WATCHED_ROWS
 
-_TEACHER = {"fp32": "float32", "bf16": "bfloat16"}
-_LOG_POINTS, _WATCH_EVERY, _WATCHED_ROWS = 100, 10, 8  # `train.loop` and `train.watch`
+_KEPT = 4 / 3
+"""What a layer keeps of a position for its backward pass, in hidden widths, as a multiple of its matrices' entries over the hidden width
+squared. GPT-2 keeps 16 and its matrices have 12."""
 
 
-class Sheet:
+class TrainingCost:
     """The parts of one training stage, as they add up."""
 
     def __init__(self, student: Size, teachers: tuple[Size, ...], optim: Optim, *, drop: float = 0.0, adapters: Adapters | None = None):
         """
         Args:
-            drop: the probability that each of several teachers is left out of an update; drawn again where none stays.
-            adapters: what alone the student trains.
+            drop: the probability that each of several teachers is left out of an update; drawn again if none is left.
+            adapters: the student's adapters, if only they are trained.
         """
         assert optim.steps is not None
         self.student, self.adapters = with_adapters(student, adapters), adapters
         self.teachers, self.optim, self.steps = teachers, optim, optim.steps
         self.used = (1 - drop) / (1 - drop ** len(teachers)) if len(teachers) > 1 else 1.0
         self.parts: dict[str, Part] = {}
-        self.padding = self.batch = self.cache = 0.0
-        """Positions that are padding in all; bytes that the largest micro-batch takes, and sampling."""
+        self.padding = 0.0
+        """Positions of all updates that are padding."""
+        self.batch = 0.0
+        """Bytes of activations and logits of the largest micro-batch."""
+        self.cache = 0.0
+        """Bytes of keys and values while text is sampled."""
 
     def add(self, name: str, work: Work, *, backward: bool = False) -> None:
-        """Forward passes of the student or of all teachers, and, for the student, backward ones; the body forward again with gradient
-        checkpointing. Only the first teacher takes part in rollouts and selection."""
+        """Add forward passes of the student or of all teachers to a part.
+
+        Rollouts and selection run the first teacher only.
+
+        Args:
+            backward: the student also runs backward; with gradient checkpointing its layers then run forward once more.
+        """
         again = backward and self.optim.gradient_checkpointing
         models = self.teachers if name.endswith("/teacher") else (self.student,)
         for size in models[:1] if name.startswith(("rollout/", "selection/")) else models:
@@ -46,52 +60,64 @@ class Sheet:
             self.parts[name] = self.parts.get(name, Part()) + Part(flops, work.positions, work.heads)
 
     def train(self, texts: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """A share of the updates on such texts; the teacher runs beside, or its head alone on states that are kept."""
+        """Add a share of the updates, on such texts; the teacher runs beside the student, or only its head on stored hidden states."""
         micro = self.optim.micro_batch or self.optim.batch
         batches = share * self.steps * self.optim.batch / micro
         work, padding = passes.training_batch(texts, micro)
         self.padding += padding * batches
-        self._took(work, teacher or teacher_head)
+        self._take(work, teacher or teacher_head)
         self.add("training/student", work * batches, backward=True)
         if teacher or teacher_head:
             self.add("training/teacher", (work if teacher else Work(heads=work.heads)) * (batches * self.used))
 
-    def _took(self, work: Work, teacher: bool) -> None:
-        bodies = memory.activations(self.student, work.positions, checkpointing=self.optim.gradient_checkpointing)
-        self.batch = max(self.batch, bodies + memory.head(self.student, work.heads, teacher=teacher, frozen=self.adapters is not None))
-
-    def caches(self, answers: Texts, chunk: int, most: int, *sizes: Size) -> None:
-        """Keys and values of each of the models that sample `chunk` sequences."""
-        length = max(prompt for prompt, _ in answers.rows) + most
-        self.cache = sum(memory.cache(size, chunk, length) for size in sizes)
-
     def corpus(self, length: int, *, teacher: bool) -> None:
-        """MiniLLM's plain text in every update."""
+        """Add MiniLLM's plain text, which is in every update."""
         work = passes.plain_batch(length, self.optim.batch) * self.steps
         self.add("corpus/student", work, backward=True)
-        self._took(passes.plain_batch(length, self.optim.micro_batch or self.optim.batch), teacher)
+        self._take(passes.plain_batch(length, self.optim.micro_batch or self.optim.batch), teacher)
         if teacher:
             self.add("corpus/teacher", work * self.used)
 
     def sample(self, answers: Texts, chunk: int, share: float) -> None:
-        """A batch sampled by the student alone in a share of the updates."""
+        """Add the sampling of whole batches by the student alone, in a share of the updates."""
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """`train.watch` on the first rows of every tenth update, at most a hundred times."""
+        """Add the measurements of rollouts (`train.watch`), on the first rows of every tenth update, at most a hundred times."""
         micro = self.optim.micro_batch or self.optim.batch
-        times = share * -(-self.steps // max(1, self.steps // _LOG_POINTS, _WATCH_EVERY))
-        work = passes.training_batch(answers, micro)[0] * (min(micro, _WATCHED_ROWS) / micro * times)
+        times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))
+        work = passes.training_batch(answers, micro)[0] * (min(micro, WATCHED_ROWS) / micro * times)
         self.add("watching/student", work)
         if teacher or teacher_head:
             self.add("watching/teacher", (work if teacher else Work(heads=work.heads)) * self.used)
 
-    def cost(self, method: Method | None = None, published: float | None = None) -> Cost:
-        """All of it."""
+    def caches(self, answers: Texts, chunk: int, most: int, *sizes: Size) -> None:
+        """Note the keys and values of each model that takes part in sampling `chunk` sequences of up to `most` new tokens."""
+        length = max(prompt for prompt, _ in answers.rows) + most
+        self.cache = sum(cache_bytes(size, chunk, length) for size in sizes)
+
+    def _take(self, work: Work, teacher: bool) -> None:
+        """Note the bytes of a micro-batch: activations, tiles of logits of student and teacher, and the head's gradient."""
+        size = self.student
+        layer = 4 * work.positions * _KEPT * (size.matmul - size.head) / size.layers / size.hidden
+        kept = layer * size.layers
+        if self.optim.gradient_checkpointing:
+            kept = layer + 4 * work.positions * size.hidden * size.layers
+        logits = 4 * work.heads * size.head / size.hidden
+        gradient = 0 if self.adapters else 4 * size.head
+        self.batch = max(self.batch, kept + min(logits * (2 if teacher else 1), TILE_BYTES) + gradient)
+
+    def total(self, method: Method | None = None, published: float | None = None) -> Cost:
+        """Return the stage's cost.
+
+        Args:
+            published: FLOPs of MiniLLM's released code on as many rollouts.
+        """
         trained = self.adapters and self.adapters.trained
         needs = resident_bytes(self.student.total, training=True, adapters=trained) + max(self.batch, self.cache)
         if any(name.endswith("/teacher") and part.positions for name, part in self.parts.items()):
-            needs += sum(resident_bytes(t.total, training=False, dtype=_TEACHER[self.optim.precision]) for t in self.teachers)
+            dtype = TEACHER_DTYPES[self.optim.precision]
+            needs += sum(resident_bytes(t.total, training=False, dtype=dtype) for t in self.teachers)
         return Cost(self.parts, self.padding, published, needs, self._kind(method))
 
     def _kind(self, method: Method | None) -> str:
@@ -101,6 +127,6 @@ class Sheet:
         return key_of([asdict(self.student), [asdict(t) for t in self.teachers], how, what, *alone])
 
 
-def part_of(size: Size, work: Work) -> Part:
-    """Forward passes of a model."""
-    return Part(forward_flops(size, work), work.positions, work.heads)
+def cache_bytes(size: Size, rows: int, length: float) -> float:
+    """Bytes of the keys and values of `rows` sequences, in float32."""
+    return 8 * rows * length * size.keys * size.layers
