@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from tadistill.plan.costs import Cost
-from tadistill.plan.specs import Spec
+from tadistill.plan.specs import KINDS, Spec
 
 
 @dataclass
@@ -69,6 +69,7 @@ class Graph:
 
     def add(self, spec: Spec, label: str, model: str, seed: int, cost: Cost | None) -> str:
         """Add a stage, unless it is there already, and return its key."""
+        assert KINDS[spec.kind] is type(spec), f"{type(spec).__name__} is not in KINDS of tadistill.plan.specs"
         key = spec.key
         if key not in self.stages:
             self.stages[key] = Stage(spec, key, label, model, seed, cost)

@@ -1,0 +1,116 @@
+"""The throw-away examples of `test_add_one`: what CONTRIBUTING.md tells, as edits of the package, and code that uses the new thing."""
+
+from dataclasses import dataclass
+
+Edit = tuple[str, str, str]
+"""File of the package, an anchor in it, and the text that takes the anchor's place (`@` stands for the anchor itself)."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One addition."""
+
+    most_files: int
+    edits: tuple[Edit, ...]
+    use: str
+    forgotten: str
+    """A word of the error when the last edit is left out."""
+
+
+HARNESS = """
+import pathlib, sys
+from tadistill.config import parse
+from tadistill.plan.arms import make_plan
+from tadistill.plan.task import make_task
+from tadistill.stages.execute import run_stage
+from tadistill.store import Store
+
+MODEL = "{load: 'scratch:gpt2', tokenizer: tinyworld, seed: %d, config: {n_embd: 8, n_layer: 1, n_head: 1, n_positions: 96}}"
+
+def recipe(method):
+    return parse(f'''
+study: walk
+seeds: [1]
+models: {{xl: {MODEL % 1}, s: {MODEL % 2}}}
+data:
+  {{train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 64, world: {{people: 10}},
+   limit: {{train: 8, dev: 4, test: 4}}}}
+method: {{{method}, optim: {{steps: 1, batch: 4}}, select: {{metric: last}}}}
+evaluate: {{seeds: [1], max_new_tokens: 4}}
+arms: {{new: xl > s}}
+''', source="walk")
+
+def run(plan, *kinds):
+    store = Store(pathlib.Path(sys.argv[1]) / "store")
+    for stage in plan.stages.values():
+        if stage.kind in kinds:
+            run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
+    return store
+"""
+
+TRAINS = """
+plan = make_plan(recipe("{method}"))
+(stage,) = [s for s in plan.stages.values() if s.kind == "distill"]
+assert stage.flops > 0
+assert run(plan, "distill").manifest(stage.key)["steps"] == 1
+"""
+
+# --- a kind of stage ----------------------------------------------------------------------------------------------------
+
+COUNT_SPEC = '''class CountSpec(Spec):
+    """A count of the dev prompts."""
+
+    kind = "count"
+    version = 1
+    work = "measuring:count"
+    measures = True
+
+    model: Handle
+    dev: Split
+
+
+@'''
+COUNT = '''def count(context):
+    """Count the dev prompts."""
+    return {"prompts": context.spec.dev.limit}
+
+
+@'''
+ADD_COUNT = '''    def count(self, name, model, seed):
+        """Add a count."""
+        from tadistill.plan.specs import CountSpec
+
+        return self.add(CountSpec(data=self.data, model=model, dev=self.split("dev")), f"count {name}", name, seed)
+
+@'''
+USE_COUNT = """
+from rich.console import Console
+from tadistill.plan.arms import _Planner
+from tadistill.plan.preview import show
+from tadistill.runner.study import save_plan
+
+planner = _Planner(recipe("objective: {type: forward_kl}, sampler: {type: dataset}"))
+plan = planner.plan()
+key = planner.stages.count("xl", planner.stages.trained("xl", 1), 1)
+planner.graph.mark(key, "new")
+store = run(plan, "count")
+assert store.manifest(key)["prompts"] == 4
+console = Console(record=True, width=200)
+show(plan, store, console)
+assert "count xl" in console.export_text()
+study = save_plan(plan, store.root.parent, recipe_text="", command="")
+assert "count xl" in (study / "plan.json").read_text()
+"""
+KIND = Walk(
+    most_files=3,
+    edits=(
+        ("plan/specs.py", "KINDS: dict", COUNT_SPEC),
+        ("stages/measuring.py", "def probe(", COUNT),
+        ("plan/builder.py", "    def probe(", ADD_COUNT),
+        ("plan/specs.py", "ProbeSpec, PairSpec)", "ProbeSpec, PairSpec, CountSpec)"),
+    ),
+    use=USE_COUNT,
+    forgotten="count",
+)
+
+WALKS = {"stage kind": KIND}
