@@ -5,7 +5,7 @@ Objectives are in `tadistill.config.objective`, samplers in `tadistill.config.sa
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from tadistill.config.common import Strict
 from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
@@ -80,10 +80,6 @@ class Sft(Strict):
     select: Select = Select()
     keep: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Updates whose weights are kept as well, for models that are a `checkpoint` of this one."""
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_unset(self, handler: Any) -> dict[str, Any]:
-        return {k: v for k, v in handler(self).items() if v or k != "keep"}
 
 
 class Dense(Strict):

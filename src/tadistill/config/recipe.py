@@ -6,7 +6,7 @@ default lives in this package and nowhere else.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.arm import Arm, Search
 from tadistill.config.common import Decoding, Strict
@@ -55,12 +55,6 @@ class DataRef(Strict):
         if self.instruction == "":
             raise ValueError("`instruction` is empty; write the instruction of every row, or leave it out")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_unset(self, handler: Any) -> dict[str, Any]:
-        # dumped data sets are hashed into the keys of stages: what is not set stays out, so that older stages are found again
-        dumped = handler(self)
-        return {k: v for k, v in dumped.items() if v or k not in ("choices", "instruction")}
 
     @property
     def name(self) -> str:

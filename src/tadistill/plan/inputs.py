@@ -35,6 +35,8 @@ def _plain(value: Any) -> Any:
         return value.content()
     if isinstance(value, Evaluate):
         return value.model_dump(exclude={"also"})  # other decodings are stages of their own
+    if isinstance(value, DataRef):  # these two are newer than many finished stages, whose keys must not change
+        return {k: v for k, v in value.model_dump().items() if v or k not in ("choices", "instruction")}
     if isinstance(value, BaseModel):
         return value.model_dump()
     return [_plain(v) for v in value] if isinstance(value, tuple) else value

@@ -157,9 +157,7 @@ def test_settings_of_a_set_that_make_no_sense(ref, words):
         DataRef.model_validate({"load": "x.jsonl", **ref})
 
 
-def test_what_a_set_does_not_use_is_no_part_of_its_identity():
-    """Stored stages are keyed by this."""
-    assert DataRef(load="dolly").model_dump() == {"load": "dolly", "split": None, "revision": "main", "columns": {}}
+def test_a_set_is_the_same_after_it_was_stored():
     ref = DataRef(load="x", choices=("no", "yes"), instruction="do")
     assert DataRef.model_validate(ref.model_dump()) == ref
     assert DataRef.model_validate_json(ref.model_dump_json()) == ref

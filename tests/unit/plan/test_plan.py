@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from tadistill.config import validate
+from tadistill.config import DataRef, validate
 from tadistill.errors import ConfigError, DataError
 from tadistill.plan.arms import make_plan
+from tadistill.plan.inputs import Source
 from tadistill.runner import preflight
 
 LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -227,3 +228,11 @@ def test_the_memory_check_counts_every_teacher_of_dense_guidance(where, monkeypa
 
 def test_the_first_seed_is_the_one_that_the_recipe_lists_first():
     assert validate(recipe(seeds=[30, 10])).first_seed == 30
+
+
+def test_what_a_data_set_does_not_use_is_no_part_of_its_identity():
+    """Stored stages are keyed by this."""
+    found = Source(ref=DataRef(load="dolly"), fingerprint="f").content()
+    assert found == {"ref": {"load": "dolly", "split": None, "revision": "main", "columns": {}}, "fingerprint": "f"}
+    chosen = Source(ref=DataRef(load="x", choices=("no", "yes"), instruction="do"), fingerprint="f").content()["ref"]
+    assert (chosen["choices"], chosen["instruction"]) == (("no", "yes"), "do")
