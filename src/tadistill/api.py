@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tadistill.config import Data, Evaluate, Recipe, load
+from tadistill.errors import ConfigError
 from tadistill.report import write_report
-from tadistill.runner.study import run as run_study
+from tadistill.runner.study import run_study
 from tadistill.store import runs_directory, store_of
 
 if TYPE_CHECKING:
@@ -18,12 +19,21 @@ if TYPE_CHECKING:
 def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> Path:
     """Run a study and write its report; returns the path of report.html. Finished stages are reused.
 
-    Call it under `if __name__ == "__main__":`, because stages run in worker processes.
+    Call it under `if __name__ == "__main__":`, because stages run in processes of their own.
+
+    Raises:
+        ConfigError: the recipe is wrong, or it is a `Recipe` and there are overrides.
+        TadistillError: a stage failed.
     """
-    loaded = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
-    text = "" if isinstance(recipe, Recipe) else Path(recipe).read_text(encoding="utf-8")
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise ConfigError(f"overrides {list(overrides)} apply to a recipe's file; change the Recipe itself, or give its path")
+        loaded, text, command = recipe, "", "tadistill.run(recipe)"
+    else:
+        loaded, text = load(recipe, overrides), Path(recipe).read_text(encoding="utf-8")
+        command = f"tadistill.run({', '.join([repr(str(recipe)), *([repr(list(overrides))] if overrides else [])])})"
     root = runs_directory(runs)
-    study = run_study(loaded, runs=root, recipe_text=text, command=f"tadistill.run({str(recipe)!r})" if text else "tadistill.run(recipe)")
+    study = run_study(loaded, runs=root, recipe_text=text, command=command)
     return write_report(study, store_of(root).root)
 
 
@@ -37,7 +47,7 @@ def evaluate(
     settings: Evaluate | None = None,
     limit: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Every metric of a model in memory on the named test sets: {set: {metric: mean over prompts and decoding seeds}}.
+    """Return every metric of a model in memory on the named test sets: {set: {metric: mean over prompts and decoding seeds}}.
 
     Args:
         on: names (dolly, self_inst, tinyworld…), JSONL files or hub ids, read at their test split.

@@ -66,10 +66,10 @@ def plan(
     if measure:
         import torch
 
-        from tadistill.runner.timing import measure as run_measure
+        from tadistill.runner.timing import time_stages
 
         accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        speeds = run_measure(found, preview.threads(found), lambda text: console.print(f"timing {text}", highlight=False))
+        speeds = time_stages(found, preview.threads(found), lambda text: console.print(f"timing {text}", highlight=False))
         throughput.save(store, throughput.machine(preview.threads(found), accelerator), speeds)
     preview.show(found, store, console, accelerator)
 
@@ -86,7 +86,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> N
 def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Path:
     """Run a study, write its report, print its table; returns the study's directory."""
     from tadistill.report import summary_table, write_report
-    from tadistill.runner.study import run as run_study
+    from tadistill.runner.study import run_study
 
     with _interruptible():
         study = run_study(loaded, runs=root, recipe_text=text, command=command, console=console)
@@ -187,12 +187,12 @@ def _evaluate(
     models: list[str], on: str, seeds: str, teacher: str | None, settings: list[str] | None, runs: Path | None, verb: list[str]
 ) -> Path:
     from tadistill.config import parse
-    from tadistill.runner.standalone import recipe_text
+    from tadistill.runner.study import evaluation_recipe
 
     numbers = _parts(seeds)
     if not numbers or not all(part.isdigit() for part in numbers):
         raise ConfigError(f"--seeds is `{seeds}`; give whole numbers by comma, for instance 10,20,30")
-    text = recipe_text(models, _parts(on), seeds=[int(n) for n in numbers], teacher=teacher)
+    text = evaluation_recipe(models, _parts(on), seeds=[int(n) for n in numbers], teacher=teacher)
     chosen = [part for option in settings or [] for part in ("--set", option)] + (["--teacher", teacher] if teacher else [])
     command = shlex.join([*verb, "--on", on, "--seeds", seeds, *chosen])
     return _run_and_report(parse(text, settings or [], source=" ".join(verb[:2])), text, command, runs_directory(runs))

@@ -13,8 +13,8 @@ from tadistill.config import validate
 from tadistill.errors import ConfigError, Interrupted, StageFailed
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import make_task
-from tadistill.runner.launch import launch
 from tadistill.runner.preflight import check
+from tadistill.runner.processes import run_in_processes
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
@@ -60,7 +60,7 @@ def quiet(done: int, total: int, text: str) -> None:
 def launched(root, told, **resources):
     """Run by two processes; `told` hears of progress."""
     made = task(root, {"distill": {"processes": 2} | resources})
-    launch(made, progress=told, alarm=print, stop=lambda: False)
+    run_in_processes(made, threads=2, progress=told, alarm=print, stop=lambda: False)
     return made.key
 
 
@@ -93,7 +93,7 @@ def test_a_killed_rank_ends_the_stage_and_the_same_call_goes_on(tmp_path):
 def test_all_ranks_stop_when_asked(tmp_path):
     made, heard = task(tmp_path, {"distill": {"processes": 2, "teacher": "offloaded"}}), []
     with pytest.raises(Interrupted, match="stopped at update"):
-        launch(made, progress=lambda done, total, text: heard.append(done), alarm=print, stop=lambda: len(heard) > 3)
+        run_in_processes(made, threads=2, progress=lambda done, total, text: heard.append(done), alarm=print, stop=lambda: len(heard) > 3)
     folder = Store(tmp_path).folder(made.key)
     assert (folder / "state.pt").is_file()
     assert not Store(tmp_path).finished(made.key)
@@ -104,7 +104,7 @@ def test_an_error_is_the_one_that_a_rank_raised(tmp_path):
     optim = made.spec.optim.model_copy(update={"batch": 7})
     made = replace(made, spec=made.spec.model_copy(update={"optim": optim}))
     with pytest.raises(ConfigError, match=r"optim.batch 7 is not a multiple of the 2 processes"):
-        launch(made, progress=quiet, alarm=print, stop=lambda: False)
+        run_in_processes(made, threads=2, progress=quiet, alarm=print, stop=lambda: False)
 
 
 def test_fewer_ranks_than_the_stage_asks_for_are_refused(tmp_path):

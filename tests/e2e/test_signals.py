@@ -59,10 +59,13 @@ def steps(runs: Path) -> list[int]:
     return [torch.load(path, weights_only=True)["step"] for path in sorted(runs.glob("store/*/*/state.pt"))]
 
 
+def children(parent: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
 def worker_of(process: subprocess.Popen) -> int:
-    """A child that trains: the one with the most memory."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return max(map(int, children), key=lambda child: int(Path(f"/proc/{child}/statm").read_text().split()[1]))
+    """A process that trains: forked by the server, which is a child of the command."""
+    return next(worker for child in children(process.pid) for worker in children(child))
 
 
 def ended(group: int) -> bool:
@@ -97,12 +100,37 @@ def test_any_signal_to_stop_saves_and_ends_with_its_code(tmp_path):
         assert ended(process.pid)
         assert all(now > before for now, before in zip(steps(tmp_path), last, strict=True))
         last = steps(tmp_path)
-    # a worker that is killed (for its memory, say) takes one stage only: the other one saves before the study ends
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked at through /proc")
+def test_a_killed_process_fails_its_own_stage_at_once_and_the_others_work_on(tmp_path):
     process = start(tmp_path)
-    wait_for_updates(tmp_path, last)
+    assert process.stdout is not None
+    wait_for_updates(tmp_path, [0, 0])
     os.kill(worker_of(process), signal.SIGKILL)
+    for line in process.stdout:  # the other stage takes minutes
+        if "its process was killed by SIGKILL (out of memory?)" in " ".join(line.split()):
+            break
+    else:
+        raise AssertionError("the command ended")
+    logs = sorted(tmp_path.glob("store/*/*/metrics.jsonl"))
+    sizes = [log.stat().st_size for log in logs]
+    for _ in range(300):
+        if sum(now := [log.stat().st_size for log in logs]) > sum(sizes):
+            break
+        time.sleep(0.1)
+    assert sorted(new > old for new, old in zip(now, sizes, strict=True)) == [False, True]
+    os.killpg(process.pid, signal.SIGTERM)
     text, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, text
-    assert "the worker process died (out of memory?)" in text
+    assert process.returncode == 143, text
     assert ended(process.pid)
-    assert sorted(now > before for now, before in zip(steps(tmp_path), last, strict=True)) == [False, True]
+    assert len(steps(tmp_path)) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked at through /proc")
+def test_processes_end_with_a_command_that_is_killed(tmp_path):
+    process = start(tmp_path)
+    wait_for_updates(tmp_path, [0, 0])
+    process.kill()
+    process.communicate(timeout=60)
+    assert ended(process.pid)

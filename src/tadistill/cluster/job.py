@@ -1,7 +1,7 @@
-"""What runs inside a job: stages one after the other, one process a task. Pickled by `cluster.submit`; torch is imported in the job only.
+"""The work of a Slurm job: its stages, one after the other, in one process per task. `cluster.submit` pickles it.
 
-A signal only sets a flag. All ranks agree on it at a step boundary, the state is saved, and then the first process hands over to submitit,
-whose handler queues the job again under the same id; or, where jobs may not do that, the next segment of a chain goes on.
+A signal only sets a flag. All ranks agree on it between two updates and the state is saved. Then the first process hands over to submitit,
+whose handler queues the job again under the same id; if jobs may not do that, the next segment of a chain goes on.
 """
 
 import os
@@ -23,24 +23,24 @@ _EVERY = 30.0  # seconds between two lines of progress in the log
 
 @dataclass(frozen=True)
 class StageJob:
-    """The work of one job."""
+    """The stages of one job."""
 
     tasks: tuple[Task, ...]
     chain: bool = False
-    """Segments follow each other instead of a requeue."""
+    """True if segments follow each other instead of a requeue."""
 
     def __call__(self) -> None:
-        """Run the stages; an error ends the job as failed, so that Slurm cancels what stands on it."""
+        """Run the stages; an error fails the job, so that Slurm cancels the jobs that depend on it."""
         stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)
         _name_ranks()
         for task in self.tasks:
             self._run(task, stop)
         if "WORLD_SIZE" in os.environ:
             sys.stdout.flush()
-            os._exit(0)  # as `runner.launch` ends its ranks: torch's own end sometimes aborts where other ranks are gone
+            os._exit(0)  # as in `runner.processes`: torch's own exit sometimes aborts when other ranks are gone
 
     def checkpoint(self) -> Any:
-        """What submitit queues again: the same work, which goes on from what it saved."""
+        """Return the work that submitit queues again: the same, which resumes from the saved state."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -63,19 +63,19 @@ class StageJob:
         except Exception as error:
             reason = str(error) if isinstance(error, TadistillError) else f"{type(error).__name__}: {error}"
             failure.parent.mkdir(parents=True, exist_ok=True)
-            if not failure.exists():  # what failed first, on whatever rank
+            if not failure.exists():  # the first failure of any rank counts
                 failure.write_text(f"{reason}\n", encoding="utf-8")
             print(f"failed: {reason}", flush=True)
             raise
         say("finished")
 
     def _go_on_later(self, stop: StopFlag) -> NoReturn:
-        """The state is saved: be queued again, or leave the rest to the next segment."""
-        if stop.received == signal.SIGTERM:  # cancelled, or preempted by a site that queues again by itself
+        """Queue the job again, or leave the rest to the next segment; the state is saved."""
+        if stop.received == signal.SIGTERM:  # cancelled, or preempted by a site that requeues jobs itself
             sys.exit(128 + signal.SIGTERM)
         if not self.chain:
             if not _first():
-                time.sleep(3600)  # the requeue ends this process; to leave now could end the first one before it has asked for that
+                time.sleep(3600)  # the requeue ends this process; exiting now could end the first one before it has requested that
             try:
                 stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)  # ends this process
             except subprocess.SubprocessError as error:
@@ -91,26 +91,26 @@ class StageJob:
 
 @dataclass(frozen=True)
 class ReportJob:
-    """Writes a study's report when all its jobs have ended."""
+    """The report of a study, written when all its jobs have ended."""
 
     study: str
     store: str
 
     def __call__(self) -> None:
-        """Write it."""
+        """Write the report."""
         from tadistill.report import write_report
 
         say(f"report: {write_report(Path(self.study), Path(self.store))}")
 
 
 def say(text: str) -> None:
-    """A line of the job's log, from the first process."""
+    """Print a line of the job's log; only the first process does."""
     if _first():
         print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 class _Log:
-    """Progress as lines."""
+    """Progress as lines of the log, at most one every 30 seconds."""
 
     def __init__(self) -> None:
         self.last = float("-inf")
@@ -126,7 +126,7 @@ def _first() -> bool:
 
 
 def _name_ranks() -> None:
-    """Tell torch of the other tasks of this job; a single one needs no telling."""
+    """Set torch's variables for the ranks from Slurm's, if the job has several tasks."""
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
         os.environ.update({name: os.environ[of] for name, of in names.items()})

@@ -1,8 +1,8 @@
-"""What a cluster has and what it refuses, as data: one YAML file a site in `profiles/`, or a file of the user's own.
+"""Profiles of clusters: what a site offers and refuses, as one YAML file per site in `profiles/`, or a file of the user's own.
 
     profile = load("narval")          # or load("path/to/mine.yaml")
 
-A new site is a new file; the fields below are all there is (docs/cluster.md, "Another cluster").
+A new site needs only a new file with the fields below (docs/cluster.md, "Another cluster").
 """
 
 from pathlib import Path
@@ -21,85 +21,85 @@ class Gpu(Strict):
     """A kind of GPU, or a slice of one (MIG)."""
 
     memory: float = Field(gt=0)
-    """GB on the device."""
+    """GB of device memory."""
     per_node: int = Field(ge=1)
-    """How many of them a node has; slices: how many a job may have."""
+    """Number per node; for slices, the number per job."""
     counts: tuple[int, ...] = ()
-    """How many of a node's a job may ask for; any number when empty."""
+    """Numbers per node that a job may request; any number when empty."""
     cpus: int = Field(ge=1)
-    """Cores of the site's bundle for one of them; more is billed as more of them."""
+    """Cores in the site's bundle for one GPU; a job with more is billed for more GPUs."""
     ram: float = Field(gt=0)
-    """GB of host memory of that bundle."""
+    """GB of host memory in that bundle."""
     tflops: float = Field(gt=0)
-    """Peak of dense bfloat16 products: the start of an estimate of time where no speed was measured."""
+    """Peak of dense bfloat16 products, from which time is estimated when no speed was measured."""
     device: str = ""
-    """The name that CUDA gives it, by which measured speeds are found."""
+    """CUDA's name of the device, by which measured speeds are found."""
     slice: bool = False
-    """One slice per job, and one process."""
+    """True for a slice: a job has one, and one process."""
 
 
 class Cpu(Strict):
-    """What a job without a GPU is given."""
+    """The cores and memory of a job without a GPU."""
 
     cpus: int = Field(default=1, ge=1)
     ram: float = Field(default=4, gt=0)
 
 
 class Profile(Strict):
-    """A site."""
+    """The rules and the hardware of a site."""
 
     name: str
     about: str
-    """What it is, and where these facts are from."""
+    """Description of the site, and the source of these facts."""
     gpus: dict[str, Gpu] = {}
-    """By the name that a request gives them; none: stages run on CPUs."""
+    """Kinds of GPU by their name in a request; without any, stages run on CPUs."""
     request: Literal["gpus-per-node", "gpus", "count"] = "gpus-per-node"
-    """How a job asks for them: --gpus-per-node=NAME:N, --gpus=NAME:N, or --gpus-per-node=N where names are refused."""
+    """Form of a request: --gpus-per-node=NAME:N, --gpus=NAME:N, or --gpus-per-node=N if the site refuses names."""
     cpu: Cpu | None = Cpu()
-    """Jobs without a GPU (the report; all where there are no GPUs); null where the site takes none that small."""
+    """Resources of jobs without a GPU (the report; all jobs if there are no GPUs); null if the site takes no job that small."""
     memory_option: bool = True
-    """Whether --mem means something."""
+    """True if the site accepts --mem."""
     min_hours: float = Field(default=0.0, ge=0)
-    """The site's shortest job."""
+    """Shortest job that the site takes."""
     max_hours: float = Field(gt=0)
-    """The site's longest job."""
+    """Longest job that the site takes."""
     piece_hours: float = Field(default=12.0, gt=0)
-    """Jobs are cut to this; the rest goes on after a requeue. Short jobs start sooner."""
+    """Longest job that is submitted; the rest goes on after a requeue. Short jobs start sooner."""
     max_jobs: int = Field(default=1000, ge=1)
-    """Jobs of a user that may be queued or running, every element of an array counted."""
+    """Number of jobs that a user may have queued or running; every element of an array counts."""
     account: str = ""
-    """Pattern of account names; empty where jobs need none."""
+    """Pattern of account names; empty if jobs need none."""
     internet: Literal["none", "proxy", "full"] = "none"
-    """Of compute nodes. Jobs never use it; it says whether trackers can send."""
+    """Network of compute nodes. Jobs read nothing from it; trackers send their data only if it is full."""
     home: Literal["writable", "read-only", "no-jobs"] = "writable"
-    """In jobs: read-only means that runs must lie elsewhere; no-jobs that the site refuses jobs submitted from there."""
+    """Use of the home folder in jobs. read-only: runs must be elsewhere. no-jobs: the site refuses jobs submitted from there."""
     resume: Literal["requeue", "chain"] = "requeue"
-    """After a time limit a job queues itself again; or, where compute nodes may not call Slurm, the next of several segments goes on."""
+    """After a time limit, a job queues itself again (requeue); if compute nodes may not call Slurm, the next segment goes on (chain)."""
     modules: tuple[str, ...] = ()
-    """Loaded in every job, in this order."""
+    """Modules that every job loads, in this order."""
     setup: tuple[str, ...] = ()
-    """Lines of shell before the stage, for what modules do not do."""
+    """Lines of shell that run before the stage."""
     pause: float = Field(default=1.0, ge=0)
     """Seconds between two submissions."""
     signal_seconds: Annotated[int, Field(ge=10)] = 300
-    """How long before its time limit a job is told to save."""
+    """Seconds before the time limit at which a job is told to save."""
 
 
 def names() -> list[str]:
-    """The sites that come with the package."""
+    """Return the names of the profiles in the package."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
 def load(name: str) -> Profile:
-    """A profile by name, or from a YAML file.
+    """Return a profile by its name, or from a YAML file.
 
     Raises:
-        ConfigError: there is none, or it breaks a rule.
+        ConfigError: it does not exist, or it breaks a rule.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(
-            f"no cluster profile `{name}`; there are {', '.join(names())}, or give a YAML file of your own (docs/cluster.md says how)"
+            f"there is no cluster profile `{name}`; use one of {', '.join(names())}, or a YAML file of your own (docs/cluster.md)"
         )
     try:
         return Profile.model_validate({"name": path.stem} | yaml.safe_load(path.read_text(encoding="utf-8")))

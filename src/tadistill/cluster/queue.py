@@ -1,12 +1,25 @@
-"""What Slurm knows of this user's jobs: one call to squeue, and one to sacct for jobs that have left the queue. Imports no torch."""
+"""Slurm's view of this user's jobs: one call to squeue, and one to sacct for jobs that have left the queue."""
 
+import shutil
+import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from tadistill.cluster.programs import ask
 from tadistill.errors import ConfigError, TadistillError
 
 _NEVER = "DependencyNeverSatisfied"
+_SECONDS = 30
+
+
+def ask(*command: str) -> str | None:
+    """Return what a program of this machine prints; None if it is not on PATH, fails, or hangs."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False, stdin=subprocess.DEVNULL)
+    except (subprocess.TimeoutExpired, OSError):
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 @dataclass(frozen=True)
@@ -21,12 +34,12 @@ class Entry:
 
     @property
     def hopeless(self) -> bool:
-        """It waits for a job that has failed; sites that do not cancel such jobs keep them for ever."""
+        """True if it waits for a job that has failed; some sites keep such jobs in the queue for ever."""
         return self.reason == _NEVER
 
 
 def queued() -> dict[str, Entry]:
-    """This user's jobs that wait or run, by id; elements of arrays one by one.
+    """Return this user's jobs that wait or run, by id; elements of arrays one by one.
 
     Raises:
         ConfigError: there is no Slurm here, or it does not answer.
@@ -35,7 +48,7 @@ def queued() -> dict[str, Entry]:
 
 
 def ended(ids: Iterable[str]) -> dict[str, Entry]:
-    """What became of jobs that are not queued any more, as far as Slurm remembers."""
+    """Return the jobs that have left the queue, by id, as far as Slurm remembers them."""
     wanted = sorted(ids)
     if not wanted:
         return {}
@@ -49,21 +62,21 @@ def ended(ids: Iterable[str]) -> dict[str, Entry]:
 
 
 def _of_segments(id: str, found: Mapping[str, Entry]) -> Entry | None:
-    """A chain as a whole: its first segment that did not end well, else its last."""
+    """Return the segment that stands for a chain: the first one that did not end well, else the last."""
     segments = [entry for i, entry in found.items() if i.startswith(f"{id}_")]
     return next((entry for entry in segments if entry.state != "COMPLETED"), segments[-1] if segments else None)
 
 
 def cancel(ids: Iterable[str]) -> None:
-    """Cancel jobs; those that have ended meanwhile are no mistake.
+    """Cancel jobs; one that has ended meanwhile is no error.
 
     Raises:
-        TadistillError: Slurm did not take it.
+        TadistillError: scancel failed.
     """
     wanted = sorted(ids)
     if not wanted or ask("scancel", "--quiet", *wanted) is not None:
         return
-    # it also fails where one of the jobs has ended meanwhile
+    # scancel also fails if one of the jobs has ended meanwhile
     if left := [i for i, entry in queued().items() if i in wanted and entry.state == "PENDING"]:
         raise TadistillError(f"scancel failed for {', '.join(left)}; look at `squeue --me`, and cancel them by hand")
 

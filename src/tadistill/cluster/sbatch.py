@@ -1,25 +1,218 @@
-"""A job as a batch script, through submitit: it writes the script, pickles the work, and queues a job again that saved its state in time.
+"""A job's request to Slurm, and its batch script.
 
-The text of a dry run is the text that is submitted. Imports no torch.
+A request comes from the plan's estimates, the site's profile and the recipe's `resources`. What the site would refuse is refused here, with
+the rule. Memory decides the GPU: the smallest one that holds models, gradients and moments with a tenth to spare. Time is 1.5 x the
+estimate, cut into pieces that a requeue joins again.
+
+submitit writes the script, pickles the work, and queues a job again that saved its state in time. A dry run prints the submitted text.
 """
 
+import math
 import os
 import shlex
 import sys
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tadistill.cluster.profile import Profile
-from tadistill.cluster.request import Request
+from tadistill.cluster.profile import Cpu, Gpu, Profile
+from tadistill.config.resources import Resources
 from tadistill.disk import cache_root, user_cache
+from tadistill.errors import ConfigError
+from tadistill.models.counting.cost import spans
+from tadistill.models.counting.memory import resident_bytes
+from tadistill.plan import throughput
+from tadistill.plan.arms import Plan
+from tadistill.plan.costs import Ledger
+from tadistill.plan.graph import Stage
+from tadistill.plan.inputs import FromStage, Handle, Loaded
+from tadistill.plan.layout import layout
+from tadistill.plan.specs import TemperSpec, TrainingSpec
+from tadistill.plan.throughput import Speeds
 
-_TIMEOUTS = 50  # requeues at time limits: a stage ends by its own budget
+_SPARE = 0.9  # usable share of a GPU's memory: CUDA itself, fragmentation and errors of the estimate need the rest
+_WORK = 2e9  # bytes for activations and caches of a stage that only evaluates
+_USED = {"training": 0.15, "sampling": 0.01}
+"""Share of the peak FLOP/s that a span reaches, until a speed is measured. Decoding is bound by memory; other spans count as training."""
+_CPU_TFLOPS = 0.02
+_EVALUATION_HOURS = 0.5
+_UNKNOWN_HOURS = 3.0
+_CHAIN_HOURS = 3.0  # least for a segment, since a chain cannot be extended when the estimate was too short
+_TIMEOUTS = 50  # requeues after time limits
 _PASSED_ON = ("TADISTILL_DATA", "HF_HUB_CACHE")
 
 
+@dataclass(frozen=True)
+class Request:
+    """The resources of one job."""
+
+    gpu: str | None
+    gpus: int
+    """GPUs per node."""
+    nodes: int
+    tasks: int
+    """Processes per node."""
+    cpus: int
+    """Cores per process."""
+    ram: int
+    """GB of host memory per node."""
+    minutes: int
+    pieces: int
+    """Number of jobs of that length that the estimate needs."""
+
+
+class Requests:
+    """The requests of one plan on one site."""
+
+    def __init__(self, plan: Plan, profile: Profile, speeds: dict[str, Speeds]):
+        """`speeds`: measured speeds by the name of the device."""
+        self.plan, self.profile, self.speeds = plan, profile, speeds
+        self.ledger = Ledger(plan.recipe)
+
+    def of(self, stages: Seq[Stage]) -> Request:
+        """Return the request of a job that runs these stages one after the other.
+
+        Raises:
+            ConfigError: the site would refuse it, or no GPU of the site is large enough.
+        """
+        first = stages[0]
+        wanted = layout(self.plan.recipe, first)
+        where = f"resources of `{first.kind} {first.model}`"
+        per_node = wanted.processes // wanted.nodes
+        if not self.profile.gpus:
+            return self._without_gpu(stages, wanted, where)
+        name = wanted.gpu or self._smallest(stages, wanted)
+        if name not in self.profile.gpus:
+            raise ConfigError(f"{where}: gpu is `{name}`, which {self.profile.name} has not; it has {', '.join(self.profile.gpus)}")
+        gpu = self.profile.gpus[name]
+        count = _count(gpu, per_node, name, where, self.profile.name)
+        cpus = wanted.cpus or max(1, gpu.cpus * count // per_node)
+        ram = math.ceil(wanted.memory * per_node) if wanted.memory else int(gpu.ram * count)
+        self._check_node(cpus * per_node, ram, gpu, where)
+        minutes, pieces = self._time(stages, wanted, gpu, where)
+        return Request(name, count, wanted.nodes, per_node, cpus, ram, minutes, pieces)
+
+    def report(self) -> Request | None:
+        """Return the request of the job that writes the report; None if the site takes no job that small."""
+        cpu = self.profile.cpu
+        if cpu is None:
+            return None
+        minutes = math.ceil(60 * max(self.profile.min_hours, 0.25))
+        return Request(None, 0, 1, 1, cpu.cpus, int(cpu.ram), minutes, 1)
+
+    def _without_gpu(self, stages: Seq[Stage], wanted: Resources, where: str) -> Request:
+        cpu = self.profile.cpu or Cpu()
+        if wanted.gpu:
+            raise ConfigError(f"{where}: gpu is `{wanted.gpu}`, but profile {self.profile.name} names no GPUs; add it there")
+        per_node = wanted.processes // wanted.nodes
+        ram = math.ceil((wanted.memory or cpu.ram) * per_node)
+        minutes, pieces = self._time(stages, wanted, None, where)
+        return Request(None, 0, wanted.nodes, per_node, wanted.cpus or cpu.cpus, ram, minutes, pieces)
+
+    # --- memory ---------------------------------------------------------------------------------------------------------
+
+    def _smallest(self, stages: Seq[Stage], wanted: Resources) -> str:
+        """Return the smallest GPU (or slice, for a single process) that holds the stages."""
+        needs = max((self._need(stage, wanted) for stage in stages), default=0.0)
+        usable = {n: g for n, g in self.profile.gpus.items() if not (g.slice and wanted.processes > 1)}
+        fits = sorted((g.memory, n) for n, g in usable.items() if needs <= _SPARE * g.memory * 1e9)
+        if fits:
+            return fits[0][1]
+        largest = max(g.memory for g in usable.values())
+        raise ConfigError(
+            f"{stages[0].label} needs about {needs / 1e9:.0f} GB on a device, but the largest of {self.profile.name} has {largest:.0f}; "
+            f"spread it with resources: {{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}} "
+            "(and teacher: sharded or offloaded), lower optim.micro_batch, or set gradient_checkpointing"
+        )
+
+    def _need(self, stage: Stage, wanted: Resources) -> float:
+        """Return the bytes that a stage needs on one device; models of unknown size count as none."""
+        others = [handle for role, handle in stage.spec.models.items() if role not in ("student", "model")]
+        frozen = [self._name(handle) for i, handle in enumerate(others) if handle not in others[:i]]
+        half = isinstance(stage.spec, TrainingSpec) and stage.spec.optim.precision == "bf16"
+        teachers = sum(self._weights(name, "bfloat16" if half else "float32") for name in frozen)
+        if stage.cost is None or stage.cost.memory is None:
+            return teachers + self._weights(stage.model, "float32") + _WORK
+        need, size = stage.cost.memory, self.ledger.size(stage.model)
+        if wanted.parallel == "fsdp" and size:
+            need -= resident_bytes(size.total, training=True) * (1 - 1 / wanted.processes)
+        if wanted.teacher != "replicated":
+            need -= teachers * (1 - 1 / wanted.processes if wanted.teacher == "sharded" else 1)
+        return need
+
+    def _weights(self, name: str | None, dtype: str) -> float:
+        size = self.ledger.size(name) if name else None
+        return resident_bytes(size.total, training=False, dtype=dtype) if size else 0.0
+
+    def _name(self, handle: Handle) -> str | None:
+        """Return a model of the recipe with the size of this one; of a pruned model, the model that was cut."""
+        if isinstance(handle, FromStage):
+            return self.plan.stages[handle.stage].model
+        if not isinstance(handle, Loaded):
+            return self._name(handle.of)
+        wanted = handle.load, handle.revision, handle.config
+        models = self.plan.recipe.models
+        return next((name for name, model in models.items() if (model.load, model.revision, model.config) == wanted), None)
+
+    # --- time -----------------------------------------------------------------------------------------------------------
+
+    def _time(self, stages: Seq[Stage], wanted: Resources, gpu: Gpu | None, where: str) -> tuple[int, int]:
+        """(minutes, pieces)."""
+        profile = self.profile
+        hours = sum(self._hours(stage, wanted, gpu) for stage in stages)
+        if wanted.hours is not None:
+            if not profile.min_hours <= wanted.hours <= profile.max_hours:
+                raise ConfigError(
+                    f"{where}: hours is {wanted.hours:g}, but a job on {profile.name} has {profile.min_hours:g} to {profile.max_hours:g}; "
+                    "a stage that needs longer is cut into pieces by itself"
+                )
+            limit = wanted.hours
+        else:
+            least = _CHAIN_HOURS if profile.resume == "chain" else 1.0
+            limit = min(profile.piece_hours, profile.max_hours, max(profile.min_hours, 1.5 * hours, least))
+        return math.ceil(60 * limit), max(1, math.ceil(1.5 * hours / limit))
+
+    def _hours(self, stage: Stage, wanted: Resources, gpu: Gpu | None) -> float:
+        """Return an estimate from measured speeds, else from a share of the device's peak."""
+        if stage.measures or isinstance(stage.spec, TemperSpec):
+            return _EVALUATION_HOURS
+        if gpu and (seconds := throughput.seconds(stage.cost, self.speeds.get(gpu.device, {}))) is not None:
+            return seconds / 3600 / wanted.processes
+        if stage.cost is None or not stage.cost.parts:
+            return _UNKNOWN_HOURS
+        peak = 1e12 * (gpu.tflops if gpu else _CPU_TFLOPS) * wanted.processes
+        flops = spans(stage.cost.phases())
+        return sum(value / (peak * (_USED.get(span, _USED["training"]) if gpu else 1)) for span, value in flops.items()) / 3600
+
+    def _check_node(self, cpus: int, ram: int, gpu: Gpu, where: str) -> None:
+        whole = gpu.per_node if not gpu.slice else 1
+        for what, asked, there in (("cores", cpus, gpu.cpus * whole), ("GB of memory", ram, gpu.ram * whole)):
+            if asked > there:
+                raise ConfigError(
+                    f"{where}: {asked} {what} on a node, but {self.profile.name} gives at most {there:g} with this GPU; lower "
+                    f"{'cpus' if what == 'cores' else 'memory'}, or leave it out"
+                )
+
+
+def _count(gpu: Gpu, processes: int, name: str, where: str, site: str) -> int:
+    """Return the GPUs per node: one per process, or the next number that the site allows."""
+    if gpu.slice and processes > 1:
+        raise ConfigError(
+            f"{where}: {processes} processes on `{name}`, but a job has one slice, and slices cannot talk to each other; use whole GPUs"
+        )
+    allowed = gpu.counts or tuple(range(1, gpu.per_node + 1))
+    fits = [n for n in allowed if n >= processes]
+    if not fits:
+        raise ConfigError(f"{where}: {processes} processes a node, but a node of {site} has {gpu.per_node} x {name}; raise nodes")
+    return min(fits)
+
+
+# --- the script --------------------------------------------------------------------------------------------------------
+
+
 def parameters(name: str, request: Request, profile: Profile, *, account: str | None, dependency: str | None) -> dict[str, Any]:
-    """What submitit's Slurm executor is told."""
+    """Return the settings of submitit's Slurm executor."""
     more: dict[str, Any] = {"requeue" if profile.resume == "requeue" else "no-requeue": True, "kill-on-invalid-dep": "yes"}
     found: dict[str, Any] = {
         "job_name": name,
@@ -33,7 +226,7 @@ def parameters(name: str, request: Request, profile: Profile, *, account: str | 
         "setup": _setup(request, profile),
         "additional_parameters": more,
     }
-    if request.tasks * request.nodes > 1:  # a rank that dies ends the others
+    if request.tasks * request.nodes > 1:  # a rank that dies then ends the others
         found["srun_args"] = ["--kill-on-bad-exit=1"]
     if profile.memory_option:
         found["mem"] = f"{request.ram}G"
@@ -52,14 +245,14 @@ def parameters(name: str, request: Request, profile: Profile, *, account: str | 
 
 
 def _setup(request: Request, profile: Profile) -> list[str]:
-    """Shell before the work: modules, no network, threads, and where the ranks meet."""
+    """Return the lines of shell before the work: modules, no network, threads, and the address where ranks meet."""
     lines = [f"module load {shlex.join(profile.modules)}"] if profile.modules else []
     lines += ["export HF_HUB_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TOKENIZERS_PARALLELISM=false"]
     if profile.internet != "full":
         lines += ["export WANDB_MODE=offline"]
-    # by their places here: a site may start jobs with an empty environment, or with caches of their own
+    # a site may start jobs with an empty environment, or with caches of their own
     lines += [f"export {name}={shlex.quote(value)}" for name, value in _places().items()]
-    # since 22.05 srun does not take --cpus-per-task over from sbatch
+    # since Slurm 22.05, srun does not inherit --cpus-per-task from sbatch
     lines += ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK"]
     if request.tasks * request.nodes > 1:
         lines += [
@@ -70,13 +263,13 @@ def _setup(request: Request, profile: Profile) -> list[str]:
 
 
 def _places() -> dict[str, str]:
-    """Where models and data lie."""
+    """Return the variables that name the folders of models and data."""
     found = {"HF_HOME": os.environ.get("HF_HOME") or str(user_cache() / "huggingface"), "TADISTILL_CACHE": str(cache_root())}
     return found | {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
 
 
 def script(folder: Path, elements: int, settings: dict[str, Any], *, python: str = sys.executable) -> str:
-    """The text that would be submitted, with `elements` in its array."""
+    """Return the text that would be submitted, with `elements` in its array."""
     from submitit.slurm import slurm
 
     command = f"{shlex.quote(python)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
@@ -84,7 +277,7 @@ def script(folder: Path, elements: int, settings: dict[str, Any], *, python: str
 
 
 def send(folder: Path, work: Seq[Any], settings: dict[str, Any]) -> str:
-    """Submit callables as a job, or as an array where there are several; returns its id.
+    """Submit callables as a job, or as an array if there are several; returns the id.
 
     Raises:
         subprocess and submitit errors, with what sbatch said.

@@ -1,4 +1,4 @@
-"""`tadistill status` and `tadistill cancel`: where a study's stages are, from the store, the queue and the logs. Imports no torch."""
+"""`tadistill status` and `tadistill cancel`: the state of a study's stages, from the store, the queue and the logs."""
 
 import json
 import re
@@ -11,7 +11,8 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from tadistill.cluster import queue, records
+from tadistill.cluster import queue
+from tadistill.cluster.arrays import Record, read_record, report_name
 from tadistill.disk import damaged, read_json
 from tadistill.store import FAILURE, Store, runs_directory
 
@@ -25,36 +26,34 @@ class Row:
     label: str
     job: str
     state: str
-    """done, or Slurm's word in lower case, or `not submitted`, or `lost` where nobody knows what became of a job."""
+    """done, `not submitted`, `lost` (the job is unknown to Slurm), or else Slurm's word in lower case."""
     elapsed: str
     last: str
-    """The newest line of the log of its training; why it failed."""
+    """The newest line of the training log, or why the stage failed."""
 
 
 def rows(study: Path, store: Store) -> list[Row]:
-    """All stages of a study, in the plan's order."""
+    """Return all stages of a study, in the plan's order."""
     stages = _stages(study)
     done = {s["key"] for s in stages if store.finished(s["key"])}
-    found = {s["key"]: records.read(store, s["key"]) for s in stages}
+    found = {s["key"]: read_record(store, s["key"]) for s in stages}
     open_ = {key: record for key, record in found.items() if record and key not in done}
     queued = queue.queued() if open_ else {}
-    live = {key: entry for key, record in open_.items() if (entry := records.live(record, queued))}
-    gone = queue.ended(str(records.place(record)) for key, record in open_.items() if key not in live)
+    live = {key: entry for key, record in open_.items() if (entry := record.live(queued))}
+    gone = queue.ended(str(record.place) for key, record in open_.items() if key not in live)
     return [_finished(s, store, found[s["key"]]) if s["key"] in done else _row(s, store, found[s["key"]], live, gone) for s in stages]
 
 
-def _finished(stage: dict[str, Any], store: Store, record: dict[str, Any] | None) -> Row:
-    key, job = stage["key"], str(records.place(record)) if record else ""
+def _finished(stage: dict[str, Any], store: Store, record: Record | None) -> Row:
+    key, job = stage["key"], str(record.place) if record else ""
     return Row(stage["label"], job, "done", _time(store.manifest(key).get("seconds")), _metric(store.folder(key), stage))
 
 
-def _row(
-    stage: dict[str, Any], store: Store, record: dict[str, Any] | None, live: dict[str, queue.Entry], gone: dict[str, queue.Entry]
-) -> Row:
+def _row(stage: dict[str, Any], store: Store, record: Record | None, live: dict[str, queue.Entry], gone: dict[str, queue.Entry]) -> Row:
     key, label, folder = stage["key"], stage["label"], store.folder(stage["key"])
     if record is None:
         return Row(label, "", "not submitted", "", _metric(folder, stage))
-    job = str(records.place(record))
+    job = str(record.place)
     if key in live:
         state = live[key].state.lower()
         return Row(label, job, state, live[key].elapsed, _metric(folder, stage) if state == "running" else live[key].reason)
@@ -67,13 +66,13 @@ def _row(
 
 
 def again(verb: str, study: Path) -> str:
-    """A command on a study as it has to be typed here."""
+    """Return a command on a study as it must be typed here."""
     place = "" if study.parent.resolve() == runs_directory().resolve() else f" --runs {study.parent}"
     return f"tadistill {verb} {study.name}{place}"
 
 
 def shortened(label: str, width: int) -> str:
-    """A stage's label without what is in brackets, and cut in its middle: it ends in the seed."""
+    """Return a stage's label without brackets, cut in the middle because it ends in the seed."""
     text = re.sub(r" \([^)]*\)", "", label)
     if len(text) <= width:
         return text
@@ -82,7 +81,7 @@ def shortened(label: str, width: int) -> str:
 
 
 def show(study: Path, store: Store, width: int) -> Group:
-    """The table in so many columns, and what to do next."""
+    """Return the table, `width` columns wide, and what to do next."""
     found = rows(study, store)
     table = Table(box=None, title=study.name, title_justify="left", expand=True)
     for column, least in {"stage": 24, "job": 8, "state": 9, "elapsed": 7, "last": 10}.items():
@@ -104,15 +103,16 @@ def _advice(counts: Counter[str], study: Path) -> str:
 
 
 def cancel(study: Path, store: Store) -> int:
-    """Cancel the jobs that a study submitted; returns how many there were. Another study that waits for one has to be submitted again.
+    """Cancel the jobs that a study submitted; returns how many there were.
 
-    A running stage saves its state first; a later submission goes on from it.
+    A running stage saves its state first; a later submission resumes it. Another study that waits for one of the jobs must be submitted
+    again.
     """
     queued = queue.queued()
-    # of finished stages as well: segments of their chains may be left
-    found = [record for s in _stages(study) if (record := records.read(store, s["key"])) and record["study"] == study.name]
-    jobs = {entry.id for record in found for entry in records.entries(record, queued)}
-    queue.cancel(jobs | {entry.id for entry in queued.values() if entry.name == records.report_name(study)})
+    # finished stages count too: segments of their chains may be left
+    found = [record for s in _stages(study) if (record := read_record(store, s["key"])) and record.study == study.name]
+    jobs = {entry.id for record in found for entry in record.entries(queued)}
+    queue.cancel(jobs | {entry.id for entry in queued.values() if entry.name == report_name(study)})
     return len(jobs)
 
 
@@ -126,7 +126,7 @@ def _stages(study: Path) -> list[dict[str, Any]]:
 
 
 def _metric(folder: Path, stage: dict[str, Any]) -> str:
-    """The last line of a training stage's log."""
+    """Return the last line of a training stage's log, in words."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return ""
@@ -142,7 +142,7 @@ def _metric(folder: Path, stage: dict[str, Any]) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    """As Slurm writes it."""
+    """Format seconds as Slurm does."""
     if seconds is None:
         return ""
     minutes, rest = divmod(int(seconds), 60)

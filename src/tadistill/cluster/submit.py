@@ -1,7 +1,7 @@
-"""`tadistill submit`: a study's missing stages as Slurm jobs, in one go and without a driver that has to live.
+"""`tadistill submit`: a study's missing stages become Slurm jobs, all at once; no process has to stay alive for them.
 
-What is finished is skipped, what is queued is waited for, the rest is submitted: so a second submission submits nothing, and one after a
-failure submits the branch that failed. Imports no torch.
+Finished stages are skipped, queued ones are waited for, and the rest is submitted. A second submission therefore submits nothing, and one
+after a failure submits the branch that failed.
 """
 
 import os
@@ -14,15 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tadistill.cluster import queue, records, sbatch
+from rich.console import Console
+from rich.table import Table
+
+from tadistill.cluster import profile as profiles
+from tadistill.cluster import queue, sbatch
+from tadistill.cluster.arrays import Job, Place, Record, arrays, bundles, families, jobs_folder, read_record, report_name
+from tadistill.cluster.fetch import missing, moved
 from tadistill.cluster.job import ReportJob, StageJob
-from tadistill.cluster.jobs import Job, Place, arrays, bundles, families
 from tadistill.cluster.profile import Profile
-from tadistill.cluster.request import Request, Requests
+from tadistill.cluster.sbatch import Request, Requests
+from tadistill.cluster.status import again, shortened
+from tadistill.config import Recipe
+from tadistill.data import datasets
 from tadistill.errors import ConfigError, StageFailed
 from tadistill.plan import throughput
-from tadistill.plan.arms import Plan
+from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.task import make_task
+from tadistill.runner.study import save_plan
 from tadistill.store import store_of
 
 _WAIT = 120  # seconds for another submission to end
@@ -38,12 +47,12 @@ class Sent:
 
     @property
     def request(self) -> Request:
-        """What it asks for."""
+        """Return what it asks Slurm for."""
         return self.jobs[0].request
 
     @property
     def text(self) -> str:
-        """What it does, in a line."""
+        """Return its stages in one line."""
         first = self.jobs[0].stages[0].label
         more = f" and {len(self.jobs[0].stages) - 1} more" if len(self.jobs[0].stages) > 1 else ""
         return f"{first}{more}{f', {len(self.jobs)} seeds' if len(self.jobs) > 1 else ''}"
@@ -66,15 +75,15 @@ class Submission:
 
     @property
     def todo(self) -> list[str]:
-        """Stages that the store lacks now."""
+        """Return the stages that the store lacks now."""
         return [key for key in self.plan.stages if not self.store.finished(key)]
 
     def jobs(self, keys: list[str]) -> list[Job]:
-        """The jobs of these stages."""
+        """Return the jobs of these stages."""
         return [Job(stages, self.requests.of(stages), depth) for depth, stages in bundles(self.plan.stages, keys)]
 
     def scripts(self) -> Iterator[tuple[Sent, str]]:
-        """What would be submitted if nothing were queued, with each batch script; ids are @1, @2 …"""
+        """Yield every job that would be submitted if nothing were queued, with its batch script; ids are @1, @2 …"""
         places: dict[str, Place] = {}
         number = 0
         for family in families(self.jobs(self.todo)):
@@ -88,20 +97,20 @@ class Submission:
         """Submit. Returns what was sent, and how many stages are queued by earlier submissions.
 
         Args:
-            ready: called before the first job, with whether there is one.
-            tell: hears of every job.
+            ready: called before the first job; its argument is True if there is one.
+            tell: called with every job that was submitted.
 
         Raises:
-            ConfigError: the site refuses, or another submission is at work.
+            ConfigError: the site would refuse a job, or another submission is running.
         """
         with self._alone():
             queued = queue.queued()
-            found = {key: records.read(self.store, key) for key in self.todo}
-            live = {key for key, record in found.items() if records.live(record, queued)}
-            hopeless = {e.id for record in found.values() if record for e in records.entries(record, queued) if e.hopeless}
+            found = {key: record for key in self.todo if (record := read_record(self.store, key))}
+            live = {key for key, record in found.items() if record.live(queued)}
+            hopeless = {e.id for record in found.values() for e in record.entries(queued) if e.hopeless}
             queue.cancel(hopeless)
-            places = {key: records.place(record) for key, record in found.items() if record and key in live}
-            jobs = self.jobs([key for key in found if key not in live])
+            places = {key: found[key].place for key in live}
+            jobs = self.jobs([key for key in self.todo if key not in live])
             self._check_number(jobs, len(queued) - len(hopeless))
             ready(bool(jobs))
             sent: list[Sent] = []
@@ -118,7 +127,7 @@ class Submission:
 
     @property
     def _folder(self) -> Path:
-        return records.jobs_folder(self.study)
+        return jobs_folder(self.study)
 
     @property
     def _chain(self) -> bool:
@@ -127,7 +136,7 @@ class Submission:
     def _arrays(self, family: list[Job], places: dict[str, Place]) -> list[tuple[list[Job], str | None]]:
         if not self._chain:
             return arrays(family, places)
-        # the array is the chain of one job's segments, of which one that is cut off may come before one that ends well
+        # an array is the chain of one job's segments; a segment that hits its time limit may come before one that ends well
         parts = [part for job in family for part in arrays([job], places)]
         return [(members, dependency and dependency.replace("afterok:", "afterany:")) for members, dependency in parts]
 
@@ -137,15 +146,15 @@ class Submission:
         return Sent(id, tuple(members), settings)
 
     def _elements(self, sent: Sent) -> int:
-        """Segments of a chain, or jobs."""
+        """Return the number of segments of a chain, or of jobs in an array."""
         return self._segments(sent.request) if self._chain else len(sent.jobs)
 
     def _segments(self, request: Request) -> int:
-        """Twice what the estimate needs, and one more: estimates are guesses, and segments after the end take seconds."""
+        # twice the estimate and one more: estimates are guesses, and segments after the end take seconds
         return 2 * request.pieces + 1
 
     def _places(self, sent: Sent) -> dict[str, Place]:
-        """Where the stages of a submitted job are."""
+        """Return the place in Slurm of each stage of a submitted job."""
         array = len(sent.jobs) > 1
         return {key: Place(sent.id, i if array else None) for i, job in enumerate(sent.jobs) for key in job.keys}
 
@@ -155,7 +164,7 @@ class Submission:
         job = self._sbatch(work * self._elements(sent) if self._chain else work, sent.settings, sent.text)
         sent = Sent(job, sent.jobs, sent.settings)
         for key, place in self._places(sent).items():
-            records.write(self.store, key, place, members[0].name, self.plan.recipe.study)
+            Record(place.job, place.index, members[0].name, self.plan.recipe.study).write(self.store, key)
         time.sleep(self.profile.pause)
         return sent
 
@@ -171,8 +180,8 @@ class Submission:
             ) from error
 
     def _report(self, places: dict[str, Place], queued: dict[str, queue.Entry]) -> None:
-        """A job that writes the report after everything else, whatever became of it; an earlier one that still waits is cancelled."""
-        request, name = self.requests.report(), records.report_name(self.study)
+        """Submit a job that writes the report once all others have ended, failed or not; cancel an earlier one that still waits."""
+        request, name = self.requests.report(), report_name(self.study)
         if request is None:
             return
         queue.cancel(i for i, entry in queued.items() if entry.name == name)
@@ -186,20 +195,20 @@ class Submission:
         number = sum(self._segments(job.request) if self._chain else 1 for job in jobs) + 1  # the report
         if jobs and queued + number > self.profile.max_jobs:
             raise ConfigError(
-                f"{number} jobs beside {queued} that are queued are more than the {self.profile.max_jobs} of a user on {self.profile.name}"
-                "; submit fewer seeds or arms at a time (seeds=[10]), or wait"
+                f"{number} jobs and the {queued} that are queued exceed the {self.profile.max_jobs} that a user may have on "
+                f"{self.profile.name}; submit fewer seeds or arms at a time (seeds=[10]), or wait"
             )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Two submissions to one store follow each other, so that the second sees the jobs of the first."""
+        """Keep other submissions to the store waiting, so that they see the jobs of this one."""
         seconds = 0
 
         def waiting() -> None:
             nonlocal seconds
             seconds += 1  # called once a second
             if seconds > _WAIT:
-                raise ConfigError(f"another `tadistill submit` to {self.store.root} is at work; wait until it has ended")
+                raise ConfigError(f"another `tadistill submit` to {self.store.root} is running; wait until it has ended")
 
         lock = self.store.acquire("submit", waiting)
         try:
@@ -209,10 +218,10 @@ class Submission:
 
 
 def _account(profile: Profile, given: str | None) -> str | None:
-    """The account that jobs are charged to.
+    """Return the account that jobs are charged to.
 
     Raises:
-        ConfigError: none, another one in the environment, or one that the site does not know.
+        ConfigError: there is none, the environment has another, or the site does not know it.
     """
     environment = {name: os.environ[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if os.environ.get(name)}
     for name, value in environment.items():
@@ -235,7 +244,7 @@ def _example(profile: Profile) -> str:
 
 
 def _check_place(profile: Profile, runs: Path) -> None:
-    """Runs, and where the site looks at it the current folder, lie where jobs may write."""
+    """Check that the runs directory (and the current folder, if the site cares) is where jobs may write."""
     if profile.home == "writable":
         return
     closed = [Path.home().resolve()]
@@ -244,5 +253,82 @@ def _check_place(profile: Profile, runs: Path) -> None:
     looked_at = {"runs are": runs.resolve()} | ({"this folder is": Path.cwd()} if profile.home == "no-jobs" else {})
     for what, path in looked_at.items():
         if any(path.is_relative_to(folder) for folder in closed):
-            rule = "home and project folders are read-only in jobs" if profile.home == "read-only" else "the site takes no jobs from home"
-            raise ConfigError(f"{what} {path}, but on {profile.name} {rule}; go to $SCRATCH, or set --runs there")
+            rule = "home and project folders are read-only in jobs" if profile.home == "read-only" else "jobs cannot be submitted from home"
+            raise ConfigError(f"{what} {path}, but on {profile.name} {rule}; change to $SCRATCH, or set --runs to a folder there")
+
+
+# --- the command -------------------------------------------------------------------------------------------------------
+
+
+def submit(
+    recipe: Recipe, *, text: str, command: str, cluster: str | None, account: str | None, runs: Path, dry_run: bool, console: Console
+) -> None:
+    """Submit the stages that the store lacks, or print the scripts.
+
+    Raises:
+        ConfigError: the recipe, the profile or the account is wrong, something is not fetched, or the site would refuse a job.
+        StageFailed: sbatch refused a job.
+    """
+    profile = profiles.load(_cluster(cluster))
+    if not recipe.arms:
+        raise ConfigError(f"{recipe.study} has no arms, so there is nothing to submit; add arms, or look for a path: `tadistill search`")
+    if absent := missing(recipe, runs):
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        raise ConfigError(f"jobs have no network, and {absent[0]}{more}")
+    for change in moved(recipe, runs):
+        console.print(change, highlight=False, soft_wrap=True)
+    datasets.check(recipe)
+    plan = make_plan(recipe)
+    submission = Submission(plan, profile, runs, account=account)
+    if dry_run:
+        for sent, script in submission.scripts():
+            console.print(f"# {sent.id}: {sent.text}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"{script}\n", soft_wrap=True, highlight=False, markup=False)
+        return
+
+    def ready(anything: bool) -> None:
+        if anything:
+            from tadistill.runner.preflight import check_inputs  # imports transformers
+
+            check_inputs(recipe)
+        save_plan(plan, runs, recipe_text=text, command=command)
+
+    table, wide = _table(), max(24, (console.width - 40) // 2)
+    sent, waiting = submission.run(ready, lambda each: _row(table, each, wide))
+    if sent:
+        console.print(table)
+    jobs, stages = sum(len(each.jobs) for each in sent), sum(len(job.stages) for each in sent for job in each.jobs)
+    done = len(plan.stages) - waiting - stages
+    console.print(
+        f"{recipe.study} on {profile.name}: {len(plan.stages)} stages, of them {done} done, {waiting} queued before, "
+        f"{stages} submitted as {jobs} jobs",
+        highlight=False,
+    )
+    study = runs / recipe.study
+    if sent:
+        report = "a job writes the report when all have ended; " if submission.requests.report() else ""
+        console.print(f"{report}{again('status', study)}", highlight=False, soft_wrap=True)
+    elif done == len(plan.stages):
+        console.print(f"all stages are done: {again('report', study)}", highlight=False, soft_wrap=True)
+
+
+def _table() -> Table:
+    table = Table(box=None, expand=True)
+    for column in ("job", "gpu", "hours", "waits for", "stages"):
+        table.add_column(column, no_wrap=True, overflow="ellipsis", ratio=1 if column in ("waits for", "stages") else None)
+    return table
+
+
+def _row(table: Table, sent: Sent, wide: int) -> None:
+    request = sent.request
+    gpu = f"{request.nodes * request.gpus} x {request.gpu}" if request.gpu else "–"
+    job = f"{sent.id}_[0-{len(sent.jobs) - 1}]" if len(sent.jobs) > 1 else sent.id
+    table.add_row(job, gpu, f"{request.minutes / 60:.3g}", sent.settings.get("dependency", ""), shortened(sent.text, wide))
+
+
+def _cluster(given: str | None) -> str:
+    """Return --cluster, else the Alliance's own variable."""
+    name = given or os.environ.get("CC_CLUSTER")
+    if not name:
+        raise ConfigError(f"--cluster is not given; use one of {', '.join(profiles.names())}, or a YAML file of your own (docs/cluster.md)")
+    return name

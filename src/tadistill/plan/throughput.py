@@ -84,7 +84,7 @@ def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
 def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: int) -> float:
     """Predict the seconds until all stages are done, `jobs` at a time; a stage starts when its parents are done.
 
-    Stages whose descendants take longest go first, as in `runner.workers`.
+    Stages whose descendants take longest go first, as in `runner.schedule`.
 
     Args:
         takes: seconds by key; other stages take no time.

@@ -1,10 +1,10 @@
-"""Signals that ask a run to stop: a flag that they raise, and an exception for where there is nothing to save. Imports no torch.
+"""Signals that ask a run to stop: a flag for code that has a state to save, and an exception for code that has none.
 
-    stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)     # their handlers only note the signal
-    run_stage(task, progress=…, alarm=…, stop=stop)     # asks between two updates; saves, and raises Interrupted
-    stop.received, stop.replaced                        # which signal came; the handlers that were there before
+    stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)     # installs handlers that only note the signal
+    run_stage(task, progress=…, alarm=…, stop=stop)     # calls `stop` between two updates; saves, and raises Interrupted
+    stop.received, stop.replaced                        # the signal, and the handlers from before
 
-Slurm sends SIGUSR2 (where a job asks for it) and SIGTERM to all processes of a job before it ends them, a shutdown sends SIGTERM.
+Before Slurm ends a job, it sends SIGUSR2 (if the job asks for it) and SIGTERM to all processes; a shutdown sends SIGTERM.
 """
 
 import signal
@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""What asks a command to stop."""
+"""Signals that ask a command to stop."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -28,19 +28,19 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopFlag:
-    """Is True once one of the signals came. A second one changes nothing, so it cannot tear a save that the first has led to.
+    """A flag that is True once one of the signals has come. A second signal changes nothing, so it cannot break a save.
 
-    A signal that is ignored stays ignored (a shell starts background commands so). Only the main thread can catch signals; elsewhere the
-    flag stays down.
+    A signal that was ignored stays ignored (a shell starts background commands like that). Only the main thread can catch signals; in
+    another thread the flag stays False.
     """
 
     def __init__(self, *signals: signal.Signals, told: Callable[[], None] = lambda: None):
-        """`told` is called when a further signal comes."""
+        """Install the handlers; `told` is called when a further signal comes."""
         self.received: signal.Signals | None = None
         self.at: float | None = None
-        """When it came (time.time())."""
+        """Time of the first signal (time.time())."""
         self.replaced: dict[signal.Signals, Any] = {}
-        """The handlers that were there before."""
+        """The handlers from before."""
         self._told = told
         if threading.current_thread() is threading.main_thread():
             for number in signals:
@@ -57,14 +57,14 @@ class StopFlag:
         return self.received is not None
 
     def restore(self) -> None:
-        """Put the handlers back that were there before."""
+        """Restore the handlers from before."""
         for number, handler in self.replaced.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """For a command: within, SIGTERM and SIGUSR2 raise `Stopped` at once, as Ctrl-C raises KeyboardInterrupt.
+    """Make SIGTERM and SIGUSR2 raise `Stopped` inside the block, as Ctrl-C raises KeyboardInterrupt.
 
     After the first one the process is ending, and further ones are ignored.
     """
@@ -94,7 +94,7 @@ def _ignore() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Within: signals wait. A process that is started here begins with them held, so none can kill it before it has its handlers."""
+    """Block the ending signals. A process started inside inherits the block and cannot be killed before it has installed its handlers."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
@@ -103,5 +103,5 @@ def held() -> Iterator[None]:
 
 
 def release() -> None:
-    """Let the signals in that `held` has kept from a process that was started in it."""
+    """Unblock the ending signals in a process that was started inside `held`."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

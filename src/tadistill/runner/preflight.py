@@ -1,29 +1,31 @@
-"""Everything that can be checked before a study starts: data, models on disk, tokenizers, memory.
-
-A mistake found here costs a second; found in the sixth stage it costs the first five.
-"""
+"""Checks before a study starts: data, models on disk, tokenizers, memory. A mistake found here costs a second, not five stages."""
 
 import importlib.util
+from collections.abc import Mapping
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
 from tadistill.config.common import Decoding
-from tadistill.config.method import apply
 from tadistill.config.recipe import methods
 from tadistill.data import datasets
 from tadistill.data.templates import encode
 from tadistill.errors import ConfigError
-from tadistill.models.counting import sizes
-from tadistill.models.counting.adapters import Adapters, with_adapters
-from tadistill.models.counting.memory import check_memory, resident_bytes
+from tadistill.models.counting.memory import available_memory, check_memory, resident_bytes
 from tadistill.models.loading import check_same_tokenizer, load_tokenizer, scratch_config
 from tadistill.models.pruning import keep_list
-from tadistill.plan.arms import make_plan, original_teacher
+from tadistill.plan.arms import Plan, make_plan, original_teacher
 from tadistill.plan.costs import Ledger
+from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.layout import layout
 from tadistill.plan.throughput import cores
+
+_LESS_MEMORY = (
+    "use smaller models, lower optim.micro_batch, set optim.gradient_checkpointing, set optim.precision to bf16 (which halves a frozen "
+    "teacher), or use a machine with more memory"
+)
+_STARTS = 10
 
 
 def check(recipe: Recipe) -> int:
@@ -34,8 +36,9 @@ def check(recipe: Recipe) -> int:
     """
     check_inputs(recipe)
     _check_engine(recipe)
-    _check_memory(recipe, _used(recipe))
-    return recipe.runtime.jobs or _default_jobs()
+    jobs = recipe.runtime.jobs or _default_jobs()
+    _check_memory(recipe, jobs)
+    return jobs
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -58,7 +61,7 @@ def check_inputs(recipe: Recipe) -> None:
 
 
 def _used(recipe: Recipe) -> list[str]:
-    """Models that an arm, or every KL, needs."""
+    """Return the models that an arm needs, and the teacher that every KL is measured to."""
     teacher = original_teacher(recipe)
     return [name for name in recipe.models if name == teacher or any(name in arm.models for arm in recipe.arms.values())]
 
@@ -82,7 +85,7 @@ def _tokenizer(recipe: Recipe, name: str) -> PreTrainedTokenizerBase:
 
 
 def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, prompt: int) -> None:
-    """A scratch configuration, a keep-list, and room for the longest prompt with its answer."""
+    """Check a scratch configuration, a keep-list, and that the longest prompt and its answer fit into the model's positions."""
     model = recipe.models[name]
     if model.load and model.load.startswith("scratch:"):
         scratch_config(model.load.removeprefix("scratch:"), model.config, tokenizer)
@@ -103,9 +106,11 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The template works with the tokenizer, some row is short enough, and dev knows facts if they select.
+    """Return the longest prompt, in tokens.
 
-    Returns the longest prompt, in tokens.
+    Raises:
+        DataError: the template does not fit the tokenizer, or no row is short enough.
+        ConfigError: a stage selects by facts, and dev knows none.
     """
     longest = 0
     data = recipe.data
@@ -121,37 +126,57 @@ def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _root(recipe: Recipe, name: str) -> str:
-    """The model whose weights a model comes from in the end."""
+    """Return the model from whose weights a model is made, through all its parents."""
     parent = recipe.models[name].parent
     return _root(recipe, parent) if parent else name
 
 
 def _default_jobs() -> int:
-    """One stage a core, or one in all on a GPU. It must not depend on how many stages are left: a stage's number of
-    threads follows from it, and a resumed run has to add up its floats in the same order.
+    """Return one stage per core, or one in all on a GPU."""
+    # It must not depend on how many stages are left: a stage's number of threads follows from it, and a resumed run must add its floats in
+    # the same order.
+    return 1 if torch.cuda.is_available() else cores()
+
+
+def _check_memory(recipe: Recipe, jobs: int) -> None:
+    """Check that each stage fits into memory, and then that the stages fit which may run at the same time.
+
+    Raises:
+        ModelError: the sentence says what to change.
     """
-    if torch.cuda.is_available():
-        return 1
-    return cores()
+    plan, free = make_plan(recipe), available_memory()
+    if torch.cuda.is_available():  # stages pass through this machine's memory and stay in the GPU's
+        free = max(free, torch.cuda.mem_get_info()[0])
+    needs = {key: _need(plan, stage) for key, stage in plan.stages.items()}
+    if not needs:
+        return
+    most = max(needs, key=lambda key: needs[key])
+    check_memory({plan.stages[most].label: needs[most]}, free, _LESS_MEMORY)
+    group = _largest_group(plan, needs, jobs)
+    if sum(group.values()) > free:
+        fits = max(n for n in range(1, jobs) if sum(_largest_group(plan, needs, n).values()) <= free)
+        advice = f"set runtime.jobs={fits} (now {jobs}), or use a machine with more memory"
+        check_memory({plan.stages[key].label: need for key, need in group.items()}, free, advice)
 
 
-def _check_memory(recipe: Recipe, used: list[str]) -> None:
-    """The dearest stage of each arm: its learner in training beside its teacher, or its whole path and the original teacher at rest."""
-    ledger, teacher = Ledger(recipe), original_teacher(recipe)
-    found: dict[str, sizes.Size | None] = {name: ledger.size(name) for name in used}
-    for arm in recipe.arms.values():
-        for path in arm.path:
-            for i, name in enumerate(path):
-                trains = i > 0 or recipe.models[name].sft is not None or arm.objective is not None
-                dense = i > 0 and apply(recipe.method, recipe.models[name].distill, arm.patch).dense
-                others = list(path[:i] if dense else path[i - 1 : i])
-                _check_stage(found, others, name, trains, ledger.adapters(name))
-        if teacher:
-            _check_stage(found, [teacher, *arm.last[:-1]], arm.last[-1], False)
+def _need(plan: Plan, stage: Stage) -> int:
+    """Return the bytes that a stage needs: the plan's estimate, else the float32 weights of its models (0 if their size is not known)."""
+    if stage.cost and stage.cost.memory:
+        return int(stage.cost.memory)
+    ledger, names = Ledger(plan.recipe), {stage.model}
+    if stage.kind == "analyse":
+        names |= {name for arm in plan.arms if arm.name in stage.arms for name in (plan.teacher, *arm.arm.last) if name}
+    return sum(resident_bytes(size.total, training=False) for name in names if (size := ledger.size(name)))
 
 
-def _check_stage(found: dict[str, sizes.Size | None], beside: list[str], name: str, trains: bool, adapters: Adapters | None = None) -> None:
-    needs = {other: resident_bytes(size.total, training=False) for other in beside if (size := found[other])}
-    if size := found[name]:
-        total = with_adapters(size, adapters).total
-        check_memory(needs | {name: resident_bytes(total, training=trains, adapters=adapters and adapters.trained)})
+def _largest_group(plan: Plan, needs: Mapping[str, int], jobs: int) -> dict[str, int]:
+    """Return at most `jobs` stages that can run at the same time, since none depends on another, and that need much memory together."""
+    above = {key: with_ancestors(plan.stages, [key]) for key in needs}
+    order, best = sorted(needs, key=lambda key: -needs[key]), {}
+    for first in order[:_STARTS]:
+        group = {first: needs[first]}
+        for key in order:
+            if len(group) < jobs and all(key not in above[other] and other not in above[key] for other in group):
+                group[key] = needs[key]
+        best = max(best, group, key=lambda group: sum(group.values()))
+    return best

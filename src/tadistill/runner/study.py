@@ -1,11 +1,15 @@
-"""A study from recipe to report: the function behind `tadistill run` and `tadistill.run`."""
+"""A study from its recipe to finished stages: what `tadistill run` does before the report, and the recipe behind `tadistill eval`."""
 
 import contextlib
 import datetime
 import json
+import re
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 
 from tadistill.config import Recipe
@@ -15,15 +19,19 @@ from tadistill.models import sources
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.layout import check_entries
-from tadistill.runner.workers import run_stages
+from tadistill.runner.processes import prepare
+from tadistill.runner.schedule import run_stages
 from tadistill.store import store_of
 
+SUITE = ("dolly", "self_inst", "vicuna", "sinst", "uinst")
+"""MiniLLM's five test sets."""
 
-def run(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "", console: Console | None = None) -> Path:
-    """Run what the store lacks; returns the study's directory, ready for `tadistill.report.write_report`.
+
+def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "", console: Console | None = None) -> Path:
+    """Run the stages that the store lacks; returns the study's directory, ready for `tadistill.report.write_report`.
 
     Raises:
-        TadistillError: the input is wrong (before anything starts), or a stage failed.
+        TadistillError: the input is wrong (before any stage starts), or a stage failed.
     """
     console = console or Console()
     if not recipe.arms:
@@ -35,7 +43,8 @@ def run(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "",
     missing = [s for s in plan.stages.values() if not store.finished(s.key)]
     jobs = 0
     if missing:
-        from tadistill.runner.preflight import check  # imports transformers: not for a run that is all hits
+        prepare()
+        from tadistill.runner.preflight import check  # imports transformers, which a run of finished stages does not need
 
         jobs = check(recipe)
         console.print(f"{recipe.study}: {len(plan.stages)} stages, {len(missing)} to run, {jobs} at a time", highlight=False)
@@ -46,7 +55,7 @@ def run(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "",
 
 
 def fetch_models(recipe: Recipe, console: Console) -> None:
-    """Bring every model to this disk; the plan needs their sizes."""
+    """Download the models that are not on this disk; the plan needs their sizes."""
     for model in recipe.models.values():
         if model.load and not model.load.startswith("scratch:") and sources.locate(model.load, model.revision) is None:
             console.print(f"fetching {model.load} …", highlight=False)
@@ -56,19 +65,19 @@ def fetch_models(recipe: Recipe, console: Console) -> None:
 
 
 def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str) -> Path:
-    """Write runs/STUDY/plan.json, from which report and other tools read; keeps the date of the first run."""
+    """Write runs/STUDY/plan.json, which reports and other tools read; keeps the date of the first run."""
     study = runs / plan.recipe.study
     path = study / "plan.json"
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if path.is_file():
-        with contextlib.suppress(json.JSONDecodeError, KeyError):  # a damaged plan is simply written anew
+        with contextlib.suppress(json.JSONDecodeError, KeyError):  # a damaged plan is written again
             created = json.loads(path.read_text(encoding="utf-8"))["created"]
     write_json(path, describe(plan, created=created, recipe_text=recipe_text, command=command))
     return study
 
 
 def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dict:
-    """The plan as plain data (the contract with `tadistill.report`)."""
+    """Return the plan as plain data, which `tadistill.results` reads."""
     ledger = Ledger(plan.recipe)
     return {
         "study": plan.recipe.study,
@@ -115,7 +124,7 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
 
 
 def _parameters(ledger: Ledger, name: str) -> int:
-    """Counted by hand for the families that the plan knows, by transformers for others."""
+    """Count a model's parameters: by our own arithmetic for the families that it knows, by transformers for others."""
     if size := ledger.size(name):
         return size.total
     from tadistill.models.loading import count_parameters  # imports torch
@@ -128,20 +137,69 @@ def _by_seed(keys: Mapping[int, str | None]) -> dict[str, str | None]:
 
 
 def _as_written(recipe: Recipe) -> dict:
-    """All of the recipe, but of another decoding only what it changes: its other fields are the main one's."""
+    """Return the recipe as plain data; other decodings keep only the fields that they change."""
     content = recipe.model_dump(mode="json", by_alias=True)
     content["evaluate"]["also"] = {name: o.model_dump(mode="json", exclude_unset=True) for name, o in recipe.evaluate.also.items()}
     return content
 
 
 def _text(arm: PlannedArm) -> str:
-    """The arm's edges in one line."""
+    """Return the arm's edges in one line."""
     starts = "".join(f", {learner} from {source}" for learner, source in arm.arm.init.items())
     return f"{arm.arm.text}{starts}{', dense' if arm.method.dense else ''}"
 
 
 def _method(arm: PlannedArm) -> str:
-    """What made the arm's model, in a few words."""
+    """Return the method that made the arm's model, in a few words."""
     if arm.arm.learners:
         return f"{arm.method.objective.type} ({arm.method.sampler.type})"
     return "sft, continued" if arm.arm.objective else "sft"
+
+
+# --- evaluation of models as they are -----------------------------------------------------------------------------------
+
+
+def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teacher: str | None = None) -> str:
+    """Return the YAML of a study that trains nothing and evaluates models as they are, each as an arm of its own.
+
+    An evaluated model thus gets everything that an arm of a study gets: the store, resuming, intervals, the report.
+
+    Args:
+        models: anything that `load:` of a recipe takes.
+        on: test sets.
+        seeds: decoding seeds.
+        teacher: the model that KLs are measured to; it must share the models' tokenizer.
+
+    Raises:
+        ConfigError: there is no test set, or a model is given twice.
+    """
+    if not on:
+        raise ConfigError(f"--on names no test set; give some, for instance --on {','.join(SUITE[:2])}")
+    sources = list(models) + ([teacher] if teacher and teacher not in models else [])
+    names = _names(sources)
+    arms = names[: len(models)]
+    content: dict[str, Any] = {
+        "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(arms)}"[:80],
+        "seeds": [0],
+        "models": {name: {"load": load} for name, load in zip(names, sources, strict=True)},
+        # nothing trains; a recipe must name train and dev all the same
+        "data": {"train": {"load": on[0], "split": "test"}, "dev": {"load": on[0], "split": "test"}, "test": list(on)},
+        "evaluate": {"seeds": list(seeds), "also": {}},
+        "runtime": {"jobs": 1},  # few stages: each gets all cores
+        "arms": dict(zip(arms, arms, strict=True)),
+    }
+    if teacher:
+        content["teacher"] = names[sources.index(teacher)]
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _names(models: Seq[str]) -> list[str]:
+    """Return short names: the last part of each source, numbered if two are equal."""
+    if len(set(models)) < len(models):
+        raise ConfigError(f"a model is given twice in {', '.join(models)}; give each model once")
+    short = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(m.rstrip("/")).name).strip("-.") or "model" for m in models]
+    names: list[str] = []
+    for name in short:
+        numbered = (f"{name}-{i}" for i in range(2, len(short) + 2))
+        names.append(name if name not in names else next(n for n in numbered if n not in names and n not in short))
+    return names

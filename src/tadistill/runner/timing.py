@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tadistill.models.counting.cost import spans
 from tadistill.plan import costs, throughput
 from tadistill.plan.arms import Plan
@@ -17,16 +15,15 @@ from tadistill.plan.graph import Graph, Stage
 from tadistill.plan.inputs import FromStage, Handle, Loaded, Output, Split
 from tadistill.plan.specs import DistillSpec, GenerateSpec, SignalSpec, Spec, TemperSpec, TrainingSpec
 from tadistill.plan.task import Task
-from tadistill.stages.execute import run_stage
+from tadistill.runner.processes import run_in_processes
 from tadistill.store import Store
 
 _UPDATES = 20
 _ROWS = 128  # training rows of a stage that writes or reads a teacher's signal or answers
 
 
-def measure(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.Speeds:
+def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.Speeds:
     """Return FLOP/s by span for every kind of stage in the plan whose cost is predicted."""
-    torch.set_num_threads(threads)
     kinds: dict[str, Stage] = {}
     for stage in plan.stages.values():
         if stage.cost and stage.cost.parts:
@@ -35,12 +32,12 @@ def measure(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.
     for number, (kind, stage) in enumerate(kinds.items(), 1):
         say(f"{number} of {len(kinds)}: {stage.label}")
         with tempfile.TemporaryDirectory() as directory:
-            found[kind] = _speeds(plan, stage, _run(plan, stage, Path(directory)))
+            found[kind] = _speeds(plan, stage, _run(plan, stage, Path(directory), threads))
     return found
 
 
 def _speeds(plan: Plan, stage: Stage, manifest: dict[str, Any]) -> dict[str, float]:
-    """Return the speeds in the stage's ledger; for answers and signals, which have none, FLOPs of the rows that ran by the whole time."""
+    """Return speeds from the stage's ledger; for a teacher's answers and signals from the rows that were run and the whole time."""
     if "ledger" in manifest:
         return throughput.measured(manifest["ledger"])
     assert stage.cost is not None
@@ -48,7 +45,7 @@ def _speeds(plan: Plan, stage: Stage, manifest: dict[str, Any]) -> dict[str, flo
     return {span: flops * share / manifest["seconds"] for span, flops in spans(stage.cost.phases()).items()}
 
 
-def _run(plan: Plan, stage: Stage, directory: Path) -> dict[str, Any]:
+def _run(plan: Plan, stage: Stage, directory: Path, threads: int) -> dict[str, Any]:
     """Run the stage's first updates and return the manifest."""
     graph = Graph()
     spec = _reduced(plan, stage.spec, graph)
@@ -56,7 +53,7 @@ def _run(plan: Plan, stage: Stage, directory: Path) -> dict[str, Any]:
     root = plan.recipe.data.root
     for each in graph.stages.values():
         task = Task(each.spec, each.key, each.label, str(directory), "measure", root, 1e9, ())
-        run_stage(task, progress=lambda done, total, text: None, alarm=lambda text: None, stop=lambda: False)
+        run_in_processes(task, threads=threads, progress=lambda done, total, text: None, alarm=lambda text: None, stop=lambda: False)
     return Store(directory).manifest(last)
 
 

@@ -22,8 +22,8 @@ from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
+from tadistill.runner.schedule import run_stages
 from tadistill.runner.study import fetch_models
-from tadistill.runner.workers import run_stages
 from tadistill.search import (
     Lattice,
     ModelPath,

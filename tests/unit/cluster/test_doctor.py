@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tadistill.cli import app
-from tadistill.cluster import checks, profile
+from tadistill.cluster import doctor, profile
 from tadistill.cluster.doctor import examine, table
 from tadistill.config import parse
 
@@ -22,8 +22,8 @@ USAGE = """                            Description                Space         
 
 
 def test_python():
-    assert checks.python("3.12.1", ">=3.11").state == "ok"
-    assert checks.python("3.10.9", ">=3.11").fix == "make the environment with a Python >=3.11"
+    assert doctor.python("3.12.1", ">=3.11").state == "ok"
+    assert doctor.python("3.10.9", ">=3.11").fix == "make the environment with a Python >=3.11"
 
 
 def test_packages(monkeypatch):
@@ -31,139 +31,139 @@ def test_packages(monkeypatch):
 
     def version(name):
         if name not in versions:
-            raise checks.metadata.PackageNotFoundError(name)
+            raise doctor.metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(checks.metadata, "version", version)
-    fine = checks.packages(["torch>=2.11", "trl<1.17,>=1.16; extra == 'dev'"])
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    fine = doctor.packages(["torch>=2.11", "trl<1.17,>=1.16; extra == 'dev'"])
     assert (fine.state, fine.found) == ("ok", "torch 2.11.0+computecanada; all 1 are new enough")
-    bad = checks.packages(["torch>=2.12", "rich>=13.9", "gguf>=0.17"])
+    bad = doctor.packages(["torch>=2.12", "rich>=13.9", "gguf>=0.17"])
     assert bad.state == "problem"
     assert bad.found == "torch 2.11.0+computecanada (wanted >=2.12); rich 13.1 (wanted >=13.9); gguf is not installed (wanted >=0.17)"
 
 
 def test_wheelhouse(programs):
-    assert checks.wheelhouse(["torch>=2.11"]) is None
+    assert doctor.wheelhouse(["torch>=2.11"]) is None
     programs("avail_wheels", 'while read line; do case $line in rouge*) echo "rouge_score  0.1.2";; esac; done < "$2"')
-    lacking = checks.wheelhouse(["torch>=2.11", "rouge-score>=0.1.2", "trl>=1.16; extra == 'dev'"])
+    lacking = doctor.wheelhouse(["torch>=2.11", "rouge-score>=0.1.2", "trl>=1.16; extra == 'dev'"])
     assert lacking
     assert (lacking.state, lacking.found) == ("warning", "lacks rouge-score")
-    fine = checks.wheelhouse(["torch>=2.11"])
+    fine = doctor.wheelhouse(["torch>=2.11"])
     assert fine
     assert fine.state == "ok"
 
 
 def test_gpus(programs):
-    assert checks.gpus().found.startswith("none")
+    assert doctor.gpus().found.startswith("none")
     programs("nvidia-smi", "echo 'NVIDIA H100 80GB HBM3, 81559 MiB'")
-    assert checks.gpus().found == "NVIDIA H100 80GB HBM3, 81559 MiB"
+    assert doctor.gpus().found == "NVIDIA H100 80GB HBM3, 81559 MiB"
     programs("nvidia-smi", "echo 'no devices'; exit 9")
-    assert checks.gpus().found.startswith("none")
+    assert doctor.gpus().found.startswith("none")
 
 
 def test_slurm(programs):
-    assert checks.slurm(None).state == "ok"
-    assert checks.slurm("narval").state == "problem"
+    assert doctor.slurm(None).state == "ok"
+    assert doctor.slurm("narval").state == "problem"
     for name in ("sbatch", "squeue", "scancel"):
         programs(name, "echo slurm 24.05.4")
-    assert checks.slurm(None).found == "not on PATH: sacct"
+    assert doctor.slurm(None).found == "not on PATH: sacct"
     programs("sacct", "")
-    assert checks.slurm("narval") == checks.Check("slurm", "ok", "slurm 24.05.4")
+    assert doctor.slurm("narval") == doctor.Check("slurm", "ok", "slurm 24.05.4")
 
 
 def test_account(programs):
-    assert checks.account(ALLIANCE, {"SBATCH_ACCOUNT": "def-prof"}).state == "ok"
-    assert checks.account(ALLIANCE, {"SLURM_ACCOUNT": "prof"}).fix.endswith("correct SLURM_ACCOUNT")
-    assert checks.account(ALLIANCE, {"SLURM_ACCOUNT": "def-a", "SBATCH_ACCOUNT": "def-b"}).state == "problem"
-    assert checks.account(None, {}) == checks.Check("account", "ok", "none set")
-    assert checks.account(ALLIANCE, {}).fix.startswith("export SBATCH_ACCOUNT=NAME")
+    assert doctor.account(ALLIANCE, {"SBATCH_ACCOUNT": "def-prof"}).state == "ok"
+    assert doctor.account(ALLIANCE, {"SLURM_ACCOUNT": "prof"}).fix.endswith("correct SLURM_ACCOUNT")
+    assert doctor.account(ALLIANCE, {"SLURM_ACCOUNT": "def-a", "SBATCH_ACCOUNT": "def-b"}).state == "problem"
+    assert doctor.account(None, {}) == doctor.Check("account", "ok", "none set")
+    assert doctor.account(ALLIANCE, {}).fix.startswith("export SBATCH_ACCOUNT=NAME")
     programs("sacctmgr", "echo 'def-old_cpu|'")
-    assert checks.account(ALLIANCE, {}).found == "none set; yours: def-old"
+    assert doctor.account(ALLIANCE, {}).found == "none set; yours: def-old"
     programs("sshare", "echo def-prof_cpu; echo def-prof_gpu; echo other")
-    asked = checks.account(ALLIANCE, {})
+    asked = doctor.account(ALLIANCE, {})
     assert (asked.state, asked.found) == ("warning", "none set; yours: def-prof")
     assert asked.fix == "export SBATCH_ACCOUNT=def-prof, or submit with --account"
 
 
 def test_a_program_that_hangs_is_left(programs, monkeypatch):
-    monkeypatch.setattr(checks, "_SECONDS", 0.2)
+    monkeypatch.setattr(doctor, "_SECONDS", 0.2)
     programs("sshare", "exec /bin/sleep 30")
-    assert checks.account(ALLIANCE, {}).found == "none set"
+    assert doctor.account(ALLIANCE, {}).found == "none set"
 
 
 def test_modules(monkeypatch):
     wanted = ("StdEnv/2023", "gcc", "arrow/23.0.1")
-    assert checks.modules(wanted, {"LOADEDMODULES": "StdEnv/2023:gcc/12.3:arrow/24.0.0"}).state == "ok"
-    absent = checks.modules(wanted, {"LOADEDMODULES": "StdEnv/2023"})
+    assert doctor.modules(wanted, {"LOADEDMODULES": "StdEnv/2023:gcc/12.3:arrow/24.0.0"}).state == "ok"
+    absent = doctor.modules(wanted, {"LOADEDMODULES": "StdEnv/2023"})
     assert (absent.state, absent.found) == ("warning", "not loaded: gcc, arrow/23.0.1")
-    assert checks.modules((), {}).state == "ok"
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
-    assert checks.modules(wanted, {}).fix.startswith("module load StdEnv/2023 gcc arrow/23.0.1, before")
+    assert doctor.modules((), {}).state == "ok"
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert doctor.modules(wanted, {}).fix.startswith("module load StdEnv/2023 gcc arrow/23.0.1, before")
 
 
 def test_quota(programs, tmp_path):
-    assert checks.quota({"runs": tmp_path}) == []
+    assert doctor.quota({"runs": tmp_path}) == []
     programs("lfs", f"echo '{tmp_path} 950 0 1000 - 1 0 500 -'")
-    assert [(c.state, c.found) for c in checks.quota({"runs": tmp_path})] == [("warning", "runs 950k/1000k 1/500")]
+    assert [(c.state, c.found) for c in doctor.quota({"runs": tmp_path})] == [("warning", "runs 950k/1000k 1/500")]
     programs("lfs", f"echo '{tmp_path} 950 0 0 - 1 0 0 -'")  # no limit
-    assert checks.quota({"runs": tmp_path}) == []
+    assert doctor.quota({"runs": tmp_path}) == []
     (tmp_path / "usage").write_text(USAGE)
     programs("diskusage_report", f"/bin/cat {tmp_path / 'usage'}")
-    assert [c.state for c in checks.quota({})] == ["ok", "warning", "problem"]
+    assert [c.state for c in doctor.quota({})] == ["ok", "warning", "problem"]
 
 
 def test_space_and_caches(tmp_path, monkeypatch):
     free = {"bytes": 50e9}
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free["bytes"]}))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free["bytes"]}))
     place = tmp_path / "not" / "there"
-    assert checks.space("runs", place).found == f"50.0 GB free at {place}"
-    assert checks.cache("hub cache", "HF_HOME", place, None, {}).state == "ok"
-    assert checks.cache("hub cache", "HF_HOME", place, "narval", {}).state == "warning"
-    assert checks.cache("hub cache", "HF_HOME", place, "narval", {"HF_HOME": "x"}).state == "ok"
+    assert doctor.space("runs", place).found == f"50.0 GB free at {place}"
+    assert doctor.cache("hub cache", "HF_HOME", place, None, {}).state == "ok"
+    assert doctor.cache("hub cache", "HF_HOME", place, "narval", {}).state == "warning"
+    assert doctor.cache("hub cache", "HF_HOME", place, "narval", {"HF_HOME": "x"}).state == "ok"
     for free["bytes"], state in ((5e9, "warning"), (1e6, "problem")):
-        assert checks.space("runs", place).state == state
-        assert checks.cache("hub cache", "HF_HOME", place, None, {}).state == state
+        assert doctor.space("runs", place).state == state
+        assert doctor.cache("hub cache", "HF_HOME", place, None, {}).state == state
 
 
 def test_store(tmp_path):
-    found = checks.store(tmp_path / "runs" / "store")
+    found = doctor.store(tmp_path / "runs" / "store")
     assert [(c.name, c.state) for c in found] == [("store", "ok"), ("locks", "ok"), ("clock", "ok")]
     assert list((tmp_path / "runs" / "store").iterdir()) == []  # nothing is left there
     (tmp_path / "file").write_text("")
-    (bad,) = checks.store(tmp_path / "file" / "store")
+    (bad,) = doctor.store(tmp_path / "file" / "store")
     assert bad.state == "problem"
     assert "cannot be written" in bad.found
 
 
 def test_a_lock_that_holds_nobody_off_is_a_problem(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "FileLock", lambda path, timeout: contextlib.nullcontext())
-    assert checks.store(tmp_path)[1].found == "a second process takes a lock that is held"
+    monkeypatch.setattr(doctor, "FileLock", lambda path, timeout: contextlib.nullcontext())
+    assert doctor.store(tmp_path)[1].found == "a second process takes a lock that is held"
 
 
 def test_a_clock_that_is_off_is_told(tmp_path, monkeypatch):
-    real = checks.time.time
-    monkeypatch.setattr(checks.time, "time", lambda: real() - 60)
-    clock = checks.store(tmp_path)[2]
+    real = doctor.time.time
+    monkeypatch.setattr(doctor.time, "time", lambda: real() - 60)
+    clock = doctor.store(tmp_path)[2]
     assert clock.state == "warning"
     assert re.match(r"the disk's is \+(59\.9|60\.\d) s off", clock.found)
 
 
 def test_data_root(tmp_path):
-    assert checks.data_root(None).state == checks.data_root(str(tmp_path)).state == "ok"
-    assert checks.data_root(str(tmp_path / "none")).state == "problem"
+    assert doctor.data_root(None).state == doctor.data_root(str(tmp_path)).state == "ok"
+    assert doctor.data_root(str(tmp_path / "none")).state == "problem"
 
 
 def test_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "missing", lambda recipe, runs: ["model `gpt2` at revision `main` is not on this disk; run it"])
+    monkeypatch.setattr(doctor, "missing", lambda recipe, runs: ["model `gpt2` at revision `main` is not on this disk; run it"])
     text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
     recipe = parse(text, source="recipe")
-    asked = checks.fetched(recipe, tmp_path, "narval")
+    asked = doctor.fetched(recipe, tmp_path, "narval")
     assert (asked.state, asked.found) == ("problem", "not on this disk: model `gpt2` at revision `main`")
-    assert checks.fetched(recipe, tmp_path, None).state == "warning"
-    monkeypatch.setattr(checks, "missing", lambda recipe, runs: [])
-    assert checks.fetched(recipe, tmp_path, "narval").state == "ok"
-    monkeypatch.setattr(checks, "moved", lambda recipe, runs: ["it moved"])
-    assert checks.fetched(recipe, tmp_path, None).found == "it moved"
+    assert doctor.fetched(recipe, tmp_path, None).state == "warning"
+    monkeypatch.setattr(doctor, "missing", lambda recipe, runs: [])
+    assert doctor.fetched(recipe, tmp_path, "narval").state == "ok"
+    monkeypatch.setattr(doctor, "moved", lambda recipe, runs: ["it moved"])
+    assert doctor.fetched(recipe, tmp_path, None).found == "it moved"
 
 
 def test_all_of_it(tmp_path, monkeypatch):
@@ -179,10 +179,10 @@ def test_all_of_it(tmp_path, monkeypatch):
 def test_the_command_fails_where_there_is_a_problem(tmp_path, monkeypatch, programs, data, code):
     monkeypatch.setenv("TADISTILL_DATA", data)
     monkeypatch.delenv("CC_CLUSTER", raising=False)
-    monkeypatch.setattr("tadistill.cluster.checks.packages", lambda requirements: checks.Check("packages", "ok", ""))
+    monkeypatch.setattr("tadistill.cluster.doctor.packages", lambda requirements: doctor.Check("packages", "ok", ""))
     for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("tadistill.cluster.checks.space", lambda name, path: checks.Check(name, "ok", ""))
+    monkeypatch.setattr("tadistill.cluster.doctor.space", lambda name, path: doctor.Check(name, "ok", ""))
     result = CliRunner().invoke(app, ["doctor", str(ROOT / "recipes" / "quickstart.yaml"), "--runs", str(tmp_path)])
     assert result.exit_code == code, result.output
     assert "everything is on this disk" in " ".join(result.output.split())

@@ -5,10 +5,10 @@ import json
 import pytest
 from tests.unit.plan.fakes import spec
 
-from tadistill.cluster import queue, records
-from tadistill.cluster.jobs import Job, Place, arrays
+from tadistill.cluster import queue
+from tadistill.cluster.arrays import Job, Place, Record, arrays, read_record
 from tadistill.cluster.queue import Entry
-from tadistill.cluster.request import Request
+from tadistill.cluster.sbatch import Request
 from tadistill.cluster.status import rows
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.plan.graph import Stage
@@ -49,18 +49,19 @@ def test_a_cancel_that_fails_says_so(programs):
 
 def test_only_the_job_that_was_submitted_counts(tmp_path):
     store = Store(tmp_path)
-    records.write(store, "ab12", Place("7", 1), "distill-s-abc", "study")
-    record = records.read(store, "ab12")
-    assert records.live(record, {"7_1": Entry("7_1", "RUNNING", "0:10", "distill-s-abc")})
-    assert not records.live(record, {"7_1": Entry("7_1", "RUNNING", "0:10", "another")})  # the id was given again
-    assert not records.live(record, {"7_1": Entry("7_1", "PENDING", "0:00", "distill-s-abc", "DependencyNeverSatisfied")})
+    Record("7", 1, "distill-s-abc", "study").write(store, "ab12")
+    record = read_record(store, "ab12")
+    assert record is not None
+    assert record.live({"7_1": Entry("7_1", "RUNNING", "0:10", "distill-s-abc")})
+    assert not record.live({"7_1": Entry("7_1", "RUNNING", "0:10", "another")})  # the id was given again
+    assert not record.live({"7_1": Entry("7_1", "PENDING", "0:00", "distill-s-abc", "DependencyNeverSatisfied")})
     for damaged in (b"{}", b"[]", b"3", b"{", b"\xff"):
         (store.folder("ab12") / "job.json").write_bytes(damaged)
-        assert records.read(store, "ab12") is None
-    assert not records.live(record, {})
+        assert read_record(store, "ab12") is None
+    assert not record.live({})
     segments = {"9_1": Entry("9_1", "PENDING", "0:00", "x"), "9_0": Entry("9_0", "RUNNING", "0:10", "x")}
-    chain = {"job": "9", "index": None, "name": "x", "study": "study"}
-    assert records.live(chain, segments) == segments["9_0"]
+    chain = Record("9", None, "x", "study")
+    assert chain.live(segments) == segments["9_0"]
 
 
 def stage(key: str, *parents: str) -> Stage:
@@ -89,7 +90,7 @@ def test_status_of_every_kind(programs, tmp_path):
     stages = [{"key": key, "kind": "sft", "label": key, "steps": 10} for key in keys]
     (study / "plan.json").write_text(json.dumps({"stages": stages}))
     for i, key in enumerate(keys[:-1]):
-        records.write(store, key, Place(str(i)), key, "study")
+        Record(str(i), None, key, "study").write(store, key)
     store.finish("done", {"seconds": 3700.0})
     (store.folder("runs") / "metrics.jsonl").write_text('{"step": 4, "train/loss": 1.5, "train/lr": 1}\n{"step": 5, "tra')
     (store.folder("fail") / "failure.txt").write_text("it broke\n")

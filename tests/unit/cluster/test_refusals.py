@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from tadistill.cluster import profile
-from tadistill.cluster.command import submit
-from tadistill.cluster.submit import Submission
+from tadistill.cluster.submit import Submission, submit
 from tadistill.config import load
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
@@ -82,13 +81,13 @@ def test_home_is_no_place_for_jobs(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="runs are /project/u/runs, but on trillium"):
         scripts("trillium", runs=Path("/project/u/runs"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"this folder is .*, but on rorqual the site takes no jobs from home"):
+    with pytest.raises(ConfigError, match=r"this folder is .*, but on rorqual jobs cannot be submitted from home"):
         scripts("rorqual")
     assert scripts("narval", runs=tmp_path / "runs")
 
 
 def test_profiles(tmp_path):
-    with pytest.raises(ConfigError, match="no cluster profile `cedar`; there are fir, killarney"):
+    with pytest.raises(ConfigError, match="no cluster profile `cedar`; use one of fir, killarney"):
         profile.load("cedar")
     own = tmp_path / "own.yaml"
     own.write_text("about: mine\nmax_hour: 3\n")

@@ -8,7 +8,8 @@ import pytest
 
 from tadistill.cluster import profile, sbatch
 from tadistill.cluster.submit import Submission
-from tadistill.config import load
+from tadistill.config import load, validate
+from tadistill.config.resources import Resources
 from tadistill.plan.arms import make_plan
 from tadistill.plan.specs import KINDS
 
@@ -101,3 +102,24 @@ def test_every_stage_is_in_one_job_and_parents_come_first(plan):
             assert job.parents <= seen
         seen |= {key for job in sent.jobs for key in job.keys}
     assert seen == set(plan.stages)
+
+
+def test_teachers_of_one_family_have_their_own_sizes():
+    """Two random models differ in their configuration alone."""
+
+    def model(width: int) -> dict:
+        config = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return {"load": "scratch:llama", "tokenizer": "tinyworld", "config": config | {"num_key_value_heads": 2}}
+
+    plan = make_plan(validate({
+        "study": "sizes",
+        "seeds": [1],
+        "models": {"xl": model(512), "s": model(64)},
+        "data": {"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"], "limit": {"train": 8, "dev": 4, "test": 4}},
+        "method": {"objective": {"type": "forward_kl"}, "optim": {"steps": 1, "batch": 4}},
+        "arms": {"direct": "xl > s"},
+    }))  # fmt: skip
+    requests = sbatch.Requests(plan, profile.load("narval"), {})
+    (analyse,) = [stage for stage in plan.stages.values() if stage.kind == "analyse" and stage.model == "s"]
+    parameters = {name: size.total for name in ("xl", "s") if (size := requests.ledger.size(name))}
+    assert requests._need(analyse, Resources()) == 4 * (parameters["xl"] + parameters["s"]) + sbatch._WORK

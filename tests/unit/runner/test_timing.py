@@ -24,13 +24,13 @@ def tasks(monkeypatch):
         Store(Path(task.store)).begin(task.key, {})
         Store(Path(task.store)).finish(task.key, {"seconds": 2.0})
 
-    monkeypatch.setattr(timing, "run_stage", run)
+    monkeypatch.setattr(timing, "run_in_processes", run)
     return made
 
 
 def test_short_stages_from_untrained_weights(tasks):
     plan = make_plan(load(RECIPE, ["data.limit.train=null"]))
-    speeds = timing.measure(plan, 1, lambda text: None)
+    speeds = timing.time_stages(plan, 1, lambda text: None)
     assert speeds.keys() == {stage.cost.kind for stage in plan.stages.values() if stage.cost and stage.cost.parts}
     assert {task.spec.kind for task in tasks} == {"sft", "distill", "generate", "signal"}
     for at, task in enumerate(tasks):

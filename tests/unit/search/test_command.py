@@ -13,7 +13,7 @@ from tadistill.config import load, validate
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import make_task
-from tadistill.runner.study import run
+from tadistill.runner.study import run_study
 from tadistill.search import command as module
 from tadistill.search.choice import write_choice
 from tadistill.search.command import affordable, find_path, path_arms, path_flops
@@ -239,7 +239,7 @@ def test_a_recipe_has_arms_or_a_search(tmp_path):
     with pytest.raises(ConfigError, match=r"no `arms` and no `search`"):
         validate(recipe().model_dump(by_alias=True, exclude_unset=True, exclude={"search"}))
     with pytest.raises(ConfigError, match="has no arms"):
-        run(recipe(), runs=tmp_path)
+        run_study(recipe(), runs=tmp_path)
     only_arms = recipe(arms={"x": "t > s"}).model_copy(update={"search": None})
     with pytest.raises(ConfigError, match="has no `search`"):
         find_path(only_arms, runs=tmp_path, console=Console(quiet=True))

@@ -36,21 +36,20 @@ def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32", a
     return trained * (_TRAINED + (width if width < 4 else 0)) + (parameters - trained) * 4
 
 
-def check_memory(needs: Mapping[str, int], available: int | None = None) -> None:
-    """Raise unless all `needs` (bytes by model name) fit into `available` bytes; the memory free for this process when None.
+def check_memory(
+    needs: Mapping[str, int], available: int | None = None, advice: str = "use smaller models, or a machine with more memory"
+) -> None:
+    """Raise unless all `needs` (bytes by name) fit into `available` bytes; the memory free for this process when None.
 
     Raises:
-        ModelError: they do not fit; names the models, the need and what is there.
+        ModelError: they do not fit; names each need, the sum and what is free, and gives the advice.
     """
     if available is None:
         available = available_memory()
     total = sum(needs.values())
     if total > available:
         parts = " + ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.items())
-        raise ModelError(
-            f"the models need {total / 1e9:.1f} GB of memory ({parts}) but {available / 1e9:.1f} GB are free; "
-            "use smaller models, runtime.jobs=1, bf16 precision for teachers, or a machine with more memory"
-        )
+        raise ModelError(f"the models need {total / 1e9:.1f} GB of memory ({parts}) but {available / 1e9:.1f} GB are free; {advice}")
 
 
 def keep_freed_memory() -> None:

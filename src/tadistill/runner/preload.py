@@ -1,0 +1,21 @@
+"""Imported once by the server that stages are forked from: everything that each of them needs and that takes time.
+
+It makes imports and tables only: threads, which computations start, do not survive a fork, nor does CUDA.
+"""
+
+import gc
+
+import torch.profiler  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.models.gpt2 import modeling_gpt2  # noqa: F401
+from transformers.models.llama import modeling_llama  # noqa: F401
+from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
+
+from tadistill.data import tinyworld
+from tadistill.stages import execute  # noqa: F401
+
+tinyworld.rows("tinyworld", "train")  # makes and keeps the default world, which most small studies read
+get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns at the first call
+
+gc.collect()
+gc.freeze()  # the collector of a process would write to, and so copy, all pages that it shares with the server

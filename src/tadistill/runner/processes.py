@@ -1,0 +1,254 @@
+"""The processes of one stage on this machine: started, listened to, and ended together.
+
+    stage = StageProcesses(task, threads=2)           # as many processes as `task.resources.processes`
+    while not stage.ended:
+        wait(stage.sources)                           # multiprocessing.connection.wait
+        for message in stage.attend(): ...            # (done, total, text), or the text of an alarm
+    stage.error                                       # None where all went well
+
+Each stage gets fresh processes, so nothing of one stage (settings of libraries, memory, a crash) reaches the next. Where it can, a server
+imports torch once and forks them, which takes milliseconds; it runs no work itself, so it never initialises CUDA. One pipe per process
+carries messages to the command and `stop` back. It also breaks when the command dies, and then the process ends itself.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from tadistill.errors import ConfigError, Interrupted, StageFailed, TadistillError
+from tadistill.models.counting.memory import keep_freed_memory
+from tadistill.plan.task import Task
+from tadistill.runner.interruption import StopFlag, held, release
+
+Message = tuple[int, int, str] | str
+"""Progress (done, total, text), or the text of an alarm."""
+
+_PRELOADED = ["__main__", "tadistill.runner.preload"]
+_STOP = "stop"
+_LAST_WORDS = 1.0
+"""Seconds in which the other processes, once one has failed, may say what happened to them before they are ended."""
+
+
+def prepare() -> Any:
+    """Return the multiprocessing context, and start the server that imports torch where processes are forked from one.
+
+    The import goes on in the background, so a command calls this before it checks its input.
+    """
+    if sys.platform != "linux":  # macOS can fork too, but its own libraries do not survive it
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    with held():  # neither has handlers for all signals
+        resource_tracker.ensure_running()  # in a block of its own, since it lets two of the signals in
+    with held():
+        forkserver.ensure_running()
+    return context
+
+
+class StageProcesses:
+    """One process, or the ranks of a distributed stage."""
+
+    def __init__(self, task: Task, *, threads: int):
+        """Start the processes, which share `threads`.
+
+        Raises:
+            StageFailed: they cannot be started.
+        """
+        self.ended = False
+        self.error: Exception | None = None
+        """Why the stage failed, once it has ended."""
+        self._errors: dict[int, Exception] = {}
+        self._deadline = float("inf")
+        self._processes: list[Any] = []
+        self._pipes: dict[Connection, int] = {}
+        world = task.resources.processes
+        environment = dict(os.environ)
+        if world > 1:
+            environment |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        context = prepare()
+        try:
+            for rank in range(world):
+                own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(task, own, max(1, threads // world), theirs), name=task.label)
+                with held():
+                    process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._pipes[ours] = rank
+        except (EOFError, OSError) as error:
+            self.end()
+            raise StageFailed(
+                f"its process cannot be started ({error}); a script that calls tadistill.run must do so under `if __name__ == '__main__':`"
+            ) from error
+
+    @property
+    def sources(self) -> list[Any]:
+        """What becomes ready when there is something to attend to."""
+        return [*self._pipes, *(process.sentinel for process in self._processes if process.exitcode is None)]
+
+    def attend(self) -> list[Message]:
+        """Return what the processes have said since the last call; notices when they have ended, or one has failed."""
+        said = self._read()
+        codes = [process.exitcode for process in self._processes]
+        if None not in codes:
+            said += self._read()  # what came between the two lines above
+        elif self._deadline == float("inf") and (self._errors or any(codes)):
+            self._deadline = time.monotonic() + _LAST_WORDS
+        if None not in codes or time.monotonic() > self._deadline:
+            self.error = _judged(codes, self._errors)
+            self.end()
+        return said
+
+    def _read(self) -> list[Message]:
+        said = []
+        for pipe, rank in [*self._pipes.items()]:
+            try:
+                while pipe.poll():
+                    message = pipe.recv()
+                    if isinstance(message, Exception):
+                        self._errors[rank] = message
+                    else:
+                        said.append(message)
+            except (EOFError, OSError):  # the process has ended
+                del self._pipes[pipe]
+                pipe.close()
+        return said
+
+    def stop(self) -> None:
+        """Ask the processes to save their state and end."""
+        for pipe in self._pipes:
+            try:
+                pipe.send(_STOP)
+            except OSError:  # the process has ended
+                continue
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        for process in self._processes:
+            if process.exitcode is None:
+                process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._pipes.clear()
+        self.ended = True
+
+
+def run_in_processes(
+    task: Task, *, threads: int, progress: Callable[[int, int, str], None], alarm: Callable[[str], None], stop: Callable[[], bool]
+) -> None:
+    """Run a stage as `stages.execute.run_stage` does, but by processes of its own; all end when one fails.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes.
+        StageFailed: a process died or failed; the sentence says which and why.
+        TadistillError: as a process raised it.
+        Interrupted: `stop` said so; the state is saved.
+    """
+    stage, asked = StageProcesses(task, threads=threads), False
+    try:
+        while not stage.ended:
+            if not asked and stop():
+                asked = True
+                stage.stop()
+            wait(stage.sources, timeout=0.5)
+            for message in stage.attend():
+                if isinstance(message, str):
+                    alarm(message)
+                else:
+                    progress(*message)
+    finally:
+        stage.end()
+    if stage.error:
+        raise stage.error
+
+
+def _judged(codes: list[int | None], errors: dict[int, Exception]) -> Exception | None:
+    """Return what ended the processes: a death by signal before an error, and the first error before those that followed from it."""
+    several = len(codes) > 1
+    rest = "; the other ranks were ended, and the same command goes on from the last saved state" if several else ""
+    for rank, code in enumerate(codes):
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            who = f"rank {rank} of {len(codes)}" if several else "its process"
+            return StageFailed(f"{who} was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}{rest}")
+    for rank, error in errors.items():
+        if isinstance(error, Interrupted | TadistillError):
+            return error
+        return StageFailed(f"rank {rank} of {len(codes)} failed: {error}{rest}" if several else str(error))
+    for rank, code in enumerate(codes):
+        if code:
+            who = f"rank {rank} of {len(codes)}" if several else "its process"
+            return StageFailed(f"{who} ended with exit code {code}{rest}")
+    return None
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+# --- in a process of a stage --------------------------------------------------------------------------------------------
+
+
+def _work(task: Task, environment: dict[str, str], threads: int, pipe: Connection) -> None:
+    """Run one process of a stage, from its start to its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which says `stop`
+    flag, asked = StopFlag(signal.SIGTERM, signal.SIGUSR2), threading.Event()
+    release()
+    threading.Thread(target=_obey, args=(pipe, asked), daemon=True).start()
+    os.environ.clear()  # of the server, which is as old as the first stage
+    os.environ.update(environment)
+    code = 0
+    try:
+        _prepare_torch(task.resources.processes, threads)
+        from tadistill.stages.execute import run_stage  # imports torch
+
+        run_stage(
+            task,
+            progress=lambda done, total, text: pipe.send((done, total, text)),
+            alarm=pipe.send,
+            stop=lambda: flag() or asked.is_set(),
+        )
+    except Exception as error:  # whatever it is, the command says it
+        if not isinstance(error, Interrupted | TadistillError):
+            traceback.print_exc()
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        pipe.send(error)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: torch's own end may wait for other ranks, and sometimes aborts where they are gone
+
+
+def _prepare_torch(world: int, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    elif torch.cuda.device_count() < world:
+        raise ConfigError(
+            f"resources ask for {world} processes, but this machine has {torch.cuda.device_count()} GPUs; lower resources' `processes`"
+        )
+
+
+def _obey(pipe: Connection, asked: threading.Event) -> None:
+    """Wait for `stop` from the command; its death breaks the pipe, and ends this process."""
+    try:
+        while True:
+            if pipe.recv() == _STOP:
+                asked.set()
+    except (EOFError, OSError):
+        os._exit(1)

@@ -1,0 +1,193 @@
+"""Run a plan on this machine: stages whose parents are finished run side by side, each in processes of its own, and report to one screen.
+
+Stages that use one thread well (small models) thus use all cores, and a crash takes one stage only. The processes share nothing but the
+store. A signal to stop may come to this process or to all of them (Slurm does that): running stages save their state and end.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from multiprocessing.connection import wait
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tadistill.errors import ConfigError, DataError, Interrupted, ModelError, StageFailed
+from tadistill.plan.arms import Plan, Stage
+from tadistill.plan.task import make_task
+from tadistill.plan.throughput import cores
+from tadistill.runner.interruption import ENDING, StopFlag, Stopped
+from tadistill.runner.processes import Message, StageProcesses
+from tadistill.store import Store
+
+_POLL = 0.5
+"""Seconds until a signal is noticed while no stage says anything."""
+
+
+def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None:
+    """Run every stage that the store lacks, `jobs` at a time.
+
+    Raises:
+        StageFailed: stages failed; those that do not depend on them were still run.
+        Stopped (a KeyboardInterrupt): after the running stages have saved their state.
+    """
+    todo = {k: s for k, s in plan.stages.items() if not store.finished(k)}
+    if not todo:
+        return
+    flag = StopFlag(*ENDING, told=_still_saving)
+    try:
+        with _Screen(console, len(plan.stages), len(plan.stages) - len(todo)) as screen:
+            failed = _Schedule(plan, todo, store, screen, jobs, flag).run()
+    finally:
+        flag.restore()
+    if failed:
+        key, error = next(iter(failed.items()))
+        more = f"; {len(failed) - 1} more failed" if len(failed) > 1 else ""
+        text = f"{plan.stages[key].label} ({key}): {error}{more}. Finished stages are kept; the same command goes on from them"
+        # a mistake in the input stays one (exit code 2), wherever it comes to light
+        raise type(error)(text) if isinstance(error, (ConfigError, DataError, ModelError)) else StageFailed(text)
+
+
+class _Schedule:
+    """The stages that run, and those that wait for others or for a free place."""
+
+    def __init__(self, plan: Plan, todo: dict[str, Stage], store: Store, screen: "_Screen", jobs: int, flag: StopFlag):
+        self.plan, self.store, self.screen, self.jobs, self.flag = plan, store, screen, jobs, flag
+        weight = _weights(plan)
+        self.waiting = dict(sorted(todo.items(), key=lambda item: -weight[item[0]]))
+        self.done = set(plan.stages) - set(todo)
+        self.running: dict[str, StageProcesses] = {}
+        self.failed: dict[str, Exception] = {}
+
+    def run(self) -> dict[str, Exception]:
+        """Run all stages, those with the most FLOPs behind them first; returns why stages failed.
+
+        Raises:
+            Stopped: this process or one of a stage was asked to stop; the states are saved.
+        """
+        try:
+            self._start()
+            while self.running:
+                self._attend()
+                if self.flag.received:
+                    raise Stopped(self.flag.received)
+                self._start()
+        except Stopped as asked:
+            self._save(asked)
+            raise
+        finally:
+            for stage in self.running.values():
+                stage.end()
+        return self.failed
+
+    def _start(self) -> None:
+        ready = [key for key, stage in self.waiting.items() if set(stage.parents.values()) <= self.done]
+        for key in ready[: self.jobs - len(self.running)]:
+            stage = self.waiting.pop(key)
+            self.screen.start(key, stage.label, stage.steps)
+            self.running[key] = StageProcesses(make_task(self.plan, stage, self.store), threads=max(1, cores() // self.jobs))
+
+    def _attend(self) -> None:
+        """Wait for a while, pass on what the stages say, and note which have ended.
+
+        Raises:
+            Stopped: a signal went to a process of a stage alone.
+        """
+        wait([source for stage in self.running.values() for source in stage.sources], timeout=_POLL)
+        stopped = False
+        for key, stage in [*self.running.items()]:
+            for message in stage.attend():
+                self.screen.show(key, message)
+            if not stage.ended:
+                continue
+            del self.running[key]
+            if isinstance(stage.error, Interrupted):
+                stopped = True
+            elif stage.error is None:
+                self.done.add(key)
+                self.screen.end(key)
+            else:
+                self.failed[key] = stage.error
+                self.screen.end(key, str(stage.error))
+        if stopped:
+            raise Stopped(signal.SIGTERM)
+
+    def _save(self, asked: Stopped) -> None:
+        self.screen.say(f"{asked.received.name}: the running stages save their state …")
+        for stage in self.running.values():
+            stage.stop()
+        while self.running:
+            with contextlib.suppress(Stopped):
+                self._attend()
+
+
+def _weights(plan: Plan) -> dict[str, float]:
+    """Return the FLOPs of each stage plus those of the most expensive chain of stages after it."""
+    weight: dict[str, float] = {k: s.flops or 0.0 for k, s in plan.stages.items()}
+    for key in reversed(plan.stages):
+        for parent in set(plan.stages[key].parents.values()):
+            weight[parent] = max(weight[parent], (plan.stages[parent].flops or 0.0) + weight[key])
+    return weight
+
+
+def _still_saving() -> None:
+    os.write(2, b"already stopping: the running stages save their state\n")  # from a signal's handler, where print may not be called
+
+
+class _Screen:
+    """Progress bars: all stages, and each running one with its speed and what is left."""
+
+    def __init__(self, console: Console, total: int, finished: int):
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", table_column=None),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.all = self.progress.add_task("all stages", total=total, completed=finished, note="")
+        self.tasks: dict[str, Any] = {}
+        self.started: dict[str, tuple[str, float]] = {}
+        self.total, self.done = total, finished
+
+    def __enter__(self) -> "_Screen":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, key: str, message: Message) -> None:
+        if isinstance(message, str):
+            self.progress.console.print(f"[bold yellow]alarm[/] {self.started[key][0]}: ", escape(message), highlight=False)
+        else:
+            done, total, note = message
+            self.progress.update(self.tasks[key], completed=done, total=total, note=note)
+
+    def say(self, text: str) -> None:
+        self.progress.console.print(text, highlight=False)
+
+    def start(self, key: str, label: str, steps: int | None) -> None:
+        self.started[key] = (label, time.monotonic())
+        self.tasks[key] = self.progress.add_task(label, total=steps or 1, note="")
+
+    def end(self, key: str, failure: str | None = None) -> None:
+        label, start = self.started.pop(key)
+        self.progress.remove_task(self.tasks.pop(key))
+        if failure is not None:
+            self.progress.console.print(f"[bold red]failed[/] {label}: ", escape(failure), highlight=False)
+            return
+        self.done += 1
+        self.progress.update(self.all, completed=self.done)
+        self.progress.console.print(
+            f"[dim]{self.done:3d}/{self.total}[/] {label} [dim]{time.monotonic() - start:.1f} s[/]", highlight=False
+        )

@@ -1,0 +1,66 @@
+"""One writer for all files, digests, and JSON that may be damaged."""
+
+import os
+
+import pytest
+
+from tadistill.disk import digest, read_json, read_jsonl, sha256, write_json, write_rows, write_text
+from tadistill.errors import StoreError
+
+
+def test_a_written_file_is_whole_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    write_json(path, {"é": [1, 2.5]})
+    assert read_json(path) == {"é": [1, 2.5]}
+    write_rows(path.with_name("rows.jsonl"), [{"a": "x\u2028y"}, {"a": 2}])
+    assert read_jsonl(path.with_name("rows.jsonl")) == [{"a": "x\u2028y"}, {"a": 2}]
+    assert sorted(os.listdir(path.parent)) == ["a.json", "rows.jsonl"]
+
+
+def test_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *arguments, name=name, real=real: (calls.append(name), real(*arguments))[1])
+    write_text(tmp_path / "a", "x")
+    assert calls == ["fsync", "replace"]
+
+
+def test_what_cannot_be_written_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=r"cannot write .*a\.txt: No space left on device; free some space or check permissions, then"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("{", r"Expecting property name"), (None, "No such file"), ("\xff", "codec can't decode|Expecting value")]
+)
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path, content, words):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(StoreError, match=rf"a\.json cannot be read \(.*({words}).*\): delete it and fetch again"):
+        read_json(path, fix="delete it and fetch again")
+
+
+@pytest.mark.parametrize("line", ["[1]", "{"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f'{{"a": 1}}\n\n{line}\n')
+    with pytest.raises(StoreError, match=r"a\.jsonl cannot be read \(line 3"):
+        read_jsonl(tmp_path / "a.jsonl")
+
+
+def test_a_digest_is_of_what_is_there_now(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"1")
+    assert sha256(path) == digest(path) == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+    path.write_bytes(b"22")
+    assert sha256(path) == digest(path) != "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
