@@ -232,10 +232,10 @@ def test_padding_changes_no_log_probability(kind, stand_in):
 
 
 def run_here(plan: Plan, store: Store, **_) -> None:
-    """All stages in this process: starting a worker takes longer than the stages of these models."""
+    """All stages in this process: starting a process takes longer than the stages of these models."""
     for stage in plan.stages.values():
         run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
-    AcceleratorState._reset_state(True)  # other tests of this process have precisions of their own
+        AcceleratorState._reset_state(True)  # other stages and tests of this process have precisions of their own
 
 
 @pytest.mark.parametrize("path", MINILLM, ids=lambda path: path.stem)

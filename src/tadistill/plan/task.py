@@ -1,4 +1,4 @@
-"""A stage as a worker process or a cluster job receives it: data that can be pickled."""
+"""A stage as its processes or a cluster job receive it: data that can be pickled."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ from tadistill.store import Store
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that a worker needs to run one stage."""
+    """Everything that a process needs to run one stage."""
 
     spec: Spec
     key: str

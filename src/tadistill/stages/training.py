@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill import rng
@@ -109,7 +108,6 @@ def _counts(method: Method, devices: int) -> dict[str, Any]:
 
 
 def _accelerator(context: Context, optim: Optim) -> Accelerator:
-    AcceleratorState._reset_state(True)  # one worker runs many stages, each with its own precision
     trackers = list(context.task.trackers)
     accelerator = Accelerator(
         cpu=context.device.type == "cpu",
