@@ -1,18 +1,18 @@
-"""The command line. Start-up imports no torch; each command imports what it needs.
+"""The command line. Each command imports what it needs, so start-up is fast.
 
-tadistill plan RECIPE [key=value …]      what would run, what is cached, what it costs
-tadistill run RECIPE [key=value …]       run it and write the report
-tadistill fetch RECIPE [key=value …]     its models and data sets to this disk, for jobs without network
-tadistill doctor [RECIPE]                is this machine ready, and what to do if not
-tadistill submit RECIPE --cluster NAME   the same as Slurm jobs; tadistill status STUDY, tadistill cancel STUDY
-tadistill search RECIPE [key=value …]    train paths of `search:` until the best one is found
+tadistill plan RECIPE [key=value …]      show the stages, which of them are finished, and their cost
+tadistill run RECIPE [key=value …]       run a study and write its report
+tadistill fetch RECIPE [key=value …]     download its models and data sets, for jobs without network
+tadistill doctor [RECIPE]                check this machine
+tadistill submit RECIPE --cluster NAME   run a study as Slurm jobs; tadistill status STUDY, tadistill cancel STUDY
+tadistill search RECIPE [key=value …]    train paths of `search:` until its strategy has chosen one
 tadistill report STUDY                   write the report again
-tadistill advise RECIPE [key=value …]    which path is worth its compute, including none
+tadistill advise RECIPE [key=value …]    predict which path is worth its compute
 tadistill eval MODEL --on SETS           evaluate any model
-tadistill compare MODEL MODEL …          the same prompts through several models
-tadistill export STUDY ARM TARGET        a trained model with its card
-tadistill judge STUDY --model NAME       a language model rates the answers
-tadistill human STUDY                    a blind sheet for people, and their ratings read back
+tadistill compare MODEL MODEL …          compare the answers of several models to the same prompts
+tadistill export STUDY ARM TARGET        copy a trained model and its model card
+tadistill judge STUDY --model NAME       have a language model rate the answers
+tadistill human STUDY                    write a blind sheet for people, or read their ratings
 """
 
 import shlex
@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from tadistill.cluster.cli import Overrides, RecipePath, Runs, StudyName
 from tadistill.cluster.cli import app as cluster_app
 from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, StageFailed, TadistillError
-from tadistill.options import Overrides, RecipePath, Runs, StudyName
 from tadistill.store import runs_directory, store_of
 
 if TYPE_CHECKING:
@@ -48,10 +48,12 @@ console = Console()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Time 20 updates of each kind of training stage here first.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="First time 20 updates of each kind of training stage on this machine.")
+    ] = False,
     runs: Runs = None,
 ) -> None:
-    """Show the stages: which are in the store, which would run, and what they cost (docs/compute.md)."""
+    """Show the stages, which of them are finished, and what the others cost (docs/compute.md)."""
     from tadistill.config import load
     from tadistill.plan import preview, throughput
     from tadistill.plan.arms import make_plan
@@ -76,7 +78,7 @@ def plan(
 
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
-    """Run a study here and write its report. Finished stages are reused; an interrupted run goes on."""
+    """Run a study on this machine and write its report. Finished stages are reused; an interrupted run resumes."""
     from tadistill.config import load
 
     command = shlex.join(["tadistill", "run", str(recipe), *(overrides or [])])
@@ -98,7 +100,7 @@ def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pa
 
 @app.command()
 def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
-    """Train paths of the recipe's `search` until its strategy has chosen one, by dev values alone (docs/paths.md)."""
+    """Train paths of the recipe's `search` until its strategy has chosen one by dev values (docs/paths.md)."""
     from tadistill.config import load
     from tadistill.search.command import find_path
 
@@ -108,7 +110,7 @@ def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -
 
 @app.command()
 def report(study: StudyName, runs: Runs = None) -> None:
-    """Write report.html, report.md and results.json of a study from what the store holds."""
+    """Write report.html, report.md and results.json of a study from the finished stages."""
     from tadistill.report import summary_table, write_report
     from tadistill.results.files import find_study
 
@@ -123,10 +125,10 @@ def report(study: StudyName, runs: Runs = None) -> None:
 def advise(
     recipe: RecipePath,
     overrides: Overrides = None,
-    prompts: Annotated[int, typer.Option(help="Dev prompts to measure on; all where dev has fewer.")] = 256,
+    prompts: Annotated[int, typer.Option(help="Number of dev prompts to measure on.")] = 256,
     runs: Runs = None,
 ) -> None:
-    """Measure a recipe's models on dev prompts, price its paths, and say which is worth running, with evidence (docs/advise.md)."""
+    """Measure a recipe's models on dev prompts and predict which path is worth its compute (docs/advise.md)."""
     from tadistill.advise.command import advise_recipe
     from tadistill.config import load
 
@@ -144,10 +146,10 @@ def advise(
 
 On = Annotated[str, typer.Option("--on", help="Test sets, by comma: names, JSONL files or hub ids.")]
 Seeds = Annotated[str, typer.Option("--seeds", help="Decoding seeds, by comma.")]
-Teacher = Annotated[str | None, typer.Option("--teacher", help="A model that KLs are measured to.")]
+Teacher = Annotated[str | None, typer.Option("--teacher", help="The model that KL divergences are measured to.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="KEY=VALUE of the recipe, for instance data.template=chat, evaluate.temperature=0, data.limit.test=50."),
+    typer.Option("--set", help="A setting, KEY=VALUE as in a recipe: data.template=chat, evaluate.temperature=0, data.limit.test=50."),
 ]
 
 
@@ -160,7 +162,7 @@ def evaluate(
     settings: Settings = None,
     runs: Runs = None,
 ) -> None:
-    """Evaluate any model on MiniLLM's suite or other sets; answers are kept in the store, and the report is a page."""
+    """Evaluate any model on MiniLLM's five test sets or others, and write a report."""
     _evaluate([model], on, seeds, teacher, settings, runs, ["tadistill", "eval", model])
 
 
@@ -170,11 +172,11 @@ def compare(
     on: On = "dolly",
     seeds: Seeds = "10",
     teacher: Teacher = None,
-    show: Annotated[int, typer.Option("--show", min=0, help="Prompts of each set to print with all answers.")] = 2,
+    show: Annotated[int, typer.Option("--show", min=0, help="Number of prompts per set to print with all answers.")] = 2,
     settings: Settings = None,
     runs: Runs = None,
 ) -> None:
-    """Put the same prompts through several models: answers side by side here and on a page, and paired differences."""
+    """Compare several models on the same prompts: answers side by side, and paired differences."""
     from tadistill.report.terminal import side_by_side
 
     if len(models) < 2:
@@ -201,12 +203,12 @@ def _evaluate(
 @app.command()
 def export(
     study: StudyName,
-    arm: Annotated[str, typer.Argument(help="Which arm's model.", metavar="ARM")],
+    arm: Annotated[str, typer.Argument(help="The arm whose model is copied.", metavar="ARM")],
     target: Annotated[Path, typer.Argument(help="A new directory.", metavar="TARGET")],
-    seed: Annotated[int | None, typer.Option("--seed", help="Training seed; the first when absent.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Training seed; default the first.")] = None,
     runs: Runs = None,
 ) -> None:
-    """Copy a trained model out of the store, as a Hugging Face directory with a model card."""
+    """Copy a trained model to a Hugging Face directory with a model card."""
     from tadistill.report.cards import export as export_model
     from tadistill.results.files import find_study
 
@@ -285,25 +287,25 @@ def human(
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGUSR2 end the command with a message and the exit code of a shell (docs/interruptions.md)."""
+    """End the command with a message and a shell's exit code on Ctrl-C, SIGTERM and SIGUSR2 (docs/interruptions.md)."""
     from tadistill.runner.interruption import Stopped, raising
 
     try:
         with raising():
             yield
     except KeyboardInterrupt as asked:
-        console.print("interrupted; the same command goes on where it stopped")
+        console.print("interrupted; the same command resumes where it stopped")
         received = asked.received if isinstance(asked, Stopped) else signal.SIGINT
         raise typer.Exit(128 + received) from None
 
 
 def _parts(text: str) -> list[str]:
-    """What stands between commas."""
+    """Split at commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def main() -> None:
-    """Entry point: maps errors to one sentence and an exit code (1 a run failed, 2 the input is wrong)."""
+    """Run the command line; an error becomes one sentence and an exit code (1: a run failed, 2: the input is wrong)."""
     errors = Console(stderr=True)
     try:
         app()

@@ -1,19 +1,19 @@
-"""The exception tree. A user's mistake ends as one sentence (value, rule, fix) and exit code 2, never as a traceback.
+"""The exceptions. A user's mistake becomes one sentence (value, rule, fix) and exit code 2, never a traceback.
 
-Each class also inherits the standard error it refines, so that library users can catch either.
+Each class also inherits from a standard error, so that users of the library can catch either.
 """
 
 
 class TadistillError(Exception):
-    """Root of every error that tadistill raises on purpose."""
+    """Base class of every error that tadistill raises on purpose."""
 
 
 class ConfigError(TadistillError, ValueError):
-    """A recipe, an override or an argument breaks a rule. Says the value, the rule and the fix."""
+    """A recipe, an override or an argument breaks a rule. Its message gives the value, the rule and the fix."""
 
 
 class DataError(TadistillError, ValueError):
-    """A data set is missing, empty, or lacks a column that the recipe needs."""
+    """A data set is missing, is empty, or lacks a column that the recipe needs."""
 
 
 class ModelError(TadistillError, ValueError):
@@ -29,8 +29,8 @@ class StageFailed(TadistillError, RuntimeError):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; the state is saved and the same command goes on from it."""
+    """A stage was asked to stop. Its state is saved, and the same command resumes from it."""
 
 
 class JudgeFailed(TadistillError, RuntimeError):
-    """A judge's endpoint stopped answering before every question was asked. What was answered is kept."""
+    """A judge's endpoint stopped answering before every question was asked. The answers so far are kept."""

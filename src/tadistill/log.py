@@ -1,19 +1,18 @@
-"""A stage's metrics: one JSON object a line in metrics.jsonl, and accelerate's trackers when a recipe names some.
+"""The metrics of a training stage: one JSON object per line in metrics.jsonl, and accelerate's trackers if a recipe names some.
 
-Metric names are paths: train/loss, dev/rouge_l, rollout/length. After a resume, lines past the checkpoint are dropped, so
-the curve has every step once.
+Metric names are paths: train/loss, dev/rouge_l, rollout/length. After a resume, lines after the checkpoint are dropped, so that a curve has
+every step once.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tadistill.disk import write_text
-from tadistill.errors import StoreError
+from tadistill.disk import write_text, writing
 
 
 class RunLog:
-    """Appends metrics of one training stage."""
+    """The log of one training stage."""
 
     def __init__(self, path: Path, *, resume_step: int = 0, track: Callable[[dict, int], None] | None = None):
         self.path, self.track = path, track
@@ -22,13 +21,10 @@ class RunLog:
             write_text(path, "".join(line + "\n" for line in lines))  # a kill must not take the lines before the checkpoint along
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line for `step` (the number of updates done)."""
+        """Append a line for `step`, the number of updates done."""
         line = {"step": step, **{name: float(f"{value:.6g}") for name, value in metrics.items()}}
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise StoreError(f"cannot write {self.path}: {error.strerror}; free some space, then run the same command again") from error
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
         if self.track:
             self.track(dict(metrics), step)
 

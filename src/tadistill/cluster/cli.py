@@ -9,8 +9,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tadistill.options import Overrides, RecipePath, Runs, StudyName
 from tadistill.store import runs_directory, store_of
+
+# arguments and options of all commands, which `tadistill.cli` imports from here
+RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, for instance seeds=[10].", metavar="[KEY=VALUE]…")]
+StudyName = Annotated[str, typer.Argument(help="A study's name, or its directory.", metavar="STUDY")]
+Runs = Annotated[Path | None, typer.Option("--runs", help="Where studies and the store live (TADISTILL_RUNS; default ./runs).")]
 
 app = typer.Typer()
 console = Console()

@@ -26,11 +26,11 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
     """Run a stage, unless the store has it: another process may have finished it in the meantime.
 
     If `task.resources.processes` > 1, every rank calls this with the same task and with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-    MASTER_PORT in its environment (`runner.processes` sets them on one machine). WORLD_SIZE must equal `processes`. Every rank sees all GPUs of its
-    machine and uses the one of its LOCAL_RANK; all machines see the store and the models. Only rank 0 takes the lock, writes and reports.
-    `stop` may be true on any rank; then all save and raise Interrupted. An error on one rank is raised only there, and whoever started
-    the ranks ends the others (`srun --kill-on-bad-exit=1`). A process may run several stages if its
-    ranks run the same ones and its training stages share a precision.
+    MASTER_PORT in its environment (`runner.processes` sets them on one machine). WORLD_SIZE must equal `processes`. Every rank sees all
+    GPUs of its machine and uses the one of its LOCAL_RANK; all machines see the store and the models. Only rank 0 takes the lock, writes
+    and reports. `stop` may be true on any rank; then all save and raise Interrupted. An error on one rank is raised only there, and
+    whoever started the ranks ends the others (`srun --kill-on-bad-exit=1`). A process may run several stages if its ranks run the same
+    ones and its training stages share a precision.
 
     Args:
         progress: called with (done, total, text).

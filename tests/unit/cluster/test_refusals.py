@@ -76,7 +76,7 @@ def test_accounts(monkeypatch):
 
 def test_home_is_no_place_for_jobs(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"on trillium home and project folders are read-only in jobs; go to .SCRATCH"):
+    with pytest.raises(ConfigError, match=r"on trillium home and project folders are read-only in jobs; change to .SCRATCH"):
         scripts("trillium", runs=tmp_path / "runs")
     with pytest.raises(ConfigError, match="runs are /project/u/runs, but on trillium"):
         scripts("trillium", runs=Path("/project/u/runs"))

@@ -43,7 +43,9 @@ def test_bf16_halves_a_frozen_teacher(monkeypatch):
 
 def test_stages_at_the_same_time_are_counted_together(monkeypatch):
     monkeypatch.setattr(preflight, "available_memory", lambda: 1.5 * need(recipe()))
-    with pytest.raises(ModelError, match=r"\(distill l -> s, .*seed 1 .* \+ distill l -> s, .*seed 2 .*\) but .* set runtime.jobs=1 \(now 2\)"):
+    with pytest.raises(
+        ModelError, match=r"\(distill l -> s, .*seed 1 .* \+ distill l -> s, .*seed 2 .*\) but .* set runtime.jobs=1 \(now 2\)"
+    ):
         check(recipe(jobs=2))
     assert check(recipe(jobs=1)) == 1
 
