@@ -34,15 +34,16 @@ def resources_of(recipe: Recipe, stage: Stage) -> Resources:
     Raises:
         ConfigError: they do not fit together.
     """
-    names, entries = ("default", stage.kind, f"{stage.kind} {stage.model}"), recipe.resources
-    given = {f: getattr(entries[n], f) for n in names if n in entries for f in entries[n].model_fields_set}
+    entries = recipe.resources
+    names = [name for name in ("default", stage.kind, f"{stage.kind} {stage.model}") if name in entries]
+    given = {f: getattr(entries[n], f) for n in names for f in entries[n].model_fields_set}
     if not stage.trains:  # one process; `default` may ask for more, for the stages that train
         given = {f: v for f, v in given.items() if f not in _SEVERAL and (f, v) != ("teacher", "sharded")}
     try:
         return Resources.model_validate(given)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"resources of `{stage.kind} {stage.model}`, put together from {', '.join(entries)}: {reason}") from error
+        raise ConfigError(f"resources of `{stage.kind} {stage.model}`, put together from {', '.join(names)}: {reason}") from error
 
 
 def layout(recipe: Recipe, stage: Stage) -> Resources:

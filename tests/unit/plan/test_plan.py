@@ -8,6 +8,7 @@ from tadistill.config import DataRef, validate
 from tadistill.errors import ConfigError, DataError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.inputs import Source
+from tadistill.plan.layout import layout
 from tadistill.runner import preflight
 
 LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -236,3 +237,12 @@ def test_what_a_data_set_does_not_use_is_no_part_of_its_identity():
     assert found == {"ref": {"load": "dolly", "split": None, "revision": "main", "columns": {}}, "fingerprint": "f"}
     chosen = Source(ref=DataRef(load="x", choices=("no", "yes"), instruction="do"), fingerprint="f").content()["ref"]
     assert (chosen["choices"], chosen["instruction"]) == (("no", "yes"), "do")
+
+
+def test_entries_of_resources_that_do_not_fit_together():
+    wanted = validate(recipe(resources={"default": {"processes": 4, "parallel": "fsdp"}, "sft": {"processes": 1}, "distill": {"hours": 1}}))
+    stages = {stage.kind: stage for stage in make_plan(wanted).stages.values()}
+    with pytest.raises(ConfigError, match="resources of `sft s`, put together from default, sft: parallel fsdp spreads a model over several"):
+        layout(wanted, next(s for s in make_plan(wanted).stages.values() if s.kind == "sft" and s.model == "s"))
+    assert (layout(wanted, stages["distill"]).processes, layout(wanted, stages["distill"]).hours) == (4, 1)
+    assert layout(wanted, stages["evaluate"]).processes == 1  # a default for training is none for others
