@@ -16,6 +16,9 @@ TEACHER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """`optim.precision` -> the number format of a frozen teacher beside the student."""
 
 
+Precision = Literal["fp32", "bf16"]
+
+
 class Optim(Strict):
     """AdamW and its schedule. All counts are global: `batch` sequences make one update on any number of devices."""
 
@@ -43,7 +46,7 @@ class Optim(Strict):
     """AdamW's epsilon (torch's default)."""
     clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm; longer gradients are scaled down to it."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """`bf16` is mixed precision: float32 weights, bfloat16 matrix products and a bfloat16 teacher."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass, which runs the layer again: less memory, a third more work."""

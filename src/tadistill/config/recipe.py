@@ -73,6 +73,9 @@ class Limit(Strict):
     """Rows of each test set."""
 
 
+Template = Literal["alpaca", "chat", "plain"]
+
+
 class Data(Strict):
     """Data sets and how their rows become token sequences."""
 
@@ -84,7 +87,7 @@ class Data(Strict):
     """Plain text for the language-modelling term of MiniLLM."""
     root: str | None = None
     """Folder of local data sets; the environment variable TADISTILL_DATA by default."""
-    template: Literal["alpaca", "chat", "plain"] = "alpaca"
+    template: Template = "alpaca"
     """How an instruction becomes a prompt: the Alpaca text (as MiniLLM), the tokenizer's chat template, or the bare text."""
     max_prompt: int = Field(default=256, ge=1)
     """Most tokens of a prompt; rows with a longer one are left out (MiniLLM's value)."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from tadistill.config import DataRef, Evaluate
 from tadistill.config.common import Strict
-from tadistill.config.recipe import World
+from tadistill.config.recipe import Template, World
 
 
 class Part(Strict):
@@ -48,7 +48,7 @@ def _plain(value: Any) -> Any:
 class Encoding(Part):
     """The rules that turn rows into token sequences."""
 
-    template: Literal["alpaca", "chat", "plain"]
+    template: Template
     max_prompt: int
     max_length: int
     world: World

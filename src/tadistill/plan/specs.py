@@ -6,13 +6,13 @@ call in `plan.builder` or `plan.arms` that asks for it.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from tadistill.config import Evaluate, Method, Optim
 from tadistill.config.common import Decoding
-from tadistill.config.method import Dense, Select
+from tadistill.config.method import Dense, Precision, Select
 from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import HiddenSignal, Sampler, TopKSignal
@@ -223,7 +223,7 @@ class SignalSpec(Spec):
 
     teacher: Handle
     signal: HiddenSignal | TopKSignal = Field(discriminator="type")
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     """Of the students' training, which decides the teacher's dtype."""
     train: Split
 
