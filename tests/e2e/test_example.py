@@ -1,21 +1,81 @@
-"""The example of an objective in a stock Trainer runs as it stands, offline, and trains."""
+"""The examples run as they stand, offline, and train."""
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "objective_in_hf_trainer.py"
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tadistill.data import tinyworld
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(example: str, *arguments: str, cwd: Path) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(EXAMPLES / example), *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_objective_in_hf_trainer(tmp_path):
-    assert EXAMPLE.read_text().count("\n") <= 40
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--steps", "60"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.e-]+)", done.stdout)]
+    assert (EXAMPLES / "objective_in_hf_trainer.py").read_text().count("\n") <= 40
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.e-]+)", run("objective_in_hf_trainer.py", "--steps", "60", cwd=tmp_path))]
     assert len(losses) == 6  # one for every ten steps
     assert losses[-1] < 0.9 * losses[0]
+
+
+# --- minimal_distillation.py --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(tmp_path) -> list[str]:
+    """Arguments that name a teacher, a student and prompts; the teacher's head has more rows than the tokenizer has tokens."""
+    tokenizer = tinyworld.tokenizer()
+    for name, rows, seed in (("teacher", 8, 1), ("student", 0, 2)):
+        torch.manual_seed(seed)
+        size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
+        ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + rows, **size, **ids))
+        with torch.no_grad():
+            model.lm_head.weight[tokenizer.eos_token_id] *= 2  # so that some responses end, and others do not
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    texts = [row["instruction"].split() for row in tinyworld.rows("tinyworld", "train")[:50]]
+    (tmp_path / "prompts.txt").write_text("\n".join(" ".join(words[: 2 + i % 3]) for i, words in enumerate(texts)))
+    return [f"--{name}={tmp_path / path}" for name, path in (("teacher", "teacher"), ("student", "student"), ("prompts", "prompts.txt"))]
+
+
+def test_minimal_distillation(models, tmp_path):
+    assert (EXAMPLES / "minimal_distillation.py").read_text().count("\n") <= 120
+    output = run("minimal_distillation.py", *models, "--steps=40", "--new-tokens=16", "--lr=1e-2", cwd=tmp_path)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) nats", output)]
+    assert len(losses) == 40
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_the_first_loss_of_minimal_distillation(models, tmp_path, monkeypatch):
+    """It equals the reverse KL that each text, without padding and by itself, has in float64."""
+    monkeypatch.setattr(sys, "argv", ["minimal_distillation.py", *models, "--steps=1", "--new-tokens=16"])
+    seen = runpy.run_path(str(EXAMPLES / "minimal_distillation.py"), run_name="__main__")
+    student, teacher = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64) for name in ("student", "teacher"))
+    eos, pad, vocab = seen["tokenizer"].eos_token_id, seen["tokenizer"].pad_token_id, len(seen["tokenizer"])
+    total, lengths, prompts = 0.0, [], []
+    for row in seen["ids_BT"].tolist():
+        prompt = [token for token in row[: seen["start"]] if token != pad]
+        response = row[seen["start"] :]
+        response = response[: response.index(eos) + 1] if eos in response else response
+        with torch.no_grad():
+            q, p = (m(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, :vocab].softmax(-1) for m in (student, teacher))
+        total += float((q * (q / p).log()).sum())
+        lengths.append(len(response))
+        prompts.append(len(prompt))
+    assert len(set(prompts)) > 1  # so that some have padding
+    assert min(lengths) < 16 == max(lengths)  # some responses end early, others do not
+    assert seen["loss"].item() == pytest.approx(total / sum(lengths), rel=1e-4)
