@@ -1,6 +1,6 @@
 """Measures the time of sampling and of transformers' `model.generate`.
 
-    python benchmarks/generate.py [--json PATH] [--markdown PATH] [--quick] [--rounds N]
+    python benchmarks/generate.py [--json PATH] [--markdown PATH] [--quick] [--rounds N] [--mixture]
 
 Four ways to make 64 new tokens behind prompts of 32, of random Llama-shaped models (student 2 layers x 128, teacher 8 x 256), from
 the whole vocabulary at temperature 1:
@@ -9,6 +9,11 @@ the whole vocabulary at temperature 1:
     generate       `student.generate(do_sample=True, top_k=0)`
     own mixed      tadistill's loop, 0.8 student + 0.2 teacher, with log-probabilities and the teacher's hidden states
     generate both  `generate` of the student and then of the teacher: the least that two models cost with it, because it cannot mix them
+
+With `--mixture` two ways to sample from the mixture are timed instead:
+
+    lazy           `tadistill.rollout.lazy`, in which a model reads several tokens at a time, and only when it has to
+    in step        the loop in which both models read every token; the tokens that it samples must be equal
 
 No token ends a response, so all do equal work. In a round each of them runs once, one after the other. The first round is dropped and the
 others give the medians. A ratio is the median of the rounds' ratios, so other load on the machine affects both sides.
@@ -30,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from tadistill.rollout import lazy
 from tadistill.rollout.generate import Mixture, sample
 
 
@@ -47,8 +53,12 @@ QUICK = [Size(4096, 4, 8, 8)]
 STUDENT = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 344}
 TEACHER = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 688}
 RATIOS = {"own": "generate", "own mixed": "generate both"}
+MIXTURE_RATIOS = {"lazy": "in step"}
 INTRODUCTION = "This page compares the time of tadistill's sampling loop with that of transformers' `generate`."
-COLUMNS = ["vocabulary", "batch", "own ms", "generate ms", "ratio", "own mixed ms", "generate both ms", "ratio"]
+MIXTURE_INTRODUCTION = (
+    "This page compares the times of two ways to sample the same tokens from 0.8 student + 0.2 teacher: `tadistill.rollout.lazy`, and the "
+    "loop in which both models read every token."
+)
 
 
 class Problem:
@@ -70,6 +80,18 @@ class Problem:
         heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
         return LlamaForCausalLM(LlamaConfig(vocab_size=self.size.vocab, max_position_embeddings=longest, **heads, **shape, **ids)).eval()
 
+    def mixture_ways(self) -> dict[str, Callable[[], None]]:
+        """Return what is timed with `--mixture`."""
+        guide, possible, said = Mixture(self.teacher, 0.2), lazy.possible, []
+
+        def timed(allowed: bool) -> None:
+            lazy.possible = possible if allowed else lambda *_: False
+            said.append([r.tokens for r in sample(self.student, self.prompts, self.uniforms, eos=(), vocab=self.size.vocab, guide=guide)])
+            lazy.possible = possible
+            assert said[-1] == said[0]
+
+        return {"lazy": lambda: timed(True), "in step": lambda: timed(False)}
+
     def ways(self) -> dict[str, Callable[[], None]]:
         """Return the ways of sampling that are timed."""
 
@@ -90,9 +112,10 @@ class Problem:
         }
 
 
-def measured(size: Size, rounds: int, device: str) -> dict[str, Any]:
+def measured(size: Size, rounds: int, device: str, mixture: bool) -> dict[str, Any]:
     """Return the median milliseconds of each way, and the ratios."""
-    ways = Problem(size, device).ways()
+    problem = Problem(size, device)
+    ways, peers = (problem.mixture_ways(), MIXTURE_RATIOS) if mixture else (problem.ways(), RATIOS)
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds + 1):
         for way, run in ways.items():
@@ -100,17 +123,27 @@ def measured(size: Size, rounds: int, device: str) -> dict[str, Any]:
             run()  # ends with the tokens on the host, so that a GPU's work is inside
             taken[way].append(1000 * (time.perf_counter() - start))
     kept = {way: values[1:] for way, values in taken.items()}
-    ratios = {way: statistics.median(a / b for a, b in zip(kept[way], kept[peer], strict=True)) for way, peer in RATIOS.items()}
+    ratios = {way: statistics.median(a / b for a, b in zip(kept[way], kept[peer], strict=True)) for way, peer in peers.items()}
     return {**size._asdict(), "ms": {way: statistics.median(values) for way, values in kept.items()}, "ratios": ratios}
 
 
 # --- report -------------------------------------------------------------------------------------------------------------
 
 
+def peers_of(row: dict[str, Any]) -> dict[str, str]:
+    """Return which way is compared with which."""
+    return RATIOS if row["ratios"].keys() == RATIOS.keys() else MIXTURE_RATIOS
+
+
+def columns(row: dict[str, Any]) -> list[str]:
+    """Return the names of the columns."""
+    return ["vocabulary", "batch", *(name for way, peer in peers_of(row).items() for name in (f"{way} ms", f"{peer} ms", "ratio"))]
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """Return a row as text, in the order of the columns."""
     text = [f"{row['vocab']:,}", str(row["batch"])]
-    for way, peer in RATIOS.items():
+    for way, peer in peers_of(row).items():
         text += [f"{row['ms'][way]:,.0f}", f"{row['ms'][peer]:,.0f}", f"{row['ratios'][way]:.2f}"]
     return text
 
@@ -129,7 +162,7 @@ def title(result: dict[str, Any]) -> str:
 def show(console: Console, result: dict[str, Any]) -> None:
     """Print a table on the terminal."""
     console.print(environment(result))
-    table = Table(*COLUMNS, title=title(result))
+    table = Table(*columns(result["rows"][0]), title=title(result))
     for row in result["rows"]:
         table.add_row(*cells(row))
     console.print(table)
@@ -137,17 +170,18 @@ def show(console: Console, result: dict[str, Any]) -> None:
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the result as a page."""
+    names, mixture = columns(result["rows"][0]), peers_of(result["rows"][0]) is MIXTURE_RATIOS
     lines = [
-        "# Sampling: time",
+        "# Sampling from a mixture: time" if mixture else "# Sampling: time",
         "",
-        INTRODUCTION,
+        MIXTURE_INTRODUCTION if mixture else INTRODUCTION,
         "",
         f"```\n{result['command']}\n```",
         "",
         f"{title(result)}. Device: {environment(result)}.",
         "",
     ]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---:|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(names) + " |", "|" + "---:|" * len(names)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
     return "\n".join([*lines, "", "`benchmarks/generate.py` says what is measured, and how.", ""])
 
@@ -161,6 +195,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, help="write the table there")
     parser.add_argument("--quick", action="store_true", help="one small size, a few seconds: says that it runs, not how fast")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds after the one that is dropped")
+    parser.add_argument("--mixture", action="store_true", help="time two ways to sample from a mixture instead")
     return parser.parse_args()
 
 
@@ -176,7 +211,7 @@ def main() -> None:
         "rows": [],
     }
     for size in QUICK if options.quick else SIZES:
-        result["rows"].append(measured(size, options.rounds, device))
+        result["rows"].append(measured(size, options.rounds, device, options.mixture))
         Console(stderr=True).print(", ".join(cells(result["rows"][-1])))
         if options.json:
             options.json.write_text(json.dumps(result, indent=1) + "\n")

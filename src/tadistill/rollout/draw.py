@@ -1,4 +1,4 @@
-"""The distribution of the next token, and a token from it: warping, mixing with a teacher, the inverse CDF.
+"""The distribution of the next token, and a draw from it: warping, mixing with a teacher, the inverse CDF.
 
 Axes: B sequences, T tokens so far, V vocabulary. q is the student's distribution, p the teacher's, b the one sampled from.
 """
@@ -19,7 +19,7 @@ from transformers import (
 
 from tadistill.config.common import Decoding
 
-_BLOCK = 64  # columns that the first level of a draw sees as one
+_BLOCK = 64  # columns that the first level of a draw takes as one
 _BELOW_ONE = 1 - 2**-53  # the largest float64 below 1
 
 
@@ -27,19 +27,19 @@ _BELOW_ONE = 1 - 2**-53  # the largest float64 below 1
 class Mixture:
     """b = (1 - alpha) q + alpha p, mixed per token as distributions (MiniLLM, Gu et al. 2024, Eq. 4).
 
-    A draw from b is one from p with probability alpha, else one from q. The token's uniform says which, and what is left of it is
-    again uniform: so it is known which model chooses a token before either has read the text.
+    A draw from b is a draw from p with probability alpha, else a draw from q. The token's uniform decides which, and the rest of it is
+    again uniform. So it is known which model draws a token before either model has read the text.
     """
 
     teacher: PreTrainedModel
     alpha: float
 
     def probabilities(self, q_BV: Tensor, p_BV: Tensor) -> Tensor:
-        """b; exactly q at alpha 0 and exactly p at alpha 1."""
+        """Return b; exactly q at alpha 0 and exactly p at alpha 1."""
         return torch.lerp(q_BV, p_BV, self.alpha)
 
     def switch(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """For uniforms of any shape: whether the teacher chooses, and the uniform of the choice."""
+        """Return for uniforms of any shape where the teacher draws, and the uniforms of these draws."""
         teachers = uniforms < self.alpha
         rest = torch.where(teachers, uniforms / self.alpha, (uniforms - self.alpha) / (1 - self.alpha)) if 0 < self.alpha < 1 else uniforms
         return teachers, rest.clamp(max=_BELOW_ONE)
@@ -47,16 +47,16 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Speculation:
-    """The student proposes; where its token is not among the teacher's k most probable, the teacher draws it (SKD, Xu et al. 2024).
+    """The student proposes a token; if it is not among the teacher's k most probable, the teacher draws it (SKD, Xu et al. 2024).
 
-    In law that is b = q 1[top k] + (1 - q(top k)) p, so that one draw from b does it, with an exact probability.
+    The result has the distribution b = q 1[top k] + (1 - q(top k)) p, so it is one draw from b, with an exact probability.
     """
 
     teacher: PreTrainedModel
     k: int
 
     def probabilities(self, q_BV: Tensor, p_BV: Tensor) -> Tensor:
-        """b."""
+        """Return b."""
         top_BK = p_BV.topk(min(self.k, p_BV.shape[1]), sorted=False).indices
         accepted_BK = q_BV.gather(1, top_BK)
         refused_B1 = (1 - accepted_BK.sum(1, keepdim=True)).clamp_(min=0)
@@ -64,9 +64,9 @@ class Speculation:
 
 
 def processors(decoding: Decoding) -> LogitsProcessorList:
-    """The settings as transformers' own processors, in the order of the fields; empty for the model itself.
+    """Return the settings as transformers' own processors, in the order of the fields; none for the model's own distribution.
 
-    Temperature 0 is none of them: greedy decoding takes the largest of what the others leave.
+    Temperature 0 has no processor: greedy decoding takes the most probable of the tokens that the other processors leave.
     """
     found = LogitsProcessorList()
     if decoding.no_repeat_ngram is not None:
@@ -85,17 +85,17 @@ def processors(decoding: Decoding) -> LogitsProcessorList:
 def next_tokens(
     logits: dict[str, Tensor], scores: dict[str, Tensor], uniforms_B: Tensor, guide: Mixture | Speculation | None, *, greedy: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The next token of every row and its log-probabilities: raw under each model, and under `behaviour`, what it was drawn from.
+    """Return the next token of every row and its log-probabilities: raw under each model, and as `behaviour` under what was drawn from.
 
     Args:
         logits: (B, V) float32 of "student" and, with a guide, of "teacher".
-        scores: the same after warping; `logits` itself where there is none.
+        scores: the same after warping; `logits` itself if there is no warping.
     """
     raw = {name: z.softmax(-1) for name, z in logits.items()}
     warped = raw if scores is logits else {name: z.softmax(-1) for name, z in scores.items()}
     b_BV = guide.probabilities(warped["student"], warped["teacher"]) if guide else warped["student"]
     if greedy:
-        # of the scores where possible: softmax can make neighbours equal
+        # the largest score if possible, because softmax can make neighbours equal
         tokens = (b_BV if guide else scores["student"]).argmax(-1)
         behaviour = torch.zeros_like(b_BV[:, 0])
     else:
@@ -109,9 +109,10 @@ def next_tokens(
 
 
 def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """The inverse CDF of every row of non-negative weights at its uniform in [0, 1): (B,) columns, never one of weight 0.
+    """Return the inverse CDF of every row of non-negative weights at its uniform in [0, 1): columns (B,), never one of weight 0.
 
-    In two levels, a block of columns and then a column of it: a running sum over the whole vocabulary costs more than its softmax.
+    It has two levels, a block of columns and a column of the block, because a running sum over the whole vocabulary takes longer than its
+    softmax.
     """
     vocab = weights_BV.shape[1]
     whole = vocab - vocab % _BLOCK
@@ -128,11 +129,11 @@ def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 def _inverse_cdf(weights_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """The column whose part of the running sum holds the uniform, and how far into that part it lies, again in [0, 1)."""
-    # float64: over many columns a float32 running sum drifts by more than a rare token's mass
+    """Return the column whose part of the running sum holds the uniform, and the uniform's place in that part, again in [0, 1)."""
+    # float64, because over many columns a float32 running sum drifts by more than a rare token's mass
     cumulative = weights_BN.cumsum(-1, dtype=torch.float64)
-    # u <= 1 - 2^-53 keeps the point below the total also after rounding, so a last column of weight 0 is never taken; without the
-    # clamp, logits that are not numbers would fail here and not where training reports them
+    # u <= 1 - 2^-53 keeps the point below the total also after rounding, so a last column of weight 0 is never taken. The clamp is for NaN
+    # logits: without it they would fail here, and not where training reports them.
     point = uniforms_B1 * cumulative[:, -1:]
     column = torch.searchsorted(cumulative, point, right=True).clamp_(max=weights_BN.shape[1] - 1)
     width = weights_BN.gather(1, column)
@@ -145,8 +146,6 @@ def _at(values_BV: Tensor, tokens_B: Tensor) -> Tensor:
 
 
 def log_prob(logits_BV: Tensor, probabilities_BV: Tensor, tokens_B: Tensor) -> Tensor:
-    """log softmax at the tokens, from a softmax that is there already: log p(y) = z(y) - max z + log max p.
-
-    The logarithm of p(y) itself would be minus infinity where the other model chose a token that underflows here.
-    """
+    """Return log softmax at the tokens from a softmax that is known already: log p(y) = z(y) - max z + log max p."""
+    # the logarithm of p(y) itself would be minus infinity where the other model chose a token that underflows here
     return _at(logits_BV, tokens_B) - logits_BV.amax(-1) + probabilities_BV.amax(-1).log()

@@ -1,29 +1,35 @@
-"""What answers prompts with the student as it is now: the built-in loop here, vLLM in `tadistill.rollout.vllm`."""
+"""Engines, which answer prompts with the current student: the built-in loop, and vLLM."""
 
+import importlib
+import os
+import tempfile
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from tadistill.config.common import Decoding
+from tadistill.errors import ConfigError
 from tadistill.rollout.generate import Mixture, Rollout, Speculation, sample
+
+_MEMORY = 0.3  # share of the GPU for vLLM's weights and KV cache
 
 
 class Engine(Protocol):
-    """Samples from the student with its weights of this moment."""
+    """Samples from the student with its current weights."""
 
     student: PreTrainedModel
     decoding: Decoding
 
     def respond(self, prompts: Seq[tuple[int, ...]], uniforms_BT: np.ndarray, guide: Mixture | Speculation | None = None) -> list[Rollout]:
-        """One response per prompt, in their order, drawn from the numbers in its row of `uniforms_BT`, at most one token a column."""
+        """Return one response per prompt, in order, drawn from the prompt's row of `uniforms_BT`, with at most one token per column."""
         ...
 
 
 class Native:
-    """The built-in loop on stock transformers; prompts of like length share a pass."""
+    """The built-in loop on stock transformers. Prompts of similar length share a pass."""
 
     def __init__(self, student: PreTrainedModel, decoding: Decoding, *, eos: tuple[int, ...], vocab: int, chunk: int = 64):
         self.student, self.decoding, self.eos, self.vocab, self.chunk = student, decoding, eos, vocab, chunk
@@ -35,7 +41,7 @@ class Native:
         guide: Mixture | Speculation | None = None,
         tick: Callable[[int], None] = lambda answered: None,
     ) -> list[Rollout]:
-        """As in `Engine`; `tick` hears how many prompts each pass answered."""
+        """Respond as in `Engine`; `tick` is called with the number of prompts that each pass answered."""
         order = np.argsort([len(p) for p in prompts], kind="stable")
         found: dict[int, Rollout] = {}
         for start in range(0, len(order), self.chunk):
@@ -52,3 +58,65 @@ class Native:
             found |= dict(zip(part.tolist(), out, strict=True))
             tick(len(part))
         return [found[i] for i in range(len(prompts))]
+
+
+class Vllm:
+    """vLLM beside the student on the same GPU (`pip install 'tadistill[vllm]'`; CUDA only).
+
+    vLLM holds a copy of the student, which gets the current weights before every call. Each sequence has its own seed, taken from its
+    random numbers, so a run repeats on the same machine and version. The draws are vLLM's own and differ from those of the built-in loop.
+    """
+
+    def __init__(self, student: PreTrainedModel, decoding: Decoding, *, eos: tuple[int, ...], vocab: int):
+        """
+        Raises:
+            ConfigError: vLLM is not installed.
+        """
+        self.student, self.decoding, self.eos, self.vocab = student, decoding, eos, vocab
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the copy must be in this process to receive weights
+        try:
+            self._vllm = importlib.import_module("vllm")
+        except ImportError as error:
+            raise ConfigError("engine is vllm, but vllm is not installed; pip install 'tadistill[vllm]', or set engine: native") from error
+        with tempfile.TemporaryDirectory() as directory:
+            student.save_pretrained(directory)
+            self._llm = self._vllm.LLM(
+                model=directory,
+                skip_tokenizer_init=True,
+                dtype=str(student.dtype).removeprefix("torch."),
+                gpu_memory_utilization=_MEMORY,
+                enable_prefix_caching=False,  # it would serve keys and values of old weights
+                logprobs_mode="processed_logprobs",
+            )
+
+    def respond(self, prompts: Seq[tuple[int, ...]], uniforms_BT: np.ndarray, guide: Mixture | Speculation | None = None) -> list[Rollout]:
+        """Respond as in `Engine`. There are log-probabilities if decoding does not change the model's distribution."""
+        assert guide is None, "the config refuses samplers in which a teacher takes part"
+        weights = [(name, parameter.detach()) for name, parameter in self.student.named_parameters()]
+        self._llm.apply_model(lambda model: model.load_weights(weights))
+        settings = [self._settings(uniforms_BT.shape[1], int(row[0] * 2**31)) for row in uniforms_BT]
+        inputs = [{"prompt_token_ids": list(p)} for p in prompts]
+        answers = self._llm.generate(inputs, sampling_params=settings, use_tqdm=False)
+        return [self._rollout(answer.outputs[0]) for answer in answers]
+
+    def _settings(self, max_tokens: int, seed: int) -> Any:
+        decoding, wider = self.decoding, self.student.config.get_text_config().vocab_size > self.vocab
+        return self._vllm.SamplingParams(
+            temperature=decoding.temperature,
+            top_k=decoding.top_k or 0,
+            top_p=decoding.top_p,
+            min_p=decoding.min_p,
+            max_tokens=max_tokens,
+            stop_token_ids=list(self.eos),
+            seed=seed,
+            logprobs=0,  # only of the sampled token
+            detokenize=False,
+            allowed_token_ids=list(range(self.vocab)) if wider else None,
+        )
+
+    def _rollout(self, output: Any) -> Rollout:
+        tokens = tuple(output.token_ids)
+        if not self.decoding.plain:
+            return Rollout(tokens, {})
+        log_q = np.array([found[token].logprob for token, found in zip(tokens, output.logprobs, strict=True)], np.float32)
+        return Rollout(tokens, {"behaviour": log_q, "student": log_q})

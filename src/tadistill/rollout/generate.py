@@ -1,8 +1,9 @@
 """Batched sampling from a model, or from student and teacher together, on stock transformers models.
 
-One loop over positions serves SeqKD, evaluation and rollouts of training; a plain mixture of two models that allow it takes a faster
-way to the same tokens (`lazy`). Each model keeps its own KV cache; a sequence's random numbers are given by the caller, so its text does
-not depend on what else is in the batch; finished sequences leave the batch.
+One loop over positions serves SeqKD, evaluation and rollouts of training. A plain mixture of two models takes a faster way to the same
+tokens where both models allow it (`lazy`). Each model has its own KV cache. The caller gives a sequence's random numbers, so its text does
+not depend on the rest of the batch. Finished sequences leave the batch.
+
 Axes: B sequences, T positions, V vocabulary, H hidden.
 """
 
@@ -16,10 +17,9 @@ from transformers import PreTrainedModel
 
 from tadistill.config.common import Decoding
 from tadistill.models.forward import tapped
-from tadistill.rollout import lazy, packed
-from tadistill.rollout.cache import in_place_cache
+from tadistill.rollout import lazy
+from tadistill.rollout.buffers import Record, Rollout, in_place_cache
 from tadistill.rollout.draw import Mixture, Speculation, next_tokens, processors
-from tadistill.rollout.record import Record, Rollout
 from tadistill.tuning import COMPACT_BELOW
 
 __all__ = ["Mixture", "Rollout", "Speculation", "sample"]
@@ -33,7 +33,7 @@ class _Decoder:
         self.cache = in_place_cache(model.config, capacity)
 
     def logits(self, ids: Tensor, attention: Tensor | None, positions: Tensor) -> Tensor:
-        """(B, V) of the token after `ids`, which follow what the cache holds."""
+        """Return the logits (B, V) of the token after `ids`; the cache holds the tokens before `ids`."""
         out = self.model(
             input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         )
@@ -41,43 +41,43 @@ class _Decoder:
 
 
 class _Batch:
-    """The rows that are still sampled: their tokens so far, every prompt ending at `width`, and the models' caches."""
+    """The rows that are not finished: their tokens so far, with every prompt ending at `width`, and the models' caches."""
 
     def __init__(self, models: dict[str, PreTrainedModel], prompts: list[tuple[int, ...]], uniforms_BT: np.ndarray, vocab: int):
         rows, self.width = len(prompts), max(map(len, prompts))
         device, total = models["student"].device, self.width + uniforms_BT.shape[1]
-        self.vocab, self.start, self.end = vocab, 0, self.width  # [start, end) is what the models have not seen
+        self.vocab, self.start, self.end = vocab, 0, self.width  # the models have not seen [start, end)
         ids, attention = np.zeros((rows, total), np.int64), np.zeros((rows, total), np.int64)
         for b, prompt in enumerate(prompts):
             ids[b, self.width - len(prompt) : self.width] = prompt
             attention[b, self.width - len(prompt) :] = 1
         positions = np.maximum(attention.cumsum(1) - 1, 0)
         self.ids, self.positions = (torch.from_numpy(a).to(device) for a in (ids, positions))
-        # without padding a mask says nothing, and attention is faster without
+        # without padding no mask is needed, and attention is faster without one
         self.attention = None if attention.all() else torch.from_numpy(attention).to(device)
         self.uniforms = torch.from_numpy(uniforms_BT).to(device)
         self.decoders = {name: _Decoder(model, vocab, total - 1) for name, model in models.items()}
 
     def logits(self) -> dict[str, Tensor]:
-        """Every model's (B, V) logits of the next token."""
+        """Return every model's logits (B, V) of the next token."""
         unseen = slice(self.start, self.end)
         attention = None if self.attention is None else self.attention[:, : self.end]
         inputs = self.ids[:, unseen], attention, self.positions[:, unseen]
         return {name: decoder.logits(*inputs) for name, decoder in self.decoders.items()}
 
     def history(self) -> torch.LongTensor:
-        """The tokens so far; padding is an id that no model can say, so that it is part of no n-gram."""
+        """Return the tokens so far; padding is an id that no model can sample, so that it is part of no n-gram."""
         ids = self.ids[:, : self.end]
         if self.attention is not None:
             ids = ids.masked_fill(self.attention[:, : self.end] == 0, self.vocab)
         return cast(torch.LongTensor, ids)
 
     def next_uniforms(self) -> Tensor:
-        """(B,) for the next token."""
+        """Return the uniforms (B,) of the next token."""
         return self.uniforms[:, self.end - self.width]
 
     def append(self, tokens_B: Tensor) -> None:
-        """The next tokens are what the models see next."""
+        """Add the next tokens, which the models see in the next call."""
         self.ids[:, self.end] = tokens_B
         self.start, self.end = self.end, self.end + 1
 
@@ -108,8 +108,8 @@ def sample(
         uniforms_BT: (B, max_new_tokens) numbers in [0, 1): token t of row b is the inverse CDF at uniforms_BT[b, t]
             (of a mixture: of the model that its switch takes, at what the switch leaves).
         vocab: size of the vocabulary that the models share; logits beyond it are left out.
-        decoding: acts on each model's logits, before mixing. `max_new_tokens` is the callers' business.
-        guide: a teacher that takes part in the choice of every token.
+        decoding: acts on each model's logits, before mixing; its `max_new_tokens` is not used.
+        guide: a teacher that takes part in drawing every token.
 
     Returns:
         Rollouts in the order of the prompts.
@@ -120,19 +120,19 @@ def sample(
     student.eval()
     try:
         capacity = max(map(len, prompts)) + uniforms_BT.shape[1]
-        if isinstance(guide, Mixture) and decoding.plain and all(packed.possible(model, capacity) for model in models.values()):
+        if isinstance(guide, Mixture) and decoding.plain and all(lazy.possible(model, capacity) for model in models.values()):
             lazy.fill(record, student, prompts, uniforms_BT, vocab, guide)
         else:
             _fill(record, _Batch(models, prompts, uniforms_BT, vocab), decoding, guide)
     finally:
         student.train(training)
-    # outside of inference mode, whose tensors could not be part of a loss
+    # made outside of inference mode, because its tensors cannot be part of a loss
     return record.rollouts()
 
 
 @torch.inference_mode()
 def _fill(record: Record, batch: _Batch, decoding: Decoding, guide: Mixture | Speculation | None) -> None:
-    """The loop over positions."""
+    """Sample in a loop over positions, in which every model reads every token."""
     rows, steps = np.arange(record.tokens.shape[0]), record.tokens.shape[1]
     warping, greedy = processors(decoding), decoding.temperature == 0
     with _teacher_tap(guide) as seen:
@@ -140,8 +140,8 @@ def _fill(record: Record, batch: _Batch, decoding: Decoding, guide: Mixture | Sp
             logits = batch.logits()
             scores = {name: warping(batch.history(), z) for name, z in logits.items()} if warping else logits
             tokens, log_p = next_tokens(logits, scores, batch.next_uniforms(), guide, greedy=greedy)
-            # the last one seen is the teacher's, also where student and teacher are one model
             record.say(rows, t, tokens.cpu().numpy())
+            # the teacher is called last, so its states are the last ones, also where student and teacher are one model
             record.score(rows, t, log_p, seen[-1][:, -1] if seen else None)
             seen.clear()
             going = (record.lengths[rows] > t + 1).nonzero()[0]
@@ -154,7 +154,7 @@ def _fill(record: Record, batch: _Batch, decoding: Decoding, guide: Mixture | Sp
 
 
 def _teacher_tap(guide: Mixture | Speculation | None) -> AbstractContextManager[list[Tensor]]:
-    """Collects what the teacher's output head is given."""
+    """Collect the inputs of the teacher's output head."""
     if guide is None:
         return nullcontext([])
     head = guide.teacher.get_output_embeddings()

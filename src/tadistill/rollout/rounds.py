@@ -1,8 +1,8 @@
 """Rounds of rollouts: sample many sequences with the current student, train on them for some epochs, sample again.
 
-The teacher runs over a rollout once. Where it has a part in the sampling its hidden states and log-probabilities are kept
-from there; else one forward pass makes them, or none if every rollout is used only once and nothing asks for scores in
-advance: the step then runs the teacher itself. Hidden states are kept, never logits.
+The teacher runs over a rollout once. If it takes part in the sampling, its hidden states and log-probabilities are kept from there.
+Otherwise one forward pass computes them; or none, if every rollout is used only once and nothing needs scores in advance: the step then
+runs the teacher itself. Hidden states are kept, never logits.
 """
 
 from collections.abc import Sequence as Seq
@@ -30,27 +30,27 @@ from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher of a round, with the assistants that teach beside it, and what the objective asks of them."""
+    """The teachers of a round, and what the objective needs from them."""
 
     models: tuple[PreTrainedModel, ...]
-    """The original teacher first: it is the one that may take part in the sampling."""
+    """The original teacher first, which may take part in the sampling, then the assistants that teach beside it."""
     vocab: int
     scores: bool
-    """Its log-probability of every sampled token is needed before the loss."""
+    """True if the loss needs the log-probability of every sampled token in advance."""
     states: bool
-    """Its distribution at every token is needed in the loss."""
+    """True if the loss needs the distribution at every token."""
 
     @classmethod
     def of(cls, objective: Objective, models: tuple[PreTrainedModel, ...], vocab: int) -> "Teacher":
-        """The teachers, with what this objective needs of them."""
+        """Return the teachers with what this objective needs from them."""
         return cls(models, vocab, objective.needs_scores, objective.needs_distribution)
 
 
 class Rollouts(Sampler):
     """Rounds of `rollouts` sequences, each used for `inner_epochs` epochs of `rollouts` / batch updates.
 
-    `Batch.values` holds log-probabilities of the sampled tokens: student (the policy at rollout time, as a model), behaviour (what was
-    sampled from), and teacher where the objective needs it; with several teachers that is `teacher 0`, `teacher 1` …
+    `Batch.values` holds log-probabilities of the sampled tokens: `student` (under the student at rollout time), `behaviour` (under the
+    distribution that was sampled from), and `teacher` if the objective needs it; with several teachers `teacher 0`, `teacher 1` and so on.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Rollouts(Sampler):
         self.sequences: list[Sequence] = []
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Roll out at the first step of a round; otherwise the next part of the current one."""
+        """Return the next part of the current round; at the first step of a round, sample it."""
         number, inside = divmod(step, self.round_updates)
         if number != self.round:
             self.sequences = []  # freed before the next ones are made
@@ -86,7 +86,7 @@ class Rollouts(Sampler):
         return [self._collate(rows[places].tolist(), self._corpus_batch(step, places)) for places in cut(self.optim, self.shard)]
 
     def samples(self, step: int) -> bool:
-        """At the first step of a round."""
+        """Return True at the first step of a round."""
         return step // self.round_updates != self.round
 
     def _collate(self, rows: list[int], corpus: Batch | None) -> Batch:
@@ -94,9 +94,9 @@ class Rollouts(Sampler):
         return collate(sequences, pad=self.pad, corpus=corpus, targets=self._targets(sequences))
 
     def _roll_out(self, number: int) -> list[Sequence]:
-        """The whole round; every rank samples its share of it."""
+        """Return the whole round; every process samples its share."""
         rows = shuffled(len(self.prompts), self.rollouts, number, (self.seed, "prompt order"))
-        # in order of length, so that all ranks get prompts of like length
+        # in order of length, so that all processes get prompts of similar length
         mine = np.argsort([len(self.prompts[i].prompt) for i in rows], kind="stable")[self.shard.rank :: self.shard.world].tolist()
         prompts = [self.prompts[int(rows[i])].prompt for i in mine]
         uniforms = rng.uniforms(mine, self.config.max_new_tokens, self.seed, "rollout", number)
@@ -116,7 +116,7 @@ class Rollouts(Sampler):
         return None
 
     def _with_teacher(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Add the teachers' scores and states if they will be needed more than once or in advance, and drop what nothing needs."""
+        """Add the teachers' scores and states if they are needed in advance or more than once, and drop those that are not needed."""
         teacher = self.teacher
         if not sequences or not (teacher.scores or (teacher.states and self.config.inner_epochs > 1)):
             return sequences if teacher.states and len(teacher.models) == 1 else [replace(s, states=()) for s in sequences]
@@ -125,7 +125,7 @@ class Rollouts(Sampler):
         return sequences if teacher.states else [replace(s, states=()) for s in sequences]
 
     def _scored(self, sequences: list[Sequence]) -> list[Sequence]:
-        """With the teachers' hidden states and, if the objective needs them, their log-probabilities."""
+        """Return the sequences with the teachers' hidden states and log-probabilities, as far as the objective needs them."""
         teacher, found = self.teacher, [replace(s, states=()) for s in sequences]
         for k, (model, reader) in enumerate(zip(teacher.models, self.readers, strict=True)):
             name = "teacher" if len(teacher.models) == 1 else f"teacher {k}"
@@ -141,9 +141,10 @@ class Rollouts(Sampler):
         return found
 
     def _as_trained(self, sequences: list[Sequence]) -> list[Sequence]:
-        """With the student's log-probabilities as a training forward has them; in half precision, or from vLLM, sampling rounds otherwise.
+        """Return the sequences with the student's log-probabilities from a forward pass like training's.
 
-        A ratio q / p~ would start beside 1. Of a mixture the behaviour follows; where the teacher replaces tokens it stays.
+        In half precision and in vLLM, sampling rounds differently, so a ratio q / p~ would not start at 1. The behaviour of a mixture is
+        computed again with them; the behaviour of a speculation is not changed.
         """
         guide, found = self._guide(), []
         with torch.autocast(self.engine.student.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"):
@@ -168,7 +169,7 @@ class Rollouts(Sampler):
     def _passes(
         self, sequences: list[Sequence], reader: Reader, model: PreTrainedModel, *, states: bool, scores: bool
     ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """One forward pass over the sequences: per sequence its last hidden states and its tokens' log-probabilities, those asked for."""
+        """Run one forward pass over the sequences; return for each its last hidden states and its tokens' log-probabilities, or None."""
         found: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         for rows in by_length(sequences, self.config.chunk):
             batch = collate([sequences[i] for i in rows], pad=self.pad).to(model.device)
@@ -188,23 +189,23 @@ class Rollouts(Sampler):
         return fused_head(hidden, reader.head, values, weights, vocab=self.teacher.vocab)[1][0].float()
 
     def _targets(self, sequences: list[Sequence]) -> tuple[Hidden, ...]:
-        """The teachers' kept states of a micro-batch."""
+        """Return the teachers' kept states of a micro-batch."""
         states = zip(*(s.states for s in sequences), strict=True)
         return tuple(Hidden(torch.cat(parts), reader.head) for parts, reader in zip(states, self.readers, strict=False))
 
     def _corpus_batch(self, step: int, places: np.ndarray) -> Batch | None:
-        """As many rows of plain text as the micro-batch has sequences."""
+        """Return as many rows of plain text as the micro-batch has sequences."""
         if not self.corpus:
             return None
         rows = shuffled(len(self.corpus), self.optim.batch, step, (self.seed, "corpus order"))
         return collate([self.corpus[i] for i in rows[places]], pad=self.pad)
 
     def state(self) -> dict[str, Any]:
-        """The round and its rollouts."""
+        """Return the round and its rollouts."""
         return {"round": self.round, "rollouts": pack(self.sequences)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue inside the stored round."""
+        """Continue from a `state`, inside its round."""
         self.round, self.sequences = state["round"], unpack(state["rollouts"])
 
 
@@ -218,10 +219,11 @@ def on_policy(
     corpus: Seq[Sequence] = (),
     **common: Any,
 ) -> Sampler:
-    """The sampler of a method in whose text the student has a part.
+    """Return the sampler of a method that uses text of the student.
 
     Args:
-        texts: the data set's responses, or the teacher's for pairs; prompts: what rounds of rollouts answer.
+        texts: the data set's responses, or the teacher's for pairs.
+        prompts: the prompts that rounds of rollouts answer.
         common: engine, pad, seed and shard.
     """
     config = method.sampler

@@ -1,10 +1,10 @@
-"""A teacher's outputs over a fixed data set, on disk: computed once, read by every student of that teacher.
+"""A teacher's outputs over a fixed data set, on disk: computed once, and read by every student of that teacher.
 
-    record(teacher, sequences, config, folder, vocab=…, pad=…, tick=…)      # a stage; goes on where a killed one stopped
-    Signals(folder, device).target([3, 17])                                 # Hidden or TopK at the response tokens of those sequences
+    record(teacher, sequences, config, folder, vocab=..., pad=..., tick=...)   # a stage; continues where a killed one stopped
+    Signals(folder, device).target([3, 17])                                    # Hidden or TopK at the response tokens of those sequences
 
-A folder holds parts of 256 sequences as safetensors. Hidden states come with the teacher's head, so that a student needs nothing else of
-the teacher; they take 4 H bytes a token (2 H in bfloat16), a top-k signal 8 k + 4.
+A folder holds parts of 256 sequences as safetensors. Hidden states are stored with the teacher's head, so that a student needs nothing else
+of the teacher. They take 4 H bytes per token (2 H in bfloat16), a top-k signal takes 8 k + 4.
 """
 
 import json
@@ -28,7 +28,7 @@ from tadistill.objectives import Head, Hidden, TopK, top_k
 from tadistill.tuning import RECORDING_BATCH
 
 _PART = 256
-_ROWS = 128  # tokens whose logits are alive at the same time
+_ROWS = 128  # tokens whose logits are in memory at the same time
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def record(
     pad: int,
     tick: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write the teacher's signal at every response token of `sequences`; parts that are there are kept."""
+    """Write the teacher's signal at every response token of `sequences`; parts that exist are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     reader = Reader(teacher)
     if isinstance(config, HiddenSignal):
@@ -58,7 +58,7 @@ def record(
 def _part(
     teacher: PreTrainedModel, reader: Reader, sequences: Seq[Sequence], config: HiddenSignal | TopKSignal, vocab: int, pad: int
 ) -> dict[str, Tensor]:
-    """The tensors of one part, sequence after sequence."""
+    """Return the tensors of one part, sequence after sequence."""
     found: dict[int, dict[str, Tensor]] = {}
     for rows in by_length(sequences, RECORDING_BATCH):
         batch = collate([sequences[i] for i in rows], pad=pad).to(teacher.device)
@@ -72,7 +72,7 @@ def _part(
 
 
 def _signal(hidden: Tensor, head: Head, config: HiddenSignal | TopKSignal, vocab: int) -> dict[str, Tensor]:
-    """What is kept of N tokens."""
+    """Return the tensors that are stored for N tokens."""
     if isinstance(config, HiddenSignal):
         return {"hidden": hidden.to(getattr(torch, config.dtype))}
     parts = [
@@ -90,7 +90,7 @@ def _write_head(head: Head, vocab: int, folder: Path) -> None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], settings: dict | None = None) -> None:
-    """Written beside and renamed, so that a kill leaves no half part."""
+    # written under a temporary name and renamed, so that a kill leaves no half part
     with replacing(path) as temporary:
         save_file(tensors, temporary, {"settings": json.dumps(settings)})
 
@@ -117,7 +117,7 @@ class Signals:
         self._ends = [np.cumsum(n) for n in lengths]
 
     def target(self, rows: Seq[int]) -> Hidden | TopK:
-        """The signal at the response tokens of these sequences, one after the other."""
+        """Return the signal at the response tokens of these sequences, one sequence after the other."""
         found = [self._row(int(row)) for row in rows]
         joined = {name: torch.cat([f[name] for f in found]).to(self._device) for name in found[0]}
         if self.head is not None:

@@ -20,11 +20,10 @@ from tadistill.models.modify import adapt, merged, recompute_layers
 from tadistill.plan.inputs import Output
 from tadistill.plan.specs import DistillSpec, SftSpec, TrainingSpec
 from tadistill.plan.throughput import machine
-from tadistill.rollout.engine import Engine, Native
+from tadistill.rollout.engine import Engine, Native, Vllm
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
-from tadistill.rollout.vllm import Vllm
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, teacher_dtype
 from tadistill.train.loop import Hooks, train_stage
 from tadistill.train.sharding import weights

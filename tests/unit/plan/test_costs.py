@@ -131,12 +131,12 @@ def test_sampling_pads_prompts_and_drops_ended_rows_in_groups():
 def test_predictions_and_the_code_that_runs_read_the_same_constants():
     from tadistill.objectives import fused
     from tadistill.plan.costs import ledger, training
-    from tadistill.rollout import generate, lazy, packed, signals
+    from tadistill.rollout import generate, lazy, signals
     from tadistill.stages import teacher
     from tadistill.train import loop, watch
 
     assert passes.COMPACT_BELOW == generate.COMPACT_BELOW == lazy.COMPACT_BELOW
-    assert ledger.PACKED_FAMILIES == packed.PACKED_FAMILIES
+    assert ledger.PACKED_FAMILIES == lazy.PACKED_FAMILIES
     assert training.TILE_BYTES == fused.TILE_BYTES
     assert (ledger.GENERATION_BATCH, ledger.RECORDING_BATCH) == (teacher.GENERATION_BATCH, signals.RECORDING_BATCH)
     assert (training.LOG_POINTS, training.WATCH_EVERY, training.WATCHED_ROWS) == (loop.LOG_POINTS, loop.WATCH_EVERY, watch.WATCHED_ROWS)

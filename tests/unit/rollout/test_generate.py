@@ -16,10 +16,9 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tadistill import rng
 from tadistill.config.common import Decoding
-from tadistill.rollout.cache import InPlaceLayer, in_place_cache
+from tadistill.rollout.buffers import InPlaceLayer, Record, in_place_cache
 from tadistill.rollout.draw import draw
 from tadistill.rollout.generate import Mixture, Speculation, sample
-from tadistill.rollout.record import Record
 
 PROMPTS = [(5, 6, 7), (9,), (3, 4, 5, 6, 7, 8, 9), (11, 12), (20, 21, 22, 23), (1, 2), (30, 29, 28), (17,)]
 VOCAB, EOS = 31, (0,)

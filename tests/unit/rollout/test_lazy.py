@@ -9,7 +9,7 @@ from tests.conftest import tiny_model
 from tests.unit.rollout.test_generate import EOS, FAMILIES, GREEDY, PROMPTS, VOCAB, full_forward, log_probs, uniforms
 
 from tadistill.config.common import Decoding
-from tadistill.rollout import packed
+from tadistill.rollout import lazy
 from tadistill.rollout.draw import Mixture
 from tadistill.rollout.generate import Speculation, sample
 
@@ -28,7 +28,7 @@ def counted(model):
 def in_step(monkeypatch, *args, **settings):
     """The loop over positions."""
     with monkeypatch.context() as patch:
-        patch.setattr(packed, "possible", lambda *_: False)
+        patch.setattr(lazy, "possible", lambda *_: False)
         return sample(*args, **settings)
 
 
@@ -100,8 +100,8 @@ def test_the_teacher_is_called_less_often_than_there_are_tokens(alpha, most):
 
 def test_no_model_falls_far_behind_at_the_ends_of_alpha():
     student, teacher = tiny_model("llama"), tiny_model("llama", seed=3)
-    for alpha, lazy in ((0.0, teacher), (1.0, student)):
-        with counted(lazy) as calls:
+    for alpha, behind in ((0.0, teacher), (1.0, student)):
+        with counted(behind) as calls:
             sample(student, PROMPTS, uniforms(8, 64), eos=(), vocab=VOCAB, guide=Mixture(teacher, alpha))
         assert len(calls) <= 10
         assert max(calls[1:]) <= 8 * 9
@@ -127,7 +127,7 @@ def test_what_cannot_be_packed_goes_in_step(case, monkeypatch):
     if case == "eager":
         teacher.set_attn_implementation("eager")
     if case == "family":
-        monkeypatch.setattr(packed, "PACKED_FAMILIES", {"llama"})
+        monkeypatch.setattr(lazy, "PACKED_FAMILIES", {"llama"})
     decoding = {"warping": Decoding(top_p=0.9), "greedy": GREEDY}.get(case, Decoding())
     guide = Speculation(teacher, 3) if case == "speculation" else Mixture(teacher, 0.2)
     with counted(teacher) as calls:

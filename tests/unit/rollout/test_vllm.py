@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from tadistill import rng
 from tadistill.config.common import Decoding
 from tadistill.errors import ConfigError
-from tadistill.rollout.vllm import Vllm
+from tadistill.rollout.engine import Vllm
 
 EOS = (0, 3)
 PROMPTS = [(5, 6, 7), (9,), (11, 12)]
