@@ -19,20 +19,9 @@ from tadistill.objectives.divergence import (
 )
 from tadistill.objectives.families import alpha_beta, alpha_mixture
 from tadistill.objectives.fused import fused_divergence, fused_head
-from tadistill.objectives.head import Head, Hidden
-from tadistill.objectives.sampled import (
-    clipped_ratio,
-    cross_entropy,
-    k1,
-    k2,
-    k3,
-    moments,
-    policy_gradient,
-    returns,
-    token_log_probs,
-    whiten,
-)
-from tadistill.objectives.targets import TargetMixture, TopK, top_k, top_k_forward_kl, top_k_reverse_kl
+from tadistill.objectives.minillm import clipped_ratio, moments, policy_gradient, returns, single_step, whiten
+from tadistill.objectives.sampled import cross_entropy, k1, k2, k3, token_log_probs
+from tadistill.objectives.targets import Head, Hidden, TargetMixture, TopK, top_k, top_k_forward_kl, top_k_reverse_kl
 
 __all__ = [
     "Head",
@@ -60,6 +49,7 @@ __all__ = [
     "policy_gradient",
     "returns",
     "reverse_kl",
+    "single_step",
     "skew_forward_kl",
     "skew_reverse_kl",
     "taid",

@@ -1,4 +1,4 @@
-"""Objectives that look at the student before they choose: adaptive KL, TAID's moving target, DistiLLM-2's contrastive pair.
+"""Objectives that depend on the student's state: adaptive KL, TAID's moving target, DistiLLM-2's contrastive pair.
 
 Convention as in `tadistill.objectives.divergence`: logits (..., V) in, (...) nats out, p the teacher and q the student.
 """
@@ -19,11 +19,11 @@ _HEAD_GUESS = 256
 def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0.5, temperature: float = 1.0) -> Tensor:
     """w KL(p || q) + (1 - w) KL(q || p), where w is the share of sum_v |p - q| that lies on the teacher's head.
 
-    The head is the smallest set of the teacher's most probable tokens with mass >= mu, including the token that crosses mu, as in the
-    paper (the authors' code leaves that token out, and TAID's copy masks the wrong tokens). No gradient flows through w.
+    The head is the smallest set of the teacher's most probable tokens with mass >= mu, including the token at which the mass crosses mu, as
+    in the paper (the authors' code leaves that token out, and TAID's copy masks the wrong tokens). No gradient flows through w.
 
     Args:
-        mu: mass of the head, in [0, 1]. 0 empties it (`reverse_kl`), 1 makes it the whole vocabulary (`forward_kl`).
+        mu: mass of the head, in [0, 1]. With 0 the head is empty (`reverse_kl`), with 1 it is the whole vocabulary (`forward_kl`).
 
     Other args, returns and errors as in `forward_kl`. Source: Wu et al. 2025 (AKL), section 4.
     """
@@ -36,10 +36,10 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0
 
 
 def _head_weight(p: Tensor, q: Tensor, mu: float) -> Tensor:
-    """The head's share of the gap, (...); one half where p = q."""
+    """Return the head's share of the gap, (...); one half where p = q."""
     width = p.shape[-1]
     k = min(_HEAD_GUESS, width)
-    top, ids = p.topk(k)  # most heads are short, and a sort of a whole vocabulary is dear on a CPU
+    top, ids = p.topk(k)  # most heads are short, and sorting a whole vocabulary is slow on a CPU
     while k < width and bool((top.sum(-1) < mu).any()):
         k = min(8 * k, width)
         top, ids = p.topk(k)
@@ -53,7 +53,7 @@ def _head_weight(p: Tensor, q: Tensor, mu: float) -> Tensor:
 
 
 def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> Tensor:
-    """Logits of TAID's intermediate teacher, (1 - t) z_q + t z_p with the student's detached, (..., V).
+    """Return the logits of TAID's intermediate teacher, (1 - t) z_q + t z_p with the student's z_q detached, (..., V).
 
     t = 0 is the student itself, t = 1 the teacher. Source: Shing et al. 2025 (TAID), Eq. 3.
     """
@@ -67,7 +67,7 @@ def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> 
 def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperature: float = 1.0) -> Tensor:
     """-sum_v p_t log q: the cross-entropy to `taid_target`, whose gradient is that of KL(p_t || q).
 
-    The value is the cross-entropy because TAID's schedule reads it; the KL is
+    The value is the cross-entropy because TAID's schedule uses it. The KL is
     `forward_kl(student_logits, taid_target(student_logits, teacher_logits, t=t))`.
 
     Args:
@@ -81,7 +81,7 @@ def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperatur
 
 
 class TaidSchedule:
-    """TAID's adaptive t: it rises at least linearly, and faster while the loss falls (Shing et al. 2025, Algorithm 1).
+    """TAID's adaptive t, which rises at least linearly, and faster while the loss falls (Shing et al. 2025, Algorithm 1).
 
     delta = (J_prev - J) / J_prev; m <- decay m + (1 - decay) delta; t <- min(end, max(linear(step), t + rate sigmoid(m) (1 - t))).
     Call `update` once per optimizer update; the first call only stores the loss.
@@ -94,7 +94,7 @@ class TaidSchedule:
         self.t, self.momentum, self.previous = start, 0.0, math.nan
 
     def update(self, loss: float, step: int, steps: int) -> None:
-        """Take in the mean `taid` loss of the update just made, the `step`-th (from 1) of `steps`."""
+        """Move t; `loss` is the mean `taid` loss of the update just made, the `step`-th (from 1) of `steps`."""
         if not math.isnan(self.previous):
             delta = (self.previous - loss) / (self.previous + 1e-15)
             self.momentum = self.decay * self.momentum + (1 - self.decay) * delta
@@ -104,11 +104,11 @@ class TaidSchedule:
         self.previous = loss
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
+        """Return what a checkpoint must hold."""
         return {"t": self.t, "momentum": self.momentum, "previous": self.previous}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Continue from a `state`."""
         self.t, self.momentum, self.previous = state["t"], state["momentum"], state["previous"]
 
 
@@ -143,13 +143,13 @@ def contrastive(
 
 
 def contrastive_alpha(gap: Tensor, anchor: float | Tensor, *, base: float = 0.1) -> Tensor:
-    """The skew of each response: clip(1 - (1 - base) anchor / (gap + 1e-5), 0.01, base).
+    """Return the skew of each response: clip(1 - (1 - base) anchor / (gap + 1e-5), 0.01, base).
 
-    A response on which the models differ at least as much as usual (gap >= anchor) gets `base`, one on which they agree more gets
-    less. A gap below 0 gets `base`.
+    The skew is `base` for a response on which the models differ at least as much as usual (gap >= anchor), and smaller for a response on
+    which they agree more. A gap below 0 also gives `base`.
 
     Args:
-        gap: (B,) exp(mean log p) - exp(mean log q) of each teacher's response, its opposite for a student's.
+        gap: (B,) exp(mean log p) - exp(mean log q) for a response of the teacher, the negative of that for a response of the student.
         anchor: running mean of the gap over the training so far.
         base: the largest skew, in [0.01, 1].
 

@@ -1,7 +1,7 @@
-"""Checks shared by the objectives: one sentence that names the argument, its value and the range.
+"""Checks shared by the objectives. Each error is one sentence that names the argument, its value and the range.
 
 A NaN is looked for in the result (one value per token), never in the logits, so the check costs nothing on a CPU and one
-synchronisation on a GPU. `deferred()` leaves it to the caller, who then looks once for many tiles.
+synchronisation on a GPU. Inside `deferred()` the check is left to the caller, who can then check many tiles at once.
 """
 
 import math
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 
+# A context variable and not an argument, so that the signatures of the public functions have no switch that only the fused head uses.
 _deferred = ContextVar("_deferred", default=False)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, checks that read tensors are left out: a NaN is passed on instead of raised."""
+    """Skip the checks that read tensors: inside, a NaN is returned, not raised."""
     token = _deferred.set(True)
     try:
         yield
@@ -28,7 +29,7 @@ def deferred() -> Iterator[None]:
 
 
 def is_deferred() -> bool:
-    """Whether checks that read tensors are left to the caller, who has made them."""
+    """Return True if the caller makes the checks that read tensors."""
     return _deferred.get() or torch.compiler.is_compiling()
 
 
@@ -62,10 +63,10 @@ def finite(name: str, value: float) -> None:
 
 
 def result(value: Tensor, **arguments: Tensor) -> Tensor:
-    """`value`, unless it has a NaN: then raise, naming the argument that brought it in."""
+    """Return `value`. If it has a NaN, raise an error that names the argument with the NaN."""
     if is_deferred() or not bool(value.isnan().any()):
         return value
     for name, argument in arguments.items():
         if bool((argument.isnan() | argument.isposinf()).any()):
-            raise ConfigError(f"{name} has NaN or +inf values; they must be numbers in [-inf, inf) (the model has diverged, or overflowed)")
+            raise ConfigError(f"{name} has NaN or +inf values; they must be numbers in [-inf, inf) (the model has diverged or overflowed)")
     raise ConfigError(f"the divergence of {' and '.join(arguments)} overflowed; their finite values must stay within +-1e15")

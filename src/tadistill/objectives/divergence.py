@@ -1,8 +1,13 @@
 """Divergences between a teacher p and a student q over the vocabulary, one value per token, in nats.
 
 Convention: logits (..., V) in, (...) out, float32 inside (float64 stays float64), no mask, no reduction. A temperature divides
-both logits, and the value is not rescaled by its square. The gradient reaches the student only if the caller detaches the
+both logits, and the value is not rescaled by its square. The gradient reaches only the student if the caller detaches the
 teacher. A logit of -inf is a probability of 0; inside a logarithm it counts as -1e15, so that values and gradients stay finite.
+
+The divergences that most runs minimise have a second function, NAME_with_slope, with the same arguments. It returns the value (...) and the
+slope (..., V), the value's gradient in the student's logits, both without a graph. This takes half the time of autograd on a CPU. The plain
+function is the definition, and the tests compare every slope with autograd. With g = dD/dq at constant p, the gradient through the softmax
+is q (g - sum_v q g); terms of g that do not depend on v cancel.
 """
 
 import math
@@ -13,11 +18,11 @@ from torch import Tensor
 from tadistill.objectives import checks
 
 LOG_ZERO = -1e15
-"""Stands for log 0: beyond every real logit, and its square still fits into float32."""
+"""Stands for log 0. It is below every real logit, and its square still fits into float32."""
 
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) in at least float32, the same shape; -inf logits become `LOG_ZERO`."""
+    """Return log softmax(logits / temperature) in at least float32, of the same shape; -inf logits become `LOG_ZERO`."""
     finite = at_least_float32(logits).clamp(min=LOG_ZERO)
     return torch.log_softmax(finite / temperature if temperature != 1.0 else finite, dim=-1)
 
@@ -41,6 +46,15 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     return checks.result(kl(log_p, log_q), student_logits=student_logits, teacher_logits=teacher_logits)
 
 
+def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`forward_kl` and its slope q - p, which is 0 at impossible tokens: their logits do not move."""
+    log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
+    p = log_p.exp()
+    value = _dot(p, log_p.sub_(log_q))
+    slope = log_q.exp_().sub_(p).masked_fill_(student_logits < LOG_ZERO, 0)
+    return value, _over(slope, temperature)
+
+
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KL(q || p) = sum_v q (log q - log p): mode-seeking, zero iff p = q.
 
@@ -50,6 +64,15 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     """
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     return checks.result(kl(log_q, log_p), student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+def reverse_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`reverse_kl` and its slope, from g = log q - log p."""
+    log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
+    gap = torch.sub(log_q, log_p, out=log_p)
+    q = log_q.exp_()
+    value = _dot(q, gap)
+    return value, _through_softmax(q, gap, value, temperature)
 
 
 def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -86,6 +109,25 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: floa
     return checks.result(value, student_logits=student_logits, teacher_logits=teacher_logits)
 
 
+def jensen_shannon_with_slope(
+    student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`jensen_shannon` and its slope, from g = (1 - beta) (log q - log m): the part that reaches q through m cancels."""
+    checks.within("beta", beta, 0, 1)
+    if beta in (0, 1):
+        limit = forward_kl_with_slope if beta == 0 else reverse_kl_with_slope
+        return limit(student_logits, teacher_logits, temperature=temperature)
+    log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
+    p, q = log_p.exp(), log_q.exp()
+    # logaddexp would take as long as everything else here. Where the sum underflows, p and q are 0, so the clamp changes nothing.
+    log_m = torch.lerp(q, p, beta).clamp_(min=torch.finfo(q.dtype).tiny).log_()
+    of_teacher = _dot(p, log_p.sub_(log_m))
+    gap = log_q.sub_(log_m)
+    of_student = _dot(q, gap)
+    slope = _through_softmax(q, gap, of_student, temperature)
+    return beta * of_teacher + (1 - beta) * of_student, slope.mul_(1 - beta)
+
+
 def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, temperature: float = 1.0) -> Tensor:
     """KL(p || alpha p + (1 - alpha) q): forward KL with a bounded gradient. alpha = 0 is `forward_kl`, alpha = 1 is zero.
 
@@ -97,6 +139,20 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: fl
     checks.within("alpha", alpha, 0, 1)
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     return checks.result(kl(log_p, mixture(log_p, log_q, alpha)), student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+def skew_forward_kl_with_slope(
+    student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`skew_forward_kl` and its slope, from g = -(1 - alpha) p / m."""
+    checks.within("alpha", alpha, 0, 1)
+    if alpha == 0:
+        return forward_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
+    log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
+    gap = torch.sub(log_p, mixture(log_p, log_q, alpha))
+    value = _dot(log_p.exp_(), gap)
+    g, q = gap.exp_().mul_(alpha - 1), log_q.exp_()
+    return value, _through_softmax(q, g, _dot(q, g), temperature)
 
 
 def skew_reverse_kl(
@@ -116,6 +172,21 @@ def skew_reverse_kl(
     return checks.result(kl(log_q, log_m), student_logits=student_logits, teacher_logits=teacher_logits)
 
 
+def skew_reverse_kl_with_slope(
+    student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, detach_mixture: bool = False, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`skew_reverse_kl` and its slope, from g = log q - log m - alpha q / m; the last addend is absent with `detach_mixture`."""
+    checks.within("alpha", alpha, 0, 1)
+    if alpha == 0:
+        return reverse_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
+    log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
+    gap = torch.sub(log_q, mixture(log_q, log_p, alpha), out=log_p)
+    q = log_q.exp_()
+    value = _dot(q, gap)
+    g = gap if detach_mixture else gap.sub_(gap.exp(), alpha=alpha)
+    return value, _through_softmax(q, g, _dot(q, g), temperature)
+
+
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """1/2 sum_v |p - q|: symmetric, in [0, 1], with a bounded gradient. Args as in `forward_kl`.
 
@@ -126,30 +197,48 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
     return checks.result(value, student_logits=student_logits, teacher_logits=teacher_logits)
 
 
+# --- shared by the objectives -------------------------------------------------------------------------------------------
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision that objectives work in: float64 for float64, float32 for everything else."""
+    """Return the precision that objectives work in: float64 for float64, float32 for everything else."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """The same values in that precision."""
+    """Return the values in that precision."""
     return values.to(wide(values.dtype))
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """sum_v a (log a - log b) of log-probabilities (..., V). `log_probs` are finite, so 0 log 0 is 0 without a mask."""
+    """Return sum_v a (log a - log b) for log-probabilities (..., V)."""
+    # `log_probs` are finite, so 0 log 0 is 0 without a mask
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
 def both_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log q, log p) after the checks that every divergence makes."""
+    """Check the arguments that every divergence has, and return (log q, log p)."""
     checks.pair(student_logits, teacher_logits)
     checks.positive("temperature", temperature)
     return log_probs(student_logits, temperature), log_probs(teacher_logits, temperature)
 
 
 def mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """log(weight a + (1 - weight) b)."""
+    """Return log(weight a + (1 - weight) b)."""
     if weight in (0, 1):
         return log_a if weight == 1 else log_b
     return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
+
+
+def _through_softmax(q: Tensor, g: Tensor, mean: Tensor, temperature: float) -> Tensor:
+    """Return q (g - mean) / temperature in the memory of g, where mean = sum_v q g."""
+    return _over(g.sub_(mean.unsqueeze(-1)).mul_(q), temperature)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return sum_v a b without a tensor for the products."""
+    return torch.linalg.vecdot(a, b)
+
+
+def _over(slope: Tensor, temperature: float) -> Tensor:
+    return slope if temperature == 1.0 else slope.div_(temperature)

@@ -20,8 +20,8 @@ def alpha_beta(
     """-1/(alpha beta) sum_v [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)].
 
     (1, 0) is the forward KL, (0, 1) the reverse KL, (1/2, 1/2) four times the squared Hellinger distance, (1, 1) half the squared
-    Euclidean distance. Larger alpha weighs tokens by the teacher's confidence, larger beta by the student's. Where alpha, beta or
-    their sum is exactly 0 the limit is used; parameters closer to 0 than 1e-3 lose digits in float32.
+    Euclidean distance. A larger alpha weighs tokens by the teacher's confidence, a larger beta by the student's. Where alpha, beta or
+    their sum is exactly 0, the limit is used; parameters closer to 0 than 1e-3 lose digits in float32.
 
     Args:
         alpha, beta: finite; the defaults are ABKD's for GPT-2 (0.5, 0.5 for OpenLLaMA2). With a negative one the value is
@@ -36,7 +36,7 @@ def alpha_beta(
 
 
 def _ab(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
-    """The alpha-beta divergence of log-probabilities (..., V), and its limits where a parameter or the sum is 0."""
+    """Return the alpha-beta divergence of log-probabilities (..., V), or its limit where a parameter or the sum is 0."""
     total, gap = alpha + beta, log_p - log_q
     if alpha == 0 and beta == 0:
         terms = gap.square() / 2
@@ -59,7 +59,7 @@ def _ab(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
 
 
 def _overflowed(value: Tensor, *inputs: Tensor) -> bool:
-    """Whether some value is not finite although its inputs are numbers."""
+    """Return True if some value is not finite although its inputs are numbers."""
     broken = ~value.isfinite()
     for tensor in inputs:
         broken = broken & ~tensor.isnan().any(-1)
@@ -102,7 +102,7 @@ def alpha_mixture(
 
 
 def _assistant(log_p: Tensor, log_q: Tensor, alpha: float, lam: float) -> Tensor:
-    """log r, normalised."""
+    """Return log r, normalised."""
     if lam in (0, 1):
         return log_p if lam == 1 else log_q
     power = (1 - alpha) / 2

@@ -3,20 +3,20 @@
     mean, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=mask / mask.sum(), beta=0.1)
     mean.backward()  # the count is in the weights, so no second copy of the head's gradient is made
 
-Two sizes of tile. Matrix products work on as many tokens as `TILE_BYTES` allows, over the whole vocabulary; the objective works on a few
-tokens at a time that stay in cache. The gradient of the student's logits is taken inside such a small tile and written over the logits, so
-nothing is computed twice, and backward only hands out what forward found. Autograd takes it, so that the plain function IS the fused one's
-definition; where `slopes` has it written out, which is faster, tests hold it to that. Tiles over the vocabulary as well would need each
-head a second and third time (a divergence is known only after both normalisers), and save no memory that matters: one token's logits are
-small.
+There are two sizes of tile. Matrix products work on as many tokens as `TILE_BYTES` allows, over the whole vocabulary. The objective works
+on a few tokens at a time, which stay in the cache. The gradient of the student's logits is taken inside such a small tile and overwrites
+the logits, so nothing is computed twice, and backward only hands out what forward found. The gradient comes from autograd through the plain
+function, or from NAME_with_slope, which is faster. Tiling the vocabulary too would recompute each head two or three times, because a
+divergence needs both normalisers first; and it would save little memory, because one token's logits are small.
 
-Axes: N tokens, H hidden, V vocabulary, K terms.
+Axes: N tokens, n tokens of a small tile, H hidden, V vocabulary, K terms.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,22 +25,21 @@ from torch import Tensor
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import wide
-from tadistill.objectives.head import Head, Hidden, report_heads
-from tadistill.objectives.slopes import written_out
-from tadistill.objectives.targets import Target, TargetMixture, TopK, aligned, per_token, select
+from tadistill.objectives.sampled import TokenTerm
+from tadistill.objectives.targets import Head, Hidden, Target, TargetMixture, TeacherTerm, TopK, per_token, select
 from tadistill.tuning import TILE_BYTES
 
+# Elements of a small tile: on a CPU it stays in the cache, on a GPU it outweighs the launch of a kernel.
 _CACHED = {"cpu": 2**18}
 _STREAMED = 2**22
-"""Elements of a small tile: on a CPU one that stays in cache, on a GPU one that outweighs the launch of a kernel."""
+# With more tokens in a tile a matrix product gets no faster, and the logits only get larger.
 _ENOUGH = {"cpu": 384}
-"""Tokens of a tile beyond which a product gets no faster, only its logits larger."""
-
 
 Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
 """(student logits (n, V), each teacher's logits (n, V) or TopK, which of the N tokens) to (K, n) values per term and token."""
 Slopes = Callable[[Tensor, tuple[Any, ...], slice, Tensor], tuple[Tensor, Tensor]]
-"""The same and weights (K, n) to those values, and the gradient (n, V) of their weighted sum in the student's logits."""
+"""The arguments of `Values` and weights (K, n) to the values, and the gradient (n, V) of their weighted sum in the student's logits."""
+Term = TokenTerm | TeacherTerm
 
 
 def fused_divergence(
@@ -55,10 +54,10 @@ def fused_divergence(
     temperature: float = 1.0,
     **parameters: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The sum over tokens of `divergence(student_logits, teacher_logits, temperature=…, **parameters)`.
+    """Sum `divergence(student_logits, teacher_logits, temperature=..., **parameters)` over tokens.
 
     Args:
-        divergence: any function of `tadistill.objectives` on two tensors of logits.
+        divergence: any function of `tadistill.objectives` that takes the logits of two models.
         student_hidden: (..., H) last hidden states, with a graph.
         teacher: one target, or several with a `mixture`; no gradient reaches them.
         mask: (...) bool, True where the token counts (all by default), or a weight per token.
@@ -66,7 +65,7 @@ def fused_divergence(
 
     Returns:
         The weighted sum, a scalar with a graph to the hidden states and the head's weight and bias; and the values (...), detached, zero
-        where the mask is. Where the mask is False nothing is computed.
+        where the mask is zero. Nothing is computed there.
 
     Raises:
         ConfigError: shapes do not fit, a parameter is out of range, or a result is NaN.
@@ -78,14 +77,12 @@ def fused_divergence(
         )
     counted = weights != 0
     targets, mixture = _targets(student_hidden, teacher, mixture)
-
-    values, slopes = _of(partial(divergence, **parameters), targets, mixture, temperature)
-    total, found = fused_head(
+    term = TeacherTerm("", divergence, settings=parameters, mixture=mixture, temperature=temperature)
+    total, found = fused_terms(
+        [term],
         student_hidden[counted],
         student_head,
-        values,
         weights[counted].unsqueeze(0),
-        slopes=slopes,
         teachers=[select(t, counted) for t in targets],
         vocab=vocab,
     )
@@ -95,32 +92,31 @@ def fused_divergence(
     return total, torch.zeros(counted.shape, dtype=found.dtype, device=found.device).masked_scatter(counted, found[0])
 
 
-def _of(
-    divergence: Callable[..., Tensor], targets: list[Target], mixture: TargetMixture | None, temperature: float
-) -> tuple[Values, Slopes | None]:
-    """A divergence on small tiles, as one term, and the same with its gradient where that is written out."""
-    graded = written_out(divergence)
+def fused_terms(
+    terms: Sequence[Term], hidden: Tensor, head: Head, weights: Tensor, *, teachers: Sequence[Target] = (), vocab: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum several terms over the tokens: `fused_head` with the values of the terms, and with their slopes where all have one."""
 
-    def values(student: Tensor, teachers: tuple[Any, ...], _: slice) -> Tensor:
-        """The one term of a small tile."""
-        *sides, left = aligned(student, teachers, mixture, temperature)
-        return divergence(*sides, temperature=left).unsqueeze(0)
+    def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
+        return torch.stack([term.values(logits, targets, rows) for term in terms])
 
-    def slopes(student: Tensor, teachers: tuple[Any, ...], _: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with its weighted gradient."""
-        assert graded is not None
-        *sides, left = aligned(student, teachers, mixture, temperature)
-        value, slope = graded(*sides, temperature=left)
-        return value.unsqueeze(0), slope.mul_(weights[0].unsqueeze(-1))
+    def slopes(logits: Tensor, targets: tuple[Any, ...], rows: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
+        found, slope = [], None
+        for term, weight in zip(terms, weights.unsqueeze(-1), strict=True):
+            value, own = term.with_slope(logits, targets, rows)
+            found.append(value)
+            slope = own.mul_(weight) if slope is None else slope.addcmul_(own, weight)
+        assert slope is not None
+        return torch.stack(found), slope
 
-    on_support = any(isinstance(t, TopK) for t in targets)  # autograd carries the slope back to the whole vocabulary
-    return values, slopes if graded and not on_support else None
+    all_have = all(term.has_slope(teachers) for term in terms)
+    return fused_head(hidden, head, values, weights, slopes=slopes if all_have else None, teachers=teachers, vocab=vocab)
 
 
 def _targets(
     hidden: Tensor, teacher: Target | Sequence[Target], mixture: TargetMixture | None
 ) -> tuple[list[Target], TargetMixture | None]:
-    """The teachers that take part, with their mixture; those of weight 0 are left out."""
+    """Return the teachers that take part, with their mixture; those of weight 0 are left out."""
     targets = [teacher] if isinstance(teacher, Tensor | Hidden | TopK) else list(teacher)
     _same_tokens(hidden, targets)
     if not targets:
@@ -144,25 +140,28 @@ def fused_head(
     teachers: Sequence[Target] = (),
     vocab: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Any loss on logits, several terms at once: sum_kn weights_kn values_kn, with the gradient taken tile by tile.
+    """Sum any losses on logits, several terms at once: sum_kn weights_kn values_kn, with the gradient taken tile by tile.
 
     Args:
         hidden: (N, H).
-        values: called on small tiles, with gradients on where they are needed.
+        values: called on small tiles, with autograd on where a gradient is needed.
         weights: (K, N) or (K, 1); fold 1 / count in here, so that backward has nothing left to scale.
-        slopes: `values` with their gradient written out, used where there is one; autograd finds it otherwise.
+        slopes: used instead of `values` and autograd where a gradient is needed and the head is `plain`.
         teachers: targets over the same N tokens.
         vocab: as in `fused_divergence`.
 
     Returns:
-        The scalar sum, with a graph; and the values (K, N), detached. A NaN is passed on.
+        The scalar sum, with a graph; and the values (K, N), detached. A NaN is returned, not raised.
     """
     width = _width(head, teachers, vocab)
     _same_tokens(hidden, teachers)
+    watcher = _watcher.get() or (lambda head, tokens, width, grad: None)
+    watcher(head, len(hidden), width, torch.is_grad_enabled())
     for target in teachers:
         if isinstance(target, TopK):
             target.check(width)
-    report_heads(head, [t.head for t in teachers if isinstance(t, Hidden)], len(hidden), width)
+        elif isinstance(target, Hidden):
+            watcher(target.head, len(hidden), width, False)
     kind = hidden.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     plan = _Plan(head, values, slopes, weights.expand(-1, len(hidden)), tuple(teachers), width, autocast, torch.is_grad_enabled())
@@ -178,7 +177,7 @@ def _same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
 
 
 def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
-    """How many tokens of the vocabulary take part."""
+    """Return how many tokens of the vocabulary take part."""
     widths = [head.weight.shape[0]]
     widths += [t.head.weight.shape[0] if isinstance(t, Hidden) else t.shape[-1] for t in teachers if not isinstance(t, TopK)]
     if vocab is None and len(set(widths)) > 1:
@@ -188,6 +187,21 @@ def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
     if vocab is not None and not 1 <= vocab <= min(widths):
         raise ConfigError(f"vocab is {vocab}; it must be in [1, {min(widths)}], the narrowest head")
     return vocab or widths[0]
+
+
+# A context variable and not an argument: the meter of FLOPs counts every head that a training stage uses, also in sampling, watching and
+# evaluation, and all of them would have to hand the argument on.
+_watcher: ContextVar[Callable[[Head, int, int, bool], None] | None] = ContextVar("the watcher of all heads", default=None)
+
+
+@contextmanager
+def heads_watched(watcher: Callable[[Head, int, int, bool], None]) -> Iterator[None]:
+    """Call `watcher` for every head in `fused_head`: the head, tokens, width of the vocabulary, and whether gradients are made."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 # --- the autograd function ----------------------------------------------------------------------------------------------
@@ -202,22 +216,22 @@ class _Plan:
     teachers: tuple[Target, ...]
     width: int
     autocast: torch.dtype | None
-    """The dtype of matrix products where autocast is on outside."""
+    """Dtype of matrix products if autocast is on outside."""
     grad: bool
-    """Whether gradients are on outside; inside an autograd function they never are."""
+    """True if gradients are on outside; inside an autograd function they never are."""
 
     def operand(self, states: Tensor, head: Head) -> Tensor:
-        """A head's matrix (width, H) in the dtype of its product with `states`."""
+        """Return a head's matrix (width, H) in the dtype of its product with `states`."""
         dtype = self.autocast if self.autocast and states.dtype != torch.float64 else states.dtype
         return head.weight.detach()[: self.width].to(dtype)
 
 
 class _FusedHead(torch.autograd.Function):
-    """Loss and gradients in forward; backward hands them out, times the gradient that comes in."""
+    """Computes loss and gradients in forward; backward multiplies them by the incoming gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
-        """The scalar sum and the values (K, N); keeps the gradients of hidden, weight and bias."""
+        """Return the scalar sum and the values (K, N); keep the gradients of hidden, weight and bias."""
         needs = [plan.grad and need for need in ctx.needs_input_grad]
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _Gradients(hidden, weight if needs[1] else None, bias if bias is not None and needs[2] else None, needs[0])
@@ -229,15 +243,15 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """The kept gradients times the sum's."""
-        # Callers who fold every factor into the weights get 1 here; then no second copy of the head's gradient is made.
+        """Return the kept gradients times the gradient of the sum."""
+        # The gradient is 1 for callers who fold every factor into the weights; then no second copy of the head's gradient is made.
         grad = grad_outputs[0]
         whole = bool(grad == 1)
         return (*(g if g is None or whole else g * grad.to(g.dtype) for g in ctx.saved_tensors), None)
 
 
 class _Gradients:
-    """Accumulators of the gradients that are asked for, in the precision of the products."""
+    """Accumulators of the requested gradients, in the precision of the products."""
 
     def __init__(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, of_hidden: bool):
         dtype = wide(hidden.dtype)
@@ -247,7 +261,7 @@ class _Gradients:
         self.wanted = of_hidden or weight is not None or bias is not None
 
     def add(self, rows: slice, slope: Tensor, hidden: Tensor, operand: Tensor) -> None:
-        """`slope` is the gradient of a tile's logits before scale and cap, (n, width)."""
+        """Add a tile's part; `slope` is the gradient of its logits before scale and cap, (n, width)."""
         width = slope.shape[1]
         narrow = slope.to(operand.dtype)
         if self.hidden is not None:
@@ -261,20 +275,20 @@ class _Gradients:
             self.bias[:width] += slope.sum(0)
 
     def result(self, of_hidden: torch.dtype, of_weight: torch.dtype) -> tuple[Tensor | None, ...]:
-        """In the order and the dtypes of the inputs."""
+        """Return the gradients in the order and the dtypes of the inputs."""
         wanted = ((self.hidden, of_hidden), (self.weight, of_weight), (self.bias, of_weight))
         return tuple(None if g is None else g.to(dtype) for g, dtype in wanted)
 
 
 def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
-    """All tiles: the weighted sum, and the values (K, N)."""
+    """Work through all tiles; return the weighted sum and the values (K, N)."""
     count, width, dtype = len(hidden), plan.width, wide(hidden.dtype)
     dense = [t for t in plan.teachers if isinstance(t, Hidden)]
     rows = _rows(count, (1 + len(dense)) * width * dtype.itemsize, _ENOUGH.get(hidden.device.type, count))
     small = max(1, _CACHED.get(hidden.device.type, _STREAMED) // width)
     buffers = [torch.empty(rows, width, dtype=dtype, device=hidden.device) for _ in range(1 + len(dense))]
     operand, operands = plan.operand(hidden, plan.head), [plan.operand(t.states, t.head) for t in dense]
-    # One tensor for all values: small ones left between large, freed ones make the C allocator ask for ever new memory.
+    # One tensor for all values: small tensors between large freed ones would make the C allocator take new memory again and again.
     values = torch.zeros(plan.weights.shape[0], count, dtype=dtype, device=hidden.device)
     for start in range(0, count, rows):
         tile = slice(start, min(start + rows, count))
@@ -294,7 +308,7 @@ def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor
 
 
 def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, start: int, wanted: bool) -> Tensor:
-    """Values (K, n) of a small tile; overwrites its logits with the gradient of the weighted sum."""
+    """Return the values (K, n) of a small tile; overwrite its logits with the gradient of the weighted sum."""
     rows = slice(start + inside.start, start + inside.stop)
     targets = tuple(
         t.head.shape(tile[inside]) if isinstance(t, Hidden) else select(tile, inside)
@@ -318,13 +332,13 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
 
 
 def _rows(count: int, bytes_per_row: int, enough: int) -> int:
-    """Tokens of one tile: tiles of like size that keep the budget."""
+    """Return the tokens of one tile, so that all tiles have about the same size within the budget."""
     most = max(1, min(TILE_BYTES // bytes_per_row, enough))
     return max(1, math.ceil(count / math.ceil(count / most))) if count else 1
 
 
 def _project(hidden: Tensor, operand: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """hidden @ operand.T + bias into the first rows of `out`."""
+    """Write hidden @ operand.T + bias into the first rows of `out`, and return them."""
     logits = out[: len(hidden)]
     if operand.dtype == out.dtype:
         torch.mm(hidden, operand.t(), out=logits)

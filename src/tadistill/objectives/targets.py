@@ -1,12 +1,14 @@
-"""What stands in for one teacher's logits: a mixture of several teachers, or its top-k tokens (hidden states are in `head`).
+"""Forms of a teacher other than its logits: hidden states with a head, the top-k tokens, and a mixture of several teachers.
 
-Both end as logits that any divergence takes: `TargetMixture.logits` gives a teacher's side, `TopK.align` gives both sides on the
-top-k support.
+All become logits that any divergence takes: `Head.logits` and `TargetMixture.logits` give the teacher's side, `TopK.align` gives both sides
+on the top-k support. `TeacherTerm` does this for a loss.
+
+Axes: N tokens, H hidden, V vocabulary, K tokens that are kept.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,17 +16,80 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.divergence import LOG_ZERO, at_least_float32, forward_kl, log_probs, reverse_kl
-from tadistill.objectives.head import Hidden
+from tadistill.objectives.divergence import (
+    LOG_ZERO,
+    at_least_float32,
+    forward_kl,
+    forward_kl_with_slope,
+    jensen_shannon,
+    jensen_shannon_with_slope,
+    log_probs,
+    reverse_kl,
+    reverse_kl_with_slope,
+    skew_forward_kl,
+    skew_forward_kl_with_slope,
+    skew_reverse_kl,
+    skew_reverse_kl_with_slope,
+)
+from tadistill.objectives.minillm import single_step, single_step_with_slope
+
+WITH_SLOPE: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = {
+    forward_kl: forward_kl_with_slope,
+    reverse_kl: reverse_kl_with_slope,
+    jensen_shannon: jensen_shannon_with_slope,
+    skew_forward_kl: skew_forward_kl_with_slope,
+    skew_reverse_kl: skew_reverse_kl_with_slope,
+    single_step: single_step_with_slope,
+}
+"""The functions that return a divergence with its slope. Autograd finds the slope of every other divergence."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """softcap(scale * (hidden @ weight.T + bias)), with softcap(z) = cap tanh(z / cap): the last layer of a language model."""
+
+    weight: Tensor
+    """(V, H); the embedding's own weight where they are tied."""
+    bias: Tensor | None = None
+    """(V,)"""
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """True where nothing comes after the matrix product and the bias."""
+        return self.scale == 1.0 and self.softcap is None
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """Apply what comes after the matrix product and the bias."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return all logits, (..., V)."""
+        return self.shape(torch.nn.functional.linear(hidden, self.weight, self.bias))
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A teacher's last hidden states (..., H) and its head."""
+
+    states: Tensor
+    head: Head
+
+    def to(self, device: torch.device) -> "Hidden":
+        """Return the same with the states on another device; the head stays where it is."""
+        return Hidden(self.states.to(device), self.head)
 
 
 @dataclass(frozen=True)
 class TargetMixture:
-    """Several teachers as one target distribution: dense guidance without a new loss.
+    """Several teachers as one target distribution (dense guidance).
 
-    Reverse KL to every teacher is reverse KL to their geometric mixture plus -log Z: sum_k w_k KL(q || p_k) = KL(q || p_geo) - log Z,
-    where Z does not depend on q at a given prefix (over whole sequences sampled from q it does, and is dropped here). Forward KL from every
-    teacher is, up to a constant, forward KL from the arithmetic mixture.
+    The mean of the reverse KLs to all teachers is the reverse KL to their geometric mixture up to a constant: sum_k w_k KL(q || p_k) =
+    KL(q || p_geo) - log Z. Z does not depend on q at a given prefix. (Over whole sequences sampled from q it does; it is dropped here.) The
+    mean of the forward KLs is, up to a constant, the forward KL from the arithmetic mixture.
 
     Source: Son et al. 2021 (DGKD) for dense guidance and its stochastic dropping; the identities are in docs/objectives.md.
     """
@@ -44,9 +109,9 @@ class TargetMixture:
             raise ConfigError(f"drop is {self.drop}; it must be in [0, 1)")
 
     def drawn(self, generator: np.random.Generator) -> "TargetMixture":
-        """The mixture of one batch: each teacher left out with probability `drop`, drawn again if none is left.
+        """Return the mixture of one batch: each teacher is left out with probability `drop`; if none is left, the draw is repeated.
 
-        A teacher of weight 0 needs no forward pass. Every rank must draw from the same generator.
+        A teacher that is left out has weight 0 and needs no forward pass. Every rank must draw from the same generator.
         """
         while True:
             kept = tuple(w if u >= self.drop else 0.0 for w, u in zip(self.weights, generator.random(len(self.weights)), strict=True))
@@ -59,15 +124,15 @@ class TargetMixture:
             raise ConfigError(f"the mixture has {len(self.weights)} weights but {name} has {count} entries; give one each")
 
     def kept(self) -> tuple[list[int], "TargetMixture | None"]:
-        """The teachers of weight above 0, and their mixture; None when one is left."""
+        """Return the indices of the teachers with a weight above 0, and their mixture, which is None for a single teacher."""
         which = [k for k, w in enumerate(self.weights) if w > 0]
         return which, TargetMixture(self.kind, tuple(self.weights[k] for k in which)) if len(which) > 1 else None
 
     def token_scores(self, log_p: Sequence[Tensor]) -> Tensor:
-        """What the teachers' log-probabilities of sampled tokens make together, each (...), as a reward has it.
+        """Return the mixture's log-probabilities of sampled tokens, (...), for a reward; `log_p` has one (...) per teacher.
 
-        The geometric mixture is not normalised here, sum_k w_k log p_k: over sequences drawn from the student -log Z depends on its
-        choices and belongs to the reward.
+        The geometric mixture is not normalised here: it is sum_k w_k log p_k, because over sequences drawn from the student -log Z depends
+        on the student's choices and belongs to the reward.
         """
         self.check("log_p", len(log_p))
         total = sum(self.weights)
@@ -77,7 +142,7 @@ class TargetMixture:
         return torch.stack([p + float(np.log(w)) for w, p in parts]).logsumexp(0)
 
     def logits(self, teacher_logits: Sequence[Tensor], *, temperature: float = 1.0) -> Tensor:
-        """Logits (..., V) whose softmax at `temperature` is the mixture of the teachers' softmaxes at `temperature`.
+        """Return logits (..., V) whose softmax at `temperature` is the mixture of the teachers' softmaxes at `temperature`.
 
         Args:
             teacher_logits: one (..., V) per weight.
@@ -100,18 +165,18 @@ class TargetMixture:
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's k most probable tokens: what a cache holds instead of V logits."""
+    """A teacher's k most probable tokens, which a recorded signal holds instead of V logits."""
 
     ids: Tensor
     """(..., K) token ids."""
     log_probs: Tensor
     """(..., K) their log-probabilities under the teacher's whole softmax."""
     tail: Tensor | None
-    """(...) log-probability of all other tokens together, which become one more outcome; None drops them, and both sides are
+    """(...) log-probability of all other tokens together, which become one more outcome. With None they are dropped, and both sides are
     renormalised over the k tokens."""
 
     def to(self, device: torch.device) -> "TopK":
-        """The same on another device."""
+        """Return the same on another device."""
         return TopK(self.ids.to(device), self.log_probs.to(device), None if self.tail is None else self.tail.to(device))
 
     def check(self, width: int) -> None:
@@ -120,11 +185,11 @@ class TopK:
             raise ConfigError(f"ids run from {int(self.ids.min())} to {int(self.ids.max())}; they must be in [0, {width - 1}]")
 
     def align(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Student's and teacher's logits on the common support, (..., K) or (..., K + 1), for any divergence at temperature 1.
+        """Return the student's and the teacher's logits on the common support, (..., K) or (..., K + 1), for a divergence at temperature 1.
 
         Raises:
-            ConfigError: an id is outside the student's vocabulary, or a lumped tail meets a temperature (the tail of a tempered
-                teacher cannot be told from its tail at 1).
+            ConfigError: an id is outside the student's vocabulary, or there is a lumped tail and the temperature is not 1 (the tail's mass
+                at another temperature is unknown).
         """
         checks.positive("temperature", temperature)
         width = student_logits.shape[-1]
@@ -152,12 +217,12 @@ Target = Tensor | Hidden | TopK
 
 
 def per_token(target: Target) -> Tensor:
-    """The tensor of a target that has one row per token."""
+    """Return the tensor of a target that has one row per token."""
     return target.states if isinstance(target, Hidden) else target.log_probs if isinstance(target, TopK) else target
 
 
 def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Target:
-    """Some of a target's tokens; logits also cut to the first `width`."""
+    """Return the target at some of its tokens; logits are also cut to the first `width`."""
     if isinstance(target, Hidden):
         return Hidden(target.states[rows], target.head)
     if isinstance(target, TopK):
@@ -165,22 +230,52 @@ def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Ta
     return target[rows] if width is None else target[rows][..., :width]
 
 
-def aligned(
-    student: Tensor, teachers: Sequence[Tensor | TopK], mixture: TargetMixture | None, temperature: float
-) -> tuple[Tensor, Tensor, float]:
-    """Both sides' logits for a divergence, and the temperature it still has to apply: 1 for top-k tokens, which are aligned at theirs."""
-    if isinstance(teachers[0], TopK):
-        if len(teachers) > 1:
-            raise ConfigError(
-                "a top-k target cannot be part of a mixture, since teachers keep different tokens; use hidden states or logits"
-            )
-        return *teachers[0].align(student, temperature), 1.0
-    dense = [t for t in teachers if isinstance(t, Tensor)]
-    return student, dense[0] if mixture is None else mixture.logits(dense, temperature=temperature), temperature
+@dataclass(frozen=True)
+class TeacherTerm:
+    """An addend of a batch's loss that is a divergence to the teacher, or to several in a mixture, for `fused_terms`."""
+
+    name: str
+    divergence: Callable[..., Tensor]
+    """(student logits, teacher logits, temperature=..., **per_token, **settings) to values (n,)."""
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    """Arguments with one number per token, (N,)."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    mixture: TargetMixture | None = None
+    temperature: float = 1.0
+    weight: float = 1.0
+
+    def values(self, logits: Tensor, teachers: Sequence[Tensor | TopK], rows: slice) -> Tensor:
+        """Return the values (n,) of the tokens in `rows`, whose logits are (n, V)."""
+        student, teacher, temperature = self._sides(logits, teachers)
+        return self.divergence(student, teacher, temperature=temperature, **self._arguments(rows))
+
+    def has_slope(self, teachers: Sequence[Target]) -> bool:
+        """Return whether `with_slope` can be called; autograd must carry the slope from a top-k support to the whole vocabulary."""
+        return self.divergence in WITH_SLOPE and not any(isinstance(t, TopK) for t in teachers)
+
+    def with_slope(self, logits: Tensor, teachers: Sequence[Tensor | TopK], rows: slice) -> tuple[Tensor, Tensor]:
+        """Return the values (n,) and their slope (n, V)."""
+        student, teacher, temperature = self._sides(logits, teachers)
+        return WITH_SLOPE[self.divergence](student, teacher, temperature=temperature, **self._arguments(rows))
+
+    def _arguments(self, rows: slice) -> dict[str, Any]:
+        return {name: values[rows] for name, values in self.per_token.items()} | dict(self.settings)
+
+    def _sides(self, student: Tensor, teachers: Sequence[Tensor | TopK]) -> tuple[Tensor, Tensor, float]:
+        """Return both sides' logits, and the temperature that is left to the divergence: 1 for top-k tokens, which `align` tempers."""
+        if isinstance(teachers[0], TopK):
+            if len(teachers) > 1:
+                raise ConfigError(
+                    "a top-k target cannot be part of a mixture, since teachers keep different tokens; use hidden states or logits"
+                )
+            return *teachers[0].align(student, self.temperature), 1.0
+        dense = [t for t in teachers if isinstance(t, Tensor)]
+        mixed = dense[0] if self.mixture is None else self.mixture.logits(dense, temperature=self.temperature)
+        return student, mixed, self.temperature
 
 
 def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0) -> TopK:
-    """The k most probable tokens of softmax(teacher_logits / temperature), (..., V), with or without the mass of the rest."""
+    """Return the k most probable tokens of softmax(teacher_logits / temperature), (..., V), with or without the mass of the rest."""
     width = teacher_logits.shape[-1]
     if not 1 <= k <= width:
         raise ConfigError(f"k is {k}; it must be in [1, {width}], the vocabulary")
@@ -195,7 +290,8 @@ def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lu
 
 
 def _rest(log_all: Tensor, ids: Tensor) -> Tensor:
-    """(..., 1) log of the mass outside `ids`, summed rather than taken from 1, which would round a confident model's to 0."""
+    """Return the log of the mass outside `ids`, (..., 1)."""
+    # 1 - (mass inside) would be rounded to 0 where a model is confident
     return log_all.scatter(-1, ids, LOG_ZERO).logsumexp(-1, keepdim=True)
 
 
@@ -206,8 +302,8 @@ def top_k_forward_kl(
 
     Args:
         k: tokens kept, in [1, V].
-        tail: `lump` makes the rest one more outcome, a lower bound of the whole KL; `drop` renormalises both sides over the k tokens,
-            and the student's mass elsewhere is left alone.
+        tail: `lump` makes the rest one more outcome, which gives a lower bound of the whole KL; `drop` renormalises both sides over the k
+            tokens and ignores the student's mass elsewhere.
 
     Other args, returns and errors as in `forward_kl`. Source: sparse logits of Anshumann et al. 2025; TRL's server distillation (lumped).
     """
@@ -224,5 +320,5 @@ def top_k_reverse_kl(
 def _on_top_k(student: Tensor, teacher: Tensor, k: int, tail: Literal["lump", "drop"], temperature: float) -> tuple[Tensor, Tensor]:
     checks.pair(student, teacher)
     checks.positive("temperature", temperature)
-    # a tempered student is a student, so the tail of both is exact at any temperature
+    # both sides are tempered before the tokens are taken, so the tail is exact at any temperature
     return top_k(teacher, k, tail=tail, temperature=temperature).align(at_least_float32(student) / temperature)

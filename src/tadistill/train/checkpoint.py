@@ -1,8 +1,8 @@
-"""Training state on disk: the two newest states of a stage, and the weights of the best update that each of them knows.
+"""Training state on disk: the two newest states of a stage, and for each of them the weights of its best update.
 
-A file is written beside its place, brought to the disk and renamed, so a kill or a power failure leaves the old one or the new one, whole.
-Best weights carry their update in their name. A state thus goes on with the weights that it knows as the best ones, never with those that a
-later, lost update had earned.
+A file is written under a temporary name, flushed to the disk and renamed, so a kill or a power failure leaves the whole old file or the
+whole new one. The name of a file of best weights has the number of its update. A state that is resumed therefore uses its own best
+weights, never those of a later update that was lost.
 """
 
 import os
@@ -20,12 +20,12 @@ from tadistill.disk import replacing
 from tadistill.errors import StoreError
 
 _SECONDS = 30.0
-_SHARE = 20  # a save takes at most a twentieth of the time since the one before
+_SHARE = 20  # saving takes at most a twentieth of the time
 
 
 @dataclass
 class TrainState:
-    """Everything a stage needs to go on exactly where it was; randomness is addressed and needs no state."""
+    """Everything that a stage needs to resume exactly where it was. Randomness is addressed (`tadistill.rng`) and needs no state."""
 
     step: int = 0
     best_value: float | None = None
@@ -36,35 +36,35 @@ class TrainState:
     schedule: dict[str, Any] = field(default_factory=dict)
     alarms: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
-    """What `train.meter` counted."""
+    """The counts of `train.meter`."""
     pending: list[dict[str, float]] = field(default_factory=list)
-    """Updates since the last line of the log."""
+    """Rows of the updates since the last line of the log."""
 
 
 class Checkpoints:
     """The training states in a stage's folder: state.pt, state-before.pt, and best-STEP.pt for the best weights of each."""
 
     def __init__(self, directory: Path, seconds: float | None = None):
-        """`seconds` between two saves; when absent 30, and more where a save takes long (a twentieth of the time at most)."""
+        """`seconds` is the pause between two saves. When absent it is 30, or 20 times the duration of a save if that is longer."""
         self.directory, self.seconds = directory, seconds
         self.newest, self.before = directory / "state.pt", directory / "state-before.pt"
         self.took, self.at = 0.0, time.monotonic()
         self.sound = True
-        """Whether the newest state can be read, and so may take the place of the one before."""
+        """False if the newest state cannot be read, so that it must not replace the one before."""
         self.best_steps: list[int] = []
-        """The best update of the newest state, and of the one before."""
+        """The best updates of the newest state and of the one before."""
 
     def due(self) -> bool:
-        """Whether it is time to save."""
+        """Return True when it is time to save."""
         pause = max(_SECONDS, _SHARE * self.took) if self.seconds is None else self.seconds
         return time.monotonic() - self.at > pause
 
     def best(self, step: int) -> Path:
-        """Where the weights after `step` updates are kept while they are the best."""
+        """Return the file for the weights after `step` updates, which is kept while they are the best."""
         return self.directory / f"best-{step}.pt"
 
     def load(self, alarm: Callable[[str], None]) -> TrainState | None:
-        """The newest state that can be read, None at a stage's start; `alarm` hears of one that cannot.
+        """Return the newest state that can be read, or None at a stage's start; report a state that cannot be read to `alarm`.
 
         Raises:
             StoreError: there are states, and none can be read.
@@ -82,7 +82,7 @@ class Checkpoints:
                 continue
             self.best_steps, self.sound = [state.best_step], not damage
             if damage:
-                alarm(f"{damage[0]}; the state before it, of update {state.step}, is used")
+                alarm(f"{damage[0]}; the state before it, of update {state.step}, is used instead")
             return state
         if damage:
             files = self.directory / "state*.pt"
@@ -92,7 +92,7 @@ class Checkpoints:
         return None
 
     def save(self, state: TrainState) -> None:
-        """Write a state; the one that was the newest becomes the one before."""
+        """Write a state; the previous newest state becomes the one before."""
         start = time.monotonic()
         with replacing(self.newest) as temporary:
             torch.save(vars(state), temporary)
@@ -105,12 +105,12 @@ class Checkpoints:
         self.took = self.at - start
 
     def keep_best(self, step: int, weights: dict[str, Any]) -> None:
-        """Write the weights after `step` updates, the best so far."""
+        """Write the weights after `step` updates, which are the best so far."""
         save(self.best(step), weights)
         self._drop_other_best(step)
 
     def _drop_other_best(self, *steps: int) -> None:
-        """Delete best weights that neither state knows."""
+        """Delete best weights that belong to neither state nor to `steps`."""
         for path in self.directory.glob("best-*.pt"):
             if int(re.sub(r"\D", "", path.stem)) not in (*steps, *self.best_steps):
                 path.unlink(missing_ok=True)
@@ -123,8 +123,15 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Read what `save` wrote; `mmap` reads tensors only when they are used."""
+    """Read a file of `save`; with `mmap` tensors are read only when they are used."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:  # by where it is torn
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        pickle.UnpicklingError,
+    ) as error:  # depends on where the file is cut off
         raise StoreError(f"{path} is damaged ({(str(error) or type(error).__name__).splitlines()[0]})") from error

@@ -1,15 +1,15 @@
-"""The one training loop, on accelerate, blind to the objective and to where sequences come from.
+"""The training loop, on accelerate. It is independent of the objective and of where sequences come from.
 
-Each update: draw this rank's micro-batches (which may roll out), count the tokens that matter over all micro-batches and
-ranks, forward and backward on SUMS divided by that count, check that everything is finite, step. Accelerator is used with
-gradient_accumulation_steps=1 and the schedule is a function of the step, which avoids accelerate's own rescaling.
+Each update draws this process's micro-batches (which may sample text), counts the tokens that matter over all micro-batches and processes,
+runs forward and backward on SUMS divided by that count, checks that everything is finite, and steps. Accelerator is used with
+gradient_accumulation_steps=1 and the schedule is a function of the step, so that accelerate rescales nothing.
 """
 
 import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,32 +26,31 @@ from tadistill.rollout.samplers import Sampler
 from tadistill.train import checkpoint, sharding
 from tadistill.train.checkpoint import Checkpoints, TrainState
 from tadistill.train.meter import Meter
-from tadistill.train.step import counts
-from tadistill.train.terms import Step
+from tadistill.train.step import Step, counts
 from tadistill.train.watch import Alarms, watch
 from tadistill.tuning import LOG_POINTS, WATCH_EVERY
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop asks of its surroundings."""
+    """Callbacks that the training loop calls."""
 
     evaluate: Callable[[], dict[str, float]]
-    """Dev metrics of the student as it is now."""
+    """Return dev metrics of the current student."""
     progress: Callable[[int, str], None]
-    """(updates done, short text)."""
+    """Show (updates done, short text)."""
     alarm: Callable[[str], None] = lambda text: None
-    """One line about rollouts that go wrong."""
+    """Show one line about rollouts that go wrong."""
     stop: Callable[[], bool] = lambda: False
-    """True when the run should save and end (a signal came)."""
+    """Return True when the run should save and end (after a signal)."""
     kept: frozenset[int] = frozenset()
     """Numbers of updates after which `keep` is called."""
     keep: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None
-    """Keeps the student as it is after this many updates: its weights, whole. The main process's is called."""
+    """Store (number of updates, whole weights of the student). Only the main process calls it."""
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """The rate of update `step` (from 0): linear warm-up, then cosine, linear or constant down to `lr_min`."""
+    """Return the rate of update `step` (from 0): linear warm-up, then cosine, linear or constant down to `lr_min`."""
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
     done = (step - optim.warmup) / max(steps - optim.warmup, 1)
@@ -60,7 +59,7 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
 
 
 def make_optimizer(model: PreTrainedModel, optim: Optim) -> torch.optim.AdamW:
-    """AdamW; weight decay only on matrices (biases and norms are left alone)."""
+    """Return AdamW with weight decay on matrices only, not on biases and norms."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
@@ -84,17 +83,17 @@ def train_stage(
     fsdp: bool = False,
     track: Callable[[dict, int], None] | None = None,
 ) -> TrainState:
-    """Train `student` in place for `optim.steps` updates and leave it with the selected checkpoint's weights.
+    """Train `student` in place for `optim.steps` updates, and load the selected checkpoint's weights at the end.
 
     Args:
-        directory: holds the training's `Checkpoints`, which are resumed whatever number of processes wrote them, and metrics.jsonl.
-        checkpoint_seconds: between two saves; by what a save takes when absent.
-        fsdp: the processes hold a part of the student each, and it is left in parts (`sharding`).
+        directory: holds metrics.jsonl and the training's `Checkpoints`. They are resumed by any number of processes.
+        checkpoint_seconds: as `seconds` of `Checkpoints`.
+        fsdp: each process holds a part of the student, also after the call (`sharding`).
 
     Raises:
-        ConfigError: the batch cannot be shared by the processes.
+        ConfigError: the batch is not a multiple of the number of processes.
         StageFailed: a loss or gradient is not finite (before it touches the weights).
-        Interrupted: `hooks.stop` said so; the state is saved.
+        Interrupted: `hooks.stop` returned True; the state is saved.
     """
     assert optim.steps is not None
     if optim.batch % accelerator.num_processes:
@@ -103,12 +102,13 @@ def train_stage(
     model = sharding.shard(student, accelerator.device) if fsdp else accelerator.prepare(student)
     optimizer = accelerator.prepare(make_optimizer(student, optim))
     meter = Meter(student, step.models.teachers, checkpointing=optim.gradient_checkpointing)
+    step = replace(step, phase=meter.phase)
     files = Checkpoints(directory, checkpoint_seconds)
     run = _Run(student, step, sampler, optimizer, accelerator, files, Alarms(minillm=step.clip is not None), meter)
     state = run.resume(hooks.alarm)
     log = RunLog(directory / "metrics.jsonl", resume_step=state.step, track=track) if accelerator.is_main_process else None
     since = _Averages(state.pending)
-    # equal numbers of processes see equal dropout; rank 0 sees that of a single process
+    # runs with equal numbers of processes have equal dropout; the dropout of rank 0 is that of a single process
     others = [accelerator.process_index] if accelerator.process_index else []
     with meter.counting():
         if sampler.wants_dev:
@@ -118,7 +118,7 @@ def train_stage(
             if stop or due:
                 run.save(state)
             if stop:
-                accelerator.wait_for_everyone()  # a rank that leaves early ends the others, and with them the save
+                accelerator.wait_for_everyone()  # a process that ends early would end the others before the state is saved
                 raise Interrupted(f"stopped at update {state.step} of {steps}; the state is saved")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, state.step, steps)
@@ -159,7 +159,7 @@ def train_stage(
 
 @dataclass
 class _Run:
-    """What a checkpoint is made of; the main process writes, all read."""
+    """The parts of a training that a checkpoint holds. The main process writes checkpoints, and all processes read them."""
 
     student: PreTrainedModel
     step: Step
@@ -171,14 +171,14 @@ class _Run:
     meter: Meter
 
     def dev(self, hooks: Hooks) -> dict[str, float]:
-        """Dev metrics, metered as selection."""
+        """Return dev metrics, metered as selection."""
         with self.meter.timed("selection"), sharding.whole(self.student):
             return _measured(self.student, hooks, self.accelerator)
 
     def watch(self, batches: list[Batch]) -> dict[str, float]:
-        """What the main process sees of its rollouts."""
+        """Return metrics of the main process's rollouts; the other processes return none."""
         main = self.accelerator.is_main_process
-        if not main and not any(map(sharding.sharded, (self.student, *self.step.models.teachers))):  # cut models need all processes
+        if not main and not any(map(sharding.sharded, (self.student, *self.step.models.teachers))):  # sharded models need all processes
             return {}
         with self.accelerator.autocast():
             found = watch(self.step, [b.to(self.accelerator.device) for b in batches])
@@ -195,7 +195,7 @@ class _Run:
         self.files.save(state)
 
     def resume(self, alarm: Callable[[str], None]) -> TrainState:
-        """The stored state, put in place everywhere; a new one if there is none."""
+        """Return the stored state after loading it into all parts; a new state if there is none."""
         state = self.files.load(alarm)
         if state is None:
             return TrainState()
@@ -227,7 +227,7 @@ def _update(
     accelerator: Accelerator,
     done: int,
 ) -> dict[str, float]:
-    """One optimizer update, the one after `done` others; returns its row for the log."""
+    """Make one optimizer update, after `done` others, and return its row for the log."""
     total = counts(batches)
     tokens = torch.tensor([*total.values()], device=accelerator.device)
     count = dict(zip(total, _sum(accelerator, tokens).clamp(min=1).tolist(), strict=True))
@@ -237,7 +237,7 @@ def _update(
     names: list[str] = []
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        # in parts, gradients are summed over the processes each time: whole ones would not fit
+        # gradients of a sharded model are summed over the processes each time, because whole gradients would not fit
         sync = last or sharding.sharded(model)
         with contextlib.nullcontext() if sync else accelerator.no_sync(model), accelerator.autocast():
             loss = step.loss(model, batch.to(accelerator.device), per)
@@ -263,19 +263,19 @@ def _update(
 
 
 def _sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes."""
+    """Return the sum over all processes."""
     total = accelerator.reduce(values.to(accelerator.device), "sum")
     assert isinstance(total, torch.Tensor)
     return total
 
 
 def _anywhere(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """Whether each flag is up on any process."""
+    """Return for each flag True if it is set on any process."""
     return list(flags) if accelerator.num_processes == 1 else (_sum(accelerator, torch.tensor(flags, dtype=torch.float32)) > 0).tolist()
 
 
 def _measured(student: PreTrainedModel, hooks: Hooks, accelerator: Accelerator) -> dict[str, float]:
-    """Dev metrics of the student as it is now; the main process's, since samplers decide by them and must decide alike."""
+    """Return dev metrics of the current student: on all processes those of the main one, because samplers decide by them."""
     was_training = student.training
     student.eval()
     metrics = [hooks.evaluate()]
@@ -286,10 +286,10 @@ def _measured(student: PreTrainedModel, hooks: Hooks, accelerator: Accelerator) 
 
 
 class _Averages:
-    """Means of what was added since the last line of the log."""
+    """The rows of the updates since the last line of the log, and their means."""
 
     def __init__(self, rows: list[dict[str, float]]):
-        self.rows = rows  # a checkpoint's state holds this list, too
+        self.rows = rows  # the state of a checkpoint holds this list, too
         self.start = time.monotonic()
 
     def restart(self) -> None:
@@ -297,15 +297,17 @@ class _Averages:
         self.start = time.monotonic()
 
     def add(self, row: dict[str, float]) -> None:
-        self.rows.append(row)
+        now = time.monotonic()
+        # in the row, so that after a resume the tokens of earlier updates are divided by the seconds that they took
+        self.rows.append(row | {"seconds": now - self.start})
+        self.start = now
 
     def pop(self) -> dict[str, float]:
-        rows, seconds = list(self.rows), time.monotonic() - self.start
-        names = dict.fromkeys(name for row in rows for name in row if name != "tokens")  # not every update is watched
-        means = {name: _mean([r[name] for r in rows if name in r]) for name in names}
-        speed = sum(r["tokens"] for r in rows) / max(seconds, 1e-9)
+        rows = list(self.rows)
         self.rows.clear()
-        self.start = time.monotonic()
+        names = dict.fromkeys(name for row in rows for name in row if name not in ("tokens", "seconds"))  # not every update is watched
+        means = {name: _mean([r[name] for r in rows if name in r]) for name in names}
+        speed = sum(r["tokens"] for r in rows) / max(sum(r["seconds"] for r in rows), 1e-9)
         return means | {"train/tokens_per_second": speed}
 
 

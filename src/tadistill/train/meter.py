@@ -1,20 +1,19 @@
-"""What a training stage really computes: tokens and FLOPs by part (`models.cost`), from the shapes that models and heads are called with.
+"""The work that a training stage does: tokens and FLOPs by part (`models.counting.cost`), from the shapes of calls of models and heads.
 
     meter = Meter(student, (teacher,))
     with meter.counting():
         with meter.timed("sampling"):
-            …                                   # every call of a model in here counts, and so does every fused head
-    meter.state()                               # plain numbers: for a checkpoint, and for the stage's manifest
+            ...                                 # counts every call of a model and every fused head
+    meter.state()                               # plain numbers, for a checkpoint and for the stage's manifest
 
-Nothing but shapes is read, so no device is waited for. A backward pass is counted with its forward pass, as two more of them, or as what
-adapters beside frozen weights need (`models.adapters`). Not counted: what is no matrix product with weights and no attention (norms,
-softmax, the optimizer, rotary tables, returns), and vLLM.
+Only shapes are read, so counting never synchronises the GPU. A backward pass is counted with its forward pass, as two more forward passes,
+or with adapters beside frozen weights as `models.counting.adapters` says. Matrix products with weights and attention are counted. Norms,
+softmax, the optimizer, rotary tables, returns and vLLM are not.
 """
 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,19 +26,7 @@ from tadistill.models.counting.cost import Part
 from tadistill.models.counting.sizes import Work, forward_flops, size_of
 from tadistill.models.modify import adapters_in
 from tadistill.objectives import Head
-from tadistill.objectives.head import heads_watched
-
-_phase: ContextVar[str] = ContextVar("phase of the training stage")
-
-
-@contextmanager
-def phase(name: str) -> Iterator[None]:
-    """What the calls inside are for; in `sampling` they are rollouts in inference mode, and scoring passes outside of it."""
-    token = _phase.set(name)
-    try:
-        yield
-    finally:
-        _phase.reset(token)
+from tadistill.objectives.fused import heads_watched
 
 
 class _Side:
@@ -63,6 +50,7 @@ class Meter:
             checkpointing: the student's layers run forward once more in a backward pass.
         """
         self._again = checkpointing
+        self._phase = "training"
         self._sides = [_Side("student", student), *(_Side("teacher", teacher) for teacher in teachers)]
         self._parts: dict[str, Part] = {}
         self._seconds: dict[str, float] = {}
@@ -70,33 +58,43 @@ class Meter:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Hooks on all models and on the fused head, gone at the end."""
+        """Count the calls inside, by hooks on all models and on the fused head that are removed at the end."""
         handles = [side.model.register_forward_pre_hook(self._body(side), with_kwargs=True) for side in self._sides]
         handles += [side.head.register_forward_hook(self._logits(side)) for side in self._sides]
         try:
-            with heads_watched(self._fused), phase("training"):
+            with heads_watched(self._fused):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
 
     @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name what the calls inside are for. In `sampling`, calls in inference mode are rollouts and the others are scoring passes."""
+        outer, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = outer
+
+    @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """A phase whose seconds are kept. Each ends with numbers on the host, so no device is still at work for it."""
+        """Name what the calls inside are for, and keep their seconds."""
+        # No device is still working for a phase at its end, because each phase ends with numbers on the host.
         start = time.perf_counter()
         try:
-            with phase(name):
+            with self.phase(name):
                 yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def saw(self, batches: list[Batch]) -> None:
-        """Note the padding of an update's text."""
+        """Count the padding of an update's text."""
         for batch in batches:
             self._padding += batch.attention_BT.numel() - int(batch.attention_BT.sum())
 
     def state(self, processes: int = 1) -> dict[str, Any]:
-        """Parts, seconds and padding as plain numbers; of `processes` that are taken to do as much each."""
+        """Return parts, seconds and padding as plain numbers, times the number of processes, which are assumed to do equal work."""
         parts = {
             name: {key: value * processes for key, value in vars(part).items()}
             for name, part in sorted(self._parts.items())
@@ -105,7 +103,7 @@ class Meter:
         return {"parts": parts, "seconds": dict(self._seconds), "padding": self._padding * processes}
 
     def restore(self, state: Mapping[str, Any], processes: int = 1) -> None:
-        """The inverse of `state`; an empty state is a new start."""
+        """Continue from a `state`; an empty state is a new start."""
         self._parts = {
             name: Part(**{key: value // processes if isinstance(value, int) else value / processes for key, value in part.items()})
             for name, part in state.get("parts", {}).items()
@@ -115,7 +113,7 @@ class Meter:
     # --- the hooks ------------------------------------------------------------------------------------------------------
 
     def _add(self, who: str, flops: float, positions: int, heads: int) -> None:
-        at = _phase.get()
+        at = self._phase
         if at == "sampling":
             at = "rollout" if torch.is_inference_mode_enabled() else "scoring"
         name = f"{at}/{who}"
@@ -125,7 +123,7 @@ class Meter:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
             rows, width = ids.shape
-            if mask is not None and mask.ndim == 4:  # packed sampling: one row of tokens, a rectangle of attention
+            if mask is not None and mask.ndim == 4:  # rollout.lazy: one row of tokens, a rectangle of attention
                 pairs = mask.shape[0] * mask.shape[2] * mask.shape[3]
             else:
                 pairs = rows * width * (width + (cache.get_seq_length() if cache is not None else 0))
@@ -150,7 +148,7 @@ class Meter:
 
 
 def _flops(side: _Side, work: Work, backward: bool, again: bool) -> float:
-    """Of the layers alone; not a number for a family that is not counted."""
+    """Return the FLOPs of the layers without the head; NaN for a family that is not counted."""
     if side.size is None:
         return float("nan")
     if backward and side.adapters:

@@ -1,14 +1,19 @@
-"""From a method to a step, which maps a batch to the micro-batch's share of the loss, computed by the fused head.
+"""One step of training: student and teacher, and the loss of a micro-batch as a sum of terms that the fused head computes.
 
-To add an objective: one pure function in `tadistill.objectives`, one config class in `tadistill.config.objective`, one line in
-`DIVERGENCES`.
+`make_step` turns a method into a `Step`, and the training loop calls `Step.prepare` and `Step.loss`. Each objective is a function from a
+batch to its terms: `TeacherTerm` is a divergence to the teacher, `TokenTerm` a loss of the tokens' log-probabilities. The divergences and
+MiniLLM's formulas are in `tadistill.objectives`.
+
+Axes: B sequences, T positions, N tokens that count, H hidden.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,140 +22,242 @@ from tadistill.config import objective as config
 from tadistill.config.method import Method
 from tadistill.config.sampling import Rounds
 from tadistill.data.batch import Batch
-from tadistill.objectives import TaidSchedule, slopes
-from tadistill.objectives.targets import TargetMixture, TopK, aligned
-from tadistill.train.minillm import minillm
-from tadistill.train.terms import CORPUS, RESPONSE, Loss, Models, Prepare, Step, Term, likelihood, of_tokens
-
-DIVERGENCES: dict[type[config.Divergence], Callable[..., Tensor]] = {
-    config.ForwardKL: objectives.forward_kl,
-    config.ReverseKL: objectives.reverse_kl,
-    config.Jeffreys: objectives.jeffreys,
-    config.JensenShannon: objectives.jensen_shannon,
-    config.SkewForwardKL: objectives.skew_forward_kl,
-    config.SkewReverseKL: objectives.skew_reverse_kl,
-    config.TotalVariation: objectives.total_variation,
-    config.AdaptiveKL: objectives.adaptive_kl,
-    config.AlphaBeta: objectives.alpha_beta,
-    config.AlphaMixture: objectives.alpha_mixture,
-    config.TopKForwardKL: objectives.top_k_forward_kl,
-    config.TopKReverseKL: objectives.top_k_reverse_kl,
-}
-"""A variant's fields, but for `type` and `kd_ratio`, are its function's keyword arguments."""
+from tadistill.models.forward import Reader
+from tadistill.objectives import TaidSchedule, TargetMixture
+from tadistill.objectives.fused import Term, fused_terms
+from tadistill.objectives.sampled import TokenTerm
+from tadistill.objectives.targets import Target, TeacherTerm
 
 
-def make_step(method: Method, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], vocab: int, *, seed: int = 0) -> Step:
-    """The step of a method.
+@dataclass(frozen=True)
+class Loss:
+    """A micro-batch's share of the update's loss: `total` has a graph, `parts` are its detached addends by name."""
 
-    Args:
-        teachers: none for cross-entropy, for scores from rollouts, and where batches bring the teacher's signal; several, the original
-            one first, for dense guidance.
-        seed: addresses the draws of teachers that are left out.
-    """
-    models, sampler = Models(student, teachers, vocab), method.sampler
-    if isinstance(method.objective, config.MiniLLM):
-        assert isinstance(sampler, Rounds)
-        step = minillm(method.objective, models, sampler.max_new_tokens)
-    else:
-        step = _STEPS.get(type(method.objective), _divergence)(method.objective, models)
-    if method.dense is None or len(teachers) < 2:
-        return step
-    mixture = TargetMixture(method.dense.kind, method.dense.weights or (1.0,) * len(teachers), method.dense.drop)
-    return replace(step, prepare=partial(_mix, mixture, seed, step.prepare))
+    total: Tensor
+    parts: dict[str, Tensor]
 
 
-def _mix(
-    mixture: TargetMixture, seed: int, then: Prepare, batches: list[Batch], done: int, total: Callable[[Tensor], Tensor]
-) -> list[Batch]:
-    """Give an update's batches their mixture of teachers, and the reward of sampled tokens under it."""
-    if mixture.drop:
-        mixture = mixture.drawn(rng.generator(seed, "teachers left out", done))
+class Models:
+    """Student and teachers, and the loss between them on a batch."""
 
-    def mixed(batch: Batch) -> Batch:
-        scores = [batch.values[name] for k in range(len(mixture.weights)) if (name := f"teacher {k}") in batch.values]
-        values = batch.values | ({"teacher": mixture.token_scores(scores)} if scores else {})
-        return replace(batch, values=values, mixture=mixture, corpus=mixed(batch.corpus) if batch.corpus else None)
+    def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], vocab: int):
+        self.student_model, self.teachers, self.vocab = student, teachers, vocab
+        self.student = Reader(student)
+        self.readers = [Reader(teacher) for teacher in teachers]
 
-    return then([mixed(b) for b in batches], done, total)
+    def targets(self, batch: Batch) -> tuple[Target, ...]:
+        """Return the teachers at the batch's response tokens: those that the batch holds, else from forward passes.
+
+        Teachers that the batch's mixture leaves out are not run.
+        """
+        kept = batch.mixture.kept()[0] if batch.mixture else [0]
+        if batch.targets:
+            return tuple(batch.targets[k] for k in kept)
+        return tuple(self.readers[k].target(self.teachers[k], batch) for k in kept)
+
+    def loss(self, model: nn.Module, batch: Batch, terms: Sequence[Term], per: float) -> Loss:
+        """Return the terms over the batch's response tokens, each sum divided by `per`; `model` is the student or a wrapper around it."""
+        teachers = self.targets(batch) if any(isinstance(t, TeacherTerm) for t in terms) else ()
+        hidden = self.student.hidden(model, batch)
+        weights = torch.tensor([[t.weight / per] for t in terms], dtype=torch.float32, device=hidden.device)
+        total, found = fused_terms(terms, hidden, self.student.head, weights, teachers=teachers, vocab=self.vocab)
+        sums = (found * weights.to(found.dtype)).sum(1)
+        return Loss(total, dict(zip((t.name for t in terms), sums, strict=True)))
+
+
+Sum = Callable[[Tensor], Tensor]
+"""Adds a tensor up over all processes."""
+Phase = Callable[[str], AbstractContextManager]
+"""Names what the forward passes inside are for; the training loop sets `train.meter.Meter.phase`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The loss of a method, as the training loop calls it."""
+
+    models: Models
+    terms: Callable[[Batch], Sequence[Term]]
+    """The terms on the response tokens of a batch."""
+    corpus_terms: Callable[[Batch], Sequence[Term]] = lambda corpus: ()
+    """The terms on the plain text that a batch brings along."""
+    advantages: Callable[[list[Batch], Sum], list[Batch]] = lambda batches, total: batches
+    """Adds to an update's batches what depends on all of them."""
+    mixture: TargetMixture | None = None
+    """Several teachers as one target."""
+    seed: int = 0
+    """Addresses the draws of teachers that are left out."""
+    schedule: TaidSchedule | None = None
+    """State that moves once per update and is saved with the training state."""
+    phase: Phase = nullcontext
+    clip: float | None = None
+    """Half width of the clip around a probability ratio of 1, for an objective with such a clip."""
+
+    def prepare(self, batches: list[Batch], done: int, total: Sum) -> list[Batch]:
+        """Complete all of this process's micro-batches of an update; `done` updates were made before it."""
+        if self.mixture is not None:
+            drop = self.mixture.drop > 0
+            mixture = self.mixture.drawn(rng.generator(self.seed, "teachers left out", done)) if drop else self.mixture
+            batches = [_mixed(batch, mixture) for batch in batches]
+        return self.advantages(batches, total)
+
+    def loss(self, student: nn.Module, batch: Batch, per: Mapping[str, float]) -> Loss:
+        """Return the micro-batch's loss.
+
+        Args:
+            student: the student or a wrapper around it.
+            per: the numbers that sums over tokens are divided by, named as in `counts`.
+        """
+        found = self.models.loss(student, batch, self.terms(batch), per["response"])
+        if batch.corpus is None:
+            return found
+        # A forward pass of its own: joined with the rollouts, the shorter text would be padded, and both graphs would be alive at once.
+        with self.phase("corpus"):
+            plain = self.models.loss(student, batch.corpus, self.corpus_terms(batch.corpus), per["corpus"])
+        return Loss(found.total + plain.total, found.parts | plain.parts)
+
+
+def mixture_of(batch: Batch) -> TargetMixture | None:
+    """Return the mixture of the teachers that a batch is trained towards, None for one teacher."""
+    return batch.mixture.kept()[1] if batch.mixture else None
 
 
 def counts(batches: list[Batch]) -> dict[str, int]:
-    """Tokens that count, over this rank's micro-batches."""
+    """Return the tokens that count, over this process's micro-batches, in responses and in plain text."""
     corpora = [b.corpus for b in batches if b.corpus]
-    return {RESPONSE: sum(int(b.mask_BT.sum()) for b in batches), CORPUS: sum(int(c.mask_BT.sum()) for c in corpora)}
+    return {"response": sum(int(b.mask_BT.sum()) for b in batches), "corpus": sum(int(c.mask_BT.sum()) for c in corpora)}
 
 
-def _cross_entropy(_: config.CrossEntropy, models: Models) -> Step:
-    return Step(models, lambda student, batch, per: models.loss(student, batch, [likelihood(batch)], per[RESPONSE]))
+def _mixed(batch: Batch, mixture: TargetMixture) -> Batch:
+    """Return the batch with its mixture of teachers, and with the reward of sampled tokens under it."""
+    scores = [batch.values[name] for k in range(len(mixture.weights)) if (name := f"teacher {k}") in batch.values]
+    values = batch.values | ({"teacher": mixture.token_scores(scores)} if scores else {})
+    return replace(batch, values=values, mixture=mixture, corpus=_mixed(batch.corpus, mixture) if batch.corpus else None)
 
 
-_Rowwise = Callable[[slice], Callable[..., Tensor]]
-"""The divergence for a tile of a batch's tokens."""
+# --- from an objective's configuration to its terms ---------------------------------------------------------------------
 
 
-def _divergence(objective: config.Divergence, models: Models) -> Step:
-    function = partial(DIVERGENCES[type(objective)], **objective.model_dump(exclude={"type", "kd_ratio", "temperature"}))
-    return Step(models, partial(_towards_teacher, models, objective, lambda _: lambda rows: function))
+def make_step(method: Method, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], vocab: int, *, seed: int = 0) -> Step:
+    """Return the step of a method.
+
+    Args:
+        teachers: none for cross-entropy, for scores from rollouts, and where batches hold the teacher's signal; several, the original
+            one first, for dense guidance.
+        seed: addresses the draws of teachers that are left out.
+    """
+    models = Models(student, teachers, vocab)
+    step = _step(method, models)
+    if method.dense is None or len(teachers) < 2:
+        return step
+    mixture = TargetMixture(method.dense.kind, method.dense.weights or (1.0,) * len(teachers), method.dense.drop)
+    return replace(step, mixture=mixture, seed=seed)
 
 
-def _taid(objective: config.Taid, models: Models) -> Step:
-    schedule = TaidSchedule(start=objective.start, end=objective.end, rate=objective.rate, decay=objective.decay)
-    return Step(
-        models, partial(_towards_teacher, models, objective, lambda _: lambda rows: partial(objectives.taid, t=schedule.t)), schedule
-    )
+def _step(method: Method, models: Models) -> Step:
+    match objective := method.objective:
+        case config.CrossEntropy():
+            return Step(models, lambda batch: [_likelihood(batch)])
+        case config.SampledKL():
+            return Step(models, partial(_sampled_kl, objective))
+        case config.MiniLLM():
+            assert isinstance(method.sampler, Rounds)
+            advantages = partial(_advantages, objective, method.sampler.max_new_tokens)
+            return Step(models, partial(_minillm, objective), partial(_corpus, objective), advantages, clip=objective.clip)
+        case config.Taid():
+            schedule = TaidSchedule(start=objective.start, end=objective.end, rate=objective.rate, decay=objective.decay)
+            return Step(models, partial(_taid, objective, schedule), schedule=schedule)
+        case config.Contrastive():
+            return Step(models, partial(_contrastive, objective))
+        case _:
+            return Step(models, partial(_divergence, objective))
 
 
-def _contrastive(objective: config.Contrastive, models: Models) -> Step:
-    def of(batch: Batch) -> _Rowwise:
-        from_teacher = batch.values["from_teacher"][batch.mask_BT] > 0
-        return lambda rows: partial(objectives.contrastive, from_teacher=from_teacher[rows], alpha=objective.alpha)
+def _divergence(objective: config.Divergence, batch: Batch) -> list[Term]:
+    """Take the function of `tadistill.objectives` with the objective's name; the objective's other fields are its keyword arguments."""
+    settings = objective.model_dump(exclude={"type", "kd_ratio", "temperature"})
+    return _towards_teacher(objective, batch, getattr(objectives, objective.type), settings)  # type: ignore[attr-defined]
 
-    return Step(models, partial(_towards_teacher, models, objective, of))
+
+def _taid(objective: config.Taid, schedule: TaidSchedule, batch: Batch) -> list[Term]:
+    return _towards_teacher(objective, batch, objectives.taid, {"t": schedule.t})
+
+
+def _contrastive(objective: config.Contrastive, batch: Batch) -> list[Term]:
+    from_teacher = batch.values["from_teacher"][batch.mask_BT] > 0
+    return _towards_teacher(objective, batch, objectives.contrastive, {"alpha": objective.alpha}, from_teacher=from_teacher)
 
 
 def _towards_teacher(
-    models: Models,
-    objective: config.Divergence,
-    divergence_of: Callable[[Batch], _Rowwise],
-    student: nn.Module,
-    batch: Batch,
-    per: Mapping[str, float],
-) -> Loss:
-    """kd_ratio x divergence + (1 - kd_ratio) x cross-entropy."""
-    divergence, (teachers, mixture) = divergence_of(batch), models.targets(batch)
-
-    def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
-        *sides, left = aligned(logits, targets, mixture, objective.temperature)
-        return divergence(rows)(*sides, temperature=left)
-
-    def slope(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> tuple[Tensor, Tensor]:
-        graded = slopes.written_out(divergence(rows))
-        assert graded is not None
-        *sides, left = aligned(logits, targets, mixture, objective.temperature)
-        return graded(*sides, temperature=left)
-
-    graded = not isinstance(teachers[0], TopK) and slopes.written_out(divergence(slice(0))) is not None
-    terms = [Term(objective.type, values, objective.kd_ratio, slope if graded else None)]  # type: ignore[attr-defined]
-    if objective.kd_ratio < 1:
-        terms.append(likelihood(batch, 1 - objective.kd_ratio))
-    return models.loss(student, batch, terms, per[RESPONSE], teachers)
+    objective: config.Divergence, batch: Batch, divergence: Callable[..., Tensor], settings: Mapping[str, Any], **per_token: Tensor
+) -> list[Term]:
+    """Return kd_ratio x divergence + (1 - kd_ratio) x cross-entropy."""
+    share = objective.kd_ratio
+    term = TeacherTerm(objective.type, divergence, per_token, settings, mixture_of(batch), objective.temperature, share)  # type: ignore[attr-defined]
+    return [term, _likelihood(batch, 1 - share)] if share < 1 else [term]
 
 
-def _sampled(objective: config.SampledKL, models: Models) -> Step:
+def _sampled_kl(objective: config.SampledKL, batch: Batch) -> list[Term]:
     estimate = {"k2": objectives.k2, "k3": objectives.k3}[objective.estimator]
-
-    def loss(student: nn.Module, batch: Batch, per: Mapping[str, float]) -> Loss:
-        tokens, scores = batch.targets_BT[batch.mask_BT], batch.values["teacher"][batch.mask_BT]
-        term = of_tokens(objective.type, tokens, lambda log_q, rows: estimate(log_q, scores[rows]))
-        return models.loss(student, batch, [term], per[RESPONSE])
-
-    return Step(models, loss)
+    scores = {"teacher_log_probs": batch.values["teacher"][batch.mask_BT]}
+    return [TokenTerm(objective.type, estimate, batch.targets_BT[batch.mask_BT], scores)]
 
 
-_STEPS: dict[type, Callable[[Any, Models], Step]] = {
-    config.CrossEntropy: _cross_entropy,
-    config.Taid: _taid,
-    config.Contrastive: _contrastive,
-    config.SampledKL: _sampled,
-}
-"""Objectives that need more than two logits; every other is a divergence."""
+def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") -> Term:
+    return TokenTerm(name, torch.neg, batch.targets_BT[batch.mask_BT], weight=weight)
+
+
+# --- MiniLLM: the formulas are in tadistill.objectives.minillm ----------------------------------------------------------
+
+
+def _advantages(objective: config.MiniLLM, max_new_tokens: int, batches: list[Batch], total: Sum) -> list[Batch]:
+    """Add `values["advantage"]`: returns of the scaled rewards, whitened over the whole update if the objective says so."""
+    found = [_returns(objective, batch) for batch in batches]
+    if objective.whitening != "none":
+        rows, tokens = sum(len(b.ids_BT) for b in batches), sum(int(b.mask_BT.sum()) for b in batches)
+        here = sum(objectives.moments(a, b.mask_BT) for a, b in zip(found, batches, strict=True))
+        places = rows * max_new_tokens if objective.whitening == "padded" else tokens
+        *sums, count = total(torch.cat([torch.as_tensor(here), torch.tensor([float(places)]).double()])).unbind()
+        found = [objectives.whiten(a, torch.stack(sums), float(count)) for a in found]
+    return [replace(b, values=b.values | {"advantage": a}) for a, b in zip(found, batches, strict=True)]
+
+
+def _returns(objective: config.MiniLLM, batch: Batch) -> Tensor:
+    rewards = (batch.values["teacher"] - batch.values["student"]) / objective.reward_scale
+    if objective.reward_clip is not None:
+        rewards = rewards.clamp(-objective.reward_clip, objective.reward_clip)
+    return objectives.returns(
+        rewards,
+        batch.mask_BT,
+        discount=objective.discount,
+        include_current=objective.include_current,
+        length_normalisation=objective.length_normalisation,
+    )
+
+
+def _minillm(objective: config.MiniLLM, batch: Batch) -> list[Term]:
+    """Return the policy gradient and the single-step term."""
+    mask, clip = batch.mask_BT, {"clip": objective.clip}
+    tokens, behaviour, advantage = batch.targets_BT[mask], batch.values["behaviour"][mask], batch.values["advantage"][mask]
+    if objective.clip_weight:
+        ratio = {"log_behaviour": behaviour}
+    else:  # the weight q_old / p~ is taken out of the ratio, and multiplies what the ratio multiplies
+        old = batch.values["student"][mask]
+        ratio = {"log_behaviour": old, "weight": (old - behaviour).exp()}
+    policy = TokenTerm(
+        "policy", objectives.policy_gradient, tokens, {"advantage": advantage, **ratio}, {"clipping": objective.clipping, **clip}
+    )
+    if not objective.single_step:
+        return [policy]
+    if objective.single_step_weight:
+        single = TeacherTerm("single_step", objectives.single_step, {"tokens": tokens, **ratio}, clip, mixture_of(batch))
+    else:
+        single = TeacherTerm("single_step", objectives.reverse_kl, mixture=mixture_of(batch))
+    return [policy, single]
+
+
+def _corpus(objective: config.MiniLLM, corpus: Batch) -> list[Term]:
+    """Return L_PT on plain text: language modelling, and forward KL to the teacher."""
+    share, weight = objective.pt_kd_ratio, objective.pt_weight
+    language = [_likelihood(corpus, weight * (1 - share), "corpus")] if share < 1 else []
+    towards = [TeacherTerm("corpus_kl", objectives.forward_kl, mixture=mixture_of(corpus), weight=weight * share)] if share > 0 else []
+    return [*language, *towards]

@@ -1,7 +1,7 @@
-"""Watching on-policy training: what the student writes now, and alarms that say what to change.
+"""Watching on-policy training: metrics of the text that the student samples, and alarms that say what to change.
 
-The loss alone does not tell: reverse KL falls even while text collapses into short or repeated strings (MiniLLM, ablation without
-length normalisation).
+The loss does not show this: reverse KL falls even while text collapses into short or repeated strings (MiniLLM, ablation without length
+normalisation).
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tadistill import objectives
 from tadistill.data.batch import Batch
-from tadistill.train.terms import Step
+from tadistill.train.step import Step, mixture_of
 from tadistill.tuning import WATCHED_ROWS
 
 _TOP = 10
@@ -20,16 +20,21 @@ _GRAM = 4
 
 
 def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
-    """Metrics of an update's sampled sequences; none of them where the batches hold no text of the student (or, in pairs, half of it).
+    """Return metrics of an update's sampled sequences; none if the batches are not rollouts.
 
-    length        tokens a response; repetition: share of its 4-grams that occurred in it before
+    Over all sequences:
 
-    and of the first sequences alone:
+    length              tokens per response
+    repetition          share of a response's 4-grams that occurred in it before
 
-    reverse_kl    per token, by the k3 estimator, weighted by q / behaviour (nats)
-    reward        log p - log q at the time of sampling, per token (nats)
-    entropy       of the student's next token (nats); teacher_top_mass: what it gives to the teacher's 10 most probable tokens
-    weight_min, weight_max    q_old / behaviour; clip_fraction: share of tokens whose q / behaviour is outside the objective's clip
+    Over the first 8 sequences:
+
+    reverse_kl          per token, by the k3 estimator, weighted by q / behaviour (nats)
+    reward              log p - log q at the time of sampling, per token (nats)
+    entropy             entropy of the student's next token (nats)
+    teacher_top_mass    probability that the student gives to the teacher's 10 most probable tokens
+    weight_min, _max    smallest and largest q_old / behaviour
+    clip_fraction       share of tokens with q / behaviour outside the objective's clip
     """
     if "student" not in batches[0].values:
         return {}
@@ -55,9 +60,10 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
 
 @torch.no_grad()
 def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Per token: entropy, mass on the teacher's top tokens, log q and log p of the token; None for what needs a teacher and has none."""
+    """Return per token the entropy, the mass on the teacher's top tokens, log q and log p; None where a teacher is needed and absent."""
     models, tokens = step.models, batch.targets_BT[batch.mask_BT]
-    teachers, mixture = models.targets(batch) if batch.targets or models.teachers else ((), None)
+    teachers = models.targets(batch) if batch.targets or models.teachers else ()
+    mixture = mixture_of(batch)
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
         q = objectives.log_probs(logits)
@@ -79,7 +85,7 @@ def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Te
 
 
 def _repetition(batches: list[Batch]) -> float:
-    """The share of n-grams within a response that are not its first ones of their kind."""
+    """Return the share of n-grams that occurred in the same response before."""
     total = again = 0
     for batch in batches:
         for row, mask in zip(batch.targets_BT.tolist(), batch.mask_BT.tolist(), strict=True):
@@ -90,7 +96,7 @@ def _repetition(batches: list[Batch]) -> float:
 
 
 class Alarms:
-    """Compares watched metrics with the first ones of a run; each alarm is given once until its cause is gone."""
+    """Compares watched metrics with the first ones of a run. Each alarm is given once until its cause is gone."""
 
     def __init__(self, *, minillm: bool) -> None:
         self.first: dict[str, float] = {}
@@ -100,7 +106,7 @@ class Alarms:
         self.advice = f"{more}lower optim.lr, or stop earlier; the loss does not show this"
 
     def check(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """One line per alarm that is new at this update."""
+        """Return one line per alarm that is new at this update."""
         if "rollout/length" not in metrics:
             return []
         self.first = self.first or dict(metrics)
@@ -117,9 +123,9 @@ class Alarms:
         return new
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint must hold."""
         return {"first": self.first, "active": self.active, "given": self.given}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Continue from a `state`."""
         self.first, self.active, self.given = dict(state["first"]), list(state["active"]), list(state["given"])

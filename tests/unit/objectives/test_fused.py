@@ -1,6 +1,7 @@
 """The fused head against the plain functions: values and gradients, tied heads, cut vocabularies, mixtures, tiles, precisions."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -45,6 +46,16 @@ def teacher(width: int, seed: int = 20, dtype: torch.dtype = torch.float32) -> H
     return Hidden(drawn(*TOKENS, H + 1, seed=seed, dtype=dtype), Head(drawn(width, H + 1, seed=seed + 1, dtype=dtype) * 0.7))
 
 
+def fused_case(case: Case, *args, **settings):
+    """With the function and its parameters apart, so that its slope is used where there is one."""
+    run = case.run
+    return (
+        fused_divergence(run.func, *args, **settings, **run.keywords)
+        if isinstance(run, partial)
+        else fused_divergence(run, *args, **settings)
+    )
+
+
 def slopes(total: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     return list(torch.autograd.grad(total, inputs, retain_graph=True))
 
@@ -62,7 +73,7 @@ def test_fused_equals_plain(case, tied, width, kind):
     mixture = MIXTURES[kind]
     targets = [teacher(width), teacher(width, seed=30)][: 2 if mixture else 1]
     vocab = V if width == WIDE else None
-    total, values = fused_divergence(case.run, hidden, head, targets, mask=MASK, mixture=mixture, vocab=vocab, temperature=1.5)
+    total, values = fused_case(case, hidden, head, targets, mask=MASK, mixture=mixture, vocab=vocab, temperature=1.5)
     logits = [t.head.logits(t.states)[..., :V] for t in targets]
     target = mixture.logits(logits, temperature=1.5) if mixture else logits[0]
     plain = case.run(head.logits(hidden), target, temperature=1.5) * MASK
@@ -80,7 +91,7 @@ def test_tiles_give_the_same_numbers(case, tile, small, monkeypatch):
     target, results = teacher(V, dtype=torch.float64), []
     weights = torch.linspace(0.1, 2, 12).reshape(TOKENS)  # all different, so that a tile with another's weights shows
     for _ in range(2):
-        total, values = fused_divergence(case.run, hidden, head, target, mask=weights)
+        total, values = fused_case(case, hidden, head, target, mask=weights)
         results.append([total.detach(), values, *slopes(total, leaves)])
         monkeypatch.setattr(fused, "TILE_BYTES", tile)
         monkeypatch.setattr(fused, "_CACHED", {"cpu": small})
@@ -106,7 +117,7 @@ def test_the_tiles_of_that_test_are_small(monkeypatch):
 @ALL
 def test_all_masked_is_zero_with_a_graph(case: Case):
     hidden, head, leaves = student()
-    total, values = fused_divergence(case.run, hidden, head, teacher(V), mask=torch.zeros(TOKENS, dtype=torch.bool))
+    total, values = fused_case(case, hidden, head, teacher(V), mask=torch.zeros(TOKENS, dtype=torch.bool))
     assert float(total.detach()) == 0
     assert values.shape == TOKENS
     assert values.abs().max() == 0
@@ -138,6 +149,18 @@ def test_a_teacher_with_bias_scale_and_cap():
     plain = reverse_kl(head.logits(hidden), by_hand)
     close(values, plain.detach())
     for found, expected in zip(slopes(total, leaves), slopes(plain.sum(), leaves), strict=True):
+        close(found, expected)
+
+
+def test_a_divergence_with_its_parameters_bound_is_the_same():
+    """`partial` hides the function from the table of slopes, so autograd takes the gradient."""
+    hidden, head, leaves = student()
+    (one, a), (other, b) = (
+        fused_divergence(partial(jensen_shannon, beta=0.3), hidden, head, teacher(V)),
+        fused_divergence(jensen_shannon, hidden, head, teacher(V), beta=0.3),
+    )
+    close(a, b)
+    for found, expected in zip(slopes(one, leaves), slopes(other, leaves), strict=True):
         close(found, expected)
 
 

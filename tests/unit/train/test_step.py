@@ -13,11 +13,12 @@ from tadistill.config.method import Method
 from tadistill.data.batch import Sequence, collate
 from tadistill.models.forward import Reader
 from tadistill.objectives import Hidden, cross_entropy, log_probs, top_k
-from tadistill.train import step as steps
 from tadistill.train.step import counts, make_step
 
 ROWS = [Sequence((5, 6), (7, 8, 9, 0)), Sequence((4,), (11, 0)), Sequence((1, 2, 3), (17, 18, 19, 20, 0))]
-VARIANTS = [v for v in steps.DIVERGENCES if v not in (config.TopKForwardKL, config.TopKReverseKL)]
+CLASSES = config.Objective.__args__[0].__args__
+DIVERGENCES = [c for c in CLASSES if issubclass(c, config.Divergence) and c not in (config.Taid, config.Contrastive)]
+VARIANTS = [v for v in DIVERGENCES if v not in (config.TopKForwardKL, config.TopKReverseKL)]
 
 
 def gradients(model):
@@ -43,7 +44,7 @@ def check(objective, batch, expected, *, kind="llama", vocab=31, teacher=None):
     return found
 
 
-@pytest.mark.parametrize("variant", steps.DIVERGENCES)
+@pytest.mark.parametrize("variant", DIVERGENCES)
 @pytest.mark.parametrize("ratio", [1.0, 0.3])
 def test_every_divergence_is_its_function(variant, ratio, kind):
     objective = variant(kd_ratio=ratio, temperature=1.5, **({"k": 7} if "k" in variant.model_fields else {}))
@@ -130,19 +131,28 @@ def test_an_objective_is_one_function_one_variant_and_one_line(monkeypatch):
         type: Literal["squared_error"] = "squared_error"
         scale: float = 3.0
 
-    monkeypatch.setitem(steps.DIVERGENCES, SquaredError, squared_error)
+    monkeypatch.setattr(objectives, "squared_error", squared_error, raising=False)
     found = check(
         SquaredError(kd_ratio=0.5), collate(ROWS, pad=0), lambda s, t, y: 0.5 * (squared_error(s, t, scale=3.0) + cross_entropy(s, y))
     )
     assert set(found.parts) == {"squared_error", "cross_entropy"}
 
 
-def test_every_variant_has_a_step_and_only_the_functions_arguments():
-    classes = config.Objective.__args__[0].__args__
-    assert {c for c in classes if issubclass(c, config.Divergence)} == {*steps.DIVERGENCES, config.Taid, config.Contrastive}
-    assert set(classes) == {*steps.DIVERGENCES, *steps._STEPS, config.MiniLLM}
-    for variant, function in steps.DIVERGENCES.items():
+def test_every_variant_has_a_function_and_only_its_arguments():
+    others = {config.CrossEntropy, config.Taid, config.Contrastive, config.SampledKL, config.MiniLLM}
+    assert set(CLASSES) == {*DIVERGENCES, *others}
+    for variant in DIVERGENCES:
         defaults = variant()
+        function = getattr(objectives, defaults.type)
         assert function.__name__ == defaults.type
         for name in set(variant.model_fields) - {"type", "kd_ratio"}:
             assert function.__kwdefaults__[name] == getattr(defaults, name), (variant, name)
+
+
+@pytest.mark.parametrize("variant", [c for c in CLASSES if c is not config.MiniLLM])
+def test_every_variant_has_a_step(variant):
+    """Its only term has its name; MiniLLM's step is in test_minillm.py."""
+    values = {name: np.zeros(4, np.float32) for name in ("from_teacher", "teacher")}
+    batch = collate([Sequence((5, 6), (7, 8, 9, 0), values)], pad=0)
+    step = make_step(Method.model_construct(objective=variant()), tiny_model("llama"), (tiny_model("llama", seed=5),), 31)
+    assert [term.name for term in step.terms(batch)] == [variant().type]

@@ -1,0 +1,171 @@
+"""MiniLLM's loss (Gu et al. 2024, arXiv 2306.08543): a policy gradient on returns, and an exact single-step term.
+
+Let text y be drawn from p~, which is the student at the time of sampling (q_old) or its mixture with the teacher p. With
+ratio = q(y_t) / p~(y_t), the paper's loss at token t (Eq. 7, Algorithm 1) is
+
+    -A_t min(ratio, clip(ratio))  +  min(ratio, clip(ratio)) KL(q || p)         `policy_gradient` + `single_step`
+
+where the advantage A_t is the length-normalised sum of the later rewards log p(y_s) - log q_old(y_s) (`returns`, Eq. 3 and 6). No gradient
+goes through A_t, nor through the ratio in front of the KL. The functions' parameters also give the loss of the released code, which differs
+(docs/minillm.md lists the differences). `tadistill.train.step` joins these functions with the models and the configuration.
+
+Axes: B sequences, T positions.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tadistill.objectives.divergence import reverse_kl, reverse_kl_with_slope
+from tadistill.objectives.sampled import token_log_probs
+
+
+def returns(
+    rewards_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    discount: float = 1.0,
+    include_current: bool = False,
+    length_normalisation: Literal["after", "remaining", "discounts", "none"] = "after",
+) -> Tensor:
+    """Return the return of each token: the discounted sum of the rewards after it, or from it on (MiniLLM, Eq. 3 and 6).
+
+    Let n be the number of tokens from the current one to the end, itself included, and d the number of rewards in the sum. The sum is
+    divided by `length_normalisation`:
+
+        after        T - t - 1 = n - 2 (Eq. 6), but at least 1, because this is 0 at the second to last token
+        remaining    n (the released code)
+        discounts    sum_{k < d} discount^k, so that equal rewards r have the return r
+        none         1
+
+    Args:
+        rewards_BT: log p(y_t) - log q(y_t) at the positions that predict y_t.
+        mask_BT: True at response positions, one contiguous run per row.
+        include_current: start the sum at the token's own reward (the released code). The paper leaves that reward to the single-step term.
+
+    Returns:
+        (B, T), zero outside the mask.
+    """
+    rewards = torch.where(mask_BT, rewards_BT, torch.zeros_like(rewards_BT))
+    places = torch.arange(rewards.shape[1], device=rewards.device)
+    ahead = places.unsqueeze(0) - places.unsqueeze(1) - (0 if include_current else 1)
+    weights = torch.where(ahead >= 0, discount ** ahead.clamp(min=0).to(rewards.dtype), 0)  # (t, t')
+    total = rewards @ weights.t()
+    left = mask_BT.flip(1).cumsum(1).flip(1).to(rewards.dtype)
+    divisor = {
+        "after": left - 2,
+        "remaining": left,
+        "discounts": mask_BT.to(rewards.dtype) @ weights.t(),
+        "none": torch.ones_like(left),
+    }[length_normalisation]
+    return torch.where(mask_BT, total / divisor.clamp(min=1), torch.zeros_like(total))
+
+
+def moments(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return (sum, sum of squares) of the values where the mask is True, in float64; added up over batches, the `sums` of `whiten`."""
+    values = torch.where(mask_BT, values_BT, torch.zeros_like(values_BT)).double()
+    return torch.stack([values.sum(), values.square().sum()])
+
+
+def whiten(values: Tensor, sums: Tensor, places: float) -> Tensor:
+    """Return (values - mean) / sqrt(variance + 1e-8).
+
+    Args:
+        sums: `moments` of all values.
+        places: how many numbers the mean and the (biased) variance are taken over: the number of tokens, or a larger number to count
+            padding as zeros, as MiniLLM's released code does.
+    """
+    mean, square = (sums / places).unbind()
+    variance = (square - mean.square()).clamp(min=0)
+    return ((values.double() - mean) * (variance + 1e-8).rsqrt()).to(values.dtype)
+
+
+def clipped_ratio(log_q: Tensor, log_behaviour: Tensor, *, clip: float) -> Tensor:
+    """Return min(ratio, clip(ratio, 1 - clip, 1 + clip)) with ratio = q / p~ (MiniLLM, Algorithm 1), of the shape of the inputs.
+
+    The ratio holds both the importance weight of sampling from p~ (the teacher-mixed policy) and the policy's drift over inner epochs.
+    `clip=inf` leaves it unclipped.
+    """
+    ratio = (log_q - log_behaviour).exp()
+    return torch.minimum(ratio, ratio.clamp(1 - clip, 1 + clip))
+
+
+def policy_gradient(
+    log_q: Tensor,
+    log_behaviour: Tensor,
+    advantage: Tensor,
+    *,
+    clip: float,
+    clipping: Literal["ratio", "ppo"] = "ratio",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Return the negative surrogate: where the clip does nothing, its gradient is -A ratio grad log q with ratio = q / p~.
+
+    `ratio` is -A min(ratio, clip(ratio)) (MiniLLM, Eq. 7 and Algorithm 1), `ppo` is max(-A ratio, -A clip(ratio)) (the released code;
+    Schulman et al. 2017).
+
+    Args:
+        log_q: log-probabilities of the sampled tokens under the student, with a graph.
+        log_behaviour: the same under the policy that sampled them.
+        advantage: `returns(...)`; no gradient flows through it.
+        weight: multiplies the result. It is q_old / p~ where the ratio is q / q_old, so that only the student's drift is clipped.
+
+    Returns:
+        One value per token, of the shape of the inputs.
+    """
+    advantage = advantage.detach()
+    if clipping == "ratio":
+        value = -advantage * clipped_ratio(log_q, log_behaviour, clip=clip)
+    else:
+        ratio = (log_q - log_behaviour).exp()
+        value = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+    return value if weight is None else weight * value
+
+
+def single_step(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    tokens: Tensor,
+    log_behaviour: Tensor,
+    clip: float,
+    weight: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return min(ratio, clip(ratio)) KL(q || p) with ratio = q / p~ at the sampled token (MiniLLM, Eq. 3 and 7).
+
+    The gradient goes through KL(q || p) only. The released code leaves the ratio out, which is `reverse_kl`.
+
+    Args:
+        student_logits, teacher_logits: (..., V).
+        tokens: (...) ids of the sampled tokens.
+        log_behaviour, clip, weight: as in `policy_gradient`.
+
+    Returns:
+        (...) nats.
+    """
+    by = _importance(student_logits.detach(), tokens, log_behaviour, clip, weight)
+    return reverse_kl(student_logits, teacher_logits, temperature=temperature) * by
+
+
+def single_step_with_slope(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    tokens: Tensor,
+    log_behaviour: Tensor,
+    clip: float,
+    weight: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Return `single_step` and its slope (see `tadistill.objectives.divergence`)."""
+    by = _importance(student_logits, tokens, log_behaviour, clip, weight)
+    value, slope = reverse_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
+    return value * by, slope.mul_(by.unsqueeze(-1))
+
+
+def _importance(logits: Tensor, tokens: Tensor, log_behaviour: Tensor, clip: float, weight: Tensor | None) -> Tensor:
+    """Return the clipped ratio of the tokens, (...), times the weight."""
+    ratio = clipped_ratio(token_log_probs(logits, tokens), log_behaviour, clip=clip)
+    return ratio if weight is None else weight * ratio
