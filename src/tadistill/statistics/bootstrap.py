@@ -254,7 +254,7 @@ def _normals(replicates: int, seed: int) -> Array:
     return np.random.default_rng((seed, _NORMAL_DRAWS)).normal(size=replicates)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)  # a small report has a hundred different degrees of freedom, and asks for each several times
 def _chis(replicates: int, seed: int, df: float) -> Array | float:
     """(R,): the square roots of chi-square draws over their degrees of freedom, made from the same uniform draws for any."""
     if np.isinf(df):

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,11 @@ def test_account(programs):
 
 
 def test_a_program_that_hangs_is_left(programs, monkeypatch):
-    monkeypatch.setattr(doctor, "_SECONDS", 0.2)
+    monkeypatch.setattr("tadistill.cluster.queue._SECONDS", 0.2)
     programs("sshare", "exec /bin/sleep 30")
+    start = time.monotonic()
     assert doctor.account(ALLIANCE, {}).found == "none set"
+    assert time.monotonic() - start < 20
 
 
 def test_modules(monkeypatch):

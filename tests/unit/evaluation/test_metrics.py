@@ -1,11 +1,11 @@
 """Scores of text: Rouge-L equals the library's, the others by hand, errors."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 from rouge_score import rouge_scorer
+from tests.conftest import USER
 
 from tadistill.data import tinyworld
 from tadistill.errors import DataError
@@ -24,7 +24,7 @@ def test_rouge_l_is_the_best_stemmed_f_measure():
 
 def real_references() -> list[list[str]]:
     """Reference lists of MiniLLM's test sets where they are at hand, else of tinyworld."""
-    root, rows = os.environ.get("TADISTILL_DATA"), []
+    root, rows = USER.get("TADISTILL_DATA"), []
     for path in sorted(Path(root).glob("minillm_*/test.jsonl")) if root else ():
         with path.open(encoding="utf-8") as lines:
             rows += [json.loads(line) for line, _ in zip(lines, range(60), strict=False)]
