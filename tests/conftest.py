@@ -1,45 +1,9 @@
-"""Shared fixtures: an environment of our own, tiny random models, a browser, one thread, no network."""
+"""Shared fixtures: tiny random models, a browser, one thread."""
 
-import atexit
-import json
-import os
-import shutil
-import tempfile
+import tests.environment  # noqa: F401  first: torch and the Hugging Face libraries read their variables when they are imported
+
+# isort: split
 from pathlib import Path
-
-OWNED = ("TADISTILL_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "SLURM_", "SBATCH_", "OPENAI_")
-ALSO_OWNED = {
-    *("CC_CLUSTER", "LOADEDMODULES", "PROJECT", "SCRATCH"),  # a cluster's login node
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),  # a launcher's
-    *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "PYTHONWARNINGS"),  # how a terminal looks
-}
-
-
-def own_environment() -> dict[str, str]:
-    """Replace what changes behaviour in the user's environment, for every test and for the programs they start; returns what was there.
-
-    Runs before torch and the Hugging Face libraries are imported, which read their variables then. A worker of pytest-xdist takes all of it
-    over from the process that started it.
-    """
-    if "TESTS_USER_ENVIRONMENT" not in os.environ:
-        given = {name: value for name, value in os.environ.items() if name.startswith(OWNED) or name in ALSO_OWNED}
-        for name in given:
-            del os.environ[name]
-        home = tempfile.mkdtemp(prefix="tadistill-tests-")
-        atexit.register(shutil.rmtree, home, ignore_errors=True)
-        os.environ |= {
-            "TESTS_USER_ENVIRONMENT": json.dumps(given),
-            "HF_HOME": f"{home}/huggingface",
-            "HF_HUB_OFFLINE": "1",
-            "TADISTILL_CACHE": f"{home}/tadistill",
-            "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": "1",
-        }
-    return json.loads(os.environ["TESTS_USER_ENVIRONMENT"])
-
-
-USER = own_environment()
-"""The user's variables that no test sees, for those that read real data where they are."""
 
 import pytest
 import torch

@@ -6,20 +6,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.e2e.inprocess import Done, tadistill
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
 
-def fail(tmp_path: Path, *overrides: str, recipe: Path = RECIPE) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "tadistill", "run", str(recipe), *overrides, "--runs", str(tmp_path / "runs")],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.count("error:") == 1
+def refused(tmp_path: Path, done: Done) -> str:
+    """What a command says that found a mistake in its input."""
+    assert done.code == 2, done.out + done.err
+    assert "Traceback" not in done.err
+    assert done.err.count("error:") == 1
     assert not (tmp_path / "runs").exists()
-    return done.stderr
+    return done.err
+
+
+def fail(tmp_path: Path, *overrides: str, recipe: Path = RECIPE) -> str:
+    return refused(tmp_path, tadistill("run", str(recipe), *overrides, "--runs", str(tmp_path / "runs")))
 
 
 def jsonl(tmp_path: Path, *rows: dict) -> Path:
@@ -49,6 +51,13 @@ def jsonl(tmp_path: Path, *rows: dict) -> Path:
 )
 def test_mistakes(tmp_path, override, words):
     assert words in fail(tmp_path, override)
+
+
+def test_a_mistake_ends_the_program_itself(tmp_path):
+    """The others are looked at in the tests' own process."""
+    command = [sys.executable, "-m", "tadistill", "run", str(RECIPE), "data.template=chat", "--runs", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "chat template" in refused(tmp_path, Done(done.returncode, done.stdout, done.stderr))
 
 
 def test_a_model_that_is_not_there(tmp_path):

@@ -1,12 +1,11 @@
 """A study with every kind of edge, through the command line: it runs, and each model is what its edge says."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.e2e.inprocess import tadistill
 from transformers import AutoModelForCausalLM
 
 RECIPE = Path(__file__).with_name("edges.yaml")
@@ -15,10 +14,8 @@ RECIPE = Path(__file__).with_name("edges.yaml")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("edges")
-    done = subprocess.run(
-        [sys.executable, "-m", "tadistill", "run", str(RECIPE), "--runs", str(runs)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = tadistill("run", str(RECIPE), "--runs", str(runs))
+    assert done.code == 0, done.out + done.err
     return runs
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.e2e.test_study import manifests, rows, run
+from tests.e2e.test_study import manifests, rows, run_here
 
 ARMS = """
   jsd: {path: xl > s, objective: {type: jensen_shannon, beta: 0.1, kd_ratio: 0.5}, sampler: {type: dataset}}
@@ -19,7 +19,7 @@ SETTINGS = ["seeds=[1]", "method.optim.steps=4", "method.select.metric=loss", "e
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     runs = tmp_path_factory.mktemp("objectives")
-    run(runs, *SETTINGS, arms=ARMS)
+    run_here(runs, *SETTINGS, arms=ARMS)
     return runs
 
 
@@ -40,7 +40,7 @@ def test_the_signal_is_written_once_and_reused(finished):
     assert sorted(s["spec"]["signal"]["type"] for s in stages if s["kind"] == "signal") == ["hidden", "top_k"]
     before = manifests(finished)
     more = ARMS + "  again: {path: xl > s, objective: {type: forward_kl}, sampler: {type: dataset, signal: {type: hidden}}}\n"
-    run(finished, *SETTINGS, arms=more)
+    run_here(finished, *SETTINGS, arms=more)
     after = manifests(finished)
     assert before.items() <= after.items()
     kinds = [

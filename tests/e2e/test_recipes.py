@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tests.conftest import response_logits
+from tests.e2e.inprocess import run_here
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     GPT2Config,
@@ -28,10 +28,7 @@ from tadistill.config import load
 from tadistill.data.batch import Sequence, collate
 from tadistill.models.loading import load_model, load_tokenizer, shared_vocabulary
 from tadistill.plan.arms import Plan, make_plan
-from tadistill.plan.task import make_task
 from tadistill.rollout.generate import Mixture, sample
-from tadistill.stages.execute import run_stage
-from tadistill.store import Store
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALL = sorted(RECIPES.rglob("*.yaml"))
@@ -229,13 +226,6 @@ def test_padding_changes_no_log_probability(kind, stand_in):
             torch.testing.assert_close(torch.from_numpy(rollout.values[role]), alone[-1], atol=1e-5, rtol=1e-4)
         trained = response_logits(model, batch, vocab).log_softmax(-1).gather(1, batch.targets_BT[batch.mask_BT][:, None])[:, 0]
         torch.testing.assert_close(trained, torch.cat(alone), atol=1e-5, rtol=1e-4)
-
-
-def run_here(plan: Plan, store: Store, **_) -> None:
-    """All stages in this process: starting a process takes longer than the stages of these models."""
-    for stage in plan.stages.values():
-        run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
-        AcceleratorState._reset_state(True)  # other stages and tests of this process have precisions of their own
 
 
 @pytest.mark.parametrize("path", MINILLM, ids=lambda path: path.stem)

@@ -1,5 +1,6 @@
 """A whole study through the command line: results, caching, and kills that change no number."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.e2e.inprocess import tadistill
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
@@ -30,6 +32,12 @@ def run(runs: Path, *overrides: str, code: int = 0, arms: str = "") -> str:
     done = subprocess.run(command(runs, *overrides, arms=arms), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def run_here(runs: Path, *overrides: str, arms: str = "") -> None:
+    """The same in this process, its stages too."""
+    done = tadistill(*command(runs, *overrides, arms=arms)[3:])
+    assert done.code == 0, done.out + done.err
 
 
 def rows(runs: Path) -> list[dict]:
@@ -87,7 +95,7 @@ def test_students_are_ordinary_hugging_face_models(finished):
 
 def test_second_run_is_all_hits_and_identical(finished):
     before, results = manifests(finished), (finished / "tiny" / "results.json").read_bytes()
-    run(finished)
+    run_here(finished)
     assert manifests(finished) == before
     assert (finished / "tiny" / "results.json").read_bytes() == results
 
@@ -96,40 +104,52 @@ def test_one_changed_key_reruns_only_what_depends_on_it(finished, tmp_path):
     runs = tmp_path / "copy"
     shutil.copytree(finished, runs)
     before = manifests(runs)
-    run(runs, "arms.kd.objective.kd_ratio=0.7")
+    run_here(runs, "arms.kd.objective.kd_ratio=0.7")
     kinds = [json.loads(Path(p).read_text())["kind"] for p in set(manifests(runs)) - set(before)]
     assert sorted(kinds) == [kind for kind, count in (("analyse", 2), ("distill", 2), ("evaluate", 4)) for _ in range(count)]
 
 
-def newest(runs: Path) -> int:
-    """When a checkpoint or a manifest was last written."""
-    files = [*runs.glob("store/*/*/state.pt"), *runs.glob("store/*/*/manifest.json")]
-    return max((p.stat().st_mtime_ns for p in files if p.exists()), default=0)
+def training(runs: Path, kind: str, after: dict[Path, int]) -> dict[Path, int]:
+    """The saved states of stages of a kind, with their times, that are newer than those of `after`."""
+    found = {}
+    for state in runs.glob("store/*/*/state.pt"):
+        with contextlib.suppress(FileNotFoundError):  # the stage has just ended
+            if json.loads((state.parent / "stage.json").read_text())["kind"] == kind:
+                found[state] = state.stat().st_mtime_ns
+    return {state: when for state, when in found.items() if when > after.get(state, 0)}
 
 
-@pytest.mark.parametrize(("how", "code", "times"), [(signal.SIGKILL, -signal.SIGKILL, 5), (signal.SIGINT, 130, 3)])
-def test_killed_runs_resume_to_the_same_results(how, code, times, tmp_path):
+def test_killed_runs_resume_to_the_same_results(finished, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(whole, *ONE_SEED, arms=CHAIN)
-    for _ in range(times):
-        before = newest(killed)
+    (whole / "store").mkdir(parents=True)
+    shutil.copytree(finished / "store", whole / "store", dirs_exist_ok=True)
+    run_here(whole, *ONE_SEED, arms=CHAIN)
+    assert manifests(whole).keys() == {p.replace(str(finished), str(whole)) for p in manifests(finished)}  # the same stages
+    saved: dict[Path, int] = {}
+    for how, code, kind in (
+        (signal.SIGKILL, -signal.SIGKILL, "sft"),
+        (signal.SIGINT, 130, "sft"),
+        (signal.SIGKILL, -signal.SIGKILL, "distill"),
+        (signal.SIGINT, 130, "distill"),
+    ):
         process = subprocess.Popen(
             command(killed, *ONE_SEED, arms=CHAIN),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests started in the background inherit that it is ignored
         )
-        while process.poll() is None and newest(killed) == before:
+        while process.poll() is None and not training(killed, kind, saved):
             time.sleep(0.01)
-        os.kill(process.pid, how)  # just after a checkpoint or the end of a stage
+        os.kill(process.pid, how)  # just after a checkpoint
         assert process.wait(timeout=60) == code
+        saved |= training(killed, kind, saved)
     run(killed, *ONE_SEED, arms=CHAIN)
     assert rows(killed) == rows(whole)
 
 
 def test_a_diverging_run_fails_with_the_reason_and_keeps_the_rest(tmp_path):
     arms = "{kd: {path: xl > s, objective: {type: forward_kl}, sampler: {type: dataset}, optim: {lr: 1e30}}}"
-    text = run(tmp_path / "runs", "seeds=[1]", code=1, arms=arms)
+    text = run(tmp_path / "runs", "seeds=[1]", "data.test=[tinyworld]", "evaluate.also={}", code=1, arms=arms)
     assert "not finite" in text
     assert "Traceback" not in text
     kinds = [json.loads(Path(p).read_text())["kind"] for p in manifests(tmp_path / "runs")]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from rouge_score import rouge_scorer
-from tests.conftest import USER
+from tests.environment import USER
 
 from tadistill.data import tinyworld
 from tadistill.errors import DataError

@@ -1,0 +1,41 @@
+"""The environment that tests and the programs they start see, instead of the user's."""
+
+import atexit
+import json
+import os
+import shutil
+import tempfile
+
+OWNED = ("TADISTILL_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "SLURM_", "SBATCH_", "OPENAI_")
+ALSO_OWNED = {
+    *("CC_CLUSTER", "LOADEDMODULES", "PROJECT", "SCRATCH"),  # a cluster's login node
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),  # a launcher's
+    *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "PYTHONWARNINGS"),  # how a terminal looks
+}
+
+
+def own_environment() -> dict[str, str]:
+    """Replace what changes behaviour in the user's environment, for every test and for the programs it starts; returns what was there.
+
+    Import this before torch and the Hugging Face libraries: they read their variables when they are imported. The workers of
+    pytest-xdist inherit the result.
+    """
+    if "TESTS_USER_ENVIRONMENT" not in os.environ:
+        given = {name: value for name, value in os.environ.items() if name.startswith(OWNED) or name in ALSO_OWNED}
+        for name in given:
+            del os.environ[name]
+        home = tempfile.mkdtemp(prefix="tadistill-tests-")
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+        os.environ |= {
+            "TESTS_USER_ENVIRONMENT": json.dumps(given),
+            "HF_HOME": f"{home}/huggingface",
+            "HF_HUB_OFFLINE": "1",
+            "TADISTILL_CACHE": f"{home}/tadistill",
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": "1",
+        }
+    return json.loads(os.environ["TESTS_USER_ENVIRONMENT"])
+
+
+USER = own_environment()
+"""The user's variables that no test sees, for those that read real data where they are."""
