@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check clean
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+.PHONY: quickstart test test-fast check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -16,7 +18,11 @@ quickstart: $(VENV)/.installed
 	$(BIN)/tadistill run recipes/quickstart.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+# unit tests without a browser or the package index
+test-fast: $(VENV)/.installed
+	$(PYTEST) tests/unit tests/architecture -m 'not browser and not network'
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

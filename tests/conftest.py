@@ -3,6 +3,7 @@
 import tests.environment  # noqa: F401  first: torch and the Hugging Face libraries read their variables when they are imported
 
 # isort: split
+import os
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,32 @@ from transformers import (
 from tadistill.models.forward import Reader
 
 torch.set_num_threads(1)
+LONGEST = ["slurm/test_slurm", "e2e/test_interrupted", "e2e/test_study", "e2e/test_one_store", "e2e/test_ranks", "e2e/test_signals",
+           "e2e/test_layouts", "e2e/test_on_policy", "e2e/test_advise"]  # fmt: skip
+"""Files that begin first, so that none is left running alone at the end."""
 CHROMIUM = Path("/usr/bin/chromium")
 ARGS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
         "--disable-sync"]  # fmt: skip
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """One more than there are cores: tests that start programs or submit to Slurm mostly wait. At most five."""
+    return min(4, os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items) -> None:
+    """Begin with the longest files, and mark the tests that need a browser."""
+    folder = Path(__file__).parent
+
+    def place(item) -> int:
+        name = str(item.path.relative_to(folder).with_suffix(""))
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    for item in items:
+        if "browser" in item.fixturenames:
+            item.add_marker("browser")
+    items.sort(key=place)
 
 
 def response_logits(model, batch, vocab):

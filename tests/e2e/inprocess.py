@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 from accelerate.state import AcceleratorState
+from rich.console import Console
 
 from tadistill import cli
 from tadistill.plan.arms import Plan
@@ -20,7 +21,7 @@ from tadistill.store import Store
 CALLERS = ("tadistill.runner.study", "tadistill.search.command", "tadistill.advise.command")
 
 
-def run_here(plan: Plan, store: Store, **_) -> None:
+def run_here(plan: Plan, store: Store, *, jobs: int, console: Console) -> None:
     """Run the stages that the store lacks, as `run_stages` does, one after another in this process."""
     for stage in plan.stages.values():
         run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)

@@ -3,22 +3,21 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from tests.e2e.inprocess import tadistill
 
 RECIPE = Path(__file__).with_name("advice.yaml")
 PAIR = {"reverse_kl", "forward_kl", "overlap", "mass", "entropy_gap", "loss_ratio", "advantage", "bias"}
 
 
 def call(runs: Path, *arguments: str, verb: str = "advise", code: int = 0) -> str:
-    command = [sys.executable, "-m", "tadistill", verb, str(RECIPE), *arguments, "--runs", str(runs)]
-    environment = {**os.environ, "COLUMNS": "100"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    with mock.patch.dict(os.environ, COLUMNS="100"):
+        done = tadistill(verb, str(RECIPE), *arguments, "--runs", str(runs))
+    assert done.code == code, done.out + done.err
+    return done.out + done.err
 
 
 def manifests(runs: Path) -> dict[str, int]:

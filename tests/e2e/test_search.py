@@ -1,10 +1,10 @@
-"""A search for a path through the command line, with workers: what is trained, what is written, and that it is done once."""
+"""A search for a path through the command line: what is trained, what is written, and that it is done once."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
+
+from tests.e2e.inprocess import tadistill
 
 from tadistill.config import load
 
@@ -13,10 +13,9 @@ LATTICE = ["seeds=[1]", "models.l.config.n_embd=28", "search.teacher=xl", "searc
 
 
 def search(runs: Path, *overrides: str, code: int = 0) -> str:
-    command = [sys.executable, "-m", "tadistill", "search", str(RECIPE), *LATTICE, *overrides, "--runs", str(runs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    done = tadistill("search", str(RECIPE), *LATTICE, *overrides, "--runs", str(runs))
+    assert done.code == code, done.out + done.err
+    return done.out + done.err
 
 
 def kinds(runs: Path) -> Counter:

@@ -19,7 +19,7 @@ models:
     load: scratch:gpt2
     tokenizer: tinyworld
     config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}
-    sft: {optim: {steps: 20000, batch: 4}, select: {metric: last}}
+    sft: {optim: {steps: 8000, batch: 4}, select: {metric: last}}
   b: {<<: *model, seed: 2}
 data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 40, limit: {train: 64, dev: 4, test: 4}}
 evaluate: {seeds: [1], max_new_tokens: 8, also: {}}

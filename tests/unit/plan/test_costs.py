@@ -22,7 +22,7 @@ from tadistill.plan.graph import Stage
 COUNTED = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "ledger_counted.py"))
 ON_POLICY = {"max_new_tokens": 8, "chunk": 8}
 ROUNDS = {"max_new_tokens": 8, "rollouts": 16, "inner_epochs": 2}
-WHOLE = {"optim": {"steps": 8}}  # every training row once: which rows are drawn has no say
+WHOLE = {"optim": {"steps": 4}}  # every training row once: which rows are drawn has no say
 ARMS = {
     "kd": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}} | WHOLE,
     "recorded": {"objective": {"type": "forward_kl"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}} | WHOLE,
@@ -35,6 +35,7 @@ ARMS = {
     "minillm alone": {
         "objective": {"type": "minillm", "pt_weight": 0},
         "sampler": {"type": "student"} | ROUNDS | {"rollouts": 32},
+        "optim": {"steps": 4},
         "select": {"metric": "reverse_kl"},
     },
     "dense": {
@@ -57,8 +58,8 @@ def recipe(family: str) -> dict:
         "seeds": [1],
         "models": {"t": shaped(family, 48, 2) | sft, "a": shaped(family, 40, 2), "s": shaped(family, 32, 1)},
         "data": {"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"], "corpus": "tinyworld", "template": "plain"}
-        | {"max_length": 48, "limit": {"train": 128, "dev": 16}, "world": {"people": 20}},
-        "method": {"optim": {"steps": 4, "batch": 16}, "select": {"metric": "loss"}},
+        | {"max_length": 48, "limit": {"train": 64, "dev": 16}, "world": {"people": 20}},
+        "method": {"optim": {"steps": 2, "batch": 16}, "select": {"metric": "loss"}},
         "evaluate": {"also": {}, "max_new_tokens": 8},
         "arms": {name: {"path": "t > s"} | arm for name, arm in ARMS.items()},
     }
