@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random models, a browser, one thread."""
+"""Shared fixtures: tiny random models and a browser. Torch is imported in functions: the process that starts the workers needs none."""
 
 import tests.environment  # noqa: F401  first: torch and the Hugging Face libraries read their variables when they are imported
 
@@ -7,23 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
-from tadistill.models.forward import Reader
-
-torch.set_num_threads(1)
 LONGEST = ["slurm/test_slurm", "e2e/test_interrupted", "e2e/test_study", "e2e/test_one_store", "e2e/test_ranks", "e2e/test_signals",
            "e2e/test_layouts", "e2e/test_on_policy", "e2e/test_advise"]  # fmt: skip
 """Files that begin first, so that none is left running alone at the end."""
@@ -54,24 +38,29 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 def response_logits(model, batch, vocab):
     """(N, vocab) logits at the N positions where the mask counts."""
+    from tadistill.models.forward import Reader
+
     reader = Reader(model)
     return reader.head.logits(reader.hidden(model, batch))[:, :vocab].float()
 
 
 def tiny_model(kind: str, *, vocab: int = 31, seed: int = 0, layers: int = 2, **settings):
     """A random model of a few thousand parameters, in eval mode, with logits far from uniform."""
+    import torch
+    import transformers as hf
+
     torch.manual_seed(seed)
     common = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=layers, n_head=2, n_positions=128, **common, **settings))
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=layers, n_head=2, n_positions=128, **common, **settings))
     elif kind == "opt":
         sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
-        model = OPTForCausalLM(OPTConfig(max_position_embeddings=128, **sizes, **common, **settings))
+        model = hf.OPTForCausalLM(hf.OPTConfig(max_position_embeddings=128, **sizes, **common, **settings))
     else:
         config, model_class = {
-            "llama": (LlamaConfig, LlamaForCausalLM),
-            "mistral": (MistralConfig, MistralForCausalLM),
-            "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+            "llama": (hf.LlamaConfig, hf.LlamaForCausalLM),
+            "mistral": (hf.MistralConfig, hf.MistralForCausalLM),
+            "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM),
         }[kind]
         sizes = {
             "hidden_size": 16,

@@ -5,8 +5,6 @@ Words are what white space separates.
 
 from collections.abc import Sequence
 
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-
 from tadistill.errors import DataError
 
 _ORDER = 4
@@ -50,6 +48,8 @@ def _likeness(answers: list[list[str]]) -> float:
 
 
 def _bleu(answer: list[str], others: list[list[str]]) -> float:
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # here: it imports scipy.stats, which most stages do not need
+
     if not answer:
         return float([] in others)
     order = min(_ORDER, len(answer))

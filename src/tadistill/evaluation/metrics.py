@@ -4,10 +4,12 @@ import re
 import string
 from collections.abc import Sequence
 from functools import lru_cache
-
-from rouge_score import rouge_scorer
+from typing import TYPE_CHECKING
 
 from tadistill.errors import DataError
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 Facts = Sequence[tuple[str, Sequence[str]]]
 
@@ -69,7 +71,9 @@ def _says(text: str, phrase: str) -> bool:
 
 
 @lru_cache
-def _scorer() -> rouge_scorer.RougeScorer:
+def _scorer() -> "RougeScorer":
+    from rouge_score import rouge_scorer  # here: it imports nltk, and that scipy.stats, which most stages do not need
+
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
 
