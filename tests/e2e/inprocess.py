@@ -1,14 +1,22 @@
-"""The command line in this process, and its stages too: starting Python, torch and workers takes longer than the stages of tiny models.
+"""Quick ways to run the product: starting Python, torch and workers takes longer than the stages of tiny models.
 
-What workers do is the matter of `test_study`, `test_signals` and `test_one_store`.
+`tadistill` runs the command line in this process, its stages too; `ranks` forks processes that form a group. What workers and spawned
+processes do is tested by `test_study`, `test_signals`, `test_one_store` and `test_ranks`.
 """
 
 import contextlib
 import io
+import multiprocessing
+import os
+import socket
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from unittest import mock
 
+import pytest
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
@@ -51,3 +59,42 @@ def tadistill(*arguments: str) -> Done:
         except SystemExit as end:
             code = int(end.code or 0)
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def ranks(count: int, work: Callable[..., None], *arguments: object) -> None:
+    """Run `work` in so many forked processes, which find each other through the environment as those of torchrun do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def rank(number: int) -> None:
+        os.environ |= common | {"RANK": str(number), "LOCAL_RANK": str(number)}
+        work(*arguments)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=rank, args=(number,)) for number in range(count)]
+    for process in processes:
+        process.start()
+    running = {process.sentinel: process for process in processes}
+    try:
+        while running:
+            for sentinel in wait([*running], timeout=500) or pytest.fail("the processes do not end"):
+                process = running.pop(sentinel)
+                process.join()
+                assert process.exitcode == 0
+    finally:
+        for process in running.values():
+            process.kill()
+            process.join()
+
+
+def ended(group: int) -> bool:
+    """Whether no process of a group is left."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False

@@ -1,10 +1,5 @@
-"""Training stages under every layout of student and teacher over processes: what `test_layouts` compares with one process.
+"""Training stages under every layout of student and teacher over processes: what `test_layouts` compares with one process."""
 
-python -m torch.distributed.run --nproc-per-node 2 -m tests.e2e.layouts DIRECTORY
-"""
-
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,13 +142,12 @@ def interrupted(directory: Path, case: Case) -> Found:
 
 RESUMED = Case("on-policy", True)
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    out = Path(sys.argv[1])
+
+def train_all(out: Path) -> None:
+    """Train all cases as one of several processes, leave one stage unfinished, and finish one that a single process has begun."""
     everything = {case.name: vars(train(out / case.name, case)) for case in CASES}
     interrupted(out / "two-then-one", RESUMED)
     everything["one-then-two"] = vars(train(out / "one-then-two", RESUMED))
     if PartialState().is_main_process:
         torch.save(everything, out / "found.pt")
     PartialState().wait_for_everyone()
-    os._exit(0)  # torch's own end sometimes aborts where the other process is gone

@@ -3,7 +3,6 @@
 Models have random weights; the training loop, samplers, objectives and data are the product's own.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,9 +135,8 @@ class _Interrupted:
         return self.engine.respond(prompts, uniforms, guide)
 
 
-if __name__ == "__main__":  # one of several processes started by torchrun: all cases; rank 0 writes the weights
-    torch.set_num_threads(1)
-    out = Path(sys.argv[1])
+def train_all(out: Path) -> None:
+    """Train all cases as one of several processes; rank 0 writes the weights."""
     weights = {f"{name}-{number}": train(out / f"{name}-{number}", (name, number)) for name, number in CASES}
     if PartialState().is_main_process:
         torch.save(weights, out / "weights.pt")

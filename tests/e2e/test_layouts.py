@@ -1,13 +1,9 @@
 """Two processes, whatever the layout of student and teacher, give the loss curve of one; a checkpoint fits any number of processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from tests.e2e.layouts import CASES, RESUMED, Case, interrupted, train
+from tests.e2e.inprocess import ranks
+from tests.e2e.layouts import CASES, RESUMED, Case, interrupted, train, train_all
 from transformers import AutoModelForCausalLM
 
 
@@ -29,9 +25,7 @@ def folder(tmp_path_factory):
     """Where two processes worked: all cases, one stage that one process had begun, and one that they did not end."""
     folder = tmp_path_factory.mktemp("two")
     interrupted(folder / "one-then-two", RESUMED.alone)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.e2e.layouts", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *launch], cwd=Path(__file__).parents[2], env=environment, check=True, timeout=500)
+    ranks(2, train_all, folder)
     return folder
 
 

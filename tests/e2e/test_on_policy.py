@@ -1,13 +1,11 @@
 """Every sampler with three objectives: two rounds, a kill inside a rollout or an epoch changes nothing, nor does a second process."""
 
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tests.e2e.on_policy import CASES, train
+from tests.e2e.inprocess import ranks
+from tests.e2e.on_policy import CASES, train, train_all
 
 from tadistill.errors import Interrupted
 
@@ -48,8 +46,7 @@ def test_a_kill_inside_a_rollout_changes_nothing(tmp_path, case, whole):
 def two_processes(tmp_path_factory):
     """Weights of every case after training in two gloo processes."""
     directory = tmp_path_factory.mktemp("gloo")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.e2e.on_policy", str(directory)]
-    subprocess.run([sys.executable, *launch], cwd=Path(__file__).parents[2], check=True)
+    ranks(2, train_all, directory)
     return torch.load(directory / "weights.pt", weights_only=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.e2e.inprocess import ended
 
 RECIPE = """
 study: long
@@ -66,17 +67,6 @@ def children(parent: int) -> list[int]:
 def worker_of(process: subprocess.Popen) -> int:
     """A process that trains: forked by the server, which is a child of the command."""
     return next(worker for child in children(process.pid) for worker in children(child))
-
-
-def ended(group: int) -> bool:
-    """Whether no process of a group is left."""
-    for _ in range(100):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="process groups are looked at through /proc")
