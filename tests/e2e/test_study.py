@@ -150,7 +150,7 @@ def test_killed_runs_resume_to_the_same_results(finished, tmp_path):
 
 def test_a_diverging_run_fails_with_the_reason_and_keeps_the_rest(tmp_path):
     arms = "{kd: {path: xl > s, objective: {type: forward_kl}, sampler: {type: dataset}, optim: {lr: 1e30}}}"
-    text = run(tmp_path / "runs", "seeds=[1]", "data.test=[tinyworld]", "evaluate.also={}", "runtime.jobs=1", code=1, arms=arms)
+    text = run(tmp_path / "runs", "seeds=[1]", "data.test=[tinyworld]", "evaluate.also={}", code=1, arms=arms)
     assert "not finite" in text
     assert "Traceback" not in text
     kinds = [json.loads(Path(p).read_text())["kind"] for p in manifests(tmp_path / "runs")]
