@@ -10,20 +10,20 @@ import pytest
 
 LONGEST = ["slurm/test_slurm", "e2e/test_interrupted", "e2e/test_study", "e2e/test_one_store", "e2e/test_ranks", "e2e/test_signals",
            "e2e/test_layouts", "e2e/test_on_policy", "e2e/test_advise"]  # fmt: skip
-"""Files that begin first, so that none is left running alone at the end."""
+"""Files that start first, so that no long one runs alone at the end."""
 CHROMIUM = Path("/usr/bin/chromium")
 ARGS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
         "--disable-sync"]  # fmt: skip
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """One more than there are cores: tests that start programs or submit to Slurm mostly wait. At most five."""
+    """Return one more than the number of cores, at most five: tests that submit to Slurm or start programs often wait."""
     return min(4, os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items) -> None:
-    """Begin with the longest files, and mark the tests that need a browser."""
+    """Sort the longest files first, and mark the tests that need a browser."""
     folder = Path(__file__).parent
 
     def place(item) -> int:
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 def response_logits(model, batch, vocab):
-    """(N, vocab) logits at the N positions where the mask counts."""
+    """Return the (N, vocab) logits at the N positions that the mask counts."""
     from tadistill.models.forward import Reader
 
     reader = Reader(model)
@@ -45,7 +45,7 @@ def response_logits(model, batch, vocab):
 
 
 def tiny_model(kind: str, *, vocab: int = 31, seed: int = 0, layers: int = 2, **settings):
-    """A random model of a few thousand parameters, in eval mode, with logits far from uniform."""
+    """Build a random model of a few thousand parameters, in eval mode, with logits far from uniform."""
     import torch
     import transformers as hf
 
@@ -79,13 +79,13 @@ def tiny_model(kind: str, *, vocab: int = 31, seed: int = 0, layers: int = 2, **
 
 @pytest.fixture(params=["gpt2", "llama"])
 def kind(request) -> str:
-    """Both families of position handling: learned absolute, and rotary."""
+    """Run a test with learned absolute and with rotary positions."""
     return request.param
 
 
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's Chromium, driven by playwright, for the tests of a file; they skip with a message where either is absent."""
+    """Start Debian's Chromium under playwright for the tests of a file. They skip with a message where either is absent."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is not installed")

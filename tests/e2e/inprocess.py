@@ -38,7 +38,7 @@ def run_here(plan: Plan, store: Store, *, jobs: int, console: Console) -> None:
 
 @dataclass(frozen=True)
 class Done:
-    """A command's end."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -62,7 +62,7 @@ def tadistill(*arguments: str) -> Done:
 
 
 def ranks(count: int, work: Callable[..., None], *arguments: object) -> None:
-    """Run `work` in so many forked processes, which find each other through the environment as those of torchrun do."""
+    """Run `work` in `count` forked processes. They find each other through environment variables, as under torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -90,7 +90,7 @@ def ranks(count: int, work: Callable[..., None], *arguments: object) -> None:
 
 
 def ended(group: int) -> bool:
-    """Whether no process of a group is left."""
+    """Wait up to ten seconds until no process of a group is left; return True if none is."""
     for _ in range(100):
         try:
             os.killpg(group, 0)

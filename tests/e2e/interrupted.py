@@ -1,7 +1,7 @@
-"""Run stages to their end, and again with three signals each in between: what `test_interrupted` compares. Written to OUT/found.json.
+"""Run stages undisturbed and again with three signals each, and write what `test_interrupted` compares to OUT/found.json.
 
-One process has torch loaded and runs one thread; each attempt at a stage is a child of it, which sends a real signal to itself at a certain
-event: a question whether to stop (a step's boundary), or just before a file is brought to the disk, renamed or deleted.
+One process has torch loaded and runs one thread. Each attempt at a stage is a child of it. The child sends a real signal to itself at an
+event: when the stage asks whether to stop (between two steps), or just before a file is synced to disk, renamed or deleted.
 """
 
 import json
@@ -35,7 +35,7 @@ teacher.GENERATION_BATCH, signals._PART = 2, 8  # several parts of the little th
 
 
 def cases(root: Path) -> tuple[dict[str, Task], dict[str, Task]]:
-    """Name -> the stage to interrupt, and key -> all stages that are needed, parents first."""
+    """Return the stages to interrupt by name, and all stages that these need by key, parents first."""
     recipe = load(RECIPE)
     plan, probes = make_plan(recipe), plan_probes(recipe, ["xl", "l", "s"], prompts=6, k=4)
     arms = {arm.name: arm for arm in plan.arms}
@@ -57,7 +57,7 @@ def cases(root: Path) -> tuple[dict[str, Task], dict[str, Task]]:
 
 
 def attempt(task: Task, log: Path, at: int | None = None, how: signal.Signals = signal.SIGTERM) -> int:
-    """Run a stage in a child, which signals itself at its event number `at`; returns the child's wait status. `log` gets its events."""
+    """Run a stage in a child that signals itself at event number `at`; return its wait status. `log` gets the events."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
@@ -103,7 +103,7 @@ def attempt(task: Task, log: Path, at: int | None = None, how: signal.Signals = 
 
 
 def chain(name: str, task: Task, how: signal.Signals, out: Path, whole: Store, ends: list[int]) -> dict:
-    """Attempts that are cut short after so many events in all, and one that may finish; what became of each."""
+    """Interrupt attempts after the event counts `ends`, let a last one finish, and return what each did."""
     store = Store(out / f"{name}-{how.name}".replace(" ", "-"))
     for key in task.spec.parents.values():
         store.folder(key).parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def chain(name: str, task: Task, how: signal.Signals, out: Path, whole: Store, e
 
 
 def cut_short(name: str, task: Task, out: Path, whole: Store, log: Path) -> dict[str, dict]:
-    """Each signal at three random events; and a kill around the last rename, which puts the manifest in place."""
+    """Send each signal at three random events. Also kill just before and after the last rename, which puts the manifest in place."""
     *_, last, total = log.read_text().splitlines()
     found, renamed, events = {}, int(last.split()[-1]), int(total.split()[-1])
     for how in SIGNALS:
@@ -141,7 +141,7 @@ def cut_short(name: str, task: Task, out: Path, whole: Store, log: Path) -> dict
 
 
 def outcome(store: Store, key: str) -> dict:
-    """What a finished stage is: the digests of its files, its log without speeds, and whether anything else is left."""
+    """Return the digests of a finished stage's files, its log without speeds, and the names of leftover files."""
     if not store.finished(key):
         return {"digests": None}
     folder, digests = store.folder(key), store.manifest(key)["files"]
@@ -156,7 +156,7 @@ def outcome(store: Store, key: str) -> dict:
 def main(out: Path, only: list[str]) -> None:
     torch.set_num_threads(1)
     whole = Store(out / "whole")
-    for task in cases(out / "first")[1].values():  # so that what is imported at first use is there in every child
+    for task in cases(out / "first")[1].values():  # imports what is imported at first use; the children then have it
         run_stage(task, progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
     chosen, needed = cases(whole.root)
     for key, task in needed.items():

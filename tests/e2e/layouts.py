@@ -41,13 +41,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For folders and test ids."""
+        """Name for folders and test ids."""
         extra = ["tied"] * self.tied + ["recompute"] * self.recompute
         return "-".join([self.method, "fsdp" if self.fsdp else "ddp", self.teacher, *extra])
 
     @property
     def alone(self) -> "Case":
-        """The same for one process."""
+        """The same case for one process."""
         return Case(self.method, tied=self.tied, recompute=self.recompute)
 
 
@@ -65,7 +65,7 @@ CASES = [
 
 @dataclass
 class Found:
-    """What a stage left: its loss at every update, its weights, and the dev figure of each evaluation."""
+    """Losses of all updates, final weights, and the dev loss of each evaluation."""
 
     losses: list[float] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -92,7 +92,7 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
     found = Found()
 
     def evaluate() -> dict[str, float]:
-        """More forward passes on one process than on another, in inference mode, as sampling does."""
+        """Run more forward passes on one process than on another, in inference mode, as sampling does."""
         ids = torch.arange(20, 30).unsqueeze(0)
         with torch.inference_mode():
             for _ in range(accelerator.process_index + 1):
@@ -124,7 +124,7 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
 
 
 def _model(seed: int, hidden: int, tokenizer: Any, tied: bool) -> PreTrainedModel:
-    """Two layers; GPT-2 where the head is the embedding's weight."""
+    """Build a model of two layers: GPT-2 if the head shares the embedding's weight, else llama."""
     torch.manual_seed(seed)
     if tied:
         sizes = {"n_embd": hidden, "n_layer": 2, "n_head": 2, "n_positions": 64}
@@ -135,7 +135,7 @@ def _model(seed: int, hidden: int, tokenizer: Any, tied: bool) -> PreTrainedMode
 
 
 def interrupted(directory: Path, case: Case) -> Found:
-    """The same, stopped after five updates."""
+    """Train, and stop after five updates."""
     asked = iter([False] * 5)
     return train(directory, case, stop=lambda: next(asked, True))
 

@@ -47,7 +47,7 @@ CASES = [(sampler, i) for sampler in SAMPLERS for i in range(3)]
 
 
 def model(seed: int, hidden: int, tokenizer, **changes: Any) -> LlamaForCausalLM:
-    """A small model with sharp predictions, some of which end early; `changes` of its configuration."""
+    """Build a small model with sharp predictions, some of which end early. `changes` go into its configuration."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": len(tokenizer),
@@ -65,7 +65,7 @@ def model(seed: int, hidden: int, tokenizer, **changes: Any) -> LlamaForCausalLM
 def train(
     directory: Path, case: tuple[str, int], *, stop: Callable[[], bool] = lambda: False, interrupt: int | None = None
 ) -> torch.Tensor:
-    """All weights after training; `interrupt` raises in the middle of that call of the engine."""
+    """Train and return all weights. `interrupt` is the number of the engine's call in which it raises half-way."""
     name, number = case
     method = Method.model_validate(
         {
@@ -85,7 +85,7 @@ def train(
     log = directory / "metrics.jsonl"
 
     def evaluate() -> dict[str, float]:
-        """A loss that rises from one evaluation to the next, so that a replay buffer comes into use."""
+        """Return a loss that rises from one evaluation to the next, so that a replay buffer is used."""
         return {"loss": 1.0 + (log.read_text().count("dev/loss") if log.is_file() else 0)}
 
     train_stage(

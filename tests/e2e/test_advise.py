@@ -83,7 +83,7 @@ def test_the_second_call_computes_nothing(advised):
 
 
 def test_a_finished_chain_beside_its_twin_is_history(advised, tmp_path):
-    """The command that the advice ends with makes the history of the next advice."""
+    """The command at the end of the advice produces the history of the next advice."""
     runs = tmp_path / "copy"
     shutil.copytree(advised[0], runs)
     arms = ["arms.xl-m-s.path=xl > m > s", "arms.xl-m-s-twin.path=xl > s", "arms.xl-m-s-twin.compute=as xl-m-s"]

@@ -12,7 +12,7 @@ RECIPE = Path(__file__).with_name("recipe.yaml")
 
 
 def refused(tmp_path: Path, done: Done) -> str:
-    """What a command says that found a mistake in its input."""
+    """Return the error message of a command that refused its input."""
     assert done.code == 2, done.out + done.err
     assert "Traceback" not in done.err
     assert done.err.count("error:") == 1
@@ -54,7 +54,7 @@ def test_mistakes(tmp_path, override, words):
 
 
 def test_a_mistake_ends_the_program_itself(tmp_path):
-    """The others are looked at in the tests' own process."""
+    """The exit code and the message are those of a real process; the other tests run the command line in theirs."""
     command = [sys.executable, "-m", "tadistill", "run", str(RECIPE), "data.template=chat", "--runs", str(tmp_path / "runs")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert "chat template" in refused(tmp_path, Done(done.returncode, done.stdout, done.stderr))

@@ -1,4 +1,4 @@
-"""A study with every kind of edge, through the command line: it runs, and each model is what its edge says."""
+"""A study with every kind of edge, through the command line: it runs, and each model is what its edge asks for."""
 
 import json
 from pathlib import Path

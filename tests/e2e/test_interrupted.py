@@ -1,4 +1,4 @@
-"""Every kind of stage and every sampler, cut short three times by real signals, ends with the files of an undisturbed run, bit for bit."""
+"""Every kind of stage and every sampler, interrupted three times by real signals, ends with the same files as an undisturbed run."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 ARMS = yaml.safe_load(Path(__file__).with_name("interrupted.yaml").read_text())["arms"]
 TRAINING = ["sft", *(f"distill {arm}" for arm in ARMS)]
 IN_PARTS = ["generate", "signal hidden", "signal top_k", "evaluate", "analyse"]
-OTHERS = ["temper", "probe", "pair"]  # of seconds, and redone
+OTHERS = ["temper", "probe", "pair"]  # take seconds, and start again from the beginning
 UPDATES = 8
 
 

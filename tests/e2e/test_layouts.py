@@ -1,4 +1,4 @@
-"""Two processes, whatever the layout of student and teacher, give the loss curve of one; a checkpoint fits any number of processes."""
+"""Two processes give the loss curve of one in every layout of student and teacher; a checkpoint fits any number of processes."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """One process, made when first asked for."""
+    """Results of one process, trained on first use."""
     found = {}
 
     def get(case: Case):
@@ -22,7 +22,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where two processes worked: all cases, one stage that one process had begun, and one that they did not end."""
+    """Folder of two processes: all cases, a stage that one process has begun, and one that the two left unfinished."""
     folder = tmp_path_factory.mktemp("two")
     interrupted(folder / "one-then-two", RESUMED.alone)
     ranks(2, train_all, folder)

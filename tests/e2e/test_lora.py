@@ -1,4 +1,4 @@
-"""Studies whose models train adapters: artifacts are ordinary models, a kill changes nothing, and layers that run again change no loss."""
+"""Studies that train adapters: artifacts are ordinary models, a kill changes nothing, and gradient checkpointing changes no loss."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ ROUNDS = {"type": "teacher_mixed", "max_new_tokens": 8, "rollouts": 16, "inner_e
 
 
 def plan(family: str) -> Plan:
-    """A teacher and a student with adapters beside one kind of matrix; GPT-2 has dropout, and so have the adapters."""
+    """Plan a teacher and a student with adapters on one kind of matrix. GPT-2 and the adapters have dropout."""
     base = {"load": f"scratch:{family}", "tokenizer": "tinyworld", "config": CONFIG[family]}
     base |= {"lora": {"r": 4, "alpha": 8, "dropout": 0.1, "targets": [TARGET[family]]}}
     sft = {"optim": OPTIM, "select": {"metric": "loss", "every": 2}}
@@ -55,7 +55,7 @@ def plan(family: str) -> Plan:
 
 
 def run(found: Plan, root: Path, *, kills: bool = False) -> dict[str, Path]:
-    """The folders of all stages by their labels; with `kills` every training stage is stopped after three updates and called again."""
+    """Run all stages and return their folders by label. With `kills`, stop every training stage after three updates and resume it."""
     store = Store(root)
     for stage in found.stages.values():
         task = make_task(found, stage, store)
@@ -70,7 +70,7 @@ def run(found: Plan, root: Path, *, kills: bool = False) -> dict[str, Path]:
 
 @pytest.fixture(scope="module", params=CONFIG)
 def study(request, tmp_path_factory):
-    """A family, its plan, and where its stages are."""
+    """A family, its plan, and the folders of its stages."""
     found = plan(request.param)
     return request.param, found, run(found, tmp_path_factory.mktemp("whole"))
 

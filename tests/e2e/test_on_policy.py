@@ -1,4 +1,4 @@
-"""Every sampler with three objectives: two rounds, a kill inside a rollout or an epoch changes nothing, nor does a second process."""
+"""Every sampler with three objectives: a kill inside a rollout or an epoch changes nothing, and two processes give the same weights."""
 
 import itertools
 
@@ -15,7 +15,7 @@ SAMPLING = [case for case in CASES if case[0] not in ("dataset", "teacher")]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Weights after an undisturbed run of every case, made when first asked for."""
+    """Weights after an undisturbed run of a case, trained on first use."""
     found: dict[tuple[str, int], torch.Tensor] = {}
 
     def get(case: tuple[str, int]) -> torch.Tensor:

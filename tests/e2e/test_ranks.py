@@ -1,4 +1,4 @@
-"""A stage by several processes on this machine: one is killed, the others end, and the same call goes on to the same result."""
+"""A stage run by several processes: when one is killed the others end, and the same call resumes to the same result."""
 
 import multiprocessing
 import os
@@ -59,13 +59,13 @@ def quiet(done: int, total: int, text: str) -> None:
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Ranks are forked and not spawned, so that they need not import torch again."""
+    """Fork ranks instead of spawning them, so that they need not import torch again."""
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
 
 def launched(root, told, **resources):
-    """Run by two processes; `told` hears of progress."""
+    """Run the stage by two processes and return its key. `told` is called with the progress."""
     made = task(root, {"distill": {"processes": 2} | resources})
     run_in_processes(made, threads=2, progress=told, alarm=print, stop=lambda: False)
     return made.key

@@ -1,4 +1,4 @@
-"""Every committed recipe is read and planned without network, and MiniLLM's run whole on tiny models of the same architectures."""
+"""Every committed recipe is read and planned without network; MiniLLM's run end to end on tiny models of the same architectures."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def name(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A `data.root` with a few rows of each of MiniLLM's sets, and a corpus."""
+    """Folder for `data.root` with a few rows of each of MiniLLM's sets, and a corpus."""
     root = tmp_path_factory.mktemp("data")
     for folder, splits in SETS.items():
         (root / folder).mkdir()
@@ -80,7 +80,7 @@ def data(tmp_path_factory) -> Path:
 
 @dataclass(frozen=True)
 class Family:
-    """What a stand-in shares with the real models: the layout of special tokens, the class, and the width of the logits."""
+    """Properties that a stand-in shares with the real models: special tokens, and the width of the logits."""
 
     special: tuple[str, ...]
     bos: str | None
@@ -101,7 +101,7 @@ FAMILIES = {
 
 
 def tokenizer_of(family: Family, data: Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of a few hundred tokens."""
+    """Train a byte-level BPE of a few hundred tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -119,7 +119,7 @@ def tokenizer_of(family: Family, data: Path) -> PreTrainedTokenizerFast:
 
 
 def model_of(kind: str, tokenizer: PreTrainedTokenizerFast, width: int, padding: int, seed: int):
-    """A random model of one or two layers."""
+    """Build a random model of one layer."""
     torch.manual_seed(seed)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     common = ids | {"vocab_size": len(tokenizer) + padding}
@@ -136,7 +136,7 @@ def model_of(kind: str, tokenizer: PreTrainedTokenizerFast, width: int, padding:
 
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory, data):
-    """kind, role -> the directory of a tiny model; made when it is first asked for."""
+    """Function of kind and role that returns the directory of a tiny model, made on first use."""
     made: dict[tuple[str, str], Path] = {}
     sizes = {"teacher": (32, 0), "init": (16, 1), "base": (16, 2), "deep": (16, 3)}
 
@@ -161,7 +161,7 @@ def stand_in(tmp_path_factory, data):
 
 @pytest.mark.parametrize("path", ALL, ids=name)
 def test_is_read_and_planned_without_network(path, data, stand_in):
-    """Models on the hub need not be here, but for `compute`, which counts them."""
+    """Models on the hub need not be on this disk, except for `compute`, which counts their parameters."""
     counts = any(arm.compute for arm in load(path).arms.values())
     scratch = {n for n, m in load(path).models.items() if (m.load or "scratch:").startswith("scratch:")}
     packaged = [n for n, m in load(path).models.items() if n not in scratch and (counts or (m.load or "").startswith("wheel:"))]
@@ -188,7 +188,7 @@ def table() -> Plan:
 
 @pytest.mark.parametrize("path", METHODS, ids=name)
 def test_a_single_method_is_a_part_of_the_table(path, table):
-    """The same stages, by key, so that they are never run twice and never differ."""
+    """The keys of the stages are the same, so that a stage is never run twice."""
     plan = make_plan(load(path))
     assert len(plan.arms) == 2
     assert table.stages.keys() >= plan.stages.keys()
@@ -211,7 +211,7 @@ def test_ablations_are_one_override_and_change_minillm_alone(path, override, dat
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_padding_changes_no_log_probability(kind, stand_in):
-    """Sampling pads on the left and training on the right; the stock model alone, without padding, says the same of every token."""
+    """Sampling pads on the left, training on the right; the stock model without padding gives every token the same log-probability."""
     student, teacher = (load_model(stand_in(kind, role)) for role in ("base", "teacher"))
     vocab = shared_vocabulary(load_tokenizer(stand_in(kind, "base")), student, teacher)
     prompts = [tuple(range(5, 5 + n)) for n in (3, 11, 6)]

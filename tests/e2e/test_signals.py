@@ -1,4 +1,4 @@
-"""Signals to `tadistill run` itself: what Slurm and a shutdown send, to all processes or to one, ends it as Ctrl-C does."""
+"""Signals to `tadistill run`: those of Slurm and of a shutdown, sent to all processes or to one, end it as Ctrl-C does."""
 
 import json
 import os
@@ -30,7 +30,7 @@ arms: {a: a, b: b}
 
 
 def start(runs: Path) -> subprocess.Popen:
-    """A study whose two first stages take minutes, in a process group of its own."""
+    """Start a study in a process group of its own. Its first two stages take much longer than the test waits."""
     recipe = runs.with_suffix(".yaml")
     recipe.write_text(RECIPE)
     command = [sys.executable, "-m", "tadistill", "run", str(recipe)]
@@ -45,7 +45,7 @@ def start(runs: Path) -> subprocess.Popen:
 
 
 def wait_for_updates(runs: Path, after: list[int]) -> None:
-    """Until both logs have a line past these updates."""
+    """Wait until both logs have a line past these updates."""
     for _ in range(600):
         logs = [path.read_text().splitlines() for path in sorted(runs.glob("store/*/*/metrics.jsonl"))]
         last = [json.loads(lines[-1])["step"] if lines else 0 for lines in logs]
@@ -56,7 +56,7 @@ def wait_for_updates(runs: Path, after: list[int]) -> None:
 
 
 def steps(runs: Path) -> list[int]:
-    """Of the saved states."""
+    """Return the step of each saved state."""
     return [torch.load(path, weights_only=True)["step"] for path in sorted(runs.glob("store/*/*/state.pt"))]
 
 
@@ -65,7 +65,7 @@ def children(parent: int) -> list[int]:
 
 
 def worker_of(process: subprocess.Popen) -> int:
-    """A process that trains: forked by the server, which is a child of the command."""
+    """Return the id of a process that trains. The server forked it, and the server is a child of the command."""
     return next(worker for child in children(process.pid) for worker in children(child))
 
 

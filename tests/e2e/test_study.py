@@ -20,7 +20,7 @@ ONE_SEED = ["seeds=[1]", "runtime.checkpoint_seconds=0.05"]
 
 
 def command(runs: Path, *overrides: str, arms: str = "") -> list[str]:
-    """The command line; `arms` replaces the recipe's arms."""
+    """Return the command line. `arms` replaces the recipe's arms."""
     path = RECIPE
     if arms:
         path = runs.with_suffix(".yaml")
@@ -35,7 +35,7 @@ def run(runs: Path, *overrides: str, code: int = 0, arms: str = "") -> str:
 
 
 def run_here(runs: Path, *overrides: str, arms: str = "") -> None:
-    """The same in this process, its stages too."""
+    """Run the same command in this process, its stages too."""
     done = tadistill(*command(runs, *overrides, arms=arms)[3:])
     assert done.code == 0, done.out + done.err
 
@@ -110,7 +110,7 @@ def test_one_changed_key_reruns_only_what_depends_on_it(finished, tmp_path):
 
 
 def training(runs: Path, kind: str, after: dict[Path, int]) -> dict[Path, int]:
-    """The saved states of stages of a kind, with their times, that are newer than those of `after`."""
+    """Return the saved states of stages of a kind that are newer than in `after`, with their times."""
     found = {}
     for state in runs.glob("store/*/*/state.pt"):
         with contextlib.suppress(FileNotFoundError):  # the stage has just ended

@@ -1,4 +1,4 @@
-"""A real Slurm for the tests of this folder, or a reason to skip them."""
+"""Start a real Slurm for the tests of this folder, or skip them with a reason."""
 
 import os
 import shutil

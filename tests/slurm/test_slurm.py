@@ -62,7 +62,7 @@ def study(slurm, tmp_path_factory):
 
 @pytest.mark.parametrize("site", ["narval", "rorqual"])
 def test_the_controller_takes_the_resource_lines_of_real_sites(slurm, site, tmp_path):
-    """All kinds of stages; the node here has their GPUs, slices, cores and memory. Dependencies name jobs that are not there."""
+    """The scripts of all kinds of stages are accepted. Lines with dependencies are left out, because they name jobs that do not exist."""
     scripts = GOLDEN.joinpath(f"{site}.txt").read_text().split("#!/bin/bash")[1:]
     assert len(scripts) == 6
     for i, text in enumerate(scripts):
@@ -114,7 +114,7 @@ def test_a_failure_takes_its_children_and_nothing_else(study):
 
 def test_the_failed_branch_goes_again_and_the_report_follows(study):
     report = study.directory / "report.html"
-    assert report.is_file()  # written when all had ended, whatever became of it
+    assert report.is_file()  # written when all jobs had ended, failed or not
     first = report.stat().st_mtime_ns
     (study.store.folder(study.key(FAILS)) / "metrics.jsonl").rmdir()
     assert "16 done, 0 queued before, 3 submitted as 2 jobs" in study.submit()
@@ -127,7 +127,7 @@ def test_the_failed_branch_goes_again_and_the_report_follows(study):
 
 
 def test_a_chain_of_segments_goes_on_where_the_one_before_stopped(study, tmp_path):
-    """Where a job may not call Slurm: a told segment ends, the next goes on, the rest end at once, and children start after all."""
+    """Where a job may not call Slurm: a told segment ends, the next one resumes, the rest end at once, and children start after them."""
     profile, recipe = tmp_path / "chain.yaml", tmp_path / "chained.yaml"
     profile.write_text(CLUSTER.read_text() + "resume: chain\n")
     text = RECIPE.read_text().replace("study: tiny", "study: tiny3").replace("    seed: 10\n", "    seed: 11\n")
@@ -153,7 +153,7 @@ def test_a_chain_of_segments_goes_on_where_the_one_before_stopped(study, tmp_pat
 
 
 def test_two_submissions_cancelling_and_stale_records(study):
-    """Two at once submit each job once; cancelled jobs, and ids that Slurm does not know or gave to others, are submitted anew."""
+    """Two submissions at once submit each job once. Cancelled jobs, and those whose id Slurm does not know or gave to another, go again."""
     more = [str(RECIPE), "seeds=[40]", "study=tiny2", "--cluster", str(CLUSTER), "--account", "def-tests", "--runs", str(study.runs)]
     subprocess.run(["scontrol", "update", f"NodeName={_node()}", "State=DRAIN", "Reason=test"], check=True)  # nothing starts
     try:
@@ -178,7 +178,7 @@ def test_two_submissions_cancelling_and_stale_records(study):
 
 
 def stage_jobs(study: Study, name: str) -> set[tuple]:
-    """The jobs that a study's records name."""
+    """Return the jobs that a study's records name."""
     found = [json.loads(p.read_text()) for p in study.runs.glob("store/*/*/job.json")]
     return {(record["job"], record["index"]) for record in found if record["study"] == name}
 
