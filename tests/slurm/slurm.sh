@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real Slurm on this one machine, for tests: munged, slurmctld and one slurmd that pretends to be a GPU node.
+# Runs a real Slurm on this machine, for tests: munged, slurmctld, and one slurmd that pretends to be a GPU node.
 #
 #   tests/slurm/slurm.sh install            Debian's packages (root)
 #   tests/slurm/slurm.sh up DIR             start; all state under DIR, all ports on the loopback address
@@ -50,8 +50,8 @@ configure() {
         echo IgnoreSystemd=yes >"$DIR/etc/cgroup.conf"
     fi
     : >"$DIR/etc/plugstack.conf"
-    # cred_expire is also how long a job that was queued again waits (below 5 the default of 120 holds); kill_invalid_depend is the Alliance;
-    # job ids start from the clock, so that no id is given twice even on a fresh DIR
+    # A requeued job waits for cred_expire (values below 5 mean the default of 120). The Alliance sets kill_invalid_depend.
+    # Job ids start from the clock, so that no id is used twice, even with a fresh DIR.
     cat >"$DIR/etc/slurm.conf" <<CONF
 ClusterName=tests
 SlurmctldHost=$host(127.0.0.1)
