@@ -1,7 +1,7 @@
-"""Quick ways to run the product: starting Python, torch and workers takes longer than the stages of tiny models.
+"""Quick ways to run the product: starting Python and torch takes longer than the stages of tiny models.
 
-`tadistill` runs the command line in this process, its stages too; `ranks` forks processes that form a group. What workers and spawned
-processes do is tested by `test_study`, `test_signals`, `test_one_store` and `test_ranks`.
+`tadistill` runs the command line in this process, its stages too. `ranks` forks processes that form a group. `test_study`, `test_signals`,
+`test_one_store` and `test_ranks` test stages that run in processes of their own.
 """
 
 import contextlib
@@ -49,6 +49,7 @@ def tadistill(*arguments: str) -> Done:
     """Run a command of the command line to its end."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("tadistill.runner.study.prepare"))  # starts the server that stages are forked from
         for module in CALLERS:
             stack.enter_context(mock.patch(f"{module}.run_stages", run_here))
         stack.enter_context(mock.patch.object(sys, "argv", ["tadistill", *arguments]))

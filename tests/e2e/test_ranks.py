@@ -57,13 +57,6 @@ def quiet(done: int, total: int, text: str) -> None:
     pass
 
 
-@pytest.fixture
-def forked(monkeypatch):
-    """Fork ranks instead of spawning them, so that they need not import torch again."""
-    context = multiprocessing.get_context("fork")
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
-
-
 def launched(root, told, **resources):
     """Run the stage by two processes and return its key. `told` is called with the progress."""
     made = task(root, {"distill": {"processes": 2} | resources})
@@ -71,7 +64,7 @@ def launched(root, told, **resources):
     return made.key
 
 
-def test_a_killed_rank_ends_the_stage_and_the_same_call_goes_on(tmp_path, request):
+def test_a_killed_rank_ends_the_stage_and_the_same_call_goes_on(tmp_path):
     killed, seen, laid_out = [], [], {"parallel": "fsdp", "teacher": "sharded"}
 
     def kill(done: int, total: int, text: str) -> None:
@@ -83,7 +76,6 @@ def test_a_killed_rank_ends_the_stage_and_the_same_call_goes_on(tmp_path, reques
         launched(tmp_path / "a", kill, **laid_out)
     assert "\n" not in str(failure.value)
     assert not multiprocessing.active_children()
-    request.getfixturevalue("forked")
     key = launched(tmp_path / "a", lambda done, total, text: seen.append(done), **laid_out)
     assert seen[0] > 5
     assert seen[-1] == STEPS
@@ -98,7 +90,7 @@ def test_a_killed_rank_ends_the_stage_and_the_same_call_goes_on(tmp_path, reques
     assert facts[0].keys() == facts[1].keys()
 
 
-def test_all_ranks_stop_when_asked(tmp_path, forked):
+def test_all_ranks_stop_when_asked(tmp_path):
     made, heard = task(tmp_path, {"distill": {"processes": 2, "teacher": "offloaded"}}), []
     with pytest.raises(Interrupted, match="stopped at update"):
         run_in_processes(made, threads=2, progress=lambda done, total, text: heard.append(done), alarm=print, stop=lambda: len(heard) > 3)
@@ -107,7 +99,7 @@ def test_all_ranks_stop_when_asked(tmp_path, forked):
     assert not Store(tmp_path).finished(made.key)
 
 
-def test_an_error_is_the_one_that_a_rank_raised(tmp_path, forked):
+def test_an_error_is_the_one_that_a_rank_raised(tmp_path):
     made = task(tmp_path, {"distill": {"processes": 2}})
     optim = made.spec.optim.model_copy(update={"batch": 7})
     made = replace(made, spec=made.spec.model_copy(update={"optim": optim}))
