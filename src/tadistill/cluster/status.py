@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tadistill.cluster import queue
-from tadistill.cluster.arrays import Record, read_record, report_name
+from tadistill.cluster.job import Record, read_record, report_name
 from tadistill.disk import damaged, read_json
 from tadistill.store import FAILURE, Store, runs_directory
 

@@ -93,7 +93,7 @@ class StageProcesses:
 
     @property
     def sources(self) -> list[Any]:
-        """What becomes ready when there is something to attend to."""
+        """Return the pipes and sentinels that become ready when there is something to attend to."""
         return [*self._pipes, *(process.sentinel for process in self._processes if process.exitcode is None)]
 
     def attend(self) -> list[Message]:

@@ -6,7 +6,7 @@ import pytest
 from tests.unit.plan.fakes import spec
 
 from tadistill.cluster import queue
-from tadistill.cluster.arrays import Job, Place, Record, arrays, read_record
+from tadistill.cluster.job import Job, Place, Record, arrays, read_record
 from tadistill.cluster.queue import Entry
 from tadistill.cluster.sbatch import Request
 from tadistill.cluster.status import rows
