@@ -17,7 +17,7 @@ class Published(Strict):
     """A result that somebody else reported for an arm, shown beside ours."""
 
     source: str
-    """Where it was reported."""
+    """The publication."""
     rouge_l: dict[str, float]
     """Test set -> Rouge-L."""
 

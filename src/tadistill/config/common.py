@@ -1,4 +1,4 @@
-"""What the parts of a recipe share: their base class, the settings of sampling, and number types."""
+"""Base class of all parts of a recipe, settings of sampling, and types of numbers."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""How a learner is trained: objective, sampler, optimizer and selection of a checkpoint, and which of them work together.
+"""Training methods: objective, sampler, optimizer and selection of a checkpoint, and the combinations that work.
 
 Objectives are in `tadistill.config.objective`, samplers in `tadistill.config.sampling`.
 """
@@ -59,7 +59,7 @@ class Optim(Strict):
 
 
 class Select(Strict):
-    """Which checkpoint a stage keeps."""
+    """The choice of the checkpoint that a stage keeps."""
 
     metric: Literal["last", "loss", "rouge_l", "fact_accuracy", "reverse_kl"] = "loss"
     """A metric on the dev set, or `last` for the final weights. Lower is better for loss and reverse_kl."""
@@ -89,8 +89,8 @@ class Dense(Strict):
     """Every model before a learner in its path teaches it, as one mixture (Son et al. 2021, DGKD; `objectives.TargetMixture`)."""
 
     kind: Literal["geometric", "arithmetic"] = "geometric"
-    """How the teachers' distributions are mixed. The weighted sum of reverse KLs to the teachers has the gradient of the reverse KL to the
-    geometric mixture; the sum of forward KLs has that of the forward KL to the arithmetic one."""
+    """Kind of mean of the teachers' distributions. The weighted sum of reverse KLs to the teachers has the same gradient as the reverse KL to
+    the geometric mean; the sum of forward KLs has that of the forward KL to the arithmetic mean."""
     weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
     """One per teacher, from the big end of the path; equal by default."""
     drop: float = Field(default=0.0, ge=0, lt=1)
@@ -104,7 +104,7 @@ class Dense(Strict):
 
 
 class Method(Strict):
-    """How a learner is distilled: which loss, on which sequences, with which optimizer."""
+    """A distillation method: the loss, the sequences, the optimizer, and the choice of a checkpoint."""
 
     objective: Objective = ForwardKL()
     sampler: Sampler = DatasetSampler()
@@ -140,7 +140,7 @@ class Method(Strict):
 
 
 class MethodPatch(Strict):
-    """What one model or one arm changes in the recipe's method."""
+    """The changes that one model or one arm makes to the recipe's method."""
 
     objective: Objective | None = None
     sampler: Sampler | None = None

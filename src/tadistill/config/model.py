@@ -20,8 +20,8 @@ class Init(Strict):
     layers: int | tuple[int, ...] | None = None
     """Layers to keep: a number of layers, or a list of their indices from 0."""
     layers_by: Literal["spacing", "influence"] = "spacing"
-    """How a number of layers is chosen: evenly spaced with the first and the last, or those that change their input most (Men et al. 2024,
-    ShortGPT)."""
+    """Choice of a number of layers: evenly spaced with the first and the last (`spacing`), or those that change their input most
+    (`influence`; Men et al. 2024, ShortGPT)."""
     hidden: int | None = Field(default=None, ge=1)
     """Width of the hidden states."""
     intermediate: int | None = Field(default=None, ge=1)
@@ -128,7 +128,7 @@ class ModelConfig(Strict):
 
     @property
     def tokenizer_source(self) -> str | None:
-        """Where the tokenizer is loaded from, at `revision`: `tokenizer`, else `load`; None for a model made from another one."""
+        """Source of the tokenizer, read at `revision`: `tokenizer`, or else `load`; None for a model that is made from another one."""
         return self.tokenizer or self.load
 
     @property

@@ -88,7 +88,7 @@ class Data(Strict):
     root: str | None = None
     """Folder of local data sets; the environment variable TADISTILL_DATA by default."""
     template: Template = "alpaca"
-    """How an instruction becomes a prompt: the Alpaca text (as MiniLLM), the tokenizer's chat template, or the bare text."""
+    """Prompt around an instruction: the Alpaca text (as MiniLLM), the tokenizer's chat template, or nothing but a line break."""
     max_prompt: int = Field(default=256, ge=1)
     """Most tokens of a prompt; rows with a longer one are left out (MiniLLM's value)."""
     max_length: int = Field(default=512, ge=2)
@@ -131,7 +131,7 @@ class Evaluate(Decoding):
 
 
 class Runtime(Strict):
-    """How stages run on this machine. None of it enters a stage's key, but `jobs` sets a stage's threads and so the order of its sums."""
+    """Settings of a run on this machine. None enters a stage's key, but `jobs` sets a stage's threads and so the order of its sums."""
 
     jobs: int | None = Field(default=None, ge=1)
     """Stages that run at the same time; by default the number of cores on a CPU, and 1 on a GPU."""

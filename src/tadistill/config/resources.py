@@ -21,7 +21,7 @@ class Resources(Strict):
     nodes: int = Field(default=1, ge=1)
     """Machines over which the processes are spread."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes hold the student: each the whole model (`ddp`), or each a part of it (`fsdp`, FSDP2)."""
+    """Placement of the student: whole in every process (`ddp`), or in parts over the processes (`fsdp`, FSDP2)."""
     teacher: Literal["replicated", "sharded", "offloaded"] = "replicated"
     """Placement of the teacher: whole on every device, in parts over the processes (FSDP2), or in host memory and loaded layer by layer."""
     gpu: str | None = None

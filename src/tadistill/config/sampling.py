@@ -23,7 +23,7 @@ class SamplerBase(Strict):
     pairs: ClassVar[bool] = False
     """Each prompt comes with a response of the teacher and one of the student."""
     follows_dev: ClassVar[bool] = False
-    """What is sampled depends on the dev loss, which is therefore also measured before training."""
+    """The dev loss decides what is sampled, so it is also measured before training."""
 
     @property
     def guided(self) -> bool:

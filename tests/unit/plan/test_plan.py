@@ -6,7 +6,9 @@ import pytest
 
 from tadistill.config import DataRef, validate
 from tadistill.errors import ConfigError, DataError
+from tadistill.models.counting.memory import resident_bytes
 from tadistill.plan.arms import make_plan
+from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import Source
 from tadistill.plan.layout import layout
 from tadistill.runner import preflight
@@ -217,14 +219,15 @@ def test_adapters_that_do_not_fit_are_found_before_anything_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["method", "model", "arm"])
-def test_the_memory_check_counts_every_teacher_of_dense_guidance(where, monkeypatch):
+def test_the_memory_check_counts_every_teacher_of_dense_guidance(where):
     settings = recipe(arms={"takd": {"path": "xl > l > s"}})
     place = {"method": settings["method"], "model": settings["models"]["s"].setdefault("distill", {}), "arm": settings["arms"]["takd"]}
     place[where]["dense"] = {}
-    seen = []
-    monkeypatch.setattr(preflight, "check_memory", lambda needs: seen.append(sorted(needs)))
-    preflight._check_memory(validate(settings), ["xl", "l", "s"])
-    assert seen == [["xl"], ["l", "xl"], ["l", "s", "xl"], ["l", "s", "xl"]]  # the last one at rest, to be analysed
+    found, plain = make_plan(validate(settings)), plan(arms={"takd": {"path": "xl > l > s"}})
+    last, alone = (next(s for s in each.stages.values() if s.label.endswith("seed 1") and "-> s" in s.label) for each in (found, plain))
+    assert "xl + l -> s" in last.label
+    big = resident_bytes(Ledger(found.recipe).size("xl").total, training=False)
+    assert preflight._need(found, last) >= preflight._need(plain, alone) + big
 
 
 def test_the_first_seed_is_the_one_that_the_recipe_lists_first():

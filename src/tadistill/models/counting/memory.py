@@ -1,8 +1,8 @@
-"""Memory a model needs against memory this machine has, before anything is loaded. Imports no torch.
+"""The memory that models need, and the memory that this machine has.
 
     check_memory({"teacher": resident_bytes(1_557_611_200, training=False), "student": resident_bytes(124_439_808, training=True)})
 
-Activations and logits are not counted: they depend on the batch.
+Activations and logits are not counted here, because they depend on the batch.
 """
 
 import ctypes
@@ -17,12 +17,12 @@ _TRAINED = 16  # float32 weights, gradients and AdamW's two moments
 
 
 def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32", adapters: int | None = None) -> int:
-    """Bytes of weights, and of gradients and AdamW's moments (float32) when `training`. Activations come on top.
+    """Return the bytes of a model's weights, with gradients and AdamW's moments (float32) if it is `training`.
 
     Training in half precision keeps float32 weights and adds a half-precision copy (autocast).
 
     Args:
-        adapters: so many of the parameters are trained, and the others frozen, when `training`.
+        adapters: number of parameters that are trained, if the others are frozen.
 
     Raises:
         ConfigError: `dtype` is not float32, bfloat16 or float16.
@@ -53,10 +53,10 @@ def check_memory(
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks for the next request, in this process; nothing elsewhere.
+    """Tell glibc to keep large freed blocks for the next request, in this process. Other C libraries are not affected.
 
-    By default blocks go back to the system, and the next tile of a loss takes its pages anew: 3 to 5 % of a small student's update. The
-    process's peak stays what it is; between two peaks it holds on to memory.
+    By default blocks go back to the system, and the next tile of a loss must map its pages again, which takes 3 to 5 % of a small student's
+    update. The peak memory of the process does not change, but it keeps its memory between two peaks.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -65,7 +65,7 @@ def keep_freed_memory() -> None:
 
 
 def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Bytes this process may still take: free memory, or what a Slurm job's or container's limit leaves, whichever is less."""
+    """Return the bytes that this process can still use: free memory, or the rest of a Slurm job's or container's limit if that is less."""
     import psutil  # here: `plan` checks no memory
 
     free = psutil.virtual_memory().available
@@ -87,7 +87,7 @@ def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
 
 
 def _number(path: Path) -> int | None:
-    """The number in a control file; None when there is no file or no limit (`max`)."""
+    """Read the number in a control file; None if there is no file or no limit (`max`)."""
     try:
         text = path.read_text(encoding="utf-8").strip()
     except OSError:
@@ -96,7 +96,7 @@ def _number(path: Path) -> int | None:
 
 
 def _inactive_file(path: Path) -> int:
-    """Page cache that the kernel gives back under pressure; it counts as used in memory.current."""
+    """Read the bytes of page cache that the kernel frees if necessary; memory.current counts them as used."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:

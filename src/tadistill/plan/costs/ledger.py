@@ -287,7 +287,7 @@ _SAMPLERS: Mapping[type[SamplerBase], Callable[[Ledger, TrainingCost, Method, st
     ReplaySampler: Ledger._replay,
     PairSampler: Ledger._pair,
 }
-"""What counts the updates of each sampler, text and teacher included. A sampler without an entry cannot be planned."""
+"""For each sampler the function that counts its updates, sampling and teacher included. A sampler without one cannot be planned."""
 
 
 def _part(size: Size, work: Work) -> Part:

@@ -17,8 +17,8 @@ from tadistill.store import key_of
 from tadistill.tuning import LOG_POINTS, TILE_BYTES, WATCH_EVERY, WATCHED_ROWS
 
 _KEPT = 4 / 3
-"""What a layer keeps of a position for its backward pass, in hidden widths, as a multiple of its matrices' entries over the hidden width
-squared. GPT-2 keeps 16 and its matrices have 12."""
+"""Activations that a layer keeps per position for its backward pass, relative to its matrices' entries, both in units of the hidden width.
+GPT-2 keeps 16 widths, and its matrices have 12 squared widths."""
 
 
 class TrainingCost:
