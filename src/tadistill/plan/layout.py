@@ -3,7 +3,7 @@
 from pydantic import ValidationError
 
 from tadistill.config import Recipe
-from tadistill.config.resources import Resources
+from tadistill.config.recipe import Resources
 from tadistill.errors import ConfigError
 from tadistill.plan.graph import Stage
 from tadistill.plan.specs import KINDS, TrainingSpec

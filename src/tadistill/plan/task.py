@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from tadistill.config.resources import Resources
+from tadistill.config.recipe import Resources
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Stage
 from tadistill.plan.layout import resources_of

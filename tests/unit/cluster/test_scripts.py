@@ -9,7 +9,7 @@ import pytest
 from tadistill.cluster import profile, sbatch
 from tadistill.cluster.submit import Submission
 from tadistill.config import load, validate
-from tadistill.config.resources import Resources
+from tadistill.config.recipe import Resources
 from tadistill.plan.arms import make_plan
 from tadistill.plan.specs import KINDS
 
