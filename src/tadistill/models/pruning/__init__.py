@@ -6,13 +6,12 @@
     shape = dataclasses.replace(shape_of(teacher.config), layers=6, intermediate=1024)
     student = prune(teacher, shape, measured)
 
-The result is an ordinary model of the same family. `depth` holds the first kind, `activations` and `width` the second, `families` the axes
-of each weight, and `tadistill.models.counting.shapes` the shapes.
+The result is an ordinary model of the same family. `cut` makes it, `activations` measures, `families` lists the axes of each weight, and
+`tadistill.models.counting.shapes` the shapes.
 """
 
 from tadistill.models.counting.shapes import Shape, check_shape, shape_of
 from tadistill.models.pruning.activations import Importance, importance, keep_important
-from tadistill.models.pruning.depth import keep_list, prune_depth
-from tadistill.models.pruning.width import prune
+from tadistill.models.pruning.cut import keep_list, prune, prune_depth
 
 __all__ = ["Importance", "Shape", "check_shape", "importance", "keep_important", "keep_list", "prune", "prune_depth", "shape_of"]
