@@ -234,45 +234,48 @@ def judge(
     against: Annotated[str, typer.Option(help="An arm, or `reference` for the reference answers.")] = "reference",
     on: JudgedOn = "",
     limit: Limit = None,
-    all_seeds: Annotated[bool, typer.Option("--all-seeds", help="Every finished training seed, not the first only.")] = False,
-    name: Annotated[str | None, typer.Option(help="The summary is judge-NAME.json (default mode and judge).")] = None,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature of the judge.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply; more for judges that think aloud.")] = 256,
-    jobs: Annotated[int, typer.Option(help="Requests at a time.")] = 4,
-    timeout: Annotated[float, typer.Option(help="Seconds that a reply may take.")] = 120.0,
-    price_in: Annotated[float | None, typer.Option(help="Price of a million tokens in, for the estimate.")] = None,
-    price_out: Annotated[float | None, typer.Option(help="Price of a million tokens out.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, for instance all_seeds=true, temperature=0.5, jobs=8 (docs/judge.md).")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Have a language model rate the answers of a study (docs/judge.md). Replies are kept; the same command goes on."""
+    """Let a language model rate the answers of a study (docs/judge.md). Replies are kept, and the same command resumes."""
+    from tadistill.config.judge import Judge
+    from tadistill.config.load import read_settings
     from tadistill.judge import commands
 
+    options = {
+        "model": model,
+        "base_url": base_url,
+        "mode": mode,
+        "arms": arm or [],
+        "against": against,
+        "sets": _parts(on),
+        "limit": limit,
+    }
+    chosen = read_settings(Judge, options, settings or [], source="tadistill judge")
+    confirm, command = (lambda _: True) if yes else typer.confirm, shlex.join(["tadistill", *sys.argv[1:]])
     try:
-        commands.judge(
-            study, root=runs_directory(runs), console=console, confirm=typer.confirm, command=shlex.join(["tadistill", *sys.argv[1:]]),
-            model=model, base_url=base_url, mode=mode, arms=arm or (), against=against, sets=_parts(on), all_seeds=all_seeds,
-            limit=limit, name=name, temperature=temperature, max_tokens=max_tokens, jobs=jobs, timeout=timeout,
-            price_in=price_in, price_out=price_out, yes=yes,
-        )  # fmt: skip
+        commands.judge(study, chosen, root=runs_directory(runs), console=console, confirm=confirm, command=command)
     except KeyboardInterrupt:
-        console.print("interrupted; replies are kept, and the same command goes on")
+        console.print("interrupted; replies are kept, and the same command resumes")
         raise typer.Exit(130) from None
 
 
 @app.command()
 def human(
     study: StudyName,
-    files: Annotated[list[Path] | None, typer.Argument(help="Filled-in sheets, one a rater.", metavar="[ANSWERS.csv]…")] = None,
+    files: Annotated[list[Path] | None, typer.Argument(help="Filled-in sheets, one for each rater.", metavar="[ANSWERS.csv]…")] = None,
     arm: Arms = None,
     on: JudgedOn = "",
     limit: Limit = None,
     reference: Annotated[bool, typer.Option("--reference", help="Show the reference among the answers.")] = False,
     name: Annotated[str, typer.Option(help="The sheet's name.")] = "blind",
-    seed: Annotated[int, typer.Option(help="Of the random order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
     runs: Runs = None,
 ) -> None:
-    """Write a blind sheet of a study's answers for people to rate; with files, read their ratings back (docs/judge.md)."""
+    """Write a blind sheet of a study's answers for people to rate, or read filled-in sheets back (docs/judge.md)."""
     from tadistill.judge import commands
 
     root = runs_directory(runs)

@@ -19,6 +19,7 @@ from rich.console import Console
 from tests.conftest import tiny_model
 from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 
+from tadistill.config.judge import Judge
 from tadistill.data import tinyworld
 from tadistill.errors import JudgeFailed
 from tadistill.judge.commands import judge
@@ -73,10 +74,9 @@ def test_real_server(served, tmp_path):
     said = io.StringIO()
 
     def run(limit: int) -> dict:
-        path = judge(
-            "demo", root=tmp_path / "runs", console=Console(file=said, width=200), confirm=lambda _: False, command="test",
-            model=model, base_url=url, limit=limit, max_tokens=8, jobs=2, timeout=60, yes=True, name="real",
-        )  # fmt: skip
+        settings = Judge(model=model, base_url=url, limit=limit, max_tokens=8, jobs=2, timeout=60, name="real")
+        console = Console(file=said, width=200)
+        path = judge("demo", settings, root=tmp_path / "runs", console=console, confirm=lambda _: True, command="test")
         assert path is not None
         return json.loads(path.read_text())
 

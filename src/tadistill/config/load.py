@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 from tadistill.config.recipe import Recipe
 from tadistill.errors import ConfigError
 
+Settings = typing.TypeVar("Settings", bound=BaseModel)
+
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
@@ -36,14 +38,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
 
 def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str) -> Recipe:
     """Read a recipe from YAML text, as `load` does. Messages call the text `source`."""
-    for item in overrides:
-        if item.find("=") < 1:
-            raise ConfigError(f"override `{item}` is not KEY=VALUE; write key.sub=value, for instance seeds=[10]")
-    try:
-        tree = OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides)))
-        raw = OmegaConf.to_container(tree, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    raw = _merged(text, overrides, source, "seeds=[10]")
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} holds no recipe; it must be a mapping with study, seeds, models, data and arms")
     return validate(_string_keys(raw), source=source, text=text)
@@ -59,6 +54,29 @@ def validate(raw: dict[str, Any], *, source: str = "recipe", text: str = "") -> 
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(_sentence(error, source, _lines(text))) from error
+
+
+def read_settings(model: type[Settings], given: dict[str, Any], overrides: typing.Sequence[str], *, source: str) -> Settings:
+    """Build the settings of a command from its options and `key=value` overrides. Mistakes are reported as for a recipe.
+
+    Raises:
+        ConfigError: a key is unknown, or a value breaks a rule.
+    """
+    try:
+        return model.model_validate(_merged(given, overrides, source, "temperature=0.5"))
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, source, {}, model)) from error
+
+
+def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source: str, example: str) -> Any:
+    for item in overrides:
+        if item.find("=") < 1:
+            raise ConfigError(f"override `{item}` is not KEY=VALUE; write key.sub=value, for instance {example}")
+    try:
+        tree = OmegaConf.merge(OmegaConf.create(base), OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(tree, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
 def _string_keys(value: Any) -> Any:
@@ -85,17 +103,17 @@ def _lines(text: str) -> dict[tuple, int]:
     return lines
 
 
-def _sentence(error: ValidationError, source: str, lines: dict[tuple, int]) -> str:
+def _sentence(error: ValidationError, source: str, lines: dict[tuple, int], root: type[BaseModel] = Recipe) -> str:
     """Describe the first problem: where, what, how to mend. Unknown keys come first, because they cause others."""
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     problem = problems[0]
     location = tuple(problem["loc"])
-    key = _without_tags(location)
+    key = _resolve(location, root)[0]
     shown = ".".join(map(str, key)) or "recipe"
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     where = f"{source}, line {line}: `{shown}`" if line else f"{source}: `{shown}`"
     if problem["type"] == "extra_forbidden":
-        names = _names_at(location[:-1])
+        names = _names_at(location[:-1], root)
         close = difflib.get_close_matches(str(key[-1]), names, n=1, cutoff=0.5)
         hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(sorted(names))}."
         text = f"{where} is not a known key; {hint}"
@@ -131,9 +149,9 @@ def _tag(model: type[BaseModel]) -> str | None:
     return field.default if field else None
 
 
-def _resolve(location: tuple) -> tuple[tuple, list[type[BaseModel]]]:
-    """Follow a pydantic location through the recipe classes, without the union tags that pydantic inserts."""
-    models: list[type[BaseModel]] = [Recipe]
+def _resolve(location: tuple, root: type[BaseModel]) -> tuple[tuple, list[type[BaseModel]]]:
+    """Follow a pydantic location through the classes from `root`, without the union tags that pydantic inserts."""
+    models: list[type[BaseModel]] = [root]
     key: list = []
     for part in location:
         tagged = [m for m in models if _tag(m) == part]
@@ -147,9 +165,5 @@ def _resolve(location: tuple) -> tuple[tuple, list[type[BaseModel]]]:
     return tuple(key), models
 
 
-def _without_tags(location: tuple) -> tuple:
-    return _resolve(location)[0]
-
-
-def _names_at(location: tuple) -> list[str]:
-    return sorted({name for m in _resolve(location)[1] for name in _fields(m)})
+def _names_at(location: tuple, root: type[BaseModel]) -> list[str]:
+    return sorted({name for m in _resolve(location, root)[1] for name in _fields(m)})

@@ -5,6 +5,7 @@ encoded alone (MiniLLM cuts the joint encoding at the prompt's length). Prompts 
 cuts them on the right, which loses "### Response:").
 """
 
+import re
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,12 @@ _NO_INPUT = "Below is an instruction that describes a task. Write a response tha
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
+)
+_WORDS = r"\s+".join
+_ALPACA = re.compile(
+    rf"(?:{_WORDS(map(re.escape, _NO_INPUT.split()))}|{_WORDS(map(re.escape, _WITH_INPUT.split()))})\s*"
+    r"### Instruction:\s*(?P<instruction>.*?)(?:\n\s*### Input:\s*(?P<input>.*?))?\s*### Response:\s*",
+    re.DOTALL,
 )
 
 
@@ -51,6 +58,21 @@ def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase"
         body = f"### Instruction:\n{example.instruction}\n\n### Input:\n{example.input}\n\n"
         return f"{_WITH_INPUT}\n\n{body}### Response:\n"
     return f"{_NO_INPUT}\n\n### Instruction:\n{example.instruction}\n\n### Response:\n"
+
+
+def task_of(example: Example) -> tuple[str, str]:
+    """Return instruction and input as a reader should see them, without a template; a conversation is one `role: content` a turn."""
+    if example.messages:
+        return "\n\n".join(f"{m['role']}: {m['content']}" for m in example.messages), ""
+    return example.instruction, example.input
+
+
+def split_prompt(text: str) -> tuple[str, str]:
+    """Split a prompt in the alpaca template into instruction and input; any other prompt is all instruction."""
+    match = _ALPACA.fullmatch(text.strip())
+    if match is None:
+        return text.strip(), ""
+    return match["instruction"].strip(), (match["input"] or "").strip()
 
 
 def encode(

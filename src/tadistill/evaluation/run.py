@@ -16,7 +16,7 @@ from tadistill import rng
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
 from tadistill.data.datasets import Example
-from tadistill.data.templates import Encoded
+from tadistill.data.templates import Encoded, task_of
 from tadistill.evaluation import calibration
 from tadistill.evaluation.diversity import distinct, self_bleu
 from tadistill.evaluation.metrics import exact_match, fact_accuracy, repetition, rouge_l
@@ -133,12 +133,15 @@ def _read_references(subject: Subject, data: EvalSet, batch: int, columns: dict[
 
 def _records(data: EvalSet, seed: int, subject: Subject, predictions: list[str], scores: dict[str, np.ndarray]) -> list[dict]:
     prompts = subject.tokenizer.batch_decode([list(e.prompt) for e in data.encoded], skip_special_tokens=True)
+    tasks = [task_of(example) for example in data.rows]
     return [
         {
             "set": data.name,
             "index": e.row,
             "seed": seed,
             "prompt": prompts[i],
+            "instruction": tasks[i][0],
+            "input": tasks[i][1],
             "prediction": predictions[i],
             "references": list(data.examples[e.row].references),
             **{name: round(float(column[i]), 4) for name, column in scores.items()},

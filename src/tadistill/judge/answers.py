@@ -1,28 +1,22 @@
-"""What is judged: the same prompts of a study for every arm, each with the arms' answers and the reference.
+"""The answers that are judged: the same prompts of a study for every arm, each with the arms' answers and the reference.
 
-Of each evaluation, the answers of its first decoding seed. Arms whose evaluation is not finished are left out and named.
+Only the answers of an evaluation's first decoding seed are used. Arms whose evaluation is not finished are left out and named.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tadistill.config.judge import REFERENCE
+from tadistill.data.templates import split_prompt
 from tadistill.errors import ConfigError, DataError, StoreError
 from tadistill.results.files import Arm, Plan, is_finished, load_plan, load_predictions, stage_dir
-
-REFERENCE = "reference"  # the name under which the reference answers take part
-_ALPACA = re.compile(
-    r"Below is an instruction that describes a task.*?### Instruction:\s*(?P<instruction>.*?)"
-    r"(?:\n\s*### Input:\s*(?P<input>.*?))?\s*### Response:\s*",
-    re.DOTALL,
-)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt; `answers` maps an arm (or `REFERENCE`) to its text under each training seed, in the order of `Answers.seeds`."""
+    """One prompt. `answers` maps an arm (or `REFERENCE`) to its answer for each training seed, in the order of `Answers.seeds`."""
 
     set: str
     index: int
@@ -33,7 +27,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Answers:
-    """Everything that a judge sees, and which arms had nothing to show yet."""
+    """Everything that is judged, and the arms that have no answers yet."""
 
     plan: Plan
     arms: tuple[str, ...]
@@ -51,10 +45,10 @@ def read_answers(
     all_seeds: bool = False,
     limit: int | None = None,
 ) -> Answers:
-    """The chosen prompts with the answers of the chosen arms (all of the study's by default).
+    """Read the chosen prompts with the answers of the chosen arms (by default all arms of the study).
 
     Args:
-        all_seeds: every training seed for which all these arms are evaluated, instead of the plan's first.
+        all_seeds: read every training seed for which all these arms are evaluated, instead of only the first one.
         limit: prompts of each set, taken at even distances and the same for all arms.
 
     Raises:
@@ -67,23 +61,22 @@ def read_answers(
     if not (study_dir / "plan.json").is_file():
         raise ConfigError(f"{study_dir} is not a study (it holds no plan.json): `tadistill run RECIPE` makes one")
     plan = load_plan(study_dir)
-    first = min(seed for arm in plan.arms for seed in arm.evaluate)
+    first = _first_seed(plan, store_dir)
     chosen, unfinished = _choose(plan, store_dir, arms, first)
     seeds = (first,)
     if all_seeds:
-        everywhere = sorted({seed for arm in chosen for seed in arm.evaluate})
+        everywhere = dict.fromkeys(seed for arm in chosen for seed in arm.evaluate)
         seeds = tuple(seed for seed in everywhere if all(is_finished(store_dir, arm.evaluate.get(seed, "")) for arm in chosen))
     names = tuple(arm.name for arm in chosen)
     tables = {(arm.name, seed): _first_answers(store_dir, arm.evaluate[seed]) for arm in chosen for seed in seeds}
     return Answers(plan, names, seeds, _items(tables, names, seeds, sets, limit), unfinished)
 
 
-def split_prompt(text: str) -> tuple[str, str]:
-    """Instruction and input of a prompt in the Alpaca template; any other prompt is all instruction."""
-    match = _ALPACA.fullmatch(text.strip())
-    if match is None:
-        return text.strip(), ""
-    return match["instruction"].strip(), (match["input"] or "").strip()
+def _first_seed(plan: Plan, store_dir: Path) -> int:
+    """Return the first training seed, in the recipe's order, with a finished evaluation; the recipe's first one where none has any."""
+    seeds = list(dict.fromkeys(seed for arm in plan.arms for seed in arm.evaluate))
+    finished = (seed for seed in seeds if any(is_finished(store_dir, arm.evaluate.get(seed, "")) for arm in plan.arms))
+    return next(finished, seeds[0])
 
 
 def _choose(plan: Plan, store_dir: Path, wanted: Sequence[str], seed: int) -> tuple[list[Arm], tuple[str, ...]]:
@@ -105,7 +98,7 @@ def _choose(plan: Plan, store_dir: Path, wanted: Sequence[str], seed: int) -> tu
 
 
 def _first_answers(store_dir: Path, key: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """(set, index) -> the row of the set's lowest decoding seed."""
+    """Map (set, index) to the row of the set's first decoding seed."""
     rows = load_predictions(store_dir, key)
     lowest: dict[str, int] = {}
     try:
@@ -113,7 +106,7 @@ def _first_answers(store_dir: Path, key: str) -> dict[tuple[str, int], dict[str,
             lowest[row["set"]] = min(lowest.get(row["set"], row["seed"]), row["seed"])
         found = {(row["set"], row["index"]): row for row in rows if row["seed"] == lowest[row["set"]]}
         for row in found.values():
-            _ = (row["references"][0], row["prompt"] + row["prediction"])  # what is read later
+            _ = (row["references"][0], row["prompt"] + row["prediction"])  # these fields are read later
     except (KeyError, TypeError, IndexError) as error:
         path = stage_dir(store_dir, key) / "predictions.jsonl"
         reason = f"a row is not a prediction: {type(error).__name__} {error}"
@@ -141,7 +134,9 @@ def _items(
             row = rows[name, index]
             answers = {arm: tuple(tables[arm, seed][name, index]["prediction"] for seed in seeds) for arm in arms}
             answers[REFERENCE] = (row["references"][0],) * len(seeds)
-            items.append(Item(name, index, *split_prompt(row["prompt"]), answers))
+            # evaluations of earlier versions stored the rendered prompt alone
+            task = (row["instruction"].strip(), row["input"].strip()) if "instruction" in row else split_prompt(row["prompt"])
+            items.append(Item(name, index, *task, answers))
     if not items:
         raise DataError(f"the arms {', '.join(arms)} share no prompt: judge fewer arms, or evaluate them on the same sets")
     return tuple(items)

@@ -1,25 +1,35 @@
-"""What is still to be asked, what that costs, and the asking: several threads, every reply kept as it comes."""
+"""Questions that are still open, an estimate of their tokens, and the asking, in several threads.
 
+Every reply is appended to a cache as it comes (one JSON object a line), and a question that has a reply is not asked again.
+"""
+
+import hashlib
+import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
 
-from tadistill.errors import JudgeFailed
-from tadistill.judge.cache import Cache, Reply, Settings, key_of
-from tadistill.judge.endpoint import Refused, Unavailable
+from filelock import FileLock, Timeout
+
+from tadistill.config.judge import Judge
+from tadistill.errors import JudgeFailed, StoreError
+from tadistill.judge.endpoint import Refused, Reply, Unavailable
 from tadistill.judge.questions import ATTEMPTS, Question, again, parse
 
 _CHARACTERS_A_TOKEN = 4  # English text in the usual vocabularies; only for the estimate
 _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
-_REFUSALS = 3  # so many questions refused and none answered: the endpoint refuses all
+_REFUSALS = 3  # after so many refusals and no answer, the endpoint counts as refusing everything
 
 Scores = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will ask. Tokens are guessed from the length of the text; `most` is the limit on tokens out."""
+    """The questions that a run will ask. Tokens are estimated from the length of the text; `most_out` is the upper limit of tokens out."""
 
     questions: int
     cached: int
@@ -29,26 +39,98 @@ class Estimate:
 
     @property
     def requests(self) -> int:
-        """Questions that no kept reply answers; a reply that cannot be parsed costs up to two more requests."""
+        """Questions without a kept reply. A reply that cannot be parsed costs up to two more requests."""
         return self.questions - self.cached
-
-    def cost(self, price_in: float, price_out: float) -> tuple[float, float]:
-        """The expected cost, and that with replies of full length, from prices a million tokens."""
-        into = self.tokens_in * price_in / 1e6
-        return into + self.tokens_out * price_out / 1e6, into + self.most_out * price_out / 1e6
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The scores of (Assistant 1, Assistant 2) of every question that has them; the others by their text."""
+    """The scores of (Assistant 1, Assistant 2) by the question's text, and the questions without scores."""
 
     scores: dict[str, Scores]
     unparsed: frozenset[str]
-    refused: dict[str, str]  # text -> the endpoint's reason
+    refused: dict[str, str]
+    """The endpoint's reason, by the question's text."""
 
 
-def estimate(questions: Sequence[Question], settings: Settings, cache: Cache) -> Estimate:
-    """Counts each distinct text once: arms that gave the same answer share their questions."""
+def key_of(settings: Judge, text: str) -> str:
+    """Return the cache key of a question. It depends on the judge and how it samples, not on the endpoint's address."""
+    content = [settings.model, settings.temperature, settings.max_tokens, text]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:32]
+
+
+class Cache:
+    """The replies in memory and the open file that keeps them. Threads may put replies at the same time."""
+
+    def __init__(self, path: Path, replies: dict[str, Reply]):
+        self._replies = replies
+        self._lock = threading.Lock()
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "Cache":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def get(self, key: str) -> Reply | None:
+        """Return the reply, or None where the question was never answered."""
+        return self._replies.get(key)
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Keep a reply; it is on disk when this returns."""
+        line = json.dumps({"key": key, "text": reply.text, "in": reply.tokens_in, "out": reply.tokens_out}, ensure_ascii=False)
+        with self._lock:
+            self._replies[key] = reply
+            try:
+                self._file.write(line + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise StoreError(f"{self._file.name} cannot be written ({error.strerror}): check the directory's quota") from error
+
+
+@contextmanager
+def open_cache(path: Path) -> Iterator[Cache]:
+    """Open the cache of a study for one process at a time.
+
+    Raises:
+        StoreError: another process has it open, or a line is damaged.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock", timeout=0), Cache(path, _read_replies(path)) as cache:
+            yield cache
+    except Timeout as error:
+        raise StoreError(f"another process is judging into {path.parent}: wait for it to end") from error
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path} cannot be opened ({error.strerror}): check the directory's permissions") from error
+
+
+def _read_replies(path: Path) -> dict[str, Reply]:
+    """Read all replies, and cut off a last line that a killed run left half written."""
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    replies: dict[str, Reply] = {}
+    for number, line in enumerate(content[:whole].split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            replies[row["key"]] = Reply(str(row["text"]), int(row["in"]), int(row["out"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path}, line {number} is not a reply ({error}): delete that line; its question is asked again") from error
+    return replies
+
+
+def estimate(questions: Sequence[Question], settings: Judge, cache: Cache) -> Estimate:
+    """Estimate the requests and tokens of a run. Each distinct text counts once; arms with the same answer share their questions."""
     texts = list(dict.fromkeys(question.text for question in questions))
     open_texts = [text for text in texts if not _settled(text, settings, cache)]
     tokens_in = sum(len(text) for text in open_texts) // _CHARACTERS_A_TOKEN
@@ -58,30 +140,29 @@ def estimate(questions: Sequence[Question], settings: Settings, cache: Cache) ->
 
 def ask_all(
     questions: Sequence[Question],
-    settings: Settings,
+    settings: Judge,
     cache: Cache,
     ask: Callable[[str], Reply],
     *,
-    jobs: int,
     tick: Callable[[], None] = lambda: None,
 ) -> Verdicts:
-    """Asks what the cache lacks; the result does not depend on the order in which replies come.
+    """Ask every question that the cache lacks. The result does not depend on the order in which replies come.
 
     Args:
-        ask: text -> reply; raises `Refused` or `Unavailable`. Called from `jobs` threads.
+        ask: text -> reply; raises `Refused` or `Unavailable`. Called from `settings.jobs` threads.
         tick: called after each distinct question that is settled.
 
     Raises:
-        JudgeFailed: the endpoint stopped. Requests on their way are waited for and their replies kept.
+        JudgeFailed: the endpoint stopped. Pending requests are awaited and their replies kept.
     """
     texts = list(dict.fromkeys(question.text for question in questions))
     run = _Run(settings, cache, ask, tick)
-    pool = ThreadPoolExecutor(jobs, thread_name_prefix="judge")
+    pool = ThreadPoolExecutor(settings.jobs, thread_name_prefix="judge")
     futures: list[Future[None]] = []
     try:
         futures = [pool.submit(run.settle, text) for text in texts]
         wait(futures, return_when=FIRST_EXCEPTION)
-    finally:  # also on Ctrl-C: what is on its way is paid for, so it is kept
+    finally:  # also after Ctrl-C: pending requests are paid for, so their replies are kept
         run.stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
     for future in futures:
@@ -94,14 +175,14 @@ def ask_all(
 
 
 def stopped(reason: str, done: int, total: int) -> str:
-    """The sentence with which a run ends before its time."""
+    """Return the message of a run that ends early."""
     return f"{reason}: {done} of {total} questions are answered and kept, {total - done} are missing; the same command goes on from there"
 
 
 class _Run:
-    """What the threads of one run share."""
+    """The state that the threads of one run share."""
 
-    def __init__(self, settings: Settings, cache: Cache, ask: Callable[[str], Reply], tick: Callable[[], None]):
+    def __init__(self, settings: Judge, cache: Cache, ask: Callable[[str], Reply], tick: Callable[[], None]):
         self.settings, self.cache, self.ask, self.tick = settings, cache, ask, tick
         self.stop = threading.Event()
         self.lock = threading.Lock()
@@ -112,7 +193,7 @@ class _Run:
         self.failure = ""
 
     def settle(self, text: str) -> None:
-        """Asks one question until its reply can be parsed, at most `ATTEMPTS` times."""
+        """Ask one question until its reply can be parsed, at most `ATTEMPTS` times."""
         found = None
         for attempt in range(ATTEMPTS):
             asked = again(text, attempt)
@@ -157,8 +238,8 @@ class _Run:
         self.stop.set()
 
 
-def _settled(text: str, settings: Settings, cache: Cache) -> bool:
-    """Whether the cache holds a reply that can be parsed, or all attempts."""
+def _settled(text: str, settings: Judge, cache: Cache) -> bool:
+    """Return True when the cache holds a reply that can be parsed, or the replies of all attempts."""
     for attempt in range(ATTEMPTS):
         reply = cache.get(key_of(settings, again(text, attempt)))
         if reply is None:

@@ -1,4 +1,4 @@
-"""What `tadistill judge` and `tadistill human` do; the command line only names the options."""
+"""The work of `tadistill judge` and `tadistill human`."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from tadistill.config.judge import REFERENCE, Judge
 from tadistill.errors import ConfigError, JudgeFailed
-from tadistill.judge.answers import REFERENCE, Answers, read_answers
-from tadistill.judge.asking import Estimate, Verdicts, ask_all, estimate, stopped
-from tadistill.judge.cache import Cache, Settings, open_cache
+from tadistill.judge.answers import Answers, read_answers
+from tadistill.judge.asking import Cache, Estimate, Verdicts, ask_all, estimate, open_cache, stopped
 from tadistill.judge.endpoint import Unavailable, ask, check_address, connect, knock
+from tadistill.judge.people import load_key, make_sheet, read_ratings, summarise_ratings, write_sheet
 from tadistill.judge.questions import Question, make_questions
-from tadistill.judge.ratings import load_key, read_ratings, summarise_ratings
-from tadistill.judge.sheet import make_sheet, write_sheet
-from tadistill.judge.summary import summarise, write_summary
-from tadistill.judge.terminal import rows_table
+from tadistill.judge.summary import Row, summarise, write_summary
 from tadistill.results.files import find_study
 from tadistill.store import store_of
 
@@ -25,64 +24,40 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 
-def judge(
-    study: str,
-    *,
-    root: Path,
-    console: Console,
-    confirm: Callable[[str], bool],
-    command: str,
-    model: str,
-    base_url: str,
-    mode: str = "pair",
-    arms: Sequence[str] = (),
-    against: str = REFERENCE,
-    sets: Sequence[str] = (),
-    all_seeds: bool = False,
-    limit: int | None = None,
-    name: str | None = None,
-    temperature: float = 0.0,
-    max_tokens: int = 256,
-    jobs: int = 4,
-    timeout: float = 120.0,
-    price_in: float | None = None,
-    price_out: float | None = None,
-    yes: bool = False,
-) -> Path | None:
-    """Has a model rate the answers of a study; returns the summary's path, or None where the user said no.
+def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm: Callable[[str], bool], command: str) -> Path | None:
+    """Let a model rate the answers of a study, and return the path of the summary, or None where the user declined.
 
-    `root` holds the studies and the store; `confirm` is asked before anything is sent, unless `yes`.
+    `root` holds the studies and the store; `confirm` is asked before anything is sent.
 
     Raises:
         ConfigError, DataError: wrong input, before anything is asked.
-        JudgeFailed: the endpoint stopped; replies are kept and the same command goes on.
+        JudgeFailed: the endpoint stopped; replies are kept, and the same command resumes.
     """
-    _check_numbers(temperature=temperature, max_tokens=max_tokens, jobs=jobs, timeout=timeout, price_in=price_in, price_out=price_out)
-    if not model.strip():
-        raise ConfigError("--model is empty: name the judge as its endpoint knows it")
-    base_url = check_address(base_url)
+    mode, model, against = settings.mode, settings.model, settings.against
+    base_url = check_address(settings.base_url)
     directory = find_study(study, root)
-    path = directory / "judge" / f"judge-{_file_name(name or _default_name(mode, model, against))}.json"
-    wanted = [*arms, against] if arms and against != REFERENCE else arms
-    answers = read_answers(directory, store_of(root).root, arms=wanted, sets=sets, all_seeds=all_seeds, limit=limit)
+    path = directory / "judge" / f"judge-{_file_name(settings.name or _default_name(mode, model, against))}.json"
+    wanted = [*settings.arms, against] if settings.arms and against != REFERENCE else settings.arms
+    answers = read_answers(
+        directory, store_of(root).root, arms=wanted, sets=settings.sets, all_seeds=settings.all_seeds, limit=settings.limit
+    )
     questions = make_questions(answers, mode=mode, against=against)
-    settings = Settings(model, temperature, max_tokens)
-    client = connect(base_url, timeout=timeout)
+    client = connect(base_url, timeout=settings.timeout)
     with open_cache(directory / "judge" / "replies.jsonl") as cache:
         plan = estimate(questions, settings, cache)
-        _announce(console, answers, plan, model, price_in, price_out)
+        _announce(console, answers, plan, model)
         if plan.requests:
-            if not yes and not confirm(f"Send {plan.requests} requests to {base_url}?"):
+            if not confirm(f"Send {plan.requests} requests to {base_url}?"):
                 return None
             _find_endpoint(client, plan)
-        verdicts = _ask(console, questions, settings, cache, lambda text: ask(client, settings, text), jobs)
+        verdicts = _ask(console, questions, settings, cache, client)
     rows = summarise(answers, questions, verdicts, mode=mode, against=against)
-    more = {"questions": plan.questions, "training_seeds": list(answers.seeds), "temperature": temperature}
+    more = {"questions": plan.questions, "training_seeds": list(answers.seeds), "temperature": settings.temperature}
     more |= {"unparsed": len(verdicts.unparsed), "missing": len(verdicts.refused), "unfinished": list(answers.unfinished)}
     write_summary(path, mode=mode, judge=model, arms=answers.arms, rows=rows, command=command, **more)
     _conclude(console, verdicts, plan)
     if rows:
-        console.print(rows_table(rows, f"{mode}, judged by {model}"))
+        console.print(_table(rows, f"{mode}, judged by {model}"))
     console.print(f"summary: {path}", soft_wrap=True, highlight=False)
     return path
 
@@ -99,7 +74,7 @@ def export_sheet(
     with_reference: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Writes a blind sheet (page, CSV and key) of a study's first training seed; returns the page's path."""
+    """Write a blind sheet (page, CSV and key) of a study's first training seed, and return the path of the page."""
     directory = find_study(study, root)
     answers = read_answers(directory, store_of(root).root, arms=arms, sets=sets, limit=limit)
     name = _file_name(name)
@@ -112,14 +87,14 @@ def export_sheet(
 
 
 def read_sheets(study: str, files: Sequence[Path], *, root: Path, console: Console, command: str, name: str = "blind") -> Path:
-    """Reads filled-in sheets and writes ``judge-human-NAME.json``; returns its path."""
+    """Read filled-in sheets, write ``judge-human-NAME.json``, and return its path."""
     directory, name = find_study(study, root) / "judge", _file_name(name)
     key = load_key(directory / f"sheet-{name}.key.json")
     summary = summarise_ratings(read_ratings(files, key), key)
     path = directory / f"judge-human-{name}.json"
     write_summary(path, mode="human", judge=f"{len(summary['raters'])} raters", command=command, **summary)
-    console.print(rows_table([row for row in summary["rows"] if "score" in row], f"ratings, {key['scale'][0]} to {key['scale'][1]}"))
-    console.print(rows_table([row for row in summary["rows"] if "score" not in row], "arms compared"))
+    console.print(_table([row for row in summary["rows"] if "score" in row], f"ratings, {key['scale'][0]} to {key['scale'][1]}"))
+    console.print(_table([row for row in summary["rows"] if "score" not in row], "arms compared"))
     found = summary["agreement"]
     value = "not defined" if found["value"] is None else f"{found['value']:.2f}"
     console.print(f"{found['measure']}: {value} ({found['raters']} raters, {found['shared']} answers rated by several)", highlight=False)
@@ -134,16 +109,14 @@ def _find_endpoint(client: "OpenAI", plan: Estimate) -> None:
         raise JudgeFailed(stopped(f"{client.base_url} {error}", plan.cached, plan.questions)) from error
 
 
-def _ask(
-    console: Console, questions: Sequence[Question], settings: Settings, cache: Cache, ask_one: Callable, jobs: int
-) -> Verdicts:  # fmt: skip
+def _ask(console: Console, questions: Sequence[Question], settings: Judge, cache: Cache, client: "OpenAI") -> Verdicts:
     columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len({question.text for question in questions}))
-        return ask_all(questions, settings, cache, ask_one, jobs=jobs, tick=lambda: progress.advance(task))
+        return ask_all(questions, settings, cache, lambda text: ask(client, settings, text), tick=lambda: progress.advance(task))
 
 
-def _announce(console: Console, answers: Answers, plan: Estimate, model: str, price_in: float | None, price_out: float | None) -> None:
+def _announce(console: Console, answers: Answers, plan: Estimate, model: str) -> None:
     _name_unfinished(console, answers)
     console.print(
         f"{model}: {plan.questions} questions ({len(answers.arms)} arms, {len(answers.items)} prompts, training seed "
@@ -153,10 +126,6 @@ def _announce(console: Console, answers: Answers, plan: Estimate, model: str, pr
     if plan.requests:
         out = f"{plan.tokens_out:,} tokens out (at most {plan.most_out:,})"
         console.print(f"estimated: {plan.tokens_in:,} tokens in, {out}; unparsable replies are asked again", highlight=False)
-    if plan.requests and price_in is not None and price_out is not None:
-        expected, most = plan.cost(price_in, price_out)
-        digits = 2 if most >= 1 else 4
-        console.print(f"estimated cost: {expected:.{digits}f} (at most {most:.{digits}f} without repeats)", highlight=False)
 
 
 def _conclude(console: Console, verdicts: Verdicts, plan: Estimate) -> None:
@@ -179,23 +148,22 @@ def _default_name(mode: str, model: str, against: str) -> str:
 def _file_name(name: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
     if not plain:
-        raise ConfigError(f"--name is `{name}`: it must hold a letter or a digit")
+        raise ConfigError(f"name is `{name}`: it must hold a letter or a digit")
     return plain
 
 
-def _check_numbers(
-    *, temperature: float, max_tokens: int, jobs: int, timeout: float, price_in: float | None, price_out: float | None
-) -> None:
-    rules = (
-        ("temperature", temperature, 0 <= temperature <= 2, "from 0 to 2"),
-        ("max-tokens", max_tokens, max_tokens >= 8, "at least 8"),
-        ("jobs", jobs, 1 <= jobs <= 64, "from 1 to 64"),
-        ("timeout", timeout, 0 < timeout < float("inf"), "a number of seconds above 0"),
-        ("price-in", price_in, price_in is None or price_in >= 0, "0 or more"),
-        ("price-out", price_out, price_out is None or price_out >= 0, "0 or more"),
-    )
-    for option, value, fine, rule in rules:
-        if not fine:
-            raise ConfigError(f"--{option} is {value}: it must be {rule}")
-    if (price_in is None) != (price_out is None):
-        raise ConfigError("give both --price-in and --price-out (per million tokens), or neither")
+def _table(rows: Sequence[Row], title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None)
+    scores = bool(rows) and "score" in rows[0]
+    for column in (
+        ("arm", "set", "score", "95 %", "n") if scores else ("arm", "against", "set", "win rate", "95 %", "wins/ties/losses", "n")
+    ):
+        table.add_column(column, justify="left" if column in ("arm", "against", "set") else "right")
+    for row in rows:
+        interval = f"[{row['low']:.2f}, {row['high']:.2f}]".replace("[", "\\[")
+        if scores:
+            table.add_row(row["arm"], row["set"], f"{row['score']:.2f}", interval, str(row["n"]))
+        else:
+            counts = "/".join(str(row[field]) for field in ("wins", "ties", "losses"))
+            table.add_row(row["arm"], row["other"], row["set"], f"{row['win_rate']:.2f}", interval, counts, str(row["n"]))
+    return table

@@ -1,13 +1,14 @@
-"""One OpenAI-compatible endpoint, through the `openai` package, which retries, backs off and obeys Retry-After."""
+"""Requests to an OpenAI-compatible endpoint through the `openai` package, which retries, backs off and obeys Retry-After."""
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
+from tadistill.config.judge import Judge
 from tadistill.errors import ConfigError
-from tadistill.judge.cache import Reply, Settings
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -15,12 +16,21 @@ if TYPE_CHECKING:
 PUBLIC = "https://api.openai.com/v1"
 
 
+@dataclass(frozen=True)
+class Reply:
+    """A reply of the endpoint. Token counts are 0 where the endpoint gave none."""
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+
+
 class Refused(Exception):
-    """The endpoint took the request and refuses this one question (too long, or filtered)."""
+    """The endpoint works but refuses this one question (too long, or filtered)."""
 
 
 class Unavailable(Exception):
-    """The endpoint cannot go on: the reason as half a sentence."""
+    """The endpoint cannot answer any question. The message continues a sentence that begins with the endpoint's name."""
 
 
 class _Message(BaseModel):
@@ -37,14 +47,14 @@ class _Usage(BaseModel):
 
 
 class _Completion(BaseModel):
-    """What is read of a chat completion; servers differ in the rest."""
+    """The fields of a chat completion that are read; servers differ in the others."""
 
     choices: list[_Choice]
     usage: _Usage | None = None
 
 
 def check_address(base_url: str) -> str:
-    """The address without a trailing slash.
+    """Return the address without a trailing slash.
 
     Raises:
         ConfigError: it is not an http address.
@@ -60,7 +70,7 @@ def check_address(base_url: str) -> str:
 
 
 def connect(base_url: str, *, timeout: float, retries: int = 5) -> "OpenAI":
-    """A client; the key comes from OPENAI_API_KEY, and an endpoint of one's own needs none.
+    """Make a client. The key comes from OPENAI_API_KEY; endpoints other than the public one may need none.
 
     Raises:
         ConfigError: the `openai` package is absent, or the public endpoint has no key.
@@ -76,10 +86,10 @@ def connect(base_url: str, *, timeout: float, retries: int = 5) -> "OpenAI":
 
 
 def knock(client: "OpenAI") -> None:
-    """One cheap request (GET /models, no retries): is anything there, and does it know the key?
+    """Send one cheap request (GET /models, no retries) to find out whether the endpoint answers and accepts the key.
 
     Raises:
-        Unavailable: nothing answers, or the key is wrong. An endpoint without /models is fine.
+        Unavailable: nothing answers, or the key is wrong. An endpoint without /models passes.
     """
     import openai
 
@@ -91,12 +101,12 @@ def knock(client: "OpenAI") -> None:
         return
 
 
-def ask(client: "OpenAI", settings: Settings, text: str) -> Reply:
-    """One reply to one question.
+def ask(client: "OpenAI", settings: Judge, text: str) -> Reply:
+    """Ask one question and return the reply.
 
     Raises:
         Refused: the endpoint refuses this question.
-        Unavailable: it is down, too slow, out of quota, knows neither key nor model, or talks junk.
+        Unavailable: it is down, too slow or out of quota, rejects the key or the model, or does not answer with a chat completion.
     """
     import openai
 
@@ -116,23 +126,23 @@ def ask(client: "OpenAI", settings: Settings, text: str) -> Reply:
     return Reply(completion.choices[0].message.content or "", usage.prompt_tokens or 0, usage.completion_tokens or 0)
 
 
-def _complete(client: "OpenAI", settings: Settings, text: str) -> str:
-    """The body of the response, which the client does not check."""
+def _complete(client: "OpenAI", settings: Judge, text: str) -> str:
+    """Return the body of the response, unchecked."""
     import openai
 
     create, messages = client.chat.completions.with_raw_response.create, [{"role": "user", "content": text}]
-    common = {"model": settings.judge, "messages": messages, "temperature": settings.temperature}
+    common = {"model": settings.model, "messages": messages, "temperature": settings.temperature}
     try:
         return create(**common, max_tokens=settings.max_tokens).http_response.text  # type: ignore[call-overload]
     except openai.BadRequestError as error:
         if "max_completion_tokens" not in str(error):
             raise
-    # the newest models of the public endpoint know the limit under this name only; older servers know only the other
+    # the newest models of the public endpoint accept the limit only under this name; older servers accept only the other name
     return create(**common, max_completion_tokens=settings.max_tokens).http_response.text  # type: ignore[call-overload]
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong, as half a sentence after the endpoint's name."""
+    """Describe an error so that it continues a sentence that begins with the endpoint's name."""
     import openai
 
     if isinstance(error, openai.APITimeoutError):
@@ -154,7 +164,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _start(body: object) -> str:
-    """The first words of what came, in one line."""
+    """Return the beginning of a response, in one line."""
     text = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
     words = " ".join(str(text).split())
     return words if len(words) <= 120 else words[:119] + "…"

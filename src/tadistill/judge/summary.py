@@ -1,7 +1,6 @@
-"""Verdicts -> wins, win rates and scores with 95 % intervals, by bootstrap over prompts (and training seeds, if several).
+"""Wins, win rates and scores from verdicts, with 95 % intervals by the rule of `tadistill.statistics.bootstrap`.
 
-Axes: S training seeds, N prompts. A prompt counts for an arm when all its questions (both orders, every seed) were answered in
-the asked form; the rest is counted, not guessed.
+Axes: S training seeds, N prompts. A prompt counts for an arm when all its questions (both orders, every seed) have scores.
 """
 
 import datetime
@@ -12,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tadistill.config.judge import REFERENCE
 from tadistill.disk import write_json
-from tadistill.judge.answers import REFERENCE, Answers
+from tadistill.judge.answers import Answers
 from tadistill.judge.asking import Scores, Verdicts
 from tadistill.judge.questions import Question
 from tadistill.results.collect import MEAN
@@ -24,9 +24,9 @@ Row = dict[str, Any]
 
 
 def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdicts, *, mode: str, against: str = REFERENCE) -> list[Row]:
-    """The rows of a summary: one for each arm and set, and one for the mean over sets where there are several.
+    """Compute the rows of a summary: one for each arm and set, and one for the mean over sets where there are several.
 
-    pair: a win counts only when both orders agree, anything else is a tie; win_rate = 100 (wins + ties / 2) / n.
+    pair: a win counts only when both orders agree; otherwise it is a tie. win_rate = 100 (wins + ties / 2) / n.
     score: MiniLLM's number, 100 x sum of the arm's scores / sum of the reference's, over both orders.
     n counts pairs of answers (prompts x training seeds).
     """
@@ -40,42 +40,39 @@ def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdict
 
 
 def verdict(first: Scores, second: Scores) -> int:
-    """1 when both orders prefer the arm, -1 when both prefer the other, else 0.
+    """Return 1 when both orders prefer the arm, -1 when both prefer the other, else 0.
 
     Args:
-        first: the scores with the arm shown first; `second`: with the arm shown second.
+        first: the scores with the arm shown first.
+        second: the scores with the arm shown second.
     """
     signs = {_sign(first[0] - first[1]), _sign(second[1] - second[0])}
     return signs.pop() if len(signs) == 1 else 0
 
 
-def ratio_interval(strata_SN2: Sequence[Array], *, replicates: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of the mean over strata of sum(arm) / sum(other); the last axis holds arm and other.
+def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean over strata of sum(arm) / sum(other); the last axis holds arm and other.
 
-    Training seeds are drawn jointly for all strata, prompts within each; both sums use the same draws.
+    Each ratio is linearised (delta method): r + (arm - r other) / mean(other) has the ratio r as its mean over seeds and prompts and, to
+    first order, its variance. `macro_interval` then treats training seeds and prompts as for any other score.
     """
-    rng = np.random.default_rng(seed)
-    n_seeds = strata_SN2[0].shape[0]
-    total_R = np.zeros(replicates)
-    for r in range(replicates):
-        seeds = rng.integers(n_seeds, size=n_seeds)
-        for values in strata_SN2:
-            n_prompts = values.shape[1]
-            arm, other = values[seeds][:, rng.integers(n_prompts, size=n_prompts)].sum(axis=(0, 1))
-            total_R[r] += arm / other / len(strata_SN2)
-    low, high = np.quantile(total_R, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    linear = []
+    for values in strata_SN2:
+        arm_SN, other_SN = values[..., 0], values[..., 1]
+        ratio = arm_SN.sum() / other_SN.sum()
+        linear.append((ratio + (arm_SN - ratio * other_SN) / other_SN.mean())[..., None])
+    return macro_interval(linear)
 
 
 def write_summary(path: Path, *, mode: str, judge: str, arms: Sequence[str], rows: Sequence[Row], command: str, **more: Any) -> None:
-    """Writes ``judge-NAME.json``, which the report reads."""
+    """Write ``judge-NAME.json``, which the report reads."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     content = {"mode": mode, "judge": judge, "arms": list(arms), "rows": list(rows), **more, "created": created, "command": command}
     write_json(path, content, allow_nan=False)
 
 
 def pair_row(arm: str, other: str, name: str, outcomes_SN: Array) -> Row:
-    """One row of wins (1), ties (0) and losses (-1)."""
+    """Make a row from wins (1), ties (0) and losses (-1)."""
     wins, losses, n = int((outcomes_SN > 0).sum()), int((outcomes_SN < 0).sum()), int(outcomes_SN.size)
     rate_SN = 50.0 * (outcomes_SN + 1)
     low, high = macro_interval([rate_SN[..., None]])
@@ -84,7 +81,7 @@ def pair_row(arm: str, other: str, name: str, outcomes_SN: Array) -> Row:
 
 
 def pair_rows(arm: str, other: str, strata_SN: Mapping[str, Array]) -> list[Row]:
-    """A row a set; with several sets, their sums and the unweighted mean of their win rates."""
+    """Make one row a set; with several sets, also a row of their sums and the unweighted mean of their win rates."""
     rows = [pair_row(arm, other, name, outcomes) for name, outcomes in strata_SN.items()]
     if len(rows) > 1:
         sums = {field: sum(row[field] for row in rows) for field in ("wins", "ties", "losses")}
@@ -116,7 +113,7 @@ def _score_rows(arm: str, other: str, strata: Mapping[str, Array]) -> list[Row]:
 
 
 def _complete(scores: Mapping[tuple, Scores], answers: Answers, name: str, arm: str, other: str) -> Array:
-    """(S, N, order, assistant): the scores of the set's prompts that have all of them."""
+    """Return the scores (S, N, order, assistant) of the set's prompts that have all of them."""
     kept = []
     for index in (item.index for item in answers.items if item.set == name):
         keys = [[(name, index, seed, *names) for names in ((arm, other), (other, arm))] for seed in range(len(answers.seeds))]

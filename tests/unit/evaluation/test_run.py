@@ -47,6 +47,7 @@ def test_scores_do_not_depend_on_the_batch(tokenizer, data):
     }
     assert len(many.records) == 20
     assert {r["seed"] for r in many.records} == {1, 2}
+    assert [(r["instruction"], r["input"]) for r in many.records[:10]] == [(e.instruction, e.input) for e in data.rows]
 
 
 def test_greedy_text_does_not_depend_on_the_batch(tokenizer, data):

@@ -8,6 +8,8 @@ import pytest
 from rich.console import Console
 from tests.unit.report.builder import ArmSpec, Study, StudySpec, build_study
 
+from tadistill.config.judge import Judge
+from tadistill.config.load import read_settings
 from tadistill.judge import commands
 
 
@@ -48,12 +50,12 @@ class Judged:
 
     def __call__(self, url: str, **options):
         console = Console(file=(text := io.StringIO()), width=200)
-        given = {"mode": "pair", "against": "reference", "yes": True, "timeout": 20.0, "jobs": 3} | options
+        yes = options.pop("yes", True)
+        given = {"model": "judge-1", "base_url": url, "timeout": 20.0, "jobs": 3} | options
+        settings = read_settings(Judge, given, (), source="tadistill judge")
+        root, command = self.study.study_dir.parent, "tadistill judge demo"
         try:
-            path = commands.judge(
-                "demo", root=self.study.study_dir.parent, console=console, confirm=lambda _: False, command="tadistill judge demo",
-                model="judge-1", base_url=url, **given,
-            )  # fmt: skip
+            path = commands.judge("demo", settings, root=root, console=console, confirm=lambda _: yes, command=command)
         finally:
             self.said = text.getvalue()
         return path if path is None else json.loads(path.read_text())

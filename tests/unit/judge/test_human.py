@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tadistill.errors import ConfigError, DataError
 from tadistill.judge import commands
-from tadistill.judge.ratings import Rating, agreement
+from tadistill.judge.people import Rating, agreement
 
 
 def export(study, **options) -> Path:

@@ -8,7 +8,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from typer.testing import CliRunner
 
+from tadistill.cli import app
+from tadistill.config.judge import Judge
+from tadistill.config.load import read_settings
 from tadistill.errors import ConfigError, JudgeFailed, StoreError
 from tadistill.judge import commands
 from tadistill.judge.endpoint import connect
@@ -225,13 +229,16 @@ def test_wrong_key_is_found_before_anything_is_asked(judged):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "--temperature is -1.0"),
-        ({"max_tokens": 0}, "--max-tokens is 0"),
-        ({"jobs": 0}, "--jobs is 0"),
-        ({"timeout": float("nan")}, "--timeout is nan"),
-        ({"price_in": 1.0}, "both --price-in and --price-out"),
+        ({"temperature": -1.0}, "`temperature` is -1.0"),
+        ({"max_tokens": 0}, "`max_tokens` is 0"),
+        ({"jobs": 0}, "`jobs` is 0"),
+        ({"timeout": float("nan")}, "`timeout` is nan"),
+        ({"limit": 0}, "`limit` is 0"),
+        ({"mode": "rank"}, "`mode` is 'rank': input should be 'pair' or 'score'"),
+        ({"model": " "}, "`model` is ' '"),
+        ({"timout": 3}, "`timout` is not a known key; did you mean `timeout`?"),
         ({"against": "nobody"}, "`nobody` is neither an arm"),
-        ({"name": "//"}, "--name is `//`"),
+        ({"name": "//"}, "name is `//`"),
     ],
 )
 def test_wrong_input_asks_nothing(judged, options, message):
@@ -265,20 +272,50 @@ def test_no_such_study(judged):
 
 def test_says_what_it_costs_and_asks_first(judged):
     with serve(honest) as fake:
-        assert judged(fake.url, yes=False, price_in=1e6, price_out=2e6) is None
+        assert judged(fake.url, yes=False) is None
         assert fake.asked == []
         tokens = int(judged.said.split("estimated: ")[1].split(" tokens in")[0].replace(",", ""))
-        assert f"estimated cost: {tokens + 40 * 50 * 2:.2f} (at most {tokens + 40 * 256 * 2:.2f}" in judged.said
+        assert f"{40 * 50:,} tokens out (at most {40 * 256:,})" in judged.said
         judged(fake.url)
     assert tokens == sum(map(len, fake.asked)) // 4
-
-
-def test_the_cost_of_a_few_questions_is_not_rounded_to_nothing(judged):
-    with serve(honest) as fake:
-        judged(fake.url, yes=False, price_in=1.0, price_out=0.0)
-    tokens = int(judged.said.split("estimated: ")[1].split(" tokens in")[0].replace(",", ""))
-    assert f"estimated cost: {tokens / 1e6:.4f} (" in judged.said
     assert tokens > 100
+
+
+def test_set_gives_every_other_setting_and_unknown_keys_fail():
+    given = {"model": "judge-1", "arms": ["good"], "limit": None}
+    found = read_settings(Judge, given, ["all_seeds=true", "temperature=0.5", "limit=3"], source="tadistill judge")
+    assert (found.all_seeds, found.temperature, found.limit, found.arms, found.jobs) == (True, 0.5, 3, ("good",), 4)
+    with pytest.raises(ConfigError, match=r"tadistill judge: `temprature` is not a known key; did you mean `temperature`\?"):
+        read_settings(Judge, given, ["temprature=1"], source="tadistill judge")
+    with pytest.raises(ConfigError, match="override `jobs` is not KEY=VALUE"):
+        read_settings(Judge, given, ["jobs"], source="tadistill judge")
+
+
+def test_the_command_line_passes_options_and_settings_on(judged, tmp_path):
+    root = judged.study.study_dir.parent
+    with serve(honest) as fake:
+        options = [
+            "--model",
+            "judge-1",
+            "--base-url",
+            fake.url,
+            "--on",
+            "dolly",
+            "--limit",
+            "2",
+            "--arm",
+            "good",
+            "--yes",
+            "--runs",
+            str(root),
+        ]
+        done = CliRunner().invoke(app, ["judge", "demo", *options, "--set", "all_seeds=true", "--set", "name=mine"])
+        assert done.exit_code == 0, done.output
+    assert len(fake.asked) == 2 * 2 * 2
+    found = json.loads((root / "demo" / "judge" / "judge-mine.json").read_text())
+    assert (found["arms"], found["training_seeds"]) == (["good"], [10, 20])
+    wrong = CliRunner().invoke(app, ["judge", "demo", *options, "--set", "seeds=all"])
+    assert "known here" in str(wrong.exception)
 
 
 def test_several_threads_keep_what_is_on_its_way(judged):

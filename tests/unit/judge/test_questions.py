@@ -1,12 +1,17 @@
 """The question's form, and the strict reading of replies."""
 
+import json
+
 import pytest
+from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 
 from tadistill.data.datasets import Example
-from tadistill.data.templates import render
+from tadistill.data.templates import render, split_prompt, task_of
 from tadistill.errors import ConfigError
-from tadistill.judge.answers import read_answers, split_prompt
+from tadistill.judge.answers import read_answers
 from tadistill.judge.questions import ATTEMPTS, again, make_questions, parse, write_question
+
+from .conftest import predictions
 
 
 @pytest.mark.parametrize(
@@ -51,6 +56,34 @@ def test_prompts_are_split_as_the_template_writes_them():
     assert split_prompt(render(plain, "alpaca", None)) == ("Add them.", "")
     assert split_prompt(render(given, "alpaca", None)) == ("Add them.", "2 and 3\n\n4")
     assert split_prompt("<|user|> hello ") == ("<|user|> hello", "")
+    turns = ({"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Add 2."})
+    assert task_of(given) == ("Add them.", "2 and 3\n\n4")
+    assert task_of(Example("", "", ("5",), messages=turns)) == ("user: Hi.\n\nassistant: Hello.\n\nuser: Add 2.", "")
+
+
+def edit(path, **columns):
+    rows = [json.loads(line) | columns for line in path.read_text().split("\n") if line]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_chat_template_does_not_reach_the_judge(study):
+    """What evaluation stores is read; without special tokens a rendered chat is `user`, the text, `assistant`."""
+    for arm in ("good", "bad"):
+        edit(predictions(study, arm), prompt="user\nAdd them.\n\n2 and 3\nassistant\n", instruction="Add them.", input="2 and 3")
+    items = read_answers(study.study_dir, study.store_dir).items
+    assert {(item.instruction, item.input) for item in items} == {("Add them.", "2 and 3")}
+    text = make_questions(read_answers(study.study_dir, study.store_dir), mode="pair")[0].text
+    assert "[Instruction]\nAdd them.\n" in text
+    assert "assistant\n" not in text
+
+
+def test_the_first_seed_is_the_first_finished_one_in_the_recipes_order(tmp_path):
+    arms = [ArmSpec("good", ("xl", "s")), ArmSpec("bad", ("xl", "l", "s"))]
+    found = build_study(tmp_path / "a", StudySpec(arms, seeds=(30, 10), sets={"dolly": 2}))
+    assert read_answers(found.study_dir, found.store_dir).seeds == (30,)
+    assert read_answers(found.study_dir, found.store_dir, all_seeds=True).seeds == (30, 10)
+    found = build_study(tmp_path / "b", StudySpec(arms, seeds=(30, 10), sets={"dolly": 2}, unfinished=(("good", 30), ("bad", 30))))
+    assert read_answers(found.study_dir, found.store_dir).seeds == (10,)
 
 
 def test_question_shows_both_answers_in_order_and_no_names(study):
@@ -106,7 +139,6 @@ def test_wrong_choices(study, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "rank"}, "mode is `rank`"),
         ({"mode": "score", "against": "bad"}, "beside the reference"),
         ({"mode": "pair", "against": "late"}, "neither an arm with answers"),
     ],

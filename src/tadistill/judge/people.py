@@ -1,30 +1,120 @@
-"""Filled-in sheets -> mean ratings, win rates and the raters' agreement, in the form of a judge's summary.
+"""Ratings by people: write a blind sheet of a study's answers, and read filled-in sheets back.
 
-Each file is one rater, unless it has a column `rater`. A row without a rating is an answer that was not rated.
+A sheet shows the same prompts with the arms' answers under letters in random order; a separate key file says which arm a letter stands
+for. Filled-in sheets become mean ratings, win rates and the raters' agreement, in the form of a judge's summary.
 """
 
 import csv
+import hashlib
 import io
 import itertools
+import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from tadistill.disk import read_json
+from tadistill.disk import read_json, write_json, write_text
 from tadistill.errors import ConfigError, DataError
+from tadistill.judge.answers import Answers
 from tadistill.judge.summary import Row, pair_rows
 from tadistill.results.collect import MEAN
 from tadistill.statistics import macro_interval
+
+SCALE = (1, 5)
+_COLUMNS = ("sheet", "item", "letter", "instruction", "input", "answer", "rating")
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A sheet: raters see `shown`; `key` says which arm a letter stands for. The two share only the ids of the sheet and its items."""
+
+    identity: str
+    shown: list[dict[str, Any]]
+    key: dict[str, Any]
+
+
+def make_sheet(answers: Answers, *, name: str, with_reference: bool, seed: int) -> Sheet:
+    """Shuffle the prompts, and the answers of every prompt.
+
+    Raises:
+        ConfigError: fewer than two answers to compare, or more than there are letters.
+    """
+    arms = [arm for arm in next(iter(answers.items)).answers if arm in answers.arms or with_reference]
+    if not 2 <= len(arms) <= len(ascii_uppercase):
+        raise ConfigError(f"a sheet shows 2 to {len(ascii_uppercase)} answers to a prompt, not {len(arms)}: choose other arms")
+    rng = random.Random(seed)
+    items = rng.sample(answers.items, len(answers.items))
+    shown, key = [], {}
+    for number, item in enumerate(items, start=1):
+        order = dict(zip(ascii_uppercase, rng.sample(arms, len(arms)), strict=False))
+        answered = [{"letter": letter, "text": item.answers[arm][0]} for letter, arm in order.items()]
+        shown.append({"item": f"p{number:03d}", "instruction": item.instruction, "input": item.input, "answers": answered})
+        key[f"p{number:03d}"] = {"set": item.set, "index": item.index, "letters": order}
+    content = {"study": answers.plan.study, "name": name, "training_seed": answers.seeds[0], "seed": seed, "scale": SCALE, "items": key}
+    identity = hashlib.sha256(json.dumps([content, shown], sort_keys=True).encode()).hexdigest()[:12]
+    return Sheet(identity, shown, {"sheet": identity} | content)
+
+
+def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
+    """Write sheet-NAME.html, sheet-NAME.csv and sheet-NAME.key.json, and return the path of the page.
+
+    Raises:
+        ConfigError: another sheet has this name. It is not overwritten, because raters may be filling it in.
+    """
+    key_path = directory / f"sheet-{name}.key.json"
+    if key_path.is_file() and read_json(key_path).get("sheet") != sheet.identity:
+        raise ConfigError(f"{key_path} belongs to another sheet, which raters may hold: choose another --name, or delete it")
+    table = directory / f"sheet-{name}.csv"
+    if table.is_file() and table.read_text(encoding="utf-8", errors="replace") != _table(sheet):
+        raise ConfigError(f"{table} has been filled in: move it elsewhere and read it back, choose another --name, or delete it")
+    directory.mkdir(parents=True, exist_ok=True)
+    page = directory / f"sheet-{name}.html"
+    write_json(key_path, sheet.key)
+    write_text(page, render_sheet(sheet))
+    write_text(table, _table(sheet))
+    return page
+
+
+def render_sheet(sheet: Sheet) -> str:
+    """Render the page: one file with its script, style and data, which needs no network."""
+    environment = Environment(loader=PackageLoader("tadistill.judge"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    data = {"sheet": sheet.identity, "scale": SCALE, "items": sheet.shown}
+    embedded = Markup(json.dumps(data, ensure_ascii=True).replace("<", "\\u003c"))
+    return environment.get_template("sheet.html.j2").render(data=embedded, count=len(sheet.shown), low=SCALE[0], high=SCALE[1])
+
+
+def _table(sheet: Sheet) -> str:
+    """Render the sheet as CSV with an empty column `rating`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for item in sheet.shown:
+        for answer in item["answers"]:
+            cells = (item["instruction"], item["input"], answer["text"])
+            writer.writerow([sheet.identity, item["item"], answer["letter"], *map(_harmless, cells), ""])
+    return text.getvalue()
+
+
+def _harmless(cell: str) -> str:
+    # a spreadsheet would run a cell that begins like a formula; an apostrophe makes it text
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+
+# --- reading ratings back ------------------------------------------------------------------------------------------
 
 _NEEDED = ("item", "letter", "rating")
 
 
 @dataclass(frozen=True)
 class Rating:
-    """What one rater gave one answer."""
+    """The rating that one rater gave one answer."""
 
     rater: str
     item: str
@@ -33,7 +123,7 @@ class Rating:
 
 
 def load_key(path: Path) -> dict[str, Any]:
-    """The key of a sheet.
+    """Read the key of a sheet.
 
     Raises:
         ConfigError: there is no such sheet. DataError: the file is not a key.
@@ -52,10 +142,10 @@ def load_key(path: Path) -> dict[str, Any]:
 
 
 def read_ratings(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Rating]:
-    """Every rating of all files.
+    """Read the ratings of all files. Each file is one rater unless it has a column `rater`; answers without a rating are skipped.
 
     Raises:
-        DataError: a file is not a filled-in copy of this sheet; says the file, the line and what is wrong.
+        DataError: a file is not a filled-in copy of this sheet; the message names the file, the line and the problem.
     """
     ratings: dict[tuple[str, str, str], Rating] = {}
     for path in paths:
@@ -75,10 +165,10 @@ def read_ratings(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Rating]:
 
 
 def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows (scores of every arm, wins of every pair of arms), raters, and agreement.
+    """Compute the scores of every arm, the wins of every pair of arms, and the agreement of the raters.
 
     A prompt's score is the mean over its raters; n counts prompts. An arm wins a prompt where a rater rates it higher; a
-    prompt's outcome is the sign of the raters' mean of +1, 0, -1, so that every prompt counts once.
+    prompt's outcome is the sign of the mean of the raters' +1, 0, -1, so that every prompt counts once.
     """
     items = key["items"]
     arms = tuple(sorted({arm for item in items.values() for arm in item["letters"].values()}))
@@ -111,9 +201,9 @@ def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict
 
 
 def agreement(ratings: Sequence[Rating], *, scale: Sequence[int]) -> dict[str, Any]:
-    """Krippendorff's alpha (ordinal) over the answers that at least two raters rated; None where it is not defined.
+    """Return Krippendorff's alpha (ordinal) over the answers that at least two raters rated; None where it is not defined.
 
-    It is not defined without such answers, or where all ratings are the same (there is nothing to tell apart).
+    It is not defined without such answers, or where all ratings are the same.
 
     Raises:
         ConfigError: the `krippendorff` package is absent and there are several raters.
@@ -137,7 +227,7 @@ def agreement(ratings: Sequence[Rating], *, scale: Sequence[int]) -> dict[str, A
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """The lines of a CSV file with commas, semicolons or tabs, as spreadsheets write them."""
+    """Read the lines of a CSV file with commas, semicolons or tabs, as spreadsheets write them."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:

@@ -1,0 +1,41 @@
+"""The settings of `tadistill judge`."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from tadistill.config.strict import Strict
+
+REFERENCE = "reference"
+"""The name under which the reference answers take part."""
+
+
+class Judge(Strict):
+    """What a language model judges, and how it is asked. Options of the command and `--set KEY=VALUE` give these fields."""
+
+    model: str = Field(pattern=r"\S")
+    """The judge's name at its endpoint."""
+    base_url: str = "https://api.openai.com/v1"
+    """An OpenAI-compatible endpoint."""
+    mode: Literal["pair", "score"] = "pair"
+    """`pair`: wins in both orders; `score`: MiniLLM's score, in % of the reference's."""
+    arms: tuple[str, ...] = ()
+    """Arms to judge; all of them by default."""
+    against: str = REFERENCE
+    """The other side: an arm, or `reference`."""
+    sets: tuple[str, ...] = ()
+    """Test sets; all of them by default."""
+    limit: int | None = Field(default=None, ge=1)
+    """Prompts of each set, at even distances; all of them by default."""
+    all_seeds: bool = False
+    """Judge every training seed for which all arms are finished, not only the first one."""
+    name: str | None = None
+    """The summary is judge-NAME.json; mode and judge by default."""
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    """Sampling temperature of the judge."""
+    max_tokens: int = Field(default=256, ge=8)
+    """Most tokens of a reply; raise it for judges that think aloud."""
+    jobs: int = Field(default=4, ge=1, le=64)
+    """Requests at a time."""
+    timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    """Seconds that a reply may take."""
