@@ -25,7 +25,7 @@ from scipy.stats import rankdata
 
 from tadistill.advise import Candidate, Edge, EdgeMeasures, Observation, advise
 from tadistill.advise.decide import Advice, decide
-from tadistill.advise.pairs import pair_up
+from tadistill.advise.history import pair_up
 from tadistill.advise.predict import Predictions, predict
 from tadistill.search import strategies as rules
 

@@ -1,8 +1,18 @@
-"""Which path from a teacher to a student is worth its compute, including none, with the evidence for it. Imports no torch here."""
+"""Advice on which path from a teacher to a student is worth its compute, including no chain at all, with the evidence for it."""
 
 from tadistill.advise.decide import Advice, Experiment, Option, advise
-from tadistill.advise.edges import Candidate, Edge, EdgeMeasures, Observation
-from tadistill.advise.history import History, edge_record, family_of, history, load_measures, path_edges
+from tadistill.advise.history import (
+    Candidate,
+    Edge,
+    EdgeMeasures,
+    History,
+    Observation,
+    edge_record,
+    family_of,
+    history,
+    load_measures,
+    path_edges,
+)
 
 __all__ = [
     "Advice",

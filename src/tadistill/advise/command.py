@@ -1,42 +1,82 @@
-"""What `tadistill advise` does: probe the models of a recipe, price its paths, read what earlier studies found, and say which to run.
+"""`tadistill advise`: measure the models of a recipe, price its paths, read what earlier studies found, and say which path to run.
 
-Only dev prompts are read. Everything that is measured is a stage in the store; a second call computes nothing.
+Only dev prompts are read. Every measurement is a stage in the store, so a second call computes nothing.
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
-from tadistill.advise import Advice, Candidate, EdgeMeasures, History, advise, family_of, history, path_edges
+from tadistill.advise import Advice, Candidate, Edge, EdgeMeasures, History, advise, edge_record, family_of, history, path_edges
 from tadistill.advise.history import MEASURES
-from tadistill.advise.measures import PAIR_MEASURES, Measures
+from tadistill.advise.measures import (
+    PAIR_MEASURES,
+    TOP_K,
+    Ladder,
+    Measures,
+    Pair,
+    PathCost,
+    costs,
+    ladder,
+    probe_plan,
+    read_measures,
+    with_search,
+)
 from tadistill.advise.page import render_page
-from tadistill.advise.probes import Ladder, PathCost, costs, ladder, probe_plan, read_measures, with_search
-from tadistill.advise.record import Report, decided, measured
-from tadistill.advise.steps import steps
-from tadistill.advise.terminal import show
-from tadistill.advise.words import lambda_sweeps, notes, rules
+from tadistill.advise.words import (
+    TAGS,
+    Report,
+    basis_line,
+    interval,
+    lambda_sweeps,
+    notes,
+    plus_minus,
+    reason,
+    rules,
+    signed,
+    steps,
+    verdict_line,
+)
 from tadistill.config import Recipe
 from tadistill.config.method import NOT_COMPARABLE
 from tadistill.disk import write_json, write_text
 from tadistill.plan.arms import ProbePlan, make_plan
 from tadistill.runner.schedule import run_stages
+from tadistill.results.units import TIMES, metric_title, parameters_text
 from tadistill.runner.study import describe, fetch_models
 from tadistill.search import path_name
 from tadistill.store import Store, store_of
 
 NATS_PER_POINT = 1 / 30
-"""A recipe's margin is in points; on the loss a margin of 0.3 points is taken as 0.01 nats."""
+"""Converts a recipe's margin, which is in points, to the loss: 0.3 points count as 0.01 nats."""
+_STYLES = {"chain": "bold green", "direct": "bold", "inconclusive": "bold yellow"}
+Columns = tuple[tuple[str, str, int], ...]  # title, measure, decimals
+ON_OWN: Columns = (
+    *(("KL(q‖p)", "reverse_kl", 3), ("overlap", "overlap", 2), ("mass", "mass", 2)),
+    *(("H(p)−H(q)", "entropy_gap", 3), ("bias", "bias", 3)),
+)
+ON_REFERENCES: Columns = (("KL(p‖q)", "forward_kl", 3), ("loss p/q", "loss_ratio", 3), ("advantage", "advantage", 3))
 
 
 def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs: Path, prompts: int, console: Console) -> Path:
-    """Measure, advise, print, and write RUNS/STUDY/advice.json and advice.html; returns the page's path.
+    """Measure, advise, print, and write RUNS/STUDY/advice.json and advice.html; return the path of the page.
 
     Args:
-        source: the recipe's path, and `overrides` what was changed of it, as commands will repeat them.
-        prompts: most dev prompts that are read.
+        recipe: the recipe with its overrides.
+        source: the path of the recipe, as commands repeat it.
+        overrides: the overrides of this call, as commands repeat them.
+        runs: the directory of studies and store.
+        prompts: the largest number of dev prompts that are read.
+        console: where the advice is printed.
 
     Raises:
         ConfigError, DataError, ModelError: wrong input, before any work.
@@ -53,7 +93,7 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
     study = runs / recipe.study
     command = shlex.join(["tadistill", "advise", source, *overrides])
     record = measured(recipe.study, command, measures, edge_measures(measures))
-    write_json(study / MEASURES, record)  # where `history` looks for the measures of this study's own finished arms
+    write_json(study / MEASURES, record)  # `history` reads the measures of this study's own finished arms from here
     advice, past, metric = _advice(limited, found, priced, measures, runs)
     report = Report(
         study=recipe.study,
@@ -82,11 +122,11 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
 
 
 def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Console) -> None:
-    """Run what the store lacks, after the checks that a study gets."""
+    """Run the stages that the store lacks, after the checks of a study."""
     missing = [s for s in probes.plan.stages.values() if not store.finished(s.key)]
     if not missing:
         return
-    from tadistill.runner.preflight import check  # imports transformers: not for a call that is all hits
+    from tadistill.runner.preflight import check  # imports transformers, which a call that finds all in the store does not need
 
     jobs = check(recipe)
     console.print(f"{recipe.study}: {len(probes.plan.stages)} stages to measure, {len(missing)} to run, {jobs} at a time", highlight=False)
@@ -96,14 +136,14 @@ def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Console) -> N
 def _advice(
     recipe: Recipe, found: Ladder, priced: dict[tuple[str, ...], PathCost], measures: Measures, runs: Path
 ) -> tuple[Advice, History, str]:
-    """The verdict; history on the metric that the direct path's student is selected by, and that metric."""
+    """Return the advice, history, and the metric that selects the direct path's student, in which differences are measured."""
     plan = make_plan(recipe)
     direct = (found.teacher, found.student)
     arm = next(a for a in plan.arms if a.name in {path_name(path) for path in priced})
     metric = arm.method.select.metric
     described = describe(plan, created="", recipe_text="", command="")
     method = next(a["method"] for a in described["arms"] if a["name"] == arm.name)
-    family = family_of(described["recipe"], {n: m["parameters"] for n, m in described["models"].items()}, direct, method)
+    family = family_of(recipe.models, found.sizes, found.teacher, recipe.data.train.load, method)
     past = history(runs)
     used = () if metric in NOT_COMPARABLE else past.on(metric)
     known = edge_measures(measures)
@@ -113,12 +153,12 @@ def _advice(
 
 
 def margin_on(recipe: Recipe, metric: str) -> float:
-    """The recipe's margin, which is in points, in the unit of a metric."""
+    """Convert the recipe's margin, which is in points, to the unit of a metric."""
     return recipe.margin * (NATS_PER_POINT if metric == "loss" else 1)
 
 
 def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
-    """The means of all pairs, as the predictor reads them; a loss ratio that is not a positive number is left out."""
+    """Return the means of all pairs for the predictor, without loss ratios that are not positive and finite."""
     found: dict[tuple[str, str], EdgeMeasures] = {}
     for names, pair in measures.pairs.items():
         means = {name: getattr(pair, name).mean for name in PAIR_MEASURES}
@@ -126,3 +166,116 @@ def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
             means["loss_ratio"] = None
         found[names] = EdgeMeasures(size_ratio=pair.size_ratio, **means)
     return found
+
+
+# --- advice.json
+
+
+def measured(study: str, command: str, measures: Measures, edges: Mapping[tuple[str, str], EdgeMeasures]) -> dict[str, Any]:
+    """Return the part of advice.json that later studies read as history."""
+    return {
+        "study": study,
+        "command": command,
+        "edges": [edge_record(Edge(*names, found)) for names, found in edges.items()],
+        "models": [_plain(asdict(model)) for model in measures.models],
+        "pairs": [_plain(asdict(pair)) for pair in measures.pairs.values()],
+    }
+
+
+def decided(report: Report) -> dict[str, Any]:
+    """Return the rest of advice.json."""
+    advice = report.advice
+    return _plain(
+        {
+            "dev": report.dev,
+            "prompts": report.prompts,
+            "seed": report.seed,
+            "top_k": TOP_K,
+            "metric": report.metric,
+            "paths": [{"path": path, **asdict(cost)} for path, cost in report.costs.items()],
+            "lambda_sweeps": {name: [asdict(c) for c in chosen] for name, chosen in report.sweeps.items()},
+            "rules": [asdict(rule) for rule in report.rules],
+            "advice": asdict(advice) | {"reason": reason(advice)},
+            "steps": [asdict(step) for step in report.steps],
+            "history": {"studies": report.studies, "left_out": report.history.left_out},
+            "notes": report.notes,
+            "tags": TAGS,
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Replace infinite numbers, which JSON does not have, by None."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+# --- terminal
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the advice: the verdict first, then measures, costs and what to run. It fits 80 columns."""
+    advice = report.advice
+    console.print(Text(f"{report.study}: advice", style="bold"))
+    console.print(Text(verdict_line(advice), style=_STYLES[advice.verdict]))
+    for text in (reason(advice), f"{basis_line(report)}."):
+        console.print(Text(text[0].upper() + text[1:]))
+    console.print()
+    console.print(_models(report))
+    console.print(_pairs(report, "pairs on the learner q's own dev answers, ± standard error (measured)", ON_OWN))
+    console.print(_pairs(report, "pairs on the dev references (measured)", ON_REFERENCES))
+    console.print(_paths(report))
+    for step in report.steps:
+        gain = "" if step.gain is None else f", expected to lower regret by {step.gain:.3g}"
+        console.print(Text(f"{step.text}: {step.cost:.1f} direct runs{gain}"))
+        console.print(Text(step.command, style="cyan"), soft_wrap=True)
+    console.print()
+    for note in report.notes:
+        console.print(Text(f"note: {note}", style="yellow"))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for i, column in enumerate(columns):
+        table.add_column(escape(column), justify="right" if i else "left", overflow="fold", no_wrap=i > 0, min_width=8 if i == 0 else None)
+    return table
+
+
+def _models(report: Report) -> Table:
+    table = _table(f"models on {report.prompts} dev prompts of {report.dev} (measured)", "model", "size", "loss", "ROUGE-L", "entropy")
+    for model in report.measures.models:
+        cells = (plus_minus(model.loss), plus_minus(model.rouge_l, 1), plus_minus(model.entropy))
+        table.add_row(escape(model.name), parameters_text(model.parameters), *cells)
+    return table
+
+
+def _pairs(report: Report, title: str, columns: Columns) -> Table:
+    table = _table(title, "p > q", *(name for name, *_ in columns))
+    for pair in report.measures.pairs.values():
+        table.add_row(escape(f"{pair.teacher} > {pair.learner}"), *_cells(pair, columns))
+    return table
+
+
+def _cells(pair: Pair, columns: Columns) -> list[str]:
+    return [plus_minus(getattr(pair, field), decimals).replace(" ± ", "±") for _, field, decimals in columns]
+
+
+def _paths(report: Report) -> Table:
+    advice = report.advice
+    title = f"paths: difference to direct at equal compute, {metric_title(report.metric)} on dev (predicted)"
+    table = _table(title, "path", "compute", "Δ", f"{100 * advice.level:.0f} %", "P(better)", "basis")
+    for option in advice.options:
+        path = escape(" > ".join(option.path))
+        if option.basis == "reference":
+            table.add_row(path, f"{option.cost:.2f}{TIMES}", "0", "", "", "reference")
+            continue
+        beyond = " *" if option.beyond else ""
+        cells = (signed(option.expected), escape(interval(option)), f"{option.p_better:.2f}", option.basis + beyond)
+        table.add_row(path, f"{option.cost:.2f}{TIMES}", *cells)
+    if any(option.beyond for option in advice.options):
+        table.caption = "* outside the range of history; the interval is wider for that"
+        table.caption_justify = "left"
+    return table

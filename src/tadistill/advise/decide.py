@@ -1,4 +1,4 @@
-"""From forecasts to advice: direct, one chain, or what to run first. In doubt the advice is direct distillation at equal compute."""
+"""Turn forecasts into advice: run direct, run a chain, or run experiments first. In doubt the advice is direct at equal compute."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,7 @@ from typing import Literal
 
 from scipy.special import ndtr
 
-from tadistill.advise.edges import Candidate, Observation
-from tadistill.advise.pairs import pair_up
+from tadistill.advise.history import Candidate, Observation, pair_up
 from tadistill.advise.predict import Forecast, Predictions, predict
 from tadistill.errors import ConfigError
 from tadistill.search.strategies import size_law
@@ -18,6 +17,8 @@ SEEDS = 3
 PROPOSED = 3
 """Most experiments that are proposed."""
 
+Verdict = Literal["direct", "chain", "inconclusive"]
+
 
 @dataclass(frozen=True)
 class Option:
@@ -25,7 +26,7 @@ class Option:
 
     path: tuple[str, ...]
     cost: float
-    """As a multiple of the direct path's."""
+    """Training compute as a multiple of that of the direct path."""
     expected: float
     low: float
     high: float
@@ -37,7 +38,7 @@ class Option:
     basis: Literal["reference", "prior", "history"]
     """`reference` for direct, which is compared with itself."""
     beyond: tuple[str, ...] = ()
-    """Measures on which the path lies outside what history has seen; the interval is wider for that."""
+    """Measures on which the path lies outside the range of history; the interval is wider for that."""
 
 
 @dataclass(frozen=True)
@@ -47,36 +48,50 @@ class Experiment:
     path: tuple[str, ...]
     seeds: int
     cost: float
-    """Of chain and twin with all seeds, in direct runs."""
+    """Compute of chain and twin with all seeds, in direct runs."""
     gain: float
-    """By how much it is expected to lower the regret of the decision, in the metric's unit."""
+    """Expected reduction of the decision's regret, in the metric's unit."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do now, how sure that is, and what would make it surer."""
+    """The verdict with its evidence, and the experiments that would make it more certain."""
 
-    verdict: Literal["direct", "chain", "inconclusive"]
+    verdict: Verdict
     path: tuple[str, ...]
-    """What to run now: the direct path unless the verdict is `chain`."""
+    """The path to run now: the direct path unless the verdict is `chain`."""
     options: tuple[Option, ...]
     """Every candidate in the order given, direct first."""
-    reason: str
+    hypothesis: tuple[str, ...] | None
+    """The chain that the size law chooses, where there is no history; None where that is no candidate."""
     next: tuple[Experiment, ...]
-    """Most regret reduction for its compute first."""
+    """Proposed experiments, the largest expected reduction of regret for its compute first."""
     level: float
     margin: float
     scale: str | None
-    """The metric that history is in; None without history."""
+    """The metric of history; None without history."""
     families: int
+    """Families in history."""
     pairs: int
-    """Families of history, and chains with an equal-compute twin in them."""
+    """Chains with an equal-compute twin in history."""
     used: tuple[str, ...]
     """Measures that the regression used."""
     unused: tuple[str, ...]
-    """Measures that it could not use: not known for every path, or never different."""
+    """Measures that it could not use, because some paths lack them or they never vary."""
     seed_sd: float
     """Standard deviation of one seed's difference to the twin; assumed where no seeds were repeated."""
+
+    @property
+    def needed(self) -> float:
+        """The P(better) that one of the chains needs (Bonferroni)."""
+        return 1 - (1 - self.level) / max(1, len(self.options) - 1)
+
+    @property
+    def likeliest(self) -> Option | None:
+        """The recommended chain, or the chain that is most likely better than direct; None without a chain."""
+        chains = self.options[1:]
+        recommended = [o for o in chains if o.path == self.path]
+        return recommended[0] if recommended else max(chains, key=lambda o: o.p_better, default=None)
 
 
 def advise(
@@ -87,18 +102,18 @@ def advise(
     level: float = 0.95,
     family: str | None = None,
 ) -> Advice:
-    """Whether a chain is worth running.
+    """Decide whether a chain is worth running.
 
-    `chain`: for some chain P(Delta > 0) reaches the level, made stricter for k chains to 1 - (1 - level) / k (Bonferroni); of those the one
-    with the largest expectation. `direct`: for every chain P(Delta > margin) <= 1 - level, or there is no history. Else `inconclusive`,
-    where the path to run in the meantime is direct.
+    `chain`: for some chain P(Delta > 0) reaches the level, made stricter for k chains to 1 - (1 - level) / k (Bonferroni); among those the
+    one with the largest expectation is advised. `direct`: for every chain P(Delta > margin) <= 1 - level, or there is no history.
+    Otherwise `inconclusive`; the path to run in the meantime is direct.
 
     Args:
         candidates: direct first, then the chains; all from one teacher to one student.
-        history: finished arms of earlier studies, all on one metric (`history.History.observations`).
+        history: finished arms of earlier studies, all on one metric (`History.observations`).
         margin: a difference in the metric's unit that counts as none.
-        level: of intervals and of the decision.
-        family: the candidates' own family, if history may hold runs of it (`history.family_of`).
+        level: the level of intervals and of the decision.
+        family: the candidates' own family, if history may hold runs of it (`family_of`).
 
     Raises:
         ConfigError: candidates that do not share their ends, a margin or level out of range, or history on two metrics.
@@ -113,7 +128,7 @@ def advise(
 
 
 def decide(candidates: Sequence[Candidate], found: Predictions, *, scale: str | None, margin: float, level: float) -> Advice:
-    """The advice that forecasts lead to; `advise` has the rule and the arguments."""
+    """Turn forecasts into advice; see `advise` for the rule and the arguments."""
     direct, chains = candidates[0], candidates[1:]
     options = [Option(direct.path, direct.cost, 0.0, 0.0, 0.0, 0.0, 0.0, "reference")]
     for chain, forecast in zip(chains, found.forecasts, strict=True):
@@ -121,12 +136,12 @@ def decide(candidates: Sequence[Candidate], found: Predictions, *, scale: str | 
         p_better, p_matters = forecast.p_above(0.0), forecast.p_above(margin)
         basis = "history" if found.pairs else "prior"
         options.append(Option(chain.path, chain.cost, forecast.mean, low, high, p_better, p_matters, basis, forecast.beyond))
-    verdict, path, reason = _verdict(options, found, level, margin)
+    verdict, path = _verdict(options, found, level)
     return Advice(
         verdict=verdict,
         path=path,
         options=tuple(options),
-        reason=reason if found.pairs or not chains else reason + _hypothesis(candidates),
+        hypothesis=None if found.pairs else _hypothesis(candidates),
         next=() if verdict == "chain" else _experiments(chains, found),
         level=level,
         margin=margin,
@@ -154,44 +169,18 @@ def _check(candidates: Sequence[Candidate], margin: float, level: float) -> tupl
     return candidates[0], candidates[1:]
 
 
-def _verdict(
-    options: Sequence[Option], found: Predictions, level: float, margin: float
-) -> tuple[Literal["direct", "chain", "inconclusive"], tuple[str, ...], str]:
-    direct, chains = options[0], options[1:]
-    if not chains:
-        return "direct", direct.path, "There is no other path to compare direct distillation with."
-    if not found.pairs:
-        return (
-            "direct",
-            direct.path,
-            "No finished study has a chain beside direct distillation at equal compute, so the intervals are the prior's and no measure "
-            "has been shown to predict anything: run direct with the compute a chain would cost.",
-        )
-    on = f"{found.pairs} {'chain' if found.pairs == 1 else 'chains'} of {found.families} {'family' if found.families == 1 else 'families'}"
-    strict = 1 - (1 - level) / len(chains)
-    proven = [o for o in chains if o.p_better >= strict]
+def _verdict(options: Sequence[Option], found: Predictions, level: float) -> tuple[Verdict, tuple[str, ...]]:
+    direct, chains = options[0].path, options[1:]
+    if not chains or not found.pairs:
+        return "direct", direct
+    proven = [o for o in chains if o.p_better >= 1 - (1 - level) / len(chains)]
     if proven:
-        best = max(proven, key=lambda o: (o.expected, -o.cost))
-        return (
-            "chain",
-            best.path,
-            f"{' > '.join(best.path)} is expected to beat direct at equal compute by {best.expected:+.2f} ({best.low:+.2f} to "
-            f"{best.high:+.2f}), P(better) {best.p_better:.3f}, where {strict:.3f} is asked of the best of {len(chains)}; from {on}.",
-        )
-    best = max(chains, key=lambda o: o.p_better)
-    text = f"the likeliest, {' > '.join(best.path)}, has {best.expected:+.2f} ({best.low:+.2f} to {best.high:+.2f})"
-    if all(o.p_matters <= 1 - level for o in chains):
-        return "direct", direct.path, f"No chain is likely to beat direct at equal compute by more than {margin:g}: {text}; from {on}."
-    return (
-        "inconclusive",
-        direct.path,
-        f"History neither shows nor rules out a chain that beats direct at equal compute: {text}, P(better) {best.p_better:.2f}, where "
-        f"{strict:.3f} is asked; from {on}. Until then run direct with the chain's compute.",
-    )
+        return "chain", max(proven, key=lambda o: (o.expected, -o.cost)).path
+    return ("direct" if all(o.p_matters <= 1 - level for o in chains) else "inconclusive"), direct
 
 
-def _hypothesis(candidates: Sequence[Candidate]) -> str:
-    """What the size law would try, where it is among the candidates."""
+def _hypothesis(candidates: Sequence[Candidate]) -> tuple[str, ...] | None:
+    """Return the chain that the size law chooses; None where it is not among the candidates."""
     sizes = {candidates[0].path[-1]: 1.0}
     for c in candidates:
         for edge in reversed(c.edges):
@@ -200,13 +189,11 @@ def _hypothesis(candidates: Sequence[Candidate]) -> str:
     teacher, student = candidates[0].path
     middle = sorted((name for name in sizes if name not in (teacher, student)), key=lambda name: -sizes[name])
     path = size_law(teacher, middle, student, sizes) if teacher in sizes else ()
-    if len(path) <= 2 or path not in [c.path for c in candidates]:
-        return ""
-    return f" The size law would try {' > '.join(path)}: a hypothesis, not a finding."
+    return path if len(path) > 2 and path in [c.path for c in candidates] else None
 
 
 def _experiments(chains: Sequence[Candidate], found: Predictions) -> tuple[Experiment, ...]:
-    """Chains to run beside their twins, by expected regret reduction for their compute (knowledge gradient, one experiment at a time)."""
+    """Rank chains to run beside their twins by expected reduction of regret for their compute (knowledge gradient, one at a time)."""
     proposed = []
     for i, chain in enumerate(chains):
         others = max([0.0, *(f.mean for j, f in enumerate(found.forecasts) if j != i)])
@@ -216,7 +203,7 @@ def _experiments(chains: Sequence[Candidate], found: Predictions) -> tuple[Exper
 
 
 def _knowledge_gradient(forecast: Forecast, others: float, seed_sd: float) -> float:
-    """How much better the best decision is expected to be after an experiment (Frazier et al. 2008), for a normal forecast."""
+    """Return the expected improvement of the best decision by an experiment (Frazier et al. 2008), for a normal forecast."""
     moved = forecast.sd**2 / sqrt(forecast.sd**2 + seed_sd**2 / SEEDS)
     z = -abs(forecast.mean - others) / moved
     density = exp(-z * z / 2) / sqrt(2 * pi)

@@ -1,42 +1,143 @@
-"""What earlier studies found, as the predictor reads it: their plans, the dev values of their selected checkpoints, their measures.
+"""Finished studies as the predictor reads them: arms with what was measured of their models, and chains beside their twins.
 
-Test sets are never read here: the advice must not be tuned on what a later report tests.
+Only dev values are read, never test sets: advice must not be tuned on what a later report tests.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from itertools import pairwise
+from math import isfinite, log, prod
 from pathlib import Path
 from typing import Any
 
-from tadistill.advise.edges import Edge, EdgeMeasures, Observation, measures_from
+import numpy as np
+from pydantic import ValidationError
+
+from tadistill.config import ModelConfig
 from tadistill.config.method import HIGHER_IS_BETTER, NOT_COMPARABLE
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.results.files import Arm, Plan, is_finished, load_plan, stage_dir
 from tadistill.store import store_of
 
+
+@dataclass(frozen=True)
+class EdgeMeasures:
+    """Separate measures of one (teacher, learner) pair; None where one was not taken. KLs are in nats per token."""
+
+    size_ratio: float | None = None
+    """Teacher's parameters over the learner's."""
+    reverse_kl: float | None = None
+    """KL(learner || teacher) on the learner's samples, before distillation."""
+    forward_kl: float | None = None
+    """KL(teacher || learner) on references."""
+    overlap: float | None = None
+    """Share of the k most likely tokens that both models have in common, on the learner's prefixes."""
+    mass: float | None = None
+    """The learner's probability of the teacher's k most likely tokens."""
+    entropy_gap: float | None = None
+    """H(teacher) - H(learner), on the learner's prefixes."""
+    loss_ratio: float | None = None
+    """The teacher's loss on references over the learner's."""
+    advantage: float | None = None
+    """E[log p_teacher - log p_learner] on references, per token."""
+    bias: float | None = None
+    """E[log p_teacher - log p_original] on the student's samples: what this teacher adds to the chain's error budget."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and not isfinite(value):
+                raise ConfigError(f"measure {name} is {value}; give a finite number, or None where it was not taken")
+        for name in ("size_ratio", "loss_ratio"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"measure {name} is {value}; give a positive ratio")
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A teacher and its learner."""
+
+    teacher: str
+    learner: str
+    measures: EdgeMeasures = field(default_factory=EdgeMeasures)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A path that may be run. `cost` is its training compute as a multiple of that of the direct path."""
+
+    path: tuple[str, ...]
+    cost: float
+    edges: tuple[Edge, ...]
+
+    def __post_init__(self) -> None:
+        check_path(self.path, self.edges)
+        if not (isfinite(self.cost) and self.cost > 0):
+            raise ConfigError(f"the cost of {' > '.join(self.path)} is {self.cost}; give a positive multiple of the direct path's")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One finished arm of an earlier study, for one training seed; dev values only."""
+
+    family: str
+    """The teacher, data and method. Runs that share them are not independent evidence (`family_of`)."""
+    path: tuple[str, ...]
+    seed: int
+    edges: tuple[Edge, ...]
+    cost: float
+    """Training compute as a multiple of the family's direct path."""
+    quality: float
+    """The dev metric of the selected checkpoint, higher is better."""
+    scale: str
+    """The metric that `quality` is measured in."""
+    study: str = ""
+
+    def __post_init__(self) -> None:
+        check_path(self.path, self.edges)
+        if not (isfinite(self.cost) and self.cost > 0 and isfinite(self.quality)):
+            raise ConfigError(
+                f"an observation of {' > '.join(self.path)} has cost {self.cost} and quality {self.quality}; both must be finite"
+            )
+
+
+def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
+    """Raise a ConfigError where the edges are not the hops of the path."""
+    if len(path) < 2 or [(e.teacher, e.learner) for e in edges] != list(pairwise(path)):
+        raise ConfigError(f"path {' > '.join(path)} needs at least two models and one edge for each of its hops, in order")
+
+
+def measures_from(values: Mapping[str, float | None]) -> EdgeMeasures:
+    """Read measures from stored data; names of a later version are ignored."""
+    known = {f.name for f in fields(EdgeMeasures)}
+    return EdgeMeasures(**{name: value for name, value in values.items() if name in known})
+
+
+# --- reading studies ----------------------------------------------------------------------------------------------------
+
 MEASURES = "advice.json"
-"""Beside a study's plan.json: {"edges": [{"teacher", "learner", "measures": {name: value}}]}, as `edge_record` writes them."""
+"""File beside a study's plan.json: {"edges": [{"teacher", "learner", "measures": {name: value}}]}, as `edge_record` writes them."""
 
 
 @dataclass(frozen=True)
 class History:
-    """Finished arms, and why others could not be used."""
+    """Finished arms, and the reasons why others could not be used."""
 
     observations: tuple[Observation, ...]
     left_out: tuple[str, ...]
-    """One sentence for each study or arm."""
+    """One sentence for each study or arm that could not be used."""
 
     def on(self, scale: str) -> tuple[Observation, ...]:
-        """The observations on one metric."""
+        """Return the observations on one metric."""
         return tuple(o for o in self.observations if o.scale == scale)
 
 
 def history(runs: Path) -> History:
-    """Every finished distillation arm of the studies in RUNS/STUDY, one observation a training seed.
+    """Read every finished distillation arm of the studies in RUNS/STUDY, one observation for each training seed.
 
-    Two studies that share a stage count it once. What cannot be used is named in `left_out`, so that a hole in history is seen.
+    A stage that two studies share counts once. Whatever cannot be used is named in `left_out`.
 
     Raises:
         StoreError: `runs` is not a directory.
@@ -48,43 +149,52 @@ def history(runs: Path) -> History:
     for path in sorted(runs.glob("*/plan.json")):
         try:
             plan = load_plan(path.parent)
+            models = _models(plan)
             measures = load_measures(path.parent)
         except TadistillError as error:
             left_out.append(str(error))
             continue
         for arm in plan.arms:
             if len(arm.path) > 1:
-                _read_arm(plan, arm, measures, store_of(runs).root, found, left_out)
+                _read_arm(plan, arm, models, measures, store_of(runs).root, found, left_out)
     return History(tuple(found.values()), tuple(left_out))
 
 
-def family_of(recipe: Mapping[str, Any], parameters: Mapping[str, int], path: tuple[str, ...], method: str) -> str:
-    """The name that runs of one family share: the teacher, the training data and the method of the last hop.
+def family_of(models: Mapping[str, ModelConfig], parameters: Mapping[str, int], teacher: str, train: str, method: str) -> str:
+    """Return the name that runs of one family share: the teacher, the training data and the method of the last hop.
 
-    Students of one teacher are one family, because what they have in common must not count as independent evidence.
+    All students of one teacher are one family, because what they have in common must not count as independent evidence.
 
     Args:
-        recipe: the resolved recipe as plain data (plan.json's `recipe`).
+        models: the recipe's models.
         parameters: number of parameters by model.
-        path: any path of the family.
-        method: the arm's `method`, such as ``minillm (teacher_mixed)``.
+        teacher: the first model of the path.
+        train: the source of the training data (`data.train.load`).
+        method: the arm's method, such as ``minillm (teacher_mixed)``.
     """
-    teacher = path[0]
-    return f"{_origin(recipe['models'][teacher])} ({parameters[teacher]:,} parameters); {recipe['data']['train']['load']}; {method}"
+    return f"{_origin(models, teacher)} ({parameters[teacher]:,} parameters); {train}; {method}"
 
 
-def _origin(model: Mapping[str, Any]) -> str:
-    init = model["init"]
-    return model["load"] if init is None else f"{init['from']} pruned"
+def _origin(models: Mapping[str, ModelConfig], name: str) -> str:
+    """Say where a model's weights come from. Names of models count for nothing, as they differ between recipes."""
+    model = models[name]
+    if model.parent is None:
+        return str(model.load)
+    source = _origin(models, model.parent)
+    if model.checkpoint:
+        return f"{source} after {model.checkpoint.step} updates"
+    if model.temper:
+        return f"{source} tempered {'like ' + model.temper.like if model.temper.like else f'by {model.temper.tau:g}'}"
+    return f"{source} pruned"
 
 
 def edge_record(edge: Edge) -> dict[str, Any]:
-    """An edge as plain data for `MEASURES`, to be read back by `load_measures`."""
+    """Return an edge as plain data for `MEASURES`; `load_measures` reads it back."""
     return {"teacher": edge.teacher, "learner": edge.learner, "measures": asdict(edge.measures)}
 
 
 def load_measures(study_dir: Path) -> dict[tuple[str, str], EdgeMeasures]:
-    """Measures that were taken for a study, by teacher and learner; empty where none were."""
+    """Read the measures that were taken for a study, by teacher and learner; empty where none were."""
     path = study_dir / MEASURES
     if not path.is_file():
         return {}
@@ -96,31 +206,41 @@ def load_measures(study_dir: Path) -> dict[tuple[str, str], EdgeMeasures]:
 
 
 def path_edges(path: tuple[str, ...], parameters: Mapping[str, int], measures: Mapping[tuple[str, str], EdgeMeasures]) -> tuple[Edge, ...]:
-    """The hops of a path with what was measured of them; the size ratio is always known."""
+    """Return the hops of a path with their measures; the size ratio is always known."""
     return tuple(
         Edge(a, b, replace(measures.get((a, b), EdgeMeasures()), size_ratio=parameters[a] / parameters[b])) for a, b in pairwise(path)
     )
 
 
+def _models(plan: Plan) -> dict[str, ModelConfig]:
+    try:
+        return {name: ModelConfig.model_validate(model) for name, model in plan.recipe["models"].items()}
+    except ValidationError as error:
+        raise StoreError(
+            f"{plan.study}: its models cannot be read ({error.error_count()} problems): `tadistill run RECIPE` rewrites it"
+        ) from error
+
+
 def _read_arm(
     plan: Plan,
     arm: Arm,
+    models: Mapping[str, ModelConfig],
     measures: Mapping[tuple[str, str], EdgeMeasures],
     store: Path,
     found: dict[str, Observation],
     left_out: list[str],
 ) -> None:
-    """Adds the arm's finished seeds to `found`, by the key of their last stage."""
+    """Add the arm's finished seeds to `found`, by the key of their last stage."""
     name = f"{plan.study}: arm {arm.name}"
     if not arm.is_plain:
-        left_out.append(f"{name} is `{arm.path_text}`, which is more than a path along which each model teaches the next")
+        left_out.append(f"{name} is `{arm.path_text}`, and only paths along which each model teaches the next can be used")
         return
     direct = _direct_flops(plan, arm)
     if direct is None or arm.flops is None:
-        left_out.append(f"{name} has no direct arm of the same ends and method with known FLOPs, so its cost is no multiple of one")
+        left_out.append(f"{name} has no direct arm of the same ends and method with known FLOPs, so its relative cost is unknown")
         return
     edges = path_edges(arm.path, plan.parameters, measures)
-    family = family_of(plan.recipe, plan.parameters, arm.path, arm.method)
+    family = family_of(models, plan.parameters, arm.path[0], plan.recipe["data"]["train"]["load"], arm.method)
     for seed, key in arm.final.items():
         if key is None or not is_finished(store, key):
             left_out.append(f"{name}, seed {seed}, is not finished")
@@ -138,13 +258,13 @@ def _read_arm(
 
 
 def _direct_flops(plan: Plan, arm: Arm) -> float | None:
-    """Training FLOPs of the direct arm that an arm's cost is a multiple of."""
+    """Return the training FLOPs of the direct arm with the arm's ends and method."""
     ends, plain = (arm.path[0], arm.path[-1]), [a for a in plan.arms if a.compute is None and a.is_plain and a.method == arm.method]
     return next((a.flops for a in plain if a.path == ends), None)
 
 
 def _dev_value(store: Path, key: str) -> tuple[str, float | None]:
-    """The metric that a training stage selected by, and the selected checkpoint's value of it on dev."""
+    """Return the metric that a training stage selected by, and its dev value at the selected checkpoint."""
     folder = stage_dir(store, key)
     try:
         metric = read_json(folder / "stage.json")["spec"]["select"]["metric"]
@@ -152,3 +272,78 @@ def _dev_value(store: Path, key: str) -> tuple[str, float | None]:
         return str(metric), None if value is None else float(value)
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{folder} is damaged ({type(error).__name__}: {error}): delete it and run the recipe again") from error
+
+
+# --- chains beside their twins ------------------------------------------------------------------------------------------
+
+EQUAL = 0.05
+"""Costs that differ by at most this share count as equal."""
+
+
+@dataclass(frozen=True)
+class TwinPair:
+    """One chain of one family and its equal-compute twin, with one difference for each seed."""
+
+    family: str
+    path: tuple[str, ...]
+    edges: tuple[Edge, ...]
+    direct: Edge
+    cost: float
+    seeds: tuple[int, ...]
+    differences: tuple[float, ...]
+    """Higher is better for the chain."""
+    twin: tuple[float, ...]
+    """The costs of the direct runs that make the twin: one, or the two that it was interpolated between."""
+
+    @cached_property
+    def mean(self) -> float:
+        """Mean difference over seeds."""
+        return float(np.mean(self.differences))
+
+
+def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
+    """Pair every chain with its twin: a direct run of the same family and seed at the chain's cost (within 5 %).
+
+    Without such a run the twin is interpolated, in the log of the cost, between a cheaper and a more expensive direct run. Chains without
+    either are left out and never compared with a cheaper direct run.
+    """
+    directs: dict[tuple[str, str, str, str, int], dict[float, Observation]] = {}
+    for o in observations:
+        if len(o.path) == 2:
+            directs.setdefault(_ends(o), {})[o.cost] = o
+    found: dict[tuple[tuple[str, ...], tuple[str, ...], float, tuple[float, ...]], list[tuple[Observation, Edge, float]]] = {}
+    for o in observations:
+        beside = directs.get(_ends(o), {})
+        twin = _twin(o.cost, {cost: d.quality for cost, d in beside.items()}) if len(o.path) > 2 else None
+        if twin is not None:
+            costs, quality = twin
+            found.setdefault((_ends(o)[:-1], o.path, o.cost, costs), []).append((o, beside[costs[0]].edges[0], o.quality - quality))
+    return [_pair(rows, costs) for (*_, costs), rows in found.items()]
+
+
+def _pair(rows: Sequence[tuple[Observation, Edge, float]], twin: tuple[float, ...]) -> TwinPair:
+    """Combine the seeds of one chain, given as (run, direct hop, difference)."""
+    first, direct, _ = rows[0]
+    seeds, differences = tuple(o.seed for o, *_ in rows), tuple(difference for *_, difference in rows)
+    return TwinPair(first.family, first.path, first.edges, direct, first.cost, seeds, differences, twin)
+
+
+def _ends(o: Observation) -> tuple[str, str, str, str, int]:
+    """Return what a chain and its twin share. The size ratio distinguishes students of the same name in two studies."""
+    ratio = prod(e.measures.size_ratio or 1.0 for e in o.edges)
+    return o.family, o.path[0], o.path[-1], f"{ratio:.6g}", o.seed
+
+
+def _twin(cost: float, directs: dict[float, float]) -> tuple[tuple[float, ...], float] | None:
+    """Return the costs of the direct runs that make the twin, and its quality."""
+    nearest = min(directs, key=lambda c: abs(log(c / cost)), default=None)
+    if nearest is None:
+        return None
+    if abs(nearest / cost - 1) <= EQUAL:
+        return (nearest,), directs[nearest]
+    below, above = [c for c in directs if c < cost], [c for c in directs if c > cost]
+    if not (below and above):
+        return None
+    low, high = max(below), min(above)
+    share = log(cost / low) / log(high / low)
+    return (low, high), (1 - share) * directs[low] + share * directs[high]

@@ -1,15 +1,28 @@
-"""Numbers that say how models of a lattice fit together, from what the probe stages wrote. Each stands by itself; none is blended.
+"""The models of a recipe's lattice, the costs of its paths, and measures of how well a teacher and a learner match on dev prompts.
 
-Every number is a mean over dev prompts with its standard error over prompts. Axes: N prompts.
+Every measure is a mean over dev prompts with its standard error over prompts; none is combined with another. Axes: N prompts.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tadistill.config import Arm, Recipe
+from tadistill.config.search import Search
+from tadistill.data import datasets
+from tadistill.disk import read_json
+from tadistill.errors import ConfigError
+from tadistill.plan.arms import Plan, ProbePlan, make_plan, original_teacher, plan_probes
+from tadistill.plan.costs import Ledger
+from tadistill.search import ModelPath, path_name
+from tadistill.search.command import affordable, check_lattice, check_order, path_arms, path_flops
+from tadistill.store import Store
+
 Array = NDArray[np.float64]
+TOP_K = 16
 PAIR_MEASURES = ("reverse_kl", "forward_kl", "overlap", "mass", "entropy_gap", "loss_ratio", "advantage", "bias")
 
 
@@ -24,65 +37,65 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Model:
-    """A model by itself, on dev prompts."""
+    """Measures of one model on dev prompts."""
 
     name: str
     parameters: int
     loss: Estimate
-    """-log q per token of the references, in nats."""
+    """Mean of -log q per token of the references, in nats."""
     rouge_l: Estimate
-    """Of its own sampled answers, 0 to 100."""
+    """ROUGE-L of its own sampled answers, 0 to 100."""
     entropy: Estimate
-    """Nats per token, on its own answers."""
+    """Entropy on its own answers, nats per token."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A bigger model p beside a smaller learner q, both as they are before any distillation."""
+    """Measures of a bigger model p and a smaller learner q, both before any distillation."""
 
     teacher: str
     learner: str
     size_ratio: float
     """Parameters of p / parameters of q."""
     reverse_kl: Estimate
-    """KL(q ‖ p) per token on q's own answers: what on-policy distillation would start from."""
+    """KL(q ‖ p) per token on q's own answers, where on-policy distillation starts."""
     forward_kl: Estimate
     """KL(p ‖ q) per token on the references."""
     overlap: Estimate
-    """Share of q's likeliest tokens that are among p's, on q's prefixes."""
+    """Share of q's k most likely tokens that are among p's, on q's prefixes."""
     mass: Estimate
-    """Probability that q gives to p's likeliest tokens, on q's prefixes."""
+    """Probability that q gives to p's k most likely tokens, on q's prefixes."""
     entropy_gap: Estimate
     """H(p) - H(q) in nats, on q's prefixes."""
     loss_ratio: Estimate
     """Loss of p / loss of q on the references."""
     advantage: Estimate
-    """E[log p - log q] per token of the references: what p knows and q does not."""
+    """E[log p - log q] per token of the references."""
     bias: Estimate
-    """E_q[log p - log p_T] on q's own answers, T the original teacher: how much better q looks to p than to T. Zero where p is T."""
+    """E_q[log p - log p_T] on q's own answers, with T the original teacher: how much more p likes them than T does. Zero where p is T."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """All models of a lattice, from big to small, and all pairs (bigger, smaller)."""
+    """Measures of all models of a lattice, from big to small, and of all pairs (bigger, smaller)."""
 
     models: tuple[Model, ...]
     pairs: Mapping[tuple[str, str], Pair]
 
     def model(self, name: str) -> Model:
-        """One of the models."""
+        """Return the measures of one model."""
         return next(m for m in self.models if m.name == name)
 
 
 def estimate(values: ArrayLike) -> Estimate:
-    """Mean and standard error over prompts (N,)."""
+    """Return mean and standard error over prompts (N,)."""
     found = np.asarray(values, float)
     se = float(found.std(ddof=1) / np.sqrt(len(found))) if len(found) > 1 else None
     return Estimate(float(found.mean()), se, len(found))
 
 
 def ratio(above: ArrayLike, below: ArrayLike) -> Estimate:
-    """mean(above) / mean(below) of paired values (N,), its standard error by the delta method. Infinite where mean(below) is 0."""
+    """Return mean(above) / mean(below) of paired values (N,), its error by the delta method; infinite where mean(below) is 0."""
     a, b = np.asarray(above, float), np.asarray(below, float)
     if b.mean() == 0:
         return Estimate(float("inf"), None, len(a))
@@ -95,7 +108,7 @@ def measure(
     alone: Mapping[str, Mapping[str, Sequence[float]]],
     beside: Mapping[tuple[str, str], Mapping[str, Sequence[float]]],
 ) -> Measures:
-    """Estimates from scores per prompt.
+    """Estimate all measures from scores per prompt.
 
     Args:
         sizes: parameters of every model, from big to small; the first is the original teacher.
@@ -108,8 +121,7 @@ def measure(
     )
     pairs: dict[tuple[str, str], Pair] = {}
     for (teacher, learner), scores in beside.items():
-        losses = (np.asarray(alone[name]["loss"], float) for name in (teacher, learner))
-        of_teacher, of_learner = losses
+        of_teacher, of_learner = (np.asarray(alone[name]["loss"], float) for name in (teacher, learner))
         # KL(q ‖ p_T) - KL(q ‖ p) before every token is E_q[log p - log p_T] there, exact over the vocabulary
         to_root = np.asarray(beside[root, learner]["reverse_kl"], float)
         pairs[teacher, learner] = Pair(
@@ -122,3 +134,152 @@ def measure(
             bias=estimate(to_root - np.asarray(scores["reverse_kl"], float)),
         )
     return Measures(models, pairs)
+
+
+# --- the models and paths of a recipe, and the stages that measure them --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Models from big to small with their parameters, the teacher first and the student last."""
+
+    sizes: Mapping[str, int]
+
+    @property
+    def teacher(self) -> str:
+        """The original teacher."""
+        return next(iter(self.sizes))
+
+    @property
+    def student(self) -> str:
+        """The model that paths end with."""
+        return list(self.sizes)[-1]
+
+    @property
+    def assistants(self) -> tuple[str, ...]:
+        """The models between teacher and student."""
+        return tuple(self.sizes)[1:-1]
+
+
+@dataclass(frozen=True)
+class PathCost:
+    """Training FLOPs behind a path's student for one seed, and their multiple of those of the direct path."""
+
+    flops: float
+    multiple: float
+    twin: tuple[int, int] | None
+    """Updates with which the direct path costs as much, and updates between its dev evaluations; None for direct itself."""
+
+
+def with_search(recipe: Recipe) -> Recipe:
+    """Return the recipe with a `search`: its own, or one from the original teacher to the arms' student through all models between in size.
+
+    Raises:
+        ConfigError: there is nothing to choose from, or models are not in order of size.
+    """
+    if recipe.search is None:
+        teacher, student = _ends(recipe)
+        sizes = _sizes(recipe, list(recipe.models))
+        between = [n for n in recipe.models if n not in (teacher, student) and sizes[student] < sizes[n] < sizes[teacher]]
+        if not between:
+            raise ConfigError(
+                f"no model is between {teacher} ({sizes[teacher]:,} parameters) and {student} ({sizes[student]:,}) in size, "
+                "so there is nothing to choose; add one, or write search: {teacher: …, assistants: […], student: …}"
+            )
+        found = Search(teacher=teacher, assistants=tuple(sorted(between, key=lambda n: -sizes[n])), student=student)
+        recipe = recipe.model_copy(update={"search": found})
+    search = recipe.search
+    assert search is not None
+    check_lattice(recipe, search)
+    check_order(recipe, search)
+    return recipe
+
+
+def ladder(recipe: Recipe) -> Ladder:
+    """Return the models of `recipe.search` with their sizes.
+
+    Raises:
+        ConfigError: a size is not known.
+    """
+    search = recipe.search
+    assert search is not None
+    return Ladder(_sizes(recipe, (search.teacher, *search.assistants, search.student)))
+
+
+def _ends(recipe: Recipe) -> tuple[str, str]:
+    teacher = original_teacher(recipe)
+    paths = [path for arm in recipe.arms.values() for path in arm.path if len(path) > 1]
+    teaching = {model for path in paths for model in path[:-1]}
+    students = list(dict.fromkeys(path[-1] for path in paths if path[-1] not in teaching))
+    if teacher is None or len(students) != 1:
+        what = f"students {', '.join(students)}" if students else "no path"
+        raise ConfigError(
+            f"the arms have {what}, but advice needs exactly one student; write search: {{teacher: …, assistants: […], student: …}}"
+        )
+    return teacher, students[0]
+
+
+def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
+    ledger = Ledger(recipe)
+    found = {name: ledger.size(name) for name in names}
+    unknown = [name for name, size in found.items() if size is None]
+    if unknown:
+        raise ConfigError(
+            f"the size of {', '.join(unknown)} is not known (gpt2, opt, llama, mistral, qwen2, qwen3 are counted), so paths have no cost"
+        )
+    return {name: size.total for name, size in found.items() if size}
+
+
+def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
+    """Return a recipe whose arms are the paths within the budget and the chains' equal-compute twins, and the cost of each path.
+
+    Raises:
+        ConfigError: the budget is too small for any path.
+    """
+    search = recipe.search
+    assert search is not None
+    direct = (search.teacher, search.student)
+    flops = path_flops(recipe, search)
+    kept = affordable(search, flops).paths
+    arms = path_arms(kept) | {twin_name(path): Arm(path=(direct,), compute=f"as {path_name(path)}") for path in kept if path != direct}
+    limited = recipe.model_copy(update={"arms": arms, "teacher": search.teacher})
+    twins, base = _twins(make_plan(limited)), flops[direct]
+    assert base, "ladder() refuses models of unknown size"
+    return limited, {path: PathCost(float(flops[path] or 0), float(flops[path] or 0) / base, twins.get(path)) for path in kept}
+
+
+def twin_name(path: ModelPath) -> str:
+    """Return the name of the arm that trains directly with a path's compute."""
+    return f"{path_name(path)}-twin"
+
+
+def _twins(plan: Plan) -> dict[ModelPath, tuple[int, int]]:
+    paths = {arm.name: arm.arm.last for arm in plan.arms}
+    twins = [(arm.arm.compute[3:], arm.method) for arm in plan.arms if arm.arm.compute]
+    return {paths[of]: (method.optim.steps or 0, method.select.every) for of, method in twins}
+
+
+def probe_plan(recipe: Recipe, found: Ladder, prompts: int) -> ProbePlan:
+    """Plan the stages that measure the lattice on the first dev prompts (all of them where dev has fewer).
+
+    Raises:
+        ConfigError: `prompts` is below 2. DataError: there are no dev prompts.
+    """
+    if prompts < 2:
+        raise ConfigError(f"--prompts is {prompts}; a standard error needs at least 2")
+    rows = len(datasets.load(recipe.data.dev, "dev", recipe.data))
+    return plan_probes(recipe, list(found.sizes), prompts=min(prompts, rows), k=TOP_K)
+
+
+def read_measures(probes: ProbePlan, store: Store, found: Ladder) -> Measures:
+    """Read the scores of a probe plan's finished stages and estimate all measures.
+
+    Raises:
+        StoreError: a stage is missing or damaged.
+    """
+    alone = {name: _scores(store, key) for name, key in probes.alone.items()}
+    return measure(found.sizes, alone, {names: _scores(store, key) for names, key in probes.beside.items()})
+
+
+def _scores(store: Store, key: str) -> dict[str, Any]:
+    return read_json(store.folder(key) / "scores.json", fix="delete its directory and run the command again")

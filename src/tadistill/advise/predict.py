@@ -1,33 +1,36 @@
-"""How much a chain will differ from direct distillation at equal compute: a Bayesian ridge regression with family and edge effects.
+"""Forecast the difference of a chain to direct distillation at equal compute: a Bayesian ridge regression with family and edge effects.
 
 For chain p of family f, with Delta its dev metric less that of its equal-compute twin:
 
     Delta_fp = a + c . x_p + u_f + sum_e b^h(e) v_fe + seed noise / sqrt(seeds)
 
-x_p are the contrasts of `tadistill.advise.edges` (every hop's gap, times b for each hop between it and the student, less the direct hop's),
-centred and scaled by what history has seen; u_f is the family's own effect, v_fe an edge's, shared by the chains of a family that use it.
-a, c, u and v are normal with mean 0, so that everything is a Gaussian process over rows. The four hyper-parameters (b, and the standard
+x_p are the `contrasts` (every hop's gap, times b for each hop between it and the student, less the direct hop's), centred and scaled by the
+values in history; u_f is the family's own effect, v_fe that of an edge, shared by the chains of a family that use it.
+a, c, u and v are normal with mean 0, so the model is a Gaussian process over rows. The four hyper-parameters (b, and the standard
 deviations of c, u and v) are averaged over a grid with the marginal likelihood as weights rather than maximised: with few families the
-maximum often says that families do not differ, and intervals become too narrow. The seed noise is pooled from repeated seeds.
+maximum often says that families do not differ, which makes intervals too narrow. The seed noise is pooled from repeated seeds.
 
-Variance is carried along the path by b^h: the last hop dominates (takd.md, section 1.2: how an assistant was trained moves the student by
-0.3 points, which assistant it is by 2). Beyond the range that history has seen, standard deviations are widened.
+The weight b^h makes the last hop dominate: in TAKD's figure 5 the choice of the last assistant moves the student by 2 points, and the way
+to it by 0.3. Outside the range that history covers, standard deviations are widened.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
+from math import log
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 from scipy.special import ndtr
 
-from tadistill.advise.edges import Candidate, Edge, contrasts, hop_weights
-from tadistill.advise.pairs import Pair
+from tadistill.advise.history import Candidate, Edge, EdgeMeasures, TwinPair
 
 Array = NDArray[np.float64]
 
+SIZE_LAW = 2.5
+"""Teacher's over learner's parameters that the law of capacity gap (Zhang et al. 2025, arXiv 2311.07052) asks for."""
 CARRIES = {0.1: 0.25, 0.3: 0.5, 0.6: 0.25}
 """b and its prior weight."""
 SLOPES = (0.1, 0.3, 1.0, 2.0)
@@ -40,18 +43,54 @@ TINY = 1e-9
 INTERCEPT = 2.0
 """Standard deviation of a, in units."""
 SEED_NOISE, SEED_WEIGHT = 1.9, 2.0
-"""Standard deviation of one seed's difference before any is seen, in margins (0.4 points an arm at a margin of 0.3), and its weight."""
+"""Prior standard deviation of one seed's difference, in margins (0.4 points an arm at a margin of 0.3), and its weight in seeds."""
+
+
+@lru_cache(maxsize=4096)
+def gaps(measures: EdgeMeasures) -> dict[str, float | None]:
+    """Return the gap between teacher and learner, by the measure's name; larger is wider.
+
+    Only one measure of each kind is used, since history is short: forward KL, mass and advantage resemble reverse KL, overlap and loss.
+    """
+    m = measures
+    size = None if m.size_ratio is None else log(m.size_ratio)
+    return {
+        "size": size,
+        "size_law": None if size is None else (size - log(SIZE_LAW)) ** 2,
+        "reverse_kl": m.reverse_kl,
+        "overlap": None if m.overlap is None else 1 - m.overlap,
+        "entropy_gap": m.entropy_gap,
+        "loss": None if m.loss_ratio is None else -log(m.loss_ratio),
+    }
+
+
+def hop_weights(hops: int, carry: float) -> list[float]:
+    """Return the weight of each hop, first hop first: 1 for the last one, and `carry` times the next one's weight for each earlier one."""
+    return [carry ** (hops - 1 - i) for i in range(hops)]
+
+
+def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) -> dict[str, float | None]:
+    """Return, by measure, the chain's weighted sum of gaps less the direct hop's gap, and the log of the cost; 0 for direct at cost 1."""
+    found: dict[str, float | None] = {"cost": log(cost)}
+    of_chain, weights = [gaps(e.measures) for e in edges], hop_weights(len(edges), carry)
+    for name, base in gaps(direct.measures).items():
+        total = -base if base is not None else None
+        for weight, gap in zip(weights, of_chain, strict=True):
+            value = gap[name]
+            total = total + weight * value if total is not None and value is not None else None
+        found[name] = total
+    return found
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A chain's difference to its equal-compute twin: a mixture of normals, one for each point of the grid."""
+    """Forecast of a chain's difference to its equal-compute twin: a mixture of normals, one for each point of the grid."""
 
     weights: Array
     means: Array
     sds: Array
     beyond: tuple[str, ...]
-    """Measures on which the chain lies outside what history has seen; its standard deviations are widened for that."""
+    """Measures on which the chain lies outside the range of history; its standard deviations are widened for that."""
 
     @cached_property
     def mean(self) -> float:
@@ -60,35 +99,32 @@ class Forecast:
 
     @cached_property
     def sd(self) -> float:
-        """Its standard deviation."""
+        """The standard deviation of the difference."""
         return float(np.sqrt(self.weights @ (self.sds**2 + self.means**2) - self.mean**2))
 
     def p_above(self, value: float) -> float:
-        """The probability that the difference is larger than a value."""
+        """Return the probability that the difference is larger than a value."""
         return float(self.weights @ ndtr((self.means - value) / self.sds))
 
     def quantile(self, share: float) -> float:
-        """The value that the difference stays below with a probability, by bisection."""
-        low, high = (float(f(self.means + s * 10 * self.sds)) for f, s in ((np.min, -1), (np.max, 1)))
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if 1 - self.p_above(middle) < share else (low, middle)
-        return (low + high) / 2
+        """Return the value that the difference stays below with probability `share`."""
+        low, high = float(np.min(self.means - 10 * self.sds)), float(np.max(self.means + 10 * self.sds))
+        return float(brentq(lambda value: 1 - self.p_above(value) - share, low, high))  # type: ignore[arg-type]
 
     def interval(self, level: float) -> tuple[float, float]:
-        """The central interval that holds the difference with a probability."""
+        """Return the central interval that holds the difference with probability `level`."""
         return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """One forecast a candidate, and what they rest on."""
+    """One forecast for each candidate, and the evidence behind them."""
 
     forecasts: tuple[Forecast, ...]
     used: tuple[str, ...]
-    """Measures that the regression could use."""
+    """Measures that the regression used."""
     unused: tuple[str, ...]
-    """Measures that some path has and another lacks, or that never vary."""
+    """Measures that some paths lack, or that never vary."""
     seed_sd: float
     """Standard deviation of one seed's difference."""
     families: int
@@ -96,16 +132,16 @@ class Predictions:
 
 
 def predict(
-    candidates: Sequence[Candidate], direct: Edge, history: Sequence[Pair], *, margin: float, family: str | None = None
+    candidates: Sequence[Candidate], direct: Edge, history: Sequence[TwinPair], *, margin: float, family: str | None = None
 ) -> Predictions:
-    """Forecasts for chains that start and end where `direct` does.
+    """Forecast chains with the same first and last model as `direct`.
 
     Args:
         candidates: the chains, without the direct path.
-        direct: the pair that direct distillation would use.
-        history: chains of earlier studies beside their twins (`pairs.pair_up`), all in the margin's unit.
-        margin: a difference that counts as none; the prior is measured in it.
-        family: the family the candidates belong to, if history may hold runs of it.
+        direct: the hop of direct distillation.
+        history: chains of earlier studies beside their twins (`pair_up`), all in the margin's unit.
+        margin: a difference that counts as none; it is the unit of the prior.
+        family: the family of the candidates, if history may hold runs of it.
     """
     seed_variance = _seed_variance(history, margin)
     unit = max(margin, float(np.sqrt(np.mean([p.mean**2 for p in history]))) if history else 0.0)
@@ -117,7 +153,7 @@ def predict(
     beyond: list[tuple[str, ...]] = []
     for carry, prior in CARRIES.items():
         columns = _contrasts(rows, carry)
-        if carry == 0.3:  # which measures lie beyond history hardly depends on b
+        if carry == 0.3:  # the measures outside history hardly depend on b
             beyond = [_beyond(columns, len(history), len(history) + i) for i in range(len(candidates))]
         x_RK, excess_R = _standardised(columns, len(rows), len(history))
         parts.append(_conditional(_kernels(rows, x_RK, excess_R, carry, unit), y_N, noise_NN, prior))
@@ -139,21 +175,21 @@ class _Row:
     cost: float
 
 
-def _rows(candidates: Sequence[Candidate], direct: Edge, history: Sequence[Pair], family: str | None) -> list[_Row]:
-    """History's pairs, then the candidates."""
+def _rows(candidates: Sequence[Candidate], direct: Edge, history: Sequence[TwinPair], family: str | None) -> list[_Row]:
+    """Return the rows of the regression: history's pairs, then the candidates."""
     own = family if family is not None else "\0this family"
     return [_Row(p.family, p.edges, p.direct, p.cost) for p in history] + [_Row(own, c.edges, direct, c.cost) for c in candidates]
 
 
-def _seed_variance(history: Sequence[Pair], margin: float) -> float:
-    """Of one seed's difference, pooled over pairs, with a prior worth `SEED_WEIGHT` seeds."""
+def _seed_variance(history: Sequence[TwinPair], margin: float) -> float:
+    """Pool the variance of one seed's difference over pairs, with a prior worth `SEED_WEIGHT` seeds."""
     squares = sum(float(np.sum((np.array(p.differences) - p.mean) ** 2)) for p in history)
     freedom = sum(len(p.differences) - 1 for p in history)
     return (squares + SEED_WEIGHT * (SEED_NOISE * margin) ** 2) / (freedom + SEED_WEIGHT)
 
 
-def _noise(history: Sequence[Pair], seed_variance: float) -> Array:
-    """Covariance of the pairs' means: half of a difference's variance is the twin's, which chains may share."""
+def _noise(history: Sequence[TwinPair], seed_variance: float) -> Array:
+    """Return the covariance of the pairs' means: half of a difference's variance is the twin's, which chains may share."""
     noise_NN = np.zeros((len(history), len(history)))
     for i, p in enumerate(history):
         for j, q in enumerate(history):
@@ -166,7 +202,7 @@ def _noise(history: Sequence[Pair], seed_variance: float) -> Array:
 
 
 def _contrasts(rows: Sequence[_Row], carry: float) -> dict[str, Array]:
-    """The contrasts that every row has."""
+    """Return the contrasts that are known for every row."""
     found = [contrasts(row.edges, row.direct, row.cost, carry) for row in rows]
     names = found[0] if found else ()
     values = {name: [f[name] for f in found] for name in names}
@@ -174,10 +210,10 @@ def _contrasts(rows: Sequence[_Row], carry: float) -> dict[str, Array]:
 
 
 def _standardised(columns: dict[str, Array], rows: int, seen: int) -> tuple[Array, Array]:
-    """Contrasts centred and scaled by history, (rows, contrasts), and how far each row's farthest lies outside history's range, (rows,).
+    """Return contrasts centred and scaled by history, (rows, contrasts), and each row's largest distance outside history's range, (rows,).
 
-    Drops from `columns` what history never varied: nothing can be learnt of it, and a row that differs in it counts as one standard
-    deviation outside. Without history every row does.
+    Contrasts that never vary in history are removed from `columns`, as nothing can be learnt about them; a row that differs in one counts
+    as one standard deviation outside.
     """
     if seen == 0:
         return np.ones((rows, 1)), np.zeros(rows)
@@ -195,7 +231,7 @@ def _standardised(columns: dict[str, Array], rows: int, seen: int) -> tuple[Arra
 
 
 def _kernels(rows: Sequence[_Row], x_RK: Array, excess_R: Array, carry: float, unit: float) -> Array:
-    """(grid, rows, rows): the prior covariance of Delta at each point of the grid."""
+    """Return the prior covariance of Delta at each point of the grid: (grid, rows, rows)."""
     families = np.array([row.family for row in rows])
     same_RR = (families[:, None] == families[None, :]).astype(np.float64)
     keys = [[(row.family, e.teacher, e.learner, e.measures.size_ratio) for e in row.edges] for row in rows]
@@ -204,7 +240,7 @@ def _kernels(rows: Sequence[_Row], x_RK: Array, excess_R: Array, carry: float, u
     for i, of_row in enumerate(keys):
         edges_RE[i, [places[key] for key in of_row]] = hop_weights(len(of_row), carry)
     slopes_RR, shared_RR = x_RK @ x_RK.T / x_RK.shape[1], edges_RE @ edges_RE.T
-    # beyond history's range the line may bend: as much again as all slopes together could make of the distance, for each row by itself
+    # outside history's range the line may bend: each row gets, by itself, the variance that all slopes together have at that distance
     slopes_RR = slopes_RR + np.diag(excess_R**2)
     grid = np.array(list(product(SLOPES, FAMILIES, EDGES))) ** 2
     parts = np.stack([slopes_RR, same_RR, shared_RR])
@@ -212,7 +248,7 @@ def _kernels(rows: Sequence[_Row], x_RK: Array, excess_R: Array, carry: float, u
 
 
 def _conditional(kernel_GRR: Array, y_N: Array, noise_NN: Array, prior: float) -> tuple[Array, Array, Array]:
-    """Log weight of each grid point, and means and variances (grid, candidates) of the candidates given history."""
+    """Return the log weight of each grid point, and the means and variances (grid, candidates) of the candidates given history."""
     n = len(y_N)
     prior_variance = np.diagonal(kernel_GRR, axis1=1, axis2=2)[:, n:]
     base = np.full(len(kernel_GRR), np.log(prior / len(kernel_GRR)))
@@ -227,7 +263,7 @@ def _conditional(kernel_GRR: Array, y_N: Array, noise_NN: Array, prior: float) -
 
 
 def _beyond(columns: dict[str, Array], seen: int, row: int) -> tuple[str, ...]:
-    """The contrasts in which a row lies outside history's range."""
+    """Return the contrasts in which a row lies outside history's range."""
     if not seen:
         return ()
     return tuple(n for n, v in columns.items() if v[row] < v[:seen].min() - TINY or v[row] > v[:seen].max() + TINY)

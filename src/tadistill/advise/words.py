@@ -1,21 +1,25 @@
-"""What is said beside the measures: rules of thumb and what they choose, and cautions about what the numbers cannot tell."""
+"""All words of the advice: reason, rules of thumb, cautions and commands, and the `Report` that terminal, page and advice.json show.
 
-from collections.abc import Sequence
+Every number is one of three: `measured` (on dev prompts), `predicted` (by the cost ledger, from history, or from the prior alone) or
+`assumed` (a setting, a definition). `TAGS` says which.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, inf
 
-from tadistill.advise import Advice, History
-from tadistill.advise.measures import Measures
-from tadistill.advise.probes import TOP_K, Ladder
+from tadistill.advise.decide import Advice, Option
+from tadistill.advise.history import History
+from tadistill.advise.measures import TOP_K, Estimate, Ladder, Measures, PathCost, twin_name
 from tadistill.config import Recipe
 from tadistill.config.method import NOT_COMPARABLE
-from tadistill.search import ModelPath
+from tadistill.results.units import MINUS
+from tadistill.search import ModelPath, path_name
 from tadistill.search.strategies import Chosen, geometric_mean, lambda_tradeoff, performance_mean, size_law
 
 LEAST_MASS, HOPS = 0.9, (1.3, 4.0)
-
-
 _NAMES = {
     "cost": "compute",
     "size": "size ratio",
@@ -28,13 +32,13 @@ _NAMES = {
 
 
 def measure_name(name: str) -> str:
-    """A measure of the predictor for readers."""
+    """Return the title of a predictor's measure."""
     return _NAMES.get(name, name)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of thumb and the path it chooses. None of them has been shown to beat direct at equal compute."""
+    """A rule of thumb and the path that it chooses. No rule has been shown to beat direct at equal compute."""
 
     name: str
     path: tuple[str, ...]
@@ -42,38 +46,38 @@ class Rule:
 
 
 def scores(measures: Measures) -> dict[str, dict[str, float]]:
-    """Each model's dev score on a scale of 0 to 1, by the score's name."""
+    """Return each model's dev score on a scale of 0 to 1, by the score's name."""
     by_loss = {m.name: exp(-m.loss.mean) for m in measures.models}
     return {"exp(−loss)": by_loss, "ROUGE-L / 100": {m.name: m.rouge_l.mean / 100 for m in measures.models}}
 
 
 def lambda_sweeps(measures: Measures) -> dict[str, tuple[Chosen, ...]]:
-    """MiniDisc's trade-off score(A) + lambda (1 - N_A / N_T) for all lambda, on either score: the scale of the score decides much."""
+    """Maximise MiniDisc's trade-off score(A) + lambda (1 - N_A / N_T) for all lambda, on both scores: the scale matters."""
     names = [m.name for m in measures.models]
     sizes = {m.name: float(m.parameters) for m in measures.models}
     return {name: lambda_tradeoff(names[0], names[1:-1], of_models, sizes) for name, of_models in scores(measures).items()}
 
 
 def sweep_text(chosen: Sequence[Chosen]) -> str:
-    """``l up to 0.13, then m``."""
+    """Return, for instance, ``l up to 0.13, then m``."""
     parts = [c.assistant if c.high == inf else f"{c.assistant} up to {c.high:.2g}" for c in chosen]
     return ", then ".join(parts)
 
 
 def rules(measures: Measures, ladder: Ladder, most: int | None) -> tuple[Rule, ...]:
-    """What rules of thumb choose from sizes and dev scores alone."""
+    """Return the paths that rules of thumb choose from sizes and dev scores alone."""
     ends, between = (ladder.teacher, ladder.assistants, ladder.student), scores(measures)["exp(−loss)"]
     return (
         Rule("size law", size_law(*ends, ladder.sizes, max_assistants=most), "each teacher 2.5 times its learner (Zhang et al. 2025)"),
         Rule("performance mean", performance_mean(*ends, between), "score midway between teacher and student (Mirzadeh et al. 2020)"),
-        Rule("geometric mean", geometric_mean(*ends, ladder.sizes), "both hops shrink alike"),
+        Rule("geometric mean", geometric_mean(*ends, ladder.sizes), "both hops shrink by the same factor"),
     )
 
 
 def notes(
     recipe: Recipe, paths: Sequence[ModelPath], measures: Measures, advice: Advice, past: History, metric: str, prompts: int
 ) -> tuple[str, ...]:
-    """Cautions, one sentence each."""
+    """Return the cautions that apply, one or two sentences each."""
     pairs = [measures.pairs[hop] for hop in dict.fromkeys(hop for path in paths for hop in pairwise(path))]
     found: list[str] = []
     wide = [f"{p.teacher} > {p.learner} ({p.size_ratio:.1f})" for p in pairs if p.size_ratio > HOPS[1]]
@@ -81,7 +85,7 @@ def notes(
     if wide:
         found.append(f"Wide hops, more than {HOPS[1]:g} times in size: {_list(wide)}.")
     if near:
-        found.append(f"Short hops, less than {HOPS[0]:g} times in size: {_list(near)}; a training for little.")
+        found.append(f"Short hops, less than {HOPS[0]:g} times in size: {_list(near)}. Such a hop costs a training and changes little.")
     thin = [f"{p.teacher} > {p.learner} {p.mass.mean:.2f}" for p in pairs if p.mass.mean < LEAST_MASS]
     if thin:
         found.append(
@@ -91,29 +95,218 @@ def notes(
     bought = [m.name for m in measures.models[1:-1] if _ready_made(recipe, m.name)]
     if bought:
         found.append(
-            f"{_list(bought)}: loaded as it is, so how it was trained and selected, and with how much compute, is not known here and in "
-            "no path's cost."
+            f"{_list(bought)}: loaded without training here, so its training, selection and compute are unknown and in no path's cost."
         )
     if metric in NOT_COMPARABLE:
         found.append(f"method.select.metric is `{metric}`, which cannot compare students of different teachers; use loss or rouge_l.")
     if not advice.pairs:
-        found.append("There is no history, so the default holds: direct at equal compute. Paths of the rules of thumb are hypotheses.")
+        found.append(
+            "There is no history, so the default applies: direct at equal compute. The paths of the rules of thumb are hypotheses."
+        )
     if past.left_out:
-        found.append(f"{len(past.left_out)} arms or seeds of earlier studies could not be used: {past.left_out[0]}.".replace("..", "."))
+        found.append(f"{len(past.left_out)} arms or seeds of earlier studies could not be used: {past.left_out[0].rstrip('.')}.")
     if (n := measures.models[0].loss.n) < prompts:
         found.append(f"Dev has {n} prompts that fit, fewer than the {prompts} asked for.")
     found.append(
-        "Models were measured as they are before any distillation. In a chain an assistant is distilled first, which makes it sharper and "
-        "moves every measure of the next hop."
+        "Models were measured before any distillation. In a chain an assistant is distilled first, which lowers its entropy and "
+        "changes every measure of the next hop."
     )
     return tuple(found)
 
 
 def _ready_made(recipe: Recipe, name: str) -> bool:
-    """Loaded as it is: nothing of its training is part of the study."""
     model = recipe.models[name]
     return model.load is not None and not model.load.startswith("scratch:") and model.sft is None
 
 
 def _list(parts: Sequence[str]) -> str:
     return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to run, in words and as a command."""
+
+    text: str
+    command: str
+    cost: float
+    """Compute in direct runs of one seed."""
+    gain: float | None
+    """Expected reduction of the decision's regret, in the metric's unit; None for the step that is run in any case."""
+
+
+def steps(
+    recipe: Recipe, source: str, overrides: Sequence[str], advice: Advice, costs: Mapping[tuple[str, ...], PathCost]
+) -> tuple[Step, ...]:
+    """Return what to run now, then the proposed experiments, as commands on the same recipe. They add arms, so finished stages are reused.
+
+    Args:
+        recipe: the recipe with its overrides.
+        source: the path of the recipe, as commands repeat it.
+        overrides: the overrides of this call, as commands repeat them.
+        advice: the verdict and the experiments.
+        costs: cost of every path.
+    """
+
+    def command(arms: list[str], seeds: int) -> str:
+        return shlex.join(["tadistill", "run", source, *overrides, *arms, f"seeds={list(_seeds(recipe, seeds))}".replace(" ", "")])
+
+    seeds, found = len(recipe.seeds), []
+    chains = [path for path in costs if len(path) > 2]
+    if advice.verdict == "chain":
+        text = f"now: {_shown(advice.path)}, and beside it direct at equal compute, which the chain has to beat on the test sets"
+        found.append(Step(text, command(_chain(recipe, advice.path), seeds), 2 * costs[advice.path].multiple * seeds, None))
+    elif chains:
+        wanted = advice.next[0].path if advice.next else chains[0]
+        multiple = costs[wanted].multiple
+        text = f"now: direct with the compute that {_shown(wanted)} would take ({multiple:.2f} times the recipe's direct run)"
+        found.append(Step(text, command(_longer(recipe, wanted, costs[wanted]), seeds), multiple * seeds, None))
+    for e in advice.next:
+        text = f"to learn more: {_shown(e.path)} beside direct at equal compute, {e.seeds} seeds"
+        found.append(Step(text, command(_chain(recipe, e.path), e.seeds), e.cost, e.gain))
+    return tuple(found)
+
+
+def _shown(path: Sequence[str]) -> str:
+    return " > ".join(path)
+
+
+def _chain(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
+    """Return overrides that add a chain, its twin and, where the recipe has none, the direct arm as the unit of costs."""
+    chain, twin = _key(path_name(path)), _key(twin_name(path))
+    ends = f"{path[0]} > {path[-1]}"
+    return [*_direct(recipe, path), f"{chain}.path={_shown(path)}", f"{twin}.path={ends}", f"{twin}.compute=as {path_name(path)}"]
+
+
+def _longer(recipe: Recipe, path: tuple[str, ...], cost: PathCost) -> list[str]:
+    """Return overrides that add a chain's twin without the chain; its stages are those of `compute: as`."""
+    if cost.twin is None:
+        return _direct(recipe, path)
+    twin, (updates, every) = _key(twin_name(path)), cost.twin
+    more = [f"{twin}.path={path[0]} > {path[-1]}", f"{twin}.optim.steps={updates}", f"{twin}.select.every={every}"]
+    return [*_direct(recipe, path), *more]
+
+
+def _direct(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
+    ends = (path[0], path[-1])
+    changed = ("objective", "sampler", "optim", "select", "dense", "compute")
+    plain = any(a.path == (ends,) and not a.init and not any(getattr(a, name) for name in changed) for a in recipe.arms.values())
+    return [] if plain else [f"{_key(path_name(ends))}.path={_shown(ends)}"]
+
+
+def _key(arm: str) -> str:
+    return f"arms[{arm}]" if "." in arm else f"arms.{arm}"
+
+
+def _seeds(recipe: Recipe, count: int) -> tuple[int, ...]:
+    """Return the recipe's first seeds, followed by new ones."""
+    more = range(max(recipe.seeds) + 1, max(recipe.seeds) + 1 + max(0, count - len(recipe.seeds)))
+    return (*recipe.seeds[:count], *more)
+
+
+TAGS = {
+    "models": "measured",
+    "pairs": "measured",
+    "lambda_sweeps": "measured",
+    "rules": "measured",
+    "paths.flops": "predicted",
+    "paths.multiple": "predicted",
+    "options": "predicted",
+    "margin": "assumed",
+    "level": "assumed",
+    "top_k": "assumed",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the terminal, the page and advice.json show."""
+
+    study: str
+    command: str
+    seed: int
+    """Training seed of the models that were probed."""
+    dev: str
+    prompts: int
+    metric: str
+    """The dev metric that selects the direct path's student; differences are in its unit."""
+    ladder: Ladder
+    measures: Measures
+    costs: Mapping[tuple[str, ...], PathCost]
+    sweeps: Mapping[str, tuple[Chosen, ...]]
+    """The assistants that the trade-off chooses by lambda, for each score."""
+    rules: tuple[Rule, ...]
+    history: History
+    advice: Advice
+    steps: tuple[Step, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def studies(self) -> tuple[str, ...]:
+        """The studies whose finished arms are the evidence for the verdict."""
+        return tuple(sorted({o.study for o in self.history.on(self.metric)})) if self.advice.pairs else ()
+
+
+def reason(advice: Advice) -> str:
+    """Explain the verdict in one or two sentences."""
+    best = advice.likeliest
+    if best is None:
+        return "There is no other path to compare direct distillation with."
+    if not advice.pairs:
+        text = (
+            "No finished study has a chain beside direct distillation at equal compute, so the intervals are those of the prior, and no "
+            "measure has been shown to predict anything. Run direct with the compute that a chain would cost."
+        )
+        chain = advice.hypothesis
+        return text if chain is None else f"{text} The size law would try {_shown(chain)}: a hypothesis, not a finding."
+    name, range_ = _shown(best.path), f"{best.expected:+.2f} ({best.low:+.2f} to {best.high:+.2f})"
+    on = f"from {_count(advice.pairs, 'chain', 'chains')} of {_count(advice.families, 'family', 'families')}"
+    if advice.verdict == "chain":
+        return (
+            f"{name} is expected to beat direct at equal compute by {range_}. P(better) is {best.p_better:.3f}; the best of "
+            f"{_count(len(advice.options) - 1, 'chain', 'chains')} needs {advice.needed:.3f}. Evidence: {on}."
+        )
+    text = f"the most promising one, {name}, has {range_}"
+    if advice.verdict == "direct":
+        return f"No chain is likely to beat direct at equal compute by more than {advice.margin:g}: {text}, {on}."
+    return (
+        f"History neither shows nor rules out a chain that beats direct at equal compute: {text}, P(better) {best.p_better:.2f}, where "
+        f"{advice.needed:.3f} is needed, {on}. Until then run direct with the chain's compute."
+    )
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def verdict_line(advice: Advice) -> str:
+    """Return the verdict and its path in a few words."""
+    path = " > ".join(advice.path)
+    if advice.verdict == "chain":
+        return f"chain: {path}"
+    return f"direct: {path}, at a chain's compute" if advice.verdict == "direct" else f"inconclusive: until more is known, direct, {path}"
+
+
+def basis_line(report: Report) -> str:
+    """Name the history behind the verdict."""
+    advice = report.advice
+    if not advice.pairs:
+        return "no history: differences come from the prior, which assumes no effect on average"
+    chains, families = _count(advice.pairs, "chain", "chains"), _count(advice.families, "family", "families")
+    return f"history: {chains} beside direct at equal compute, of {families} ({', '.join(report.studies)})"
+
+
+def signed(value: float) -> str:
+    """Format a difference, such as ``+0.31``, with a real minus sign."""
+    return f"{value:+.2f}".replace("-", MINUS)
+
+
+def interval(option: Option) -> str:
+    """Format the interval of an option, such as ``[−0.50, +0.61]``."""
+    return f"[{signed(option.low)}, {signed(option.high)}]"
+
+
+def plus_minus(found: Estimate, decimals: int = 3) -> str:
+    """Format a mean and its standard error, such as ``0.087 ± 0.004``."""
+    mean = f"{found.mean:.{decimals}f}".replace("-", MINUS)
+    return mean if found.se is None else f"{mean} ± {found.se:.{decimals}f}"

@@ -8,11 +8,8 @@ import numpy as np
 from tadistill.advise import Advice, Candidate, Observation, advise, path_edges
 from tadistill.advise.command import edge_measures
 from tadistill.advise.history import History
-from tadistill.advise.measures import Measures, measure
-from tadistill.advise.probes import Ladder, PathCost, costs, with_search
-from tadistill.advise.record import Report
-from tadistill.advise.steps import steps
-from tadistill.advise.words import lambda_sweeps, notes, rules
+from tadistill.advise.measures import Ladder, Measures, PathCost, costs, measure, with_search
+from tadistill.advise.words import Report, lambda_sweeps, notes, rules, steps
 from tadistill.config import load
 
 RECIPE = Path(__file__).parents[2] / "e2e" / "advice.yaml"

@@ -8,11 +8,10 @@ import pytest
 from rich.console import Console
 from tests.unit.advise.example import report
 
-from tadistill.advise.command import edge_measures
+from tadistill.advise.command import decided, edge_measures, measured, show
 from tadistill.advise.history import load_measures
 from tadistill.advise.page import render_page
-from tadistill.advise.record import TAGS, decided, measured
-from tadistill.advise.terminal import show
+from tadistill.advise.words import TAGS, reason
 
 
 @pytest.fixture(scope="module")
@@ -85,4 +84,5 @@ def test_what_is_written_is_what_history_reads(tmp_path):
     (tmp_path / "advice.json").write_text(json.dumps(record, allow_nan=False))
     assert load_measures(tmp_path) == edges
     assert record["tags"] == TAGS
+    assert record["advice"]["reason"] == reason(found.advice)
     assert record["lambda_sweeps"]["exp(−loss)"][-1]["high"] is None

@@ -11,10 +11,8 @@ from tests.unit.advise.example import LOSS, RECIPE, SIZES, measures, verdict
 from tadistill.advise import Observation, path_edges
 from tadistill.advise.command import edge_measures, margin_on
 from tadistill.advise.history import History
-from tadistill.advise.measures import Estimate
-from tadistill.advise.probes import costs, ladder, with_search
-from tadistill.advise.steps import steps
-from tadistill.advise.words import lambda_sweeps, notes, rules, sweep_text
+from tadistill.advise.measures import Estimate, costs, ladder, with_search
+from tadistill.advise.words import lambda_sweeps, notes, rules, steps, sweep_text
 from tadistill.config import load
 from tadistill.plan.arms import make_plan
 
@@ -56,9 +54,10 @@ def test_cautions(study):
     assert "Dev has 20 prompts that fit, fewer than the 256 asked for." in said(measures(), prompts=256)
     assert "`last`, which cannot compare" in said(measures(), metric="last")
     assert "2 arms or seeds of earlier studies could not be used: a." in said(measures(), past=History((), ("a", "b")))
+    assert "could not be used: ../runs/x/plan.json is damaged." in said(measures(), past=History((), ("../runs/x/plan.json is damaged.",)))
     models = found.models | {"l": found.models["l"].model_copy(update={"load": "gpt2", "config": {}, "sft": None})}
     bought = found.model_copy(update={"models": models})
-    assert "l: loaded as it is" in "\n".join(notes(bought, list(priced), measures(), advice, nothing, "loss", 20))
+    assert "l: loaded without training here" in "\n".join(notes(bought, list(priced), measures(), advice, nothing, "loss", 20))
 
 
 def test_rules_of_thumb(study):

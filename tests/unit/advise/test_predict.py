@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tadistill.advise import Candidate, Edge, EdgeMeasures, Observation, edges, pairs, predict
+from tadistill.advise import Candidate, Edge, EdgeMeasures, Observation, predict
+from tadistill.advise.history import pair_up
 from tadistill.errors import ConfigError
 
 
@@ -26,8 +27,8 @@ def observe(family, path, cost, qualities, sizes=SIZES):
 def test_contrasts_of_direct_are_zero_and_a_chain_is_its_discounted_hops_less_direct():
     kls = {("t", "s"): 0.5, ("t", "a"): 0.2, ("a", "s"): 0.3}
     (direct,) = hops("ts", SIZES, kls)
-    assert set(edges.contrasts((direct,), direct, 1.0, 0.3).values()) == {0.0, None}
-    found = edges.contrasts(hops("tas", SIZES, kls), direct, 2.0, 0.3)
+    assert set(predict.contrasts((direct,), direct, 1.0, 0.3).values()) == {0.0, None}
+    found = predict.contrasts(hops("tas", SIZES, kls), direct, 2.0, 0.3)
     assert found["reverse_kl"] == pytest.approx(0.3 + 0.3 * 0.2 - 0.5)
     assert found["size"] == pytest.approx(np.log(5) + 0.3 * np.log(12 / 5) - np.log(12))
     assert found["cost"] == pytest.approx(np.log(2))
@@ -54,7 +55,7 @@ def test_a_chain_is_compared_with_direct_at_its_own_cost_and_seed():
         *observe("f", ("t", "a", "b", "s"), 9.0, [99.0]),  # dearer than every direct run
         *observe("other", ("t", "a", "s"), 1.0, [99.0]),  # no direct run at all
     ]
-    matched, between = pairs.pair_up(observations)
+    matched, between = pair_up(observations)
     assert (matched.path, matched.seeds, matched.differences, matched.twin) == (("t", "a", "s"), (0, 1), (1.0, 0.5), (4.0,))
     assert (between.path, between.twin) == (("t", "b", "s"), (1.0, 4.0))
     assert between.differences == pytest.approx((23.0 - 22.0,))
@@ -68,7 +69,7 @@ def test_two_students_of_one_name_are_not_mixed_up():
         *observe("f", ("t", "a", "s"), 1.0, [21.0]),
         *observe("f", ("t", "a", "s"), 1.0, [12.0], small),
     ]
-    assert sorted(p.mean for p in pairs.pair_up(observations)) == [1.0, 2.0]
+    assert sorted(p.mean for p in pair_up(observations)) == [1.0, 2.0]
 
 
 def some_pairs(rng, families=4, seeds=3):
@@ -79,7 +80,7 @@ def some_pairs(rng, families=4, seeds=3):
             cost = rng.uniform(1.5, 3.5)
             observations += observe(f"f{f}", ("t", "s"), cost, 20 + 0.4 * rng.normal(size=seeds), sizes)
             observations += observe(f"f{f}", tuple(path), cost, 20.5 + 0.4 * rng.normal(size=seeds), sizes)
-    return pairs.pair_up(observations)
+    return pair_up(observations)
 
 
 @pytest.mark.parametrize("own", [None, "f1"])
@@ -98,7 +99,7 @@ def test_forecasts_are_those_of_the_linear_model(monkeypatch, own):
     squares = sum(np.sum((np.array(p.differences) - p.mean) ** 2) for p in history)
     noise = (squares + 2 * (1.9 * 0.3) ** 2) / (sum(len(p.differences) - 1 for p in history) + 2)
     rows = [(p.family, p.edges, p.direct, p.cost) for p in history] + [(own or "new", c.edges, direct, c.cost) for c in chains]
-    known = [{k: v for k, v in edges.contrasts(e, d, c, carry).items() if v is not None} for _, e, d, c in rows]
+    known = [{k: v for k, v in predict.contrasts(e, d, c, carry).items() if v is not None} for _, e, d, c in rows]
     x = np.array([list(k.values()) for k in known])
     seen = x[: len(history)]
     beyond = np.maximum(seen.min(0) - x, 0) + np.maximum(x - seen.max(0), 0)
@@ -173,7 +174,7 @@ def test_a_measure_that_history_lacks_is_named_and_not_used():
 def test_runs_of_the_own_family_count_for_more():
     history = some_pairs(np.random.default_rng(5))
     sizes = {"t": 20.0, "a": 6.0, "s": 1.0}
-    own = pairs.pair_up(
+    own = pair_up(
         [*observe("own", ("t", "s"), 2.0, [20.0, 20.2, 19.8], sizes), *observe("own", ("t", "a", "s"), 2.0, [23.0, 23.1, 22.9], sizes)]
     )
     chain, (direct,) = Candidate(("t", "a", "s"), 2.0, hops("tas", sizes)), hops("ts", sizes)

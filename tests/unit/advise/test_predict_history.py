@@ -5,9 +5,9 @@ import zlib
 
 import pytest
 
-from tadistill.advise import EdgeMeasures, edge_record, history, path_edges
-from tadistill.advise.history import MEASURES
-from tadistill.advise.pairs import pair_up
+from tadistill.advise import EdgeMeasures, edge_record, family_of, history, path_edges
+from tadistill.advise.history import MEASURES, pair_up
+from tadistill.config import ModelConfig
 from tadistill.errors import StoreError
 
 SIZES = {"xl": 1200, "l": 400, "s": 100}
@@ -127,3 +127,31 @@ def test_measures_of_a_study_are_read_back(tmp_path):
     assert chain.edges[1].measures == EdgeMeasures(size_ratio=4.0)
     (tmp_path / "one" / MEASURES).write_text(json.dumps({"edges": [{"teacher": "xl"}]}))
     assert "is damaged" in history(tmp_path).left_out[0]
+
+
+def test_families_of_models_that_are_made_of_others():
+    """A checkpoint, a tempered and a pruned model are other teachers than their source, whatever a recipe calls them."""
+    made = {
+        "big": {"load": "hub/big"},
+        "other": {"load": "hub/other"},
+        "early": {"checkpoint": {"of": "big", "step": 200}},
+        "soft": {"temper": {"of": "big", "tau": 0.8}},
+        "alike": {"temper": {"of": "other", "like": "ta"}},
+        "thin": {"init": {"from": "big", "layers": 6}},
+        "thin early": {"init": {"from": "early", "layers": 6}},
+    }
+    models = {name: ModelConfig.model_validate(model) for name, model in made.items()}
+    found = {name: family_of(models, dict.fromkeys(models, 1000), name, "dolly", METHOD) for name in models}
+    assert len(set(found.values())) == len(made)
+    assert not any("None" in family for family in found.values())
+    assert found["early"] == f"hub/big after 200 updates (1,000 parameters); dolly; {METHOD}"
+    assert found["soft"].startswith("hub/big tempered by 0.8 (")
+    assert found["alike"].startswith("hub/other tempered like ta (")
+    assert found["thin early"].startswith("hub/big after 200 updates pruned (")
+
+
+def test_a_plan_whose_models_cannot_be_read_is_left_out(tmp_path):
+    write(tmp_path, "one", ARMS)
+    path = tmp_path / "one" / "plan.json"
+    path.write_text(path.read_text().replace('"hub/xl"', "null"))
+    assert "one: its models cannot be read" in history(tmp_path).left_out[0]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tadistill.advise.probes import TOP_K, costs, ladder, probe_plan, with_search
+from tadistill.advise.measures import TOP_K, costs, ladder, probe_plan, with_search
 from tadistill.config import load
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.plan.arms import make_plan
