@@ -93,7 +93,7 @@ def test_a_finished_chain_beside_its_twin_is_history(advised, tmp_path):
     assert found["advice"]["pairs"] == 1
     assert found["history"]["studies"] == ["tiny-advice"]
     assert {o["basis"] for o in found["advice"]["options"][1:]} == {"history"}
-    assert "1 chain beside direct at equal compute" in text
+    assert "1 chain compared with direct at equal compute" in text
     assert found["advice"]["verdict"] in ("direct", "inconclusive")  # two seeds of one chain prove nothing
 
 

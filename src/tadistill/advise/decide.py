@@ -43,7 +43,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A chain to run beside its equal-compute twin."""
+    """A chain to run together with its equal-compute twin."""
 
     path: tuple[str, ...]
     seeds: int
@@ -193,7 +193,7 @@ def _hypothesis(candidates: Sequence[Candidate]) -> tuple[str, ...] | None:
 
 
 def _experiments(chains: Sequence[Candidate], found: Predictions) -> tuple[Experiment, ...]:
-    """Rank chains to run beside their twins by expected reduction of regret for their compute (knowledge gradient, one at a time)."""
+    """Rank chains to run with their twins by expected reduction of regret for their compute (knowledge gradient, one at a time)."""
     proposed = []
     for i, chain in enumerate(chains):
         others = max([0.0, *(f.mean for j, f in enumerate(found.forecasts) if j != i)])

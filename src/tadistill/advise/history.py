@@ -1,4 +1,4 @@
-"""Finished studies as the predictor reads them: arms with what was measured of their models, and chains beside their twins.
+"""Finished studies as the predictor reads them: arms with the measures of their models, and chains with their equal-compute twins.
 
 Only dev values are read, never test sets: advice must not be tuned on what a later report tests.
 """
@@ -274,7 +274,7 @@ def _dev_value(store: Path, key: str) -> tuple[str, float | None]:
         raise StoreError(f"{folder} is damaged ({type(error).__name__}: {error}): delete it and run the recipe again") from error
 
 
-# --- chains beside their twins ------------------------------------------------------------------------------------------
+# --- chains with their twins --------------------------------------------------------------------------------------------
 
 EQUAL = 0.05
 """Costs that differ by at most this share count as equal."""

@@ -139,7 +139,7 @@ def predict(
     Args:
         candidates: the chains, without the direct path.
         direct: the hop of direct distillation.
-        history: chains of earlier studies beside their twins (`pair_up`), all in the margin's unit.
+        history: chains of earlier studies with their twins (`pair_up`), all in the margin's unit.
         margin: a difference that counts as none; it is the unit of the prior.
         family: the family of the candidates, if history may hold runs of it.
     """

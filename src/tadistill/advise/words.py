@@ -154,7 +154,7 @@ def steps(
     seeds, found = len(recipe.seeds), []
     chains = [path for path in costs if len(path) > 2]
     if advice.verdict == "chain":
-        text = f"now: {_shown(advice.path)}, and beside it direct at equal compute, which the chain has to beat on the test sets"
+        text = f"now: {_shown(advice.path)}, together with direct at equal compute, which it has to beat on the test sets"
         found.append(Step(text, command(_chain(recipe, advice.path), seeds), 2 * costs[advice.path].multiple * seeds, None))
     elif chains:
         wanted = advice.next[0].path if advice.next else chains[0]
@@ -162,7 +162,7 @@ def steps(
         text = f"now: direct with the compute that {_shown(wanted)} would take ({multiple:.2f} times the recipe's direct run)"
         found.append(Step(text, command(_longer(recipe, wanted, costs[wanted]), seeds), multiple * seeds, None))
     for e in advice.next:
-        text = f"to learn more: {_shown(e.path)} beside direct at equal compute, {e.seeds} seeds"
+        text = f"to learn more: {_shown(e.path)} against direct at equal compute, {e.seeds} seeds"
         found.append(Step(text, command(_chain(recipe, e.path), e.seeds), e.cost, e.gain))
     return tuple(found)
 
@@ -254,7 +254,7 @@ def reason(advice: Advice) -> str:
         return "There is no other path to compare direct distillation with."
     if not advice.pairs:
         text = (
-            "No finished study has a chain beside direct distillation at equal compute, so the intervals are those of the prior, and no "
+            "No finished study compares a chain with direct distillation at equal compute, so the intervals are those of the prior, and no "
             "measure has been shown to predict anything. Run direct with the compute that a chain would cost."
         )
         chain = advice.hypothesis
@@ -293,7 +293,7 @@ def basis_line(report: Report) -> str:
     if not advice.pairs:
         return "no history: differences come from the prior, which assumes no effect on average"
     chains, families = _count(advice.pairs, "chain", "chains"), _count(advice.families, "family", "families")
-    return f"history: {chains} beside direct at equal compute, of {families} ({', '.join(report.studies)})"
+    return f"history: {chains} compared with direct at equal compute, of {families} ({', '.join(report.studies)})"
 
 
 def signed(value: float) -> str:

@@ -56,7 +56,7 @@ def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> 
         ConfigError: `against` is neither an arm nor `REFERENCE`, is the only arm, or does not fit the mode.
     """
     if mode == "score" and against != REFERENCE:
-        raise ConfigError(f"mode score rates each arm beside the reference, not beside `{against}`; use --mode pair to compare two arms")
+        raise ConfigError(f"mode score compares each arm with the reference, not with `{against}`; use --mode pair to compare two arms")
     if against != REFERENCE and against not in answers.arms:
         raise ConfigError(f"`{against}` is neither an arm with answers nor `{REFERENCE}`; the arms are {', '.join(answers.arms)}")
     judged = [arm for arm in answers.arms if arm != against]
@@ -88,7 +88,7 @@ def again(text: str, attempt: int) -> str:
 def parse(reply: str) -> tuple[float, float] | None:
     """Parse the two scores; None where the reply does not have the required form.
 
-    Accepted beside ``8 7`` are commas, ``8/10 7/10``, labels (``Assistant 1: 8, Assistant 2: 7``, also on two lines), Markdown's
+    In addition to ``8 7``, it accepts commas, ``8/10 7/10``, labels (``Assistant 1: 8, Assistant 2: 7``, also on two lines), Markdown's
     asterisks, and a ``<think>`` block before. Scores outside 1 to 10 and further numbers are not accepted.
     """
     lines = [line for line in (_plain(line) for line in _THOUGHT.sub("", reply, count=1).splitlines()) if line]

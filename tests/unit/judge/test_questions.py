@@ -139,7 +139,7 @@ def test_wrong_choices(study, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "score", "against": "bad"}, "beside the reference"),
+        ({"mode": "score", "against": "bad"}, "each arm with the reference, not with `bad`"),
         ({"mode": "pair", "against": "late"}, "neither an arm with answers"),
     ],
 )
