@@ -50,8 +50,8 @@ from tadistill.config import Recipe
 from tadistill.config.method import NOT_COMPARABLE
 from tadistill.disk import write_json, write_text
 from tadistill.plan.arms import ProbePlan, make_plan
-from tadistill.runner.schedule import run_stages
 from tadistill.results.units import TIMES, metric_title, parameters_text
+from tadistill.runner.schedule import run_stages
 from tadistill.runner.study import describe, fetch_models
 from tadistill.search import path_name
 from tadistill.store import Store, store_of
