@@ -315,7 +315,7 @@ def test_the_command_line_passes_options_and_settings_on(judged, tmp_path):
     found = json.loads((root / "demo" / "judge" / "judge-mine.json").read_text())
     assert (found["arms"], found["training_seeds"]) == (["good"], [10, 20])
     wrong = CliRunner().invoke(app, ["judge", "demo", *options, "--set", "seeds=all"])
-    assert "known here" in str(wrong.exception)
+    assert "`seeds` is not a known key; did you mean `all_seeds`?" in str(wrong.exception)
 
 
 def test_several_threads_keep_what_is_on_its_way(judged):
