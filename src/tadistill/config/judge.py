@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tadistill.config.strict import Strict
+from tadistill.config.common import Strict
 
 REFERENCE = "reference"
 """The name under which the reference answers take part."""
