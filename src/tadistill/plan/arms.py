@@ -65,11 +65,11 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, ledger: Ledger | None = None):
         check_entries(recipe)
         self.recipe = recipe
         self.graph = Graph()
-        self.ledger = Ledger(recipe)
+        self.ledger = ledger or Ledger(recipe)
         self.stages = StageBuilder(recipe, self.graph, self.ledger, self._model_of)
         self.teacher = original_teacher(recipe)
         self.making: list[str] = []
@@ -114,7 +114,7 @@ class _Planner:
         self._check_sizes(name, arm)
         if arm.dense and all(len(path) < 3 for path in arm.path):
             raise ConfigError(f"arms.{name}: dense does nothing in `{arm.text}`: no learner there has two teachers; write A > B > C")
-        method, made = self.recipe.method, _Made(self.stages, arm, seed)
+        method, made = self.recipe.method, _ArmModels(self.stages, arm, seed)
         if not arm.learners:
             self._check_single(name, arm)
             only = arm.last[0]
@@ -195,8 +195,7 @@ class _Planner:
         """Return the factor on the steps at which this direct arm costs the FLOPs of the arm that `compute` names."""
         if len(arm.path) > 1 or len(arm.last) != 2:
             raise ConfigError(f"arms.{name} has `compute`, which works for a direct path (A > B); its path is {arm.text}")
-        trial = _Planner(self.recipe)
-        trial.ledger = trial.stages.ledger = self.ledger  # what it has read serves both
+        trial = _Planner(self.recipe, self.ledger)  # the ledger keeps what it has read
         final = _stage(trial._models(name, arm, self.recipe.first_seed, 1.0)[0][-1])
         assert final is not None
         total, last = trial.graph.flops(final), trial.graph.stages[final].flops
@@ -210,7 +209,7 @@ class _Planner:
         return (target - (total - last)) / last
 
 
-class _Made(dict[str, Handle]):
+class _ArmModels(dict[str, Handle]):
     """The models of an arm, by name: fine-tuned when they are first asked for, later as the arm has taught them."""
 
     def __init__(self, stages: StageBuilder, arm: Arm, seed: int):
@@ -243,7 +242,7 @@ def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) 
 
 
 def _stage(handle: Handle) -> str | None:
-    """Return the key of the stage that makes this very model; None if it is used as loaded, pruned or tempered."""
+    """Return the key of the stage that makes the model itself; None if the model is only loaded, pruned or tempered."""
     return handle.stage if isinstance(handle, FromStage) else None
 
 

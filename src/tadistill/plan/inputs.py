@@ -1,4 +1,4 @@
-"""What a stage reads: models, data sets, and the outputs of other stages. One frozen class for each way to name them.
+"""The inputs of a stage: models, data sets, and the outputs of other stages. One frozen class for each way to name them.
 
 Each part has a plain form, `content`. stage.json stores it and the stage's key hashes it, so a field keeps its name.
 """
@@ -68,7 +68,7 @@ class Split(Source):
     limit: int | None
 
     def content(self) -> dict[str, Any]:
-        """Return the data set alone; the part that holds the split adds the limit."""
+        """Return the data set without the limit, which the part that holds the split adds."""
         return {"ref": _plain(self.ref), "fingerprint": self.fingerprint}
 
 
@@ -76,7 +76,7 @@ class Split(Source):
 
 
 class Output(Part):
-    """What another stage wrote: answers, or a recorded signal."""
+    """The answers or the recorded signal that another stage wrote."""
 
     stage: str
     """Key of the stage, which must finish first."""
@@ -119,7 +119,7 @@ class Pruned(Part):
     prune: dict[str, int]
     """New sizes by name: layers, hidden, intermediate, heads, kv_heads."""
     layers: Literal["influence", "spacing"] | tuple[int, ...]
-    """How layers are chosen, or their indices."""
+    """The rule that chooses the layers, or their indices."""
     of: "Handle"
     data: Encoding
     train: Split
@@ -133,7 +133,7 @@ class Tempered(Part):
 
 
 Handle: TypeAlias = FromStage | Loaded | PrunedDepth | Pruned | Tempered
-"""Where the weights of a model come from."""
+"""The source of a model's weights."""
 INPUTS = (Output, FromStage, Loaded, PrunedDepth, Pruned, Tempered)
 PrunedDepth.model_rebuild()
 Pruned.model_rebuild()

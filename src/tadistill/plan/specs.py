@@ -102,7 +102,7 @@ class TrainingSpec(Spec):
     dev: Split | None = None
     """None where no dev metric selects."""
     decoding: Evaluate | None = None
-    """How dev prompts are answered and batched; None where no dev metric selects."""
+    """Settings for answers to dev prompts, and their batch; None where no dev metric selects."""
     lora: Lora | None = None
 
     @property
@@ -224,7 +224,7 @@ class SignalSpec(Spec):
     teacher: Handle
     signal: HiddenSignal | TopKSignal = Field(discriminator="type")
     precision: Precision
-    """Of the students' training, which decides the teacher's dtype."""
+    """Precision of the students' training, which decides the teacher's dtype."""
     train: Split
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
