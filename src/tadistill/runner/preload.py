@@ -12,8 +12,11 @@ from transformers.models.llama import modeling_llama  # noqa: F401
 from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 
 from tadistill.data import tinyworld
-from tadistill.stages import execute  # noqa: F401
+from tadistill.plan.specs import KINDS
+from tadistill.stages.execute import work_of
 
+for spec in KINDS.values():
+    work_of(spec)  # imports it
 tinyworld.rows("tinyworld", "train")  # makes and keeps the default world, which most small studies read
 get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns at the first call
 

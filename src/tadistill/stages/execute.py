@@ -42,7 +42,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         Interrupted: `stop` returned True; what was done is kept.
     """
     spec, store, ranks = task.spec, Store(Path(task.store)), Ranks.join(task.resources.processes)
-    work = _work(spec)
+    work = work_of(type(spec))
     if ranks.rank:
         _follow(task, work, store, ranks, stop)
         return
@@ -83,8 +83,8 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         lock.release()
 
 
-def _work(spec: Spec) -> _Work:
-    """Return the function that does the stage's work; what it returns goes into the manifest."""
+def work_of(spec: type[Spec]) -> _Work:
+    """Return the function that does the work of a kind of stage; what it returns goes into the manifest."""
     module, name = spec.work.split(":")
     return getattr(import_module(f"tadistill.stages.{module}"), name)
 

@@ -1,7 +1,6 @@
 """The specs of stages: their plain form is the one that finished stores were made with, and they refuse what does not belong to them."""
 
 import json
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tadistill.config import load
 from tadistill.plan.arms import make_plan, plan_probes
 from tadistill.plan.inputs import FromStage, Loaded, Output, PrunedDepth, Split, Tempered, stage_of
 from tadistill.plan.specs import KINDS, TRAINING, DistillSpec, GenerateSpec, SftSpec, TrainingSpec
+from tadistill.stages.execute import work_of
 
 E2E = Path(__file__).parents[2] / "e2e"
 STORED = json.loads(Path(__file__).with_name("stage_contents.json").read_text())
@@ -55,8 +55,7 @@ def test_a_spec_survives_pickling(planned):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_its_work(kind):
     """The name leads to a function of one argument, the context."""
-    module, name = KINDS[kind].work.split(":")
-    assert list(signature(getattr(import_module(f"tadistill.stages.{module}"), name)).parameters) == ["context"]
+    assert list(signature(work_of(KINDS[kind])).parameters) == ["context"]
     assert KINDS[kind].kind == kind
 
 
