@@ -6,6 +6,7 @@ It makes imports and tables only: threads, which computations start, do not surv
 import gc
 
 import torch.profiler  # noqa: F401
+from rouge_score import rouge_scorer  # noqa: F401 (imports nltk and scipy)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.gpt2 import modeling_gpt2  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401

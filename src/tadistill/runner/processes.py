@@ -32,7 +32,7 @@ from tadistill.runner.interruption import StopFlag, held, release
 Message = tuple[int, int, str] | str
 """Progress (done, total, text), or the text of an alarm."""
 
-_PRELOADED = ["__main__", "tadistill.runner.preload"]
+_PRELOADED = ["__main__", "tadistill.cli", "tadistill.runner.preload"]  # cli, because a process runs the imports of the main script again
 _STOP = "stop"
 _LAST_WORDS = 1.0
 """Seconds in which the other processes, once one has failed, may say what happened to them before they are ended."""
@@ -189,7 +189,7 @@ def _judged(codes: list[int | None], errors: dict[int, Exception]) -> Exception 
     for rank, code in enumerate(codes):
         if code:
             who = f"rank {rank} of {len(codes)}" if several else "its process"
-            return StageFailed(f"{who} ended with exit code {code}{rest}")
+            return StageFailed(f"{who} ended with exit code {code} (its output says why){rest}")
     return None
 
 
