@@ -6,9 +6,9 @@
         for message in stage.attend(): ...            # (done, total, text), or the text of an alarm
     stage.error                                       # None where all went well
 
-Each stage gets fresh processes, so nothing of one stage (settings of libraries, memory, a crash) reaches the next. Where it can, a server
-imports torch once and forks them, which takes milliseconds; it runs no work itself, so it never initialises CUDA. One pipe per process
-carries messages to the command and `stop` back. It also breaks when the command dies, and then the process ends itself.
+Each stage gets fresh processes, so nothing of one stage (settings of libraries, memory, a crash) reaches the next. On Linux a server
+imports torch once and forks them, which takes milliseconds. The server itself runs no work, so it never initialises CUDA. One pipe per
+process carries messages to the command, and `stop` back. The pipe breaks when the command dies; the process then ends itself.
 """
 
 import multiprocessing
@@ -35,20 +35,20 @@ Message = tuple[int, int, str] | str
 _PRELOADED = ["__main__", "tadistill.cli", "tadistill.runner.preload"]  # cli, because a process runs the imports of the main script again
 _STOP = "stop"
 _LAST_WORDS = 1.0
-"""Seconds in which the other processes, once one has failed, may say what happened to them before they are ended."""
+"""Seconds that the other ranks have, once one has failed, to report their own errors before they are killed."""
 
 
 def prepare() -> Any:
     """Return the multiprocessing context, and start the server that imports torch where processes are forked from one.
 
-    The import goes on in the background, so a command calls this before it checks its input.
+    The import runs in the background, so a command calls this before it checks its input.
     """
     if sys.platform != "linux":  # macOS can fork too, but its own libraries do not survive it
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    with held():  # neither has handlers for all signals
-        resource_tracker.ensure_running()  # in a block of its own, since it lets two of the signals in
+    with held():  # neither process has handlers for all signals
+        resource_tracker.ensure_running()  # in a block of its own, because it unblocks two of the signals
     with held():
         forkserver.ensure_running()
     return context
@@ -97,11 +97,11 @@ class StageProcesses:
         return [*self._pipes, *(process.sentinel for process in self._processes if process.exitcode is None)]
 
     def attend(self) -> list[Message]:
-        """Return what the processes have said since the last call; notices when they have ended, or one has failed."""
+        """Return the messages since the last call; sets `ended` and `error` when the processes have ended, or one has failed."""
         said = self._read()
         codes = [process.exitcode for process in self._processes]
         if None not in codes:
-            said += self._read()  # what came between the two lines above
+            said += self._read()  # messages sent between the two lines above
         elif self._deadline == float("inf") and (self._errors or any(codes)):
             self._deadline = time.monotonic() + _LAST_WORDS
         if None not in codes or time.monotonic() > self._deadline:
@@ -133,7 +133,7 @@ class StageProcesses:
                 continue
 
     def end(self) -> None:
-        """Kill what still runs."""
+        """Kill the processes that still run."""
         for process in self._processes:
             if process.exitcode is None:
                 process.kill()
@@ -147,7 +147,7 @@ class StageProcesses:
 def run_in_processes(
     task: Task, *, threads: int, progress: Callable[[int, int, str], None], alarm: Callable[[str], None], stop: Callable[[], bool]
 ) -> None:
-    """Run a stage as `stages.execute.run_stage` does, but by processes of its own; all end when one fails.
+    """Run a stage like `stages.execute.run_stage`, but in processes of its own; all end when one fails.
 
     Raises:
         ConfigError: there are fewer GPUs than processes.
@@ -174,7 +174,7 @@ def run_in_processes(
 
 
 def _judged(codes: list[int | None], errors: dict[int, Exception]) -> Exception | None:
-    """Return what ended the processes: a death by signal before an error, and the first error before those that followed from it."""
+    """Return the cause of a failure: a death by signal comes before an error, and the first error before those that it caused."""
     several = len(codes) > 1
     rest = "; the other ranks were ended, and the same command goes on from the last saved state" if several else ""
     for rank, code in enumerate(codes):

@@ -1,7 +1,7 @@
-"""Run a plan on this machine: stages whose parents are finished run side by side, each in processes of its own, and report to one screen.
+"""Run a plan on this machine: several stages at a time, each in processes of its own, with one screen for their progress.
 
-Stages that use one thread well (small models) thus use all cores, and a crash takes one stage only. The processes share nothing but the
-store. A signal to stop may come to this process or to all of them (Slurm does that): running stages save their state and end.
+Stages of small models, which use one thread well, thus use all cores, and a crash ends only one stage. The processes share only the store.
+A signal to stop may go to this process or to all of them (Slurm does that): running stages save their state and end.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from tadistill.runner.processes import Message, StageProcesses
 from tadistill.store import Store
 
 _POLL = 0.5
-"""Seconds until a signal is noticed while no stage says anything."""
+"""Most seconds until a signal is noticed while no stage sends a message."""
 
 
 def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None:
@@ -52,7 +52,7 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None
 
 
 class _Schedule:
-    """The stages that run, and those that wait for others or for a free place."""
+    """The running stages, and those that wait for their parents or for a free place."""
 
     def __init__(self, plan: Plan, todo: dict[str, Stage], store: Store, screen: "_Screen", jobs: int, flag: StopFlag):
         self.plan, self.store, self.screen, self.jobs, self.flag = plan, store, screen, jobs, flag
@@ -63,7 +63,7 @@ class _Schedule:
         self.failed: dict[str, Exception] = {}
 
     def run(self) -> dict[str, Exception]:
-        """Run all stages, those with the most FLOPs behind them first; returns why stages failed.
+        """Run all stages, those before the most FLOPs first; returns the errors of those that failed.
 
         Raises:
             Stopped: this process or one of a stage was asked to stop; the states are saved.
@@ -91,10 +91,10 @@ class _Schedule:
             self.running[key] = StageProcesses(make_task(self.plan, stage, self.store), threads=max(1, cores() // self.jobs))
 
     def _attend(self) -> None:
-        """Wait for a while, pass on what the stages say, and note which have ended.
+        """Wait for messages, show them, and note which stages have ended.
 
         Raises:
-            Stopped: a signal went to a process of a stage alone.
+            Stopped: a signal went only to a process of a stage.
         """
         wait([source for stage in self.running.values() for source in stage.sources], timeout=_POLL)
         stopped = False
@@ -113,7 +113,7 @@ class _Schedule:
                 self.failed[key] = stage.error
                 self.screen.end(key, str(stage.error))
         if stopped:
-            raise Stopped(signal.SIGTERM)
+            raise Stopped(self.flag.received or signal.SIGTERM)
 
     def _save(self, asked: Stopped) -> None:
         self.screen.say(f"{asked.received.name}: the running stages save their state …")
