@@ -54,7 +54,7 @@ class Case:
         self.weights = torch.rand(N, generator=generator).to(dtype)  # a different one for every token, so that no mix-up goes unseen
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
-        """Of the student's hidden states, head and, if it has one, bias."""
+        """Return the gradients of the student's hidden states, head and, if there is one, bias."""
         return list(torch.autograd.grad(loss, [x for x in (self.hidden, self.weight, self.bias) if x is not None]))
 
     def plain(self, divergence, **parameters) -> tuple[Tensor, list[Tensor]]:
@@ -64,7 +64,7 @@ class Case:
         return values.detach(), self.gradients((values * self.weights).sum())
 
     def fused(self, divergence, **parameters) -> tuple[Tensor, list[Tensor]]:
-        """The same by `fused_divergence`."""
+        """Return the loss by `fused_divergence`."""
         teacher = Hidden(self.teacher_hidden, self.teacher)
         total, values = fused_divergence(
             divergence, self.hidden, self.student, teacher, mask=self.weights, temperature=self.temperature, **parameters
@@ -72,14 +72,14 @@ class Case:
         return values, self.gradients(total)
 
     def kernel(self, beta: float) -> tuple[Tensor, list[Tensor]]:
-        """The same by TRL's kernel, the one of DistillationTrainer."""
+        """Return the loss by the kernel of TRL's DistillationTrainer."""
         heads = self.hidden, self.weight, self.bias, self.teacher_hidden, self.teacher.weight, self.teacher.bias
         shapes = self.student.scale, self.student.softcap, self.teacher.scale, self.teacher.softcap
         values, _ = chunked_divergence.ChunkedDivergenceFunction.apply(*heads, beta, self.temperature, *shapes)
         return values.detach(), self.gradients((values * self.weights).sum())
 
     def gkd(self, beta: float) -> tuple[Tensor, list[Tensor]]:
-        """The same by the loss function of GKDTrainer, which takes logits."""
+        """Return the loss by the loss function of TRL's GKDTrainer, which takes logits."""
         logits, teacher_logits = self.student.logits(self.hidden), self.teacher.logits(self.teacher_hidden)
         values = GKDTrainer.generalized_jsd_loss(logits, teacher_logits, beta=beta, temperature=self.temperature, reduction="none").sum(-1)
         return values.detach(), self.gradients((values * self.weights).sum())

@@ -1,4 +1,4 @@
-"""What sampling holds while it runs: the models' KV caches, and the record of tokens and log-probabilities on the host.
+"""Memory of sampling: the models' KV caches, and the record of tokens and log-probabilities on the host.
 
 Axes: B sequences, T positions, H hidden, N of the tokens.
 """

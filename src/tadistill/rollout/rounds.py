@@ -33,7 +33,7 @@ class Teacher:
     """The teachers of a round, and what the objective needs from them."""
 
     models: tuple[PreTrainedModel, ...]
-    """The original teacher first, which may take part in the sampling, then the assistants that teach beside it."""
+    """The original teacher first, which may take part in the sampling, then the assistants that teach with it."""
     vocab: int
     scores: bool
     """True if the loss needs the log-probability of every sampled token in advance."""

@@ -7,7 +7,7 @@
     meter.state()                               # plain numbers, for a checkpoint and for the stage's manifest
 
 Only shapes are read, so counting never synchronises the GPU. A backward pass is counted with its forward pass, as two more forward passes,
-or with adapters beside frozen weights as `models.counting.adapters` says. Matrix products with weights and attention are counted. Norms,
+or with adapters on frozen weights as `models.counting.adapters` says. Matrix products with weights and attention are counted. Norms,
 softmax, the optimizer, rotary tables, returns and vLLM are not.
 """
 

@@ -38,7 +38,7 @@ class SamplingParams:
 
 
 class LLM:
-    """As vLLM's: loads a directory, takes weights through `apply_model`, returns outputs in the order of the prompts."""
+    """A stand-in for vLLM's: loads a directory, takes weights through `apply_model`, returns outputs in the order of the prompts."""
 
     def __init__(self, *, model: str, skip_tokenizer_init: bool, dtype: str, **engine: Any):
         assert skip_tokenizer_init
