@@ -55,6 +55,35 @@ assert stage.flops > 0
 assert run(plan, "distill").manifest(stage.key)["steps"] == 1
 """
 
+# --- an objective -------------------------------------------------------------------------------------------------------
+
+HELLINGER = '''def hellinger(student_logits, teacher_logits, *, scale=1.0, temperature=1.0):
+    """Return scale x the squared Hellinger distance."""
+    log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
+    return 0.5 * scale * ((log_p / 2).exp() - (log_q / 2).exp()).square().sum(-1)
+
+
+@'''
+HELLINGER_CONFIG = '''class Hellinger(Divergence):
+    """The squared Hellinger distance."""
+
+    type: Literal["hellinger"] = "hellinger"
+    scale: float = 2.0
+
+
+@'''
+OBJECTIVE = Walk(
+    most_files=3,
+    edits=(
+        ("objectives/divergence.py", "def total_variation(", HELLINGER),
+        ("config/objective.py", "class TotalVariation(", HELLINGER_CONFIG),
+        ("config/objective.py", "    | TotalVariation\n", "    | TotalVariation\n    | Hellinger\n"),
+        ("objectives/__init__.py", "    total_variation,\n", "    hellinger,\n@"),
+    ),
+    use=TRAINS.format(method="objective: {type: hellinger, kd_ratio: 0.5}, sampler: {type: dataset}"),
+    forgotten="hellinger",
+)
+
 # --- a kind of stage ----------------------------------------------------------------------------------------------------
 
 COUNT_SPEC = '''class CountSpec(Spec):
@@ -113,4 +142,4 @@ KIND = Walk(
     forgotten="count",
 )
 
-WALKS = {"stage kind": KIND}
+WALKS = {"objective": OBJECTIVE, "stage kind": KIND}

@@ -83,6 +83,10 @@ def offload(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
+# torch.distributed.checkpoint.state_dict could replace the functions below only with guards: taking the state of an optimizer that has not
+# stepped yet steps it once, and loading fails for a parameter that never had a gradient.
+
+
 def weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the ordinary state dict; of a sharded model the main process gets it, on the CPU, and the others empty tensors.
 
