@@ -57,7 +57,7 @@ MIXTURE_RATIOS = {"lazy": "in step"}
 INTRODUCTION = "This page compares the time of tadistill's sampling loop with that of transformers' `generate`."
 MIXTURE_INTRODUCTION = (
     "This page compares the times of two ways to sample the same tokens from 0.8 student + 0.2 teacher: `tadistill.rollout.lazy`, and the "
-    "loop in which both models read every token."
+    "loop in which both models read every token. Times depend on other load of the machine; the ratios are taken round by round."
 )
 
 

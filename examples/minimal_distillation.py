@@ -49,7 +49,7 @@ teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.floa
 # eval() turns dropout off: the student that is trained must be the student that wrote the text
 student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32).to(device).eval()
 optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
-shared = min(student.config.vocab_size, teacher.config.vocab_size)  # rows beyond the tokenizer's are padding of the matrix
+shared = min(student.config.vocab_size, teacher.config.vocab_size)  # the wider one has rows that no token uses
 prompts = cycle(options.prompts.read_text().splitlines() if options.prompts else PROMPTS)
 
 
@@ -99,8 +99,8 @@ for step in range(options.steps):
         teacher_logits = predictions(teacher, ids_BT, attention_BT)
 
     # 4. Reverse KL at each token, summed and divided by the number of tokens. No gradient goes through the sampling.
-    counts_BT = mask_BT[:, 1:]
-    loss = (reverse_kl(student_logits, teacher_logits) * counts_BT).sum() / counts_BT.sum()
+    counts_BT = mask_BT[:, 1:]  # True where the prediction is of a response token
+    loss = reverse_kl(student_logits[counts_BT], teacher_logits[counts_BT]).sum() / counts_BT.sum()
 
     # 5. One update.
     loss.backward()
