@@ -168,7 +168,8 @@ def test_every_sampler_has_a_cost(sampler):
 
 
 def test_a_mixture_without_the_teacher_costs_what_the_student_alone_does():
-    ledger, optim, rounds = Ledger(validate(recipe("llama"))), Optim(steps=4, batch=16), {"rollouts": 16, "inner_epochs": 1}
+    ledger, optim = Ledger(validate(recipe("llama"))), Optim(steps=4, batch=64, micro_batch=1)  # so that caches take most memory
+    rounds = {"rollouts": 64, "inner_epochs": 1}
     alone = ledger.distill(("t",), "s", Method(sampler=StudentSampler(**rounds), optim=optim))
     mixed = ledger.distill(("t",), "s", Method(sampler=TeacherMixedSampler(alpha=0, **rounds), optim=optim))
     assert (mixed.parts, mixed.memory) == (alone.parts, alone.memory)
