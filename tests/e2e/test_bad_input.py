@@ -36,7 +36,7 @@ def jsonl(tmp_path: Path, *rows: dict) -> Path:
         ("modles=1", "did you mean `models`"),
         ("arms.sft=xl > l > l", "names l twice"),
         ("data.train=missing.jsonl", "no data set `missing.jsonl`"),
-        ("models.s.init.from=s", "goes round in a circle"),
+        ("models.s.init.from=s", "has a cycle"),
         ("arms.twin.path=xl > l > s", "direct path"),
         ("models.l.config.n_emb=3", "n_emb"),
         ("models.s.init.layers=[7]", "7"),

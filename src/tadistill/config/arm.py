@@ -72,7 +72,9 @@ class Arm(Strict):
         for i, path in enumerate(self.path[:-1]):
             used = {m for later in self.path[i + 1 :] for m in later} | set(self.init.values())
             if path[-1] not in used:
-                raise ValueError(f"path `{self.text}` teaches {path[-1]} and then leaves it; go on with it, or start another from it")
+                raise ValueError(
+                    f"path `{self.text}` teaches {path[-1]}, which nothing uses later; continue with it, or initialise another from it"
+                )
         return self
 
     @model_validator(mode="after")

@@ -265,6 +265,6 @@ def check_acyclic(edges: dict[str, str], what: str) -> None:
         seen, at = [start], edges.get(start)
         while at is not None:
             if at in seen:
-                raise ValueError(f"`{what}` goes round in a circle: {' -> '.join([*seen, at])}; remove one of these edges")
+                raise ValueError(f"`{what}` has a cycle: {' -> '.join([*seen, at])}; remove one of these edges")
             seen.append(at)
             at = edges.get(at)

@@ -22,7 +22,7 @@ def test_paths_and_their_models():
     [
         ("xl > s > s", "names s twice; a model cannot teach itself"),
         ("xl > s then s", "has a part in which nothing is taught; write each as A > B"),
-        ("l > s then xl > l", "teaches s and then leaves it; go on with it, or start another from it"),
+        ("l > s then xl > l", "teaches s, which nothing uses later; continue with it, or initialise another from it"),
         ({"path": "xl > s", "init": {"m": "xl"}}, "init names m, which is not taught in `xl > s`"),
         ({"path": "xl > m > s", "init": {"m": "s"}}, "init starts m from s, which is not in `xl > m > s` before m"),
         ({"path": "xl > s", "dense": {"drop": 1}}, "less than 1"),
