@@ -16,7 +16,7 @@ from tadistill.stages.execute import work_of
 
 E2E = Path(__file__).parents[2] / "e2e"
 STORED = json.loads(Path(__file__).with_name("stage_contents.json").read_text())
-"""Recipe -> label -> what stage.json held in a store of version 0.9, by then with plain dicts as specs."""
+"""Recipe -> label -> key, kind, parents and the `spec` of stage.json, as written when specs were still plain dicts."""
 LOADED = Loaded(load="gpt2", revision="main", config={}, tokenizer=None, fingerprint="f")
 
 
