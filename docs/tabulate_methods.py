@@ -9,8 +9,10 @@ A difference from the arm `kd` is called real if its paired 95 % interval exclud
 import sys
 from pathlib import Path
 
-from tadistill.results.collect import MEAN, Results, compare, read_results
+from tadistill.results.collect import MEAN, Results, read_results
+from tadistill.results.compare import compare
 from tadistill.results.units import difference_text, summary_text
+from tadistill.store import store_of
 
 BASE = "kd"
 METRICS = {"fact_accuracy": "fact accuracy", "rouge_l": "Rouge-L", "reverse_kl": "KL(student ‖ teacher)"}
@@ -111,7 +113,7 @@ def verdict(results: Results) -> list[str]:
 def main() -> None:
     """Write the page to stdout."""
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
-    results = read_results(runs / "methods", runs / "store")
+    results = read_results(runs / "methods", store_of(runs))
     print("\n".join([HEAD, *table(results), *verdict(results), TAIL]), end="")
 
 

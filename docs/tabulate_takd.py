@@ -13,9 +13,11 @@ import jinja2
 import matplotlib.pyplot as plt
 from playwright.sync_api import sync_playwright
 
-from tadistill.results.collect import MEAN, Results, compare, primary_metric, read_results
+from tadistill.results.collect import MEAN, Results, primary_metric, read_results
+from tadistill.results.compare import compare
 from tadistill.results.units import difference_text, flops_text, number, ratio_text, summary_text
 from tadistill.results.verdict import Comparison, comparisons
+from tadistill.store import store_of
 
 STUDY = "tinyworld-all-paths"
 HERE = Path(__file__).parent
@@ -176,7 +178,7 @@ def draw_plane(results: Results) -> None:
 def main() -> None:
     """Write the page and its pictures."""
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs").resolve()
-    results = read_results(runs / STUDY, runs / "store")
+    results = read_results(runs / STUDY, store_of(runs))
     take_pictures(runs / STUDY / "report.html")
     draw_plane(results)
     template = (HERE / "results" / "takd.md.j2").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import numpy as np
 
 from tadistill.config import Data, Evaluate, Recipe, load
 from tadistill.errors import ConfigError
-from tadistill.report import write_report
+from tadistill.report import read_results, write_report
 from tadistill.runner.study import run_study
 from tadistill.store import runs_directory, store_of
 
@@ -34,7 +34,7 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, runs: str
         command = f"tadistill.run({', '.join([repr(str(recipe)), *([repr(list(overrides))] if overrides else [])])})"
     root = runs_directory(runs)
     study = run_study(loaded, runs=root, recipe_text=text, command=command)
-    return write_report(study, store_of(root).root)
+    return write_report(read_results(study, store_of(root)))
 
 
 def evaluate(

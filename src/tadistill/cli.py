@@ -87,13 +87,14 @@ def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> N
 
 def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Path:
     """Run a study, write its report, print its table; returns the study's directory."""
-    from tadistill.report import summary_table, write_report
+    from tadistill.report import read_results, summary_table, write_report
     from tadistill.runner.study import run_study
 
     with _interruptible():
         study = run_study(loaded, runs=root, recipe_text=text, command=command, console=console)
-    page = write_report(study, store_of(root).root)
-    console.print(summary_table(study, store_of(root).root))
+    results = read_results(study, store_of(root))
+    page = write_report(results)
+    console.print(summary_table(results))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
     return study
 
@@ -111,13 +112,14 @@ def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -
 @app.command()
 def report(study: StudyName, runs: Runs = None) -> None:
     """Write report.html, report.md and results.json of a study from the finished stages."""
-    from tadistill.report import summary_table, write_report
-    from tadistill.results.files import find_study
+    from tadistill.report import read_results, summary_table, write_report
+    from tadistill.results.study import find_study
 
     root = runs_directory(runs)
     directory = find_study(study, root)
-    page = write_report(directory, store_of(root).root)
-    console.print(summary_table(directory, store_of(root).root))
+    results = read_results(directory, store_of(root))
+    page = write_report(results)
+    console.print(summary_table(results))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
@@ -177,12 +179,13 @@ def compare(
     runs: Runs = None,
 ) -> None:
     """Compare several models on the same prompts: answers side by side, and paired differences."""
-    from tadistill.report.terminal import side_by_side
+    from tadistill.report import read_results
+    from tadistill.report.plain import side_by_side
 
     if len(models) < 2:
         raise ConfigError(f"compare has one model, {models[0]}; give at least two, or use `tadistill eval`")
     study = _evaluate(models, on, seeds, teacher, settings, runs, ["tadistill", "compare", *models])
-    console.print(side_by_side(study, store_of(study.parent).root, show))
+    console.print(side_by_side(read_results(study, store_of(study.parent)), show))
 
 
 def _evaluate(
@@ -209,11 +212,12 @@ def export(
     runs: Runs = None,
 ) -> None:
     """Copy a trained model to a Hugging Face directory with a model card."""
+    from tadistill.report import read_results
     from tadistill.report.cards import export as export_model
-    from tadistill.results.files import find_study
+    from tadistill.results.study import find_study
 
     root = runs_directory(runs)
-    export_model(find_study(study, root), store_of(root).root, arm, seed, target)
+    export_model(read_results(find_study(study, root), store_of(root)), arm, seed, target)
     console.print(f"{target}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True, highlight=False)
 
 

@@ -142,4 +142,32 @@ KIND = Walk(
     forgotten="count",
 )
 
-WALKS = {"objective": OBJECTIVE, "stage kind": KIND}
+# --- a metric -----------------------------------------------------------------------------------------------------------
+
+USE_METRIC = """
+from tadistill.report import read_results, write_report
+from tadistill.runner.study import save_plan
+
+plan = make_plan(recipe("objective: {type: forward_kl}, sampler: {type: dataset}"))
+store = run(plan, *{stage.kind for stage in plan.stages.values()})
+results = read_results(save_plan(plan, store.root.parent, recipe_text="", command=""), store)
+page = write_report(results)
+(row,) = [row for row in results.rows if row.metric == "words"]
+assert 0 <= row.value <= 4 and row.low is not None
+assert "number of words" in page.read_text() and "number of words (words)" in page.with_suffix(".md").read_text()
+"""
+METRIC = Walk(
+    most_files=2,
+    edits=(
+        (
+            "evaluation/text_scores.py",
+            '        "repetition": repetition(tokens),\n',
+            '@        "words": [float(len(p.split())) for p in predictions],\n',
+        ),
+        ("metrics.py", '    Metric("length",', '    Metric("words", "number of words", "text", "words", 1),\n@'),
+    ),
+    use=USE_METRIC,
+    forgotten="metric `words` is not known",
+)
+
+WALKS = {"objective": OBJECTIVE, "stage kind": KIND, "metric": METRIC}

@@ -25,7 +25,8 @@ def commands(monkeypatch, tmp_path):
         return tmp_path
 
     monkeypatch.setattr(api, "run_study", run_study)
-    monkeypatch.setattr(api, "write_report", lambda study, store: study / "report.html")
+    monkeypatch.setattr(api, "read_results", lambda study, store: study)
+    monkeypatch.setattr(api, "write_report", lambda results: results / "report.html")
     return found
 
 

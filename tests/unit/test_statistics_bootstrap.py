@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import stdtrit
 
-from tadistill.statistics import bootstrap, bootstrap_interval, macro_difference, macro_interval, macro_intervals
+from tadistill.statistics import bootstrap, macro_difference, macro_interval, macro_intervals
 
 
 def crossed(rng, seeds, prompts, of_seed=1.0, of_prompt=3.0, rest=1.0, decodes=2):
@@ -12,8 +12,13 @@ def crossed(rng, seeds, prompts, of_seed=1.0, of_prompt=3.0, rest=1.0, decodes=2
     return effects + rng.normal(0, rest, size=(seeds, prompts, decodes))
 
 
+def prompt_interval(values_NK, **settings):
+    """The interval of one model: a single training seed."""
+    return macro_interval([np.asarray(values_NK)[None]], **settings)
+
+
 def test_constant_data_has_zero_width():
-    assert bootstrap_interval(np.full((30, 4), 7.0)) == pytest.approx((7.0, 7.0), abs=1e-12)
+    assert prompt_interval(np.full((30, 4), 7.0)) == pytest.approx((7.0, 7.0), abs=1e-12)
     assert macro_interval([np.full((3, 30, 4), 7.0)]) == pytest.approx((7.0, 7.0), abs=1e-12)
     difference = macro_difference([np.full((3, 9, 2), 5.0)], [np.full((3, 9, 2), 3.0)])
     assert (difference.mean, difference.low, difference.high, difference.se) == (2.0, 2.0, 2.0, 0.0)
@@ -23,7 +28,7 @@ def test_constant_data_has_zero_width():
 
 
 def test_a_single_prompt_gives_its_decoding_mean():
-    assert bootstrap_interval([[1.0, 2.0, 6.0]]) == pytest.approx((3.0, 3.0))
+    assert prompt_interval([[1.0, 2.0, 6.0]]) == pytest.approx((3.0, 3.0))
 
 
 def test_two_prompts_have_one_degree_of_freedom():
@@ -33,7 +38,7 @@ def test_two_prompts_have_one_degree_of_freedom():
 
 def test_one_seed_of_many_prompts_has_the_standard_error_of_its_mean():
     values = np.random.default_rng(1).normal(size=(400, 1))
-    low, high = bootstrap_interval(values, replicates=20_000)
+    low, high = prompt_interval(values, replicates=20_000)
     error = values.std(ddof=1) / 20.0
     assert (high - low) / 2 == pytest.approx(1.966 * error, rel=0.03)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.1 * error)
@@ -59,7 +64,7 @@ def test_the_variance_is_that_of_crossed_effects():
 
 def test_a_single_seed_resamples_prompts_only():
     values = np.random.default_rng(5).normal(size=(40, 3))
-    assert macro_interval([values[None]]) == bootstrap_interval(values)
+    assert macro_interval([values[None]]) == prompt_interval(values)
 
 
 def test_pairing_cancels_common_noise():
@@ -87,7 +92,7 @@ def test_the_macro_mean_weighs_sets_equally_and_matches_the_independent_formula(
 
 def test_sets_of_one_size_are_resampled_independently():
     values = np.random.default_rng(8).normal(size=(1, 200, 1))
-    one, two = bootstrap_interval(values[0]), macro_interval([values, values])
+    one, two = prompt_interval(values[0]), macro_interval([values, values])
     assert (two[1] - two[0]) / (one[1] - one[0]) == pytest.approx(np.sqrt(0.5), rel=0.04)
 
 
@@ -158,15 +163,15 @@ def test_same_seed_same_interval_other_seed_other_interval():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: bootstrap_interval([1.0, 2.0]), r"\(prompts, decoding seeds\), not \(2,\)"),
+        (lambda: prompt_interval([1.0, 2.0]), r"\(training seeds, prompts, decoding seeds\), none empty, not \(1, 2\)"),
         (lambda: macro_interval([np.zeros((2, 3))]), r"training seeds, prompts, decoding seeds"),
         (lambda: macro_interval([np.zeros((2, 0, 1))]), r"none empty, not \(2, 0, 1\)"),
-        (lambda: bootstrap_interval([[1.0], [float("nan")]]), "1 of 2 values are NaN or infinite"),
+        (lambda: prompt_interval([[1.0], [float("nan")]]), "1 of 2 values are NaN or infinite"),
         (lambda: macro_difference([np.zeros((2, 3, 1))], [np.zeros((2, 4, 1))]), "same seeds and prompts on both sides"),
         (lambda: macro_interval([]), "no values"),
         (lambda: macro_interval([np.zeros((2, 3, 1)), np.zeros((1, 3, 1))]), "2 and 1 training seeds"),
-        (lambda: bootstrap_interval([[1.0]], level=95), "level must lie between 0 and 1, not 95"),
-        (lambda: bootstrap_interval([[1.0]], replicates=0), "replicates must be at least 1, not 0"),
+        (lambda: prompt_interval([[1.0]], level=95), "level must lie between 0 and 1, not 95"),
+        (lambda: prompt_interval([[1.0]], replicates=0), "replicates must be at least 1, not 0"),
     ],
 )
 def test_wrong_input_is_refused(call, message):

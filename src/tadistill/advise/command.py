@@ -47,10 +47,11 @@ from tadistill.advise.words import (
     verdict_line,
 )
 from tadistill.config import Recipe
-from tadistill.config.method import NOT_COMPARABLE
+from tadistill.config.arm import path_text
 from tadistill.disk import write_json, write_text
+from tadistill.metrics import NOT_COMPARABLE, metric_title
 from tadistill.plan.arms import ProbePlan, make_plan
-from tadistill.results.units import TIMES, metric_title, parameters_text
+from tadistill.results.units import TIMES, parameters_text
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.study import describe, fetch_models
 from tadistill.search import path_name
@@ -268,7 +269,7 @@ def _paths(report: Report) -> Table:
     title = f"paths: difference to direct at equal compute, {metric_title(report.metric)} on dev (predicted)"
     table = _table(title, "path", "compute", "Δ", f"{100 * advice.level:.0f} %", "P(better)", "basis")
     for option in advice.options:
-        path = escape(" > ".join(option.path))
+        path = escape(path_text(option.path))
         if option.basis == "reference":
             table.add_row(path, f"{option.cost:.2f}{TIMES}", "0", "", "", "reference")
             continue

@@ -15,11 +15,12 @@ import numpy as np
 from pydantic import ValidationError
 
 from tadistill.config import ModelConfig
-from tadistill.config.method import HIGHER_IS_BETTER, NOT_COMPARABLE
+from tadistill.config.arm import direct_arm, path_text
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError, StoreError, TadistillError
-from tadistill.results.files import Arm, Plan, is_finished, load_plan, stage_dir
-from tadistill.store import store_of
+from tadistill.metrics import NOT_COMPARABLE, higher_is_better
+from tadistill.results.study import ArmRecord, StudyPlan, load_plan
+from tadistill.store import Store, store_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Candidate:
     def __post_init__(self) -> None:
         check_path(self.path, self.edges)
         if not (isfinite(self.cost) and self.cost > 0):
-            raise ConfigError(f"the cost of {' > '.join(self.path)} is {self.cost}; give a positive multiple of the direct path's")
+            raise ConfigError(f"the cost of {path_text(self.path)} is {self.cost}; give a positive multiple of the direct path's")
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,14 @@ class Observation:
         check_path(self.path, self.edges)
         if not (isfinite(self.cost) and self.cost > 0 and isfinite(self.quality)):
             raise ConfigError(
-                f"an observation of {' > '.join(self.path)} has cost {self.cost} and quality {self.quality}; both must be finite"
+                f"an observation of {path_text(self.path)} has cost {self.cost} and quality {self.quality}; both must be finite"
             )
 
 
 def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
     """Raise a ConfigError where the edges are not the hops of the path."""
     if len(path) < 2 or [(e.teacher, e.learner) for e in edges] != list(pairwise(path)):
-        raise ConfigError(f"path {' > '.join(path)} needs at least two models and one edge for each of its hops, in order")
+        raise ConfigError(f"path {path_text(path)} needs at least two models and one edge for each of its hops, in order")
 
 
 def measures_from(values: Mapping[str, float | None]) -> EdgeMeasures:
@@ -156,7 +157,7 @@ def history(runs: Path) -> History:
             continue
         for arm in plan.arms:
             if len(arm.path) > 1:
-                _read_arm(plan, arm, models, measures, store_of(runs).root, found, left_out)
+                _read_arm(plan, arm, models, measures, store_of(runs), found, left_out)
     return History(tuple(found.values()), tuple(left_out))
 
 
@@ -212,7 +213,7 @@ def path_edges(path: tuple[str, ...], parameters: Mapping[str, int], measures: M
     )
 
 
-def _models(plan: Plan) -> dict[str, ModelConfig]:
+def _models(plan: StudyPlan) -> dict[str, ModelConfig]:
     try:
         return {name: ModelConfig.model_validate(model) for name, model in plan.recipe["models"].items()}
     except ValidationError as error:
@@ -222,11 +223,11 @@ def _models(plan: Plan) -> dict[str, ModelConfig]:
 
 
 def _read_arm(
-    plan: Plan,
-    arm: Arm,
+    plan: StudyPlan,
+    arm: ArmRecord,
     models: Mapping[str, ModelConfig],
     measures: Mapping[tuple[str, str], EdgeMeasures],
-    store: Path,
+    store: Store,
     found: dict[str, Observation],
     left_out: list[str],
 ) -> None:
@@ -235,14 +236,14 @@ def _read_arm(
     if not arm.is_plain:
         left_out.append(f"{name} is `{arm.path_text}`, and only paths along which each model teaches the next can be used")
         return
-    direct = _direct_flops(plan, arm)
-    if direct is None or arm.flops is None:
+    direct = direct_arm(plan.arms, arm.path[0], arm.path[-1], arm.method)
+    if direct is None or direct.flops is None or arm.flops is None:
         left_out.append(f"{name} has no direct arm of the same ends and method with known FLOPs, so its relative cost is unknown")
         return
     edges = path_edges(arm.path, plan.parameters, measures)
     family = family_of(models, plan.parameters, arm.path[0], plan.recipe["data"]["train"]["load"], arm.method)
     for seed, key in arm.final.items():
-        if key is None or not is_finished(store, key):
+        if key is None or not store.finished(key):
             left_out.append(f"{name}, seed {seed}, is not finished")
             continue
         try:
@@ -253,19 +254,13 @@ def _read_arm(
         if metric in NOT_COMPARABLE or value is None:
             left_out.append(f"{name}, seed {seed}, was selected by `{metric}`, which does not compare students of different teachers")
             continue
-        quality = value if metric in HIGHER_IS_BETTER else -value
-        found.setdefault(key, Observation(family, arm.path, seed, edges, arm.flops / direct, quality, metric, plan.study))
+        quality = value if higher_is_better(metric) else -value
+        found.setdefault(key, Observation(family, arm.path, seed, edges, arm.flops / direct.flops, quality, metric, plan.study))
 
 
-def _direct_flops(plan: Plan, arm: Arm) -> float | None:
-    """Return the training FLOPs of the direct arm with the arm's ends and method."""
-    ends, plain = (arm.path[0], arm.path[-1]), [a for a in plan.arms if a.compute is None and a.is_plain and a.method == arm.method]
-    return next((a.flops for a in plain if a.path == ends), None)
-
-
-def _dev_value(store: Path, key: str) -> tuple[str, float | None]:
+def _dev_value(store: Store, key: str) -> tuple[str, float | None]:
     """Return the metric that a training stage selected by, and its dev value at the selected checkpoint."""
-    folder = stage_dir(store, key)
+    folder = store.folder(key)
     try:
         metric = read_json(folder / "stage.json")["spec"]["select"]["metric"]
         value = read_json(folder / "manifest.json")["best_value"]

@@ -11,9 +11,10 @@ from plotly.offline import get_plotlyjs
 
 from tadistill.advise.measures import TOP_K, Estimate, Measures
 from tadistill.advise.words import TAGS, Report, basis_line, interval, measure_name, plus_minus, reason, signed, sweep_text, verdict_line
+from tadistill.config.arm import path_text
+from tadistill.metrics import metric_title
 from tadistill.report.figures.style import GREY, GRID, PALETTE, LegendEntry, Look, axes, div, escaped, line
 from tadistill.results import units
-from tadistill.results.units import metric_title
 
 _COLUMNS = (
     ("KL(q ‖ p)", "nats/token", "reverse_kl"),
@@ -57,12 +58,13 @@ def render_page(report: Report) -> str:
     return environment.get_template("advice.html.j2").render(
         report=report,
         advice=report.advice,
-        looks={" > ".join(path): look for path, look in path_looks(report).items()},
+        looks={path_text(path): look for path, look in path_looks(report).items()},
         verdict=verdict_line(report.advice),
         reason=reason(report.advice),
         basis=basis_line(report),
         interval=interval,
         units=units,
+        metric_title=metric_title,
         columns=_COLUMNS,
         tags=TAGS,
         heatmaps=[Panel(title, hint, Markup(heatmap(report.measures, field, **look))) for field, title, hint, look in _HEATMAPS],
@@ -138,10 +140,10 @@ def path_looks(report: Report) -> dict[tuple[str, ...], Look]:
 def cost_legend(report: Report) -> list[LegendEntry]:
     """Return a legend entry for each path and for the line of direct."""
     looks = path_looks(report)
-    names = {path: " > ".join(path) for path in looks}
+    names = {path: path_text(path) for path in looks}
     direct = report.advice.options[0].path
     names[direct] = "direct, trained longer"
-    return [LegendEntry(f"path:{' > '.join(path)}", names[path], look) for path, look in looks.items()]
+    return [LegendEntry(f"path:{path_text(path)}", names[path], look) for path, look in looks.items()]
 
 
 def cost_figure(report: Report) -> str | None:
@@ -157,10 +159,10 @@ def cost_figure(report: Report) -> str | None:
         type="rect", xref="paper", x0=0, x1=1, y0=-advice.margin, y1=advice.margin, fillcolor=GRID, line={"width": 0}, layer="below"
     )
     direct = advice.options[0]
-    group = f"path:{' > '.join(direct.path)}"
+    group = f"path:{path_text(direct.path)}"
     figure.add_scatter(x=ends, y=[0, 0], mode="lines", line={"color": GREY, "width": 2.5}, hoverinfo="skip", legendgroup=group)
     for option in advice.options[1:]:
-        look, name = looks[option.path], " > ".join(option.path)
+        look, name = looks[option.path], path_text(option.path)
         text = f"{escaped(name)}: %{{y:+.2f}} [{option.low:+.2f}, {option.high:+.2f}] at %{{x:.2f}} times direct, {option.basis}"
         figure.add_scatter(
             x=[option.cost],

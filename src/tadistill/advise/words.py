@@ -14,7 +14,8 @@ from tadistill.advise.decide import Advice, Option
 from tadistill.advise.history import History
 from tadistill.advise.measures import TOP_K, Estimate, Ladder, Measures, PathCost, twin_name
 from tadistill.config import Recipe
-from tadistill.config.method import NOT_COMPARABLE
+from tadistill.config.arm import path_text
+from tadistill.metrics import NOT_COMPARABLE
 from tadistill.results.units import MINUS
 from tadistill.search import ModelPath, path_name
 from tadistill.search.strategies import Chosen, geometric_mean, lambda_tradeoff, performance_mean, size_law
@@ -154,28 +155,24 @@ def steps(
     seeds, found = len(recipe.seeds), []
     chains = [path for path in costs if len(path) > 2]
     if advice.verdict == "chain":
-        text = f"now: {_shown(advice.path)}, together with direct at equal compute, which it has to beat on the test sets"
+        text = f"now: {path_text(advice.path)}, together with direct at equal compute, which it has to beat on the test sets"
         found.append(Step(text, command(_chain(recipe, advice.path), seeds), 2 * costs[advice.path].multiple * seeds, None))
     elif chains:
         wanted = advice.next[0].path if advice.next else chains[0]
         multiple = costs[wanted].multiple
-        text = f"now: direct with the compute that {_shown(wanted)} would take ({multiple:.2f} times the recipe's direct run)"
+        text = f"now: direct with the compute that {path_text(wanted)} would take ({multiple:.2f} times the recipe's direct run)"
         found.append(Step(text, command(_longer(recipe, wanted, costs[wanted]), seeds), multiple * seeds, None))
     for e in advice.next:
-        text = f"to learn more: {_shown(e.path)} against direct at equal compute, {e.seeds} seeds"
+        text = f"to learn more: {path_text(e.path)} against direct at equal compute, {e.seeds} seeds"
         found.append(Step(text, command(_chain(recipe, e.path), e.seeds), e.cost, e.gain))
     return tuple(found)
-
-
-def _shown(path: Sequence[str]) -> str:
-    return " > ".join(path)
 
 
 def _chain(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
     """Return overrides that add a chain, its twin and, where the recipe has none, the direct arm as the unit of costs."""
     chain, twin = _key(path_name(path)), _key(twin_name(path))
     ends = f"{path[0]} > {path[-1]}"
-    return [*_direct(recipe, path), f"{chain}.path={_shown(path)}", f"{twin}.path={ends}", f"{twin}.compute=as {path_name(path)}"]
+    return [*_direct(recipe, path), f"{chain}.path={path_text(path)}", f"{twin}.path={ends}", f"{twin}.compute=as {path_name(path)}"]
 
 
 def _longer(recipe: Recipe, path: tuple[str, ...], cost: PathCost) -> list[str]:
@@ -191,7 +188,7 @@ def _direct(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
     ends = (path[0], path[-1])
     changed = ("objective", "sampler", "optim", "select", "dense", "compute")
     plain = any(a.path == (ends,) and not a.init and not any(getattr(a, name) for name in changed) for a in recipe.arms.values())
-    return [] if plain else [f"{_key(path_name(ends))}.path={_shown(ends)}"]
+    return [] if plain else [f"{_key(path_name(ends))}.path={path_text(ends)}"]
 
 
 def _key(arm: str) -> str:
@@ -258,8 +255,8 @@ def reason(advice: Advice) -> str:
             "measure has been shown to predict anything. Run direct with the compute that a chain would cost."
         )
         chain = advice.hypothesis
-        return text if chain is None else f"{text} The size law would try {_shown(chain)}: a hypothesis, not a finding."
-    name, range_ = _shown(best.path), f"{best.expected:+.2f} ({best.low:+.2f} to {best.high:+.2f})"
+        return text if chain is None else f"{text} The size law would try {path_text(chain)}: a hypothesis, not a finding."
+    name, range_ = path_text(best.path), f"{best.expected:+.2f} ({best.low:+.2f} to {best.high:+.2f})"
     on = f"from {_count(advice.pairs, 'chain', 'chains')} of {_count(advice.families, 'family', 'families')}"
     if advice.verdict == "chain":
         return (
@@ -281,7 +278,7 @@ def _count(number: int, one: str, many: str) -> str:
 
 def verdict_line(advice: Advice) -> str:
     """Return the verdict and its path in a few words."""
-    path = " > ".join(advice.path)
+    path = path_text(advice.path)
     if advice.verdict == "chain":
         return f"chain: {path}"
     return f"direct: {path}, at a chain's compute" if advice.verdict == "direct" else f"inconclusive: until more is known, direct, {path}"

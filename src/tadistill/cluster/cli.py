@@ -82,7 +82,7 @@ def submit(
 def status(study: StudyName, runs: Runs = None) -> None:
     """Show each stage of a submitted study: its job, state, time and last metric."""
     from tadistill.cluster.status import show
-    from tadistill.results.files import find_study
+    from tadistill.results.study import find_study
 
     root = runs_directory(runs)
     console.print(show(find_study(study, root), store_of(root), console.width))
@@ -92,7 +92,7 @@ def status(study: StudyName, runs: Runs = None) -> None:
 def cancel(study: StudyName, runs: Runs = None) -> None:
     """Cancel a study's jobs. Running stages save their state first; a later submission resumes them."""
     from tadistill.cluster.status import cancel as cancel_jobs
-    from tadistill.results.files import find_study
+    from tadistill.results.study import find_study
 
     root = runs_directory(runs)
     console.print(f"{cancel_jobs(find_study(study, root), store_of(root))} jobs cancelled", highlight=False)

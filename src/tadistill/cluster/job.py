@@ -279,9 +279,9 @@ class ReportJob:
 
     def __call__(self) -> None:
         """Write the report."""
-        from tadistill.report import write_report
+        from tadistill.report import read_results, write_report
 
-        say(f"report: {write_report(Path(self.study), Path(self.store))}")
+        say(f"report: {write_report(read_results(Path(self.study), Store(Path(self.store))))}")
 
 
 def say(text: str) -> None:

@@ -1,6 +1,7 @@
 """The arms of a recipe (which model teaches which, and which starts from which), and the search for a path."""
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,6 +12,41 @@ from tadistill.config.sampling import Sampler
 
 ModelPath = tuple[str, ...]
 """Names of models, each of which teaches the next."""
+
+
+def path_text(path: Iterable[str]) -> str:
+    """Return a path as a recipe writes it, such as `xl > l > s`."""
+    return " > ".join(path)
+
+
+class ComparableArm(Protocol):
+    """The properties of an arm that decide whether it is a direct arm; `path` ends with its model."""
+
+    @property
+    def path(self) -> tuple[str, ...]: ...
+    @property
+    def is_plain(self) -> bool: ...
+    @property
+    def compute(self) -> str | None: ...
+    @property
+    def method(self) -> object: ...
+
+
+A = TypeVar("A", bound=ComparableArm)
+
+
+def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: object = None, *, any_method: bool = False) -> A | None:
+    """Return the first direct arm of a teacher and a student: plain, one hop, with its own number of steps (no `compute`).
+
+    Args:
+        teacher: the original teacher; None for any.
+        method: the method it must have. None for any.
+        any_method: take an arm of another method where none has this one.
+    """
+    found = [a for a in arms if len(a.path) == 2 and a.is_plain and a.compute is None and a.path[1] == student]
+    found = [a for a in found if teacher is None or a.path[0] == teacher]
+    same = [a for a in found if method is None or a.method == method]
+    return next(iter([*same, *(found if any_method else [])]), None)
 
 
 class Published(Strict):
@@ -66,7 +102,7 @@ class Arm(Strict):
         for path in self.path:
             for name in path:
                 if path.count(name) > 1:
-                    raise ValueError(f"path `{' > '.join(path)}` names {name} twice; a model cannot teach itself")
+                    raise ValueError(f"path `{path_text(path)}` names {name} twice; a model cannot teach itself")
         if len(self.path) > 1 and any(len(path) < 2 for path in self.path):
             raise ValueError(f"path `{self.text}` has a part in which nothing is taught; write each as A > B")
         for i, path in enumerate(self.path[:-1]):
@@ -113,7 +149,7 @@ class Arm(Strict):
     @property
     def text(self) -> str:
         """The path as a recipe writes it."""
-        return " then ".join(" > ".join(path) for path in self.path)
+        return " then ".join(map(path_text, self.path))
 
     @property
     def patch(self) -> MethodPatch:

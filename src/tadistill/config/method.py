@@ -3,7 +3,7 @@
 Objectives are in `tadistill.config.objective`, samplers in `tadistill.config.sampling`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from tadistill.config.common import Strict
 from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import DatasetSampler, HiddenSignal, OnPolicy, ReplaySampler, Rounds, Sampler, TopKSignal
 from tadistill.errors import ConfigError
+from tadistill.metrics import SELECTABLE
 
 TEACHER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """`optim.precision` -> the number format of a frozen teacher beside the student."""
@@ -58,22 +59,19 @@ class Optim(Strict):
         return self
 
 
+if TYPE_CHECKING:
+    SelectMetric = str
+else:
+    SelectMetric = Literal[SELECTABLE]  # type checkers want the names written out
+
+
 class Select(Strict):
     """The choice of the checkpoint that a stage keeps."""
 
-    metric: Literal["last", "loss", "rouge_l", "fact_accuracy", "reverse_kl"] = "loss"
-    """A metric on the dev set, or `last` for the final weights. Lower is better for loss and reverse_kl."""
+    metric: SelectMetric = "loss"
+    """A dev metric of `tadistill.metrics` that selects, or `last` for the final weights."""
     every: int = Field(default=100, ge=1)
     """Updates between dev evaluations; the last one is always at the end."""
-
-
-HIGHER_IS_BETTER = frozenset({"rouge_l", "fact_accuracy"})
-"""Metrics of `Select` where higher is better; for all others lower is better."""
-NOT_COMPARABLE = {
-    "last": "measures nothing on dev",
-    "reverse_kl": "is measured to the teacher of the last stage, which is another one in every path",
-}
-"""Metrics of `Select` that cannot compare two paths, and why."""
 
 
 class Sft(Strict):

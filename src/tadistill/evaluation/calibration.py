@@ -1,9 +1,9 @@
-"""Whether confidence is deserved: reliability bins, the expected calibration error, and confidence among label words.
+"""Calibration: reliability bins, the expected calibration error, and the model's confidence among label words.
 
     probabilities = label_probabilities(model, prompts, choices, pad=…, vocab=…, batch=…)
     ece(bins(*likeliest(probabilities, labels, references)))
 
-This is MiniLLM's measurement on SST-2 and BoolQ (arXiv:2306.08543): the answer is the likeliest label word.
+MiniLLM measures SST-2 and BoolQ this way (arXiv:2306.08543): the answer is the likeliest label word.
 """
 
 from collections.abc import Sequence as Seq
@@ -28,12 +28,12 @@ class Bins:
 
     count: np.ndarray
     confidence: np.ndarray
-    """Their mean confidence, 0-1; 0 in an empty bin."""
+    """Mean confidence of the bin, 0-1; 0 in an empty bin."""
     correct: np.ndarray
-    """The share of them that is right, 0-1; 0 in an empty bin."""
+    """Share of correct predictions in the bin, 0-1; 0 in an empty bin."""
 
     def as_json(self) -> dict[str, list]:
-        """Plain lists, for JSON."""
+        """Return plain lists, for JSON."""
         return {"count": self.count.tolist(), "confidence": self.confidence.tolist(), "correct": self.correct.tolist()}
 
 
@@ -41,8 +41,8 @@ def bins(confidence: Seq[float] | np.ndarray, correct: Seq[bool] | np.ndarray, c
     """Sort predictions into `count` bins [k / count, (k + 1) / count); 1 belongs to the last.
 
     Args:
-        confidence: the probability that each prediction was given, 0-1.
-        correct: whether each is right.
+        confidence: the probability of each prediction, 0-1.
+        correct: True for each prediction that is right.
 
     Raises:
         DataError: the lengths differ, or a confidence is no probability.
@@ -58,7 +58,7 @@ def bins(confidence: Seq[float] | np.ndarray, correct: Seq[bool] | np.ndarray, c
 
 
 def merge(parts: Seq[Bins]) -> Bins:
-    """The bins of all parts' predictions together.
+    """Return the bins of all parts' predictions together.
 
     Raises:
         DataError: there is no part, or they have different numbers of bins.
@@ -72,9 +72,9 @@ def merge(parts: Seq[Bins]) -> Bins:
 
 
 def ece(of: Bins) -> float:
-    """Expected calibration error (Naeini et al. 2015; Guo et al., arXiv:1706.04599) in percentage points.
+    """Return the expected calibration error (Naeini et al. 2015; Guo et al., arXiv:1706.04599) in percentage points.
 
-    The mean over predictions of |share correct - mean confidence| of their bin.
+    It is the mean over predictions of |share correct - mean confidence| of their bin.
 
     Raises:
         DataError: there is no prediction.
@@ -89,19 +89,19 @@ def ece(of: Bins) -> float:
 def label_probabilities(
     model: PreTrainedModel, prompts: Seq[tuple[int, ...]], choices: Seq[Seq[tuple[int, ...]]], *, pad: int, vocab: int, batch: int
 ) -> list[np.ndarray]:
-    """The model's probability of each choice among the choices of its prompt.
+    """Return the model's probability of each choice among the choices of its prompt.
 
-    log p(choice | prompt) is summed over the choice's tokens, EOS not among them, and goes through a softmax over the choices.
+    log p(choice | prompt) is summed over the choice's tokens without EOS; a softmax over the choices follows.
 
     Args:
         prompts: token ids.
         choices: for each prompt the token ids of each choice, at least one token each (`Encoded.choices`).
         pad: any token id.
-        vocab: tokens that take part in the distributions.
+        vocab: number of tokens in the distributions.
         batch: sequences per forward pass.
 
     Returns:
-        For each prompt one float64 probability per choice.
+        One float64 array per prompt, with one probability per choice.
     """
     reader = Reader(model)
     stems: dict[tuple[int, tuple[int, ...]], list[int]] = {}
@@ -128,7 +128,7 @@ def label_probabilities(
 
 
 def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references: Seq[Seq[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest choice of each prompt: its probability (0-1), and whether it is one of the references (bool)."""
+    """Return the probability (0-1) of each prompt's likeliest choice, and True where that choice is one of the references."""
     best = [int(p.argmax()) for p in probabilities]
     confidence = np.array([p[k] for p, k in zip(probabilities, best, strict=True)], np.float64)
     right = [labels[k] in refs for k, labels, refs in zip(best, choices, references, strict=True)]
@@ -136,13 +136,13 @@ def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references
 
 
 def _of_sums(count: np.ndarray, confidence: np.ndarray, correct: np.ndarray) -> Bins:
-    """Bins from the number of their predictions and from sums over them."""
+    """Build bins from the number of their predictions and from sums over them."""
     size = np.maximum(count, 1)
     return Bins(count, confidence / size, correct / size)
 
 
 def _losses(reader: Reader, hidden: Tensor, tokens: Tensor, vocab: int) -> np.ndarray:
-    """-log p of tokens (N,) at hidden states (N, H), in nats."""
+    """Return -log p of tokens (N,) at hidden states (N, H), in nats."""
     targets = tokens.to(hidden.device)
 
     def values(logits: Tensor, _: tuple, at: slice) -> Tensor:

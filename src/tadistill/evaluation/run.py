@@ -17,13 +17,11 @@ from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
 from tadistill.data.datasets import Example
 from tadistill.data.templates import Encoded, task_of
-from tadistill.evaluation import calibration
-from tadistill.evaluation.diversity import distinct, self_bleu
-from tadistill.evaluation.metrics import exact_match, fact_accuracy, repetition, rouge_l
+from tadistill.evaluation import calibration, text_scores
 from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood, means
+from tadistill.metrics import names_in
 from tadistill.rollout.engine import Native
 
-TEXT_METRICS = {"rouge_l", "fact_accuracy"}
 Answers = Mapping[int, Seq[Sequence]]
 """Decoding seed -> one answer per prompt."""
 
@@ -44,18 +42,18 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one set says of one model."""
+    """The results of one model on one set."""
 
     scores: dict[str, list[list[float]]]
     """Metric -> [prompt][decoding seed]; one column where no decoding is involved."""
     corpus: dict[str, Any]
-    """`numbers` that only the whole set has, and, where references were read, `calibration` and `reference_length`."""
+    """`numbers` (metrics of the whole set) and, where references were read, `calibration` and `reference_length`."""
     records: list[dict[str, Any]]
-    """One per answer: prompt, prediction, references, scores."""
+    """One per answer: the prompt as the model read it, its plain instruction and input, prediction, references, scores."""
 
 
 def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Callable[[int], None] = lambda n: None) -> Evaluation:
-    """Every metric of one set that the model has by itself; `tick` hears how many prompts were answered."""
+    """Return every metric of one set that needs no second model; `tick` is called with the number of prompts answered."""
     answers = {seed: generate(subject, data, settings, seed, tick) for seed in settings.seeds}
     return score(subject, data, settings, answers)
 
@@ -63,9 +61,9 @@ def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Calla
 def generate(
     subject: Subject, data: EvalSet, settings: Evaluate, seed: int, tick: Callable[[int], None] = lambda n: None
 ) -> list[Sequence]:
-    """One sampled answer per prompt, in the order of `data.encoded`.
+    """Sample one answer per prompt, in the order of `data.encoded`.
 
-    Prompts of like length share a batch; a row's random numbers depend on (seed, set, row) alone.
+    Prompts of similar length share a batch. A row's random numbers depend on (seed, set, row) alone.
     """
     uniforms = rng.uniforms([e.row for e in data.encoded], settings.max_new_tokens, seed, "decode", data.name)
     engine = Native(subject.model, settings, eos=subject.eos, vocab=subject.vocab, chunk=settings.batch)
@@ -74,14 +72,12 @@ def generate(
 
 
 def score(subject: Subject, data: EvalSet, settings: Evaluate, answers: Answers, *, read_references: bool = True) -> Evaluation:
-    """Scores of given answers, and of the references themselves unless `read_references` is off (they depend on no decoding)."""
+    """Score given answers, and the references too unless `read_references` is off (another decoding does not change those)."""
     predictions = {seed: texts(subject, of_seed) for seed, of_seed in answers.items()}
     per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}
     columns = {name: np.stack([scores[name] for scores in per_seed.values()], axis=1) for name in next(iter(per_seed.values()))}
-    if len(answers) > 1:
-        columns["self_bleu"] = np.array(self_bleu(list(zip(*predictions.values(), strict=True))))[:, None]
-    numbers = {f"distinct_{n}": float(np.mean([distinct(p, n) for p in predictions.values()])) for n in (1, 2, 4)}
-    corpus: dict[str, Any] = {"numbers": numbers}
+    columns |= {name: np.array(values)[:, None] for name, values in text_scores.score_seeds(predictions).items()}
+    corpus: dict[str, Any] = {"numbers": text_scores.score_set(predictions)}
     if read_references:
         _read_references(subject, data, settings.batch, columns, corpus)
     records = [r for seed in answers for r in _records(data, seed, subject, predictions[seed], per_seed[seed])]
@@ -89,32 +85,21 @@ def score(subject: Subject, data: EvalSet, settings: Evaluate, answers: Answers,
 
 
 def texts(subject: Subject, answers: Seq[Sequence]) -> list[str]:
-    """Answers as text: special tokens skipped, white space stripped."""
+    """Return answers as text, without special tokens and surrounding white space."""
     return [t.strip() for t in subject.tokenizer.batch_decode([list(a.response) for a in answers], skip_special_tokens=True)]
-
-
-def text_scores(data: EvalSet, predictions: list[str]) -> dict[str, list[float]]:
-    """Rouge-L of every prediction, and fact accuracy where the set knows its facts."""
-    scores = {"rouge_l": rouge_l(predictions, [r.references for r in data.rows])}
-    if all(r.facts for r in data.rows):
-        scores["fact_accuracy"] = fact_accuracy(predictions, [r.facts for r in data.rows])
-    return scores
 
 
 def _answer_scores(
     subject: Subject, data: EvalSet, settings: Evaluate, answers: Seq[Sequence], predictions: list[str]
 ) -> dict[str, np.ndarray]:
-    """What the answers of one decoding seed score, one number per prompt."""
-    found = {name: np.asarray(column, float) for name, column in text_scores(data, predictions).items()}
-    found["exact_match"] = np.array(exact_match(predictions, [r.references for r in data.rows]))
-    found["length"] = np.array([float(len(a.response)) for a in answers])
-    found["repetition"] = np.array(repetition([a.response for a in answers]))
-    found["entropy"] = means(entropy(subject, answers, batch=settings.batch, temperature=settings.temperature))
-    return found
+    """Return the scores of one decoding seed's answers, one number per prompt."""
+    scores = text_scores.score_answers(predictions, [a.response for a in answers], data.rows)
+    found = {name: np.asarray(column, float) for name, column in scores.items()}
+    return found | {"entropy": means(entropy(subject, answers, batch=settings.batch, temperature=settings.temperature))}
 
 
 def _read_references(subject: Subject, data: EvalSet, batch: int, columns: dict[str, np.ndarray], corpus: dict[str, Any]) -> None:
-    """Loss and calibration on the first references, and on label words where the set has choices."""
+    """Add loss and calibration on the first references, and on label words where the set has choices."""
     found = likelihood(subject, references(data.encoded), batch=batch)
     columns["loss"] = means(found["loss"])[:, None]
     bins = {"tokens": calibration.bins(np.concatenate(found["confidence"]), np.concatenate(found["correct"]))}
@@ -153,12 +138,14 @@ def _records(data: EvalSet, seed: int, subject: Subject, predictions: list[str],
 def dev_metrics(
     subject: Subject, data: EvalSet, settings: Evaluate, metric: str, *, teacher: PreTrainedModel | None = None
 ) -> dict[str, float]:
-    """The dev metrics that are free beside `metric`: the loss always, text scores and reverse KL only if asked for."""
+    """Return the dev metrics that cost nothing beside `metric`: always the loss; text scores or reverse KL only if asked for."""
     found = {"loss": float(means(likelihood(subject, references(data.encoded), batch=settings.batch)["loss"]).mean())}
-    if metric in TEXT_METRICS or metric == "reverse_kl":
+    reads_text = metric in names_in("quality")
+    if reads_text or metric == "reverse_kl":
         answers = generate(subject, data, settings, settings.seeds[0])
-        if metric in TEXT_METRICS:
-            found |= {name: float(np.mean(column)) for name, column in text_scores(data, texts(subject, answers)).items()}
+        if reads_text:
+            scores = text_scores.score_quality(texts(subject, answers), data.rows)
+            found |= {name: float(np.mean(column)) for name, column in scores.items()}
             found["length"] = float(np.mean([len(a.response) for a in answers]))
         else:
             assert teacher is not None

@@ -1,6 +1,6 @@
 """Numbers at every response token, from forward passes over whole sequences; no [tokens, vocabulary] tensor is held.
 
-Each function returns one array per sequence, with one number per response token. Axes: N tokens of a batch, V vocabulary.
+Each function over sequences returns one array per sequence, with one number per response token. Axes: N tokens, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -32,14 +32,14 @@ class Subject:
 
     @property
     def pad(self) -> int:
-        """Any id: padding is told by length."""
+        """A token id to pad with. Any id will do, because lengths say what is padding."""
         eos = self.tokenizer.eos_token_id
         assert isinstance(eos, int)
         return eos
 
 
 def likelihood(subject: Subject, sequences: Seq[Sequence], *, batch: int) -> PerToken:
-    """loss: -log q of each token, in nats; confidence: the largest probability; correct: 1 where that token is the text's."""
+    """Return loss (-log q of each token, in nats), confidence (the largest probability) and correct (1 where that token is the text's)."""
 
     def values(logits: Tensor, targets: tuple, tokens: Tensor) -> Tensor:
         best, token = log_probs(logits).max(-1)
@@ -48,22 +48,27 @@ def likelihood(subject: Subject, sequences: Seq[Sequence], *, batch: int) -> Per
     return per_token(subject, sequences, ("loss", "confidence", "correct"), values, batch=batch)
 
 
+def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the entropy of softmax(logits / temperature) in nats: (N, V) -> (N,)."""
+    log_q = log_probs(logits, temperature)
+    return -(log_q.exp() * log_q).sum(-1)
+
+
 def entropy(subject: Subject, sequences: Seq[Sequence], *, batch: int, temperature: float) -> list[np.ndarray]:
-    """Entropy of softmax(logits / temperature) before each token, in nats: 0 at temperature 0."""
+    """Return the entropy of softmax(logits / temperature) before each token, in nats: 0 at temperature 0."""
     if temperature == 0:
         return [np.zeros(len(s.response)) for s in sequences]
 
     def values(logits: Tensor, targets: tuple, tokens: Tensor) -> Tensor:
-        log_q = log_probs(logits, temperature)
-        return -(log_q.exp() * log_q).sum(-1).unsqueeze(0)
+        return token_entropy(logits, temperature).unsqueeze(0)
 
     return per_token(subject, sequences, ("entropy",), values, batch=batch)["entropy"]
 
 
 def divergences(subject: Subject, sequences: Seq[Sequence], others: Seq[PreTrainedModel], *, batch: int) -> list[PerToken]:
-    """For each other model p: forward_kl, KL(p ‖ q), and reverse_kl, KL(q ‖ p), exact over the vocabulary before each token.
+    """Return forward_kl, KL(p ‖ q), and reverse_kl, KL(q ‖ p), for each other model p, exact over the vocabulary before each token.
 
-    One pass of the subject q serves all.
+    One forward pass of the subject q serves all.
     """
     names = tuple(f"{name} {i}" for i in range(len(others)) for name in ("forward_kl", "reverse_kl"))
 
@@ -75,7 +80,7 @@ def divergences(subject: Subject, sequences: Seq[Sequence], others: Seq[PreTrain
 
 
 def means(per_token: list[np.ndarray]) -> np.ndarray:
-    """The mean over each sequence's tokens."""
+    """Return the mean over each sequence's tokens."""
     return np.array([values.mean() for values in per_token])
 
 
@@ -89,10 +94,10 @@ def per_token(
     batch: int,
     others: Seq[PreTrainedModel] = (),
 ) -> PerToken:
-    """Named numbers at every response token.
+    """Return named numbers at every response token.
 
-    `values` makes (names, N) of the subject's logits (N, V), the others' and the tokens (N,) that the text has there; it is called on
-    small tiles of tokens.
+    `values` is called on small tiles of tokens with the subject's logits (N, V), the other models' logits and the text's tokens (N,). It
+    returns one row per name: (names, N).
     """
     found: PerToken = {name: [np.empty(0)] * len(sequences) for name in names}
     reader, readers = Reader(subject.model), [Reader(model) for model in others]

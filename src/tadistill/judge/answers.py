@@ -11,7 +11,8 @@ from typing import Any
 from tadistill.config.judge import REFERENCE
 from tadistill.data.templates import split_prompt
 from tadistill.errors import ConfigError, DataError, StoreError
-from tadistill.results.files import Arm, Plan, is_finished, load_plan, load_predictions, stage_dir
+from tadistill.results.study import ArmRecord, StudyPlan, load_plan, load_predictions
+from tadistill.store import Store
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Item:
 class Answers:
     """Everything that is judged, and the arms that have no answers yet."""
 
-    plan: Plan
+    plan: StudyPlan
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
     items: tuple[Item, ...]
@@ -38,7 +39,7 @@ class Answers:
 
 def read_answers(
     study_dir: Path,
-    store_dir: Path,
+    store: Store,
     *,
     arms: Sequence[str] = (),
     sets: Sequence[str] = (),
@@ -61,25 +62,25 @@ def read_answers(
     if not (study_dir / "plan.json").is_file():
         raise ConfigError(f"{study_dir} is not a study (it holds no plan.json): `tadistill run RECIPE` makes one")
     plan = load_plan(study_dir)
-    first = _first_seed(plan, store_dir)
-    chosen, unfinished = _choose(plan, store_dir, arms, first)
+    first = _first_seed(plan, store)
+    chosen, unfinished = _choose(plan, store, arms, first)
     seeds = (first,)
     if all_seeds:
         everywhere = dict.fromkeys(seed for arm in chosen for seed in arm.evaluate)
-        seeds = tuple(seed for seed in everywhere if all(is_finished(store_dir, arm.evaluate.get(seed, "")) for arm in chosen))
+        seeds = tuple(seed for seed in everywhere if all(store.finished(arm.evaluate.get(seed, "")) for arm in chosen))
     names = tuple(arm.name for arm in chosen)
-    tables = {(arm.name, seed): _first_answers(store_dir, arm.evaluate[seed]) for arm in chosen for seed in seeds}
+    tables = {(arm.name, seed): _first_answers(store, arm.evaluate[seed]) for arm in chosen for seed in seeds}
     return Answers(plan, names, seeds, _items(tables, names, seeds, sets, limit), unfinished)
 
 
-def _first_seed(plan: Plan, store_dir: Path) -> int:
+def _first_seed(plan: StudyPlan, store: Store) -> int:
     """Return the first training seed, in the recipe's order, with a finished evaluation; the recipe's first one where none has any."""
     seeds = list(dict.fromkeys(seed for arm in plan.arms for seed in arm.evaluate))
-    finished = (seed for seed in seeds if any(is_finished(store_dir, arm.evaluate.get(seed, "")) for arm in plan.arms))
+    finished = (seed for seed in seeds if any(store.finished(arm.evaluate.get(seed, "")) for arm in plan.arms))
     return next(finished, seeds[0])
 
 
-def _choose(plan: Plan, store_dir: Path, wanted: Sequence[str], seed: int) -> tuple[list[Arm], tuple[str, ...]]:
+def _choose(plan: StudyPlan, store: Store, wanted: Sequence[str], seed: int) -> tuple[list[ArmRecord], tuple[str, ...]]:
     known = {arm.name: arm for arm in plan.arms}
     if REFERENCE in known:
         raise ConfigError(f"the study {plan.study} has an arm named `{REFERENCE}`, which means the reference answers here; rename it")
@@ -87,7 +88,7 @@ def _choose(plan: Plan, store_dir: Path, wanted: Sequence[str], seed: int) -> tu
         if name not in known:
             raise ConfigError(f"the study {plan.study} has no arm `{name}`; it has {', '.join(known)}")
     arms = [known[name] for name in dict.fromkeys(wanted)] or list(plan.arms)
-    unfinished = tuple(arm.name for arm in arms if seed not in arm.evaluate or not is_finished(store_dir, arm.evaluate[seed]))
+    unfinished = tuple(arm.name for arm in arms if seed not in arm.evaluate or not store.finished(arm.evaluate[seed]))
     if wanted and unfinished:
         raise ConfigError(
             f"arm `{unfinished[0]}` has no answers under training seed {seed} yet: `{plan.command}` evaluates it, or leave it out"
@@ -97,9 +98,9 @@ def _choose(plan: Plan, store_dir: Path, wanted: Sequence[str], seed: int) -> tu
     return [arm for arm in arms if arm.name not in unfinished], unfinished
 
 
-def _first_answers(store_dir: Path, key: str) -> dict[tuple[str, int], dict[str, Any]]:
+def _first_answers(store: Store, key: str) -> dict[tuple[str, int], dict[str, Any]]:
     """Map (set, index) to the row of the set's first decoding seed."""
-    rows = load_predictions(store_dir, key)
+    rows = load_predictions(store, key)
     lowest: dict[str, int] = {}
     try:
         for row in rows:
@@ -108,7 +109,7 @@ def _first_answers(store_dir: Path, key: str) -> dict[tuple[str, int], dict[str,
         for row in found.values():
             _ = (row["references"][0], row["prompt"] + row["prediction"])  # these fields are read later
     except (KeyError, TypeError, IndexError) as error:
-        path = stage_dir(store_dir, key) / "predictions.jsonl"
+        path = store.folder(key) / "predictions.jsonl"
         reason = f"a row is not a prediction: {type(error).__name__} {error}"
         raise StoreError(f"{path} cannot be read ({reason}): delete its directory and run the recipe again") from error
     return found

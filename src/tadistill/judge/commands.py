@@ -17,7 +17,7 @@ from tadistill.judge.endpoint import Unavailable, ask, check_address, connect, k
 from tadistill.judge.people import load_key, make_sheet, read_ratings, summarise_ratings, write_sheet
 from tadistill.judge.questions import Question, make_questions
 from tadistill.judge.summary import Row, summarise, write_summary
-from tadistill.results.files import find_study
+from tadistill.results.study import find_study
 from tadistill.store import store_of
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm:
     directory = find_study(study, root)
     path = directory / "judge" / f"judge-{_file_name(settings.name or _default_name(mode, model, against))}.json"
     wanted = [*settings.arms, against] if settings.arms and against != REFERENCE else settings.arms
-    answers = read_answers(
-        directory, store_of(root).root, arms=wanted, sets=settings.sets, all_seeds=settings.all_seeds, limit=settings.limit
-    )
+    answers = read_answers(directory, store_of(root), arms=wanted, sets=settings.sets, all_seeds=settings.all_seeds, limit=settings.limit)
     questions = make_questions(answers, mode=mode, against=against)
     client = connect(base_url, timeout=settings.timeout)
     with open_cache(directory / "judge" / "replies.jsonl") as cache:
@@ -76,7 +74,7 @@ def export_sheet(
 ) -> Path:
     """Write a blind sheet (page, CSV and key) of a study's first training seed, and return the path of the page."""
     directory = find_study(study, root)
-    answers = read_answers(directory, store_of(root).root, arms=arms, sets=sets, limit=limit)
+    answers = read_answers(directory, store_of(root), arms=arms, sets=sets, limit=limit)
     name = _file_name(name)
     page = write_sheet(directory / "judge", make_sheet(answers, name=name, with_reference=with_reference, seed=seed), name=name)
     _name_unfinished(console, answers)

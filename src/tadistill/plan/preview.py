@@ -1,10 +1,12 @@
 """The tables of `tadistill plan`: stages with their FLOPs, seconds and memory, and arms with their total FLOPs."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.table import Table
 
+from tadistill.config.arm import direct_arm
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.graph import Stage, with_ancestors
@@ -82,9 +84,21 @@ def _direct(plan: Plan, arm: PlannedArm) -> float | None:
     """Return the FLOPs of the direct arm that an arm is compared with: original teacher to the same student, same method, own updates."""
     if not arm.arm.learners or plan.teacher is None:
         return None
-    ends, how = ((plan.teacher, arm.arm.last[-1]),), (arm.method.objective, arm.method.sampler)
-    plain = [a for a in plan.arms if a.arm.path == ends and not a.arm.compute and not a.arm.init]
-    return next((a.flops for a in plain if (a.method.objective, a.method.sampler) == how), None)
+    found = direct_arm(map(_candidate, plan.arms), plan.teacher, arm.arm.last[-1], (arm.method.objective, arm.method.sampler))
+    return found.flops if found else None
+
+
+class _Candidate(NamedTuple):
+    path: tuple[str, ...]
+    is_plain: bool
+    compute: str | None
+    method: object
+    flops: float | None
+
+
+def _candidate(arm: PlannedArm) -> _Candidate:
+    is_plain = len(arm.arm.path) == 1 and not arm.arm.init
+    return _Candidate(arm.arm.last, is_plain, arm.arm.compute, (arm.method.objective, arm.method.sampler), arm.flops)
 
 
 def _assistants(plan: Plan, arm: PlannedArm) -> str:

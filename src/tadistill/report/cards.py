@@ -1,4 +1,4 @@
-"""Exported students: a copy of a trained model as an ordinary Hugging Face directory, with a model card made from the study."""
+"""Export a trained model: a copy as an ordinary Hugging Face directory, with a model card made from the study."""
 
 import shutil
 from pathlib import Path
@@ -9,39 +9,32 @@ import yaml
 from tadistill.data.datasets import NAMED
 from tadistill.disk import write_text
 from tadistill.errors import ConfigError, StoreError
+from tadistill.metrics import METRICS, metric_title, metric_unit
 from tadistill.models import sources
-from tadistill.report.details import Cell, mean_cell
 from tadistill.report.explain import explain
-from tadistill.report.markdown import escaped, table
+from tadistill.report.plain import escaped, table
+from tadistill.report.tables import Cell, mean_cell
 from tadistill.report.text import caution_texts, sample_text, undecided_text, verdict_text
-from tadistill.results.collect import MEAN, Results, primary_metric, read_results, sets_with, stack, summarise
-from tadistill.results.files import Arm, is_finished, load_manifest, load_plan, stage_dir
-from tadistill.results.units import interval, metric_title, metric_unit, number, parameters_text
+from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
+from tadistill.results.study import ArmRecord, load_manifest
+from tadistill.results.units import interval, number, parameters_text
 from tadistill.results.verdict import comparisons, pairs
 
-_HUB_METRICS = {
-    "rouge_l": "rouge",
-    "fact_accuracy": "accuracy",
-    "label_accuracy": "accuracy",
-    "exact_match": "exact_match",
-    "perplexity": "perplexity",
-}
-_NUMBERS = ("loss", "perplexity", "forward_kl", "reverse_kl", "entropy", "length", "repetition", "distinct_4", "ece_tokens", "exact_match")
 
+def export(results: Results, arm: str, seed: int | None, target: Path) -> Path:
+    """Copy the arm's trained model of one seed to ``target``, with its card as README.md; returns the target.
 
-def export(study_dir: Path, store_dir: Path, arm: str, seed: int | None, target: Path) -> Path:
-    """Copies the arm's trained model of one seed (the plan's first when None) to ``target`` with its card as README.md.
-
-    Returns the target.
+    Args:
+        seed: a training seed; None for the recipe's first seed that is finished.
 
     Raises:
         ConfigError: no such arm or seed, nothing was trained, or the target is in use.
         StoreError: the training is not finished, or a file cannot be copied.
     """
-    source, chosen = _trained_model(study_dir, store_dir, arm, seed)
+    source, chosen = _trained_model(results, arm, seed)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty directory; name a new directory to export to")
-    card = model_card(read_results(study_dir, store_dir), arm, chosen)
+    card = model_card(results, arm, chosen)
     try:
         shutil.copytree(source, target, dirs_exist_ok=True)
     except (OSError, shutil.Error) as error:
@@ -50,28 +43,30 @@ def export(study_dir: Path, store_dir: Path, arm: str, seed: int | None, target:
     return target
 
 
-def _trained_model(study_dir: Path, store_dir: Path, name: str, seed: int | None) -> tuple[Path, int]:
-    """The Hugging Face directory of an arm's final stage."""
-    plan = load_plan(study_dir)
+def _trained_model(results: Results, name: str, seed: int | None) -> tuple[Path, int]:
+    """Return the Hugging Face directory of an arm's final stage, and its seed."""
+    plan, store = results.plan, results.store
     arm = next((arm for arm in plan.arms if arm.name == name), None)
     if arm is None:
         raise ConfigError(f"study {plan.study} has no arm `{name}`; its arms are {', '.join(arm.name for arm in plan.arms)}")
-    chosen = min(arm.final) if seed is None else seed
-    if chosen not in arm.final:
-        raise ConfigError(f"arm {name} has no seed {chosen}; its seeds are {', '.join(map(str, sorted(arm.final)))}")
-    key = arm.final[chosen]
+    if seed is None:
+        finished = {s for s, key in arm.final.items() if key is not None and store.finished(key)}
+        seed = arm.first_seed(finished)
+    if seed not in arm.final:
+        raise ConfigError(f"arm {name} has no seed {seed}; its seeds are {', '.join(map(str, sorted(arm.final)))}")
+    key = arm.final[seed]
     if key is None:
         raise ConfigError(f"arm {name} is model {arm.model} as it is loaded, so there is nothing to export; choose an arm that trains")
-    folder = stage_dir(store_dir, key) / "model"
-    if not is_finished(store_dir, key):
-        raise StoreError(f"arm {name} with seed {chosen} is not trained yet (stage {key}): `{plan.command}` finishes it")
+    folder = store.folder(key) / "model"
+    if not store.finished(key):
+        raise StoreError(f"arm {name} with seed {seed} is not trained yet (stage {key}): `{plan.command}` finishes it")
     if not folder.is_dir():
         raise StoreError(f"{folder} does not exist: delete the stage's directory and run `{plan.command}` again")
-    return folder, chosen
+    return folder, seed
 
 
 def model_card(results: Results, arm_name: str, seed: int) -> str:
-    """README.md of an exported model: front matter, how it was made, its numbers, the verdict on its arm, limits."""
+    """Return README.md of an exported model: front matter, how it was made, its numbers, the verdict on its arm, limits."""
     arm, plan = results.arm(arm_name), results.plan
     size = parameters_text(plan.parameters[arm.model])
     blocks = [
@@ -87,7 +82,7 @@ def model_card(results: Results, arm_name: str, seed: int) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _front_matter(results: Results, arm: Arm) -> dict[str, Any]:
+def _front_matter(results: Results, arm: ArmRecord) -> dict[str, Any]:
     plan = results.plan
     content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     base = _hub_id(plan.recipe["models"], arm.model)
@@ -97,21 +92,22 @@ def _front_matter(results: Results, arm: Arm) -> dict[str, Any]:
     if datasets:
         content["datasets"] = datasets
     present = {metric for name, _, metric in (*results.summaries, *results.averages) if name == arm.name}
-    metrics = list(dict.fromkeys(name for metric, name in _HUB_METRICS.items() if metric in present))
+    metrics = list(dict.fromkeys(m.hub for m in METRICS.values() if m.hub and m.name in present))
     return content | {"metrics": metrics, "tags": ["distillation", "tadistill"]}
 
 
 def _hub_id(models: dict[str, Any], name: str) -> str | None:
-    """The hub id that a model starts from, through pruning; None for other sources."""
+    """Return the hub id of the model that a model starts from, through pruning, checkpoints and tempering; None for other sources."""
     model = models[name]
-    if model.get("init"):
-        return _hub_id(models, model["init"]["from"])
+    for origin, field in (("init", "from"), ("checkpoint", "of"), ("temper", "of")):
+        if model.get(origin):
+            return _hub_id(models, model[origin][field])
     source = sources.parse(model["load"])
     return source.name if source.kind == "hub" else None
 
 
 def _datasets(data: dict[str, Any]) -> list[str]:
-    """Hub ids of the training data: what a named set is on the hub, or ORG/NAME as the recipe has it; files have none."""
+    """Return hub ids of the training data: the id of a named set, or ORG/NAME as the recipe has it; files have none."""
     found: list[str] = []
     for ref in (data["train"], data.get("corpus")):
         load = ref["load"] if ref else ""
@@ -122,8 +118,8 @@ def _datasets(data: dict[str, Any]) -> list[str]:
     return found
 
 
-def _verdict(results: Results, arm: Arm) -> list[str]:
-    """Every comparison that the arm is part of, whatever came out, with its cautions."""
+def _verdict(results: Results, arm: ArmRecord) -> list[str]:
+    """Return a sentence on every comparison that the arm is part of, whatever its outcome, with its cautions."""
     sentences: list[str] = []
     for c in comparisons(results):
         if arm.name in (c.arm, c.other):
@@ -133,12 +129,12 @@ def _verdict(results: Results, arm: Arm) -> list[str]:
     return sentences or ["The study compares this arm with no other, so nothing is claimed for its method."]
 
 
-def _analysis(results: Results, arm: Arm) -> list[str]:
+def _analysis(results: Results, arm: ArmRecord) -> list[str]:
     found = [sentence for p in explain(results) if p.title == f"What explains {arm.name}" for sentence in p.sentences]
     return ["## Analysis\n\n" + "\n".join(f"- {escaped(sentence)}" for sentence in found)] if found else []
 
 
-def _numbers(results: Results, arm: Arm, seed: int) -> str:
+def _numbers(results: Results, arm: ArmRecord, seed: int) -> str:
     if seed not in results.scores[arm.name]:
         return f"Seed {seed} is not evaluated yet: `{results.plan.command}` does it."
     main = [m for m in dict.fromkeys((primary_metric(results), "rouge_l")) if m in results.metrics]
@@ -147,7 +143,7 @@ def _numbers(results: Results, arm: Arm, seed: int) -> str:
         sets = sets_with(results, metric)
         shown += [(metric, name) for name in ((*sets, MEAN) if len(sets) > 1 else sets)]
     body: list[list[str]] = []
-    for metric, name in [*shown, *((m, MEAN) for m in _NUMBERS if m not in main)]:
+    for metric, name in [*shown, *((m.name, MEAN) for m in METRICS.values() if m.on_card and m.name not in main)]:
         title = f"{metric_title(metric)} ({metric_unit(metric)})" if metric_unit(metric) else metric_title(metric)
         cells = _number_cells(results, arm, seed, metric, name)
         body += [[title, "mean over sets" if name == MEAN else name, *cells]] if cells else []
@@ -155,8 +151,8 @@ def _numbers(results: Results, arm: Arm, seed: int) -> str:
     return f"{found}\n\nIn brackets: 95 % intervals. {metric_title(main[0])} is over {sample_text(results, arm)}."
 
 
-def _number_cells(results: Results, arm: Arm, seed: int, metric: str, set_name: str) -> list[str]:
-    """This seed's number and the arm's; empty where the arm has none."""
+def _number_cells(results: Results, arm: ArmRecord, seed: int, metric: str, set_name: str) -> list[str]:
+    """Return this seed's number and the arm's; empty where the arm has none."""
     mean = mean_cell(results, arm.name, metric, set_name)
     if mean == Cell():
         return []
@@ -170,12 +166,12 @@ def _number_cells(results: Results, arm: Arm, seed: int, metric: str, set_name: 
     return [f"{number(own.mean, metric)} {interval(own.low, own.high, metric)}", mean.text]
 
 
-def _provenance(results: Results, arm: Arm, seed: int) -> str:
+def _provenance(results: Results, arm: ArmRecord, seed: int) -> str:
     plan = results.plan
     stages = plan.ancestors(arm.final[seed])[::-1]
     versions: dict[str, str] = {}
     for stage in stages:
-        manifest = load_manifest(results.store_dir, stage.key)
+        manifest = load_manifest(results.store, stage.key)
         versions |= manifest.versions if manifest else {}
     listed = [[f"`{stage.key}`", stage.label] for stage in stages]
     packages = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
@@ -183,13 +179,13 @@ def _provenance(results: Results, arm: Arm, seed: int) -> str:
     return f"````sh\n{plan.command}\n````\n\n````yaml\n{plan.recipe_text.rstrip()}\n````\n\n{table(['stage', 'what'], listed)}{ran_on}"
 
 
-def _limits(results: Results, arm: Arm) -> list[str]:
+def _limits(results: Results, arm: ArmRecord) -> list[str]:
     sets = ", ".join(results.sets) or "no test set yet"
     trained = len(results.scores[arm.name])
     sentences = [
         f"Measured on {sets}; nothing is known about other tasks or languages, and no safety evaluation was made.",
         "The licences of the base model, the teacher and the data apply; this card does not state them.",
-        "The exported seed is the plan's first unless it was asked for by number: it is not chosen by its score.",
+        "The exported seed is the first finished one of the recipe, unless a seed was asked for by number. It is not chosen by its score.",
     ]
     if trained < len(arm.evaluate):
         sentences.append(f"The study is not finished: {trained} of {len(arm.evaluate)} seeds of this arm are evaluated.")

@@ -1,8 +1,7 @@
-"""The analysis in words, written from the numbers of a study and never beyond them.
+"""The analysis in words: published values, where a chain helps or hurts, and what explains it.
 
-Which published values are met, where a chain helps and where it hurts, and which explanation the measurements support:
-sharpening, the error of each hop, or compute. Every sentence carries the numbers it rests on; what was not measured is
-said to be so. The intervals here are not adjusted for how many there are: they say where to look, the verdict decides.
+Possible explanations are sharpening, the error of each hop, and compute. Every sentence contains the numbers that it depends on, and says
+so where something was not measured. The intervals are not adjusted for multiple comparisons; only the verdict is a claim.
 """
 
 from collections.abc import Iterable
@@ -10,16 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tadistill.results.buckets import BUCKETS, bucket_difference, bucket_title
-from tadistill.results.collect import LOWER_IS_BETTER, MEAN, Results, difference, direct_arm, ladder, sets_with, stack, summarise
-from tadistill.results.files import Arm
-from tadistill.results.units import metric_title, metric_unit, number, span, summary_text
+from tadistill.config.arm import path_text
+from tadistill.metrics import METRICS, improves, metric_title, metric_unit
+from tadistill.results.collect import MEAN, Results, sets_with, stack, summarise
+from tadistill.results.compare import BUCKETS, bucket_difference, bucket_title, difference, direct_of, ladder
+from tadistill.results.study import ArmRecord
+from tadistill.results.units import number, span, summary_text
 from tadistill.results.verdict import Comparison, comparisons
 from tadistill.statistics import Difference
 
-_HIGHER_IS_BETTER = ("fact_accuracy", "rouge_l", "exact_match", "label_accuracy")
-_WHOLE_SETS = ("perplexity", "ece_tokens", "ece_labels", "distinct_1", "distinct_2", "distinct_4")
-_MOST_PAIRS = 6  # of a study without chains: more would be read by nobody
+_MOST_PAIRS = 6  # in a study without chains; a longer analysis would not be read
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Paragraph:
 
 
 def explain(results: Results) -> list[Paragraph]:
-    """The whole analysis; empty where nothing is compared and nothing is published."""
+    """Return the whole analysis; empty where nothing is compared and nothing is published."""
     paragraphs = [_published(results)] if any(arm.published for arm in results.plan.arms) else []
     compared = comparisons(results)
     for c in compared if len(compared) <= _MOST_PAIRS or compared[0].against != "pair" else ():
@@ -41,7 +40,7 @@ def explain(results: Results) -> list[Paragraph]:
     return paragraphs
 
 
-_UNADJUSTED = "These intervals are not adjusted for their number: they show where to look, and the verdict decides."
+_UNADJUSTED = "These intervals are not adjusted for multiple comparisons. They show where to look; only the verdict is a claim."
 
 
 # --- published values ---------------------------------------------------------------------------------------------------
@@ -52,8 +51,8 @@ def _published(results: Results) -> Paragraph:
     return Paragraph("Published values", tuple(sentences))
 
 
-def _arm_published(results: Results, arm: Arm) -> str:
-    """Inside the set's 95 % interval a published value matches."""
+def _arm_published(results: Results, arm: ArmRecord) -> str:
+    """Return the sentence on an arm's published values; a value inside the set's 95 % interval matches."""
     assert arm.published is not None
     parts: list[str] = []
     for name, value in arm.published.rouge_l.items():
@@ -93,35 +92,35 @@ def _by_length(results: Results, c: Comparison) -> str:
 
 
 def _by_metric(results: Results, c: Comparison) -> list[str]:
-    """Metrics with a direction, then those of whole sets, which have no interval."""
-    shown = [m for m in (*_HIGHER_IS_BETTER, *sorted(LOWER_IS_BETTER)) if m in results.metrics and m not in (c.metric, "rouge_l")]
+    """Return sentences on the metrics with a direction, then on those of whole sets, which have no interval."""
+    shown = [m.name for m in METRICS.values() if m.better and m.name in results.metrics and m.name not in (c.metric, "rouge_l")]
     better, worse, unclear = [], [], []
     for metric in shown:
         d = difference(results, c.arm, c.other, metric)
         if d is None:
             continue
         text = f"{metric_title(metric)} ({span(d, metric)} {metric_unit(metric)})"
-        good = d.mean < 0 if metric in LOWER_IS_BETTER else d.mean > 0
+        good = improves(metric, d.mean)
         (unclear if d.covers_zero else better if good else worse).append(text)
     sentences = []
     if better or worse or unclear:
         sentences.append(f"Other metrics, {_grouped(better, worse, unclear)}.")
     whole = [
         f"{metric_title(metric)} {number(mine.mean, metric)} against {number(theirs.mean, metric)}"
-        for metric in _WHOLE_SETS
+        for metric in (m.name for m in METRICS.values() if m.whole_set)
         if (mine := results.averages.get((c.arm, MEAN, metric))) and (theirs := results.averages.get((c.other, MEAN, metric)))
     ]
-    return [*sentences, f"Of whole sets, without intervals: {', '.join(whole)}."] if whole else sentences
+    return [*sentences, f"Metrics of whole sets, which have no intervals: {', '.join(whole)}."] if whole else sentences
 
 
 def _sorted_out(found: Iterable[tuple[str, Difference | None]], metric: str) -> str:
-    """Where it helps, hurts, and makes no clear difference, each with its numbers."""
+    """List where the chain helps, hurts, and makes no clear difference, with the numbers."""
     helps, hurts, unclear, unmeasured = [], [], [], []
     for where, d in found:
         if d is None:
             unmeasured.append(where)
         else:
-            good = d.mean < 0 if metric in LOWER_IS_BETTER else d.mean > 0
+            good = improves(metric, d.mean)
             (unclear if d.covers_zero else helps if good else hurts).append(f"{where} ({span(d, metric)})")
     parts = [f"helps {_listed(helps)}", f"hurts {_listed(hurts)}"]
     parts += [f"no clear difference {_listed(unclear)}"] if unclear else []
@@ -142,7 +141,7 @@ def _listed(items: list[str]) -> str:
 
 
 def _sharpening(c: Comparison) -> str:
-    """Supported where a gain is gone under a control and entropy fell; refuted where it stays under all of them."""
+    """Return the sentences on sharpening, which explains a gain that vanishes under a control while entropy fell."""
     assert c.mechanism is not None
     m = c.mechanism
     entropy = f"entropy {span(m.entropy, 'entropy')} nats/token" if m.entropy else "entropy not measured"
@@ -153,63 +152,64 @@ def _sharpening(c: Comparison) -> str:
         matched = (
             "matched entropy not measured" if m.curves == "not measured" else "the entropies of the two arms' decodings do not overlap"
         )
-    return f"Sharpening {_sharpening_verdict(c)}: against {c.other}, {entropy}; {greedy}; {matched}."
+    return f"{_sharpening_verdict(c)} Against {c.other}: {entropy}; {greedy}; {matched}."
 
 
 def _sharpening_verdict(c: Comparison) -> str:
     assert c.mechanism is not None
     m = c.mechanism
     if c.difference.low <= 0:
-        return f"has no gain to explain ({metric_title(c.metric)} {span(c.difference, c.metric)})"
+        return f"There is no gain that sharpening could explain ({metric_title(c.metric)} {span(c.difference, c.metric)})."
     controls = [d for d in (m.greedy, m.matched) if d is not None]
     if not controls:
-        return "is not measured"
+        return "Sharpening is not measured."
     if all(d.low > 0 for d in controls):
-        return "is not supported, the gain stays"
+        return "Sharpening does not explain the gain, which remains under the controls."
     if m.entropy is not None and m.entropy.high < 0:
-        return "is supported, entropy fell and the gain is gone"
-    return "is possible, the gain is gone under a control but entropy did not clearly fall"
+        return "Sharpening explains the gain: entropy fell, and the gain vanishes under a control."
+    return "Sharpening may explain the gain, which vanishes under a control; but entropy did not clearly fall."
 
 
 def _hops(results: Results, c: Comparison) -> list[str]:
-    """The chain's error budget: KL(q ‖ T) = KL(q ‖ last assistant) + one term a hop between the assistants and T."""
+    """Return the sentences on the error budget: KL(q ‖ T) = KL(q ‖ last assistant) + one term per hop between the assistants and T."""
     arm = results.arm(c.arm)
     models = ladder(results, arm)
     terms = [f"budget/{j}" for j in range(len(models) - 1)]
     if not all((arm.name, MEAN, metric) in results.summaries for metric in ("reverse_kl", *terms)):
-        return ["Error per hop is not measured: the analysis beside the teacher has no error budget of this arm."]
+        return ["Error per hop is not measured: the comparison with the teacher has no error budget for this arm."]
     seeds = sorted(results.summaries[arm.name, MEAN, terms[0]].per_seed)
     sets = sets_with(results, terms[0])
     added = summarise([sum_of([stack(results, arm.name, seeds, name, t) for t in terms[1:]]) for name in sets], seeds)
     total, first = (results.summaries[arm.name, MEAN, metric] for metric in ("reverse_kl", terms[0]))
-    share = f" ({100 * added.mean / total.mean:.0f} % of it)" if total.mean > 0 else ""
-    verdict = "adds to" if added.low > 0 else "takes from" if added.high < 0 else "makes no clear difference to"
+    share = f" ({100 * added.mean / total.mean:.0f} % of the total)" if total.mean > 0 else ""
+    effect = "add" if added.low > 0 else "remove" if added.high < 0 else "make no clear difference:"
+    last = arm.path[-2]
     hops = [f"{hop_text(models, j)} {summary_text(results.summaries[arm.name, MEAN, t], t)}" for j, t in enumerate(terms) if j]
     return [
-        f"Error per hop {verdict} the divergence: of {metric_title('reverse_kl')} {summary_text(total, 'reverse_kl')} nats/token, "
-        f"{summary_text(first, terms[0])} is to the last assistant {arm.path[-2]}, which training minimised, and "
-        f"{summary_text(added, terms[1])}{share} comes from the hops above it: {', '.join(hops)}.",
-        "A positive hop means that the student does better against the hop's assistant than against the model above it.",
+        f"{metric_title('reverse_kl')} is {summary_text(total, 'reverse_kl')} nats/token. {summary_text(first, terms[0])} of it is the "
+        f"distance to the last assistant {last}, which training minimised. The hops above {last} {effect} "
+        f"{summary_text(added, terms[1])}{share}: {', '.join(hops)}.",
+        "A positive hop means that the student is closer to the hop's assistant than to the model above it.",
     ]
 
 
 def sum_of(terms_SNK: list[np.ndarray]) -> np.ndarray:
-    """The terms added up, prompt by prompt."""
+    """Return the sum of the terms, prompt by prompt."""
     return np.sum(terms_SNK, axis=0)
 
 
 def hop_text(models: tuple[str, ...], j: int) -> str:
-    """The hop of the error budget's term j >= 1, counted from the last assistant upwards: ``xl > l``."""
-    return f"{models[-2 - j]} > {models[-1 - j]}"
+    """Return the hop of the error budget's term j >= 1, such as ``xl > l``; hops are counted from the last assistant upwards."""
+    return path_text((models[-2 - j], models[-1 - j]))
 
 
 def _compute(results: Results, c: Comparison) -> str:
-    """How much of a chain's gap over plain direct its equal-compute twin closes without any assistant."""
-    direct = direct_arm(results, results.arm(c.arm))
+    """Return the sentence on the share of a chain's gain over plain direct that its equal-compute twin reaches without an assistant."""
+    direct = direct_of(results, results.arm(c.arm))
     if direct is None:
         return "Compute is not measured: the study has no plain direct arm of this student."
     if c.against == "plain direct":
-        return f"Compute is not measured: no arm with `compute: as {c.arm}` tells training more from training through an assistant."
+        return f"Compute is not measured: no arm with `compute: as {c.arm}` separates more training from training through an assistant."
     gap = difference(results, c.arm, direct.name, c.metric)
     closed = difference(results, c.other, direct.name, c.metric)
     if gap is None or closed is None:
@@ -219,7 +219,7 @@ def _compute(results: Results, c: Comparison) -> str:
         f"{metric_unit(c.metric)} of {metric_title(c.metric)}"
     )
     if gap.low <= 0:
-        return f"Compute has no clear gap to explain: {numbers}."
+        return f"There is no clear gap that compute could explain: {numbers}."
     share = f"closes {100 * closed.mean / gap.mean:.0f} % of the gap"
     if closed.low <= 0:
         return f"Compute is not shown to explain the gap: {numbers} (more training without an assistant {share})."

@@ -1,21 +1,19 @@
-"""What other programs read: ``results.json`` and the same rows as ``results.csv``."""
+"""Files for other programs: ``results.json``, and its rows as ``results.csv``."""
 
 import csv
 import io
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 from tadistill.disk import write_json, write_text
 from tadistill.report.text import undecided_text, verdict_text
-from tadistill.results.collect import Results, Row, read_results
+from tadistill.results.collect import Results, Row
 from tadistill.results.verdict import Comparison, comparisons, pairs
 from tadistill.statistics import Difference
 
 
-def collect(study_dir: Path, store_dir: Path) -> Results:
-    """Reads a study, writes ``results.json`` and ``results.csv`` into its directory, and returns what the report shows."""
-    results = read_results(study_dir, store_dir)
+def write_results(results: Results) -> None:
+    """Write ``results.json`` and ``results.csv`` into the study's directory."""
     content = {
         "study": results.plan.study,
         "created": results.plan.created,
@@ -24,13 +22,12 @@ def collect(study_dir: Path, store_dir: Path) -> Results:
         "comparisons": [_comparison(comparison) for comparison in comparisons(results)],
         "verdicts": verdicts(results),
     }
-    write_json(study_dir / "results.json", content, allow_nan=False)
-    write_text(study_dir / "results.csv", _csv(results))
-    return results
+    write_json(results.study_dir / "results.json", content, allow_nan=False)
+    write_text(results.study_dir / "results.csv", _csv(results))
 
 
 def verdicts(results: Results) -> list[dict[str, str | None]]:
-    """One word and one sentence for every pair that the study compares."""
+    """Return one word and one sentence for every pair that the study compares."""
     decided = {(c.arm, c.other): c for c in comparisons(results)}
     found: list[dict[str, str | None]] = []
     for pair in pairs(results):

@@ -1,4 +1,4 @@
-"""The HTML report: one file that holds its scripts, styles and data, and asks the network for nothing.
+"""The HTML report: one file with its scripts, styles and data, which needs no network.
 
 To add a section: a function here that returns its data, a block in ``templates/report.html.j2``, its title in `_SECTIONS`.
 """
@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,15 +14,13 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from tadistill.report import figures, text
-from tadistill.report.details import comparison_table, detail_tables
 from tadistill.report.explain import explain
-from tadistill.report.tables import main_metrics, score_table, stage_rows, versions
+from tadistill.report.tables import comparison_table, detail_tables, interval_method, main_metrics, score_table, stage_rows, versions
 from tadistill.results.collect import MEAN, Results, primary_metric, seeds_of
 from tadistill.results.curves import learning_curves
-from tadistill.results.judgements import judgements
-from tadistill.results.samples import samples, shown_first
+from tadistill.results.samples import judgements, samples, shown_first
 
-# anchor, title, and what must not be empty for the section to appear
+# anchor, title, and the template variable that must not be empty for the section to appear
 _SECTIONS = (
     ("results", "Results", "tables"),
     ("forest", "Arms compared", "means"),
@@ -42,8 +39,8 @@ _SECTIONS = (
 )
 
 
-def render_page(results: Results, study_dir: Path) -> str:
-    """The whole page as text; judgements are read from the study's directory."""
+def render_page(results: Results) -> str:
+    """Return the whole page as text."""
     environment = Environment(
         loader=PackageLoader("tadistill.report"),
         autoescape=True,
@@ -52,7 +49,7 @@ def render_page(results: Results, study_dir: Path) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(embedded=_embedded, prose=_prose)
-    shown = {**_words(results), **_figures(results), **_samples(results), "judged": judgements(study_dir)}
+    shown = {**_words(results), **_figures(results), **_samples(results), "judged": judgements(results.study_dir)}
     return environment.get_template("report.html.j2").render(
         sections=[(anchor, title) for anchor, title, needs in _SECTIONS if shown[needs]],
         plotly_js=Markup(get_plotlyjs()),
@@ -61,7 +58,7 @@ def render_page(results: Results, study_dir: Path) -> str:
 
 
 def _words(results: Results) -> dict[str, Any]:
-    """Sentences and tables."""
+    """Return the sentences and tables of the page."""
     stages = stage_rows(results)
     measured = bool(results.summaries)
     findings = text.headline(results)
@@ -71,6 +68,7 @@ def _words(results: Results) -> dict[str, Any]:
         "text": text,
         "mean": MEAN,
         "primary": primary_metric(results),
+        "intervals": interval_method(results),
         "seeds": seeds_of(results),
         "trained": any(arm.is_trained for arm in results.plan.arms),
         "chains": any(arm.has_assistant for arm in results.plan.arms),
@@ -131,13 +129,13 @@ def _markups(panels: Mapping[str, str]) -> dict[str, Markup]:
 
 
 def _prose(sentence: str) -> Markup:
-    """A sentence with its `code` marked and its intervals kept on one line."""
+    """Mark `code` in a sentence, and keep its intervals on one line."""
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(sentence)))
     return Markup(re.sub(r"(\[[^\s\]]+, [^\s\]]+\]|\(\d+ seeds?\)|\S+ … \S+)", r'<span class="unbroken">\1</span>', marked))
 
 
 def _embedded(value: Any) -> Markup:
-    """JSON for a ``<script>`` element: no ``<`` survives, so no text of a model can end the element."""
+    """Return JSON for a ``<script>`` element. It has no ``<``, so no text of a model can end the element."""
     encoded = json.dumps(value, ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         encoded = encoded.replace(character, f"\\u{ord(character):04x}")

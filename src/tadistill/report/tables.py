@@ -1,10 +1,14 @@
-"""The tables of a report as plain data, so that the page and the Markdown file cannot disagree."""
+"""The tables of a report as plain data, so that the page and the Markdown file show the same."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tadistill.results.collect import LOWER_IS_BETTER, MEAN, Results, Summary, direct_arm, primary_metric, sets_with
-from tadistill.results.files import Arm, Manifest, Stage, load_manifest
+from tadistill.metrics import higher_is_better, metric_title, metric_unit, names_in
+from tadistill.results.collect import MEAN, Results, Summary, sets_with
+from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title, direct_of
+from tadistill.results.study import ArmRecord, StageManifest, StageRecord, load_manifest
+from tadistill.results.units import DASH, flops_text, interval, number, parameters_text, ratio_text, signed
+from tadistill.results.verdict import Comparison, comparisons
 
 
 @dataclass(frozen=True)
@@ -13,16 +17,15 @@ class ScoreTable:
 
     metric: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[Arm, tuple[Summary | None, ...]], ...]
+    rows: tuple[tuple[ArmRecord, tuple[Summary | None, ...]], ...]
     best: tuple[str | None, ...]  # per column, the arm with the best mean; no statement about evidence
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """One arm's other metrics on the mean over sets, its size, and what its training cost."""
+    """One arm's size and the cost of its training."""
 
-    arm: Arm
-    others: tuple[Summary | None, ...]
+    arm: ArmRecord
     parameters: int
     flops: float | None
     relative: float | None  # to the direct arm
@@ -33,23 +36,17 @@ class CostRow:
 class StageRow:
     """A stage of the plan and its manifest, None while it is not finished."""
 
-    stage: Stage
-    manifest: Manifest | None
+    stage: StageRecord
+    manifest: StageManifest | None
 
 
 def main_metrics(results: Results) -> tuple[str, ...]:
-    """The metrics that get a table over all sets."""
-    wanted = dict.fromkeys((primary_metric(results), "rouge_l"))
-    return tuple(metric for metric in wanted if metric in results.metrics)
-
-
-def other_metrics(results: Results) -> tuple[str, ...]:
-    """The metrics that stand beside the cost; all others have tables of their own (`tadistill.report.details`)."""
-    return tuple(metric for metric in ("loss", "forward_kl", "reverse_kl", "entropy", "length") if metric in results.metrics)
+    """Return the metrics that get a table over all sets."""
+    return tuple(metric for metric in names_in("quality") if metric in results.metrics)
 
 
 def score_table(results: Results, metric: str) -> ScoreTable:
-    """The table of one metric; an arm without a finished evaluation keeps its row, with empty cells."""
+    """Return the table of one metric; an arm without a finished evaluation keeps its row, with empty cells."""
     sets = sets_with(results, metric)
     columns = (MEAN, *sets) if len(sets) > 1 else sets
     rows = tuple((arm, tuple(results.summaries.get((arm.name, column, metric)) for column in columns)) for arm in results.plan.arms)
@@ -62,33 +59,226 @@ def _best(results: Results, column: str, metric: str) -> str | None:
         for arm in results.plan.arms
         if (arm.name, column, metric) in results.summaries and arm.path != (results.plan.teacher,)
     }
-    choose = min if metric in LOWER_IS_BETTER else max
+    choose = max if higher_is_better(metric) else min
     return choose(means, key=means.__getitem__) if len(means) > 1 else None
 
 
 def cost_rows(results: Results) -> list[CostRow]:
-    """Every arm's parameters, training FLOPs, FLOPs relative to the direct arm, and the metrics beside them."""
+    """Return every arm's parameters, training FLOPs, and FLOPs relative to the direct arm."""
     rows: list[CostRow] = []
     for arm in results.plan.arms:
-        others = tuple(results.summaries.get((arm.name, MEAN, metric)) for metric in other_metrics(results))
-        direct = direct_arm(results, arm)
+        direct = direct_of(results, arm)
         relative = None
         if direct is not None and direct.flops and arm.flops is not None:
             relative = arm.flops / direct.flops
         parameters = results.plan.parameters[arm.model]
-        rows.append(CostRow(arm, others, parameters, arm.flops, relative, direct.name if direct else None))
+        rows.append(CostRow(arm, parameters, arm.flops, relative, direct.name if direct else None))
     return rows
 
 
 def stage_rows(results: Results) -> list[StageRow]:
-    """Every stage of the plan, in its order."""
-    return [StageRow(stage, load_manifest(results.store_dir, stage.key)) for stage in results.plan.stages]
+    """Return every stage of the plan, in its order."""
+    return [StageRow(stage, load_manifest(results.store, stage.key)) for stage in results.plan.stages]
 
 
 def versions(rows: list[StageRow]) -> Mapping[str, str]:
-    """What the finished stages ran on; several versions of a package are all named."""
+    """Return the package versions of the finished stages; several versions of a package are all named."""
     seen: dict[str, dict[str, None]] = {}
     for row in rows:
         for package, version in (row.manifest.versions if row.manifest else {}).items():
             seen.setdefault(package, {})[version] = None
     return {package: ", ".join(found) for package, found in sorted(seen.items())}
+
+
+# --- secondary tables -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's title, and its unit or remark in small."""
+
+    title: str
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value and its interval (or a remark) as text; a dash where there is no value."""
+
+    value: str = DASH
+    interval: str = ""
+
+    @property
+    def text(self) -> str:
+        """The value and the interval, with a space between."""
+        return f"{self.value} {self.interval}".rstrip()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A secondary table: `name` is its stable identity; each row starts with an arm, or with a pair of arms."""
+
+    name: str
+    title: str
+    note: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+
+def comparison_table(results: Results) -> Table | None:
+    """Return every paired difference of the primary metric with its tests and its verdict; None where nothing is compared."""
+    compared = comparisons(results)
+    if not compared:
+        return None
+    metric = compared[0].metric
+    columns = (
+        Column("difference", metric_unit(metric)),
+        Column("p"),
+        Column("Holm p", f"over {compared[0].family}"),
+        Column("sign-flip p", "smallest possible"),
+        Column("detectable", "80 % power"),
+        Column("verdict"),
+    )
+    note = (
+        f"Paired differences of {metric_title(metric)} on the mean over sets. {interval_method(results)} "
+        f"The equivalence margin is ±{number(results.plan.margin, metric)}."
+    )
+    return Table("comparisons", "Comparisons", note, columns, tuple((_pair_title(c), _comparison_cells(c)) for c in compared))
+
+
+def interval_method(results: Results) -> str:
+    """Return the sentence that says how 95 % intervals are made (`tadistill.statistics.bootstrap`)."""
+    if not any(arm.is_trained for arm in results.plan.arms):
+        return "The 95 % intervals are a bootstrap over prompts."
+    return "The 95 % intervals are a bootstrap over prompts; training seeds add a normal draw with few degrees of freedom."
+
+
+def _pair_title(c: Comparison) -> str:
+    return f"{c.arm} {DASH} {c.other}" + (" (compute differs)" if c.against == "plain direct" else "")
+
+
+def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
+    d = c.difference
+    value = Cell(signed(d.mean, c.metric, more=1), interval(d.low, d.high, c.metric, more=1))
+    signs = Cell(f"{c.sign_flip.p:.3f}", f"[{c.sign_flip.smallest:.3f}]") if c.sign_flip else Cell()
+    verdict = Cell(c.word, f"({c.credit})" if c.credit else "")
+    return value, Cell(f"{d.p:.4f}"), Cell(f"{c.p_holm:.4f}"), signs, Cell(number(c.detectable, c.metric, more=1)), verdict
+
+
+def detail_tables(results: Results) -> list[Table]:
+    """Return the tables of everything that the score tables leave out. A table or a row without a number is left out."""
+    main = main_metrics(results)
+    budget = sorted(metric for metric in results.metrics if metric.startswith("budget/"))
+    tables = [
+        _group(results, "divergence", "Divergence from the teacher", (*names_in("divergence"), *budget)),
+        _group(results, "language", "Language", names_in("language")),
+        _group(results, "text", "Text", names_in("text")),
+        *(_decodings(results, metric) for metric in main),
+        _buckets(results),
+        _published(results),
+        _cost(results),
+        _ledger(results),
+    ]
+    return [table for table in tables if table is not None]
+
+
+def _group(results: Results, name: str, title: str, metrics: Sequence[str]) -> Table | None:
+    """Return a table of arms by metrics, on the mean over sets."""
+    present = {metric for _, _, metric in (*results.summaries, *results.averages)}
+    having = [metric for metric in metrics if metric in present]
+    columns = tuple(Column(metric_title(metric), metric_unit(metric)) for metric in having)
+    note = "Means over the test sets that have the metric, with 95 % intervals. Metrics of whole sets have no interval."
+    return _by_arm(results, name, title, note, columns, lambda arm: [mean_cell(results, arm, metric) for metric in having])
+
+
+def mean_cell(results: Results, arm: str, metric: str, set_name: str = MEAN) -> Cell:
+    """Return an arm's number on the mean over sets, or on one set."""
+    average = results.averages.get((arm, set_name, metric))
+    return Cell(number(average.mean, metric)) if average else _cell(results.summaries.get((arm, set_name, metric)), metric)
+
+
+def _cell(summary: Summary | None, metric: str) -> Cell:
+    return Cell(number(summary.mean, metric), interval(summary.low, summary.high, metric)) if summary else Cell()
+
+
+def _decodings(results: Results, metric: str) -> Table | None:
+    names = [name for name in results.plan.decodings if f"{metric}@{name}" in results.metrics]
+    if not names:
+        return None
+    columns = (Column("main", _changes(results.plan.recipe["evaluate"])), *(Column(n, _changes(results.plan.decodings[n])) for n in names))
+    metrics = [metric, *(f"{metric}@{name}" for name in names)]
+    title, note = f"{metric_title(metric)} by decoding", "Means over the test sets. All other tables show the main decoding."
+    return _by_arm(results, f"decoding-{metric}", title, note, columns, lambda arm: [mean_cell(results, arm, m) for m in metrics])
+
+
+def _changes(decoding: Mapping[str, object]) -> str:
+    names = {"temperature": "T", "no_repeat_ngram": "no repeated n-gram of"}
+    return ", ".join(f"{words} = {decoding[key]}" for key, words in names.items() if decoding.get(key) is not None)
+
+
+def _buckets(results: Results) -> Table | None:
+    metric = "rouge_l"
+    shown = [(b, bucket_size(results, metric, b)) for b in BUCKETS]
+    shown = [(bucket, size) for bucket, size in shown if size]
+    columns = tuple(Column(f"{bucket_title(bucket)} tokens", f"{size} prompts") for bucket, size in shown)
+    title, note = (
+        f"{metric_title(metric)} by length of the reference",
+        "Prompts of all sets, pooled by their first reference's length.",
+    )
+
+    def cells(arm: str) -> list[Cell]:
+        return [_cell(bucket_summary(results, arm, metric, bucket), metric) for bucket, _ in shown]
+
+    return _by_arm(results, "buckets", title, note, columns, cells)
+
+
+def _published(results: Results) -> Table | None:
+    metric, published = "rouge_l", {arm.name: arm.published for arm in results.plan.arms if arm.published}
+    sets = [name for name in sets_with(results, metric) if any(name in found.rouge_l for found in published.values())]
+    columns = tuple(Column(name, what) for name in sets for what in ("published", "here"))
+
+    def cells(arm: str) -> list[Cell]:
+        if arm not in published:
+            return [Cell()]
+        values = published[arm].rouge_l
+        said = [Cell(number(values[name], metric)) if name in values else Cell() for name in sets]
+        return [cell for name, value in zip(sets, said, strict=True) for cell in (value, mean_cell(results, arm, metric, name))]
+
+    note = "Sources: " + "; ".join(f"{arm}: {found.source}" for arm, found in published.items()) + "."
+    return _by_arm(results, "published", f"{metric_title(metric)} compared with published values", note, columns, cells)
+
+
+def _cost(results: Results) -> Table:
+    columns = (Column("parameters"), Column("training FLOPs", "a seed"), Column("relative to direct"))
+    rows: list[tuple[str, tuple[Cell, ...]]] = []
+    for row in cost_rows(results):
+        relative = Cell(ratio_text(row.relative), row.direct or "") if row.relative is not None else Cell()
+        rows.append((row.arm.name, (Cell(parameters_text(row.parameters)), Cell(flops_text(row.flops)), relative)))
+    return Table("cost", "Cost", "All training behind an arm's final model, including its teacher assistants.", columns, tuple(rows))
+
+
+def _ledger(results: Results) -> Table | None:
+    """Return predicted and metered FLOPs and the time of finished training stages; the seeds of one label share a row."""
+    groups: dict[str, list[StageRow]] = {}
+    for row in stage_rows(results):
+        if row.manifest is not None and row.manifest.flops is not None and row.stage.flops is not None:
+            groups.setdefault(row.stage.label.rsplit(", seed ", 1)[0], []).append(row)
+    rows = tuple((label, _ledger_cells(group)) for label, group in groups.items())
+    columns = (Column("predicted FLOPs"), Column("metered FLOPs"), Column("metered / predicted"), Column("time", "of the stage"))
+    note = "Means over seeds, without dev evaluations. The plan predicts FLOPs from the recipe alone (docs/compute.md)."
+    return Table("ledger", "Predicted and metered compute", note, columns, rows) if rows else None
+
+
+def _ledger_cells(rows: Sequence[StageRow]) -> tuple[Cell, ...]:
+    found = [(row.stage.flops or 0.0, row.manifest.flops or 0.0, row.manifest.seconds) for row in rows if row.manifest]
+    predicted, metered, seconds = (sum(column) / len(found) for column in zip(*found, strict=True))
+    return Cell(flops_text(predicted)), Cell(flops_text(metered)), Cell(ratio_text(metered / predicted)), Cell(f"{seconds:.0f} s")
+
+
+def _by_arm(
+    results: Results, name: str, title: str, note: str, columns: tuple[Column, ...], cells: Callable[[str], Iterable[Cell]]
+) -> Table | None:
+    """Return a table of the arms that have any number in it; None where no arm has."""
+    rows = [(arm.name, tuple(cells(arm.name))) for arm in results.plan.arms] if columns else []
+    shown = tuple((arm, of_arm) for arm, of_arm in rows if any(cell != Cell() for cell in of_arm))
+    return Table(name, title, note, columns, shown) if shown else None

@@ -1,14 +1,14 @@
-"""Numbers and findings in words: what the page, the Markdown file and the terminal say alike.
+"""Findings in words, the same on the page, in the Markdown file and in the terminal.
 
-The verdict comes first. What makes a difference one, and when a gain is credited to a path, is `tadistill.results.verdict`'s rule;
-here it only gets words.
+The verdict comes first. `tadistill.results.verdict` decides it; this module only puts it into words.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
+from tadistill.metrics import metric_title, metric_unit
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
-from tadistill.results.files import Arm
+from tadistill.results.study import ArmRecord
 from tadistill.results.units import (
     DASH,
     MINUS,
@@ -16,8 +16,6 @@ from tadistill.results.units import (
     difference_text,
     flops_text,
     interval,
-    metric_title,
-    metric_unit,
     number,
     p_text,
     parameters_text,
@@ -60,14 +58,14 @@ _KINDS: dict[str, _Kind] = {"gain": "gain", "loss": "loss", "equivalent": "none"
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence of the headline; `kind` only decides how a page marks it."""
+    """One sentence of the headline; `kind` only decides how the page marks it."""
 
     kind: _Kind
     text: str
 
 
 def headline(results: Results) -> list[Finding]:
-    """The study in sentences: the verdict on every chain (or on pairs of models), the means, and the cautions."""
+    """Return the study in sentences: the verdict on every chain (or on pairs of models), the means, and the cautions."""
     if not results.summaries:
         findings = [Finding("caution", "No arm has been evaluated yet.")]
     else:
@@ -78,7 +76,7 @@ def headline(results: Results) -> list[Finding]:
 
 
 def _verdicts(results: Results) -> list[Finding]:
-    """One sentence for each chain; without chains, one for each pair of arms, of many those that the best arm decides."""
+    """Return one sentence for each chain. Without chains: one for each pair of arms, or, of many pairs, those with the best arm."""
     decided = {(c.arm, c.other): c for c in comparisons(results)}
     if len(decided) > _PAIRS_IN_WORDS and not any(arm.has_assistant for arm in results.plan.arms):
         return _many_pairs(results, list(decided.values()))
@@ -93,18 +91,18 @@ def _verdicts(results: Results) -> list[Finding]:
 
 
 def _many_pairs(results: Results, decided: list[Comparison]) -> list[Finding]:
-    """What is known of the arms with the highest means; the table of comparisons has all pairs."""
+    """Return sentences about the arms with the highest means; the table of comparisons has all pairs."""
     best = {arm.name for _, arm in (ranked[0] for ranked in _ranked(results))}
     of_best = [c for c in decided if best & {c.arm, c.other}]
     known = [c for c in of_best if c.word != "no evidence"]
     rest = f"{len(of_best) - len(known)} of the {len(of_best)} pairs with {' or '.join(sorted(best))}"
-    text = f"No evidence of a difference in {rest}, after adjustment for all {len(decided)} pairs; the table of comparisons has them."
+    text = f"No evidence of a difference in {rest}, after adjustment for all {len(decided)} pairs; see the table of comparisons."
     findings = [Finding(_KINDS[c.word], verdict_text(results, c)) for c in known]
     return findings + ([Finding("none", text)] if len(known) < len(of_best) else [])
 
 
 def undecided_text(pair: Pair) -> str:
-    """What to say of a chain that is not compared (yet)."""
+    """Return the sentence for a chain that is not compared (yet)."""
     name = f"TA path {pair.arm.path_text} ({pair.arm.name})"
     if pair.other is None:
         return f"{name}: no evidence, because the study has no arm to compare it with; add a direct arm with `compute: as {pair.arm.name}`."
@@ -116,7 +114,7 @@ def _other(against: str, name: str) -> str:
 
 
 def verdict_text(results: Results, c: Comparison) -> str:
-    """A comparison as one sentence, and a second one for what it may be credited to."""
+    """Return a comparison as one sentence, followed by one on whether the path gets the credit."""
     unit = f"{metric_unit(c.metric)} of {metric_title(c.metric)}".lstrip()
     value = f"{signed(c.difference.mean, c.metric)} {unit}, 95 % " + span(c.difference, c.metric).partition("95 % ")[2]
     if c.against == "pair":
@@ -137,7 +135,7 @@ def _word_text(c: Comparison) -> str:
         return f"equivalent, within the margin of ±{number(c.margin, c.metric)}"
     nothing = "no evidence of a difference" if c.against == "pair" else "no evidence of a gain"
     if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
-        return f"{nothing}, because {_seeds(len(c.seeds))} are too few for a claim ({SEEDS_FOR_A_CLAIM} are the least)".replace(
+        return f"{nothing}, because {_seeds(len(c.seeds))} are too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed)".replace(
             "1 seed are", "1 seed is"
         )
     if c.difference.se == 0:
@@ -148,20 +146,20 @@ def _word_text(c: Comparison) -> str:
 
 
 def _power_text(c: Comparison) -> str:
-    """What the design could have seen; with one training seed that is unknown, because training's own spread is."""
+    """Return the difference that the design detects. With one training seed it is unknown, because the spread between seeds is."""
     if c.word != "no evidence" or c.difference.se == 0 or (c.trained and len(c.seeds) < 2):
         return ""
-    return f"an effect of {number(c.detectable, c.metric)} would have been seen with 80 % power"
+    return f"the study detects a difference of {number(c.detectable, c.metric)} with 80 % power"
 
 
 def _credit_text(c: Comparison) -> list[str]:
-    """What a gain may be credited to, with the numbers that decide it."""
+    """Return the sentences that say whether the path gets the credit for a gain, with the numbers that decide it."""
     if c.against == "plain direct":
         return [f"Compute differs: the study has no arm with `compute: as {c.arm}`, so nothing can be credited to the path."]
     if c.credit is None or c.mechanism is None:
         return []
     if c.credit == "credited":
-        return ["The divergence from the teacher is not shown to be worse and the gain is not sharpening, so it is credited to the path."]
+        return ["The gain is credited to the path: it is not sharpening, and the divergence from the teacher is not shown to be worse."]
     if c.credit == "not measured":
         return ["Not credited to the path: divergence from the teacher or a control for sharpening was not measured."]
     worse = [
@@ -175,13 +173,17 @@ def _credit_text(c: Comparison) -> list[str]:
     controls = (("under greedy decoding", c.mechanism.greedy), ("at matched entropy", c.mechanism.matched))
     gone = [f"{where} the difference is {span(d, c.metric)}" for where, d in controls if d is not None and d.low <= 0]
     fell = c.mechanism.entropy is not None and c.mechanism.entropy.high < 0
-    why = "Not credited to the path but to sharpening" if fell else "Not credited to the path, because it cannot be told from sharpening"
+    why = (
+        "Not credited to the path but to sharpening"
+        if fell
+        else "Not credited to the path, because it cannot be distinguished from sharpening"
+    )
     sharpening = f"{why}: {' and '.join(gone)}."
     return [sharpening, f"It is also {farther}."] if worse else [sharpening]
 
 
 def missing_text(results: Results) -> str:
-    """Which evaluations are not finished, and what finishes them."""
+    """Return the sentence that lists the unfinished evaluations and the command that continues them."""
     by_arm: dict[str, list[int]] = {}
     for entry in results.missing:
         by_arm.setdefault(entry.arm, []).append(entry.seed)
@@ -190,8 +192,8 @@ def missing_text(results: Results) -> str:
     return f"{len(results.missing)} of {total} evaluations are not finished: {listed}. `{results.plan.command}` continues where it stopped."
 
 
-def _ranked(results: Results) -> list[list[tuple[Summary, Arm]]]:
-    """The scored arms among those that compete, best first."""
+def _ranked(results: Results) -> list[list[tuple[Summary, ArmRecord]]]:
+    """Return the scored arms of each group of competitors, best first."""
     metric = primary_metric(results)
     groups = [
         [(results.summaries[arm.name, MEAN, metric], arm) for arm in group if (arm.name, MEAN, metric) in results.summaries]
@@ -216,12 +218,14 @@ def _means(results: Results) -> list[Finding]:
         if len(ranked) == 1:
             findings.append(Finding("best", f"The only arm that ends in {arm.model} ({size}) is {text}."))
         else:
-            findings.append(Finding("best", f"Highest mean for {arm.model} ({size}): {text}; the highest of {len(ranked)} is no verdict."))
+            findings.append(
+                Finding("best", f"Highest mean of {len(ranked)} arms for {arm.model} ({size}): {text}. A highest mean is not a verdict.")
+            )
     return findings
 
 
-def sample_text(results: Results, arm: Arm) -> str:
-    """``580 prompts, 5 decoding seeds``, and training seeds where the study trains the arm's model."""
+def sample_text(results: Results, arm: ArmRecord) -> str:
+    """Return ``580 prompts, 5 decoding seeds``, with the training seeds where the study trains the arm's model."""
     metric = primary_metric(results)
     seeds = results.scores[arm.name]
     table = [of_set[metric] for of_set in next(iter(seeds.values())).values() if metric in of_set]
@@ -236,22 +240,22 @@ def _cautions(results: Results) -> list[Finding]:
         texts += caution_texts(c)
     trained = [len(results.scores[arm.name]) for arm in results.plan.arms if arm.is_trained and results.scores[arm.name]]
     if trained and min(trained) < SEEDS_FOR_A_CLAIM:
-        texts.append(f"{_seeds(min(trained))}: too few for a claim ({SEEDS_FOR_A_CLAIM} are the least).")
+        texts.append(f"{_seeds(min(trained))}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).")
     return [Finding("caution", text) for text in texts]
 
 
 def caution_texts(c: Comparison) -> list[str]:
-    """What makes the two sides of a comparison unequal, beside the path."""
+    """Return sentences on what else differs between the two sides of a comparison."""
     texts: list[str] = []
     if c.selection is not None:
         s = c.selection
         text = f"{c.arm} chose among {s.mine} checkpoints on dev, {c.other} among {s.theirs}: "
         if s.inflation is None:
-            text += f"what picking the best of them adds is unknown, because dev did not log {metric_title(c.metric)}."
+            text += f"the gain from selecting the best by chance is unknown, because dev did not log {metric_title(c.metric)}."
         else:
             text += (
-                f"picking on noise adds {number(s.inflation, c.metric, more=1)} {metric_unit(c.metric)} at most "
-                f"(checkpoints on dev spread by {number(s.sigma or 0.0, c.metric, more=1)})."
+                f"selecting the best by chance adds at most {number(s.inflation, c.metric, more=1)} {metric_unit(c.metric)} "
+                f"(standard deviation between checkpoints on dev: {number(s.sigma or 0.0, c.metric, more=1)})."
             )
         texts.append(text)
     if c.decoding_seeds[0] != c.decoding_seeds[1]:

@@ -1,30 +1,33 @@
-"""Finished evaluations of a study -> rows, summaries over seeds, and paired differences.
+"""Finished evaluations of a study: rows, and summaries over training seeds.
 
-Axes in names: S training seeds, N prompts, K decoding seeds. An arm is summarised over the training seeds that are
-finished; whatever is not finished is listed in `Results.missing` and shown by every output.
+Axes in names: S training seeds, N prompts, K decoding seeds. An arm is summarised over the training seeds that are finished.
+Unfinished evaluations are listed in `Results.missing`, and every output shows them.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tadistill.errors import StoreError
-from tadistill.results.files import Arm, Plan, Scores, is_finished, load_corpus, load_plan, load_scores
-from tadistill.statistics import Difference, macro_difference, macro_interval, macro_intervals
+from tadistill.metrics import metric_of, names_in
+from tadistill.results.study import ArmRecord, Scores, StudyPlan, load_corpus, load_plan, load_scores
+from tadistill.statistics import macro_interval, macro_intervals
+from tadistill.store import Store
 
 MEAN = "mean"  # the pseudo-set: the unweighted mean over the test sets that have the metric
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forward_kl", "reverse_kl", "ece_tokens", "ece_labels", "repetition", "self_bleu"})
 
-Numbers = dict[str, dict[str, float]]  # set -> corpus metric -> value
+T = TypeVar("T")
+Numbers = dict[str, dict[str, float]]  # set -> metric of the whole set -> value
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of ``results.json``: low and high are the prompt bootstrap interval within this seed, None for a number of a whole set."""
+    """One number of ``results.json``. Low and high bound the prompt bootstrap interval within this seed; None for a whole-set number."""
 
     arm: str
     model: str
@@ -50,7 +53,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Average:
-    """The same of a number that only a whole set has (perplexity, distinct n-grams, calibration error): no prompts to resample."""
+    """An arm's mean of a whole-set number (perplexity, distinct n-grams, calibration error), which has no prompts to resample."""
 
     mean: float
     per_seed: Mapping[int, float]
@@ -58,69 +61,95 @@ class Average:
 
 @dataclass(frozen=True)
 class Missing:
-    """An evaluation that the plan has and the store has not."""
+    """An evaluation that is in the plan but not finished in the store."""
 
     arm: str
     seed: int
     stage: str
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity, so that what is derived from it can be cached
+@dataclass(frozen=True, eq=False)
 class Results:
-    """Everything a report shows, except curves and samples, which it reads from the store."""
+    """The scores of a study. Rows, summaries and averages are computed when they are first asked for."""
 
-    plan: Plan
-    store_dir: Path
+    study_dir: Path
+    plan: StudyPlan
+    store: Store
     sets: tuple[str, ...]
     metrics: tuple[str, ...]
-    rows: tuple[Row, ...]
-    summaries: Mapping[tuple[str, str, str], Summary]  # (arm, set, metric)
     missing: tuple[Missing, ...]
-    scores: Mapping[str, Mapping[int, Scores]]  # arm -> training seed -> scores, finished ones only
-    averages: Mapping[tuple[str, str, str], Average]  # (arm, set, metric of a whole set)
-    reference_length: Mapping[str, NDArray[np.int64]]  # set -> tokens of each prompt's first reference, (N,)
+    scores: Mapping[str, Mapping[int, Scores]]
+    """Arm -> training seed -> scores, finished ones only."""
+    numbers: Mapping[str, Mapping[int, Numbers]]
+    """Arm -> training seed -> numbers of whole sets."""
+    reference_length: Mapping[str, NDArray[np.int64]]
+    """Set -> tokens of each prompt's first reference, (N,)."""
+    _kept: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
-    def arm(self, name: str) -> Arm:
-        """The plan's arm of that name."""
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows of ``results.json``."""
+        return _rows(self)
+
+    @cached_property
+    def summaries(self) -> Mapping[tuple[str, str, str], Summary]:
+        """(arm, set, metric) -> summary."""
+        return _summaries(self)
+
+    @cached_property
+    def averages(self) -> Mapping[tuple[str, str, str], Average]:
+        """(arm, set, metric of the whole set) -> average."""
+        return _averages(self.sets, self.numbers)
+
+    def arm(self, name: str) -> ArmRecord:
+        """Return the plan's arm of that name."""
         return next(arm for arm in self.plan.arms if arm.name == name)
 
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return `make()`, computed at the first call with this key. It is kept as long as these results are."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]  # type: ignore[return-value]
 
-def read_results(study_dir: Path, store_dir: Path) -> Results:
-    """Reads a study: its plan, and what the store holds of it."""
+
+def read_results(study_dir: Path, store: Store) -> Results:
+    """Read a study: its plan, and its finished evaluations in the store.
+
+    Raises:
+        StoreError: a file is damaged, or two evaluations scored different prompts.
+    """
     plan = load_plan(study_dir)
     scores: dict[str, dict[int, Scores]] = {arm.name: {} for arm in plan.arms}
-    corpus: dict[str, dict[int, Numbers]] = {arm.name: {} for arm in plan.arms}
+    numbers: dict[str, dict[int, Numbers]] = {arm.name: {} for arm in plan.arms}
     lengths: dict[str, NDArray[np.int64]] = {}
     missing: list[Missing] = []
-    read = _Reader(store_dir)
+    read = _Reader(store)
     for arm in plan.arms:
         for seed, key in arm.evaluate.items():
-            if not all(is_finished(store_dir, key) for key in arm.measured_by(seed)):
+            if not all(store.finished(key) for key in arm.measured_by(seed)):
                 missing.append(Missing(arm.name, seed, key))
                 continue
             scores[arm.name][seed] = read.scores(arm, seed)
-            found = load_corpus(store_dir, key)
-            corpus[arm.name][seed] = {name: of_set["numbers"] for name, of_set in found.items()}
+            found = load_corpus(store, key)
+            numbers[arm.name][seed] = {name: of_set["numbers"] for name, of_set in found.items()}
             for name, of_set in found.items():
                 lengths.setdefault(name, np.asarray(of_set["reference_length"], dtype=np.int64))
     all_tables = [tables for by_seed in scores.values() for tables in by_seed.values()]
     sets = tuple(dict.fromkeys(name for tables in all_tables for name in tables))
     metrics = tuple(dict.fromkeys(metric for tables in all_tables for table in tables.values() for metric in table))
     _check_prompts(read.loaded)
-    rows = _rows(plan, scores, corpus, sets)
-    results = Results(plan, store_dir, sets, metrics, rows, {}, tuple(missing), scores, _averages(sets, corpus), lengths)
-    return replace(results, summaries=_summaries(results))
+    return Results(study_dir, plan, store, sets, metrics, tuple(missing), scores, numbers, lengths)
 
 
 class _Reader:
-    """Reads each stage once: arms may share a model, and so its evaluation."""
+    """Read each stage once, because arms may share a model and its evaluation."""
 
-    def __init__(self, store_dir: Path):
-        self.store_dir = store_dir
+    def __init__(self, store: Store):
+        self.store = store
         self.loaded: dict[str, Scores] = {}
 
-    def scores(self, arm: Arm, seed: int) -> Scores:
-        """The union of an arm's stages; another decoding's metrics are named METRIC@DECODING."""
+    def scores(self, arm: ArmRecord, seed: int) -> Scores:
+        """Return the scores of all stages that measure the arm; metrics of another decoding are named METRIC@DECODING."""
         found = {name: dict(table) for name, table in self._of(arm.evaluate[seed]).items()}
         if seed in arm.analyse:
             for name, table in self._of(arm.analyse[seed]).items():
@@ -132,93 +161,36 @@ class _Reader:
 
     def _of(self, key: str) -> Scores:
         if key not in self.loaded:
-            self.loaded[key] = load_scores(self.store_dir, key)
+            self.loaded[key] = load_scores(self.store, key)
         return self.loaded[key]
 
 
 def primary_metric(results: Results) -> str:
-    """The metric that the headline, the forest plot and the path picture speak about."""
-    return "fact_accuracy" if "fact_accuracy" in results.metrics else "rouge_l"
+    """Return the metric of the headline, the forest plots and the picture of paths."""
+    return next((name for name in names_in("quality") if name in results.metrics), "rouge_l")
 
 
 def seeds_of(results: Results) -> tuple[int, ...]:
-    """The training seeds that the plan asks for."""
+    """Return the training seeds of the plan."""
     return tuple(sorted({seed for arm in results.plan.arms for seed in arm.evaluate}))
 
 
 def sets_with(results: Results, metric: str) -> tuple[str, ...]:
-    """The test sets on which any arm has the metric: those that `MEAN` averages."""
+    """Return the test sets on which any arm has the metric: the sets that `MEAN` averages."""
     tables = [table for by_seed in results.scores.values() for table in by_seed.values()]
     return tuple(name for name in results.sets if any(metric in table.get(name, {}) for table in tables))
 
 
-@lru_cache(maxsize=4096)
-def compare(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> tuple[Difference, tuple[int, ...]] | None:
-    """``arm - other`` on a set or the mean over sets, paired by training seed and prompt; None without a common seed."""
-    sets = sets_with(results, metric) if set_name == MEAN else (set_name,)
-    common = common_seeds(results, arm, other, sets, metric)
-    if not common:
-        return None
-    stacks = [[stack(results, name, common, member, metric) for member in sets] for name in (arm, other)]
-    return macro_difference(*stacks), common
-
-
-def common_seeds(results: Results, arm: str, other: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
-    """The training seeds that both arms have the metric for on all the sets; empty where no set has it."""
-    mine, theirs = (_complete_seeds(results, name, sets, metric) for name in (arm, other))
-    return tuple(seed for seed in mine if seed in theirs) if sets else ()
-
-
-def differences_per_seed(results: Results, arm: str, other: str, metric: str) -> dict[int, float]:
-    """Each common training seed's own ``arm - other`` on the mean over sets."""
-    sets = sets_with(results, metric)
-    seeds = common_seeds(results, arm, other, sets, metric)
-    if not seeds:
-        return {}
-    mine_S, theirs_S = (np.mean([stack(results, n, seeds, m, metric).mean(axis=(1, 2)) for m in sets], axis=0) for n in (arm, other))
-    return {seed: float(value) for seed, value in zip(seeds, mine_S - theirs_S, strict=True)}
-
-
-def difference(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> Difference | None:
-    """``arm - other`` as in `compare`, without the seeds that it rests on."""
-    compared = compare(results, arm, other, metric, set_name)
-    return compared[0] if compared else None
-
-
-def twin_of(results: Results, chain: Arm) -> Arm | None:
-    """The direct arm that was given the chain's compute: ``compute: as CHAIN``."""
-    return next((arm for arm in results.plan.arms if arm.compute == f"as {chain.name}" and arm.is_plain), None)
-
-
-def direct_arm(results: Results, arm: Arm) -> Arm | None:
-    """The first plain direct arm (original teacher > student, no extra compute) for the same student; for a chain or a twin of the same
-    method."""
-    candidates = [a for a in results.plan.arms if len(a.path) == 2 and a.is_plain and a.model == arm.model and a.compute is None]
-    if len(arm.path) > 1:
-        head = results.plan.teacher or arm.path[0]
-        candidates = [a for a in candidates if a.path[0] == head]
-    like = [a for a in candidates if a.method == arm.method] if arm.has_assistant or arm.compute else []
-    return next(iter([*like, *candidates]), None)
-
-
-def ladder(results: Results, arm: Arm) -> tuple[str, ...]:
-    """The models of a chain's error budget, from the original teacher down to the student."""
-    teacher = results.plan.teacher
-    return arm.path if teacher is None or teacher in arm.path else (teacher, *arm.path)
-
-
-def _rows(
-    plan: Plan, scores: Mapping[str, Mapping[int, Scores]], corpus: Mapping[str, Mapping[int, Numbers]], sets: tuple[str, ...]
-) -> tuple[Row, ...]:
-    rows: list[Row] = []
-    intervals = _intervals(plan, scores)
+def _rows(results: Results) -> tuple[Row, ...]:
+    plan, rows = results.plan, []
+    intervals = _intervals(plan, results.scores)
     for arm in plan.arms:
-        for seed, tables in sorted(scores[arm.name].items()):
-            for set_name in (name for name in sets if name in tables):
+        for seed, tables in sorted(results.scores[arm.name].items()):
+            for set_name in (name for name in results.sets if name in tables):
                 found: dict[str, tuple[float, float | None, float | None]] = {}
                 for metric, values_NK in tables[set_name].items():
                     found[metric] = (float(values_NK.mean()), *intervals[_stage(arm, seed, metric), set_name, metric])
-                found |= {metric: (value, None, None) for metric, value in corpus[arm.name][seed].get(set_name, {}).items()}
+                found |= {metric: (value, None, None) for metric, value in results.numbers[arm.name][seed].get(set_name, {}).items()}
                 for metric, (value, low, high) in found.items():
                     rows.append(
                         Row(
@@ -237,8 +209,8 @@ def _rows(
     return tuple(rows)
 
 
-def _intervals(plan: Plan, scores: Mapping[str, Mapping[int, Scores]]) -> dict[tuple[str, str, str], tuple[float, float]]:
-    """(stage, set, metric) -> the interval within one seed. Arms may share a model, and so its evaluation."""
+def _intervals(plan: StudyPlan, scores: Mapping[str, Mapping[int, Scores]]) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """Map (stage, set, metric) to the interval within one seed. Arms may share a model and its evaluation."""
     values: dict[tuple[str, str, str], NDArray[np.float64]] = {}
     for arm in plan.arms:
         for seed, tables in scores[arm.name].items():
@@ -251,11 +223,11 @@ def _rounded(value: float) -> float:
     return round(float(value), 6) + 0.0
 
 
-def _stage(arm: Arm, seed: int, metric: str) -> str:
-    """The stage that measured a metric."""
+def _stage(arm: ArmRecord, seed: int, metric: str) -> str:
+    """Return the key of the stage that measured a metric."""
     if "@" in metric:
         return arm.also[metric.rpartition("@")[2]][seed]
-    return arm.analyse[seed] if metric in ("forward_kl", "reverse_kl") or metric.startswith("budget/") else arm.evaluate[seed]
+    return arm.analyse[seed] if metric_of(metric).stage == "analyse" else arm.evaluate[seed]
 
 
 def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
@@ -267,7 +239,7 @@ def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
         groups = [(name, (name,)) for name in with_metric] + [(MEAN, with_metric)]
         for name, members in groups:
             for arm in results.plan.arms:
-                seeds = _complete_seeds(results, arm.name, members, metric)
+                seeds = complete_seeds(results, arm.name, members, metric)
                 if not seeds:
                     continue
                 address = (metric, members, seeds, *(_stage(arm, seed, metric) for seed in seeds))
@@ -281,7 +253,7 @@ def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
 
 
 def summarise(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int]) -> Summary:
-    """The unweighted mean of several sets' means with its interval; axis 0 runs over the seeds."""
+    """Return the unweighted mean of several sets' means with its interval; axis 0 runs over the seeds."""
     return _summary(strata_SNK, seeds, *macro_interval(strata_SNK))
 
 
@@ -291,14 +263,14 @@ def _summary(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int], lo
     return Summary(float(means_S.mean()), low, high, per_seed)
 
 
-def _averages(sets: tuple[str, ...], corpus: Mapping[str, Mapping[int, Numbers]]) -> dict[tuple[str, str, str], Average]:
-    """Means over training seeds, per set and over the sets that have the metric."""
+def _averages(sets: tuple[str, ...], numbers: Mapping[str, Mapping[int, Numbers]]) -> dict[tuple[str, str, str], Average]:
+    """Return means over training seeds, per set and over the sets that have the metric."""
     averages: dict[tuple[str, str, str], Average] = {}
-    tables = [numbers for by_seed in corpus.values() for numbers in by_seed.values()]
-    for metric in dict.fromkeys(metric for numbers in tables for table in numbers.values() for metric in table):
-        having = [name for name in sets if any(metric in numbers.get(name, {}) for numbers in tables)]
+    tables = [of_seed for by_seed in numbers.values() for of_seed in by_seed.values()]
+    for metric in dict.fromkeys(metric for of_seed in tables for table in of_seed.values() for metric in table):
+        having = [name for name in sets if any(metric in of_seed.get(name, {}) for of_seed in tables)]
         for name, members in [*((name, [name]) for name in having), (MEAN, having)]:
-            for arm, by_seed in corpus.items():
+            for arm, by_seed in numbers.items():
                 complete = {seed: n for seed, n in sorted(by_seed.items()) if all(metric in n.get(m, {}) for m in members)}
                 per_seed = {seed: float(np.mean([n[m][metric] for m in members])) for seed, n in complete.items()}
                 if per_seed:
@@ -306,20 +278,20 @@ def _averages(sets: tuple[str, ...], corpus: Mapping[str, Mapping[int, Numbers]]
     return averages
 
 
-def _complete_seeds(results: Results, arm: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
-    """The arm's finished seeds that have the metric on all the sets: a mean over fewer sets would not compare."""
+def complete_seeds(results: Results, arm: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
+    """Return the arm's finished seeds that have the metric on all the sets, because a mean over fewer sets cannot be compared."""
     by_seed = results.scores[arm]
     return tuple(seed for seed in sorted(by_seed) if all(metric in by_seed[seed].get(name, {}) for name in sets))
 
 
 def stack(results: Results, arm: str, seeds: Sequence[int], set_name: str, metric: str) -> NDArray[np.float64]:
-    """(S, N, 1): decoding seeds are averaged here, because arms need not have the same number of them."""
+    """Return an arm's scores on one set, (S, N, 1). Decoding seeds are averaged, because arms may differ in their number."""
     by_seed = results.scores[arm]
     return np.stack([by_seed[seed][set_name][metric].mean(axis=1, keepdims=True) for seed in seeds])
 
 
 def _check_prompts(loaded: Mapping[str, Scores]) -> None:
-    """Pairing needs the same prompts everywhere; a set that changed its size between evaluations is an error."""
+    """Raise where a set has another number of prompts in another evaluation, because differences are paired by prompt."""
     first: dict[tuple[str, str], tuple[int, str]] = {}
     for key, tables in loaded.items():
         for set_name, table in tables.items():

@@ -1,22 +1,23 @@
-"""Training logs of a study as curves: per arm and per intermediate stage, each seed and the mean over seeds."""
+"""Curves of a study: training logs, exposure bias by position, and calibration by confidence."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from tadistill.metrics import LOGS
 from tadistill.plan.specs import TRAINING
 from tadistill.results.collect import Results
-from tadistill.results.files import Arm, is_finished, load_metrics
+from tadistill.results.study import ArmRecord, load_corpus, load_exposure, load_metrics
 
-METRICS = (
-    *("dev/fact_accuracy", "dev/rouge_l", "dev/loss", "train/loss"),
-    *("rollout/reverse_kl", "rollout/length", "rollout/entropy", "rollout/repetition"),
-)
-"""In the order of the panels."""
 _POINTS = 120  # averaging into so many bins calms the training loss and keeps the page small
 
+FEW = 10  # answers: a mean over fewer is drawn dotted
+_LONGEST = 256  # positions drawn
+
+Array = NDArray[np.float64]
 Series = tuple[list[int], list[float]]  # steps, values
 
 
@@ -32,7 +33,7 @@ class Curve:
 
 
 def learning_curves(results: Results) -> list[Curve]:
-    """The curves of all finished training stages; arms first, in the plan's order."""
+    """Return the curves of all finished training stages; arms first, in the plan's order."""
     groups: dict[tuple[str | None, str], dict[int, str]] = {}
     finals: set[str] = set()
     for arm in results.plan.arms:
@@ -45,8 +46,8 @@ def learning_curves(results: Results) -> list[Curve]:
             groups.setdefault((None, _without_seed(stage.label)), {})[stage.seed] = stage.key
     curves: list[Curve] = []
     for (arm_name, name), keys in groups.items():
-        logs = {s: load_metrics(results.store_dir, k) for s, k in keys.items() if is_finished(results.store_dir, k)}
-        for metric in METRICS:
+        logs = {s: load_metrics(results.store, k) for s, k in keys.items() if results.store.finished(k)}
+        for metric in LOGS:
             by_seed = {seed: log[metric] for seed, log in logs.items() if metric in log}
             if by_seed:
                 seeds = {seed: _thinned(points) for seed, points in by_seed.items()}
@@ -54,13 +55,13 @@ def learning_curves(results: Results) -> list[Curve]:
     return curves
 
 
-def last_dev_value(results: Results, arm: Arm, model: str, metric: str) -> float | None:
-    """The mean over seeds of a model's last dev value on the arm's path; None where no stage logged one."""
+def last_dev_value(results: Results, arm: ArmRecord, model: str, metric: str) -> float | None:
+    """Return the mean over seeds of a model's last dev value on the arm's path; None where no stage logged one."""
     last: dict[int, float] = {}
     for stage in results.plan.stages:  # a model's distillation comes after its fine-tuning, and so wins
         trains_it = arm.name in stage.arms and stage.model == model and stage.kind in TRAINING
-        if trains_it and is_finished(results.store_dir, stage.key):
-            points = load_metrics(results.store_dir, stage.key).get(f"dev/{metric}")
+        if trains_it and results.store.finished(stage.key):
+            points = load_metrics(results.store, stage.key).get(f"dev/{metric}")
             if points:
                 last[stage.seed] = points[max(points)]
     return float(np.mean(list(last.values()))) if last else None
@@ -71,7 +72,7 @@ def _without_seed(label: str) -> str:
 
 
 def _mean(by_seed: Mapping[int, dict[int, float]]) -> dict[int, float]:
-    """Over the steps that all seeds have: a mean over changing seeds would jump."""
+    """Average over the seeds at the steps that all of them have, because a mean over changing seeds would jump."""
     common = set.intersection(*(set(points) for points in by_seed.values()))
     return {step: float(np.mean([points[step] for points in by_seed.values()])) for step in sorted(common)}
 
@@ -84,3 +85,95 @@ def _thinned(points: Mapping[int, float]) -> Series:
         steps = np.add.reduceat(steps, edges) // widths
         values = np.add.reduceat(values, edges) / widths
     return [int(step) for step in steps], [round(float(value), 5) for value in values]
+
+
+# --- exposure bias ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """Exposure bias (ExAccErr) in per cent by position, from 1: the mean over seeds and each seed.
+
+    From `solid` positions on, fewer than `FEW` answers of some seed reach the position.
+    """
+
+    mean: Array
+    seeds: Mapping[int, Array]
+    solid: int
+
+
+def exposures(results: Results) -> Mapping[str, Exposure]:
+    """Return each arm's exposure bias over all sets; a position is weighted by the number of answers that reach it."""
+    found: dict[str, Exposure] = {}
+    for arm in results.plan.arms:
+        by_seed: dict[int, Array] = {}
+        solid: list[int] = []
+        for seed in (seed for seed in sorted(results.scores[arm.name]) if seed in arm.analyse):
+            by_set = load_exposure(results.store, arm.analyse[seed])
+            (student, n_student), (teacher, n_teacher) = (
+                _pooled([entry[who] for entry in by_set.values()]) for who in ("student", "teacher")
+            )
+            length = min(len(student), len(teacher), _LONGEST)
+            by_seed[seed] = accumulated_error(student[:length], teacher[:length])
+            solid.append(int(np.argmin(np.append(np.minimum(n_student[:length], n_teacher[:length]), 0) >= FEW)))
+        length = min(map(len, by_seed.values()), default=0)
+        if length:
+            mean = np.mean([values[:length] for values in by_seed.values()], axis=0)
+            found[arm.name] = Exposure(mean, by_seed, min(*solid, length))
+    return found
+
+
+def accumulated_error(student_L: Array, teacher_L: Array) -> Array:
+    """Return ExAccErr(l) = 100 (R(l) - E(l)) / E(l), where R and E sum the KL up to l on the student's and the teacher's prefixes.
+
+    Source: MiniLLM, section 3.6; E(l) is the paper's l eps(l). Positions before the teacher's sum is positive are NaN.
+    """
+    risk, expected = np.cumsum(student_L), np.cumsum(teacher_L)
+    positive = expected > 0
+    return np.where(positive, 100 * (risk - expected) / np.where(positive, expected, 1.0), np.nan)
+
+
+def _pooled(entries: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Array, Array]:
+    """Return KL and count by position over several sets; positions that no answer reaches are cut off."""
+    length = max(len(entry["kl"]) for entry in entries)
+    total, count = np.zeros(length), np.zeros(length)
+    for entry in entries:
+        n = np.asarray(entry["count"], dtype=np.float64)
+        total[: len(n)] += n * np.asarray(entry["kl"], dtype=np.float64)
+        count[: len(n)] += n
+    reached = int(np.argmin(np.append(count, 0) > 0))
+    return total[:reached] / count[:reached], count[:reached]
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """The non-empty bins of an arm over all sets and seeds: mean confidence and share of correct predictions, in per cent."""
+
+    confidence: Array
+    correct: Array
+    count: Array
+
+
+def reliabilities(results: Results, what: str) -> Mapping[str, Reliability]:
+    """Return each arm's bins of ``tokens`` (the next token of the reference) or ``labels`` (the chosen answer)."""
+    found: dict[str, Reliability] = {}
+    for arm in results.plan.arms:
+        tables = [
+            of_set["calibration"][what]
+            for seed in sorted(results.scores[arm.name])
+            for of_set in load_corpus(results.store, arm.evaluate[seed]).values()
+            if what in of_set.get("calibration", {})
+        ]
+        if not tables:
+            continue
+        count, confidence, correct = (
+            np.array([table[part] for table in tables], dtype=np.float64) for part in ("count", "confidence", "correct")
+        )
+        total = count.sum(axis=0)
+        held = total > 0
+        sure, right = (100 * (count * part).sum(axis=0)[held] / total[held] for part in (confidence, correct))
+        found[arm.name] = Reliability(sure, right, total[held])
+    return found

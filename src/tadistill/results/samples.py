@@ -1,11 +1,17 @@
-"""Answers of all arms to the same prompts, side by side: the data behind the page's sample browser."""
+"""Answers of a study: those of all arms to the same prompts, side by side, and the judgements about them."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from tadistill.disk import read_json
+from tadistill.errors import StoreError
+from tadistill.metrics import metric_title
 from tadistill.results.collect import Results
-from tadistill.results.files import load_predictions
-from tadistill.results.units import metric_title, number
+from tadistill.results.study import load_predictions
+from tadistill.results.units import number
 from tadistill.results.verdict import comparisons
 
 _PROMPTS = 50  # of each set at most: enough to read and search
@@ -16,16 +22,16 @@ Samples = dict[str, list[dict[str, Any]]]
 
 
 def samples(results: Results) -> Samples:
-    """Set -> the first prompts, each with its references and every arm's answer.
+    """Return the first prompts of each set, each with its references and every arm's answer.
 
-    Of each arm, the first finished training seed and its first decoding seed: no choice that could flatter one.
+    The answers are those of an arm's first finished training seed and its first decoding seed, so that none is picked by its quality.
     """
     by_set: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in results.sets}
     for arm in results.plan.arms:
         finished = results.scores[arm.name]
         if not finished:
             continue
-        for row in _first_answers(load_predictions(results.store_dir, arm.evaluate[min(finished)])):
+        for row in _first_answers(load_predictions(results.store, arm.evaluate[arm.first_seed(finished)])):
             prompt = by_set[row["set"]].setdefault(
                 row["index"],
                 {"index": row["index"], "prompt": row["prompt"], "references": row["references"], "answers": {}},
@@ -37,7 +43,7 @@ def samples(results: Results) -> Samples:
 
 
 def shown_first(results: Results) -> list[str]:
-    """The arms whose answers are open at first: up to four all, else the first that are compared with each other."""
+    """Return the arms whose answers are shown at first: all of up to four, else the first two that are compared."""
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
     if len(names) <= 4:
         return names
@@ -46,7 +52,7 @@ def shown_first(results: Results) -> list[str]:
 
 
 def _how_many(found: Samples) -> int:
-    """As many prompts of each set as fit into `_BYTES`: the same number, so that sets are shown alike."""
+    """Return the number of prompts of each set that fit into `_BYTES`, the same for all sets."""
     size = 0
     for count in range(_PROMPTS):
         size += sum(len(json.dumps(prompts[count], ensure_ascii=False).encode()) for prompts in found.values() if count < len(prompts))
@@ -56,7 +62,7 @@ def _how_many(found: Samples) -> int:
 
 
 def _first_answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each set, the rows of the lowest indices under the lowest decoding seed."""
+    """Return the rows of each set's lowest decoding seed with the lowest indices."""
     chosen: list[dict[str, Any]] = []
     for name in dict.fromkeys(row["set"] for row in rows):
         of_set = [row for row in rows if row["set"] == name]
@@ -67,6 +73,70 @@ def _first_answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _scores(row: dict[str, Any]) -> str:
-    """``ROUGE-L 31.2 · answer length 14.0``, with what the row has."""
+    """Return the scores of a row in words, such as ``ROUGE-L 31.2 · answer length 14.0``."""
     shown = ("fact_accuracy", "rouge_l", "length")
     return " · ".join(f"{metric_title(m)} {number(row[m], m)}" for m in shown if row.get(m) is not None)
+
+
+# --- judgements -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One judge's table; `rows` start with an arm (or a pair) and a set."""
+
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def judgements(study_dir: Path) -> list[Judgement]:
+    """Return all judgements of a study, by file name: comparisons first, then scores; empty where there are none."""
+    found: list[Judgement] = []
+    for path in sorted((study_dir / "judge").glob("judge-*.json")):
+        content = read_json(path)
+        try:
+            found += _tables(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}): delete it and run `tadistill judge` again") from error
+    return found
+
+
+def _tables(content: Mapping[str, Any]) -> list[Judgement]:
+    pairs = [row for row in content["rows"] if "wins" in row]
+    scores = [row for row in content["rows"] if "score" in row]
+    note = "Intervals are 95 %." + _gaps(content)
+    tables: list[Judgement] = []
+    if pairs:
+        columns = ("arm against other", "set", "wins – ties – losses", "win rate (%)", "95 % interval", "prompts")
+        tables.append(Judgement(f"Pairs, judged by {content['judge']}", note, columns, tuple(map(_pair, pairs))))
+    if scores:
+        columns = ("arm", "set", "score", "95 % interval", "prompts")
+        tables.append(Judgement(f"Scores by {content['judge']} ({content['mode']})", note, columns, tuple(map(_score, scores))))
+    return tables or [Judgement(f"{content['judge']} ({content['mode']}) gave no usable reply", _gaps(content), (), ())]
+
+
+def _gaps(content: Mapping[str, Any]) -> str:
+    """Return sentences on unreadable and missing replies of the judge, if any."""
+    texts: list[str] = []
+    for key, what in (("unparsed", "could not be read"), ("missing", "are missing")):
+        value = content.get(key, 0)
+        count = len(value) if isinstance(value, Sequence) else int(value)
+        if count:
+            texts.append(f" {count} replies of the judge {what}.")
+    return "".join(texts)
+
+
+def _pair(row: Mapping[str, Any]) -> tuple[str, ...]:
+    outcome = f"{row['wins']} – {row['ties']} – {row['losses']}"
+    return (f"{row['arm']} against {row['other']}", row["set"], outcome, *_span(row, "win_rate"), str(row["n"]))
+
+
+def _score(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (row["arm"], row["set"], *_span(row, "score"), str(row["n"]))
+
+
+def _span(row: Mapping[str, Any], what: str) -> tuple[str, str]:
+    low, high = row["low"], row["high"]
+    return f"{row[what]:.2f}", "" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"

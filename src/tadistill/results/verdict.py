@@ -1,30 +1,28 @@
-"""What a study decides: every chain against its equal-compute twin, and one word for the outcome.
+"""Decide each comparison of a study in one word: every chain against its equal-compute twin.
 
-The rule. A difference of the primary metric (mean over sets, paired by training seed and prompt) is a `gain` or a `loss` when
-its 95 % interval excludes 0 and its p-value, adjusted by Holm over all comparisons of the study, is below 0.05. It is
-`equivalent` when two one-sided tests place it inside the recipe's margin. Anything else, and anything with fewer than
-three training seeds, is `no evidence`. A gain is credited to the path only when the divergence from the original teacher
-is not worse and the gain is not sharpening (`tadistill.results.sharpening`).
+A difference of the primary metric (mean over sets, paired by training seed and prompt) is a `gain` or a `loss` when its 95 % interval
+excludes 0 and its p-value, adjusted by Holm over all comparisons of the study, is below 0.05. It is `equivalent` when two one-sided tests
+place it inside the recipe's margin. Anything else, and anything with fewer than three training seeds, is `no evidence`. A gain is credited
+to the path only when the divergence from the original teacher is not worse and the gain is not sharpening (`tadistill.results.compare`).
 
 A study without chains compares its models in pairs instead.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import combinations
 from typing import Literal
 
 import numpy as np
 
-from tadistill.results.collect import Results, compare, differences_per_seed, direct_arm, primary_metric, sets_with, twin_of
-from tadistill.results.files import Arm, is_finished, load_metrics
-from tadistill.results.sharpening import Mechanism, mechanism
+from tadistill.results.collect import Results, primary_metric, sets_with
+from tadistill.results.compare import Mechanism, compare, differences_per_seed, direct_of, mechanism, twin_of
+from tadistill.results.study import ArmRecord, load_metrics
 from tadistill.statistics import Difference, SignFlip, equivalent, holm, minimum_detectable_effect, sign_flip
 from tadistill.statistics import inflation as inflation_of
 
 SEEDS_FOR_A_CLAIM = 3
 _ALPHA = 0.05
-_SEEDS_FOR_SIGNS = 6  # from here on a bootstrap over seeds needs no exact test beside it
+_SEEDS_FOR_SIGNS = 6  # with this many seeds the exact test adds nothing to the bootstrap
 
 Word = Literal["gain", "loss", "equivalent", "no evidence"]
 Against = Literal["equal compute", "plain direct", "pair"]
@@ -33,10 +31,10 @@ Credit = Literal["credited", "sharpening", "farther from the teacher", "not meas
 
 @dataclass(frozen=True)
 class Selection:
-    """How many dev checkpoints the two sides chose among, and what the difference can add by picking on noise.
+    """The numbers of dev checkpoints that the two sides selected from, and the gain from selecting the best by chance.
 
-    ``sigma`` is the spread of the primary metric between the later half of the checkpoints on dev. It holds what
-    training still changed, so ``inflation`` is an upper bound; both are None where dev did not log the metric.
+    ``sigma`` is the spread of the primary metric between the later half of the checkpoints on dev. It includes changes by
+    training, so ``inflation`` is an upper bound; both are None where dev did not log the metric.
     """
 
     mine: int
@@ -47,7 +45,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One paired difference ``arm - other`` of the primary metric on the mean over sets, and what follows from it."""
+    """One paired difference ``arm - other`` of the primary metric on the mean over sets, with its tests and its verdict."""
 
     arm: str
     other: str
@@ -57,79 +55,82 @@ class Comparison:
     n_prompts: int
     seeds: tuple[int, ...]
     trained: bool
-    """False when neither model was trained here: then prompts are all there is to resample, and seeds are no training seeds."""
+    """False when neither model was trained here: then only prompts vary, and seeds are no training seeds."""
     difference: Difference
     per_seed: dict[int, float]
     p_holm: float
     family: int
-    """How many comparisons Holm's adjustment was made over."""
+    """Number of comparisons in Holm's adjustment."""
     sign_flip: SignFlip | None
-    """Of trained arms with 2 to 5 common seeds."""
+    """Only for trained arms with 2 to 5 common seeds."""
     margin: float
     equivalent: bool
     detectable: float
-    """The true difference that this design finds with 80 % power."""
+    """The true difference that this design detects with 80 % power."""
     word: Word
     selection: Selection | None
-    """Only where the arm chose among more checkpoints than the other."""
+    """Only where the arm selected from more checkpoints than the other."""
     decoding_seeds: tuple[int, int]
     planned_seeds: tuple[tuple[int, ...], tuple[int, ...]]
     mechanism: Mechanism | None
     """None for pairs of a study without chains."""
     credit: Credit | None
-    """Of gains over an equal-compute twin."""
+    """Only for gains over an equal-compute twin."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two arms that the study compares; `other` is None for a chain that has nothing to be compared with."""
+    """Two arms that the study compares; `other` is None for a chain without an arm to compare it with."""
 
-    arm: Arm
-    other: Arm | None
+    arm: ArmRecord
+    other: ArmRecord | None
     against: Against
 
 
 def pairs(results: Results) -> list[Pair]:
-    """Every chain and what it is compared with; without chains, all pairs of models that compete."""
+    """Return every chain with the arm that it is compared with; without chains, all pairs of competing models."""
     chains = [arm for arm in results.plan.arms if arm.has_assistant]
     if chains:
         return [_chain_pair(results, chain) for chain in chains]
     return [Pair(a, b, "pair") for group in competitors(results) for a, b in combinations(group, 2)]
 
 
-def competitors(results: Results) -> list[list[Arm]]:
-    """The arms that end in one model, for every such model but the teacher; all of them where the study trains nothing."""
+def competitors(results: Results) -> list[list[ArmRecord]]:
+    """Return the arms in groups that end in the same model, without the teacher's; one group where the study trains nothing."""
     if not any(arm.is_trained for arm in results.plan.arms):
         return [list(results.plan.arms)]
-    groups: dict[str, list[Arm]] = {}
+    groups: dict[str, list[ArmRecord]] = {}
     for arm in results.plan.arms:
         if arm.path != (results.plan.teacher,):
             groups.setdefault(arm.model, []).append(arm)
     return list(groups.values())
 
 
-def _chain_pair(results: Results, chain: Arm) -> Pair:
+def _chain_pair(results: Results, chain: ArmRecord) -> Pair:
     twin = twin_of(results, chain)
-    return Pair(chain, twin, "equal compute") if twin else Pair(chain, direct_arm(results, chain), "plain direct")
+    return Pair(chain, twin, "equal compute") if twin else Pair(chain, direct_of(results, chain), "plain direct")
 
 
-@lru_cache(maxsize=1)
 def comparisons(results: Results) -> tuple[Comparison, ...]:
-    """The comparisons of all pairs that share a finished seed, in the plan's order."""
+    """Return the comparisons of all pairs that share a finished seed, in the plan's order."""
+    return results.once("comparisons", lambda: _comparisons(results))
+
+
+def _comparisons(results: Results) -> tuple[Comparison, ...]:
     metric = primary_metric(results)
-    found: list[tuple[Pair, Arm, Difference, tuple[int, ...]]] = []
+    found: list[tuple[Pair, ArmRecord, Difference, tuple[int, ...]]] = []
     for pair in pairs(results):
         compared = compare(results, pair.arm.name, pair.other.name, metric) if pair.other else None
         if pair.other and compared:
             found.append((pair, pair.other, *compared))
-    # pairs that are not finished count too: a verdict must not be taken back when they are
+    # unfinished pairs count too, so that finishing them cannot reverse a verdict
     family = max(len(found), sum(pair.other is not None for pair in pairs(results)))
     adjusted = holm([difference.p for _, _, difference, _ in found] + [1.0] * (family - len(found))) if found else []
     return tuple(_comparison(results, *entry, p_holm, family) for entry, p_holm in zip(found, adjusted, strict=False))
 
 
 def _comparison(
-    results: Results, pair: Pair, other: Arm, difference: Difference, seeds: tuple[int, ...], p_holm: float, family: int
+    results: Results, pair: Pair, other: ArmRecord, difference: Difference, seeds: tuple[int, ...], p_holm: float, family: int
 ) -> Comparison:
     arm, metric, margin = pair.arm, primary_metric(results), results.plan.margin
     trained = arm.is_trained or other.is_trained
@@ -175,7 +176,7 @@ def _word(difference: Difference, p_holm: float, inside: bool, *, enough: bool) 
 
 
 def _credit(why: Mechanism) -> Credit:
-    """Whether a gain belongs to the path. What was not measured credits nothing."""
+    """Return whether the path gets the credit for a gain; a control that was not measured never gives credit."""
     divergences, controls = (why.forward_kl, why.reverse_kl), [d for d in (why.greedy, why.matched) if d is not None]
     if any(d.low <= 0 for d in controls):
         return "sharpening"
@@ -186,7 +187,7 @@ def _credit(why: Mechanism) -> Credit:
     return "credited"
 
 
-def _selection(results: Results, arm: Arm, other: Arm, seeds: tuple[int, ...], metric: str) -> Selection | None:
+def _selection(results: Results, arm: ArmRecord, other: ArmRecord, seeds: tuple[int, ...], metric: str) -> Selection | None:
     mine, theirs = (checkpoints_seen(results, a, seeds[0]) for a in (arm, other))
     if mine <= theirs:
         return None
@@ -195,18 +196,18 @@ def _selection(results: Results, arm: Arm, other: Arm, seeds: tuple[int, ...], m
     return Selection(mine, theirs, sigma, best)
 
 
-def checkpoints_seen(results: Results, arm: Arm, seed: int) -> int:
-    """Dev evaluations that an arm's whole path chose among, for one training seed; 0 where nothing was selected."""
+def checkpoints_seen(results: Results, arm: ArmRecord, seed: int) -> int:
+    """Return the number of dev evaluations that an arm's whole path selected from, for one training seed; 0 without selection."""
     return sum(stage.checkpoints for stage in results.plan.ancestors(arm.final[seed]))
 
 
-def _spread_on_dev(results: Results, arms: tuple[Arm, Arm], seeds: tuple[int, ...], metric: str) -> float | None:
-    """Root mean square over arms and seeds of the sample deviation of the later half of the dev values."""
+def _spread_on_dev(results: Results, arms: tuple[ArmRecord, ArmRecord], seeds: tuple[int, ...], metric: str) -> float | None:
+    """Return the root mean square over arms and seeds of the standard deviation of the later half of the dev values."""
     variances: list[float] = []
     for key in (arm.final[seed] for arm in arms for seed in seeds):
-        if key is None or not is_finished(results.store_dir, key):
+        if key is None or not results.store.finished(key):
             continue
-        values = list(load_metrics(results.store_dir, key).get(f"dev/{metric}", {}).values())
+        values = list(load_metrics(results.store, key).get(f"dev/{metric}", {}).values())
         later = values[len(values) // 2 :] if len(values) > 3 else values
         if len(later) > 1:
             variances.append(float(np.var(later, ddof=1)))

@@ -10,6 +10,7 @@ import yaml
 from rich.table import Table
 
 from tadistill.config import Recipe
+from tadistill.config.arm import path_text
 from tadistill.disk import write_json, write_text
 from tadistill.search import ModelPath, Round, path_name
 from tadistill.statistics import expected_best_of, undominated
@@ -108,7 +109,7 @@ def choice_table(choice: Choice) -> Table:
         seeds = f"{min(tried.values):.4g} … {max(tried.values):.4g}" if len(tried.values) > 1 else "–"
         marks = ("yes" if tried in front else "", "[bold green]chosen[/]" if i == 0 else "")
         numbers = (str(len(tried.path) - 1), "?" if cost is None else f"{cost:.2f}", f"{tried.mean:.4g}", seeds)
-        table.add_row(" > ".join(tried.path), *numbers, *marks)
+        table.add_row(path_text(tried.path), *numbers, *marks)
     return table
 
 
@@ -168,7 +169,7 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
     content.pop("search", None)
     first = max(recipe.seeds) + 1
     direct = f"{choice.path[0]} > {choice.path[-1]}"
-    chain = " > ".join(choice.path)
+    chain = path_text(choice.path)
     arms: dict[str, Any] = {"direct": direct, "chain": chain}
     if choice.direct is not None:
         arms["twin"] = {"path": direct, "compute": "as chain"}

@@ -16,9 +16,10 @@ from pathlib import Path
 from rich.console import Console
 
 from tadistill.config import Arm, Method, Recipe
-from tadistill.config.arm import Search
-from tadistill.config.method import HIGHER_IS_BETTER, NOT_COMPARABLE, MethodPatch, Optim, Select, apply
+from tadistill.config.arm import Search, path_text
+from tadistill.config.method import MethodPatch, Optim, Select, apply
 from tadistill.errors import ConfigError
+from tadistill.metrics import NOT_COMPARABLE, higher_is_better
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
@@ -64,7 +65,7 @@ def find_path(recipe: Recipe, *, runs: Path, console: Console) -> Choice:
     lattice = affordable(search, flops)
     _check_chains(search, lattice, flops)
     training = _Training(recipe, lattice, store_of(runs), console)
-    sign = 1 if metric in HIGHER_IS_BETTER else -1
+    sign = 1 if higher_is_better(metric) else -1
     outcome = drive(_strategy(search, lattice), lambda asked: training.measure(asked, sign))
     tried = [Tried(path, flops[path], training.values(path)) for path in outcome.quality if path[-1] == search.student]
     used = training.used(outcome.path)
@@ -150,7 +151,7 @@ def path_arms(paths: Sequence[ModelPath]) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for path in paths:
         if (name := path_name(path)) in arms:
-            raise ConfigError(f"the paths {arms[name].text} and {' > '.join(path)} are both called {name}; rename a model")
+            raise ConfigError(f"the paths {arms[name].text} and {path_text(path)} are both called {name}; rename a model")
         arms[name] = Arm(path=(path,))
     return arms
 
@@ -183,7 +184,7 @@ def affordable(search: Search, flops: Mapping[ModelPath, float | None]) -> Latti
         cheapest = min(costs, key=costs.__getitem__)
         raise ConfigError(
             f"search.budget is {budget:g} × the FLOPs of the direct path, and no path is that cheap: the cheapest, "
-            f"{' > '.join(cheapest)}, costs {costs[cheapest]:.2f} × direct; raise the budget"
+            f"{path_text(cheapest)}, costs {costs[cheapest]:.2f} × direct; raise the budget"
         )
     return lattice
 
@@ -196,7 +197,7 @@ def _check_chains(search: Search, lattice: Lattice, flops: Mapping[ModelPath, fl
     multiple = costs[nearest] / costs[search.teacher, search.student]
     raise ConfigError(
         f"search.budget is {search.budget:g} × the FLOPs of the direct path, which leaves only that path: the cheapest chain, "
-        f"{' > '.join(nearest)}, costs {multiple:.2f} × direct; raise the budget"
+        f"{path_text(nearest)}, costs {multiple:.2f} × direct; raise the budget"
     )
 
 

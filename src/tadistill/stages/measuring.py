@@ -11,7 +11,7 @@ from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
 from tadistill.disk import read_json, read_jsonl, write_json, write_rows
 from tadistill.evaluation.analysis import analyse as analyse_set
-from tadistill.evaluation.pairing import beside
+from tadistill.evaluation.analysis import pair_measures
 from tadistill.evaluation.run import EvalSet, generate, score
 from tadistill.evaluation.scoring import Subject, means
 from tadistill.plan.inputs import Output
@@ -141,7 +141,7 @@ def pair(context: Context[PairSpec]) -> dict[str, Any]:
     dev = context.split(spec.dev, tokenizer)
     own = _own_answers(context, spec.answers, dev)
     stop_if_asked(context)
-    found = beside(subject, teacher, own=own, references=references(dev.encoded), k=spec.k, batch=spec.batch)
+    found = pair_measures(subject, teacher, own=own, references=references(dev.encoded), k=spec.k, batch=spec.batch)
     write_json(context.folder / "scores.json", {name: means(values).tolist() for name, values in found.items()})
     return {"prompts": len(dev.encoded)}
 

@@ -1,13 +1,12 @@
-"""Intervals, tests and power for scores that arms share training seeds and prompts for. Needs numpy and scipy only."""
+"""Intervals, tests and power for arms that were scored with the same training seeds and prompts. Needs only numpy and scipy."""
 
-from tadistill.statistics.bootstrap import Difference, bootstrap_interval, macro_difference, macro_interval, macro_intervals
+from tadistill.statistics.bootstrap import Difference, macro_difference, macro_interval, macro_intervals
 from tadistill.statistics.power import detectable, expected_best_of, inflation, minimum_detectable_effect, undominated
 from tadistill.statistics.tests import SignFlip, equivalent, holm, sign_flip
 
 __all__ = [
     "Difference",
     "SignFlip",
-    "bootstrap_interval",
     "detectable",
     "equivalent",
     "expected_best_of",

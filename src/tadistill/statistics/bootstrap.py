@@ -1,7 +1,7 @@
-"""Bootstrap intervals for scores that were measured on the same prompts with several training and decoding seeds.
+"""Bootstrap intervals for scores on the same prompts with several training and decoding seeds.
 
-Axes in names: S training seeds, N prompts, K decoding seeds, R bootstrap replicates. Every function averages the
-decoding seeds first: they are repeated measurements of one model on one prompt, not a population to draw from.
+Axes in names: S training seeds, N prompts, K decoding seeds, R bootstrap replicates. Every function first averages the
+decoding seeds, because they are repeated measurements of one model on one prompt.
 
 Seeds and prompts are crossed. For scores (or paired differences) of seed s and prompt n, let
 
@@ -10,8 +10,8 @@ Seeds and prompts are crossed. For scores (or paired differences) of seed s and 
     C = mean square of seed x prompt / (S N)                  the noise alone
 
 each summed over sets with the weights of the macro mean (A is taken of the macro means, as a seed moves all sets).
-A + B - C is an unbiased variance of the mean. Three seeds cannot be resampled honestly: no replicate is beyond the most
-extreme of the three, and the variance is short by (S-1)/S. So only prompts are resampled, and a replicate is
+A + B - C is an unbiased variance of the mean. Resampling three seeds gives intervals that are too narrow: no replicate is
+beyond the most extreme of the three, and the variance is too small by (S-1)/S. So only prompts are resampled. A replicate is
 
     mean + (sqrt((B - C) / B) x the move of the prompts' mean + sqrt(A) x a normal draw) / (a chi draw / sqrt(df))
 
@@ -34,10 +34,10 @@ the noise from B repairs the second, but the tails of t alone (Behrens and Fishe
     all prompt                95.0 (3.9)   94.5 (3.8)     95.0 (3.9)      94.5 (3.8)       94.9 (3.9)
     all prompt x seed noise   94.9 (7.5)   96.3 (5.7)     98.2 (7.2)      96.1 (8.4)       99.5 (5.9)
 
-The price is paid in the last row: where only noise varies, the Student draw is a quarter narrower. On whole simulated
+The rule costs width in the last row: where only noise varies, the Student draw is a quarter narrower. On whole simulated
 studies with skewed, clipped, heavy-tailed scores, one set or five, S = 3, 5, 10, it covers 93.5 to 96.7 %
 (`docs/benchmarks/statistics-cpu.md`). With two seeds expect 90 to 96 %. Three seeds that agree by luck can give an
-interval narrower than prompts alone would: no rule sees luck.
+interval narrower than prompts alone would, and no rule can detect that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ _CELLS_AT_ONCE = 2_000_000  # weights held as float64 at one time: 16 MB, whatev
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of a paired difference ``a - b`` and how sure it is.
+    """The mean of a paired difference ``a - b`` and its uncertainty.
 
     ``low`` and ``high`` bound the interval that was asked for (95 %), ``low90`` and ``high90`` the 90 % one, which two
     one-sided tests at 5 % look at. ``p`` is two-sided, for a mean of zero, never 0. ``se`` is the standard error that
@@ -75,7 +75,7 @@ class Difference:
 
     @property
     def covers_zero(self) -> bool:
-        """True when the interval holds 0: the data are no evidence of a difference."""
+        """True when the interval contains 0: the data are no evidence of a difference."""
         return self.low <= 0.0 <= self.high
 
 
@@ -93,19 +93,11 @@ class _Spread:
         return self.seeds + self.prompts
 
 
-def bootstrap_interval(values_NK: ArrayLike, *, replicates: int = 10_000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Interval of the mean of one model's scores: prompts resampled, decoding seeds averaged."""
-    values = np.asarray(values_NK, dtype=np.float64)
-    if values.ndim != 2:
-        raise ValueError(f"values must have the shape (prompts, decoding seeds), not {values.shape}")
-    return macro_interval([values[None]], replicates=replicates, level=level, seed=seed)
-
-
 def macro_interval(strata_SNK: Sequence[ArrayLike], *, replicates: int = 10_000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Interval of the unweighted mean of several sets' means, each over training seeds and prompts.
+    """Return the interval of the unweighted mean of several sets' means, each over training seeds and prompts.
 
-    Every set has its own number of prompts and the same training seeds in the same order. A single training seed
-    leaves only prompts to resample: such an interval knows nothing of how training varies, and a report must say so.
+    Every set has its own number of prompts and the same training seeds in the same order. With a single
+    training seed only prompts vary: the interval then does not include the spread between trainings, and a report must say so.
     """
     return macro_intervals([strata_SNK], replicates=replicates, level=level, seed=seed)[0]
 
@@ -113,9 +105,9 @@ def macro_interval(strata_SNK: Sequence[ArrayLike], *, replicates: int = 10_000,
 def macro_intervals(
     problems: Sequence[Sequence[ArrayLike]], *, replicates: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> list[tuple[float, float]]:
-    """`macro_interval` of many problems at once, many times faster where they have the same numbers of prompts, set by set.
+    """Return `macro_interval` of many problems. This is much faster than one by one where sets have the same numbers of prompts.
 
-    One problem at a time gives the same but for the rounding of sums.
+    One by one gives the same up to the rounding of sums.
     """
     strata = [_prompt_means(problem) for problem in problems]
     spreads = [_spread(of_problem) for of_problem in strata]
@@ -139,7 +131,7 @@ def macro_difference(
     level: float = 0.95,
     seed: int = 0,
 ) -> Difference:
-    """``a - b`` of the means over sets, paired by training seed and prompt, so that what they have in common cancels."""
+    """Return ``a - b`` of the means over sets, paired by training seed and prompt, so that common variation cancels."""
     a_SN, b_SN = _prompt_means(a_SNK), _prompt_means(b_SNK)
     shapes_a, shapes_b = [x.shape for x in a_SN], [x.shape for x in b_SN]
     if shapes_a != shapes_b:
@@ -159,7 +151,7 @@ def _macro_mean(strata_SN: list[Array]) -> float:
 
 
 def _prompt_means(strata_SNK: Sequence[ArrayLike]) -> list[Array]:
-    """Checks the arrays and averages over decoding seeds: a list of (S, N)."""
+    """Check the arrays and average over decoding seeds: a list of (S, N)."""
     if len(strata_SNK) == 0:
         raise ValueError("there are no values to resample")
     strata = [np.asarray(values, dtype=np.float64) for values in strata_SNK]
@@ -174,7 +166,7 @@ def _prompt_means(strata_SNK: Sequence[ArrayLike]) -> list[Array]:
 
 
 def _spread(strata_SN: list[Array]) -> _Spread:
-    """A, B - C and the degrees of freedom of their sum: see the module's docstring."""
+    """Return A, B - C and the degrees of freedom of their sum; the module's docstring defines them."""
     n_seeds = strata_SN[0].shape[0]
     of_seeds = of_prompts = of_both = squares = 0.0
     if n_seeds > 1:
@@ -202,12 +194,12 @@ def _spread(strata_SN: list[Array]) -> _Spread:
 
 
 def _replicate_means(strata_SN: list[Array], spread: _Spread, replicates: int, seed: int) -> Array:
-    """(R,): the mean, moved by resampling prompts and by a normal draw for seeds, both divided by one chi draw."""
+    """Return replicates of the mean, (R,): moved by resampled prompts and a normal draw for seeds, both divided by one chi draw."""
     return _scaled(_resampled([strata_SN], replicates, seed)[:, 0], strata_SN, spread, replicates, seed)
 
 
 def _resampled(problems: list[list[Array]], replicates: int, seed: int) -> Array:
-    """(R, problems): how far resampling prompts moves the mean of each; all have the same numbers of prompts, set by set."""
+    """Return how far resampling prompts moves each mean, (R, problems). All problems have the same numbers of prompts, set by set."""
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1, not {replicates}")
     moved_RP = np.zeros((replicates, len(problems)))
@@ -228,7 +220,7 @@ def _resampled(problems: list[list[Array]], replicates: int, seed: int) -> Array
 
 
 def _scaled(moved_R: Array, strata_SN: list[Array], spread: _Spread, replicates: int, seed: int) -> Array:
-    """(R,): the mean, moved as far as the prompts' and the seeds' parts of its variance say."""
+    """Return replicates of the mean, (R,), scaled to the prompts' and the seeds' parts of its variance."""
     if spread.resampled > 0:
         moved_R = moved_R * np.sqrt(spread.prompts / spread.resampled)
     if spread.seeds > 0:
@@ -238,7 +230,7 @@ def _scaled(moved_R: Array, strata_SN: list[Array], spread: _Spread, replicates:
 
 @lru_cache(maxsize=8)
 def _counts(units: int, replicates: int, address: tuple[int, ...]) -> NDArray[np.uint8]:
-    """(R, units): how often each unit is drawn when ``units`` are drawn with replacement. Kept: a report asks often."""
+    """Return how often each unit is drawn when ``units`` are drawn with replacement, (R, units). Cached: a report needs it often."""
     rng = np.random.default_rng(address)
     counts = np.empty((replicates, units), dtype=np.uint8)  # 256 draws of one unit do not happen
     for rows in _blocks(replicates, units):
@@ -256,7 +248,7 @@ def _normals(replicates: int, seed: int) -> Array:
 
 @lru_cache(maxsize=512)  # a small report has a hundred different degrees of freedom, and asks for each several times
 def _chis(replicates: int, seed: int, df: float) -> Array | float:
-    """(R,): the square roots of chi-square draws over their degrees of freedom, made from the same uniform draws for any."""
+    """Return the square roots of chi-square draws over their degrees of freedom, (R,), from the same uniform draws for any df."""
     if np.isinf(df):
         return 1.0
     return np.sqrt(chdtri(df, np.random.default_rng((seed, _CHI_DRAWS)).uniform(size=replicates)) / df)

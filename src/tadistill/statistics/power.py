@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def minimum_detectable_effect(se: float, df: float, power: float = 0.8, level: float = 0.95) -> float:
-    """The true difference that a two-sided t-test at ``level`` finds with probability ``power``, in the unit of ``se``.
+    """Return the true difference that a two-sided t-test at ``level`` finds with probability ``power``, in the unit of ``se``.
 
     ``se`` and ``df`` are those of a `Difference`. Exact for a t statistic with ``df`` degrees of freedom (its
     non-central distribution), but for the chance, below 1 in 10,000 at a power of 0.8, of finding the wrong sign.
@@ -34,10 +34,10 @@ def detectable(
     power: float = 0.8,
     level: float = 0.95,
 ) -> float:
-    """The same before a study, from planning values: Var = s_prompt^2/n + 2 s_seed^2/S + 2 s_decode^2/(n K).
+    """Return the minimum detectable effect of a planned study. Var = s_prompt^2/n + 2 s_seed^2/S + 2 s_decode^2/(n K).
 
     ``s_prompt`` is the standard deviation over prompts of a paired difference; ``s_seed`` and ``s_decode`` are those of
-    one arm, hence the factor 2. Takes normal quantiles, as if the variances were known: with 3 seeds that flatters.
+    one arm, hence the factor 2. It takes normal quantiles, as if the variances were known, which is optimistic for 3 seeds.
     """
     if min(prompts, seeds, decodes) < 1:
         raise ValueError(f"prompts, seeds and decodes must be at least 1, not {prompts}, {seeds} and {decodes}")
@@ -48,7 +48,7 @@ def detectable(
 
 
 def expected_best_of(k: int) -> float:
-    """The mean of the largest of ``k`` independent standard normal draws: how far the best of k equal checkpoints stands out."""
+    """Return the mean of the largest of ``k`` independent standard normal draws: the lead of the best of k equal checkpoints."""
     if k < 1:
         raise ValueError(f"the best of {k} is not defined: k must be at least 1")
     x = np.linspace(0.0, 12.0, 12_001)
@@ -57,10 +57,10 @@ def expected_best_of(k: int) -> float:
 
 
 def inflation(k_a: int, k_b: int, sigma: float) -> float:
-    """What arm a gains on arm b only because it chose among ``k_a`` checkpoints and b among ``k_b``, in the unit of ``sigma``.
+    """Return the gain of arm a over arm b from selecting among ``k_a`` checkpoints while b selects among ``k_b``, in the unit of ``sigma``.
 
-    ``sigma`` is the standard deviation of a checkpoint's measured score around its true one. An upper bound for
-    checkpoints of one run, which resemble each other.
+    ``sigma`` is the standard deviation of a checkpoint's measured score around its true one. The result is an
+    upper bound for checkpoints of one run, which resemble each other.
     """
     if not sigma >= 0:
         raise ValueError(f"sigma is a standard deviation and cannot be negative, not {sigma}")

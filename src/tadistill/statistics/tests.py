@@ -1,4 +1,4 @@
-"""Tests beside the bootstrap: sign flips of the seeds, Holm's correction, equivalence."""
+"""Tests in addition to the bootstrap: sign flips of the seeds, Holm's correction, equivalence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ MOST_SEEDS = 20  # 2^20 patterns are a second of work and 8 MB
 
 @dataclass(frozen=True)
 class SignFlip:
-    """The two-sided p-value, and the smallest that this number of seeds can give at all."""
+    """The two-sided p-value, and the smallest p-value that this number of seeds can give."""
 
     p: float
     smallest: float
 
 
 def sign_flip(differences_S: ArrayLike) -> SignFlip:
-    """Exact two-sided sign-flip test of paired differences, one per training seed, over all 2^S sign patterns.
+    """Return the exact two-sided sign-flip test of paired differences, one per training seed, over all 2^S sign patterns.
 
     Assumes that under the null hypothesis each difference is symmetric about zero. Source: R. A. Fisher, The Design of
     Experiments (1935), section 21.
@@ -39,7 +39,7 @@ def sign_flip(differences_S: ArrayLike) -> SignFlip:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values, in the order given: below 0.05 rejects with a family-wise error of 5 %.
+    """Return Holm's step-down adjusted p-values, in the order given: below 0.05 rejects with a family-wise error of 5 %.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979).
     """
@@ -54,7 +54,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def equivalent(difference: Difference, margin: float) -> bool:
-    """True when the difference is shown to be smaller than ``margin`` either way: two one-sided tests at 5 %.
+    """Return True when the difference is shown to be smaller than ``margin`` either way: two one-sided tests at 5 %.
 
     Both reject when the 90 % interval lies inside (-margin, margin). Source: D. J. Schuirmann, Journal of
     Pharmacokinetics and Biopharmaceutics 15 (1987).

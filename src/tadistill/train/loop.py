@@ -18,10 +18,11 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from tadistill import rng
-from tadistill.config.method import HIGHER_IS_BETTER, Optim, Select
+from tadistill.config.method import Optim, Select
 from tadistill.data.batch import Batch
 from tadistill.errors import ConfigError, Interrupted, StageFailed
 from tadistill.log import RunLog
+from tadistill.metrics import higher_is_better
 from tadistill.rollout.samplers import Sampler
 from tadistill.train import checkpoint, sharding
 from tadistill.train.checkpoint import Checkpoints, TrainState
@@ -210,7 +211,7 @@ class _Run:
 
     def keep_best(self, state: TrainState, value: float, select: Select) -> None:
         """Keep the weights when they are the best so far."""
-        sign = 1 if select.metric in HIGHER_IS_BETTER else -1
+        sign = 1 if higher_is_better(select.metric) else -1
         if state.best_value is None or sign * value > sign * state.best_value:
             state.best_value, state.best_step = value, state.step
             best = sharding.weights(self.student)

@@ -27,7 +27,7 @@ def write(runs, study, arms, *, metric="rouge_l", values=None, unfinished=()):
             folder = runs / "store" / key[:2] / key
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "stage.json").write_text(json.dumps({"spec": {"select": {"metric": metric}}}))
-            (folder / "manifest.json").write_text(json.dumps({"best_value": (values or {}).get(name, 20.0) + seed}))
+            (folder / "manifest.json").write_text(json.dumps({"best_value": (values or {}).get(name, 20.0) + seed, "files": {}}))
         nothing = {"evaluate": {}, "analyse": {}, "also": {}, "published": None}
         described.append(
             {"name": name, "path": path, "method": METHOD, "model": path[-1], "compute": compute, "flops": flops, "final": final, **nothing}

@@ -7,7 +7,7 @@ from tests.conftest import tiny_model
 
 from tadistill.advise.measures import estimate, measure, ratio
 from tadistill.data.batch import Sequence
-from tadistill.evaluation.pairing import ON_OWN_TEXT, beside, entropy_gap, mass, overlap
+from tadistill.evaluation.analysis import ON_OWN_TEXT, entropy_gap, mass, overlap, pair_measures
 from tadistill.evaluation.scoring import Subject, likelihood, means
 from tadistill.objectives import reverse_kl
 
@@ -68,7 +68,7 @@ def test_a_pair_of_models_is_measured_on_the_right_prefixes():
     learner, teacher = tiny_model("gpt2", seed=1), tiny_model("llama", seed=2)
     own = [Sequence((1, 2, 3), (4, 5, 6, 7)), Sequence((9,), (8, 2))]
     texts = [Sequence((1, 2, 3), (11, 12)), Sequence((9,), (13, 14, 15))]
-    found = beside(Subject(learner, Tokenizer(), 31, (0,)), teacher, own=own, references=texts, k=K, batch=2)
+    found = pair_measures(Subject(learner, Tokenizer(), 31, (0,)), teacher, own=own, references=texts, k=K, batch=2)
     assert set(found) == {*ON_OWN_TEXT, "forward_kl"}
     for i in range(2):
         q, p = log_probs(learner, own[i]), log_probs(teacher, own[i])
@@ -90,7 +90,7 @@ def test_a_model_beside_itself():
     model = tiny_model("llama")
     texts = [Sequence((1, 2), (3, 4, 0)), Sequence((5,), (6, 0))]
     subject = Subject(model, Tokenizer(), 31, (0,))
-    found = {name: means(values) for name, values in beside(subject, model, own=texts, references=texts, k=K, batch=2).items()}
+    found = {name: means(values) for name, values in pair_measures(subject, model, own=texts, references=texts, k=K, batch=2).items()}
     assert found["overlap"].tolist() == [1, 1]
     for name in ("reverse_kl", "forward_kl", "entropy_gap"):
         assert np.abs(found[name]).max() < 1e-6
@@ -125,7 +125,7 @@ def test_bias_is_the_hop_of_the_error_budget():
         for name, subject in subjects.items()
     }
     together = {
-        (x, y): {n: means(v).tolist() for n, v in beside(subjects[y], models[x], own=own, references=own, k=K, batch=2).items()}
+        (x, y): {n: means(v).tolist() for n, v in pair_measures(subjects[y], models[x], own=own, references=own, k=K, batch=2).items()}
         for x, y in (("t", "a"), ("t", "s"), ("a", "s"))
     }
     found = measure({"t": 40, "a": 20, "s": 5}, alone, together)

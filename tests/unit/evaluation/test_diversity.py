@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from tadistill.errors import DataError
-from tadistill.evaluation.diversity import distinct, self_bleu
+from tadistill.evaluation.text_scores import distinct, self_bleu
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Evaluation of a model by itself: batch size changes nothing, every number is what a direct computation gives."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tadistill.data.batch import references
 from tadistill.data.templates import encode
 from tadistill.evaluation.run import EvalSet, dev_metrics, evaluate, generate, score
 from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood
+from tadistill.metrics import metric_of
 from tadistill.objectives import forward_kl, reverse_kl
 
 
@@ -96,6 +99,33 @@ def test_another_decoding_reads_no_references(tokenizer, data):
     assert {"loss", "self_bleu"}.isdisjoint(found.scores)
     assert set(found.corpus) == {"numbers"}
     assert set(found.corpus["numbers"]) == {"distinct_1", "distinct_2", "distinct_4"}
+
+
+def test_every_metric_is_in_the_table(tokenizer, data):
+    found = evaluate(subject(tokenizer), data, settings())
+    for name in (*found.scores, *found.corpus["numbers"]):
+        assert metric_of(name).stage == "evaluate"
+        assert metric_of(name).whole_set == (name in found.corpus["numbers"])
+
+
+def test_records_hold_the_question_without_its_template(tokenizer):
+    """A decoded chat prompt reads "user\\n…\\nassistant" and cannot be taken apart again."""
+    examples = [
+        datasets.Example("Name a colour.", "", ("red",)),
+        datasets.Example("Translate.", "rouge", ("red",)),
+        datasets.Example("", "", ("red",), messages=({"role": "user", "content": "Name a colour."},)),
+        datasets.Example("", "", ("red",), messages=({"role": "system", "content": "Be brief."}, {"role": "user", "content": "A colour?"})),
+    ]
+    encoded = encode(examples[:2], tokenizer, template="alpaca", max_prompt=512, max_length=600)
+    encoded += [replace(e, row=e.row + 2) for e in encoded]
+    found = evaluate(subject(tokenizer), EvalSet("set", examples, encoded), settings(seeds=[1]))
+    assert [(r["instruction"], r["input"]) for r in found.records] == [
+        ("Name a colour.", ""),
+        ("Translate.", "rouge"),
+        ("user: Name a colour.", ""),
+        ("system: Be brief.\n\nuser: A colour?", ""),
+    ]
+    assert found.records[0]["prompt"] == tokenizer.decode(list(encoded[0].prompt), skip_special_tokens=True)  # what the model read
 
 
 def test_dev_metrics_compute_what_is_asked(tokenizer, data):

@@ -10,6 +10,7 @@ from tadistill.data.templates import render, split_prompt, task_of
 from tadistill.errors import ConfigError
 from tadistill.judge.answers import read_answers
 from tadistill.judge.questions import ATTEMPTS, again, make_questions, parse, write_question
+from tadistill.store import Store
 
 from .conftest import predictions
 
@@ -70,9 +71,9 @@ def test_a_chat_template_does_not_reach_the_judge(study):
     """What evaluation stores is read; without special tokens a rendered chat is `user`, the text, `assistant`."""
     for arm in ("good", "bad"):
         edit(predictions(study, arm), prompt="user\nAdd them.\n\n2 and 3\nassistant\n", instruction="Add them.", input="2 and 3")
-    items = read_answers(study.study_dir, study.store_dir).items
+    items = read_answers(study.study_dir, Store(study.store_dir)).items
     assert {(item.instruction, item.input) for item in items} == {("Add them.", "2 and 3")}
-    text = make_questions(read_answers(study.study_dir, study.store_dir), mode="pair")[0].text
+    text = make_questions(read_answers(study.study_dir, Store(study.store_dir)), mode="pair")[0].text
     assert "[Instruction]\nAdd them.\n" in text
     assert "assistant\n" not in text
 
@@ -80,14 +81,14 @@ def test_a_chat_template_does_not_reach_the_judge(study):
 def test_the_first_seed_is_the_first_finished_one_in_the_recipes_order(tmp_path):
     arms = [ArmSpec("good", ("xl", "s")), ArmSpec("bad", ("xl", "l", "s"))]
     found = build_study(tmp_path / "a", StudySpec(arms, seeds=(30, 10), sets={"dolly": 2}))
-    assert read_answers(found.study_dir, found.store_dir).seeds == (30,)
-    assert read_answers(found.study_dir, found.store_dir, all_seeds=True).seeds == (30, 10)
+    assert read_answers(found.study_dir, Store(found.store_dir)).seeds == (30,)
+    assert read_answers(found.study_dir, Store(found.store_dir), all_seeds=True).seeds == (30, 10)
     found = build_study(tmp_path / "b", StudySpec(arms, seeds=(30, 10), sets={"dolly": 2}, unfinished=(("good", 30), ("bad", 30))))
-    assert read_answers(found.study_dir, found.store_dir).seeds == (10,)
+    assert read_answers(found.study_dir, Store(found.store_dir)).seeds == (10,)
 
 
 def test_question_shows_both_answers_in_order_and_no_names(study):
-    answers = read_answers(study.study_dir, study.store_dir)
+    answers = read_answers(study.study_dir, Store(study.store_dir))
     questions = make_questions(answers, mode="pair", against="bad")
     first, second = questions[:2]
     assert (first.left, first.right, second.left, second.right) == ("good", "bad", "bad", "good")
@@ -105,7 +106,7 @@ def test_question_shows_both_answers_in_order_and_no_names(study):
 
 def test_choice_of_prompts_seeds_and_arms(study):
     def read(**more):
-        return read_answers(study.study_dir, study.store_dir, **more)
+        return read_answers(study.study_dir, Store(study.store_dir), **more)
 
     everything = read()
     assert (everything.arms, everything.seeds, everything.unfinished) == (("good", "bad"), (10,), ("late",))
@@ -133,7 +134,7 @@ def test_choice_of_prompts_seeds_and_arms(study):
 )
 def test_wrong_choices(study, options, message):
     with pytest.raises(ConfigError, match=message):
-        read_answers(study.study_dir, study.store_dir, **options)
+        read_answers(study.study_dir, Store(study.store_dir), **options)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,6 @@ def test_wrong_choices(study, options, message):
     ],
 )
 def test_wrong_questions(study, options, message):
-    answers = read_answers(study.study_dir, study.store_dir)
+    answers = read_answers(study.study_dir, Store(study.store_dir))
     with pytest.raises(ConfigError, match=message):
         make_questions(answers, **options)

@@ -3,9 +3,13 @@
 import json
 import zlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+
+from tadistill.results.collect import Results, read_results
+from tadistill.store import Store
 
 PARAMETERS = {"xl": 1_557_611_200, "l": 774_030_080, "m": 354_823_168, "s": 124_439_808}
 NASTY = "</script><script>window.hacked = 1</script> <b>bold</b> & 'quotes' \u2028 end"
@@ -53,6 +57,15 @@ class Study:
     study_dir: Path
     store_dir: Path
     scores: dict[tuple[str, int], dict[str, dict[str, np.ndarray]]]
+
+    def read(self) -> Results:
+        """What the files say now."""
+        return read_results(self.study_dir, Store(self.store_dir))
+
+    @cached_property
+    def results(self) -> Results:
+        """What the files said at first, for tests that change none."""
+        return self.read()
 
 
 def key_of(*parts: object) -> str:
@@ -268,7 +281,7 @@ def finish(store_dir: Path, key: str, files: dict[str, str]) -> None:
     for name, content in files.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(content, encoding="utf-8")
-    manifest = {"key": key, "seconds": 12.5, "versions": VERSIONS, "files": {}}
+    manifest = {"key": key, "seconds": 12.5, "versions": VERSIONS, "files": dict.fromkeys(files, "")}
     (directory / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -72,8 +72,8 @@ def means_of(study: Study) -> dict[tuple[str, str, str], float]:
     return means | {key: float(np.mean(values)) for key, values in over_sets.items()}
 
 
-def test_page_in_a_browser(browser, study):
-    opened = Opened(browser, write_report(study.study_dir, study.store_dir))
+def test_page_in_a_browser(browser, shared):
+    opened = Opened(browser, write_report(shared.results))
     page = opened.page
     page.wait_for_selector("#figure-paths .main-svg")
     assert page.locator("#sample-answers article").count() == 3
@@ -96,8 +96,8 @@ def test_page_in_a_browser(browser, study):
     opened.assert_quiet()
 
 
-def test_samples_are_searched_and_put_side_by_side(browser, study):
-    opened = Opened(browser, write_report(study.study_dir, study.store_dir))
+def test_samples_are_searched_and_put_side_by_side(browser, shared):
+    opened = Opened(browser, write_report(shared.results))
     page = opened.page
     page.fill("#sample-search", "COUNTRY 7")
     assert page.locator("#sample-index option").all_text_contents() == ["7"]
@@ -126,7 +126,7 @@ def test_a_study_of_twelve_arms(browser, tmp_path):
     sets = {"dolly": 40, "self_inst": 30, "vicuna": 20}
     spec = StudySpec(TWELVE, seeds=(10, 20, 30), sets=sets, fact_sets=(), steps=200)
     study = build_study(tmp_path, spec)
-    path = write_report(study.study_dir, study.store_dir)
+    path = write_report(study.read())
     assert path.stat().st_size < 10e6
     opened, means = Opened(browser, path), means_of(study)
 
@@ -184,7 +184,7 @@ def test_a_study_of_twelve_arms(browser, tmp_path):
 )
 def test_models_alone(browser, tmp_path, arms, changes, present, absent):
     study = build_study(tmp_path, StudySpec(arms, teacher=None, trained=False, **changes))
-    opened = Opened(browser, write_report(study.study_dir, study.store_dir))
+    opened = Opened(browser, write_report(study.read()))
     sections = opened.page.evaluate("[...document.querySelectorAll('section')].map((section) => section.id)")
     assert set(present) <= set(sections)
     assert not {*absent, "paths", "budget", "cost", "curves"} & set(sections)
@@ -213,7 +213,7 @@ def test_judgements_are_shown_as_text(browser, study):
     ]
     judged = {"mode": "pair", "judge": "<b>judge</b>", "arms": ["direct", "chain"], "rows": rows, "unparsed": 2, "missing": 0}
     (study.study_dir / "judge" / "judge-x.json").write_text(json.dumps(judged))
-    opened = Opened(browser, write_report(study.study_dir, study.store_dir))
+    opened = Opened(browser, write_report(study.read()))
     table = opened.page.locator("#judge tbody tr").all_inner_texts()
     assert table[0].split("\t") == ["chain against direct", "dolly", "7 – 2 – 3", "66.67", "[40.00, 90.00]", "12"]
     assert opened.page.locator("#judge b").count() == 0

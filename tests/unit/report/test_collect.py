@@ -2,57 +2,65 @@
 
 import csv
 import json
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from tadistill.config.arm import direct_arm
 from tadistill.errors import StoreError
-from tadistill.report.output import collect
-from tadistill.results.collect import MEAN, compare, direct_arm, primary_metric, read_results, twin_of
-from tadistill.statistics import bootstrap_interval, macro_difference
+from tadistill.report import summary_table, write_report
+from tadistill.report.output import write_results
+from tadistill.report.text import missing_text
+from tadistill.results import collect
+from tadistill.results.collect import MEAN, primary_metric, read_results
+from tadistill.results.compare import compare, direct_of, twin_of
+from tadistill.results.verdict import comparisons
+from tadistill.statistics import macro_difference, macro_interval, macro_intervals
+from tadistill.store import Store
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of
 
 ROW_KEYS = ["arm", "model", "parameters", "seed", "set", "metric", "value", "low", "high", "stage"]
 
 
-def test_rows_hold_the_scores(study):
-    collect(study.study_dir, study.store_dir)
-    content = json.loads((study.study_dir / "results.json").read_text())
+def test_rows_hold_the_scores(shared):
+    write_results(shared.results)
+    content = json.loads((shared.study_dir / "results.json").read_text())
     assert list(content) == ["study", "created", "command", "rows", "comparisons", "verdicts"]
     assert content["command"] == "tadistill run recipes/demo.yaml"
     whole_set = ("perplexity", "distinct_1", "distinct_2", "distinct_4", "ece_tokens")
     assert {row["metric"] for row in content["rows"] if row["low"] is None} == set(whole_set)
     for row in (row for row in content["rows"] if row["metric"] not in whole_set):
         assert list(row) == ROW_KEYS
-        values = study.scores[row["arm"], row["seed"]][row["set"]][row["metric"]]
+        values = shared.scores[row["arm"], row["seed"]][row["set"]][row["metric"]]
         assert row["value"] == pytest.approx(values.mean(), abs=1e-6)
-        assert [row["low"], row["high"]] == pytest.approx(bootstrap_interval(values), abs=1e-6)
+        assert [row["low"], row["high"]] == pytest.approx(macro_interval([values[None]]), abs=1e-6)
         assert (row["model"], row["parameters"]) == ("s", 124_439_808)
         analysed = row["metric"] in ("forward_kl", "reverse_kl") or row["metric"].startswith("budget/")
         what = row["metric"].partition("@")[2] or ("analyse" if analysed else "evaluate")
         assert row["stage"] == key_of(what, row["arm"], row["seed"])
 
 
-def test_csv_holds_the_rows_of_results_json(study):
-    collect(study.study_dir, study.store_dir)
-    rows = json.loads((study.study_dir / "results.json").read_text())["rows"]
-    with (study.study_dir / "results.csv").open(encoding="utf-8", newline="") as file:
+def test_csv_holds_the_rows_of_results_json(shared):
+    write_results(shared.results)
+    rows = json.loads((shared.study_dir / "results.json").read_text())["rows"]
+    with (shared.study_dir / "results.csv").open(encoding="utf-8", newline="") as file:
         assert list(csv.DictReader(file)) == [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
 
 
 def test_the_same_files_give_the_same_bytes(study):
-    collect(study.study_dir, study.store_dir)
+    write_results(study.read())
     first = (study.study_dir / "results.json").read_bytes()
-    collect(study.study_dir, study.store_dir)
+    write_results(study.read())
     assert (study.study_dir / "results.json").read_bytes() == first
     assert sorted(path.name for path in study.study_dir.iterdir()) == ["plan.json", "results.csv", "results.json"]
 
 
-def test_summaries_average_seeds_and_the_mean_weighs_sets_equally(study):
-    results = read_results(study.study_dir, study.store_dir)
+def test_summaries_average_seeds_and_the_mean_weighs_sets_equally(shared):
+    results = shared.results
     for spec in SMALL:
-        means = {seed: {name: table["rouge_l"].mean() for name, table in study.scores[spec.name, seed].items()} for seed in (10, 20)}
+        means = {seed: {name: table["rouge_l"].mean() for name, table in shared.scores[spec.name, seed].items()} for seed in (10, 20)}
         for name in ("dolly", "facts"):
             expected = np.mean([means[10][name], means[20][name]])
             assert results.summaries[spec.name, name, "rouge_l"].mean == pytest.approx(expected)
@@ -62,8 +70,8 @@ def test_summaries_average_seeds_and_the_mean_weighs_sets_equally(study):
         assert summary.per_seed == pytest.approx({seed: np.mean(list(by_set.values())) for seed, by_set in means.items()})
 
 
-def test_metrics_that_few_sets_have_are_averaged_over_those(study):
-    results = read_results(study.study_dir, study.store_dir)
+def test_metrics_that_few_sets_have_are_averaged_over_those(shared):
+    results = shared.results
     assert primary_metric(results) == "fact_accuracy"
     only, mean = (results.summaries["chain", name, "fact_accuracy"] for name in ("facts", MEAN))
     assert only == mean
@@ -72,30 +80,30 @@ def test_metrics_that_few_sets_have_are_averaged_over_those(study):
 
 def test_rouge_is_primary_without_facts(tmp_path):
     study = build_study(tmp_path, StudySpec(SMALL, fact_sets=()))
-    assert primary_metric(read_results(study.study_dir, study.store_dir)) == "rouge_l"
+    assert primary_metric(study.read()) == "rouge_l"
 
 
-def test_comparison_is_paired(study):
-    results = read_results(study.study_dir, study.store_dir)
+def test_comparison_is_paired(shared):
+    results = shared.results
     difference, seeds = compare(results, "chain", "direct-long", "fact_accuracy")
     stacks = [
-        np.stack([study.scores[arm, seed]["facts"]["fact_accuracy"].mean(axis=1, keepdims=True) for seed in (10, 20)])
+        np.stack([shared.scores[arm, seed]["facts"]["fact_accuracy"].mean(axis=1, keepdims=True) for seed in (10, 20)])
         for arm in ("chain", "direct-long")
     ]
     assert difference == macro_difference(*([stack] for stack in stacks))
     assert seeds == (10, 20)
 
 
-def test_a_chain_knows_its_twin_and_its_direct_arm(study):
-    results = read_results(study.study_dir, study.store_dir)
+def test_a_chain_knows_its_twin_and_its_direct_arm(shared):
+    results = shared.results
     direct, chain, twin = results.plan.arms
     assert twin_of(results, chain) is twin
     assert twin_of(results, direct) is None
-    assert direct_arm(results, chain) is direct
+    assert direct_of(results, chain) is direct
 
 
 def test_unfinished_evaluations_are_listed_and_their_arms_kept(unfinished):
-    results = read_results(unfinished.study_dir, unfinished.store_dir)
+    results = unfinished.results
     assert [(entry.arm, entry.seed) for entry in results.missing] == [("direct", 20), ("chain", 10), ("chain", 20)]
     assert results.missing[0].stage == key_of("evaluate", "direct", 20)
     assert {row.arm for row in results.rows} == {"direct", "direct-long"}
@@ -109,13 +117,13 @@ def test_two_arms_may_share_an_evaluation(tmp_path):
     plan = json.loads((study.study_dir / "plan.json").read_text())
     plan["arms"].append({**plan["arms"][0], "name": "same"})
     (study.study_dir / "plan.json").write_text(json.dumps(plan))
-    results = read_results(study.study_dir, study.store_dir)
+    results = study.read()
     assert results.summaries["same", MEAN, "loss"] == results.summaries["direct", MEAN, "loss"]
 
 
 def test_no_study_says_what_to_run(tmp_path):
     with pytest.raises(StoreError, match=r"nowhere.plan\.json does not exist.*`tadistill run RECIPE`"):
-        collect(tmp_path / "nowhere", tmp_path / "store")
+        read_results(tmp_path / "nowhere", Store(tmp_path / "store"))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +137,7 @@ def test_no_study_says_what_to_run(tmp_path):
 def test_a_damaged_plan_is_named(study, content, message):
     (study.study_dir / "plan.json").write_text(content)
     with pytest.raises(StoreError, match=message):
-        collect(study.study_dir, study.store_dir)
+        write_results(study.read())
 
 
 def test_an_arm_over_an_undeclared_model_is_damage(study):
@@ -137,7 +145,7 @@ def test_an_arm_over_an_undeclared_model_is_damage(study):
     del plan["models"]["l"]
     (study.study_dir / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(StoreError, match=r"plan\.json is damaged \(KeyError: 'l'\)"):
-        collect(study.study_dir, study.store_dir)
+        write_results(study.read())
 
 
 @pytest.mark.parametrize(
@@ -154,16 +162,33 @@ def test_damaged_scores_are_named(study, content, message):
     key = key_of("evaluate", "chain", 20)
     (study.store_dir / key[:2] / key / "scores.json").write_text(content)
     with pytest.raises(StoreError, match=rf"{key}.scores\.json cannot be read \(.*{message}") as caught:
-        collect(study.study_dir, study.store_dir)
+        write_results(study.read())
     assert "\n" not in str(caught.value)
     assert not (study.study_dir / "results.json").exists()
 
 
-def test_a_finished_stage_without_scores_is_an_error(study):
+@pytest.mark.parametrize("name", ["scores.json", "corpus.json", "predictions.jsonl", "manifest.json"])
+def test_a_stage_that_lost_a_file_is_missing(study, name):
+    """The store's rule, so that the report names what `tadistill plan` would run."""
     key = key_of("evaluate", "chain", 20)
-    (study.store_dir / key[:2] / key / "scores.json").unlink()
-    with pytest.raises(StoreError, match=r"scores\.json cannot be read \(No such file"):
-        collect(study.study_dir, study.store_dir)
+    (study.store_dir / key[:2] / key / name).unlink()
+    results = study.read()
+    assert not results.store.finished(key)
+    assert [(entry.arm, entry.seed, entry.stage) for entry in results.missing] == [("chain", 20, key)]
+    assert "1 of 6 evaluations are not finished: chain (seed 20)." in missing_text(results)
+
+
+def test_an_unknown_metric_is_an_error(study):
+    for name, change in (("scores", lambda t: t.update(novelty=[[1.0]])), ("corpus", lambda t: t["numbers"].update(novelty=1.0))):
+        key = key_of("evaluate", "chain", 20)
+        path = study.store_dir / key[:2] / key / f"{name}.json"
+        before = path.read_text()
+        content = json.loads(before)
+        change(content["dolly"])
+        path.write_text(json.dumps(content))
+        with pytest.raises(StoreError, match=rf"{name}\.json: metric `novelty` is not known"):
+            study.read()
+        path.write_text(before)
 
 
 def test_different_prompts_cannot_be_compared(study):
@@ -173,10 +198,50 @@ def test_different_prompts_cannot_be_compared(study):
     scores["dolly"]["rouge_l"].pop()
     path.write_text(json.dumps(scores))
     with pytest.raises(StoreError, match="scored 12 and 11 prompts of dolly"):
-        collect(study.study_dir, study.store_dir)
+        write_results(study.read())
 
 
 def test_a_teacher_may_be_an_arm(tmp_path):
     study = build_study(tmp_path, StudySpec([*SMALL, ArmSpec("teacher", ("xl",), gain=5, flops=None)]))
-    results = read_results(study.study_dir, study.store_dir)
-    assert direct_arm(results, results.plan.arms[-1]) is None
+    results = study.read()
+    assert direct_of(results, results.plan.arms[-1]) is None
+
+
+def test_one_reading_bootstraps_once(study, monkeypatch):
+    """The files, the page and the terminal's table share it."""
+    calls = []
+    monkeypatch.setattr(collect, "macro_intervals", lambda problems: calls.append(len(problems)) or macro_intervals(problems))
+    results = study.read()
+    assert calls == []  # nothing is computed before it is asked for
+    write_report(results)
+    summary_table(results)
+    assert len(calls) == 2  # the rows, and the summaries over seeds
+    assert comparisons(results) is comparisons(results)
+    assert comparisons(results) is not comparisons(study.read())
+
+
+class _Arm(NamedTuple):
+    path: tuple[str, ...]
+    is_plain: bool = True
+    compute: str | None = None
+    method: str = "kd"
+
+
+def test_the_direct_arm():
+    twin, started, kd = _Arm(("xl", "s"), compute="as chain"), _Arm(("xl", "s"), is_plain=False), _Arm(("xl", "s"))
+    minillm, other = _Arm(("xl", "s"), method="minillm"), _Arm(("l", "s"))
+    arms = [_Arm(("xl", "l", "s")), twin, started, other, kd, minillm]
+    assert direct_arm(arms, "xl", "s") is kd
+    assert direct_arm(arms, None, "s") is other
+    assert direct_arm(arms, "xl", "s", "minillm") is minillm
+    assert direct_arm(arms, "xl", "s", "gkd") is None
+    assert direct_arm(arms, "xl", "s", "gkd", any_method=True) is kd
+    assert direct_arm(arms, "xl", "l") is None
+
+
+def test_one_teacher_is_never_dense(study):
+    plan = json.loads((study.study_dir / "plan.json").read_text())
+    for arm in plan["arms"]:
+        arm["text"] = f"{' > '.join(arm['path'])}, dense"
+    (study.study_dir / "plan.json").write_text(json.dumps(plan))
+    assert [arm.is_plain for arm in study.read().plan.arms] == [True, False, True]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tadistill.report.explain import explain, hop_text
-from tadistill.results.buckets import BUCKETS, bucket_difference, bucket_size
-from tadistill.results.collect import MEAN, read_results
+from tadistill.results.collect import MEAN
+from tadistill.results.compare import BUCKETS, bucket_difference, bucket_size
 from tadistill.results.units import number, summary_text
 from tadistill.results.verdict import comparisons
 from tadistill.statistics import macro_difference
@@ -19,7 +19,7 @@ SEEDS = (1, 2, 3)
 
 def analysed(tmp_path, arms, **changes):
     study = build_study(tmp_path, StudySpec(arms, **{"seeds": SEEDS, "sets": {"dolly": 60, "vicuna": 30}, "fact_sets": (), **changes}))
-    results = read_results(study.study_dir, study.store_dir)
+    results = study.read()
     return study, results, {p.title: p.sentences for p in explain(results)}
 
 
@@ -66,10 +66,10 @@ def test_the_error_budget_in_words(tmp_path):
     }
     assert means["reverse_kl"] == pytest.approx(means["budget/0"] + means["budget/1"] + means["budget/2"])
     added = means["budget/1"] + means["budget/2"]
-    assert hops.startswith(f"Error per hop adds to the divergence: of KL(student ‖ teacher) {means['reverse_kl']:.3f} [")
-    assert f"{means['budget/0']:.3f} [" in hops
-    assert f"{added:.3f} [" in hops
-    assert f"({100 * added / means['reverse_kl']:.0f} % of it)" in hops
+    assert hops.startswith(f"KL(student ‖ teacher) is {means['reverse_kl']:.3f} [")
+    assert re.search(rf"nats/token\. {means['budget/0']:.3f} \[\S+ \S+\] of it is the distance to the last assistant m", hops)
+    assert f"The hops above m add {added:.3f} [" in hops
+    assert f"({100 * added / means['reverse_kl']:.0f} % of the total)" in hops
     assert [hop_text(results.arm("long").path, j) for j in (1, 2)] == ["l > m", "xl > l"]
     assert f"l > m {means['budget/1']:.3f} [" in hops
 

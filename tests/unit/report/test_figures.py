@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from tadistill.report.figures import budget_figures, difference_figure, exposure_figure, lattice_figure, looks, means_figure
-from tadistill.report.figures.behaviour import accumulated_error, exposures, reliabilities
-from tadistill.report.figures.lattice import lattice
-from tadistill.report.figures.tradeoffs import direct_longer, pareto_front
-from tadistill.results.collect import read_results
+from tadistill.report.figures.paths import lattice
+from tadistill.report.figures.scores import direct_longer
+from tadistill.results.curves import accumulated_error, exposures, reliabilities
 from tadistill.results.samples import samples, shown_first
+from tadistill.statistics import undominated
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of
 
 
 def read(study):
-    return read_results(study.study_dir, study.store_dir)
+    return study.read()
 
 
 def stage_file(study, what, arm, seed, name):
@@ -26,7 +26,7 @@ def stage_file(study, what, arm, seed, name):
 
 def test_the_front_keeps_what_nothing_cheaper_beats():
     points = [(3.0, 5.0), (1.0, 2.0), (2.0, 1.0), (3.0, 4.0), (4.0, 5.0), (5.0, 6.0)]
-    assert pareto_front(points) == [(1.0, 2.0), (3.0, 5.0), (5.0, 6.0)]
+    assert undominated(points, lambda point: (point[0], -point[1])) == [(1.0, 2.0), (3.0, 5.0), (5.0, 6.0)]
 
 
 def test_accumulated_error_is_relative_to_the_teachers_prefixes():
@@ -76,8 +76,8 @@ def test_arms_share_assistants_in_the_lattice(tmp_path):
     assert nodes["arm", "chain"].flops == 2e16  # its fine-tuning and its distillation
 
 
-def test_direct_longer_needs_a_twin(study):
-    curve = direct_longer(read(study))
+def test_direct_longer_needs_a_twin(shared):
+    curve = direct_longer(read(shared))
     assert [flops for flops, _ in curve] == [3.0e17, 7.4e17]
 
 

@@ -12,9 +12,9 @@ import rich.console
 
 from tadistill.errors import StoreError
 from tadistill.report import summary_table, write_report
-from tadistill.report.terminal import side_by_side
+from tadistill.report.plain import side_by_side
+from tadistill.report.tables import interval_method
 from tadistill.report.text import headline
-from tadistill.results.collect import read_results
 from tadistill.results.units import flops_text, number, parameters_text
 
 from .builder import NASTY, SMALL, ArmSpec, StudySpec, build_study, key_of
@@ -66,9 +66,9 @@ def means_of(study):
     return {key: float(np.mean(values)) for key, values in groups.items()}
 
 
-def test_page_shows_the_numbers_of_results_json(study):
-    cells = parse(write_report(study.study_dir, study.store_dir)).cells
-    means = means_of(study)
+def test_page_shows_the_numbers_of_results_json(shared):
+    cells = parse(write_report(shared.results)).cells
+    means = means_of(shared)
     checked = 0
     for (metric, arm, set_name), mean in means.items():
         if metric in ("fact_accuracy", "rouge_l"):
@@ -79,10 +79,10 @@ def test_page_shows_the_numbers_of_results_json(study):
     assert cells["rouge_l", "chain", "mean"].startswith(number(mean_over_sets, "rouge_l"))
 
 
-def test_markdown_shows_the_numbers_of_results_json(study):
-    write_report(study.study_dir, study.store_dir)
-    markdown = (study.study_dir / "report.md").read_text(encoding="utf-8")
-    means = means_of(study)
+def test_markdown_shows_the_numbers_of_results_json(shared):
+    write_report(shared.results)
+    markdown = (shared.study_dir / "report.md").read_text(encoding="utf-8")
+    means = means_of(shared)
     table = markdown.split("### ROUGE-L")[1].split("###")[0].strip().splitlines()
     assert table[0] == "| arm | mean over sets | dolly | facts |"
     for line in table[2:]:
@@ -95,16 +95,30 @@ def test_markdown_shows_the_numbers_of_results_json(study):
     assert f"`{key_of('evaluate', 'chain', 10)}`" in markdown
 
 
-def test_reports_are_deterministic(study):
+def test_the_report_names_the_method_of_its_intervals(shared, tmp_path):
+    """statistics/bootstrap.py resamples prompts alone; seeds are a normal draw."""
+    page = write_report(shared.results).read_text(encoding="utf-8")
+    markdown = (shared.study_dir / "report.md").read_text(encoding="utf-8")
+    sentence = "The 95 % intervals are a bootstrap over prompts; training seeds add a normal draw with few degrees of freedom."
+    assert page.count(sentence) == 2  # below the first table and below the comparisons
+    assert sentence in markdown
+    assert "hierarchical" not in page + markdown
+    models = build_study(
+        tmp_path, StudySpec([ArmSpec("xl", ("xl",))], seeds=(0,), sets={"dolly": 12}, teacher=None, trained=False, also={})
+    )
+    assert interval_method(models.results) == "The 95 % intervals are a bootstrap over prompts."
+
+
+def test_reports_are_deterministic(shared):
     def contents():
-        write_report(study.study_dir, study.store_dir)
-        return [(study.study_dir / name).read_bytes() for name in ("results.json", "report.html", "report.md")]
+        write_report(shared.read())
+        return [(shared.study_dir / name).read_bytes() for name in ("results.json", "report.html", "report.md")]
 
     assert contents() == contents()
 
 
-def test_text_of_a_model_cannot_leave_its_element(study):
-    page = write_report(study.study_dir, study.store_dir)
+def test_text_of_a_model_cannot_leave_its_element(shared):
+    page = write_report(shared.results)
     parser = parse(page)
     samples = json.loads(parser.data)["samples"]
     assert samples["dolly"][3]["answers"]["chain"]["text"] == f"chain answers 3 in dolly. {NASTY}"
@@ -116,7 +130,7 @@ def test_text_of_a_model_cannot_leave_its_element(study):
 def test_names_are_escaped(tmp_path):
     name = "<img src=x onerror=alert(1)>|a"
     study = build_study(tmp_path, StudySpec([ArmSpec(name, ("xl", "s")), *SMALL]))
-    parser = parse(write_report(study.study_dir, study.store_dir))
+    parser = parse(write_report(study.read()))
     assert not [tag for tag, _ in parser.tags if tag == "img"]
     assert ("rouge_l", name, "dolly") in parser.cells
     rows = [line for line in (study.study_dir / "report.md").read_text().splitlines() if "onerror" in line]
@@ -125,27 +139,27 @@ def test_names_are_escaped(tmp_path):
     assert all("\\|a" in line for line in rows if line.startswith("|"))
 
 
-def test_page_needs_no_network(study):
-    parser = parse(write_report(study.study_dir, study.store_dir))
+def test_page_needs_no_network(shared):
+    parser = parse(write_report(shared.results))
     addresses = [attrs.get("src") or attrs.get("href") for _, attrs in parser.tags if "src" in attrs or "href" in attrs]
     assert [address for address in addresses if not address.startswith(("#", "data:"))] == []
     assert len([tag for tag, _ in parser.tags if tag == "link"]) == 1  # the empty icon
 
 
-def test_the_verdict_comes_first_everywhere(study):
-    write_report(study.study_dir, study.store_dir)
-    results = read_results(study.study_dir, study.store_dir)
+def test_the_verdict_comes_first_everywhere(shared):
+    write_report(shared.results)
+    results = shared.results
     sentence = headline(results)[0].text
     assert sentence.startswith("TA path xl > l > s (chain): ")
-    assert json.loads((study.study_dir / "results.json").read_text())["verdicts"][0]["sentence"] == sentence
-    markdown = (study.study_dir / "report.md").read_text(encoding="utf-8").split("\n\n")
+    assert json.loads((shared.study_dir / "results.json").read_text())["verdicts"][0]["sentence"] == sentence
+    markdown = (shared.study_dir / "report.md").read_text(encoding="utf-8").split("\n\n")
     assert markdown[2].startswith("- TA path xl > l > s (chain): ")
-    assert " ".join(render(summary_table(study.study_dir, study.store_dir), 80).split()).startswith(f"demo - {sentence}")
+    assert " ".join(render(summary_table(shared.results), 80).split()).startswith(f"demo - {sentence}")
 
 
 def test_a_chain_without_anything_to_compare_with(tmp_path):
     study = build_study(tmp_path, StudySpec([ArmSpec("alone", ("xl", "m", "s"))], seeds=(1, 2, 3), fact_sets=()))
-    findings = headline(read_results(study.study_dir, study.store_dir))
+    findings = headline(study.read())
     assert findings[0].text == (
         "TA path xl > m > s (alone): no evidence, because the study has no arm to compare it with; "
         "add a direct arm with `compute: as alone`."
@@ -155,14 +169,14 @@ def test_a_chain_without_anything_to_compare_with(tmp_path):
 def test_the_terminal_fits_80_columns(tmp_path):
     arms = [*SMALL, ArmSpec("direct-with-a-rather-long-name-of-its-own", ("xl", "s"))]
     study = build_study(tmp_path, StudySpec(arms))
-    lines = render(summary_table(study.study_dir, study.store_dir), 80).splitlines()
+    lines = render(summary_table(study.read()), 80).splitlines()
     assert max(map(len, lines)) <= 80
     assert len([line for line in lines if line.rstrip().endswith("×")]) == 4  # no number is cut
     assert not [line for line in lines if "…" in line and "95 %" not in line and "+" not in line]
 
 
-def test_answers_side_by_side(study):
-    text = render(side_by_side(study.study_dir, study.store_dir, 2), 200)
+def test_answers_side_by_side(shared):
+    text = render(side_by_side(shared.results, 2), 200)
     assert text.count("chain answers 1 in facts. </script>") == 1
     assert "chain answers 2 in facts" not in text
     assert text.count("reference 0") == 2  # one in each set
@@ -170,8 +184,8 @@ def test_answers_side_by_side(study):
 
 def test_models_alone_in_every_output(tmp_path):
     study = build_study(tmp_path, StudySpec([ArmSpec("xl", ("xl",))], seeds=(0,), sets={"dolly": 12}, teacher=None, trained=False, also={}))
-    write_report(study.study_dir, study.store_dir)
-    terminal, markdown = render(summary_table(study.study_dir, study.store_dir), 80), (study.study_dir / "report.md").read_text("utf-8")
+    write_report(study.read())
+    terminal, markdown = render(summary_table(study.read()), 80), (study.study_dir / "report.md").read_text("utf-8")
     for text in (terminal, markdown):
         flat = " ".join(text.split())
         assert re.search(r"ROUGE-L, on dolly: xl \d+\.\d \[\d+\.\d, \d+\.\d\] \(12 prompts, 3 decoding seeds\)\.", flat)
@@ -182,13 +196,13 @@ def test_models_alone_in_every_output(tmp_path):
 
 
 def test_missing_evaluations_are_named_everywhere(unfinished):
-    page = write_report(unfinished.study_dir, unfinished.store_dir)
+    page = write_report(unfinished.results)
     sentence = "3 of 6 evaluations are not finished: direct (seed 20); chain (seed 10, 20)."
     for name in ("report.html", "report.md"):
         assert sentence in (unfinished.study_dir / name).read_text(encoding="utf-8")
     cells = parse(page).cells
     assert not re.search(r"\d", cells["rouge_l", "chain", "dolly"])
-    text = render(summary_table(unfinished.study_dir, unfinished.store_dir))
+    text = render(summary_table(unfinished.results))
     assert re.search(r"chain \(0/2 seeds\) +missing", text)
     assert re.search(r"direct \(1/2 seeds\) +\d", text)
 
@@ -196,25 +210,37 @@ def test_missing_evaluations_are_named_everywhere(unfinished):
 def test_nothing_finished_still_makes_a_report(tmp_path):
     everything = tuple((arm.name, seed) for arm in SMALL for seed in (10, 20))
     study = build_study(tmp_path, StudySpec(SMALL, unfinished=everything))
-    page = write_report(study.study_dir, study.store_dir)
+    page = write_report(study.read())
     assert "No arm has been evaluated yet." in page.read_text(encoding="utf-8")
-    assert "No arm has been evaluated yet." in render(summary_table(study.study_dir, study.store_dir))
+    assert "No arm has been evaluated yet." in render(summary_table(study.read()))
 
 
 def test_a_teacher_as_an_arm_is_not_the_best_student(tmp_path):
     study = build_study(tmp_path, StudySpec([*SMALL, ArmSpec("teacher", ("xl",), gain=20, flops=None)]))
-    findings = headline(read_results(study.study_dir, study.store_dir))
+    findings = headline(study.read())
     assert not [finding for finding in findings if "teacher" in finding.text and finding.kind == "best"]
-    assert write_report(study.study_dir, study.store_dir).is_file()
+    assert write_report(study.read()).is_file()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "manifest.json"])
-def test_a_damaged_training_log_is_named(study, name):
-    plan = json.loads((study.study_dir / "plan.json").read_text())
-    key = plan["arms"][0]["final"]["10"]
-    (study.store_dir / key[:2] / key / name).write_text('{"step": 1}\n{"step"')
-    with pytest.raises(StoreError, match=rf"{key}.{name} cannot be read"):
-        write_report(study.study_dir, study.store_dir)
+def _final_stage_file(study, name):
+    key = json.loads((study.study_dir / "plan.json").read_text())["arms"][0]["final"]["10"]
+    return study.store_dir / key[:2] / key / name
+
+
+def test_a_damaged_training_log_is_named(study):
+    path = _final_stage_file(study, "metrics.jsonl")
+    path.write_text('{"step": 1}\n{"step"')
+    with pytest.raises(StoreError, match=rf"{path.parent.name}.metrics\.jsonl cannot be read"):
+        write_report(study.read())
+
+
+def test_a_stage_with_a_damaged_manifest_is_not_finished(study):
+    """As for `tadistill plan`, which would run it again."""
+    path = _final_stage_file(study, "manifest.json")
+    path.write_text('{"step": 1}\n{"step"')
+    write_report(study.read())
+    (line,) = (line for line in (study.study_dir / "report.md").read_text().splitlines() if f"`{path.parent.name}`" in line)
+    assert line.endswith("| not finished |")
 
 
 def test_numbers_in_words():
@@ -250,7 +276,7 @@ def test_headline_of_many_arms_without_chains_counts_what_is_not_known(tmp_path)
     arms = [ArmSpec(f"arm{i}", ("xl", "s"), gain=8.0 * (i == 4)) for i in range(5)]
     spec = StudySpec(arms, seeds=(10, 20, 30, 40), sets={"dolly": 60}, fact_sets=())
     study = build_study(tmp_path, spec)
-    findings = headline(read_results(study.study_dir, study.store_dir))
+    findings = headline(study.read())
     gains = [finding.text for finding in findings if finding.kind in ("gain", "loss")]
     assert len(gains) == 4  # every pair with arm4, and none of the six others
     assert all("arm4" in text for text in gains)

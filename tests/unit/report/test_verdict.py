@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tadistill.report.text import caution_texts, headline, verdict_text
-from tadistill.results.collect import MEAN, read_results
-from tadistill.results.sharpening import Mechanism
+from tadistill.results.collect import MEAN
+from tadistill.results.compare import Mechanism
 from tadistill.results.verdict import _credit, _word, comparisons
 from tadistill.statistics import Difference, holm, inflation, macro_difference, minimum_detectable_effect, sign_flip
 
@@ -23,7 +23,7 @@ def chain_study(tmp_path, *arms, margin=None, **changes):
         plan = json.loads((study.study_dir / "plan.json").read_text())
         plan["recipe"]["margin"] = margin
         (study.study_dir / "plan.json").write_text(json.dumps(plan))
-    return study, read_results(study.study_dir, study.store_dir)
+    return study, study.read()
 
 
 def pair_of(gain, **changes):
@@ -55,9 +55,9 @@ def test_the_numbers_of_a_comparison(tmp_path):
         (4.0, 0.3, SEEDS, "gain", ": gain (p"),
         (-4.0, 0.3, SEEDS, "loss", ": loss (p"),
         (0.0, 4.0, SEEDS, "equivalent", "equivalent, within the margin of ±4.0"),
-        (0.0, 0.01, SEEDS, "no evidence", "no evidence of a gain; an effect of "),
-        (4.0, 0.3, (1, 2), "no evidence", "no evidence of a gain, because 2 seeds are too few for a claim (3 are the least)"),
-        (0.0, 9.0, (1,), "no evidence", "no evidence of a gain, because 1 seed is too few for a claim (3 are the least)."),
+        (0.0, 0.01, SEEDS, "no evidence", "no evidence of a gain; the study detects a difference of "),
+        (4.0, 0.3, (1, 2), "no evidence", "no evidence of a gain, because 2 seeds are too few for a claim (at least 3 are needed)"),
+        (0.0, 9.0, (1,), "no evidence", "no evidence of a gain, because 1 seed is too few for a claim (at least 3 are needed)."),
     ],
 )
 def test_words(tmp_path, gain, margin, seeds, word, phrase):
@@ -69,7 +69,7 @@ def test_words(tmp_path, gain, margin, seeds, word, phrase):
     assert " points of ROUGE-L, 95 % " in sentence
     assert " against equal-compute direct (twin)" in sentence
     assert phrase in sentence
-    assert "would have been seen" not in sentence or word == "no evidence"
+    assert "the study detects" not in sentence or word == "no evidence"
 
 
 def difference(mean, half=0.5, p=0.001):
@@ -129,7 +129,9 @@ def test_selection_among_more_checkpoints_is_a_caution(tmp_path):
             variances.append(np.var(values[len(values) // 2 :], ddof=1))
     assert comparison.selection.sigma == pytest.approx(np.sqrt(np.mean(variances)))
     assert comparison.selection.inflation == pytest.approx(inflation(30, 20, comparison.selection.sigma))
-    assert caution_texts(comparison)[0].startswith("chain chose among 30 checkpoints on dev, twin among 20: picking on noise adds 0.")
+    assert caution_texts(comparison)[0].startswith(
+        "chain chose among 30 checkpoints on dev, twin among 20: selecting the best by chance adds at most 0."
+    )
 
 
 def test_seeds_that_only_one_side_has_are_named(tmp_path):

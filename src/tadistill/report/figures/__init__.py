@@ -1,12 +1,25 @@
 """The figures of a report, as HTML divs; None or an empty dict where a study has nothing to show."""
 
-from tadistill.report.figures.behaviour import calibration_figures, calibration_legend, exposure_figure, exposure_legend, length_figure
-from tadistill.report.figures.budget import budget_figures
-from tadistill.report.figures.forest import difference_figure, means_figure
-from tadistill.report.figures.lattice import lattice_figure, lattice_legend
-from tadistill.report.figures.learning import curve_figures, curve_legend
+from tadistill.report.figures.behaviour import (
+    calibration_figures,
+    calibration_legend,
+    curve_figures,
+    curve_legend,
+    exposure_figure,
+    exposure_legend,
+    length_figure,
+)
+from tadistill.report.figures.paths import budget_figures, lattice_figure, lattice_legend
+from tadistill.report.figures.scores import (
+    cost_legend,
+    difference_figure,
+    direct_longer,
+    means_figure,
+    pareto_figure,
+    plane_figure,
+    plane_legend,
+)
 from tadistill.report.figures.style import LegendEntry, Look, arm_legend, looks
-from tadistill.report.figures.tradeoffs import cost_legend, direct_longer, pareto_figure, plane_figure, plane_legend
 
 __all__ = [
     "LegendEntry",

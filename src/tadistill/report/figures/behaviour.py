@@ -1,80 +1,20 @@
-"""How models behave: exposure bias, answers by the length of their reference, and calibration."""
+"""Figures of training and behaviour: learning curves, exposure bias, calibration, and scores by reference length."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import plotly.graph_objects as go
-from numpy.typing import NDArray
 
-from tadistill.report.figures.style import GREY, GRID, LegendEntry, arm_group, arm_legend, axes, div, escaped, line, looks
-from tadistill.results.buckets import BUCKETS, bucket_size, bucket_summary, bucket_title
+from tadistill.metrics import LOGS, metric_title
+from tadistill.report.figures.style import DASHES, GREY, GRID, LegendEntry, Look, arm_group, arm_legend, axes, div, escaped, line, looks
 from tadistill.results.collect import MEAN, Results
-from tadistill.results.files import load_corpus, load_exposure
-from tadistill.results.units import metric_title, number, summary_text
-
-FEW = 10  # answers: below this a position says little
-_LONGEST = 256  # positions drawn
-
-Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Exposure:
-    """ExAccErr in per cent by position (from 1): the mean over seeds and each seed. From `solid` positions on, fewer than `FEW`
-    answers of some seed are that long.
-    """
-
-    mean: Array
-    seeds: Mapping[int, Array]
-    solid: int
-
-
-def exposures(results: Results) -> Mapping[str, Exposure]:
-    """Arm -> its exposure bias, over all sets together: each position is weighted by how many answers reach it."""
-    found: dict[str, Exposure] = {}
-    for arm in results.plan.arms:
-        by_seed: dict[int, Array] = {}
-        solid: list[int] = []
-        for seed in (seed for seed in sorted(results.scores[arm.name]) if seed in arm.analyse):
-            by_set = load_exposure(results.store_dir, arm.analyse[seed])
-            (student, n_student), (teacher, n_teacher) = (
-                _pooled([entry[who] for entry in by_set.values()]) for who in ("student", "teacher")
-            )
-            length = min(len(student), len(teacher), _LONGEST)
-            by_seed[seed] = accumulated_error(student[:length], teacher[:length])
-            solid.append(int(np.argmin(np.append(np.minimum(n_student[:length], n_teacher[:length]), 0) >= FEW)))
-        length = min(map(len, by_seed.values()), default=0)
-        if length:
-            mean = np.mean([values[:length] for values in by_seed.values()], axis=0)
-            found[arm.name] = Exposure(mean, by_seed, min(*solid, length))
-    return found
-
-
-def accumulated_error(student_L: Array, teacher_L: Array) -> Array:
-    """ExAccErr(l) = 100 (R(l) - E(l)) / E(l), with R and E the sums up to l of the KL on the student's and the teacher's prefixes.
-
-    MiniLLM, section 3.6; E(l) is the paper's l eps(l). Positions before the teacher's sum is positive are left out by NaN.
-    """
-    risk, expected = np.cumsum(student_L), np.cumsum(teacher_L)
-    positive = expected > 0
-    return np.where(positive, 100 * (risk - expected) / np.where(positive, expected, 1.0), np.nan)
-
-
-def _pooled(entries: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Array, Array]:
-    """KL and count by position over several sets; positions that no answer reaches are cut off."""
-    length = max(len(entry["kl"]) for entry in entries)
-    total, count = np.zeros(length), np.zeros(length)
-    for entry in entries:
-        n = np.asarray(entry["count"], dtype=np.float64)
-        total[: len(n)] += n * np.asarray(entry["kl"], dtype=np.float64)
-        count[: len(n)] += n
-    reached = int(np.argmin(np.append(count, 0) > 0))
-    return total[:reached] / count[:reached], count[:reached]
+from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title
+from tadistill.results.curves import Array, Curve, exposures, reliabilities
+from tadistill.results.units import number, summary_text
 
 
 def exposure_figure(results: Results) -> str | None:
-    """ExAccErr by position per arm: mean over seeds, faint seeds, dotted where few answers are that long."""
+    """Draw ExAccErr by position per arm: mean over seeds, faint seeds, dotted where few answers are that long."""
     found, styles = exposures(results), looks(results)
     if not found:
         return None
@@ -115,43 +55,12 @@ def _points(values: Array, start: int, end: int) -> tuple[list[int], list[float 
 
 
 def exposure_legend(results: Results) -> list[LegendEntry]:
-    """Its legend."""
+    """Return the legend of the exposure and length figures."""
     return arm_legend(results, exposures(results))
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """Bins over all sets and seeds of an arm that hold something: mean confidence and share of correct predictions, in per cent."""
-
-    confidence: Array
-    correct: Array
-    count: Array
-
-
-def reliabilities(results: Results, what: str) -> Mapping[str, Reliability]:
-    """Arm -> its bins of `what`: ``tokens`` (the next token of the reference) or ``labels`` (the chosen answer)."""
-    found: dict[str, Reliability] = {}
-    for arm in results.plan.arms:
-        tables = [
-            of_set["calibration"][what]
-            for seed in sorted(results.scores[arm.name])
-            for of_set in load_corpus(results.store_dir, arm.evaluate[seed]).values()
-            if what in of_set.get("calibration", {})
-        ]
-        if not tables:
-            continue
-        count, confidence, correct = (
-            np.array([table[part] for table in tables], dtype=np.float64) for part in ("count", "confidence", "correct")
-        )
-        total = count.sum(axis=0)
-        held = total > 0
-        sure, right = (100 * (count * part).sum(axis=0)[held] / total[held] for part in (confidence, correct))
-        found[arm.name] = Reliability(sure, right, total[held])
-    return found
-
-
 def calibration_figures(results: Results) -> Mapping[str, str]:
-    """``tokens`` and ``labels`` -> reliability diagram, for what was measured."""
+    """Draw the reliability diagrams of ``tokens`` and ``labels``, where they were measured."""
     panels: dict[str, str] = {}
     styles = looks(results)
     for what in ("tokens", "labels"):
@@ -182,7 +91,7 @@ def calibration_figures(results: Results) -> Mapping[str, str]:
 
 
 def calibration_legend(results: Results) -> list[LegendEntry]:
-    """One legend for both diagrams; each arm with its expected calibration error."""
+    """Return the legend of both diagrams; each arm with its expected calibration error."""
     names = {name for what in ("tokens", "labels") for name in reliabilities(results, what)}
     return [LegendEntry(e.group, e.name + _errors(results, e.name), e.look) for e in arm_legend(results, names)]
 
@@ -194,7 +103,7 @@ def _errors(results: Results, name: str) -> str:
 
 
 def length_figure(results: Results) -> str | None:
-    """ROUGE-L by the length of the reference: each arm with its 95 % intervals, moved aside a little from its neighbours."""
+    """Draw ROUGE-L by the length of the reference: each arm with its 95 % intervals, side by side within a bucket."""
     metric, styles = "rouge_l", looks(results)
     buckets = [bucket for bucket in BUCKETS if bucket_size(results, metric, bucket)]
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
@@ -230,3 +139,60 @@ def length_figure(results: Results) -> str | None:
     ticks = [f"{bucket_title(b)}<br>{bucket_size(results, metric, b)} prompts" for b in buckets]
     figure.update_xaxes(tickvals=list(range(len(buckets))), ticktext=ticks, range=[-0.5, len(buckets) - 0.5], showgrid=False)
     return div(figure, "figure-lengths", height=360, bottom=64)
+
+
+# --- learning curves --------------------------------------------------------------------------------------------------
+
+
+def curve_figures(curves: list[Curve], results: Results) -> dict[str, str]:
+    """Draw one panel per metric: mean over seeds, faint lines for the seeds. The page has the legend (`curve_legend`)."""
+    entries = {entry.group: entry for entry in curve_legend(curves, results)}
+    panels: dict[str, str] = {}
+    for metric in LOGS:
+        figure = go.Figure()
+        for curve in (curve for curve in curves if curve.metric == metric):
+            _add_curve(figure, curve, entries[_group(curve)])
+        if figure.data:
+            figure.update_xaxes(title="optimizer step", gridcolor=GRID, zeroline=False, nticks=7)
+            figure.update_yaxes(gridcolor=GRID, zeroline=False, automargin=True)
+            panels[metric] = div(figure, f"figure-{metric.replace('/', '-')}", height=290, dragmode="zoom")
+    return panels
+
+
+def _add_curve(figure: go.Figure, curve: Curve, entry: LegendEntry) -> None:
+    look, common = entry.look, {"legendgroup": entry.group, "visible": entry.shown}
+    if len(curve.seeds) > 1:
+        for steps, values in curve.seeds.values():
+            figure.add_scatter(
+                x=steps, y=values, mode="lines", opacity=0.22, hoverinfo="skip", line={"color": look.colour, "width": 1}, **common
+            )
+    steps, values = curve.mean
+    name = escaped(curve.name)
+    figure.add_scatter(
+        x=steps,
+        y=values,
+        name=name,
+        mode="lines+markers",
+        line={"color": look.colour, "width": 1.8, "dash": look.dash},
+        marker={"symbol": look.marker, "size": 7, "maxdisplayed": 4},
+        hovertemplate=f"{name}, step %{{x}}: %{{y:.4g}}<extra></extra>",
+        **common,
+    )
+
+
+def curve_legend(curves: list[Curve], results: Results) -> list[LegendEntry]:
+    """Return the legend of the learning curves: arms, then the stages before them, which start hidden."""
+    styles = looks(results)
+    groups = {_group(curve): curve for curve in curves}
+    entries: list[LegendEntry] = []
+    for group, curve in groups.items():
+        if curve.arm is not None:
+            entries.append(LegendEntry(group, curve.name, styles[curve.arm]))
+        else:
+            dash = DASHES[1 + sum(not entry.shown for entry in entries) % (len(DASHES) - 1)]
+            entries.append(LegendEntry(group, curve.name, Look(GREY, "x-thin", "╌", dash), shown=False))
+    return entries
+
+
+def _group(curve: Curve) -> str:
+    return arm_group(curve.arm) if curve.arm is not None else f"stage:{curve.name}"

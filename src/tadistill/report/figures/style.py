@@ -1,4 +1,4 @@
-"""What all figures share: the look of an arm, the page's legends, and a plotly figure as a div.
+"""Shared by all figures: the look of an arm, the page's legends, and a plotly figure as a div.
 
 Figures need nothing but the page's one copy of plotly.js. Backgrounds are transparent and text takes its colour from the
 page's style sheet, so one figure fits light, dark and print. An arm has one colour and one marker everywhere: colour is
@@ -14,7 +14,6 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from tadistill.results.collect import Results
-from tadistill.results.files import Arm
 
 # Hues with enough contrast on white and on near-black
 PALETTE = (
@@ -36,7 +35,7 @@ _FONT = {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "
 
 @dataclass(frozen=True)
 class Look:
-    """How an arm is drawn: colour, plotly's marker and the same marker as a character, and the dash of its lines."""
+    """The look of an arm: colour, plotly's marker and the same marker as a character, and the dash of its lines."""
 
     colour: str
     marker: str
@@ -55,7 +54,7 @@ class LegendEntry:
 
 
 def looks(results: Results) -> Mapping[str, Look]:
-    """Each arm's look, the same in every figure, table and in the sample browser."""
+    """Return each arm's look, the same in every figure, table and in the sample browser."""
     found: dict[str, Look] = {}
     for index, arm in enumerate(results.plan.arms):
         marker, glyph = _MARKERS[index % len(_MARKERS)]
@@ -64,51 +63,46 @@ def looks(results: Results) -> Mapping[str, Look]:
 
 
 def arm_group(name: str) -> str:
-    """The legend group of an arm's traces."""
+    """Return the legend group of an arm's traces."""
     return f"arm:{name}"
 
 
 def arm_legend(results: Results, names: Iterable[str]) -> list[LegendEntry]:
-    """A legend with one button for each of the arms, in the plan's order."""
+    """Return a legend with one button for each of the arms, in the plan's order."""
     wanted, styles = set(names), looks(results)
     return [LegendEntry(arm_group(arm.name), arm.name, styles[arm.name]) for arm in results.plan.arms if arm.name in wanted]
 
 
 def escaped(text: str) -> str:
-    """A name for a plotly text, which reads a few tags."""
+    """Escape a name for a plotly text, which interprets a few tags."""
     return html.escape(text)
 
 
-def path_arrows(arm: Arm) -> str:
-    """``xl → l → s``."""
-    return arm.path_text.replace(" > ", " → ")
-
-
 def row_text(y: float, text: str, *, right: bool = False, size: int = 12) -> dict[str, Any]:
-    """An annotation at the left or right edge of a row."""
+    """Return an annotation at the left or right edge of a row."""
     side = {"x": 1, "xanchor": "right"} if right else {"x": 0, "xanchor": "left"}
     return {"y": y, "xref": "paper", "yref": "y", "text": text, "showarrow": False, "font": {"size": size}, **side}
 
 
 def separate_rows(figure: go.Figure, rows: int) -> None:
-    """Thin lines between rows at the whole numbers 0 to rows - 1."""
+    """Draw thin lines between rows at the whole numbers 0 to rows - 1."""
     for y in range(rows - 1):
         line(figure, xref="paper", x0=0, x1=1, y0=y + 0.5, y1=y + 0.5)
 
 
 def line(figure: go.Figure, *, colour: str = GRID, width: float = 1, dash: str = "solid", **ends: Any) -> None:
-    """A straight line below the traces."""
+    """Draw a straight line below the traces."""
     figure.add_shape(type="line", line={"color": colour, "width": width, "dash": dash}, layer="below", **ends)
 
 
 def axes(figure: go.Figure, x: str, y: str) -> None:
-    """Titles and a quiet grid."""
+    """Set the titles and a light grid."""
     figure.update_xaxes(title={"text": x, "standoff": 6}, gridcolor=GRID, zeroline=False)
     figure.update_yaxes(title={"text": y, "standoff": 6}, gridcolor=GRID, zeroline=False, automargin=True, title_font_size=12)
 
 
 def div(figure: go.Figure, name: str, *, height: int, dragmode: Any = False, top: int = 12, bottom: int = 48) -> str:
-    """The figure as an HTML element with the id `name`."""
+    """Return the figure as an HTML element with the id `name`."""
     figure.update_xaxes(title_font_size=12)
     figure.update_layout(
         template="none",

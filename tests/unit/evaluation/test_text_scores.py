@@ -9,7 +9,7 @@ from tests.environment import USER
 
 from tadistill.data import tinyworld
 from tadistill.errors import DataError
-from tadistill.evaluation.metrics import exact_match, fact_accuracy, repetition, rouge_l
+from tadistill.evaluation.text_scores import exact_match, fact_accuracy, repetition, rouge_l
 
 
 def test_rouge_l_is_the_best_stemmed_f_measure():

@@ -1,10 +1,10 @@
-"""What a report reads: the plan of a study and the finished stages in the store, as frozen dataclasses.
+"""Read a study: its plan, and the files of its finished stages in the store.
 
-A stage counts as finished when its manifest exists (the manifest is written last). Anything that cannot be read is a
-`StoreError` that names the file, because a report with a silent hole is worse than none.
+The store says which stages are finished. A file of a finished stage that cannot be read is a `StoreError` that names it: a report must
+not leave out numbers silently.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tadistill.config.arm import path_text
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import ConfigError, StoreError
+from tadistill.metrics import metric_of
 from tadistill.models.counting.cost import Cost, Part
+from tadistill.store import MANIFEST, Store
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts, decoding seeds)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One unit of work of the plan; `arms` are the arms that need it."""
+class StageRecord:
+    """One stage of the plan; `arms` are the arms that need it."""
 
     key: str
     kind: str
@@ -34,28 +37,31 @@ class Stage:
     checkpoints: int
     """How many dev evaluations its selection chose among; 0 without selection."""
     flops: float | None
-    """Of its training; None where the plan could not tell."""
+    """Training FLOPs; None where the plan could not compute them."""
 
 
 @dataclass(frozen=True)
-class Published:
-    """What somebody else reported for an arm: set -> Rouge-L."""
+class PublishedScores:
+    """Scores that others published for an arm: set -> Rouge-L."""
 
     source: str
     rouge_l: Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One named path and method; `evaluate`, `analyse`, `final` and each decoding of `also` map a training seed to a stage key."""
+class ArmRecord:
+    """One arm of the plan. `evaluate`, `analyse`, `final` and each decoding of `also` map a training seed to a stage key.
+
+    Seeds are in the recipe's order.
+    """
 
     name: str
     path: tuple[str, ...]
     """The path that ends with its model."""
     path_text: str
-    """All of its edges as a recipe writes them: ``xl > l > s``."""
+    """The whole path as a recipe writes it: ``xl > l > s``."""
     models: tuple[str, ...]
-    """All models that have a part in it."""
+    """All models of the path, of turns before it and of starts."""
     method: str
     model: str
     compute: str | None
@@ -64,16 +70,21 @@ class Arm:
     analyse: Mapping[int, str]
     also: Mapping[str, Mapping[int, str]]
     final: Mapping[int, str | None]
-    published: Published | None
+    published: PublishedScores | None
 
     def measured_by(self, seed: int) -> tuple[str, ...]:
-        """The keys of all stages that measure the arm's model of a training seed."""
+        """Return the keys of all stages that measure the arm's model of a training seed."""
         analyse = (self.analyse[seed],) if seed in self.analyse else ()
         return (self.evaluate[seed], *analyse, *(keys[seed] for keys in self.also.values()))
 
+    def first_seed(self, finished: Container[int]) -> int:
+        """Return the first finished training seed in the recipe's order; the recipe's first seed where none is finished."""
+        seeds = list(self.final)
+        return next((seed for seed in seeds if seed in finished), seeds[0])
+
     @property
     def is_trained(self) -> bool:
-        """True when the study trained its model, so that its seeds are training seeds."""
+        """True when the study trained the arm's model, so that its seeds are training seeds."""
         return any(key is not None for key in self.final.values())
 
     @property
@@ -83,18 +94,19 @@ class Arm:
 
     @property
     def is_plain(self) -> bool:
-        """True when teaching along one path is all: no turns, no start from another model, one teacher a learner."""
-        return self.path_text == " > ".join(self.path)
+        """True for a single path without turns, starts from other models or several teachers per learner."""
+        text = path_text(self.path)
+        return self.path_text == text or (len(self.path) == 2 and self.path_text == f"{text}, dense")  # one teacher: nothing to mix
 
     @property
     def has_assistant(self) -> bool:
-        """True when a teacher assistant has any part in it: as a link, as a start, or as a teacher for some time."""
+        """True when a teacher assistant takes part: as a link, as a start, or as a teacher for some of the updates."""
         return len(self.models) > 2
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A study as it was expanded from its recipe."""
+class StudyPlan:
+    """The content of ``plan.json``: a study as it was expanded from its recipe."""
 
     study: str
     created: str
@@ -104,17 +116,17 @@ class Plan:
     """The resolved recipe as plain data."""
     teacher: str | None
     margin: float
-    """Differences of the primary metric within this margin, in points, count as none."""
+    """Differences of the primary metric within this margin, in points, count as equivalent."""
     decodings: Mapping[str, Mapping[str, Any]]
-    """What each other decoding changes of the main one."""
+    """The settings that each other decoding changes, by its name."""
     parameters: Mapping[str, int]
-    stages: tuple[Stage, ...]
-    arms: tuple[Arm, ...]
+    stages: tuple[StageRecord, ...]
+    arms: tuple[ArmRecord, ...]
 
-    def ancestors(self, key: str | None) -> list[Stage]:
-        """The stage and all that it builds on; none for a model that is loaded as it is."""
+    def ancestors(self, key: str | None) -> list[StageRecord]:
+        """Return the stage and all stages that it builds on; none for a model that is loaded as it is."""
         stages = {stage.key: stage for stage in self.stages}
-        found: dict[str, Stage] = {}
+        found: dict[str, StageRecord] = {}
         todo = [key] if key is not None else []
         while todo:
             at = todo.pop()
@@ -125,20 +137,20 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class StageManifest:
     """The part of a finished stage's manifest that a report shows."""
 
     seconds: float
     versions: Mapping[str, str]
     flops: float | None
-    """Metered, of a training stage, without its dev evaluations; None where they were not metered."""
+    """Metered FLOPs of a training stage without its dev evaluations; None where they were not metered."""
 
 
 def find_study(study: str, root: Path) -> Path:
-    """A study's directory from its name or its path.
+    """Return a study's directory from its name or its path.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such study.
     """
     for directory in (Path(study), root / study):
         if (directory / "plan.json").is_file():
@@ -146,14 +158,18 @@ def find_study(study: str, root: Path) -> Path:
     raise ConfigError(f"there is no study `{study}` ({root / study / 'plan.json'} does not exist): `tadistill run RECIPE` makes one")
 
 
-def load_plan(study_dir: Path) -> Plan:
-    """Reads ``plan.json``; says what to run when there is none."""
+def load_plan(study_dir: Path) -> StudyPlan:
+    """Read ``plan.json``.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+    """
     path = study_dir / "plan.json"
     if not path.is_file():
         raise StoreError(f"{path} does not exist, so there is no study to report: `tadistill run RECIPE` writes it")
     content = read_json(path)
     try:
-        plan = Plan(
+        plan = StudyPlan(
             study=content["study"],
             created=content["created"],
             command=content["command"],
@@ -173,19 +189,19 @@ def load_plan(study_dir: Path) -> Plan:
     return plan
 
 
-def _stage(entry: Mapping[str, Any]) -> Stage:
+def _stage(entry: Mapping[str, Any]) -> StageRecord:
     key, kind, label, model = (entry[name] for name in ("key", "kind", "label", "model"))
-    parents = tuple(entry["parents"].values())
-    return Stage(key, kind, label, model, int(entry["seed"]), tuple(entry["arms"]), parents, int(entry["checkpoints"]), entry["flops"])
+    parents, arms = tuple(entry["parents"].values()), tuple(entry["arms"])
+    return StageRecord(key, kind, label, model, int(entry["seed"]), arms, parents, int(entry["checkpoints"]), entry["flops"])
 
 
-def _arm(entry: Mapping[str, Any]) -> Arm:
+def _arm(entry: Mapping[str, Any]) -> ArmRecord:
     published = entry["published"]
-    return Arm(
+    return ArmRecord(
         name=entry["name"],
         path=tuple(entry["path"]),
         models=tuple(entry.get("models", entry["path"])),
-        path_text=entry.get("text") or " > ".join(entry["path"]),  # a plan of an earlier version has the path alone
+        path_text=entry.get("text") or path_text(entry["path"]),  # a plan of an earlier version has the path alone
         method=entry["method"],
         model=entry["model"],
         compute=entry["compute"],
@@ -193,7 +209,7 @@ def _arm(entry: Mapping[str, Any]) -> Arm:
         evaluate=_by_seed(entry["evaluate"]),
         analyse=_by_seed(entry["analyse"]),
         also={name: _by_seed(keys) for name, keys in entry["also"].items()},
-        published=Published(published["source"], published["rouge_l"]) if published else None,
+        published=PublishedScores(published["source"], published["rouge_l"]) if published else None,
         final={int(seed): key for seed, key in entry["final"].items()},
     )
 
@@ -202,34 +218,28 @@ def _by_seed(keys: Mapping[str, str]) -> dict[int, str]:
     return {int(seed): key for seed, key in keys.items()}
 
 
-def stage_dir(store_dir: Path, key: str) -> Path:
-    """Where the store keeps a stage."""
-    return store_dir / key[:2] / key
-
-
-def is_finished(store_dir: Path, key: str) -> bool:
-    """True when the stage's manifest is in place."""
-    return (stage_dir(store_dir, key) / "manifest.json").is_file()
-
-
-def load_manifest(store_dir: Path, key: str) -> Manifest | None:
-    """The manifest of a stage, or None while it is not finished."""
-    path = stage_dir(store_dir, key) / "manifest.json"
-    if not path.is_file():
+def load_manifest(store: Store, key: str) -> StageManifest | None:
+    """Return the manifest of a stage, or None while it is not finished."""
+    if not store.finished(key):
         return None
+    path = store.folder(key) / MANIFEST
     content = read_json(path)
     try:
         versions = {str(k): str(v) for k, v in content["versions"].items()}
         parts = content["ledger"]["parts"] if "ledger" in content else {}
         metered = {name: Part(**part) for name, part in parts.items()}
-        return Manifest(float(content["seconds"]), versions, Cost(metered).learning if metered else None)
+        return StageManifest(float(content["seconds"]), versions, Cost(metered).learning if metered else None)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from error
 
 
-def load_scores(store_dir: Path, key: str) -> Scores:
-    """The scores of an evaluation as arrays (prompts, decoding seeds)."""
-    path = stage_dir(store_dir, key) / "scores.json"
+def load_scores(store: Store, key: str) -> Scores:
+    """Read the scores of an evaluation as arrays (prompts, decoding seeds).
+
+    Raises:
+        StoreError: the file is damaged, or holds a metric that this version does not know.
+    """
+    path = store.folder(key) / "scores.json"
     content = read_json(path)
     if not isinstance(content, dict) or not all(isinstance(metrics, dict) for metrics in content.values()):
         raise damaged(path, "it must map sets to metrics")
@@ -238,23 +248,34 @@ def load_scores(store_dir: Path, key: str) -> Scores:
     }
 
 
-def load_corpus(store_dir: Path, key: str) -> dict[str, dict[str, Any]]:
-    """What an evaluation says of whole sets: set -> numbers, calibration, reference_length."""
-    path = stage_dir(store_dir, key) / "corpus.json"
+def load_corpus(store: Store, key: str) -> dict[str, dict[str, Any]]:
+    """Read an evaluation's results for whole sets: set -> numbers, calibration, reference_length."""
+    path = store.folder(key) / "corpus.json"
     content = read_json(path)
     if not isinstance(content, dict) or not all(
         isinstance(found, dict) and {"numbers", "reference_length"} <= set(found) for found in content.values()
     ):
         raise damaged(path, "it must map sets to their numbers and reference lengths")
+    for found in content.values():
+        for metric in found["numbers"]:
+            _check_known(path, metric)
     return content
 
 
-def load_exposure(store_dir: Path, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Set -> student and teacher -> kl and count, by position in the response."""
-    return read_json(stage_dir(store_dir, key) / "exposure.json")
+def _check_known(path: Path, metric: str) -> None:
+    try:
+        metric_of(metric)
+    except StoreError as error:
+        raise StoreError(f"{path}: {error}") from error
+
+
+def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Read the exposure curves of an analysis: set -> student and teacher -> kl and count, by position in the response."""
+    return read_json(store.folder(key) / "exposure.json")
 
 
 def _score_array(path: Path, name: str, metric: str, values: Any) -> NDArray[np.float64]:
+    _check_known(path, metric)
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -266,14 +287,14 @@ def _score_array(path: Path, name: str, metric: str, values: Any) -> NDArray[np.
     return array
 
 
-def load_predictions(store_dir: Path, key: str) -> list[dict[str, Any]]:
-    """Every prediction of an evaluation, in the order of the file."""
-    return read_jsonl(stage_dir(store_dir, key) / "predictions.jsonl")
+def load_predictions(store: Store, key: str) -> list[dict[str, Any]]:
+    """Read every prediction of an evaluation, in the order of the file."""
+    return read_jsonl(store.folder(key) / "predictions.jsonl")
 
 
-def load_metrics(store_dir: Path, key: str) -> dict[str, dict[int, float]]:
-    """The training log of a stage: metric -> step -> value. After a resume the later line of a step wins."""
-    path = stage_dir(store_dir, key) / "metrics.jsonl"
+def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
+    """Read the training log of a stage: metric -> step -> value. After a resume the later line of a step wins."""
+    path = store.folder(key) / "metrics.jsonl"
     series: dict[str, dict[int, float]] = {}
     for line in read_jsonl(path):
         if not isinstance(line.get("step"), int):

@@ -1,4 +1,4 @@
-"""The path lattice: what was distilled from what, over columns of model size."""
+"""Figures of paths: the lattice of models, and the error budget of each chain."""
 
 import re
 from collections.abc import Mapping
@@ -6,12 +6,27 @@ from dataclasses import dataclass, field
 
 import plotly.graph_objects as go
 
+from tadistill.metrics import metric_title
 from tadistill.plan.specs import TRAINING
-from tadistill.report.figures.style import DASHES, GREY, PALETTE, LegendEntry, Look, div, escaped, line, looks, row_text, separate_rows
-from tadistill.results.collect import MEAN, Results, primary_metric
+from tadistill.report.figures.style import (
+    DASHES,
+    GREY,
+    GRID,
+    PALETTE,
+    LegendEntry,
+    Look,
+    div,
+    escaped,
+    line,
+    looks,
+    row_text,
+    separate_rows,
+)
+from tadistill.results.collect import MEAN, Results, Summary, primary_metric
+from tadistill.results.compare import ladder, twin_of
 from tadistill.results.curves import last_dev_value
-from tadistill.results.files import Arm, Stage
-from tadistill.results.units import flops_text, metric_title, number, parameters_text
+from tadistill.results.study import ArmRecord, StageRecord
+from tadistill.results.units import flops_text, interval, number, parameters_text, summary_text
 
 _ROW = 58  # pixels
 _THIN, _WIDER = 1.5, 6.0  # pixels of an edge that costs nothing, and what the dearest one has more
@@ -25,14 +40,14 @@ class Node:
 
     model: str
     row: int
-    arms: list[Arm] = field(default_factory=list)
+    arms: list[ArmRecord] = field(default_factory=list)
     parent: NodeId | None = None
     kind: str = ""
     flops: float | None = None
 
 
 def lattice(results: Results) -> Mapping[NodeId, Node]:
-    """The nodes, each in the row of its first arm; arms that share models are neighbours."""
+    """Return the nodes, each in the row of its first arm; arms that share models are neighbours."""
     nodes: dict[NodeId, Node] = {}
     for row, (arm, ids) in enumerate(_ordered(results)):
         for index, (at, model) in enumerate(zip(ids, arm.path, strict=True)):
@@ -47,8 +62,8 @@ def lattice(results: Results) -> Mapping[NodeId, Node]:
     return nodes
 
 
-def _ordered(results: Results) -> list[tuple[Arm, tuple[NodeId, ...]]]:
-    """Arms with their nodes; arms behind the same first nodes stand together, where the first of them stands in the plan."""
+def _ordered(results: Results) -> list[tuple[ArmRecord, tuple[NodeId, ...]]]:
+    """Return the arms with their nodes. Arms with the same first nodes are neighbours, at the place of the first of them in the plan."""
     arms = [(arm, _ids(results, arm)) for arm in results.plan.arms]
     first: dict[tuple[NodeId, ...], int] = {}
     for position, (_, ids) in enumerate(arms):
@@ -59,7 +74,7 @@ def _ordered(results: Results) -> list[tuple[Arm, tuple[NodeId, ...]]]:
     return [arms[i] for i in order]
 
 
-def _ids(results: Results, arm: Arm) -> tuple[NodeId, ...]:
+def _ids(results: Results, arm: ArmRecord) -> tuple[NodeId, ...]:
     if len(arm.path) == 1:
         return (("arm", arm.name),)
     assistants: list[NodeId] = []
@@ -69,20 +84,20 @@ def _ids(results: Results, arm: Arm) -> tuple[NodeId, ...]:
     return (("model", arm.path[0]), *assistants, ("arm", arm.name))
 
 
-def _steps(results: Results, arm: Arm, model: str) -> list[Stage]:
-    """The stages of the arm's first training seed that train the model, in the plan's order."""
-    seed = min(arm.evaluate)
+def _steps(results: Results, arm: ArmRecord, model: str) -> list[StageRecord]:
+    """Return the stages of the arm's first finished training seed that train the model, in the plan's order."""
+    seed = arm.first_seed(results.scores[arm.name])
     return [s for s in results.plan.stages if s.seed == seed and s.model == model and arm.name in s.arms and s.kind in TRAINING]
 
 
-def _kind(stage: Stage) -> str:
-    """The method out of a label such as ``distill xl -> l, minillm on student (rounds of 256, 4 updates each), 800 updates, seed 1``."""
+def _kind(stage: StageRecord) -> str:
+    """Return the method in a label such as ``distill xl -> l, minillm on student (rounds of 256, 4 updates each), 800 updates, seed 1``."""
     found = re.match(r"distill [^,]+, (.+?)(?: \(rounds[^)]*\))?(?:, |$)", stage.label)
     return found[1] if found else stage.kind
 
 
 def lattice_figure(results: Results) -> str | None:
-    """The figure; None when no arm distils anything."""
+    """Draw the lattice; None when no arm distils anything."""
     nodes = lattice(results)
     if all(node.parent is None for node in nodes.values()):
         return None
@@ -152,5 +167,112 @@ def _kinds(results: Results) -> Mapping[str, Look]:
 
 
 def lattice_legend(results: Results) -> list[LegendEntry]:
-    """One entry for each kind of distillation."""
+    """Return one entry for each kind of distillation."""
     return [LegendEntry(f"kind:{kind}", kind, look) for kind, look in _kinds(results).items()]
+
+
+# --- error budget -----------------------------------------------------------------------------------------------------
+
+
+_ADDS, _TAKES = "#E0475B", "#17A673"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """KL(q ‖ p_T) of a chain in parts (nats/token): `terms` in the order of the sum; `total` is measured separately."""
+
+    arm: ArmRecord
+    terms: tuple[tuple[str, Summary], ...]
+    total: tuple[str, Summary]
+    twin: tuple[str, Summary] | None
+    """The equal-compute twin's own KL(q ‖ p_T)."""
+
+
+def budgets(results: Results) -> list[Budget]:
+    """Return the budgets of all chains whose terms were measured; `tadistill.evaluation.analysis` has the identity."""
+    found: list[Budget] = []
+    for arm in (arm for arm in results.plan.arms if arm.is_chain):
+        upwards = ladder(results, arm)[::-1]  # student, last assistant, ..., teacher
+        names = [f"KL({upwards[0]} ‖ {upwards[1]})", *(f"{upwards[j]} → {upwards[j + 1]}" for j in range(1, len(upwards) - 1))]
+        terms = [results.summaries.get((arm.name, MEAN, f"budget/{j}")) for j in range(len(names))]
+        total = results.summaries.get((arm.name, MEAN, "reverse_kl"))
+        known = [(name, term) for name, term in zip(names, terms, strict=True) if term is not None]
+        if total is None or len(known) < len(names):
+            continue
+        twin = twin_of(results, arm)
+        of_twin = results.summaries.get((twin.name, MEAN, "reverse_kl")) if twin else None
+        found.append(
+            Budget(arm, tuple(known), (f"KL({upwards[0]} ‖ {upwards[-1]})", total), (twin.name, of_twin) if twin and of_twin else None)
+        )
+    return found
+
+
+def budget_figures(results: Results) -> Mapping[str, str]:
+    """Draw the waterfall of each chain; all have the same scale, so that they can be compared."""
+    found = budgets(results)
+    if not found:
+        return {}
+    tops = [sum(max(term.mean, 0) for _, term in b.terms) for b in found] + [b.total[1].high for b in found]
+    bottoms = [min(0.0, *_ends(b)) for b in found]
+    span = (min(bottoms), max(*tops, *(b.twin[1].mean for b in found if b.twin), 0.0))
+    return {b.arm.name: _waterfall(results, b, index, span) for index, b in enumerate(found)}
+
+
+def _ends(budget: Budget) -> list[float]:
+    """Return the lower end of each bar, including its interval."""
+    ends, at = [], 0.0
+    for _, term in budget.terms:
+        ends.append(min(at, at + term.mean, at + term.low))
+        at += term.mean
+    return ends
+
+
+def _waterfall(results: Results, budget: Budget, index: int, span: tuple[float, float]) -> str:
+    figure, at = go.Figure(), 0.0
+    bars = [*budget.terms, budget.total]
+    colours = [looks(results)[budget.arm.name].colour, *(_ADDS if term.mean > 0 else _TAKES for _, term in budget.terms[1:]), GREY]
+    for x, ((name, term), colour) in enumerate(zip(bars, colours, strict=True)):
+        last = x == len(bars) - 1
+        base = 0.0 if last else at
+        figure.add_bar(
+            x=[x],
+            y=[term.mean],
+            base=[base],
+            width=0.62,
+            marker={"color": colour, "opacity": 0.85},
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [term.high - term.mean],
+                "arrayminus": [term.mean - term.low],
+                "width": 5,
+            },
+            hovertemplate=f"{escaped(name)}: {summary_text(term, 'reverse_kl')} nats/token<extra></extra>",
+            meta=[budget.arm.name, "total" if last else f"budget/{x}"],
+        )
+        sign = "+" if 0 < x < len(bars) - 1 and term.mean > 0 else ""
+        text = f"<b>{sign}{number(term.mean, 'reverse_kl')}</b>"
+        if len(bars) < 5:  # more would run into each other on a phone
+            text += f"<br>{interval(term.low, term.high, 'reverse_kl')}"
+        high = max(base, base + term.mean, base + term.high)
+        figure.add_annotation(x=x, y=high, yanchor="bottom", yshift=2, text=text, showarrow=False, font_size=9 if len(bars) > 3 else 10)
+        if not last:
+            at += term.mean
+            line(figure, colour=GREY, dash="dot", x0=x, x1=x + 1, y0=at, y1=at)
+    if budget.twin:
+        name, twin = budget.twin
+        line(figure, colour=GREY, width=1.5, dash="dash", x0=len(bars) - 1.5, x1=len(bars) - 0.5, y0=twin.mean, y1=twin.mean)
+    ticks = [_wrapped(name, first=x == 0, last=x == len(bars) - 1) for x, (name, _) in enumerate(bars)]
+    figure.update_xaxes(tickvals=list(range(len(bars))), ticktext=ticks, range=[-0.55, len(bars) - 0.45], zeroline=False, showgrid=False)
+    figure.update_xaxes(tickfont_size=11, tickangle=0)
+    room = 0.2 * (span[1] - span[0])
+    figure.update_yaxes(
+        range=[span[0] - (0.02 if span[0] else 0) * room, span[1] + room], gridcolor=GRID, zeroline=True, zerolinecolor=GREY
+    )
+    figure.update_yaxes(title={"text": "nats/token", "standoff": 4}, automargin=True, title_font_size=12)
+    return div(figure, f"figure-budget-{index}", height=330, bottom=52)
+
+
+def _wrapped(name: str, *, first: bool, last: bool) -> str:
+    """Return a tick of two lines: the term, and its kind."""
+    return f"{escaped(name)}<br>{'trained on' if first else 'in all' if last else 'hop'}"

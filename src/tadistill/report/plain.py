@@ -1,17 +1,36 @@
-"""The Markdown report: verdict, results, analysis, paths, commands and stage keys, fit to paste into a README."""
+"""The report without a browser: the Markdown file, which fits into a README, and the tables of the terminal."""
 
 from collections.abc import Iterable, Sequence
 
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from tadistill.metrics import metric_title
 from tadistill.report import text
-from tadistill.report.details import Table, comparison_table, detail_tables
 from tadistill.report.explain import explain
-from tadistill.report.tables import ScoreTable, main_metrics, score_table, stage_rows, versions
+from tadistill.report.tables import (
+    ScoreTable,
+    Table,
+    comparison_table,
+    cost_rows,
+    detail_tables,
+    interval_method,
+    main_metrics,
+    score_table,
+    stage_rows,
+    versions,
+)
 from tadistill.results.collect import MEAN, Results, Summary, seeds_of
-from tadistill.results.units import DASH, metric_title, summary_text
+from tadistill.results.samples import samples
+from tadistill.results.units import DASH, ratio_text, summary_text
 
 
 def render_markdown(results: Results) -> str:
-    """The whole document, ending in a newline."""
+    """Return the whole document, ending in a newline."""
     plan = results.plan
     trained = any(arm.is_trained for arm in plan.arms)
     seeds = f" (training seeds {', '.join(map(str, seeds_of(results)))})" if trained else ""
@@ -19,7 +38,7 @@ def render_markdown(results: Results) -> str:
     blocks.append("\n".join(f"- {escaped(finding.text)}" for finding in text.headline(results)))
     if results.summaries:
         over = "training seeds, prompts and decoding seeds" if trained else "prompts and decoding seeds"
-        blocks += ["## Results", f"Mean over {over}, with the 95 % bootstrap interval."]
+        blocks += ["## Results", f"Mean over {over}, with its 95 % interval. {interval_method(results)}"]
         for metric in main_metrics(results):
             blocks += [f"### {metric_title(metric)}", _scores(score_table(results, metric))]
         compared = comparison_table(results)
@@ -81,7 +100,7 @@ def _stages(results: Results) -> str:
 
 
 def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A pipe table; its first column is aligned left, the others right."""
+    """Return a pipe table; its first column is aligned left, the others right."""
     lines = [_line(header), _line(["---", *("---:" for _ in header[1:])]), *map(_line, body)]
     return "\n".join(lines)
 
@@ -91,5 +110,55 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def escaped(value: str) -> str:
-    """Keeps a name from ending its cell or opening an element."""
+    """Escape a name, so that it cannot end its cell or open an element."""
     return value.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+# --- terminal ---------------------------------------------------------------------------------------------------------
+
+
+_STYLES = {"gain": "green", "loss": "red", "caution": "yellow"}
+
+
+def summary_table(results: Results) -> Group:
+    """Return the findings, the verdict first, then one row per arm: main metrics with intervals, and training FLOPs relative to direct.
+
+    It fits 80 columns. An arm with unfinished seeds shows how many are finished.
+    """
+    findings = [Padding(Text(f"- {finding.text}", style=_STYLES.get(finding.kind, "")), (0, 0, 0, 1)) for finding in text.headline(results)]
+    return Group(Text(results.plan.study, style="bold"), *findings, _arm_table(results))
+
+
+def _arm_table(results: Results) -> RichTable:
+    metrics = main_metrics(results)
+    rows = cost_rows(results)
+    with_compute = any(row.relative is not None for row in rows)
+    table = RichTable(box=box.SIMPLE_HEAD)
+    table.add_column("arm", style="bold", overflow="fold")
+    for metric in metrics:
+        table.add_column(f"{metric_title(metric)}\nmean [95 %]", justify="right", no_wrap=True)
+    if with_compute:
+        table.add_column("compute", justify="right", no_wrap=True)
+    for row in rows:
+        arm = row.arm
+        summaries = [(results.summaries.get((arm.name, MEAN, metric)), metric) for metric in metrics]
+        cells = ["missing" if s is None else summary_text(s, metric) for s, metric in summaries]
+        done, planned = len(results.scores[arm.name]), len(arm.evaluate)
+        name = arm.name if done == planned else f"{arm.name} ({done}/{planned} seeds)"
+        table.add_row(*map(escape, (name, *cells, *([ratio_text(row.relative)] if with_compute else []))))
+    return table
+
+
+def side_by_side(results: Results, show: int) -> Group:
+    """Return the answers of all arms to the first ``show`` prompts of each set, with their scores."""
+    blocks: list[Text | RichTable] = []
+    for name, prompts in samples(results).items() if show else ():
+        for prompt in prompts[:show]:
+            answers = RichTable(box=box.SIMPLE, show_header=False, padding=(0, 1))
+            answers.add_column(style="bold", overflow="fold")
+            answers.add_column(overflow="fold", ratio=1)
+            answers.add_row("reference", escape(prompt["references"][0]))
+            for arm, answer in prompt["answers"].items():
+                answers.add_row(escape(arm), f"{escape(answer['text'])}\n[dim]{escape(answer['scores'])}[/]")
+            blocks += [Text(f"{name}, prompt {prompt['index']}", style="bold"), Text(prompt["prompt"].strip()), answers]
+    return Group(*blocks)

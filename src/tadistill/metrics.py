@@ -1,0 +1,125 @@
+"""The table of metrics: everything that evaluation, selection and reports know about a metric, one row each.
+
+A new metric is a row here and the function in `tadistill.evaluation` that computes it.
+
+A stored metric may carry a suffix: `METRIC@DECODING` is the metric under another decoding, and `budget/J` is term J of the error budget.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tadistill.errors import StoreError
+
+Group = Literal["quality", "text", "language", "divergence"]
+Log = Literal["dev", "train", "rollout"]
+
+POINTS, PERCENT, NATS = "points", "percentage points", "nats/token"
+LAST = "last"  # Select's name for the final weights, which no metric chooses
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: its names, its direction, where it comes from and where it is shown."""
+
+    name: str
+    title: str
+    group: Group
+    """`quality` metrics score an answer's text against the references and get a table for each test set."""
+    unit: str = ""
+    decimals: int = 3
+    better: Literal["higher", "lower"] | None = None
+    stage: Literal["evaluate", "analyse"] = "evaluate"
+    """The kind of stage that measures it."""
+    whole_set: bool = False
+    """True for one number per test set: there are no prompts to resample, so it has no interval."""
+    selects: bool = False
+    """True where training can measure it on dev and select checkpoints by it."""
+    not_comparable: str = ""
+    """Why its dev values cannot compare two paths; empty where they can."""
+    logs: tuple[Log, ...] = ()
+    """The training logs with a panel of learning curves: `dev/NAME`, `train/NAME`, `rollout/NAME`."""
+    hub: str = ""
+    """The metric's name on the Hugging Face Hub."""
+    on_card: bool = False
+    """True for the secondary numbers of a model card."""
+
+
+_ROWS = (
+    Metric("fact_accuracy", "fact accuracy", "quality", PERCENT, 1, "higher", selects=True, logs=("dev",), hub="accuracy"),
+    Metric("rouge_l", "ROUGE-L", "quality", POINTS, 1, "higher", selects=True, logs=("dev",), hub="rouge"),
+    Metric("loss", "reference loss", "language", NATS, 3, "lower", selects=True, logs=("dev", "train"), on_card=True),
+    Metric("perplexity", "perplexity", "language", "", 2, "lower", whole_set=True, hub="perplexity", on_card=True),
+    Metric("ece_tokens", "calibration error of tokens", "language", PERCENT, 1, "lower", whole_set=True, on_card=True),
+    Metric("ece_labels", "calibration error of labels", "language", PERCENT, 1, "lower", whole_set=True),
+    Metric("label_accuracy", "label accuracy", "language", PERCENT, 1, "higher", hub="accuracy"),
+    Metric("forward_kl", "KL(teacher ‖ student)", "divergence", NATS, 3, "lower", "analyse", on_card=True),
+    Metric(
+        *("reverse_kl", "KL(student ‖ teacher)", "divergence", NATS, 3, "lower", "analyse"),
+        selects=True,
+        not_comparable="is measured to the teacher of the last stage, which is another one in every path",
+        logs=("rollout",),
+        on_card=True,
+    ),
+    Metric("budget", "error budget", "divergence", NATS, 3, None, "analyse"),
+    Metric("length", "answer length", "text", "tokens", 1, logs=("rollout",), on_card=True),
+    Metric("repetition", "repeated 4-grams", "text", PERCENT, 1, "lower", logs=("rollout",), on_card=True),
+    Metric("self_bleu", "self-BLEU", "text", POINTS, 1, "lower"),
+    Metric("distinct_1", "distinct 1-grams", "text", PERCENT, 1, whole_set=True),
+    Metric("distinct_2", "distinct 2-grams", "text", PERCENT, 1, whole_set=True),
+    Metric("distinct_4", "distinct 4-grams", "text", PERCENT, 1, whole_set=True, on_card=True),
+    Metric("entropy", "entropy", "text", NATS, 3, logs=("rollout",), on_card=True),
+    Metric("exact_match", "exact match", "text", PERCENT, 1, "higher", hub="exact_match", on_card=True),
+)
+METRICS = {row.name: row for row in _ROWS}
+"""Metric by name, in the order of tables."""
+
+SELECTABLE = (LAST, *(row.name for row in _ROWS if row.selects))
+"""The choices of `Select.metric`."""
+NOT_COMPARABLE = {LAST: "measures nothing on dev"} | {row.name: row.not_comparable for row in _ROWS if row.not_comparable}
+"""Choices of `Select.metric` whose dev values cannot compare two paths, and why."""
+LOGS = tuple(f"{log}/{row.name}" for log in ("dev", "train", "rollout") for row in _ROWS if log in row.logs)
+"""Names in training logs that get a panel of learning curves, in the order of the panels."""
+
+
+def metric_of(name: str) -> Metric:
+    """Return the row of a metric, with or without a suffix.
+
+    Raises:
+        StoreError: this version has no such metric.
+    """
+    base = name.partition("@")[0].partition("/")[0]
+    if base not in METRICS:
+        raise StoreError(f"metric `{name}` is not known to this version of tadistill; use the version that measured it, or evaluate again")
+    return METRICS[base]
+
+
+def names_in(group: Group) -> tuple[str, ...]:
+    """Return the names of a group's metrics, in the order of tables."""
+    return tuple(row.name for row in _ROWS if row.group == group)
+
+
+def higher_is_better(name: str) -> bool:
+    """Return True where a higher value is better. False where lower is better, and for a metric without a direction."""
+    return name != LAST and metric_of(name).better == "higher"
+
+
+def improves(name: str, difference: float) -> bool:
+    """Return True when a difference of this sign is an improvement; a metric without a direction counts as higher is better."""
+    return difference < 0 if metric_of(name).better == "lower" else difference > 0
+
+
+def metric_title(name: str) -> str:
+    """Return a metric's name for readers, such as ``ROUGE-L, greedy`` for ``rouge_l@greedy``."""
+    if name == LAST:
+        return LAST
+    title = metric_of(name).title
+    base, _, decoding = name.partition("@")
+    if base.startswith("budget/"):
+        hop = base.removeprefix("budget/")
+        title = "KL to the last assistant" if hop == "0" else f"error of hop {hop} above it"
+    return f"{title}, {decoding}" if decoding else title
+
+
+def metric_unit(name: str) -> str:
+    """Return a metric's unit, or an empty string."""
+    return metric_of(name).unit

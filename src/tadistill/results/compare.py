@@ -1,0 +1,236 @@
+"""Paired differences between arms: overall, per training seed, by the length of the reference, and with controls for sharpening.
+
+Differences are paired by training seed and prompt.
+
+Sharpening. Training with reverse KL makes a student's distribution sharper. A sharper student scores higher when its answers are sampled
+at temperature 1, without knowing more. Such a gain moves along the arm's curve of metric over entropy and does not lift the curve. It
+vanishes when both arms decode greedily, and when each is decoded at the temperature that gives both the same entropy.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tadistill.config import arm as arms
+from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, sets_with, stack, summarise
+from tadistill.results.study import ArmRecord
+from tadistill.statistics import Difference, macro_difference
+
+Bucket = tuple[int, int | None]
+
+BUCKETS: tuple[Bucket, ...] = ((0, 5), (6, 10), (11, None))
+"""Shortest and longest reference in tokens; None is unlimited."""
+
+# --- differences ------------------------------------------------------------------------------------------------------------
+
+
+def compare(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> tuple[Difference, tuple[int, ...]] | None:
+    """Return ``arm - other`` on a set or the mean over sets, and the common seeds; None without a common seed."""
+    return results.once(("compare", arm, other, metric, set_name), lambda: _compare(results, arm, other, metric, set_name))
+
+
+def _compare(results: Results, arm: str, other: str, metric: str, set_name: str) -> tuple[Difference, tuple[int, ...]] | None:
+    sets = sets_with(results, metric) if set_name == MEAN else (set_name,)
+    common = common_seeds(results, arm, other, sets, metric)
+    if not common:
+        return None
+    stacks = [[stack(results, name, common, member, metric) for member in sets] for name in (arm, other)]
+    return macro_difference(*stacks), common
+
+
+def common_seeds(results: Results, arm: str, other: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
+    """Return the training seeds for which both arms have the metric on all the sets; empty where no set has it."""
+    mine, theirs = (complete_seeds(results, name, sets, metric) for name in (arm, other))
+    return tuple(seed for seed in mine if seed in theirs) if sets else ()
+
+
+def differences_per_seed(results: Results, arm: str, other: str, metric: str) -> dict[int, float]:
+    """Return ``arm - other`` on the mean over sets for each common training seed."""
+    sets = sets_with(results, metric)
+    seeds = common_seeds(results, arm, other, sets, metric)
+    if not seeds:
+        return {}
+    mine_S, theirs_S = (np.mean([stack(results, n, seeds, m, metric).mean(axis=(1, 2)) for m in sets], axis=0) for n in (arm, other))
+    return {seed: float(value) for seed, value in zip(seeds, mine_S - theirs_S, strict=True)}
+
+
+def difference(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> Difference | None:
+    """Return ``arm - other`` as `compare` does, without the seeds."""
+    compared = compare(results, arm, other, metric, set_name)
+    return compared[0] if compared else None
+
+
+# --- the arms to compare with ---------------------------------------------------------------------------------------------------
+
+
+def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
+    """Return the chain's equal-compute twin: the direct arm with ``compute: as CHAIN``."""
+    return next((arm for arm in results.plan.arms if arm.compute == f"as {chain.name}" and arm.is_plain), None)
+
+
+def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
+    """Return the direct arm from the original teacher to the same student; for a chain or a twin preferably one of the same method."""
+    teacher = (results.plan.teacher or arm.path[0]) if len(arm.path) > 1 else None
+    method = arm.method if arm.has_assistant or arm.compute else None
+    return arms.direct_arm(results.plan.arms, teacher, arm.model, method, any_method=True)
+
+
+def ladder(results: Results, arm: ArmRecord) -> tuple[str, ...]:
+    """Return the models of a chain's error budget, from the original teacher down to the student."""
+    teacher = results.plan.teacher
+    return arm.path if teacher is None or teacher in arm.path else (teacher, *arm.path)
+
+
+# --- by length of the reference ---------------------------------------------------------------------------------------------
+
+
+def bucket_title(bucket: Bucket) -> str:
+    """Return ``[6, 10]`` or ``[11, ∞)``."""
+    first, last = bucket
+    return f"[{first}, ∞)" if last is None else f"[{first}, {last}]"
+
+
+def bucket_size(results: Results, metric: str, bucket: Bucket) -> int:
+    """Return the number of prompts in the bucket, over the sets that have the metric."""
+    return sum(len(rows) for _, rows in _rows(results, metric, bucket))
+
+
+def bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> Summary | None:
+    """Return the arm's mean over the bucket's prompts, pooled from all sets; None without a finished seed or a prompt."""
+    seeds = common_seeds(results, arm, arm, sets_with(results, metric), metric)
+    values_SNK = _pooled(results, arm, seeds, metric, bucket)
+    return None if values_SNK is None else summarise([values_SNK], seeds)
+
+
+def bucket_difference(results: Results, arm: str, other: str, metric: str, bucket: Bucket) -> Difference | None:
+    """Return ``arm - other`` over the bucket's prompts."""
+    seeds = common_seeds(results, arm, other, sets_with(results, metric), metric)
+    mine, theirs = (_pooled(results, name, seeds, metric, bucket) for name in (arm, other))
+    return None if mine is None or theirs is None else macro_difference([mine], [theirs])
+
+
+def _rows(results: Results, metric: str, bucket: Bucket) -> list[tuple[str, NDArray[np.intp]]]:
+    first, last = bucket
+    found: list[tuple[str, NDArray[np.intp]]] = []
+    for name in sets_with(results, metric):
+        length_N = results.reference_length.get(name, np.zeros(0, dtype=np.int64))
+        rows = np.flatnonzero((length_N >= first) & (True if last is None else length_N <= last))
+        if len(rows):
+            found.append((name, rows))
+    return found
+
+
+def _pooled(results: Results, arm: str, seeds: Sequence[int], metric: str, bucket: Bucket) -> NDArray[np.float64] | None:
+    """Return the arm's scores on the bucket's prompts of all sets, (S, N, 1)."""
+    rows = _rows(results, metric, bucket)
+    if not seeds or not rows:
+        return None
+    return np.concatenate([stack(results, arm, seeds, name, metric)[:, of_set] for name, of_set in rows], axis=1)
+
+
+# --- sharpening -------------------------------------------------------------------------------------------------------
+
+
+MAIN = "main decoding"
+Curves = Literal["matched", "apart", "not measured"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One decoding of an arm: its mean entropy (nats/token), its mean of the metric, and the metric's name there."""
+
+    entropy: float
+    value: float
+    metric: str
+
+    @property
+    def decoding(self) -> str:
+        """The name of the decoding; `MAIN` for the main one."""
+        return self.metric.partition("@")[2] or MAIN
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Paired differences ``arm - other`` that distinguish knowledge from sharpening; None where not measured."""
+
+    forward_kl: Difference | None
+    reverse_kl: Difference | None
+    entropy: Difference | None
+    greedy: Difference | None
+    curves: Curves
+    matched: Difference | None
+    """The metric at ``at_entropy``, each arm interpolated between its decodings. The interval treats the interpolation weights as fixed."""
+    at_entropy: float | None
+
+
+def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
+    """Return the controls for one pair of arms on the mean over sets."""
+    greedy = greedy_decoding(results)
+    curves, matched, at_entropy = _at_matched_entropy(results, arm, other, metric)
+    return Mechanism(
+        forward_kl=difference(results, arm, other, "forward_kl"),
+        reverse_kl=difference(results, arm, other, "reverse_kl"),
+        entropy=difference(results, arm, other, "entropy"),
+        greedy=difference(results, arm, other, f"{metric}@{greedy}") if greedy else None,
+        curves=curves,
+        matched=matched,
+        at_entropy=at_entropy,
+    )
+
+
+def greedy_decoding(results: Results) -> str | None:
+    """Return the name of the study's first decoding that only sets temperature 0; None where there is none."""
+    return next((name for name in temperatures(results) if results.plan.decodings[name]["temperature"] == 0), None)
+
+
+def temperatures(results: Results) -> list[str]:
+    """Return the names of the decodings that change only the temperature (and perhaps the seeds): the points of one curve."""
+    allowed = {"temperature", "seeds"}
+    return [name for name, changes in results.plan.decodings.items() if "temperature" in changes and set(changes) <= allowed]
+
+
+def entropy_curve(results: Results, arm: str, metric: str, seeds: Sequence[int], decodings: Iterable[str]) -> list[Point]:
+    """Return the main decoding and the given others as points, by rising entropy; one without a measurement is left out.
+
+    Both coordinates are means over the seeds and the sets that have the metric.
+    """
+    sets = sets_with(results, metric)
+    points: list[Point] = []
+    for suffix in ("", *(f"@{name}" for name in decodings)):
+        names = [f"{which}{suffix}" for which in ("entropy", metric)]
+        tables = [results.scores[arm][seed].get(member, {}) for seed in seeds for member in sets]
+        if tables and all(name in table for name in names for table in tables):
+            entropy, value = (float(np.mean([table[name].mean() for table in tables])) for name in names)
+            points.append(Point(entropy, value, names[1]))
+    return sorted(points, key=lambda point: point.entropy)
+
+
+def _at_matched_entropy(results: Results, arm: str, other: str, metric: str) -> tuple[Curves, Difference | None, float | None]:
+    """Compare at the lower of the two main entropies: the sharper arm as it is, the other one interpolated to the same entropy."""
+    sets = sets_with(results, metric)
+    seeds = common_seeds(results, arm, other, sets, metric)
+    both = [entropy_curve(results, name, metric, seeds, temperatures(results)) for name in (arm, other)]
+    mains = [point.entropy for points in both for point in points if point.metric == metric]
+    if not seeds or len(mains) < 2 or min(map(len, both)) < 2:
+        return "not measured", None, None
+    target = min(mains)
+    if not all(points[0].entropy <= target <= points[-1].entropy for points in both):
+        return "apart", None, None
+    mine, theirs = ([_blend(results, n, seeds, m, _weights(p, target)) for m in sets] for n, p in zip((arm, other), both, strict=True))
+    return "matched", macro_difference(mine, theirs), target
+
+
+def _weights(points: Sequence[Point], target: float) -> dict[str, float]:
+    """Return the weights of a linear interpolation between the two decodings around the entropy."""
+    left, right = next(pair for pair in pairwise(points) if pair[0].entropy <= target <= pair[1].entropy)
+    width = right.entropy - left.entropy
+    share = (target - left.entropy) / width if width else 0.0
+    return {left.metric: 1 - share, right.metric: share}
+
+
+def _blend(results: Results, arm: str, seeds: Sequence[int], set_name: str, weights: dict[str, float]) -> np.ndarray:
+    return np.sum([weight * stack(results, arm, seeds, set_name, metric) for metric, weight in weights.items()], axis=0)

@@ -1,0 +1,43 @@
+"""The table of metrics: it holds what evaluation makes, and an unknown metric is an error."""
+
+import pytest
+
+from tadistill.config.method import Select
+from tadistill.errors import StoreError
+from tadistill.metrics import LOGS, METRICS, NOT_COMPARABLE, SELECTABLE, higher_is_better, improves, metric_of, metric_title, metric_unit
+
+
+def test_an_unknown_metric_is_an_error():
+    for name in ("novelty", "novelty@greedy", "novelty/1"):
+        with pytest.raises(StoreError, match=f"metric `{name}` is not known"):
+            metric_of(name)
+        with pytest.raises(StoreError, match="not known"):
+            metric_title(name)
+
+
+def test_suffixes_name_the_decoding_and_the_hop():
+    assert metric_of("rouge_l@greedy") is METRICS["rouge_l"]
+    assert metric_title("rouge_l@greedy") == "ROUGE-L, greedy"
+    assert metric_title("budget/0") == "KL to the last assistant"
+    assert metric_title("budget/2") == "error of hop 2 above it"
+    assert (metric_unit("budget/2"), metric_of("budget/2").stage) == ("nats/token", "analyse")
+
+
+def test_selection_reads_the_table():
+    assert set(SELECTABLE) == {"last", "loss", "rouge_l", "fact_accuracy", "reverse_kl"}
+    assert [Select(metric=name).metric for name in SELECTABLE] == list(SELECTABLE)
+    assert {name for name in SELECTABLE if higher_is_better(name)} == {"rouge_l", "fact_accuracy"}
+    assert set(NOT_COMPARABLE) == {"last", "reverse_kl"}
+    with pytest.raises(ValueError, match="metric"):
+        Select(metric="length")
+
+
+def test_directions():
+    assert improves("loss", -0.1)
+    assert improves("rouge_l", 0.1)
+    assert not improves("reverse_kl", 0.1)
+
+
+def test_panels_of_learning_curves():
+    assert LOGS[:4] == ("dev/fact_accuracy", "dev/rouge_l", "dev/loss", "train/loss")
+    assert set(LOGS[4:]) == {"rollout/reverse_kl", "rollout/length", "rollout/entropy", "rollout/repetition"}
