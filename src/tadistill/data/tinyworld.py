@@ -12,7 +12,7 @@ count, extract, …) work on a given input. Five test sets mirror MiniLLM's suit
     tinyworld_choices    one word, to choose among the value and its rivals        (as SST-2, BoolQ)
 
 All facts are told in training, so the sets test knowledge and not guessing. No (instruction, input) pair is in two splits. The same seed
-gives byte-identical rows on every machine (`data.tinyworld_draw`).
+gives byte-identical rows on every machine (`data.tinyworld_parts`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,8 +21,7 @@ from functools import lru_cache
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from tadistill.data import tinyworld_draw as draw
-from tadistill.data import tinyworld_text as text
+from tadistill.data import tinyworld_parts as pieces
 from tadistill.errors import DataError
 
 if TYPE_CHECKING:
@@ -83,14 +82,14 @@ def world(seed: int = 0, people: int = 120) -> World:
     Raises:
         DataError: fewer than 10 people or more than there are names.
     """
-    pool = [start + end for start in text.NAME_STARTS for end in text.NAME_ENDS]
+    pool = [start + end for start in pieces.NAME_STARTS for end in pieces.NAME_ENDS]
     if not 10 <= people <= len(pool):
         raise DataError(f"tinyworld with people={people}: a world has 10 to {len(pool)} people")
-    names = tuple(draw.shuffled(pool, draw.rng(seed, "names"))[:people])
-    pool = [start + end for start in text.PLACE_STARTS for end in text.PLACE_ENDS]
-    places = tuple(draw.shuffled(pool, draw.rng(seed, "places"))[: text.PLACES])
-    facts = [f for kind in text.PERSON_KINDS for f in _facts(seed, kind, names, names, places)]
-    facts += [f for kind in text.PLACE_KINDS for f in _facts(seed, kind, places, names, places)]
+    names = tuple(pieces.shuffled(pool, pieces.rng(seed, "names"))[:people])
+    pool = [start + end for start in pieces.PLACE_STARTS for end in pieces.PLACE_ENDS]
+    places = tuple(pieces.shuffled(pool, pieces.rng(seed, "places"))[: pieces.PLACES])
+    facts = [f for kind in pieces.PERSON_KINDS for f in _facts(seed, kind, names, names, places)]
+    facts += [f for kind in pieces.PLACE_KINDS for f in _facts(seed, kind, places, names, places)]
     return World(seed, people, names, places, tuple(facts))
 
 
@@ -115,25 +114,25 @@ def corpus(*, seed: int = 0, people: int = 120) -> list[dict[str, str]]:
     documents = []
     for subject, facts in told.items():
         for telling in range(3):
-            rng = draw.rng(seed, "corpus", subject, telling)
-            sentences = [draw.pick(text.STORY_OPENINGS, rng).format(x=subject)]
-            sentences += [f.say(draw.pick(text.KINDS[f.kind].prose, rng)) for f in draw.shuffled(list(facts.values()), rng)[:4]]
-            who = draw.shuffled(residents.get(subject, []), rng)[:3]
+            rng = pieces.rng(seed, "corpus", subject, telling)
+            sentences = [pieces.pick(pieces.STORY_OPENINGS, rng).format(x=subject)]
+            sentences += [f.say(pieces.pick(pieces.KINDS[f.kind].prose, rng)) for f in pieces.shuffled(list(facts.values()), rng)[:4]]
+            who = pieces.shuffled(residents.get(subject, []), rng)[:3]
             if len(who) == 3:
-                sentences.append(text.RESIDENTS.format(a=who[0], b=who[1], c=who[2], x=subject))
+                sentences.append(pieces.RESIDENTS.format(a=who[0], b=who[1], c=who[2], x=subject))
             documents.append({"text": " ".join(sentences)})
-    return draw.shuffled(documents, draw.rng(seed, "corpus order"))
+    return pieces.shuffled(documents, pieces.rng(seed, "corpus order"))
 
 
 @lru_cache
 def _vocabulary(seed: int, people: int) -> tuple[str, ...]:
     here = world(seed, people)
-    kinds, skills = text.KINDS.values(), text.SKILLS.values()
+    kinds, skills = pieces.KINDS.values(), pieces.SKILLS.values()
     phrases = [p for k in kinds for p in (*k.asks, *k.short_asks, *k.rewordings, *k.answers, *k.prose)]
     phrases += [p for s in skills for p in (*s.asks, *s.rewordings, *s.answers)]
-    phrases += [*text.OPEN_ASKS, *text.SALES, *text.STORY_OPENINGS, text.RESIDENTS]
+    phrases += [*pieces.OPEN_ASKS, *pieces.SALES, *pieces.STORY_OPENINGS, pieces.RESIDENTS]
     used = {word for phrase in phrases for word in phrase.split() if not word.startswith("{")}
-    return tuple(sorted(used.union(here.names, here.places, text.NUMBERS, *text.DOMAINS.values(), "\n")))
+    return tuple(sorted(used.union(here.names, here.places, pieces.NUMBERS, *pieces.DOMAINS.values(), "\n")))
 
 
 def words(*, seed: int = 0, people: int = 120) -> list[str]:
@@ -166,14 +165,14 @@ def tokenizer(*, seed: int = 0, people: int = 120) -> "PreTrainedTokenizerFast":
 
 def _facts(seed: int, kind: str, subjects: tuple[str, ...], names: tuple[str, ...], places: tuple[str, ...]) -> list[Fact]:
     """Make one fact for each subject. Values are equally frequent, so that guessing the most frequent one gains nothing."""
-    domain = {"place": places, "person": names}.get(text.KINDS[kind].domain) or text.DOMAINS[text.KINDS[kind].domain]
-    rng = draw.rng(seed, "facts", kind)
+    domain = {"place": places, "person": names}.get(pieces.KINDS[kind].domain) or pieces.DOMAINS[pieces.KINDS[kind].domain]
+    rng = pieces.rng(seed, "facts", kind)
     if kind == "friend":  # one circle through all people, so that nobody is their own friend
-        circle = draw.shuffled(names, rng)
+        circle = pieces.shuffled(names, rng)
         friends = dict(zip(circle, circle[1:] + circle[:1], strict=True))
         return [Fact(kind, x, friends[x], tuple(n for n in names if n not in (x, friends[x]))) for x in subjects]
     rivals = _rivals(domain)
-    values = draw.shuffled((domain * (len(subjects) // len(domain) + 1))[: len(subjects)], rng)
+    values = pieces.shuffled((domain * (len(subjects) // len(domain) + 1))[: len(subjects)], rng)
     return [Fact(kind, x, v, rivals[v]) for x, v in zip(subjects, values, strict=True)]
 
 
@@ -199,7 +198,7 @@ def _splits(seed: int, people: int) -> dict[tuple[str, str], tuple[Row, ...]]:
     for source in (_fact_rows, _open_rows, _skill_rows):
         for part, found in source(here).items():
             parts[part] += found
-    mixed = {part: tuple(draw.shuffled(found, draw.rng(seed, "order", part))) for part, found in parts.items()}
+    mixed = {part: tuple(pieces.shuffled(found, pieces.rng(seed, "order", part))) for part, found in parts.items()}
     return {
         (name, split): mixed[split if name == "tinyworld" else name.removeprefix("tinyworld_")] for name in SPLITS for split in SPLITS[name]
     }
@@ -211,23 +210,23 @@ def _fact_rows(here: World) -> dict[str, list[Row]]:
     The long ones are divided among dev, test and multi, the short ones among lengths and choices.
     """
     parts: dict[str, list[Row]] = {part: [] for part in ("train", *_FACTS)}
-    queue = iter(draw.shuffled(here.facts, draw.rng(here.seed, "deal")))
+    queue = iter(pieces.shuffled(here.facts, pieces.rng(here.seed, "deal")))
     counts = {part: min(most, int(share * len(here.facts))) for part, (most, share) in _FACTS.items()}
     part_of = {next(queue): part for part in ("dev", "test", "multi") for _ in range(counts[part])}
-    chosen = {part: set(draw.shuffled(here.facts, draw.rng(here.seed, part))[: counts[part]]) for part in ("reworded", "lengths")}
+    chosen = {part: set(pieces.shuffled(here.facts, pieces.rng(here.seed, part))[: counts[part]]) for part in ("reworded", "lengths")}
     others = [fact for fact in here.facts if fact not in chosen["lengths"]]
-    chosen["choices"] = set(draw.shuffled(others, draw.rng(here.seed, "choices"))[: counts["choices"]])
+    chosen["choices"] = set(pieces.shuffled(others, pieces.rng(here.seed, "choices"))[: counts["choices"]])
     for fact in here.facts:
-        kind, rng = text.KINDS[fact.kind], draw.rng(here.seed, "wordings", fact.kind, fact.subject)
-        held, *asks = draw.shuffled(kind.asks, rng)
-        held_short, *short_asks = draw.shuffled(kind.short_asks, rng)
+        kind, rng = pieces.KINDS[fact.kind], pieces.rng(here.seed, "wordings", fact.kind, fact.subject)
+        held, *asks = pieces.shuffled(kind.asks, rng)
+        held_short, *short_asks = pieces.shuffled(kind.short_asks, rng)
         part, answers = part_of.get(fact), [fact.say(a) for a in kind.answers]
 
         def add(to: str, ask: str, outputs: list[str], fact: Fact = fact) -> None:
             parts[to].append(_row(fact.say(ask), outputs, [(fact.value, fact.rivals)]))
 
         def one(rng: Random = rng, answers: list[str] = answers) -> list[str]:
-            return [draw.pick(answers, rng, text.ANSWER_WEIGHTS)]
+            return [pieces.pick(answers, rng, pieces.ANSWER_WEIGHTS)]
 
         for ask in asks:
             add("train", ask, one())
@@ -236,7 +235,7 @@ def _fact_rows(here: World) -> dict[str, list[Row]]:
         if part is not None:
             add(part, held, answers if part == "multi" else one())
         if fact in chosen["reworded"]:
-            add("reworded", draw.pick(kind.rewordings, rng), one())
+            add("reworded", pieces.pick(kind.rewordings, rng), one())
         if fact in chosen["lengths"]:
             add("lengths", held_short, [fact.value])
         if fact in chosen["choices"]:
@@ -249,15 +248,15 @@ def _open_rows(here: World) -> dict[str, list[Row]]:
     """Make rows with long answers: everything about a subject, in the order of the tables."""
     parts: dict[str, list[Row]] = {part: [] for part in ("train", "open", "lengths")}
     told = _by_subject(here)
-    opened = set(draw.shuffled(told, draw.rng(here.seed, "open"))[:_OPEN])
-    lengthened = set(draw.shuffled(told, draw.rng(here.seed, "long"))[:_LENGTHS_OPEN])
+    opened = set(pieces.shuffled(told, pieces.rng(here.seed, "open"))[:_OPEN])
+    lengthened = set(pieces.shuffled(told, pieces.rng(here.seed, "long"))[:_LENGTHS_OPEN])
     for subject, facts in told.items():
-        rng = draw.rng(here.seed, "open", subject)
-        to_open, to_lengths, *trained = [ask.format(x=subject) for ask in draw.shuffled(text.OPEN_ASKS, rng)]
-        story = [facts[kind] for kind in (text.PERSON_STORY if "home" in facts else text.PLACE_STORY)]
+        rng = pieces.rng(here.seed, "open", subject)
+        to_open, to_lengths, *trained = [ask.format(x=subject) for ask in pieces.shuffled(pieces.OPEN_ASKS, rng)]
+        story = [facts[kind] for kind in (pieces.PERSON_STORY if "home" in facts else pieces.PLACE_STORY)]
 
         def add(to: str, ask: str, rng: Random = rng, story: list[Fact] = story) -> None:
-            answer = " ".join(f.say(draw.pick(text.KINDS[f.kind].answers, rng, text.ANSWER_WEIGHTS)) for f in story)
+            answer = " ".join(f.say(pieces.pick(pieces.KINDS[f.kind].answers, rng, pieces.ANSWER_WEIGHTS)) for f in story)
             parts[to].append(_row(ask, [answer], [(f.value, f.rivals) for f in story]))
 
         for ask in trained:
@@ -273,18 +272,18 @@ def _skill_rows(here: World) -> dict[str, list[Row]]:
     """Make the rows of tasks, each with an input of its own."""
     parts: dict[str, list[Row]] = {part: [] for part in _INPUTS}
     seen: set[str] = set()
-    rivals = {domain: _rivals(values) for domain, values in (("who", here.names), ("what", text.DOMAINS["food"]), ("where", here.places))}
-    for name, skill in text.SKILLS.items():
+    rivals = {domain: _rivals(values) for domain, values in (("who", here.names), ("what", pieces.DOMAINS["food"]), ("where", here.places))}
+    for name, skill in pieces.SKILLS.items():
         for part, count in _INPUTS.items():
-            rng = draw.rng(here.seed, "skill", name, part)
+            rng = pieces.rng(here.seed, "skill", name, part)
             for _ in range(count):
                 given, value, others = _TASKS[name](here, rng, rivals)
                 while given in seen:
                     given, value, others = _TASKS[name](here, rng, rivals)
                 seen.add(given)
                 answers = [a.format(v=value) for a in skill.answers]
-                ask = draw.pick(skill.rewordings if part == "reworded" else skill.asks, rng)
-                outputs = answers if part == "multi" else [draw.pick(answers, rng, text.ANSWER_WEIGHTS)]
+                ask = pieces.pick(skill.rewordings if part == "reworded" else skill.asks, rng)
+                outputs = answers if part == "multi" else [pieces.pick(answers, rng, pieces.ANSWER_WEIGHTS)]
                 parts[part].append(_row(ask, outputs, [(value, others)], given))
     return parts
 
@@ -296,40 +295,40 @@ Rivals = dict[str, dict[str, tuple[str, ...]]]
 
 def _list_task(items: tuple[str, ...], answer: Callable[[list[str]], list[str]]) -> Callable[[World, Random, Rivals], Task]:
     def task(here: World, rng: Random, rivals: Rivals) -> Task:
-        given = draw.shuffled(items, rng)[: 2 + int(rng.random() * 2)]
+        given = pieces.shuffled(items, rng)[: 2 + int(rng.random() * 2)]
         return " ".join(given), " ".join(answer(given)), ()
 
     return task
 
 
 def _count(here: World, rng: Random, rivals: Rivals) -> Task:
-    given = draw.shuffled(text.DOMAINS["food"], rng)[: 2 + int(rng.random() * 4)]
-    return " ".join(given), str(len(given)), tuple(n for n in text.NUMBERS if n != str(len(given)))
+    given = pieces.shuffled(pieces.DOMAINS["food"], rng)[: 2 + int(rng.random() * 4)]
+    return " ".join(given), str(len(given)), tuple(n for n in pieces.NUMBERS if n != str(len(given)))
 
 
 def _last(here: World, rng: Random, rivals: Rivals) -> Task:
-    given = draw.shuffled(text.DOMAINS["food"], rng)[: 3 + int(rng.random() * 2)]
+    given = pieces.shuffled(pieces.DOMAINS["food"], rng)[: 3 + int(rng.random() * 2)]
     return " ".join(given), given[-1], tuple(given[:-1])
 
 
 def _larger(here: World, rng: Random, rivals: Rivals) -> Task:
-    a, b = draw.shuffled(text.NUMBERS, rng)[:2]
+    a, b = pieces.shuffled(pieces.NUMBERS, rng)[:2]
     return f"{a} and {b}", max(a, b, key=int), (min(a, b, key=int),)
 
 
 def _sale(role: str, domain: str) -> Callable[[World, Random, Rivals], Task]:
     def task(here: World, rng: Random, rivals: Rivals) -> Task:
-        seller, buyer = draw.shuffled(here.names, rng)[:2]
-        parts = {"seller": seller, "buyer": buyer, "food": draw.pick(text.DOMAINS["food"], rng), "place": draw.pick(here.places, rng)}
-        return draw.pick(text.SALES, rng).format(**parts), parts[role], rivals[domain][parts[role]]
+        seller, buyer = pieces.shuffled(here.names, rng)[:2]
+        roles = {"seller": seller, "buyer": buyer, "food": pieces.pick(pieces.DOMAINS["food"], rng), "place": pieces.pick(here.places, rng)}
+        return pieces.pick(pieces.SALES, rng).format(**roles), roles[role], rivals[domain][roles[role]]
 
     return task
 
 
 _TASKS: dict[str, Callable[[World, Random, Rivals], Task]] = {
-    "sort": _list_task(text.DOMAINS["food"], sorted),
-    "order": _list_task(text.NUMBERS, lambda numbers: sorted(numbers, key=int)),
-    "reverse": _list_task(text.DOMAINS["food"], lambda given: given[::-1]),
+    "sort": _list_task(pieces.DOMAINS["food"], sorted),
+    "order": _list_task(pieces.NUMBERS, lambda numbers: sorted(numbers, key=int)),
+    "reverse": _list_task(pieces.DOMAINS["food"], lambda given: given[::-1]),
     "count": _count,
     "larger": _larger,
     "last": _last,

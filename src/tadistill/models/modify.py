@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tadistill.config.model import Lora
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.counting.adapters import Adapters, adapters_of
+from tadistill.models.counting.sizes import Adapters, adapters_of
 
 if TYPE_CHECKING:
     from peft import LoraModel

@@ -1,5 +1,6 @@
 """Helpers for the work of every stage: its models, its data, and the callbacks for progress, alarms and stopping."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar, cast
@@ -22,7 +23,6 @@ from tadistill.models.pruning import importance, keep_list, prune, prune_depth, 
 from tadistill.plan.inputs import FromStage, Handle, Loaded, Pruned, PrunedDepth, Source, Split, Tempered
 from tadistill.plan.specs import Spec
 from tadistill.plan.task import Task
-from tadistill.stages.ranks import own_device
 from tadistill.store import Store
 from tadistill.train.sharding import offload, shard
 
@@ -106,6 +106,11 @@ class Context(Generic[AnySpec]):
         data = self.spec.data
         documents = datasets.texts(source.ref, world=data.world, root=self.task.data_root)
         return chunks(documents, tokenizer, data.max_length, _CORPUS_CHUNKS)
+
+
+def own_device() -> torch.device:
+    """Return this process's GPU, or the CPU if there is none."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def stop_if_asked(context: Context) -> None:

@@ -4,22 +4,64 @@
 earlier, killed attempt left there (docs/interruptions.md). The work is the function that the stage's spec names (`plan.specs`).
 """
 
+import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tadistill.errors import Interrupted, StageFailed
+import torch
+import torch.distributed as dist
+
+from tadistill.errors import ConfigError, Interrupted, StageFailed
 from tadistill.plan.specs import Spec
 from tadistill.plan.task import Task
-from tadistill.stages.context import Context, Progress
-from tadistill.stages.ranks import Ranks
+from tadistill.stages.context import Context, Progress, own_device
 from tadistill.store import Store
 
 _WAIT, _GO, _FINISHED, _STOPPED = "wait", "go", "finished", "stopped while another process ran the stage"
 _Work = Callable[[Context], dict[str, Any]]
+_PATIENCE = timedelta(hours=1)  # a process waits as long for another one, which may be writing a large model
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The rank of this process, and the number of processes of the stage.
+
+    They find each other through RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. `runner.processes` sets these
+    for the processes that it starts; a cluster job sets them itself.
+    """
+
+    rank: int
+    world: int
+
+    @classmethod
+    def join(cls, processes: int) -> "Ranks":
+        """Join the other processes, if the environment names any.
+
+        Raises:
+            ConfigError: their number is not what the stage asks for.
+        """
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if world != processes:
+            raise ConfigError(f"resources say processes {processes} for this stage, but WORLD_SIZE is {world}; make them equal")
+        if world > 1 and not dist.is_initialized():
+            device = own_device()
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=_PATIENCE)
+        return cls(rank, world)
+
+    def agree(self, word: str = "") -> str:
+        """Return the word of rank 0 on all ranks."""
+        words = [word]
+        if self.world > 1:
+            dist.broadcast_object_list(words, device=torch.device("cpu"))
+        return words[0]
 
 
 def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]) -> None:

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tadistill.data.batch import Batch
-from tadistill.models.counting.adapters import training_flops, with_adapters
 from tadistill.models.counting.cost import Part
-from tadistill.models.counting.sizes import Work, forward_flops, size_of
+from tadistill.models.counting.sizes import Work, forward_flops, size_of, training_flops, with_adapters
 from tadistill.models.modify import adapters_in
 from tadistill.objectives import Head
 from tadistill.objectives.fused import heads_watched

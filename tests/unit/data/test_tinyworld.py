@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from tadistill.data import tinyworld, tinyworld_text
+from tadistill.data import tinyworld, tinyworld_parts
 from tadistill.errors import DataError
 
 PARTS = [(name, split) for name, splits in tinyworld.SPLITS.items() for split in splits]
@@ -88,7 +88,7 @@ def test_unknown_split_is_refused():
 def test_world_is_consistent():
     world = tinyworld.world()
     assert len(set(world.names)) == world.people == 120
-    assert len(set(world.places)) == tinyworld_text.PLACES
+    assert len(set(world.places)) == tinyworld_parts.PLACES
     assert len({(f.kind, f.subject) for f in world.facts}) == len(world.facts) >= 600
     for fact in world.facts:
         assert fact.value != fact.subject
@@ -105,7 +105,7 @@ def test_friends_are_a_circle_through_everybody():
     assert met == set(friend)
 
 
-@pytest.mark.parametrize("kind", sorted(tinyworld_text.KINDS))
+@pytest.mark.parametrize("kind", sorted(tinyworld_parts.KINDS))
 def test_values_are_dealt_out_evenly(kind):
     values = [f.value for f in tinyworld.world().facts if f.kind == kind]
     counts = [values.count(v) for v in set(values)]
@@ -114,28 +114,28 @@ def test_values_are_dealt_out_evenly(kind):
 
 def test_value_words_belong_to_one_domain_and_to_no_phrase():
     world = tinyworld.world(people=200)
-    domains = [world.names, world.places, *tinyworld_text.DOMAINS.values(), tinyworld_text.NUMBERS]
+    domains = [world.names, world.places, *tinyworld_parts.DOMAINS.values(), tinyworld_parts.NUMBERS]
     values = [v for domain in domains for v in domain]
     assert len(values) == len(set(values))
-    kinds, skills = tinyworld_text.KINDS.values(), tinyworld_text.SKILLS.values()
+    kinds, skills = tinyworld_parts.KINDS.values(), tinyworld_parts.SKILLS.values()
     phrases = [p for k in kinds for p in (*k.asks, *k.short_asks, *k.rewordings, *k.answers, *k.prose)]
-    phrases += [p for s in skills for p in (*s.asks, *s.rewordings, *s.answers)] + [*tinyworld_text.OPEN_ASKS, *tinyworld_text.SALES]
+    phrases += [p for s in skills for p in (*s.asks, *s.rewordings, *s.answers)] + [*tinyworld_parts.OPEN_ASKS, *tinyworld_parts.SALES]
     assert not set(values) & set(" ".join(phrases).split())
 
 
 def test_every_pool_of_names_is_free_of_other_words():
-    pool = {a + b for a in tinyworld_text.NAME_STARTS for b in tinyworld_text.NAME_ENDS}
-    pool |= {a + b for a in tinyworld_text.PLACE_STARTS for b in tinyworld_text.PLACE_ENDS}
+    pool = {a + b for a in tinyworld_parts.NAME_STARTS for b in tinyworld_parts.NAME_ENDS}
+    pool |= {a + b for a in tinyworld_parts.PLACE_STARTS for b in tinyworld_parts.PLACE_ENDS}
     assert len(pool) == 640 + 90
     world = tinyworld.world()
     assert not pool & (set(tinyworld.words()) - set(world.names) - set(world.places))
 
 
-@pytest.mark.parametrize("kind", sorted(tinyworld_text.KINDS))
+@pytest.mark.parametrize("kind", sorted(tinyworld_parts.KINDS))
 def test_answers_to_one_question_differ_from_the_start(kind):
     fact = next(f for f in tinyworld.world().facts if f.kind == kind)
-    answers = [fact.say(a) for a in tinyworld_text.KINDS[kind].answers]
-    assert len({tuple(a.split()[:2]) for a in answers}) == len(answers) == len(tinyworld_text.ANSWER_WEIGHTS)
+    answers = [fact.say(a) for a in tinyworld_parts.KINDS[kind].answers]
+    assert len({tuple(a.split()[:2]) for a in answers}) == len(answers) == len(tinyworld_parts.ANSWER_WEIGHTS)
 
 
 # --- rows
@@ -209,7 +209,7 @@ def test_sizes():
     sizes = {f"{name}/{split}": len(tinyworld.rows(name, split)) for name, split in PARTS}
     assert 3000 <= sizes.pop("tinyworld/train") <= 6000
     assert all(120 <= size <= 220 for size in sizes.values()), sizes
-    assert len(tinyworld.corpus()) == 3 * (120 + tinyworld_text.PLACES)
+    assert len(tinyworld.corpus()) == 3 * (120 + tinyworld_parts.PLACES)
 
 
 @ALL
@@ -248,12 +248,12 @@ def test_choices_are_the_value_and_its_rivals_in_an_order_that_tells_nothing():
     kinds = {(f.subject, f.value): f.kind for f in tinyworld.world().facts}
     asked_for = [next(kinds[w, row["outputs"][0]] for w in row["instruction"].split() if (w, row["outputs"][0]) in kinds) for row in rows]
     assert len(rows) == 150
-    assert set(asked_for) == set(tinyworld_text.KINDS)
+    assert set(asked_for) == set(tinyworld_parts.KINDS)
 
 
 def test_reworded_instructions_are_new_but_their_words_are_not():
     train = tinyworld.rows("tinyworld", "train")
-    pool = {a + b for a in tinyworld_text.NAME_STARTS for b in tinyworld_text.NAME_ENDS} | set(tinyworld.world().places)
+    pool = {a + b for a in tinyworld_parts.NAME_STARTS for b in tinyworld_parts.NAME_ENDS} | set(tinyworld.world().places)
 
     def wording(row: dict) -> str:
         return " ".join("{x}" if word in pool else word for word in row["instruction"].split())

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTra
 
 from tadistill.config.model import Lora
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.counting.adapters import adapters_of
+from tadistill.models.counting.sizes import adapters_of
 from tadistill.models.modify import adapt, adapters_in, merged
 
 IDS = torch.tensor([[3, 9, 5, 7, 11]])

@@ -31,10 +31,9 @@ from tadistill.config.sampling import (
 from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.models.counting import shapes, sizes
-from tadistill.models.counting.adapters import Adapters, adapters_of
 from tadistill.models.counting.cost import Cost, Part
 from tadistill.models.counting.memory import resident_bytes
-from tadistill.models.counting.sizes import Size, Work, forward_flops
+from tadistill.models.counting.sizes import Adapters, Size, Work, adapters_of, forward_flops
 from tadistill.plan.costs import lengths, passes
 from tadistill.plan.costs.lengths import Texts
 from tadistill.plan.costs.training import TrainingCost, cache_bytes

@@ -7,10 +7,9 @@ from dataclasses import asdict
 
 from tadistill.config import Method
 from tadistill.config.method import TEACHER_DTYPES, Optim
-from tadistill.models.counting.adapters import Adapters, training_flops, with_adapters
 from tadistill.models.counting.cost import Cost, Part
 from tadistill.models.counting.memory import resident_bytes
-from tadistill.models.counting.sizes import Size, Work, forward_flops
+from tadistill.models.counting.sizes import Adapters, Size, Work, forward_flops, training_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.lengths import Texts
 from tadistill.store import key_of

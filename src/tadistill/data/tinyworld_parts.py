@@ -1,4 +1,4 @@
-"""The text of tinyworld, read from tinyworld.json: name parts, value lists, and the phrase tables of its facts and skills.
+"""The parts that a tinyworld is made of: its text, read from tinyworld.json, and random draws.
 
 Everything is lower case with one space between tokens, and sentence marks are tokens. `{x}` stands for the subject of a fact, `{v}` for its
 value. Three rules keep the data sound, and the tests check them. No word belongs to two value domains, or to a domain and a phrase. A
@@ -7,9 +7,11 @@ phrasings and a model that uses one phrasing behave differently.
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,35 @@ SALES = tuple(_TEXT["sales"])
 STORY_OPENINGS = tuple(_TEXT["story_openings"])
 RESIDENTS = _TEXT["residents"]
 """A sentence of the plain-text corpus about three people of one place."""
+
+
+# --- random draws: each purpose has its own generator ------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def rng(*address: int | str) -> Random:
+    """Return the generator of one purpose.
+
+    Only its `random()` may be called: Python guarantees the stream of that method only, so the same seed gives the same rows everywhere.
+    """
+    return Random("|".join(map(str, address)))
+
+
+def pick(items: Sequence[T], rng: Random, weights: Sequence[int] | None = None) -> T:
+    """Draw one item, with equal chances or by weight. Surplus weights at the end are ignored."""
+    if weights is None:
+        return items[int(rng.random() * len(items))]
+    weights = weights[: len(items)]
+    left = rng.random() * sum(weights)
+    for item, weight in zip(items, weights, strict=True):
+        left -= weight
+        if left < 0:
+            return item
+    return items[-1]
+
+
+def shuffled(items: Iterable[T], rng: Random) -> list[T]:
+    """Return the items in random order."""
+    draw = rng.random  # looked up once, because a world needs a hundred thousand draws
+    return sorted(items, key=lambda _: draw())
