@@ -19,7 +19,7 @@ def test_two_at_once_share_their_stages_and_a_study_grows_by_what_is_new(tmp_pat
     runs, alone = tmp_path / "together", tmp_path / "alone"
     commands = [command(runs, "seeds=[1]", *SMALL, arms=ARMS)] * 2
     both = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
-    texts = [p.communicate(timeout=300)[0] for p in both]
+    texts = [p.communicate(timeout=600)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], texts
     run_here(alone, "seeds=[1]", *SMALL, arms=ARMS)
     assert rows(runs) == rows(alone)

@@ -29,7 +29,7 @@ def command(runs: Path, *overrides: str, arms: str = "") -> list[str]:
 
 
 def run(runs: Path, *overrides: str, code: int = 0, arms: str = "") -> str:
-    done = subprocess.run(command(runs, *overrides, arms=arms), capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command(runs, *overrides, arms=arms), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
