@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "tadistill"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 IDS = [str(path.relative_to(PACKAGE)) for path in SOURCES]
-FILES, LONGEST, SHORTEST, FUNCTION, PARAMETERS = 170, 350, 30, 60, 7
+FILES, LONGEST, SHORTEST, FUNCTION, PARAMETERS = 162, 350, 30, 60, 7
 RIDDLES = ("Of ", "What ", "Whether ", "Which ", "How many ", "Where ", "The same")
 """A docstring starts with a verb, or a class's with a noun."""
 LONG = {"train_stage": 100}
@@ -28,7 +28,6 @@ MANY = {
     ("statistics/power.py", "detectable"): "the planning values of a formula",
     ("train/loop.py", "train_stage"): "everything that differs between training stages",
 }
-NOT_YET: set[str] = {"config", "rollout"}
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -72,8 +71,6 @@ def test_there_are_few_files():
 
 @pytest.mark.parametrize("path", SOURCES, ids=IDS)
 def test_docstrings_say_what_comes_back(path):
-    if path.relative_to(PACKAGE).parts[0] in NOT_YET:
-        return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node) or ""

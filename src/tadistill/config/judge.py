@@ -11,7 +11,7 @@ REFERENCE = "reference"
 
 
 class Judge(Strict):
-    """What a language model judges, and how it is asked. Options of the command and `--set KEY=VALUE` give these fields."""
+    """Settings of a language model that judges. Options of the command and `--set KEY=VALUE` give these fields."""
 
     model: str = Field(pattern=r"\S")
     """The judge's name at its endpoint."""
