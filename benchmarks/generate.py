@@ -10,7 +10,7 @@ the whole vocabulary at temperature 1:
     own mixed      tadistill's loop, 0.8 student + 0.2 teacher, with log-probabilities and the teacher's hidden states
     generate both  `generate` of the student and then of the teacher: the least that two models cost with it, because it cannot mix them
 
-With `--mixture` two ways to sample from the mixture are timed instead:
+With `--mixture` two ways to sample from the mixture are timed instead, on a CPU in CPU time, so run it with OMP_NUM_THREADS=1:
 
     lazy           `tadistill.rollout.lazy`, in which a model reads several tokens at a time, and only when it has to
     in step        the loop in which both models read every token; the tokens that it samples must be equal
@@ -57,7 +57,7 @@ MIXTURE_RATIOS = {"lazy": "in step"}
 INTRODUCTION = "This page compares the time of tadistill's sampling loop with that of transformers' `generate`."
 MIXTURE_INTRODUCTION = (
     "This page compares the times of two ways to sample the same tokens from 0.8 student + 0.2 teacher: `tadistill.rollout.lazy`, and the "
-    "loop in which both models read every token. Times depend on other load of the machine; the ratios are taken round by round."
+    "loop in which both models read every token. Times on a CPU are CPU times."
 )
 
 
@@ -116,12 +116,13 @@ def measured(size: Size, rounds: int, device: str, mixture: bool) -> dict[str, A
     """Return the median milliseconds of each way, and the ratios."""
     problem = Problem(size, device)
     ways, peers = (problem.mixture_ways(), MIXTURE_RATIOS) if mixture else (problem.ways(), RATIOS)
+    clock = time.process_time if mixture and device == "cpu" else time.perf_counter
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds + 1):
         for way, run in ways.items():
-            start = time.perf_counter()
+            start = clock()
             run()  # ends with the tokens on the host, so that a GPU's work is inside
-            taken[way].append(1000 * (time.perf_counter() - start))
+            taken[way].append(1000 * (clock() - start))
     kept = {way: values[1:] for way, values in taken.items()}
     ratios = {way: statistics.median(a / b for a, b in zip(kept[way], kept[peer], strict=True)) for way, peer in peers.items()}
     return {**size._asdict(), "ms": {way: statistics.median(values) for way, values in kept.items()}, "ratios": ratios}

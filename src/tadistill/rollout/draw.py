@@ -85,7 +85,7 @@ def processors(decoding: Decoding) -> LogitsProcessorList:
 def next_tokens(
     logits: dict[str, Tensor], scores: dict[str, Tensor], uniforms_B: Tensor, guide: Mixture | Speculation | None, *, greedy: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the next token of every row and its log-probabilities: raw under each model, and as `behaviour` under what was drawn from.
+    """Return the next token of every row and its log-probabilities: raw under each model, and `behaviour` under what was drawn from.
 
     Args:
         logits: (B, V) float32 of "student" and, with a guide, of "teacher".

@@ -110,7 +110,8 @@ class Step:
         found = self.models.loss(student, batch, self.terms(batch), per["response"])
         if batch.corpus is None:
             return found
-        # A forward pass of its own: joined with the rollouts, the shorter text would be padded, and both graphs would be alive at once.
+        # The plain text has its own forward pass. Joined with the rollouts, the shorter text would be padded, and both graphs would be in
+        # memory at once.
         with self.phase("corpus"):
             plain = self.models.loss(student, batch.corpus, self.corpus_terms(batch.corpus), per["corpus"])
         return Loss(found.total + plain.total, found.parts | plain.parts)
