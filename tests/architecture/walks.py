@@ -170,4 +170,48 @@ METRIC = Walk(
     forgotten="metric `words` is not known",
 )
 
-WALKS = {"objective": OBJECTIVE, "stage kind": KIND, "metric": METRIC}
+# --- a sampler ----------------------------------------------------------------------------------------------------------
+
+FRESH_CONFIG = '''class FreshSampler(OnPolicy):
+    """New text of the student in every update."""
+
+    type: Literal["fresh"] = "fresh"
+
+
+@'''
+FRESH = '''class Fresh(_WithStudent):
+    """New text of the student in every update."""
+
+    def __init__(self, sequences, config, optim, **common):
+        super().__init__(sequences, optim, **common)
+
+    def micro_batches(self, step):
+        """Return the update's batches."""
+        return self.collated(self.fresh(step))
+
+
+@'''
+FRESH_COST = '''    def _fresh(self, cost, method, teacher, name):
+        """Count `rollout.samplers.Fresh`."""
+        answers = self._answers(name, method.sampler)
+        cost.train(answers, teacher=True)
+        cost.sample(answers, method.sampler.chunk, 1.0)
+
+@'''
+SAMPLER = Walk(
+    most_files=4,
+    edits=(
+        ("config/sampling.py", "class PairSampler(", FRESH_CONFIG),
+        ("config/sampling.py", "| PairSampler,", "| PairSampler | FreshSampler,"),
+        ("rollout/samplers.py", "class Mix(", FRESH),
+        ("rollout/rounds.py", "import Mix, Pairs", "import Fresh, Mix, Pairs"),
+        ("rollout/rounds.py", '"pair": Pairs', '"pair": Pairs, "fresh": Fresh'),
+        ("plan/costs/ledger.py", "    def _mix(", FRESH_COST),
+        ("plan/costs/ledger.py", "    DatasetSampler,\n", "@    FreshSampler,\n"),
+        ("plan/costs/ledger.py", "    PairSampler: Ledger._pair,\n", "@    FreshSampler: Ledger._fresh,\n"),
+    ),
+    use=TRAINS.format(method="objective: {type: reverse_kl}, sampler: {type: fresh, max_new_tokens: 4}"),
+    forgotten="fresh",
+)
+
+WALKS = {"metric": METRIC, "objective": OBJECTIVE, "sampler": SAMPLER, "stage kind": KIND}
