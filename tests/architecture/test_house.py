@@ -25,7 +25,7 @@ MANY = {
     ("judge/commands.py", "export_sheet"): "options of a command",
     ("objectives/fused.py", "fused_divergence"): "both models and the settings of the loss, all public",
     ("rollout/rounds.py", "__init__"): "what a round draws from, each of a kind of its own",
-    ("statistics/power.py", "detectable"): "the planning values of a formula",
+    ("statistics/tests.py", "detectable"): "the planning values of a formula",
     ("train/loop.py", "train_stage"): "everything that differs between training stages",
 }
 

@@ -27,8 +27,8 @@ from tadistill.plan.arms import Plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import FromStage, Handle, Loaded
-from tadistill.plan.layout import layout
 from tadistill.plan.specs import TemperSpec, TrainingSpec
+from tadistill.plan.task import layout
 from tadistill.plan.throughput import Speeds
 
 _SPARE = 0.9  # usable share of a GPU's memory: CUDA itself, fragmentation and errors of the estimate need the rest

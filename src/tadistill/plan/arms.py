@@ -15,7 +15,7 @@ from tadistill.plan.builder import StageBuilder
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph, Stage
 from tadistill.plan.inputs import FromStage, Handle
-from tadistill.plan.layout import check_entries
+from tadistill.plan.task import check_entries
 
 
 @dataclass(frozen=True)

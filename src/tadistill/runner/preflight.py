@@ -18,7 +18,7 @@ from tadistill.models.pruning import keep_list
 from tadistill.plan.arms import Plan, make_plan, original_teacher
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
-from tadistill.plan.layout import layout
+from tadistill.plan.task import layout
 from tadistill.plan.throughput import cores
 
 _LESS_MEMORY = (

@@ -18,7 +18,7 @@ from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.layout import check_entries
+from tadistill.plan.task import check_entries
 from tadistill.runner.processes import prepare
 from tadistill.runner.schedule import run_stages
 from tadistill.store import store_of

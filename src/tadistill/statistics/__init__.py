@@ -1,8 +1,17 @@
 """Intervals, tests and power for arms that were scored with the same training seeds and prompts. Needs only numpy and scipy."""
 
 from tadistill.statistics.bootstrap import Difference, macro_difference, macro_interval, macro_intervals
-from tadistill.statistics.power import detectable, expected_best_of, inflation, minimum_detectable_effect, undominated
-from tadistill.statistics.tests import SignFlip, equivalent, holm, sign_flip
+from tadistill.statistics.tests import (
+    SignFlip,
+    detectable,
+    equivalent,
+    expected_best_of,
+    holm,
+    inflation,
+    minimum_detectable_effect,
+    sign_flip,
+    undominated,
+)
 
 __all__ = [
     "Difference",

@@ -1,10 +1,12 @@
-"""Tests in addition to the bootstrap: sign flips of the seeds, Holm's correction, equivalence."""
+"""Tests in addition to the bootstrap (sign flips of the seeds, Holm's correction, equivalence), power, and choosing the best of many."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import nctdtrinc, ndtr, ndtri, stdtrit
 
 from tadistill.statistics.bootstrap import Difference
 
@@ -62,3 +64,83 @@ def equivalent(difference: Difference, margin: float) -> bool:
     if not margin > 0:
         raise ValueError(f"an equivalence margin must be greater than 0, not {margin}")
     return -margin < difference.low90 and difference.high90 < margin
+
+
+T = TypeVar("T")
+
+
+def minimum_detectable_effect(se: float, df: float, power: float = 0.8, level: float = 0.95) -> float:
+    """Return the true difference that a two-sided t-test at ``level`` finds with probability ``power``, in the unit of ``se``.
+
+    ``se`` and ``df`` are those of a `Difference`. Exact for a t statistic with ``df`` degrees of freedom (its
+    non-central distribution), but for the chance, below 1 in 10,000 at a power of 0.8, of finding the wrong sign.
+    """
+    if not (se >= 0 and df > 0):
+        raise ValueError(f"a standard error cannot be negative and its degrees of freedom must be positive, not {se} and {df}")
+    _check_shares(power, level)
+    if np.isinf(df):
+        return float(se * (ndtri((1 + level) / 2) + ndtri(power)))
+    return float(se * nctdtrinc(df, 1 - power, stdtrit(df, (1 + level) / 2)))
+
+
+def detectable(
+    *,
+    s_prompt: float,
+    s_seed: float,
+    s_decode: float,
+    prompts: int,
+    seeds: int,
+    decodes: int,
+    power: float = 0.8,
+    level: float = 0.95,
+) -> float:
+    """Return the minimum detectable effect of a planned study. Var = s_prompt^2/n + 2 s_seed^2/S + 2 s_decode^2/(n K).
+
+    ``s_prompt`` is the standard deviation over prompts of a paired difference; ``s_seed`` and ``s_decode`` are those of
+    one arm, hence the factor 2. It takes normal quantiles, as if the variances were known, which is optimistic for 3 seeds.
+    """
+    if min(prompts, seeds, decodes) < 1:
+        raise ValueError(f"prompts, seeds and decodes must be at least 1, not {prompts}, {seeds} and {decodes}")
+    if min(s_prompt, s_seed, s_decode) < 0:
+        raise ValueError(f"standard deviations cannot be negative, not {s_prompt}, {s_seed} and {s_decode}")
+    variance = s_prompt**2 / prompts + 2 * s_seed**2 / seeds + 2 * s_decode**2 / (prompts * decodes)
+    return minimum_detectable_effect(float(np.sqrt(variance)), np.inf, power, level)
+
+
+def expected_best_of(k: int) -> float:
+    """Return the mean of the largest of ``k`` independent standard normal draws: the lead of the best of k equal checkpoints."""
+    if k < 1:
+        raise ValueError(f"the best of {k} is not defined: k must be at least 1")
+    x = np.linspace(0.0, 12.0, 12_001)
+    # the mean is the area above the distribution function right of 0, less the area below it left of 0
+    return float(np.trapezoid(1 - ndtr(x) ** k - ndtr(-x) ** k, x))
+
+
+def inflation(k_a: int, k_b: int, sigma: float) -> float:
+    """Return the gain of arm a over arm b from selecting among ``k_a`` checkpoints while b selects among ``k_b``, in the unit of ``sigma``.
+
+    ``sigma`` is the standard deviation of a checkpoint's measured score around its true one. The result is an
+    upper bound for checkpoints of one run, which resemble each other.
+    """
+    if not sigma >= 0:
+        raise ValueError(f"sigma is a standard deviation and cannot be negative, not {sigma}")
+    return sigma * (expected_best_of(k_a) - expected_best_of(k_b))
+
+
+def undominated(options: Iterable[T], losses: Callable[[T], tuple[float, ...]]) -> list[T]:
+    """Return the Pareto front: the options that no other equals or beats in every loss (lower is better), in order of their losses.
+
+    The first of several equal options stays.
+    """
+    kept: list[tuple[tuple[float, ...], T]] = []
+    for vector, option in sorted(((losses(o), o) for o in options), key=lambda pair: pair[0]):
+        # whatever dominates a vector sorts before it, so comparing with earlier ones is enough
+        if not any(all(a <= b for a, b in zip(other, vector, strict=True)) for other, _ in kept):
+            kept.append((vector, option))
+    return [option for _, option in kept]
+
+
+def _check_shares(power: float, level: float) -> None:
+    for name, value in (("power", power), ("level", level)):
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"{name} must lie between 0 and 1, not {value}")

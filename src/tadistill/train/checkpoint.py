@@ -1,22 +1,23 @@
-"""Training state on disk: the two newest states of a stage, and for each of them the weights of its best update.
+"""The files of a training stage: its log, its two newest states, and for each state the weights of its best update.
 
 A file is written under a temporary name, flushed to the disk and renamed, so a kill or a power failure leaves the whole old file or the
 whole new one. The name of a file of best weights has the number of its update. A state that is resumed therefore uses its own best
 weights, never those of a later update that was lost.
 """
 
+import json
 import os
 import pickle
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tadistill.disk import replacing
+from tadistill.disk import replacing, write_text, writing
 from tadistill.errors import StoreError
 
 _SECONDS = 30.0
@@ -135,3 +136,28 @@ def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         pickle.UnpicklingError,
     ) as error:  # depends on where the file is cut off
         raise StoreError(f"{path} is damaged ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+
+
+class RunLog:
+    """The log of one training stage."""
+
+    def __init__(self, path: Path, *, resume_step: int = 0, track: Callable[[dict, int], None] | None = None):
+        self.path, self.track = path, track
+        if path.exists():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
+            write_text(path, "".join(line + "\n" for line in lines))  # a kill must not take the lines before the checkpoint along
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line for `step`, the number of updates done."""
+        line = {"step": step, **{name: float(f"{value:.6g}") for name, value in metrics.items()}}
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.track:
+            self.track(dict(metrics), step)
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # a line cut short by a kill

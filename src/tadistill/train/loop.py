@@ -21,11 +21,10 @@ from tadistill import rng
 from tadistill.config.method import Optim, Select
 from tadistill.data.batch import Batch
 from tadistill.errors import ConfigError, Interrupted, StageFailed
-from tadistill.log import RunLog
 from tadistill.metrics import higher_is_better
 from tadistill.rollout.samplers import Sampler
 from tadistill.train import checkpoint, sharding
-from tadistill.train.checkpoint import Checkpoints, TrainState
+from tadistill.train.checkpoint import Checkpoints, RunLog, TrainState
 from tadistill.train.meter import Meter
 from tadistill.train.step import Step, counts
 from tadistill.train.watch import Alarms, watch

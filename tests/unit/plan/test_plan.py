@@ -10,7 +10,7 @@ from tadistill.models.counting.memory import resident_bytes
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import Source
-from tadistill.plan.layout import layout
+from tadistill.plan.task import layout
 from tadistill.runner import preflight
 
 LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
