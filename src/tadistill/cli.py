@@ -280,6 +280,8 @@ def human(
     runs: Runs = None,
 ) -> None:
     """Write a blind sheet of a study's answers for people to rate, or read filled-in sheets back (docs/judge.md)."""
+    from tadistill.config.judge import BlindSheet
+    from tadistill.config.load import read_settings
     from tadistill.judge import commands
 
     root = runs_directory(runs)
@@ -288,8 +290,9 @@ def human(
             raise ConfigError("reading filled-in sheets takes only --name and --runs; the other options say what a new sheet holds")
         commands.read_sheets(study, files, root=root, console=console, command=shlex.join(["tadistill", *sys.argv[1:]]), name=name)
         return
-    chosen = {"arms": arm or (), "sets": _parts(on), "limit": limit, "with_reference": reference, "seed": seed}
-    commands.export_sheet(study, root=root, console=console, name=name, **chosen)
+    options = {"name": name, "arms": arm or [], "sets": _parts(on), "limit": limit, "reference": reference, "seed": seed}
+    sheet = read_settings(BlindSheet, options, (), source="tadistill human")
+    commands.export_sheet(study, sheet, root=root, console=console)
 
 
 @contextmanager

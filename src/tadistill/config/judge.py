@@ -1,4 +1,4 @@
-"""The settings of `tadistill judge`."""
+"""The settings of `tadistill judge` and `tadistill human`."""
 
 from typing import Literal
 
@@ -39,3 +39,20 @@ class Judge(Strict):
     """Requests at a time."""
     timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Seconds that a reply may take."""
+
+
+class BlindSheet(Strict):
+    """A sheet for people to rate, as the options of `tadistill human` describe it."""
+
+    name: str = "blind"
+    """The files are sheet-NAME.html, .csv and .key.json."""
+    arms: tuple[str, ...] = ()
+    """Arms whose answers are shown; all of them by default."""
+    sets: tuple[str, ...] = ()
+    """Test sets; all of them by default."""
+    limit: int | None = Field(default=None, ge=1)
+    """Prompts of each set, at even distances; all of them by default."""
+    reference: bool = False
+    """Show the reference among the answers."""
+    seed: int = 0
+    """Seed of the random order."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tadistill.config.judge import REFERENCE, Judge
+from tadistill.config.judge import REFERENCE, BlindSheet, Judge
 from tadistill.errors import ConfigError, JudgeFailed
 from tadistill.judge.answers import Answers, read_answers
 from tadistill.judge.asking import Cache, Estimate, Verdicts, ask_all, estimate, open_cache, stopped
@@ -60,25 +60,15 @@ def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm:
     return path
 
 
-def export_sheet(
-    study: str,
-    *,
-    root: Path,
-    console: Console,
-    name: str = "blind",
-    arms: Sequence[str] = (),
-    sets: Sequence[str] = (),
-    limit: int | None = None,
-    with_reference: bool = False,
-    seed: int = 0,
-) -> Path:
+def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Console) -> Path:
     """Write a blind sheet (page, CSV and key) of a study's first training seed, and return the path of the page."""
     directory = find_study(study, root)
-    answers = read_answers(directory, store_of(root), arms=arms, sets=sets, limit=limit)
-    name = _file_name(name)
-    page = write_sheet(directory / "judge", make_sheet(answers, name=name, with_reference=with_reference, seed=seed), name=name)
+    answers = read_answers(directory, store_of(root), arms=sheet.arms, sets=sheet.sets, limit=sheet.limit)
+    name = _file_name(sheet.name)
+    made = make_sheet(answers, name=name, with_reference=sheet.reference, seed=sheet.seed)
+    page = write_sheet(directory / "judge", made, name=name)
     _name_unfinished(console, answers)
-    console.print(f"{len(answers.items)} prompts, {len(answers.arms) + with_reference} answers each", highlight=False)
+    console.print(f"{len(answers.items)} prompts, {len(answers.arms) + sheet.reference} answers each", highlight=False)
     for text in (f"for raters: {page} (or {page.with_suffix('.csv')})", f"keep to yourself: {page.with_suffix('.key.json')}"):
         console.print(text, soft_wrap=True, highlight=False)
     return page

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from tadistill.cli import app
+from tadistill.config.judge import BlindSheet
 from tadistill.errors import ConfigError, DataError
 from tadistill.judge import commands
 from tadistill.judge.people import Rating, agreement
 
 
 def export(study, **options) -> Path:
-    return commands.export_sheet("demo", root=study.study_dir.parent, console=Console(file=io.StringIO()), **options)
+    return commands.export_sheet("demo", BlindSheet(**options), root=study.study_dir.parent, console=Console(file=io.StringIO()))
 
 
 def read(study, *files: Path, **options) -> dict:
@@ -42,7 +45,7 @@ def fill(page: Path, to: Path, rate, *, delimiter: str = ",") -> Path:
 
 
 def test_sheet_is_blind_and_shuffled(study):
-    page = export(study, with_reference=True)
+    page = export(study, reference=True)
     key = key_of(page)
     for text in (page.read_text(), page.with_suffix(".csv").read_text()):
         for secret in ("good", "bad", "dolly 0 of run 10, draw 1", "letters", "training_seed", '"set"'):
@@ -73,7 +76,22 @@ def test_a_sheet_in_use_is_left_alone(study):
 def test_a_sheet_needs_two_answers(study):
     with pytest.raises(ConfigError, match="2 to 26 answers"):
         export(study, arms=["good"])
-    assert export(study, arms=["good"], with_reference=True).is_file()
+    assert export(study, arms=["good"], reference=True).is_file()
+
+
+def test_the_command_line_writes_a_sheet_and_reads_it_back(study, tmp_path):
+    root = ["--runs", str(study.study_dir.parent)]
+    done = CliRunner().invoke(app, ["human", "demo", "--arm", "good", "--reference", "--limit", "1", "--on", "facts", "--seed", "3", *root])
+    assert done.exit_code == 0, done.output
+    page = study.study_dir / "judge" / "sheet-blind.html"
+    assert [(item["set"], sorted(item["letters"].values())) for item in key_of(page)["items"].values()] == [
+        ("facts", ["good", "reference"])
+    ]
+    filled = fill(page, tmp_path / "ann.csv", lambda item, arm: 5 if arm == "good" else 2)
+    assert CliRunner().invoke(app, ["human", "demo", str(filled), *root]).exit_code == 0
+    assert json.loads((page.parent / "judge-human-blind.json").read_text())["raters"] == ["ann"]
+    wrong = CliRunner().invoke(app, ["human", "demo", "--limit", "0", *root])
+    assert "`limit` is 0" in str(wrong.exception)
 
 
 def test_formulas_are_made_harmless(study, tmp_path):
@@ -171,7 +189,7 @@ def test_more_bad_files(study, tmp_path):
 
 
 def test_page_in_a_browser(browser, study, tmp_path):
-    path = export(study, limit=2, with_reference=True)
+    path = export(study, limit=2, reference=True)
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     problems, requests = [], []
     page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
