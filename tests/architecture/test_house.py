@@ -22,7 +22,6 @@ MANY = {
     ("cli.py", "human"): "options of a command",
     ("cli.py", "judge"): "options of a command",
     ("cluster/submit.py", "submit"): "options of a command",
-    ("judge/commands.py", "export_sheet"): "options of a command",
     ("objectives/fused.py", "fused_divergence"): "both models and the settings of the loss, all public",
     ("rollout/rounds.py", "__init__"): "what a round draws from, each of a kind of its own",
     ("statistics/tests.py", "detectable"): "the planning values of a formula",
