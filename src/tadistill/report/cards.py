@@ -12,7 +12,7 @@ from tadistill.errors import ConfigError, StoreError
 from tadistill.metrics import METRICS, metric_title, metric_unit
 from tadistill.models import sources
 from tadistill.report.explain import explain
-from tadistill.report.plain import escaped, table
+from tadistill.report.plain import escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell
 from tadistill.report.text import caution_texts, sample_text, undecided_text, verdict_text
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
@@ -71,13 +71,13 @@ def model_card(results: Results, arm_name: str, seed: int) -> str:
     size = parameters_text(plan.parameters[arm.model])
     blocks = [
         f"---\n{yaml.safe_dump(_front_matter(results, arm), sort_keys=False, allow_unicode=True)}---",
-        f"# {escaped(arm.name)} of study {escaped(plan.study)}, seed {seed}",
-        f"Model {escaped(arm.model)} ({size} parameters), made by the path `{arm.path_text}` with {escaped(arm.method)}.",
-        "## Verdict\n\n" + "\n".join(f"- {escaped(sentence)}" for sentence in _verdict(results, arm)),
+        f"# {escape_markdown(arm.name)} of study {escape_markdown(plan.study)}, seed {seed}",
+        f"Model {escape_markdown(arm.model)} ({size} parameters), made by the path `{arm.path_text}` with {escape_markdown(arm.method)}.",
+        "## Verdict\n\n" + "\n".join(f"- {escape_markdown(sentence)}" for sentence in _verdict(results, arm)),
         "## Numbers\n\n" + _numbers(results, arm, seed),
         *_analysis(results, arm),
         "## How it was made\n\n" + _provenance(results, arm, seed),
-        "## Limits\n\n" + "\n".join(f"- {escaped(sentence)}" for sentence in _limits(results, arm)),
+        "## Limits\n\n" + "\n".join(f"- {escape_markdown(sentence)}" for sentence in _limits(results, arm)),
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -131,7 +131,7 @@ def _verdict(results: Results, arm: ArmRecord) -> list[str]:
 
 def _analysis(results: Results, arm: ArmRecord) -> list[str]:
     found = [sentence for p in explain(results) if p.title == f"What explains {arm.name}" for sentence in p.sentences]
-    return ["## Analysis\n\n" + "\n".join(f"- {escaped(sentence)}" for sentence in found)] if found else []
+    return ["## Analysis\n\n" + "\n".join(f"- {escape_markdown(sentence)}" for sentence in found)] if found else []
 
 
 def _numbers(results: Results, arm: ArmRecord, seed: int) -> str:
@@ -147,7 +147,7 @@ def _numbers(results: Results, arm: ArmRecord, seed: int) -> str:
         title = f"{metric_title(metric)} ({metric_unit(metric)})" if metric_unit(metric) else metric_title(metric)
         cells = _number_cells(results, arm, seed, metric, name)
         body += [[title, "mean over sets" if name == MEAN else name, *cells]] if cells else []
-    found = table(["metric", "set", f"this model (seed {seed})", "mean of the arm"], body)
+    found = pipe_table(["metric", "set", f"this model (seed {seed})", "mean of the arm"], body)
     return f"{found}\n\nIn brackets: 95 % intervals. {metric_title(main[0])} is over {sample_text(results, arm)}."
 
 
@@ -176,7 +176,7 @@ def _provenance(results: Results, arm: ArmRecord, seed: int) -> str:
     listed = [[f"`{stage.key}`", stage.label] for stage in stages]
     packages = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     ran_on = f"\n\nVersions: {packages}." if packages else ""
-    return f"````sh\n{plan.command}\n````\n\n````yaml\n{plan.recipe_text.rstrip()}\n````\n\n{table(['stage', 'what'], listed)}{ran_on}"
+    return f"````sh\n{plan.command}\n````\n\n````yaml\n{plan.recipe_text.rstrip()}\n````\n\n{pipe_table(['stage', 'what'], listed)}{ran_on}"
 
 
 def _limits(results: Results, arm: ArmRecord) -> list[str]:

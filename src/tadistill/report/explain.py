@@ -12,7 +12,7 @@ import numpy as np
 from tadistill.config.arm import path_text
 from tadistill.metrics import METRICS, improves, metric_title, metric_unit
 from tadistill.results.collect import MEAN, Results, sets_with, stack, summarise
-from tadistill.results.compare import BUCKETS, bucket_difference, bucket_title, difference, direct_of, ladder
+from tadistill.results.compare import BUCKETS, bucket_difference, bucket_title, budget_models, difference, direct_of
 from tadistill.results.study import ArmRecord
 from tadistill.results.units import number, span, summary_text
 from tadistill.results.verdict import Comparison, comparisons
@@ -173,7 +173,7 @@ def _sharpening_verdict(c: Comparison) -> str:
 def _hops(results: Results, c: Comparison) -> list[str]:
     """Return the sentences on the error budget: KL(q ‖ T) = KL(q ‖ last assistant) + one term per hop between the assistants and T."""
     arm = results.arm(c.arm)
-    models = ladder(results, arm)
+    models = budget_models(results, arm)
     terms = [f"budget/{j}" for j in range(len(models) - 1)]
     if not all((arm.name, MEAN, metric) in results.summaries for metric in ("reverse_kl", *terms)):
         return ["Error per hop is not measured: the comparison with the teacher has no error budget for this arm."]

@@ -34,8 +34,8 @@ def render_markdown(results: Results) -> str:
     plan = results.plan
     trained = any(arm.is_trained for arm in plan.arms)
     seeds = f" (training seeds {', '.join(map(str, seeds_of(results)))})" if trained else ""
-    blocks = [f"# {escaped(plan.study)}", f"Created {plan.created} by `{plan.command}`{seeds}."]
-    blocks.append("\n".join(f"- {escaped(finding.text)}" for finding in text.headline(results)))
+    blocks = [f"# {escape_markdown(plan.study)}", f"Created {plan.created} by `{plan.command}`{seeds}."]
+    blocks.append("\n".join(f"- {escape_markdown(finding.text)}" for finding in text.headline(results)))
     if results.summaries:
         over = "training seeds, prompts and decoding seeds" if trained else "prompts and decoding seeds"
         blocks += ["## Results", f"Mean over {over}, with its 95 % interval. {interval_method(results)}"]
@@ -43,12 +43,12 @@ def render_markdown(results: Results) -> str:
             blocks += [f"### {metric_title(metric)}", _scores(score_table(results, metric))]
         compared = comparison_table(results)
         if compared:
-            blocks += [f"### {compared.title}", _plain(compared), escaped(compared.note)]
+            blocks += [f"### {compared.title}", _plain(compared), escape_markdown(compared.note)]
         blocks += ["### More tables", *map(_collapsed, detail_tables(results))]
         analysis = explain(results)
         blocks += ["## Analysis"] if analysis else []
         for paragraph in analysis:
-            blocks += [f"### {escaped(paragraph.title)}", "\n".join(f"- {escaped(s)}" for s in paragraph.sentences)]
+            blocks += [f"### {escape_markdown(paragraph.title)}", "\n".join(f"- {escape_markdown(s)}" for s in paragraph.sentences)]
     blocks += ["## Paths", _paths(results), "## How it was made", _provenance(results), _stages(results)]
     return "\n\n".join(blocks) + "\n"
 
@@ -59,7 +59,7 @@ def _scores(scores: ScoreTable) -> str:
     for arm, cells in scores.rows:
         shown = [_summary(cell, scores.metric) for cell in cells]
         body.append([arm.name, *(f"**{c}**" if best == arm.name else c for c, best in zip(shown, scores.best, strict=True))])
-    return table(header, body)
+    return pipe_table(header, body)
 
 
 def _summary(summary: Summary | None, metric: str) -> str:
@@ -68,19 +68,19 @@ def _summary(summary: Summary | None, metric: str) -> str:
 
 def _plain(found: Table) -> str:
     header = ["", *(f"{column.title} ({column.unit})" if column.unit else column.title for column in found.columns)]
-    return table(header, [[name, *(cell.text for cell in cells)] for name, cells in found.rows])
+    return pipe_table(header, [[name, *(cell.text for cell in cells)] for name, cells in found.rows])
 
 
 def _collapsed(found: Table) -> str:
     # GitHub reads Markdown inside <details> only between empty lines
-    return f"<details>\n<summary>{escaped(found.title)}</summary>\n\n{escaped(found.note)}\n\n{_plain(found)}\n\n</details>"
+    return f"<details>\n<summary>{escape_markdown(found.title)}</summary>\n\n{escape_markdown(found.note)}\n\n{_plain(found)}\n\n</details>"
 
 
 def _paths(results: Results) -> str:
     lines: list[str] = []
     for arm in results.plan.arms:
         compute = f", compute {arm.compute}" if arm.compute else ""
-        lines.append(f"- **{escaped(arm.name)}**: `{arm.path_text}`, {escaped(arm.method)}{escaped(compute)}")
+        lines.append(f"- **{escape_markdown(arm.name)}**: `{arm.path_text}`, {escape_markdown(arm.method)}{escape_markdown(compute)}")
     return "\n".join(lines)
 
 
@@ -94,22 +94,21 @@ def _provenance(results: Results) -> str:
 def _stages(results: Results) -> str:
     rows = stage_rows(results)
     body = [[f"`{row.stage.key}`", row.stage.label, f"{row.manifest.seconds:.0f} s" if row.manifest else "not finished"] for row in rows]
-    return (
-        f"<details>\n<summary>{len(rows)} stages, their keys and times</summary>\n\n{table(['stage', 'what', 'time'], body)}\n\n</details>"
-    )
+    found = pipe_table(["stage", "what", "time"], body)
+    return f"<details>\n<summary>{len(rows)} stages, their keys and times</summary>\n\n{found}\n\n</details>"
 
 
-def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def pipe_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """Return a pipe table; its first column is aligned left, the others right."""
     lines = [_line(header), _line(["---", *("---:" for _ in header[1:])]), *map(_line, body)]
     return "\n".join(lines)
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(escaped, cells)) + " |"
+    return "| " + " | ".join(map(escape_markdown, cells)) + " |"
 
 
-def escaped(value: str) -> str:
+def escape_markdown(value: str) -> str:
     """Escape a name, so that it cannot end its cell or open an element."""
     return value.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 

@@ -24,7 +24,7 @@ from tadistill.results.units import (
     span,
     summary_text,
 )
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Pair, comparisons, competitors, pairs
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, comparisons, competitors, pairs
 
 __all__ = [  # the page reads numbers and findings from here
     "DASH",
@@ -101,7 +101,7 @@ def _many_pairs(results: Results, decided: list[Comparison]) -> list[Finding]:
     return findings + ([Finding("none", text)] if len(known) < len(of_best) else [])
 
 
-def undecided_text(pair: Pair) -> str:
+def undecided_text(pair: ComparedPair) -> str:
     """Return the sentence for a chain that is not compared (yet)."""
     name = f"TA path {pair.arm.path_text} ({pair.arm.name})"
     if pair.other is None:

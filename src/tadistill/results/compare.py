@@ -79,7 +79,7 @@ def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
     return arms.direct_arm(results.plan.arms, teacher, arm.model, method, any_method=True)
 
 
-def ladder(results: Results, arm: ArmRecord) -> tuple[str, ...]:
+def budget_models(results: Results, arm: ArmRecord) -> tuple[str, ...]:
     """Return the models of a chain's error budget, from the original teacher down to the student."""
     teacher = results.plan.teacher
     return arm.path if teacher is None or teacher in arm.path else (teacher, *arm.path)

@@ -91,7 +91,7 @@ def _thinned(points: Mapping[int, float]) -> Series:
 
 
 @dataclass(frozen=True)
-class Exposure:
+class ExposureBias:
     """Exposure bias (ExAccErr) in per cent by position, from 1: the mean over seeds and each seed.
 
     From `solid` positions on, fewer than `FEW` answers of some seed reach the position.
@@ -102,9 +102,9 @@ class Exposure:
     solid: int
 
 
-def exposures(results: Results) -> Mapping[str, Exposure]:
+def exposures(results: Results) -> Mapping[str, ExposureBias]:
     """Return each arm's exposure bias over all sets; a position is weighted by the number of answers that reach it."""
-    found: dict[str, Exposure] = {}
+    found: dict[str, ExposureBias] = {}
     for arm in results.plan.arms:
         by_seed: dict[int, Array] = {}
         solid: list[int] = []
@@ -119,7 +119,7 @@ def exposures(results: Results) -> Mapping[str, Exposure]:
         length = min(map(len, by_seed.values()), default=0)
         if length:
             mean = np.mean([values[:length] for values in by_seed.values()], axis=0)
-            found[arm.name] = Exposure(mean, by_seed, min(*solid, length))
+            found[arm.name] = ExposureBias(mean, by_seed, min(*solid, length))
     return found
 
 

@@ -79,7 +79,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ComparedPair:
     """Two arms that the study compares; `other` is None for a chain without an arm to compare it with."""
 
     arm: ArmRecord
@@ -87,12 +87,12 @@ class Pair:
     against: Against
 
 
-def pairs(results: Results) -> list[Pair]:
+def pairs(results: Results) -> list[ComparedPair]:
     """Return every chain with the arm that it is compared with; without chains, all pairs of competing models."""
     chains = [arm for arm in results.plan.arms if arm.has_assistant]
     if chains:
         return [_chain_pair(results, chain) for chain in chains]
-    return [Pair(a, b, "pair") for group in competitors(results) for a, b in combinations(group, 2)]
+    return [ComparedPair(a, b, "pair") for group in competitors(results) for a, b in combinations(group, 2)]
 
 
 def competitors(results: Results) -> list[list[ArmRecord]]:
@@ -106,9 +106,9 @@ def competitors(results: Results) -> list[list[ArmRecord]]:
     return list(groups.values())
 
 
-def _chain_pair(results: Results, chain: ArmRecord) -> Pair:
+def _chain_pair(results: Results, chain: ArmRecord) -> ComparedPair:
     twin = twin_of(results, chain)
-    return Pair(chain, twin, "equal compute") if twin else Pair(chain, direct_of(results, chain), "plain direct")
+    return ComparedPair(chain, twin, "equal compute") if twin else ComparedPair(chain, direct_of(results, chain), "plain direct")
 
 
 def comparisons(results: Results) -> tuple[Comparison, ...]:
@@ -118,7 +118,7 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
 
 def _comparisons(results: Results) -> tuple[Comparison, ...]:
     metric = primary_metric(results)
-    found: list[tuple[Pair, ArmRecord, Difference, tuple[int, ...]]] = []
+    found: list[tuple[ComparedPair, ArmRecord, Difference, tuple[int, ...]]] = []
     for pair in pairs(results):
         compared = compare(results, pair.arm.name, pair.other.name, metric) if pair.other else None
         if pair.other and compared:
@@ -130,7 +130,7 @@ def _comparisons(results: Results) -> tuple[Comparison, ...]:
 
 
 def _comparison(
-    results: Results, pair: Pair, other: ArmRecord, difference: Difference, seeds: tuple[int, ...], p_holm: float, family: int
+    results: Results, pair: ComparedPair, other: ArmRecord, difference: Difference, seeds: tuple[int, ...], p_holm: float, family: int
 ) -> Comparison:
     arm, metric, margin = pair.arm, primary_metric(results), results.plan.margin
     trained = arm.is_trained or other.is_trained

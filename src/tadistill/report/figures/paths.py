@@ -23,7 +23,7 @@ from tadistill.report.figures.style import (
     separate_rows,
 )
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
-from tadistill.results.compare import ladder, twin_of
+from tadistill.results.compare import budget_models, twin_of
 from tadistill.results.curves import last_dev_value
 from tadistill.results.study import ArmRecord, StageRecord
 from tadistill.results.units import flops_text, interval, number, parameters_text, summary_text
@@ -192,7 +192,7 @@ def budgets(results: Results) -> list[Budget]:
     """Return the budgets of all chains whose terms were measured; `tadistill.evaluation.analysis` has the identity."""
     found: list[Budget] = []
     for arm in (arm for arm in results.plan.arms if arm.is_chain):
-        upwards = ladder(results, arm)[::-1]  # student, last assistant, ..., teacher
+        upwards = budget_models(results, arm)[::-1]  # student, last assistant, ..., teacher
         names = [f"KL({upwards[0]} ‖ {upwards[1]})", *(f"{upwards[j]} → {upwards[j + 1]}" for j in range(1, len(upwards) - 1))]
         terms = [results.summaries.get((arm.name, MEAN, f"budget/{j}")) for j in range(len(names))]
         total = results.summaries.get((arm.name, MEAN, "reverse_kl"))

@@ -34,7 +34,7 @@ _ROW, _TALL_ROW = 54, 70  # pixels of a row with one line of text and with two
 
 
 @dataclass(frozen=True)
-class Against:
+class ForestRow:
     """The paired difference of the primary metric between an arm and its reference; `word` is the verdict, if there is one."""
 
     arm: ArmRecord
@@ -55,19 +55,19 @@ def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
     return None if other.name == arm.name else other
 
 
-def differences(results: Results) -> list[Against]:
+def differences(results: Results) -> list[ForestRow]:
     """Return the rows of the forest plot: chains, then other arms, each by difference; pairs of models where nothing is distilled."""
     metric, decided = primary_metric(results), comparisons(results)
     if decided and len(decided) <= _PAIRS and all(c.against == "pair" for c in decided):
-        return [Against(results.arm(c.arm), results.arm(c.other), c.difference, c.per_seed, c.word) for c in decided]
+        return [ForestRow(results.arm(c.arm), results.arm(c.other), c.difference, c.per_seed, c.word) for c in decided]
     words = {(c.arm, c.other): c.word for c in decided}
-    found: list[Against] = []
+    found: list[ForestRow] = []
     for arm in results.plan.arms:
         other = reference_of(results, arm)
         compared = compare(results, arm.name, other.name, metric) if other else None
         if other and compared:
             per_seed = differences_per_seed(results, arm.name, other.name, metric)
-            found.append(Against(arm, other, compared[0], per_seed, words.get((arm.name, other.name))))
+            found.append(ForestRow(arm, other, compared[0], per_seed, words.get((arm.name, other.name))))
     return sorted(found, key=lambda entry: (not entry.arm.has_assistant, -entry.difference.mean))
 
 
