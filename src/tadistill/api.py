@@ -55,8 +55,7 @@ def evaluate(
         limit: only the first rows of each set.
     """
     from tadistill.data import datasets
-    from tadistill.data.templates import encode
-    from tadistill.evaluation.run import EvalSet
+    from tadistill.data.templates import EvalSet, encode
     from tadistill.evaluation.run import evaluate as evaluate_set
     from tadistill.evaluation.scoring import Subject
     from tadistill.models.loading import end_tokens, shared_vocabulary

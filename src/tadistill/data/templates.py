@@ -42,6 +42,20 @@ class Encoded:
     """Each of the example's choices as the start of a response: without EOS, never cut."""
 
 
+@dataclass(frozen=True)
+class EvalSet:
+    """A named test or dev set, encoded for one tokenizer."""
+
+    name: str
+    examples: Seq[Example]
+    encoded: Seq[Encoded]
+
+    @property
+    def rows(self) -> list[Example]:
+        """The example of every encoded prompt."""
+        return [self.examples[e.row] for e in self.encoded]
+
+
 def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Write the prompt as text, in the alpaca, chat or plain template."""
     if example.verbatim:

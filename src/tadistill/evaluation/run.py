@@ -1,10 +1,10 @@
 """Evaluate a model on prompts with references: answers sampled over decoding seeds, scores of their text, loss, calibration.
 
 `evaluate` is the public function; a stage calls its two halves, `generate` and `score`, to keep the answers in between.
-`dev_metrics` is the short form that the training loop calls. What needs a second model is in `tadistill.evaluation.analysis`.
+`dev_metrics` is the short form that the training loop calls. What needs a second model is in `tadistill.evaluation.scoring`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -15,29 +15,11 @@ from transformers import PreTrainedModel
 from tadistill import rng
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
-from tadistill.data.datasets import Example
-from tadistill.data.templates import Encoded, task_of
+from tadistill.data.templates import EvalSet, task_of
 from tadistill.evaluation import calibration, text_scores
-from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood, means
+from tadistill.evaluation.scoring import Answers, Subject, divergences, entropy, likelihood, means
 from tadistill.metrics import names_in
 from tadistill.rollout.engine import Native
-
-Answers = Mapping[int, Seq[Sequence]]
-"""Decoding seed -> one answer per prompt."""
-
-
-@dataclass(frozen=True)
-class EvalSet:
-    """A named test or dev set, encoded for one tokenizer."""
-
-    name: str
-    examples: Seq[Example]
-    encoded: Seq[Encoded]
-
-    @property
-    def rows(self) -> list[Example]:
-        """The example of every encoded prompt."""
-        return [self.examples[e.row] for e in self.encoded]
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,38 @@
-"""Numbers at every response token, from forward passes over whole sequences; no [tokens, vocabulary] tensor is held.
+"""Numbers at every response token, from forward passes over whole sequences, of one model or beside others.
 
-Each function over sequences returns one array per sequence, with one number per response token. Axes: N tokens, V vocabulary.
+No [tokens, vocabulary] tensor is held. Each function over sequences returns one array per sequence, with one number per response token.
+Axes: N tokens, V vocabulary. Comparisons on the same texts are the KL to the original teacher, the chain's error budget, exposure bias, and
+how well a teacher fits a learner.
+
+The error budget of a path T > A1 > … > Ak > q takes KL(q ‖ p_T) apart without remainder,
+
+    KL(q ‖ p_T) = KL(q ‖ p_Ak) + E_q[log p_Ak - log p_A(k-1)] + … + E_q[log p_A1 - log p_T],
+
+The first term is what training minimised. Each other term belongs to a hop: KL(q ‖ its upper model) - KL(q ‖ its lower model), which
+may be negative. All are means over the tokens of the student's own answers, exact over the vocabulary.
+
+Exposure bias follows MiniLLM (arXiv:2306.08543, section 3.4): the student's error KL(p ‖ q) before each token, on prefixes sampled by
+the student and on prefixes sampled by the teacher. A position averages the answers that reach it. MiniLLM's released code differs: it
+counts answers that ended as without error, and starts at the second token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tadistill.data.batch import Sequence, by_length, collate
+from tadistill.data.batch import Sequence, by_length, collate, references
+from tadistill.data.templates import EvalSet
 from tadistill.models.forward import Reader
 from tadistill.objectives import cross_entropy, forward_kl, fused_head, log_probs, reverse_kl
 
+Answers = Mapping[int, Seq[Sequence]]
+"""Decoding seed -> one answer per prompt."""
 PerToken = dict[str, list[np.ndarray]]
 """Name -> one array per sequence."""
 
@@ -116,3 +133,103 @@ def per_token(
             for i, of_sequence in zip(part, np.split(row, ends), strict=True):
                 found[name][i] = of_sequence
     return found
+
+
+ON_OWN_TEXT = ("reverse_kl", "overlap", "mass", "entropy_gap")
+"""Measured on prefixes that the learner sampled."""
+Exposure = dict[str, dict[str, list[float]]]
+"""student and teacher -> kl (mean at each position) and count (answers that reach the position)."""
+
+
+def analyse(
+    subject: Subject,
+    data: EvalSet,
+    answers: Answers,
+    teacher_answers: Answers,
+    *,
+    teacher: PreTrainedModel,
+    assistants: Seq[PreTrainedModel] = (),
+    batch: int,
+) -> tuple[dict[str, list[list[float]]], Exposure]:
+    """Compare the subject with the original teacher on one set.
+
+    Args:
+        answers: the subject's own answers.
+        teacher_answers: the teacher's answers to the same prompts.
+        assistants: the models of the path between teacher and subject, from the teacher's end.
+
+    Returns:
+        {metric: [prompt][decoding seed]} with forward_kl (on the references), reverse_kl (on the subject's own answers) and, with
+        assistants, budget/0, budget/1, … in the order of the sum above; and the exposure curves.
+    """
+    (on_references,) = divergences(subject, references(data.encoded), [teacher], batch=batch)
+    columns: dict[str, list[np.ndarray]] = {}
+    of_student: list[np.ndarray] = []
+    for of_seed in answers.values():
+        beside = divergences(subject, of_seed, [teacher, *assistants], batch=batch)
+        of_student += beside[0]["forward_kl"]
+        kl = [means(found["reverse_kl"]) for found in beside]
+        columns.setdefault("reverse_kl", []).append(kl[0])
+        if assistants:
+            budget = [kl[-1], *(upper - lower for lower, upper in pairwise(reversed(kl)))]
+            for j, term in enumerate(budget):
+                columns.setdefault(f"budget/{j}", []).append(term)
+    scores = {"forward_kl": means(on_references["forward_kl"])[:, None].tolist()}
+    scores |= {name: np.stack(column, axis=1).tolist() for name, column in columns.items()}
+    of_teacher = [
+        kl for of_seed in teacher_answers.values() for kl in divergences(subject, of_seed, [teacher], batch=batch)[0]["forward_kl"]
+    ]
+    return scores, {"student": _by_position(of_student), "teacher": _by_position(of_teacher)}
+
+
+def _by_position(per_token: Seq[np.ndarray]) -> dict[str, list[float]]:
+    """Return the mean over the sequences that reach a position, and their number."""
+    total, count = (np.zeros(max(map(len, per_token))) for _ in range(2))
+    for values in per_token:
+        total[: len(values)] += values
+        count[: len(values)] += 1
+    return {"kl": (total / count).tolist(), "count": count.tolist()}
+
+
+# --- one teacher and one learner --------------------------------------------------------------------------------------------
+
+
+def overlap(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tensor:
+    """Return |top-k of q ∩ top-k of p| / k, shape (N,): 1 where both have the same k likeliest tokens (Li et al. 2026, arXiv:2604.13016).
+
+    A k above V counts as V.
+    """
+    k = min(k, student_logits.shape[-1])
+    mine, theirs = student_logits.topk(k).indices, teacher_logits.topk(k).indices
+    return (mine.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).float().mean(-1)
+
+
+def mass(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tensor:
+    """Return the probability that q gives to the top-k tokens of p, shape (N,).
+
+    Far below 1, the teacher's likeliest tokens are tokens that the learner does not use.
+    """
+    theirs = teacher_logits.topk(min(k, teacher_logits.shape[-1])).indices
+    return log_probs(student_logits).gather(-1, theirs).exp().sum(-1)
+
+
+def entropy_gap(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return H(p) - H(q) in nats, shape (N,): negative where the bigger model is the sharper one."""
+    return token_entropy(teacher_logits) - token_entropy(student_logits)
+
+
+def pair_measures(
+    learner: Subject, teacher: PreTrainedModel, *, own: Seq[Sequence], references: Seq[Sequence], k: int, batch: int
+) -> PerToken:
+    """Return the measures of one (teacher, learner) pair: `ON_OWN_TEXT` on the learner's own answers and forward_kl on the references."""
+
+    def of_answers(logits: Tensor, teachers: tuple, tokens: Tensor) -> Tensor:
+        (other,) = teachers
+        found = (reverse_kl(logits, other), overlap(logits, other, k=k), mass(logits, other, k=k), entropy_gap(logits, other))
+        return torch.stack(found)
+
+    def of_references(logits: Tensor, teachers: tuple, tokens: Tensor) -> Tensor:
+        return forward_kl(logits, teachers[0]).unsqueeze(0)
+
+    found = per_token(learner, own, ON_OWN_TEXT, of_answers, batch=batch, others=[teacher])
+    return found | per_token(learner, references, ("forward_kl",), of_references, batch=batch, others=[teacher])

@@ -11,11 +11,10 @@ from rich.table import Table
 
 from tadistill.config.judge import REFERENCE, BlindSheet, Judge
 from tadistill.errors import ConfigError, JudgeFailed
-from tadistill.judge.answers import Answers, read_answers
 from tadistill.judge.asking import Cache, Estimate, Verdicts, ask_all, estimate, open_cache, stopped
 from tadistill.judge.endpoint import Unavailable, ask, check_address, connect, knock
 from tadistill.judge.people import load_key, make_sheet, read_ratings, summarise_ratings, write_sheet
-from tadistill.judge.questions import Question, make_questions
+from tadistill.judge.questions import Answers, Question, make_questions, read_answers
 from tadistill.judge.summary import Row, summarise, write_summary
 from tadistill.results.study import find_study
 from tadistill.store import store_of

@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from tadistill.disk import read_json, write_json, write_text
 from tadistill.errors import ConfigError, DataError
-from tadistill.judge.answers import Answers
+from tadistill.judge.questions import Answers
 from tadistill.judge.summary import Row, pair_rows
 from tadistill.results.collect import MEAN
 from tadistill.statistics import macro_interval

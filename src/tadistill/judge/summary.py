@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from tadistill.config.judge import REFERENCE
 from tadistill.disk import write_json
-from tadistill.judge.answers import Answers
 from tadistill.judge.asking import Scores, Verdicts
-from tadistill.judge.questions import Question
+from tadistill.judge.questions import Answers, Question
 from tadistill.results.collect import MEAN
 from tadistill.statistics import macro_interval
 

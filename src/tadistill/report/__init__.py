@@ -10,9 +10,8 @@ Only files are read (the plan, and the finished stages of the store), so it also
 from pathlib import Path
 
 from tadistill.disk import write_text
-from tadistill.report.output import write_results
 from tadistill.report.page import render_page
-from tadistill.report.plain import render_markdown, summary_table
+from tadistill.report.plain import render_markdown, summary_table, write_results
 from tadistill.results.collect import Missing, Results, Row, Summary, primary_metric, read_results
 
 __all__ = [

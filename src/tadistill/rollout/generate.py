@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from tadistill.config.common import Decoding
 from tadistill.models.forward import tapped
 from tadistill.rollout import lazy
-from tadistill.rollout.buffers import Record, Rollout, in_place_cache
-from tadistill.rollout.draw import Mixture, Speculation, next_tokens, processors
+from tadistill.rollout.draw import Mixture, Record, Rollout, Speculation, in_place_cache, next_tokens, processors
 from tadistill.tuning import COMPACT_BELOW
 
 __all__ = ["Mixture", "Rollout", "Speculation", "sample"]

@@ -22,8 +22,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tadistill.rollout.buffers import Record, keeps_all
-from tadistill.rollout.draw import Mixture, draw, log_prob
+from tadistill.rollout.draw import Mixture, Record, draw, keeps_all, log_prob
 from tadistill.tuning import COMPACT_BELOW, PACKED_FAMILIES
 
 _BEHIND = 8  # most tokens of a row that a model may have left to read; bounds the memory of a call

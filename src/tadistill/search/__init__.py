@@ -1,8 +1,24 @@
 """Paths from a teacher to a student: the lattice of all of them, strategies that search it, and rules of thumb. Needs numpy only."""
 
 from tadistill.config.arm import ModelPath
-from tadistill.search.lattice import Concordance, Lattice, concordance, count_paths, make_lattice, path_name, trainings
-from tadistill.search.strategies import Outcome, Round, Strategy, beam, best_prefix, drive, exhaustive, halving, single
+from tadistill.search.strategies import (
+    Concordance,
+    Lattice,
+    Outcome,
+    Round,
+    Strategy,
+    beam,
+    best_prefix,
+    concordance,
+    count_paths,
+    drive,
+    exhaustive,
+    halving,
+    make_lattice,
+    path_name,
+    single,
+    trainings,
+)
 
 __all__ = [
     "Concordance",

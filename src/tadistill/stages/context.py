@@ -12,9 +12,8 @@ from tadistill import rng
 from tadistill.config.method import TEACHER_DTYPES
 from tadistill.data import datasets
 from tadistill.data.batch import Sequence, chunks, references
-from tadistill.data.templates import encode
+from tadistill.data.templates import EvalSet, encode
 from tadistill.errors import Interrupted
-from tadistill.evaluation.run import EvalSet
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.counting.shapes import resized
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary

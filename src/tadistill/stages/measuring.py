@@ -9,11 +9,11 @@ from typing import Any
 
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
+from tadistill.data.templates import EvalSet
 from tadistill.disk import read_json, read_jsonl, write_json, write_rows
-from tadistill.evaluation.analysis import analyse as analyse_set
-from tadistill.evaluation.analysis import pair_measures
-from tadistill.evaluation.run import EvalSet, generate, score
-from tadistill.evaluation.scoring import Subject, means
+from tadistill.evaluation.run import generate, score
+from tadistill.evaluation.scoring import Subject, means, pair_measures
+from tadistill.evaluation.scoring import analyse as analyse_set
 from tadistill.plan.inputs import Output
 from tadistill.plan.specs import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
 from tadistill.stages.context import ANSWERS, Context, make_subject, stop_if_asked

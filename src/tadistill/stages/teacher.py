@@ -5,8 +5,8 @@ from typing import Any
 
 from tadistill.config import Evaluate
 from tadistill.data.batch import references
+from tadistill.data.templates import EvalSet
 from tadistill.disk import read_json, write_json, write_rows
-from tadistill.evaluation.run import EvalSet
 from tadistill.evaluation.run import generate as generate_answers
 from tadistill.evaluation.scoring import Subject, entropy, means
 from tadistill.models.loading import save_model

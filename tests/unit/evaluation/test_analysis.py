@@ -6,10 +6,8 @@ import torch
 from tests.conftest import tiny_model
 
 from tadistill.data.batch import Sequence
-from tadistill.data.templates import Encoded
-from tadistill.evaluation.analysis import analyse
-from tadistill.evaluation.run import EvalSet
-from tadistill.evaluation.scoring import Subject
+from tadistill.data.templates import Encoded, EvalSet
+from tadistill.evaluation.scoring import Subject, analyse
 
 VOCAB, PROMPT = 31, (3, 5, 7)
 

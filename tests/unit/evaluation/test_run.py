@@ -10,8 +10,8 @@ from tests.conftest import tiny_model
 from tadistill.config import Evaluate
 from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import references
-from tadistill.data.templates import encode
-from tadistill.evaluation.run import EvalSet, dev_metrics, evaluate, generate, score
+from tadistill.data.templates import EvalSet, encode
+from tadistill.evaluation.run import dev_metrics, evaluate, generate, score
 from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood
 from tadistill.metrics import metric_of
 from tadistill.objectives import forward_kl, reverse_kl

@@ -8,8 +8,7 @@ from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 from tadistill.data.datasets import Example
 from tadistill.data.templates import render, split_prompt, task_of
 from tadistill.errors import ConfigError
-from tadistill.judge.answers import read_answers
-from tadistill.judge.questions import ATTEMPTS, again, make_questions, parse, write_question
+from tadistill.judge.questions import ATTEMPTS, again, make_questions, parse, read_answers, write_question
 from tadistill.store import Store
 
 from .conftest import predictions

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from tadistill.judge.answers import Answers, Item
 from tadistill.judge.asking import Verdicts
-from tadistill.judge.questions import make_questions
+from tadistill.judge.questions import Answers, Item, make_questions
 from tadistill.judge.summary import ratio_interval, summarise, verdict
 from tadistill.statistics import macro_interval
 

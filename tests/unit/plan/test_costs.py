@@ -16,7 +16,7 @@ from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger, minillm_flops, passes
-from tadistill.plan.costs.lengths import Texts, largest
+from tadistill.plan.costs.passes import Texts, largest
 from tadistill.plan.graph import Stage
 
 COUNTED = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "ledger_counted.py"))

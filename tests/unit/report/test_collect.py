@@ -10,7 +10,7 @@ import pytest
 from tadistill.config.arm import direct_arm
 from tadistill.errors import StoreError
 from tadistill.report import summary_table, write_report
-from tadistill.report.output import write_results
+from tadistill.report.plain import write_results
 from tadistill.report.text import missing_text
 from tadistill.results import collect
 from tadistill.results.collect import MEAN, primary_metric, read_results

@@ -1,6 +1,6 @@
 """The predicted cost of a recipe's stages: how often each model runs on which text, as the code that runs them does it.
 
-Lengths come from the data (`plan.costs.lengths`), the work of a pass from `plan.costs.passes`, and FLOPs from
+Lengths of texts and the work of a pass come from `plan.costs.passes`, and FLOPs from
 `models.counting.sizes.forward_flops`. A sampled answer is assumed to be as long as the prompt's reference, or as `max_new_tokens` if its
 model has random weights, because such a model never ends an answer.
 """
@@ -34,8 +34,8 @@ from tadistill.models.counting import shapes, sizes
 from tadistill.models.counting.cost import Cost, Part
 from tadistill.models.counting.memory import resident_bytes
 from tadistill.models.counting.sizes import Adapters, Size, Work, adapters_of, forward_flops
-from tadistill.plan.costs import lengths, passes
-from tadistill.plan.costs.lengths import Texts
+from tadistill.plan.costs import passes
+from tadistill.plan.costs.passes import Texts
 from tadistill.plan.costs.training import TrainingCost, cache_bytes
 from tadistill.store import key_of
 from tadistill.tuning import GENERATION_BATCH, PACKED_FAMILIES, RECORDING_BATCH
@@ -62,18 +62,18 @@ class Ledger:
     @cached_property
     def train(self) -> Texts:
         """Lengths of the training texts."""
-        return lengths.read(self.recipe, self.recipe.data.train, "train", self._train)
+        return passes.read(self.recipe, self.recipe.data.train, "train", self._train)
 
     @cached_property
     def dev(self) -> Texts:
         """Lengths of the dev texts."""
         data = self.recipe.data
-        return lengths.read(self.recipe, data.dev, "dev", datasets.load(data.dev, "dev", data))
+        return passes.read(self.recipe, data.dev, "dev", datasets.load(data.dev, "dev", data))
 
     @cached_property
     def corpus_length(self) -> int:
         """Tokens of one row of the corpus."""
-        return lengths.chunk(self.recipe)
+        return passes.chunk(self.recipe)
 
     # --- models ---------------------------------------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ class Ledger:
                 raise ConfigError(f"models.{name}.init: {error}") from error
             return shapes.with_shape(parent, shape)
         assert model.load is not None
-        vocab = lengths.vocabulary(model, self.recipe.data.world) if model.tokenizer else None
+        vocab = passes.vocabulary(model, self.recipe.data.world) if model.tokenizer else None
         return sizes.read_config(model.load, model.revision, model.config, vocab)
 
     def adapters(self, name: str) -> Adapters | None:

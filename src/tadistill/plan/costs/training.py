@@ -11,7 +11,7 @@ from tadistill.models.counting.cost import Cost, Part
 from tadistill.models.counting.memory import resident_bytes
 from tadistill.models.counting.sizes import Adapters, Size, Work, forward_flops, training_flops, with_adapters
 from tadistill.plan.costs import passes
-from tadistill.plan.costs.lengths import Texts
+from tadistill.plan.costs.passes import Texts
 from tadistill.store import key_of
 from tadistill.tuning import LOG_POINTS, TILE_BYTES, WATCH_EVERY, WATCHED_ROWS
 

@@ -189,7 +189,7 @@ class Budget:
 
 
 def budgets(results: Results) -> list[Budget]:
-    """Return the budgets of all chains whose terms were measured; `tadistill.evaluation.analysis` has the identity."""
+    """Return the budgets of all chains whose terms were measured; `tadistill.evaluation.scoring` has the identity."""
     found: list[Budget] = []
     for arm in (arm for arm in results.plan.arms if arm.is_chain):
         upwards = budget_models(results, arm)[::-1]  # student, last assistant, ..., teacher
