@@ -95,12 +95,7 @@ class Advice:
 
 
 def advise(
-    candidates: Sequence[Candidate],
-    history: Sequence[Observation],
-    *,
-    margin: float,
-    level: float = 0.95,
-    family: str | None = None,
+    candidates: Sequence[Candidate], history: Sequence[Observation], *, margin: float, level: float = 0.95, family: str | None = None
 ) -> Advice:
     """Decide whether a chain is worth running.
 

@@ -20,19 +20,7 @@ from rich.table import Table
 from tadistill.cluster import profile as profiles
 from tadistill.cluster import queue, sbatch
 from tadistill.cluster.fetch import missing, moved
-from tadistill.cluster.job import (
-    Job,
-    Place,
-    Record,
-    ReportJob,
-    StageJob,
-    arrays,
-    bundles,
-    families,
-    jobs_folder,
-    read_record,
-    report_name,
-)
+from tadistill.cluster.job import Job, Place, Record, ReportJob, StageJob, arrays, bundles, families, jobs_folder, read_record, report_name
 from tadistill.cluster.profile import Profile
 from tadistill.cluster.sbatch import Request, Requests
 from tadistill.cluster.status import again, shortened

@@ -216,10 +216,7 @@ def _work(task: Task, environment: dict[str, str], threads: int, pipe: Connectio
         from tadistill.stages.execute import run_stage  # imports torch
 
         run_stage(
-            task,
-            progress=lambda done, total, text: pipe.send((done, total, text)),
-            alarm=pipe.send,
-            stop=lambda: flag() or asked.is_set(),
+            task, progress=lambda done, total, text: pipe.send((done, total, text)), alarm=pipe.send, stop=lambda: flag() or asked.is_set()
         )
     except Exception as error:  # whatever it is, the command says it
         if not isinstance(error, Interrupted | TadistillError):

@@ -145,14 +145,7 @@ def _record(choice: Choice) -> dict[str, Any]:
         "higher_is_better": choice.sign > 0,
         "chosen": list(choice.path),
         "paths": [
-            {
-                "path": list(t.path),
-                "flops": t.flops,
-                "cost": choice.cost(t),
-                "values": list(t.values),
-                "mean": t.mean,
-                "front": t in front,
-            }
+            {"path": list(t.path), "flops": t.flops, "cost": choice.cost(t), "values": list(t.values), "mean": t.mean, "front": t in front}
             for t in choice.tried
         ],
         "rounds": [{"share": r.share, "means": {path_name(p): m for p, m in means.items()}} for r, means in choice.rounds],
