@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from tadistill.advise import Candidate, Edge, EdgeMeasures, Observation
+from tadistill.advise.history import Candidate, Edge, EdgeMeasures, Observation
 
 Path = tuple[str, ...]
 CARRY = 0.3

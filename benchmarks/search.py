@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import page
 
-from tadistill import search as paths
-from tadistill.search import Lattice, Outcome, Round, Strategy
+from tadistill.search import strategies as paths
+from tadistill.search.strategies import Lattice, Outcome, Round, Strategy
 
 WITHIN = 0.3
 EARLY = 0.5

@@ -80,11 +80,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn errors of the block, which writes `path`, into one sentence.
-
-    Raises:
-        StoreError: `path` cannot be written.
-    """
+    """Turn errors of the block, which writes `path`, into one sentence. Raises StoreError if `path` cannot be written."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
@@ -97,21 +93,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a file to write to, which becomes `path` when the block ends without an error.
 
     It is on the disk before it is renamed, so after a power failure `path` is the old file or the new one, whole. Its name is fixed: the
-    one process that owns `path` overwrites what a kill has left of it.
-
-    Raises:
-        StoreError: it cannot be written.
+    one process that owns `path` overwrites what a kill has left of it. Raises StoreError if it cannot be written.
     """
     with _renamed(path.with_suffix(".tmp"), path) as temporary:
         yield temporary
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file (and its folder, where that is missing) atomically; other processes may write the same file.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
+    """Write a file (and its missing folder) atomically; other processes may write it too. Raises StoreError if it cannot be written."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with _renamed(path.with_name(f".{path.name}.{os.getpid()}.tmp"), path) as temporary:
@@ -164,11 +153,7 @@ def publishing(target: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, *, fix: str = "delete its directory and run the recipe again") -> Any:
-    """Parse a file.
-
-    Raises:
-        StoreError: it is missing or damaged; the sentence names it and says how to mend it.
-    """
+    """Parse a file. Raises StoreError if it is missing or damaged; the sentence names it and says how to mend it."""
     try:
         return json.loads(_text(path, fix))
     except ValueError as error:
@@ -176,11 +161,7 @@ def read_json(path: Path, *, fix: str = "delete its directory and run the recipe
 
 
 def read_jsonl(path: Path, *, fix: str = "delete its directory and run the recipe again") -> list[dict[str, Any]]:
-    """Parse a file with one JSON object a line; empty lines do not count.
-
-    Raises:
-        StoreError: it is missing or damaged; the sentence names the file and the line.
-    """
+    """Parse a file of JSON objects, one a line; empty lines do not count. Raises StoreError, with file and line, if missing or damaged."""
     rows: list[dict[str, Any]] = []
     # not splitlines(): a text may hold U+2028 and its like, which JSON leaves as they are
     for number, line in enumerate(_text(path, fix).split("\n"), start=1):

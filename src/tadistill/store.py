@@ -60,11 +60,7 @@ class Store:
         return self.root / key[:2] / key
 
     def finished(self, key: str) -> bool:
-        """Return True if the stage's manifest can be read and its files exist; their content is not read.
-
-        Raises:
-            StoreError: the store cannot be read.
-        """
+        """Return True if the manifest can be read and its files exist (with any content). Raises StoreError if the store cannot be read."""
         folder = self.folder(key)
         try:
             files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -90,11 +86,7 @@ class Store:
         return folder
 
     def manifest(self, key: str) -> dict[str, Any]:
-        """Return the manifest of a finished stage.
-
-        Raises:
-            StoreError: it is missing or damaged.
-        """
+        """Return the manifest of a finished stage. Raises StoreError if it is missing or damaged."""
         path = self.folder(key) / MANIFEST
         if not path.exists():
             raise StoreError(f"stage {key} is not in the store at {self.root}; run the recipe again to make it")

@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tadistill.advise import Advice, Candidate, Edge, EdgeMeasures, History, advise, edge_record, family_of, history, path_edges
-from tadistill.advise.history import MEASURES
+from tadistill.advise import words
+from tadistill.advise.decide import Advice, advise
+from tadistill.advise.history import MEASURES, Candidate, Edge, EdgeMeasures, History, edge_record, family_of, history, path_edges
 from tadistill.advise.measures import (
     PAIR_MEASURES,
     TOP_K,
@@ -32,20 +33,7 @@ from tadistill.advise.measures import (
     with_search,
 )
 from tadistill.advise.page import render_page
-from tadistill.advise.words import (
-    TAGS,
-    Report,
-    basis_line,
-    interval,
-    lambda_sweeps,
-    notes,
-    plus_minus,
-    reason,
-    rules,
-    signed,
-    steps,
-    verdict_line,
-)
+from tadistill.advise.words import Report
 from tadistill.config import Recipe
 from tadistill.config.arm import path_text
 from tadistill.disk import write_json, write_text
@@ -54,7 +42,7 @@ from tadistill.plan.arms import ProbePlan, make_plan
 from tadistill.results.units import TIMES, parameters_text
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.study import describe, fetch_models
-from tadistill.search import path_name
+from tadistill.search.strategies import path_name
 from tadistill.store import Store, store_of
 
 NATS_PER_POINT = 1 / 30
@@ -106,12 +94,12 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
         ladder=found,
         measures=measures,
         costs=priced,
-        sweeps=lambda_sweeps(measures),
-        rules=rules(measures, found, recipe.search.max_assistants if recipe.search else None),
+        sweeps=words.lambda_sweeps(measures),
+        rules=words.rules(measures, found, recipe.search.max_assistants if recipe.search else None),
         history=past,
         advice=advice,
-        steps=steps(recipe, source, overrides, advice, priced),
-        notes=notes(recipe, list(priced), measures, advice, past, metric, prompts),
+        steps=words.steps(recipe, source, overrides, advice, priced),
+        notes=words.notes(recipe, list(priced), measures, advice, past, metric, prompts),
     )
     write_json(study / MEASURES, record | decided(report))
     page = study / "advice.html"
@@ -196,11 +184,11 @@ def decided(report: Report) -> dict[str, Any]:
             "paths": [{"path": path, **asdict(cost)} for path, cost in report.costs.items()],
             "lambda_sweeps": {name: [asdict(c) for c in chosen] for name, chosen in report.sweeps.items()},
             "rules": [asdict(rule) for rule in report.rules],
-            "advice": asdict(advice) | {"reason": reason(advice)},
+            "advice": asdict(advice) | {"reason": words.reason(advice)},
             "steps": [asdict(step) for step in report.steps],
             "history": {"studies": report.studies, "left_out": report.history.left_out},
             "notes": report.notes,
-            "tags": TAGS,
+            "tags": words.TAGS,
         }
     )
 
@@ -221,8 +209,8 @@ def show(report: Report, console: Console) -> None:
     """Print the advice: the verdict first, then measures, costs and what to run. It fits 80 columns."""
     advice = report.advice
     console.print(Text(f"{report.study}: advice", style="bold"))
-    console.print(Text(verdict_line(advice), style=_STYLES[advice.verdict]))
-    for text in (reason(advice), f"{basis_line(report)}."):
+    console.print(Text(words.verdict_line(advice), style=_STYLES[advice.verdict]))
+    for text in (words.reason(advice), f"{words.basis_line(report)}."):
         console.print(Text(text[0].upper() + text[1:]))
     console.print()
     console.print(_models(report))
@@ -248,7 +236,7 @@ def _table(title: str, *columns: str) -> Table:
 def _models(report: Report) -> Table:
     table = _table(f"models on {report.prompts} dev prompts of {report.dev} (measured)", "model", "size", "loss", "ROUGE-L", "entropy")
     for model in report.measures.models:
-        cells = (plus_minus(model.loss), plus_minus(model.rouge_l, 1), plus_minus(model.entropy))
+        cells = (words.plus_minus(model.loss), words.plus_minus(model.rouge_l, 1), words.plus_minus(model.entropy))
         table.add_row(escape(model.name), parameters_text(model.parameters), *cells)
     return table
 
@@ -261,7 +249,7 @@ def _pairs(report: Report, title: str, columns: Columns) -> Table:
 
 
 def _cells(pair: Pair, columns: Columns) -> list[str]:
-    return [plus_minus(getattr(pair, field), decimals).replace(" ± ", "±") for _, field, decimals in columns]
+    return [words.plus_minus(getattr(pair, field), decimals).replace(" ± ", "±") for _, field, decimals in columns]
 
 
 def _paths(report: Report) -> Table:
@@ -274,7 +262,7 @@ def _paths(report: Report) -> Table:
             table.add_row(path, f"{option.cost:.2f}{TIMES}", "0", "", "", "reference")
             continue
         beyond = " *" if option.beyond else ""
-        cells = (signed(option.expected), escape(interval(option)), f"{option.p_better:.2f}", option.basis + beyond)
+        cells = (words.signed(option.expected), escape(words.interval(option)), f"{option.p_better:.2f}", option.basis + beyond)
         table.add_row(path, f"{option.cost:.2f}{TIMES}", *cells)
     if any(option.beyond for option in advice.options):
         table.caption = "* outside the range of history; the interval is wider for that"

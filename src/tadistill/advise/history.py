@@ -138,10 +138,7 @@ class History:
 def history(runs: Path) -> History:
     """Read every finished distillation arm of the studies in RUNS/STUDY, one observation for each training seed.
 
-    A stage that two studies share counts once. Whatever cannot be used is named in `left_out`.
-
-    Raises:
-        StoreError: `runs` is not a directory.
+    A stage that two studies share counts once. Whatever cannot be used is named in `left_out`. Raises StoreError if `runs` is no directory.
     """
     if not runs.is_dir():
         raise StoreError(f"{runs} is not a directory; give the --runs directory of earlier studies")

@@ -17,8 +17,8 @@ from tadistill.disk import read_json
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import Plan, ProbePlan, make_plan, original_teacher, plan_probes
 from tadistill.plan.costs import Ledger
-from tadistill.search import ModelPath, path_name
 from tadistill.search.command import affordable, check_lattice, check_order, path_arms, path_flops
+from tadistill.search.strategies import ModelPath, path_name
 from tadistill.store import Store
 
 Array = NDArray[np.float64]
@@ -196,11 +196,7 @@ def with_search(recipe: Recipe) -> Recipe:
 
 
 def ladder(recipe: Recipe) -> Ladder:
-    """Return the models of `recipe.search` with their sizes.
-
-    Raises:
-        ConfigError: a size is not known.
-    """
+    """Return the models of `recipe.search` with their sizes. Raises ConfigError if a size is not known."""
     search = recipe.search
     assert search is not None
     return Ladder(_sizes(recipe, (search.teacher, *search.assistants, search.student)))
@@ -272,11 +268,7 @@ def probe_plan(recipe: Recipe, found: Ladder, prompts: int) -> ProbePlan:
 
 
 def read_measures(probes: ProbePlan, store: Store, found: Ladder) -> Measures:
-    """Read the scores of a probe plan's finished stages and estimate all measures.
-
-    Raises:
-        StoreError: a stage is missing or damaged.
-    """
+    """Read the scores of a probe plan's finished stages and estimate all measures. Raises StoreError if a stage is missing or damaged."""
     alone = {name: _scores(store, key) for name, key in probes.alone.items()}
     return measure(found.sizes, alone, {names: _scores(store, key) for names, key in probes.beside.items()})
 

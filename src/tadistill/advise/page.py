@@ -163,6 +163,7 @@ def cost_figure(report: Report) -> str | None:
     figure.add_scatter(x=ends, y=[0, 0], mode="lines", line={"color": GREY, "width": 2.5}, hoverinfo="skip", legendgroup=group)
     for option in advice.options[1:]:
         look, name = looks[option.path], path_text(option.path)
+        above, below = option.high - option.expected, option.expected - option.low
         text = f"{escaped(name)}: %{{y:+.2f}} [{option.low:+.2f}, {option.high:+.2f}] at %{{x:.2f}} times direct, {option.basis}"
         figure.add_scatter(
             x=[option.cost],
@@ -170,14 +171,7 @@ def cost_figure(report: Report) -> str | None:
             mode="markers",
             legendgroup=f"path:{name}",
             marker={"color": look.colour, "symbol": look.marker, "size": 12},
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [option.high - option.expected],
-                "arrayminus": [option.expected - option.low],
-                "thickness": 1.5,
-                "width": 5,
-            },
+            error_y={"type": "data", "symmetric": False, "array": [above], "arrayminus": [below], "thickness": 1.5, "width": 5},
             hovertemplate=f"{text}<extra></extra>",
             meta=[name, "option"],
         )
@@ -211,16 +205,8 @@ def lambda_figure(report: Report) -> str | None:
             if high - c.low > 0.06 * right:
                 label = {"text": f"<b>{escaped(c.assistant)}</b>", "showarrow": False, "font_size": 12}
                 figure.add_annotation(x=(c.low + high) / 2, y=y, **label)
-        figure.add_annotation(
-            x=0,
-            xref="paper",
-            xanchor="left",
-            y=y + 0.27,
-            yanchor="bottom",
-            text=f"{escaped(name)}: {escaped(sweep_text(chosen))}",
-            showarrow=False,
-            font_size=11,
-        )
+        text = f"{escaped(name)}: {escaped(sweep_text(chosen))}"
+        figure.add_annotation(x=0, xref="paper", xanchor="left", y=y + 0.27, yanchor="bottom", text=text, showarrow=False, font_size=11)
     axes(figure, "lambda: weight of a small size against the score", "")
     figure.update_xaxes(range=[0, right])
     figure.update_yaxes(showticklabels=False, showgrid=False, range=[-0.4, len(report.sweeps) - 0.35])

@@ -17,8 +17,7 @@ from tadistill.config import Recipe
 from tadistill.config.arm import path_text
 from tadistill.metrics import NOT_COMPARABLE
 from tadistill.results.units import MINUS
-from tadistill.search import ModelPath, path_name
-from tadistill.search.strategies import Chosen, geometric_mean, lambda_tradeoff, performance_mean, size_law
+from tadistill.search.strategies import Chosen, ModelPath, geometric_mean, lambda_tradeoff, path_name, performance_mean, size_law
 
 LEAST_MASS, HOPS = 0.9, (1.3, 4.0)
 _NAMES = {
@@ -202,16 +201,9 @@ def _seeds(recipe: Recipe, count: int) -> tuple[int, ...]:
 
 
 TAGS = {
-    "models": "measured",
-    "pairs": "measured",
-    "lambda_sweeps": "measured",
-    "rules": "measured",
-    "paths.flops": "predicted",
-    "paths.multiple": "predicted",
-    "options": "predicted",
-    "margin": "assumed",
-    "level": "assumed",
-    "top_k": "assumed",
+    **dict.fromkeys(("models", "pairs", "lambda_sweeps", "rules"), "measured"),
+    **dict.fromkeys(("paths.flops", "paths.multiple", "options"), "predicted"),
+    **dict.fromkeys(("margin", "level", "top_k"), "assumed"),
 }
 
 

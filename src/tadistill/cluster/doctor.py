@@ -98,12 +98,8 @@ def wheelhouse(requirements: Iterable[str]) -> Check | None:
     gaps = [r.name for r in wanted if _plain(r.name) in words]
     if not gaps:
         return Check("wheelhouse", "ok", "has everything")
-    return Check(
-        "wheelhouse",
-        "warning",
-        f"lacks {', '.join(gaps)}",
-        "download these wheels on a login node (pip download --no-deps) and install the files",
-    )
+    fix = "download these wheels on a login node (pip download --no-deps) and install the files"
+    return Check("wheelhouse", "warning", f"lacks {', '.join(gaps)}", fix)
 
 
 def _plain(name: str) -> str:
@@ -170,9 +166,8 @@ def modules(wanted: Iterable[str], environment: Mapping[str, str]) -> Check:
         fix = f"module load {' '.join(wanted)}, before the environment is made and activated" if wanted else "pip install pyarrow"
         return Check("modules", "problem", "pyarrow cannot be imported", fix)
     if absent:
-        return Check(
-            "modules", "warning", f"not loaded: {', '.join(absent)}", f"module load {' '.join(wanted)} (jobs load them by themselves)"
-        )
+        fix = f"module load {' '.join(wanted)} (jobs load them by themselves)"
+        return Check("modules", "warning", f"not loaded: {', '.join(absent)}", fix)
     return Check("modules", "ok", f"{', '.join(wanted) or 'none needed'}; pyarrow is here")
 
 
@@ -320,14 +315,8 @@ def _package(*, on_cluster: bool) -> list[Check]:
     try:
         wanted, requirements = metadata.metadata("tadistill")["Requires-Python"], metadata.requires("tadistill") or []
     except metadata.PackageNotFoundError:
-        return [
-            Check(
-                "packages",
-                "warning",
-                "tadistill itself is not installed",
-                "pip install -e . (or a wheel of it), so that versions are known",
-            )
-        ]
+        fix = "pip install -e . (or a wheel of it), so that versions are known"
+        return [Check("packages", "warning", "tadistill itself is not installed", fix)]
     found = [python(platform.python_version(), wanted), packages(requirements)]
     gaps = wheelhouse(requirements) if on_cluster else None
     return [*found, gaps] if gaps else found

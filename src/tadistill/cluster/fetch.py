@@ -136,11 +136,7 @@ def _found(path: Path) -> Found:
 
 
 def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
-    """Download everything, print a table, and record the commits.
-
-    Raises:
-        TadistillError: something could not be downloaded; everything else was.
-    """
+    """Download everything, print a table, record the commits; raises TadistillError at the end if something could not be downloaded."""
     # huggingface_hub, which is not imported yet, reads this; its other protocol fails on login nodes
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     wanted, before, failures = needs(recipe), _read(runs), []

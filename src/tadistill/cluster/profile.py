@@ -91,11 +91,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Profile:
-    """Return a profile by its name, or from a YAML file.
-
-    Raises:
-        ConfigError: it does not exist, or it breaks a rule.
-    """
+    """Return a profile by its name, or from a YAML file. Raises ConfigError if it does not exist, or it breaks a rule."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(

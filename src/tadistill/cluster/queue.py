@@ -39,11 +39,7 @@ class Entry:
 
 
 def queued() -> dict[str, Entry]:
-    """Return this user's jobs that wait or run, by id; elements of arrays one by one.
-
-    Raises:
-        ConfigError: there is no Slurm here, or it does not answer.
-    """
+    """Return this user's jobs that wait or run, by id; elements of arrays one by one. Raises ConfigError if no Slurm answers here."""
     return _squeue("--me")
 
 
@@ -68,11 +64,7 @@ def _of_segments(id: str, found: Mapping[str, Entry]) -> Entry | None:
 
 
 def cancel(ids: Iterable[str]) -> None:
-    """Cancel jobs; one that has ended meanwhile is no error.
-
-    Raises:
-        TadistillError: scancel failed.
-    """
+    """Cancel jobs; one that has ended meanwhile is no error. Raises TadistillError if scancel failed."""
     wanted = sorted(ids)
     if not wanted or ask("scancel", "--quiet", *wanted) is not None:
         return

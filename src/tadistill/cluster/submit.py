@@ -61,10 +61,7 @@ class Submission:
     """One submission of one plan."""
 
     def __init__(self, plan: Plan, profile: Profile, runs: Path, *, account: str | None):
-        """
-        Raises:
-            ConfigError: the site would refuse a job of this plan.
-        """
+        """Prepare the submission. Raises ConfigError if the account or the place of the runs is wrong."""
         self.plan, self.profile, self.store = plan, profile, store_of(runs.resolve())
         self.study, self.account = runs.resolve() / plan.recipe.study, _account(profile, account)
         _check_place(profile, runs)
@@ -90,7 +87,7 @@ class Submission:
                 number += 1
                 sent = self._sent(f"@{number}", members, dependency)
                 places |= self._places(sent)
-                yield sent, sbatch.script(self._folder, self._elements(sent), sent.settings)
+                yield sent, sbatch.script(jobs_folder(self.study), self._elements(sent), sent.settings)
 
     def run(self, ready: Callable[[bool], None], tell: Callable[["Sent"], None]) -> tuple[list[Sent], int]:
         """Submit. Returns what was sent, and how many stages are queued by earlier submissions.
@@ -123,10 +120,6 @@ class Submission:
             return sent, len(live)
 
     # --- parts ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def _folder(self) -> Path:
-        return jobs_folder(self.study)
 
     @property
     def _chain(self) -> bool:
@@ -171,7 +164,7 @@ class Submission:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         try:
-            return sbatch.send(self._folder, work, settings)
+            return sbatch.send(jobs_folder(self.study), work, settings)
         except (subprocess.CalledProcessError, FailedJobError, FailedSubmissionError) as error:
             said = " ".join(str(getattr(error, "stderr", None) or error).split())
             raise StageFailed(
@@ -217,11 +210,7 @@ class Submission:
 
 
 def _account(profile: Profile, given: str | None) -> str | None:
-    """Return the account that jobs are charged to.
-
-    Raises:
-        ConfigError: there is none, the environment has another, or the site does not know it.
-    """
+    """Return the account to charge. Raises ConfigError if there is none, the environment has another, or the site does not know it."""
     environment = {name: os.environ[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if os.environ.get(name)}
     for name, value in environment.items():
         if given and value != given:

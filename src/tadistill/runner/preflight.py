@@ -42,11 +42,7 @@ def check(recipe: Recipe) -> int:
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Check what does not depend on the machine that trains: data, tokenizers, encodings, models.
-
-    Raises:
-        ConfigError, DataError, ModelError: in one sentence.
-    """
+    """Check what does not depend on the machine that trains: data, tokenizers, encodings, models. Raises the errors that `check` names."""
     datasets.check(recipe)
     _check_peft(recipe)
     for stage in make_plan(recipe).stages.values() if recipe.resources else ():
@@ -139,11 +135,7 @@ def _default_jobs() -> int:
 
 
 def _check_memory(recipe: Recipe, jobs: int) -> None:
-    """Check that each stage fits into memory, and then that the stages fit which may run at the same time.
-
-    Raises:
-        ModelError: the sentence says what to change.
-    """
+    """Check that each stage fits into memory, then that those fit which may run at the same time. Raises ModelError with what to change."""
     plan, free = make_plan(recipe), available_memory()
     if torch.cuda.is_available():  # stages pass through this machine's memory and stay in the GPU's
         free = max(free, torch.cuda.mem_get_info()[0])

@@ -58,11 +58,7 @@ class StageProcesses:
     """One process, or the ranks of a distributed stage."""
 
     def __init__(self, task: Task, *, threads: int):
-        """Start the processes, which share `threads`.
-
-        Raises:
-            StageFailed: they cannot be started.
-        """
+        """Start the processes, which share `threads`. Raises StageFailed if they cannot be started."""
         self.ended = False
         self.error: Exception | None = None
         """Why the stage failed, once it has ended."""

@@ -91,11 +91,7 @@ class _Schedule:
             self.running[key] = StageProcesses(make_task(self.plan, stage, self.store), threads=max(1, cores() // self.jobs))
 
     def _attend(self) -> None:
-        """Wait for messages, show them, and note which stages have ended.
-
-        Raises:
-            Stopped: a signal went only to a process of a stage.
-        """
+        """Wait for messages, show them, and note which stages have ended. Raises Stopped if a signal went only to a process of a stage."""
         wait([source for stage in self.running.values() for source in stage.sources], timeout=_POLL)
         stopped = False
         for key, stage in [*self.running.items()]:
@@ -188,6 +184,4 @@ class _Screen:
             return
         self.done += 1
         self.progress.update(self.all, completed=self.done)
-        self.progress.console.print(
-            f"[dim]{self.done:3d}/{self.total}[/] {label} [dim]{time.monotonic() - start:.1f} s[/]", highlight=False
-        )
+        self.say(f"[dim]{self.done:3d}/{self.total}[/] {label} [dim]{time.monotonic() - start:.1f} s[/]")

@@ -12,7 +12,7 @@ from rich.table import Table
 from tadistill.config import Recipe
 from tadistill.config.arm import path_text
 from tadistill.disk import write_json, write_text
-from tadistill.search import ModelPath, Round, path_name
+from tadistill.search.strategies import ModelPath, Round, path_name
 from tadistill.statistics import expected_best_of, undominated
 
 _SEEDS = 3

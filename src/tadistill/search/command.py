@@ -25,22 +25,9 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.study import fetch_models
-from tadistill.search import (
-    Lattice,
-    ModelPath,
-    Round,
-    Strategy,
-    beam,
-    best_prefix,
-    count_paths,
-    drive,
-    exhaustive,
-    halving,
-    make_lattice,
-    path_name,
-    single,
-)
+from tadistill.search import strategies
 from tadistill.search.choice import Choice, Tried, choice_notes, choice_table, with_parents, write_choice
+from tadistill.search.strategies import Lattice, ModelPath, Round, Strategy, count_paths, drive, make_lattice, path_name
 from tadistill.store import Store, store_of
 
 MOST_PATHS = 256
@@ -143,11 +130,7 @@ def check_order(recipe: Recipe, search: Search) -> None:
 
 
 def path_arms(paths: Sequence[ModelPath]) -> dict[str, Arm]:
-    """Return one arm for each path, named by `path_name`.
-
-    Raises:
-        ConfigError: two paths have the same name, because names of models hold a hyphen.
-    """
+    """Return one arm for each path, named by `path_name`. Raises ConfigError if hyphens in models' names give two paths one name."""
     arms: dict[str, Arm] = {}
     for path in paths:
         if (name := path_name(path)) in arms:
@@ -164,11 +147,7 @@ def path_flops(recipe: Recipe, search: Search) -> dict[ModelPath, float | None]:
 
 
 def affordable(search: Search, flops: Mapping[ModelPath, float | None]) -> Lattice:
-    """Return the lattice of the paths within the budget.
-
-    Raises:
-        ConfigError: no path is within the budget, or costs are unknown.
-    """
+    """Return the lattice of the paths within the budget. Raises ConfigError if no path is within the budget, or costs are unknown."""
     direct = flops[search.teacher, search.student]
     costs = {path: cost / direct for path, cost in flops.items() if cost is not None and direct}
     if search.budget is None:
@@ -213,15 +192,15 @@ def _lattice(search: Search, cost: Callable[[ModelPath], float] | None = None, b
 def _strategy(search: Search, lattice: Lattice) -> Strategy:
     match search.strategy:
         case "exhaustive":
-            return exhaustive(lattice)
+            return strategies.exhaustive(lattice)
         case "single":
-            return single(lattice)
+            return strategies.single(lattice)
         case "best_prefix":
-            return best_prefix(lattice)
+            return strategies.best_prefix(lattice)
         case "beam":
-            return beam(lattice, width=search.width)
+            return strategies.beam(lattice, width=search.width)
         case "halving":
-            return halving(lattice, rungs=search.rungs)
+            return strategies.halving(lattice, rungs=search.rungs)
 
 
 # --- training -----------------------------------------------------------------------------------------------------------
@@ -281,11 +260,7 @@ def _round_recipe(recipe: Recipe, paths: Sequence[ModelPath], share: float = 1.0
     if share == 1:
         return found
     learners = dict.fromkeys(name for path in paths for name in path[1:])
-    models = {
-        name: model.model_copy(update={"distill": _shortened(recipe, name, share)})
-        for name, model in recipe.models.items()
-        if name in learners
-    }
+    models = {name: recipe.models[name].model_copy(update={"distill": _shortened(recipe, name, share)}) for name in learners}
     return found.model_copy(update={"models": recipe.models | models})
 
 

@@ -159,11 +159,7 @@ def exhaustive(lattice: Lattice) -> Strategy:
 
 
 def single(lattice: Lattice) -> Strategy:
-    """Train the direct path and every single assistant: 2n + 1 trainings.
-
-    Raises:
-        ValueError: the lattice has no path with fewer than two assistants.
-    """
+    """Train the direct path and every single assistant: 2n + 1 trainings. Raises ValueError if every path has two assistants or more."""
     paths = tuple(path for path in lattice.paths if len(path) <= 3)
     if not paths:
         raise ValueError("no path with at most one assistant may be tried")
@@ -214,10 +210,7 @@ def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
     its learning-rate schedule has another length. The search ends early, with a whole run, once one path is left.
 
     Args:
-        rungs: rising shares of every stage's updates, ending with 1.
-
-    Raises:
-        ValueError: the rungs are not of this form.
+        rungs: rising shares of every stage's updates, ending with 1; ValueError otherwise.
     """
     if len(rungs) < 2 or rungs[-1] != 1 or rungs[0] <= 0 or any(a >= b for a, b in pairwise(rungs)):
         raise ValueError(f"rungs are {list(rungs)}; give at least two rising shares that end with 1")

@@ -113,11 +113,7 @@ def own_device() -> torch.device:
 
 
 def stop_if_asked(context: Context) -> None:
-    """Leave between two parts of a stage's work if the study is interrupted; finished parts stay.
-
-    Raises:
-        Interrupted: the study is interrupted.
-    """
+    """Leave between two parts of a stage's work if the study is interrupted (raises Interrupted); finished parts stay."""
     if context.stop():
         raise Interrupted("stopped between two parts")
 

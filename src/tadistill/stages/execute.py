@@ -41,11 +41,7 @@ class Ranks:
 
     @classmethod
     def join(cls, processes: int) -> "Ranks":
-        """Join the other processes, if the environment names any.
-
-        Raises:
-            ConfigError: their number is not what the stage asks for.
-        """
+        """Join the other processes, if the environment names any. Raises ConfigError if their number is not what the stage asks for."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if world != processes:
             raise ConfigError(f"resources say processes {processes} for this stage, but WORLD_SIZE is {world}; make them equal")
@@ -105,22 +101,14 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         if store.finished(task.key):
             ranks.agree(_FINISHED)
             return
-        folder = store.begin(task.key, {"kind": spec.kind, "label": task.label, "parents": spec.parents, "spec": spec.content()})
+        record = {"kind": spec.kind, "label": task.label, "parents": spec.parents}
+        folder = store.begin(task.key, record | {"spec": spec.content()})
         ranks.agree(_GO)
         start = time.monotonic()
         facts = work(Context(task, store, folder, progress, alarm, stop))
-        store.finish(
-            task.key,
-            {
-                "key": task.key,
-                "kind": spec.kind,
-                "label": task.label,
-                "parents": spec.parents,
-                "seconds": round(time.monotonic() - start, 2),
-                "versions": {name: version(name) for name in ("tadistill", "torch", "transformers", "accelerate")},
-                **facts,
-            },
-        )
+        seconds = round(time.monotonic() - start, 2)
+        versions = {name: version(name) for name in ("tadistill", "torch", "transformers", "accelerate")}
+        store.finish(task.key, {"key": task.key, **record, "seconds": seconds, "versions": versions, **facts})
     finally:
         lock.release()
 

@@ -66,10 +66,8 @@ def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: 
             else:
                 stop_if_asked(context)
                 write_json(part, [a.response for a in generate(subject, data, settings, seed, tick)])
-            responses = read_json(part)
-            found.setdefault(data.name, {})[seed] = [
-                Sequence(e.prompt, tuple(tokens)) for e, tokens in zip(data.encoded, responses, strict=True)
-            ]
+            pairs = zip(data.encoded, read_json(part), strict=True)
+            found.setdefault(data.name, {})[seed] = [Sequence(e.prompt, tuple(tokens)) for e, tokens in pairs]
     return found
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from tests.unit.advise.example import LOSS, RECIPE, SIZES, measures, verdict
 
-from tadistill.advise import Observation, path_edges
 from tadistill.advise.command import edge_measures, margin_on
-from tadistill.advise.history import History
+from tadistill.advise.history import History, Observation, path_edges
 from tadistill.advise.measures import Estimate, costs, ladder, with_search
 from tadistill.advise.words import lambda_sweeps, notes, rules, steps, sweep_text
 from tadistill.config import load

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tadistill.advise import Candidate, Edge, EdgeMeasures, Observation, advise
-from tadistill.advise.decide import SEEDS, _knowledge_gradient
+from tadistill.advise.decide import SEEDS, _knowledge_gradient, advise
+from tadistill.advise.history import Candidate, Edge, EdgeMeasures, Observation
 from tadistill.advise.predict import Forecast
 from tadistill.advise.words import reason
 from tadistill.errors import ConfigError

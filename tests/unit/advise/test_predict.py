@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tadistill.advise import Candidate, Edge, EdgeMeasures, Observation, predict
-from tadistill.advise.history import pair_up
+from tadistill.advise import predict
+from tadistill.advise.history import Candidate, Edge, EdgeMeasures, Observation, pair_up
 from tadistill.errors import ConfigError
 
 

@@ -5,8 +5,7 @@ import zlib
 
 import pytest
 
-from tadistill.advise import EdgeMeasures, edge_record, family_of, history, path_edges
-from tadistill.advise.history import MEASURES, pair_up
+from tadistill.advise.history import MEASURES, EdgeMeasures, edge_record, family_of, history, pair_up, path_edges
 from tadistill.config import ModelConfig
 from tadistill.errors import StoreError
 

@@ -3,7 +3,7 @@
 import pytest
 from tests.unit.search.tables import FORK_CNN, FORK_RESNET, TAKD
 
-from tadistill.search import Concordance, concordance, count_paths, make_lattice, trainings
+from tadistill.search.strategies import Concordance, concordance, count_paths, make_lattice, trainings
 
 
 def test_all_paths_fewest_assistants_first():
