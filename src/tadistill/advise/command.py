@@ -24,7 +24,6 @@ from tadistill.advise.measures import (
     TOP_K,
     Ladder,
     Measures,
-    Pair,
     PathCost,
     costs,
     ladder,
@@ -244,12 +243,9 @@ def _models(report: Report) -> Table:
 def _pairs(report: Report, title: str, columns: Columns) -> Table:
     table = _table(title, "p > q", *(name for name, *_ in columns))
     for pair in report.measures.pairs.values():
-        table.add_row(escape(f"{pair.teacher} > {pair.learner}"), *_cells(pair, columns))
+        cells = [words.plus_minus(getattr(pair, field), decimals).replace(" ± ", "±") for _, field, decimals in columns]
+        table.add_row(escape(f"{pair.teacher} > {pair.learner}"), *cells)
     return table
-
-
-def _cells(pair: Pair, columns: Columns) -> list[str]:
-    return [words.plus_minus(getattr(pair, field), decimals).replace(" ± ", "±") for _, field, decimals in columns]
 
 
 def _paths(report: Report) -> Table:
