@@ -116,12 +116,7 @@ class TaidSchedule:
 
 
 def contrastive(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    from_teacher: Tensor,
-    *,
-    alpha: float | Tensor = 0.1,
-    temperature: float = 1.0,
+    student_logits: Tensor, teacher_logits: Tensor, from_teacher: Tensor, *, alpha: float | Tensor = 0.1, temperature: float = 1.0
 ) -> Tensor:
     """DistiLLM-2's pair: `skew_forward_kl` on text of the teacher, `skew_reverse_kl` (mixture detached) on text of the student.
 

@@ -53,12 +53,8 @@ def returns(
     weights = torch.where(ahead >= 0, discount ** ahead.clamp(min=0).to(rewards.dtype), 0)  # (t, t')
     total = rewards @ weights.t()
     left = mask_BT.flip(1).cumsum(1).flip(1).to(rewards.dtype)
-    divisor = {
-        "after": left - 2,
-        "remaining": left,
-        "discounts": mask_BT.to(rewards.dtype) @ weights.t(),
-        "none": torch.ones_like(left),
-    }[length_normalisation]
+    discounts, ones = mask_BT.to(rewards.dtype) @ weights.t(), torch.ones_like(left)
+    divisor = {"after": left - 2, "remaining": left, "discounts": discounts, "none": ones}[length_normalisation]
     return torch.where(mask_BT, total / divisor.clamp(min=1), torch.zeros_like(total))
 
 

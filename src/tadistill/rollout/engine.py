@@ -68,10 +68,7 @@ class Vllm:
     """
 
     def __init__(self, student: PreTrainedModel, decoding: Decoding, *, eos: tuple[int, ...], vocab: int):
-        """
-        Raises:
-            ConfigError: vLLM is not installed.
-        """
+        """Start vLLM; raise ConfigError if it is not installed."""
         self.student, self.decoding, self.eos, self.vocab = student, decoding, eos, vocab
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the copy must be in this process to receive weights
         try:

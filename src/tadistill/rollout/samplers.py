@@ -237,10 +237,7 @@ class Pairs(_WithStudent):
         """Sample answers to this process's prompts of the update, and return the pairs."""
         rows, fresh = self.fixed.rows(step), self.fresh(step)
         return [
-            collate(
-                [_tagged(self.sequences[rows[p]], 1.0) for p in places] + [_tagged(fresh[int(p)], 0.0) for p in places],
-                pad=self.pad,
-            )
+            collate([_tagged(self.sequences[rows[p]], 1.0) for p in places] + [_tagged(fresh[int(p)], 0.0) for p in places], pad=self.pad)
             for places in cut(self.optim, self.shard)
         ]
 

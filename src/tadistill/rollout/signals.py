@@ -99,10 +99,7 @@ class Signals:
     """A recorded signal, read part by part through a memory map."""
 
     def __init__(self, folder: Path, device: torch.device):
-        """
-        Raises:
-            StoreError: a part is damaged.
-        """
+        """Open the parts; raise StoreError if one is damaged."""
         self._device = device
         head = folder / "head.safetensors"
         paths = sorted(p for p in folder.glob("*.safetensors") if p != head)

@@ -84,15 +84,7 @@ def minimum_detectable_effect(se: float, df: float, power: float = 0.8, level: f
 
 
 def detectable(
-    *,
-    s_prompt: float,
-    s_seed: float,
-    s_decode: float,
-    prompts: int,
-    seeds: int,
-    decodes: int,
-    power: float = 0.8,
-    level: float = 0.95,
+    *, s_prompt: float, s_seed: float, s_decode: float, prompts: int, seeds: int, decodes: int, power: float = 0.8, level: float = 0.95
 ) -> float:
     """Return the minimum detectable effect of a planned study. Var = s_prompt^2/n + 2 s_seed^2/S + 2 s_decode^2/(n K).
 

@@ -127,14 +127,8 @@ def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read a file of `save`; with `mmap` tensors are read only when they are used."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        pickle.UnpicklingError,
-    ) as error:  # depends on where the file is cut off
+    # the type depends on where the file is cut off
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
         raise StoreError(f"{path} is damaged ({(str(error) or type(error).__name__).splitlines()[0]})") from error
 
 

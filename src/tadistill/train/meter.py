@@ -44,10 +44,7 @@ class Meter:
     """Counts the calls of a student and of its teachers."""
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], *, checkpointing: bool = False):
-        """
-        Args:
-            checkpointing: the student's layers run forward once more in a backward pass.
-        """
+        """With `checkpointing`, the student's layers run forward once more in a backward pass."""
         self._again = checkpointing
         self._phase = "training"
         self._sides = [_Side("student", student), *(_Side("teacher", teacher) for teacher in teachers)]
