@@ -36,7 +36,7 @@ from tadistill.models.counting.memory import resident_bytes
 from tadistill.models.counting.sizes import Adapters, Size, Work, adapters_of, forward_flops
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
-from tadistill.plan.costs.training import TrainingCost, cache_bytes
+from tadistill.plan.costs.training_cost import TrainingCost, cache_bytes
 from tadistill.store import key_of
 from tadistill.tuning import GENERATION_BATCH, PACKED_FAMILIES, RECORDING_BATCH
 
