@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from unittest import mock
 
 import pytest
+import submitit  # noqa: F401  here: its import closes the streams of absl's handlers, unless they are sys.stdout and sys.stderr
 from accelerate.state import AcceleratorState
 from rich.console import Console
 

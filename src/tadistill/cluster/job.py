@@ -261,7 +261,7 @@ class StageJob:
                 stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)  # ends this process
             except subprocess.SubprocessError as error:
                 raise StageFailed(
-                    f"Slurm did not queue the job again ({error}); its state is saved, so submit the study again, and where the site "
+                    f"Slurm did not requeue the job ({error}); its state is saved, so submit the study again, and where the site "
                     "forbids it set `resume: chain` in the cluster's profile"
                 ) from error
             sys.exit(1)

@@ -165,7 +165,7 @@ class Requests:
             if not profile.min_hours <= wanted.hours <= profile.max_hours:
                 raise ConfigError(
                     f"{where}: hours is {wanted.hours:g}, but a job on {profile.name} has {profile.min_hours:g} to {profile.max_hours:g}; "
-                    "a stage that needs longer is cut into pieces by itself"
+                    "a longer stage is split into several jobs automatically"
                 )
             limit = wanted.hours
         else:

@@ -223,7 +223,9 @@ def _account(profile: Profile, given: str | None) -> str | None:
             f"{profile.name} needs an account; give --account NAME (or export SBATCH_ACCOUNT), for instance {_example(profile)}"
         )
     if profile.account and not re.fullmatch(profile.account, account or ""):
-        raise ConfigError(f"account `{account}` is none of {profile.name}, which look like {_example(profile)}; correct --account")
+        raise ConfigError(
+            f"account `{account}` does not look like one of {profile.name} (for instance {_example(profile)}); correct --account"
+        )
     return account
 
 

@@ -223,7 +223,7 @@ def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[
     except DataError as error:
         raise DataError(
             f"`{ref.load}` ({split}) is not on this disk (as {named.folder}/{split}.jsonl under data.root or TADISTILL_DATA), "
-            f"and from the hub: {error}"
+            f"and loading it from the hub failed: {error}"
         ) from error
     return itertools.islice(_read_jsonl(path), first, last)
 

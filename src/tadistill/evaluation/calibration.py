@@ -49,7 +49,7 @@ def bins(confidence: Seq[float] | np.ndarray, correct: Seq[bool] | np.ndarray, c
     """
     sure, right = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
     if sure.shape != right.shape or sure.ndim != 1:
-        raise DataError(f"confidence has shape {sure.shape} but correct {right.shape}; give one number each per prediction")
+        raise DataError(f"confidence has shape {sure.shape} but correct {right.shape}; each must hold one number per prediction")
     outside = ~((sure >= -_ROUNDING) & (sure <= 1 + _ROUNDING))
     if outside.any():
         raise DataError(f"confidence {sure[outside][0]} is no probability; it must be in [0, 1]")

@@ -137,7 +137,9 @@ class _Planner:
         if arm in self.making:
             raise ConfigError(f"the model that is tempered like arm {arm} is part of that arm's path; match another arm's model")
         if (compute := self.recipe.arms[arm].compute) is not None:
-            raise ConfigError(f"a model is tempered like arm {arm}, which has `compute: {compute}`; match an arm without it")
+            raise ConfigError(
+                f"a model takes its temperature from arm {arm}, which has `compute: {compute}`; choose an arm without `compute`"
+            )
         self.making.append(arm)
         try:
             return self._models(arm, self.recipe.arms[arm], seed, 1.0)[0][-1]

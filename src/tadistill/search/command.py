@@ -175,7 +175,7 @@ def _check_chains(search: Search, lattice: Lattice, flops: Mapping[ModelPath, fl
     nearest = min((path for path in costs if len(path) > 2), key=costs.__getitem__)
     multiple = costs[nearest] / costs[search.teacher, search.student]
     raise ConfigError(
-        f"search.budget is {search.budget:g} × the FLOPs of the direct path, which leaves only that path: the cheapest chain, "
+        f"search.budget is {search.budget:g} × the FLOPs of the direct path, so only the direct path fits. The cheapest chain, "
         f"{path_text(nearest)}, costs {multiple:.2f} × direct; raise the budget"
     )
 

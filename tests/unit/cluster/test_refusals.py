@@ -66,7 +66,7 @@ def test_whole_nodes_are_rounded_up():
 def test_accounts(monkeypatch):
     with pytest.raises(ConfigError, match="narval needs an account; give --account NAME"):
         scripts("narval", account="")
-    with pytest.raises(ConfigError, match="account `def-prof` is none of vulcan, which look like aip-PROF"):
+    with pytest.raises(ConfigError, match="account `def-prof` does not look like one of vulcan \\(for instance aip-PROF\\)"):
         scripts("vulcan")
     monkeypatch.setenv("SBATCH_ACCOUNT", "def-other")
     with pytest.raises(ConfigError, match="SBATCH_ACCOUNT=def-other in the environment wins over it; unset SBATCH_ACCOUNT"):

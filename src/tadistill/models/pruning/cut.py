@@ -208,7 +208,7 @@ def _layers(count: int, total: int, importance: Importance | None, layers: Seque
     if layers is not None:
         keep = keep_list(tuple(layers), total)
         if len(keep) != count:
-            raise ConfigError(f"layers is {list(keep)}, {len(keep)} of them, but the shape has {count} layers; write the same number")
+            raise ConfigError(f"layers is {list(keep)}, {len(keep)} of them, but the shape has {count} layers; the two numbers must match")
         return keep
     return keep_list(count, total) if importance is None else keep_important(count, importance.layers)
 
