@@ -105,8 +105,7 @@ def _lines(text: str) -> dict[tuple, int]:
 
 def _sentence(error: ValidationError, source: str, lines: dict[tuple, int], root: type[BaseModel] = Recipe) -> str:
     """Describe the first problem: where, what, how to mend. Unknown keys come first, because they cause others."""
-    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    problem = problems[0]
+    problem, *others = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = tuple(problem["loc"])
     key = _resolve(location, root)[0]
     shown = ".".join(map(str, key)) or "recipe"
@@ -129,8 +128,7 @@ def _sentence(error: ValidationError, source: str, lines: dict[tuple, int], root
         given = problem["input"]
         value = f" is {given!r}:" if isinstance(given, (str, int, float, bool)) else ":"
         text = f"{where}{value} {message[0].lower() + message[1:].rstrip('.')}."
-    more = len(problems) - 1
-    return text + (f" ({more} more problem{'s' * (more > 1)} after this one.)" if more else "")
+    return text + (f" ({len(others)} more problem{'s' * (len(others) > 1)} after this one.)" if others else "")
 
 
 def _children(annotation: Any) -> list[type[BaseModel]]:

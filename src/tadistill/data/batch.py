@@ -71,15 +71,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on another device."""
-        return Batch(
-            self.ids_BT.to(device),
-            self.attention_BT.to(device),
-            self.mask_BT.to(device),
-            {k: v.to(device) for k, v in self.values.items()},
-            self.corpus.to(device) if self.corpus else None,
-            tuple(t.to(device) for t in self.targets),
-            self.mixture,
-        )
+        values = {k: v.to(device) for k, v in self.values.items()}
+        corpus, targets = self.corpus.to(device) if self.corpus else None, tuple(t.to(device) for t in self.targets)
+        return Batch(self.ids_BT.to(device), self.attention_BT.to(device), self.mask_BT.to(device), values, corpus, targets, self.mixture)
 
 
 def references(encoded: Seq[Encoded]) -> list[Sequence]:
@@ -126,11 +120,5 @@ def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, 
         mask[b, max(n - 1, 0) : end - 1] = True
         for name, array in values.items():
             array[b, n - 1 : end - 1] = s.values[name]
-    return Batch(
-        torch.from_numpy(ids),
-        torch.from_numpy(attention),
-        torch.from_numpy(mask),
-        {k: torch.from_numpy(v) for k, v in values.items()},
-        corpus,
-        targets,
-    )
+    tensors = {k: torch.from_numpy(v) for k, v in values.items()}
+    return Batch(torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(mask), tensors, corpus, targets)

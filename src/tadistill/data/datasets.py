@@ -144,11 +144,7 @@ def _digest(path: Path, mtime_ns: int) -> str:
 
 
 def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bool = False) -> Iterator[dict[str, Any]]:
-    """Read the rows of a split.
-
-    Args:
-        stream: read only as much of a Hub data set as is used, over the network.
-    """
+    """Read the rows of a split; with `stream` only as much of a Hub data set as is used, over the network."""
     split = ref.split or role
     if ref.load in tinyworld.SPLITS:
         if split in tinyworld.SPLITS[ref.load]:

@@ -75,29 +75,22 @@ def explained(error: type[TadistillError], kind: str, repository: str, revision:
         kind: `model` or `data set`.
         file: the file of the repository that is wanted; None for all of it.
     """
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     where = f"{kind} `{repository}/{file}`" if file else f"{kind} `{repository}`"
     try:
         yield
-    except HFValidationError as cause:
+    except errors.HFValidationError as cause:
         raise invalid(error, repository, cause) from cause
-    except GatedRepoError as cause:
+    except errors.GatedRepoError as cause:
         raise error(
             f"{where} at revision `{revision}` is gated; accept its terms on its page on the hub, then log in with `hf auth login`"
         ) from cause
-    except RevisionNotFoundError as cause:
+    except errors.RevisionNotFoundError as cause:
         raise error(f"{kind} `{repository}` has no revision `{revision}`; correct `revision`") from cause
-    except RepositoryNotFoundError as cause:
+    except errors.RepositoryNotFoundError as cause:
         raise error(f"the hub shows no {kind} `{repository}`; correct the id, or, if it is private, log in with `hf auth login`") from cause
-    except RemoteEntryNotFoundError as cause:
+    except errors.RemoteEntryNotFoundError as cause:
         raise error(f"{kind} `{repository}` has no file `{file}` at revision `{revision}`; correct `revision`") from cause
-    except (HfHubHTTPError, OSError) as cause:
+    except (errors.HfHubHTTPError, OSError) as cause:
         raise error(f"{where} at revision `{revision}` cannot be downloaded ({type(cause).__name__}); check the connection") from cause

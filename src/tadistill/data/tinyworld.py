@@ -30,14 +30,8 @@ if TYPE_CHECKING:
 VERSION = 1
 """Raise this whenever a generated row changes; it is part of the fingerprint, and so of every stage's key."""
 
-SPLITS: dict[str, tuple[str, ...]] = {
-    "tinyworld": ("train", "dev", "test"),
-    "tinyworld_reworded": ("test",),
-    "tinyworld_open": ("test",),
-    "tinyworld_lengths": ("test",),
-    "tinyworld_multi": ("test",),
-    "tinyworld_choices": ("test",),
-}
+SPLITS: dict[str, tuple[str, ...]] = {"tinyworld": ("train", "dev", "test")}
+SPLITS |= {f"tinyworld_{part}": ("test",) for part in ("reworded", "open", "lengths", "multi", "choices")}
 
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 

@@ -22,10 +22,7 @@ class Reader:
     """A causal language model, split into body and head. The split is checked once against the model's own logits."""
 
     def __init__(self, model: PreTrainedModel):
-        """
-        Raises:
-            ModelError: the model's logits are not the output of its head on its last hidden states.
-        """
+        """Raise a ModelError if the model's logits are not the output of its head on its last hidden states."""
         module = model.get_output_embeddings()
         if not isinstance(module, nn.Module) or not isinstance(getattr(module, "weight", None), Tensor):
             raise ModelError(f"models of type {model.config.model_type} have no linear output head, so their loss cannot be fused")
@@ -44,8 +41,7 @@ class Reader:
     def hidden(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the (N, H) last hidden states at the N positions where the mask is True, in row-major order.
 
-        Args:
-            model: the model that this reader was made from, or a wrapper around it (for several processes).
+        `model` is the one that this reader was made from, or a wrapper around it (for several processes).
         """
         columns = batch.mask_BT.any(0).nonzero().squeeze(1)
         end = int(columns[-1]) + 1 if len(columns) else 1  # no position that counts reads later tokens

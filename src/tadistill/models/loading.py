@@ -58,9 +58,7 @@ def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[s
     """Load the tokenizer of a source.
 
     A tokenizer without a pad token gets EOS for it. Nothing depends on that token: padding is known by lengths everywhere.
-
-    Args:
-        world: seed and people of the world, for `tinyworld`.
+    `world` is seed and people of the world, for `tinyworld`.
 
     Raises:
         ModelError: the source has no tokenizer, or the tokenizer has no EOS token.
@@ -94,10 +92,7 @@ def load_model(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model to the CPU, in eval mode.
-
-    Args:
-        config, seed, tokenizer: used by `scratch:TYPE` only, which needs the tokenizer.
+    """Load a causal language model to the CPU, in eval mode. Only `scratch:TYPE` uses config, seed and tokenizer, and needs the last.
 
     Raises:
         ModelError: the model cannot be found or read, or its files lack some weights.
@@ -171,10 +166,8 @@ def save_model(
     """Write an ordinary Hugging Face directory (safetensors, configuration, tokenizer).
 
     Only the token ids of the generation configuration are kept: sampling defaults of a parent model (temperature, penalties) would
-    change what the new model samples in other programs, and inconsistent defaults cannot be saved.
-
-    Args:
-        weights: the whole state dict, if the model holds only a part of it.
+    change what the new model samples in other programs, and inconsistent defaults cannot be saved. `weights` is the whole state dict, if
+    the model holds only a part of it.
     """
     before = model.generation_config
     ids = {name: getattr(before, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} if before else {}

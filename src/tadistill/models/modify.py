@@ -35,10 +35,7 @@ _RANGE = (0.05, 20.0)  # temperatures that are tried
 
 
 def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
-    """Put adapters into a model with peft and freeze everything else. They change no output before they are trained.
-
-    Args:
-        seed: seed of the adapters' initial weights.
+    """Put adapters into a model with peft and freeze everything else. At first they change no output; `seed` draws their weights.
 
     Raises:
         ConfigError: peft is not installed (`pip install 'tadistill[lora]'`).

@@ -67,8 +67,7 @@ def parse(load: str) -> Source:
 def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path | None:
     """Find the Hugging Face directory on this disk, without network; None if it must be fetched first, or for `scratch:`.
 
-    Args:
-        weights: False if configuration and tokenizer are enough.
+    `weights` is False if configuration and tokenizer are enough.
 
     Raises:
         ModelError: a local directory or file does not exist or is not a model, or a cached file is damaged.
@@ -120,10 +119,7 @@ def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | N
     """Return the identity of a source, without network. Equal identities mean equal initial weights (given the seed).
 
     A hub id is identified by its revision, and local files by their content, wherever they are. Only evenly spaced blocks of large weight
-    files are read.
-
-    Args:
-        weights: False for a directory that holds only a tokenizer.
+    files are read. `weights` is False for a directory that holds only a tokenizer.
 
     Raises:
         ModelError: a local source does not exist.

@@ -180,10 +180,7 @@ class _Planner:
             steps = max(unit, round(optim.steps * scale / unit) * unit)
             every = max(1, round(every * steps / optim.steps))  # a longer run must not get more checkpoints to choose from
         return method.model_copy(
-            update={
-                "optim": optim.model_copy(update={"steps": steps}),
-                "select": method.select.model_copy(update={"every": every}),
-            }
+            update={"optim": optim.model_copy(update={"steps": steps}), "select": method.select.model_copy(update={"every": every})}
         )
 
     def _check_method(self, method: Method, model: str) -> None:

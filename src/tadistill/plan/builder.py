@@ -15,36 +15,22 @@ from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.models.counting import shapes
+from tadistill.plan import specs
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph
 from tadistill.plan.inputs import Encoding, FromStage, Handle, Loaded, Output, Pruned, PrunedDepth, Source, Split, Tempered
-from tadistill.plan.specs import (
-    AnalyseSpec,
-    DistillSpec,
-    EvaluateSpec,
-    GenerateSpec,
-    PairSpec,
-    ProbeSpec,
-    SftSpec,
-    SignalSpec,
-    Spec,
-    TemperSpec,
-)
 
 
 class StageBuilder:
     """Adds the stages of one recipe to one graph."""
 
     def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle]):
-        """
-        Args:
-            of_arm: returns the model that an arm makes with a seed.
-        """
+        """Build stages for one recipe; `of_arm` returns the model that an arm makes with a seed."""
         self.recipe, self.graph, self.ledger, self.of_arm = recipe, graph, ledger, of_arm
         data = recipe.data
         self.data = Encoding(template=data.template, max_prompt=data.max_prompt, max_length=data.max_length, world=data.world)
 
-    def add(self, spec: Spec, label: str, model: str, seed: int, teachers: tuple[str, ...] = ()) -> str:
+    def add(self, spec: specs.Spec, label: str, model: str, seed: int, teachers: tuple[str, ...] = ()) -> str:
         """Add a stage and return its key.
 
         Args:
@@ -62,11 +48,7 @@ class StageBuilder:
         return seed if own is None else own
 
     def trained(self, name: str, seed: int, start: Handle | None = None) -> Handle:
-        """Return the model as the study uses it: after its own fine-tuning, if it has one.
-
-        Args:
-            start: weights to start from in place of the model's own.
-        """
+        """Return the model as the study uses it: after its own fine-tuning, if it has one. `start` replaces the model's own weights."""
         model, seed = self.recipe.models[name], self.seed(name, seed)
         handle = start or self._untrained(name, seed)
         return self.sft(name, handle, model.sft, seed) if model.sft else handle
@@ -128,16 +110,13 @@ class StageBuilder:
     def _temper(self, name: str, parent: Handle, arm: str, seed: int) -> FromStage:
         """Add a teacher whose mean entropy on dev responses is that of an arm's model."""
         like = self.of_arm(arm, seed)
-        spec = TemperSpec(data=self.data, teacher=parent, like=like, dev=self.split("dev"), batch=self.recipe.evaluate.batch)
+        spec = specs.TemperSpec(data=self.data, teacher=parent, like=like, dev=self.split("dev"), batch=self.recipe.evaluate.batch)
         return FromStage(stage=self.add(spec, f"temper {name} like {arm}, seed {seed}", name, seed))
 
     # --- training -------------------------------------------------------------------------------------------------------
 
     def sft(self, name: str, student: Handle, sft: Sft, seed: int, continues: bool = False) -> FromStage:
-        """Add supervised fine-tuning.
-
-        Args:
-            continues: the model has been fine-tuned before.
+        """Add supervised fine-tuning. It `continues` if the model has been fine-tuned before.
 
         Raises:
             ConfigError: the settings do not fit together.
@@ -148,7 +127,7 @@ class StageBuilder:
         assert optim.steps is not None
         if max(sft.keep, default=0) > optim.steps:
             raise ConfigError(f"models.{name}.sft.keep has {max(sft.keep)}, but its training has {optim.steps} updates; lower it")
-        spec = SftSpec(
+        spec = specs.SftSpec(
             student=student,
             optim=optim,
             seed=seed,
@@ -179,7 +158,7 @@ class StageBuilder:
                 f"dense.weights has {len(dense.weights)} entries, but {name} has {len(teachers)} teachers ({', '.join(names)}); "
                 "give one each, or leave them out for equal weights"
             )
-        spec = DistillSpec(
+        spec = specs.DistillSpec(
             student=student,
             teacher=teacher,
             seed=_seed_of_turn(seed, turn),
@@ -203,7 +182,7 @@ class StageBuilder:
         signal = method.signal
         if signal is None:
             return None
-        spec = SignalSpec(data=self.data, teacher=teacher, signal=signal, precision=method.optim.precision, train=self.split("train"))
+        spec = specs.SignalSpec(data=self.data, teacher=teacher, signal=signal, precision=method.optim.precision, train=self.split("train"))
         return Output(stage=self.add(spec, f"{signal.type} signal of {name}, seed {seed}", name, seed))
 
     def _responses(self, name: str, teacher: Handle, method: Method, seed: int) -> Output | None:
@@ -212,7 +191,7 @@ class StageBuilder:
         if not sampler.teacher_text:
             return None
         decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
-        spec = GenerateSpec(data=self.data, teacher=teacher, sampler=decoding, seed=seed, train=self.split("train"))
+        spec = specs.GenerateSpec(data=self.data, teacher=teacher, sampler=decoding, seed=seed, train=self.split("train"))
         return Output(stage=self.add(spec, f"generate with {name}, seed {seed}", name, seed))
 
     def _corpus(self, method: Method) -> Source | None:
@@ -225,19 +204,15 @@ class StageBuilder:
     # --- measuring ------------------------------------------------------------------------------------------------------
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
-        """Add the evaluation of a model on the test sets under one decoding.
-
-        Args:
-            other: name of the decoding, if it is not the main one.
-        """
-        spec = EvaluateSpec(data=self.data, sets=self._test_sets(), model=model, decoding=decoding, references=not other)
+        """Add the evaluation of a model on the test sets under one decoding, called `other` if it is not the main one."""
+        spec = specs.EvaluateSpec(data=self.data, sets=self._test_sets(), model=model, decoding=decoding, references=not other)
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 
     def analyse(self, name: str, models: list[Handle], seed: int, answers: str, original: str) -> str:
         """Add the analysis of a path's last model beside the original teacher and the models between them."""
         teacher = self.trained(original, seed)
         teacher_answers = self.evaluate(original, teacher, seed, self.recipe.evaluate)
-        spec = AnalyseSpec(
+        spec = specs.AnalyseSpec(
             data=self.data,
             sets=self._test_sets(),
             teacher=teacher,
@@ -253,17 +228,13 @@ class StageBuilder:
         """Add the probe of a model on the first dev prompts, with answers from its own distribution."""
         main = self.recipe.evaluate
         own = Evaluate(max_new_tokens=main.max_new_tokens, seeds=main.seeds[:1], batch=main.batch)
-        spec = ProbeSpec(data=self.data, model=model, decoding=own, dev=self.split("dev", prompts))
+        spec = specs.ProbeSpec(data=self.data, model=model, decoding=own, dev=self.split("dev", prompts))
         return self.add(spec, f"probe {name}", name, self.seed(name, seed))
 
     def pair(self, teacher: tuple[str, Handle], learner: tuple[str, Handle], answers: str, seed: int, prompts: int, k: int) -> str:
-        """Add the comparison of a learner with a bigger model, on the answers of the learner's probe.
-
-        Args:
-            k: the number of likeliest tokens that are compared.
-        """
+        """Compare the `k` likeliest tokens of a learner and a bigger model, on the answers of the learner's probe."""
         (above, handle), (name, model) = teacher, learner
-        spec = PairSpec(
+        spec = specs.PairSpec(
             data=self.data,
             teacher=handle,
             model=model,

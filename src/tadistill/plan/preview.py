@@ -48,16 +48,8 @@ _NUMBERS = ("FLOPs", "time", "memory", "x direct", "assistants", "share", "relea
 
 
 def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
-    table = _table(
-        f"{plan.recipe.study}: {len(plan.stages)} stages",
-        "key",
-        "",
-        "FLOPs",
-        "time",
-        "memory",
-        "stage",
-        *(["parents"] if width >= _WIDE else []),
-    )
+    columns = ["key", "", "FLOPs", "time", "memory", "stage", *(["parents"] if width >= _WIDE else [])]
+    table = _table(f"{plan.recipe.study}: {len(plan.stages)} stages", *columns)
     table.columns[0].min_width, table.columns[1].min_width = 16, 4
     for stage in plan.stages.values():
         done = store.finished(stage.key)

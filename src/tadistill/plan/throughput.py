@@ -84,10 +84,7 @@ def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
 def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: int) -> float:
     """Predict the seconds until all stages are done, `jobs` at a time; a stage starts when its parents are done.
 
-    Stages whose descendants take longest go first, as in `runner.schedule`.
-
-    Args:
-        takes: seconds by key; other stages take no time.
+    Stages whose descendants take longest go first, as in `runner.schedule`. `takes` is seconds by key; other stages take no time.
     """
     behind = dict.fromkeys(stages, 0.0)
     for key in reversed(list(stages)):
@@ -98,11 +95,8 @@ def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: in
     free = [0.0] * jobs
     waiting = dict(stages)
     while waiting:
-        ready = {
-            k: max((ends[p] for p in s.parents.values()), default=0.0)
-            for k, s in waiting.items()
-            if all(p in ends for p in s.parents.values())
-        }
+        able = {k: list(s.parents.values()) for k, s in waiting.items() if all(p in ends for p in s.parents.values())}
+        ready = {k: max((ends[p] for p in parents), default=0.0) for k, parents in able.items()}
         worker = min(range(jobs), key=free.__getitem__)
         now = max(free[worker], min(ready.values()))
         key = max((k for k, at in ready.items() if at <= now), key=behind.__getitem__)

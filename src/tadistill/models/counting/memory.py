@@ -19,10 +19,8 @@ _TRAINED = 16  # float32 weights, gradients and AdamW's two moments
 def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32", adapters: int | None = None) -> int:
     """Return the bytes of a model's weights, with gradients and AdamW's moments (float32) if it is `training`.
 
-    Training in half precision keeps float32 weights and adds a half-precision copy (autocast).
-
-    Args:
-        adapters: number of parameters that are trained, if the others are frozen.
+    Training in half precision keeps float32 weights and adds a half-precision copy (autocast). `adapters` is the number of parameters that
+    are trained, if the others are frozen.
 
     Raises:
         ConfigError: `dtype` is not float32, bfloat16 or float16.

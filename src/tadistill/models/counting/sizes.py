@@ -61,8 +61,7 @@ class Work:
 def read_config(load: str, revision: str = "main", config: Config | None = None, vocab_size: int | None = None) -> dict[str, Any] | None:
     """Read config.json without network; for `scratch:TYPE` return the recipe's `config` with type and vocabulary.
 
-    Returns:
-        None if the model is not on this disk, or if a scratch model's vocabulary size is not known.
+    The result is None if the model is not on this disk, or if a scratch model's vocabulary size is not known.
 
     Raises:
         ModelError: a local source does not exist or is damaged.
@@ -221,10 +220,7 @@ class _Matrix:
 
 
 def adapters_of(config: Config, rank: int, targets: Iterable[str] = ()) -> Adapters | None:
-    """Describe adapters on the linear layers whose names end in one of `targets`, or on all but the head without targets.
-
-    Returns:
-        None for a family that is not counted.
+    """Describe adapters on linear layers whose names end in one of `targets` (all but the head without); None if the family is not counted.
 
     Raises:
         ConfigError: a target is not the name of such a layer.
@@ -294,10 +290,8 @@ def _matrices(config: Config) -> list[_Matrix] | None:
         found += [matrix("fc1", shape.hidden, shape.intermediate, 2), matrix("fc2", shape.intermediate, shape.hidden, 3)]
         outer = config.get("word_embed_proj_dim") or shape.hidden
         if outer != shape.hidden:
-            found += [
-                _Matrix("project_in", outer, shape.hidden, (-1,)),
-                _Matrix("project_out", shape.hidden, outer, (shape.layers * _LAYER,)),
-            ]
+            last = (shape.layers * _LAYER,)
+            found += [_Matrix("project_in", outer, shape.hidden, (-1,)), _Matrix("project_out", shape.hidden, outer, last)]
         return found
     gates = [matrix(f"mlp.{name}_proj", shape.hidden, shape.intermediate, 2) for name in ("gate", "up")]
     return [*found, *gates, matrix("mlp.down_proj", shape.intermediate, shape.hidden, 3)]

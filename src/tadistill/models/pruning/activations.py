@@ -40,10 +40,7 @@ class Importance:
 
 
 def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_size: int = 8) -> Importance:
-    """Measure importances on `sequences`, each a list of token ids; padding does not count.
-
-    Args:
-        batch_size: sequences per forward pass; it changes the scores by rounding only.
+    """Measure importances on `sequences` of token ids; padding does not count, and `batch_size` changes the scores by rounding only.
 
     Raises:
         ModelError: a family that cannot be pruned in width, or activations that are not finite.

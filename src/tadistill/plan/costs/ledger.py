@@ -10,24 +10,10 @@ from dataclasses import asdict
 from functools import cached_property
 
 from tadistill.config import Method, Recipe
+from tadistill.config import sampling as samplers
 from tadistill.config.common import Decoding
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import MiniLLM
-from tadistill.config.sampling import (
-    DatasetSampler,
-    HiddenSignal,
-    MixSampler,
-    OnPolicy,
-    PairSampler,
-    ReplaySampler,
-    Rounds,
-    SamplerBase,
-    SpeculativeSampler,
-    StudentSampler,
-    TeacherMixedSampler,
-    TeacherSampler,
-    TopKSignal,
-)
 from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.models.counting import shapes, sizes
@@ -149,13 +135,13 @@ class Ledger:
         kind = key_of(["generate", asdict(size), decoding.model_dump(include=set(Decoding.model_fields))])
         return Cost({"rollout/teacher": _part(size, work)}, memory=needs, kind=kind)
 
-    def signal(self, name: str, signal: HiddenSignal | TopKSignal) -> Cost | None:
+    def signal(self, name: str, signal: samplers.HiddenSignal | samplers.TopKSignal) -> Cost | None:
         """Predict a signal stage: one pass of a teacher over the training set, with logits only for a top-k signal."""
         size = self.size(name)
         if size is None:
             return None
         work = passes.by_length(self.train, RECORDING_BATCH, self.train.count)
-        if isinstance(signal, HiddenSignal):
+        if isinstance(signal, samplers.HiddenSignal):
             work = Work(work.positions, work.pairs)
         kind, needs = key_of(["signal", asdict(size), signal.model_dump()]), resident_bytes(size.total, training=False)
         return Cost({"recording/teacher": _part(size, work)}, memory=needs, kind=kind)
@@ -177,7 +163,7 @@ class Ledger:
         count = _SAMPLERS.get(type(sampler))
         assert count is not None, f"sampler {sampler.type} has no predicted cost; add it to _SAMPLERS in tadistill.plan.costs.ledger"
         count(self, cost, method, teachers[0], name)
-        if isinstance(sampler, OnPolicy):
+        if isinstance(sampler, samplers.OnPolicy):
             sampling = (student, sizes_above[0]) if sampler.guided else (student,)
             cost.caches(self.train, min(sampler.chunk, method.round_rollouts), sampler.max_new_tokens, *sampling)
         self._selection(cost, method.select, extra=sampler.follows_dev)
@@ -190,13 +176,13 @@ class Ledger:
     def _fixed(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
         """Count `rollout.samplers.FixedSequences`; the teacher's signal may be recorded."""
         sampler = method.sampler
-        texts = self._answers(teacher, sampler) if isinstance(sampler, TeacherSampler) else self.train
-        cost.train(texts, teacher=method.trains_with_teacher, teacher_head=isinstance(method.signal, HiddenSignal))
+        texts = self._answers(teacher, sampler) if isinstance(sampler, samplers.TeacherSampler) else self.train
+        cost.train(texts, teacher=method.trains_with_teacher, teacher_head=isinstance(method.signal, samplers.HiddenSignal))
 
     def _mix(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
         """Count `rollout.samplers.Mix`."""
         sampler = method.sampler
-        assert isinstance(sampler, MixSampler)
+        assert isinstance(sampler, samplers.MixSampler)
         answers = self._answers(name, sampler)
         cost.train(answers, sampler.lam, teacher=True)
         cost.train(self.train, 1 - sampler.lam, teacher=True)
@@ -206,7 +192,7 @@ class Ledger:
     def _replay(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
         """Count `rollout.samplers.Replay`. phi depends on the run and is taken to be 1 from the start, so this is an upper limit."""
         sampler = method.sampler
-        assert isinstance(sampler, ReplaySampler)
+        assert isinstance(sampler, samplers.ReplaySampler)
         answers = self._answers(name, sampler)
         cost.train(answers, teacher=True)
         cost.sample(answers, sampler.chunk, min(1.0, 0.5 + sampler.capacity / (method.optim.batch * cost.steps)))
@@ -215,7 +201,7 @@ class Ledger:
     def _pair(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
         """Count `rollout.samplers.Pairs`, whose text is not watched."""
         sampler = method.sampler
-        assert isinstance(sampler, PairSampler)
+        assert isinstance(sampler, samplers.PairSampler)
         answers, of_teacher = self._answers(name, sampler), self._answers(teacher, sampler)
         cost.train(Texts((*of_teacher.rows, *answers.rows), self.train.count), 2.0, teacher=True)
         cost.sample(answers, sampler.chunk, 1.0)
@@ -223,11 +209,11 @@ class Ledger:
     def _rounds(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
         """Count `rollout.rounds`: sampling, the teacher's pass unless sampling made it, then epochs on the teacher's stored states."""
         sampler, objective = method.sampler, method.objective
-        assert isinstance(sampler, Rounds)
+        assert isinstance(sampler, samplers.Rounds)
         answers, rollouts = self._answers(name, sampler), method.round_rollouts
         rounds = -(-cost.steps // method.round_updates)
         scores, distribution = objective.needs_scores, objective.needs_distribution
-        mixture = isinstance(sampler, TeacherMixedSampler) and sampler.guided
+        mixture = isinstance(sampler, samplers.TeacherMixedSampler) and sampler.guided
         lazy = mixture and sampler.plain and self._packs(teacher) and self._packs(name)
         if sampler.vllm:  # it pads nothing
             each = Work(answers.mean_prompt + answers.mean_response - 1, 0.0, answers.mean_response)
@@ -265,9 +251,9 @@ class Ledger:
             cost.add("selection/student", beside)
             cost.add("selection/teacher", beside)
 
-    def _published(self, cost: TrainingCost, objective: MiniLLM, sampler: SamplerBase, name: str) -> float:
+    def _published(self, cost: TrainingCost, objective: MiniLLM, sampler: samplers.SamplerBase, name: str) -> float:
         """Return the FLOPs of the released code on as many rollouts, which makes all logits."""
-        assert isinstance(sampler, Rounds)
+        assert isinstance(sampler, samplers.Rounds)
         answers = self._answers(name, sampler)
         length = answers.mean_prompt + answers.mean_response
         corpus = self.corpus_length if objective.needs_corpus and self.recipe.data.corpus else 0
@@ -276,15 +262,15 @@ class Ledger:
         return each * cost.steps * cost.optim.batch / sampler.inner_epochs
 
 
-_SAMPLERS: Mapping[type[SamplerBase], Callable[[Ledger, TrainingCost, Method, str, str], None]] = {
-    DatasetSampler: Ledger._fixed,
-    TeacherSampler: Ledger._fixed,
-    StudentSampler: Ledger._rounds,
-    TeacherMixedSampler: Ledger._rounds,
-    SpeculativeSampler: Ledger._rounds,
-    MixSampler: Ledger._mix,
-    ReplaySampler: Ledger._replay,
-    PairSampler: Ledger._pair,
+_SAMPLERS: Mapping[type[samplers.SamplerBase], Callable[[Ledger, TrainingCost, Method, str, str], None]] = {
+    samplers.DatasetSampler: Ledger._fixed,
+    samplers.TeacherSampler: Ledger._fixed,
+    samplers.StudentSampler: Ledger._rounds,
+    samplers.TeacherMixedSampler: Ledger._rounds,
+    samplers.SpeculativeSampler: Ledger._rounds,
+    samplers.MixSampler: Ledger._mix,
+    samplers.ReplaySampler: Ledger._replay,
+    samplers.PairSampler: Ledger._pair,
 }
 """For each sampler the function that counts its updates, sampling and teacher included. A sampler without one cannot be planned."""
 

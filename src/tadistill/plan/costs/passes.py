@@ -175,8 +175,7 @@ _CALLS = 1.5
 def training_batch(texts: Texts, rows: int) -> tuple[Work, float]:
     """Count `models.forward.Reader.hidden` on `rows` shuffled sequences: padded to the longest without its last token, logits at responses.
 
-    Returns:
-        The work, and the number of its positions that are padding.
+    Returns the work, and the number of its positions that are padding.
     """
     width = largest(texts.totals, rows) - 1
     square = largest([total - 1 for total in texts.totals], rows, power=2)

@@ -107,11 +107,7 @@ class TrainingCost:
         self.batch = max(self.batch, kept + min(logits * (2 if teacher else 1), TILE_BYTES) + gradient)
 
     def total(self, method: Method | None = None, published: float | None = None) -> Cost:
-        """Return the stage's cost.
-
-        Args:
-            published: FLOPs of MiniLLM's released code on as many rollouts.
-        """
+        """Return the stage's cost; `published` is the FLOPs of MiniLLM's released code on as many rollouts."""
         trained = self.adapters and self.adapters.trained
         needs = resident_bytes(self.student.total, training=True, adapters=trained) + max(self.batch, self.cache)
         if any(name.endswith("/teacher") and part.positions for name, part in self.parts.items()):
