@@ -215,7 +215,8 @@ def _compute(results: Results, c: Comparison) -> str:
     if gap is None or closed is None:
         return f"Compute is not measured yet: {direct.name} shares no finished seed with both sides."
     numbers = (
-        f"over plain direct ({direct.name}), {c.arm} gains {span(gap, c.metric)} and its twin {c.other} {span(closed, c.metric)} "
+        f"over plain direct ({direct.name}), {c.arm} gains {span(gap, c.metric)} "
+        f"and its equal-compute baseline {c.other} {span(closed, c.metric)} "
         f"{metric_unit(c.metric)} of {metric_title(c.metric)}"
     )
     if gap.low <= 0:
