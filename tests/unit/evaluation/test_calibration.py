@@ -76,7 +76,7 @@ def test_what_is_not_a_prediction_is_refused():
     for bad in (-0.1, 1.1, float("nan")):
         with pytest.raises(DataError, match="no probability"):
             bins([0.5, bad], [True, True])
-    with pytest.raises(DataError, match="one number each"):
+    with pytest.raises(DataError, match="one number per prediction"):
         bins([0.5], [True, False])
     with pytest.raises(DataError, match="no predictions"):
         ece(bins([], []))
