@@ -3,7 +3,7 @@
 from tadistill.objectives import reverse_kl
 loss = (reverse_kl(student_logits, teacher_logits) * mask).sum() / mask.sum()
 
-`fused_divergence` gives the same numbers from hidden states and heads, and never holds a [tokens, vocabulary] tensor.
+`fused_divergence` returns the same values from hidden states and heads, and never builds a [tokens, vocabulary] tensor.
 """
 
 from tadistill.objectives.adaptive import TaidSchedule, adaptive_kl, contrastive, contrastive_alpha, taid, taid_target

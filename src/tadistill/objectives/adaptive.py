@@ -1,6 +1,6 @@
 """Objectives that depend on the student's state: adaptive KL, TAID's moving target, DistiLLM-2's contrastive pair.
 
-Convention as in `tadistill.objectives.divergence`: logits (..., V) in, (...) nats out, p the teacher and q the student.
+The convention is that of `tadistill.objectives.divergence`: logits (..., V) in, (...) nats out; p is the teacher and q the student.
 """
 
 import math
@@ -17,15 +17,15 @@ _HEAD_GUESS = 256
 
 
 def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """w KL(p || q) + (1 - w) KL(q || p), where w is the share of sum_v |p - q| that lies on the teacher's head.
+    """Return w KL(p || q) + (1 - w) KL(q || p), where w is the share of sum_v |p - q| that lies on the teacher's head.
 
     The head is the smallest set of the teacher's most probable tokens with mass >= mu, including the token at which the mass crosses mu, as
     in the paper (the authors' code leaves that token out, and TAID's copy masks the wrong tokens). No gradient flows through w.
 
     Args:
-        mu: mass of the head, in [0, 1]. With 0 the head is empty (`reverse_kl`), with 1 it is the whole vocabulary (`forward_kl`).
+        mu: mass of the head, in [0, 1]. At mu = 0 it is empty (`reverse_kl`), at mu = 1 it is the whole vocabulary (`forward_kl`).
 
-    Other args, returns and errors as in `forward_kl`. Source: Wu et al. 2025 (AKL), section 4.
+    Other args, returns and errors are as in `forward_kl`. Source: Wu et al. 2025 (AKL), section 4.
     """
     checks.within("mu", mu, 0, 1)
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
@@ -36,7 +36,7 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0
 
 
 def _head_weight(p: Tensor, q: Tensor, mu: float) -> Tensor:
-    """Return the head's share of the gap, (...); one half where p = q."""
+    """Return the head's share of sum_v |p - q|, of shape (...); the share is one half where p = q."""
     width = p.shape[-1]
     k = min(_HEAD_GUESS, width)
     top, ids = p.topk(k)  # most heads are short, and sorting a whole vocabulary is slow on a CPU
@@ -55,7 +55,7 @@ def _head_weight(p: Tensor, q: Tensor, mu: float) -> Tensor:
 def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> Tensor:
     """Return the logits of TAID's intermediate teacher, (1 - t) z_q + t z_p with the student's z_q detached, (..., V).
 
-    t = 0 is the student itself, t = 1 the teacher. Source: Shing et al. 2025 (TAID), Eq. 3.
+    t = 0 gives the student itself, t = 1 gives the teacher. Source: Shing et al. 2025 (TAID), Eq. 3.
     """
     checks.within("t", t, 0, 1)
     checks.pair(student_logits, teacher_logits)
@@ -65,15 +65,15 @@ def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> 
 
 
 def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperature: float = 1.0) -> Tensor:
-    """-sum_v p_t log q: the cross-entropy to `taid_target`, whose gradient is that of KL(p_t || q).
+    """Return -sum_v p_t log q, the cross-entropy to `taid_target`. Its gradient is the gradient of KL(p_t || q).
 
-    The value is the cross-entropy because TAID's schedule uses it. The KL is
+    The value is the cross-entropy and not the KL, because TAID's schedule uses the cross-entropy. The KL is
     `forward_kl(student_logits, taid_target(student_logits, teacher_logits, t=t))`.
 
     Args:
-        t: interpolation, in [0, 1]; `TaidSchedule` moves it.
+        t: interpolation weight, in [0, 1]; `TaidSchedule` changes it during training.
 
-    Other args, returns and errors as in `forward_kl`. Source: Shing et al. 2025 (TAID), Eq. 4.
+    Other args, returns and errors are as in `forward_kl`. Source: Shing et al. 2025 (TAID), Eq. 4.
     """
     log_q, log_t = both_log_probs(student_logits, taid_target(student_logits, teacher_logits, t=t), temperature)
     value = -(log_t.exp() * log_q).sum(-1)
@@ -94,7 +94,7 @@ class TaidSchedule:
         self.t, self.momentum, self.previous = start, 0.0, math.nan
 
     def update(self, loss: float, step: int, steps: int) -> None:
-        """Move t; `loss` is the mean `taid` loss of the update just made, the `step`-th (from 1) of `steps`."""
+        """Update t. `loss` is the mean `taid` loss of the optimizer update just made, which is the `step`-th (from 1) of `steps`."""
         if not math.isnan(self.previous):
             delta = (self.previous - loss) / (self.previous + 1e-15)
             self.momentum = self.decay * self.momentum + (1 - self.decay) * delta
@@ -104,11 +104,11 @@ class TaidSchedule:
         self.previous = loss
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold."""
+        """Return the values that a checkpoint must store."""
         return {"t": self.t, "momentum": self.momentum, "previous": self.previous}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a `state`."""
+        """Continue from values that `state` returned."""
         self.t, self.momentum, self.previous = state["t"], state["momentum"], state["previous"]
 
 
@@ -118,14 +118,14 @@ class TaidSchedule:
 def contrastive(
     student_logits: Tensor, teacher_logits: Tensor, from_teacher: Tensor, *, alpha: float | Tensor = 0.1, temperature: float = 1.0
 ) -> Tensor:
-    """DistiLLM-2's pair: `skew_forward_kl` on text of the teacher, `skew_reverse_kl` (mixture detached) on text of the student.
+    """Return DistiLLM-2's pair: `skew_forward_kl` on text of the teacher, `skew_reverse_kl` (mixture detached) on text of the student.
 
     Args:
         student_logits, teacher_logits: (..., V).
-        from_teacher: bool, broadcastable to (...): True where the text is the teacher's.
-        alpha: skew in [0, 1], or a tensor of them broadcastable to (...), from `contrastive_alpha`.
+        from_teacher: bool, broadcastable to (...): True where the teacher wrote the text.
+        alpha: skew in [0, 1], or a tensor of skews broadcastable to (...), from `contrastive_alpha`.
 
-    Returns and errors as in `forward_kl`. Source: Ko et al. 2025 (DistiLLM-2), Eq. 5.
+    Returns and errors are as in `forward_kl`. Source: Ko et al. 2025 (DistiLLM-2), Eq. 5.
     """
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     skew = torch.as_tensor(alpha, dtype=log_q.dtype, device=log_q.device)
@@ -144,7 +144,7 @@ def contrastive_alpha(gap: Tensor, anchor: float | Tensor, *, base: float = 0.1)
     which they agree more. A gap below 0 also gives `base`.
 
     Args:
-        gap: (B,) exp(mean log p) - exp(mean log q) for a response of the teacher, the negative of that for a response of the student.
+        gap: (B,) exp(mean log p) - exp(mean log q) for a response of the teacher, and minus this difference for a response of the student.
         anchor: running mean of the gap over the training so far.
         base: the largest skew, in [0.01, 1].
 

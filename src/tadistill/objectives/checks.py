@@ -1,7 +1,7 @@
 """Checks shared by the objectives. Each error is one sentence that names the argument, its value and the range.
 
-A NaN is looked for in the result (one value per token), never in the logits, so the check costs nothing on a CPU and one
-synchronisation on a GPU. Inside `deferred()` the check is left to the caller, who can then check many tiles at once.
+The checks look for a NaN in the result (one value per token), never in the logits. So a check costs nothing on a CPU and one
+synchronisation on a GPU. Inside `deferred()` the caller makes this check, and can then check many tiles at once.
 """
 
 import math
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 
-# A context variable and not an argument, so that the signatures of the public functions have no switch that only the fused head uses.
+# This is a context variable and not an argument, so that the public functions have no argument that only the fused head uses.
 _deferred = ContextVar("_deferred", default=False)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Skip the checks that read tensors: inside, a NaN is returned, not raised."""
+    """Skip the checks that read tensors: inside this context, a NaN is returned and raises no error."""
     token = _deferred.set(True)
     try:
         yield
@@ -34,7 +34,7 @@ def is_deferred() -> bool:
 
 
 def pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    """Raise unless both are of one shape (..., V) with V >= 1."""
+    """Raise an error unless both tensors have the same shape (..., V) with V >= 1."""
     if student_logits.shape != teacher_logits.shape:
         raise ConfigError(
             f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} differ in shape; "
@@ -45,25 +45,25 @@ def pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
 
 
 def within(name: str, value: float, low: float, high: float) -> None:
-    """Raise unless low <= value <= high."""
+    """Raise an error unless low <= value <= high."""
     if not low <= value <= high:
         raise ConfigError(f"{name} is {value}; it must be in [{low:g}, {high:g}]")
 
 
 def positive(name: str, value: float) -> None:
-    """Raise unless value is finite and above 0."""
+    """Raise an error unless value is finite and above 0."""
     if not (math.isfinite(value) and value > 0):
         raise ConfigError(f"{name} is {value}; it must be a finite number above 0")
 
 
 def finite(name: str, value: float) -> None:
-    """Raise unless value is finite."""
+    """Raise an error unless value is finite."""
     if not math.isfinite(value):
         raise ConfigError(f"{name} is {value}; it must be a finite number")
 
 
 def result(value: Tensor, **arguments: Tensor) -> Tensor:
-    """Return `value`. If it has a NaN, raise an error that names the argument with the NaN."""
+    """Return `value`. If `value` contains a NaN, raise an error that names the argument with the NaN."""
     if is_deferred() or not bool(value.isnan().any()):
         return value
     for name, argument in arguments.items():

@@ -1,8 +1,8 @@
 """Divergences between a teacher p and a student q over the vocabulary, one value per token, in nats.
 
-Convention: logits (..., V) in, (...) out, float32 inside (float64 stays float64), no mask, no reduction. A temperature divides
-both logits, and the value is not rescaled by its square. The gradient reaches only the student if the caller detaches the
-teacher. A logit of -inf is a probability of 0; inside a logarithm it counts as -1e15, so that values and gradients stay finite.
+Convention: logits (..., V) in, (...) out, float32 inside (float64 stays float64), no mask, no reduction. The temperature divides
+both logits, and the value is not multiplied by its square. The gradient reaches only the student if the caller detaches the
+teacher. A logit of -inf means a probability of 0; its log-probability is replaced by -1e15, so that values and gradients stay finite.
 
 The divergences that most runs minimise have a second function, NAME_with_slope, with the same arguments. It returns the value (...) and the
 slope (..., V), the value's gradient in the student's logits, both without a graph. This takes half the time of autograd on a CPU. The plain
@@ -18,24 +18,24 @@ from torch import Tensor
 from tadistill.objectives import checks
 
 LOG_ZERO = -1e15
-"""Stands for log 0. It is below every real logit, and its square still fits into float32."""
+"""Replaces log 0. It is below every real logit, and its square still fits into float32."""
 
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return log softmax(logits / temperature) in at least float32, of the same shape; -inf logits become `LOG_ZERO`."""
+    """Return log softmax(logits / temperature), of the same shape and in at least float32; logits of -inf become `LOG_ZERO`."""
     finite = at_least_float32(logits).clamp(min=LOG_ZERO)
     return torch.log_softmax(finite / temperature if temperature != 1.0 else finite, dim=-1)
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """KL(p || q) = sum_v p (log p - log q): mass-covering, zero iff p = q.
+    """Return KL(p || q) = sum_v p (log p - log q). It is mass-covering, and zero iff p = q.
 
     Args:
         student_logits, teacher_logits: (..., V).
         temperature: divides both logits.
 
     Returns:
-        (...) nats. Gradient in the student's logits: (q - p) / temperature.
+        (...) nats. The gradient in the student's logits is (q - p) / temperature.
 
     Raises:
         ConfigError: the shapes differ, a logit is NaN or +inf, or temperature is not above 0.
@@ -47,7 +47,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 
 def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`forward_kl` and its slope q - p, which is 0 at impossible tokens: their logits do not move."""
+    """Return `forward_kl` and its slope q - p. The slope is 0 at impossible tokens, so the logits of these tokens do not move."""
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     p = log_p.exp()
     value = _dot(p, log_p.sub_(log_q))
@@ -56,9 +56,9 @@ def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, tem
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """KL(q || p) = sum_v q (log q - log p): mode-seeking, zero iff p = q.
+    """Return KL(q || p) = sum_v q (log q - log p). It is mode-seeking, and zero iff p = q.
 
-    Args, returns and errors as in `forward_kl`. Gradient in the student's logits: q (log q - log p - KL) / temperature.
+    Args, returns and errors are as in `forward_kl`. The gradient in the student's logits is q (log q - log p - KL) / temperature.
 
     Source: Gu et al. 2024 (MiniLLM), section 2.2.
     """
@@ -67,7 +67,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 
 def reverse_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`reverse_kl` and its slope, from g = log q - log p."""
+    """Return `reverse_kl` and its slope, from g = log q - log p."""
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     gap = torch.sub(log_q, log_p, out=log_p)
     q = log_q.exp_()
@@ -76,9 +76,9 @@ def reverse_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, tem
 
 
 def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """KL(p || q) + KL(q || p) = sum_v (p - q)(log p - log q): symmetric, unbounded. Args as in `forward_kl`.
+    """Return KL(p || q) + KL(q || p) = sum_v (p - q)(log p - log q). It is symmetric and unbounded. Args are as in `forward_kl`.
 
-    Source: Jeffreys 1946 (the sum; some call half of it the symmetric KL).
+    Source: Jeffreys 1946 for the sum; some authors call half of this sum the symmetric KL.
     """
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     value = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
@@ -86,16 +86,16 @@ def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: flo
 
 
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q: the generalised JSD, beta on the TEACHER.
+    """Return beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q: the generalised JSD, with beta on the TEACHER.
 
-    Bounded by the entropy of (beta, 1 - beta). Scale at the ends: the value vanishes like beta KL(p || q) for beta -> 0 and
-    like (1 - beta) KL(q || p) for beta -> 1. At exactly 0 and 1 the limits of the value divided by that factor are returned, KL(p || q)
-    and KL(q || p), as GKD and TRL do; so beta = 0 is about 1/beta times larger than a tiny beta.
+    The value is bounded by the entropy of (beta, 1 - beta). At the ends the value vanishes: like beta KL(p || q) for beta -> 0 and
+    like (1 - beta) KL(q || p) for beta -> 1. At exactly 0 and 1 it returns the limit of the value divided by that factor: KL(p || q)
+    and KL(q || p), as GKD and TRL do. So the value at beta = 0 is about 1/beta times larger than the value at a tiny beta.
 
     Args:
         beta: weight of the teacher, in [0, 1]. DistiLLM's `lam` and KDFlow's `jsd_beta` are 1 - beta.
 
-    Other args, returns and errors as in `forward_kl`. Source: Agarwal et al. 2024 (GKD), Eq. 1.
+    Other args, returns and errors are as in `forward_kl`. Source: Agarwal et al. 2024 (GKD), Eq. 1.
     """
     checks.within("beta", beta, 0, 1)
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
@@ -112,14 +112,14 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: floa
 def jensen_shannon_with_slope(
     student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`jensen_shannon` and its slope, from g = (1 - beta) (log q - log m): the part that reaches q through m cancels."""
+    """Return `jensen_shannon` and its slope, from g = (1 - beta) (log q - log m). The part of the gradient that goes through m cancels."""
     checks.within("beta", beta, 0, 1)
     if beta in (0, 1):
         limit = forward_kl_with_slope if beta == 0 else reverse_kl_with_slope
         return limit(student_logits, teacher_logits, temperature=temperature)
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     p, q = log_p.exp(), log_q.exp()
-    # logaddexp would take as long as everything else here. Where the sum underflows, p and q are 0, so the clamp changes nothing.
+    # logaddexp would take as long as all other operations here. Where the sum underflows, p and q are 0, so the clamp changes nothing.
     log_m = torch.lerp(q, p, beta).clamp_(min=torch.finfo(q.dtype).tiny).log_()
     of_teacher = _dot(p, log_p.sub_(log_m))
     gap = log_q.sub_(log_m)
@@ -129,12 +129,12 @@ def jensen_shannon_with_slope(
 
 
 def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, temperature: float = 1.0) -> Tensor:
-    """KL(p || alpha p + (1 - alpha) q): forward KL with a bounded gradient. alpha = 0 is `forward_kl`, alpha = 1 is zero.
+    """Return KL(p || alpha p + (1 - alpha) q), a forward KL with a bounded gradient. alpha = 0 gives `forward_kl`, alpha = 1 gives zero.
 
     Args:
         alpha: the teacher's share of the mixture, in [0, 1]; the value is at most -log alpha.
 
-    Other args, returns and errors as in `forward_kl`. Source: Ko et al. 2024 (DistiLLM), Eq. 4.
+    Other args, returns and errors are as in `forward_kl`. Source: Ko et al. 2024 (DistiLLM), Eq. 4.
     """
     checks.within("alpha", alpha, 0, 1)
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
@@ -144,7 +144,7 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: fl
 def skew_forward_kl_with_slope(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`skew_forward_kl` and its slope, from g = -(1 - alpha) p / m."""
+    """Return `skew_forward_kl` and its slope, from g = -(1 - alpha) p / m."""
     checks.within("alpha", alpha, 0, 1)
     if alpha == 0:
         return forward_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
@@ -158,13 +158,13 @@ def skew_forward_kl_with_slope(
 def skew_reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, detach_mixture: bool = False, temperature: float = 1.0
 ) -> Tensor:
-    """KL(q || (1 - alpha) p + alpha q): reverse KL with a bounded gradient. alpha = 0 is `reverse_kl`, alpha = 1 is zero.
+    """Return KL(q || (1 - alpha) p + alpha q), a reverse KL with a bounded gradient. alpha = 0 gives `reverse_kl`, alpha = 1 gives zero.
 
     Args:
         alpha: the student's share of the mixture, in [0, 1]; the value is at most -log alpha.
-        detach_mixture: no gradient through the student's part of the mixture (DistiLLM-2); DistiLLM lets it flow.
+        detach_mixture: True stops the gradient through the student's share of the mixture (DistiLLM-2); DistiLLM lets this gradient flow.
 
-    Other args, returns and errors as in `forward_kl`. Source: Ko et al. 2024 (DistiLLM), Eq. 6; Ko et al. 2025 (DistiLLM-2).
+    Other args, returns and errors are as in `forward_kl`. Source: Ko et al. 2024 (DistiLLM), Eq. 6; Ko et al. 2025 (DistiLLM-2).
     """
     checks.within("alpha", alpha, 0, 1)
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
@@ -175,7 +175,7 @@ def skew_reverse_kl(
 def skew_reverse_kl_with_slope(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, detach_mixture: bool = False, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`skew_reverse_kl` and its slope, from g = log q - log m - alpha q / m; the last addend is absent with `detach_mixture`."""
+    """Return `skew_reverse_kl` and its slope, from g = log q - log m - alpha q / m. With `detach_mixture` g has no last addend."""
     checks.within("alpha", alpha, 0, 1)
     if alpha == 0:
         return reverse_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
@@ -188,9 +188,9 @@ def skew_reverse_kl_with_slope(
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """1/2 sum_v |p - q|: symmetric, in [0, 1], with a bounded gradient. Args as in `forward_kl`.
+    """Return 1/2 sum_v |p - q|. It is symmetric, in [0, 1], and has a bounded gradient. Args are as in `forward_kl`.
 
-    Source: Wen et al. 2023 (f-distill), whose symmetric TVD is the mean of this on teacher-sampled and student-sampled text.
+    Source: Wen et al. 2023 (f-distill). Their symmetric TVD is the mean of this value on teacher-sampled text and on student-sampled text.
     """
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     value = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
@@ -206,7 +206,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Return the values in that precision."""
+    """Return the values in the precision of `wide`."""
     return values.to(wide(values.dtype))
 
 
@@ -231,12 +231,12 @@ def mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
 
 
 def _through_softmax(q: Tensor, g: Tensor, mean: Tensor, temperature: float) -> Tensor:
-    """Return q (g - mean) / temperature in the memory of g, where mean = sum_v q g."""
+    """Return q (g - mean) / temperature, written into the memory of g, where mean = sum_v q g."""
     return _over(g.sub_(mean.unsqueeze(-1)).mul_(q), temperature)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return sum_v a b without a tensor for the products."""
+    """Return sum_v a b without allocating a tensor for the products."""
     return torch.linalg.vecdot(a, b)
 
 

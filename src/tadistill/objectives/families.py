@@ -1,6 +1,6 @@
-"""Families with two parameters that contain the divergences of the field: alpha-beta (ABKD) and the alpha-mixture (AMiD).
+"""Families with two parameters that contain the usual divergences: alpha-beta (ABKD) and the alpha-mixture (AMiD).
 
-Convention as in `tadistill.objectives.divergence`: logits (..., V) in, (...) nats out, p the teacher and q the student.
+The convention is that of `tadistill.objectives.divergence`: logits (..., V) in, (...) nats out; p is the teacher and q the student.
 """
 
 import math
@@ -17,17 +17,17 @@ from tadistill.objectives.divergence import both_log_probs
 def alpha_beta(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.2, beta: float = 0.7, temperature: float = 1.0
 ) -> Tensor:
-    """-1/(alpha beta) sum_v [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)].
+    """Return -1/(alpha beta) sum_v [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)].
 
-    (1, 0) is the forward KL, (0, 1) the reverse KL, (1/2, 1/2) four times the squared Hellinger distance, (1, 1) half the squared
-    Euclidean distance. A larger alpha weighs tokens by the teacher's confidence, a larger beta by the student's. Where alpha, beta or
-    their sum is exactly 0, the limit is used; parameters closer to 0 than 1e-3 lose digits in float32.
+    (alpha, beta) = (1, 0) gives the forward KL, (0, 1) the reverse KL, (1/2, 1/2) four times the squared Hellinger distance, (1, 1) half
+    the squared Euclidean distance. A larger alpha gives more weight to tokens of which the teacher is confident, a larger beta to tokens of
+    which the student is. If alpha, beta or their sum is exactly 0, the limit is used. Values closer to 0 than 1e-3 lose digits in float32.
 
     Args:
-        alpha, beta: finite; the defaults are ABKD's for GPT-2 (0.5, 0.5 for OpenLLaMA2). With a negative one the value is
-            unbounded, and undefined where a probability is 0.
+        alpha, beta: finite; the defaults are ABKD's for GPT-2 (ABKD has 0.5, 0.5 for OpenLLaMA2). If alpha or beta is negative, the value
+            is unbounded, and it is undefined where a probability is 0.
 
-    Other args, returns and errors as in `forward_kl`. Source: Wang et al. 2025 (ABKD), Eq. 5; Cichocki et al. 2011.
+    Other args, returns and errors are as in `forward_kl`. Source: Wang et al. 2025 (ABKD), Eq. 5; Cichocki et al. 2011.
     """
     checks.finite("alpha", alpha)
     checks.finite("beta", beta)
@@ -36,7 +36,7 @@ def alpha_beta(
 
 
 def _ab(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
-    """Return the alpha-beta divergence of log-probabilities (..., V), or its limit where a parameter or the sum is 0."""
+    """Return the alpha-beta divergence of log-probabilities (..., V), or its limit if alpha, beta or their sum is 0."""
     total, gap = alpha + beta, log_p - log_q
     if alpha == 0 and beta == 0:
         terms = gap.square() / 2
@@ -59,7 +59,7 @@ def _ab(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
 
 
 def _overflowed(value: Tensor, *inputs: Tensor) -> bool:
-    """Return True if some value is not finite although its inputs are numbers."""
+    """Return True if some value is not finite although no input is NaN."""
     broken = ~value.isfinite()
     for tensor in inputs:
         broken = broken & ~tensor.isnan().any(-1)
@@ -76,18 +76,18 @@ def alpha_mixture(
     ab_parameters: tuple[float, float] = (1.0, 0.0),
     temperature: float = 1.0,
 ) -> Tensor:
-    """A divergence to the assistant r, the alpha-mixture of p and q: r ~ [lam p^c + (1 - lam) q^c]^(1/c), c = (1 - alpha)/2.
+    """Return a divergence that involves the assistant r, the alpha-mixture r ~ [lam p^c + (1 - lam) q^c]^(1/c), c = (1 - alpha)/2.
 
-    alpha = -1 is the arithmetic mixture (then "pr" is `skew_forward_kl(alpha=lam)`), alpha = 1 the geometric one, alpha = 3 the
-    harmonic one. lam = 0 makes r = q, lam = 1 makes r = p. The gradient flows through r.
+    alpha = -1 gives the arithmetic mixture (then "pr" is `skew_forward_kl(alpha=lam)`), alpha = 1 the geometric mixture, and alpha = 3 the
+    harmonic mixture. lam = 0 makes r = q, lam = 1 makes r = p. The gradient flows through r.
 
     Args:
-        alpha: finite; shapes the mixture.
+        alpha: finite; the kind of mixture.
         lam: the teacher's share, in [0, 1].
-        pair: the two sides of the divergence, first letter first: p the teacher, q the student, r the assistant.
-        ab_parameters: (alpha, beta) of `alpha_beta`; (1, 0) is the KL from the first side to the second, AMiD also uses (0.2, 0.7).
+        pair: the two sides of the divergence in order, one letter per side: p is the teacher, q the student, r the assistant.
+        ab_parameters: (alpha, beta) of `alpha_beta`; (1, 0) is the KL from the first side to the second. AMiD also uses (0.2, 0.7).
 
-    Other args, returns and errors as in `forward_kl`. Source: Shin et al. 2025 (AMiD); the defaults are WASD's setting of it.
+    Other args, returns and errors are as in `forward_kl`. Source: Shin et al. 2025 (AMiD); the defaults are WASD's setting of AMiD.
     """
     checks.finite("alpha", alpha)
     checks.within("lam", lam, 0, 1)
@@ -102,7 +102,7 @@ def alpha_mixture(
 
 
 def _assistant(log_p: Tensor, log_q: Tensor, alpha: float, lam: float) -> Tensor:
-    """Return log r, normalised."""
+    """Return the normalised log-probabilities log r."""
     if lam in (0, 1):
         return log_p if lam == 1 else log_q
     power = (1 - alpha) / 2

@@ -1,13 +1,13 @@
 """The head fused into the loss: hidden states in, loss and gradients out, for any objective, without a [tokens, vocabulary] tensor.
 
     mean, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=mask / mask.sum(), beta=0.1)
-    mean.backward()  # the count is in the weights, so no second copy of the head's gradient is made
+    mean.backward()  # the mask includes the factor 1 / count, so no second copy of the head's gradient is made
 
 There are two sizes of tile. Matrix products work on as many tokens as `TILE_BYTES` allows, over the whole vocabulary. The objective works
 on a few tokens at a time, which stay in the cache. The gradient of the student's logits is taken inside such a small tile and overwrites
-the logits, so nothing is computed twice, and backward only hands out what forward found. The gradient comes from autograd through the plain
-function, or from NAME_with_slope, which is faster. Tiling the vocabulary too would recompute each head two or three times, because a
-divergence needs both normalisers first; and it would save little memory, because one token's logits are small.
+the logits, so nothing is computed twice, and backward only returns the gradients that forward computed. They come from autograd through the
+plain function, or from NAME_with_slope, which is faster. Tiling the vocabulary too would recompute each head two or three times, because a
+divergence needs both normalisers first. It would also save little memory, because the logits of one token are small.
 
 Axes: N tokens, n tokens of a small tile, H hidden, V vocabulary, K terms.
 """
@@ -29,16 +29,16 @@ from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.targets import Head, Hidden, Target, TargetMixture, TeacherTerm, TopK, per_token, select
 from tadistill.tuning import TILE_BYTES
 
-# Elements of a small tile: on a CPU it stays in the cache, on a GPU it outweighs the launch of a kernel.
+# Number of elements of a small tile. On a CPU such a tile stays in the cache; on a GPU its work outweighs the launch of a kernel.
 _CACHED = {"cpu": 2**18}
 _STREAMED = 2**22
-# With more tokens in a tile a matrix product gets no faster, and the logits only get larger.
+# With more tokens in a tile, a matrix product gets no faster, and only the logits get larger.
 _ENOUGH = {"cpu": 384}
 
 Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
-"""(student logits (n, V), each teacher's logits (n, V) or TopK, which of the N tokens) to (K, n) values per term and token."""
+"""Maps (student logits (n, V), each teacher's logits (n, V) or TopK, the slice of the N tokens) to values (K, n) per term and token."""
 Slopes = Callable[[Tensor, tuple[Any, ...], slice, Tensor], tuple[Tensor, Tensor]]
-"""The arguments of `Values` and weights (K, n) to the values, and the gradient (n, V) of their weighted sum in the student's logits."""
+"""Maps the arguments of `Values` and weights (K, n) to values, and the gradient (n, V) of their weighted sum in the student's logits."""
 Term = TokenTerm | TeacherTerm
 
 
@@ -60,12 +60,12 @@ def fused_divergence(
         divergence: any function of `tadistill.objectives` that takes the logits of two models.
         student_hidden: (..., H) last hidden states, with a graph.
         teacher: one target, or several with a `mixture`; no gradient reaches them.
-        mask: (...) bool, True where the token counts (all by default), or a weight per token.
+        mask: (...) bool, True for a token that is included (all tokens by default), or one weight per token.
         vocab: cut both heads (or teacher logits) to the first `vocab` tokens, and renormalise.
 
     Returns:
-        The weighted sum, a scalar with a graph to the hidden states and the head's weight and bias; and the values (...), detached, zero
-        where the mask is zero. Nothing is computed there.
+        The weighted sum, a scalar with a graph to the hidden states and the head's weight and bias; and the detached values (...). Where
+        the mask is zero, nothing is computed and the values are zero.
 
     Raises:
         ConfigError: shapes do not fit, a parameter is out of range, or a result is NaN.
@@ -95,7 +95,7 @@ def fused_divergence(
 def fused_terms(
     terms: Sequence[Term], hidden: Tensor, head: Head, weights: Tensor, *, teachers: Sequence[Target] = (), vocab: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum several terms over the tokens: `fused_head` with the values of the terms, and with their slopes where all have one."""
+    """Sum several terms over the tokens: call `fused_head` with the terms' values, and with their slopes if all terms have slopes."""
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
         return torch.stack([term.values(logits, targets, rows) for term in terms])
@@ -116,7 +116,7 @@ def fused_terms(
 def _targets(
     hidden: Tensor, teacher: Target | Sequence[Target], mixture: TargetMixture | None
 ) -> tuple[list[Target], TargetMixture | None]:
-    """Return the teachers that take part, with their mixture; those of weight 0 are left out."""
+    """Return the teachers that are used, with their mixture; teachers of weight 0 are left out."""
     targets = [teacher] if isinstance(teacher, Tensor | Hidden | TopK) else list(teacher)
     _same_tokens(hidden, targets)
     if not targets:
@@ -145,13 +145,13 @@ def fused_head(
     Args:
         hidden: (N, H).
         values: called on small tiles, with autograd on where a gradient is needed.
-        weights: (K, N) or (K, 1); fold 1 / count in here, so that backward has nothing left to scale.
+        weights: (K, N) or (K, 1); include the factor 1 / count here, so that backward has nothing to scale.
         slopes: used instead of `values` and autograd where a gradient is needed and the head is `plain`.
         teachers: targets over the same N tokens.
         vocab: as in `fused_divergence`.
 
     Returns:
-        The scalar sum, with a graph; and the values (K, N), detached. A NaN is returned, not raised.
+        The scalar sum, with a graph; and the detached values (K, N). A NaN is returned and raises no error.
     """
     width = _width(head, teachers, vocab)
     _same_tokens(hidden, teachers)
@@ -177,7 +177,7 @@ def _same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
 
 
 def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
-    """Return how many tokens of the vocabulary take part."""
+    """Return the number of tokens of the vocabulary that are used."""
     widths = [head.weight.shape[0]]
     widths += [t.head.weight.shape[0] if isinstance(t, Hidden) else t.shape[-1] for t in teachers if not isinstance(t, TopK)]
     if vocab is None and len(set(widths)) > 1:
@@ -189,14 +189,14 @@ def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
     return vocab or widths[0]
 
 
-# A context variable and not an argument: the meter of FLOPs counts every head that a training stage uses, also in sampling, watching and
-# evaluation, and all of them would have to hand the argument on.
+# This is a context variable and not an argument: the meter of FLOPs counts every head that a training stage uses, also in sampling,
+# watching and evaluation, and all of them would have to pass the argument on.
 _watcher: ContextVar[Callable[[Head, int, int, bool], None] | None] = ContextVar("the watcher of all heads", default=None)
 
 
 @contextmanager
 def heads_watched(watcher: Callable[[Head, int, int, bool], None]) -> Iterator[None]:
-    """Call `watcher` for every head in `fused_head`: the head, tokens, width of the vocabulary, and whether gradients are made."""
+    """Call `watcher(head, tokens, width of the vocabulary, True if gradients are made)` for every head that `fused_head` uses."""
     token = _watcher.set(watcher)
     try:
         yield
@@ -216,9 +216,9 @@ class _Plan:
     teachers: tuple[Target, ...]
     width: int
     autocast: torch.dtype | None
-    """Dtype of matrix products if autocast is on outside."""
+    """Dtype of matrix products if the caller has autocast on."""
     grad: bool
-    """True if gradients are on outside; inside an autograd function they never are."""
+    """True if the caller has gradients on. Inside an autograd function gradients are always off."""
 
     def operand(self, states: Tensor, head: Head) -> Tensor:
         """Return a head's matrix (width, H) in the dtype of its product with `states`."""
@@ -227,7 +227,7 @@ class _Plan:
 
 
 class _FusedHead(torch.autograd.Function):
-    """Computes loss and gradients in forward; backward multiplies them by the incoming gradient."""
+    """Autograd function that computes loss and gradients in forward; backward multiplies the gradients by the incoming gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
@@ -244,7 +244,7 @@ class _FusedHead(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return the kept gradients times the gradient of the sum."""
-        # The gradient is 1 for callers who fold every factor into the weights; then no second copy of the head's gradient is made.
+        # The incoming gradient is 1 if the caller's weights include every factor; then no second copy of the head's gradient is made.
         grad = grad_outputs[0]
         whole = bool(grad == 1)
         return (*(g if g is None or whole else g * grad.to(g.dtype) for g in ctx.saved_tensors), None)
@@ -261,7 +261,7 @@ class _Gradients:
         self.wanted = of_hidden or weight is not None or bias is not None
 
     def add(self, rows: slice, slope: Tensor, hidden: Tensor, operand: Tensor) -> None:
-        """Add a tile's part; `slope` is the gradient of its logits before scale and cap, (n, width)."""
+        """Add the gradients of a tile; `slope` (n, width) is the gradient in the tile's logits before scale and cap."""
         width = slope.shape[1]
         narrow = slope.to(operand.dtype)
         if self.hidden is not None:
@@ -275,20 +275,20 @@ class _Gradients:
             self.bias[:width] += slope.sum(0)
 
     def result(self, of_hidden: torch.dtype, of_weight: torch.dtype) -> tuple[Tensor | None, ...]:
-        """Return the gradients in the order and the dtypes of the inputs."""
+        """Return the gradients in the order of the inputs and with their dtypes."""
         wanted = ((self.hidden, of_hidden), (self.weight, of_weight), (self.bias, of_weight))
         return tuple(None if g is None else g.to(dtype) for g, dtype in wanted)
 
 
 def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
-    """Work through all tiles; return the weighted sum and the values (K, N)."""
+    """Process all tiles; return the weighted sum and the values (K, N)."""
     count, width, dtype = len(hidden), plan.width, wide(hidden.dtype)
     dense = [t for t in plan.teachers if isinstance(t, Hidden)]
     rows = _rows(count, (1 + len(dense)) * width * dtype.itemsize, _ENOUGH.get(hidden.device.type, count))
     small = max(1, _CACHED.get(hidden.device.type, _STREAMED) // width)
     buffers = [torch.empty(rows, width, dtype=dtype, device=hidden.device) for _ in range(1 + len(dense))]
     operand, operands = plan.operand(hidden, plan.head), [plan.operand(t.states, t.head) for t in dense]
-    # One tensor for all values: small tensors between large freed ones would make the C allocator take new memory again and again.
+    # One tensor for all values: small tensors between large freed ones would make the C allocator request new memory again and again.
     values = torch.zeros(plan.weights.shape[0], count, dtype=dtype, device=hidden.device)
     for start in range(0, count, rows):
         tile = slice(start, min(start + rows, count))
@@ -308,7 +308,7 @@ def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor
 
 
 def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, start: int, wanted: bool) -> Tensor:
-    """Return the values (K, n) of a small tile; overwrite its logits with the gradient of the weighted sum."""
+    """Return the values (K, n) of a small tile; overwrite the tile's logits with the gradient of the weighted sum."""
     rows = slice(start + inside.start, start + inside.stop)
     targets = tuple(
         t.head.shape(tile[inside]) if isinstance(t, Hidden) else select(tile, inside)
@@ -323,7 +323,7 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
     leaf = logits.detach().requires_grad_(wanted)
     with torch.set_grad_enabled(wanted), checks.deferred():
         values = plan.values(plan.head.shape(leaf), targets, rows)
-    if wanted and not values.requires_grad:  # a divergence that does not look at the student, such as a skew of 1
+    if wanted and not values.requires_grad:  # the divergence does not depend on the student, as with a skew of 1
         logits.zero_()
     elif wanted:
         (slope,) = torch.autograd.grad(values, leaf, weights)
@@ -332,13 +332,13 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
 
 
 def _rows(count: int, bytes_per_row: int, enough: int) -> int:
-    """Return the tokens of one tile, so that all tiles have about the same size within the budget."""
+    """Return the number of tokens of one tile, so that all tiles have about the same size within the budget."""
     most = max(1, min(TILE_BYTES // bytes_per_row, enough))
     return max(1, math.ceil(count / math.ceil(count / most))) if count else 1
 
 
 def _project(hidden: Tensor, operand: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Write hidden @ operand.T + bias into the first rows of `out`, and return them."""
+    """Write hidden @ operand.T + bias into the first rows of `out`, and return these rows."""
     logits = out[: len(hidden)]
     if operand.dtype == out.dtype:
         torch.mm(hidden, operand.t(), out=logits)

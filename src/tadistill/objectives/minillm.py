@@ -29,12 +29,12 @@ def returns(
     include_current: bool = False,
     length_normalisation: Literal["after", "remaining", "discounts", "none"] = "after",
 ) -> Tensor:
-    """Return the return of each token: the discounted sum of the rewards after it, or from it on (MiniLLM, Eq. 3 and 6).
+    """Return each token's return: the discounted sum of the rewards after the token, or from the token on (MiniLLM, Eq. 3 and 6).
 
-    Let n be the number of tokens from the current one to the end, itself included, and d the number of rewards in the sum. The sum is
+    Let n be the number of tokens from the current token (included) to the end, and d the number of rewards in the sum. The sum is
     divided by `length_normalisation`:
 
-        after        T - t - 1 = n - 2 (Eq. 6), but at least 1, because this is 0 at the second to last token
+        after        T - t - 1 = n - 2 (Eq. 6), but at least 1, because n - 2 is 0 at the second to last token
         remaining    n (the released code)
         discounts    sum_{k < d} discount^k, so that equal rewards r have the return r
         none         1
@@ -59,7 +59,7 @@ def returns(
 
 
 def moments(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return (sum, sum of squares) of the values where the mask is True, in float64; added up over batches, the `sums` of `whiten`."""
+    """Return (sum, sum of squares), float64, of the values where the mask is True. Their totals over batches are the `sums` of `whiten`."""
     values = torch.where(mask_BT, values_BT, torch.zeros_like(values_BT)).double()
     return torch.stack([values.sum(), values.square().sum()])
 
@@ -69,8 +69,8 @@ def whiten(values: Tensor, sums: Tensor, places: float) -> Tensor:
 
     Args:
         sums: `moments` of all values.
-        places: how many numbers the mean and the (biased) variance are taken over: the number of tokens, or a larger number to count
-            padding as zeros, as MiniLLM's released code does.
+        places: number of values that the mean and the (biased) variance are computed over: the number of tokens, or a larger number to
+            include padding as zeros, as MiniLLM's released code does.
     """
     mean, square = (sums / places).unbind()
     variance = (square - mean.square()).clamp(min=0)
@@ -80,8 +80,8 @@ def whiten(values: Tensor, sums: Tensor, places: float) -> Tensor:
 def clipped_ratio(log_q: Tensor, log_behaviour: Tensor, *, clip: float) -> Tensor:
     """Return min(ratio, clip(ratio, 1 - clip, 1 + clip)) with ratio = q / p~ (MiniLLM, Algorithm 1), of the shape of the inputs.
 
-    The ratio holds both the importance weight of sampling from p~ (the teacher-mixed policy) and the policy's drift over inner epochs.
-    `clip=inf` leaves it unclipped.
+    The ratio contains both the importance weight of sampling from p~ (the teacher-mixed policy) and the policy's drift over inner epochs.
+    `clip=inf` leaves the ratio unclipped.
     """
     ratio = (log_q - log_behaviour).exp()
     return torch.minimum(ratio, ratio.clamp(1 - clip, 1 + clip))
@@ -96,16 +96,16 @@ def policy_gradient(
     clipping: Literal["ratio", "ppo"] = "ratio",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Return the negative surrogate: where the clip does nothing, its gradient is -A ratio grad log q with ratio = q / p~.
+    """Return the negative surrogate. Where the ratio is not clipped, its gradient is -A ratio grad log q with ratio = q / p~.
 
     `ratio` is -A min(ratio, clip(ratio)) (MiniLLM, Eq. 7 and Algorithm 1), `ppo` is max(-A ratio, -A clip(ratio)) (the released code;
     Schulman et al. 2017).
 
     Args:
         log_q: log-probabilities of the sampled tokens under the student, with a graph.
-        log_behaviour: the same under the policy that sampled them.
+        log_behaviour: log-probabilities of the same tokens under the policy that sampled them.
         advantage: `returns(...)`; no gradient flows through it.
-        weight: multiplies the result. It is q_old / p~ where the ratio is q / q_old, so that only the student's drift is clipped.
+        weight: factor of the result. It is q_old / p~ if the ratio is q / q_old, so that only the student's drift is clipped.
 
     Returns:
         One value per token, of the shape of the inputs.
@@ -131,12 +131,12 @@ def single_step(
 ) -> Tensor:
     """Return min(ratio, clip(ratio)) KL(q || p) with ratio = q / p~ at the sampled token (MiniLLM, Eq. 3 and 7).
 
-    The gradient goes through KL(q || p) only. The released code leaves the ratio out, which is `reverse_kl`.
+    The gradient goes through KL(q || p) only. The released code leaves the ratio out, so its term is `reverse_kl`.
 
     Args:
         student_logits, teacher_logits: (..., V).
         tokens: (...) ids of the sampled tokens.
-        log_behaviour, clip, weight: as in `policy_gradient`.
+        log_behaviour, clip, weight: these are as in `policy_gradient`.
 
     Returns:
         (...) nats.
@@ -162,6 +162,6 @@ def single_step_with_slope(
 
 
 def _importance(logits: Tensor, tokens: Tensor, log_behaviour: Tensor, clip: float, weight: Tensor | None) -> Tensor:
-    """Return the clipped ratio of the tokens, (...), times the weight."""
+    """Return the clipped ratio of the tokens times the weight, (...)."""
     ratio = clipped_ratio(token_log_probs(logits, tokens), log_behaviour, clip=clip)
     return ratio if weight is None else weight * ratio

@@ -24,10 +24,10 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def k1(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """Return log q - log p at a token drawn from q: unbiased for KL(q || p), of high variance; its own gradient has mean zero.
+    """Return log q - log p at a token drawn from q: an unbiased estimate of KL(q || p) of high variance. Its gradient has mean zero.
 
     Args:
-        student_log_probs, teacher_log_probs: log-probabilities of the same tokens, any shape.
+        student_log_probs, teacher_log_probs: log-probabilities of the same tokens, of any shape.
 
     Source: Schulman 2020, "Approximating KL divergence".
     """
@@ -35,17 +35,17 @@ def k1(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
 
 def k2(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """Return (log p - log q)^2 / 2 at a token drawn from q: biased, of low variance; its gradient is unbiased for that of KL(q || p).
+    """Return (log p - log q)^2 / 2 at a token drawn from q: biased, of low variance. Its gradient is an unbiased estimate of KL(q || p)'s.
 
-    Args and source as in `k1`.
+    Args and source are as in `k1`.
     """
     return (teacher_log_probs - student_log_probs).square() / 2
 
 
 def k3(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """Return p/q - 1 - log(p/q) at a token drawn from q: unbiased for KL(q || p), never negative, of low variance.
+    """Return p/q - 1 - log(p/q) at a token drawn from q: an unbiased estimate of KL(q || p), never negative, of low variance.
 
-    Its gradient is unbiased for that of KL(p || q). Args and source as in `k1`.
+    Its gradient is an unbiased estimate of the gradient of KL(p || q). Args and source are as in `k1`.
     """
     gap = teacher_log_probs - student_log_probs
     return torch.expm1(gap) - gap
@@ -54,7 +54,7 @@ def k3(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 def token_loss_with_slope(student_logits: Tensor, tokens: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Return a loss of the tokens' log-probabilities, (...), and its slope (..., V), the gradient in the logits, both without a graph.
 
-    Autograd finds the derivative by the log-probability. The slope is that times (1 at the token - q).
+    Autograd computes the derivative in the log-probability. The slope is this derivative times (one-hot of the token - q).
     """
     log_q, at = log_probs(student_logits), tokens.unsqueeze(-1)
     leaf = log_q.gather(-1, at).requires_grad_()
@@ -67,15 +67,15 @@ def token_loss_with_slope(student_logits: Tensor, tokens: Tensor, loss: Callable
 
 @dataclass(frozen=True)
 class TokenTerm:
-    """An addend of a batch's loss that is a function of the log-probabilities of its tokens, for `fused_terms`."""
+    """Addend of a batch's loss, for `fused_terms`: a function of the log-probabilities of the batch's tokens."""
 
     name: str
     loss: Callable[..., Tensor]
-    """(log q (n,), **per_token, **settings) to values (n,)."""
+    """Maps (log q (n,), **per_token, **settings) to values (n,)."""
     tokens: Tensor
-    """(N,) ids."""
+    """Token ids (N,)."""
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
-    """Arguments with one number per token, (N,)."""
+    """Arguments with one value per token, (N,)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
 
@@ -84,7 +84,7 @@ class TokenTerm:
         return self._loss(token_log_probs(logits, self.tokens[rows]), rows)
 
     def has_slope(self, teachers: Sequence[Any]) -> bool:
-        """Return whether `with_slope` can be called, which is always so."""
+        """Return True, because `with_slope` can always be called."""
         return True
 
     def with_slope(self, logits: Tensor, teachers: Sequence[Any], rows: slice) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Forms of a teacher other than its logits: hidden states with a head, the top-k tokens, and a mixture of several teachers.
 
-All become logits that any divergence takes: `Head.logits` and `TargetMixture.logits` give the teacher's side, `TopK.align` gives both sides
-on the top-k support. `TeacherTerm` does this for a loss.
+Each form becomes logits that any divergence takes: `Head.logits` and `TargetMixture.logits` give the teacher's side, `TopK.align` both
+sides on the top-k support. `TeacherTerm` makes this conversion for a loss.
 
 Axes: N tokens, H hidden, V vocabulary, K tokens that are kept.
 """
@@ -46,28 +46,28 @@ WITH_SLOPE: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = 
 
 @dataclass(frozen=True)
 class Head:
-    """softcap(scale * (hidden @ weight.T + bias)), with softcap(z) = cap tanh(z / cap): the last layer of a language model."""
+    """Last layer of a language model: softcap(scale * (hidden @ weight.T + bias)), with softcap(z) = cap tanh(z / cap)."""
 
     weight: Tensor
-    """(V, H); the embedding's own weight where they are tied."""
+    """Weight (V, H). It is the embedding's own weight if the two are tied."""
     bias: Tensor | None = None
-    """(V,)"""
+    """Bias (V,), if the head has one."""
     scale: float = 1.0
     softcap: float | None = None
 
     @property
     def plain(self) -> bool:
-        """True where nothing comes after the matrix product and the bias."""
+        """True if no scale and no softcap follow the matrix product and the bias."""
         return self.scale == 1.0 and self.softcap is None
 
     def shape(self, logits: Tensor) -> Tensor:
-        """Apply what comes after the matrix product and the bias."""
+        """Apply the scale and the softcap, which follow the matrix product and the bias."""
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return all logits, (..., V)."""
+        """Return the logits (..., V) of the whole vocabulary."""
         return self.shape(torch.nn.functional.linear(hidden, self.weight, self.bias))
 
 
@@ -79,7 +79,7 @@ class Hidden:
     head: Head
 
     def to(self, device: torch.device) -> "Hidden":
-        """Return the same with the states on another device; the head stays where it is."""
+        """Return a copy with the states on another device; the head stays on its device."""
         return Hidden(self.states.to(device), self.head)
 
 
@@ -88,7 +88,7 @@ class TargetMixture:
     """Several teachers as one target distribution (dense guidance).
 
     The mean of the reverse KLs to all teachers is the reverse KL to their geometric mixture up to a constant: sum_k w_k KL(q || p_k) =
-    KL(q || p_geo) - log Z. Z does not depend on q at a given prefix. (Over whole sequences sampled from q it does; it is dropped here.) The
+    KL(q || p_geo) - log Z. Z does not depend on q at a given prefix. (Over sequences sampled from q, Z does; the term is dropped here.) The
     mean of the forward KLs is, up to a constant, the forward KL from the arithmetic mixture.
 
     Source: Son et al. 2021 (DGKD) for dense guidance and its stochastic dropping; the identities are in docs/objectives.md.
@@ -96,9 +96,9 @@ class TargetMixture:
 
     kind: Literal["geometric", "arithmetic"]
     weights: tuple[float, ...]
-    """One per teacher, at least 0; normalised to sum 1."""
+    """One weight per teacher, at least 0; the weights are normalised to the sum 1."""
     drop: float = 0.0
-    """Probability of leaving a teacher out of a batch (`drawn`); at least one stays."""
+    """Probability of leaving a teacher out of a batch (`drawn`); at least one teacher stays."""
 
     def __post_init__(self):
         if self.kind not in ("geometric", "arithmetic"):
@@ -119,7 +119,7 @@ class TargetMixture:
                 return TargetMixture(self.kind, kept)
 
     def check(self, name: str, count: int) -> None:
-        """Raise unless the argument `name` has one entry per weight."""
+        """Raise an error unless the argument `name` has one entry per weight."""
         if count != len(self.weights):
             raise ConfigError(f"the mixture has {len(self.weights)} weights but {name} has {count} entries; give one each")
 
@@ -129,10 +129,10 @@ class TargetMixture:
         return which, TargetMixture(self.kind, tuple(self.weights[k] for k in which)) if len(which) > 1 else None
 
     def token_scores(self, log_p: Sequence[Tensor]) -> Tensor:
-        """Return the mixture's log-probabilities of sampled tokens, (...), for a reward; `log_p` has one (...) per teacher.
+        """Return the mixture's log-probabilities of sampled tokens, (...), for a reward; `log_p` has one tensor (...) per teacher.
 
-        The geometric mixture is not normalised here: it is sum_k w_k log p_k, because over sequences drawn from the student -log Z depends
-        on the student's choices and belongs to the reward.
+        The geometric mixture is not normalised here: the result is sum_k w_k log p_k. Over sequences drawn from the student, -log Z depends
+        on the student's choices, and therefore belongs to the reward.
         """
         self.check("log_p", len(log_p))
         total = sum(self.weights)
@@ -145,7 +145,7 @@ class TargetMixture:
         """Return logits (..., V) whose softmax at `temperature` is the mixture of the teachers' softmaxes at `temperature`.
 
         Args:
-            teacher_logits: one (..., V) per weight.
+            teacher_logits: one tensor (..., V) per weight.
         """
         self.check("teacher_logits", len(teacher_logits))
         checks.positive("temperature", temperature)
@@ -165,22 +165,22 @@ class TargetMixture:
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's k most probable tokens, which a recorded signal holds instead of V logits."""
+    """A teacher's k most probable tokens, which a recorded signal stores instead of V logits."""
 
     ids: Tensor
-    """(..., K) token ids."""
+    """Token ids (..., K)."""
     log_probs: Tensor
-    """(..., K) their log-probabilities under the teacher's whole softmax."""
+    """Log-probabilities (..., K) of these tokens under the teacher's whole softmax."""
     tail: Tensor | None
-    """(...) log-probability of all other tokens together, which become one more outcome. With None they are dropped, and both sides are
-    renormalised over the k tokens."""
+    """Log-probability (...) of all other tokens together, which become one additional outcome. If None, the other tokens are dropped, and
+    both sides are renormalised over the k tokens."""
 
     def to(self, device: torch.device) -> "TopK":
-        """Return the same on another device."""
+        """Return a copy on another device."""
         return TopK(self.ids.to(device), self.log_probs.to(device), None if self.tail is None else self.tail.to(device))
 
     def check(self, width: int) -> None:
-        """Raise unless all ids are in a vocabulary of `width` tokens."""
+        """Raise an error unless all ids are in a vocabulary of `width` tokens."""
         if self.ids.numel() and not checks.is_deferred() and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < width:
             raise ConfigError(f"ids run from {int(self.ids.min())} to {int(self.ids.max())}; they must be in [0, {width - 1}]")
 
@@ -213,16 +213,16 @@ class TopK:
 
 
 Target = Tensor | Hidden | TopK
-"""A teacher: its logits (..., V), its hidden states with its head, or its top-k tokens."""
+"""A teacher, as its logits (..., V), as its hidden states with its head, or as its top-k tokens."""
 
 
 def per_token(target: Target) -> Tensor:
-    """Return the tensor of a target that has one row per token."""
+    """Return the target's tensor that has one row per token."""
     return target.states if isinstance(target, Hidden) else target.log_probs if isinstance(target, TopK) else target
 
 
 def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Target:
-    """Return the target at some of its tokens; logits are also cut to the first `width`."""
+    """Return the target at some of its tokens; logits are also cut to the first `width` tokens of the vocabulary."""
     if isinstance(target, Hidden):
         return Hidden(target.states[rows], target.head)
     if isinstance(target, TopK):
@@ -232,13 +232,13 @@ def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Ta
 
 @dataclass(frozen=True)
 class TeacherTerm:
-    """An addend of a batch's loss that is a divergence to the teacher, or to several in a mixture, for `fused_terms`."""
+    """Addend of a batch's loss, for `fused_terms`: a divergence to the teacher, or to a mixture of several teachers."""
 
     name: str
     divergence: Callable[..., Tensor]
-    """(student logits, teacher logits, temperature=..., **per_token, **settings) to values (n,)."""
+    """Maps (student logits, teacher logits, temperature=..., **per_token, **settings) to values (n,)."""
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
-    """Arguments with one number per token, (N,)."""
+    """Arguments with one value per token, (N,)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     mixture: TargetMixture | None = None
     temperature: float = 1.0
@@ -250,7 +250,7 @@ class TeacherTerm:
         return self.divergence(student, teacher, temperature=temperature, **self._arguments(rows))
 
     def has_slope(self, teachers: Sequence[Target]) -> bool:
-        """Return whether `with_slope` can be called; autograd must carry the slope from a top-k support to the whole vocabulary."""
+        """Return True if `with_slope` can be called. With top-k targets autograd must carry the slope to the whole vocabulary."""
         return self.divergence in WITH_SLOPE and not any(isinstance(t, TopK) for t in teachers)
 
     def with_slope(self, logits: Tensor, teachers: Sequence[Tensor | TopK], rows: slice) -> tuple[Tensor, Tensor]:
@@ -262,7 +262,7 @@ class TeacherTerm:
         return {name: values[rows] for name, values in self.per_token.items()} | dict(self.settings)
 
     def _sides(self, student: Tensor, teachers: Sequence[Tensor | TopK]) -> tuple[Tensor, Tensor, float]:
-        """Return both sides' logits, and the temperature that is left to the divergence: 1 for top-k tokens, which `align` tempers."""
+        """Return both sides' logits, and the temperature for the divergence: 1 for top-k tokens, because `align` applies it to them."""
         if isinstance(teachers[0], TopK):
             if len(teachers) > 1:
                 raise ConfigError(
@@ -275,7 +275,7 @@ class TeacherTerm:
 
 
 def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0) -> TopK:
-    """Return the k most probable tokens of softmax(teacher_logits / temperature), (..., V), with or without the mass of the rest."""
+    """Return the k most probable tokens of softmax(teacher_logits / temperature), (..., V), with or without the other tokens' mass."""
     width = teacher_logits.shape[-1]
     if not 1 <= k <= width:
         raise ConfigError(f"k is {k}; it must be in [1, {width}], the vocabulary")
@@ -298,14 +298,14 @@ def _rest(log_all: Tensor, ids: Tensor) -> Tensor:
 def top_k_forward_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, k: int = 64, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0
 ) -> Tensor:
-    """Forward KL on the teacher's k most probable tokens. k = V is `forward_kl`.
+    """Return the forward KL on the teacher's k most probable tokens. k = V gives `forward_kl`.
 
     Args:
-        k: tokens kept, in [1, V].
-        tail: `lump` makes the rest one more outcome, which gives a lower bound of the whole KL; `drop` renormalises both sides over the k
-            tokens and ignores the student's mass elsewhere.
+        k: number of tokens that are kept, in [1, V].
+        tail: `lump` makes the other tokens one additional outcome, which gives a lower bound of the whole KL; `drop` renormalises both
+            sides over the k tokens and ignores the student's mass elsewhere.
 
-    Other args, returns and errors as in `forward_kl`. Source: sparse logits of Anshumann et al. 2025; TRL's server distillation (lumped).
+    Other args, returns and errors are as in `forward_kl`. Source: sparse logits in Anshumann et al. 2025; TRL server distillation (lumped).
     """
     return forward_kl(*_on_top_k(student_logits, teacher_logits, k, tail, temperature))
 
@@ -313,12 +313,12 @@ def top_k_forward_kl(
 def top_k_reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, k: int = 64, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0
 ) -> Tensor:
-    """Reverse KL on the teacher's k most probable tokens; all as in `top_k_forward_kl`. k = V is `reverse_kl`."""
+    """Return the reverse KL on the teacher's k most probable tokens, with the args of `top_k_forward_kl`. k = V gives `reverse_kl`."""
     return reverse_kl(*_on_top_k(student_logits, teacher_logits, k, tail, temperature))
 
 
 def _on_top_k(student: Tensor, teacher: Tensor, k: int, tail: Literal["lump", "drop"], temperature: float) -> tuple[Tensor, Tensor]:
     checks.pair(student, teacher)
     checks.positive("temperature", temperature)
-    # both sides are tempered before the tokens are taken, so the tail is exact at any temperature
+    # the temperature is applied to both sides before the tokens are selected, so the tail is exact at any temperature
     return top_k(teacher, k, tail=tail, temperature=temperature).align(at_least_float32(student) / temperature)

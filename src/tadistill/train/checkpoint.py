@@ -1,8 +1,8 @@
 """The files of a training stage: its log, its two newest states, and for each state the weights of its best update.
 
-A file is written under a temporary name, flushed to the disk and renamed, so a kill or a power failure leaves the whole old file or the
-whole new one. The name of a file of best weights has the number of its update. A state that is resumed therefore uses its own best
-weights, never those of a later update that was lost.
+A file is written under a temporary name, flushed to the disk and renamed, so a kill or a power failure leaves either the complete old
+file or the complete new file. The name of a file of best weights contains the number of its update. A resumed state therefore uses its own
+best weights, never the weights of a later update that was lost.
 """
 
 import json
@@ -26,7 +26,7 @@ _SHARE = 20  # saving takes at most a twentieth of the time
 
 @dataclass
 class TrainState:
-    """Everything that a stage needs to resume exactly where it was. Randomness is addressed (`tadistill.rng`) and needs no state."""
+    """Everything that a stage needs to resume exactly where it was. Random numbers are addressed (`tadistill.rng`) and need no state."""
 
     step: int = 0
     best_value: float | None = None
@@ -37,23 +37,23 @@ class TrainState:
     schedule: dict[str, Any] = field(default_factory=dict)
     alarms: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
-    """The counts of `train.meter`."""
+    """The counts that `train.meter` has collected."""
     pending: list[dict[str, float]] = field(default_factory=list)
-    """Rows of the updates since the last line of the log."""
+    """Log rows of the updates since the last line of the log."""
 
 
 class Checkpoints:
-    """The training states in a stage's folder: state.pt, state-before.pt, and best-STEP.pt for the best weights of each."""
+    """The training states in a stage's folder: state.pt, state-before.pt, and best-STEP.pt for the best weights of each state."""
 
     def __init__(self, directory: Path, seconds: float | None = None):
-        """`seconds` is the pause between two saves. When absent it is 30, or 20 times the duration of a save if that is longer."""
+        """Set the pause between two saves, `seconds`. By default it is 30, or 20 times the duration of a save if that is longer."""
         self.directory, self.seconds = directory, seconds
         self.newest, self.before = directory / "state.pt", directory / "state-before.pt"
         self.took, self.at = 0.0, time.monotonic()
         self.sound = True
-        """False if the newest state cannot be read, so that it must not replace the one before."""
+        """False if the newest state cannot be read. It must then not replace the state before it."""
         self.best_steps: list[int] = []
-        """The best updates of the newest state and of the one before."""
+        """The updates with the best weights, of the newest state and of the state before it."""
 
     def due(self) -> bool:
         """Return True when it is time to save."""
@@ -61,14 +61,14 @@ class Checkpoints:
         return time.monotonic() - self.at > pause
 
     def best(self, step: int) -> Path:
-        """Return the file for the weights after `step` updates, which is kept while they are the best."""
+        """Return the file for the weights after `step` updates; the file is kept while these weights are the best."""
         return self.directory / f"best-{step}.pt"
 
     def load(self, alarm: Callable[[str], None]) -> TrainState | None:
         """Return the newest state that can be read, or None at a stage's start; report a state that cannot be read to `alarm`.
 
         Raises:
-            StoreError: there are states, and none can be read.
+            StoreError: there are states, but none can be read.
         """
         damage = []
         for path in (self.newest, self.before):
@@ -93,7 +93,7 @@ class Checkpoints:
         return None
 
     def save(self, state: TrainState) -> None:
-        """Write a state; the previous newest state becomes the one before."""
+        """Write a state as the newest one; the previous newest state becomes the state before it."""
         start = time.monotonic()
         with replacing(self.newest) as temporary:
             torch.save(vars(state), temporary)
@@ -111,7 +111,7 @@ class Checkpoints:
         self._drop_other_best(step)
 
     def _drop_other_best(self, *steps: int) -> None:
-        """Delete best weights that belong to neither state nor to `steps`."""
+        """Delete the best weights that belong to no saved state and to no update in `steps`."""
         for path in self.directory.glob("best-*.pt"):
             if int(re.sub(r"\D", "", path.stem)) not in (*steps, *self.best_steps):
                 path.unlink(missing_ok=True)
@@ -124,7 +124,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Read a file of `save`; with `mmap` tensors are read only when they are used."""
+    """Read a file that `save` wrote; with `mmap`, a tensor is read only when it is used."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     # the type depends on where the file is cut off
@@ -139,10 +139,10 @@ class RunLog:
         self.path, self.track = path, track
         if path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
-            write_text(path, "".join(line + "\n" for line in lines))  # a kill must not take the lines before the checkpoint along
+            write_text(path, "".join(line + "\n" for line in lines))  # a kill must not destroy the lines before the checkpoint
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line for `step`, the number of updates done."""
+        """Append a line for `step`, the number of updates done so far."""
         line = {"step": step, **{name: float(f"{value:.6g}") for name, value in metrics.items()}}
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

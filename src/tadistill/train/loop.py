@@ -1,6 +1,6 @@
 """The training loop, on accelerate. It is independent of the objective and of where sequences come from.
 
-Each update draws this process's micro-batches (which may sample text), counts the tokens that matter over all micro-batches and processes,
+Each update draws this process's micro-batches (which may sample text), counts the tokens of the loss over all micro-batches and processes,
 runs forward and backward on SUMS divided by that count, checks that everything is finite, and steps. Accelerator is used with
 gradient_accumulation_steps=1 and the schedule is a function of the step, so that accelerate rescales nothing.
 """
@@ -38,9 +38,9 @@ class Hooks:
     evaluate: Callable[[], dict[str, float]]
     """Return dev metrics of the current student."""
     progress: Callable[[int, str], None]
-    """Show (updates done, short text)."""
+    """Show (number of updates done, short text)."""
     alarm: Callable[[str], None] = lambda text: None
-    """Show one line about rollouts that go wrong."""
+    """Show one line about a problem with rollouts."""
     stop: Callable[[], bool] = lambda: False
     """Return True when the run should save and end (after a signal)."""
     kept: frozenset[int] = frozenset()
@@ -50,7 +50,7 @@ class Hooks:
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """Return the rate of update `step` (from 0): linear warm-up, then cosine, linear or constant down to `lr_min`."""
+    """Return the learning rate of update `step` (from 0): linear warm-up, then cosine, linear or constant down to `lr_min`."""
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
     done = (step - optim.warmup) / max(steps - optim.warmup, 1)
@@ -86,13 +86,13 @@ def train_stage(
     """Train `student` in place for `optim.steps` updates, and load the selected checkpoint's weights at the end.
 
     Args:
-        directory: holds metrics.jsonl and the training's `Checkpoints`. They are resumed by any number of processes.
-        checkpoint_seconds: as `seconds` of `Checkpoints`.
-        fsdp: each process holds a part of the student, also after the call (`sharding`).
+        directory: contains metrics.jsonl and the training's `Checkpoints`. Any number of processes can resume them.
+        checkpoint_seconds: `seconds` of `Checkpoints`.
+        fsdp: each process has only a part of the student, also after the call (`sharding`).
 
     Raises:
         ConfigError: the batch is not a multiple of the number of processes.
-        StageFailed: a loss or gradient is not finite (before it touches the weights).
+        StageFailed: a loss or gradient is not finite (found before the weights are updated).
         Interrupted: `hooks.stop` returned True; the state is saved.
     """
     assert optim.steps is not None
@@ -108,7 +108,7 @@ def train_stage(
     state = run.resume(hooks.alarm)
     log = RunLog(directory / "metrics.jsonl", resume_step=state.step, track=track) if accelerator.is_main_process else None
     since = _Averages(state.pending)
-    # runs with equal numbers of processes have equal dropout; the dropout of rank 0 is that of a single process
+    # runs with equal numbers of processes have equal dropout; rank 0 has the dropout of a run with a single process
     others = [accelerator.process_index] if accelerator.process_index else []
     with meter.counting():
         if sampler.wants_dev:
@@ -159,7 +159,7 @@ def train_stage(
 
 @dataclass
 class _Run:
-    """The parts of a training that a checkpoint holds. The main process writes checkpoints, and all processes read them."""
+    """The parts of a training that a checkpoint stores. The main process writes checkpoints, and all processes read them."""
 
     student: PreTrainedModel
     step: Step
@@ -171,12 +171,12 @@ class _Run:
     meter: Meter
 
     def dev(self, hooks: Hooks) -> dict[str, float]:
-        """Return dev metrics, metered as selection."""
+        """Return dev metrics; the meter counts their work as selection."""
         with self.meter.timed("selection"), sharding.whole(self.student):
             return _measured(self.student, hooks, self.accelerator)
 
     def watch(self, batches: list[Batch]) -> dict[str, float]:
-        """Return metrics of the main process's rollouts; the other processes return none."""
+        """Return metrics of the main process's rollouts; the other processes return an empty dictionary."""
         main = self.accelerator.is_main_process
         if not main and not any(map(sharding.sharded, (self.student, *self.step.models.teachers))):  # sharded models need all processes
             return {}
@@ -195,7 +195,7 @@ class _Run:
         self.files.save(state)
 
     def resume(self, alarm: Callable[[str], None]) -> TrainState:
-        """Return the stored state after loading it into all parts; a new state if there is none."""
+        """Load the stored state into all parts and return it; return a new state if none is stored."""
         state = self.files.load(alarm)
         if state is None:
             return TrainState()
@@ -227,17 +227,17 @@ def _update(
     accelerator: Accelerator,
     done: int,
 ) -> dict[str, float]:
-    """Make one optimizer update, after `done` others, and return its row for the log."""
+    """Make one optimizer update, after `done` earlier updates, and return its row for the log."""
     total = counts(batches)
     tokens = torch.tensor([*total.values()], device=accelerator.device)
     count = dict(zip(total, _sum(accelerator, tokens).clamp(min=1).tolist(), strict=True))
-    # DDP and FSDP average gradients over ranks; the count is global already
+    # DDP and FSDP average gradients over ranks, but the count already covers all ranks
     per = {name: n / accelerator.num_processes for name, n in count.items()}
     logged = torch.zeros(0)
     names: list[str] = []
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        # gradients of a sharded model are summed over the processes each time, because whole gradients would not fit
+        # gradients of a sharded model are summed over the processes in every micro-batch, because whole gradients would not fit
         sync = last or sharding.sharded(model)
         with contextlib.nullcontext() if sync else accelerator.no_sync(model), accelerator.autocast():
             loss = step.loss(model, batch.to(accelerator.device), per)
@@ -263,19 +263,19 @@ def _update(
 
 
 def _sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """Return the sum over all processes."""
+    """Return the sum of `values` over all processes."""
     total = accelerator.reduce(values.to(accelerator.device), "sum")
     assert isinstance(total, torch.Tensor)
     return total
 
 
 def _anywhere(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """Return for each flag True if it is set on any process."""
+    """Return one bool per flag: True if the flag is set on any process."""
     return list(flags) if accelerator.num_processes == 1 else (_sum(accelerator, torch.tensor(flags, dtype=torch.float32)) > 0).tolist()
 
 
 def _measured(student: PreTrainedModel, hooks: Hooks, accelerator: Accelerator) -> dict[str, float]:
-    """Return dev metrics of the current student: on all processes those of the main one, because samplers decide by them."""
+    """Return dev metrics of the current student. All processes return the main process's metrics, because samplers decide by them."""
     was_training = student.training
     student.eval()
     metrics = [hooks.evaluate()]
@@ -289,16 +289,16 @@ class _Averages:
     """The rows of the updates since the last line of the log, and their means."""
 
     def __init__(self, rows: list[dict[str, float]]):
-        self.rows = rows  # the state of a checkpoint holds this list, too
+        self.rows = rows  # the state of a checkpoint contains this same list
         self.start = time.monotonic()
 
     def restart(self) -> None:
-        """Start the clock again, after time that was not training."""
+        """Restart the clock after time that was not training."""
         self.start = time.monotonic()
 
     def add(self, row: dict[str, float]) -> None:
         now = time.monotonic()
-        # in the row, so that after a resume the tokens of earlier updates are divided by the seconds that they took
+        # the seconds are in the row, so that after a resume the tokens of earlier updates are divided by the seconds that they took
         self.rows.append(row | {"seconds": now - self.start})
         self.start = now
 

@@ -6,9 +6,9 @@
             ...                                 # counts every call of a model and every fused head
     meter.state()                               # plain numbers, for a checkpoint and for the stage's manifest
 
-Only shapes are read, so counting never synchronises the GPU. A backward pass is counted with its forward pass, as two more forward passes,
-or with adapters on frozen weights as `models.counting.adapters` says. Matrix products with weights and attention are counted. Norms,
-softmax, the optimizer, rotary tables, returns and vLLM are not.
+Only shapes are read, so counting never synchronises the GPU. A backward pass is counted together with its forward pass: as two more forward
+passes, or, with adapters on frozen weights, as `models.counting.adapters` says. Matrix products with weights and attention are counted.
+Norms, softmax, the optimizer, rotary tables, returns and vLLM are not counted.
 """
 
 import time
@@ -41,7 +41,7 @@ class _Side:
 
 
 class Meter:
-    """Counts the calls of a student and of its teachers."""
+    """Counter of the calls of a student and of its teachers."""
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], *, checkpointing: bool = False):
         """With `checkpointing`, the student's layers run forward once more in a backward pass."""
@@ -54,7 +54,7 @@ class Meter:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count the calls inside, by hooks on all models and on the fused head that are removed at the end."""
+        """Count the calls inside this context. Hooks on all models and on the fused head count them, and are removed at the end."""
         handles = [side.model.register_forward_pre_hook(self._body(side), with_kwargs=True) for side in self._sides]
         handles += [side.head.register_forward_hook(self._logits(side)) for side in self._sides]
         try:
@@ -66,7 +66,7 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what the calls inside are for. In `sampling`, calls in inference mode are rollouts and the others are scoring passes."""
+        """Set the phase of the calls inside. In `sampling`, calls in inference mode are rollouts and the other calls are scoring passes."""
         outer, self._phase = self._phase, name
         try:
             yield
@@ -75,7 +75,7 @@ class Meter:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Name what the calls inside are for, and keep their seconds."""
+        """Set the phase of the calls inside, and add up the seconds of the phase."""
         # No device is still working for a phase at its end, because each phase ends with numbers on the host.
         start = time.perf_counter()
         try:
@@ -90,7 +90,7 @@ class Meter:
             self._padding += batch.attention_BT.numel() - int(batch.attention_BT.sum())
 
     def state(self, processes: int = 1) -> dict[str, Any]:
-        """Return parts, seconds and padding as plain numbers, times the number of processes, which are assumed to do equal work."""
+        """Return parts, seconds and padding as plain numbers, times the number of processes. All processes are assumed to do equal work."""
         parts = {
             name: {key: value * processes for key, value in vars(part).items()}
             for name, part in sorted(self._parts.items())
@@ -99,7 +99,7 @@ class Meter:
         return {"parts": parts, "seconds": dict(self._seconds), "padding": self._padding * processes}
 
     def restore(self, state: Mapping[str, Any], processes: int = 1) -> None:
-        """Continue from a `state`; an empty state is a new start."""
+        """Continue from values that `state` returned; an empty state is a new start."""
         self._parts = {
             name: Part(**{key: value // processes if isinstance(value, int) else value / processes for key, value in part.items()})
             for name, part in state.get("parts", {}).items()

@@ -1,13 +1,13 @@
 """Models that are sharded over the processes (FSDP2) or kept in host memory: shard, make whole for a while, gather and load.
 
-    shard(student, device)                  # in place: each decoder layer by itself, then everything else
+    shard(student, device)                  # in place: each decoder layer separately, then everything else
     with whole(student):                    # every process holds the whole model, and forward passes need no other process
         ...
     weights(student)                        # the ordinary state dict; for a sharded model only on the main process
 
 torch's own API shards models, not accelerate. accelerate supports FSDP on GPUs only, so the tests could not run on a CPU, and it wraps a
-model at once, but samplers and the fused head must decide when the weights are whole. Weights stay in float32 and autocast converts them
-to bf16, as with DDP, so the numbers are those of DDP up to the order of sums.
+whole model at once, but samplers and the fused head must decide when the weights are whole. Weights stay in float32 and autocast makes
+them bf16, as with DDP, so the results are those of DDP up to the order of sums.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,14 +28,14 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Shard a model in place over all processes; its decoder layers go to `device` one after the other.
 
     The rest (embeddings, last norm, head) is one group. It stays whole from a forward pass to the end of its backward pass, because the
-    fused head reads the head's weight between the two. Without a backward pass it stays whole.
+    fused head reads the head's weight between these two passes. Without a backward pass the group stays whole.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = _layers(model)
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    # By default a layer prefetches what ran before it. That differs between processes, because only the main one watches rollouts.
+    # By default a layer prefetches the layer that ran before it. That differs between processes: only the main one watches rollouts.
     for before, layer in zip([model, *layers], layers, strict=False):
         layer.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
     return model.to(device)  # type: ignore[arg-type]
@@ -48,9 +48,9 @@ def sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def whole(model: nn.Module, when: bool = True) -> Iterator[None]:
-    """Hold the whole model on every process inside; does nothing for a model that is not sharded. All processes must enter, or none.
+    """Gather the whole model on every process inside; do nothing for a model that is not sharded. All processes must enter, or none.
 
-    It serves work in which the number of forward passes differs between processes, such as sampling: no pass inside waits for another
+    Use it for work in which the number of forward passes differs between processes, such as sampling: no pass inside waits for another
     process.
     """
     if not (when and isinstance(model, FSDPModule)):
@@ -69,7 +69,7 @@ def whole(model: nn.Module, when: bool = True) -> Iterator[None]:
 
 
 def offload(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Keep a frozen model's decoder layers in host memory, and move each to `device` for its part of a forward pass."""
+    """Keep a frozen model's decoder layers in host memory, and move each layer to `device` only for its computation in a forward pass."""
     layers = _layers(model)
     inside = {module for layer in layers for module in layer.modules()}
     for module in model.modules():
@@ -88,7 +88,7 @@ def offload(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the ordinary state dict; of a sharded model the main process gets it, on the CPU, and the others empty tensors.
+    """Return the ordinary state dict. Of a sharded model, the main process gets it, on the CPU, and the others get empty tensors.
 
     All processes must call it.
     """
@@ -110,7 +110,7 @@ def gathered(value: Any) -> Any:
 
 
 def number(value: Tensor) -> float:
-    """Return a scalar that may be sharded, such as the norm of gradients. All processes must call it."""
+    """Return the value of a scalar that may be sharded, such as the norm of gradients. All processes must call it."""
     return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
@@ -133,7 +133,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def _like(value: Any, own: Tensor | None) -> Any:
-    """Return this process's shard of a tensor if its counterpart `own` is sharded, else the tensor."""
+    """Return this process's shard of a tensor if its counterpart `own` is sharded, else the whole tensor."""
     if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
         return value
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)

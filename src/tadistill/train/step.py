@@ -4,7 +4,7 @@
 batch to its terms: `TeacherTerm` is a divergence to the teacher, `TokenTerm` a loss of the tokens' log-probabilities. The divergences and
 MiniLLM's formulas are in `tadistill.objectives`.
 
-Axes: B sequences, T positions, N tokens that count, H hidden.
+Axes: B sequences, T positions, N tokens of the loss, H hidden.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +46,7 @@ class Models:
         self.readers = [Reader(teacher) for teacher in teachers]
 
     def targets(self, batch: Batch) -> tuple[Target, ...]:
-        """Return the teachers at the batch's response tokens: those that the batch holds, else from forward passes.
+        """Return the teachers at the batch's response tokens: from the batch if it contains them, else from forward passes.
 
         Teachers that the batch's mixture leaves out are not run.
         """
@@ -66,9 +66,9 @@ class Models:
 
 
 Sum = Callable[[Tensor], Tensor]
-"""Adds a tensor up over all processes."""
+"""Adds up a tensor over all processes."""
 Phase = Callable[[str], AbstractContextManager]
-"""Names what the forward passes inside are for; the training loop sets `train.meter.Meter.phase`."""
+"""Sets the phase of the forward passes inside; the training loop passes `train.meter.Meter.phase`."""
 
 
 @dataclass(frozen=True)
@@ -77,23 +77,23 @@ class Step:
 
     models: Models
     terms: Callable[[Batch], Sequence[Term]]
-    """The terms on the response tokens of a batch."""
+    """Returns the terms on the response tokens of a batch."""
     corpus_terms: Callable[[Batch], Sequence[Term]] = lambda corpus: ()
-    """The terms on the plain text that a batch brings along."""
+    """Returns the terms on the plain text that a batch contains."""
     advantages: Callable[[list[Batch], Sum], list[Batch]] = lambda batches, total: batches
-    """Adds to an update's batches what depends on all of them."""
+    """Adds to an update's batches the values that depend on all of these batches."""
     mixture: TargetMixture | None = None
-    """Several teachers as one target."""
+    """Mixture that makes several teachers one target."""
     seed: int = 0
-    """Addresses the draws of teachers that are left out."""
+    """Address of the draws that leave teachers out."""
     schedule: TaidSchedule | None = None
-    """State that moves once per update and is saved with the training state."""
+    """State that changes once per update and is saved with the training state."""
     phase: Phase = nullcontext
     clip: float | None = None
     """Half width of the clip around a probability ratio of 1, for an objective with such a clip."""
 
     def prepare(self, batches: list[Batch], done: int, total: Sum) -> list[Batch]:
-        """Complete all of this process's micro-batches of an update; `done` updates were made before it."""
+        """Complete all of this process's micro-batches of an update; `done` updates were made before this update."""
         if self.mixture is not None:
             drop = self.mixture.drop > 0
             mixture = self.mixture.drawn(rng.generator(self.seed, "teachers left out", done)) if drop else self.mixture
@@ -105,7 +105,7 @@ class Step:
 
         Args:
             student: the student or a wrapper around it.
-            per: the numbers that sums over tokens are divided by, named as in `counts`.
+            per: the divisors of the sums over tokens, named as in `counts`.
         """
         found = self.models.loss(student, batch, self.terms(batch), per["response"])
         if batch.corpus is None:
@@ -118,18 +118,18 @@ class Step:
 
 
 def mixture_of(batch: Batch) -> TargetMixture | None:
-    """Return the mixture of the teachers that a batch is trained towards, None for one teacher."""
+    """Return the mixture of teachers that is the target of a batch, or None for one teacher."""
     return batch.mixture.kept()[1] if batch.mixture else None
 
 
 def counts(batches: list[Batch]) -> dict[str, int]:
-    """Return the tokens that count, over this process's micro-batches, in responses and in plain text."""
+    """Return the number of loss tokens in responses and in plain text, over this process's micro-batches."""
     corpora = [b.corpus for b in batches if b.corpus]
     return {"response": sum(int(b.mask_BT.sum()) for b in batches), "corpus": sum(int(c.mask_BT.sum()) for c in corpora)}
 
 
 def _mixed(batch: Batch, mixture: TargetMixture) -> Batch:
-    """Return the batch with its mixture of teachers, and with the reward of sampled tokens under it."""
+    """Return the batch with its mixture of teachers, and with the reward of sampled tokens under this mixture."""
     scores = [batch.values[name] for k in range(len(mixture.weights)) if (name := f"teacher {k}") in batch.values]
     values = batch.values | ({"teacher": mixture.token_scores(scores)} if scores else {})
     return replace(batch, values=values, mixture=mixture, corpus=_mixed(batch.corpus, mixture) if batch.corpus else None)
@@ -142,9 +142,9 @@ def make_step(method: Method, student: PreTrainedModel, teachers: tuple[PreTrain
     """Return the step of a method.
 
     Args:
-        teachers: none for cross-entropy, for scores from rollouts, and where batches hold the teacher's signal; several, the original
-            one first, for dense guidance.
-        seed: addresses the draws of teachers that are left out.
+        teachers: no teacher for cross-entropy, for scores from rollouts, and if batches contain the teacher's signal; several teachers, the
+            original one first, for dense guidance.
+        seed: address of the draws that leave teachers out.
     """
     models = Models(student, teachers, vocab)
     step = _step(method, models)
@@ -174,7 +174,7 @@ def _step(method: Method, models: Models) -> Step:
 
 
 def _divergence(objective: config.Divergence, batch: Batch) -> list[Term]:
-    """Take the function of `tadistill.objectives` with the objective's name; the objective's other fields are its keyword arguments."""
+    """Return the terms of the function in `tadistill.objectives` that has the objective's name; its other fields are keyword arguments."""
     settings = objective.model_dump(exclude={"type", "kd_ratio", "temperature"})
     return _towards_teacher(objective, batch, getattr(objectives, objective.type), settings)  # type: ignore[attr-defined]
 
@@ -241,7 +241,7 @@ def _minillm(objective: config.MiniLLM, batch: Batch) -> list[Term]:
     tokens, behaviour, advantage = batch.targets_BT[mask], batch.values["behaviour"][mask], batch.values["advantage"][mask]
     if objective.clip_weight:
         ratio = {"log_behaviour": behaviour}
-    else:  # the weight q_old / p~ is taken out of the ratio, and multiplies what the ratio multiplies
+    else:  # the weight q_old / p~ is separated from the ratio, and multiplies the same terms as the ratio
         old = batch.values["student"][mask]
         ratio = {"log_behaviour": old, "weight": (old - behaviour).exp()}
     policy = TokenTerm(

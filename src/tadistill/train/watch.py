@@ -1,7 +1,7 @@
 """Watching on-policy training: metrics of the text that the student samples, and alarms that say what to change.
 
-The loss does not show this: reverse KL falls even while text collapses into short or repeated strings (MiniLLM, ablation without length
-normalisation).
+The loss does not show these problems: reverse KL falls even while text collapses into short or repeated strings (MiniLLM, ablation without
+length normalisation).
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _GRAM = 4
 
 
 def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
-    """Return metrics of an update's sampled sequences; none if the batches are not rollouts.
+    """Return metrics of an update's sampled sequences; the result is empty if the batches are not rollouts.
 
     Over all sequences:
 
@@ -60,7 +60,7 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
 
 @torch.no_grad()
 def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Return per token the entropy, the mass on the teacher's top tokens, log q and log p; None where a teacher is needed and absent."""
+    """Return entropy, mass on the teacher's top tokens, log q and log p per token; None for a value that needs an absent teacher."""
     models, tokens = step.models, batch.targets_BT[batch.mask_BT]
     teachers = models.targets(batch) if batch.targets or models.teachers else ()
     mixture = mixture_of(batch)
@@ -96,7 +96,7 @@ def _repetition(batches: list[Batch]) -> float:
 
 
 class Alarms:
-    """Compares watched metrics with the first ones of a run. Each alarm is given once until its cause is gone."""
+    """Comparison of watched metrics with the first metrics of a run. Each alarm is given once, until its cause is gone."""
 
     def __init__(self, *, minillm: bool) -> None:
         self.first: dict[str, float] = {}
@@ -123,9 +123,9 @@ class Alarms:
         return new
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold."""
+        """Return the values that a checkpoint must store."""
         return {"first": self.first, "active": self.active, "given": self.given}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state`."""
+        """Continue from values that `state` returned."""
         self.first, self.active, self.given = dict(state["first"]), list(state["active"]), list(state["given"])
