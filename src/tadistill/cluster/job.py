@@ -1,11 +1,11 @@
-"""The jobs of a study: which stages share a job or an array, the record of the job that each stage was given, and the work inside a job.
+"""The jobs of a study: the stages that share a job or an array, the record of the job of each stage, and the work inside a job.
 
 Evaluations of one model share a job, seeds with equal requests share an array, and parents come before children. If a stage fails, Slurm
-cancels the jobs that depend on it (afterok); a second submission finds them missing and the rest finished.
+cancels the jobs that depend on it (afterok). A second submission then submits the failed stage and the cancelled stages again.
 
-`StageJob` is pickled by `cluster.submit` and runs in the job, in one process per task. A signal only sets a flag. All ranks agree on it
-between two updates and the state is saved. Then the first process hands over to submitit, whose handler queues the job again under the same
-id; if jobs may not do that, the next segment of a chain goes on.
+`cluster.submit` pickles a `StageJob`, which runs in the job, in one process per task. A signal only sets a flag. Between two updates all
+ranks exchange this flag and save the state. Then the first process calls the handler of submitit, which queues the job again with the same
+id. If the site does not allow this requeue, the next segment of a chain continues the work.
 """
 
 import contextlib
@@ -44,34 +44,34 @@ class Job:
     stages: tuple[Stage, ...]
     request: Request
     depth: int
-    """Length of the longest chain of jobs before it."""
+    """Number of jobs in the longest chain of dependencies before this job."""
 
     @property
     def keys(self) -> set[str]:
-        """Return the keys of its stages."""
+        """Return the keys of the job's stages."""
         return {stage.key for stage in self.stages}
 
     @property
     def parents(self) -> set[str]:
-        """Return the stages of other jobs that must be finished first."""
+        """Return the keys of the stages in other jobs that must be finished before this job starts."""
         return {parent for stage in self.stages for parent in stage.parents.values()} - self.keys
 
     @property
     def family(self) -> tuple:
-        """Return a value that is equal for jobs that differ only in their seed."""
+        """Return a tuple that is equal for two jobs if they differ only in their seed."""
         first = self.stages[0]
-        # depth keeps a job apart from one that depends on it
+        # `depth` makes the families of a job and of a job that depends on it different
         return self.depth, first.kind, first.model, tuple(sorted(first.arms)), len(self.stages), self.request
 
     @property
     def name(self) -> str:
-        """Return its name in Slurm; an array has the name of its first element."""
+        """Return the job's name in Slurm. An array has the name of its first job."""
         first = self.stages[0]
         return f"{first.kind}-{first.model}-{first.key[:8]}"
 
 
 def bundles(stages: Mapping[str, Stage], todo: Iterable[str]) -> list[tuple[int, tuple[Stage, ...]]]:
-    """Return depth and stages of each job for the stages `todo`, parents first.
+    """Group the stages `todo` into jobs and return the depth and stages of each job, parents first.
 
     All stages that measure one model share a job; every other stage has a job of its own.
     """
@@ -91,7 +91,7 @@ def bundles(stages: Mapping[str, Stage], todo: Iterable[str]) -> list[tuple[int,
 
 
 def _home(stages: Mapping[str, Stage], stage: Stage) -> str:
-    """Return what identifies the stage's job: the stage itself, or the model that it measures."""
+    """Return a text that identifies the stage's job. Stages that evaluate one model have the same text; other stages have their own."""
     if isinstance(stage.spec, AnalyseSpec):
         stage = stages[stage.spec.answers.stage]
     if isinstance(stage.spec, EvaluateSpec):
@@ -100,7 +100,7 @@ def _home(stages: Mapping[str, Stage], stage: Stage) -> str:
 
 
 def families(jobs: Seq[Job]) -> list[list[Job]]:
-    """Group jobs that differ only in their seed, parents first."""
+    """Group the jobs that differ only in their seed. Groups of parents come first."""
     found: dict[tuple, list[Job]] = {}
     for job in jobs:
         found.setdefault(job.family, []).append(job)
@@ -109,7 +109,7 @@ def families(jobs: Seq[Job]) -> list[list[Job]]:
 
 @dataclass(frozen=True)
 class Place:
-    """A stage's job in Slurm: its id, and its index if it is an element of an array."""
+    """The job of a stage in Slurm: the job's id, and its index if the job is an element of an array."""
 
     job: str
     index: int | None = None
@@ -122,7 +122,7 @@ def arrays(jobs: Seq[Job], places: Mapping[str, Place]) -> list[tuple[list[Job],
     """Group the jobs of one family into arrays, each with its dependency.
 
     Element i of an array waits only for element i of its parents' arrays (aftercorr), so that a seed that fails does not cancel others.
-    Jobs whose parents are not arranged like that share an array only if they wait for the same jobs.
+    If the parents are not in such arrays, jobs share an array only if they wait for the same jobs.
     """
     waits = [{places[parent] for parent in job.parents if parent in places} for job in jobs]
     if len(jobs) > 1 and (together := _corresponding(waits)) is not None:
@@ -134,7 +134,7 @@ def arrays(jobs: Seq[Job], places: Mapping[str, Place]) -> list[tuple[list[Job],
 
 
 def _corresponding(waits: Seq[set[Place]]) -> str | None:
-    """Return the dependency of a whole array, or None if its elements wait for different things."""
+    """Return the dependency that all elements of an array have in common, or None if their dependencies differ."""
 
     def parts(i: int) -> set[str]:
         return {f"aftercorr:{place.job}" if place.index == i else f"afterok:{place}" for place in waits[i]}
@@ -152,7 +152,7 @@ def _after(wait: set[Place]) -> str | None:
 
 @dataclass(frozen=True)
 class Record:
-    """The job that a stage was given, and the study that submitted it."""
+    """The job in which a stage runs, and the study that submitted this job."""
 
     job: str
     index: int | None
@@ -165,24 +165,24 @@ class Record:
         return Place(self.job, self.index)
 
     def write(self, store: Store, key: str) -> None:
-        """Write it into a stage's folder."""
+        """Write the record into the folder of a stage."""
         write_json(store.folder(key) / RECORD, asdict(self))
 
     def entries(self, queue: Mapping[str, Entry]) -> list[Entry]:
-        """Return the queue's entries of the job: the job, an element of an array, or what is left of a chain, the running segment first."""
+        """Return this job's entries in the queue: the job or array element, or the remaining segments of its chain (running first)."""
         here = str(self.place)
         segments = [e for i, e in queue.items() if i.startswith(f"{here}_")] if self.index is None else []
         found = [queue[here]] if here in queue else sorted(segments, key=lambda e: e.state != "RUNNING")
-        # Slurm gives ids again: a job of another name is another job, and the record is stale
+        # Slurm reuses ids: if the name differs, it is another job and the record is stale
         return [e for e in found if e.name == self.name]
 
     def live(self, queue: Mapping[str, Entry]) -> Entry | None:
-        """Return the queue's entry of the job if it runs or will run."""
+        """Return the entry of this job in the queue if the job runs or can still start, else None."""
         return next((e for e in self.entries(queue) if not e.hopeless), None)
 
 
 def read_record(store: Store, key: str) -> Record | None:
-    """Return the record of a stage. A damaged one counts as none: at worst one job too many starts and finds the stage finished."""
+    """Return the record of a stage, or None if it is missing or damaged. At worst a needless job starts and finds the stage finished."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         found = json.loads((store.folder(key) / RECORD).read_text(encoding="utf-8"))
         return Record(found["job"], found["index"], found["name"], found["study"])
@@ -195,7 +195,7 @@ def jobs_folder(study: Path) -> Path:
 
 
 def report_name(study: Path) -> str:
-    """Return Slurm's name of the job that writes a study's report; two studies of one name in two folders differ."""
+    """Return the Slurm name of the job that writes a study's report. The name depends on the study's folder, so it is unique."""
     return f"report-{study.name}-{key_of(str(study.resolve()))[:6]}"
 
 
@@ -204,11 +204,11 @@ def report_name(study: Path) -> str:
 
 @dataclass(frozen=True)
 class StageJob:
-    """The stages of one job."""
+    """The work of one job: its stages, which run one after the other."""
 
     tasks: tuple[Task, ...]
     chain: bool = False
-    """True if segments follow each other instead of a requeue."""
+    """True if the job is a segment of a chain, which replaces requeues."""
 
     def __call__(self) -> None:
         """Run the stages; an error fails the job, so that Slurm cancels the jobs that depend on it."""
@@ -218,10 +218,10 @@ class StageJob:
             self._run(task, stop)
         if "WORLD_SIZE" in os.environ:
             sys.stdout.flush()
-            os._exit(0)  # as in `runner.processes`: torch's own exit sometimes aborts when other ranks are gone
+            os._exit(0)  # as in `runner.processes`: torch's exit sometimes aborts when other ranks have exited
 
     def checkpoint(self) -> Any:
-        """Return the work that submitit queues again: the same, which resumes from the saved state."""
+        """Return the work for the requeue by submitit. It is this same job, which resumes from the saved state."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -244,21 +244,21 @@ class StageJob:
         except Exception as error:
             reason = str(error) if isinstance(error, TadistillError) else f"{type(error).__name__}: {error}"
             failure.parent.mkdir(parents=True, exist_ok=True)
-            if not failure.exists():  # the first failure of any rank counts
+            if not failure.exists():  # only the first failure of all ranks is recorded
                 failure.write_text(f"{reason}\n", encoding="utf-8")
             print(f"failed: {reason}", flush=True)
             raise
         say("finished")
 
     def _go_on_later(self, stop: StopFlag) -> NoReturn:
-        """Queue the job again, or leave the rest to the next segment; the state is saved."""
-        if stop.received == signal.SIGTERM:  # cancelled, or preempted by a site that requeues jobs itself
+        """Requeue the job, or exit so that the next segment continues. The state has already been saved."""
+        if stop.received == signal.SIGTERM:  # the job was cancelled, or was preempted by a site that requeues it
             sys.exit(128 + signal.SIGTERM)
         if not self.chain:
             if not _first():
-                time.sleep(3600)  # the requeue ends this process; exiting now could end the first one before it has requested that
+                time.sleep(3600)  # the requeue ends this process; an exit now could end the first process before its request
             try:
-                stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)  # ends this process
+                stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)  # requeues the job and ends this process
             except subprocess.SubprocessError as error:
                 raise StageFailed(
                     f"Slurm did not requeue the job ({error}); its state is saved, so submit the study again, and where the site "
@@ -272,7 +272,7 @@ class StageJob:
 
 @dataclass(frozen=True)
 class ReportJob:
-    """The report of a study, written when all its jobs have ended."""
+    """The work of the job that writes a study's report after all other jobs have ended."""
 
     study: str
     store: str
@@ -285,13 +285,13 @@ class ReportJob:
 
 
 def say(text: str) -> None:
-    """Print a line of the job's log; only the first process does."""
+    """Print a line to the job's log. Only the first process prints."""
     if _first():
         print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 class _Log:
-    """Progress as lines of the log, at most one every 30 seconds."""
+    """Progress callback that prints at most one line every 30 seconds to the log."""
 
     def __init__(self) -> None:
         self.last = float("-inf")
@@ -307,7 +307,7 @@ def _first() -> bool:
 
 
 def _name_ranks() -> None:
-    """Set torch's variables for the ranks from Slurm's, if the job has several tasks."""
+    """Set torch's rank variables from Slurm's variables, if the job has several tasks."""
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
         os.environ.update({name: os.environ[of] for name, of in names.items()})

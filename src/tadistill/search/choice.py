@@ -16,7 +16,7 @@ from tadistill.search.strategies import ModelPath, Round, path_name
 from tadistill.statistics import expected_best_of, undominated
 
 _SEEDS = 3
-"""Fewest training seeds of a confirmation."""
+"""Minimum number of training seeds in confirm.yaml."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Tried:
 
     path: ModelPath
     flops: float | None
-    """Training FLOPs behind its student, for one seed."""
+    """Training FLOPs of all stages that its student depends on, for one seed."""
     values: tuple[float, ...]
     """The student's dev value for every seed, in the metric's own unit."""
 
@@ -43,17 +43,17 @@ class Choice:
     strategy: str
     metric: str
     sign: int
-    """1 where a higher value is better, else -1."""
+    """1 if a higher value of the metric is better, else -1."""
     tried: tuple[Tried, ...]
-    """Best first; the first one is chosen."""
+    """All paths that were trained in full, best first. The first path is the chosen one."""
     rounds: tuple[tuple[Round, dict[ModelPath, float]], ...]
-    """Each round with the mean dev value of every path's last model."""
+    """Each round, with the mean dev value of the last model of every path."""
     direct: float | None
-    """FLOPs of the direct path, for one seed."""
+    """Training FLOPs of the direct path, for one seed."""
     trained: float | None
-    """FLOPs of every stage that the search needed, over all seeds, including the models' own fine-tuning."""
+    """Training FLOPs of all stages that the search needed, over all seeds, including the fine-tuning of the models."""
     discarded: float | None
-    """The part of them that the chosen path does not depend on."""
+    """The part of `trained` that was spent on stages that the chosen path does not depend on."""
     distillations: int
     """Number of distillations that the search needed, over all seeds."""
 
@@ -64,21 +64,21 @@ class Choice:
 
     @property
     def compared(self) -> int:
-        """Number of paths to the student that were compared, including those that `halving` dropped."""
+        """Number of paths to the student that were compared, including the paths that `halving` dropped."""
         return len({path for asked, _ in self.rounds for path in asked.paths if path[-1] == self.path[-1]})
 
     def cost(self, tried: Tried) -> float | None:
-        """Return a path's FLOPs as a multiple of the direct path's."""
+        """Return the FLOPs of a path divided by the FLOPs of the direct path."""
         return None if tried.flops is None or self.direct is None else tried.flops / self.direct
 
     def front(self) -> list[Tried]:
-        """Return the tried paths that no other one matches or beats in both cost and quality."""
+        """Return the Pareto front: the tried paths that no other tried path matches or beats in both cost and quality."""
         return undominated(self.tried, lambda t: (t.flops or 0.0, -self.sign * t.mean))
 
     def inflation(self) -> float | None:
-        """Return how far chance alone lifts the best of the compared paths, in the metric's unit: E[max of k] standard errors of a mean.
+        """Return how much chance alone raises the best of k compared paths, in the metric's unit: E[max of k] standard errors of a mean.
 
-        This is an upper bound, because paths that share stages resemble each other. None with one seed, which shows no spread.
+        This is an upper bound, because paths that share stages have correlated values. Returns None if there is only one seed.
         """
         seeds = len(self.tried[0].values)
         if seeds < 2:
@@ -88,11 +88,11 @@ class Choice:
 
 
 def write_choice(choice: Choice, recipe: Recipe, directory: Path) -> Path | None:
-    """Write search.json, and confirm.yaml unless the direct path won; return the path of confirm.yaml, or None."""
+    """Write search.json, and also confirm.yaml unless the direct path won. Return the file path of confirm.yaml, or None."""
     write_json(directory / "search.json", _record(choice))
     confirm = directory / "confirm.yaml"
     if len(choice.path) == 2:
-        confirm.unlink(missing_ok=True)  # an earlier search may have left one
+        confirm.unlink(missing_ok=True)  # an earlier search may have left a confirm.yaml
         return None
     write_text(confirm, _confirmation(choice, recipe))
     return confirm
@@ -114,7 +114,7 @@ def choice_table(choice: Choice) -> Table:
 
 
 def choice_notes(choice: Choice, confirm: Path | None, runs: Path) -> list[str]:
-    """Say what the search cost, how far its best value can be trusted, and what to run next."""
+    """Write sentences about the cost of the search, the reliability of its best value, and the next command to run."""
     seeds = len(choice.tried[0].values)
     count = f"{choice.distillations} distillations"
     over = f"{seeds} seed{'s' * (seeds > 1)}"
@@ -157,7 +157,7 @@ def _record(choice: Choice) -> dict[str, Any]:
 
 
 def _confirmation(choice: Choice, recipe: Recipe) -> str:
-    """Write the recipe with direct, the chosen path and its equal-compute twin, on seeds that took no part in the choice."""
+    """Write a recipe with the direct path, the chosen path and an equal-compute baseline, on seeds that the search did not use."""
     content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     content.pop("search", None)
     first = max(recipe.seeds) + 1
@@ -182,7 +182,7 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
 
 
 def with_parents(recipe: Recipe, names: Iterable[str]) -> set[str]:
-    """Return these models and the models that their weights come from."""
+    """Return these models, and all models from which their weights are made."""
     found: set[str] = set()
     for name in names:
         at: str | None = name

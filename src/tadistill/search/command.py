@@ -1,9 +1,9 @@
 """`tadistill search`: look for the best path of a recipe's lattice by training, round by round, with one store.
 
-Each round of a strategy (`tadistill.search.strategies`) is a plan whose arms are the round's paths; only its training stages run. Paths
-share their common prefixes between rounds, strategies and studies. A path's quality is the mean over training seeds of its last stage's
-dev value at the selected checkpoint; test sets are not read. The recipe and the store determine everything, so the same command resumes
-an interrupted search and trains nothing once it is done.
+Each round of a strategy (`tadistill.search.strategies`) is a plan whose arms are the paths of the round; only its training stages run.
+Common prefixes of paths are trained once for all rounds, strategies and studies. The quality of a path is the dev value of its last stage
+at the selected checkpoint, averaged over training seeds. Test sets are not read. The recipe and the store determine the result, so the
+same command resumes an interrupted search, and trains nothing after the search has finished.
 """
 
 import math
@@ -37,7 +37,7 @@ def find_path(recipe: Recipe, *, runs: Path, console: Console) -> Choice:
     """Search a recipe's lattice, print the tried paths, and write RUNS/STUDY/search.json and confirm.yaml.
 
     Raises:
-        TadistillError: the recipe is wrong (before anything is trained), or a stage failed.
+        TadistillError: the recipe is wrong (raised before any training), or a stage failed.
     """
     if recipe.search is None:
         raise ConfigError(
@@ -75,11 +75,11 @@ def find_path(recipe: Recipe, *, runs: Path, console: Console) -> Choice:
     return choice
 
 
-# --- what is known before any work --------------------------------------------------------------------------------------
+# --- checks before any training -----------------------------------------------------------------------------------------
 
 
 def check_lattice(recipe: Recipe, search: Search) -> None:
-    """Raise a ConfigError where the lattice has too many paths, or a model whose temperature depends on an arm."""
+    """Raise a ConfigError if the lattice has too many paths, or has a model whose temperature depends on an arm."""
     for name in sorted(with_parents(recipe, _models(search))):
         temper = recipe.models[name].temper
         if temper and temper.like is not None:
@@ -95,10 +95,10 @@ def check_lattice(recipe: Recipe, search: Search) -> None:
 
 
 def _check_metric(recipe: Recipe, search: Search) -> str:
-    """Return the dev metric that paths are compared by.
+    """Return the dev metric by which paths are compared.
 
     Raises:
-        ConfigError: the metric does not compare models of different teachers, or models are selected by different metrics.
+        ConfigError: the metric cannot compare students of different teachers, or models are selected by different metrics.
     """
     student = _method(recipe, search.student).select.metric
     compared = (*search.assistants, search.student) if search.strategy in ("best_prefix", "beam") else (search.student,)
@@ -118,7 +118,7 @@ def _check_metric(recipe: Recipe, search: Search) -> str:
 
 
 def check_order(recipe: Recipe, search: Search) -> None:
-    """Raise a ConfigError where a model is bigger than the one before it. Models of equal size may follow each other."""
+    """Raise a ConfigError if a model is bigger than the model before it in the lattice. Neighbours may have equal sizes."""
     ledger = Ledger(recipe)
     for above, below in pairwise(_models(search)):
         big, small = ledger.size(above), ledger.size(below)
@@ -130,7 +130,7 @@ def check_order(recipe: Recipe, search: Search) -> None:
 
 
 def path_arms(paths: Sequence[ModelPath]) -> dict[str, Arm]:
-    """Return one arm for each path, named by `path_name`. Raises ConfigError if hyphens in models' names give two paths one name."""
+    """Return one arm for each path, named by `path_name`. Raises ConfigError if two paths get the same name (by hyphens in model names)."""
     arms: dict[str, Arm] = {}
     for path in paths:
         if (name := path_name(path)) in arms:
@@ -140,14 +140,14 @@ def path_arms(paths: Sequence[ModelPath]) -> dict[str, Arm]:
 
 
 def path_flops(recipe: Recipe, search: Search) -> dict[ModelPath, float | None]:
-    """Return the training FLOPs behind the student of every path, for one seed; None where the size of a model is unknown."""
+    """Return each path's training FLOPs (all stages that its student needs), for one seed; None if the size of a model is unknown."""
     paths = _lattice(search).paths
     plan = make_plan(_round_recipe(recipe, paths).model_copy(update={"seeds": recipe.seeds[:1]}))
     return {path: arm.flops for path, arm in zip(paths, plan.arms, strict=True)}
 
 
 def affordable(search: Search, flops: Mapping[ModelPath, float | None]) -> Lattice:
-    """Return the lattice of the paths within the budget. Raises ConfigError if no path is within the budget, or costs are unknown."""
+    """Return the lattice of the paths within the budget. Raises ConfigError if no path is within the budget, or if costs are unknown."""
     direct = flops[search.teacher, search.student]
     costs = {path: cost / direct for path, cost in flops.items() if cost is not None and direct}
     if search.budget is None:
@@ -207,24 +207,24 @@ def _strategy(search: Search, lattice: Lattice) -> Strategy:
 
 
 class _Training:
-    """The training of a search: runs what each round asks for and collects every stage that was needed."""
+    """The training part of a search: it trains the paths of each round and collects all stages that the search needed."""
 
     def __init__(self, recipe: Recipe, lattice: Lattice, store: Store, console: Console):
         self.recipe, self.lattice, self.store, self.console = recipe, lattice, store, console
         self.stages: dict[str, Stage] = {}
         self.rounds: list[tuple[Round, dict[ModelPath, float]]] = []
         self.finals: dict[ModelPath, list[str]] = {}
-        """The last stage of every seed, for paths that were trained in full."""
+        """Keys of the last stage of a path, one for each seed. Only paths that were trained in full are included."""
 
     @cached_property
     def jobs(self) -> int:
-        """Number of stages that run at the same time. Before the first stage runs, everything that may be trained is checked."""
-        from tadistill.runner.preflight import check  # imports transformers, which a search that finds all in the store does not need
+        """Number of stages that run at the same time. The first access checks all paths of the lattice, before any stage runs."""
+        from tadistill.runner.preflight import check  # imports transformers; not needed if all stages are in the store
 
         return check(_round_recipe(self.recipe, self.lattice.paths))
 
     def measure(self, asked: Round, sign: int) -> dict[ModelPath, float]:
-        """Train a round and return the quality of every path, higher is better."""
+        """Train a round and return the quality of every path. A higher quality is better."""
         plan = make_plan(_round_recipe(self.recipe, asked.paths, asked.share))
         stages = {key: stage for key, stage in plan.stages.items() if not stage.measures}
         missing = sum(not self.store.finished(key) for key in stages)
@@ -243,11 +243,11 @@ class _Training:
         return {path: sign * mean for path, mean in means.items()}
 
     def values(self, path: ModelPath) -> tuple[float, ...]:
-        """Return the dev value of every seed."""
+        """Return the dev value of a path for every seed."""
         return tuple(self._values(self.finals[path]))
 
     def used(self, path: ModelPath) -> set[str]:
-        """Return the keys of the stages that a path's models depend on."""
+        """Return the keys of all stages that the models of a path depend on."""
         return with_ancestors(self.stages, self.finals[path])
 
     def _values(self, keys: Sequence[str]) -> list[float]:
@@ -255,7 +255,7 @@ class _Training:
 
 
 def _round_recipe(recipe: Recipe, paths: Sequence[ModelPath], share: float = 1.0) -> Recipe:
-    """Make these paths the recipe's arms; with a share below 1 every distillation gets that share of its updates."""
+    """Return the recipe with these paths as its arms. If `share` is below 1, each distillation gets only this share of its updates."""
     found = recipe.model_copy(update={"arms": path_arms(paths), "teacher": paths[0][0], "search": None})
     if share == 1:
         return found
@@ -265,7 +265,7 @@ def _round_recipe(recipe: Recipe, paths: Sequence[ModelPath], share: float = 1.0
 
 
 def _shortened(recipe: Recipe, name: str, share: float) -> MethodPatch:
-    """Change a model's method to fewer updates, with as many dev evaluations as in the whole run."""
+    """Return a model's method with fewer updates, but with the same number of dev evaluations as a full run."""
     patch, method = recipe.models[name].distill, _method(recipe, name)
     whole = method.optim.steps
     if whole is None:

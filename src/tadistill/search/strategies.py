@@ -1,13 +1,13 @@
-"""The paths from a teacher to a student through assistants, strategies that find one by training few of them, and rules of thumb.
+"""Paths from a teacher to a student through assistants, strategies that find a good path with few trainings, and rules of thumb.
 
-Models are ordered from big to small: teacher, assistants, student. An edge trains the smaller model with the bigger one as its teacher.
-A path holds the names of its models, teacher first. A prefix of a path ends with an assistant and has the same form.
+Models are ordered from big to small: teacher, assistants, student. An edge trains the smaller model; the bigger model is its teacher.
+A path is a tuple of the names of its models, teacher first. A prefix of a path is such a tuple that ends with an assistant.
 
     chosen = drive(best_prefix(lattice), measure)      # measure(Round) -> {path: quality, higher is better}
 
-A strategy is a generator: it yields a `Round` of paths, which can be trained side by side, receives the quality of each path's last model,
-and returns the path that it chooses. Tables (tests), simulations (`benchmarks/search.py`) and real training (`tadistill search`) all drive
-the same code. In a tie the path with fewer models wins, then the one with bigger assistants (the order of `Lattice.paths`).
+A strategy is a generator. It yields a `Round` of paths, which can be trained in parallel; it receives the quality of the last model of each
+path; and it returns the chosen path. Tables (tests), simulations (`benchmarks/search.py`) and real training (`tadistill search`) all use
+this code. In a tie the path with fewer models wins, and then the path with bigger assistants (the order of `Lattice.paths`).
 """
 
 import math
@@ -23,27 +23,27 @@ class Lattice:
     """Models from big to small, and the paths among them that may be tried."""
 
     nodes: ModelPath
-    """Teacher, assistants, student."""
+    """The models from big to small: teacher, assistants, student."""
     paths: tuple[ModelPath, ...]
     """Paths from teacher to student: fewest assistants first, bigger assistants before smaller ones. This order breaks ties."""
 
     def prefixes(self) -> tuple[ModelPath, ...]:
-        """Return every prefix, of two models or more, of a path that may be tried (`trainings` of all paths)."""
+        """Return every path and every prefix of a path with at least two models (this is `trainings` of all paths)."""
         return trainings(self.paths)
 
 
 @dataclass(frozen=True)
 class Concordance:
-    """Counts of pairs of equal edges with different histories: does the better checkpoint of the teacher make the better learner?"""
+    """Counts of path pairs with the same last edge. A pair is concordant if the better checkpoint of the teacher made a better learner."""
 
     concordant: int
     discordant: int
     tied: int
-    """Pairs with equal teachers or equal learners, which decide nothing."""
+    """Number of pairs in which the two teachers or the two learners have equal quality. `share` ignores these pairs."""
 
     @property
     def share(self) -> float | None:
-        """Share of concordant pairs among the decided ones; 1/2 where a teacher's quality has no effect, None without decided pairs."""
+        """Share of concordant pairs among pairs without ties; 1/2 if the teacher's quality has no effect, None if all pairs are tied."""
         decided = self.concordant + self.discordant
         return self.concordant / decided if decided else None
 
@@ -62,7 +62,7 @@ def make_lattice(
     cost: Callable[[ModelPath], float] | None = None,
     budget: float = math.inf,
 ) -> Lattice:
-    """List all 2^n paths through n assistants (from big to small), or those with few enough assistants that cost at most `budget`.
+    """List all 2^n paths through n assistants (from big to small), or only the paths within `max_assistants` and `budget`.
 
     Raises:
         ValueError: a model is named twice.
@@ -82,10 +82,10 @@ def count_paths(assistants: int, max_assistants: int | None = None) -> int:
 
 
 def trainings(paths: Iterable[ModelPath]) -> tuple[ModelPath, ...]:
-    """Return each distinct prefix of two models or more: the trainings that these paths need when equal prefixes are trained once.
+    """Return each distinct prefix with at least two models: the trainings that these paths need if equal prefixes are trained once.
 
-    With n assistants: 2^(n+1) - 1 for all paths, 2n + 1 for direct and the single assistants, (n+1)(n+2)/2 for the best prefixes.
-    Shorter prefixes come first, so a prefix comes after the one that it continues.
+    With n assistants, the number is 2^(n+1) - 1 for all paths, 2n + 1 for `single`, and (n+1)(n+2)/2 for `best_prefix`.
+    Shorter prefixes come first, so each prefix comes after the shorter prefix that it extends.
     """
     found = dict.fromkeys(path[:end] for path in paths for end in range(2, len(path) + 1))
     return tuple(sorted(found, key=len))
@@ -95,7 +95,7 @@ def concordance(quality: Mapping[ModelPath, float]) -> Concordance:
     """Test the Bellman condition, which `best_prefix` relies on, over all pairs of paths that end with the same edge.
 
     Args:
-        quality: quality of every prefix and path, higher is better. A pair counts where both teachers have a quality.
+        quality: quality of every prefix and path, higher is better. A pair is used only if the qualities of both teachers are given.
     """
     found = {1: 0, -1: 0, 0: 0}
     for a, b in combinations(quality, 2):
@@ -110,11 +110,11 @@ def _sign(x: float) -> int:
 
 @dataclass(frozen=True)
 class Round:
-    """Paths to train and measure; they may end with an assistant."""
+    """Paths or prefixes to train and measure. A prefix ends with an assistant."""
 
     paths: tuple[ModelPath, ...]
     share: float = 1.0
-    """Share of every stage's updates; below 1 in the short runs of `halving`."""
+    """Share of its updates that each stage runs. It is below 1 in the short runs of `halving`."""
 
 
 Quality = Mapping[ModelPath, float]
@@ -123,22 +123,22 @@ Strategy = Generator[Round, Quality, ModelPath]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The path that a search chose, what it measured, and the rounds that it asked for."""
+    """The path that a search chose, the qualities that it measured, and the rounds that it trained."""
 
     path: ModelPath
     quality: dict[ModelPath, float]
-    """Qualities measured in whole runs (share 1), including those of prefixes."""
+    """Qualities of paths and prefixes, measured in full runs (share 1)."""
     rounds: tuple[Round, ...]
 
     @property
     def trainings(self) -> int:
-        """Number of stages trained. Equal prefixes count once; a short run counts as one more stage."""
+        """Number of trained stages. Equal prefixes are counted once; each short run is counted as one more stage."""
         shares = {r.share for r in self.rounds}
         return sum(len(trainings(p for r in self.rounds if r.share == share for p in r.paths)) for share in shares)
 
 
 def drive(strategy: Strategy, measure: Callable[[Round], Quality]) -> Outcome:
-    """Run a strategy to its end, answering each round with `measure`."""
+    """Run a strategy to its end. `measure` returns the qualities of each round."""
     rounds: list[Round] = []
     quality: dict[ModelPath, float] = {}
     try:
@@ -159,7 +159,7 @@ def exhaustive(lattice: Lattice) -> Strategy:
 
 
 def single(lattice: Lattice) -> Strategy:
-    """Train the direct path and every single assistant: 2n + 1 trainings. Raises ValueError if every path has two assistants or more."""
+    """Train the direct path and all paths with one assistant: 2n + 1 trainings. Raises ValueError if the lattice has no such path."""
     paths = tuple(path for path in lattice.paths if len(path) <= 3)
     if not paths:
         raise ValueError("no path with at most one assistant may be tried")
@@ -167,11 +167,11 @@ def single(lattice: Lattice) -> Strategy:
 
 
 def best_prefix(lattice: Lattice) -> Strategy:
-    """Keep the best checkpoint of each model and let only this one teach: (n+1)(n+2)/2 trainings.
+    """Keep the best checkpoint of each model, and use only this checkpoint as a teacher: (n+1)(n+2)/2 trainings.
 
     This is a heuristic. It finds the best path if a better checkpoint of a teacher makes a better learner on every edge (the Bellman
-    condition, which `lattice.concordance` counts). Where that fails, a path through a worse checkpoint may be better but is never tried.
-    With `max_assistants` or a budget, the best checkpoint of a model may end a path that is too long or too expensive to continue.
+    condition, which `concordance` tests). If the condition fails, a path through a worse checkpoint may be better but is never tried.
+    With `max_assistants` or a budget, the prefix of a model's best checkpoint may be too long or too expensive to be extended.
     """
     return (yield from beam(lattice, width=1))
 
@@ -179,7 +179,7 @@ def best_prefix(lattice: Lattice) -> Strategy:
 def beam(lattice: Lattice, *, width: int) -> Strategy:
     """Keep the `width` best checkpoints of each model: at most width (n+1)(n+2)/2 trainings.
 
-    In each round, from big to small, the kept checkpoints of one model teach every smaller model; so the direct path is in the first round.
+    Each round belongs to one model, from big to small: its kept checkpoints teach every smaller model. Round 1 includes the direct path.
 
     Raises:
         ValueError: `width` is below 1, or the lattice has no path.
@@ -204,13 +204,13 @@ def beam(lattice: Lattice, *, width: int) -> Strategy:
 
 
 def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
-    """Run successive halving (Jamieson & Talwalkar 2016): short runs of every path, of which the better half goes on to a longer rung.
+    """Run successive halving (Jamieson & Talwalkar 2016): short runs of all paths; the better half goes on to a longer rung.
 
     At least two rungs are needed because rankings can reverse early in training. A longer run does not continue the shorter one, because
-    its learning-rate schedule has another length. The search ends early, with a whole run, once one path is left.
+    its learning-rate schedule has another length. The search ends early, with a full run, when only one path is left.
 
     Args:
-        rungs: rising shares of every stage's updates, ending with 1; ValueError otherwise.
+        rungs: shares of each stage's updates, in rising order, the last one 1. Other values raise ValueError.
     """
     if len(rungs) < 2 or rungs[-1] != 1 or rungs[0] <= 0 or any(a >= b for a, b in pairwise(rungs)):
         raise ValueError(f"rungs are {list(rungs)}; give at least two rising shares that end with 1")
@@ -228,13 +228,13 @@ def _best_of(lattice: Lattice, paths: tuple[ModelPath, ...]) -> Strategy:
 
 
 def _ranked(lattice: Lattice, paths: Sequence[ModelPath], quality: Quality) -> list[ModelPath]:
-    """Sort paths, best first."""
+    """Return the paths sorted by quality, best first; ties are broken in the order of `Lattice.paths`."""
     place = {node: i for i, node in enumerate(lattice.nodes)}
     return sorted(paths, key=lambda path: (-quality[path], len(path), [place[node] for node in path]))
 
 
-# --- rules of thumb: a path from sizes and scores alone, as baselines for a search ---------------------------------------------
-# `assistants` are candidates from big to small; `sizes` (parameters, or any measure of capacity) and `scores` (higher is better) go by name
+# --- rules of thumb, which choose a path from sizes and scores alone: baselines for a search -----------------------------------
+# `assistants`: candidates, from big to small. `sizes` (parameters or another capacity) and `scores` (higher is better): a value per model
 
 
 def size_law(
@@ -246,11 +246,11 @@ def size_law(
     ratio: float = 2.5,
     max_assistants: int | None = None,
 ) -> ModelPath:
-    """Go upward from the student: each next model is the one whose size is nearest to `ratio` times the last, until that is the teacher.
+    """Go upward from the student to the teacher: each next model is the one whose size is nearest to `ratio` times the current size.
 
     Zhang et al. 2025 (arXiv 2311.07052) fit the best teacher's parameters as 2.498 S - 11.5 million to students of 70 million to 2.8
-    billion parameters that were pruned from the teacher; this ratio also works for smaller models. With `max_assistants` the assistants
-    nearest to the student stay.
+    billion parameters that were pruned from the teacher; this ratio also works for smaller models. With `max_assistants`, only the
+    assistants nearest to the student are kept.
     """
     path, above = [student], [teacher, *assistants]
     while path[0] != teacher:
@@ -262,20 +262,20 @@ def size_law(
 
 
 def performance_mean(teacher: str, assistants: Sequence[str], student: str, scores: Mapping[str, float]) -> ModelPath:
-    """Choose the assistant whose score without distillation is nearest to the mean of teacher and student (Mirzadeh et al. 2020, TAKD)."""
+    """Choose the assistant whose undistilled score is nearest to the mean score of teacher and student (Mirzadeh et al. 2020, TAKD)."""
     wanted = (scores[teacher] + scores[student]) / 2
     return (teacher, min(assistants, key=lambda name: abs(scores[name] - wanted)), student)
 
 
 def geometric_mean(teacher: str, assistants: Sequence[str], student: str, sizes: Mapping[str, float]) -> ModelPath:
-    """Choose the assistant whose size is nearest, as a ratio, to sqrt(N_T N_S), so that both hops shrink by the same factor."""
+    """Choose the assistant whose size is nearest (by ratio) to sqrt(N_T N_S), so that both steps reduce the size by the same factor."""
     wanted = (math.log(sizes[teacher]) + math.log(sizes[student])) / 2
     return (teacher, min(assistants, key=lambda name: abs(math.log(sizes[name]) - wanted)), student)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The assistant that a trade-off chooses for every lambda from `low` to `high`."""
+    """The assistant that `lambda_tradeoff` chooses for every lambda from `low` to `high`."""
 
     assistant: str
     low: float
@@ -285,12 +285,12 @@ class Chosen:
 def lambda_tradeoff(teacher: str, assistants: Sequence[str], scores: Mapping[str, float], sizes: Mapping[str, float]) -> tuple[Chosen, ...]:
     """Maximise MiniDisc's trade-off m(A) + lambda (1 - N_A / N_T) for every lambda >= 0 (Zhang et al. 2022, arXiv 2205.14570).
 
-    The choice depends on lambda and on the scale of the scores (0 to 1 is meant), so there is no default: the whole sweep is returned, by
-    rising lambda, with the values where the choice changes. At such a value both assistants are equally good.
+    The choice depends on lambda and on the scale of the scores (expected: 0 to 1), so there is no default lambda. The function returns the
+    whole sweep, in rising order of lambda, with the values where the choice changes. At such a value both assistants are equally good.
     """
     left = {name: (scores[name], 1 - sizes[name] / sizes[teacher]) for name in assistants}
     at, found = 0.0, []
-    now = max(left, key=lambda name: left[name])  # at lambda 0 the best score; of equal ones the smallest model
+    now = max(left, key=lambda name: left[name])  # at lambda 0 the best score wins; ties go to the smallest model
     while True:
         score, slope = left[now]
         crossings = {name: (score - s) / (k - slope) for name, (s, k) in left.items() if k > slope}
