@@ -1,4 +1,4 @@
-"""The table of metrics: everything that evaluation, selection and reports know about a metric, one row each.
+"""The table of metrics: one row for each metric, with everything that evaluation, selection and reports know about it.
 
 A new metric is a row here and the function in `tadistill.evaluation` that computes it.
 
@@ -29,19 +29,19 @@ class Metric:
     decimals: int = 3
     better: Literal["higher", "lower"] | None = None
     stage: Literal["evaluate", "analyse"] = "evaluate"
-    """The kind of stage that measures it."""
+    """The kind of stage that measures the metric."""
     whole_set: bool = False
-    """True for one number per test set: there are no prompts to resample, so it has no interval."""
+    """True if the metric is one value per test set. Such a value has no prompts to resample, so it has no interval."""
     selects: bool = False
-    """True where training can measure it on dev and select checkpoints by it."""
+    """True if training can measure the metric on dev and select checkpoints by it."""
     not_comparable: str = ""
-    """Why its dev values cannot compare two paths; empty where they can."""
+    """The reason why the metric's dev values cannot compare two paths; empty if they can."""
     logs: tuple[Log, ...] = ()
-    """The training logs with a panel of learning curves: `dev/NAME`, `train/NAME`, `rollout/NAME`."""
+    """The training logs of the metric that get a panel of learning curves: `dev/NAME`, `train/NAME`, `rollout/NAME`."""
     hub: str = ""
     """The metric's name on the Hugging Face Hub."""
     on_card: bool = False
-    """True for the secondary numbers of a model card."""
+    """True if the metric is one of the secondary values on a model card."""
 
 
 _ROWS = (
@@ -71,18 +71,18 @@ _ROWS = (
     Metric("exact_match", "exact match", "text", PERCENT, 1, "higher", hub="exact_match", on_card=True),
 )
 METRICS = {row.name: row for row in _ROWS}
-"""Metric by name, in the order of tables."""
+"""The metrics by name, in the order of the tables."""
 
 SELECTABLE = (LAST, *(row.name for row in _ROWS if row.selects))
 """The choices of `Select.metric`."""
 NOT_COMPARABLE = {LAST: "measures nothing on dev"} | {row.name: row.not_comparable for row in _ROWS if row.not_comparable}
-"""Choices of `Select.metric` whose dev values cannot compare two paths, and why."""
+"""Choices of `Select.metric` whose dev values cannot compare two paths, each with the reason."""
 LOGS = tuple(f"{log}/{row.name}" for log in ("dev", "train", "rollout") for row in _ROWS if log in row.logs)
 """Names in training logs that get a panel of learning curves, in the order of the panels."""
 
 
 def metric_of(name: str) -> Metric:
-    """Return the row of a metric, with or without a suffix.
+    """Return the row of a metric. The name may have a suffix.
 
     Raises:
         StoreError: this version has no such metric.
@@ -94,17 +94,17 @@ def metric_of(name: str) -> Metric:
 
 
 def names_in(group: Group) -> tuple[str, ...]:
-    """Return the names of a group's metrics, in the order of tables."""
+    """Return the names of a group's metrics, in the order of the tables."""
     return tuple(row.name for row in _ROWS if row.group == group)
 
 
 def higher_is_better(name: str) -> bool:
-    """Return True where a higher value is better. False where lower is better, and for a metric without a direction."""
+    """Return True if a higher value is better. Return False if a lower value is better or the metric has no direction."""
     return name != LAST and metric_of(name).better == "higher"
 
 
 def improves(name: str, difference: float) -> bool:
-    """Return True when a difference of this sign is an improvement; a metric without a direction counts as higher is better."""
+    """Return True if the difference is an improvement. For a metric without a direction, a higher value is treated as better."""
     return difference < 0 if metric_of(name).better == "lower" else difference > 0
 
 

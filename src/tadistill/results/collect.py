@@ -27,7 +27,7 @@ Numbers = dict[str, dict[str, float]]  # set -> metric of the whole set -> value
 
 @dataclass(frozen=True)
 class Row:
-    """One number of ``results.json``. Low and high bound the prompt bootstrap interval within this seed; None for a whole-set number."""
+    """One value of ``results.json``. `low` and `high` bound its prompt bootstrap interval within the seed; None for a whole-set metric."""
 
     arm: str
     model: str
@@ -53,7 +53,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Average:
-    """An arm's mean of a whole-set number (perplexity, distinct n-grams, calibration error), which has no prompts to resample."""
+    """An arm's mean of a whole-set metric (perplexity, distinct n-grams, calibration error), which has no prompts to resample."""
 
     mean: float
     per_seed: Mapping[int, float]
@@ -70,7 +70,7 @@ class Missing:
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """The scores of a study. Rows, summaries and averages are computed when they are first asked for."""
+    """The scores of a study. Rows, summaries and averages are computed at their first use."""
 
     study_dir: Path
     plan: StudyPlan
@@ -79,11 +79,11 @@ class Results:
     metrics: tuple[str, ...]
     missing: tuple[Missing, ...]
     scores: Mapping[str, Mapping[int, Scores]]
-    """Arm -> training seed -> scores, finished ones only."""
+    """Arm -> training seed -> scores of the finished evaluations."""
     numbers: Mapping[str, Mapping[int, Numbers]]
-    """Arm -> training seed -> numbers of whole sets."""
+    """Arm -> training seed -> values of the whole-set metrics."""
     reference_length: Mapping[str, NDArray[np.int64]]
-    """Set -> tokens of each prompt's first reference, (N,)."""
+    """Set -> number of tokens in each prompt's first reference, (N,)."""
     _kept: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -93,20 +93,20 @@ class Results:
 
     @cached_property
     def summaries(self) -> Mapping[tuple[str, str, str], Summary]:
-        """(arm, set, metric) -> summary."""
+        """The summaries: (arm, set, metric) -> summary."""
         return _summaries(self)
 
     @cached_property
     def averages(self) -> Mapping[tuple[str, str, str], Average]:
-        """(arm, set, metric of the whole set) -> average."""
+        """The averages: (arm, set, whole-set metric) -> average."""
         return _averages(self.sets, self.numbers)
 
     def arm(self, name: str) -> ArmRecord:
-        """Return the plan's arm of that name."""
+        """Return the arm of the plan with this name."""
         return next(arm for arm in self.plan.arms if arm.name == name)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return `make()`, computed at the first call with this key. It is kept as long as these results are."""
+        """Return `make()`, computed at the first call with this key and then cached in these results."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]  # type: ignore[return-value]
@@ -176,7 +176,7 @@ def seeds_of(results: Results) -> tuple[int, ...]:
 
 
 def sets_with(results: Results, metric: str) -> tuple[str, ...]:
-    """Return the test sets on which any arm has the metric: the sets that `MEAN` averages."""
+    """Return the test sets on which at least one arm has the metric. `MEAN` averages over these sets."""
     tables = [table for by_seed in results.scores.values() for table in by_seed.values()]
     return tuple(name for name in results.sets if any(metric in table.get(name, {}) for table in tables))
 
@@ -232,7 +232,7 @@ def _stage(arm: ArmRecord, seed: int, metric: str) -> str:
 
 def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
     wanted: dict[tuple[str, str, str], tuple[object, ...]] = {}
-    strata: dict[tuple[object, ...], list[NDArray[np.float64]]] = {}  # the same stages have the same summary; one set is its own mean
+    strata: dict[tuple[object, ...], list[NDArray[np.float64]]] = {}  # equal stages share a summary; `MEAN` of one set equals it
     seeds_of_address: dict[tuple[object, ...], tuple[int, ...]] = {}
     for metric in results.metrics:
         with_metric = sets_with(results, metric)
@@ -264,7 +264,7 @@ def _summary(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int], lo
 
 
 def _averages(sets: tuple[str, ...], numbers: Mapping[str, Mapping[int, Numbers]]) -> dict[tuple[str, str, str], Average]:
-    """Return means over training seeds, per set and over the sets that have the metric."""
+    """Return the means over training seeds, for each set and for the mean over the sets that have the metric."""
     averages: dict[tuple[str, str, str], Average] = {}
     tables = [of_seed for by_seed in numbers.values() for of_seed in by_seed.values()]
     for metric in dict.fromkeys(metric for of_seed in tables for table in of_seed.values() for metric in table):
@@ -279,19 +279,19 @@ def _averages(sets: tuple[str, ...], numbers: Mapping[str, Mapping[int, Numbers]
 
 
 def complete_seeds(results: Results, arm: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
-    """Return the arm's finished seeds that have the metric on all the sets, because a mean over fewer sets cannot be compared."""
+    """Return the arm's finished seeds that have the metric on all of `sets`, because a mean over fewer sets is not comparable."""
     by_seed = results.scores[arm]
     return tuple(seed for seed in sorted(by_seed) if all(metric in by_seed[seed].get(name, {}) for name in sets))
 
 
 def stack(results: Results, arm: str, seeds: Sequence[int], set_name: str, metric: str) -> NDArray[np.float64]:
-    """Return an arm's scores on one set, (S, N, 1). Decoding seeds are averaged, because arms may differ in their number."""
+    """Return an arm's scores on one set, (S, N, 1). The decoding seeds are averaged, because arms may have different numbers of them."""
     by_seed = results.scores[arm]
     return np.stack([by_seed[seed][set_name][metric].mean(axis=1, keepdims=True) for seed in seeds])
 
 
 def _check_prompts(loaded: Mapping[str, Scores]) -> None:
-    """Raise where a set has another number of prompts in another evaluation, because differences are paired by prompt."""
+    """Raise an error if two evaluations have different numbers of prompts in a set, because differences are paired by prompt."""
     first: dict[tuple[str, str], tuple[int, str]] = {}
     for key, tables in loaded.items():
         for set_name, table in tables.items():

@@ -3,7 +3,7 @@
 Differences are paired by training seed and prompt.
 
 Sharpening. Training with reverse KL makes a student's distribution sharper. A sharper student scores higher when its answers are sampled
-at temperature 1, without knowing more. Such a gain moves along the arm's curve of metric over entropy and does not lift the curve. It
+at temperature 1, without more knowledge. Such a gain moves along the arm's curve of metric over entropy and does not lift the curve. It
 vanishes when both arms decode greedily, and when each is decoded at the temperature that gives both the same entropy.
 """
 
@@ -23,13 +23,13 @@ from tadistill.statistics import Difference, macro_difference
 Bucket = tuple[int, int | None]
 
 BUCKETS: tuple[Bucket, ...] = ((0, 5), (6, 10), (11, None))
-"""Shortest and longest reference in tokens; None is unlimited."""
+"""The shortest and the longest reference of each bucket, in tokens; None means no limit."""
 
 # --- differences ------------------------------------------------------------------------------------------------------------
 
 
 def compare(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> tuple[Difference, tuple[int, ...]] | None:
-    """Return ``arm - other`` on a set or the mean over sets, and the common seeds; None without a common seed."""
+    """Return ``arm - other`` on a set or the mean over sets, and the common seeds; None if the arms have no common seed."""
     return results.once(("compare", arm, other, metric, set_name), lambda: _compare(results, arm, other, metric, set_name))
 
 
@@ -43,7 +43,7 @@ def _compare(results: Results, arm: str, other: str, metric: str, set_name: str)
 
 
 def common_seeds(results: Results, arm: str, other: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
-    """Return the training seeds for which both arms have the metric on all the sets; empty where no set has it."""
+    """Return the training seeds for which both arms have the metric on all of `sets`; empty if `sets` is empty."""
     mine, theirs = (complete_seeds(results, name, sets, metric) for name in (arm, other))
     return tuple(seed for seed in mine if seed in theirs) if sets else ()
 
@@ -73,7 +73,7 @@ def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
 
 
 def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the direct arm from the original teacher to the same student; for a chain or a twin preferably one of the same method."""
+    """Return the direct arm from the original teacher to the same student; for a chain or a twin, one with the same method is preferred."""
     teacher = (results.plan.teacher or arm.path[0]) if len(arm.path) > 1 else None
     method = arm.method if arm.has_assistant or arm.compute else None
     return arms.direct_arm(results.plan.arms, teacher, arm.model, method, any_method=True)
@@ -100,7 +100,7 @@ def bucket_size(results: Results, metric: str, bucket: Bucket) -> int:
 
 
 def bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> Summary | None:
-    """Return the arm's mean over the bucket's prompts, pooled from all sets; None without a finished seed or a prompt."""
+    """Return the arm's mean over the bucket's prompts, pooled from all sets; None if no seed is finished or the bucket is empty."""
     seeds = common_seeds(results, arm, arm, sets_with(results, metric), metric)
     values_SNK = _pooled(results, arm, seeds, metric, bucket)
     return None if values_SNK is None else summarise([values_SNK], seeds)
@@ -141,7 +141,7 @@ Curves = Literal["matched", "apart", "not measured"]
 
 @dataclass(frozen=True)
 class Point:
-    """One decoding of an arm: its mean entropy (nats/token), its mean of the metric, and the metric's name there."""
+    """One decoding of an arm: its mean entropy (nats/token), its mean of the metric, and the metric's name under this decoding."""
 
     entropy: float
     value: float
@@ -149,13 +149,13 @@ class Point:
 
     @property
     def decoding(self) -> str:
-        """The name of the decoding; `MAIN` for the main one."""
+        """The name of the decoding; `MAIN` for the main decoding."""
         return self.metric.partition("@")[2] or MAIN
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """Paired differences ``arm - other`` that distinguish knowledge from sharpening; None where not measured."""
+    """Paired differences ``arm - other`` that distinguish knowledge from sharpening; a difference is None if it was not measured."""
 
     forward_kl: Difference | None
     reverse_kl: Difference | None
@@ -183,7 +183,7 @@ def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
 
 
 def greedy_decoding(results: Results) -> str | None:
-    """Return the name of the study's first decoding that only sets temperature 0; None where there is none."""
+    """Return the name of the study's first decoding that only sets temperature 0; None if the study has no such decoding."""
     return next((name for name in temperatures(results) if results.plan.decodings[name]["temperature"] == 0), None)
 
 
@@ -194,7 +194,7 @@ def temperatures(results: Results) -> list[str]:
 
 
 def entropy_curve(results: Results, arm: str, metric: str, seeds: Sequence[int], decodings: Iterable[str]) -> list[Point]:
-    """Return the main decoding and the given others as points, by rising entropy; one without a measurement is left out.
+    """Return the main decoding and the given others as points in ascending order of entropy, without unmeasured decodings.
 
     Both coordinates are means over the seeds and the sets that have the metric.
     """
@@ -210,7 +210,7 @@ def entropy_curve(results: Results, arm: str, metric: str, seeds: Sequence[int],
 
 
 def _at_matched_entropy(results: Results, arm: str, other: str, metric: str) -> tuple[Curves, Difference | None, float | None]:
-    """Compare at the lower of the two main entropies: the sharper arm as it is, the other one interpolated to the same entropy."""
+    """Compare at the lower of the two main entropies: the sharper arm unchanged, the other arm interpolated to that entropy."""
     sets = sets_with(results, metric)
     seeds = common_seeds(results, arm, other, sets, metric)
     both = [entropy_curve(results, name, metric, seeds, temperatures(results)) for name in (arm, other)]
@@ -225,7 +225,7 @@ def _at_matched_entropy(results: Results, arm: str, other: str, metric: str) -> 
 
 
 def _weights(points: Sequence[Point], target: float) -> dict[str, float]:
-    """Return the weights of a linear interpolation between the two decodings around the entropy."""
+    """Return the weights of a linear interpolation between the two decodings whose entropies enclose `target`."""
     left, right = next(pair for pair in pairwise(points) if pair[0].entropy <= target <= pair[1].entropy)
     width = right.entropy - left.entropy
     share = (target - left.entropy) / width if width else 0.0

@@ -12,10 +12,10 @@ from tadistill.plan.specs import TRAINING
 from tadistill.results.collect import Results
 from tadistill.results.study import ArmRecord, load_corpus, load_exposure, load_metrics
 
-_POINTS = 120  # averaging into so many bins calms the training loss and keeps the page small
+_POINTS = 120  # number of bins for averaging: this smooths the training loss and keeps the page small
 
-FEW = 10  # answers: a mean over fewer is drawn dotted
-_LONGEST = 256  # positions drawn
+FEW = 10  # number of answers: a mean over fewer answers is drawn as a dotted line
+_LONGEST = 256  # number of positions that are drawn
 
 Array = NDArray[np.float64]
 Series = tuple[list[int], list[float]]  # steps, values
@@ -56,9 +56,9 @@ def learning_curves(results: Results) -> list[Curve]:
 
 
 def last_dev_value(results: Results, arm: ArmRecord, model: str, metric: str) -> float | None:
-    """Return the mean over seeds of a model's last dev value on the arm's path; None where no stage logged one."""
+    """Return the mean over seeds of a model's last dev value on the arm's path; None if no stage logged the metric."""
     last: dict[int, float] = {}
-    for stage in results.plan.stages:  # a model's distillation comes after its fine-tuning, and so wins
+    for stage in results.plan.stages:  # a model's distillation comes after its fine-tuning, so its value is kept
         trains_it = arm.name in stage.arms and stage.model == model and stage.kind in TRAINING
         if trains_it and results.store.finished(stage.key):
             points = load_metrics(results.store, stage.key).get(f"dev/{metric}")
@@ -72,7 +72,7 @@ def _without_seed(label: str) -> str:
 
 
 def _mean(by_seed: Mapping[int, dict[int, float]]) -> dict[int, float]:
-    """Average over the seeds at the steps that all of them have, because a mean over changing seeds would jump."""
+    """Average over the seeds at the steps that all seeds have, because a mean over a changing set of seeds would jump."""
     common = set.intersection(*(set(points) for points in by_seed.values()))
     return {step: float(np.mean([points[step] for points in by_seed.values()])) for step in sorted(common)}
 
@@ -92,9 +92,9 @@ def _thinned(points: Mapping[int, float]) -> Series:
 
 @dataclass(frozen=True)
 class ExposureBias:
-    """Exposure bias (ExAccErr) in per cent by position, from 1: the mean over seeds and each seed.
+    """Exposure bias (ExAccErr) in per cent by position (the first is 1): the mean over the seeds, and the curve of each seed.
 
-    From `solid` positions on, fewer than `FEW` answers of some seed reach the position.
+    Beyond the first `solid` positions, at least one seed has fewer than `FEW` answers that reach the position.
     """
 
     mean: Array
@@ -126,7 +126,7 @@ def exposures(results: Results) -> Mapping[str, ExposureBias]:
 def accumulated_error(student_L: Array, teacher_L: Array) -> Array:
     """Return ExAccErr(l) = 100 (R(l) - E(l)) / E(l), where R and E sum the KL up to l on the student's and the teacher's prefixes.
 
-    Source: MiniLLM, section 3.6; E(l) is the paper's l eps(l). Positions before the teacher's sum is positive are NaN.
+    Source: MiniLLM, section 3.6; E(l) is the paper's l eps(l). Positions at which the teacher's sum is not yet positive are NaN.
     """
     risk, expected = np.cumsum(student_L), np.cumsum(teacher_L)
     positive = expected > 0

@@ -14,8 +14,8 @@ from tadistill.results.study import load_predictions
 from tadistill.results.units import number
 from tadistill.results.verdict import comparisons
 
-_PROMPTS = 50  # of each set at most: enough to read and search
-_BYTES = 2_500_000  # of all answers together; fewer prompts are embedded when they are longer, and never fewer than `_FEWEST`
+_PROMPTS = 50  # maximum number of prompts per set: enough to read and search
+_BYTES = 2_500_000  # size limit of all answers together; long answers reduce the number of prompts, but not below `_FEWEST`
 _FEWEST = 5
 
 Samples = dict[str, list[dict[str, Any]]]
@@ -24,7 +24,7 @@ Samples = dict[str, list[dict[str, Any]]]
 def samples(results: Results) -> Samples:
     """Return the first prompts of each set, each with its references and every arm's answer.
 
-    The answers are those of an arm's first finished training seed and its first decoding seed, so that none is picked by its quality.
+    The answers are those of an arm's first finished training seed and its first decoding seed, so no answer is chosen by its quality.
     """
     by_set: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in results.sets}
     for arm in results.plan.arms:
@@ -43,7 +43,7 @@ def samples(results: Results) -> Samples:
 
 
 def shown_first(results: Results) -> list[str]:
-    """Return the arms whose answers are shown at first: all of up to four, else the first two that are compared."""
+    """Return the arms whose answers are shown at first: all arms if there are at most four, else the first two that are compared."""
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
     if len(names) <= 4:
         return names

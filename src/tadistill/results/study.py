@@ -33,11 +33,11 @@ class StageRecord:
     seed: int
     arms: tuple[str, ...]
     parents: tuple[str, ...]
-    """The keys of the stages it builds on."""
+    """The keys of the stages that this stage builds on."""
     checkpoints: int
-    """How many dev evaluations its selection chose among; 0 without selection."""
+    """Number of dev evaluations that the stage's selection chose from; 0 without selection."""
     flops: float | None
-    """Training FLOPs; None where the plan could not compute them."""
+    """Training FLOPs; None if the plan could not compute them."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class ArmRecord:
 
     name: str
     path: tuple[str, ...]
-    """The path that ends with its model."""
+    """The path that ends with the arm's model."""
     path_text: str
-    """The whole path as a recipe writes it: ``xl > l > s``."""
+    """The whole path in the notation of a recipe: ``xl > l > s``."""
     models: tuple[str, ...]
-    """All models of the path, of turns before it and of starts."""
+    """All models of the path, of the turns before the path, and of the starts."""
     method: str
     model: str
     compute: str | None
@@ -78,7 +78,7 @@ class ArmRecord:
         return (self.evaluate[seed], *analyse, *(keys[seed] for keys in self.also.values()))
 
     def first_seed(self, finished: Container[int]) -> int:
-        """Return the first finished training seed in the recipe's order; the recipe's first seed where none is finished."""
+        """Return the first finished training seed in the recipe's order; the recipe's first seed if no seed is finished."""
         seeds = list(self.final)
         return next((seed for seed in seeds if seed in finished), seeds[0])
 
@@ -118,13 +118,13 @@ class StudyPlan:
     margin: float
     """Differences of the primary metric within this margin, in points, count as equivalent."""
     decodings: Mapping[str, Mapping[str, Any]]
-    """The settings that each other decoding changes, by its name."""
+    """The settings that each additional decoding changes, by the name of the decoding."""
     parameters: Mapping[str, int]
     stages: tuple[StageRecord, ...]
     arms: tuple[ArmRecord, ...]
 
     def ancestors(self, key: str | None) -> list[StageRecord]:
-        """Return the stage and all stages that it builds on; none for a model that is loaded as it is."""
+        """Return the stage and all stages that it builds on; an empty list for a model that is loaded without training."""
         stages = {stage.key: stage for stage in self.stages}
         found: dict[str, StageRecord] = {}
         todo = [key] if key is not None else []
@@ -143,7 +143,7 @@ class StageManifest:
     seconds: float
     versions: Mapping[str, str]
     flops: float | None
-    """Metered FLOPs of a training stage without its dev evaluations; None where they were not metered."""
+    """Metered FLOPs of a training stage without its dev evaluations; None if the FLOPs were not metered."""
 
 
 def find_study(study: str, root: Path) -> Path:
@@ -183,7 +183,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
             arms=tuple(_arm(entry) for entry in content["arms"]),
         )
         for name in {name for arm in plan.arms for name in (*arm.path, arm.model)}:
-            plan.parameters[name]  # an arm over an undeclared model is damage too
+            plan.parameters[name]  # an arm with an undeclared model also means a damaged plan
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}): `tadistill run RECIPE` rewrites it") from error
     return plan
@@ -201,7 +201,7 @@ def _arm(entry: Mapping[str, Any]) -> ArmRecord:
         name=entry["name"],
         path=tuple(entry["path"]),
         models=tuple(entry.get("models", entry["path"])),
-        path_text=entry.get("text") or path_text(entry["path"]),  # a plan of an earlier version has the path alone
+        path_text=entry.get("text") or path_text(entry["path"]),  # a plan of an earlier version has only `path`
         method=entry["method"],
         model=entry["model"],
         compute=entry["compute"],
@@ -293,7 +293,7 @@ def load_predictions(store: Store, key: str) -> list[dict[str, Any]]:
 
 
 def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
-    """Read the training log of a stage: metric -> step -> value. After a resume the later line of a step wins."""
+    """Read the training log of a stage: metric -> step -> value. If a resumed run logged a step twice, the later line is used."""
     path = store.folder(key) / "metrics.jsonl"
     series: dict[str, dict[int, float]] = {}
     for line in read_jsonl(path):

@@ -42,7 +42,7 @@ def summary_text(summary: Summary, metric: str) -> str:
 
 def difference_text(difference: Difference, metric: str) -> str:
     """Return ``+0.83 [0.21, 1.44]`` with the unit."""
-    more = 1 if metric_of(metric).decimals < 3 else 0  # a difference needs a digit more than a value, except in nats
+    more = 1 if metric_of(metric).decimals < 3 else 0  # a difference needs one more digit than a value, except in nats
     sign = "+" if difference.mean > 0 else ""
     value = sign + number(difference.mean, metric, more=more)
     return f"{value} {interval(difference.low, difference.high, metric, more=more)} {metric_unit(metric)}".rstrip()
@@ -58,7 +58,7 @@ def parameters_text(count: int) -> str:
 
 
 def flops_text(flops: float | None) -> str:
-    """Return ``3.1e17``, or a dash where the plan could not compute FLOPs."""
+    """Return ``3.1e17``, or a dash if the plan could not compute the FLOPs."""
     if flops is None:
         return DASH
     if flops == 0:

@@ -1,4 +1,4 @@
-"""Decide each comparison of a study in one word: every chain against its equal-compute twin.
+"""Decide the verdict of each comparison of a study: every chain against its equal-compute twin.
 
 A difference of the primary metric (mean over sets, paired by training seed and prompt) is a `gain` or a `loss` when its 95 % interval
 excludes 0 and its p-value, adjusted by Holm over all comparisons of the study, is below 0.05. It is `equivalent` when two one-sided tests
@@ -33,8 +33,8 @@ Credit = Literal["credited", "sharpening", "farther from the teacher", "not meas
 class Selection:
     """The numbers of dev checkpoints that the two sides selected from, and the gain from selecting the best by chance.
 
-    ``sigma`` is the spread of the primary metric between the later half of the checkpoints on dev. It includes changes by
-    training, so ``inflation`` is an upper bound; both are None where dev did not log the metric.
+    ``sigma`` is the spread of the primary metric between the later half of the checkpoints on dev. `sigma` includes changes by
+    training, so ``inflation`` is an upper bound. Both are None if the dev log lacks the metric.
     """
 
     mine: int
@@ -55,27 +55,27 @@ class Comparison:
     n_prompts: int
     seeds: tuple[int, ...]
     trained: bool
-    """False when neither model was trained here: then only prompts vary, and seeds are no training seeds."""
+    """False if the study trained neither model. Then only the prompts vary, and the seeds are not training seeds."""
     difference: Difference
     per_seed: dict[int, float]
     p_holm: float
     family: int
     """Number of comparisons in Holm's adjustment."""
     sign_flip: SignFlip | None
-    """Only for trained arms with 2 to 5 common seeds."""
+    """The sign-flip test; only for trained arms with 2 to 5 common seeds."""
     margin: float
     equivalent: bool
     detectable: float
     """The true difference that this design detects with 80 % power."""
     word: Word
     selection: Selection | None
-    """Only where the arm selected from more checkpoints than the other."""
+    """The advantage by selection; only if the arm selected from more checkpoints than the other arm."""
     decoding_seeds: tuple[int, int]
     planned_seeds: tuple[tuple[int, ...], tuple[int, ...]]
     mechanism: Mechanism | None
-    """None for pairs of a study without chains."""
+    """The controls for sharpening; None for pairs of a study without chains."""
     credit: Credit | None
-    """Only for gains over an equal-compute twin."""
+    """The credit for the gain; only for gains over an equal-compute twin."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def pairs(results: Results) -> list[ComparedPair]:
 
 
 def competitors(results: Results) -> list[list[ArmRecord]]:
-    """Return the arms in groups that end in the same model, without the teacher's; one group where the study trains nothing."""
+    """Return groups of arms that end in the same model, without the teacher's arm; one group of all arms if nothing is trained."""
     if not any(arm.is_trained for arm in results.plan.arms):
         return [list(results.plan.arms)]
     groups: dict[str, list[ArmRecord]] = {}
@@ -123,7 +123,7 @@ def _comparisons(results: Results) -> tuple[Comparison, ...]:
         compared = compare(results, pair.arm.name, pair.other.name, metric) if pair.other else None
         if pair.other and compared:
             found.append((pair, pair.other, *compared))
-    # unfinished pairs count too, so that finishing them cannot reverse a verdict
+    # the family includes unfinished pairs, so that a verdict cannot be reversed when they finish
     family = max(len(found), sum(pair.other is not None for pair in pairs(results)))
     adjusted = holm([difference.p for _, _, difference, _ in found] + [1.0] * (family - len(found))) if found else []
     return tuple(_comparison(results, *entry, p_holm, family) for entry, p_holm in zip(found, adjusted, strict=False))
