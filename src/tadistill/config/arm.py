@@ -1,4 +1,4 @@
-"""The arms of a recipe (which model teaches which, and which starts from which), and the search for a path."""
+"""The arms of a recipe (which model teaches which model, and which model starts from which), and the search for a path."""
 
 from collections.abc import Iterable
 from typing import Any, Literal, Protocol, TypeVar
@@ -11,7 +11,7 @@ from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
 
 ModelPath = tuple[str, ...]
-"""Names of models, each of which teaches the next."""
+"""Names of models. Each model teaches the next one."""
 
 
 def path_text(path: Iterable[str]) -> str:
@@ -20,7 +20,7 @@ def path_text(path: Iterable[str]) -> str:
 
 
 class ComparableArm(Protocol):
-    """The properties of an arm that decide whether it is a direct arm; `path` ends with its model."""
+    """The properties of an arm that decide whether it is a direct arm. `path` ends with the model that the arm makes."""
 
     @property
     def path(self) -> tuple[str, ...]: ...
@@ -36,12 +36,12 @@ A = TypeVar("A", bound=ComparableArm)
 
 
 def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: object = None, *, any_method: bool = False) -> A | None:
-    """Return the first direct arm of a teacher and a student: plain, one hop, with its own number of steps (no `compute`).
+    """Return the first direct arm of a teacher and a student: it is plain, has one hop, and sets its own number of steps (no `compute`).
 
     Args:
-        teacher: the original teacher; None for any.
-        method: the method it must have. None for any.
-        any_method: take an arm of another method where none has this one.
+        teacher: the original teacher; None accepts any teacher.
+        method: the method that the arm must have; None accepts any method.
+        any_method: return an arm with another method if no arm has this method.
     """
     found = [a for a in arms if len(a.path) == 2 and a.is_plain and a.compute is None and a.path[1] == student]
     found = [a for a in found if teacher is None or a.path[0] == teacher]
@@ -50,7 +50,7 @@ def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: obj
 
 
 class Published(Strict):
-    """A result that somebody else reported for an arm, shown beside ours."""
+    """A result that somebody else reported for an arm. The report shows it beside our result."""
 
     source: str
     """The publication."""
@@ -59,22 +59,22 @@ class Published(Strict):
 
 
 class Arm(Strict):
-    """One path of models and one method. A path of a single model evaluates it, or trains it on with `objective`.
+    """One path of models and one method. A path of a single model evaluates that model or, with `objective`, continues its training.
 
-    `xl > l > s` is two distillations: xl teaches l, which then teaches s. `l > s then xl > s` continues the training of s with another
-    teacher (a curriculum). `init: {s: l}` initialises s from the l of this arm, pruned to the size of s. With `dense` all models before
-    a learner in its path teach it.
+    `xl > l > s` is two distillations: xl teaches l, and then l teaches s. `l > s then xl > s` continues the training of s with another
+    teacher (a curriculum). `init: {s: l}` initialises s from this arm's model l, pruned to the size of s. With `dense`, all models before
+    a learner in its path teach that learner.
     """
 
     path: tuple[ModelPath, ...] = Field(min_length=1)
-    """The paths, one after the other, as `A > B > C then D > C`. A name means the same model in all of them. A learner that is taught
-    more than once divides its updates equally."""
+    """The paths, one after the other, as `A > B > C then D > C`. A name means the same model in all paths. If a learner is taught
+    more than once, its updates are divided equally among these distillations."""
     init: dict[str, str] = {}
-    """Learner -> the model of this arm that it is initialised from, instead of its own weights. Its own `sft` follows as usual."""
+    """Learner -> the model of this arm whose weights initialise the learner, instead of its own weights. The learner's `sft` follows."""
     objective: Objective | None = None
-    """Overrides of `method.objective`; another `type` replaces it."""
+    """Overrides of `method.objective`; an objective of another `type` replaces it."""
     sampler: Sampler | None = None
-    """Overrides of `method.sampler`; another `type` replaces it."""
+    """Overrides of `method.sampler`; a sampler of another `type` replaces it."""
     optim: Optim | None = None
     """Overrides of `method.optim`."""
     select: Select | None = None
@@ -82,7 +82,7 @@ class Arm(Strict):
     dense: Dense | None = None
     """Overrides of `method.dense`."""
     compute: str | None = None
-    """`as ARM`: choose the number of updates so that the total training FLOPs equal that arm's (an equal-compute baseline)."""
+    """`as ARM`: choose the number of updates so that the total training FLOPs equal those of arm ARM (an equal-compute baseline)."""
     published: Published | None = None
 
     @model_validator(mode="before")
@@ -133,7 +133,7 @@ class Arm(Strict):
 
     @property
     def last(self) -> ModelPath:
-        """The path that ends with the arm's model."""
+        """The last path. It ends with the model that the arm makes."""
         return self.path[-1]
 
     @property
@@ -165,17 +165,17 @@ class Search(Strict):
     """Candidate assistants, from big to small."""
     student: str
     strategy: Literal["exhaustive", "single", "best_prefix", "beam", "halving"] = "best_prefix"
-    """`exhaustive`: every path. `single`: direct, and with each single assistant. `best_prefix`: keep and extend the best path to each
-    model (a heuristic: it is right only where a better teacher makes a better student). `beam`: the `width` best paths to each model.
-    `halving`: short runs of every path; the better half continues."""
+    """`exhaustive`: try every path. `single`: try the direct path, and paths with one assistant. `best_prefix`: keep and extend the
+    best path to each model (a heuristic: it is right only where a better teacher makes a better student). `beam`: keep and extend
+    the `width` best paths to each model. `halving`: train every path for a short run, and continue the better half of the paths."""
     max_assistants: int | None = Field(default=None, ge=1)
-    """Most assistants in a path; no limit by default."""
+    """Largest number of assistants in a path; no limit by default."""
     budget: float | None = Field(default=None, gt=0)
-    """Most that a path may cost, as a multiple of the training FLOPs of the direct path; no limit by default."""
+    """Largest cost of a path, as a multiple of the training FLOPs of the direct path; no limit by default."""
     width: int = Field(default=2, ge=1)
-    """Paths to each model that `beam` keeps."""
+    """Number of paths to each model that `beam` keeps."""
     rungs: tuple[float, ...] = Field(default=(0.1, 0.3, 1.0), min_length=1)
-    """Share of every stage's updates at each rung of `halving`, rising to 1."""
+    """Fraction of every stage's updates that is done at each rung of `halving`. The fractions rise to 1."""
 
     @model_validator(mode="after")
     def _check(self):

@@ -16,20 +16,20 @@ class Strict(BaseModel):
 
 
 class Decoding(Strict):
-    """Settings of sampling from a model, in the order in which they act on the logits. The defaults sample from the model itself."""
+    """Settings of sampling from a model, in the order in which they act on the logits. The defaults do not change the distribution."""
 
     no_repeat_ngram: int | None = Field(default=None, ge=1)
-    """No n-gram of this size occurs twice in prompt and response. (MiniLLM's test script uses 6; the paper does not mention it.)"""
+    """No n-gram of this size occurs twice in prompt and response. (MiniLLM's test script uses 6; the paper does not mention this.)"""
     temperature: float = Field(default=1.0, ge=0)
-    """Logits are divided by it; 0 is greedy decoding."""
+    """The logits are divided by the temperature; 0 is greedy decoding."""
     top_k: int | None = Field(default=None, ge=1)
-    """Sample among this many most probable tokens only."""
+    """Sample only among the `top_k` most probable tokens."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample among the most probable tokens that together have this probability (nucleus sampling)."""
+    """Sample only among the most probable tokens that together have this probability (nucleus sampling)."""
     min_p: float = Field(default=0.0, ge=0, le=1)
-    """Drop tokens less probable than this share of the most probable one."""
+    """Drop the tokens whose probability is below this fraction of the most probable token's probability."""
     max_new_tokens: int = Field(default=256, ge=1)
-    """Longest response, in tokens."""
+    """Largest number of tokens in a response."""
 
     @property
     def plain(self) -> bool:

@@ -14,43 +14,43 @@ from tadistill.errors import ConfigError
 from tadistill.metrics import SELECTABLE
 
 TEACHER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-"""`optim.precision` -> the number format of a frozen teacher beside the student."""
+"""`optim.precision` -> the number format of the frozen teacher that runs beside the student."""
 
 
 Precision = Literal["fp32", "bf16"]
 
 
 class Optim(Strict):
-    """AdamW and its schedule. All counts are global: `batch` sequences make one update on any number of devices."""
+    """AdamW and its schedule. All numbers are totals over the devices: `batch` sequences make one update on any number of devices."""
 
     lr: float = Field(default=5e-4, gt=0)
     """Peak learning rate."""
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer updates. Give `steps` or `epochs`."""
+    """Number of optimizer updates. Give `steps` or `epochs`."""
     epochs: float | None = Field(default=None, gt=0)
-    """Passes over the training rows (counted before the length filter)."""
+    """Number of passes over the training rows (all rows before the length filter)."""
     batch: int = Field(default=32, ge=1)
-    """Sequences in an update."""
+    """Number of sequences in an update."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Sequences in one forward pass, a divisor of `batch`; the whole batch by default."""
+    """Number of sequences in one forward pass, a divisor of `batch`; the whole batch by default."""
     warmup: int = Field(default=0, ge=0)
-    """Updates in which the learning rate rises linearly to `lr`."""
+    """Number of updates in which the learning rate rises linearly to `lr`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warmup."""
+    """Schedule of the learning rate after the warmup."""
     lr_min: float = Field(default=0.0, ge=0)
-    """Learning rate that `cosine` and `linear` fall to at the end."""
+    """Learning rate at the end of the schedules `cosine` and `linear`."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's weight decay (torch's default), on matrices only."""
+    """AdamW's weight decay (torch's default), which applies to matrices only."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of both moments (torch's default)."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon (torch's default)."""
     clip: float = Field(default=1.0, gt=0)
-    """Largest gradient norm; longer gradients are scaled down to it."""
+    """Largest gradient norm; a gradient with a larger norm is scaled down to this norm."""
     precision: Precision = "fp32"
     """`bf16` is mixed precision: float32 weights, bfloat16 matrix products and a bfloat16 teacher."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass, which runs the layer again: less memory, a third more work."""
+    """Keep only each layer's input for the backward pass, which runs the layer again. This saves memory and costs a third more compute."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -69,9 +69,9 @@ class Select(Strict):
     """The choice of the checkpoint that a stage keeps."""
 
     metric: SelectMetric = "loss"
-    """A dev metric of `tadistill.metrics` that selects, or `last` for the final weights."""
+    """The dev metric of `tadistill.metrics` that selects the checkpoint, or `last` for the final weights."""
     every: int = Field(default=100, ge=1)
-    """Updates between dev evaluations; the last one is always at the end."""
+    """Number of updates between dev evaluations; the last evaluation is always at the end of training."""
 
 
 class Sft(Strict):
@@ -80,19 +80,19 @@ class Sft(Strict):
     optim: Optim = Optim()
     select: Select = Select()
     keep: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Updates whose weights are kept as well, for models that are a `checkpoint` of this one."""
+    """Updates whose weights are also kept, for models that are a `checkpoint` of this model."""
 
 
 class Dense(Strict):
-    """Every model before a learner in its path teaches it, as one mixture (Son et al. 2021, DGKD; `objectives.TargetMixture`)."""
+    """Dense guidance: all models before a learner teach it, as one mixture (Son et al. 2021, DGKD; `objectives.TargetMixture`)."""
 
     kind: Literal["geometric", "arithmetic"] = "geometric"
     """Kind of mean of the teachers' distributions. The weighted sum of reverse KLs to the teachers has the gradient of the reverse KL to
-    the geometric mean; the sum of forward KLs has that of the forward KL to the arithmetic mean."""
+    the geometric mean. The weighted sum of forward KLs has the gradient of the forward KL to the arithmetic mean."""
     weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
-    """One per teacher, from the big end of the path; equal by default."""
+    """One weight per teacher, starting at the biggest model of the path; equal weights by default."""
     drop: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of leaving a teacher out of an update; at least one always stays."""
+    """Probability that a teacher is left out of an update; at least one teacher always stays."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -112,12 +112,12 @@ class Method(Strict):
 
     @property
     def signal(self) -> HiddenSignal | TopKSignal | None:
-        """The teacher's recorded signal, if the sampler reads one."""
+        """The teacher's recorded signal, if the sampler reads a recorded signal."""
         return self.sampler.signal if isinstance(self.sampler, DatasetSampler) else None
 
     @property
     def trains_with_teacher(self) -> bool:
-        """True if the teacher itself runs in every update, or samples: the loss needs it and no signal of it is recorded."""
+        """True if the teacher runs in every update, or samples: the loss needs the teacher, and the teacher's signal is not recorded."""
         return self.objective.needs_teacher and self.signal is None
 
     @property
@@ -127,12 +127,12 @@ class Method(Strict):
 
     @property
     def round_rollouts(self) -> int:
-        """Global number of sequences in a round; one batch if the sampler has no rounds or leaves the number open."""
+        """Number of sequences in a round over all devices; one batch if the sampler has no rounds or does not set the number."""
         return (self.sampler.rollouts if isinstance(self.sampler, Rounds) else None) or self.optim.batch
 
     @property
     def round_updates(self) -> int:
-        """Updates on one round of rollouts; 1 if the sampler has no rounds."""
+        """Number of updates on one round of rollouts; 1 if the sampler has no rounds."""
         epochs = self.sampler.inner_epochs if isinstance(self.sampler, Rounds) else 1
         return self.round_rollouts // self.optim.batch * epochs
 
@@ -148,7 +148,7 @@ class MethodPatch(Strict):
 
 
 def merge(base: Strict, patch: Strict | None) -> Any:
-    """Return `base` with the fields that `patch` sets. A patch of another class (another `type`) replaces the base."""
+    """Return `base` with the fields that `patch` sets. A patch of another class (another `type`) replaces `base` entirely."""
     if patch is None:
         return base
     if type(patch) is not type(base):
@@ -171,13 +171,13 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
     for patch in patches:
         method = Method(**{f: merge(getattr(method, f), getattr(patch, f)) for f in Method.model_fields})
     if not method.objective.needs_teacher and not any(patch.dense for patch in patches):
-        method = method.model_copy(update={"dense": None})  # the recipe's `dense` is for arms that have teachers
+        method = method.model_copy(update={"dense": None})  # the recipe's `dense` applies only to arms that have teachers
     check_pairing(method)
     return method
 
 
 def check_pairing(method: Method) -> None:
-    """Raise a ConfigError if objective, sampler, signal and optimizer cannot work together."""
+    """Raise a ConfigError if the objective, the sampler, the signal and the optimizer cannot work together."""
     _check_text(method)
     _check_signal(method)
     _check_engine(method)
@@ -196,7 +196,7 @@ def check_pairing(method: Method) -> None:
 
 
 def _check_text(method: Method) -> None:
-    """Raise if an objective cannot learn from the sampler's text."""
+    """Raise a ConfigError if the objective cannot learn from the sampler's text."""
     objective, sampler = method.objective, method.sampler
     if objective.needs_rounds and not sampler.in_rounds:
         raise ConfigError(
@@ -222,7 +222,7 @@ def _check_text(method: Method) -> None:
 
 
 def _check_signal(method: Method) -> None:
-    """Raise if a recorded signal, or dense guidance, does not fit the objective."""
+    """Raise a ConfigError if a recorded signal or dense guidance does not fit the objective."""
     objective, signal = method.objective, method.signal
     if signal and method.dense:
         raise ConfigError(f"sampler.signal {signal.type} records one teacher, but dense guidance has several; set signal: null here")
@@ -243,7 +243,7 @@ def _check_signal(method: Method) -> None:
 
 
 def _check_engine(method: Method) -> None:
-    """Raise if vLLM cannot sample what the method asks for."""
+    """Raise a ConfigError if vLLM cannot do the sampling that the method needs."""
     objective, sampler = method.objective, method.sampler
     if not (isinstance(sampler, OnPolicy) and sampler.vllm):
         return

@@ -1,4 +1,4 @@
-"""The models of a recipe: where their weights come from, and how they are fine-tuned."""
+"""The models of a recipe: the sources of their weights, and their fine-tuning."""
 
 from typing import Any, Literal
 
@@ -11,8 +11,8 @@ from tadistill.config.method import MethodPatch, Sft
 class Init(Strict):
     """Initialise the model from another model of the recipe, pruned in depth, in width, or both.
 
-    Sizes that are not given stay those of the other model. In width the channels, neurons and heads that are most active on training
-    text are kept (Muralidharan et al. 2024, Minitron).
+    A size that is not given stays the size of the other model. Pruning in width keeps the channels, neurons and heads that are most active
+    on training text (Muralidharan et al. 2024, Minitron).
     """
 
     from_: str = Field(alias="from")
@@ -20,24 +20,24 @@ class Init(Strict):
     layers: int | tuple[int, ...] | None = None
     """Layers to keep: a number of layers, or a list of their indices from 0."""
     layers_by: Literal["spacing", "influence"] = "spacing"
-    """Choice of a number of layers: evenly spaced with the first and the last (`spacing`), or those that change their input most
-    (`influence`; Men et al. 2024, ShortGPT)."""
+    """Rule that chooses the layers if `layers` is a number: evenly spaced layers with the first and the last one (`spacing`), or the
+    layers that change their input most (`influence`; Men et al. 2024, ShortGPT)."""
     hidden: int | None = Field(default=None, ge=1)
     """Width of the hidden states."""
     intermediate: int | None = Field(default=None, ge=1)
-    """Neurons of each feed-forward block."""
+    """Number of neurons in each feed-forward block."""
     heads: int | None = Field(default=None, ge=1)
-    """Query heads. With grouped queries either whole groups are removed, or the same number of queries from every group."""
+    """Number of query heads. With grouped queries, pruning removes either whole groups or the same number of queries from every group."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes that are given, with the number of layers."""
+        """The sizes that the recipe gives, with the number of layers."""
         depth = {} if self.layers is None else {"layers": self.layers if isinstance(self.layers, int) else len(self.layers)}
         return depth | {name: value for name in ("hidden", "intermediate", "heads") if (value := getattr(self, name)) is not None}
 
     @property
     def measured(self) -> bool:
-        """True if activations on training text decide what is kept."""
+        """True if activations on training text decide which parts of the model are kept."""
         return self.layers_by == "influence" or set(self.sizes) != {"layers"}
 
     @model_validator(mode="after")
@@ -53,7 +53,7 @@ class Checkpoint(Strict):
     of: str
     """The other model."""
     step: int = Field(ge=1)
-    """The update; one of that model's `sft.keep`."""
+    """The update, which must be in the other model's `sft.keep`."""
 
 
 class Temper(Strict):
@@ -62,9 +62,9 @@ class Temper(Strict):
     of: str
     """The other model."""
     tau: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """The temperature; below 1 predictions become sharper."""
+    """The temperature; a value below 1 makes predictions sharper."""
     like: str | None = None
-    """An arm. For each seed tau is chosen so that the mean entropy on dev responses equals that of the arm's model."""
+    """Name of an arm. For each seed, tau is chosen so that the mean entropy on dev responses equals the mean entropy of the arm's model."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -76,18 +76,18 @@ class Temper(Strict):
 class Lora(Strict):
     """Train low-rank adapters beside frozen weights (Hu et al. 2021, LoRA) and merge them into the weights when a stage ends.
 
-    By default every linear layer but the head has adapters: Dettmers et al. 2023 (QLoRA) find that all layers are needed to match full
-    fine-tuning.
+    By default every linear layer except the head has adapters, because Dettmers et al. 2023 (QLoRA) find that adapters on all layers are
+    needed to match full fine-tuning.
     """
 
     r: int = Field(default=16, ge=1)
-    """Rank."""
+    """Rank of the adapters."""
     alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False)
     """The adapters' product is scaled by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapters' inputs. With an on-policy sampler it is off, as is all dropout."""
+    """Dropout on the adapters' inputs. An on-policy sampler turns off this dropout and all other dropout."""
     targets: tuple[str, ...] = ()
-    """Names of linear layers, such as q_proj or attn.c_proj; all but the output head by default."""
+    """Names of linear layers, such as q_proj or attn.c_proj; all linear layers except the output head by default."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -113,27 +113,27 @@ class ModelConfig(Strict):
     config: dict[str, Any] = {}
     """Fields of the transformers configuration, for `scratch:` only."""
     tokenizer: str | None = None
-    """Source of the tokenizer if the weights come without one: a directory, a hub id, or `tinyworld`."""
+    """Source of the tokenizer if the weights come without a tokenizer: a directory, a hub id, or `tinyworld`."""
     init: Init | None = None
     checkpoint: Checkpoint | None = None
     temper: Temper | None = None
     seed: int | None = None
-    """Train this model once, with this seed, for all seeds of the study (a published teacher, for instance)."""
+    """Seed with which this model is trained once for all seeds of the study (a published teacher, for instance)."""
     sft: Sft | None = None
-    """Supervised fine-tuning before the model teaches or learns; none by default."""
+    """Supervised fine-tuning before the model teaches or learns; no fine-tuning by default."""
     lora: Lora | None = None
-    """Train adapters only in all training stages of this model; the result is an ordinary model."""
+    """Train only adapters, in all training stages of this model; the result is an ordinary model."""
     distill: MethodPatch = MethodPatch()
-    """Overrides of the method for distillations INTO this model."""
+    """Overrides of the method for distillations in which this model is the student."""
 
     @property
     def tokenizer_source(self) -> str | None:
-        """Source of the tokenizer, read at `revision`: `tokenizer`, or else `load`; None for a model that is made from another one."""
+        """Source of the tokenizer, read at `revision`: `tokenizer` if set, otherwise `load`; None for a model that is made from another."""
         return self.tokenizer or self.load
 
     @property
     def parent(self) -> str | None:
-        """The model of the recipe that this one is made from; None if it is loaded."""
+        """The model of the recipe from which this model is made; None if this model is loaded."""
         made = self.init.from_ if self.init else None
         return made or next((part.of for part in (self.checkpoint, self.temper) if part), None)
 

@@ -1,7 +1,7 @@
-"""Objectives as config variants, told apart by `type`: one class per function of `tadistill.objectives`.
+"""Objectives as config variants, distinguished by `type`: one class per function of `tadistill.objectives`.
 
-The fields of a divergence are exactly the keyword arguments of its function. Defaults are the source paper's; formulas, limits and ranges
-are in the functions' docstrings and in docs/objectives.md.
+The fields of a divergence are exactly the keyword arguments of its function. The defaults are those of the source paper. Formulas, limits
+and ranges are in the functions' docstrings and in docs/objectives.md.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,13 +17,13 @@ class ObjectiveBase(Strict):
     needs_teacher: ClassVar[bool] = True
     """The loss compares the student with a teacher."""
     needs_scores: ClassVar[bool] = False
-    """The loss needs the teacher's log-probability of every sampled token in advance."""
+    """The loss needs the teacher's log-probability of every sampled token before the update."""
     needs_rounds: ClassVar[bool] = False
     """The loss is defined on rounds of rollouts only."""
     needs_pairs: ClassVar[bool] = False
     """The loss needs, for each prompt, a response of the teacher and one of the student."""
     needs_own_samples: ClassVar[bool] = False
-    """The loss is an estimate that is right on undistorted samples of the student only."""
+    """The loss is an estimate that is correct only on samples from the student's own, undistorted distribution."""
 
     @property
     def needs_distribution(self) -> bool:
@@ -42,7 +42,7 @@ class ObjectiveBase(Strict):
 
 
 class CrossEntropy(ObjectiveBase):
-    """Maximum likelihood of the training text. On a teacher's text this is SeqKD (Kim & Rush 2016)."""
+    """Maximum likelihood of the training text. If a teacher generated the text, this is SeqKD (Kim & Rush 2016)."""
 
     needs_teacher: ClassVar[bool] = False
     type: Literal["cross_entropy"] = "cross_entropy"
@@ -57,13 +57,13 @@ class Divergence(ObjectiveBase):
     """Base of all divergences between teacher and student at every token."""
 
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Both models' logits are divided by it; the loss is not multiplied by its square."""
+    """The logits of both models are divided by the temperature; the loss is not multiplied by the temperature squared."""
     kd_ratio: Share = 1.0
-    """Share of the divergence in the loss; the rest is cross-entropy on the tokens (MiniLLM's KD baseline uses 0.5)."""
+    """Weight of the divergence in the loss; the rest is cross-entropy on the tokens (MiniLLM's KD baseline uses 0.5)."""
 
     @property
     def imitates_text(self) -> bool:
-        """True if a share of the loss is cross-entropy."""
+        """True if cross-entropy has a weight in the loss."""
         return self.kd_ratio < 1
 
 
@@ -90,11 +90,11 @@ class JensenShannon(Divergence):
 
     type: Literal["jensen_shannon"] = "jensen_shannon"
     beta: Share = 0.5
-    """Weight of the teacher; 0 is the forward KL, 1 the reverse KL."""
+    """Weight of the teacher; 0 gives the forward KL, and 1 gives the reverse KL."""
 
 
 class SkewForwardKL(Divergence):
-    """KL(p || alpha p + (1 - alpha) q), p the teacher and q the student (Ko et al. 2024, DistiLLM)."""
+    """KL(p || alpha p + (1 - alpha) q), where p is the teacher and q is the student (Ko et al. 2024, DistiLLM)."""
 
     type: Literal["skew_forward_kl"] = "skew_forward_kl"
     alpha: Share = 0.1
@@ -102,7 +102,7 @@ class SkewForwardKL(Divergence):
 
 
 class SkewReverseKL(Divergence):
-    """KL(q || (1 - alpha) p + alpha q), p the teacher and q the student (Ko et al. 2024, DistiLLM)."""
+    """KL(q || (1 - alpha) p + alpha q), where p is the teacher and q is the student (Ko et al. 2024, DistiLLM)."""
 
     type: Literal["skew_reverse_kl"] = "skew_reverse_kl"
     alpha: Share = 0.1
@@ -112,21 +112,21 @@ class SkewReverseKL(Divergence):
 
 
 class TotalVariation(Divergence):
-    """Half the L1 distance (Wen et al. 2023, f-distill)."""
+    """Half the L1 distance between the distributions (Wen et al. 2023, f-distill)."""
 
     type: Literal["total_variation"] = "total_variation"
 
 
 class AdaptiveKL(Divergence):
-    """Forward and reverse KL, weighted by where the models differ (Wu et al. 2025, AKL)."""
+    """Forward and reverse KL, weighted by the tokens on which the models differ (Wu et al. 2025, AKL)."""
 
     type: Literal["adaptive_kl"] = "adaptive_kl"
     mu: Share = 0.5
-    """Probability mass of the head: the teacher's most probable tokens. The forward KL's weight is the head's share of the difference."""
+    """Mass of the head (the teacher's most probable tokens). The forward KL's weight is the head's fraction of the models' difference."""
 
 
 class AlphaBeta(Divergence):
-    """The alpha-beta divergence (Wang et al. 2025, ABKD). Defaults are the paper's for GPT-2; for OpenLLaMA2 it uses 0.5 and 0.5."""
+    """The alpha-beta divergence (Wang et al. 2025, ABKD). Defaults are the paper's values for GPT-2; for OpenLLaMA2 it uses 0.5 and 0.5."""
 
     type: Literal["alpha_beta"] = "alpha_beta"
     alpha: Finite = 0.2
@@ -136,15 +136,15 @@ class AlphaBeta(Divergence):
 
 
 class AlphaMixture(Divergence):
-    """A divergence to the alpha-mixture of both models (Shin et al. 2025, AMiD). Defaults are those of WASD's runs of it."""
+    """A divergence to the alpha-mixture of both models (Shin et al. 2025, AMiD). Defaults are the settings with which WASD runs AMiD."""
 
     type: Literal["alpha_mixture"] = "alpha_mixture"
     alpha: Finite = -5.0
-    """Shape of the mixture: -1 is arithmetic, 1 geometric, 3 harmonic."""
+    """Kind of mixture: -1 is the arithmetic mean, 1 is the geometric mean, and 3 is the harmonic mean."""
     lam: Share = 0.5
     """The teacher's share of the mixture."""
     pair: Literal["pr", "rp", "qr", "rq"] = "pr"
-    """The two sides of the divergence: p is the teacher, q the student, r the mixture."""
+    """The two sides of the divergence: p is the teacher, q is the student, and r is the mixture."""
     ab_parameters: tuple[Finite, Finite] = (1.0, 0.0)
     """Alpha and beta of the divergence (`alpha_beta`); (1, 0) is the KL."""
 
@@ -153,7 +153,7 @@ class _TopK(Divergence):
     k: int = Field(default=64, ge=1)
     """Number of the teacher's most probable tokens."""
     tail: Literal["lump", "drop"] = "lump"
-    """All other tokens: `lump` makes them one more outcome, `drop` renormalises without them."""
+    """Treatment of all other tokens: `lump` makes them one more outcome; `drop` removes them and renormalises."""
 
 
 class TopKForwardKL(_TopK):
@@ -169,15 +169,15 @@ class TopKReverseKL(_TopK):
 
 
 class Contrastive(Divergence):
-    """Skew forward KL on the teacher's text, skew reverse KL on the student's (Ko et al. 2025, DistiLLM-2).
+    """Skew forward KL on the teacher's text, and skew reverse KL on the student's text (Ko et al. 2025, DistiLLM-2).
 
-    Needs the pair sampler. The skew is fixed here; the paper adapts it to each response (`objectives.contrastive_alpha`).
+    It needs the pair sampler. The skew is fixed here; the paper adapts the skew to each response (`objectives.contrastive_alpha`).
     """
 
     needs_pairs: ClassVar[bool] = True
     type: Literal["contrastive"] = "contrastive"
     alpha: Share = 0.1
-    """Skew of both parts."""
+    """Skew of both KLs."""
 
 
 class Taid(Divergence):
@@ -191,7 +191,7 @@ class Taid(Divergence):
     rate: float = Field(default=5e-4, ge=0, allow_inf_nan=False)
     """Largest rise of t in one update beyond the linear schedule, as a share of 1 - t."""
     decay: float = Field(default=0.99, ge=0, lt=1)
-    """Decay of the moving average of the relative change in loss."""
+    """Decay rate of the moving average of the relative change in loss."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -201,10 +201,10 @@ class Taid(Divergence):
 
 
 class SampledKL(ObjectiveBase):
-    """Reverse KL estimated from the sampled tokens (Schulman 2020): `k2` has its gradient, `k3` that of the forward KL.
+    """Reverse KL estimated from the sampled tokens (Schulman 2020): `k2` has the gradient of the reverse KL, `k3` that of the forward KL.
 
-    Needs the student's own samples, so sampler student. The gradient is unbiased in the first update of a round only, so leave `rollouts`
-    and `inner_epochs` at their defaults. There is no k1, because its gradient has mean zero.
+    It needs the student's own samples, so it needs sampler student. The gradient is unbiased only in the first update of a round, so leave
+    `rollouts` and `inner_epochs` at their defaults. There is no k1, because the gradient of k1 has mean zero.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -216,8 +216,8 @@ class SampledKL(ObjectiveBase):
 class MiniLLM(ObjectiveBase):
     """MiniLLM's policy gradient (Gu et al. 2024, arXiv 2306.08543v6), as in the paper or in the released code, part by part.
 
-    `preset` sets every field below it that is not given, except `pt_weight`: `paper` is Algorithm 1, `official` the released code.
-    Per token, with r = (log p - log q) / reward_scale, p~ the distribution that was sampled from, and ratio = q / p~:
+    `preset` sets all missing fields below it, except `pt_weight`: `paper` is Algorithm 1, and `official` is the released code.
+    The loss per token, where r = (log p - log q) / reward_scale, p~ is the distribution of the samples, and ratio = q / p~:
 
         -A min(ratio, clip(ratio))  +  ratio KL(q || p)  +  pt_weight L_PT,      A = length-normalised sum of r after the token
     """
@@ -227,34 +227,34 @@ class MiniLLM(ObjectiveBase):
     type: Literal["minillm"] = "minillm"
     preset: Literal["paper", "official"] = "paper"
     discount: float = Field(default=1.0, gt=0, le=1)
-    """Discount of later rewards in the return. Paper: 1; official: 0.95."""
+    """Discount factor of later rewards in the return. Paper: 1; official: 0.95."""
     include_current: bool = False
-    """Add the token's own reward to its return, which counts the one-step term twice. Paper: no, R_{t+1}; official: yes, R_t."""
+    """Add the token's own reward to its return, so that the one-step term enters twice. Paper: no, R_{t+1}; official: yes, R_t."""
     length_normalisation: Literal["after", "remaining", "discounts", "none"] = "after"
-    """The return is divided by T - t - 1 (`after`; paper, Eq. 6), by the number of tokens from t to the end (`remaining`; official), or by
-    the sum of the discounts (`discounts`, which alone maps equal rewards to that reward). With `none` answers collapse to short strings."""
+    """Divisor of the return: T - t - 1 (`after`; paper, Eq. 6), the number of tokens from t to the end (`remaining`; official), or the sum
+    of the discounts (`discounts`; only here equal rewards give a return of that reward). With `none` answers collapse to short strings."""
     whitening: Literal["none", "tokens", "padded"] = "none"
-    """Scale an update's returns to mean 0 and variance 1: over its tokens (`tokens`), or over rows x max_new_tokens places where padding
-    counts as 0 (`padded`). Paper: none; official: padded."""
+    """Scale the returns of an update to mean 0 and variance 1: over its tokens (`tokens`), or over all rows x max_new_tokens positions,
+    with the value 0 at padding (`padded`). Paper: none; official: padded."""
     reward_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Rewards are divided by it. Paper: 1; official: 0.5."""
+    """Rewards are divided by this number. Paper: 1; official: 0.5."""
     reward_clip: float | None = Field(default=None, gt=0)
     """Largest absolute reward after scaling. Paper: none; official: 100."""
     clip: float = Field(default=0.2, gt=0)
-    """The ratio is clipped to 1 - clip … 1 + clip."""
+    """The ratio is clipped to the interval from 1 - clip to 1 + clip."""
     clipping: Literal["ratio", "ppo"] = "ratio"
     """Paper: min(ratio, clip(ratio)); official: PPO's max(-A ratio, -A clip(ratio)), which depends on the sign of A."""
     clip_weight: bool = True
-    """Clip the whole ratio q / p~, including the importance weight q_old / p~, so that some tokens are clipped before the student has
-    changed (paper and official). Otherwise clip only the student's change q / q_old."""
+    """If True, clip the whole ratio q / p~, including the importance weight q_old / p~, so that some tokens are clipped before the student
+    has changed (paper and official). If False, clip only the student's change q / q_old."""
     single_step: bool = True
-    """Add the exact one-step term, E_{y_t ~ q}[r_t] summed over the vocabulary (Eq. 3)."""
+    """Add the exact one-step term, which is E_{y_t ~ q}[r_t], summed over the vocabulary (Eq. 3)."""
     single_step_weight: bool = True
     """Weight the one-step term by the (clipped) ratio as well. Paper: yes (Eq. 7); official: no."""
     pt_weight: float = Field(default=1.0, ge=0)
     """Weight of the language-modelling term on `data.corpus` (L_PT); 0 leaves it out."""
     pt_kd_ratio: Share = 0.0
-    """Share of the forward KL to the teacher in L_PT; the rest is language modelling. Paper: 0; official: 0.5."""
+    """Weight of the forward KL to the teacher in L_PT; the rest is language modelling. Paper: 0; official: 0.5."""
 
     @property
     def needs_distribution(self) -> bool:
@@ -269,7 +269,7 @@ class MiniLLM(ObjectiveBase):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        # a named preset sets all its fields, so that as a patch it replaces those of another preset
+        # a named preset sets all its fields, so that a patch with this preset replaces the fields of another preset
         named = values.get("preset") if isinstance(values, dict) else None
         return _PRESETS[named] | values if isinstance(named, str) and named in _PRESETS else values
 

@@ -18,22 +18,22 @@ class World(Strict):
     """The fictional world behind the data sets named tinyworld*, which are generated and need no download."""
 
     seed: int = 0
-    """Seed of its facts and rows."""
+    """Seed of the world's facts and rows."""
     people: int = Field(default=120, ge=10, le=200)
-    """Number of people; with more of them there are more facts to learn."""
+    """Number of people; more people have more facts to learn."""
 
 
 class DataRef(Strict):
-    """A data set. A string in its place is short for `load`."""
+    """A data set. A recipe may give a string instead, which sets `load`."""
 
     load: str
     """A name (dolly, self_inst, vicuna, sinst, uinst, sinst/0_2, tinyworld…), a .jsonl file, a folder with SPLIT.jsonl, or a hub id."""
     split: str | None = None
-    """Split to read; by default the one that the set is used as (train, dev or test)."""
+    """Split to read; by default the split that matches the use of the set (train, dev or test)."""
     revision: str = "main"
     """Hub revision: a branch, tag or commit."""
     columns: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "choices"], str] = {}
-    """Our column name -> the file's. Needed only if they differ."""
+    """Our column name -> the file's column name. Needed only if the names differ."""
     choices: tuple[str, ...] = ()
     """The answers to choose among, the same for every row; an integer or boolean output is then an index into them."""
     instruction: str | None = None
@@ -64,12 +64,12 @@ class DataRef(Strict):
 
 
 class Limit(Strict):
-    """The number of rows to use, from the first on, for quick trials; all rows by default."""
+    """The number of rows to use, starting at the first row, for quick trials; all rows by default."""
 
     train: int | None = Field(default=None, ge=1)
     dev: int | None = Field(default=None, ge=1)
     test: int | None = Field(default=None, ge=1)
-    """Rows of each test set."""
+    """Number of rows of each test set."""
 
 
 Template = Literal["alpaca", "chat", "plain"]
@@ -87,29 +87,29 @@ class Data(Strict):
     root: str | None = None
     """Folder of local data sets; the environment variable TADISTILL_DATA by default."""
     template: Template = "alpaca"
-    """Prompt around an instruction: the Alpaca text (as MiniLLM), the tokenizer's chat template, or nothing but a line break."""
+    """Prompt around an instruction: the Alpaca text (as in MiniLLM), the tokenizer's chat template, or only a line break."""
     max_prompt: int = Field(default=256, ge=1)
-    """Most tokens of a prompt; rows with a longer one are left out (MiniLLM's value)."""
+    """Largest number of tokens in a prompt; rows with a longer prompt are left out (MiniLLM's value)."""
     max_length: int = Field(default=512, ge=2)
-    """Most tokens of prompt and reference response together; the response is cut. Sampled responses end at `max_new_tokens` instead."""
+    """Largest number of tokens in a prompt and its reference response; a longer response is cut. `max_new_tokens` limits sampled ones."""
     limit: Limit = Limit()
     world: World = World()
 
 
 class OtherDecoding(Decoding):
-    """Changes to the main decoding: only the fields that are given count."""
+    """Changes to the main decoding. Only the fields that the recipe gives replace those of the main decoding."""
 
     seeds: tuple[int, ...] = Field(default=(10,), min_length=1)
-    """Its decoding seeds; the main decoding's first seed by default."""
+    """Seeds of this decoding; the first seed of the main decoding by default."""
 
 
 class Evaluate(Decoding):
     """Decoding on the test sets, and on dev for metrics that need text."""
 
     seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
-    """Decoding seeds, each one response to every test prompt (MiniLLM's five); dev uses the first."""
+    """Decoding seeds (MiniLLM's five). Each seed gives one response to every test prompt; dev uses only the first seed."""
     batch: int = Field(default=32, ge=1)
-    """Sequences in a forward pass."""
+    """Number of sequences in a forward pass."""
     also: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")], OtherDecoding] = {
         "greedy": OtherDecoding(temperature=0),
         "t0.5": OtherDecoding(temperature=0.5),
@@ -130,14 +130,14 @@ class Evaluate(Decoding):
 
 
 class Runtime(Strict):
-    """Settings of a run on this machine. None enters a stage's key, but `jobs` sets a stage's threads and so the order of its sums."""
+    """Settings of a run on this machine. No setting enters a stage's key, but `jobs` sets a stage's threads and thus the sums' order."""
 
     jobs: int | None = Field(default=None, ge=1)
-    """Stages that run at the same time; by default the number of cores on a CPU, and 1 on a GPU."""
+    """Number of stages that run at the same time; by default the number of cores on a CPU, and 1 on a GPU."""
     checkpoint_seconds: float | None = Field(default=None, gt=0)
     """Seconds between two saves of a training state; by default 30, or 20 times the duration of the last save if that is longer."""
     trackers: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
-    """Experiment trackers that training logs to as well."""
+    """Experiment trackers to which training also logs."""
 
 
 class Resources(Strict):
@@ -146,7 +146,7 @@ class Resources(Strict):
         resources:
           default: {hours: 3}
           sft: {processes: 4, parallel: fsdp}          # every stage of a kind
-          sft xl: {gpu: h100, processes: 8, nodes: 2}  # that kind of stage of one model
+          sft xl: {gpu: h100, processes: 8, nodes: 2}  # stages of this kind for one model
 
     On a cluster, defaults follow from the plan's estimates and the cluster's profile.
     """
@@ -154,15 +154,15 @@ class Resources(Strict):
     processes: int = Field(default=1, ge=1)
     """Number of processes (ranks), each with its own GPU if there are GPUs. Training stages only."""
     nodes: int = Field(default=1, ge=1)
-    """Machines over which the processes are spread."""
+    """Number of machines over which the processes are spread."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Placement of the student: whole in every process (`ddp`), or in parts over the processes (`fsdp`, FSDP2)."""
+    """Placement of the student: whole in every process (`ddp`), or sharded over the processes (`fsdp`, FSDP2)."""
     teacher: Literal["replicated", "sharded", "offloaded"] = "replicated"
-    """Placement of the teacher: whole on every device, in parts over the processes (FSDP2), or in host memory and loaded layer by layer."""
+    """Placement of the teacher: whole on every device, sharded over the processes (FSDP2), or in host memory and loaded layer by layer."""
     gpu: str | None = None
-    """A GPU or slice in the cluster's profile; the smallest that is large enough by default."""
+    """A GPU or GPU slice in the cluster's profile; the smallest one that is large enough by default."""
     cpus: int | None = Field(default=None, ge=1)
-    """Cores per process."""
+    """Number of CPU cores per process."""
     memory: float | None = Field(default=None, gt=0)
     """Host memory per process, in GB."""
     hours: float | None = Field(default=None, gt=0)
@@ -184,7 +184,7 @@ class Recipe(Strict):
     study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the study and of its folder."""
     seeds: tuple[int, ...] = Field(min_length=1)
-    """Training seeds; each is one replicate of every arm."""
+    """Training seeds; each seed gives one replicate of every arm."""
     models: dict[str, ModelConfig] = Field(min_length=1)
     data: Data
     method: Method = Method()
@@ -195,7 +195,7 @@ class Recipe(Strict):
     teacher: str | None = None
     """The original teacher, to which every KL is measured. Needed only if paths start from several models, or if there are no paths."""
     margin: float = Field(default=0.3, gt=0)
-    """Smallest difference of the primary metric that counts, in points."""
+    """Smallest difference of the primary metric that is relevant, in points."""
     search: Search | None = None
     runtime: Runtime = Runtime()
     resources: dict[str, Resources] = {}
@@ -214,7 +214,7 @@ class Recipe(Strict):
 
     @property
     def first_seed(self) -> int:
-        """The seed that stands for all where only one is used: the first that the recipe lists."""
+        """The first seed in the recipe, which is used wherever only one seed is needed."""
         return self.seeds[0]
 
     def _check_names(self) -> None:

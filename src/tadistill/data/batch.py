@@ -1,7 +1,7 @@
 """`Sequence`s of token ids, and padded `Batch`es of them. Only this module shifts predictions to targets.
 
-Axes: B sequences, T positions. `mask_BT[b, t]` is True if the prediction made AT t, of token t + 1, counts. A value of a response token is
-stored at the position that predicts the token.
+Axes: B sequences, T positions. `mask_BT[b, t]` is True if the loss uses the prediction of token t + 1, which is made AT position t. A value
+of a response token is stored at the position that predicts the token.
 """
 
 from collections.abc import Iterable
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids of a prompt and a response, with what is known of the response's tokens."""
+    """Token ids of a prompt and a response, with recorded values of the response's tokens."""
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     values: dict[str, np.ndarray] = field(default_factory=dict)
-    """By name one number per response token, such as the log-probabilities of a rollout."""
+    """Name -> one value per response token, such as the log-probabilities of a rollout."""
     states: tuple[Tensor, ...] = ()
-    """(len(response), H) per teacher: its last hidden states at the positions that predict the response."""
+    """(len(response), H) per teacher: the teacher's last hidden states at the positions that predict the response."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Batch:
 
     ids_BT: Tensor
     attention_BT: Tensor
-    """1 at real tokens, 0 at padding; from lengths, never from token ids."""
+    """1 at real tokens, 0 at padding; computed from the lengths, never from token ids."""
     mask_BT: Tensor
-    """True where the prediction of the next token counts."""
+    """True where the loss uses the prediction of the next token."""
     values: dict[str, Tensor] = field(default_factory=dict)
-    """By name float32 values (B, T), zero where the mask is False."""
+    """Name -> float32 values (B, T), which are zero where the mask is False."""
     corpus: "Batch | None" = None
     """Plain text for a language-modelling term."""
     targets: tuple[Hidden | TopK, ...] = ()
@@ -63,7 +63,7 @@ class Batch:
         return (self.attention_BT.cumsum(1) - 1).clamp(min=0)
 
     def first(self, rows: int) -> "Batch":
-        """Return the first rows, without the plain text."""
+        """Return the first `rows` rows of the batch, without the plain text."""
         mask = self.mask_BT[:rows]
         targets: Any = tuple(select(t, slice(0, int(mask.sum()))) for t in self.targets)
         values = {k: v[:rows] for k, v in self.values.items()}
@@ -87,7 +87,7 @@ def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", lengt
     The last, shorter piece is dropped unless it is the only one.
 
     Raises:
-        DataError: the documents hold no text.
+        DataError: the documents contain no text.
     """
     ids: list[int] = []
     for document in documents:
@@ -101,13 +101,13 @@ def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", lengt
 
 
 def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:
-    """Return the sequences' indices in batches of `size`, short sequences first, which needs the least padding."""
+    """Return the sequences' indices in batches of `size`, short sequences first, because this order needs the least padding."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].response))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, targets: tuple[Hidden | TopK, ...] = ()) -> Batch:
-    """Pad sequences on the right. In a sequence without a prompt all tokens but the first are predicted."""
+    """Pad sequences on the right. In a sequence without a prompt, all tokens except the first one are predicted."""
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)
     attention = np.zeros((rows, width), np.int64)

@@ -1,4 +1,4 @@
-"""Find or download the Hub repository (or single file) that a split is read from, and describe errors of the Hub in one sentence.
+"""Find or download the Hub repository (or single file) of a split, and describe errors of the Hub in one sentence.
 
 cached("tatsu-lab/alpaca", "main")                     -> the snapshot's folder, or None if it is not on this disk
 download("MiniLLM/dolly", "main", file="raw.jsonl")    -> that file, from the cache or the network
@@ -14,7 +14,7 @@ _NOT_DATA = (".md", ".gitattributes", ".gitignore", ".yaml")
 
 
 def cached(repository: str, revision: str, file: str | None = None) -> Path | None:
-    """Find the file, or the folder of the whole snapshot, without network; None if it is missing or a snapshot holds no data.
+    """Find the file, or the folder of the whole snapshot, without network; None if it is missing or the snapshot contains no data.
 
     Raises:
         DataError: `repository` is not a valid hub id.
@@ -37,10 +37,10 @@ def cached(repository: str, revision: str, file: str | None = None) -> Path | No
 
 
 def download(repository: str, revision: str, file: str | None = None, *, workers: int = 8) -> Path:
-    """Bring the file, or the whole snapshot, up to date and return its path; with HF_HUB_OFFLINE=1 only from the cache.
+    """Update the file, or the whole snapshot, and return its path; with HF_HUB_OFFLINE=1 use only the cache.
 
     Raises:
-        DataError: it cannot be had; says why, and what to do.
+        DataError: the file cannot be downloaded; the message gives the cause and the solution.
     """
     from huggingface_hub import constants, hf_hub_download, snapshot_download
 
@@ -55,7 +55,7 @@ def download(repository: str, revision: str, file: str | None = None, *, workers
 
 
 def offline(error: type[TadistillError], kind: str, name: str, revision: str) -> TadistillError:
-    """Return the error for what the cache lacks while the network is forbidden."""
+    """Return the error for a repository that is not in the cache while the network is forbidden."""
     return error(
         f"{kind} `{name}` at revision `{revision}` is not in the local Hugging Face cache and HF_HUB_OFFLINE=1 forbids the network; "
         "run `tadistill fetch RECIPE` where there is network"
@@ -73,7 +73,7 @@ def explained(error: type[TadistillError], kind: str, repository: str, revision:
 
     Args:
         kind: `model` or `data set`.
-        file: the file of the repository that is wanted; None for all of it.
+        file: the wanted file of the repository; None for the whole repository.
     """
     from huggingface_hub import errors
 

@@ -34,12 +34,12 @@ class Encoded:
     """Token ids of one example."""
 
     row: int
-    """The example's place in its split, from 0."""
+    """The example's index in its split, from 0."""
     prompt: tuple[int, ...]
     response: tuple[int, ...]
-    """The first reference; ends with EOS unless it was cut."""
+    """The first reference. It ends with EOS unless it was cut."""
     choices: tuple[tuple[int, ...], ...] = ()
-    """Each of the example's choices as the start of a response: without EOS, never cut."""
+    """Each of the example's choices as the start of a response. A choice has no EOS and is never cut."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase"
 
 
 def task_of(example: Example) -> tuple[str, str]:
-    """Return instruction and input as a reader should see them, without a template; a conversation is one `role: content` a turn."""
+    """Return instruction and input for a human reader, without a template; a conversation has one `role: content` line per turn."""
     if example.messages:
         return "\n\n".join(f"{m['role']}: {m['content']}" for m in example.messages), ""
     return example.instruction, example.input
 
 
 def split_prompt(text: str) -> tuple[str, str]:
-    """Split a prompt in the alpaca template into instruction and input; any other prompt is all instruction."""
+    """Split a prompt in the alpaca template into instruction and input; any other prompt is returned whole as the instruction."""
     match = _ALPACA.fullmatch(text.strip())
     if match is None:
         return text.strip(), ""
@@ -95,8 +95,8 @@ def encode(
     """Encode examples with their first reference and their choices; rows whose prompt exceeds `max_prompt` tokens are left out.
 
     Raises:
-        DataError: no row is left, or two choices of a row have the same tokens, or one is too long.
-        ModelError: the tokenizer has no EOS token, or the template needs a chat template that it does not have.
+        DataError: no row is left, or two choices of a row have the same tokens, or a choice is too long.
+        ModelError: the tokenizer has no EOS token, or it has no chat template although `template` needs it.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -122,7 +122,7 @@ def encode(
 
 
 def _after(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: list[list[int]], texts: list[str]) -> list[list[int]]:
-    # a text's tokens are what it adds to the prompt's tokens, or its own tokens if the joint encoding changes the prompt's
+    # a text's tokens are those after the prompt in the joint encoding; if that changes the prompt's tokens, the text is encoded alone
     whole = _ids(tokenizer, [p + t for p, t in zip(prompts, texts, strict=True)])
     joint = [w[: len(p)] == p for w, p in zip(whole, ids, strict=True)]
     return [w[len(p) :] if j else _ids(tokenizer, [t])[0] for w, p, j, t in zip(whole, ids, joint, texts, strict=True)]

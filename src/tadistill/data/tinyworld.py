@@ -1,8 +1,8 @@
 """tinyworld: a data set about a fictional world, generated from a seed, with nothing to download.
 
-People and places have attributes, and relations to each other. Each fact is asked for in several wordings and told in several phrasings of
-unequal frequency, so that mode-seeking and mode-covering training differ. A small student cannot learn all facts. Skills (sort, reverse,
-count, extract, …) work on a given input. Five test sets mirror MiniLLM's suite, and a sixth its measure of calibration:
+People and places have attributes, and relations to each other. Each fact has several wordings of the question and several phrasings of the
+answer with unequal frequencies, so that mode-seeking and mode-covering training differ. A small student cannot learn all facts. Skills
+(sort, reverse, count, extract, …) use a given input. Five test sets mirror MiniLLM's suite, and a sixth mirrors its measure of calibration:
 
     tinyworld            held-out wordings of known facts, skills on new inputs     (as Dolly)
     tinyworld_reworded   wordings that training never uses                         (as SelfInst)
@@ -11,7 +11,7 @@ count, extract, …) work on a given input. Five test sets mirror MiniLLM's suit
     tinyworld_multi      every phrasing is a reference                             (as UnNI)
     tinyworld_choices    one word, to choose among the value and its rivals        (as SST-2, BoolQ)
 
-All facts are told in training, so the sets test knowledge and not guessing. No (instruction, input) pair is in two splits. The same seed
+Training contains all facts, so the sets test knowledge and not guessing. No (instruction, input) pair is in two splits. The same seed
 gives byte-identical rows on every machine (`data.tinyworld_parts`).
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VERSION = 1
-"""Raise this whenever a generated row changes; it is part of the fingerprint, and so of every stage's key."""
+"""Increase this version whenever a generated row changes. It is part of the fingerprint, and so of every stage's key."""
 
 SPLITS: dict[str, tuple[str, ...]] = {"tinyworld": ("train", "dev", "test")}
 SPLITS |= {f"tinyworld_{part}": ("test",) for part in ("reworded", "open", "lengths", "multi", "choices")}
@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fact:
-    """The attribute `kind` of `subject` has this `value`; `rivals` are the other values it could have had."""
+    """The attribute `kind` of `subject` has this `value`; `rivals` are the other possible values of the attribute."""
 
     kind: str
     subject: str
@@ -54,13 +54,13 @@ class Fact:
     rivals: tuple[str, ...]
 
     def say(self, phrase: str) -> str:
-        """Fill this fact into a phrase of the tables."""
+        """Insert this fact into a phrase of the tables."""
         return phrase.format(x=self.subject, v=self.value)
 
 
 @dataclass(frozen=True)
 class World:
-    """The people, places and facts of one seed. `facts` has each subject's attributes in the order of the tables."""
+    """The people, places and facts of one seed. `facts` contains each subject's attributes in the order of the tables."""
 
     seed: int
     people: int
@@ -74,7 +74,7 @@ def world(seed: int = 0, people: int = 120) -> World:
     """Generate the world of a seed.
 
     Raises:
-        DataError: fewer than 10 people or more than there are names.
+        DataError: there are fewer than 10 people, or more people than names.
     """
     pool = [start + end for start in pieces.NAME_STARTS for end in pieces.NAME_ENDS]
     if not 10 <= people <= len(pool):
@@ -90,7 +90,7 @@ def world(seed: int = 0, people: int = 120) -> World:
 def rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row]:
     """Generate the rows of a split: instruction, input ("" if none), outputs, and facts as [value, rivals].
 
-    An answer is right for a fact if it says the value and none of the rivals, as whole words. Only `multi` rows have more than one output.
+    An answer is right for a fact if it contains the value and none of the rivals, as whole words. Only `multi` rows have several outputs.
     Rows of tinyworld_choices also have choices: the value and its rivals, sorted.
 
     Raises:
@@ -102,7 +102,7 @@ def rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row
 
 
 def corpus(*, seed: int = 0, people: int = 120) -> list[dict[str, str]]:
-    """Generate plain prose about the world, for a language-modelling term. Its sentences use other wordings than the answers."""
+    """Generate plain prose about the world, for a language-modelling term. The sentences use other wordings than the answers."""
     here = world(seed, people)
     told, residents = _by_subject(here), {place: [f.subject for f in here.facts if f.value == place] for place in here.places}
     documents = []
@@ -141,7 +141,7 @@ def fingerprint(*, seed: int = 0, people: int = 120) -> str:
 
 def tokenizer(*, seed: int = 0, people: int = 120) -> "PreTrainedTokenizerFast":
     r"""Make the world's tokenizer: one token per word, "\n" is a token, and nothing is added around a text."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # here: rows are also needed without these packages
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # imported here, because rows are also needed without these packages
     from transformers import PreTrainedTokenizerFast
 
     ids = {word: i for i, word in enumerate((*SPECIALS, *_vocabulary(seed, people)))}
@@ -201,7 +201,7 @@ def _splits(seed: int, people: int) -> dict[tuple[str, str], tuple[Row, ...]]:
 def _fact_rows(here: World) -> dict[str, list[Row]]:
     """Make the rows of all facts. One long and one short wording of each fact stay out of training.
 
-    The long ones are divided among dev, test and multi, the short ones among lengths and choices.
+    The long wordings are divided among dev, test and multi, and the short wordings among lengths and choices.
     """
     parts: dict[str, list[Row]] = {part: [] for part in ("train", *_FACTS)}
     queue = iter(pieces.shuffled(here.facts, pieces.rng(here.seed, "deal")))
@@ -239,7 +239,7 @@ def _fact_rows(here: World) -> dict[str, list[Row]]:
 
 
 def _open_rows(here: World) -> dict[str, list[Row]]:
-    """Make rows with long answers: everything about a subject, in the order of the tables."""
+    """Make rows with long answers. An answer tells several facts about a subject, in a fixed order."""
     parts: dict[str, list[Row]] = {part: [] for part in ("train", "open", "lengths")}
     told = _by_subject(here)
     opened = set(pieces.shuffled(told, pieces.rng(here.seed, "open"))[:_OPEN])
@@ -263,7 +263,7 @@ def _open_rows(here: World) -> dict[str, list[Row]]:
 
 
 def _skill_rows(here: World) -> dict[str, list[Row]]:
-    """Make the rows of tasks, each with an input of its own."""
+    """Make the rows of tasks. Each row has a different input."""
     parts: dict[str, list[Row]] = {part: [] for part in _INPUTS}
     seen: set[str] = set()
     rivals = {domain: _rivals(values) for domain, values in (("who", here.names), ("what", pieces.DOMAINS["food"]), ("where", here.places))}
@@ -283,7 +283,7 @@ def _skill_rows(here: World) -> dict[str, list[Row]]:
 
 
 Task = tuple[str, str, tuple[str, ...]]
-"""An input, the value that answers it, and the value's rivals (none where the value is a whole list)."""
+"""An input, the value that is its answer, and the value's rivals (no rivals if the value is a whole list)."""
 Rivals = dict[str, dict[str, tuple[str, ...]]]
 
 

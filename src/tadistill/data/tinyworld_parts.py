@@ -1,7 +1,7 @@
-"""The parts that a tinyworld is made of: its text, read from tinyworld.json, and random draws.
+"""The parts of a tinyworld: its text, read from tinyworld.json, and random draws.
 
-Everything is lower case with one space between tokens, and sentence marks are tokens. `{x}` stands for the subject of a fact, `{v}` for its
-value. Three rules keep the data sound, and the tests check them. No word belongs to two value domains, or to a domain and a phrase. A
+All text is lower case with one space between tokens, and sentence marks are tokens. `{x}` is replaced by the subject of a fact, and `{v}`
+by its value. The data follows three rules, which the tests check. No word belongs to two value domains, or to a domain and a phrase. A
 rewording uses only words that training rows use too. Answers to one question differ in their first words, so that a model that covers all
 phrasings and a model that uses one phrasing behave differently.
 """
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 @dataclass(frozen=True)
 class Kind:
-    """The wordings in which one attribute is asked for and told."""
+    """The wordings of questions and answers about one attribute."""
 
     domain: str
     """A key of DOMAINS, `place` or `person`."""
@@ -25,7 +25,7 @@ class Kind:
     short_asks: tuple[str, ...]
     """Wordings that ask for the bare value; one of them is held out for each fact."""
     rewordings: tuple[str, ...]
-    """Wordings that training never uses."""
+    """Wordings of the question that training never uses."""
     answers: tuple[str, ...]
     prose: tuple[str, ...]
     """Sentences of the plain-text corpus."""
@@ -33,7 +33,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Skill:
-    """The wordings of a task on a given input; `tinyworld` makes the inputs."""
+    """The wordings of a task that uses a given input; `tinyworld` makes the inputs."""
 
     asks: tuple[str, ...]
     rewordings: tuple[str, ...]
@@ -63,10 +63,10 @@ PERSON_STORY = ("home", "job", "pet", "colour")
 PLACE_STORY = ("product", "river", "mayor")
 """The facts that answer an open question, in this order."""
 OPEN_ASKS = tuple(_TEXT["open_asks"])
-"""Training asks for each subject with three of these, `open` with a fourth and `lengths` with the fifth."""
+"""For each subject, training uses three of these questions, `open` uses a fourth one, and `lengths` uses the fifth one."""
 SKILLS = {name: Skill(**_tuples(entry)) for name, entry in _TEXT["skills"].items()}
 SALES = tuple(_TEXT["sales"])
-"""Inputs of who, what and where. There are two orders of the roles, so that no role has a fixed position."""
+"""Inputs of the tasks who, what and where. The roles have two orders, so that no role has a fixed position."""
 STORY_OPENINGS = tuple(_TEXT["story_openings"])
 RESIDENTS = _TEXT["residents"]
 """A sentence of the plain-text corpus about three people of one place."""

