@@ -1,8 +1,8 @@
 """One position of sampling: the distribution of the next token, a draw from it, and the memory that the next position needs.
 
-Warping, mixing with a teacher and the inverse CDF come first, then the models' KV caches and the record of tokens and log-probabilities.
-Axes: B sequences, T tokens so far, V vocabulary, H hidden, N of the tokens. q is the student's distribution, p the teacher's, b the one
-sampled from.
+The file begins with warping (temperature, top-k, top-p), mixing with a teacher, and the inverse CDF. The models' KV caches and the record
+of tokens and log-probabilities follow. Axes: B sequences, T tokens so far, V vocabulary, H hidden size, N tokens of one call. q is the
+student's distribution, p is the teacher's, and b is the distribution that the tokens are sampled from.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tadistill.config.common import Decoding
 
-_BLOCK = 64  # columns that the first level of a draw takes as one
+_BLOCK = 64  # columns in one block of the two-level draw
 _BELOW_ONE = 1 - 2**-53  # the largest float64 below 1
 
 
@@ -34,19 +34,18 @@ _BELOW_ONE = 1 - 2**-53  # the largest float64 below 1
 class Mixture:
     """b = (1 - alpha) q + alpha p, mixed per token as distributions (MiniLLM, Gu et al. 2024, Eq. 4).
 
-    A draw from b is a draw from p with probability alpha, else a draw from q. The token's uniform decides which, and the rest of it is
-    again uniform. So it is known which model draws a token before either model has read the text.
+    A draw from b is a draw from p with probability alpha, else a draw from q. The token's uniform random number decides between them, and
+    after rescaling it is uniform again. The model that draws a token is therefore known before either model has read the text.
     """
 
     teacher: PreTrainedModel
     alpha: float
 
     def probabilities(self, q_BV: Tensor, p_BV: Tensor) -> Tensor:
-        """Return b; exactly q at alpha 0 and exactly p at alpha 1."""
-        return torch.lerp(q_BV, p_BV, self.alpha)
+        return torch.lerp(q_BV, p_BV, self.alpha)  # exactly q at alpha 0, and exactly p at alpha 1
 
     def switch(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Return for uniforms of any shape where the teacher draws, and the uniforms of these draws."""
+        """Return a mask that is True where the teacher draws, and the random numbers rescaled to [0, 1) for the draws; any shape."""
         teachers = uniforms < self.alpha
         rest = torch.where(teachers, uniforms / self.alpha, (uniforms - self.alpha) / (1 - self.alpha)) if 0 < self.alpha < 1 else uniforms
         return teachers, rest.clamp(max=_BELOW_ONE)
@@ -54,16 +53,15 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Speculation:
-    """The student proposes a token; if it is not among the teacher's k most probable, the teacher draws it (SKD, Xu et al. 2024).
+    """The student proposes a token. If the teacher's k most probable tokens do not include it, the teacher draws one (SKD, Xu et al. 2024).
 
-    The result has the distribution b = q 1[top k] + (1 - q(top k)) p, so it is one draw from b, with an exact probability.
+    The result is one draw from b = q 1[top k] + (1 - q(top k)) p, so its exact probability is known.
     """
 
     teacher: PreTrainedModel
     k: int
 
     def probabilities(self, q_BV: Tensor, p_BV: Tensor) -> Tensor:
-        """Return b."""
         top_BK = p_BV.topk(min(self.k, p_BV.shape[1]), sorted=False).indices
         accepted_BK = q_BV.gather(1, top_BK)
         refused_B1 = (1 - accepted_BK.sum(1, keepdim=True)).clamp_(min=0)
@@ -71,9 +69,9 @@ class Speculation:
 
 
 def processors(decoding: Decoding) -> LogitsProcessorList:
-    """Return the settings as transformers' own processors, in the order of the fields; none for the model's own distribution.
+    """Return the settings as transformers' logits processors, in the order of the fields. The list is empty if no setting is used.
 
-    Temperature 0 has no processor: greedy decoding takes the most probable of the tokens that the other processors leave.
+    Temperature 0 adds no processor: greedy decoding takes the most probable token that the other processors allow.
     """
     found = LogitsProcessorList()
     if decoding.no_repeat_ngram is not None:
@@ -92,17 +90,17 @@ def processors(decoding: Decoding) -> LogitsProcessorList:
 def next_tokens(
     logits: dict[str, Tensor], scores: dict[str, Tensor], uniforms_B: Tensor, guide: Mixture | Speculation | None, *, greedy: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the next token of every row and its log-probabilities: raw under each model, and `behaviour` under what was drawn from.
+    """Return every row's next token, and its log-probability under each model (unwarped) and under the sampled distribution (`behaviour`).
 
     Args:
-        logits: (B, V) float32 of "student" and, with a guide, of "teacher".
-        scores: the same after warping; `logits` itself if there is no warping.
+        logits: (B, V) float32 for "student" and, if there is a guide, for "teacher".
+        scores: the logits after warping (temperature, top-k and so on); the same dict as `logits` if there is no warping.
     """
     raw = {name: z.softmax(-1) for name, z in logits.items()}
     warped = raw if scores is logits else {name: z.softmax(-1) for name, z in scores.items()}
     b_BV = guide.probabilities(warped["student"], warped["teacher"]) if guide else warped["student"]
     if greedy:
-        # the largest score if possible, because softmax can make neighbours equal
+        # without a guide from the scores, because softmax can make two large scores equal
         tokens = (b_BV if guide else scores["student"]).argmax(-1)
         behaviour = torch.zeros_like(b_BV[:, 0])
     else:
@@ -116,10 +114,10 @@ def next_tokens(
 
 
 def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Return the inverse CDF of every row of non-negative weights at its uniform in [0, 1): columns (B,), never one of weight 0.
+    """Draw one column (B,) from every row of non-negative weights, by inverse CDF at the row's random number in [0, 1).
 
-    It has two levels, a block of columns and a column of the block, because a running sum over the whole vocabulary takes longer than its
-    softmax.
+    A column of weight 0 is never drawn. The draw finds first a block of columns and then a column in the block, because a cumulative sum
+    over the whole vocabulary takes longer than its softmax.
     """
     vocab = weights_BV.shape[1]
     whole = vocab - vocab % _BLOCK
@@ -136,11 +134,11 @@ def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 def _inverse_cdf(weights_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the column whose part of the running sum holds the uniform, and the uniform's place in that part, again in [0, 1)."""
-    # float64, because over many columns a float32 running sum drifts by more than a rare token's mass
+    """Return the column whose cumulative interval contains the random number, and the number's position in it, rescaled to [0, 1)."""
+    # float64, because over many columns the error of a float32 sum is larger than a rare token's probability
     cumulative = weights_BN.cumsum(-1, dtype=torch.float64)
-    # u <= 1 - 2^-53 keeps the point below the total also after rounding, so a last column of weight 0 is never taken. The clamp is for NaN
-    # logits: without it they would fail here, and not where training reports them.
+    # u <= 1 - 2^-53 keeps the point below the total also after rounding, so a last column of weight 0 is never drawn. The clamp is for NaN
+    # logits: without it they would raise an error here. Training reports them later with a better message.
     point = uniforms_B1 * cumulative[:, -1:]
     column = torch.searchsorted(cumulative, point, right=True).clamp_(max=weights_BN.shape[1] - 1)
     width = weights_BN.gather(1, column)
@@ -153,17 +151,17 @@ def _at(values_BV: Tensor, tokens_B: Tensor) -> Tensor:
 
 
 def log_prob(logits_BV: Tensor, probabilities_BV: Tensor, tokens_B: Tensor) -> Tensor:
-    """Return log softmax at the tokens from a softmax that is known already: log p(y) = z(y) - max z + log max p."""
+    """Return the tokens' log-softmax (B,) from logits z and their softmax p: log p(y) = z(y) - max z + log max p."""
     # the logarithm of p(y) itself would be minus infinity where the other model chose a token that underflows here
     return _at(logits_BV, tokens_B) - logits_BV.amax(-1) + probabilities_BV.amax(-1).log()
 
 
 class InPlaceLayer(DynamicLayer):
-    """Keys and values (rows, heads, capacity, head size), of which the first `length` places are filled.
+    """KV cache of one layer, (rows, heads, capacity, head size), allocated once. The first `length` places of `capacity` are filled.
 
-    transformers' own layer grows by concatenation, which copies everything at every token and layer: on a CPU a quarter of a small model's
-    decoding time. The length of a rollout is bounded, so this layer takes its room once. transformers' StaticCache does too, but it attends
-    to the whole room at every token, and it cannot drop rows.
+    transformers' DynamicLayer grows by concatenation, which copies all keys and values at every token. On a CPU this takes a quarter of a
+    small model's decoding time. The length of a rollout is bounded, so this layer allocates its memory once. transformers' StaticCache does
+    this too, but it attends to the whole capacity at every token, and it cannot drop rows.
     """
 
     def __init__(self, capacity: int):
@@ -171,7 +169,6 @@ class InPlaceLayer(DynamicLayer):
         self.capacity, self.length = capacity, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the room when the shapes are known."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (
             states.new_empty((*states.shape[:2], self.capacity, states.shape[-1])) for states in (key_states, value_states)
@@ -179,7 +176,7 @@ class InPlaceLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """Write after the filled places, and return views of everything filled."""
+        """Append the new keys and values, and return views of all filled places."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -192,19 +189,18 @@ class InPlaceLayer(DynamicLayer):
         return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
     def get_seq_length(self) -> int:
-        """Return the number of tokens seen."""
         return self.length
 
 
 def keeps_all(layer: object, capacity: int) -> bool:
-    """Return True if transformers' layer attends to all of `capacity` tokens, as it does with a sliding window at least that wide."""
+    """Return True if the cache layer attends to all of `capacity` tokens: it has no sliding window, or one of at least that width."""
     return type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= capacity)
 
 
 def in_place_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
-    """Return the model's dynamic cache with an in-place layer for every layer that attends to all of `capacity` tokens.
+    """Return the model's dynamic cache, with an `InPlaceLayer` for every layer that attends to all of `capacity` tokens.
 
-    Narrower windows and the states of recurrent layers stay transformers' own.
+    Layers with a narrower sliding window and recurrent layers keep transformers' own cache layer.
     """
     cache = DynamicCache(config=config)
     for i, layer in enumerate(cache.layers):
@@ -215,10 +211,10 @@ def in_place_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A sampled response (with EOS, when it was reached), and numbers for each of its tokens.
+    """A sampled response (its last token is EOS if EOS was sampled), and the log-probabilities of its tokens.
 
-    `values` are log-probabilities in nats, float32: `student` and, with a guide, `teacher` are the models' own (temperature 1,
-    whole shared vocabulary); `behaviour` belongs to the distribution that was sampled from, after warping and mixing.
+    `values` are in nats, float32. `student` (and `teacher`, if one guided the sampling) is the model's own log-probability (temperature 1,
+    whole shared vocabulary). `behaviour` is the log-probability under the sampled distribution, after warping and mixing.
     `hidden` (T, H) is the input of the guiding teacher's output head for each token, on the CPU in the teacher's dtype.
     """
 
@@ -228,23 +224,23 @@ class Rollout:
 
 
 class Record:
-    """The tokens and numbers of all rows, on the host, also of rows that have left the batch."""
+    """The sampled tokens, log-probabilities and hidden states of all rows in CPU memory. Finished rows are included."""
 
     def __init__(self, rows: int, steps: int, eos: tuple[int, ...], models: Iterable[str]):
         self.tokens = np.zeros((rows, steps), np.int64)
         self.lengths = np.full(rows, steps)
         self.eos = np.array(eos, np.int64)
         self.values = {name: np.zeros((rows, steps), np.float32) for name in ("behaviour", *models)}
-        self.hidden: Tensor | None = None  # made when its size is known
+        self.hidden: Tensor | None = None  # allocated when its size is known
 
     def say(self, rows: np.ndarray, t: np.ndarray | int, tokens: np.ndarray) -> None:
-        """Write the rows' tokens at their places `t`; the length of a row that has ended does not change."""
+        """Write the rows' tokens at positions `t`, and set the length of rows that reach EOS. The length of ended rows does not change."""
         self.tokens[rows, t] = tokens
         ended = (tokens[:, None] == self.eos).any(1) & (self.lengths[rows] > t)
         self.lengths[rows[ended]] = np.broadcast_to(t, rows.shape)[ended] + 1
 
     def score(self, rows: np.ndarray, t: np.ndarray | int, log_p: dict[str, Tensor], hidden_NH: Tensor | None) -> None:
-        """Write the log-probabilities and hidden states of the rows' tokens at their places `t`."""
+        """Write the log-probabilities and hidden states of the rows' tokens at positions `t`."""
         for name, log_p_N in log_p.items():
             self.values[name][rows, t] = log_p_N.cpu().numpy()
         if hidden_NH is not None:
@@ -253,7 +249,7 @@ class Record:
             self.hidden[torch.from_numpy(rows), torch.as_tensor(t)] = hidden_NH.cpu()
 
     def rollouts(self) -> list[Rollout]:
-        """Return the responses, each with its own memory."""
+        """Return every row's response as a copy, cut at its length."""
         found = []
         for b, n in enumerate(self.lengths.tolist()):
             values = {name: array[b, :n].copy() for name, array in self.values.items()}

@@ -1,4 +1,4 @@
-"""Engines, which answer prompts with the current student: the built-in loop, and vLLM."""
+"""Engines, which sample responses from the current student: the built-in loop (`Native`), and vLLM."""
 
 import importlib
 import os
@@ -18,18 +18,18 @@ _MEMORY = 0.3  # share of the GPU for vLLM's weights and KV cache
 
 
 class Engine(Protocol):
-    """Samples from the student with its current weights."""
+    """The interface of an engine, which samples from the student with its current weights."""
 
     student: PreTrainedModel
     decoding: Decoding
 
     def respond(self, prompts: Seq[tuple[int, ...]], uniforms_BT: np.ndarray, guide: Mixture | Speculation | None = None) -> list[Rollout]:
-        """Return one response per prompt, in order, drawn from the prompt's row of `uniforms_BT`, with at most one token per column."""
+        """Return one response per prompt, in order. Token t of response b is drawn with the random number `uniforms_BT[b, t]`."""
         ...
 
 
 class Native:
-    """The built-in loop on stock transformers. Prompts of similar length share a pass."""
+    """The built-in loop on stock transformers. It samples `chunk` prompts of similar length in one batch."""
 
     def __init__(self, student: PreTrainedModel, decoding: Decoding, *, eos: tuple[int, ...], vocab: int, chunk: int = 64):
         self.student, self.decoding, self.eos, self.vocab, self.chunk = student, decoding, eos, vocab, chunk
@@ -41,7 +41,7 @@ class Native:
         guide: Mixture | Speculation | None = None,
         tick: Callable[[int], None] = lambda answered: None,
     ) -> list[Rollout]:
-        """Respond as in `Engine`; `tick` is called with the number of prompts that each pass answered."""
+        """Return the responses as `Engine.respond` does. After each batch, `tick` is called with the batch's number of prompts."""
         order = np.argsort([len(p) for p in prompts], kind="stable")
         found: dict[int, Rollout] = {}
         for start in range(0, len(order), self.chunk):
@@ -63,8 +63,8 @@ class Native:
 class Vllm:
     """vLLM beside the student on the same GPU (`pip install 'tadistill[vllm]'`; CUDA only).
 
-    vLLM holds a copy of the student, which gets the current weights before every call. Each sequence has its own seed, taken from its
-    random numbers, so a run repeats on the same machine and version. The draws are vLLM's own and differ from those of the built-in loop.
+    vLLM keeps a copy of the student, which gets the current weights before every call. Each sequence has its own seed, derived from its
+    random numbers, so a run is reproducible on the same machine and version. The sampled tokens differ from those of the built-in loop.
     """
 
     def __init__(self, student: PreTrainedModel, decoding: Decoding, *, eos: tuple[int, ...], vocab: int):
@@ -74,7 +74,7 @@ class Vllm:
         try:
             self._vllm = importlib.import_module("vllm")
         except ImportError as error:
-            raise ConfigError("engine is vllm, but vllm is not installed; pip install 'tadistill[vllm]', or set engine: native") from error
+            raise ConfigError("engine: vllm needs the package vllm; run pip install 'tadistill[vllm]', or set engine: native") from error
         with tempfile.TemporaryDirectory() as directory:
             student.save_pretrained(directory)
             self._llm = self._vllm.LLM(
@@ -87,8 +87,8 @@ class Vllm:
             )
 
     def respond(self, prompts: Seq[tuple[int, ...]], uniforms_BT: np.ndarray, guide: Mixture | Speculation | None = None) -> list[Rollout]:
-        """Respond as in `Engine`. There are log-probabilities if decoding does not change the model's distribution."""
-        assert guide is None, "the config refuses samplers in which a teacher takes part"
+        """Return the responses as `Engine.respond` does. They have log-probabilities only if decoding keeps the model's distribution."""
+        assert guide is None, "vLLM cannot sample with a teacher, and the check of the recipe refuses such samplers"
         weights = [(name, parameter.detach()) for name, parameter in self.student.named_parameters()]
         self._llm.apply_model(lambda model: model.load_weights(weights))
         settings = [self._settings(uniforms_BT.shape[1], int(row[0] * 2**31)) for row in uniforms_BT]
@@ -106,7 +106,7 @@ class Vllm:
             max_tokens=max_tokens,
             stop_token_ids=list(self.eos),
             seed=seed,
-            logprobs=0,  # only of the sampled token
+            logprobs=0,  # log-probability of the sampled token only
             detokenize=False,
             allowed_token_ids=list(range(self.vocab)) if wider else None,
         )

@@ -1,8 +1,8 @@
 """Batched sampling from a model, or from student and teacher together, on stock transformers models.
 
-One loop over positions serves SeqKD, evaluation and rollouts of training. A plain mixture of two models takes a faster way to the same
-tokens where both models allow it (`lazy`). Each model has its own KV cache. The caller gives a sequence's random numbers, so its text does
-not depend on the rest of the batch. Finished sequences leave the batch.
+SeqKD, evaluation and training rollouts use one loop over positions. A mixture of two models without warping uses the faster code of `lazy`
+if both models allow it; the tokens are the same. Each model has its own KV cache. The caller gives each sequence its random numbers, so
+a sequence's text does not depend on the rest of the batch. Finished sequences leave the batch.
 
 Axes: B sequences, T positions, V vocabulary, H hidden.
 """
@@ -25,14 +25,12 @@ __all__ = ["Mixture", "Rollout", "Speculation", "sample"]
 
 
 class _Decoder:
-    """One model with its cache."""
-
     def __init__(self, model: PreTrainedModel, vocab: int, capacity: int):
         self.model, self.vocab = model, vocab
         self.cache = in_place_cache(model.config, capacity)
 
     def logits(self, ids: Tensor, attention: Tensor | None, positions: Tensor) -> Tensor:
-        """Return the logits (B, V) of the token after `ids`; the cache holds the tokens before `ids`."""
+        """Return the logits (B, V) of the token after `ids`. The cache contains the tokens before `ids`."""
         out = self.model(
             input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         )
@@ -40,7 +38,7 @@ class _Decoder:
 
 
 class _Batch:
-    """The rows that are not finished: their tokens so far, with every prompt ending at `width`, and the models' caches."""
+    """The unfinished rows: their tokens so far, left-padded so that every prompt ends at column `width`, and the models' caches."""
 
     def __init__(self, models: dict[str, PreTrainedModel], prompts: list[tuple[int, ...]], uniforms_BT: np.ndarray, vocab: int):
         rows, self.width = len(prompts), max(map(len, prompts))
@@ -58,30 +56,28 @@ class _Batch:
         self.decoders = {name: _Decoder(model, vocab, total - 1) for name, model in models.items()}
 
     def logits(self) -> dict[str, Tensor]:
-        """Return every model's logits (B, V) of the next token."""
+        """Return every model's logits (B, V) for the next token."""
         unseen = slice(self.start, self.end)
         attention = None if self.attention is None else self.attention[:, : self.end]
         inputs = self.ids[:, unseen], attention, self.positions[:, unseen]
         return {name: decoder.logits(*inputs) for name, decoder in self.decoders.items()}
 
     def history(self) -> torch.LongTensor:
-        """Return the tokens so far; padding is an id that no model can sample, so that it is part of no n-gram."""
+        """Return the tokens so far. Padding gets an id that no model can sample, so that it never matches an n-gram."""
         ids = self.ids[:, : self.end]
         if self.attention is not None:
             ids = ids.masked_fill(self.attention[:, : self.end] == 0, self.vocab)
         return cast(torch.LongTensor, ids)
 
     def next_uniforms(self) -> Tensor:
-        """Return the uniforms (B,) of the next token."""
         return self.uniforms[:, self.end - self.width]
 
     def append(self, tokens_B: Tensor) -> None:
-        """Add the next tokens, which the models see in the next call."""
+        """Append the next tokens. The models read them in the next call of `logits`."""
         self.ids[:, self.end] = tokens_B
         self.start, self.end = self.end, self.end + 1
 
     def keep(self, places: np.ndarray) -> None:
-        """Drop all other rows."""
         index = torch.from_numpy(places).to(self.ids.device)
         self.ids, self.positions, self.uniforms = self.ids[index], self.positions[index], self.uniforms[index]
         if self.attention is not None:
@@ -100,15 +96,15 @@ def sample(
     decoding: Decoding = Decoding(),
     guide: Mixture | Speculation | None = None,
 ) -> list[Rollout]:
-    """Sample one response per prompt, up to `uniforms_BT.shape[1]` tokens, ending at any of `eos`.
+    """Sample one response per prompt. It ends at any token of `eos`, or after `uniforms_BT.shape[1]` tokens.
 
     Args:
-        prompts: token ids; padded on the left inside.
-        uniforms_BT: (B, max_new_tokens) numbers in [0, 1): token t of row b is the inverse CDF at uniforms_BT[b, t]
-            (of a mixture: of the model that its switch takes, at what the switch leaves).
-        vocab: size of the vocabulary that the models share; logits beyond it are left out.
-        decoding: acts on each model's logits, before mixing; its `max_new_tokens` is not used.
-        guide: a teacher that takes part in drawing every token.
+        prompts: token ids without padding; this function pads them on the left.
+        uniforms_BT: (B, max_new_tokens) random numbers in [0, 1). Token t of row b is the inverse CDF at uniforms_BT[b, t]. For a mixture,
+            `Mixture.switch` uses the number to choose the model, and rescales it for the inverse CDF of that model.
+        vocab: size of the vocabulary that the models share; logits beyond it are cut off.
+        decoding: the settings that change each model's logits before mixing; its `max_new_tokens` is not used.
+        guide: the rule by which a teacher helps to draw every token; None if the student samples alone.
 
     Returns:
         Rollouts in the order of the prompts.
@@ -125,13 +121,12 @@ def sample(
             _fill(record, _Batch(models, prompts, uniforms_BT, vocab), decoding, guide)
     finally:
         student.train(training)
-    # made outside of inference mode, because its tensors cannot be part of a loss
+    # copied outside of inference mode, because tensors made in inference mode cannot be part of a loss
     return record.rollouts()
 
 
 @torch.inference_mode()
 def _fill(record: Record, batch: _Batch, decoding: Decoding, guide: Mixture | Speculation | None) -> None:
-    """Sample in a loop over positions, in which every model reads every token."""
     rows, steps = np.arange(record.tokens.shape[0]), record.tokens.shape[1]
     warping, greedy = processors(decoding), decoding.temperature == 0
     with _teacher_tap(guide) as seen:
@@ -140,7 +135,7 @@ def _fill(record: Record, batch: _Batch, decoding: Decoding, guide: Mixture | Sp
             scores = {name: warping(batch.history(), z) for name, z in logits.items()} if warping else logits
             tokens, log_p = next_tokens(logits, scores, batch.next_uniforms(), guide, greedy=greedy)
             record.say(rows, t, tokens.cpu().numpy())
-            # the teacher is called last, so its states are the last ones, also where student and teacher are one model
+            # the teacher is called last, so its states are the last in the list, also if student and teacher are the same model
             record.score(rows, t, log_p, seen[-1][:, -1] if seen else None)
             seen.clear()
             going = (record.lengths[rows] > t + 1).nonzero()[0]
@@ -153,7 +148,6 @@ def _fill(record: Record, batch: _Batch, decoding: Decoding, guide: Mixture | Sp
 
 
 def _teacher_tap(guide: Mixture | Speculation | None) -> AbstractContextManager[list[Tensor]]:
-    """Collect the inputs of the teacher's output head."""
     if guide is None:
         return nullcontext([])
     head = guide.teacher.get_output_embeddings()

@@ -1,14 +1,14 @@
-"""Faster sampling from a mixture of student and teacher: each model reads only when it has to, several tokens at a time.
+"""Faster sampling from a mixture of student and teacher: a model is called only when needed, and it reads several tokens in one call.
 
-A token's own uniform decides which model draws it (`Mixture.switch`), so it is known in advance which model chooses which token of a row.
-The model whose turn it is continues a row alone. The other model reads these tokens later: at its own turn, or for the record. One model is
-called at a time, for all rows that it can continue: the student until half of the rows wait for the teacher. The teacher then reads several
-tokens of every row in one call. This costs little more than one token of each row, because a call moves all weights and starts all
-operations once. Tokens and probabilities are those of the loop in `generate`, which reads every token with both models
-(`tests/unit/rollout/test_lazy.py`). It takes 79 to 93 % of that loop's time on a CPU (docs/benchmarks/mixture-cpu.md), and pads nothing.
+A token's random number decides which model draws it (`Mixture.switch`), so this is known before any model is called. A model continues a
+row alone for as long as its turn lasts. The other model reads these tokens later: at its own turn, or to compute their log-probabilities.
+Each call runs one model for all rows that it can continue. The student is called until half of the rows wait for the teacher. The teacher
+then reads several tokens of every row in one call. This costs little more than one token per row, because the weights are read from memory
+only once. Tokens and probabilities equal those of the loop in `generate`, where both models read every token
+(`tests/unit/rollout/test_lazy.py`). On a CPU it takes 79 to 93 % of that loop's time (docs/benchmarks/mixture-cpu.md). There is no padding.
 
-Axes: N tokens of a call, M of them that predict, B rows in the batch, R all rows, w most tokens of a row in a call, L columns of the cache,
-V vocabulary, H hidden.
+Axes: N tokens of a call, M tokens of the call after which a token is predicted, B rows in the batch, R all rows, w the largest number of
+tokens of one row in a call, L columns of the cache, V vocabulary, H hidden size.
 """
 
 from collections.abc import Iterator
@@ -25,30 +25,30 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tadistill.rollout.draw import Mixture, Record, draw, keeps_all, log_prob
 from tadistill.tuning import COMPACT_BELOW, PACKED_FAMILIES
 
-_BEHIND = 8  # most tokens of a row that a model may have left to read; bounds the memory of a call
-_WAITING = 0.5  # share of the rows that wait for the teacher when it is called
+_BEHIND = 8  # a model with more unread tokens in a row than this is called next; this limits the memory of a call
+_WAITING = 0.5  # the teacher is called when this share of the unfinished rows waits for it
 _ATTENTION = "tadistill_packed"
 
 
 def possible(model: PreTrainedModel, capacity: int) -> bool:
-    """Return True if the model can be called as here: a tested family, `sdpa` attention, and no window narrower than the text."""
-    # Other families may have what packing breaks: ALiBi (distances from a mask of two axes), recurrent states, no position ids, or a bias
-    # of their own in attention. A family joins the set when tests/unit/rollout/test_lazy.py covers it.
+    """Return True if `fill` supports the model: a tested family, `sdpa` attention, and no sliding window narrower than the text."""
+    # Packing does not work with ALiBi (which computes distances from a two-axis mask), recurrent states, missing position ids, or a model's
+    # own attention bias. Add a family to the set only when tests/unit/rollout/test_lazy.py covers it.
     layers = DynamicCache(config=model.config).layers
     known = model.config.model_type in PACKED_FAMILIES and model.config._attn_implementation == "sdpa"
     return known and len(layers) > 0 and all(keeps_all(layer, capacity) for layer in layers)
 
 
 class _Side:
-    """A model, and how far it has read."""
+    """One of the two models, and for each row how many tokens it has read."""
 
     def __init__(self, name: str, model: PreTrainedModel, rows: int, capacity: int):
         self.name, self.packed = name, _Packed(model, rows, capacity)
-        self.done = np.zeros(rows, np.int64)  # (R,) the next column to read
+        self.done = np.zeros(rows, np.int64)  # (R,) the next column that the model has to read
 
 
 class _Text:
-    """The tokens of all rows, and the rows that are still in the batch."""
+    """The tokens of all rows, and the indices of the rows that are still in the batch."""
 
     def __init__(self, prompts: list[tuple[int, ...]], uniforms_RT: np.ndarray, guide: Mixture, record: Record):
         self.record, self.rows = record, np.arange(len(prompts))
@@ -60,16 +60,16 @@ class _Text:
         self.teachers, self.uniforms = (a.numpy() for a in guide.switch(torch.from_numpy(uniforms_RT)))
 
     def going(self) -> np.ndarray:
-        """Return which rows (B,) have not ended."""
+        """Return a mask (B,) of the rows that have not ended."""
         return self.end[self.rows] - self.start[self.rows] < self.record.lengths[self.rows]
 
     def turns(self, side: _Side) -> np.ndarray:
-        """Return the rows (B,) whose next token this model draws."""
+        """Return a mask (B,) of the rows whose next token this model draws."""
         t = np.minimum(self.end - self.start, self.uniforms.shape[1] - 1)[self.rows]
         return self.going() & (self.teachers[self.rows, t] == (side.name == "teacher"))
 
     def unread(self, side: _Side) -> np.ndarray:
-        """Return the number of tokens (B,) that the model has to read to score the tokens that are there, and to draw one on its turn."""
+        """Return how many tokens (B,) the model must read to score all existing tokens and, if it is its turn, to draw the next one."""
         return self.end[self.rows] + self.turns(side) - 1 - side.done[self.rows]
 
 
@@ -77,19 +77,19 @@ class _Text:
 def fill(
     record: Record, student: PreTrainedModel, prompts: list[tuple[int, ...]], uniforms_RT: np.ndarray, vocab: int, guide: Mixture
 ) -> None:
-    """Sample a response to every prompt, into `record`."""
+    """Sample a response to every prompt, and write it into `record`."""
     text = _Text(prompts, uniforms_RT, guide, record)
     sides = [_Side(name, model, *text.ids.shape) for name, model in (("student", student), ("teacher", guide.teacher))]
     while (side := _next(text, sides)) is not None:
         _read(text, side, vocab)
         _compact(text, sides)
     log_q, log_p = (record.values[side.name].astype(np.float64) for side in sides)
-    with np.errstate(divide="ignore"):  # alpha of 0 or 1
+    with np.errstate(divide="ignore"):  # the logarithm of 0 if alpha is 0 or 1
         record.values["behaviour"][:] = np.logaddexp(np.log1p(-guide.alpha) + log_q, np.log(guide.alpha) + log_p)
 
 
 def _next(text: _Text, sides: list[_Side]) -> _Side | None:
-    """Return the model to call next, or None when everything is sampled and scored."""
+    """Return the model to call next, or None if all tokens are sampled and scored."""
     behind = [text.unread(side).max() for side in sides]
     for side, tokens in zip(sides, behind, strict=True):
         if tokens > _BEHIND:
@@ -101,19 +101,19 @@ def _next(text: _Text, sides: list[_Side]) -> _Side | None:
 
 
 def _read(text: _Text, side: _Side, vocab: int) -> None:
-    """Let the model read all that it can: it scores the tokens that are there, and draws the next token of the rows whose turn it has."""
+    """Run the model on its unread tokens. It scores existing tokens, and draws the next token of the rows where it is its turn."""
     rows, counts = text.rows, text.unread(side)
     b_N = np.repeat(np.arange(len(rows)), counts)
     row_N = rows[b_N]
     columns_N = np.arange(len(b_N)) - np.repeat(counts.cumsum() - counts - side.done[rows], counts)
-    chooses_N = columns_N == text.end[row_N] - 1  # the last token of a row is read only on the model's turn
+    chooses_N = columns_N == text.end[row_N] - 1  # a model reads the last token of a row only if it draws the next one
     scores_N = ~chooses_N & (columns_N >= text.start[row_N] - 1)
     chosen = chooses_N.nonzero()[0]
     predict_M = np.concatenate([chosen, scores_N.nonzero()[0]])
     logits_MV, hidden_MH = side.packed(text.ids[row_N, columns_N], b_N, columns_N, predict_M)
     row_M, column_M = row_N[predict_M], columns_N[predict_M] + 1
     log_p = []
-    for start in range(0, len(predict_M), len(rows)):  # in parts no larger than a call for one token of every row
+    for start in range(0, len(predict_M), len(rows)):  # at most as many logits at a time as in a call for one token of every row
         part = slice(start, start + len(rows))
         z = logits_MV[part, :vocab].float()
         p = z.softmax(-1)
@@ -126,7 +126,6 @@ def _read(text: _Text, side: _Side, vocab: int) -> None:
 
 
 def _choose(text: _Text, rows: np.ndarray, weights_MV: Tensor) -> None:
-    """Draw the rows' next tokens."""
     t = text.end[rows] - text.start[rows]
     tokens = draw(weights_MV, torch.from_numpy(text.uniforms[rows, t]).to(weights_MV.device)).cpu().numpy()
     text.record.say(rows, t, tokens)
@@ -135,7 +134,7 @@ def _choose(text: _Text, rows: np.ndarray, weights_MV: Tensor) -> None:
 
 
 def _compact(text: _Text, sides: list[_Side]) -> None:
-    """Drop the rows that have ended and are scored, once they are enough to pay for the copy."""
+    """Drop the rows that have ended and are scored, but only if so many are dropped that copying the cache pays off."""
     going = text.going()
     for side in sides:
         going |= text.unread(side) > 0
@@ -149,7 +148,7 @@ def _compact(text: _Text, sides: list[_Side]) -> None:
 
 
 class _Places:
-    """The places in the cache of the tokens of one call."""
+    """The positions in the cache where the tokens of one call are written."""
 
     def __init__(self, rows_N: np.ndarray, columns_N: np.ndarray, rows: int, capacity: int, device: torch.device):
         counts = np.bincount(rows_N, minlength=rows)
@@ -162,43 +161,42 @@ class _Places:
         self.full = len(rows_N) == rows * self.shape[1]
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """Return what is added to the scores, (B, 1, w, L): a token sees its row up to itself."""
+        """Return the causal mask (B, 1, w, L) that is added to the attention scores: a token attends to its own row up to itself."""
         columns = self.spread(self.columns_N)
         hidden = torch.arange(self.length, device=columns.device) > columns.unsqueeze(-1)
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min).unsqueeze(1)
 
     def spread(self, values_N: Tensor) -> Tensor:
-        """Return (N, ...) as (B, w, ...), zero where there is no token."""
+        """Reshape packed values (N, ...) to one row per sequence, (B, w, ...). Places without a token are zero."""
         shape = (*self.shape, *values_N.shape[1:])
         if self.full:
             return values_N.reshape(shape)
         return values_N.new_zeros(shape).flatten(0, 1).index_copy_(0, self.in_rectangle_N, values_N).view(shape)
 
     def pack(self, values_Bw: Tensor) -> Tensor:
-        """Return (B, w, ...) as (N, ...), the inverse of `spread`."""
+        """Return the packed values (N, ...) of (B, w, ...); the inverse of `spread`."""
         flat = values_Bw.flatten(0, 1)
         return flat if self.full else flat.index_select(0, self.in_rectangle_N)
 
 
 class _Layer(DynamicLayer):
-    """Keys and values (rows, capacity, heads, head size): columns before heads, so that places are the same for any number of heads."""
+    """Keys and values (rows, capacity, heads, head size). Columns precede heads, so positions do not depend on the number of heads."""
 
     def __init__(self, packed: "_Packed"):
         super().__init__()
         self.packed, self.length = packed, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the room when the shapes are known."""
         self.dtype, self.device = key_states.dtype, key_states.device
         rows, columns = self.packed.rows, self.packed.capacity
-        # zeros, because places that nobody may see are still multiplied, by a weight of 0
+        # zeros, because masked positions are still multiplied by a weight of 0, and NaN times 0 is NaN
         self.keys, self.values = (
             states.new_zeros((rows, columns, states.shape[1], states.shape[3])) for states in (key_states, value_states)
         )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """Write (1, heads, N, head size) at the tokens' places, and return views (B, heads, L, head size)."""
+        """Write the new states (1, heads, N, head size) into the cache, and return views of it (B, heads, L, head size)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         places, found = self.packed.places, []
@@ -211,29 +209,27 @@ class _Layer(DynamicLayer):
         return found[0], found[1]
 
     def get_seq_length(self) -> int:
-        """Return the columns that the last call saw."""
         return self.length
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, places: _Places, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attend from packed queries (1, heads, N, head size) to the cache of all rows."""
     query_BhwD = places.spread(query[0].transpose(0, 1)).transpose(1, 2)
     out_BwhD, _ = sdpa_attention_forward(module, query_BhwD, key, value, attention_mask, **kwargs)
     return places.pack(out_BwhD).unsqueeze(0), None
 
 
-# Registered for the whole process, because transformers finds an attention by its name only.
+# Registered for the whole process, because transformers finds an attention function only by its name.
 AttentionInterface.register(_ATTENTION, _attention)
 
 
 class _Packed:
-    """A model with a cache of `rows` x `capacity` tokens, which is called for some tokens of some rows.
+    """A model with a cache of `rows` x `capacity` tokens. A call may contain a different number of tokens for each row.
 
-    The tokens go in as a single row of N with position ids. All parts of a model except attention see tokens one by one, so the packing
-    does not concern them, and no work is spent on padding. In attention the new keys and values are written at their rows' own places of
-    the cache, the queries are spread over (B, w) for transformers' own `sdpa` with a mask, and its result is packed again.
+    The N tokens are packed into a single row, with position ids. Only attention mixes tokens, so the rest of the model works on the packed
+    row and computes no padding. Attention writes the new keys and values at their positions in the cache, unpacks the queries to (B, w) for
+    transformers' `sdpa` with a mask, and packs the result again.
     """
 
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int):
@@ -243,17 +239,18 @@ class _Packed:
         self.cache.layers[:] = [_Layer(self) for _ in self.cache.layers]
 
     def __call__(self, ids_N: np.ndarray, rows_N: np.ndarray, columns_N: np.ndarray, predict_M: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return the logits (M, V) of the tokens after some of the N, and the inputs (M, H) of the output head there.
+        """Run the N tokens; return the logits (M, V) and the inputs (M, H) of the output head at the tokens `predict_M`.
 
         Args:
-            rows_N: in ascending order.
-            columns_N: in ascending order within a row.
-            predict_M: indices of the tokens that predict.
+            ids_N: the token ids.
+            rows_N: the tokens' rows, in ascending order.
+            columns_N: the tokens' columns, in ascending order within a row.
+            predict_M: indices into the N tokens.
         """
         device, config = self.model.device, self.model.config
         self.places = places = _Places(rows_N, columns_N, self.rows, self.capacity, device)
         implementation = config._attn_implementation
-        config._attn_implementation = _ATTENTION  # only for this call: training uses the model's own
+        config._attn_implementation = _ATTENTION  # only for this call: training keeps the model's usual attention
         try:
             with _head_at(self.model, torch.from_numpy(predict_M).to(device)) as hidden:
                 out = self.model(
@@ -262,21 +259,20 @@ class _Packed:
                     position_ids=places.columns_N.unsqueeze(0),
                     past_key_values=self.cache,
                     use_cache=True,
-                    places=places,  # models hand unknown arguments on to the attention
+                    places=places,  # models pass unknown arguments on to the attention function
                 )
         finally:
             config._attn_implementation = implementation
         return out.logits[0], hidden[0]
 
     def keep(self, rows: np.ndarray) -> None:
-        """Drop all other rows."""
         self.rows = len(rows)
         self.cache.batch_select_indices(torch.from_numpy(rows).to(self.model.device))
 
 
 @contextmanager
 def _head_at(model: PreTrainedModel, tokens_M: Tensor) -> Iterator[list[Tensor]]:
-    """Let the output head work on some of the tokens only, and collect its input."""
+    """Apply the output head only to the tokens `tokens_M`, and collect its input."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Module)
     seen: list[Tensor] = []

@@ -1,8 +1,8 @@
 """Rounds of rollouts: sample many sequences with the current student, train on them for some epochs, sample again.
 
-The teacher runs over a rollout once. If it takes part in the sampling, its hidden states and log-probabilities are kept from there.
-Otherwise one forward pass computes them; or none, if every rollout is used only once and nothing needs scores in advance: the step then
-runs the teacher itself. Hidden states are kept, never logits.
+The teacher reads a rollout once. If the teacher helps to sample, its hidden states and log-probabilities are kept from the sampling.
+Otherwise one forward pass computes them. This pass is skipped if every rollout is used only once and the loss needs no log-probabilities in
+advance: the training step then runs the teacher. Hidden states are kept, but never logits.
 """
 
 from collections.abc import Sequence as Seq
@@ -33,7 +33,7 @@ class Teacher:
     """The teachers of a round, and what the objective needs from them."""
 
     models: tuple[PreTrainedModel, ...]
-    """The original teacher first, which may take part in the sampling, then the assistants that teach with it."""
+    """The original teacher, which may help to sample, followed by the assistants that also teach the student."""
     vocab: int
     scores: bool
     """True if the loss needs the log-probability of every sampled token in advance."""
@@ -42,15 +42,15 @@ class Teacher:
 
     @classmethod
     def of(cls, objective: Objective, models: tuple[PreTrainedModel, ...], vocab: int) -> "Teacher":
-        """Return the teachers with what this objective needs from them."""
+        """Return the teachers, and what `objective` needs from them."""
         return cls(models, vocab, objective.needs_scores, objective.needs_distribution)
 
 
 class Rollouts(Sampler):
-    """Rounds of `rollouts` sequences, each used for `inner_epochs` epochs of `rollouts` / batch updates.
+    """The sampler of rounds: a round samples `rollouts` sequences, and uses them for `inner_epochs` epochs of rollouts / batch updates.
 
-    `Batch.values` holds log-probabilities of the sampled tokens: `student` (under the student at rollout time), `behaviour` (under the
-    distribution that was sampled from), and `teacher` if the objective needs it; with several teachers `teacher 0`, `teacher 1` and so on.
+    `Batch.values` contains log-probabilities of the sampled tokens: `student` (under the student that sampled them), `behaviour` (under the
+    sampled distribution), and `teacher` if the objective needs it. With several teachers the names are `teacher 0`, `teacher 1` and so on.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Rollouts(Sampler):
         self.sequences: list[Sequence] = []
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Return the next part of the current round; at the first step of a round, sample it."""
+        """Return the micro-batches of update `step` from the current round. The first update of a round samples the round."""
         number, inside = divmod(step, self.round_updates)
         if number != self.round:
-            self.sequences = []  # freed before the next ones are made
+            self.sequences = []  # frees the memory before the next round is sampled
             self.round, self.sequences = number, self._roll_out(number)
         epoch, part = divmod(inside, self.updates)
         order = rng.generator(self.seed, "inner epoch", number, epoch).permutation(len(self.sequences))
@@ -86,7 +86,6 @@ class Rollouts(Sampler):
         return [self._collate(rows[places].tolist(), self._corpus_batch(step, places)) for places in cut(self.optim, self.shard)]
 
     def samples(self, step: int) -> bool:
-        """Return True at the first step of a round."""
         return step // self.round_updates != self.round
 
     def _collate(self, rows: list[int], corpus: Batch | None) -> Batch:
@@ -94,9 +93,9 @@ class Rollouts(Sampler):
         return collate(sequences, pad=self.pad, corpus=corpus, targets=self._targets(sequences))
 
     def _roll_out(self, number: int) -> list[Sequence]:
-        """Return the whole round; every process samples its share."""
+        """Return all sequences of round `number`. Every process samples its share, and gathers the others."""
         rows = shuffled(len(self.prompts), self.rollouts, number, (self.seed, "prompt order"))
-        # in order of length, so that all processes get prompts of similar length
+        # sorted by length, so that all processes get prompts of similar length
         mine = np.argsort([len(self.prompts[i].prompt) for i in rows], kind="stable")[self.shard.rank :: self.shard.world].tolist()
         prompts = [self.prompts[int(rows[i])].prompt for i in mine]
         uniforms = rng.uniforms(mine, self.config.max_new_tokens, self.seed, "rollout", number)
@@ -116,7 +115,7 @@ class Rollouts(Sampler):
         return None
 
     def _with_teacher(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Add the teachers' scores and states if they are needed in advance or more than once, and drop those that are not needed."""
+        """Add the teachers' log-probabilities and states if needed in advance or more than once. Drop states that are not needed."""
         teacher = self.teacher
         if not sequences or not (teacher.scores or (teacher.states and self.config.inner_epochs > 1)):
             return sequences if teacher.states and len(teacher.models) == 1 else [replace(s, states=()) for s in sequences]
@@ -125,7 +124,7 @@ class Rollouts(Sampler):
         return sequences if teacher.states else [replace(s, states=()) for s in sequences]
 
     def _scored(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Return the sequences with the teachers' hidden states and log-probabilities, as far as the objective needs them."""
+        """Return the sequences with those hidden states and log-probabilities of the teachers that the objective needs."""
         teacher, found = self.teacher, [replace(s, states=()) for s in sequences]
         for k, (model, reader) in enumerate(zip(teacher.models, self.readers, strict=True)):
             name = "teacher" if len(teacher.models) == 1 else f"teacher {k}"
@@ -141,10 +140,10 @@ class Rollouts(Sampler):
         return found
 
     def _as_trained(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Return the sequences with the student's log-probabilities from a forward pass like training's.
+        """Return the sequences with the student's log-probabilities from a forward pass that rounds as training does.
 
-        In half precision and in vLLM, sampling rounds differently, so a ratio q / p~ would not start at 1. The behaviour of a mixture is
-        computed again with them; the behaviour of a speculation is not changed.
+        bf16 and vLLM round differently when they sample, so the ratio of the student to the sampled distribution would not start at 1.
+        `behaviour` of a mixture is computed again from the new log-probabilities; `behaviour` of speculative sampling is not changed.
         """
         guide, found = self._guide(), []
         with torch.autocast(self.engine.student.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"):
@@ -169,7 +168,7 @@ class Rollouts(Sampler):
     def _passes(
         self, sequences: list[Sequence], reader: Reader, model: PreTrainedModel, *, states: bool, scores: bool
     ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Run one forward pass over the sequences; return for each its last hidden states and its tokens' log-probabilities, or None."""
+        """Run the model over the sequences. Return each one's last hidden states and tokens' log-probabilities, or None if not wanted."""
         found: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         for rows in by_length(sequences, self.config.chunk):
             batch = collate([sequences[i] for i in rows], pad=self.pad).to(model.device)
@@ -189,23 +188,22 @@ class Rollouts(Sampler):
         return fused_head(hidden, reader.head, values, weights, vocab=self.teacher.vocab)[1][0].float()
 
     def _targets(self, sequences: list[Sequence]) -> tuple[Hidden, ...]:
-        """Return the teachers' kept states of a micro-batch."""
+        """Return the kept hidden states of a micro-batch, one `Hidden` per teacher; empty if none are kept."""
         states = zip(*(s.states for s in sequences), strict=True)
         return tuple(Hidden(torch.cat(parts), reader.head) for parts, reader in zip(states, self.readers, strict=False))
 
     def _corpus_batch(self, step: int, places: np.ndarray) -> Batch | None:
-        """Return as many rows of plain text as the micro-batch has sequences."""
         if not self.corpus:
             return None
         rows = shuffled(len(self.corpus), self.optim.batch, step, (self.seed, "corpus order"))
         return collate([self.corpus[i] for i in rows[places]], pad=self.pad)
 
     def state(self) -> dict[str, Any]:
-        """Return the round and its rollouts."""
+        """Return the number of the current round, and its rollouts."""
         return {"round": self.round, "rollouts": pack(self.sequences)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a `state`, inside its round."""
+        """Continue from a result of `state`, inside its round."""
         self.round, self.sequences = state["round"], unpack(state["rollouts"])
 
 
@@ -219,12 +217,12 @@ def on_policy(
     corpus: Seq[Sequence] = (),
     **common: Any,
 ) -> Sampler:
-    """Return the sampler of a method that uses text of the student.
+    """Return the sampler of a method that trains on text of the student.
 
     Args:
-        texts: the data set's responses, or the teacher's for pairs.
-        prompts: the prompts that rounds of rollouts answer.
-        common: engine, pad, seed and shard.
+        texts: the data set's responses; for the sampler `pair`, the teacher's responses.
+        prompts: the prompts to which rounds of rollouts sample responses.
+        common: the arguments engine, pad, seed and shard of the sampler.
     """
     config = method.sampler
     if isinstance(config, Rounds):

@@ -1,10 +1,10 @@
-"""A teacher's outputs over a fixed data set, on disk: computed once, and read by every student of that teacher.
+"""A teacher's signal: its hidden states or top-k log-probabilities over a fixed data set, computed once and stored on disk.
 
-    record(teacher, sequences, config, folder, vocab=..., pad=..., tick=...)   # a stage; continues where a killed one stopped
-    Signals(folder, device).target([3, 17])                                    # Hidden or TopK at the response tokens of those sequences
+    record(teacher, sequences, config, folder, vocab=..., pad=..., tick=...)   # a stage; continues where a killed stage stopped
+    Signals(folder, device).target([3, 17])                                    # Hidden or TopK at the response tokens of sequences 3 and 17
 
-A folder holds parts of 256 sequences as safetensors. Hidden states are stored with the teacher's head, so that a student needs nothing else
-of the teacher. They take 4 H bytes per token (2 H in bfloat16), a top-k signal takes 8 k + 4.
+The folder has one safetensors file per 256 sequences. Hidden states are stored with the teacher's output head, so a student does not load
+the teacher. Hidden states take 4 H bytes per token (2 H in bfloat16), and a top-k signal takes 8 k + 4 bytes.
 """
 
 import json
@@ -28,7 +28,7 @@ from tadistill.objectives import Head, Hidden, TopK, top_k
 from tadistill.tuning import RECORDING_BATCH
 
 _PART = 256
-_ROWS = 128  # tokens whose logits are in memory at the same time
+_ROWS = 128  # number of tokens whose logits are in memory at the same time
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def record(
     pad: int,
     tick: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write the teacher's signal at every response token of `sequences`; parts that exist are kept."""
+    """Write the teacher's signal at every response token of `sequences`. Parts that exist already are not computed again."""
     folder.mkdir(parents=True, exist_ok=True)
     reader = Reader(teacher)
     if isinstance(config, HiddenSignal):
@@ -58,7 +58,7 @@ def record(
 def _part(
     teacher: PreTrainedModel, reader: Reader, sequences: Seq[Sequence], config: HiddenSignal | TopKSignal, vocab: int, pad: int
 ) -> dict[str, Tensor]:
-    """Return the tensors of one part, sequence after sequence."""
+    """Return the tensors of one file: the signal of all sequences, concatenated in order, and their `lengths`."""
     found: dict[int, dict[str, Tensor]] = {}
     for rows in by_length(sequences, RECORDING_BATCH):
         batch = collate([sequences[i] for i in rows], pad=pad).to(teacher.device)
@@ -72,7 +72,6 @@ def _part(
 
 
 def _signal(hidden: Tensor, head: Head, config: HiddenSignal | TopKSignal, vocab: int) -> dict[str, Tensor]:
-    """Return the tensors that are stored for N tokens."""
     if isinstance(config, HiddenSignal):
         return {"hidden": hidden.to(getattr(torch, config.dtype))}
     parts = [
@@ -90,16 +89,16 @@ def _write_head(head: Head, vocab: int, folder: Path) -> None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], settings: dict | None = None) -> None:
-    # written under a temporary name and renamed, so that a kill leaves no half part
+    # written under a temporary name and renamed, so that a killed process leaves no incomplete file
     with replacing(path) as temporary:
         save_file(tensors, temporary, {"settings": json.dumps(settings)})
 
 
 class Signals:
-    """A recorded signal, read part by part through a memory map."""
+    """A recorded signal. It reads only the sequences asked for, through a memory map."""
 
     def __init__(self, folder: Path, device: torch.device):
-        """Open the parts; raise StoreError if one is damaged."""
+        """Open the files in `folder`. Raises StoreError if one is missing or damaged."""
         self._device = device
         head = folder / "head.safetensors"
         paths = sorted(p for p in folder.glob("*.safetensors") if p != head)
@@ -110,11 +109,11 @@ class Signals:
             self._parts = [safe_open(p, "pt") for p in paths]
             lengths = [part.get_tensor("lengths").numpy() for part in self._parts]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"a teacher's signal in {folder} is damaged ({error}); delete that stage's folder and run again") from error
+            raise StoreError(f"the teacher's recorded signal in {folder} is damaged ({error}); delete this folder and run again") from error
         self._ends = [np.cumsum(n) for n in lengths]
 
     def target(self, rows: Seq[int]) -> Hidden | TopK:
-        """Return the signal at the response tokens of these sequences, one sequence after the other."""
+        """Return the signal at the response tokens of the sequences `rows`, concatenated in this order."""
         found = [self._row(int(row)) for row in rows]
         joined = {name: torch.cat([f[name] for f in found]).to(self._device) for name in found[0]}
         if self.head is not None:
