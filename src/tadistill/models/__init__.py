@@ -1,4 +1,1 @@
-"""Models: their sources, sizes and memory, loading and saving, pruning and other changes.
-
-`sources`, `wheels` and `counting` need no torch, so that a study can be planned without it.
-"""
+"""Models: sources, sizes, memory, loading and saving, pruning. Only `sources`, `wheels` and `counting` work without torch."""

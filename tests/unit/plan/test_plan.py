@@ -203,7 +203,7 @@ def test_adapters_are_part_of_their_models_keys_alone():
 def test_adapters_that_do_not_fit_are_found_before_anything_runs(monkeypatch):
     models = {"xl": model(64, seed=1), "l": model(32), "s": model(16, lora={"targets": ["q_proj", "gate"]})}
     with pytest.raises(
-        ConfigError, match=r"models\.s\.lora\.targets: `gate` is no linear layer of this model; choose from self_attn\.q_proj"
+        ConfigError, match=r"models\.s\.lora\.targets: `gate` is not a linear layer of this model; choose from self_attn\.q_proj"
     ):
         plan(models=models)
     with pytest.raises(ConfigError, match="the head and the embeddings stay frozen"):

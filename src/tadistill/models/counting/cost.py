@@ -1,26 +1,26 @@
-"""The parts of a stage's cost, for prediction (`plan.costs`) and measurement (`train.meter`) alike.
+"""The parts of a stage's compute cost. Both the prediction (`plan.costs`) and the measurement (`train.meter`) use them.
 
-A part is called PHASE/MODEL, where MODEL is student or teacher. Phases: training (forward and backward on training text), rollout
-(sampling), scoring (passes over rollouts before training on them), corpus (MiniLLM's plain text), recording (a teacher's signal), selection
-(dev evaluations), watching (metrics of rollouts).
+A part is named PHASE/MODEL, where MODEL is student or teacher. The phases are: training (forward and backward on training text), rollout
+(sampling), scoring (forward passes over rollouts before the update), corpus (MiniLLM's loss on plain text), recording (storing the
+teacher's outputs), selection (evaluations on dev) and watching (metrics of rollouts).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 NOT_LEARNING = ("selection", "watching")
-"""Phases that measure the student without training it; an equal-compute baseline does not count them."""
+"""Phases that only measure the student. The compute of an equal-compute baseline does not include them."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """FLOPs and token positions. A forward pass counts its positions once, a backward pass counts none."""
+    """The FLOPs and token positions of one part. Only forward passes add positions; backward passes add FLOPs alone."""
 
     flops: float = 0.0
     positions: float = 0.0
-    """Token positions that went through the layers, padding included."""
+    """Token positions that pass through the layers, padding included."""
     heads: float = 0.0
-    """Positions whose logits were computed."""
+    """Token positions at which logits are computed."""
 
     def __add__(self, other: "Part") -> "Part":
         return Part(self.flops + other.flops, self.positions + other.positions, self.heads + other.heads)
@@ -28,34 +28,32 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a stage: its parts by name, and estimates of the whole stage."""
+    """The cost of a stage: its parts by name, and estimates for the whole stage."""
 
     parts: Mapping[str, Part] = field(default_factory=dict)
     padding: float = 0.0
-    """Padding among the positions of the student's training and corpus parts."""
+    """Number of padding positions in the student's training and corpus parts."""
     published: float | None = None
-    """FLOPs of MiniLLM's released code on as many rollouts; None for other methods."""
+    """FLOPs that MiniLLM's published code needs for the same number of rollouts; None for other methods."""
     memory: float | None = None
-    """Estimated bytes at the peak."""
+    """Estimated peak memory, in bytes."""
     kind: str = ""
-    """Equal for stages that differ in their number of updates only, and therefore run at the same speed."""
+    """A string that is equal for stages that differ only in their number of updates; such stages run at the same speed."""
 
     @property
     def learning(self) -> float:
-        """FLOPs without selection and watching, which `compute: as ARM` matches."""
+        """FLOPs of all phases except selection and watching. `compute: as ARM` matches this number."""
         return self.of(*(name for name in self.parts if phase(name) not in NOT_LEARNING))
 
     @property
     def total(self) -> float:
-        """FLOPs of all parts."""
         return self.of(*self.parts)
 
     def of(self, *names: str) -> float:
-        """Return the FLOPs of some parts."""
+        """Return the sum of the FLOPs of the parts `names`."""
         return float(sum(self.parts[name].flops for name in names))
 
     def phases(self) -> dict[str, float]:
-        """Return the FLOPs by phase."""
         found: dict[str, float] = {}
         for name, part in self.parts.items():
             found[phase(name)] = found.get(phase(name), 0.0) + part.flops
@@ -63,7 +61,7 @@ class Cost:
 
 
 def spans(flops: Mapping[str, float]) -> dict[str, float]:
-    """Add up the FLOPs of phases that the training loop times together: rollout and scoring as sampling, corpus as training."""
+    """Sum FLOPs (by phase) over phases that the training loop times together: rollout and scoring as sampling, corpus as training."""
     found: dict[str, float] = {}
     for name, value in flops.items():
         span = {"rollout": "sampling", "scoring": "sampling", "corpus": "training"}.get(name, name)
@@ -72,5 +70,4 @@ def spans(flops: Mapping[str, float]) -> dict[str, float]:
 
 
 def phase(name: str) -> str:
-    """Return the phase in a part's name."""
     return name.split("/", 1)[0]

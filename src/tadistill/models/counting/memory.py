@@ -1,8 +1,8 @@
-"""The memory that models need, and the memory that this machine has.
+"""The memory that models need, and the free memory of this machine.
 
     check_memory({"teacher": resident_bytes(1_557_611_200, training=False), "student": resident_bytes(124_439_808, training=True)})
 
-Activations and logits are not counted here, because they depend on the batch.
+Activations and logits are not included, because they depend on the batch.
 """
 
 import ctypes
@@ -17,10 +17,10 @@ _TRAINED = 16  # float32 weights, gradients and AdamW's two moments
 
 
 def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32", adapters: int | None = None) -> int:
-    """Return the bytes of a model's weights, with gradients and AdamW's moments (float32) if it is `training`.
+    """Return the bytes of a model's weights. With `training`, add its gradients and AdamW's two moments (float32).
 
-    Training in half precision keeps float32 weights and adds a half-precision copy (autocast). `adapters` is the number of parameters that
-    are trained, if the others are frozen.
+    Training in half precision keeps float32 weights and adds a half-precision copy (autocast). If only adapters are trained, `adapters` is
+    the number of their parameters, and `parameters` includes them.
 
     Raises:
         ConfigError: `dtype` is not float32, bfloat16 or float16.
@@ -37,10 +37,10 @@ def resident_bytes(parameters: int, *, training: bool, dtype: str = "float32", a
 def check_memory(
     needs: Mapping[str, int], available: int | None = None, advice: str = "use smaller models, or a machine with more memory"
 ) -> None:
-    """Raise unless all `needs` (bytes by name) fit into `available` bytes; the memory free for this process when None.
+    """Raise an error if the sum of `needs` (bytes by name) exceeds `available` bytes. None means the free memory of this process.
 
     Raises:
-        ModelError: they do not fit; names each need, the sum and what is free, and gives the advice.
+        ModelError: the memory is too small. The message lists each need, the sum, the free memory and the `advice`.
     """
     if available is None:
         available = available_memory()
@@ -51,10 +51,10 @@ def check_memory(
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks for the next request, in this process. Other C libraries are not affected.
+    """Configure glibc's malloc to keep large freed blocks in this process for later use. With another C library nothing changes.
 
-    By default blocks go back to the system, and the next tile of a loss must map its pages again, which takes 3 to 5 % of a small student's
-    update. The peak memory of the process does not change, but it keeps its memory between two peaks.
+    By default, malloc returns large blocks to the system, and each tile of a loss must map its pages again. That costs 3 to 5 % of a small
+    student's update. The peak memory of the process stays the same, but the process keeps this memory until it ends.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -63,8 +63,8 @@ def keep_freed_memory() -> None:
 
 
 def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the bytes that this process can still use: free memory, or the rest of a Slurm job's or container's limit if that is less."""
-    import psutil  # here: `plan` checks no memory
+    """Return the bytes that this process can still use: the free memory, or what a Slurm job or container has left of its limit."""
+    import psutil  # not at the top, because `plan` checks no memory
 
     free = psutil.virtual_memory().available
     if not own.is_file():
@@ -85,7 +85,7 @@ def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
 
 
 def _number(path: Path) -> int | None:
-    """Read the number in a control file; None if there is no file or no limit (`max`)."""
+    # a control file contains a number of bytes, or `max`
     try:
         text = path.read_text(encoding="utf-8").strip()
     except OSError:
@@ -94,7 +94,7 @@ def _number(path: Path) -> int | None:
 
 
 def _inactive_file(path: Path) -> int:
-    """Read the bytes of page cache that the kernel frees if necessary; memory.current counts them as used."""
+    # page cache that the kernel frees when memory is short, though memory.current includes it
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,9 +1,9 @@
-"""Shapes of decoders: the sizes that pruning can change, and the changes that each family allows.
+"""Shapes of decoders: the sizes that pruning can change, and the limits in each model family.
 
     have = shape_of(config)                                      # a config.json as a dict, or transformers' own object
     want = dataclasses.replace(have, layers=6, intermediate=1024)
     check_shape(config, want)
-    size_of(with_shape(config, want))                            # the pruned model's parameters and FLOPs
+    size_of(with_shape(config, want))                            # the parameter counts of the pruned model
 
 `models.pruning.prune` makes the pruned model.
 """
@@ -30,35 +30,35 @@ class Shape:
 
     layers: int
     hidden: int
-    """Channels of the residual stream."""
+    """Number of channels of the residual stream."""
     intermediate: int
-    """Neurons of each MLP."""
+    """Number of neurons of each MLP."""
     heads: int
-    """Query heads of each layer."""
+    """Number of query heads of each layer."""
     kv_heads: int | None = None
-    """Key-value heads of each layer; None is one per query head, and always None for gpt2 and opt."""
+    """Number of key-value heads of each layer. None means one per query head; it is always None for gpt2 and opt."""
     head_dim: int
 
     @property
     def groups(self) -> int:
-        """Key-value heads, counted: each is shared by heads / groups queries."""
+        """Number of key-value heads, also if `kv_heads` is None. Each of them is shared by heads / groups query heads."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
 
 PRUNABLE = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
 """The families that can be pruned in width."""
 
-_FIXED = ("gpt2", "opt")  # their configurations have no head_dim: it is hidden / heads
-_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # transformers' values where a config.json has none
+_FIXED = ("gpt2", "opt")  # no head_dim in their configurations: it is hidden / heads
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # defaults of transformers, if a config.json has no value
 _HEAD_DIM = {"qwen3": 128}
 
 
 def shape_of(config: Config) -> Shape:
-    """Return the shape that a configuration describes.
+    """Return the shape of the model that a configuration describes.
 
     Raises:
         ModelError: the family is not one of `PRUNABLE`.
-        ConfigError: a size is missing.
+        ConfigError: the configuration has no value for a size.
     """
     fields = _fields(config)
     family = fields["model_type"]
@@ -77,9 +77,9 @@ def shape_of(config: Config) -> Shape:
 
 
 def resized(shape: Shape, **sizes: int) -> Shape:
-    """Return the shape with other `layers`, `hidden`, `intermediate`, `heads` or `kv_heads`.
+    """Return `shape` with new `layers`, `hidden`, `intermediate`, `heads` or `kv_heads`.
 
-    If each query head has its own key-value head, it keeps its own.
+    If the shape has one key-value head per query head, a new number of `heads` also sets `kv_heads`.
     """
     if "heads" in sizes and shape.groups == shape.heads:
         sizes.setdefault("kv_heads", sizes["heads"])
@@ -95,7 +95,7 @@ def check_shape(config: Config, shape: Shape) -> None:
     """
     have, fields = shape_of(config), _fields(config)
     if shape.head_dim != have.head_dim:
-        raise ConfigError(f"head_dim is {shape.head_dim}, but heads are removed, never narrowed; write {have.head_dim}, as the model has")
+        raise ConfigError(f"head_dim is {shape.head_dim}, but pruning removes whole heads and keeps their size; write {have.head_dim}")
     for name, value, limit in (
         ("layers", shape.layers, have.layers),
         ("hidden", shape.hidden, have.hidden),
@@ -104,18 +104,18 @@ def check_shape(config: Config, shape: Shape) -> None:
         ("kv_heads", shape.groups, have.groups),
     ):
         if not 1 <= value <= limit:
-            raise ConfigError(f"{name} is {value}, but the model has {limit} and pruning only removes; write 1 to {limit}")
+            raise ConfigError(f"{name} is {value}, but the model has {limit}, and pruning cannot add any; write 1 to {limit}")
     _check_groups(shape, have)
     _check_hidden(fields, shape)
 
 
 def with_shape(config: Config, shape: Shape) -> dict[str, Any]:
-    """Return the configuration with the sizes of `shape`, for counting only: lists with one entry per layer are not changed."""
+    """Return the configuration with the sizes of `shape`, for counting parameters only. Lists with one entry per layer do not change."""
     return {**_fields(config), **changes(config, shape)}
 
 
 def changes(config: Config, shape: Shape) -> dict[str, Any]:
-    """Return the fields of the configuration that describe `shape`, with their values."""
+    """Return the configuration fields (by name) that give a model the sizes of `shape`."""
     fields = _fields(config)
     family, have = fields["model_type"], shape_of(config)
     if family == "gpt2":
@@ -133,13 +133,15 @@ def changes(config: Config, shape: Shape) -> dict[str, Any]:
 
 
 def _check_groups(shape: Shape, have: Shape) -> None:
-    # a key-value head is removed with all its queries, and the others keep equally many queries
+    # a key-value head is removed with all its query heads, and each remaining one keeps the same number of query heads
     kv_heads, most = shape.groups, have.heads // have.groups
     if shape.heads % kv_heads:
-        raise ConfigError(f"heads is {shape.heads}, but each of {kv_heads} kv_heads serves equally many; write a multiple of {kv_heads}")
+        raise ConfigError(
+            f"heads is {shape.heads}, but each of the {kv_heads} kv_heads needs as many heads as the others; write a multiple of {kv_heads}"
+        )
     if shape.heads // kv_heads > most:
         raise ConfigError(
-            f"heads is {shape.heads}, but each of the model's kv_heads serves {most} and {kv_heads} of them are kept; "
+            f"heads is {shape.heads}, but each of the model's kv_heads serves {most} heads, and kv_heads is {kv_heads}; "
             f"write heads up to {most * kv_heads}, or more kv_heads"
         )
 
@@ -149,18 +151,18 @@ def _check_hidden(fields: Mapping[str, Any], shape: Shape) -> None:
     if family in _FIXED and shape.hidden != shape.heads * shape.head_dim:
         raise ConfigError(
             f"hidden is {shape.hidden} with {shape.heads} heads, but in {family} models hidden is heads times head_dim, "
-            f"{shape.head_dim}; write hidden {shape.heads * shape.head_dim}, or as many heads as hidden / {shape.head_dim}"
+            f"{shape.head_dim}; write hidden {shape.heads * shape.head_dim}, or change heads to hidden / {shape.head_dim}"
         )
     if family == "llama" and shape.hidden % shape.heads:
         raise ConfigError(
-            f"hidden is {shape.hidden} with {shape.heads} heads, but a llama configuration needs a multiple of the heads; "
+            f"hidden is {shape.hidden} with {shape.heads} heads, but a llama configuration needs a multiple of heads; "
             f"write hidden {max(shape.hidden // shape.heads, 1) * shape.heads}"
         )
     have, outer = fields["hidden_size"] if family == "opt" else 0, fields.get("word_embed_proj_dim")
     if family == "opt" and outer not in (None, have) and shape.hidden == outer:
         raise ConfigError(
-            f"hidden is {shape.hidden}, which is also the model's word_embed_proj_dim, and an opt model whose sizes are equal has no "
-            f"projections between them; write another hidden size"
+            f"hidden is {shape.hidden}, which is also the model's word_embed_proj_dim. With equal sizes an opt model has no "
+            "projections, so those of this model would be lost; write another hidden size"
         )
 
 
@@ -168,7 +170,7 @@ def _fields(config: Config) -> Mapping[str, Any]:
     fields = config if isinstance(config, Mapping) else config.to_dict()
     family = fields.get("model_type")
     if family not in PRUNABLE:
-        raise ModelError(f"a {family} model cannot be pruned in width; these can: {', '.join(PRUNABLE)}")
+        raise ModelError(f"a {family} model cannot be pruned in width; choose a model of the family {', '.join(PRUNABLE)}")
     return fields
 
 
@@ -176,4 +178,4 @@ def _size(fields: Mapping[str, Any], *names: str) -> int:
     for name in names:
         if isinstance(fields.get(name), int) and fields[name] > 0:
             return fields[name]
-    raise ConfigError(f"the {fields['model_type']} configuration has no {names[0]} that is a positive whole number; add it")
+    raise ConfigError(f"the {fields['model_type']} configuration has no {names[0]} that is a positive whole number; add it to config.json")

@@ -1,12 +1,12 @@
-"""Parameter counts and FLOPs from a config.json alone, exact for the families in `_COUNTERS`.
+"""Exact parameter counts and FLOPs from a config.json alone, for gpt2, opt, llama, mistral, qwen2 and qwen3.
 
-    config = read_config("gpt2")            # from this disk; None if the model is not there
-    size = size_of(config)                  # None for a family that is not counted
+    config = read_config("gpt2")            # from this disk; None if the model is not on it
+    size = size_of(config)                  # None for other families
     forward_flops(size, Work(positions=512, pairs=512**2, heads=512))
     adapters = adapters_of(config, rank=16, targets=("q_proj", "v_proj"))       # low-rank adapters; `models.modify` puts them into a model
     training_flops(with_adapters(size, adapters), adapters, Work(positions=512, pairs=512**2, heads=512))
 
-So a study can be planned before any weights are loaded.
+A study can therefore be planned before any weights are loaded.
 """
 
 import json
@@ -26,30 +26,30 @@ class Size:
     """Parameter counts and widths of a causal language model."""
 
     total: int
-    """Parameters, with tied weights counted once."""
+    """Number of parameters; tied weights are counted once."""
     matmul: int
-    """Entries of the matrices that every token is multiplied with: with the LM head (also if it is tied), without embeddings."""
+    """Number of entries of all matrices that each token is multiplied with. They include the LM head (tied or not), not the embeddings."""
     layers: int
     attention: int
-    """Width of attention: number of query heads times their size."""
+    """Width of attention: number of query heads times head_dim."""
     head: int
-    """Entries of the LM head."""
+    """Number of entries of the LM head's matrix."""
     hidden: int
     """Width of the hidden states."""
     keys: int
-    """Width of the keys of one position in one layer, and of the values."""
+    """Width of the keys (and also of the values) at one position in one layer."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one or many forward passes, in the units that FLOPs are computed from."""
+    """The amount of work in one or more forward passes, from which FLOPs are computed."""
 
     positions: float = 0.0
-    """Token positions that went through the layers, padding included."""
+    """Token positions that pass through the layers, padding included."""
     pairs: float = 0.0
-    """Query-key pairs of attention, masked ones included: T^2 for a sequence of T positions."""
+    """Query-key pairs of attention, masked pairs included: T^2 for a sequence of T positions."""
     heads: float = 0.0
-    """Positions whose logits were computed."""
+    """Token positions at which logits are computed."""
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.positions + other.positions, self.pairs + other.pairs, self.heads + other.heads)
@@ -59,9 +59,9 @@ class Work:
 
 
 def read_config(load: str, revision: str = "main", config: Config | None = None, vocab_size: int | None = None) -> dict[str, Any] | None:
-    """Read config.json without network; for `scratch:TYPE` return the recipe's `config` with type and vocabulary.
+    """Read a model's config.json without network. For `scratch:TYPE`, return the recipe's `config` with model_type and vocab_size.
 
-    The result is None if the model is not on this disk, or if a scratch model's vocabulary size is not known.
+    Return None if the model is not on this disk, or if the vocabulary size of a scratch model is not known.
 
     Raises:
         ModelError: a local source does not exist or is damaged.
@@ -79,19 +79,19 @@ def read_config(load: str, revision: str = "main", config: Config | None = None,
 
 
 def with_layers(config: Config, layers: int) -> dict[str, Any]:
-    """Return the configuration with another number of layers (`pruning.prune_depth`), for counting only."""
+    """Return the configuration with another number of layers, for counting parameters only."""
     return {**config, "n_layer" if config.get("model_type") == "gpt2" else "num_hidden_layers": layers}
 
 
 def size_of(config: Config) -> Size | None:
-    """Count a model from its configuration; None if its `model_type` is not one of gpt2, opt, llama, mistral, qwen2, qwen3.
+    """Return the parameter counts of a model, given its configuration. Return None for families other than those of this module.
 
-    These sizes must be present; other missing fields have the defaults of transformers. gpt2: vocab_size n_positions n_embd n_layer.
-    opt: vocab_size max_position_embeddings hidden_size ffn_dim num_hidden_layers. The others: vocab_size hidden_size intermediate_size
-    num_hidden_layers num_attention_heads.
+    Required fields for gpt2: vocab_size, n_positions, n_embd, n_layer; for opt: vocab_size, max_position_embeddings, hidden_size, ffn_dim,
+    num_hidden_layers; for the others: vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads. All other fields
+    default to the values of transformers.
 
     Raises:
-        ConfigError: one of these sizes is missing or is not a positive whole number.
+        ConfigError: a required field is missing or is not a positive whole number.
     """
     counter = _COUNTERS.get(str(config.get("model_type")))
     return None if counter is None else counter(config)
@@ -100,8 +100,8 @@ def size_of(config: Config) -> Size | None:
 def forward_flops(size: Size, work: Work) -> float:
     """Return the FLOPs of forward passes; a backward pass costs twice as much (Kaplan et al. 2020).
 
-    Body: 2 per matrix entry and position, and 4 x attention width per query-key pair and layer (scores and values). All pairs of the
-    rectangle count, as in `torch.utils.flop_counter` and in kernels with a mask. Head: 2 per entry and position with logits.
+    The layers cost 2 FLOPs per matrix entry and position, and 4 x attention width per query-key pair and layer (scores and values). Masked
+    pairs are included, as in `torch.utils.flop_counter`. The LM head costs 2 FLOPs per entry and position with logits.
     """
     return 2 * (size.matmul - size.head) * work.positions + 4 * size.layers * size.attention * work.pairs + 2 * size.head * work.heads
 
@@ -112,7 +112,7 @@ def _get(config: Config, *names: str) -> int:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{names[0]} in the {config['model_type']} configuration is {value!r}; write a positive whole number")
             return value
-    raise ConfigError(f"the {config['model_type']} configuration has no {names[0]}; add it, so that the model can be counted")
+    raise ConfigError(f"the {config['model_type']} configuration has no {names[0]}; add it, because the parameter count needs it")
 
 
 def _or(value: Any, default: int) -> int:
@@ -141,33 +141,21 @@ def _opt(config: Config) -> Size:
     block = matrices + bias * (4 * width + inner + width) + 2 * norm
     projections = 2 * outer * width if outer != width else 0
     heads = 1 if config.get("tie_word_embeddings", True) else 2
-    # OPT's position table has two more rows than positions.
+    # OPT's position table has two more rows than there are positions
     total = heads * vocab * outer + (positions + 2) * width + layers * block + final + projections
     return Size(total, layers * matrices + projections + vocab * outer, layers, width, vocab * outer, width, width)
 
 
 def _llama_like(
-    *,
-    key_value_heads: int | None = None,
-    head_dim: int | None = None,
-    qkv_bias: bool = False,
-    bias_fields: bool = False,
-    query_norm: bool = False,
+    *, kv: int | None = None, head_dim: int | None = None, qkv_bias: bool = False, bias_fields: bool = False, query_norm: bool = False
 ) -> Callable[[Config], Size]:
-    """Make a counter for decoders with RMSNorm, rotary positions, grouped queries and a gated MLP.
-
-    Args:
-        key_value_heads, head_dim: transformers' defaults for a configuration without these fields.
-        qkv_bias: queries, keys and values always have biases.
-        bias_fields: the fields attention_bias and mlp_bias count.
-        query_norm: queries and keys have a norm per head.
-    """
-
+    # kv (key-value heads) and head_dim are defaults of transformers. qkv_bias: these biases always exist; bias_fields: the fields
+    # attention_bias and mlp_bias add biases; query_norm: queries and keys have a norm per head
     def count(config: Config) -> Size:
         vocab, width, layers = _get(config, "vocab_size"), _get(config, "hidden_size"), _get(config, "num_hidden_layers")
         inner, heads = _get(config, "intermediate_size"), _get(config, "num_attention_heads")
         # An explicit null means one key-value head per query head; a missing field means the family's default.
-        kv_heads = _or(config.get("num_key_value_heads", key_value_heads), heads)
+        kv_heads = _or(config.get("num_key_value_heads", kv), heads)
         size = _or(config.get("head_dim", head_dim), width // heads)
         queries, keys = heads * size, kv_heads * size
         matrices = 2 * width * queries + 2 * width * keys + 3 * width * inner
@@ -188,49 +176,49 @@ _COUNTERS: dict[str, Callable[[Config], Size]] = {
     "gpt2": _gpt2,
     "opt": _opt,
     "llama": _llama_like(bias_fields=True),
-    "mistral": _llama_like(key_value_heads=8),
-    "qwen2": _llama_like(key_value_heads=32, qkv_bias=True),
-    "qwen3": _llama_like(key_value_heads=32, head_dim=128, bias_fields=True, query_norm=True),
+    "mistral": _llama_like(kv=8),
+    "qwen2": _llama_like(kv=32, qkv_bias=True),
+    "qwen3": _llama_like(kv=32, head_dim=128, bias_fields=True, query_norm=True),
 }
 
 
-_LAYER = 10  # numbers reserved for the places of a layer's matrices, in the order of use; attention comes after the first place
+_LAYER = 10  # layer i has the places 10 i to 10 i + 9, for its matrices in the order of use; attention is between places 0 and 1
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of one model."""
+    """The parameter counts of one model's low-rank adapters."""
 
     trained: int
-    """Number of their parameters, each of which is multiplied with every token."""
+    """Number of trained parameters. Each of them is multiplied with every token."""
     idle: int
-    """Entries of all matrices, adapters included, that come before the first trained parameter: their inputs need no gradient."""
+    """Number of entries of all matrices before the first trained parameter, adapters included. Their inputs need no gradient."""
     idle_attention: int
-    """Layers whose attention comes before the first trained parameter."""
+    """Number of layers whose attention comes before the first trained parameter."""
 
 
 @dataclass(frozen=True)
 class _Matrix:
     name: str
-    """Name within its layer, or within the model."""
     inputs: int
     outputs: int
-    places: tuple[int, ...]
-    """Its position in the order of all matrices, once per layer."""
+    places: tuple[int, ...]  # the matrix's rank in the order of use of all matrices, once per layer
 
 
 def adapters_of(config: Config, rank: int, targets: Iterable[str] = ()) -> Adapters | None:
-    """Describe adapters on linear layers whose names end in one of `targets` (all but the head without); None if the family is not counted.
+    """Return the parameter counts of adapters on all linear layers whose names end in one of `targets`.
+
+    Without `targets`, all linear layers except the head have adapters. The result is None for a family that this module does not know.
 
     Raises:
-        ConfigError: a target is not the name of such a layer.
+        ConfigError: a target is not the name of a linear layer.
     """
     matrices = _matrices(config)
     if matrices is None:
         return None
     for target in (targets := tuple(targets)):
         if not any(_named(m.name, target) for m in matrices):
-            raise ConfigError(f"`{target}` is no linear layer of this model; choose from {', '.join(m.name for m in matrices)}")
+            raise ConfigError(f"`{target}` is not a linear layer of this model; choose from {', '.join(m.name for m in matrices)}")
     chosen = [m for m in matrices if not targets or any(_named(m.name, target) for target in targets)]
     first = min(place for m in chosen for place in m.places)
     idle = sum(m.inputs * m.outputs for m in matrices for place in m.places if place <= first)
@@ -240,24 +228,24 @@ def adapters_of(config: Config, rank: int, targets: Iterable[str] = ()) -> Adapt
 
 
 def _named(name: str, target: str) -> bool:
-    # peft's rule
+    # the rule of peft
     return f".{name}".endswith(f".{target}")
 
 
 def with_adapters(size: Size, adapters: Adapters | None) -> Size:
-    """Return the size of the model during training, with its adapters beside its matrices."""
+    """Return the size of the model with its adapters, as it is during training."""
     return size if adapters is None else replace(size, total=size.total + adapters.trained, matmul=size.matmul + adapters.trained)
 
 
 def training_flops(size: Size, adapters: Adapters, work: Work, *, again: bool = False) -> float:
-    """Return the FLOPs of forward and backward passes that train only adapters.
+    """Return the FLOPs of forward and backward passes when only the adapters are trained.
 
-    The backward pass costs one forward pass for the gradients of the inputs, plus one more of attention and of the adapters. What comes
-    before the first adapter has no backward pass.
+    The backward pass costs as much as one forward pass (gradients of the inputs), plus a second forward pass of attention and of the
+    adapters. Matrices before the first adapter have no backward pass.
 
     Args:
         size: size of the model with its adapters.
-        again: the layers run forward once more (gradient checkpointing).
+        again: the layers run a second forward pass (gradient checkpointing).
     """
     passes = work * 2 + (Work(work.positions, work.pairs) if again else Work())
     attention = 4 * size.attention * work.pairs
@@ -266,7 +254,7 @@ def training_flops(size: Size, adapters: Adapters, work: Work, *, again: bool = 
 
 
 def _matrices(config: Config) -> list[_Matrix] | None:
-    """List the matrices of a model, except its head."""
+    # all matrices except the head
     family = config.get("model_type")
     if family not in PRUNABLE:
         return None

@@ -1,13 +1,13 @@
-"""Pruning: a smaller model made from some of a larger one's weights, for models with `init`.
+"""Pruning: make a smaller model from a part of a larger model's weights. Models with `init` in the recipe start this way.
 
-    student = prune_depth(teacher, keep_list(6, teacher.config.num_hidden_layers))      # evenly spaced layers; any family
+    student = prune_depth(teacher, keep_list(6, teacher.config.num_hidden_layers))      # keeps evenly spaced layers; works for any family
 
-    measured = importance(teacher, calibration)                                         # depth and width, by activations
+    measured = importance(teacher, calibration)                                         # for depth and width, by activations
     shape = dataclasses.replace(shape_of(teacher.config), layers=6, intermediate=1024)
     student = prune(teacher, shape, measured)
 
-The result is an ordinary model of the same family. `cut` makes it, `activations` measures, `families` lists the axes of each weight, and
-`tadistill.models.counting.shapes` the shapes.
+The result is an ordinary model of the same family. `cut` makes the pruned model, `activations` measures importances, and `families` lists
+the axes of each weight. Shapes are in `tadistill.models.counting.shapes`.
 """
 
 from tadistill.models.counting.shapes import Shape, check_shape, shape_of

@@ -1,10 +1,10 @@
-"""Importance of each channel, neuron, head and layer of a model, from activations on a small calibration set.
+"""Importance of each channel, neuron, head and layer of a model, measured by activations on a small calibration set.
 
-    measured = importance(model, sequences)          # a list of token ids per sequence; forward passes only
+    measured = importance(model, sequences)          # one list of token ids per sequence; runs forward passes only
 
-Channels, neurons and heads: Muralidharan et al. 2024 (Minitron, arXiv 2407.14679, section 2.2) with the aggregation that they found best,
-"batch = L2, seq = mean": the mean of absolute values over a sequence's tokens, then the L2 norm over the sequences. Layers: block
-influence, Men et al. 2024 (ShortGPT, arXiv 2403.03853).
+Channels, neurons and heads follow Muralidharan et al. 2024 (Minitron, arXiv 2407.14679, section 2.2) with the aggregation that they found
+best, "batch = L2, seq = mean": the mean of absolute values over the tokens of a sequence, then the L2 norm over the sequences. Layers
+have their block influence (Men et al. 2024, ShortGPT, arXiv 2403.03853).
 
 Axes: B sequences, T tokens, H channels, I neurons, A heads, L layers.
 """
@@ -27,28 +27,28 @@ from tadistill.models.pruning.families import FAMILIES
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """Importance scores in float64 on the CPU. Only scores in the same row can be compared."""
+    """Importance scores in float64 on the CPU. Compare scores within a row (one layer) only."""
 
     hidden: Tensor
-    """(H,): absolute output of the norms, summed over both norms of all layers."""
+    """(H,): absolute output of the layers' norms, summed over all layers and over both norms of each."""
     neurons: Tensor
     """(L, I): absolute input of the MLP's last projection."""
     heads: Tensor
     """(L, A): L2 norm of a head's output before the output projection."""
     layers: Tensor
-    """(L,): block influence, 1 minus the mean over tokens of cos(a layer's input, its output), 0 to 2."""
+    """(L,): block influence, which is 1 - cos(the layer's input, its output), averaged over tokens; between 0 and 2."""
 
 
 def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_size: int = 8) -> Importance:
-    """Measure importances on `sequences` of token ids; padding does not count, and `batch_size` changes the scores by rounding only.
+    """Measure importances on `sequences` of token ids. Padding is left out, and `batch_size` changes the scores by rounding errors only.
 
     Raises:
-        ModelError: a family that cannot be pruned in width, or activations that are not finite.
-        DataError: no sequences, or one that is empty, too long, or not of this vocabulary.
+        ModelError: the model's family cannot be pruned in width, or its activations are not finite.
+        DataError: there are no sequences, or a sequence is empty, too long, or has ids outside the vocabulary.
     """
     shape = shape_of(model.config)
     _check_sequences(model, sequences)
-    ordered = sorted(sequences, key=len)  # sequences of similar length share a batch
+    ordered = sorted(sequences, key=len)  # puts sequences of similar length into one batch
     sums = _Sums(shape.layers, shape.heads)
     training = model.training
     model.eval()
@@ -64,24 +64,24 @@ def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, ba
         model.train(training)
     measured = sums.result()
     if not all(torch.isfinite(scores).all() for scores in (measured.hidden, measured.neurons, measured.heads, measured.layers)):
-        raise ModelError("the model's activations on the calibration set are not finite, so nothing can be ranked; check its weights")
+        raise ModelError(
+            "the model's activations on the calibration set are not finite, so pruning has no ranking; check the model's weights"
+        )
     return measured
 
 
 def keep_important(count: int, scores: Tensor) -> tuple[int, ...]:
-    """Return the indices of the `count` highest of (n,) scores, ascending; among equal scores the first ones win.
+    """Return the indices of the `count` highest values in `scores` (n,), in ascending order. Among equal scores, the lower index is kept.
 
     Raises:
-        ConfigError: a count outside 1..n.
+        ConfigError: `count` is not between 1 and n.
     """
     if not 1 <= count <= len(scores):
-        raise ConfigError(f"{count} of {len(scores)} cannot be kept; write 1 to {len(scores)}")
+        raise ConfigError(f"pruning cannot keep {count} of {len(scores)}; write 1 to {len(scores)}")
     return tuple(sorted(torch.sort(scores.cpu(), descending=True, stable=True).indices[:count].tolist()))
 
 
 class _Sums:
-    """Running sums over the batches, and the current batch's mask."""
-
     def __init__(self, layers: int, heads: int):
         self.mask_BT = torch.ones(0, 0, dtype=torch.bool)
         self._heads = heads
@@ -90,7 +90,7 @@ class _Sums:
         self._tokens = [0] * layers
 
     def widths(self, kind: str, place: int, values: Tensor) -> None:
-        """Add a batch of activations, (B, T, n), or (B T, n) from OPT."""
+        # values: (B, T, n), or (B T, n) from OPT
         values_BTn = values.detach().float().reshape(*self.mask_BT.shape, -1)
         if kind == "heads":
             values_BTn = values_BTn.unflatten(-1, (self._heads, -1)).norm(dim=-1)
@@ -100,14 +100,12 @@ class _Sums:
         self._squares[kind, place] = self._squares.get((kind, place), torch.zeros(())) + squares
 
     def block(self, layer: int, before: Tensor, after: Tensor) -> None:
-        """Add a batch of a layer's inputs and outputs, (B, T, H)."""
+        # before, after: (B, T, H)
         cosines = cosine_similarity(before.detach().float(), after.detach().float(), dim=-1)[self.mask_BT]
         self._cosines[layer] += cosines.double().sum().cpu()
         self._tokens[layer] += len(cosines)
 
     def result(self) -> Importance:
-        """Return the scores of all that was added."""
-
         def rows(kind: str) -> Tensor:
             return torch.stack([s for (k, _), s in sorted(self._squares.items(), key=lambda item: item[0]) if k == kind]).sqrt()
 
@@ -117,7 +115,6 @@ class _Sums:
 
 @contextmanager
 def _recorded(model: PreTrainedModel, sums: _Sums) -> Iterator[None]:
-    """Record forward passes inside the block in `sums`."""
     family = FAMILIES[model.config.model_type]
 
     def reads(kind: str, place: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -141,10 +138,12 @@ def _recorded(model: PreTrainedModel, sums: _Sums) -> Iterator[None]:
 
 def _check_sequences(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
     if not sequences:
-        raise DataError("the calibration set has no sequences; give at least one, some hundreds for a stable ranking")
+        raise DataError("the calibration set has no sequences; give at least one, or some hundreds for a stable ranking")
     positions, words = model.config.max_position_embeddings, model.config.vocab_size
     for number, row in enumerate(sequences):
         if not 1 <= len(row) <= positions:
-            raise DataError(f"sequence {number} of the calibration set has {len(row)} tokens; the model reads 1 to {positions}, so cut it")
+            raise DataError(f"sequence {number} of the calibration set has {len(row)} tokens; give it 1 to {positions} tokens")
         if min(row) < 0 or max(row) >= words:
-            raise DataError(f"sequence {number} of the calibration set has ids outside 0 to {words - 1}; use the model's own tokenizer")
+            raise DataError(
+                f"sequence {number} of the calibration set has token ids outside 0 to {words - 1}; use the model's own tokenizer"
+            )

@@ -1,4 +1,4 @@
-"""Pruning in depth alone, for any family with one stack of layers, or in depth and width at once (Muralidharan et al. 2024, Minitron).
+"""Pruning in depth only, for any family with one stack of layers, or in both depth and width (Muralidharan et al. 2024, Minitron).
 
 student = prune_depth(teacher, keep_list(6, teacher.config.num_hidden_layers))
 student = prune(teacher, shape, importance(teacher, sequences))
@@ -24,20 +24,22 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_lay
 
 
 def keep_list(layers: int | Sequence[int], total: int) -> tuple[int, ...]:
-    """Return the layers of `total` to keep: a list of indices as it is, or a number of evenly spaced ones with the first and the last.
+    """Return the indices of the layers to keep, of `total` layers. `layers` is a list of indices, or a number of evenly spaced layers.
+
+    A number always keeps the first and the last layer.
 
     Raises:
-        ConfigError: a number outside 2..total (1 has no first AND last), or indices that are empty, out of range or not ascending.
+        ConfigError: the number is not between 2 and `total`, or the list is empty, not ascending or out of range.
     """
     if isinstance(layers, int):
         if layers == total == 1:
             return (0,)
         if not 2 <= layers <= total:
             raise ConfigError(
-                f"layers is {layers}, but the model has {total}; a number keeps the first, the last and evenly spaced ones between, "
-                f"so write 2 to {total}, or a list such as [0] to choose yourself"
+                f"layers is {layers}, but the model has {total}. Write 2 to {total} to keep the first, the last and evenly spaced layers "
+                "between them, or a list of layers such as [0]"
             )
-        # rounds to the nearest whole number, halves up, with integers only: the same on every machine
+        # rounds to the nearest whole number (halves up) with integers only, so that all machines agree
         return tuple((2 * i * (total - 1) + layers - 1) // (2 * (layers - 1)) for i in range(layers))
     keep = tuple(layers)
     if not keep or any(not 0 <= i < total for i in keep) or any(a >= b for a, b in itertools.pairwise(keep)):
@@ -46,13 +48,13 @@ def keep_list(layers: int | Sequence[int], total: int) -> tuple[int, ...]:
 
 
 def prune_depth(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
-    """Make a new, ordinary model with copies of the kept layers' weights; `model` is not changed.
+    """Return a new, ordinary model with copies of the weights of the layers `keep`. `model` is not changed.
 
-    It has the same dtype and device and is in eval mode. The layers are renumbered, so that caches and saving work.
+    The new model has the same dtype and device and is in eval mode. Its layers are renumbered from 0.
 
     Raises:
-        ConfigError: `keep` is not a valid list for this model.
-        ModelError: the model's layers cannot be taken apart.
+        ConfigError: `keep` is empty, not ascending or out of range.
+        ModelError: the layers of this model type cannot be removed.
     """
     total = model.config.num_hidden_layers
     keep = keep_list(tuple(keep), total)
@@ -61,27 +63,26 @@ def prune_depth(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
 
 
 def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, layers: Sequence[int] | None = None) -> PreTrainedModel:
-    """Make a new, ordinary model of the same family and of `shape`, with copies of the kept weights; `model` is not changed.
+    """Return a new, ordinary model of the same family with the sizes of `shape` and copies of the kept weights. `model` is not changed.
 
-    The same channels are kept in all layers; neurons and heads are chosen in each layer. Kept weights stay in order and keep their values:
-    removing channels changes the mean square that RMSNorm and LayerNorm divide by, and as in Minitron nothing compensates for it before
-    training. With grouped queries a key-value head is removed with all its queries: a group's score is the sum of its best
-    `heads / kv_heads` queries, the best groups are kept, and each keeps those queries, so that all groups have the same size. The model has
-    the same dtype and device and is in eval mode.
+    All layers keep the same channels; each layer keeps its own neurons and heads. Kept weights keep their order and values. Removing
+    channels changes the mean square that RMSNorm and LayerNorm divide by; as in Minitron, only training corrects this. With grouped
+    queries, a key-value head is removed with all its query heads. Its score is the sum of its best `heads / kv_heads` query heads. The best
+    key-value heads are kept, each with those query heads. The new model has the same dtype and device and is in eval mode.
 
     Args:
-        importance: the importances of this model; None keeps its width.
-        layers: the layers to keep; None keeps those of highest block influence, or evenly spaced ones without `importance`.
+        importance: the importances of this model. None is allowed if the width stays the same.
+        layers: the layers to keep. None keeps the layers of highest block influence or, without `importance`, evenly spaced layers.
 
     Raises:
-        ConfigError: the model cannot be cut to this shape, the number of `layers` is not `shape.layers`, or `importance` is missing for a
-            narrower shape, or is that of another model.
-        ModelError: the family, or a weight of this model, is not supported.
+        ConfigError: the model cannot have this shape, `layers` does not have `shape.layers` entries, or `importance` is missing for a
+            narrower shape or belongs to another model.
+        ModelError: the family of the model, or one of its weights, is not supported.
     """
     check_shape(model.config, shape)
     family, have = FAMILIES[model.config.model_type], shape_of(model.config)
     if importance is None and changes(model.config, replace(shape, layers=have.layers)) != changes(model.config, have):
-        raise ConfigError(f"a shape narrower than the model ({shape}) needs importances to choose by; measure them on a calibration set")
+        raise ConfigError(f"pruning the width to {shape} needs importances to choose by; measure them on a calibration set")
     if importance is not None:
         _check_importance(importance, have)
     keep = _layers(shape.layers, have.layers, importance, layers)
@@ -98,14 +99,9 @@ def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, l
 
 
 def _configured(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfig:
-    """Return a copy of the configuration for the kept layers.
-
-    Raises:
-        ModelError: a layer's output depends on its number.
-    """
     config, total = copy.deepcopy(config), config.num_hidden_layers
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):  # GPT-2 only
-        raise ModelError("scale_attn_by_inverse_layer_idx makes a layer depend on its number; such a model cannot be pruned in depth")
+        raise ModelError("the model cannot be pruned in depth: with scale_attn_by_inverse_layer_idx a layer depends on its number")
     for name in _PER_LAYER:
         values = getattr(config, name, None)  # only some families have these fields
         if isinstance(values, list | tuple) and len(values) == total:
@@ -115,7 +111,6 @@ def _configured(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConf
 
 
 def _renumbered(weights: Mapping[str, torch.Tensor], stack: str, keep: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Return the weights of the kept layers under their new numbers, and all weights outside the stack."""
     number = {old: new for new, old in enumerate(keep)}
     pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
     found = {}
@@ -129,11 +124,6 @@ def _renumbered(weights: Mapping[str, torch.Tensor], stack: str, keep: Sequence[
 
 
 def _assembled(model: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    """Make a model of `config` with copies of `weights`, and with the dtype, device and generation settings of `model`.
-
-    Raises:
-        ModelError: the weights do not fit the configuration.
-    """
     with torch.random.fork_rng(devices=[]), quiet():  # the random weights made here are replaced at once
         pruned = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
     try:
@@ -145,25 +135,21 @@ def _assembled(model: PreTrainedModel, config: PreTrainedConfig, weights: Mappin
 
 
 def _stack(model: PreTrainedModel, total: int) -> str:
-    """Return the name of the only list of decoder layers."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total]
-    # a list inside a layer (experts, for instance) may have the same length by chance
+    # a list inside a layer (of experts, for instance) may have the same length
     outer = [name for name in names if not any(name.startswith(other + ".") for other in names)]
     if len(outer) != 1:
         kind = model.config.model_type
-        raise ModelError(f"a {kind} model has {len(outer)} stacks of {total} layers; only one with a single stack can be pruned in depth")
+        raise ModelError(f"a {kind} model has {len(outer)} stacks of {total} layers; choose a model with exactly one, to prune its depth")
     return outer[0]
 
 
 class _Cuts:
-    """The kept indices along each axis."""
-
     def __init__(self, shape: Shape, have: Shape, importance: Importance | None, *, whole_words: bool):
         self._shape, self._have, self._importance, self._whole_words = shape, have, importance, whole_words
         self._indices: dict[tuple[Axis, int | None], Tensor | None] = {}
 
     def cut(self, tensor: Tensor, axes: tuple[Axis, ...], layer: int | None) -> Tensor:
-        """Return the kept part of a weight; the weight itself if nothing is removed."""
         for dim, axis in enumerate(axes):
             place = None if axis in ("channels", "words") else layer
             if (axis, place) not in self._indices:
@@ -174,7 +160,7 @@ class _Cuts:
         return tensor
 
     def _kept(self, axis: Axis, layer: int | None) -> Tensor | None:
-        """Return the kept indices along `axis`, ascending; None if all are kept."""
+        # ascending indices; None keeps all
         shape, scores = self._shape, self._importance
         if axis is None or scores is None or (axis == "words" and self._whole_words):
             return None
@@ -192,7 +178,7 @@ class _Cuts:
 
 
 def _heads(scores: Tensor, shape: Shape, have: Shape) -> tuple[Tensor, Tensor]:
-    """Return the (query heads, key-value heads) to keep in a layer with (A,) scores."""
+    # returns the kept query heads and key-value heads of a layer with (A,) scores
     size, keep = have.heads // have.groups, shape.heads // shape.groups
     groups = scores.view(have.groups, size)
     keys = keep_important(shape.groups, groups.sort(descending=True).values[:, :keep].sum(1))
@@ -208,7 +194,7 @@ def _layers(count: int, total: int, importance: Importance | None, layers: Seque
     if layers is not None:
         keep = keep_list(tuple(layers), total)
         if len(keep) != count:
-            raise ConfigError(f"layers is {list(keep)}, {len(keep)} of them, but the shape has {count} layers; the two numbers must match")
+            raise ConfigError(f"layers is {list(keep)}, {len(keep)} layers, but the shape has {count} layers; make the two equal")
         return keep
     return keep_list(count, total) if importance is None else keep_important(count, importance.layers)
 
@@ -216,21 +202,20 @@ def _layers(count: int, total: int, importance: Importance | None, layers: Seque
 def _check_importance(importance: Importance, have: Shape) -> None:
     found = [tuple(s.shape) for s in (importance.hidden, importance.neurons, importance.heads, importance.layers)]
     if found != [(have.hidden,), (have.layers, have.intermediate), (have.layers, have.heads), (have.layers,)]:
-        raise ConfigError("the importances belong to a model of another shape; measure them on the model that is pruned")
+        raise ConfigError("the importances belong to a model of another shape; measure them on the model to be pruned")
 
 
 def _projected(model: PreTrainedModel) -> bool:
-    # the embedding of OPT-350m has another width than the hidden states
+    # in OPT-350m the embeddings are narrower than the hidden states
     return model.config.model_type == "opt" and model.config.word_embed_proj_dim != model.config.hidden_size
 
 
 def _axes(family: Family, name: str, kind: str) -> tuple[int | None, tuple[Axis, ...]]:
-    """Return (layer or None, names of the axes) of a weight."""
     if name.startswith(family.stack + "."):
         number, rest = name.removeprefix(family.stack + ".").split(".", 1)
         layer, axes = int(number), family.inside.get(rest)
     else:
         layer, axes = None, family.outside.get(name)
     if axes is None:
-        raise ModelError(f"{kind} models with a weight {name} cannot be pruned in width, because that weight is not supported")
+        raise ModelError(f"{kind} models with a weight {name} cannot be pruned in width; choose a model without this weight")
     return layer, axes

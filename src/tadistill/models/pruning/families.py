@@ -1,14 +1,14 @@
 """The names of each family's weights, and the axes of each weight.
 
-A weight's axes are named in the order of its dimensions:
+A weight has one axis name per dimension:
 
     channels   the residual stream, H
     neurons    the inner width of the MLP, I
     queries    query heads times head_dim, head after head
     keys       key-value heads times head_dim
     fused      queries, keys and values of GPT-2, one after the other
-    words      the embedding's width, which OPT may project to H
-    None       never cut: vocabulary, positions, head_dim
+    words      the width of the embeddings, which some OPT models project to H
+    None       never pruned: vocabulary, positions, head_dim
 """
 
 from collections.abc import Mapping
@@ -23,20 +23,20 @@ Axes = Mapping[str, tuple[Axis, ...]]
 
 @dataclass(frozen=True)
 class Family:
-    """The names of a family's modules and weights in its transformers model."""
+    """The names of modules and weights in a family's transformers model."""
 
     stack: str
-    """The list of layers."""
+    """Name of the list of layers."""
     norms: tuple[str, str]
-    """Both norms of a layer."""
+    """Names of the two norms of a layer."""
     attention: str
-    """The projection that reads the concatenated outputs of all heads."""
+    """Name of the projection that reads the concatenated outputs of all heads."""
     mlp: str
-    """The projection that reads the neurons."""
+    """Name of the projection that reads the neurons."""
     inside: Axes
-    """Weights of a layer, by their names within it."""
+    """Axes of a layer's weights, by name within the layer."""
     outside: Axes
-    """All other weights, by their full names."""
+    """Axes of all other weights, by full name."""
 
 
 def _linear(name: str, output: Axis, inputs: Axis) -> Axes:
@@ -44,7 +44,7 @@ def _linear(name: str, output: Axis, inputs: Axis) -> Axes:
 
 
 def _conv1d(name: str, output: Axis, inputs: Axis) -> Axes:
-    # GPT-2's linear layers store their weight transposed
+    # GPT-2 stores the weights of its linear layers transposed
     return {f"{name}.weight": (inputs, output), f"{name}.bias": (output,)}
 
 
