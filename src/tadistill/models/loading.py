@@ -75,7 +75,7 @@ def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[s
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(f"model `{load}` has no readable tokenizer ({_first_line(error)}); set `tokenizer:` to one that works") from error
+            raise ModelError(f"model `{load}` has no readable tokenizer ({_first_line(error)}); set `tokenizer:`") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of `{load}` has no EOS token, which must end every answer; set eos_token in its tokenizer_config.json"
