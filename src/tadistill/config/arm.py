@@ -102,15 +102,13 @@ class Arm(Strict):
         for path in self.path:
             for name in path:
                 if path.count(name) > 1:
-                    raise ValueError(f"path `{path_text(path)}` names {name} twice; a model cannot teach itself")
+                    raise ValueError(f"path `{path_text(path)}` names model {name} twice, but a model cannot teach itself; remove one")
         if len(self.path) > 1 and any(len(path) < 2 for path in self.path):
-            raise ValueError(f"path `{self.text}` has a part in which nothing is taught; write each as A > B")
+            raise ValueError(f"path `{self.text}` has a part with only one model, so nothing is taught there; write each part as A > B")
         for i, path in enumerate(self.path[:-1]):
             used = {m for later in self.path[i + 1 :] for m in later} | set(self.init.values())
             if path[-1] not in used:
-                raise ValueError(
-                    f"path `{self.text}` teaches {path[-1]}, which nothing uses later; continue with it, or initialise another from it"
-                )
+                raise ValueError(f"path `{self.text}` teaches {path[-1]}, but no later part uses it; add a part that uses {path[-1]}")
         return self
 
     @model_validator(mode="after")
@@ -118,17 +116,19 @@ class Arm(Strict):
         for learner, source in self.init.items():
             first = next((i for i, path in enumerate(self.path) if learner in path[1:]), None)
             if first is None:
-                raise ValueError(f"init names {learner}, which is not taught in `{self.text}`")
+                raise ValueError(f"init names {learner}, but path `{self.text}` does not teach {learner}; name a model that it teaches")
             before = [m for path in self.path[:first] for m in path] + [*self.path[first][: self.path[first].index(learner)]]
             if source not in before:
-                raise ValueError(f"init starts {learner} from {source}, which is not in `{self.text}` before {learner}; name one that is")
+                raise ValueError(
+                    f"init starts {learner} from {source}, but `{self.text}` has no {source} before {learner}; name an earlier model"
+                )
         return self
 
     @field_validator("compute")
     @classmethod
     def _as_arm(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith("as "):
-            raise ValueError(f"compute is `{value}`; write `as ARM`")
+            raise ValueError(f"compute is `{value}`; write `as ARM` with the name of an arm")
         return value
 
     @property
@@ -182,9 +182,9 @@ class Search(Strict):
         models = (self.teacher, *self.assistants, self.student)
         for name in models:
             if models.count(name) > 1:
-                raise ValueError(f"search names {name} twice; teacher, assistants and student are different models")
+                raise ValueError(f"search names {name} twice; teacher, assistants and student must be different models")
         if self.rungs[-1] != 1 or any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)) or self.rungs[0] <= 0:
-            raise ValueError(f"search.rungs are {list(self.rungs)}; write rising shares that end with 1, such as [0.1, 0.3, 1]")
+            raise ValueError(f"search.rungs are {list(self.rungs)}; write rising fractions that end with 1, such as [0.1, 0.3, 1]")
         if self.strategy == "halving" and len(self.rungs) < 2:
-            raise ValueError("search.strategy is halving, which needs at least two rungs; write search.rungs, such as [0.1, 0.3, 1]")
+            raise ValueError("search.strategy is halving, which needs at least two rungs; set search.rungs, for instance to [0.1, 0.3, 1]")
         return self

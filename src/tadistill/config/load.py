@@ -40,7 +40,7 @@ def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str) -> Re
     """Read a recipe from YAML text, as `load` does. Messages call the text `source`."""
     raw = _merged(text, overrides, source, "seeds=[10]")
     if not isinstance(raw, dict):
-        raise ConfigError(f"{source} holds no recipe; it must be a mapping with study, seeds, models, data and arms")
+        raise ConfigError(f"{source} contains no recipe; write a mapping with the keys study, seeds, models, data and arms")
     return validate(_string_keys(raw), source=source, text=text)
 
 
@@ -87,7 +87,6 @@ def _string_keys(value: Any) -> Any:
 
 
 def _lines(text: str) -> dict[tuple, int]:
-    """Map the path of every key in a YAML text to its line number, from 1."""
     lines: dict[tuple, int] = {}
 
     def walk(node: yaml.Node | None, at: tuple) -> None:
@@ -104,7 +103,7 @@ def _lines(text: str) -> dict[tuple, int]:
 
 
 def _sentence(error: ValidationError, source: str, lines: dict[tuple, int], root: type[BaseModel] = Recipe) -> str:
-    """Describe the first problem: where, what, how to mend. Unknown keys come first, because they cause others."""
+    """Describe the first problem in one sentence. Unknown keys come first, because they cause other problems."""
     problem, *others = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = tuple(problem["loc"])
     key = _resolve(location, root)[0]
@@ -114,7 +113,7 @@ def _sentence(error: ValidationError, source: str, lines: dict[tuple, int], root
     if problem["type"] == "extra_forbidden":
         names = _names_at(location[:-1], root)
         close = difflib.get_close_matches(str(key[-1]), names, n=1, cutoff=0.5)
-        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(sorted(names))}."
+        hint = f"did you mean `{close[0]}`?" if close else f"known keys here: {', '.join(sorted(names))}."
         text = f"{where} is not a known key; {hint}"
     elif problem["type"] == "missing":
         text = f"{where} is missing; add it."
@@ -132,7 +131,6 @@ def _sentence(error: ValidationError, source: str, lines: dict[tuple, int], root
 
 
 def _children(annotation: Any) -> list[type[BaseModel]]:
-    """List the recipe classes inside a type annotation (unions, optionals, tuples, dict values)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [m for part in typing.get_args(annotation) for m in _children(part)]

@@ -55,7 +55,9 @@ class Optim(Strict):
     @model_validator(mode="after")
     def _check(self):
         if self.micro_batch and self.batch % self.micro_batch:
-            raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; choose a divisor")
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; choose a micro_batch that divides batch"
+            )
         return self
 
 
@@ -97,7 +99,7 @@ class Dense(Strict):
     @model_validator(mode="after")
     def _check(self):
         if self.weights and not sum(self.weights) > 0:
-            raise ValueError(f"dense.weights are {list(self.weights)}; at least one must be above 0")
+            raise ValueError(f"dense.weights are {list(self.weights)}; set at least one weight above 0")
         return self
 
 
@@ -184,76 +186,73 @@ def check_pairing(method: Method) -> None:
     sampler, batch = method.sampler, method.optim.batch
     if method.round_rollouts % batch:
         raise ConfigError(
-            f"sampler.rollouts {method.round_rollouts} is not a multiple of optim.batch {batch}, so a round has no whole "
+            f"sampler.rollouts {method.round_rollouts} is not a multiple of optim.batch {batch}, so a round is not a whole "
             "number of updates; change one of them"
         )
     if sampler.follows_dev and method.select.metric == "last":
         raise ConfigError(
-            f"sampler {sampler.type} follows the dev loss, but select.metric is `last`, which measures none; select by loss or rouge_l"
+            f"sampler {sampler.type} needs the dev loss, but select.metric `last` does not measure it; set select.metric to loss or rouge_l"
         )
     if isinstance(sampler, ReplaySampler) and sampler.capacity < batch:
-        raise ConfigError(f"sampler.capacity {sampler.capacity} holds less than one batch of {batch}; raise it")
+        raise ConfigError(f"sampler.capacity {sampler.capacity} is less than one batch of {batch}; raise sampler.capacity")
 
 
 def _check_text(method: Method) -> None:
-    """Raise a ConfigError if the objective cannot learn from the sampler's text."""
     objective, sampler = method.objective, method.sampler
     if objective.needs_rounds and not sampler.in_rounds:
         raise ConfigError(
-            f"objective {objective.type} learns from rounds of rollouts, but the sampler is {sampler.type}; "
+            f"objective {objective.type} learns from rounds of rollouts, but sampler {sampler.type} draws no rounds; "
             "use sampler: {type: teacher_mixed}"
         )
     if objective.needs_own_samples and not sampler.student_only:
         raise ConfigError(
-            f"objective {objective.type} estimates from the student's own samples, which sampler {sampler.type} as set here does not draw; "
+            f"objective {objective.type} needs samples from the student's own distribution, but sampler {sampler.type} does not draw them; "
             "use sampler: {type: student} with temperature 1 and no top_k, top_p, min_p or no_repeat_ngram"
         )
     if objective.needs_rounds and isinstance(sampler, Rounds) and sampler.temperature == 0:
         raise ConfigError(
-            f"objective {objective.type} weights samples by their probability, and sampler.temperature 0 draws none; set it above 0"
+            f"objective {objective.type} weights samples by their probability, but sampler.temperature 0 draws no samples; set it above 0"
         )
     if objective.needs_pairs != sampler.pairs:
         raise ConfigError(
-            f"objective contrastive and sampler pair belong together, but here are {objective.type} and {sampler.type}; change one of them"
+            f"objective contrastive and sampler pair work only together, but the recipe has {objective.type} and {sampler.type}; change one"
         )
     if sampler.on_policy and objective.imitates_text:
-        fix = f"kd_ratio is {objective.kd_ratio}; set it to 1" if isinstance(objective, Divergence) else "use a divergence"
-        raise ConfigError(f"sampler {sampler.type} trains on the student's own text, which is no target for cross-entropy; {fix}")
+        fix = f"kd_ratio is {objective.kd_ratio}; set it to 1" if isinstance(objective, Divergence) else "use a divergence as objective"
+        raise ConfigError(f"sampler {sampler.type} trains on the student's own text, which cannot be a target for cross-entropy; {fix}")
 
 
 def _check_signal(method: Method) -> None:
-    """Raise a ConfigError if a recorded signal or dense guidance does not fit the objective."""
     objective, signal = method.objective, method.signal
     if signal and method.dense:
-        raise ConfigError(f"sampler.signal {signal.type} records one teacher, but dense guidance has several; set signal: null here")
+        raise ConfigError(f"sampler.signal {signal.type} records only one teacher, but `dense` uses several; set signal: null in this arm")
     if method.dense and not objective.needs_teacher:
-        raise ConfigError(f"objective {objective.type} has no teacher, so dense guidance would do nothing; use a divergence")
+        raise ConfigError(f"objective {objective.type} has no teacher, so `dense` would have no effect; use a divergence as objective")
     if signal and not objective.needs_teacher:
         raise ConfigError(
-            f"sampler.signal {signal.type} is of no use to objective {objective.type}, which has no teacher; set signal: null here"
+            f"objective {objective.type} has no teacher, so sampler.signal {signal.type} would have no effect; set signal: null in this arm"
         )
     if isinstance(signal, TopKSignal) and isinstance(objective, TopKForwardKL | TopKReverseKL):
         raise ConfigError(
-            f"objective {objective.type} chooses its own tokens, and so does the top_k signal; "
+            f"objective {objective.type} selects the top tokens, but sampler.signal top_k has already selected them; "
             f"use objective {objective.type.removeprefix('top_k_')}"
         )
     tempered = isinstance(objective, Divergence) and objective.temperature != 1
     if isinstance(signal, TopKSignal) and signal.tail == "lump" and tempered:
-        raise ConfigError("a top_k signal with a lumped tail knows the tail's mass at temperature 1 only; set temperature: 1 or tail: drop")
+        raise ConfigError("sampler.signal top_k with tail: lump works only at objective.temperature 1; set temperature: 1, or tail: drop")
 
 
 def _check_engine(method: Method) -> None:
-    """Raise a ConfigError if vLLM cannot do the sampling that the method needs."""
     objective, sampler = method.objective, method.sampler
     if not (isinstance(sampler, OnPolicy) and sampler.vllm):
         return
     if sampler.guided:
         raise ConfigError(
-            f"sampler {sampler.type} needs the teacher's distribution at every token, which engine vllm does not have; use engine: native"
+            f"sampler {sampler.type} needs the teacher's distribution at every token, which engine vllm cannot give; use engine: native"
         )
     if sampler.no_repeat_ngram:
         raise ConfigError("engine vllm does not support no_repeat_ngram; leave it out, or use engine: native")
     if objective.needs_rounds and not sampler.plain:
         raise ConfigError(
-            f"objective {objective.type} with engine vllm needs plain sampling (temperature 1, no top_k, top_p or min_p); use native"
+            f"objective {objective.type} with engine vllm needs temperature 1 and no top_k, top_p or min_p; use these, or native"
         )

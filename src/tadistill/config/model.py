@@ -43,7 +43,7 @@ class Init(Strict):
     @model_validator(mode="after")
     def _check(self):
         if not self.sizes:
-            raise ValueError(f"init from `{self.from_}` prunes nothing; give layers, hidden, intermediate or heads")
+            raise ValueError(f"init from `{self.from_}` would prune nothing; set layers, hidden, intermediate or heads")
         return self
 
 
@@ -69,7 +69,7 @@ class Temper(Strict):
     @model_validator(mode="after")
     def _check(self):
         if (self.tau is None) == (self.like is None):
-            raise ValueError("temper needs exactly one of `tau` (a number) and `like` (an arm whose model's entropy is matched)")
+            raise ValueError("temper needs exactly one of `tau` (a number) and `like` (an arm whose model gives the entropy to match)")
         return self
 
 
@@ -93,8 +93,8 @@ class Lora(Strict):
     def _check(self):
         if refused := sorted(_ENDS & {target.split(".")[-1] for target in self.targets}):
             raise ValueError(
-                f"lora.targets has {', '.join(refused)}, but the head and the embeddings stay frozen, because losses read the head's own "
-                "weights; name layers between them, or leave targets out for all of those"
+                f"lora.targets has {', '.join(refused)}, but LoRA cannot train the head or the embeddings, as losses read the head's own "
+                "weights; name other linear layers, or leave targets out to train all of them"
             )
         return self
 
@@ -141,12 +141,16 @@ class ModelConfig(Strict):
     def _check(self):
         given = [name for name in ("load", "init", "checkpoint", "temper") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a model needs exactly one of `load`, `init`, `checkpoint` and `temper`; here are {given or 'none'}")
+            raise ValueError(f"a model needs exactly one of `load`, `init`, `checkpoint` and `temper`; this one has {given or 'none'}")
         scratch = (self.load or "").startswith("scratch:")
         if self.config and not scratch:
-            raise ValueError("`config` belongs to `load: scratch:TYPE`; a loaded model brings its own")
+            raise ValueError(
+                "`config` works only with `load: scratch:TYPE`, because a pretrained model has its own configuration; remove `config`"
+            )
         if scratch and not self.tokenizer:
             raise ValueError("a scratch model needs `tokenizer:` (a directory, a hub id, or tinyworld)")
         if self.temper and self.sft:
-            raise ValueError("a tempered model is another model with scaled logits; give `sft` to that one")
+            raise ValueError(
+                "a tempered model is not trained, because it is another model with scaled logits; set `sft` for that other model"
+            )
         return self

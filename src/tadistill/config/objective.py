@@ -196,7 +196,7 @@ class Taid(Divergence):
     @model_validator(mode="after")
     def _check(self):
         if self.end < self.start:
-            raise ValueError(f"end {self.end} is below start {self.start}; t only rises, so raise end")
+            raise ValueError(f"end {self.end} is below start {self.start}, but t never falls; raise end")
         return self
 
 

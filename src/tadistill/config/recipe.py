@@ -47,12 +47,12 @@ class DataRef(Strict):
     @model_validator(mode="after")
     def _check(self):
         if self.choices and (len(set(self.choices)) < max(2, len(self.choices)) or "" in self.choices):
-            raise ValueError(f"`choices` are {list(self.choices)}; give at least two, all different and none empty")
+            raise ValueError(f"`choices` are {list(self.choices)}; give at least two choices, all different and none empty")
         for name, given in (("choices", self.choices), ("instruction", self.instruction is not None)):
             if given and name in self.columns:
-                raise ValueError(f"`{name}` is given for every row and as a column (`{self.columns[name]}`); keep one of them")
+                raise ValueError(f"`{name}` is set both for every row and as a column (`{self.columns[name]}`); remove one of the two")
         if self.instruction == "":
-            raise ValueError("`instruction` is empty; write the instruction of every row, or leave it out")
+            raise ValueError("`instruction` is empty; write the instruction for every row, or leave `instruction` out")
         return self
 
     @property
@@ -120,7 +120,7 @@ class Evaluate(Decoding):
     @classmethod
     def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(seeds)) != len(seeds):
-            raise ValueError(f"decoding seeds {list(seeds)} repeat; give every seed once")
+            raise ValueError(f"decoding seeds {list(seeds)} contain a seed twice; give every seed once")
         return seeds
 
     def other(self, name: str) -> "Evaluate":
@@ -174,7 +174,7 @@ class Resources(Strict):
             raise ValueError(f"processes {self.processes} is not a multiple of nodes {self.nodes}; change one of them")
         if self.processes == 1 and (self.parallel == "fsdp" or self.teacher == "sharded"):
             given = "parallel fsdp" if self.parallel == "fsdp" else "teacher sharded"
-            raise ValueError(f"{given} spreads a model over several processes, but processes is 1; raise it")
+            raise ValueError(f"{given} spreads a model over several processes, but processes is 1; raise processes")
         return self
 
 
@@ -204,7 +204,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _check(self):
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)} repeat; give every seed once")
+            raise ValueError(f"seeds {list(self.seeds)} contain a seed twice; give every seed once")
         if not self.arms and self.search is None:
             raise ValueError("there are no `arms` and no `search`; add one of them, for instance arms: {direct: xl > s}")
         self._check_names()
@@ -222,7 +222,9 @@ class Recipe(Strict):
             self._known(model.parent, f"models.{name} is made of")
             if model.checkpoint and model.checkpoint.step not in self._kept(model.checkpoint.of):
                 of, step = model.checkpoint.of, model.checkpoint.step
-                raise ValueError(f"models.{name} is `{of}` at update {step}, which is not kept; add {step} to models.{of}.sft.keep")
+                raise ValueError(
+                    f"models.{name} is `{of}` after update {step}, but that checkpoint is not kept; add {step} to models.{of}.sft.keep"
+                )
             if model.temper and model.temper.like is not None and model.temper.like not in self.arms:
                 raise ValueError(f"models.{name}.temper.like is `{model.temper.like}`, which is not an arm; {_known(self.arms)}")
         self._known(self.teacher, "teacher is")
@@ -232,7 +234,7 @@ class Recipe(Strict):
             for model in arm.models:
                 self._known(model, f"arms.{name}.path names")
             if self.teacher in arm.learners:
-                raise ValueError(f"teacher is `{self.teacher}`, which arms.{name} teaches; the original teacher is taught by no arm")
+                raise ValueError(f"teacher is `{self.teacher}`, but arms.{name} trains this model; name a model that no arm trains")
             if arm.compute and arm.compute[3:] not in self.arms:
                 raise ValueError(f"arms.{name}.compute is `{arm.compute}`, which is not an arm; {_known(self.arms)}")
 
@@ -256,7 +258,7 @@ def methods(recipe: Recipe) -> list[Method]:
 
 
 def _known(names: dict[str, Any]) -> str:
-    return f"the recipe has {', '.join(names)}"
+    return f"choose one of {', '.join(names)}"
 
 
 def check_acyclic(edges: dict[str, str], what: str) -> None:
@@ -265,6 +267,6 @@ def check_acyclic(edges: dict[str, str], what: str) -> None:
         seen, at = [start], edges.get(start)
         while at is not None:
             if at in seen:
-                raise ValueError(f"`{what}` has a cycle: {' -> '.join([*seen, at])}; remove one of these edges")
+                raise ValueError(f"`{what}` has a cycle: {' -> '.join([*seen, at])}; remove one of these references")
             seen.append(at)
             at = edges.get(at)

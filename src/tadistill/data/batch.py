@@ -95,7 +95,7 @@ def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", lengt
         if len(ids) >= limit * length:
             break
     if len(ids) < 2:
-        raise DataError("the corpus holds no text; give a file with at least one document")
+        raise DataError("the corpus contains no text; set data.corpus to a file with at least one document")
     whole = range(0, min(len(ids) - length, (limit - 1) * length) + 1, length) or [0]
     return [Sequence((), tuple(ids[i : i + length])) for i in whole]
 

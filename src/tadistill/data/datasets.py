@@ -41,8 +41,6 @@ class Example:
 
 @dataclass(frozen=True)
 class _Named:
-    """The place of a published set in MiniLLM's local layout and on the Hub."""
-
     folder: str
     hub: str
     files: dict[str, tuple[str, int | None, int | None]]
@@ -50,7 +48,7 @@ class _Named:
 
 
 def _bucket(name: str, lengths: str, last: int | None = None) -> _Named:
-    """Describe the part of a set whose first references have this many tokens. MiniLLM's tables show the longest ones."""
+    """Describe the part of a set whose first references have this many tokens. MiniLLM's tables use the part with the longest ones."""
     return _Named(f"minillm_{name}_{lengths.rstrip('_')}", f"MiniLLM/{name}", {"test": (f"{lengths}/valid.jsonl", None, last)})
 
 
@@ -95,7 +93,7 @@ def read(ref: DataRef, role: str, *, world: World, root: str | None, limit: int 
     """
     examples = [_example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, world, root), limit))]
     if not examples:
-        raise DataError(f"data set `{ref.load}` ({ref.split or role}) is empty; give a file with at least one row")
+        raise DataError(f"data set `{ref.load}` (split {ref.split or role}) is empty; give a file with at least one row")
     return examples
 
 
@@ -144,12 +142,12 @@ def _digest(path: Path, mtime_ns: int) -> str:
 
 
 def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bool = False) -> Iterator[dict[str, Any]]:
-    """Read the rows of a split; with `stream` only as much of a Hub data set as is used, over the network."""
+    """Read the rows of a split. With `stream`, a Hub data set is read over the network, only as far as its rows are used."""
     split = ref.split or role
     if ref.load in tinyworld.SPLITS:
         if split in tinyworld.SPLITS[ref.load]:
             return iter(tinyworld.rows(ref.load, split, seed=world.seed, people=world.people))
-        raise DataError(f"data set `{ref.load}` has no split `{split}`; it has {', '.join(tinyworld.SPLITS[ref.load])}")
+        raise DataError(f"data set `{ref.load}` has no split `{split}`; its splits are {', '.join(tinyworld.SPLITS[ref.load])}")
     path = _local_file(ref, role, root)
     if path is not None:
         return _read_jsonl(path)
@@ -171,16 +169,15 @@ def on_hub(ref: DataRef, role: str, data: Data) -> tuple[str, str | None] | None
 def _on_hub(ref: DataRef, split: str) -> tuple[str, str | None]:
     if named := NAMED.get(ref.load):
         if split not in named.files:
-            raise DataError(f"data set `{ref.load}` has no split `{split}`; it has {', '.join(named.files)}")
+            raise DataError(f"data set `{ref.load}` has no split `{split}`; its splits are {', '.join(named.files)}")
         return named.hub, named.files[split][0]
     if ref.load.endswith((".jsonl", ".json")) or ref.load.startswith((".", "/")) or ref.load.count("/") != 1:
         known = ", ".join([*NAMED, *tinyworld.SPLITS])
-        raise DataError(f"no data set `{ref.load}`: it is neither a file here, nor a hub id, nor one of {known}")
+        raise DataError(f"data set `{ref.load}` does not exist: it is neither a local file, nor a hub id, nor one of {known}")
     return ref.load, None
 
 
 def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
-    """Find the file on this disk that holds the split."""
     split = ref.split or role
     root = root or os.environ.get("TADISTILL_DATA")
     folders = [Path(ref.load)]
@@ -204,21 +201,20 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error.msg}); every line must be one JSON object") from error
+                raise DataError(f"{path}, line {number} is not JSON ({error.msg}); every line must be one JSON object") from error
             if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: a {type(row).__name__}, not an object; every line must be one JSON object")
+                raise DataError(f"{path}, line {number} is a {type(row).__name__}, not an object; every line must be one JSON object")
             yield row
 
 
 def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[dict[str, Any]]:
-    """Read the rows of a named set from its file on the Hub, cut as MiniLLM does."""
     named = NAMED[ref.load]
     _, first, last = named.files[split]
     try:
         path = hub.download(repository, ref.revision, file)
     except DataError as error:
         raise DataError(
-            f"`{ref.load}` ({split}) is not on this disk (as {named.folder}/{split}.jsonl under data.root or TADISTILL_DATA), "
+            f"data set `{ref.load}` (split {split}) is not on this disk ({named.folder}/{split}.jsonl under data.root or TADISTILL_DATA), "
             f"and loading it from the hub failed: {error}"
         ) from error
     return itertools.islice(_read_jsonl(path), first, last)
@@ -243,7 +239,9 @@ def _hub_dataset(ref: DataRef, split: str, stream: bool) -> Iterator[dict[str, A
 
 
 def _no_column(ref: DataRef, index: int, wanted: str, row: dict) -> str:
-    return f"data set `{ref.load}`, row {index + 1}: no column {wanted}; it has {', '.join(map(str, row))}. Map it with data.*.columns"
+    return (
+        f"data set `{ref.load}`, row {index + 1} has no column {wanted}; it has {', '.join(map(str, row))}. Name the right one in `columns`"
+    )
 
 
 def _example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
@@ -280,10 +278,10 @@ def _example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
 
 def _last_turn(messages: Any, ref: DataRef, where: str) -> Any:
     if ref.instruction is not None:
-        raise DataError(f"{where}: it holds messages, which have their own instructions; remove `instruction` from the data set's settings")
+        raise DataError(f"{where} has messages, which have their own instructions; remove `instruction` from the data set's settings")
     turns = isinstance(messages, list) and len(messages) >= 2 and all(isinstance(turn, dict) for turn in messages)
     if not turns or messages[-1].get("role") != "assistant":
-        raise DataError(f"{where}: messages must end with an assistant turn after a prompt")
+        raise DataError(f"{where}: messages must be a prompt followed by an assistant message")
     return messages[-1].get("content")
 
 
@@ -291,9 +289,9 @@ def _choices(given: Any, where: str) -> tuple[str, ...]:
     if given is None or given == ():
         return ()
     if not isinstance(given, list | tuple) or not all(isinstance(c, str) and c for c in given):
-        raise DataError(f"{where}: choices are {given!r}; they must be a list of strings, none of them empty")
+        raise DataError(f"{where}: choices are {given!r}; write a list of strings, none of them empty")
     if len(set(given)) < max(2, len(given)):
-        raise DataError(f"{where}: choices are {', '.join(given) or 'an empty list'}; give at least two, all different")
+        raise DataError(f"{where}: choices are {', '.join(given) or 'an empty list'}; give at least two choices, all different")
     return tuple(given)
 
 
@@ -301,18 +299,18 @@ def _references(answer: Any, choices: tuple[str, ...], where: str) -> tuple[str,
     """Return the reference answers; an integer or a boolean is an index into the choices."""
     if answer is None or (isinstance(answer, list | tuple) and not answer):
         what = "null" if answer is None else "an empty list"
-        raise DataError(f"{where}: the response is {what}; every row needs at least one (an empty string is one), so leave the row out")
+        raise DataError(f"{where}: the response is {what}; give a string (it may be empty), or leave the row out")
     answers = answer if isinstance(answer, list | tuple) else (answer,)
     known = f"the choices are {', '.join(choices)}"
     if choices:
         wrong = [a for a in answers if isinstance(a, int) and not 0 <= a < len(choices)]
         if wrong:
-            raise DataError(f"{where}: label {wrong[0]} is outside 0 to {len(choices) - 1}; {known}, and the split must be one with labels")
+            raise DataError(f"{where}: label {wrong[0]} is not from 0 to {len(choices) - 1}; {known}. Use a split that has labels")
         answers = [choices[a] if isinstance(a, int) else a for a in answers]
     for answer in answers:
         if not isinstance(answer, str):
-            fix = known if choices else "if it is a label, name the labels with data.*.choices"
+            fix = known if choices else "if it is a label, list the labels in `choices` of this data set"
             raise DataError(f"{where}: the response is {answer!r}; it must be a string or a list of strings ({fix})")
         if choices and answer not in choices:
-            raise DataError(f"{where}: the reference `{answer}` is not among the choices; {known}")
+            raise DataError(f"{where}: the reference `{answer}` is not one of the choices; {known}")
     return tuple(answers)

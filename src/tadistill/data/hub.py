@@ -57,8 +57,8 @@ def download(repository: str, revision: str, file: str | None = None, *, workers
 def offline(error: type[TadistillError], kind: str, name: str, revision: str) -> TadistillError:
     """Return the error for a repository that is not in the cache while the network is forbidden."""
     return error(
-        f"{kind} `{name}` at revision `{revision}` is not in the local Hugging Face cache and HF_HUB_OFFLINE=1 forbids the network; "
-        "run `tadistill fetch RECIPE` where there is network"
+        f"{kind} `{name}` at revision `{revision}` is not in the local Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads; "
+        "run `tadistill fetch RECIPE` on a machine with network access"
     )
 
 
@@ -89,8 +89,10 @@ def explained(error: type[TadistillError], kind: str, repository: str, revision:
     except errors.RevisionNotFoundError as cause:
         raise error(f"{kind} `{repository}` has no revision `{revision}`; correct `revision`") from cause
     except errors.RepositoryNotFoundError as cause:
-        raise error(f"the hub shows no {kind} `{repository}`; correct the id, or, if it is private, log in with `hf auth login`") from cause
+        raise error(
+            f"the hub has no {kind} `{repository}` that you can read; correct the id, or log in with `hf auth login` if it is private"
+        ) from cause
     except errors.RemoteEntryNotFoundError as cause:
         raise error(f"{kind} `{repository}` has no file `{file}` at revision `{revision}`; correct `revision`") from cause
     except (errors.HfHubHTTPError, OSError) as cause:
-        raise error(f"{where} at revision `{revision}` cannot be downloaded ({type(cause).__name__}); check the connection") from cause
+        raise error(f"{where} at revision `{revision}` cannot be downloaded ({type(cause).__name__}); check the network") from cause

@@ -62,7 +62,7 @@ def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase"
         return example.instruction
     if template == "chat" or example.messages:
         if not tokenizer.chat_template:
-            raise ModelError("template `chat` needs a tokenizer with a chat template; use data.template=alpaca or plain")
+            raise ModelError("data.template is `chat`, but the tokenizer has no chat template; use data.template=alpaca or plain")
         user = "\n\n".join(filter(None, (example.instruction, example.input)))
         messages = list(example.messages) or [{"role": "user", "content": user}]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -100,7 +100,7 @@ def encode(
     """
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ModelError("the tokenizer has no EOS token, so no response could end; set eos_token in its configuration")
+        raise ModelError("the tokenizer has no EOS token, so no response could end; set eos_token in the tokenizer's configuration")
     prompts = [render(e, template, tokenizer) for e in examples]
     ids = _ids(tokenizer, prompts)
     responses = _after(tokenizer, prompts, ids, [e.references[0] for e in examples])
@@ -131,9 +131,9 @@ def _after(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: list[l
 def _check_choices(choices: list[list[int]], labels: Seq[str], room: int, where: str) -> None:
     for ids, label in zip(choices, labels, strict=True):
         if not 0 < len(ids) <= room:
-            raise DataError(f"{where}: choice `{label}` has {len(ids)} tokens; it must have 1 to {room} (data.max_length less the prompt)")
+            raise DataError(f"{where}: choice `{label}` has {len(ids)} tokens; it must have 1 to {room} (data.max_length minus the prompt)")
         if choices.count(ids) > 1:
-            raise DataError(f"{where}: choice `{label}` has the same tokens as another one, so no model can tell them apart; reword it")
+            raise DataError(f"{where}: choice `{label}` has the same tokens as another choice, so no model can tell them apart; reword it")
 
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:

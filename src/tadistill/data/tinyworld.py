@@ -78,7 +78,7 @@ def world(seed: int = 0, people: int = 120) -> World:
     """
     pool = [start + end for start in pieces.NAME_STARTS for end in pieces.NAME_ENDS]
     if not 10 <= people <= len(pool):
-        raise DataError(f"tinyworld with people={people}: a world has 10 to {len(pool)} people")
+        raise DataError(f"tinyworld cannot have {people} people; set data.world.people to 10 to {len(pool)}")
     names = tuple(pieces.shuffled(pool, pieces.rng(seed, "names"))[:people])
     pool = [start + end for start in pieces.PLACE_STARTS for end in pieces.PLACE_ENDS]
     places = tuple(pieces.shuffled(pool, pieces.rng(seed, "places"))[: pieces.PLACES])
@@ -97,7 +97,9 @@ def rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row
         DataError: there is no such split.
     """
     if split not in SPLITS.get(name, ()):
-        raise DataError(f"tinyworld has no split `{name}`/`{split}`; it has {', '.join(f'{n}/{s}' for n in SPLITS for s in SPLITS[n])}")
+        raise DataError(
+            f"tinyworld has no split `{name}`/`{split}`; its splits are {', '.join(f'{n}/{s}' for n in SPLITS for s in SPLITS[n])}"
+        )
     return [dict(row) for row in _splits(seed, people)[name, split]]
 
 
@@ -239,7 +241,6 @@ def _fact_rows(here: World) -> dict[str, list[Row]]:
 
 
 def _open_rows(here: World) -> dict[str, list[Row]]:
-    """Make rows with long answers. An answer tells several facts about a subject, in a fixed order."""
     parts: dict[str, list[Row]] = {part: [] for part in ("train", "open", "lengths")}
     told = _by_subject(here)
     opened = set(pieces.shuffled(told, pieces.rng(here.seed, "open"))[:_OPEN])
@@ -263,7 +264,6 @@ def _open_rows(here: World) -> dict[str, list[Row]]:
 
 
 def _skill_rows(here: World) -> dict[str, list[Row]]:
-    """Make the rows of tasks. Each row has a different input."""
     parts: dict[str, list[Row]] = {part: [] for part in _INPUTS}
     seen: set[str] = set()
     rivals = {domain: _rivals(values) for domain, values in (("who", here.names), ("what", pieces.DOMAINS["food"]), ("where", here.places))}

@@ -192,8 +192,8 @@ def test_all_failures_are_told_at_once(cache, tmp_path, model_files):
     with pytest.raises(ModelError) as caught:
         run(tmp_path)
     model, rows = str(caught.value).splitlines()
-    assert model.startswith("model `org/teacher` at revision `main` is not in the local Hugging Face cache and HF_HUB_OFFLINE=1 forbids")
-    assert rows.endswith("run `tadistill fetch RECIPE` where there is network")
+    assert model.startswith("model `org/teacher` at revision `main` is not in the local Hugging Face cache, and HF_HUB_OFFLINE=1 forbids")
+    assert rows.endswith("run `tadistill fetch RECIPE` on a machine with network access")
     assert list(json.loads((tmp_path / "fetched.json").read_text())) == ["data set MiniLLM/dolly/valid.jsonl@main"]
 
 
@@ -204,12 +204,12 @@ def test_an_unreachable_hub_is_one_sentence(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(ModelError, match=r"data set `org/set` at revision `main` cannot be downloaded .*; check the connection"):
+    with pytest.raises(ModelError, match=r"data set `org/set` at revision `main` cannot be downloaded .*; check the network"):
         run(tmp_path)
 
 
 def test_a_file_that_is_no_data_set(cache):
-    with pytest.raises(DataError, match=r"no data set `rows\.jsonl`"):
+    with pytest.raises(DataError, match=r"data set `rows\.jsonl` does not exist"):
         fetch.needs(recipe(RECIPE.replace("test: [dolly]", "test: [rows.jsonl]")))
 
 
@@ -249,8 +249,8 @@ for ref in (DataRef(load="org/other"), DataRef(load="vicuna")):
     assert sizes == "[4, 4, 4]"
     assert text == "text 0"
     said = (
-        "at revision `main` is not in the local Hugging Face cache and HF_HUB_OFFLINE=1 forbids the network; run `tadistill fetch RECIPE` "
+        "at revision `main` is not in the local Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads; run `tadistill fetch RECIPE` "
     )
-    assert other == f"data set `org/other` {said}where there is network"
+    assert other == f"data set `org/other` {said}on a machine with network access"
     assert vicuna.startswith("`vicuna` (test) is not on this disk")
-    assert vicuna.endswith(f"data set `MiniLLM/Vicuna/valid.jsonl` {said}where there is network")
+    assert vicuna.endswith(f"data set `MiniLLM/Vicuna/valid.jsonl` {said}on a machine with network access")

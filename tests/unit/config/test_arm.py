@@ -20,11 +20,11 @@ def test_paths_and_their_models():
 @pytest.mark.parametrize(
     ("arm", "sentence"),
     [
-        ("xl > s > s", "names s twice; a model cannot teach itself"),
-        ("xl > s then s", "has a part in which nothing is taught; write each as A > B"),
-        ("l > s then xl > l", "teaches s, which nothing uses later; continue with it, or initialise another from it"),
-        ({"path": "xl > s", "init": {"m": "xl"}}, "init names m, which is not taught in `xl > s`"),
-        ({"path": "xl > m > s", "init": {"m": "s"}}, "init starts m from s, which is not in `xl > m > s` before m"),
+        ("xl > s > s", "names model s twice, but a model cannot teach itself"),
+        ("xl > s then s", "has a part with only one model, so nothing is taught there; write each part as A > B"),
+        ("l > s then xl > l", "teaches s, but no later part uses it; add a part that uses s"),
+        ({"path": "xl > s", "init": {"m": "xl"}}, "init names m, but path `xl > s` does not teach m"),
+        ({"path": "xl > m > s", "init": {"m": "s"}}, "init starts m from s, but `xl > m > s` has no s before m"),
         ({"path": "xl > s", "dense": {"drop": 1}}, "less than 1"),
         ({"path": "xl > s", "compute": "direct"}, "write `as ARM`"),
     ],
@@ -40,8 +40,8 @@ def test_mistakes(arm, sentence):
         ({"load": "gpt2", "init": {"from": "xl", "layers": 2}}, "exactly one of `load`, `init`, `checkpoint` and `temper`"),
         ({"temper": {"of": "xl"}}, "exactly one of `tau`"),
         ({"temper": {"of": "xl", "tau": 1, "like": "a"}}, "exactly one of `tau`"),
-        ({"temper": {"of": "xl", "tau": 0.5}, "sft": {}}, "give `sft` to that one"),
-        ({"init": {"from": "xl"}}, "prunes nothing; give layers, hidden, intermediate or heads"),
+        ({"temper": {"of": "xl", "tau": 0.5}, "sft": {}}, "set `sft` for that other model"),
+        ({"init": {"from": "xl"}}, "would prune nothing; set layers, hidden, intermediate or heads"),
     ],
 )
 def test_mistakes_in_models(model, sentence):

@@ -61,24 +61,24 @@ def test_columns_are_mapped(tmp_path):
     ("rows", "words"),
     [
         ([], "is empty"),
-        ([{"instruction": "a", "response": "b"}], r"row 1: no column `output` \(the response\); it has instruction, response"),
+        ([{"instruction": "a", "response": "b"}], r"row 1 has no column `output` \(the response\); it has instruction, response"),
         ([{"text": "a"}], "no column `instruction`, `prompt` or `messages`"),
         ([{"instruction": "a", "output": 3}], "must be a string"),
-        ([{"messages": [{"role": "user", "content": "hi"}]}], "end with an assistant turn"),
-        ([{"messages": "hi"}], "end with an assistant turn"),
+        ([{"messages": [{"role": "user", "content": "hi"}]}], "must be a prompt followed by an assistant message"),
+        ([{"messages": "hi"}], "must be a prompt followed by an assistant message"),
         ([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant"}]}], "row 1: the response is null"),
-        ([{"instruction": "a", "output": None}], "row 1: the response is null; every row needs at least one"),
+        ([{"instruction": "a", "output": None}], "row 1: the response is null; give a string .it may be empty., or leave the row out"),
         ([{"instruction": "a", "output": "b"}, {"instruction": "a", "outputs": []}], "row 2: the response is an empty list"),
         ([{"instruction": "a", "outputs": ["b", None]}], "the response is None; it must be a string"),
-        ([{"instruction": "a", "output": True}], r"the response is True; .* name the labels with data\.\*\.choices"),
+        ([{"instruction": "a", "output": True}], r"the response is True; .* list the labels in `choices` of this data set"),
         ([{"instruction": "a", "output": "b", "choices": ["b"]}], "row 1: choices are b; give at least two"),
         ([{"instruction": "a", "output": "b", "choices": []}], "choices are an empty list"),
-        ([{"instruction": "a", "output": "b", "choices": ["b", "b"]}], "at least two, all different"),
+        ([{"instruction": "a", "output": "b", "choices": ["b", "b"]}], "at least two choices, all different"),
         ([{"instruction": "a", "output": "b", "choices": {"text": ["b"]}}], "must be a list of strings"),
         ([{"instruction": "a", "output": "b", "choices": ["b", ""]}], "none of them empty"),
-        ([{"instruction": "a", "output": "c", "choices": ["a", "b"]}], "reference `c` is not among the choices; the choices are a, b"),
-        ([{"instruction": "a", "output": 2, "choices": ["a", "b"]}], "label 2 is outside 0 to 1; the choices are a, b"),
-        ([{"instruction": "a", "output": -1, "choices": ["a", "b"]}], "label -1 is outside 0 to 1.*the split must be one with labels"),
+        ([{"instruction": "a", "output": "c", "choices": ["a", "b"]}], "reference `c` is not one of the choices; the choices are a, b"),
+        ([{"instruction": "a", "output": 2, "choices": ["a", "b"]}], "label 2 is not from 0 to 1; the choices are a, b"),
+        ([{"instruction": "a", "output": -1, "choices": ["a", "b"]}], "label -1 is not from 0 to 1.*Use a split that has labels"),
         ([{"instruction": "a", "output": 1.0, "choices": ["a", "b"]}], "the response is 1.0; it must be a string"),
         ([[1]], "a list, not an object"),
     ],
@@ -147,8 +147,8 @@ def test_an_instruction_for_every_row_does_not_fit_conversations(tmp_path):
         ({"choices": ["yes"]}, "at least two"),
         ({"choices": ["yes", "yes"]}, "all different"),
         ({"choices": ["yes", ""]}, "none empty"),
-        ({"choices": ["no", "yes"], "columns": {"choices": "options"}}, "keep one of them"),
-        ({"instruction": "do", "columns": {"instruction": "question"}}, "keep one of them"),
+        ({"choices": ["no", "yes"], "columns": {"choices": "options"}}, "remove one of the two"),
+        ({"instruction": "do", "columns": {"instruction": "question"}}, "remove one of the two"),
         ({"instruction": ""}, "`instruction` is empty"),
     ],
 )
@@ -194,7 +194,7 @@ def test_buckets_on_the_hub(tmp_path, monkeypatch):
 
 def test_broken_json_names_the_line(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"instruction": "a", "output": "b"}\n{broken\n')
-    with pytest.raises(DataError, match="line 2: not JSON"):
+    with pytest.raises(DataError, match="line 2 is not JSON"):
         read(str(tmp_path / "x.jsonl"))
 
 

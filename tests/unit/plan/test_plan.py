@@ -174,7 +174,7 @@ def test_specs_are_plain_data():
         ({"arms": {"a": {"path": "s", "objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}}}}, ConfigError, "no teacher"),
         ({"arms": {"a": "xl > s", "b": {"path": "xl > l > s", "compute": "as a"}}}, ConfigError, "direct path"),
         ({"arms": {"a": "s", "b": {"path": "xl > s", "compute": "as a"}}}, ConfigError, "costs less"),
-        ({"data": recipe()["data"] | {"train": "nowhere.jsonl"}}, DataError, "no data set `nowhere.jsonl`"),
+        ({"data": recipe()["data"] | {"train": "nowhere.jsonl"}}, DataError, "data set `nowhere.jsonl` does not exist"),
         ({"data": recipe()["data"] | {"train": "tinyworld_open"}}, DataError, "has no split `train`"),
     ],
 )
@@ -206,7 +206,7 @@ def test_adapters_that_do_not_fit_are_found_before_anything_runs(monkeypatch):
         ConfigError, match=r"models\.s\.lora\.targets: `gate` is not a linear layer of this model; choose from self_attn\.q_proj"
     ):
         plan(models=models)
-    with pytest.raises(ConfigError, match="the head and the embeddings stay frozen"):
+    with pytest.raises(ConfigError, match="LoRA cannot train the head or the embeddings"):
         plan(models=models | {"s": model(16, lora={"targets": ["lm_head"]})})
     models["s"] = model(16, lora={})
     method = {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "engine": "vllm"}, "optim": {"steps": 16, "batch": 16}}
