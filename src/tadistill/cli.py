@@ -86,7 +86,6 @@ def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> N
 
 
 def _run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Path:
-    """Run a study, write its report, print its table; returns the study's directory."""
     from tadistill.report import read_results, summary_table, write_report
     from tadistill.runner.study import run_study
 
@@ -310,7 +309,6 @@ def _interruptible() -> Iterator[None]:
 
 
 def _parts(text: str) -> list[str]:
-    """Split at commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

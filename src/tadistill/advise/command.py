@@ -1,4 +1,4 @@
-"""`tadistill advise`: measure the models of a recipe, price its paths, read what earlier studies found, and say which path to run.
+"""`tadistill advise`: measure a recipe's models, compute the costs of its paths, read earlier studies, and advise which path to run.
 
 Only dev prompts are read. Every measurement is a stage in the store, so a second call computes nothing.
 """
@@ -45,7 +45,7 @@ from tadistill.search.strategies import path_name
 from tadistill.store import Store, store_of
 
 NATS_PER_POINT = 1 / 30
-"""Converts a recipe's margin, which is in points, to the loss: 0.3 points count as 0.01 nats."""
+"""Factor that converts a recipe's margin from points to nats if the metric is the loss (0.3 points become 0.01 nats)."""
 _STYLES = {"chain": "bold green", "direct": "bold", "inconclusive": "bold yellow"}
 Columns = tuple[tuple[str, str, int], ...]  # title, measure, decimals
 ON_OWN: Columns = (
@@ -56,19 +56,19 @@ ON_REFERENCES: Columns = (("KL(p‖q)", "forward_kl", 3), ("loss p/q", "loss_rat
 
 
 def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs: Path, prompts: int, console: Console) -> Path:
-    """Measure, advise, print, and write RUNS/STUDY/advice.json and advice.html; return the path of the page.
+    """Measure the models, print the advice, and write RUNS/STUDY/advice.json and advice.html. Return the path of the HTML page.
 
     Args:
         recipe: the recipe with its overrides.
-        source: the path of the recipe, as commands repeat it.
-        overrides: the overrides of this call, as commands repeat them.
-        runs: the directory of studies and store.
-        prompts: the largest number of dev prompts that are read.
+        source: the path of the recipe, for the commands that the advice proposes.
+        overrides: the overrides of this call, for the same commands.
+        runs: the directory that contains the studies and the store.
+        prompts: the largest number of dev prompts to read.
         console: where the advice is printed.
 
     Raises:
-        ConfigError, DataError, ModelError: wrong input, before any work.
-        StageFailed: a stage failed; finished ones are kept.
+        ConfigError, DataError, ModelError: the input is wrong (raised before any work).
+        StageFailed: a stage failed; finished stages are kept.
     """
     fetch_models(recipe, console)
     recipe = with_search(recipe)
@@ -110,21 +110,19 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
 
 
 def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Console) -> None:
-    """Run the stages that the store lacks, after the checks of a study."""
     missing = [s for s in probes.plan.stages.values() if not store.finished(s.key)]
     if not missing:
         return
     from tadistill.runner.preflight import check  # imports transformers, which a call that finds all in the store does not need
 
     jobs = check(recipe)
-    console.print(f"{recipe.study}: {len(probes.plan.stages)} stages to measure, {len(missing)} to run, {jobs} at a time", highlight=False)
+    console.print(f"{recipe.study}: {len(probes.plan.stages)} measuring stages, {len(missing)} to run, {jobs} at a time", highlight=False)
     run_stages(probes.plan, store, jobs=jobs, console=console)
 
 
 def _advice(
     recipe: Recipe, found: Ladder, priced: dict[tuple[str, ...], PathCost], measures: Measures, runs: Path
 ) -> tuple[Advice, History, str]:
-    """Return the advice, history, and the metric that selects the direct path's student, in which differences are measured."""
     plan = make_plan(recipe)
     direct = (found.teacher, found.student)
     arm = next(a for a in plan.arms if a.name in {path_name(path) for path in priced})
@@ -146,7 +144,7 @@ def margin_on(recipe: Recipe, metric: str) -> float:
 
 
 def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
-    """Return the means of all pairs for the predictor, without loss ratios that are not positive and finite."""
+    """Return the mean measures of all pairs for the predictor. A loss ratio that is not positive and finite becomes None."""
     found: dict[tuple[str, str], EdgeMeasures] = {}
     for names, pair in measures.pairs.items():
         means = {name: getattr(pair, name).mean for name in PAIR_MEASURES}
@@ -171,7 +169,7 @@ def measured(study: str, command: str, measures: Measures, edges: Mapping[tuple[
 
 
 def decided(report: Report) -> dict[str, Any]:
-    """Return the rest of advice.json."""
+    """Return the part of advice.json that contains the decision and its settings."""
     advice = report.advice
     return _plain(
         {
@@ -193,7 +191,6 @@ def decided(report: Report) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Replace infinite numbers, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -205,7 +202,7 @@ def _plain(value: Any) -> Any:
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the advice: the verdict first, then measures, costs and what to run. It fits 80 columns."""
+    """Print the advice: first the verdict, then measures, costs and the commands to run. The output fits 80 columns."""
     advice = report.advice
     console.print(Text(f"{report.study}: advice", style="bold"))
     console.print(Text(words.verdict_line(advice), style=_STYLES[advice.verdict]))
@@ -213,12 +210,12 @@ def show(report: Report, console: Console) -> None:
         console.print(Text(text[0].upper() + text[1:]))
     console.print()
     console.print(_models(report))
-    console.print(_pairs(report, "pairs on the learner q's own dev answers, ± standard error (measured)", ON_OWN))
-    console.print(_pairs(report, "pairs on the dev references (measured)", ON_REFERENCES))
+    console.print(_pairs(report, "teacher p > learner q on q's own dev answers, ± standard error (measured)", ON_OWN))
+    console.print(_pairs(report, "teacher p > learner q on the dev references (measured)", ON_REFERENCES))
     console.print(_paths(report))
     for step in report.steps:
         gain = "" if step.gain is None else f", expected to lower regret by {step.gain:.3g}"
-        console.print(Text(f"{step.text}: {step.cost:.1f} direct runs{gain}"))
+        console.print(Text(f"{step.text}: compute of {step.cost:.1f} direct runs{gain}"))
         console.print(Text(step.command, style="cyan"), soft_wrap=True)
     console.print()
     for note in report.notes:
@@ -261,6 +258,6 @@ def _paths(report: Report) -> Table:
         cells = (words.signed(option.expected), escape(words.interval(option)), f"{option.p_better:.2f}", option.basis + beyond)
         table.add_row(path, f"{option.cost:.2f}{TIMES}", *cells)
     if any(option.beyond for option in advice.options):
-        table.caption = "* outside the range of history; the interval is wider for that"
+        table.caption = "* a measure is outside the range of earlier studies, so the interval is wider"
         table.caption_justify = "left"
     return table

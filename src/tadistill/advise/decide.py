@@ -1,4 +1,4 @@
-"""Turn forecasts into advice: run direct, run a chain, or run experiments first. In doubt the advice is direct at equal compute."""
+"""Turn forecasts into advice: the direct path, a chain (a path with assistants), or experiments. The default is the direct path."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,82 +13,82 @@ from tadistill.errors import ConfigError
 from tadistill.search.strategies import size_law
 
 SEEDS = 3
-"""Training seeds of a proposed experiment."""
+"""Number of training seeds of a proposed experiment."""
 PROPOSED = 3
-"""Most experiments that are proposed."""
+"""Largest number of proposed experiments."""
 
 Verdict = Literal["direct", "chain", "inconclusive"]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One path; differences are the path's dev metric less that of direct distillation at the path's cost."""
+    """One path. Its predicted difference is its dev metric minus the dev metric of direct distillation with the same compute."""
 
     path: tuple[str, ...]
     cost: float
-    """Training compute as a multiple of that of the direct path."""
+    """Training compute of the path, divided by the training compute of the direct path."""
     expected: float
     low: float
     high: float
-    """Ends of the interval at the advice's level."""
+    """`low` and `high` are the ends of the difference's interval, with probability `Advice.level`."""
     p_better: float
     """Probability that the difference is above 0."""
     p_matters: float
-    """Probability that it is above the margin."""
+    """Probability that the difference is above the margin."""
     basis: Literal["reference", "prior", "history"]
-    """`reference` for direct, which is compared with itself."""
+    """Source of the prediction; `reference` for the direct path, because all differences are relative to this path."""
     beyond: tuple[str, ...] = ()
-    """Measures on which the path lies outside the range of history; the interval is wider for that."""
+    """Measures of the path that are outside the range of earlier studies. They make the interval wider."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A chain to run together with its equal-compute twin."""
+    """A chain to run together with its equal-compute baseline (direct distillation with the chain's compute)."""
 
     path: tuple[str, ...]
     seeds: int
     cost: float
-    """Compute of chain and twin with all seeds, in direct runs."""
+    """Compute of the chain and its baseline over all seeds, divided by the compute of one direct run."""
     gain: float
     """Expected reduction of the decision's regret, in the metric's unit."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """The verdict with its evidence, and the experiments that would make it more certain."""
+    """The verdict with its evidence, and the experiments that would make the verdict more certain."""
 
     verdict: Verdict
     path: tuple[str, ...]
     """The path to run now: the direct path unless the verdict is `chain`."""
     options: tuple[Option, ...]
-    """Every candidate in the order given, direct first."""
+    """All candidates in the given order. The first one is the direct path."""
     hypothesis: tuple[str, ...] | None
-    """The chain that the size law chooses, where there is no history; None where that is no candidate."""
+    """The chain that the size law chooses, if it is a candidate and there is no history; None otherwise."""
     next: tuple[Experiment, ...]
-    """Proposed experiments, the largest expected reduction of regret for its compute first."""
+    """Proposed experiments, sorted by the expected reduction of regret per unit of compute, largest first."""
     level: float
     margin: float
     scale: str | None
-    """The metric of history; None without history."""
+    """The metric of the earlier studies; None without history."""
     families: int
-    """Families in history."""
+    """Number of families (teacher, data and method) in history."""
     pairs: int
-    """Chains with an equal-compute twin in history."""
+    """Number of chains in history that have an equal-compute baseline."""
     used: tuple[str, ...]
     """Measures that the regression used."""
     unused: tuple[str, ...]
-    """Measures that it could not use, because some paths lack them or they never vary."""
+    """Measures that the regression could not use, because some paths lack them or because they never vary."""
     seed_sd: float
-    """Standard deviation of one seed's difference to the twin; assumed where no seeds were repeated."""
+    """Standard deviation, over seeds, of a chain's difference to its baseline. It is an assumption if no seeds were repeated."""
 
     @property
     def needed(self) -> float:
-        """The P(better) that one of the chains needs (Bonferroni)."""
+        """The P(better) at which a chain is recommended, with Bonferroni's correction for the number of chains."""
         return 1 - (1 - self.level) / max(1, len(self.options) - 1)
 
     @property
     def likeliest(self) -> Option | None:
-        """The recommended chain, or the chain that is most likely better than direct; None without a chain."""
+        """The recommended chain, or else the chain with the largest P(better). None if there is no chain."""
         chains = self.options[1:]
         recommended = [o for o in chains if o.path == self.path]
         return recommended[0] if recommended else max(chains, key=lambda o: o.p_better, default=None)
@@ -99,24 +99,24 @@ def advise(
 ) -> Advice:
     """Decide whether a chain is worth running.
 
-    `chain`: for some chain P(Delta > 0) reaches the level, made stricter for k chains to 1 - (1 - level) / k (Bonferroni); among those the
-    one with the largest expectation is advised. `direct`: for every chain P(Delta > margin) <= 1 - level, or there is no history.
-    Otherwise `inconclusive`; the path to run in the meantime is direct.
+    The verdict is `chain` if one of the k chains has P(Delta > 0) >= 1 - (1 - level) / k (Bonferroni). Among such chains, the one with the
+    largest expected difference is chosen. The verdict is `direct` if every chain has P(Delta > margin) <= 1 - level, or without history.
+    Otherwise it is `inconclusive`, and the path to run in the meantime is the direct path.
 
     Args:
-        candidates: direct first, then the chains; all from one teacher to one student.
-        history: finished arms of earlier studies, all on one metric (`History.observations`).
-        margin: a difference in the metric's unit that counts as none.
-        level: the level of intervals and of the decision.
-        family: the candidates' own family, if history may hold runs of it (`family_of`).
+        candidates: the direct path, then the chains. All lead from the same teacher to the same student.
+        history: finished arms of earlier studies, all with the same metric (`History.observations`).
+        margin: the smallest relevant difference, in the metric's unit.
+        level: the probability of the intervals and of the decision, such as 0.95.
+        family: the family of the candidates (`family_of`), if history may contain runs of this family.
 
     Raises:
-        ConfigError: candidates that do not share their ends, a margin or level out of range, or history on two metrics.
+        ConfigError: the candidates have different ends, the margin or level is out of range, or history has two metrics.
     """
     direct, chains = _check(candidates, margin, level)
     scales = sorted({o.scale for o in history})
     if len(scales) > 1:
-        raise ConfigError(f"history is on the metrics {', '.join(scales)}, which have different units; choose one of them")
+        raise ConfigError(f"history has the metrics {', '.join(scales)}, whose units differ; give the observations of one metric")
     pairs = pair_up(history)
     found = predict(chains, direct.edges[0], pairs, margin=margin, family=family)
     return decide(candidates, found, scale=scales[0] if pairs else None, margin=margin, level=level)
@@ -154,9 +154,9 @@ def _check(candidates: Sequence[Candidate], margin: float, level: float) -> tupl
         raise ConfigError("the first candidate must be the direct path (teacher > student); chains come after it")
     ends = {(c.path[0], c.path[-1]) for c in candidates}
     if len(ends) > 1:
-        raise ConfigError(f"candidates go {', '.join(f'{a} to {b}' for a, b in sorted(ends))}; advice is for one teacher and one student")
+        raise ConfigError(f"candidates go {', '.join(f'{a} to {b}' for a, b in sorted(ends))}; give paths from one teacher to one student")
     if len({c.path for c in candidates}) < len(candidates):
-        raise ConfigError("a path is given twice among the candidates; give each once")
+        raise ConfigError("two candidates have the same path; give each path once")
     if not margin > 0:
         raise ConfigError(f"margin is {margin}; it must be positive")
     if not 0.5 < level < 1:
@@ -175,7 +175,6 @@ def _verdict(options: Sequence[Option], found: Predictions, level: float) -> tup
 
 
 def _hypothesis(candidates: Sequence[Candidate]) -> tuple[str, ...] | None:
-    """Return the chain that the size law chooses; None where it is not among the candidates."""
     sizes = {candidates[0].path[-1]: 1.0}
     for c in candidates:
         for edge in reversed(c.edges):
@@ -188,7 +187,7 @@ def _hypothesis(candidates: Sequence[Candidate]) -> tuple[str, ...] | None:
 
 
 def _experiments(chains: Sequence[Candidate], found: Predictions) -> tuple[Experiment, ...]:
-    """Rank chains to run with their twins by expected reduction of regret for their compute (knowledge gradient, one at a time)."""
+    """Rank the chains by expected reduction of regret per unit of compute, as if each one were the only experiment."""
     proposed = []
     for i, chain in enumerate(chains):
         others = max([0.0, *(f.mean for j, f in enumerate(found.forecasts) if j != i)])
@@ -198,7 +197,7 @@ def _experiments(chains: Sequence[Candidate], found: Predictions) -> tuple[Exper
 
 
 def _knowledge_gradient(forecast: Forecast, others: float, seed_sd: float) -> float:
-    """Return the expected improvement of the best decision by an experiment (Frazier et al. 2008), for a normal forecast."""
+    """Return how much an experiment is expected to improve the decision: the knowledge gradient of Frazier et al. 2008."""
     moved = forecast.sd**2 / sqrt(forecast.sd**2 + seed_sd**2 / SEEDS)
     z = -abs(forecast.mean - others) / moved
     density = exp(-z * z / 2) / sqrt(2 * pi)

@@ -1,6 +1,6 @@
-"""Finished studies as the predictor reads them: arms with the measures of their models, and chains with their equal-compute twins.
+"""Read finished studies for the predictor: arms with the measures of their models, and chains with their equal-compute baselines (twins).
 
-Only dev values are read, never test sets: advice must not be tuned on what a later report tests.
+Only dev values are read and never test sets, because advice must not be tuned on the sets that a later report tests.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,10 +25,10 @@ from tadistill.store import Store, store_of
 
 @dataclass(frozen=True)
 class EdgeMeasures:
-    """Separate measures of one (teacher, learner) pair; None where one was not taken. KLs are in nats per token."""
+    """Measures of one (teacher, learner) pair. A measure is None if it was not taken. KLs are in nats per token."""
 
     size_ratio: float | None = None
-    """Teacher's parameters over the learner's."""
+    """Parameters of the teacher / parameters of the learner."""
     reverse_kl: float | None = None
     """KL(learner || teacher) on the learner's samples, before distillation."""
     forward_kl: float | None = None
@@ -36,11 +36,11 @@ class EdgeMeasures:
     overlap: float | None = None
     """Share of the k most likely tokens that both models have in common, on the learner's prefixes."""
     mass: float | None = None
-    """The learner's probability of the teacher's k most likely tokens."""
+    """Total probability that the learner gives to the teacher's k most likely tokens."""
     entropy_gap: float | None = None
     """H(teacher) - H(learner), on the learner's prefixes."""
     loss_ratio: float | None = None
-    """The teacher's loss on references over the learner's."""
+    """Loss of the teacher / loss of the learner, on references."""
     advantage: float | None = None
     """E[log p_teacher - log p_learner] on references, per token."""
     bias: float | None = None
@@ -49,7 +49,7 @@ class EdgeMeasures:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value is not None and not isfinite(value):
-                raise ConfigError(f"measure {name} is {value}; give a finite number, or None where it was not taken")
+                raise ConfigError(f"measure {name} is {value}; give a finite number, or None if it was not measured")
         for name in ("size_ratio", "loss_ratio"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -67,7 +67,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A path that may be run. `cost` is its training compute as a multiple of that of the direct path."""
+    """A path that may be run. `cost` is its training compute divided by the training compute of the direct path."""
 
     path: tuple[str, ...]
     cost: float
@@ -76,12 +76,12 @@ class Candidate:
     def __post_init__(self) -> None:
         check_path(self.path, self.edges)
         if not (isfinite(self.cost) and self.cost > 0):
-            raise ConfigError(f"the cost of {path_text(self.path)} is {self.cost}; give a positive multiple of the direct path's")
+            raise ConfigError(f"the cost of {path_text(self.path)} is {self.cost}; give a positive multiple of the direct path's cost")
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One finished arm of an earlier study, for one training seed; dev values only."""
+    """One finished arm of an earlier study with one training seed. It contains dev values only."""
 
     family: str
     """The teacher, data and method. Runs that share them are not independent evidence (`family_of`)."""
@@ -89,7 +89,7 @@ class Observation:
     seed: int
     edges: tuple[Edge, ...]
     cost: float
-    """Training compute as a multiple of the family's direct path."""
+    """Training compute divided by the training compute of the family's direct path."""
     quality: float
     """The dev metric of the selected checkpoint, higher is better."""
     scale: str
@@ -105,13 +105,13 @@ class Observation:
 
 
 def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
-    """Raise a ConfigError where the edges are not the hops of the path."""
+    """Raise a ConfigError if the edges are not the hops of the path."""
     if len(path) < 2 or [(e.teacher, e.learner) for e in edges] != list(pairwise(path)):
         raise ConfigError(f"path {path_text(path)} needs at least two models and one edge for each of its hops, in order")
 
 
 def measures_from(values: Mapping[str, float | None]) -> EdgeMeasures:
-    """Read measures from stored data; names of a later version are ignored."""
+    """Read measures from stored data. Unknown names are ignored, because a later version may have written them."""
     known = {f.name for f in fields(EdgeMeasures)}
     return EdgeMeasures(**{name: value for name, value in values.items() if name in known})
 
@@ -124,21 +124,21 @@ MEASURES = "advice.json"
 
 @dataclass(frozen=True)
 class History:
-    """Finished arms, and the reasons why others could not be used."""
+    """Finished arms, and the reasons why other arms could not be used."""
 
     observations: tuple[Observation, ...]
     left_out: tuple[str, ...]
     """One sentence for each study or arm that could not be used."""
 
     def on(self, scale: str) -> tuple[Observation, ...]:
-        """Return the observations on one metric."""
+        """Return the observations with one metric."""
         return tuple(o for o in self.observations if o.scale == scale)
 
 
 def history(runs: Path) -> History:
     """Read every finished distillation arm of the studies in RUNS/STUDY, one observation for each training seed.
 
-    A stage that two studies share counts once. Whatever cannot be used is named in `left_out`. Raises StoreError if `runs` is no directory.
+    A stage that two studies share counts once. `left_out` names what cannot be used. Raises StoreError if `runs` is not a directory.
     """
     if not runs.is_dir():
         raise StoreError(f"{runs} is not a directory; give the --runs directory of earlier studies")
@@ -174,7 +174,7 @@ def family_of(models: Mapping[str, ModelConfig], parameters: Mapping[str, int], 
 
 
 def _origin(models: Mapping[str, ModelConfig], name: str) -> str:
-    """Say where a model's weights come from. Names of models count for nothing, as they differ between recipes."""
+    """Say where a model's weights come from. The text has no model names, because names differ between recipes."""
     model = models[name]
     if model.parent is None:
         return str(model.load)
@@ -192,7 +192,7 @@ def edge_record(edge: Edge) -> dict[str, Any]:
 
 
 def load_measures(study_dir: Path) -> dict[tuple[str, str], EdgeMeasures]:
-    """Read the measures that were taken for a study, by teacher and learner; empty where none were."""
+    """Return (teacher, learner) -> measures of a study. The result is empty if nothing was measured."""
     path = study_dir / MEASURES
     if not path.is_file():
         return {}
@@ -200,7 +200,7 @@ def load_measures(study_dir: Path) -> dict[tuple[str, str], EdgeMeasures]:
     try:
         return {(e["teacher"], e["learner"]): measures_from(e["measures"]) for e in content["edges"]}
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}): `tadistill advise RECIPE` rewrites it") from error
+        raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}); run `tadistill advise RECIPE` to write it again") from error
 
 
 def path_edges(path: tuple[str, ...], parameters: Mapping[str, int], measures: Mapping[tuple[str, str], EdgeMeasures]) -> tuple[Edge, ...]:
@@ -215,7 +215,7 @@ def _models(plan: StudyPlan) -> dict[str, ModelConfig]:
         return {name: ModelConfig.model_validate(model) for name, model in plan.recipe["models"].items()}
     except ValidationError as error:
         raise StoreError(
-            f"{plan.study}: its models cannot be read ({error.error_count()} problems): `tadistill run RECIPE` rewrites it"
+            f"{plan.study}: models cannot be read ({error.error_count()} problems); run `tadistill run RECIPE` to write plan.json again"
         ) from error
 
 
@@ -228,14 +228,13 @@ def _read_arm(
     found: dict[str, Observation],
     left_out: list[str],
 ) -> None:
-    """Add the arm's finished seeds to `found`, by the key of their last stage."""
     name = f"{plan.study}: arm {arm.name}"
     if not arm.is_plain:
-        left_out.append(f"{name} is `{arm.path_text}`, and only paths along which each model teaches the next can be used")
+        left_out.append(f"{name} is `{arm.path_text}`; only a plain path, in which each model teaches the next one, can be used")
         return
     direct = direct_arm(plan.arms, arm.path[0], arm.path[-1], arm.method)
     if direct is None or direct.flops is None or arm.flops is None:
-        left_out.append(f"{name} has no direct arm of the same ends and method with known FLOPs, so its relative cost is unknown")
+        left_out.append(f"{name} has no direct arm of the same models and method with known FLOPs, so its relative cost is unknown")
         return
     edges = path_edges(arm.path, plan.parameters, measures)
     family = family_of(models, plan.parameters, arm.path[0], plan.recipe["data"]["train"]["load"], arm.method)
@@ -249,14 +248,13 @@ def _read_arm(
             left_out.append(str(error))
             continue
         if metric in NOT_COMPARABLE or value is None:
-            left_out.append(f"{name}, seed {seed}, was selected by `{metric}`, which does not compare students of different teachers")
+            left_out.append(f"{name}, seed {seed}, was selected by `{metric}`, which cannot compare students of different teachers")
             continue
         quality = value if higher_is_better(metric) else -value
         found.setdefault(key, Observation(family, arm.path, seed, edges, arm.flops / direct.flops, quality, metric, plan.study))
 
 
 def _dev_value(store: Store, key: str) -> tuple[str, float | None]:
-    """Return the metric that a training stage selected by, and its dev value at the selected checkpoint."""
     folder = store.folder(key)
     try:
         metric = read_json(folder / "stage.json")["spec"]["select"]["metric"]
@@ -269,12 +267,12 @@ def _dev_value(store: Store, key: str) -> tuple[str, float | None]:
 # --- chains with their twins --------------------------------------------------------------------------------------------
 
 EQUAL = 0.05
-"""Costs that differ by at most this share count as equal."""
+"""Two costs are treated as equal if their relative difference is at most this value."""
 
 
 @dataclass(frozen=True)
 class TwinPair:
-    """One chain of one family and its equal-compute twin, with one difference for each seed."""
+    """One chain of one family with its equal-compute baseline (the twin), and one difference for each seed."""
 
     family: str
     path: tuple[str, ...]
@@ -283,9 +281,9 @@ class TwinPair:
     cost: float
     seeds: tuple[int, ...]
     differences: tuple[float, ...]
-    """Higher is better for the chain."""
+    """Quality of the chain minus quality of the twin."""
     twin: tuple[float, ...]
-    """The costs of the direct runs that make the twin: one, or the two that it was interpolated between."""
+    """Costs of the direct runs behind the twin: one run, or the two runs between which the twin is interpolated."""
 
     @cached_property
     def mean(self) -> float:
@@ -297,7 +295,7 @@ def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
     """Pair every chain with its twin: a direct run of the same family and seed at the chain's cost (within 5 %).
 
     Without such a run the twin is interpolated, in the log of the cost, between a cheaper and a more expensive direct run. Chains without
-    either are left out and never compared with a cheaper direct run.
+    such runs are left out. They are never compared with a cheaper direct run.
     """
     directs: dict[tuple[str, str, str, str, int], dict[float, Observation]] = {}
     for o in observations:
@@ -314,20 +312,18 @@ def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
 
 
 def _pair(rows: Sequence[tuple[Observation, Edge, float]], twin: tuple[float, ...]) -> TwinPair:
-    """Combine the seeds of one chain, given as (run, direct hop, difference)."""
     first, direct, _ = rows[0]
     seeds, differences = tuple(o.seed for o, *_ in rows), tuple(difference for *_, difference in rows)
     return TwinPair(first.family, first.path, first.edges, direct, first.cost, seeds, differences, twin)
 
 
 def _ends(o: Observation) -> tuple[str, str, str, str, int]:
-    """Return what a chain and its twin share. The size ratio distinguishes students of the same name in two studies."""
+    """Return the key that a chain and its twin share. Its size ratio separates students that have the same name in two studies."""
     ratio = prod(e.measures.size_ratio or 1.0 for e in o.edges)
     return o.family, o.path[0], o.path[-1], f"{ratio:.6g}", o.seed
 
 
 def _twin(cost: float, directs: dict[float, float]) -> tuple[tuple[float, ...], float] | None:
-    """Return the costs of the direct runs that make the twin, and its quality."""
     nearest = min(directs, key=lambda c: abs(log(c / cost)), default=None)
     if nearest is None:
         return None

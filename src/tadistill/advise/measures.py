@@ -1,6 +1,6 @@
-"""The models of a recipe's lattice, the costs of its paths, and measures of how well a teacher and a learner match on dev prompts.
+"""The models between which a recipe's paths run, the costs of the paths, and measures of teachers and learners on dev prompts.
 
-Every measure is a mean over dev prompts with its standard error over prompts; none is combined with another. Axes: N prompts.
+Every measure is a mean over dev prompts with its standard error over prompts. Measures are not combined. Axes: N prompts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,9 +44,9 @@ class Model:
     loss: Estimate
     """Mean of -log q per token of the references, in nats."""
     rouge_l: Estimate
-    """ROUGE-L of its own sampled answers, 0 to 100."""
+    """ROUGE-L of the model's own sampled answers, 0 to 100."""
     entropy: Estimate
-    """Entropy on its own answers, nats per token."""
+    """Entropy on the model's own answers, nats per token."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Pair:
     advantage: Estimate
     """E[log p - log q] per token of the references."""
     bias: Estimate
-    """E_q[log p - log p_T] on q's own answers, with T the original teacher: how much more p likes them than T does. Zero where p is T."""
+    """E_q[log p - log p_T] on q's own answers, with T the original teacher: how much more p likes them than T does. It is 0 if p is T."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Measures of all models of a lattice, from big to small, and of all pairs (bigger, smaller)."""
+    """Measures of all models, from big to small, and of all pairs (bigger, smaller)."""
 
     models: tuple[Model, ...]
     pairs: Mapping[tuple[str, str], Pair]
@@ -95,7 +95,7 @@ def estimate(values: ArrayLike) -> Estimate:
 
 
 def ratio(above: ArrayLike, below: ArrayLike) -> Estimate:
-    """Return mean(above) / mean(below) of paired values (N,), its error by the delta method; infinite where mean(below) is 0."""
+    """Return mean(above) / mean(below) of paired values (N,), with a standard error by the delta method. Infinite if mean(below) is 0."""
     a, b = np.asarray(above, float), np.asarray(below, float)
     if b.mean() == 0:
         return Estimate(float("inf"), None, len(a))
@@ -141,7 +141,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Ladder:
-    """Models from big to small with their parameters, the teacher first and the student last."""
+    """Models with their numbers of parameters, from big to small: first the teacher, last the student."""
 
     sizes: Mapping[str, int]
 
@@ -163,16 +163,16 @@ class Ladder:
 
 @dataclass(frozen=True)
 class PathCost:
-    """Training FLOPs behind a path's student for one seed, and their multiple of those of the direct path."""
+    """Training FLOPs of a path for one seed, and these FLOPs divided by the FLOPs of the direct path."""
 
     flops: float
     multiple: float
     twin: tuple[int, int] | None
-    """Updates with which the direct path costs as much, and updates between its dev evaluations; None for direct itself."""
+    """Number of updates of the equal-compute baseline, and updates between its dev evaluations; None for the direct path."""
 
 
 def with_search(recipe: Recipe) -> Recipe:
-    """Return the recipe with a `search`: its own, or one from the original teacher to the arms' student through all models between in size.
+    """Return the recipe with a `search`. If it has none, make one from the original teacher to the student, through all models between.
 
     Raises:
         ConfigError: there is nothing to choose from, or models are not in order of size.
@@ -183,8 +183,8 @@ def with_search(recipe: Recipe) -> Recipe:
         between = [n for n in recipe.models if n not in (teacher, student) and sizes[student] < sizes[n] < sizes[teacher]]
         if not between:
             raise ConfigError(
-                f"no model is between {teacher} ({sizes[teacher]:,} parameters) and {student} ({sizes[student]:,}) in size, "
-                "so there is nothing to choose; add one, or write search: {teacher: …, assistants: […], student: …}"
+                f"no model is between {teacher} ({sizes[teacher]:,} parameters) and student {student} ({sizes[student]:,}) in size; "
+                "add one, or write search: {teacher: …, assistants: […], student: …}"
             )
         found = Search(teacher=teacher, assistants=tuple(sorted(between, key=lambda n: -sizes[n])), student=student)
         recipe = recipe.model_copy(update={"search": found})
@@ -221,13 +221,13 @@ def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
     unknown = [name for name, size in found.items() if size is None]
     if unknown:
         raise ConfigError(
-            f"the size of {', '.join(unknown)} is not known (gpt2, opt, llama, mistral, qwen2, qwen3 are counted), so paths have no cost"
+            f"the size of {', '.join(unknown)} is not known, so paths have no cost; use gpt2, opt, llama, mistral, qwen2 or qwen3 models"
         )
     return {name: size.total for name, size in found.items() if size}
 
 
 def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
-    """Return a recipe whose arms are the paths within the budget and the chains' equal-compute twins, and the cost of each path.
+    """Return a recipe whose arms are the paths within the budget and the chains' equal-compute baselines, and the cost of each path.
 
     Raises:
         ConfigError: the budget is too small for any path.
@@ -245,7 +245,7 @@ def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
 
 
 def twin_name(path: ModelPath) -> str:
-    """Return the name of the arm that trains directly with a path's compute."""
+    """Return the name of the equal-compute baseline of a path: the arm that trains directly with the path's compute."""
     return f"{path_name(path)}-twin"
 
 
@@ -256,13 +256,13 @@ def _twins(plan: Plan) -> dict[ModelPath, tuple[int, int]]:
 
 
 def probe_plan(recipe: Recipe, found: Ladder, prompts: int) -> ProbePlan:
-    """Plan the stages that measure the lattice on the first dev prompts (all of them where dev has fewer).
+    """Plan the stages that measure models and pairs on the first `prompts` dev prompts, or on all if there are fewer.
 
     Raises:
         ConfigError: `prompts` is below 2. DataError: there are no dev prompts.
     """
     if prompts < 2:
-        raise ConfigError(f"--prompts is {prompts}; a standard error needs at least 2")
+        raise ConfigError(f"--prompts is {prompts}, but a standard error needs at least 2 prompts; raise it")
     rows = len(datasets.load(recipe.data.dev, "dev", recipe.data))
     return plan_probes(recipe, list(found.sizes), prompts=min(prompts, rows), k=TOP_K)
 

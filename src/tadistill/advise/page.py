@@ -1,4 +1,4 @@
-"""The advice as a page: one file that holds its scripts, styles, data and figures, in the report's style."""
+"""The advice as a page: one HTML file with its scripts, styles, data and figures, in the style of the report."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from tadistill.results import units
 
 _COLUMNS = (
     ("KL(q ‖ p)", "nats/token", "reverse_kl"),
-    ("overlap", f"of {TOP_K} most likely", "overlap"),
-    ("mass", f"on p's {TOP_K} most likely", "mass"),
+    ("overlap", f"of the {TOP_K} most likely tokens", "overlap"),
+    ("mass", f"on p's {TOP_K} most likely tokens", "mass"),
     ("entropy gap", "H(p) − H(q), nats", "entropy_gap"),
     ("bias", "E[log p − log T], nats", "bias"),
     ("KL(p ‖ q)", "references, nats/token", "forward_kl"),
@@ -28,7 +28,7 @@ _COLUMNS = (
 )
 _HEATMAPS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("reverse_kl", "Initial KL(q ‖ p), nats/token", "0: both models are the same", {}),
-    ("overlap", f"Overlap of the {TOP_K} most likely tokens", "1: both models have the same ones", {"most": 1.0, "decimals": 2}),
+    ("overlap", f"Overlap of the {TOP_K} most likely tokens", "1: both models have the same top tokens", {"most": 1.0, "decimals": 2}),
     ("entropy_gap", "Entropy gap H(p) − H(q), nats", "red: the teacher has the lower entropy", {"two_sided": True}),
 )
 _BLUE, _RED = "59,130,246", "224,71,91"
@@ -46,7 +46,7 @@ class Panel:
 
 
 def render_page(report: Report) -> str:
-    """Render the whole page."""
+    """Render the advice as one HTML page."""
     environment = Environment(
         loader=ChoiceLoader([PackageLoader("tadistill.advise"), PackageLoader("tadistill.report")]),
         autoescape=True,
@@ -81,7 +81,6 @@ def _names(measures: Iterable[str]) -> str:
 
 
 def _few(measures: Sequence[str]) -> str:
-    """Name the first three measures and count the others."""
     more = f" and {len(measures) - 3} more" if len(measures) > 3 else ""
     return _names(measures[:3]) + more
 
@@ -97,8 +96,8 @@ def heatmap(measures: Measures, field: str, *, two_sided: bool = False, most: fl
     """Draw one measure of all pairs: teachers in rows, learners in columns. The colour shows the mean; the text adds its standard error.
 
     Args:
-        two_sided: red below 0, blue above.
-        most: the value of the strongest colour; by default the largest mean.
+        two_sided: show values below 0 in red and values above 0 in blue.
+        most: the value with the strongest colour; by default the largest absolute mean.
         decimals: decimals of the text.
     """
     names = [m.name for m in measures.models]
@@ -128,7 +127,7 @@ def heatmap(measures: Measures, field: str, *, two_sided: bool = False, most: fl
 
 
 def path_looks(report: Report) -> dict[tuple[str, ...], Look]:
-    """Return the look of each path, with direct in grey."""
+    """Return the look of each path in the figures. The direct path is grey."""
     chains = [option.path for option in report.advice.options[1:]]
     found = {report.advice.options[0].path: Look(GREY, "line-ew", "━", "solid")}
     for i, path in enumerate(chains):
@@ -147,7 +146,7 @@ def cost_legend(report: Report) -> list[LegendEntry]:
 
 
 def cost_figure(report: Report) -> str | None:
-    """Draw the difference to direct over the compute, so that direct, trained longer, is the line at 0; None without a chain."""
+    """Draw each chain's difference to direct distillation at equal compute (the line at 0) over its compute. None without a chain."""
     advice = report.advice
     if len(advice.options) < 2:
         return None
@@ -164,7 +163,7 @@ def cost_figure(report: Report) -> str | None:
     for option in advice.options[1:]:
         look, name = looks[option.path], path_text(option.path)
         above, below = option.high - option.expected, option.expected - option.low
-        text = f"{escaped(name)}: %{{y:+.2f}} [{option.low:+.2f}, {option.high:+.2f}] at %{{x:.2f}} times direct, {option.basis}"
+        text = f"{escaped(name)}: %{{y:+.2f}} [{option.low:+.2f}, {option.high:+.2f}] at %{{x:.2f}} times direct compute, {option.basis}"
         figure.add_scatter(
             x=[option.cost],
             y=[option.expected],
@@ -181,7 +180,7 @@ def cost_figure(report: Report) -> str | None:
 
 
 def lambda_figure(report: Report) -> str | None:
-    """Draw the assistant that the trade-off chooses by lambda, one strip for each score; None with only one assistant."""
+    """Draw which assistant the trade-off chooses for each lambda, one strip per score. Return None if there is only one assistant."""
     assistants = report.ladder.assistants
     if len(assistants) < 2:
         return None
@@ -215,7 +214,7 @@ def lambda_figure(report: Report) -> str | None:
 
 
 def bias_figure(report: Report) -> str:
-    """Draw KL(q ‖ p) to every model above the student and the model's bias; together they are KL(q ‖ p_T)."""
+    """Draw, for every model above the student, KL(q ‖ p) and the model's bias. Their sum is KL(q ‖ p_T)."""
     ladder, pairs = report.ladder, report.measures.pairs
     total = pairs[ladder.teacher, ladder.student].reverse_kl
     figure = go.Figure()

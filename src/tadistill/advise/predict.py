@@ -1,16 +1,16 @@
 """Forecast the difference of a chain to direct distillation at equal compute: a Bayesian ridge regression with family and edge effects.
 
-For chain p of family f, with Delta its dev metric less that of its equal-compute twin:
+Delta is the dev metric of chain p of family f minus the dev metric of its equal-compute baseline:
 
     Delta_fp = a + c . x_p + u_f + sum_e b^h(e) v_fe + seed noise / sqrt(seeds)
 
-x_p are the `contrasts` (every hop's gap, times b for each hop between it and the student, less the direct hop's), centred and scaled by the
-values in history; u_f is the family's own effect, v_fe that of an edge, shared by the chains of a family that use it.
+x_p are the `contrasts`, centred and scaled by the values in history. A contrast is the weighted sum of the hops' gaps minus the gap of the
+direct hop. A hop has weight b^h if h hops follow it. u_f is a family's effect. v_fe is an edge's effect, shared by the family's chains.
 a, c, u and v are normal with mean 0, so the model is a Gaussian process over rows. The four hyper-parameters (b, and the standard
-deviations of c, u and v) are averaged over a grid with the marginal likelihood as weights rather than maximised: with few families the
-maximum often says that families do not differ, which makes intervals too narrow. The seed noise is pooled from repeated seeds.
+deviations of c, u and v) are averaged over a grid, weighted by the marginal likelihood. They are not maximised: with few families, the
+maximum often says that families do not differ, and intervals become too narrow. The seed noise is pooled from repeated seeds.
 
-The weight b^h makes the last hop dominate: in TAKD's figure 5 the choice of the last assistant moves the student by 2 points, and the way
+The weight b^h makes the last hop dominate: in TAKD's figure 5 the choice of the last assistant moves the student by 2 points, and the path
 to it by 0.3. Outside the range that history covers, standard deviations are widened.
 """
 
@@ -30,25 +30,25 @@ from tadistill.advise.history import Candidate, Edge, EdgeMeasures, TwinPair
 Array = NDArray[np.float64]
 
 SIZE_LAW = 2.5
-"""Teacher's over learner's parameters that the law of capacity gap (Zhang et al. 2025, arXiv 2311.07052) asks for."""
+"""Ratio of teacher to learner parameters that the law of capacity gap (Zhang et al. 2025, arXiv 2311.07052) recommends."""
 CARRIES = {0.1: 0.25, 0.3: 0.5, 0.6: 0.25}
-"""b and its prior weight."""
+"""Value of b -> its prior weight."""
 SLOPES = (0.1, 0.3, 1.0, 2.0)
-"""Standard deviation of all slopes together, in units."""
+"""Grid of the standard deviation of all slopes together, in multiples of `unit` (see `predict`)."""
 FAMILIES = (0.1, 0.3, 0.6, 1.0)
-"""Standard deviation of a family's effect, in units."""
+"""Grid of the standard deviation of a family's effect, in multiples of `unit`."""
 EDGES = (0.1, 0.3, 0.8)
-"""Standard deviation of an edge's effect, in units."""
+"""Grid of the standard deviation of an edge's effect, in multiples of `unit`."""
 TINY = 1e-9
 INTERCEPT = 2.0
-"""Standard deviation of a, in units."""
+"""Standard deviation of the intercept a, in multiples of `unit`."""
 SEED_NOISE, SEED_WEIGHT = 1.9, 2.0
-"""Prior standard deviation of one seed's difference, in margins (0.4 points an arm at a margin of 0.3), and its weight in seeds."""
+"""Prior standard deviation of one seed's difference, in multiples of the margin, and the weight of this prior, in seeds."""
 
 
 @lru_cache(maxsize=4096)
 def gaps(measures: EdgeMeasures) -> dict[str, float | None]:
-    """Return the gap between teacher and learner, by the measure's name; larger is wider.
+    """Return measure -> gap between teacher and learner. A larger value is a wider gap.
 
     Only one measure of each kind is used, since history is short: forward KL, mass and advantage resemble reverse KL, overlap and loss.
     """
@@ -65,12 +65,12 @@ def gaps(measures: EdgeMeasures) -> dict[str, float | None]:
 
 
 def hop_weights(hops: int, carry: float) -> list[float]:
-    """Return the weight of each hop, first hop first: 1 for the last one, and `carry` times the next one's weight for each earlier one."""
+    """Return the weights of the hops, in order. The last hop has weight 1. Each earlier hop has `carry` times the next hop's weight."""
     return [carry ** (hops - 1 - i) for i in range(hops)]
 
 
 def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) -> dict[str, float | None]:
-    """Return, by measure, the chain's weighted sum of gaps less the direct hop's gap, and the log of the cost; 0 for direct at cost 1."""
+    """Return measure -> the chain's weighted sum of gaps minus the direct hop's gap, and the log of the cost."""
     found: dict[str, float | None] = {"cost": log(cost)}
     of_chain, weights = [gaps(e.measures) for e in edges], hop_weights(len(edges), carry)
     for name, base in gaps(direct.measures).items():
@@ -84,13 +84,13 @@ def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Forecast of a chain's difference to its equal-compute twin: a mixture of normals, one for each point of the grid."""
+    """Forecast of a chain's difference to its equal-compute baseline: a mixture with one normal distribution for each point of the grid."""
 
     weights: Array
     means: Array
     sds: Array
     beyond: tuple[str, ...]
-    """Measures on which the chain lies outside the range of history; its standard deviations are widened for that."""
+    """Measures of the chain that are outside the range of history. They make the standard deviations larger."""
 
     @cached_property
     def mean(self) -> float:
@@ -112,7 +112,7 @@ class Forecast:
         return float(brentq(lambda value: 1 - self.p_above(value) - share, low, high))  # type: ignore[arg-type]
 
     def interval(self, level: float) -> tuple[float, float]:
-        """Return the central interval that holds the difference with probability `level`."""
+        """Return the central interval that contains the difference with probability `level`."""
         return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
 
 
@@ -140,8 +140,8 @@ def predict(
         candidates: the chains, without the direct path.
         direct: the hop of direct distillation.
         history: chains of earlier studies with their twins (`pair_up`), all in the margin's unit.
-        margin: a difference that counts as none; it is the unit of the prior.
-        family: the family of the candidates, if history may hold runs of it.
+        margin: the smallest relevant difference; it sets the unit of the prior.
+        family: the family of the candidates, if history may contain runs of this family.
     """
     seed_variance = _seed_variance(history, margin)
     unit = max(margin, float(np.sqrt(np.mean([p.mean**2 for p in history]))) if history else 0.0)
@@ -176,20 +176,18 @@ class _Row:
 
 
 def _rows(candidates: Sequence[Candidate], direct: Edge, history: Sequence[TwinPair], family: str | None) -> list[_Row]:
-    """Return the rows of the regression: history's pairs, then the candidates."""
     own = family if family is not None else "\0this family"
     return [_Row(p.family, p.edges, p.direct, p.cost) for p in history] + [_Row(own, c.edges, direct, c.cost) for c in candidates]
 
 
 def _seed_variance(history: Sequence[TwinPair], margin: float) -> float:
-    """Pool the variance of one seed's difference over pairs, with a prior worth `SEED_WEIGHT` seeds."""
     squares = sum(float(np.sum((np.array(p.differences) - p.mean) ** 2)) for p in history)
     freedom = sum(len(p.differences) - 1 for p in history)
     return (squares + SEED_WEIGHT * (SEED_NOISE * margin) ** 2) / (freedom + SEED_WEIGHT)
 
 
 def _noise(history: Sequence[TwinPair], seed_variance: float) -> Array:
-    """Return the covariance of the pairs' means: half of a difference's variance is the twin's, which chains may share."""
+    """Return the noise covariance of the pairs' means. Chains may share a twin, which causes half of a difference's variance."""
     noise_NN = np.zeros((len(history), len(history)))
     for i, p in enumerate(history):
         for j, q in enumerate(history):
@@ -202,7 +200,6 @@ def _noise(history: Sequence[TwinPair], seed_variance: float) -> Array:
 
 
 def _contrasts(rows: Sequence[_Row], carry: float) -> dict[str, Array]:
-    """Return the contrasts that are known for every row."""
     found = [contrasts(row.edges, row.direct, row.cost, carry) for row in rows]
     names = found[0] if found else ()
     values = {name: [f[name] for f in found] for name in names}
@@ -231,7 +228,7 @@ def _standardised(columns: dict[str, Array], rows: int, seen: int) -> tuple[Arra
 
 
 def _kernels(rows: Sequence[_Row], x_RK: Array, excess_R: Array, carry: float, unit: float) -> Array:
-    """Return the prior covariance of Delta at each point of the grid: (grid, rows, rows)."""
+    """Return the prior covariance of Delta at each point of the grid, of shape (grid, rows, rows)."""
     families = np.array([row.family for row in rows])
     same_RR = (families[:, None] == families[None, :]).astype(np.float64)
     keys = [[(row.family, e.teacher, e.learner, e.measures.size_ratio) for e in row.edges] for row in rows]
@@ -240,7 +237,7 @@ def _kernels(rows: Sequence[_Row], x_RK: Array, excess_R: Array, carry: float, u
     for i, of_row in enumerate(keys):
         edges_RE[i, [places[key] for key in of_row]] = hop_weights(len(of_row), carry)
     slopes_RR, shared_RR = x_RK @ x_RK.T / x_RK.shape[1], edges_RE @ edges_RE.T
-    # outside history's range the line may bend: each row gets, by itself, the variance that all slopes together have at that distance
+    # outside history's range the line may bend: each row gets, independently, the variance that all slopes together have at that distance
     slopes_RR = slopes_RR + np.diag(excess_R**2)
     grid = np.array(list(product(SLOPES, FAMILIES, EDGES))) ** 2
     parts = np.stack([slopes_RR, same_RR, shared_RR])
@@ -263,7 +260,6 @@ def _conditional(kernel_GRR: Array, y_N: Array, noise_NN: Array, prior: float) -
 
 
 def _beyond(columns: dict[str, Array], seen: int, row: int) -> tuple[str, ...]:
-    """Return the contrasts in which a row lies outside history's range."""
     if not seen:
         return ()
     return tuple(n for n, v in columns.items() if v[row] < v[:seen].min() - TINY or v[row] > v[:seen].max() + TINY)

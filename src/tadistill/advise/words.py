@@ -1,6 +1,6 @@
-"""All words of the advice: reason, rules of thumb, cautions and commands, and the `Report` that terminal, page and advice.json show.
+"""Texts of the advice: reason, rules of thumb, cautions and commands, and the `Report` that terminal, page and advice.json show.
 
-Every number is one of three: `measured` (on dev prompts), `predicted` (by the cost ledger, from history, or from the prior alone) or
+Every number is `measured` (on dev prompts), `predicted` (by the cost ledger, from history, or from the prior alone) or
 `assumed` (a setting, a definition). `TAGS` says which.
 """
 
@@ -52,7 +52,7 @@ def scores(measures: Measures) -> dict[str, dict[str, float]]:
 
 
 def lambda_sweeps(measures: Measures) -> dict[str, tuple[Chosen, ...]]:
-    """Maximise MiniDisc's trade-off score(A) + lambda (1 - N_A / N_T) for all lambda, on both scores: the scale matters."""
+    """Maximise MiniDisc's trade-off score(A) + lambda (1 - N_A / N_T) for all lambda, with both scores, as their scale matters."""
     names = [m.name for m in measures.models]
     sizes = {m.name: float(m.parameters) for m in measures.models}
     return {name: lambda_tradeoff(names[0], names[1:-1], of_models, sizes) for name, of_models in scores(measures).items()}
@@ -68,9 +68,13 @@ def rules(measures: Measures, ladder: Ladder, most: int | None) -> tuple[Rule, .
     """Return the paths that rules of thumb choose from sizes and dev scores alone."""
     ends, between = (ladder.teacher, ladder.assistants, ladder.student), scores(measures)["exp(−loss)"]
     return (
-        Rule("size law", size_law(*ends, ladder.sizes, max_assistants=most), "each teacher 2.5 times its learner (Zhang et al. 2025)"),
-        Rule("performance mean", performance_mean(*ends, between), "score midway between teacher and student (Mirzadeh et al. 2020)"),
-        Rule("geometric mean", geometric_mean(*ends, ladder.sizes), "both hops shrink by the same factor"),
+        Rule(
+            "size law",
+            size_law(*ends, ladder.sizes, max_assistants=most),
+            "each teacher is 2.5 times as big as its learner (Zhang et al. 2025)",
+        ),
+        Rule("performance mean", performance_mean(*ends, between), "score is midway between teacher and student (Mirzadeh et al. 2020)"),
+        Rule("geometric mean", geometric_mean(*ends, ladder.sizes), "both hops shrink the model by the same factor"),
     )
 
 
@@ -83,30 +87,32 @@ def notes(
     wide = [f"{p.teacher} > {p.learner} ({p.size_ratio:.1f})" for p in pairs if p.size_ratio > HOPS[1]]
     near = [f"{p.teacher} > {p.learner} ({p.size_ratio:.2f})" for p in pairs if p.size_ratio < HOPS[0]]
     if wide:
-        found.append(f"Wide hops, more than {HOPS[1]:g} times in size: {_list(wide)}.")
+        found.append(f"Wide hops, whose teacher is more than {HOPS[1]:g} times as big as the learner: {_list(wide)}.")
     if near:
-        found.append(f"Short hops, less than {HOPS[0]:g} times in size: {_list(near)}. Such a hop costs a training and changes little.")
+        found.append(
+            f"Short hops, less than {HOPS[0]:g} times in size: {_list(near)}. Such a hop costs a training stage and changes little."
+        )
     thin = [f"{p.teacher} > {p.learner} {p.mass.mean:.2f}" for p in pairs if p.mass.mean < LEAST_MASS]
     if thin:
         found.append(
-            f"A learner gives less than {LEAST_MASS:g} of its probability to its teacher's {TOP_K} likeliest tokens: {_list(thin)}; "
-            "on-policy reverse KL has been reported to collapse where that share is low."
+            f"A learner gives less than {LEAST_MASS:g} of its probability to its teacher's {TOP_K} likeliest tokens: {_list(thin)}. "
+            "On-policy reverse KL has been reported to collapse if this probability is low."
         )
     bought = [m.name for m in measures.models[1:-1] if _ready_made(recipe, m.name)]
     if bought:
         found.append(
-            f"{_list(bought)}: loaded without training here, so its training, selection and compute are unknown and in no path's cost."
+            f"{_list(bought)}: not trained in this study, so its training, selection and compute are unknown and in no path's cost."
         )
     if metric in NOT_COMPARABLE:
         found.append(f"method.select.metric is `{metric}`, which cannot compare students of different teachers; use loss or rouge_l.")
     if not advice.pairs:
         found.append(
-            "There is no history, so the default applies: direct at equal compute. The paths of the rules of thumb are hypotheses."
+            "There is no earlier study to learn from, so the default applies: direct at equal compute. The rules of thumb are hypotheses."
         )
     if past.left_out:
         found.append(f"{len(past.left_out)} arms or seeds of earlier studies could not be used: {past.left_out[0].rstrip('.')}.")
     if (n := measures.models[0].loss.n) < prompts:
-        found.append(f"Dev has {n} prompts that fit, fewer than the {prompts} asked for.")
+        found.append(f"The dev set has {n} prompts that are short enough, fewer than the {prompts} of --prompts.")
     found.append(
         "Models were measured before any distillation. In a chain an assistant is distilled first, which lowers its entropy and "
         "changes every measure of the next hop."
@@ -125,27 +131,27 @@ def _list(parts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """Something to run, in words and as a command."""
+    """A run that the advice proposes, as a sentence and as a command."""
 
     text: str
     command: str
     cost: float
-    """Compute in direct runs of one seed."""
+    """Compute, divided by the compute of one direct run of one seed."""
     gain: float | None
-    """Expected reduction of the decision's regret, in the metric's unit; None for the step that is run in any case."""
+    """Expected reduction of the decision's regret, in the metric's unit; None for the step to run now."""
 
 
 def steps(
     recipe: Recipe, source: str, overrides: Sequence[str], advice: Advice, costs: Mapping[tuple[str, ...], PathCost]
 ) -> tuple[Step, ...]:
-    """Return what to run now, then the proposed experiments, as commands on the same recipe. They add arms, so finished stages are reused.
+    """Return the run to start now, then the proposed experiments. Their commands add arms to the recipe, so finished stages are reused.
 
     Args:
         recipe: the recipe with its overrides.
-        source: the path of the recipe, as commands repeat it.
-        overrides: the overrides of this call, as commands repeat them.
+        source: the path of the recipe, for the commands.
+        overrides: the overrides of this call, for the commands.
         advice: the verdict and the experiments.
-        costs: cost of every path.
+        costs: the cost of every path.
     """
 
     def command(arms: list[str], seeds: int) -> str:
@@ -154,28 +160,28 @@ def steps(
     seeds, found = len(recipe.seeds), []
     chains = [path for path in costs if len(path) > 2]
     if advice.verdict == "chain":
-        text = f"now: {path_text(advice.path)}, together with direct at equal compute, which it has to beat on the test sets"
+        text = f"now: {path_text(advice.path)}, together with direct at equal compute, which the path has to beat on the test sets"
         found.append(Step(text, command(_chain(recipe, advice.path), seeds), 2 * costs[advice.path].multiple * seeds, None))
     elif chains:
         wanted = advice.next[0].path if advice.next else chains[0]
         multiple = costs[wanted].multiple
-        text = f"now: direct with the compute that {path_text(wanted)} would take ({multiple:.2f} times the recipe's direct run)"
+        text = f"now: direct distillation with the compute of {path_text(wanted)} ({multiple:.2f} times the recipe's direct run)"
         found.append(Step(text, command(_longer(recipe, wanted, costs[wanted]), seeds), multiple * seeds, None))
     for e in advice.next:
-        text = f"to learn more: {path_text(e.path)} against direct at equal compute, {e.seeds} seeds"
+        text = f"to learn more: compare {path_text(e.path)} with direct at equal compute, {e.seeds} seeds"
         found.append(Step(text, command(_chain(recipe, e.path), e.seeds), e.cost, e.gain))
     return tuple(found)
 
 
 def _chain(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
-    """Return overrides that add a chain, its twin and, where the recipe has none, the direct arm as the unit of costs."""
+    """Return overrides that add a chain, its equal-compute baseline and, if the recipe has none, the direct arm."""
     chain, twin = _key(path_name(path)), _key(twin_name(path))
     ends = f"{path[0]} > {path[-1]}"
     return [*_direct(recipe, path), f"{chain}.path={path_text(path)}", f"{twin}.path={ends}", f"{twin}.compute=as {path_name(path)}"]
 
 
 def _longer(recipe: Recipe, path: tuple[str, ...], cost: PathCost) -> list[str]:
-    """Return overrides that add a chain's twin without the chain; its stages are those of `compute: as`."""
+    """Return overrides that add only a chain's equal-compute baseline. Its stages are the same as with `compute: as CHAIN`."""
     if cost.twin is None:
         return _direct(recipe, path)
     twin, (updates, every) = _key(twin_name(path)), cost.twin
@@ -195,7 +201,6 @@ def _key(arm: str) -> str:
 
 
 def _seeds(recipe: Recipe, count: int) -> tuple[int, ...]:
-    """Return the recipe's first seeds, followed by new ones."""
     more = range(max(recipe.seeds) + 1, max(recipe.seeds) + 1 + max(0, count - len(recipe.seeds)))
     return (*recipe.seeds[:count], *more)
 
@@ -214,16 +219,16 @@ class Report:
     study: str
     command: str
     seed: int
-    """Training seed of the models that were probed."""
+    """Training seed of the measured models."""
     dev: str
     prompts: int
     metric: str
-    """The dev metric that selects the direct path's student; differences are in its unit."""
+    """The dev metric that selects the direct path's student. Differences are in the unit of this metric."""
     ladder: Ladder
     measures: Measures
     costs: Mapping[tuple[str, ...], PathCost]
     sweeps: Mapping[str, tuple[Chosen, ...]]
-    """The assistants that the trade-off chooses by lambda, for each score."""
+    """Score -> the assistants that MiniDisc's trade-off chooses, each with its range of lambda."""
     rules: tuple[Rule, ...]
     history: History
     advice: Advice
@@ -243,11 +248,11 @@ def reason(advice: Advice) -> str:
         return "There is no other path to compare direct distillation with."
     if not advice.pairs:
         text = (
-            "No finished study compares a chain with direct distillation at equal compute, so the intervals are those of the prior, and no "
-            "measure has been shown to predict anything. Run direct with the compute that a chain would cost."
+            "No finished study compares a chain with direct distillation at equal compute, so the intervals come from the prior alone, and no "
+            "measure has been shown to predict anything. Run direct distillation with the compute that a chain would cost."
         )
         chain = advice.hypothesis
-        return text if chain is None else f"{text} The size law would try {path_text(chain)}: a hypothesis, not a finding."
+        return text if chain is None else f"{text} The size law suggests {path_text(chain)}, which is only a hypothesis."
     name, range_ = path_text(best.path), f"{best.expected:+.2f} ({best.low:+.2f} to {best.high:+.2f})"
     on = f"from {_count(advice.pairs, 'chain', 'chains')} of {_count(advice.families, 'family', 'families')}"
     if advice.verdict == "chain":
@@ -255,12 +260,12 @@ def reason(advice: Advice) -> str:
             f"{name} is expected to beat direct at equal compute by {range_}. P(better) is {best.p_better:.3f}; the best of "
             f"{_count(len(advice.options) - 1, 'chain', 'chains')} needs {advice.needed:.3f}. Evidence: {on}."
         )
-    text = f"the most promising one, {name}, has {range_}"
+    text = f"the most promising chain, {name}, has an expected difference of {range_}"
     if advice.verdict == "direct":
         return f"No chain is likely to beat direct at equal compute by more than {advice.margin:g}: {text}, {on}."
     return (
-        f"History neither shows nor rules out a chain that beats direct at equal compute: {text}, P(better) {best.p_better:.2f}, where "
-        f"{advice.needed:.3f} is needed, {on}. Until then run direct with the chain's compute."
+        f"History neither shows nor rules out that a chain beats direct at equal compute: {text} and P(better) {best.p_better:.2f}, "
+        f"but {advice.needed:.3f} is needed, {on}. Until more is known, run direct distillation with the chain's compute."
     )
 
 
@@ -269,15 +274,17 @@ def _count(number: int, one: str, many: str) -> str:
 
 
 def verdict_line(advice: Advice) -> str:
-    """Return the verdict and its path in a few words."""
+    """Return a short line with the verdict and its path."""
     path = path_text(advice.path)
     if advice.verdict == "chain":
         return f"chain: {path}"
-    return f"direct: {path}, at a chain's compute" if advice.verdict == "direct" else f"inconclusive: until more is known, direct, {path}"
+    return (
+        f"direct: {path}, at a chain's compute" if advice.verdict == "direct" else f"inconclusive: until more is known, run direct, {path}"
+    )
 
 
 def basis_line(report: Report) -> str:
-    """Name the history behind the verdict."""
+    """Return a line that names the history behind the verdict."""
     advice = report.advice
     if not advice.pairs:
         return "no history: differences come from the prior, which assumes no effect on average"

@@ -35,7 +35,6 @@ class StopFlag:
     """
 
     def __init__(self, *signals: signal.Signals, told: Callable[[], None] = lambda: None):
-        """Install the handlers; `told` is called when a further signal comes."""
         self.received: signal.Signals | None = None
         self.at: float | None = None
         """Time of the first signal (time.time())."""

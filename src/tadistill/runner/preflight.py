@@ -57,7 +57,6 @@ def check_inputs(recipe: Recipe) -> None:
 
 
 def _used(recipe: Recipe) -> list[str]:
-    """Return the models that an arm needs, and the teacher that every KL is measured to."""
     teacher = original_teacher(recipe)
     return [name for name in recipe.models if name == teacher or any(name in arm.models for arm in recipe.arms.values())]
 
@@ -81,7 +80,6 @@ def _tokenizer(recipe: Recipe, name: str) -> PreTrainedTokenizerBase:
 
 
 def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, prompt: int) -> None:
-    """Check a scratch configuration, a keep-list, and that the longest prompt and its answer fit into the model's positions."""
     model = recipe.models[name]
     if model.load and model.load.startswith("scratch:"):
         scratch_config(model.load.removeprefix("scratch:"), model.config, tokenizer)
@@ -122,20 +120,17 @@ def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _root(recipe: Recipe, name: str) -> str:
-    """Return the model from whose weights a model is made, through all its parents."""
     parent = recipe.models[name].parent
     return _root(recipe, parent) if parent else name
 
 
 def _default_jobs() -> int:
-    """Return one stage per core, or one in all on a GPU."""
     # It must not depend on how many stages are left: a stage's number of threads follows from it, and a resumed run must add its floats in
     # the same order.
     return 1 if torch.cuda.is_available() else cores()
 
 
 def _check_memory(recipe: Recipe, jobs: int) -> None:
-    """Check that each stage fits into memory, then that those fit which may run at the same time. Raises ModelError with what to change."""
     plan, free = make_plan(recipe), available_memory()
     if torch.cuda.is_available():  # stages pass through this machine's memory and stay in the GPU's
         free = max(free, torch.cuda.mem_get_info()[0])

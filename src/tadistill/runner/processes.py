@@ -58,7 +58,6 @@ class StageProcesses:
     """One process, or the ranks of a distributed stage."""
 
     def __init__(self, task: Task, *, threads: int):
-        """Start the processes, which share `threads`. Raises StageFailed if they cannot be started."""
         self.ended = False
         self.error: Exception | None = None
         """Why the stage failed, once it has ended."""
@@ -199,7 +198,6 @@ def _free_port() -> int:
 
 
 def _work(task: Task, environment: dict[str, str], threads: int, pipe: Connection) -> None:
-    """Run one process of a stage, from its start to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which says `stop`
     flag, asked = StopFlag(signal.SIGTERM, signal.SIGUSR2), threading.Event()
     release()
@@ -238,7 +236,6 @@ def _prepare_torch(world: int, threads: int) -> None:
 
 
 def _obey(pipe: Connection, asked: threading.Event) -> None:
-    """Wait for `stop` from the command; its death breaks the pipe, and ends this process."""
     try:
         while True:
             if pipe.recv() == _STOP:

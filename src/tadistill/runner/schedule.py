@@ -52,8 +52,6 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None
 
 
 class _Schedule:
-    """The running stages, and those that wait for their parents or for a free place."""
-
     def __init__(self, plan: Plan, todo: dict[str, Stage], store: Store, screen: "_Screen", jobs: int, flag: StopFlag):
         self.plan, self.store, self.screen, self.jobs, self.flag = plan, store, screen, jobs, flag
         weight = _weights(plan)
@@ -91,7 +89,6 @@ class _Schedule:
             self.running[key] = StageProcesses(make_task(self.plan, stage, self.store), threads=max(1, cores() // self.jobs))
 
     def _attend(self) -> None:
-        """Wait for messages, show them, and note which stages have ended. Raises Stopped if a signal went only to a process of a stage."""
         wait([source for stage in self.running.values() for source in stage.sources], timeout=_POLL)
         stopped = False
         for key, stage in [*self.running.items()]:
@@ -134,8 +131,6 @@ def _still_saving() -> None:
 
 
 class _Screen:
-    """Progress bars: all stages, and each running one with its speed and what is left."""
-
     def __init__(self, console: Console, total: int, finished: int):
         self.progress = Progress(
             SpinnerColumn(),

@@ -124,7 +124,6 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
 
 
 def _parameters(ledger: Ledger, name: str) -> int:
-    """Count a model's parameters: by our own arithmetic for the families that it knows, by transformers for others."""
     if size := ledger.size(name):
         return size.total
     from tadistill.models.loading import count_parameters  # imports torch
@@ -144,13 +143,11 @@ def _as_written(recipe: Recipe) -> dict:
 
 
 def _text(arm: PlannedArm) -> str:
-    """Return the arm's edges in one line."""
     starts = "".join(f", {learner} from {source}" for learner, source in arm.arm.init.items())
     return f"{arm.arm.text}{starts}{', dense' if arm.method.dense else ''}"
 
 
 def _method(arm: PlannedArm) -> str:
-    """Return the method that made the arm's model, in a few words."""
     if arm.arm.learners:
         return f"{arm.method.objective.type} ({arm.method.sampler.type})"
     return "sft, continued" if arm.arm.objective else "sft"
@@ -194,7 +191,6 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
 
 
 def _names(models: Seq[str]) -> list[str]:
-    """Return short names: the last part of each source, numbered if two are equal."""
     if len(set(models)) < len(models):
         raise ConfigError(f"a model is given twice in {', '.join(models)}; give each model once")
     short = [re.sub(r"[^A-Za-z0-9._-]+", "-", Path(m.rstrip("/")).name).strip("-.") or "model" for m in models]

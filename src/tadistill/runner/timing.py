@@ -46,7 +46,6 @@ def _speeds(plan: Plan, stage: Stage, manifest: dict[str, Any]) -> dict[str, flo
 
 
 def _run(plan: Plan, stage: Stage, directory: Path, threads: int) -> dict[str, Any]:
-    """Run the stage's first updates and return the manifest."""
     graph = Graph()
     spec = _reduced(plan, stage.spec, graph)
     last = graph.add(spec, stage.label, stage.model, stage.seed, None)
@@ -86,7 +85,6 @@ def _few(split: Split) -> Split:
 
 
 def _origin(plan: Plan, handle: Handle) -> Handle:
-    """Return where a model's weights come from before the study trains it."""
     if isinstance(handle, Loaded):
         return handle
     if not isinstance(handle, FromStage):

@@ -70,7 +70,6 @@ class Context(Generic[AnySpec]):
         return model.to(device), tokenizer  # type: ignore[arg-type]
 
     def _pruned(self, parent: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, handle: PrunedDepth | Pruned) -> PreTrainedModel:
-        """Return a model cut in depth, or to a shape by what is active on training text."""
         total = parent.config.num_hidden_layers
         if isinstance(handle, PrunedDepth):
             return prune_depth(parent, keep_list(handle.prune, total))

@@ -120,7 +120,6 @@ def work_of(spec: type[Spec]) -> _Work:
 
 
 def _check_parents(task: Task, store: Store) -> None:
-    """Raise if a parent is not finished: a scheduler may start a job whose parent failed, and people delete folders."""
     for role, key in task.spec.parents.items():
         if not store.finished(key):
             raise StageFailed(

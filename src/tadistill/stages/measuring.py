@@ -46,7 +46,6 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
 
 
 def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: Evaluate) -> dict[str, dict[int, list[Sequence]]]:
-    """Return set -> decoding seed -> answers."""
     total, done, ends = sum(len(s.encoded) for s in sets) * len(settings.seeds), 0, 0
 
     def tick(count: int) -> None:
@@ -95,7 +94,6 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
 
 
 def _read_answers(context: Context, answers: Output, sets: list[EvalSet]) -> dict[str, dict[int, list[Sequence]]]:
-    """Return the answers of an evaluate stage, in the order of the sets' prompts."""
     found: dict[str, dict[int, list[Sequence]]] = {}
     prompts = {data.name: {e.row: e.prompt for e in data.encoded} for data in sets}
     for row in read_jsonl(context.store.folder(answers.stage) / ANSWERS):
@@ -145,6 +143,5 @@ def pair(context: Context[PairSpec]) -> dict[str, Any]:
 
 
 def _own_answers(context: Context, answers: Output, dev: EvalSet) -> list[Sequence]:
-    """Return the learner's answers in its probe, in the order of the prompts."""
     tokens = {row["index"]: tuple(row["tokens"]) for row in read_jsonl(context.store.folder(answers.stage) / ANSWERS)}
     return [Sequence(e.prompt, tokens[e.row]) for e in dev.encoded]

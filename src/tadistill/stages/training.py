@@ -123,7 +123,6 @@ def _accelerator(context: Context, optim: Optim) -> Accelerator:
 def _sampler(
     context: Context[TrainingSpec], subject: Subject, teachers: tuple[PreTrainedModel, ...], signals: Signals | None, shard: Shard
 ) -> Sampler:
-    """Return the source of training batches."""
     spec = context.spec
     method, distill = spec.method, spec if isinstance(spec, DistillSpec) else None
     common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard}
@@ -144,7 +143,6 @@ def _engine(config: OnPolicy, subject: Subject) -> Engine:
 
 
 def _dev(context: Context[TrainingSpec], subject: Subject, teacher: PreTrainedModel | None) -> Callable[[], dict[str, float]]:
-    """Return the dev evaluation of a training stage; it measures nothing if no dev metric selects."""
     spec = context.spec
     if spec.dev is None or spec.decoding is None:
         return dict

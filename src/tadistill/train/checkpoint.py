@@ -111,7 +111,6 @@ class Checkpoints:
         self._drop_other_best(step)
 
     def _drop_other_best(self, *steps: int) -> None:
-        """Delete the best weights that belong to no saved state and to no update in `steps`."""
         for path in self.directory.glob("best-*.pt"):
             if int(re.sub(r"\D", "", path.stem)) not in (*steps, *self.best_steps):
                 path.unlink(missing_ok=True)

@@ -159,8 +159,6 @@ def train_stage(
 
 @dataclass
 class _Run:
-    """The parts of a training that a checkpoint stores. The main process writes checkpoints, and all processes read them."""
-
     student: PreTrainedModel
     step: Step
     sampler: Sampler
@@ -227,7 +225,6 @@ def _update(
     accelerator: Accelerator,
     done: int,
 ) -> dict[str, float]:
-    """Make one optimizer update, after `done` earlier updates, and return its row for the log."""
     total = counts(batches)
     tokens = torch.tensor([*total.values()], device=accelerator.device)
     count = dict(zip(total, _sum(accelerator, tokens).clamp(min=1).tolist(), strict=True))
@@ -263,19 +260,16 @@ def _update(
 
 
 def _sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """Return the sum of `values` over all processes."""
     total = accelerator.reduce(values.to(accelerator.device), "sum")
     assert isinstance(total, torch.Tensor)
     return total
 
 
 def _anywhere(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """Return one bool per flag: True if the flag is set on any process."""
     return list(flags) if accelerator.num_processes == 1 else (_sum(accelerator, torch.tensor(flags, dtype=torch.float32)) > 0).tolist()
 
 
 def _measured(student: PreTrainedModel, hooks: Hooks, accelerator: Accelerator) -> dict[str, float]:
-    """Return dev metrics of the current student. All processes return the main process's metrics, because samplers decide by them."""
     was_training = student.training
     student.eval()
     metrics = [hooks.evaluate()]
@@ -286,14 +280,11 @@ def _measured(student: PreTrainedModel, hooks: Hooks, accelerator: Accelerator) 
 
 
 class _Averages:
-    """The rows of the updates since the last line of the log, and their means."""
-
     def __init__(self, rows: list[dict[str, float]]):
         self.rows = rows  # the state of a checkpoint contains this same list
         self.start = time.monotonic()
 
     def restart(self) -> None:
-        """Restart the clock after time that was not training."""
         self.start = time.monotonic()
 
     def add(self, row: dict[str, float]) -> None:

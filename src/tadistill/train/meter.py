@@ -29,8 +29,6 @@ from tadistill.objectives.fused import heads_watched
 
 
 class _Side:
-    """The student or a teacher."""
-
     def __init__(self, name: str, model: PreTrainedModel):
         self.name, self.model, self.adapters = name, model, adapters_in(model)
         size = size_of(model.config.get_text_config().to_dict())

@@ -129,7 +129,6 @@ def counts(batches: list[Batch]) -> dict[str, int]:
 
 
 def _mixed(batch: Batch, mixture: TargetMixture) -> Batch:
-    """Return the batch with its mixture of teachers, and with the reward of sampled tokens under this mixture."""
     scores = [batch.values[name] for k in range(len(mixture.weights)) if (name := f"teacher {k}") in batch.values]
     values = batch.values | ({"teacher": mixture.token_scores(scores)} if scores else {})
     return replace(batch, values=values, mixture=mixture, corpus=_mixed(batch.corpus, mixture) if batch.corpus else None)
@@ -191,7 +190,6 @@ def _contrastive(objective: config.Contrastive, batch: Batch) -> list[Term]:
 def _towards_teacher(
     objective: config.Divergence, batch: Batch, divergence: Callable[..., Tensor], settings: Mapping[str, Any], **per_token: Tensor
 ) -> list[Term]:
-    """Return kd_ratio x divergence + (1 - kd_ratio) x cross-entropy."""
     share = objective.kd_ratio
     term = TeacherTerm(objective.type, divergence, per_token, settings, mixture_of(batch), objective.temperature, share)  # type: ignore[attr-defined]
     return [term, _likelihood(batch, 1 - share)] if share < 1 else [term]
@@ -236,7 +234,6 @@ def _returns(objective: config.MiniLLM, batch: Batch) -> Tensor:
 
 
 def _minillm(objective: config.MiniLLM, batch: Batch) -> list[Term]:
-    """Return the policy gradient and the single-step term."""
     mask, clip = batch.mask_BT, {"clip": objective.clip}
     tokens, behaviour, advantage = batch.targets_BT[mask], batch.values["behaviour"][mask], batch.values["advantage"][mask]
     if objective.clip_weight:
@@ -257,7 +254,6 @@ def _minillm(objective: config.MiniLLM, batch: Batch) -> list[Term]:
 
 
 def _corpus(objective: config.MiniLLM, corpus: Batch) -> list[Term]:
-    """Return L_PT on plain text: language modelling, and forward KL to the teacher."""
     share, weight = objective.pt_kd_ratio, objective.pt_weight
     language = [_likelihood(corpus, weight * (1 - share), "corpus")] if share < 1 else []
     towards = [TeacherTerm("corpus_kl", objectives.forward_kl, mixture=mixture_of(corpus), weight=weight * share)] if share > 0 else []

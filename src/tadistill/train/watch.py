@@ -85,7 +85,6 @@ def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Te
 
 
 def _repetition(batches: list[Batch]) -> float:
-    """Return the share of n-grams that occurred in the same response before."""
     total = again = 0
     for batch in batches:
         for row, mask in zip(batch.targets_BT.tolist(), batch.mask_BT.tolist(), strict=True):

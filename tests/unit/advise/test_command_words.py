@@ -44,19 +44,19 @@ def test_cautions(study):
         return "\n".join(notes(found, list(priced), given, advice, past, metric, prompts))
 
     text = said(measures())
-    assert "Wide hops, more than 4 times in size: xl > s (10.0)." in text
+    assert "Wide hops, whose teacher is more than 4 times as big as the learner: xl > s (10.0)." in text
     assert "Short hops, less than 1.3 times in size: l > m (1.14)" in text
     assert "likeliest tokens" not in text
     assert "There is no history" in text
     assert "fewer than" not in text
     assert "xl > s 0.5" in said(measures(mass=0.5))
-    assert "Dev has 20 prompts that fit, fewer than the 256 asked for." in said(measures(), prompts=256)
+    assert "The dev set has 20 prompts that are short enough, fewer than the 256 of --prompts." in said(measures(), prompts=256)
     assert "`last`, which cannot compare" in said(measures(), metric="last")
     assert "2 arms or seeds of earlier studies could not be used: a." in said(measures(), past=History((), ("a", "b")))
     assert "could not be used: ../runs/x/plan.json is damaged." in said(measures(), past=History((), ("../runs/x/plan.json is damaged.",)))
     models = found.models | {"l": found.models["l"].model_copy(update={"load": "gpt2", "config": {}, "sft": None})}
     bought = found.model_copy(update={"models": models})
-    assert "l: loaded without training here" in "\n".join(notes(bought, list(priced), measures(), advice, nothing, "loss", 20))
+    assert "l: not trained in this study" in "\n".join(notes(bought, list(priced), measures(), advice, nothing, "loss", 20))
 
 
 def test_rules_of_thumb(study):

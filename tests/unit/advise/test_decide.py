@@ -35,7 +35,7 @@ def study(family, gain, rng, seeds=3, scale="rouge_l"):
 def test_without_history_direct_with_the_size_law_as_a_hypothesis():
     advice = advise([DIRECT, CHAIN], [], margin=0.3)
     assert (advice.verdict, advice.path) == ("direct", ("t", "s"))
-    assert "The size law would try t > a > s: a hypothesis" in reason(advice)
+    assert "The size law suggests t > a > s, which is only a hypothesis" in reason(advice)
     reference, chain = advice.options
     assert (reference.basis, chain.basis, chain.p_better) == ("reference", "prior", pytest.approx(0.5))
     assert chain.low < -0.9
@@ -60,7 +60,7 @@ def test_many_families_decide_and_one_does_not():
     assert (advice.families, advice.pairs, advice.scale) == (8, 8, "rouge_l")
     one = advise([DIRECT, CHAIN], many[:6], margin=0.3)
     assert (one.verdict, one.path) == ("inconclusive", ("t", "s"))
-    assert "Until then run direct" in reason(one)
+    assert "Until more is known, run direct" in reason(one)
     harmful = [o for f in range(8) for o in study(f"f{f}", -1.0 + 0.1 * rng.normal(), rng)]
     assert advise([DIRECT, CHAIN], harmful, margin=0.3).verdict == "direct"
 
@@ -88,7 +88,7 @@ def test_bad_input_is_one_sentence():
     with pytest.raises(ConfigError, match=r"level is 95"):
         advise([DIRECT, CHAIN], [], margin=0.3, level=95)
     rng = np.random.default_rng(0)
-    with pytest.raises(ConfigError, match="loss, rouge_l, which have different units"):
+    with pytest.raises(ConfigError, match="loss, rouge_l, whose units differ"):
         advise([DIRECT, CHAIN], study("f", 0, rng) + study("g", 0, rng, scale="loss"), margin=0.3)
 
 
