@@ -72,7 +72,7 @@ def test_a_killed_rank_ends_the_stage_and_the_same_call_goes_on(tmp_path):
             killed.append(multiprocessing.active_children()[1].pid)
             os.kill(killed[0], signal.SIGKILL)
 
-    with pytest.raises(StageFailed, match=r"rank [01] of 2 was killed by SIGKILL .*the same command goes on") as failure:
+    with pytest.raises(StageFailed, match=r"rank [01] of 2 was killed by SIGKILL .*Run the same command again to continue") as failure:
         launched(tmp_path / "a", kill, **laid_out)
     assert "\n" not in str(failure.value)
     assert not multiprocessing.active_children()

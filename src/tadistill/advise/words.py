@@ -248,8 +248,8 @@ def reason(advice: Advice) -> str:
         return "There is no other path to compare direct distillation with."
     if not advice.pairs:
         text = (
-            "No finished study compares a chain with direct distillation at equal compute, so the intervals come from the prior alone, and no "
-            "measure has been shown to predict anything. Run direct distillation with the compute that a chain would cost."
+            "No finished study compares a chain with direct distillation at equal compute, so the intervals come from the prior alone, and "
+            "no measure has been shown to predict anything. Run direct distillation with the compute that a chain would cost."
         )
         chain = advice.hypothesis
         return text if chain is None else f"{text} The size law suggests {path_text(chain)}, which is only a hypothesis."
@@ -264,7 +264,7 @@ def reason(advice: Advice) -> str:
     if advice.verdict == "direct":
         return f"No chain is likely to beat direct at equal compute by more than {advice.margin:g}: {text}, {on}."
     return (
-        f"History neither shows nor rules out that a chain beats direct at equal compute: {text} and P(better) {best.p_better:.2f}, "
+        f"History neither shows nor rules out that a chain beats direct at equal compute: {text}, P(better) {best.p_better:.2f}, "
         f"but {advice.needed:.3f} is needed, {on}. Until more is known, run direct distillation with the chain's compute."
     )
 

@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: a flag for code that has a state to save, and an exception for code that has none.
+"""Signals that ask a run to stop: a flag for code that must save a state, and an exception for code that has no state.
 
     stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)     # installs handlers that only note the signal
     run_stage(task, progress=…, alarm=…, stop=stop)     # calls `stop` between two updates; saves, and raises Interrupted
-    stop.received, stop.replaced                        # the signal, and the handlers from before
+    stop.received, stop.replaced                        # the signal, and the handlers that it replaced
 
 Before Slurm ends a job, it sends SIGUSR2 (if the job asks for it) and SIGTERM to all processes; a shutdown sends SIGTERM.
 """
@@ -28,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopFlag:
-    """A flag that is True once one of the signals has come. A second signal changes nothing, so it cannot break a save.
+    """A flag that is True once one of the signals has come. A further signal only calls `told`, so it cannot break a save.
 
     A signal that was ignored stays ignored (a shell starts background commands like that). Only the main thread can catch signals; in
     another thread the flag stays False.
@@ -39,7 +39,7 @@ class StopFlag:
         self.at: float | None = None
         """Time of the first signal (time.time())."""
         self.replaced: dict[signal.Signals, Any] = {}
-        """The handlers from before."""
+        """Signal -> the handler that was installed before."""
         self._told = told
         if threading.current_thread() is threading.main_thread():
             for number in signals:
@@ -56,7 +56,7 @@ class StopFlag:
         return self.received is not None
 
     def restore(self) -> None:
-        """Restore the handlers from before."""
+        """Install the handlers again that were installed before."""
         for number, handler in self.replaced.items():
             signal.signal(number, handler)
 
@@ -65,7 +65,7 @@ class StopFlag:
 def raising() -> Iterator[None]:
     """Make SIGTERM and SIGUSR2 raise `Stopped` inside the block, as Ctrl-C raises KeyboardInterrupt.
 
-    After the first one the process is ending, and further ones are ignored.
+    After the first signal the process is ending, so further signals are ignored.
     """
     before = {number: signal.signal(number, _raise) for number in ENDING if number != signal.SIGINT}
     ending = False

@@ -1,4 +1,4 @@
-"""Checks before a study starts: data, models on disk, tokenizers, memory. A mistake found here costs a second, not five stages."""
+"""Checks before a study starts: data, models on disk, tokenizers, memory. They find a mistake before any stage has run."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -29,10 +29,10 @@ _STARTS = 10
 
 
 def check(recipe: Recipe) -> int:
-    """Check a recipe against this machine; returns how many stages may run at the same time.
+    """Check that a recipe can run on this machine. Return how many stages may run at the same time.
 
     Raises:
-        ConfigError, DataError, ModelError: in one sentence, before anything is written.
+        ConfigError, DataError, ModelError: the recipe cannot run here (raised before anything is written).
     """
     check_inputs(recipe)
     _check_engine(recipe)
@@ -42,14 +42,14 @@ def check(recipe: Recipe) -> int:
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Check what does not depend on the machine that trains: data, tokenizers, encodings, models. Raises the errors that `check` names."""
+    """Check data, tokenizers, encodings and models, which do not depend on the machine. Raises the same errors as `check`."""
     datasets.check(recipe)
     _check_peft(recipe)
     for stage in make_plan(recipe).stages.values() if recipe.resources else ():
         layout(recipe, stage)
     teacher, used = original_teacher(recipe), _used(recipe)
     tokenizers = {name: _tokenizer(recipe, name) for name in used}
-    if teacher:  # without one, models are only evaluated, each by itself
+    if teacher:  # without one, models are only evaluated, and each one may have its own tokenizer
         check_same_tokenizer(tokenizers)
     longest = max(_check_encoding(recipe, tokenizers[name]) for name in (used[:1] if teacher else used))
     for name in used:
@@ -64,7 +64,9 @@ def _used(recipe: Recipe) -> list[str]:
 def _check_engine(recipe: Recipe) -> None:
     wanted = any(method.sampler.vllm for method in methods(recipe))
     if wanted and not (importlib.util.find_spec("vllm") and torch.cuda.is_available()):
-        raise ConfigError("a sampler has engine vllm, which needs CUDA and `pip install 'tadistill[vllm]'`; set engine: native")
+        raise ConfigError(
+            "a sampler has engine: vllm, which needs CUDA and `pip install 'tadistill[vllm]'`; install both, or set engine: native"
+        )
 
 
 def _check_peft(recipe: Recipe) -> None:
@@ -94,7 +96,7 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
     longest = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if isinstance(s, Decoding))])
     if positions and prompt + longest > positions:
         raise ConfigError(
-            f"models.{name} has {positions} positions, but the longest prompt, {prompt}, and max_new_tokens, {longest}, are more; "
+            f"models.{name} has {positions} positions, but the longest prompt ({prompt} tokens) and max_new_tokens ({longest}) need more; "
             "lower data.max_prompt or max_new_tokens"
         )
 
@@ -115,7 +117,7 @@ def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
         longest = max(longest, *(len(e.prompt) for e in encoded))
     selects = [*(method.select for method in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
     if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(data.dev, "dev", data)):
-        raise ConfigError(f"a stage selects by fact_accuracy, but the dev set `{data.dev.name}` knows no facts; select by rouge_l or loss")
+        raise ConfigError(f"select.metric is fact_accuracy, but the dev set `{data.dev.name}` has no facts; set it to rouge_l or loss")
     return longest
 
 
@@ -125,7 +127,7 @@ def _root(recipe: Recipe, name: str) -> str:
 
 
 def _default_jobs() -> int:
-    # It must not depend on how many stages are left: a stage's number of threads follows from it, and a resumed run must add its floats in
+    # This number must not depend on the stages that are left. It decides a stage's number of threads, and a resumed run must add floats in
     # the same order.
     return 1 if torch.cuda.is_available() else cores()
 
@@ -147,7 +149,7 @@ def _check_memory(recipe: Recipe, jobs: int) -> None:
 
 
 def _need(plan: Plan, stage: Stage) -> int:
-    """Return the bytes that a stage needs: the plan's estimate, else the float32 weights of its models (0 if their size is not known)."""
+    """Return the memory in bytes: the plan's estimate, or else the float32 weights of the models (0 for a model of unknown size)."""
     if stage.cost and stage.cost.memory:
         return int(stage.cost.memory)
     ledger, names = Ledger(plan.recipe), {stage.model}
@@ -157,7 +159,7 @@ def _need(plan: Plan, stage: Stage) -> int:
 
 
 def _largest_group(plan: Plan, needs: Mapping[str, int], jobs: int) -> dict[str, int]:
-    """Return at most `jobs` stages that can run at the same time, since none depends on another, and that need much memory together."""
+    """Return a group of at most `jobs` stages that can run at the same time, chosen (greedily) to need much memory in total."""
     above = {key: with_ancestors(plan.stages, [key]) for key in needs}
     order, best = sorted(needs, key=lambda key: -needs[key]), {}
     for first in order[:_STARTS]:

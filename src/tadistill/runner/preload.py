@@ -1,6 +1,6 @@
-"""Imported once by the server that stages are forked from: everything that each of them needs and that takes time.
+"""The slow imports that every stage needs. The server from which stages are forked imports this module once.
 
-It makes imports and tables only: threads, which computations start, do not survive a fork, nor does CUDA.
+It only imports and builds tables. It computes nothing, because computations start threads, and neither threads nor CUDA survive a fork.
 """
 
 import gc
@@ -22,4 +22,4 @@ tinyworld.rows("tinyworld", "train")  # makes and keeps the default world, which
 get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns at the first call
 
 gc.collect()
-gc.freeze()  # the collector of a process would write to, and so copy, all pages that it shares with the server
+gc.freeze()  # otherwise a process's collector would write to all pages that it shares with the server, and so copy them

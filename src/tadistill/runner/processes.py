@@ -1,14 +1,14 @@
-"""The processes of one stage on this machine: started, listened to, and ended together.
+"""Start, watch and end the processes of one stage on this machine.
 
     stage = StageProcesses(task, threads=2)           # as many processes as `task.resources.processes`
     while not stage.ended:
         wait(stage.sources)                           # multiprocessing.connection.wait
         for message in stage.attend(): ...            # (done, total, text), or the text of an alarm
-    stage.error                                       # None where all went well
+    stage.error                                       # None if the stage succeeded
 
 Each stage gets fresh processes, so nothing of one stage (settings of libraries, memory, a crash) reaches the next. On Linux a server
 imports torch once and forks them, which takes milliseconds. The server itself runs no work, so it never initialises CUDA. One pipe per
-process carries messages to the command, and `stop` back. The pipe breaks when the command dies; the process then ends itself.
+process carries messages to the command, and `stop` to the process. The pipe breaks when the command dies; the process then ends itself.
 """
 
 import multiprocessing
@@ -39,7 +39,7 @@ _LAST_WORDS = 1.0
 
 
 def prepare() -> Any:
-    """Return the multiprocessing context, and start the server that imports torch where processes are forked from one.
+    """Return the multiprocessing context. On Linux, also start the server that imports torch and forks the processes.
 
     The import runs in the background, so a command calls this before it checks its input.
     """
@@ -55,12 +55,12 @@ def prepare() -> Any:
 
 
 class StageProcesses:
-    """One process, or the ranks of a distributed stage."""
+    """The process of a stage, or the ranks of a distributed stage; they share `threads`. Raises StageFailed if they cannot start."""
 
     def __init__(self, task: Task, *, threads: int):
         self.ended = False
         self.error: Exception | None = None
-        """Why the stage failed, once it has ended."""
+        """The cause of a failure; set when the stage has ended."""
         self._errors: dict[int, Exception] = {}
         self._deadline = float("inf")
         self._processes: list[Any] = []
@@ -83,16 +83,16 @@ class StageProcesses:
         except (EOFError, OSError) as error:
             self.end()
             raise StageFailed(
-                f"its process cannot be started ({error}); a script that calls tadistill.run must do so under `if __name__ == '__main__':`"
+                f"the stage's process cannot be started ({error}); a script must call tadistill.run under `if __name__ == '__main__':`"
             ) from error
 
     @property
     def sources(self) -> list[Any]:
-        """Return the pipes and sentinels that become ready when there is something to attend to."""
+        """Return the pipes and sentinels that become ready when `attend` has something to do."""
         return [*self._pipes, *(process.sentinel for process in self._processes if process.exitcode is None)]
 
     def attend(self) -> list[Message]:
-        """Return the messages since the last call; sets `ended` and `error` when the processes have ended, or one has failed."""
+        """Return the messages since the last call. Set `ended` and `error` when all processes have ended, or one has failed."""
         said = self._read()
         codes = [process.exitcode for process in self._processes]
         if None not in codes:
@@ -142,13 +142,13 @@ class StageProcesses:
 def run_in_processes(
     task: Task, *, threads: int, progress: Callable[[int, int, str], None], alarm: Callable[[str], None], stop: Callable[[], bool]
 ) -> None:
-    """Run a stage like `stages.execute.run_stage`, but in processes of its own; all end when one fails.
+    """Run a stage like `stages.execute.run_stage`, but in new processes. When one of them fails, all are ended.
 
     Raises:
         ConfigError: there are fewer GPUs than processes.
-        StageFailed: a process died or failed; the sentence says which and why.
-        TadistillError: as a process raised it.
-        Interrupted: `stop` said so; the state is saved.
+        StageFailed: a process died or failed; the message says which one and why.
+        TadistillError: a process raised this error.
+        Interrupted: `stop` returned True; the state is saved.
     """
     stage, asked = StageProcesses(task, threads=threads), False
     try:
@@ -169,9 +169,9 @@ def run_in_processes(
 
 
 def _judged(codes: list[int | None], errors: dict[int, Exception]) -> Exception | None:
-    """Return the cause of a failure: a death by signal comes before an error, and the first error before those that it caused."""
+    """Return the cause of a failure. A death by a signal is more likely the cause than an error, and the first error than later ones."""
     several = len(codes) > 1
-    rest = "; the other ranks were ended, and the same command goes on from the last saved state" if several else ""
+    rest = "; the other ranks were ended. Run the same command again to continue from the last saved state" if several else ""
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
             name = signal.Signals(-code).name
@@ -184,7 +184,7 @@ def _judged(codes: list[int | None], errors: dict[int, Exception]) -> Exception 
     for rank, code in enumerate(codes):
         if code:
             who = f"rank {rank} of {len(codes)}" if several else "its process"
-            return StageFailed(f"{who} ended with exit code {code} (its output says why){rest}")
+            return StageFailed(f"{who} ended with exit code {code} (see its output){rest}")
     return None
 
 
@@ -198,11 +198,11 @@ def _free_port() -> int:
 
 
 def _work(task: Task, environment: dict[str, str], threads: int, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which says `stop`
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which sends `stop`
     flag, asked = StopFlag(signal.SIGTERM, signal.SIGUSR2), threading.Event()
     release()
     threading.Thread(target=_obey, args=(pipe, asked), daemon=True).start()
-    os.environ.clear()  # of the server, which is as old as the first stage
+    os.environ.clear()  # it is the server's environment, from the start of the first stage
     os.environ.update(environment)
     code = 0
     try:
@@ -212,7 +212,7 @@ def _work(task: Task, environment: dict[str, str], threads: int, pipe: Connectio
         run_stage(
             task, progress=lambda done, total, text: pipe.send((done, total, text)), alarm=pipe.send, stop=lambda: flag() or asked.is_set()
         )
-    except Exception as error:  # whatever it is, the command says it
+    except Exception as error:  # the command shows every error
         if not isinstance(error, Interrupted | TadistillError):
             traceback.print_exc()
             error = RuntimeError(f"{type(error).__name__}: {error}")
@@ -220,7 +220,7 @@ def _work(task: Task, environment: dict[str, str], threads: int, pipe: Connectio
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # at once: torch's own end may wait for other ranks, and sometimes aborts where they are gone
+    os._exit(code)  # at once: torch's own exit may wait for other ranks, and sometimes aborts if they are gone
 
 
 def _prepare_torch(world: int, threads: int) -> None:
@@ -230,9 +230,7 @@ def _prepare_torch(world: int, threads: int) -> None:
     if not torch.cuda.is_available():
         keep_freed_memory()
     elif torch.cuda.device_count() < world:
-        raise ConfigError(
-            f"resources ask for {world} processes, but this machine has {torch.cuda.device_count()} GPUs; lower resources' `processes`"
-        )
+        raise ConfigError(f"resources.processes is {world}, but this machine has {torch.cuda.device_count()} GPUs; lower processes")
 
 
 def _obey(pipe: Connection, asked: threading.Event) -> None:

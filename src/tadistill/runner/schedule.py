@@ -1,6 +1,6 @@
 """Run a plan on this machine: several stages at a time, each in processes of its own, with one screen for their progress.
 
-Stages of small models, which use one thread well, thus use all cores, and a crash ends only one stage. The processes share only the store.
+A stage of a small model uses one thread well, so several stages use all cores. A crash ends only one stage. Stages share only the store.
 A signal to stop may go to this process or to all of them (Slurm does that): running stages save their state and end.
 """
 
@@ -24,15 +24,15 @@ from tadistill.runner.processes import Message, StageProcesses
 from tadistill.store import Store
 
 _POLL = 0.5
-"""Most seconds until a signal is noticed while no stage sends a message."""
+"""Largest number of seconds until a signal is noticed, if no stage sends a message."""
 
 
 def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None:
     """Run every stage that the store lacks, `jobs` at a time.
 
     Raises:
-        StageFailed: stages failed; those that do not depend on them were still run.
-        Stopped (a KeyboardInterrupt): after the running stages have saved their state.
+        StageFailed: a stage failed; all stages that do not depend on it were still run.
+        Stopped (a KeyboardInterrupt): a signal asked to stop; the running stages have saved their state.
     """
     todo = {k: s for k, s in plan.stages.items() if not store.finished(k)}
     if not todo:
@@ -45,9 +45,9 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None
         flag.restore()
     if failed:
         key, error = next(iter(failed.items()))
-        more = f"; {len(failed) - 1} more failed" if len(failed) > 1 else ""
-        text = f"{plan.stages[key].label} ({key}): {error}{more}. Finished stages are kept; the same command goes on from them"
-        # a mistake in the input stays one (exit code 2), wherever it comes to light
+        more = f"; {len(failed) - 1} more stages failed" if len(failed) > 1 else ""
+        text = f"{plan.stages[key].label} ({key}): {error}{more}. Finished stages are kept; run the same command again to continue"
+        # an input error keeps its type (exit code 2), even if a stage finds it
         raise type(error)(text) if isinstance(error, (ConfigError, DataError, ModelError)) else StageFailed(text)
 
 
@@ -106,10 +106,10 @@ class _Schedule:
                 self.failed[key] = stage.error
                 self.screen.end(key, str(stage.error))
         if stopped:
-            raise Stopped(self.flag.received or signal.SIGTERM)
+            raise Stopped(self.flag.received or signal.SIGTERM)  # perhaps only a stage's process got the signal
 
     def _save(self, asked: Stopped) -> None:
-        self.screen.say(f"{asked.received.name}: the running stages save their state …")
+        self.screen.say(f"received {asked.received.name}; the running stages save their state …")
         for stage in self.running.values():
             stage.stop()
         while self.running:
@@ -118,7 +118,7 @@ class _Schedule:
 
 
 def _weights(plan: Plan) -> dict[str, float]:
-    """Return the FLOPs of each stage plus those of the most expensive chain of stages after it."""
+    """Return key -> FLOPs of the stage plus FLOPs of the most expensive chain of stages that depend on it."""
     weight: dict[str, float] = {k: s.flops or 0.0 for k, s in plan.stages.items()}
     for key in reversed(plan.stages):
         for parent in set(plan.stages[key].parents.values()):
@@ -127,7 +127,7 @@ def _weights(plan: Plan) -> dict[str, float]:
 
 
 def _still_saving() -> None:
-    os.write(2, b"already stopping: the running stages save their state\n")  # from a signal's handler, where print may not be called
+    os.write(2, b"already stopping: the running stages save their state\n")  # print must not be called in a signal handler
 
 
 class _Screen:

@@ -28,7 +28,7 @@ SUITE = ("dolly", "self_inst", "vicuna", "sinst", "uinst")
 
 
 def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "", console: Console | None = None) -> Path:
-    """Run the stages that the store lacks; returns the study's directory, ready for `tadistill.report.write_report`.
+    """Run the stages that are not in the store. Return the study's directory, which `tadistill.report.write_report` can read.
 
     Raises:
         TadistillError: the input is wrong (before any stage starts), or a stage failed.
@@ -65,7 +65,7 @@ def fetch_models(recipe: Recipe, console: Console) -> None:
 
 
 def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str) -> Path:
-    """Write runs/STUDY/plan.json, which reports and other tools read; keeps the date of the first run."""
+    """Write runs/STUDY/plan.json, which reports and other tools read. The date of the first run is kept."""
     study = runs / plan.recipe.study
     path = study / "plan.json"
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -136,7 +136,7 @@ def _by_seed(keys: Mapping[int, str | None]) -> dict[str, str | None]:
 
 
 def _as_written(recipe: Recipe) -> dict:
-    """Return the recipe as plain data; other decodings keep only the fields that they change."""
+    """Return the recipe as plain data. The entries of `evaluate.also` keep only the fields that they set."""
     content = recipe.model_dump(mode="json", by_alias=True)
     content["evaluate"]["also"] = {name: o.model_dump(mode="json", exclude_unset=True) for name, o in recipe.evaluate.also.items()}
     return content
@@ -157,12 +157,12 @@ def _method(arm: PlannedArm) -> str:
 
 
 def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teacher: str | None = None) -> str:
-    """Return the YAML of a study that trains nothing and evaluates models as they are, each as an arm of its own.
+    """Return the YAML of a study that trains nothing and evaluates models as they are. Each model is a separate arm.
 
-    An evaluated model thus gets everything that an arm of a study gets: the store, resuming, intervals, the report.
+    An evaluated model thus has everything that an arm of a study has: the store, resuming, intervals, the report.
 
     Args:
-        models: anything that `load:` of a recipe takes.
+        models: sources of models, as in `load:` of a recipe.
         on: test sets.
         seeds: decoding seeds.
         teacher: the model that KLs are measured to; it must share the models' tokenizer.
@@ -171,7 +171,7 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
         ConfigError: there is no test set, or a model is given twice.
     """
     if not on:
-        raise ConfigError(f"--on names no test set; give some, for instance --on {','.join(SUITE[:2])}")
+        raise ConfigError(f"--on names no test set; give at least one, for instance --on {','.join(SUITE[:2])}")
     sources = list(models) + ([teacher] if teacher and teacher not in models else [])
     names = _names(sources)
     arms = names[: len(models)]
@@ -179,7 +179,7 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
         "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(arms)}"[:80],
         "seeds": [0],
         "models": {name: {"load": load} for name, load in zip(names, sources, strict=True)},
-        # nothing trains; a recipe must name train and dev all the same
+        # nothing is trained, but a recipe must name train and dev
         "data": {"train": {"load": on[0], "split": "test"}, "dev": {"load": on[0], "split": "test"}, "test": list(on)},
         "evaluate": {"seeds": list(seeds), "also": {}},
         "runtime": {"jobs": 1},  # few stages: each gets all cores

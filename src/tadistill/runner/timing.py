@@ -23,7 +23,7 @@ _ROWS = 128  # training rows of a stage that writes or reads a teacher's signal 
 
 
 def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.Speeds:
-    """Return FLOP/s by span for every kind of stage in the plan whose cost is predicted."""
+    """Return kind of stage -> span -> FLOP/s, for every kind in the plan whose cost is predicted."""
     kinds: dict[str, Stage] = {}
     for stage in plan.stages.values():
         if stage.cost and stage.cost.parts:
@@ -37,7 +37,7 @@ def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> through
 
 
 def _speeds(plan: Plan, stage: Stage, manifest: dict[str, Any]) -> dict[str, float]:
-    """Return speeds from the stage's ledger; for a teacher's answers and signals from the rows that were run and the whole time."""
+    """Return FLOP/s by span: from the stage's ledger, or (for a teacher's answers and signals) from its predicted FLOPs and time."""
     if "ledger" in manifest:
         return throughput.measured(manifest["ledger"])
     assert stage.cost is not None

@@ -30,7 +30,7 @@ MODEL = "model"  # sub-folder of a training stage: an ordinary Hugging Face dire
 RESPONSES = "responses.jsonl"  # in the folder of a generate stage
 ANSWERS = "answers.jsonl"  # in the folder of an evaluate stage: token ids
 _CORPUS_CHUNKS = 20_000
-_CALIBRATION = 256  # training texts that decide what pruning keeps (Minitron used 1,024 of a web corpus)
+_CALIBRATION = 256  # number of training texts that decide what pruning keeps (Minitron used 1,024 texts of a web corpus)
 
 Progress = Callable[[int, int, str], None]
 AnySpec = TypeVar("AnySpec", bound=Spec)
@@ -81,7 +81,7 @@ class Context(Generic[AnySpec]):
         return prune(parent, shape, measured, keep_list(shape.layers if handle.layers == "spacing" else handle.layers, total))
 
     def frozen(self, handle: Handle, dtype: torch.dtype = torch.float32) -> Model:
-        """Return a model that is not trained, placed as the stage's resources say."""
+        """Return a model that is not trained, placed as `resources.teacher` of the stage says."""
         where = self.task.resources.teacher
         model, tokenizer = self.model(handle, dtype, None if where == "replicated" else torch.device("cpu"))
         model.eval().requires_grad_(False)
@@ -91,14 +91,14 @@ class Context(Generic[AnySpec]):
     # --- data -----------------------------------------------------------------------------------------------------------
 
     def split(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> EvalSet:
-        """Return a split, read and encoded."""
+        """Read and encode a split."""
         data, name = self.spec.data, split.ref.name
         examples = datasets.read(split.ref, split.role, world=data.world, root=self.task.data_root, limit=split.limit)
         lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}
         return EvalSet(name, examples, encode(examples, tokenizer, name=f"data set `{name}`", **lengths))
 
     def corpus(self, source: Source | None, tokenizer: PreTrainedTokenizerBase) -> list[Sequence]:
-        """Return chunks of plain text; none without a corpus."""
+        """Return chunks of plain text; an empty list without a corpus."""
         if source is None:
             return []
         data = self.spec.data
@@ -112,9 +112,9 @@ def own_device() -> torch.device:
 
 
 def stop_if_asked(context: Context) -> None:
-    """Leave between two parts of a stage's work if the study is interrupted (raises Interrupted); finished parts stay."""
+    """Raise Interrupted if the run was asked to stop. Stages call this between two parts of their work; finished parts are kept."""
     if context.stop():
-        raise Interrupted("stopped between two parts")
+        raise Interrupted("stopped between two parts of the stage; finished parts are kept")
 
 
 def make_subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: PreTrainedModel) -> Subject:

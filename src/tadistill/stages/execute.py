@@ -25,15 +25,15 @@ from tadistill.store import Store
 
 _WAIT, _GO, _FINISHED, _STOPPED = "wait", "go", "finished", "stopped while another process ran the stage"
 _Work = Callable[[Context], dict[str, Any]]
-_PATIENCE = timedelta(hours=1)  # a process waits as long for another one, which may be writing a large model
+_PATIENCE = timedelta(hours=1)  # how long a process waits for another one, which may be writing a large model
 
 
 @dataclass(frozen=True)
 class Ranks:
     """The rank of this process, and the number of processes of the stage.
 
-    They find each other through RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. `runner.processes` sets these
-    for the processes that it starts; a cluster job sets them itself.
+    The processes read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the environment. `runner.processes` sets them for the
+    processes that it starts; a cluster job sets them itself.
     """
 
     rank: int
@@ -41,10 +41,10 @@ class Ranks:
 
     @classmethod
     def join(cls, processes: int) -> "Ranks":
-        """Join the other processes, if the environment names any. Raises ConfigError if their number is not what the stage asks for."""
+        """Join the other processes, if the environment names any. Raises ConfigError if their number is not `processes`."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if world != processes:
-            raise ConfigError(f"resources say processes {processes} for this stage, but WORLD_SIZE is {world}; make them equal")
+            raise ConfigError(f"resources.processes is {processes} for this stage, but WORLD_SIZE is {world}; make them equal")
         if world > 1 and not dist.is_initialized():
             device = own_device()
             if device.type == "cuda":
@@ -53,7 +53,7 @@ class Ranks:
         return cls(rank, world)
 
     def agree(self, word: str = "") -> str:
-        """Return the word of rank 0 on all ranks."""
+        """Broadcast rank 0's decision: all ranks return the same string."""
         words = [word]
         if self.world > 1:
             dist.broadcast_object_list(words, device=torch.device("cpu"))
@@ -61,23 +61,23 @@ class Ranks:
 
 
 def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]) -> None:
-    """Run a stage, unless the store has it: another process may have finished it in the meantime.
+    """Run a stage, unless it is already in the store because another process has finished it.
 
     If `task.resources.processes` > 1, every rank calls this with the same task and with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT in its environment (`runner.processes` sets them on one machine). WORLD_SIZE must equal `processes`. Every rank sees all
     GPUs of its machine and uses the one of its LOCAL_RANK; all machines see the store and the models. Only rank 0 takes the lock, writes
     and reports. `stop` may be true on any rank; then all save and raise Interrupted. An error on one rank is raised only there, and
-    whoever started the ranks ends the others (`srun --kill-on-bad-exit=1`). A process may run several stages if its ranks run the same
-    ones and its training stages share a precision.
+    the program that started the ranks must end the others (`srun --kill-on-bad-exit=1`). A process may run several stages if its ranks run
+    the same stages and its training stages have the same precision.
 
     Args:
         progress: called with (done, total, text).
-        alarm: called with a sentence about training that goes wrong.
+        alarm: called with a sentence about a problem in training.
         stop: returns True when the stage should save its state and end.
 
     Raises:
         StageFailed: a parent of the stage is not finished; nothing was written.
-        Interrupted: `stop` returned True; what was done is kept.
+        Interrupted: `stop` returned True; finished work is kept.
     """
     spec, store, ranks = task.spec, Store(Path(task.store)), Ranks.join(task.resources.processes)
     work = work_of(type(spec))
@@ -114,7 +114,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
 
 
 def work_of(spec: type[Spec]) -> _Work:
-    """Return the function that does the work of a kind of stage; what it returns goes into the manifest."""
+    """Return the function that does the work of a kind of stage. Its result goes into the manifest."""
     module, name = spec.work.split(":")
     return getattr(import_module(f"tadistill.stages.{module}"), name)
 
@@ -124,12 +124,12 @@ def _check_parents(task: Task, store: Store) -> None:
         if not store.finished(key):
             raise StageFailed(
                 f"{task.label} ({task.key}) needs {store.label(key)} as its {role}, which is not finished in the store at {store.root} (it "
-                "failed, or files of it were deleted); run the recipe again, which redoes what is missing"
+                "failed, or its files were deleted); run the recipe again to redo what is missing"
             )
 
 
 def _follow(task: Task, work: _Work, store: Store, ranks: Ranks, stop: Callable[[], bool]) -> None:
-    """Do the share of a rank other than 0, once rank 0 has the lock and there is something to do."""
+    """Do the work of a rank other than 0, after rank 0 has taken the lock and found that there is work."""
     while (word := ranks.agree()) == _WAIT:  # once a second, since a collective operation does not wait for hours
         pass
     if word == _STOPPED:

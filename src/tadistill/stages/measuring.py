@@ -1,7 +1,7 @@
 """The stages that measure models: evaluate and analyse on the test sets, probe and pair on dev prompts.
 
-An interrupted evaluate or analyse stage keeps what it has finished in parts/: the answers of a set under a decoding seed, or the analysis
-of a set. Probe and pair come before any distillation. They write one number per prompt and measure, from which standard errors and paired
+An interrupted evaluate or analyse stage keeps what it has finished in parts/: the answers of a set for a decoding seed, or the analysis
+of a set. Probe and pair come before any distillation. They write one value per prompt and measure, from which standard errors and paired
 differences can be taken later.
 """
 
@@ -20,7 +20,7 @@ from tadistill.stages.context import ANSWERS, Context, make_subject, stop_if_ask
 
 
 def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
-    """Write answers to every test set under every decoding seed, and their scores and those of the references."""
+    """Write the answers to every test set for every decoding seed, and the scores of the answers and of the references."""
     spec, settings = context.spec, context.spec.decoding
     model, tokenizer = context.model(spec.model)
     subject = make_subject(model.eval(), tokenizer)
@@ -106,7 +106,7 @@ def _read_answers(context: Context, answers: Output, sets: list[EvalSet]) -> dic
 
 
 def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
-    """Write a model's own answers to the dev prompts, and their scores and those of the references."""
+    """Write a model's own answers to the dev prompts, and the scores of the answers and of the references."""
     spec, settings = context.spec, context.spec.decoding
     (seed,) = settings.seeds
     model, tokenizer = context.model(spec.model)
@@ -129,7 +129,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
 
 
 def pair(context: Context[PairSpec]) -> dict[str, Any]:
-    """Compare a learner with a bigger model, on the learner's own answers and on the references."""
+    """Write measures that compare a learner with a bigger model, on the learner's own answers and on the references."""
     spec = context.spec
     model, tokenizer = context.model(spec.model)
     teacher, _ = context.frozen(spec.teacher)

@@ -64,7 +64,7 @@ def signal(context: Context[SignalSpec]) -> dict[str, Any]:
 
 
 def temper(context: Context[TemperSpec]) -> dict[str, Any]:
-    """Save the teacher at the temperature at which its mean entropy on dev responses is that of another model."""
+    """Save the teacher with the temperature at which its mean entropy on dev responses equals the mean entropy of another model."""
     spec = context.spec
     teacher, tokenizer = context.model(spec.teacher)
     like, _ = context.frozen(spec.like)

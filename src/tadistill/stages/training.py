@@ -1,4 +1,4 @@
-"""The stages that train, sft and distill: they join models, sampler and step, and run the training loop."""
+"""The two stages that train (sft and distill): they put models, sampler and step together and run the training loop."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +85,7 @@ _Save = Callable[[Path, dict[str, torch.Tensor]], None]
 
 
 def _student(context: Context[TrainingSpec]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Save]:
-    """Return the student, its tokenizer, and the function that saves it: from its whole weights, or with its adapters merged."""
+    """Return the student, its tokenizer, and a function that saves the student, with any adapters merged."""
     spec = context.spec
     student, tokenizer = context.model(spec.student)
     if spec.optim.gradient_checkpointing:
@@ -97,7 +97,7 @@ def _student(context: Context[TrainingSpec]) -> tuple[PreTrainedModel, PreTraine
 
 
 def _counts(method: Method, devices: int) -> dict[str, Any]:
-    """Return the recipe's global numbers, and what they are on each of this number of devices."""
+    """Return the batch and the rollouts of the recipe, in total and per device."""
     batch, sampler = method.optim.batch, method.sampler
     found: dict[str, Any] = {"devices": devices, "batch": batch, "batch_per_device": batch // devices}
     if isinstance(sampler, Rounds):

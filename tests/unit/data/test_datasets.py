@@ -74,7 +74,7 @@ def test_columns_are_mapped(tmp_path):
         ([{"instruction": "a", "output": "b", "choices": ["b"]}], "row 1: choices are b; give at least two"),
         ([{"instruction": "a", "output": "b", "choices": []}], "choices are an empty list"),
         ([{"instruction": "a", "output": "b", "choices": ["b", "b"]}], "at least two choices, all different"),
-        ([{"instruction": "a", "output": "b", "choices": {"text": ["b"]}}], "must be a list of strings"),
+        ([{"instruction": "a", "output": "b", "choices": {"text": ["b"]}}], "write a list of strings"),
         ([{"instruction": "a", "output": "b", "choices": ["b", ""]}], "none of them empty"),
         ([{"instruction": "a", "output": "c", "choices": ["a", "b"]}], "reference `c` is not one of the choices; the choices are a, b"),
         ([{"instruction": "a", "output": 2, "choices": ["a", "b"]}], "label 2 is not from 0 to 1; the choices are a, b"),

@@ -212,7 +212,7 @@ def test_a_missing_parent_is_named_before_anything_is_written(tmp_path):
     run(sft)
     store = Store(tmp_path)
     (store.folder(sft.key) / "model" / "model.safetensors").unlink()
-    with pytest.raises(StageFailed, match=rf"needs sft xl.*{sft.key}.*run the recipe again, which redoes what is missing"):
+    with pytest.raises(StageFailed, match=rf"needs sft xl.*{sft.key}.*run the recipe again to redo what is missing"):
         run(evaluate)
     assert not store.folder(evaluate.key).exists()
 
