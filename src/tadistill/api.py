@@ -1,4 +1,4 @@
-"""The Python API: the same verbs as the command line. `tadistill.run` and `tadistill.evaluate` are these functions."""
+"""The Python API, with the functions `tadistill.run` and `tadistill.evaluate`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,17 +17,19 @@ if TYPE_CHECKING:
 
 
 def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> Path:
-    """Run a study and write its report; returns the path of report.html. Finished stages are reused.
+    """Run a study, write its report, and return the path of report.html. Finished stages are reused.
 
-    Call it under `if __name__ == "__main__":`, because stages run in processes of their own.
+    Call this function under `if __name__ == "__main__":`, because stages run in separate processes.
 
     Raises:
-        ConfigError: the recipe is wrong, or it is a `Recipe` and there are overrides.
+        ConfigError: the recipe is wrong, or overrides were given for a `Recipe` object.
         TadistillError: a stage failed.
     """
     if isinstance(recipe, Recipe):
         if overrides:
-            raise ConfigError(f"overrides {list(overrides)} apply to a recipe's file; change the Recipe itself, or give its path")
+            raise ConfigError(
+                f"overrides {list(overrides)} apply to a recipe's file, not to a Recipe; change the Recipe, or give the file's path"
+            )
         loaded, text, command = recipe, "", "tadistill.run(recipe)"
     else:
         loaded, text = load(recipe, overrides), Path(recipe).read_text(encoding="utf-8")
@@ -47,12 +49,12 @@ def evaluate(
     settings: Evaluate | None = None,
     limit: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Return every metric of a model in memory on the named test sets: {set: {metric: mean over prompts and decoding seeds}}.
+    """Evaluate a loaded model on test sets. Return {set: {metric: mean over prompts and decoding seeds}}.
 
     Args:
-        on: names (dolly, self_inst, tinyworld…), JSONL files or hub ids, read at their test split.
-        settings: decoding; the lineage's (T = 1, 256 new tokens, seeds 10-50) when absent.
-        limit: only the first rows of each set.
+        on: names of test sets (dolly, self_inst, tinyworld…), JSONL files or hub ids. Their test splits are read.
+        settings: settings of decoding; the default is that of MiniLLM (temperature 1, 256 new tokens, seeds 10 to 50).
+        limit: the number of first rows of each set that are used; None for all rows.
     """
     from tadistill.data import datasets
     from tadistill.data.templates import EvalSet, encode

@@ -1,10 +1,10 @@
 """Files: digests, atomic writing, and reading JSON that may be damaged.
 
-A reader never sees half a file. Three ways to write one:
+A reader never sees an incomplete file. There are three ways to write a file:
 
-    write_text, write_json, write_rows      small files that any process may write
-    with replacing(path) as temporary:      a large file that one process owns (a training state)
-    with publishing(target) as temporary:   a file or folder that several processes may make at the same time (a cache); the first one wins
+    write_text, write_json, write_rows      a small file, which several processes may write
+    with replacing(path) as temporary:      a large file that only one process writes (a training state)
+    with publishing(target) as temporary:   a file or folder that several processes may create (a cache); the first result is kept
 """
 
 import functools
@@ -26,14 +26,14 @@ _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
 
 
 def cache_root() -> Path:
-    """Return the folder of converted models: TADISTILL_CACHE, else tadistill in the user's cache folder."""
+    """Return the folder of converted models: the variable TADISTILL_CACHE, else `tadistill` in the user's cache folder."""
     if given := os.environ.get("TADISTILL_CACHE"):
         return Path(given).expanduser()
     return user_cache() / "tadistill"
 
 
 def user_cache() -> Path:
-    """Return the user's cache folder (XDG_CACHE_HOME or ~/.cache)."""
+    """Return the user's cache folder: the variable XDG_CACHE_HOME, else ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
@@ -41,13 +41,13 @@ def user_cache() -> Path:
 
 
 def digest(path: Path) -> str:
-    """Return the hex sha256 of a whole file."""
+    """Return the SHA-256 of a whole file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """Return `digest(path)`, computed again only when the file's size or modification time changed in this process."""
+    """Return `digest(path)`. The result is cached in this process until the file's size or modification time changes."""
     stat = path.stat()
     return _remembered(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
@@ -58,8 +58,8 @@ def _remembered(path: Path, size: int, modified: int) -> str:
 
 
 def sampled_digest(path: Path) -> str:
-    """Return the hex sha256 of a weight file's size and of 2 MiB of it: 16 evenly spaced blocks, the first and last bytes included."""
-    # Blocks in the middle matter: two fine-tunings of one model may share their embeddings and their final layers.
+    """Return the SHA-256 (hex) of a weight file's size and 2 MiB of its bytes: 16 evenly spaced blocks, from the first to the last byte."""
+    # Blocks in the middle are needed: two fine-tunings of one model may have equal embeddings and equal final layers.
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -73,34 +73,34 @@ def sampled_digest(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file is on the disk."""
+    """Wait until the content of a file is on the disk (fsync)."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn errors of the block, which writes `path`, into one sentence. Raises StoreError if `path` cannot be written."""
+    """Guard a block that writes `path`: an error of writing becomes a StoreError with the path, the reason and the fix."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full
         reason = getattr(error, "strerror", None) or error
         raise StoreError(f"cannot write {path}: {reason}; free some space or check permissions, then run the same command again") from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a file to write to, which becomes `path` when the block ends without an error.
+    """Yield a temporary path to write to. It is renamed to `path` when the block ends without an error.
 
-    It is on the disk before it is renamed, so after a power failure `path` is the old file or the new one, whole. Its name is fixed: the
-    one process that owns `path` overwrites what a kill has left of it. Raises StoreError if it cannot be written.
+    The file is on the disk before it is renamed, so after a power failure `path` is the complete old file or the complete new file. The
+    temporary name is always the same, so the next write overwrites the rest of a killed write. Raises StoreError if it cannot be written.
     """
     with _renamed(path.with_suffix(".tmp"), path) as temporary:
         yield temporary
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file (and its missing folder) atomically; other processes may write it too. Raises StoreError if it cannot be written."""
+    """Write a text file atomically, and create its folder. Several processes may write it. Raises StoreError if it cannot be written."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with _renamed(path.with_name(f".{path.name}.{os.getpid()}.tmp"), path) as temporary:
@@ -113,7 +113,7 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Write one JSON value a line, as `write_text` does."""
+    """Write JSON lines, one value per line, as `write_text` does."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -131,9 +131,9 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
 
 @contextmanager
 def publishing(target: Path) -> Iterator[Path]:
-    """Yield a path to write a file or a folder at, which becomes `target` when the block ends without an error.
+    """Yield a temporary path for a file or folder. It is renamed to `target` when the block ends without an error.
 
-    Two processes may publish the same target: the first one wins, and both find it whole.
+    Several processes may create the same folder at the same time. The first folder is kept, and the others are deleted.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -142,7 +142,7 @@ def publishing(target: Path) -> Iterator[Path]:
         try:
             os.replace(work / target.name, target)
         except OSError:
-            # A folder cannot replace one that is not empty: another process was first, with the same content.
+            # A folder cannot replace a folder that is not empty: another process was first, with the same content.
             if not target.is_dir():
                 raise
     finally:
@@ -153,7 +153,7 @@ def publishing(target: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, *, fix: str = "delete its directory and run the recipe again") -> Any:
-    """Parse a file. Raises StoreError if it is missing or damaged; the sentence names it and says how to mend it."""
+    """Parse a JSON file. Raises StoreError if it is missing or damaged; the message names the file and ends with `fix`."""
     try:
         return json.loads(_text(path, fix))
     except ValueError as error:
@@ -161,9 +161,9 @@ def read_json(path: Path, *, fix: str = "delete its directory and run the recipe
 
 
 def read_jsonl(path: Path, *, fix: str = "delete its directory and run the recipe again") -> list[dict[str, Any]]:
-    """Parse a file of JSON objects, one a line; empty lines do not count. Raises StoreError, with file and line, if missing or damaged."""
+    """Parse a JSON Lines file of objects; empty lines are skipped. Raises StoreError with file and line if it is missing or damaged."""
     rows: list[dict[str, Any]] = []
-    # not splitlines(): a text may hold U+2028 and its like, which JSON leaves as they are
+    # not splitlines(): JSON does not escape U+2028 and similar line separators, so a text may contain them
     for number, line in enumerate(_text(path, fix).split("\n"), start=1):
         if not line.strip():
             continue
@@ -178,7 +178,7 @@ def read_jsonl(path: Path, *, fix: str = "delete its directory and run the recip
 
 
 def damaged(path: Path, reason: str, fix: str = "delete its directory and run the recipe again") -> StoreError:
-    """Return the error for a file whose content is not what it should be."""
+    """Return the StoreError for a file that is missing or damaged, with the reason and the fix."""
     return StoreError(f"{path} cannot be read ({reason}): {fix}")
 
 

@@ -1,6 +1,6 @@
-"""The exceptions. A user's mistake becomes one sentence (value, rule, fix) and exit code 2, never a traceback.
+"""The exceptions. The command line prints a user's mistake as one sentence (value, rule, fix) and exits with code 2, without a traceback.
 
-Each class also inherits from a standard error, so that users of the library can catch either.
+Most classes also inherit from a built-in exception, so that users of the library can catch either of the two.
 """
 
 
@@ -13,11 +13,11 @@ class ConfigError(TadistillError, ValueError):
 
 
 class DataError(TadistillError, ValueError):
-    """A data set is missing, is empty, or lacks a column that the recipe needs."""
+    """A data set is missing or empty, or it lacks a column that the recipe needs."""
 
 
 class ModelError(TadistillError, ValueError):
-    """A model or tokenizer cannot be found, loaded or combined with the others."""
+    """A model or tokenizer cannot be found or loaded, or it does not fit the other models of the recipe."""
 
 
 class StoreError(TadistillError, OSError):
@@ -25,12 +25,12 @@ class StoreError(TadistillError, OSError):
 
 
 class StageFailed(TadistillError, RuntimeError):
-    """A stage stopped before it was finished (for instance on a loss that is not finite)."""
+    """A stage failed, for instance because its loss was not finite."""
 
 
 class Interrupted(Exception):
-    """A stage was asked to stop. Its state is saved, and the same command resumes from it."""
+    """A stage was asked to stop. Its state is saved, and the same command resumes it."""
 
 
 class JudgeFailed(TadistillError, RuntimeError):
-    """A judge's endpoint stopped answering before every question was asked. The answers so far are kept."""
+    """The endpoint of a judge stopped answering before all questions were asked. The answers so far are saved."""

@@ -56,7 +56,7 @@ _ROWS = (
     Metric(
         *("reverse_kl", "KL(student ‖ teacher)", "divergence", NATS, 3, "lower", "analyse"),
         selects=True,
-        not_comparable="is measured to the teacher of the last stage, which is another one in every path",
+        not_comparable="is measured against the teacher of the last stage, which differs from path to path",
         logs=("rollout",),
         on_card=True,
     ),
@@ -89,7 +89,9 @@ def metric_of(name: str) -> Metric:
     """
     base = name.partition("@")[0].partition("/")[0]
     if base not in METRICS:
-        raise StoreError(f"metric `{name}` is not known to this version of tadistill; use the version that measured it, or evaluate again")
+        raise StoreError(
+            f"metric `{name}` is not known to this version of tadistill; use the version that measured it, or run the evaluation again"
+        )
     return METRICS[base]
 
 

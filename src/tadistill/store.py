@@ -1,8 +1,8 @@
-"""The store: finished stages, addressed by content.
+"""The store: a folder of stages. The name of a stage's folder, its key, is a hash of the stage's content.
 
-`runs/store/ab/abcd…/` belongs to one stage. The stage is finished iff the folder holds manifest.json, which is renamed into place last, and
-every file that the manifest names. Anything else in an unfinished folder was left by a killed run, which the next one resumes. A lock keeps
-two processes from running the same stage.
+`runs/store/ab/abcd…/` is the folder of one stage. The stage is finished if and only if the folder contains manifest.json, which is
+written last, and every file that the manifest names. Files in an unfinished stage's folder were left by a killed run; the next run
+resumes from them. A lock prevents two processes from running the same stage.
 """
 
 import fnmatch
@@ -30,37 +30,37 @@ _STAGE = "stage.json"
 
 
 def canonical(value: Any) -> str:
-    """Return the canonical JSON text of a value, for hashing."""
+    """Return the JSON text of a value in a canonical form, for hashing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def key_of(value: Any) -> str:
-    """Return 16 hex digits that identify a stage's content."""
+    """Return the key of a stage's content: 16 hex digits of its SHA-256."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
 def runs_directory(given: str | Path | None = None) -> Path:
-    """Return `--runs DIR`, else TADISTILL_RUNS, else ./runs."""
+    """Return the runs directory: `given` (the option --runs), else the environment variable TADISTILL_RUNS, else ./runs."""
     return Path(given or os.environ.get("TADISTILL_RUNS") or "runs")
 
 
 def store_of(runs: Path) -> "Store":
-    """Return the store of a runs directory, which its studies share."""
+    """Return the store of a runs directory. All studies in the directory share it."""
     return Store(runs / "store")
 
 
 class Store:
-    """Stage folders under one directory."""
+    """The folders of all stages under one directory."""
 
     def __init__(self, root: Path):
         self.root = Path(root)
 
     def folder(self, key: str) -> Path:
-        """Return the folder of a stage, finished or not."""
+        """Return the path of a stage's folder, which need not exist."""
         return self.root / key[:2] / key
 
     def finished(self, key: str) -> bool:
-        """Return True if the manifest can be read and its files exist (with any content). Raises StoreError if the store cannot be read."""
+        """Return True if the manifest can be read and all files that it names exist. Raises StoreError if the store cannot be read."""
         folder = self.folder(key)
         try:
             files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -68,20 +68,22 @@ class Store:
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
             return False
         except OSError as error:
-            raise StoreError(f"cannot read the store at {self.root}: {error.strerror}; check its permissions, or set --runs DIR") from error
+            raise StoreError(
+                f"cannot read the store at {self.root}: {error.strerror}; check its permissions, or set --runs DIR to another folder"
+            ) from error
 
     def label(self, key: str) -> str:
-        """Return a stage's label, if its folder has one, and its key."""
+        """Return `LABEL (KEY)` for a stage, for messages, or only the key if the folder has no label."""
         try:
             return f"{json.loads((self.folder(key) / _STAGE).read_text(encoding='utf-8'))['label']} ({key})"
         except (OSError, ValueError, KeyError, TypeError):
             return key
 
     def begin(self, key: str, record: dict[str, Any]) -> Path:
-        """Return the folder of a stage that is not finished, after writing the stage's record into it."""
+        """Prepare the folder of an unfinished stage: write stage.json, and delete an invalid manifest. Return the folder."""
         folder = self.folder(key)
         write_json(folder / _STAGE, record)
-        # a manifest here is damaged, or names files that are gone; it must not vouch for what is written from now on
+        # the manifest of an unfinished stage is damaged or names missing files; it must not describe the new files
         (folder / MANIFEST).unlink(missing_ok=True)
         return folder
 
@@ -89,12 +91,12 @@ class Store:
         """Return the manifest of a finished stage. Raises StoreError if it is missing or damaged."""
         path = self.folder(key) / MANIFEST
         if not path.exists():
-            raise StoreError(f"stage {key} is not in the store at {self.root}; run the recipe again to make it")
+            raise StoreError(f"stage {key} is not in the store at {self.root}; run the recipe again to create it")
         return read_json(path)
 
     def lock(self, key: str) -> "FileLock":
-        """Return the lock of a stage, which ends with its process."""
-        from filelock import FileLock  # here: it brings asyncio, and most commands only look
+        """Return the lock of a stage, not yet acquired. The system releases it when the process ends."""
+        from filelock import FileLock  # imported here because it loads asyncio, and most commands need no lock
 
         path = self.folder(key).with_suffix(".lock")
         try:
@@ -107,7 +109,7 @@ class Store:
         return StoreError(f"cannot write to the store at {self.root}: {error.strerror}; set --runs DIR to a writable folder")
 
     def acquire(self, key: str, waiting: Callable[[], None]) -> "FileLock":
-        """Take the lock of a stage. While another process holds it, `waiting` is called once a second; it may raise to give up."""
+        """Acquire the lock of a stage. While another process has the lock, `waiting` is called once a second; it may raise an error."""
         from filelock import Timeout
 
         lock = self.lock(key)
@@ -121,12 +123,12 @@ class Store:
                 raise self._unwritable(error) from error
 
     def finish(self, key: str, manifest: dict[str, Any]) -> None:
-        """Put the manifest in place, with the digest of every file; then delete the files that only a resume needed."""
+        """Write the manifest with the digest of every file. Then delete the files that were needed only to resume."""
         folder = self.folder(key)
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _NOT_ARTIFACTS and p.parent.name != _PARTS]
         resume = [p for p in files if any(fnmatch.fnmatch(p.name, pattern) for pattern in _RESUME)]
         kept = [p for p in files if p not in resume]
-        for path in kept:  # a power failure must not leave a manifest without its files
+        for path in kept:  # the files must be on the disk before the manifest, also after a power failure
             sync(path)
         write_json(folder / MANIFEST, manifest | {"files": {str(p.relative_to(folder)): digest(p) for p in kept}})
         for path in resume:

@@ -1,18 +1,18 @@
-"""Fixed tuning constants. The code that does the work and the plan that predicts its cost both read them here."""
+"""Fixed tuning constants, which are used by the code that does the work and by the plan that predicts its cost."""
 
 TILE_BYTES = 144 * 2**20
-"""Logits of one matrix product in the fused loss (`objectives.fused`), of both models together."""
+"""Maximum bytes of logits, of student and teacher together, in one matrix product of the fused loss (`objectives.fused`)."""
 GENERATION_BATCH = 64
-"""Prompts that a teacher answers at a time in a generate stage."""
+"""Number of prompts in a batch when a teacher generates answers."""
 RECORDING_BATCH = 16
-"""Sequences in a forward pass of a teacher whose signal is recorded."""
+"""Number of sequences in a forward pass that records a teacher's signal."""
 COMPACT_BELOW = 0.8
-"""Share of unfinished rows below which sampling drops the finished rows from its caches: above it the copy costs more than it saves."""
+"""Sampling drops finished rows from its caches if the share of unfinished rows is below this; otherwise the copy costs too much."""
 PACKED_FAMILIES = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2"})
-"""Families that can read sequences of unequal length without padding while a mixture of two models samples."""
+"""Model families that can sample from a mixture of two models with packed sequences, without padding (`rollout.lazy`)."""
 LOG_POINTS = 100
-"""Least number of lines in a training stage's log, if it has as many updates."""
+"""Minimum number of lines in the log of a training stage. A stage with fewer updates logs every update."""
 WATCH_EVERY = 10
-"""Least number of updates between two measurements of rollouts, each of which costs about a tenth of an update."""
+"""Minimum number of updates between two measurements of rollouts. A measurement costs about a tenth of an update."""
 WATCHED_ROWS = 8
-"""Sequences of a micro-batch on which KL, reward and entropy are measured."""
+"""Number of sequences of a micro-batch on which KL, reward and entropy are measured."""

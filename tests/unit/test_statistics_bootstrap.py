@@ -163,9 +163,9 @@ def test_same_seed_same_interval_other_seed_other_interval():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: prompt_interval([1.0, 2.0]), r"\(training seeds, prompts, decoding seeds\), none empty, not \(1, 2\)"),
+        (lambda: prompt_interval([1.0, 2.0]), r"\(training seeds, prompts, decoding seeds\) with no axis empty, not \(1, 2\)"),
         (lambda: macro_interval([np.zeros((2, 3))]), r"training seeds, prompts, decoding seeds"),
-        (lambda: macro_interval([np.zeros((2, 0, 1))]), r"none empty, not \(2, 0, 1\)"),
+        (lambda: macro_interval([np.zeros((2, 0, 1))]), r"no axis empty, not \(2, 0, 1\)"),
         (lambda: prompt_interval([[1.0], [float("nan")]]), "1 of 2 values are NaN or infinite"),
         (lambda: macro_difference([np.zeros((2, 3, 1))], [np.zeros((2, 4, 1))]), "same seeds and prompts on both sides"),
         (lambda: macro_interval([]), "no values"),

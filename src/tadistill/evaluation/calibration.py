@@ -3,7 +3,7 @@
     probabilities = label_probabilities(model, prompts, choices, pad=…, vocab=…, batch=…)
     ece(bins(*likeliest(probabilities, labels, references)))
 
-MiniLLM measures SST-2 and BoolQ this way (arXiv:2306.08543): the answer is the likeliest label word.
+MiniLLM evaluates SST-2 and BoolQ this way (arXiv:2306.08543): the answer is the label word with the highest probability.
 """
 
 from collections.abc import Sequence as Seq
@@ -24,7 +24,7 @@ _ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Bins:
-    """Predictions by confidence, in bins of equal width on [0, 1]; all arrays have one number per bin."""
+    """A reliability diagram: predictions sorted by confidence into bins of equal width on [0, 1]. Arrays have one value per bin."""
 
     count: np.ndarray
     confidence: np.ndarray
@@ -33,39 +33,40 @@ class Bins:
     """Share of correct predictions in the bin, 0-1; 0 in an empty bin."""
 
     def as_json(self) -> dict[str, list]:
-        """Return plain lists, for JSON."""
         return {"count": self.count.tolist(), "confidence": self.confidence.tolist(), "correct": self.correct.tolist()}
 
 
 def bins(confidence: Seq[float] | np.ndarray, correct: Seq[bool] | np.ndarray, count: int = 15) -> Bins:
-    """Sort predictions into `count` bins [k / count, (k + 1) / count); 1 belongs to the last.
+    """Sort predictions into `count` bins [k / count, (k + 1) / count). A confidence of 1 goes into the last bin.
 
     Args:
         confidence: the probability of each prediction, 0-1.
-        correct: True for each prediction that is right.
+        correct: True for each correct prediction.
 
     Raises:
-        DataError: the lengths differ, or a confidence is no probability.
+        DataError: the lengths differ, or a confidence is not in [0, 1].
     """
     sure, right = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
     if sure.shape != right.shape or sure.ndim != 1:
-        raise DataError(f"confidence has shape {sure.shape} but correct {right.shape}; each must hold one number per prediction")
+        raise DataError(
+            f"confidence has shape {sure.shape} and correct has shape {right.shape}, but each must be a list with one number per prediction"
+        )
     outside = ~((sure >= -_ROUNDING) & (sure <= 1 + _ROUNDING))
     if outside.any():
-        raise DataError(f"confidence {sure[outside][0]} is no probability; it must be in [0, 1]")
+        raise DataError(f"confidence {sure[outside][0]} is no probability; every confidence must be in [0, 1]")
     bin_of = np.searchsorted(np.linspace(0, 1, count + 1)[1:-1], sure, side="right")
     return _of_sums(*(np.bincount(bin_of, weights, count) for weights in (None, sure, right)))
 
 
 def merge(parts: Seq[Bins]) -> Bins:
-    """Return the bins of all parts' predictions together.
+    """Merge bins, as if all predictions had been sorted into the same bins.
 
     Raises:
-        DataError: there is no part, or they have different numbers of bins.
+        DataError: `parts` is empty, or its elements have different numbers of bins.
     """
     sizes = {len(p.count) for p in parts}
     if len(sizes) != 1:
-        raise DataError(f"bins of {sorted(sizes)} intervals cannot be merged; give at least one part, all with the same number")
+        raise DataError(f"bins cannot be merged: give at least one part, all with the same number of intervals, not {sorted(sizes)}")
     counts = np.stack([p.count for p in parts])
     confidence, correct = np.stack([p.confidence for p in parts]), np.stack([p.correct for p in parts])
     return _of_sums(counts.sum(0), (counts * confidence).sum(0), (counts * correct).sum(0))
@@ -74,14 +75,14 @@ def merge(parts: Seq[Bins]) -> Bins:
 def ece(of: Bins) -> float:
     """Return the expected calibration error (Naeini et al. 2015; Guo et al., arXiv:1706.04599) in percentage points.
 
-    It is the mean over predictions of |share correct - mean confidence| of their bin.
+    It is the mean over predictions of |share of correct predictions - mean confidence|, both taken over the prediction's bin.
 
     Raises:
         DataError: there is no prediction.
     """
     total = of.count.sum()
     if total == 0:
-        raise DataError("the calibration error of no predictions is undefined; give at least one")
+        raise DataError("the calibration error of no predictions is undefined; give at least one prediction")
     return float(100 * (of.count * np.abs(of.correct - of.confidence)).sum() / total)
 
 
@@ -89,15 +90,15 @@ def ece(of: Bins) -> float:
 def label_probabilities(
     model: PreTrainedModel, prompts: Seq[tuple[int, ...]], choices: Seq[Seq[tuple[int, ...]]], *, pad: int, vocab: int, batch: int
 ) -> list[np.ndarray]:
-    """Return the model's probability of each choice among the choices of its prompt.
+    """Return the model's probability of each answer choice of a prompt; the probabilities of a prompt's choices sum to 1.
 
-    log p(choice | prompt) is summed over the choice's tokens without EOS; a softmax over the choices follows.
+    log p(choice | prompt) is the sum over the tokens of the choice, without EOS. The probabilities are the softmax of these sums.
 
     Args:
-        prompts: token ids.
-        choices: for each prompt the token ids of each choice, at least one token each (`Encoded.choices`).
-        pad: any token id.
-        vocab: number of tokens in the distributions.
+        prompts: token ids of each prompt.
+        choices: for each prompt, the token ids of each of its choices (`Encoded.choices`). A choice has at least one token.
+        pad: the token id for padding; any id works.
+        vocab: number of tokens in the model's distribution; logits beyond it are cut off.
         batch: sequences per forward pass.
 
     Returns:
@@ -108,7 +109,7 @@ def label_probabilities(
     for i, labels in enumerate(choices):
         for k, label in enumerate(labels):
             stems.setdefault((i, label[:-1]), []).append(k)
-    groups = [(i, members) for (i, _), members in stems.items()]  # labels that differ in their last token share a forward pass
+    groups = [(i, members) for (i, _), members in stems.items()]  # labels that differ only in their last token share a forward pass
     sequences = [Sequence(tuple(prompts[i]), tuple(choices[i][members[0]])) for i, members in groups]
     found = [np.zeros(len(labels)) for labels in choices]
     for part in by_length(sequences, batch):
@@ -128,7 +129,7 @@ def label_probabilities(
 
 
 def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references: Seq[Seq[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the probability (0-1) of each prompt's likeliest choice, and True where that choice is one of the references."""
+    """Return for each prompt the probability (0-1) of its most probable choice, and True if this choice is one of the references."""
     best = [int(p.argmax()) for p in probabilities]
     confidence = np.array([p[k] for p, k in zip(probabilities, best, strict=True)], np.float64)
     right = [labels[k] in refs for k, labels, refs in zip(best, choices, references, strict=True)]
@@ -136,13 +137,13 @@ def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references
 
 
 def _of_sums(count: np.ndarray, confidence: np.ndarray, correct: np.ndarray) -> Bins:
-    """Build bins from the number of their predictions and from sums over them."""
+    """Build bins from sums over the predictions in each bin, instead of means."""
     size = np.maximum(count, 1)
     return Bins(count, confidence / size, correct / size)
 
 
 def _losses(reader: Reader, hidden: Tensor, tokens: Tensor, vocab: int) -> np.ndarray:
-    """Return -log p of tokens (N,) at hidden states (N, H), in nats."""
+    """Return -log p (N,) of the tokens (N,), predicted from the hidden states (N, H), in nats."""
     targets = tokens.to(hidden.device)
 
     def values(logits: Tensor, _: tuple, at: slice) -> Tensor:

@@ -1,7 +1,7 @@
-"""Evaluate a model on prompts with references: answers sampled over decoding seeds, scores of their text, loss, calibration.
+"""Evaluate a model on prompts with references: sample answers with several decoding seeds, and compute text scores, loss and calibration.
 
-`evaluate` is the public function; a stage calls its two halves, `generate` and `score`, to keep the answers in between.
-`dev_metrics` is the short form that the training loop calls. What needs a second model is in `tadistill.evaluation.scoring`.
+`evaluate` does the whole work. A stage calls `generate` and `score` instead, and saves the answers between the two calls. The training loop
+calls `dev_metrics`. The metrics that need a second model are in `tadistill.evaluation.scoring`.
 """
 
 from collections.abc import Callable
@@ -24,18 +24,18 @@ from tadistill.rollout.engine import Native
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results of one model on one set."""
+    """The results of one model on one test set."""
 
     scores: dict[str, list[list[float]]]
-    """Metric -> [prompt][decoding seed]; one column where no decoding is involved."""
+    """Metric -> [prompt][decoding seed]. A metric that needs no sampled answers has only one column."""
     corpus: dict[str, Any]
-    """`numbers` (metrics of the whole set) and, where references were read, `calibration` and `reference_length`."""
+    """`numbers` (metrics of the whole set) and, if references were scored, `calibration` and `reference_length` (tokens without EOS)."""
     records: list[dict[str, Any]]
-    """One per answer: the prompt as the model read it, its plain instruction and input, prediction, references, scores."""
+    """One record per answer: the templated prompt, the instruction and input without template, the prediction, references and scores."""
 
 
 def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Callable[[int], None] = lambda n: None) -> Evaluation:
-    """Return every metric of one set that needs no second model; `tick` is called with the number of prompts answered."""
+    """Return all metrics of one test set that need no second model. After each batch, `tick` gets the batch's number of answers."""
     answers = {seed: generate(subject, data, settings, seed, tick) for seed in settings.seeds}
     return score(subject, data, settings, answers)
 
@@ -45,7 +45,7 @@ def generate(
 ) -> list[Sequence]:
     """Sample one answer per prompt, in the order of `data.encoded`.
 
-    Prompts of similar length share a batch. A row's random numbers depend on (seed, set, row) alone.
+    Prompts of similar length share a batch. The random numbers of a prompt depend only on the seed, the name of the set and the row.
     """
     uniforms = rng.uniforms([e.row for e in data.encoded], settings.max_new_tokens, seed, "decode", data.name)
     engine = Native(subject.model, settings, eos=subject.eos, vocab=subject.vocab, chunk=settings.batch)
@@ -54,7 +54,7 @@ def generate(
 
 
 def score(subject: Subject, data: EvalSet, settings: Evaluate, answers: Answers, *, read_references: bool = True) -> Evaluation:
-    """Score given answers, and the references too unless `read_references` is off (another decoding does not change those)."""
+    """Score answers. The references are scored too if `read_references` is True; their scores do not depend on the decoding."""
     predictions = {seed: texts(subject, of_seed) for seed, of_seed in answers.items()}
     per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}
     columns = {name: np.stack([scores[name] for scores in per_seed.values()], axis=1) for name in next(iter(per_seed.values()))}
@@ -67,21 +67,21 @@ def score(subject: Subject, data: EvalSet, settings: Evaluate, answers: Answers,
 
 
 def texts(subject: Subject, answers: Seq[Sequence]) -> list[str]:
-    """Return answers as text, without special tokens and surrounding white space."""
+    """Decode answers to text, without special tokens and surrounding white space."""
     return [t.strip() for t in subject.tokenizer.batch_decode([list(a.response) for a in answers], skip_special_tokens=True)]
 
 
 def _answer_scores(
     subject: Subject, data: EvalSet, settings: Evaluate, answers: Seq[Sequence], predictions: list[str]
 ) -> dict[str, np.ndarray]:
-    """Return the scores of one decoding seed's answers, one number per prompt."""
+    """Return the scores of the answers of one decoding seed, each (prompts,)."""
     scores = text_scores.score_answers(predictions, [a.response for a in answers], data.rows)
     found = {name: np.asarray(column, float) for name, column in scores.items()}
     return found | {"entropy": means(entropy(subject, answers, batch=settings.batch, temperature=settings.temperature))}
 
 
 def _read_references(subject: Subject, data: EvalSet, batch: int, columns: dict[str, np.ndarray], corpus: dict[str, Any]) -> None:
-    """Add loss and calibration on the first references, and on label words where the set has choices."""
+    """Add loss and calibration on each prompt's first reference, and on label words if the set has answer choices."""
     found = likelihood(subject, references(data.encoded), batch=batch)
     columns["loss"] = means(found["loss"])[:, None]
     bins = {"tokens": calibration.bins(np.concatenate(found["confidence"]), np.concatenate(found["correct"]))}
@@ -120,7 +120,7 @@ def _records(data: EvalSet, seed: int, subject: Subject, predictions: list[str],
 def dev_metrics(
     subject: Subject, data: EvalSet, settings: Evaluate, metric: str, *, teacher: PreTrainedModel | None = None
 ) -> dict[str, float]:
-    """Return the dev metrics that cost nothing beside `metric`: always the loss; text scores or reverse KL only if asked for."""
+    """Return the dev loss, and `metric` if it is reverse KL or a text score. A text score brings all other text scores and the length."""
     found = {"loss": float(means(likelihood(subject, references(data.encoded), batch=settings.batch)["loss"]).mean())}
     reads_text = metric in names_in("quality")
     if reads_text or metric == "reverse_kl":

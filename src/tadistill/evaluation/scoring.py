@@ -1,19 +1,19 @@
-"""Numbers at every response token, from forward passes over whole sequences, of one model or beside others.
+"""Values at every response token, such as loss or KL, from forward passes of one model or of several models over whole sequences.
 
-No [tokens, vocabulary] tensor is held. Each function over sequences returns one array per sequence, with one number per response token.
-Axes: N tokens, V vocabulary. Comparisons on the same texts are the KL to the original teacher, the chain's error budget, exposure bias, and
-how well a teacher fits a learner.
+Logits exist only for a few tokens at a time. A function over sequences returns one array per sequence, with one value per response token.
+Axes: N tokens, V vocabulary. Comparisons on the same texts are the KL to the original teacher, the error budget of a chain, exposure bias,
+and how well a teacher fits a learner.
 
-The error budget of a path T > A1 > … > Ak > q takes KL(q ‖ p_T) apart without remainder,
+The error budget of a path T > A1 > … > Ak > q splits KL(q ‖ p_T) into an exact sum,
 
     KL(q ‖ p_T) = KL(q ‖ p_Ak) + E_q[log p_Ak - log p_A(k-1)] + … + E_q[log p_A1 - log p_T],
 
-The first term is what training minimised. Each other term belongs to a hop: KL(q ‖ its upper model) - KL(q ‖ its lower model), which
-may be negative. All are means over the tokens of the student's own answers, exact over the vocabulary.
+Training minimised the first term. Each other term belongs to one edge of the path: it is KL(q ‖ upper model) - KL(q ‖ lower model), and it
+may be negative. All terms are means over the tokens of the student's own answers, and exact sums over the vocabulary.
 
-Exposure bias follows MiniLLM (arXiv:2306.08543, section 3.4): the student's error KL(p ‖ q) before each token, on prefixes sampled by
-the student and on prefixes sampled by the teacher. A position averages the answers that reach it. MiniLLM's released code differs: it
-counts answers that ended as without error, and starts at the second token.
+Exposure bias follows MiniLLM (arXiv:2306.08543, section 3.4): the student's error KL(p ‖ q) before each token, on prefixes sampled by the
+student and on prefixes sampled by the teacher. The value at a position is the mean over the answers that reach this position. MiniLLM's
+released code differs: it gives ended answers an error of 0, and starts at the second token.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ PerToken = dict[str, list[np.ndarray]]
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under evaluation with what decoding needs."""
+    """The model under evaluation, with its tokenizer, vocabulary size and end tokens."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -49,14 +49,14 @@ class Subject:
 
     @property
     def pad(self) -> int:
-        """A token id to pad with. Any id will do, because lengths say what is padding."""
+        """A token id for padding. Any id works, because padding is found by the lengths."""
         eos = self.tokenizer.eos_token_id
         assert isinstance(eos, int)
         return eos
 
 
 def likelihood(subject: Subject, sequences: Seq[Sequence], *, batch: int) -> PerToken:
-    """Return loss (-log q of each token, in nats), confidence (the largest probability) and correct (1 where that token is the text's)."""
+    """Return at each token loss (-log q, in nats), confidence (the largest probability), and correct (1 if the argmax is the token)."""
 
     def values(logits: Tensor, targets: tuple, tokens: Tensor) -> Tensor:
         best, token = log_probs(logits).max(-1)
@@ -72,7 +72,7 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def entropy(subject: Subject, sequences: Seq[Sequence], *, batch: int, temperature: float) -> list[np.ndarray]:
-    """Return the entropy of softmax(logits / temperature) before each token, in nats: 0 at temperature 0."""
+    """Return the entropy of softmax(logits / temperature) before each token, in nats. It is 0 at temperature 0."""
     if temperature == 0:
         return [np.zeros(len(s.response)) for s in sequences]
 
@@ -83,9 +83,9 @@ def entropy(subject: Subject, sequences: Seq[Sequence], *, batch: int, temperatu
 
 
 def divergences(subject: Subject, sequences: Seq[Sequence], others: Seq[PreTrainedModel], *, batch: int) -> list[PerToken]:
-    """Return forward_kl, KL(p ‖ q), and reverse_kl, KL(q ‖ p), for each other model p, exact over the vocabulary before each token.
+    """Return forward_kl = KL(p ‖ q) and reverse_kl = KL(q ‖ p) before each token, for each model p in `others`; the subject is q.
 
-    One forward pass of the subject q serves all.
+    The KL is summed exactly over the vocabulary. The subject runs only one forward pass for all other models.
     """
     names = tuple(f"{name} {i}" for i in range(len(others)) for name in ("forward_kl", "reverse_kl"))
 
@@ -111,10 +111,10 @@ def per_token(
     batch: int,
     others: Seq[PreTrainedModel] = (),
 ) -> PerToken:
-    """Return named numbers at every response token.
+    """Compute values at every response token: for each name, one array per sequence.
 
-    `values` is called on small tiles of tokens with the subject's logits (N, V), the other models' logits and the text's tokens (N,). It
-    returns one row per name: (names, N).
+    `values` is called for a few tokens at a time, with the subject's logits (N, V), a tuple of the other models' logits, and the token ids
+    (N,). It returns one row per name: (names, N).
     """
     found: PerToken = {name: [np.empty(0)] * len(sequences) for name in names}
     reader, readers = Reader(subject.model), [Reader(model) for model in others]
@@ -136,9 +136,9 @@ def per_token(
 
 
 ON_OWN_TEXT = ("reverse_kl", "overlap", "mass", "entropy_gap")
-"""Measured on prefixes that the learner sampled."""
+"""The pair measures that use prefixes sampled by the learner."""
 Exposure = dict[str, dict[str, list[float]]]
-"""student and teacher -> kl (mean at each position) and count (answers that reach the position)."""
+"""`student` or `teacher` -> kl (mean at each position) and count (number of answers that reach the position)."""
 
 
 def analyse(
@@ -156,11 +156,11 @@ def analyse(
     Args:
         answers: the subject's own answers.
         teacher_answers: the teacher's answers to the same prompts.
-        assistants: the models of the path between teacher and subject, from the teacher's end.
+        assistants: the models of the path between teacher and subject; the first one is next to the teacher.
 
     Returns:
-        {metric: [prompt][decoding seed]} with forward_kl (on the references), reverse_kl (on the subject's own answers) and, with
-        assistants, budget/0, budget/1, … in the order of the sum above; and the exposure curves.
+        {metric: [prompt][decoding seed]}, and the exposure curves. The metrics are forward_kl (on the references), reverse_kl (on the
+        subject's own answers) and, if there are assistants, budget/0, budget/1, … in the order of the module docstring's sum.
     """
     (on_references,) = divergences(subject, references(data.encoded), [teacher], batch=batch)
     columns: dict[str, list[np.ndarray]] = {}
@@ -183,7 +183,7 @@ def analyse(
 
 
 def _by_position(per_token: Seq[np.ndarray]) -> dict[str, list[float]]:
-    """Return the mean over the sequences that reach a position, and their number."""
+    """Return for each position the mean over the sequences that reach it, and the number of these sequences."""
     total, count = (np.zeros(max(map(len, per_token))) for _ in range(2))
     for values in per_token:
         total[: len(values)] += values
@@ -195,9 +195,9 @@ def _by_position(per_token: Seq[np.ndarray]) -> dict[str, list[float]]:
 
 
 def overlap(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tensor:
-    """Return |top-k of q ∩ top-k of p| / k, shape (N,): 1 where both have the same k likeliest tokens (Li et al. 2026, arXiv:2604.13016).
+    """Return |top-k of q ∩ top-k of p| / k, shape (N,). It is 1 if both have the same top-k tokens (Li et al. 2026, arXiv:2604.13016).
 
-    A k above V counts as V.
+    If k is larger than V, it is set to V.
     """
     k = min(k, student_logits.shape[-1])
     mine, theirs = student_logits.topk(k).indices, teacher_logits.topk(k).indices
@@ -205,23 +205,23 @@ def overlap(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tensor
 
 
 def mass(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tensor:
-    """Return the probability that q gives to the top-k tokens of p, shape (N,).
+    """Return the total probability that q (learner) gives to the top-k tokens of p (teacher), shape (N,).
 
-    Far below 1, the teacher's likeliest tokens are tokens that the learner does not use.
+    A value far below 1 means that the learner rarely uses the teacher's most probable tokens.
     """
     theirs = teacher_logits.topk(min(k, teacher_logits.shape[-1])).indices
     return log_probs(student_logits).gather(-1, theirs).exp().sum(-1)
 
 
 def entropy_gap(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Return H(p) - H(q) in nats, shape (N,): negative where the bigger model is the sharper one."""
+    """Return H(p) - H(q) in nats, shape (N,). It is negative if the teacher p has the lower entropy."""
     return token_entropy(teacher_logits) - token_entropy(student_logits)
 
 
 def pair_measures(
     learner: Subject, teacher: PreTrainedModel, *, own: Seq[Sequence], references: Seq[Sequence], k: int, batch: int
 ) -> PerToken:
-    """Return the measures of one (teacher, learner) pair: `ON_OWN_TEXT` on the learner's own answers and forward_kl on the references."""
+    """Return the measures of a (teacher, learner) pair: `ON_OWN_TEXT` on the learner's own answers, forward_kl on the references."""
 
     def of_answers(logits: Tensor, teachers: tuple, tokens: Tensor) -> Tensor:
         (other,) = teachers

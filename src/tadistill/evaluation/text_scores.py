@@ -1,7 +1,7 @@
 """Scores of generated text, from 0 to 100: agreement with references, facts, repetition and variety.
 
-`score_answers` computes all of one decoding seed and `score_seeds` and `score_set` those that need all of them; a new
-text metric is a line in one of the three and a row in `tadistill.metrics`. A word is what white space separates.
+`score_answers` computes the scores of one decoding seed. `score_seeds` and `score_set` compute the scores that need all decoding seeds.
+A new text metric needs a line in one of the three functions, and a row in `tadistill.metrics`. Words are separated by white space.
 """
 
 import re
@@ -26,7 +26,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def score_quality(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, list[float]]:
-    """Return rouge_l of every prediction, and fact_accuracy where every example knows its facts. Dev evaluations need no more."""
+    """Return rouge_l of every prediction, and fact_accuracy if every example has facts. Dev evaluations use only these scores."""
     scores = {"rouge_l": rouge_l(predictions, [e.references for e in examples])}
     if all(e.facts for e in examples):
         scores["fact_accuracy"] = fact_accuracy(predictions, [e.facts for e in examples])
@@ -34,7 +34,7 @@ def score_quality(predictions: Sequence[str], examples: Sequence[Example]) -> di
 
 
 def score_answers(predictions: Sequence[str], tokens: Sequence[Sequence[int]], examples: Sequence[Example]) -> dict[str, list[float]]:
-    """Return every score of one decoding seed's answers, one number per prompt; `tokens` are the answers' token ids."""
+    """Return all scores of the answers of one decoding seed, one value per prompt. `tokens` are the token ids of the answers."""
     return score_quality(predictions, examples) | {
         "exact_match": exact_match(predictions, [e.references for e in examples]),
         "length": [float(len(ids)) for ids in tokens],
@@ -43,12 +43,12 @@ def score_answers(predictions: Sequence[str], tokens: Sequence[Sequence[int]], e
 
 
 def score_seeds(predictions: Mapping[int, Sequence[str]]) -> dict[str, list[float]]:
-    """Return the scores that compare the answers of several decoding seeds, one number per prompt; none for a single seed."""
+    """Return the scores that compare the answers of several decoding seeds, one value per prompt. With one seed the dict is empty."""
     return {"self_bleu": self_bleu(list(zip(*predictions.values(), strict=True)))} if len(predictions) > 1 else {}
 
 
 def score_set(predictions: Mapping[int, Sequence[str]]) -> dict[str, float]:
-    """Return the scores that only a whole set has: distinct n-grams, as means over the decoding seeds."""
+    """Return the scores that exist only for a whole set: distinct n-grams, averaged over the decoding seeds."""
     return {f"distinct_{n}": float(np.mean([distinct(of_seed, n) for of_seed in predictions.values()])) for n in _DISTINCT}
 
 
@@ -56,7 +56,7 @@ def score_set(predictions: Mapping[int, Sequence[str]]) -> dict[str, float]:
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Return Rouge-L as MiniLLM reports it: F-measure with Porter stemming, the best over a prediction's references, times 100.
+    """Return Rouge-L as in MiniLLM: F-measure with Porter stemming, times 100. Of several references, the best match is used.
 
     Raises:
         DataError: the lengths differ, or a prediction has no reference.
@@ -67,10 +67,10 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Return 100 where the prediction equals one of its references after normalisation, 0 elsewhere.
+    """Return 100 for each prediction that equals one of its references after normalisation, else 0.
 
     Normalisation is MiniLLM's variant of SQuAD's (arXiv:1606.05250): lower case, ASCII punctuation removed, white space
-    collapsed; articles are kept.
+    collapsed. Articles are kept.
 
     Raises:
         DataError: the lengths differ, or a prediction has no reference.
@@ -80,7 +80,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def fact_accuracy(predictions: Sequence[str], facts: Sequence[Facts]) -> list[float]:
-    """Return the share of a prompt's facts that the answer states, times 100. A fact is stated by its value without a rival value.
+    """Return the share of a prompt's facts that the answer states, times 100. Stated: it contains the fact's value and no rival value.
 
     Raises:
         DataError: the lengths differ, or a prediction has no fact.
@@ -98,7 +98,6 @@ def _states(text: str, value: str, rivals: Sequence[str]) -> bool:
 
 
 def _says(text: str, phrase: str) -> bool:
-    """Return True when the phrase occurs as whole words."""
     return phrase in text and re.search(rf"(?<!\S){re.escape(phrase)}(?!\S)", text) is not None
 
 
@@ -111,16 +110,18 @@ def _scorer() -> "RougeScorer":
 
 def _check(predictions: Sequence, other: Sequence) -> None:
     if len(predictions) != len(other):
-        raise DataError(f"{len(predictions)} predictions but {len(other)} rows of references; give one row per prediction")
+        raise DataError(
+            f"there are {len(predictions)} predictions but {len(other)} rows of references or facts; give one row per prediction"
+        )
     if any(len(row) == 0 for row in other):
-        raise DataError("a row has no reference; every prediction needs at least one")
+        raise DataError("a prediction has no reference or fact; every prediction needs at least one")
 
 
 # --- repetition and variety -------------------------------------------------------------------------------------------------
 
 
 def repetition(responses: Sequence[Sequence[int]], n: int = 4) -> list[float]:
-    """Return the share of an answer's n-grams of token ids that occur in it before, times 100; 0 where it has fewer than n tokens."""
+    """Return for each answer the share of its token n-grams that repeat an earlier one, times 100; 0 if it has fewer than n tokens."""
     return [_repeated(ids, n) for ids in responses]
 
 
@@ -130,9 +131,9 @@ def _repeated(ids: Sequence[int], n: int) -> float:
 
 
 def distinct(predictions: Sequence[str], n: int) -> float:
-    """Return distinct-n (Li et al., arXiv:1510.03055): the share of distinct n-grams among all word n-grams of the predictions, times 100.
+    """Return distinct-n (Li et al., arXiv:1510.03055): the number of different word n-grams divided by the number of all, times 100.
 
-    No n-gram crosses from one prediction into the next. Returns 0 when no prediction has n words.
+    An n-gram never spans two predictions. Returns 0 if no prediction has n words.
     """
     grams = [tuple(words[i : i + n]) for words in map(str.split, predictions) for i in range(len(words) - n + 1)]
     return 100 * len(set(grams)) / len(grams) if grams else 0.0
@@ -141,14 +142,14 @@ def distinct(predictions: Sequence[str], n: int) -> float:
 def self_bleu(answers: Sequence[Sequence[str]]) -> list[float]:
     """Return Self-BLEU (Zhu et al., arXiv:1802.01886) of each prompt: the mean BLEU-4 of an answer against the prompt's other answers.
 
-    BLEU is nltk's, with its smoothing method 1 (Chen & Cherry 2014: 0.1 in place of a count of zero). An answer of fewer
-    than four words is scored by the n-grams it can have; an empty one scores 100 if another is empty too, else 0.
+    BLEU is nltk's, with smoothing method 1 (Chen & Cherry 2014: a count of zero is replaced by 0.1). An answer with fewer than four words
+    uses only n-grams up to its length. An empty answer scores 100 if another answer is empty too, else 0.
 
     Args:
         answers: for each prompt its answers, one per decoding seed.
 
     Returns:
-        One number per prompt, 0 (no word in common) to 100 (all alike).
+        One value per prompt, from 0 (no common word) to 100 (all answers are equal).
 
     Raises:
         DataError: a prompt has fewer than two answers.
@@ -156,7 +157,7 @@ def self_bleu(answers: Sequence[Sequence[str]]) -> list[float]:
     short = next((i for i, row in enumerate(answers) if len(row) < 2), None)
     if short is not None:
         raise DataError(
-            f"prompt {short + 1} has {len(answers[short])} answers; self-BLEU compares two or more, so give more decoding seeds"
+            f"prompt {short + 1} has {len(answers[short])} answers; self-BLEU compares two or more answers, so use more decoding seeds"
         )
     return [_likeness([answer.split() for answer in row]) for row in answers]
 

@@ -1,4 +1,4 @@
-"""Intervals, tests and power for arms that were scored with the same training seeds and prompts. Needs only numpy and scipy."""
+"""Confidence intervals, tests and power for arms that share training seeds and prompts. The package needs only numpy and scipy."""
 
 from tadistill.statistics.bootstrap import Difference, macro_difference, macro_interval, macro_intervals
 from tadistill.statistics.tests import (

@@ -1,29 +1,30 @@
 """Bootstrap intervals for scores on the same prompts with several training and decoding seeds.
 
-Axes in names: S training seeds, N prompts, K decoding seeds, R bootstrap replicates. Every function first averages the
+Axes in names: S training seeds, N prompts, K decoding seeds, R bootstrap replicates. Every function first averages over
 decoding seeds, because they are repeated measurements of one model on one prompt.
 
-Seeds and prompts are crossed. For scores (or paired differences) of seed s and prompt n, let
+Seeds and prompts are crossed: every seed answers every prompt. For scores (or paired differences), let
 
-    A = variance over seeds of the seeds' means / S           seeds,   and the noise of seed x prompt
-    B = variance over prompts of the prompts' means / N       prompts, and the same noise
-    C = mean square of seed x prompt / (S N)                  the noise alone
+    A = variance over seeds of the seeds' means / S           variance from seeds and from seed x prompt noise
+    B = variance over prompts of the prompts' means / N       variance from prompts and from the same noise
+    C = mean square of seed x prompt / (S N)                  variance from the noise alone
 
-each summed over sets with the weights of the macro mean (A is taken of the macro means, as a seed moves all sets).
-A + B - C is an unbiased variance of the mean. Resampling three seeds gives intervals that are too narrow: no replicate is
-beyond the most extreme of the three, and the variance is too small by (S-1)/S. So only prompts are resampled. A replicate is
+B and C are summed over sets with the weights of the macro mean. A is computed from the macro means, because a seed affects
+all sets. A + B - C is an unbiased estimate of the variance of the mean. Resampling three seeds gives intervals that are too
+narrow: no replicate lies beyond the most extreme seed, and the variance is too small by the factor (S-1)/S. So only prompts
+are resampled. A replicate is
 
-    mean + (sqrt((B - C) / B) x the move of the prompts' mean + sqrt(A) x a normal draw) / (a chi draw / sqrt(df))
+    mean + (sqrt((B - C) / B) x (resampled mean - mean) + sqrt(A) x a normal draw) / (a chi draw / sqrt(df))
 
-with B - C at least 0. The degrees of freedom are those of the two parts, weighted by their shares of the variance:
-1/df = (A / V) / (S - 1) + (1 - A / V) / df of the prompts, V = A + max(B - C, 0). With one seed A = C = 0. Draws of
-prompts are kept as counts and shared by all arms, so that pairing is exact.
+where B - C is at least 0. The degrees of freedom of A and of B - C are combined by their shares of the variance V:
+1/df = (A / V) / (S - 1) + (1 - A / V) / (df of the prompts), V = A + max(B - C, 0). With one seed A = C = 0. All arms use
+the same resampled prompts, so the comparison is exactly paired.
 
-Why this rule. Satterthwaite weighs by squared shares, which is too narrow where seeds dominate but not alone, because a
-luckily small A then brings large df. Drawing Student's t times sqrt(max(A - C, 0)) beside B takes the noise from the
-part that has few degrees of freedom, and is too narrow where seeds and noise are both large. Keeping A whole and taking
-the noise from B repairs the second, but the tails of t alone (Behrens and Fisher) are then too wide. Coverage of the
-95 % interval at S = 3, and mean width in true standard errors (normal effects, `benchmarks/interval_rules.py`):
+Reasons for this rule. Satterthwaite's rule uses squared shares. Its interval is too narrow if seeds dominate but other
+variance remains, because a small A by chance then gives a large df. The Student draw, t times sqrt(max(A - C, 0)), subtracts
+the noise from the term with few degrees of freedom. Its interval is too narrow if seeds and noise are both large. Keeping A
+and subtracting the noise from B solves this, but t draws alone (Behrens and Fisher) then give too wide tails. Coverage of
+the 95 % interval at S = 3, and mean width in true standard errors (normal effects, `benchmarks/interval_rules.py`):
 
     variance of the mean      this rule    Student draw   Satterthwaite   Behrens-Fisher   resampled seeds
     all seed                  95.0 (7.6)   95.9 (8.4)     95.0 (7.6)      95.9 (8.4)       74.8 (2.8)
@@ -34,10 +35,10 @@ the noise from B repairs the second, but the tails of t alone (Behrens and Fishe
     all prompt                95.0 (3.9)   94.5 (3.8)     95.0 (3.9)      94.5 (3.8)       94.9 (3.9)
     all prompt x seed noise   94.9 (7.5)   96.3 (5.7)     98.2 (7.2)      96.1 (8.4)       99.5 (5.9)
 
-The rule costs width in the last row: where only noise varies, the Student draw is a quarter narrower. On whole simulated
-studies with skewed, clipped, heavy-tailed scores, one set or five, S = 3, 5, 10, it covers 93.5 to 96.7 %
-(`docs/benchmarks/statistics-cpu.md`). With two seeds expect 90 to 96 %. Three seeds that agree by luck can give an
-interval narrower than prompts alone would, and no rule can detect that.
+The disadvantage is in the last row: if only noise varies, the Student draw's interval is a quarter narrower. The coverage is
+93.5 to 96.7 % on simulated studies with skewed, clipped and heavy-tailed scores, one or five sets, and S = 3, 5 or 10
+(`docs/benchmarks/statistics-cpu.md`). With two seeds, expect 90 to 96 %. Three seeds that agree by chance can give an
+interval narrower than the variance of the prompts alone, and no rule can detect this.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,18 +51,18 @@ from scipy.special import chdtri
 
 Array = NDArray[np.float64]
 
-_PROMPT_DRAWS, _NORMAL_DRAWS, _CHI_DRAWS = 0, 1, 2  # one random stream each, so that a change in one leaves the others
-_PROBLEMS_AT_ONCE = 64  # 5 MB of replicates
-_CELLS_AT_ONCE = 2_000_000  # weights held as float64 at one time: 16 MB, whatever the number of prompts
+_PROMPT_DRAWS, _NORMAL_DRAWS, _CHI_DRAWS = 0, 1, 2  # one random stream each, so that a change in one does not change the others
+_PROBLEMS_AT_ONCE = 64  # the replicates take 5 MB
+_CELLS_AT_ONCE = 2_000_000  # counts converted to float64 at one time: 16 MB for any number of prompts
 
 
 @dataclass(frozen=True)
 class Difference:
     """The mean of a paired difference ``a - b`` and its uncertainty.
 
-    ``low`` and ``high`` bound the interval that was asked for (95 %), ``low90`` and ``high90`` the 90 % one, which two
-    one-sided tests at 5 % look at. ``p`` is two-sided, for a mean of zero, never 0. ``se`` is the standard error that
-    the intervals use, ``df`` its degrees of freedom (infinite where nothing varies).
+    ``low`` and ``high`` bound the interval of the requested level (default 95 %). ``low90`` and ``high90`` bound the 90 %
+    interval, which two one-sided tests at 5 % use. ``p`` is the two-sided p-value for a mean of zero; it is never 0.
+    ``se`` is the standard error that the intervals use. ``df`` is its degrees of freedom (infinite if nothing varies).
     """
 
     mean: float
@@ -75,17 +76,17 @@ class Difference:
 
     @property
     def covers_zero(self) -> bool:
-        """True when the interval contains 0: the data are no evidence of a difference."""
+        """True if the interval contains 0: the data then give no evidence of a difference."""
         return self.low <= 0.0 <= self.high
 
 
 @dataclass(frozen=True)
 class _Spread:
-    """The variance of the mean, as a part of seeds and a part of prompts, and its degrees of freedom."""
+    """The variance of the mean, as the sum of a part from seeds and a part from prompts, and its degrees of freedom."""
 
     seeds: float
     prompts: float
-    resampled: float  # the variance that resampling prompts has by itself: more than ``prompts``, which is without A's share
+    resampled: float  # B, the variance of the resampled mean; ``prompts`` is B - C, without the noise that A contains
     df: float
 
     @property
@@ -94,10 +95,10 @@ class _Spread:
 
 
 def macro_interval(strata_SNK: Sequence[ArrayLike], *, replicates: int = 10_000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Return the interval of the unweighted mean of several sets' means, each over training seeds and prompts.
+    """Return the confidence interval of a macro mean: the unweighted average of the means of several sets.
 
-    Every set has its own number of prompts and the same training seeds in the same order. With a single
-    training seed only prompts vary: the interval then does not include the spread between trainings, and a report must say so.
+    Each set is an array (S, N, K). N may differ between sets; the training seeds are the same, in the same order. With a single
+    training seed, the interval contains only the variance over prompts, not the variance over trainings. A report must say so.
     """
     return macro_intervals([strata_SNK], replicates=replicates, level=level, seed=seed)[0]
 
@@ -105,9 +106,9 @@ def macro_interval(strata_SNK: Sequence[ArrayLike], *, replicates: int = 10_000,
 def macro_intervals(
     problems: Sequence[Sequence[ArrayLike]], *, replicates: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> list[tuple[float, float]]:
-    """Return `macro_interval` of many problems. This is much faster than one by one where sets have the same numbers of prompts.
+    """Return the result of `macro_interval` for each problem (a list of sets). Results are equal up to the rounding of sums.
 
-    One by one gives the same up to the rounding of sums.
+    This is much faster than separate calls if the sets of several problems have the same numbers of prompts.
     """
     strata = [_prompt_means(problem) for problem in problems]
     spreads = [_spread(of_problem) for of_problem in strata]
@@ -124,18 +125,15 @@ def macro_intervals(
 
 
 def macro_difference(
-    a_SNK: Sequence[ArrayLike],
-    b_SNK: Sequence[ArrayLike],
-    *,
-    replicates: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
+    a_SNK: Sequence[ArrayLike], b_SNK: Sequence[ArrayLike], *, replicates: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Difference:
-    """Return ``a - b`` of the means over sets, paired by training seed and prompt, so that common variation cancels."""
+    """Return the macro mean of ``a - b`` with its intervals. Scores are paired by training seed and prompt, so shared variance cancels."""
     a_SN, b_SN = _prompt_means(a_SNK), _prompt_means(b_SNK)
     shapes_a, shapes_b = [x.shape for x in a_SN], [x.shape for x in b_SN]
     if shapes_a != shapes_b:
-        raise ValueError(f"a paired difference needs the same seeds and prompts on both sides, not {shapes_a} and {shapes_b}")
+        raise ValueError(
+            f"a paired difference needs the same seeds and prompts on both sides, but the shapes of the sets are {shapes_a} and {shapes_b}"
+        )
     apart_SN = [a - b for a, b in zip(a_SN, b_SN, strict=True)]
     spread = _spread(apart_SN)
     means_R = _replicate_means(apart_SN, spread, replicates, seed)
@@ -151,22 +149,22 @@ def _macro_mean(strata_SN: list[Array]) -> float:
 
 
 def _prompt_means(strata_SNK: Sequence[ArrayLike]) -> list[Array]:
-    """Check the arrays and average over decoding seeds: a list of (S, N)."""
+    """Check the arrays, and return their means over decoding seeds: a list of (S, N)."""
     if len(strata_SNK) == 0:
-        raise ValueError("there are no values to resample")
+        raise ValueError("there are no values to resample: give at least one set of scores")
     strata = [np.asarray(values, dtype=np.float64) for values in strata_SNK]
     for values in strata:
         if values.ndim != 3 or 0 in values.shape:
-            raise ValueError(f"values must have the shape (training seeds, prompts, decoding seeds), none empty, not {values.shape}")
+            raise ValueError(f"values must have the shape (training seeds, prompts, decoding seeds) with no axis empty, not {values.shape}")
         if not np.isfinite(values).all():
             raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} values are NaN or infinite")
         if values.shape[0] != strata[0].shape[0]:
-            raise ValueError(f"the sets have {strata[0].shape[0]} and {values.shape[0]} training seeds: they must agree")
+            raise ValueError(f"the sets have {strata[0].shape[0]} and {values.shape[0]} training seeds; all sets must have the same number")
     return [values.mean(axis=2) for values in strata]
 
 
 def _spread(strata_SN: list[Array]) -> _Spread:
-    """Return A, B - C and the degrees of freedom of their sum; the module's docstring defines them."""
+    """Return A, B - C, B, and the degrees of freedom of A + B - C. The module's docstring defines A, B and C."""
     n_seeds = strata_SN[0].shape[0]
     of_seeds = of_prompts = of_both = squares = 0.0
     if n_seeds > 1:
@@ -174,7 +172,7 @@ def _spread(strata_SN: list[Array]) -> _Spread:
     for values_SN in strata_SN:
         n_prompts = values_SN.shape[1]
         if n_prompts == 1:
-            continue  # the spread over a single prompt cannot be known
+            continue  # the variance over a single prompt is unknown
         share = len(strata_SN) ** 2 * n_prompts
         mean_N = values_SN.mean(axis=0)
         of_set = float(np.var(mean_N, ddof=1)) / share
@@ -194,24 +192,23 @@ def _spread(strata_SN: list[Array]) -> _Spread:
 
 
 def _replicate_means(strata_SN: list[Array], spread: _Spread, replicates: int, seed: int) -> Array:
-    """Return replicates of the mean, (R,): moved by resampled prompts and a normal draw for seeds, both divided by one chi draw."""
     return _scaled(_resampled([strata_SN], replicates, seed)[:, 0], strata_SN, spread, replicates, seed)
 
 
 def _resampled(problems: list[list[Array]], replicates: int, seed: int) -> Array:
-    """Return how far resampling prompts moves each mean, (R, problems). All problems have the same numbers of prompts, set by set."""
+    """Return resampled mean - mean for every replicate and problem: (R, problems). Set i has equally many prompts in all problems."""
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1, not {replicates}")
     moved_RP = np.zeros((replicates, len(problems)))
     met: dict[int, int] = {}
     for alike in zip(*problems, strict=True):
         n_prompts = alike[0].shape[1]
-        # sets of one size need draws of their own; a set alone and among others has the same, which the cache then holds once
+        # sets of equal size get different draws; the numbering gives a set the same draws in every call, so the cache stores them once
         number = met[n_prompts] = met.get(n_prompts, -1) + 1
         if n_prompts == 1:
             continue
         mean_NP = np.stack([values_SN.mean(axis=0) for values_SN in alike], axis=1)
-        # resampling has the variance of N prompts, not N - 1
+        # a resampled mean's variance divides by N, an unbiased one by N - 1; this factor corrects it
         centred_NP = (mean_NP - mean_NP.mean(axis=0)) * np.sqrt(n_prompts / (n_prompts - 1)) / (n_prompts * len(problems[0]))
         counts_RN = _counts(n_prompts, replicates, (seed, _PROMPT_DRAWS, number))
         for rows in _blocks(replicates, n_prompts):
@@ -220,7 +217,7 @@ def _resampled(problems: list[list[Array]], replicates: int, seed: int) -> Array
 
 
 def _scaled(moved_R: Array, strata_SN: list[Array], spread: _Spread, replicates: int, seed: int) -> Array:
-    """Return replicates of the mean, (R,), scaled to the prompts' and the seeds' parts of its variance."""
+    """Return replicates of the mean (R,): the resampled differences are scaled to variance B - C, and variance A is added."""
     if spread.resampled > 0:
         moved_R = moved_R * np.sqrt(spread.prompts / spread.resampled)
     if spread.seeds > 0:
@@ -230,9 +227,9 @@ def _scaled(moved_R: Array, strata_SN: list[Array], spread: _Spread, replicates:
 
 @lru_cache(maxsize=8)
 def _counts(units: int, replicates: int, address: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Return how often each unit is drawn when ``units`` are drawn with replacement, (R, units). Cached: a report needs it often."""
+    """Return how often each unit occurs in a resample with replacement, (R, units). It is cached because a report needs it often."""
     rng = np.random.default_rng(address)
-    counts = np.empty((replicates, units), dtype=np.uint8)  # 256 draws of one unit do not happen
+    counts = np.empty((replicates, units), dtype=np.uint8)  # a unit is never drawn 256 times in practice
     for rows in _blocks(replicates, units):
         n_rows = rows.stop - rows.start
         drawn = rng.integers(units, size=(n_rows, units)) + units * np.arange(n_rows)[:, None]
@@ -246,9 +243,9 @@ def _normals(replicates: int, seed: int) -> Array:
     return np.random.default_rng((seed, _NORMAL_DRAWS)).normal(size=replicates)
 
 
-@lru_cache(maxsize=512)  # a small report has a hundred different degrees of freedom, and asks for each several times
+@lru_cache(maxsize=512)  # a small report has about a hundred different degrees of freedom, and uses each several times
 def _chis(replicates: int, seed: int, df: float) -> Array | float:
-    """Return the square roots of chi-square draws over their degrees of freedom, (R,), from the same uniform draws for any df."""
+    """Return sqrt(chi-square draw / df) for every replicate, (R,). All df use the same random numbers."""
     if np.isinf(df):
         return 1.0
     return np.sqrt(chdtri(df, np.random.default_rng((seed, _CHI_DRAWS)).uniform(size=replicates)) / df)
