@@ -49,7 +49,7 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="First time 20 updates of each kind of training stage on this machine.")
+        bool, typer.Option("--measure", help="Before planning, run 20 updates of each kind of training stage here to measure its speed.")
     ] = False,
     runs: Runs = None,
 ) -> None:
@@ -145,12 +145,12 @@ def advise(
         )
 
 
-On = Annotated[str, typer.Option("--on", help="Test sets, by comma: names, JSONL files or hub ids.")]
-Seeds = Annotated[str, typer.Option("--seeds", help="Decoding seeds, by comma.")]
-Teacher = Annotated[str | None, typer.Option("--teacher", help="The model that KL divergences are measured to.")]
+On = Annotated[str, typer.Option("--on", help="Test sets, separated by commas: names, JSONL files or hub ids.")]
+Seeds = Annotated[str, typer.Option("--seeds", help="Decoding seeds, separated by commas.")]
+Teacher = Annotated[str | None, typer.Option("--teacher", help="Also measure KL divergences to this model.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="A setting, KEY=VALUE as in a recipe: data.template=chat, evaluate.temperature=0, data.limit.test=50."),
+    typer.Option("--set", help="KEY=VALUE as in a recipe, such as data.template=chat, evaluate.temperature=0, data.limit.test=50."),
 ]
 
 
@@ -173,7 +173,7 @@ def compare(
     on: On = "dolly",
     seeds: Seeds = "10",
     teacher: Teacher = None,
-    show: Annotated[int, typer.Option("--show", min=0, help="Number of prompts per set to print with all answers.")] = 2,
+    show: Annotated[int, typer.Option("--show", min=0, help="Number of prompts per test set to print, with all answers.")] = 2,
     settings: Settings = None,
     runs: Runs = None,
 ) -> None:
@@ -195,7 +195,7 @@ def _evaluate(
 
     numbers = _parts(seeds)
     if not numbers or not all(part.isdigit() for part in numbers):
-        raise ConfigError(f"--seeds is `{seeds}`; give whole numbers by comma, for instance 10,20,30")
+        raise ConfigError(f"--seeds is `{seeds}`; give whole numbers separated by commas, for instance 10,20,30")
     text = evaluation_recipe(models, _parts(on), seeds=[int(n) for n in numbers], teacher=teacher)
     chosen = [part for option in settings or [] for part in ("--set", option)] + (["--teacher", teacher] if teacher else [])
     command = shlex.join([*verb, "--on", on, "--seeds", seeds, *chosen])
@@ -206,8 +206,8 @@ def _evaluate(
 def export(
     study: StudyName,
     arm: Annotated[str, typer.Argument(help="The arm whose model is copied.", metavar="ARM")],
-    target: Annotated[Path, typer.Argument(help="A new directory.", metavar="TARGET")],
-    seed: Annotated[int | None, typer.Option("--seed", help="Training seed; default the first.")] = None,
+    target: Annotated[Path, typer.Argument(help="The new directory for the copy.", metavar="TARGET")],
+    seed: Annotated[int | None, typer.Option("--seed", help="Training seed (default: the first seed).")] = None,
     runs: Runs = None,
 ) -> None:
     """Copy a trained model to a Hugging Face directory with a model card."""
@@ -220,9 +220,9 @@ def export(
     console.print(f"{target}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True, highlight=False)
 
 
-Arms = Annotated[list[str] | None, typer.Option("--arm", help="An arm to judge (again for more; default all).")]
-JudgedOn = Annotated[str, typer.Option("--on", help="Test sets, by comma (default all).")]
-Limit = Annotated[int | None, typer.Option("--limit", help="Prompts of each set, at even distances (default all).")]
+Arms = Annotated[list[str] | None, typer.Option("--arm", help="An arm to use. Repeat the option for more arms (default: all).")]
+JudgedOn = Annotated[str, typer.Option("--on", help="Test sets, separated by commas (default: all).")]
+Limit = Annotated[int | None, typer.Option("--limit", help="Number of prompts per test set, evenly spaced (default: all).")]
 
 
 @app.command()
@@ -232,13 +232,14 @@ def judge(
     base_url: Annotated[
         str, typer.Option(envvar="OPENAI_BASE_URL", help="Any OpenAI-compatible endpoint; the key is OPENAI_API_KEY.")
     ] = "https://api.openai.com/v1",
-    mode: Annotated[str, typer.Option(help="pair (wins in both orders) or score (MiniLLM's, in % of the reference's).")] = "pair",
+    mode: Annotated[str, typer.Option(help="pair (wins against an arm) or score (MiniLLM's, in % of the reference's).")] = "pair",
     arm: Arms = None,
-    against: Annotated[str, typer.Option(help="An arm, or `reference` for the reference answers.")] = "reference",
+    against: Annotated[str, typer.Option(help="The opponent: an arm, or `reference` for the reference answers.")] = "reference",
     on: JudgedOn = "",
     limit: Limit = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE, for instance all_seeds=true, temperature=0.5, jobs=8 (docs/judge.md).")
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE, such as all_seeds=true, temperature=0.5, jobs=8 (docs/judge.md)."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
     runs: Runs = None,
@@ -262,7 +263,7 @@ def judge(
     try:
         commands.judge(study, chosen, root=runs_directory(runs), console=console, confirm=confirm, command=command)
     except KeyboardInterrupt:
-        console.print("interrupted; replies are kept, and the same command resumes")
+        console.print("interrupted; replies are kept. Run the same command again to continue")
         raise typer.Exit(130) from None
 
 
@@ -273,7 +274,7 @@ def human(
     arm: Arms = None,
     on: JudgedOn = "",
     limit: Limit = None,
-    reference: Annotated[bool, typer.Option("--reference", help="Show the reference among the answers.")] = False,
+    reference: Annotated[bool, typer.Option("--reference", help="Also show the reference answer.")] = False,
     name: Annotated[str, typer.Option(help="The sheet's name.")] = "blind",
     seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
     runs: Runs = None,
@@ -286,7 +287,7 @@ def human(
     root = runs_directory(runs)
     if files:
         if arm or on or limit or reference or seed:
-            raise ConfigError("reading filled-in sheets takes only --name and --runs; the other options say what a new sheet holds")
+            raise ConfigError("with filled-in sheets only --name and --runs are allowed; the other options are for writing a new sheet")
         commands.read_sheets(study, files, root=root, console=console, command=shlex.join(["tadistill", *sys.argv[1:]]), name=name)
         return
     options = {"name": name, "arms": arm or [], "sets": _parts(on), "limit": limit, "reference": reference, "seed": seed}
@@ -296,14 +297,14 @@ def human(
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """End the command with a message and a shell's exit code on Ctrl-C, SIGTERM and SIGUSR2 (docs/interruptions.md)."""
+    """On Ctrl-C, SIGTERM or SIGUSR2, end the command with a message and exit code 128 + signal (docs/interruptions.md)."""
     from tadistill.runner.interruption import Stopped, raising
 
     try:
         with raising():
             yield
     except KeyboardInterrupt as asked:
-        console.print("interrupted; the same command resumes where it stopped")
+        console.print("interrupted; run the same command again to continue")
         received = asked.received if isinstance(asked, Stopped) else signal.SIGINT
         raise typer.Exit(128 + received) from None
 
@@ -313,7 +314,7 @@ def _parts(text: str) -> list[str]:
 
 
 def main() -> None:
-    """Run the command line; an error becomes one sentence and an exit code (1: a run failed, 2: the input is wrong)."""
+    """Run the command line. Print an error as one sentence and exit with 1 (a run failed) or 2 (the input is wrong)."""
     errors = Console(stderr=True)
     try:
         app()

@@ -84,7 +84,7 @@ def test_any_signal_to_stop_saves_and_ends_with_its_code(tmp_path):
         text, _ = process.communicate(timeout=60)
         assert process.returncode == code, (whom, how, text)
         assert "the running stages save their state" in text
-        assert "interrupted; the same command resumes where it stopped" in text
+        assert "interrupted; run the same command again to continue" in text
         assert "Traceback" not in text
         assert "resource_tracker" not in text
         assert ended(process.pid)

@@ -287,7 +287,6 @@ class TwinPair:
 
     @cached_property
     def mean(self) -> float:
-        """Mean difference over seeds."""
         return float(np.mean(self.differences))
 
 

@@ -147,17 +147,14 @@ class Ladder:
 
     @property
     def teacher(self) -> str:
-        """The original teacher."""
         return next(iter(self.sizes))
 
     @property
     def student(self) -> str:
-        """The model that paths end with."""
         return list(self.sizes)[-1]
 
     @property
     def assistants(self) -> tuple[str, ...]:
-        """The models between teacher and student."""
         return tuple(self.sizes)[1:-1]
 
 

@@ -94,12 +94,10 @@ class Forecast:
 
     @cached_property
     def mean(self) -> float:
-        """The expected difference."""
         return float(self.weights @ self.means)
 
     @cached_property
     def sd(self) -> float:
-        """The standard deviation of the difference."""
         return float(np.sqrt(self.weights @ (self.sds**2 + self.means**2) - self.mean**2))
 
     def p_above(self, value: float) -> float:
@@ -207,11 +205,8 @@ def _contrasts(rows: Sequence[_Row], carry: float) -> dict[str, Array]:
 
 
 def _standardised(columns: dict[str, Array], rows: int, seen: int) -> tuple[Array, Array]:
-    """Return contrasts centred and scaled by history, (rows, contrasts), and each row's largest distance outside history's range, (rows,).
-
-    Contrasts that never vary in history are removed from `columns`, as nothing can be learnt about them; a row that differs in one counts
-    as one standard deviation outside.
-    """
+    """Return the scaled contrasts (rows, contrasts), and each row's largest distance outside history's range (rows,)."""
+    # A contrast that never varies in history is removed from `columns`. A row with another value is one standard deviation outside.
     if seen == 0:
         return np.ones((rows, 1)), np.zeros(rows)
     constant = [name for name, v in columns.items() if np.ptp(v[:seen]) < TINY]

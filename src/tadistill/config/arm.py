@@ -148,7 +148,6 @@ class Arm(Strict):
 
     @property
     def text(self) -> str:
-        """The path as a recipe writes it."""
         return " then ".join(map(path_text, self.path))
 
     @property

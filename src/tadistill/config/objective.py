@@ -49,7 +49,6 @@ class CrossEntropy(ObjectiveBase):
 
     @property
     def imitates_text(self) -> bool:
-        """True."""
         return True
 
 
@@ -63,7 +62,6 @@ class Divergence(ObjectiveBase):
 
     @property
     def imitates_text(self) -> bool:
-        """True if cross-entropy has a weight in the loss."""
         return self.kd_ratio < 1
 
 
@@ -258,12 +256,10 @@ class MiniLLM(ObjectiveBase):
 
     @property
     def needs_distribution(self) -> bool:
-        """True if the loss has the one-step term."""
         return self.single_step
 
     @property
     def needs_corpus(self) -> bool:
-        """True if the language-modelling term has a weight."""
         return self.pt_weight > 0
 
     @model_validator(mode="before")

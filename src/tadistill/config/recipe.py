@@ -214,7 +214,6 @@ class Recipe(Strict):
 
     @property
     def first_seed(self) -> int:
-        """The first seed in the recipe, which is used wherever only one seed is needed."""
         return self.seeds[0]
 
     def _check_names(self) -> None:

@@ -96,7 +96,6 @@ class OnPolicy(SamplerBase, Decoding):
 
     @property
     def vllm(self) -> bool:
-        """True if vLLM does the sampling."""
         return self.engine == "vllm"
 
 
@@ -117,7 +116,6 @@ class StudentSampler(Rounds):
 
     @property
     def student_only(self) -> bool:
-        """True if the decoding settings do not change the distribution."""
         return self.plain
 
 
@@ -132,12 +130,10 @@ class TeacherMixedSampler(Rounds):
 
     @property
     def guided(self) -> bool:
-        """True if the teacher has a weight in the mixture."""
         return self.alpha > 0
 
     @property
     def student_only(self) -> bool:
-        """True if the teacher has no weight in the mixture and the decoding settings do not change the distribution."""
         return self.alpha == 0 and self.plain
 
 
@@ -150,7 +146,6 @@ class SpeculativeSampler(Rounds):
 
     @property
     def guided(self) -> bool:
-        """True."""
         return True
 
 

@@ -201,10 +201,8 @@ def _splits(seed: int, people: int) -> dict[tuple[str, str], tuple[Row, ...]]:
 
 
 def _fact_rows(here: World) -> dict[str, list[Row]]:
-    """Make the rows of all facts. One long and one short wording of each fact stay out of training.
-
-    The long wordings are divided among dev, test and multi, and the short wordings among lengths and choices.
-    """
+    # One long and one short wording of each fact stay out of training. The long ones go to dev, test and multi, the short ones to lengths
+    # and choices.
     parts: dict[str, list[Row]] = {part: [] for part in ("train", *_FACTS)}
     queue = iter(pieces.shuffled(here.facts, pieces.rng(here.seed, "deal")))
     counts = {part: min(most, int(share * len(here.facts))) for part, (most, share) in _FACTS.items()}

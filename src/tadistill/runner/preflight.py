@@ -102,12 +102,7 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the longest prompt, in tokens.
-
-    Raises:
-        DataError: the template does not fit the tokenizer, or no row is short enough.
-        ConfigError: a stage selects by facts, and dev knows none.
-    """
+    """Return the length of the longest prompt, in tokens."""
     longest = 0
     data = recipe.data
     lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}

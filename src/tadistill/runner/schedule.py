@@ -61,11 +61,7 @@ class _Schedule:
         self.failed: dict[str, Exception] = {}
 
     def run(self) -> dict[str, Exception]:
-        """Run all stages, those before the most FLOPs first; returns the errors of those that failed.
-
-        Raises:
-            Stopped: this process or one of a stage was asked to stop; the states are saved.
-        """
+        """Run all stages. Those with the most FLOPs in and after them start first. Return key -> error of the failed stages."""
         try:
             self._start()
             while self.running:

@@ -57,10 +57,7 @@ def _run(plan: Plan, stage: Stage, directory: Path, threads: int) -> dict[str, A
 
 
 def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
-    """Return the stage's settings with a few updates or rows, and with models that the study did not train.
-
-    The stages whose text or signal it reads are added to the graph, reduced in the same way.
-    """
+    """Return the settings with few updates or rows and with untrained models. Add the stages that it reads to the graph, also reduced."""
     if isinstance(spec, GenerateSpec | SignalSpec):
         return spec.model_copy(update={"teacher": _origin(plan, spec.teacher), "train": _few(spec.train)})
     assert isinstance(spec, TrainingSpec)

@@ -46,7 +46,7 @@ class Checkpoints:
     """The training states in a stage's folder: state.pt, state-before.pt, and best-STEP.pt for the best weights of each state."""
 
     def __init__(self, directory: Path, seconds: float | None = None):
-        """Set the pause between two saves, `seconds`. By default it is 30, or 20 times the duration of a save if that is longer."""
+        """Set `seconds`, the pause between two saves. The default is 30 seconds, or 20 times the duration of a save if this is longer."""
         self.directory, self.seconds = directory, seconds
         self.newest, self.before = directory / "state.pt", directory / "state-before.pt"
         self.took, self.at = 0.0, time.monotonic()
@@ -83,12 +83,12 @@ class Checkpoints:
                 continue
             self.best_steps, self.sound = [state.best_step], not damage
             if damage:
-                alarm(f"{damage[0]}; the state before it, of update {state.step}, is used instead")
+                alarm(f"{damage[0]}; the previous state, of update {state.step}, is used instead")
             return state
         if damage:
             files = self.directory / "state*.pt"
             raise StoreError(
-                f"{damage[0]}, and no state before it can be read; delete {files} and run the same command again to redo the stage"
+                f"{damage[0]}, and no earlier state can be read; delete {files} and run the same command again to redo the stage"
             )
         return None
 

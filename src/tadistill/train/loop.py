@@ -169,7 +169,6 @@ class _Run:
     meter: Meter
 
     def dev(self, hooks: Hooks) -> dict[str, float]:
-        """Return dev metrics; the meter counts their work as selection."""
         with self.meter.timed("selection"), sharding.whole(self.student):
             return _measured(self.student, hooks, self.accelerator)
 
@@ -183,7 +182,6 @@ class _Run:
         return found if main else {}
 
     def save(self, state: TrainState) -> None:
-        """Write the whole state."""
         model, optimizer = sharding.weights(self.student), sharding.gathered(self.optimizer.state_dict())
         if not self.accelerator.is_main_process:
             return
@@ -193,7 +191,6 @@ class _Run:
         self.files.save(state)
 
     def resume(self, alarm: Callable[[str], None]) -> TrainState:
-        """Load the stored state into all parts and return it; return a new state if none is stored."""
         state = self.files.load(alarm)
         if state is None:
             return TrainState()
@@ -207,7 +204,6 @@ class _Run:
         return state
 
     def keep_best(self, state: TrainState, value: float, select: Select) -> None:
-        """Keep the weights when they are the best so far."""
         sign = 1 if higher_is_better(select.metric) else -1
         if state.best_value is None or sign * value > sign * state.best_value:
             state.best_value, state.best_step = value, state.step
@@ -245,8 +241,9 @@ def _update(
     norm = sharding.number(accelerator.clip_grad_norm_(model.parameters(), optim.clip))  # type: ignore[arg-type]
     if not (torch.isfinite(logged).all() and math.isfinite(norm)):
         found = ", ".join(f"{n} {v:.4g}" for n, v in zip(names, logged.tolist(), strict=True))
+        found += f", gradient norm {norm:.4g}"
         raise StageFailed(
-            f"update {done + 1} is not finite ({found}, gradient norm {norm:.4g}); the weights were not changed. Lower optim.lr"
+            f"the loss or gradient of update {done + 1} is not finite ({found}); the weights were not changed. Lower optim.lr"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

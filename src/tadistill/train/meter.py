@@ -42,7 +42,7 @@ class Meter:
     """Counter of the calls of a student and of its teachers."""
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], *, checkpointing: bool = False):
-        """With `checkpointing`, the student's layers run forward once more in a backward pass."""
+        """Set `checkpointing` if the student recomputes its layers in the backward pass (one more forward pass)."""
         self._again = checkpointing
         self._phase = "training"
         self._sides = [_Side("student", student), *(_Side("teacher", teacher) for teacher in teachers)]

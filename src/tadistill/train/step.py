@@ -31,14 +31,14 @@ from tadistill.objectives.targets import Target, TeacherTerm
 
 @dataclass(frozen=True)
 class Loss:
-    """A micro-batch's share of the update's loss: `total` has a graph, `parts` are its detached addends by name."""
+    """The contribution of a micro-batch to the update's loss. `total` has a graph; `parts` maps names to its detached addends."""
 
     total: Tensor
     parts: dict[str, Tensor]
 
 
 class Models:
-    """Student and teachers, and the loss between them on a batch."""
+    """Student and teachers. The class computes their loss on a batch."""
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], vocab: int):
         self.student_model, self.teachers, self.vocab = student, teachers, vocab
@@ -81,13 +81,13 @@ class Step:
     corpus_terms: Callable[[Batch], Sequence[Term]] = lambda corpus: ()
     """Returns the terms on the plain text that a batch contains."""
     advantages: Callable[[list[Batch], Sum], list[Batch]] = lambda batches, total: batches
-    """Adds to an update's batches the values that depend on all of these batches."""
+    """Adds the values to an update's batches that depend on all these batches."""
     mixture: TargetMixture | None = None
-    """Mixture that makes several teachers one target."""
+    """Mixture that combines several teachers into one target."""
     seed: int = 0
-    """Address of the draws that leave teachers out."""
+    """Seed of the random draws that leave teachers out."""
     schedule: TaidSchedule | None = None
-    """State that changes once per update and is saved with the training state."""
+    """TAID's state, which changes once per update and is saved with the training state."""
     phase: Phase = nullcontext
     clip: float | None = None
     """Half width of the clip around a probability ratio of 1, for an objective with such a clip."""
@@ -173,7 +173,7 @@ def _step(method: Method, models: Models) -> Step:
 
 
 def _divergence(objective: config.Divergence, batch: Batch) -> list[Term]:
-    """Return the terms of the function in `tadistill.objectives` that has the objective's name; its other fields are keyword arguments."""
+    """Return the terms of the function in `tadistill.objectives` with the objective's name. The other fields are its arguments."""
     settings = objective.model_dump(exclude={"type", "kd_ratio", "temperature"})
     return _towards_teacher(objective, batch, getattr(objectives, objective.type), settings)  # type: ignore[attr-defined]
 
@@ -209,7 +209,7 @@ def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") 
 
 
 def _advantages(objective: config.MiniLLM, max_new_tokens: int, batches: list[Batch], total: Sum) -> list[Batch]:
-    """Add `values["advantage"]`: returns of the scaled rewards, whitened over the whole update if the objective says so."""
+    """Add `values["advantage"]`: the returns of the scaled rewards, whitened over the whole update if `whitening` is set."""
     found = [_returns(objective, batch) for batch in batches]
     if objective.whitening != "none":
         rows, tokens = sum(len(b.ids_BT) for b in batches), sum(int(b.mask_BT.sum()) for b in batches)

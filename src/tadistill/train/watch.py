@@ -1,4 +1,4 @@
-"""Watching on-policy training: metrics of the text that the student samples, and alarms that say what to change.
+"""Watch on-policy training: metrics of the text that the student samples, and alarms that say what to change.
 
 The loss does not show these problems: reverse KL falls even while text collapses into short or repeated strings (MiniLLM, ablation without
 length normalisation).
@@ -60,7 +60,7 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
 
 @torch.no_grad()
 def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Return entropy, mass on the teacher's top tokens, log q and log p per token; None for a value that needs an absent teacher."""
+    """Return entropy, mass on the teacher's top tokens, log q and log p, each per token. A value is None if it needs a missing teacher."""
     models, tokens = step.models, batch.targets_BT[batch.mask_BT]
     teachers = models.targets(batch) if batch.targets or models.teachers else ()
     mixture = mixture_of(batch)
@@ -95,14 +95,14 @@ def _repetition(batches: list[Batch]) -> float:
 
 
 class Alarms:
-    """Comparison of watched metrics with the first metrics of a run. Each alarm is given once, until its cause is gone."""
+    """Compare watched metrics with the first metrics of a run. An alarm is not repeated while its cause remains."""
 
     def __init__(self, *, minillm: bool) -> None:
         self.first: dict[str, float] = {}
         self.active: list[str] = []
         self.given: list[str] = []
         more = "raise sampler.alpha, keep objective.length_normalisation on, " if minillm else ""
-        self.advice = f"{more}lower optim.lr, or stop earlier; the loss does not show this"
+        self.advice = f"{more}lower optim.lr, or stop earlier; the loss does not show this problem"
 
     def check(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         """Return one line per alarm that is new at this update."""
@@ -112,11 +112,11 @@ class Alarms:
         now, then = ({name.removeprefix("rollout/"): value for name, value in m.items()} for m in (metrics, self.first))
         found: dict[str, str] = {}
         if now["repetition"] > max(0.3, 2 * then["repetition"]):
-            found["collapse"] = f"{now['repetition']:.0%} of 4-grams repeat within a response, at first {then['repetition']:.0%}"
+            found["collapse"] = f"{now['repetition']:.0%} of 4-grams repeat within a response (at first {then['repetition']:.0%})"
         if not 0.5 * then["length"] <= now["length"] <= 2 * then["length"]:
-            found["length drift"] = f"responses have {now['length']:.0f} tokens, at first {then['length']:.0f}"
+            found["length drift"] = f"responses have {now['length']:.0f} tokens (at first {then['length']:.0f})"
         if now["entropy"] < 0.3 * then["entropy"]:
-            found["entropy drop"] = f"{now['entropy']:.2f} nats a token, at first {then['entropy']:.2f}"
+            found["entropy drop"] = f"the entropy is {now['entropy']:.2f} nats per token (at first {then['entropy']:.2f})"
         new = [f"update {step}: {name}: {text}; {self.advice}" for name, text in found.items() if name not in self.active]
         self.active, self.given = list(found), self.given + new
         return new

@@ -47,7 +47,7 @@ def test_cautions(study):
     assert "Wide hops, whose teacher is more than 4 times as big as the learner: xl > s (10.0)." in text
     assert "Short hops, less than 1.3 times in size: l > m (1.14)" in text
     assert "likeliest tokens" not in text
-    assert "There is no history" in text
+    assert "There is no earlier study to learn from" in text
     assert "fewer than" not in text
     assert "xl > s 0.5" in said(measures(mass=0.5))
     assert "The dev set has 20 prompts that are short enough, fewer than the 256 of --prompts." in said(measures(), prompts=256)

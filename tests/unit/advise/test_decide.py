@@ -79,9 +79,9 @@ def test_more_candidates_ask_for_more():
 def test_bad_input_is_one_sentence():
     with pytest.raises(ConfigError, match="first candidate must be the direct path"):
         advise([CHAIN, DIRECT], [], margin=0.3)
-    with pytest.raises(ConfigError, match="given twice"):
+    with pytest.raises(ConfigError, match="two candidates have the same path"):
         advise([DIRECT, CHAIN, CHAIN], [], margin=0.3)
-    with pytest.raises(ConfigError, match="one teacher and one student"):
+    with pytest.raises(ConfigError, match="one teacher to one student"):
         advise([DIRECT, Candidate(("t", "a"), 1.0, CHAIN.edges[:1])], [], margin=0.3)
     with pytest.raises(ConfigError, match="margin is 0"):
         advise([DIRECT, CHAIN], [], margin=0)

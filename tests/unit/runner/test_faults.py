@@ -141,7 +141,7 @@ def test_a_damaged_newest_state_is_named_and_the_one_before_used(damaged, tmp_pa
     heard = run(task)
     (line,) = heard.alarms
     assert f"{damaged} is damaged" in line
-    assert line.endswith("the state before it, of update 3, is used instead")
+    assert line.endswith("the previous state, of update 3, is used instead")
     assert heard.done == [4, 5, 6, 7, 8]
     assert digests(task) == whole
 

@@ -66,10 +66,10 @@ def metrics(length=20.0, repetition=0.05, entropy=2.0):
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (metrics(repetition=0.6), "collapse: 60% of 4-grams repeat within a response, at first 5%; raise sampler.alpha"),
-        (metrics(length=5), "length drift: responses have 5 tokens, at first 20; raise sampler.alpha, keep objective.length"),
+        (metrics(repetition=0.6), "collapse: 60% of 4-grams repeat within a response (at first 5%); raise sampler.alpha"),
+        (metrics(length=5), "length drift: responses have 5 tokens (at first 20); raise sampler.alpha, keep objective.length"),
         (metrics(length=60), "length drift: responses have 60 tokens"),
-        (metrics(entropy=0.2), "entropy drop: 0.20 nats a token, at first 2.00; raise sampler.alpha"),
+        (metrics(entropy=0.2), "entropy drop: the entropy is 0.20 nats per token (at first 2.00); raise sampler.alpha"),
     ],
 )
 def test_an_alarm_comes_once_and_again_after_it_was_over(bad, words):
