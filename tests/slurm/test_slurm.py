@@ -80,7 +80,7 @@ def test_a_study_goes_as_arrays_and_survives_a_signal(study):
     obstacle = study.store.folder(study.key(FAILS)) / "metrics.jsonl"
     obstacle.mkdir(parents=True)
     said = study.submit()
-    assert "19 stages, of them 0 done, 0 queued before, 19 submitted as 14 jobs" in said
+    assert "19 stages: 0 done, 0 already queued, 19 submitted now as 14 jobs" in said
     assert len(re.findall(r"_\[0-1\]", said)) == 6  # arrays of seeds; the teacher and its evaluation are single jobs
     assert "0 submitted as 0 jobs" in study.submit()  # all of it is queued
     # the teacher saves, goes back into the queue under its own id, and ends where it would have ended
@@ -109,7 +109,7 @@ def test_a_failure_takes_its_children_and_nothing_else(study):
     assert study.states() == {"done": 16, "failed": 1, "cancelled": 2}
     said = study.call("status", "tiny")
     assert "16 done, 2 cancelled, 1 failed" in said
-    assert "nothing is queued; the same `tadistill submit` goes on" in said
+    assert "no job is queued; run the same `tadistill submit` again" in said
 
 
 def test_the_failed_branch_goes_again_and_the_report_follows(study):
@@ -159,9 +159,9 @@ def test_two_submissions_cancelling_and_stale_records(study):
     try:
         both = [subprocess.Popen([sys.executable, "-m", "tadistill", "submit", *more], stdout=subprocess.PIPE, text=True) for _ in range(2)]
         said = [" ".join(process.communicate(timeout=120)[0].split()) for process in both]
-        (stages,) = {int(n) for text in said for n in re.findall(r"of them (?:\d+) done, 0 queued before, (\d+) submitted", text)}
-        assert sorted("0 submitted as 0 jobs" in text for text in said) == [False, True]
-        assert f"{stages} queued before" in next(text for text in said if "0 submitted as 0 jobs" in text)
+        (stages,) = {int(n) for text in said for n in re.findall(r"stages: (?:\d+) done, 0 already queued, (\d+) submitted", text)}
+        assert sorted("0 submitted now as 0 jobs" in text for text in said) == [False, True]
+        assert f"{stages} already queued" in next(text for text in said if "0 submitted now as 0 jobs" in text)
         (jobs,) = re.findall(r"(\d+) jobs cancelled", study.call("cancel", "tiny2"))
         assert int(jobs) == len(stage_jobs(study, "tiny2"))
         study.await_end()

@@ -1,4 +1,4 @@
-"""The commands for login nodes: fetch, doctor, submit, status, cancel. Each imports what it needs, as in `tadistill.cli`."""
+"""The commands for login nodes: fetch, doctor, submit, status, cancel. A command imports only what it needs."""
 
 import os
 import shlex
@@ -11,20 +11,24 @@ from rich.console import Console
 
 from tadistill.store import runs_directory, store_of
 
-# arguments and options of all commands, which `tadistill.cli` imports from here
+# arguments and options that all commands share; `tadistill.cli` imports them too
 RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, for instance seeds=[10].", metavar="[KEY=VALUE]…")]
-StudyName = Annotated[str, typer.Argument(help="A study's name, or its directory.", metavar="STUDY")]
-Runs = Annotated[Path | None, typer.Option("--runs", help="Where studies and the store live (TADISTILL_RUNS; default ./runs).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Values that replace values of the recipe, for instance seeds=[10].", metavar="[KEY=VALUE]…")
+]
+StudyName = Annotated[str, typer.Argument(help="The name or the directory of a study.", metavar="STUDY")]
+Runs = Annotated[
+    Path | None, typer.Option("--runs", help="Directory of studies and the store (default: variable TADISTILL_RUNS, else ./runs).")
+]
 
 app = typer.Typer()
 console = Console()
-Cluster = Annotated[str | None, typer.Option("--cluster", help="A profile's name or YAML file (CC_CLUSTER; docs/cluster.md).")]
+Cluster = Annotated[str | None, typer.Option("--cluster", help="Name or YAML file of a cluster profile (default: variable CC_CLUSTER).")]
 
 
 @app.command()
 def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
-    """Download a recipe's models and data sets, on a login node; jobs then need no network."""
+    """Download a recipe's models and data sets on a login node, so that jobs need no network."""
     from tadistill.cluster.fetch import fetch_recipe
     from tadistill.config import load
 
@@ -37,7 +41,7 @@ def doctor(
     cluster: Cluster = None,
     runs: Runs = None,
 ) -> None:
-    """Check this machine: versions, Slurm, account, disks, caches, locks. Says what to do; exits with 1 if there is a problem."""
+    """Check this machine: versions, Slurm, account, disks, caches, locks. Prints how to fix each problem; exits with 1 if there is one."""
     from tadistill.cluster import profile as profiles
     from tadistill.cluster.doctor import examine, table
     from tadistill.config import load
@@ -54,11 +58,13 @@ def submit(
     recipe: RecipePath,
     overrides: Overrides = None,
     cluster: Cluster = None,
-    account: Annotated[str | None, typer.Option("--account", help="Account to charge, for instance def-PROF (SBATCH_ACCOUNT).")] = None,
+    account: Annotated[
+        str | None, typer.Option("--account", help="Slurm account, such as def-PROF (default: variable SBATCH_ACCOUNT).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Submit a study's missing stages to Slurm; after a failure, submit again for the branch that failed (docs/cluster.md)."""
+    """Submit a study's missing stages to Slurm. After a failure, run it again: it submits the failed stages and those that need them."""
     from tadistill.cluster.submit import submit as submit_recipe
     from tadistill.config import load
 
@@ -74,7 +80,7 @@ def submit(
             console=console,
         )
     except KeyboardInterrupt:
-        console.print("interrupted; submitted jobs go on, and the same command submits the rest")
+        console.print("interrupted; the submitted jobs continue, and the same command submits the rest")
         raise typer.Exit(130) from None
 
 

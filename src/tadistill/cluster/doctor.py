@@ -61,7 +61,7 @@ def python(version: str, wanted: str) -> Check:
     """Compare the version of this Python with the version that the package requires."""
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return Check("python", "ok", version)
-    return Check("python", "problem", version, f"make the environment with a Python {wanted}")
+    return Check("python", "problem", version, f"create the environment again with a Python version {wanted}")
 
 
 def packages(requirements: Iterable[str], extra: str = "") -> Check:
@@ -80,7 +80,9 @@ def packages(requirements: Iterable[str], extra: str = "") -> Check:
         else:
             wrong.append(f"{requirement.name} {version} (wanted {requirement.specifier})")
     if wrong:
-        return Check("packages", "problem", "; ".join(wrong), "pip install --upgrade tadistill, on the Alliance with --no-index")
+        return Check(
+            "packages", "problem", "; ".join(wrong), "run pip install --upgrade tadistill (with --no-index on clusters of the Alliance)"
+        )
     shown = [f"{name} {fine[name]}" for name in ("torch", "transformers", "accelerate", "datasets") if name in fine]
     return Check("packages", "ok", f"{', '.join(shown)}; all {len(fine)} are new enough")
 
@@ -97,7 +99,7 @@ def wheelhouse(requirements: Iterable[str]) -> Check | None:
     words = {_plain(word) for word in re.findall(r"[\w.-]+", out)}
     gaps = [r.name for r in wanted if _plain(r.name) in words]
     if not gaps:
-        return Check("wheelhouse", "ok", "has everything")
+        return Check("wheelhouse", "ok", "it has all required packages")
     fix = "download these wheels on a login node (pip download --no-deps) and install the files"
     return Check("wheelhouse", "warning", f"lacks {', '.join(gaps)}", fix)
 
@@ -113,7 +115,7 @@ def gpus() -> Check:
     """List the GPUs of this machine. A login node has no GPU."""
     out = ask("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     found = [line.strip() for line in (out or "").splitlines() if line.strip()]
-    return Check("gpus", "ok", "; ".join(found) or "none (login nodes have none; jobs get theirs)")
+    return Check("gpus", "ok", "; ".join(found) or "none found; this is normal on a login node, because jobs get their own GPUs")
 
 
 def slurm(site: str | None) -> Check:
@@ -121,10 +123,15 @@ def slurm(site: str | None) -> Check:
     absent = [name for name in _SLURM if shutil.which(name) is None]
     if not absent:
         if ask("squeue", "--me", "--noheader") is None:
-            return Check("slurm", "problem", "its controller does not answer", "try `squeue --me`; ask the site's support if it fails too")
+            return Check(
+                "slurm",
+                "problem",
+                "Slurm's controller does not answer",
+                "run `squeue --me`; if it fails too, ask the support of the cluster",
+            )
         return Check("slurm", "ok", (ask("sbatch", "--version") or "").strip() or "here")
     if len(absent) == len(_SLURM) and site is None:
-        return Check("slurm", "ok", "none (only `tadistill submit` needs it)")
+        return Check("slurm", "ok", "not installed (only the cluster commands such as `tadistill submit` need it)")
     return Check("slurm", "problem", f"not on PATH: {', '.join(absent)}", "go to a login node of the cluster")
 
 
@@ -133,7 +140,7 @@ def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
     given = {name: environment[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if environment.get(name)}
     if len(set(given.values())) > 1:
         found = ", ".join(f"{name}={value}" for name, value in given.items())
-        return Check("account", "problem", found, "unset one of them; they differ")
+        return Check("account", "problem", found, "these variables differ; unset one of them")
     name = next(iter(given.values()), None)
     if name is None:
         known = accounts()
@@ -143,7 +150,7 @@ def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
         shown = f"none set; yours: {', '.join(fitting)}" if fitting else "none set"
         return Check("account", "warning", shown, f"export SBATCH_ACCOUNT={(fitting or ['NAME'])[0]}, or submit with --account")
     if pattern and not re.fullmatch(pattern, name):
-        return Check("account", "problem", name, f"this cluster's accounts look like {pattern}; correct {next(iter(given))}")
+        return Check("account", "problem", name, f"accounts of this cluster match the pattern {pattern}; correct {next(iter(given))}")
     return Check("account", "ok", name)
 
 
@@ -163,12 +170,12 @@ def modules(wanted: Iterable[str], environment: Mapping[str, str]) -> Check:
     wanted = list(wanted)
     absent = [name for name in wanted if name.split("/")[0] not in loaded]
     if importlib.util.find_spec("pyarrow") is None:
-        fix = f"module load {' '.join(wanted)}, before the environment is made and activated" if wanted else "pip install pyarrow"
+        fix = f"run module load {' '.join(wanted)} before you create and activate the environment" if wanted else "pip install pyarrow"
         return Check("modules", "problem", "pyarrow cannot be imported", fix)
     if absent:
-        fix = f"module load {' '.join(wanted)} (jobs load them by themselves)"
+        fix = f"run module load {' '.join(wanted)} (jobs do this automatically)"
         return Check("modules", "warning", f"not loaded: {', '.join(absent)}", fix)
-    return Check("modules", "ok", f"{', '.join(wanted) or 'none needed'}; pyarrow is here")
+    return Check("modules", "ok", f"{', '.join(wanted) or 'none needed'}; pyarrow can be imported")
 
 
 # --- disks --------------------------------------------------------------------------------------------------------------
@@ -188,7 +195,7 @@ def quota(places: Mapping[str, Path]) -> list[Check]:
         shares = [used / allowed for used, allowed in pairs if allowed]
         if shares:
             state = "problem" if max(shares) >= 1 else "warning" if max(shares) > 0.9 else "ok"
-            fix = "" if state == "ok" else "delete or move files; a job that meets a full quota cannot save"
+            fix = "" if state == "ok" else "delete or move files; a job cannot save its state if the quota is full"
             checks.append(Check("quota", state, " ".join(line.split()), fix))
     return checks
 
@@ -206,7 +213,7 @@ def space(name: str, path: Path) -> Check:
     free = shutil.disk_usage(_existing(path)).free
     found = f"{size(free)} free at {path}"
     if free < _LITTLE:
-        return Check(name, "problem" if free < _NOTHING else "warning", found, "free some space, or move it to a larger disk")
+        return Check(name, "problem" if free < _NOTHING else "warning", found, "free some space, or move this folder to a larger disk")
     return Check(name, "ok", found)
 
 
@@ -214,7 +221,7 @@ def cache(name: str, variable: str, path: Path, site: str | None, environment: M
     """Check the location and free space of a cache. On a cluster, its default location may differ between jobs and the login node."""
     found = space(name, path)
     if found.state == "ok" and site and not environment.get(variable):
-        fix = f"export {variable} as a folder on $SCRATCH or $PROJECT: a job's default may be a disk of its own"
+        fix = f"export {variable} as a folder on $SCRATCH or $PROJECT, because the default folder may not be visible in jobs"
         return Check(name, "warning", f"{found.found}; {variable} is not set", fix)
     return found
 
@@ -236,7 +243,7 @@ def store(root: Path) -> list[Check]:
             skew = written.stat().st_mtime - now
             locked = _locks(Path(folder, "lock"))
     except OSError as error:
-        fix = "set --runs DIR (or TADISTILL_RUNS) to a folder that can be written"
+        fix = "set --runs DIR (or TADISTILL_RUNS) to a writable folder"
         return [Check("store", "problem", f"{root} cannot be written: {error.strerror or error}", fix)]
     checks = [Check("store", "ok", f"{root} can be written")]
     if locked is not True:
@@ -244,8 +251,8 @@ def store(root: Path) -> list[Check]:
         checks.append(Check("locks", "problem", str(locked), fix))
     else:
         checks.append(Check("locks", "ok", "file locking works"))
-    fix = "none needed, but times of files and jobs will look wrong" if abs(skew) > _SKEW else ""
-    checks.append(Check("clock", "warning" if fix else "ok", f"the disk's is {skew:+.1f} s off this machine's", fix))
+    fix = "no action is needed, but the times of files and jobs will look wrong" if abs(skew) > _SKEW else ""
+    checks.append(Check("clock", "warning" if fix else "ok", f"the disk's clock is {skew:+.1f} s off this machine's clock", fix))
     return checks
 
 
@@ -256,8 +263,8 @@ def _locks(path: Path) -> Literal[True] | str:
         with FileLock(path, timeout=1):
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_SECONDS, check=False)
     except (Timeout, NotImplementedError, subprocess.TimeoutExpired) as error:
-        return f"locking fails ({type(error).__name__})"
-    return True if done.stdout.strip() == "held" else "a second process takes a lock that is held"
+        return f"a file cannot be locked ({type(error).__name__})"
+    return True if done.stdout.strip() == "held" else "a second process can take a lock that another process has"
 
 
 # --- a recipe's data and models -----------------------------------------------------------------------------------------
@@ -266,9 +273,9 @@ def _locks(path: Path) -> Literal[True] | str:
 def data_root(root: str | None) -> Check:
     """Check the folder of local data sets."""
     if root is None:
-        return Check("data", "ok", "TADISTILL_DATA is not set (data sets come from the hub, or by their paths)")
+        return Check("data", "ok", "TADISTILL_DATA is not set (data sets are then read from the hub or from their paths)")
     if not Path(root).expanduser().is_dir():
-        return Check("data", "problem", f"{root} is not a folder", "correct data.root or TADISTILL_DATA")
+        return Check("data", "problem", f"{root} is not a folder", "correct data.root in the recipe or the variable TADISTILL_DATA")
     return Check("data", "ok", root)
 
 
@@ -277,12 +284,12 @@ def fetched(recipe: Recipe, runs: Path, site: str | None) -> Check:
     try:
         absent, changed = missing(recipe, runs), moved(recipe, runs)
     except TadistillError as error:
-        return Check("fetched", "problem", str(error), "correct the recipe, or the file that it names")
+        return Check("fetched", "problem", str(error), "correct the recipe or the file named in this message")
     if absent:
         found = "; ".join(line.split(" is not on this disk")[0] for line in absent)
-        return Check("fetched", "problem" if site else "warning", f"not on this disk: {found}", "tadistill fetch RECIPE")
+        return Check("fetched", "problem" if site else "warning", f"not on this disk: {found}", "run `tadistill fetch RECIPE`")
     if changed:
-        return Check("fetched", "warning", "; ".join(changed), "tadistill fetch RECIPE, which records the new commits")
+        return Check("fetched", "warning", "; ".join(changed), "run `tadistill fetch RECIPE`, which records the new commits")
     return Check("fetched", "ok", "everything is on this disk")
 
 
@@ -311,12 +318,11 @@ def examine(*, runs: Path, recipe: Recipe | None = None, profile: Profile | None
 
 
 def _package(*, on_cluster: bool) -> list[Check]:
-    """Check Python, packages, and the wheelhouse."""
     try:
         wanted, requirements = metadata.metadata("tadistill")["Requires-Python"], metadata.requires("tadistill") or []
     except metadata.PackageNotFoundError:
-        fix = "pip install -e . (or a wheel of it), so that versions are known"
-        return [Check("packages", "warning", "tadistill itself is not installed", fix)]
+        fix = "run pip install -e . in its repository, so that its required versions are known"
+        return [Check("packages", "warning", "the package tadistill is not installed", fix)]
     found = [python(platform.python_version(), wanted), packages(requirements)]
     gaps = wheelhouse(requirements) if on_cluster else None
     return [*found, gaps] if gaps else found

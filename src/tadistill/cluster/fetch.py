@@ -48,7 +48,6 @@ class Need:
 
     @property
     def key(self) -> str:
-        """Return the key of this need in fetched.json."""
         return f"{self.kind} {self.shown}@{self.revision}"
 
 
@@ -141,10 +140,10 @@ def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     wanted, before, failures = needs(recipe), _read(runs), []
     if not wanted:
-        console.print(f"{recipe.study} reads nothing from the network", highlight=False)
+        console.print(f"study {recipe.study} reads nothing from the network", highlight=False)
         return
     after, changes = dict(before), []
-    table = Table(title=f"{recipe.study}: what it reads from the network", title_justify="left", box=None)
+    table = Table(title=f"{recipe.study}: models and data from the network", title_justify="left", box=None)
     for column in ("what", "name", "revision", "commit", "size", "state"):
         table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
     for need in wanted:
@@ -168,10 +167,9 @@ def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
 
 
 def _fetch(need: Need, record: Mapping[str, Any], console: Console) -> tuple[Found, str]:
-    """Download a need unless it is on this disk. Returns the files found and their state for the table."""
     whole = need.kind != "data set" or need.file is not None or need.key in record
     if whole and (found := look(need, record)):
-        return found, "was here"
+        return found, "already here"
     console.print(f"fetching {need.kind} {need.shown} …", highlight=False)
     if need.kind == "data set":
         return _found(hub.download(need.name, need.revision, need.file, workers=_WORKERS)), "fetched"
@@ -187,8 +185,8 @@ def _change(need: Need, found: Found, record: Mapping[str, Any]) -> str | None:
     if old in (None, found.commit):
         return None
     return (
-        f"{need.kind} {need.shown}: `{need.revision}` has moved, {old[:12]} -> {(found.commit or 'none')[:12]}; "
-        "finished stages used the old commit, so set `revision` to one of the two"
+        f"{need.kind} {need.shown}: revision `{need.revision}` has moved from commit {old[:12]} to {(found.commit or 'none')[:12]}; "
+        "finished stages used the old commit, so set `revision` in the recipe to one of the two commits"
     )
 
 

@@ -48,7 +48,6 @@ class Job:
 
     @property
     def keys(self) -> set[str]:
-        """Return the keys of the job's stages."""
         return {stage.key for stage in self.stages}
 
     @property
@@ -161,7 +160,6 @@ class Record:
 
     @property
     def place(self) -> Place:
-        """Return the job's id and index."""
         return Place(self.job, self.index)
 
     def write(self, store: Store, key: str) -> None:
@@ -231,7 +229,7 @@ class StageJob:
 
         failure = Store(Path(task.store)).folder(task.key) / FAILURE
         if self.chain and os.environ.get("SLURM_ARRAY_TASK_ID") != "0" and failure.is_file():
-            raise StageFailed(f"an earlier segment failed: {failure.read_text(encoding='utf-8').strip()}")
+            raise StageFailed(f"an earlier segment of this job failed: {failure.read_text(encoding='utf-8').strip()}")
         if _first():
             failure.unlink(missing_ok=True)
         say(f"{task.label} ({task.key})")
@@ -261,12 +259,14 @@ class StageJob:
                 stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)  # requeues the job and ends this process
             except subprocess.SubprocessError as error:
                 raise StageFailed(
-                    f"Slurm did not requeue the job ({error}); its state is saved, so submit the study again, and where the site "
-                    "forbids it set `resume: chain` in the cluster's profile"
+                    f"Slurm did not requeue the job ({error}). Its state is saved; submit the study again. If the site "
+                    "forbids requeues, set `resume: chain` in the cluster's profile"
                 ) from error
             sys.exit(1)
         if os.environ.get("SLURM_ARRAY_TASK_ID") == os.environ.get("SLURM_ARRAY_TASK_MAX"):
-            raise StageFailed("the last segment of the chain ended before the stage did; its state is saved, so submit the study again")
+            raise StageFailed(
+                "the last segment of the chain ended before the stage was finished; its state is saved, so submit the study again"
+            )
         sys.exit(0)
 
 
@@ -278,7 +278,6 @@ class ReportJob:
     store: str
 
     def __call__(self) -> None:
-        """Write the report."""
         from tadistill.report import read_results, write_report
 
         say(f"report: {write_report(read_results(Path(self.study), Store(Path(self.store))))}")

@@ -1,4 +1,4 @@
-"""Profiles of clusters: what a site offers and refuses, as one YAML file per site in `profiles/`, or a file of the user's own.
+"""Profiles of clusters: the hardware and the rules of a site, in one YAML file per site in `profiles/`, or in a file of the user.
 
     profile = load("narval")          # or load("path/to/mine.yaml")
 
@@ -23,19 +23,19 @@ class Gpu(Strict):
     memory: float = Field(gt=0)
     """GB of device memory."""
     per_node: int = Field(ge=1)
-    """Number per node; for slices, the number per job."""
+    """Number of GPUs per node; for slices, the number of slices per job."""
     counts: tuple[int, ...] = ()
-    """Numbers per node that a job may request; any number when empty."""
+    """Numbers of GPUs per node that a job may request. If empty, any number is allowed."""
     cpus: int = Field(ge=1)
-    """Cores in the site's bundle for one GPU; a job with more is billed for more GPUs."""
+    """Cores that the site includes with one GPU. A job with more cores is charged for more GPUs."""
     ram: float = Field(gt=0)
-    """GB of host memory in that bundle."""
+    """GB of host memory that the site includes with one GPU."""
     tflops: float = Field(gt=0)
-    """Peak of dense bfloat16 products, from which time is estimated when no speed was measured."""
+    """Peak TFLOP/s of dense bfloat16 matrix products. Times are estimated from it if no speed was measured."""
     device: str = ""
-    """CUDA's name of the device, by which measured speeds are found."""
+    """The device's name in CUDA. Measured speeds are stored under this name."""
     slice: bool = False
-    """True for a slice: a job has one, and one process."""
+    """True for a slice. A job then has one slice and one process."""
 
 
 class Cpu(Strict):
@@ -52,37 +52,37 @@ class Profile(Strict):
     about: str
     """Description of the site, and the source of these facts."""
     gpus: dict[str, Gpu] = {}
-    """Kinds of GPU by their name in a request; without any, stages run on CPUs."""
+    """Kinds of GPU by their name in a request. If empty, stages run on CPUs."""
     request: Literal["gpus-per-node", "gpus", "count"] = "gpus-per-node"
     """Form of a request: --gpus-per-node=NAME:N, --gpus=NAME:N, or --gpus-per-node=N if the site refuses names."""
     cpu: Cpu | None = Cpu()
-    """Resources of jobs without a GPU (the report; all jobs if there are no GPUs); null if the site takes no job that small."""
+    """Resources of jobs without a GPU (the report; all jobs if `gpus` is empty); null if the site refuses such small jobs."""
     memory_option: bool = True
     """True if the site accepts --mem."""
     min_hours: float = Field(default=0.0, ge=0)
-    """Shortest job that the site takes."""
+    """Shortest time limit, in hours, that the site accepts for a job."""
     max_hours: float = Field(gt=0)
-    """Longest job that the site takes."""
+    """Longest time limit, in hours, that the site accepts for a job."""
     piece_hours: float = Field(default=12.0, gt=0)
-    """Longest job that is submitted; the rest goes on after a requeue. Short jobs start sooner."""
+    """Longest time limit, in hours, that tadistill requests. Longer stages continue after a requeue. Short jobs start sooner."""
     max_jobs: int = Field(default=1000, ge=1)
-    """Number of jobs that a user may have queued or running; every element of an array counts."""
+    """Number of jobs that a user may have queued or running. Every element of an array is one job."""
     account: str = ""
-    """Pattern of account names; empty if jobs need none."""
+    """Regular expression that account names match; empty if jobs need no account."""
     internet: Literal["none", "proxy", "full"] = "none"
-    """Network of compute nodes. Jobs read nothing from it; trackers send their data only if it is full."""
+    """Network access of compute nodes. Jobs download nothing; trackers such as W&B send data only if the access is full."""
     home: Literal["writable", "read-only", "no-jobs"] = "writable"
-    """Use of the home folder in jobs. read-only: runs must be elsewhere. no-jobs: the site refuses jobs submitted from there."""
+    """Use of the home folder in jobs. read-only: the runs directory must be elsewhere. no-jobs: jobs cannot be submitted from there."""
     resume: Literal["requeue", "chain"] = "requeue"
-    """After a time limit, a job queues itself again (requeue); if compute nodes may not call Slurm, the next segment goes on (chain)."""
+    """How work continues after a time limit: the job requeues itself, or, if jobs may not call Slurm, a chained next job continues."""
     modules: tuple[str, ...] = ()
     """Modules that every job loads, in this order."""
     setup: tuple[str, ...] = ()
-    """Lines of shell that run before the stage."""
+    """Shell commands that run before the stage."""
     pause: float = Field(default=1.0, ge=0)
     """Seconds between two submissions."""
     signal_seconds: Annotated[int, Field(ge=10)] = 300
-    """Seconds before the time limit at which a job is told to save."""
+    """Number of seconds before the time limit when Slurm signals the job to save its state."""
 
 
 def names() -> list[str]:
@@ -91,12 +91,10 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Profile:
-    """Return a profile by its name, or from a YAML file. Raises ConfigError if it does not exist, or it breaks a rule."""
+    """Load a profile by its name, or from a YAML file. Raises ConfigError if the file does not exist or is not valid."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(
-            f"there is no cluster profile `{name}`; use one of {', '.join(names())}, or a YAML file of your own (docs/cluster.md)"
-        )
+        raise ConfigError(f"there is no cluster profile `{name}`; use one of {', '.join(names())}, or write a YAML file (docs/cluster.md)")
     try:
         return Profile.model_validate({"name": path.stem} | yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Slurm's view of this user's jobs: one call to squeue, and one to sacct for jobs that have left the queue."""
+"""The state of this user's jobs in Slurm: from squeue, and from sacct for jobs that have left the queue."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ _SECONDS = 30
 
 
 def ask(*command: str) -> str | None:
-    """Return what a program of this machine prints; None if it is not on PATH, fails, or hangs."""
+    """Run a program and return its output, or None if it is not on PATH, fails, or runs longer than 30 seconds."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -24,7 +24,7 @@ def ask(*command: str) -> str | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """A job, or one element of an array."""
+    """A job, or one element of a job array, in Slurm's queue."""
 
     id: str
     state: str
@@ -34,17 +34,17 @@ class Entry:
 
     @property
     def hopeless(self) -> bool:
-        """True if it waits for a job that has failed; some sites keep such jobs in the queue for ever."""
+        """True if the job waits for a job that has failed. Some sites keep such jobs in the queue for ever."""
         return self.reason == _NEVER
 
 
 def queued() -> dict[str, Entry]:
-    """Return this user's jobs that wait or run, by id; elements of arrays one by one. Raises ConfigError if no Slurm answers here."""
+    """Return this user's waiting and running jobs by id; each array element is an entry. Raises ConfigError if squeue does not answer."""
     return _squeue("--me")
 
 
 def ended(ids: Iterable[str]) -> dict[str, Entry]:
-    """Return the jobs that have left the queue, by id, as far as Slurm remembers them."""
+    """Return those of the jobs `ids` that have left the queue and that Slurm still knows, by id."""
     wanted = sorted(ids)
     if not wanted:
         return {}
@@ -52,25 +52,25 @@ def ended(ids: Iterable[str]) -> dict[str, Entry]:
     out = ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={roots}", "--format=JobID,State,Elapsed,JobName")
     lines = [line.split("|") for line in (out or "").splitlines()]
     found = {f[0]: Entry(f[0], f[1].split()[0], f[2], f[3]) for f in lines if len(f) == 4 and f[1]}
-    if not found:  # accounting is off: the controller remembers for a while
+    if not found:  # if accounting is off, the controller still knows recent jobs
         found = _squeue("--states=all", f"--jobs={roots}", strict=False)
     return {i: entry for i in wanted if (entry := found.get(i) or _of_segments(i, found))}
 
 
 def _of_segments(id: str, found: Mapping[str, Entry]) -> Entry | None:
-    """Return the segment that stands for a chain: the first one that did not end well, else the last."""
+    """Return the entry that shows a chain's state: its first segment that did not complete, else its last segment."""
     segments = [entry for i, entry in found.items() if i.startswith(f"{id}_")]
     return next((entry for entry in segments if entry.state != "COMPLETED"), segments[-1] if segments else None)
 
 
 def cancel(ids: Iterable[str]) -> None:
-    """Cancel jobs; one that has ended meanwhile is no error. Raises TadistillError if scancel failed."""
+    """Cancel jobs. A job that has already ended is no error. Raises TadistillError if scancel failed."""
     wanted = sorted(ids)
     if not wanted or ask("scancel", "--quiet", *wanted) is not None:
         return
-    # scancel also fails if one of the jobs has ended meanwhile
+    # scancel also fails if one of the jobs has already ended
     if left := [i for i, entry in queued().items() if i in wanted and entry.state == "PENDING"]:
-        raise TadistillError(f"scancel failed for {', '.join(left)}; look at `squeue --me`, and cancel them by hand")
+        raise TadistillError(f"scancel failed for {', '.join(left)}; look at `squeue --me`, and cancel these jobs with scancel")
 
 
 def _squeue(*options: str, strict: bool = True) -> dict[str, Entry]:

@@ -1,10 +1,10 @@
 """A job's request to Slurm, and its batch script.
 
-A request comes from the plan's estimates, the site's profile and the recipe's `resources`. What the site would refuse is refused here, with
-the rule. Memory decides the GPU: the smallest one that holds models, gradients and moments with a tenth to spare. Time is 1.5 x the
-estimate, cut into pieces that a requeue joins again.
+A request is computed from the plan's estimates, the site's profile and the recipe's `resources`. A request that the site would refuse
+raises an error that names the rule. The GPU is the smallest one whose memory holds models, gradients and optimizer moments, with a tenth
+to spare. The time is 1.5 x the estimate. It is split into several jobs if it is longer than the site's profile allows.
 
-submitit writes the script, pickles the work, and queues a job again that saved its state in time. A dry run prints the submitted text.
+submitit writes the script, pickles the work, and requeues a job that saved its state in time. A dry run prints the script.
 """
 
 import math
@@ -31,15 +31,15 @@ from tadistill.plan.specs import TemperSpec, TrainingSpec
 from tadistill.plan.task import layout
 from tadistill.plan.throughput import Speeds
 
-_SPARE = 0.9  # usable share of a GPU's memory: CUDA itself, fragmentation and errors of the estimate need the rest
-_WORK = 2e9  # bytes for activations and caches of a stage that only evaluates
+_SPARE = 0.9  # usable share of a GPU's memory; the rest is for CUDA, fragmentation and errors of the estimate
+_WORK = 2e9  # bytes for activations and caches of an evaluation stage
 _USED = {"training": 0.15, "sampling": 0.01}
-"""Share of the peak FLOP/s that a span reaches, until a speed is measured. Decoding is bound by memory; other spans count as training."""
+"""Assumed share of the peak FLOP/s if no speed was measured. Sampling is limited by memory bandwidth. Other work uses `training`."""
 _CPU_TFLOPS = 0.02
 _EVALUATION_HOURS = 0.5
 _UNKNOWN_HOURS = 3.0
-_CHAIN_HOURS = 3.0  # least for a segment, since a chain cannot be extended when the estimate was too short
-_TIMEOUTS = 50  # requeues after time limits
+_CHAIN_HOURS = 3.0  # minimum for a segment, because a chain cannot be extended if the estimate was too short
+_TIMEOUTS = 50  # maximum number of requeues after time limits
 _PASSED_ON = ("TADISTILL_DATA", "HF_HUB_CACHE")
 
 
@@ -59,14 +59,14 @@ class Request:
     """GB of host memory per node."""
     minutes: int
     pieces: int
-    """Number of jobs of that length that the estimate needs."""
+    """Number of jobs with `minutes` as time limit that the stage is expected to need."""
 
 
 class Requests:
-    """The requests of one plan on one site."""
+    """Computes the requests of a plan's jobs on one site."""
 
     def __init__(self, plan: Plan, profile: Profile, speeds: dict[str, Speeds]):
-        """`speeds`: measured speeds by the name of the device."""
+        """Prepare for a plan; `speeds` are the measured speeds for each name of a device."""
         self.plan, self.profile, self.speeds = plan, profile, speeds
         self.ledger = Ledger(plan.recipe)
 
@@ -74,7 +74,7 @@ class Requests:
         """Return the request of a job that runs these stages one after the other.
 
         Raises:
-            ConfigError: the site would refuse it, or no GPU of the site is large enough.
+            ConfigError: the site would refuse the job, or no GPU of the site is large enough.
         """
         first = stages[0]
         wanted = layout(self.plan.recipe, first)
@@ -84,7 +84,9 @@ class Requests:
             return self._without_gpu(stages, wanted, where)
         name = wanted.gpu or self._smallest(stages, wanted)
         if name not in self.profile.gpus:
-            raise ConfigError(f"{where}: gpu is `{name}`, which {self.profile.name} has not; it has {', '.join(self.profile.gpus)}")
+            raise ConfigError(
+                f"{where}: gpu is `{name}`, but {self.profile.name} has no such GPU; use one of {', '.join(self.profile.gpus)}"
+            )
         gpu = self.profile.gpus[name]
         count = _count(gpu, per_node, name, where, self.profile.name)
         cpus = wanted.cpus or max(1, gpu.cpus * count // per_node)
@@ -94,7 +96,7 @@ class Requests:
         return Request(name, count, wanted.nodes, per_node, cpus, ram, minutes, pieces)
 
     def report(self) -> Request | None:
-        """Return the request of the job that writes the report; None if the site takes no job that small."""
+        """Return the request of the job that writes the report, or None if the site refuses such small jobs."""
         cpu = self.profile.cpu
         if cpu is None:
             return None
@@ -104,7 +106,9 @@ class Requests:
     def _without_gpu(self, stages: Seq[Stage], wanted: Resources, where: str) -> Request:
         cpu = self.profile.cpu or Cpu()
         if wanted.gpu:
-            raise ConfigError(f"{where}: gpu is `{wanted.gpu}`, but profile {self.profile.name} names no GPUs; add it there")
+            raise ConfigError(
+                f"{where}: gpu is `{wanted.gpu}`, but profile {self.profile.name} names no GPUs; add it there, or leave out gpu"
+            )
         per_node = wanted.processes // wanted.nodes
         ram = math.ceil((wanted.memory or cpu.ram) * per_node)
         minutes, pieces = self._time(stages, wanted, None, where)
@@ -113,7 +117,7 @@ class Requests:
     # --- memory ---------------------------------------------------------------------------------------------------------
 
     def _smallest(self, stages: Seq[Stage], wanted: Resources) -> str:
-        """Return the smallest GPU (or slice, for a single process) that holds the stages."""
+        """Return the name of the smallest GPU whose memory is enough for the stages. Slices are used only for a single process."""
         needs = max((self._need(stage, wanted) for stage in stages), default=0.0)
         usable = {n: g for n, g in self.profile.gpus.items() if not (g.slice and wanted.processes > 1)}
         fits = sorted((g.memory, n) for n, g in usable.items() if needs <= _SPARE * g.memory * 1e9)
@@ -121,13 +125,13 @@ class Requests:
             return fits[0][1]
         largest = max(g.memory for g in usable.values())
         raise ConfigError(
-            f"{stages[0].label} needs about {needs / 1e9:.0f} GB on a device, but the largest of {self.profile.name} has {largest:.0f}; "
-            f"spread it with resources: {{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}} "
+            f"{stages[0].label} needs about {needs / 1e9:.0f} GB on a device, but the largest of {self.profile.name} has {largest:.0f} GB; "
+            f"spread it over several GPUs with resources: {{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}} "
             "(and teacher: sharded or offloaded), lower optim.micro_batch, or set gradient_checkpointing"
         )
 
     def _need(self, stage: Stage, wanted: Resources) -> float:
-        """Return the bytes that a stage needs on one device; models of unknown size count as none."""
+        """Return the bytes that a stage needs on one device. Models of unknown size are left out."""
         others = [handle for role, handle in stage.spec.models.items() if role not in ("student", "model")]
         frozen = [self._name(handle) for i, handle in enumerate(others) if handle not in others[:i]]
         half = isinstance(stage.spec, TrainingSpec) and stage.spec.optim.precision == "bf16"
@@ -146,7 +150,7 @@ class Requests:
         return resident_bytes(size.total, training=False, dtype=dtype) if size else 0.0
 
     def _name(self, handle: Handle) -> str | None:
-        """Return a model of the recipe with the size of this one; of a pruned model, the model that was cut."""
+        """Return the name of a model in the recipe with the same weights; for a pruned model, the name of the unpruned model."""
         if isinstance(handle, FromStage):
             return self.plan.stages[handle.stage].model
         if not isinstance(handle, Loaded):
@@ -158,14 +162,13 @@ class Requests:
     # --- time -----------------------------------------------------------------------------------------------------------
 
     def _time(self, stages: Seq[Stage], wanted: Resources, gpu: Gpu | None, where: str) -> tuple[int, int]:
-        """(minutes, pieces)."""
         profile = self.profile
         hours = sum(self._hours(stage, wanted, gpu) for stage in stages)
         if wanted.hours is not None:
             if not profile.min_hours <= wanted.hours <= profile.max_hours:
                 raise ConfigError(
-                    f"{where}: hours is {wanted.hours:g}, but a job on {profile.name} has {profile.min_hours:g} to {profile.max_hours:g}; "
-                    "a longer stage is split into several jobs automatically"
+                    f"{where}: hours is {wanted.hours:g}, but a job on {profile.name} takes {profile.min_hours:g} to {profile.max_hours:g} "
+                    "hours; correct it (a longer stage is split into several jobs automatically)"
                 )
             limit = wanted.hours
         else:
@@ -174,7 +177,6 @@ class Requests:
         return math.ceil(60 * limit), max(1, math.ceil(1.5 * hours / limit))
 
     def _hours(self, stage: Stage, wanted: Resources, gpu: Gpu | None) -> float:
-        """Return an estimate from measured speeds, else from a share of the device's peak."""
         if stage.measures or isinstance(stage.spec, TemperSpec):
             return _EVALUATION_HOURS
         if gpu and (seconds := throughput.seconds(stage.cost, self.speeds.get(gpu.device, {}))) is not None:
@@ -190,21 +192,21 @@ class Requests:
         for what, asked, there in (("cores", cpus, gpu.cpus * whole), ("GB of memory", ram, gpu.ram * whole)):
             if asked > there:
                 raise ConfigError(
-                    f"{where}: {asked} {what} on a node, but {self.profile.name} gives at most {there:g} with this GPU; lower "
-                    f"{'cpus' if what == 'cores' else 'memory'}, or leave it out"
+                    f"{where}: the job asks for {asked} {what} on a node, but {self.profile.name} gives at most {there:g} with this GPU; "
+                    f"lower {'cpus' if what == 'cores' else 'memory'}, or leave it out"
                 )
 
 
 def _count(gpu: Gpu, processes: int, name: str, where: str, site: str) -> int:
-    """Return the GPUs per node: one per process, or the next number that the site allows."""
+    """Return the number of GPUs per node: one per process, rounded up to a number that the site allows."""
     if gpu.slice and processes > 1:
         raise ConfigError(
-            f"{where}: {processes} processes on `{name}`, but a job has one slice, and slices cannot talk to each other; use whole GPUs"
+            f"{where}: {processes} processes on `{name}`, but a job has one slice (slices cannot communicate); use whole GPUs"
         )
     allowed = gpu.counts or tuple(range(1, gpu.per_node + 1))
     fits = [n for n in allowed if n >= processes]
     if not fits:
-        raise ConfigError(f"{where}: {processes} processes a node, but a node of {site} has {gpu.per_node} x {name}; raise nodes")
+        raise ConfigError(f"{where}: {processes} processes per node, but a node of {site} has {gpu.per_node} x {name}; raise nodes")
     return min(fits)
 
 
@@ -212,7 +214,7 @@ def _count(gpu: Gpu, processes: int, name: str, where: str, site: str) -> int:
 
 
 def parameters(name: str, request: Request, profile: Profile, *, account: str | None, dependency: str | None) -> dict[str, Any]:
-    """Return the settings of submitit's Slurm executor."""
+    """Return the settings for submitit's Slurm executor that express a request."""
     more: dict[str, Any] = {"requeue" if profile.resume == "requeue" else "no-requeue": True, "kill-on-invalid-dep": "yes"}
     found: dict[str, Any] = {
         "job_name": name,
@@ -226,7 +228,7 @@ def parameters(name: str, request: Request, profile: Profile, *, account: str | 
         "setup": _setup(request, profile),
         "additional_parameters": more,
     }
-    if request.tasks * request.nodes > 1:  # a rank that dies then ends the others
+    if request.tasks * request.nodes > 1:  # if one rank fails, the others are ended too
         found["srun_args"] = ["--kill-on-bad-exit=1"]
     if profile.memory_option:
         found["mem"] = f"{request.ram}G"
@@ -245,12 +247,12 @@ def parameters(name: str, request: Request, profile: Profile, *, account: str | 
 
 
 def _setup(request: Request, profile: Profile) -> list[str]:
-    """Return the lines of shell before the work: modules, no network, threads, and the address where ranks meet."""
+    """Return the shell commands before the work: modules, offline mode, threads, and the address of rank 0."""
     lines = [f"module load {shlex.join(profile.modules)}"] if profile.modules else []
     lines += ["export HF_HUB_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TOKENIZERS_PARALLELISM=false"]
     if profile.internet != "full":
         lines += ["export WANDB_MODE=offline"]
-    # a site may start jobs with an empty environment, or with caches of their own
+    # a site may start jobs with an empty environment, or with other cache folders
     lines += [f"export {name}={shlex.quote(value)}" for name, value in _places().items()]
     # since Slurm 22.05, srun does not inherit --cpus-per-task from sbatch
     lines += ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK"]
@@ -263,13 +265,12 @@ def _setup(request: Request, profile: Profile) -> list[str]:
 
 
 def _places() -> dict[str, str]:
-    """Return the variables that name the folders of models and data."""
     found = {"HF_HOME": os.environ.get("HF_HOME") or str(user_cache() / "huggingface"), "TADISTILL_CACHE": str(cache_root())}
     return found | {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
 
 
 def script(folder: Path, elements: int, settings: dict[str, Any], *, python: str = sys.executable) -> str:
-    """Return the text that would be submitted, with `elements` in its array."""
+    """Return the text of the batch script; `elements` is the number of jobs in its array."""
     from submitit.slurm import slurm
 
     command = f"{shlex.quote(python)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
@@ -277,10 +278,10 @@ def script(folder: Path, elements: int, settings: dict[str, Any], *, python: str
 
 
 def send(folder: Path, work: Seq[Any], settings: dict[str, Any]) -> str:
-    """Submit callables as a job, or as an array if there are several; returns the id.
+    """Submit one callable as a job, or several as an array. Return the id of the job or array.
 
     Raises:
-        subprocess and submitit errors, with what sbatch said.
+        CalledProcessError, or an error of submitit: sbatch refused the job. It contains the output of sbatch.
     """
     import submitit
 

@@ -21,19 +21,19 @@ _COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "r
 
 @dataclass(frozen=True)
 class Row:
-    """One stage."""
+    """One row of the status table: the state of one stage."""
 
     label: str
     job: str
     state: str
-    """done, `not submitted`, `lost` (the job is unknown to Slurm), or else Slurm's word in lower case."""
+    """done, failed, `not submitted`, `lost` (Slurm no longer knows the job), or another state of Slurm in lower case."""
     elapsed: str
     last: str
-    """The newest line of the training log, or why the stage failed."""
+    """The newest line of the training log, or the reason why the stage failed or waits."""
 
 
 def rows(study: Path, store: Store) -> list[Row]:
-    """Return all stages of a study, in the plan's order."""
+    """Return one row per stage of a study, in the order of the plan."""
     stages = _stages(study)
     done = {s["key"] for s in stages if store.finished(s["key"])}
     found = {s["key"]: read_record(store, s["key"]) for s in stages}
@@ -62,17 +62,17 @@ def _row(stage: dict[str, Any], store: Store, record: Record | None, live: dict[
         return Row(label, job, "failed", gone[job].elapsed if job in gone else "", reason.read_text(encoding="utf-8").strip())
     if job in gone:
         return Row(label, job, gone[job].state.lower(), gone[job].elapsed, _metric(folder, stage))
-    return Row(label, job, "lost", "", "the job has left Slurm's memory; submit again")
+    return Row(label, job, "lost", "", "Slurm no longer knows this job; submit the study again")
 
 
 def again(verb: str, study: Path) -> str:
-    """Return a command on a study as it must be typed here."""
+    """Return the command `tadistill VERB STUDY`, with --runs if the study is not in the default runs directory."""
     place = "" if study.parent.resolve() == runs_directory().resolve() else f" --runs {study.parent}"
     return f"tadistill {verb} {study.name}{place}"
 
 
 def shortened(label: str, width: int) -> str:
-    """Return a stage's label without brackets, cut in the middle because it ends in the seed."""
+    """Return a stage's label without parentheses. If it is too long, it is cut in the middle, because its end names the seed."""
     text = re.sub(r" \([^)]*\)", "", label)
     if len(text) <= width:
         return text
@@ -81,7 +81,7 @@ def shortened(label: str, width: int) -> str:
 
 
 def show(study: Path, store: Store, width: int) -> Group:
-    """Return the table, `width` columns wide, and what to do next."""
+    """Return the table of stages, `width` columns wide, the number of stages in each state, and advice on the next command."""
     found = rows(study, store)
     table = Table(box=None, title=study.name, title_justify="left", expand=True)
     for column, least in {"stage": 24, "job": 8, "state": 9, "elapsed": 7, "last": 10}.items():
@@ -96,20 +96,20 @@ def show(study: Path, store: Store, width: int) -> Group:
 
 def _advice(counts: Counter[str], study: Path) -> str:
     if set(counts) == {"done"}:
-        return f"all stages are done: {again('report', study)}"
+        return f"all stages are done; write the report with {again('report', study)}"
     if {"pending", "running", "configuring", "requeued"} & set(counts):
-        return f"jobs are queued; {again('cancel', study)} ends them"
-    return "nothing is queued; the same `tadistill submit` goes on with what is missing"
+        return f"jobs are queued or running; cancel them with {again('cancel', study)}"
+    return "no job is queued; run the same `tadistill submit` again to submit the missing stages"
 
 
 def cancel(study: Path, store: Store) -> int:
-    """Cancel the jobs that a study submitted; returns how many there were.
+    """Cancel the jobs that a study submitted, and return their number.
 
-    A running stage saves its state first; a later submission resumes it. Another study that waits for one of the jobs must be submitted
-    again.
+    A running stage saves its state first, and a later submission resumes it. If another study waits for one of these jobs, submit that
+    study again.
     """
     queued = queue.queued()
-    # finished stages count too: segments of their chains may be left
+    # finished stages are included, because segments of their chains may still be queued
     found = [record for s in _stages(study) if (record := read_record(store, s["key"])) and record.study == study.name]
     jobs = {entry.id for record in found for entry in record.entries(queued)}
     queue.cancel(jobs | {entry.id for entry in queued.values() if entry.name == report_name(study)})
@@ -121,17 +121,17 @@ def _stages(study: Path) -> list[dict[str, Any]]:
     fix = "submit the recipe again to rewrite it"
     content = read_json(path, fix=fix)
     if not isinstance(content, dict) or "stages" not in content:
-        raise damaged(path, "it lists no stages", fix)
+        raise damaged(path, "it has no list of stages", fix)
     return content["stages"]
 
 
 def _metric(folder: Path, stage: dict[str, Any]) -> str:
-    """Return the last line of a training stage's log, in words."""
+    """Return the last complete line of a training stage's log as text: updates, loss and dev metrics."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return ""
     lines = path.read_text(encoding="utf-8").splitlines()
-    for line in reversed(lines):  # the last one may be half written
+    for line in reversed(lines):  # the last line may be incomplete
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -142,7 +142,6 @@ def _metric(folder: Path, stage: dict[str, Any]) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    """Format seconds as Slurm does."""
     if seconds is None:
         return ""
     minutes, rest = divmod(int(seconds), 60)

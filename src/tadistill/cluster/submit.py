@@ -1,7 +1,7 @@
-"""`tadistill submit`: a study's missing stages become Slurm jobs, all at once; no process has to stay alive for them.
+"""`tadistill submit`: submit all missing stages of a study as Slurm jobs at once. No process has to keep running on the login node.
 
-Finished stages are skipped, queued ones are waited for, and the rest is submitted. A second submission therefore submits nothing, and one
-after a failure submits the branch that failed.
+Finished and queued stages are not submitted again. A second submission therefore submits nothing. After a failure, it submits the failed
+stages and the stages that depend on them.
 """
 
 import os
@@ -33,12 +33,12 @@ from tadistill.plan.task import make_task
 from tadistill.runner.study import save_plan
 from tadistill.store import store_of
 
-_WAIT = 120  # seconds for another submission to end
+_WAIT = 120  # seconds to wait for another submission to end
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A job or an array that was submitted, or would be."""
+    """A job or an array that was submitted, or that a dry run would submit."""
 
     id: str
     jobs: tuple[Job, ...]
@@ -46,22 +46,21 @@ class Sent:
 
     @property
     def request(self) -> Request:
-        """Return what it asks Slurm for."""
         return self.jobs[0].request
 
     @property
     def text(self) -> str:
-        """Return its stages in one line."""
+        """Return a description of its stages in one line."""
         first = self.jobs[0].stages[0].label
         more = f" and {len(self.jobs[0].stages) - 1} more" if len(self.jobs[0].stages) > 1 else ""
         return f"{first}{more}{f', {len(self.jobs)} seeds' if len(self.jobs) > 1 else ''}"
 
 
 class Submission:
-    """One submission of one plan."""
+    """The submission of one plan to one site."""
 
     def __init__(self, plan: Plan, profile: Profile, runs: Path, *, account: str | None):
-        """Prepare the submission. Raises ConfigError if the account or the place of the runs is wrong."""
+        """Prepare the submission. Raises ConfigError if the account is wrong or jobs cannot write to the runs directory."""
         self.plan, self.profile, self.store = plan, profile, store_of(runs.resolve())
         self.study, self.account = runs.resolve() / plan.recipe.study, _account(profile, account)
         _check_place(profile, runs)
@@ -71,15 +70,15 @@ class Submission:
 
     @property
     def todo(self) -> list[str]:
-        """Return the stages that the store lacks now."""
+        """Return the keys of the stages that are not finished."""
         return [key for key in self.plan.stages if not self.store.finished(key)]
 
     def jobs(self, keys: list[str]) -> list[Job]:
-        """Return the jobs of these stages."""
+        """Group the stages `keys` into jobs, each with its request."""
         return [Job(stages, self.requests.of(stages), depth) for depth, stages in bundles(self.plan.stages, keys)]
 
     def scripts(self) -> Iterator[tuple[Sent, str]]:
-        """Yield every job that would be submitted if nothing were queued, with its batch script; ids are @1, @2 …"""
+        """Yield every job that a submission to an empty queue would submit, and its batch script. The ids are @1, @2 and so on."""
         places: dict[str, Place] = {}
         number = 0
         for family in families(self.jobs(self.todo)):
@@ -90,11 +89,11 @@ class Submission:
                 yield sent, sbatch.script(jobs_folder(self.study), self._elements(sent), sent.settings)
 
     def run(self, ready: Callable[[bool], None], tell: Callable[["Sent"], None]) -> tuple[list[Sent], int]:
-        """Submit. Returns what was sent, and how many stages are queued by earlier submissions.
+        """Submit the jobs. Return them, and the number of stages that earlier submissions have queued.
 
         Args:
-            ready: called before the first job; its argument is True if there is one.
-            tell: called with every job that was submitted.
+            ready: called before the first job is submitted; its argument is False if there is no job to submit.
+            tell: called with every job after it was submitted.
 
         Raises:
             ConfigError: the site would refuse a job, or another submission is running.
@@ -128,7 +127,7 @@ class Submission:
     def _arrays(self, family: list[Job], places: dict[str, Place]) -> list[tuple[list[Job], str | None]]:
         if not self._chain:
             return arrays(family, places)
-        # an array is the chain of one job's segments; a segment that hits its time limit may come before one that ends well
+        # the array contains one job's segments; a segment may end at its time limit before a later segment completes (so afterany)
         parts = [part for job in family for part in arrays([job], places)]
         return [(members, dependency and dependency.replace("afterok:", "afterany:")) for members, dependency in parts]
 
@@ -138,15 +137,14 @@ class Submission:
         return Sent(id, tuple(members), settings)
 
     def _elements(self, sent: Sent) -> int:
-        """Return the number of segments of a chain, or of jobs in an array."""
+        """Return the number of elements in the array: a chain's segments, or the jobs."""
         return self._segments(sent.request) if self._chain else len(sent.jobs)
 
     def _segments(self, request: Request) -> int:
-        # twice the estimate and one more: estimates are guesses, and segments after the end take seconds
+        # twice the estimate plus one, because estimates are uncertain and unneeded segments end within seconds
         return 2 * request.pieces + 1
 
     def _places(self, sent: Sent) -> dict[str, Place]:
-        """Return the place in Slurm of each stage of a submitted job."""
         array = len(sent.jobs) > 1
         return {key: Place(sent.id, i if array else None) for i, job in enumerate(sent.jobs) for key in job.keys}
 
@@ -168,11 +166,12 @@ class Submission:
         except (subprocess.CalledProcessError, FailedJobError, FailedSubmissionError) as error:
             said = " ".join(str(getattr(error, "stderr", None) or error).split())
             raise StageFailed(
-                f"{self.profile.name} refused the job for {text}: {said}. What was submitted before stays; correct it and submit again"
+                f"{self.profile.name} refused the job for {text}: {said}. "
+                "Jobs that were submitted before stay queued. Correct the cause and submit again"
             ) from error
 
     def _report(self, places: dict[str, Place], queued: dict[str, queue.Entry]) -> None:
-        """Submit a job that writes the report once all others have ended, failed or not; cancel an earlier one that still waits."""
+        """Submit a job that writes the report after all others have ended or failed. Cancel an earlier report job that still waits."""
         request, name = self.requests.report(), report_name(self.study)
         if request is None:
             return
@@ -187,20 +186,22 @@ class Submission:
         number = sum(self._segments(job.request) if self._chain else 1 for job in jobs) + 1  # the report
         if jobs and queued + number > self.profile.max_jobs:
             raise ConfigError(
-                f"{number} jobs and the {queued} that are queued exceed the {self.profile.max_jobs} that a user may have on "
+                f"{number} new jobs and {queued} queued jobs are more than the {self.profile.max_jobs} that a user may have on "
                 f"{self.profile.name}; submit fewer seeds or arms at a time (seeds=[10]), or wait"
             )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other submissions to the store waiting, so that they see the jobs of this one."""
+        """Lock the store for submissions, so that another submission waits and then sees this one's jobs."""
         seconds = 0
 
         def waiting() -> None:
             nonlocal seconds
             seconds += 1  # called once a second
             if seconds > _WAIT:
-                raise ConfigError(f"another `tadistill submit` to {self.store.root} is running; wait until it has ended")
+                raise ConfigError(
+                    f"another `tadistill submit` to the store {self.store.root} is running; wait until it has ended, then submit again"
+                )
 
         lock = self.store.acquire("submit", waiting)
         try:
@@ -210,12 +211,12 @@ class Submission:
 
 
 def _account(profile: Profile, given: str | None) -> str | None:
-    """Return the account to charge. Raises ConfigError if there is none, the environment has another, or the site does not know it."""
+    """Return the account to charge. Raises ConfigError if it is missing, differs from the environment's, or the site does not know it."""
     environment = {name: os.environ[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if os.environ.get(name)}
     for name, value in environment.items():
         if given and value != given:
             raise ConfigError(
-                f"--account is {given}, but {name}={value} in the environment wins over it; unset {name}, or leave --account out"
+                f"--account is {given}, but {name}={value} in the environment overrides it; unset {name}, or leave --account out"
             )
     account = given or next(iter(environment.values()), None)
     if profile.account and account is None:
@@ -224,7 +225,7 @@ def _account(profile: Profile, given: str | None) -> str | None:
         )
     if profile.account and not re.fullmatch(profile.account, account or ""):
         raise ConfigError(
-            f"account `{account}` does not look like one of {profile.name} (for instance {_example(profile)}); correct --account"
+            f"account `{account}` does not look like an account of {profile.name} (for instance {_example(profile)}); correct --account"
         )
     return account
 
@@ -234,17 +235,17 @@ def _example(profile: Profile) -> str:
 
 
 def _check_place(profile: Profile, runs: Path) -> None:
-    """Check that the runs directory (and the current folder, if the site cares) is where jobs may write."""
+    """Check that jobs can write to the runs directory, and that the site accepts submissions from the current folder."""
     if profile.home == "writable":
         return
     closed = [Path.home().resolve()]
     if profile.home == "read-only":
         closed += [Path("/project"), Path(os.environ.get("PROJECT") or "/project").resolve()]
-    looked_at = {"runs are": runs.resolve()} | ({"this folder is": Path.cwd()} if profile.home == "no-jobs" else {})
+    looked_at = {"the runs directory is": runs.resolve()} | ({"this folder is": Path.cwd()} if profile.home == "no-jobs" else {})
     for what, path in looked_at.items():
         if any(path.is_relative_to(folder) for folder in closed):
             rule = "home and project folders are read-only in jobs" if profile.home == "read-only" else "jobs cannot be submitted from home"
-            raise ConfigError(f"{what} {path}, but on {profile.name} {rule}; change to $SCRATCH, or set --runs to a folder there")
+            raise ConfigError(f"{what} {path}, but on {profile.name} {rule}; change to $SCRATCH, or set --runs to a folder in $SCRATCH")
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
@@ -253,15 +254,17 @@ def _check_place(profile: Profile, runs: Path) -> None:
 def submit(
     recipe: Recipe, *, text: str, command: str, cluster: str | None, account: str | None, runs: Path, dry_run: bool, console: Console
 ) -> None:
-    """Submit the stages that the store lacks, or print the scripts.
+    """Submit the stages of a recipe that are not finished, or, with `dry_run`, print the batch scripts.
 
     Raises:
-        ConfigError: the recipe, the profile or the account is wrong, something is not fetched, or the site would refuse a job.
+        ConfigError: the recipe, the profile or the account is wrong, a model or data set is not downloaded, or the site would refuse a job.
         StageFailed: sbatch refused a job.
     """
     profile = profiles.load(_cluster(cluster))
     if not recipe.arms:
-        raise ConfigError(f"{recipe.study} has no arms, so there is nothing to submit; add arms, or look for a path: `tadistill search`")
+        raise ConfigError(
+            f"study {recipe.study} has no arms, so there is nothing to submit; add arms, or search for a path with `tadistill search`"
+        )
     if absent := missing(recipe, runs):
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         raise ConfigError(f"jobs have no network, and {absent[0]}{more}")
@@ -290,16 +293,20 @@ def submit(
     jobs, stages = sum(len(each.jobs) for each in sent), sum(len(job.stages) for each in sent for job in each.jobs)
     done = len(plan.stages) - waiting - stages
     console.print(
-        f"{recipe.study} on {profile.name}: {len(plan.stages)} stages, of them {done} done, {waiting} queued before, "
-        f"{stages} submitted as {jobs} jobs",
+        f"{recipe.study} on {profile.name}: {len(plan.stages)} stages: {done} done, {waiting} already queued, "
+        f"{stages} submitted now as {jobs} jobs",
         highlight=False,
     )
     study = runs / recipe.study
     if sent:
-        report = "a job writes the report when all have ended; " if submission.requests.report() else ""
+        report = (
+            "a job writes the report after all other jobs have ended; show their state with "
+            if submission.requests.report()
+            else "show the state of the jobs with "
+        )
         console.print(f"{report}{again('status', study)}", highlight=False, soft_wrap=True)
     elif done == len(plan.stages):
-        console.print(f"all stages are done: {again('report', study)}", highlight=False, soft_wrap=True)
+        console.print(f"all stages are done; write the report with {again('report', study)}", highlight=False, soft_wrap=True)
 
 
 def _table() -> Table:
@@ -317,8 +324,7 @@ def _row(table: Table, sent: Sent, wide: int) -> None:
 
 
 def _cluster(given: str | None) -> str:
-    """Return --cluster, else the Alliance's own variable."""
     name = given or os.environ.get("CC_CLUSTER")
     if not name:
-        raise ConfigError(f"--cluster is not given; use one of {', '.join(profiles.names())}, or a YAML file of your own (docs/cluster.md)")
+        raise ConfigError(f"--cluster is not given; use one of {', '.join(profiles.names())}, or write a YAML file (docs/cluster.md)")
     return name

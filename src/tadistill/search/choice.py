@@ -31,7 +31,6 @@ class Tried:
 
     @property
     def mean(self) -> float:
-        """Mean dev value over seeds."""
         return float(np.mean(self.values))
 
 
@@ -59,7 +58,6 @@ class Choice:
 
     @property
     def path(self) -> ModelPath:
-        """The chosen path."""
         return self.tried[0].path
 
     @property
@@ -118,22 +116,23 @@ def choice_notes(choice: Choice, confirm: Path | None, runs: Path) -> list[str]:
     seeds = len(choice.tried[0].values)
     count = f"{choice.distillations} distillations"
     over = f"{seeds} seed{'s' * (seeds > 1)}"
-    notes = [f"{count}, {over}. The FLOPs of the search (C_search) are unknown, because the size of a model is unknown."]
+    notes = [f"The search needed {count} over {over}. Its FLOPs (C_search) are unknown, because the size of a model is unknown."]
     if choice.trained is not None and choice.discarded is not None and choice.direct is not None:
         notes = [
-            f"C_search: {count} and the stages they depend on took {choice.trained:.3g} FLOPs over {over} "
-            f"({choice.trained / (seeds * choice.direct):.2f} × direct); the chosen path does not use {choice.discarded:.3g} of them."
+            f"C_search: {count} and the stages that they depend on took {choice.trained:.3g} FLOPs over {over} "
+            f"({choice.trained / (seeds * choice.direct):.2f} × direct); "
+            f"{choice.discarded:.3g} of these FLOPs were for stages that the chosen path does not use."
         ]
     k, chance = choice.compared, choice.inflation()
     if k > 1:
         unit = "" if chance is None else f", here up to {chance:.2g}"
         notes.append(
-            f"The best of {k} equally good paths stands out by {expected_best_of(k):.2f} standard errors by chance alone{unit}, so its dev "
-            "value above is too optimistic."
+            f"Chance alone raises the best of {k} equally good paths by {expected_best_of(k):.2f} standard errors{unit}, so the dev "
+            "value of the chosen path above is too optimistic."
         )
     if confirm is None:
         return [*notes, "The direct path is the best on dev, so there is no chain to confirm."]
-    return [*notes, f"Confirm the chain against direct training of equal compute, on new seeds: tadistill run {confirm} --runs {runs}"]
+    return [*notes, f"Compare the chain with direct training of equal compute on new seeds: tadistill run {confirm} --runs {runs}"]
 
 
 def _record(choice: Choice) -> dict[str, Any]:
@@ -176,7 +175,7 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
     }
     head = (
         f"# Is {chain} worth its compute? `tadistill search` chose it by dev {choice.metric}, as the best of {choice.compared} paths.\n"
-        "# The seeds are new, so luck in the search cannot help it here. `twin` is direct training with the chain's FLOPs.\n"
+        "# The seeds are new, so the result does not contain the luck of the search. `twin` is direct training with the chain's FLOPs.\n"
     )
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140)
 

@@ -41,7 +41,7 @@ def find_path(recipe: Recipe, *, runs: Path, console: Console) -> Choice:
     """
     if recipe.search is None:
         raise ConfigError(
-            f"{recipe.study} has no `search`; add search: {{teacher: xl, assistants: [l, m], student: s}} with models of the recipe"
+            f"study {recipe.study} has no `search`; add search: {{teacher: xl, assistants: [l, m], student: s}} with models of the recipe"
         )
     search = recipe.search
     check_lattice(recipe, search)
@@ -84,12 +84,12 @@ def check_lattice(recipe: Recipe, search: Search) -> None:
         temper = recipe.models[name].temper
         if temper and temper.like is not None:
             raise ConfigError(
-                f"{name} is tempered like arm {temper.like}, but a lattice of paths has no arms; give {name} a fixed tau, or leave it out"
+                f"model {name} is tempered like arm {temper.like}, but a search has no arms; give {name} a fixed tau, or leave {name} out"
             )
     paths = count_paths(len(search.assistants), search.max_assistants)
     if paths > MOST_PATHS:
         raise ConfigError(
-            f"{len(search.assistants)} assistants make {paths:,} paths, and at most {MOST_PATHS} are supported; "
+            f"{len(search.assistants)} assistants make {paths:,} paths, but a search supports at most {MOST_PATHS}; "
             "lower search.max_assistants, or name fewer assistants"
         )
 
@@ -106,12 +106,12 @@ def _check_metric(recipe: Recipe, search: Search) -> str:
         metric = _method(recipe, name).select.metric
         if metric in NOT_COMPARABLE:
             raise ConfigError(
-                f"{name} is selected by {metric}, which {NOT_COMPARABLE[metric]}, so paths cannot be compared by it; "
+                f"model {name} is selected by {metric}, which {NOT_COMPARABLE[metric]}, so it cannot compare paths; "
                 "set select.metric to loss, rouge_l or fact_accuracy"
             )
         if metric != student:
             raise ConfigError(
-                f"{name} is selected by {metric} and {search.student} by {student}, so their values cannot be compared; "
+                f"model {name} is selected by {metric} and {search.student} by {student}, so their values cannot be compared; "
                 "set the same select.metric for both"
             )
     return student
@@ -124,7 +124,7 @@ def check_order(recipe: Recipe, search: Search) -> None:
         big, small = ledger.size(above), ledger.size(below)
         if big and small and small.total > big.total:
             raise ConfigError(
-                f"search goes from big to small, but {below} ({small.total:,} parameters) follows {above} ({big.total:,}); "
+                f"models of a search must go from big to small, but {below} ({small.total:,} parameters) follows {above} ({big.total:,}); "
                 "order teacher, assistants and student by size"
             )
 
@@ -134,7 +134,9 @@ def path_arms(paths: Sequence[ModelPath]) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for path in paths:
         if (name := path_name(path)) in arms:
-            raise ConfigError(f"the paths {arms[name].text} and {path_text(path)} are both called {name}; rename a model")
+            raise ConfigError(
+                f"the paths {arms[name].text} and {path_text(path)} are both called {name}; rename a model so that the names differ"
+            )
         arms[name] = Arm(path=(path,))
     return arms
 
@@ -155,14 +157,14 @@ def affordable(search: Search, flops: Mapping[ModelPath, float | None]) -> Latti
     if len(costs) < len(flops):
         raise ConfigError(
             f"search.budget is {search.budget:g}, but the size of a model is unknown (only gpt2, opt, llama, mistral, qwen2, qwen3 are "
-            "counted); leave out the budget"
+            "counted); leave out search.budget"
         )
     budget = search.budget
     lattice = _lattice(search, cost=costs.__getitem__, budget=budget)
     if not lattice.paths or (search.strategy == "single" and all(len(path) > 3 for path in lattice.paths)):
         cheapest = min(costs, key=costs.__getitem__)
         raise ConfigError(
-            f"search.budget is {budget:g} × the FLOPs of the direct path, and no path is that cheap: the cheapest, "
+            f"search.budget is {budget:g} × the FLOPs of the direct path, but no allowed path is that cheap: the cheapest, "
             f"{path_text(cheapest)}, costs {costs[cheapest]:.2f} × direct; raise the budget"
         )
     return lattice

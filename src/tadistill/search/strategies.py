@@ -69,7 +69,7 @@ def make_lattice(
     """
     nodes = (teacher, *assistants, student)
     if len(set(nodes)) < len(nodes):
-        raise ValueError(f"the models {', '.join(nodes)} are not all different")
+        raise ValueError(f"the models of a lattice must be distinct, but {', '.join(nodes)} are not all different")
     most = len(assistants) if max_assistants is None else min(max_assistants, len(assistants))
     paths = [(teacher, *chosen, student) for k in range(most + 1) for chosen in combinations(assistants, k)]
     return Lattice(nodes, tuple(p for p in paths if cost is None or cost(p) <= budget))
@@ -162,7 +162,7 @@ def single(lattice: Lattice) -> Strategy:
     """Train the direct path and all paths with one assistant: 2n + 1 trainings. Raises ValueError if the lattice has no such path."""
     paths = tuple(path for path in lattice.paths if len(path) <= 3)
     if not paths:
-        raise ValueError("no path with at most one assistant may be tried")
+        raise ValueError("the strategy `single` needs a path with at most one assistant, but the lattice has none")
     return (yield from _best_of(lattice, paths))
 
 
@@ -199,7 +199,7 @@ def beam(lattice: Lattice, *, width: int) -> Strategy:
         for path in asked:
             ways[path[-1]].append(path)
     if not ways[student]:
-        raise ValueError("no path to the student was reached")
+        raise ValueError("the lattice has no path from teacher to student")
     return _ranked(lattice, ways[student], quality)[0]
 
 
@@ -228,7 +228,6 @@ def _best_of(lattice: Lattice, paths: tuple[ModelPath, ...]) -> Strategy:
 
 
 def _ranked(lattice: Lattice, paths: Sequence[ModelPath], quality: Quality) -> list[ModelPath]:
-    """Return the paths sorted by quality, best first; ties are broken in the order of `Lattice.paths`."""
     place = {node: i for i, node in enumerate(lattice.nodes)}
     return sorted(paths, key=lambda path: (-quality[path], len(path), [place[node] for node in path]))
 

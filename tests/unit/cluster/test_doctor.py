@@ -24,7 +24,7 @@ USAGE = """                            Description                Space         
 
 def test_python():
     assert doctor.python("3.12.1", ">=3.11").state == "ok"
-    assert doctor.python("3.10.9", ">=3.11").fix == "make the environment with a Python >=3.11"
+    assert doctor.python("3.10.9", ">=3.11").fix == "create the environment again with a Python version >=3.11"
 
 
 def test_packages(monkeypatch):
@@ -101,7 +101,7 @@ def test_modules(monkeypatch):
     assert (absent.state, absent.found) == ("warning", "not loaded: gcc, arrow/23.0.1")
     assert doctor.modules((), {}).state == "ok"
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    assert doctor.modules(wanted, {}).fix.startswith("module load StdEnv/2023 gcc arrow/23.0.1, before")
+    assert doctor.modules(wanted, {}).fix.startswith("run module load StdEnv/2023 gcc arrow/23.0.1 before")
 
 
 def test_quota(programs, tmp_path):
@@ -140,7 +140,7 @@ def test_store(tmp_path):
 
 def test_a_lock_that_holds_nobody_off_is_a_problem(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "FileLock", lambda path, timeout: contextlib.nullcontext())
-    assert doctor.store(tmp_path)[1].found == "a second process takes a lock that is held"
+    assert doctor.store(tmp_path)[1].found == "a second process can take a lock that another process has"
 
 
 def test_a_clock_that_is_off_is_told(tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_clock_that_is_off_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.time, "time", lambda: real() - 60)
     clock = doctor.store(tmp_path)[2]
     assert clock.state == "warning"
-    assert re.match(r"the disk's is \+(59\.9|60\.\d) s off", clock.found)
+    assert re.match(r"the disk's clock is \+(59\.9|60\.\d) s off", clock.found)
 
 
 def test_data_root(tmp_path):

@@ -169,7 +169,7 @@ def test_fetch_records_commits_and_then_needs_no_network(cache, tmp_path, model_
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
     asked.clear()
-    assert run(tmp_path / "runs").count("was here") == 3
+    assert run(tmp_path / "runs").count("already here") == 3
     assert asked == []
     (cache / "datasets--org--set" / "snapshots" / ONE / "README.md").unlink()  # the record knows what belongs to it
     assert [line[:18] for line in fetch.missing(recipe(), tmp_path / "runs")] == ["data set `org/set`"]
@@ -182,7 +182,7 @@ def test_a_revision_that_moved_is_told(cache, tmp_path, model_files):
     lay_all(cache, model_files, TWO)
     told = fetch.moved(recipe(), tmp_path)
     assert len(told) == 3
-    assert told[0].startswith("model org/teacher: `main` has moved, 111111111111 -> 222222222222; ")
+    assert told[0].startswith("model org/teacher: revision `main` has moved from commit 111111111111 to 222222222222; ")
     assert told[0] in run(tmp_path).splitlines()
     assert fetch.moved(recipe(), tmp_path) == []  # told once, and recorded
 

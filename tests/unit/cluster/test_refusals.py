@@ -27,14 +27,14 @@ def scripts(site: str, *resources: str, account: str = "def-prof", runs: Path = 
 @pytest.mark.parametrize(
     ("site", "resources", "message"),
     [
-        ("narval", "sft: {gpu: h100}", "gpu is `h100`, which narval has not; it has a100, a100_3g.20gb"),
-        ("fir", "sft: {gpu: h100_3g.40gb}", "it has h100, nvidia_h100_80gb_hbm3_3g.40gb"),  # long names only
+        ("narval", "sft: {gpu: h100}", "gpu is `h100`, but narval has no such GPU; use one of a100, a100_3g.20gb"),
+        ("fir", "sft: {gpu: h100_3g.40gb}", "use one of h100, nvidia_h100_80gb_hbm3_3g.40gb"),  # long names only
         ("rorqual", "sft: {gpu: h100_3g.40gb, processes: 2}", "a job has one slice"),
         ("rorqual", "sft: {processes: 8}", "a node of rorqual has 4 x h100; raise nodes"),
         ("rorqual", "sft: {gpu: h100, cpus: 65}", "65 cores on a node, but rorqual gives at most 64"),
         ("rorqual", "sft: {gpu: h100_1g.10gb, memory: 31}", "31 GB of memory on a node, but rorqual gives at most 15"),
-        ("trillium", "sft: {hours: 25}", "hours is 25, but a job on trillium has 0.25 to 24"),
-        ("narval", "sft: {hours: 0.5}", "hours is 0.5, but a job on narval has 1 to 168"),
+        ("trillium", "sft: {hours: 25}", "hours is 25, but a job on trillium takes 0.25 to 24"),
+        ("narval", "sft: {hours: 0.5}", "hours is 0.5, but a job on narval takes 1 to 168"),
         ("local", "sft: {gpu: h100}", "profile local names no GPUs"),
         ("narval", "sft: {processes: 3}", "optim.batch 64 is not a multiple of the 3 processes"),
     ],
@@ -47,7 +47,9 @@ def test_requests(site, resources, message):
 def test_a_model_that_fits_nowhere_says_how_to_spread_it():
     big = "models.xl.config={n_embd: 4096, n_layer: 40, n_head: 32, n_positions: 1024}"
     plan = make_plan(load(RECIPE, [big]))
-    with pytest.raises(ConfigError, match=r"sft xl, seed 10 needs about \d+ GB on a device, but the largest of narval has 40; spread it"):
+    with pytest.raises(
+        ConfigError, match=r"sft xl, seed 10 needs about \d+ GB on a device, but the largest of narval has 40 GB; spread it"
+    ):
         list(Submission(plan, profile.load("narval"), Path("/scratch/runs"), account="def-prof").scripts())
     spread = load(RECIPE, [big, "resources={sft xl: {processes: 4, parallel: fsdp}, default: {teacher: offloaded}}"])
     text = next(t for sent, t in Submission(make_plan(spread), profile.load("rorqual"), Path("/scratch/r"), account="def-a").scripts())
@@ -66,10 +68,10 @@ def test_whole_nodes_are_rounded_up():
 def test_accounts(monkeypatch):
     with pytest.raises(ConfigError, match="narval needs an account; give --account NAME"):
         scripts("narval", account="")
-    with pytest.raises(ConfigError, match="account `def-prof` does not look like one of vulcan \\(for instance aip-PROF\\)"):
+    with pytest.raises(ConfigError, match="account `def-prof` does not look like an account of vulcan \\(for instance aip-PROF\\)"):
         scripts("vulcan")
     monkeypatch.setenv("SBATCH_ACCOUNT", "def-other")
-    with pytest.raises(ConfigError, match="SBATCH_ACCOUNT=def-other in the environment wins over it; unset SBATCH_ACCOUNT"):
+    with pytest.raises(ConfigError, match="SBATCH_ACCOUNT=def-other in the environment overrides it; unset SBATCH_ACCOUNT"):
         scripts("narval")
     assert all("--account=def-other" in text for _, text in scripts("narval", account=""))
 
@@ -78,7 +80,7 @@ def test_home_is_no_place_for_jobs(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=r"on trillium home and project folders are read-only in jobs; change to .SCRATCH"):
         scripts("trillium", runs=tmp_path / "runs")
-    with pytest.raises(ConfigError, match="runs are /project/u/runs, but on trillium"):
+    with pytest.raises(ConfigError, match="the runs directory is /project/u/runs, but on trillium"):
         scripts("trillium", runs=Path("/project/u/runs"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"this folder is .*, but on rorqual jobs cannot be submitted from home"):

@@ -117,7 +117,7 @@ def test_c_search_counts_every_stage_once(finished):
         sum(s.flops or 0 for k, s in plan.stages.items() if s.kind in ("sft", "distill") and k not in used)
     )
     assert "C_search: 12 distillations" in text
-    assert "stands out by" in text
+    assert "Chance alone raises the best of" in text
 
 
 def test_a_second_run_trains_nothing_and_writes_the_same(finished, monkeypatch):
