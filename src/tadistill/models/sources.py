@@ -180,9 +180,6 @@ def _converted(digest: str) -> Path:
     return files.cache_root() / "gguf" / f"{digest[:32]}-v1"
 
 
-# --- the hub ------------------------------------------------------------------------------------------------------------
-
-
 def _hub_cached(name: str, revision: str, weights: bool) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

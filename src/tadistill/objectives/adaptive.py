@@ -1,4 +1,4 @@
-"""Objectives that depend on the student's state: adaptive KL, TAID's moving target, DistiLLM-2's contrastive pair.
+"""Objectives that depend on the student's state: adaptive KL, TAID's moving target and DistiLLM-2's contrastive loss.
 
 The convention is that of `tadistill.objectives.divergence`: logits (..., V) in, (...) nats out; p is the teacher and q the student.
 """
@@ -17,7 +17,7 @@ _HEAD_GUESS = 256
 
 
 def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """Return w KL(p || q) + (1 - w) KL(q || p), where w is the share of sum_v |p - q| that lies on the teacher's head.
+    """Return w KL(p || q) + (1 - w) KL(q || p), where w is the fraction of sum_v |p - q| at the tokens of the teacher's head.
 
     The head is the smallest set of the teacher's most probable tokens with mass >= mu, including the token at which the mass crosses mu, as
     in the paper (the authors' code leaves that token out, and TAID's copy masks the wrong tokens). No gradient flows through w.
@@ -36,7 +36,7 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0
 
 
 def _head_weight(p: Tensor, q: Tensor, mu: float) -> Tensor:
-    """Return the head's share of sum_v |p - q|, of shape (...); the share is one half where p = q."""
+    # returns the fraction (...) of sum_v |p - q| at the head's tokens; one half where p = q
     width = p.shape[-1]
     k = min(_HEAD_GUESS, width)
     top, ids = p.topk(k)  # most heads are short, and sorting a whole vocabulary is slow on a CPU
@@ -49,11 +49,8 @@ def _head_weight(p: Tensor, q: Tensor, mu: float) -> Tensor:
     return torch.where(total > 0, (inside / total).clamp(max=1), 0.5) if mu < 1 else torch.ones_like(total)
 
 
-# --- TAID ---------------------------------------------------------------------------------------------------------------
-
-
 def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> Tensor:
-    """Return the logits of TAID's intermediate teacher, (1 - t) z_q + t z_p with the student's z_q detached, (..., V).
+    """Return the logits of TAID's intermediate teacher, (1 - t) z_q + t z_p of shape (..., V). The student's z_q is detached.
 
     t = 0 gives the student itself, t = 1 gives the teacher. Source: Shing et al. 2025 (TAID), Eq. 3.
     """
@@ -94,7 +91,7 @@ class TaidSchedule:
         self.t, self.momentum, self.previous = start, 0.0, math.nan
 
     def update(self, loss: float, step: int, steps: int) -> None:
-        """Update t. `loss` is the mean `taid` loss of the optimizer update just made, which is the `step`-th (from 1) of `steps`."""
+        """Update t. `loss` is the mean `taid` loss of the last optimizer update, whose number is `step` (from 1) of `steps`."""
         if not math.isnan(self.previous):
             delta = (self.previous - loss) / (self.previous + 1e-15)
             self.momentum = self.decay * self.momentum + (1 - self.decay) * delta
@@ -112,13 +109,10 @@ class TaidSchedule:
         self.t, self.momentum, self.previous = state["t"], state["momentum"], state["previous"]
 
 
-# --- DistiLLM-2 ---------------------------------------------------------------------------------------------------------
-
-
 def contrastive(
     student_logits: Tensor, teacher_logits: Tensor, from_teacher: Tensor, *, alpha: float | Tensor = 0.1, temperature: float = 1.0
 ) -> Tensor:
-    """Return DistiLLM-2's pair: `skew_forward_kl` on text of the teacher, `skew_reverse_kl` (mixture detached) on text of the student.
+    """Return DistiLLM-2's loss: `skew_forward_kl` on the teacher's text, and `skew_reverse_kl` (mixture detached) on the student's text.
 
     Args:
         student_logits, teacher_logits: (..., V).
@@ -130,7 +124,7 @@ def contrastive(
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     skew = torch.as_tensor(alpha, dtype=log_q.dtype, device=log_q.device)
     if not checks.is_deferred() and not bool(((skew >= 0) & (skew <= 1)).all()):
-        raise ConfigError(f"alpha is between {float(skew.min())} and {float(skew.max())}; it must be in [0, 1]")
+        raise ConfigError(f"alpha has values from {float(skew.min())} to {float(skew.max())}; they must be in [0, 1]")
     log_skew, log_rest = skew.log().clamp(min=LOG_ZERO).unsqueeze(-1), torch.log1p(-skew).clamp(min=LOG_ZERO).unsqueeze(-1)
     pulled = kl(log_p, torch.logaddexp(log_p + log_skew, log_q + log_rest))
     pushed = kl(log_q, torch.logaddexp(log_q.detach() + log_skew, log_p + log_rest))

@@ -1,7 +1,7 @@
-"""Checks shared by the objectives. Each error is one sentence that names the argument, its value and the range.
+"""Argument checks that all objectives use. Each error message names the argument, its value and the allowed range.
 
-The checks look for a NaN in the result (one value per token), never in the logits. So a check costs nothing on a CPU and one
-synchronisation on a GPU. Inside `deferred()` the caller makes this check, and can then check many tiles at once.
+The checks look for a NaN in the result (one value per token) and not in the logits. A check therefore costs almost nothing on a CPU, and
+one synchronisation on a GPU. Inside `deferred()` there is no such check; the caller then checks many tiles at once.
 """
 
 import math
@@ -20,7 +20,7 @@ _deferred = ContextVar("_deferred", default=False)
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Skip the checks that read tensors: inside this context, a NaN is returned and raises no error."""
+    """Skip the checks that read tensors. Inside this context, a NaN in the result raises no error."""
     token = _deferred.set(True)
     try:
         yield
@@ -29,19 +29,21 @@ def deferred() -> Iterator[None]:
 
 
 def is_deferred() -> bool:
-    """Return True if the caller makes the checks that read tensors."""
+    """Return True if the checks that read tensors are skipped: inside `deferred()`, and in code that torch compiles."""
     return _deferred.get() or torch.compiler.is_compiling()
 
 
 def pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    """Raise an error unless both tensors have the same shape (..., V) with V >= 1."""
+    """Raise a ConfigError unless both tensors have the same shape (..., V) with V >= 1."""
     if student_logits.shape != teacher_logits.shape:
         raise ConfigError(
             f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} differ in shape; "
             "cut both to the shared vocabulary and the same positions"
         )
     if student_logits.ndim == 0 or student_logits.shape[-1] == 0:
-        raise ConfigError(f"student_logits has shape {tuple(student_logits.shape)}; the last axis is the vocabulary, at least 1 wide")
+        raise ConfigError(
+            f"student_logits has shape {tuple(student_logits.shape)}; its last axis must be the vocabulary, with at least 1 token"
+        )
 
 
 def within(name: str, value: float, low: float, high: float) -> None:
@@ -68,5 +70,5 @@ def result(value: Tensor, **arguments: Tensor) -> Tensor:
         return value
     for name, argument in arguments.items():
         if bool((argument.isnan() | argument.isposinf()).any()):
-            raise ConfigError(f"{name} has NaN or +inf values; they must be numbers in [-inf, inf) (the model has diverged or overflowed)")
-    raise ConfigError(f"the divergence of {' and '.join(arguments)} overflowed; their finite values must stay within +-1e15")
+            raise ConfigError(f"{name} has NaN or +inf values, usually because the model has diverged; values must be finite or -inf")
+    raise ConfigError(f"the divergence of {' and '.join(arguments)} overflowed; their finite values must be between -1e15 and 1e15")

@@ -18,7 +18,7 @@ from torch import Tensor
 from tadistill.objectives import checks
 
 LOG_ZERO = -1e15
-"""Replaces log 0. It is below every real logit, and its square still fits into float32."""
+"""A finite value that replaces log 0. It is below every real logit, and its square does not overflow in float32."""
 
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -197,16 +197,13 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
     return checks.result(value, student_logits=student_logits, teacher_logits=teacher_logits)
 
 
-# --- shared by the objectives -------------------------------------------------------------------------------------------
-
-
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the precision that objectives work in: float64 for float64, float32 for everything else."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Return the values in the precision of `wide`."""
+    """Convert the values to the dtype that `wide` returns."""
     return values.to(wide(values.dtype))
 
 
@@ -217,7 +214,7 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def both_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Check the arguments that every divergence has, and return (log q, log p)."""
+    """Check the shapes and the temperature, and return the log-probabilities (log q, log p) of student and teacher."""
     checks.pair(student_logits, teacher_logits)
     checks.positive("temperature", temperature)
     return log_probs(student_logits, temperature), log_probs(teacher_logits, temperature)
@@ -236,7 +233,7 @@ def _through_softmax(q: Tensor, g: Tensor, mean: Tensor, temperature: float) -> 
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return sum_v a b without allocating a tensor for the products."""
+    # allocates no tensor for the products
     return torch.linalg.vecdot(a, b)
 
 

@@ -36,7 +36,6 @@ def alpha_beta(
 
 
 def _ab(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
-    """Return the alpha-beta divergence of log-probabilities (..., V), or its limit if alpha, beta or their sum is 0."""
     total, gap = alpha + beta, log_p - log_q
     if alpha == 0 and beta == 0:
         terms = gap.square() / 2
@@ -52,14 +51,13 @@ def _ab(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
     value = terms.sum(-1)
     if min(alpha, beta, total) < 0 and _overflowed(value, log_p, log_q):
         raise ConfigError(
-            f"alpha {alpha} and beta {beta} have a negative exponent and some probability is 0 (or nearly), where the "
+            f"alpha {alpha} and beta {beta} give a negative exponent, and a probability is so close to 0 that the "
             "divergence is undefined; use alpha >= 0 and beta >= 0"
         )
     return value
 
 
 def _overflowed(value: Tensor, *inputs: Tensor) -> bool:
-    """Return True if some value is not finite although no input is NaN."""
     broken = ~value.isfinite()
     for tensor in inputs:
         broken = broken & ~tensor.isnan().any(-1)
@@ -102,7 +100,6 @@ def alpha_mixture(
 
 
 def _assistant(log_p: Tensor, log_q: Tensor, alpha: float, lam: float) -> Tensor:
-    """Return the normalised log-probabilities log r."""
     if lam in (0, 1):
         return log_p if lam == 1 else log_q
     power = (1 - alpha) / 2

@@ -1,4 +1,4 @@
-"""The head fused into the loss: hidden states in, loss and gradients out, for any objective, without a [tokens, vocabulary] tensor.
+"""The LM head fused into the loss: from hidden states to loss and gradients, for any objective, without a [tokens, vocabulary] tensor.
 
     mean, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=mask / mask.sum(), beta=0.1)
     mean.backward()  # the mask includes the factor 1 / count, so no second copy of the head's gradient is made
@@ -32,7 +32,7 @@ from tadistill.tuning import TILE_BYTES
 # Number of elements of a small tile. On a CPU such a tile stays in the cache; on a GPU its work outweighs the launch of a kernel.
 _CACHED = {"cpu": 2**18}
 _STREAMED = 2**22
-# With more tokens in a tile, a matrix product gets no faster, and only the logits get larger.
+# More tokens in a tile make its matrix product no faster, only its logits larger.
 _ENOUGH = {"cpu": 384}
 
 Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
@@ -73,7 +73,7 @@ def fused_divergence(
     weights = torch.ones(student_hidden.shape[:-1], device=student_hidden.device) if mask is None else mask
     if weights.shape != student_hidden.shape[:-1]:
         raise ConfigError(
-            f"mask has shape {tuple(weights.shape)} but student_hidden {tuple(student_hidden.shape)}; give one value per token"
+            f"mask has shape {tuple(weights.shape)}, but student_hidden has {tuple(student_hidden.shape)}; give one value per token"
         )
     counted = weights != 0
     targets, mixture = _targets(student_hidden, teacher, mixture)
@@ -95,7 +95,7 @@ def fused_divergence(
 def fused_terms(
     terms: Sequence[Term], hidden: Tensor, head: Head, weights: Tensor, *, teachers: Sequence[Target] = (), vocab: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum several terms over the tokens: call `fused_head` with the terms' values, and with their slopes if all terms have slopes."""
+    """Sum several terms over the tokens with `fused_head`, which uses the terms' slopes (faster) if all terms have them."""
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
         return torch.stack([term.values(logits, targets, rows) for term in terms])
@@ -116,14 +116,14 @@ def fused_terms(
 def _targets(
     hidden: Tensor, teacher: Target | Sequence[Target], mixture: TargetMixture | None
 ) -> tuple[list[Target], TargetMixture | None]:
-    """Return the teachers that are used, with their mixture; teachers of weight 0 are left out."""
+    # leaves out teachers of weight 0
     targets = [teacher] if isinstance(teacher, Tensor | Hidden | TopK) else list(teacher)
     _same_tokens(hidden, targets)
     if not targets:
         raise ConfigError("teacher is an empty list; give at least one target")
     if mixture is None:
         if len(targets) > 1:
-            raise ConfigError(f"teacher has {len(targets)} targets and no mixture; give mixture=TargetMixture(kind, weights)")
+            raise ConfigError(f"teacher is a list of {len(targets)} targets, which need mixture=TargetMixture(kind, weights)")
         return targets, None
     mixture.check("teacher", len(targets))
     kept, left = mixture.kept()
@@ -140,7 +140,7 @@ def fused_head(
     teachers: Sequence[Target] = (),
     vocab: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum any losses on logits, several terms at once: sum_kn weights_kn values_kn, with the gradient taken tile by tile.
+    """Return the weighted sum of K terms over N tokens, sum_kn weights_kn values_kn. Compute loss and gradient tile by tile.
 
     Args:
         hidden: (N, H).
@@ -173,11 +173,10 @@ def _same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
     for target in teachers:
         found, expected = tuple(per_token(target).shape[:-1]), tuple(hidden.shape[:-1])
         if found != expected:
-            raise ConfigError(f"teacher has tokens {found} but student_hidden {expected}; give the same ones")
+            raise ConfigError(f"teacher has positions of shape {found}, but student_hidden has {expected}; give both for the same tokens")
 
 
 def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
-    """Return the number of tokens of the vocabulary that are used."""
     widths = [head.weight.shape[0]]
     widths += [t.head.weight.shape[0] if isinstance(t, Hidden) else t.shape[-1] for t in teachers if not isinstance(t, TopK)]
     if vocab is None and len(set(widths)) > 1:
@@ -189,8 +188,8 @@ def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
     return vocab or widths[0]
 
 
-# This is a context variable and not an argument: the meter of FLOPs counts every head that a training stage uses, also in sampling,
-# watching and evaluation, and all of them would have to pass the argument on.
+# This is a context variable and not an argument, because the FLOP meter counts every head that a training stage uses. Sampling, metrics and
+# evaluation would all have to pass the argument on.
 _watcher: ContextVar[Callable[[Head, int, int, bool], None] | None] = ContextVar("the watcher of all heads", default=None)
 
 
@@ -215,23 +214,19 @@ class _Plan:
     weights: Tensor
     teachers: tuple[Target, ...]
     width: int
-    autocast: torch.dtype | None
-    """Dtype of matrix products if the caller has autocast on."""
-    grad: bool
-    """True if the caller has gradients on. Inside an autograd function gradients are always off."""
+    autocast: torch.dtype | None  # dtype of matrix products, if the caller has autocast on
+    grad: bool  # True if the caller has gradients on; inside an autograd function they are always off
 
     def operand(self, states: Tensor, head: Head) -> Tensor:
-        """Return a head's matrix (width, H) in the dtype of its product with `states`."""
+        # the head's matrix (width, H) in the dtype of its product with `states`
         dtype = self.autocast if self.autocast and states.dtype != torch.float64 else states.dtype
         return head.weight.detach()[: self.width].to(dtype)
 
 
 class _FusedHead(torch.autograd.Function):
-    """Autograd function that computes loss and gradients in forward; backward multiplies the gradients by the incoming gradient."""
-
+    # forward computes loss and gradients, and backward scales the gradients
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
-        """Return the scalar sum and the values (K, N); keep the gradients of hidden, weight and bias."""
         needs = [plan.grad and need for need in ctx.needs_input_grad]
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _Gradients(hidden, weight if needs[1] else None, bias if bias is not None and needs[2] else None, needs[0])
@@ -243,16 +238,13 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Return the kept gradients times the gradient of the sum."""
-        # The incoming gradient is 1 if the caller's weights include every factor; then no second copy of the head's gradient is made.
+        # if the incoming gradient is 1 (the caller's weights include every factor), no second copy of the head's gradient is made
         grad = grad_outputs[0]
         whole = bool(grad == 1)
         return (*(g if g is None or whole else g * grad.to(g.dtype) for g in ctx.saved_tensors), None)
 
 
 class _Gradients:
-    """Accumulators of the requested gradients, in the precision of the products."""
-
     def __init__(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, of_hidden: bool):
         dtype = wide(hidden.dtype)
         self.hidden = torch.zeros_like(hidden, dtype=dtype) if of_hidden else None
@@ -261,7 +253,7 @@ class _Gradients:
         self.wanted = of_hidden or weight is not None or bias is not None
 
     def add(self, rows: slice, slope: Tensor, hidden: Tensor, operand: Tensor) -> None:
-        """Add the gradients of a tile; `slope` (n, width) is the gradient in the tile's logits before scale and cap."""
+        # slope (n, width): gradient in the tile's logits before scale and softcap
         width = slope.shape[1]
         narrow = slope.to(operand.dtype)
         if self.hidden is not None:
@@ -275,13 +267,12 @@ class _Gradients:
             self.bias[:width] += slope.sum(0)
 
     def result(self, of_hidden: torch.dtype, of_weight: torch.dtype) -> tuple[Tensor | None, ...]:
-        """Return the gradients in the order of the inputs and with their dtypes."""
         wanted = ((self.hidden, of_hidden), (self.weight, of_weight), (self.bias, of_weight))
         return tuple(None if g is None else g.to(dtype) for g, dtype in wanted)
 
 
 def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
-    """Process all tiles; return the weighted sum and the values (K, N)."""
+    # returns the weighted sum and the values (K, N)
     count, width, dtype = len(hidden), plan.width, wide(hidden.dtype)
     dense = [t for t in plan.teachers if isinstance(t, Hidden)]
     rows = _rows(count, (1 + len(dense)) * width * dtype.itemsize, _ENOUGH.get(hidden.device.type, count))
@@ -308,7 +299,7 @@ def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor
 
 
 def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, start: int, wanted: bool) -> Tensor:
-    """Return the values (K, n) of a small tile; overwrite the tile's logits with the gradient of the weighted sum."""
+    # returns the values (K, n) of a small tile, and overwrites its logits with the gradient of the weighted sum
     rows = slice(start + inside.start, start + inside.stop)
     targets = tuple(
         t.head.shape(tile[inside]) if isinstance(t, Hidden) else select(tile, inside)
@@ -332,13 +323,13 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
 
 
 def _rows(count: int, bytes_per_row: int, enough: int) -> int:
-    """Return the number of tokens of one tile, so that all tiles have about the same size within the budget."""
+    # tokens per tile, so that all tiles have about the same size within the budget
     most = max(1, min(TILE_BYTES // bytes_per_row, enough))
     return max(1, math.ceil(count / math.ceil(count / most))) if count else 1
 
 
 def _project(hidden: Tensor, operand: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Write hidden @ operand.T + bias into the first rows of `out`, and return these rows."""
+    # writes into the first rows of `out` and returns these rows
     logits = out[: len(hidden)]
     if operand.dtype == out.dtype:
         torch.mm(hidden, operand.t(), out=logits)

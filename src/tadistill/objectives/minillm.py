@@ -162,6 +162,5 @@ def single_step_with_slope(
 
 
 def _importance(logits: Tensor, tokens: Tensor, log_behaviour: Tensor, clip: float, weight: Tensor | None) -> Tensor:
-    """Return the clipped ratio of the tokens times the weight, (...)."""
     ratio = clipped_ratio(token_log_probs(logits, tokens), log_behaviour, clip=clip)
     return ratio if weight is None else weight * ratio

@@ -1,4 +1,4 @@
-"""Losses of the text's tokens: cross-entropy, and estimators of the KL from sampled tokens.
+"""Losses that use only the log-probabilities of the text's tokens: cross-entropy, and estimators of the KL from sampled tokens.
 
 All functions take at least float32 and return one value per token, without mask or reduction. MiniLLM's loss is in `minillm`.
 """
@@ -67,7 +67,7 @@ def token_loss_with_slope(student_logits: Tensor, tokens: Tensor, loss: Callable
 
 @dataclass(frozen=True)
 class TokenTerm:
-    """Addend of a batch's loss, for `fused_terms`: a function of the log-probabilities of the batch's tokens."""
+    """One term of a batch's loss, for `fused_terms`: a function of the log-probabilities of the batch's tokens."""
 
     name: str
     loss: Callable[..., Tensor]
@@ -84,7 +84,7 @@ class TokenTerm:
         return self._loss(token_log_probs(logits, self.tokens[rows]), rows)
 
     def has_slope(self, teachers: Sequence[Any]) -> bool:
-        """Return True, because `with_slope` can always be called."""
+        """Return True: `with_slope` works for any teachers."""
         return True
 
     def with_slope(self, logits: Tensor, teachers: Sequence[Any], rows: slice) -> tuple[Tensor, Tensor]:

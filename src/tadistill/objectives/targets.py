@@ -88,8 +88,8 @@ class TargetMixture:
     """Several teachers as one target distribution (dense guidance).
 
     The mean of the reverse KLs to all teachers is the reverse KL to their geometric mixture up to a constant: sum_k w_k KL(q || p_k) =
-    KL(q || p_geo) - log Z. Z does not depend on q at a given prefix. (Over sequences sampled from q, Z does; the term is dropped here.) The
-    mean of the forward KLs is, up to a constant, the forward KL from the arithmetic mixture.
+    KL(q || p_geo) - log Z. At a given prefix Z does not depend on q. Over sequences sampled from q it does, but this term is left out.
+    The mean of the forward KLs is, up to a constant, the forward KL from the arithmetic mixture.
 
     Source: Son et al. 2021 (DGKD) for dense guidance and its stochastic dropping; the identities are in docs/objectives.md.
     """
@@ -109,7 +109,7 @@ class TargetMixture:
             raise ConfigError(f"drop is {self.drop}; it must be in [0, 1)")
 
     def drawn(self, generator: np.random.Generator) -> "TargetMixture":
-        """Return the mixture of one batch: each teacher is left out with probability `drop`; if none is left, the draw is repeated.
+        """Draw the mixture for one batch. Each teacher is left out with probability `drop`; if no teacher remains, the draw is repeated.
 
         A teacher that is left out has weight 0 and needs no forward pass. Every rank must draw from the same generator.
         """
@@ -121,10 +121,10 @@ class TargetMixture:
     def check(self, name: str, count: int) -> None:
         """Raise an error unless the argument `name` has one entry per weight."""
         if count != len(self.weights):
-            raise ConfigError(f"the mixture has {len(self.weights)} weights but {name} has {count} entries; give one each")
+            raise ConfigError(f"the mixture has {len(self.weights)} weights but {name} has {count} entries; give one entry per weight")
 
     def kept(self) -> tuple[list[int], "TargetMixture | None"]:
-        """Return the indices of the teachers with a weight above 0, and their mixture, which is None for a single teacher."""
+        """Return the indices of the teachers with a weight above 0, and the mixture of these teachers (None if there is only one)."""
         which = [k for k, w in enumerate(self.weights) if w > 0]
         return which, TargetMixture(self.kind, tuple(self.weights[k] for k in which)) if len(which) > 1 else None
 
@@ -182,7 +182,9 @@ class TopK:
     def check(self, width: int) -> None:
         """Raise an error unless all ids are in a vocabulary of `width` tokens."""
         if self.ids.numel() and not checks.is_deferred() and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < width:
-            raise ConfigError(f"ids run from {int(self.ids.min())} to {int(self.ids.max())}; they must be in [0, {width - 1}]")
+            raise ConfigError(
+                f"the token ids of a top-k target run from {int(self.ids.min())} to {int(self.ids.max())}; they must be in [0, {width - 1}]"
+            )
 
     def align(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return the student's and the teacher's logits on the common support, (..., K) or (..., K + 1), for a divergence at temperature 1.
@@ -196,14 +198,14 @@ class TopK:
         if self.ids.shape[:-1] != student_logits.shape[:-1] or self.ids.shape != self.log_probs.shape:
             raise ConfigError(
                 f"student_logits {tuple(student_logits.shape)}, ids {tuple(self.ids.shape)} and log_probs {tuple(self.log_probs.shape)} "
-                "do not belong together; all but the last axis must be equal, and ids and log_probs of one shape"
+                "do not match; ids and log_probs must have the same shape, and all three the same axes before the last"
             )
         self.check(width)
         if self.tail is None:
             return at_least_float32(student_logits).gather(-1, self.ids) / temperature, self.log_probs / temperature
         if temperature != 1.0:
             raise ConfigError(
-                f"temperature is {temperature} with a lumped tail, whose mass is known at 1 only; use temperature 1, or drop the tail"
+                f"temperature is {temperature}, but the mass of a lumped tail is known at temperature 1 only; use 1, or tail='drop'"
             )
         log_q = log_probs(student_logits)
         if self.ids.shape[-1] == width:
@@ -232,7 +234,7 @@ def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Ta
 
 @dataclass(frozen=True)
 class TeacherTerm:
-    """Addend of a batch's loss, for `fused_terms`: a divergence to the teacher, or to a mixture of several teachers."""
+    """One term of a batch's loss, for `fused_terms`: a divergence to the teacher, or to a mixture of several teachers."""
 
     name: str
     divergence: Callable[..., Tensor]
@@ -262,11 +264,11 @@ class TeacherTerm:
         return {name: values[rows] for name, values in self.per_token.items()} | dict(self.settings)
 
     def _sides(self, student: Tensor, teachers: Sequence[Tensor | TopK]) -> tuple[Tensor, Tensor, float]:
-        """Return both sides' logits, and the temperature for the divergence: 1 for top-k tokens, because `align` applies it to them."""
+        # the temperature of a top-k target is 1 in the divergence, because `align` applies it
         if isinstance(teachers[0], TopK):
             if len(teachers) > 1:
                 raise ConfigError(
-                    "a top-k target cannot be part of a mixture, since teachers keep different tokens; use hidden states or logits"
+                    "a mixture of teachers cannot contain top-k targets, whose tokens differ between teachers; use hidden states or logits"
                 )
             return *teachers[0].align(student, self.temperature), 1.0
         dense = [t for t in teachers if isinstance(t, Tensor)]
@@ -278,7 +280,7 @@ def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lu
     """Return the k most probable tokens of softmax(teacher_logits / temperature), (..., V), with or without the other tokens' mass."""
     width = teacher_logits.shape[-1]
     if not 1 <= k <= width:
-        raise ConfigError(f"k is {k}; it must be in [1, {width}], the vocabulary")
+        raise ConfigError(f"k is {k}; it must be in [1, {width}], where {width} is the vocabulary size")
     if tail not in ("lump", "drop"):
         raise ConfigError(f"tail is {tail!r}; it must be lump or drop")
     log_p = log_probs(teacher_logits, temperature)
@@ -290,8 +292,7 @@ def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lu
 
 
 def _rest(log_all: Tensor, ids: Tensor) -> Tensor:
-    """Return the log of the mass outside `ids`, (..., 1)."""
-    # 1 - (mass inside) would be rounded to 0 where a model is confident
+    # log of the mass outside `ids`, (..., 1); 1 - (mass inside) would round to 0 if the model is confident
     return log_all.scatter(-1, ids, LOG_ZERO).logsumexp(-1, keepdim=True)
 
 

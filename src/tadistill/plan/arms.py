@@ -1,6 +1,6 @@
-"""Expand a recipe's arms and seeds into a graph of stages, addressed by content.
+"""Expand a recipe's arms and seeds into a graph of stages. Arms share the stages that they have in common.
 
-Stages hand over artifacts on disk only. Arms that begin alike share their stages.
+Stages exchange files on disk only. A stage's key is a hash of its settings and inputs.
 """
 
 from collections.abc import Sequence
@@ -20,46 +20,49 @@ from tadistill.plan.task import check_entries
 
 @dataclass(frozen=True)
 class PlannedArm:
-    """One arm with its stages: for each seed the one that makes its model (None if it is loaded) and those that measure it."""
+    """One arm of the recipe, with the keys of its stages by seed."""
 
     name: str
     arm: Arm
     method: Method
     final: dict[int, str | None]
+    """The stage that makes the arm's model; None if no stage trains it."""
     evaluate: dict[int, str]
     analyse: dict[int, str]
-    """Empty if there is no original teacher."""
+    """Empty if the recipe has no original teacher."""
     also: dict[str, dict[int, str]]
-    """Evaluations under the other decodings, by name of the decoding."""
+    """Evaluations with the decodings in `evaluate.also`, by name of the decoding and seed."""
     flops: float | None
-    """Training FLOPs of the final model and all its ancestors, each stage counted once, for one seed."""
+    """Training FLOPs of the final model and all models it was made from, for one seed. None if a size is not known."""
 
 
 @dataclass
 class Plan:
-    """The whole study."""
+    """All stages and arms of a study."""
 
     recipe: Recipe
     teacher: str | None
     stages: dict[str, Stage]
-    """By key, parents before children."""
+    """Stages by key, parents before children."""
     arms: list[PlannedArm]
 
 
 @dataclass(frozen=True)
 class ProbePlan:
-    """The stages that measure models on dev prompts: keys of each model's probe and of each (bigger, smaller) pair."""
+    """The stages of `tadistill advise`, which measure models on dev prompts before any distillation."""
 
     plan: Plan
     alone: dict[str, str]
+    """Key of the `probe` stage of each model."""
     beside: dict[tuple[str, str], str]
+    """Key of the `pair` stage of each (bigger, smaller) pair of models."""
 
 
 def make_plan(recipe: Recipe) -> Plan:
     """Expand a recipe into its stages and arms.
 
     Raises:
-        ConfigError, DataError, ModelError: the recipe is wrong in a way that shows before a model is loaded.
+        ConfigError, DataError, ModelError: the recipe has an error that can be found without loading a model.
     """
     return _Planner(recipe).plan()
 
@@ -72,11 +75,10 @@ class _Planner:
         self.ledger = ledger or Ledger(recipe)
         self.stages = StageBuilder(recipe, self.graph, self.ledger, self._model_of)
         self.teacher = original_teacher(recipe)
-        self.making: list[str] = []
-        """Arms whose model is being planned, each needed by a tempered model of the one before."""
+        self.making: list[str] = []  # arms in progress: each one's model sets a temperature that the arm before needs
 
     def plan(self) -> Plan:
-        """Plan the arms in the recipe's order, except that an arm with `compute: as` follows the arm that it names."""
+        # in the recipe's order, except that an arm with `compute: as X` is planned after arm X
         done: dict[str, PlannedArm] = {}
         waiting = dict(self.recipe.arms)
         while waiting:
@@ -85,8 +87,6 @@ class _Planner:
                     done[name] = self._arm(name, arm, done)
                     del waiting[name]
         return Plan(self.recipe, self.teacher, self.graph.stages, [done[name] for name in self.recipe.arms])
-
-    # --- arms -----------------------------------------------------------------------------------------------------------
 
     def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
         target = done[arm.compute[3:]].flops if arm.compute else None
@@ -110,10 +110,10 @@ class _Planner:
         return PlannedArm(name, arm, made[first][1], final, evaluate, analyse, also, self.graph.flops(final[first]))
 
     def _models(self, name: str, arm: Arm, seed: int, scale: float) -> tuple[list[Handle], Method]:
-        """Return every model of the arm's last path, and the method of its last stage."""
+        # returns every model of the arm's last path, and the method of its last stage
         self._check_sizes(name, arm)
         if arm.dense and all(len(path) < 3 for path in arm.path):
-            raise ConfigError(f"arms.{name}: dense does nothing in `{arm.text}`: no learner there has two teachers; write A > B > C")
+            raise ConfigError(f"arms.{name}: dense has no effect on `{arm.text}`, where no model has two teachers; write A > B > C")
         method, made = self.recipe.method, _ArmModels(self.stages, arm, seed)
         if not arm.learners:
             self._check_single(name, arm)
@@ -133,12 +133,13 @@ class _Planner:
         return [made[m] for m in arm.last], method
 
     def _model_of(self, arm: str, seed: int) -> Handle:
-        """Return the model that an arm makes, for a model that is tempered like it."""
         if arm in self.making:
-            raise ConfigError(f"the model that is tempered like arm {arm} is part of that arm's path; match another arm's model")
+            raise ConfigError(
+                f"a model takes its temperature from arm {arm}, and is itself a part of that arm's path; name another arm in temper.like"
+            )
         if (compute := self.recipe.arms[arm].compute) is not None:
             raise ConfigError(
-                f"a model takes its temperature from arm {arm}, which has `compute: {compute}`; choose an arm without `compute`"
+                f"a model takes its temperature from arm {arm}, which has `compute: {compute}`; name an arm without `compute`"
             )
         self.making.append(arm)
         try:
@@ -147,24 +148,25 @@ class _Planner:
             self.making.pop()
 
     def _check_sizes(self, name: str, arm: Arm) -> None:
-        """Raise if a model is taught by a smaller one."""
         for above, below in (pair for path in arm.path for pair in pairwise(path)):
             teacher, learner = self.ledger.size(above), self.ledger.size(below)
             if teacher and learner and learner.total > teacher.total:
                 raise ConfigError(
                     f"arms.{name}: in `{arm.text}` {above} ({teacher.total:,} parameters) teaches {below} ({learner.total:,}), which is "
-                    "bigger; write a path from big to small"
+                    "bigger; write the path from big to small"
                 )
 
     @staticmethod
     def _check_single(name: str, arm: Arm) -> None:
-        """Raise if an arm without a teacher asks for more than further cross-entropy training on the data set."""
+        # an arm without a teacher may only train further with cross-entropy on the data set
         if arm.objective is None and (arm.optim or arm.select or arm.sampler):
-            raise ConfigError(f"arms.{name} trains nothing, so its settings would do nothing; add objective: {{type: cross_entropy}}")
+            raise ConfigError(f"arms.{name} trains no model, so its settings have no effect; add objective: {{type: cross_entropy}}")
         if arm.objective is not None and arm.objective.needs_teacher:
-            raise ConfigError(f"arms.{name} has no teacher in its path for objective {arm.objective.type}; use cross_entropy")
+            raise ConfigError(f"arms.{name} has a path without a teacher, which objective {arm.objective.type} needs; use cross_entropy")
         if arm.sampler is not None and not isinstance(arm.sampler, DatasetSampler):
-            raise ConfigError(f"arms.{name} has no teacher in its path for sampler {arm.sampler.type}; use sampler: {{type: dataset}}")
+            raise ConfigError(
+                f"arms.{name} has a path without a teacher, so sampler {arm.sampler.type} cannot be used; use sampler: {{type: dataset}}"
+            )
 
     def _method(self, name: str, arm: Arm, model: str, scale: float) -> Method:
         try:
@@ -178,7 +180,7 @@ class _Planner:
         if scale != 1.0:
             unit = method.round_updates
             steps = max(unit, round(optim.steps * scale / unit) * unit)
-            every = max(1, round(every * steps / optim.steps))  # a longer run must not get more checkpoints to choose from
+            every = max(1, round(every * steps / optim.steps))  # a longer run must not have more checkpoints to select from
         return method.model_copy(
             update={"optim": optim.model_copy(update={"steps": steps}), "select": method.select.model_copy(update={"every": every})}
         )
@@ -186,30 +188,32 @@ class _Planner:
     def _check_method(self, method: Method, model: str) -> None:
         objective, sampler = method.objective, method.sampler
         if self.recipe.models[model].lora and sampler.vllm:
-            raise ValueError(f"models.{model} has lora, but engine vllm takes whole models only; use engine: native, or leave lora out")
+            raise ValueError(f"models.{model} has lora, but engine vllm cannot load adapters; use engine: native, or remove lora")
         if objective.needs_corpus and self.recipe.data.corpus is None:
-            raise ValueError("objective minillm has pt_weight > 0 but there is no data.corpus; give a corpus, or set pt_weight: 0")
+            raise ValueError("objective minillm has pt_weight > 0, which needs data.corpus; set data.corpus, or pt_weight: 0")
 
     def _scale(self, name: str, arm: Arm, target: float | None) -> float:
-        """Return the factor on the steps at which this direct arm costs the FLOPs of the arm that `compute` names."""
+        # the factor on the steps at which this direct arm costs as many FLOPs as the arm in `compute`
         if len(arm.path) > 1 or len(arm.last) != 2:
-            raise ConfigError(f"arms.{name} has `compute`, which works for a direct path (A > B); its path is {arm.text}")
+            raise ConfigError(f"arms.{name} has `compute`, which needs a direct path (A > B), but its path is {arm.text}; remove `compute`")
         trial = _Planner(self.recipe, self.ledger)  # the ledger keeps what it has read
         final = _stage(trial._models(name, arm, self.recipe.first_seed, 1.0)[0][-1])
         assert final is not None
         total, last = trial.graph.flops(final), trial.graph.stages[final].flops
         if target is None or total is None or last is None:
             raise ConfigError(
-                f"arms.{name} has `compute: {arm.compute}`, but the size of a model is not known: it is not on this disk yet "
-                "(`tadistill run` downloads it), or its family is not counted (only gpt2, opt, llama, mistral, qwen2, qwen3)"
+                f"arms.{name} has `compute: {arm.compute}`, but the size of one of its models is not known. Download the models with "
+                "`tadistill fetch RECIPE`, and use only the families gpt2, opt, llama, mistral, qwen2 and qwen3"
             )
         if target <= total - last:
-            raise ConfigError(f"arms.{name}: `{arm.compute}` costs less than what this arm needs before its last stage; drop `compute`")
+            raise ConfigError(
+                f"arms.{name}: the arm in `{arm.compute}` costs less than the stages before this arm's last one; remove `compute`"
+            )
         return (target - (total - last)) / last
 
 
 class _ArmModels(dict[str, Handle]):
-    """The models of an arm, by name: fine-tuned when they are first asked for, later as the arm has taught them."""
+    # the current model for each name: at first after its own fine-tuning, later after the arm's distillation
 
     def __init__(self, stages: StageBuilder, arm: Arm, seed: int):
         self.stages, self.arm, self.seed = stages, arm, seed
@@ -222,12 +226,12 @@ class _ArmModels(dict[str, Handle]):
 
 
 def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) -> ProbePlan:
-    """Plan the stages that measure models on dev prompts before any distillation: a `probe` of each, a `pair` of each two.
+    """Plan the stages of `tadistill advise`: one `probe` of each model and one `pair` of each two models, on dev prompts.
 
     Args:
-        models: names from big to small; each is used after its own fine-tuning at the first seed, which the study shares.
-        prompts: the number of dev rows, from the first.
-        k: the number of likeliest tokens that are compared.
+        models: names from big to small. Each model is used after its own fine-tuning with the study's first seed.
+        prompts: number of dev rows; the first ones are used.
+        k: number of most likely tokens that a pair compares.
     """
     planner = _Planner(recipe)
     stages, seed = planner.stages, recipe.first_seed
@@ -241,20 +245,22 @@ def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) 
 
 
 def _stage(handle: Handle) -> str | None:
-    """Return the key of the stage that makes the model itself; None if the model is only loaded, pruned or tempered."""
+    # None if the model is only loaded, pruned or tempered
     return handle.stage if isinstance(handle, FromStage) else None
 
 
 def original_teacher(recipe: Recipe) -> str | None:
-    """Return the model that every KL is measured to: `teacher`, or the only untaught first model of the paths; None without paths.
+    """Return the model to which the report measures KL divergences: the recipe's `teacher`, or the model that all paths start from.
+
+    Models that another path trains are not considered. The result is None if no path has a teacher.
 
     Raises:
-        ConfigError: the paths start from several models.
+        ConfigError: the paths start from different models.
     """
     if recipe.teacher:
         return recipe.teacher
     taught = {model for arm in recipe.arms.values() for model in arm.learners}
     heads = list(dict.fromkeys(path[0] for arm in recipe.arms.values() for path in arm.path if len(path) > 1 and path[0] not in taught))
     if len(heads) > 1:
-        raise ConfigError(f"the paths start from {', '.join(heads)}; set `teacher:` to the one that KLs are measured to")
+        raise ConfigError(f"the arms' paths start from different models ({', '.join(heads)}); set `teacher:` to the one to measure KL to")
     return heads[0] if heads else None

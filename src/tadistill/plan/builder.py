@@ -1,7 +1,4 @@
-"""The stages of a recipe. Each method adds one to the graph, unless it is there, and returns its key or the handle of its model.
-
-`tadistill.plan.arms` puts the arms together from these stages.
-"""
+"""The stages of a recipe. `StageBuilder` adds them to the graph, and `tadistill.plan.arms` combines them into arms."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,10 +19,10 @@ from tadistill.plan.inputs import Encoding, FromStage, Handle, Loaded, Output, P
 
 
 class StageBuilder:
-    """Adds the stages of one recipe to one graph."""
+    """A builder of the stages of one recipe. Methods add a stage if the graph lacks it, and return its key or the handle of its model."""
 
     def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle]):
-        """Build stages for one recipe; `of_arm` returns the model that an arm makes with a seed."""
+        """`of_arm` returns the final model of an arm for a seed."""
         self.recipe, self.graph, self.ledger, self.of_arm = recipe, graph, ledger, of_arm
         data = recipe.data
         self.data = Encoding(template=data.template, max_prompt=data.max_prompt, max_length=data.max_length, world=data.world)
@@ -34,27 +31,24 @@ class StageBuilder:
         """Add a stage and return its key.
 
         Args:
-            model: name of the model that the stage makes or runs.
-            seed: the seed that the report shows.
-            teachers: names of its teachers, from big to small.
+            model: name of the model that the stage trains, makes or runs.
+            seed: the seed that the report shows for the stage.
+            teachers: names of the stage's teachers, from big to small.
         """
         return self.graph.add(spec, label, model, seed, spec.cost(self.ledger, model, teachers))
 
-    # --- models ---------------------------------------------------------------------------------------------------------
-
     def seed(self, name: str, seed: int) -> int:
-        """Return the seed that a model is trained with when the study's seed is `seed`."""
+        """Return the seed that a model is trained with: its own `seed` in the recipe, or else the study's `seed`."""
         own = self.recipe.models[name].seed
         return seed if own is None else own
 
     def trained(self, name: str, seed: int, start: Handle | None = None) -> Handle:
-        """Return the model as the study uses it: after its own fine-tuning, if it has one. `start` replaces the model's own weights."""
+        """Return the model after its own fine-tuning, if it has `sft`. `start` replaces the model's own initial weights."""
         model, seed = self.recipe.models[name], self.seed(name, seed)
         handle = start or self._untrained(name, seed)
         return self.sft(name, handle, model.sft, seed) if model.sft else handle
 
     def _untrained(self, name: str, seed: int) -> Handle:
-        """Return the model before any training of its own."""
         model = self.recipe.models[name]
         if init := model.init:
             parent = self.trained(init.from_, seed)
@@ -65,7 +59,7 @@ class StageBuilder:
             return Pruned(prune=init.sizes, layers=layers, of=parent, data=self.data, train=self.split("train"))
         if point := model.checkpoint:
             whole = self.trained(point.of, seed)
-            assert isinstance(whole, FromStage)  # only fine-tuning keeps checkpoints
+            assert isinstance(whole, FromStage)  # only fine-tuning stores checkpoints
             return whole.model_copy(update={"checkpoint": point.step})
         if temper := model.temper:
             parent = self.trained(temper.of, seed)
@@ -86,17 +80,19 @@ class StageBuilder:
         )
 
     def cut_to(self, name: str, source: str, handle: Handle) -> Handle:
-        """Return the weights of `source`, pruned to the size of the model `name`.
+        """Return the model `source`, pruned to the shape of the model `name`. `handle` is the handle of `source`.
 
         Raises:
-            ConfigError: the sizes are not known, or the models are of different families.
+            ConfigError: the size of a model is not known, or `source` cannot be pruned to this shape.
         """
         wanted, have = self.ledger.config(name), self.ledger.config(source)
         if wanted is None or have is None:
-            raise ConfigError(f"{name} starts from {source}, but the size of one is not known; `tadistill run` needs both on this disk")
+            raise ConfigError(
+                f"{name} starts from {source}, but one of them is not on this disk, so its size is not known; run `tadistill fetch RECIPE`"
+            )
         if wanted["model_type"] != have["model_type"]:
             kinds = f"{have['model_type']} and {wanted['model_type']}"
-            raise ConfigError(f"{name} cannot start from {source}: they are of the types {kinds}; choose models of one family")
+            raise ConfigError(f"{name} cannot start from {source}: their model types are {kinds}; choose models of one type")
         shape = shapes.shape_of(wanted)
         if shape == shapes.shape_of(have):
             return handle
@@ -108,21 +104,18 @@ class StageBuilder:
         return Pruned(prune=sizes, layers="influence", of=handle, data=self.data, train=self.split("train"))
 
     def _temper(self, name: str, parent: Handle, arm: str, seed: int) -> FromStage:
-        """Add a teacher whose mean entropy on dev responses is that of an arm's model."""
         like = self.of_arm(arm, seed)
         spec = specs.TemperSpec(data=self.data, teacher=parent, like=like, dev=self.split("dev"), batch=self.recipe.evaluate.batch)
         return FromStage(stage=self.add(spec, f"temper {name} like {arm}, seed {seed}", name, seed))
 
-    # --- training -------------------------------------------------------------------------------------------------------
-
     def sft(self, name: str, student: Handle, sft: Sft, seed: int, continues: bool = False) -> FromStage:
-        """Add supervised fine-tuning. It `continues` if the model has been fine-tuned before.
+        """Add supervised fine-tuning. `continues` is True for a model that was trained before; only the label depends on it.
 
         Raises:
-            ConfigError: the settings do not fit together.
+            ConfigError: the metric needs a teacher, or `sft.keep` names an update after the last one.
         """
         if sft.select.metric == "reverse_kl":
-            raise ConfigError(f"models.{name}: sft has no teacher, so it cannot select by reverse_kl; use loss, rouge_l or last")
+            raise ConfigError(f"models.{name}: sft has no teacher, so select.metric cannot be reverse_kl; use loss, rouge_l or last")
         optim = self.with_steps(sft.optim)
         assert optim.steps is not None
         if max(sft.keep, default=0) > optim.steps:
@@ -140,23 +133,23 @@ class StageBuilder:
     def distill(
         self, teachers: list[tuple[str, Handle]], name: str, student: Handle, method: Method, seed: int, turn: int = 0
     ) -> FromStage:
-        """Add a distillation.
+        """Add the distillation of the model `name`, which starts from `student`.
 
         Args:
-            teachers: names and models from big to small; several of them with dense guidance.
-            turn: the number of times that the arm has taught this model before; later turns use another order of the prompts.
+            teachers: names and models, from big to small; more than one only with dense guidance.
+            turn: number of earlier distillations of this model in the arm. Each turn has its own order of prompts.
 
         Raises:
-            ConfigError: dense guidance has weights for another number of teachers.
+            ConfigError: `dense.weights` does not have one weight per teacher.
         """
-        # a learner and a teacher that do not vary with the study's seed still make one distillation per seed
+        # every seed of the study has its own distillation, even if student and teacher are the same for all seeds
         (above, teacher), *others = teachers
         names = [n for n, _ in teachers]
         dense = method.dense if others else None
         if dense and dense.weights and len(dense.weights) != len(teachers):
             raise ConfigError(
                 f"dense.weights has {len(dense.weights)} entries, but {name} has {len(teachers)} teachers ({', '.join(names)}); "
-                "give one each, or leave them out for equal weights"
+                "write one weight for each, or remove dense.weights to have equal weights"
             )
         spec = specs.DistillSpec(
             student=student,
@@ -178,7 +171,6 @@ class StageBuilder:
         return FromStage(stage=self.add(spec, label, name, seed, tuple(names)))
 
     def _signal(self, name: str, teacher: Handle, method: Method, seed: int) -> Output | None:
-        """Add the teacher's recorded outputs, if the method reads them."""
         signal = method.signal
         if signal is None:
             return None
@@ -186,7 +178,6 @@ class StageBuilder:
         return Output(stage=self.add(spec, f"{signal.type} signal of {name}, seed {seed}", name, seed))
 
     def _responses(self, name: str, teacher: Handle, method: Method, seed: int) -> Output | None:
-        """Add the teacher's answers to the training prompts, if the method reads them."""
         sampler = method.sampler
         if not sampler.teacher_text:
             return None
@@ -195,21 +186,18 @@ class StageBuilder:
         return Output(stage=self.add(spec, f"generate with {name}, seed {seed}", name, seed))
 
     def _corpus(self, method: Method) -> Source | None:
-        """Return the plain text that the method reads, if any."""
         corpus = self.recipe.data.corpus
         if corpus is None or not method.objective.needs_corpus:
             return None
         return Source(ref=corpus, fingerprint=datasets.fingerprint(corpus, "train", self.recipe.data))
 
-    # --- measuring ------------------------------------------------------------------------------------------------------
-
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
-        """Add the evaluation of a model on the test sets under one decoding, called `other` if it is not the main one."""
+        """Add the evaluation of a model on the test sets with one decoding. `other` is the decoding's name, empty for the main decoding."""
         spec = specs.EvaluateSpec(data=self.data, sets=self._test_sets(), model=model, decoding=decoding, references=not other)
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 
     def analyse(self, name: str, models: list[Handle], seed: int, answers: str, original: str) -> str:
-        """Add the analysis of a path's last model beside the original teacher and the models between them."""
+        """Add the stage that compares the last model of a path with the original teacher and the models between them."""
         teacher = self.trained(original, seed)
         teacher_answers = self.evaluate(original, teacher, seed, self.recipe.evaluate)
         spec = specs.AnalyseSpec(
@@ -225,14 +213,14 @@ class StageBuilder:
         return self.add(spec, f"analyse {self._label(name, models[-1])}", name, self.seed(name, seed))
 
     def probe(self, name: str, model: Handle, seed: int, prompts: int) -> str:
-        """Add the probe of a model on the first dev prompts, with answers from its own distribution."""
+        """Add the stage that measures one model on the first dev prompts, with answers that the model samples."""
         main = self.recipe.evaluate
         own = Evaluate(max_new_tokens=main.max_new_tokens, seeds=main.seeds[:1], batch=main.batch)
         spec = specs.ProbeSpec(data=self.data, model=model, decoding=own, dev=self.split("dev", prompts))
         return self.add(spec, f"probe {name}", name, self.seed(name, seed))
 
     def pair(self, teacher: tuple[str, Handle], learner: tuple[str, Handle], answers: str, seed: int, prompts: int, k: int) -> str:
-        """Compare the `k` likeliest tokens of a learner and a bigger model, on the answers of the learner's probe."""
+        """Add the stage that compares the `k` most likely tokens of a student and a bigger model, on answers from the student's probe."""
         (above, handle), (name, model) = teacher, learner
         spec = specs.PairSpec(
             data=self.data,
@@ -248,10 +236,8 @@ class StageBuilder:
     def _label(self, name: str, model: Handle) -> str:
         return self.graph.stages[model.stage].label if isinstance(model, FromStage) else name
 
-    # --- data -----------------------------------------------------------------------------------------------------------
-
     def split(self, role: Literal["train", "dev"], limit: int | None = None) -> Split:
-        """Return the recipe's split of this role: its first `limit` rows, or as many as the recipe says."""
+        """Return the recipe's train or dev split: its first `limit` rows or, without `limit`, the number of rows that the recipe sets."""
         ref = getattr(self.recipe.data, role)
         return self._split(ref, role, limit or getattr(self.recipe.data.limit, role))
 
@@ -262,7 +248,7 @@ class StageBuilder:
         return Split(ref=ref, fingerprint=datasets.fingerprint(ref, role, self.recipe.data), role=role, limit=limit)
 
     def _texts(self, select: Select) -> dict[str, Any]:
-        """Return the training data and, where a dev metric selects, the dev data and its decoding."""
+        # the dev data and its decoding are read only if a dev metric selects the checkpoint
         main = self.recipe.evaluate
         found: dict[str, Any] = {"data": self.data, "train": self.split("train"), "select": select}
         if select.metric != "last":
@@ -270,15 +256,17 @@ class StageBuilder:
         return found
 
     def with_steps(self, optim: Optim) -> Optim:
-        """Return the settings with updates in place of epochs.
+        """Return the settings with `epochs` converted to `steps` (updates).
 
         Raises:
-            ConfigError: neither is given, or both.
+            ConfigError: the settings have neither `steps` nor `epochs`, or both.
         """
         if optim.steps is None and optim.epochs is None:
-            raise ConfigError("an optim has neither `steps` nor `epochs`; give one, for instance optim: {epochs: 3}")
+            raise ConfigError(
+                "an `optim` of the recipe has neither `steps` nor `epochs`; write one of them, for instance optim: {epochs: 3}"
+            )
         if optim.steps is not None and optim.epochs is not None:
-            raise ConfigError(f"an optim has both steps {optim.steps} and epochs {optim.epochs}; give one of them")
+            raise ConfigError(f"an `optim` of the recipe has both steps {optim.steps} and epochs {optim.epochs}; remove one of them")
         if optim.epochs is not None:
             steps = max(1, round(optim.epochs * self.ledger.rows / optim.batch))
             return optim.model_copy(update={"steps": steps, "epochs": None})
@@ -296,6 +284,6 @@ def _describe(method: Method) -> str:
 def _seed_of_turn(seed: int, turn: int) -> int:
     if turn == 0:
         return seed
-    from tadistill import rng  # here: numpy, which few plans need
+    from tadistill import rng  # not at the top, because numpy is slow to import and few plans need it
 
     return rng.torch_seed(seed, "then", turn)

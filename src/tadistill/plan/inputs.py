@@ -1,6 +1,6 @@
-"""The inputs of a stage: models, data sets, and the outputs of other stages. One frozen class for each way to name them.
+"""The inputs of a stage: models, data sets, and the outputs of other stages. Each kind of input has a frozen class.
 
-Each part has a plain form, `content`. stage.json stores it and the stage's key hashes it, so a field keeps its name.
+`content` returns an input as plain data. stage.json stores this data and the stage's key hashes it, so fields must keep their names.
 """
 
 from typing import Any, Literal, TypeAlias
@@ -13,12 +13,12 @@ from tadistill.config.recipe import Template, World
 
 
 class Part(Strict):
-    """Base of everything that a stage's key hashes."""
+    """Base class of all objects that a stage's key hashes."""
 
     def content(self) -> dict[str, Any]:
-        """Return the part as plain data.
+        """Return the object as plain data.
 
-        A field at its default is left out, so a new field with a default changes no key of a finished stage.
+        Fields with their default value are left out. A new field with a default therefore changes no key of a finished stage.
         """
         found: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
@@ -34,8 +34,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Part):
         return value.content()
     if isinstance(value, Evaluate):
-        return value.model_dump(exclude={"also"})  # other decodings are stages of their own
-    if isinstance(value, DataRef):  # these two are newer than many finished stages, whose keys must not change
+        return value.model_dump(exclude={"also"})  # each other decoding has its own stage
+    if isinstance(value, DataRef):  # older stages have no such fields, and their keys must not change
         return {k: v for k, v in value.model_dump().items() if v or k not in ("choices", "instruction")}
     if isinstance(value, BaseModel):
         return value.model_dump()
@@ -46,7 +46,7 @@ def _plain(value: Any) -> Any:
 
 
 class Encoding(Part):
-    """The rules that turn rows into token sequences."""
+    """The rules that turn the rows of a data set into token sequences."""
 
     template: Template
     max_prompt: int
@@ -55,20 +55,20 @@ class Encoding(Part):
 
 
 class Source(Part):
-    """A data set, with the fingerprint of its content when the plan was made."""
+    """A data set, and the fingerprint of its content when the plan was made."""
 
     ref: DataRef
     fingerprint: str
 
 
 class Split(Source):
-    """The first `limit` rows of a data set, or all of them."""
+    """The first `limit` rows of a data set; all rows if `limit` is None."""
 
     role: Literal["train", "dev", "test"]
     limit: int | None
 
     def content(self) -> dict[str, Any]:
-        """Return the data set without the limit, which the part that holds the split adds."""
+        """Return the data set as plain data, without `limit`, which the containing object stores in an entry of its own."""
         return {"ref": _plain(self.ref), "fingerprint": self.fingerprint}
 
 
@@ -88,11 +88,11 @@ class FromStage(Part):
     stage: str
     """Key of the stage, which must finish first."""
     checkpoint: int | None = None
-    """Update whose weights were kept; the selected checkpoint when absent."""
+    """Number of the update after which the weights were stored. None means the selected checkpoint."""
 
 
 class Loaded(Part):
-    """A model that the study did not train: published weights, or random ones."""
+    """A model that the study does not train: published weights, or random initial weights."""
 
     load: str
     revision: str
@@ -100,26 +100,26 @@ class Loaded(Part):
     tokenizer: str | None
     fingerprint: str
     tokenizer_fingerprint: str | None = None
-    """Only for a tokenizer that does not come with the weights."""
+    """Set only if the tokenizer has another source than the weights."""
     seed: int | None = None
-    """Only for random weights."""
+    """Set only for random weights."""
 
 
 class PrunedDepth(Part):
     """Another model without some of its layers."""
 
     prune: int | tuple[int, ...]
-    """The number of layers to keep, at even distances, or their indices."""
+    """The number of evenly spaced layers to keep, or the indices of these layers."""
     of: "Handle"
 
 
 class Pruned(Part):
-    """Another model cut to a smaller shape. Activations on training text decide what stays."""
+    """Another model pruned to a smaller shape. Activations on training text decide what is kept."""
 
     prune: dict[str, int]
     """New sizes by name: layers, hidden, intermediate, heads, kv_heads."""
     layers: Literal["influence", "spacing"] | tuple[int, ...]
-    """The rule that chooses the layers, or their indices."""
+    """The rule that chooses the layers to keep, or the indices of these layers."""
     of: "Handle"
     data: Encoding
     train: Split
@@ -141,7 +141,7 @@ Tempered.model_rebuild()
 
 
 def stage_of(part: Handle | Output) -> str | None:
-    """Return the key of the stage that must finish before a model or output can be read; None if there is no such stage."""
+    """Return the key of the stage that must finish before `part` can be read. Return None if there is no such stage."""
     if isinstance(part, FromStage | Output):
         return part.stage
     return None if isinstance(part, Loaded) else stage_of(part.of)

@@ -1,4 +1,4 @@
-"""The tables of `tadistill plan`: stages with their FLOPs, seconds and memory, and arms with their total FLOPs."""
+"""The tables of `tadistill plan`: stages with their FLOPs, time and memory, and arms with their total FLOPs."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -13,25 +13,25 @@ from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
 
-_LARGEST = 3  # stages whose parts are shown
-_WIDE = 130  # columns of a screen from which a stage's parents are shown
+_LARGEST = 3  # number of stages whose parts are shown
+_WIDE = 130  # characters; the column `parents` is shown on screens of this width or more
 
 
 def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 200) -> Group:
-    """Return all tables and the sentences below them. On a narrow screen labels are cut, numbers never."""
+    """Return all tables and the notes below them. On a screen of few columns (`width`) labels are shortened, but never numbers."""
     parts = [_stages(plan, store, speeds, width), "", _arms(plan), "", _largest(plan, width), ""]
     return Group(*parts, *_notes(plan, store, speeds, jobs))
 
 
 def show(plan: Plan, store: Store, console: Console, accelerator: str | None = None) -> None:
-    """Print the preview for this machine."""
+    """Print the tables with the times for this machine, or for the named accelerator."""
     jobs = plan.recipe.runtime.jobs or (1 if accelerator else throughput.cores())
     speeds = throughput.load(store, plan.stages, threads(plan), accelerator)
     console.print(preview(plan, store, speeds, jobs, console.width))
 
 
 def threads(plan: Plan) -> int:
-    """Return the threads of a stage on a CPU: the jobs share the cores."""
+    """Return the number of CPU threads of each stage: the cores divided by the number of parallel jobs."""
     jobs = plan.recipe.runtime.jobs or throughput.cores()
     return max(1, throughput.cores() // jobs)
 
@@ -73,7 +73,7 @@ def _arms(plan: Plan) -> Table:
 
 
 def _direct(plan: Plan, arm: PlannedArm) -> float | None:
-    """Return the FLOPs of the direct arm that an arm is compared with: original teacher to the same student, same method, own updates."""
+    # FLOPs of the arm from the original teacher directly to the same student, with the same method and its own number of updates
     if not arm.arm.learners or plan.teacher is None:
         return None
     found = direct_arm(map(_candidate, plan.arms), plan.teacher, arm.arm.last[-1], (arm.method.objective, arm.method.sampler))
@@ -94,7 +94,6 @@ def _candidate(arm: PlannedArm) -> _Candidate:
 
 
 def _assistants(plan: Plan, arm: PlannedArm) -> str:
-    """Return the FLOPs of the stages that train the arm's assistants."""
     key = next(iter(arm.final.values()))
     middle = set(arm.arm.learners) - {arm.arm.last[-1]}
     if not middle or key is None:
@@ -104,7 +103,6 @@ def _assistants(plan: Plan, arm: PlannedArm) -> str:
 
 
 def _largest(plan: Plan, width: int) -> Table:
-    """Return the parts of the stages with the most FLOPs, one of each kind of cost, and the FLOPs of MiniLLM's released code."""
     table = _table("parts of the most expensive kinds of stage", "stage", "part", "FLOPs", "share")
     kinds: dict[str, Stage] = {}
     for stage in sorted(plan.stages.values(), key=lambda s: -(s.flops or 0.0)):
@@ -124,17 +122,20 @@ def _largest(plan: Plan, width: int) -> Table:
 
 def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]:
     head = plan.teacher or "a loaded model"
-    yield f"Counted: all training behind an arm's final model, {head}'s own included. Not counted: dev evaluations, rollout metrics, tests."
+    yield (
+        f"FLOPs include all training that an arm's final model needs, also that of {head}. "
+        "They do not include dev evaluations, rollout metrics and tests."
+    )
     todo = [s for s in plan.stages.values() if s.cost and s.cost.parts and not store.finished(s.key)]
     takes = {s.key: t for s in todo if (t := throughput.seconds(s.cost, speeds)) is not None}
     if not todo:
         return
     if len(takes) < len(todo):
         unknown = f"{len(todo) - len(takes)} of {len(todo)} stages to run"
-        yield f"Time: not known for {unknown}; `tadistill plan RECIPE --measure` times their kinds here."
+        yield f"The time is not known for {unknown}; `tadistill plan RECIPE --measure` measures the speed on this machine."
     if takes:
         total = throughput.wall_clock(plan.stages, takes, jobs)
-        yield f"Time of the known training, {jobs} at a time: {_time(total)}. Evaluations and analyses come on top."
+        yield f"Stages with a known time take {_time(total)} if {jobs} run at a time. Evaluations and analyses take additional time."
 
 
 def _cut(text: str, width: int) -> str:

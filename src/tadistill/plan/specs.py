@@ -1,8 +1,7 @@
-"""The kinds of stages: one frozen class each, which holds everything that the stage's numbers depend on.
+"""The kinds of stages. Each kind has a frozen class, whose fields contain everything that the stage's results depend on.
 
-A class also says what the rest of the program asks about its kind: the version, the function that does the work, and whether the stage
-trains or only measures. `KINDS` is the one table of them. To add a kind, add its class here, its work in `tadistill.stages`, and the
-call in `plan.builder` or `plan.arms` that asks for it.
+A class also gives the version of its kind, the function that runs it, and whether the stage trains or only measures. `KINDS` lists all
+kinds. To add a kind, add its class here, its function in `tadistill.stages`, and the call in `plan.builder` or `plan.arms` that plans it.
 """
 
 from collections.abc import Iterator
@@ -25,35 +24,35 @@ if TYPE_CHECKING:
 
 
 class Spec(Part):
-    """Base of the specs."""
+    """Base class of all kinds of stages."""
 
     kind: ClassVar[str]
     version: ClassVar[int]
-    """Raised by hand when a stage of this kind gives other numbers for the same settings."""
+    """Increase it by hand when a change of the code changes the results of this kind of stage."""
     work: ClassVar[str]
-    """MODULE:FUNCTION in `tadistill.stages`. A name, because the module imports torch and planning must not."""
+    """MODULE:FUNCTION in `tadistill.stages`. It is a string, because the module imports torch and planning must not."""
     trains: ClassVar[bool] = False
     """True if the stage updates weights. Only such a stage may use several processes."""
     measures: ClassVar[bool] = False
-    """True if the stage only looks at models. The plan predicts no cost for it."""
+    """True if the stage changes no model. The plan predicts no cost for such a stage."""
     in_recipes: ClassVar[bool] = True
-    """False for stages that only `tadistill advise` asks for; `resources` cannot name them."""
+    """False for stages of `tadistill advise` alone. The recipe's `resources` cannot name them."""
 
     data: Encoding
 
     @property
     def key(self) -> str:
-        """The key of the stage in the store: a hash of the kind, its version, and the content."""
+        """The stage's key in the store: a hash of its kind, version and content."""
         return key_of({"kind": self.kind, "version": self.version, **self.content()})
 
     @property
     def models(self) -> dict[str, Handle]:
-        """Role -> model that the stage reads. A role is a field's name; assistants are numbered from 1."""
+        """The models that the stage reads, by role. A role is the name of the field; `assistant 1` is the first assistant."""
         return {role: part for role, part in self._inputs() if not isinstance(part, Output)}
 
     @property
     def parents(self) -> dict[str, str]:
-        """Role -> key of a stage that must finish first; roles as in `models`, and those of other outputs."""
+        """Keys of the stages that must finish first, by role: those that make the `models`, and those whose output the stage reads."""
         keys = {role: stage_of(part) for role, part in self._inputs()}
         return {role: key for role, key in keys.items() if key is not None}
 
@@ -66,21 +65,21 @@ class Spec(Part):
 
     @property
     def steps(self) -> int | None:
-        """Updates of the optimizer; None where nothing is trained."""
+        """Number of optimizer updates; None if the stage trains nothing."""
         return None
 
     @property
     def checkpoints(self) -> int:
-        """The number of dev evaluations that selection chooses among."""
+        """Number of checkpoints that are evaluated on dev, and from which the best is selected."""
         return 0
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        """Return the predicted cost, or None where it is not predicted.
+        """Return the predicted cost; None if it cannot be predicted, or if the stage only measures.
 
         Args:
-            ledger: sizes of the recipe's models and lengths of its texts.
-            model: name of the model that the stage makes or runs.
-            teachers: names of its teachers, from big to small.
+            ledger: predicts costs from the sizes of the recipe's models and the lengths of its texts.
+            model: name of the model that the stage trains, makes or runs.
+            teachers: names of the stage's teachers, from big to small.
         """
         return None
 
@@ -89,7 +88,7 @@ class Spec(Part):
 
 
 class TrainingSpec(Spec):
-    """Base of the stages that train."""
+    """Base class of the stages that train a model."""
 
     work = "training:train"
     trains = True
@@ -100,28 +99,26 @@ class TrainingSpec(Spec):
     seed: int
     train: Split
     dev: Split | None = None
-    """None where no dev metric selects."""
+    """None if no dev metric selects the checkpoint."""
     decoding: Evaluate | None = None
-    """Settings for answers to dev prompts, and their batch; None where no dev metric selects."""
+    """Settings for sampling answers to dev prompts; None if no dev metric selects the checkpoint."""
     lora: Lora | None = None
 
     @property
     def method(self) -> Method:
-        """The whole method, as one object."""
         return Method(objective=CrossEntropy(), optim=self.optim, select=self.select)
 
     @property
     def steps(self) -> int | None:
-        """Updates of the optimizer."""
         return self.optim.steps
 
     @property
     def checkpoints(self) -> int:
-        """Dev evaluations: one every `select.every` updates and one at the end."""
+        """Number of dev evaluations: one after every `select.every` updates, and one at the end."""
         return 0 if self.optim.steps is None or self.select.metric == "last" else -(-self.optim.steps // self.select.every)
 
     def content(self) -> dict[str, Any]:
-        """Return the plain form, with only the decoding settings that the dev metric reads."""
+        """Return the stage as plain data. If the dev metric is the loss, only the batch of the decoding is in it."""
         found = super().content()
         if self.select.metric == "loss" and self.decoding:
             found["decoding"] = {"batch": self.decoding.batch}
@@ -129,58 +126,55 @@ class TrainingSpec(Spec):
 
 
 class SftSpec(TrainingSpec):
-    """Supervised fine-tuning on the references."""
+    """Supervised fine-tuning on the reference answers."""
 
     kind = "sft"
     version = 3
 
     keep: tuple[int, ...] = ()
-    """Updates whose weights are kept beside the selected ones, in order."""
+    """Updates after which weights are stored in addition to the selected checkpoint, in ascending order."""
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        """Return the predicted cost."""
         return ledger.sft(model, self.optim, self.select)
 
 
 class DistillSpec(TrainingSpec):
-    """Training a student on what one or several teachers say."""
+    """Distillation of one or several teachers into a student."""
 
     kind = "distill"
     version = 3
 
     teacher: Handle
     responses: Output | None = None
-    """The teacher's answers to the training prompts, for samplers that read them."""
+    """The teacher's answers to the training prompts, if the sampler trains on them."""
     signal: Output | None = None
-    """The teacher's recorded outputs, for samplers that read them."""
+    """The teacher's recorded outputs, if the sampler reads them instead of running the teacher."""
     objective: Objective
     sampler: Sampler
     dense: Dense | None = None
     assistants: tuple[Handle, ...] = ()
     """The other teachers of dense guidance, from big to small."""
     corpus: Source | None = None
-    """Plain text for the language-modelling term of MiniLLM."""
+    """Plain text for MiniLLM's language-modelling loss."""
 
     @property
     def method(self) -> Method:
-        """The whole method, as one object."""
         return Method(objective=self.objective, sampler=self.sampler, optim=self.optim, select=self.select, dense=self.dense)
 
     def content(self) -> dict[str, Any]:
-        """Return the plain form, with objective and sampler in an entry `method`."""
+        """Return the stage as plain data, with objective and sampler in an entry `method`."""
         found = super().content()
         return found | {"method": {name: found.pop(name) for name in ("objective", "sampler")}}
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        """Return the predicted cost."""
         return ledger.distill(teachers, model, self.method)
 
 
-# --- a teacher's part ---------------------------------------------------------------------------------------------------
+# --- preparing a teacher ---------------------------------------------------------------------------------------------------
 
 
 class TemperSpec(Spec):
-    """A teacher at the temperature at which its mean entropy on dev responses is that of another model."""
+    """Search of the temperature at which a teacher's mean entropy on dev responses equals that of another model."""
 
     kind = "temper"
     version = 1
@@ -188,17 +182,17 @@ class TemperSpec(Spec):
 
     teacher: Handle
     like: Handle
-    """The model whose entropy is matched. It teaches nothing, so an arm does not pay for it."""
+    """The model whose entropy is matched. Its training is not counted in an arm's FLOPs, because it teaches nothing."""
     dev: Split
     batch: int
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        """Return a cost of nothing: the stage trains nothing."""
+        """Return an empty cost, because the stage trains nothing."""
         return Cost()
 
 
 class GenerateSpec(Spec):
-    """A teacher's answer to every training prompt."""
+    """Sampling of a teacher's answer to every training prompt."""
 
     kind = "generate"
     version = 2
@@ -210,12 +204,11 @@ class GenerateSpec(Spec):
     train: Split
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        """Return the predicted cost."""
         return ledger.generate(model, self.sampler)
 
 
 class SignalSpec(Spec):
-    """A teacher's outputs on the training set, recorded for its students."""
+    """Recording of a teacher's outputs on the training set, which its students read later."""
 
     kind = "signal"
     version = 1
@@ -224,11 +217,10 @@ class SignalSpec(Spec):
     teacher: Handle
     signal: HiddenSignal | TopKSignal = Field(discriminator="type")
     precision: Precision
-    """Precision of the students' training, which decides the teacher's dtype."""
+    """Precision of the students' training. It determines the teacher's dtype."""
     train: Split
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        """Return the predicted cost."""
         return ledger.signal(model, self.signal)
 
 
@@ -242,12 +234,11 @@ class _OnTestSets(Spec):
     """The test sets, all with the same limit."""
 
     def content(self) -> dict[str, Any]:
-        """Return the plain form, with the limit of all test sets."""
         return super().content() | {"limit": self.sets[0].limit}
 
 
 class EvaluateSpec(_OnTestSets):
-    """A model by itself on the test sets."""
+    """Evaluation of one model on the test sets."""
 
     kind = "evaluate"
     version = 4
@@ -256,11 +247,11 @@ class EvaluateSpec(_OnTestSets):
     model: Handle
     decoding: Evaluate
     references: bool
-    """True if the references are scored too; they depend on no decoding, so one stage of several does it."""
+    """True if the stage also scores the references. They do not depend on the decoding, so only one stage per model does it."""
 
 
 class AnalyseSpec(_OnTestSets):
-    """A model beside the original teacher and the assistants of its path, on the test sets."""
+    """Comparison of a model with the original teacher and its path's assistants, on the test sets."""
 
     kind = "analyse"
     version = 1
@@ -276,7 +267,7 @@ class AnalyseSpec(_OnTestSets):
 
 
 class ProbeSpec(Spec):
-    """A model by itself on dev prompts, before any distillation."""
+    """Measurement of one model on dev prompts, before any distillation."""
 
     kind = "probe"
     version = 1
@@ -290,7 +281,7 @@ class ProbeSpec(Spec):
 
 
 class PairSpec(Spec):
-    """A learner beside a bigger model on dev prompts, before any distillation."""
+    """Comparison of a student with a bigger model on dev prompts, before any distillation."""
 
     kind = "pair"
     version = 1
@@ -301,9 +292,9 @@ class PairSpec(Spec):
     teacher: Handle
     model: Handle
     answers: Output
-    """The learner's answers in its probe."""
+    """The student's answers from its probe stage."""
     k: int
-    """The number of likeliest tokens that are compared."""
+    """The number of most likely tokens that are compared."""
     dev: Split
     batch: int
 
@@ -313,4 +304,4 @@ KINDS: dict[str, type[Spec]] = {
 }
 """Every kind of stage by its name."""
 TRAINING = frozenset(kind for kind, spec in KINDS.items() if spec.trains)
-"""Names of the kinds that train, for readers of a stored plan."""
+"""Names of the kinds that train a model."""

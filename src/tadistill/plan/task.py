@@ -1,4 +1,4 @@
-"""A stage as its processes or a cluster job receive it, with the resources that the recipe gives it. A task can be pickled."""
+"""The task that a process or cluster job receives: a stage, and its resources in the recipe. A task can be pickled."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ class Task:
     checkpoint_seconds: float | None
     trackers: tuple[str, ...]
     resources: Resources = field(default_factory=Resources)
-    """Processes, and how models lie on their devices."""
+    """Number of processes and nodes, and how they share the models."""
 
 
 def make_task(plan: "Plan", stage: Stage, store: Store) -> Task:
@@ -48,14 +48,14 @@ def make_task(plan: "Plan", stage: Stage, store: Store) -> Task:
     )
 
 
-_SEVERAL = ("processes", "nodes", "parallel")  # settings of stages that several processes share
+_SEVERAL = ("processes", "nodes", "parallel")  # settings of stages that run in several processes
 
 
 def check_entries(recipe: Recipe) -> None:
-    """Check the names in `resources`: each is `default`, a kind of stage, or a kind and a model.
+    """Check the recipe's `resources`. Each entry's name must be `default`, a kind of stage, or a kind and a model.
 
     Raises:
-        ConfigError: a name is none of these, or asks for several processes for a kind that uses one.
+        ConfigError: an entry has another name, or sets several processes for a kind that runs in one process.
     """
     kinds = [kind for kind, spec in KINDS.items() if spec.in_recipes]
     for name, entry in recipe.resources.items():
@@ -63,53 +63,55 @@ def check_entries(recipe: Recipe) -> None:
         if name != "default" and kind not in kinds:
             raise ConfigError(f"resources.{name} is neither `default` nor a kind of stage; the kinds are {', '.join(kinds)}")
         if model and model not in recipe.models:
-            raise ConfigError(f"resources.{name} names `{model}`, which is not a model; the recipe has {', '.join(recipe.models)}")
+            raise ConfigError(
+                f"resources.{name} names the model `{model}`, which the recipe lacks; its models are {', '.join(recipe.models)}"
+            )
         if kind in kinds and not KINDS[kind].trains and entry.processes > 1:
-            raise ConfigError(f"resources.{name}.processes is {entry.processes}, but a stage of kind {kind} is one process; leave it out")
+            raise ConfigError(
+                f"resources.{name}.processes is {entry.processes}, but stages of kind {kind} run in one process; remove this setting"
+            )
 
 
 def resources_of(recipe: Recipe, stage: Stage) -> Resources:
-    """Return what the entries `default`, KIND and `KIND MODEL` say together, the later over the earlier.
+    """Return the resources of a stage: the entries `default`, KIND and `KIND MODEL`, merged. Later entries override earlier ones.
 
     Raises:
-        ConfigError: they do not fit together.
+        ConfigError: the merged settings contradict each other.
     """
     entries = recipe.resources
     names = [name for name in ("default", stage.kind, f"{stage.kind} {stage.model}") if name in entries]
     given = {f: getattr(entries[n], f) for n in names for f in entries[n].model_fields_set}
-    if not stage.trains:  # one process; `default` may ask for more, for the stages that train
+    if not stage.trains:  # such a stage runs in one process, whatever `default` sets
         given = {f: v for f, v in given.items() if f not in _SEVERAL and (f, v) != ("teacher", "sharded")}
     try:
         return Resources.model_validate(given)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"resources of `{stage.kind} {stage.model}`, put together from {', '.join(names)}: {reason}") from error
+        raise ConfigError(f"resources of `{stage.kind} {stage.model}` (merged from {', '.join(names)}): {reason}") from error
 
 
 def layout(recipe: Recipe, stage: Stage) -> Resources:
-    """Return the resources of a stage.
+    """Return the resources of a stage, after checking that the stage can run with them.
 
     Raises:
-        ConfigError: the processes cannot share the batch, or a model would be split that must be whole on each of them.
+        ConfigError: the batch is not a multiple of the processes, or a model is sharded that each process needs as a whole.
     """
     given, spec = resources_of(recipe, stage), stage.spec
     if not isinstance(spec, TrainingSpec):
         return given
     if spec.optim.batch % given.processes:
         raise ConfigError(
-            f"{stage.label}: optim.batch {spec.optim.batch} is not a multiple of the {given.processes} processes that resources give "
-            "it; change one of them"
+            f"{stage.label}: optim.batch {spec.optim.batch} is not a multiple of the {given.processes} processes in "
+            "`resources`; change one of them"
         )
     sampler = spec.method.sampler
     if given.teacher == "sharded" and sampler.guided:
         raise ConfigError(
-            f"{stage.label}: resources say teacher sharded, but sampler {sampler.type} runs the teacher token by token, each process as "
-            "often as it needs, and a sharded teacher runs in all processes at once; set teacher: offloaded"
+            f"{stage.label}: `resources` has teacher: sharded, but sampler {sampler.type} runs the teacher in each process a different "
+            "number of times, and a sharded teacher must run in all processes together; set teacher: offloaded"
         )
     if given.parallel == "fsdp" and sampler.vllm:
-        raise ConfigError(f"{stage.label}: resources say parallel fsdp, but engine vllm needs the whole student; set parallel: ddp")
+        raise ConfigError(f"{stage.label}: `resources` has parallel: fsdp, but engine vllm needs the whole student; set parallel: ddp")
     if given.parallel == "fsdp" and spec.lora:
-        raise ConfigError(
-            f"{stage.label}: resources say parallel fsdp, but lora merges whole weights; set parallel: ddp, adapters have few gradients"
-        )
+        raise ConfigError(f"{stage.label}: `resources` has parallel: fsdp, but lora needs whole weights; set parallel: ddp")
     return given

@@ -1,7 +1,7 @@
-"""The speed of this machine at each kind of stage, and the predicted time of stages and plans.
+"""The speed of this machine for each kind of stage, and the predicted time of stages and plans.
 
-Speeds are FLOP/s by kind of stage and by span of its loop (sampling, training, watching, selection; `counting.cost.spans`). They come from
-`tadistill plan --measure` (RUNS/store/throughput.json), or else from stages that finished on this machine.
+Speeds are FLOP/s by kind of stage and by span, a part of the training loop that is timed (sampling, training, watching or selection). They
+come from `tadistill plan --measure` (RUNS/store/throughput.json) or, without it, from stages that finished on this machine.
 """
 
 import json
@@ -18,7 +18,7 @@ from tadistill.store import Store
 
 _FILE = "throughput.json"
 Speeds = dict[str, dict[str, float]]
-"""Kind of stage -> span -> FLOP/s."""
+"""FLOP/s by kind of stage and span."""
 
 
 def cores() -> int:
@@ -27,7 +27,7 @@ def cores() -> int:
 
 
 def machine(threads: int, accelerator: str | None = None) -> str:
-    """Return the name under which speeds are stored: the accelerator, or the processor and the threads of a stage."""
+    """Return the machine's name in the file of speeds: the accelerator, or the processor with a stage's number of threads."""
     return accelerator or f"{_processor()}, {threads} threads"
 
 
@@ -38,7 +38,7 @@ def _processor() -> str:
 
 
 def measured(ledger: Mapping[str, Any]) -> dict[str, float]:
-    """Compute the FLOP/s of each span from a training stage's ledger, without spans that have no FLOPs or no time."""
+    """Return the FLOP/s of each span, from the `ledger` in a training stage's manifest. Spans without FLOPs or time are left out."""
     flops: dict[str, float] = {}
     for name, part in ledger["parts"].items():
         flops[phase(name)] = flops.get(phase(name), 0.0) + part["flops"]
@@ -47,13 +47,13 @@ def measured(ledger: Mapping[str, Any]) -> dict[str, float]:
 
 
 def save(store: Store, where: str, speeds: Speeds) -> None:
-    """Add the speeds of a machine to the file."""
+    """Add the speeds of the machine `where` to the store's throughput.json."""
     known = _read(store)
     write_json(store.root / _FILE, known | {where: known.get(where, {}) | speeds})
 
 
 def load(store: Store, stages: Mapping[str, Stage], threads: int, accelerator: str | None = None) -> Speeds:
-    """Return the speeds of this machine: measured ones, and those of finished stages."""
+    """Return the speeds of this machine. Speeds from `plan --measure` override the speeds of finished stages."""
     here, found = machine(threads, accelerator), {}
     for stage in stages.values():
         if stage.cost and store.finished(stage.key):
@@ -69,7 +69,7 @@ def _read(store: Store) -> dict[str, Speeds]:
 
 
 def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
-    """Predict the seconds of a stage; None if the speed of a span with over 1 % of its FLOPs is not known."""
+    """Predict the seconds of a stage. Return None if the speed is unknown for a span that has over 1 % of the stage's FLOPs."""
     if cost is None or cost.kind not in speeds:
         return None
     known, total = speeds[cost.kind], 0.0
@@ -82,9 +82,10 @@ def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
 
 
 def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: int) -> float:
-    """Predict the seconds until all stages are done, `jobs` at a time; a stage starts when its parents are done.
+    """Predict the seconds until all stages have finished, if `jobs` stages run at a time and each starts after its parents.
 
-    Stages whose descendants take longest go first, as in `runner.schedule`. `takes` is seconds by key; other stages take no time.
+    Stages with the longest chain of descendants start first, as in `runner.schedule`. `takes` gives seconds by key; a stage without an
+    entry takes no time.
     """
     behind = dict.fromkeys(stages, 0.0)
     for key in reversed(list(stages)):

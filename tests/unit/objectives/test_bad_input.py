@@ -170,7 +170,7 @@ def test_ids_outside_the_vocabulary():
     found = top_k(T, 2)
     for shift in (9, -9):
         bad = TopK(found.ids + shift, found.log_probs, found.tail)
-        refused(lambda t=bad: t.align(S), f"ids run from {int(bad.ids.min())} to {int(bad.ids.max())}", "[0, 8]")
+        refused(lambda t=bad: t.align(S), f"ids of a top-k target run from {int(bad.ids.min())} to {int(bad.ids.max())}", "[0, 8]")
     refused(lambda: TopK(found.ids[:1], found.log_probs, found.tail).align(S), "ids (1, 3, 2)", "student_logits (2, 3, 9)")
     refused(lambda: TopK(found.ids, found.log_probs[..., :1], found.tail).align(S), "log_probs (2, 3, 1)")
 
@@ -211,12 +211,12 @@ def test_fused_mask_of_another_shape():
     for shape in ((2, 2), (3, 2), (2, 3, 1), (6,)):
         refused(
             lambda s=shape: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), TARGET, mask=torch.ones(s)),
-            f"mask has shape {shape}", "student_hidden (2, 3, 4)",
+            f"mask has shape {shape}", "student_hidden has (2, 3, 4)",
         )  # fmt: skip
 
 
 def test_fused_teachers_without_a_mixture():
-    refused(lambda: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), [TARGET, TARGET]), "teacher has 2", "mixture")
+    refused(lambda: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), [TARGET, TARGET]), "teacher is a list of 2 targets", "mixture")
     refused(lambda: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), []), "teacher", "at least one")
 
 

@@ -168,10 +168,14 @@ def test_specs_are_plain_data():
     ("changes", "error", "words"),
     [
         ({"method": {"objective": {"type": "minillm"}}}, ConfigError, "learns from rounds of rollouts"),
-        ({"method": recipe()["method"] | {"objective": {"type": "minillm"}}}, ConfigError, "no data.corpus"),
+        ({"method": recipe()["method"] | {"objective": {"type": "minillm"}}}, ConfigError, "which needs data.corpus"),
         ({"method": recipe()["method"] | {"optim": {"steps": 8, "batch": 48}}}, ConfigError, "not a multiple of optim.batch 48"),
         ({"method": recipe()["method"] | {"optim": {"batch": 16}}}, ConfigError, "neither `steps` nor `epochs`"),
-        ({"arms": {"a": {"path": "s", "objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}}}}, ConfigError, "no teacher"),
+        (
+            {"arms": {"a": {"path": "s", "objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}}}},
+            ConfigError,
+            "without a teacher",
+        ),
         ({"arms": {"a": "xl > s", "b": {"path": "xl > l > s", "compute": "as a"}}}, ConfigError, "direct path"),
         ({"arms": {"a": "s", "b": {"path": "xl > s", "compute": "as a"}}}, ConfigError, "costs less"),
         ({"data": recipe()["data"] | {"train": "nowhere.jsonl"}}, DataError, "data set `nowhere.jsonl` does not exist"),
@@ -210,7 +214,7 @@ def test_adapters_that_do_not_fit_are_found_before_anything_runs(monkeypatch):
         plan(models=models | {"s": model(16, lora={"targets": ["lm_head"]})})
     models["s"] = model(16, lora={})
     method = {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "engine": "vllm"}, "optim": {"steps": 16, "batch": 16}}
-    with pytest.raises(ConfigError, match="has lora, but engine vllm takes whole models only; use engine: native"):
+    with pytest.raises(ConfigError, match="has lora, but engine vllm cannot load adapters; use engine: native"):
         plan(models=models, method=method)
     found = preflight.importlib.util.find_spec
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
@@ -245,7 +249,7 @@ def test_what_a_data_set_does_not_use_is_no_part_of_its_identity():
 def test_entries_of_resources_that_do_not_fit_together():
     wanted = validate(recipe(resources={"default": {"processes": 4, "parallel": "fsdp"}, "sft": {"processes": 1}, "distill": {"hours": 1}}))
     stages = {stage.kind: stage for stage in make_plan(wanted).stages.values()}
-    with pytest.raises(ConfigError, match="resources of `sft s`, put together from default, sft: parallel fsdp spreads a model"):
+    with pytest.raises(ConfigError, match=r"resources of `sft s` \(merged from default, sft\): parallel fsdp spreads a model"):
         layout(wanted, next(s for s in make_plan(wanted).stages.values() if s.kind == "sft" and s.model == "s"))
     assert (layout(wanted, stages["distill"]).processes, layout(wanted, stages["distill"]).hours) == (4, 1)
     assert layout(wanted, stages["evaluate"]).processes == 1  # a default for training is none for others

@@ -89,7 +89,9 @@ def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, l
     config = _configured(model.config, keep)
     for name, value in changes(model.config, shape).items():
         setattr(config, name, value)
-    cuts = _Cuts(shape, have, importance, whole_words=_projected(model))
+    # in OPT-350m the embeddings are narrower than the hidden states
+    projected = model.config.model_type == "opt" and model.config.word_embed_proj_dim != model.config.hidden_size
+    cuts = _Cuts(shape, have, importance, whole_words=projected)
     weights = {}
     for name, tensor in model.state_dict().items():
         layer, axes = _axes(family, name, model.config.model_type)
@@ -129,7 +131,9 @@ def _assembled(model: PreTrainedModel, config: PreTrainedConfig, weights: Mappin
     try:
         pruned.load_state_dict(weights)
     except RuntimeError as error:
-        raise ModelError(f"a {config.model_type} model cannot be pruned: {str(error).splitlines()[-1].strip()}") from error
+        raise ModelError(
+            f"this {config.model_type} model cannot be pruned; choose another ({str(error).splitlines()[-1].strip()})"
+        ) from error
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned.to(model.device).eval()
 
@@ -203,11 +207,6 @@ def _check_importance(importance: Importance, have: Shape) -> None:
     found = [tuple(s.shape) for s in (importance.hidden, importance.neurons, importance.heads, importance.layers)]
     if found != [(have.hidden,), (have.layers, have.intermediate), (have.layers, have.heads), (have.layers,)]:
         raise ConfigError("the importances belong to a model of another shape; measure them on the model to be pruned")
-
-
-def _projected(model: PreTrainedModel) -> bool:
-    # in OPT-350m the embeddings are narrower than the hidden states
-    return model.config.model_type == "opt" and model.config.word_embed_proj_dim != model.config.hidden_size
 
 
 def _axes(family: Family, name: str, kind: str) -> tuple[int | None, tuple[Axis, ...]]:

@@ -1,8 +1,8 @@
-"""The predicted cost of a recipe's stages: how often each model runs on which text, as the code that runs them does it.
+"""The predicted cost of a recipe's stages. It counts the same passes of each model over each text as the code that runs the stages.
 
-Lengths of texts and the work of a pass come from `plan.costs.passes`, and FLOPs from
-`models.counting.sizes.forward_flops`. A sampled answer is assumed to be as long as the prompt's reference, or as `max_new_tokens` if its
-model has random weights, because such a model never ends an answer.
+Lengths of texts and the work of a pass come from `plan.costs.passes`, and FLOPs from `models.counting.sizes.forward_flops`. A sampled
+answer is assumed to be as long as the prompt's reference. If its model has random weights, the answer has `max_new_tokens` tokens, because
+such a model does not learn to end an answer.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,13 +28,11 @@ from tadistill.tuning import GENERATION_BATCH, PACKED_FAMILIES, RECORDING_BATCH
 
 
 class Ledger:
-    """Predictions for one recipe."""
+    """The predicted costs of one recipe's stages, with the text lengths and model sizes that they are computed from."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self._distilled: dict[tuple[tuple[str, ...], str, str], Cost | None] = {}  # seeds share their cost
-
-    # --- text -----------------------------------------------------------------------------------------------------------
+        self._distilled: dict[tuple[tuple[str, ...], str, str], Cost | None] = {}  # all seeds have the same cost
 
     @cached_property
     def _train(self) -> list[datasets.Example]:
@@ -42,34 +40,30 @@ class Ledger:
 
     @property
     def rows(self) -> int:
-        """Training rows, before the length filter."""
+        """Number of training rows, before rows that are too long are left out."""
         return len(self._train)
 
     @cached_property
     def train(self) -> Texts:
-        """Lengths of the training texts."""
         return passes.read(self.recipe, self.recipe.data.train, "train", self._train)
 
     @cached_property
     def dev(self) -> Texts:
-        """Lengths of the dev texts."""
         data = self.recipe.data
         return passes.read(self.recipe, data.dev, "dev", datasets.load(data.dev, "dev", data))
 
     @cached_property
     def corpus_length(self) -> int:
-        """Tokens of one row of the corpus."""
+        """Number of tokens in one row of the plain-text corpus."""
         return passes.chunk(self.recipe)
 
-    # --- models ---------------------------------------------------------------------------------------------------------
-
     def size(self, name: str) -> Size | None:
-        """Return the size of a model, or None if its configuration is not on this disk or its family is not counted."""
+        """Return the size of a model. Return None if its configuration is not on this disk, or if `counting.sizes` lacks its family."""
         config = self.config(name)
         return None if config is None else sizes.size_of(config)
 
     def config(self, name: str) -> dict | None:
-        """Return a model's configuration as a dict, or None if it is not on this disk."""
+        """Return a model's configuration, after any pruning. Return None if it is not on this disk."""
         model = self.recipe.models[name]
         if model.parent:
             parent = self.config(model.parent)
@@ -88,10 +82,10 @@ class Ledger:
         return sizes.read_config(model.load, model.revision, model.config, vocab)
 
     def adapters(self, name: str) -> Adapters | None:
-        """Return the adapters of a model with `lora`; None without `lora`, or if the model's size is not known.
+        """Return the parameter counts of a model's adapters. Return None if the model has no `lora`, or if its size is not known.
 
         Raises:
-            ConfigError: `lora.targets` names no layer of the model.
+            ConfigError: an entry of `lora.targets` is not a linear layer of the model.
         """
         lora, config = self.recipe.models[name].lora, self.config(name)
         if lora is None or config is None:
@@ -105,16 +99,14 @@ class Ledger:
         return (self.config(name) or {}).get("model_type") in PACKED_FAMILIES
 
     def untrained(self, name: str) -> bool:
-        """Return True if a model has random weights before it is taught, so that its answers never end."""
+        """Return True if a model has random weights before its distillation. Such a model never ends an answer."""
         model = self.recipe.models[name]
         if model.sft:
             return False
         return self.untrained(model.parent) if model.parent else str(model.load).startswith("scratch:")
 
-    # --- stages ---------------------------------------------------------------------------------------------------------
-
     def sft(self, name: str, optim: Optim, select: Select) -> Cost | None:
-        """Predict a fine-tuning stage: the student forward and backward on every batch."""
+        """Predict the cost of fine-tuning: the student runs forward and backward on each batch."""
         size = self.size(name)
         if size is None:
             return None
@@ -124,7 +116,7 @@ class Ledger:
         return cost.total()
 
     def generate(self, name: str, decoding: Decoding) -> Cost | None:
-        """Predict a generate stage: a teacher's answer to every training prompt."""
+        """Predict the cost of a generate stage, in which a teacher answers every training prompt."""
         size = self.size(name)
         if size is None:
             return None
@@ -136,7 +128,7 @@ class Ledger:
         return Cost({"rollout/teacher": _part(size, work)}, memory=needs, kind=kind)
 
     def signal(self, name: str, signal: samplers.HiddenSignal | samplers.TopKSignal) -> Cost | None:
-        """Predict a signal stage: one pass of a teacher over the training set, with logits only for a top-k signal."""
+        """Predict the cost of a signal stage: a teacher's forward pass over the training set. Only a top-k signal needs logits."""
         size = self.size(name)
         if size is None:
             return None
@@ -147,7 +139,7 @@ class Ledger:
         return Cost({"recording/teacher": _part(size, work)}, memory=needs, kind=kind)
 
     def distill(self, teachers: tuple[str, ...], name: str, method: Method) -> Cost | None:
-        """Predict a distillation, as `stages.training` runs it. With several teachers (dense guidance) the original one comes first."""
+        """Predict the cost of a distillation, as `stages.training` runs it. The first of several teachers is the original one."""
         key = teachers, name, method.model_dump_json()
         if key not in self._distilled:
             self._distilled[key] = self._distill(teachers, name, method)
@@ -170,17 +162,16 @@ class Ledger:
         return cost.total(method, self._published(cost, objective, sampler, name) if isinstance(objective, MiniLLM) else None)
 
     def _answers(self, name: str, decoding: Decoding) -> Texts:
-        """Return the training prompts with answers that a model samples."""
         return self.train.answered(decoding.max_new_tokens, endless=self.untrained(name))
 
     def _fixed(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
-        """Count `rollout.samplers.FixedSequences`; the teacher's signal may be recorded."""
+        # rollout.samplers.FixedSequences
         sampler = method.sampler
         texts = self._answers(teacher, sampler) if isinstance(sampler, samplers.TeacherSampler) else self.train
         cost.train(texts, teacher=method.trains_with_teacher, teacher_head=isinstance(method.signal, samplers.HiddenSignal))
 
     def _mix(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
-        """Count `rollout.samplers.Mix`."""
+        # rollout.samplers.Mix
         sampler = method.sampler
         assert isinstance(sampler, samplers.MixSampler)
         answers = self._answers(name, sampler)
@@ -190,7 +181,7 @@ class Ledger:
         cost.watch(answers, sampler.lam, teacher=True)
 
     def _replay(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
-        """Count `rollout.samplers.Replay`. phi depends on the run and is taken to be 1 from the start, so this is an upper limit."""
+        # rollout.samplers.Replay. phi depends on the run; this assumes phi = 1 from the start, so it is an upper limit
         sampler = method.sampler
         assert isinstance(sampler, samplers.ReplaySampler)
         answers = self._answers(name, sampler)
@@ -199,7 +190,7 @@ class Ledger:
         cost.watch(answers, teacher=True)
 
     def _pair(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
-        """Count `rollout.samplers.Pairs`, whose text is not watched."""
+        # rollout.samplers.Pairs, which has no rollout metrics
         sampler = method.sampler
         assert isinstance(sampler, samplers.PairSampler)
         answers, of_teacher = self._answers(name, sampler), self._answers(teacher, sampler)
@@ -207,7 +198,7 @@ class Ledger:
         cost.sample(answers, sampler.chunk, 1.0)
 
     def _rounds(self, cost: TrainingCost, method: Method, teacher: str, name: str) -> None:
-        """Count `rollout.rounds`: sampling, the teacher's pass unless sampling made it, then epochs on the teacher's stored states."""
+        # rollout.rounds: sampling, the teacher's pass unless sampling includes it, then epochs on the teacher's stored states
         sampler, objective = method.sampler, method.objective
         assert isinstance(sampler, samplers.Rounds)
         answers, rollouts = self._answers(name, sampler), method.round_rollouts
@@ -215,7 +206,7 @@ class Ledger:
         scores, distribution = objective.needs_scores, objective.needs_distribution
         mixture = isinstance(sampler, samplers.TeacherMixedSampler) and sampler.guided
         lazy = mixture and sampler.plain and self._packs(teacher) and self._packs(name)
-        if sampler.vllm:  # it pads nothing
+        if sampler.vllm:  # vLLM has no padding
             each = Work(answers.mean_prompt + answers.mean_response - 1, 0.0, answers.mean_response)
             sampled = each * (rollouts * rounds)
         else:
@@ -224,20 +215,20 @@ class Ledger:
         if sampler.guided:
             cost.add("rollout/teacher", sampled)
         scored = passes.by_length(answers, sampler.chunk, rollouts) * rounds
-        known = sampler.guided and len(cost.teachers) == 1  # with several teachers, all are scored in passes of their own
+        known = sampler.guided and len(cost.teachers) == 1  # several teachers score in separate passes
         kept = known or scores or sampler.inner_epochs > 1
         if kept and not known:
             cost.add("scoring/teacher", scored if scores else Work(scored.positions, scored.pairs))
         if scores and (method.optim.precision == "bf16" or sampler.vllm):
             cost.add("scoring/student", scored)
         cost.train(answers, teacher=distribution and not kept, teacher_head=distribution and kept)
-        # rollouts whose states were not kept are watched beside the live teacher
+        # if the teacher's states were not stored, the metrics of rollouts run the teacher again
         cost.watch(answers, teacher=not (distribution and kept), teacher_head=distribution and kept)
         if isinstance(objective, MiniLLM) and objective.needs_corpus and self.recipe.data.corpus:
             cost.corpus(self.corpus_length, teacher=objective.pt_kd_ratio > 0)
 
     def _selection(self, cost: TrainingCost, select: Select, *, extra: bool = False) -> None:
-        """Count `evaluation.run.dev_metrics`: always the loss; answers and KLs if the metric needs them."""
+        # evaluation.run.dev_metrics: always the loss; answers and KLs if the metric needs them
         if select.metric == "last":
             return
         looks, settings = -(-cost.steps // select.every) + extra, self.recipe.evaluate
@@ -252,7 +243,7 @@ class Ledger:
             cost.add("selection/teacher", beside)
 
     def _published(self, cost: TrainingCost, objective: MiniLLM, sampler: samplers.SamplerBase, name: str) -> float:
-        """Return the FLOPs of the released code on as many rollouts, which makes all logits."""
+        # MiniLLM's published code computes the logits of all positions
         assert isinstance(sampler, samplers.Rounds)
         answers = self._answers(name, sampler)
         length = answers.mean_prompt + answers.mean_response
@@ -272,7 +263,7 @@ _SAMPLERS: Mapping[type[samplers.SamplerBase], Callable[[Ledger, TrainingCost, M
     samplers.ReplaySampler: Ledger._replay,
     samplers.PairSampler: Ledger._pair,
 }
-"""For each sampler the function that counts its updates, sampling and teacher included. A sampler without one cannot be planned."""
+"""The function that counts a sampler's training, sampling and teacher passes, for each sampler. Each sampler needs an entry."""
 
 
 def _part(size: Size, work: Work) -> Part:

@@ -1,8 +1,8 @@
-"""The lengths of a study's texts in tokens, and the work of running a model on batches of them, padding included.
+"""The lengths of a study's texts in tokens, and the work of running a model on batches of these texts, padding included.
 
-Lengths need no transformers: they come from the tokenizer's file if it is on this disk, and otherwise a token is four characters.
-`data.templates.encode` applies the rules (template, cuts, rows left out). Each function of work follows one place of the code, which its
-docstring names.
+Texts are tokenised with tokenizer.json, without transformers. If this file is not on the disk, a token is assumed to be four characters.
+`data.templates.encode` applies the template, shortens texts and leaves rows out, as in training. Each function that returns work counts
+what one function of the package does; its docstring names that function.
 """
 
 import json
@@ -22,40 +22,40 @@ from tadistill.models import sources
 from tadistill.models.counting.sizes import Work
 from tadistill.tuning import COMPACT_BELOW
 
-_SAMPLE = 512  # rows that stand for the distribution of lengths
+_SAMPLE = 512  # number of rows from which the lengths of a split are estimated
 _ENDLESS = 2**31
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Lengths of the rows of a split, or of a sample of them."""
+    """The lengths in tokens of a split's rows, or of a sample of its rows."""
 
     rows: tuple[tuple[int, int], ...]
-    """(prompt, response with its EOS) of evenly spaced rows."""
+    """(tokens of the prompt, tokens of the response with EOS) for evenly spaced rows."""
     count: float
-    """Rows of the split that are not left out."""
+    """Number of rows of the split, without rows that are too long (estimated)."""
 
     @property
     def totals(self) -> list[int]:
-        """Tokens of prompt and response, per row."""
+        """Tokens of prompt and response together, for each row."""
         return [prompt + response for prompt, response in self.rows]
 
     @property
     def mean_prompt(self) -> float:
-        """Mean tokens of a prompt."""
+        """Mean length of a prompt in tokens."""
         return sum(prompt for prompt, _ in self.rows) / len(self.rows)
 
     @property
     def mean_response(self) -> float:
-        """Mean tokens of a response."""
+        """Mean length of a response in tokens."""
         return sum(response for _, response in self.rows) / len(self.rows)
 
     def answered(self, most: int, *, endless: bool = False) -> "Texts":
-        """Return the prompts with sampled answers: as long as the references but at most `most` tokens, or all `most` if `endless`."""
+        """Return the same prompts with sampled answers. An answer has `most` tokens if `endless`, else min(reference, `most`) tokens."""
         return replace(self, rows=tuple((prompt, most if endless else min(response, most)) for prompt, response in self.rows))
 
     def drawn(self, count: int) -> list[tuple[int, int]]:
-        """Return `count` typical rows, short prompts first; fewer if fewer are known."""
+        """Return `count` evenly spaced rows in order of prompt length, or all rows if there are fewer than `count`."""
         ordered = sorted(self.rows)
         if count >= len(ordered):
             return ordered
@@ -64,7 +64,7 @@ class Texts:
 
 
 def read(recipe: Recipe, ref: DataRef, role: str, examples: Sequence[datasets.Example]) -> Texts:
-    """Measure the lengths of a split from its examples."""
+    """Return the lengths of a split's rows, measured on a sample of its examples."""
     data, places = recipe.data, min(_SAMPLE, len(examples))
     sample = [replace(examples[i * len(examples) // places], choices=()) for i in range(places)]
     ids = tokenizer(recipe)
@@ -77,11 +77,11 @@ def read(recipe: Recipe, ref: DataRef, role: str, examples: Sequence[datasets.Ex
 
 
 def chunk(recipe: Recipe) -> int:
-    """Return the tokens of a row of the corpus: `max_length`, or fewer if the whole corpus is shorter."""
+    """Return the number of tokens in a row of the corpus: `max_length`, or fewer if the whole corpus is shorter."""
     data = recipe.data
     assert data.corpus is not None
     if data.corpus.load not in tinyworld.SPLITS:
-        return data.max_length  # reading could need the network
+        return data.max_length  # counting its tokens could need the network
     ids, total = tokenizer(recipe) or _pieces, 0
     for text in datasets.texts(data.corpus, world=data.world, root=data.root):
         total += len(ids([text])[0]) + 1
@@ -91,11 +91,11 @@ def chunk(recipe: Recipe) -> int:
 
 
 Ids = Callable[[list[str]], Sequence[Sequence[Any]]]
-"""Turns texts into tokens, of which only number and equality matter."""
+"""A function that splits each text into tokens. Their type does not matter, because they are only counted and compared."""
 
 
 def tokenizer(recipe: Recipe) -> Ids | None:
-    """Return the study's tokenizer, or None if its file is not on this disk."""
+    """Return the study's tokenizer, or None if its tokenizer.json is not on this disk."""
     model = next(m for m in recipe.models.values() if m.load)  # models that teach each other share their tokenizer
     if model.tokenizer_source == "tinyworld":
         return lambda texts: [re.findall(r"\S+|\n", text) for text in texts]
@@ -104,7 +104,7 @@ def tokenizer(recipe: Recipe) -> Ids | None:
 
 
 def vocabulary(model: ModelConfig, world: World) -> int | None:
-    """Return the number of tokens of a model's tokenizer, or None if its file is not on this disk."""
+    """Return the vocabulary size of a model's tokenizer, or None if its tokenizer.json is not on this disk."""
     if model.tokenizer_source == "tinyworld":
         return len(tinyworld.words(seed=world.seed, people=world.people)) + 3  # and <pad>, <eos>, <unk>
     file = _tokenizer_file(model)
@@ -115,7 +115,6 @@ def vocabulary(model: ModelConfig, world: World) -> int | None:
 
 
 def _tokenizer_file(model: ModelConfig) -> Path | None:
-    """Find the tokenizer.json of a model that is loaded, at the model's revision; None if it is not on this disk."""
     source = model.tokenizer_source
     assert source is not None
     directory = sources.locate(source, model.revision, weights=False)
@@ -125,7 +124,7 @@ def _tokenizer_file(model: ModelConfig) -> Path | None:
 
 @lru_cache
 def _from_file(file: Path) -> Ids:
-    from tokenizers import Tokenizer  # here: not every study has a tokenizer's file
+    from tokenizers import Tokenizer  # not at the top, because not every study needs it
 
     backend = Tokenizer.from_file(str(file))
     backend.no_truncation()
@@ -138,8 +137,7 @@ def _pieces(texts: list[str]) -> list[list[str]]:
 
 
 class _StandIn:
-    """Stand-in for a tokenizer in `encode`. Conversations are put into ChatML, whatever the model's own template is."""
-
+    # replaces a tokenizer in `encode`; formats conversations as ChatML, whatever the model's own template is
     eos_token_id = -1
     chat_template = "chatml"
 
@@ -155,11 +153,11 @@ class _StandIn:
 
 
 def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
-    """Return the expected largest of `draws` of these values, or of its `power`, drawn without replacement as a batch of rows is."""
+    """Return the expected maximum, to the given `power`, of `draws` values that are drawn at random without replacement."""
     ordered, n = sorted(values), len(values)
     if draws >= n:
         return float(ordered[-1] ** power)
-    total, share = 0.0, 1.0  # share: the draws that lie entirely among the k smallest values
+    total, share = 0.0, 1.0  # share: probability that all draws are among the k smallest values
     for k in range(n, draws - 1, -1):
         below = share * (k - draws) / k
         total += (share - below) * ordered[k - 1] ** power
@@ -167,15 +165,14 @@ def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
     return total
 
 
-_CALLS = 1.5
-"""Attention of `rollout.lazy` over that of the tokens it reads: a call works on a rectangle, in which some rows have fewer tokens."""
+_CALLS = 1.5  # padding factor of attention in `rollout.lazy`: each call pads its rows to the same number of tokens
 
 
 @lru_cache
 def training_batch(texts: Texts, rows: int) -> tuple[Work, float]:
-    """Count `models.forward.Reader.hidden` on `rows` shuffled sequences: padded to the longest without its last token, logits at responses.
+    """Return the work of `models.forward.Reader.hidden` on a batch of `rows` shuffled sequences, and its number of padding positions.
 
-    Returns the work, and the number of its positions that are padding.
+    Sequences lose their last token and are padded to the longest one. Logits are computed at the positions of responses.
     """
     width = largest(texts.totals, rows) - 1
     square = largest([total - 1 for total in texts.totals], rows, power=2)
@@ -184,13 +181,13 @@ def training_batch(texts: Texts, rows: int) -> tuple[Work, float]:
 
 
 def plain_batch(length: int, rows: int) -> Work:
-    """Count the same on rows of the corpus, which have no prompt: every token but the first is predicted."""
+    """Return the work of `models.forward.Reader.hidden` on `rows` rows of the corpus. All tokens but the first are predicted."""
     return Work(rows * (length - 1), rows * (length - 1) ** 2, rows * (length - 1))
 
 
 @lru_cache
 def by_length(texts: Texts, batch: int, count: float) -> Work:
-    """Count one pass over `count` sequences sorted by length (`data.batch.by_length`): each batch padded, logits at responses."""
+    """Return the work of one pass over `count` sequences, sorted by length and padded in each batch (`data.batch.by_length`)."""
     ordered = sorted(texts.totals)
     most = min(round(count), len(ordered))
     rows = [ordered[int((i + 0.5) * len(ordered) / most)] for i in range(most)]
@@ -204,7 +201,10 @@ def by_length(texts: Texts, batch: int, count: float) -> Work:
 
 @lru_cache
 def sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """Count `rollout.generate` on `count` prompts in chunks of similar length: padded on the left; finished rows are dropped in groups."""
+    """Return the work of `rollout.generate` on `count` prompts, in chunks of similar length.
+
+    Prompts are padded on the left. Finished rows are removed several at a time.
+    """
     rows = texts.drawn(count)
     total = Work()
     for start in range(0, len(rows), chunk):
@@ -226,7 +226,7 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
 
 @lru_cache
 def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """Count `rollout.lazy`, for either model: every token but the last is read once, and each token of a response has logits once."""
+    """Return the work of one model in `rollout.lazy`. It reads each token except the last once; each response token has logits once."""
     rows = texts.drawn(count)
     total = Work()
     for start in range(0, len(rows), chunk):
@@ -240,16 +240,16 @@ def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
 
 
 def minillm_flops(student: float, teacher: float, *, length: float, corpus: float, epochs: int) -> float:
-    """Return the FLOPs of MiniLLM's released code for one rollout, from its call graph (microsoft/LMOps/minillm: sampler.py, trainer.py).
+    """Return the FLOPs of MiniLLM's published code for one rollout, from its call graph (microsoft/LMOps/minillm: sampler.py, trainer.py).
 
-    For every rollout the code runs the student five times and the teacher four times: sampling from the mixture (both), the teacher's
-    reward, the student's log-probabilities, a second generation by the student alone with a teacher and a student pass over it (for
-    logging), and once more both over the rollout. In each inner epoch the student runs forward and backward on rollout and plain text,
-    and the teacher forward on both.
+    The code runs the student five times and the teacher four times for each rollout. Both sample from the mixture. The teacher computes the
+    reward and the student its log-probabilities. For logging, the student generates a second answer, and both models run over it. Both run
+    over the rollout once more. In each inner epoch (on rollout and plain text) the student runs forward and backward, the teacher forward.
 
     Args:
         student, teacher: forward FLOPs per token, head included (2 x parameters in the usual estimate).
-        length: tokens of a rollout with its prompt; corpus: tokens of a row of plain text, 0 without.
+        length: number of tokens of a rollout with its prompt.
+        corpus: number of tokens of a row of plain text; 0 if there is no corpus.
         epochs: PPO epochs on each rollout.
     """
     trained = epochs * (length + corpus)

@@ -1,6 +1,6 @@
-"""The cost of a training stage, added up part by part: FLOPs, padding, and bytes at the peak.
+"""The predicted cost of a training stage: FLOPs of each part, padding, and peak memory.
 
-Weights, gradients and AdamW's moments are exact. Activations are estimated for fused attention, which stores no scores.
+The memory of weights, gradients and AdamW's moments is exact. Activations are estimated for fused attention, which stores no scores.
 """
 
 from dataclasses import asdict
@@ -15,39 +15,30 @@ from tadistill.plan.costs.passes import Texts
 from tadistill.store import key_of
 from tadistill.tuning import LOG_POINTS, TILE_BYTES, WATCH_EVERY, WATCHED_ROWS
 
-_KEPT = 4 / 3
-"""Activations that a layer keeps per position for its backward pass, relative to its matrices' entries, both in units of the hidden width.
-GPT-2 keeps 16 widths, and its matrices have 12 squared widths."""
+_KEPT = 4 / 3  # activations per position / (entries of a layer's matrices / hidden): GPT-2 has 16 hidden and 12 hidden^2
 
 
 class TrainingCost:
-    """The parts of one training stage, as they add up."""
+    """The cost of one training stage. Methods add to its parts; `total` returns the result."""
 
     def __init__(self, student: Size, teachers: tuple[Size, ...], optim: Optim, *, drop: float = 0.0, adapters: Adapters | None = None):
-        """
-        Args:
-            drop: the probability that each of several teachers is left out of an update; drawn again if none is left.
-            adapters: the student's adapters, if only they are trained.
-        """
+        """With several teachers, each is left out of an update with probability `drop`, but never all. `adapters`: trained alone."""
         assert optim.steps is not None
         self.student, self.adapters = with_adapters(student, adapters), adapters
         self.teachers, self.optim, self.steps = teachers, optim, optim.steps
         self.used = (1 - drop) / (1 - drop ** len(teachers)) if len(teachers) > 1 else 1.0
         self.parts: dict[str, Part] = {}
-        self.padding = 0.0
-        """Positions of all updates that are padding."""
-        self.batch = 0.0
-        """Bytes of activations and logits of the largest micro-batch."""
-        self.cache = 0.0
-        """Bytes of keys and values while text is sampled."""
+        self.padding = 0.0  # padding positions in all updates
+        self.batch = 0.0  # bytes of activations and logits of the largest micro-batch
+        self.cache = 0.0  # bytes of keys and values during sampling
 
     def add(self, name: str, work: Work, *, backward: bool = False) -> None:
-        """Add forward passes of the student or of all teachers to a part.
+        """Add forward passes to the part `name` (PHASE/student or PHASE/teacher), for each model that runs in it.
 
-        Rollouts and selection run the first teacher only.
+        All teachers run, except in rollouts and selection, which run the first one only.
 
         Args:
-            backward: the student also runs backward; with gradient checkpointing its layers then run forward once more.
+            backward: add the student's backward passes too, and with gradient checkpointing a second forward pass of its layers.
         """
         again = backward and self.optim.gradient_checkpointing
         models = self.teachers if name.endswith("/teacher") else (self.student,)
@@ -59,7 +50,10 @@ class TrainingCost:
             self.parts[name] = self.parts.get(name, Part()) + Part(flops, work.positions, work.heads)
 
     def train(self, texts: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add a share of the updates, on such texts; the teacher runs beside the student, or only its head on stored hidden states."""
+        """Add a share (0 to 1) of the updates on `texts`.
+
+        With `teacher`, each teacher runs in the update too. With `teacher_head`, only its head runs, on stored hidden states.
+        """
         micro = self.optim.micro_batch or self.optim.batch
         batches = share * self.steps * self.optim.batch / micro
         work, padding = passes.training_batch(texts, micro)
@@ -70,7 +64,7 @@ class TrainingCost:
             self.add("training/teacher", (work if teacher else Work(heads=work.heads)) * (batches * self.used))
 
     def corpus(self, length: int, *, teacher: bool) -> None:
-        """Add MiniLLM's plain text, which is in every update."""
+        """Add the loss on MiniLLM's plain text, whose rows have `length` tokens. Each update contains it."""
         work = passes.plain_batch(length, self.optim.batch) * self.steps
         self.add("corpus/student", work, backward=True)
         self._take(passes.plain_batch(length, self.optim.micro_batch or self.optim.batch), teacher)
@@ -78,11 +72,11 @@ class TrainingCost:
             self.add("corpus/teacher", work * self.used)
 
     def sample(self, answers: Texts, chunk: int, share: float) -> None:
-        """Add the sampling of whole batches by the student alone, in a share of the updates."""
+        """Add the sampling of a full batch by the student, before a share (0 to 1) of the updates."""
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add the measurements of rollouts (`train.watch`), on the first rows of every tenth update, at most a hundred times."""
+        """Add the metrics of rollouts (`train.watch`), measured on the first rows of every tenth update, at most a hundred times."""
         micro = self.optim.micro_batch or self.optim.batch
         times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))
         work = passes.training_batch(answers, micro)[0] * (min(micro, WATCHED_ROWS) / micro * times)
@@ -91,12 +85,12 @@ class TrainingCost:
             self.add("watching/teacher", (work if teacher else Work(heads=work.heads)) * self.used)
 
     def caches(self, answers: Texts, chunk: int, most: int, *sizes: Size) -> None:
-        """Note the keys and values of each model that takes part in sampling `chunk` sequences of up to `most` new tokens."""
+        """Set the memory of keys and values when models of these `sizes` sample `chunk` sequences of up to `most` new tokens."""
         length = max(prompt for prompt, _ in answers.rows) + most
         self.cache = sum(cache_bytes(size, chunk, length) for size in sizes)
 
     def _take(self, work: Work, teacher: bool) -> None:
-        """Note the bytes of a micro-batch: activations, tiles of logits of student and teacher, and the head's gradient."""
+        # bytes of a micro-batch: activations, tiles of logits of student and teacher, and the head's gradient
         size = self.student
         layer = 4 * work.positions * _KEPT * (size.matmul - size.head) / size.layers / size.hidden
         kept = layer * size.layers
@@ -107,7 +101,7 @@ class TrainingCost:
         self.batch = max(self.batch, kept + min(logits * (2 if teacher else 1), TILE_BYTES) + gradient)
 
     def total(self, method: Method | None = None, published: float | None = None) -> Cost:
-        """Return the stage's cost; `published` is the FLOPs of MiniLLM's released code on as many rollouts."""
+        """Return the stage's cost. `published` gives the FLOPs of MiniLLM's published code for the same number of rollouts."""
         trained = self.adapters and self.adapters.trained
         needs = resident_bytes(self.student.total, training=True, adapters=trained) + max(self.batch, self.cache)
         if any(name.endswith("/teacher") and part.positions for name, part in self.parts.items()):
@@ -123,5 +117,5 @@ class TrainingCost:
 
 
 def cache_bytes(size: Size, rows: int, length: float) -> float:
-    """Bytes of the keys and values of `rows` sequences, in float32."""
+    """Return the bytes of the keys and values of `rows` sequences of `length` positions, in float32."""
     return 8 * rows * length * size.keys * size.layers
