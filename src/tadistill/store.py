@@ -56,7 +56,6 @@ class Store:
         self.root = Path(root)
 
     def folder(self, key: str) -> Path:
-        """Return the path of a stage's folder, which need not exist."""
         return self.root / key[:2] / key
 
     def finished(self, key: str) -> bool:

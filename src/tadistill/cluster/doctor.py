@@ -257,7 +257,6 @@ def store(root: Path) -> list[Check]:
 
 
 def _locks(path: Path) -> Literal[True] | str:
-    """Return True if a lock keeps a second process out, else a sentence that says what went wrong."""
     code = f"from filelock import FileLock, Timeout\ntry:\n FileLock({str(path)!r}).acquire(timeout=0)\nexcept Timeout:\n print('held')"
     try:
         with FileLock(path, timeout=1):

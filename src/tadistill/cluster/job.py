@@ -163,7 +163,6 @@ class Record:
         return Place(self.job, self.index)
 
     def write(self, store: Store, key: str) -> None:
-        """Write the record into the folder of a stage."""
         write_json(store.folder(key) / RECORD, asdict(self))
 
     def entries(self, queue: Mapping[str, Entry]) -> list[Entry]:
@@ -209,7 +208,6 @@ class StageJob:
     """True if the job is a segment of a chain, which replaces requeues."""
 
     def __call__(self) -> None:
-        """Run the stages; an error fails the job, so that Slurm cancels the jobs that depend on it."""
         stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)
         _name_ranks()
         for task in self.tasks:
@@ -249,7 +247,6 @@ class StageJob:
         say("finished")
 
     def _go_on_later(self, stop: StopFlag) -> NoReturn:
-        """Requeue the job, or exit so that the next segment continues. The state has already been saved."""
         if stop.received == signal.SIGTERM:  # the job was cancelled, or was preempted by a site that requeues it
             sys.exit(128 + signal.SIGTERM)
         if not self.chain:
@@ -264,9 +261,7 @@ class StageJob:
                 ) from error
             sys.exit(1)
         if os.environ.get("SLURM_ARRAY_TASK_ID") == os.environ.get("SLURM_ARRAY_TASK_MAX"):
-            raise StageFailed(
-                "the last segment of the chain ended before the stage was finished; its state is saved, so submit the study again"
-            )
+            raise StageFailed("the last segment of the chain ended before the stage was finished; its state is saved; submit again")
         sys.exit(0)
 
 
@@ -290,8 +285,6 @@ def say(text: str) -> None:
 
 
 class _Log:
-    """Progress callback that prints at most one line every 30 seconds to the log."""
-
     def __init__(self) -> None:
         self.last = float("-inf")
 
@@ -306,7 +299,6 @@ def _first() -> bool:
 
 
 def _name_ranks() -> None:
-    """Set torch's rank variables from Slurm's variables, if the job has several tasks."""
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
         os.environ.update({name: os.environ[of] for name, of in names.items()})

@@ -77,9 +77,7 @@ def _squeue(*options: str, strict: bool = True) -> dict[str, Entry]:
     out = ask("squeue", "--noheader", "--array", "--format=%i|%T|%M|%j|%r", *options)
     if out is None:
         if strict:
-            raise ConfigError(
-                "squeue does not answer, so the state of jobs is not known; run this on a login node of the cluster, where squeue works"
-            )
+            raise ConfigError("squeue does not answer, so the state of jobs is not known; run this on a login node of the cluster")
         return {}
     lines = [line.strip().split("|") for line in out.splitlines()]
     return {f[0]: Entry(*f) for f in lines if len(f) == 5}

@@ -84,9 +84,7 @@ class Requests:
             return self._without_gpu(stages, wanted, where)
         name = wanted.gpu or self._smallest(stages, wanted)
         if name not in self.profile.gpus:
-            raise ConfigError(
-                f"{where}: gpu is `{name}`, but {self.profile.name} has no such GPU; use one of {', '.join(self.profile.gpus)}"
-            )
+            raise ConfigError(f"{where}: gpu is `{name}`, but {self.profile.name} has no such GPU; use {', '.join(self.profile.gpus)}")
         gpu = self.profile.gpus[name]
         count = _count(gpu, per_node, name, where, self.profile.name)
         cpus = wanted.cpus or max(1, gpu.cpus * count // per_node)
@@ -106,9 +104,7 @@ class Requests:
     def _without_gpu(self, stages: Seq[Stage], wanted: Resources, where: str) -> Request:
         cpu = self.profile.cpu or Cpu()
         if wanted.gpu:
-            raise ConfigError(
-                f"{where}: gpu is `{wanted.gpu}`, but profile {self.profile.name} names no GPUs; add it there, or leave out gpu"
-            )
+            raise ConfigError(f"{where}: gpu is `{wanted.gpu}`, but profile {self.profile.name} names no GPUs; add it, or leave out gpu")
         per_node = wanted.processes // wanted.nodes
         ram = math.ceil((wanted.memory or cpu.ram) * per_node)
         minutes, pieces = self._time(stages, wanted, None, where)
@@ -117,7 +113,6 @@ class Requests:
     # --- memory ---------------------------------------------------------------------------------------------------------
 
     def _smallest(self, stages: Seq[Stage], wanted: Resources) -> str:
-        """Return the name of the smallest GPU whose memory is enough for the stages. Slices are used only for a single process."""
         needs = max((self._need(stage, wanted) for stage in stages), default=0.0)
         usable = {n: g for n, g in self.profile.gpus.items() if not (g.slice and wanted.processes > 1)}
         fits = sorted((g.memory, n) for n, g in usable.items() if needs <= _SPARE * g.memory * 1e9)
@@ -131,7 +126,6 @@ class Requests:
         )
 
     def _need(self, stage: Stage, wanted: Resources) -> float:
-        """Return the bytes that a stage needs on one device. Models of unknown size are left out."""
         others = [handle for role, handle in stage.spec.models.items() if role not in ("student", "model")]
         frozen = [self._name(handle) for i, handle in enumerate(others) if handle not in others[:i]]
         half = isinstance(stage.spec, TrainingSpec) and stage.spec.optim.precision == "bf16"
@@ -200,9 +194,7 @@ class Requests:
 def _count(gpu: Gpu, processes: int, name: str, where: str, site: str) -> int:
     """Return the number of GPUs per node: one per process, rounded up to a number that the site allows."""
     if gpu.slice and processes > 1:
-        raise ConfigError(
-            f"{where}: {processes} processes on `{name}`, but a job has one slice (slices cannot communicate); use whole GPUs"
-        )
+        raise ConfigError(f"{where}: {processes} processes on `{name}`, but a job has one slice (slices are isolated); use whole GPUs")
     allowed = gpu.counts or tuple(range(1, gpu.per_node + 1))
     fits = [n for n in allowed if n >= processes]
     if not fits:
@@ -247,7 +239,6 @@ def parameters(name: str, request: Request, profile: Profile, *, account: str | 
 
 
 def _setup(request: Request, profile: Profile) -> list[str]:
-    """Return the shell commands before the work: modules, offline mode, threads, and the address of rank 0."""
     lines = [f"module load {shlex.join(profile.modules)}"] if profile.modules else []
     lines += ["export HF_HUB_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TOKENIZERS_PARALLELISM=false"]
     if profile.internet != "full":

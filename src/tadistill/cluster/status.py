@@ -126,7 +126,6 @@ def _stages(study: Path) -> list[dict[str, Any]]:
 
 
 def _metric(folder: Path, stage: dict[str, Any]) -> str:
-    """Return the last complete line of a training stage's log as text: updates, loss and dev metrics."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return ""

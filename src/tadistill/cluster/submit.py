@@ -74,7 +74,6 @@ class Submission:
         return [key for key in self.plan.stages if not self.store.finished(key)]
 
     def jobs(self, keys: list[str]) -> list[Job]:
-        """Group the stages `keys` into jobs, each with its request."""
         return [Job(stages, self.requests.of(stages), depth) for depth, stages in bundles(self.plan.stages, keys)]
 
     def scripts(self) -> Iterator[tuple[Sent, str]]:
@@ -199,9 +198,7 @@ class Submission:
             nonlocal seconds
             seconds += 1  # called once a second
             if seconds > _WAIT:
-                raise ConfigError(
-                    f"another `tadistill submit` to the store {self.store.root} is running; wait until it has ended, then submit again"
-                )
+                raise ConfigError(f"another `tadistill submit` to {self.store.root} is running; wait for its end, then submit again")
 
         lock = self.store.acquire("submit", waiting)
         try:
@@ -211,22 +208,15 @@ class Submission:
 
 
 def _account(profile: Profile, given: str | None) -> str | None:
-    """Return the account to charge. Raises ConfigError if it is missing, differs from the environment's, or the site does not know it."""
     environment = {name: os.environ[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if os.environ.get(name)}
     for name, value in environment.items():
         if given and value != given:
-            raise ConfigError(
-                f"--account is {given}, but {name}={value} in the environment overrides it; unset {name}, or leave --account out"
-            )
+            raise ConfigError(f"--account is {given}, but {name}={value} in the environment overrides it; unset {name} or drop --account")
     account = given or next(iter(environment.values()), None)
     if profile.account and account is None:
-        raise ConfigError(
-            f"{profile.name} needs an account; give --account NAME (or export SBATCH_ACCOUNT), for instance {_example(profile)}"
-        )
+        raise ConfigError(f"{profile.name} needs an account; give --account NAME (or SBATCH_ACCOUNT), for instance {_example(profile)}")
     if profile.account and not re.fullmatch(profile.account, account or ""):
-        raise ConfigError(
-            f"account `{account}` does not look like an account of {profile.name} (for instance {_example(profile)}); correct --account"
-        )
+        raise ConfigError(f"account `{account}` does not look like an account of {profile.name} (for instance {_example(profile)})")
     return account
 
 
@@ -235,7 +225,6 @@ def _example(profile: Profile) -> str:
 
 
 def _check_place(profile: Profile, runs: Path) -> None:
-    """Check that jobs can write to the runs directory, and that the site accepts submissions from the current folder."""
     if profile.home == "writable":
         return
     closed = [Path.home().resolve()]
@@ -262,9 +251,7 @@ def submit(
     """
     profile = profiles.load(_cluster(cluster))
     if not recipe.arms:
-        raise ConfigError(
-            f"study {recipe.study} has no arms, so there is nothing to submit; add arms, or search for a path with `tadistill search`"
-        )
+        raise ConfigError(f"{recipe.study} has no arms, so there is nothing to submit; add arms, or use `tadistill search`")
     if absent := missing(recipe, runs):
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         raise ConfigError(f"jobs have no network, and {absent[0]}{more}")

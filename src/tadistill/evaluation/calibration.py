@@ -48,9 +48,7 @@ def bins(confidence: Seq[float] | np.ndarray, correct: Seq[bool] | np.ndarray, c
     """
     sure, right = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
     if sure.shape != right.shape or sure.ndim != 1:
-        raise DataError(
-            f"confidence has shape {sure.shape} and correct has shape {right.shape}, but each must be a list with one number per prediction"
-        )
+        raise DataError(f"confidence has shape {sure.shape} and correct {right.shape}; each must be a list with one number per prediction")
     outside = ~((sure >= -_ROUNDING) & (sure <= 1 + _ROUNDING))
     if outside.any():
         raise DataError(f"confidence {sure[outside][0]} is no probability; every confidence must be in [0, 1]")
@@ -137,7 +135,6 @@ def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references
 
 
 def _of_sums(count: np.ndarray, confidence: np.ndarray, correct: np.ndarray) -> Bins:
-    """Build bins from sums over the predictions in each bin, instead of means."""
     size = np.maximum(count, 1)
     return Bins(count, confidence / size, correct / size)
 

@@ -74,14 +74,12 @@ def texts(subject: Subject, answers: Seq[Sequence]) -> list[str]:
 def _answer_scores(
     subject: Subject, data: EvalSet, settings: Evaluate, answers: Seq[Sequence], predictions: list[str]
 ) -> dict[str, np.ndarray]:
-    """Return the scores of the answers of one decoding seed, each (prompts,)."""
     scores = text_scores.score_answers(predictions, [a.response for a in answers], data.rows)
     found = {name: np.asarray(column, float) for name, column in scores.items()}
     return found | {"entropy": means(entropy(subject, answers, batch=settings.batch, temperature=settings.temperature))}
 
 
 def _read_references(subject: Subject, data: EvalSet, batch: int, columns: dict[str, np.ndarray], corpus: dict[str, Any]) -> None:
-    """Add loss and calibration on each prompt's first reference, and on label words if the set has answer choices."""
     found = likelihood(subject, references(data.encoded), batch=batch)
     columns["loss"] = means(found["loss"])[:, None]
     bins = {"tokens": calibration.bins(np.concatenate(found["confidence"]), np.concatenate(found["correct"]))}

@@ -110,9 +110,7 @@ def _scorer() -> "RougeScorer":
 
 def _check(predictions: Sequence, other: Sequence) -> None:
     if len(predictions) != len(other):
-        raise DataError(
-            f"there are {len(predictions)} predictions but {len(other)} rows of references or facts; give one row per prediction"
-        )
+        raise DataError(f"{len(predictions)} predictions but {len(other)} rows of references or facts; give one row per prediction")
     if any(len(row) == 0 for row in other):
         raise DataError("a prediction has no reference or fact; every prediction needs at least one")
 
@@ -156,9 +154,7 @@ def self_bleu(answers: Sequence[Sequence[str]]) -> list[float]:
     """
     short = next((i for i, row in enumerate(answers) if len(row) < 2), None)
     if short is not None:
-        raise DataError(
-            f"prompt {short + 1} has {len(answers[short])} answers; self-BLEU compares two or more answers, so use more decoding seeds"
-        )
+        raise DataError(f"prompt {short + 1} has {len(answers[short])} answers; self-BLEU needs at least two, so use more decoding seeds")
     return [_likeness([answer.split() for answer in row]) for row in answers]
 
 

@@ -56,7 +56,6 @@ class _Batch:
         self.decoders = {name: _Decoder(model, vocab, total - 1) for name, model in models.items()}
 
     def logits(self) -> dict[str, Tensor]:
-        """Return every model's logits (B, V) for the next token."""
         unseen = slice(self.start, self.end)
         attention = None if self.attention is None else self.attention[:, : self.end]
         inputs = self.ids[:, unseen], attention, self.positions[:, unseen]
@@ -73,7 +72,6 @@ class _Batch:
         return self.uniforms[:, self.end - self.width]
 
     def append(self, tokens_B: Tensor) -> None:
-        """Append the next tokens. The models read them in the next call of `logits`."""
         self.ids[:, self.end] = tokens_B
         self.start, self.end = self.end, self.end + 1
 

@@ -48,8 +48,6 @@ class _Side:
 
 
 class _Text:
-    """The tokens of all rows, and the indices of the rows that are still in the batch."""
-
     def __init__(self, prompts: list[tuple[int, ...]], uniforms_RT: np.ndarray, guide: Mixture, record: Record):
         self.record, self.rows = record, np.arange(len(prompts))
         self.start = np.array([len(prompt) for prompt in prompts])  # (R,) column of the first token of the response
@@ -60,11 +58,9 @@ class _Text:
         self.teachers, self.uniforms = (a.numpy() for a in guide.switch(torch.from_numpy(uniforms_RT)))
 
     def going(self) -> np.ndarray:
-        """Return a mask (B,) of the rows that have not ended."""
         return self.end[self.rows] - self.start[self.rows] < self.record.lengths[self.rows]
 
     def turns(self, side: _Side) -> np.ndarray:
-        """Return a mask (B,) of the rows whose next token this model draws."""
         t = np.minimum(self.end - self.start, self.uniforms.shape[1] - 1)[self.rows]
         return self.going() & (self.teachers[self.rows, t] == (side.name == "teacher"))
 
@@ -134,7 +130,6 @@ def _choose(text: _Text, rows: np.ndarray, weights_MV: Tensor) -> None:
 
 
 def _compact(text: _Text, sides: list[_Side]) -> None:
-    """Drop the rows that have ended and are scored, but only if so many are dropped that copying the cache pays off."""
     going = text.going()
     for side in sides:
         going |= text.unread(side) > 0
@@ -148,8 +143,6 @@ def _compact(text: _Text, sides: list[_Side]) -> None:
 
 
 class _Places:
-    """The positions in the cache where the tokens of one call are written."""
-
     def __init__(self, rows_N: np.ndarray, columns_N: np.ndarray, rows: int, capacity: int, device: torch.device):
         counts = np.bincount(rows_N, minlength=rows)
         slots = np.arange(len(rows_N)) - np.repeat(counts.cumsum() - counts, counts)

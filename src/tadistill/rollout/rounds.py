@@ -124,7 +124,6 @@ class Rollouts(Sampler):
         return sequences if teacher.states else [replace(s, states=()) for s in sequences]
 
     def _scored(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Return the sequences with those hidden states and log-probabilities of the teachers that the objective needs."""
         teacher, found = self.teacher, [replace(s, states=()) for s in sequences]
         for k, (model, reader) in enumerate(zip(teacher.models, self.readers, strict=True)):
             name = "teacher" if len(teacher.models) == 1 else f"teacher {k}"
@@ -188,7 +187,6 @@ class Rollouts(Sampler):
         return fused_head(hidden, reader.head, values, weights, vocab=self.teacher.vocab)[1][0].float()
 
     def _targets(self, sequences: list[Sequence]) -> tuple[Hidden, ...]:
-        """Return the kept hidden states of a micro-batch, one `Hidden` per teacher; empty if none are kept."""
         states = zip(*(s.states for s in sequences), strict=True)
         return tuple(Hidden(torch.cat(parts), reader.head) for parts, reader in zip(states, self.readers, strict=False))
 
@@ -199,11 +197,9 @@ class Rollouts(Sampler):
         return collate([self.corpus[i] for i in rows[places]], pad=self.pad)
 
     def state(self) -> dict[str, Any]:
-        """Return the number of the current round, and its rollouts."""
         return {"round": self.round, "rollouts": pack(self.sequences)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a result of `state`, inside its round."""
         self.round, self.sequences = state["round"], unpack(state["rollouts"])
 
 

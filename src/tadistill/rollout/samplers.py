@@ -138,7 +138,6 @@ class _WithStudent(Sampler):
         self.sequences, self.optim, self.engine, self.pad, self.seed, self.shard = sequences, optim, engine, pad, seed, shard
 
     def samples(self, step: int) -> bool:
-        """Return True. Some updates may still need no forward pass of the student."""
         return True
 
     def fresh(self, step: int) -> dict[int, Sequence]:
@@ -148,7 +147,6 @@ class _WithStudent(Sampler):
         return dict(zip(mine, respond(self.engine, prompts, mine, self.seed, "rollout", step), strict=True))
 
     def collated(self, by_place: Mapping[int, Sequence] | Seq[Sequence]) -> list[Batch]:
-        """Return this process's micro-batches of the sequences, which are indexed by their positions in the update."""
         return [collate([by_place[int(p)] for p in places], pad=self.pad) for places in cut(self.optim, self.shard)]
 
     def draw(self, step: int) -> float:
@@ -215,7 +213,6 @@ class Replay(_WithStudent):
         return {"phi": self.phi, "mark": self.mark, "buffer": pack(self.buffer)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a result of `state`."""
         self.phi, self.mark = state["phi"], state["mark"]
         self.buffer = deque(unpack(state["buffer"]), maxlen=self.config.capacity)
 

@@ -134,9 +134,7 @@ def path_arms(paths: Sequence[ModelPath]) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for path in paths:
         if (name := path_name(path)) in arms:
-            raise ConfigError(
-                f"the paths {arms[name].text} and {path_text(path)} are both called {name}; rename a model so that the names differ"
-            )
+            raise ConfigError(f"the paths {arms[name].text} and {path_text(path)} are both called {name}; rename a model")
         arms[name] = Arm(path=(path,))
     return arms
 
@@ -245,11 +243,9 @@ class _Training:
         return {path: sign * mean for path, mean in means.items()}
 
     def values(self, path: ModelPath) -> tuple[float, ...]:
-        """Return the dev value of a path for every seed."""
         return tuple(self._values(self.finals[path]))
 
     def used(self, path: ModelPath) -> set[str]:
-        """Return the keys of all stages that the models of a path depend on."""
         return with_ancestors(self.stages, self.finals[path])
 
     def _values(self, keys: Sequence[str]) -> list[float]:
@@ -267,7 +263,6 @@ def _round_recipe(recipe: Recipe, paths: Sequence[ModelPath], share: float = 1.0
 
 
 def _shortened(recipe: Recipe, name: str, share: float) -> MethodPatch:
-    """Return a model's method with fewer updates, but with the same number of dev evaluations as a full run."""
     patch, method = recipe.models[name].distill, _method(recipe, name)
     whole = method.optim.steps
     if whole is None:

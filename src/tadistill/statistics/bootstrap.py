@@ -131,9 +131,7 @@ def macro_difference(
     a_SN, b_SN = _prompt_means(a_SNK), _prompt_means(b_SNK)
     shapes_a, shapes_b = [x.shape for x in a_SN], [x.shape for x in b_SN]
     if shapes_a != shapes_b:
-        raise ValueError(
-            f"a paired difference needs the same seeds and prompts on both sides, but the shapes of the sets are {shapes_a} and {shapes_b}"
-        )
+        raise ValueError(f"a paired difference needs the same seeds and prompts on both sides; the shapes are {shapes_a} and {shapes_b}")
     apart_SN = [a - b for a, b in zip(a_SN, b_SN, strict=True)]
     spread = _spread(apart_SN)
     means_R = _replicate_means(apart_SN, spread, replicates, seed)
@@ -227,7 +225,6 @@ def _scaled(moved_R: Array, strata_SN: list[Array], spread: _Spread, replicates:
 
 @lru_cache(maxsize=8)
 def _counts(units: int, replicates: int, address: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Return how often each unit occurs in a resample with replacement, (R, units). It is cached because a report needs it often."""
     rng = np.random.default_rng(address)
     counts = np.empty((replicates, units), dtype=np.uint8)  # a unit is never drawn 256 times in practice
     for rows in _blocks(replicates, units):

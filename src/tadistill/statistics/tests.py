@@ -94,9 +94,7 @@ def detectable(
     if min(prompts, seeds, decodes) < 1:
         raise ValueError(f"prompts, seeds and decodes must each be at least 1, not {prompts}, {seeds} and {decodes}")
     if min(s_prompt, s_seed, s_decode) < 0:
-        raise ValueError(
-            f"the standard deviations s_prompt, s_seed and s_decode cannot be negative, not {s_prompt}, {s_seed} and {s_decode}"
-        )
+        raise ValueError(f"s_prompt, s_seed and s_decode cannot be negative, but they are {s_prompt}, {s_seed} and {s_decode}")
     variance = s_prompt**2 / prompts + 2 * s_seed**2 / seeds + 2 * s_decode**2 / (prompts * decodes)
     return minimum_detectable_effect(float(np.sqrt(variance)), np.inf, power, level)
 

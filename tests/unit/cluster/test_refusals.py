@@ -27,8 +27,8 @@ def scripts(site: str, *resources: str, account: str = "def-prof", runs: Path = 
 @pytest.mark.parametrize(
     ("site", "resources", "message"),
     [
-        ("narval", "sft: {gpu: h100}", "gpu is `h100`, but narval has no such GPU; use one of a100, a100_3g.20gb"),
-        ("fir", "sft: {gpu: h100_3g.40gb}", "use one of h100, nvidia_h100_80gb_hbm3_3g.40gb"),  # long names only
+        ("narval", "sft: {gpu: h100}", "gpu is `h100`, but narval has no such GPU; use a100, a100_3g.20gb"),
+        ("fir", "sft: {gpu: h100_3g.40gb}", "use h100, nvidia_h100_80gb_hbm3_3g.40gb"),  # long names only
         ("rorqual", "sft: {gpu: h100_3g.40gb, processes: 2}", "a job has one slice"),
         ("rorqual", "sft: {processes: 8}", "a node of rorqual has 4 x h100; raise nodes"),
         ("rorqual", "sft: {gpu: h100, cpus: 65}", "65 cores on a node, but rorqual gives at most 64"),
