@@ -53,7 +53,7 @@ def plan(
     ] = False,
     runs: Runs = None,
 ) -> None:
-    """Show the stages, which of them are finished, and what the others cost (docs/compute.md)."""
+    """Show the stages of a study, which of them are finished, and the cost of the others (docs/compute.md)."""
     from tadistill.config import load
     from tadistill.plan import preview, throughput
     from tadistill.plan.arms import make_plan
@@ -228,11 +228,11 @@ Limit = Annotated[int | None, typer.Option("--limit", help="Number of prompts pe
 @app.command()
 def judge(
     study: StudyName,
-    model: Annotated[str, typer.Option(help="The judge's name at its endpoint.")],
+    model: Annotated[str, typer.Option(help="The name of the judging model at its endpoint.")],
     base_url: Annotated[
         str, typer.Option(envvar="OPENAI_BASE_URL", help="Any OpenAI-compatible endpoint; the key is OPENAI_API_KEY.")
     ] = "https://api.openai.com/v1",
-    mode: Annotated[str, typer.Option(help="pair (wins against an arm) or score (MiniLLM's, in % of the reference's).")] = "pair",
+    mode: Annotated[str, typer.Option(help="pair (which answer wins) or score (MiniLLM's, in % of the reference's).")] = "pair",
     arm: Arms = None,
     against: Annotated[str, typer.Option(help="The opponent: an arm, or `reference` for the reference answers.")] = "reference",
     on: JudgedOn = "",

@@ -30,7 +30,7 @@ class Option:
     expected: float
     low: float
     high: float
-    """`low` and `high` are the ends of the difference's interval, with probability `Advice.level`."""
+    """The difference lies between `low` and `high` with probability `Advice.level`."""
     p_better: float
     """Probability that the difference is above 0."""
     p_matters: float

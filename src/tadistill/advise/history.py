@@ -107,7 +107,7 @@ class Observation:
 def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
     """Raise a ConfigError if the edges are not the hops of the path."""
     if len(path) < 2 or [(e.teacher, e.learner) for e in edges] != list(pairwise(path)):
-        raise ConfigError(f"path {path_text(path)} needs at least two models and one edge for each of its hops, in order")
+        raise ConfigError(f"path {path_text(path)} needs at least two models, and its edges must be its hops, in order")
 
 
 def measures_from(values: Mapping[str, float | None]) -> EdgeMeasures:
@@ -131,7 +131,7 @@ class History:
     """One sentence for each study or arm that could not be used."""
 
     def on(self, scale: str) -> tuple[Observation, ...]:
-        """Return the observations with one metric."""
+        """Return the observations whose metric is `scale`."""
         return tuple(o for o in self.observations if o.scale == scale)
 
 

@@ -46,7 +46,7 @@ class Rule:
 
 
 def scores(measures: Measures) -> dict[str, dict[str, float]]:
-    """Return each model's dev score on a scale of 0 to 1, by the score's name."""
+    """Return name of the score -> model -> dev score, from 0 to 1."""
     by_loss = {m.name: exp(-m.loss.mean) for m in measures.models}
     return {"exp(−loss)": by_loss, "ROUGE-L / 100": {m.name: m.rouge_l.mean / 100 for m in measures.models}}
 
@@ -59,7 +59,7 @@ def lambda_sweeps(measures: Measures) -> dict[str, tuple[Chosen, ...]]:
 
 
 def sweep_text(chosen: Sequence[Chosen]) -> str:
-    """Return, for instance, ``l up to 0.13, then m``."""
+    """Return the chosen assistants as text, such as ``l up to 0.13, then m``."""
     parts = [c.assistant if c.high == inf else f"{c.assistant} up to {c.high:.2g}" for c in chosen]
     return ", then ".join(parts)
 

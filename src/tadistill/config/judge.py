@@ -7,18 +7,18 @@ from pydantic import Field
 from tadistill.config.common import Strict
 
 REFERENCE = "reference"
-"""The name by which the reference answers are compared like an arm."""
+"""Name of the reference answers where they are compared like an arm."""
 
 
 class Judge(Strict):
     """Settings of a language model that judges. Options of the command and `--set KEY=VALUE` give these fields."""
 
     model: str = Field(pattern=r"\S")
-    """The judge's name at its endpoint."""
+    """Name of the judging model at its endpoint."""
     base_url: str = "https://api.openai.com/v1"
     """An OpenAI-compatible endpoint."""
     mode: Literal["pair", "score"] = "pair"
-    """`pair`: wins in both orders of the answers; `score`: MiniLLM's score, in % of the reference's score."""
+    """`pair`: an answer wins if the judge prefers it in both orders; `score`: MiniLLM's score, in % of the reference's score."""
     arms: tuple[str, ...] = ()
     """Arms to judge; all of them by default."""
     against: str = REFERENCE
@@ -26,7 +26,7 @@ class Judge(Strict):
     sets: tuple[str, ...] = ()
     """Test sets; all of them by default."""
     limit: int | None = Field(default=None, ge=1)
-    """Prompts of each set, at even distances; all of them by default."""
+    """Number of prompts per test set, evenly spaced; all prompts by default."""
     all_seeds: bool = False
     """Judge every training seed for which all arms are finished, not only the first one."""
     name: str | None = None
@@ -42,7 +42,7 @@ class Judge(Strict):
 
 
 class BlindSheet(Strict):
-    """A sheet for people to rate, as the options of `tadistill human` describe it."""
+    """Settings of a sheet of answers that people rate. The options of `tadistill human` give these fields."""
 
     name: str = "blind"
     """NAME in the file names sheet-NAME.html, sheet-NAME.csv and sheet-NAME.key.json."""
@@ -51,7 +51,7 @@ class BlindSheet(Strict):
     sets: tuple[str, ...] = ()
     """Test sets; all of them by default."""
     limit: int | None = Field(default=None, ge=1)
-    """Prompts of each set, at even distances; all of them by default."""
+    """Number of prompts per test set, evenly spaced; all prompts by default."""
     reference: bool = False
     """Show the reference as one of the answers."""
     seed: int = 0

@@ -119,7 +119,7 @@ class Method(Strict):
 
     @property
     def trains_with_teacher(self) -> bool:
-        """True if the teacher runs in every update, or samples: the loss needs the teacher, and the teacher's signal is not recorded."""
+        """True if the teacher runs during training: the loss needs the teacher, and the teacher's signal is not recorded."""
         return self.objective.needs_teacher and self.signal is None
 
     @property

@@ -179,7 +179,7 @@ class Resources(Strict):
 
 
 class Recipe(Strict):
-    """A whole study."""
+    """Description of a whole study."""
 
     study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the study and of its folder."""

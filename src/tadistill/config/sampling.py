@@ -57,7 +57,7 @@ class TopKSignal(Strict):
 
     type: Literal["top_k"] = "top_k"
     k: int = Field(default=64, ge=1)
-    """Number of tokens."""
+    """Number of recorded tokens per position."""
     tail: Literal["lump", "drop"] = "lump"
     """Treatment of all other tokens: `lump` keeps their mass as one more outcome; `drop` removes them and renormalises."""
 
@@ -150,7 +150,7 @@ class SpeculativeSampler(Rounds):
 
 
 class MixSampler(OnPolicy):
-    """In each update the student's responses with probability `lam`, else those of the data set (Agarwal et al. 2024, GKD's lambda).
+    """Each update uses student responses with probability `lam`, and otherwise the data set (Agarwal et al. 2024, GKD's lambda).
 
     One random draw decides for the whole batch on all devices. With forward_kl and `lam` 0.5 this is ImitKD (Lin et al. 2020).
     """

@@ -156,7 +156,7 @@ def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bo
 
 
 def on_hub(ref: DataRef, role: str, data: Data) -> tuple[str, str | None] | None:
-    """Return the Hub repository and file (None for all of it) that a split is read from; None if the split needs no Hub.
+    """Return (repository, file) of a split on the Hub; the file is None for a whole repository. Return None for a split on this disk.
 
     Raises:
         DataError: there is no such data set.

@@ -69,7 +69,7 @@ def invalid(error: type[TadistillError], repository: str, cause: Exception) -> T
 
 @contextmanager
 def explained(error: type[TadistillError], kind: str, repository: str, revision: str, file: str | None = None) -> Iterator[None]:
-    """Turn errors of a download inside the block into `error` with one sentence.
+    """Raise `error` with one clear sentence if a download inside the block fails.
 
     Args:
         kind: `model` or `data set`.

@@ -75,7 +75,7 @@ def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase"
 
 
 def task_of(example: Example) -> tuple[str, str]:
-    """Return instruction and input for a human reader, without a template; a conversation has one `role: content` line per turn."""
+    """Return instruction and input for a human reader, without a template. A conversation becomes one `role: content` line per turn."""
     if example.messages:
         return "\n\n".join(f"{m['role']}: {m['content']}" for m in example.messages), ""
     return example.instruction, example.input

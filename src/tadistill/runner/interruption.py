@@ -93,7 +93,7 @@ def _ignore() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Block the ending signals. A process started inside inherits the block and cannot be killed before it has installed its handlers."""
+    """Block the ending signals. A process started inside inherits this, so no signal kills it before it installs its handlers."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield

@@ -35,7 +35,7 @@ Message = tuple[int, int, str] | str
 _PRELOADED = ["__main__", "tadistill.cli", "tadistill.runner.preload"]  # cli, because a process runs the imports of the main script again
 _STOP = "stop"
 _LAST_WORDS = 1.0
-"""Seconds that the other ranks have, once one has failed, to report their own errors before they are killed."""
+"""When a rank has failed, the other ranks have this many seconds to report their own errors before they are killed."""
 
 
 def prepare() -> Any:

@@ -61,7 +61,7 @@ class _Schedule:
         self.failed: dict[str, Exception] = {}
 
     def run(self) -> dict[str, Exception]:
-        """Run all stages. Those with the most FLOPs in and after them start first. Return key -> error of the failed stages."""
+        """Run all stages and return key -> error of the failed ones. A stage with many FLOPs in and after it starts early."""
         try:
             self._start()
             while self.running:

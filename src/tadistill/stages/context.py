@@ -49,7 +49,7 @@ class Context(Generic[AnySpec]):
     # --- models ---------------------------------------------------------------------------------------------------------
 
     def model(self, handle: Handle, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Model:
-        """Return the model and tokenizer behind a handle, on the stage's device unless another is given."""
+        """Load the model and tokenizer that a handle describes, on the stage's device unless another is given."""
         device, world = device or self.device, self.spec.data.world.model_dump()
         match handle:
             case FromStage():
