@@ -16,7 +16,7 @@ class Init(Strict):
     """
 
     from_: str = Field(alias="from")
-    """The other model."""
+    """Name of the other model."""
     layers: int | tuple[int, ...] | None = None
     """Layers to keep: a number of layers, or a list of their indices from 0."""
     layers_by: Literal["spacing", "influence"] = "spacing"
@@ -51,7 +51,7 @@ class Checkpoint(Strict):
     """Another model of the recipe at an earlier update of its fine-tuning: a teacher assistant that needs no training of its own."""
 
     of: str
-    """The other model."""
+    """Name of the other model."""
     step: int = Field(ge=1)
     """The update, which must be in the other model's `sft.keep`."""
 
@@ -60,7 +60,7 @@ class Temper(Strict):
     """Another model with its logits divided by `tau`, as a control for the effect of sharper predictions. Give `tau` or `like`."""
 
     of: str
-    """The other model."""
+    """Name of the other model."""
     tau: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """The temperature; a value below 1 makes predictions sharper."""
     like: str | None = None
