@@ -98,8 +98,8 @@ def policy_gradient(
 ) -> Tensor:
     """Return the negative surrogate. Where the ratio is not clipped, its gradient is -A ratio grad log q with ratio = q / p~.
 
-    `ratio` is -A min(ratio, clip(ratio)) (MiniLLM, Eq. 7 and Algorithm 1), `ppo` is max(-A ratio, -A clip(ratio)) (the released code;
-    Schulman et al. 2017).
+    With clipping `ratio` the value is -A min(ratio, clip(ratio)) (MiniLLM, Eq. 7 and Algorithm 1). With `ppo` it is
+    max(-A ratio, -A clip(ratio)) (the released code; Schulman et al. 2017).
 
     Args:
         log_q: log-probabilities of the sampled tokens under the student, with a graph.
