@@ -109,7 +109,7 @@ def open_cache(path: Path) -> Iterator[Cache]:
 
 
 def _read_replies(path: Path) -> dict[str, Reply]:
-    """Read all replies, and cut off a last line that a killed run left half written."""
+    """Read all replies. Cut off an incomplete last line, which a killed run leaves behind."""
     if not path.is_file():
         return {}
     content = path.read_bytes()
@@ -139,12 +139,7 @@ def estimate(questions: Sequence[Question], settings: Judge, cache: Cache) -> Es
 
 
 def ask_all(
-    questions: Sequence[Question],
-    settings: Judge,
-    cache: Cache,
-    ask: Callable[[str], Reply],
-    *,
-    tick: Callable[[], None] = lambda: None,
+    questions: Sequence[Question], settings: Judge, cache: Cache, ask: Callable[[str], Reply], *, tick: Callable[[], None] = lambda: None
 ) -> Verdicts:
     """Ask every question that the cache lacks. The result does not depend on the order in which replies come.
 
@@ -180,8 +175,6 @@ def stopped(reason: str, done: int, total: int) -> str:
 
 
 class _Run:
-    """The state that the threads of one run share."""
-
     def __init__(self, settings: Judge, cache: Cache, ask: Callable[[str], Reply], tick: Callable[[], None]):
         self.settings, self.cache, self.ask, self.tick = settings, cache, ask, tick
         self.stop = threading.Event()
@@ -239,7 +232,6 @@ class _Run:
 
 
 def _settled(text: str, settings: Judge, cache: Cache) -> bool:
-    """Return True when the cache holds a reply that can be parsed, or the replies of all attempts."""
     for attempt in range(ATTEMPTS):
         reply = cache.get(key_of(settings, again(text, attempt)))
         if reply is None:

@@ -47,8 +47,6 @@ class _Usage(BaseModel):
 
 
 class _Completion(BaseModel):
-    """The fields of a chat completion that are read; servers differ in the others."""
-
     choices: list[_Choice]
     usage: _Usage | None = None
 
@@ -127,7 +125,6 @@ def ask(client: "OpenAI", settings: Judge, text: str) -> Reply:
 
 
 def _complete(client: "OpenAI", settings: Judge, text: str) -> str:
-    """Return the body of the response, unchecked."""
     import openai
 
     create, messages = client.chat.completions.with_raw_response.create, [{"role": "user", "content": text}]
@@ -164,7 +161,6 @@ def reason_of(error: Exception) -> str:
 
 
 def _start(body: object) -> str:
-    """Return the beginning of a response, in one line."""
     text = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
     words = " ".join(str(text).split())
     return words if len(words) <= 120 else words[:119] + "…"

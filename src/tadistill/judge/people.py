@@ -91,7 +91,6 @@ def render_sheet(sheet: Sheet) -> str:
 
 
 def _table(sheet: Sheet) -> str:
-    """Render the sheet as CSV with an empty column `rating`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
@@ -227,7 +226,6 @@ def agreement(ratings: Sequence[Rating], *, scale: Sequence[int]) -> dict[str, A
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Read the lines of a CSV file with commas, semicolons or tabs, as spreadsheets write them."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:

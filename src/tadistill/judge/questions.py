@@ -41,13 +41,7 @@ class Answers:
 
 
 def read_answers(
-    study_dir: Path,
-    store: Store,
-    *,
-    arms: Sequence[str] = (),
-    sets: Sequence[str] = (),
-    all_seeds: bool = False,
-    limit: int | None = None,
+    study_dir: Path, store: Store, *, arms: Sequence[str] = (), sets: Sequence[str] = (), all_seeds: bool = False, limit: int | None = None
 ) -> Answers:
     """Read the chosen prompts with the answers of the chosen arms (by default all arms of the study).
 
@@ -77,7 +71,6 @@ def read_answers(
 
 
 def _first_seed(plan: StudyPlan, store: Store) -> int:
-    """Return the first training seed, in the recipe's order, with a finished evaluation; the recipe's first one where none has any."""
     seeds = list(dict.fromkeys(seed for arm in plan.arms for seed in arm.evaluate))
     finished = (seed for seed in seeds if any(store.finished(arm.evaluate.get(seed, "")) for arm in plan.arms))
     return next(finished, seeds[0])
@@ -102,7 +95,7 @@ def _choose(plan: StudyPlan, store: Store, wanted: Sequence[str], seed: int) -> 
 
 
 def _first_answers(store: Store, key: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """Map (set, index) to the row of the set's first decoding seed."""
+    """Map (set, index of the prompt) to the prediction of the set's lowest decoding seed."""
     rows = load_predictions(store, key)
     lowest: dict[str, int] = {}
     try:

@@ -12,19 +12,9 @@ from pathlib import Path
 from tadistill.disk import write_text
 from tadistill.report.page import render_page
 from tadistill.report.plain import render_markdown, summary_table, write_results
-from tadistill.results.collect import Missing, Results, Row, Summary, primary_metric, read_results
+from tadistill.results.collect import Results, read_results
 
-__all__ = [
-    "Missing",
-    "Results",
-    "Row",
-    "Summary",
-    "primary_metric",
-    "read_results",
-    "summary_table",
-    "write_report",
-    "write_results",
-]
+__all__ = ["read_results", "summary_table", "write_report"]
 
 
 def write_report(results: Results) -> Path:

@@ -44,7 +44,6 @@ def export(results: Results, arm: str, seed: int | None, target: Path) -> Path:
 
 
 def _trained_model(results: Results, name: str, seed: int | None) -> tuple[Path, int]:
-    """Return the Hugging Face directory of an arm's final stage, and its seed."""
     plan, store = results.plan, results.store
     arm = next((arm for arm in plan.arms if arm.name == name), None)
     if arm is None:
@@ -97,7 +96,6 @@ def _front_matter(results: Results, arm: ArmRecord) -> dict[str, Any]:
 
 
 def _hub_id(models: dict[str, Any], name: str) -> str | None:
-    """Return the hub id of the model that a model starts from, through pruning, checkpoints and tempering; None for other sources."""
     model = models[name]
     for origin, field in (("init", "from"), ("checkpoint", "of"), ("temper", "of")):
         if model.get(origin):
@@ -107,7 +105,6 @@ def _hub_id(models: dict[str, Any], name: str) -> str | None:
 
 
 def _datasets(data: dict[str, Any]) -> list[str]:
-    """Return hub ids of the training data: the id of a named set, or ORG/NAME as the recipe has it; files have none."""
     found: list[str] = []
     for ref in (data["train"], data.get("corpus")):
         load = ref["load"] if ref else ""
@@ -119,7 +116,6 @@ def _datasets(data: dict[str, Any]) -> list[str]:
 
 
 def _verdict(results: Results, arm: ArmRecord) -> list[str]:
-    """Return a sentence on every comparison that the arm is part of, whatever its outcome, with its cautions."""
     sentences: list[str] = []
     for c in comparisons(results):
         if arm.name in (c.arm, c.other):
@@ -152,7 +148,6 @@ def _numbers(results: Results, arm: ArmRecord, seed: int) -> str:
 
 
 def _number_cells(results: Results, arm: ArmRecord, seed: int, metric: str, set_name: str) -> list[str]:
-    """Return this seed's number and the arm's; empty where the arm has none."""
     mean = mean_cell(results, arm.name, metric, set_name)
     if mean == Cell():
         return []

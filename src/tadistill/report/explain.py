@@ -52,7 +52,6 @@ def _published(results: Results) -> Paragraph:
 
 
 def _arm_published(results: Results, arm: ArmRecord) -> str:
-    """Return the sentence on an arm's published values; a value inside the set's 95 % interval matches."""
     assert arm.published is not None
     parts: list[str] = []
     for name, value in arm.published.rouge_l.items():
@@ -92,7 +91,6 @@ def _by_length(results: Results, c: Comparison) -> str:
 
 
 def _by_metric(results: Results, c: Comparison) -> list[str]:
-    """Return sentences on the metrics with a direction, then on those of whole sets, which have no interval."""
     shown = [m.name for m in METRICS.values() if m.better and m.name in results.metrics and m.name not in (c.metric, "rouge_l")]
     better, worse, unclear = [], [], []
     for metric in shown:
@@ -114,7 +112,6 @@ def _by_metric(results: Results, c: Comparison) -> list[str]:
 
 
 def _sorted_out(found: Iterable[tuple[str, Difference | None]], metric: str) -> str:
-    """List where the chain helps, hurts, and makes no clear difference, with the numbers."""
     helps, hurts, unclear, unmeasured = [], [], [], []
     for where, d in found:
         if d is None:
@@ -141,7 +138,6 @@ def _listed(items: list[str]) -> str:
 
 
 def _sharpening(c: Comparison) -> str:
-    """Return the sentences on sharpening, which explains a gain that vanishes under a control while entropy fell."""
     assert c.mechanism is not None
     m = c.mechanism
     entropy = f"entropy {span(m.entropy, 'entropy')} nats/token" if m.entropy else "entropy not measured"
@@ -171,7 +167,7 @@ def _sharpening_verdict(c: Comparison) -> str:
 
 
 def _hops(results: Results, c: Comparison) -> list[str]:
-    """Return the sentences on the error budget: KL(q ‖ T) = KL(q ‖ last assistant) + one term per hop between the assistants and T."""
+    """Describe the error budget: KL(q ‖ T) = KL(q ‖ last assistant) + one term for each hop from the last assistant up to the teacher T."""
     arm = results.arm(c.arm)
     models = budget_models(results, arm)
     terms = [f"budget/{j}" for j in range(len(models) - 1)]
@@ -204,7 +200,6 @@ def hop_text(models: tuple[str, ...], j: int) -> str:
 
 
 def _compute(results: Results, c: Comparison) -> str:
-    """Return the sentence on the share of a chain's gain over plain direct that its equal-compute twin reaches without an assistant."""
     direct = direct_of(results, results.arm(c.arm))
     if direct is None:
         return "Compute is not measured: the study has no plain direct arm of this student."

@@ -13,9 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from tadistill.report import figures, text
+from tadistill.metrics import metric_title
+from tadistill.report import text
 from tadistill.report.explain import explain
+from tadistill.report.figures import behaviour, paths, scores
+from tadistill.report.figures.style import arm_legend, looks
 from tadistill.report.tables import comparison_table, detail_tables, interval_method, main_metrics, score_table, stage_rows, versions
+from tadistill.results import units
 from tadistill.results.collect import MEAN, Results, primary_metric, seeds_of
 from tadistill.results.curves import learning_curves
 from tadistill.results.samples import judgements, samples, shown_first
@@ -42,30 +46,24 @@ _SECTIONS = (
 def render_page(results: Results) -> str:
     """Return the whole page as text."""
     environment = Environment(
-        loader=PackageLoader("tadistill.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=PackageLoader("tadistill.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(embedded=_embedded, prose=_prose)
     shown = {**_words(results), **_figures(results), **_samples(results), "judged": judgements(results.study_dir)}
     return environment.get_template("report.html.j2").render(
-        sections=[(anchor, title) for anchor, title, needs in _SECTIONS if shown[needs]],
-        plotly_js=Markup(get_plotlyjs()),
-        **shown,
+        sections=[(anchor, title) for anchor, title, needs in _SECTIONS if shown[needs]], plotly_js=Markup(get_plotlyjs()), **shown
     )
 
 
 def _words(results: Results) -> dict[str, Any]:
-    """Return the sentences and tables of the page."""
     stages = stage_rows(results)
     measured = bool(results.summaries)
     findings = text.headline(results)
     return {
         "plan": results.plan,
         "results": results,
-        "text": text,
+        "metric_title": metric_title,
+        "units": units,
         "mean": MEAN,
         "primary": primary_metric(results),
         "intervals": interval_method(results),
@@ -85,28 +83,28 @@ def _words(results: Results) -> dict[str, Any]:
 
 def _figures(results: Results) -> dict[str, Any]:
     curves = learning_curves(results)
-    exposure, lengths = figures.exposure_figure(results), figures.length_figure(results)
+    exposure, lengths = behaviour.exposure_figure(results), behaviour.length_figure(results)
     scored = [name for name, seeds in results.scores.items() if seeds]
     return {
-        "looks": figures.looks(results),
-        "differences": _markup(figures.difference_figure(results)),
-        "means": _markup(figures.means_figure(results)),
-        "paths": _markup(figures.lattice_figure(results)),
-        "path_legend": figures.lattice_legend(results),
-        "plane": _markup(figures.plane_figure(results)),
-        "plane_legend": figures.plane_legend(results),
-        "budgets": _markups(figures.budget_figures(results)),
-        "cost": _markup(figures.pareto_figure(results)),
-        "cost_legend": figures.cost_legend(results),
-        "longer": bool(figures.direct_longer(results)),
-        "panels": _markups(figures.curve_figures(curves, results)),
-        "legend": figures.curve_legend(curves, results),
+        "looks": looks(results),
+        "differences": _markup(scores.difference_figure(results)),
+        "means": _markup(scores.means_figure(results)),
+        "paths": _markup(paths.lattice_figure(results)),
+        "path_legend": paths.lattice_legend(results),
+        "plane": _markup(scores.plane_figure(results)),
+        "plane_legend": scores.plane_legend(results),
+        "budgets": _markups(paths.budget_figures(results)),
+        "cost": _markup(scores.pareto_figure(results)),
+        "cost_legend": scores.cost_legend(results),
+        "longer": bool(scores.direct_longer(results)),
+        "panels": _markups(behaviour.curve_figures(curves, results)),
+        "legend": behaviour.curve_legend(curves, results),
         "behaviour": exposure or lengths,
         "exposure": _markup(exposure),
         "lengths": _markup(lengths),
-        "exposure_legend": figures.arm_legend(results, scored),
-        "calibration": _markups(figures.calibration_figures(results)),
-        "calibration_legend": figures.calibration_legend(results),
+        "exposure_legend": arm_legend(results, scored),
+        "calibration": _markups(behaviour.calibration_figures(results)),
+        "calibration_legend": behaviour.calibration_legend(results),
     }
 
 
@@ -114,9 +112,9 @@ def _samples(results: Results) -> dict[str, Any]:
     found = samples(results)
     first = set(shown_first(results))
     names = {name for prompts in found.values() for prompt in prompts for name in prompt["answers"]}
-    entries = [replace(entry, shown=entry.name in first) for entry in figures.arm_legend(results, names)]
-    looks = figures.looks(results).items()
-    colours, glyphs = {name: look.colour for name, look in looks}, {name: f"{look.glyph}\ufe0e" for name, look in looks}
+    entries = [replace(entry, shown=entry.name in first) for entry in arm_legend(results, names)]
+    styles = looks(results).items()
+    colours, glyphs = {name: look.colour for name, look in styles}, {name: f"{look.glyph}\ufe0e" for name, look in styles}
     return {"samples": found, "sampled": entries, "colours": colours, "glyphs": glyphs}
 
 
@@ -129,13 +127,12 @@ def _markups(panels: Mapping[str, str]) -> dict[str, Markup]:
 
 
 def _prose(sentence: str) -> Markup:
-    """Mark `code` in a sentence, and keep its intervals on one line."""
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(sentence)))
     return Markup(re.sub(r"(\[[^\s\]]+, [^\s\]]+\]|\(\d+ seeds?\)|\S+ … \S+)", r'<span class="unbroken">\1</span>', marked))
 
 
 def _embedded(value: Any) -> Markup:
-    """Return JSON for a ``<script>`` element. It has no ``<``, so no text of a model can end the element."""
+    """Return JSON for a ``<script>`` element. Its ``<`` are escaped, so that no text of a model can end the element."""
     encoded = json.dumps(value, ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         encoded = encoded.replace(character, f"\\u{ord(character):04x}")

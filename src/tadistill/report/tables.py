@@ -183,7 +183,6 @@ def detail_tables(results: Results) -> list[Table]:
 
 
 def _group(results: Results, name: str, title: str, metrics: Sequence[str]) -> Table | None:
-    """Return a table of arms by metrics, on the mean over sets."""
     present = {metric for _, _, metric in (*results.summaries, *results.averages)}
     having = [metric for metric in metrics if metric in present]
     columns = tuple(Column(metric_title(metric), metric_unit(metric)) for metric in having)
@@ -221,10 +220,7 @@ def _buckets(results: Results) -> Table | None:
     shown = [(b, bucket_size(results, metric, b)) for b in BUCKETS]
     shown = [(bucket, size) for bucket, size in shown if size]
     columns = tuple(Column(f"{bucket_title(bucket)} tokens", f"{size} prompts") for bucket, size in shown)
-    title, note = (
-        f"{metric_title(metric)} by length of the reference",
-        "Prompts of all sets, pooled by their first reference's length.",
-    )
+    title, note = (f"{metric_title(metric)} by length of the reference", "Prompts of all sets, pooled by their first reference's length.")
 
     def cells(arm: str) -> list[Cell]:
         return [_cell(bucket_summary(results, arm, metric, bucket), metric) for bucket, _ in shown]
@@ -258,7 +254,6 @@ def _cost(results: Results) -> Table:
 
 
 def _ledger(results: Results) -> Table | None:
-    """Return predicted and metered FLOPs and the time of finished training stages; the seeds of one label share a row."""
     groups: dict[str, list[StageRow]] = {}
     for row in stage_rows(results):
         if row.manifest is not None and row.manifest.flops is not None and row.stage.flops is not None:
@@ -278,7 +273,6 @@ def _ledger_cells(rows: Sequence[StageRow]) -> tuple[Cell, ...]:
 def _by_arm(
     results: Results, name: str, title: str, note: str, columns: tuple[Column, ...], cells: Callable[[str], Iterable[Cell]]
 ) -> Table | None:
-    """Return a table of the arms that have any number in it; None where no arm has."""
     rows = [(arm.name, tuple(cells(arm.name))) for arm in results.plan.arms] if columns else []
     shown = tuple((arm, of_arm) for arm, of_arm in rows if any(cell != Cell() for cell in of_arm))
     return Table(name, title, note, columns, shown) if shown else None

@@ -9,47 +9,8 @@ from typing import Literal
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import (
-    DASH,
-    MINUS,
-    TIMES,
-    difference_text,
-    flops_text,
-    interval,
-    number,
-    p_text,
-    parameters_text,
-    ratio_text,
-    signed,
-    span,
-    summary_text,
-)
+from tadistill.results.units import number, p_text, parameters_text, signed, span, summary_text
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, comparisons, competitors, pairs
-
-__all__ = [  # the page reads numbers and findings from here
-    "DASH",
-    "MINUS",
-    "TIMES",
-    "Finding",
-    "caution_texts",
-    "difference_text",
-    "flops_text",
-    "headline",
-    "interval",
-    "metric_title",
-    "metric_unit",
-    "missing_text",
-    "number",
-    "p_text",
-    "parameters_text",
-    "ratio_text",
-    "sample_text",
-    "signed",
-    "span",
-    "summary_text",
-    "undecided_text",
-    "verdict_text",
-]
 
 _PAIRS_IN_WORDS = 6
 _Kind = Literal["best", "gain", "loss", "none", "caution"]
@@ -76,7 +37,6 @@ def headline(results: Results) -> list[Finding]:
 
 
 def _verdicts(results: Results) -> list[Finding]:
-    """Return one sentence for each chain. Without chains: one for each pair of arms, or, of many pairs, those with the best arm."""
     decided = {(c.arm, c.other): c for c in comparisons(results)}
     if len(decided) > _PAIRS_IN_WORDS and not any(arm.has_assistant for arm in results.plan.arms):
         return _many_pairs(results, list(decided.values()))
@@ -91,7 +51,6 @@ def _verdicts(results: Results) -> list[Finding]:
 
 
 def _many_pairs(results: Results, decided: list[Comparison]) -> list[Finding]:
-    """Return sentences about the arms with the highest means; the table of comparisons has all pairs."""
     best = {arm.name for _, arm in (ranked[0] for ranked in _ranked(results))}
     of_best = [c for c in decided if best & {c.arm, c.other}]
     known = [c for c in of_best if c.word != "no evidence"]
@@ -146,14 +105,12 @@ def _word_text(c: Comparison) -> str:
 
 
 def _power_text(c: Comparison) -> str:
-    """Return the difference that the design detects. With one training seed it is unknown, because the spread between seeds is."""
     if c.word != "no evidence" or c.difference.se == 0 or (c.trained and len(c.seeds) < 2):
         return ""
     return f"the study detects a difference of {number(c.detectable, c.metric)} with 80 % power"
 
 
 def _credit_text(c: Comparison) -> list[str]:
-    """Return the sentences that say whether the path gets the credit for a gain, with the numbers that decide it."""
     if c.against == "plain direct":
         return [f"Compute differs: the study has no arm with `compute: as {c.arm}`, so nothing can be credited to the path."]
     if c.credit is None or c.mechanism is None:
@@ -193,7 +150,6 @@ def missing_text(results: Results) -> str:
 
 
 def _ranked(results: Results) -> list[list[tuple[Summary, ArmRecord]]]:
-    """Return the scored arms of each group of competitors, best first."""
     metric = primary_metric(results)
     groups = [
         [(results.summaries[arm.name, MEAN, metric], arm) for arm in group if (arm.name, MEAN, metric) in results.summaries]

@@ -142,8 +142,6 @@ def read_results(study_dir: Path, store: Store) -> Results:
 
 
 class _Reader:
-    """Read each stage once, because arms may share a model and its evaluation."""
-
     def __init__(self, store: Store):
         self.store = store
         self.loaded: dict[str, Scores] = {}
@@ -210,7 +208,7 @@ def _rows(results: Results) -> tuple[Row, ...]:
 
 
 def _intervals(plan: StudyPlan, scores: Mapping[str, Mapping[int, Scores]]) -> dict[tuple[str, str, str], tuple[float, float]]:
-    """Map (stage, set, metric) to the interval within one seed. Arms may share a model and its evaluation."""
+    """Map (stage, set, metric) to the bootstrap interval within one training seed."""
     values: dict[tuple[str, str, str], NDArray[np.float64]] = {}
     for arm in plan.arms:
         for seed, tables in scores[arm.name].items():
@@ -224,7 +222,6 @@ def _rounded(value: float) -> float:
 
 
 def _stage(arm: ArmRecord, seed: int, metric: str) -> str:
-    """Return the key of the stage that measured a metric."""
     if "@" in metric:
         return arm.also[metric.rpartition("@")[2]][seed]
     return arm.analyse[seed] if metric_of(metric).stage == "analyse" else arm.evaluate[seed]
@@ -264,7 +261,6 @@ def _summary(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int], lo
 
 
 def _averages(sets: tuple[str, ...], numbers: Mapping[str, Mapping[int, Numbers]]) -> dict[tuple[str, str, str], Average]:
-    """Return the means over training seeds, for each set and for the mean over the sets that have the metric."""
     averages: dict[tuple[str, str, str], Average] = {}
     tables = [of_seed for by_seed in numbers.values() for of_seed in by_seed.values()]
     for metric in dict.fromkeys(metric for of_seed in tables for table in of_seed.values() for metric in table):
@@ -291,7 +287,6 @@ def stack(results: Results, arm: str, seeds: Sequence[int], set_name: str, metri
 
 
 def _check_prompts(loaded: Mapping[str, Scores]) -> None:
-    """Raise an error if two evaluations have different numbers of prompts in a set, because differences are paired by prompt."""
     first: dict[tuple[str, str], tuple[int, str]] = {}
     for key, tables in loaded.items():
         for set_name, table in tables.items():

@@ -125,7 +125,7 @@ def _rows(results: Results, metric: str, bucket: Bucket) -> list[tuple[str, NDAr
 
 
 def _pooled(results: Results, arm: str, seeds: Sequence[int], metric: str, bucket: Bucket) -> NDArray[np.float64] | None:
-    """Return the arm's scores on the bucket's prompts of all sets, (S, N, 1)."""
+    """Return the arm's scores on the bucket's prompts of all sets, with shape (S, N, 1)."""
     rows = _rows(results, metric, bucket)
     if not seeds or not rows:
         return None
@@ -210,7 +210,7 @@ def entropy_curve(results: Results, arm: str, metric: str, seeds: Sequence[int],
 
 
 def _at_matched_entropy(results: Results, arm: str, other: str, metric: str) -> tuple[Curves, Difference | None, float | None]:
-    """Compare at the lower of the two main entropies: the sharper arm unchanged, the other arm interpolated to that entropy."""
+    """Compare at the lower of the two main entropies. The scores of the arm with the higher entropy are interpolated to it."""
     sets = sets_with(results, metric)
     seeds = common_seeds(results, arm, other, sets, metric)
     both = [entropy_curve(results, name, metric, seeds, temperatures(results)) for name in (arm, other)]
@@ -225,7 +225,6 @@ def _at_matched_entropy(results: Results, arm: str, other: str, metric: str) -> 
 
 
 def _weights(points: Sequence[Point], target: float) -> dict[str, float]:
-    """Return the weights of a linear interpolation between the two decodings whose entropies enclose `target`."""
     left, right = next(pair for pair in pairwise(points) if pair[0].entropy <= target <= pair[1].entropy)
     width = right.entropy - left.entropy
     share = (target - left.entropy) / width if width else 0.0

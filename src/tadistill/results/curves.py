@@ -72,7 +72,7 @@ def _without_seed(label: str) -> str:
 
 
 def _mean(by_seed: Mapping[int, dict[int, float]]) -> dict[int, float]:
-    """Average over the seeds at the steps that all seeds have, because a mean over a changing set of seeds would jump."""
+    """Average over the seeds at the steps that all seeds logged. A mean over a changing set of seeds would jump."""
     common = set.intersection(*(set(points) for points in by_seed.values()))
     return {step: float(np.mean([points[step] for points in by_seed.values()])) for step in sorted(common)}
 
@@ -134,7 +134,6 @@ def accumulated_error(student_L: Array, teacher_L: Array) -> Array:
 
 
 def _pooled(entries: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Array, Array]:
-    """Return KL and count by position over several sets; positions that no answer reaches are cut off."""
     length = max(len(entry["kl"]) for entry in entries)
     total, count = np.zeros(length), np.zeros(length)
     for entry in entries:

@@ -33,8 +33,7 @@ def samples(results: Results) -> Samples:
             continue
         for row in _first_answers(load_predictions(results.store, arm.evaluate[arm.first_seed(finished)])):
             prompt = by_set[row["set"]].setdefault(
-                row["index"],
-                {"index": row["index"], "prompt": row["prompt"], "references": row["references"], "answers": {}},
+                row["index"], {"index": row["index"], "prompt": row["prompt"], "references": row["references"], "answers": {}}
             )
             prompt["answers"][arm.name] = {"text": row["prediction"], "scores": _scores(row)}
     found = {name: [prompts[index] for index in sorted(prompts)] for name, prompts in by_set.items() if prompts}
@@ -52,7 +51,6 @@ def shown_first(results: Results) -> list[str]:
 
 
 def _how_many(found: Samples) -> int:
-    """Return the number of prompts of each set that fit into `_BYTES`, the same for all sets."""
     size = 0
     for count in range(_PROMPTS):
         size += sum(len(json.dumps(prompts[count], ensure_ascii=False).encode()) for prompts in found.values() if count < len(prompts))
@@ -62,7 +60,6 @@ def _how_many(found: Samples) -> int:
 
 
 def _first_answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of each set's lowest decoding seed with the lowest indices."""
     chosen: list[dict[str, Any]] = []
     for name in dict.fromkeys(row["set"] for row in rows):
         of_set = [row for row in rows if row["set"] == name]
@@ -73,7 +70,6 @@ def _first_answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _scores(row: dict[str, Any]) -> str:
-    """Return the scores of a row in words, such as ``ROUGE-L 31.2 · answer length 14.0``."""
     shown = ("fact_accuracy", "rouge_l", "length")
     return " · ".join(f"{metric_title(m)} {number(row[m], m)}" for m in shown if row.get(m) is not None)
 
@@ -118,7 +114,6 @@ def _tables(content: Mapping[str, Any]) -> list[Judgement]:
 
 
 def _gaps(content: Mapping[str, Any]) -> str:
-    """Return sentences on unreadable and missing replies of the judge, if any."""
     texts: list[str] = []
     for key, what in (("unparsed", "could not be read"), ("missing", "are missing")):
         value = content.get(key, 0)

@@ -1,6 +1,6 @@
 """Numbers as every output writes them."""
 
-from tadistill.metrics import metric_of, metric_unit
+from tadistill.metrics import metric_of
 from tadistill.results.collect import Summary
 from tadistill.statistics import Difference
 
@@ -38,14 +38,6 @@ def p_text(p: float) -> str:
 def summary_text(summary: Summary, metric: str) -> str:
     """Return ``24.6 [23.8, 25.4]``."""
     return f"{number(summary.mean, metric)} {interval(summary.low, summary.high, metric)}"
-
-
-def difference_text(difference: Difference, metric: str) -> str:
-    """Return ``+0.83 [0.21, 1.44]`` with the unit."""
-    more = 1 if metric_of(metric).decimals < 3 else 0  # a difference needs one more digit than a value, except in nats
-    sign = "+" if difference.mean > 0 else ""
-    value = sign + number(difference.mean, metric, more=more)
-    return f"{value} {interval(difference.low, difference.high, metric, more=more)} {metric_unit(metric)}".rstrip()
 
 
 def parameters_text(count: int) -> str:

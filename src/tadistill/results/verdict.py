@@ -176,7 +176,6 @@ def _word(difference: Difference, p_holm: float, inside: bool, *, enough: bool) 
 
 
 def _credit(why: Mechanism) -> Credit:
-    """Return whether the path gets the credit for a gain; a control that was not measured never gives credit."""
     divergences, controls = (why.forward_kl, why.reverse_kl), [d for d in (why.greedy, why.matched) if d is not None]
     if any(d.low <= 0 for d in controls):
         return "sharpening"
@@ -202,7 +201,7 @@ def checkpoints_seen(results: Results, arm: ArmRecord, seed: int) -> int:
 
 
 def _spread_on_dev(results: Results, arms: tuple[ArmRecord, ArmRecord], seeds: tuple[int, ...], metric: str) -> float | None:
-    """Return the root mean square over arms and seeds of the standard deviation of the later half of the dev values."""
+    """Return the root mean square, over arms and seeds, of the standard deviation of the dev values' later half."""
     variances: list[float] = []
     for key in (arm.final[seed] for arm in arms for seed in seeds):
         if key is None or not results.store.finished(key):

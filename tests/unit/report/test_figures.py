@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from tadistill.report.figures import budget_figures, difference_figure, exposure_figure, lattice_figure, looks, means_figure
-from tadistill.report.figures.paths import lattice
-from tadistill.report.figures.scores import direct_longer
+from tadistill.report.figures.behaviour import exposure_figure
+from tadistill.report.figures.paths import budget_figures, lattice, lattice_figure
+from tadistill.report.figures.scores import difference_figure, direct_longer, means_figure
+from tadistill.report.figures.style import looks
 from tadistill.results.curves import accumulated_error, exposures, reliabilities
 from tadistill.results.samples import samples, shown_first
 from tadistill.statistics import undominated

@@ -54,11 +54,6 @@ def _points(values: Array, start: int, end: int) -> tuple[list[int], list[float 
     return list(range(start + 1, start + 1 + len(shown))), [round(float(v), 4) if np.isfinite(v) else None for v in shown]
 
 
-def exposure_legend(results: Results) -> list[LegendEntry]:
-    """Return the legend of the exposure and length figures."""
-    return arm_legend(results, exposures(results))
-
-
 def calibration_figures(results: Results) -> Mapping[str, str]:
     """Draw the reliability diagrams of ``tokens`` and ``labels``, where they were measured."""
     panels: dict[str, str] = {}

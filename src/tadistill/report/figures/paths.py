@@ -63,7 +63,7 @@ def lattice(results: Results) -> Mapping[NodeId, Node]:
 
 
 def _ordered(results: Results) -> list[tuple[ArmRecord, tuple[NodeId, ...]]]:
-    """Return the arms with their nodes. Arms with the same first nodes are neighbours, at the place of the first of them in the plan."""
+    """Return the arms with their nodes. Arms that start with the same nodes become neighbours."""
     arms = [(arm, _ids(results, arm)) for arm in results.plan.arms]
     first: dict[tuple[NodeId, ...], int] = {}
     for position, (_, ids) in enumerate(arms):
@@ -85,7 +85,6 @@ def _ids(results: Results, arm: ArmRecord) -> tuple[NodeId, ...]:
 
 
 def _steps(results: Results, arm: ArmRecord, model: str) -> list[StageRecord]:
-    """Return the stages of the arm's first finished training seed that train the model, in the plan's order."""
     seed = arm.first_seed(results.scores[arm.name])
     return [s for s in results.plan.stages if s.seed == seed and s.model == model and arm.name in s.arms and s.kind in TRAINING]
 
@@ -219,7 +218,6 @@ def budget_figures(results: Results) -> Mapping[str, str]:
 
 
 def _ends(budget: Budget) -> list[float]:
-    """Return the lower end of each bar, including its interval."""
     ends, at = [], 0.0
     for _, term in budget.terms:
         ends.append(min(at, at + term.mean, at + term.low))
@@ -274,5 +272,4 @@ def _waterfall(results: Results, budget: Budget, index: int, span: tuple[float, 
 
 
 def _wrapped(name: str, *, first: bool, last: bool) -> str:
-    """Return a tick of two lines: the term, and its kind."""
     return f"{escaped(name)}<br>{'trained on' if first else 'in all' if last else 'hop'}"

@@ -122,7 +122,6 @@ def means_figure(results: Results) -> str | None:
 def _row(
     figure: go.Figure, y: float, look: Look, span: tuple[float, float, float], per_seed: dict[int, float], hover: str, name: str
 ) -> None:
-    """Draw mean and interval, and below them the seeds' own values."""
     mean, low, high = span
     figure.add_scatter(
         x=[low, high], y=[y, y], mode="lines", line={"color": look.colour, "width": 3}, hoverinfo="skip", meta=[name, "interval"]
@@ -202,7 +201,6 @@ def plane_figure(results: Results) -> str | None:
 
 
 def _name_decodings(figure: go.Figure, curves: Sequence[Sequence[Point]]) -> None:
-    """Write the decodings' names above the plot at their mean entropy; neighbours alternate in height."""
     by_name: dict[str, list[float]] = {}
     for points in curves:
         for point in points:

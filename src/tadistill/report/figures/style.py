@@ -116,10 +116,5 @@ def div(figure: go.Figure, name: str, *, height: int, dragmode: Any = False, top
         margin={"l": 12, "r": 12, "t": top, "b": bottom},
     )
     return pio.to_html(
-        figure,
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=name,
-        validate=False,
-        config={"displayModeBar": False, "responsive": True},
+        figure, full_html=False, include_plotlyjs=False, div_id=name, validate=False, config={"displayModeBar": False, "responsive": True}
     )
