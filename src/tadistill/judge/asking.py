@@ -1,6 +1,6 @@
-"""Questions that are still open, an estimate of their tokens, and the asking, in several threads.
+"""Ask the judge all questions that have no reply yet, in several threads, and estimate the tokens beforehand.
 
-Every reply is appended to a cache as it comes (one JSON object a line), and a question that has a reply is not asked again.
+Every reply is appended to a cache file at once (one JSON object per line). A question with a cached reply is not asked again.
 """
 
 import hashlib
@@ -22,14 +22,17 @@ from tadistill.judge.questions import ATTEMPTS, Question, again, parse
 
 _CHARACTERS_A_TOKEN = 4  # English text in the usual vocabularies; only for the estimate
 _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
-_REFUSALS = 3  # after so many refusals and no answer, the endpoint counts as refusing everything
+_REFUSALS = 3  # after so many refusals and no answer, the run assumes that the endpoint refuses everything
 
 Scores = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The questions that a run will ask. Tokens are estimated from the length of the text; `most_out` is the upper limit of tokens out."""
+    """The number of questions of a run and their estimated tokens.
+
+    Tokens are estimated from the length of the texts. `most_out` is the upper limit of the generated tokens.
+    """
 
     questions: int
     cached: int
@@ -39,28 +42,28 @@ class Estimate:
 
     @property
     def requests(self) -> int:
-        """Questions without a kept reply. A reply that cannot be parsed costs up to two more requests."""
+        """The number of questions without a cached reply. A reply that cannot be parsed costs up to two more requests."""
         return self.questions - self.cached
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The scores of (Assistant 1, Assistant 2) by the question's text, and the questions without scores."""
+    """The judge's scores: question text -> (score of Assistant 1, score of Assistant 2); and the questions without scores."""
 
     scores: dict[str, Scores]
     unparsed: frozenset[str]
     refused: dict[str, str]
-    """The endpoint's reason, by the question's text."""
+    """Question text -> the reason why the endpoint refused the question."""
 
 
 def key_of(settings: Judge, text: str) -> str:
-    """Return the cache key of a question. It depends on the judge and how it samples, not on the endpoint's address."""
+    """Return the cache key of a question. It depends on the judge model and its sampling settings, not on the endpoint's address."""
     content = [settings.model, settings.temperature, settings.max_tokens, text]
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:32]
 
 
 class Cache:
-    """The replies in memory and the open file that keeps them. Threads may put replies at the same time."""
+    """A cache of the judge's replies, in memory and in an open file. Several threads may add replies at the same time."""
 
     def __init__(self, path: Path, replies: dict[str, Reply]):
         self._replies = replies
@@ -74,11 +77,11 @@ class Cache:
         self._file.close()
 
     def get(self, key: str) -> Reply | None:
-        """Return the reply, or None where the question was never answered."""
+        """Return the cached reply, or None if the cache has no reply for this key."""
         return self._replies.get(key)
 
     def put(self, key: str, reply: Reply) -> None:
-        """Keep a reply; it is on disk when this returns."""
+        """Add a reply to the cache and write it to the file before returning."""
         line = json.dumps({"key": key, "text": reply.text, "in": reply.tokens_in, "out": reply.tokens_out}, ensure_ascii=False)
         with self._lock:
             self._replies[key] = reply
@@ -86,7 +89,7 @@ class Cache:
                 self._file.write(line + "\n")
                 self._file.flush()
             except OSError as error:
-                raise StoreError(f"{self._file.name} cannot be written ({error.strerror}): check the directory's quota") from error
+                raise StoreError(f"{self._file.name} cannot be written ({error.strerror}): check disk space and quota") from error
 
 
 @contextmanager
@@ -94,14 +97,14 @@ def open_cache(path: Path) -> Iterator[Cache]:
     """Open the cache of a study for one process at a time.
 
     Raises:
-        StoreError: another process has it open, or a line is damaged.
+        StoreError: another process has the cache open, or a line of the file is damaged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=0), Cache(path, _read_replies(path)) as cache:
             yield cache
     except Timeout as error:
-        raise StoreError(f"another process is judging into {path.parent}: wait for it to end") from error
+        raise StoreError(f"another process is writing judgements to {path.parent}: wait until it has finished") from error
     except OSError as error:
         if isinstance(error, StoreError):
             raise
@@ -125,12 +128,12 @@ def _read_replies(path: Path) -> dict[str, Reply]:
             row = json.loads(line)
             replies[row["key"]] = Reply(str(row["text"]), int(row["in"]), int(row["out"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{path}, line {number} is not a reply ({error}): delete that line; its question is asked again") from error
+            raise StoreError(f"{path}, line {number} is not a reply ({error}): delete this line to ask its question again") from error
     return replies
 
 
 def estimate(questions: Sequence[Question], settings: Judge, cache: Cache) -> Estimate:
-    """Estimate the requests and tokens of a run. Each distinct text counts once; arms with the same answer share their questions."""
+    """Estimate the requests and tokens of a run. Questions with the same text are counted once, because they share a reply."""
     texts = list(dict.fromkeys(question.text for question in questions))
     open_texts = [text for text in texts if not _settled(text, settings, cache)]
     tokens_in = sum(len(text) for text in open_texts) // _CHARACTERS_A_TOKEN
@@ -141,14 +144,14 @@ def estimate(questions: Sequence[Question], settings: Judge, cache: Cache) -> Es
 def ask_all(
     questions: Sequence[Question], settings: Judge, cache: Cache, ask: Callable[[str], Reply], *, tick: Callable[[], None] = lambda: None
 ) -> Verdicts:
-    """Ask every question that the cache lacks. The result does not depend on the order in which replies come.
+    """Ask every question that has no cached reply, and return all scores. The order in which the replies arrive does not change the result.
 
     Args:
         ask: text -> reply; raises `Refused` or `Unavailable`. Called from `settings.jobs` threads.
-        tick: called after each distinct question that is settled.
+        tick: called after each distinct question that is answered or refused.
 
     Raises:
-        JudgeFailed: the endpoint stopped. Pending requests are awaited and their replies kept.
+        JudgeFailed: the endpoint stopped answering. The function first waits for the pending requests and saves their replies.
     """
     texts = list(dict.fromkeys(question.text for question in questions))
     run = _Run(settings, cache, ask, tick)
@@ -170,8 +173,8 @@ def ask_all(
 
 
 def stopped(reason: str, done: int, total: int) -> str:
-    """Return the message of a run that ends early."""
-    return f"{reason}: {done} of {total} questions are answered and kept, {total - done} are missing; the same command goes on from there"
+    """Return the error message of a judge run that ends before all questions are answered."""
+    return f"{reason}: {done} of {total} questions are answered and saved, {total - done} are missing; run the same command to continue"
 
 
 class _Run:

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm: Callable[[str], bool], command: str) -> Path | None:
-    """Let a model rate the answers of a study, and return the path of the summary, or None where the user declined.
+    """Let a model rate the answers of a study. Return the path of the summary, or None if the user does not confirm.
 
-    `root` holds the studies and the store; `confirm` is asked before anything is sent.
+    `root` is the directory of the studies and the store. `confirm` is called with a question before the first request is sent.
 
     Raises:
-        ConfigError, DataError: wrong input, before anything is asked.
-        JudgeFailed: the endpoint stopped; replies are kept, and the same command resumes.
+        ConfigError, DataError: the input is wrong. Nothing has been sent.
+        JudgeFailed: the endpoint stopped answering. All replies are saved, and the same command continues.
     """
     mode, model, against = settings.mode, settings.model, settings.against
     base_url = check_address(settings.base_url)
@@ -68,13 +68,13 @@ def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Console)
     page = write_sheet(directory / "judge", made, name=name)
     _name_unfinished(console, answers)
     console.print(f"{len(answers.items)} prompts, {len(answers.arms) + sheet.reference} answers each", highlight=False)
-    for text in (f"for raters: {page} (or {page.with_suffix('.csv')})", f"keep to yourself: {page.with_suffix('.key.json')}"):
+    for text in (f"for the raters: {page} (or {page.with_suffix('.csv')})", f"hide from the raters: {page.with_suffix('.key.json')}"):
         console.print(text, soft_wrap=True, highlight=False)
     return page
 
 
 def read_sheets(study: str, files: Sequence[Path], *, root: Path, console: Console, command: str, name: str = "blind") -> Path:
-    """Read filled-in sheets, write ``judge-human-NAME.json``, and return its path."""
+    """Read the sheets that raters filled in, write the summary ``judge-human-NAME.json``, and return its path."""
     directory, name = find_study(study, root) / "judge", _file_name(name)
     key = load_key(directory / f"sheet-{name}.key.json")
     summary = summarise_ratings(read_ratings(files, key), key)
@@ -125,7 +125,7 @@ def _conclude(console: Console, verdicts: Verdicts, plan: Estimate) -> None:
 
 def _name_unfinished(console: Console, answers: Answers) -> None:
     if answers.unfinished:
-        console.print(f"not evaluated yet, so left out: {', '.join(answers.unfinished)}", highlight=False)
+        console.print(f"these arms are not evaluated yet and are left out: {', '.join(answers.unfinished)}", highlight=False)
 
 
 def _default_name(mode: str, model: str, against: str) -> str:
@@ -135,7 +135,7 @@ def _default_name(mode: str, model: str, against: str) -> str:
 def _file_name(name: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
     if not plain:
-        raise ConfigError(f"name is `{name}`: it must hold a letter or a digit")
+        raise ConfigError(f"the name `{name}` must contain at least one letter or digit (A-Z, a-z, 0-9)")
     return plain
 
 

@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible endpoint through the `openai` package, which retries, backs off and obeys Retry-After."""
+"""Send requests to an OpenAI-compatible endpoint. The `openai` package repeats failed requests and obeys Retry-After."""
 
 import os
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ PUBLIC = "https://api.openai.com/v1"
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply of the endpoint. Token counts are 0 where the endpoint gave none."""
+    """A reply of the endpoint. The token counts are 0 if the endpoint did not report them."""
 
     text: str
     tokens_in: int
@@ -52,10 +52,10 @@ class _Completion(BaseModel):
 
 
 def check_address(base_url: str) -> str:
-    """Return the address without a trailing slash.
+    """Check the address of the endpoint, and return it without a trailing slash.
 
     Raises:
-        ConfigError: it is not an http address.
+        ConfigError: the address does not begin with http:// or https://, or has no valid host or port.
     """
     try:
         parts = urlsplit(base_url)
@@ -63,12 +63,12 @@ def check_address(base_url: str) -> str:
     except ValueError:
         wrong = True
     if wrong:
-        raise ConfigError(f"the address `{base_url}` is not of the form http://HOST:PORT/v1 or https://HOST/v1")
+        raise ConfigError(f"the endpoint's address `{base_url}` is not of the form http://HOST:PORT/v1 or https://HOST/v1")
     return base_url.rstrip("/")
 
 
 def connect(base_url: str, *, timeout: float, retries: int = 5) -> "OpenAI":
-    """Make a client. The key comes from OPENAI_API_KEY; endpoints other than the public one may need none.
+    """Create a client. The API key is read from OPENAI_API_KEY; only the public OpenAI endpoint requires one.
 
     Raises:
         ConfigError: the `openai` package is absent, or the public endpoint has no key.
@@ -79,7 +79,7 @@ def connect(base_url: str, *, timeout: float, retries: int = 5) -> "OpenAI":
         raise ConfigError("a judge needs the package openai; install it with `pip install 'tadistill[judge]'`") from error
     key = os.environ.get("OPENAI_API_KEY", "")
     if not key and base_url.startswith(PUBLIC):
-        raise ConfigError(f"{PUBLIC} needs a key: set the environment variable OPENAI_API_KEY, or give --base-url")
+        raise ConfigError(f"{PUBLIC} needs an API key: set the environment variable OPENAI_API_KEY, or give --base-url")
     return OpenAI(base_url=base_url, api_key=key or "none", timeout=timeout, max_retries=retries)
 
 
@@ -87,7 +87,7 @@ def knock(client: "OpenAI") -> None:
     """Send one cheap request (GET /models, no retries) to find out whether the endpoint answers and accepts the key.
 
     Raises:
-        Unavailable: nothing answers, or the key is wrong. An endpoint without /models passes.
+        Unavailable: the endpoint does not answer, or it rejects the key. An endpoint without /models passes the check.
     """
     import openai
 
@@ -104,7 +104,7 @@ def ask(client: "OpenAI", settings: Judge, text: str) -> Reply:
 
     Raises:
         Refused: the endpoint refuses this question.
-        Unavailable: it is down, too slow or out of quota, rejects the key or the model, or does not answer with a chat completion.
+        Unavailable: the endpoint is down, too slow or out of quota, rejects the key or the model, or returns no chat completion.
     """
     import openai
 
@@ -139,7 +139,7 @@ def _complete(client: "OpenAI", settings: Judge, text: str) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Describe an error so that it continues a sentence that begins with the endpoint's name."""
+    """Describe an error of the `openai` package as the end of a sentence whose subject is the endpoint, such as "cannot be reached"."""
     import openai
 
     if isinstance(error, openai.APITimeoutError):

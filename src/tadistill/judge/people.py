@@ -1,7 +1,7 @@
 """Ratings by people: write a blind sheet of a study's answers, and read filled-in sheets back.
 
-A sheet shows the same prompts with the arms' answers under letters in random order; a separate key file says which arm a letter stands
-for. Filled-in sheets become mean ratings, win rates and the raters' agreement, in the form of a judge's summary.
+A sheet shows the same prompts with the arms' answers under letters in random order; a separate key file maps each letter to its
+arm. Filled-in sheets become mean ratings, win rates and the raters' agreement, in the form of a judge's summary.
 """
 
 import csv
@@ -33,7 +33,7 @@ _COLUMNS = ("sheet", "item", "letter", "instruction", "input", "answer", "rating
 
 @dataclass(frozen=True)
 class Sheet:
-    """A sheet: raters see `shown`; `key` says which arm a letter stands for. The two share only the ids of the sheet and its items."""
+    """A blind sheet. Raters see only `shown`; `key` maps the letters to the arms. Both contain the ids of the sheet and of its items."""
 
     identity: str
     shown: list[dict[str, Any]]
@@ -41,14 +41,14 @@ class Sheet:
 
 
 def make_sheet(answers: Answers, *, name: str, with_reference: bool, seed: int) -> Sheet:
-    """Shuffle the prompts, and the answers of every prompt.
+    """Make a blind sheet: shuffle the prompts, and shuffle the answers of each prompt.
 
     Raises:
-        ConfigError: fewer than two answers to compare, or more than there are letters.
+        ConfigError: a prompt has fewer than 2 or more than 26 answers.
     """
     arms = [arm for arm in next(iter(answers.items)).answers if arm in answers.arms or with_reference]
     if not 2 <= len(arms) <= len(ascii_uppercase):
-        raise ConfigError(f"a sheet shows 2 to {len(ascii_uppercase)} answers to a prompt, not {len(arms)}: choose other arms")
+        raise ConfigError(f"a sheet shows 2 to {len(ascii_uppercase)} answers per prompt, but {len(arms)} are chosen: choose other arms")
     rng = random.Random(seed)
     items = rng.sample(answers.items, len(answers.items))
     shown, key = [], {}
@@ -70,10 +70,10 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
     """
     key_path = directory / f"sheet-{name}.key.json"
     if key_path.is_file() and read_json(key_path).get("sheet") != sheet.identity:
-        raise ConfigError(f"{key_path} belongs to another sheet, which raters may hold: choose another --name, or delete it")
+        raise ConfigError(f"{key_path} belongs to another sheet, which raters may be filling in: choose another --name, or delete it")
     table = directory / f"sheet-{name}.csv"
     if table.is_file() and table.read_text(encoding="utf-8", errors="replace") != _table(sheet):
-        raise ConfigError(f"{table} has been filled in: move it elsewhere and read it back, choose another --name, or delete it")
+        raise ConfigError(f"{table} has been changed, perhaps by a rater: move it to another place, choose another --name, or delete it")
     directory.mkdir(parents=True, exist_ok=True)
     page = directory / f"sheet-{name}.html"
     write_json(key_path, sheet.key)
@@ -125,7 +125,8 @@ def load_key(path: Path) -> dict[str, Any]:
     """Read the key of a sheet.
 
     Raises:
-        ConfigError: there is no such sheet. DataError: the file is not a key.
+        ConfigError: there is no such sheet.
+        DataError: the file is not a key.
     """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: `tadistill human STUDY` without files writes a sheet and its key")
@@ -136,7 +137,7 @@ def load_key(path: Path) -> dict[str, Any]:
         low, high = key["scale"]
         _ = (key["sheet"], int(low), int(high))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not the key of a sheet ({type(error).__name__}: {error}): take the file that came with it") from error
+        raise DataError(f"{path} is not the key of a sheet ({type(error).__name__}: {error}): use the sheet's own key") from error
     return key
 
 
@@ -155,19 +156,19 @@ def read_ratings(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Rating]:
                 continue
             place = (rating.rater, rating.item, rating.letter)
             if place in ratings:
-                twice = f"{path}, line {line}: {rating.rater} rated {rating.item} {rating.letter} twice"
-                raise DataError(f"{twice}; keep one row, or give raters different names")
+                twice = f"{path}, line {line}: {rating.rater} rated answer {rating.letter} of {rating.item} twice"
+                raise DataError(f"{twice}; keep one of the rows, or give the raters different names")
             ratings[place] = rating
         if len(ratings) == before:
-            raise DataError(f"{path} holds no rating: fill in its column rating, or leave the file out")
+            raise DataError(f"{path} contains no rating: fill in its column `rating`, or leave the file out")
     return list(ratings.values())
 
 
 def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict[str, Any]:
     """Compute the scores of every arm, the wins of every pair of arms, and the agreement of the raters.
 
-    A prompt's score is the mean over its raters; n counts prompts. An arm wins a prompt where a rater rates it higher; a
-    prompt's outcome is the sign of the mean of the raters' +1, 0, -1, so that every prompt counts once.
+    A prompt's score is the mean over its raters; n is the number of prompts. For a pair of arms, each rater votes +1, 0 or -1 on a prompt.
+    The outcome of the prompt is the sign of the mean vote, so that every prompt has the same weight.
     """
     items = key["items"]
     arms = tuple(sorted({arm for item in items.values() for arm in item["letters"].values()}))
@@ -200,9 +201,9 @@ def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict
 
 
 def agreement(ratings: Sequence[Rating], *, scale: Sequence[int]) -> dict[str, Any]:
-    """Return Krippendorff's alpha (ordinal) over the answers that at least two raters rated; None where it is not defined.
+    """Compute Krippendorff's alpha (ordinal) over the answers that at least two raters rated.
 
-    It is not defined without such answers, or where all ratings are the same.
+    The entry ``value`` is None if there are no such answers, or if all their ratings are equal.
 
     Raises:
         ConfigError: the `krippendorff` package is absent and there are several raters.
@@ -218,7 +219,7 @@ def agreement(ratings: Sequence[Rating], *, scale: Sequence[int]) -> dict[str, A
         try:
             import krippendorff
         except ImportError as error:
-            raise ConfigError("raters' agreement needs the package krippendorff; `pip install 'tadistill[judge]'`") from error
+            raise ConfigError("the agreement needs the package krippendorff: install it with `pip install 'tadistill[judge]'`") from error
         domain = list(range(int(scale[0]), int(scale[1]) + 1))
         value = krippendorff.alpha(reliability_data=shared, value_domain=domain, level_of_measurement="ordinal")
         found["value"] = round(float(value), 4)
@@ -229,7 +230,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist: give the answers.csv that the sheet's page saved, or its filled-in CSV") from error
+        raise ConfigError(f"{path} does not exist: give the answers.csv or the CSV sheet of a rater") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: save it as CSV (UTF-8)") from error
     head = text.split("\n", 1)[0]
@@ -238,7 +239,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     try:
         lacking = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
         if lacking:
-            raise DataError(f"{path} has no column {lacking[0]}; it needs {', '.join(_NEEDED)}, as the sheet has them")
+            raise DataError(f"{path} has no column {lacking[0]}; a filled-in sheet needs the columns {', '.join(_NEEDED)}")
         return [(reader.line_num, {str(k): v or "" for k, v in row.items() if k is not None}) for row in reader]
     except csv.Error as error:
         raise DataError(f"{path} is not a CSV file ({error}): save it as CSV (UTF-8)") from error
@@ -247,7 +248,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
 def _rating(place: str, row: Mapping[str, str], key: Mapping[str, Any], *, rater: str) -> Rating | None:
     item, letter, text = (row[name].strip() for name in _NEEDED)
     if row.get("sheet", "").strip() not in ("", key["sheet"]):
-        raise DataError(f"{place}: the row is of sheet {row['sheet'].strip()}, not of {key['sheet']}; name the right sheet with --name")
+        raise DataError(f"{place}: the row belongs to sheet {row['sheet'].strip()}, not to {key['sheet']}; name the right one with --name")
     if item not in key["items"]:
         raise DataError(f"{place}: the sheet has no item `{item}`; it has p001 to {list(key['items'])[-1]}")
     letters = key["items"][item]["letters"]

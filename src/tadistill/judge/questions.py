@@ -1,4 +1,4 @@
-"""The answers that are judged, the question that a judge is asked about them, and the strict parsing of its reply.
+"""Select the answers that are judged, write the questions to the judge, and parse its replies.
 
 Every arm answers the same prompts of a study, in the first decoding seed of its evaluation. Arms whose evaluation is not finished are left
 out and named. The question follows MiniLLM (Gu et al. 2024, section 3.1 and appendix): two answers to instruction and input are rated 1 to
@@ -20,7 +20,10 @@ from tadistill.store import Store
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt. `answers` maps an arm (or `REFERENCE`) to its answer for each training seed, in the order of `Answers.seeds`."""
+    """One prompt with its answers.
+
+    `answers` maps an arm (or `REFERENCE`) to one answer per training seed, in the order of `Answers.seeds`.
+    """
 
     set: str
     index: int
@@ -31,7 +34,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Answers:
-    """Everything that is judged, and the arms that have no answers yet."""
+    """The prompts and answers that are judged. `unfinished` names the arms that have no answers yet."""
 
     plan: StudyPlan
     arms: tuple[str, ...]
@@ -47,17 +50,17 @@ def read_answers(
 
     Args:
         all_seeds: read every training seed for which all these arms are evaluated, instead of only the first one.
-        limit: prompts of each set, taken at even distances and the same for all arms.
+        limit: the number of prompts per set. They are evenly spaced and the same for all arms.
 
     Raises:
-        ConfigError: an arm or a set does not exist, or an arm that was named has no answers yet.
+        ConfigError: an arm or a set does not exist, or an arm in `arms` has no answers yet.
         DataError: there is nothing to judge.
         StoreError: a file cannot be read.
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}: it must be at least 1 prompt of each set; leave it out to take all")
+        raise ConfigError(f"limit is {limit}: the number of prompts per set must be at least 1; leave it out to judge all prompts")
     if not (study_dir / "plan.json").is_file():
-        raise ConfigError(f"{study_dir} is not a study (it holds no plan.json): `tadistill run RECIPE` makes one")
+        raise ConfigError(f"{study_dir} is not the directory of a study, because it has no plan.json: `tadistill run RECIPE` creates one")
     plan = load_plan(study_dir)
     first = _first_seed(plan, store)
     chosen, unfinished = _choose(plan, store, arms, first)
@@ -79,7 +82,7 @@ def _first_seed(plan: StudyPlan, store: Store) -> int:
 def _choose(plan: StudyPlan, store: Store, wanted: Sequence[str], seed: int) -> tuple[list[ArmRecord], tuple[str, ...]]:
     known = {arm.name: arm for arm in plan.arms}
     if REFERENCE in known:
-        raise ConfigError(f"the study {plan.study} has an arm named `{REFERENCE}`, which means the reference answers here; rename it")
+        raise ConfigError(f"the study {plan.study} has an arm named `{REFERENCE}`, the name of the reference answers; rename the arm")
     for name in wanted:
         if name not in known:
             raise ConfigError(f"the study {plan.study} has no arm `{name}`; it has {', '.join(known)}")
@@ -87,10 +90,10 @@ def _choose(plan: StudyPlan, store: Store, wanted: Sequence[str], seed: int) -> 
     unfinished = tuple(arm.name for arm in arms if seed not in arm.evaluate or not store.finished(arm.evaluate[seed]))
     if wanted and unfinished:
         raise ConfigError(
-            f"arm `{unfinished[0]}` has no answers under training seed {seed} yet: `{plan.command}` evaluates it, or leave it out"
+            f"arm `{unfinished[0]}` has no answers for training seed {seed} yet: run `{plan.command}` to evaluate it, or leave the arm out"
         )
     if len(unfinished) == len(arms):
-        raise DataError(f"the study {plan.study} has no answers under training seed {seed} yet: `{plan.command}` makes them")
+        raise DataError(f"the study {plan.study} has no answers for training seed {seed} yet: run `{plan.command}` to generate them")
     return [arm for arm in arms if arm.name not in unfinished], unfinished
 
 
@@ -122,7 +125,7 @@ def _items(
     known = tuple(dict.fromkeys(name for name, _ in rows))
     for name in sets:
         if name not in known:
-            raise ConfigError(f"the study has no answers to a set `{name}`; it has {', '.join(known) or 'none'}")
+            raise ConfigError(f"the study has no answers for the set `{name}`; it has {', '.join(known) or 'none'}")
     items: list[Item] = []
     for name in dict.fromkeys(sets or known):
         shared = sorted(index for of, index in rows if of == name and all((name, index) in table for table in tables.values()))
@@ -131,11 +134,11 @@ def _items(
             row = rows[name, index]
             answers = {arm: tuple(tables[arm, seed][name, index]["prediction"] for seed in seeds) for arm in arms}
             answers[REFERENCE] = (row["references"][0],) * len(seeds)
-            # evaluations of earlier versions stored the rendered prompt alone
+            # evaluations of earlier versions stored only the rendered prompt
             task = (row["instruction"].strip(), row["input"].strip()) if "instruction" in row else split_prompt(row["prompt"])
             items.append(Item(name, index, *task, answers))
     if not items:
-        raise DataError(f"the arms {', '.join(arms)} share no prompt: judge fewer arms, or evaluate them on the same sets")
+        raise DataError(f"the arms {', '.join(arms)} have no prompt in common: judge fewer arms, or evaluate them on the same sets")
     return tuple(items)
 
 
@@ -152,7 +155,7 @@ _AGAIN = (
     "An earlier reply did not begin with a line of two scores from 1 to 10. Begin with that line.",
     "Earlier replies did not begin with a line of two scores. Reply with two numbers from 1 to 10, a space between them, and nothing else.",
 )
-ATTEMPTS = 1 + len(_AGAIN)  # most times that a question is asked until its reply can be parsed
+ATTEMPTS = 1 + len(_AGAIN)  # a question is asked at most this many times until its reply can be parsed
 
 _SCORE = r"(?P<{0}>\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*10)?"
 _LABEL = r"(?:(?:assistant|answer)\s*{0}(?:'s)?\s*(?:score)?\s*[:=\-]?\s*)?"
@@ -167,7 +170,10 @@ _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Question:
-    """Two answers to one prompt in one order: `left` is shown as Assistant 1. `seed` is the index of the training seed."""
+    """A question about two answers to one prompt. The answer of `left` is shown as Assistant 1, the answer of `right` as Assistant 2.
+
+    `seed` is the index of the training seed in `Answers.seeds`.
+    """
 
     set: str
     index: int
@@ -178,7 +184,7 @@ class Question:
 
 
 def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> list[Question]:
-    """Pair each arm with `against`, in both orders, for every prompt and training seed.
+    """Write the questions that compare each arm with `against`, in both orders, for every prompt and training seed.
 
     Raises:
         ConfigError: `against` is neither an arm nor `REFERENCE`, is the only arm, or does not fit the mode.
@@ -201,23 +207,25 @@ def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> 
 
 
 def write_question(instruction: str, given: str, left: str, right: str) -> str:
-    """Write the text that the judge reads. It names no arm and does not say which answer is the reference."""
+    """Write the question that the judge reads. It names no arm and does not say which answer is the reference."""
     parts = [("Instruction", instruction), ("Input", given), ("Assistant 1's answer", left), ("Assistant 2's answer", right)]
     blocks = [f"[{name}]\n{text}\n[End of {name}]" for name, text in parts if text or name != "Input"]
     return "\n\n".join([_TASK, *blocks, _FORM])
 
 
 def again(text: str, attempt: int) -> str:
-    """Return the question for attempt number `attempt`, from 0. Each reminder has other words, because a judge at temperature 0 gives the
-    same reply to the same text."""
+    """Return the question with a reminder of the form of the reply; `attempt` counts from 0, and attempt 0 has no reminder.
+
+    The reminders differ, because a judge at temperature 0 gives the same reply to the same text.
+    """
     return text if attempt == 0 else f"{text}\n\n{_AGAIN[attempt - 1]}"
 
 
 def parse(reply: str) -> tuple[float, float] | None:
-    """Parse the two scores; None where the reply does not have the required form.
+    """Parse the two scores of a reply. Return None if the reply does not have the required form.
 
     In addition to ``8 7``, it accepts commas, ``8/10 7/10``, labels (``Assistant 1: 8, Assistant 2: 7``, also on two lines), Markdown's
-    asterisks, and a ``<think>`` block before. Scores outside 1 to 10 and further numbers are not accepted.
+    asterisks, and a ``<think>`` block before the scores. It rejects scores outside 1 to 10 and lines with more than two numbers.
     """
     lines = [line for line in (_plain(line) for line in _THOUGHT.sub("", reply, count=1).splitlines()) if line]
     labelled = len(lines) > 1 and all(re.match(rf"(?i)(?:assistant|answer)\s*{n}\b", line) for n, line in enumerate(lines[:2], start=1))

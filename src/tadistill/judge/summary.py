@@ -1,6 +1,6 @@
-"""Wins, win rates and scores from verdicts, with 95 % intervals by the rule of `tadistill.statistics.bootstrap`.
+"""Compute wins, win rates and scores from the judge's scores, with the 95 % intervals of `tadistill.statistics.bootstrap`.
 
-Axes: S training seeds, N prompts. A prompt counts for an arm when all its questions (both orders, every seed) have scores.
+Axes: S training seeds, N prompts. An arm's row includes a prompt only if all its questions (both orders, every seed) have scores.
 """
 
 import datetime
@@ -23,11 +23,11 @@ Row = dict[str, Any]
 
 
 def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdicts, *, mode: str, against: str = REFERENCE) -> list[Row]:
-    """Compute the rows of a summary: one for each arm and set, and one for the mean over sets where there are several.
+    """Compute the rows of a summary: one per arm and set, and with several sets one per arm for the mean over sets.
 
     pair: a win counts only when both orders agree; otherwise it is a tie. win_rate = 100 (wins + ties / 2) / n.
-    score: MiniLLM's number, 100 x sum of the arm's scores / sum of the reference's, over both orders.
-    n counts pairs of answers (prompts x training seeds).
+    score: as in MiniLLM, 100 x sum of the arm's scores / sum of the reference's scores, over both orders.
+    n is the number of pairs of answers (prompts x training seeds).
     """
     scores = {(q.set, q.index, q.seed, q.left, q.right): verdicts.scores[q.text] for q in questions if q.text in verdicts.scores}
     make = _pair_rows if mode == "pair" else _score_rows
@@ -39,7 +39,7 @@ def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdict
 
 
 def verdict(first: Scores, second: Scores) -> int:
-    """Return 1 when both orders prefer the arm, -1 when both prefer the other, else 0.
+    """Return 1 if the arm has the higher score in both orders, -1 if the other answer has it in both orders, else 0.
 
     Args:
         first: the scores with the arm shown first.
@@ -50,10 +50,10 @@ def verdict(first: Scores, second: Scores) -> int:
 
 
 def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean over strata of sum(arm) / sum(other); the last axis holds arm and other.
+    """Return the 95 % interval of the mean over sets of the ratio sum(arm) / sum(other). Index 0 of the last axis is the arm, 1 the other.
 
-    Each ratio is linearised (delta method): r + (arm - r other) / mean(other) has the ratio r as its mean over seeds and prompts and, to
-    first order, its variance. `macro_interval` then treats training seeds and prompts as for any other score.
+    Each ratio r is linearised (delta method). The values r + (arm - r other) / mean(other) have the mean r over seeds and prompts, and to
+    first order the variance of r. `macro_interval` then treats training seeds and prompts as for any other score.
     """
     linear = []
     for values in strata_SN2:
@@ -71,7 +71,7 @@ def write_summary(path: Path, *, mode: str, judge: str, arms: Sequence[str], row
 
 
 def pair_row(arm: str, other: str, name: str, outcomes_SN: Array) -> Row:
-    """Make a row from wins (1), ties (0) and losses (-1)."""
+    """Make the summary row of one set from its outcomes (S, N): 1 is a win, 0 a tie, -1 a loss."""
     wins, losses, n = int((outcomes_SN > 0).sum()), int((outcomes_SN < 0).sum()), int(outcomes_SN.size)
     rate_SN = 50.0 * (outcomes_SN + 1)
     low, high = macro_interval([rate_SN[..., None]])
@@ -80,7 +80,7 @@ def pair_row(arm: str, other: str, name: str, outcomes_SN: Array) -> Row:
 
 
 def pair_rows(arm: str, other: str, strata_SN: Mapping[str, Array]) -> list[Row]:
-    """Make one row a set; with several sets, also a row of their sums and the unweighted mean of their win rates."""
+    """Make one row per set. With several sets, add a row with the summed counts and the unweighted mean of the win rates."""
     rows = [pair_row(arm, other, name, outcomes) for name, outcomes in strata_SN.items()]
     if len(rows) > 1:
         sums = {field: sum(row[field] for row in rows) for field in ("wins", "ties", "losses")}

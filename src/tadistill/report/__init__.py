@@ -18,7 +18,7 @@ __all__ = ["read_results", "summary_table", "write_report"]
 
 
 def write_report(results: Results) -> Path:
-    """Write ``results.json``, ``results.csv``, ``report.html`` and ``report.md`` beside the plan; returns the HTML's path."""
+    """Write ``results.json``, ``results.csv``, ``report.html`` and ``report.md`` into the study's directory. Return the HTML's path."""
     write_results(results)
     page = results.study_dir / "report.html"
     write_text(page, render_page(results))

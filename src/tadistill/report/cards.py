@@ -22,13 +22,13 @@ from tadistill.results.verdict import comparisons, pairs
 
 
 def export(results: Results, arm: str, seed: int | None, target: Path) -> Path:
-    """Copy the arm's trained model of one seed to ``target``, with its card as README.md; returns the target.
+    """Copy the arm's trained model of one seed to ``target``, with a model card as README.md, and return ``target``.
 
     Args:
-        seed: a training seed; None for the recipe's first seed that is finished.
+        seed: a training seed; None selects the recipe's first finished seed.
 
     Raises:
-        ConfigError: no such arm or seed, nothing was trained, or the target is in use.
+        ConfigError: the arm or the seed does not exist, the arm trains no model, or the target is not an empty directory.
         StoreError: the training is not finished, or a file cannot be copied.
     """
     source, chosen = _trained_model(results, arm, seed)
@@ -38,7 +38,7 @@ def export(results: Results, arm: str, seed: int | None, target: Path) -> Path:
     try:
         shutil.copytree(source, target, dirs_exist_ok=True)
     except (OSError, shutil.Error) as error:
-        raise StoreError(f"{source} cannot be copied to {target} ({error}): check the permissions and the space there") from error
+        raise StoreError(f"{source} cannot be copied to {target} ({error}): check its permissions and free space") from error
     write_text(target / "README.md", card)
     return target
 
@@ -55,17 +55,17 @@ def _trained_model(results: Results, name: str, seed: int | None) -> tuple[Path,
         raise ConfigError(f"arm {name} has no seed {seed}; its seeds are {', '.join(map(str, sorted(arm.final)))}")
     key = arm.final[seed]
     if key is None:
-        raise ConfigError(f"arm {name} is model {arm.model} as it is loaded, so there is nothing to export; choose an arm that trains")
+        raise ConfigError(f"arm {name} uses model {arm.model} without training it; choose an arm that trains a model to export")
     folder = store.folder(key) / "model"
     if not store.finished(key):
-        raise StoreError(f"arm {name} with seed {seed} is not trained yet (stage {key}): `{plan.command}` finishes it")
+        raise StoreError(f"arm {name} with seed {seed} is not trained yet (stage {key}): run `{plan.command}` to finish it")
     if not folder.is_dir():
         raise StoreError(f"{folder} does not exist: delete the stage's directory and run `{plan.command}` again")
     return folder, seed
 
 
 def model_card(results: Results, arm_name: str, seed: int) -> str:
-    """Return README.md of an exported model: front matter, how it was made, its numbers, the verdict on its arm, limits."""
+    """Return the model card of an exported model: front matter, the verdict on its arm, its scores, how it was made, and its limits."""
     arm, plan = results.arm(arm_name), results.plan
     size = parameters_text(plan.parameters[arm.model])
     blocks = [
@@ -132,7 +132,7 @@ def _analysis(results: Results, arm: ArmRecord) -> list[str]:
 
 def _numbers(results: Results, arm: ArmRecord, seed: int) -> str:
     if seed not in results.scores[arm.name]:
-        return f"Seed {seed} is not evaluated yet: `{results.plan.command}` does it."
+        return f"Seed {seed} is not evaluated yet: run `{results.plan.command}` to evaluate it."
     main = [m for m in dict.fromkeys((primary_metric(results), "rouge_l")) if m in results.metrics]
     shown: list[tuple[str, str]] = []
     for metric in main:
@@ -180,7 +180,7 @@ def _limits(results: Results, arm: ArmRecord) -> list[str]:
     sentences = [
         f"Measured on {sets}; nothing is known about other tasks or languages, and no safety evaluation was made.",
         "The licences of the base model, the teacher and the data apply; this card does not state them.",
-        "The exported seed is the first finished one of the recipe, unless a seed was asked for by number. It is not chosen by its score.",
+        "The exported seed is the recipe's first finished seed, or the seed that the user named. It is not chosen by its score.",
     ]
     if trained < len(arm.evaluate):
         sentences.append(f"The study is not finished: {trained} of {len(arm.evaluate)} seeds of this arm are evaluated.")

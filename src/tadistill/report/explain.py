@@ -1,7 +1,7 @@
-"""The analysis in words: published values, where a chain helps or hurts, and what explains it.
+"""Write the analysis of a study: published values, where a chain helps or hurts, and possible explanations.
 
-Possible explanations are sharpening, the error of each hop, and compute. Every sentence contains the numbers that it depends on, and says
-so where something was not measured. The intervals are not adjusted for multiple comparisons; only the verdict is a claim.
+Possible explanations are sharpening, the error of each hop, and compute. Every sentence contains the numbers that it depends on.
+If a value was not measured, the sentence says so. The intervals are not adjusted for multiple comparisons; only the verdict is a claim.
 """
 
 from collections.abc import Iterable
@@ -23,14 +23,14 @@ _MOST_PAIRS = 6  # in a study without chains; a longer analysis would not be rea
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A few sentences under a title."""
+    """A paragraph of the analysis: a title and a few sentences."""
 
     title: str
     sentences: tuple[str, ...]
 
 
 def explain(results: Results) -> list[Paragraph]:
-    """Return the whole analysis; empty where nothing is compared and nothing is published."""
+    """Return the paragraphs of the analysis; none if the study has no comparison and no published value."""
     paragraphs = [_published(results)] if any(arm.published for arm in results.plan.arms) else []
     compared = comparisons(results)
     for c in compared if len(compared) <= _MOST_PAIRS or compared[0].against != "pair" else ():
@@ -195,7 +195,7 @@ def sum_of(terms_SNK: list[np.ndarray]) -> np.ndarray:
 
 
 def hop_text(models: tuple[str, ...], j: int) -> str:
-    """Return the hop of the error budget's term j >= 1, such as ``xl > l``; hops are counted from the last assistant upwards."""
+    """Return the models of hop j >= 1 of the error budget, such as ``xl > l``. Hop 1 leads to the last assistant, hop 2 to the next."""
     return path_text((models[-2 - j], models[-1 - j]))
 
 

@@ -1,6 +1,6 @@
 """The HTML report: one file with its scripts, styles and data, which needs no network.
 
-To add a section: a function here that returns its data, a block in ``templates/report.html.j2``, its title in `_SECTIONS`.
+To add a section, write a function here that returns its data, add a block to ``templates/report.html.j2``, and its title to `_SECTIONS`.
 """
 
 import json
@@ -44,7 +44,7 @@ _SECTIONS = (
 
 
 def render_page(results: Results) -> str:
-    """Return the whole page as text."""
+    """Return the report as one HTML page."""
     environment = Environment(
         loader=PackageLoader("tadistill.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

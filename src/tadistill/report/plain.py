@@ -52,7 +52,7 @@ def write_results(results: Results) -> None:
 
 
 def verdicts(results: Results) -> list[dict[str, str | None]]:
-    """Return one word and one sentence for every pair that the study compares."""
+    """Return the verdict (one word) and a sentence for each pair of arms that the study compares."""
     decided = {(c.arm, c.other): c for c in comparisons(results)}
     found: list[dict[str, str | None]] = []
     for pair in pairs(results):
@@ -111,7 +111,7 @@ def _csv(results: Results) -> str:
 
 
 def render_markdown(results: Results) -> str:
-    """Return the whole document, ending in a newline."""
+    """Return the report as a Markdown document that ends with a newline."""
     plan = results.plan
     trained = any(arm.is_trained for arm in plan.arms)
     seeds = f" (training seeds {', '.join(map(str, seeds_of(results)))})" if trained else ""
@@ -180,7 +180,7 @@ def _stages(results: Results) -> str:
 
 
 def pipe_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Return a pipe table; its first column is aligned left, the others right."""
+    """Return a Markdown table. Its first column is aligned left, the others right."""
     lines = [_line(header), _line(["---", *("---:" for _ in header[1:])]), *map(_line, body)]
     return "\n".join(lines)
 
@@ -190,7 +190,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def escape_markdown(value: str) -> str:
-    """Escape a name, so that it cannot end its cell or open an element."""
+    """Escape a text, so that it cannot end its table cell or start an HTML element."""
     return value.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
@@ -201,9 +201,10 @@ _STYLES = {"gain": "green", "loss": "red", "caution": "yellow"}
 
 
 def summary_table(results: Results) -> Group:
-    """Return the findings, the verdict first, then one row per arm: main metrics with intervals, and training FLOPs relative to direct.
+    """Return the findings for the terminal, the verdict first, and a table with one row per arm.
 
-    It fits 80 columns. An arm with unfinished seeds shows how many are finished.
+    The table shows the main metrics with intervals, and the training FLOPs relative to the direct arm. It fits into 80 columns.
+    If some seeds of an arm are unfinished, its row shows the number of finished seeds.
     """
     findings = [Padding(Text(f"- {finding.text}", style=_STYLES.get(finding.kind, "")), (0, 0, 0, 1)) for finding in text.headline(results)]
     return Group(Text(results.plan.study, style="bold"), *findings, _arm_table(results))

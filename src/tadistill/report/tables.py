@@ -13,12 +13,12 @@ from tadistill.results.verdict import Comparison, comparisons
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Arms by sets for one metric; the first column is the mean over sets, when there is more than one."""
+    """A table of one metric with arms as rows and sets as columns. With several sets, the first column is their mean."""
 
     metric: str
     columns: tuple[str, ...]
     rows: tuple[tuple[ArmRecord, tuple[Summary | None, ...]], ...]
-    best: tuple[str | None, ...]  # per column, the arm with the best mean; no statement about evidence
+    best: tuple[str | None, ...]  # the arm with the best mean in each column; this is not a verdict
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,25 @@ class CostRow:
     arm: ArmRecord
     parameters: int
     flops: float | None
-    relative: float | None  # to the direct arm
+    relative: float | None  # FLOPs relative to the direct arm
     direct: str | None
 
 
 @dataclass(frozen=True)
 class StageRow:
-    """A stage of the plan and its manifest, None while it is not finished."""
+    """A stage of the plan and its manifest. The manifest is None while the stage is not finished."""
 
     stage: StageRecord
     manifest: StageManifest | None
 
 
 def main_metrics(results: Results) -> tuple[str, ...]:
-    """Return the metrics that get a table over all sets."""
+    """Return the quality metrics that the study measured. The report shows a table of scores for each."""
     return tuple(metric for metric in names_in("quality") if metric in results.metrics)
 
 
 def score_table(results: Results, metric: str) -> ScoreTable:
-    """Return the table of one metric; an arm without a finished evaluation keeps its row, with empty cells."""
+    """Return the table of one metric; an arm without a finished evaluation has a row of empty cells."""
     sets = sets_with(results, metric)
     columns = (MEAN, *sets) if len(sets) > 1 else sets
     rows = tuple((arm, tuple(results.summaries.get((arm.name, column, metric)) for column in columns)) for arm in results.plan.arms)
@@ -77,12 +77,12 @@ def cost_rows(results: Results) -> list[CostRow]:
 
 
 def stage_rows(results: Results) -> list[StageRow]:
-    """Return every stage of the plan, in its order."""
+    """Return a row for every stage, in the order of the plan."""
     return [StageRow(stage, load_manifest(results.store, stage.key)) for stage in results.plan.stages]
 
 
 def versions(rows: list[StageRow]) -> Mapping[str, str]:
-    """Return the package versions of the finished stages; several versions of a package are all named."""
+    """Return the package versions of the finished stages; if a package has several versions, all are listed."""
     seen: dict[str, dict[str, None]] = {}
     for row in rows:
         for package, version in (row.manifest.versions if row.manifest else {}).items():
@@ -95,7 +95,7 @@ def versions(rows: list[StageRow]) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class Column:
-    """A column's title, and its unit or remark in small."""
+    """The heading of a table column: a title, and a unit or remark in small letters."""
 
     title: str
     unit: str = ""
@@ -103,7 +103,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A value and its interval (or a remark) as text; a dash where there is no value."""
+    """A value and its interval (or a remark) as text; `value` is a dash if there is no value."""
 
     value: str = DASH
     interval: str = ""
@@ -116,7 +116,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A secondary table: `name` is its stable identity; each row starts with an arm, or with a pair of arms."""
+    """A secondary table. `name` identifies the table in the HTML; each row starts with an arm or a pair of arms."""
 
     name: str
     title: str
@@ -126,7 +126,7 @@ class Table:
 
 
 def comparison_table(results: Results) -> Table | None:
-    """Return every paired difference of the primary metric with its tests and its verdict; None where nothing is compared."""
+    """Return every paired difference of the primary metric with its tests and its verdict; None if the study compares no arms."""
     compared = comparisons(results)
     if not compared:
         return None
@@ -147,10 +147,10 @@ def comparison_table(results: Results) -> Table | None:
 
 
 def interval_method(results: Results) -> str:
-    """Return the sentence that says how 95 % intervals are made (`tadistill.statistics.bootstrap`)."""
+    """Return the sentence that explains how the 95 % intervals are computed (`tadistill.statistics.bootstrap`)."""
     if not any(arm.is_trained for arm in results.plan.arms):
         return "The 95 % intervals are a bootstrap over prompts."
-    return "The 95 % intervals are a bootstrap over prompts; training seeds add a normal draw with few degrees of freedom."
+    return "The 95 % intervals come from a bootstrap over prompts; the variation between training seeds is added as a random normal term."
 
 
 def _pair_title(c: Comparison) -> str:
@@ -166,7 +166,7 @@ def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
 
 
 def detail_tables(results: Results) -> list[Table]:
-    """Return the tables of everything that the score tables leave out. A table or a row without a number is left out."""
+    """Return the tables of everything that the score tables leave out. Tables and rows without any value are omitted."""
     main = main_metrics(results)
     budget = sorted(metric for metric in results.metrics if metric.startswith("budget/"))
     tables = [
@@ -191,7 +191,7 @@ def _group(results: Results, name: str, title: str, metrics: Sequence[str]) -> T
 
 
 def mean_cell(results: Results, arm: str, metric: str, set_name: str = MEAN) -> Cell:
-    """Return an arm's number on the mean over sets, or on one set."""
+    """Return an arm's value of a metric on one set, or on the mean over sets, as a table cell."""
     average = results.averages.get((arm, set_name, metric))
     return Cell(number(average.mean, metric)) if average else _cell(results.summaries.get((arm, set_name, metric)), metric)
 
@@ -220,7 +220,7 @@ def _buckets(results: Results) -> Table | None:
     shown = [(b, bucket_size(results, metric, b)) for b in BUCKETS]
     shown = [(bucket, size) for bucket, size in shown if size]
     columns = tuple(Column(f"{bucket_title(bucket)} tokens", f"{size} prompts") for bucket, size in shown)
-    title, note = (f"{metric_title(metric)} by length of the reference", "Prompts of all sets, pooled by their first reference's length.")
+    title, note = (f"{metric_title(metric)} by length of the reference", "Prompts of all sets, grouped by their first reference's length.")
 
     def cells(arm: str) -> list[Cell]:
         return [_cell(bucket_summary(results, arm, metric, bucket), metric) for bucket, _ in shown]
@@ -245,12 +245,12 @@ def _published(results: Results) -> Table | None:
 
 
 def _cost(results: Results) -> Table:
-    columns = (Column("parameters"), Column("training FLOPs", "a seed"), Column("relative to direct"))
+    columns = (Column("parameters"), Column("training FLOPs", "per seed"), Column("relative to direct"))
     rows: list[tuple[str, tuple[Cell, ...]]] = []
     for row in cost_rows(results):
         relative = Cell(ratio_text(row.relative), row.direct or "") if row.relative is not None else Cell()
         rows.append((row.arm.name, (Cell(parameters_text(row.parameters)), Cell(flops_text(row.flops)), relative)))
-    return Table("cost", "Cost", "All training behind an arm's final model, including its teacher assistants.", columns, tuple(rows))
+    return Table("cost", "Cost", "All training for an arm's final model, including its teacher assistants.", columns, tuple(rows))
 
 
 def _ledger(results: Results) -> Table | None:

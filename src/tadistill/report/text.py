@@ -1,4 +1,4 @@
-"""Findings in words, the same on the page, in the Markdown file and in the terminal.
+"""Write the findings of a study as sentences for the page, the Markdown file and the terminal.
 
 The verdict comes first. `tadistill.results.verdict` decides it; this module only puts it into words.
 """
@@ -19,14 +19,14 @@ _KINDS: dict[str, _Kind] = {"gain": "gain", "loss": "loss", "equivalent": "none"
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence of the headline; `kind` only decides how the page marks it."""
+    """One sentence of the headline. `kind` selects how the page marks the sentence."""
 
     kind: _Kind
     text: str
 
 
 def headline(results: Results) -> list[Finding]:
-    """Return the study in sentences: the verdict on every chain (or on pairs of models), the means, and the cautions."""
+    """Return the findings of a study: the verdict on every chain (or on pairs of models), the highest means, and the cautions."""
     if not results.summaries:
         findings = [Finding("caution", "No arm has been evaluated yet.")]
     else:
@@ -61,7 +61,7 @@ def _many_pairs(results: Results, decided: list[Comparison]) -> list[Finding]:
 
 
 def undecided_text(pair: ComparedPair) -> str:
-    """Return the sentence for a chain that is not compared (yet)."""
+    """Return the sentence for a chain without a comparison: it has no arm to compare with, or they share no finished seed yet."""
     name = f"TA path {pair.arm.path_text} ({pair.arm.name})"
     if pair.other is None:
         return f"{name}: no evidence, because the study has no arm to compare it with; add a direct arm with `compute: as {pair.arm.name}`."
@@ -73,7 +73,7 @@ def _other(against: str, name: str) -> str:
 
 
 def verdict_text(results: Results, c: Comparison) -> str:
-    """Return a comparison as one sentence, followed by one on whether the path gets the credit."""
+    """Return a sentence with the verdict of a comparison, and a sentence that says whether the gain is credited to the path."""
     unit = f"{metric_unit(c.metric)} of {metric_title(c.metric)}".lstrip()
     value = f"{signed(c.difference.mean, c.metric)} {unit}, 95 % " + span(c.difference, c.metric).partition("95 % ")[2]
     if c.against == "pair":
@@ -181,7 +181,7 @@ def _means(results: Results) -> list[Finding]:
 
 
 def sample_text(results: Results, arm: ArmRecord) -> str:
-    """Return ``580 prompts, 5 decoding seeds``, with the training seeds where the study trains the arm's model."""
+    """Return ``580 prompts, 5 decoding seeds``, and add the number of training seeds if the study trains the arm's model."""
     metric = primary_metric(results)
     seeds = results.scores[arm.name]
     table = [of_set[metric] for of_set in next(iter(seeds.values())).values() if metric in of_set]
@@ -201,7 +201,7 @@ def _cautions(results: Results) -> list[Finding]:
 
 
 def caution_texts(c: Comparison) -> list[str]:
-    """Return sentences on what else differs between the two sides of a comparison."""
+    """Return warnings about unequal conditions of a comparison: selection on dev, decoding seeds, or unfinished training seeds."""
     texts: list[str] = []
     if c.selection is not None:
         s = c.selection
@@ -215,7 +215,7 @@ def caution_texts(c: Comparison) -> list[str]:
             )
         texts.append(text)
     if c.decoding_seeds[0] != c.decoding_seeds[1]:
-        texts.append(f"{c.arm} was decoded with {c.decoding_seeds[0]} seeds on the test sets, {c.other} with {c.decoding_seeds[1]}.")
+        texts.append(f"{c.arm} was decoded with {c.decoding_seeds[0]} seeds on the test sets, {c.other} with {c.decoding_seeds[1]} seeds.")
     if c.trained and any(set(seeds) != set(c.seeds) for seeds in c.planned_seeds):
         texts.append(f"{c.arm} and {c.other} are compared on the seeds that both have finished: {', '.join(map(str, c.seeds))}.")
     return texts

@@ -164,7 +164,7 @@ class _Reader:
 
 
 def primary_metric(results: Results) -> str:
-    """Return the metric of the headline, the forest plots and the picture of paths."""
+    """Return the primary metric: the first measured quality metric, else ROUGE-L. The verdicts and the main figures use it."""
     return next((name for name in names_in("quality") if name in results.metrics), "rouge_l")
 
 
@@ -250,7 +250,7 @@ def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
 
 
 def summarise(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int]) -> Summary:
-    """Return the unweighted mean of several sets' means with its interval; axis 0 runs over the seeds."""
+    """Return the unweighted mean of several sets' means with its 95 % interval. Axis 0 of each array is the seed."""
     return _summary(strata_SNK, seeds, *macro_interval(strata_SNK))
 
 
@@ -295,5 +295,5 @@ def _check_prompts(loaded: Mapping[str, Scores]) -> None:
                 if count != len(values_NK):
                     raise StoreError(
                         f"stages {other} and {key} scored {count} and {len(values_NK)} prompts of {set_name} "
-                        f"({metric}), so their arms cannot be compared: evaluate both again on the same data"
+                        f"({metric}), so their arms cannot be compared: delete the directories of both stages and run the recipe again"
                     )

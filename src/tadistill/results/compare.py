@@ -29,7 +29,7 @@ BUCKETS: tuple[Bucket, ...] = ((0, 5), (6, 10), (11, None))
 
 
 def compare(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> tuple[Difference, tuple[int, ...]] | None:
-    """Return ``arm - other`` on a set or the mean over sets, and the common seeds; None if the arms have no common seed."""
+    """Return ``arm - other`` on a set or the mean over sets, and the common seeds; None if no finished seed is common to both arms."""
     return results.once(("compare", arm, other, metric, set_name), lambda: _compare(results, arm, other, metric, set_name))
 
 
@@ -68,12 +68,15 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 
 
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
-    """Return the chain's equal-compute twin: the direct arm with ``compute: as CHAIN``."""
+    """Return the chain's equal-compute baseline: the direct arm with ``compute: as CHAIN`` in the recipe."""
     return next((arm for arm in results.plan.arms if arm.compute == f"as {chain.name}" and arm.is_plain), None)
 
 
 def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the direct arm from the original teacher to the same student; for a chain or a twin, one with the same method is preferred."""
+    """Return the direct arm that distils the original teacher into the same student.
+
+    For a chain or an equal-compute baseline, an arm with the same method is preferred.
+    """
     teacher = (results.plan.teacher or arm.path[0]) if len(arm.path) > 1 else None
     method = arm.method if arm.has_assistant or arm.compute else None
     return arms.direct_arm(results.plan.arms, teacher, arm.model, method, any_method=True)
@@ -89,7 +92,7 @@ def budget_models(results: Results, arm: ArmRecord) -> tuple[str, ...]:
 
 
 def bucket_title(bucket: Bucket) -> str:
-    """Return ``[6, 10]`` or ``[11, ∞)``."""
+    """Return the range of a bucket as text: ``[6, 10]`` or ``[11, ∞)``."""
     first, last = bucket
     return f"[{first}, ∞)" if last is None else f"[{first}, {last}]"
 
@@ -107,7 +110,7 @@ def bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> S
 
 
 def bucket_difference(results: Results, arm: str, other: str, metric: str, bucket: Bucket) -> Difference | None:
-    """Return ``arm - other`` over the bucket's prompts."""
+    """Return the paired difference ``arm - other`` over the bucket's prompts; None if the arms cannot be compared there."""
     seeds = common_seeds(results, arm, other, sets_with(results, metric), metric)
     mine, theirs = (_pooled(results, name, seeds, metric, bucket) for name in (arm, other))
     return None if mine is None or theirs is None else macro_difference([mine], [theirs])
@@ -168,7 +171,7 @@ class Mechanism:
 
 
 def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
-    """Return the controls for one pair of arms on the mean over sets."""
+    """Return the differences of one pair of arms that separate more knowledge from sharpening, on the mean over sets."""
     greedy = greedy_decoding(results)
     curves, matched, at_entropy = _at_matched_entropy(results, arm, other, metric)
     return Mechanism(
@@ -194,7 +197,7 @@ def temperatures(results: Results) -> list[str]:
 
 
 def entropy_curve(results: Results, arm: str, metric: str, seeds: Sequence[int], decodings: Iterable[str]) -> list[Point]:
-    """Return the main decoding and the given others as points in ascending order of entropy, without unmeasured decodings.
+    """Return the main decoding and the given other decodings as points, in ascending order of entropy. Unmeasured decodings are omitted.
 
     Both coordinates are means over the seeds and the sets that have the metric.
     """

@@ -14,7 +14,7 @@ from tadistill.results.study import ArmRecord, load_corpus, load_exposure, load_
 
 _POINTS = 120  # number of bins for averaging: this smooths the training loss and keeps the page small
 
-FEW = 10  # number of answers: a mean over fewer answers is drawn as a dotted line
+FEW = 10  # a mean over fewer answers than this is drawn as a dotted line
 _LONGEST = 256  # number of positions that are drawn
 
 Array = NDArray[np.float64]
@@ -23,7 +23,7 @@ Series = tuple[list[int], list[float]]  # steps, values
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric of one arm's last training stage (`arm` set) or of a stage before it (`arm` None)."""
+    """The learning curve of one metric, for an arm's last training stage or for an earlier stage. For an earlier stage, `arm` is None."""
 
     name: str
     arm: str | None
@@ -157,7 +157,7 @@ class Reliability:
 
 
 def reliabilities(results: Results, what: str) -> Mapping[str, Reliability]:
-    """Return each arm's bins of ``tokens`` (the next token of the reference) or ``labels`` (the chosen answer)."""
+    """Return each arm's calibration bins. `what` is ``tokens`` (the next token of the reference) or ``labels`` (the chosen answer)."""
     found: dict[str, Reliability] = {}
     for arm in results.plan.arms:
         tables = [

@@ -1,4 +1,4 @@
-"""Answers of a study: those of all arms to the same prompts, side by side, and the judgements about them."""
+"""Collect the answers of all arms to the same prompts, and the judgements about them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -79,7 +79,7 @@ def _scores(row: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Judgement:
-    """One judge's table; `rows` start with an arm (or a pair) and a set."""
+    """A table of one judge's ratings. Each row starts with an arm (or a pair of arms) and a set."""
 
     title: str
     note: str
@@ -88,7 +88,7 @@ class Judgement:
 
 
 def judgements(study_dir: Path) -> list[Judgement]:
-    """Return all judgements of a study, by file name: comparisons first, then scores; empty where there are none."""
+    """Return all judgements of a study, by file name: comparisons first, then scores; an empty list if there are none."""
     found: list[Judgement] = []
     for path in sorted((study_dir / "judge").glob("judge-*.json")):
         content = read_json(path)

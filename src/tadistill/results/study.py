@@ -162,7 +162,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
     """Read ``plan.json``.
 
     Raises:
-        StoreError: there is none, or it is damaged.
+        StoreError: the file does not exist, or it is damaged.
     """
     path = study_dir / "plan.json"
     if not path.is_file():
@@ -237,12 +237,12 @@ def load_scores(store: Store, key: str) -> Scores:
     """Read the scores of an evaluation as arrays (prompts, decoding seeds).
 
     Raises:
-        StoreError: the file is damaged, or holds a metric that this version does not know.
+        StoreError: the file is damaged, or contains a metric that this version does not know.
     """
     path = store.folder(key) / "scores.json"
     content = read_json(path)
     if not isinstance(content, dict) or not all(isinstance(metrics, dict) for metrics in content.values()):
-        raise damaged(path, "it must map sets to metrics")
+        raise damaged(path, "the file must map sets to metrics")
     return {
         name: {metric: _score_array(path, name, metric, values) for metric, values in metrics.items()} for name, metrics in content.items()
     }
@@ -255,7 +255,7 @@ def load_corpus(store: Store, key: str) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict) or not all(
         isinstance(found, dict) and {"numbers", "reference_length"} <= set(found) for found in content.values()
     ):
-        raise damaged(path, "it must map sets to their numbers and reference lengths")
+        raise damaged(path, "the file must map sets to their numbers and reference lengths")
     for found in content.values():
         for metric in found["numbers"]:
             _check_known(path, metric)
@@ -281,9 +281,9 @@ def _score_array(path: Path, name: str, metric: str, values: Any) -> NDArray[np.
     except (TypeError, ValueError) as error:
         raise damaged(path, f"{name}/{metric} is not a table of numbers") from error
     if array.ndim != 2 or array.size == 0:
-        raise damaged(path, f"{name}/{metric} must have one row a prompt and one column a decoding seed")
+        raise damaged(path, f"{name}/{metric} must have one row per prompt and one column per decoding seed")
     if not np.isfinite(array).all():
-        raise damaged(path, f"{name}/{metric} holds NaN or infinite values")
+        raise damaged(path, f"{name}/{metric} contains NaN or infinite values")
     return array
 
 
@@ -298,7 +298,7 @@ def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
     series: dict[str, dict[int, float]] = {}
     for line in read_jsonl(path):
         if not isinstance(line.get("step"), int):
-            raise damaged(path, "a line has no step")
+            raise damaged(path, "a line has no integer `step`")
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float):
                 series.setdefault(name, {})[line["step"]] = float(value)

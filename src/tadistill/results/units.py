@@ -1,4 +1,4 @@
-"""Numbers as every output writes them."""
+"""Format numbers for all outputs."""
 
 from tadistill.metrics import metric_of
 from tadistill.results.collect import Summary
@@ -14,7 +14,7 @@ def number(value: float, metric: str, *, more: int = 0) -> str:
 
 
 def interval(low: float, high: float, metric: str, *, more: int = 0) -> str:
-    """Return ``[low, high]``."""
+    """Return an interval as text: ``[low, high]``."""
     return f"[{number(low, metric, more=more)}, {number(high, metric, more=more)}]"
 
 
@@ -31,12 +31,12 @@ def span(difference: Difference, metric: str) -> str:
 
 
 def p_text(p: float) -> str:
-    """Return ``p = 0.032``, or ``p < 0.001``."""
+    """Return a p-value as text: ``p = 0.032``, or ``p < 0.001``."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def summary_text(summary: Summary, metric: str) -> str:
-    """Return ``24.6 [23.8, 25.4]``."""
+    """Return a mean with its interval as text: ``24.6 [23.8, 25.4]``."""
     return f"{number(summary.mean, metric)} {interval(summary.low, summary.high, metric)}"
 
 
@@ -60,5 +60,5 @@ def flops_text(flops: float | None) -> str:
 
 
 def ratio_text(ratio: float | None) -> str:
-    """Return ``2.47`` and a multiplication sign, or a dash."""
+    """Return a ratio as text, such as ``2.47×``; a dash if it is None."""
     return DASH if ratio is None else f"{ratio:.2f}{TIMES}"

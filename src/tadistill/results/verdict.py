@@ -1,4 +1,4 @@
-"""Decide the verdict of each comparison of a study: every chain against its equal-compute twin.
+"""Decide the verdict of each comparison of a study: every chain against its equal-compute baseline.
 
 A difference of the primary metric (mean over sets, paired by training seed and prompt) is a `gain` or a `loss` when its 95 % interval
 excludes 0 and its p-value, adjusted by Holm over all comparisons of the study, is below 0.05. It is `equivalent` when two one-sided tests
@@ -75,7 +75,7 @@ class Comparison:
     mechanism: Mechanism | None
     """The controls for sharpening; None for pairs of a study without chains."""
     credit: Credit | None
-    """The credit for the gain; only for gains over an equal-compute twin."""
+    """Says if the gain is credited to the path, or why not; only for gains over an equal-compute baseline."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ComparedPair:
 
 
 def pairs(results: Results) -> list[ComparedPair]:
-    """Return every chain with the arm that it is compared with; without chains, all pairs of competing models."""
+    """Return every chain with the arm to compare it with. A study without chains returns all pairs of competing arms."""
     chains = [arm for arm in results.plan.arms if arm.has_assistant]
     if chains:
         return [_chain_pair(results, chain) for chain in chains]
@@ -96,7 +96,10 @@ def pairs(results: Results) -> list[ComparedPair]:
 
 
 def competitors(results: Results) -> list[list[ArmRecord]]:
-    """Return groups of arms that end in the same model, without the teacher's arm; one group of all arms if nothing is trained."""
+    """Return groups of arms that end in the same model, without the teacher's own arm.
+
+    If the study trains nothing, all arms form one group.
+    """
     if not any(arm.is_trained for arm in results.plan.arms):
         return [list(results.plan.arms)]
     groups: dict[str, list[ArmRecord]] = {}

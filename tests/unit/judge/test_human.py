@@ -153,7 +153,7 @@ def edit(path: Path, old: str, new: str) -> None:
         (",3", ",6", "line 2: the rating is `6`; it must be a whole number from 1 to 5"),
         (",3", ",2.5", "the rating is `2.5`"),
         (",3", ",good", "the rating is `good`"),
-        ("p001,B", "p001,A", "rated p001 A twice"),
+        ("p001,B", "p001,A", "rated answer A of p001 twice"),
     ],
 )
 def test_bad_files(study, tmp_path, old, new, message):
@@ -168,7 +168,7 @@ def test_bad_files(study, tmp_path, old, new, message):
 def test_more_bad_files(study, tmp_path):
     page = export(study)
     path = fill(page, tmp_path / "ann.csv", lambda item, arm: "")
-    with pytest.raises(DataError, match="holds no rating"):
+    with pytest.raises(DataError, match="contains no rating"):
         read(study, path)
     path.write_text("")
     with pytest.raises(DataError, match="has no column item"):
@@ -181,7 +181,7 @@ def test_more_bad_files(study, tmp_path):
     with pytest.raises(ConfigError, match=r"sheet-other.key.json does not exist"):
         read(study, path, name="other")
     other = fill(export(study, name="other", limit=1), tmp_path / "other.csv", lambda item, arm: 3)
-    with pytest.raises(DataError, match="the row is of sheet"):
+    with pytest.raises(DataError, match="the row belongs to sheet"):
         read(study, other)
     page.with_suffix(".key.json").write_text('{"items": 3}')
     with pytest.raises(DataError, match="is not the key of a sheet"):

@@ -48,7 +48,7 @@ def test_pair_against_the_reference(judged):
     }  # fmt: skip
     assert (found["mode"], found["judge"], found["arms"]) == ("pair", "judge-1", ["good", "bad"])
     assert (found["unparsed"], found["missing"], found["unfinished"]) == (0, 0, ["late"])
-    assert "not evaluated yet, so left out: late" in judged.said
+    assert "these arms are not evaluated yet and are left out: late" in judged.said
     assert found["command"] == "tadistill judge demo"
 
 
@@ -139,7 +139,7 @@ def test_429_half_way_keeps_what_is_answered(judged):
     with serve(spent) as fake, pytest.raises(JudgeFailed) as caught:
         judged(fake.url, sets=["dolly"], jobs=2)
     assert "(429)" in str(caught.value)
-    assert "7 of 16 questions are answered and kept, 9 are missing; the same command goes on from there" in str(caught.value)
+    assert "7 of 16 questions are answered and saved, 9 are missing; run the same command to continue" in str(caught.value)
     assert len(replies(judged)) == 7
     assert not list((judged.study.study_dir / "judge").glob("judge-*.json"))
     with serve(honest) as fake:
@@ -177,7 +177,7 @@ def test_retry_after_is_respected(judged):
 def test_faults_are_one_sentence(judged, answer, message):
     with serve(lambda number, text: answer) as fake, pytest.raises(JudgeFailed, match=message) as caught:
         judged(fake.url, sets=["dolly"])
-    assert "0 of 16 questions are answered and kept, 16 are missing" in str(caught.value)
+    assert "0 of 16 questions are answered and saved, 16 are missing" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -238,7 +238,7 @@ def test_wrong_key_is_found_before_anything_is_asked(judged):
         ({"model": " "}, "`model` is ' '"),
         ({"timout": 3}, "`timout` is not a known key; did you mean `timeout`?"),
         ({"against": "nobody"}, "`nobody` is neither an arm"),
-        ({"name": "//"}, "name is `//`"),
+        ({"name": "//"}, "the name `//`"),
     ],
 )
 def test_wrong_input_asks_nothing(judged, options, message):
@@ -330,7 +330,7 @@ def test_several_threads_keep_what_is_on_its_way(judged):
         time.sleep(0.3)
         return honest(number, text)
 
-    with serve(late) as fake, pytest.raises(JudgeFailed, match="3 of 16 questions are answered and kept, 13 are missing"):
+    with serve(late) as fake, pytest.raises(JudgeFailed, match="3 of 16 questions are answered and saved, 13 are missing"):
         judged(fake.url, sets=["dolly"], jobs=4)
 
 

@@ -82,7 +82,7 @@ def test_a_card_tells_a_negative_result(tmp_path):
 
 def test_a_card_of_a_seed_that_is_not_evaluated(unfinished):
     card = model_card(unfinished.results, "chain", 10)
-    assert "Seed 10 is not evaluated yet: `tadistill run recipes/demo.yaml` does it." in card
+    assert "Seed 10 is not evaluated yet: run `tadistill run recipes/demo.yaml` to evaluate it." in card
     assert "no evidence yet, because it shares no finished seed" in card
 
 
@@ -101,7 +101,7 @@ def test_what_cannot_be_exported(study, tmp_path):
     key = key_of("distill", ("xl", "l", "s"), 10, "chain")
     (study.store_dir / key[:2] / key / "manifest.json").unlink()
     with pytest.raises(
-        StoreError, match=f"arm chain with seed 10 is not trained yet .stage {key}.: `tadistill run recipes/demo.yaml` finishes it"
+        StoreError, match=f"arm chain with seed 10 is not trained yet .stage {key}.: run `tadistill run recipes/demo.yaml` to finish it"
     ):
         export(study.read(), "chain", 10, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -109,5 +109,5 @@ def test_what_cannot_be_exported(study, tmp_path):
 
 def test_a_model_that_is_loaded_as_it_is_has_nothing_to_export(tmp_path):
     study = build_study(tmp_path, StudySpec(SMALL, trained=False))
-    with pytest.raises(ConfigError, match="arm direct is model s as it is loaded"):
+    with pytest.raises(ConfigError, match="arm direct uses model s without training it"):
         export(study.read(), "direct", None, tmp_path / "out")

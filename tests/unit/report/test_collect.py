@@ -154,7 +154,7 @@ def test_an_arm_over_an_undeclared_model_is_damage(study):
         ('{"dolly": ', "Expecting value"),
         ("[1]", "must map sets to metrics"),
         ('{"dolly": {"rouge_l": [[1], [1, 2]]}}', "dolly/rouge_l is not a table"),
-        ('{"dolly": {"rouge_l": [1, 2]}}', "one row a prompt"),
+        ('{"dolly": {"rouge_l": [1, 2]}}', "one row per prompt"),
         ('{"dolly": {"rouge_l": [[NaN], [2]]}}', "NaN or infinite"),
     ],
 )

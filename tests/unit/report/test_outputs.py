@@ -99,7 +99,9 @@ def test_the_report_names_the_method_of_its_intervals(shared, tmp_path):
     """statistics/bootstrap.py resamples prompts alone; seeds are a normal draw."""
     page = write_report(shared.results).read_text(encoding="utf-8")
     markdown = (shared.study_dir / "report.md").read_text(encoding="utf-8")
-    sentence = "The 95 % intervals are a bootstrap over prompts; training seeds add a normal draw with few degrees of freedom."
+    sentence = (
+        "The 95 % intervals come from a bootstrap over prompts; the variation between training seeds is added as a random normal term."
+    )
     assert page.count(sentence) == 2  # below the first table and below the comparisons
     assert sentence in markdown
     assert "hierarchical" not in page + markdown

@@ -14,7 +14,10 @@ from tadistill.results.units import number, summary_text
 
 
 def exposure_figure(results: Results) -> str | None:
-    """Draw ExAccErr by position per arm: mean over seeds, faint seeds, dotted where few answers are that long."""
+    """Draw each arm's excess accumulated error (ExAccErr) by position: the mean as a thick line, the seeds as faint lines.
+
+    The mean is dotted at positions that fewer than 10 answers reach.
+    """
     found, styles = exposures(results), looks(results)
     if not found:
         return None
@@ -55,7 +58,7 @@ def _points(values: Array, start: int, end: int) -> tuple[list[int], list[float 
 
 
 def calibration_figures(results: Results) -> Mapping[str, str]:
-    """Draw the reliability diagrams of ``tokens`` and ``labels``, where they were measured."""
+    """Draw the reliability diagrams of next tokens (``tokens``) and chosen labels (``labels``), if they were measured."""
     panels: dict[str, str] = {}
     styles = looks(results)
     for what in ("tokens", "labels"):
@@ -86,7 +89,7 @@ def calibration_figures(results: Results) -> Mapping[str, str]:
 
 
 def calibration_legend(results: Results) -> list[LegendEntry]:
-    """Return the legend of both diagrams; each arm with its expected calibration error."""
+    """Return the legend of the reliability diagrams. Each entry shows an arm and its expected calibration error."""
     names = {name for what in ("tokens", "labels") for name in reliabilities(results, what)}
     return [LegendEntry(e.group, e.name + _errors(results, e.name), e.look) for e in arm_legend(results, names)]
 
@@ -98,7 +101,7 @@ def _errors(results: Results, name: str) -> str:
 
 
 def length_figure(results: Results) -> str | None:
-    """Draw ROUGE-L by the length of the reference: each arm with its 95 % intervals, side by side within a bucket."""
+    """Draw ROUGE-L by the length of the reference. The arms of one length range stand side by side, with 95 % intervals."""
     metric, styles = "rouge_l", looks(results)
     buckets = [bucket for bucket in BUCKETS if bucket_size(results, metric, bucket)]
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
@@ -140,7 +143,7 @@ def length_figure(results: Results) -> str | None:
 
 
 def curve_figures(curves: list[Curve], results: Results) -> dict[str, str]:
-    """Draw one panel per metric: mean over seeds, faint lines for the seeds. The page has the legend (`curve_legend`)."""
+    """Draw one panel of learning curves per metric: the mean over seeds as a thick line, the seeds as faint lines."""
     entries = {entry.group: entry for entry in curve_legend(curves, results)}
     panels: dict[str, str] = {}
     for metric in LOGS:
@@ -176,7 +179,7 @@ def _add_curve(figure: go.Figure, curve: Curve, entry: LegendEntry) -> None:
 
 
 def curve_legend(curves: list[Curve], results: Results) -> list[LegendEntry]:
-    """Return the legend of the learning curves: arms, then the stages before them, which start hidden."""
+    """Return the legend of the learning curves: arms first, then earlier training stages, which are hidden at first."""
     styles = looks(results)
     groups = {_group(curve): curve for curve in curves}
     entries: list[LegendEntry] = []

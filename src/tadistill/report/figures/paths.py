@@ -29,7 +29,7 @@ from tadistill.results.study import ArmRecord, StageRecord
 from tadistill.results.units import flops_text, interval, number, parameters_text, summary_text
 
 _ROW = 58  # pixels
-_THIN, _WIDER = 1.5, 6.0  # pixels of an edge that costs nothing, and what the dearest one has more
+_THIN, _WIDER = 1.5, 6.0  # width of an edge without cost, and the additional width of the most expensive edge, in pixels
 
 NodeId = tuple[str, str]
 
@@ -47,7 +47,7 @@ class Node:
 
 
 def lattice(results: Results) -> Mapping[NodeId, Node]:
-    """Return the nodes, each in the row of its first arm; arms that share models are neighbours."""
+    """Return the nodes of the lattice. A node is in the row of its first arm, and arms that share trained models are neighbours."""
     nodes: dict[NodeId, Node] = {}
     for row, (arm, ids) in enumerate(_ordered(results)):
         for index, (at, model) in enumerate(zip(ids, arm.path, strict=True)):
@@ -96,7 +96,7 @@ def _kind(stage: StageRecord) -> str:
 
 
 def lattice_figure(results: Results) -> str | None:
-    """Draw the lattice; None when no arm distils anything."""
+    """Draw the lattice of models; return None if no arm distils a model."""
     nodes = lattice(results)
     if all(node.parent is None for node in nodes.values()):
         return None
@@ -178,17 +178,17 @@ _ADDS, _TAKES = "#E0475B", "#17A673"
 
 @dataclass(frozen=True)
 class Budget:
-    """KL(q ‖ p_T) of a chain in parts (nats/token): `terms` in the order of the sum; `total` is measured separately."""
+    """The error budget of a chain (nats/token): `terms` add up to KL(q ‖ p_T), and `total` is KL(q ‖ p_T) measured separately."""
 
     arm: ArmRecord
     terms: tuple[tuple[str, Summary], ...]
     total: tuple[str, Summary]
     twin: tuple[str, Summary] | None
-    """The equal-compute twin's own KL(q ‖ p_T)."""
+    """KL(q ‖ p_T) of the chain's equal-compute baseline."""
 
 
 def budgets(results: Results) -> list[Budget]:
-    """Return the budgets of all chains whose terms were measured; `tadistill.evaluation.scoring` has the identity."""
+    """Return the error budgets of all chains whose terms were measured. `tadistill.evaluation.scoring` explains the sum."""
     found: list[Budget] = []
     for arm in (arm for arm in results.plan.arms if arm.is_chain):
         upwards = budget_models(results, arm)[::-1]  # student, last assistant, ..., teacher
@@ -207,7 +207,7 @@ def budgets(results: Results) -> list[Budget]:
 
 
 def budget_figures(results: Results) -> Mapping[str, str]:
-    """Draw the waterfall of each chain; all have the same scale, so that they can be compared."""
+    """Draw each chain's error budget as a waterfall chart. All charts have the same scale."""
     found = budgets(results)
     if not found:
         return {}

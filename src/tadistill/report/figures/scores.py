@@ -29,7 +29,7 @@ from tadistill.results.units import MINUS, flops_text, interval, number, summary
 from tadistill.results.verdict import comparisons
 from tadistill.statistics import Difference, undominated
 
-_PAIRS = 15  # more pairs of models than this would be a list nobody reads: then all are compared with the first
+_PAIRS = 15  # with more pairs of models than this, all models are compared only with the first
 _ROW, _TALL_ROW = 54, 70  # pixels of a row with one line of text and with two
 
 
@@ -45,7 +45,7 @@ class ForestRow:
 
 
 def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the reference of an arm: a chain's equal-compute twin, else the direct arm, else the first competitor."""
+    """Return the reference of an arm: a chain's equal-compute baseline, else the direct arm, else the first competitor."""
     teacher = results.plan.teacher
     if teacher is not None and arm.path == (teacher,):
         return None
@@ -56,7 +56,10 @@ def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
 
 
 def differences(results: Results) -> list[ForestRow]:
-    """Return the rows of the forest plot: chains, then other arms, each by difference; pairs of models where nothing is distilled."""
+    """Return the rows of the forest plot: chains first, then other arms, both in descending order of the difference.
+
+    A study that distils nothing and has at most 15 pairs of models gets one row per pair.
+    """
     metric, decided = primary_metric(results), comparisons(results)
     if decided and len(decided) <= _PAIRS and all(c.against == "pair" for c in decided):
         return [ForestRow(results.arm(c.arm), results.arm(c.other), c.difference, c.per_seed, c.word) for c in decided]
@@ -102,7 +105,7 @@ def difference_figure(results: Results) -> str | None:
 
 
 def means_figure(results: Results) -> str | None:
-    """Draw the primary metric's mean over sets per arm, best first, with its interval and a dot for each seed."""
+    """Draw each arm's mean of the primary metric over sets, best first, with its interval and a dot for each seed."""
     metric, styles = primary_metric(results), looks(results)
     scored = [(results.summaries.get((arm.name, MEAN, metric)), arm) for arm in results.plan.arms]
     ranked: list[tuple[Summary, ArmRecord]] = sorted(((s, arm) for s, arm in scored if s is not None), key=lambda pair: pair[0].mean)
@@ -159,7 +162,7 @@ _PLAIN = Look(GREY, "line-ew", "┅", "dash")
 
 
 def entropy_curves(results: Results) -> Mapping[str, list[Point]]:
-    """Return each arm's decodings as points of metric over entropy; an arm without a measured point is left out."""
+    """Return each arm's decodings as points of metric over entropy; arms without a measured point are omitted."""
     metric = primary_metric(results)
     sets, decodings = sets_with(results, metric), list(results.plan.decodings)
     names = [arm.name for arm in results.plan.arms]
@@ -168,7 +171,7 @@ def entropy_curves(results: Results) -> Mapping[str, list[Point]]:
 
 
 def plane_figure(results: Results) -> str | None:
-    """Draw each arm as a curve through its decodings; None when no arm has a second decoding."""
+    """Draw the primary metric against entropy, with a curve through the decodings of each arm; None if no arm has a second decoding."""
     metric, styles, curves = primary_metric(results), looks(results), entropy_curves(results)
     if not any(len(points) > 1 for points in curves.values()):
         return None
@@ -214,7 +217,7 @@ def _name_decodings(figure: go.Figure, curves: Sequence[Sequence[Point]]) -> Non
 
 
 def plane_legend(results: Results) -> list[LegendEntry]:
-    """Return the legend of the plane."""
+    """Return the legend of the figure that shows quality against entropy."""
     return arm_legend(results, entropy_curves(results))
 
 
@@ -230,7 +233,10 @@ def cost_points(results: Results) -> list[tuple[ArmRecord, float, float, float, 
 
 
 def direct_longer(results: Results) -> list[tuple[float, float]]:
-    """Return FLOPs and mean of the direct arm and its equal-compute twins, by FLOPs, for the first student that has twins."""
+    """Return (FLOPs, mean) of a direct arm and its equal-compute baselines, in ascending order of FLOPs.
+
+    The direct arm is the first that has such baselines; the list is empty if there is none.
+    """
     arms = [(arm, flops, mean) for arm, flops, mean, *_ in cost_points(results) if flops > 0 and len(arm.path) == 2]
     for first in (arm for arm, *_ in arms if arm.compute is None):
         curve = [(f, m) for a, f, m in arms if a.name == first.name or (a.compute and (a.path, a.method) == (first.path, first.method))]
@@ -240,7 +246,7 @@ def direct_longer(results: Results) -> list[tuple[float, float]]:
 
 
 def pareto_figure(results: Results) -> str | None:
-    """Draw training FLOPs against the primary metric, the Pareto front, and the direct arm's curve; None without two trained arms."""
+    """Draw training FLOPs against the primary metric, the Pareto front, and the direct arm's curve; None for fewer than two such arms."""
     points = cost_points(results)
     trained = [point for point in points if point[1] > 0]
     if len(trained) < 2:

@@ -1,8 +1,8 @@
-"""Shared by all figures: the look of an arm, the page's legends, and a plotly figure as a div.
+"""Code that all figures share: the look of an arm, the legends, and the conversion of a plotly figure to HTML.
 
-Figures need nothing but the page's one copy of plotly.js. Backgrounds are transparent and text takes its colour from the
-page's style sheet, so one figure fits light, dark and print. An arm has one colour and one marker everywhere: colour is
-never the only cue. Names stand above their row, not beside it, because a phone has no room for a margin of names.
+Figures need only the page's copy of plotly.js. Backgrounds are transparent and text takes its colour from the
+page's style sheet, so one figure fits light, dark and print. An arm has the same colour and marker everywhere, so that readers need
+not distinguish colours. Names stand above their row, not beside it, because a phone has no room for a margin of names.
 """
 
 import html
@@ -20,7 +20,7 @@ PALETTE = (
     *("#3B82F6", "#F0821E", "#17A673", "#E0475B", "#9B6BE3", "#B8921A"),
     *("#DB5FB4", "#1497B0", "#8A7560", "#6E9E2E", "#5B6BD6", "#C2603A"),
 )
-# One more than colours and no common factor: the pairs repeat after 156 arms
+# 13 markers and 12 colours have no common factor, so the pairs repeat only after 156 arms
 _MARKERS = (
     *(("circle", "●"), ("square", "■"), ("diamond", "◆"), ("triangle-up", "▲"), ("triangle-down", "▼"), ("star", "★"), ("cross", "✚")),
     *(("circle-open", "○"), ("square-open", "□"), ("diamond-open", "◇"), ("triangle-up-open", "△"), ("triangle-down-open", "▽")),
@@ -79,7 +79,7 @@ def escaped(text: str) -> str:
 
 
 def row_text(y: float, text: str, *, right: bool = False, size: int = 12) -> dict[str, Any]:
-    """Return an annotation at the left or right edge of a row."""
+    """Return a plotly annotation with a text at the left or right edge of the plot, at height `y`."""
     side = {"x": 1, "xanchor": "right"} if right else {"x": 0, "xanchor": "left"}
     return {"y": y, "xref": "paper", "yref": "y", "text": text, "showarrow": False, "font": {"size": size}, **side}
 
@@ -96,7 +96,7 @@ def line(figure: go.Figure, *, colour: str = GRID, width: float = 1, dash: str =
 
 
 def axes(figure: go.Figure, x: str, y: str) -> None:
-    """Set the titles and a light grid."""
+    """Set the titles of both axes and draw a light grid."""
     figure.update_xaxes(title={"text": x, "standoff": 6}, gridcolor=GRID, zeroline=False)
     figure.update_yaxes(title={"text": y, "standoff": 6}, gridcolor=GRID, zeroline=False, automargin=True, title_font_size=12)
 
