@@ -27,7 +27,7 @@ Numbers = dict[str, dict[str, float]]  # set -> metric of the whole set -> value
 
 @dataclass(frozen=True)
 class Row:
-    """One value of ``results.json``. `low` and `high` bound its prompt bootstrap interval within the seed; None for a whole-set metric."""
+    """One value of ``results.json``. `low` and `high` are the bounds of its 95 % interval over prompts; None for a whole-set metric."""
 
     arm: str
     model: str
@@ -106,7 +106,7 @@ class Results:
         return next(arm for arm in self.plan.arms if arm.name == name)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return `make()`, computed at the first call with this key and then cached in these results."""
+        """Return the cached value of the key. The first call with a key computes the value with `make()`."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]  # type: ignore[return-value]

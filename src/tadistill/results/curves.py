@@ -56,7 +56,7 @@ def learning_curves(results: Results) -> list[Curve]:
 
 
 def last_dev_value(results: Results, arm: ArmRecord, model: str, metric: str) -> float | None:
-    """Return the mean over seeds of a model's last dev value on the arm's path; None if no stage logged the metric."""
+    """Return the last dev value of a model on the arm's path, averaged over seeds; None if no stage logged the metric."""
     last: dict[int, float] = {}
     for stage in results.plan.stages:  # a model's distillation comes after its fine-tuning, so its value is kept
         trains_it = arm.name in stage.arms and stage.model == model and stage.kind in TRAINING

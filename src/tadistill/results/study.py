@@ -24,7 +24,7 @@ Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts,
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage of the plan; `arms` are the arms that need it."""
+    """One stage of the plan. `arms` are the names of the arms that use its result."""
 
     key: str
     kind: str
@@ -100,7 +100,7 @@ class ArmRecord:
 
     @property
     def has_assistant(self) -> bool:
-        """True when a teacher assistant takes part: as a link, as a start, or as a teacher for some of the updates."""
+        """True when a teacher assistant takes part: as a model of the path, as a start, or as a teacher for some of the updates."""
         return len(self.models) > 2
 
 

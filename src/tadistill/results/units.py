@@ -19,13 +19,13 @@ def interval(low: float, high: float, metric: str, *, more: int = 0) -> str:
 
 
 def signed(value: float, metric: str, *, more: int = 0) -> str:
-    """Return a value with its sign: ``+0.3``, but ``0.0``."""
+    """Return a value with its sign, such as ``+0.3``. Zero has no sign: ``0.0``."""
     text = number(value, metric, more=more)
     return f"+{text}" if value > 0 and any(digit in text for digit in "123456789") else text
 
 
 def span(difference: Difference, metric: str) -> str:
-    """Return a difference for a sentence: ``+0.3, 95 % −0.4 … +1.0``."""
+    """Return a difference with its 95 % interval as text for a sentence: ``+0.3, 95 % −0.4 … +1.0``."""
     low, high = (signed(bound, metric) for bound in (difference.low, difference.high))
     return f"{signed(difference.mean, metric)}, 95 % {low} … {high}"
 
@@ -41,7 +41,7 @@ def summary_text(summary: Summary, metric: str) -> str:
 
 
 def parameters_text(count: int) -> str:
-    """Return a number of parameters: ``124 M``, ``1.56 B``."""
+    """Return a number of parameters as text, such as ``124 M`` or ``1.56 B``."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             scaled = count / size
@@ -50,7 +50,7 @@ def parameters_text(count: int) -> str:
 
 
 def flops_text(flops: float | None) -> str:
-    """Return ``3.1e17``, or a dash if the plan could not compute the FLOPs."""
+    """Return FLOPs as text, such as ``3.1e17``; a dash if the plan could not compute them."""
     if flops is None:
         return DASH
     if flops == 0:

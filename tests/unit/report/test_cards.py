@@ -52,7 +52,7 @@ def test_the_first_seed_is_the_recipes_not_the_smallest(tmp_path):
     target = export(study.read(), "chain", None, tmp_path / "next")  # the first that is finished
     assert json.loads((target / "config.json").read_text())["seed"] == 10
     card = (target / "README.md").read_text(encoding="utf-8")
-    assert "The exported seed is the first finished one of the recipe, unless a seed was asked for by number." in card
+    assert "The exported seed is the recipe's first finished seed, or the seed that the user named." in card
 
 
 @pytest.mark.parametrize(

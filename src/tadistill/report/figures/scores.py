@@ -246,7 +246,7 @@ def direct_longer(results: Results) -> list[tuple[float, float]]:
 
 
 def pareto_figure(results: Results) -> str | None:
-    """Draw training FLOPs against the primary metric, the Pareto front, and the direct arm's curve; None for fewer than two such arms."""
+    """Draw the primary metric against training FLOPs, with the Pareto front and the direct arm's curve; None without two trained arms."""
     points = cost_points(results)
     trained = [point for point in points if point[1] > 0]
     if len(trained) < 2:

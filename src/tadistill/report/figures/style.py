@@ -85,7 +85,7 @@ def row_text(y: float, text: str, *, right: bool = False, size: int = 12) -> dic
 
 
 def separate_rows(figure: go.Figure, rows: int) -> None:
-    """Draw thin lines between rows at the whole numbers 0 to rows - 1."""
+    """Draw thin lines between the rows of a figure. Row i is at height i."""
     for y in range(rows - 1):
         line(figure, xref="paper", x0=0, x1=1, y0=y + 0.5, y1=y + 0.5)
 
