@@ -108,7 +108,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
-    """Write a value as indented JSON, as `write_text` does."""
+    """Write a value as indented JSON, atomically, as `write_text` does."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n")
 
 

@@ -320,7 +320,7 @@ def _package(*, on_cluster: bool) -> list[Check]:
     try:
         wanted, requirements = metadata.metadata("tadistill")["Requires-Python"], metadata.requires("tadistill") or []
     except metadata.PackageNotFoundError:
-        fix = "run pip install -e . in its repository, so that its required versions are known"
+        fix = "run pip install -e . in the repository of tadistill; without it, the required versions are unknown"
         return [Check("packages", "warning", "the package tadistill is not installed", fix)]
     found = [python(platform.python_version(), wanted), packages(requirements)]
     gaps = wheelhouse(requirements) if on_cluster else None

@@ -74,7 +74,7 @@ class Profile(Strict):
     home: Literal["writable", "read-only", "no-jobs"] = "writable"
     """Use of the home folder in jobs. read-only: the runs directory must be elsewhere. no-jobs: jobs cannot be submitted from there."""
     resume: Literal["requeue", "chain"] = "requeue"
-    """How work continues after a time limit: the job requeues itself, or, if jobs may not call Slurm, a chained next job continues."""
+    """How work continues after a time limit. requeue: the job requeues itself. chain: a next job follows, if jobs may not call Slurm."""
     modules: tuple[str, ...] = ()
     """Modules that every job loads, in this order."""
     setup: tuple[str, ...] = ()

@@ -221,7 +221,7 @@ def entropy_gap(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def pair_measures(
     learner: Subject, teacher: PreTrainedModel, *, own: Seq[Sequence], references: Seq[Sequence], k: int, batch: int
 ) -> PerToken:
-    """Return the measures of a (teacher, learner) pair: `ON_OWN_TEXT` on the learner's own answers, forward_kl on the references."""
+    """Return the measures in `ON_OWN_TEXT` on the learner's own answers, and forward_kl to the teacher on the references."""
 
     def of_answers(logits: Tensor, teachers: tuple, tokens: Tensor) -> Tensor:
         (other,) = teachers

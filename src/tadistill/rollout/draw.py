@@ -32,7 +32,7 @@ _BELOW_ONE = 1 - 2**-53  # the largest float64 below 1
 
 @dataclass(frozen=True)
 class Mixture:
-    """b = (1 - alpha) q + alpha p, mixed per token as distributions (MiniLLM, Gu et al. 2024, Eq. 4).
+    """The mixture b = (1 - alpha) q + alpha p of two distributions at every token (MiniLLM, Gu et al. 2024, Eq. 4).
 
     A draw from b is a draw from p with probability alpha, else a draw from q. The token's uniform random number decides between them, and
     after rescaling it is uniform again. The model that draws a token is therefore known before either model has read the text.
@@ -45,7 +45,7 @@ class Mixture:
         return torch.lerp(q_BV, p_BV, self.alpha)  # exactly q at alpha 0, and exactly p at alpha 1
 
     def switch(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a mask that is True where the teacher draws, and the random numbers rescaled to [0, 1) for the draws; any shape."""
+        """Return a mask that is True where the teacher draws, and the random numbers rescaled to [0, 1). Both have the input's shape."""
         teachers = uniforms < self.alpha
         rest = torch.where(teachers, uniforms / self.alpha, (uniforms - self.alpha) / (1 - self.alpha)) if 0 < self.alpha < 1 else uniforms
         return teachers, rest.clamp(max=_BELOW_ONE)
@@ -116,7 +116,7 @@ def next_tokens(
 def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """Draw one column (B,) from every row of non-negative weights, by inverse CDF at the row's random number in [0, 1).
 
-    A column of weight 0 is never drawn. The draw finds first a block of columns and then a column in the block, because a cumulative sum
+    A column of weight 0 is never drawn. It first chooses a block of columns, and then a column in the block, because a cumulative sum
     over the whole vocabulary takes longer than its softmax.
     """
     vocab = weights_BV.shape[1]

@@ -194,7 +194,7 @@ def _replicate_means(strata_SN: list[Array], spread: _Spread, replicates: int, s
 
 
 def _resampled(problems: list[list[Array]], replicates: int, seed: int) -> Array:
-    """Return resampled mean - mean for every replicate and problem: (R, problems). Set i has equally many prompts in all problems."""
+    """Return the resampled mean minus the mean, (R, problems). Set i must have the same number of prompts in all problems."""
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1, not {replicates}")
     moved_RP = np.zeros((replicates, len(problems)))

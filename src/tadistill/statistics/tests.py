@@ -41,7 +41,7 @@ def sign_flip(differences_S: ArrayLike) -> SignFlip:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's step-down adjusted p-values, in the given order. Rejecting those below 0.05 has a family-wise error rate of 5 %.
+    """Return Holm's step-down adjusted p-values, in the given order. Reject those below 0.05 for a family-wise error rate of 5 %.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979).
     """
