@@ -45,7 +45,7 @@ def jsonl(tmp_path: Path, *rows: dict) -> Path:
         ("data.template=chat", "chat template"),
         ("data.max_prompt=1", "raise data.max_prompt"),
         ("evaluate.max_new_tokens=200", "has 128 positions"),
-        ("arms.sft={path: s, optim: {lr: 1}}", "trains nothing"),
+        ("arms.sft={path: s, optim: {lr: 1}}", "trains no model"),
         ("arms={takd: xl > s, seqkd: {path: l > s}}", "set `teacher:`"),
     ],
 )
