@@ -34,7 +34,7 @@ set_seed(0)  # also of the random models
 tokenizer = AutoTokenizer.from_pretrained(options.teacher) if options.teacher else tinyworld.tokenizer()
 tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "right"  # left would shift GPT-2's positions
 teacher, student = load(options.teacher, 0.1).eval().requires_grad_(False), load(options.student, 0.02)
-texts = [[row["instruction"] + "\n", row["outputs"][0] + tokenizer.eos_token] for row in tinyworld.rows("tinyworld", "train")]
+texts = [[row["instruction"] + "\n", row["outputs"][0] + tokenizer.eos_token] for row in tinyworld.world_rows("tinyworld", "train")]
 data = [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in (tokenizer(text)["input_ids"] for text in texts)]
 settings = TrainingArguments("runs/hf_trainer", max_steps=options.steps, learning_rate=5e-3, logging_steps=10, report_to=[])
 Distiller(student, settings, DataCollatorForSeq2Seq(tokenizer), data).train()

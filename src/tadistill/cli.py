@@ -72,8 +72,8 @@ def plan(
 
         accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         speeds = time_stages(found, preview.threads(found), lambda text: console.print(f"timing {text}", highlight=False))
-        throughput.save(store, throughput.machine(preview.threads(found), accelerator), speeds)
-    preview.show(found, store, console, accelerator)
+        throughput.save_throughput(store, throughput.machine(preview.threads(found), accelerator), speeds)
+    preview.print_plan(found, store, console, accelerator)
 
 
 @app.command()

@@ -47,7 +47,7 @@ def models(tmp_path) -> list[str]:
             model.lm_head.weight[tokenizer.eos_token_id] *= 2  # so that some responses end, and others do not
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    texts = [row["instruction"].split() for row in tinyworld.rows("tinyworld", "train")[:50]]
+    texts = [row["instruction"].split() for row in tinyworld.world_rows("tinyworld", "train")[:50]]
     (tmp_path / "prompts.txt").write_text("\n".join(" ".join(words[: 2 + i % 3]) for i, words in enumerate(texts)))
     return [f"--{name}={tmp_path / path}" for name, path in (("teacher", "teacher"), ("student", "student"), ("prompts", "prompts.txt"))]
 

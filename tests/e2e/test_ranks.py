@@ -13,7 +13,7 @@ from tadistill.config import validate
 from tadistill.errors import ConfigError, Interrupted, StageFailed
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import make_task
-from tadistill.runner.preflight import check
+from tadistill.runner.preflight import check_study
 from tadistill.runner.processes import run_in_processes
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
@@ -114,10 +114,10 @@ def test_fewer_ranks_than_the_stage_asks_for_are_refused(tmp_path):
 
 def test_what_cannot_be_laid_out_is_refused_before_anything_runs():
     with pytest.raises(ConfigError, match=r"distill .*: optim.batch 8 is not a multiple of the 3 processes"):
-        check(validate(recipe({"distill": {"processes": 3}})))
+        check_study(validate(recipe({"distill": {"processes": 3}})))
     sharded = {"distill": {"processes": 2, "teacher": "sharded"}}
     sampler = {"type": "teacher_mixed", "rollouts": 16, "max_new_tokens": 8}
     with pytest.raises(ConfigError, match=r"teacher sharded.* teacher_mixed .* set teacher: offloaded"):
-        check(validate(recipe(sharded, sampler=sampler)))
-    check(validate(recipe(sharded)))
-    check(validate(recipe(sharded, sampler=sampler | {"alpha": 0})))
+        check_study(validate(recipe(sharded, sampler=sampler)))
+    check_study(validate(recipe(sharded)))
+    check_study(validate(recipe(sharded, sampler=sampler | {"alpha": 0})))

@@ -151,7 +151,7 @@ def gkd_trainer(tmp_path):
     """Builds a GKDTrainer of two random models, four rows of tinyworld, and a loss that is the forward KL."""
     tokenizer = tinyworld.tokenizer(people=10)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    rows = sorted(tinyworld.rows("tinyworld", "train", people=10), key=lambda row: len(row["outputs"][0]))
+    rows = sorted(tinyworld.world_rows("tinyworld", "train", people=10), key=lambda row: len(row["outputs"][0]))
     turns = [(("user", row["instruction"]), ("assistant", row["outputs"][0])) for row in (*rows[:2], *rows[-2:])]  # short and long
     data = Dataset.from_list([{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns])
 

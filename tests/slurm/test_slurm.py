@@ -15,7 +15,7 @@ import pytest
 from tests.e2e.inprocess import tadistill
 
 from tadistill.cluster import queue
-from tadistill.cluster.status import rows
+from tadistill.cluster.status import status_rows
 from tadistill.config import load
 from tadistill.plan.arms import make_plan
 from tadistill.store import Store
@@ -46,7 +46,7 @@ class Study:
         return found
 
     def states(self) -> Counter[str]:
-        return Counter(row.state for row in rows(self.directory, self.store))
+        return Counter(row.state for row in status_rows(self.directory, self.store))
 
     def await_end(self, seconds: float = 400) -> None:
         end = time.monotonic() + seconds
@@ -141,7 +141,7 @@ def test_a_chain_of_segments_goes_on_where_the_one_before_stopped(study, tmp_pat
         assert time.monotonic() < end
         time.sleep(0.1)
     subprocess.run(["scancel", "--signal=USR2", f"{job}_0"], check=False)  # says "already done" of an array that has more elements
-    while {row.state for row in rows(study.runs / "tiny3", study.store)} != {"done"}:
+    while {row.state for row in status_rows(study.runs / "tiny3", study.store)} != {"done"}:
         assert time.monotonic() < end
         time.sleep(0.5)
     study.call("cancel", "tiny3")  # segments of the evaluation that have nothing to do

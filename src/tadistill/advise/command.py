@@ -31,7 +31,7 @@ from tadistill.advise.measures import (
     read_measures,
     with_search,
 )
-from tadistill.advise.page import render_page
+from tadistill.advise.page import render_advice
 from tadistill.advise.words import Report
 from tadistill.config import Recipe
 from tadistill.config.arm import path_text
@@ -102,8 +102,8 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
     )
     write_json(study / MEASURES, record | decided(report))
     page = study / "advice.html"
-    write_text(page, render_page(report))
-    show(report, console)
+    write_text(page, render_advice(report))
+    print_advice(report, console)
     for path in (study / MEASURES, page):
         console.print(f"{'page' if path == page else 'data'}: {path}", soft_wrap=True, highlight=False)
     return page
@@ -113,9 +113,9 @@ def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Console) -> N
     missing = [s for s in probes.plan.stages.values() if not store.finished(s.key)]
     if not missing:
         return
-    from tadistill.runner.preflight import check  # imports transformers, which a call that finds all in the store does not need
+    from tadistill.runner.preflight import check_study  # imports transformers, which a call that finds all in the store does not need
 
-    jobs = check(recipe)
+    jobs = check_study(recipe)
     console.print(f"{recipe.study}: {len(probes.plan.stages)} measuring stages, {len(missing)} to run, {jobs} at a time", highlight=False)
     run_stages(probes.plan, store, jobs=jobs, console=console)
 
@@ -201,7 +201,7 @@ def _plain(value: Any) -> Any:
 # --- terminal
 
 
-def show(report: Report, console: Console) -> None:
+def print_advice(report: Report, console: Console) -> None:
     """Print the advice: first the verdict, then measures, costs and the commands to run. The output fits 80 columns."""
     advice = report.advice
     console.print(Text(f"{report.study}: advice", style="bold"))
@@ -255,7 +255,12 @@ def _paths(report: Report) -> Table:
             table.add_row(path, f"{option.cost:.2f}{TIMES}", "0", "", "", "reference")
             continue
         beyond = " *" if option.beyond else ""
-        cells = (words.signed(option.expected), escape(words.interval(option)), f"{option.p_better:.2f}", option.basis + beyond)
+        cells = (
+            words.signed_number(option.expected),
+            escape(words.option_interval(option)),
+            f"{option.p_better:.2f}",
+            option.basis + beyond,
+        )
         table.add_row(path, f"{option.cost:.2f}{TIMES}", *cells)
     if any(option.beyond for option in advice.options):
         table.caption = "* a measure is outside the range of earlier studies, so the interval is wider"

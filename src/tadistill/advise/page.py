@@ -10,7 +10,18 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tadistill.advise.measures import TOP_K, Estimate, Measures
-from tadistill.advise.words import TAGS, Report, basis_line, interval, measure_name, plus_minus, reason, signed, sweep_text, verdict_line
+from tadistill.advise.words import (
+    TAGS,
+    Report,
+    basis_line,
+    measure_name,
+    option_interval,
+    plus_minus,
+    reason,
+    signed_number,
+    sweep_text,
+    verdict_line,
+)
 from tadistill.config.arm import path_text
 from tadistill.metrics import metric_title
 from tadistill.report.figures.style import GREY, GRID, PALETTE, LegendEntry, Look, axes, div, escaped, line
@@ -45,7 +56,7 @@ class Panel:
     figure: Markup
 
 
-def render_page(report: Report) -> str:
+def render_advice(report: Report) -> str:
     """Render the advice as one HTML page."""
     environment = Environment(
         loader=ChoiceLoader([PackageLoader("tadistill.advise"), PackageLoader("tadistill.report")]),
@@ -54,7 +65,7 @@ def render_page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(signed=signed, estimate=plus_minus, names=_names, few=_few)
+    environment.filters.update(signed=signed_number, estimate=plus_minus, names=_names, few=_few)
     return environment.get_template("advice.html.j2").render(
         report=report,
         advice=report.advice,
@@ -62,14 +73,14 @@ def render_page(report: Report) -> str:
         verdict=verdict_line(report.advice),
         reason=reason(report.advice),
         basis=basis_line(report),
-        interval=interval,
+        interval=option_interval,
         units=units,
         metric_title=metric_title,
         columns=_COLUMNS,
         tags=TAGS,
         heatmaps=[Panel(title, hint, Markup(heatmap(report.measures, field, **look))) for field, title, hint, look in _HEATMAPS],
         cost=_markup(cost_figure(report)),
-        cost_legend=cost_legend(report),
+        cost_legend=path_cost_legend(report),
         sweep=_markup(lambda_figure(report)),
         bias=Markup(bias_figure(report)),
         plotly_js=Markup(get_plotlyjs()),
@@ -136,7 +147,7 @@ def path_looks(report: Report) -> dict[tuple[str, ...], Look]:
     return found
 
 
-def cost_legend(report: Report) -> list[LegendEntry]:
+def path_cost_legend(report: Report) -> list[LegendEntry]:
     """Return a legend entry for each path and for the line of direct."""
     looks = path_looks(report)
     names = {path: path_text(path) for path in looks}

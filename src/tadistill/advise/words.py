@@ -130,7 +130,7 @@ def _list(parts: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Step:
+class NextRun:
     """A run that the advice proposes, as a sentence and as a command."""
 
     text: str
@@ -143,7 +143,7 @@ class Step:
 
 def steps(
     recipe: Recipe, source: str, overrides: Sequence[str], advice: Advice, costs: Mapping[tuple[str, ...], PathCost]
-) -> tuple[Step, ...]:
+) -> tuple[NextRun, ...]:
     """Return the run to start now, then the proposed experiments. Their commands add arms to the recipe, so finished stages are reused.
 
     Args:
@@ -161,15 +161,15 @@ def steps(
     chains = [path for path in costs if len(path) > 2]
     if advice.verdict == "chain":
         text = f"now: {path_text(advice.path)}, together with direct at equal compute, which the path has to beat on the test sets"
-        found.append(Step(text, command(_chain(recipe, advice.path), seeds), 2 * costs[advice.path].multiple * seeds, None))
+        found.append(NextRun(text, command(_chain(recipe, advice.path), seeds), 2 * costs[advice.path].multiple * seeds, None))
     elif chains:
         wanted = advice.next[0].path if advice.next else chains[0]
         multiple = costs[wanted].multiple
         text = f"now: direct distillation with the compute of {path_text(wanted)} ({multiple:.2f} times the recipe's direct run)"
-        found.append(Step(text, command(_longer(recipe, wanted, costs[wanted]), seeds), multiple * seeds, None))
+        found.append(NextRun(text, command(_longer(recipe, wanted, costs[wanted]), seeds), multiple * seeds, None))
     for e in advice.next:
         text = f"to learn more: compare {path_text(e.path)} with direct at equal compute, {e.seeds} seeds"
-        found.append(Step(text, command(_chain(recipe, e.path), e.seeds), e.cost, e.gain))
+        found.append(NextRun(text, command(_chain(recipe, e.path), e.seeds), e.cost, e.gain))
     return tuple(found)
 
 
@@ -232,7 +232,7 @@ class Report:
     rules: tuple[Rule, ...]
     history: History
     advice: Advice
-    steps: tuple[Step, ...]
+    steps: tuple[NextRun, ...]
     notes: tuple[str, ...]
 
     @property
@@ -292,14 +292,14 @@ def basis_line(report: Report) -> str:
     return f"history: {chains} compared with direct at equal compute, of {families} ({', '.join(report.studies)})"
 
 
-def signed(value: float) -> str:
+def signed_number(value: float) -> str:
     """Format a difference, such as ``+0.31``, with a real minus sign."""
     return f"{value:+.2f}".replace("-", MINUS)
 
 
-def interval(option: Option) -> str:
+def option_interval(option: Option) -> str:
     """Format the interval of an option, such as ``[−0.50, +0.61]``."""
-    return f"[{signed(option.low)}, {signed(option.high)}]"
+    return f"[{signed_number(option.low)}, {signed_number(option.high)}]"
 
 
 def plus_minus(found: Estimate, decimals: int = 3) -> str:

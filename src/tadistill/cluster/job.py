@@ -150,7 +150,7 @@ def _after(wait: set[Place]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Record:
+class JobRecord:
     """The job in which a stage runs, and the study that submitted this job."""
 
     job: str
@@ -178,11 +178,11 @@ class Record:
         return next((e for e in self.entries(queue) if not e.hopeless), None)
 
 
-def read_record(store: Store, key: str) -> Record | None:
+def read_record(store: Store, key: str) -> JobRecord | None:
     """Return the record of a stage, or None if it is missing or damaged. At worst a needless job starts and finds the stage finished."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         found = json.loads((store.folder(key) / RECORD).read_text(encoding="utf-8"))
-        return Record(found["job"], found["index"], found["name"], found["study"])
+        return JobRecord(found["job"], found["index"], found["name"], found["study"])
     return None
 
 

@@ -90,7 +90,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
-def load(name: str) -> Profile:
+def load_profile(name: str) -> Profile:
     """Load a profile by its name, or from a YAML file. Raises ConfigError if the file does not exist or is not valid."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
     if not path.is_file():

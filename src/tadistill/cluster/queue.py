@@ -11,7 +11,7 @@ _NEVER = "DependencyNeverSatisfied"
 _SECONDS = 30
 
 
-def ask(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
     """Run a program and return its output, or None if it is not on PATH, fails, or runs longer than 30 seconds."""
     if shutil.which(command[0]) is None:
         return None
@@ -49,7 +49,7 @@ def ended(ids: Iterable[str]) -> dict[str, Entry]:
     if not wanted:
         return {}
     roots = ",".join(sorted({i.partition("_")[0] for i in wanted}))
-    out = ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={roots}", "--format=JobID,State,Elapsed,JobName")
+    out = output_of("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={roots}", "--format=JobID,State,Elapsed,JobName")
     lines = [line.split("|") for line in (out or "").splitlines()]
     found = {f[0]: Entry(f[0], f[1].split()[0], f[2], f[3]) for f in lines if len(f) == 4 and f[1]}
     if not found:  # if accounting is off, the controller still knows recent jobs
@@ -66,7 +66,7 @@ def _of_segments(id: str, found: Mapping[str, Entry]) -> Entry | None:
 def cancel(ids: Iterable[str]) -> None:
     """Cancel jobs. A job that has already ended is no error. Raises TadistillError if scancel failed."""
     wanted = sorted(ids)
-    if not wanted or ask("scancel", "--quiet", *wanted) is not None:
+    if not wanted or output_of("scancel", "--quiet", *wanted) is not None:
         return
     # scancel also fails if one of the jobs has already ended
     if left := [i for i, entry in queued().items() if i in wanted and entry.state == "PENDING"]:
@@ -74,7 +74,7 @@ def cancel(ids: Iterable[str]) -> None:
 
 
 def _squeue(*options: str, strict: bool = True) -> dict[str, Entry]:
-    out = ask("squeue", "--noheader", "--array", "--format=%i|%T|%M|%j|%r", *options)
+    out = output_of("squeue", "--noheader", "--array", "--format=%i|%T|%M|%j|%r", *options)
     if out is None:
         if strict:
             raise ConfigError("squeue does not answer, so the state of jobs is not known; run this on a login node of the cluster")

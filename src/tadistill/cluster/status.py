@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tadistill.cluster import queue
-from tadistill.cluster.job import Record, read_record, report_name
+from tadistill.cluster.job import JobRecord, read_record, report_name
 from tadistill.disk import damaged, read_json
 from tadistill.store import FAILURE, Store, runs_directory
 
@@ -20,7 +20,7 @@ _COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "r
 
 
 @dataclass(frozen=True)
-class Row:
+class StatusRow:
     """One row of the status table: the state of one stage."""
 
     label: str
@@ -32,7 +32,7 @@ class Row:
     """The newest line of the training log, or the reason why the stage failed or waits."""
 
 
-def rows(study: Path, store: Store) -> list[Row]:
+def status_rows(study: Path, store: Store) -> list[StatusRow]:
     """Return one row per stage of a study, in the order of the plan."""
     stages = _stages(study)
     done = {s["key"] for s in stages if store.finished(s["key"])}
@@ -44,28 +44,30 @@ def rows(study: Path, store: Store) -> list[Row]:
     return [_finished(s, store, found[s["key"]]) if s["key"] in done else _row(s, store, found[s["key"]], live, gone) for s in stages]
 
 
-def _finished(stage: dict[str, Any], store: Store, record: Record | None) -> Row:
+def _finished(stage: dict[str, Any], store: Store, record: JobRecord | None) -> StatusRow:
     key, job = stage["key"], str(record.place) if record else ""
-    return Row(stage["label"], job, "done", _time(store.manifest(key).get("seconds")), _metric(store.folder(key), stage))
+    return StatusRow(stage["label"], job, "done", _time(store.manifest(key).get("seconds")), _metric(store.folder(key), stage))
 
 
-def _row(stage: dict[str, Any], store: Store, record: Record | None, live: dict[str, queue.Entry], gone: dict[str, queue.Entry]) -> Row:
+def _row(
+    stage: dict[str, Any], store: Store, record: JobRecord | None, live: dict[str, queue.Entry], gone: dict[str, queue.Entry]
+) -> StatusRow:
     key, label, folder = stage["key"], stage["label"], store.folder(stage["key"])
     if record is None:
-        return Row(label, "", "not submitted", "", _metric(folder, stage))
+        return StatusRow(label, "", "not submitted", "", _metric(folder, stage))
     job = str(record.place)
     if key in live:
         state = live[key].state.lower()
-        return Row(label, job, state, live[key].elapsed, _metric(folder, stage) if state == "running" else live[key].reason)
+        return StatusRow(label, job, state, live[key].elapsed, _metric(folder, stage) if state == "running" else live[key].reason)
     reason = folder / FAILURE
     if reason.is_file():
-        return Row(label, job, "failed", gone[job].elapsed if job in gone else "", reason.read_text(encoding="utf-8").strip())
+        return StatusRow(label, job, "failed", gone[job].elapsed if job in gone else "", reason.read_text(encoding="utf-8").strip())
     if job in gone:
-        return Row(label, job, gone[job].state.lower(), gone[job].elapsed, _metric(folder, stage))
-    return Row(label, job, "lost", "", "Slurm no longer knows this job; submit the study again")
+        return StatusRow(label, job, gone[job].state.lower(), gone[job].elapsed, _metric(folder, stage))
+    return StatusRow(label, job, "lost", "", "Slurm no longer knows this job; submit the study again")
 
 
-def again(verb: str, study: Path) -> str:
+def command_for(verb: str, study: Path) -> str:
     """Return the command `tadistill VERB STUDY`, with --runs if the study is not in the default runs directory."""
     place = "" if study.parent.resolve() == runs_directory().resolve() else f" --runs {study.parent}"
     return f"tadistill {verb} {study.name}{place}"
@@ -80,9 +82,9 @@ def shortened(label: str, width: int) -> str:
     return f"{text[: width - tail - 1]}…{text[len(text) - tail :]}"
 
 
-def show(study: Path, store: Store, width: int) -> Group:
+def print_status(study: Path, store: Store, width: int) -> Group:
     """Return the table of stages, `width` columns wide, the number of stages in each state, and advice on the next command."""
-    found = rows(study, store)
+    found = status_rows(study, store)
     table = Table(box=None, title=study.name, title_justify="left", expand=True)
     for column, least in {"stage": 24, "job": 8, "state": 9, "elapsed": 7, "last": 10}.items():
         table.add_column(column, overflow="ellipsis", no_wrap=column != "last", min_width=least, ratio=1 if column == "last" else None)
@@ -96,9 +98,9 @@ def show(study: Path, store: Store, width: int) -> Group:
 
 def _advice(counts: Counter[str], study: Path) -> str:
     if set(counts) == {"done"}:
-        return f"all stages are done; write the report with {again('report', study)}"
+        return f"all stages are done; write the report with {command_for('report', study)}"
     if {"pending", "running", "configuring", "requeued"} & set(counts):
-        return f"jobs are queued or running; cancel them with {again('cancel', study)}"
+        return f"jobs are queued or running; cancel them with {command_for('cancel', study)}"
     return "no job is queued; run the same `tadistill submit` again to submit the missing stages"
 
 

@@ -20,10 +20,22 @@ from rich.table import Table
 from tadistill.cluster import profile as profiles
 from tadistill.cluster import queue, sbatch
 from tadistill.cluster.fetch import missing, moved
-from tadistill.cluster.job import Job, Place, Record, ReportJob, StageJob, arrays, bundles, families, jobs_folder, read_record, report_name
+from tadistill.cluster.job import (
+    Job,
+    JobRecord,
+    Place,
+    ReportJob,
+    StageJob,
+    arrays,
+    bundles,
+    families,
+    jobs_folder,
+    read_record,
+    report_name,
+)
 from tadistill.cluster.profile import Profile
 from tadistill.cluster.sbatch import Request, Requests
-from tadistill.cluster.status import again, shortened
+from tadistill.cluster.status import command_for, shortened
 from tadistill.config import Recipe
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, StageFailed
@@ -65,7 +77,7 @@ class Submission:
         self.study, self.account = runs.resolve() / plan.recipe.study, _account(profile, account)
         _check_place(profile, runs)
         devices = {gpu.device for gpu in profile.gpus.values() if gpu.device}
-        speeds = {device: throughput.load(self.store, plan.stages, 1, device) for device in devices}
+        speeds = {device: throughput.load_throughput(self.store, plan.stages, 1, device) for device in devices}
         self.requests = Requests(plan, profile, speeds)
 
     @property
@@ -153,7 +165,7 @@ class Submission:
         job = self._sbatch(work * self._elements(sent) if self._chain else work, sent.settings, sent.text)
         sent = Sent(job, sent.jobs, sent.settings)
         for key, place in self._places(sent).items():
-            Record(place.job, place.index, members[0].name, self.plan.recipe.study).write(self.store, key)
+            JobRecord(place.job, place.index, members[0].name, self.plan.recipe.study).write(self.store, key)
         time.sleep(self.profile.pause)
         return sent
 
@@ -249,7 +261,7 @@ def submit(
         ConfigError: the recipe, the profile or the account is wrong, a model or data set is not downloaded, or the site would refuse a job.
         StageFailed: sbatch refused a job.
     """
-    profile = profiles.load(_cluster(cluster))
+    profile = profiles.load_profile(_cluster(cluster))
     if not recipe.arms:
         raise ConfigError(f"{recipe.study} has no arms, so there is nothing to submit; add arms, or use `tadistill search`")
     if absent := missing(recipe, runs):
@@ -291,9 +303,9 @@ def submit(
             if submission.requests.report()
             else "show the state of the jobs with "
         )
-        console.print(f"{report}{again('status', study)}", highlight=False, soft_wrap=True)
+        console.print(f"{report}{command_for('status', study)}", highlight=False, soft_wrap=True)
     elif done == len(plan.stages):
-        console.print(f"all stages are done; write the report with {again('report', study)}", highlight=False, soft_wrap=True)
+        console.print(f"all stages are done; write the report with {command_for('report', study)}", highlight=False, soft_wrap=True)
 
 
 def _table() -> Table:

@@ -149,7 +149,7 @@ class MethodPatch(Strict):
     dense: Dense | None = None
 
 
-def merge(base: Strict, patch: Strict | None) -> Any:
+def merge_methods(base: Strict, patch: Strict | None) -> Any:
     """Return `base` with the fields that `patch` sets. A patch of another class (another `type`) replaces `base` entirely."""
     if patch is None:
         return base
@@ -171,7 +171,7 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
         ConfigError: the parts of the result cannot work together.
     """
     for patch in patches:
-        method = Method(**{f: merge(getattr(method, f), getattr(patch, f)) for f in Method.model_fields})
+        method = Method(**{f: merge_methods(getattr(method, f), getattr(patch, f)) for f in Method.model_fields})
     if not method.objective.needs_teacher and not any(patch.dense for patch in patches):
         method = method.model_copy(update={"dense": None})  # the recipe's `dense` applies only to arms that have teachers
     check_pairing(method)

@@ -146,7 +146,7 @@ def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bo
     split = ref.split or role
     if ref.load in tinyworld.SPLITS:
         if split in tinyworld.SPLITS[ref.load]:
-            return iter(tinyworld.rows(ref.load, split, seed=world.seed, people=world.people))
+            return iter(tinyworld.world_rows(ref.load, split, seed=world.seed, people=world.people))
         raise DataError(f"data set `{ref.load}` has no split `{split}`; its splits are {', '.join(tinyworld.SPLITS[ref.load])}")
     path = _local_file(ref, role, root)
     if path is not None:

@@ -59,7 +59,7 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class World:
+class FictionalWorld:
     """The people, places and facts of one seed. `facts` contains each subject's attributes in the order of the tables."""
 
     seed: int
@@ -70,7 +70,7 @@ class World:
 
 
 @lru_cache
-def world(seed: int = 0, people: int = 120) -> World:
+def world(seed: int = 0, people: int = 120) -> FictionalWorld:
     """Generate the world of a seed.
 
     Raises:
@@ -84,10 +84,10 @@ def world(seed: int = 0, people: int = 120) -> World:
     places = tuple(pieces.shuffled(pool, pieces.rng(seed, "places"))[: pieces.PLACES])
     facts = [f for kind in pieces.PERSON_KINDS for f in _facts(seed, kind, names, names, places)]
     facts += [f for kind in pieces.PLACE_KINDS for f in _facts(seed, kind, places, names, places)]
-    return World(seed, people, names, places, tuple(facts))
+    return FictionalWorld(seed, people, names, places, tuple(facts))
 
 
-def rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row]:
+def world_rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row]:
     """Generate the rows of a split: instruction, input ("" if none), outputs, and facts as [value, rivals].
 
     An answer is right for a fact if it contains the value and none of the rivals, as whole words. Only `multi` rows have several outputs.
@@ -176,7 +176,7 @@ def _rivals(domain: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     return {value: tuple(v for v in domain if v != value) for value in domain}
 
 
-def _by_subject(here: World) -> dict[str, dict[str, Fact]]:
+def _by_subject(here: FictionalWorld) -> dict[str, dict[str, Fact]]:
     told: dict[str, dict[str, Fact]] = {}
     for fact in here.facts:
         told.setdefault(fact.subject, {})[fact.kind] = fact
@@ -200,7 +200,7 @@ def _splits(seed: int, people: int) -> dict[tuple[str, str], tuple[Row, ...]]:
     }
 
 
-def _fact_rows(here: World) -> dict[str, list[Row]]:
+def _fact_rows(here: FictionalWorld) -> dict[str, list[Row]]:
     # One long and one short wording of each fact stay out of training. The long ones go to dev, test and multi, the short ones to lengths
     # and choices.
     parts: dict[str, list[Row]] = {part: [] for part in ("train", *_FACTS)}
@@ -238,7 +238,7 @@ def _fact_rows(here: World) -> dict[str, list[Row]]:
     return parts
 
 
-def _open_rows(here: World) -> dict[str, list[Row]]:
+def _open_rows(here: FictionalWorld) -> dict[str, list[Row]]:
     parts: dict[str, list[Row]] = {part: [] for part in ("train", "open", "lengths")}
     told = _by_subject(here)
     opened = set(pieces.shuffled(told, pieces.rng(here.seed, "open"))[:_OPEN])
@@ -261,7 +261,7 @@ def _open_rows(here: World) -> dict[str, list[Row]]:
     return parts
 
 
-def _skill_rows(here: World) -> dict[str, list[Row]]:
+def _skill_rows(here: FictionalWorld) -> dict[str, list[Row]]:
     parts: dict[str, list[Row]] = {part: [] for part in _INPUTS}
     seen: set[str] = set()
     rivals = {domain: _rivals(values) for domain, values in (("who", here.names), ("what", pieces.DOMAINS["food"]), ("where", here.places))}
@@ -285,31 +285,31 @@ Task = tuple[str, str, tuple[str, ...]]
 Rivals = dict[str, dict[str, tuple[str, ...]]]
 
 
-def _list_task(items: tuple[str, ...], answer: Callable[[list[str]], list[str]]) -> Callable[[World, Random, Rivals], Task]:
-    def task(here: World, rng: Random, rivals: Rivals) -> Task:
+def _list_task(items: tuple[str, ...], answer: Callable[[list[str]], list[str]]) -> Callable[[FictionalWorld, Random, Rivals], Task]:
+    def task(here: FictionalWorld, rng: Random, rivals: Rivals) -> Task:
         given = pieces.shuffled(items, rng)[: 2 + int(rng.random() * 2)]
         return " ".join(given), " ".join(answer(given)), ()
 
     return task
 
 
-def _count(here: World, rng: Random, rivals: Rivals) -> Task:
+def _count(here: FictionalWorld, rng: Random, rivals: Rivals) -> Task:
     given = pieces.shuffled(pieces.DOMAINS["food"], rng)[: 2 + int(rng.random() * 4)]
     return " ".join(given), str(len(given)), tuple(n for n in pieces.NUMBERS if n != str(len(given)))
 
 
-def _last(here: World, rng: Random, rivals: Rivals) -> Task:
+def _last(here: FictionalWorld, rng: Random, rivals: Rivals) -> Task:
     given = pieces.shuffled(pieces.DOMAINS["food"], rng)[: 3 + int(rng.random() * 2)]
     return " ".join(given), given[-1], tuple(given[:-1])
 
 
-def _larger(here: World, rng: Random, rivals: Rivals) -> Task:
+def _larger(here: FictionalWorld, rng: Random, rivals: Rivals) -> Task:
     a, b = pieces.shuffled(pieces.NUMBERS, rng)[:2]
     return f"{a} and {b}", max(a, b, key=int), (min(a, b, key=int),)
 
 
-def _sale(role: str, domain: str) -> Callable[[World, Random, Rivals], Task]:
-    def task(here: World, rng: Random, rivals: Rivals) -> Task:
+def _sale(role: str, domain: str) -> Callable[[FictionalWorld, Random, Rivals], Task]:
+    def task(here: FictionalWorld, rng: Random, rivals: Rivals) -> Task:
         seller, buyer = pieces.shuffled(here.names, rng)[:2]
         roles = {"seller": seller, "buyer": buyer, "food": pieces.pick(pieces.DOMAINS["food"], rng), "place": pieces.pick(here.places, rng)}
         return pieces.pick(pieces.SALES, rng).format(**roles), roles[role], rivals[domain][roles[role]]
@@ -317,7 +317,7 @@ def _sale(role: str, domain: str) -> Callable[[World, Random, Rivals], Task]:
     return task
 
 
-_TASKS: dict[str, Callable[[World, Random, Rivals], Task]] = {
+_TASKS: dict[str, Callable[[FictionalWorld, Random, Rivals], Task]] = {
     "sort": _list_task(pieces.DOMAINS["food"], sorted),
     "order": _list_task(pieces.NUMBERS, lambda numbers: sorted(numbers, key=int)),
     "reverse": _list_task(pieces.DOMAINS["food"], lambda given: given[::-1]),

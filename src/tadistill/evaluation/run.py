@@ -36,11 +36,11 @@ class Evaluation:
 
 def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Callable[[int], None] = lambda n: None) -> Evaluation:
     """Return all metrics of one test set that need no second model. After each batch, `tick` gets the batch's number of answers."""
-    answers = {seed: generate(subject, data, settings, seed, tick) for seed in settings.seeds}
+    answers = {seed: generate_answers(subject, data, settings, seed, tick) for seed in settings.seeds}
     return score(subject, data, settings, answers)
 
 
-def generate(
+def generate_answers(
     subject: Subject, data: EvalSet, settings: Evaluate, seed: int, tick: Callable[[int], None] = lambda n: None
 ) -> list[Sequence]:
     """Sample one answer per prompt, in the order of `data.encoded`.
@@ -55,7 +55,7 @@ def generate(
 
 def score(subject: Subject, data: EvalSet, settings: Evaluate, answers: Answers, *, read_references: bool = True) -> Evaluation:
     """Score answers. The references are scored too if `read_references` is True; their scores do not depend on the decoding."""
-    predictions = {seed: texts(subject, of_seed) for seed, of_seed in answers.items()}
+    predictions = {seed: decode(subject, of_seed) for seed, of_seed in answers.items()}
     per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}
     columns = {name: np.stack([scores[name] for scores in per_seed.values()], axis=1) for name in next(iter(per_seed.values()))}
     columns |= {name: np.array(values)[:, None] for name, values in text_scores.score_seeds(predictions).items()}
@@ -66,7 +66,7 @@ def score(subject: Subject, data: EvalSet, settings: Evaluate, answers: Answers,
     return Evaluation({name: values.tolist() for name, values in columns.items()}, corpus, records)
 
 
-def texts(subject: Subject, answers: Seq[Sequence]) -> list[str]:
+def decode(subject: Subject, answers: Seq[Sequence]) -> list[str]:
     """Decode answers to text, without special tokens and surrounding white space."""
     return [t.strip() for t in subject.tokenizer.batch_decode([list(a.response) for a in answers], skip_special_tokens=True)]
 
@@ -122,9 +122,9 @@ def dev_metrics(
     found = {"loss": float(means(likelihood(subject, references(data.encoded), batch=settings.batch)["loss"]).mean())}
     reads_text = metric in names_in("quality")
     if reads_text or metric == "reverse_kl":
-        answers = generate(subject, data, settings, settings.seeds[0])
+        answers = generate_answers(subject, data, settings, settings.seeds[0])
         if reads_text:
-            scores = text_scores.score_quality(texts(subject, answers), data.rows)
+            scores = text_scores.score_quality(decode(subject, answers), data.rows)
             found |= {name: float(np.mean(column)) for name, column in scores.items()}
             found["length"] = float(np.mean([len(a.response) for a in answers]))
         else:

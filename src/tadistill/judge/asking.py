@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from tadistill.config.judge import Judge
 from tadistill.errors import JudgeFailed, StoreError
 from tadistill.judge.endpoint import Refused, Reply, Unavailable
-from tadistill.judge.questions import ATTEMPTS, Question, again, parse
+from tadistill.judge.questions import ATTEMPTS, Question, parse_scores, with_reminder
 
 _CHARACTERS_A_TOKEN = 4  # English text in the usual vocabularies; only for the estimate
 _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
@@ -28,7 +28,7 @@ Scores = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RequestEstimate:
     """The number of questions of a run and their estimated tokens.
 
     Tokens are estimated from the length of the texts. `most_out` is the upper limit of the generated tokens.
@@ -56,7 +56,7 @@ class Verdicts:
     """Question text -> the reason why the endpoint refused the question."""
 
 
-def key_of(settings: Judge, text: str) -> str:
+def question_key(settings: Judge, text: str) -> str:
     """Return the cache key of a question. It depends on the judge model and its sampling settings, not on the endpoint's address."""
     content = [settings.model, settings.temperature, settings.max_tokens, text]
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:32]
@@ -132,13 +132,13 @@ def _read_replies(path: Path) -> dict[str, Reply]:
     return replies
 
 
-def estimate(questions: Sequence[Question], settings: Judge, cache: Cache) -> Estimate:
+def estimate_requests(questions: Sequence[Question], settings: Judge, cache: Cache) -> RequestEstimate:
     """Estimate the requests and tokens of a run. Questions with the same text are counted once, because they share a reply."""
     texts = list(dict.fromkeys(question.text for question in questions))
     open_texts = [text for text in texts if not _settled(text, settings, cache)]
     tokens_in = sum(len(text) for text in open_texts) // _CHARACTERS_A_TOKEN
     expected = len(open_texts) * min(_TOKENS_A_REPLY, settings.max_tokens)
-    return Estimate(len(texts), len(texts) - len(open_texts), tokens_in, expected, len(open_texts) * settings.max_tokens)
+    return RequestEstimate(len(texts), len(texts) - len(open_texts), tokens_in, expected, len(open_texts) * settings.max_tokens)
 
 
 def ask_all(
@@ -192,8 +192,8 @@ class _Run:
         """Ask one question until its reply can be parsed, at most `ATTEMPTS` times."""
         found = None
         for attempt in range(ATTEMPTS):
-            asked = again(text, attempt)
-            key = key_of(self.settings, asked)
+            asked = with_reminder(text, attempt)
+            key = question_key(self.settings, asked)
             reply = self.cache.get(key)
             if reply is None:
                 if self.stop.is_set():
@@ -202,7 +202,7 @@ class _Run:
                 if reply is None:
                     return
                 self.cache.put(key, reply)
-            found = parse(reply.text)
+            found = parse_scores(reply.text)
             if found is not None:
                 break
         with self.lock:
@@ -236,9 +236,9 @@ class _Run:
 
 def _settled(text: str, settings: Judge, cache: Cache) -> bool:
     for attempt in range(ATTEMPTS):
-        reply = cache.get(key_of(settings, again(text, attempt)))
+        reply = cache.get(question_key(settings, with_reminder(text, attempt)))
         if reply is None:
             return False
-        if parse(reply.text) is not None:
+        if parse_scores(reply.text) is not None:
             return True
     return True

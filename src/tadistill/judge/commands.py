@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tadistill.config.judge import REFERENCE, BlindSheet, Judge
 from tadistill.errors import ConfigError, JudgeFailed
-from tadistill.judge.asking import Cache, Estimate, Verdicts, ask_all, estimate, open_cache, stopped
+from tadistill.judge.asking import Cache, RequestEstimate, Verdicts, ask_all, estimate_requests, open_cache, stopped
 from tadistill.judge.endpoint import Unavailable, ask, check_address, connect, knock
 from tadistill.judge.people import load_key, make_sheet, read_ratings, summarise_ratings, write_sheet
 from tadistill.judge.questions import Answers, Question, make_questions, read_answers
@@ -41,7 +41,7 @@ def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm:
     questions = make_questions(answers, mode=mode, against=against)
     client = connect(base_url, timeout=settings.timeout)
     with open_cache(directory / "judge" / "replies.jsonl") as cache:
-        plan = estimate(questions, settings, cache)
+        plan = estimate_requests(questions, settings, cache)
         _announce(console, answers, plan, model)
         if plan.requests:
             if not confirm(f"Send {plan.requests} requests to {base_url}?"):
@@ -89,7 +89,7 @@ def read_sheets(study: str, files: Sequence[Path], *, root: Path, console: Conso
     return path
 
 
-def _find_endpoint(client: "OpenAI", plan: Estimate) -> None:
+def _find_endpoint(client: "OpenAI", plan: RequestEstimate) -> None:
     try:
         knock(client)
     except Unavailable as error:
@@ -103,7 +103,7 @@ def _ask(console: Console, questions: Sequence[Question], settings: Judge, cache
         return ask_all(questions, settings, cache, lambda text: ask(client, settings, text), tick=lambda: progress.advance(task))
 
 
-def _announce(console: Console, answers: Answers, plan: Estimate, model: str) -> None:
+def _announce(console: Console, answers: Answers, plan: RequestEstimate, model: str) -> None:
     _name_unfinished(console, answers)
     console.print(
         f"{model}: {plan.questions} questions ({len(answers.arms)} arms, {len(answers.items)} prompts, training seed "
@@ -115,7 +115,7 @@ def _announce(console: Console, answers: Answers, plan: Estimate, model: str) ->
         console.print(f"estimated: {plan.tokens_in:,} tokens in, {out}; unparsable replies are asked again", highlight=False)
 
 
-def _conclude(console: Console, verdicts: Verdicts, plan: Estimate) -> None:
+def _conclude(console: Console, verdicts: Verdicts, plan: RequestEstimate) -> None:
     if verdicts.unparsed:
         console.print(f"{len(verdicts.unparsed)} of {plan.questions} questions have no reply that can be parsed; they are left out")
     if verdicts.refused:

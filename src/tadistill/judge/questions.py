@@ -213,7 +213,7 @@ def write_question(instruction: str, given: str, left: str, right: str) -> str:
     return "\n\n".join([_TASK, *blocks, _FORM])
 
 
-def again(text: str, attempt: int) -> str:
+def with_reminder(text: str, attempt: int) -> str:
     """Return the question with a reminder of the form of the reply; `attempt` counts from 0, and attempt 0 has no reminder.
 
     The reminders differ, because a judge at temperature 0 gives the same reply to the same text.
@@ -221,7 +221,7 @@ def again(text: str, attempt: int) -> str:
     return text if attempt == 0 else f"{text}\n\n{_AGAIN[attempt - 1]}"
 
 
-def parse(reply: str) -> tuple[float, float] | None:
+def parse_scores(reply: str) -> tuple[float, float] | None:
     """Parse the two scores of a reply. Return None if the reply does not have the required form.
 
     In addition to ``8 7``, it accepts commas, ``8/10 7/10``, labels (``Assistant 1: 8, Assistant 2: 7``, also on two lines), Markdown's

@@ -103,7 +103,7 @@ def load_model(
         ConfigError: the dtype or the configuration of a scratch model is not valid.
     """
     load, dtype = str(load), _dtype(dtype)
-    source = sources.parse(load)
+    source = sources.parse_source(load)
     if source.kind == "scratch":
         if tokenizer is None:
             raise ConfigError(f"model `{load}` needs a tokenizer; set `tokenizer:` to a directory, a hub id or tinyworld")

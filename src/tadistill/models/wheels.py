@@ -45,7 +45,7 @@ class WheelFile:
         return files.cache_root() / "wheels" / f"{self.package}-{self.version}" / self.file
 
 
-def parse(reference: str) -> WheelFile:
+def parse_reference(reference: str) -> WheelFile:
     """Parse a `wheel://` reference.
 
     Raises:

@@ -55,7 +55,7 @@ def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> 
     t = 0 gives the student itself, t = 1 gives the teacher. Source: Shing et al. 2025 (TAID), Eq. 3.
     """
     checks.within("t", t, 0, 1)
-    checks.pair(student_logits, teacher_logits)
+    checks.check_pair(student_logits, teacher_logits)
     if t in (0, 1):  # 0 * -inf is not a number
         return teacher_logits if t == 1 else student_logits.detach()
     return (1 - t) * at_least_float32(student_logits.detach()) + t * at_least_float32(teacher_logits)

@@ -33,7 +33,7 @@ def is_deferred() -> bool:
     return _deferred.get() or torch.compiler.is_compiling()
 
 
-def pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
+def check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
     """Raise a ConfigError unless both tensors have the same shape (..., V) with V >= 1."""
     if student_logits.shape != teacher_logits.shape:
         raise ConfigError(

@@ -215,7 +215,7 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def both_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Check the shapes and the temperature, and return the log-probabilities (log q, log p) of student and teacher."""
-    checks.pair(student_logits, teacher_logits)
+    checks.check_pair(student_logits, teacher_logits)
     checks.positive("temperature", temperature)
     return log_probs(student_logits, temperature), log_probs(teacher_logits, temperature)
 

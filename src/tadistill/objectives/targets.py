@@ -319,7 +319,7 @@ def top_k_reverse_kl(
 
 
 def _on_top_k(student: Tensor, teacher: Tensor, k: int, tail: Literal["lump", "drop"], temperature: float) -> tuple[Tensor, Tensor]:
-    checks.pair(student, teacher)
+    checks.check_pair(student, teacher)
     checks.positive("temperature", temperature)
     # the temperature is applied to both sides before the tokens are selected, so the tail is exact at any temperature
     return top_k(teacher, k, tail=tail, temperature=temperature).align(at_least_float32(student) / temperature)

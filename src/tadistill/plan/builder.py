@@ -15,7 +15,7 @@ from tadistill.models.counting import shapes
 from tadistill.plan import specs
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph
-from tadistill.plan.inputs import Encoding, FromStage, Handle, Loaded, Output, Pruned, PrunedDepth, Source, Split, Tempered
+from tadistill.plan.inputs import Encoding, FromStage, Handle, HashedData, Loaded, Output, Pruned, PrunedDepth, Split, Tempered
 
 
 class StageBuilder:
@@ -185,11 +185,11 @@ class StageBuilder:
         spec = specs.GenerateSpec(data=self.data, teacher=teacher, sampler=decoding, seed=seed, train=self.split("train"))
         return Output(stage=self.add(spec, f"generate with {name}, seed {seed}", name, seed))
 
-    def _corpus(self, method: Method) -> Source | None:
+    def _corpus(self, method: Method) -> HashedData | None:
         corpus = self.recipe.data.corpus
         if corpus is None or not method.objective.needs_corpus:
             return None
-        return Source(ref=corpus, fingerprint=datasets.fingerprint(corpus, "train", self.recipe.data))
+        return HashedData(ref=corpus, fingerprint=datasets.fingerprint(corpus, "train", self.recipe.data))
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
         """Add the evaluation of a model on the test sets with one decoding. `other` is the decoding's name, empty for the main decoding."""

@@ -54,14 +54,14 @@ class Encoding(Part):
     world: World
 
 
-class Source(Part):
+class HashedData(Part):
     """A data set, and the fingerprint of its content when the plan was made."""
 
     ref: DataRef
     fingerprint: str
 
 
-class Split(Source):
+class Split(HashedData):
     """The first `limit` rows of a data set; all rows if `limit` is None."""
 
     role: Literal["train", "dev", "test"]

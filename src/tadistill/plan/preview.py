@@ -23,10 +23,10 @@ def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 20
     return Group(*parts, *_notes(plan, store, speeds, jobs))
 
 
-def show(plan: Plan, store: Store, console: Console, accelerator: str | None = None) -> None:
+def print_plan(plan: Plan, store: Store, console: Console, accelerator: str | None = None) -> None:
     """Print the tables with the times for this machine, or for the named accelerator."""
     jobs = plan.recipe.runtime.jobs or (1 if accelerator else throughput.cores())
-    speeds = throughput.load(store, plan.stages, threads(plan), accelerator)
+    speeds = throughput.load_throughput(store, plan.stages, threads(plan), accelerator)
     console.print(preview(plan, store, speeds, jobs, console.width))
 
 

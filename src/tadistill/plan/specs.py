@@ -16,7 +16,7 @@ from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import HiddenSignal, Sampler, TopKSignal
 from tadistill.models.counting.cost import Cost
-from tadistill.plan.inputs import INPUTS, Encoding, Handle, Output, Part, Source, Split, stage_of
+from tadistill.plan.inputs import INPUTS, Encoding, Handle, HashedData, Output, Part, Split, stage_of
 from tadistill.store import key_of
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class DistillSpec(TrainingSpec):
     dense: Dense | None = None
     assistants: tuple[Handle, ...] = ()
     """The other teachers of dense guidance, from big to small."""
-    corpus: Source | None = None
+    corpus: HashedData | None = None
     """Plain text for MiniLLM's language-modelling loss."""
 
     @property

@@ -37,7 +37,7 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
 
 
-def measured(ledger: Mapping[str, Any]) -> dict[str, float]:
+def measured_throughput(ledger: Mapping[str, Any]) -> dict[str, float]:
     """Return the FLOP/s of each span, from the `ledger` in a training stage's manifest. Spans without FLOPs or time are left out."""
     flops: dict[str, float] = {}
     for name, part in ledger["parts"].items():
@@ -46,20 +46,20 @@ def measured(ledger: Mapping[str, Any]) -> dict[str, float]:
     return {span: value / seconds[span] for span, value in spans(flops).items() if value > 0 and seconds.get(span)}
 
 
-def save(store: Store, where: str, speeds: Speeds) -> None:
+def save_throughput(store: Store, where: str, speeds: Speeds) -> None:
     """Add the speeds of the machine `where` to the store's throughput.json."""
     known = _read(store)
     write_json(store.root / _FILE, known | {where: known.get(where, {}) | speeds})
 
 
-def load(store: Store, stages: Mapping[str, Stage], threads: int, accelerator: str | None = None) -> Speeds:
+def load_throughput(store: Store, stages: Mapping[str, Stage], threads: int, accelerator: str | None = None) -> Speeds:
     """Return the speeds of this machine. Speeds from `plan --measure` override the speeds of finished stages."""
     here, found = machine(threads, accelerator), {}
     for stage in stages.values():
         if stage.cost and store.finished(stage.key):
             manifest = store.manifest(stage.key)
             if manifest.get("machine") == here:
-                found[stage.cost.kind] = measured(manifest["ledger"])
+                found[stage.cost.kind] = measured_throughput(manifest["ledger"])
     return found | _read(store).get(here, {})
 
 

@@ -100,7 +100,7 @@ def _hub_id(models: dict[str, Any], name: str) -> str | None:
     for origin, field in (("init", "from"), ("checkpoint", "of"), ("temper", "of")):
         if model.get(origin):
             return _hub_id(models, model[origin][field])
-    source = sources.parse(model["load"])
+    source = sources.parse_source(model["load"])
     return source.name if source.kind == "hub" else None
 
 

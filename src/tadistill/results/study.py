@@ -16,7 +16,7 @@ from tadistill.config.arm import path_text
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import ConfigError, StoreError
 from tadistill.metrics import metric_of
-from tadistill.models.counting.cost import Cost, Part
+from tadistill.models.counting.cost import Cost, CostPart
 from tadistill.store import MANIFEST, Store
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts, decoding seeds)
@@ -227,7 +227,7 @@ def load_manifest(store: Store, key: str) -> StageManifest | None:
     try:
         versions = {str(k): str(v) for k, v in content["versions"].items()}
         parts = content["ledger"]["parts"] if "ledger" in content else {}
-        metered = {name: Part(**part) for name, part in parts.items()}
+        metered = {name: CostPart(**part) for name, part in parts.items()}
         return StageManifest(float(content["seconds"]), versions, Cost(metered).learning if metered else None)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from error

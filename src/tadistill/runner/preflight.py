@@ -28,7 +28,7 @@ _LESS_MEMORY = (
 _STARTS = 10
 
 
-def check(recipe: Recipe) -> int:
+def check_study(recipe: Recipe) -> int:
     """Check that a recipe can run on this machine. Return how many stages may run at the same time.
 
     Raises:

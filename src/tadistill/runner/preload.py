@@ -18,7 +18,7 @@ from tadistill.stages.execute import work_of
 
 for spec in KINDS.values():
     work_of(spec)  # imports it
-tinyworld.rows("tinyworld", "train")  # makes and keeps the default world, which most small studies read
+tinyworld.world_rows("tinyworld", "train")  # makes and keeps the default world, which most small studies read
 get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns at the first call
 
 gc.collect()

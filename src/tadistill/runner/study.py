@@ -44,9 +44,9 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
     jobs = 0
     if missing:
         prepare()
-        from tadistill.runner.preflight import check  # imports transformers, which a run of finished stages does not need
+        from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
 
-        jobs = check(recipe)
+        jobs = check_study(recipe)
         console.print(f"{recipe.study}: {len(plan.stages)} stages, {len(missing)} to run, {jobs} at a time", highlight=False)
     study = save_plan(plan, runs, recipe_text=recipe_text, command=command)
     if missing:

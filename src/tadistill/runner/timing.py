@@ -39,7 +39,7 @@ def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> through
 def _speeds(plan: Plan, stage: Stage, manifest: dict[str, Any]) -> dict[str, float]:
     """Return FLOP/s by span: from the stage's ledger, or (for a teacher's answers and signals) from its predicted FLOPs and time."""
     if "ledger" in manifest:
-        return throughput.measured(manifest["ledger"])
+        return throughput.measured_throughput(manifest["ledger"])
     assert stage.cost is not None
     share = min(1.0, _ROWS / costs.Ledger(plan.recipe).rows)
     return {span: flops * share / manifest["seconds"] for span, flops in spans(stage.cost.phases()).items()}

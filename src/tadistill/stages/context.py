@@ -17,9 +17,9 @@ from tadistill.errors import Interrupted
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.counting.shapes import resized
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
-from tadistill.models.modify import temper
+from tadistill.models.modify import temper_head
 from tadistill.models.pruning import importance, keep_list, prune, prune_depth, shape_of
-from tadistill.plan.inputs import FromStage, Handle, Loaded, Pruned, PrunedDepth, Source, Split, Tempered
+from tadistill.plan.inputs import FromStage, Handle, HashedData, Loaded, Pruned, PrunedDepth, Split, Tempered
 from tadistill.plan.specs import Spec
 from tadistill.plan.task import Task
 from tadistill.store import Store
@@ -66,7 +66,7 @@ class Context(Generic[AnySpec]):
                 model = self._pruned(parent, tokenizer, handle).to(dtype)  # type: ignore[arg-type]
             case Tempered():
                 model, tokenizer = self.model(handle.of, dtype, device)
-                temper(model, handle.temper)
+                temper_head(model, handle.temper)
         return model.to(device), tokenizer  # type: ignore[arg-type]
 
     def _pruned(self, parent: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, handle: PrunedDepth | Pruned) -> PreTrainedModel:
@@ -97,7 +97,7 @@ class Context(Generic[AnySpec]):
         lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}
         return EvalSet(name, examples, encode(examples, tokenizer, name=f"data set `{name}`", **lengths))
 
-    def corpus(self, source: Source | None, tokenizer: PreTrainedTokenizerBase) -> list[Sequence]:
+    def corpus(self, source: HashedData | None, tokenizer: PreTrainedTokenizerBase) -> list[Sequence]:
         """Return chunks of plain text; an empty list without a corpus."""
         if source is None:
             return []

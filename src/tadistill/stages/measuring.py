@@ -11,7 +11,7 @@ from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
 from tadistill.data.templates import EvalSet
 from tadistill.disk import read_json, read_jsonl, write_json, write_rows
-from tadistill.evaluation.run import generate, score
+from tadistill.evaluation.run import generate_answers, score
 from tadistill.evaluation.scoring import Subject, means, pair_measures
 from tadistill.evaluation.scoring import analyse as analyse_set
 from tadistill.plan.inputs import Output
@@ -64,7 +64,7 @@ def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: 
                 tick(len(data.encoded))
             else:
                 stop_if_asked(context)
-                write_json(part, [a.response for a in generate(subject, data, settings, seed, tick)])
+                write_json(part, [a.response for a in generate_answers(subject, data, settings, seed, tick)])
             pairs = zip(data.encoded, read_json(part), strict=True)
             found.setdefault(data.name, {})[seed] = [Sequence(e.prompt, tuple(tokens)) for e, tokens in pairs]
     return found
@@ -121,7 +121,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
         if done < len(dev.encoded):
             stop_if_asked(context)
 
-    answers = generate(subject, dev, settings, seed, tick)
+    answers = generate_answers(subject, dev, settings, seed, tick)
     found = score(subject, dev, settings, {seed: answers})
     write_rows(context.folder / ANSWERS, [{"index": e.row, "tokens": a.response} for e, a in zip(dev.encoded, answers, strict=True)])
     write_json(context.folder / "scores.json", {name: [row[0] for row in rows] for name, rows in found.scores.items()})

@@ -7,11 +7,11 @@ from tadistill.config import Evaluate
 from tadistill.data.batch import references
 from tadistill.data.templates import EvalSet
 from tadistill.disk import read_json, write_json, write_rows
-from tadistill.evaluation.run import generate as generate_answers
+from tadistill.evaluation.run import generate_answers as generate_answers
 from tadistill.evaluation.scoring import Subject, entropy, means
 from tadistill.models.loading import save_model
 from tadistill.models.modify import matching_temperature
-from tadistill.models.modify import temper as temper_model
+from tadistill.models.modify import temper_head as temper_model
 from tadistill.plan.specs import GenerateSpec, SignalSpec, TemperSpec
 from tadistill.rollout.signals import record
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, make_subject, stop_if_asked, teacher_dtype

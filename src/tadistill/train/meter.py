@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tadistill.data.batch import Batch
-from tadistill.models.counting.cost import Part
+from tadistill.models.counting.cost import CostPart
 from tadistill.models.counting.sizes import Work, forward_flops, size_of, training_flops, with_adapters
 from tadistill.models.modify import adapters_in
 from tadistill.objectives import Head
@@ -46,7 +46,7 @@ class Meter:
         self._again = checkpointing
         self._phase = "training"
         self._sides = [_Side("student", student), *(_Side("teacher", teacher) for teacher in teachers)]
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, CostPart] = {}
         self._seconds: dict[str, float] = {}
         self._padding = 0
 
@@ -99,7 +99,7 @@ class Meter:
     def restore(self, state: Mapping[str, Any], processes: int = 1) -> None:
         """Continue from values that `state` returned; an empty state is a new start."""
         self._parts = {
-            name: Part(**{key: value // processes if isinstance(value, int) else value / processes for key, value in part.items()})
+            name: CostPart(**{key: value // processes if isinstance(value, int) else value / processes for key, value in part.items()})
             for name, part in state.get("parts", {}).items()
         }
         self._seconds, self._padding = dict(state.get("seconds", {})), state.get("padding", 0) // processes
@@ -111,7 +111,7 @@ class Meter:
         if at == "sampling":
             at = "rollout" if torch.is_inference_mode_enabled() else "scoring"
         name = f"{at}/{who}"
-        self._parts[name] = self._parts.get(name, Part()) + Part(flops, positions, heads)
+        self._parts[name] = self._parts.get(name, CostPart()) + CostPart(flops, positions, heads)
 
     def _body(self, side: _Side) -> Any:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

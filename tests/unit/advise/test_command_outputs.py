@@ -8,15 +8,15 @@ import pytest
 from rich.console import Console
 from tests.unit.advise.example import report
 
-from tadistill.advise.command import decided, edge_measures, measured, show
+from tadistill.advise.command import decided, edge_measures, measured, print_advice
 from tadistill.advise.history import load_measures
-from tadistill.advise.page import render_page
+from tadistill.advise.page import render_advice
 from tadistill.advise.words import TAGS, reason
 
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return render_page(report())
+    return render_advice(report())
 
 
 def test_the_verdict_is_on_top_and_every_number_is_tagged(page):
@@ -67,7 +67,7 @@ def test_the_budget_bars_end_at_the_whole(browser, page, tmp_path):
 
 def test_the_terminal_fits_80_columns_but_for_commands():
     said = io.StringIO()
-    show(report(), Console(file=said, width=80))
+    print_advice(report(), Console(file=said, width=80))
     lines = said.getvalue().splitlines()
     commands = [line for line in lines if line.startswith("tadistill run")]
     assert [step.command for step in report().steps] == commands  # whole, so that they can be copied

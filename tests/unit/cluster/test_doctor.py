@@ -171,7 +171,7 @@ def test_fetched(tmp_path, monkeypatch):
 
 def test_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setenv("TADISTILL_CACHE", str(tmp_path))
-    found = examine(runs=tmp_path / "runs", profile=profile.load("narval"))
+    found = examine(runs=tmp_path / "runs", profile=profile.load_profile("narval"))
     assert {"gpus", "slurm", "account", "modules", "runs", "hub cache", "cache", "store", "locks", "clock", "data"} <= {
         c.name for c in found
     }

@@ -6,10 +6,10 @@ import pytest
 from tests.unit.plan.fakes import spec
 
 from tadistill.cluster import queue
-from tadistill.cluster.job import Job, Place, Record, arrays, read_record
+from tadistill.cluster.job import Job, JobRecord, Place, arrays, read_record
 from tadistill.cluster.queue import Entry
 from tadistill.cluster.sbatch import Request
-from tadistill.cluster.status import rows
+from tadistill.cluster.status import status_rows
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.plan.graph import Stage
 from tadistill.store import Store
@@ -49,7 +49,7 @@ def test_a_cancel_that_fails_says_so(programs):
 
 def test_only_the_job_that_was_submitted_counts(tmp_path):
     store = Store(tmp_path)
-    Record("7", 1, "distill-s-abc", "study").write(store, "ab12")
+    JobRecord("7", 1, "distill-s-abc", "study").write(store, "ab12")
     record = read_record(store, "ab12")
     assert record is not None
     assert record.live({"7_1": Entry("7_1", "RUNNING", "0:10", "distill-s-abc")})
@@ -60,7 +60,7 @@ def test_only_the_job_that_was_submitted_counts(tmp_path):
         assert read_record(store, "ab12") is None
     assert not record.live({})
     segments = {"9_1": Entry("9_1", "PENDING", "0:00", "x"), "9_0": Entry("9_0", "RUNNING", "0:10", "x")}
-    chain = Record("9", None, "x", "study")
+    chain = JobRecord("9", None, "x", "study")
     assert chain.live(segments) == segments["9_0"]
 
 
@@ -90,13 +90,13 @@ def test_status_of_every_kind(programs, tmp_path):
     stages = [{"key": key, "kind": "sft", "label": key, "steps": 10} for key in keys]
     (study / "plan.json").write_text(json.dumps({"stages": stages}))
     for i, key in enumerate(keys[:-1]):
-        Record(str(i), None, key, "study").write(store, key)
+        JobRecord(str(i), None, key, "study").write(store, key)
     store.finish("done", {"seconds": 3700.0})
     (store.folder("runs") / "metrics.jsonl").write_text('{"step": 4, "train/loss": 1.5, "train/lr": 1}\n{"step": 5, "tra')
     (store.folder("fail") / "failure.txt").write_text("it broke\n")
     programs("squeue", "case $* in *--me*) echo '1|RUNNING|0:05|runs|None'; echo '2|PENDING|0:00|wait|Dependency';; esac")
     programs("sacct", "echo '4|OUT_OF_MEMORY|00:10|gone'")
-    found = {row.label: row for row in rows(study, store)}
+    found = {row.label: row for row in status_rows(study, store)}
     expected = ["done", "running", "pending", "failed", "out_of_memory", "lost", "not submitted"]
     assert {label: row.state for label, row in found.items()} == dict(zip(keys, expected, strict=True))
     assert found["done"].elapsed == "1:01:40"
@@ -104,4 +104,4 @@ def test_status_of_every_kind(programs, tmp_path):
     assert found["fail"].last == "it broke"
     (study / "plan.json").write_text("{")
     with pytest.raises(StoreError, match=r"plan.json cannot be read \(.*\): submit the recipe again"):
-        rows(study, store)
+        status_rows(study, store)

@@ -21,7 +21,7 @@ def plain_environment(monkeypatch):
 
 def scripts(site: str, *resources: str, account: str = "def-prof", runs: Path = Path("/scratch/runs")):
     chosen = [f"resources={{{', '.join(resources)}}}"] if resources else []
-    return list(Submission(make_plan(load(RECIPE, chosen)), profile.load(site), runs, account=account).scripts())
+    return list(Submission(make_plan(load(RECIPE, chosen)), profile.load_profile(site), runs, account=account).scripts())
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,11 @@ def test_a_model_that_fits_nowhere_says_how_to_spread_it():
     with pytest.raises(
         ConfigError, match=r"sft xl, seed 10 needs about \d+ GB on a device, but the largest of narval has 40 GB; spread it"
     ):
-        list(Submission(plan, profile.load("narval"), Path("/scratch/runs"), account="def-prof").scripts())
+        list(Submission(plan, profile.load_profile("narval"), Path("/scratch/runs"), account="def-prof").scripts())
     spread = load(RECIPE, [big, "resources={sft xl: {processes: 4, parallel: fsdp}, default: {teacher: offloaded}}"])
-    text = next(t for sent, t in Submission(make_plan(spread), profile.load("rorqual"), Path("/scratch/r"), account="def-a").scripts())
+    text = next(
+        t for sent, t in Submission(make_plan(spread), profile.load_profile("rorqual"), Path("/scratch/r"), account="def-a").scripts()
+    )
     assert "--gpus-per-node=h100:4" in text
 
 
@@ -90,16 +92,16 @@ def test_home_is_no_place_for_jobs(monkeypatch, tmp_path):
 
 def test_profiles(tmp_path):
     with pytest.raises(ConfigError, match="no cluster profile `cedar`; use one of fir, killarney"):
-        profile.load("cedar")
+        profile.load_profile("cedar")
     own = tmp_path / "own.yaml"
     own.write_text("about: mine\nmax_hour: 3\n")
     with pytest.raises(ConfigError, match=r"own.yaml: max_hours: Field required"):
-        profile.load(str(own))
+        profile.load_profile(str(own))
     own.write_text("{")
     with pytest.raises(ConfigError, match="cannot be read as YAML"):
-        profile.load(str(own))
+        profile.load_profile(str(own))
     own.write_text("about: mine\nmax_hours: 3\n")
-    assert profile.load(str(own)).name == "own"
+    assert profile.load_profile(str(own)).name == "own"
 
 
 def test_a_cluster_must_be_named():

@@ -32,12 +32,12 @@ def plain_environment(monkeypatch):
 
 
 def account(site: str) -> str | None:
-    pattern = profile.load(site).account
+    pattern = profile.load_profile(site).account
     return None if not pattern else "aip-prof" if pattern.startswith("aip") else "def-prof"
 
 
 def scripts(plan, site: str) -> list[tuple]:
-    return list(Submission(plan, profile.load(site), RUNS, account=account(site)).scripts())
+    return list(Submission(plan, profile.load_profile(site), RUNS, account=account(site)).scripts())
 
 
 @pytest.mark.parametrize("site", profile.names())
@@ -45,8 +45,8 @@ def test_golden(plan, site):
     first: dict[str, str] = {}
     for sent, text in scripts(plan, site):
         first.setdefault(sent.jobs[0].stages[0].kind, f"# {sent.text}\n{text.replace(sys.executable, 'python')}")
-    report = Submission(plan, profile.load(site), RUNS, account=account(site)).requests.report()
-    assert (report is None) == (profile.load(site).cpu is None)
+    report = Submission(plan, profile.load_profile(site), RUNS, account=account(site)).requests.report()
+    assert (report is None) == (profile.load_profile(site).cpu is None)
     assert set(first) == {kind for kind, spec in KINDS.items() if spec.in_recipes} - {"analyse"}  # which share their jobs with evaluate
     text = "\n".join(first[kind] for kind in sorted(first))
     path = GOLDEN / f"{site}.txt"
@@ -119,7 +119,7 @@ def test_teachers_of_one_family_have_their_own_sizes():
         "method": {"objective": {"type": "forward_kl"}, "optim": {"steps": 1, "batch": 4}},
         "arms": {"direct": "xl > s"},
     }))  # fmt: skip
-    requests = sbatch.Requests(plan, profile.load("narval"), {})
+    requests = sbatch.Requests(plan, profile.load_profile("narval"), {})
     (analyse,) = [stage for stage in plan.stages.values() if stage.kind == "analyse" and stage.model == "s"]
     parameters = {name: size.total for name in ("xl", "s") if (size := requests.ledger.size(name))}
     assert requests._need(analyse, Resources()) == 4 * (parameters["xl"] + parameters["s"]) + sbatch._WORK

@@ -3,7 +3,7 @@
 import pytest
 
 from tadistill.config import load
-from tadistill.config.method import Method, MethodPatch, Optim, apply, merge
+from tadistill.config.method import Method, MethodPatch, Optim, apply, merge_methods
 from tadistill.config.objective import CrossEntropy, ForwardKL, MiniLLM
 from tadistill.config.sampling import TeacherMixedSampler
 from tadistill.errors import ConfigError
@@ -90,7 +90,7 @@ def test_patches_change_only_what_they_name():
     patched = apply(base, MethodPatch(optim=Optim(lr=0.2)), MethodPatch(objective=CrossEntropy()))
     assert patched.optim == Optim(lr=0.2, steps=3)
     assert patched.objective == CrossEntropy()
-    assert merge(Optim(steps=3), Optim(epochs=2.0)) == Optim(epochs=2.0)
+    assert merge_methods(Optim(steps=3), Optim(epochs=2.0)) == Optim(epochs=2.0)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def used(rows: list[dict]) -> set[str]:
 
 
 def asked(name: str, split: str) -> list[tuple[str, str]]:
-    return [(row["instruction"], row["input"]) for row in tinyworld.rows(name, split)]
+    return [(row["instruction"], row["input"]) for row in tinyworld.world_rows(name, split)]
 
 
 # Raise tinyworld.VERSION when these change: stored stages are keyed by it.
@@ -49,7 +49,7 @@ DIGESTS = {
 
 @ALL
 def test_rows_are_the_same_bytes_everywhere(name, split):
-    blob = json.dumps(tinyworld.rows(name, split), sort_keys=True).encode()
+    blob = json.dumps(tinyworld.world_rows(name, split), sort_keys=True).encode()
     assert hashlib.sha256(blob).hexdigest()[:16] == DIGESTS[f"{name}/{split}"]
 
 
@@ -59,16 +59,16 @@ def test_corpus_is_the_same_bytes_everywhere():
 
 
 def test_seed_and_people_make_another_world():
-    default = tinyworld.rows("tinyworld", "test")
-    assert tinyworld.rows("tinyworld", "test", seed=1) != default
-    assert tinyworld.rows("tinyworld", "test", people=40) != default
+    default = tinyworld.world_rows("tinyworld", "test")
+    assert tinyworld.world_rows("tinyworld", "test", seed=1) != default
+    assert tinyworld.world_rows("tinyworld", "test", people=40) != default
     assert tinyworld.fingerprint() == "tinyworld:v1:seed=0:people=120"
     assert tinyworld.fingerprint(seed=3, people=40) == f"tinyworld:v{tinyworld.VERSION}:seed=3:people=40"
 
 
 def test_callers_cannot_change_the_world():
-    tinyworld.rows("tinyworld", "test")[0]["instruction"] = "changed"
-    assert tinyworld.rows("tinyworld", "test")[0]["instruction"] != "changed"
+    tinyworld.world_rows("tinyworld", "test")[0]["instruction"] = "changed"
+    assert tinyworld.world_rows("tinyworld", "test")[0]["instruction"] != "changed"
 
 
 @pytest.mark.parametrize("people", [9, 10_000])
@@ -79,7 +79,7 @@ def test_impossible_numbers_of_people_are_refused(people):
 
 def test_unknown_split_is_refused():
     with pytest.raises(DataError, match="tinyworld_open/test"):
-        tinyworld.rows("tinyworld_open", "train")
+        tinyworld.world_rows("tinyworld_open", "train")
 
 
 # --- the world
@@ -143,7 +143,7 @@ def test_answers_to_one_question_differ_from_the_start(kind):
 
 @ALL
 def test_rows_have_the_promised_form(name, split):
-    found = tinyworld.rows(name, split)
+    found = tinyworld.world_rows(name, split)
     assert found
     for row in found:
         assert list(row) == ["instruction", "input", "outputs", "facts", *(["choices"] if name == "tinyworld_choices" else [])]
@@ -155,13 +155,13 @@ def test_rows_have_the_promised_form(name, split):
 
 @ALL
 def test_every_reference_scores_full_marks(name, split):
-    for row in tinyworld.rows(name, split):
+    for row in tinyworld.world_rows(name, split):
         assert [score(output, row) for output in row["outputs"]] == [100] * len(row["outputs"])
 
 
 @ALL
 def test_a_rival_in_the_place_of_the_value_scores_lower(name, split):
-    for row in tinyworld.rows(name, split):
+    for row in tinyworld.world_rows(name, split):
         value, rivals = row["facts"][0]
         wrong = rivals[0] if rivals else " ".join([*value.split()[1:], value.split()[0]])
         for output in row["outputs"]:
@@ -172,7 +172,7 @@ def test_a_rival_in_the_place_of_the_value_scores_lower(name, split):
 
 
 def test_rivals_are_shared_not_copied():
-    facts = [f for row in tinyworld.rows("tinyworld", "train") if not row["input"] for f in row["facts"]]
+    facts = [f for row in tinyworld.world_rows("tinyworld", "train") if not row["input"] for f in row["facts"]]
     assert len({id(rivals) for _, rivals in facts}) <= len({(f.kind, f.value) for f in tinyworld.world().facts})
 
 
@@ -194,7 +194,7 @@ def test_inputs_serve_one_row_of_the_whole_data_set():
 def test_every_fact_is_told_in_training_in_several_wordings_and_phrasings():
     world = tinyworld.world()
     told = {(f.subject, f.value): [] for f in world.facts}
-    for row in tinyworld.rows("tinyworld", "train"):
+    for row in tinyworld.world_rows("tinyworld", "train"):
         if not row["input"] and len(row["facts"]) == 1:
             value = row["facts"][0][0]
             subject = next(w for w in row["instruction"].split() if (w, value) in told)
@@ -206,7 +206,7 @@ def test_every_fact_is_told_in_training_in_several_wordings_and_phrasings():
 
 
 def test_sizes():
-    sizes = {f"{name}/{split}": len(tinyworld.rows(name, split)) for name, split in PARTS}
+    sizes = {f"{name}/{split}": len(tinyworld.world_rows(name, split)) for name, split in PARTS}
     assert 3000 <= sizes.pop("tinyworld/train") <= 6000
     assert all(120 <= size <= 220 for size in sizes.values()), sizes
     assert len(tinyworld.corpus()) == 3 * (120 + tinyworld_parts.PLACES)
@@ -214,7 +214,7 @@ def test_sizes():
 
 @ALL
 def test_lengths(name, split):
-    for row in tinyworld.rows(name, split):
+    for row in tinyworld.world_rows(name, split):
         prompt = len(row["instruction"].split()) + len(row["input"].split()) + 2  # the template's line ends
         assert prompt <= 24
         assert all(len(output.split()) <= 40 for output in row["outputs"])
@@ -222,24 +222,24 @@ def test_lengths(name, split):
 
 def test_training_and_test_rows_have_one_reference_and_multi_has_all():
     for name, split in PARTS:
-        counts = {len(row["outputs"]) for row in tinyworld.rows(name, split)}
+        counts = {len(row["outputs"]) for row in tinyworld.world_rows(name, split)}
         assert counts <= {3, 4} if name == "tinyworld_multi" else counts == {1}
-    for row in tinyworld.rows("tinyworld_multi", "test"):
+    for row in tinyworld.world_rows("tinyworld_multi", "test"):
         assert len(set(row["outputs"])) == len(row["outputs"])
 
 
 def test_open_answers_are_several_facts():
-    assert all(len(row["facts"]) >= 3 for row in tinyworld.rows("tinyworld_open", "test"))
+    assert all(len(row["facts"]) >= 3 for row in tinyworld.world_rows("tinyworld_open", "test"))
 
 
 def test_lengths_mixes_short_and_long_references():
-    lengths = [len(row["outputs"][0].split()) for row in tinyworld.rows("tinyworld_lengths", "test")]
+    lengths = [len(row["outputs"][0].split()) for row in tinyworld.world_rows("tinyworld_lengths", "test")]
     assert sum(n <= 4 for n in lengths) >= 50
     assert sum(n >= 15 for n in lengths) >= 50
 
 
 def test_choices_are_the_value_and_its_rivals_in_an_order_that_tells_nothing():
-    rows = tinyworld.rows("tinyworld_choices", "test")
+    rows = tinyworld.world_rows("tinyworld_choices", "test")
     for row in rows:
         ((value, rivals),) = row["facts"]
         assert row["outputs"] == [value]
@@ -252,13 +252,13 @@ def test_choices_are_the_value_and_its_rivals_in_an_order_that_tells_nothing():
 
 
 def test_reworded_instructions_are_new_but_their_words_are_not():
-    train = tinyworld.rows("tinyworld", "train")
+    train = tinyworld.world_rows("tinyworld", "train")
     pool = {a + b for a in tinyworld_parts.NAME_STARTS for b in tinyworld_parts.NAME_ENDS} | set(tinyworld.world().places)
 
     def wording(row: dict) -> str:
         return " ".join("{x}" if word in pool else word for word in row["instruction"].split())
 
-    reworded = tinyworld.rows("tinyworld_reworded", "test")
+    reworded = tinyworld.world_rows("tinyworld_reworded", "test")
     assert not {wording(row) for row in reworded} & {wording(row) for row in train}
     assert used(reworded) <= used(train)
 
@@ -268,7 +268,7 @@ def test_other_sizes_of_world_keep_the_rules(people):
     vocabulary = set(tinyworld.words(people=people))
     seen: list[tuple[str, str]] = []
     for name, split in PARTS:
-        found = tinyworld.rows(name, split, people=people)
+        found = tinyworld.world_rows(name, split, people=people)
         assert found
         assert used(found) <= vocabulary
         assert all(score(output, row) == 100 for row in found for output in row["outputs"])
@@ -284,15 +284,15 @@ def test_vocabulary_is_small_and_holds_every_word():
     assert vocabulary == sorted(set(vocabulary))
     assert len(vocabulary) <= 450
     assert len(tinyworld.words(people=200)) <= 1000
-    everything = {w for part in PARTS for w in used(tinyworld.rows(*part))}
+    everything = {w for part in PARTS for w in used(tinyworld.world_rows(*part))}
     everything |= {w for document in tinyworld.corpus() for w in document["text"].split(" ")}
     assert everything == set(vocabulary) - {"\n"}
 
 
 def test_every_test_word_is_trained():
-    trained = used(tinyworld.rows("tinyworld", "train"))
+    trained = used(tinyworld.world_rows("tinyworld", "train"))
     for part in PARTS:
-        assert used(tinyworld.rows(*part)) <= trained
+        assert used(tinyworld.world_rows(*part)) <= trained
 
 
 def test_tokenizer_round_trips(tmp_path):
@@ -300,7 +300,9 @@ def test_tokenizer_round_trips(tmp_path):
     tokenizer = tinyworld.tokenizer()
     tokenizer.save_pretrained(tmp_path)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    lines = sorted({t for part in PARTS for row in tinyworld.rows(*part) for t in texts(row)} | {d["text"] for d in tinyworld.corpus()})
+    lines = sorted(
+        {t for part in PARTS for row in tinyworld.world_rows(*part) for t in texts(row)} | {d["text"] for d in tinyworld.corpus()}
+    )
     for it in (tokenizer, loaded):
         assert (it.pad_token, it.eos_token, it.unk_token, it.padding_side) == ("<pad>", "<eos>", "<unk>", "left")
         assert it.bos_token is None
@@ -313,7 +315,7 @@ def test_tokenizer_round_trips(tmp_path):
 
 def test_line_ends_are_tokens_and_a_prompt_is_a_prefix():
     tokenizer = tinyworld.tokenizer()
-    row = next(row for row in tinyworld.rows("tinyworld", "test") if row["input"])
+    row = next(row for row in tinyworld.world_rows("tinyworld", "test") if row["input"])
     prompt = f"{row['instruction']}\n{row['input']}\n"
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids).count("\n") == 2

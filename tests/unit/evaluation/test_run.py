@@ -11,7 +11,7 @@ from tadistill.config import Evaluate
 from tadistill.data import datasets, tinyworld
 from tadistill.data.batch import references
 from tadistill.data.templates import EvalSet, encode
-from tadistill.evaluation.run import dev_metrics, evaluate, generate, score
+from tadistill.evaluation.run import dev_metrics, evaluate, generate_answers, score
 from tadistill.evaluation.scoring import Subject, divergences, entropy, likelihood
 from tadistill.metrics import metric_of
 from tadistill.objectives import forward_kl, reverse_kl
@@ -24,7 +24,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def data(tokenizer):
-    rows = tinyworld.rows("tinyworld", "test", people=20)[:10]
+    rows = tinyworld.world_rows("tinyworld", "test", people=20)[:10]
     examples = [datasets.Example(r["instruction"], r["input"], tuple(r["outputs"]), facts=tuple(map(tuple, r["facts"]))) for r in rows]
     return EvalSet("tinyworld", examples, encode(examples, tokenizer, template="plain", max_prompt=32, max_length=64))
 
@@ -95,7 +95,7 @@ def test_numbers_of_the_whole_set(tokenizer, data):
 
 def test_another_decoding_reads_no_references(tokenizer, data):
     student, other = subject(tokenizer), settings(temperature=0.5, seeds=[1])
-    found = score(student, data, other, {1: generate(student, data, other, 1)}, read_references=False)
+    found = score(student, data, other, {1: generate_answers(student, data, other, 1)}, read_references=False)
     assert {"loss", "self_bleu"}.isdisjoint(found.scores)
     assert set(found.corpus) == {"numbers"}
     assert set(found.corpus["numbers"]) == {"distinct_1", "distinct_2", "distinct_4"}

@@ -28,7 +28,7 @@ def real_references() -> list[list[str]]:
     for path in sorted(Path(root).glob("minillm_*/test.jsonl")) if root else ():
         with path.open(encoding="utf-8") as lines:
             rows += [json.loads(line) for line, _ in zip(lines, range(60), strict=False)]
-    rows = rows or [row for name in ("tinyworld_multi", "tinyworld_lengths") for row in tinyworld.rows(name, "test")]
+    rows = rows or [row for name in ("tinyworld_multi", "tinyworld_lengths") for row in tinyworld.world_rows(name, "test")]
     answers = [row.get("outputs") or row["output"] for row in rows]
     return [answer if isinstance(answer, list) else [answer] for answer in answers]
 

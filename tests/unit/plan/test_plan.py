@@ -9,7 +9,7 @@ from tadistill.errors import ConfigError, DataError
 from tadistill.models.counting.memory import resident_bytes
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.inputs import Source
+from tadistill.plan.inputs import HashedData
 from tadistill.plan.task import layout
 from tadistill.runner import preflight
 
@@ -219,7 +219,7 @@ def test_adapters_that_do_not_fit_are_found_before_anything_runs(monkeypatch):
     found = preflight.importlib.util.find_spec
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
     with pytest.raises(ConfigError, match=r"models\.s has lora, which needs `pip install 'tadistill\[lora\]'`"):
-        preflight.check(validate(recipe(models=models)))
+        preflight.check_study(validate(recipe(models=models)))
 
 
 @pytest.mark.parametrize("where", ["method", "model", "arm"])
@@ -240,9 +240,9 @@ def test_the_first_seed_is_the_one_that_the_recipe_lists_first():
 
 def test_what_a_data_set_does_not_use_is_no_part_of_its_identity():
     """Stored stages are keyed by this."""
-    found = Source(ref=DataRef(load="dolly"), fingerprint="f").content()
+    found = HashedData(ref=DataRef(load="dolly"), fingerprint="f").content()
     assert found == {"ref": {"load": "dolly", "split": None, "revision": "main", "columns": {}}, "fingerprint": "f"}
-    chosen = Source(ref=DataRef(load="x", choices=("no", "yes"), instruction="do"), fingerprint="f").content()["ref"]
+    chosen = HashedData(ref=DataRef(load="x", choices=("no", "yes"), instruction="do"), fingerprint="f").content()["ref"]
     assert (chosen["choices"], chosen["instruction"]) == (("no", "yes"), "do")
 
 

@@ -6,7 +6,7 @@ from tadistill.config import validate
 from tadistill.errors import ModelError
 from tadistill.plan.arms import make_plan
 from tadistill.runner import preflight
-from tadistill.runner.preflight import check
+from tadistill.runner.preflight import check_study
 
 
 def recipe(jobs: int = 1, precision: str = "fp32"):
@@ -37,8 +37,8 @@ def test_bf16_halves_a_frozen_teacher(monkeypatch):
     assert half < full
     monkeypatch.setattr(preflight, "available_memory", lambda: (full + half) / 2)
     with pytest.raises(ModelError, match=r"need .* GB of memory \(distill l -> s.*optim.precision to bf16"):
-        check(recipe())
-    assert check(recipe(precision="bf16")) == 1
+        check_study(recipe())
+    assert check_study(recipe(precision="bf16")) == 1
 
 
 def test_stages_at_the_same_time_are_counted_together(monkeypatch):
@@ -46,8 +46,8 @@ def test_stages_at_the_same_time_are_counted_together(monkeypatch):
     with pytest.raises(
         ModelError, match=r"\(distill l -> s, .*seed 1 .* \+ distill l -> s, .*seed 2 .*\) but .* set runtime.jobs=1 \(now 2\)"
     ):
-        check(recipe(jobs=2))
-    assert check(recipe(jobs=1)) == 1
+        check_study(recipe(jobs=2))
+    assert check_study(recipe(jobs=1)) == 1
 
 
 def test_stages_that_wait_for_each_other_are_not():

@@ -13,7 +13,7 @@ NOT_LEARNING = ("selection", "watching")
 
 
 @dataclass(frozen=True)
-class Part:
+class CostPart:
     """The FLOPs and token positions of one part. Only forward passes add positions; backward passes add FLOPs alone."""
 
     flops: float = 0.0
@@ -22,15 +22,15 @@ class Part:
     heads: float = 0.0
     """Token positions at which logits are computed."""
 
-    def __add__(self, other: "Part") -> "Part":
-        return Part(self.flops + other.flops, self.positions + other.positions, self.heads + other.heads)
+    def __add__(self, other: "CostPart") -> "CostPart":
+        return CostPart(self.flops + other.flops, self.positions + other.positions, self.heads + other.heads)
 
 
 @dataclass(frozen=True)
 class Cost:
     """The cost of a stage: its parts by name, and estimates for the whole stage."""
 
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    parts: Mapping[str, CostPart] = field(default_factory=dict)
     padding: float = 0.0
     """Number of padding positions in the student's training and corpus parts."""
     published: float | None = None

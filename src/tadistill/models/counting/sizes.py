@@ -66,7 +66,7 @@ def read_config(load: str, revision: str = "main", config: Config | None = None,
     Raises:
         ModelError: a local source does not exist or is damaged.
     """
-    source = sources.parse(load)
+    source = sources.parse_source(load)
     if source.kind == "scratch":
         known = {"model_type": source.name, **(config or {})}
         if vocab_size is not None:

@@ -1,7 +1,7 @@
 """The predicted cost of a study's stages, from the recipe alone; docs/compute.md has the formulas."""
 
-from tadistill.models.counting.cost import Cost, Part
+from tadistill.models.counting.cost import Cost, CostPart
 from tadistill.plan.costs.ledger import Ledger
 from tadistill.plan.costs.passes import minillm_flops
 
-__all__ = ["Cost", "Ledger", "Part", "minillm_flops"]
+__all__ = ["Cost", "CostPart", "Ledger", "minillm_flops"]

@@ -17,7 +17,7 @@ from tadistill.config.objective import MiniLLM
 from tadistill.data import datasets
 from tadistill.errors import ConfigError
 from tadistill.models.counting import shapes, sizes
-from tadistill.models.counting.cost import Cost, Part
+from tadistill.models.counting.cost import Cost, CostPart
 from tadistill.models.counting.memory import resident_bytes
 from tadistill.models.counting.sizes import Adapters, Size, Work, adapters_of, forward_flops
 from tadistill.plan.costs import passes
@@ -45,12 +45,12 @@ class Ledger:
 
     @cached_property
     def train(self) -> Texts:
-        return passes.read(self.recipe, self.recipe.data.train, "train", self._train)
+        return passes.read_lengths(self.recipe, self.recipe.data.train, "train", self._train)
 
     @cached_property
     def dev(self) -> Texts:
         data = self.recipe.data
-        return passes.read(self.recipe, data.dev, "dev", datasets.load(data.dev, "dev", data))
+        return passes.read_lengths(self.recipe, data.dev, "dev", datasets.load(data.dev, "dev", data))
 
     @cached_property
     def corpus_length(self) -> int:
@@ -132,7 +132,7 @@ class Ledger:
         size = self.size(name)
         if size is None:
             return None
-        work = passes.by_length(self.train, RECORDING_BATCH, self.train.count)
+        work = passes.pass_by_length(self.train, RECORDING_BATCH, self.train.count)
         if isinstance(signal, samplers.HiddenSignal):
             work = Work(work.positions, work.pairs)
         kind, needs = key_of(["signal", asdict(size), signal.model_dump()]), resident_bytes(size.total, training=False)
@@ -214,7 +214,7 @@ class Ledger:
         cost.add("rollout/student", sampled)
         if sampler.guided:
             cost.add("rollout/teacher", sampled)
-        scored = passes.by_length(answers, sampler.chunk, rollouts) * rounds
+        scored = passes.pass_by_length(answers, sampler.chunk, rollouts) * rounds
         known = sampler.guided and len(cost.teachers) == 1  # several teachers score in separate passes
         kept = known or scores or sampler.inner_epochs > 1
         if kept and not known:
@@ -232,13 +232,13 @@ class Ledger:
         if select.metric == "last":
             return
         looks, settings = -(-cost.steps // select.every) + extra, self.recipe.evaluate
-        cost.add("selection/student", passes.by_length(self.dev, settings.batch, self.dev.count) * looks)
+        cost.add("selection/student", passes.pass_by_length(self.dev, settings.batch, self.dev.count) * looks)
         if select.metric == "loss":
             return
         answers = self.dev.answered(settings.max_new_tokens)
         cost.add("selection/student", passes.sampling(answers, settings.batch, round(self.dev.count)) * looks)
         if select.metric == "reverse_kl":
-            beside = passes.by_length(answers, settings.batch, self.dev.count) * looks
+            beside = passes.pass_by_length(answers, settings.batch, self.dev.count) * looks
             cost.add("selection/student", beside)
             cost.add("selection/teacher", beside)
 
@@ -266,5 +266,5 @@ _SAMPLERS: Mapping[type[samplers.SamplerBase], Callable[[Ledger, TrainingCost, M
 """The function that counts a sampler's training, sampling and teacher passes, for each sampler. Each sampler needs an entry."""
 
 
-def _part(size: Size, work: Work) -> Part:
-    return Part(forward_flops(size, work), work.positions, work.heads)
+def _part(size: Size, work: Work) -> CostPart:
+    return CostPart(forward_flops(size, work), work.positions, work.heads)

@@ -63,11 +63,11 @@ class Texts:
         return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
 
 
-def read(recipe: Recipe, ref: DataRef, role: str, examples: Sequence[datasets.Example]) -> Texts:
+def read_lengths(recipe: Recipe, ref: DataRef, role: str, examples: Sequence[datasets.Example]) -> Texts:
     """Return the lengths of a split's rows, measured on a sample of its examples."""
     data, places = recipe.data, min(_SAMPLE, len(examples))
     sample = [replace(examples[i * len(examples) // places], choices=()) for i in range(places)]
-    ids = tokenizer(recipe)
+    ids = study_tokenizer(recipe)
     known = ids is not None
     limits = {"max_prompt": data.max_prompt, "max_length": data.max_length} if known else {"max_prompt": _ENDLESS, "max_length": _ENDLESS}
     stand_in = cast(Any, _StandIn(ids or _pieces))
@@ -82,7 +82,7 @@ def chunk(recipe: Recipe) -> int:
     assert data.corpus is not None
     if data.corpus.load not in tinyworld.SPLITS:
         return data.max_length  # counting its tokens could need the network
-    ids, total = tokenizer(recipe) or _pieces, 0
+    ids, total = study_tokenizer(recipe) or _pieces, 0
     for text in datasets.texts(data.corpus, world=data.world, root=data.root):
         total += len(ids([text])[0]) + 1
         if total >= data.max_length:
@@ -94,7 +94,7 @@ Ids = Callable[[list[str]], Sequence[Sequence[Any]]]
 """A function that splits each text into tokens. Their type does not matter, because they are only counted and compared."""
 
 
-def tokenizer(recipe: Recipe) -> Ids | None:
+def study_tokenizer(recipe: Recipe) -> Ids | None:
     """Return the study's tokenizer, or None if its tokenizer.json is not on this disk."""
     model = next(m for m in recipe.models.values() if m.load)  # models that teach each other share their tokenizer
     if model.tokenizer_source == "tinyworld":
@@ -186,7 +186,7 @@ def plain_batch(length: int, rows: int) -> Work:
 
 
 @lru_cache
-def by_length(texts: Texts, batch: int, count: float) -> Work:
+def pass_by_length(texts: Texts, batch: int, count: float) -> Work:
     """Return the work of one pass over `count` sequences, sorted by length and padded in each batch (`data.batch.by_length`)."""
     ordered = sorted(texts.totals)
     most = min(round(count), len(ordered))

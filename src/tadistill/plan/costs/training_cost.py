@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from tadistill.config import Method
 from tadistill.config.method import TEACHER_DTYPES, Optim
-from tadistill.models.counting.cost import Cost, Part
+from tadistill.models.counting.cost import Cost, CostPart
 from tadistill.models.counting.memory import resident_bytes
 from tadistill.models.counting.sizes import Adapters, Size, Work, forward_flops, training_flops, with_adapters
 from tadistill.plan.costs import passes
@@ -27,7 +27,7 @@ class TrainingCost:
         self.student, self.adapters = with_adapters(student, adapters), adapters
         self.teachers, self.optim, self.steps = teachers, optim, optim.steps
         self.used = (1 - drop) / (1 - drop ** len(teachers)) if len(teachers) > 1 else 1.0
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, CostPart] = {}
         self.padding = 0.0  # padding positions in all updates
         self.batch = 0.0  # bytes of activations and logits of the largest micro-batch
         self.cache = 0.0  # bytes of keys and values during sampling
@@ -47,7 +47,7 @@ class TrainingCost:
                 flops = training_flops(size, self.adapters, work, again=again)
             else:
                 flops = forward_flops(size, work * (3 if backward else 1) + (Work(work.positions, work.pairs) if again else Work()))
-            self.parts[name] = self.parts.get(name, Part()) + Part(flops, work.positions, work.heads)
+            self.parts[name] = self.parts.get(name, CostPart()) + CostPart(flops, work.positions, work.heads)
 
     def train(self, texts: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
         """Add a share (0 to 1) of the updates on `texts`.
