@@ -139,12 +139,12 @@ def _advice(
 
 
 def margin_on(recipe: Recipe, metric: str) -> float:
-    """Convert the recipe's margin, which is in points, to the unit of a metric."""
+    """Convert the recipe's margin from points to the unit of a metric."""
     return recipe.margin * (NATS_PER_POINT if metric == "loss" else 1)
 
 
 def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
-    """Return the mean measures of all pairs for the predictor. A loss ratio that is not positive and finite becomes None."""
+    """Return (teacher, learner) -> mean of each measure over prompts. A loss ratio that is not positive and finite becomes None."""
     found: dict[tuple[str, str], EdgeMeasures] = {}
     for names, pair in measures.pairs.items():
         means = {name: getattr(pair, name).mean for name in PAIR_MEASURES}
@@ -214,8 +214,8 @@ def print_advice(report: Report, console: Console) -> None:
     console.print(_pairs(report, "teacher p > learner q on the dev references (measured)", ON_REFERENCES))
     console.print(_paths(report))
     for step in report.steps:
-        gain = "" if step.gain is None else f", expected to lower regret by {step.gain:.3g}"
-        console.print(Text(f"{step.text}: compute of {step.cost:.1f} direct runs{gain}"))
+        gain = "" if step.gain is None else f", and improves the decision by {step.gain:.3g} (expected)"
+        console.print(Text(f"{step.text}: costs the compute of {step.cost:.1f} direct runs{gain}"))
         console.print(Text(step.command, style="cyan"), soft_wrap=True)
     console.print()
     for note in report.notes:

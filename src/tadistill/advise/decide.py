@@ -22,7 +22,7 @@ Verdict = Literal["direct", "chain", "inconclusive"]
 
 @dataclass(frozen=True)
 class Option:
-    """One path. Its predicted difference is its dev metric minus the dev metric of direct distillation with the same compute."""
+    """One path and its forecast. A difference is the path's dev metric minus that of direct distillation with the same compute."""
 
     path: tuple[str, ...]
     cost: float
@@ -50,7 +50,7 @@ class Experiment:
     cost: float
     """Compute of the chain and its baseline over all seeds, divided by the compute of one direct run."""
     gain: float
-    """Expected reduction of the decision's regret, in the metric's unit."""
+    """Expected improvement of the chosen path by this experiment, in the metric's unit."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Advice:
     hypothesis: tuple[str, ...] | None
     """The chain that the size law chooses, if it is a candidate and there is no history; None otherwise."""
     next: tuple[Experiment, ...]
-    """Proposed experiments, sorted by the expected reduction of regret per unit of compute, largest first."""
+    """Proposed experiments, sorted by `gain / cost`, largest first."""
     level: float
     margin: float
     scale: str | None
-    """The metric of the earlier studies; None without history."""
+    """The metric of the earlier studies. None if there are no earlier studies."""
     families: int
     """Number of families (teacher, data and method) in history."""
     pairs: int
@@ -79,16 +79,16 @@ class Advice:
     unused: tuple[str, ...]
     """Measures that the regression could not use, because some paths lack them or because they never vary."""
     seed_sd: float
-    """Standard deviation, over seeds, of a chain's difference to its baseline. It is an assumption if no seeds were repeated."""
+    """Standard deviation over seeds of the difference between a chain and its baseline. It is assumed if every chain has one seed."""
 
     @property
     def needed(self) -> float:
-        """The P(better) at which a chain is recommended, with Bonferroni's correction for the number of chains."""
+        """The smallest `p_better` with which a chain is recommended: 1 - (1 - level) / number of chains (Bonferroni's correction)."""
         return 1 - (1 - self.level) / max(1, len(self.options) - 1)
 
     @property
     def likeliest(self) -> Option | None:
-        """The recommended chain, or else the chain with the largest P(better). None if there is no chain."""
+        """The recommended chain, or else the chain with the largest `p_better`. None if there is no chain."""
         chains = self.options[1:]
         recommended = [o for o in chains if o.path == self.path]
         return recommended[0] if recommended else max(chains, key=lambda o: o.p_better, default=None)
@@ -99,19 +99,19 @@ def advise(
 ) -> Advice:
     """Decide whether a chain is worth running.
 
-    The verdict is `chain` if one of the k chains has P(Delta > 0) >= 1 - (1 - level) / k (Bonferroni). Among such chains, the one with the
-    largest expected difference is chosen. The verdict is `direct` if every chain has P(Delta > margin) <= 1 - level, or without history.
-    Otherwise it is `inconclusive`, and the path to run in the meantime is the direct path.
+    - `chain`: at least one chain is better than direct with the probability `Advice.needed`. The best of these chains is the path to run.
+    - `direct`: every chain is better by more than `margin` with a probability of at most 1 - level, or there is no history.
+    - `inconclusive`: all other cases. The path to run is then the direct path.
 
     Args:
-        candidates: the direct path, then the chains. All lead from the same teacher to the same student.
-        history: finished arms of earlier studies, all with the same metric (`History.observations`).
+        candidates: the direct path, followed by the chains. All paths have the same teacher and the same student.
+        history: finished arms of earlier studies, all with the same metric (see `History.on`).
         margin: the smallest relevant difference, in the metric's unit.
-        level: the probability of the intervals and of the decision, such as 0.95.
-        family: the family of the candidates (`family_of`), if history may contain runs of this family.
+        level: the probability that an interval contains the true difference, such as 0.95. The verdict uses it too.
+        family: the name of the candidates' family (`family_of`). None if no run in `history` belongs to this family.
 
     Raises:
-        ConfigError: the candidates have different ends, the margin or level is out of range, or history has two metrics.
+        ConfigError: the candidates have different teachers or students, a number is out of range, or history has two metrics.
     """
     direct, chains = _check(candidates, margin, level)
     scales = sorted({o.scale for o in history})
@@ -154,7 +154,8 @@ def _check(candidates: Sequence[Candidate], margin: float, level: float) -> tupl
         raise ConfigError("the first candidate must be the direct path (teacher > student); chains come after it")
     ends = {(c.path[0], c.path[-1]) for c in candidates}
     if len(ends) > 1:
-        raise ConfigError(f"candidates go {', '.join(f'{a} to {b}' for a, b in sorted(ends))}; give paths from one teacher to one student")
+        different = ", ".join(f"{a} to {b}" for a, b in sorted(ends))
+        raise ConfigError(f"the candidates lead from {different}; give only paths from one teacher to one student")
     if len({c.path for c in candidates}) < len(candidates):
         raise ConfigError("two candidates have the same path; give each path once")
     if not margin > 0:
@@ -187,8 +188,7 @@ def _hypothesis(candidates: Sequence[Candidate]) -> tuple[str, ...] | None:
 
 
 def _experiments(chains: Sequence[Candidate], found: Predictions) -> tuple[Experiment, ...]:
-    """Rank the chains by expected reduction of regret per unit of compute, as if each one were the only experiment."""
-    proposed = []
+    proposed = []  # each gain is computed as if the chain were the only experiment
     for i, chain in enumerate(chains):
         others = max([0.0, *(f.mean for j, f in enumerate(found.forecasts) if j != i)])
         cost = 2 * SEEDS * chain.cost
@@ -197,7 +197,7 @@ def _experiments(chains: Sequence[Candidate], found: Predictions) -> tuple[Exper
 
 
 def _knowledge_gradient(forecast: Forecast, others: float, seed_sd: float) -> float:
-    """Return how much an experiment is expected to improve the decision: the knowledge gradient of Frazier et al. 2008."""
+    """Return the expected improvement of the decision by one experiment (the knowledge gradient of Frazier et al. 2008)."""
     moved = forecast.sd**2 / sqrt(forecast.sd**2 + seed_sd**2 / SEEDS)
     z = -abs(forecast.mean - others) / moved
     density = exp(-z * z / 2) / sqrt(2 * pi)

@@ -1,6 +1,6 @@
-"""Read finished studies for the predictor: arms with the measures of their models, and chains with their equal-compute baselines (twins).
+"""Read finished studies as evidence for the predictor, and pair each chain with its twin (direct distillation with the same compute).
 
-Only dev values are read and never test sets, because advice must not be tuned on the sets that a later report tests.
+Only dev values are read. Test sets are never read, because a later report tests on them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,26 +25,26 @@ from tadistill.store import Store, store_of
 
 @dataclass(frozen=True)
 class EdgeMeasures:
-    """Measures of one (teacher, learner) pair. A measure is None if it was not taken. KLs are in nats per token."""
+    """Measures of a teacher and a learner. None means not measured. KLs are in nats per token. k is `advise.measures.TOP_K`."""
 
     size_ratio: float | None = None
     """Parameters of the teacher / parameters of the learner."""
     reverse_kl: float | None = None
     """KL(learner || teacher) on the learner's samples, before distillation."""
     forward_kl: float | None = None
-    """KL(teacher || learner) on references."""
+    """KL(teacher || learner) on the reference answers."""
     overlap: float | None = None
-    """Share of the k most likely tokens that both models have in common, on the learner's prefixes."""
+    """Share of the learner's k most likely tokens that are also among the teacher's, on the learner's samples."""
     mass: float | None = None
-    """Total probability that the learner gives to the teacher's k most likely tokens."""
+    """Total probability that the learner gives to the teacher's k most likely tokens, on the learner's samples."""
     entropy_gap: float | None = None
-    """H(teacher) - H(learner), on the learner's prefixes."""
+    """Entropy of the teacher minus entropy of the learner, on the learner's samples."""
     loss_ratio: float | None = None
-    """Loss of the teacher / loss of the learner, on references."""
+    """Loss of the teacher / loss of the learner, on the reference answers."""
     advantage: float | None = None
-    """E[log p_teacher - log p_learner] on references, per token."""
+    """Mean of log p_teacher - log p_learner per token of the reference answers."""
     bias: float | None = None
-    """E[log p_teacher - log p_original] on the student's samples: what this teacher adds to the chain's error budget."""
+    """Mean of log p_teacher - log p_original per token of the learner's samples. p_original is the original teacher."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -84,7 +84,7 @@ class Observation:
     """One finished arm of an earlier study with one training seed. It contains dev values only."""
 
     family: str
-    """The teacher, data and method. Runs that share them are not independent evidence (`family_of`)."""
+    """Name of the family (`family_of`). Runs of one family share teacher, data and method, so they are not independent evidence."""
     path: tuple[str, ...]
     seed: int
     edges: tuple[Edge, ...]
@@ -100,18 +100,19 @@ class Observation:
         check_path(self.path, self.edges)
         if not (isfinite(self.cost) and self.cost > 0 and isfinite(self.quality)):
             raise ConfigError(
-                f"an observation of {path_text(self.path)} has cost {self.cost} and quality {self.quality}; both must be finite"
+                f"an observation of {path_text(self.path)} has cost {self.cost} and quality {self.quality}; both must be finite, and the "
+                "cost must be positive"
             )
 
 
 def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
-    """Raise a ConfigError if the edges are not the hops of the path."""
+    """Check that a path has one edge for each pair of neighbours, in order. Raises ConfigError if it has not."""
     if len(path) < 2 or [(e.teacher, e.learner) for e in edges] != list(pairwise(path)):
-        raise ConfigError(f"path {path_text(path)} needs at least two models, and its edges must be its hops, in order")
+        raise ConfigError(f"path {path_text(path)} needs at least two models, and one edge for each pair of neighbours, in order")
 
 
 def measures_from(values: Mapping[str, float | None]) -> EdgeMeasures:
-    """Read measures from stored data. Unknown names are ignored, because a later version may have written them."""
+    """Build measures from stored values. Names that this version does not know are ignored."""
     known = {f.name for f in fields(EdgeMeasures)}
     return EdgeMeasures(**{name: value for name, value in values.items() if name in known})
 
@@ -119,7 +120,7 @@ def measures_from(values: Mapping[str, float | None]) -> EdgeMeasures:
 # --- reading studies ----------------------------------------------------------------------------------------------------
 
 MEASURES = "advice.json"
-"""File beside a study's plan.json: {"edges": [{"teacher", "learner", "measures": {name: value}}]}, as `edge_record` writes them."""
+"""Name of a study's file with measures. Its entry "edges" is a list of dicts, which `edge_record` makes."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,9 @@ class History:
 
 
 def history(runs: Path) -> History:
-    """Read every finished distillation arm of the studies in RUNS/STUDY, one observation for each training seed.
+    """Read all finished distillation arms of the studies in a runs directory. Each training seed of an arm is one observation.
 
-    A stage that two studies share counts once. `left_out` names what cannot be used. Raises StoreError if `runs` is not a directory.
+    If two studies share a training stage, it gives only one observation. Raises StoreError if `runs` is not a directory.
     """
     if not runs.is_dir():
         raise StoreError(f"{runs} is not a directory; give the --runs directory of earlier studies")
@@ -159,13 +160,13 @@ def history(runs: Path) -> History:
 
 
 def family_of(models: Mapping[str, ModelConfig], parameters: Mapping[str, int], teacher: str, train: str, method: str) -> str:
-    """Return the name that runs of one family share: the teacher, the training data and the method of the last hop.
+    """Return the name of a run's family. Runs with the same teacher, training data and method of the last hop are one family.
 
-    All students of one teacher are one family, because what they have in common must not count as independent evidence.
+    Their students may differ. Runs of one family are not independent evidence.
 
     Args:
         models: the recipe's models.
-        parameters: number of parameters by model.
+        parameters: model -> its number of parameters.
         teacher: the first model of the path.
         train: the source of the training data (`data.train.load`).
         method: the arm's method, such as ``minillm (teacher_mixed)``.
@@ -174,8 +175,7 @@ def family_of(models: Mapping[str, ModelConfig], parameters: Mapping[str, int], 
 
 
 def _origin(models: Mapping[str, ModelConfig], name: str) -> str:
-    """Say where a model's weights come from. The text has no model names, because names differ between recipes."""
-    model = models[name]
+    model = models[name]  # the text must not contain its name: two recipes may name one model differently
     if model.parent is None:
         return str(model.load)
     source = _origin(models, model.parent)
@@ -187,12 +187,12 @@ def _origin(models: Mapping[str, ModelConfig], name: str) -> str:
 
 
 def edge_record(edge: Edge) -> dict[str, Any]:
-    """Return an edge as plain data for `MEASURES`; `load_measures` reads it back."""
+    """Convert an edge to a dict that can be written as JSON. `load_measures` reads it."""
     return {"teacher": edge.teacher, "learner": edge.learner, "measures": asdict(edge.measures)}
 
 
 def load_measures(study_dir: Path) -> dict[tuple[str, str], EdgeMeasures]:
-    """Return (teacher, learner) -> measures of a study. The result is empty if nothing was measured."""
+    """Read (teacher, learner) -> measures from a study's advice.json. The result is empty if this file does not exist."""
     path = study_dir / MEASURES
     if not path.is_file():
         return {}
@@ -204,7 +204,7 @@ def load_measures(study_dir: Path) -> dict[tuple[str, str], EdgeMeasures]:
 
 
 def path_edges(path: tuple[str, ...], parameters: Mapping[str, int], measures: Mapping[tuple[str, str], EdgeMeasures]) -> tuple[Edge, ...]:
-    """Return the hops of a path with their measures; the size ratio is always known."""
+    """Return an edge with its measures for each hop of a path. Size ratios are computed from `parameters`."""
     return tuple(
         Edge(a, b, replace(measures.get((a, b), EdgeMeasures()), size_ratio=parameters[a] / parameters[b])) for a, b in pairwise(path)
     )
@@ -215,7 +215,8 @@ def _models(plan: StudyPlan) -> dict[str, ModelConfig]:
         return {name: ModelConfig.model_validate(model) for name, model in plan.recipe["models"].items()}
     except ValidationError as error:
         raise StoreError(
-            f"{plan.study}: models cannot be read ({error.error_count()} problems); run `tadistill run RECIPE` to write plan.json again"
+            f"{plan.study}: the models in plan.json cannot be read ({error.error_count()} problems); run `tadistill run RECIPE` to write "
+            "plan.json again"
         ) from error
 
 
@@ -272,7 +273,7 @@ EQUAL = 0.05
 
 @dataclass(frozen=True)
 class TwinPair:
-    """One chain of one family with its equal-compute baseline (the twin), and one difference for each seed."""
+    """A chain and its twin, which is direct distillation with the chain's compute. There is one difference for each seed."""
 
     family: str
     path: tuple[str, ...]
@@ -281,9 +282,9 @@ class TwinPair:
     cost: float
     seeds: tuple[int, ...]
     differences: tuple[float, ...]
-    """Quality of the chain minus quality of the twin."""
+    """Quality of the chain minus quality of the twin, for each seed."""
     twin: tuple[float, ...]
-    """Costs of the direct runs behind the twin: one run, or the two runs between which the twin is interpolated."""
+    """Costs of the direct runs that give the twin's quality: one run, or two runs if the quality is interpolated between them."""
 
     @cached_property
     def mean(self) -> float:
@@ -291,10 +292,10 @@ class TwinPair:
 
 
 def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
-    """Pair every chain with its twin: a direct run of the same family and seed at the chain's cost (within 5 %).
+    """Pair each chain with its twin: a direct run of the same family, student and seed. Their costs may differ by 5 %.
 
-    Without such a run the twin is interpolated, in the log of the cost, between a cheaper and a more expensive direct run. Chains without
-    such runs are left out. They are never compared with a cheaper direct run.
+    If there is no such run, the twin's quality is interpolated between a cheaper and a more expensive direct run, linearly in the log of
+    the cost. A chain without these two runs is left out.
     """
     directs: dict[tuple[str, str, str, str, int], dict[float, Observation]] = {}
     for o in observations:
@@ -317,8 +318,8 @@ def _pair(rows: Sequence[tuple[Observation, Edge, float]], twin: tuple[float, ..
 
 
 def _ends(o: Observation) -> tuple[str, str, str, str, int]:
-    """Return the key that a chain and its twin share. Its size ratio separates students that have the same name in two studies."""
-    ratio = prod(e.measures.size_ratio or 1.0 for e in o.edges)
+    """Return a key that is equal for a chain and its twin."""
+    ratio = prod(e.measures.size_ratio or 1.0 for e in o.edges)  # separates students of two studies that have the same name
     return o.family, o.path[0], o.path[-1], f"{ratio:.6g}", o.seed
 
 

@@ -1,6 +1,6 @@
-"""The models between which a recipe's paths run, the costs of the paths, and measures of teachers and learners on dev prompts.
+"""The models and paths of a recipe with their sizes and costs, and measures of teachers and learners on dev prompts.
 
-Every measure is a mean over dev prompts with its standard error over prompts. Measures are not combined. Axes: N prompts.
+Each measure is a mean over dev prompts with its standard error. In shapes, N is the number of prompts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ PAIR_MEASURES = ("reverse_kl", "forward_kl", "overlap", "mass", "entropy_gap", "
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts; `se` is None with a single prompt."""
+    """A mean over n prompts and its standard error `se`. `se` is None if there is only one prompt."""
 
     mean: float
     se: float | None
@@ -42,7 +42,7 @@ class Model:
     name: str
     parameters: int
     loss: Estimate
-    """Mean of -log q per token of the references, in nats."""
+    """Negative log-likelihood of the reference answers, in nats per token."""
     rouge_l: Estimate
     """ROUGE-L of the model's own sampled answers, 0 to 100."""
     entropy: Estimate
@@ -51,7 +51,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Pair:
-    """Measures of a bigger model p and a smaller learner q, both before any distillation."""
+    """Measures of a bigger model p and a smaller learner q, both before any distillation. k is `TOP_K`."""
 
     teacher: str
     learner: str
@@ -60,19 +60,19 @@ class Pair:
     reverse_kl: Estimate
     """KL(q ‖ p) per token on q's own answers, where on-policy distillation starts."""
     forward_kl: Estimate
-    """KL(p ‖ q) per token on the references."""
+    """KL(p ‖ q) per token on the reference answers."""
     overlap: Estimate
-    """Share of q's k most likely tokens that are among p's, on q's prefixes."""
+    """Share of q's k most likely tokens that are also among p's k most likely tokens, on q's own answers."""
     mass: Estimate
-    """Probability that q gives to p's k most likely tokens, on q's prefixes."""
+    """Total probability that q gives to p's k most likely tokens, on q's own answers."""
     entropy_gap: Estimate
-    """H(p) - H(q) in nats, on q's prefixes."""
+    """Entropy of p minus entropy of q in nats per token, on q's own answers."""
     loss_ratio: Estimate
-    """Loss of p / loss of q on the references."""
+    """Loss of p / loss of q on the reference answers."""
     advantage: Estimate
-    """E[log p - log q] per token of the references."""
+    """Mean of log p - log q per token of the reference answers."""
     bias: Estimate
-    """E_q[log p - log p_T] on q's own answers, with T the original teacher: how much more p likes them than T does. It is 0 if p is T."""
+    """Mean of log p - log p_T per token of q's own answers. p_T is the original teacher, so the bias is 0 if p is p_T."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ class Measures:
 
 
 def estimate(values: ArrayLike) -> Estimate:
-    """Return mean and standard error over prompts (N,)."""
+    """Return the mean of one value per prompt (N,), with its standard error."""
     found = np.asarray(values, float)
     se = float(found.std(ddof=1) / np.sqrt(len(found))) if len(found) > 1 else None
     return Estimate(float(found.mean()), se, len(found))
 
 
 def ratio(above: ArrayLike, below: ArrayLike) -> Estimate:
-    """Return mean(above) / mean(below) of paired values (N,), with a standard error by the delta method. Infinite if mean(below) is 0."""
+    """Return mean(above) / mean(below) of two arrays (N,), with its standard error (delta method). Infinite if mean(below) is 0."""
     a, b = np.asarray(above, float), np.asarray(below, float)
     if b.mean() == 0:
         return Estimate(float("inf"), None, len(a))
@@ -111,9 +111,9 @@ def measure(
     """Estimate all measures from scores per prompt.
 
     Args:
-        sizes: parameters of every model, from big to small; the first is the original teacher.
-        alone: model -> {loss, rouge_l, entropy} per prompt.
-        beside: (bigger, smaller) -> {reverse_kl, forward_kl, overlap, mass, entropy_gap} per prompt.
+        sizes: model -> its number of parameters, from big to small. The first model is the original teacher.
+        alone: model -> score (loss, rouge_l, entropy) -> one value per prompt.
+        beside: (bigger model, smaller model) -> score (reverse_kl, forward_kl, overlap, mass, entropy_gap) -> one value per prompt.
     """
     root = next(iter(sizes))
     models = tuple(
@@ -122,7 +122,7 @@ def measure(
     pairs: dict[tuple[str, str], Pair] = {}
     for (teacher, learner), scores in beside.items():
         of_teacher, of_learner = (np.asarray(alone[name]["loss"], float) for name in (teacher, learner))
-        # KL(q ‖ p_T) - KL(q ‖ p) before every token is E_q[log p - log p_T] there, exact over the vocabulary
+        # at every token, KL(q ‖ p_T) - KL(q ‖ p) equals the expectation of log p - log p_T under q
         to_root = np.asarray(beside[root, learner]["reverse_kl"], float)
         pairs[teacher, learner] = Pair(
             teacher,
@@ -165,14 +165,16 @@ class PathCost:
     flops: float
     multiple: float
     twin: tuple[int, int] | None
-    """Number of updates of the equal-compute baseline, and updates between its dev evaluations; None for the direct path."""
+    """Two numbers of the equal-compute baseline: all its updates; and the updates from one dev evaluation to the next. None for direct."""
 
 
 def with_search(recipe: Recipe) -> Recipe:
-    """Return the recipe with a `search`. If it has none, make one from the original teacher to the student, through all models between.
+    """Return the recipe with a `search`. If it has none, add one that goes from the original teacher to the student.
+
+    The assistants of a new `search` are all models whose size lies between teacher and student.
 
     Raises:
-        ConfigError: there is nothing to choose from, or models are not in order of size.
+        ConfigError: no model can be an assistant, there are too many paths, or models are not in order of size.
     """
     if recipe.search is None:
         teacher, student = _ends(recipe)
@@ -180,8 +182,8 @@ def with_search(recipe: Recipe) -> Recipe:
         between = [n for n in recipe.models if n not in (teacher, student) and sizes[student] < sizes[n] < sizes[teacher]]
         if not between:
             raise ConfigError(
-                f"no model is between {teacher} ({sizes[teacher]:,} parameters) and student {student} ({sizes[student]:,}) in size; "
-                "add one, or write search: {teacher: …, assistants: […], student: …}"
+                f"no model is smaller than teacher {teacher} ({sizes[teacher]:,} parameters) and bigger than student {student} "
+                f"({sizes[student]:,}); add such a model, or write search: {{teacher: …, assistants: […], student: …}}"
             )
         found = Search(teacher=teacher, assistants=tuple(sorted(between, key=lambda n: -sizes[n])), student=student)
         recipe = recipe.model_copy(update={"search": found})
@@ -218,13 +220,16 @@ def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
     unknown = [name for name, size in found.items() if size is None]
     if unknown:
         raise ConfigError(
-            f"the size of {', '.join(unknown)} is not known, so paths have no cost; use gpt2, opt, llama, mistral, qwen2 or qwen3 models"
+            f"the size of {', '.join(unknown)} is not known, so the cost of a path cannot be computed; use gpt2, opt, llama, mistral, "
+            "qwen2 or qwen3 models"
         )
     return {name: size.total for name, size in found.items() if size}
 
 
 def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
-    """Return a recipe whose arms are the paths within the budget and the chains' equal-compute baselines, and the cost of each path.
+    """Return two things: a copy of the recipe with other arms; and the cost of each path within the budget.
+
+    The arms are the paths within the budget and one equal-compute baseline for each chain.
 
     Raises:
         ConfigError: the budget is too small for any path.
@@ -242,7 +247,7 @@ def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
 
 
 def twin_name(path: ModelPath) -> str:
-    """Return the name of the equal-compute baseline of a path: the arm that trains directly with the path's compute."""
+    """Return the name of the arm that is a path's equal-compute baseline (direct training with the same compute)."""
     return f"{path_name(path)}-twin"
 
 
@@ -259,7 +264,7 @@ def probe_plan(recipe: Recipe, found: Ladder, prompts: int) -> ProbePlan:
         ConfigError: `prompts` is below 2. DataError: there are no dev prompts.
     """
     if prompts < 2:
-        raise ConfigError(f"--prompts is {prompts}, but a standard error needs at least 2 prompts; raise it")
+        raise ConfigError(f"--prompts is {prompts}, but it must be at least 2, because one prompt gives no standard error")
     rows = len(datasets.load(recipe.data.dev, "dev", recipe.data))
     return plan_probes(recipe, list(found.sizes), prompts=min(prompts, rows), k=TOP_K)
 

@@ -138,7 +138,7 @@ def heatmap(measures: Measures, field: str, *, two_sided: bool = False, most: fl
 
 
 def path_looks(report: Report) -> dict[tuple[str, ...], Look]:
-    """Return the look of each path in the figures. The direct path is grey."""
+    """Return path -> its colour and marker in the figures. The direct path is grey."""
     chains = [option.path for option in report.advice.options[1:]]
     found = {report.advice.options[0].path: Look(GREY, "line-ew", "━", "solid")}
     for i, path in enumerate(chains):
@@ -148,7 +148,7 @@ def path_looks(report: Report) -> dict[tuple[str, ...], Look]:
 
 
 def path_cost_legend(report: Report) -> list[LegendEntry]:
-    """Return a legend entry for each path and for the line of direct."""
+    """Return the legend of the cost figure, with one entry for each path."""
     looks = path_looks(report)
     names = {path: path_text(path) for path in looks}
     direct = report.advice.options[0].path
@@ -157,7 +157,7 @@ def path_cost_legend(report: Report) -> list[LegendEntry]:
 
 
 def cost_figure(report: Report) -> str | None:
-    """Draw each chain's difference to direct distillation at equal compute (the line at 0) over its compute. None without a chain."""
+    """Draw a point for each chain: its compute (x) and its difference to direct at equal compute (y). Return None if there is no chain."""
     advice = report.advice
     if len(advice.options) < 2:
         return None
@@ -191,7 +191,7 @@ def cost_figure(report: Report) -> str | None:
 
 
 def lambda_figure(report: Report) -> str | None:
-    """Draw which assistant the trade-off chooses for each lambda, one strip per score. Return None if there is only one assistant."""
+    """Draw which assistant MiniDisc's trade-off chooses for each lambda. Return None if there are fewer than two assistants."""
     assistants = report.ladder.assistants
     if len(assistants) < 2:
         return None
@@ -225,7 +225,7 @@ def lambda_figure(report: Report) -> str | None:
 
 
 def bias_figure(report: Report) -> str:
-    """Draw, for every model above the student, KL(q ‖ p) and the model's bias. Their sum is KL(q ‖ p_T)."""
+    """Draw a bar for each model p above the student q: KL(q ‖ p) plus the bias of p. The sum is the KL from q to the original teacher."""
     ladder, pairs = report.ladder, report.measures.pairs
     total = pairs[ladder.teacher, ladder.student].reverse_kl
     figure = go.Figure()

@@ -1,18 +1,19 @@
-"""Forecast the difference of a chain to direct distillation at equal compute: a Bayesian ridge regression with family and edge effects.
+"""Forecast the difference between a chain and direct distillation at equal compute, with a Bayesian ridge regression.
 
-Delta is the dev metric of chain p of family f minus the dev metric of its equal-compute baseline:
+The difference Delta is the dev metric of the chain minus the dev metric of its equal-compute baseline:
 
-    Delta_fp = a + c . x_p + u_f + sum_e b^h(e) v_fe + seed noise / sqrt(seeds)
+    Delta = a + c . x + u + (sum of w v over the edges of the chain) + seed noise / sqrt(number of seeds)
 
-x_p are the `contrasts`, centred and scaled by the values in history. A contrast is the weighted sum of the hops' gaps minus the gap of the
-direct hop. A hop has weight b^h if h hops follow it. u_f is a family's effect. v_fe is an edge's effect, shared by the family's chains.
-a, c, u and v are normal with mean 0, so the model is a Gaussian process over rows. The four hyper-parameters (b, and the standard
-deviations of c, u and v) are averaged over a grid, weighted by the marginal likelihood. They are not maximised: with few families, the
-maximum often says that families do not differ, and intervals become too narrow. The seed noise is pooled from repeated seeds.
+- a is the intercept. x are the `contrasts` of the chain, standardised over history, and c are their slopes.
+- u is the effect of the chain's family. A family has the same teacher, data and method (`history.family_of`).
+- v is the effect of one edge (a teacher and its learner) in this family. w is the weight of the edge (`hop_weights`).
 
-The weight b^h makes the last hop dominate: in TAKD's figure 5 the choice of the last assistant moves the student by 2 points, and the path
-to it by 0.3. Outside the range that history covers, standard deviations are widened.
+a, c, u and v have normal priors with mean 0. The forecast is averaged over a grid of four hyper-parameters: the factor b of the weights,
+and the standard deviations of c, u and v. Each grid point is weighted by its marginal likelihood. Intervals are wider for measures
+outside the range of history.
 """
+# Hyper-parameters are not maximised: with few families, the maximum often says that families do not differ, and intervals are too narrow.
+# The last hop has the largest weight: in figure 5 of TAKD, the last assistant changes the student by 2 points, the path to it by 0.3.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,26 +33,24 @@ Array = NDArray[np.float64]
 SIZE_LAW = 2.5
 """Ratio of teacher to learner parameters that the law of capacity gap (Zhang et al. 2025, arXiv 2311.07052) recommends."""
 CARRIES = {0.1: 0.25, 0.3: 0.5, 0.6: 0.25}
-"""Value of b -> its prior weight."""
+"""Value of b (weight of a hop / weight of the next hop) -> prior probability."""
 SLOPES = (0.1, 0.3, 1.0, 2.0)
-"""Grid of the standard deviation of all slopes together, in multiples of `unit` (see `predict`)."""
+"""Possible standard deviations of c . x, as multiples of `unit`. `unit` is the typical size of a difference (see `predict`)."""
 FAMILIES = (0.1, 0.3, 0.6, 1.0)
-"""Grid of the standard deviation of a family's effect, in multiples of `unit`."""
+"""Possible standard deviations of a family's effect, as multiples of `unit`."""
 EDGES = (0.1, 0.3, 0.8)
-"""Grid of the standard deviation of an edge's effect, in multiples of `unit`."""
+"""Possible standard deviations of an edge's effect, as multiples of `unit`."""
 TINY = 1e-9
 INTERCEPT = 2.0
-"""Standard deviation of the intercept a, in multiples of `unit`."""
+"""Standard deviation of the intercept, as a multiple of `unit`."""
 SEED_NOISE, SEED_WEIGHT = 1.9, 2.0
-"""Prior standard deviation of one seed's difference, in multiples of the margin, and the weight of this prior, in seeds."""
+"""Prior of the seed noise: its standard deviation, as a multiple of the margin; and the prior's weight, as a number of seeds."""
 
 
 @lru_cache(maxsize=4096)
 def gaps(measures: EdgeMeasures) -> dict[str, float | None]:
-    """Return measure -> gap between teacher and learner. A larger value is a wider gap.
-
-    Only one measure of each kind is used, since history is short: forward KL, mass and advantage resemble reverse KL, overlap and loss.
-    """
+    """Return measure -> gap between teacher and learner. A larger value means that the two models differ more."""
+    # history is short, so forward KL, mass and advantage are left out: they resemble reverse KL, overlap and loss
     m = measures
     size = None if m.size_ratio is None else log(m.size_ratio)
     return {
@@ -70,7 +69,7 @@ def hop_weights(hops: int, carry: float) -> list[float]:
 
 
 def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) -> dict[str, float | None]:
-    """Return measure -> the chain's weighted sum of gaps minus the direct hop's gap, and the log of the cost."""
+    """Return measure -> weighted sum of the gaps of a chain's hops, minus the gap of the direct hop. `cost` is the log of the cost."""
     found: dict[str, float | None] = {"cost": log(cost)}
     of_chain, weights = [gaps(e.measures) for e in edges], hop_weights(len(edges), carry)
     for name, base in gaps(direct.measures).items():
@@ -84,7 +83,7 @@ def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Forecast of a chain's difference to its equal-compute baseline: a mixture with one normal distribution for each point of the grid."""
+    """Forecast of the difference between a chain and its equal-compute baseline: a weighted mixture of normal distributions."""
 
     weights: Array
     means: Array
@@ -122,7 +121,7 @@ class Predictions:
     used: tuple[str, ...]
     """Measures that the regression used."""
     unused: tuple[str, ...]
-    """Measures that some paths lack, or that never vary."""
+    """Measures that the regression could not use, because some paths lack them or because they never vary."""
     seed_sd: float
     """Standard deviation of one seed's difference."""
     families: int
@@ -132,14 +131,14 @@ class Predictions:
 def predict(
     candidates: Sequence[Candidate], direct: Edge, history: Sequence[TwinPair], *, margin: float, family: str | None = None
 ) -> Predictions:
-    """Forecast chains with the same first and last model as `direct`.
+    """Forecast the difference between each chain and direct distillation at equal compute.
 
     Args:
         candidates: the chains, without the direct path.
-        direct: the hop of direct distillation.
-        history: chains of earlier studies with their twins (`pair_up`), all in the margin's unit.
-        margin: the smallest relevant difference; it sets the unit of the prior.
-        family: the family of the candidates, if history may contain runs of this family.
+        direct: the edge of direct distillation. All chains have its teacher and its student.
+        history: pairs of a chain and its twin from earlier studies (`pair_up`). All differences are in one metric.
+        margin: the smallest relevant difference, in the same metric. It also sets the scale of the prior.
+        family: the name of the candidates' family (`family_of`). None if no run in `history` belongs to this family.
     """
     seed_variance = _seed_variance(history, margin)
     unit = max(margin, float(np.sqrt(np.mean([p.mean**2 for p in history]))) if history else 0.0)
@@ -185,14 +184,14 @@ def _seed_variance(history: Sequence[TwinPair], margin: float) -> float:
 
 
 def _noise(history: Sequence[TwinPair], seed_variance: float) -> Array:
-    """Return the noise covariance of the pairs' means. Chains may share a twin, which causes half of a difference's variance."""
+    """Return the covariance (N, N) of the seed noise in the mean differences of the N pairs."""
     noise_NN = np.zeros((len(history), len(history)))
     for i, p in enumerate(history):
         for j, q in enumerate(history):
             if i == j:
                 noise_NN[i, j] = seed_variance / len(p.seeds)
             elif p.family == q.family and p.twin == q.twin:
-                common = len(set(p.seeds) & set(q.seeds))
+                common = len(set(p.seeds) & set(q.seeds))  # the twin that both share causes half of each difference's variance
                 noise_NN[i, j] = seed_variance / 2 * common / (len(p.seeds) * len(q.seeds))
     return noise_NN
 
@@ -205,7 +204,7 @@ def _contrasts(rows: Sequence[_Row], carry: float) -> dict[str, Array]:
 
 
 def _standardised(columns: dict[str, Array], rows: int, seen: int) -> tuple[Array, Array]:
-    """Return the scaled contrasts (rows, contrasts), and each row's largest distance outside history's range (rows,)."""
+    """Return two arrays: the standardised contrasts (rows, contrasts); and how far each row lies outside the range of history (rows,)."""
     # A contrast that never varies in history is removed from `columns`. A row with another value is one standard deviation outside.
     if seen == 0:
         return np.ones((rows, 1)), np.zeros(rows)
@@ -232,7 +231,7 @@ def _kernels(rows: Sequence[_Row], x_RK: Array, excess_R: Array, carry: float, u
     for i, of_row in enumerate(keys):
         edges_RE[i, [places[key] for key in of_row]] = hop_weights(len(of_row), carry)
     slopes_RR, shared_RR = x_RK @ x_RK.T / x_RK.shape[1], edges_RE @ edges_RE.T
-    # outside history's range the line may bend: each row gets, independently, the variance that all slopes together have at that distance
+    # Outside the range of history the relation may not be linear. Each row gets its own extra variance, which grows with the distance.
     slopes_RR = slopes_RR + np.diag(excess_R**2)
     grid = np.array(list(product(SLOPES, FAMILIES, EDGES))) ** 2
     parts = np.stack([slopes_RR, same_RR, shared_RR])

@@ -1,7 +1,6 @@
 """Texts of the advice: reason, rules of thumb, cautions and commands, and the `Report` that terminal, page and advice.json show.
 
-Every number is `measured` (on dev prompts), `predicted` (by the cost ledger, from history, or from the prior alone) or
-`assumed` (a setting, a definition). `TAGS` says which.
+Every number is `measured` (on dev prompts), `predicted` (a cost or a forecast) or `assumed` (a setting). `TAGS` says which.
 """
 
 import shlex
@@ -46,26 +45,26 @@ class Rule:
 
 
 def scores(measures: Measures) -> dict[str, dict[str, float]]:
-    """Return name of the score -> model -> dev score, from 0 to 1."""
+    """Return name of a score -> model -> the model's score on dev prompts, from 0 to 1."""
     by_loss = {m.name: exp(-m.loss.mean) for m in measures.models}
     return {"exp(−loss)": by_loss, "ROUGE-L / 100": {m.name: m.rouge_l.mean / 100 for m in measures.models}}
 
 
 def lambda_sweeps(measures: Measures) -> dict[str, tuple[Chosen, ...]]:
-    """Maximise MiniDisc's trade-off score(A) + lambda (1 - N_A / N_T) for all lambda, with both scores, as their scale matters."""
+    """Return name of a score -> the assistants that MiniDisc's trade-off chooses, each with its range of lambda (`lambda_tradeoff`)."""
     names = [m.name for m in measures.models]
     sizes = {m.name: float(m.parameters) for m in measures.models}
     return {name: lambda_tradeoff(names[0], names[1:-1], of_models, sizes) for name, of_models in scores(measures).items()}
 
 
 def sweep_text(chosen: Sequence[Chosen]) -> str:
-    """Return the chosen assistants as text, such as ``l up to 0.13, then m``."""
+    """Describe which assistant is chosen for which lambda. Example: ``a up to 0.13, then b`` for the two assistants a and b."""
     parts = [c.assistant if c.high == inf else f"{c.assistant} up to {c.high:.2g}" for c in chosen]
     return ", then ".join(parts)
 
 
 def rules(measures: Measures, ladder: Ladder, most: int | None) -> tuple[Rule, ...]:
-    """Return the paths that rules of thumb choose from sizes and dev scores alone."""
+    """Return three rules of thumb with the paths that they choose. They use only the models' sizes and dev scores."""
     ends, between = (ladder.teacher, ladder.assistants, ladder.student), scores(measures)["exp(−loss)"]
     return (
         Rule(
@@ -81,7 +80,7 @@ def rules(measures: Measures, ladder: Ladder, most: int | None) -> tuple[Rule, .
 def notes(
     recipe: Recipe, paths: Sequence[ModelPath], measures: Measures, advice: Advice, past: History, metric: str, prompts: int
 ) -> tuple[str, ...]:
-    """Return the cautions that apply, one or two sentences each."""
+    """Return warnings about the models, the settings and the history. Each warning is one or two sentences."""
     pairs = [measures.pairs[hop] for hop in dict.fromkeys(hop for path in paths for hop in pairwise(path))]
     found: list[str] = []
     wide = [f"{p.teacher} > {p.learner} ({p.size_ratio:.1f})" for p in pairs if p.size_ratio > HOPS[1]]
@@ -90,7 +89,8 @@ def notes(
         found.append(f"Wide hops, whose teacher is more than {HOPS[1]:g} times as big as the learner: {_list(wide)}.")
     if near:
         found.append(
-            f"Short hops, less than {HOPS[0]:g} times in size: {_list(near)}. Such a hop costs a training stage and changes little."
+            f"Short hops, whose teacher is less than {HOPS[0]:g} times as big as the learner: {_list(near)}. Such a hop costs a training "
+            "stage and changes little."
         )
     thin = [f"{p.teacher} > {p.learner} {p.mass.mean:.2f}" for p in pairs if p.mass.mean < LEAST_MASS]
     if thin:
@@ -101,18 +101,20 @@ def notes(
     bought = [m.name for m in measures.models[1:-1] if _ready_made(recipe, m.name)]
     if bought:
         found.append(
-            f"{_list(bought)}: not trained in this study, so its training, selection and compute are unknown and in no path's cost."
+            f"This study does not train {_list(bought)}, so the compute of that training is unknown, and no path's cost contains it."
         )
     if metric in NOT_COMPARABLE:
         found.append(f"method.select.metric is `{metric}`, which cannot compare students of different teachers; use loss or rouge_l.")
     if not advice.pairs:
         found.append(
-            "There is no earlier study to learn from, so the default applies: direct at equal compute. The rules of thumb are hypotheses."
+            "There is no earlier study to learn from, so the advice is the default: direct distillation with a chain's compute. The rules "
+            "of thumb are only hypotheses."
         )
     if past.left_out:
-        found.append(f"{len(past.left_out)} arms or seeds of earlier studies could not be used: {past.left_out[0].rstrip('.')}.")
+        first = past.left_out[0].rstrip(".")
+        found.append(f"{len(past.left_out)} arms or seeds of earlier studies could not be used. The first reason: {first}.")
     if (n := measures.models[0].loss.n) < prompts:
-        found.append(f"The dev set has {n} prompts that are short enough, fewer than the {prompts} of --prompts.")
+        found.append(f"--prompts is {prompts}, but the dev set has only {n} prompts that are short enough, so {n} prompts are used.")
     found.append(
         "Models were measured before any distillation. In a chain an assistant is distilled first, which lowers its entropy and "
         "changes every measure of the next hop."
@@ -138,7 +140,7 @@ class NextRun:
     cost: float
     """Compute, divided by the compute of one direct run of one seed."""
     gain: float | None
-    """Expected reduction of the decision's regret, in the metric's unit; None for the step to run now."""
+    """Expected improvement of the chosen path by this run, in the metric's unit. None for the run to start now."""
 
 
 def steps(
@@ -160,7 +162,7 @@ def steps(
     seeds, found = len(recipe.seeds), []
     chains = [path for path in costs if len(path) > 2]
     if advice.verdict == "chain":
-        text = f"now: {path_text(advice.path)}, together with direct at equal compute, which the path has to beat on the test sets"
+        text = f"now: {path_text(advice.path)} and direct distillation of equal compute; the chain is useful if it wins on the test sets"
         found.append(NextRun(text, command(_chain(recipe, advice.path), seeds), 2 * costs[advice.path].multiple * seeds, None))
     elif chains:
         wanted = advice.next[0].path if advice.next else chains[0]
@@ -181,7 +183,7 @@ def _chain(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
 
 
 def _longer(recipe: Recipe, path: tuple[str, ...], cost: PathCost) -> list[str]:
-    """Return overrides that add only a chain's equal-compute baseline. Its stages are the same as with `compute: as CHAIN`."""
+    """Return overrides that add only a chain's equal-compute baseline. The baseline has the same stages as with `compute: as CHAIN`."""
     if cost.twin is None:
         return _direct(recipe, path)
     twin, (updates, every) = _key(twin_name(path)), cost.twin
@@ -284,7 +286,7 @@ def verdict_line(advice: Advice) -> str:
 
 
 def basis_line(report: Report) -> str:
-    """Return a line that names the history behind the verdict."""
+    """Return a line that says on how many earlier chains and families the verdict is based."""
     advice = report.advice
     if not advice.pairs:
         return "no history: differences come from the prior, which assumes no effect on average"

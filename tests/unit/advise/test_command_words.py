@@ -45,18 +45,20 @@ def test_cautions(study):
 
     text = said(measures())
     assert "Wide hops, whose teacher is more than 4 times as big as the learner: xl > s (10.0)." in text
-    assert "Short hops, less than 1.3 times in size: l > m (1.14)" in text
+    assert "Short hops, whose teacher is less than 1.3 times as big as the learner: l > m (1.14)" in text
     assert "likeliest tokens" not in text
     assert "There is no earlier study to learn from" in text
-    assert "fewer than" not in text
+    assert "--prompts is" not in text
     assert "xl > s 0.5" in said(measures(mass=0.5))
-    assert "The dev set has 20 prompts that are short enough, fewer than the 256 of --prompts." in said(measures(), prompts=256)
+    assert "--prompts is 256, but the dev set has only 20 prompts that are short enough" in said(measures(), prompts=256)
     assert "`last`, which cannot compare" in said(measures(), metric="last")
-    assert "2 arms or seeds of earlier studies could not be used: a." in said(measures(), past=History((), ("a", "b")))
-    assert "could not be used: ../runs/x/plan.json is damaged." in said(measures(), past=History((), ("../runs/x/plan.json is damaged.",)))
+    assert "2 arms or seeds of earlier studies could not be used. The first reason: a." in said(measures(), past=History((), ("a", "b")))
+    assert "could not be used. The first reason: ../runs/x/plan.json is damaged." in said(
+        measures(), past=History((), ("../runs/x/plan.json is damaged.",))
+    )
     models = found.models | {"l": found.models["l"].model_copy(update={"load": "gpt2", "config": {}, "sft": None})}
     bought = found.model_copy(update={"models": models})
-    assert "l: not trained in this study" in "\n".join(notes(bought, list(priced), measures(), advice, nothing, "loss", 20))
+    assert "This study does not train l, so" in "\n".join(notes(bought, list(priced), measures(), advice, nothing, "loss", 20))
 
 
 def test_rules_of_thumb(study):

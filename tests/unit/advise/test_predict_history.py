@@ -153,4 +153,4 @@ def test_a_plan_whose_models_cannot_be_read_is_left_out(tmp_path):
     write(tmp_path, "one", ARMS)
     path = tmp_path / "one" / "plan.json"
     path.write_text(path.read_text().replace('"hub/xl"', "null"))
-    assert "one: models cannot be read" in history(tmp_path).left_out[0]
+    assert "one: the models in plan.json cannot be read" in history(tmp_path).left_out[0]

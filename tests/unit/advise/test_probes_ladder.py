@@ -81,7 +81,7 @@ def test_a_new_candidate_leaves_the_old_probes():
         (["search={teacher: xl, assistants: [l], student: s, budget: 0.5}"], "budget is 0.5 .* xl > s, costs 1.00"),
         (["arms.other=m"], None),
         (["arms.other=xl > l"], "students s, l"),
-        (["arms.direct=xl > l"], "no model is between xl .* and student l"),
+        (["arms.direct=xl > l"], "no model is smaller than teacher xl .* and bigger than student l"),
         (["search={teacher: xl, assistants: [who], student: s}"], "`who`, which is not a model"),
     ],
 )
