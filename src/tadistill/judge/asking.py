@@ -1,4 +1,4 @@
-"""Ask the judge all questions that have no reply yet, in several threads, and estimate the tokens beforehand.
+"""Ask the judge in several threads, and estimate the tokens before the first request.
 
 Every reply is appended to a cache file at once (one JSON object per line). A question with a cached reply is not asked again.
 """
@@ -29,9 +29,9 @@ Scores = tuple[float, float]
 
 @dataclass(frozen=True)
 class RequestEstimate:
-    """The number of questions of a run and their estimated tokens.
+    """The number of a run's questions, and their tokens as estimated from the length of the texts.
 
-    Tokens are estimated from the length of the texts. `most_out` is the upper limit of the generated tokens.
+    `cached` questions already have a reply. `most_out` is the upper limit of the generated tokens.
     """
 
     questions: int
@@ -48,7 +48,7 @@ class RequestEstimate:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The judge's scores: question text -> (score of Assistant 1, score of Assistant 2); and the questions without scores."""
+    """The judge's replies. `scores` maps the text of a question to (score of Assistant 1, score of Assistant 2)."""
 
     scores: dict[str, Scores]
     unparsed: frozenset[str]
@@ -63,7 +63,7 @@ def question_key(settings: Judge, text: str) -> str:
 
 
 class Cache:
-    """A cache of the judge's replies, in memory and in an open file. Several threads may add replies at the same time."""
+    """The judge's replies, kept in memory and appended to a file. Several threads may add replies at the same time."""
 
     def __init__(self, path: Path, replies: dict[str, Reply]):
         self._replies = replies
@@ -94,7 +94,7 @@ class Cache:
 
 @contextmanager
 def open_cache(path: Path) -> Iterator[Cache]:
-    """Open the cache of a study for one process at a time.
+    """Open the file of a study's cached replies. Only one process at a time can open it.
 
     Raises:
         StoreError: another process has the cache open, or a line of the file is damaged.
@@ -128,12 +128,12 @@ def _read_replies(path: Path) -> dict[str, Reply]:
             row = json.loads(line)
             replies[row["key"]] = Reply(str(row["text"]), int(row["in"]), int(row["out"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{path}, line {number} is not a reply ({error}): delete this line to ask its question again") from error
+            raise StoreError(f"{path}, line {number} is not a reply ({error}): delete the line, and its question is asked again") from error
     return replies
 
 
 def estimate_requests(questions: Sequence[Question], settings: Judge, cache: Cache) -> RequestEstimate:
-    """Estimate the requests and tokens of a run. Questions with the same text are counted once, because they share a reply."""
+    """Estimate the requests and tokens of a run. Questions with equal texts share a reply and are counted once."""
     texts = list(dict.fromkeys(question.text for question in questions))
     open_texts = [text for text in texts if not _settled(text, settings, cache)]
     tokens_in = sum(len(text) for text in open_texts) // _CHARACTERS_A_TOKEN
@@ -144,10 +144,10 @@ def estimate_requests(questions: Sequence[Question], settings: Judge, cache: Cac
 def ask_all(
     questions: Sequence[Question], settings: Judge, cache: Cache, ask: Callable[[str], Reply], *, tick: Callable[[], None] = lambda: None
 ) -> Verdicts:
-    """Ask every question that has no cached reply, and return all scores. The order in which the replies arrive does not change the result.
+    """Ask every question that has no cached reply, and return all scores. They do not depend on the order in which replies arrive.
 
     Args:
-        ask: text -> reply; raises `Refused` or `Unavailable`. Called from `settings.jobs` threads.
+        ask: sends a question and returns the reply, or raises `Refused` or `Unavailable`. It is called from `settings.jobs` threads.
         tick: called after each distinct question that is answered or refused.
 
     Raises:
@@ -222,7 +222,7 @@ class _Run:
                 self.tick()
                 if self.answered or len(self.refused) < _REFUSALS:
                     return None
-            self._fail(f"refuses every question so far: {error}")
+            self._fail(f"has refused all questions so far: {error}")
             raise Unavailable(str(error)) from error
         except Unavailable as error:
             self._fail(str(error))

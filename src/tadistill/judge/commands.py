@@ -1,4 +1,4 @@
-"""The work of `tadistill judge` and `tadistill human`."""
+"""Functions that the commands `tadistill judge` and `tadistill human` call."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm: Callable[[str], bool], command: str) -> Path | None:
     """Let a model rate the answers of a study. Return the path of the summary, or None if the user does not confirm.
 
-    `root` is the directory of the studies and the store. `confirm` is called with a question before the first request is sent.
+    `root` is the directory of the studies and the store. `confirm` asks the user before the first request is sent.
 
     Raises:
         ConfigError, DataError: the input is wrong. Nothing has been sent.
@@ -60,7 +60,7 @@ def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm:
 
 
 def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Console) -> Path:
-    """Write a blind sheet (page, CSV and key) of a study's first training seed, and return the path of the page."""
+    """Write a blind sheet (page, CSV and key) with answers of a study's first training seed. Return the path of the page."""
     directory = find_study(study, root)
     answers = read_answers(directory, store_of(root), arms=sheet.arms, sets=sheet.sets, limit=sheet.limit)
     name = _file_name(sheet.name)
@@ -68,7 +68,7 @@ def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Console)
     page = write_sheet(directory / "judge", made, name=name)
     _name_unfinished(console, answers)
     console.print(f"{len(answers.items)} prompts, {len(answers.arms) + sheet.reference} answers each", highlight=False)
-    for text in (f"for the raters: {page} (or {page.with_suffix('.csv')})", f"hide from the raters: {page.with_suffix('.key.json')}"):
+    for text in (f"for the raters: {page} (or {page.with_suffix('.csv')})", f"not for the raters: {page.with_suffix('.key.json')}"):
         console.print(text, soft_wrap=True, highlight=False)
     return page
 
@@ -84,7 +84,9 @@ def read_sheets(study: str, files: Sequence[Path], *, root: Path, console: Conso
     console.print(_table([row for row in summary["rows"] if "score" not in row], "arms compared"))
     found = summary["agreement"]
     value = "not defined" if found["value"] is None else f"{found['value']:.2f}"
-    console.print(f"{found['measure']}: {value} ({found['raters']} raters, {found['shared']} answers rated by several)", highlight=False)
+    console.print(
+        f"{found['measure']}: {value} ({found['raters']} raters, {found['shared']} answers with several ratings)", highlight=False
+    )
     console.print(f"summary: {path}", soft_wrap=True, highlight=False)
     return path
 
@@ -112,7 +114,9 @@ def _announce(console: Console, answers: Answers, plan: RequestEstimate, model: 
     )
     if plan.requests:
         out = f"{plan.tokens_out:,} tokens out (at most {plan.most_out:,})"
-        console.print(f"estimated: {plan.tokens_in:,} tokens in, {out}; unparsable replies are asked again", highlight=False)
+        console.print(
+            f"estimated: {plan.tokens_in:,} tokens in, {out}; questions whose reply cannot be parsed are asked again", highlight=False
+        )
 
 
 def _conclude(console: Console, verdicts: Verdicts, plan: RequestEstimate) -> None:

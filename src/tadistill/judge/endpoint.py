@@ -30,7 +30,7 @@ class Refused(Exception):
 
 
 class Unavailable(Exception):
-    """The endpoint cannot answer any question. The message continues a sentence that begins with the endpoint's name."""
+    """The endpoint cannot answer any question. The message is a sentence without its subject, such as "cannot be reached"."""
 
 
 class _Message(BaseModel):
@@ -104,7 +104,7 @@ def ask(client: "OpenAI", settings: Judge, text: str) -> Reply:
 
     Raises:
         Refused: the endpoint refuses this question.
-        Unavailable: the endpoint is down, too slow or out of quota, rejects the key or the model, or returns no chat completion.
+        Unavailable: the endpoint is down, too slow or out of quota; rejects the key or the model; or returns no chat completion.
     """
     import openai
 
@@ -139,7 +139,7 @@ def _complete(client: "OpenAI", settings: Judge, text: str) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Describe an error of the `openai` package as the end of a sentence whose subject is the endpoint, such as "cannot be reached"."""
+    """Describe an error of the `openai` package in a sentence without its subject (the endpoint), such as "cannot be reached"."""
     import openai
 
     if isinstance(error, openai.APITimeoutError):

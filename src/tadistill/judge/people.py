@@ -1,7 +1,7 @@
 """Ratings by people: write a blind sheet of a study's answers, and read filled-in sheets back.
 
-A sheet shows the same prompts with the arms' answers under letters in random order; a separate key file maps each letter to its
-arm. Filled-in sheets become mean ratings, win rates and the raters' agreement, in the form of a judge's summary.
+A sheet shows prompts with the answers of several arms. Letters in random order replace the arms' names, and a separate key file maps each
+letter to its arm. The summary has mean ratings, win rates and the raters' agreement.
 """
 
 import csv
@@ -48,7 +48,9 @@ def make_sheet(answers: Answers, *, name: str, with_reference: bool, seed: int) 
     """
     arms = [arm for arm in next(iter(answers.items)).answers if arm in answers.arms or with_reference]
     if not 2 <= len(arms) <= len(ascii_uppercase):
-        raise ConfigError(f"a sheet shows 2 to {len(ascii_uppercase)} answers per prompt, but {len(arms)} are chosen: choose other arms")
+        raise ConfigError(
+            f"a sheet shows 2 to {len(ascii_uppercase)} answers per prompt, but {len(arms)} arms are chosen: use other --arm options"
+        )
     rng = random.Random(seed)
     items = rng.sample(answers.items, len(answers.items))
     shown, key = [], {}
@@ -70,10 +72,10 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
     """
     key_path = directory / f"sheet-{name}.key.json"
     if key_path.is_file() and read_json(key_path).get("sheet") != sheet.identity:
-        raise ConfigError(f"{key_path} belongs to another sheet, which raters may be filling in: choose another --name, or delete it")
+        raise ConfigError(f"{key_path} belongs to another sheet, which raters may be using: choose another --name, or delete this key file")
     table = directory / f"sheet-{name}.csv"
     if table.is_file() and table.read_text(encoding="utf-8", errors="replace") != _table(sheet):
-        raise ConfigError(f"{table} has been changed, perhaps by a rater: move it to another place, choose another --name, or delete it")
+        raise ConfigError(f"{table} has been changed, perhaps by a rater: choose another --name, or move or delete this CSV file")
     directory.mkdir(parents=True, exist_ok=True)
     page = directory / f"sheet-{name}.html"
     write_json(key_path, sheet.key)
@@ -113,7 +115,7 @@ _NEEDED = ("item", "letter", "rating")
 
 @dataclass(frozen=True)
 class Rating:
-    """The rating that one rater gave one answer."""
+    """One rater's rating of one answer."""
 
     rater: str
     item: str
@@ -122,14 +124,14 @@ class Rating:
 
 
 def load_key(path: Path) -> dict[str, Any]:
-    """Read the key of a sheet.
+    """Read the key file of a sheet, which maps letters to arms.
 
     Raises:
         ConfigError: there is no such sheet.
         DataError: the file is not a key.
     """
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist: `tadistill human STUDY` without files writes a sheet and its key")
+        raise ConfigError(f"{path} does not exist: first write the sheet and its key with `tadistill human STUDY`")
     key = read_json(path)
     try:
         for item in key["items"].values():
@@ -137,12 +139,12 @@ def load_key(path: Path) -> dict[str, Any]:
         low, high = key["scale"]
         _ = (key["sheet"], int(low), int(high))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not the key of a sheet ({type(error).__name__}: {error}): use the sheet's own key") from error
+        raise DataError(f"{path} is not the key of a sheet ({type(error).__name__}: {error}): restore the original key file") from error
     return key
 
 
 def read_ratings(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Rating]:
-    """Read the ratings of all files. Each file is one rater unless it has a column `rater`; answers without a rating are skipped.
+    """Read the ratings of all files. A file without a column `rater` counts as one rater. Answers without a rating are skipped.
 
     Raises:
         DataError: a file is not a filled-in copy of this sheet; the message names the file, the line and the problem.
@@ -167,8 +169,8 @@ def read_ratings(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Rating]:
 def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict[str, Any]:
     """Compute the scores of every arm, the wins of every pair of arms, and the agreement of the raters.
 
-    A prompt's score is the mean over its raters; n is the number of prompts. For a pair of arms, each rater votes +1, 0 or -1 on a prompt.
-    The outcome of the prompt is the sign of the mean vote, so that every prompt has the same weight.
+    A prompt's score is the mean over its raters, and n is the number of prompts. For a pair of arms, a rater's vote on a prompt is +1, 0
+    or -1. The outcome of the prompt is the sign of the mean vote. Every prompt thus has the same weight.
     """
     items = key["items"]
     arms = tuple(sorted({arm for item in items.values() for arm in item["letters"].values()}))
@@ -230,7 +232,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist: give the answers.csv or the CSV sheet of a rater") from error
+        raise ConfigError(f"{path} does not exist: name a file answers.csv or a CSV sheet that a rater filled in") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: save it as CSV (UTF-8)") from error
     head = text.split("\n", 1)[0]
@@ -248,7 +250,9 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
 def _rating(place: str, row: Mapping[str, str], key: Mapping[str, Any], *, rater: str) -> Rating | None:
     item, letter, text = (row[name].strip() for name in _NEEDED)
     if row.get("sheet", "").strip() not in ("", key["sheet"]):
-        raise DataError(f"{place}: the row belongs to sheet {row['sheet'].strip()}, not to {key['sheet']}; name the right one with --name")
+        raise DataError(
+            f"{place}: the row belongs to sheet {row['sheet'].strip()}, not to {key['sheet']}; name the right sheet with --name"
+        )
     if item not in key["items"]:
         raise DataError(f"{place}: the sheet has no item `{item}`; it has p001 to {list(key['items'])[-1]}")
     letters = key["items"][item]["letters"]

@@ -1,8 +1,8 @@
 """Select the answers that are judged, write the questions to the judge, and parse its replies.
 
-Every arm answers the same prompts of a study, in the first decoding seed of its evaluation. Arms whose evaluation is not finished are left
-out and named. The question follows MiniLLM (Gu et al. 2024, section 3.1 and appendix): two answers to instruction and input are rated 1 to
-10 each. The wording differs. Every pair is asked in both orders, because judges favour a position.
+All arms are judged on the same prompts, with the answers of the first decoding seed. Arms whose evaluation is not finished are left out and
+named. As in MiniLLM (Gu et al. 2024, section 3.1 and appendix), the judge rates each of two answers from 1 to 10, but the wording of the
+question differs. Every pair is asked in both orders, because judges favour a position.
 """
 
 import re
@@ -20,10 +20,7 @@ from tadistill.store import Store
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt with its answers.
-
-    `answers` maps an arm (or `REFERENCE`) to one answer per training seed, in the order of `Answers.seeds`.
-    """
+    """One prompt. `answers` maps an arm (or `REFERENCE`) to one answer per training seed, in the order of `Answers.seeds`."""
 
     set: str
     index: int
@@ -50,7 +47,7 @@ def read_answers(
 
     Args:
         all_seeds: read every training seed for which all these arms are evaluated, instead of only the first one.
-        limit: the number of prompts per set. They are evenly spaced and the same for all arms.
+        limit: the number of prompts per set. The prompts are evenly spaced over the set, and the same for all arms.
 
     Raises:
         ConfigError: an arm or a set does not exist, or an arm in `arms` has no answers yet.
@@ -98,7 +95,7 @@ def _choose(plan: StudyPlan, store: Store, wanted: Sequence[str], seed: int) -> 
 
 
 def _first_answers(store: Store, key: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """Map (set, index of the prompt) to the prediction of the set's lowest decoding seed."""
+    """Return a dict from (set, index of the prompt) to the prediction with the set's lowest decoding seed."""
     rows = load_predictions(store, key)
     lowest: dict[str, int] = {}
     try:
@@ -214,7 +211,7 @@ def write_question(instruction: str, given: str, left: str, right: str) -> str:
 
 
 def with_reminder(text: str, attempt: int) -> str:
-    """Return the question with a reminder of the form of the reply; `attempt` counts from 0, and attempt 0 has no reminder.
+    """Return the question's text for an attempt, counted from 0. From attempt 1 on, a reminder of the reply's form is added.
 
     The reminders differ, because a judge at temperature 0 gives the same reply to the same text.
     """

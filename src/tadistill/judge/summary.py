@@ -23,11 +23,11 @@ Row = dict[str, Any]
 
 
 def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdicts, *, mode: str, against: str = REFERENCE) -> list[Row]:
-    """Compute the rows of a summary: one per arm and set, and with several sets one per arm for the mean over sets.
+    """Compute one row per arm and set. With several sets, each arm also gets a row for the mean over sets.
 
-    pair: a win counts only when both orders agree; otherwise it is a tie. win_rate = 100 (wins + ties / 2) / n.
-    score: as in MiniLLM, 100 x sum of the arm's scores / sum of the reference's scores, over both orders.
-    n is the number of pairs of answers (prompts x training seeds).
+    n is the number of compared pairs of answers: prompts x training seeds.
+    Mode pair: an arm wins if it wins in both orders. Different results count as a tie. win_rate = 100 (wins + ties / 2) / n.
+    Mode score, as in MiniLLM: 100 x sum of the arm's scores / sum of the reference's scores, over both orders.
     """
     scores = {(q.set, q.index, q.seed, q.left, q.right): verdicts.scores[q.text] for q in questions if q.text in verdicts.scores}
     make = _pair_rows if mode == "pair" else _score_rows
@@ -39,7 +39,7 @@ def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdict
 
 
 def verdict(first: Scores, second: Scores) -> int:
-    """Return 1 if the arm has the higher score in both orders, -1 if the other answer has it in both orders, else 0.
+    """Return 1 if the arm has the higher score in both orders, -1 if the other answer has the higher score in both orders, else 0.
 
     Args:
         first: the scores with the arm shown first.
@@ -50,10 +50,10 @@ def verdict(first: Scores, second: Scores) -> int:
 
 
 def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean over sets of the ratio sum(arm) / sum(other). Index 0 of the last axis is the arm, 1 the other.
+    """Return the 95 % interval of the ratio sum(arm) / sum(other), averaged over sets.
 
-    Each ratio r is linearised (delta method). The values r + (arm - r other) / mean(other) have the mean r over seeds and prompts, and to
-    first order the variance of r. `macro_interval` then treats training seeds and prompts as for any other score.
+    Each array has the shape (S, N, 2): scores of the arm, then scores of the other. The delta method replaces each ratio by one value per
+    seed and prompt with the same mean and, to first order, the same variance. `macro_interval` then handles them like any other score.
     """
     linear = []
     for values in strata_SN2:
@@ -64,7 +64,7 @@ def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
 
 
 def write_summary(path: Path, *, mode: str, judge: str, arms: Sequence[str], rows: Sequence[Row], command: str, **more: Any) -> None:
-    """Write ``judge-NAME.json``, which the report reads."""
+    """Write the summary of a judge run to `path` (``judge-NAME.json``). The report reads this file."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     content = {"mode": mode, "judge": judge, "arms": list(arms), "rows": list(rows), **more, "created": created, "command": command}
     write_json(path, content, allow_nan=False)

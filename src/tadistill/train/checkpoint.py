@@ -1,8 +1,8 @@
-"""The files of a training stage: its log, its two newest states, and for each state the weights of its best update.
+"""The files that a training stage writes: its log, its two newest training states, and the best weights of each state.
 
-A file is written under a temporary name, flushed to the disk and renamed, so a kill or a power failure leaves either the complete old
-file or the complete new file. The name of a file of best weights contains the number of its update. A resumed state therefore uses its own
-best weights, never the weights of a later update that was lost.
+A file is written under a temporary name, flushed to disk and renamed. A kill or a power failure therefore leaves either the complete old
+file or the complete new file. The name of a file with best weights contains the update's number. A resumed state thus finds its own best
+weights, not the weights of a later update that was lost.
 """
 
 import json
@@ -26,7 +26,7 @@ _SHARE = 20  # saving takes at most a twentieth of the time
 
 @dataclass
 class TrainState:
-    """Everything that a stage needs to resume exactly where it was. Random numbers are addressed (`tadistill.rng`) and need no state."""
+    """Everything that a stage needs to resume exactly where it was. Random generators are created anew for each step and need no state."""
 
     step: int = 0
     best_value: float | None = None
@@ -37,23 +37,23 @@ class TrainState:
     schedule: dict[str, Any] = field(default_factory=dict)
     alarms: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
-    """The counts that `train.meter` has collected."""
+    """The tokens and FLOPs that `train.meter` has counted."""
     pending: list[dict[str, float]] = field(default_factory=list)
-    """Log rows of the updates since the last line of the log."""
+    """The measurements of the updates after the last line of the log."""
 
 
 class Checkpoints:
-    """The training states in a stage's folder: state.pt, state-before.pt, and best-STEP.pt for the best weights of each state."""
+    """The training states of a stage: state.pt is the newest, state-before.pt the one before it, and best-STEP.pt contains best weights."""
 
     def __init__(self, directory: Path, seconds: float | None = None):
-        """Set `seconds`, the pause between two saves. The default is 30 seconds, or 20 times the duration of a save if this is longer."""
+        """Set the pause between two saves in seconds. None means 30 seconds, or 20 times the duration of a save if this is longer."""
         self.directory, self.seconds = directory, seconds
         self.newest, self.before = directory / "state.pt", directory / "state-before.pt"
         self.took, self.at = 0.0, time.monotonic()
         self.sound = True
-        """False if the newest state cannot be read. It must then not replace the state before it."""
+        """False if state.pt cannot be read. The next save then does not keep it as state-before.pt."""
         self.best_steps: list[int] = []
-        """The updates with the best weights, of the newest state and of the state before it."""
+        """The best update of the newest state, then the best update of the state before it."""
 
     def due(self) -> bool:
         """Return True when it is time to save."""
@@ -61,11 +61,13 @@ class Checkpoints:
         return time.monotonic() - self.at > pause
 
     def best(self, step: int) -> Path:
-        """Return the file for the weights after `step` updates; the file is kept while these weights are the best."""
+        """Return the path of the file for the weights after `step` updates."""
         return self.directory / f"best-{step}.pt"
 
     def load(self, alarm: Callable[[str], None]) -> TrainState | None:
-        """Return the newest state that can be read, or None at a stage's start; report a state that cannot be read to `alarm`.
+        """Return the newest state that can be read, or None if the stage has no state yet.
+
+        If the newest state is damaged, its predecessor is returned, and `alarm` is called with a message.
 
         Raises:
             StoreError: there are states, but none can be read.
@@ -93,7 +95,7 @@ class Checkpoints:
         return None
 
     def save(self, state: TrainState) -> None:
-        """Write a state as the newest one; the previous newest state becomes the state before it."""
+        """Write the state to state.pt, and keep the old state.pt as state-before.pt."""
         start = time.monotonic()
         with replacing(self.newest) as temporary:
             torch.save(vars(state), temporary)
@@ -117,13 +119,13 @@ class Checkpoints:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors and plain values to `path`, atomically."""
+    """Write tensors and plain values to the file `path`, atomically."""
     with replacing(path) as temporary:
         torch.save(content, temporary)
 
 
 def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Read a file that `save` wrote; with `mmap`, a tensor is read only when it is used."""
+    """Read a file that `save` wrote. With `mmap`, a tensor is read from the disk only when it is used."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     # the type depends on where the file is cut off
@@ -132,7 +134,7 @@ def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 class RunLog:
-    """The log of one training stage."""
+    """The log of one training stage. A resumed stage removes the lines after `resume_step`."""
 
     def __init__(self, path: Path, *, resume_step: int = 0, track: Callable[[dict, int], None] | None = None):
         self.path, self.track = path, track
@@ -141,7 +143,7 @@ class RunLog:
             write_text(path, "".join(line + "\n" for line in lines))  # a kill must not destroy the lines before the checkpoint
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line for `step`, the number of updates done so far."""
+        """Append one line of metrics. `step` is the number of updates done so far."""
         line = {"step": step, **{name: float(f"{value:.6g}") for name, value in metrics.items()}}
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -1,8 +1,8 @@
-"""The training loop, on accelerate. It is independent of the objective and of where sequences come from.
+"""The training loop, built on accelerate. It is the same for every objective and every source of sequences.
 
-Each update draws this process's micro-batches (which may sample text), counts the tokens of the loss over all micro-batches and processes,
-runs forward and backward on SUMS divided by that count, checks that everything is finite, and steps. Accelerator is used with
-gradient_accumulation_steps=1 and the schedule is a function of the step, so that accelerate rescales nothing.
+An update first draws this process's micro-batches, which may sample text. It counts the loss tokens over all micro-batches and processes.
+The losses are summed over tokens and divided by this count. If the loss and the gradient are finite, the weights are updated.
+accelerate must not rescale anything: gradient_accumulation_steps is 1, and the learning rate is a function of the step.
 """
 
 import contextlib
@@ -36,21 +36,21 @@ class Hooks:
     """Callbacks that the training loop calls."""
 
     evaluate: Callable[[], dict[str, float]]
-    """Return dev metrics of the current student."""
+    """Returns the metrics of the current student on the dev set."""
     progress: Callable[[int, str], None]
-    """Show (number of updates done, short text)."""
+    """Shows the progress: the number of updates done, and a short text."""
     alarm: Callable[[str], None] = lambda text: None
-    """Show one line about a problem with rollouts."""
+    """Shows a warning of one line, for example about sampled text that repeats itself."""
     stop: Callable[[], bool] = lambda: False
-    """Return True when the run should save and end (after a signal)."""
+    """Returns True if training must save its state and end, for example after a signal."""
     kept: frozenset[int] = frozenset()
-    """Numbers of updates after which `keep` is called."""
+    """The numbers of updates after which `keep` is called."""
     keep: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None
-    """Store (number of updates, whole weights of the student). Only the main process calls it."""
+    """Stores the student's full weights; the first argument is the number of updates done. Only the main process calls it."""
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """Return the learning rate of update `step` (from 0): linear warm-up, then cosine, linear or constant down to `lr_min`."""
+    """Return the learning rate of update `step`, counted from 0. It rises linearly in the warm-up, and then follows `optim.schedule`."""
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
     done = (step - optim.warmup) / max(steps - optim.warmup, 1)
@@ -83,21 +83,21 @@ def train_stage(
     fsdp: bool = False,
     track: Callable[[dict, int], None] | None = None,
 ) -> TrainState:
-    """Train `student` in place for `optim.steps` updates, and load the selected checkpoint's weights at the end.
+    """Train `student` in place for `optim.steps` updates. At the end, load the weights that `select` chooses.
 
     Args:
-        directory: contains metrics.jsonl and the training's `Checkpoints`. Any number of processes can resume them.
-        checkpoint_seconds: `seconds` of `Checkpoints`.
-        fsdp: each process has only a part of the student, also after the call (`sharding`).
+        directory: the folder for metrics.jsonl and the saved states. A later run may resume with another number of processes.
+        checkpoint_seconds: the pause between two saves in seconds; None means the default of `Checkpoints`.
+        fsdp: split the student over the processes. It is still split after the call.
 
     Raises:
         ConfigError: the batch is not a multiple of the number of processes.
-        StageFailed: a loss or gradient is not finite (found before the weights are updated).
+        StageFailed: a loss or gradient is not finite. The weights were not updated with it.
         Interrupted: `hooks.stop` returned True; the state is saved.
     """
     assert optim.steps is not None
     if optim.batch % accelerator.num_processes:
-        raise ConfigError(f"optim.batch {optim.batch} is not a multiple of the {accelerator.num_processes} processes; change one of them")
+        raise ConfigError(f"optim.batch {optim.batch} is not a multiple of the {accelerator.num_processes} processes; change either number")
     steps, every = optim.steps, max(1, optim.steps // LOG_POINTS)
     model = sharding.shard(student, accelerator.device) if fsdp else accelerator.prepare(student)
     optimizer = accelerator.prepare(make_optimizer(student, optim))

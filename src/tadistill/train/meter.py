@@ -1,4 +1,4 @@
-"""The work that a training stage does: tokens and FLOPs by part (`models.counting.cost`), from the shapes of calls of models and heads.
+"""Count the tokens and FLOPs of a training stage. The parts of the work are counted separately (`models.counting.cost`).
 
     meter = Meter(student, (teacher,))
     with meter.counting():
@@ -6,9 +6,9 @@
             ...                                 # counts every call of a model and every fused head
     meter.state()                               # plain numbers, for a checkpoint and for the stage's manifest
 
-Only shapes are read, so counting never synchronises the GPU. A backward pass is counted together with its forward pass: as two more forward
-passes, or, with adapters on frozen weights, as `models.counting.adapters` says. Matrix products with weights and attention are counted.
-Norms, softmax, the optimizer, rotary tables, returns and vLLM are not counted.
+Only the shapes of tensors are read, so counting never waits for the GPU. A backward pass counts as two more forward passes (with adapters
+on frozen weights, see `models.counting.adapters`). The meter counts two things: matrix products with weights, and attention. It does
+not count norms, softmax, the optimizer, rotary tables, returns and vLLM.
 """
 
 import time
@@ -39,10 +39,10 @@ class _Side:
 
 
 class Meter:
-    """Counter of the calls of a student and of its teachers."""
+    """A counter for the tokens and FLOPs of a student and its teachers."""
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], *, checkpointing: bool = False):
-        """Set `checkpointing` if the student recomputes its layers in the backward pass (one more forward pass)."""
+        """Set `checkpointing` if the student recomputes its layers in the backward pass. This counts as one more forward pass."""
         self._again = checkpointing
         self._phase = "training"
         self._sides = [_Side("student", student), *(_Side("teacher", teacher) for teacher in teachers)]
@@ -52,7 +52,7 @@ class Meter:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count the calls inside this context. Hooks on all models and on the fused head count them, and are removed at the end."""
+        """Count every call of a model or of the fused head inside this context."""
         handles = [side.model.register_forward_pre_hook(self._body(side), with_kwargs=True) for side in self._sides]
         handles += [side.head.register_forward_hook(self._logits(side)) for side in self._sides]
         try:
@@ -64,7 +64,7 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Set the phase of the calls inside. In `sampling`, calls in inference mode are rollouts and the other calls are scoring passes."""
+        """Count the calls inside under the phase `name`. In `sampling`, calls in inference mode are rollouts, others scoring passes."""
         outer, self._phase = self._phase, name
         try:
             yield
@@ -73,7 +73,7 @@ class Meter:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Set the phase of the calls inside, and add up the seconds of the phase."""
+        """Count the calls inside under the phase `name`, and add the elapsed seconds to this phase."""
         # No device is still working for a phase at its end, because each phase ends with numbers on the host.
         start = time.perf_counter()
         try:
@@ -83,12 +83,12 @@ class Meter:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def saw(self, batches: list[Batch]) -> None:
-        """Count the padding of an update's text."""
+        """Count the padding tokens in an update's batches."""
         for batch in batches:
             self._padding += batch.attention_BT.numel() - int(batch.attention_BT.sum())
 
     def state(self, processes: int = 1) -> dict[str, Any]:
-        """Return parts, seconds and padding as plain numbers, times the number of processes. All processes are assumed to do equal work."""
+        """Return the counts of all processes and the seconds, as plain numbers. All processes are assumed to do equal work."""
         parts = {
             name: {key: value * processes for key, value in vars(part).items()}
             for name, part in sorted(self._parts.items())
@@ -97,7 +97,7 @@ class Meter:
         return {"parts": parts, "seconds": dict(self._seconds), "padding": self._padding * processes}
 
     def restore(self, state: Mapping[str, Any], processes: int = 1) -> None:
-        """Continue from values that `state` returned; an empty state is a new start."""
+        """Continue from the values that `state` returned. An empty state sets all counts to zero."""
         self._parts = {
             name: CostPart(**{key: value // processes if isinstance(value, int) else value / processes for key, value in part.items()})
             for name, part in state.get("parts", {}).items()
@@ -142,7 +142,7 @@ class Meter:
 
 
 def _flops(side: _Side, work: Work, backward: bool, again: bool) -> float:
-    """Return the FLOPs of the layers without the head; NaN for a family that is not counted."""
+    """Return the FLOPs of the layers, without the head. Return NaN if FLOPs of this model family cannot be counted."""
     if side.size is None:
         return float("nan")
     if backward and side.adapters:

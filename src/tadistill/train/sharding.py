@@ -1,13 +1,13 @@
-"""Models that are sharded over the processes (FSDP2) or kept in host memory: shard, make whole for a while, gather and load.
+"""Functions for models that are split over the processes (FSDP2) or kept in host memory.
 
     shard(student, device)                  # in place: each decoder layer separately, then everything else
     with whole(student):                    # every process holds the whole model, and forward passes need no other process
         ...
     weights(student)                        # the ordinary state dict; for a sharded model only on the main process
 
-torch's own API shards models, not accelerate. accelerate supports FSDP on GPUs only, so the tests could not run on a CPU, and it wraps a
-whole model at once, but samplers and the fused head must decide when the weights are whole. Weights stay in float32 and autocast makes
-them bf16, as with DDP, so the results are those of DDP up to the order of sums.
+The models are split with torch's own API, not with accelerate, for two reasons. accelerate supports FSDP on GPUs only, but the tests run
+on CPUs. accelerate wraps a whole model at once, but samplers and the fused head must decide when the weights are whole.
+Weights are float32 and autocast computes in bf16, as with DDP. The results therefore equal those of DDP, except for the order of sums.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Shard a model in place over all processes; its decoder layers go to `device` one after the other.
+    """Shard a model in place over all processes. Its decoder layers move to `device` one after the other.
 
-    The rest (embeddings, last norm, head) is one group. It stays whole from a forward pass to the end of its backward pass, because the
-    fused head reads the head's weight between these two passes. Without a backward pass the group stays whole.
+    The embeddings, the last norm and the head form one group. It stays whole from a forward pass to the end of the backward pass, because
+    the fused head reads the head's weight between the two. Without a backward pass, the group stays whole.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = _layers(model)
@@ -48,10 +48,10 @@ def sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def whole(model: nn.Module, when: bool = True) -> Iterator[None]:
-    """Gather the whole model on every process inside; do nothing for a model that is not sharded. All processes must enter, or none.
+    """Gather the whole model on every process inside this context. All processes must enter it together.
 
-    Use it for work in which the number of forward passes differs between processes, such as sampling: no pass inside waits for another
-    process.
+    Nothing happens if the model is not sharded or `when` is False. Inside, a forward pass waits for no other process. Sampling needs this,
+    because the processes make different numbers of forward passes.
     """
     if not (when and isinstance(model, FSDPModule)):
         yield
@@ -69,7 +69,7 @@ def whole(model: nn.Module, when: bool = True) -> Iterator[None]:
 
 
 def offload(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Keep a frozen model's decoder layers in host memory, and move each layer to `device` only for its computation in a forward pass."""
+    """Keep a frozen model's decoder layers in host memory. Each layer is moved to `device` only while it computes."""
     layers = _layers(model)
     inside = {module for layer in layers for module in layer.modules()}
     for module in model.modules():
@@ -88,9 +88,9 @@ def offload(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the ordinary state dict. Of a sharded model, the main process gets it, on the CPU, and the others get empty tensors.
+    """Return the ordinary state dict of a model. All processes must call this function.
 
-    All processes must call it.
+    If the model is sharded, the main process gets the full tensors on the CPU, and the other processes get empty tensors.
     """
     if not sharded(model):
         return model.state_dict()
@@ -100,7 +100,9 @@ def weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def gathered(value: Any) -> Any:
-    """Return a state (dicts and lists of tensors and numbers) with whole tensors instead of sharded ones, as in `weights`."""
+    """Return a copy of a state (nested dicts and lists) in which sharded tensors are replaced.
+
+    The main process gets the full tensors on the CPU, and the other processes get empty tensors. All processes must call this function."""
     if isinstance(value, DTensor):
         full = value.full_tensor()
         return full.cpu() if dist.get_rank() == 0 else torch.empty(0)
@@ -110,18 +112,18 @@ def gathered(value: Any) -> Any:
 
 
 def number(value: Tensor) -> float:
-    """Return the value of a scalar that may be sharded, such as the norm of gradients. All processes must call it."""
+    """Return the value of a scalar tensor, which may be sharded. All processes must call this function."""
     return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load an ordinary state dict, which every process has, into a model that may be sharded."""
+    """Load a state dict into a model, which may be sharded. Every process must pass the full state dict."""
     own = model.state_dict() if sharded(model) else {}
     model.load_state_dict({name: _like(value, own.get(name)) for name, value in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load an optimizer's ordinary state dict, which every process has, for parameters that may be sharded."""
+    """Load a state dict into an optimizer, whose parameters may be sharded. Every process must pass the full state dict."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     moments = {
@@ -133,14 +135,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def _like(value: Any, own: Tensor | None) -> Any:
-    """Return this process's shard of a tensor if its counterpart `own` is sharded, else the whole tensor."""
     if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
         return value
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder layers: the outermost list with as many modules as the configuration has layers."""
+    """Return the decoder layers: the first module list whose length is the configuration's number of layers."""
     total = model.config.get_text_config().num_hidden_layers
     stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == total)
     return [*next(stacks, [])]

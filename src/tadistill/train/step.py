@@ -1,8 +1,8 @@
-"""One step of training: student and teacher, and the loss of a micro-batch as a sum of terms that the fused head computes.
+"""The loss of each method. It is a sum of terms, which the fused head computes.
 
-`make_step` turns a method into a `Step`, and the training loop calls `Step.prepare` and `Step.loss`. Each objective is a function from a
-batch to its terms: `TeacherTerm` is a divergence to the teacher, `TokenTerm` a loss of the tokens' log-probabilities. The divergences and
-MiniLLM's formulas are in `tadistill.objectives`.
+`make_step` turns a method into a `Step`, which the training loop calls. An objective becomes a function that returns the terms of a batch.
+A `TeacherTerm` is a divergence from the teacher, and a `TokenTerm` is a loss of the tokens' log-probabilities. Their formulas are in
+`tadistill.objectives`.
 
 Axes: B sequences, T positions, N tokens of the loss, H hidden.
 """
@@ -31,14 +31,14 @@ from tadistill.objectives.targets import Target, TeacherTerm
 
 @dataclass(frozen=True)
 class Loss:
-    """The contribution of a micro-batch to the update's loss. `total` has a graph; `parts` maps names to its detached addends."""
+    """The loss of a micro-batch. `total` is the sum of the terms, with a graph; `parts` maps the terms' names to detached values."""
 
     total: Tensor
     parts: dict[str, Tensor]
 
 
 class Models:
-    """Student and teachers. The class computes their loss on a batch."""
+    """A student and its teachers, which compute the loss of a batch."""
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], vocab: int):
         self.student_model, self.teachers, self.vocab = student, teachers, vocab
@@ -46,9 +46,9 @@ class Models:
         self.readers = [Reader(teacher) for teacher in teachers]
 
     def targets(self, batch: Batch) -> tuple[Target, ...]:
-        """Return the teachers at the batch's response tokens: from the batch if it contains them, else from forward passes.
+        """Return the teachers' outputs for the batch's response tokens.
 
-        Teachers that the batch's mixture leaves out are not run.
+        Outputs that the batch already contains are used; otherwise the teachers run. Teachers that the batch leaves out are skipped.
         """
         kept = batch.mixture.kept()[0] if batch.mixture else [0]
         if batch.targets:
@@ -56,7 +56,9 @@ class Models:
         return tuple(self.readers[k].target(self.teachers[k], batch) for k in kept)
 
     def loss(self, model: nn.Module, batch: Batch, terms: Sequence[Term], per: float) -> Loss:
-        """Return the terms over the batch's response tokens, each sum divided by `per`; `model` is the student or a wrapper around it."""
+        """Return the loss of a batch. Each term is summed over the response tokens and divided by `per`.
+
+        `model` is the student or a wrapper around it."""
         teachers = self.targets(batch) if any(isinstance(t, TeacherTerm) for t in terms) else ()
         hidden = self.student.hidden(model, batch)
         weights = torch.tensor([[t.weight / per] for t in terms], dtype=torch.float32, device=hidden.device)
@@ -68,32 +70,34 @@ class Models:
 Sum = Callable[[Tensor], Tensor]
 """Adds up a tensor over all processes."""
 Phase = Callable[[str], AbstractContextManager]
-"""Sets the phase of the forward passes inside; the training loop passes `train.meter.Meter.phase`."""
+"""Opens a context in which forward passes count under the given phase (`train.meter.Meter.phase`)."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """The loss of a method, as the training loop calls it."""
+    """The loss of one method, in the form that the training loop needs."""
 
     models: Models
     terms: Callable[[Batch], Sequence[Term]]
-    """Returns the terms on the response tokens of a batch."""
+    """Returns the terms of a batch's response tokens."""
     corpus_terms: Callable[[Batch], Sequence[Term]] = lambda corpus: ()
-    """Returns the terms on the plain text that a batch contains."""
+    """Returns the terms of the plain text in a batch (`Batch.corpus`)."""
     advantages: Callable[[list[Batch], Sum], list[Batch]] = lambda batches, total: batches
-    """Adds the values to an update's batches that depend on all these batches."""
+    """Adds MiniLLM's advantages to the batches of an update. They depend on all batches together."""
     mixture: TargetMixture | None = None
-    """Mixture that combines several teachers into one target."""
+    """The mixture that combines several teachers into one target; None for a single teacher."""
     seed: int = 0
-    """Seed of the random draws that leave teachers out."""
+    """The seed of the random choice of teachers that an update leaves out."""
     schedule: TaidSchedule | None = None
     """TAID's state, which changes once per update and is saved with the training state."""
     phase: Phase = nullcontext
     clip: float | None = None
-    """Half width of the clip around a probability ratio of 1, for an objective with such a clip."""
+    """The objective clips the probability ratio to [1 - clip, 1 + clip]; None for an objective that does not clip."""
 
     def prepare(self, batches: list[Batch], done: int, total: Sum) -> list[Batch]:
-        """Complete all of this process's micro-batches of an update; `done` updates were made before this update."""
+        """Return the update's micro-batches of this process with all values that the loss needs.
+
+        `done` is the number of earlier updates. `total` adds up a tensor over all processes."""
         if self.mixture is not None:
             drop = self.mixture.drop > 0
             mixture = self.mixture.drawn(rng.generator(self.seed, "teachers left out", done)) if drop else self.mixture
@@ -105,7 +109,7 @@ class Step:
 
         Args:
             student: the student or a wrapper around it.
-            per: the divisors of the sums over tokens, named as in `counts`.
+            per: the numbers by which the sums over tokens are divided, with the keys of `counts`.
         """
         found = self.models.loss(student, batch, self.terms(batch), per["response"])
         if batch.corpus is None:
@@ -118,12 +122,12 @@ class Step:
 
 
 def mixture_of(batch: Batch) -> TargetMixture | None:
-    """Return the mixture of teachers that is the target of a batch, or None for one teacher."""
+    """Return the mixture of the teachers that a batch uses, or None if it has a single teacher."""
     return batch.mixture.kept()[1] if batch.mixture else None
 
 
 def counts(batches: list[Batch]) -> dict[str, int]:
-    """Return the number of loss tokens in responses and in plain text, over this process's micro-batches."""
+    """Count this process's loss tokens: those of responses (`response`) and those of plain text (`corpus`)."""
     corpora = [b.corpus for b in batches if b.corpus]
     return {"response": sum(int(b.mask_BT.sum()) for b in batches), "corpus": sum(int(c.mask_BT.sum()) for c in corpora)}
 
@@ -141,9 +145,9 @@ def make_step(method: Method, student: PreTrainedModel, teachers: tuple[PreTrain
     """Return the step of a method.
 
     Args:
-        teachers: no teacher for cross-entropy, for scores from rollouts, and if batches contain the teacher's signal; several teachers, the
-            original one first, for dense guidance.
-        seed: address of the draws that leave teachers out.
+        teachers: the teachers that run in training, the original one first. Empty if the objective uses none, or if the batches contain
+            the teacher's outputs.
+        seed: the seed of the random choice of teachers that an update leaves out.
     """
     models = Models(student, teachers, vocab)
     step = _step(method, models)
@@ -173,7 +177,7 @@ def _step(method: Method, models: Models) -> Step:
 
 
 def _divergence(objective: config.Divergence, batch: Batch) -> list[Term]:
-    """Return the terms of the function in `tadistill.objectives` with the objective's name. The other fields are its arguments."""
+    """Return the terms of a divergence, the function of the same name in `tadistill.objectives`. Its arguments are the other fields."""
     settings = objective.model_dump(exclude={"type", "kd_ratio", "temperature"})
     return _towards_teacher(objective, batch, getattr(objectives, objective.type), settings)  # type: ignore[attr-defined]
 
@@ -209,7 +213,7 @@ def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") 
 
 
 def _advantages(objective: config.MiniLLM, max_new_tokens: int, batches: list[Batch], total: Sum) -> list[Batch]:
-    """Add `values["advantage"]`: the returns of the scaled rewards, whitened over the whole update if `whitening` is set."""
+    """Add `values["advantage"]` to each batch: the returns of the scaled rewards. `whitening` normalises them over the whole update."""
     found = [_returns(objective, batch) for batch in batches]
     if objective.whitening != "none":
         rows, tokens = sum(len(b.ids_BT) for b in batches), sum(int(b.mask_BT.sum()) for b in batches)

@@ -1,7 +1,7 @@
 """Watch on-policy training: metrics of the text that the student samples, and alarms that say what to change.
 
-The loss does not show these problems: reverse KL falls even while text collapses into short or repeated strings (MiniLLM, ablation without
-length normalisation).
+The loss does not show such problems. In MiniLLM's ablation without length normalisation, the reverse KL falls although the sampled text
+becomes short or repeats itself.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,9 @@ _GRAM = 4
 
 
 def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
-    """Return metrics of an update's sampled sequences; the result is empty if the batches are not rollouts.
+    """Return metrics of an update's sampled sequences, or an empty dictionary if the batches are not rollouts.
+
+    p is the teacher, q the student, q_old the student at the time of sampling, and behaviour the distribution that was sampled from.
 
     Over all sequences:
 
@@ -29,8 +31,8 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
 
     Over the first 8 sequences:
 
-    reverse_kl          per token, by the k3 estimator, weighted by q / behaviour (nats)
-    reward              log p - log q at the time of sampling, per token (nats)
+    reverse_kl          mean of the k3 estimator over tokens, weighted by q / behaviour (nats)
+    reward              mean of log p - log q_old over tokens (nats)
     entropy             entropy of the student's next token (nats)
     teacher_top_mass    probability that the student gives to the teacher's 10 most probable tokens
     weight_min, _max    smallest and largest q_old / behaviour
@@ -60,7 +62,7 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
 
 @torch.no_grad()
 def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Return entropy, mass on the teacher's top tokens, log q and log p, each per token. A value is None if it needs a missing teacher."""
+    """Return four values per token: entropy, mass on the teacher's top tokens, log q, log p. A value without its teacher is None."""
     models, tokens = step.models, batch.targets_BT[batch.mask_BT]
     teachers = models.targets(batch) if batch.targets or models.teachers else ()
     mixture = mixture_of(batch)
@@ -95,7 +97,7 @@ def _repetition(batches: list[Batch]) -> float:
 
 
 class Alarms:
-    """Compare watched metrics with the first metrics of a run. An alarm is not repeated while its cause remains."""
+    """Alarms for a run whose metrics become much worse than its first metrics. An alarm is not repeated while its cause remains."""
 
     def __init__(self, *, minillm: bool) -> None:
         self.first: dict[str, float] = {}
@@ -105,7 +107,7 @@ class Alarms:
         self.advice = f"{more}lower optim.lr, or stop earlier; the loss does not show this problem"
 
     def check(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """Return one line per alarm that is new at this update."""
+        """Return the alarms that are new at this update, one line each."""
         if "rollout/length" not in metrics:
             return []
         self.first = self.first or dict(metrics)

@@ -170,7 +170,7 @@ def test_retry_after_is_respected(judged):
         (error(404, "no model judge-1"), "does not know the model or the path"),
         (error(403, "not for you"), "forbids"),
         (error(401, "bad key"), "does not accept the key"),
-        (error(400, "temperature is out of range"), "refuses every question so far"),
+        (error(400, "temperature is out of range"), "has refused all questions so far"),
         ((503, {"content-type": "text/html", "retry-after": "0.01"}, b"<html>down</html>"), "503"),
     ],
 )
