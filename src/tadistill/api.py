@@ -53,8 +53,8 @@ def evaluate(
 
     Args:
         on: names of test sets (dolly, self_inst, tinyworld…), JSONL files or hub ids. Their test splits are read.
-        settings: settings of decoding; the default is that of MiniLLM (temperature 1, 256 new tokens, seeds 10 to 50).
-        limit: the number of first rows of each set that are used; None for all rows.
+        settings: settings of decoding. The default is as in MiniLLM: temperature 1, 256 new tokens, seeds 10, 20, 30, 40 and 50.
+        limit: the number of rows that are read from the start of each set; None for all rows.
     """
     from tadistill.data import datasets
     from tadistill.data.templates import EvalSet, encode

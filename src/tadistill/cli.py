@@ -182,7 +182,7 @@ def compare(
     from tadistill.report.plain import side_by_side
 
     if len(models) < 2:
-        raise ConfigError(f"compare has one model, {models[0]}; give at least two, or use `tadistill eval`")
+        raise ConfigError(f"`tadistill compare` needs at least two models, but got only {models[0]}; add one, or use `tadistill eval`")
     study = _evaluate(models, on, seeds, teacher, settings, runs, ["tadistill", "compare", *models])
     console.print(side_by_side(read_results(study, store_of(study.parent)), show))
 
@@ -232,7 +232,7 @@ def judge(
     base_url: Annotated[
         str, typer.Option(envvar="OPENAI_BASE_URL", help="Any OpenAI-compatible endpoint; the key is OPENAI_API_KEY.")
     ] = "https://api.openai.com/v1",
-    mode: Annotated[str, typer.Option(help="pair (which answer wins) or score (MiniLLM's, in % of the reference's).")] = "pair",
+    mode: Annotated[str, typer.Option(help="pair: which answer is better. score: MiniLLM's score, in % of the reference's.")] = "pair",
     arm: Arms = None,
     against: Annotated[str, typer.Option(help="The opponent: an arm, or `reference` for the reference answers.")] = "reference",
     on: JudgedOn = "",

@@ -58,7 +58,7 @@ def _remembered(path: Path, size: int, modified: int) -> str:
 
 
 def sampled_digest(path: Path) -> str:
-    """Return the SHA-256 (hex) of a weight file's size and 2 MiB of its bytes: 16 evenly spaced blocks, from the first to the last byte."""
+    """Return a SHA-256 (hex) of a file's size and of 16 evenly spaced blocks of 128 KiB. It is faster than `digest` for weight files."""
     # Blocks in the middle are needed: two fine-tunings of one model may have equal embeddings and equal final layers.
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
@@ -80,7 +80,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Guard a block that writes `path`: an error of writing becomes a StoreError with the path, the reason and the fix."""
+    """Replace an error of writing inside the block by a StoreError that names `path`, the reason and the fix."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full

@@ -1,6 +1,6 @@
-"""The exceptions. The command line prints a user's mistake as one sentence (value, rule, fix) and exits with code 2, without a traceback.
+"""The exceptions of tadistill. The command line prints their message without a traceback.
 
-Most classes also inherit from a built-in exception, so that users of the library can catch either of the two.
+Most classes also inherit from a built-in exception such as ValueError, so callers can catch the built-in exception instead.
 """
 
 

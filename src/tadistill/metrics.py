@@ -2,7 +2,8 @@
 
 A new metric is a row here and the function in `tadistill.evaluation` that computes it.
 
-A stored metric may carry a suffix: `METRIC@DECODING` is the metric under another decoding, and `budget/J` is term J of the error budget.
+A stored metric may have a suffix. `METRIC@DECODING` is the metric with another decoding. `budget/J` is term J of the error budget, which
+splits the error of a chain over its hops.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Metric:
     not_comparable: str = ""
     """The reason why the metric's dev values cannot compare two paths; empty if they can."""
     logs: tuple[Log, ...] = ()
-    """The training logs of the metric that get a panel of learning curves: `dev/NAME`, `train/NAME`, `rollout/NAME`."""
+    """The kinds of training logs in which the metric gets a panel of learning curves. The log entry is called KIND/NAME."""
     hub: str = ""
     """The metric's name on the Hugging Face Hub."""
     on_card: bool = False

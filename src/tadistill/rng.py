@@ -1,8 +1,8 @@
-"""Random numbers by address: a generator is a pure function of an address such as (seed, stage, step, purpose).
+"""Random numbers from addresses: an address such as (seed, stage, step, purpose) always gives the same random numbers.
 
-So no random number depends on earlier draws. Only dropout uses torch's global generator. Its seed is set from an address before every
-update, so a resumed run needs no generator state. All arms use the same addresses (common random numbers): one seed gives every arm the
-same data order and the same random numbers, so the differences between arms are less noisy.
+No random number depends on earlier draws. Only dropout uses torch's global generator. Its seed is set from an address before every update,
+so a resumed run needs no saved generator state. All arms use the same addresses. They therefore see the same data order and the same random
+numbers for a seed, and the differences between arms are less noisy.
 """
 
 import hashlib
@@ -25,5 +25,5 @@ def uniforms(rows: list[int] | range, count: int, *address: int | str) -> np.nda
 
 
 def torch_seed(*address: int | str) -> int:
-    """Return a seed for `torch.manual_seed`, for weights and dropout."""
+    """Return the address's seed for `torch.manual_seed`. It is used for initial weights and dropout."""
     return int(generator(*address).integers(2**62))

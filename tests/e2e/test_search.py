@@ -25,7 +25,7 @@ def kinds(runs: Path) -> Counter:
 def test_a_search_trains_each_prefix_once_and_writes_its_choice(tmp_path):
     text = search(tmp_path)
     assert kinds(tmp_path) == {"sft": 3, "distill": 3}  # xl > s, xl > l, l > s
-    for part in ("xl > l > s", "xl > s", "dev rouge_l", "chosen", "C_search: 3 distillations", "by 0.56 standard errors"):
+    for part in ("xl > l > s", "xl > s", "dev rouge_l", "chosen", "(C_search)", "pays for 3 distillations", "by 0.56 standard errors"):
         assert part in text
     study = tmp_path / "tiny"
     record = json.loads((study / "search.json").read_text())

@@ -99,7 +99,7 @@ def test_a_killed_process_fails_its_own_stage_at_once_and_the_others_work_on(tmp
     wait_for_updates(tmp_path, [0, 0])
     os.kill(worker_of(process), signal.SIGKILL)
     for line in process.stdout:  # the other stage takes minutes
-        if "its process was killed by SIGKILL (out of memory?)" in " ".join(line.split()):
+        if "the stage's process was killed by SIGKILL (out of memory?)" in " ".join(line.split()):
             break
     else:
         raise AssertionError("the command ended")

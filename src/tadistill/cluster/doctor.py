@@ -46,7 +46,7 @@ _OF = re.compile(r"([\d.]+)\s*([kmgtp]?)i?b?\s*/\s*([\d.]+)\s*([kmgtp]?)i?b?(?=\
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the table."""
+    """The result of one check, and how to fix a problem."""
 
     name: str
     state: Literal["ok", "warning", "problem"]
@@ -88,7 +88,7 @@ def packages(requirements: Iterable[str], extra: str = "") -> Check:
 
 
 def wheelhouse(requirements: Iterable[str]) -> Check | None:
-    """Look for packages that the Alliance's wheelhouse lacks. Returns None on other machines."""
+    """Check that the Alliance's wheelhouse (its folder of packages) has all requirements. Returns None on other machines."""
     wanted = [r for r in map(Requirement, requirements) if not r.marker or r.marker.evaluate({"extra": ""})]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{r.name}{r.specifier}\n" for r in wanted))
@@ -99,9 +99,9 @@ def wheelhouse(requirements: Iterable[str]) -> Check | None:
     words = {_plain(word) for word in re.findall(r"[\w.-]+", out)}
     gaps = [r.name for r in wanted if _plain(r.name) in words]
     if not gaps:
-        return Check("wheelhouse", "ok", "it has all required packages")
+        return Check("wheelhouse", "ok", "the wheelhouse has all required packages")
     fix = "download these wheels on a login node (pip download --no-deps) and install the files"
-    return Check("wheelhouse", "warning", f"lacks {', '.join(gaps)}", fix)
+    return Check("wheelhouse", "warning", f"the wheelhouse does not have {', '.join(gaps)}", fix)
 
 
 def _plain(name: str) -> str:
@@ -115,7 +115,7 @@ def gpus() -> Check:
     """List the GPUs of this machine. A login node has no GPU."""
     out = output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     found = [line.strip() for line in (out or "").splitlines() if line.strip()]
-    return Check("gpus", "ok", "; ".join(found) or "none found; this is normal on a login node, because jobs get their own GPUs")
+    return Check("gpus", "ok", "; ".join(found) or "no GPU found; this is normal on a login node, because jobs get their own GPUs")
 
 
 def slurm(site: str | None) -> Check:
@@ -145,9 +145,9 @@ def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
     if name is None:
         known = accounts()
         if not pattern:
-            return Check("account", "ok", f"none set; yours: {', '.join(known)}" if known else "none set")
+            return Check("account", "ok", f"no account is set; your accounts: {', '.join(known)}" if known else "no account is set")
         fitting = [each for each in known if re.fullmatch(pattern, each)]
-        shown = f"none set; yours: {', '.join(fitting)}" if fitting else "none set"
+        shown = f"no account is set; your accounts: {', '.join(fitting)}" if fitting else "no account is set"
         return Check("account", "warning", shown, f"export SBATCH_ACCOUNT={(fitting or ['NAME'])[0]}, or submit with --account")
     if pattern and not re.fullmatch(pattern, name):
         return Check("account", "problem", name, f"accounts of this cluster match the pattern {pattern}; correct {next(iter(given))}")
@@ -165,7 +165,7 @@ def accounts() -> list[str]:
 
 
 def modules(wanted: Iterable[str], environment: Mapping[str, str]) -> Check:
-    """Check that the profile's modules are loaded, and pyarrow, which is a module on the clusters of the Alliance."""
+    """Check that the profile's modules are loaded and that pyarrow can be imported."""
     loaded = {part.split("/")[0] for part in environment.get("LOADEDMODULES", "").split(":")}
     wanted = list(wanted)
     absent = [name for name in wanted if name.split("/")[0] not in loaded]
@@ -232,7 +232,7 @@ def _existing(path: Path) -> Path:
 
 
 def store(root: Path) -> list[Check]:
-    """Write and rename a file in the store, try to lock a file twice, and compare the clock of the disk with the clock of this machine."""
+    """Check that files in the store can be written and locked, and that the disk's clock agrees with this machine's clock."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".doctor.", dir=root) as folder:
@@ -296,7 +296,7 @@ def fetched(recipe: Recipe, runs: Path, site: str | None) -> Check:
 
 
 def examine(*, runs: Path, recipe: Recipe | None = None, profile: Profile | None = None) -> list[Check]:
-    """Run all checks. With a profile, check a login node of its cluster too; with a recipe, check its models and data too."""
+    """Run all checks. A profile adds the checks of a login node of its cluster. A recipe adds the checks of its models and data."""
     from huggingface_hub import constants  # imported here because other commands do not need this package
 
     site, environment = (profile.name if profile else None), os.environ

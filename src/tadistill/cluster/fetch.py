@@ -53,17 +53,17 @@ class Need:
 
 @dataclass(frozen=True)
 class Found:
-    """The files of a need that are on this disk."""
+    """The files of one model, tokenizer or data set on this disk."""
 
     commit: str | None
     """Commit on the hub, or None if the files do not come from the hub."""
     bytes: int
     files: tuple[str, ...]
-    """Names of all files in the repository, if the need is the whole repository of a data set."""
+    """Names of the files in the repository. Empty if only one file is read."""
 
 
 def needs(recipe: Recipe) -> list[Need]:
-    """Return everything that a recipe reads from the hub or a package index (not local files, random weights or embedded data).
+    """Return the models, tokenizers and data sets that a recipe reads from the hub or a package index.
 
     Raises:
         DataError, ModelError: a name in the recipe is not valid.
@@ -83,7 +83,7 @@ def needs(recipe: Recipe) -> list[Need]:
 
 
 def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
-    """Return a sentence for each model or data set that jobs would not find on this disk. The function uses no network.
+    """Return a sentence for each model, tokenizer or data set that jobs would not find on this disk. The function uses no network.
 
     Raises:
         DataError, ModelError: a name in the recipe is not valid, or a file in a cache is damaged.
@@ -97,17 +97,18 @@ def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
 
 
 def moved(recipe: Recipe, runs: Path | None = None) -> list[str]:
-    """Return a sentence for each need whose commit on this disk differs from the commit in fetched.json. The function uses no network.
+    """Return a sentence for each model, tokenizer or data set whose commit on this disk is not the commit in fetched.json.
 
-    The key of a stage contains the revision as written in the recipe, not the commit. Both commits would therefore share their stages.
+    Such a change matters: stages that used the old commit would be reused. The function uses no network.
     """
+    # they would be reused because a stage's key contains the revision in the recipe, and not the commit
     record = _read(runs_directory(runs))
     pairs = [(need, look(need, record)) for need in needs(recipe)]
     return [change for need, found in pairs if found and (change := _change(need, found, record))]
 
 
 def look(need: Need, record: Mapping[str, Any]) -> Found | None:
-    """Return the files of a need on this disk, or None if some of them are missing. The function uses no network.
+    """Find the files of a model, tokenizer or data set on this disk. Return None if some are missing. The function uses no network.
 
     Raises:
         DataError, ModelError: the name is not valid, or a file in a cache is damaged.
@@ -135,7 +136,7 @@ def _found(path: Path) -> Found:
 
 
 def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
-    """Download everything, print a table and record the commits. Raises TadistillError at the end if a download failed."""
+    """Download what a recipe needs, print a table and record the commits. Raises TadistillError at the end if a download failed."""
     # huggingface_hub reads this variable when it is imported (later); its Xet protocol fails on login nodes
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     wanted, before, failures = needs(recipe), _read(runs), []

@@ -118,10 +118,10 @@ class Place:
 
 
 def arrays(jobs: Seq[Job], places: Mapping[str, Place]) -> list[tuple[list[Job], str | None]]:
-    """Group the jobs of one family into arrays, each with its dependency.
+    """Group jobs that differ only in their seed into Slurm arrays. Return each array's jobs, and its dependency or None.
 
-    Element i of an array waits only for element i of its parents' arrays (aftercorr), so that a seed that fails does not cancel others.
-    If the parents are not in such arrays, jobs share an array only if they wait for the same jobs.
+    If the parents are in arrays with the same seeds, element i waits only for element i of each parent (aftercorr). A failed seed then does
+    not cancel other seeds. Otherwise, jobs share an array only if they wait for the same jobs.
     """
     waits = [{places[parent] for parent in job.parents if parent in places} for job in jobs]
     if len(jobs) > 1 and (together := _corresponding(waits)) is not None:
@@ -179,7 +179,7 @@ class JobRecord:
 
 
 def read_record(store: Store, key: str) -> JobRecord | None:
-    """Return the record of a stage, or None if it is missing or damaged. At worst a needless job starts and finds the stage finished."""
+    """Return the record of a stage's job, or None if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         found = json.loads((store.folder(key) / RECORD).read_text(encoding="utf-8"))
         return JobRecord(found["job"], found["index"], found["name"], found["study"])
@@ -217,7 +217,7 @@ class StageJob:
             os._exit(0)  # as in `runner.processes`: torch's exit sometimes aborts when other ranks have exited
 
     def checkpoint(self) -> Any:
-        """Return the work for the requeue by submitit. It is this same job, which resumes from the saved state."""
+        """Return the work that submitit queues again: this same job, which resumes from the saved state."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -261,7 +261,7 @@ class StageJob:
                 ) from error
             sys.exit(1)
         if os.environ.get("SLURM_ARRAY_TASK_ID") == os.environ.get("SLURM_ARRAY_TASK_MAX"):
-            raise StageFailed("the last segment of the chain ended before the stage was finished; its state is saved; submit again")
+            raise StageFailed("the last job of this stage ended before the stage was finished; its state is saved; submit the study again")
         sys.exit(0)
 
 

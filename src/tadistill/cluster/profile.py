@@ -1,6 +1,6 @@
 """Profiles of clusters: the hardware and the rules of a site, in one YAML file per site in `profiles/`, or in a file of the user.
 
-    profile = load("narval")          # or load("path/to/mine.yaml")
+    profile = load_profile("narval")          # or load_profile("path/to/mine.yaml")
 
 A new site needs only a new file with the fields below (docs/cluster.md, "Another cluster").
 """
@@ -64,7 +64,7 @@ class Profile(Strict):
     max_hours: float = Field(gt=0)
     """Longest time limit, in hours, that the site accepts for a job."""
     piece_hours: float = Field(default=12.0, gt=0)
-    """Longest time limit, in hours, that tadistill requests. Longer stages continue after a requeue. Short jobs start sooner."""
+    """Longest time limit, in hours, that tadistill requests. A longer stage needs several jobs. Short jobs start sooner."""
     max_jobs: int = Field(default=1000, ge=1)
     """Number of jobs that a user may have queued or running. Every element of an array is one job."""
     account: str = ""
@@ -74,7 +74,7 @@ class Profile(Strict):
     home: Literal["writable", "read-only", "no-jobs"] = "writable"
     """Use of the home folder in jobs. read-only: the runs directory must be elsewhere. no-jobs: jobs cannot be submitted from there."""
     resume: Literal["requeue", "chain"] = "requeue"
-    """How work continues after a time limit. requeue: the job requeues itself. chain: a next job follows, if jobs may not call Slurm."""
+    """How work continues after a time limit. requeue: the job requeues itself. chain: another job, already queued, continues the work."""
     modules: tuple[str, ...] = ()
     """Modules that every job loads, in this order."""
     setup: tuple[str, ...] = ()
@@ -82,7 +82,7 @@ class Profile(Strict):
     pause: float = Field(default=1.0, ge=0)
     """Seconds between two submissions."""
     signal_seconds: Annotated[int, Field(ge=10)] = 300
-    """Number of seconds before the time limit when Slurm signals the job to save its state."""
+    """Slurm asks a job to save its state this many seconds before the job's time limit."""
 
 
 def names() -> list[str]:

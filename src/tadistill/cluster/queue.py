@@ -44,7 +44,7 @@ def queued() -> dict[str, Entry]:
 
 
 def ended(ids: Iterable[str]) -> dict[str, Entry]:
-    """Return those of the jobs `ids` that have left the queue and that Slurm still knows, by id."""
+    """Return id -> entry for the jobs in `ids` that have left the queue and that Slurm still remembers."""
     wanted = sorted(ids)
     if not wanted:
         return {}

@@ -59,14 +59,14 @@ class Request:
     """GB of host memory per node."""
     minutes: int
     pieces: int
-    """Number of jobs with `minutes` as time limit that the stage is expected to need."""
+    """Expected number of jobs that the work needs one after the other, each with `minutes` as its time limit."""
 
 
 class Requests:
     """Computes the requests of a plan's jobs on one site."""
 
     def __init__(self, plan: Plan, profile: Profile, speeds: dict[str, Speeds]):
-        """Prepare for a plan; `speeds` are the measured speeds for each name of a device."""
+        """Prepare for a plan. `speeds` maps the name of a device to the speeds that were measured on it."""
         self.plan, self.profile, self.speeds = plan, profile, speeds
         self.ledger = Ledger(plan.recipe)
 
@@ -104,7 +104,7 @@ class Requests:
     def _without_gpu(self, stages: Seq[Stage], wanted: Resources, where: str) -> Request:
         cpu = self.profile.cpu or Cpu()
         if wanted.gpu:
-            raise ConfigError(f"{where}: gpu is `{wanted.gpu}`, but profile {self.profile.name} names no GPUs; add it, or leave out gpu")
+            raise ConfigError(f"{where}: gpu is `{wanted.gpu}`, but profile {self.profile.name} has no GPUs; add them, or leave out gpu")
         per_node = wanted.processes // wanted.nodes
         ram = math.ceil((wanted.memory or cpu.ram) * per_node)
         minutes, pieces = self._time(stages, wanted, None, where)
@@ -120,7 +120,7 @@ class Requests:
             return fits[0][1]
         largest = max(g.memory for g in usable.values())
         raise ConfigError(
-            f"{stages[0].label} needs about {needs / 1e9:.0f} GB on a device, but the largest of {self.profile.name} has {largest:.0f} GB; "
+            f"{stages[0].label} needs about {needs / 1e9:.0f} GB on a GPU, but the largest on {self.profile.name} has {largest:.0f} GB; "
             f"spread it over several GPUs with resources: {{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}} "
             "(and teacher: sharded or offloaded), lower optim.micro_batch, or set gradient_checkpointing"
         )
@@ -161,8 +161,8 @@ class Requests:
         if wanted.hours is not None:
             if not profile.min_hours <= wanted.hours <= profile.max_hours:
                 raise ConfigError(
-                    f"{where}: hours is {wanted.hours:g}, but a job on {profile.name} takes {profile.min_hours:g} to {profile.max_hours:g} "
-                    "hours; correct it (a longer stage is split into several jobs automatically)"
+                    f"{where}: hours is {wanted.hours:g}, but {profile.name} allows {profile.min_hours:g} to {profile.max_hours:g} hours "
+                    "for a job; choose a value in this range (a longer stage is split into several jobs)"
                 )
             limit = wanted.hours
         else:
@@ -194,11 +194,11 @@ class Requests:
 def _count(gpu: Gpu, processes: int, name: str, where: str, site: str) -> int:
     """Return the number of GPUs per node: one per process, rounded up to a number that the site allows."""
     if gpu.slice and processes > 1:
-        raise ConfigError(f"{where}: {processes} processes on `{name}`, but a job has one slice (slices are isolated); use whole GPUs")
+        raise ConfigError(f"{where}: {processes} processes on `{name}`, but a job can use only one slice of a GPU; use whole GPUs")
     allowed = gpu.counts or tuple(range(1, gpu.per_node + 1))
     fits = [n for n in allowed if n >= processes]
     if not fits:
-        raise ConfigError(f"{where}: {processes} processes per node, but a node of {site} has {gpu.per_node} x {name}; raise nodes")
+        raise ConfigError(f"{where}: {processes} processes per node, but a node of {site} has {gpu.per_node} x {name}; use more nodes")
     return min(fits)
 
 
@@ -206,7 +206,7 @@ def _count(gpu: Gpu, processes: int, name: str, where: str, site: str) -> int:
 
 
 def parameters(name: str, request: Request, profile: Profile, *, account: str | None, dependency: str | None) -> dict[str, Any]:
-    """Return the settings for submitit's Slurm executor that express a request."""
+    """Convert a request to the settings of submitit's Slurm executor."""
     more: dict[str, Any] = {"requeue" if profile.resume == "requeue" else "no-requeue": True, "kill-on-invalid-dep": "yes"}
     found: dict[str, Any] = {
         "job_name": name,
@@ -272,7 +272,7 @@ def send(folder: Path, work: Seq[Any], settings: dict[str, Any]) -> str:
     """Submit one callable as a job, or several as an array. Return the id of the job or array.
 
     Raises:
-        CalledProcessError, or an error of submitit: sbatch refused the job. It contains the output of sbatch.
+        CalledProcessError, or an error of submitit: sbatch refused the job. The error contains the output of sbatch.
     """
     import submitit
 

@@ -83,7 +83,7 @@ def shortened(label: str, width: int) -> str:
 
 
 def print_status(study: Path, store: Store, width: int) -> Group:
-    """Return the table of stages, `width` columns wide, the number of stages in each state, and advice on the next command."""
+    """Return three parts: the table of stages (`width` columns wide); the number of stages in each state; and the next command to run."""
     found = status_rows(study, store)
     table = Table(box=None, title=study.name, title_justify="left", expand=True)
     for column, least in {"stage": 24, "job": 8, "state": 9, "elapsed": 7, "last": 10}.items():

@@ -228,7 +228,9 @@ def _account(profile: Profile, given: str | None) -> str | None:
     if profile.account and account is None:
         raise ConfigError(f"{profile.name} needs an account; give --account NAME (or SBATCH_ACCOUNT), for instance {_example(profile)}")
     if profile.account and not re.fullmatch(profile.account, account or ""):
-        raise ConfigError(f"account `{account}` does not look like an account of {profile.name} (for instance {_example(profile)})")
+        raise ConfigError(
+            f"account `{account}` cannot be an account of {profile.name}, where accounts look like {_example(profile)}; correct it"
+        )
     return account
 
 

@@ -28,10 +28,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopFlag:
-    """A flag that is True once one of the signals has come. A further signal only calls `told`, so it cannot break a save.
+    """A flag that becomes True when one of the signals arrives. Each later signal only calls `told`, so it cannot interrupt a save.
 
-    A signal that was ignored stays ignored (a shell starts background commands like that). Only the main thread can catch signals; in
-    another thread the flag stays False.
+    A signal that the process ignores stays ignored (a shell ignores SIGINT for commands in the background). Only the main thread can catch
+    signals; in another thread the flag stays False.
     """
 
     def __init__(self, *signals: signal.Signals, told: Callable[[], None] = lambda: None):
@@ -56,7 +56,7 @@ class StopFlag:
         return self.received is not None
 
     def restore(self) -> None:
-        """Install the handlers again that were installed before."""
+        """Restore the signal handlers that this flag replaced."""
         for number, handler in self.replaced.items():
             signal.signal(number, handler)
 
@@ -93,7 +93,7 @@ def _ignore() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Block the ending signals. A process started inside inherits this, so no signal kills it before it installs its handlers."""
+    """Block the signals in `ENDING`. A process that is started inside the block inherits this, until it calls `release`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield

@@ -42,7 +42,7 @@ def check_study(recipe: Recipe) -> int:
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Check data, tokenizers, encodings and models, which do not depend on the machine. Raises the same errors as `check`."""
+    """Check data, tokenizers, encodings and models, which do not depend on the machine. Raises the same errors as `check_study`."""
     datasets.check(recipe)
     _check_peft(recipe)
     for stage in make_plan(recipe).stages.values() if recipe.resources else ():

@@ -55,7 +55,7 @@ def prepare() -> Any:
 
 
 class StageProcesses:
-    """The process of a stage, or the ranks of a distributed stage; they share `threads`. Raises StageFailed if they cannot start."""
+    """The processes of one stage, one for each rank. Together they use `threads` threads. Raises StageFailed if they cannot start."""
 
     def __init__(self, task: Task, *, threads: int):
         self.ended = False
@@ -88,7 +88,7 @@ class StageProcesses:
 
     @property
     def sources(self) -> list[Any]:
-        """Return the pipes and sentinels that become ready when `attend` has something to do."""
+        """Return objects for `multiprocessing.connection.wait`. One of them becomes ready when `attend` has something to do."""
         return [*self._pipes, *(process.sentinel for process in self._processes if process.exitcode is None)]
 
     def attend(self) -> list[Message]:
@@ -142,7 +142,7 @@ class StageProcesses:
 def run_in_processes(
     task: Task, *, threads: int, progress: Callable[[int, int, str], None], alarm: Callable[[str], None], stop: Callable[[], bool]
 ) -> None:
-    """Run a stage like `stages.execute.run_stage`, but in new processes. When one of them fails, all are ended.
+    """Run a stage as `stages.execute.run_stage` does, but in new processes. If one process fails, all are ended.
 
     Raises:
         ConfigError: there are fewer GPUs than processes.
@@ -169,13 +169,13 @@ def run_in_processes(
 
 
 def _judged(codes: list[int | None], errors: dict[int, Exception]) -> Exception | None:
-    """Return the cause of a failure. A death by a signal is more likely the cause than an error, and the first error than later ones."""
+    """Return the most likely cause of a failure: first a death by a signal, then the first error, then an exit code."""
     several = len(codes) > 1
     rest = "; the other ranks were ended. Run the same command again to continue from the last saved state" if several else ""
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            who = f"rank {rank} of {len(codes)}" if several else "its process"
+            who = f"rank {rank} of {len(codes)}" if several else "the stage's process"
             return StageFailed(f"{who} was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}{rest}")
     for rank, error in errors.items():
         if isinstance(error, Interrupted | TadistillError):
@@ -183,7 +183,7 @@ def _judged(codes: list[int | None], errors: dict[int, Exception]) -> Exception 
         return StageFailed(f"rank {rank} of {len(codes)} failed: {error}{rest}" if several else str(error))
     for rank, code in enumerate(codes):
         if code:
-            who = f"rank {rank} of {len(codes)}" if several else "its process"
+            who = f"rank {rank} of {len(codes)}" if several else "the stage's process"
             return StageFailed(f"{who} ended with exit code {code} (see its output){rest}")
     return None
 
@@ -230,7 +230,8 @@ def _prepare_torch(world: int, threads: int) -> None:
     if not torch.cuda.is_available():
         keep_freed_memory()
     elif torch.cuda.device_count() < world:
-        raise ConfigError(f"resources.processes is {world}, but this machine has {torch.cuda.device_count()} GPUs; lower processes")
+        gpus = torch.cuda.device_count()
+        raise ConfigError(f"resources.processes is {world}, but this machine has {gpus} GPUs; set it to at most {gpus}")
 
 
 def _obey(pipe: Connection, asked: threading.Event) -> None:

@@ -1,7 +1,7 @@
 """Run a plan on this machine: several stages at a time, each in processes of its own, with one screen for their progress.
 
-A stage of a small model uses one thread well, so several stages use all cores. A crash ends only one stage. Stages share only the store.
-A signal to stop may go to this process or to all of them (Slurm does that): running stages save their state and end.
+A stage of a small model cannot use many cores, so several stages run together. A crash ends only one stage. If a signal asks to stop, all
+running stages save their state and end.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class _Schedule:
         self.failed: dict[str, Exception] = {}
 
     def run(self) -> dict[str, Exception]:
-        """Run all stages and return key -> error of the failed ones. A stage with many FLOPs in and after it starts early."""
+        """Run all stages and return key -> error of the failed stages."""
         try:
             self._start()
             while self.running:

@@ -1,4 +1,4 @@
-"""A study from its recipe to finished stages: what `tadistill run` does before the report, and the recipe behind `tadistill eval`."""
+"""Run all stages of a study. `tadistill eval` uses the same code, with a recipe that trains nothing (`evaluation_recipe`)."""
 
 import contextlib
 import datetime
@@ -159,13 +159,11 @@ def _method(arm: PlannedArm) -> str:
 def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teacher: str | None = None) -> str:
     """Return the YAML of a study that trains nothing and evaluates models as they are. Each model is a separate arm.
 
-    An evaluated model thus has everything that an arm of a study has: the store, resuming, intervals, the report.
-
     Args:
         models: sources of models, as in `load:` of a recipe.
         on: test sets.
         seeds: decoding seeds.
-        teacher: the model that KLs are measured to; it must share the models' tokenizer.
+        teacher: a model to which KL divergences are measured. It must have the same tokenizer as the models.
 
     Raises:
         ConfigError: there is no test set, or a model is given twice.

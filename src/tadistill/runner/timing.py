@@ -1,6 +1,6 @@
 """Measure the speed of each kind of stage on this machine with twenty updates in a temporary directory.
 
-Models have the weights from which the study trains them, loaded or random, because speed does not depend on what a model knows.
+The models are not trained first, because speed does not depend on the values of weights.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ _ROWS = 128  # training rows of a stage that writes or reads a teacher's signal 
 
 
 def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.Speeds:
-    """Return kind of stage -> span -> FLOP/s, for every kind in the plan whose cost is predicted."""
+    """Measure one stage of each kind in the plan. Return kind -> span (such as training or sampling) -> FLOP/s."""
     kinds: dict[str, Stage] = {}
     for stage in plan.stages.values():
         if stage.cost and stage.cost.parts:

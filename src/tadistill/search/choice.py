@@ -46,7 +46,7 @@ class Choice:
     tried: tuple[Tried, ...]
     """All paths that were trained in full, best first. The first path is the chosen one."""
     rounds: tuple[tuple[Round, dict[ModelPath, float]], ...]
-    """Each round, with the mean dev value of the last model of every path."""
+    """Each round, with path -> dev value of the path's last model, averaged over seeds."""
     direct: float | None
     """Training FLOPs of the direct path, for one seed."""
     trained: float | None
@@ -74,9 +74,9 @@ class Choice:
         return undominated(self.tried, lambda t: (t.flops or 0.0, -self.sign * t.mean))
 
     def inflation(self) -> float | None:
-        """Return how much chance alone raises the best of k compared paths, in the metric's unit: E[max of k] standard errors of a mean.
+        """Return how much chance alone raises the best value of the compared paths, in the metric's unit. None if there is one seed.
 
-        This is an upper bound, because paths that share stages have correlated values. Returns None if there is only one seed.
+        This is an upper bound, because paths that share stages have correlated values.
         """
         seeds = len(self.tried[0].values)
         if seeds < 2:
@@ -119,8 +119,8 @@ def choice_notes(choice: Choice, confirm: Path | None, runs: Path) -> list[str]:
     notes = [f"The search needed {count} over {over}. Its FLOPs (C_search) are unknown, because the size of a model is unknown."]
     if choice.trained is not None and choice.discarded is not None and choice.direct is not None:
         notes = [
-            f"C_search: {count} and the stages that they depend on took {choice.trained:.3g} FLOPs over {over} "
-            f"({choice.trained / (seeds * choice.direct):.2f} × direct); "
+            f"The search cost (C_search) is {choice.trained:.3g} FLOPs over {over}, or {choice.trained / (seeds * choice.direct):.2f} "
+            f"× the direct path. It pays for {count} and the stages that they depend on; "
             f"{choice.discarded:.3g} of these FLOPs were for stages that the chosen path does not use."
         ]
     k, chance = choice.compared, choice.inflation()
@@ -181,7 +181,7 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
 
 
 def with_parents(recipe: Recipe, names: Iterable[str]) -> set[str]:
-    """Return these models, and all models from which their weights are made."""
+    """Return the named models, and all models from which their weights are made."""
     found: set[str] = set()
     for name in names:
         at: str | None = name

@@ -140,7 +140,7 @@ def path_arms(paths: Sequence[ModelPath]) -> dict[str, Arm]:
 
 
 def path_flops(recipe: Recipe, search: Search) -> dict[ModelPath, float | None]:
-    """Return each path's training FLOPs (all stages that its student needs), for one seed; None if the size of a model is unknown."""
+    """Return path -> training FLOPs of all stages that its student needs, for one seed. None if the size of a model is unknown."""
     paths = _lattice(search).paths
     plan = make_plan(_round_recipe(recipe, paths).model_copy(update={"seeds": recipe.seeds[:1]}))
     return {path: arm.flops for path, arm in zip(paths, plan.arms, strict=True)}

@@ -34,7 +34,7 @@ class Lattice:
 
 @dataclass(frozen=True)
 class Concordance:
-    """Counts of path pairs with the same last edge. A pair is concordant if the better checkpoint of the teacher made a better learner."""
+    """Counts of pairs of paths with the same last edge. A pair is concordant if the path with the better teacher has the better learner."""
 
     concordant: int
     discordant: int
@@ -82,17 +82,18 @@ def count_paths(assistants: int, max_assistants: int | None = None) -> int:
 
 
 def trainings(paths: Iterable[ModelPath]) -> tuple[ModelPath, ...]:
-    """Return each distinct prefix with at least two models: the trainings that these paths need if equal prefixes are trained once.
+    """Return the trainings that these paths need. A training is a prefix of a path with at least two models.
 
-    With n assistants, the number is 2^(n+1) - 1 for all paths, 2n + 1 for `single`, and (n+1)(n+2)/2 for `best_prefix`.
-    Shorter prefixes come first, so each prefix comes after the shorter prefix that it extends.
+    Prefixes that several paths share are trained once. Shorter prefixes come first.
     """
     found = dict.fromkeys(path[:end] for path in paths for end in range(2, len(path) + 1))
     return tuple(sorted(found, key=len))
 
 
 def concordance(quality: Mapping[ModelPath, float]) -> Concordance:
-    """Test the Bellman condition, which `best_prefix` relies on, over all pairs of paths that end with the same edge.
+    """Count how often a better teacher made a better learner, over all pairs of paths with the same last edge.
+
+    `best_prefix` finds the best path if this is always so (the Bellman condition).
 
     Args:
         quality: quality of every prefix and path, higher is better. A pair is used only if the qualities of both teachers are given.
@@ -138,7 +139,7 @@ class Outcome:
 
 
 def drive(strategy: Strategy, measure: Callable[[Round], Quality]) -> Outcome:
-    """Run a strategy to its end. `measure` returns the qualities of each round."""
+    """Run a strategy to its end and return its outcome. `measure` trains the paths of a round and returns their qualities."""
     rounds: list[Round] = []
     quality: dict[ModelPath, float] = {}
     try:
@@ -154,12 +155,12 @@ def drive(strategy: Strategy, measure: Callable[[Round], Quality]) -> Outcome:
 
 
 def exhaustive(lattice: Lattice) -> Strategy:
-    """Train every path: 2^(n+1) - 1 trainings."""
+    """Train every path. With n assistants this needs 2^(n+1) - 1 trainings."""
     return (yield from _best_of(lattice, lattice.paths))
 
 
 def single(lattice: Lattice) -> Strategy:
-    """Train the direct path and all paths with one assistant: 2n + 1 trainings. Raises ValueError if the lattice has no such path."""
+    """Train the direct path and all paths with one assistant (2n + 1 trainings for n assistants). Raises ValueError without such paths."""
     paths = tuple(path for path in lattice.paths if len(path) <= 3)
     if not paths:
         raise ValueError("the strategy `single` needs a path with at most one assistant, but the lattice has none")
@@ -167,19 +168,18 @@ def single(lattice: Lattice) -> Strategy:
 
 
 def best_prefix(lattice: Lattice) -> Strategy:
-    """Keep the best checkpoint of each model, and use only this checkpoint as a teacher: (n+1)(n+2)/2 trainings.
+    """Keep only the best checkpoint of each model as a teacher. With n assistants this needs (n+1)(n+2)/2 trainings.
 
-    This is a heuristic. It finds the best path if a better checkpoint of a teacher makes a better learner on every edge (the Bellman
-    condition, which `concordance` tests). If the condition fails, a path through a worse checkpoint may be better but is never tried.
-    With `max_assistants` or a budget, the prefix of a model's best checkpoint may be too long or too expensive to be extended.
+    This is a heuristic. It finds the best path if a better teacher always makes a better learner (`concordance` counts how often this is
+    so). Otherwise a path through a worse checkpoint may be better, but it is never tried.
     """
     return (yield from beam(lattice, width=1))
 
 
 def beam(lattice: Lattice, *, width: int) -> Strategy:
-    """Keep the `width` best checkpoints of each model: at most width (n+1)(n+2)/2 trainings.
+    """Keep the `width` best checkpoints of each model as teachers. With n assistants this needs at most width (n+1)(n+2)/2 trainings.
 
-    Each round belongs to one model, from big to small: its kept checkpoints teach every smaller model. Round 1 includes the direct path.
+    There is one round for each model, from big to small. In a model's round, its kept checkpoints teach every smaller model.
 
     Raises:
         ValueError: `width` is below 1, or the lattice has no path.
@@ -204,13 +204,15 @@ def beam(lattice: Lattice, *, width: int) -> Strategy:
 
 
 def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
-    """Run successive halving (Jamieson & Talwalkar 2016): short runs of all paths; the better half goes on to a longer rung.
+    """Run successive halving (Jamieson & Talwalkar 2016): train all paths for a few updates, keep the better half, and repeat.
 
-    At least two rungs are needed because rankings can reverse early in training. A longer run does not continue the shorter one, because
-    its learning-rate schedule has another length. The search ends early, with a full run, when only one path is left.
+    Each rung has longer runs than the rung before. A longer run starts anew, because its learning-rate schedule has another length.
 
     Args:
-        rungs: shares of each stage's updates, in rising order, the last one 1. Other values raise ValueError.
+        rungs: for each rung, the share of a stage's updates that is run. At least two rising values; the last value must be 1.
+
+    Raises:
+        ValueError: `rungs` breaks one of these rules.
     """
     if len(rungs) < 2 or rungs[-1] != 1 or rungs[0] <= 0 or any(a >= b for a, b in pairwise(rungs)):
         raise ValueError(f"rungs are {list(rungs)}; give at least two rising shares that end with 1")
@@ -245,11 +247,9 @@ def size_law(
     ratio: float = 2.5,
     max_assistants: int | None = None,
 ) -> ModelPath:
-    """Go upward from the student to the teacher: each next model is the one whose size is nearest to `ratio` times the current size.
+    """Choose the models from the student upward. Each next model is the bigger one whose size is nearest to `ratio` times the last size.
 
-    Zhang et al. 2025 (arXiv 2311.07052) fit the best teacher's parameters as 2.498 S - 11.5 million to students of 70 million to 2.8
-    billion parameters that were pruned from the teacher; this ratio also works for smaller models. With `max_assistants`, only the
-    assistants nearest to the student are kept.
+    The ratio of 2.5 is from Zhang et al. 2025 (arXiv 2311.07052). With `max_assistants`, only the smallest chosen assistants are kept.
     """
     path, above = [student], [teacher, *assistants]
     while path[0] != teacher:
@@ -261,13 +261,13 @@ def size_law(
 
 
 def performance_mean(teacher: str, assistants: Sequence[str], student: str, scores: Mapping[str, float]) -> ModelPath:
-    """Choose the assistant whose undistilled score is nearest to the mean score of teacher and student (Mirzadeh et al. 2020, TAKD)."""
+    """Choose the assistant whose score is nearest to the mean of the teacher's and the student's score (TAKD, Mirzadeh et al. 2020)."""
     wanted = (scores[teacher] + scores[student]) / 2
     return (teacher, min(assistants, key=lambda name: abs(scores[name] - wanted)), student)
 
 
 def geometric_mean(teacher: str, assistants: Sequence[str], student: str, sizes: Mapping[str, float]) -> ModelPath:
-    """Choose the assistant whose size is nearest (by ratio) to sqrt(N_T N_S), so that both steps reduce the size by the same factor."""
+    """Choose the assistant for which the ratios teacher / assistant and assistant / student of sizes are most similar."""
     wanted = (math.log(sizes[teacher]) + math.log(sizes[student])) / 2
     return (teacher, min(assistants, key=lambda name: abs(math.log(sizes[name]) - wanted)), student)
 
@@ -282,10 +282,10 @@ class Chosen:
 
 
 def lambda_tradeoff(teacher: str, assistants: Sequence[str], scores: Mapping[str, float], sizes: Mapping[str, float]) -> tuple[Chosen, ...]:
-    """Maximise MiniDisc's trade-off m(A) + lambda (1 - N_A / N_T) for every lambda >= 0 (Zhang et al. 2022, arXiv 2205.14570).
+    """Return the assistants that MiniDisc's trade-off chooses for lambda >= 0, in rising order of lambda.
 
-    The choice depends on lambda and on the scale of the scores (expected: 0 to 1), so there is no default lambda. The function returns the
-    whole sweep, in rising order of lambda, with the values where the choice changes. At such a value both assistants are equally good.
+    The trade-off chooses the assistant with the largest score + lambda * (1 - size / size of the teacher). Scores are from 0 to 1. Where
+    the choice changes, two assistants are equally good. Source: Zhang et al. 2022, arXiv 2205.14570.
     """
     left = {name: (scores[name], 1 - sizes[name] / sizes[teacher]) for name in assistants}
     at, found = 0.0, []

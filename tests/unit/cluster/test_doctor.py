@@ -48,7 +48,7 @@ def test_wheelhouse(programs):
     programs("avail_wheels", 'while read line; do case $line in rouge*) echo "rouge_score  0.1.2";; esac; done < "$2"')
     lacking = doctor.wheelhouse(["torch>=2.11", "rouge-score>=0.1.2", "trl>=1.16; extra == 'dev'"])
     assert lacking
-    assert (lacking.state, lacking.found) == ("warning", "lacks rouge-score")
+    assert (lacking.state, lacking.found) == ("warning", "the wheelhouse does not have rouge-score")
     fine = doctor.wheelhouse(["torch>=2.11"])
     assert fine
     assert fine.state == "ok"
@@ -76,13 +76,13 @@ def test_account(programs):
     assert doctor.account(ALLIANCE, {"SBATCH_ACCOUNT": "def-prof"}).state == "ok"
     assert doctor.account(ALLIANCE, {"SLURM_ACCOUNT": "prof"}).fix.endswith("correct SLURM_ACCOUNT")
     assert doctor.account(ALLIANCE, {"SLURM_ACCOUNT": "def-a", "SBATCH_ACCOUNT": "def-b"}).state == "problem"
-    assert doctor.account(None, {}) == doctor.Check("account", "ok", "none set")
+    assert doctor.account(None, {}) == doctor.Check("account", "ok", "no account is set")
     assert doctor.account(ALLIANCE, {}).fix.startswith("export SBATCH_ACCOUNT=NAME")
     programs("sacctmgr", "echo 'def-old_cpu|'")
-    assert doctor.account(ALLIANCE, {}).found == "none set; yours: def-old"
+    assert doctor.account(ALLIANCE, {}).found == "no account is set; your accounts: def-old"
     programs("sshare", "echo def-prof_cpu; echo def-prof_gpu; echo other")
     asked = doctor.account(ALLIANCE, {})
-    assert (asked.state, asked.found) == ("warning", "none set; yours: def-prof")
+    assert (asked.state, asked.found) == ("warning", "no account is set; your accounts: def-prof")
     assert asked.fix == "export SBATCH_ACCOUNT=def-prof, or submit with --account"
 
 
@@ -90,7 +90,7 @@ def test_a_program_that_hangs_is_left(programs, monkeypatch):
     monkeypatch.setattr("tadistill.cluster.queue._SECONDS", 0.2)
     programs("sshare", "exec /bin/sleep 30")
     start = time.monotonic()
-    assert doctor.account(ALLIANCE, {}).found == "none set"
+    assert doctor.account(ALLIANCE, {}).found == "no account is set"
     assert time.monotonic() - start < 20
 
 

@@ -62,7 +62,7 @@ def test_segments_of_a_chain(work, monkeypatch, tmp_path):
         work(stopped_by(signal.SIGUSR2), chain=True)()
     assert ended.value.code == 0
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    with pytest.raises(StageFailed, match="the last segment of the chain ended before the stage was finished"):
+    with pytest.raises(StageFailed, match="the last job of this stage ended before the stage was finished"):
         work(stopped_by(signal.SIGUSR2), chain=True)()
 
     def broken(**_) -> None:

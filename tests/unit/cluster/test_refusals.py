@@ -29,13 +29,13 @@ def scripts(site: str, *resources: str, account: str = "def-prof", runs: Path = 
     [
         ("narval", "sft: {gpu: h100}", "gpu is `h100`, but narval has no such GPU; use a100, a100_3g.20gb"),
         ("fir", "sft: {gpu: h100_3g.40gb}", "use h100, nvidia_h100_80gb_hbm3_3g.40gb"),  # long names only
-        ("rorqual", "sft: {gpu: h100_3g.40gb, processes: 2}", "a job has one slice"),
-        ("rorqual", "sft: {processes: 8}", "a node of rorqual has 4 x h100; raise nodes"),
+        ("rorqual", "sft: {gpu: h100_3g.40gb, processes: 2}", "a job can use only one slice"),
+        ("rorqual", "sft: {processes: 8}", "a node of rorqual has 4 x h100; use more nodes"),
         ("rorqual", "sft: {gpu: h100, cpus: 65}", "65 cores on a node, but rorqual gives at most 64"),
         ("rorqual", "sft: {gpu: h100_1g.10gb, memory: 31}", "31 GB of memory on a node, but rorqual gives at most 15"),
-        ("trillium", "sft: {hours: 25}", "hours is 25, but a job on trillium takes 0.25 to 24"),
-        ("narval", "sft: {hours: 0.5}", "hours is 0.5, but a job on narval takes 1 to 168"),
-        ("local", "sft: {gpu: h100}", "profile local names no GPUs"),
+        ("trillium", "sft: {hours: 25}", "hours is 25, but trillium allows 0.25 to 24"),
+        ("narval", "sft: {hours: 0.5}", "hours is 0.5, but narval allows 1 to 168"),
+        ("local", "sft: {gpu: h100}", "profile local has no GPUs"),
         ("narval", "sft: {processes: 3}", "optim.batch 64 is not a multiple of the 3 processes"),
     ],
 )
@@ -47,9 +47,7 @@ def test_requests(site, resources, message):
 def test_a_model_that_fits_nowhere_says_how_to_spread_it():
     big = "models.xl.config={n_embd: 4096, n_layer: 40, n_head: 32, n_positions: 1024}"
     plan = make_plan(load(RECIPE, [big]))
-    with pytest.raises(
-        ConfigError, match=r"sft xl, seed 10 needs about \d+ GB on a device, but the largest of narval has 40 GB; spread it"
-    ):
+    with pytest.raises(ConfigError, match=r"sft xl, seed 10 needs about \d+ GB on a GPU, but the largest on narval has 40 GB; spread it"):
         list(Submission(plan, profile.load_profile("narval"), Path("/scratch/runs"), account="def-prof").scripts())
     spread = load(RECIPE, [big, "resources={sft xl: {processes: 4, parallel: fsdp}, default: {teacher: offloaded}}"])
     text = next(
@@ -70,7 +68,9 @@ def test_whole_nodes_are_rounded_up():
 def test_accounts(monkeypatch):
     with pytest.raises(ConfigError, match="narval needs an account; give --account NAME"):
         scripts("narval", account="")
-    with pytest.raises(ConfigError, match="account `def-prof` does not look like an account of vulcan \\(for instance aip-PROF\\)"):
+    with pytest.raises(
+        ConfigError, match="account `def-prof` cannot be an account of vulcan, where accounts look like aip-PROF; correct it"
+    ):
         scripts("vulcan")
     monkeypatch.setenv("SBATCH_ACCOUNT", "def-other")
     with pytest.raises(ConfigError, match="SBATCH_ACCOUNT=def-other in the environment overrides it; unset SBATCH_ACCOUNT"):

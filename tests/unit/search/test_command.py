@@ -116,7 +116,8 @@ def test_c_search_counts_every_stage_once(finished):
     assert choice.discarded == pytest.approx(
         sum(s.flops or 0 for k, s in plan.stages.items() if s.kind in ("sft", "distill") and k not in used)
     )
-    assert "C_search: 12 distillations" in text
+    assert "The search cost (C_search) is" in text
+    assert "It pays for 12 distillations" in text
     assert "Chance alone raises the best of" in text
 
 
