@@ -47,7 +47,7 @@ def digest(path: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Return `digest(path)`. The result is cached in this process until the file's size or modification time changes."""
+    """Return the SHA-256 of a whole file, in hex. The result is cached until the file's size or modification time changes."""
     stat = path.stat()
     return _remembered(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
@@ -80,7 +80,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Replace an error of writing inside the block by a StoreError that names `path`, the reason and the fix."""
+    """Turn an error of writing inside the block into a StoreError that names `path`, the reason and the fix."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full
@@ -108,12 +108,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
-    """Write a value as indented JSON, atomically, as `write_text` does."""
+    """Write a value to a file as indented JSON. The file is replaced atomically, as in `write_text`."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n")
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Write JSON lines, one value per line, as `write_text` does."""
+    """Write values to a JSON Lines file, one value per line. The file is replaced atomically, as in `write_text`."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -161,7 +161,7 @@ def read_json(path: Path, *, fix: str = "delete its directory and run the recipe
 
 
 def read_jsonl(path: Path, *, fix: str = "delete its directory and run the recipe again") -> list[dict[str, Any]]:
-    """Parse a JSON Lines file of objects; empty lines are skipped. Raises StoreError with file and line if it is missing or damaged."""
+    """Return the objects of a JSON Lines file. Empty lines are skipped. Raises StoreError if the file is missing or damaged."""
     rows: list[dict[str, Any]] = []
     # not splitlines(): JSON does not escape U+2028 and similar line separators, so a text may contain them
     for number, line in enumerate(_text(path, fix).split("\n"), start=1):

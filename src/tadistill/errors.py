@@ -9,7 +9,7 @@ class TadistillError(Exception):
 
 
 class ConfigError(TadistillError, ValueError):
-    """A recipe, an override or an argument breaks a rule. Its message gives the value, the rule and the fix."""
+    """A recipe, an override or an argument breaks a rule. The error message gives the value, the rule and the fix."""
 
 
 class DataError(TadistillError, ValueError):

@@ -1,1 +1,1 @@
-"""Advice on which path from a teacher to a student is worth its compute, including no chain at all, with the evidence for it."""
+"""Advice on whether a chain of assistants between a teacher and a student is worth its compute, with the evidence."""

@@ -202,7 +202,7 @@ def _plain(value: Any) -> Any:
 
 
 def print_advice(report: Report, console: Console) -> None:
-    """Print the advice: first the verdict, then measures, costs and the commands to run. The output fits 80 columns."""
+    """Print the advice: first the verdict, then measures, costs and the commands to run. Lines have at most 80 characters."""
     advice = report.advice
     console.print(Text(f"{report.study}: advice", style="bold"))
     console.print(Text(words.verdict_line(advice), style=_STYLES[advice.verdict]))

@@ -273,7 +273,7 @@ EQUAL = 0.05
 
 @dataclass(frozen=True)
 class TwinPair:
-    """A chain and its twin, which is direct distillation with the chain's compute. There is one difference for each seed."""
+    """A chain and its twin, which is direct distillation with the chain's compute. `differences` has one value for each seed."""
 
     family: str
     path: tuple[str, ...]

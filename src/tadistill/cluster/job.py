@@ -99,7 +99,7 @@ def _home(stages: Mapping[str, Stage], stage: Stage) -> str:
 
 
 def families(jobs: Seq[Job]) -> list[list[Job]]:
-    """Group the jobs that differ only in their seed. Groups of parents come first."""
+    """Return groups of jobs that differ only in their seed. A group comes after the groups that it depends on."""
     found: dict[tuple, list[Job]] = {}
     for job in jobs:
         found.setdefault(job.family, []).append(job)
@@ -227,7 +227,7 @@ class StageJob:
 
         failure = Store(Path(task.store)).folder(task.key) / FAILURE
         if self.chain and os.environ.get("SLURM_ARRAY_TASK_ID") != "0" and failure.is_file():
-            raise StageFailed(f"an earlier segment of this job failed: {failure.read_text(encoding='utf-8').strip()}")
+            raise StageFailed(f"an earlier job of this stage failed: {failure.read_text(encoding='utf-8').strip()}")
         if _first():
             failure.unlink(missing_ok=True)
         say(f"{task.label} ({task.key})")

@@ -100,7 +100,7 @@ class Submission:
                 yield sent, sbatch.script(jobs_folder(self.study), self._elements(sent), sent.settings)
 
     def run(self, ready: Callable[[bool], None], tell: Callable[["Sent"], None]) -> tuple[list[Sent], int]:
-        """Submit the jobs. Return them, and the number of stages that earlier submissions have queued.
+        """Submit the jobs. Return two things: the submitted jobs; and the number of stages that earlier submissions have queued.
 
         Args:
             ready: called before the first job is submitted; its argument is False if there is no job to submit.
@@ -203,8 +203,7 @@ class Submission:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Lock the store for submissions, so that another submission waits and then sees this one's jobs."""
-        seconds = 0
+        seconds = 0  # another submission waits for the lock, and then sees the jobs of this one
 
         def waiting() -> None:
             nonlocal seconds

@@ -96,7 +96,7 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
     longest = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if isinstance(s, Decoding))])
     if positions and prompt + longest > positions:
         raise ConfigError(
-            f"models.{name} has {positions} positions, but the longest prompt ({prompt} tokens) and max_new_tokens ({longest}) need more; "
+            f"models.{name} has {positions} positions, but the longest prompt ({prompt} tokens) plus max_new_tokens ({longest}) needs more; "
             "lower data.max_prompt or max_new_tokens"
         )
 

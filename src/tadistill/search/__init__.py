@@ -1,4 +1,4 @@
-"""Paths from a teacher to a student: the lattice of all paths, search strategies, and rules of thumb. The package needs only numpy."""
+"""Paths from a teacher to a student through assistants: the list of all paths, strategies that search it, and rules of thumb."""
 
 from tadistill.search.strategies import best_prefix, concordance, drive, make_lattice
 

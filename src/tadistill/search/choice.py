@@ -36,7 +36,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Choice:
-    """A finished search."""
+    """The result of a finished search."""
 
     study: str
     strategy: str
@@ -156,7 +156,7 @@ def _record(choice: Choice) -> dict[str, Any]:
 
 
 def _confirmation(choice: Choice, recipe: Recipe) -> str:
-    """Write a recipe with the direct path, the chosen path and an equal-compute baseline, on seeds that the search did not use."""
+    """Return a recipe (YAML) that compares three arms on new seeds: direct; the chosen path; and its equal-compute baseline."""
     content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     content.pop("search", None)
     first = max(recipe.seeds) + 1

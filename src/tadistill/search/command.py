@@ -1,9 +1,7 @@
-"""`tadistill search`: look for the best path of a recipe's lattice by training, round by round, with one store.
+"""`tadistill search`: train paths from teacher to student, round by round, until a strategy has chosen one.
 
-Each round of a strategy (`tadistill.search.strategies`) is a plan whose arms are the paths of the round; only its training stages run.
-Common prefixes of paths are trained once for all rounds, strategies and studies. The quality of a path is the dev value of its last stage
-at the selected checkpoint, averaged over training seeds. Test sets are not read. The recipe and the store determine the result, so the
-same command resumes an interrupted search, and trains nothing after the search has finished.
+The quality of a path is the dev value of its last model at the selected checkpoint, averaged over training seeds. Test sets are not read.
+All rounds use one store, so the beginning of several paths is trained only once. The same command resumes an interrupted search.
 """
 
 import math

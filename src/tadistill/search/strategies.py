@@ -69,7 +69,7 @@ def make_lattice(
     """
     nodes = (teacher, *assistants, student)
     if len(set(nodes)) < len(nodes):
-        raise ValueError(f"the models of a lattice must be distinct, but {', '.join(nodes)} are not all different")
+        raise ValueError(f"a model is named twice in {', '.join(nodes)}; name each model once")
     most = len(assistants) if max_assistants is None else min(max_assistants, len(assistants))
     paths = [(teacher, *chosen, student) for k in range(most + 1) for chosen in combinations(assistants, k)]
     return Lattice(nodes, tuple(p for p in paths if cost is None or cost(p) <= budget))

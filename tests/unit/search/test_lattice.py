@@ -36,7 +36,7 @@ def test_a_budget_is_a_filter_and_may_leave_nothing():
 
 
 def test_a_model_may_stand_in_the_lattice_once():
-    with pytest.raises(ValueError, match="not all different"):
+    with pytest.raises(ValueError, match="named twice"):
         make_lattice("t", ["a", "a"], "s")
 
 
