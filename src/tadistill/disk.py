@@ -92,8 +92,8 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to. It is renamed to `path` when the block ends without an error.
 
-    The file is on the disk before it is renamed, so after a power failure `path` is the complete old file or the complete new file. The
-    temporary name is always the same, so the next write overwrites the rest of a killed write. Raises StoreError if it cannot be written.
+    After a power failure, `path` is either the complete old file or the complete new file. Only one process may write to `path` at a time,
+    because the temporary name is always the same. Raises StoreError if the file cannot be written.
     """
     with _renamed(path.with_suffix(".tmp"), path) as temporary:
         yield temporary
@@ -133,7 +133,7 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
 def publishing(target: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder. It is renamed to `target` when the block ends without an error.
 
-    Several processes may create the same folder at the same time. The first folder is kept, and the others are deleted.
+    Several processes may create the same folder at the same time. The first folder is kept, and later folders are deleted.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

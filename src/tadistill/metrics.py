@@ -1,6 +1,6 @@
-"""The table of metrics: one row for each metric, with everything that evaluation, selection and reports know about it.
+"""The table of metrics. Each row has all facts about one metric that evaluation, selection and reports use.
 
-A new metric is a row here and the function in `tadistill.evaluation` that computes it.
+To add a metric, add a row here and a function in `tadistill.evaluation` that computes the metric.
 
 A stored metric may have a suffix. `METRIC@DECODING` is the metric with another decoding. `budget/J` is term J of the error budget, which
 splits the error of a chain over its hops.

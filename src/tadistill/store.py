@@ -1,8 +1,8 @@
 """The store: a folder of stages. The name of a stage's folder, its key, is a hash of the stage's content.
 
-`runs/store/ab/abcd…/` is the folder of one stage. The stage is finished if and only if the folder contains manifest.json, which is
-written last, and every file that the manifest names. Files in an unfinished stage's folder were left by a killed run; the next run
-resumes from them. A lock prevents two processes from running the same stage.
+`runs/store/ab/abcd…/` is the folder of one stage. The stage is finished if the folder contains manifest.json and every file that the
+manifest names. The manifest is written last. The folder of an unfinished stage may contain a saved state, from which the next run resumes.
+A lock prevents two processes from running the same stage.
 """
 
 import fnmatch
@@ -30,7 +30,7 @@ _STAGE = "stage.json"
 
 
 def canonical(value: Any) -> str:
-    """Return the JSON text of a value in a canonical form, for hashing."""
+    """Return a value as JSON text for hashing. Equal values give equal texts."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 

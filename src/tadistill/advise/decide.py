@@ -1,4 +1,4 @@
-"""Turn forecasts into advice: the direct path, a chain (a path with assistants), or experiments. The default is the direct path."""
+"""Turn forecasts into advice: run direct distillation, run a chain (a path with assistants), or first run experiments."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +99,7 @@ def advise(
 ) -> Advice:
     """Decide whether a chain is worth running.
 
-    - `chain`: at least one chain is better than direct with the probability `Advice.needed`. The best of these chains is the path to run.
+    - `chain`: at least one chain is better than direct with a probability of `Advice.needed` or more. The best of them is the path to run.
     - `direct`: every chain is better by more than `margin` with a probability of at most 1 - level, or there is no history.
     - `inconclusive`: all other cases. The path to run is then the direct path.
 

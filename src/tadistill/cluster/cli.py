@@ -66,7 +66,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Submit a study's missing stages to Slurm. After a failure, run it again: it submits the failed stages and those that need them."""
+    """Submit a study's missing stages to Slurm. After a failure, run it again: it submits the stages that failed or never ran."""
     from tadistill.cluster.submit import submit as submit_recipe
     from tadistill.config import load
 

@@ -96,8 +96,8 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
     longest = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if isinstance(s, Decoding))])
     if positions and prompt + longest > positions:
         raise ConfigError(
-            f"models.{name} has {positions} positions, but the longest prompt ({prompt} tokens) plus max_new_tokens ({longest}) needs more; "
-            "lower data.max_prompt or max_new_tokens"
+            f"models.{name} has {positions} positions, but the longest prompt ({prompt} tokens) plus max_new_tokens ({longest}) needs "
+            "more; lower data.max_prompt or max_new_tokens"
         )
 
 
@@ -144,7 +144,7 @@ def _check_memory(recipe: Recipe, jobs: int) -> None:
 
 
 def _need(plan: Plan, stage: Stage) -> int:
-    """Return the memory in bytes: the plan's estimate, or else the float32 weights of the models (0 for a model of unknown size)."""
+    """Return the bytes of memory that a stage needs: the plan's estimate, or else the size of the models' float32 weights."""
     if stage.cost and stage.cost.memory:
         return int(stage.cost.memory)
     ledger, names = Ledger(plan.recipe), {stage.model}
@@ -154,7 +154,7 @@ def _need(plan: Plan, stage: Stage) -> int:
 
 
 def _largest_group(plan: Plan, needs: Mapping[str, int], jobs: int) -> dict[str, int]:
-    """Return a group of at most `jobs` stages that can run at the same time, chosen (greedily) to need much memory in total."""
+    """Return at most `jobs` stages that can run at the same time and together need the most memory (found by a greedy search)."""
     above = {key: with_ancestors(plan.stages, [key]) for key in needs}
     order, best = sorted(needs, key=lambda key: -needs[key]), {}
     for first in order[:_STARTS]:

@@ -41,7 +41,7 @@ _LAST_WORDS = 1.0
 def prepare() -> Any:
     """Return the multiprocessing context. On Linux, also start the server that imports torch and forks the processes.
 
-    The import runs in the background, so a command calls this before it checks its input.
+    The import runs in the background, so call this function early.
     """
     if sys.platform != "linux":  # macOS can fork too, but its own libraries do not survive it
         return multiprocessing.get_context("spawn")

@@ -73,7 +73,7 @@ def test_segments_of_a_chain(work, monkeypatch, tmp_path):
         work(broken, chain=True)()
     assert (Store(tmp_path).folder("ab12") / FAILURE).read_text() == "ValueError: no such number\n"
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    with pytest.raises(StageFailed, match="an earlier segment of this job failed: ValueError: no such number"):
+    with pytest.raises(StageFailed, match="an earlier job of this stage failed: ValueError: no such number"):
         work(lambda **_: pytest.fail("ran"), chain=True)()
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")  # submitted anew
     work(lambda **_: None, chain=True)()
