@@ -163,12 +163,12 @@ def test_same_seed_same_interval_other_seed_other_interval():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: prompt_interval([1.0, 2.0]), r"\(training seeds, prompts, decoding seeds\) with no axis empty, not \(1, 2\)"),
+        (lambda: prompt_interval([1.0, 2.0]), r"\(training seeds, prompts, decoding seeds\), none of them empty; the shape is \(1, 2\)"),
         (lambda: macro_interval([np.zeros((2, 3))]), r"training seeds, prompts, decoding seeds"),
-        (lambda: macro_interval([np.zeros((2, 0, 1))]), r"no axis empty, not \(2, 0, 1\)"),
-        (lambda: prompt_interval([[1.0], [float("nan")]]), "1 of 2 values are NaN or infinite"),
-        (lambda: macro_difference([np.zeros((2, 3, 1))], [np.zeros((2, 4, 1))]), "same seeds and prompts on both sides"),
-        (lambda: macro_interval([]), "no values"),
+        (lambda: macro_interval([np.zeros((2, 0, 1))]), r"none of them empty; the shape is \(2, 0, 1\)"),
+        (lambda: prompt_interval([[1.0], [float("nan")]]), "1 of 2 scores are NaN or infinite"),
+        (lambda: macro_difference([np.zeros((2, 3, 1))], [np.zeros((2, 4, 1))]), "scores for the same seeds and prompts"),
+        (lambda: macro_interval([]), "no scores"),
         (lambda: macro_interval([np.zeros((2, 3, 1)), np.zeros((1, 3, 1))]), "2 and 1 training seeds"),
         (lambda: prompt_interval([[1.0]], level=95), "level must lie between 0 and 1, not 95"),
         (lambda: prompt_interval([[1.0]], replicates=0), "replicates must be at least 1, not 0"),

@@ -1,7 +1,7 @@
-"""`Sequence`s of token ids, and padded `Batch`es of them. Only this module shifts predictions to targets.
+"""Sequences of token ids (`Sequence`), and padded batches of them (`Batch`).
 
-Axes: B sequences, T positions. `mask_BT[b, t]` is True if the loss uses the prediction of token t + 1, which is made AT position t. A value
-of a response token is stored at the position that predicts the token.
+Axes: B sequences, T positions. The model predicts token t + 1 at position t. So masks and values of a token are stored one position
+before the token. Only this module does this shift.
 """
 
 from collections.abc import Iterable
@@ -24,67 +24,70 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids of a prompt and a response, with recorded values of the response's tokens."""
+    """Token ids of a prompt and its response. `values` and `states` describe the tokens of the response."""
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     values: dict[str, np.ndarray] = field(default_factory=dict)
-    """Name -> one value per response token, such as the log-probabilities of a rollout."""
+    """Maps a name to one number per response token, for example its log-probability during sampling."""
     states: tuple[Tensor, ...] = ()
-    """(len(response), H) per teacher: the teacher's last hidden states at the positions that predict the response."""
+    """One tensor (response tokens, H) per teacher: its last hidden states at the positions that predict the response."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences, ready for a forward pass and a loss."""
+    """Sequences padded on the right, ready for a forward pass and a loss."""
 
     ids_BT: Tensor
     attention_BT: Tensor
-    """1 at real tokens, 0 at padding; computed from the lengths, never from token ids."""
+    """1 at real tokens, and 0 at padding."""
     mask_BT: Tensor
     """True where the loss uses the prediction of the next token."""
     values: dict[str, Tensor] = field(default_factory=dict)
-    """Name -> float32 values (B, T), which are zero where the mask is False."""
+    """Maps a name to float32 numbers (B, T), which are 0 where the mask is False."""
     corpus: "Batch | None" = None
-    """Plain text for a language-modelling term."""
+    """A batch of plain text for an additional language-modelling loss; None if there is no such loss."""
     targets: tuple[Hidden | TopK, ...] = ()
-    """The teachers' outputs at the positions where the mask is True, in row-major order, if they were computed in advance."""
+    """One entry per teacher with its stored outputs at the positions where the mask is True, in row-major order.
+
+    Empty if no outputs were computed before the training step.
+    """
     mixture: TargetMixture | None = None
-    """The mixture of several teachers in this update."""
+    """The weights with which this update mixes several teachers."""
 
     @property
     def targets_BT(self) -> Tensor:
-        """The token to predict at each position (meaningless where the mask is False)."""
+        """The next token at each position. It has no meaning where the mask is False."""
         return self.ids_BT.roll(-1, dims=1)
 
     @property
     def positions_BT(self) -> Tensor:
-        """Position ids, which are always passed to the model."""
+        """Position ids (B, T), from 0 in every sequence."""
         return (self.attention_BT.cumsum(1) - 1).clamp(min=0)
 
     def first(self, rows: int) -> "Batch":
-        """Return the first `rows` rows of the batch, without the plain text."""
+        """Return the first `rows` sequences as a batch, without `corpus`."""
         mask = self.mask_BT[:rows]
         targets: Any = tuple(select(t, slice(0, int(mask.sum()))) for t in self.targets)
         values = {k: v[:rows] for k, v in self.values.items()}
         return Batch(self.ids_BT[:rows], self.attention_BT[:rows], mask, values, None, targets, self.mixture)
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on another device."""
+        """Return the batch with all its tensors on `device`."""
         values = {k: v.to(device) for k, v in self.values.items()}
         corpus, targets = self.corpus.to(device) if self.corpus else None, tuple(t.to(device) for t in self.targets)
         return Batch(self.ids_BT.to(device), self.attention_BT.to(device), self.mask_BT.to(device), values, corpus, targets, self.mixture)
 
 
 def references(encoded: Seq[Encoded]) -> list[Sequence]:
-    """Return every encoded prompt with its first reference as a sequence."""
+    """Return one sequence per encoded prompt. Its response is the first reference."""
     return [Sequence(e.prompt, e.response) for e in encoded]
 
 
 def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int) -> list[Sequence]:
-    """Join plain-text documents by EOS and cut them into up to `limit` sequences of `length` tokens, as MiniLLM prepares D_PT.
+    """Join plain-text documents, with EOS after each, and cut the text into at most `limit` sequences of `length` tokens.
 
-    The last, shorter piece is dropped unless it is the only one.
+    A shorter piece at the end is dropped, unless it is the only one. MiniLLM prepares its pre-training text in this way.
 
     Raises:
         DataError: the documents contain no text.
@@ -101,13 +104,13 @@ def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", lengt
 
 
 def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:
-    """Return the sequences' indices in batches of `size`, short sequences first, because this order needs the least padding."""
+    """Group the indices of the sequences into batches of `size`, from short to long sequences. This order needs the least padding."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].response))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, targets: tuple[Hidden | TopK, ...] = ()) -> Batch:
-    """Pad sequences on the right. In a sequence without a prompt, all tokens except the first one are predicted."""
+    """Pad the sequences on the right and return them as a batch. If the prompt is empty, all tokens except the first are predicted."""
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)
     attention = np.zeros((rows, width), np.int64)

@@ -1,7 +1,14 @@
-"""Named data sets, JSONL files and Hub data sets, read into `Example`s.
+"""Read examples from tinyworld, from JSONL files, and from data sets on the Hugging Face Hub.
 
-A split is looked for in this order: the built-in tinyworld; an existing path; a named set under `data.root` (or TADISTILL_DATA); the Hub.
-Rows may hold instruction/input/output(s), prompt/completion, messages, or text (corpora), and the answers to choose among (choices).
+A data set is looked for in this order: the built-in tinyworld, a local path, a folder under `data.root` (or TADISTILL_DATA), the Hub.
+Every row has the columns of one of these four forms:
+
+    instruction, output (or outputs), and optionally input
+    prompt, completion
+    messages: a conversation that ends with an assistant message
+    text: a document of a plain-text corpus
+
+A row may also have the column choices: the possible answers of a classification task.
 """
 
 import hashlib
@@ -20,7 +27,7 @@ from tadistill.data import hub, tinyworld
 from tadistill.errors import DataError
 
 Facts = tuple[tuple[str, tuple[str, ...]], ...]
-"""(value, rivals) pairs: an answer is right for a fact if it says the value and none of the rivals."""
+"""The facts that an answer must state, as (value, rivals) pairs. The answer must contain the value, and none of the rivals."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,12 @@ class Example:
     input: str
     references: tuple[str, ...]
     messages: tuple[dict[str, str], ...] = ()
-    """A conversation up to the answer; instruction and input are empty then."""
+    """The messages before the answer, if the row is a conversation. `instruction` and `input` are then empty."""
     verbatim: bool = False
-    """True if the instruction is the whole prompt, without a template."""
+    """True if `instruction` is the whole prompt, so that no template is added."""
     facts: Facts = ()
     choices: tuple[str, ...] = ()
-    """The answers to choose among, references included, if the task is a classification."""
+    """All possible answers of a classification task, including the references. Empty for other tasks."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,11 @@ class _Named:
     folder: str
     hub: str
     files: dict[str, tuple[str, int | None, int | None]]
-    """Split -> file on the Hub, with its first and last line."""
+    """Maps a split to (file on the Hub, first row, row after the last one). None means no limit."""
 
 
 def _bucket(name: str, lengths: str, last: int | None = None) -> _Named:
-    """Describe the part of a set whose first references have this many tokens. MiniLLM's tables use the part with the longest ones."""
+    # MiniLLM splits these sets by the number of tokens of the first reference; its tables use the part with the longest ones
     return _Named(f"minillm_{name}_{lengths.rstrip('_')}", f"MiniLLM/{name}", {"test": (f"{lengths}/valid.jsonl", None, last)})
 
 
@@ -74,22 +81,22 @@ NAMED = {
 
 
 def load(ref: DataRef, role: str, data: Data) -> list[Example]:
-    """Read the examples of a split, limited by `data.limit`.
+    """Read the examples of one split of a data set, at most as many as `data.limit` allows.
 
     Args:
-        role: train, dev or test: the split that is read unless `ref.split` names another.
+        role: train, dev or test. It selects the limit. It is also the split, unless `ref.split` names another split.
 
     Raises:
-        DataError: the set is missing or empty, or a row lacks a column.
+        DataError: the data set is missing or empty, or a row lacks a column.
     """
     return read(ref, role, world=data.world, root=data.root, limit=getattr(data.limit, role))
 
 
 def read(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> list[Example]:
-    """Return the first `limit` examples of a split, or all; `load` without a recipe.
+    """Read the first `limit` examples of one split of a data set, or all examples if `limit` is None.
 
     Raises:
-        DataError: the set is missing or empty, or a row lacks a column.
+        DataError: the data set is missing or empty, or a row lacks a column.
     """
     examples = [_example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, world, root), limit))]
     if not examples:
@@ -98,11 +105,11 @@ def read(ref: DataRef, role: str, *, world: World, root: str | None, limit: int 
 
 
 def check(recipe: Recipe) -> None:
-    """Read every split and the start of the corpus, so that a mistake is known before any work.
+    """Read all data sets of a recipe, so that mistakes are found before any training.
 
     Raises:
-        DataError: a file or a column is missing, or two test sets have one name.
-        ConfigError: parts of a method cannot work together.
+        DataError: a file or a column is missing, or two test sets have the same name.
+        ConfigError: settings of a method do not fit together.
     """
     data = recipe.data
     for ref, role in [(data.train, "train"), (data.dev, "dev"), *((r, "test") for r in data.test)]:
@@ -116,7 +123,7 @@ def check(recipe: Recipe) -> None:
 
 
 def texts(ref: DataRef, *, world: World, root: str | None) -> Iterator[str]:
-    """Yield the documents of a corpus (column `text`)."""
+    """Yield the documents of a plain-text corpus, one per row."""
     column = ref.columns.get("text", "text")
     own = ref.load == "tinyworld"
     rows = tinyworld.corpus(seed=world.seed, people=world.people) if own else _rows(ref, "train", world, root, stream=True)
@@ -127,7 +134,10 @@ def texts(ref: DataRef, *, world: World, root: str | None) -> Iterator[str]:
 
 
 def fingerprint(ref: DataRef, role: str, data: Data) -> str:
-    """Return the identity of a split's content for a stage's key: a digest of the file, the world's identity, or hub id@revision."""
+    """Return a string that changes when the data of a split changes. It becomes part of the stage keys.
+
+    It is a digest of a local file, the settings of tinyworld, or the Hub id with its revision.
+    """
     if ref.load in tinyworld.SPLITS:
         return f"{tinyworld.fingerprint(seed=data.world.seed, people=data.world.people)}:{ref.load}:{ref.split or role}"
     path = _local_file(ref, role, data.root)
@@ -142,7 +152,7 @@ def _digest(path: Path, mtime_ns: int) -> str:
 
 
 def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bool = False) -> Iterator[dict[str, Any]]:
-    """Read the rows of a split. With `stream`, a Hub data set is read over the network, only as far as its rows are used."""
+    """Yield the rows of a split. With `stream`, rows of a Hub data set are downloaded only when they are used."""
     split = ref.split or role
     if ref.load in tinyworld.SPLITS:
         if split in tinyworld.SPLITS[ref.load]:
@@ -156,10 +166,12 @@ def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bo
 
 
 def on_hub(ref: DataRef, role: str, data: Data) -> tuple[str, str | None] | None:
-    """Return (repository, file) of a split on the Hub; the file is None for a whole repository. Return None for a split on this disk.
+    """Return (repository, file) of a split on the Hub, or None if the split is on this disk.
+
+    The file is None if the split is not a single file.
 
     Raises:
-        DataError: there is no such data set.
+        DataError: the data set or the split does not exist.
     """
     if ref.load in tinyworld.SPLITS or _local_file(ref, role, data.root) is not None:
         return None
@@ -214,7 +226,7 @@ def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[
         path = hub.download(repository, ref.revision, file)
     except DataError as error:
         raise DataError(
-            f"data set `{ref.load}` (split {split}) is not on this disk ({named.folder}/{split}.jsonl under data.root or TADISTILL_DATA), "
+            f"data set `{ref.load}` (split {split}) is not on this disk (as {named.folder}/{split}.jsonl in data.root or TADISTILL_DATA), "
             f"and loading it from the hub failed: {error}"
         ) from error
     return itertools.islice(_read_jsonl(path), first, last)
@@ -239,9 +251,7 @@ def _hub_dataset(ref: DataRef, split: str, stream: bool) -> Iterator[dict[str, A
 
 
 def _no_column(ref: DataRef, index: int, wanted: str, row: dict) -> str:
-    return (
-        f"data set `{ref.load}`, row {index + 1} has no column {wanted}; it has {', '.join(map(str, row))}. Name the right one in `columns`"
-    )
+    return f"data set `{ref.load}`, row {index + 1} has no column {wanted}; it has {', '.join(map(str, row))}. Name the column in `columns`"
 
 
 def _example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
@@ -261,7 +271,7 @@ def _example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
         raise DataError(_no_column(ref, index, "`instruction`, `prompt` or `messages`", row))
     for text in (instruction, prompt, get("input")):
         if not isinstance(text, str | None):
-            raise DataError(f"{where}: instruction, input and prompt must be strings, and one is {text!r}")
+            raise DataError(f"{where}: instruction, input and prompt must be strings, but one of them is {text!r}")
     verbatim = instruction is None
     wanted = "completion" if verbatim else "output"
     column = ref.columns.get(wanted, wanted)  # type: ignore[call-overload]
@@ -278,10 +288,10 @@ def _example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
 
 def _last_turn(messages: Any, ref: DataRef, where: str) -> Any:
     if ref.instruction is not None:
-        raise DataError(f"{where} has messages, which have their own instructions; remove `instruction` from the data set's settings")
+        raise DataError(f"{where} has messages, which have their own instructions; remove the setting `instruction` of this data set")
     turns = isinstance(messages, list) and len(messages) >= 2 and all(isinstance(turn, dict) for turn in messages)
     if not turns or messages[-1].get("role") != "assistant":
-        raise DataError(f"{where}: messages must be a prompt followed by an assistant message")
+        raise DataError(f"{where}: `messages` must be a prompt followed by an assistant message (a list of at least two messages)")
     return messages[-1].get("content")
 
 
@@ -291,21 +301,21 @@ def _choices(given: Any, where: str) -> tuple[str, ...]:
     if not isinstance(given, list | tuple) or not all(isinstance(c, str) and c for c in given):
         raise DataError(f"{where}: choices are {given!r}; write a list of strings, none of them empty")
     if len(set(given)) < max(2, len(given)):
-        raise DataError(f"{where}: choices are {', '.join(given) or 'an empty list'}; give at least two choices, all different")
+        raise DataError(f"{where}: choices are {', '.join(given) or 'an empty list'}; give at least two choices that are all different")
     return tuple(given)
 
 
 def _references(answer: Any, choices: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """Return the reference answers; an integer or a boolean is an index into the choices."""
     if answer is None or (isinstance(answer, list | tuple) and not answer):
         what = "null" if answer is None else "an empty list"
-        raise DataError(f"{where}: the response is {what}; give a string (it may be empty), or leave the row out")
+        raise DataError(f"{where}: the response is {what}; give a string (it may be empty), or delete this row from the data")
     answers = answer if isinstance(answer, list | tuple) else (answer,)
     known = f"the choices are {', '.join(choices)}"
     if choices:
         wrong = [a for a in answers if isinstance(a, int) and not 0 <= a < len(choices)]
         if wrong:
-            raise DataError(f"{where}: label {wrong[0]} is not from 0 to {len(choices) - 1}; {known}. Use a split that has labels")
+            raise DataError(f"{where}: label {wrong[0]} is not from 0 to {len(choices) - 1}; {known}. Use a split with labels in all rows")
+        # an integer or a boolean is an index into the choices
         answers = [choices[a] if isinstance(a, int) else a for a in answers]
     for answer in answers:
         if not isinstance(answer, str):

@@ -1,7 +1,7 @@
-"""Find or download the Hub repository (or single file) of a split, and describe errors of the Hub in one sentence.
+"""Find or download data sets on the Hugging Face Hub, and describe the Hub's errors in one sentence.
 
-cached("tatsu-lab/alpaca", "main")                     -> the snapshot's folder, or None if it is not on this disk
-download("MiniLLM/dolly", "main", file="raw.jsonl")    -> that file, from the cache or the network
+cached("tatsu-lab/alpaca", "main")                     # folder of the downloaded repository, or None if it is not on this disk
+download("MiniLLM/dolly", "main", file="raw.jsonl")    # path of this file, from the cache or the network
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,9 @@ _NOT_DATA = (".md", ".gitattributes", ".gitignore", ".yaml")
 
 
 def cached(repository: str, revision: str, file: str | None = None) -> Path | None:
-    """Find the file, or the folder of the whole snapshot, without network; None if it is missing or the snapshot contains no data.
+    """Return the local path of a file, or of the whole repository if `file` is None, without using the network.
+
+    Return None if it is not on this disk, or if the repository's folder has no data files.
 
     Raises:
         DataError: `repository` is not a valid hub id.
@@ -37,10 +39,12 @@ def cached(repository: str, revision: str, file: str | None = None) -> Path | No
 
 
 def download(repository: str, revision: str, file: str | None = None, *, workers: int = 8) -> Path:
-    """Update the file, or the whole snapshot, and return its path; with HF_HUB_OFFLINE=1 use only the cache.
+    """Download a file, or the whole repository if `file` is None, and return its local path.
+
+    Only changed files are downloaded. With HF_HUB_OFFLINE=1, the result comes from the local cache.
 
     Raises:
-        DataError: the file cannot be downloaded; the message gives the cause and the solution.
+        DataError: the download fails, or the cache does not contain the file.
     """
     from huggingface_hub import constants, hf_hub_download, snapshot_download
 
@@ -55,7 +59,7 @@ def download(repository: str, revision: str, file: str | None = None, *, workers
 
 
 def offline(error: type[TadistillError], kind: str, name: str, revision: str) -> TadistillError:
-    """Return the error for a repository that is not in the cache while the network is forbidden."""
+    """Return the error for a repository that is not in the local cache while HF_HUB_OFFLINE=1 forbids downloads."""
     return error(
         f"{kind} `{name}` at revision `{revision}` is not in the local Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads; "
         "run `tadistill fetch RECIPE` on a machine with network access"
@@ -63,13 +67,13 @@ def offline(error: type[TadistillError], kind: str, name: str, revision: str) ->
 
 
 def invalid(error: type[TadistillError], repository: str, cause: Exception) -> TadistillError:
-    """Return the error for a name that the Hub does not allow."""
+    """Return the error for a repository name that the Hub does not allow."""
     return error(f"`{repository}` is not a valid hub id ({str(cause).rstrip('.')}); write ORG/NAME")
 
 
 @contextmanager
 def explained(error: type[TadistillError], kind: str, repository: str, revision: str, file: str | None = None) -> Iterator[None]:
-    """Raise `error` with one clear sentence if a download inside the block fails.
+    """Convert download errors inside a `with` block into an `error` with one clear sentence.
 
     Args:
         kind: `model` or `data set`.

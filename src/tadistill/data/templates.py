@@ -1,8 +1,9 @@
-"""Prompt templates and length rules: from an `Example` to prompt ids and response ids.
+"""Convert an `Example` into a prompt text, and into token ids of the prompt and the response.
 
-Two rules differ from MiniLLM's preprocessing. If a tokenizer merges the end of the prompt with the start of the response, the response is
-encoded alone (MiniLLM cuts the joint encoding at the prompt's length). Prompts that are too long are left out of test sets too (MiniLLM
-cuts them on the right, which loses "### Response:").
+Two rules differ from MiniLLM's preprocessing:
+- If the tokenizer would merge the end of the prompt with the start of the response, the response is encoded alone. MiniLLM cuts the
+  joint token ids at the prompt's length.
+- Prompts that are too long are left out, in test sets too. MiniLLM cuts them on the right, which removes "### Response:".
 """
 
 import re
@@ -37,14 +38,14 @@ class Encoded:
     """The example's index in its split, from 0."""
     prompt: tuple[int, ...]
     response: tuple[int, ...]
-    """The first reference. It ends with EOS unless it was cut."""
+    """The first reference. It ends with EOS, unless it was cut to fit the maximum length."""
     choices: tuple[tuple[int, ...], ...] = ()
-    """Each of the example's choices as the start of a response. A choice has no EOS and is never cut."""
+    """The tokens of each answer choice, as they follow the prompt. A choice has no EOS and is never cut."""
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A named test or dev set, encoded for one tokenizer."""
+    """A named data set, encoded for one tokenizer. `encoded` does not contain prompts that are too long."""
 
     name: str
     examples: Seq[Example]
@@ -52,12 +53,12 @@ class EvalSet:
 
     @property
     def rows(self) -> list[Example]:
-        """The example of every encoded prompt."""
+        """The examples of `encoded`, in the same order."""
         return [self.examples[e.row] for e in self.encoded]
 
 
 def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Write the prompt as text, in the alpaca, chat or plain template."""
+    """Return the prompt of an example as text. The template is alpaca, chat or plain."""
     if example.verbatim:
         return example.instruction
     if template == "chat" or example.messages:
@@ -75,14 +76,17 @@ def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase"
 
 
 def task_of(example: Example) -> tuple[str, str]:
-    """Return instruction and input for a human reader, without a template. A conversation becomes one `role: content` line per turn."""
+    """Return the instruction and the input of an example, without a template, for a human reader.
+
+    The instruction of a conversation contains one line `role: content` per message. Its input is empty.
+    """
     if example.messages:
         return "\n\n".join(f"{m['role']}: {m['content']}" for m in example.messages), ""
     return example.instruction, example.input
 
 
 def split_prompt(text: str) -> tuple[str, str]:
-    """Split a prompt in the alpaca template into instruction and input; any other prompt is returned whole as the instruction."""
+    """Return the instruction and the input of a prompt in the alpaca template. For any other prompt, return (prompt, "")."""
     match = _ALPACA.fullmatch(text.strip())
     if match is None:
         return text.strip(), ""
@@ -92,15 +96,15 @@ def split_prompt(text: str) -> tuple[str, str]:
 def encode(
     examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", *, template: str, max_prompt: int, max_length: int, name: str = "data"
 ) -> list[Encoded]:
-    """Encode examples with their first reference and their choices; rows whose prompt exceeds `max_prompt` tokens are left out.
+    """Encode the prompts, first references and choices of examples. Rows with a prompt longer than `max_prompt` tokens are left out.
 
     Raises:
-        DataError: no row is left, or two choices of a row have the same tokens, or a choice is too long.
-        ModelError: the tokenizer has no EOS token, or it has no chat template although `template` needs it.
+        DataError: no row is left, a choice is too long, or two choices of a row have the same tokens.
+        ModelError: the tokenizer has no EOS token, or it has no chat template but a prompt needs one.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ModelError("the tokenizer has no EOS token, so no response could end; set eos_token in the tokenizer's configuration")
+        raise ModelError("the tokenizer has no EOS token, which must end every response; set eos_token in the tokenizer's configuration")
     prompts = [render(e, template, tokenizer) for e in examples]
     ids = _ids(tokenizer, prompts)
     responses = _after(tokenizer, prompts, ids, [e.references[0] for e in examples])

@@ -1,18 +1,17 @@
-"""tinyworld: a data set about a fictional world, generated from a seed, with nothing to download.
+"""Generate tinyworld, a data set about a fictional world. A seed gives the same bytes on every machine.
 
-People and places have attributes, and relations to each other. Each fact has several wordings of the question and several phrasings of the
-answer with unequal frequencies, so that mode-seeking and mode-covering training differ. A small student cannot learn all facts. Skills
-(sort, reverse, count, extract, …) use a given input. Five test sets mirror MiniLLM's suite, and a sixth mirrors its measure of calibration:
+People and places have attributes, and relations to each other. Questions about a fact have several wordings. Answers have several
+phrasings with unequal frequencies, so mode-seeking and mode-covering training give different models. A small student cannot learn all
+facts. Skills (sort, reverse, count, extract, …) use a given input. Each test set corresponds to one that MiniLLM uses:
 
-    tinyworld            held-out wordings of known facts, skills on new inputs     (as Dolly)
-    tinyworld_reworded   wordings that training never uses                         (as SelfInst)
-    tinyworld_open       "tell me about …": several facts in a row                 (as Vicuna)
-    tinyworld_lengths    references of one word next to references of thirty       (as S-NI)
-    tinyworld_multi      every phrasing is a reference                             (as UnNI)
-    tinyworld_choices    one word, to choose among the value and its rivals        (as SST-2, BoolQ)
+    tinyworld            unseen wordings for known facts, skills on new inputs     (like Dolly)
+    tinyworld_reworded   wordings that training never uses                         (like SelfInst)
+    tinyworld_open       "tell me about …": several facts in one answer            (like Vicuna)
+    tinyworld_lengths    references of one word and references of thirty words     (like S-NI)
+    tinyworld_multi      every phrasing is a reference                             (like UnNI)
+    tinyworld_choices    classification: the value or one of its rivals            (like SST-2, BoolQ)
 
-Training contains all facts, so the sets test knowledge and not guessing. No (instruction, input) pair is in two splits. The same seed
-gives byte-identical rows on every machine (`data.tinyworld_parts`).
+Training contains all facts, so the test sets measure knowledge and not guessing. No pair of instruction and input is in two splits.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VERSION = 1
-"""Increase this version whenever a generated row changes. It is part of the fingerprint, and so of every stage's key."""
+"""The version of the generated rows. Increase it whenever a row changes, because stage keys contain it."""
 
 SPLITS: dict[str, tuple[str, ...]] = {"tinyworld": ("train", "dev", "test")}
 SPLITS |= {f"tinyworld_{part}": ("test",) for part in ("reworded", "open", "lengths", "multi", "choices")}
@@ -46,7 +45,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fact:
-    """The attribute `kind` of `subject` has this `value`; `rivals` are the other possible values of the attribute."""
+    """The attribute `kind` of `subject` has this `value`. `rivals` are the other possible values of the attribute."""
 
     kind: str
     subject: str
@@ -54,13 +53,13 @@ class Fact:
     rivals: tuple[str, ...]
 
     def say(self, phrase: str) -> str:
-        """Insert this fact into a phrase of the tables."""
+        """Return the phrase with this fact's subject and value inserted."""
         return phrase.format(x=self.subject, v=self.value)
 
 
 @dataclass(frozen=True)
 class FictionalWorld:
-    """The people, places and facts of one seed. `facts` contains each subject's attributes in the order of the tables."""
+    """The people, places and facts that are generated from one seed."""
 
     seed: int
     people: int
@@ -71,10 +70,10 @@ class FictionalWorld:
 
 @lru_cache
 def world(seed: int = 0, people: int = 120) -> FictionalWorld:
-    """Generate the world of a seed.
+    """Generate the people, places and facts of a seed.
 
     Raises:
-        DataError: there are fewer than 10 people, or more people than names.
+        DataError: `people` is below 10, or above the number of available names.
     """
     pool = [start + end for start in pieces.NAME_STARTS for end in pieces.NAME_ENDS]
     if not 10 <= people <= len(pool):
@@ -88,10 +87,10 @@ def world(seed: int = 0, people: int = 120) -> FictionalWorld:
 
 
 def world_rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row]:
-    """Generate the rows of a split: instruction, input ("" if none), outputs, and facts as [value, rivals].
+    """Generate the rows of a split. A row has an instruction, an input (may be empty), outputs, and facts as [value, rivals] pairs.
 
-    An answer is right for a fact if it contains the value and none of the rivals, as whole words. Only `multi` rows have several outputs.
-    Rows of tinyworld_choices also have choices: the value and its rivals, sorted.
+    An answer states a fact if it contains the value and none of the rivals, as whole words. Only rows of tinyworld_multi have several
+    outputs. Rows of tinyworld_choices also have choices: the value and its rivals, sorted.
 
     Raises:
         DataError: there is no such split.
@@ -104,7 +103,7 @@ def world_rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> li
 
 
 def corpus(*, seed: int = 0, people: int = 120) -> list[dict[str, str]]:
-    """Generate plain prose about the world, for a language-modelling term. The sentences use other wordings than the answers."""
+    """Generate plain text about the world, for a language-modelling loss. Its sentences are worded differently from the answers."""
     here = world(seed, people)
     told, residents = _by_subject(here), {place: [f.subject for f in here.facts if f.value == place] for place in here.places}
     documents = []
@@ -132,17 +131,17 @@ def _vocabulary(seed: int, people: int) -> tuple[str, ...]:
 
 
 def words(*, seed: int = 0, people: int = 120) -> list[str]:
-    r"""Return the sorted vocabulary, with "\n" and without special tokens."""
+    r"""Return the sorted vocabulary. It contains "\n", but no special tokens."""
     return list(_vocabulary(seed, people))
 
 
 def fingerprint(*, seed: int = 0, people: int = 120) -> str:
-    """Return the identity of the world's rows, the same on every machine."""
+    """Return a string that identifies the rows of a world. It is the same on every machine."""
     return f"tinyworld:v{VERSION}:seed={seed}:people={people}"
 
 
 def tokenizer(*, seed: int = 0, people: int = 120) -> "PreTrainedTokenizerFast":
-    r"""Make the world's tokenizer: one token per word, "\n" is a token, and nothing is added around a text."""
+    r"""Return the world's tokenizer. Each word and each "\n" is one token. No special tokens are added to a text."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # imported here, because rows are also needed without these packages
     from transformers import PreTrainedTokenizerFast
 
@@ -160,13 +159,13 @@ def tokenizer(*, seed: int = 0, people: int = 120) -> "PreTrainedTokenizerFast":
 
 
 def _facts(seed: int, kind: str, subjects: tuple[str, ...], names: tuple[str, ...], places: tuple[str, ...]) -> list[Fact]:
-    """Make one fact for each subject. Values are equally frequent, so that guessing the most frequent one gains nothing."""
     domain = {"place": places, "person": names}.get(pieces.KINDS[kind].domain) or pieces.DOMAINS[pieces.KINDS[kind].domain]
     rng = pieces.rng(seed, "facts", kind)
     if kind == "friend":  # one circle through all people, so that nobody is their own friend
         circle = pieces.shuffled(names, rng)
         friends = dict(zip(circle, circle[1:] + circle[:1], strict=True))
         return [Fact(kind, x, friends[x], tuple(n for n in names if n not in (x, friends[x]))) for x in subjects]
+    # the values are equally frequent, so that guessing the most frequent one gains nothing
     rivals = _rivals(domain)
     values = pieces.shuffled((domain * (len(subjects) // len(domain) + 1))[: len(subjects)], rng)
     return [Fact(kind, x, v, rivals[v]) for x, v in zip(subjects, values, strict=True)]
@@ -281,7 +280,7 @@ def _skill_rows(here: FictionalWorld) -> dict[str, list[Row]]:
 
 
 Task = tuple[str, str, tuple[str, ...]]
-"""An input, the value that is its answer, and the value's rivals (no rivals if the value is a whole list)."""
+"""(input, value that is the answer, rivals of the value). A value that is a whole list has no rivals."""
 Rivals = dict[str, dict[str, tuple[str, ...]]]
 
 

@@ -1,9 +1,10 @@
-"""The parts of a tinyworld: its text, read from tinyworld.json, and random draws.
+"""Text and random draws of tinyworld. The text is read from tinyworld.json.
 
-All text is lower case with one space between tokens, and sentence marks are tokens. `{x}` is replaced by the subject of a fact, and `{v}`
-by its value. The data follows three rules, which the tests check. No word belongs to two value domains, or to a domain and a phrase. A
-rewording uses only words that training rows use too. Answers to one question differ in their first words, so that a model that covers all
-phrasings and a model that uses one phrasing behave differently.
+All text is lower case with one space between tokens, and punctuation marks are tokens. In the text, `{x}` is replaced by the subject of
+a fact, and `{v}` by its value. The tests check three rules:
+- A word belongs to only one value domain. It does not occur in the wordings too.
+- A rewording uses only words that training rows use too.
+- Answers to one question differ in their first words. So a model that uses all phrasings behaves differently from a model that uses one.
 """
 
 import json
@@ -16,24 +17,24 @@ from typing import Any, TypeVar
 
 @dataclass(frozen=True)
 class Kind:
-    """The wordings of questions and answers about one attribute."""
+    """The wordings of questions and answers about one attribute of a person or place."""
 
     domain: str
-    """A key of DOMAINS, `place` or `person`."""
+    """The set of possible values: a key of DOMAINS, or `place` or `person`."""
     asks: tuple[str, ...]
-    """Wordings of the question; one of them is held out for each fact."""
+    """Wordings of the question. For each fact, training does not use one of them."""
     short_asks: tuple[str, ...]
-    """Wordings that ask for the bare value; one of them is held out for each fact."""
+    """Wordings of a question that is answered by the value alone. For each fact, training does not use one of them."""
     rewordings: tuple[str, ...]
     """Wordings of the question that training never uses."""
     answers: tuple[str, ...]
     prose: tuple[str, ...]
-    """Sentences of the plain-text corpus."""
+    """Sentences that state the fact in the plain-text corpus."""
 
 
 @dataclass(frozen=True)
 class Skill:
-    """The wordings of a task that uses a given input; `tinyworld` makes the inputs."""
+    """The wordings of a task with a given input, such as sorting a list. The module `tinyworld` generates the inputs."""
 
     asks: tuple[str, ...]
     rewordings: tuple[str, ...]
@@ -52,21 +53,21 @@ PLACE_STARTS, PLACE_ENDS = (tuple(_TEXT["places"][part].split()) for part in ("s
 PLACES = 24
 
 DOMAINS = {name: tuple(words.split()) for name, words in _TEXT["domains"].items()}
-"""The values of each attribute. Places and people are domains too, but they are drawn for each world."""
+"""The possible values of each attribute. People and places are not included, because each world has its own."""
 NUMBERS = tuple(str(n) for n in range(1, 21))
 ANSWER_WEIGHTS = (4, 3, 2, 1)
-"""Relative frequency of the first, second, … phrasing in training rows: uneven as in real text, so that there is a mode to seek."""
+"""Relative frequencies of the first to fourth phrasing of an answer in training rows. They are unequal, as in real text."""
 
 PERSON_KINDS, PLACE_KINDS = ({name: Kind(**_tuples(e)) for name, e in _TEXT[group].items()} for group in ("person_kinds", "place_kinds"))
 KINDS = PERSON_KINDS | PLACE_KINDS
 PERSON_STORY = ("home", "job", "pet", "colour")
 PLACE_STORY = ("product", "river", "mayor")
-"""The facts that answer an open question, in this order."""
+"""The attributes that the answer to an open question states, in this order."""
 OPEN_ASKS = tuple(_TEXT["open_asks"])
-"""For each subject, training uses three of these questions, `open` uses a fourth one, and `lengths` uses the fifth one."""
+"""Five open questions. For each subject, training uses three of them, tinyworld_open a fourth, and tinyworld_lengths the fifth."""
 SKILLS = {name: Skill(**_tuples(entry)) for name, entry in _TEXT["skills"].items()}
 SALES = tuple(_TEXT["sales"])
-"""Inputs of the tasks who, what and where. The roles have two orders, so that no role has a fixed position."""
+"""Sentences about a sale: the inputs of the skills who, what and where. Their word orders differ."""
 STORY_OPENINGS = tuple(_TEXT["story_openings"])
 RESIDENTS = _TEXT["residents"]
 """A sentence of the plain-text corpus about three people of one place."""
@@ -78,15 +79,15 @@ T = TypeVar("T")
 
 
 def rng(*address: int | str) -> Random:
-    """Return the generator of one purpose.
+    """Return the random generator for one purpose, which `address` names.
 
-    Only its `random()` may be called: Python guarantees the stream of that method only, so the same seed gives the same rows everywhere.
+    Call only its method `random`. Python guarantees the same numbers on every machine for this method only.
     """
     return Random("|".join(map(str, address)))
 
 
 def pick(items: Sequence[T], rng: Random, weights: Sequence[int] | None = None) -> T:
-    """Draw one item, with equal chances or by weight. Surplus weights at the end are ignored."""
+    """Draw one item, with equal probability or in proportion to `weights`. Weights without an item are ignored."""
     if weights is None:
         return items[int(rng.random() * len(items))]
     weights = weights[: len(items)]

@@ -1,8 +1,8 @@
-"""One position of sampling: the distribution of the next token, a draw from it, and the memory that the next position needs.
+"""Sampling of one token: change the distribution (temperature, top-k, top-p), mix it with a teacher's, and draw.
 
-The file begins with warping (temperature, top-k, top-p), mixing with a teacher, and the inverse CDF. The models' KV caches and the record
-of tokens and log-probabilities follow. Axes: B sequences, T tokens so far, V vocabulary, H hidden size, N tokens of one call. q is the
-student's distribution, p is the teacher's, and b is the distribution that the tokens are sampled from.
+The file also contains the KV caches, and the record of sampled tokens and log-probabilities. Axes: B sequences, T tokens so far, V
+vocabulary, H hidden size, N tokens of one call. q is the student's distribution of the next token, p is the teacher's, and b is the
+distribution that tokens are sampled from.
 """
 
 from collections.abc import Iterable
@@ -32,10 +32,10 @@ _BELOW_ONE = 1 - 2**-53  # the largest float64 below 1
 
 @dataclass(frozen=True)
 class Mixture:
-    """The mixture b = (1 - alpha) q + alpha p of two distributions at every token (MiniLLM, Gu et al. 2024, Eq. 4).
+    """The mixture b = (1 - alpha) q + alpha p of the student's q and the teacher's p at every token (MiniLLM, Gu et al. 2024, Eq. 4).
 
-    A draw from b is a draw from p with probability alpha, else a draw from q. The token's uniform random number decides between them, and
-    after rescaling it is uniform again. The model that draws a token is therefore known before either model has read the text.
+    Each token is drawn by the teacher with probability alpha, and otherwise by the student. The token's random number selects the model.
+    `switch` then rescales this number to [0, 1), so that the selected model can draw the token with it.
     """
 
     teacher: PreTrainedModel
@@ -53,9 +53,10 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Speculation:
-    """The student proposes a token. If the teacher's k most probable tokens do not include it, the teacher draws one (SKD, Xu et al. 2024).
+    """Speculative sampling (SKD, Xu et al. 2024): the student proposes each token, and the teacher accepts or replaces it.
 
-    The result is one draw from b = q 1[top k] + (1 - q(top k)) p, so its exact probability is known.
+    The teacher accepts its `k` most probable tokens, and draws a token itself otherwise. A token y then has the probability b(y) = q(y)
+    [y is in the top k] + (1 - Q) p(y). Q is the student's total probability of the top k tokens.
     """
 
     teacher: PreTrainedModel
@@ -69,9 +70,9 @@ class Speculation:
 
 
 def processors(decoding: Decoding) -> LogitsProcessorList:
-    """Return the settings as transformers' logits processors, in the order of the fields. The list is empty if no setting is used.
+    """Return the decoding settings as logits processors of transformers. The list is empty if no setting changes the logits.
 
-    Temperature 0 adds no processor: greedy decoding takes the most probable token that the other processors allow.
+    Temperature 0 adds no processor. It means greedy decoding: the most probable token that the other settings allow.
     """
     found = LogitsProcessorList()
     if decoding.no_repeat_ngram is not None:
@@ -90,7 +91,9 @@ def processors(decoding: Decoding) -> LogitsProcessorList:
 def next_tokens(
     logits: dict[str, Tensor], scores: dict[str, Tensor], uniforms_B: Tensor, guide: Mixture | Speculation | None, *, greedy: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return every row's next token, and its log-probability under each model (unwarped) and under the sampled distribution (`behaviour`).
+    """Sample the next token of every row. Return the tokens and their log-probabilities.
+
+    The log-probabilities have a key for each model (before warping), and `behaviour` (under the distribution that was sampled from).
 
     Args:
         logits: (B, V) float32 for "student" and, if there is a guide, for "teacher".
@@ -114,11 +117,11 @@ def next_tokens(
 
 
 def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Draw one column (B,) from every row of non-negative weights, by inverse CDF at the row's random number in [0, 1).
+    """Draw one column (B,) from every row, with probabilities in proportion to its non-negative weights.
 
-    A column of weight 0 is never drawn. It first chooses a block of columns, and then a column in the block, because a cumulative sum
-    over the whole vocabulary takes longer than its softmax.
+    Each row uses its random number in [0, 1) (inverse CDF). A column of weight 0 is never drawn.
     """
+    # first a block of columns, then a column in it: a cumulative sum over the whole vocabulary takes longer than its softmax
     vocab = weights_BV.shape[1]
     whole = vocab - vocab % _BLOCK
     blocks = weights_BV[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
@@ -134,7 +137,7 @@ def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 def _inverse_cdf(weights_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the column whose cumulative interval contains the random number, and the number's position in it, rescaled to [0, 1)."""
+    """Return the column whose cumulative interval contains the random number, and the number's place in it, scaled to [0, 1)."""
     # float64, because over many columns the error of a float32 sum is larger than a rare token's probability
     cumulative = weights_BN.cumsum(-1, dtype=torch.float64)
     # u <= 1 - 2^-53 keeps the point below the total also after rounding, so a last column of weight 0 is never drawn. The clamp is for NaN
@@ -151,19 +154,20 @@ def _at(values_BV: Tensor, tokens_B: Tensor) -> Tensor:
 
 
 def log_prob(logits_BV: Tensor, probabilities_BV: Tensor, tokens_B: Tensor) -> Tensor:
-    """Return the tokens' log-softmax (B,) from logits z and their softmax p: log p(y) = z(y) - max z + log max p."""
-    # the logarithm of p(y) itself would be minus infinity where the other model chose a token that underflows here
+    """Return the log-probabilities (B,) of the tokens, from the logits (B, V) and their softmax."""
+    # log p(y) = z(y) - max z + log max p. The logarithm of p(y) itself would be minus infinity if the other model chose a token that
+    # underflows here.
     return _at(logits_BV, tokens_B) - logits_BV.amax(-1) + probabilities_BV.amax(-1).log()
 
 
 class InPlaceLayer(DynamicLayer):
-    """KV cache of one layer, (rows, heads, capacity, head size), allocated once. The first `length` places of `capacity` are filled.
+    """The KV cache of one layer, with memory for `capacity` tokens. The first `length` places are filled.
 
-    transformers' DynamicLayer grows by concatenation, which copies all keys and values at every token. On a CPU this takes a quarter of a
-    small model's decoding time. The length of a rollout is bounded, so this layer allocates its memory once. transformers' StaticCache does
-    this too, but it attends to the whole capacity at every token, and it cannot drop rows.
+    Keys and values have the shape (rows, heads, capacity, head size).
     """
 
+    # DynamicLayer grows by concatenation, which copies all keys and values at every token: on a CPU a quarter of a small model's decoding
+    # time. StaticCache allocates once too, but it attends to the whole capacity at every token, and it cannot drop rows.
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity, self.length = capacity, 0
@@ -192,14 +196,15 @@ class InPlaceLayer(DynamicLayer):
 
 
 def keeps_all(layer: object, capacity: int) -> bool:
-    """Return True if the cache layer attends to all of `capacity` tokens: it has no sliding window, or one of at least that width."""
+    """Return True if the cache layer can attend to `capacity` tokens. A layer with a narrower sliding window cannot."""
     return type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= capacity)
 
 
 def in_place_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
-    """Return the model's dynamic cache, with an `InPlaceLayer` for every layer that attends to all of `capacity` tokens.
+    """Return an empty KV cache of the model for `capacity` tokens.
 
-    Layers with a narrower sliding window and recurrent layers keep transformers' own cache layer.
+    Layers that attend to all tokens use `InPlaceLayer`. Layers with a narrower sliding window and recurrent layers use transformers' own
+    cache.
     """
     cache = DynamicCache(config=config)
     for i, layer in enumerate(cache.layers):
@@ -210,11 +215,11 @@ def in_place_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A sampled response (its last token is EOS if EOS was sampled), and the log-probabilities of its tokens.
+    """A sampled response and the log-probabilities of its tokens. The last token is EOS if EOS was sampled.
 
-    `values` are in nats, float32. `student` (and `teacher`, if one guided the sampling) is the model's own log-probability (temperature 1,
-    whole shared vocabulary). `behaviour` is the log-probability under the sampled distribution, after warping and mixing.
-    `hidden` (T, H) is the input of the guiding teacher's output head for each token, on the CPU in the teacher's dtype.
+    `values` are float32 in nats. `student` and `teacher` are log-probabilities of each model alone, at temperature 1. `behaviour` is the
+    log-probability under the distribution that was sampled from, after warping and mixing. `hidden` (T, H) contains the inputs of the
+    teacher's output head, on the CPU; it is None if no teacher helped to sample.
     """
 
     tokens: tuple[int, ...]
@@ -223,7 +228,7 @@ class Rollout:
 
 
 class Record:
-    """The sampled tokens, log-probabilities and hidden states of all rows in CPU memory. Finished rows are included."""
+    """Memory on the CPU for the tokens, log-probabilities and hidden states of all rows during sampling."""
 
     def __init__(self, rows: int, steps: int, eos: tuple[int, ...], models: Iterable[str]):
         self.tokens = np.zeros((rows, steps), np.int64)
@@ -233,7 +238,7 @@ class Record:
         self.hidden: Tensor | None = None  # allocated when its size is known
 
     def say(self, rows: np.ndarray, t: np.ndarray | int, tokens: np.ndarray) -> None:
-        """Write the rows' tokens at positions `t`, and set the length of rows that reach EOS. The length of ended rows does not change."""
+        """Write the rows' tokens at positions `t`. The first EOS of a row sets the row's length."""
         self.tokens[rows, t] = tokens
         ended = (tokens[:, None] == self.eos).any(1) & (self.lengths[rows] > t)
         self.lengths[rows[ended]] = np.broadcast_to(t, rows.shape)[ended] + 1
@@ -248,7 +253,7 @@ class Record:
             self.hidden[torch.from_numpy(rows), torch.as_tensor(t)] = hidden_NH.cpu()
 
     def rollouts(self) -> list[Rollout]:
-        """Return every row's response as a copy, cut at its length."""
+        """Return the response of every row, cut at the row's length. All arrays are copies."""
         found = []
         for b, n in enumerate(self.lengths.tolist()):
             values = {name: array[b, :n].copy() for name, array in self.values.items()}

@@ -1,4 +1,4 @@
-"""Engines, which sample responses from the current student: the built-in loop (`Native`), and vLLM."""
+"""Engines, which sample responses from the current student: the built-in loop (`Native`), and vLLM (`Vllm`)."""
 
 import importlib
 import os
@@ -18,18 +18,18 @@ _MEMORY = 0.3  # share of the GPU for vLLM's weights and KV cache
 
 
 class Engine(Protocol):
-    """The interface of an engine, which samples from the student with its current weights."""
+    """The interface of an engine. An engine samples from the student with the student's current weights."""
 
     student: PreTrainedModel
     decoding: Decoding
 
     def respond(self, prompts: Seq[tuple[int, ...]], uniforms_BT: np.ndarray, guide: Mixture | Speculation | None = None) -> list[Rollout]:
-        """Return one response per prompt, in order. Token t of response b is drawn with the random number `uniforms_BT[b, t]`."""
+        """Return one response per prompt, in order. The random number `uniforms_BT[b, t]` draws token t of response b."""
         ...
 
 
 class Native:
-    """The built-in loop on stock transformers. It samples `chunk` prompts of similar length in one batch."""
+    """The built-in sampling loop for transformers models. It samples `chunk` prompts of similar length in one batch."""
 
     def __init__(self, student: PreTrainedModel, decoding: Decoding, *, eos: tuple[int, ...], vocab: int, chunk: int = 64):
         self.student, self.decoding, self.eos, self.vocab, self.chunk = student, decoding, eos, vocab, chunk
@@ -41,7 +41,7 @@ class Native:
         guide: Mixture | Speculation | None = None,
         tick: Callable[[int], None] = lambda answered: None,
     ) -> list[Rollout]:
-        """Return the responses as `Engine.respond` does. After each batch, `tick` is called with the batch's number of prompts."""
+        """Return the same responses as `Engine.respond`. After each batch, `tick` is called with its number of prompts."""
         order = np.argsort([len(p) for p in prompts], kind="stable")
         found: dict[int, Rollout] = {}
         for start in range(0, len(order), self.chunk):
@@ -61,10 +61,10 @@ class Native:
 
 
 class Vllm:
-    """vLLM beside the student on the same GPU (`pip install 'tadistill[vllm]'`; CUDA only).
+    """Sampling with vLLM on the student's GPU (`pip install 'tadistill[vllm]'`; CUDA only).
 
-    vLLM keeps a copy of the student, which gets the current weights before every call. Each sequence has its own seed, derived from its
-    random numbers, so a run is reproducible on the same machine and version. The sampled tokens differ from those of the built-in loop.
+    vLLM has its own copy of the student. Every call first copies the current weights to it. Each sequence has its own seed, derived from
+    its random numbers, so a run can be repeated on the same machine and version. The tokens differ from those of `Native`.
     """
 
     def __init__(self, student: PreTrainedModel, decoding: Decoding, *, eos: tuple[int, ...], vocab: int):
@@ -87,8 +87,8 @@ class Vllm:
             )
 
     def respond(self, prompts: Seq[tuple[int, ...]], uniforms_BT: np.ndarray, guide: Mixture | Speculation | None = None) -> list[Rollout]:
-        """Return the responses as `Engine.respond` does. They have log-probabilities only if decoding keeps the model's distribution."""
-        assert guide is None, "vLLM cannot sample with a teacher, and the check of the recipe refuses such samplers"
+        """Return responses as `Engine.respond` does. Log-probabilities are missing if the decoding settings change the distribution."""
+        assert guide is None, "vLLM cannot sample with a teacher; the check of the recipe refuses this"
         weights = [(name, parameter.detach()) for name, parameter in self.student.named_parameters()]
         self._llm.apply_model(lambda model: model.load_weights(weights))
         settings = [self._settings(uniforms_BT.shape[1], int(row[0] * 2**31)) for row in uniforms_BT]

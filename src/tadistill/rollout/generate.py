@@ -1,10 +1,10 @@
-"""Batched sampling from a model, or from student and teacher together, on stock transformers models.
+"""Sample responses in batches from a transformers model, alone or together with a teacher.
 
-SeqKD, evaluation and training rollouts use one loop over positions. A mixture of two models without warping uses the faster code of `lazy`
-if both models allow it; the tokens are the same. Each model has its own KV cache. The caller gives each sequence its random numbers, so
-a sequence's text does not depend on the rest of the batch. Finished sequences leave the batch.
+All sampling uses the loop over positions in this file. A mixture of two models without warping uses the faster code of `lazy` if both
+models allow it, with the same result. The caller gives the random numbers of each sequence, so a sequence does not depend on the other
+sequences in its batch. Finished sequences leave the batch.
 
-Axes: B sequences, T positions, V vocabulary, H hidden.
+Axes: B sequences, T positions, V vocabulary, H hidden size.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +30,6 @@ class _Decoder:
         self.cache = in_place_cache(model.config, capacity)
 
     def logits(self, ids: Tensor, attention: Tensor | None, positions: Tensor) -> Tensor:
-        """Return the logits (B, V) of the token after `ids`. The cache contains the tokens before `ids`."""
         out = self.model(
             input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         )
@@ -38,9 +37,8 @@ class _Decoder:
 
 
 class _Batch:
-    """The unfinished rows: their tokens so far, left-padded so that every prompt ends at column `width`, and the models' caches."""
-
     def __init__(self, models: dict[str, PreTrainedModel], prompts: list[tuple[int, ...]], uniforms_BT: np.ndarray, vocab: int):
+        # the tokens are left-padded, so that every prompt ends at column `width`
         rows, self.width = len(prompts), max(map(len, prompts))
         device, total = models["student"].device, self.width + uniforms_BT.shape[1]
         self.vocab, self.start, self.end = vocab, 0, self.width  # the models have not seen [start, end)
@@ -94,15 +92,15 @@ def sample(
     decoding: Decoding = Decoding(),
     guide: Mixture | Speculation | None = None,
 ) -> list[Rollout]:
-    """Sample one response per prompt. It ends at any token of `eos`, or after `uniforms_BT.shape[1]` tokens.
+    """Sample one response per prompt. A response ends with a token of `eos`, or after `uniforms_BT.shape[1]` tokens.
 
     Args:
-        prompts: token ids without padding; this function pads them on the left.
-        uniforms_BT: (B, max_new_tokens) random numbers in [0, 1). Token t of row b is the inverse CDF at uniforms_BT[b, t]. For a mixture,
-            `Mixture.switch` uses the number to choose the model, and rescales it for the inverse CDF of that model.
-        vocab: size of the vocabulary that the models share; logits beyond it are cut off.
-        decoding: the settings that change each model's logits before mixing; its `max_new_tokens` is not used.
-        guide: the rule by which a teacher helps to draw every token; None if the student samples alone.
+        prompts: token ids without padding.
+        uniforms_BT: (B, max_new_tokens) random numbers in [0, 1). The number [b, t] draws token t of response b. In a mixture, it first
+            selects the model (`Mixture.switch`).
+        vocab: size of the vocabulary that the models share; token ids beyond it are never sampled.
+        decoding: the settings that change each model's logits before mixing. Its `max_new_tokens` is ignored.
+        guide: how a teacher helps to sample; None if the student samples alone.
 
     Returns:
         Rollouts in the order of the prompts.

@@ -1,11 +1,13 @@
-"""Faster sampling from a mixture of student and teacher: a model is called only when needed, and it reads several tokens in one call.
+"""Faster sampling from a mixture of student and teacher: each model is called less often, and reads several tokens in one call.
 
-A token's random number decides which model draws it (`Mixture.switch`), so this is known before any model is called. A model continues a
-row alone for as long as its turn lasts. The other model reads these tokens later: at its own turn, or to compute their log-probabilities.
-Each call runs one model for all rows that it can continue. The student is called until half of the rows wait for the teacher. The teacher
-then reads several tokens of every row in one call. This costs little more than one token per row, because the weights are read from memory
-only once. Tokens and probabilities equal those of the loop in `generate`, where both models read every token
-(`tests/unit/rollout/test_lazy.py`). On a CPU it takes 79 to 93 % of that loop's time (docs/benchmarks/mixture-cpu.md). There is no padding.
+A token's random number selects the model that draws it (`Mixture.switch`), so the turns are known before any model is called. A model
+continues a row alone while it has the turn. The other model reads these tokens later, when it has the turn or must give their
+log-probabilities. A call runs one model for many rows. The student is called until half of the rows wait for the teacher. The teacher
+then reads several tokens of every row in one call. This costs little more than one token per row, because the weights are read from
+memory once.
+
+Tokens and probabilities equal those of the loop in `generate`, where both models read every token (tests/unit/rollout/test_lazy.py). On
+a CPU it takes 79 to 93 % of that loop's time (docs/benchmarks/mixture-cpu.md).
 
 Axes: N tokens of a call, M tokens of the call after which a token is predicted, B rows in the batch, R all rows, w the largest number of
 tokens of one row in a call, L columns of the cache, V vocabulary, H hidden size.
@@ -31,7 +33,7 @@ _ATTENTION = "tadistill_packed"
 
 
 def possible(model: PreTrainedModel, capacity: int) -> bool:
-    """Return True if `fill` supports the model: a tested family, `sdpa` attention, and no sliding window narrower than the text."""
+    """Return True if `fill` supports the model: a tested family with `sdpa` attention, and no sliding window narrower than the text."""
     # Packing does not work with ALiBi (which computes distances from a two-axis mask), recurrent states, missing position ids, or a model's
     # own attention bias. Add a family to the set only when tests/unit/rollout/test_lazy.py covers it.
     layers = DynamicCache(config=model.config).layers
@@ -40,8 +42,6 @@ def possible(model: PreTrainedModel, capacity: int) -> bool:
 
 
 class _Side:
-    """One of the two models, and for each row how many tokens it has read."""
-
     def __init__(self, name: str, model: PreTrainedModel, rows: int, capacity: int):
         self.name, self.packed = name, _Packed(model, rows, capacity)
         self.done = np.zeros(rows, np.int64)  # (R,) the next column that the model has to read
@@ -65,7 +65,7 @@ class _Text:
         return self.going() & (self.teachers[self.rows, t] == (side.name == "teacher"))
 
     def unread(self, side: _Side) -> np.ndarray:
-        """Return how many tokens (B,) the model must read to score all existing tokens and, if it is its turn, to draw the next one."""
+        """Return how many tokens (B,) the model must read, to score all tokens so far and to draw the next one if it has the turn."""
         return self.end[self.rows] + self.turns(side) - 1 - side.done[self.rows]
 
 
@@ -73,7 +73,7 @@ class _Text:
 def fill(
     record: Record, student: PreTrainedModel, prompts: list[tuple[int, ...]], uniforms_RT: np.ndarray, vocab: int, guide: Mixture
 ) -> None:
-    """Sample a response to every prompt, and write it into `record`."""
+    """Sample a response to every prompt from the mixture `guide`, and write the responses into `record`."""
     text = _Text(prompts, uniforms_RT, guide, record)
     sides = [_Side(name, model, *text.ids.shape) for name, model in (("student", student), ("teacher", guide.teacher))]
     while (side := _next(text, sides)) is not None:
@@ -85,7 +85,6 @@ def fill(
 
 
 def _next(text: _Text, sides: list[_Side]) -> _Side | None:
-    """Return the model to call next, or None if all tokens are sampled and scored."""
     behind = [text.unread(side).max() for side in sides]
     for side, tokens in zip(sides, behind, strict=True):
         if tokens > _BEHIND:
@@ -97,7 +96,6 @@ def _next(text: _Text, sides: list[_Side]) -> _Side | None:
 
 
 def _read(text: _Text, side: _Side, vocab: int) -> None:
-    """Run the model on its unread tokens. It scores existing tokens, and draws the next token of the rows where it is its turn."""
     rows, counts = text.rows, text.unread(side)
     b_N = np.repeat(np.arange(len(rows)), counts)
     row_N = rows[b_N]
@@ -154,27 +152,26 @@ class _Places:
         self.full = len(rows_N) == rows * self.shape[1]
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """Return the causal mask (B, 1, w, L) that is added to the attention scores: a token attends to its own row up to itself."""
+        """Return the causal mask (B, 1, w, L) that is added to the attention scores."""
         columns = self.spread(self.columns_N)
         hidden = torch.arange(self.length, device=columns.device) > columns.unsqueeze(-1)
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min).unsqueeze(1)
 
     def spread(self, values_N: Tensor) -> Tensor:
-        """Reshape packed values (N, ...) to one row per sequence, (B, w, ...). Places without a token are zero."""
+        """Reshape packed values (N, ...) to (B, w, ...), one row per sequence. Places without a token are zero."""
         shape = (*self.shape, *values_N.shape[1:])
         if self.full:
             return values_N.reshape(shape)
         return values_N.new_zeros(shape).flatten(0, 1).index_copy_(0, self.in_rectangle_N, values_N).view(shape)
 
     def pack(self, values_Bw: Tensor) -> Tensor:
-        """Return the packed values (N, ...) of (B, w, ...); the inverse of `spread`."""
+        """Undo `spread`: reshape (B, w, ...) to packed values (N, ...)."""
         flat = values_Bw.flatten(0, 1)
         return flat if self.full else flat.index_select(0, self.in_rectangle_N)
 
 
 class _Layer(DynamicLayer):
-    """Keys and values (rows, capacity, heads, head size). Columns precede heads, so positions do not depend on the number of heads."""
-
+    # keys and values (rows, capacity, heads, head size): columns precede heads, so positions do not depend on the number of heads
     def __init__(self, packed: "_Packed"):
         super().__init__()
         self.packed, self.length = packed, 0
@@ -218,11 +215,10 @@ AttentionInterface.register(_ATTENTION, _attention)
 
 
 class _Packed:
-    """A model with a cache of `rows` x `capacity` tokens. A call may contain a different number of tokens for each row.
+    """A model with a KV cache of `rows` x `capacity` tokens. A call may contain a different number of tokens for each row.
 
-    The N tokens are packed into a single row, with position ids. Only attention mixes tokens, so the rest of the model works on the packed
-    row and computes no padding. Attention writes the new keys and values at their positions in the cache, unpacks the queries to (B, w) for
-    transformers' `sdpa` with a mask, and packs the result again.
+    The N tokens of a call are packed into a single row without padding. Only attention needs to know their rows. It unpacks the queries
+    to (B, w), runs transformers' `sdpa` with a mask, and packs the result again.
     """
 
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int):
@@ -232,7 +228,7 @@ class _Packed:
         self.cache.layers[:] = [_Layer(self) for _ in self.cache.layers]
 
     def __call__(self, ids_N: np.ndarray, rows_N: np.ndarray, columns_N: np.ndarray, predict_M: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Run the N tokens; return the logits (M, V) and the inputs (M, H) of the output head at the tokens `predict_M`.
+        """Run the model on N tokens. Return the logits (M, V) and the inputs (M, H) of the output head at the tokens `predict_M`.
 
         Args:
             ids_N: the token ids.
@@ -265,7 +261,6 @@ class _Packed:
 
 @contextmanager
 def _head_at(model: PreTrainedModel, tokens_M: Tensor) -> Iterator[list[Tensor]]:
-    """Apply the output head only to the tokens `tokens_M`, and collect its input."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Module)
     seen: list[Tensor] = []

@@ -1,8 +1,8 @@
-"""Rounds of rollouts: sample many sequences with the current student, train on them for some epochs, sample again.
+"""Rounds of rollouts: sample many sequences from the current student, train on them for some epochs, then sample again.
 
-The teacher reads a rollout once. If the teacher helps to sample, its hidden states and log-probabilities are kept from the sampling.
-Otherwise one forward pass computes them. This pass is skipped if every rollout is used only once and the loss needs no log-probabilities in
-advance: the training step then runs the teacher. Hidden states are kept, but never logits.
+The teacher reads each sequence once. If the teacher helps to sample, its hidden states and log-probabilities are kept. Otherwise the
+teacher runs after sampling. It runs in the training step if each sequence is used only once and the loss needs no log-probabilities
+before. Logits are never stored.
 """
 
 from collections.abc import Sequence as Seq
@@ -30,27 +30,28 @@ from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teachers of a round, and what the objective needs from them."""
+    """The teachers of a student, and which of their outputs the objective needs."""
 
     models: tuple[PreTrainedModel, ...]
-    """The original teacher, which may help to sample, followed by the assistants that also teach the student."""
+    """The original teacher (only it can help to sample), followed by the assistants that also teach the student."""
     vocab: int
     scores: bool
-    """True if the loss needs the log-probability of every sampled token in advance."""
+    """True if the loss needs the log-probability of every sampled token before the training step."""
     states: bool
-    """True if the loss needs the distribution at every token."""
+    """True if the loss needs the teachers' distribution at every token."""
 
     @classmethod
     def of(cls, objective: Objective, models: tuple[PreTrainedModel, ...], vocab: int) -> "Teacher":
-        """Return the teachers, and what `objective` needs from them."""
+        """Return the teachers, and which of their outputs `objective` needs."""
         return cls(models, vocab, objective.needs_scores, objective.needs_distribution)
 
 
 class Rollouts(Sampler):
-    """The sampler of rounds: a round samples `rollouts` sequences, and uses them for `inner_epochs` epochs of rollouts / batch updates.
+    """The sampler that works in rounds. A round samples `rollouts` sequences, and trains on them for `inner_epochs` epochs.
 
-    `Batch.values` contains log-probabilities of the sampled tokens: `student` (under the student that sampled them), `behaviour` (under the
-    sampled distribution), and `teacher` if the objective needs it. With several teachers the names are `teacher 0`, `teacher 1` and so on.
+    `Batch.values` contains log-probabilities of the sampled tokens. `student` is under the student that sampled them. `behaviour` is
+    under the distribution that was sampled from. `teacher` is added if the objective needs it. Several teachers have the names `teacher
+    0`, `teacher 1` and so on.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Rollouts(Sampler):
         self.sequences: list[Sequence] = []
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Return the micro-batches of update `step` from the current round. The first update of a round samples the round."""
+        """Return the micro-batches of update `step`. The first update of a round samples the sequences of the round."""
         number, inside = divmod(step, self.round_updates)
         if number != self.round:
             self.sequences = []  # frees the memory before the next round is sampled
@@ -93,7 +94,6 @@ class Rollouts(Sampler):
         return collate(sequences, pad=self.pad, corpus=corpus, targets=self._targets(sequences))
 
     def _roll_out(self, number: int) -> list[Sequence]:
-        """Return all sequences of round `number`. Every process samples its share, and gathers the others."""
         rows = shuffled(len(self.prompts), self.rollouts, number, (self.seed, "prompt order"))
         # sorted by length, so that all processes get prompts of similar length
         mine = np.argsort([len(self.prompts[i].prompt) for i in rows], kind="stable")[self.shard.rank :: self.shard.world].tolist()
@@ -115,8 +115,7 @@ class Rollouts(Sampler):
         return None
 
     def _with_teacher(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Add the teachers' log-probabilities and states if needed in advance or more than once. Drop states that are not needed."""
-        teacher = self.teacher
+        teacher = self.teacher  # it runs here if its outputs are needed before the training step, or in several epochs
         if not sequences or not (teacher.scores or (teacher.states and self.config.inner_epochs > 1)):
             return sequences if teacher.states and len(teacher.models) == 1 else [replace(s, states=()) for s in sequences]
         if len(teacher.models) > 1 or not sequences[0].states:
@@ -139,11 +138,8 @@ class Rollouts(Sampler):
         return found
 
     def _as_trained(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Return the sequences with the student's log-probabilities from a forward pass that rounds as training does.
-
-        bf16 and vLLM round differently when they sample, so the ratio of the student to the sampled distribution would not start at 1.
-        `behaviour` of a mixture is computed again from the new log-probabilities; `behaviour` of speculative sampling is not changed.
-        """
+        # bf16 and vLLM round differently when they sample, so the ratio of the student to the sampled distribution would not start at 1.
+        # These log-probabilities come from a pass that rounds as training does. `behaviour` of speculative sampling is not changed.
         guide, found = self._guide(), []
         with torch.autocast(self.engine.student.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"):
             passes = self._passes(sequences, self._student_reader, self.engine.student, states=False, scores=True)
@@ -167,7 +163,7 @@ class Rollouts(Sampler):
     def _passes(
         self, sequences: list[Sequence], reader: Reader, model: PreTrainedModel, *, states: bool, scores: bool
     ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Run the model over the sequences. Return each one's last hidden states and tokens' log-probabilities, or None if not wanted."""
+        """Run the model on the sequences. Return (hidden states, log-probabilities) of each; a part that is not wanted is None."""
         found: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         for rows in by_length(sequences, self.config.chunk):
             batch = collate([sequences[i] for i in rows], pad=self.pad).to(model.device)
@@ -213,12 +209,12 @@ def on_policy(
     corpus: Seq[Sequence] = (),
     **common: Any,
 ) -> Sampler:
-    """Return the sampler of a method that trains on text of the student.
+    """Return the sampler of an on-policy method: a method that trains on text sampled from the student.
 
     Args:
-        texts: the data set's responses; for the sampler `pair`, the teacher's responses.
-        prompts: the prompts to which rounds of rollouts sample responses.
-        common: the arguments engine, pad, seed and shard of the sampler.
+        texts: the responses of the data set; the teacher's responses for the sampler `pair`.
+        prompts: the prompts for samplers that work in rounds.
+        common: the arguments engine, pad, seed and shard of every sampler.
     """
     config = method.sampler
     if isinstance(config, Rounds):

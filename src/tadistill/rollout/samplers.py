@@ -1,7 +1,7 @@
-"""Samplers, the sources of training sequences. For every optimizer step, a sampler returns the micro-batches of this process.
+"""Samplers, which give the training batches. For each optimizer update, a sampler returns the micro-batches of this process.
 
-The on-policy logic is in the samplers, so the training loop does not depend on the algorithm. Token log-probabilities from sampling are in
-`Batch.values`, and the objective decides how to use them. Rounds of rollouts are in `tadistill.rollout.rounds`.
+Sampling from the student happens here, so the training loop does not depend on the algorithm. `Batch.values` contains the tokens'
+log-probabilities from sampling, for use in the objective. Samplers that work in rounds are in `tadistill.rollout.rounds`.
 """
 
 from collections import deque
@@ -24,19 +24,19 @@ from tadistill.rollout.signals import Signals
 
 @dataclass(frozen=True)
 class Shard:
-    """The share of one process: its rank, and the number of processes `world`."""
+    """The rank of this process, and the number of processes (`world`). The processes divide the sequences of an update."""
 
     rank: int = 0
     world: int = 1
 
     def gather(self, found: list[tuple[int, Sequence]]) -> list[Sequence]:
-        """Gather the numbered sequences of all processes, and return them in the order of their numbers."""
+        """Collect the (number, sequence) pairs of all processes. Return the sequences, sorted by their numbers."""
         every = gather_object(found) if self.world > 1 else found
         return [s for _, s in sorted(every, key=lambda item: item[0])]
 
 
 class Sampler:
-    """The interface of a sampler: a source of batches for the training loop."""
+    """The interface of a sampler, which gives batches to the training loop."""
 
     @property
     def wants_dev(self) -> bool:
@@ -48,26 +48,29 @@ class Sampler:
         raise NotImplementedError
 
     def samples(self, step: int) -> bool:
-        """Return True if the micro-batches of update `step` may need forward passes of the student. All processes return the same."""
+        """Return True if the micro-batches of update `step` may need text sampled from the student. All processes return the same value."""
         return False
 
     def observe(self, dev: Mapping[str, float]) -> None:
-        """Adapt the sampler to new dev metrics; the training loop calls this after each dev evaluation."""
+        """Adapt the sampler to new dev metrics. The training loop calls this after each dev evaluation."""
 
     def metrics(self) -> dict[str, float]:
-        """Return the values that the sampler adds to the training log."""
+        """Return numbers that the sampler adds to the training log."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Return the state to save in a checkpoint. It is empty if a batch depends only on the step and on the student."""
+        """Return the state to save in a checkpoint. It is empty if the batches depend only on the step and the student."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a result of `state`."""
+        """Continue from a state that `state` returned."""
 
 
 def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
-    """Return the row indices (batch,) of batch `step` in an endless stream of epochs, each of them a new permutation of the rows."""
+    """Return the row indices (batch,) of batch `step`. Batches go through all rows again and again, in a new random order each time.
+
+    The random order depends on `address`.
+    """
     order: dict[int, np.ndarray] = {}
 
     def row(position: int) -> int:
@@ -80,14 +83,17 @@ def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
 
 
 def cut(optim: Optim, shard: Shard) -> list[np.ndarray]:
-    """Return for each micro-batch of this process the positions of its sequences in the update's batch."""
+    """Return one array per micro-batch of this process: the positions of its sequences in the update's whole batch."""
     mine = np.arange(optim.batch)[shard.rank :: shard.world]
     size = optim.micro_batch or len(mine)
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
 def respond(engine: Engine, prompts: Seq[tuple[int, ...]], places: Seq[int], *address: int | str) -> list[Sequence]:
-    """Return the current student's answers. The random numbers depend only on `places` (positions in the update) and `address`."""
+    """Sample an answer of the current student to each prompt.
+
+    The random numbers depend only on `places` (the prompts' positions in the update) and on `address`.
+    """
     uniforms = rng.uniforms([int(p) for p in places], engine.decoding.max_new_tokens, *address)
     return [Sequence(p, r.tokens, r.values) for p, r in zip(prompts, engine.respond(prompts, uniforms), strict=True)]
 
@@ -110,7 +116,10 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
 
 
 class FixedSequences(Sampler):
-    """Sampler of fixed responses (from the data set or a teacher), reshuffled every epoch, with the teacher's recorded signal if given."""
+    """Sampler of fixed responses, which come from the data set or from a teacher. Their order is new in every epoch.
+
+    `signals` are the teacher's recorded outputs for these responses, if the objective uses them.
+    """
 
     def __init__(
         self, sequences: Seq[Sequence], optim: Optim, *, pad: int, seed: int, signals: Signals | None = None, shard: Shard = Shard()
@@ -118,7 +127,7 @@ class FixedSequences(Sampler):
         self.sequences, self.optim, self.pad, self.seed, self.signals, self.shard = sequences, optim, pad, seed, signals, shard
 
     def rows(self, step: int) -> list[int]:
-        """Return the indices of the sequences in update `step`, for all processes."""
+        """Return the indices of the sequences that all processes together use in update `step`."""
         return shuffled(len(self.sequences), self.optim.batch, step, (self.seed, "data order")).tolist()
 
     def micro_batches(self, step: int) -> list[Batch]:
@@ -131,8 +140,6 @@ class FixedSequences(Sampler):
 
 
 class _WithStudent(Sampler):
-    """Base of the samplers where the student answers an update's prompts. `fixed` returns the update's fixed responses instead."""
-
     def __init__(self, sequences: Seq[Sequence], optim: Optim, *, engine: Engine, pad: int, seed: int, shard: Shard = Shard()):
         self.fixed = FixedSequences(sequences, optim, pad=pad, seed=seed, shard=shard)
         self.sequences, self.optim, self.engine, self.pad, self.seed, self.shard = sequences, optim, engine, pad, seed, shard
@@ -141,7 +148,7 @@ class _WithStudent(Sampler):
         return True
 
     def fresh(self, step: int) -> dict[int, Sequence]:
-        """Return the student's answers to this process's share of the prompts; the keys are positions in the update."""
+        """Return the student's answers to this process's share of the prompts. The keys are positions in the update."""
         rows, mine = self.fixed.rows(step), np.concatenate(cut(self.optim, self.shard)).tolist()
         prompts = [self.sequences[rows[place]].prompt for place in mine]
         return dict(zip(mine, respond(self.engine, prompts, mine, self.seed, "rollout", step), strict=True))
@@ -150,40 +157,42 @@ class _WithStudent(Sampler):
         return [collate([by_place[int(p)] for p in places], pad=self.pad) for places in cut(self.optim, self.shard)]
 
     def draw(self, step: int) -> float:
-        """Return the update's random number in [0, 1), which is the same on all processes."""
+        """Return the update's random number in [0, 1). It is the same on all processes."""
         return rng.generator(self.seed, "source", step).random()
 
 
 class Mix(_WithStudent):
-    """Sampler of GKD: with probability lambda an update trains on new text of the student, else on the fixed responses."""
+    """The sampler of GKD. An update uses new text of the student with probability lambda, and otherwise the fixed responses."""
 
     def __init__(self, sequences: Seq[Sequence], config: MixSampler, optim: Optim, **common: Any):
         super().__init__(sequences, optim, **common)
         self.config = config
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Return the update's micro-batches. One random draw decides for the whole update."""
         return self.collated(self.fresh(step)) if self.draw(step) < self.config.lam else self.fixed.micro_batches(step)
 
 
 class Replay(_WithStudent):
-    """Sampler with DistiLLM's adaptive off-policy buffer; see `ReplaySampler`. Every process stores the whole buffer."""
+    """The sampler of DistiLLM, which also trains on earlier text of the student. A buffer stores this text.
+
+    Every process stores the whole buffer. The settings are explained in `ReplaySampler`.
+    """
 
     def __init__(self, sequences: Seq[Sequence], config: ReplaySampler, optim: Optim, **common: Any):
         super().__init__(sequences, optim, **common)
         self.config = config
         self.phi = 0.0
         self.mark: float | None = None
-        """The dev loss with which later dev losses are compared; None before the first evaluation."""
+        """The dev loss with which new dev losses are compared. None before the first dev evaluation."""
         self.buffer: deque[Sequence] = deque(maxlen=config.capacity)
 
     @property
     def wants_dev(self) -> bool:
-        """True until `mark` is set. Its first value is the dev loss before training."""
+        """True until the first dev loss is known, which is the loss before training."""
         return self.mark is None
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Return micro-batches of new text of the student, of text from the buffer, or of the fixed responses."""
+        """Return micro-batches of one source: new text of the student, text from the buffer, or the fixed responses."""
         u = self.draw(step)
         if u < self._share_of_fresh(step) or (u < self.phi and len(self.buffer) < self.config.capacity):
             found = self.shard.gather(list(self.fresh(step).items()))
@@ -200,7 +209,10 @@ class Replay(_WithStudent):
         return self.phi * {"decreasing": 1 - done, "constant": 0.5, "increasing": done}[self.config.schedule]
 
     def observe(self, dev: Mapping[str, float]) -> None:
-        """Increase phi and `mark` if the dev loss is at least `mark` + tolerance. A lower loss changes nothing, as in the authors' code."""
+        """Increase `phi`, the probability of training on the student's text, if the dev loss is at least `mark` + tolerance.
+
+        `mark` then becomes this dev loss. A lower loss changes nothing, as in DistiLLM's code.
+        """
         if self.mark is None:
             self.mark = dev["loss"]
         elif dev["loss"] >= self.mark + self.config.tolerance:
@@ -218,9 +230,10 @@ class Replay(_WithStudent):
 
 
 class Pairs(_WithStudent):
-    """Sampler of DistiLLM-2: each prompt gives the teacher's stored response and a new response of the current student.
+    """The sampler of DistiLLM-2. Each prompt occurs with the teacher's stored response and with a new response of the student.
 
-    `Batch.values["from_teacher"]` is 1 in the teacher's responses and 0 in the student's. A micro-batch of n prompts has 2n sequences.
+    `Batch.values["from_teacher"]` is 1 in responses of the teacher and 0 in responses of the student. A micro-batch of n prompts has 2n
+    sequences.
     """
 
     def __init__(self, responses: Seq[Sequence], config: PairSampler, optim: Optim, **common: Any):
@@ -228,7 +241,6 @@ class Pairs(_WithStudent):
         self.config = config
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Sample answers to the update's prompts of this process, and return micro-batches of the pairs."""
         rows, fresh = self.fixed.rows(step), self.fresh(step)
         return [
             collate([_tagged(self.sequences[rows[p]], 1.0) for p in places] + [_tagged(fresh[int(p)], 0.0) for p in places], pad=self.pad)

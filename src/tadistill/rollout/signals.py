@@ -1,10 +1,11 @@
-"""A teacher's signal: its hidden states or top-k log-probabilities over a fixed data set, computed once and stored on disk.
+"""Record a teacher's outputs for a fixed data set once, and read them during training.
 
     record(teacher, sequences, config, folder, vocab=..., pad=..., tick=...)   # a stage; continues where a killed stage stopped
-    Signals(folder, device).target([3, 17])                                    # Hidden or TopK at the response tokens of sequences 3 and 17
+    Signals(folder, device).target([3, 17])                                    # outputs at the response tokens of sequences 3 and 17
 
-The folder has one safetensors file per 256 sequences. Hidden states are stored with the teacher's output head, so a student does not load
-the teacher. Hidden states take 4 H bytes per token (2 H in bfloat16), and a top-k signal takes 8 k + 4 bytes.
+The outputs are hidden states or top-k log-probabilities. Each safetensors file contains 256 sequences. Hidden states are stored with the
+teacher's output head, so that training does not load the teacher. They take 4 H bytes per token (2 H in bfloat16). Top-k outputs take 8
+k + 4 bytes.
 """
 
 import json
@@ -42,7 +43,10 @@ def record(
     pad: int,
     tick: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write the teacher's signal at every response token of `sequences`. Parts that exist already are not computed again."""
+    """Write the teacher's outputs at every response token of `sequences` to files in `folder`.
+
+    Files that exist already are not computed again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     reader = Reader(teacher)
     if isinstance(config, HiddenSignal):
@@ -58,7 +62,6 @@ def record(
 def _part(
     teacher: PreTrainedModel, reader: Reader, sequences: Seq[Sequence], config: HiddenSignal | TopKSignal, vocab: int, pad: int
 ) -> dict[str, Tensor]:
-    """Return the tensors of one file: the signal of all sequences, concatenated in order, and their `lengths`."""
     found: dict[int, dict[str, Tensor]] = {}
     for rows in by_length(sequences, RECORDING_BATCH):
         batch = collate([sequences[i] for i in rows], pad=pad).to(teacher.device)
@@ -95,10 +98,10 @@ def _write(path: Path, tensors: dict[str, Tensor], settings: dict | None = None)
 
 
 class Signals:
-    """A recorded signal. It reads only the sequences asked for, through a memory map."""
+    """The recorded outputs of a teacher. Only the requested sequences are read from disk."""
 
     def __init__(self, folder: Path, device: torch.device):
-        """Open the files in `folder`. Raises StoreError if one is missing or damaged."""
+        """Open the files in `folder`. Raises StoreError if a file is missing or damaged."""
         self._device = device
         head = folder / "head.safetensors"
         paths = sorted(p for p in folder.glob("*.safetensors") if p != head)
@@ -113,7 +116,7 @@ class Signals:
         self._ends = [np.cumsum(n) for n in lengths]
 
     def target(self, rows: Seq[int]) -> Hidden | TopK:
-        """Return the signal at the response tokens of the sequences `rows`, concatenated in this order."""
+        """Return the teacher's outputs at the response tokens of the sequences `rows`, concatenated in this order."""
         found = [self._row(int(row)) for row in rows]
         joined = {name: torch.cat([f[name] for f in found]).to(self._device) for name in found[0]}
         if self.head is not None:

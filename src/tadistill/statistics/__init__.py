@@ -1,4 +1,4 @@
-"""Confidence intervals, tests and power for arms that share training seeds and prompts. The package needs only numpy and scipy."""
+"""Confidence intervals, significance tests and statistical power. The compared models share training seeds and test prompts."""
 
 from tadistill.statistics.bootstrap import Difference, macro_difference, macro_interval, macro_intervals
 from tadistill.statistics.tests import (

@@ -1,45 +1,48 @@
-"""Bootstrap intervals for scores on the same prompts with several training and decoding seeds.
+"""Bootstrap confidence intervals for scores of several training seeds on the same prompts.
 
-Axes in names: S training seeds, N prompts, K decoding seeds, R bootstrap replicates. Every function first averages over
-decoding seeds, because they are repeated measurements of one model on one prompt.
+Axes in names: S training seeds, N prompts, K decoding seeds, R bootstrap replicates. Every function first averages over the
+decoding seeds, because they only repeat the measurement of one model on one prompt.
 
-Seeds and prompts are crossed: every seed answers every prompt. For scores (or paired differences), let
+Every seed answers every prompt. The variance of the mean score is computed from three numbers:
 
-    A = variance over seeds of the seeds' means / S           variance from seeds and from seed x prompt noise
-    B = variance over prompts of the prompts' means / N       variance from prompts and from the same noise
-    C = mean square of seed x prompt / (S N)                  variance from the noise alone
+    A = (variance between the seeds' mean scores) / S
+    B = (variance between the prompts' mean scores) / N
+    C = (variance of the seed x prompt interaction) / (S N)
 
-B and C are summed over sets with the weights of the macro mean. A is computed from the macro means, because a seed affects
-all sets. A + B - C is an unbiased estimate of the variance of the mean. Resampling three seeds gives intervals that are too
-narrow: no replicate lies beyond the most extreme seed, and the variance is too small by the factor (S-1)/S. So only prompts
-are resampled. A replicate is
+The interaction is called noise here. A and B both contain the noise, so the variance of the mean is A + B - C. (B - C is set
+to 0 if it is negative. With one seed, A and C are 0.) With several test sets, B and C are added with the squared weights of
+the sets in the macro mean. A is computed from the macro means, because a seed affects all sets.
 
-    mean + (sqrt((B - C) / B) x (resampled mean - mean) + sqrt(A) x a normal draw) / (a chi draw / sqrt(df))
+A replicate of the mean is computed in four steps:
 
-where B - C is at least 0. The degrees of freedom of A and of B - C are combined by their shares of the variance V:
-1/df = (A / V) / (S - 1) + (1 - A / V) / (df of the prompts), V = A + max(B - C, 0). With one seed A = C = 0. All arms use
-the same resampled prompts, so the comparison is exactly paired.
+    1. Resample the prompts. Take the resampled mean minus the mean.
+    2. Multiply it by sqrt((B - C) / B), so that its variance is B - C.
+    3. Add sqrt(A) times a standard normal draw.
+    4. Divide by sqrt(chi-square draw / df), and add the mean.
 
-Reasons for this rule. Satterthwaite's rule uses squared shares. Its interval is too narrow if seeds dominate but other
-variance remains, because a small A by chance then gives a large df. The Student draw, t times sqrt(max(A - C, 0)), subtracts
-the noise from the term with few degrees of freedom. Its interval is too narrow if seeds and noise are both large. Keeping A
-and subtracting the noise from B solves this, but t draws alone (Behrens and Fisher) then give too wide tails. Coverage of
-the 95 % interval at S = 3, and mean width in true standard errors (normal effects, `benchmarks/interval_rules.py`):
-
-    variance of the mean      this rule    Student draw   Satterthwaite   Behrens-Fisher   resampled seeds
-    all seed                  95.0 (7.6)   95.9 (8.4)     95.0 (7.6)      95.9 (8.4)       74.8 (2.8)
-    10 seed : 1 : 1           94.3 (7.0)   93.4 (7.6)     92.8 (6.6)      96.3 (8.2)       86.5 (3.4)
-    seed = noise              94.7 (7.5)   92.2 (6.4)     96.0 (7.3)      95.9 (8.5)       97.1 (4.7)
-    all equal                 95.4 (5.9)   94.6 (5.8)     95.6 (5.3)      97.2 (7.2)       96.8 (4.5)
-    1 : 10 prompt : 1         96.2 (4.4)   96.1 (4.5)     95.3 (4.0)      97.4 (4.9)       95.7 (4.1)
-    all prompt                95.0 (3.9)   94.5 (3.8)     95.0 (3.9)      94.5 (3.8)       94.9 (3.9)
-    all prompt x seed noise   94.9 (7.5)   96.3 (5.7)     98.2 (7.2)      96.1 (8.4)       99.5 (5.9)
-
-The disadvantage is in the last row: if only noise varies, the Student draw's interval is a quarter narrower. The coverage is
-93.5 to 96.7 % on simulated studies with skewed, clipped and heavy-tailed scores, one or five sets, and S = 3, 5 or 10
-(`docs/benchmarks/statistics-cpu.md`). With two seeds, expect 90 to 96 %. Three seeds that agree by chance can give an
-interval narrower than the variance of the prompts alone, and no rule can detect this.
+The degrees of freedom df follow from 1/df = w / (S - 1) + (1 - w) / (df of the prompts), where w = A / (A + B - C). All
+models use the same resampled prompts, so that comparisons are paired.
 """
+
+# Why seeds are not resampled: three resampled seeds give too narrow intervals. No replicate lies beyond the most extreme seed,
+# and the variance is too small by the factor (S-1)/S. Satterthwaite's rule for df uses squared shares. Its interval is too
+# narrow if seeds dominate, because a small A by chance gives a large df. The Student draw, t times sqrt(max(A - C, 0)), is too
+# narrow if seeds and noise are both large. Two independent t draws (Behrens and Fisher) give too wide tails. Coverage of the
+# 95 % interval at S = 3, and mean width in true standard errors (normal effects, `benchmarks/interval_rules.py`):
+#
+#     variance of the mean      this rule    Student draw   Satterthwaite   Behrens-Fisher   resampled seeds
+#     all seed                  95.0 (7.6)   95.9 (8.4)     95.0 (7.6)      95.9 (8.4)       74.8 (2.8)
+#     10 seed : 1 : 1           94.3 (7.0)   93.4 (7.6)     92.8 (6.6)      96.3 (8.2)       86.5 (3.4)
+#     seed = noise              94.7 (7.5)   92.2 (6.4)     96.0 (7.3)      95.9 (8.5)       97.1 (4.7)
+#     all equal                 95.4 (5.9)   94.6 (5.8)     95.6 (5.3)      97.2 (7.2)       96.8 (4.5)
+#     1 : 10 prompt : 1         96.2 (4.4)   96.1 (4.5)     95.3 (4.0)      97.4 (4.9)       95.7 (4.1)
+#     all prompt                95.0 (3.9)   94.5 (3.8)     95.0 (3.9)      94.5 (3.8)       94.9 (3.9)
+#     all prompt x seed noise   94.9 (7.5)   96.3 (5.7)     98.2 (7.2)      96.1 (8.4)       99.5 (5.9)
+#
+# If only noise varies (last row), the Student draw's interval is a quarter narrower. The coverage is 93.5 to 96.7 % on simulated
+# studies with skewed, clipped and heavy-tailed scores, one or five sets, and S = 3, 5 or 10 (docs/benchmarks/statistics-cpu.md).
+# With two seeds, expect 90 to 96 %. Three seeds that agree by chance can give an interval narrower than the variance of the
+# prompts alone. No rule can detect this.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,9 +63,9 @@ _CELLS_AT_ONCE = 2_000_000  # counts converted to float64 at one time: 16 MB for
 class Difference:
     """The mean of a paired difference ``a - b`` and its uncertainty.
 
-    ``low`` and ``high`` bound the interval of the requested level (default 95 %). ``low90`` and ``high90`` bound the 90 %
-    interval, which two one-sided tests at 5 % use. ``p`` is the two-sided p-value for a mean of zero; it is never 0.
-    ``se`` is the standard error that the intervals use. ``df`` is its degrees of freedom (infinite if nothing varies).
+    ``low`` and ``high`` are the ends of the confidence interval at the requested level (default 95 %). ``low90`` and ``high90`` are the
+    ends of the 90 % interval, for equivalence tests. ``p`` is the two-sided p-value for a mean of zero; it is never 0. ``se`` is the
+    standard error. ``df`` is its degrees of freedom (infinite if the values do not vary).
     """
 
     mean: float
@@ -76,17 +79,15 @@ class Difference:
 
     @property
     def covers_zero(self) -> bool:
-        """True if the interval contains 0: the data then give no evidence of a difference."""
+        """True if the interval from ``low`` to ``high`` contains 0."""
         return self.low <= 0.0 <= self.high
 
 
 @dataclass(frozen=True)
 class _Spread:
-    """The variance of the mean, as the sum of a part from seeds and a part from prompts, and its degrees of freedom."""
-
-    seeds: float
-    prompts: float
-    resampled: float  # B, the variance of the resampled mean; ``prompts`` is B - C, without the noise that A contains
+    seeds: float  # A of the module's docstring
+    prompts: float  # B - C, at least 0
+    resampled: float  # B
     df: float
 
     @property
@@ -95,10 +96,11 @@ class _Spread:
 
 
 def macro_interval(strata_SNK: Sequence[ArrayLike], *, replicates: int = 10_000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Return the confidence interval of a macro mean: the unweighted average of the means of several sets.
+    """Return the confidence interval (low, high) of a macro mean: the average of the mean scores of several test sets.
 
-    Each set is an array (S, N, K). N may differ between sets; the training seeds are the same, in the same order. With a single
-    training seed, the interval contains only the variance over prompts, not the variance over trainings. A report must say so.
+    ``strata_SNK`` has one array of scores per set, with the shape (training seeds, prompts, decoding seeds). The number of prompts may
+    differ between sets. All sets have the same training seeds in the same order. With one training seed, the interval shows only how
+    scores vary over prompts, not over trainings. A report must say so.
     """
     return macro_intervals([strata_SNK], replicates=replicates, level=level, seed=seed)[0]
 
@@ -106,9 +108,10 @@ def macro_interval(strata_SNK: Sequence[ArrayLike], *, replicates: int = 10_000,
 def macro_intervals(
     problems: Sequence[Sequence[ArrayLike]], *, replicates: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> list[tuple[float, float]]:
-    """Return the result of `macro_interval` for each problem (a list of sets). Results are equal up to the rounding of sums.
+    """Return the result of `macro_interval` for each problem. A problem is a list of score arrays, one per test set.
 
-    This is much faster than separate calls if the sets of several problems have the same numbers of prompts.
+    One call is faster than many calls of `macro_interval` if the problems have the same numbers of prompts. The intervals differ only by
+    rounding.
     """
     strata = [_prompt_means(problem) for problem in problems]
     spreads = [_spread(of_problem) for of_problem in strata]
@@ -127,11 +130,13 @@ def macro_intervals(
 def macro_difference(
     a_SNK: Sequence[ArrayLike], b_SNK: Sequence[ArrayLike], *, replicates: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Difference:
-    """Return the macro mean of ``a - b`` with its intervals. Scores are paired by training seed and prompt, so shared variance cancels."""
+    """Return the macro mean of ``a - b`` with its confidence intervals. Scores are paired by training seed and prompt."""
     a_SN, b_SN = _prompt_means(a_SNK), _prompt_means(b_SNK)
     shapes_a, shapes_b = [x.shape for x in a_SN], [x.shape for x in b_SN]
     if shapes_a != shapes_b:
-        raise ValueError(f"a paired difference needs the same seeds and prompts on both sides; the shapes are {shapes_a} and {shapes_b}")
+        raise ValueError(
+            f"the two models must have scores for the same seeds and prompts; the shapes (seeds, prompts) are {shapes_a} and {shapes_b}"
+        )
     apart_SN = [a - b for a, b in zip(a_SN, b_SN, strict=True)]
     spread = _spread(apart_SN)
     means_R = _replicate_means(apart_SN, spread, replicates, seed)
@@ -147,22 +152,25 @@ def _macro_mean(strata_SN: list[Array]) -> float:
 
 
 def _prompt_means(strata_SNK: Sequence[ArrayLike]) -> list[Array]:
-    """Check the arrays, and return their means over decoding seeds: a list of (S, N)."""
+    """Check the score arrays, and average each of them over its decoding seeds: (S, N, K) -> (S, N)."""
     if len(strata_SNK) == 0:
-        raise ValueError("there are no values to resample: give at least one set of scores")
+        raise ValueError("there are no scores to resample; give the scores of at least one test set")
     strata = [np.asarray(values, dtype=np.float64) for values in strata_SNK]
     for values in strata:
         if values.ndim != 3 or 0 in values.shape:
-            raise ValueError(f"values must have the shape (training seeds, prompts, decoding seeds) with no axis empty, not {values.shape}")
+            raise ValueError(
+                f"scores must have three axes (training seeds, prompts, decoding seeds), none of them empty; the shape is {values.shape}"
+            )
         if not np.isfinite(values).all():
-            raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} values are NaN or infinite")
+            raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} scores are NaN or infinite; all scores must be finite")
         if values.shape[0] != strata[0].shape[0]:
-            raise ValueError(f"the sets have {strata[0].shape[0]} and {values.shape[0]} training seeds; all sets must have the same number")
+            raise ValueError(
+                f"two test sets have {strata[0].shape[0]} and {values.shape[0]} training seeds; all sets must have the same seeds"
+            )
     return [values.mean(axis=2) for values in strata]
 
 
 def _spread(strata_SN: list[Array]) -> _Spread:
-    """Return A, B - C, B, and the degrees of freedom of A + B - C. The module's docstring defines A, B and C."""
     n_seeds = strata_SN[0].shape[0]
     of_seeds = of_prompts = of_both = squares = 0.0
     if n_seeds > 1:
@@ -194,9 +202,10 @@ def _replicate_means(strata_SN: list[Array], spread: _Spread, replicates: int, s
 
 
 def _resampled(problems: list[list[Array]], replicates: int, seed: int) -> Array:
-    """Return the resampled mean minus the mean, (R, problems). Set i must have the same number of prompts in all problems."""
+    """Return the resampled mean minus the mean, for each bootstrap replicate and problem: (R, problems)."""
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1, not {replicates}")
+    # set i has the same number of prompts in all problems
     moved_RP = np.zeros((replicates, len(problems)))
     met: dict[int, int] = {}
     for alike in zip(*problems, strict=True):
@@ -215,7 +224,7 @@ def _resampled(problems: list[list[Array]], replicates: int, seed: int) -> Array
 
 
 def _scaled(moved_R: Array, strata_SN: list[Array], spread: _Spread, replicates: int, seed: int) -> Array:
-    """Return replicates of the mean (R,): the resampled differences are scaled to variance B - C, and variance A is added."""
+    # the resampled differences get the variance B - C, and the seeds add the variance A
     if spread.resampled > 0:
         moved_R = moved_R * np.sqrt(spread.prompts / spread.resampled)
     if spread.seeds > 0:
@@ -242,9 +251,9 @@ def _normals(replicates: int, seed: int) -> Array:
 
 @lru_cache(maxsize=512)  # a small report has about a hundred different degrees of freedom, and uses each several times
 def _chis(replicates: int, seed: int, df: float) -> Array | float:
-    """Return sqrt(chi-square draw / df) for every replicate, (R,). All df use the same random numbers."""
     if np.isinf(df):
         return 1.0
+    # all df use the same random numbers
     return np.sqrt(chdtri(df, np.random.default_rng((seed, _CHI_DRAWS)).uniform(size=replicates)) / df)
 
 

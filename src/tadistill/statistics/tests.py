@@ -1,4 +1,4 @@
-"""Tests in addition to the bootstrap (sign flips, Holm's correction, equivalence), statistical power, and the bias of selecting a best."""
+"""Significance tests, equivalence tests, statistical power, the bias from choosing the best of several scores, and Pareto fronts."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,16 +15,17 @@ MOST_SEEDS = 20  # 2^20 sign patterns take one second and 8 MB
 
 @dataclass(frozen=True)
 class SignFlip:
-    """The result of a sign-flip test: the two-sided p-value, and the smallest p-value that is possible with this number of seeds."""
+    """The two-sided p-value ``p`` of a sign-flip test. ``smallest`` is the smallest p-value that this number of seeds can give."""
 
     p: float
     smallest: float
 
 
 def sign_flip(differences_S: ArrayLike) -> SignFlip:
-    """Run the exact two-sided sign-flip test over all 2^S sign patterns of S paired differences, one per training seed.
+    """Return the two-sided p-value of the exact sign-flip test.
 
-    The test assumes that under the null hypothesis each difference is symmetric about zero. Source: R. A. Fisher, The Design of
+    ``differences_S`` has one paired difference per training seed. The test compares their sum with the sums for all 2^S choices of
+    signs. It assumes that, if there is no true difference, each difference is symmetric about zero. Source: R. A. Fisher, The Design of
     Experiments (1935), section 21.
     """
     differences = np.asarray(differences_S, dtype=np.float64)
@@ -41,9 +42,10 @@ def sign_flip(differences_S: ArrayLike) -> SignFlip:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's step-down adjusted p-values, in the given order. Reject those below 0.05 for a family-wise error rate of 5 %.
+    """Return p-values corrected for multiple testing by Holm's method, in the given order.
 
-    Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979).
+    If you reject the hypotheses with a corrected p-value below 0.05, the chance of any false rejection is at most 5 %. Source: S. Holm,
+    A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979).
     """
     p = np.asarray(p_values, dtype=np.float64)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
@@ -56,10 +58,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def equivalent(difference: Difference, margin: float) -> bool:
-    """Return True if the difference is significantly inside (-margin, margin), by two one-sided tests at 5 %.
+    """Return True if the true difference is significantly smaller than ``margin`` in absolute value (5 % level).
 
-    Both tests reject if the 90 % interval lies inside (-margin, margin). Source: D. J. Schuirmann, Journal of
-    Pharmacokinetics and Biopharmaceutics 15 (1987).
+    This is the case if the 90 % confidence interval lies inside (-margin, margin). The rule is the same as two one-sided tests at 5 %.
+    Source: D. J. Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987).
     """
     if not margin > 0:
         raise ValueError(f"an equivalence margin must be greater than 0, not {margin}")
@@ -70,13 +72,14 @@ T = TypeVar("T")
 
 
 def minimum_detectable_effect(se: float, df: float, power: float = 0.8, level: float = 0.95) -> float:
-    """Return the true difference that a two-sided t-test at ``level`` detects with probability ``power``, in the unit of ``se``.
+    """Return the smallest true difference that a study detects with probability ``power``, in the unit of ``se``.
 
-    ``se`` and ``df`` are the fields of a `Difference`. The result is exact for a non-central t statistic with ``df`` degrees of
-    freedom, except that it ignores the chance of a significant wrong sign (below 1 in 10,000 at a power of 0.8).
+    A study detects a difference if its two-sided t-test is significant at the confidence level ``level``. ``se`` and ``df`` are fields
+    of a `Difference`. The result uses the non-central t distribution. It ignores significant results with the wrong sign, which have a
+    probability below 1 in 10,000 at a power of 0.8.
     """
     if not (se >= 0 and df > 0):
-        raise ValueError(f"se cannot be negative and df must be positive, but they are {se} and {df}")
+        raise ValueError(f"se cannot be negative and df must be greater than 0, but se is {se} and df is {df}")
     _check_shares(power, level)
     if np.isinf(df):
         return float(se * (ndtri((1 + level) / 2) + ndtri(power)))
@@ -86,10 +89,11 @@ def minimum_detectable_effect(se: float, df: float, power: float = 0.8, level: f
 def detectable(
     *, s_prompt: float, s_seed: float, s_decode: float, prompts: int, seeds: int, decodes: int, power: float = 0.8, level: float = 0.95
 ) -> float:
-    """Return the minimum detectable effect of a planned study. Its variance is s_prompt^2/n + 2 s_seed^2/S + 2 s_decode^2/(n K).
+    """Return the minimum detectable effect of a planned comparison of two models.
 
-    ``s_prompt`` is the standard deviation of a paired difference over prompts. ``s_seed`` and ``s_decode`` are standard deviations
-    of a single arm, hence the factor 2. Normal quantiles are used as if the variances were known, which is optimistic for 3 seeds.
+    The variance of the difference is s_prompt^2 / prompts + 2 s_seed^2 / seeds + 2 s_decode^2 / (prompts * decodes). ``s_prompt`` is the
+    standard deviation of the paired difference over prompts. ``s_seed`` and ``s_decode`` are standard deviations of one model's score
+    over training seeds and over decoding seeds. The result treats them as known exactly, so it is too small for 3 seeds.
     """
     if min(prompts, seeds, decodes) < 1:
         raise ValueError(f"prompts, seeds and decodes must each be at least 1, not {prompts}, {seeds} and {decodes}")
@@ -100,19 +104,22 @@ def detectable(
 
 
 def expected_best_of(k: int) -> float:
-    """Return the mean of the maximum of ``k`` independent standard normal draws: how far chance alone raises the best of k scores."""
+    """Return the expected maximum of ``k`` independent standard normal draws.
+
+    It tells by how many standard deviations chance alone raises the best of k scores.
+    """
     if k < 1:
-        raise ValueError(f"the expected best of {k} draws is not defined; k must be at least 1")
+        raise ValueError(f"the number of draws k must be at least 1, not {k}")
     x = np.linspace(0.0, 12.0, 12_001)
     # E[max] is the integral of 1 - F over x > 0, minus the integral of F over x < 0
     return float(np.trapezoid(1 - ndtr(x) ** k - ndtr(-x) ** k, x))
 
 
 def inflation(k_a: int, k_b: int, sigma: float) -> float:
-    """Return the bias, in the unit of ``sigma``, when arm a selects its best of ``k_a`` checkpoints and arm b its best of ``k_b``.
+    """Return the bias of the difference a - b if a reports its best of ``k_a`` checkpoints, and b its best of ``k_b``.
 
-    ``sigma`` is the standard deviation of a checkpoint's measured score around its true score. The result is an upper bound,
-    because checkpoints of one run have correlated scores.
+    ``sigma`` is the standard deviation of the measurement error of one checkpoint's score. The bias has the same unit. It is an upper
+    bound, because checkpoints of one run have correlated scores.
     """
     if not sigma >= 0:
         raise ValueError(f"sigma is a standard deviation and cannot be negative, not {sigma}")
@@ -120,9 +127,9 @@ def inflation(k_a: int, k_b: int, sigma: float) -> float:
 
 
 def undominated(options: Iterable[T], losses: Callable[[T], tuple[float, ...]]) -> list[T]:
-    """Return the Pareto front, sorted by losses (lower is better): options that no other option equals or beats in every loss.
+    """Return the options on the Pareto front, sorted by their losses (lower is better).
 
-    If several options have equal losses, only the first is returned.
+    An option is left out if another option is at least as good in every loss. If several options have equal losses, the first is kept.
     """
     kept: list[tuple[tuple[float, ...], T]] = []
     for vector, option in sorted(((losses(o), o) for o in options), key=lambda pair: pair[0]):
