@@ -4,7 +4,7 @@
     page = write_report(results)
     console.print(summary_table(results))
 
-Only files are read (the plan, and the finished stages of the store), so it also works on a login node and while a study is running.
+A report reads only the plan and the files of finished stages. It can therefore be written while a study is still running.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Export a trained model: a copy as an ordinary Hugging Face directory, with a model card made from the study."""
+"""Export a trained model as an ordinary Hugging Face directory, with a model card made from the study."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ from tadistill.results.verdict import comparisons, pairs
 
 
 def export(results: Results, arm: str, seed: int | None, target: Path) -> Path:
-    """Copy the arm's trained model of one seed to ``target``, with a model card as README.md, and return ``target``.
+    """Copy an arm's trained model to ``target``, write a model card as README.md, and return ``target``.
 
     Args:
         seed: a training seed; None selects the recipe's first finished seed.
@@ -65,7 +65,7 @@ def _trained_model(results: Results, name: str, seed: int | None) -> tuple[Path,
 
 
 def model_card(results: Results, arm_name: str, seed: int) -> str:
-    """Return the model card of an exported model: front matter, the verdict on its arm, its scores, how it was made, and its limits."""
+    """Return the model card of an exported model. It has front matter, the arm's verdict, scores, the way it was made, and limits."""
     arm, plan = results.arm(arm_name), results.plan
     size = parameters_text(plan.parameters[arm.model])
     blocks = [
@@ -122,7 +122,7 @@ def _verdict(results: Results, arm: ArmRecord) -> list[str]:
             sentences += [verdict_text(results, c), *caution_texts(c)]
     decided = {c.arm for c in comparisons(results)}
     sentences += [undecided_text(p) for p in pairs(results) if p.arm.name == arm.name and p.against != "pair" and p.arm.name not in decided]
-    return sentences or ["The study compares this arm with no other, so nothing is claimed for its method."]
+    return sentences or ["The study does not compare this arm with another arm, so it makes no claim about the arm's method."]
 
 
 def _analysis(results: Results, arm: ArmRecord) -> list[str]:

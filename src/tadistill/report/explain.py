@@ -1,7 +1,7 @@
-"""Write the analysis of a study: published values, where a chain helps or hurts, and possible explanations.
+"""Write the analysis of a study. It has published values, the metrics on which a chain helps or hurts, and possible explanations.
 
-Possible explanations are sharpening, the error of each hop, and compute. Every sentence contains the numbers that it depends on.
-If a value was not measured, the sentence says so. The intervals are not adjusted for multiple comparisons; only the verdict is a claim.
+The possible explanations are sharpening, the error of each hop, and compute. Every sentence contains the numbers that it depends on.
+If a value was not measured, the sentence says so.
 """
 
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ class Paragraph:
 
 
 def explain(results: Results) -> list[Paragraph]:
-    """Return the paragraphs of the analysis; none if the study has no comparison and no published value."""
+    """Return the paragraphs of the analysis. The list is empty if the study has no comparison and no published value."""
     paragraphs = [_published(results)] if any(arm.published for arm in results.plan.arms) else []
     compared = comparisons(results)
     for c in compared if len(compared) <= _MOST_PAIRS or compared[0].against != "pair" else ():
@@ -160,19 +160,19 @@ def _sharpening_verdict(c: Comparison) -> str:
     if not controls:
         return "Sharpening is not measured."
     if all(d.low > 0 for d in controls):
-        return "Sharpening does not explain the gain, which remains under the controls."
+        return "Sharpening does not explain the gain: it remains under the controls (greedy and matched entropy)."
     if m.entropy is not None and m.entropy.high < 0:
-        return "Sharpening explains the gain: entropy fell, and the gain vanishes under a control."
-    return "Sharpening may explain the gain, which vanishes under a control; but entropy did not clearly fall."
+        return "Sharpening explains the gain: the entropy fell, and the gain vanishes under a control (greedy or matched entropy)."
+    return "Sharpening may explain the gain: it vanishes under a control, but the entropy did not clearly fall."
 
 
 def _hops(results: Results, c: Comparison) -> list[str]:
-    """Describe the error budget: KL(q ‖ T) = KL(q ‖ last assistant) + one term for each hop from the last assistant up to the teacher T."""
+    """Describe a chain's error budget: KL(q ‖ teacher) = KL(q ‖ last assistant) + one term for each hop between the two."""
     arm = results.arm(c.arm)
     models = budget_models(results, arm)
     terms = [f"budget/{j}" for j in range(len(models) - 1)]
     if not all((arm.name, MEAN, metric) in results.summaries for metric in ("reverse_kl", *terms)):
-        return ["Error per hop is not measured: the comparison with the teacher has no error budget for this arm."]
+        return ["The error of each hop is not measured: this arm has no error budget."]
     seeds = sorted(results.summaries[arm.name, MEAN, terms[0]].per_seed)
     sets = sets_with(results, terms[0])
     added = summarise([sum_of([stack(results, arm.name, seeds, name, t) for t in terms[1:]]) for name in sets], seeds)
@@ -190,7 +190,7 @@ def _hops(results: Results, c: Comparison) -> list[str]:
 
 
 def sum_of(terms_SNK: list[np.ndarray]) -> np.ndarray:
-    """Return the sum of the terms, prompt by prompt."""
+    """Return the sum of several terms for each prompt."""
     return np.sum(terms_SNK, axis=0)
 
 
@@ -202,13 +202,15 @@ def hop_text(models: tuple[str, ...], j: int) -> str:
 def _compute(results: Results, c: Comparison) -> str:
     direct = direct_of(results, results.arm(c.arm))
     if direct is None:
-        return "Compute is not measured: the study has no plain direct arm of this student."
+        return "The effect of compute is not measured: the study has no plain direct arm that trains this student."
     if c.against == "plain direct":
-        return f"Compute is not measured: no arm with `compute: as {c.arm}` separates more training from training through an assistant."
+        return (
+            f"The effect of compute is not measured: the study has no arm with `compute: as {c.arm}`, which trains directly at equal cost."
+        )
     gap = difference(results, c.arm, direct.name, c.metric)
     closed = difference(results, c.other, direct.name, c.metric)
     if gap is None or closed is None:
-        return f"Compute is not measured yet: {direct.name} shares no finished seed with both sides."
+        return f"The effect of compute is not measured yet: {direct.name} has no finished seed in common with both arms."
     numbers = (
         f"over plain direct ({direct.name}), {c.arm} gains {span(gap, c.metric)} "
         f"and its equal-compute baseline {c.other} {span(closed, c.metric)} "

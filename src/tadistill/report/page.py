@@ -1,6 +1,6 @@
 """The HTML report: one file with its scripts, styles and data, which needs no network.
 
-To add a section, write a function here that returns its data, add a block to ``templates/report.html.j2``, and its title to `_SECTIONS`.
+To add a section: write a function here that returns its data, add a block to ``templates/report.html.j2``, and add a title to `_SECTIONS`.
 """
 
 import json
@@ -132,7 +132,7 @@ def _prose(sentence: str) -> Markup:
 
 
 def _embedded(value: Any) -> Markup:
-    """Return JSON for a ``<script>`` element. Its ``<`` are escaped, so that no text of a model can end the element."""
+    """Return JSON for a ``<script>`` element. Each ``<`` is escaped, so that a model's text cannot end the element."""
     encoded = json.dumps(value, ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         encoded = encoded.replace(character, f"\\u{ord(character):04x}")

@@ -1,4 +1,4 @@
-"""The report without a browser: results.json and results.csv, the Markdown file, which fits into a README, and the terminal's tables."""
+"""The reports that need no browser: results.json, results.csv, the Markdown file and the terminal's tables."""
 
 import csv
 import io
@@ -52,7 +52,7 @@ def write_results(results: Results) -> None:
 
 
 def verdicts(results: Results) -> list[dict[str, str | None]]:
-    """Return the verdict (one word) and a sentence for each pair of arms that the study compares."""
+    """Return the verdicts of a study. Each pair of compared arms has a verdict and a sentence."""
     decided = {(c.arm, c.other): c for c in comparisons(results)}
     found: list[dict[str, str | None]] = []
     for pair in pairs(results):
@@ -190,7 +190,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def escape_markdown(value: str) -> str:
-    """Escape a text, so that it cannot end its table cell or start an HTML element."""
+    """Escape a text for a Markdown table. It then cannot end its cell or start an HTML element."""
     return value.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
@@ -201,10 +201,10 @@ _STYLES = {"gain": "green", "loss": "red", "caution": "yellow"}
 
 
 def summary_table(results: Results) -> Group:
-    """Return the findings for the terminal, the verdict first, and a table with one row per arm.
+    """Return the findings for the terminal, and a table with one row per arm. The table fits into 80 columns.
 
-    The table shows the main metrics with intervals, and the training FLOPs relative to the direct arm. It fits into 80 columns.
-    If some seeds of an arm are unfinished, its row shows the number of finished seeds.
+    It shows the main metrics with intervals, and the training FLOPs relative to the direct arm. If an arm has unfinished seeds, its row
+    shows the number of finished seeds.
     """
     findings = [Padding(Text(f"- {finding.text}", style=_STYLES.get(finding.kind, "")), (0, 0, 0, 1)) for finding in text.headline(results)]
     return Group(Text(results.plan.study, style="bold"), *findings, _arm_table(results))

@@ -13,7 +13,7 @@ from tadistill.results.verdict import Comparison, comparisons
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """A table of one metric with arms as rows and sets as columns. With several sets, the first column is their mean."""
+    """A table of one metric. Its rows are arms and its columns are sets. With several sets, the first column is their mean."""
 
     metric: str
     columns: tuple[str, ...]
@@ -34,19 +34,19 @@ class CostRow:
 
 @dataclass(frozen=True)
 class StageRow:
-    """A stage of the plan and its manifest. The manifest is None while the stage is not finished."""
+    """A stage of the plan and its manifest, which is None while the stage is not finished."""
 
     stage: StageRecord
     manifest: StageManifest | None
 
 
 def main_metrics(results: Results) -> tuple[str, ...]:
-    """Return the quality metrics that the study measured. The report shows a table of scores for each."""
+    """Return the quality metrics that the study measured. The report has a table of scores for each of them."""
     return tuple(metric for metric in names_in("quality") if metric in results.metrics)
 
 
 def score_table(results: Results, metric: str) -> ScoreTable:
-    """Return the table of one metric; an arm without a finished evaluation has a row of empty cells."""
+    """Return the table of one metric. An arm without a finished evaluation has a row of empty cells."""
     sets = sets_with(results, metric)
     columns = (MEAN, *sets) if len(sets) > 1 else sets
     rows = tuple((arm, tuple(results.summaries.get((arm.name, column, metric)) for column in columns)) for arm in results.plan.arms)
@@ -82,7 +82,7 @@ def stage_rows(results: Results) -> list[StageRow]:
 
 
 def versions(rows: list[StageRow]) -> Mapping[str, str]:
-    """Return the package versions of the finished stages; if a package has several versions, all are listed."""
+    """Return all package versions that the finished stages used."""
     seen: dict[str, dict[str, None]] = {}
     for row in rows:
         for package, version in (row.manifest.versions if row.manifest else {}).items():
@@ -103,7 +103,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A value and its interval (or a remark) as text; `value` is a dash if there is no value."""
+    """A table cell with a value, and its interval or a remark. `value` is a dash if there is no value."""
 
     value: str = DASH
     interval: str = ""
@@ -126,7 +126,7 @@ class Table:
 
 
 def comparison_table(results: Results) -> Table | None:
-    """Return every paired difference of the primary metric with its tests and its verdict; None if the study compares no arms."""
+    """Return the table of paired differences, with their tests and verdicts. Return None if the study compares no arms."""
     compared = comparisons(results)
     if not compared:
         return None
@@ -147,7 +147,7 @@ def comparison_table(results: Results) -> Table | None:
 
 
 def interval_method(results: Results) -> str:
-    """Return the sentence that explains how the 95 % intervals are computed (`tadistill.statistics.bootstrap`)."""
+    """Return a sentence that explains how the 95 % intervals are computed."""
     if not any(arm.is_trained for arm in results.plan.arms):
         return "The 95 % intervals are a bootstrap over prompts."
     return "The 95 % intervals come from a bootstrap over prompts; the variation between training seeds is added as a random normal term."
@@ -166,7 +166,7 @@ def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
 
 
 def detail_tables(results: Results) -> list[Table]:
-    """Return the tables of everything that the score tables leave out. Tables and rows without any value are omitted."""
+    """Return the secondary tables, which show all that the score tables do not show. Tables and rows without values are omitted."""
     main = main_metrics(results)
     budget = sorted(metric for metric in results.metrics if metric.startswith("budget/"))
     tables = [
@@ -191,7 +191,7 @@ def _group(results: Results, name: str, title: str, metrics: Sequence[str]) -> T
 
 
 def mean_cell(results: Results, arm: str, metric: str, set_name: str = MEAN) -> Cell:
-    """Return an arm's value of a metric on one set, or on the mean over sets, as a table cell."""
+    """Return a table cell with an arm's value of a metric, on one set or on the mean over sets."""
     average = results.averages.get((arm, set_name, metric))
     return Cell(number(average.mean, metric)) if average else _cell(results.summaries.get((arm, set_name, metric)), metric)
 
@@ -250,7 +250,9 @@ def _cost(results: Results) -> Table:
     for row in cost_rows(results):
         relative = Cell(ratio_text(row.relative), row.direct or "") if row.relative is not None else Cell()
         rows.append((row.arm.name, (Cell(parameters_text(row.parameters)), Cell(flops_text(row.flops)), relative)))
-    return Table("cost", "Cost", "All training for an arm's final model, including its teacher assistants.", columns, tuple(rows))
+    return Table(
+        "cost", "Cost", "The cost of all training for an arm's final model, including its teacher assistants.", columns, tuple(rows)
+    )
 
 
 def _ledger(results: Results) -> Table | None:

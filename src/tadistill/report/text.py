@@ -19,14 +19,14 @@ _KINDS: dict[str, _Kind] = {"gain": "gain", "loss": "loss", "equivalent": "none"
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence of the headline. `kind` selects how the page marks the sentence."""
+    """One sentence of the headline. `kind` selects the style of the sentence on the page."""
 
     kind: _Kind
     text: str
 
 
 def headline(results: Results) -> list[Finding]:
-    """Return the findings of a study: the verdict on every chain (or on pairs of models), the highest means, and the cautions."""
+    """Return the main findings of a study: the verdicts, then the highest means, then the cautions."""
     if not results.summaries:
         findings = [Finding("caution", "No arm has been evaluated yet.")]
     else:
@@ -73,7 +73,7 @@ def _other(against: str, name: str) -> str:
 
 
 def verdict_text(results: Results, c: Comparison) -> str:
-    """Return a sentence with the verdict of a comparison, and a sentence that says whether the gain is credited to the path."""
+    """Return the verdict of a comparison in a sentence. A second sentence says if a gain is credited to the path."""
     unit = f"{metric_unit(c.metric)} of {metric_title(c.metric)}".lstrip()
     value = f"{signed(c.difference.mean, c.metric)} {unit}, 95 % " + span(c.difference, c.metric).partition("95 % ")[2]
     if c.against == "pair":
@@ -181,7 +181,7 @@ def _means(results: Results) -> list[Finding]:
 
 
 def sample_text(results: Results, arm: ArmRecord) -> str:
-    """Return ``580 prompts, 5 decoding seeds``, and add the number of training seeds if the study trains the arm's model."""
+    """Return an arm's sample sizes as text, such as ``580 prompts, 5 decoding seeds, 3 training seeds``."""
     metric = primary_metric(results)
     seeds = results.scores[arm.name]
     table = [of_set[metric] for of_set in next(iter(seeds.values())).values() if metric in of_set]
@@ -201,7 +201,7 @@ def _cautions(results: Results) -> list[Finding]:
 
 
 def caution_texts(c: Comparison) -> list[str]:
-    """Return warnings about unequal conditions of a comparison: selection on dev, decoding seeds, or unfinished training seeds."""
+    """Return warnings about a comparison whose arms differ in checkpoints on dev, decoding seeds or finished training seeds."""
     texts: list[str] = []
     if c.selection is not None:
         s = c.selection

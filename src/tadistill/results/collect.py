@@ -27,7 +27,7 @@ Numbers = dict[str, dict[str, float]]  # set -> metric of the whole set -> value
 
 @dataclass(frozen=True)
 class Row:
-    """One value of ``results.json``. `low` and `high` are the bounds of its 95 % interval over prompts; None for a whole-set metric."""
+    """One value of ``results.json``. `low` and `high` bound its 95 % interval over prompts, and are None for a whole-set metric."""
 
     arm: str
     model: str
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """An arm's mean over training seeds on one set (or `MEAN`), its 95 % interval, and each seed's own mean."""
+    """An arm's mean over training seeds, on one set or on the mean over sets, with its 95 % interval and the mean of each seed."""
 
     mean: float
     low: float
@@ -61,7 +61,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Missing:
-    """An evaluation that is in the plan but not finished in the store."""
+    """An evaluation of the plan that is not finished yet."""
 
     arm: str
     seed: int
@@ -70,7 +70,7 @@ class Missing:
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """The scores of a study. Rows, summaries and averages are computed at their first use."""
+    """The scores of a study. Its rows, summaries and averages are computed when they are first used."""
 
     study_dir: Path
     plan: StudyPlan
@@ -93,12 +93,12 @@ class Results:
 
     @cached_property
     def summaries(self) -> Mapping[tuple[str, str, str], Summary]:
-        """The summaries: (arm, set, metric) -> summary."""
+        """Map (arm, set, metric) to a summary."""
         return _summaries(self)
 
     @cached_property
     def averages(self) -> Mapping[tuple[str, str, str], Average]:
-        """The averages: (arm, set, whole-set metric) -> average."""
+        """Map (arm, set, metric) to an average, for whole-set metrics."""
         return _averages(self.sets, self.numbers)
 
     def arm(self, name: str) -> ArmRecord:
@@ -106,14 +106,14 @@ class Results:
         return next(arm for arm in self.plan.arms if arm.name == name)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return the cached value of the key. The first call with a key computes the value with `make()`."""
+        """Return the value of `make()`. It is computed at the first call with this key, and stored."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]  # type: ignore[return-value]
 
 
 def read_results(study_dir: Path, store: Store) -> Results:
-    """Read a study: its plan, and its finished evaluations in the store.
+    """Read the plan of a study and all its finished evaluations.
 
     Raises:
         StoreError: a file is damaged, or two evaluations scored different prompts.
@@ -147,7 +147,7 @@ class _Reader:
         self.loaded: dict[str, Scores] = {}
 
     def scores(self, arm: ArmRecord, seed: int) -> Scores:
-        """Return the scores of all stages that measure the arm; metrics of another decoding are named METRIC@DECODING."""
+        """Return an arm's scores from all stages that measure it. Under another decoding, a metric is named METRIC@DECODING."""
         found = {name: dict(table) for name, table in self._of(arm.evaluate[seed]).items()}
         if seed in arm.analyse:
             for name, table in self._of(arm.analyse[seed]).items():
@@ -164,7 +164,7 @@ class _Reader:
 
 
 def primary_metric(results: Results) -> str:
-    """Return the primary metric: the first measured quality metric, else ROUGE-L. The verdicts and the main figures use it."""
+    """Return the metric that verdicts and main figures use: the first quality metric that was measured, else Rouge-L."""
     return next((name for name in names_in("quality") if name in results.metrics), "rouge_l")
 
 
@@ -174,7 +174,7 @@ def seeds_of(results: Results) -> tuple[int, ...]:
 
 
 def sets_with(results: Results, metric: str) -> tuple[str, ...]:
-    """Return the test sets on which at least one arm has the metric. `MEAN` averages over these sets."""
+    """Return the test sets on which the metric was measured for at least one arm. `MEAN` is the mean over these sets."""
     tables = [table for by_seed in results.scores.values() for table in by_seed.values()]
     return tuple(name for name in results.sets if any(metric in table.get(name, {}) for table in tables))
 
@@ -208,7 +208,6 @@ def _rows(results: Results) -> tuple[Row, ...]:
 
 
 def _intervals(plan: StudyPlan, scores: Mapping[str, Mapping[int, Scores]]) -> dict[tuple[str, str, str], tuple[float, float]]:
-    """Map (stage, set, metric) to the bootstrap interval within one training seed."""
     values: dict[tuple[str, str, str], NDArray[np.float64]] = {}
     for arm in plan.arms:
         for seed, tables in scores[arm.name].items():
@@ -250,7 +249,7 @@ def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
 
 
 def summarise(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int]) -> Summary:
-    """Return the unweighted mean of several sets' means with its 95 % interval. Axis 0 of each array is the seed."""
+    """Return the unweighted mean over sets with its 95 % interval. Each set has an array (S, N, K); `seeds` names its axis S."""
     return _summary(strata_SNK, seeds, *macro_interval(strata_SNK))
 
 
@@ -275,13 +274,13 @@ def _averages(sets: tuple[str, ...], numbers: Mapping[str, Mapping[int, Numbers]
 
 
 def complete_seeds(results: Results, arm: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
-    """Return the arm's finished seeds that have the metric on all of `sets`, because a mean over fewer sets is not comparable."""
+    """Return the arm's finished seeds for which the metric was measured on all of `sets`."""
     by_seed = results.scores[arm]
     return tuple(seed for seed in sorted(by_seed) if all(metric in by_seed[seed].get(name, {}) for name in sets))
 
 
 def stack(results: Results, arm: str, seeds: Sequence[int], set_name: str, metric: str) -> NDArray[np.float64]:
-    """Return an arm's scores on one set, (S, N, 1). The decoding seeds are averaged, because arms may have different numbers of them."""
+    """Return an arm's scores on one set, averaged over decoding seeds, with shape (S, N, 1)."""
     by_seed = results.scores[arm]
     return np.stack([by_seed[seed][set_name][metric].mean(axis=1, keepdims=True) for seed in seeds])
 

@@ -2,9 +2,9 @@
 
 Differences are paired by training seed and prompt.
 
-Sharpening. Training with reverse KL makes a student's distribution sharper. A sharper student scores higher when its answers are sampled
-at temperature 1, without more knowledge. Such a gain moves along the arm's curve of metric over entropy and does not lift the curve. It
-vanishes when both arms decode greedily, and when each is decoded at the temperature that gives both the same entropy.
+Sharpening means a gain without more knowledge. Training with reverse KL lowers the entropy of a student's distribution. The student then
+scores higher when its answers are sampled at temperature 1. Such a gain vanishes when both arms decode greedily. It also vanishes when each
+arm is decoded at the temperature that gives both arms the same entropy.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ BUCKETS: tuple[Bucket, ...] = ((0, 5), (6, 10), (11, None))
 
 
 def compare(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> tuple[Difference, tuple[int, ...]] | None:
-    """Return ``arm - other`` on a set or the mean over sets, and the common seeds; None if no finished seed is common to both arms."""
+    """Return the paired difference ``arm - other`` and the common seeds. Return None if the arms have no finished seed in common."""
     return results.once(("compare", arm, other, metric, set_name), lambda: _compare(results, arm, other, metric, set_name))
 
 
@@ -43,13 +43,13 @@ def _compare(results: Results, arm: str, other: str, metric: str, set_name: str)
 
 
 def common_seeds(results: Results, arm: str, other: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
-    """Return the training seeds for which both arms have the metric on all of `sets`; empty if `sets` is empty."""
+    """Return the training seeds for which the metric was measured for both arms on all of `sets`; empty if `sets` is empty."""
     mine, theirs = (complete_seeds(results, name, sets, metric) for name in (arm, other))
     return tuple(seed for seed in mine if seed in theirs) if sets else ()
 
 
 def differences_per_seed(results: Results, arm: str, other: str, metric: str) -> dict[int, float]:
-    """Return ``arm - other`` on the mean over sets for each common training seed."""
+    """Return the difference ``arm - other`` on the mean over sets, for each training seed that both arms have finished."""
     sets = sets_with(results, metric)
     seeds = common_seeds(results, arm, other, sets, metric)
     if not seeds:
@@ -59,7 +59,7 @@ def differences_per_seed(results: Results, arm: str, other: str, metric: str) ->
 
 
 def difference(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> Difference | None:
-    """Return ``arm - other`` as `compare` does, without the seeds."""
+    """Return the paired difference ``arm - other``; None if the arms have no finished seed in common."""
     compared = compare(results, arm, other, metric, set_name)
     return compared[0] if compared else None
 
@@ -103,14 +103,14 @@ def bucket_size(results: Results, metric: str, bucket: Bucket) -> int:
 
 
 def bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> Summary | None:
-    """Return the arm's mean over the bucket's prompts, pooled from all sets; None if no seed is finished or the bucket is empty."""
+    """Return an arm's mean over the prompts of all sets whose reference length is in the bucket; None if there are no scores."""
     seeds = common_seeds(results, arm, arm, sets_with(results, metric), metric)
     values_SNK = _pooled(results, arm, seeds, metric, bucket)
     return None if values_SNK is None else summarise([values_SNK], seeds)
 
 
 def bucket_difference(results: Results, arm: str, other: str, metric: str, bucket: Bucket) -> Difference | None:
-    """Return the paired difference ``arm - other`` over the bucket's prompts; None if the arms cannot be compared there."""
+    """Return the paired difference ``arm - other`` over the bucket's prompts; None if the arms have no common scores there."""
     seeds = common_seeds(results, arm, other, sets_with(results, metric), metric)
     mine, theirs = (_pooled(results, name, seeds, metric, bucket) for name in (arm, other))
     return None if mine is None or theirs is None else macro_difference([mine], [theirs])
@@ -128,7 +128,6 @@ def _rows(results: Results, metric: str, bucket: Bucket) -> list[tuple[str, NDAr
 
 
 def _pooled(results: Results, arm: str, seeds: Sequence[int], metric: str, bucket: Bucket) -> NDArray[np.float64] | None:
-    """Return the arm's scores on the bucket's prompts of all sets, with shape (S, N, 1)."""
     rows = _rows(results, metric, bucket)
     if not seeds or not rows:
         return None
@@ -144,7 +143,7 @@ Curves = Literal["matched", "apart", "not measured"]
 
 @dataclass(frozen=True)
 class Point:
-    """One decoding of an arm: its mean entropy (nats/token), its mean of the metric, and the metric's name under this decoding."""
+    """The means of one arm under one decoding: entropy (nats/token), and the value of the metric. `metric` is METRIC or METRIC@DECODING."""
 
     entropy: float
     value: float
@@ -158,7 +157,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """Paired differences ``arm - other`` that distinguish knowledge from sharpening; a difference is None if it was not measured."""
+    """Paired differences ``arm - other`` that help to tell knowledge from sharpening. A difference that was not measured is None."""
 
     forward_kl: Difference | None
     reverse_kl: Difference | None
@@ -166,12 +165,12 @@ class Mechanism:
     greedy: Difference | None
     curves: Curves
     matched: Difference | None
-    """The metric at ``at_entropy``, each arm interpolated between its decodings. The interval treats the interpolation weights as fixed."""
+    """Difference of the metric when both arms have the entropy ``at_entropy``. Each arm is interpolated between its decodings."""
     at_entropy: float | None
 
 
 def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
-    """Return the differences of one pair of arms that separate more knowledge from sharpening, on the mean over sets."""
+    """Return the differences between two arms that help to tell knowledge from sharpening, on the mean over sets."""
     greedy = greedy_decoding(results)
     curves, matched, at_entropy = _at_matched_entropy(results, arm, other, metric)
     return Mechanism(
@@ -186,20 +185,20 @@ def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
 
 
 def greedy_decoding(results: Results) -> str | None:
-    """Return the name of the study's first decoding that only sets temperature 0; None if the study has no such decoding."""
+    """Return the name of the study's greedy decoding (temperature 0, nothing else changed); None if there is none."""
     return next((name for name in temperatures(results) if results.plan.decodings[name]["temperature"] == 0), None)
 
 
 def temperatures(results: Results) -> list[str]:
-    """Return the names of the decodings that change only the temperature (and perhaps the seeds): the points of one curve."""
+    """Return the names of the decodings that change only the temperature and perhaps the seeds."""
     allowed = {"temperature", "seeds"}
     return [name for name, changes in results.plan.decodings.items() if "temperature" in changes and set(changes) <= allowed]
 
 
 def entropy_curve(results: Results, arm: str, metric: str, seeds: Sequence[int], decodings: Iterable[str]) -> list[Point]:
-    """Return the main decoding and the given other decodings as points, in ascending order of entropy. Unmeasured decodings are omitted.
+    """Return one point per decoding, in ascending order of entropy. The main decoding is always included.
 
-    Both coordinates are means over the seeds and the sets that have the metric.
+    A point's values are means over the seeds and the sets. A decoding that was not measured is omitted.
     """
     sets = sets_with(results, metric)
     points: list[Point] = []
@@ -213,7 +212,7 @@ def entropy_curve(results: Results, arm: str, metric: str, seeds: Sequence[int],
 
 
 def _at_matched_entropy(results: Results, arm: str, other: str, metric: str) -> tuple[Curves, Difference | None, float | None]:
-    """Compare at the lower of the two main entropies. The scores of the arm with the higher entropy are interpolated to it."""
+    """Compare two arms at the lower of their two entropies. The arm with the higher entropy is interpolated between its decodings."""
     sets = sets_with(results, metric)
     seeds = common_seeds(results, arm, other, sets, metric)
     both = [entropy_curve(results, name, metric, seeds, temperatures(results)) for name in (arm, other)]

@@ -1,4 +1,4 @@
-"""Curves of a study: training logs, exposure bias by position, and calibration by confidence."""
+"""Read the curves of a study: training logs, exposure bias by position, and calibration by confidence."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ Series = tuple[list[int], list[float]]  # steps, values
 
 @dataclass(frozen=True)
 class Curve:
-    """The learning curve of one metric, for an arm's last training stage or for an earlier stage. For an earlier stage, `arm` is None."""
+    """The learning curve of one metric in one training stage. `arm` is None unless the stage is the last one of an arm."""
 
     name: str
     arm: str | None
@@ -33,7 +33,7 @@ class Curve:
 
 
 def learning_curves(results: Results) -> list[Curve]:
-    """Return the curves of all finished training stages; arms first, in the plan's order."""
+    """Return the learning curves of all finished training stages. Arms' last stages come first, in the plan's order."""
     groups: dict[tuple[str | None, str], dict[int, str]] = {}
     finals: set[str] = set()
     for arm in results.plan.arms:
@@ -72,7 +72,7 @@ def _without_seed(label: str) -> str:
 
 
 def _mean(by_seed: Mapping[int, dict[int, float]]) -> dict[int, float]:
-    """Average over the seeds at the steps that all seeds logged. A mean over a changing set of seeds would jump."""
+    """Return the mean over seeds, at the steps that all seeds logged."""
     common = set.intersection(*(set(points) for points in by_seed.values()))
     return {step: float(np.mean([points[step] for points in by_seed.values()])) for step in sorted(common)}
 
@@ -92,9 +92,9 @@ def _thinned(points: Mapping[int, float]) -> Series:
 
 @dataclass(frozen=True)
 class ExposureBias:
-    """Exposure bias (ExAccErr) in per cent by position (the first is 1): the mean over the seeds, and the curve of each seed.
+    """Exposure bias (ExAccErr, in per cent) by position, counted from 1: the mean over the seeds, and the curve of each seed.
 
-    Beyond the first `solid` positions, at least one seed has fewer than `FEW` answers that reach the position.
+    In every seed, at least `FEW` answers reach each of the first `solid` positions.
     """
 
     mean: Array
@@ -103,7 +103,7 @@ class ExposureBias:
 
 
 def exposures(results: Results) -> Mapping[str, ExposureBias]:
-    """Return each arm's exposure bias over all sets; a position is weighted by the number of answers that reach it."""
+    """Return the exposure bias of each arm over all sets. A set's weight at a position is the number of answers that reach it."""
     found: dict[str, ExposureBias] = {}
     for arm in results.plan.arms:
         by_seed: dict[int, Array] = {}
@@ -124,9 +124,9 @@ def exposures(results: Results) -> Mapping[str, ExposureBias]:
 
 
 def accumulated_error(student_L: Array, teacher_L: Array) -> Array:
-    """Return ExAccErr(l) = 100 (R(l) - E(l)) / E(l), where R and E sum the KL up to l on the student's and the teacher's prefixes.
+    """Return ExAccErr(l) = 100 (R(l) - E(l)) / E(l) for each position l (MiniLLM, section 3.6).
 
-    Source: MiniLLM, section 3.6; E(l) is the paper's l eps(l). Positions at which the teacher's sum is not yet positive are NaN.
+    R is the sum of the KL up to l on the student's prefixes, and E on the teacher's prefixes. The result is NaN unless E is positive.
     """
     risk, expected = np.cumsum(student_L), np.cumsum(teacher_L)
     positive = expected > 0
@@ -149,7 +149,7 @@ def _pooled(entries: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Array, Ar
 
 @dataclass(frozen=True)
 class Reliability:
-    """The non-empty bins of an arm over all sets and seeds: mean confidence and share of correct predictions, in per cent."""
+    """The calibration of an arm over all sets and seeds. Each bin has a mean confidence and a share of correct predictions, in per cent."""
 
     confidence: Array
     correct: Array

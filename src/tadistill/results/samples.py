@@ -1,4 +1,4 @@
-"""Collect the answers of all arms to the same prompts, and the judgements about them."""
+"""Collect the answers of all arms to the same prompts, and the judges' ratings."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ def samples(results: Results) -> Samples:
 
 
 def shown_first(results: Results) -> list[str]:
-    """Return the arms whose answers are shown at first: all arms if there are at most four, else the first two that are compared."""
+    """Return the arms whose answers the page shows when it opens: all arms if there are at most four, else the first compared pair."""
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
     if len(names) <= 4:
         return names
@@ -88,7 +88,7 @@ class Judgement:
 
 
 def judgements(study_dir: Path) -> list[Judgement]:
-    """Return all judgements of a study, by file name: comparisons first, then scores; an empty list if there are none."""
+    """Return all judgements of a study, in the order of their file names. Comparisons come before scores."""
     found: list[Judgement] = []
     for path in sorted((study_dir / "judge").glob("judge-*.json")):
         content = read_json(path)

@@ -1,6 +1,6 @@
 """Read a study: its plan, and the files of its finished stages in the store.
 
-The store says which stages are finished. A file of a finished stage that cannot be read is a `StoreError` that names it: a report must
+The store says which stages are finished. If a file of a finished stage cannot be read, a `StoreError` names it. A report must
 not leave out numbers silently.
 """
 
@@ -24,7 +24,7 @@ Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts,
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage of the plan. `arms` are the names of the arms that use its result."""
+    """One stage of the plan. `arms` names the arms that use its result."""
 
     key: str
     kind: str
@@ -33,9 +33,9 @@ class StageRecord:
     seed: int
     arms: tuple[str, ...]
     parents: tuple[str, ...]
-    """The keys of the stages that this stage builds on."""
+    """The keys of the stages whose results this stage uses."""
     checkpoints: int
-    """Number of dev evaluations that the stage's selection chose from; 0 without selection."""
+    """The number of checkpoints from which the stage chose the best on dev; 0 if it chose none."""
     flops: float | None
     """Training FLOPs; None if the plan could not compute them."""
 
@@ -50,7 +50,7 @@ class PublishedScores:
 
 @dataclass(frozen=True)
 class ArmRecord:
-    """One arm of the plan. `evaluate`, `analyse`, `final` and each decoding of `also` map a training seed to a stage key.
+    """One arm of the plan. `evaluate`, `analyse`, `final` and each decoding of `also` map training seeds to stage keys.
 
     Seeds are in the recipe's order.
     """
@@ -61,7 +61,7 @@ class ArmRecord:
     path_text: str
     """The whole path in the notation of a recipe: ``xl > l > s``."""
     models: tuple[str, ...]
-    """All models of the path, of the turns before the path, and of the starts."""
+    """All models that take part: those of the path, those of earlier turns, and those from which others are initialised."""
     method: str
     model: str
     compute: str | None
@@ -94,19 +94,19 @@ class ArmRecord:
 
     @property
     def is_plain(self) -> bool:
-        """True for a single path without turns, starts from other models or several teachers per learner."""
+        """True for an arm with one path, one teacher per learner, and no model that is initialised from another model of the arm."""
         text = path_text(self.path)
         return self.path_text == text or (len(self.path) == 2 and self.path_text == f"{text}, dense")  # one teacher: nothing to mix
 
     @property
     def has_assistant(self) -> bool:
-        """True when a teacher assistant takes part: as a model of the path, as a start, or as a teacher for some of the updates."""
+        """True when a teacher assistant takes part: it is in the path, initialises another model, or teaches for some of the updates."""
         return len(self.models) > 2
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """The content of ``plan.json``: a study as it was expanded from its recipe."""
+    """The content of ``plan.json``, which is written from the recipe when a study starts."""
 
     study: str
     created: str
@@ -118,13 +118,13 @@ class StudyPlan:
     margin: float
     """Differences of the primary metric within this margin, in points, count as equivalent."""
     decodings: Mapping[str, Mapping[str, Any]]
-    """The settings that each additional decoding changes, by the name of the decoding."""
+    """The name of each additional decoding, with the settings that it changes."""
     parameters: Mapping[str, int]
     stages: tuple[StageRecord, ...]
     arms: tuple[ArmRecord, ...]
 
     def ancestors(self, key: str | None) -> list[StageRecord]:
-        """Return the stage and all stages that it builds on; an empty list for a model that is loaded without training."""
+        """Return the stage and all stages whose results it uses. Return an empty list if `key` is None (a model that is not trained)."""
         stages = {stage.key: stage for stage in self.stages}
         found: dict[str, StageRecord] = {}
         todo = [key] if key is not None else []
@@ -143,7 +143,7 @@ class StageManifest:
     seconds: float
     versions: Mapping[str, str]
     flops: float | None
-    """Metered FLOPs of a training stage without its dev evaluations; None if the FLOPs were not metered."""
+    """FLOPs that were counted during training, without dev evaluations; None if they were not counted."""
 
 
 def find_study(study: str, root: Path) -> Path:
@@ -155,7 +155,7 @@ def find_study(study: str, root: Path) -> Path:
     for directory in (Path(study), root / study):
         if (directory / "plan.json").is_file():
             return directory
-    raise ConfigError(f"there is no study `{study}` ({root / study / 'plan.json'} does not exist): `tadistill run RECIPE` makes one")
+    raise ConfigError(f"there is no study `{study}` ({root / study / 'plan.json'} does not exist): start one with `tadistill run RECIPE`")
 
 
 def load_plan(study_dir: Path) -> StudyPlan:
@@ -166,7 +166,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
     """
     path = study_dir / "plan.json"
     if not path.is_file():
-        raise StoreError(f"{path} does not exist, so there is no study to report: `tadistill run RECIPE` writes it")
+        raise StoreError(f"{path} does not exist, so there is no study to report: start one with `tadistill run RECIPE`")
     content = read_json(path)
     try:
         plan = StudyPlan(
@@ -249,7 +249,7 @@ def load_scores(store: Store, key: str) -> Scores:
 
 
 def load_corpus(store: Store, key: str) -> dict[str, dict[str, Any]]:
-    """Read an evaluation's results for whole sets: set -> numbers, calibration, reference_length."""
+    """Read an evaluation's results for whole sets. The keys of each set are numbers, calibration and reference_length."""
     path = store.folder(key) / "corpus.json"
     content = read_json(path)
     if not isinstance(content, dict) or not all(
@@ -270,7 +270,7 @@ def _check_known(path: Path, metric: str) -> None:
 
 
 def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Read the exposure curves of an analysis: set -> student and teacher -> kl and count, by position in the response."""
+    """Read the KL by position in the response, with its count of answers: for each set, on the student's and on the teacher's prefixes."""
     return read_json(store.folder(key) / "exposure.json")
 
 
@@ -293,7 +293,7 @@ def load_predictions(store: Store, key: str) -> list[dict[str, Any]]:
 
 
 def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
-    """Read the training log of a stage: metric -> step -> value. If a resumed run logged a step twice, the later line is used."""
+    """Read the training log of a stage as metric -> step -> value. If a step has two lines, the later line is used."""
     path = store.folder(key) / "metrics.jsonl"
     series: dict[str, dict[int, float]] = {}
     for line in read_jsonl(path):

@@ -1,9 +1,10 @@
 """Decide the verdict of each comparison of a study: every chain against its equal-compute baseline.
 
-A difference of the primary metric (mean over sets, paired by training seed and prompt) is a `gain` or a `loss` when its 95 % interval
-excludes 0 and its p-value, adjusted by Holm over all comparisons of the study, is below 0.05. It is `equivalent` when two one-sided tests
-place it inside the recipe's margin. Anything else, and anything with fewer than three training seeds, is `no evidence`. A gain is credited
-to the path only when the divergence from the original teacher is not worse and the gain is not sharpening (`tadistill.results.compare`).
+The verdict depends on the difference of the primary metric. It is `gain` or `loss` if the difference passes two conditions: its 95 %
+interval excludes 0, and its p-value is below 0.05 after Holm's adjustment over all comparisons of the study. It is `equivalent` if two
+one-sided tests place the difference inside the recipe's margin. All other cases are `no evidence`, and so are fewer than three training
+seeds. A gain is credited to the path on two conditions: the divergence from the original teacher is not worse, and the gain is not
+sharpening (`tadistill.results.compare`).
 
 A study without chains compares its models in pairs instead.
 """
@@ -31,10 +32,10 @@ Credit = Literal["credited", "sharpening", "farther from the teacher", "not meas
 
 @dataclass(frozen=True)
 class Selection:
-    """The numbers of dev checkpoints that the two sides selected from, and the gain from selecting the best by chance.
+    """The number of checkpoints from which each arm chose its best on dev, and the gain that this choice gives by chance.
 
-    ``sigma`` is the spread of the primary metric between the later half of the checkpoints on dev. `sigma` includes changes by
-    training, so ``inflation`` is an upper bound. Both are None if the dev log lacks the metric.
+    ``sigma`` is the standard deviation of the primary metric over the later half of the checkpoints on dev. It includes progress in
+    training, so the gain ``inflation`` is an upper bound. Both are None if dev did not log the metric.
     """
 
     mine: int
@@ -45,7 +46,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One paired difference ``arm - other`` of the primary metric on the mean over sets, with its tests and its verdict."""
+    """The comparison of two arms: the paired difference ``arm - other`` of the primary metric, its tests and its verdict."""
 
     arm: str
     other: str
@@ -55,32 +56,32 @@ class Comparison:
     n_prompts: int
     seeds: tuple[int, ...]
     trained: bool
-    """False if the study trained neither model. Then only the prompts vary, and the seeds are not training seeds."""
+    """False if the study trained neither model. In this case only the prompts vary."""
     difference: Difference
     per_seed: dict[int, float]
     p_holm: float
     family: int
-    """Number of comparisons in Holm's adjustment."""
+    """The number of comparisons over which Holm's method adjusts the p-value."""
     sign_flip: SignFlip | None
-    """The sign-flip test; only for trained arms with 2 to 5 common seeds."""
+    """The sign-flip test; None unless the arms are trained and have 2 to 5 seeds in common."""
     margin: float
     equivalent: bool
     detectable: float
-    """The true difference that this design detects with 80 % power."""
+    """The smallest true difference that this study would detect with 80 % power."""
     word: Word
     selection: Selection | None
-    """The advantage by selection; only if the arm selected from more checkpoints than the other arm."""
+    """The arm's advantage from choosing among more checkpoints than the other arm; None if it did not."""
     decoding_seeds: tuple[int, int]
     planned_seeds: tuple[tuple[int, ...], tuple[int, ...]]
     mechanism: Mechanism | None
     """The controls for sharpening; None for pairs of a study without chains."""
     credit: Credit | None
-    """Says if the gain is credited to the path, or why not; only for gains over an equal-compute baseline."""
+    """The reason why the gain is credited to the path or not; None unless it is a gain over an equal-compute baseline."""
 
 
 @dataclass(frozen=True)
 class ComparedPair:
-    """Two arms that the study compares; `other` is None for a chain without an arm to compare it with."""
+    """Two arms that the study compares. `other` is None if the study has no arm to compare with."""
 
     arm: ArmRecord
     other: ArmRecord | None
@@ -88,7 +89,7 @@ class ComparedPair:
 
 
 def pairs(results: Results) -> list[ComparedPair]:
-    """Return every chain with the arm to compare it with. A study without chains returns all pairs of competing arms."""
+    """Return each chain with the arm to compare it with. If the study has no chain, return all pairs of competing arms."""
     chains = [arm for arm in results.plan.arms if arm.has_assistant]
     if chains:
         return [_chain_pair(results, chain) for chain in chains]
@@ -98,7 +99,7 @@ def pairs(results: Results) -> list[ComparedPair]:
 def competitors(results: Results) -> list[list[ArmRecord]]:
     """Return groups of arms that end in the same model, without the teacher's own arm.
 
-    If the study trains nothing, all arms form one group.
+    If the study trains no model, all arms form one group.
     """
     if not any(arm.is_trained for arm in results.plan.arms):
         return [list(results.plan.arms)]
@@ -199,12 +200,12 @@ def _selection(results: Results, arm: ArmRecord, other: ArmRecord, seeds: tuple[
 
 
 def checkpoints_seen(results: Results, arm: ArmRecord, seed: int) -> int:
-    """Return the number of dev evaluations that an arm's whole path selected from, for one training seed; 0 without selection."""
+    """Return the number of checkpoints that all stages of an arm chose from, for one training seed; 0 if no stage chose."""
     return sum(stage.checkpoints for stage in results.plan.ancestors(arm.final[seed]))
 
 
 def _spread_on_dev(results: Results, arms: tuple[ArmRecord, ArmRecord], seeds: tuple[int, ...], metric: str) -> float | None:
-    """Return the root mean square, over arms and seeds, of the standard deviation of the dev values' later half."""
+    """Return the standard deviation of the later half of the dev values, as the root mean square over arms and seeds."""
     variances: list[float] = []
     for key in (arm.final[seed] for arm in arms for seed in seeds):
         if key is None or not results.store.finished(key):

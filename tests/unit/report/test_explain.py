@@ -88,8 +88,8 @@ def test_what_was_not_measured_is_said(tmp_path):
     assert comparison.against == "plain direct"
     sharpening, hops, compute = found["What explains chain"]
     assert "greedy decoding not measured; matched entropy not measured" in sharpening
-    assert hops.startswith("Error per hop is not measured")
-    assert compute.startswith("Compute is not measured: no arm with `compute: as chain`")
+    assert hops.startswith("The error of each hop is not measured")
+    assert compute.startswith("The effect of compute is not measured: the study has no arm with `compute: as chain`")
 
 
 def test_nothing_to_say_of_an_arm_alone(tmp_path):

@@ -14,7 +14,7 @@ from tadistill.results.units import number, summary_text
 
 
 def exposure_figure(results: Results) -> str | None:
-    """Draw each arm's excess accumulated error (ExAccErr) by position: the mean as a thick line, the seeds as faint lines.
+    """Draw each arm's exposure bias (ExAccErr) by position. The thick line is the mean, and the faint lines are the seeds.
 
     The mean is dotted at positions that fewer than 10 answers reach.
     """
@@ -101,7 +101,7 @@ def _errors(results: Results, name: str) -> str:
 
 
 def length_figure(results: Results) -> str | None:
-    """Draw ROUGE-L by the length of the reference. The arms of one length range stand side by side, with 95 % intervals."""
+    """Draw ROUGE-L by the length of the reference. For each range of lengths, the arms are side by side with 95 % intervals."""
     metric, styles = "rouge_l", looks(results)
     buckets = [bucket for bucket in BUCKETS if bucket_size(results, metric, bucket)]
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
@@ -143,7 +143,7 @@ def length_figure(results: Results) -> str | None:
 
 
 def curve_figures(curves: list[Curve], results: Results) -> dict[str, str]:
-    """Draw one panel of learning curves per metric: the mean over seeds as a thick line, the seeds as faint lines."""
+    """Draw the learning curves, one panel per metric. The thick line is the mean over seeds, and the faint lines are the seeds."""
     entries = {entry.group: entry for entry in curve_legend(curves, results)}
     panels: dict[str, str] = {}
     for metric in LOGS:
@@ -179,7 +179,7 @@ def _add_curve(figure: go.Figure, curve: Curve, entry: LegendEntry) -> None:
 
 
 def curve_legend(curves: list[Curve], results: Results) -> list[LegendEntry]:
-    """Return the legend of the learning curves: arms first, then earlier training stages, which are hidden at first."""
+    """Return the legend of the learning curves: first the arms, then earlier training stages, which are hidden when the page opens."""
     styles = looks(results)
     groups = {_group(curve): curve for curve in curves}
     entries: list[LegendEntry] = []

@@ -36,7 +36,7 @@ NodeId = tuple[str, str]
 
 @dataclass
 class Node:
-    """A model of the lattice: the original teacher, an assistant (shared by all arms that train it alike), or an arm's student."""
+    """A model in the figure of paths: the original teacher, an assistant or a student. Arms that train an assistant alike share it."""
 
     model: str
     row: int
@@ -47,7 +47,7 @@ class Node:
 
 
 def lattice(results: Results) -> Mapping[NodeId, Node]:
-    """Return the nodes of the lattice. A node is in the row of its first arm, and arms that share trained models are neighbours."""
+    """Return the nodes of the figure of paths. A node is in the row of its first arm. Arms that share trained models are neighbours."""
     nodes: dict[NodeId, Node] = {}
     for row, (arm, ids) in enumerate(_ordered(results)):
         for index, (at, model) in enumerate(zip(ids, arm.path, strict=True)):
@@ -63,7 +63,6 @@ def lattice(results: Results) -> Mapping[NodeId, Node]:
 
 
 def _ordered(results: Results) -> list[tuple[ArmRecord, tuple[NodeId, ...]]]:
-    """Return the arms with their nodes. Arms that start with the same nodes become neighbours."""
     arms = [(arm, _ids(results, arm)) for arm in results.plan.arms]
     first: dict[tuple[NodeId, ...], int] = {}
     for position, (_, ids) in enumerate(arms):
@@ -96,7 +95,7 @@ def _kind(stage: StageRecord) -> str:
 
 
 def lattice_figure(results: Results) -> str | None:
-    """Draw the lattice of models; return None if no arm distils a model."""
+    """Draw the models and the distillations between them. Return None if no arm distils a model."""
     nodes = lattice(results)
     if all(node.parent is None for node in nodes.values()):
         return None
@@ -166,7 +165,7 @@ def _kinds(results: Results) -> Mapping[str, Look]:
 
 
 def lattice_legend(results: Results) -> list[LegendEntry]:
-    """Return one entry for each kind of distillation."""
+    """Return the legend: one entry for each kind of distillation."""
     return [LegendEntry(f"kind:{kind}", kind, look) for kind, look in _kinds(results).items()]
 
 
@@ -178,7 +177,7 @@ _ADDS, _TAKES = "#E0475B", "#17A673"
 
 @dataclass(frozen=True)
 class Budget:
-    """The error budget of a chain (nats/token): `terms` add up to KL(q ‖ p_T), and `total` is KL(q ‖ p_T) measured separately."""
+    """The error budget of a chain (nats/token): `terms` add up to KL(q ‖ p_T), `total` is measured separately (q student, p_T teacher)."""
 
     arm: ArmRecord
     terms: tuple[tuple[str, Summary], ...]
@@ -188,7 +187,7 @@ class Budget:
 
 
 def budgets(results: Results) -> list[Budget]:
-    """Return the error budgets of all chains whose terms were measured. `tadistill.evaluation.scoring` explains the sum."""
+    """Return the error budget of each chain for which all terms were measured."""
     found: list[Budget] = []
     for arm in (arm for arm in results.plan.arms if arm.is_chain):
         upwards = budget_models(results, arm)[::-1]  # student, last assistant, ..., teacher

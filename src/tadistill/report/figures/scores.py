@@ -35,7 +35,7 @@ _ROW, _TALL_ROW = 54, 70  # pixels of a row with one line of text and with two
 
 @dataclass(frozen=True)
 class ForestRow:
-    """The paired difference of the primary metric between an arm and its reference; `word` is the verdict, if there is one."""
+    """The paired difference of the primary metric between an arm and its reference arm. `word` is the verdict, if there is one."""
 
     arm: ArmRecord
     other: ArmRecord
@@ -45,7 +45,7 @@ class ForestRow:
 
 
 def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the reference of an arm: a chain's equal-compute baseline, else the direct arm, else the first competitor."""
+    """Return the arm to compare an arm with: its equal-compute baseline, else the direct arm, else the first competitor."""
     teacher = results.plan.teacher
     if teacher is not None and arm.path == (teacher,):
         return None
@@ -162,7 +162,7 @@ _PLAIN = Look(GREY, "line-ew", "┅", "dash")
 
 
 def entropy_curves(results: Results) -> Mapping[str, list[Point]]:
-    """Return each arm's decodings as points of metric over entropy; arms without a measured point are omitted."""
+    """Return the points (entropy, metric) of each arm, one per decoding. Arms without a measured point are omitted."""
     metric = primary_metric(results)
     sets, decodings = sets_with(results, metric), list(results.plan.decodings)
     names = [arm.name for arm in results.plan.arms]
@@ -171,7 +171,7 @@ def entropy_curves(results: Results) -> Mapping[str, list[Point]]:
 
 
 def plane_figure(results: Results) -> str | None:
-    """Draw the primary metric against entropy, with a curve through the decodings of each arm; None if no arm has a second decoding."""
+    """Draw the primary metric against entropy, with a curve through each arm's decodings. Return None if no arm has two decodings."""
     metric, styles, curves = primary_metric(results), looks(results), entropy_curves(results)
     if not any(len(points) > 1 for points in curves.values()):
         return None
@@ -233,9 +233,9 @@ def cost_points(results: Results) -> list[tuple[ArmRecord, float, float, float, 
 
 
 def direct_longer(results: Results) -> list[tuple[float, float]]:
-    """Return (FLOPs, mean) of a direct arm and its equal-compute baselines, in ascending order of FLOPs.
+    """Return (FLOPs, mean) of the direct arm and of its equal-compute baselines, in ascending order of FLOPs.
 
-    The direct arm is the first that has such baselines; the list is empty if there is none.
+    It takes the first direct arm that has such baselines. The list is empty if no direct arm has one.
     """
     arms = [(arm, flops, mean) for arm, flops, mean, *_ in cost_points(results) if flops > 0 and len(arm.path) == 2]
     for first in (arm for arm, *_ in arms if arm.compute is None):
@@ -246,7 +246,7 @@ def direct_longer(results: Results) -> list[tuple[float, float]]:
 
 
 def pareto_figure(results: Results) -> str | None:
-    """Draw the primary metric against training FLOPs, with the Pareto front and the direct arm's curve; None without two trained arms."""
+    """Draw the primary metric against training FLOPs, with the Pareto front. Return None if fewer than two arms are trained."""
     points = cost_points(results)
     trained = [point for point in points if point[1] > 0]
     if len(trained) < 2:
@@ -294,7 +294,7 @@ def _guide(figure: go.Figure, points: Sequence[tuple[float, float]], name: str, 
 
 
 def cost_legend(results: Results) -> list[LegendEntry]:
-    """Return the legend of the cost figure: the arms and the two guide lines."""
+    """Return the legend of the cost figure: the arms, the Pareto front and the direct arm's line."""
     entries = arm_legend(results, [arm.name for arm, flops, *_ in cost_points(results) if flops > 0])
     guides = [LegendEntry("front", "best for its cost", Look(GREY, "line-ew", "━", "solid"))]
     guides += [LegendEntry("direct longer", "direct, trained longer", _PLAIN)] if direct_longer(results) else []

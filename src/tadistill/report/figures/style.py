@@ -1,8 +1,8 @@
-"""Code that all figures share: the look of an arm, the legends, and the conversion of a plotly figure to HTML.
+"""Functions that all figures share: the look of an arm, the legends, and the conversion of a plotly figure to HTML.
 
-Figures need only the page's copy of plotly.js. Backgrounds are transparent and text takes its colour from the
-page's style sheet, so one figure fits light, dark and print. An arm has the same colour and marker everywhere, so that readers need
-not distinguish colours. Names stand above their row, not beside it, because a phone has no room for a margin of names.
+Figures use the page's copy of plotly.js. Backgrounds are transparent, and the page's style sheet sets the colour of text, so that a figure
+fits light pages, dark pages and print. An arm has the same colour and marker in every figure. Names are above their rows, because a phone
+has no room for names beside them.
 """
 
 import html
@@ -45,7 +45,7 @@ class Look:
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """One button of a legend, which shows and hides the traces of its group; `shown` is its state on opening."""
+    """A button in a legend, which shows or hides the traces of its group. `shown` is its state when the page opens."""
 
     group: str
     name: str
@@ -54,7 +54,7 @@ class LegendEntry:
 
 
 def looks(results: Results) -> Mapping[str, Look]:
-    """Return each arm's look, the same in every figure, table and in the sample browser."""
+    """Return the look of each arm. It is the same in all figures and tables, and in the sample browser."""
     found: dict[str, Look] = {}
     for index, arm in enumerate(results.plan.arms):
         marker, glyph = _MARKERS[index % len(_MARKERS)]
