@@ -1,4 +1,4 @@
-"""The arms of a recipe (which model teaches which model, and which model starts from which), and the search for a path."""
+"""The arms of a recipe, and the search for a path. An arm gives a path of models, in which each model teaches the next one."""
 
 from collections.abc import Iterable
 from typing import Any, Literal, Protocol, TypeVar
@@ -20,7 +20,7 @@ def path_text(path: Iterable[str]) -> str:
 
 
 class ComparableArm(Protocol):
-    """The properties of an arm that decide whether it is a direct arm. `path` ends with the model that the arm makes."""
+    """The properties of an arm that `direct_arm` reads. `path` ends with the model that the arm makes."""
 
     @property
     def path(self) -> tuple[str, ...]: ...
@@ -36,7 +36,7 @@ A = TypeVar("A", bound=ComparableArm)
 
 
 def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: object = None, *, any_method: bool = False) -> A | None:
-    """Return the first direct arm of a teacher and a student: it is plain, has one hop, and sets its own number of steps (no `compute`).
+    """Return the first arm in which the teacher itself teaches the student, or None. Arms with `compute` or without `is_plain` are skipped.
 
     Args:
         teacher: the original teacher; None accepts any teacher.
@@ -62,15 +62,15 @@ class Arm(Strict):
     """One path of models and one method. A path of a single model evaluates that model or, with `objective`, continues its training.
 
     `xl > l > s` is two distillations: xl teaches l, and then l teaches s. `l > s then xl > s` continues the training of s with another
-    teacher (a curriculum). `init: {s: l}` initialises s from this arm's model l, pruned to the size of s. With `dense`, all models before
-    a learner in its path teach that learner.
+    teacher (a curriculum). `init: {s: l}` initialises s from this arm's model l, pruned to the size of s.
+    With `dense`, all models before a learner in the path teach it together.
     """
 
     path: tuple[ModelPath, ...] = Field(min_length=1)
     """The paths, one after the other, as `A > B > C then D > C`. A name means the same model in all paths. If a learner is taught
     more than once, its updates are divided equally among these distillations."""
     init: dict[str, str] = {}
-    """Learner -> the model of this arm whose weights initialise the learner, instead of its own weights. The learner's `sft` follows."""
+    """Learner -> the model of this arm whose weights initialise it, instead of its own weights. The learner's `sft` runs after that."""
     objective: Objective | None = None
     """Overrides of `method.objective`; an objective of another `type` replaces it."""
     sampler: Sampler | None = None
@@ -116,11 +116,11 @@ class Arm(Strict):
         for learner, source in self.init.items():
             first = next((i for i, path in enumerate(self.path) if learner in path[1:]), None)
             if first is None:
-                raise ValueError(f"init names {learner}, but path `{self.text}` does not teach {learner}; name a model that it teaches")
+                raise ValueError(f"init names {learner}, but path `{self.text}` does not teach it; name a model that the path teaches")
             before = [m for path in self.path[:first] for m in path] + [*self.path[first][: self.path[first].index(learner)]]
             if source not in before:
                 raise ValueError(
-                    f"init starts {learner} from {source}, but `{self.text}` has no {source} before {learner}; name an earlier model"
+                    f"init starts {learner} from {source}, but `{self.text}` has no {source} before {learner}; name one that is there"
                 )
         return self
 
@@ -174,7 +174,7 @@ class Search(Strict):
     width: int = Field(default=2, ge=1)
     """Number of paths to each model that `beam` keeps."""
     rungs: tuple[float, ...] = Field(default=(0.1, 0.3, 1.0), min_length=1)
-    """Fraction of every stage's updates that is done at each rung of `halving`. The fractions rise to 1."""
+    """Used by `halving`, one number per round: the fraction of every stage's updates that is done after the round. The last one is 1."""
 
     @model_validator(mode="after")
     def _check(self):

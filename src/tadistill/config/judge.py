@@ -7,18 +7,18 @@ from pydantic import Field
 from tadistill.config.common import Strict
 
 REFERENCE = "reference"
-"""Name of the reference answers where they are compared like an arm."""
+"""Name of the reference answers in comparisons with arms."""
 
 
 class Judge(Strict):
-    """Settings of a language model that judges. Options of the command and `--set KEY=VALUE` give these fields."""
+    """Settings of a language model that judges. The command's options and `--set KEY=VALUE` set these fields."""
 
     model: str = Field(pattern=r"\S")
     """Name of the judging model at its endpoint."""
     base_url: str = "https://api.openai.com/v1"
     """An OpenAI-compatible endpoint."""
     mode: Literal["pair", "score"] = "pair"
-    """`pair`: an answer wins if the judge prefers it in both orders; `score`: MiniLLM's score, in % of the reference's score."""
+    """`pair`: an answer wins if the judge prefers it in both orders. `score`: the judge's score, in % of the reference answer's score."""
     arms: tuple[str, ...] = ()
     """Arms to judge; all of them by default."""
     against: str = REFERENCE
@@ -28,9 +28,9 @@ class Judge(Strict):
     limit: int | None = Field(default=None, ge=1)
     """Number of prompts per test set, evenly spaced; all prompts by default."""
     all_seeds: bool = False
-    """Judge every training seed for which all arms are finished, not only the first one."""
+    """Judge every training seed for which all arms are finished, not only the first training seed."""
     name: str | None = None
-    """NAME in the summary's file name judge-NAME.json; made from the mode and the judge by default."""
+    """NAME in the summary's file name judge-NAME.json; by default made from the mode and the model's name."""
     temperature: float = Field(default=0.0, ge=0, le=2)
     """Sampling temperature of the judge."""
     max_tokens: int = Field(default=256, ge=8)
@@ -42,7 +42,7 @@ class Judge(Strict):
 
 
 class BlindSheet(Strict):
-    """Settings of a sheet of answers that people rate. The options of `tadistill human` give these fields."""
+    """Settings of a sheet of answers that people rate. The options of `tadistill human` set these fields."""
 
     name: str = "blind"
     """NAME in the file names sheet-NAME.html, sheet-NAME.csv and sheet-NAME.key.json."""

@@ -1,4 +1,4 @@
-"""Read a recipe file with dotted overrides. Every mistake becomes one sentence that names the key and its line."""
+"""Read a recipe file and apply overrides (`method.optim.lr=1e-4`). An error message names the key and its line."""
 
 import difflib
 import typing
@@ -21,7 +21,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file.
-        overrides: `key.sub=value` strings, applied in order; a name with dots goes in brackets (`arms[2.D].path=xl > s`).
+        overrides: `key.sub=value` strings, applied in order. Write a name with dots in brackets (`arms[2.D].path=xl > s`).
 
     Raises:
         ConfigError: the file is missing or not YAML, or the recipe breaks a rule.
@@ -37,7 +37,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
 
 
 def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str) -> Recipe:
-    """Read a recipe from YAML text, as `load` does. Messages call the text `source`."""
+    """Read a recipe from YAML text, as `load` does. Error messages give `source` as the name of the text."""
     raw = _merged(text, overrides, source, "seeds=[10]")
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} contains no recipe; write a mapping with the keys study, seeds, models, data and arms")
@@ -45,7 +45,7 @@ def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str) -> Re
 
 
 def validate(raw: dict[str, Any], *, source: str = "recipe", text: str = "") -> Recipe:
-    """Build a recipe from plain data. Messages name lines of `text`, the YAML that the data was read from.
+    """Build a recipe from plain data. `text` is the YAML behind the data; error messages give its line numbers.
 
     Raises:
         ConfigError: the recipe breaks a rule.
@@ -57,7 +57,7 @@ def validate(raw: dict[str, Any], *, source: str = "recipe", text: str = "") -> 
 
 
 def read_settings(model: type[Settings], given: dict[str, Any], overrides: typing.Sequence[str], *, source: str) -> Settings:
-    """Build the settings of a command from its options and `key=value` overrides. Mistakes are reported as for a recipe.
+    """Build the settings of a command from its options and `key=value` overrides.
 
     Raises:
         ConfigError: a key is unknown, or a value breaks a rule.
@@ -103,7 +103,7 @@ def _lines(text: str) -> dict[tuple, int]:
 
 
 def _sentence(error: ValidationError, source: str, lines: dict[tuple, int], root: type[BaseModel] = Recipe) -> str:
-    """Describe the first problem in one sentence. Unknown keys come first, because they cause other problems."""
+    # describes the first problem; unknown keys come first, because they cause other problems
     problem, *others = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = tuple(problem["loc"])
     key = _resolve(location, root)[0]
@@ -146,7 +146,7 @@ def _tag(model: type[BaseModel]) -> str | None:
 
 
 def _resolve(location: tuple, root: type[BaseModel]) -> tuple[tuple, list[type[BaseModel]]]:
-    """Follow a pydantic location through the classes from `root`, without the union tags that pydantic inserts."""
+    # returns the key without the union tags that pydantic inserts in a location, and the classes at that key
     models: list[type[BaseModel]] = [root]
     key: list = []
     for part in location:

@@ -1,4 +1,4 @@
-"""Training methods: objective, sampler, optimizer and selection of a checkpoint, and the combinations that work.
+"""A training method: objective, sampler, optimizer and selection of a checkpoint. `check_pairing` refuses bad combinations.
 
 Objectives are in `tadistill.config.objective`, samplers in `tadistill.config.sampling`.
 """
@@ -21,7 +21,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 class Optim(Strict):
-    """AdamW and its schedule. All numbers are totals over the devices: `batch` sequences make one update on any number of devices."""
+    """AdamW and its schedule. All numbers are totals over all devices, so the number of devices does not change an update."""
 
     lr: float = Field(default=5e-4, gt=0)
     """Peak learning rate."""
@@ -82,15 +82,15 @@ class Sft(Strict):
     optim: Optim = Optim()
     select: Select = Select()
     keep: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Updates whose weights are also kept, for models that are a `checkpoint` of this model."""
+    """Numbers of the updates after which the weights are also kept. Models with `checkpoint` can use these weights."""
 
 
 class Dense(Strict):
     """Dense guidance: all models before a learner teach it, as one mixture (Son et al. 2021, DGKD; `objectives.TargetMixture`)."""
 
     kind: Literal["geometric", "arithmetic"] = "geometric"
-    """Kind of mean of the teachers' distributions. The weighted sum of reverse KLs to the teachers has the gradient of the reverse KL to
-    the geometric mean. The weighted sum of forward KLs has the gradient of the forward KL to the arithmetic mean."""
+    """Mean of the teachers' distributions, which is the target. The reverse KL to the geometric mean has the same gradient as the mean of
+    the reverse KLs to the teachers. The same is true of the forward KL and the arithmetic mean."""
     weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
     """One weight per teacher, starting at the biggest model of the path; equal weights by default."""
     drop: float = Field(default=0.0, ge=0, lt=1)
@@ -114,12 +114,12 @@ class Method(Strict):
 
     @property
     def signal(self) -> HiddenSignal | TopKSignal | None:
-        """The teacher's recorded signal, if the sampler reads a recorded signal."""
+        """Settings of the teacher's recorded outputs; None if the sampler reads no recorded outputs."""
         return self.sampler.signal if isinstance(self.sampler, DatasetSampler) else None
 
     @property
     def trains_with_teacher(self) -> bool:
-        """True if the teacher runs during training: the loss needs the teacher, and the teacher's signal is not recorded."""
+        """True if the teacher runs during training: the loss needs the teacher, and the teacher's outputs are not recorded in advance."""
         return self.objective.needs_teacher and self.signal is None
 
     @property
@@ -129,7 +129,7 @@ class Method(Strict):
 
     @property
     def round_rollouts(self) -> int:
-        """Number of sequences in a round over all devices; one batch if the sampler has no rounds or does not set the number."""
+        """Number of sequences that are sampled in one round, on all devices together; one batch by default."""
         return (self.sampler.rollouts if isinstance(self.sampler, Rounds) else None) or self.optim.batch
 
     @property
@@ -211,7 +211,7 @@ def _check_text(method: Method) -> None:
         )
     if objective.needs_rounds and isinstance(sampler, Rounds) and sampler.temperature == 0:
         raise ConfigError(
-            f"objective {objective.type} weights samples by their probability, but sampler.temperature 0 draws no samples; set it above 0"
+            f"objective {objective.type} needs random samples, but sampler.temperature is 0 (greedy decoding); set it above 0"
         )
     if objective.needs_pairs != sampler.pairs:
         raise ConfigError(
@@ -219,7 +219,7 @@ def _check_text(method: Method) -> None:
         )
     if sampler.on_policy and objective.imitates_text:
         fix = f"kd_ratio is {objective.kd_ratio}; set it to 1" if isinstance(objective, Divergence) else "use a divergence as objective"
-        raise ConfigError(f"sampler {sampler.type} trains on the student's own text, which cannot be a target for cross-entropy; {fix}")
+        raise ConfigError(f"sampler {sampler.type} trains on the student's own text, so the loss must not contain cross-entropy; {fix}")
 
 
 def _check_signal(method: Method) -> None:
@@ -227,10 +227,10 @@ def _check_signal(method: Method) -> None:
     if signal and method.dense:
         raise ConfigError(f"sampler.signal {signal.type} records only one teacher, but `dense` uses several; set signal: null in this arm")
     if method.dense and not objective.needs_teacher:
-        raise ConfigError(f"objective {objective.type} has no teacher, so `dense` would have no effect; use a divergence as objective")
+        raise ConfigError(f"objective {objective.type} uses no teacher, so `dense` has no effect; use a divergence as objective")
     if signal and not objective.needs_teacher:
         raise ConfigError(
-            f"objective {objective.type} has no teacher, so sampler.signal {signal.type} would have no effect; set signal: null in this arm"
+            f"objective {objective.type} uses no teacher, so sampler.signal {signal.type} has no effect; set signal: null in this arm"
         )
     if isinstance(signal, TopKSignal) and isinstance(objective, TopKForwardKL | TopKReverseKL):
         raise ConfigError(
@@ -254,5 +254,5 @@ def _check_engine(method: Method) -> None:
         raise ConfigError("engine vllm does not support no_repeat_ngram; leave it out, or use engine: native")
     if objective.needs_rounds and not sampler.plain:
         raise ConfigError(
-            f"objective {objective.type} with engine vllm needs temperature 1 and no top_k, top_p or min_p; use these, or native"
+            f"objective {objective.type} with engine vllm needs temperature 1 and no top_k, top_p or min_p; set these, or engine: native"
         )

@@ -27,7 +27,7 @@ class Init(Strict):
     intermediate: int | None = Field(default=None, ge=1)
     """Number of neurons in each feed-forward block."""
     heads: int | None = Field(default=None, ge=1)
-    """Number of query heads. With grouped queries, pruning removes either whole groups or the same number of queries from every group."""
+    """Number of query heads. With grouped-query attention, whole groups are removed, or the same number of query heads from each group."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -57,7 +57,7 @@ class Checkpoint(Strict):
 
 
 class Temper(Strict):
-    """Another model with its logits divided by `tau`, as a control for the effect of sharper predictions. Give `tau` or `like`."""
+    """Another model whose logits are divided by `tau`. It is a control: its predictions are only sharper. Give either `tau` or `like`."""
 
     of: str
     """Name of the other model."""
@@ -118,7 +118,7 @@ class ModelConfig(Strict):
     checkpoint: Checkpoint | None = None
     temper: Temper | None = None
     seed: int | None = None
-    """Seed with which this model is trained once for all seeds of the study (a published teacher, for instance)."""
+    """If set, this model is trained only once, with this seed. All seeds of the study then use it (as a fixed teacher, for instance)."""
     sft: Sft | None = None
     """Supervised fine-tuning before the model teaches or learns; no fine-tuning by default."""
     lora: Lora | None = None
@@ -128,7 +128,7 @@ class ModelConfig(Strict):
 
     @property
     def tokenizer_source(self) -> str | None:
-        """Source of the tokenizer, read at `revision`: `tokenizer` if set, otherwise `load`; None for a model that is made from another."""
+        """Source of the tokenizer: `tokenizer` if set, otherwise `load`. None if this model is made from another model."""
         return self.tokenizer or self.load
 
     @property

@@ -1,4 +1,4 @@
-"""Objectives as config variants, distinguished by `type`: one class per function of `tadistill.objectives`.
+"""Settings of the objectives. Each function of `tadistill.objectives` has one class here, which a recipe chooses by `type`.
 
 The fields of a divergence are exactly the keyword arguments of its function. The defaults are those of the source paper. Formulas, limits
 and ranges are in the functions' docstrings and in docs/objectives.md.
@@ -116,25 +116,25 @@ class TotalVariation(Divergence):
 
 
 class AdaptiveKL(Divergence):
-    """Forward and reverse KL, weighted by the tokens on which the models differ (Wu et al. 2025, AKL)."""
+    """A weighted sum of forward and reverse KL; the weights depend on the tokens on which the models differ (Wu et al. 2025, AKL)."""
 
     type: Literal["adaptive_kl"] = "adaptive_kl"
     mu: Share = 0.5
-    """Mass of the head (the teacher's most probable tokens). The forward KL's weight is the head's fraction of the models' difference."""
+    """Total probability of the teacher's most probable tokens (the head). If the models differ mainly there, forward KL has more weight."""
 
 
 class AlphaBeta(Divergence):
-    """The alpha-beta divergence (Wang et al. 2025, ABKD). Defaults are the paper's values for GPT-2; for OpenLLaMA2 it uses 0.5 and 0.5."""
+    """The alpha-beta divergence (Wang et al. 2025, ABKD). The defaults are the paper's values for GPT-2."""
 
     type: Literal["alpha_beta"] = "alpha_beta"
     alpha: Finite = 0.2
-    """Larger values weight tokens by the teacher's confidence."""
+    """A larger value gives more weight to tokens of which the teacher is confident."""
     beta: Finite = 0.7
-    """Larger values weight tokens by the student's confidence."""
+    """A larger value gives more weight to tokens of which the student is confident."""
 
 
 class AlphaMixture(Divergence):
-    """A divergence to the alpha-mixture of both models (Shin et al. 2025, AMiD). Defaults are the settings with which WASD runs AMiD."""
+    """A divergence to the alpha-mixture of both models (Shin et al. 2025, AMiD). The defaults are the ones in the WASD paper."""
 
     type: Literal["alpha_mixture"] = "alpha_mixture"
     alpha: Finite = -5.0
@@ -169,13 +169,13 @@ class TopKReverseKL(_TopK):
 class Contrastive(Divergence):
     """Skew forward KL on the teacher's text, and skew reverse KL on the student's text (Ko et al. 2025, DistiLLM-2).
 
-    It needs the pair sampler. The skew is fixed here; the paper adapts the skew to each response (`objectives.contrastive_alpha`).
+    It needs sampler pair. The skew `alpha` is fixed here; the paper adapts it to each response (`objectives.contrastive_alpha`).
     """
 
     needs_pairs: ClassVar[bool] = True
     type: Literal["contrastive"] = "contrastive"
     alpha: Share = 0.1
-    """Skew of both KLs."""
+    """The teacher's share of the mixture in the forward KL, and the student's share in the reverse KL."""
 
 
 class Taid(Divergence):
@@ -187,7 +187,7 @@ class Taid(Divergence):
     end: Share = 1.0
     """t at the last update."""
     rate: float = Field(default=5e-4, ge=0, allow_inf_nan=False)
-    """Largest rise of t in one update beyond the linear schedule, as a share of 1 - t."""
+    """Largest rise of t in one update, as a fraction of 1 - t. The linear schedule may raise t by more."""
     decay: float = Field(default=0.99, ge=0, lt=1)
     """Decay rate of the moving average of the relative change in loss."""
 
@@ -199,9 +199,9 @@ class Taid(Divergence):
 
 
 class SampledKL(ObjectiveBase):
-    """Reverse KL estimated from the sampled tokens (Schulman 2020): `k2` has the gradient of the reverse KL, `k3` that of the forward KL.
+    """Reverse KL estimated from the sampled tokens (Schulman 2020): `k2` has the reverse KL's gradient, `k3` the forward KL's gradient.
 
-    It needs the student's own samples, so it needs sampler student. The gradient is unbiased only in the first update of a round, so leave
+    It needs sampler student. The gradient is unbiased only in the first update of a round: leave
     `rollouts` and `inner_epochs` at their defaults. There is no k1, because the gradient of k1 has mean zero.
     """
 
@@ -212,12 +212,13 @@ class SampledKL(ObjectiveBase):
 
 
 class MiniLLM(ObjectiveBase):
-    """MiniLLM's policy gradient (Gu et al. 2024, arXiv 2306.08543v6), as in the paper or in the released code, part by part.
+    """MiniLLM's policy gradient (Gu et al. 2024, arXiv 2306.08543v6). Each part can follow the paper or the released code.
 
-    `preset` sets all missing fields below it, except `pt_weight`: `paper` is Algorithm 1, and `official` is the released code.
-    The loss per token, where r = (log p - log q) / reward_scale, p~ is the distribution of the samples, and ratio = q / p~:
+    `preset` sets the fields that the recipe leaves out, except `pt_weight`. `paper` is Algorithm 1, and `official` is the released code.
+    p is the teacher, q is the student, p~ samples the tokens, ratio = q / p~, and L_PT is the loss on plain text. A is the return:
+    the length-normalised sum of the later rewards (log p - log q) / reward_scale. The loss per token is:
 
-        -A min(ratio, clip(ratio))  +  ratio KL(q || p)  +  pt_weight L_PT,      A = length-normalised sum of r after the token
+        -A min(ratio, clip(ratio))  +  ratio KL(q || p)  +  pt_weight L_PT
     """
 
     needs_scores: ClassVar[bool] = True
@@ -227,13 +228,13 @@ class MiniLLM(ObjectiveBase):
     discount: float = Field(default=1.0, gt=0, le=1)
     """Discount factor of later rewards in the return. Paper: 1; official: 0.95."""
     include_current: bool = False
-    """Add the token's own reward to its return, so that the one-step term enters twice. Paper: no, R_{t+1}; official: yes, R_t."""
+    """Add a token's own reward to its return, although the one-step term contains it too. Paper: no; official: yes."""
     length_normalisation: Literal["after", "remaining", "discounts", "none"] = "after"
-    """Divisor of the return: T - t - 1 (`after`; paper, Eq. 6), the number of tokens from t to the end (`remaining`; official), or the sum
-    of the discounts (`discounts`; only here equal rewards give a return of that reward). With `none` answers collapse to short strings."""
+    """Divisor of the return of token t of T. `after`: T - t - 1 (paper, Eq. 6). `remaining`: number of tokens from t to the end (official).
+    `discounts`: sum of the discounts. `none`: 1, with which answers collapse to short strings."""
     whitening: Literal["none", "tokens", "padded"] = "none"
-    """Scale the returns of an update to mean 0 and variance 1: over its tokens (`tokens`), or over all rows x max_new_tokens positions,
-    with the value 0 at padding (`padded`). Paper: none; official: padded."""
+    """Scale the returns of an update to mean 0 and variance 1. `tokens`: computed over its tokens. `padded`: computed over all positions,
+    with the value 0 at padding. Paper: none; official: padded."""
     reward_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Rewards are divided by this number. Paper: 1; official: 0.5."""
     reward_clip: float | None = Field(default=None, gt=0)
@@ -243,10 +244,9 @@ class MiniLLM(ObjectiveBase):
     clipping: Literal["ratio", "ppo"] = "ratio"
     """Paper: min(ratio, clip(ratio)); official: PPO's max(-A ratio, -A clip(ratio)), which depends on the sign of A."""
     clip_weight: bool = True
-    """If True, clip the whole ratio q / p~, including the importance weight q_old / p~, so that some tokens are clipped before the student
-    has changed (paper and official). If False, clip only the student's change q / q_old."""
+    """True: clip the whole ratio q / p~ (paper and official). False: clip only q / q_old, where q_old is the student when it sampled."""
     single_step: bool = True
-    """Add the exact one-step term, which is E_{y_t ~ q}[r_t], summed over the vocabulary (Eq. 3)."""
+    """Add the one-step term: the expected reward of the next token, computed exactly over the vocabulary (Eq. 3)."""
     single_step_weight: bool = True
     """Weight the one-step term by the (clipped) ratio as well. Paper: yes (Eq. 7); official: no."""
     pt_weight: float = Field(default=1.0, ge=0)

@@ -1,7 +1,7 @@
-"""Recipes: one frozen, closed description of a study.
+"""The recipe: a frozen description of a whole study.
 
-A recipe names models, data, a method and arms; `tadistill.plan.arms` expands it into stages. Every part refuses unknown keys, and every
-default lives in this package and nowhere else.
+A recipe names models, data, a method and arms; `tadistill.plan.arms` expands it into stages. Unknown keys are errors. All defaults are in
+this package.
 """
 
 from typing import Annotated, Any, Literal
@@ -35,7 +35,7 @@ class DataRef(Strict):
     columns: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "choices"], str] = {}
     """Our column name -> the file's column name. Needed only if the names differ."""
     choices: tuple[str, ...] = ()
-    """The answers to choose among, the same for every row; an integer or boolean output is then an index into them."""
+    """Possible answers of a multiple-choice set, the same for every row. An integer or boolean output is then the index of an answer."""
     instruction: str | None = None
     """The instruction of every row, for a set without instructions."""
 
@@ -91,13 +91,13 @@ class Data(Strict):
     max_prompt: int = Field(default=256, ge=1)
     """Largest number of tokens in a prompt; rows with a longer prompt are left out (MiniLLM's value)."""
     max_length: int = Field(default=512, ge=2)
-    """Largest number of tokens in a prompt and its reference response; a longer response is cut. `max_new_tokens` limits sampled ones."""
+    """Largest number of tokens in a prompt and its reference response; a longer response is cut. Not for sampled responses."""
     limit: Limit = Limit()
     world: World = World()
 
 
 class OtherDecoding(Decoding):
-    """Changes to the main decoding. Only the fields that the recipe gives replace those of the main decoding."""
+    """Another decoding of the test sets. Fields that the recipe does not give have the values of the main decoding."""
 
     seeds: tuple[int, ...] = Field(default=(10,), min_length=1)
     """Seeds of this decoding; the first seed of the main decoding by default."""
@@ -114,7 +114,7 @@ class Evaluate(Decoding):
         "greedy": OtherDecoding(temperature=0),
         "t0.5": OtherDecoding(temperature=0.5),
     }
-    """Other decodings by name, reported as METRIC@NAME. They show how far sharper sampling alone moves Rouge-L."""
+    """Other decodings by name. The report shows their metrics as METRIC@NAME."""
 
     @field_validator("seeds")
     @classmethod
@@ -130,7 +130,7 @@ class Evaluate(Decoding):
 
 
 class Runtime(Strict):
-    """Settings of a run on this machine. No setting enters a stage's key, but `jobs` sets a stage's threads and thus the sums' order."""
+    """Settings of a run on this machine. They do not change a stage's key. Results are the same, up to rounding."""
 
     jobs: int | None = Field(default=None, ge=1)
     """Number of stages that run at the same time; by default the number of cores on a CPU, and 1 on a GPU."""
@@ -141,14 +141,14 @@ class Runtime(Strict):
 
 
 class Resources(Strict):
-    """Devices and limits of stages, none of which enters a stage's key: results are the same, up to the order of sums.
+    """Devices and limits of stages. They do not change a stage's key. Results are the same, up to rounding.
 
         resources:
           default: {hours: 3}
           sft: {processes: 4, parallel: fsdp}          # every stage of a kind
           sft xl: {gpu: h100, processes: 8, nodes: 2}  # stages of this kind for one model
 
-    On a cluster, defaults follow from the plan's estimates and the cluster's profile.
+    On a cluster, missing values are chosen from the plan's estimates and the cluster's profile.
     """
 
     processes: int = Field(default=1, ge=1)
@@ -195,7 +195,7 @@ class Recipe(Strict):
     teacher: str | None = None
     """The original teacher, to which every KL is measured. Needed only if paths start from several models, or if there are no paths."""
     margin: float = Field(default=0.3, gt=0)
-    """Smallest difference of the primary metric that is relevant, in points."""
+    """Smallest relevant difference in the primary metric, in points."""
     search: Search | None = None
     runtime: Runtime = Runtime()
     resources: dict[str, Resources] = {}
@@ -261,7 +261,7 @@ def _known(names: dict[str, Any]) -> str:
 
 
 def check_acyclic(edges: dict[str, str], what: str) -> None:
-    """Raise a ValueError if following `edges` from a name leads back to it."""
+    """Raise a ValueError if `edges` (name -> name) contain a cycle. `what` names the edges in the message."""
     for start in edges:
         seen, at = [start], edges.get(start)
         while at is not None:

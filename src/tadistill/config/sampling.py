@@ -120,7 +120,7 @@ class StudentSampler(Rounds):
 
 
 class TeacherMixedSampler(Rounds):
-    """Responses from (1 - alpha) student + alpha teacher, mixed at every token as distributions (Gu et al. 2024, MiniLLM, Eq. 4)."""
+    """Responses sampled from a mixture of two distributions: (1 - alpha) student + alpha teacher (Gu et al. 2024, MiniLLM, Eq. 4)."""
 
     type: Literal["teacher_mixed"] = "teacher_mixed"
     alpha: Share = 0.2
@@ -142,7 +142,7 @@ class SpeculativeSampler(Rounds):
 
     type: Literal["speculative"] = "speculative"
     k: int = Field(default=25, ge=1)
-    """Number of the teacher's most probable tokens that the teacher accepts."""
+    """A student's token is kept if it is among the teacher's k most probable tokens."""
 
     @property
     def guided(self) -> bool:
@@ -163,9 +163,9 @@ class MixSampler(OnPolicy):
 class ReplaySampler(OnPolicy):
     """DistiLLM's adaptive off-policy buffer (Ko et al. 2024, section 3.2).
 
-    An update uses student text with probability phi, which starts at 0 and rises by `increment` whenever the dev loss is `tolerance` above
-    the loss at the last rise. A fraction of these updates (`schedule`), and all of them until the buffer is full, sample new text into the
-    buffer; the other updates draw from the buffer. The dev loss is measured before training and every `select.every` updates.
+    An update uses text of the student with probability phi. phi starts at 0. It rises by `increment` whenever the dev loss is `tolerance`
+    above the loss at the last rise. Until the buffer is full, each of these updates samples new text into the buffer. Later only some
+    of them do (`schedule`), and the others read the buffer. The dev loss is measured before training and every `select.every` updates.
     """
 
     follows_dev: ClassVar[bool] = True
@@ -173,7 +173,7 @@ class ReplaySampler(OnPolicy):
     capacity: int = Field(default=1000, ge=1)
     """Number of sequences in the buffer; new sequences replace the oldest."""
     schedule: Literal["decreasing", "constant", "increasing"] = "decreasing"
-    """The probability of new text at update t of T: phi (1 - t/T), phi / 2, or phi t/T."""
+    """Probability of sampling new text at update t of T: `decreasing` phi (1 - t/T), `constant` phi / 2, `increasing` phi t/T."""
     tolerance: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """Increase of the dev loss, in nats, that raises phi."""
     increment: float = Field(default=0.1, gt=0, le=1)
@@ -181,7 +181,7 @@ class ReplaySampler(OnPolicy):
 
 
 class PairSampler(OnPolicy):
-    """For every prompt of a batch, the teacher's response, generated once in a stage, and a new response of the student (DistiLLM-2).
+    """Two responses to every prompt: the teacher's, generated once in a separate stage, and a new one from the student (DistiLLM-2).
 
     A batch of n prompts makes 2n sequences; the decoding settings apply to both models.
     """

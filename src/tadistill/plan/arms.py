@@ -26,12 +26,12 @@ class PlannedArm:
     arm: Arm
     method: Method
     final: dict[int, str | None]
-    """The stage that makes the arm's model; None if no stage trains it."""
+    """Key of the stage that makes the arm's model; None if no stage trains it."""
     evaluate: dict[int, str]
     analyse: dict[int, str]
     """Empty if the recipe has no original teacher."""
     also: dict[str, dict[int, str]]
-    """Evaluations with the decodings in `evaluate.also`, by name of the decoding and seed."""
+    """Keys of the evaluations with the decodings in `evaluate.also`, by the decoding's name and by seed."""
     flops: float | None
     """Training FLOPs of the final model and all models it was made from, for one seed. None if a size is not known."""
 
@@ -162,10 +162,10 @@ class _Planner:
         if arm.objective is None and (arm.optim or arm.select or arm.sampler):
             raise ConfigError(f"arms.{name} trains no model, so its settings have no effect; add objective: {{type: cross_entropy}}")
         if arm.objective is not None and arm.objective.needs_teacher:
-            raise ConfigError(f"arms.{name} has a path without a teacher, which objective {arm.objective.type} needs; use cross_entropy")
+            raise ConfigError(f"arms.{name} has no teacher in its path, but objective {arm.objective.type} needs one; use cross_entropy")
         if arm.sampler is not None and not isinstance(arm.sampler, DatasetSampler):
             raise ConfigError(
-                f"arms.{name} has a path without a teacher, so sampler {arm.sampler.type} cannot be used; use sampler: {{type: dataset}}"
+                f"arms.{name} has no teacher in its path, so sampler {arm.sampler.type} cannot be used; use sampler: {{type: dataset}}"
             )
 
     def _method(self, name: str, arm: Arm, model: str, scale: float) -> Method:
@@ -207,7 +207,7 @@ class _Planner:
             )
         if target <= total - last:
             raise ConfigError(
-                f"arms.{name}: the arm in `{arm.compute}` costs less than the stages before this arm's last one; remove `compute`"
+                f"arms.{name}: the arm in `{arm.compute}` costs less than the stages before this arm's last stage; remove `compute`"
             )
         return (target - (total - last)) / last
 
@@ -226,7 +226,7 @@ class _ArmModels(dict[str, Handle]):
 
 
 def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) -> ProbePlan:
-    """Plan the stages of `tadistill advise`: one `probe` of each model and one `pair` of each two models, on dev prompts.
+    """Plan the stages of `tadistill advise`: one `probe` stage per model and one `pair` stage per pair of models, on dev prompts.
 
     Args:
         models: names from big to small. Each model is used after its own fine-tuning with the study's first seed.
@@ -252,7 +252,7 @@ def _stage(handle: Handle) -> str | None:
 def original_teacher(recipe: Recipe) -> str | None:
     """Return the model to which the report measures KL divergences: the recipe's `teacher`, or the model that all paths start from.
 
-    Models that another path trains are not considered. The result is None if no path has a teacher.
+    A path is ignored if it starts from a model that another path trains. The result is None if no path has a teacher.
 
     Raises:
         ConfigError: the paths start from different models.
@@ -262,5 +262,5 @@ def original_teacher(recipe: Recipe) -> str | None:
     taught = {model for arm in recipe.arms.values() for model in arm.learners}
     heads = list(dict.fromkeys(path[0] for arm in recipe.arms.values() for path in arm.path if len(path) > 1 and path[0] not in taught))
     if len(heads) > 1:
-        raise ConfigError(f"the arms' paths start from different models ({', '.join(heads)}); set `teacher:` to the one to measure KL to")
+        raise ConfigError(f"the arms' paths start from different models ({', '.join(heads)}); set `teacher:` to the model to measure KL to")
     return heads[0] if heads else None

@@ -19,7 +19,7 @@ from tadistill.plan.inputs import Encoding, FromStage, Handle, HashedData, Loade
 
 
 class StageBuilder:
-    """A builder of the stages of one recipe. Methods add a stage if the graph lacks it, and return its key or the handle of its model."""
+    """A builder of the stages of one recipe. A method adds a stage once and returns its key or a handle (a source of weights)."""
 
     def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle]):
         """`of_arm` returns the final model of an arm for a seed."""
@@ -80,7 +80,7 @@ class StageBuilder:
         )
 
     def cut_to(self, name: str, source: str, handle: Handle) -> Handle:
-        """Return the model `source`, pruned to the shape of the model `name`. `handle` is the handle of `source`.
+        """Return the model `source`, pruned to the shape of the model `name`. `handle` gives the weights of `source`.
 
         Raises:
             ConfigError: the size of a model is not known, or `source` cannot be pruned to this shape.
@@ -119,7 +119,7 @@ class StageBuilder:
         optim = self.with_steps(sft.optim)
         assert optim.steps is not None
         if max(sft.keep, default=0) > optim.steps:
-            raise ConfigError(f"models.{name}.sft.keep has {max(sft.keep)}, but its training has {optim.steps} updates; lower it")
+            raise ConfigError(f"models.{name}.sft.keep has {max(sft.keep)}; write numbers from 1 to {optim.steps}, the number of updates")
         spec = specs.SftSpec(
             student=student,
             optim=optim,
@@ -197,7 +197,7 @@ class StageBuilder:
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 
     def analyse(self, name: str, models: list[Handle], seed: int, answers: str, original: str) -> str:
-        """Add the stage that compares the last model of a path with the original teacher and the models between them."""
+        """Add the stage that compares the last model of a path with the original teacher and with the models between."""
         teacher = self.trained(original, seed)
         teacher_answers = self.evaluate(original, teacher, seed, self.recipe.evaluate)
         spec = specs.AnalyseSpec(
@@ -237,7 +237,7 @@ class StageBuilder:
         return self.graph.stages[model.stage].label if isinstance(model, FromStage) else name
 
     def split(self, role: Literal["train", "dev"], limit: int | None = None) -> Split:
-        """Return the recipe's train or dev split: its first `limit` rows or, without `limit`, the number of rows that the recipe sets."""
+        """Return the recipe's train or dev split. `limit` is the number of rows to use; by default the recipe sets it."""
         ref = getattr(self.recipe.data, role)
         return self._split(ref, role, limit or getattr(self.recipe.data.limit, role))
 

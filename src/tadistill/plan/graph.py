@@ -39,7 +39,7 @@ class Stage:
 
     @cached_property
     def parents(self) -> dict[str, str]:
-        """Keys of the stages that must finish first, by their role."""
+        """Keys of the stages that must finish first, by their role (such as `teacher`)."""
         return self.spec.parents
 
     @property
@@ -78,7 +78,7 @@ class Graph:
             self.stages[ancestor].arms.add(arm)
 
     def flops(self, key: str | None) -> float | None:
-        """Return the training FLOPs of a stage and all its ancestors, each counted once. Return None if the FLOPs of one are not known.
+        """Return the training FLOPs of a stage and all its ancestors, each counted once. Return None if those of one stage are not known.
 
         A model that only sets another model's temperature (role `like`) is not counted.
         """

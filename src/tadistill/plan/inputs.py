@@ -13,7 +13,7 @@ from tadistill.config.recipe import Template, World
 
 
 class Part(Strict):
-    """Base class of all objects that a stage's key hashes."""
+    """Base class of all objects that are a part of a stage's key, which is a hash."""
 
     def content(self) -> dict[str, Any]:
         """Return the object as plain data.
@@ -68,7 +68,7 @@ class Split(HashedData):
     limit: int | None
 
     def content(self) -> dict[str, Any]:
-        """Return the data set as plain data, without `limit`, which the containing object stores in an entry of its own."""
+        """Return the data set as plain data, without `limit`. The object that contains this split stores the limit itself."""
         return {"ref": _plain(self.ref), "fingerprint": self.fingerprint}
 
 
@@ -100,9 +100,9 @@ class Loaded(Part):
     tokenizer: str | None
     fingerprint: str
     tokenizer_fingerprint: str | None = None
-    """Set only if the tokenizer has another source than the weights."""
+    """None if the tokenizer has the same source as the weights."""
     seed: int | None = None
-    """Set only for random weights."""
+    """Seed of random weights; None for published weights."""
 
 
 class PrunedDepth(Part):

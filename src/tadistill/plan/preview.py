@@ -18,20 +18,20 @@ _WIDE = 130  # characters; the column `parents` is shown on screens of this widt
 
 
 def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 200) -> Group:
-    """Return all tables and the notes below them. On a screen of few columns (`width`) labels are shortened, but never numbers."""
+    """Return all tables and the notes below them. On a narrow screen (`width` in columns) only labels are shortened."""
     parts = [_stages(plan, store, speeds, width), "", _arms(plan), "", _largest(plan, width), ""]
     return Group(*parts, *_notes(plan, store, speeds, jobs))
 
 
 def print_plan(plan: Plan, store: Store, console: Console, accelerator: str | None = None) -> None:
-    """Print the tables with the times for this machine, or for the named accelerator."""
+    """Print the tables. Times are for this machine, or for the named accelerator."""
     jobs = plan.recipe.runtime.jobs or (1 if accelerator else throughput.cores())
     speeds = throughput.load_throughput(store, plan.stages, threads(plan), accelerator)
     console.print(preview(plan, store, speeds, jobs, console.width))
 
 
 def threads(plan: Plan) -> int:
-    """Return the number of CPU threads of each stage: the cores divided by the number of parallel jobs."""
+    """Return the number of CPU threads per stage: the number of cores divided by the number of parallel jobs."""
     jobs = plan.recipe.runtime.jobs or throughput.cores()
     return max(1, throughput.cores() // jobs)
 

@@ -36,7 +36,7 @@ class Spec(Part):
     measures: ClassVar[bool] = False
     """True if the stage changes no model. The plan predicts no cost for such a stage."""
     in_recipes: ClassVar[bool] = True
-    """False for stages of `tadistill advise` alone. The recipe's `resources` cannot name them."""
+    """False for stages that only `tadistill advise` runs. The recipe's `resources` cannot name them."""
 
     data: Encoding
 
@@ -52,7 +52,7 @@ class Spec(Part):
 
     @property
     def parents(self) -> dict[str, str]:
-        """Keys of the stages that must finish first, by role: those that make the `models`, and those whose output the stage reads."""
+        """Keys of the stages that must finish first, by role. They make the `models`, or write other inputs of the stage."""
         keys = {role: stage_of(part) for role, part in self._inputs()}
         return {role: key for role, key in keys.items() if key is not None}
 
@@ -182,7 +182,7 @@ class TemperSpec(Spec):
 
     teacher: Handle
     like: Handle
-    """The model whose entropy is matched. Its training is not counted in an arm's FLOPs, because it teaches nothing."""
+    """The model whose entropy is matched. An arm's FLOPs do not include the training of this model."""
     dev: Split
     batch: int
 
@@ -247,11 +247,11 @@ class EvaluateSpec(_OnTestSets):
     model: Handle
     decoding: Evaluate
     references: bool
-    """True if the stage also scores the references. They do not depend on the decoding, so only one stage per model does it."""
+    """True if the stage also scores the reference answers. One stage per model is enough: these scores do not depend on the decoding."""
 
 
 class AnalyseSpec(_OnTestSets):
-    """Comparison of a model with the original teacher and its path's assistants, on the test sets."""
+    """Comparison of a model with the original teacher and with the assistants in its path, on the test sets."""
 
     kind = "analyse"
     version = 1

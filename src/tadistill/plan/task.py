@@ -29,7 +29,7 @@ class Task:
     checkpoint_seconds: float | None
     trackers: tuple[str, ...]
     resources: Resources = field(default_factory=Resources)
-    """Number of processes and nodes, and how they share the models."""
+    """Number of processes and nodes, and the placement of the models on them."""
 
 
 def make_task(plan: "Plan", stage: Stage, store: Store) -> Task:
@@ -64,7 +64,7 @@ def check_entries(recipe: Recipe) -> None:
             raise ConfigError(f"resources.{name} is neither `default` nor a kind of stage; the kinds are {', '.join(kinds)}")
         if model and model not in recipe.models:
             raise ConfigError(
-                f"resources.{name} names the model `{model}`, which the recipe lacks; its models are {', '.join(recipe.models)}"
+                f"resources.{name} names the model `{model}`, which is not in the recipe; the models are {', '.join(recipe.models)}"
             )
         if kind in kinds and not KINDS[kind].trains and entry.processes > 1:
             raise ConfigError(
@@ -94,7 +94,7 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
     """Return the resources of a stage, after checking that the stage can run with them.
 
     Raises:
-        ConfigError: the batch is not a multiple of the processes, or a model is sharded that each process needs as a whole.
+        ConfigError: the batch is not a multiple of the processes, or a model is sharded although each process needs all of it.
     """
     given, spec = resources_of(recipe, stage), stage.spec
     if not isinstance(spec, TrainingSpec):
@@ -107,8 +107,8 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
     sampler = spec.method.sampler
     if given.teacher == "sharded" and sampler.guided:
         raise ConfigError(
-            f"{stage.label}: `resources` has teacher: sharded, but sampler {sampler.type} runs the teacher in each process a different "
-            "number of times, and a sharded teacher must run in all processes together; set teacher: offloaded"
+            f"{stage.label}: `resources` has teacher: sharded, but sampler {sampler.type} runs the teacher a "
+            "different number of times in each process, which a sharded teacher does not allow; set teacher: offloaded"
         )
     if given.parallel == "fsdp" and sampler.vllm:
         raise ConfigError(f"{stage.label}: `resources` has parallel: fsdp, but engine vllm needs the whole student; set parallel: ddp")

@@ -1,7 +1,8 @@
 """The speed of this machine for each kind of stage, and the predicted time of stages and plans.
 
-Speeds are FLOP/s by kind of stage and by span, a part of the training loop that is timed (sampling, training, watching or selection). They
-come from `tadistill plan --measure` (RUNS/store/throughput.json) or, without it, from stages that finished on this machine.
+Speeds are FLOP/s, by kind of stage and by span. A span is a part of the training loop with its own timer: sampling, training, watching
+(metrics of rollouts) or selection (dev evaluations). Speeds come from `tadistill plan --measure` (RUNS/store/throughput.json)
+or, without it, from stages that finished on this machine.
 """
 
 import json
@@ -27,7 +28,7 @@ def cores() -> int:
 
 
 def machine(threads: int, accelerator: str | None = None) -> str:
-    """Return the machine's name in the file of speeds: the accelerator, or the processor with a stage's number of threads."""
+    """Return this machine's name in the file of speeds: the accelerator, or the processor and the number of threads."""
     return accelerator or f"{_processor()}, {threads} threads"
 
 
@@ -38,7 +39,7 @@ def _processor() -> str:
 
 
 def measured_throughput(ledger: Mapping[str, Any]) -> dict[str, float]:
-    """Return the FLOP/s of each span, from the `ledger` in a training stage's manifest. Spans without FLOPs or time are left out."""
+    """Return the FLOP/s of each span. `ledger` is a training stage's record of FLOPs and seconds. Spans without them are left out."""
     flops: dict[str, float] = {}
     for name, part in ledger["parts"].items():
         flops[phase(name)] = flops.get(phase(name), 0.0) + part["flops"]
@@ -82,7 +83,7 @@ def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
 
 
 def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: int) -> float:
-    """Predict the seconds until all stages have finished, if `jobs` stages run at a time and each starts after its parents.
+    """Predict the seconds until all stages have finished. `jobs` stages run at a time, and a stage starts after its parents.
 
     Stages with the longest chain of descendants start first, as in `runner.schedule`. `takes` gives seconds by key; a stage without an
     entry takes no time.

@@ -113,7 +113,7 @@ def test_a_cluster_must_be_named():
     ("resources", "message"),
     [
         ("training: {}", "resources.training is neither `default` nor a kind of stage"),
-        ("sft xxl: {}", "resources.sft xxl names the model `xxl`, which the recipe lacks"),
+        ("sft xxl: {}", "resources.sft xxl names the model `xxl`, which is not in the recipe"),
         ("evaluate: {processes: 2}", "stages of kind evaluate run in one process"),
         ("sft: {processes: 3, nodes: 2}", "processes 3 is not a multiple of nodes 2"),
         ("sft: {parallel: fsdp}", "parallel fsdp spreads a model over several processes, but processes is 1"),

@@ -23,7 +23,7 @@ def test_paths_and_their_models():
         ("xl > s > s", "names model s twice, but a model cannot teach itself"),
         ("xl > s then s", "has a part with only one model, so nothing is taught there; write each part as A > B"),
         ("l > s then xl > l", "teaches s, but no later part uses it; add a part that uses s"),
-        ({"path": "xl > s", "init": {"m": "xl"}}, "init names m, but path `xl > s` does not teach m"),
+        ({"path": "xl > s", "init": {"m": "xl"}}, "init names m, but path `xl > s` does not teach it"),
         ({"path": "xl > m > s", "init": {"m": "s"}}, "init starts m from s, but `xl > m > s` has no s before m"),
         ({"path": "xl > s", "dense": {"drop": 1}}, "less than 1"),
         ({"path": "xl > s", "compute": "direct"}, "write `as ARM`"),

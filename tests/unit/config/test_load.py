@@ -105,7 +105,7 @@ def test_patches_change_only_what_they_name():
         ({"objective": {"type": "minillm"}, "sampler": {"type": "mix"}}, "learns from rounds of rollouts, but sampler mix draws no rounds"),
         (
             {"objective": {"type": "cross_entropy"}, "sampler": {"type": "student"}},
-            "cannot be a target for cross-entropy; use a divergence",
+            "so the loss must not contain cross-entropy; use a divergence",
         ),
         ({"sampler": {"type": "student", "rollouts": 40}}, "rollouts 40 is not a multiple of optim.batch 32"),
         ({"sampler": {"type": "replay"}, "select": {"metric": "last"}}, "needs the dev loss, but select.metric `last` does not measure it"),
@@ -120,7 +120,7 @@ def test_patches_change_only_what_they_name():
         ({"sampler": {"type": "pair"}}, "contrastive and sampler pair work only together"),
         (
             {"objective": {"type": "cross_entropy"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}},
-            "objective cross_entropy has no teacher, so sampler.signal",
+            "objective cross_entropy uses no teacher, so sampler.signal",
         ),
         (
             {"objective": {"type": "top_k_reverse_kl"}, "sampler": {"type": "dataset", "signal": {"type": "top_k"}}},

@@ -1,8 +1,8 @@
-"""The predicted cost of a recipe's stages. It counts the same passes of each model over each text as the code that runs the stages.
+"""The predicted cost of a recipe's stages. It counts every forward and backward pass that the stages run.
 
 Lengths of texts and the work of a pass come from `plan.costs.passes`, and FLOPs from `models.counting.sizes.forward_flops`. A sampled
-answer is assumed to be as long as the prompt's reference. If its model has random weights, the answer has `max_new_tokens` tokens, because
-such a model does not learn to end an answer.
+answer is assumed to be as long as the prompt's reference. If the model that samples has random weights, the answer is assumed to have
+`max_new_tokens` tokens, because such a model does not learn to end an answer.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from tadistill.tuning import GENERATION_BATCH, PACKED_FAMILIES, RECORDING_BATCH
 
 
 class Ledger:
-    """The predicted costs of one recipe's stages, with the text lengths and model sizes that they are computed from."""
+    """The predicted costs of one recipe's stages. It reads text lengths and model sizes once and keeps them."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -58,12 +58,12 @@ class Ledger:
         return passes.chunk(self.recipe)
 
     def size(self, name: str) -> Size | None:
-        """Return the size of a model. Return None if its configuration is not on this disk, or if `counting.sizes` lacks its family."""
+        """Return the size of a model. Return None if its configuration is not on this disk, or if its family is not supported."""
         config = self.config(name)
         return None if config is None else sizes.size_of(config)
 
     def config(self, name: str) -> dict | None:
-        """Return a model's configuration, after any pruning. Return None if it is not on this disk."""
+        """Return a model's configuration, after any pruning. Return None if its config.json is not on this disk."""
         model = self.recipe.models[name]
         if model.parent:
             parent = self.config(model.parent)
@@ -263,7 +263,7 @@ _SAMPLERS: Mapping[type[samplers.SamplerBase], Callable[[Ledger, TrainingCost, M
     samplers.ReplaySampler: Ledger._replay,
     samplers.PairSampler: Ledger._pair,
 }
-"""The function that counts a sampler's training, sampling and teacher passes, for each sampler. Each sampler needs an entry."""
+"""One function per sampler, which adds the cost of training, sampling and teacher passes. Each sampler needs an entry."""
 
 
 def _part(size: Size, work: Work) -> CostPart:

@@ -1,8 +1,8 @@
 """The lengths of a study's texts in tokens, and the work of running a model on batches of these texts, padding included.
 
 Texts are tokenised with tokenizer.json, without transformers. If this file is not on the disk, a token is assumed to be four characters.
-`data.templates.encode` applies the template, shortens texts and leaves rows out, as in training. Each function that returns work counts
-what one function of the package does; its docstring names that function.
+`data.templates.encode` applies the template, shortens texts and leaves rows out, as in training. A function that returns work
+names the code whose work it counts.
 """
 
 import json
@@ -51,7 +51,7 @@ class Texts:
         return sum(response for _, response in self.rows) / len(self.rows)
 
     def answered(self, most: int, *, endless: bool = False) -> "Texts":
-        """Return the same prompts with sampled answers. An answer has `most` tokens if `endless`, else min(reference, `most`) tokens."""
+        """Return the prompts with assumed lengths of sampled answers: `most` tokens if `endless`, else the reference's, at most `most`."""
         return replace(self, rows=tuple((prompt, most if endless else min(response, most)) for prompt, response in self.rows))
 
     def drawn(self, count: int) -> list[tuple[int, int]]:
@@ -153,7 +153,7 @@ class _StandIn:
 
 
 def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
-    """Return the expected maximum, to the given `power`, of `draws` values that are drawn at random without replacement."""
+    """Return the mean of (the largest of `draws` values) ** `power`. The draws are random and without replacement."""
     ordered, n = sorted(values), len(values)
     if draws >= n:
         return float(ordered[-1] ** power)
@@ -172,7 +172,7 @@ _CALLS = 1.5  # padding factor of attention in `rollout.lazy`: each call pads it
 def training_batch(texts: Texts, rows: int) -> tuple[Work, float]:
     """Return the work of `models.forward.Reader.hidden` on a batch of `rows` shuffled sequences, and its number of padding positions.
 
-    Sequences lose their last token and are padded to the longest one. Logits are computed at the positions of responses.
+    The last token of a sequence is not an input. Sequences are padded to the longest one. Only responses have logits.
     """
     width = largest(texts.totals, rows) - 1
     square = largest([total - 1 for total in texts.totals], rows, power=2)
@@ -226,7 +226,7 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
 
 @lru_cache
 def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """Return the work of one model in `rollout.lazy`. It reads each token except the last once; each response token has logits once."""
+    """Return the work of one model in `rollout.lazy`. Each token but the last is read once. Each response token has logits once."""
     rows = texts.drawn(count)
     total = Work()
     for start in range(0, len(rows), chunk):
@@ -240,11 +240,10 @@ def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
 
 
 def minillm_flops(student: float, teacher: float, *, length: float, corpus: float, epochs: int) -> float:
-    """Return the FLOPs of MiniLLM's published code for one rollout, from its call graph (microsoft/LMOps/minillm: sampler.py, trainer.py).
+    """Return the FLOPs of MiniLLM's published code for one rollout, as counted in microsoft/LMOps/minillm.
 
-    The code runs the student five times and the teacher four times for each rollout. Both sample from the mixture. The teacher computes the
-    reward and the student its log-probabilities. For logging, the student generates a second answer, and both models run over it. Both run
-    over the rollout once more. In each inner epoch (on rollout and plain text) the student runs forward and backward, the teacher forward.
+    For each rollout, the code runs the student forward five times and the teacher four times. In each inner epoch, the student runs forward
+    and backward, and the teacher runs forward, both on the rollout and on plain text.
 
     Args:
         student, teacher: forward FLOPs per token, head included (2 x parameters in the usual estimate).
@@ -252,5 +251,7 @@ def minillm_flops(student: float, teacher: float, *, length: float, corpus: floa
         corpus: number of tokens of a row of plain text; 0 if there is no corpus.
         epochs: PPO epochs on each rollout.
     """
+    # call graph in sampler.py and trainer.py: both models sample; the teacher computes rewards and the student log-probabilities;
+    # for logging, the student generates a second answer and both models run over it; both run over the rollout once more
     trained = epochs * (length + corpus)
     return student * (5 * length + 3 * trained) + teacher * (4 * length + trained)

@@ -22,7 +22,7 @@ class TrainingCost:
     """The cost of one training stage. Methods add to its parts; `total` returns the result."""
 
     def __init__(self, student: Size, teachers: tuple[Size, ...], optim: Optim, *, drop: float = 0.0, adapters: Adapters | None = None):
-        """With several teachers, each is left out of an update with probability `drop`, but never all. `adapters`: trained alone."""
+        """`drop`: probability that one of several teachers is left out of an update. If `adapters` are given, only they are trained."""
         assert optim.steps is not None
         self.student, self.adapters = with_adapters(student, adapters), adapters
         self.teachers, self.optim, self.steps = teachers, optim, optim.steps
@@ -35,10 +35,10 @@ class TrainingCost:
     def add(self, name: str, work: Work, *, backward: bool = False) -> None:
         """Add forward passes to the part `name` (PHASE/student or PHASE/teacher), for each model that runs in it.
 
-        All teachers run, except in rollouts and selection, which run the first one only.
+        In rollouts and selection only the first teacher runs, and otherwise all teachers.
 
         Args:
-            backward: add the student's backward passes too, and with gradient checkpointing a second forward pass of its layers.
+            backward: also add the student's backward passes. Gradient checkpointing adds a second forward pass of its layers.
         """
         again = backward and self.optim.gradient_checkpointing
         models = self.teachers if name.endswith("/teacher") else (self.student,)
@@ -72,7 +72,7 @@ class TrainingCost:
             self.add("corpus/teacher", work * self.used)
 
     def sample(self, answers: Texts, chunk: int, share: float) -> None:
-        """Add the sampling of a full batch by the student, before a share (0 to 1) of the updates."""
+        """Add the student's sampling: one batch before each update, for a share (0 to 1) of the updates."""
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
