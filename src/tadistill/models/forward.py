@@ -25,7 +25,7 @@ class Reader:
         """Raise a ModelError if the model's logits are not the output of its head on its last hidden states."""
         module = model.get_output_embeddings()
         if not isinstance(module, nn.Module) or not isinstance(getattr(module, "weight", None), Tensor):
-            raise ModelError(f"a {model.config.model_type} model has no linear output head, and the loss needs one; choose another model")
+            raise ModelError(f"a {model.config.model_type} model has no linear output head, but the loss needs one; choose another model")
         self._module = module
         self._scale, self._softcap = _after_the_head(model)
         self._check(model)
@@ -55,7 +55,7 @@ class Reader:
         return seen[0][batch.mask_BT[:, columns]]
 
     def target(self, model: nn.Module, batch: Batch) -> Hidden:
-        """Return the teacher's input of a loss: hidden states without gradients, and the head."""
+        """Return a teacher's last hidden states (without gradients) and its head, as a loss takes them."""
         with torch.no_grad():
             return Hidden(self.hidden(model, batch), self.head)
 
@@ -68,8 +68,8 @@ class Reader:
         expected = self.head.logits(seen[0].to(self.head.weight.dtype)).float().nan_to_num()
         if expected.shape != logits.shape or not torch.allclose(expected, logits, rtol=0.02, atol=0.02 * float(logits.abs().max())):
             raise ModelError(
-                f"models of type {model.config.model_type} change their logits after the head in a way that the loss does not support "
-                "(it supports a scale, a soft cap and a bias); choose another model"
+                f"models of type {model.config.model_type} change their logits after the head in a way that the loss does not support; "
+                "choose a model with no other change than a scale, a soft cap and a bias"
             )
 
 

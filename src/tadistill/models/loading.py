@@ -287,7 +287,7 @@ def _token(token: str | None) -> str:
 def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel) -> int:
     """Return the smallest vocabulary size among the tokenizer and the models' output heads.
 
-    Some families (Qwen2.5) have more logits than tokens, and their models differ in how many. Callers keep only this many logits and
+    Some families (Qwen2.5) have more logits than tokens, and the number differs between models. Callers keep only this many logits and
     renormalise.
     """
     heads: list[Any] = [model.get_output_embeddings() for model in models]

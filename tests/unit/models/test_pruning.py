@@ -44,7 +44,7 @@ def test_keep_list_of_a_number_has_that_many_layers_and_both_ends():
 
 @pytest.mark.parametrize("layers", [0, 1, -2, 13])
 def test_number_of_layers_out_of_range(layers):
-    with pytest.raises(ConfigError, match=rf"layers is {layers}, but the model has 12\. Write 2 to 12"):
+    with pytest.raises(ConfigError, match=rf"layers is {layers}, but it must be a number from 2 to 12"):
         keep_list(layers, 12)
 
 

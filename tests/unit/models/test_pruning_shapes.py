@@ -50,7 +50,7 @@ def test_mistakes():
         shape_of({"model_type": "mamba"})
     with pytest.raises(ConfigError, match="the llama configuration has no hidden_size that is a positive whole number"):
         shape_of({"model_type": "llama", "num_attention_heads": 2})
-    with pytest.raises(ConfigError, match="in gpt2 models hidden is heads times head_dim"):
+    with pytest.raises(ConfigError, match="in gpt2 models it must be heads x head_dim"):
         check_shape(GPT2, dataclasses.replace(shape_of(GPT2), hidden=512))
 
 
@@ -62,18 +62,26 @@ def test_shapes_import_no_torch():
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("llama", {"layers": 4}, "layers is 4, but the model has 3, and pruning cannot add any; write 1 to 3"),
+        ("llama", {"layers": 4}, "layers is 4, but the model has 3, and pruning can only remove some; write 1 to 3"),
         ("llama", {"hidden": 0}, "hidden is 0, but the model has 24, .*write 1 to 24"),
         ("llama", {"intermediate": 21}, "intermediate is 21, but the model has 20, .*write 1 to 20"),
         ("llama", {"heads": 12}, "heads is 12, but the model has 6, .*write 1 to 6"),
         ("llama", {"kv_heads": 6}, "kv_heads is 6, but the model has 3, .*write 1 to 3"),
         ("llama", {"kv_heads": None, "heads": 6}, "kv_heads is 6, but the model has 3, .*write 1 to 3"),
         ("llama", {"kv_heads": 0}, "kv_heads is 0, but the model has 3, .*write 1 to 3"),
-        ("llama", {"heads": 5}, "heads is 5, but each of the 3 kv_heads needs as many heads as the others; write a multiple of 3"),
-        ("llama", {"heads": 4, "kv_heads": 1}, "heads is 4, but each of the model's kv_heads serves 2 .*write heads up to 2, or more"),
-        ("llama", {"head_dim": 2}, "head_dim is 2, but pruning removes whole heads and keeps their size; write 4"),
-        ("llama", {"hidden": 20}, "hidden is 20 with 6 heads, but a llama configuration needs a multiple.*write hidden 18"),
-        ("gpt2", {"hidden": 16}, "hidden is 16 with 3 heads, but in gpt2 models hidden is heads times head_dim, 8; write hidden 24"),
+        ("llama", {"heads": 5}, "heads is 5, but it must be a multiple of kv_heads, which is 3; change one of them"),
+        (
+            "llama",
+            {"heads": 4, "kv_heads": 1},
+            "heads is 4, but it must be at most 2: kv_heads is 1, and the model has 2 heads .*lower heads, or raise",
+        ),
+        ("llama", {"head_dim": 2}, "head_dim is 2, but pruning cannot change it; write 4"),
+        ("llama", {"hidden": 20}, "hidden is 20 with 6 heads, but in llama models it must be a multiple.*write hidden 18"),
+        (
+            "gpt2",
+            {"hidden": 16},
+            "hidden is 16 with 3 heads, but in gpt2 models it must be heads x head_dim, and head_dim is 8; write hidden 24",
+        ),
         ("opt", {"heads": 2}, "hidden is 24 with 2 heads, but in opt models .*write hidden 16, or change heads to"),
         ("gpt2", {"kv_heads": 1}, "heads is 3, but each of the model's kv_heads serves 1 "),
     ],
@@ -93,18 +101,18 @@ def test_opt_whose_projections_would_vanish():
 
 def test_narrower_without_importance():
     model = tiny("llama")
-    with pytest.raises(ConfigError, match="needs importances to choose by"):
+    with pytest.raises(ConfigError, match="needs importance scores"):
         prune(model, target("llama", model), None)
 
 
 def test_importance_of_another_model():
-    with pytest.raises(ConfigError, match="belong to a model of another shape"):
+    with pytest.raises(ConfigError, match="are from a model of another shape"):
         prune(tiny("llama"), target("llama", tiny("llama")), scores(tiny("gpt2")))
 
 
 def test_layers_and_shape_disagree():
     model = tiny("llama")
-    with pytest.raises(ConfigError, match=r"layers is \[0, 1\], 2 layers, but the shape has 3 layers"):
+    with pytest.raises(ConfigError, match=r"layers is \[0, 1\], with 2 entries, but the shape has 3 layers"):
         prune(model, shape_of(model.config), scores(model), (0, 1))
 
 

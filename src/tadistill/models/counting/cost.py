@@ -61,7 +61,8 @@ class Cost:
 
 
 def spans(flops: Mapping[str, float]) -> dict[str, float]:
-    """Sum FLOPs (by phase) over phases that the training loop times together: rollout and scoring as sampling, corpus as training."""
+    """Return FLOPs by span, given FLOPs by phase. The training loop times some phases together: rollout and scoring form the span sampling,
+    and corpus and training form the span training."""
     found: dict[str, float] = {}
     for name, value in flops.items():
         span = {"rollout": "sampling", "scoring": "sampling", "corpus": "training"}.get(name, name)

@@ -63,7 +63,7 @@ def keep_freed_memory() -> None:
 
 
 def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the bytes that this process can still use: the free memory, or what a Slurm job or container has left of its limit."""
+    """Return the bytes that this process can still use: the free memory, or less if a Slurm job or container has a lower limit."""
     import psutil  # not at the top, because `plan` checks no memory
 
     free = psutil.virtual_memory().available

@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def groups(self) -> int:
-        """Number of key-value heads, also if `kv_heads` is None. Each of them is shared by heads / groups query heads."""
+        """Number of key-value heads, also if `kv_heads` is None. Each one serves heads / groups query heads."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
 
@@ -95,7 +95,7 @@ def check_shape(config: Config, shape: Shape) -> None:
     """
     have, fields = shape_of(config), _fields(config)
     if shape.head_dim != have.head_dim:
-        raise ConfigError(f"head_dim is {shape.head_dim}, but pruning removes whole heads and keeps their size; write {have.head_dim}")
+        raise ConfigError(f"head_dim is {shape.head_dim}, but pruning cannot change it; write {have.head_dim}")
     for name, value, limit in (
         ("layers", shape.layers, have.layers),
         ("hidden", shape.hidden, have.hidden),
@@ -104,7 +104,7 @@ def check_shape(config: Config, shape: Shape) -> None:
         ("kv_heads", shape.groups, have.groups),
     ):
         if not 1 <= value <= limit:
-            raise ConfigError(f"{name} is {value}, but the model has {limit}, and pruning cannot add any; write 1 to {limit}")
+            raise ConfigError(f"{name} is {value}, but the model has {limit}, and pruning can only remove some; write 1 to {limit}")
     _check_groups(shape, have)
     _check_hidden(fields, shape)
 
@@ -136,13 +136,11 @@ def _check_groups(shape: Shape, have: Shape) -> None:
     # a key-value head is removed with all its query heads, and each remaining one keeps the same number of query heads
     kv_heads, most = shape.groups, have.heads // have.groups
     if shape.heads % kv_heads:
-        raise ConfigError(
-            f"heads is {shape.heads}, but each of the {kv_heads} kv_heads needs as many heads as the others; write a multiple of {kv_heads}"
-        )
+        raise ConfigError(f"heads is {shape.heads}, but it must be a multiple of kv_heads, which is {kv_heads}; change one of them")
     if shape.heads // kv_heads > most:
         raise ConfigError(
-            f"heads is {shape.heads}, but each of the model's kv_heads serves {most} heads, and kv_heads is {kv_heads}; "
-            f"write heads up to {most * kv_heads}, or more kv_heads"
+            f"heads is {shape.heads}, but it must be at most {most * kv_heads}: kv_heads is {kv_heads}, and the model has {most} heads for "
+            f"each of its kv_heads; lower heads, or raise kv_heads"
         )
 
 
@@ -150,19 +148,19 @@ def _check_hidden(fields: Mapping[str, Any], shape: Shape) -> None:
     family = fields["model_type"]
     if family in _FIXED and shape.hidden != shape.heads * shape.head_dim:
         raise ConfigError(
-            f"hidden is {shape.hidden} with {shape.heads} heads, but in {family} models hidden is heads times head_dim, "
-            f"{shape.head_dim}; write hidden {shape.heads * shape.head_dim}, or change heads to hidden / {shape.head_dim}"
+            f"hidden is {shape.hidden} with {shape.heads} heads, but in {family} models it must be heads x head_dim, and head_dim is "
+            f"{shape.head_dim}; write hidden {shape.heads * shape.head_dim}, or another number of heads"
         )
     if family == "llama" and shape.hidden % shape.heads:
         raise ConfigError(
-            f"hidden is {shape.hidden} with {shape.heads} heads, but a llama configuration needs a multiple of heads; "
+            f"hidden is {shape.hidden} with {shape.heads} heads, but in llama models it must be a multiple of heads; "
             f"write hidden {max(shape.hidden // shape.heads, 1) * shape.heads}"
         )
     have, outer = fields["hidden_size"] if family == "opt" else 0, fields.get("word_embed_proj_dim")
     if family == "opt" and outer not in (None, have) and shape.hidden == outer:
         raise ConfigError(
-            f"hidden is {shape.hidden}, which is also the model's word_embed_proj_dim. With equal sizes an opt model has no "
-            "projections, so those of this model would be lost; write another hidden size"
+            f"hidden is {shape.hidden}, but it must differ from the model's word_embed_proj_dim {outer}, because the model would lose "
+            "the projections of its embeddings; write another hidden size"
         )
 
 

@@ -28,7 +28,7 @@ class Size:
     total: int
     """Number of parameters; tied weights are counted once."""
     matmul: int
-    """Number of entries of all matrices that each token is multiplied with. They include the LM head (tied or not), not the embeddings."""
+    """Number of entries of all matrices that each token is multiplied with. The LM head is included, and the embeddings are not."""
     layers: int
     attention: int
     """Width of attention: number of query heads times head_dim."""
@@ -192,7 +192,7 @@ class Adapters:
     trained: int
     """Number of trained parameters. Each of them is multiplied with every token."""
     idle: int
-    """Number of entries of all matrices before the first trained parameter, adapters included. Their inputs need no gradient."""
+    """Number of entries of the matrices before the first trained parameter, adapters included. They have no backward pass."""
     idle_attention: int
     """Number of layers whose attention comes before the first trained parameter."""
 

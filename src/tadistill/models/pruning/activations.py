@@ -30,7 +30,7 @@ class Importance:
     """Importance scores in float64 on the CPU. Compare scores within a row (one layer) only."""
 
     hidden: Tensor
-    """(H,): absolute output of the layers' norms, summed over all layers and over both norms of each."""
+    """(H,): absolute output of the norms, summed over both norms of all layers."""
     neurons: Tensor
     """(L, I): absolute input of the MLP's last projection."""
     heads: Tensor
@@ -40,7 +40,7 @@ class Importance:
 
 
 def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_size: int = 8) -> Importance:
-    """Measure importances on `sequences` of token ids. Padding is left out, and `batch_size` changes the scores by rounding errors only.
+    """Measure importances on `sequences` of token ids. `batch_size` changes the scores only by rounding errors.
 
     Raises:
         ModelError: the model's family cannot be pruned in width, or its activations are not finite.
@@ -65,7 +65,7 @@ def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, ba
     measured = sums.result()
     if not all(torch.isfinite(scores).all() for scores in (measured.hidden, measured.neurons, measured.heads, measured.layers)):
         raise ModelError(
-            "the model's activations on the calibration set are not finite, so pruning has no ranking; check the model's weights"
+            "the model's activations on the calibration set are not finite, so pruning cannot rank its parts; check the model's weights"
         )
     return measured
 
@@ -77,7 +77,7 @@ def keep_important(count: int, scores: Tensor) -> tuple[int, ...]:
         ConfigError: `count` is not between 1 and n.
     """
     if not 1 <= count <= len(scores):
-        raise ConfigError(f"pruning cannot keep {count} of {len(scores)}; write 1 to {len(scores)}")
+        raise ConfigError(f"pruning cannot keep {count} of {len(scores)} parts; write 1 to {len(scores)}")
     return tuple(sorted(torch.sort(scores.cpu(), descending=True, stable=True).indices[:count].tolist()))
 
 

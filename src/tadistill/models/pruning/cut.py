@@ -26,7 +26,7 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_lay
 def keep_list(layers: int | Sequence[int], total: int) -> tuple[int, ...]:
     """Return the indices of the layers to keep, of `total` layers. `layers` is a list of indices, or a number of evenly spaced layers.
 
-    A number always keeps the first and the last layer.
+    The first and the last layer are among the evenly spaced ones.
 
     Raises:
         ConfigError: the number is not between 2 and `total`, or the list is empty, not ascending or out of range.
@@ -36,8 +36,8 @@ def keep_list(layers: int | Sequence[int], total: int) -> tuple[int, ...]:
             return (0,)
         if not 2 <= layers <= total:
             raise ConfigError(
-                f"layers is {layers}, but the model has {total}. Write 2 to {total} to keep the first, the last and evenly spaced layers "
-                "between them, or a list of layers such as [0]"
+                f"layers is {layers}, but it must be a number from 2 to {total} (evenly spaced layers, with the first and the last one), "
+                "or a list of layers such as [0]"
             )
         # rounds to the nearest whole number (halves up) with integers only, so that all machines agree
         return tuple((2 * i * (total - 1) + layers - 1) // (2 * (layers - 1)) for i in range(layers))
@@ -65,10 +65,9 @@ def prune_depth(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
 def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, layers: Sequence[int] | None = None) -> PreTrainedModel:
     """Return a new, ordinary model of the same family with the sizes of `shape` and copies of the kept weights. `model` is not changed.
 
-    All layers keep the same channels; each layer keeps its own neurons and heads. Kept weights keep their order and values. Removing
-    channels changes the mean square that RMSNorm and LayerNorm divide by; as in Minitron, only training corrects this. With grouped
-    queries, a key-value head is removed with all its query heads. Its score is the sum of its best `heads / kv_heads` query heads. The best
-    key-value heads are kept, each with those query heads. The new model has the same dtype and device and is in eval mode.
+    All layers keep the same channels. Each layer keeps its own neurons and heads. Kept weights do not change their order or values. The
+    norms are not corrected for the removed channels, as in Minitron. With grouped-query attention, each kept key-value head keeps its best
+    `heads / kv_heads` query heads, whose scores add up to its own score. The new model has the same dtype and device, and is in eval mode.
 
     Args:
         importance: the importances of this model. None is allowed if the width stays the same.
@@ -82,7 +81,7 @@ def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, l
     check_shape(model.config, shape)
     family, have = FAMILIES[model.config.model_type], shape_of(model.config)
     if importance is None and changes(model.config, replace(shape, layers=have.layers)) != changes(model.config, have):
-        raise ConfigError(f"pruning the width to {shape} needs importances to choose by; measure them on a calibration set")
+        raise ConfigError(f"pruning the width to {shape} needs importance scores; measure them on a calibration set")
     if importance is not None:
         _check_importance(importance, have)
     keep = _layers(shape.layers, have.layers, importance, layers)
@@ -144,7 +143,7 @@ def _stack(model: PreTrainedModel, total: int) -> str:
     outer = [name for name in names if not any(name.startswith(other + ".") for other in names)]
     if len(outer) != 1:
         kind = model.config.model_type
-        raise ModelError(f"a {kind} model has {len(outer)} stacks of {total} layers; choose a model with exactly one, to prune its depth")
+        raise ModelError(f"a {kind} model has {len(outer)} stacks of {total} layers; choose a model with exactly one stack")
     return outer[0]
 
 
@@ -198,7 +197,7 @@ def _layers(count: int, total: int, importance: Importance | None, layers: Seque
     if layers is not None:
         keep = keep_list(tuple(layers), total)
         if len(keep) != count:
-            raise ConfigError(f"layers is {list(keep)}, {len(keep)} layers, but the shape has {count} layers; make the two equal")
+            raise ConfigError(f"layers is {list(keep)}, with {len(keep)} entries, but the shape has {count} layers; make the numbers equal")
         return keep
     return keep_list(count, total) if importance is None else keep_important(count, importance.layers)
 
@@ -206,7 +205,7 @@ def _layers(count: int, total: int, importance: Importance | None, layers: Seque
 def _check_importance(importance: Importance, have: Shape) -> None:
     found = [tuple(s.shape) for s in (importance.hidden, importance.neurons, importance.heads, importance.layers)]
     if found != [(have.hidden,), (have.layers, have.intermediate), (have.layers, have.heads), (have.layers,)]:
-        raise ConfigError("the importances belong to a model of another shape; measure them on the model to be pruned")
+        raise ConfigError("the importance scores are from a model of another shape; measure them on the model to be pruned")
 
 
 def _axes(family: Family, name: str, kind: str) -> tuple[int | None, tuple[Axis, ...]]:
