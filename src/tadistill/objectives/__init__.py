@@ -1,4 +1,4 @@
-"""White-box distillation objectives as pure functions. They map logits to one value per token, in nats.
+"""White-box distillation objectives as pure functions. Each one maps logits to one value per token, in nats.
 
 from tadistill.objectives import reverse_kl
 loss = (reverse_kl(student_logits, teacher_logits) * mask).sum() / mask.sum()

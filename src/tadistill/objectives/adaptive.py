@@ -17,13 +17,13 @@ _HEAD_GUESS = 256
 
 
 def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """Return w KL(p || q) + (1 - w) KL(q || p), where w is the fraction of sum_v |p - q| at the tokens of the teacher's head.
+    """Return the adaptive KL, w KL(p || q) + (1 - w) KL(q || p), of teacher p and student q. No gradient flows through w.
 
-    The head is the smallest set of the teacher's most probable tokens with mass >= mu, including the token at which the mass crosses mu, as
-    in the paper (the authors' code leaves that token out, and TAID's copy masks the wrong tokens). No gradient flows through w.
+    The head is the smallest set of the teacher's most probable tokens with a total probability of at least mu. (The authors' code leaves
+    out the last token of this set.) w is the share of the head in the sum of |p - q| over the vocabulary.
 
     Args:
-        mu: mass of the head, in [0, 1]. At mu = 0 it is empty (`reverse_kl`), at mu = 1 it is the whole vocabulary (`forward_kl`).
+        mu: probability of the head, in [0, 1]. With 0 the head is empty (`reverse_kl`), with 1 it is the vocabulary (`forward_kl`).
 
     Other args, returns and errors are as in `forward_kl`. Source: Wu et al. 2025 (AKL), section 4.
     """
@@ -50,7 +50,7 @@ def _head_weight(p: Tensor, q: Tensor, mu: float) -> Tensor:
 
 
 def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> Tensor:
-    """Return the logits of TAID's intermediate teacher, (1 - t) z_q + t z_p of shape (..., V). The student's z_q is detached.
+    """Return the logits (..., V) of TAID's target: (1 - t) x student's logits (detached) + t x teacher's logits.
 
     t = 0 gives the student itself, t = 1 gives the teacher. Source: Shing et al. 2025 (TAID), Eq. 3.
     """
@@ -62,9 +62,9 @@ def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> 
 
 
 def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperature: float = 1.0) -> Tensor:
-    """Return -sum_v p_t log q, the cross-entropy to `taid_target`. Its gradient is the gradient of KL(p_t || q).
+    """Return the cross-entropy of the student to `taid_target`. Its gradient is the gradient of the forward KL to this target.
 
-    The value is the cross-entropy and not the KL, because TAID's schedule uses the cross-entropy. The KL is
+    The schedule of t uses this cross-entropy. The KL itself is
     `forward_kl(student_logits, taid_target(student_logits, teacher_logits, t=t))`.
 
     Args:
@@ -78,9 +78,9 @@ def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperatur
 
 
 class TaidSchedule:
-    """TAID's adaptive t, which rises at least linearly, and faster while the loss falls (Shing et al. 2025, Algorithm 1).
+    """The weight t of TAID's target. t rises at least linearly, and faster while the loss falls (Shing et al. 2025, Algorithm 1).
 
-    delta = (J_prev - J) / J_prev; m <- decay m + (1 - decay) delta; t <- min(end, max(linear(step), t + rate sigmoid(m) (1 - t))).
+
     Call `update` once per optimizer update; the first call only stores the loss.
     """
 
@@ -112,7 +112,7 @@ class TaidSchedule:
 def contrastive(
     student_logits: Tensor, teacher_logits: Tensor, from_teacher: Tensor, *, alpha: float | Tensor = 0.1, temperature: float = 1.0
 ) -> Tensor:
-    """Return DistiLLM-2's loss: `skew_forward_kl` on the teacher's text, and `skew_reverse_kl` (mixture detached) on the student's text.
+    """Return DistiLLM-2's loss: `skew_forward_kl` on the teacher's text, and `skew_reverse_kl` on the student's text.
 
     Args:
         student_logits, teacher_logits: (..., V).
@@ -138,7 +138,7 @@ def contrastive_alpha(gap: Tensor, anchor: float | Tensor, *, base: float = 0.1)
     which they agree more. A gap below 0 also gives `base`.
 
     Args:
-        gap: (B,) exp(mean log p) - exp(mean log q) for a response of the teacher, and minus this difference for a response of the student.
+        gap: (B,) exp(mean log p) - exp(mean log q) over the tokens of a response; for the student's responses with the sign changed.
         anchor: running mean of the gap over the training so far.
         base: the largest skew, in [0.01, 1].
 

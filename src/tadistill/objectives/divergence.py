@@ -1,13 +1,11 @@
 """Divergences between a teacher p and a student q over the vocabulary, one value per token, in nats.
 
 Convention: logits (..., V) in, (...) out, float32 inside (float64 stays float64), no mask, no reduction. The temperature divides
-both logits, and the value is not multiplied by its square. The gradient reaches only the student if the caller detaches the
+both logits. The value is not multiplied by the temperature squared. The gradient reaches only the student if the caller detaches the
 teacher. A logit of -inf means a probability of 0; its log-probability is replaced by -1e15, so that values and gradients stay finite.
 
 The divergences that most runs minimise have a second function, NAME_with_slope, with the same arguments. It returns the value (...) and the
-slope (..., V), the value's gradient in the student's logits, both without a graph. This takes half the time of autograd on a CPU. The plain
-function is the definition, and the tests compare every slope with autograd. With g = dD/dq at constant p, the gradient through the softmax
-is q (g - sum_v q g); terms of g that do not depend on v cancel.
+slope (..., V), the value's gradient in the student's logits, both without a graph. This takes half the time of autograd on a CPU.
 """
 
 import math
@@ -17,6 +15,8 @@ from torch import Tensor
 
 from tadistill.objectives import checks
 
+# Slopes: with g = dD/dq of a divergence D at constant p, the gradient through the softmax is q (g - sum_v q g), where v is a token.
+# Terms of g that do not depend on v cancel. The tests compare every slope with autograd through the plain function.
 LOG_ZERO = -1e15
 """A finite value that replaces log 0. It is below every real logit, and its square does not overflow in float32."""
 
@@ -28,7 +28,7 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return KL(p || q) = sum_v p (log p - log q). It is mass-covering, and zero iff p = q.
+    """Return the forward KL of teacher p and student q, sum_v p (log p - log q). It is mass-covering.
 
     Args:
         student_logits, teacher_logits: (..., V).
@@ -47,7 +47,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 
 def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return `forward_kl` and its slope q - p. The slope is 0 at impossible tokens, so the logits of these tokens do not move."""
+    """Return `forward_kl` and its slope, the gradient in the student's logits. The slope is 0 at logits of -inf."""
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     p = log_p.exp()
     value = _dot(p, log_p.sub_(log_q))
@@ -56,7 +56,7 @@ def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, tem
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return KL(q || p) = sum_v q (log q - log p). It is mode-seeking, and zero iff p = q.
+    """Return the reverse KL of teacher p and student q, sum_v q (log q - log p). It is mode-seeking.
 
     Args, returns and errors are as in `forward_kl`. The gradient in the student's logits is q (log q - log p - KL) / temperature.
 
@@ -67,7 +67,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 
 def reverse_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return `reverse_kl` and its slope, from g = log q - log p."""
+    """Return `reverse_kl` and its slope, the gradient in the student's logits."""
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     gap = torch.sub(log_q, log_p, out=log_p)
     q = log_q.exp_()
@@ -76,7 +76,7 @@ def reverse_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, tem
 
 
 def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return KL(p || q) + KL(q || p) = sum_v (p - q)(log p - log q). It is symmetric and unbounded. Args are as in `forward_kl`.
+    """Return the sum of `forward_kl` and `reverse_kl`. It is symmetric and unbounded. Args are as in `forward_kl`.
 
     Source: Jeffreys 1946 for the sum; some authors call half of this sum the symmetric KL.
     """
@@ -86,11 +86,10 @@ def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: flo
 
 
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """Return beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q: the generalised JSD, with beta on the TEACHER.
+    """Return the generalised JSD of teacher p and student q: beta KL(p || m) + (1 - beta) KL(q || m), where m = beta p + (1 - beta) q.
 
-    The value is bounded by the entropy of (beta, 1 - beta). At the ends the value vanishes: like beta KL(p || q) for beta -> 0 and
-    like (1 - beta) KL(q || p) for beta -> 1. At exactly 0 and 1 it returns the limit of the value divided by that factor: KL(p || q)
-    and KL(q || p), as GKD and TRL do. So the value at beta = 0 is about 1/beta times larger than the value at a tiny beta.
+    beta = 0 returns KL(p || q), and beta = 1 returns KL(q || p), as in GKD and TRL. The value jumps there: it goes to 0 for beta -> 0 and
+    for beta -> 1.
 
     Args:
         beta: weight of the teacher, in [0, 1]. DistiLLM's `lam` and KDFlow's `jsd_beta` are 1 - beta.
@@ -112,7 +111,7 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: floa
 def jensen_shannon_with_slope(
     student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return `jensen_shannon` and its slope, from g = (1 - beta) (log q - log m). The part of the gradient that goes through m cancels."""
+    """Return `jensen_shannon` and its slope, the gradient in the student's logits."""
     checks.within("beta", beta, 0, 1)
     if beta in (0, 1):
         limit = forward_kl_with_slope if beta == 0 else reverse_kl_with_slope
@@ -129,7 +128,7 @@ def jensen_shannon_with_slope(
 
 
 def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, temperature: float = 1.0) -> Tensor:
-    """Return KL(p || alpha p + (1 - alpha) q), a forward KL with a bounded gradient. alpha = 0 gives `forward_kl`, alpha = 1 gives zero.
+    """Return KL(p || alpha p + (1 - alpha) q) of teacher p and student q. It is `forward_kl` for alpha = 0, else its gradient is bounded.
 
     Args:
         alpha: the teacher's share of the mixture, in [0, 1]; the value is at most -log alpha.
@@ -144,7 +143,7 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: fl
 def skew_forward_kl_with_slope(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return `skew_forward_kl` and its slope, from g = -(1 - alpha) p / m."""
+    """Return `skew_forward_kl` and its slope, the gradient in the student's logits."""
     checks.within("alpha", alpha, 0, 1)
     if alpha == 0:
         return forward_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
@@ -158,7 +157,7 @@ def skew_forward_kl_with_slope(
 def skew_reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, detach_mixture: bool = False, temperature: float = 1.0
 ) -> Tensor:
-    """Return KL(q || (1 - alpha) p + alpha q), a reverse KL with a bounded gradient. alpha = 0 gives `reverse_kl`, alpha = 1 gives zero.
+    """Return KL(q || (1 - alpha) p + alpha q) of teacher p and student q. It is `reverse_kl` for alpha = 0, else its gradient is bounded.
 
     Args:
         alpha: the student's share of the mixture, in [0, 1]; the value is at most -log alpha.
@@ -175,7 +174,7 @@ def skew_reverse_kl(
 def skew_reverse_kl_with_slope(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, detach_mixture: bool = False, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return `skew_reverse_kl` and its slope, from g = log q - log m - alpha q / m. With `detach_mixture` g has no last addend."""
+    """Return `skew_reverse_kl` and its slope, the gradient in the student's logits."""
     checks.within("alpha", alpha, 0, 1)
     if alpha == 0:
         return reverse_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
@@ -188,9 +187,9 @@ def skew_reverse_kl_with_slope(
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return 1/2 sum_v |p - q|. It is symmetric, in [0, 1], and has a bounded gradient. Args are as in `forward_kl`.
+    """Return 1/2 sum_v |p - q| of teacher p and student q. It is in [0, 1]. Args are as in `forward_kl`.
 
-    Source: Wen et al. 2023 (f-distill). Their symmetric TVD is the mean of this value on teacher-sampled text and on student-sampled text.
+    Source: Wen et al. 2023 (f-distill). Their symmetric TVD is its mean on text of the teacher and text of the student.
     """
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     value = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)

@@ -17,15 +17,17 @@ from tadistill.objectives.divergence import both_log_probs
 def alpha_beta(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.2, beta: float = 0.7, temperature: float = 1.0
 ) -> Tensor:
-    """Return -1/(alpha beta) sum_v [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)].
+    """Return the alpha-beta divergence of teacher p and student q:
 
-    (alpha, beta) = (1, 0) gives the forward KL, (0, 1) the reverse KL, (1/2, 1/2) four times the squared Hellinger distance, (1, 1) half
-    the squared Euclidean distance. A larger alpha gives more weight to tokens of which the teacher is confident, a larger beta to tokens of
-    which the student is. If alpha, beta or their sum is exactly 0, the limit is used. Values closer to 0 than 1e-3 lose digits in float32.
+        -1/(alpha beta) sum_v [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)]
+
+    (alpha, beta) = (1, 0) gives the forward KL, and (0, 1) gives the reverse KL. A larger alpha gives more weight to tokens of which the
+    teacher is confident. A larger beta does this for the student. If alpha, beta or their sum is exactly 0, the limit is used. Values
+    closer to 0 than 1e-3 lose digits in float32.
 
     Args:
-        alpha, beta: finite; the defaults are ABKD's for GPT-2 (ABKD has 0.5, 0.5 for OpenLLaMA2). If alpha or beta is negative, the value
-            is unbounded, and it is undefined where a probability is 0.
+        alpha, beta: finite; the defaults are ABKD's for GPT-2 (ABKD has 0.5, 0.5 for OpenLLaMA2). If one is negative, the value is
+        unbounded, and it is undefined where a probability is 0.
 
     Other args, returns and errors are as in `forward_kl`. Source: Wang et al. 2025 (ABKD), Eq. 5; Cichocki et al. 2011.
     """
@@ -74,10 +76,10 @@ def alpha_mixture(
     ab_parameters: tuple[float, float] = (1.0, 0.0),
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return a divergence that involves the assistant r, the alpha-mixture r ~ [lam p^c + (1 - lam) q^c]^(1/c), c = (1 - alpha)/2.
+    """Return a divergence between two of these: the teacher p, the student q, and their mixture r (the assistant).
 
-    alpha = -1 gives the arithmetic mixture (then "pr" is `skew_forward_kl(alpha=lam)`), alpha = 1 the geometric mixture, and alpha = 3 the
-    harmonic mixture. lam = 0 makes r = q, lam = 1 makes r = p. The gradient flows through r.
+    r is proportional to [lam p^c + (1 - lam) q^c]^(1/c) with c = (1 - alpha)/2. alpha = -1 gives the arithmetic mixture, alpha = 1 gives
+    the geometric mixture, and alpha = 3 gives the harmonic mixture. The gradient flows through r.
 
     Args:
         alpha: finite; the kind of mixture.
@@ -85,7 +87,7 @@ def alpha_mixture(
         pair: the two sides of the divergence in order, one letter per side: p is the teacher, q the student, r the assistant.
         ab_parameters: (alpha, beta) of `alpha_beta`; (1, 0) is the KL from the first side to the second. AMiD also uses (0.2, 0.7).
 
-    Other args, returns and errors are as in `forward_kl`. Source: Shin et al. 2025 (AMiD); the defaults are WASD's setting of AMiD.
+    Other args, returns and errors are as in `forward_kl`. Source: Shin et al. 2025 (AMiD); the defaults are those of the WASD paper.
     """
     checks.finite("alpha", alpha)
     checks.within("lam", lam, 0, 1)

@@ -4,10 +4,8 @@
     mean.backward()  # the mask includes the factor 1 / count, so no second copy of the head's gradient is made
 
 There are two sizes of tile. Matrix products work on as many tokens as `TILE_BYTES` allows, over the whole vocabulary. The objective works
-on a few tokens at a time, which stay in the cache. The gradient of the student's logits is taken inside such a small tile and overwrites
-the logits, so nothing is computed twice, and backward only returns the gradients that forward computed. They come from autograd through the
-plain function, or from NAME_with_slope, which is faster. Tiling the vocabulary too would recompute each head two or three times, because a
-divergence needs both normalisers first. It would also save little memory, because the logits of one token are small.
+on a few tokens at a time, which stay in the cache. The forward pass also computes the gradient, by autograd or by NAME_with_slope (faster).
+The gradient overwrites the logits, and backward only returns it.
 
 Axes: N tokens, n tokens of a small tile, H hidden, V vocabulary, K terms.
 """
@@ -36,9 +34,9 @@ _STREAMED = 2**22
 _ENOUGH = {"cpu": 384}
 
 Values = Callable[[Tensor, tuple[Any, ...], slice], Tensor]
-"""Maps (student logits (n, V), each teacher's logits (n, V) or TopK, the slice of the N tokens) to values (K, n) per term and token."""
+"""A function of the student's logits (n, V), each teacher's logits (n, V) or TopK, and the slice of tokens. It returns (K, n) values."""
 Slopes = Callable[[Tensor, tuple[Any, ...], slice, Tensor], tuple[Tensor, Tensor]]
-"""Maps the arguments of `Values` and weights (K, n) to values, and the gradient (n, V) of their weighted sum in the student's logits."""
+"""A function of the arguments of `Values` and weights (K, n). It returns the values, and the gradient (n, V) of their weighted sum."""
 Term = TokenTerm | TeacherTerm
 
 
@@ -95,7 +93,7 @@ def fused_divergence(
 def fused_terms(
     terms: Sequence[Term], hidden: Tensor, head: Head, weights: Tensor, *, teachers: Sequence[Target] = (), vocab: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum several terms over the tokens with `fused_head`, which uses the terms' slopes (faster) if all terms have them."""
+    """Return the weighted sum of several terms over the tokens, as `fused_head` does. Slopes are used if all terms have them."""
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
         return torch.stack([term.values(logits, targets, rows) for term in terms])
@@ -140,7 +138,7 @@ def fused_head(
     teachers: Sequence[Target] = (),
     vocab: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of K terms over N tokens, sum_kn weights_kn values_kn. Compute loss and gradient tile by tile.
+    """Return the weighted sum of the values of K terms at N tokens. The sum and its gradient are computed tile by tile.
 
     Args:
         hidden: (N, H).

@@ -59,7 +59,7 @@ def returns(
 
 
 def moments(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return (sum, sum of squares), float64, of the values where the mask is True. Their totals over batches are the `sums` of `whiten`."""
+    """Return (sum, sum of squares), float64, of the values where the mask is True. Their totals are the `sums` of `whiten`."""
     values = torch.where(mask_BT, values_BT, torch.zeros_like(values_BT)).double()
     return torch.stack([values.sum(), values.square().sum()])
 
@@ -69,8 +69,8 @@ def whiten(values: Tensor, sums: Tensor, places: float) -> Tensor:
 
     Args:
         sums: `moments` of all values.
-        places: number of values that the mean and the (biased) variance are computed over: the number of tokens, or a larger number to
-            include padding as zeros, as MiniLLM's released code does.
+        places: number of values. It is the number of tokens, or a larger number, which then includes padding as zeros (as in MiniLLM's
+        released code).
     """
     mean, square = (sums / places).unbind()
     variance = (square - mean.square()).clamp(min=0)
@@ -78,10 +78,10 @@ def whiten(values: Tensor, sums: Tensor, places: float) -> Tensor:
 
 
 def clipped_ratio(log_q: Tensor, log_behaviour: Tensor, *, clip: float) -> Tensor:
-    """Return min(ratio, clip(ratio, 1 - clip, 1 + clip)) with ratio = q / p~ (MiniLLM, Algorithm 1), of the shape of the inputs.
+    """Return min(ratio, clip(ratio, 1 - clip, 1 + clip)) for each token (MiniLLM, Algorithm 1), of the shape of the inputs.
 
-    The ratio contains both the importance weight of sampling from p~ (the teacher-mixed policy) and the policy's drift over inner epochs.
-    `clip=inf` leaves the ratio unclipped.
+    The ratio is the token's probability under the student, divided by its probability under the policy that sampled it. `clip=inf` leaves
+    the ratio unclipped.
     """
     ratio = (log_q - log_behaviour).exp()
     return torch.minimum(ratio, ratio.clamp(1 - clip, 1 + clip))
@@ -96,7 +96,7 @@ def policy_gradient(
     clipping: Literal["ratio", "ppo"] = "ratio",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Return the negative surrogate. Where the ratio is not clipped, its gradient is -A ratio grad log q with ratio = q / p~.
+    """Return the policy-gradient loss. A is the advantage. The ratio is q / p~: student over sampling policy, at the sampled token.
 
     With clipping `ratio` the value is -A min(ratio, clip(ratio)) (MiniLLM, Eq. 7 and Algorithm 1). With `ppo` it is
     max(-A ratio, -A clip(ratio)) (the released code; Schulman et al. 2017).
@@ -105,7 +105,7 @@ def policy_gradient(
         log_q: log-probabilities of the sampled tokens under the student, with a graph.
         log_behaviour: log-probabilities of the same tokens under the policy that sampled them.
         advantage: `returns(...)`; no gradient flows through it.
-        weight: factor of the result. It is q_old / p~ if the ratio is q / q_old, so that only the student's drift is clipped.
+        weight: factor of the result. To clip only q / q_old, give log q_old as `log_behaviour` and q_old / p~ as `weight`.
 
     Returns:
         One value per token, of the shape of the inputs.
@@ -129,9 +129,9 @@ def single_step(
     weight: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return min(ratio, clip(ratio)) KL(q || p) with ratio = q / p~ at the sampled token (MiniLLM, Eq. 3 and 7).
+    """Return the one-step term: `clipped_ratio` at the sampled token times `reverse_kl` (MiniLLM, Eq. 3 and 7).
 
-    The gradient goes through KL(q || p) only. The released code leaves the ratio out, so its term is `reverse_kl`.
+    The gradient goes through the KL only. The released code leaves the ratio out.
 
     Args:
         student_logits, teacher_logits: (..., V).

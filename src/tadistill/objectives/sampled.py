@@ -35,9 +35,9 @@ def k1(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
 
 def k2(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """Return (log p - log q)^2 / 2 at a token drawn from q: biased, of low variance. Its gradient is an unbiased estimate of KL(q || p)'s.
+    """Return (log p - log q)^2 / 2 at a token drawn from q: a biased estimate of KL(q || p), of low variance.
 
-    Args and source are as in `k1`.
+    Its gradient is an unbiased estimate of the gradient of KL(q || p). Args and source are as in `k1`.
     """
     return (teacher_log_probs - student_log_probs).square() / 2
 

@@ -87,9 +87,8 @@ class Hidden:
 class TargetMixture:
     """Several teachers as one target distribution (dense guidance).
 
-    The mean of the reverse KLs to all teachers is the reverse KL to their geometric mixture up to a constant: sum_k w_k KL(q || p_k) =
-    KL(q || p_geo) - log Z. At a given prefix Z does not depend on q. Over sequences sampled from q it does, but this term is left out.
-    The mean of the forward KLs is, up to a constant, the forward KL from the arithmetic mixture.
+    At a given prefix, the mean of the reverse KLs to the teachers is the reverse KL to their geometric mixture plus a constant. The mean of
+    the forward KLs is the forward KL to their arithmetic mixture plus a constant.
 
     Source: Son et al. 2021 (DGKD) for dense guidance and its stochastic dropping; the identities are in docs/objectives.md.
     """
@@ -131,8 +130,7 @@ class TargetMixture:
     def token_scores(self, log_p: Sequence[Tensor]) -> Tensor:
         """Return the mixture's log-probabilities of sampled tokens, (...), for a reward; `log_p` has one tensor (...) per teacher.
 
-        The geometric mixture is not normalised here: the result is sum_k w_k log p_k. Over sequences drawn from the student, -log Z depends
-        on the student's choices, and therefore belongs to the reward.
+        The geometric mixture is not normalised here: the result is the weighted mean of `log_p`.
         """
         self.check("log_p", len(log_p))
         total = sum(self.weights)
@@ -172,8 +170,8 @@ class TopK:
     log_probs: Tensor
     """Log-probabilities (..., K) of these tokens under the teacher's whole softmax."""
     tail: Tensor | None
-    """Log-probability (...) of all other tokens together, which become one additional outcome. If None, the other tokens are dropped, and
-    both sides are renormalised over the k tokens."""
+    """Log-probability (...) of all other tokens together, which become one more outcome. None drops the other tokens and
+    renormalises both sides over the k tokens."""
 
     def to(self, device: torch.device) -> "TopK":
         """Return a copy on another device."""
@@ -252,7 +250,7 @@ class TeacherTerm:
         return self.divergence(student, teacher, temperature=temperature, **self._arguments(rows))
 
     def has_slope(self, teachers: Sequence[Target]) -> bool:
-        """Return True if `with_slope` can be called. With top-k targets autograd must carry the slope to the whole vocabulary."""
+        """Return True if `with_slope` can be called. It cannot be called with top-k targets."""
         return self.divergence in WITH_SLOPE and not any(isinstance(t, TopK) for t in teachers)
 
     def with_slope(self, logits: Tensor, teachers: Sequence[Tensor | TopK], rows: slice) -> tuple[Tensor, Tensor]:

@@ -82,8 +82,8 @@ def test_shapes_import_no_torch():
             {"hidden": 16},
             "hidden is 16 with 3 heads, but in gpt2 models it must be heads x head_dim, and head_dim is 8; write hidden 24",
         ),
-        ("opt", {"heads": 2}, "hidden is 24 with 2 heads, but in opt models .*write hidden 16, or change heads to"),
-        ("gpt2", {"kv_heads": 1}, "heads is 3, but each of the model's kv_heads serves 1 "),
+        ("opt", {"heads": 2}, "hidden is 24 with 2 heads, but in opt models .*write hidden 16, or another number of heads"),
+        ("gpt2", {"kv_heads": 1}, "heads is 3, but it must be at most 1: "),
     ],
 )
 def test_a_shape_that_cannot_be_is_one_sentence(kind, fields, message):
@@ -95,7 +95,7 @@ def test_a_shape_that_cannot_be_is_one_sentence(kind, fields, message):
 
 def test_opt_whose_projections_would_vanish():
     model = tiny("opt-350m", word_embed_proj_dim=16)
-    with pytest.raises(ConfigError, match="hidden is 16, which is also the model's word_embed_proj_dim"):
+    with pytest.raises(ConfigError, match="hidden is 16, but it must differ from the model's word_embed_proj_dim"):
         prune(model, target("opt-350m", model), scores(model))
 
 
