@@ -72,7 +72,7 @@ class Store:
             ) from error
 
     def label(self, key: str) -> str:
-        """Return `LABEL (KEY)` for a stage, for messages, or only the key if the folder has no label."""
+        """Return `LABEL (KEY)` for use in messages, or only the key if the stage's folder has no label."""
         try:
             return f"{json.loads((self.folder(key) / _STAGE).read_text(encoding='utf-8'))['label']} ({key})"
         except (OSError, ValueError, KeyError, TypeError):
@@ -94,7 +94,7 @@ class Store:
         return read_json(path)
 
     def lock(self, key: str) -> "FileLock":
-        """Return the lock of a stage, not yet acquired. The system releases it when the process ends."""
+        """Return the lock of a stage without acquiring it. The system releases a lock when the process that acquired it ends."""
         from filelock import FileLock  # imported here because it loads asyncio, and most commands need no lock
 
         path = self.folder(key).with_suffix(".lock")

@@ -7,7 +7,7 @@ GENERATION_BATCH = 64
 RECORDING_BATCH = 16
 """Number of sequences in a forward pass that records a teacher's signal."""
 COMPACT_BELOW = 0.8
-"""Sampling drops finished rows from its caches if the share of unfinished rows is below this; otherwise the copy costs too much."""
+"""Sampling removes finished rows from its caches only if the share of unfinished rows is below this value, because copies are slow."""
 PACKED_FAMILIES = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2"})
 """Model families that can sample from a mixture of two models with packed sequences, without padding (`rollout.lazy`)."""
 LOG_POINTS = 100

@@ -268,7 +268,7 @@ def _dev_value(store: Store, key: str) -> tuple[str, float | None]:
 # --- chains with their twins --------------------------------------------------------------------------------------------
 
 EQUAL = 0.05
-"""Two costs are treated as equal if their relative difference is at most this value."""
+"""Two costs are treated as equal if their relative difference is at most this number."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ class TwinPair:
 
 
 def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
-    """Pair each chain with its twin: a direct run of the same family, student and seed. Their costs may differ by 5 %.
+    """Pair each chain with its twin: a direct run of the same family, student and seed. The two costs may differ by at most 5 %.
 
     If there is no such run, the twin's quality is interpolated between a cheaper and a more expensive direct run, linearly in the log of
     the cost. A chain without these two runs is left out.

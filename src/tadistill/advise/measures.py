@@ -46,7 +46,7 @@ class Model:
     rouge_l: Estimate
     """ROUGE-L of the model's own sampled answers, 0 to 100."""
     entropy: Estimate
-    """Entropy on the model's own answers, nats per token."""
+    """Entropy of the model on its own answers, in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,6 @@ class Measures:
     pairs: Mapping[tuple[str, str], Pair]
 
     def model(self, name: str) -> Model:
-        """Return the measures of one model."""
         return next(m for m in self.models if m.name == name)
 
 

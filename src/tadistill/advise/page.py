@@ -57,7 +57,6 @@ class Panel:
 
 
 def render_advice(report: Report) -> str:
-    """Render the advice as one HTML page."""
     environment = Environment(
         loader=ChoiceLoader([PackageLoader("tadistill.advise"), PackageLoader("tadistill.report")]),
         autoescape=True,

@@ -58,7 +58,7 @@ def lambda_sweeps(measures: Measures) -> dict[str, tuple[Chosen, ...]]:
 
 
 def sweep_text(chosen: Sequence[Chosen]) -> str:
-    """Describe which assistant is chosen for which lambda. Example: ``a up to 0.13, then b`` for the two assistants a and b."""
+    """Describe for which lambda each assistant is chosen. For example, ``a up to 0.13, then b`` says that b is chosen above 0.13."""
     parts = [c.assistant if c.high == inf else f"{c.assistant} up to {c.high:.2g}" for c in chosen]
     return ", then ".join(parts)
 

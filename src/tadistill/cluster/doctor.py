@@ -119,7 +119,7 @@ def gpus() -> Check:
 
 
 def slurm(site: str | None) -> Check:
-    """Look for the commands that `submit` and `status` call."""
+    """Check that Slurm's commands are on PATH and that Slurm's controller answers."""
     absent = [name for name in _SLURM if shutil.which(name) is None]
     if not absent:
         if output_of("squeue", "--me", "--noheader") is None:
@@ -218,7 +218,7 @@ def space(name: str, path: Path) -> Check:
 
 
 def cache(name: str, variable: str, path: Path, site: str | None, environment: Mapping[str, str]) -> Check:
-    """Check the location and free space of a cache. On a cluster, its default location may differ between jobs and the login node."""
+    """Check the free space of a cache folder. On a cluster, also check that the variable that sets this folder is set."""
     found = space(name, path)
     if found.state == "ok" and site and not environment.get(variable):
         fix = f"export {variable} as a folder on $SCRATCH or $PROJECT, because the default folder may not be visible in jobs"
@@ -328,7 +328,6 @@ def _package(*, on_cluster: bool) -> list[Check]:
 
 
 def table(found: list[Check]) -> Table:
-    """Return the table of results, with one row per check."""
     shown = Table(box=None)
     for column in ("check", "state", "found", "what to do"):
         shown.add_column(column, no_wrap=column in ("check", "state"), overflow="fold")

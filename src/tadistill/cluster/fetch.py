@@ -99,9 +99,8 @@ def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
 def moved(recipe: Recipe, runs: Path | None = None) -> list[str]:
     """Return a sentence for each model, tokenizer or data set whose commit on this disk is not the commit in fetched.json.
 
-    Such a change matters: stages that used the old commit would be reused. The function uses no network.
+    Finished stages that used the old commit would be reused. The function uses no network.
     """
-    # they would be reused because a stage's key contains the revision in the recipe, and not the commit
     record = _read(runs_directory(runs))
     pairs = [(need, look(need, record)) for need in needs(recipe)]
     return [change for need, found in pairs if found and (change := _change(need, found, record))]

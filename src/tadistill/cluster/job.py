@@ -1,4 +1,4 @@
-"""The jobs of a study: the stages that share a job or an array, the record of the job of each stage, and the work inside a job.
+"""The jobs of a study: which stages share a job, a record of each stage's job, and the work inside a job.
 
 Evaluations of one model share a job, seeds with equal requests share an array, and parents come before children. If a stage fails, Slurm
 cancels the jobs that depend on it (afterok). A second submission then submits the failed stage and the cancelled stages again.
@@ -166,7 +166,7 @@ class JobRecord:
         write_json(store.folder(key) / RECORD, asdict(self))
 
     def entries(self, queue: Mapping[str, Entry]) -> list[Entry]:
-        """Return this job's entries in the queue: the job or array element, or the remaining segments of its chain (running first)."""
+        """Return this job's entries in Slurm's queue. A chain has one entry for each remaining segment; running segments come first."""
         here = str(self.place)
         segments = [e for i, e in queue.items() if i.startswith(f"{here}_")] if self.index is None else []
         found = [queue[here]] if here in queue else sorted(segments, key=lambda e: e.state != "RUNNING")

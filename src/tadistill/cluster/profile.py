@@ -56,7 +56,7 @@ class Profile(Strict):
     request: Literal["gpus-per-node", "gpus", "count"] = "gpus-per-node"
     """Form of a request: --gpus-per-node=NAME:N, --gpus=NAME:N, or --gpus-per-node=N if the site refuses names."""
     cpu: Cpu | None = Cpu()
-    """Resources of jobs without a GPU (the report; all jobs if `gpus` is empty); null if the site refuses such small jobs."""
+    """Resources of jobs without a GPU: the report's job, and all jobs if `gpus` is empty. null if the site refuses such small jobs."""
     memory_option: bool = True
     """True if the site accepts --mem."""
     min_hours: float = Field(default=0.0, ge=0)

@@ -104,7 +104,7 @@ class Requests:
     def _without_gpu(self, stages: Seq[Stage], wanted: Resources, where: str) -> Request:
         cpu = self.profile.cpu or Cpu()
         if wanted.gpu:
-            raise ConfigError(f"{where}: gpu is `{wanted.gpu}`, but profile {self.profile.name} has no GPUs; add them, or leave out gpu")
+            raise ConfigError(f"{where}: gpu is `{wanted.gpu}`, but profile {self.profile.name} has no GPUs; add one, or leave out gpu")
         per_node = wanted.processes // wanted.nodes
         ram = math.ceil((wanted.memory or cpu.ram) * per_node)
         minutes, pieces = self._time(stages, wanted, None, where)

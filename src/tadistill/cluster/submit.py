@@ -62,7 +62,6 @@ class Sent:
 
     @property
     def text(self) -> str:
-        """Return a description of its stages in one line."""
         first = self.jobs[0].stages[0].label
         more = f" and {len(self.jobs[0].stages) - 1} more" if len(self.jobs[0].stages) > 1 else ""
         return f"{first}{more}{f', {len(self.jobs)} seeds' if len(self.jobs) > 1 else ''}"
@@ -89,7 +88,7 @@ class Submission:
         return [Job(stages, self.requests.of(stages), depth) for depth, stages in bundles(self.plan.stages, keys)]
 
     def scripts(self) -> Iterator[tuple[Sent, str]]:
-        """Yield every job that a submission to an empty queue would submit, and its batch script. The ids are @1, @2 and so on."""
+        """Yield each job that would be submitted if no job were queued, with its batch script. The ids are @1, @2 and so on."""
         places: dict[str, Place] = {}
         number = 0
         for family in families(self.jobs(self.todo)):
@@ -148,7 +147,6 @@ class Submission:
         return Sent(id, tuple(members), settings)
 
     def _elements(self, sent: Sent) -> int:
-        """Return the number of elements in the array: a chain's segments, or the jobs."""
         return self._segments(sent.request) if self._chain else len(sent.jobs)
 
     def _segments(self, request: Request) -> int:
@@ -182,7 +180,7 @@ class Submission:
             ) from error
 
     def _report(self, places: dict[str, Place], queued: dict[str, queue.Entry]) -> None:
-        """Submit a job that writes the report after all others have ended or failed. Cancel an earlier report job that still waits."""
+        """Submit a job that writes the report after all other jobs have ended or failed. Cancel an earlier report job that still waits."""
         request, name = self.requests.report(), report_name(self.study)
         if request is None:
             return
@@ -227,9 +225,7 @@ def _account(profile: Profile, given: str | None) -> str | None:
     if profile.account and account is None:
         raise ConfigError(f"{profile.name} needs an account; give --account NAME (or SBATCH_ACCOUNT), for instance {_example(profile)}")
     if profile.account and not re.fullmatch(profile.account, account or ""):
-        raise ConfigError(
-            f"account `{account}` cannot be an account of {profile.name}, where accounts look like {_example(profile)}; correct it"
-        )
+        raise ConfigError(f"account `{account}` is not an account of {profile.name}; accounts there look like {_example(profile)}")
     return account
 
 

@@ -20,7 +20,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C, or another signal with the same meaning."""
+    """Exception that is raised when Ctrl-C or another signal asks the command to stop."""
 
     def __init__(self, received: signal.Signals = signal.SIGINT):
         super().__init__(f"stopped by {received.name}")
@@ -102,5 +102,5 @@ def held() -> Iterator[None]:
 
 
 def release() -> None:
-    """Unblock the ending signals in a process that was started inside `held`."""
+    """Unblock the signals in `ENDING`, in a process that was started inside `held`."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

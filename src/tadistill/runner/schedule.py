@@ -1,4 +1,4 @@
-"""Run a plan on this machine: several stages at a time, each in processes of its own, with one screen for their progress.
+"""Run a plan on this machine: several stages at a time, each in its own processes, with one screen that shows their progress.
 
 A stage of a small model cannot use many cores, so several stages run together. A crash ends only one stage. If a signal asks to stop, all
 running stages save their state and end.
@@ -28,7 +28,7 @@ _POLL = 0.5
 
 
 def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None:
-    """Run every stage that the store lacks, `jobs` at a time.
+    """Run every stage that is not in the store, `jobs` stages at a time.
 
     Raises:
         StageFailed: a stage failed; all stages that do not depend on it were still run.

@@ -57,7 +57,7 @@ def _run(plan: Plan, stage: Stage, directory: Path, threads: int) -> dict[str, A
 
 
 def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
-    """Return the settings with few updates or rows and untrained models. Add reduced copies of the stages that they need to the graph."""
+    """Return a stage's settings with few updates or rows and untrained models. Its parent stages are reduced too and added to `graph`."""
     if isinstance(spec, GenerateSpec | SignalSpec):
         return spec.model_copy(update={"teacher": _origin(plan, spec.teacher), "train": _few(spec.train)})
     assert isinstance(spec, TrainingSpec)

@@ -25,7 +25,7 @@ class Tried:
 
     path: ModelPath
     flops: float | None
-    """Training FLOPs of all stages that its student depends on, for one seed."""
+    """Training FLOPs of all stages that the path's student depends on, for one seed."""
     values: tuple[float, ...]
     """The student's dev value for every seed, in the metric's own unit."""
 

@@ -128,7 +128,7 @@ def check_order(recipe: Recipe, search: Search) -> None:
 
 
 def path_arms(paths: Sequence[ModelPath]) -> dict[str, Arm]:
-    """Return one arm for each path, named by `path_name`. Raises ConfigError if two paths get the same name (by hyphens in model names)."""
+    """Return name (`path_name`) -> arm, for each path. Raises ConfigError if two paths get the same name."""
     arms: dict[str, Arm] = {}
     for path in paths:
         if (name := path_name(path)) in arms:

@@ -5,9 +5,9 @@ A path is a tuple of the names of its models, teacher first. A prefix of a path 
 
     chosen = drive(best_prefix(lattice), measure)      # measure(Round) -> {path: quality, higher is better}
 
-A strategy is a generator. It yields a `Round` of paths, which can be trained in parallel; it receives the quality of the last model of each
-path; and it returns the chosen path. Tables (tests), simulations (`benchmarks/search.py`) and real training (`tadistill search`) all use
-this code. In a tie the path with fewer models wins, and then the path with bigger assistants (the order of `Lattice.paths`).
+A strategy is a generator. It yields rounds of paths to train, receives the quality of each path's last model, and returns the chosen path.
+Tests, simulations (`benchmarks/search.py`) and real training (`tadistill search`) use this code. If two paths are equally good, the path
+with fewer models wins, and then the path with bigger assistants (the order of `Lattice.paths`).
 """
 
 import math
@@ -28,7 +28,7 @@ class Lattice:
     """Paths from teacher to student: fewest assistants first, bigger assistants before smaller ones. This order breaks ties."""
 
     def prefixes(self) -> tuple[ModelPath, ...]:
-        """Return every path and every prefix of a path with at least two models (this is `trainings` of all paths)."""
+        """Return all prefixes of the paths that have at least two models. The paths themselves are included."""
         return trainings(self.paths)
 
 
@@ -115,7 +115,7 @@ class Round:
 
     paths: tuple[ModelPath, ...]
     share: float = 1.0
-    """Share of its updates that each stage runs. It is below 1 in the short runs of `halving`."""
+    """Share of each stage's updates that is run. It is below 1 in the short runs of `halving`."""
 
 
 Quality = Mapping[ModelPath, float]
@@ -177,7 +177,7 @@ def best_prefix(lattice: Lattice) -> Strategy:
 
 
 def beam(lattice: Lattice, *, width: int) -> Strategy:
-    """Keep the `width` best checkpoints of each model as teachers. With n assistants this needs at most width (n+1)(n+2)/2 trainings.
+    """Keep the `width` best checkpoints of each model as teachers. With n assistants this needs at most width * (n+1)(n+2)/2 trainings.
 
     There is one round for each model, from big to small. In a model's round, its kept checkpoints teach every smaller model.
 
@@ -185,7 +185,7 @@ def beam(lattice: Lattice, *, width: int) -> Strategy:
         ValueError: `width` is below 1, or the lattice has no path.
     """
     if width < 1:
-        raise ValueError(f"width is {width}; a beam keeps at least one checkpoint of each model")
+        raise ValueError(f"width is {width}; it must be at least 1, because a beam keeps at least one checkpoint of each model")
     allowed = lattice.prefixes()
     teacher, *_, student = lattice.nodes
     ways: dict[str, list[ModelPath]] = {node: [] for node in lattice.nodes}
@@ -206,7 +206,7 @@ def beam(lattice: Lattice, *, width: int) -> Strategy:
 def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
     """Run successive halving (Jamieson & Talwalkar 2016): train all paths for a few updates, keep the better half, and repeat.
 
-    Each rung has longer runs than the rung before. A longer run starts anew, because its learning-rate schedule has another length.
+    Each such step is a rung, and the runs of each rung are longer. A longer run starts anew, because its learning-rate schedule differs.
 
     Args:
         rungs: for each rung, the share of a stage's updates that is run. At least two rising values; the last value must be 1.
@@ -247,7 +247,7 @@ def size_law(
     ratio: float = 2.5,
     max_assistants: int | None = None,
 ) -> ModelPath:
-    """Choose the models from the student upward. Each next model is the bigger one whose size is nearest to `ratio` times the last size.
+    """Choose a path from the student upward. The next model is the bigger model whose size is nearest to `ratio` times the current size.
 
     The ratio of 2.5 is from Zhang et al. 2025 (arXiv 2311.07052). With `max_assistants`, only the smallest chosen assistants are kept.
     """
@@ -267,7 +267,7 @@ def performance_mean(teacher: str, assistants: Sequence[str], student: str, scor
 
 
 def geometric_mean(teacher: str, assistants: Sequence[str], student: str, sizes: Mapping[str, float]) -> ModelPath:
-    """Choose the assistant for which the ratios teacher / assistant and assistant / student of sizes are most similar."""
+    """Choose the assistant whose size is nearest to the geometric mean of the teacher's and the student's size."""
     wanted = (math.log(sizes[teacher]) + math.log(sizes[student])) / 2
     return (teacher, min(assistants, key=lambda name: abs(math.log(sizes[name]) - wanted)), student)
 
