@@ -48,7 +48,7 @@ python docs/tabulate_methods.py > docs/results/methods.md
 There is one teacher of 316 k parameters and one student of 24 k, with three
 training seeds. After the same SFT every method gets 240 updates of 32 sequences. Checkpoints are chosen on dev. Learning rates were chosen
 with a seed that is not shown; the recipe's header says what was tried. The numbers are means over five test sets with 95 % intervals.
-Prompts are resampled, and the variation between seeds is a normal draw ([evaluation.md](../evaluation.md)).
+Prompts are resampled, and the variation between training seeds is added as a random normal term ([evaluation.md](../evaluation.md)).
 """
 TAIL = """
 The world is a toy and the student is far too small for its facts, so a few hundred updates change little. The table shows that every method

@@ -77,11 +77,9 @@ class Cache:
         self._file.close()
 
     def get(self, key: str) -> Reply | None:
-        """Return the cached reply, or None if the cache has no reply for this key."""
         return self._replies.get(key)
 
     def put(self, key: str, reply: Reply) -> None:
-        """Add a reply to the cache and write it to the file before returning."""
         line = json.dumps({"key": key, "text": reply.text, "in": reply.tokens_in, "out": reply.tokens_out}, ensure_ascii=False)
         with self._lock:
             self._replies[key] = reply
@@ -173,7 +171,6 @@ def ask_all(
 
 
 def stopped(reason: str, done: int, total: int) -> str:
-    """Return the error message of a judge run that ends before all questions are answered."""
     return f"{reason}: {done} of {total} questions are answered and saved, {total - done} are missing; run the same command to continue"
 
 
@@ -189,7 +186,6 @@ class _Run:
         self.failure = ""
 
     def settle(self, text: str) -> None:
-        """Ask one question until its reply can be parsed, at most `ATTEMPTS` times."""
         found = None
         for attempt in range(ATTEMPTS):
             asked = with_reminder(text, attempt)

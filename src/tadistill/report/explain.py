@@ -190,7 +190,6 @@ def _hops(results: Results, c: Comparison) -> list[str]:
 
 
 def sum_of(terms_SNK: list[np.ndarray]) -> np.ndarray:
-    """Return the sum of several terms for each prompt."""
     return np.sum(terms_SNK, axis=0)
 
 

@@ -44,7 +44,6 @@ _SECTIONS = (
 
 
 def render_page(results: Results) -> str:
-    """Return the report as one HTML page."""
     environment = Environment(
         loader=PackageLoader("tadistill.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -132,7 +131,6 @@ def _prose(sentence: str) -> Markup:
 
 
 def _embedded(value: Any) -> Markup:
-    """Return JSON for a ``<script>`` element. Each ``<`` is escaped, so that a model's text cannot end the element."""
     encoded = json.dumps(value, ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         encoded = encoded.replace(character, f"\\u{ord(character):04x}")

@@ -38,7 +38,6 @@ from tadistill.statistics import Difference
 
 
 def write_results(results: Results) -> None:
-    """Write ``results.json`` and ``results.csv`` into the study's directory."""
     content = {
         "study": results.plan.study,
         "created": results.plan.created,
@@ -111,7 +110,6 @@ def _csv(results: Results) -> str:
 
 
 def render_markdown(results: Results) -> str:
-    """Return the report as a Markdown document that ends with a newline."""
     plan = results.plan
     trained = any(arm.is_trained for arm in plan.arms)
     seeds = f" (training seeds {', '.join(map(str, seeds_of(results)))})" if trained else ""

@@ -77,7 +77,6 @@ def cost_rows(results: Results) -> list[CostRow]:
 
 
 def stage_rows(results: Results) -> list[StageRow]:
-    """Return a row for every stage, in the order of the plan."""
     return [StageRow(stage, load_manifest(results.store, stage.key)) for stage in results.plan.stages]
 
 
@@ -110,7 +109,6 @@ class Cell:
 
     @property
     def text(self) -> str:
-        """The value and the interval, with a space between."""
         return f"{self.value} {self.interval}".rstrip()
 
 

@@ -88,7 +88,6 @@ class Results:
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """The rows of ``results.json``."""
         return _rows(self)
 
     @cached_property
@@ -102,7 +101,6 @@ class Results:
         return _averages(self.sets, self.numbers)
 
     def arm(self, name: str) -> ArmRecord:
-        """Return the arm of the plan with this name."""
         return next(arm for arm in self.plan.arms if arm.name == name)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -169,7 +167,6 @@ def primary_metric(results: Results) -> str:
 
 
 def seeds_of(results: Results) -> tuple[int, ...]:
-    """Return the training seeds of the plan."""
     return tuple(sorted({seed for arm in results.plan.arms for seed in arm.evaluate}))
 
 

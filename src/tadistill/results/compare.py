@@ -98,7 +98,6 @@ def bucket_title(bucket: Bucket) -> str:
 
 
 def bucket_size(results: Results, metric: str, bucket: Bucket) -> int:
-    """Return the number of prompts in the bucket, over the sets that have the metric."""
     return sum(len(rows) for _, rows in _rows(results, metric, bucket))
 
 
@@ -151,7 +150,6 @@ class Point:
 
     @property
     def decoding(self) -> str:
-        """The name of the decoding; `MAIN` for the main decoding."""
         return self.metric.partition("@")[2] or MAIN
 
 
@@ -212,7 +210,6 @@ def entropy_curve(results: Results, arm: str, metric: str, seeds: Sequence[int],
 
 
 def _at_matched_entropy(results: Results, arm: str, other: str, metric: str) -> tuple[Curves, Difference | None, float | None]:
-    """Compare two arms at the lower of their two entropies. The arm with the higher entropy is interpolated between its decodings."""
     sets = sets_with(results, metric)
     seeds = common_seeds(results, arm, other, sets, metric)
     both = [entropy_curve(results, name, metric, seeds, temperatures(results)) for name in (arm, other)]

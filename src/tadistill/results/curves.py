@@ -72,7 +72,6 @@ def _without_seed(label: str) -> str:
 
 
 def _mean(by_seed: Mapping[int, dict[int, float]]) -> dict[int, float]:
-    """Return the mean over seeds, at the steps that all seeds logged."""
     common = set.intersection(*(set(points) for points in by_seed.values()))
     return {step: float(np.mean([points[step] for points in by_seed.values()])) for step in sorted(common)}
 

@@ -219,7 +219,6 @@ def _by_seed(keys: Mapping[str, str]) -> dict[int, str]:
 
 
 def load_manifest(store: Store, key: str) -> StageManifest | None:
-    """Return the manifest of a stage, or None while it is not finished."""
     if not store.finished(key):
         return None
     path = store.folder(key) / MANIFEST

@@ -205,7 +205,6 @@ def checkpoints_seen(results: Results, arm: ArmRecord, seed: int) -> int:
 
 
 def _spread_on_dev(results: Results, arms: tuple[ArmRecord, ArmRecord], seeds: tuple[int, ...], metric: str) -> float | None:
-    """Return the standard deviation of the later half of the dev values, as the root mean square over arms and seeds."""
     variances: list[float] = []
     for key in (arm.final[seed] for arm in arms for seed in seeds):
         if key is None or not results.store.finished(key):

@@ -56,12 +56,10 @@ class Checkpoints:
         """The best update of the newest state, then the best update of the state before it."""
 
     def due(self) -> bool:
-        """Return True when it is time to save."""
         pause = max(_SECONDS, _SHARE * self.took) if self.seconds is None else self.seconds
         return time.monotonic() - self.at > pause
 
     def best(self, step: int) -> Path:
-        """Return the path of the file for the weights after `step` updates."""
         return self.directory / f"best-{step}.pt"
 
     def load(self, alarm: Callable[[str], None]) -> TrainState | None:
@@ -108,7 +106,6 @@ class Checkpoints:
         self.took = self.at - start
 
     def keep_best(self, step: int, weights: dict[str, Any]) -> None:
-        """Write the weights after `step` updates, which are the best so far."""
         save(self.best(step), weights)
         self._drop_other_best(step)
 

@@ -173,7 +173,6 @@ class _Run:
             return _measured(self.student, hooks, self.accelerator)
 
     def watch(self, batches: list[Batch]) -> dict[str, float]:
-        """Return metrics of the main process's rollouts; the other processes return an empty dictionary."""
         main = self.accelerator.is_main_process
         if not main and not any(map(sharding.sharded, (self.student, *self.step.models.teachers))):  # sharded models need all processes
             return {}

@@ -42,7 +42,6 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def sharded(model: nn.Module) -> bool:
-    """Return True if a model is sharded."""
     return isinstance(model, FSDPModule)
 
 
@@ -141,7 +140,6 @@ def _like(value: Any, own: Tensor | None) -> Any:
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder layers: the first module list whose length is the configuration's number of layers."""
     total = model.config.get_text_config().num_hidden_layers
     stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == total)
     return [*next(stacks, [])]

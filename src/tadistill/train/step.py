@@ -177,7 +177,6 @@ def _step(method: Method, models: Models) -> Step:
 
 
 def _divergence(objective: config.Divergence, batch: Batch) -> list[Term]:
-    """Return the terms of a divergence, the function of the same name in `tadistill.objectives`. Its arguments are the other fields."""
     settings = objective.model_dump(exclude={"type", "kd_ratio", "temperature"})
     return _towards_teacher(objective, batch, getattr(objectives, objective.type), settings)  # type: ignore[attr-defined]
 

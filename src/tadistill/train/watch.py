@@ -62,7 +62,6 @@ def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
 
 @torch.no_grad()
 def _scored(step: Step, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Return four values per token: entropy, mass on the teacher's top tokens, log q, log p. A value without its teacher is None."""
     models, tokens = step.models, batch.targets_BT[batch.mask_BT]
     teachers = models.targets(batch) if batch.targets or models.teachers else ()
     mixture = mixture_of(batch)
@@ -124,9 +123,7 @@ class Alarms:
         return new
 
     def state(self) -> dict[str, Any]:
-        """Return the values that a checkpoint must store."""
         return {"first": self.first, "active": self.active, "given": self.given}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from values that `state` returned."""
         self.first, self.active, self.given = dict(state["first"]), list(state["active"]), list(state["given"])

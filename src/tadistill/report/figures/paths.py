@@ -165,7 +165,6 @@ def _kinds(results: Results) -> Mapping[str, Look]:
 
 
 def lattice_legend(results: Results) -> list[LegendEntry]:
-    """Return the legend: one entry for each kind of distillation."""
     return [LegendEntry(f"kind:{kind}", kind, look) for kind, look in _kinds(results).items()]
 
 

@@ -217,7 +217,6 @@ def _name_decodings(figure: go.Figure, curves: Sequence[Sequence[Point]]) -> Non
 
 
 def plane_legend(results: Results) -> list[LegendEntry]:
-    """Return the legend of the figure that shows quality against entropy."""
     return arm_legend(results, entropy_curves(results))
 
 
@@ -294,7 +293,6 @@ def _guide(figure: go.Figure, points: Sequence[tuple[float, float]], name: str, 
 
 
 def cost_legend(results: Results) -> list[LegendEntry]:
-    """Return the legend of the cost figure: the arms, the Pareto front and the direct arm's line."""
     entries = arm_legend(results, [arm.name for arm, flops, *_ in cost_points(results) if flops > 0])
     guides = [LegendEntry("front", "best for its cost", Look(GREY, "line-ew", "━", "solid"))]
     guides += [LegendEntry("direct longer", "direct, trained longer", _PLAIN)] if direct_longer(results) else []

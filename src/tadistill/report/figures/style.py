@@ -63,7 +63,6 @@ def looks(results: Results) -> Mapping[str, Look]:
 
 
 def arm_group(name: str) -> str:
-    """Return the legend group of an arm's traces."""
     return f"arm:{name}"
 
 
@@ -85,18 +84,15 @@ def row_text(y: float, text: str, *, right: bool = False, size: int = 12) -> dic
 
 
 def separate_rows(figure: go.Figure, rows: int) -> None:
-    """Draw thin lines between the rows of a figure. Row i is at height i."""
     for y in range(rows - 1):
         line(figure, xref="paper", x0=0, x1=1, y0=y + 0.5, y1=y + 0.5)
 
 
 def line(figure: go.Figure, *, colour: str = GRID, width: float = 1, dash: str = "solid", **ends: Any) -> None:
-    """Draw a straight line below the traces."""
     figure.add_shape(type="line", line={"color": colour, "width": width, "dash": dash}, layer="below", **ends)
 
 
 def axes(figure: go.Figure, x: str, y: str) -> None:
-    """Set the titles of both axes and draw a light grid."""
     figure.update_xaxes(title={"text": x, "standoff": 6}, gridcolor=GRID, zeroline=False)
     figure.update_yaxes(title={"text": y, "standoff": 6}, gridcolor=GRID, zeroline=False, automargin=True, title_font_size=12)
 
