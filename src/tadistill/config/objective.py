@@ -244,7 +244,7 @@ class MiniLLM(ObjectiveBase):
     clipping: Literal["ratio", "ppo"] = "ratio"
     """Paper: min(ratio, clip(ratio)); official: PPO's max(-A ratio, -A clip(ratio)), which depends on the sign of A."""
     clip_weight: bool = True
-    """True: clip the whole ratio q / p~ (paper and official). False: clip only q / q_old, where q_old is the student when it sampled."""
+    """True: clip the whole ratio q / p~ (paper and official). False: clip only q / q_old, where q_old is the student at sampling time."""
     single_step: bool = True
     """Add the one-step term: the expected reward of the next token, computed exactly over the vocabulary (Eq. 3)."""
     single_step_weight: bool = True

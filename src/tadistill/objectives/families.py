@@ -27,7 +27,7 @@ def alpha_beta(
 
     Args:
         alpha, beta: finite; the defaults are ABKD's for GPT-2 (ABKD has 0.5, 0.5 for OpenLLaMA2). If one is negative, the value is
-        unbounded, and it is undefined where a probability is 0.
+            unbounded, and it is undefined where a probability is 0.
 
     Other args, returns and errors are as in `forward_kl`. Source: Wang et al. 2025 (ABKD), Eq. 5; Cichocki et al. 2011.
     """

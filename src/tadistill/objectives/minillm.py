@@ -105,7 +105,8 @@ def policy_gradient(
         log_q: log-probabilities of the sampled tokens under the student, with a graph.
         log_behaviour: log-probabilities of the same tokens under the policy that sampled them.
         advantage: `returns(...)`; no gradient flows through it.
-        weight: factor of the result. To clip only q / q_old, give log q_old as `log_behaviour` and q_old / p~ as `weight`.
+        weight: factor of the result. To clip only q / q_old (q_old: the student when it sampled), give
+            log q_old as `log_behaviour` and q_old / p~ as `weight`.
 
     Returns:
         One value per token, of the shape of the inputs.

@@ -24,7 +24,9 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def k1(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """Return log q - log p at a token drawn from q: an unbiased estimate of KL(q || p) of high variance. Its gradient has mean zero.
+    """Return log q - log p of student q and teacher p, an unbiased estimate of KL(q || p) with high variance. Its gradient has mean zero.
+
+    The tokens must be drawn from q.
 
     Args:
         student_log_probs, teacher_log_probs: log-probabilities of the same tokens, of any shape.
@@ -35,7 +37,7 @@ def k1(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
 
 def k2(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """Return (log p - log q)^2 / 2 at a token drawn from q: a biased estimate of KL(q || p), of low variance.
+    """Return (log p - log q)^2 / 2, a biased estimate of KL(q || p) with low variance.
 
     Its gradient is an unbiased estimate of the gradient of KL(q || p). Args and source are as in `k1`.
     """
@@ -43,7 +45,7 @@ def k2(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
 
 def k3(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """Return p/q - 1 - log(p/q) at a token drawn from q: an unbiased estimate of KL(q || p), never negative, of low variance.
+    """Return p/q - 1 - log(p/q), an unbiased estimate of KL(q || p) with low variance. It is never negative.
 
     Its gradient is an unbiased estimate of the gradient of KL(p || q). Args and source are as in `k1`.
     """

@@ -197,7 +197,7 @@ class StageBuilder:
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 
     def analyse(self, name: str, models: list[Handle], seed: int, answers: str, original: str) -> str:
-        """Add the stage that compares the last model of a path with the original teacher and with the models between."""
+        """Add the stage that compares a path's last model with the original teacher and with the assistants in the path."""
         teacher = self.trained(original, seed)
         teacher_answers = self.evaluate(original, teacher, seed, self.recipe.evaluate)
         spec = specs.AnalyseSpec(

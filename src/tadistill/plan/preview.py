@@ -64,7 +64,7 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
 
 
 def _arms(plan: Plan) -> Table:
-    table = _table("training behind each arm, one seed", "arm", "path", "FLOPs", "x direct", "assistants", "compute")
+    table = _table("total training of each arm, for one seed", "arm", "path", "FLOPs", "x direct", "assistants", "compute")
     for arm in plan.arms:
         direct = _direct(plan, arm)
         ratio = f"{arm.flops / direct:.2f}" if arm.flops and direct else "–"
@@ -116,14 +116,14 @@ def _largest(plan: Plan, width: int) -> Table:
             label = ""
         if stage.cost.published:
             share = f"{stage.cost.published / stage.cost.total:.0%}"
-            table.add_row("", "[dim]released code would[/]", _flops(stage.cost.published), share)
+            table.add_row("", "[dim]released code needs[/]", _flops(stage.cost.published), share)
     return table
 
 
 def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]:
     head = plan.teacher or "a loaded model"
     yield (
-        f"FLOPs include all training that an arm's final model needs, also that of {head}. "
+        f"FLOPs include all training that an arm's final model needs, and the training of {head}.  "
         "They do not include dev evaluations, rollout metrics and tests."
     )
     todo = [s for s in plan.stages.values() if s.cost and s.cost.parts and not store.finished(s.key)]

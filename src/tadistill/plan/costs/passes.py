@@ -51,7 +51,9 @@ class Texts:
         return sum(response for _, response in self.rows) / len(self.rows)
 
     def answered(self, most: int, *, endless: bool = False) -> "Texts":
-        """Return the prompts with assumed lengths of sampled answers: `most` tokens if `endless`, else the reference's, at most `most`."""
+        """Return the same prompts with the assumed lengths of sampled answers.
+
+        An answer has `most` tokens if `endless`. Otherwise it is as long as the reference, but has at most `most` tokens."""
         return replace(self, rows=tuple((prompt, most if endless else min(response, most)) for prompt, response in self.rows))
 
     def drawn(self, count: int) -> list[tuple[int, int]]:
@@ -153,7 +155,7 @@ class _StandIn:
 
 
 def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
-    """Return the mean of (the largest of `draws` values) ** `power`. The draws are random and without replacement."""
+    """Return the expected value of (the largest of `draws` values) ** `power`. The draws are random and without replacement."""
     ordered, n = sorted(values), len(values)
     if draws >= n:
         return float(ordered[-1] ** power)
@@ -226,7 +228,9 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
 
 @lru_cache
 def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """Return the work of one model in `rollout.lazy`. Each token but the last is read once. Each response token has logits once."""
+    """Return the work of one model in `rollout.lazy`. The model reads each token once, except the last one.
+
+    It computes logits once for each response token."""
     rows = texts.drawn(count)
     total = Work()
     for start in range(0, len(rows), chunk):
