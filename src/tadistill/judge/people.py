@@ -221,7 +221,9 @@ def agreement(ratings: Sequence[Rating], *, scale: Sequence[int]) -> dict[str, A
         try:
             import krippendorff
         except ImportError as error:
-            raise ConfigError("the agreement needs the package krippendorff: install it with `pip install 'tadistill[judge]'`") from error
+            raise ConfigError(
+                "the raters' agreement needs the package krippendorff: install it with `pip install 'tadistill[judge]'`"
+            ) from error
         domain = list(range(int(scale[0]), int(scale[1]) + 1))
         value = krippendorff.alpha(reliability_data=shared, value_domain=domain, level_of_measurement="ordinal")
         found["value"] = round(float(value), 4)

@@ -2,8 +2,8 @@
 
 Differences are paired by training seed and prompt.
 
-Sharpening means a gain without more knowledge. Training with reverse KL lowers the entropy of a student's distribution. The student then
-scores higher when its answers are sampled at temperature 1. Such a gain vanishes when both arms decode greedily. It also vanishes when each
+Sharpening means a higher score without more knowledge. Training with reverse KL lowers the entropy of a student's distribution. Answers
+that are sampled at temperature 1 then score higher. Such a gain vanishes when both arms decode greedily. It also vanishes when each
 arm is decoded at the temperature that gives both arms the same entropy.
 """
 

@@ -61,7 +61,7 @@ class ArmRecord:
     path_text: str
     """The whole path in the notation of a recipe: ``xl > l > s``."""
     models: tuple[str, ...]
-    """All models that take part: those of the path, those of earlier turns, and those from which others are initialised."""
+    """All models that the arm uses, also in earlier paths (`then`) and as initialisation."""
     method: str
     model: str
     compute: str | None
@@ -185,7 +185,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
         for name in {name for arm in plan.arms for name in (*arm.path, arm.model)}:
             plan.parameters[name]  # an arm with an undeclared model also means a damaged plan
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}): `tadistill run RECIPE` rewrites it") from error
+        raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}): run `tadistill run RECIPE` to write it again") from error
     return plan
 
 

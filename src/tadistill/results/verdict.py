@@ -116,7 +116,7 @@ def _chain_pair(results: Results, chain: ArmRecord) -> ComparedPair:
 
 
 def comparisons(results: Results) -> tuple[Comparison, ...]:
-    """Return the comparisons of all pairs that share a finished seed, in the plan's order."""
+    """Return a comparison for each pair of arms with a common finished seed, in the plan's order."""
     return results.once("comparisons", lambda: _comparisons(results))
 
 
