@@ -48,10 +48,7 @@ class Batch:
     corpus: "Batch | None" = None
     """A batch of plain text for an additional language-modelling loss; None if there is no such loss."""
     targets: tuple[Hidden | TopK, ...] = ()
-    """One entry per teacher with its stored outputs at the positions where the mask is True, in row-major order.
-
-    Empty if no outputs were computed before the training step.
-    """
+    """The stored outputs of each teacher where the mask is True, in row-major order; empty if none were computed in advance."""
     mixture: TargetMixture | None = None
     """The weights with which this update mixes several teachers."""
 

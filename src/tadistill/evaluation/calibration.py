@@ -1,9 +1,9 @@
-"""Calibration: reliability bins, the expected calibration error, and the model's confidence among label words.
+"""Calibration: reliability bins, the expected calibration error (ECE), and a model's probabilities of the answer choices.
 
     probabilities = label_probabilities(model, prompts, choices, pad=…, vocab=…, batch=…)
     ece(bins(*likeliest(probabilities, labels, references)))
 
-MiniLLM evaluates SST-2 and BoolQ this way (arXiv:2306.08543): the answer is the label word with the highest probability.
+MiniLLM evaluates SST-2 and BoolQ this way (arXiv:2306.08543). The answer is the choice with the highest probability.
 """
 
 from collections.abc import Sequence as Seq
@@ -37,10 +37,12 @@ class Bins:
 
 
 def bins(confidence: Seq[float] | np.ndarray, correct: Seq[bool] | np.ndarray, count: int = 15) -> Bins:
-    """Sort predictions into `count` bins [k / count, (k + 1) / count). A confidence of 1 goes into the last bin.
+    """Sort predictions by confidence into `count` bins of equal width. Bin k contains confidences in [k / count, (k + 1) / count).
+
+    A confidence of 1 goes into the last bin.
 
     Args:
-        confidence: the probability of each prediction, 0-1.
+        confidence: the model's probability of each prediction, 0-1.
         correct: True for each correct prediction.
 
     Raises:
@@ -51,36 +53,37 @@ def bins(confidence: Seq[float] | np.ndarray, correct: Seq[bool] | np.ndarray, c
         raise DataError(f"confidence has shape {sure.shape} and correct {right.shape}; each must be a list with one number per prediction")
     outside = ~((sure >= -_ROUNDING) & (sure <= 1 + _ROUNDING))
     if outside.any():
-        raise DataError(f"confidence {sure[outside][0]} is no probability; every confidence must be in [0, 1]")
+        raise DataError(f"the confidence {sure[outside][0]} is no probability; every confidence must be in [0, 1]")
     bin_of = np.searchsorted(np.linspace(0, 1, count + 1)[1:-1], sure, side="right")
     return _of_sums(*(np.bincount(bin_of, weights, count) for weights in (None, sure, right)))
 
 
 def merge(parts: Seq[Bins]) -> Bins:
-    """Merge bins, as if all predictions had been sorted into the same bins.
+    """Add the bins of several sets of predictions. The result is the same as sorting all predictions at once.
 
     Raises:
         DataError: `parts` is empty, or its elements have different numbers of bins.
     """
     sizes = {len(p.count) for p in parts}
     if len(sizes) != 1:
-        raise DataError(f"bins cannot be merged: give at least one part, all with the same number of intervals, not {sorted(sizes)}")
+        raise DataError(f"to merge bins, give at least one part, and the same number of bins in all parts; the numbers are {sorted(sizes)}")
     counts = np.stack([p.count for p in parts])
     confidence, correct = np.stack([p.confidence for p in parts]), np.stack([p.correct for p in parts])
     return _of_sums(counts.sum(0), (counts * confidence).sum(0), (counts * correct).sum(0))
 
 
 def ece(of: Bins) -> float:
-    """Return the expected calibration error (Naeini et al. 2015; Guo et al., arXiv:1706.04599) in percentage points.
+    """Return the expected calibration error in percentage points (Naeini et al. 2015; Guo et al., arXiv:1706.04599).
 
-    It is the mean over predictions of |share of correct predictions - mean confidence|, both taken over the prediction's bin.
+    For each bin, take the absolute difference between the share of correct predictions and the mean confidence. The result is the mean
+    over the bins, weighted by their numbers of predictions.
 
     Raises:
         DataError: there is no prediction.
     """
     total = of.count.sum()
     if total == 0:
-        raise DataError("the calibration error of no predictions is undefined; give at least one prediction")
+        raise DataError("the calibration error cannot be computed from no predictions; give at least one prediction")
     return float(100 * (of.count * np.abs(of.correct - of.confidence)).sum() / total)
 
 
@@ -88,9 +91,9 @@ def ece(of: Bins) -> float:
 def label_probabilities(
     model: PreTrainedModel, prompts: Seq[tuple[int, ...]], choices: Seq[Seq[tuple[int, ...]]], *, pad: int, vocab: int, batch: int
 ) -> list[np.ndarray]:
-    """Return the model's probability of each answer choice of a prompt; the probabilities of a prompt's choices sum to 1.
+    """Return the model's probability of each answer choice. The probabilities of one prompt's choices sum to 1.
 
-    log p(choice | prompt) is the sum over the tokens of the choice, without EOS. The probabilities are the softmax of these sums.
+    They are the softmax of log p(choice | prompt), which is summed over the tokens of the choice, without EOS.
 
     Args:
         prompts: token ids of each prompt.
@@ -127,7 +130,7 @@ def label_probabilities(
 
 
 def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references: Seq[Seq[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each prompt the probability (0-1) of its most probable choice, and True if this choice is one of the references."""
+    """Find each prompt's most probable choice. Return its probabilities (0-1), and True where the choice is a reference."""
     best = [int(p.argmax()) for p in probabilities]
     confidence = np.array([p[k] for p, k in zip(probabilities, best, strict=True)], np.float64)
     right = [labels[k] in refs for k, labels, refs in zip(best, choices, references, strict=True)]
@@ -140,7 +143,6 @@ def _of_sums(count: np.ndarray, confidence: np.ndarray, correct: np.ndarray) -> 
 
 
 def _losses(reader: Reader, hidden: Tensor, tokens: Tensor, vocab: int) -> np.ndarray:
-    """Return -log p (N,) of the tokens (N,), predicted from the hidden states (N, H), in nats."""
     targets = tokens.to(hidden.device)
 
     def values(logits: Tensor, _: tuple, at: slice) -> Tensor:

@@ -1,7 +1,7 @@
-"""Evaluate a model on prompts with references: sample answers with several decoding seeds, and compute text scores, loss and calibration.
+"""Evaluate a model on one data set: sample answers with several decoding seeds, and compute text scores, loss and calibration.
 
-`evaluate` does the whole work. A stage calls `generate` and `score` instead, and saves the answers between the two calls. The training loop
-calls `dev_metrics`. The metrics that need a second model are in `tadistill.evaluation.scoring`.
+`evaluate` does all of this. Stages call `generate_answers` and `score` instead, and save the answers in between. The training loop calls
+`dev_metrics`. Metrics that need a second model are in `tadistill.evaluation.scoring`.
 """
 
 from collections.abc import Callable
@@ -27,15 +27,21 @@ class Evaluation:
     """The results of one model on one test set."""
 
     scores: dict[str, list[list[float]]]
-    """Metric -> [prompt][decoding seed]. A metric that needs no sampled answers has only one column."""
+    """Maps a metric to its values [prompt][decoding seed]. A metric that needs no sampled answers has one column."""
     corpus: dict[str, Any]
-    """`numbers` (metrics of the whole set) and, if references were scored, `calibration` and `reference_length` (tokens without EOS)."""
+    """Results for the whole set: `numbers` contains the metrics that exist only for a set.
+
+    If the references were scored too, it also has `calibration`, and `reference_length` (tokens of each reference, without EOS).
+    """
     records: list[dict[str, Any]]
-    """One record per answer: the templated prompt, the instruction and input without template, the prediction, references and scores."""
+    """One record per answer: the full prompt, the instruction, the input, the prediction, the references and the scores."""
 
 
 def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Callable[[int], None] = lambda n: None) -> Evaluation:
-    """Return all metrics of one test set that need no second model. After each batch, `tick` gets the batch's number of answers."""
+    """Sample answers, and return all metrics of one data set that need no second model.
+
+    After each batch, `tick` is called with the number of answers in the batch.
+    """
     answers = {seed: generate_answers(subject, data, settings, seed, tick) for seed in settings.seeds}
     return score(subject, data, settings, answers)
 
@@ -45,7 +51,7 @@ def generate_answers(
 ) -> list[Sequence]:
     """Sample one answer per prompt, in the order of `data.encoded`.
 
-    Prompts of similar length share a batch. The random numbers of a prompt depend only on the seed, the name of the set and the row.
+    The random numbers of a prompt depend only on the seed, the name of the data set, and the prompt's row.
     """
     uniforms = rng.uniforms([e.row for e in data.encoded], settings.max_new_tokens, seed, "decode", data.name)
     engine = Native(subject.model, settings, eos=subject.eos, vocab=subject.vocab, chunk=settings.batch)
@@ -54,7 +60,7 @@ def generate_answers(
 
 
 def score(subject: Subject, data: EvalSet, settings: Evaluate, answers: Answers, *, read_references: bool = True) -> Evaluation:
-    """Score answers. The references are scored too if `read_references` is True; their scores do not depend on the decoding."""
+    """Score sampled answers. If `read_references` is True, compute the metrics of the references too, such as the loss."""
     predictions = {seed: decode(subject, of_seed) for seed, of_seed in answers.items()}
     per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}
     columns = {name: np.stack([scores[name] for scores in per_seed.values()], axis=1) for name in next(iter(per_seed.values()))}
@@ -67,7 +73,7 @@ def score(subject: Subject, data: EvalSet, settings: Evaluate, answers: Answers,
 
 
 def decode(subject: Subject, answers: Seq[Sequence]) -> list[str]:
-    """Decode answers to text, without special tokens and surrounding white space."""
+    """Decode answers to text. Special tokens, and white space at both ends, are removed."""
     return [t.strip() for t in subject.tokenizer.batch_decode([list(a.response) for a in answers], skip_special_tokens=True)]
 
 
@@ -118,7 +124,11 @@ def _records(data: EvalSet, seed: int, subject: Subject, predictions: list[str],
 def dev_metrics(
     subject: Subject, data: EvalSet, settings: Evaluate, metric: str, *, teacher: PreTrainedModel | None = None
 ) -> dict[str, float]:
-    """Return the dev loss, and `metric` if it is reverse KL or a text score. A text score brings all other text scores and the length."""
+    """Return the dev loss and, if `metric` needs sampled answers, further dev metrics.
+
+    For `reverse_kl` this is the reverse KL to `teacher`. For a text score, these are all text scores and the mean answer length in
+    tokens.
+    """
     found = {"loss": float(means(likelihood(subject, references(data.encoded), batch=settings.batch)["loss"]).mean())}
     reads_text = metric in names_in("quality")
     if reads_text or metric == "reverse_kl":

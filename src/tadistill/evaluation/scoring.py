@@ -1,19 +1,17 @@
-"""Values at every response token, such as loss or KL, from forward passes of one model or of several models over whole sequences.
+"""Metrics that have a value at every response token, such as loss or KL. They compare a model with the text or with other models.
 
-Logits exist only for a few tokens at a time. A function over sequences returns one array per sequence, with one value per response token.
-Axes: N tokens, V vocabulary. Comparisons on the same texts are the KL to the original teacher, the error budget of a chain, exposure bias,
-and how well a teacher fits a learner.
+Logits exist only for a few tokens at a time, to save memory. Axes: N tokens, V vocabulary. q is the student, and p_T is the teacher.
 
-The error budget of a path T > A1 > … > Ak > q splits KL(q ‖ p_T) into an exact sum,
+The error budget shows how much each edge of a path contributes to the divergence from the teacher. For a path T > A1 > … > Ak > q:
 
-    KL(q ‖ p_T) = KL(q ‖ p_Ak) + E_q[log p_Ak - log p_A(k-1)] + … + E_q[log p_A1 - log p_T],
+    KL(q ‖ p_T) = KL(q ‖ p_Ak) + E_q[log p_Ak - log p_A(k-1)] + … + E_q[log p_A1 - log p_T]
 
-Training minimised the first term. Each other term belongs to one edge of the path: it is KL(q ‖ upper model) - KL(q ‖ lower model), and it
-may be negative. All terms are means over the tokens of the student's own answers, and exact sums over the vocabulary.
+Training minimised the first term. Each other term is the difference KL(q ‖ upper model) - KL(q ‖ lower model) of one edge. It may be
+negative. All terms are means over the tokens of the student's own answers.
 
-Exposure bias follows MiniLLM (arXiv:2306.08543, section 3.4): the student's error KL(p ‖ q) before each token, on prefixes sampled by the
-student and on prefixes sampled by the teacher. The value at a position is the mean over the answers that reach this position. MiniLLM's
-released code differs: it gives ended answers an error of 0, and starts at the second token.
+Exposure bias follows MiniLLM (arXiv:2306.08543, section 3.4). It compares the error KL(p ‖ q) after text sampled by the student with the
+error after text sampled by the teacher. The value at a position is the mean over the answers that reach it. MiniLLM's released code
+differs: it gives ended answers an error of 0, and starts at the second token.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,9 +30,9 @@ from tadistill.models.forward import Reader
 from tadistill.objectives import cross_entropy, forward_kl, fused_head, log_probs, reverse_kl
 
 Answers = Mapping[int, Seq[Sequence]]
-"""Decoding seed -> one answer per prompt."""
+"""Maps a decoding seed to one answer per prompt."""
 PerToken = dict[str, list[np.ndarray]]
-"""Name -> one array per sequence."""
+"""Maps a metric to one array per sequence. An array has one value per response token."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,18 @@ class Subject:
 
     @property
     def pad(self) -> int:
-        """A token id for padding. Any id works, because padding is found by the lengths."""
+        """A token id for padding. Any id works, because the lengths tell where padding is."""
         eos = self.tokenizer.eos_token_id
         assert isinstance(eos, int)
         return eos
 
 
 def likelihood(subject: Subject, sequences: Seq[Sequence], *, batch: int) -> PerToken:
-    """Return at each token loss (-log q, in nats), confidence (the largest probability), and correct (1 if the argmax is the token)."""
+    """Return three values at each response token: `loss`, `confidence` and `correct`.
+
+    `loss` is -log q of the token, in nats. `confidence` is the largest probability. `correct` is 1 if the token is the most probable
+    one, else 0.
+    """
 
     def values(logits: Tensor, targets: tuple, tokens: Tensor) -> Tensor:
         best, token = log_probs(logits).max(-1)
@@ -66,13 +68,13 @@ def likelihood(subject: Subject, sequences: Seq[Sequence], *, batch: int) -> Per
 
 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the entropy of softmax(logits / temperature) in nats: (N, V) -> (N,)."""
+    """Return the entropy (N,) of softmax(logits / temperature) in nats. The logits have the shape (N, V)."""
     log_q = log_probs(logits, temperature)
     return -(log_q.exp() * log_q).sum(-1)
 
 
 def entropy(subject: Subject, sequences: Seq[Sequence], *, batch: int, temperature: float) -> list[np.ndarray]:
-    """Return the entropy of softmax(logits / temperature) before each token, in nats. It is 0 at temperature 0."""
+    """Return the entropy (nats) of the model's distribution at each response token. It is 0 at temperature 0."""
     if temperature == 0:
         return [np.zeros(len(s.response)) for s in sequences]
 
@@ -83,9 +85,10 @@ def entropy(subject: Subject, sequences: Seq[Sequence], *, batch: int, temperatu
 
 
 def divergences(subject: Subject, sequences: Seq[Sequence], others: Seq[PreTrainedModel], *, batch: int) -> list[PerToken]:
-    """Return forward_kl = KL(p ‖ q) and reverse_kl = KL(q ‖ p) before each token, for each model p in `others`; the subject is q.
+    """Return `forward_kl` and `reverse_kl` at each response token, once for each model in `others`.
 
-    The KL is summed exactly over the vocabulary. The subject runs only one forward pass for all other models.
+    forward_kl = KL(p ‖ q) and reverse_kl = KL(q ‖ p), in nats. q is the subject and p is the other model. Both are exact sums over the
+    vocabulary.
     """
     names = tuple(f"{name} {i}" for i in range(len(others)) for name in ("forward_kl", "reverse_kl"))
 
@@ -97,7 +100,7 @@ def divergences(subject: Subject, sequences: Seq[Sequence], others: Seq[PreTrain
 
 
 def means(per_token: list[np.ndarray]) -> np.ndarray:
-    """Return the mean over each sequence's tokens."""
+    """Return the mean over the tokens of each sequence: one number per sequence."""
     return np.array([values.mean() for values in per_token])
 
 
@@ -111,10 +114,10 @@ def per_token(
     batch: int,
     others: Seq[PreTrainedModel] = (),
 ) -> PerToken:
-    """Compute values at every response token: for each name, one array per sequence.
+    """Compute metrics at every response token. `names` are the metrics.
 
-    `values` is called for a few tokens at a time, with the subject's logits (N, V), a tuple of the other models' logits, and the token ids
-    (N,). It returns one row per name: (names, N).
+    `values` computes them for a few tokens at a time. It is called with the subject's logits (N, V), a tuple of the other models'
+    logits, and the token ids (N,). It returns one row per name: (names, N).
     """
     found: PerToken = {name: [np.empty(0)] * len(sequences) for name in names}
     reader, readers = Reader(subject.model), [Reader(model) for model in others]
@@ -136,9 +139,9 @@ def per_token(
 
 
 ON_OWN_TEXT = ("reverse_kl", "overlap", "mass", "entropy_gap")
-"""The pair measures that use prefixes sampled by the learner."""
+"""The metrics of `pair_measures` that are computed on answers of the learner."""
 Exposure = dict[str, dict[str, list[float]]]
-"""`student` or `teacher` -> kl (mean at each position) and count (number of answers that reach the position)."""
+"""Maps `student` or `teacher` to `kl` (mean at each position) and `count` (number of answers that reach the position)."""
 
 
 def analyse(
@@ -151,7 +154,7 @@ def analyse(
     assistants: Seq[PreTrainedModel] = (),
     batch: int,
 ) -> tuple[dict[str, list[list[float]]], Exposure]:
-    """Compare the subject with the original teacher on one set.
+    """Compare the subject with the original teacher on one data set.
 
     Args:
         answers: the subject's own answers.
@@ -159,8 +162,8 @@ def analyse(
         assistants: the models of the path between teacher and subject; the first one is next to the teacher.
 
     Returns:
-        {metric: [prompt][decoding seed]}, and the exposure curves. The metrics are forward_kl (on the references), reverse_kl (on the
-        subject's own answers) and, if there are assistants, budget/0, budget/1, … in the order of the module docstring's sum.
+        {metric: [prompt][decoding seed]}, and the exposure curves. The metrics are forward_kl (on the references) and reverse_kl (on the
+        subject's answers). With assistants there are also budget/0, budget/1, …: the terms of the error budget, from left to right.
     """
     (on_references,) = divergences(subject, references(data.encoded), [teacher], batch=batch)
     columns: dict[str, list[np.ndarray]] = {}
@@ -183,7 +186,6 @@ def analyse(
 
 
 def _by_position(per_token: Seq[np.ndarray]) -> dict[str, list[float]]:
-    """Return for each position the mean over the sequences that reach it, and the number of these sequences."""
     total, count = (np.zeros(max(map(len, per_token))) for _ in range(2))
     for values in per_token:
         total[: len(values)] += values
@@ -195,33 +197,33 @@ def _by_position(per_token: Seq[np.ndarray]) -> dict[str, list[float]]:
 
 
 def overlap(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tensor:
-    """Return |top-k of q ∩ top-k of p| / k, shape (N,). It is 1 if both have the same top-k tokens (Li et al. 2026, arXiv:2604.13016).
-
-    If k is larger than V, it is set to V.
-    """
+    """Return the share (N,) of the `k` most probable tokens that student and teacher have in common (Li et al. 2026, arXiv:2604.13016)."""
     k = min(k, student_logits.shape[-1])
     mine, theirs = student_logits.topk(k).indices, teacher_logits.topk(k).indices
     return (mine.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).float().mean(-1)
 
 
 def mass(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tensor:
-    """Return the total probability that q (learner) gives to the top-k tokens of p (teacher), shape (N,).
+    """Return the total probability (N,) that the learner gives to the teacher's `k` most probable tokens.
 
-    A value far below 1 means that the learner rarely uses the teacher's most probable tokens.
+    A value far below 1 means that the learner rarely uses these tokens.
     """
     theirs = teacher_logits.topk(min(k, teacher_logits.shape[-1])).indices
     return log_probs(student_logits).gather(-1, theirs).exp().sum(-1)
 
 
 def entropy_gap(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Return H(p) - H(q) in nats, shape (N,). It is negative if the teacher p has the lower entropy."""
+    """Return the teacher's entropy minus the student's entropy at each token (N,), in nats."""
     return token_entropy(teacher_logits) - token_entropy(student_logits)
 
 
 def pair_measures(
     learner: Subject, teacher: PreTrainedModel, *, own: Seq[Sequence], references: Seq[Sequence], k: int, batch: int
 ) -> PerToken:
-    """Return the measures in `ON_OWN_TEXT` on the learner's own answers, and forward_kl to the teacher on the references."""
+    """Return metrics that tell how well a teacher suits a learner.
+
+    The metrics in `ON_OWN_TEXT` are computed on the learner's own answers, and forward_kl on the references.
+    """
 
     def of_answers(logits: Tensor, teachers: tuple, tokens: Tensor) -> Tensor:
         (other,) = teachers

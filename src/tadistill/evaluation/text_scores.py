@@ -1,7 +1,7 @@
-"""Scores of generated text, from 0 to 100: agreement with references, facts, repetition and variety.
+"""Scores of generated text, from 0 to 100: agreement with references, correct facts, repetition and variety.
 
-`score_answers` computes the scores of one decoding seed. `score_seeds` and `score_set` compute the scores that need all decoding seeds.
-A new text metric needs a line in one of the three functions, and a row in `tadistill.metrics`. Words are separated by white space.
+`score_answers` computes the scores of one decoding seed. `score_seeds` and `score_set` need the answers of all decoding seeds. To add a
+text metric, add a line to one of these functions, and a row to `tadistill.metrics`. Words are separated by white space.
 """
 
 import re
@@ -26,7 +26,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def score_quality(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, list[float]]:
-    """Return rouge_l of every prediction, and fact_accuracy if every example has facts. Dev evaluations use only these scores."""
+    """Return rouge_l of every prediction. If every example has facts, return fact_accuracy too. Dev evaluations use only these scores."""
     scores = {"rouge_l": rouge_l(predictions, [e.references for e in examples])}
     if all(e.facts for e in examples):
         scores["fact_accuracy"] = fact_accuracy(predictions, [e.facts for e in examples])
@@ -34,7 +34,7 @@ def score_quality(predictions: Sequence[str], examples: Sequence[Example]) -> di
 
 
 def score_answers(predictions: Sequence[str], tokens: Sequence[Sequence[int]], examples: Sequence[Example]) -> dict[str, list[float]]:
-    """Return all scores of the answers of one decoding seed, one value per prompt. `tokens` are the token ids of the answers."""
+    """Return all scores of one decoding seed's answers, one value per prompt. `tokens` are the token ids of the answers."""
     return score_quality(predictions, examples) | {
         "exact_match": exact_match(predictions, [e.references for e in examples]),
         "length": [float(len(ids)) for ids in tokens],
@@ -43,12 +43,12 @@ def score_answers(predictions: Sequence[str], tokens: Sequence[Sequence[int]], e
 
 
 def score_seeds(predictions: Mapping[int, Sequence[str]]) -> dict[str, list[float]]:
-    """Return the scores that compare the answers of several decoding seeds, one value per prompt. With one seed the dict is empty."""
+    """Return the scores that compare answers of several decoding seeds, one value per prompt. Empty if there is only one seed."""
     return {"self_bleu": self_bleu(list(zip(*predictions.values(), strict=True)))} if len(predictions) > 1 else {}
 
 
 def score_set(predictions: Mapping[int, Sequence[str]]) -> dict[str, float]:
-    """Return the scores that exist only for a whole set: distinct n-grams, averaged over the decoding seeds."""
+    """Return the scores that exist only for a whole set: the share of distinct n-grams, averaged over the decoding seeds."""
     return {f"distinct_{n}": float(np.mean([distinct(of_seed, n) for of_seed in predictions.values()])) for n in _DISTINCT}
 
 
@@ -56,7 +56,9 @@ def score_set(predictions: Mapping[int, Sequence[str]]) -> dict[str, float]:
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Return Rouge-L as in MiniLLM: F-measure with Porter stemming, times 100. Of several references, the best match is used.
+    """Return Rouge-L of each prediction as MiniLLM computes it: the F-measure with Porter stemming, times 100.
+
+    If a prediction has several references, the best match is used.
 
     Raises:
         DataError: the lengths differ, or a prediction has no reference.
@@ -69,8 +71,8 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """Return 100 for each prediction that equals one of its references after normalisation, else 0.
 
-    Normalisation is MiniLLM's variant of SQuAD's (arXiv:1606.05250): lower case, ASCII punctuation removed, white space
-    collapsed. Articles are kept.
+    Normalisation converts to lower case, removes ASCII punctuation, and collapses white space. Articles are kept. This is MiniLLM's
+    variant of SQuAD's rule (arXiv:1606.05250).
 
     Raises:
         DataError: the lengths differ, or a prediction has no reference.
@@ -80,7 +82,9 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def fact_accuracy(predictions: Sequence[str], facts: Sequence[Facts]) -> list[float]:
-    """Return the share of a prompt's facts that the answer states, times 100. Stated: it contains the fact's value and no rival value.
+    """Return for each prediction the percentage of its prompt's facts that it states.
+
+    A prediction states a fact if it contains the fact's value and none of the rival values.
 
     Raises:
         DataError: the lengths differ, or a prediction has no fact.
@@ -119,7 +123,10 @@ def _check(predictions: Sequence, other: Sequence) -> None:
 
 
 def repetition(responses: Sequence[Sequence[int]], n: int = 4) -> list[float]:
-    """Return for each answer the share of its token n-grams that repeat an earlier one, times 100; 0 if it has fewer than n tokens."""
+    """Return for each answer the percentage of its token n-grams that already occurred earlier in the answer.
+
+    It is 0 if the answer has fewer than n tokens.
+    """
     return [_repeated(ids, n) for ids in responses]
 
 
@@ -129,19 +136,20 @@ def _repeated(ids: Sequence[int], n: int) -> float:
 
 
 def distinct(predictions: Sequence[str], n: int) -> float:
-    """Return distinct-n (Li et al., arXiv:1510.03055): the number of different word n-grams divided by the number of all, times 100.
+    """Return distinct-n (Li et al., arXiv:1510.03055): the number of different word n-grams as a percentage of all word n-grams.
 
-    An n-gram never spans two predictions. Returns 0 if no prediction has n words.
+    No n-gram crosses the end of a prediction. The result is 0 if no prediction has n words.
     """
     grams = [tuple(words[i : i + n]) for words in map(str.split, predictions) for i in range(len(words) - n + 1)]
     return 100 * len(set(grams)) / len(grams) if grams else 0.0
 
 
 def self_bleu(answers: Sequence[Sequence[str]]) -> list[float]:
-    """Return Self-BLEU (Zhu et al., arXiv:1802.01886) of each prompt: the mean BLEU-4 of an answer against the prompt's other answers.
+    """Return Self-BLEU (Zhu et al., arXiv:1802.01886) of each prompt. High values mean that the answers to a prompt are similar.
 
-    BLEU is nltk's, with smoothing method 1 (Chen & Cherry 2014: a count of zero is replaced by 0.1). An answer with fewer than four words
-    uses only n-grams up to its length. An empty answer scores 100 if another answer is empty too, else 0.
+    It is the mean BLEU-4 of each answer against the prompt's other answers. BLEU is nltk's, with smoothing method 1 (Chen & Cherry
+    2014), which replaces a count of 0 by 0.1. An answer with fewer than four words uses only n-grams up to its length. An empty answer
+    scores 100 if another answer is empty too, else 0.
 
     Args:
         answers: for each prompt its answers, one per decoding seed.

@@ -201,11 +201,7 @@ def keeps_all(layer: object, capacity: int) -> bool:
 
 
 def in_place_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
-    """Return an empty KV cache of the model for `capacity` tokens.
-
-    Layers that attend to all tokens use `InPlaceLayer`. Layers with a narrower sliding window and recurrent layers use transformers' own
-    cache.
-    """
+    """Return an empty KV cache for `capacity` tokens. Layers that attend to all of these tokens use `InPlaceLayer`."""
     cache = DynamicCache(config=config)
     for i, layer in enumerate(cache.layers):
         if keeps_all(layer, capacity):

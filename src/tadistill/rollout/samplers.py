@@ -67,10 +67,7 @@ class Sampler:
 
 
 def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
-    """Return the row indices (batch,) of batch `step`. Batches go through all rows again and again, in a new random order each time.
-
-    The random order depends on `address`.
-    """
+    """Return the row indices (batch,) of batch `step`. Each epoch goes through all rows in a new random order, set by `address`."""
     order: dict[int, np.ndarray] = {}
 
     def row(position: int) -> int:
@@ -116,10 +113,7 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
 
 
 class FixedSequences(Sampler):
-    """Sampler of fixed responses, which come from the data set or from a teacher. Their order is new in every epoch.
-
-    `signals` are the teacher's recorded outputs for these responses, if the objective uses them.
-    """
+    """Sampler of fixed responses, in a new order every epoch. `signals` are the teacher's recorded outputs for them, if there are any."""
 
     def __init__(
         self, sequences: Seq[Sequence], optim: Optim, *, pad: int, seed: int, signals: Signals | None = None, shard: Shard = Shard()

@@ -43,10 +43,7 @@ def record(
     pad: int,
     tick: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write the teacher's outputs at every response token of `sequences` to files in `folder`.
-
-    Files that exist already are not computed again.
-    """
+    """Write the teacher's outputs at every response token of `sequences`. Files that exist already are not computed again."""
     folder.mkdir(parents=True, exist_ok=True)
     reader = Reader(teacher)
     if isinstance(config, HiddenSignal):

@@ -1,4 +1,4 @@
-"""Helpers for the work of every stage: its models, its data, and the callbacks for progress, alarms and stopping."""
+"""The context of a running stage: functions that load its models and data, and its callbacks for progress, alarms and stopping."""
 
 import os
 from collections.abc import Callable
@@ -38,7 +38,7 @@ Model = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 class Context(Generic[AnySpec]):
-    """One task with the helpers that read its spec."""
+    """One stage to run, with methods that load the models and the data that its spec names."""
 
     def __init__(self, task: Task, store: Store, folder: Path, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]):
         self.task, self.store, self.folder = task, store, folder
@@ -49,7 +49,7 @@ class Context(Generic[AnySpec]):
     # --- models ---------------------------------------------------------------------------------------------------------
 
     def model(self, handle: Handle, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Model:
-        """Load the model and tokenizer that a handle describes, on the stage's device unless another is given."""
+        """Load the model and the tokenizer that a handle describes. The default device is the device of this process."""
         device, world = device or self.device, self.spec.data.world.model_dump()
         match handle:
             case FromStage():
@@ -81,7 +81,7 @@ class Context(Generic[AnySpec]):
         return prune(parent, shape, measured, keep_list(shape.layers if handle.layers == "spacing" else handle.layers, total))
 
     def frozen(self, handle: Handle, dtype: torch.dtype = torch.float32) -> Model:
-        """Return a model that is not trained, placed as `resources.teacher` of the stage says."""
+        """Load a model that is not trained. The setting `resources.teacher` decides where its weights are stored."""
         where = self.task.resources.teacher
         model, tokenizer = self.model(handle, dtype, None if where == "replicated" else torch.device("cpu"))
         model.eval().requires_grad_(False)
@@ -91,14 +91,14 @@ class Context(Generic[AnySpec]):
     # --- data -----------------------------------------------------------------------------------------------------------
 
     def split(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> EvalSet:
-        """Read and encode a split."""
+        """Read a split of a data set, and encode it with the tokenizer."""
         data, name = self.spec.data, split.ref.name
         examples = datasets.read(split.ref, split.role, world=data.world, root=self.task.data_root, limit=split.limit)
         lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}
         return EvalSet(name, examples, encode(examples, tokenizer, name=f"data set `{name}`", **lengths))
 
     def corpus(self, source: HashedData | None, tokenizer: PreTrainedTokenizerBase) -> list[Sequence]:
-        """Return chunks of plain text; an empty list without a corpus."""
+        """Return the plain-text corpus as token sequences; an empty list if `source` is None."""
         if source is None:
             return []
         data = self.spec.data
@@ -112,16 +112,16 @@ def own_device() -> torch.device:
 
 
 def stop_if_asked(context: Context) -> None:
-    """Raise Interrupted if the run was asked to stop. Stages call this between two parts of their work; finished parts are kept."""
+    """Raise Interrupted if the user asked the run to stop. Stages call this between two parts of their work."""
     if context.stop():
-        raise Interrupted("stopped between two parts of the stage; finished parts are kept")
+        raise Interrupted("the stage was stopped before its end; its finished parts are kept")
 
 
 def make_subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: PreTrainedModel) -> Subject:
-    """Return a model under evaluation, on the vocabulary that it shares with the others."""
+    """Prepare a model for evaluation. Its vocabulary is limited to the tokens that it shares with the other models."""
     return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, *others), end_tokens(model, tokenizer))
 
 
 def teacher_dtype(precision: str) -> torch.dtype:
-    """Return the dtype of a frozen teacher beside a student trained in this precision."""
+    """Return the dtype of a teacher whose student trains in this precision (fp32 or bf16)."""
     return getattr(torch, TEACHER_DTYPES[precision])

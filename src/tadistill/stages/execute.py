@@ -1,7 +1,7 @@
 """Run one stage in this process.
 
-`run_stage` takes the stage's lock, does the work in the stage's folder in the store, and writes the manifest last. It resumes what an
-earlier, killed attempt left there (docs/interruptions.md). The work is the function that the stage's spec names (`plan.specs`).
+`run_stage` locks the stage, does its work in the stage's folder, and writes the manifest last. It continues what an earlier, killed
+attempt left there (docs/interruptions.md). The stage's spec names the function that does the work (`plan.specs`).
 """
 
 import os
@@ -30,10 +30,10 @@ _PATIENCE = timedelta(hours=1)  # how long a process waits for another one, whic
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of this process, and the number of processes of the stage.
+    """The rank of this process, and the number of processes that run the stage together.
 
-    The processes read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the environment. `runner.processes` sets them for the
-    processes that it starts; a cluster job sets them itself.
+    Both are read from the environment variables RANK and WORLD_SIZE. `runner.processes` sets them for processes that it starts. A
+    cluster job must set them itself.
     """
 
     rank: int
@@ -41,7 +41,7 @@ class Ranks:
 
     @classmethod
     def join(cls, processes: int) -> "Ranks":
-        """Join the other processes, if the environment names any. Raises ConfigError if their number is not `processes`."""
+        """Connect to the other processes, if there are any. Raises ConfigError if WORLD_SIZE is not `processes`."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if world != processes:
             raise ConfigError(f"resources.processes is {processes} for this stage, but WORLD_SIZE is {world}; make them equal")
@@ -53,7 +53,7 @@ class Ranks:
         return cls(rank, world)
 
     def agree(self, word: str = "") -> str:
-        """Broadcast rank 0's decision: all ranks return the same string."""
+        """Send rank 0's string to all ranks, and return it on every rank."""
         words = [word]
         if self.world > 1:
             dist.broadcast_object_list(words, device=torch.device("cpu"))
@@ -61,14 +61,15 @@ class Ranks:
 
 
 def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]) -> None:
-    """Run a stage, unless it is already in the store because another process has finished it.
+    """Run a stage, unless the store already contains its result.
 
-    If `task.resources.processes` > 1, every rank calls this with the same task and with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-    MASTER_PORT in its environment (`runner.processes` sets them on one machine). WORLD_SIZE must equal `processes`. Every rank sees all
-    GPUs of its machine and uses the one of its LOCAL_RANK; all machines see the store and the models. Only rank 0 takes the lock, writes
-    and reports. `stop` may be true on any rank; then all save and raise Interrupted. An error on one rank is raised only there, and
-    the program that started the ranks must end the others (`srun --kill-on-bad-exit=1`). A process may run several stages if its ranks run
-    the same stages and its training stages have the same precision.
+    If `task.resources.processes` is above 1, every rank must call this function with the same task. RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR and MASTER_PORT must be set in its environment. WORLD_SIZE must equal `processes`. All machines need access to the store
+    and the models. A rank uses the GPU number LOCAL_RANK of its machine. Only rank 0 locks the stage, writes files and reports progress.
+
+    If `stop` is true on any rank, all ranks save their state and raise Interrupted. An error is raised only on its own rank. The program
+    that started the ranks must then end the others (`srun --kill-on-bad-exit=1`). A process may run several stages one after another.
+    All ranks must run the same stages, and all training stages need the same precision.
 
     Args:
         progress: called with (done, total, text).
@@ -76,7 +77,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         stop: returns True when the stage should save its state and end.
 
     Raises:
-        StageFailed: a parent of the stage is not finished; nothing was written.
+        StageFailed: a stage that this one needs is not finished; nothing was written.
         Interrupted: `stop` returned True; finished work is kept.
     """
     spec, store, ranks = task.spec, Store(Path(task.store)), Ranks.join(task.resources.processes)
@@ -114,7 +115,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
 
 
 def work_of(spec: type[Spec]) -> _Work:
-    """Return the function that does the work of a kind of stage. Its result goes into the manifest."""
+    """Return the function that does the work of a kind of stage. The function returns facts for the manifest."""
     module, name = spec.work.split(":")
     return getattr(import_module(f"tadistill.stages.{module}"), name)
 
@@ -129,7 +130,6 @@ def _check_parents(task: Task, store: Store) -> None:
 
 
 def _follow(task: Task, work: _Work, store: Store, ranks: Ranks, stop: Callable[[], bool]) -> None:
-    """Do the work of a rank other than 0, after rank 0 has taken the lock and found that there is work."""
     while (word := ranks.agree()) == _WAIT:  # once a second, since a collective operation does not wait for hours
         pass
     if word == _STOPPED:

@@ -1,8 +1,7 @@
-"""The stages that measure models: evaluate and analyse on the test sets, probe and pair on dev prompts.
+"""The stages that measure models. Evaluate and analyse use the test sets; probe and pair use dev prompts before any distillation.
 
-An interrupted evaluate or analyse stage keeps what it has finished in parts/: the answers of a set for a decoding seed, or the analysis
-of a set. Probe and pair come before any distillation. They write one value per prompt and measure, from which standard errors and paired
-differences can be taken later.
+Evaluate and analyse save finished parts in the folder parts/, so that they can continue after an interruption. Probe and pair write one
+value per prompt and metric, so that standard errors can be computed from them.
 """
 
 from typing import Any
@@ -20,7 +19,7 @@ from tadistill.stages.context import ANSWERS, Context, make_subject, stop_if_ask
 
 
 def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
-    """Write the answers to every test set for every decoding seed, and the scores of the answers and of the references."""
+    """Sample a model's answers to all test sets, and write the answers and their scores."""
     spec, settings = context.spec, context.spec.decoding
     model, tokenizer = context.model(spec.model)
     subject = make_subject(model.eval(), tokenizer)
@@ -71,7 +70,7 @@ def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: 
 
 
 def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
-    """Write the divergence from the original teacher, the error budget of the path, and the exposure bias."""
+    """Compare a model with the original teacher, and write the divergence, the error budget of the path, and the exposure bias."""
     spec = context.spec
     model, tokenizer = context.model(spec.model)
     teacher, _ = context.frozen(spec.teacher)
@@ -106,7 +105,7 @@ def _read_answers(context: Context, answers: Output, sets: list[EvalSet]) -> dic
 
 
 def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
-    """Write a model's own answers to the dev prompts, and the scores of the answers and of the references."""
+    """Sample a model's answers to the dev prompts, and write the answers and their scores."""
     spec, settings = context.spec, context.spec.decoding
     (seed,) = settings.seeds
     model, tokenizer = context.model(spec.model)
@@ -129,7 +128,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
 
 
 def pair(context: Context[PairSpec]) -> dict[str, Any]:
-    """Write measures that compare a learner with a bigger model, on the learner's own answers and on the references."""
+    """Compare a learner with a bigger model on dev prompts, and write metrics on the learner's answers and on the references."""
     spec = context.spec
     model, tokenizer = context.model(spec.model)
     teacher, _ = context.frozen(spec.teacher)

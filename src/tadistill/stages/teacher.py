@@ -1,4 +1,4 @@
-"""The stages that prepare a teacher: its answers (generate), its recorded outputs (signal), its temperature (temper)."""
+"""The stages that prepare a teacher: sample its answers (generate), record its outputs (signal), change its temperature (temper)."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from tadistill.tuning import GENERATION_BATCH
 
 
 def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
-    """Write the teacher's answer to every training prompt, in parts that survive a kill."""
+    """Write the teacher's answer to every training prompt. Finished parts are kept if the process is killed."""
     spec = context.spec
     model, tokenizer = context.frozen(spec.teacher)
     subject = make_subject(model, tokenizer)
@@ -49,7 +49,7 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
 
 
 def signal(context: Context[SignalSpec]) -> dict[str, Any]:
-    """Record the teacher's hidden states or top-k tokens on the training set, in parts that survive a kill."""
+    """Record the teacher's hidden states or top-k log-probabilities on the training set. A killed process keeps finished parts."""
     spec = context.spec
     model, tokenizer = context.frozen(spec.teacher, teacher_dtype(spec.precision))
     sequences = references(context.split(spec.train, tokenizer).encoded)
@@ -64,7 +64,7 @@ def signal(context: Context[SignalSpec]) -> dict[str, Any]:
 
 
 def temper(context: Context[TemperSpec]) -> dict[str, Any]:
-    """Save the teacher with the temperature at which its mean entropy on dev responses equals the mean entropy of another model."""
+    """Save the teacher at the temperature that gives it the same mean entropy on dev responses as the model `like`."""
     spec = context.spec
     teacher, tokenizer = context.model(spec.teacher)
     like, _ = context.frozen(spec.like)

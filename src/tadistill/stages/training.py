@@ -1,4 +1,4 @@
-"""The two stages that train (sft and distill): they put models, sampler and step together and run the training loop."""
+"""The two stages that train a student (sft and distill). They build the models, the sampler and the training step, and run the loop."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,7 @@ from tadistill.train.step import make_step
 
 
 def train(context: Context[TrainingSpec]) -> dict[str, Any]:
-    """Train, keep the selected checkpoint, and save it as a Hugging Face directory."""
+    """Train the student, and save its selected checkpoint as a Hugging Face directory. Return facts for the manifest."""
     spec = context.spec
     method, optim = spec.method, spec.optim
     distill = spec if isinstance(spec, DistillSpec) else None
@@ -85,7 +85,6 @@ _Save = Callable[[Path, dict[str, torch.Tensor]], None]
 
 
 def _student(context: Context[TrainingSpec]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Save]:
-    """Return the student, its tokenizer, and a function that saves the student, with any adapters merged."""
     spec = context.spec
     student, tokenizer = context.model(spec.student)
     if spec.optim.gradient_checkpointing:
@@ -97,7 +96,6 @@ def _student(context: Context[TrainingSpec]) -> tuple[PreTrainedModel, PreTraine
 
 
 def _counts(method: Method, devices: int) -> dict[str, Any]:
-    """Return the batch and the rollouts of the recipe, in total and per device."""
     batch, sampler = method.optim.batch, method.sampler
     found: dict[str, Any] = {"devices": devices, "batch": batch, "batch_per_device": batch // devices}
     if isinstance(sampler, Rounds):

@@ -27,18 +27,8 @@ models use the same resampled prompts, so that comparisons are paired.
 # Why seeds are not resampled: three resampled seeds give too narrow intervals. No replicate lies beyond the most extreme seed,
 # and the variance is too small by the factor (S-1)/S. Satterthwaite's rule for df uses squared shares. Its interval is too
 # narrow if seeds dominate, because a small A by chance gives a large df. The Student draw, t times sqrt(max(A - C, 0)), is too
-# narrow if seeds and noise are both large. Two independent t draws (Behrens and Fisher) give too wide tails. Coverage of the
-# 95 % interval at S = 3, and mean width in true standard errors (normal effects, `benchmarks/interval_rules.py`):
-#
-#     variance of the mean      this rule    Student draw   Satterthwaite   Behrens-Fisher   resampled seeds
-#     all seed                  95.0 (7.6)   95.9 (8.4)     95.0 (7.6)      95.9 (8.4)       74.8 (2.8)
-#     10 seed : 1 : 1           94.3 (7.0)   93.4 (7.6)     92.8 (6.6)      96.3 (8.2)       86.5 (3.4)
-#     seed = noise              94.7 (7.5)   92.2 (6.4)     96.0 (7.3)      95.9 (8.5)       97.1 (4.7)
-#     all equal                 95.4 (5.9)   94.6 (5.8)     95.6 (5.3)      97.2 (7.2)       96.8 (4.5)
-#     1 : 10 prompt : 1         96.2 (4.4)   96.1 (4.5)     95.3 (4.0)      97.4 (4.9)       95.7 (4.1)
-#     all prompt                95.0 (3.9)   94.5 (3.8)     95.0 (3.9)      94.5 (3.8)       94.9 (3.9)
-#     all prompt x seed noise   94.9 (7.5)   96.3 (5.7)     98.2 (7.2)      96.1 (8.4)       99.5 (5.9)
-#
+# narrow if seeds and noise are both large. Two independent t draws (Behrens and Fisher) give too wide tails.
+# The coverage of all these rules at S = 3 is in docs/benchmarks/statistics-cpu.md.
 # If only noise varies (last row), the Student draw's interval is a quarter narrower. The coverage is 93.5 to 96.7 % on simulated
 # studies with skewed, clipped and heavy-tailed scores, one or five sets, and S = 3, 5 or 10 (docs/benchmarks/statistics-cpu.md).
 # With two seeds, expect 90 to 96 %. Three seeds that agree by chance can give an interval narrower than the variance of the

@@ -104,10 +104,7 @@ def detectable(
 
 
 def expected_best_of(k: int) -> float:
-    """Return the expected maximum of ``k`` independent standard normal draws.
-
-    It tells by how many standard deviations chance alone raises the best of k scores.
-    """
+    """Return the expected maximum of ``k`` standard normal draws: how far chance alone raises the best of k scores."""
     if k < 1:
         raise ValueError(f"the number of draws k must be at least 1, not {k}")
     x = np.linspace(0.0, 12.0, 12_001)
