@@ -29,7 +29,7 @@ models use the same resampled prompts, so that comparisons are paired.
 # narrow if seeds dominate, because a small A by chance gives a large df. The Student draw, t times sqrt(max(A - C, 0)), is too
 # narrow if seeds and noise are both large. Two independent t draws (Behrens and Fisher) give too wide tails.
 # The coverage of all these rules at S = 3 is in docs/benchmarks/statistics-cpu.md.
-# If only noise varies (last row), the Student draw's interval is a quarter narrower. The coverage is 93.5 to 96.7 % on simulated
+# If only noise varies, the Student draw's interval is a quarter narrower. The coverage is 93.5 to 96.7 % on simulated
 # studies with skewed, clipped and heavy-tailed scores, one or five sets, and S = 3, 5 or 10 (docs/benchmarks/statistics-cpu.md).
 # With two seeds, expect 90 to 96 %. Three seeds that agree by chance can give an interval narrower than the variance of the
 # prompts alone. No rule can detect this.
