@@ -64,7 +64,7 @@ def test_without_history_the_advice_is_direct(advised):
     assert {o["basis"] for o in found["advice"]["options"][1:]} == {"prior"}
     assert [p["path"] for p in found["paths"]] == [["xl", "s"], ["xl", "l", "s"], ["xl", "m", "s"], ["xl", "l", "m", "s"]]
     assert "direct: xl > s" in text
-    assert "There is no history" in text
+    assert "No history: differences come from the prior" in text
     assert "tadistill run" in text
     assert not (runs / "tiny-advice" / "plan.json").exists()  # a study's own
 

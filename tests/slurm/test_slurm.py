@@ -82,7 +82,7 @@ def test_a_study_goes_as_arrays_and_survives_a_signal(study):
     said = study.submit()
     assert "19 stages: 0 done, 0 already queued, 19 submitted now as 14 jobs" in said
     assert len(re.findall(r"_\[0-1\]", said)) == 6  # arrays of seeds; the teacher and its evaluation are single jobs
-    assert "0 submitted as 0 jobs" in study.submit()  # all of it is queued
+    assert "0 submitted now as 0 jobs" in study.submit()  # all of it is queued
     # the teacher saves, goes back into the queue under its own id, and ends where it would have ended
     teacher = study.key("sft xl")
     record = json.loads((study.store.folder(teacher) / "job.json").read_text())
@@ -117,12 +117,12 @@ def test_the_failed_branch_goes_again_and_the_report_follows(study):
     assert report.is_file()  # written when all jobs had ended, failed or not
     first = report.stat().st_mtime_ns
     (study.store.folder(study.key(FAILS)) / "metrics.jsonl").rmdir()
-    assert "16 done, 0 queued before, 3 submitted as 2 jobs" in study.submit()
+    assert "16 done, 0 already queued, 3 submitted now as 2 jobs" in study.submit()
     study.await_end()
     assert study.states() == {"done": 19}
     assert report.stat().st_mtime_ns > first
     assert {row["arm"] for row in json.loads((study.directory / "results.json").read_text())["rows"]} == {"teacher", "direct", "takd"}
-    assert "19 done, 0 queued before, 0 submitted as 0 jobs" in study.submit()
+    assert "19 done, 0 already queued, 0 submitted now as 0 jobs" in study.submit()
     assert "all stages are done" in study.call("status", "tiny")
 
 
@@ -133,7 +133,7 @@ def test_a_chain_of_segments_goes_on_where_the_one_before_stopped(study, tmp_pat
     text = RECIPE.read_text().replace("study: tiny", "study: tiny3").replace("    seed: 10\n", "    seed: 11\n")
     text = text.replace("steps: 800", "steps: 2000")
     recipe.write_text(re.sub(r"  (direct|takd): .*\n", "", text))
-    assert "submitted as 2 jobs" in study.call("submit", str(recipe), "--cluster", str(profile), "--account", "def-tests")
+    assert "submitted now as 2 jobs" in study.call("submit", str(recipe), "--cluster", str(profile), "--account", "def-tests")
     records = [(path, json.loads(path.read_text())) for path in study.runs.glob("store/*/*/job.json")]
     ((sft, job),) = [(path, r["job"]) for path, r in records if r["study"] == "tiny3" and r["name"].startswith("sft-xl")]
     end = time.monotonic() + 400
@@ -159,18 +159,18 @@ def test_two_submissions_cancelling_and_stale_records(study):
     try:
         both = [subprocess.Popen([sys.executable, "-m", "tadistill", "submit", *more], stdout=subprocess.PIPE, text=True) for _ in range(2)]
         said = [" ".join(process.communicate(timeout=120)[0].split()) for process in both]
-        (stages,) = {int(n) for text in said for n in re.findall(r"stages: (?:\d+) done, 0 already queued, (\d+) submitted", text)}
+        (stages,) = {int(n) for text in said for n in re.findall(r"stages: (?:\d+) done, 0 already queued, (\d+) submitted now", text)}
         assert sorted("0 submitted now as 0 jobs" in text for text in said) == [False, True]
         assert f"{stages} already queued" in next(text for text in said if "0 submitted now as 0 jobs" in text)
         (jobs,) = re.findall(r"(\d+) jobs cancelled", study.call("cancel", "tiny2"))
         assert int(jobs) == len(stage_jobs(study, "tiny2"))
         study.await_end()
-        assert f"0 queued before, {stages} submitted" in study.call("submit", *more[:-2])
+        assert f"0 already queued, {stages} submitted now" in study.call("submit", *more[:-2])
         first, second, *_ = [p for p in study.runs.glob("store/*/*/job.json") if json.loads(p.read_text())["study"] == "tiny2"]
         # an id that is not there, or that belongs to another job by now
         first.write_text(json.dumps({"job": "1", "index": None, "name": "x", "study": "tiny2"}))
         second.write_text("{")
-        assert re.search(rf"{stages - 2} queued before, 2 submitted as [12] jobs", study.call("submit", *more[:-2]))
+        assert re.search(rf"{stages - 2} already queued, 2 submitted now as [12] jobs", study.call("submit", *more[:-2]))
     finally:
         subprocess.run(["scancel", "--quiet", "--me"], check=False)
         study.await_end()
