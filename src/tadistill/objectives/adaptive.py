@@ -80,7 +80,6 @@ def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperatur
 class TaidSchedule:
     """The weight t of TAID's target. t rises at least linearly, and faster while the loss falls (Shing et al. 2025, Algorithm 1).
 
-
     Call `update` once per optimizer update; the first call only stores the loss.
     """
 

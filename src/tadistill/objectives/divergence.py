@@ -51,6 +51,7 @@ def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, tem
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     p = log_p.exp()
     value = _dot(p, log_p.sub_(log_q))
+    # the slope is q - p
     slope = log_q.exp_().sub_(p).masked_fill_(student_logits < LOG_ZERO, 0)
     return value, _over(slope, temperature)
 
@@ -69,7 +70,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 def reverse_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return `reverse_kl` and its slope, the gradient in the student's logits."""
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
-    gap = torch.sub(log_q, log_p, out=log_p)
+    gap = torch.sub(log_q, log_p, out=log_p)  # g
     q = log_q.exp_()
     value = _dot(q, gap)
     return value, _through_softmax(q, gap, value, temperature)
@@ -123,6 +124,7 @@ def jensen_shannon_with_slope(
     of_teacher = _dot(p, log_p.sub_(log_m))
     gap = log_q.sub_(log_m)
     of_student = _dot(q, gap)
+    # g = (1 - beta) (log q - log m); the part of the gradient that goes through m cancels
     slope = _through_softmax(q, gap, of_student, temperature)
     return beta * of_teacher + (1 - beta) * of_student, slope.mul_(1 - beta)
 
@@ -150,7 +152,7 @@ def skew_forward_kl_with_slope(
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     gap = torch.sub(log_p, mixture(log_p, log_q, alpha))
     value = _dot(log_p.exp_(), gap)
-    g, q = gap.exp_().mul_(alpha - 1), log_q.exp_()
+    g, q = gap.exp_().mul_(alpha - 1), log_q.exp_()  # g = -(1 - alpha) p / m
     return value, _through_softmax(q, g, _dot(q, g), temperature)
 
 
@@ -182,6 +184,7 @@ def skew_reverse_kl_with_slope(
     gap = torch.sub(log_q, mixture(log_q, log_p, alpha), out=log_p)
     q = log_q.exp_()
     value = _dot(q, gap)
+    # g = log q - log m - alpha q / m; a detached mixture adds no last term
     g = gap if detach_mixture else gap.sub_(gap.exp(), alpha=alpha)
     return value, _through_softmax(q, g, _dot(q, g), temperature)
 

@@ -135,7 +135,7 @@ class TargetMixture:
         self.check("log_p", len(log_p))
         total = sum(self.weights)
         parts = [(w / total, p) for w, p in zip(self.weights, log_p, strict=True) if w > 0]
-        if self.kind == "geometric":
+        if self.kind == "geometric":  # over text of the student, the -log Z of the mixture depends on the student: it stays in the reward
             return torch.stack([w * p for w, p in parts]).sum(0)
         return torch.stack([p + float(np.log(w)) for w, p in parts]).logsumexp(0)
 
