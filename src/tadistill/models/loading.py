@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import difflib
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -30,28 +30,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from tadistill.disk import writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
+from tadistill.models.support import check_architecture, quiet
 
 _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide the progress bars and warnings of transformers, which would break our own progress display. Errors are still shown."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[str, int] | None = None) -> PreTrainedTokenizerBase:
@@ -99,7 +85,7 @@ def load_model(
     `config`, `seed` and `tokenizer` are used for `scratch:TYPE` only. Such a model needs a tokenizer.
 
     Raises:
-        ModelError: the model cannot be found or read, or its files lack some weights.
+        ModelError: the model cannot be found or read, its files lack some weights, or its architecture cannot be distilled.
         ConfigError: the dtype or the configuration of a scratch model is not valid.
     """
     load, dtype = str(load), _dtype(dtype)
@@ -111,7 +97,10 @@ def load_model(
     directory = sources.fetch(load, revision)
     with quiet():
         try:
+            check_architecture(AutoConfig.from_pretrained(str(directory), trust_remote_code=False), load)
             loaded: Any = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, output_loading_info=True)
+        except ModelError:
+            raise
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
             raise ModelError(f"model `{load}` cannot be loaded as a causal language model: {_first_line(error)}") from error
     model, info = loaded
@@ -140,9 +129,11 @@ def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTo
             raise ConfigError(f"config.{name} is not a field of scratch:{kind}{_nearest(name, known)}")
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
-        return AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": len(tokenizer)})
+        config = AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": len(tokenizer)})
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ConfigError(f"`config` of scratch:{kind} is not valid: {_last_line(error)}; correct that field") from error
+    check_architecture(config, f"scratch:{kind}")
+    return config
 
 
 def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from tadistill.errors import ConfigError
 from tadistill.models.counting.memory import available_memory, check_memory, resident_bytes
 from tadistill.models.loading import check_same_tokenizer, load_tokenizer, scratch_config
 from tadistill.models.pruning import keep_list
+from tadistill.models.support import check_config
 from tadistill.plan.arms import Plan, make_plan, original_teacher
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
@@ -87,6 +88,8 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
         scratch_config(model.load.removeprefix("scratch:"), model.config, tokenizer)
     ledger = Ledger(recipe)
     config = ledger.config(name)
+    if config and model.load and not model.load.startswith("scratch:"):
+        check_config(config, name)
     if model.init:
         parent = ledger.config(model.init.from_) or {}
         if layers := parent.get("num_hidden_layers", parent.get("n_layer")):

@@ -16,12 +16,14 @@ from tadistill.data.templates import EvalSet, encode
 from tadistill.errors import Interrupted
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.counting.shapes import resized
+from tadistill.models.forward import check_reading
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
 from tadistill.models.modify import temper_head
 from tadistill.models.pruning import importance, keep_list, prune, prune_depth, shape_of
 from tadistill.plan.inputs import FromStage, Handle, HashedData, Loaded, Pruned, PrunedDepth, Split, Tempered
 from tadistill.plan.specs import Spec
 from tadistill.plan.task import Task
+from tadistill.rollout.reading import slower
 from tadistill.store import Store
 from tadistill.train.sharding import offload, shard
 
@@ -67,7 +69,9 @@ class Context(Generic[AnySpec]):
             case Tempered():
                 model, tokenizer = self.model(handle.of, dtype, device)
                 temper_head(model, handle.temper)
-        return model.to(device), tokenizer  # type: ignore[arg-type]
+        placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+        check_reading(placed)
+        return placed, tokenizer
 
     def _pruned(self, parent: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, handle: PrunedDepth | Pruned) -> PreTrainedModel:
         total = parent.config.num_hidden_layers
@@ -79,6 +83,11 @@ class Context(Generic[AnySpec]):
         if handle.layers == "influence":
             return prune(parent, shape, measured)
         return prune(parent, shape, measured, keep_list(shape.layers if handle.layers == "spacing" else handle.layers, total))
+
+    def say_if_slower(self, *models: PreTrainedModel) -> None:
+        """Give an alarm for each model whose answers take longer than those of other models of its size."""
+        for sentence in filter(None, map(slower, models)):
+            self.alarm(sentence)
 
     def frozen(self, handle: Handle, dtype: torch.dtype = torch.float32) -> Model:
         """Load a model that is not trained. The setting `resources.teacher` decides where its weights are stored."""

@@ -24,6 +24,7 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     model, tokenizer = context.model(spec.model)
     subject = make_subject(model.eval(), tokenizer)
     sets = [context.split(split, tokenizer) for split in spec.sets]
+    context.say_if_slower(model)
     answers = _answers(context, subject, sets, settings)
     scores, corpus, predictions = {}, {}, []
     for data in sets:
@@ -120,6 +121,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
         if done < len(dev.encoded):
             stop_if_asked(context)
 
+    context.say_if_slower(model)
     answers = generate_answers(subject, dev, settings, seed, tick)
     found = score(subject, dev, settings, {seed: answers})
     write_rows(context.folder / ANSWERS, [{"index": e.row, "tokens": a.response} for e, a in zip(dev.encoded, answers, strict=True)])

@@ -1,4 +1,4 @@
-"""Memory before a study: one stage by itself, and the stages that may run at the same time. What the sentence advises helps."""
+"""Before a study: architectures; memory of one stage, and of stages that may run together. What the sentence advises helps."""
 
 import pytest
 
@@ -24,6 +24,17 @@ def recipe(jobs: int = 1, precision: str = "fp32"):
         "arms": {"direct": "l > s"},
         "runtime": {"jobs": jobs},
     })  # fmt: skip
+
+
+def test_an_architecture_that_cannot_be_distilled_is_refused_before_work(tmp_path):
+    """Its config.json is enough; no weights are read."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    changed = recipe()
+    student = changed.models["s"].model_copy(update={"load": str(tmp_path), "config": {}})
+    changed = changed.model_copy(update={"models": changed.models | {"s": student}})
+    with pytest.raises(ModelError, match="model `s` is of type bert, which reads text in both directions"):
+        check_study(changed)
 
 
 def need(of) -> float:
