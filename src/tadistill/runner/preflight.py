@@ -2,16 +2,19 @@
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
 from tadistill.config.common import Decoding
 from tadistill.config.recipe import methods
 from tadistill.data import datasets
-from tadistill.data.templates import encode
-from tadistill.errors import ConfigError
+from tadistill.data.templates import Counts, Lengths, encode_counted
+from tadistill.errors import ConfigError, DataError
+from tadistill.evaluation.text_scores import UNSEEN, unseen
 from tadistill.models.counting.memory import available_memory, check_memory, resident_bytes
 from tadistill.models.loading import check_same_tokenizer, load_tokenizer, scratch_config
 from tadistill.models.pruning import keep_list
@@ -29,20 +32,22 @@ _LESS_MEMORY = (
 _STARTS = 10
 
 
-def check_study(recipe: Recipe) -> int:
+def check_study(recipe: Recipe, console: Console | None = None) -> int:
     """Check that a recipe can run on this machine. Return how many stages may run at the same time.
+
+    Rows that will be left out or cut, and references that the metric cannot read, are named on the console.
 
     Raises:
         ConfigError, DataError, ModelError: the recipe cannot run here (raised before anything is written).
     """
-    check_inputs(recipe)
+    check_inputs(recipe, console)
     _check_engine(recipe)
     jobs = recipe.runtime.jobs or _default_jobs()
     _check_memory(recipe, jobs)
     return jobs
 
 
-def check_inputs(recipe: Recipe) -> None:
+def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     """Check data, tokenizers, encodings and models, which do not depend on the machine. Raises the same errors as `check_study`."""
     datasets.check(recipe)
     _check_peft(recipe)
@@ -52,9 +57,11 @@ def check_inputs(recipe: Recipe) -> None:
     tokenizers = {name: _tokenizer(recipe, name) for name in used}
     if teacher:  # without one, models are only evaluated, and each one may have its own tokenizer
         check_same_tokenizer(tokenizers)
-    longest = max(_check_encoding(recipe, tokenizers[name]) for name in (used[:1] if teacher else used))
+    read = {name: _check_encoding(recipe, tokenizers[name]) for name in (used[:1] if teacher else used)}
     for name in used:
-        _check_model(recipe, name, tokenizers[name], longest)
+        _check_model(recipe, name, tokenizers[name], max(of_model.longest for of_model in read.values()))
+    for note in [*_rows_notes(read, training=_trains(recipe)), *_script_notes(recipe)] if console else ():
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
 
 
 def _used(recipe: Recipe) -> list[str]:
@@ -104,19 +111,74 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
         )
 
 
-def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the length of the longest prompt, in tokens."""
-    longest = 0
+@dataclass(frozen=True)
+class _Read:
+    """The splits as one tokenizer reads them."""
+
+    longest: int
+    """Tokens of the longest prompt."""
+    counts: dict[tuple[str, str], Counts]
+    """Role and name of a split -> its numbers of rows."""
+    rows: dict[str, frozenset[int]]
+    """Test set -> rows that are not left out."""
+
+
+def _trains(recipe: Recipe) -> bool:
+    return bool(methods(recipe)) or any(model.sft for model in recipe.models.values())
+
+
+def _rows_notes(read: Mapping[str, _Read], *, training: bool) -> list[str]:
+    """Return a sentence on every split with rows that are left out or cut, and on test sets of which models keep different rows.
+
+    Raises:
+        DataError: two models share no row of a test set.
+    """
+    found: list[str] = []
+    for role, name in next(iter(read.values())).counts:
+        if role != "test" and not training:
+            continue
+        texts = {model: of_model.counts[role, name].text for model, of_model in read.items()}
+        alike = len(set(texts.values())) == 1
+        for model, text in list(texts.items())[: 1 if alike else None]:
+            if text:
+                found.append(f"{name} ({role}{'' if alike else f', {model}'}): {text}")
+        shared = frozenset.intersection(*(of_model.rows[name] for of_model in read.values())) if role == "test" else frozenset({0})
+        if not shared:
+            raise DataError(f"the models {', '.join(read)} keep no common row of {name}, so they cannot be compared; raise data.max_prompt")
+        if role == "test" and any(of_model.rows[name] != shared for of_model in read.values()):
+            found.append(f"{name} ({role}): the models are compared on the {len(shared)} rows that all of them keep")
+    return found
+
+
+def _script_notes(recipe: Recipe) -> list[str]:
+    """Return a caution about every split whose references ROUGE-L does not see enough of."""
+    data, found = recipe.data, list[str]()
+    selects = [*(m.select for m in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
+    for role, ref in [("dev", data.dev), *(("test", ref) for ref in data.test)]:
+        if role == "dev" and not any(select.metric == "rouge_l" for select in selects):
+            continue
+        share = unseen([example.references for example in datasets.load(ref, role, data)])
+        if share >= UNSEEN:
+            fix = "select by rouge_l_unicode" if role == "dev" else "rouge_l_unicode is measured too"
+            found.append(f"{ref.name} ({role}): ROUGE-L drops {100 * share:.0f} % of the letters of its references (all but a-z); {fix}")
+    return found
+
+
+def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> _Read:
+    longest, counts, rows = 0, dict[tuple[str, str], Counts](), dict[str, frozenset[int]]()
     data = recipe.data
-    lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}
+    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts)
     splits = {"train": data.train, "dev": data.dev}
     for role, ref in [*splits.items(), *(("test", r) for r in data.test)]:
-        encoded = encode(datasets.load(ref, role, data), tokenizer, name=f"data set `{ref.name}` ({role})", **lengths)
+        examples, name = datasets.load(ref, role, data), f"data set `{ref.name}` ({role})"
+        encoded, counts[role, ref.name] = encode_counted(examples, tokenizer, lengths, template=data.template, name=name)
         longest = max(longest, *(len(e.prompt) for e in encoded))
+        if role == "test":
+            rows[ref.name] = frozenset(e.row for e in encoded)
     selects = [*(method.select for method in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
     if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(data.dev, "dev", data)):
         raise ConfigError(f"select.metric is fact_accuracy, but the dev set `{data.dev.name}` has no facts; set it to rouge_l or loss")
-    return longest
+    return _Read(longest, counts, rows)
 
 
 def _root(recipe: Recipe, name: str) -> str:

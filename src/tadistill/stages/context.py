@@ -12,7 +12,7 @@ from tadistill import rng
 from tadistill.config.method import TEACHER_DTYPES
 from tadistill.data import datasets
 from tadistill.data.batch import Sequence, chunks, references
-from tadistill.data.templates import EvalSet, encode
+from tadistill.data.templates import Counts, EvalSet, Lengths, encode_counted
 from tadistill.errors import Interrupted
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.counting.shapes import resized
@@ -47,6 +47,8 @@ class Context(Generic[AnySpec]):
         self.spec = cast(AnySpec, task.spec)
         self.progress, self.alarm, self.stop = progress, alarm, stop
         self.device = own_device()
+        self.counts: dict[tuple[str, str], Counts] = {}
+        """Role and name of each split that was read, with its numbers of rows."""
 
     # --- models ---------------------------------------------------------------------------------------------------------
 
@@ -103,8 +105,10 @@ class Context(Generic[AnySpec]):
         """Read a split of a data set, and encode it with the tokenizer."""
         data, name = self.spec.data, split.ref.name
         examples = datasets.read(split.ref, split.role, world=data.world, root=self.task.data_root, limit=split.limit)
-        lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}
-        return EvalSet(name, examples, encode(examples, tokenizer, name=f"data set `{name}`", **lengths))
+        lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts)
+        found, counts = encode_counted(examples, tokenizer, lengths, template=data.template, name=f"data set `{name}`")
+        self.counts[split.role, name] = counts
+        return EvalSet(name, examples, found)
 
     def corpus(self, source: HashedData | None, tokenizer: PreTrainedTokenizerBase) -> list[Sequence]:
         """Return the plain-text corpus as token sequences; an empty list if `source` is None."""

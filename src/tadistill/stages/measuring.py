@@ -30,7 +30,7 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     for data in sets:
         stop_if_asked(context)
         found = score(subject, data, settings, answers[data.name], read_references=spec.references)
-        scores[data.name], corpus[data.name] = found.scores, found.corpus
+        scores[data.name], corpus[data.name] = found.scores, found.corpus | {"rows": [e.row for e in data.encoded]}
         predictions += found.records
     write_rows(context.folder / "predictions.jsonl", predictions)
     rows = [
@@ -42,7 +42,7 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     write_rows(context.folder / ANSWERS, rows)
     write_json(context.folder / "scores.json", scores)
     write_json(context.folder / "corpus.json", corpus)
-    return {"left_out": {s.name: len(s.examples) - len(s.encoded) for s in sets}}
+    return {}
 
 
 def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: Evaluate) -> dict[str, dict[int, list[Sequence]]]:
