@@ -182,6 +182,9 @@ class _Reader:
         keys |= {of_seed[seed]: f"@{decoding}" for decoding, of_seed in arm.also.items()}
         found: Scores = {name: {} for name in chosen}
         for key, suffix in keys.items():
+            if set(self._of(key)) != set(answered):
+                reason = f"it has the sets {', '.join(self._of(key)) or 'none'}, but the evaluation answered {', '.join(answered)}"
+                raise damaged(self.store.folder(key) / "scores.json", reason, self.store.redo(key))
             for name, table in self._of(key).items():
                 for metric, values_NK in table.items():
                     if len(values_NK) != answered.get(name):

@@ -77,9 +77,7 @@ def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[st
     for name, of_set in shared.items():
         if not len(of_set):
             stages = ", ".join(store.label(key) for key, of_stage in rows.items() if name in of_stage)
-            raise StoreError(
-                f"the evaluations of {name} answered no common row, so their arms cannot be compared ({stages}); raise data.max_prompt"
-            )
+            raise StoreError(f"the evaluations of {name} answered no common row ({stages}) to compare arms on; raise data.max_prompt")
     return shared
 
 
