@@ -60,8 +60,9 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     read = {name: _check_encoding(recipe, tokenizers[name]) for name in (used[:1] if teacher else used)}
     for name in used:
         _check_model(recipe, name, tokenizers[name], max(of_model.longest for of_model in read.values()))
-    for note in [*_rows_notes(read, training=_trains(recipe)), *_script_notes(recipe)] if console else ():
-        console.print(note, highlight=False, soft_wrap=True, markup=False)
+    for note in [*_rows_notes(read, training=_trains(recipe)), *_script_notes(recipe)]:
+        if console:
+            console.print(note, highlight=False, soft_wrap=True, markup=False)
 
 
 def _used(recipe: Recipe) -> list[str]:

@@ -10,6 +10,7 @@ from tadistill.errors import StoreError
 from tadistill.report import summary_table, write_report
 from tadistill.report.cards import model_card
 from tadistill.report.plain import side_by_side
+from tadistill.results.collect import primary_metric
 from tadistill.results.compare import compare
 from tadistill.statistics import macro_difference
 
@@ -98,6 +99,26 @@ def test_training_rows_are_counted_too(study):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": [COUNTS | {"role": "train", "shortened": 3}]}))
     text = render(summary_table(study.read()), 400)
     assert "dolly (train): 12 of 14 rows; 2 longer than data.max_prompt (256); 3 with a reference cut at data.max_length (512)" in text
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_references_that_rouge_cannot_see_are_a_caution(tmp_path, measured):
+    """Where ROUGE-L for all scripts is measured, the verdict rests on it; an earlier version did not measure it."""
+    study = build_study(tmp_path, StudySpec(SMALL, sets={"zh": 6}, fact_sets=()))
+    for arm in SMALL:
+        for seed in (10, 20):
+            folder = study.store_dir / (key := key_of("evaluate", arm.name, seed))[:2] / key
+            corpus, scores = (json.loads((folder / name).read_text()) for name in ("corpus.json", "scores.json"))
+            corpus["zh"]["unseen"] = 0.98
+            if measured:
+                scores["zh"]["rouge_l_unicode"] = scores["zh"]["rouge_l"]
+            (folder / "corpus.json").write_text(json.dumps(corpus))
+            (folder / "scores.json").write_text(json.dumps(scores))
+    results = study.read()
+    text = render(summary_table(results), 400)
+    assert "drops the other letters of the references: 98 % in zh" in text
+    assert primary_metric(results) == ("rouge_l_unicode" if measured else "rouge_l")
+    assert ("ROUGE-L (all scripts) reads them; the comparisons use it." in text) == measured
 
 
 # --- bounds and ties ------------------------------------------------------------------------------------------------------
