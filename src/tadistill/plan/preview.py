@@ -147,7 +147,7 @@ def _rows(plan: Plan) -> Iterable[str]:
     splits: list[tuple[Literal["train", "dev", "test"], DataRef]] = [("train", data.train), ("dev", data.dev)]
     splits = (splits if any(s.trains for s in plan.stages.values()) else []) + [("test", ref) for ref in data.test]
     for role, ref in splits:
-        counts = passes.counts(plan.recipe, ref, role)
+        counts = passes.count_first_rows(plan.recipe, ref, role)
         if counts and counts.text:
             yield f"Rows of {ref.name} ({role}), among the first {counts.rows}: {counts.text}."
 

@@ -81,7 +81,7 @@ def test_stages_that_wait_for_each_other_are_not():
 def said(of) -> str:
     console = Console(width=400)
     with console.capture() as capture:
-        check(of, console)
+        check_study(of, console)
     return capture.get()
 
 

@@ -78,9 +78,9 @@ def read_lengths(recipe: Recipe, ref: DataRef, role: str, examples: Sequence[dat
     return Texts(tuple((p, min(r, data.max_length - p)) for p, r in rows), len(examples) * len(rows) / places)
 
 
-def counts(recipe: Recipe, ref: DataRef, role: Literal["train", "dev", "test"]) -> Counts | None:
+def count_first_rows(recipe: Recipe, ref: DataRef, role: Literal["train", "dev", "test"]) -> Counts | None:
     """Count the rows that are left out or cut among the first rows of a split; None if the split or the tokenizer is not on this disk."""
-    data, ids = recipe.data, tokenizer(recipe)
+    data, ids = recipe.data, study_tokenizer(recipe)
     if ids is None or datasets.on_hub(ref, role, data) is not None:
         return None
     rows = datasets.read(ref, role, world=data.world, root=data.root, limit=min(_SAMPLE, getattr(data.limit, role) or _SAMPLE))
