@@ -3,8 +3,8 @@
 Two rules differ from MiniLLM's preprocessing:
 - If the tokenizer would merge the end of the prompt with the start of the response, the response is encoded alone. MiniLLM cuts the
   joint token ids at the prompt's length.
-- Prompts that are too long are left out, in test sets too, unless `long_prompts` is `cut`. MiniLLM leaves them out of training sets and cuts
-  those of test sets on the right, which removes "### Response:".
+- Prompts that are too long are left out, in test sets too, unless `long_prompts` is `cut`. MiniLLM leaves them out of training sets, and
+  cuts those of test sets on the right, which removes "### Response:".
 """
 
 import re

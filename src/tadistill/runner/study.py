@@ -66,7 +66,7 @@ def fetch_models(recipe: Recipe, console: Console) -> None:
             sources.fetch(model.tokenizer, model.revision, weights=False)
 
 
-def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console: Console) -> Path:
+def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console: Console | None = None) -> Path:
     """Write runs/STUDY/plan.json, which reports and other tools read. The date of the first run is kept.
 
     If a report of other evaluations is there, for instance of other seeds, it is kept in runs/STUDY/earlier/KEY.
@@ -79,7 +79,7 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console
             created = json.loads(path.read_text(encoding="utf-8"))["created"]
     content = describe(plan, created=created, recipe_text=recipe_text, command=command)
     if kept := _keep_report(study, content):
-        console.print(f"the earlier report shows other evaluations, so it is kept: {kept}", highlight=False, soft_wrap=True)
+        (console or Console()).print(f"the earlier report shows other evaluations, so it is kept: {kept}", highlight=False, soft_wrap=True)
     write_json(path, content)
     return study
 
