@@ -15,6 +15,7 @@ tadistill judge STUDY --model NAME       have a language model rate the answers
 tadistill human STUDY                    write a blind sheet for people, or read their ratings
 """
 
+import contextlib
 import shlex
 import signal
 import sys
@@ -24,12 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from tadistill.cluster.cli import Overrides, RecipePath, Runs, StudyName
 from tadistill.cluster.cli import app as cluster_app
 from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, StageFailed, TadistillError
 from tadistill.store import runs_directory, store_of
+from tadistill.terminal import Terminal, output
 
 if TYPE_CHECKING:
     from tadistill.config import Recipe
@@ -41,7 +42,7 @@ app = typer.Typer(
     help="White-box distillation of language models through teacher assistants.",
 )
 app.add_typer(cluster_app)
-console = Console()
+console = Terminal()
 
 
 @app.command()
@@ -81,7 +82,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> N
     """Run a study on this machine and write its report. Finished stages are reused; an interrupted run resumes."""
     from tadistill.config import load
 
-    command = shlex.join(["tadistill", "run", str(recipe), *(overrides or []), *_runs_option(runs)])
+    command = shlex.join(["tadistill", "run", str(recipe), *(overrides or [])])
     _run_and_report(load(recipe, overrides or []), recipe.read_text(encoding="utf-8"), command, runs_directory(runs))
 
 
@@ -138,7 +139,7 @@ def advise(
         advise_recipe(
             load(recipe, chosen),
             source=str(recipe),
-            overrides=[*chosen, *_runs_option(runs)],
+            overrides=[*chosen, *(["--runs", str(runs)] if runs else [])],
             runs=runs_directory(runs),
             prompts=prompts,
             console=console,
@@ -198,7 +199,7 @@ def _evaluate(
         raise ConfigError(f"--seeds is `{seeds}`; give whole numbers separated by commas, for instance 10,20,30")
     text = evaluation_recipe(models, _parts(on), seeds=[int(n) for n in numbers], teacher=teacher)
     chosen = [part for option in settings or [] for part in ("--set", option)] + (["--teacher", teacher] if teacher else [])
-    command = shlex.join([*verb, "--on", on, "--seeds", seeds, *chosen, *_runs_option(runs)])
+    command = shlex.join([*verb, "--on", on, "--seeds", seeds, *chosen])
     return _run_and_report(parse(text, settings or [], source=" ".join(verb[:2])), text, command, runs_directory(runs))
 
 
@@ -309,21 +310,19 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(128 + received) from None
 
 
-def _runs_option(runs: Path | None) -> list[str]:
-    return ["--runs", str(runs)] if runs else []
-
-
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def main() -> None:
     """Run the command line. Print an error as one sentence and exit with 1 (a run failed) or 2 (the input is wrong)."""
-    errors = Console(stderr=True)
     try:
-        app()
+        with output():
+            app()
     except TadistillError as error:
-        kind = "failed" if isinstance(error, StageFailed | JudgeFailed) else "error"
-        errors.print(f"[bold red]{kind}[/]: ", end="")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        kind, errors = "failed" if isinstance(error, StageFailed | JudgeFailed) else "error", Terminal(stderr=True)
+        with contextlib.suppress(SystemExit), output():
+            for problem in error.problems:
+                errors.print(f"[bold red]{kind}[/]: ", end="")
+                errors.print(problem, markup=False, highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, (ConfigError, DataError, ModelError)) else 1)

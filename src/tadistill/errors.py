@@ -3,9 +3,70 @@
 Most classes also inherit from a built-in exception such as ValueError, so callers can catch the built-in exception instead.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tadistill.visible import one_line, shortened
+
 
 class TadistillError(Exception):
-    """Base class of every error that tadistill raises on purpose."""
+    """Base class of every error that tadistill raises on purpose.
+
+    Args:
+        problems: one sentence each. Control characters and line breaks in them are written out, and values are cut at 200 characters.
+    """
+
+    def __init__(self, *problems: object):
+        super().__init__(*(shortened(one_line(str(problem))) for problem in problems))
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """The sentences, one for each problem."""
+        return self.args
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
+class Gathering:
+    """Errors of several checks, so that all problems are shown at once.
+
+    found = Gathering()
+    for name in models:
+        with found.about(f"models.{name}"):
+            check_one(name)
+    found.finish()
+    """
+
+    def __init__(self) -> None:
+        self._errors: list[TadistillError] = []
+
+    @contextmanager
+    def about(self, what: str = "") -> Iterator[None]:
+        """Keep an error of the block for later, with the name of what it is about."""
+        try:
+            with about(what):
+                yield
+        except TadistillError as error:
+            self._errors.append(error)
+
+    def finish(self) -> None:
+        """Raise the errors as one, of the class of the first."""
+        if self._errors:
+            problems = dict.fromkeys(problem for error in self._errors for problem in error.problems)
+            raise type(self._errors[0])(*problems) from self._errors[0]
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Put the name of what they are about, such as `models.xl`, before errors of the block that do not begin with a name of that kind."""
+    try:
+        yield
+    except TadistillError as error:
+        kind = what.split(".", 1)[0]
+        if not what or error.problems[0].startswith(f"{kind}."):
+            raise
+        raise type(error)(*(f"{what}: {problem}" for problem in error.problems)) from error
 
 
 class ConfigError(TadistillError, ValueError):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tadistill.store import runs_directory, store_of
+from tadistill.terminal import Terminal
 
 # arguments and options that all commands share; `tadistill.cli` imports them too
 RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
@@ -22,7 +22,7 @@ Runs = Annotated[
 ]
 
 app = typer.Typer()
-console = Console()
+console = Terminal()
 Cluster = Annotated[str | None, typer.Option("--cluster", help="Name or YAML file of a cluster profile (default: variable CC_CLUSTER).")]
 
 
