@@ -1,16 +1,16 @@
 """The arms of a recipe, and the search for a path. An arm gives a path of models, in which each model teaches the next one."""
 
 from collections.abc import Iterable
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from tadistill.config.common import Strict
+from tadistill.config.common import MOST, Strict
 from tadistill.config.method import Dense, MethodPatch, Optim, Select
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
 
-ModelPath = tuple[str, ...]
+ModelPath = Annotated[tuple[str, ...], Field(min_length=1)]
 """Names of models. Each model teaches the next one."""
 
 
@@ -167,11 +167,11 @@ class Search(Strict):
     """`exhaustive`: try every path. `single`: try the direct path, and paths with one assistant. `best_prefix`: keep and extend the
     best path to each model (a heuristic: it is right only where a better teacher makes a better student). `beam`: keep and extend
     the `width` best paths to each model. `halving`: train every path for a short run, and continue the better half of the paths."""
-    max_assistants: int | None = Field(default=None, ge=1)
+    max_assistants: int | None = Field(default=None, ge=1, le=MOST)
     """Largest number of assistants in a path; no limit by default."""
     budget: float | None = Field(default=None, gt=0)
     """Largest cost of a path, as a multiple of the training FLOPs of the direct path; no limit by default."""
-    width: int = Field(default=2, ge=1)
+    width: int = Field(default=2, ge=1, le=MOST)
     """Number of paths to each model that `beam` keeps."""
     rungs: tuple[float, ...] = Field(default=(0.1, 0.3, 1.0), min_length=1)
     """Used by `halving`, one number per round: the fraction of every stage's updates that is done after the round. The last one is 1."""

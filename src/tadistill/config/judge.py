@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tadistill.config.common import Strict
+from tadistill.config.common import MOST, Strict
 
 REFERENCE = "reference"
 """Name of the reference answers in comparisons with arms."""
@@ -25,7 +25,7 @@ class Judge(Strict):
     """The opponent in the comparison: an arm, or `reference`."""
     sets: tuple[str, ...] = ()
     """Test sets; all of them by default."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=MOST)
     """Number of prompts per test set, evenly spaced; all prompts by default."""
     all_seeds: bool = False
     """Judge every training seed for which all arms are finished, not only the first training seed."""
@@ -37,7 +37,7 @@ class Judge(Strict):
     """Largest number of tokens in a reply; raise it for judges that write their reasoning."""
     jobs: int = Field(default=4, ge=1, le=64)
     """Number of requests at the same time."""
-    timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    timeout: float = Field(default=120.0, gt=0, le=86400)
     """Largest number of seconds to wait for a reply."""
 
 
@@ -50,7 +50,7 @@ class BlindSheet(Strict):
     """Arms whose answers are shown; all of them by default."""
     sets: tuple[str, ...] = ()
     """Test sets; all of them by default."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=MOST)
     """Number of prompts per test set, evenly spaced; all prompts by default."""
     reference: bool = False
     """Show the reference as one of the answers."""

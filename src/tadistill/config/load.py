@@ -1,4 +1,7 @@
-"""Read a recipe file and apply overrides (`method.optim.lr=1e-4`). An error message names the key and its line."""
+"""Read a recipe file and apply overrides (`method.optim.lr=1e-4`). An error message names the key and its line.
+
+Nothing outside the recipe is read: `${…}` of OmegaConf, which could read environment variables, is an error.
+"""
 
 import difflib
 import typing
@@ -14,6 +17,11 @@ from tadistill.config.recipe import Recipe
 from tadistill.errors import ConfigError
 
 Settings = typing.TypeVar("Settings", bound=BaseModel)
+Lines = dict[tuple, int]
+_SHOWN = 20
+"""Number of problems that are shown at once."""
+_DEEPEST = 40
+_NO_REFERENCES = "has `${`, but a recipe refers neither to the environment nor to other keys; write the value itself"
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -30,30 +38,28 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise ConfigError(f"no recipe at {path}; give the path of a YAML file, for instance recipes/quickstart.yaml")
     try:
-        text = path.read_text(encoding="utf-8")
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     return parse(text, overrides, source=str(path))
 
 
 def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str) -> Recipe:
     """Read a recipe from YAML text, as `load` does. Error messages give `source` as the name of the text."""
+    lines = _lines(text, source)
     raw = _merged(text, overrides, source, "seeds=[10]")
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} contains no recipe; write a mapping with the keys study, seeds, models, data and arms")
-    return validate(_string_keys(raw), source=source, text=text)
+    return _validated(Recipe, _string_keys(raw), source, lines)
 
 
-def validate(raw: dict[str, Any], *, source: str = "recipe", text: str = "") -> Recipe:
-    """Build a recipe from plain data. `text` is the YAML behind the data; error messages give its line numbers.
+def validate(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
+    """Build a recipe from plain data.
 
     Raises:
         ConfigError: the recipe breaks a rule.
     """
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(_sentence(error, source, _lines(text))) from error
+    return _validated(Recipe, raw, source, {})
 
 
 def read_settings(model: type[Settings], given: dict[str, Any], overrides: typing.Sequence[str], *, source: str) -> Settings:
@@ -62,19 +68,34 @@ def read_settings(model: type[Settings], given: dict[str, Any], overrides: typin
     Raises:
         ConfigError: a key is unknown, or a value breaks a rule.
     """
+    return _validated(model, _merged(given, overrides, source, "temperature=0.5"), source, {})
+
+
+def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: Lines) -> Settings:
     try:
-        return model.model_validate(_merged(given, overrides, source, "temperature=0.5"))
+        return model.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, source, {}, model)) from error
+        found = _problems(error, raw, model)
+        sentences = [f"{_where(source, lines, key)}{text}" for key, text in found[:_SHOWN]]
+        rest = [f"{source}: {len(found) - _SHOWN} more problems come after these"] if len(found) > _SHOWN else []
+        raise ConfigError(*sentences, *rest) from error
 
 
 def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source: str, example: str) -> Any:
     for item in overrides:
         if item.find("=") < 1:
             raise ConfigError(f"override `{item}` is not KEY=VALUE; write key.sub=value, for instance {example}")
+        if "${" in item:
+            raise ConfigError(f"override `{item}` {_NO_REFERENCES}")
+        if item.split("=")[0].count(".") > _DEEPEST:
+            raise ConfigError(f"override `{item}` is nested more than {_DEEPEST} deep, which no recipe needs; correct its key")
     try:
+        for item in overrides:
+            _check_depth(item.split("=", 1)[1], "")
         tree = OmegaConf.merge(OmegaConf.create(base), OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_container(tree, resolve=True)
+        return OmegaConf.to_container(tree, resolve=False)
+    except ConfigError:
+        raise
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
@@ -86,48 +107,103 @@ def _string_keys(value: Any) -> Any:
     return [_string_keys(v) for v in value] if isinstance(value, list) else value
 
 
-def _lines(text: str) -> dict[tuple, int]:
-    lines: dict[tuple, int] = {}
+def _lines(text: str, source: str) -> Lines:
+    """Map the path of every key in a YAML text to its line number, from 1.
+
+    Raises:
+        ConfigError: the text is not YAML, is nested too deeply, or refers to something outside itself.
+    """
+    lines: Lines = {}
+    seen: set[int] = set()  # an alias stands for a part that was there before
 
     def walk(node: yaml.Node | None, at: tuple) -> None:
+        if node is None or id(node) in seen:
+            return
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode) and "${" in node.value:
+            raise ConfigError(f"{_where(source, lines, at)} is `{node.value}`: it {_NO_REFERENCES}")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                lines[(*at, str(key.value))] = key.start_mark.line + 1
+                line = key.start_mark.line + 1
+                if key.tag == "tag:yaml.org,2002:null":
+                    raise ConfigError(f"{source}, line {line}: a key has no name; write it before the colon")
+                lines[(*at, str(key.value))] = line
+                walk(key, at)
                 walk(value, (*at, str(key.value)))
         elif isinstance(node, yaml.SequenceNode):
             for i, value in enumerate(node.value):
                 walk(value, (*at, i))
 
-    walk(yaml.compose(text), ())
+    try:
+        _check_depth(text, source)
+        walk(yaml.compose(text), ())
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}," if error.problem_mark else ""
+        what = ", ".join(filter(None, (error.context, error.problem)))
+        raise ConfigError(f"{source}{line} cannot be read as YAML: {what}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
     return lines
 
 
-def _sentence(error: ValidationError, source: str, lines: dict[tuple, int], root: type[BaseModel] = Recipe) -> str:
-    # describes the first problem; unknown keys come first, because they cause other problems
-    problem, *others = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    location = tuple(problem["loc"])
-    key = _resolve(location, root)[0]
-    shown = ".".join(map(str, key)) or "recipe"
+def _check_depth(text: str, source: str) -> None:
+    depth = 0
+    for event in yaml.parse(text):  # does not recurse, as all that follows does
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            where = f"{source}, line {event.start_mark.line + 1}" if source else f"override `{text}`"
+            raise ConfigError(f"{where}: keys are nested more than {_DEEPEST} deep, which no recipe needs; correct the brackets")
+
+
+def _where(source: str, lines: Lines, key: tuple) -> str:
+    """Name the place of a key: the file, the line of the key or of the nearest key around it, and the key."""
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
-    where = f"{source}, line {line}: `{shown}`" if line else f"{source}: `{shown}`"
-    if problem["type"] == "extra_forbidden":
+    shown = ".".join(map(str, key)) or "recipe"
+    return f"{source}, line {line}: `{shown}`" if line else f"{source}: `{shown}`"
+
+
+def _problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tuple[tuple, str]]:
+    """Return every key that has a problem, with what is wrong and how to mend it. Unknown keys come first, because they cause others."""
+    found: dict[tuple, str] = {}
+    for problem in sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] == "too_short")):
+        location = tuple(problem["loc"])
+        key, kind = _resolve(location, root)[0], problem["type"]
+        if kind not in ("extra_forbidden", "missing"):
+            key = _given(key, raw)  # without the names that pydantic gives to the choices of a union
+        if not key:  # a rule about several keys: its sentence begins with one of them
+            key = _given(tuple(problem["msg"].removeprefix("Value error, ").split(" ", 1)[0].split(".")), raw)
+        if kind == "too_short" and any(other[: len(key)] == key for other in found):
+            continue  # pydantic counts only the items that are right
+        found.setdefault(key, _sentence(problem, key, location, root))
+    return [*found.items()]
+
+
+def _sentence(problem: Any, key: tuple, location: tuple, root: type[BaseModel]) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
         names = _names_at(location[:-1], root)
         close = difflib.get_close_matches(str(key[-1]), names, n=1, cutoff=0.5)
         hint = f"did you mean `{close[0]}`?" if close else f"known keys here: {', '.join(sorted(names))}."
-        text = f"{where} is not a known key; {hint}"
-    elif problem["type"] == "missing":
-        text = f"{where} is missing; add it."
-    elif problem["type"] == "union_tag_invalid":
-        context = problem.get("ctx", {})
-        text = f"{where} has type {context.get('tag')!r}; known types: {context.get('expected_tags')}."
-    elif problem["type"] == "union_tag_not_found":
-        text = f"{where} needs a `type`."
-    else:
-        message = problem["msg"].removeprefix("Value error, ")
-        given = problem["input"]
-        value = f" is {given!r}:" if isinstance(given, (str, int, float, bool)) else ":"
-        text = f"{where}{value} {message[0].lower() + message[1:].rstrip('.')}."
-    return text + (f" ({len(others)} more problem{'s' * (len(others) > 1)} after this one.)" if others else "")
+        return f" is not a known key; {hint}"
+    if kind == "missing":
+        return " is missing; add it."
+    if kind == "union_tag_invalid":
+        return f" has type {context.get('tag')!r}; known types: {context.get('expected_tags')}."
+    if kind == "union_tag_not_found":
+        return " needs a `type`."
+    message, given = problem["msg"].removeprefix("Value error, "), problem["input"]
+    value = f" is {given!r}:" if isinstance(given, (str, int, float, bool)) else ":"
+    return f"{value} {message[0].lower() + message[1:].rstrip('.')}."
+
+
+def _given(key: tuple, raw: Any) -> tuple:
+    """Return the part of a key that the recipe has."""
+    for n, part in enumerate(key):
+        inside = (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int) and part < len(raw))
+        if not inside:
+            return key[:n]
+        raw = raw[part]
+    return key
 
 
 def _children(annotation: Any) -> list[type[BaseModel]]:

@@ -5,9 +5,9 @@ Objectives are in `tadistill.config.objective`, samplers in `tadistill.config.sa
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from tadistill.config.common import Strict
+from tadistill.config.common import MOST, Strict
 from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import DatasetSampler, HiddenSignal, OnPolicy, ReplaySampler, Rounds, Sampler, TopKSignal
 from tadistill.errors import ConfigError
@@ -18,20 +18,22 @@ TEACHER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 Precision = Literal["fp32", "bf16"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""The decay rate of a moving average."""
 
 
 class Optim(Strict):
     """AdamW and its schedule. All numbers are totals over all devices, so the number of devices does not change an update."""
 
-    lr: float = Field(default=5e-4, gt=0)
+    lr: float = Field(default=5e-4, gt=0, le=10)
     """Peak learning rate."""
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=MOST)
     """Number of optimizer updates. Give `steps` or `epochs`."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=1e6)
     """Number of passes over the training rows (all rows before the length filter)."""
-    batch: int = Field(default=32, ge=1)
+    batch: int = Field(default=32, ge=1, le=MOST)
     """Number of sequences in an update."""
-    micro_batch: int | None = Field(default=None, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1, le=MOST)
     """Number of sequences in one forward pass, a divisor of `batch`; the whole batch by default."""
     warmup: int = Field(default=0, ge=0)
     """Number of updates in which the learning rate rises linearly to `lr`."""
@@ -39,13 +41,13 @@ class Optim(Strict):
     """Schedule of the learning rate after the warmup."""
     lr_min: float = Field(default=0.0, ge=0)
     """Learning rate at the end of the schedules `cosine` and `linear`."""
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0, le=100)
     """AdamW's weight decay (torch's default), which applies to matrices only."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay rates of both moments (torch's default)."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, ge=1e-30, le=1)
     """AdamW's epsilon (torch's default)."""
-    clip: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0, le=1e9)
     """Largest gradient norm; a gradient with a larger norm is scaled down to this norm."""
     precision: Precision = "fp32"
     """`bf16` is mixed precision: float32 weights, bfloat16 matrix products and a bfloat16 teacher."""
@@ -58,6 +60,11 @@ class Optim(Strict):
             raise ValueError(
                 f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; choose a micro_batch that divides batch"
             )
+        given = self.model_fields_set  # a patch has only some of the numbers; `merge` checks them all
+        if {"lr", "lr_min"} <= given and self.lr_min > self.lr:
+            raise ValueError(f"lr_min {self.lr_min} is above lr {self.lr}; the schedule ends at lr_min, so lower it")
+        if {"lr", "weight_decay"} <= given and self.lr * self.weight_decay >= 1:
+            raise ValueError(f"lr {self.lr} times weight_decay {self.weight_decay} is 1 or more, so weights would change sign; lower one")
         return self
 
 
@@ -72,7 +79,7 @@ class Select(Strict):
 
     metric: SelectMetric = "loss"
     """The dev metric of `tadistill.metrics` that selects the checkpoint, or `last` for the final weights."""
-    every: int = Field(default=100, ge=1)
+    every: int = Field(default=100, ge=1, le=MOST)
     """Number of updates between dev evaluations; the last evaluation is always at the end of training."""
 
 
@@ -81,7 +88,7 @@ class Sft(Strict):
 
     optim: Optim = Optim()
     select: Select = Select()
-    keep: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    keep: tuple[Annotated[int, Field(ge=1, le=MOST)], ...] = ()
     """Numbers of the updates after which the weights are also kept. Models with `checkpoint` can use these weights."""
 
 
@@ -91,7 +98,7 @@ class Dense(Strict):
     kind: Literal["geometric", "arithmetic"] = "geometric"
     """Mean of the teachers' distributions, which is the target. The reverse KL to the geometric mean has the same gradient as the mean of
     the reverse KLs to the teachers. The same is true of the forward KL and the arithmetic mean."""
-    weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
+    weights: tuple[Annotated[float, Field(ge=0, le=1e6)], ...] = ()
     """One weight per teacher, starting at the biggest model of the path; equal weights by default."""
     drop: float = Field(default=0.0, ge=0, lt=1)
     """Probability that a teacher is left out of an update; at least one teacher always stays."""
@@ -161,7 +168,12 @@ def merge_methods(base: Strict, patch: Strict | None) -> Any:
             changed.setdefault("epochs", None)
         elif "epochs" in changed:
             changed.setdefault("steps", None)
-    return type(base).model_validate({**base.model_dump(), **changed})
+    try:
+        return type(base).model_validate({**base.model_dump(), **changed})
+    except ValidationError as error:
+        what = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+        part = type(base).__name__.lower()
+        raise ConfigError(f"a model's or an arm's changes of `{part}` do not fit the method's: {what}") from error
 
 
 def apply(method: Method, *patches: MethodPatch) -> Method:

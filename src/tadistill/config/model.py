@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tadistill.config.common import Strict
+from tadistill.config.common import MOST, Strict, Temperature
 from tadistill.config.method import MethodPatch, Sft
 
 
@@ -22,11 +22,11 @@ class Init(Strict):
     layers_by: Literal["spacing", "influence"] = "spacing"
     """Rule that chooses the layers if `layers` is a number: evenly spaced layers with the first and the last one (`spacing`), or the
     layers that change their input most (`influence`; Men et al. 2024, ShortGPT)."""
-    hidden: int | None = Field(default=None, ge=1)
+    hidden: int | None = Field(default=None, ge=1, le=MOST)
     """Width of the hidden states."""
-    intermediate: int | None = Field(default=None, ge=1)
+    intermediate: int | None = Field(default=None, ge=1, le=MOST)
     """Number of neurons in each feed-forward block."""
-    heads: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1, le=MOST)
     """Number of query heads. With grouped-query attention, whole groups are removed, or the same number of query heads from each group."""
 
     @property
@@ -52,7 +52,7 @@ class Checkpoint(Strict):
 
     of: str
     """Name of the other model."""
-    step: int = Field(ge=1)
+    step: int = Field(ge=1, le=MOST)
     """The update, which must be in the other model's `sft.keep`."""
 
 
@@ -61,7 +61,7 @@ class Temper(Strict):
 
     of: str
     """Name of the other model."""
-    tau: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    tau: Temperature | None = None
     """The temperature; a value below 1 makes predictions sharper."""
     like: str | None = None
     """Name of an arm. For each seed, tau is chosen so that the mean entropy on dev responses equals the mean entropy of the arm's model."""
@@ -80,9 +80,9 @@ class Lora(Strict):
     needed to match full fine-tuning.
     """
 
-    r: int = Field(default=16, ge=1)
+    r: int = Field(default=16, ge=1, le=MOST)
     """Rank of the adapters."""
-    alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False)
+    alpha: float = Field(default=32.0, gt=0, le=1e6)
     """The adapters' product is scaled by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapters' inputs. An on-policy sampler turns off this dropout and all other dropout."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tadistill.config.common import Finite, Share, Strict
+from tadistill.config.common import MOST, Modest, Share, Strict, Temperature
 
 
 class ObjectiveBase(Strict):
@@ -55,7 +55,7 @@ class CrossEntropy(ObjectiveBase):
 class Divergence(ObjectiveBase):
     """Base of all divergences between teacher and student at every token."""
 
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    temperature: Temperature = 1.0
     """The logits of both models are divided by the temperature; the loss is not multiplied by the temperature squared."""
     kd_ratio: Share = 1.0
     """Weight of the divergence in the loss; the rest is cross-entropy on the tokens (MiniLLM's KD baseline uses 0.5)."""
@@ -127,9 +127,9 @@ class AlphaBeta(Divergence):
     """The alpha-beta divergence (Wang et al. 2025, ABKD). The defaults are the paper's values for GPT-2."""
 
     type: Literal["alpha_beta"] = "alpha_beta"
-    alpha: Finite = 0.2
+    alpha: Modest = 0.2
     """A larger value gives more weight to tokens of which the teacher is confident."""
-    beta: Finite = 0.7
+    beta: Modest = 0.7
     """A larger value gives more weight to tokens of which the student is confident."""
 
 
@@ -137,18 +137,18 @@ class AlphaMixture(Divergence):
     """A divergence to the alpha-mixture of both models (Shin et al. 2025, AMiD). The defaults are the ones in the WASD paper."""
 
     type: Literal["alpha_mixture"] = "alpha_mixture"
-    alpha: Finite = -5.0
+    alpha: Modest = -5.0
     """Kind of mixture: -1 is the arithmetic mean, 1 is the geometric mean, and 3 is the harmonic mean."""
     lam: Share = 0.5
     """The teacher's share of the mixture."""
     pair: Literal["pr", "rp", "qr", "rq"] = "pr"
     """The two sides of the divergence: p is the teacher, q is the student, and r is the mixture."""
-    ab_parameters: tuple[Finite, Finite] = (1.0, 0.0)
+    ab_parameters: tuple[Modest, Modest] = (1.0, 0.0)
     """Alpha and beta of the divergence (`alpha_beta`); (1, 0) is the KL."""
 
 
 class _TopK(Divergence):
-    k: int = Field(default=64, ge=1)
+    k: int = Field(default=64, ge=1, le=MOST)
     """Number of the teacher's most probable tokens."""
     tail: Literal["lump", "drop"] = "lump"
     """Treatment of all other tokens: `lump` makes them one more outcome; `drop` removes them and renormalises."""
@@ -186,7 +186,7 @@ class Taid(Divergence):
     """t at the first update."""
     end: Share = 1.0
     """t at the last update."""
-    rate: float = Field(default=5e-4, ge=0, allow_inf_nan=False)
+    rate: float = Field(default=5e-4, ge=0)
     """Largest rise of t in one update, as a fraction of 1 - t. The linear schedule may raise t by more."""
     decay: float = Field(default=0.99, ge=0, lt=1)
     """Decay rate of the moving average of the relative change in loss."""
@@ -235,11 +235,11 @@ class MiniLLM(ObjectiveBase):
     whitening: Literal["none", "tokens", "padded"] = "none"
     """Scale the returns of an update to mean 0 and variance 1. `tokens`: computed over its tokens. `padded`: computed over all positions,
     with the value 0 at padding. Paper: none; official: padded."""
-    reward_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    reward_scale: float = Field(default=1.0, ge=1e-6, le=1e6)
     """Rewards are divided by this number. Paper: 1; official: 0.5."""
-    reward_clip: float | None = Field(default=None, gt=0)
+    reward_clip: float | None = Field(default=None, gt=0, le=1e9)
     """Largest absolute reward after scaling. Paper: none; official: 100."""
-    clip: float = Field(default=0.2, gt=0)
+    clip: float = Field(default=0.2, gt=0, le=1e9)
     """The ratio is clipped to the interval from 1 - clip to 1 + clip."""
     clipping: Literal["ratio", "ppo"] = "ratio"
     """Paper: min(ratio, clip(ratio)); official: PPO's max(-A ratio, -A clip(ratio)), which depends on the sign of A."""
@@ -249,7 +249,7 @@ class MiniLLM(ObjectiveBase):
     """Add the one-step term: the expected reward of the next token, computed exactly over the vocabulary (Eq. 3)."""
     single_step_weight: bool = True
     """Weight the one-step term by the (clipped) ratio as well. Paper: yes (Eq. 7); official: no."""
-    pt_weight: float = Field(default=1.0, ge=0)
+    pt_weight: float = Field(default=1.0, ge=0, le=1e6)
     """Weight of the language-modelling term on `data.corpus` (L_PT); 0 leaves it out."""
     pt_kd_ratio: Share = 0.0
     """Weight of the forward KL to the teacher in L_PT; the rest is language modelling. Paper: 0; official: 0.5."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.arm import Arm, Search
-from tadistill.config.common import Decoding, Strict
+from tadistill.config.common import MOST, Decoding, Name, Strict
 from tadistill.config.method import Method, apply
 from tadistill.config.model import ModelConfig
 
@@ -66,14 +66,13 @@ class DataRef(Strict):
 class Limit(Strict):
     """The number of rows to use, starting at the first row, for quick trials; all rows by default."""
 
-    train: int | None = Field(default=None, ge=1)
-    dev: int | None = Field(default=None, ge=1)
-    test: int | None = Field(default=None, ge=1)
+    train: int | None = Field(default=None, ge=1, le=MOST)
+    dev: int | None = Field(default=None, ge=1, le=MOST)
+    test: int | None = Field(default=None, ge=1, le=MOST)
     """Number of rows of each test set."""
 
 
 Template = Literal["alpaca", "chat", "plain"]
-LongPrompts = Literal["drop", "cut"]
 
 
 class Data(Strict):
@@ -89,10 +88,8 @@ class Data(Strict):
     """Folder of local data sets; the environment variable TADISTILL_DATA by default."""
     template: Template = "alpaca"
     """Prompt around an instruction: the Alpaca text (as in MiniLLM), the tokenizer's chat template, or only a line break."""
-    max_prompt: int = Field(default=256, ge=1)
-    """Largest number of tokens in a prompt (MiniLLM's value)."""
-    long_prompts: LongPrompts = "drop"
-    """Rows with a longer prompt: left out and counted (`drop`), or cut to their first `max_prompt` tokens (`cut`, as MiniLLM tests)."""
+    max_prompt: int = Field(default=256, ge=1, le=MOST)
+    """Largest number of tokens in a prompt; rows with a longer prompt are left out (MiniLLM's value)."""
     max_length: int = Field(default=512, ge=2)
     """Largest number of tokens in a prompt and its reference response; a longer response is cut. Not for sampled responses."""
     limit: Limit = Limit()
@@ -111,9 +108,9 @@ class Evaluate(Decoding):
 
     seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
     """Decoding seeds (MiniLLM's five). Each seed gives one response to every test prompt; dev uses only the first seed."""
-    batch: int = Field(default=32, ge=1)
+    batch: int = Field(default=32, ge=1, le=MOST)
     """Number of sequences in a forward pass."""
-    also: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")], OtherDecoding] = {
+    also: dict[Annotated[Name, Field(pattern=r"^[A-Za-z0-9._-]+$")], OtherDecoding] = {
         "greedy": OtherDecoding(temperature=0),
         "t0.5": OtherDecoding(temperature=0.5),
     }
@@ -135,9 +132,9 @@ class Evaluate(Decoding):
 class Runtime(Strict):
     """Settings of a run on this machine. They do not change a stage's key. Results are the same, up to rounding."""
 
-    jobs: int | None = Field(default=None, ge=1)
+    jobs: int | None = Field(default=None, ge=1, le=1024)
     """Number of stages that run at the same time; by default the number of cores on a CPU, and 1 on a GPU."""
-    checkpoint_seconds: float | None = Field(default=None, gt=0)
+    checkpoint_seconds: float | None = Field(default=None, gt=0, le=1e6)
     """Seconds between two saves of a training state; by default 30, or 20 times the duration of the last save if that is longer."""
     trackers: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
     """Experiment trackers to which training also logs."""
@@ -154,9 +151,9 @@ class Resources(Strict):
     On a cluster, missing values are chosen from the plan's estimates and the cluster's profile.
     """
 
-    processes: int = Field(default=1, ge=1)
+    processes: int = Field(default=1, ge=1, le=MOST)
     """Number of processes (ranks), each with its own GPU if there are GPUs. Training stages only."""
-    nodes: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1, le=MOST)
     """Number of machines over which the processes are spread."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Placement of the student: whole in every process (`ddp`), or sharded over the processes (`fsdp`, FSDP2)."""
@@ -164,11 +161,11 @@ class Resources(Strict):
     """Placement of the teacher: whole on every device, sharded over the processes (FSDP2), or in host memory and loaded layer by layer."""
     gpu: str | None = None
     """A GPU or GPU slice in the cluster's profile; the smallest one that is large enough by default."""
-    cpus: int | None = Field(default=None, ge=1)
+    cpus: int | None = Field(default=None, ge=1, le=MOST)
     """Number of CPU cores per process."""
-    memory: float | None = Field(default=None, gt=0)
+    memory: float | None = Field(default=None, gt=0, le=1e6)
     """Host memory per process, in GB."""
-    hours: float | None = Field(default=None, gt=0)
+    hours: float | None = Field(default=None, gt=0, le=1e5)
     """Time limit of a job. A stage that needs longer saves its state, is queued again and continues."""
 
     @model_validator(mode="after")
@@ -184,20 +181,20 @@ class Resources(Strict):
 class Recipe(Strict):
     """Description of a whole study."""
 
-    study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    study: Annotated[Name, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the study and of its folder."""
     seeds: tuple[int, ...] = Field(min_length=1)
     """Training seeds; each seed gives one replicate of every arm."""
-    models: dict[str, ModelConfig] = Field(min_length=1)
+    models: dict[Name, ModelConfig] = Field(min_length=1)
     data: Data
     method: Method = Method()
     """The method of every distillation, unless a model (`models.X.distill`) or an arm overrides a part of it."""
     evaluate: Evaluate = Evaluate()
-    arms: dict[str, Arm] = {}
+    arms: dict[Name, Arm] = {}
     """The paths to compare, by name. May be left out if `search` is given."""
     teacher: str | None = None
     """The original teacher, to which every KL is measured. Needed only if paths start from several models, or if there are no paths."""
-    margin: float = Field(default=0.3, gt=0)
+    margin: float = Field(default=0.3, gt=0, le=1000)
     """Smallest relevant difference in the primary metric, in points."""
     search: Search | None = None
     runtime: Runtime = Runtime()
@@ -218,6 +215,21 @@ class Recipe(Strict):
     @property
     def first_seed(self) -> int:
         return self.seeds[0]
+
+    @field_validator("study")
+    @classmethod
+    def _not_reserved(cls, study: str) -> str:
+        if study == "store":
+            raise ValueError("runs/store holds the stages of all studies; choose another name")
+        return study
+
+    @field_validator("models")
+    @classmethod
+    def _no_arrows(cls, models: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
+        for name in models:
+            if ">" in name or " then " in f" {name} ":
+                raise ValueError(f"`{name}` cannot stand in a path, which is written with > and then; choose another name")
+        return models
 
     def _check_names(self) -> None:
         for name, model in self.models.items():

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from tadistill.config.common import Decoding, Share, Strict
+from tadistill.config.common import MOST, Decoding, Share, Strict
 
 
 class SamplerBase(Strict):
@@ -56,7 +56,7 @@ class TopKSignal(Strict):
     """Record the teacher's k most probable tokens at every position of the training set; training then does not load the teacher."""
 
     type: Literal["top_k"] = "top_k"
-    k: int = Field(default=64, ge=1)
+    k: int = Field(default=64, ge=1, le=MOST)
     """Number of recorded tokens per position."""
     tail: Literal["lump", "drop"] = "lump"
     """Treatment of all other tokens: `lump` keeps their mass as one more outcome; `drop` removes them and renormalises."""
@@ -91,7 +91,7 @@ class OnPolicy(SamplerBase, Decoding):
     engine: Literal["native", "vllm"] = "native"
     """`native` is the built-in sampling loop. `vllm` needs CUDA and `pip install 'tadistill[vllm]'`, has its own random draws, and cannot
     use a teacher while it samples."""
-    chunk: int = Field(default=64, ge=1)
+    chunk: int = Field(default=64, ge=1, le=MOST)
     """Number of sequences that one device samples at the same time."""
 
     @property
@@ -103,9 +103,9 @@ class Rounds(OnPolicy):
     """Base of samplers that draw a round of rollouts and then train on this round for some epochs."""
 
     in_rounds: ClassVar[bool] = True
-    rollouts: int | None = Field(default=None, ge=1)
+    rollouts: int | None = Field(default=None, ge=1, le=MOST)
     """Number of sequences in a round over all devices, a multiple of the batch; one batch by default."""
-    inner_epochs: int = Field(default=1, ge=1)
+    inner_epochs: int = Field(default=1, ge=1, le=MOST)
     """Number of passes over a round's rollouts before new rollouts are sampled."""
 
 
@@ -125,8 +125,8 @@ class TeacherMixedSampler(Rounds):
     type: Literal["teacher_mixed"] = "teacher_mixed"
     alpha: Share = 0.2
     """The teacher's share of the mixture."""
-    rollouts: int | None = Field(default=256, ge=1)
-    inner_epochs: int = Field(default=4, ge=1)
+    rollouts: int | None = Field(default=256, ge=1, le=MOST)
+    inner_epochs: int = Field(default=4, ge=1, le=MOST)
 
     @property
     def guided(self) -> bool:
@@ -141,7 +141,7 @@ class SpeculativeSampler(Rounds):
     """The student's responses; the teacher replaces each token that is not among the teacher's k most probable (Xu et al. 2024, SKD)."""
 
     type: Literal["speculative"] = "speculative"
-    k: int = Field(default=25, ge=1)
+    k: int = Field(default=25, ge=1, le=MOST)
     """A student's token is kept if it is among the teacher's k most probable tokens."""
 
     @property
@@ -170,11 +170,11 @@ class ReplaySampler(OnPolicy):
 
     follows_dev: ClassVar[bool] = True
     type: Literal["replay"] = "replay"
-    capacity: int = Field(default=1000, ge=1)
+    capacity: int = Field(default=1000, ge=1, le=MOST)
     """Number of sequences in the buffer; new sequences replace the oldest."""
     schedule: Literal["decreasing", "constant", "increasing"] = "decreasing"
     """Probability of sampling new text at update t of T: `decreasing` phi (1 - t/T), `constant` phi / 2, `increasing` phi t/T."""
-    tolerance: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+    tolerance: float = Field(default=0.1, ge=0)
     """Increase of the dev loss, in nats, that raises phi."""
     increment: float = Field(default=0.1, gt=0, le=1)
     """Amount by which phi rises."""

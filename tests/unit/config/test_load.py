@@ -1,10 +1,12 @@
 """Recipes: overrides, and one clear sentence for every kind of mistake."""
 
 import pytest
+import yaml
 
-from tadistill.config import load
+from tadistill.config import load, parse
 from tadistill.config.method import Method, MethodPatch, Optim, apply, merge_methods
 from tadistill.config.objective import CrossEntropy, ForwardKL, MiniLLM
+from tadistill.config.recipe import methods
 from tadistill.config.sampling import TeacherMixedSampler
 from tadistill.errors import ConfigError
 
@@ -182,3 +184,117 @@ def test_a_preset_in_a_patch_replaces_all_of_the_other():
 def test_an_objectives_settings_have_ranges(objective):
     with pytest.raises(ValueError, match="validation error"):
         Method.model_validate({"objective": objective})
+
+
+# --- limits, names, and what a recipe cannot reach -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("method.optim.lr", [".nan", ".inf", "-1", "0", "1e30", "true"]),
+        ("method.optim.betas", ["[.nan,0.9]", "[-1,2]", "[0.9,1]", "[0.9]", "[true,0.9]"]),
+        ("method.optim.eps", [".inf", "0", "-1", "5e-324", "2"]),
+        ("method.optim.clip", [".inf", "0", ".nan", "false"]),
+        ("method.optim.weight_decay", [".inf", "-1", "1e9"]),
+        ("method.optim.lr_min", [".inf", "-1"]),
+        ("method.optim.steps", ["0", "1e400", "9223372036854775808", "true"]),
+        ("method.objective.reward_clip", [".inf", "0"]),
+        ("method.sampler.temperature", [".inf", "-1", "5e-324", "1e9"]),
+        ("evaluate.temperature", [".inf", ".nan", "-0.1", "true"]),
+        ("evaluate.seeds", ["[true]", "[100000000000000000000]", "[1.5]"]),
+        ("margin", [".inf", "0", "-1", "true"]),
+        ("seeds", ["[100000000000000000000]", "[.nan]", "[true]"]),
+        ("models.s.seed", ["99999999999999999999", "true"]),
+        ("data.limit.dev", ["1000000000000000000000000000000", "0", "-1"]),
+        ("runtime.jobs", ["0", "100000", "true"]),
+        ("runtime.checkpoint_seconds", [".inf", "0"]),
+    ],
+)
+def test_numbers_have_physical_limits(recipe, key, values):
+    for value in values:
+        with pytest.raises(ConfigError) as error:
+            load(recipe, [f"{key}={value}"])
+        assert all(f"`{key}" in problem for problem in error.value.problems), value
+
+
+def test_rules_on_two_numbers_hold_after_all_changes(recipe):
+    load(recipe, ["method.optim.lr=1e-2", "arms.a={path: xl > s, optim: {lr_min: 1e-3}}"])
+    for change, words in (("lr_min: 1", "lr_min 1.0 is above lr"), ("weight_decay: 100", "weights would change sign")):
+        with pytest.raises(ConfigError, match=words):
+            methods(load(recipe, ["method.optim.lr=1e-2", f"arms.a={{path: xl > s, optim: {{{change}}}}}"]))
+
+
+@pytest.mark.parametrize("value", ["${oc.env:SECRET}", "${study}", "a${oc.env:SECRET,x}b", "${", "${oc.create:{}}"])
+def test_a_recipe_reads_nothing_outside_itself(recipe, value, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    for text, overrides in (
+        (RECIPE.replace("study: t", f"study: '{value}'"), []),
+        (RECIPE + f"'{value}': 1\n", []),
+        (RECIPE, [f"study={value}"]),
+    ):
+        with pytest.raises(ConfigError, match="write the value itself") as error:
+            parse(text, overrides, source="r.yaml")
+        assert "s3cr3t" not in str(error.value)
+
+
+@pytest.mark.parametrize("depth", [41, 120, 500, 3000])
+def test_nesting_is_refused_with_its_line(depth):
+    for part in ("[" * depth + "]" * depth, "{a: " * depth + "1" + "}" * depth):
+        with pytest.raises(ConfigError, match=r"^r.yaml, line 13: keys are nested more than 40 deep"):
+            parse(RECIPE + f"z: {part}\n", source="r.yaml")
+    for override in ("z=" + "[" * depth, "z=" + "[" * depth + "]" * depth, "z." + ".".join("a" * depth) + "=1"):
+        with pytest.raises(ConfigError, match=r"override `.*nested more than 40 deep"):
+            parse(RECIPE, [override], source="r.yaml")
+
+
+def test_all_problems_are_shown_unknown_keys_first():
+    text = RECIPE.replace("steps: 10", "stps: 10, lr: fast, batch: 0").replace("seeds: [1, 2]", "seed: 1")
+    with pytest.raises(ConfigError) as error:
+        parse(text, source="r.yaml")
+    starts = [problem.split("`: ")[0].split("` is")[0] for problem in error.value.problems]
+    assert starts == [
+        "r.yaml, line 4: `models.xl.sft.optim.stps",
+        "r.yaml, line 2: `seed",
+        "r.yaml: `seeds",
+        "r.yaml, line 4: `models.xl.sft.optim.lr",
+        "r.yaml, line 4: `models.xl.sft.optim.batch",
+    ]
+    many = RECIPE + "".join(f"k{i}: 1\n" for i in range(50))
+    with pytest.raises(ConfigError, match=r"30 more problems come after these") as error:
+        parse(many, source="r.yaml")
+    assert len(error.value.problems) == 21
+
+
+NAMES = ["../up", "/tmp/x", "-rf", ".", "..", "a\nb", " a", "\u202eabc", "CON", "nul.txt", "com1", "x" * 81, "\x1b[2J", "a\\b", ""]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("place", ["study", "arms", "models"])
+def test_absurd_names_are_refused(name, place):
+    tree = yaml.safe_load(RECIPE)
+    if place == "study":
+        tree["study"] = name
+    elif place == "arms":
+        tree["arms"][name] = "xl > s"
+    else:
+        tree["models"][name] = tree["models"].pop("s")
+        tree["arms"] = {"a": f"xl > {name}"}
+    with pytest.raises(ConfigError):
+        parse(yaml.safe_dump(tree), source="r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"study": "store"}, r"line \d+: `study` is 'store': runs/store holds the stages"),
+        ({"models": {"a>b": {"load": "gpt2"}}, "arms": {"x": "a>b"}}, "cannot stand in a path"),
+        ({"arms": {"x": {"path": [[]]}}}, r"arms.x.path"),
+        ({None: 1}, "line 1: a key has no name"),
+        ({"arms": {"b": "xl > q"}}, r"line \d+: `arms.b`: arms.b.path names `q`"),
+    ],
+)
+def test_odd_keys_and_names_are_named_with_their_line(change, words):
+    text = yaml.safe_dump({**change, **{k: v for k, v in yaml.safe_load(RECIPE).items() if k not in change}}, sort_keys=False)
+    with pytest.raises(ConfigError, match=words):
+        parse(text, source="r.yaml")
