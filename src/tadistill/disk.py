@@ -88,6 +88,15 @@ def writing(path: Path) -> Iterator[None]:
         raise StoreError(f"cannot write {path}: {reason}; free some space or check permissions, then run the same command again") from error
 
 
+def ordinary_permissions(directory: Path) -> None:
+    """Give the files of a folder the permissions that a new file gets here (umask): safetensors makes files that only their owner reads."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in directory.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to. It is renamed to `path` when the block ends without an error.
@@ -104,7 +113,7 @@ def write_text(path: Path, text: str) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with _renamed(path.with_name(f".{path.name}.{os.getpid()}.tmp"), path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character pair, as in arguments of another locale
 
 
 def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:

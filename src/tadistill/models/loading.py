@@ -9,34 +9,26 @@ If a model's files lack some weights, that is an error here; transformers would 
 
 import contextlib
 import copy
-import dataclasses
-import difflib
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tadistill.disk import writing
+from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
-from tadistill.models.support import check_architecture, quiet
+from tadistill.models.reading import first_line, quiet, read_model, read_tokenizer
+from tadistill.models.scratch import scratch_config, scratch_model
 
-_FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,11 +49,7 @@ def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[s
     directory = sources.fetch(load, revision, weights=False)
     if directory is None:
         raise ModelError(f"model `{load}` has no tokenizer of its own; set `tokenizer:` to a directory, a hub id or tinyworld")
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(f"model `{load}` has no readable tokenizer ({_first_line(error)}); set `tokenizer:`") from error
+    tokenizer = read_tokenizer(directory, load)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of `{load}` has no EOS token, which must end every answer; set eos_token in its tokenizer_config.json"
@@ -85,7 +73,7 @@ def load_model(
     `config`, `seed` and `tokenizer` are used for `scratch:TYPE` only. Such a model needs a tokenizer.
 
     Raises:
-        ModelError: the model cannot be found or read, its files lack some weights, or its architecture cannot be distilled.
+        ModelError: the model cannot be found or read, or its files lack some weights.
         ConfigError: the dtype or the configuration of a scratch model is not valid.
     """
     load, dtype = str(load), _dtype(dtype)
@@ -95,66 +83,15 @@ def load_model(
             raise ConfigError(f"model `{load}` needs a tokenizer; set `tokenizer:` to a directory, a hub id or tinyworld")
         return scratch_model(scratch_config(source.name, config or {}, tokenizer), seed=seed, dtype=dtype).eval()
     directory = sources.fetch(load, revision)
-    with quiet():
-        try:
-            check_architecture(AutoConfig.from_pretrained(str(directory), trust_remote_code=False), load)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, output_loading_info=True)
-        except ModelError:
-            raise
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
-            raise ModelError(f"model `{load}` cannot be loaded as a causal language model: {_first_line(error)}") from error
-    model, info = loaded
-    # transformers would draw missing weights at random, with a warning only
-    if missing := sorted(info["missing_keys"]):
-        some = ", ".join(missing[:3])
-        raise ModelError(f"the files of `{load}` lack {len(missing)} weights of this architecture ({some}); download or save it again")
-    return model.eval()
+    assert directory is not None
+    return read_model(directory, load, dtype)
 
 
-def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """Return the configuration of a new model whose transformers type is `kind`. Vocabulary and special tokens come from the tokenizer.
-
-    Raises:
-        ConfigError: transformers has no such model type, or a field is unknown, belongs to the tokenizer or has a bad value.
-    """
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        hint = _nearest(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        raise ConfigError(f"scratch:{kind}: transformers has no causal language model of this type{hint}")
-    family = type(AutoConfig.for_model(kind))
-    known = {field.name for field in dataclasses.fields(family)} | set(family.attribute_map)
-    for name in fields:
-        if name in _FROM_TOKENIZER:
-            raise ConfigError(f"config.{name} of scratch:{kind} is set by the tokenizer; remove it from `config`")
-        if name not in known:
-            raise ConfigError(f"config.{name} is not a field of scratch:{kind}{_nearest(name, known)}")
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    try:
-        config = AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": len(tokenizer)})
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ConfigError(f"`config` of scratch:{kind} is not valid: {_last_line(error)}; correct that field") from error
-    check_architecture(config, f"scratch:{kind}")
-    return config
-
-
-def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    """Make a model with random weights on the CPU, without changing the state of the global random generator.
-
-    The same seed gives the same weights for every dtype, because weights are drawn in float32 and then cast.
-
-    Raises:
-        ConfigError: transformers cannot build a model from this configuration.
-    """
-    with torch.random.fork_rng(devices=[]), quiet():
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every GPU's generator
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-            raise ConfigError(
-                f"transformers cannot build scratch:{config.model_type} from `config`: {_last_line(error)}; correct it"
-            ) from error
-    for parameter in model.parameters():  # buffers stay float32 (rotary frequencies), as after from_pretrained
-        parameter.data = parameter.data.to(dtype)
-    return model
+def check_model(load: str, revision: str = "main") -> PreTrainedModel:
+    """Read the headers of a model's files, and return it without memory for its weights. Raises ModelError as `load_model` would."""
+    directory = sources.fetch(load, revision)
+    assert directory is not None
+    return read_model(directory, load, torch.float32, device="meta")
 
 
 def save_model(
@@ -176,6 +113,7 @@ def save_model(
         with quiet(), writing(Path(directory)):
             model.save_pretrained(directory, state_dict=weights and dict(weights))  # a copy, because saving empties it
             tokenizer.save_pretrained(directory)
+            ordinary_permissions(Path(directory))
     finally:
         model.generation_config = before
 
@@ -193,24 +131,25 @@ def convert_gguf(file: Path, directory: Path) -> None:
     # stderr is hidden, because tqdm shows a progress bar whatever transformers' settings are; errors are raised as exceptions
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-            loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+            loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
         except ImportError as error:
             raise ModelError(f"reading GGUF file `{file.name}` needs the package gguf; install it with `pip install gguf`") from error
-        except (ValueError, KeyError, NotImplementedError, OSError, RuntimeError, IndexError) as error:
+        except Exception as error:  # the reader raises whatever a damaged file leads to
             raise ModelError(
-                f"GGUF file `{file.name}` cannot be read: {_first_line(error)}; use another file or the model's hub id"
+                f"GGUF file `{file.name}` cannot be read: {first_line(error)}; use another file or the model's hub id"
             ) from error
         plain = _without_quantization(loaded)
         plain.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        ordinary_permissions(directory)
 
 
 def _without_quantization(loaded: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(loaded.config)
     delattr(config, "quantization_config")  # only quantised models have this field
     with torch.random.fork_rng(devices=[]):  # the random weights made here are replaced at once
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     plain.load_state_dict(loaded.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = loaded.generation_config
@@ -285,29 +224,9 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedMod
     return min([len(tokenizer), *(head.weight.shape[0] for head in heads)])
 
 
-def count_parameters(config: Mapping[str, Any]) -> int:
-    """Return the number of parameters of a causal language model of any family, given the contents of its config.json."""
-    with torch.device("meta"), quiet():
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).num_parameters()
-
-
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype is `{dtype}`; use one of {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean `{close[0]}`?" if close else "; see its page in the transformers documentation"
-
-
-def _last_line(error: Exception) -> str:
-    # errors of strict dataclasses have two lines, and the second one tells the rule
-    return str(error).strip().splitlines()[-1].strip().rstrip(".")

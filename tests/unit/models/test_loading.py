@@ -114,13 +114,13 @@ def test_lacking_weights_are_an_error(model_directory):
 @pytest.mark.parametrize("content", [b"", b"not a safetensors file at all"])
 def test_damaged_weights_are_one_sentence(model_directory, content):
     (model_directory / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelError, match=f"model `{model_directory}` cannot be loaded"):
+    with pytest.raises(ModelError, match=f"model `{model_directory}` (cannot be loaded|is empty)"):
         load_model(model_directory)
 
 
 def test_not_a_causal_language_model(model_directory):
     (model_directory / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
-    with pytest.raises(ModelError, match="is of type vit, which is no causal language model"):
+    with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
         load_model(model_directory)
 
 

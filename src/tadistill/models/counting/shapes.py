@@ -64,15 +64,19 @@ def shape_of(config: Config) -> Shape:
     family = fields["model_type"]
     if family == "gpt2":
         hidden, heads = _size(fields, "n_embd", "hidden_size"), _size(fields, "n_head", "num_attention_heads")
-        layers, inner = _size(fields, "n_layer", "num_hidden_layers"), fields.get("n_inner") or 4 * hidden
+        layers, inner = (
+            _size(fields, "n_layer", "num_hidden_layers"),
+            _size(fields, "n_inner") if fields.get("n_inner") is not None else 4 * hidden,
+        )
         return Shape(layers=layers, hidden=hidden, intermediate=inner, heads=heads, head_dim=hidden // heads)
     hidden, heads = _size(fields, "hidden_size"), _size(fields, "num_attention_heads")
     layers, inner = _size(fields, "num_hidden_layers"), _size(fields, "ffn_dim" if family == "opt" else "intermediate_size")
     if family == "opt":
         return Shape(layers=layers, hidden=hidden, intermediate=inner, heads=heads, head_dim=hidden // heads)
     # An explicit null means one key-value head per query head; a missing field means the family's default.
-    kv_heads = fields.get("num_key_value_heads", _KV_HEADS.get(family)) or heads
-    head_dim = fields.get("head_dim", _HEAD_DIM.get(family)) or hidden // heads
+    optional = {"num_key_value_heads": _KV_HEADS.get(family), "head_dim": _HEAD_DIM.get(family), **fields}
+    kv_heads = heads if optional["num_key_value_heads"] is None else _size(optional, "num_key_value_heads")
+    head_dim = hidden // heads if optional["head_dim"] is None else _size(optional, "head_dim")
     return Shape(layers=layers, hidden=hidden, intermediate=inner, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
 
 
@@ -174,6 +178,6 @@ def _fields(config: Config) -> Mapping[str, Any]:
 
 def _size(fields: Mapping[str, Any], *names: str) -> int:
     for name in names:
-        if isinstance(fields.get(name), int) and fields[name] > 0:
+        if isinstance(fields.get(name), int) and not isinstance(fields[name], bool) and fields[name] > 0:
             return fields[name]
     raise ConfigError(f"the {fields['model_type']} configuration has no {names[0]} that is a positive whole number; add it to config.json")

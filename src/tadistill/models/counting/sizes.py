@@ -9,7 +9,6 @@
 A study can therefore be planned before any weights are loaded.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.models.counting.shapes import PRUNABLE, shape_of
+from tadistill.models.directory import read_description
 
 Config = Mapping[str, Any]
 
@@ -72,10 +72,12 @@ def read_config(load: str, revision: str = "main", config: Config | None = None,
         if vocab_size is not None:
             known["vocab_size"] = vocab_size
         return known if "vocab_size" in known else None
+    if (base := sources.adapter_base(load)) is not None:
+        return read_config(*base)
     directory = sources.locate(load, revision, weights=False)
     if directory is None or not (directory / "config.json").is_file():  # a folder may hold only a tokenizer
         return None
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return read_description(directory / "config.json", load)
 
 
 def with_layers(config: Config, layers: int) -> dict[str, Any]:
@@ -115,13 +117,13 @@ def _get(config: Config, *names: str) -> int:
     raise ConfigError(f"the {config['model_type']} configuration has no {names[0]}; add it, because the parameter count needs it")
 
 
-def _or(value: Any, default: int) -> int:
-    return default if value is None else value
+def _or(config: Config, name: str, default: int) -> int:
+    return default if config.get(name) is None else _get(config, name)
 
 
 def _gpt2(config: Config) -> Size:
     vocab, width, layers = _get(config, "vocab_size"), _get(config, "n_embd", "hidden_size"), _get(config, "n_layer", "num_hidden_layers")
-    positions, inner = _get(config, "n_positions", "max_position_embeddings"), _or(config.get("n_inner"), 4 * width)
+    positions, inner = _get(config, "n_positions", "max_position_embeddings"), _or(config, "n_inner", 4 * width)
     matrices = 4 * width * width + 2 * width * inner
     biases = 3 * width + width + inner + width
     block = matrices + biases + 4 * width  # two layer norms
@@ -133,7 +135,7 @@ def _gpt2(config: Config) -> Size:
 def _opt(config: Config) -> Size:
     vocab, width, layers = _get(config, "vocab_size"), _get(config, "hidden_size"), _get(config, "num_hidden_layers")
     positions, inner = _get(config, "max_position_embeddings"), _get(config, "ffn_dim")
-    outer = _or(config.get("word_embed_proj_dim"), width)
+    outer = _or(config, "word_embed_proj_dim", width)
     bias = 1 if config.get("enable_bias", True) else 0
     norm = 2 * width if config.get("layer_norm_elementwise_affine", True) else 0
     final = norm if config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False) else 0
@@ -155,8 +157,8 @@ def _llama_like(
         vocab, width, layers = _get(config, "vocab_size"), _get(config, "hidden_size"), _get(config, "num_hidden_layers")
         inner, heads = _get(config, "intermediate_size"), _get(config, "num_attention_heads")
         # An explicit null means one key-value head per query head; a missing field means the family's default.
-        kv_heads = _or(config.get("num_key_value_heads", kv), heads)
-        size = _or(config.get("head_dim", head_dim), width // heads)
+        kv_heads = _or({"num_key_value_heads": kv, **config}, "num_key_value_heads", heads)
+        size = _or({"head_dim": head_dim, **config}, "head_dim", width // heads)
         queries, keys = heads * size, kv_heads * size
         matrices = 2 * width * queries + 2 * width * keys + 3 * width * inner
         biases = queries + 2 * keys if qkv_bias else 0

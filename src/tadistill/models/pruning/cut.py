@@ -18,7 +18,7 @@ from tadistill.errors import ConfigError, ModelError
 from tadistill.models.counting.shapes import Shape, changes, check_shape, shape_of
 from tadistill.models.pruning.activations import Importance, keep_important
 from tadistill.models.pruning.families import FAMILIES, Axis, Family
-from tadistill.models.support import quiet
+from tadistill.models.reading import quiet
 
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")  # configuration lists with one entry per layer
 
@@ -126,7 +126,9 @@ def _renumbered(weights: Mapping[str, torch.Tensor], stack: str, keep: Sequence[
 
 def _assembled(model: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), quiet():  # the random weights made here are replaced at once
-        pruned = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
+        pruned = AutoModelForCausalLM.from_config(
+            config, dtype=model.dtype, attn_implementation=config._attn_implementation, trust_remote_code=False
+        )
     try:
         pruned.load_state_dict(weights)
     except RuntimeError as error:

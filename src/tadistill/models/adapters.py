@@ -1,0 +1,63 @@
+"""Merge a LoRA adapter that somebody trained with peft into its base, as `sources.fetch` does once for each adapter."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tadistill.disk import ordinary_permissions
+from tadistill.errors import ModelError
+from tadistill.models import sources
+from tadistill.models.directory import ADAPTER, ADAPTER_WEIGHTS, read_description
+from tadistill.models.reading import first_line, quiet, read_model, read_tokenizer
+
+_USED = (
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "lora_bias"),
+    *("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters"),
+)
+"""Settings that change what an adapter computes. The others are of its training, or could import code, and keep their defaults."""
+_REFUSED = ("megatron_config", "layer_replication", "alora_invocation_tokens", "trainable_token_indices")
+
+
+def merge(base: Path, base_name: str, adapter: Path, target: Path) -> None:
+    """Write base and adapter as one ordinary model in float32, with the adapter's tokenizer if it has one.
+
+    Raises:
+        ModelError: peft is missing, or the adapter is damaged or does not fit its base.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError(f"adapter `{adapter}` needs peft to be merged; run `pip install 'tadistill[lora]'`") from error
+    settings = read_description(adapter / ADAPTER, str(adapter))
+    if odd := [name for name in _REFUSED if settings.get(name)]:
+        raise ModelError(f"adapter `{adapter}` sets {odd[0]}, which cannot be merged; merge it with the program that trained it")
+    model = read_model(base, base_name, torch.float32)
+    own = any((adapter / name).is_file() for name in sources.TOKENIZERS)
+    tokenizer = read_tokenizer(adapter if own else base, str(adapter) if own else base_name)
+    with quiet(), warnings.catch_warnings(action="ignore"):  # of peft, about transformers
+        try:
+            chosen = {name: settings[name] for name in _USED if settings.get(name) is not None}
+            tuner = peft.get_peft_model(model, peft.LoraConfig(**chosen))  # type: ignore[arg-type]
+            weights = _weights(adapter)
+            found = peft.set_peft_model_state_dict(tuner, weights)
+            merged = tuner.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        except Exception as error:  # peft raises whatever a damaged adapter leads to
+            raise ModelError(
+                f"adapter `{adapter}` cannot be merged with its base `{base_name}` ({first_line(error)}); check its base"
+            ) from error
+        lacking = [name for name in found.missing_keys if "lora_" in name]
+        if lacking or found.unexpected_keys:
+            name = (lacking or found.unexpected_keys)[0]
+            raise ModelError(f"adapter `{adapter}` does not fit its base `{base_name}` (weight {name}); correct base_model_name_or_path")
+        merged.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    ordinary_permissions(target)
+
+
+def _weights(adapter: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    safe, pickled = (adapter / name for name in ADAPTER_WEIGHTS)
+    return load_file(safe) if safe.is_file() else torch.load(pickled, weights_only=True, map_location="cpu")

@@ -1,0 +1,76 @@
+"""The files of a model's directory, checked as those of a stranger before transformers reads them."""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tadistill.errors import ModelError
+
+WEIGHTS = (".safetensors", ".bin")
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")  # as peft writes them
+_POINTER = b"version https://git-lfs"
+
+
+def is_adapter(directory: Path) -> bool:
+    """Return True if a directory holds an adapter, and no weights of a whole model."""
+    return (directory / ADAPTER).is_file() and not any(
+        any(directory.glob(f"{name}*")) for name in ("model*.safetensors", "pytorch_model*.bin")
+    )
+
+
+def complete(directory: Path) -> bool:
+    """Return True if the directory has a configuration and all its weight files. Raises ModelError if an index is damaged."""
+    if not (directory / "config.json").is_file():
+        return False
+    for single, index in (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        if (directory / single).is_file():
+            return True
+        if (directory / index).is_file() and all((directory / shard).is_file() for shard in shards(directory / index)):
+            return True
+    return False
+
+
+def shards(index: Path) -> set[str]:
+    """Return the names of the weight files that an index lists. Raises ModelError if it is damaged or lists a file of another folder."""
+    named = read_description(index, str(index.parent)).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) and name for name in named.values()):
+        raise ModelError(f"{index} does not map weights to files; download or save the model again")
+    for name in named.values():
+        if PurePosixPath(name).name != name or "\\" in name or name in (".", ".."):
+            raise ModelError(f"{index} names the file `{name}`, which lies outside its own folder; do not use this model")
+    return set(named.values())
+
+
+def read_description(path: Path, load: str) -> dict[str, Any]:
+    """Read a JSON object of the model `load`, such as its config.json. Raises ModelError if it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name} of model `{load}` is damaged ({error}); download or save the model again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path.name} of model `{load}` is not a JSON object; download or save the model again")
+    return found
+
+
+def check_files(directory: Path, load: str) -> None:
+    """Check that no file of a model is empty or only a pointer to a file.
+
+    Raises:
+        ModelError: names the file. Also if an adapter lies beside a whole model, since it is not clear which of them is meant.
+    """
+    for path in sorted(directory.iterdir()):
+        if path.suffix not in (*WEIGHTS, ".json", ".model") or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+        if not start:
+            raise ModelError(f"{path.name} of model `{load}` is empty; download or save the model again")
+        if start == _POINTER:
+            raise ModelError(
+                f"{path.name} of model `{load}` is only a pointer of Git LFS; run `git lfs pull` in its folder to get the file"
+            )
+    if (directory / ADAPTER).is_file() and not is_adapter(directory):
+        raise ModelError(
+            f"model `{load}` holds a whole model and an adapter ({ADAPTER}), so it is not clear which of them is meant; "
+            "move the adapter's files to a folder of their own, and load that folder to get the model with the adapter merged"
+        )

@@ -1,0 +1,123 @@
+"""Read a model directory with transformers as the files of a stranger: none of its own code runs, and no weight is lost without a word.
+
+tokenizer = read_tokenizer(directory, "ORG/NAME")
+model = read_model(directory, "ORG/NAME", torch.float32)
+read_model(directory, "ORG/NAME", torch.float32, device="meta")     # headers only: takes milliseconds, and finds the same mistakes
+"""
+
+import contextlib
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from tadistill.errors import ModelError
+from tadistill.models.directory import check_files, read_description
+
+_LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
+_SHOWN = 3
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the progress bars and warnings of transformers, which would break our own progress display. Errors are still shown."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a directory. Messages call the model `load`.
+
+    Raises:
+        ModelError: there is none, it cannot be read, or it needs code of its own.
+    """
+    check_files(directory, load)
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises bare exceptions on a damaged file
+            _refuse_code(directory, load, error)
+            raise ModelError(
+                f"the tokenizer of model `{load}` cannot be read ({first_line(error)}); download it again, or set `tokenizer:`"
+            ) from error
+
+
+def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:
+    """Read the causal language model of a directory, in eval mode. Messages call it `load`.
+
+    On the device `meta` only the files' headers are read.
+
+    Raises:
+        ModelError: the files cannot be read, need code of their own, or have other weights than the configuration describes.
+    """
+    check_files(directory, load)
+    options: Any = {"dtype": dtype, "device_map": device} if device else {"dtype": dtype}
+    with quiet():
+        try:
+            # sizes that differ come back as a list instead of a report that `quiet` hides
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(directory), trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except Exception as error:  # transformers raises whatever a damaged file leads to
+            _refuse_code(directory, load, error)
+            raise ModelError(
+                f"model `{load}` cannot be loaded as a causal language model ({first_line(error)}); download it again"
+            ) from error
+    _check_weights(load, info)
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised and not getattr(model, "is_quantized", False):  # transformers skips what it does not know
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ModelError(f"model `{load}` is quantised as {method}, which transformers does not read; use the model's whole weights")
+    return model.eval()
+
+
+def _check_weights(load: str, info: dict[str, Any]) -> None:
+    """Raise a ModelError where transformers would draw weights at random or drop some, with a warning only."""
+    if missing := sorted(info["missing_keys"]):
+        some = ", ".join(missing[:_SHOWN])
+        raise ModelError(f"the files of `{load}` lack {len(missing)} weights of this architecture ({some}); download or save it again")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise ModelError(
+            f"{len(mismatched)} weights of `{load}` have another shape than config.json says: {name} is {list(stored)}, not "
+            f"{list(wanted)}; correct the configuration (vocab_size or another size), or download the model again"
+        )
+    if layers := _layers(info["unexpected_keys"]):
+        raise ModelError(
+            f"the files of `{load}` have layers that config.json does not count ({', '.join(layers[:_SHOWN])}), and they would be dropped; "
+            "correct num_hidden_layers, or prune with `init: {from: …, layers: …}`"
+        )
+
+
+def _layers(unexpected: Collection[str]) -> list[str]:
+    """Return the left-over weights of whole layers. Others are of parts that a language model lacks, such as an encoder of images."""
+    return sorted(key for key in unexpected if (found := _LAYER.fullmatch(key)) and re.search(r"(layers|h|blocks?)\.$", found[1]))
+
+
+def _refuse_code(directory: Path, load: str, error: Exception) -> None:
+    if "trust_remote_code" not in str(error):
+        return
+    found = [read_description(directory / name, load).get("auto_map") for name in ("config.json", "tokenizer_config.json")
+             if (directory / name).is_file()]  # fmt: skip
+    parts = [part for auto_map in found if isinstance(auto_map, dict) for part in auto_map.values()]
+    named = sorted({str(name) for part in parts for name in (part if isinstance(part, list) else [part]) if name})
+    raise ModelError(
+        f"model `{load}` needs Python code of its own ({', '.join(named) or 'auto_map'}), and code of a model is never run; use a model "
+        "whose architecture transformers has, or read this code and vendor it: put it into a package that registers it with transformers"
+    ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, without its full stop; the error's class if it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
