@@ -1,24 +1,25 @@
 """Checks before a study starts: data, models on disk, tokenizers, memory. They find a mistake before any stage has run."""
 
 import importlib.util
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
 from tadistill.config.common import Decoding
 from tadistill.config.recipe import methods
 from tadistill.data import datasets
-from tadistill.data.templates import Counts, Lengths, encode_counted
-from tadistill.errors import ConfigError, DataError
-from tadistill.evaluation.text_scores import UNSEEN, unseen
+from tadistill.data.batch import chunks
+from tadistill.data.templates import encode
+from tadistill.errors import ConfigError, Gathering, ModelError
 from tadistill.models.counting.memory import available_memory, check_memory, resident_bytes
-from tadistill.models.loading import check_same_tokenizer, load_tokenizer, scratch_config
+from tadistill.models.loading import check_model, check_same_tokenizer, load_tokenizer
 from tadistill.models.pruning import keep_list
-from tadistill.models.support import check_config
+from tadistill.models.scratch import check_scratch, scratch_config
 from tadistill.plan.arms import Plan, make_plan, original_teacher
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
@@ -30,39 +31,46 @@ _LESS_MEMORY = (
     "teacher), or use a machine with more memory"
 )
 _STARTS = 10
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of one thing in transformers' configurations
 
 
-def check_study(recipe: Recipe, console: Console | None = None) -> int:
+def check_study(recipe: Recipe) -> int:
     """Check that a recipe can run on this machine. Return how many stages may run at the same time.
-
-    Rows that will be left out or cut, and references that the metric cannot read, are named on the console.
 
     Raises:
         ConfigError, DataError, ModelError: the recipe cannot run here (raised before anything is written).
     """
-    check_inputs(recipe, console)
+    check_inputs(recipe)
     _check_engine(recipe)
     jobs = recipe.runtime.jobs or _default_jobs()
     _check_memory(recipe, jobs)
     return jobs
 
 
-def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
+def check_inputs(recipe: Recipe) -> None:
     """Check data, tokenizers, encodings and models, which do not depend on the machine. Raises the same errors as `check_study`."""
-    datasets.check(recipe)
-    _check_peft(recipe)
+    found = Gathering()
+    with found.about():
+        datasets.check(recipe)
+    with found.about():
+        _check_peft(recipe)
     for stage in make_plan(recipe).stages.values() if recipe.resources else ():
-        layout(recipe, stage)
-    teacher, used = original_teacher(recipe), _used(recipe)
-    tokenizers = {name: _tokenizer(recipe, name) for name in used}
+        with found.about():
+            layout(recipe, stage)
+    teacher, used, tokenizers = original_teacher(recipe), _used(recipe), {}
+    for name in used:
+        with found.about(f"models.{name}"):
+            tokenizers[name] = _tokenizer(recipe, name)
+    found.finish()
     if teacher:  # without one, models are only evaluated, and each one may have its own tokenizer
         check_same_tokenizer(tokenizers)
-    read = {name: _check_encoding(recipe, tokenizers[name]) for name in (used[:1] if teacher else used)}
+        texts = dict.fromkeys(used, _check_encoding(recipe, tokenizers[used[0]]))
+    else:
+        texts = {name: _check_encoding(recipe, tokenizers[name]) for name in used}
     for name in used:
-        _check_model(recipe, name, tokenizers[name], max(of_model.longest for of_model in read.values()))
-    for note in [*_rows_notes(read, training=_trains(recipe)), *_script_notes(recipe)]:
-        if console:
-            console.print(note, highlight=False, soft_wrap=True, markup=False)
+        with found.about(f"models.{name}"):
+            _check_model(recipe, name, tokenizers[name], texts[name])
+    found.finish()
 
 
 def _used(recipe: Recipe) -> list[str]:
@@ -90,96 +98,90 @@ def _tokenizer(recipe: Recipe, name: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(model.tokenizer_source, revision=model.revision, world=recipe.data.world.model_dump())
 
 
-def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, prompt: int) -> None:
-    model = recipe.models[name]
-    if model.load and model.load.startswith("scratch:"):
-        scratch_config(model.load.removeprefix("scratch:"), model.config, tokenizer)
-    ledger = Ledger(recipe)
-    config = ledger.config(name)
-    if config and model.load and not model.load.startswith("scratch:"):
-        check_config(config, name)
+@dataclass(frozen=True)
+class _Texts:
+    """The largest numbers of tokens among all texts of a recipe."""
+
+    prompt: int
+    """Tokens of the longest prompt."""
+    whole: int
+    """Tokens of the longest prompt with its reference response."""
+    chunk: int
+    """Tokens of a piece of the corpus; 0 if no method uses it."""
+    top: int
+    """The largest token id."""
+    where: str
+    """The set in which it occurs."""
+
+
+def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, texts: _Texts) -> None:
+    model, root = recipe.models[name], recipe.models[_root(recipe, name)]
+    assert root.load is not None
+    if root.load.startswith("scratch:"):
+        config = scratch_config(root.load.removeprefix("scratch:"), root.config, tokenizer)
+        check_scratch(config)
+        rows = config.get_text_config().vocab_size
+    else:
+        read = check_model(root.load, root.revision)
+        config, rows = read.config, read.get_input_embeddings().weight.shape[0]
     if model.init:
-        parent = ledger.config(model.init.from_) or {}
+        parent = Ledger(recipe).config(model.init.from_) or {}
         if layers := parent.get("num_hidden_layers", parent.get("n_layer")):
             keep_list(layers if model.init.layers is None or model.init.layers_by == "influence" else model.init.layers, layers)
-    positions = (config or {}).get("max_position_embeddings", (config or {}).get("n_positions"))
-    samplers = [method.sampler for method in methods(recipe)]
-    longest = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if isinstance(s, Decoding))])
-    if positions and prompt + longest > positions:
-        raise ConfigError(
-            f"models.{name} has {positions} positions, but the longest prompt ({prompt} tokens) plus max_new_tokens ({longest}) needs "
-            "more; lower data.max_prompt or max_new_tokens"
+    if texts.top >= rows:
+        token = tokenizer.convert_ids_to_tokens(texts.top)
+        raise ModelError(
+            f"the tokenizer gives the token {token!r} of {texts.where} the id {texts.top}, but the model has embeddings for {rows} tokens "
+            "only; use the tokenizer that belongs to the model, or resize its embeddings and save it again"
         )
+    _check_positions(recipe, config.get_text_config().to_dict(), texts)
 
 
-@dataclass(frozen=True)
-class _Read:
-    """The splits as one tokenizer reads them."""
+def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: _Texts) -> None:
+    """Raise a ConfigError if a text is longer than the positions that a model has learned, or was trained with (rotary positions)."""
+    positions = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
+    samplers = [method.sampler for method in methods(recipe)]
+    new = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if isinstance(s, Decoding))])
+    needs = {
+        f"the longest prompt ({texts.prompt} tokens) plus max_new_tokens ({new}) needs": (
+            texts.prompt + new,
+            "lower data.max_prompt or max_new_tokens",
+        ),
+        "the longest prompt with its reference response needs": (texts.whole, "lower data.max_length"),
+        "a piece of data.corpus needs": (texts.chunk, "lower data.max_length"),
+    }
+    problems = [
+        f"it has {positions} positions, but {what} {need}; {fix}" for what, (need, fix) in needs.items() if positions and need > positions
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
-    longest: int
-    """Tokens of the longest prompt."""
-    counts: dict[tuple[str, str], Counts]
-    """Role and name of a split -> its numbers of rows."""
-    rows: dict[str, frozenset[int]]
-    """Test set -> rows that are not left out."""
 
-
-def _trains(recipe: Recipe) -> bool:
-    return bool(methods(recipe)) or any(model.sft for model in recipe.models.values())
-
-
-def _rows_notes(read: Mapping[str, _Read], *, training: bool) -> list[str]:
-    """Return a sentence on every split with rows that are left out or cut, and on test sets of which models keep different rows.
+def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> _Texts:
+    """Return the longest texts and the largest token id.
 
     Raises:
-        DataError: two models share no row of a test set.
+        DataError: the template does not fit the tokenizer, no row is short enough, or the corpus has no text.
+        ConfigError: a stage selects by facts, and dev has none.
     """
-    found: list[str] = []
-    for role, name in next(iter(read.values())).counts:
-        if role != "test" and not training:
-            continue
-        texts = {model: of_model.counts[role, name].text for model, of_model in read.items()}
-        alike = len(set(texts.values())) == 1
-        for model, text in list(texts.items())[: 1 if alike else None]:
-            if text:
-                found.append(f"{name} ({role}{'' if alike else f', {model}'}): {text}")
-        shared = frozenset.intersection(*(of_model.rows[name] for of_model in read.values())) if role == "test" else frozenset({0})
-        if not shared:
-            raise DataError(f"the models {', '.join(read)} keep no common row of {name}, so they cannot be compared; raise data.max_prompt")
-        if role == "test" and any(of_model.rows[name] != shared for of_model in read.values()):
-            found.append(f"{name} ({role}): the models are compared on the {len(shared)} rows that all of them keep")
-    return found
-
-
-def _script_notes(recipe: Recipe) -> list[str]:
-    """Return a caution about every split whose references ROUGE-L does not see enough of."""
-    data, found = recipe.data, list[str]()
-    selects = [*(m.select for m in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
-    for role, ref in [("dev", data.dev), *(("test", ref) for ref in data.test)]:
-        if role == "dev" and not any(select.metric == "rouge_l" for select in selects):
-            continue
-        share = unseen([example.references for example in datasets.load(ref, role, data)])
-        if share >= UNSEEN:
-            fix = "select by rouge_l_unicode" if role == "dev" else "rouge_l_unicode is measured too"
-            found.append(f"{ref.name} ({role}): ROUGE-L drops {100 * share:.0f} % of the letters of its references (all but a-z); {fix}")
-    return found
-
-
-def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> _Read:
-    longest, counts, rows = 0, dict[tuple[str, str], Counts](), dict[str, frozenset[int]]()
-    data = recipe.data
-    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts)
+    found, data = [], recipe.data
+    lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}
     splits = {"train": data.train, "dev": data.dev}
     for role, ref in [*splits.items(), *(("test", r) for r in data.test)]:
-        examples, name = datasets.load(ref, role, data), f"data set `{ref.name}` ({role})"
-        encoded, counts[role, ref.name] = encode_counted(examples, tokenizer, lengths, template=data.template, name=name)
-        longest = max(longest, *(len(e.prompt) for e in encoded))
-        if role == "test":
-            rows[ref.name] = frozenset(e.row for e in encoded)
+        where = f"data set `{ref.name}` ({role})"
+        encoded = encode(datasets.load(ref, role, data), tokenizer, name=where, **lengths)
+        prompt, whole = max(len(e.prompt) for e in encoded), max(len(e.prompt) + len(e.response) for e in encoded)
+        top = max(max((*e.prompt, *e.response, *itertools.chain(*e.choices))) for e in encoded)
+        found.append(_Texts(prompt, whole, 0, top, where))
+    if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
+        text = datasets.texts(data.corpus, world=data.world, root=data.root)
+        piece = chunks(text, tokenizer, data.max_length, 1)[0].response
+        found.append(_Texts(0, 0, len(piece), max(piece), "data.corpus"))
     selects = [*(method.select for method in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
     if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(data.dev, "dev", data)):
         raise ConfigError(f"select.metric is fact_accuracy, but the dev set `{data.dev.name}` has no facts; set it to rouge_l or loss")
-    return _Read(longest, counts, rows)
+    top = max(found, key=lambda texts: texts.top)
+    return _Texts(*(max(getattr(texts, part) for texts in found) for part in ("prompt", "whole", "chunk")), top.top, top.where)
 
 
 def _root(recipe: Recipe, name: str) -> str:

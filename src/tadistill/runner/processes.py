@@ -33,6 +33,8 @@ Message = tuple[int, int, str] | str
 """Progress (done, total, text), or the text of an alarm."""
 
 _PRELOADED = ["__main__", "tadistill.cli", "tadistill.runner.preload"]  # cli, because a process runs the imports of the main script again
+_LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that another launcher may have left behind (a Slurm shell, torchrun); the processes here find each other by their own."""
 _STOP = "stop"
 _LAST_WORDS = 1.0
 """When a rank has failed, the other ranks have this many seconds to report their own errors before they are killed."""
@@ -66,7 +68,7 @@ class StageProcesses:
         self._processes: list[Any] = []
         self._pipes: dict[Connection, int] = {}
         world = task.resources.processes
-        environment = dict(os.environ)
+        environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
         if world > 1:
             environment |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         context = prepare()

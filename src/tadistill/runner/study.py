@@ -3,9 +3,7 @@
 import contextlib
 import datetime
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -23,7 +21,8 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.task import check_entries
 from tadistill.runner.processes import prepare
 from tadistill.runner.schedule import run_stages
-from tadistill.store import key_of, store_of
+from tadistill.store import store_of
+from tadistill.terminal import Terminal
 
 SUITE = ("dolly", "self_inst", "vicuna", "sinst", "uinst")
 """MiniLLM's five test sets."""
@@ -35,7 +34,7 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
     Raises:
         TadistillError: the input is wrong (before any stage starts), or a stage failed.
     """
-    console = console or Console()
+    console = console or Terminal()
     if not recipe.arms:
         raise ConfigError(f"{recipe.study} has no arms, so there is nothing to run; add arms, or look for a path with `tadistill search`")
     check_entries(recipe)  # before models are downloaded
@@ -48,9 +47,9 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
         prepare()
         from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
 
-        jobs = check_study(recipe, console)
+        jobs = check_study(recipe)
         console.print(f"{recipe.study}: {len(plan.stages)} stages, {len(missing)} to run, {jobs} at a time", highlight=False)
-    study = save_plan(plan, runs, recipe_text=recipe_text, command=command, console=console)
+    study = save_plan(plan, runs, recipe_text=recipe_text, command=command)
     if missing:
         run_stages(plan, store, jobs=jobs, console=console)
     return study
@@ -66,51 +65,16 @@ def fetch_models(recipe: Recipe, console: Console) -> None:
             sources.fetch(model.tokenizer, model.revision, weights=False)
 
 
-def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console: Console | None = None) -> Path:
-    """Write runs/STUDY/plan.json, which reports and other tools read. The date of the first run is kept.
-
-    If a report of other evaluations is there, for instance of other seeds, it is kept in runs/STUDY/earlier/KEY.
-    """
+def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str) -> Path:
+    """Write runs/STUDY/plan.json, which reports and other tools read. The date of the first run is kept."""
     study = runs / plan.recipe.study
     path = study / "plan.json"
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if path.is_file():
         with contextlib.suppress(json.JSONDecodeError, KeyError):  # a damaged plan is written again
             created = json.loads(path.read_text(encoding="utf-8"))["created"]
-    content = describe(plan, created=created, recipe_text=recipe_text, command=command)
-    if kept := _keep_report(study, content):
-        (console or Console()).print(f"the earlier report shows other evaluations, so it is kept: {kept}", highlight=False, soft_wrap=True)
-    write_json(path, content)
+    write_json(path, describe(plan, created=created, recipe_text=recipe_text, command=command))
     return study
-
-
-_REPORT = ("report.html", "report.md", "results.json", "results.csv")
-
-
-def _keep_report(study: Path, content: dict) -> Path | None:
-    """Move a report of another plan than `content`, and its plan, to a folder that `tadistill report` can read; return the page."""
-    path = study / "plan.json"
-    if not path.is_file() or not (study / _REPORT[0]).is_file():
-        return None
-    try:
-        old = _shown(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):
-        old = "damaged"
-    if old == _shown(content):
-        return None
-    folder = study / "earlier" / key_of(old)[:8]
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(path, folder / path.name)
-    for name in _REPORT:
-        if (study / name).is_file():
-            os.replace(study / name, folder / name)
-    return folder / _REPORT[0]
-
-
-def _shown(content: dict) -> list:
-    """Return what a report's numbers depend on."""
-    arms = [[arm[name] for name in ("name", "evaluate", "analyse", "also", "published")] for arm in content["arms"]]
-    return [content["recipe"]["margin"], arms]
 
 
 def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dict:
@@ -123,7 +87,7 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
         "recipe_text": recipe_text,
         "recipe": _as_written(plan.recipe),
         "teacher": plan.teacher,
-        "models": {name: {"parameters": _parameters(ledger, name)} for name in plan.recipe.models},
+        "models": {name: {"parameters": _parameters(ledger, name), **_base(model.load)} for name, model in plan.recipe.models.items()},
         "stages": [
             {
                 "key": s.key,
@@ -160,10 +124,15 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
     }
 
 
+def _base(load: str | None) -> dict[str, str]:
+    base = sources.adapter_base(load) if load else None
+    return {"base": base[0]} if base else {}
+
+
 def _parameters(ledger: Ledger, name: str) -> int:
     if size := ledger.size(name):
         return size.total
-    from tadistill.models.loading import count_parameters  # imports torch
+    from tadistill.models.scratch import count_parameters  # imports torch
 
     return count_parameters(ledger.config(name) or {})
 
@@ -211,7 +180,7 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
     names = _names(sources)
     arms = names[: len(models)]
     content: dict[str, Any] = {
-        "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(arms)}"[:72] + f"-{_identity(models)}",
+        "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(arms)}"[:80],
         "seeds": [0],
         "models": {name: {"load": load} for name, load in zip(names, sources, strict=True)},
         # nothing is trained, but a recipe must name train and dev
@@ -223,12 +192,6 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
     if teacher:
         content["teacher"] = names[sources.index(teacher)]
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-
-
-def _identity(models: Seq[str]) -> str:
-    """Return six hex digits that differ between models of one name in different places."""
-    places = [str(path.resolve()) if (path := Path(model).expanduser()).exists() else model.rstrip("/") for model in models]
-    return key_of(places)[:6]
 
 
 def _names(models: Seq[str]) -> list[str]:

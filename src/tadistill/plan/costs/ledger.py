@@ -15,7 +15,7 @@ from tadistill.config.common import Decoding
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import MiniLLM
 from tadistill.data import datasets
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, about
 from tadistill.models.counting import shapes, sizes
 from tadistill.models.counting.cost import Cost, CostPart
 from tadistill.models.counting.memory import resident_bytes
@@ -60,10 +60,15 @@ class Ledger:
     def size(self, name: str) -> Size | None:
         """Return the size of a model. Return None if its configuration is not on this disk, or if its family is not supported."""
         config = self.config(name)
-        return None if config is None else sizes.size_of(config)
+        with about(f"models.{name}"):
+            return None if config is None else sizes.size_of(config)
 
     def config(self, name: str) -> dict | None:
-        """Return a model's configuration, after any pruning. Return None if its config.json is not on this disk."""
+        """Return a model's configuration, after any pruning. Return None if it is not on this disk."""
+        with about(f"models.{name}"):
+            return self._config(name)
+
+    def _config(self, name: str) -> dict | None:
         model = self.recipe.models[name]
         if model.parent:
             parent = self.config(model.parent)

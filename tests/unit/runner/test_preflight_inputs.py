@@ -1,0 +1,120 @@
+"""What a stage would stumble over is known before the first one: positions, tokens, configurations, and all problems at once."""
+
+import json
+
+import pytest
+from tests.unit.models.conftest import random_model, word_tokenizer
+
+from tadistill.config import validate
+from tadistill.errors import ConfigError, ModelError, TadistillError
+from tadistill.runner.preflight import check_inputs
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TADISTILL_CACHE", str(tmp_path / "cache"))
+
+
+def rows(name: str, response: int, prompt: int = 3) -> str:
+    words = [{"instruction": " ".join(["w1"] * prompt), "output": " ".join(["w2"] * response)}] * 4
+    with open(name, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in words)
+    return f"./{name}"
+
+
+def model(kind: str, tokenizer=None, **fields) -> str:
+    random_model(kind, **fields).save_pretrained(kind)
+    (tokenizer or word_tokenizer()).save_pretrained(kind)
+    return f"./{kind}"
+
+
+def recipe(load: str, train: str, dev: str, **changes):
+    content = {
+        "study": "t",
+        "seeds": [1],
+        "models": {"s": {"load": load, "sft": {"optim": {"steps": 2, "batch": 2}}}},
+        "data": {"train": train, "dev": dev, "test": [dev], "template": "plain", "max_prompt": 8, "max_length": 40},
+        "evaluate": {"seeds": [1], "max_new_tokens": 8, "also": {}},
+        "arms": {"sft": "s"},
+    }
+    return validate({**content, **changes})
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [("gpt2", "n_positions"), ("opt", "max_position_embeddings"), ("llama", "max_position_embeddings")]
+)
+def test_prompt_with_reference_must_fit_the_positions(kind, field):
+    load, short, long = model(kind, **{field: 32}), rows("short.jsonl", 4), rows("long.jsonl", 60)
+    check_inputs(recipe(load, short, short))
+    with pytest.raises(ConfigError, match=r"^models.s: it has 32 positions, but the longest prompt with its reference response needs 40"):
+        check_inputs(recipe(load, long, short))
+    with pytest.raises(ConfigError, match=r"lower data\.max_length"):  # dev and test references are scored too
+        check_inputs(recipe(load, short, long))
+
+
+def test_corpus_must_fit_the_positions():
+    load, short = model("llama", max_position_embeddings=32), rows("short.jsonl", 4)
+    with open("corpus.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": " ".join(["w3"] * 50)}) + "\n" for _ in range(3))
+    minillm = {
+        "models": {"t": {"load": load}, "s": {"init": {"from": "t", "layers": 2}}},
+        "method": {"objective": {"type": "minillm"}, "sampler": {"type": "teacher_mixed", "max_new_tokens": 4}, "optim": {"steps": 2}},
+        "arms": {"a": "t > s"},
+    }
+    data = {"train": short, "dev": short, "test": [short], "template": "plain", "corpus": "./corpus.jsonl", "max_prompt": 8}
+    check_inputs(recipe(load, short, short, **minillm, data={**data, "max_length": 32}))
+    with pytest.raises(ConfigError, match=r"models.t: it has 32 positions, but a piece of data.corpus needs 48"):
+        check_inputs(recipe(load, short, short, **minillm, data={**data, "max_length": 48}))
+
+
+def test_a_token_beyond_the_embeddings_is_named():
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["extra"])  # id 32, and the model has rows 0 to 31
+    load, short = model("llama", tokenizer), rows("short.jsonl", 4)
+    check_inputs(recipe(load, short, short))  # it does not occur
+    with open("odd.jsonl", "w", encoding="utf-8") as file:
+        file.write(json.dumps({"instruction": "w1", "output": "extra"}) + "\n")
+    with pytest.raises(ModelError, match=r"models.s: .* token 'extra' of data set `odd` \(train\) the id 32, .* 32 tokens only"):
+        check_inputs(recipe(load, "./odd.jsonl", short))
+
+
+LLAMA = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"num_key_value_heads": value} for value in ([1], float("nan"), float("inf"), -1, True, "1", 10**30)),
+        *({"head_dim": value} for value in (-1, 0, 3, 1e30)),
+        *({"hidden_act": "nope"}, {"initializer_range": -1}, {"initializer_range": float("nan")}, {"num_hidden_layers": 10**9}),
+        *({"rms_norm_eps": -1.0}, {"attention_dropout": 1.5}, {"max_position_embeddings": -1}, {"auto_map": {"AutoModel": "x.Y"}}),
+        *({"dtype": "nope"}, {"rope_parameters": {"rope_type": "nope"}}, {"rope_parameters": 5}, {"hidden_size": None}),
+    ],
+)
+def test_a_bad_configuration_is_one_sentence_about_the_model(change):
+    made = {"s": {"load": "scratch:llama", "tokenizer": "tinyworld", "config": {**LLAMA, **change}, "sft": {"optim": {"steps": 1}}}}
+    data = {
+        "train": "tinyworld",
+        "dev": "tinyworld",
+        "test": ["tinyworld"],
+        "limit": {"train": 8, "dev": 2, "test": 2},
+        "template": "plain",
+    }
+    with pytest.raises(TadistillError, match=r"^models\.s: .*") as error:
+        check_inputs(recipe("", "", "", models=made, data=data))
+    assert len(error.value.problems) == 1
+
+
+def test_damaged_models_are_all_named_before_the_first_stage():
+    short, good = rows("short.jsonl", 4), model("llama")
+    made = {}
+    for name in ("a", "b"):
+        random_model("llama").save_pretrained(name)
+        word_tokenizer().save_pretrained(name)
+        with open(f"{name}/model.safetensors", "r+b") as file:
+            file.truncate(500)
+        made[name] = {"load": f"./{name}"}
+    with pytest.raises(ModelError) as error:
+        check_inputs(recipe(good, short, short, models={"t": {"load": good}, **made}, arms={"x": "a", "y": "b", "z": "t"}))
+    assert [problem.split(":")[0] for problem in error.value.problems] == ["models.a", "models.b"]
