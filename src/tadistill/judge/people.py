@@ -26,6 +26,7 @@ from tadistill.judge.questions import Answers
 from tadistill.judge.summary import Row, pair_rows
 from tadistill.results.collect import MEAN
 from tadistill.statistics import macro_interval
+from tadistill.visible import guarded
 
 SCALE = (1, 5)
 _COLUMNS = ("sheet", "item", "letter", "instruction", "input", "answer", "rating")
@@ -99,13 +100,8 @@ def _table(sheet: Sheet) -> str:
     for item in sheet.shown:
         for answer in item["answers"]:
             cells = (item["instruction"], item["input"], answer["text"])
-            writer.writerow([sheet.identity, item["item"], answer["letter"], *map(_harmless, cells), ""])
+            writer.writerow([sheet.identity, item["item"], answer["letter"], *map(guarded, cells), ""])
     return text.getvalue()
-
-
-def _harmless(cell: str) -> str:
-    # a spreadsheet would run a cell that begins like a formula; an apostrophe makes it text
-    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 # --- reading ratings back ------------------------------------------------------------------------------------------
@@ -184,7 +180,7 @@ def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict
         means = {
             s: [float(np.mean([*by_arm[i, arm].values()])) for i in items if items[i]["set"] == s and (i, arm) in by_arm] for s in sets
         }
-        rows += _score_rows(arm, {name: values for name, values in means.items() if values}, key["scale"])
+        rows += _score_rows(arm, {name: values for name, values in means.items() if values})
     for arm, other in itertools.combinations(arms, 2):
         outcomes = {name: _outcomes(by_arm, [i for i in items if items[i]["set"] == name], arm, other) for name in sets}
         strata = {name: np.asarray([values], float) for name, values in outcomes.items() if values}
@@ -282,12 +278,11 @@ def _outcomes(by_arm: Mapping[tuple[str, str], Mapping[str, int]], items: Sequen
     return outcomes
 
 
-def _score_rows(arm: str, means: Mapping[str, Sequence[float]], scale: Sequence[int]) -> list[Row]:
+def _score_rows(arm: str, means: Mapping[str, Sequence[float]]) -> list[Row]:
     groups = [(name, [values]) for name, values in means.items()] + ([(MEAN, list(means.values()))] if len(means) > 1 else [])
     rows = []
     for name, group in groups:
         low, high = macro_interval([np.asarray(values, float)[None, :, None] for values in group])
-        low, high = max(low, scale[0]), min(high, scale[1])
         score = float(np.mean([np.mean(values) for values in group]))
         numbers = {field: round(value, 4) for field, value in (("score", score), ("low", low), ("high", high))}
         rows.append({"arm": arm, "set": name} | numbers | {"n": sum(map(len, group))})

@@ -1,22 +1,22 @@
 """Export a trained model as an ordinary Hugging Face directory, with a model card made from the study."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tadistill.data.datasets import NAMED
-from tadistill.disk import write_text
+from tadistill.disk import ordinary_permissions, write_text
 from tadistill.errors import ConfigError, StoreError
 from tadistill.metrics import METRICS, metric_title, metric_unit
 from tadistill.models import sources
 from tadistill.report.explain import explain
-from tadistill.report.plain import escape_markdown, pipe_table
+from tadistill.report.plain import code, escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell
 from tadistill.report.text import caution_texts, sample_text, undecided_text, verdict_text
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
-from tadistill.results.rows import rows_text
 from tadistill.results.study import ArmRecord, load_manifest
 from tadistill.results.units import interval, number, parameters_text
 from tadistill.results.verdict import comparisons, pairs
@@ -38,6 +38,7 @@ def export(results: Results, arm: str, seed: int | None, target: Path) -> Path:
     card = model_card(results, arm, chosen)
     try:
         shutil.copytree(source, target, dirs_exist_ok=True)
+        ordinary_permissions(target)
     except (OSError, shutil.Error) as error:
         raise StoreError(f"{source} cannot be copied to {target} ({error}): check its permissions and free space") from error
     write_text(target / "README.md", card)
@@ -60,7 +61,6 @@ def _trained_model(results: Results, name: str, seed: int | None) -> tuple[Path,
     folder = store.folder(key) / "model"
     if not store.finished(key):
         raise StoreError(f"arm {name} with seed {seed} is not trained yet (stage {key}): run `{plan.command}` to finish it")
-    store.check([key], [name for name in store.manifest(key).get("files", ()) if name.startswith("model/")])
     if not folder.is_dir():
         raise StoreError(f"{folder} does not exist: delete the stage's directory and run `{plan.command}` again")
     return folder, seed
@@ -73,7 +73,7 @@ def model_card(results: Results, arm_name: str, seed: int) -> str:
     blocks = [
         f"---\n{yaml.safe_dump(_front_matter(results, arm), sort_keys=False, allow_unicode=True)}---",
         f"# {escape_markdown(arm.name)} of study {escape_markdown(plan.study)}, seed {seed}",
-        f"Model {escape_markdown(arm.model)} ({size} parameters), made by the path `{arm.path_text}` with {escape_markdown(arm.method)}.",
+        _made(results, arm, size),
         "## Verdict\n\n" + "\n".join(f"- {escape_markdown(sentence)}" for sentence in _verdict(results, arm)),
         "## Numbers\n\n" + _numbers(results, arm, seed),
         *_analysis(results, arm),
@@ -83,10 +83,20 @@ def model_card(results: Results, arm_name: str, seed: int) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def _made(results: Results, arm: ArmRecord, size: str) -> str:
+    name, models = arm.model, results.plan.recipe["models"]
+    text = f"Model {escape_markdown(name)} ({size} parameters), made by the path {code(arm.path_text)} with {escape_markdown(arm.method)}."
+    for origin in dict.fromkeys(_origin(models, model) for model in (*arm.models, name)):
+        if base := results.plan.bases.get(origin):
+            adapter = code(models[origin]["load"])
+            text += f" Model {escape_markdown(origin)} is the LoRA adapter {adapter}, merged with its base {code(base)}."
+    return text
+
+
 def _front_matter(results: Results, arm: ArmRecord) -> dict[str, Any]:
     plan = results.plan
     content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    base = _hub_id(plan.recipe["models"], arm.model)
+    base = _hub_id(plan.recipe["models"], arm.model, plan.bases)
     if base:
         content["base_model"] = base
     datasets = _datasets(plan.recipe["data"])
@@ -97,13 +107,18 @@ def _front_matter(results: Results, arm: ArmRecord) -> dict[str, Any]:
     return content | {"metrics": metrics, "tags": ["distillation", "tadistill"]}
 
 
-def _hub_id(models: dict[str, Any], name: str) -> str | None:
-    model = models[name]
-    for origin, field in (("init", "from"), ("checkpoint", "of"), ("temper", "of")):
-        if model.get(origin):
-            return _hub_id(models, model[origin][field])
-    source = sources.parse_source(model["load"])
+def _hub_id(models: dict[str, Any], name: str, bases: Mapping[str, str]) -> str | None:
+    model = models[_origin(models, name)]
+    source = sources.parse_source(bases.get(_origin(models, name), model["load"]))
     return source.name if source.kind == "hub" else None
+
+
+def _origin(models: dict[str, Any], name: str) -> str:
+    """Return the model from whose weights a model starts, through pruning, checkpoints and tempering."""
+    for origin, field in (("init", "from"), ("checkpoint", "of"), ("temper", "of")):
+        if models[name].get(origin):
+            return _origin(models, models[name][origin][field])
+    return name
 
 
 def _datasets(data: dict[str, Any]) -> list[str]:
@@ -159,7 +174,7 @@ def _number_cells(results: Results, arm: ArmRecord, seed: int, metric: str, set_
     sets = sets_with(results, metric) if set_name == MEAN else (set_name,)
     if not all(metric in results.scores[arm.name][seed].get(name, {}) for name in sets):
         return [Cell().text, mean.text]
-    own = summarise([stack(results, arm.name, (seed,), name, metric) for name in sets], (seed,), metric)
+    own = summarise([stack(results, arm.name, (seed,), name, metric) for name in sets], (seed,))
     return [f"{number(own.mean, metric)} {interval(own.low, own.high, metric)}", mean.text]
 
 
@@ -173,7 +188,8 @@ def _provenance(results: Results, arm: ArmRecord, seed: int) -> str:
     listed = [[f"`{stage.key}`", stage.label] for stage in stages]
     packages = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     ran_on = f"\n\nVersions: {packages}." if packages else ""
-    return f"````sh\n{plan.command}\n````\n\n````yaml\n{plan.recipe_text.rstrip()}\n````\n\n{pipe_table(['stage', 'what'], listed)}{ran_on}"
+    made = f"{code(plan.command, 'sh')}\n\n{code(plan.recipe_text, 'yaml')}"
+    return f"{made}\n\n{pipe_table(['stage', 'what'], listed)}{ran_on}"
 
 
 def _limits(results: Results, arm: ArmRecord) -> list[str]:
@@ -184,7 +200,6 @@ def _limits(results: Results, arm: ArmRecord) -> list[str]:
         "The licences of the base model, the teacher and the data apply; this card does not state them.",
         "The exported seed is the recipe's first finished seed, or the seed that the user named. It is not chosen by its score.",
     ]
-    sentences += [text for text in [rows_text([s for s in results.used if not s.arms or arm.name in s.arms])] if text]
     if trained < len(arm.evaluate):
         sentences.append(f"The study is not finished: {trained} of {len(arm.evaluate)} seeds of this arm are evaluated.")
     return sentences

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
@@ -35,6 +36,7 @@ from tadistill.results.samples import samples
 from tadistill.results.units import DASH, ratio_text, summary_text
 from tadistill.results.verdict import Comparison, comparisons, pairs
 from tadistill.statistics import Difference
+from tadistill.visible import guarded, one_line, visible
 
 
 def write_results(results: Results) -> None:
@@ -42,7 +44,6 @@ def write_results(results: Results) -> None:
         "study": results.plan.study,
         "created": results.plan.created,
         "command": results.plan.command,
-        "data": [split.record for split in results.used],
         "rows": [asdict(row) for row in results.rows],
         "comparisons": [_comparison(comparison) for comparison in comparisons(results)],
         "verdicts": verdicts(results),
@@ -83,7 +84,7 @@ def _comparison(c: Comparison) -> dict[str, Any]:
         "sign_flip": None if c.sign_flip is None else asdict(c.sign_flip),
         "margin": c.margin,
         "equivalent": c.equivalent,
-        "detectable": None if c.detectable is None else _rounded(c.detectable),
+        "detectable": _rounded(c.detectable),
         "per_seed": {str(seed): _rounded(value) for seed, value in c.per_seed.items()},
         "verdict": c.word,
         "credit": c.credit,
@@ -106,7 +107,8 @@ def _csv(results: Results) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in results.rows)
+    for row in results.rows:
+        writer.writerow({name: guarded(cell) if isinstance(cell, str) else cell for name, cell in asdict(row).items()})
     return text.getvalue()
 
 
@@ -114,7 +116,7 @@ def render_markdown(results: Results) -> str:
     plan = results.plan
     trained = any(arm.is_trained for arm in plan.arms)
     seeds = f" (training seeds {', '.join(map(str, seeds_of(results)))})" if trained else ""
-    blocks = [f"# {escape_markdown(plan.study)}", f"Created {plan.created} by `{plan.command}`{seeds}."]
+    blocks = [f"# {escape_markdown(plan.study)}", f"Created {plan.created} by {code(plan.command)}{seeds}."]
     blocks.append("\n".join(f"- {escape_markdown(finding.text)}" for finding in text.headline(results)))
     if results.summaries:
         over = "training seeds, prompts and decoding seeds" if trained else "prompts and decoding seeds"
@@ -160,15 +162,14 @@ def _paths(results: Results) -> str:
     lines: list[str] = []
     for arm in results.plan.arms:
         compute = f", compute {arm.compute}" if arm.compute else ""
-        lines.append(f"- **{escape_markdown(arm.name)}**: `{arm.path_text}`, {escape_markdown(arm.method)}{escape_markdown(compute)}")
+        lines.append(f"- **{escape_markdown(arm.name)}**: {code(arm.path_text)}, {escape_markdown(arm.method)}{escape_markdown(compute)}")
     return "\n".join(lines)
 
 
 def _provenance(results: Results) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in versions(stage_rows(results)).items())
     ran_on = f"\n\nVersions: {packages}." if packages else ""
-    # four backticks, so that a recipe may hold a fence of its own
-    return f"````sh\n{results.plan.command}\n````\n\n````yaml\n{results.plan.recipe_text.rstrip()}\n````{ran_on}"
+    return f"{code(results.plan.command, 'sh')}\n\n{code(results.plan.recipe_text, 'yaml')}{ran_on}"
 
 
 def _stages(results: Results) -> str:
@@ -189,8 +190,18 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def escape_markdown(value: str) -> str:
-    """Escape a text for a Markdown table. It then cannot end its cell or start an HTML element."""
-    return value.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    """Escape a name, so that it cannot end its cell, open an element or a link, or hide characters."""
+    return visible(value).replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(").replace("\n", " ")
+
+
+def code(text: str, language: str = "") -> str:
+    """Return text as code, in a line with `language` empty, else as a block, behind more backticks than it holds itself."""
+    most = max((len(run) for run in re.findall("`+", text)), default=0)
+    if language:
+        fence = "`" * max(4, most + 1)
+        return f"{fence}{language}\n{visible(text.rstrip())}\n{fence}"
+    ticks, pad = "`" * (most + 1), " " if most else ""
+    return f"{ticks}{pad}{one_line(text)}{pad}{ticks}"
 
 
 # --- terminal ---------------------------------------------------------------------------------------------------------

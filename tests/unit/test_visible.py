@@ -1,0 +1,128 @@
+"""Text of strangers: visible, short in messages, harmless in a terminal, in Markdown and in CSV; an output that cannot be written."""
+
+import csv
+import io
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import pytest
+from tests.unit.report.builder import ArmSpec, StudySpec, build_study
+
+from tadistill.disk import ordinary_permissions, read_json, write_json
+from tadistill.errors import ConfigError, Gathering, ModelError, about
+from tadistill.report import read_results, summary_table, write_report
+from tadistill.report.plain import code, escape_markdown, side_by_side
+from tadistill.store import Store
+from tadistill.terminal import Terminal
+from tadistill.visible import guarded, one_line, shortened, visible
+
+EVIL = "a\x1b[2J\x1b]0;title\x07\u202eb\x9b\ud800\u2028c\r\0"
+
+
+def test_control_characters_are_written_out():
+    assert visible(EVIL) == r"a\x1b[2J\x1b]0;title\x07\u202eb\x9b\ud800\u2028c\r\x00"
+    assert visible("é 😀 \t\n 👩\u200d👩") == "é 😀 \t\n 👩\u200d👩"
+    assert one_line("a\nb") == r"a\nb"
+
+
+@pytest.mark.parametrize("value", ["x" * 100_000, "x y " * 25_000, "`x` " * 2000])
+@pytest.mark.parametrize("quote", ["`{}`", "'{}'", '"{}"', "{}", "[{}]"])
+def test_a_message_is_short_and_one_line(value, quote):
+    error = ConfigError(f"key.a is {quote.format(value)}\n\x1b[2J; correct the model's key")
+    assert len(str(error)) <= 3000
+    assert str(error).isprintable()
+    assert str(error).startswith("key.a is ")
+    assert error.problems[0] == shortened(error.problems[0])  # cutting again changes nothing
+    assert pickle.loads(pickle.dumps(error)).problems == error.problems
+
+
+def test_sentences_with_apostrophes_are_not_cut():
+    text = "the tokenizer's tokens differ from the model's, " * 8 + "so use the model's"
+    assert str(ConfigError(text)) == text
+    cut = str(ConfigError(f"models.a.load is '{'y' * 500}', which is no model; write a hub id"))
+    assert cut.endswith("(342 more characters)', which is no model; write a hub id")
+
+
+def test_several_problems_keep_their_names():
+    found = Gathering()
+    for name in ("a", "b"):
+        with found.about(f"models.{name}"):
+            raise ModelError("it has no EOS")
+    with found.about("models.c"), about("models.d"):
+        raise ModelError("models.d.load is missing")
+    with pytest.raises(ModelError) as error:
+        found.finish()
+    assert error.value.problems == ("models.a: it has no EOS", "models.b: it has no EOS", "models.d.load is missing")
+
+
+def test_cells_that_begin_a_formula_are_text():
+    assert [guarded(c) for c in ("=1", "+1", "-1", "@a", "\tx", "1", "a=1")] == ["'=1", "'+1", "'-1", "'@a", "'\tx", "1", "a=1"]
+
+
+def test_code_in_markdown_keeps_its_fence():
+    assert code("a`b``c") == "``` a`b``c ```"
+    assert code("x\n`````\ny\x1b", "yaml") == "``````yaml\nx\n`````\ny\\x1b\n``````"
+    assert escape_markdown("[l](javascript:x)|<b>\x1b\n") == r"[l]\(javascript:x)\|&lt;b>\x1b "
+
+
+def test_a_study_with_evil_names_stays_harmless(tmp_path):
+    evil = EVIL.replace("\ud800", "")  # JSON files hold no half characters
+    arms = [ArmSpec(name, ("xl", "s"), gain=0.1 * i, method=evil) for i, name in enumerate(('=cmd|"/C calc"!A1', evil, "-3"))]
+    study = build_study(tmp_path, StudySpec(arms=arms, prompt=evil + " {index}", answer=evil))
+    plan = read_json(study.study_dir / "plan.json")
+    write_json(study.study_dir / "plan.json", plan | {"recipe_text": f"a\n`````\n{evil}", "command": f"tadistill run `x` {evil}"})
+    results = read_results(study.study_dir, Store(study.store_dir))
+    write_report(results)
+    printed = io.StringIO()
+    console = Terminal(file=printed, force_terminal=True, width=100)
+    console.print(summary_table(results), side_by_side(results, 2))
+    markdown = (study.study_dir / "report.md").read_text(encoding="utf-8")
+    for text in (re.sub(r"\x1b\[[\d;]*m", "", printed.getvalue()), markdown):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", text)
+        assert r"\x1b[2J" in text
+    rows = [*csv.reader(io.StringIO((study.study_dir / "results.csv").read_text(encoding="utf-8")))]
+    named = {row[rows[0].index("arm")] for row in rows[1:]}
+    assert {'\'=cmd|"/C calc"!A1', "'-3"} <= named
+    assert not any(cell.startswith(("=", "@", "+")) for row in rows for cell in row)
+
+
+def test_files_for_others_follow_the_umask(tmp_path):
+    (tmp_path / "private").write_text("x", encoding="utf-8")
+    (tmp_path / "private").chmod(0o600)
+    before = os.umask(0o022)
+    try:
+        ordinary_permissions(tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("output", "environment", "code", "words"),
+    [
+        ("/dev/full", {}, 1, "error: the output cannot be written (No space left on device)"),
+        (None, {"PYTHONIOENCODING": "ascii"}, 0, ""),
+        (None, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, 0, ""),
+        (None, {"COLUMNS": "20"}, 0, ""),
+        ("pipe", {}, 141, ""),
+    ],
+)
+def test_an_output_that_cannot_show_all(output, environment, code, words, tmp_path):
+    program = (
+        "import sys; from tadistill import cli; from tadistill.terminal import Terminal\n"
+        "@cli.app.command()\ndef show():\n    for _ in range(9999): cli.console.print('\\u00e9 \\u2013 \\u2026 \\U0001f600', 'word ' * 9)\n"
+        "sys.argv = ['tadistill', 'show']; cli.main()"
+    )
+    target = subprocess.PIPE if output in (None, "pipe") else open(output, "w")  # noqa: SIM115
+    ran = subprocess.Popen([sys.executable, "-c", program], stdout=target, stderr=subprocess.PIPE, env=os.environ | environment)
+    if output == "pipe":
+        assert ran.stdout is not None
+        ran.stdout.close()
+        error = ran.stderr.read() if ran.stderr else b""
+        ran.wait()
+    else:
+        _, error = ran.communicate()
+    assert (ran.returncode, error.decode().strip()[: len(words) or None]) == (code, words)
