@@ -1,0 +1,25 @@
+"""The short form of benchmarks/fuzz.py: wrong recipes and data are refused in sentences that name their place, before any stage."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+FUZZ = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "fuzz.py"))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TADISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SECRET", "s3cr3t")
+
+
+@pytest.mark.parametrize(("what", "count", "seed"), [("recipes", 120, 16), ("data", 50, 16)])
+def test_wrong_input_is_refused_before_any_stage(what, count, seed, tmp_path):
+    tries = FUZZ["Tries"]()
+    FUZZ[f"fuzz_{what}"](count, seed, tries)
+    assert not tries.problems, "\n".join(tries.problems)
+    assert sum(tries.count.values()) == count
+    assert not list(tmp_path.glob("runs*"))
