@@ -156,7 +156,10 @@ def path_cost_legend(report: Report) -> list[LegendEntry]:
 
 
 def cost_figure(report: Report) -> str | None:
-    """Draw a point for each chain: its compute (x) and its difference to direct at equal compute (y). Return None if there is no chain."""
+    """Draw one point for each chain, or return None if there is no chain.
+
+    x is the chain's compute. y is its predicted score minus that of direct distillation at the same compute, with an error bar.
+    """
     advice = report.advice
     if len(advice.options) < 2:
         return None

@@ -1,6 +1,6 @@
-"""Texts of the advice: reason, rules of thumb, cautions and commands, and the `Report` that terminal, page and advice.json show.
+"""The texts of the advice, and the `Report` that the terminal, the page and advice.json show.
 
-Every number is `measured` (on dev prompts), `predicted` (a cost or a forecast) or `assumed` (a setting). `TAGS` says which.
+`TAGS` gives the origin of each group of numbers: `measured` on dev prompts, `predicted` (a cost or a forecast) or `assumed` (a setting).
 """
 
 import shlex

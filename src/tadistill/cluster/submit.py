@@ -88,7 +88,10 @@ class Submission:
         return [Job(stages, self.requests.of(stages), depth) for depth, stages in bundles(self.plan.stages, keys)]
 
     def scripts(self) -> Iterator[tuple[Sent, str]]:
-        """Yield each job that would be submitted if no job were queued, with its batch script. The ids are @1, @2 and so on."""
+        """Yield every job of unfinished stages with its batch script, as if no job were in the queue.
+
+        Nothing is submitted. The ids are the placeholders @1, @2 and so on.
+        """
         places: dict[str, Place] = {}
         number = 0
         for family in families(self.jobs(self.todo)):

@@ -227,7 +227,8 @@ def _check_text(method: Method) -> None:
         )
     if objective.needs_pairs != sampler.pairs:
         raise ConfigError(
-            f"objective contrastive and sampler pair work only together, but the recipe has {objective.type} and {sampler.type}; change one"
+            "objective `contrastive` needs sampler `pair`, and the reverse, but the recipe has "
+            f"objective `{objective.type}` and sampler `{sampler.type}`; change one of them"
         )
     if sampler.on_policy and objective.imitates_text:
         fix = f"kd_ratio is {objective.kd_ratio}; set it to 1" if isinstance(objective, Divergence) else "use a divergence as objective"
@@ -251,7 +252,7 @@ def _check_signal(method: Method) -> None:
         )
     tempered = isinstance(objective, Divergence) and objective.temperature != 1
     if isinstance(signal, TopKSignal) and signal.tail == "lump" and tempered:
-        raise ConfigError("sampler.signal top_k with tail: lump works only at objective.temperature 1; set temperature: 1, or tail: drop")
+        raise ConfigError("with sampler.signal `top_k`, `tail: lump` needs objective.temperature 1; set `temperature: 1`, or `tail: drop`")
 
 
 def _check_engine(method: Method) -> None:

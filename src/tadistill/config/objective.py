@@ -116,7 +116,10 @@ class TotalVariation(Divergence):
 
 
 class AdaptiveKL(Divergence):
-    """A weighted sum of forward and reverse KL; the weights depend on the tokens on which the models differ (Wu et al. 2025, AKL)."""
+    """A weighted sum of forward and reverse KL (Wu et al. 2025, AKL).
+
+    At each position, the weights depend on how much the models differ on the teacher's likely tokens and on its unlikely ones.
+    """
 
     type: Literal["adaptive_kl"] = "adaptive_kl"
     mu: Share = 0.5

@@ -50,7 +50,9 @@ def bins(confidence: Seq[float] | np.ndarray, correct: Seq[bool] | np.ndarray, c
     """
     sure, right = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
     if sure.shape != right.shape or sure.ndim != 1:
-        raise DataError(f"confidence has shape {sure.shape} and correct {right.shape}; each must be a list with one number per prediction")
+        raise DataError(
+            f"`confidence` has shape {sure.shape} and `correct` has shape {right.shape}; each must be a list with one number per prediction"
+        )
     outside = ~((sure >= -_ROUNDING) & (sure <= 1 + _ROUNDING))
     if outside.any():
         raise DataError(f"the confidence {sure[outside][0]} is no probability; every confidence must be in [0, 1]")

@@ -69,7 +69,7 @@ class Reader:
         if expected.shape != logits.shape or not torch.allclose(expected, logits, rtol=0.02, atol=0.02 * float(logits.abs().max())):
             raise ModelError(
                 f"models of type {model.config.model_type} change their logits after the head in a way that the loss does not support; "
-                "choose a model with no other change than a scale, a soft cap and a bias"
+                "it supports only a scale, a soft cap and a bias; choose another model"
             )
 
 

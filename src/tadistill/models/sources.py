@@ -264,7 +264,7 @@ def _hub_download(name: str, revision: str, weights: bool, workers: int) -> Path
         )
     if weights and not complete(path):
         raise ModelError(
-            f"model `{name}` at revision `{revision}` has no config.json with model.safetensors or pytorch_model.bin; "
-            "choose a model with weights for transformers"
+            f"model `{name}` at revision `{revision}` needs a config.json and weights (model.safetensors or pytorch_model.bin), "
+            "but at least one is missing; choose another model"
         )
     return path

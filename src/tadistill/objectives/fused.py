@@ -182,7 +182,7 @@ def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
             f"student and teacher have {widths} logits; set vocab to the size of the shared vocabulary, at most {min(widths)}"
         )
     if vocab is not None and not 1 <= vocab <= min(widths):
-        raise ConfigError(f"vocab is {vocab}; it must be in [1, {min(widths)}], the narrowest head")
+        raise ConfigError(f"vocab is {vocab}; it must be from 1 to {min(widths)}, the width of the narrowest head")
     return vocab or widths[0]
 
 

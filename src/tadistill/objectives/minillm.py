@@ -29,23 +29,23 @@ def returns(
     include_current: bool = False,
     length_normalisation: Literal["after", "remaining", "discounts", "none"] = "after",
 ) -> Tensor:
-    """Return each token's return: the discounted sum of the rewards after the token, or from the token on (MiniLLM, Eq. 3 and 6).
+    """Compute the return of each token: the discounted sum of the rewards of the later tokens (MiniLLM, Eq. 6).
 
-    Let n be the number of tokens from the current token (included) to the end, and d the number of rewards in the sum. The sum is
-    divided by `length_normalisation`:
+    With `include_current`, the sum also contains the reward of the token itself (Eq. 3, and the released code). Let t = 1, ..., T be the
+    place of the token in its response of T tokens, and n = T - t + 1. `length_normalisation` selects the number that divides the sum:
 
-        after        T - t - 1 = n - 2 (Eq. 6), but at least 1, because n - 2 is 0 at the second to last token
-        remaining    n (the released code)
-        discounts    sum_{k < d} discount^k, so that equal rewards r have the return r
+        after        n - 2 = T - t - 1 (Eq. 6), but at least 1
+        remaining    n, the number of tokens from t to T (the released code)
+        discounts    the discounted sum of ones in place of the rewards, so that equal rewards r have the return r
         none         1
 
     Args:
         rewards_BT: log p(y_t) - log q(y_t) at the positions that predict y_t.
         mask_BT: True at response positions, one contiguous run per row.
-        include_current: start the sum at the token's own reward (the released code). The paper leaves that reward to the single-step term.
+        include_current: add the reward of the token itself. If it is left out, the single-step term of the loss contains it (as in the paper).
 
     Returns:
-        (B, T), zero outside the mask.
+        One return per position, in the shape of `rewards_BT`; zero outside the mask.
     """
     rewards = torch.where(mask_BT, rewards_BT, torch.zeros_like(rewards_BT))
     places = torch.arange(rewards.shape[1], device=rewards.device)

@@ -128,9 +128,10 @@ class TargetMixture:
         return which, TargetMixture(self.kind, tuple(self.weights[k] for k in which)) if len(which) > 1 else None
 
     def token_scores(self, log_p: Sequence[Tensor]) -> Tensor:
-        """Return the mixture's log-probabilities of sampled tokens, (...), for a reward; `log_p` has one tensor (...) per teacher.
+        """Return the log-probability that the mixture gives to each sampled token, for use in a reward.
 
-        The geometric mixture is not normalised here: the result is the weighted mean of `log_p`.
+        The result and each tensor of `log_p` (one per teacher) have the same shape (...). The geometric mixture is not
+        normalised here: its result is the weighted mean of `log_p`.
         """
         self.check("log_p", len(log_p))
         total = sum(self.weights)

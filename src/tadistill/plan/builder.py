@@ -88,7 +88,8 @@ class StageBuilder:
         wanted, have = self.ledger.config(name), self.ledger.config(source)
         if wanted is None or have is None:
             raise ConfigError(
-                f"{name} starts from {source}, but one of them is not on this disk, so its size is not known; run `tadistill fetch RECIPE`"
+                f"the size of {name} is not known, because it starts from {source} and at least one of these models is not on this disk; "
+                "run `tadistill fetch RECIPE`"
             )
         if wanted["model_type"] != have["model_type"]:
             kinds = f"{have['model_type']} and {wanted['model_type']}"

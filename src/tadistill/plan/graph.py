@@ -39,7 +39,7 @@ class Stage:
 
     @cached_property
     def parents(self) -> dict[str, str]:
-        """Keys of the stages that must finish first, by their role (such as `teacher`)."""
+        """Map each role, such as `teacher`, to the key of the stage that has this role and must finish before this stage starts."""
         return self.spec.parents
 
     @property

@@ -52,7 +52,7 @@ class Spec(Part):
 
     @property
     def parents(self) -> dict[str, str]:
-        """Keys of the stages that must finish first, by role. They make the `models`, or write other inputs of the stage."""
+        """Map each role, such as `teacher`, to the key of the stage that writes this input. It must finish before this stage starts."""
         keys = {role: stage_of(part) for role, part in self._inputs()}
         return {role: key for role, key in keys.items() if key is not None}
 

@@ -57,7 +57,10 @@ def _trained_model(results: Results, name: str, seed: int | None) -> tuple[Path,
         raise ConfigError(f"arm {name} has no seed {seed}; its seeds are {', '.join(map(str, sorted(arm.final)))}")
     key = arm.final[seed]
     if key is None:
-        raise ConfigError(f"arm {name} uses model {arm.model} without training it; choose an arm that trains a model to export")
+        raise ConfigError(
+            f"arm {name} only uses model {arm.model} and does not train it, so there is nothing to export; "
+            "choose an arm that trains a model"
+        )
     folder = store.folder(key) / "model"
     if not store.finished(key):
         raise StoreError(f"arm {name} with seed {seed} is not trained yet (stage {key}): run `{plan.command}` to finish it")

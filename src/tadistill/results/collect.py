@@ -43,7 +43,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """An arm's mean over training seeds, on one set or on the mean over sets, with its 95 % interval and the mean of each seed."""
+    """An arm's result on one test set, or averaged over all sets.
+
+    It has the mean over the training seeds, the 95 % interval of this mean (from `low` to `high`), and the value of each seed.
+    """
 
     mean: float
     low: float

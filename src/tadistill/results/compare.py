@@ -188,7 +188,7 @@ def greedy_decoding(results: Results) -> str | None:
 
 
 def temperatures(results: Results) -> list[str]:
-    """Return the names of the decodings that change only the temperature and perhaps the seeds."""
+    """Return the names of the decodings that differ from the main decoding only in temperature, or in temperature and seeds."""
     allowed = {"temperature", "seeds"}
     return [name for name, changes in results.plan.decodings.items() if "temperature" in changes and set(changes) <= allowed]
 

@@ -104,13 +104,13 @@ def _check_metric(recipe: Recipe, search: Search) -> str:
         metric = _method(recipe, name).select.metric
         if metric in NOT_COMPARABLE:
             raise ConfigError(
-                f"model {name} is selected by {metric}, which {NOT_COMPARABLE[metric]}, so it cannot compare paths; "
-                "set select.metric to loss, rouge_l or fact_accuracy"
+                f"the checkpoint of model {name} is selected by `{metric}`, which {NOT_COMPARABLE[metric]}, so it cannot compare paths; "
+                "set `select.metric` to `loss`, `rouge_l` or `fact_accuracy`"
             )
         if metric != student:
             raise ConfigError(
-                f"model {name} is selected by {metric} and {search.student} by {student}, so their values cannot be compared; "
-                "set the same select.metric for both"
+                f"the checkpoint of model {name} is selected by `{metric}`, but that of {search.student} is selected by `{student}`; "
+                "the values of different metrics cannot be compared; set the same `select.metric` for both"
             )
     return student
 

@@ -133,7 +133,7 @@ class Outcome:
 
     @property
     def trainings(self) -> int:
-        """Number of trained stages. Equal prefixes are counted once; each short run is counted as one more stage."""
+        """Number of stages that the search trains. A prefix that several paths share is counted once for each length of run (`share`)."""
         shares = {r.share for r in self.rounds}
         return sum(len(trainings(p for r in self.rounds if r.share == share for p in r.paths)) for share in shares)
 

@@ -1,8 +1,8 @@
 """The training loop, built on accelerate. It is the same for every objective and every source of sequences.
 
-An update first draws this process's micro-batches, which may sample text. It counts the loss tokens over all micro-batches and processes.
-The losses are summed over tokens and divided by this count. If the loss and the gradient are finite, the weights are updated.
-accelerate must not rescale anything: gradient_accumulation_steps is 1, and the learning rate is a function of the step.
+An update first draws the micro-batches of this process; the student may have to sample their text. Then the loop counts the loss tokens
+of all micro-batches and processes. It divides the sum of the losses by this count. It updates the weights if loss and gradient are finite.
+accelerate must not change the loss or the learning rate: gradient_accumulation_steps is 1, and the loop itself sets the learning rate.
 """
 
 import contextlib

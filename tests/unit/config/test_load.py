@@ -118,8 +118,8 @@ def test_patches_change_only_what_they_name():
             {"objective": {"type": "minillm"}, "sampler": {"type": "student", "engine": "vllm", "top_k": 5}},
             "minillm with engine vllm needs temperature 1 and no top_k",
         ),
-        ({"objective": {"type": "contrastive"}}, "contrastive and sampler pair work only together"),
-        ({"sampler": {"type": "pair"}}, "contrastive and sampler pair work only together"),
+        ({"objective": {"type": "contrastive"}}, "`contrastive` needs sampler `pair`, and the reverse"),
+        ({"sampler": {"type": "pair"}}, "`contrastive` needs sampler `pair`, and the reverse"),
         (
             {"objective": {"type": "cross_entropy"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}},
             "objective cross_entropy uses no teacher, so sampler.signal",

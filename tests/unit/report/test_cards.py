@@ -109,5 +109,5 @@ def test_what_cannot_be_exported(study, tmp_path):
 
 def test_a_model_that_is_loaded_as_it_is_has_nothing_to_export(tmp_path):
     study = build_study(tmp_path, StudySpec(SMALL, trained=False))
-    with pytest.raises(ConfigError, match="arm direct uses model s without training it"):
+    with pytest.raises(ConfigError, match="arm direct only uses model s and does not train it, so there is nothing to export"):
         export(study.read(), "direct", None, tmp_path / "out")

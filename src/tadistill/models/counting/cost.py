@@ -34,7 +34,7 @@ class Cost:
     padding: float = 0.0
     """Number of padding positions in the student's training and corpus parts."""
     published: float | None = None
-    """FLOPs that MiniLLM's published code needs for the same number of rollouts; None for other methods."""
+    """FLOPs that MiniLLM's released code needs for the same number of rollouts; None for other methods."""
     memory: float | None = None
     """Estimated peak memory, in bytes."""
     kind: str = ""

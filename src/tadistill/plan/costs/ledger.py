@@ -248,7 +248,7 @@ class Ledger:
             cost.add("selection/teacher", beside)
 
     def _published(self, cost: TrainingCost, objective: MiniLLM, sampler: samplers.SamplerBase, name: str) -> float:
-        # MiniLLM's published code computes the logits of all positions
+        # MiniLLM's released code computes the logits of all positions
         assert isinstance(sampler, samplers.Rounds)
         answers = self._answers(name, sampler)
         length = answers.mean_prompt + answers.mean_response

@@ -244,7 +244,7 @@ def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
 
 
 def minillm_flops(student: float, teacher: float, *, length: float, corpus: float, epochs: int) -> float:
-    """Return the FLOPs of MiniLLM's published code for one rollout, as counted in microsoft/LMOps/minillm.
+    """Return the FLOPs of MiniLLM's released code for one rollout, as counted in microsoft/LMOps/minillm.
 
     For each rollout, the code runs the student forward five times and the teacher four times. In each inner epoch, the student runs forward
     and backward, and the teacher runs forward, both on the rollout and on plain text.
