@@ -42,7 +42,7 @@ def returns(
     Args:
         rewards_BT: log p(y_t) - log q(y_t) at the positions that predict y_t.
         mask_BT: True at response positions, one contiguous run per row.
-        include_current: add the reward of the token itself. If it is left out, the single-step term of the loss contains it (as in the paper).
+        include_current: add the reward of the token itself. Otherwise the single-step term of the loss contains it, as in the paper.
 
     Returns:
         One return per position, in the shape of `rewards_BT`; zero outside the mask.
