@@ -203,7 +203,7 @@ def check_pairing(method: Method) -> None:
         )
     if sampler.follows_dev and method.select.metric == "last":
         raise ConfigError(
-            f"sampler {sampler.type} needs the dev loss, but select.metric `last` does not measure it; set select.metric to loss or rouge_l"
+            f"sampler `{sampler.type}` needs the dev loss, but select.metric `last` does not measure it; set it to `loss` or `rouge_l`"
         )
     if isinstance(sampler, ReplaySampler) and sampler.capacity < batch:
         raise ConfigError(f"sampler.capacity {sampler.capacity} is less than one batch of {batch}; raise sampler.capacity")
@@ -213,17 +213,18 @@ def _check_text(method: Method) -> None:
     objective, sampler = method.objective, method.sampler
     if objective.needs_rounds and not sampler.in_rounds:
         raise ConfigError(
-            f"objective {objective.type} learns from rounds of rollouts, but sampler {sampler.type} draws no rounds; "
+            f"objective `{objective.type}` learns from rounds of rollouts, but sampler `{sampler.type}` draws no rounds; "
             "use sampler: {type: teacher_mixed}"
         )
     if objective.needs_own_samples and not sampler.student_only:
         raise ConfigError(
-            f"objective {objective.type} needs samples from the student's own distribution, but sampler {sampler.type} does not draw them; "
+            f"objective `{objective.type}` needs samples from the student's own distribution, "
+            f"but sampler `{sampler.type}` does not draw them; "
             "use sampler: {type: student} with temperature 1 and no top_k, top_p, min_p or no_repeat_ngram"
         )
     if objective.needs_rounds and isinstance(sampler, Rounds) and sampler.temperature == 0:
         raise ConfigError(
-            f"objective {objective.type} needs random samples, but sampler.temperature is 0 (greedy decoding); set it above 0"
+            f"objective `{objective.type}` needs random samples, but sampler.temperature is 0 (greedy decoding); set it above 0"
         )
     if objective.needs_pairs != sampler.pairs:
         raise ConfigError(
@@ -232,23 +233,25 @@ def _check_text(method: Method) -> None:
         )
     if sampler.on_policy and objective.imitates_text:
         fix = f"kd_ratio is {objective.kd_ratio}; set it to 1" if isinstance(objective, Divergence) else "use a divergence as objective"
-        raise ConfigError(f"sampler {sampler.type} trains on the student's own text, so the loss must not contain cross-entropy; {fix}")
+        raise ConfigError(f"sampler `{sampler.type}` trains on the student's own text, so the loss must not contain cross-entropy; {fix}")
 
 
 def _check_signal(method: Method) -> None:
     objective, signal = method.objective, method.signal
     if signal and method.dense:
-        raise ConfigError(f"sampler.signal {signal.type} records only one teacher, but `dense` uses several; set signal: null in this arm")
+        raise ConfigError(
+            f"sampler.signal `{signal.type}` records only one teacher, but `dense` uses several; set `signal: null` in this arm"
+        )
     if method.dense and not objective.needs_teacher:
-        raise ConfigError(f"objective {objective.type} uses no teacher, so `dense` has no effect; use a divergence as objective")
+        raise ConfigError(f"objective `{objective.type}` uses no teacher, so `dense` has no effect; use a divergence as objective")
     if signal and not objective.needs_teacher:
         raise ConfigError(
-            f"objective {objective.type} uses no teacher, so sampler.signal {signal.type} has no effect; set signal: null in this arm"
+            f"objective `{objective.type}` uses no teacher, so sampler.signal `{signal.type}` has no effect; set `signal: null` in this arm"
         )
     if isinstance(signal, TopKSignal) and isinstance(objective, TopKForwardKL | TopKReverseKL):
         raise ConfigError(
-            f"objective {objective.type} selects the top tokens, but sampler.signal top_k has already selected them; "
-            f"use objective {objective.type.removeprefix('top_k_')}"
+            f"objective `{objective.type}` selects the top tokens, but sampler.signal `top_k` has already selected them; "
+            f"use objective `{objective.type.removeprefix('top_k_')}`"
         )
     tempered = isinstance(objective, Divergence) and objective.temperature != 1
     if isinstance(signal, TopKSignal) and signal.tail == "lump" and tempered:
@@ -261,11 +264,13 @@ def _check_engine(method: Method) -> None:
         return
     if sampler.guided:
         raise ConfigError(
-            f"sampler {sampler.type} needs the teacher's distribution at every token, which engine vllm cannot give; use engine: native"
+            f"sampler `{sampler.type}` needs the teacher's distribution at every token, "
+            "which engine `vllm` cannot give; use `engine: native`"
         )
     if sampler.no_repeat_ngram:
-        raise ConfigError("engine vllm does not support no_repeat_ngram; leave it out, or use engine: native")
+        raise ConfigError("engine `vllm` does not support `no_repeat_ngram`; leave it out, or use `engine: native`")
     if objective.needs_rounds and not sampler.plain:
         raise ConfigError(
-            f"objective {objective.type} with engine vllm needs temperature 1 and no top_k, top_p or min_p; set these, or engine: native"
+            f"objective `{objective.type}` with engine `vllm` needs temperature 1 and no `top_k`, `top_p` or `min_p`; "
+            "change these settings, or use `engine: native`"
         )

@@ -100,11 +100,14 @@ def test_patches_change_only_what_they_name():
     [
         (
             {"objective": {"type": "minillm"}, "sampler": {"type": "dataset"}},
-            "minillm learns from rounds of rollouts, but sampler dataset draws no rounds",
+            "`minillm` learns from rounds of rollouts, but sampler `dataset` draws no rounds",
         ),
         ({"objective": {"type": "sampled_kl"}, "sampler": {"type": "teacher_mixed", "alpha": 0.2}}, "use sampler: {type: student}"),
         ({"objective": {"type": "forward_kl", "kd_ratio": 0.5}, "sampler": {"type": "teacher_mixed"}}, "kd_ratio is 0.5; set it to 1"),
-        ({"objective": {"type": "minillm"}, "sampler": {"type": "mix"}}, "learns from rounds of rollouts, but sampler mix draws no rounds"),
+        (
+            {"objective": {"type": "minillm"}, "sampler": {"type": "mix"}},
+            "learns from rounds of rollouts, but sampler `mix` draws no rounds",
+        ),
         (
             {"objective": {"type": "cross_entropy"}, "sampler": {"type": "student"}},
             "so the loss must not contain cross-entropy; use a divergence",
@@ -113,20 +116,20 @@ def test_patches_change_only_what_they_name():
         ({"sampler": {"type": "replay"}, "select": {"metric": "last"}}, "needs the dev loss, but select.metric `last` does not measure it"),
         ({"sampler": {"type": "replay", "capacity": 8}}, "capacity 8 is less than one batch of 32"),
         ({"sampler": {"type": "teacher_mixed", "engine": "vllm"}}, "needs the teacher's distribution at every token"),
-        ({"sampler": {"type": "mix", "engine": "vllm", "no_repeat_ngram": 3}}, "vllm does not support no_repeat_ngram"),
+        ({"sampler": {"type": "mix", "engine": "vllm", "no_repeat_ngram": 3}}, "`vllm` does not support `no_repeat_ngram`"),
         (
             {"objective": {"type": "minillm"}, "sampler": {"type": "student", "engine": "vllm", "top_k": 5}},
-            "minillm with engine vllm needs temperature 1 and no top_k",
+            "`minillm` with engine `vllm` needs temperature 1 and no `top_k`",
         ),
         ({"objective": {"type": "contrastive"}}, "`contrastive` needs sampler `pair`, and the reverse"),
         ({"sampler": {"type": "pair"}}, "`contrastive` needs sampler `pair`, and the reverse"),
         (
             {"objective": {"type": "cross_entropy"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}},
-            "objective cross_entropy uses no teacher, so sampler.signal",
+            "objective `cross_entropy` uses no teacher, so sampler.signal",
         ),
         (
             {"objective": {"type": "top_k_reverse_kl"}, "sampler": {"type": "dataset", "signal": {"type": "top_k"}}},
-            "use objective reverse_kl",
+            "use objective `reverse_kl`",
         ),
         (
             {"objective": {"type": "forward_kl", "temperature": 2}, "sampler": {"type": "dataset", "signal": {"type": "top_k"}}},
