@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 LONGEST = ["slurm/test_slurm", "e2e/test_interrupted", "e2e/test_study", "e2e/test_one_store", "e2e/test_ranks", "e2e/test_signals",
-           "e2e/test_layouts", "e2e/test_on_policy", "e2e/test_advise"]  # fmt: skip
+           "e2e/test_architectures", "e2e/test_layouts", "e2e/test_on_policy", "e2e/test_advise"]  # fmt: skip
 """Files that start first, so that no long one runs alone at the end."""
 CHROMIUM = Path("/usr/bin/chromium")
 ARGS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
@@ -52,7 +52,7 @@ def tiny_model(kind: str, *, vocab: int = 31, seed: int = 0, layers: int = 2, **
     torch.manual_seed(seed)
     common = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if kind == "gpt2":
-        model = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=layers, n_head=2, n_positions=128, **common, **settings))
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=layers, n_head=2, **{"n_positions": 128} | common | settings))
     elif kind == "opt":
         sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
         model = hf.OPTForCausalLM(hf.OPTConfig(max_position_embeddings=128, **sizes, **common, **settings))

@@ -1,10 +1,12 @@
 """The Python API, with the functions `tadistill.run` and `tadistill.evaluate`."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import yaml
 
 from tadistill.config import Data, Evaluate, Recipe, load
 from tadistill.errors import ConfigError
@@ -30,10 +32,12 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, runs: str
             raise ConfigError(
                 f"overrides {list(overrides)} apply to a recipe's file, not to a Recipe; change the Recipe, or give the file's path"
             )
-        loaded, text, command = recipe, "", "tadistill.run(recipe)"
+        content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        loaded, text, arguments = recipe, yaml.safe_dump(content, sort_keys=False, allow_unicode=True), ["recipe"]
     else:
         loaded, text = load(recipe, overrides), Path(recipe).read_text(encoding="utf-8")
-        command = f"tadistill.run({', '.join([repr(str(recipe)), *([repr(list(overrides))] if overrides else [])])})"
+        arguments = [repr(str(recipe)), *([repr(list(overrides))] if overrides else [])]
+    command = f"tadistill.run({', '.join([*arguments, *([f'runs={str(runs)!r}'] if runs else [])])})"
     root = runs_directory(runs)
     study = run_study(loaded, runs=root, recipe_text=text, command=command)
     return write_report(read_results(study, store_of(root)))
@@ -57,7 +61,7 @@ def evaluate(
         limit: the number of rows that are read from the start of each set; None for all rows.
     """
     from tadistill.data import datasets
-    from tadistill.data.templates import EvalSet, encode
+    from tadistill.data.templates import EvalSet, Lengths, encode_counted
     from tadistill.evaluation.run import evaluate as evaluate_set
     from tadistill.evaluation.scoring import Subject
     from tadistill.models.loading import end_tokens, shared_vocabulary
@@ -66,12 +70,14 @@ def evaluate(
         {"train": on[0], "dev": on[0], "test": list(on), "root": data_root, "template": template, "limit": {"test": limit}}
     )
     subject = Subject(model.eval(), tokenizer, shared_vocabulary(tokenizer, model), end_tokens(model, tokenizer))
-    lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}
+    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts)
     found = {}
     for ref in data.test:
         examples = datasets.load(ref, "test", data)
-        chosen = EvalSet(ref.name, examples, encode(examples, tokenizer, name=ref.name, **lengths))
-        evaluation = evaluate_set(subject, chosen, settings or Evaluate())
+        encoded, counts = encode_counted(examples, tokenizer, lengths, template=data.template, name=ref.name)
+        if counts.text:
+            warnings.warn(f"{ref.name}: {counts.text}", stacklevel=2)
+        evaluation = evaluate_set(subject, EvalSet(ref.name, examples, encoded), settings or Evaluate())
         means = {metric: float(np.mean(values)) for metric, values in evaluation.scores.items()}
         found[ref.name] = means | evaluation.corpus["numbers"]
     return found

@@ -82,7 +82,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> N
     """Run a study on this machine and write its report. Finished stages are reused; an interrupted run resumes."""
     from tadistill.config import load
 
-    command = shlex.join(["tadistill", "run", str(recipe), *(overrides or [])])
+    command = shlex.join(["tadistill", "run", str(recipe), *(overrides or []), *_runs_option(runs)])
     _run_and_report(load(recipe, overrides or []), recipe.read_text(encoding="utf-8"), command, runs_directory(runs))
 
 
@@ -139,7 +139,7 @@ def advise(
         advise_recipe(
             load(recipe, chosen),
             source=str(recipe),
-            overrides=[*chosen, *(["--runs", str(runs)] if runs else [])],
+            overrides=[*chosen, *_runs_option(runs)],
             runs=runs_directory(runs),
             prompts=prompts,
             console=console,
@@ -199,7 +199,7 @@ def _evaluate(
         raise ConfigError(f"--seeds is `{seeds}`; give whole numbers separated by commas, for instance 10,20,30")
     text = evaluation_recipe(models, _parts(on), seeds=[int(n) for n in numbers], teacher=teacher)
     chosen = [part for option in settings or [] for part in ("--set", option)] + (["--teacher", teacher] if teacher else [])
-    command = shlex.join([*verb, "--on", on, "--seeds", seeds, *chosen])
+    command = shlex.join([*verb, "--on", on, "--seeds", seeds, *chosen, *_runs_option(runs)])
     return _run_and_report(parse(text, settings or [], source=" ".join(verb[:2])), text, command, runs_directory(runs))
 
 
@@ -308,6 +308,10 @@ def _interruptible() -> Iterator[None]:
         console.print("interrupted; run the same command again to continue")
         received = asked.received if isinstance(asked, Stopped) else signal.SIGINT
         raise typer.Exit(128 + received) from None
+
+
+def _runs_option(runs: Path | None) -> list[str]:
+    return ["--runs", str(runs)] if runs else []
 
 
 def _parts(text: str) -> list[str]:

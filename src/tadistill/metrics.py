@@ -7,6 +7,7 @@ splits the error of a chain over its hops.
 """
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from tadistill.errors import StoreError
@@ -43,11 +44,25 @@ class Metric:
     """The metric's name on the Hugging Face Hub."""
     on_card: bool = False
     """True if the metric is one of the secondary values on a model card."""
+    signed: bool = False
+    """True if the metric can be negative."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest value that the metric can have. No interval goes beyond them."""
+        return -inf if self.signed else 0.0, 100.0 if self.unit in (POINTS, PERCENT) else inf
+
+    @property
+    def range(self) -> float:
+        """The largest possible difference of two values; infinite without an upper bound."""
+        low, high = self.bounds
+        return high - low
 
 
 _ROWS = (
     Metric("fact_accuracy", "fact accuracy", "quality", PERCENT, 1, "higher", selects=True, logs=("dev",), hub="accuracy"),
     Metric("rouge_l", "ROUGE-L", "quality", POINTS, 1, "higher", selects=True, logs=("dev",), hub="rouge"),
+    Metric("rouge_l_unicode", "ROUGE-L (all scripts)", "quality", POINTS, 1, "higher", selects=True, logs=("dev",), hub="rouge"),
     Metric("loss", "reference loss", "language", NATS, 3, "lower", selects=True, logs=("dev", "train"), on_card=True),
     Metric("perplexity", "perplexity", "language", "", 2, "lower", whole_set=True, hub="perplexity", on_card=True),
     Metric("ece_tokens", "calibration error of tokens", "language", PERCENT, 1, "lower", whole_set=True, on_card=True),
@@ -61,7 +76,7 @@ _ROWS = (
         logs=("rollout",),
         on_card=True,
     ),
-    Metric("budget", "error budget", "divergence", NATS, 3, None, "analyse"),
+    Metric("budget", "error budget", "divergence", NATS, 3, None, "analyse", signed=True),
     Metric("length", "answer length", "text", "tokens", 1, logs=("rollout",), on_card=True),
     Metric("repetition", "repeated 4-grams", "text", PERCENT, 1, "lower", logs=("rollout",), on_card=True),
     Metric("self_bleu", "self-BLEU", "text", POINTS, 1, "lower"),

@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tadistill.disk import digest, read_json, sync, write_json
+from tadistill.disk import digest, read_json, sha256, sync, write_json
 from tadistill.errors import StoreError
 
 if TYPE_CHECKING:
@@ -52,8 +53,10 @@ def store_of(runs: Path) -> "Store":
 class Store:
     """The folders of all stages under one directory."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, command: str = ""):
+        """Open a store. Errors about damaged files name the `command` that makes their stages again."""
         self.root = Path(root)
+        self.command = command
 
     def folder(self, key: str) -> Path:
         return self.root / key[:2] / key
@@ -77,6 +80,34 @@ class Store:
             return f"{json.loads((self.folder(key) / _STAGE).read_text(encoding='utf-8'))['label']} ({key})"
         except (OSError, ValueError, KeyError, TypeError):
             return key
+
+    def redo(self, *keys: str) -> str:
+        """Return what mends damaged stages: the folders to delete, and the command that makes the stages again."""
+        command = f"`{self.command}`" if self.command else "the recipe"
+        return f"delete {', '.join(str(self.folder(key)) for key in keys)} and run {command} again"
+
+    def artifact(self, key: str, name: str) -> Path:
+        """Return the path of a file of a finished stage. Raises StoreError if the file has changed since the stage wrote it."""
+        self.check([key], [name])
+        return self.folder(key) / name
+
+    def check(self, keys: Iterable[str], names: Iterable[str]) -> None:
+        """Check that these files of finished stages, where a stage has them, are as their stages wrote them.
+
+        Size and modification time are compared with the manifest, and the content only if they differ or if the manifest lacks them. A
+        manifest without a digest vouches for nothing, so its file passes.
+
+        Raises:
+            StoreError: files have changed. It names all of them, their stages, and how to make the stages again.
+        """
+        names, changed = tuple(names), dict[str, str]()
+        for key in dict.fromkeys(keys):
+            folder = self.folder(key)
+            reasons = [f"{folder / name} {why}" for name in names if (why := _change(folder, name))]
+            if reasons:
+                changed[key] = f"{', '.join(reasons)} (stage {self.label(key)})"
+        if changed:
+            raise StoreError(f"{'; '.join(changed.values())}: {self.redo(*changed)}")
 
     def begin(self, key: str, record: dict[str, Any]) -> Path:
         """Prepare the folder of an unfinished stage: write stage.json, and delete an invalid manifest. Return the folder."""
@@ -129,7 +160,35 @@ class Store:
         kept = [p for p in files if p not in resume]
         for path in kept:  # the files must be on the disk before the manifest, also after a power failure
             sync(path)
-        write_json(folder / MANIFEST, manifest | {"files": {str(p.relative_to(folder)): digest(p) for p in kept}})
+        names = {str(p.relative_to(folder)): p for p in kept}
+        files = {name: digest(path) for name, path in names.items()}
+        write_json(folder / MANIFEST, manifest | {"files": files, "stat": {name: _stat(path) for name, path in names.items()}})
         for path in resume:
             path.unlink(missing_ok=True)
         shutil.rmtree(folder / _PARTS, ignore_errors=True)
+
+
+def _stat(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _change(folder: Path, name: str) -> str:
+    """Say how a file differs from what its manifest records; empty if it does not, or if nothing is recorded."""
+    path, manifest = folder / name, folder / MANIFEST
+    try:
+        content = _read(manifest, manifest.stat().st_mtime_ns)
+        recorded, stat = content["files"].get(name), content.get("stat", {}).get(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""  # not finished
+    if not recorded:
+        return ""
+    try:
+        return "" if _stat(path) == stat or sha256(path) == recorded else "has changed since its stage wrote it"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+
+
+@lru_cache(maxsize=1024)
+def _read(manifest: Path, modified: int) -> dict[str, Any]:
+    return json.loads(manifest.read_text(encoding="utf-8"))

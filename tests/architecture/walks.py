@@ -115,7 +115,7 @@ ADD_COUNT = '''    def count(self, name, model, seed):
 USE_COUNT = """
 from rich.console import Console
 from tadistill.plan.arms import _Planner
-from tadistill.plan.preview import show
+from tadistill.plan.preview import print_plan
 from tadistill.runner.study import save_plan
 
 planner = _Planner(recipe("objective: {type: forward_kl}, sampler: {type: dataset}"))
@@ -125,7 +125,7 @@ planner.graph.mark(key, "new")
 store = run(plan, "count")
 assert store.manifest(key)["prompts"] == 4
 console = Console(record=True, width=200)
-show(plan, store, console)
+print_plan(plan, store, console)
 assert "count xl" in console.export_text()
 study = save_plan(plan, store.root.parent, recipe_text="", command="")
 assert "count xl" in (study / "plan.json").read_text()

@@ -39,7 +39,7 @@ def test_the_recorded_command_is_the_call(commands, tmp_path):
     path = repr(str(recipe))
     assert commands == [
         f"tadistill.run({path})",
-        f"tadistill.run({path}, ['seeds=[2]', 'evaluate.temperature=0'])",
+        f"tadistill.run({path}, ['seeds=[2]', 'evaluate.temperature=0'], runs={str(tmp_path)!r})",
         "tadistill.run(recipe)",
     ]
 

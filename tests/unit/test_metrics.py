@@ -24,9 +24,9 @@ def test_suffixes_name_the_decoding_and_the_hop():
 
 
 def test_selection_reads_the_table():
-    assert set(SELECTABLE) == {"last", "loss", "rouge_l", "fact_accuracy", "reverse_kl"}
+    assert set(SELECTABLE) == {"last", "loss", "rouge_l", "rouge_l_unicode", "fact_accuracy", "reverse_kl"}
     assert [Select(metric=name).metric for name in SELECTABLE] == list(SELECTABLE)
-    assert {name for name in SELECTABLE if higher_is_better(name)} == {"rouge_l", "fact_accuracy"}
+    assert {name for name in SELECTABLE if higher_is_better(name)} == {"rouge_l", "rouge_l_unicode", "fact_accuracy"}
     assert set(NOT_COMPARABLE) == {"last", "reverse_kl"}
     with pytest.raises(ValueError, match="metric"):
         Select(metric="length")
@@ -39,5 +39,5 @@ def test_directions():
 
 
 def test_panels_of_learning_curves():
-    assert LOGS[:4] == ("dev/fact_accuracy", "dev/rouge_l", "dev/loss", "train/loss")
-    assert set(LOGS[4:]) == {"rollout/reverse_kl", "rollout/length", "rollout/entropy", "rollout/repetition"}
+    assert LOGS[:5] == ("dev/fact_accuracy", "dev/rouge_l", "dev/rouge_l_unicode", "dev/loss", "train/loss")
+    assert set(LOGS[5:]) == {"rollout/reverse_kl", "rollout/length", "rollout/entropy", "rollout/repetition"}

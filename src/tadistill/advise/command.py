@@ -115,7 +115,7 @@ def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Console) -> N
         return
     from tadistill.runner.preflight import check_study  # imports transformers, which a call that finds all in the store does not need
 
-    jobs = check_study(recipe)
+    jobs = check_study(recipe, console)
     console.print(f"{recipe.study}: {len(probes.plan.stages)} measuring stages, {len(missing)} to run, {jobs} at a time", highlight=False)
     run_stages(probes.plan, store, jobs=jobs, console=console)
 

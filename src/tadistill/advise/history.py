@@ -19,7 +19,7 @@ from tadistill.config.arm import direct_arm, path_text
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better
-from tadistill.results.study import ArmRecord, StudyPlan, load_plan
+from tadistill.results.study import ArmRecord, StudyPlan, load_plan, load_reported
 from tadistill.store import Store, store_of
 
 
@@ -95,6 +95,8 @@ class Observation:
     scale: str
     """The metric that `quality` is measured in."""
     study: str = ""
+    reported: float = 0.0
+    """Standard deviation of the arm's difference to its twin as the study's report claims it on the test sets; 0 without a report."""
 
     def __post_init__(self) -> None:
         check_path(self.path, self.edges)
@@ -149,13 +151,15 @@ def history(runs: Path) -> History:
         try:
             plan = load_plan(path.parent)
             models = _models(plan)
-            measures = load_measures(path.parent)
+            measures, reported = load_measures(path.parent), load_reported(path.parent)
         except TadistillError as error:
             left_out.append(str(error))
             continue
         for arm in plan.arms:
             if len(arm.path) > 1:
                 _read_arm(plan, arm, models, measures, store_of(runs), found, left_out)
+            for key in {key for key in arm.final.values() if key in found and found[key].study == plan.study}:
+                found[key] = replace(found[key], reported=reported.get((arm.name, found[key].scale), 0.0))
     return History(tuple(found.values()), tuple(left_out))
 
 
@@ -286,6 +290,9 @@ class TwinPair:
     twin: tuple[float, ...]
     """Costs of the direct runs that give the twin's quality: one run, or two runs if the quality is interpolated between them."""
 
+    reported: float = 0.0
+    """`Observation.reported` of its runs."""
+
     @cached_property
     def mean(self) -> float:
         return float(np.mean(self.differences))
@@ -314,7 +321,8 @@ def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
 def _pair(rows: Sequence[tuple[Observation, Edge, float]], twin: tuple[float, ...]) -> TwinPair:
     first, direct, _ = rows[0]
     seeds, differences = tuple(o.seed for o, *_ in rows), tuple(difference for *_, difference in rows)
-    return TwinPair(first.family, first.path, first.edges, direct, first.cost, seeds, differences, twin)
+    reported = max(o.reported for o, *_ in rows)
+    return TwinPair(first.family, first.path, first.edges, direct, first.cost, seeds, differences, twin, reported)
 
 
 def _ends(o: Observation) -> tuple[str, str, str, str, int]:

@@ -27,6 +27,7 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from tadistill.advise.history import Candidate, Edge, EdgeMeasures, TwinPair
+from tadistill.statistics import seeds_spread
 
 Array = NDArray[np.float64]
 
@@ -157,7 +158,8 @@ def predict(
     log_weights, means, variances = (np.concatenate([p[i] for p in parts]) for i in range(3))
     weights = np.exp(log_weights - log_weights.max())
     weights /= weights.sum()
-    forecasts = tuple(Forecast(weights, means[:, i], np.sqrt(variances[:, i]), names) for i, names in enumerate(beyond))
+    sds = np.maximum(np.sqrt(variances), _least(history, float(np.sqrt(seed_variance))))
+    forecasts = tuple(Forecast(weights, means[:, i], sds[:, i], names) for i, names in enumerate(beyond))
     used = tuple(columns) if history else ()
     possible = {n for row in rows for n, v in contrasts(row.edges, row.direct, row.cost, 0.3).items() if v is not None}
     unused = tuple(sorted(possible - set(used))) if history else ()
@@ -181,6 +183,19 @@ def _seed_variance(history: Sequence[TwinPair], margin: float) -> float:
     squares = sum(float(np.sum((np.array(p.differences) - p.mean) ** 2)) for p in history)
     freedom = sum(len(p.differences) - 1 for p in history)
     return (squares + SEED_WEIGHT * (SEED_NOISE * margin) ** 2) / (freedom + SEED_WEIGHT)
+
+
+def _least(history: Sequence[TwinPair], seed_sd: float) -> float:
+    """Return the least standard deviation of a forecast: that of the mean of all families, each as well known as its best known chain.
+
+    A chain is known as well as its seeds alone tell (with Student's t) and as its study's report claims, whichever is less. So a forecast
+    from one chain is never surer than that chain's own interval and test.
+    """
+    best: dict[str, float] = {}
+    for p in history:
+        own = max(seeds_spread(p.differences), p.reported, seed_sd / np.sqrt(len(p.seeds)))
+        best[p.family] = min(own, best.get(p.family, np.inf))
+    return float(1 / np.sqrt(sum(sd**-2 for sd in best.values()))) if best else 0.0
 
 
 def _noise(history: Sequence[TwinPair], seed_variance: float) -> Array:

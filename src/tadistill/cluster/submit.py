@@ -282,8 +282,8 @@ def submit(
         if anything:
             from tadistill.runner.preflight import check_inputs  # imports transformers
 
-            check_inputs(recipe)
-        save_plan(plan, runs, recipe_text=text, command=command)
+            check_inputs(recipe, console)
+        save_plan(plan, runs, recipe_text=text, command=command, console=console)
 
     table, wide = _table(), max(24, (console.width - 40) // 2)
     sent, waiting = submission.run(ready, lambda each: _row(table, each, wide))

@@ -73,6 +73,7 @@ class Limit(Strict):
 
 
 Template = Literal["alpaca", "chat", "plain"]
+LongPrompts = Literal["drop", "cut"]
 
 
 class Data(Strict):
@@ -89,7 +90,9 @@ class Data(Strict):
     template: Template = "alpaca"
     """Prompt around an instruction: the Alpaca text (as in MiniLLM), the tokenizer's chat template, or only a line break."""
     max_prompt: int = Field(default=256, ge=1, le=MOST)
-    """Largest number of tokens in a prompt; rows with a longer prompt are left out (MiniLLM's value)."""
+    """Largest number of tokens in a prompt (MiniLLM's value)."""
+    long_prompts: LongPrompts = "drop"
+    """Rows with a longer prompt: left out and counted (`drop`), or cut to their first `max_prompt` tokens (`cut`, as MiniLLM tests)."""
     max_length: int = Field(default=512, ge=2)
     """Largest number of tokens in a prompt and its reference response; a longer response is cut. Not for sampled responses."""
     limit: Limit = Limit()

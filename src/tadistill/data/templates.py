@@ -3,7 +3,8 @@
 Two rules differ from MiniLLM's preprocessing:
 - If the tokenizer would merge the end of the prompt with the start of the response, the response is encoded alone. MiniLLM cuts the
   joint token ids at the prompt's length.
-- Prompts that are too long are left out, in test sets too. MiniLLM cuts them on the right, which removes "### Response:".
+- Prompts that are too long are left out, in test sets too, unless `long_prompts` is `cut`. MiniLLM leaves them out of training sets, and
+  cuts those of test sets on the right, which removes "### Response:".
 """
 
 import re
@@ -11,6 +12,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tadistill.config.recipe import LongPrompts
 from tadistill.data.datasets import Example
 from tadistill.errors import DataError, ModelError
 
@@ -41,6 +43,55 @@ class Encoded:
     """The first reference. It ends with EOS, unless it was cut to fit the maximum length."""
     choices: tuple[tuple[int, ...], ...] = ()
     """The tokens of each answer choice, as they follow the prompt. A choice has no EOS and is never cut."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The rules of a recipe's `data` for long rows."""
+
+    max_prompt: int
+    max_length: int
+    long_prompts: LongPrompts = "drop"
+
+    @property
+    def limit(self) -> int:
+        """The most tokens of a prompt, which leave room for a token of the answer."""
+        return min(self.max_prompt, self.max_length - 1)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The number of rows of a split, and of those that were left out or cut for one tokenizer."""
+
+    rows: int
+    long: int = 0
+    """Rows left out, because their prompt has more than `limit` tokens."""
+    empty: int = 0
+    """Rows left out, because their prompt has no token."""
+    cut: int = 0
+    """Rows whose prompt was cut to `limit` tokens."""
+    shortened: int = 0
+    """Rows whose response was cut, so that it has no end, at `max_length` tokens with the prompt."""
+    limit: int = 0
+    max_length: int = 0
+
+    @property
+    def used(self) -> int:
+        """The number of rows that are not left out."""
+        return self.rows - self.long - self.empty
+
+    @property
+    def text(self) -> str:
+        """Return ``476 of 500 rows; 24 longer than data.max_prompt (256)``; empty if every row is whole."""
+        key = f"data.max_prompt ({self.limit})" if self.limit + 1 < self.max_length else f"data.max_length ({self.max_length})"
+        parts = [
+            (self.long, f"{self.long} longer than {key}"),
+            (self.empty, f"{self.empty} with an empty prompt"),
+            (self.cut, f"{self.cut} with a prompt cut at {key}"),
+            (self.shortened, f"{self.shortened} with a reference cut at data.max_length ({self.max_length})"),
+        ]
+        found = [text for count, text in parts if count]
+        return "; ".join([f"{self.used} of {self.rows} rows", *found]) if found else ""
 
 
 @dataclass(frozen=True)
@@ -102,27 +153,53 @@ def encode(
         DataError: no row is left, a choice is too long, or two choices of a row have the same tokens.
         ModelError: the tokenizer has no EOS token, or it has no chat template but a prompt needs one.
     """
+    return encode_counted(examples, tokenizer, Lengths(max_prompt, max_length), template=template, name=name)[0]
+
+
+def encode_counted(
+    examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", lengths: Lengths, *, template: str, name: str = "data"
+) -> tuple[list[Encoded], Counts]:
+    """Encode examples as `encode` does, and count the rows that are left out or cut.
+
+    Raises:
+        DataError, ModelError: as `encode` does.
+    """
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ModelError("the tokenizer has no EOS token, which must end every response; set eos_token in the tokenizer's configuration")
     prompts = [render(e, template, tokenizer) for e in examples]
     ids = _ids(tokenizer, prompts)
     responses = _after(tokenizer, prompts, ids, [e.references[0] for e in examples])
-    encoded = []
+    encoded: list[Encoded] = []
+    max_length, limit = lengths.max_length, lengths.limit
+    long = cut = shortened = 0
     for row, (prompt, response) in enumerate(zip(ids, responses, strict=True)):
-        if not 0 < len(prompt) <= max_prompt or len(prompt) >= max_length:
+        if not prompt or (len(prompt) > limit and lengths.long_prompts == "drop"):
+            long += bool(prompt)
             continue
         labels = examples[row].choices
         choices = _after(tokenizer, [prompts[row]] * len(labels), [prompt] * len(labels), list(labels))
+        cut += len(prompt) > limit
+        prompt = prompt[:limit]
+        room = max_length - len(prompt)
         if choices:
-            _check_choices(choices, labels, max_length - len(prompt), f"{name}, row {row + 1}")
-        encoded.append(Encoded(row, tuple(prompt), tuple([*response, eos][: max_length - len(prompt)]), tuple(map(tuple, choices))))
+            _check_choices(choices, labels, room, f"{name}, row {row + 1}")
+        shortened += len(response) + 1 > room
+        encoded.append(Encoded(row, tuple(prompt), tuple([*response, eos][:room]), tuple(map(tuple, choices))))
+    counts = Counts(len(ids), long, len(ids) - long - len(encoded), cut, shortened, limit, max_length)
     if not encoded:
-        shortest = min(map(len, ids))
-        raise DataError(
-            f"no row of {name} has a prompt of at most {max_prompt} tokens (the shortest has {shortest}); raise data.max_prompt"
-        )
-    return encoded
+        raise DataError(_nothing_left(counts, min(filter(None, map(len, ids)), default=0), name))
+    return encoded, counts
+
+
+def _nothing_left(counts: Counts, shortest: int, name: str) -> str:
+    if not counts.long:
+        return f"every row of {name} has an empty prompt: give the rows an instruction or a prompt, or data.template: alpaca"
+    key = "data.max_prompt" if counts.limit + 1 < counts.max_length else "data.max_length"
+    return (
+        f"no row of {name} has a prompt of at most {counts.limit} tokens (the shortest has {shortest}); raise {key}, or set "
+        "data.long_prompts: cut"
+    )
 
 
 def _after(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: list[list[int]], texts: list[str]) -> list[list[int]]:

@@ -31,7 +31,8 @@ class Evaluation:
     corpus: dict[str, Any]
     """Results for the whole set: `numbers` contains the metrics that exist only for a set.
 
-    If the references were scored too, it also has `calibration`, and `reference_length` (tokens of each reference, without EOS).
+    If the references were scored too, it also has `calibration`, `reference_length` (tokens of each reference, without EOS) and `unseen`
+    (the share of the references' letters that ROUGE-L drops).
     """
     records: list[dict[str, Any]]
     """One record per answer: the full prompt, the instruction, the input, the prediction, the references and the scores."""
@@ -98,6 +99,7 @@ def _read_references(subject: Subject, data: EvalSet, batch: int, columns: dict[
         bins["labels"] = calibration.bins(confidence, correct)
     corpus["numbers"] |= {f"ece_{name}": calibration.ece(b) for name, b in bins.items()}
     corpus["calibration"] = {name: b.as_json() for name, b in bins.items()}
+    corpus["unseen"] = text_scores.unseen([r.references for r in data.rows])
     ended = [e.response[-1] in subject.eos for e in data.encoded]
     corpus["reference_length"] = [len(e.response) - end for e, end in zip(data.encoded, ended, strict=True)]
 
@@ -134,7 +136,7 @@ def dev_metrics(
     if reads_text or metric == "reverse_kl":
         answers = generate_answers(subject, data, settings, settings.seeds[0])
         if reads_text:
-            scores = text_scores.score_quality(decode(subject, answers), data.rows)
+            scores = text_scores.score_quality(decode(subject, answers), data.rows, metric=metric)
             found |= {name: float(np.mean(column)) for name, column in scores.items()}
             found["length"] = float(np.mean([len(a.response) for a in answers]))
         else:

@@ -6,6 +6,7 @@ text metric, add a line to one of these functions, and a row to `tadistill.metri
 
 import re
 import string
+import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -25,9 +26,15 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 # --- all scores of a set --------------------------------------------------------------------------------------------------
 
 
-def score_quality(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, list[float]]:
-    """Return rouge_l of every prediction. If every example has facts, return fact_accuracy too. Dev evaluations use only these scores."""
-    scores = {"rouge_l": rouge_l(predictions, [e.references for e in examples])}
+def score_quality(predictions: Sequence[str], examples: Sequence[Example], *, metric: str = "") -> dict[str, list[float]]:
+    """Return rouge_l of every prediction, and fact_accuracy if every example has facts. Dev evaluations use only these scores.
+
+    rouge_l_unicode is added if rouge_l drops too many letters of the references (`UNSEEN`), or if it is the `metric` that selects.
+    """
+    references = [e.references for e in examples]
+    scores = {"rouge_l": rouge_l(predictions, references)}
+    if metric == "rouge_l_unicode" or unseen(references) >= UNSEEN:
+        scores["rouge_l_unicode"] = rouge_l_unicode(predictions, references)
     if all(e.facts for e in examples):
         scores["fact_accuracy"] = fact_accuracy(predictions, [e.facts for e in examples])
     return scores
@@ -66,6 +73,60 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     _check(predictions, references)
     scorer = _scorer()
     return [100 * max(scorer.score(r, p)["rougeL"].fmeasure for r in refs) for p, refs in zip(predictions, references, strict=True)]
+
+
+UNSEEN = 0.01
+"""From this value of `unseen` on, reports caution against rouge_l, and rouge_l_unicode is computed too."""
+
+
+def unseen(references: Sequence[Sequence[str]]) -> float:
+    """Return the share of the letters and digits of a reference that rouge_l drops (all but a-z, A-Z and 0-9), a mean over rows, 0-1."""
+    shares = [_unseen("".join(of_row)) for of_row in references]
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def _unseen(text: str) -> float:
+    letters = [c for c in text.lower() if c.isalnum()]
+    return sum(not c.isascii() for c in letters) / len(letters) if letters else 0.0
+
+
+def rouge_l_unicode(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Return Rouge-L over words of any script, the best over a prediction's references, times 100. On ASCII text it equals `rouge_l`.
+
+    A word is a run of letters, marks and digits after NFKC and lower case. Scripts without spaces between words (Chinese, Japanese, Thai,
+    Lao, Khmer, Burmese, Tibetan) have one word per character. Only ASCII words are stemmed.
+
+    Raises:
+        DataError: the lengths differ, or a prediction has no reference.
+    """
+    _check(predictions, references)
+    scorer = _unicode_scorer()
+    return [100 * max(scorer.score(r, p)["rougeL"].fmeasure for r in refs) for p, refs in zip(predictions, references, strict=True)]
+
+
+_WITHOUT_SPACES = ("CJK ", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI ", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+
+
+def words(text: str) -> list[str]:
+    """Split a text into words as `rouge_l_unicode` does, without stemming."""
+    found: list[str] = []
+    open_word = False
+    for c in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower()):
+        if unicodedata.category(c)[0] == "M" and found and open_word:  # a mark belongs to the letter before it
+            found[-1] += c
+        elif not c.isalnum():
+            open_word = False
+        elif _stands_alone(c) or not open_word or _stands_alone(found[-1][0]):
+            found.append(c)
+            open_word = True
+        else:
+            found[-1] += c
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _stands_alone(c: str) -> bool:
+    return not c.isascii() and unicodedata.name(c, "").startswith(_WITHOUT_SPACES)
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
@@ -110,6 +171,22 @@ def _scorer() -> "RougeScorer":
     from rouge_score import rouge_scorer  # here: it imports nltk and scipy.stats, which most stages do not need
 
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+@lru_cache
+def _unicode_scorer() -> "RougeScorer":
+    from nltk.stem.porter import PorterStemmer
+    from rouge_score import rouge_scorer
+
+    stemmer = PorterStemmer()
+
+    class Words:
+        """The form of rouge_score's tokenizers."""
+
+        def tokenize(self, text: str) -> list[str]:
+            return [stemmer.stem(word) if word.isascii() and len(word) > 3 else word for word in words(text)]
+
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words())
 
 
 def _check(predictions: Sequence, other: Sequence) -> None:

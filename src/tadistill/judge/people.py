@@ -180,7 +180,7 @@ def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict
         means = {
             s: [float(np.mean([*by_arm[i, arm].values()])) for i in items if items[i]["set"] == s and (i, arm) in by_arm] for s in sets
         }
-        rows += _score_rows(arm, {name: values for name, values in means.items() if values})
+        rows += _score_rows(arm, {name: values for name, values in means.items() if values}, key["scale"])
     for arm, other in itertools.combinations(arms, 2):
         outcomes = {name: _outcomes(by_arm, [i for i in items if items[i]["set"] == name], arm, other) for name in sets}
         strata = {name: np.asarray([values], float) for name, values in outcomes.items() if values}
@@ -278,11 +278,12 @@ def _outcomes(by_arm: Mapping[tuple[str, str], Mapping[str, int]], items: Sequen
     return outcomes
 
 
-def _score_rows(arm: str, means: Mapping[str, Sequence[float]]) -> list[Row]:
+def _score_rows(arm: str, means: Mapping[str, Sequence[float]], scale: Sequence[int]) -> list[Row]:
     groups = [(name, [values]) for name, values in means.items()] + ([(MEAN, list(means.values()))] if len(means) > 1 else [])
     rows = []
     for name, group in groups:
         low, high = macro_interval([np.asarray(values, float)[None, :, None] for values in group])
+        low, high = max(low, scale[0]), min(high, scale[1])
         score = float(np.mean([np.mean(values) for values in group]))
         numbers = {field: round(value, 4) for field, value in (("score", score), ("low", low), ("high", high))}
         rows.append({"arm": arm, "set": name} | numbers | {"n": sum(map(len, group))})

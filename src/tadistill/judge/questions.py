@@ -13,7 +13,7 @@ from typing import Any
 
 from tadistill.config.judge import REFERENCE
 from tadistill.data.templates import split_prompt
-from tadistill.errors import ConfigError, DataError, StoreError
+from tadistill.errors import ConfigError, DataError
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan, load_predictions
 from tadistill.store import Store
 
@@ -59,6 +59,7 @@ def read_answers(
     if not (study_dir / "plan.json").is_file():
         raise ConfigError(f"{study_dir} is not the directory of a study, because it has no plan.json: `tadistill run RECIPE` creates one")
     plan = load_plan(study_dir)
+    store = Store(store.root, plan.command)
     first = _first_seed(plan, store)
     chosen, unfinished = _choose(plan, store, arms, first)
     seeds = (first,)
@@ -98,17 +99,9 @@ def _first_answers(store: Store, key: str) -> dict[tuple[str, int], dict[str, An
     """Return a dict from (set, index of the prompt) to the prediction with the set's lowest decoding seed."""
     rows = load_predictions(store, key)
     lowest: dict[str, int] = {}
-    try:
-        for row in rows:
-            lowest[row["set"]] = min(lowest.get(row["set"], row["seed"]), row["seed"])
-        found = {(row["set"], row["index"]): row for row in rows if row["seed"] == lowest[row["set"]]}
-        for row in found.values():
-            _ = (row["references"][0], row["prompt"] + row["prediction"])  # these fields are read later
-    except (KeyError, TypeError, IndexError) as error:
-        path = store.folder(key) / "predictions.jsonl"
-        reason = f"a row is not a prediction: {type(error).__name__} {error}"
-        raise StoreError(f"{path} cannot be read ({reason}): delete its directory and run the recipe again") from error
-    return found
+    for row in rows:
+        lowest[row["set"]] = min(lowest.get(row["set"], row["seed"]), row["seed"])
+    return {(row["set"], row["index"]): row for row in rows if row["seed"] == lowest[row["set"]]}
 
 
 def _items(

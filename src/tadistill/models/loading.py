@@ -26,8 +26,9 @@ from transformers import (
 from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
-from tadistill.models.reading import first_line, quiet, read_model, read_tokenizer
+from tadistill.models.reading import first_line, read_model, read_tokenizer
 from tadistill.models.scratch import scratch_config, scratch_model
+from tadistill.models.support import quiet
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,7 +74,7 @@ def load_model(
     `config`, `seed` and `tokenizer` are used for `scratch:TYPE` only. Such a model needs a tokenizer.
 
     Raises:
-        ModelError: the model cannot be found or read, or its files lack some weights.
+        ModelError: the model cannot be found or read, its files lack some weights, or its architecture cannot be distilled.
         ConfigError: the dtype or the configuration of a scratch model is not valid.
     """
     load, dtype = str(load), _dtype(dtype)

@@ -5,35 +5,20 @@ model = read_model(directory, "ORG/NAME", torch.float32)
 read_model(directory, "ORG/NAME", torch.float32, device="meta")     # headers only: takes milliseconds, and finds the same mistakes
 """
 
-import contextlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tadistill.errors import ModelError
 from tadistill.models.directory import check_files, read_description
+from tadistill.models.support import check_architecture, quiet
 
 _LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
 _SHOWN = 3
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide the progress bars and warnings of transformers, which would break our own progress display. Errors are still shown."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
@@ -59,16 +44,20 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
     On the device `meta` only the files' headers are read.
 
     Raises:
-        ModelError: the files cannot be read, need code of their own, or have other weights than the configuration describes.
+        ModelError: the files cannot be read, need code of their own, or have other weights than the configuration describes; or the
+            architecture cannot be distilled.
     """
     check_files(directory, load)
     options: Any = {"dtype": dtype, "device_map": device} if device else {"dtype": dtype}
     with quiet():
         try:
+            check_architecture(AutoConfig.from_pretrained(str(directory), trust_remote_code=False), load)
             # sizes that differ come back as a list instead of a report that `quiet` hides
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(directory), trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
+        except ModelError:
+            raise
         except Exception as error:  # transformers raises whatever a damaged file leads to
             _refuse_code(directory, load, error)
             raise ModelError(

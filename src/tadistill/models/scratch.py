@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.reading import first_line, quiet
+from tadistill.models.reading import first_line
+from tadistill.models.support import check_architecture, quiet
 
 _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _TRIED = 5_000_000
@@ -44,9 +45,11 @@ def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTo
         _check_number(kind, name, fields[name], getattr(family(), name, None))
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
-        return AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": len(tokenizer)})
+        config = AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": len(tokenizer)})
     except Exception as error:  # a class of transformers raises whatever a bad field leads to
         raise ConfigError(f"`config` of scratch:{kind} is not valid: {_last_line(error)}; correct that field") from error
+    check_architecture(config, f"scratch:{kind}")
+    return config
 
 
 def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) -> PreTrainedModel:

@@ -25,7 +25,7 @@ class StageBuilder:
         """`of_arm` returns the final model of an arm for a seed."""
         self.recipe, self.graph, self.ledger, self.of_arm = recipe, graph, ledger, of_arm
         data = recipe.data
-        self.data = Encoding(template=data.template, max_prompt=data.max_prompt, max_length=data.max_length, world=data.world)
+        self.data = Encoding(**{name: getattr(data, name) for name in Encoding.model_fields})
 
     def add(self, spec: specs.Spec, label: str, model: str, seed: int, teachers: tuple[str, ...] = ()) -> str:
         """Add a stage and return its key.

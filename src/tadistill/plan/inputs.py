@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from tadistill.config import DataRef, Evaluate
 from tadistill.config.common import Strict
-from tadistill.config.recipe import Template, World
+from tadistill.config.recipe import LongPrompts, Template, World
 
 
 class Part(Strict):
@@ -52,6 +52,7 @@ class Encoding(Part):
     max_prompt: int
     max_length: int
     world: World
+    long_prompts: LongPrompts = "drop"
 
 
 class HashedData(Part):

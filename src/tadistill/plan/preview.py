@@ -1,16 +1,18 @@
 """The tables of `tadistill plan`: stages with their FLOPs, time and memory, and arms with their total FLOPs."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
+from tadistill.config import DataRef
 from tadistill.config.arm import direct_arm
 from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
+from tadistill.plan.costs import passes
 from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
@@ -123,6 +125,7 @@ def _largest(plan: Plan, width: int) -> Table:
 
 
 def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]:
+    yield from _rows(plan)
     head = plan.teacher or "a loaded model"
     yield (
         f"FLOPs include all training that an arm's final model needs, and the training of {head}.  "
@@ -141,6 +144,17 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
     if takes:
         total = throughput.wall_clock(plan.stages, takes, jobs)
         yield f"Stages with a known time take {_time(total)} if {jobs} run at a time. Evaluations and analyses take additional time."
+
+
+def _rows(plan: Plan) -> Iterable[str]:
+    """Return a sentence on every split whose first rows are not all used whole. `tadistill run` counts all rows before it starts."""
+    data = plan.recipe.data
+    splits: list[tuple[Literal["train", "dev", "test"], DataRef]] = [("train", data.train), ("dev", data.dev)]
+    splits = (splits if any(s.trains for s in plan.stages.values()) else []) + [("test", ref) for ref in data.test]
+    for role, ref in splits:
+        counts = passes.count_first_rows(plan.recipe, ref, role)
+        if counts and counts.text:
+            yield f"Rows of {ref.name} ({role}), among the first {counts.rows}: {counts.text}."
 
 
 def _cut(text: str, width: int) -> str:

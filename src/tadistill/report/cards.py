@@ -17,6 +17,7 @@ from tadistill.report.plain import code, escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell
 from tadistill.report.text import caution_texts, sample_text, undecided_text, verdict_text
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
+from tadistill.results.rows import rows_text
 from tadistill.results.study import ArmRecord, load_manifest
 from tadistill.results.units import interval, number, parameters_text
 from tadistill.results.verdict import comparisons, pairs
@@ -64,6 +65,7 @@ def _trained_model(results: Results, name: str, seed: int | None) -> tuple[Path,
     folder = store.folder(key) / "model"
     if not store.finished(key):
         raise StoreError(f"arm {name} with seed {seed} is not trained yet (stage {key}): run `{plan.command}` to finish it")
+    store.check([key], [name for name in store.manifest(key).get("files", ()) if name.startswith("model/")])
     if not folder.is_dir():
         raise StoreError(f"{folder} does not exist: delete the stage's directory and run `{plan.command}` again")
     return folder, seed
@@ -177,7 +179,7 @@ def _number_cells(results: Results, arm: ArmRecord, seed: int, metric: str, set_
     sets = sets_with(results, metric) if set_name == MEAN else (set_name,)
     if not all(metric in results.scores[arm.name][seed].get(name, {}) for name in sets):
         return [Cell().text, mean.text]
-    own = summarise([stack(results, arm.name, (seed,), name, metric) for name in sets], (seed,))
+    own = summarise([stack(results, arm.name, (seed,), name, metric) for name in sets], (seed,), metric)
     return [f"{number(own.mean, metric)} {interval(own.low, own.high, metric)}", mean.text]
 
 
@@ -203,6 +205,7 @@ def _limits(results: Results, arm: ArmRecord) -> list[str]:
         "The licences of the base model, the teacher and the data apply; this card does not state them.",
         "The exported seed is the recipe's first finished seed, or the seed that the user named. It is not chosen by its score.",
     ]
+    sentences += [text for text in [rows_text([s for s in results.used if not s.arms or arm.name in s.arms])] if text]
     if trained < len(arm.evaluate):
         sentences.append(f"The study is not finished: {trained} of {len(arm.evaluate)} seeds of this arm are evaluated.")
     return sentences

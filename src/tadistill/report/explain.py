@@ -175,7 +175,7 @@ def _hops(results: Results, c: Comparison) -> list[str]:
         return ["The error of each hop is not measured: this arm has no error budget."]
     seeds = sorted(results.summaries[arm.name, MEAN, terms[0]].per_seed)
     sets = sets_with(results, terms[0])
-    added = summarise([sum_of([stack(results, arm.name, seeds, name, t) for t in terms[1:]]) for name in sets], seeds)
+    added = summarise([sum_of([stack(results, arm.name, seeds, name, t) for t in terms[1:]]) for name in sets], seeds, terms[1])
     total, first = (results.summaries[arm.name, MEAN, metric] for metric in ("reverse_kl", terms[0]))
     share = f" ({100 * added.mean / total.mean:.0f} % of the total)" if total.mean > 0 else ""
     effect = "add" if added.low > 0 else "remove" if added.high < 0 else "make no clear difference:"

@@ -7,7 +7,7 @@ from tadistill.metrics import higher_is_better, metric_title, metric_unit, names
 from tadistill.results.collect import MEAN, Results, Summary, sets_with
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title, direct_of
 from tadistill.results.study import ArmRecord, StageManifest, StageRecord, load_manifest
-from tadistill.results.units import DASH, flops_text, interval, number, parameters_text, ratio_text, signed
+from tadistill.results.units import DASH, detectable_text, flops_text, interval, number, parameters_text, ratio_text, signed
 from tadistill.results.verdict import Comparison, comparisons
 
 
@@ -18,7 +18,7 @@ class ScoreTable:
     metric: str
     columns: tuple[str, ...]
     rows: tuple[tuple[ArmRecord, tuple[Summary | None, ...]], ...]
-    best: tuple[str | None, ...]  # the arm with the best mean in each column; this is not a verdict
+    best: tuple[str | None, ...]  # the arm with the best mean in each column, None if several arms share it; this is not a verdict
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,11 @@ def _best(results: Results, column: str, metric: str) -> str | None:
         for arm in results.plan.arms
         if (arm.name, column, metric) in results.summaries and arm.path != (results.plan.teacher,)
     }
-    choose = max if higher_is_better(metric) else min
-    return choose(means, key=means.__getitem__) if len(means) > 1 else None
+    if len(means) < 2:
+        return None
+    best = max(means.values()) if higher_is_better(metric) else min(means.values())
+    first = [name for name, mean in means.items() if number(mean, metric) == number(best, metric)]
+    return first[0] if len(first) == 1 else None
 
 
 def cost_rows(results: Results) -> list[CostRow]:
@@ -160,7 +163,7 @@ def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
     value = Cell(signed(d.mean, c.metric, more=1), interval(d.low, d.high, c.metric, more=1))
     signs = Cell(f"{c.sign_flip.p:.3f}", f"[{c.sign_flip.smallest:.3f}]") if c.sign_flip else Cell()
     verdict = Cell(c.word, f"({c.credit})" if c.credit else "")
-    return value, Cell(f"{d.p:.4f}"), Cell(f"{c.p_holm:.4f}"), signs, Cell(number(c.detectable, c.metric, more=1)), verdict
+    return value, Cell(f"{d.p:.4f}"), Cell(f"{c.p_holm:.4f}"), signs, Cell(detectable_text(c.detectable, c.metric, more=1)), verdict
 
 
 def detail_tables(results: Results) -> list[Table]:

@@ -6,10 +6,12 @@ The verdict comes first. `tadistill.results.verdict` decides it; this module onl
 from dataclasses import dataclass
 from typing import Literal
 
+from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
+from tadistill.results.rows import rows_text
 from tadistill.results.study import ArmRecord
-from tadistill.results.units import number, p_text, parameters_text, signed, span, summary_text
+from tadistill.results.units import detectable_text, number, p_text, parameters_text, signed, span, summary_text
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, comparisons, competitors, pairs
 
 _PAIRS_IN_WORDS = 6
@@ -51,7 +53,7 @@ def _verdicts(results: Results) -> list[Finding]:
 
 
 def _many_pairs(results: Results, decided: list[Comparison]) -> list[Finding]:
-    best = {arm.name for _, arm in (ranked[0] for ranked in _ranked(results))}
+    best = {arm.name for ranked in _ranked(results) for arm in _first(ranked, primary_metric(results))}
     of_best = [c for c in decided if best & {c.arm, c.other}]
     known = [c for c in of_best if c.word != "no evidence"]
     rest = f"{len(of_best) - len(known)} of the {len(of_best)} pairs with {' or '.join(sorted(best))}"
@@ -105,9 +107,9 @@ def _word_text(c: Comparison) -> str:
 
 
 def _power_text(c: Comparison) -> str:
-    if c.word != "no evidence" or c.difference.se == 0 or (c.trained and len(c.seeds) < 2):
+    if c.word != "no evidence" or c.detectable is None:
         return ""
-    return f"the study detects a difference of {number(c.detectable, c.metric)} with 80 % power"
+    return f"the study detects a difference of {detectable_text(c.detectable, c.metric)} with 80 % power"
 
 
 def _credit_text(c: Comparison) -> list[str]:
@@ -171,8 +173,16 @@ def _means(results: Results) -> list[Finding]:
         summary, arm = ranked[0]
         size = parameters_text(results.plan.parameters[arm.model])
         text = f"{arm.name} ({arm.path_text}), {summary_text(summary, metric)} {metric_title(metric)}, {over}"
+        first = [best.name for best in _first(ranked, metric)]
         if len(ranked) == 1:
             findings.append(Finding("best", f"The only arm that ends in {arm.model} ({size}) is {text}."))
+        elif len(first) > 1:
+            count = "All" if len(first) == len(ranked) else f"{len(first)} of"
+            mean = f"the same mean, {number(summary.mean, metric)} {metric_title(metric)}, {over}"
+            highest = "" if len(first) == len(ranked) else "; no arm has a higher one"
+            findings.append(
+                Finding("best", f"{count} {len(ranked)} arms for {arm.model} ({size}) have {mean}: {', '.join(first)}{highest}.")
+            )
         else:
             findings.append(
                 Finding("best", f"Highest mean of {len(ranked)} arms for {arm.model} ({size}): {text}. A highest mean is not a verdict.")
@@ -180,24 +190,45 @@ def _means(results: Results) -> list[Finding]:
     return findings
 
 
+def _first(ranked: list[tuple[Summary, ArmRecord]], metric: str) -> list[ArmRecord]:
+    """Return the arms with the highest mean: several where the report shows the same number."""
+    return [arm for summary, arm in ranked if number(summary.mean, metric) == number(ranked[0][0].mean, metric)]
+
+
 def sample_text(results: Results, arm: ArmRecord) -> str:
-    """Return an arm's sample sizes as text, such as ``580 prompts, 5 decoding seeds, 3 training seeds``."""
+    """Return an arm's sample sizes as text, such as ``580 of 582 prompts, 5 decoding seeds, 3 training seeds``."""
     metric = primary_metric(results)
     seeds = results.scores[arm.name]
-    table = [of_set[metric] for of_set in next(iter(seeds.values())).values() if metric in of_set]
+    having = {name: of_set[metric] for name, of_set in next(iter(seeds.values())).items() if metric in of_set}
+    table = list(having.values())
     decodings = max(values_NK.shape[1] for values_NK in table)
-    counts = f"{sum(map(len, table))} prompts, {decodings} decoding seed{'s' if decodings > 1 else ''}"
+    prompts, rows = sum(map(len, table)), sum({s.set: s.counts.rows for s in results.used if s.role == "test" and s.set in having}.values())
+    of = f" of {rows}" if rows > prompts else ""
+    counts = f"{prompts}{of} prompt{'' if max(prompts, rows) == 1 else 's'}, {_seeds(decodings, 'decoding seed')}"
     return f"{counts}, {_seeds(len(seeds), 'training seed')}" if arm.is_trained else counts
 
 
 def _cautions(results: Results) -> list[Finding]:
-    texts: list[str] = []
+    texts = [text for text in (rows_text(results.used), _unseen_text(results)) if text]
     for c in comparisons(results):
         texts += caution_texts(c)
     trained = [len(results.scores[arm.name]) for arm in results.plan.arms if arm.is_trained and results.scores[arm.name]]
     if trained and min(trained) < SEEDS_FOR_A_CLAIM:
         texts.append(f"{_seeds(min(trained))}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).")
     return [Finding("caution", text) for text in texts]
+
+
+def _unseen_text(results: Results) -> str:
+    """Return the caution about ROUGE-L on references in other scripts than a-z; empty if it sees the references."""
+    shares = {name: share for name, share in results.unseen.items() if share >= UNSEEN}
+    if not shares or "rouge_l" not in results.metrics:
+        return ""
+    listed = ", ".join(f"{100 * share:.0f} % in {name}" for name, share in shares.items())
+    text = f"{metric_title('rouge_l')} reads only the letters a-z and digits, and drops the other letters of the references: {listed}"
+    if "rouge_l_unicode" not in results.metrics:
+        return f"{text}."
+    rests = "; the comparisons use it" if primary_metric(results) == "rouge_l_unicode" else ""
+    return f"{text}. {metric_title('rouge_l_unicode')} reads them{rests}."
 
 
 def caution_texts(c: Comparison) -> list[str]:

@@ -8,17 +8,19 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tadistill.errors import StoreError
+from tadistill.disk import damaged
 from tadistill.metrics import metric_of, names_in
-from tadistill.results.study import ArmRecord, Scores, StudyPlan, load_corpus, load_plan, load_scores
+from tadistill.results.rows import UsedRows, count_rows, load_rows, places, shared_rows
+from tadistill.results.study import READ, ArmRecord, Scores, StudyPlan, load_corpus, load_plan, load_scores
 from tadistill.statistics import macro_interval, macro_intervals
 from tadistill.store import Store
 
+_BLIND = 0.5  # share of the references' letters: if ROUGE-L sees less than half, the verdict rests on ROUGE-L for all scripts
 MEAN = "mean"  # the pseudo-set: the unweighted mean over the test sets that have the metric
 
 T = TypeVar("T")
@@ -87,6 +89,12 @@ class Results:
     """Arm -> training seed -> values of the whole-set metrics."""
     reference_length: Mapping[str, NDArray[np.int64]]
     """Set -> number of tokens in each prompt's first reference, (N,)."""
+    unseen: Mapping[str, float]
+    """Set -> share of the references' letters that ROUGE-L cannot see, 0-1; 0 if an earlier version evaluated the set."""
+    compared: Mapping[str, NDArray[np.int64]]
+    """Set -> the rows of the data set behind the scores, (N,): those that all evaluations answered."""
+    used: tuple[UsedRows, ...]
+    """The numbers of rows of each split that was read."""
     _kept: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -116,46 +124,76 @@ class Results:
 def read_results(study_dir: Path, store: Store) -> Results:
     """Read the plan of a study and all its finished evaluations.
 
+    Arms are compared on the prompts that all of them answered: models with different tokenizers may leave out different rows of a set.
+
     Raises:
-        StoreError: a file is damaged, or two evaluations scored different prompts.
+        StoreError: a file is damaged or has changed, or the evaluations share no prompt of a set.
     """
     plan = load_plan(study_dir)
+    store = Store(store.root, plan.command)
+    store.check((key for stage in plan.stages if store.finished(key := stage.key)), READ)
     scores: dict[str, dict[int, Scores]] = {arm.name: {} for arm in plan.arms}
     numbers: dict[str, dict[int, Numbers]] = {arm.name: {} for arm in plan.arms}
     lengths: dict[str, NDArray[np.int64]] = {}
-    missing: list[Missing] = []
+    unseen: dict[str, float] = {}
+    finished = {(a.name, seed) for a in plan.arms for seed in a.evaluate if all(store.finished(key) for key in a.measured_by(seed))}
     read = _Reader(store)
+    rows = {key: read.rows(key) for arm in plan.arms for seed, key in arm.evaluate.items() if (arm.name, seed) in finished}
+    shared = shared_rows(rows, store)
     for arm in plan.arms:
         for seed, key in arm.evaluate.items():
-            if not all(store.finished(key) for key in arm.measured_by(seed)):
-                missing.append(Missing(arm.name, seed, key))
+            if (arm.name, seed) not in finished:
                 continue
-            scores[arm.name][seed] = read.scores(arm, seed)
-            found = load_corpus(store, key)
+            chosen = {name: places(of_set, shared[name]) for name, of_set in rows[key].items()}
+            scores[arm.name][seed] = read.scores(arm, seed, chosen)
+            found = read.corpora[key]
             numbers[arm.name][seed] = {name: of_set["numbers"] for name, of_set in found.items()}
             for name, of_set in found.items():
-                lengths.setdefault(name, np.asarray(of_set["reference_length"], dtype=np.int64))
+                lengths.setdefault(name, np.asarray(of_set["reference_length"], dtype=np.int64)[chosen[name]])
+                unseen.setdefault(name, float(of_set.get("unseen", 0.0)))
     all_tables = [tables for by_seed in scores.values() for tables in by_seed.values()]
     sets = tuple(dict.fromkeys(name for tables in all_tables for name in tables))
     metrics = tuple(dict.fromkeys(metric for tables in all_tables for table in tables.values() for metric in table))
-    _check_prompts(read.loaded)
-    return Results(study_dir, plan, store, sets, metrics, tuple(missing), scores, numbers, lengths)
+    missing = tuple(Missing(arm.name, s, key) for arm in plan.arms for s, key in arm.evaluate.items() if (arm.name, s) not in finished)
+    compared = {name: np.sort(of_set) for name, of_set in shared.items()}
+    used = count_rows(plan, store, rows, compared)
+    return Results(study_dir, plan, store, sets, metrics, missing, scores, numbers, lengths, unseen, compared, used)
 
 
 class _Reader:
     def __init__(self, store: Store):
         self.store = store
         self.loaded: dict[str, Scores] = {}
+        self.corpora: dict[str, dict[str, dict[str, Any]]] = {}
 
-    def scores(self, arm: ArmRecord, seed: int) -> Scores:
-        """Return an arm's scores from all stages that measure it. Under another decoding, a metric is named METRIC@DECODING."""
-        found = {name: dict(table) for name, table in self._of(arm.evaluate[seed]).items()}
-        if seed in arm.analyse:
-            for name, table in self._of(arm.analyse[seed]).items():
-                found[name] |= table
-        for decoding, keys in arm.also.items():
-            for name, table in self._of(keys[seed]).items():
-                found[name] |= {f"{metric}@{decoding}": values for metric, values in table.items()}
+    def rows(self, key: str) -> dict[str, NDArray[np.int64]]:
+        """Return the rows of each set that an evaluation answered, in the order of its scores."""
+        self.corpora[key] = load_corpus(self.store, key)
+        found, scores = load_rows(self.store, key, self.corpora[key]), self._of(key)
+        for name in {*found, *self.corpora[key], *scores}:
+            if not (name in found and name in self.corpora[key] and name in scores):
+                raise damaged(self.store.folder(key), f"not all of its files have the set {name}", self.store.redo(key))
+            count, lengths = len(found[name]), self.corpora[key][name]["reference_length"]
+            if len(np.unique(found[name])) != count or len(lengths) != count:
+                raise damaged(self.store.folder(key), f"its files have different prompts of {name}", self.store.redo(key))
+        return found
+
+    def scores(self, arm: ArmRecord, seed: int, chosen: Mapping[str, NDArray[np.intp]]) -> Scores:
+        """Return the scores of all stages that measure the arm, at the chosen places; metrics of another decoding are METRIC@DECODING."""
+        answered = {name: len(of_set["reference_length"]) for name, of_set in self.corpora[arm.evaluate[seed]].items()}
+        keys = {arm.evaluate[seed]: "", **({arm.analyse[seed]: ""} if seed in arm.analyse else {})}
+        keys |= {of_seed[seed]: f"@{decoding}" for decoding, of_seed in arm.also.items()}
+        found: Scores = {name: {} for name in chosen}
+        for key, suffix in keys.items():
+            if set(self._of(key)) != set(answered):
+                reason = f"it has the sets {', '.join(self._of(key)) or 'none'}, but the evaluation answered {', '.join(answered)}"
+                raise damaged(self.store.folder(key) / "scores.json", reason, self.store.redo(key))
+            for name, table in self._of(key).items():
+                for metric, values_NK in table.items():
+                    if len(values_NK) != answered.get(name):
+                        reason = f"{name}/{metric} has {len(values_NK)} prompts, but the evaluation answered {answered.get(name, 0)}"
+                        raise damaged(self.store.folder(key) / "scores.json", reason, self.store.redo(key))
+                    found[name][f"{metric}{suffix}"] = values_NK[chosen[name]]
         return found
 
     def _of(self, key: str) -> Scores:
@@ -165,8 +203,15 @@ class _Reader:
 
 
 def primary_metric(results: Results) -> str:
-    """Return the metric that verdicts and main figures use: the first quality metric that was measured, else Rouge-L."""
-    return next((name for name in names_in("quality") if name in results.metrics), "rouge_l")
+    """Return the metric that verdicts and main figures use: the first quality metric that was measured, else Rouge-L.
+
+    Rouge-L for all scripts takes the place of Rouge-L if that one sees less than half of the references.
+    """
+    first = next((name for name in names_in("quality") if name in results.metrics), "rouge_l")
+    tables = [table for by_seed in results.scores.values() for of_set in by_seed.values() for table in of_set.values()]
+    if first != "rouge_l" or not all("rouge_l_unicode" in table for table in tables):
+        return first
+    return "rouge_l_unicode" if float(np.mean(list(results.unseen.values()) or [0.0])) > _BLIND else first
 
 
 def seeds_of(results: Results) -> tuple[int, ...]:
@@ -213,7 +258,14 @@ def _intervals(plan: StudyPlan, scores: Mapping[str, Mapping[int, Scores]]) -> d
         for seed, tables in scores[arm.name].items():
             for set_name, table in tables.items():
                 values |= {(_stage(arm, seed, metric), set_name, metric): values_NK for metric, values_NK in table.items()}
-    return dict(zip(values, macro_intervals([[values_NK[None]] for values_NK in values.values()]), strict=True))
+    found = macro_intervals([[values_NK[None]] for values_NK in values.values()])
+    return {address: within(bounds, address[2]) for address, bounds in zip(values, found, strict=True)}
+
+
+def within(bounds: tuple[float, float], metric: str) -> tuple[float, float]:
+    """Return an interval of a mean without the values that the metric cannot have, such as a share below 0."""
+    lowest, highest = metric_of(metric).bounds
+    return min(max(bounds[0], lowest), highest), max(min(bounds[1], highest), lowest)
 
 
 def _rounded(value: float) -> float:
@@ -227,9 +279,9 @@ def _stage(arm: ArmRecord, seed: int, metric: str) -> str:
 
 
 def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
-    wanted: dict[tuple[str, str, str], tuple[object, ...]] = {}
-    strata: dict[tuple[object, ...], list[NDArray[np.float64]]] = {}  # equal stages share a summary; `MEAN` of one set equals it
-    seeds_of_address: dict[tuple[object, ...], tuple[int, ...]] = {}
+    wanted: dict[tuple[str, str, str], tuple[Any, ...]] = {}
+    strata: dict[tuple[Any, ...], list[NDArray[np.float64]]] = {}  # equal stages share a summary; `MEAN` of one set equals it
+    seeds_of_address: dict[tuple[Any, ...], tuple[int, ...]] = {}
     for metric in results.metrics:
         with_metric = sets_with(results, metric)
         groups = [(name, (name,)) for name in with_metric] + [(MEAN, with_metric)]
@@ -244,13 +296,13 @@ def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
                     strata[address] = [stack(results, arm.name, seeds, member, metric) for member in members]
                     seeds_of_address[address] = seeds
     intervals = dict(zip(strata, macro_intervals(list(strata.values())), strict=True))
-    known = {address: _summary(strata[address], seeds_of_address[address], *intervals[address]) for address in strata}
+    known = {at: _summary(strata[at], seeds_of_address[at], *within(intervals[at], at[0])) for at in strata}
     return {name: known[address] for name, address in wanted.items()}
 
 
-def summarise(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int]) -> Summary:
-    """Return the unweighted mean over sets with its 95 % interval. Each set has an array (S, N, K); `seeds` names its axis S."""
-    return _summary(strata_SNK, seeds, *macro_interval(strata_SNK))
+def summarise(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int], metric: str) -> Summary:
+    """Return a metric's unweighted mean over sets with its 95 % interval. Each set has an array (S, N, K); `seeds` names its axis S."""
+    return _summary(strata_SNK, seeds, *within(macro_interval(strata_SNK), metric))
 
 
 def _summary(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int], low: float, high: float) -> Summary:
@@ -283,16 +335,3 @@ def stack(results: Results, arm: str, seeds: Sequence[int], set_name: str, metri
     """Return an arm's scores on one set, averaged over decoding seeds, with shape (S, N, 1)."""
     by_seed = results.scores[arm]
     return np.stack([by_seed[seed][set_name][metric].mean(axis=1, keepdims=True) for seed in seeds])
-
-
-def _check_prompts(loaded: Mapping[str, Scores]) -> None:
-    first: dict[tuple[str, str], tuple[int, str]] = {}
-    for key, tables in loaded.items():
-        for set_name, table in tables.items():
-            for metric, values_NK in table.items():
-                count, other = first.setdefault((set_name, metric), (len(values_NK), key))
-                if count != len(values_NK):
-                    raise StoreError(
-                        f"stages {other} and {key} scored {count} and {len(values_NK)} prompts of {set_name} "
-                        f"({metric}), so their arms cannot be compared: delete the directories of both stages and run the recipe again"
-                    )

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.metrics import LOGS
 from tadistill.plan.specs import TRAINING
 from tadistill.results.collect import Results
-from tadistill.results.study import ArmRecord, load_corpus, load_exposure, load_metrics
+from tadistill.results.study import ArmRecord, load_corpus
+from tadistill.store import Store
 
 _POINTS = 120  # number of bins for averaging: this smooths the training loss and keeps the page small
 
@@ -30,6 +32,19 @@ class Curve:
     metric: str
     mean: Series
     seeds: Mapping[int, Series]
+
+
+def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
+    """Read the training log of a stage as metric -> step -> value. If a step has two lines, the later line is used."""
+    path = store.artifact(key, "metrics.jsonl")
+    series: dict[str, dict[int, float]] = {}
+    for line in read_jsonl(path, fix=store.redo(key)):
+        if not isinstance(line.get("step"), int):
+            raise damaged(path, "a line has no integer `step`", store.redo(key))
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float):
+                series.setdefault(name, {})[line["step"]] = float(value)
+    return {name: dict(sorted(points.items())) for name, points in series.items()}
 
 
 def learning_curves(results: Results) -> list[Curve]:
@@ -99,6 +114,21 @@ class ExposureBias:
     mean: Array
     seeds: Mapping[int, Array]
     solid: int
+
+
+def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Read the KL by position in the response, with its count of answers: for each set, on the student's and on the teacher's prefixes."""
+    path = store.artifact(key, "exposure.json")
+    content = read_json(path, fix=store.redo(key))
+    try:
+        curves = [content[name][side] for name in content for side in ("student", "teacher")]
+        if not curves or any(len(curve["kl"]) != len(curve["count"]) for curve in curves):
+            raise ValueError("a curve has no position or no set")
+        for curve in curves:
+            np.asarray([curve["kl"], curve["count"]], dtype=np.float64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, f"it must map sets to two curves: {type(error).__name__} {error}", store.redo(key)) from error
+    return content
 
 
 def exposures(results: Results) -> Mapping[str, ExposureBias]:

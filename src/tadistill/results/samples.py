@@ -8,7 +8,7 @@ from typing import Any
 
 from tadistill.disk import read_json
 from tadistill.errors import StoreError
-from tadistill.metrics import metric_title
+from tadistill.metrics import metric_title, names_in
 from tadistill.results.collect import Results
 from tadistill.results.study import load_predictions
 from tadistill.results.units import number
@@ -27,11 +27,13 @@ def samples(results: Results) -> Samples:
     The answers are those of an arm's first finished training seed and its first decoding seed, so no answer is chosen by its quality.
     """
     by_set: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in results.sets}
+    shared = {name: set(rows.tolist()) for name, rows in results.compared.items()}
     for arm in results.plan.arms:
         finished = results.scores[arm.name]
         if not finished:
             continue
-        for row in _first_answers(load_predictions(results.store, arm.evaluate[arm.first_seed(finished)])):
+        rows = load_predictions(results.store, arm.evaluate[arm.first_seed(finished)])
+        for row in _first_answers([row for row in rows if row["set"] in shared and row["index"] in shared[row["set"]]]):
             prompt = by_set[row["set"]].setdefault(
                 row["index"], {"index": row["index"], "prompt": row["prompt"], "references": row["references"], "answers": {}}
             )
@@ -70,7 +72,7 @@ def _first_answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _scores(row: dict[str, Any]) -> str:
-    shown = ("fact_accuracy", "rouge_l", "length")
+    shown = (*names_in("quality"), "length")
     return " · ".join(f"{metric_title(m)} {number(row[m], m)}" for m in shown if row.get(m) is not None)
 
 

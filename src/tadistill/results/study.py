@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tadistill.config.arm import path_text
+from tadistill.data.templates import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import ConfigError, StoreError
 from tadistill.metrics import metric_of
 from tadistill.models.counting.cost import Cost, CostPart
+from tadistill.statistics import spread_claimed
 from tadistill.store import MANIFEST, Store
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts, decoding seeds)
@@ -146,6 +148,8 @@ class StageManifest:
     versions: Mapping[str, str]
     flops: float | None
     """FLOPs that were counted during training, without dev evaluations; None if they were not counted."""
+    counts: Mapping[tuple[str, str], Counts]
+    """Role and set -> its numbers of rows; empty if an earlier version made the stage."""
 
 
 def find_study(study: str, root: Path) -> Path:
@@ -192,6 +196,22 @@ def load_plan(study_dir: Path) -> StudyPlan:
     return plan
 
 
+def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
+    """Return how uncertain the study's report is of each compared arm: (arm, metric) -> `statistics.spread_claimed`; empty without one."""
+    path = study_dir / "results.json"
+    if not path.is_file():
+        return {}
+    content = read_json(path, fix="write it again with `tadistill report STUDY`")
+    try:
+        return {
+            (c["arm"], c["metric"]): spread_claimed(c["mean"], (c["high"] - c["low"]) / 2, c["p"])
+            for c in content["comparisons"]
+            if c["against"] != "pair"
+        }
+    except (KeyError, TypeError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}", "write it again with `tadistill report STUDY`") from error
+
+
 def _stage(entry: Mapping[str, Any]) -> StageRecord:
     key, kind, label, model = (entry[name] for name in ("key", "kind", "label", "model"))
     parents, arms = tuple(entry["parents"].values()), tuple(entry["arms"])
@@ -230,37 +250,64 @@ def load_manifest(store: Store, key: str) -> StageManifest | None:
         versions = {str(k): str(v) for k, v in content["versions"].items()}
         parts = content["ledger"]["parts"] if "ledger" in content else {}
         metered = {name: CostPart(**part) for name, part in parts.items()}
-        return StageManifest(float(content["seconds"]), versions, Cost(metered).learning if metered else None)
+        rows = [dict(row) for row in content.get("rows", ())]
+        counts = {(row.pop("role"), row.pop("set")): Counts(**row) for row in rows}
+        return StageManifest(float(content["seconds"]), versions, Cost(metered).learning if metered else None, counts)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise damaged(path, f"{type(error).__name__}: {error}") from error
+        raise damaged(path, f"{type(error).__name__}: {error}", store.redo(key)) from error
+
+
+# --- the files of a finished evaluation or analysis ------------------------------------------------------------------------
+
+READ = ("scores.json", "corpus.json", "exposure.json", "predictions.jsonl", "metrics.jsonl")
+"""The files of stages that a report reads."""
 
 
 def load_scores(store: Store, key: str) -> Scores:
     """Read the scores of an evaluation as arrays (prompts, decoding seeds).
 
     Raises:
-        StoreError: the file is damaged, or contains a metric that this version does not know.
+        StoreError: the file has changed or is damaged, or contains a metric that this version does not know.
     """
-    path = store.folder(key) / "scores.json"
-    content = read_json(path)
+    path = store.artifact(key, "scores.json")
+    content = read_json(path, fix=store.redo(key))
     if not isinstance(content, dict) or not all(isinstance(metrics, dict) for metrics in content.values()):
-        raise damaged(path, "the file must map sets to metrics")
-    return {
-        name: {metric: _score_array(path, name, metric, values) for metric, values in metrics.items()} for name, metrics in content.items()
-    }
+        raise damaged(path, "the file must map sets to metrics", store.redo(key))
+    found: Scores = {name: {} for name in content}
+    for name, metrics in content.items():
+        for metric, values in metrics.items():
+            _check_known(path, metric)
+            array = _table(values)
+            if isinstance(array, str):
+                raise damaged(path, f"{name}/{metric} {array}", store.redo(key))
+            found[name][metric] = array
+    return found
+
+
+def _table(values: Any) -> NDArray[np.float64] | str:
+    """Return scores as an array, or the reason why they are none."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        return "is not a table of numbers"
+    if array.ndim != 2 or array.size == 0:
+        return "must have one row per prompt and one column per decoding seed"
+    return array if np.isfinite(array).all() else "contains NaN or infinite values"
 
 
 def load_corpus(store: Store, key: str) -> dict[str, dict[str, Any]]:
-    """Read an evaluation's results for whole sets. The keys of each set are numbers, calibration and reference_length."""
-    path = store.folder(key) / "corpus.json"
-    content = read_json(path)
-    if not isinstance(content, dict) or not all(
-        isinstance(found, dict) and {"numbers", "reference_length"} <= set(found) for found in content.values()
-    ):
-        raise damaged(path, "the file must map sets to their numbers and reference lengths")
-    for found in content.values():
-        for metric in found["numbers"]:
-            _check_known(path, metric)
+    """Read an evaluation's results for whole sets. The keys of each set are numbers, calibration, reference_length, rows and unseen."""
+    path = store.artifact(key, "corpus.json")
+    content = read_json(path, fix=store.redo(key))
+    try:
+        for found in content.values():
+            np.asarray(found["reference_length"], dtype=np.int64)
+            for metric, value in found["numbers"].items():
+                _check_known(path, metric)
+                float(value)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = "the file must map sets to their numbers and reference lengths"
+        raise damaged(path, f"{reason}: {type(error).__name__} {error}", store.redo(key)) from error
     return content
 
 
@@ -271,37 +318,14 @@ def _check_known(path: Path, metric: str) -> None:
         raise StoreError(f"{path}: {error}") from error
 
 
-def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Read the KL by position in the response, with its count of answers: for each set, on the student's and on the teacher's prefixes."""
-    return read_json(store.folder(key) / "exposure.json")
-
-
-def _score_array(path: Path, name: str, metric: str, values: Any) -> NDArray[np.float64]:
-    _check_known(path, metric)
-    try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise damaged(path, f"{name}/{metric} is not a table of numbers") from error
-    if array.ndim != 2 or array.size == 0:
-        raise damaged(path, f"{name}/{metric} must have one row per prompt and one column per decoding seed")
-    if not np.isfinite(array).all():
-        raise damaged(path, f"{name}/{metric} contains NaN or infinite values")
-    return array
-
-
 def load_predictions(store: Store, key: str) -> list[dict[str, Any]]:
     """Read every prediction of an evaluation, in the order of the file."""
-    return read_jsonl(store.folder(key) / "predictions.jsonl")
-
-
-def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
-    """Read the training log of a stage as metric -> step -> value. If a step has two lines, the later line is used."""
-    path = store.folder(key) / "metrics.jsonl"
-    series: dict[str, dict[int, float]] = {}
-    for line in read_jsonl(path):
-        if not isinstance(line.get("step"), int):
-            raise damaged(path, "a line has no integer `step`")
-        for name, value in line.items():
-            if name != "step" and isinstance(value, int | float):
-                series.setdefault(name, {})[line["step"]] = float(value)
-    return {name: dict(sorted(points.items())) for name, points in series.items()}
+    path = store.artifact(key, "predictions.jsonl")
+    rows = read_jsonl(path, fix=store.redo(key))
+    for number, row in enumerate(rows, start=1):
+        known = isinstance(row.get("set"), str) and isinstance(row.get("index"), int) and isinstance(row.get("seed"), int)
+        texts = all(isinstance(row.get(name), str) for name in ("prompt", "prediction"))
+        references = row.get("references")
+        if not (known and texts and isinstance(references, list) and references):
+            raise damaged(path, f"line {number} is not a prediction", store.redo(key))
+    return rows

@@ -30,6 +30,14 @@ def span(difference: Difference, metric: str) -> str:
     return f"{signed(difference.mean, metric)}, 95 % {low} … {high}"
 
 
+def detectable_text(effect: float | None, metric: str, *, more: int = 0) -> str:
+    """Return a detectable difference, ``< 0.1`` if it would be rounded to 0; a dash if it is not known."""
+    if effect is None:
+        return DASH
+    text = number(effect, metric, more=more)
+    return text if float(text) else f"< {10.0 ** -(metric_of(metric).decimals + more):g}"
+
+
 def p_text(p: float) -> str:
     """Return a p-value as text: ``p = 0.032``, or ``p < 0.001``."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

@@ -17,7 +17,8 @@ import numpy as np
 
 from tadistill.results.collect import Results, primary_metric, sets_with
 from tadistill.results.compare import Mechanism, compare, differences_per_seed, direct_of, mechanism, twin_of
-from tadistill.results.study import ArmRecord, load_metrics
+from tadistill.results.curves import load_metrics
+from tadistill.results.study import ArmRecord
 from tadistill.statistics import Difference, SignFlip, equivalent, holm, minimum_detectable_effect, sign_flip
 from tadistill.statistics import inflation as inflation_of
 
@@ -66,8 +67,8 @@ class Comparison:
     """The sign-flip test; None unless the arms are trained and have 2 to 5 seeds in common."""
     margin: float
     equivalent: bool
-    detectable: float
-    """The smallest true difference that this study would detect with 80 % power."""
+    detectable: float | None
+    """The smallest true difference that this study would detect with 80 % power; None if nothing varies or if it has one training seed."""
     word: Word
     selection: Selection | None
     """The arm's advantage from choosing among more checkpoints than the other arm; None if it did not."""
@@ -161,7 +162,7 @@ def _comparison(
         sign_flip=sign_flip(list(per_seed.values())) if trained and 2 <= len(seeds) < _SEEDS_FOR_SIGNS else None,
         margin=margin,
         equivalent=inside,
-        detectable=minimum_detectable_effect(difference.se, difference.df, level=1 - _ALPHA / family),
+        detectable=_detectable(difference, family) if not trained or len(seeds) > 1 else None,
         word=word,
         selection=_selection(results, arm, other, seeds, metric),
         decoding_seeds=(mine, theirs),
@@ -169,6 +170,10 @@ def _comparison(
         mechanism=why,
         credit=_credit(why) if why and word == "gain" and pair.against == "equal compute" else None,
     )
+
+
+def _detectable(difference: Difference, family: int) -> float | None:
+    return minimum_detectable_effect(difference.se, difference.df, level=1 - _ALPHA / family) if difference.se > 0 else None
 
 
 def _word(difference: Difference, p_holm: float, inside: bool, *, enough: bool) -> Word:

@@ -1,8 +1,8 @@
 """Sample responses in batches from a transformers model, alone or together with a teacher.
 
 All sampling uses the loop over positions in this file. A mixture of two models without warping uses the faster code of `lazy` if both
-models allow it, with the same result. The caller gives the random numbers of each sequence, so a sequence does not depend on the other
-sequences in its batch. Finished sequences leave the batch.
+models allow it, with the same result. `reading` finds the memory that each model needs, such as a KV cache. The caller gives the random
+numbers of each sequence, so a sequence does not depend on the other sequences in its batch. Finished sequences leave the batch.
 
 Axes: B sequences, T positions, V vocabulary, H hidden size.
 """
@@ -16,24 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tadistill.config.common import Decoding
-from tadistill.models.forward import tapped
+from tadistill.models.forward import evaluating, tapped
 from tadistill.rollout import lazy
-from tadistill.rollout.draw import Mixture, Record, Rollout, Speculation, in_place_cache, next_tokens, processors
+from tadistill.rollout.draw import Mixture, Record, Rollout, Speculation, next_tokens, processors
+from tadistill.rollout.reading import Decoder, groups, way_of
 from tadistill.tuning import COMPACT_BELOW
 
 __all__ = ["Mixture", "Rollout", "Speculation", "sample"]
-
-
-class _Decoder:
-    def __init__(self, model: PreTrainedModel, vocab: int, capacity: int):
-        self.model, self.vocab = model, vocab
-        self.cache = in_place_cache(model.config, capacity)
-
-    def logits(self, ids: Tensor, attention: Tensor | None, positions: Tensor) -> Tensor:
-        out = self.model(
-            input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
-        return out.logits[:, -1, : self.vocab].float()
 
 
 class _Batch:
@@ -51,12 +40,12 @@ class _Batch:
         # without padding no mask is needed, and attention is faster without one
         self.attention = None if attention.all() else torch.from_numpy(attention).to(device)
         self.uniforms = torch.from_numpy(uniforms_BT).to(device)
-        self.decoders = {name: _Decoder(model, vocab, total - 1) for name, model in models.items()}
+        self.drops = all(way_of(model).drops for model in models.values())
+        self.decoders = {name: Decoder(model, vocab, total - 1, way_of(model)) for name, model in models.items()}
 
     def logits(self) -> dict[str, Tensor]:
-        unseen = slice(self.start, self.end)
         attention = None if self.attention is None else self.attention[:, : self.end]
-        inputs = self.ids[:, unseen], attention, self.positions[:, unseen]
+        inputs = self.ids[:, : self.end], attention, self.positions[:, : self.end], self.start
         return {name: decoder.logits(*inputs) for name, decoder in self.decoders.items()}
 
     def history(self) -> torch.LongTensor:
@@ -79,7 +68,7 @@ class _Batch:
         if self.attention is not None:
             self.attention = self.attention[index]
         for decoder in self.decoders.values():
-            decoder.cache.batch_select_indices(index)
+            decoder.keep(index)
 
 
 def sample(
@@ -107,23 +96,21 @@ def sample(
     """
     models = {"student": student} | ({"teacher": guide.teacher} if guide else {})
     record = Record(len(prompts), uniforms_BT.shape[1], eos, models)
-    training = student.training
-    student.eval()
-    try:
+    with evaluating(student):
         capacity = max(map(len, prompts)) + uniforms_BT.shape[1]
         if isinstance(guide, Mixture) and decoding.plain and all(lazy.possible(model, capacity) for model in models.values()):
             lazy.fill(record, student, prompts, uniforms_BT, vocab, guide)
         else:
-            _fill(record, _Batch(models, prompts, uniforms_BT, vocab), decoding, guide)
-    finally:
-        student.train(training)
+            for rows in groups(prompts, all(way_of(model).padded for model in models.values())):
+                batch = _Batch(models, [prompts[row] for row in rows], uniforms_BT[rows], vocab)
+                _fill(record, rows, batch, decoding, guide)
     # copied outside of inference mode, because tensors made in inference mode cannot be part of a loss
     return record.rollouts()
 
 
 @torch.inference_mode()
-def _fill(record: Record, batch: _Batch, decoding: Decoding, guide: Mixture | Speculation | None) -> None:
-    rows, steps = np.arange(record.tokens.shape[0]), record.tokens.shape[1]
+def _fill(record: Record, rows: np.ndarray, batch: _Batch, decoding: Decoding, guide: Mixture | Speculation | None) -> None:
+    steps = record.tokens.shape[1]
     warping, greedy = processors(decoding), decoding.temperature == 0
     with _teacher_tap(guide) as seen:
         for t in range(steps):
@@ -138,7 +125,7 @@ def _fill(record: Record, batch: _Batch, decoding: Decoding, guide: Mixture | Sp
             if len(going) == 0:
                 break
             batch.append(tokens)
-            if len(going) < COMPACT_BELOW * len(rows):
+            if batch.drops and len(going) < COMPACT_BELOW * len(rows):
                 batch.keep(going)
                 rows = rows[going]
 

@@ -36,9 +36,10 @@ def possible(model: PreTrainedModel, capacity: int) -> bool:
     """Return True if `fill` supports the model: a tested family with `sdpa` attention, and no sliding window narrower than the text."""
     # Packing does not work with ALiBi (which computes distances from a two-axis mask), recurrent states, missing position ids, or a model's
     # own attention bias. Add a family to the set only when tests/unit/rollout/test_lazy.py covers it.
+    if model.config.model_type not in PACKED_FAMILIES or model.config._attn_implementation != "sdpa":
+        return False
     layers = DynamicCache(config=model.config).layers
-    known = model.config.model_type in PACKED_FAMILIES and model.config._attn_implementation == "sdpa"
-    return known and len(layers) > 0 and all(keeps_all(layer, capacity) for layer in layers)
+    return len(layers) > 0 and all(keeps_all(layer, capacity) for layer in layers)
 
 
 class _Side:

@@ -3,7 +3,9 @@
 import contextlib
 import datetime
 import json
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -21,7 +23,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.task import check_entries
 from tadistill.runner.processes import prepare
 from tadistill.runner.schedule import run_stages
-from tadistill.store import store_of
+from tadistill.store import key_of, store_of
 from tadistill.terminal import Terminal
 
 SUITE = ("dolly", "self_inst", "vicuna", "sinst", "uinst")
@@ -47,9 +49,9 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
         prepare()
         from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
 
-        jobs = check_study(recipe)
+        jobs = check_study(recipe, console)
         console.print(f"{recipe.study}: {len(plan.stages)} stages, {len(missing)} to run, {jobs} at a time", highlight=False)
-    study = save_plan(plan, runs, recipe_text=recipe_text, command=command)
+    study = save_plan(plan, runs, recipe_text=recipe_text, command=command, console=console)
     if missing:
         run_stages(plan, store, jobs=jobs, console=console)
     return study
@@ -65,16 +67,51 @@ def fetch_models(recipe: Recipe, console: Console) -> None:
             sources.fetch(model.tokenizer, model.revision, weights=False)
 
 
-def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str) -> Path:
-    """Write runs/STUDY/plan.json, which reports and other tools read. The date of the first run is kept."""
+def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console: Console | None = None) -> Path:
+    """Write runs/STUDY/plan.json, which reports and other tools read. The date of the first run is kept.
+
+    If a report of other evaluations is there, for instance of other seeds, it is kept in runs/STUDY/earlier/KEY.
+    """
     study = runs / plan.recipe.study
     path = study / "plan.json"
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if path.is_file():
         with contextlib.suppress(json.JSONDecodeError, KeyError):  # a damaged plan is written again
             created = json.loads(path.read_text(encoding="utf-8"))["created"]
-    write_json(path, describe(plan, created=created, recipe_text=recipe_text, command=command))
+    content = describe(plan, created=created, recipe_text=recipe_text, command=command)
+    if kept := _keep_report(study, content):
+        (console or Terminal()).print(f"the earlier report shows other evaluations, so it is kept: {kept}", highlight=False, soft_wrap=True)
+    write_json(path, content)
     return study
+
+
+_REPORT = ("report.html", "report.md", "results.json", "results.csv")
+
+
+def _keep_report(study: Path, content: dict) -> Path | None:
+    """Move a report of another plan than `content`, and its plan, to a folder that `tadistill report` can read; return the page."""
+    path = study / "plan.json"
+    if not path.is_file() or not (study / _REPORT[0]).is_file():
+        return None
+    try:
+        old = _shown(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError):
+        old = "damaged"
+    if old == _shown(content):
+        return None
+    folder = study / "earlier" / key_of(old)[:8]
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(path, folder / path.name)
+    for name in _REPORT:
+        if (study / name).is_file():
+            os.replace(study / name, folder / name)
+    return folder / _REPORT[0]
+
+
+def _shown(content: dict) -> list:
+    """Return what a report's numbers depend on."""
+    arms = [[arm[name] for name in ("name", "evaluate", "analyse", "also", "published")] for arm in content["arms"]]
+    return [content["recipe"]["margin"], arms]
 
 
 def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dict:
@@ -180,7 +217,7 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
     names = _names(sources)
     arms = names[: len(models)]
     content: dict[str, Any] = {
-        "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(arms)}"[:80],
+        "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(arms)}"[:72] + f"-{_identity(models)}",
         "seeds": [0],
         "models": {name: {"load": load} for name, load in zip(names, sources, strict=True)},
         # nothing is trained, but a recipe must name train and dev
@@ -192,6 +229,12 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
     if teacher:
         content["teacher"] = names[sources.index(teacher)]
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _identity(models: Seq[str]) -> str:
+    """Return six hex digits that differ between models of one name in different places."""
+    places = [str(path.resolve()) if (path := Path(model).expanduser()).exists() else model.rstrip("/") for model in models]
+    return key_of(places)[:6]
 
 
 def _names(models: Seq[str]) -> list[str]:

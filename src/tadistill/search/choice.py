@@ -123,6 +123,9 @@ def choice_notes(choice: Choice, confirm: Path | None, runs: Path) -> list[str]:
             f"× the direct path. It pays for {count} and the stages that they depend on; "
             f"{choice.discarded:.3g} of these FLOPs were for stages that the chosen path does not use."
         ]
+    if len(equal := [t for t in choice.tried if t.mean == choice.tried[0].mean]) > 1:
+        paths = ", ".join(path_text(t.path) for t in equal)
+        notes.append(f"{len(equal)} paths have the same dev value, so the first of the shortest is chosen: {paths}.")
     k, chance = choice.compared, choice.inflation()
     if k > 1:
         unit = "" if chance is None else f", here up to {chance:.2g}"

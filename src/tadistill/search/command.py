@@ -219,7 +219,7 @@ class _Training:
         """Number of stages that run at the same time. The first access checks all paths of the lattice, before any stage runs."""
         from tadistill.runner.preflight import check_study  # imports transformers; not needed if all stages are in the store
 
-        return check_study(_round_recipe(self.recipe, self.lattice.paths))
+        return check_study(_round_recipe(self.recipe, self.lattice.paths), self.console)
 
     def measure(self, asked: Round, sign: int) -> dict[ModelPath, float]:
         """Train a round and return the quality of every path. A higher quality is better."""

@@ -12,16 +12,18 @@ from tadistill import rng
 from tadistill.config.method import TEACHER_DTYPES
 from tadistill.data import datasets
 from tadistill.data.batch import Sequence, chunks, references
-from tadistill.data.templates import EvalSet, encode
+from tadistill.data.templates import Counts, EvalSet, Lengths, encode_counted
 from tadistill.errors import Interrupted
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.counting.shapes import resized
+from tadistill.models.forward import check_reading
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
 from tadistill.models.modify import temper_head
 from tadistill.models.pruning import importance, keep_list, prune, prune_depth, shape_of
 from tadistill.plan.inputs import FromStage, Handle, HashedData, Loaded, Pruned, PrunedDepth, Split, Tempered
 from tadistill.plan.specs import Spec
 from tadistill.plan.task import Task
+from tadistill.rollout.reading import slower
 from tadistill.store import Store
 from tadistill.train.sharding import offload, shard
 
@@ -45,6 +47,8 @@ class Context(Generic[AnySpec]):
         self.spec = cast(AnySpec, task.spec)
         self.progress, self.alarm, self.stop = progress, alarm, stop
         self.device = own_device()
+        self.counts: dict[tuple[str, str], Counts] = {}
+        """Role and name of each split that was read, with its numbers of rows."""
 
     # --- models ---------------------------------------------------------------------------------------------------------
 
@@ -67,7 +71,9 @@ class Context(Generic[AnySpec]):
             case Tempered():
                 model, tokenizer = self.model(handle.of, dtype, device)
                 temper_head(model, handle.temper)
-        return model.to(device), tokenizer  # type: ignore[arg-type]
+        placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+        check_reading(placed)
+        return placed, tokenizer
 
     def _pruned(self, parent: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, handle: PrunedDepth | Pruned) -> PreTrainedModel:
         total = parent.config.num_hidden_layers
@@ -79,6 +85,11 @@ class Context(Generic[AnySpec]):
         if handle.layers == "influence":
             return prune(parent, shape, measured)
         return prune(parent, shape, measured, keep_list(shape.layers if handle.layers == "spacing" else handle.layers, total))
+
+    def say_if_slower(self, *models: PreTrainedModel) -> None:
+        """Give an alarm for each model whose answers take longer than those of other models of its size."""
+        for sentence in filter(None, map(slower, models)):
+            self.alarm(sentence)
 
     def frozen(self, handle: Handle, dtype: torch.dtype = torch.float32) -> Model:
         """Load a model that is not trained. The setting `resources.teacher` decides where its weights are stored."""
@@ -94,8 +105,10 @@ class Context(Generic[AnySpec]):
         """Read a split of a data set, and encode it with the tokenizer."""
         data, name = self.spec.data, split.ref.name
         examples = datasets.read(split.ref, split.role, world=data.world, root=self.task.data_root, limit=split.limit)
-        lengths = {"template": data.template, "max_prompt": data.max_prompt, "max_length": data.max_length}
-        return EvalSet(name, examples, encode(examples, tokenizer, name=f"data set `{name}`", **lengths))
+        lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts)
+        found, counts = encode_counted(examples, tokenizer, lengths, template=data.template, name=f"data set `{name}`")
+        self.counts[split.role, name] = counts
+        return EvalSet(name, examples, found)
 
     def corpus(self, source: HashedData | None, tokenizer: PreTrainedTokenizerBase) -> list[Sequence]:
         """Return the plain-text corpus as token sequences; an empty list if `source` is None."""

@@ -7,7 +7,7 @@ attempt left there (docs/interruptions.md). The stage's spec names the function 
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import version
@@ -106,10 +106,12 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         folder = store.begin(task.key, record | {"spec": spec.content()})
         ranks.agree(_GO)
         start = time.monotonic()
-        facts = work(Context(task, store, folder, progress, alarm, stop))
+        context = Context(task, store, folder, progress, alarm, stop)
+        facts = work(context)
+        rows = [{"role": role, "set": name, **asdict(counts)} for (role, name), counts in context.counts.items()]
         seconds = round(time.monotonic() - start, 2)
         versions = {name: version(name) for name in ("tadistill", "torch", "transformers", "accelerate")}
-        store.finish(task.key, {"key": task.key, **record, "seconds": seconds, "versions": versions, **facts})
+        store.finish(task.key, {"key": task.key, **record, "seconds": seconds, "versions": versions, "rows": rows, **facts})
     finally:
         lock.release()
 

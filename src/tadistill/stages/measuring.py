@@ -24,12 +24,13 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     model, tokenizer = context.model(spec.model)
     subject = make_subject(model.eval(), tokenizer)
     sets = [context.split(split, tokenizer) for split in spec.sets]
+    context.say_if_slower(model)
     answers = _answers(context, subject, sets, settings)
     scores, corpus, predictions = {}, {}, []
     for data in sets:
         stop_if_asked(context)
         found = score(subject, data, settings, answers[data.name], read_references=spec.references)
-        scores[data.name], corpus[data.name] = found.scores, found.corpus
+        scores[data.name], corpus[data.name] = found.scores, found.corpus | {"rows": [e.row for e in data.encoded]}
         predictions += found.records
     write_rows(context.folder / "predictions.jsonl", predictions)
     rows = [
@@ -41,7 +42,7 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     write_rows(context.folder / ANSWERS, rows)
     write_json(context.folder / "scores.json", scores)
     write_json(context.folder / "corpus.json", corpus)
-    return {"left_out": {s.name: len(s.examples) - len(s.encoded) for s in sets}}
+    return {}
 
 
 def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: Evaluate) -> dict[str, dict[int, list[Sequence]]]:
@@ -120,6 +121,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
         if done < len(dev.encoded):
             stop_if_asked(context)
 
+    context.say_if_slower(model)
     answers = generate_answers(subject, dev, settings, seed, tick)
     found = score(subject, dev, settings, {seed: answers})
     write_rows(context.folder / ANSWERS, [{"index": e.row, "tokens": a.response} for e, a in zip(dev.encoded, answers, strict=True)])

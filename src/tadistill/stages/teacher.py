@@ -25,6 +25,7 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
     subject = make_subject(model, tokenizer)
     train = context.split(spec.train, tokenizer)
     decoding = Evaluate(seeds=(spec.seed,), batch=GENERATION_BATCH, **spec.sampler.model_dump())
+    context.say_if_slower(model)
     parts = context.folder / "parts"
     rows, answered, ends = [], 0, 0
 

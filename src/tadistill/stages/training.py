@@ -129,6 +129,8 @@ def _sampler(
     config = method.sampler
     if not isinstance(config, OnPolicy):
         return FixedSequences(texts, method.optim, signals=signals, **common)
+    if config.engine == "native":
+        context.say_if_slower(subject.model, *(teachers[:1] if config.guided else ()))
     plain = context.corpus(distill.corpus if distill else None, subject.tokenizer)
     common |= {"engine": _engine(config, subject), "vocab": subject.vocab, "corpus": plain}
     return on_policy(method, texts, train.encoded, teachers=teachers, **common)

@@ -9,7 +9,9 @@ from tadistill.statistics.tests import (
     holm,
     inflation,
     minimum_detectable_effect,
+    seeds_spread,
     sign_flip,
+    spread_claimed,
     undominated,
 )
 
@@ -25,6 +27,8 @@ __all__ = [
     "macro_interval",
     "macro_intervals",
     "minimum_detectable_effect",
+    "seeds_spread",
     "sign_flip",
+    "spread_claimed",
     "undominated",
 ]

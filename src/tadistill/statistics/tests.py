@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import nctdtrinc, ndtr, ndtri, stdtrit
+from scipy.special import nctdtrinc, ndtr, ndtri, stdtr, stdtrit
 
 from tadistill.statistics.bootstrap import Difference
 
@@ -101,6 +101,27 @@ def detectable(
         raise ValueError(f"s_prompt, s_seed and s_decode cannot be negative, but they are {s_prompt}, {s_seed} and {s_decode}")
     variance = s_prompt**2 / prompts + 2 * s_seed**2 / seeds + 2 * s_decode**2 / (prompts * decodes)
     return minimum_detectable_effect(float(np.sqrt(variance)), np.inf, power, level)
+
+
+def spread_claimed(mean: float, half: float, p: float) -> float:
+    """Return the standard deviation of the normal distribution around `mean` that claims no more than an interval and a test.
+
+    Args:
+        half: half the width of the 95 % interval.
+        p: two-sided p-value for a mean of zero.
+    """
+    z = -ndtri(p / 2) if 0 < p < 1 else 0.0
+    return float(max(half / ndtri(0.975), abs(mean) / z if z > 0 else 0.0))
+
+
+def seeds_spread(differences_S: ArrayLike) -> float:
+    """Return `spread_claimed` of the t-test of paired differences, one per training seed; 0 for one seed."""
+    differences = np.asarray(differences_S, dtype=np.float64)
+    df = len(differences) - 1
+    if df < 1 or not (se := float(differences.std(ddof=1)) / np.sqrt(df + 1)) > 0:
+        return 0.0
+    mean = float(differences.mean())
+    return spread_claimed(mean, float(stdtrit(df, 0.975)) * se, float(2 * stdtr(df, -abs(mean) / se)))
 
 
 def expected_best_of(k: int) -> float:

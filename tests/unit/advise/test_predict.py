@@ -1,5 +1,6 @@
 """The regression against explicit Bayesian linear algebra, chains beside their twins, and what lies beyond history."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +10,7 @@ from scipy import stats
 from tadistill.advise import predict
 from tadistill.advise.history import Candidate, Edge, EdgeMeasures, Observation, pair_up
 from tadistill.errors import ConfigError
+from tadistill.statistics import spread_claimed
 
 
 def hops(path, ratios, kls=None):
@@ -182,3 +184,30 @@ def test_runs_of_the_own_family_count_for_more():
     assert as_own.sd < as_other.sd
     assert abs(as_own.mean - 3.0) < abs(as_other.mean - 3.0)
     assert as_own.mean > 2.0
+
+
+@pytest.mark.parametrize("differences", [[-9.0, -6.0, -0.6], [-5.3, -5.2, -5.1], [1.0, 3.0, 8.0]])
+def test_one_chain_gives_no_surer_forecast_than_its_own_t_test(differences):
+    (direct,) = hops("ts", SIZES)
+    chain = Candidate(("t", "a", "s"), 2.0, hops("tas", SIZES))
+    history = pair_up([*observe("f", ("t", "s"), 2.0, [20.0] * 3), *observe("f", ("t", "a", "s"), 2.0, [20.0 + d for d in differences])])
+    (forecast,) = predict.predict([chain], direct, history, margin=0.3, family="f").forecasts
+    low, high = forecast.interval(0.95)
+    better = forecast.p_above(0.0)
+    own = stats.ttest_1samp(differences, 0.0, alternative="greater")
+    own_low, own_high = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert high - low >= own_high - own_low
+    assert min(own.pvalue, 1 - own.pvalue) <= min(better, 1 - better)
+
+
+def test_a_forecast_is_no_surer_than_the_report_of_its_chain():
+    """The report counts prompts too: -5.5 [-16.9, 5.1], p = 0.3, where the seeds agree by luck."""
+    (direct,) = hops("ts", SIZES)
+    chain = Candidate(("t", "a", "s"), 2.0, hops("tas", SIZES))
+    claimed = spread_claimed(-5.5, 11.0, 0.3)
+    runs = [*observe("f", ("t", "s"), 2.0, [20.0] * 3), *observe("f", ("t", "a", "s"), 2.0, [14.5, 14.6, 14.4])]
+    history = pair_up([replace(run, reported=claimed if len(run.path) > 2 else 0.0) for run in runs])
+    (forecast,) = predict.predict([chain], direct, history, margin=0.3, family="f").forecasts
+    low, high = forecast.interval(0.95)
+    assert high - low >= 22
+    assert forecast.p_above(0.0) >= 0.15 - 1e-6

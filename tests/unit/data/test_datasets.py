@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from tadistill.config import Data, DataRef
 from tadistill.data import datasets
-from tadistill.data.templates import encode, render
+from tadistill.data.templates import Counts, Lengths, encode, encode_counted, render
 from tadistill.data.tinyworld import tokenizer as world_tokenizer
 from tadistill.errors import DataError, ModelError
 
@@ -232,6 +232,52 @@ def test_encoding_ends_with_eos_and_follows_the_length_rules():
     assert tokenizer.eos_token_id not in cut.response
     with pytest.raises(DataError, match=r"raise data\.max_prompt"):
         encode(rows, tokenizer, template="plain", max_prompt=1, max_length=8)
+
+
+def lengths_of(tokenizer, *prompts: int, response: int = 1) -> list[datasets.Example]:
+    """Rows whose prompts have this many tokens in the template plain, with its line break."""
+    word = next(w for w in tokenizer.get_vocab() if w.isalpha())
+    return [datasets.Example(" ".join([word] * (n - 1)), "", (" ".join([word] * response),), verbatim=n == 0) for n in prompts]
+
+
+def test_rows_that_are_left_out_are_counted():
+    tokenizer = world_tokenizer()
+    rows = lengths_of(tokenizer, 3, 9, 0, 9, 2)
+    encoded, counts = encode_counted(rows, tokenizer, Lengths(5, 20), template="plain")
+    assert [e.row for e in encoded] == [0, 4]
+    assert counts == Counts(rows=5, long=2, empty=1, limit=5, max_length=20)
+    assert counts.text == "2 of 5 rows; 2 longer than data.max_prompt (5); 1 with an empty prompt"
+
+
+def test_rows_that_are_cut_are_counted():
+    """As MiniLLM's PromptDataset does: the first max_prompt tokens are kept, and the whole reference."""
+    tokenizer = world_tokenizer()
+    rows = lengths_of(tokenizer, 3, 9)
+    encoded, counts = encode_counted(rows, tokenizer, Lengths(5, 20, "cut"), template="plain")
+    whole = encode(rows, tokenizer, template="plain", max_prompt=9, max_length=20)
+    assert [e.prompt for e in encoded] == [whole[0].prompt, whole[1].prompt[:5]]
+    assert [e.response for e in encoded] == [e.response for e in whole]
+    assert counts.text == "2 of 2 rows; 1 with a prompt cut at data.max_prompt (5)"
+    _, counts = encode_counted(lengths_of(tokenizer, 3, response=4), tokenizer, Lengths(5, 6), template="plain")
+    assert counts.text == "1 of 1 rows; 1 with a reference cut at data.max_length (6)"
+    _, counts = encode_counted(lengths_of(tokenizer, 3, 6), tokenizer, Lengths(256, 6), template="plain")
+    assert counts.text == "1 of 2 rows; 1 longer than data.max_length (6)"
+    _, counts = encode_counted(lengths_of(tokenizer, 3), tokenizer, Lengths(5, 20), template="plain")
+    assert counts.text == ""
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_length", "words"),
+    [
+        ((9, 7), 20, r"at most 5 tokens \(the shortest has 7\); raise data\.max_prompt, or"),
+        ((9, 7), 4, r"the shortest has 7\); raise data\.max_length"),
+        ((0, 0), 20, "every row of data has an empty prompt"),
+    ],
+)
+def test_no_row_left_names_the_rule(prompts, max_length, words):
+    tokenizer = world_tokenizer()
+    with pytest.raises(DataError, match=words):
+        encode(lengths_of(tokenizer, *prompts), tokenizer, template="plain", max_prompt=5, max_length=max_length)
 
 
 def test_choices_are_encoded_as_responses_are():

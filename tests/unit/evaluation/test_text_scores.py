@@ -1,6 +1,8 @@
 """Scores of text: Rouge-L equals the library's, the others by hand, errors."""
 
 import json
+import random
+import string
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,9 @@ from rouge_score import rouge_scorer
 from tests.environment import USER
 
 from tadistill.data import tinyworld
+from tadistill.data.datasets import Example
 from tadistill.errors import DataError
-from tadistill.evaluation.text_scores import exact_match, fact_accuracy, repetition, rouge_l
+from tadistill.evaluation.text_scores import exact_match, fact_accuracy, repetition, rouge_l, rouge_l_unicode, score_quality, unseen
 
 
 def test_rouge_l_is_the_best_stemmed_f_measure():
@@ -20,6 +23,52 @@ def test_rouge_l_is_the_best_stemmed_f_measure():
         assert found == 100 * max(scorer.score(r, prediction)["rougeL"].fmeasure for r in refs)
     assert rouge_l([""], [["x"]]) == [0.0]
     assert rouge_l(["the runner runs"], [["the runner runs"]]) == [100.0]
+
+
+TEXTS = ["红色的苹果", "красное яблоко", "تفاحة حمراء", "हिन्दी में", "ภาษาไทย", "한국어 시험", "日本語のテスト", "été à Québec", "the cats"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_equal_texts_score_100_in_every_script(text):
+    assert rouge_l_unicode([text], [[text]]) == [100]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("pêche", "pâche", 0),
+        ("pe\u0302che", "PÊCHE", 100),  # a combining accent, another case
+        ("红苹果", "红色的苹果", 75),  # three of three and of five characters
+        ("красное", "красное яблоко", 200 / 3),
+        ("ＡＢＣ１", "abc1", 100),  # full width
+        ("你好 world", "你好, World!", 100),
+        ("", "я", 0),
+    ],
+)
+def test_rouge_l_of_other_scripts(prediction, reference, score):
+    assert rouge_l_unicode([prediction], [[reference]]) == [pytest.approx(score)]
+
+
+def test_on_ascii_text_both_rouges_are_equal():
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(string.printable + "aeinrst   ", k=50)) for _ in range(60)]
+    references = [[text[:25] + other, other] for text, other in zip(texts, reversed(texts), strict=True)]
+    assert rouge_l_unicode(texts, references) == rouge_l(texts, references)
+
+
+def test_the_share_that_rouge_l_drops():
+    assert unseen([["红色"], ["abc"]]) == 0.5
+    assert unseen([["pêche"]]) == 0.2
+    assert unseen([["abc 12 …"], ["—"]]) == 0
+
+
+def test_the_second_rouge_is_measured_where_it_differs_or_is_asked_for():
+    def rows(reference: str) -> list[Example]:
+        return [Example("say", "", (reference,))]
+
+    assert score_quality(["красное"], rows("красное")) == {"rouge_l": [0], "rouge_l_unicode": [100]}
+    assert score_quality(["red"], rows("red")) == {"rouge_l": [100]}
+    assert score_quality(["red"], rows("red"), metric="rouge_l_unicode")["rouge_l_unicode"] == [100]
 
 
 def real_references() -> list[list[str]]:

@@ -7,6 +7,7 @@ import pytest
 from tadistill.config import DataRef, validate
 from tadistill.errors import ConfigError, DataError
 from tadistill.models.counting.memory import resident_bytes
+from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import HashedData
@@ -253,3 +254,21 @@ def test_entries_of_resources_that_do_not_fit_together():
         layout(wanted, next(s for s in make_plan(wanted).stages.values() if s.kind == "sft" and s.model == "s"))
     assert (layout(wanted, stages["distill"]).processes, layout(wanted, stages["distill"]).hours) == (4, 1)
     assert layout(wanted, stages["evaluate"]).processes == 1  # a default for training is none for others
+
+
+def test_the_plan_counts_the_first_rows(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(f'{{"instruction": "{"name " * n}", "output": "cat"}}\n' for n in (3, 300, 3)))
+    data = recipe()["data"] | {"train": str(path), "dev": str(path), "test": [str(path)]}
+    notes = list(preview._rows(plan(data=data)))
+    assert notes == [
+        f"Rows of own ({role}), among the first 3: 2 of 3 rows; 1 longer than data.max_prompt (256)." for role in ("train", "dev", "test")
+    ]
+    assert list(preview._rows(plan())) == []
+
+
+def test_long_prompts_change_keys_only_where_they_are_cut():
+    assert "long_prompts" not in plan().stages.popitem()[1].spec.content()["data"]
+    cut = plan(data=recipe()["data"] | {"long_prompts": "cut"})
+    assert cut.stages.popitem()[1].spec.content()["data"]["long_prompts"] == "cut"
+    assert not set(cut.stages) & set(plan().stages)

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from tadistill.disk import digest
 from tadistill.errors import ConfigError, StoreError
 from tadistill.report.cards import export, model_card
 from tadistill.report.text import verdict_text
@@ -111,3 +112,16 @@ def test_a_model_that_is_loaded_as_it_is_has_nothing_to_export(tmp_path):
     study = build_study(tmp_path, StudySpec(SMALL, trained=False))
     with pytest.raises(ConfigError, match="arm direct only uses model s and does not train it, so there is nothing to export"):
         export(study.read(), "direct", None, tmp_path / "out")
+
+
+def test_changed_weights_are_not_exported(study, tmp_path):
+    key = key_of("distill", ("xl", "l", "s"), 10, "chain")
+    folder = study.store_dir / key[:2] / key
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model/config.json"] = digest(folder / "model" / "config.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    export(study.read(), "chain", 10, tmp_path / "whole")
+    (folder / "model" / "config.json").write_text("{}")
+    with pytest.raises(StoreError, match=rf"config\.json has changed .*{key}.*delete .*{key} and run `tadistill run recipes"):
+        export(study.read(), "chain", 10, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tadistill.config.arm import direct_arm
+from tadistill.disk import digest
 from tadistill.errors import StoreError
 from tadistill.report import summary_table, write_report
 from tadistill.report.plain import write_results
@@ -27,7 +28,7 @@ ROW_KEYS = ["arm", "model", "parameters", "seed", "set", "metric", "value", "low
 def test_rows_hold_the_scores(shared):
     write_results(shared.results)
     content = json.loads((shared.study_dir / "results.json").read_text())
-    assert list(content) == ["study", "created", "command", "rows", "comparisons", "verdicts"]
+    assert list(content) == ["study", "created", "command", "data", "rows", "comparisons", "verdicts"]
     assert content["command"] == "tadistill run recipes/demo.yaml"
     whole_set = ("perplexity", "distinct_1", "distinct_2", "distinct_4", "ece_tokens")
     assert {row["metric"] for row in content["rows"] if row["low"] is None} == set(whole_set)
@@ -35,7 +36,7 @@ def test_rows_hold_the_scores(shared):
         assert list(row) == ROW_KEYS
         values = shared.scores[row["arm"], row["seed"]][row["set"]][row["metric"]]
         assert row["value"] == pytest.approx(values.mean(), abs=1e-6)
-        assert [row["low"], row["high"]] == pytest.approx(macro_interval([values[None]]), abs=1e-6)
+        assert [row["low"], row["high"]] == pytest.approx(collect.within(macro_interval([values[None]]), row["metric"]), abs=1e-6)
         assert (row["model"], row["parameters"]) == ("s", 124_439_808)
         analysed = row["metric"] in ("forward_kl", "reverse_kl") or row["metric"].startswith("budget/")
         what = row["metric"].partition("@")[2] or ("analyse" if analysed else "evaluate")
@@ -197,7 +198,10 @@ def test_different_prompts_cannot_be_compared(study):
     scores = json.loads(path.read_text())
     scores["dolly"]["rouge_l"].pop()
     path.write_text(json.dumps(scores))
-    with pytest.raises(StoreError, match="scored 12 and 11 prompts of dolly"):
+    with pytest.raises(
+        StoreError,
+        match=r"dolly/rouge_l has 11 prompts, but the evaluation answered 12\): delete .*`tadistill run recipes/demo.yaml` again",
+    ):
         write_results(study.read())
 
 
@@ -245,3 +249,41 @@ def test_one_teacher_is_never_dense(study):
         arm["text"] = f"{' > '.join(arm['path'])}, dense"
     (study.study_dir / "plan.json").write_text(json.dumps(plan))
     assert [arm.is_plain for arm in study.read().plan.arms] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "content"),
+    [
+        ("evaluate", "corpus.json", "{}"),
+        ("evaluate", "corpus.json", '{"dolly": {"numbers": {}, "reference_length": []}}'),
+        ("evaluate", "predictions.jsonl", '{"set": "dolly"}'),
+        ("evaluate", "predictions.jsonl", ""),
+        ("analyse", "exposure.json", "{}"),
+        ("analyse", "exposure.json", '{"dolly": {"student": {"kl": [1]}}}'),
+        ("analyse", "scores.json", '{"other": {}}'),
+        ("analyse", "scores.json", '{"dolly": {"forward_kl": [[1.0]]}}'),
+    ],
+)
+def test_damage_without_digests_is_one_sentence(study, kind, name, content):
+    """Stages whose manifest has no digest: what cannot be read is named, with the folder to delete and the command."""
+    key = key_of(kind, "chain", 20)
+    (study.store_dir / key[:2] / key / name).write_text(content)
+    with pytest.raises(StoreError, match=rf"{key}.*cannot be read .*: delete .*{key} and run `tadistill run recipes/demo.yaml` again"):
+        write_report(study.read())
+
+
+def test_changed_files_stop_the_report_before_anything_is_written(study):
+    """The digests of all files that a report reads are checked first."""
+    for kind, name in (("evaluate", "predictions.jsonl"), ("analyse", "exposure.json")):
+        folder = study.store_dir / (key := key_of(kind, "chain", 20))[:2] / key
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"][name] = digest(folder / name)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    study.read()
+    for kind, name in (("evaluate", "predictions.jsonl"), ("analyse", "exposure.json")):
+        folder = study.store_dir / (key := key_of(kind, "chain", 20))[:2] / key
+        (folder / name).write_text((folder / name).read_text() + "\n")
+    with pytest.raises(
+        StoreError, match=r"predictions\.jsonl has changed .*exposure\.json has changed .*`tadistill run recipes/demo.yaml`"
+    ):
+        study.read()

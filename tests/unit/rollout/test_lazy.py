@@ -12,6 +12,7 @@ from tadistill.config.common import Decoding
 from tadistill.rollout import lazy
 from tadistill.rollout.draw import Mixture
 from tadistill.rollout.generate import Speculation, sample
+from tadistill.rollout.reading import way_of
 
 STEPS = 24
 
@@ -130,6 +131,7 @@ def test_what_cannot_be_packed_goes_in_step(case, monkeypatch):
         monkeypatch.setattr(lazy, "PACKED_FAMILIES", {"llama"})
     decoding = {"warping": Decoding(top_p=0.9), "greedy": GREEDY}.get(case, Decoding())
     guide = Speculation(teacher, 3) if case == "speculation" else Mixture(teacher, 0.2)
+    way_of(teacher)  # tries the model once
     with counted(teacher) as calls:
         sample(student, PROMPTS, uniforms(8, STEPS), eos=(), vocab=VOCAB, decoding=decoding, guide=guide)
     assert len(calls) == STEPS

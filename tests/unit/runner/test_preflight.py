@@ -1,9 +1,13 @@
-"""Memory before a study: one stage by itself, and the stages that may run at the same time. What the sentence advises helps."""
+"""What is found before a study: architectures, rows left out, other scripts, too little memory. What a sentence advises helps."""
+
+import json
 
 import pytest
+from rich.console import Console
 
 from tadistill.config import validate
-from tadistill.errors import ModelError
+from tadistill.data.templates import Counts
+from tadistill.errors import DataError, ModelError
 from tadistill.plan.arms import make_plan
 from tadistill.runner import preflight
 from tadistill.runner.preflight import check_study
@@ -24,6 +28,17 @@ def recipe(jobs: int = 1, precision: str = "fp32"):
         "arms": {"direct": "l > s"},
         "runtime": {"jobs": jobs},
     })  # fmt: skip
+
+
+def test_an_architecture_that_cannot_be_distilled_is_refused_before_work(tmp_path):
+    """Its config.json is enough; no weights are read."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    changed = recipe()
+    student = changed.models["s"].model_copy(update={"load": str(tmp_path), "config": {}})
+    changed = changed.model_copy(update={"models": changed.models | {"s": student}})
+    with pytest.raises(ModelError, match="model `s` is of type bert, which reads text in both directions"):
+        check_study(changed)
 
 
 def need(of) -> float:
@@ -57,3 +72,54 @@ def test_stages_that_wait_for_each_other_are_not():
     for key in group:
         assert not set(plan.stages[key].parents.values()) & set(group)
     assert len(group) < len(plan.stages)
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------------
+
+
+def said(of) -> str:
+    console = Console(width=400)
+    with console.capture() as capture:
+        check_study(of, console)
+    return capture.get()
+
+
+def of_rows(tmp_path, *rows: dict, **changes):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    content = recipe().model_dump(mode="json", by_alias=True, exclude_unset=True)
+    content["data"] |= {"train": str(path), "dev": str(path), "test": [str(path)]} | changes
+    return validate(content)
+
+
+def test_rows_left_out_are_counted_before_anything_runs(tmp_path):
+    rows = [{"instruction": "name " * n, "output": "cat"} for n in (3, 30, 3, 40)]
+    text = said(of_rows(tmp_path, *rows, max_prompt=16))
+    for role in ("train", "dev", "test"):
+        assert f"own ({role}): 2 of 4 rows; 2 longer than data.max_prompt (16)" in text
+    text = said(of_rows(tmp_path, *rows, max_prompt=16, long_prompts="cut"))
+    assert "own (test): 4 of 4 rows; 2 with a prompt cut at data.max_prompt (16)" in text
+    assert said(of_rows(tmp_path, *rows)) == ""
+
+
+def test_models_that_keep_different_rows_are_named():
+    def read(*kept: int) -> preflight._Read:
+        counts = Counts(rows=4, long=4 - len(kept), limit=8, max_length=16)
+        return preflight._Read(5, {("test", "own"): counts}, {"own": frozenset(kept)})
+
+    found = preflight._rows_notes({"a": read(0, 1, 2), "b": read(1, 2, 3)}, training=False)
+    assert found[-1] == "own (test): the models are compared on the 2 rows that all of them keep"
+    assert preflight._rows_notes({"a": read(0, 1, 2, 3), "b": read(0, 1, 2, 3)}, training=False) == []
+    with pytest.raises(DataError, match=r"models a, b keep no common row of own"):
+        preflight._rows_notes({"a": read(0), "b": read(1)}, training=False)
+
+
+def test_references_that_rouge_cannot_read_are_named(tmp_path):
+    of = of_rows(tmp_path, {"instruction": "say", "output": "красное"}, {"instruction": "say", "output": "cat"})
+    assert "own (test): ROUGE-L drops 50 % of the letters" in said(of)
+    assert "(dev)" not in said(of)  # the loss selects
+    content = of.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    content["method"]["select"] = {"metric": "rouge_l"}
+    assert "own (dev): ROUGE-L drops 50 % of the letters of its references (all but a-z); select by rouge_l_unicode" in said(
+        validate(content)
+    )

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tests.unit.search.tables import TAKD, TAKD_SCRATCH
 
-from tadistill.search.strategies import Chosen, geometric_mean, lambda_tradeoff, performance_mean, size_law
+from tadistill.search.choice import Choice, Tried, choice_notes
+from tadistill.search.strategies import Chosen, Round, geometric_mean, lambda_tradeoff, performance_mean, size_law
 
 GPT2 = {"xl": 1557.6e6, "l": 774.0e6, "m": 354.8e6, "s": 124.4e6}
 LAYERS = {name: float(name) for name in ("10", "8", "6", "4", "2")}
@@ -57,3 +58,20 @@ def test_lambda_sweep_is_the_maximum_everywhere():
             chosen = next(c for c in sweep if c.low <= lam <= c.high).assistant
             value = {name: scores[name] + lam * (1 - sizes[name] / sizes["t"]) for name in names}
             assert value[chosen] == pytest.approx(max(value.values()))
+
+
+def test_a_tie_is_called_a_tie(tmp_path):
+    tried = [Tried(path, 1.0, (20.0, 21.0)) for path in (("t", "s"), ("t", "a", "s"))] + [Tried(("t", "b", "s"), 1.0, (19.0, 19.0))]
+    common = {
+        "study": "s",
+        "strategy": "exhaustive",
+        "metric": "rouge_l",
+        "sign": 1,
+        "rounds": ((Round(tuple(t.path for t in tried)), {}),),
+        "distillations": 3,
+    }
+    choice = Choice(tried=tuple(tried), direct=1.0, trained=3.0, discarded=1.0, **common)
+    said = "2 paths have the same dev value, so the first of the shortest is chosen: t > s, t > a > s."
+    assert said in choice_notes(choice, None, tmp_path)
+    alone = Choice(tried=tuple(tried[1:]), direct=1.0, trained=3.0, discarded=1.0, **common)
+    assert not any("same dev value" in note for note in choice_notes(alone, None, tmp_path))

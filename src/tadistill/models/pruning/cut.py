@@ -18,7 +18,7 @@ from tadistill.errors import ConfigError, ModelError
 from tadistill.models.counting.shapes import Shape, changes, check_shape, shape_of
 from tadistill.models.pruning.activations import Importance, keep_important
 from tadistill.models.pruning.families import FAMILIES, Axis, Family
-from tadistill.models.reading import quiet
+from tadistill.models.support import quiet
 
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")  # configuration lists with one entry per layer
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from tadistill.config import DataRef, ModelConfig, Recipe
 from tadistill.config.recipe import World
 from tadistill.data import datasets, tinyworld
-from tadistill.data.templates import encode
+from tadistill.data.templates import Counts, Lengths, encode_counted
 from tadistill.models import sources
 from tadistill.models.counting.sizes import Work
 from tadistill.tuning import COMPACT_BELOW
@@ -71,11 +71,22 @@ def read_lengths(recipe: Recipe, ref: DataRef, role: str, examples: Sequence[dat
     sample = [replace(examples[i * len(examples) // places], choices=()) for i in range(places)]
     ids = study_tokenizer(recipe)
     known = ids is not None
-    limits = {"max_prompt": data.max_prompt, "max_length": data.max_length} if known else {"max_prompt": _ENDLESS, "max_length": _ENDLESS}
+    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts) if known else Lengths(_ENDLESS, _ENDLESS)
     stand_in = cast(Any, _StandIn(ids or _pieces))
-    found = encode(sample, stand_in, template=data.template, name=f"data set `{ref.name}` ({role})", **limits)
+    found, _ = encode_counted(sample, stand_in, lengths, template=data.template, name=f"data set `{ref.name}` ({role})")
     rows = [(min(len(e.prompt), data.max_prompt, data.max_length - 1), len(e.response)) for e in found]
     return Texts(tuple((p, min(r, data.max_length - p)) for p, r in rows), len(examples) * len(rows) / places)
+
+
+def count_first_rows(recipe: Recipe, ref: DataRef, role: Literal["train", "dev", "test"]) -> Counts | None:
+    """Count the rows that are left out or cut among the first rows of a split; None if the split or the tokenizer is not on this disk."""
+    data, ids = recipe.data, study_tokenizer(recipe)
+    if ids is None or datasets.on_hub(ref, role, data) is not None:
+        return None
+    rows = datasets.read(ref, role, world=data.world, root=data.root, limit=min(_SAMPLE, getattr(data.limit, role) or _SAMPLE))
+    sample = [replace(row, choices=()) for row in rows]
+    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts)
+    return encode_counted(sample, cast(Any, _StandIn(ids)), lengths, template=data.template, name=f"data set `{ref.name}` ({role})")[1]
 
 
 def chunk(recipe: Recipe) -> int:

@@ -1,0 +1,93 @@
+"""Refuse architectures that cannot be distilled; all other causal language models of transformers can be.
+
+`tests/e2e/test_architectures.py` holds every architecture of transformers to one of two: it is refused here by name, or its logits in
+training and its sampled tokens are those of a forward pass over the whole text.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from tadistill.errors import ModelError
+
+_POSITIONS = "counts positions from its padding token and not from 0"
+_BOTH = "reads text in both directions"
+_PART = "is part of a model of images and text, and transformers cannot load this part from files of its own"
+_DRAFTS = "drafts tokens for another model and cannot run without it"
+REFUSED = {
+    **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"), _POSITIONS),
+    **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl", "xmod"), _POSITIONS),
+    **dict.fromkeys(("cpmant", "xlnet"), _BOTH),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTS),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "writes sound and no text"),
+    **dict.fromkeys(("emu3", "mllama"), _PART),
+    "blt": "reads patches of bytes, which a second model cuts",
+    "prophetnet": "predicts several tokens at once",
+    "reformer": "draws random numbers in every forward pass, so that its logits cannot be repeated",
+}
+"""Type of model -> why it cannot be distilled, as the end of a sentence about it."""
+ENCODERS = frozenset(
+    ("bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "rembert", "roc_bert", "roformer", *REFUSED)
+)
+"""Types that read in both directions unless their config.json has `"is_decoder": true`."""
+
+
+def check_architecture(config: PreTrainedConfig, model: str) -> None:
+    """Raise a ModelError that names the model and its type if models of this configuration cannot be distilled."""
+    kind = config.model_type
+    _check_type(kind, model)
+    if config.is_encoder_decoder:
+        raise _refusal(model, kind, "is an encoder with a decoder")
+    if (kind in ENCODERS and not getattr(config, "is_decoder", True)) or not getattr(config, "causal", True):
+        flag = "causal" if hasattr(config, "causal") else "is_decoder"
+        raise _refusal(model, kind, f'{_BOTH} unless its config.json has "{flag}": true')
+
+
+def check_config(config: Mapping[str, Any], model: str) -> None:
+    """Check the contents of a config.json as `check_architecture` does, and that transformers can build a model from them.
+
+    Raises:
+        ModelError: the architecture cannot be distilled, the contents are not valid, or a package that the model needs is missing.
+    """
+    _check_type(config.get("model_type"), model)
+    with quiet():
+        try:
+            read = AutoConfig.for_model(**config)
+            check_architecture(read, model)
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(read, trust_remote_code=False)
+        except ModelError:
+            raise
+        except Exception as error:  # whatever the code of any family raises
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"transformers cannot build model `{model}` from its config.json: {reason or type(error).__name__}") from error
+
+
+def _check_type(kind: Any, model: str) -> None:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise _refusal(model, kind, "is no causal language model of this version of transformers")
+    if kind in REFUSED:
+        raise _refusal(model, kind, REFUSED[kind])
+
+
+def _refusal(model: str, kind: Any, reason: str) -> ModelError:
+    return ModelError(f"model `{model}` is of type {kind}, which {reason}; choose a decoder-only language model")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the progress bars and warnings of transformers, which would break our own progress display. Errors are still shown."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

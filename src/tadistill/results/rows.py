@@ -1,0 +1,121 @@
+"""The rows of a study's data sets: which ones each evaluation answered, and how many were left out or cut.
+
+A row is identified by its place in its split, from 0. All models of a study read the same splits, but a model whose tokenizer makes longer
+prompts leaves out more rows. So scores are paired by row, never by their position in a file.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tadistill.data.templates import Counts
+from tadistill.errors import StoreError
+from tadistill.results.study import StudyPlan, load_manifest, load_predictions
+from tadistill.store import Store
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class UsedRows:
+    """The rows of one split that some arms used."""
+
+    role: str
+    """train, dev or test."""
+    set: str
+    counts: Counts
+    arms: tuple[str, ...]
+    """The arms with these counts; empty if all arms have them."""
+    compared: int
+    """Rows on which arms are compared: those that all of them have."""
+
+    @property
+    def text(self) -> str:
+        """Return ``dolly (test): 476 of 500 rows; 24 longer than data.max_prompt (256)``; empty if all rows are used whole."""
+        whole = self.counts.text
+        if self.compared < self.counts.used:
+            whole = f"{whole or f'{self.counts.used} rows'}; compared on the {self.compared} rows that all models have"
+        arms = f", {', '.join(self.arms)}" if self.arms else ""
+        return f"{self.set} ({self.role}{arms}): {whole}" if whole else ""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Return the counts for ``results.json``."""
+        return {"role": self.role, "set": self.set, **asdict(self.counts), "used": self.counts.used, "compared": self.compared,
+                "arms": list(self.arms)}  # fmt: skip
+
+
+def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -> dict[str, Rows]:
+    """Return the rows of each set that an evaluation answered, in the order of its scores: set -> (N,).
+
+    Evaluations of earlier versions have them only in their predictions.
+    """
+    if all("rows" in found for found in corpus.values()):
+        return {name: np.asarray(found["rows"], dtype=np.int64) for name, found in corpus.items()}
+    rows: dict[tuple[str, int], list[int]] = {}
+    for row in load_predictions(store, key):
+        rows.setdefault((row["set"], row["seed"]), []).append(row["index"])
+    first: dict[str, Rows] = {}
+    for (name, _), found in rows.items():
+        first.setdefault(name, np.asarray(found, dtype=np.int64))
+    return first
+
+
+def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[str, Rows]:
+    """Return the rows of each set that all evaluations of the set answered, from stage -> set -> rows.
+
+    Raises:
+        StoreError: the evaluations of a set share no row.
+    """
+    shared: dict[str, Rows] = {}
+    for of_stage in rows.values():
+        for name, of_set in of_stage.items():
+            shared[name] = np.intersect1d(shared[name], of_set) if name in shared else of_set
+    for name, of_set in shared.items():
+        if not len(of_set):
+            stages = ", ".join(store.label(key) for key, of_stage in rows.items() if name in of_stage)
+            raise StoreError(f"the evaluations of {name} answered no common row ({stages}) to compare arms on; raise data.max_prompt")
+    return shared
+
+
+def places(answered: Rows, chosen: Rows) -> NDArray[np.intp]:
+    """Return the positions of the chosen rows among the answered ones, in the order of the rows."""
+    order = np.argsort(answered, kind="stable")
+    return order[np.isin(answered[order], chosen)]
+
+
+def count_rows(plan: StudyPlan, store: Store, rows: Mapping[str, Mapping[str, Rows]], shared: Mapping[str, Rows]) -> tuple[UsedRows, ...]:
+    """Return the numbers of rows of every split that a finished training stage or main evaluation read, in the plan's order."""
+    found: dict[tuple[str, str], dict[Counts, dict[str, None]]] = {}
+    for stage in plan.stages:
+        of_stage = rows.get(stage.key)
+        for (role, name), counts in _counts(plan, store, stage.key, of_stage).items():
+            if role != "test" or of_stage is not None:
+                found.setdefault((role, name), {}).setdefault(counts, {}).update(dict.fromkeys(stage.arms))
+    used: list[UsedRows] = []
+    for (role, name), by_counts in found.items():
+        for counts, arms in by_counts.items():
+            compared = len(shared[name]) if role == "test" and name in shared else counts.used
+            used.append(UsedRows(role, name, counts, tuple(arms) if len(by_counts) > 1 else (), compared))
+    return tuple(used)
+
+
+def _counts(plan: StudyPlan, store: Store, key: str, rows: Mapping[str, Rows] | None) -> Mapping[tuple[str, str], Counts]:
+    manifest = load_manifest(store, key)
+    if manifest is None or manifest.counts or rows is None:
+        return manifest.counts if manifest else {}
+    # an earlier version recorded only how many rows were left out
+    left_out, data = store.manifest(key).get("left_out", {}), plan.recipe["data"]
+    limits = {"limit": int(data.get("max_prompt", 0)), "max_length": int(data.get("max_length", 0))}
+    return {("test", n): Counts(len(of_set) + left_out.get(n, 0), long=left_out.get(n, 0), **limits) for n, of_set in rows.items()}
+
+
+def rows_text(used: Sequence[UsedRows]) -> str:
+    """Return one sentence on every split with rows that are left out or cut; empty if there is none."""
+    found = [text for split in used if (text := split.text)]
+    apart = any(split.compared < split.counts.used for split in used)
+    whole = " Metrics of whole sets are over each model's own rows." if apart else ""
+    return f"Rows left out or cut: {'. '.join(found)}.{whole}" if found else ""

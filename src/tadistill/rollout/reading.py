@@ -1,0 +1,176 @@
+"""How a model reads a text token by token: with which memory of earlier tokens, and with or without padding.
+
+Most models keep keys and values of every token. Others keep a state (Mamba, RWKV), join tokens into blocks (DeepSeek-V4), or keep nothing
+(the first GPT). Padding on the left changes what some of them compute. There is no list of families: `way_of` tries the ways on the loaded
+model, the fastest first, and takes the first one whose logits are those of a forward pass over the whole text.
+
+Axes: B sequences, T positions, V vocabulary.
+"""
+
+import inspect
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.generation.utils import ALL_CACHE_NAMES
+
+from tadistill.models.forward import apart, evaluating, precise, rounding, taken
+from tadistill.rollout.draw import in_place_cache
+
+# prompts that ways are tried on: padding, equal lengths, and more tokens than a small block or window has
+_LENGTHS = (14, 10, 10, 7)
+_STEPS = 4  # tokens after each of these prompts
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to get the logits of the next token. `slower` is what it costs, in words, or empty."""
+
+    memory: Literal["ours", "own", "none"]
+    """transformers' cache with in-place layers, the memory that the model itself returns, or none: the whole text is read every time."""
+    padded: bool = True
+    """Rows of unequal length share a call, padded on the left."""
+    masked: Literal["always", "first"] = "always"
+    """The calls that get the mask of the padding. A state that has passed over the padding needs none."""
+    drops: bool = True
+    """Finished rows leave the memory before the last one has ended."""
+    slower: str = ""
+
+
+_GROUPS = "padding changes its logits, so only prompts of equal length are answered together"
+_GROUPS_TO_THE_END = f"{_GROUPS}, and a group is read until its last answer has ended, because its memory cannot drop rows"
+_WHOLE = "no memory of earlier tokens gives the logits of a whole forward pass, so each new token reads the whole text again"
+WAYS = (
+    Way("ours"),
+    Way("ours", masked="first"),
+    Way("own"),
+    Way("ours", padded=False, slower=_GROUPS),
+    Way("own", padded=False, slower=_GROUPS),
+    Way("ours", padded=False, drops=False, slower=_GROUPS_TO_THE_END),
+    Way("own", padded=False, drops=False, slower=_GROUPS_TO_THE_END),
+    Way("none", slower=_WHOLE),
+    Way("none", padded=False, slower=f"{_WHOLE}; {_GROUPS}"),
+)
+_FOUND: WeakKeyDictionary[PreTrainedModel, Way] = WeakKeyDictionary()
+
+
+def way_of(model: PreTrainedModel) -> Way:
+    """Return the fastest way that is right for this model. It is tried once per loaded model, on a few tokens, and draws nothing."""
+    if model not in _FOUND:
+        with evaluating(model):
+            _FOUND[model] = _first_right(model)
+    return _FOUND[model]
+
+
+def slower(model: PreTrainedModel) -> str | None:
+    """Return a sentence if sampling from this model takes longer than from others, else None."""
+    reason = way_of(model).slower
+    return f"models of type {model.config.model_type} are sampled more slowly: {reason}" if reason else None
+
+
+def groups(prompts: list[tuple[int, ...]], padded: bool) -> list[np.ndarray]:
+    """Return the prompts' indices in groups that are answered together: all, or those of equal length."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    return [np.arange(len(prompts))] if padded else [(lengths == n).nonzero()[0] for n in np.unique(lengths)]
+
+
+class Decoder:
+    """A model that reads the rows of a batch, and its memory of what it has read."""
+
+    def __init__(self, model: PreTrainedModel, vocab: int, capacity: int, way: Way):
+        self.model, self.vocab, self.way = model, vocab, way
+        self.takes = inspect.signature(model.forward).parameters
+        self.name = next((name for name in ALL_CACHE_NAMES if name in self.takes), "past_key_values")
+        self.memory: Any = in_place_cache(model.config, capacity) if way.memory == "ours" else None
+
+    def logits(self, ids_BT: Tensor, attention_BT: Tensor | None, positions_BT: Tensor, start: int) -> Tensor:
+        """Return the logits (B, V) of the token after `ids_BT`, of which the model has read the columns before `start`."""
+        remembers = self.way.memory != "none"
+        if remembers and start > 0 and self.way.masked == "first":
+            attention_BT = None
+        unread = slice(start if remembers else 0, None)
+        inputs = {"attention_mask": attention_BT, "position_ids": positions_BT[:, unread], "use_cache": remembers, "logits_to_keep": 1}
+        inputs = taken(self.takes, inputs)
+        if remembers:
+            inputs[self.name] = self.memory
+        out = self.model(input_ids=ids_BT[:, unread], **inputs)
+        if self.way.memory == "own":
+            self.memory = out[self.name]
+        return out.logits[:, -1, : self.vocab].float()
+
+    def keep(self, index: Tensor) -> None:
+        """Forget all other rows."""
+        self.memory = _rows(self.memory, index)
+
+
+def _rows(memory: Any, index: Tensor) -> Any:
+    """Return some rows of a memory: of a cache, of tensors whose first axis is the rows, or of a nest of them."""
+    if isinstance(memory, Cache):
+        # `reorder_cache` serves every layer of transformers, `batch_select_indices` lacks some; a family's own cache overrides the second
+        own = type(memory).batch_select_indices is not Cache.batch_select_indices
+        (memory.batch_select_indices if own else memory.reorder_cache)(index)  # type: ignore[arg-type]
+    elif isinstance(memory, Tensor):
+        return memory[index]
+    elif isinstance(memory, dict):
+        return {key: _rows(value, index) for key, value in memory.items()}
+    elif isinstance(memory, (list, tuple)):
+        return type(memory)(_rows(value, index) for value in memory)
+    elif memory is not None:
+        raise TypeError(f"rows of a {type(memory).__name__}")
+    return memory
+
+
+# --- trying --------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _first_right(model: PreTrainedModel) -> Way:
+    texts, last = _texts(model), taken(inspect.signature(model.forward).parameters, {"logits_to_keep": _STEPS})
+    expected = [model(input_ids=text.unsqueeze(0), use_cache=False, **last).logits[0, -_STEPS:].float() for text in texts]
+    return next((way for way in WAYS[:-1] if _right(model, way, texts, expected)), WAYS[-1])
+
+
+def _texts(model: PreTrainedModel) -> list[Tensor]:
+    """Return texts of `_LENGTHS` plus `_STEPS` - 1 tokens, shorter if the model has fewer positions, from the middle of the vocabulary."""
+    words = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 10**9
+    most = max(1, min(positions - _STEPS + 1, max(_LENGTHS)))
+    shorter = max(_LENGTHS) - most
+    counts = [max(1, n - shorter) + _STEPS - 1 for n in _LENGTHS]
+    return [(words // 2 + 5 * row + 7 * torch.arange(n, device=model.device) ** 2) % words for row, n in enumerate(counts)]
+
+
+def _right(model: PreTrainedModel, way: Way, texts: list[Tensor], expected: list[Tensor]) -> bool:
+    try:
+        errors = [apart(z, expected[row][step]) for row, step, z in _read(model, way, texts)]
+    except Exception:
+        return False  # the model does not take this memory
+    # An expert that a half-precision router chooses otherwise by rounding changes one position, a wrong memory changes most of them.
+    return (max(errors) if precise(model) else statistics.median(errors)) <= rounding(model)
+
+
+def _read(model: PreTrainedModel, way: Way, texts: list[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (text, step, logits) after every prompt and token. After the first step each group loses a row, if the way drops rows."""
+    for rows in groups([tuple(text.tolist()) for text in texts], way.padded):
+        width = max(len(texts[row]) for row in rows)
+        ids, attention = (torch.zeros(len(rows), width, dtype=torch.long, device=model.device) for _ in range(2))
+        for b, row in enumerate(rows):
+            ids[b, width - len(texts[row]) :] = texts[row]
+            attention[b, width - len(texts[row]) :] = 1
+        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        decoder, start = Decoder(model, 10**9, width, way), 0
+        for step in range(_STEPS):
+            end = width - _STEPS + 1 + step
+            mask = attention[:, :end] if way.padded else None
+            logits = decoder.logits(ids[:, :end], mask, positions[:, :end], start)
+            yield from ((row, step, z) for row, z in zip(rows, logits, strict=True))
+            start = end
+            if step == 0 and len(rows) > 1 and way.drops:
+                decoder.keep(torch.arange(1, len(rows), device=model.device))
+                ids, attention, positions, rows = ids[1:], attention[1:], positions[1:], rows[1:]

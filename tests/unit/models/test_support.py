@@ -1,0 +1,44 @@
+"""Architectures that cannot be distilled: named from their config.json, with the reason."""
+
+import pytest
+
+from tadistill.errors import ModelError
+from tadistill.models.loading import load_model, scratch_config
+from tadistill.models.support import REFUSED, check_config
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_types_are_named_with_the_reason(kind):
+    with pytest.raises(ModelError, match=f"^model `mine` is of type {kind}, which .*{REFUSED[kind][:20]}.*; choose a decoder-only"):
+        check_config({"model_type": kind}, "mine")
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"model_type": "t5"}, "is of type t5, which is no causal language model of this version of transformers"),
+        ({"model_type": "bart"}, "is of type bart, which is an encoder with a decoder"),
+        ({"model_type": "bert"}, 'reads text in both directions unless its config.json has "is_decoder": true'),
+        ({"model_type": "xlm"}, 'unless its config.json has "causal": true'),
+        ({"model_type": "llama", "hidden_size": "wide"}, "transformers cannot build model `mine` from its config.json: .*hidden_size"),
+        ({"model_type": "llama", "hidden_act": "none"}, "transformers cannot build model `mine` from its config.json: .*none"),
+        ({}, "is of type None"),
+    ],
+)
+def test_the_sentence_names_the_model_and_what_is_wrong(config, what):
+    with pytest.raises(ModelError, match=f"`mine` .*{what}|{what}"):
+        check_config(config, "mine")
+
+
+@pytest.mark.parametrize("config", [{"model_type": "bert", "is_decoder": True}, {"model_type": "gpt_neox"}, {"model_type": "mamba"}])
+def test_decoders_pass(config):
+    check_config(config, "mine")
+
+
+def test_loading_refuses_before_it_reads_weights(tmp_path, tokenizer):
+    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"^model `.*` is of type roberta, which counts positions from its padding token"):
+        load_model(tmp_path)
+    with pytest.raises(ModelError, match=r"^model `scratch:bert` is of type bert, which reads text in both directions"):
+        scratch_config("bert", {}, tokenizer)

@@ -1,0 +1,75 @@
+"""Sampling from models whose memory is no list of keys and values: the way that is right is found on the loaded model."""
+
+import pytest
+import torch
+from tests.conftest import tiny_model
+from tests.families import assert_agrees, tiny
+
+from tadistill.errors import ModelError
+from tadistill.models.forward import check_reading
+from tadistill.rollout.reading import WAYS, Way, slower, way_of
+
+WAY = {
+    "qwen3": ("ours", True, True),
+    "lfm2": ("ours", True, True),  # states beside keys and values
+    "mamba": ("ours", True, True),  # states under another name, and a mask that only the first call may have
+    "minimax": ("own", True, True),  # a cache of its own class
+    "rwkv": ("own", False, True),  # no mask: padding would enter the state
+    "deepseek_v4": ("ours", False, True),  # tokens joined into blocks, which padding shifts
+    "recurrent_gemma": ("ours", False, False),  # states inside of the modules
+    "openai-gpt": ("none", True, True),
+}
+"""Type -> memory, whether unequal rows share a call, whether finished rows leave it."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", WAY)
+def test_tokens_and_logits_are_those_of_whole_forward_passes(kind):
+    model = tiny(kind)
+    way = way_of(model)
+    assert (way.memory, way.padded, way.drops) == WAY[kind]
+    assert (slower(model) is None) == (way.padded and way.memory != "none")
+    assert_agrees(model)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "qwen2", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_usual_families_keep_the_first_way(kind, dtype):
+    state = torch.get_rng_state()
+    model = tiny_model(kind)
+    assert way_of(model.to(dtype)) == WAYS[0]
+    assert way_of(model.train()) == WAYS[0]
+    assert model.training
+    check_reading(model)
+    torch.manual_seed(0)
+    drawn = torch.get_rng_state()
+    check_reading(model)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    torch.set_rng_state(state)
+
+
+def test_a_memory_that_forgets_is_not_used():
+    """A future family may take a cache under a name that we pass and ignore it, as Mamba does with `past_key_values`."""
+    model = tiny_model("llama")
+    forward = model.forward
+
+    def forgets(input_ids=None, past_key_values=None, use_cache=None, **kwargs):
+        return forward(input_ids=input_ids, use_cache=False, **kwargs)
+
+    model.forward = forgets
+    assert way_of(model) == next(way for way in WAYS if way.memory == "none")
+    assert slower(model) == (
+        "models of type llama are sampled more slowly: no memory of earlier tokens gives the logits of a whole forward pass, "
+        "so each new token reads the whole text again"
+    )
+
+
+def test_models_of_few_positions_are_tried_too():
+    assert way_of(tiny_model("gpt2", n_positions=6)) == Way("ours")
+
+
+@pytest.mark.parametrize(("kind", "changes", "what"), [("bert", {"is_decoder": False}, "later tokens"), ("roberta", {}, "positions")])
+def test_what_reads_otherwise_is_refused_after_loading(kind, changes, what):
+    model = tiny(kind, **changes)
+    with pytest.raises(ModelError, match=f"models of type {kind} .*{what}"):
+        check_reading(model)

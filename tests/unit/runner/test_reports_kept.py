@@ -1,0 +1,67 @@
+"""Reports that a later command would replace are kept, and evaluations of different models have studies of their own."""
+
+import io
+import json
+
+import yaml
+from rich.console import Console
+
+from tadistill.config import parse
+from tadistill.plan.arms import make_plan
+from tadistill.runner.study import evaluation_recipe, save_plan
+
+RECIPE = """
+study: kept
+seeds: [1, 2]
+models: {a: {load: scratch:gpt2, tokenizer: tinyworld, config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 512}}}
+data: {train: tinyworld, dev: tinyworld, test: [tinyworld]}
+arms: {a: a}
+"""
+
+
+def save(tmp_path, *overrides: str) -> str:
+    """What the terminal says when the plan is written; a report of it follows."""
+    said = io.StringIO()
+    plan = make_plan(parse(RECIPE, list(overrides), source="r.yaml"))
+    study = save_plan(plan, tmp_path, recipe_text=RECIPE, command=f"run {' '.join(overrides)}", console=Console(file=said, width=300))
+    for name in ("report.html", "report.md", "results.json", "results.csv"):
+        (study / name).write_text(f"of {overrides}")
+    return said.getvalue()
+
+
+def test_a_report_of_other_seeds_is_kept(tmp_path):
+    assert save(tmp_path) == ""
+    assert save(tmp_path) == ""  # the same evaluations: nothing is lost
+    assert save(tmp_path, "margin=0.3") == ""
+    said = save(tmp_path, "seeds=[1]")
+    (folder,) = (tmp_path / "kept" / "earlier").iterdir()
+    assert str(folder / "report.html") in said
+    assert sorted(path.name for path in folder.iterdir()) == ["plan.json", "report.html", "report.md", "results.csv", "results.json"]
+    assert (folder / "report.html").read_text() == "of ('margin=0.3',)"
+    assert json.loads((folder / "plan.json").read_text())["command"] == "run margin=0.3"
+    assert json.loads((tmp_path / "kept" / "plan.json").read_text())["command"] == "run seeds=[1]"
+    save(tmp_path, "evaluate.temperature=0")
+    assert len(list((tmp_path / "kept" / "earlier").iterdir())) == 2
+
+
+def test_a_plan_without_a_report_is_replaced(tmp_path):
+    save(tmp_path)
+    (tmp_path / "kept" / "report.html").unlink()
+    assert save(tmp_path, "seeds=[1]") == ""
+    assert not (tmp_path / "kept" / "earlier").exists()
+
+
+def test_models_of_one_name_have_studies_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one/final", "two/final"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def study(*models: str) -> str:
+        return yaml.safe_load(evaluation_recipe(models, ["dolly"], seeds=[1]))["study"]
+
+    assert study("one/final").startswith("eval-final-")
+    assert study("one/final") != study("two/final")
+    assert study("one/final") == study("one/final/") == study(str(tmp_path / "one" / "final")) == study("./one/final")
+    assert study("org-a/model") != study("org-b/model")
+    assert study("one/final", "two/final") != study("two/final", "one/final")
+    assert len(study("org/" + "x" * 300)) <= 80

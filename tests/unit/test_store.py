@@ -1,0 +1,76 @@
+"""Files of finished stages: a change is found, the stage is named, and what mends it is said; nothing is hashed without need."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tadistill import store as module
+from tadistill.errors import StoreError
+from tadistill.store import Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Two finished stages."""
+    store = Store(tmp_path / "store", "tadistill run r.yaml seeds=[1]")
+    for key in ("aa11", "bb22"):
+        folder = store.begin(key, {"label": f"evaluate {key[0]}"})
+        (folder / "scores.json").write_text("[1, 2]")
+        (folder / "model").mkdir()
+        (folder / "model" / "weights").write_bytes(b"0123")
+        store.finish(key, {"key": key})
+    return store
+
+
+def test_an_unchanged_file_is_not_hashed(store, monkeypatch):
+    monkeypatch.setattr(module, "sha256", lambda path: pytest.fail("hashed"))
+    assert store.artifact("aa11", "scores.json").read_text() == "[1, 2]"
+    assert store.artifact("aa11", "no such file") == store.folder("aa11") / "no such file"
+
+
+def test_a_copied_store_is_hashed_and_accepted(store, tmp_path):
+    shutil.copytree(store.root, tmp_path / "copy", copy_function=shutil.copyfile)
+    copy = Store(tmp_path / "copy")
+    for name in ("scores.json", "model/weights"):
+        os.utime(copy.folder("aa11") / name, (1, 1))
+        assert copy.artifact("aa11", name).is_file()
+
+
+@pytest.mark.parametrize("content", ["[1, 3]", "{}", ""])
+def test_a_changed_file_names_stage_folder_and_command(store, content):
+    path = store.folder("aa11") / "scores.json"
+    path.write_text(content)
+    os.utime(path, (1, 1))
+    with pytest.raises(StoreError) as caught:
+        store.artifact("aa11", "scores.json")
+    assert str(caught.value) == (
+        f"{path} has changed since its stage wrote it (stage evaluate a (aa11)): delete {store.folder('aa11')} and run "
+        "`tadistill run r.yaml seeds=[1]` again"
+    )
+
+
+def test_all_changed_files_are_named(store):
+    for key, name in (("aa11", "scores.json"), ("aa11", "model/weights"), ("bb22", "scores.json")):
+        (store.folder(key) / name).write_text("changed here")
+    with pytest.raises(StoreError) as caught:
+        store.check(["aa11", "bb22", "cc33"], ["scores.json", "model/weights", "other.json"])
+    for said in ("evaluate a (aa11)", "evaluate b (bb22)", "weights has changed", f"delete {store.folder('aa11')}, {store.folder('bb22')}"):
+        assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("lost", [("stat",), ("stat", "files")])
+def test_manifests_of_earlier_versions_are_read(store, lost):
+    """One has digests only; one that has none vouches for nothing, and its files are read."""
+    path = store.folder("aa11") / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in content.items() if k not in lost}))
+    assert store.artifact("aa11", "scores.json").is_file()
+    (store.folder("aa11") / "scores.json").write_text("[9, 9]")
+    if "files" in lost:
+        assert store.artifact("aa11", "scores.json").is_file()
+    else:
+        with pytest.raises(StoreError, match="has changed"):
+            store.artifact("aa11", "scores.json")
