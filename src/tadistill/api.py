@@ -61,7 +61,7 @@ def evaluate(
         limit: the number of rows that are read from the start of each set; None for all rows.
     """
     from tadistill.data import datasets
-    from tadistill.data.templates import EvalSet, Lengths, encode_counted
+    from tadistill.data.templates import EvalSet, Lengths, adds_bos, encode_counted
     from tadistill.evaluation.run import evaluate as evaluate_set
     from tadistill.evaluation.scoring import Subject
     from tadistill.models.loading import end_tokens, shared_vocabulary
@@ -70,7 +70,7 @@ def evaluate(
         {"train": on[0], "dev": on[0], "test": list(on), "root": data_root, "template": template, "limit": {"test": limit}}
     )
     subject = Subject(model.eval(), tokenizer, shared_vocabulary(tokenizer, model), end_tokens(model, tokenizer))
-    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts)
+    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, adds_bos(tokenizer))
     found = {}
     for ref in data.test:
         examples = datasets.load(ref, "test", data)

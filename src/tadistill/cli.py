@@ -197,7 +197,7 @@ def _evaluate(
     numbers = _parts(seeds)
     if not numbers or not all(part.isdigit() for part in numbers):
         raise ConfigError(f"--seeds is `{seeds}`; give whole numbers separated by commas, for instance 10,20,30")
-    text = evaluation_recipe(models, _parts(on), seeds=[int(n) for n in numbers], teacher=teacher)
+    text = evaluation_recipe(models, _sets(on), seeds=[int(n) for n in numbers], teacher=teacher)
     chosen = [part for option in settings or [] for part in ("--set", option)] + (["--teacher", teacher] if teacher else [])
     command = shlex.join([*verb, "--on", on, "--seeds", seeds, *chosen, *_runs_option(runs)])
     return _run_and_report(parse(text, settings or [], source=" ".join(verb[:2])), text, command, runs_directory(runs))
@@ -316,6 +316,15 @@ def _runs_option(runs: Path | None) -> list[str]:
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _sets(text: str) -> list[str]:
+    """Return names and paths that stand between commas; the path of an existing file may hold commas itself."""
+    parts = text.split(",")
+    for end in range(len(parts), 1, -1):
+        if Path(",".join(parts[:end])).expanduser().exists():
+            return [",".join(parts[:end]), *_sets(",".join(parts[end:]))]
+    return [*_parts(parts[0]), *(_sets(",".join(parts[1:])) if parts[1:] else [])]
 
 
 def main() -> None:

@@ -32,8 +32,9 @@ class DataRef(Strict):
     """Split to read; by default the split that matches the use of the set (train, dev or test)."""
     revision: str = "main"
     """Hub revision: a branch, tag or commit."""
-    columns: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "choices"], str] = {}
-    """Our column name -> the file's column name. Needed only if the names differ."""
+    columns: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "choices", "facts"], str] = {}
+    """Our column name -> the file's column name. Needed only if the names differ. But `choices` and `facts` are read only if they are named
+    here, as in {choices: choices}."""
     choices: tuple[str, ...] = ()
     """Possible answers of a multiple-choice set, the same for every row. An integer or boolean output is then the index of an answer."""
     instruction: str | None = None
@@ -95,6 +96,8 @@ class Data(Strict):
     """Rows with a longer prompt: left out and counted (`drop`), or cut to their first `max_prompt` tokens (`cut`, as MiniLLM tests)."""
     max_length: int = Field(default=512, ge=2)
     """Largest number of tokens in a prompt and its reference response; a longer response is cut. Not for sampled responses."""
+    bos: Literal["auto", "never"] = "auto"
+    """BOS before prompts and plain text, where no chat template writes them: if the tokenizer adds it (`auto`), or `never` (MiniLLM)."""
     limit: Limit = Limit()
     world: World = World()
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tadistill.data.templates import Encoded
+from tadistill.data.templates import Encoded, with_bos
 from tadistill.errors import DataError
 from tadistill.objectives import Hidden, TargetMixture, TopK
 from tadistill.objectives.targets import select
@@ -81,15 +81,17 @@ def references(encoded: Seq[Encoded]) -> list[Sequence]:
     return [Sequence(e.prompt, e.response) for e in encoded]
 
 
-def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int) -> list[Sequence]:
+def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int, *, bos: bool = False) -> list[Sequence]:
     """Join plain-text documents, with EOS after each, and cut the text into at most `limit` sequences of `length` tokens.
 
-    A shorter piece at the end is dropped, unless it is the only one. MiniLLM prepares its pre-training text in this way.
+    A shorter piece at the end is dropped, unless it is the only one. MiniLLM prepares its pre-training text in this way. With `bos`, the
+    first token of every sequence is BOS.
 
     Raises:
         DataError: the documents contain no text.
     """
     ids: list[int] = []
+    length -= bos
     for document in documents:
         ids += [*tokenizer(document, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         if len(ids) >= limit * length:
@@ -97,7 +99,8 @@ def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", lengt
     if len(ids) < 2:
         raise DataError("the corpus contains no text; set data.corpus to a file with at least one document")
     whole = range(0, min(len(ids) - length, (limit - 1) * length) + 1, length) or [0]
-    return [Sequence((), tuple(ids[i : i + length])) for i in whole]
+    pieces = [ids[i : i + length] for i in whole]
+    return [Sequence((), tuple(with_bos(piece, tokenizer) if bos else piece)) for piece in pieces]
 
 
 def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:

@@ -1,16 +1,10 @@
 """Read examples from tinyworld, from JSONL files, and from data sets on the Hugging Face Hub.
 
 A data set is looked for in this order: the built-in tinyworld, a local path, a folder under `data.root` (or TADISTILL_DATA), the Hub.
-Every row has the columns of one of these four forms:
-
-    instruction, output (or outputs), and optionally input
-    prompt, completion
-    messages: a conversation that ends with an assistant message
-    text: a document of a plain-text corpus
-
-A row may also have the column choices: the possible answers of a classification task.
+`data.rows` has the columns of a row.
 """
 
+import difflib
 import hashlib
 import itertools
 import json
@@ -24,26 +18,8 @@ from typing import Any
 from tadistill.config import Data, DataRef, Recipe
 from tadistill.config.recipe import World, methods
 from tadistill.data import hub, tinyworld
+from tadistill.data.rows import OPTIONAL, Example, Form, example, form_of, no_column, text, where_of
 from tadistill.errors import DataError
-
-Facts = tuple[tuple[str, tuple[str, ...]], ...]
-"""The facts that an answer must state, as (value, rivals) pairs. The answer must contain the value, and none of the rivals."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One prompt with its reference answers."""
-
-    instruction: str
-    input: str
-    references: tuple[str, ...]
-    messages: tuple[dict[str, str], ...] = ()
-    """The messages before the answer, if the row is a conversation. `instruction` and `input` are then empty."""
-    verbatim: bool = False
-    """True if `instruction` is the whole prompt, so that no template is added."""
-    facts: Facts = ()
-    choices: tuple[str, ...] = ()
-    """All possible answers of a classification task, including the references. Empty for other tasks."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +74,7 @@ def read(ref: DataRef, role: str, *, world: World, root: str | None, limit: int 
     Raises:
         DataError: the data set is missing or empty, or a row lacks a column.
     """
-    examples = [_example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, world, root), limit))]
+    examples = [example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, world, root), limit))]
     if not examples:
         raise DataError(f"data set `{ref.load}` (split {ref.split or role}) is empty; give a file with at least one row")
     return examples
@@ -115,11 +91,33 @@ def check(recipe: Recipe) -> None:
     for ref, role in [(data.train, "train"), (data.dev, "dev"), *((r, "test") for r in data.test)]:
         load(ref, role, data)
     if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
-        next(texts(data.corpus, world=data.world, root=data.root), None)
+        check_corpus(data.corpus, data)
     names = [r.name for r in data.test]
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"data.test has two sets called `{name}`; rename one of the files")
+
+
+def form(ref: DataRef, role: str, data: Data) -> Form:
+    """Return what the rows of a split hold, by its first row. A data set of the Hub is not read here, so its settings decide."""
+    path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, data.root)
+    first = next(_read_jsonl(path), None) if path else None
+    if first is not None:
+        return form_of(first, ref)
+    return "messages" if "messages" in ref.columns else "prompt" if "prompt" in ref.columns else "instruction"
+
+
+def check_corpus(ref: DataRef, data: Data) -> None:
+    """Read all of a corpus on this disk, or the first document of one on the Hub.
+
+    Raises:
+        DataError: a row has no text, or no document has any.
+    """
+    documents = texts(ref, world=data.world, root=data.root)
+    if on_hub(ref, "train", data) is not None:
+        documents = itertools.islice(documents, 1)
+    if not sum(bool(document.strip()) for document in documents):
+        raise DataError(f"data.corpus `{ref.load}` holds no text; give a file with at least one document in its column `text`")
 
 
 def texts(ref: DataRef, *, world: World, root: str | None) -> Iterator[str]:
@@ -129,8 +127,8 @@ def texts(ref: DataRef, *, world: World, root: str | None) -> Iterator[str]:
     rows = tinyworld.corpus(seed=world.seed, people=world.people) if own else _rows(ref, "train", world, root, stream=True)
     for i, row in enumerate(rows):
         if column not in row:
-            raise DataError(_no_column(ref, i, f"`{column}`", row))
-        yield row[column]
+            raise DataError(no_column(ref, i, f"`{column}`", row))
+        yield text(row[column], f"column `{column}` of the corpus", where_of(ref, i))
 
 
 def fingerprint(ref: DataRef, role: str, data: Data) -> str:
@@ -143,7 +141,18 @@ def fingerprint(ref: DataRef, role: str, data: Data) -> str:
     path = _local_file(ref, role, data.root)
     if path is None:
         return f"hub:{ref.load}@{ref.revision}:{ref.split or role}"
-    return f"file:{_digest(path, path.stat().st_mtime_ns)}"
+    return f"file:{_digest(path, path.stat().st_mtime_ns)}{_ignored(path, ref)}"
+
+
+def _ignored(path: Path, ref: DataRef) -> str:
+    """Return a mark for a file with columns that were once read without being asked for, so that older stages keep their own keys."""
+    try:
+        row = next(_read_jsonl(path), {})
+    except DataError:  # reading the rows will say so
+        return ""
+    read = {"choices": not ref.choices, "facts": "instruction" in row}  # as it once was
+    names = [n for n in OPTIONAL if row.get(n) and read[n] and n not in ref.columns]
+    return f":without {' and '.join(names)}" if names else ""
 
 
 @lru_cache
@@ -183,20 +192,36 @@ def _on_hub(ref: DataRef, split: str) -> tuple[str, str | None]:
         if split not in named.files:
             raise DataError(f"data set `{ref.load}` has no split `{split}`; its splits are {', '.join(named.files)}")
         return named.hub, named.files[split][0]
-    if ref.load.endswith((".jsonl", ".json")) or ref.load.startswith((".", "/")) or ref.load.count("/") != 1:
-        known = ", ".join([*NAMED, *tinyworld.SPLITS])
-        raise DataError(f"data set `{ref.load}` does not exist: it is neither a local file, nor a hub id, nor one of {known}")
+    if ref.load.endswith((".jsonl", ".json")) or ref.load.startswith((".", "/", "~")) or ref.load.count("/") != 1:
+        raise DataError(_missing(ref.load))
     return ref.load, None
+
+
+def _missing(load: str) -> str:
+    """Return the message for a data set that does not exist, with the names that are close to it."""
+    path = Path(load).expanduser()
+    if "/" in load or path.suffix:
+        folder = path.parent.absolute()
+        files = [p.name for p in folder.iterdir() if p.is_dir() or p.suffix in (".jsonl", ".json")] if folder.is_dir() else []
+        close = difflib.get_close_matches(path.name, files, n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else "" if folder.is_dir() else f"; the folder {folder} does not exist"
+        return f"data set `{load}` does not exist: there is no file `{path.name}` in {folder}{hint or '; correct the path'}"
+    known = [*NAMED, *tinyworld.SPLITS]
+    close = difflib.get_close_matches(load, known, n=1)
+    hint = f"; did you mean `{close[0]}`?" if close else ""
+    return (
+        f"data set `{load}` does not exist: it is neither a local file (in {Path.cwd()}), nor a hub id, nor one of {', '.join(known)}{hint}"
+    )
 
 
 def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
     split = ref.split or role
     root = root or os.environ.get("TADISTILL_DATA")
-    folders = [Path(ref.load)]
+    folders = [Path(ref.load).expanduser()]
     if root and ref.load in NAMED:
-        folders.append(Path(root) / NAMED[ref.load].folder)
+        folders.append(Path(root).expanduser() / NAMED[ref.load].folder)
     elif root:
-        folders.append(Path(root) / ref.load)
+        folders.append(Path(root).expanduser() / ref.load)
     for folder in folders:
         if folder.is_file():
             return folder
@@ -206,17 +231,38 @@ def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # Excel and PowerShell write a byte order mark
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is not JSON ({error.msg}); every line must be one JSON object") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} is a {type(row).__name__}, not an object; every line must be one JSON object")
-            yield row
+            if line.strip():
+                yield _row(line, f"{path}, line {number}")
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError as error:  # a byte that is not UTF-8 stands as a surrogate in the line
+        byte = ord(line[error.start]) & 0xFF
+        raise DataError(f"{where}: byte 0x{byte:02x} at character {error.start + 1} is not UTF-8; save the file as UTF-8") from error
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is {_not_json(line, error)}; every line must be one JSON object") from error
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, or thousands of nested lists
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else "a number in it has too many digits"
+        raise DataError(f"{where} cannot be read ({reason}); correct or leave out the row") from error
+    if not isinstance(row, dict):
+        what = "a JSON array" if isinstance(row, list) else f"a {type(row).__name__}"
+        raise DataError(f"{where} is {what}, not an object; every line must be one JSON object")
+    return row
+
+
+def _not_json(line: str, error: json.JSONDecodeError) -> str:
+    start = line.strip()
+    if start[0] == "[":
+        return "the start of a JSON array (`jq -c '.[]' FILE` writes its objects one a line)"
+    if start == "{" or (start[0] == "{" and error.pos >= len(line.rstrip())):
+        return "a JSON object that does not end on this line (`jq -c . FILE` writes each object on one line)"
+    return f"not JSON ({error.msg})"
 
 
 def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[dict[str, Any]]:
@@ -248,79 +294,3 @@ def _hub_dataset(ref: DataRef, split: str, stream: bool) -> Iterator[dict[str, A
             f"data set `{ref.load}` (split {split}, revision {ref.revision}) cannot be loaded: {reason[0] if reason else error!r}; "
             "check the name and the split, or give a local .jsonl file"
         ) from error
-
-
-def _no_column(ref: DataRef, index: int, wanted: str, row: dict) -> str:
-    return f"data set `{ref.load}`, row {index + 1} has no column {wanted}; it has {', '.join(map(str, row))}. Name the column in `columns`"
-
-
-def _example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
-    where = f"data set `{ref.load}`, row {index + 1}"
-
-    def get(name: str) -> Any:
-        return row.get(ref.columns.get(name, name))  # type: ignore[call-overload]
-
-    instruction, prompt, messages = ref.instruction or get("instruction"), get("prompt"), get("messages")
-    if (named := ref.columns.get("choices")) and named not in row:
-        raise DataError(_no_column(ref, index, f"`{named}` (the choices)", row))
-    choices = _choices(ref.choices or get("choices"), where)
-    if messages is not None:
-        answer = _last_turn(messages, ref, where)
-        return Example("", "", _references(answer, choices, where), messages=tuple(messages[:-1]), choices=choices)
-    if instruction is None and prompt is None:
-        raise DataError(_no_column(ref, index, "`instruction`, `prompt` or `messages`", row))
-    for text in (instruction, prompt, get("input")):
-        if not isinstance(text, str | None):
-            raise DataError(f"{where}: instruction, input and prompt must be strings, but one of them is {text!r}")
-    verbatim = instruction is None
-    wanted = "completion" if verbatim else "output"
-    column = ref.columns.get(wanted, wanted)  # type: ignore[call-overload]
-    if not verbatim and row.get(column) is None and "outputs" in row:
-        column = "outputs"
-    if column not in row:
-        raise DataError(_no_column(ref, index, f"`{wanted}` (the response)", row))
-    references = _references(row[column], choices, where)
-    if verbatim:
-        return Example(prompt, "", references, verbatim=True, choices=choices)
-    facts = tuple((value, tuple(rivals)) for value, rivals in row.get("facts", ()))
-    return Example(instruction, get("input") or "", references, facts=facts, choices=choices)
-
-
-def _last_turn(messages: Any, ref: DataRef, where: str) -> Any:
-    if ref.instruction is not None:
-        raise DataError(f"{where} has messages, which have their own instructions; remove the setting `instruction` of this data set")
-    turns = isinstance(messages, list) and len(messages) >= 2 and all(isinstance(turn, dict) for turn in messages)
-    if not turns or messages[-1].get("role") != "assistant":
-        raise DataError(f"{where}: `messages` must be a prompt followed by an assistant message (a list of at least two messages)")
-    return messages[-1].get("content")
-
-
-def _choices(given: Any, where: str) -> tuple[str, ...]:
-    if given is None or given == ():
-        return ()
-    if not isinstance(given, list | tuple) or not all(isinstance(c, str) and c for c in given):
-        raise DataError(f"{where}: choices are {given!r}; write a list of strings, none of them empty")
-    if len(set(given)) < max(2, len(given)):
-        raise DataError(f"{where}: choices are {', '.join(given) or 'an empty list'}; give at least two choices that are all different")
-    return tuple(given)
-
-
-def _references(answer: Any, choices: tuple[str, ...], where: str) -> tuple[str, ...]:
-    if answer is None or (isinstance(answer, list | tuple) and not answer):
-        what = "null" if answer is None else "an empty list"
-        raise DataError(f"{where}: the response is {what}; give a string (it may be empty), or delete this row from the data")
-    answers = answer if isinstance(answer, list | tuple) else (answer,)
-    known = f"the choices are {', '.join(choices)}"
-    if choices:
-        wrong = [a for a in answers if isinstance(a, int) and not 0 <= a < len(choices)]
-        if wrong:
-            raise DataError(f"{where}: label {wrong[0]} is not from 0 to {len(choices) - 1}; {known}. Use a split with labels in all rows")
-        # an integer or a boolean is an index into the choices
-        answers = [choices[a] if isinstance(a, int) else a for a in answers]
-    for answer in answers:
-        if not isinstance(answer, str):
-            fix = known if choices else "if it is a label, list the labels in `choices` of this data set"
-            raise DataError(f"{where}: the response is {answer!r}; it must be a string or a list of strings ({fix})")
-        if choices and answer not in choices:
-            raise DataError(f"{where}: the reference `{answer}` is not one of the choices; {known}")
-    return tuple(answers)

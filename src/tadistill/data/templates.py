@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tadistill.config.recipe import LongPrompts
-from tadistill.data.datasets import Example
+from tadistill.data import chat
+from tadistill.data.rows import Example
 from tadistill.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Encoded:
     """The example's index in its split, from 0."""
     prompt: tuple[int, ...]
     response: tuple[int, ...]
-    """The first reference. It ends with EOS, unless it was cut to fit the maximum length."""
+    """The first reference. It ends with the token that ends an answer, unless it was cut to fit the maximum length."""
     choices: tuple[tuple[int, ...], ...] = ()
     """The tokens of each answer choice, as they follow the prompt. A choice has no EOS and is never cut."""
 
@@ -52,6 +53,8 @@ class Lengths:
     max_prompt: int
     max_length: int
     long_prompts: LongPrompts = "drop"
+    bos: bool = False
+    """Put BOS before a prompt that does not begin with it, unless a chat template wrote the prompt (which says itself where BOS is)."""
 
     @property
     def limit(self) -> int:
@@ -108,16 +111,24 @@ class EvalSet:
         return [self.examples[e.row] for e in self.encoded]
 
 
-def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return the prompt of an example as text. The template is alpaca, chat or plain."""
+def in_chat(example: Example, template: str) -> bool:
+    """Return True if the tokenizer's chat template writes the prompt."""
+    return not example.verbatim and (template == "chat" or bool(example.messages))
+
+
+def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase", where: str = "data") -> str:
+    """Return the prompt of an example as text. The template is alpaca, chat or plain; `where` names the row in messages."""
     if example.verbatim:
         return example.instruction
-    if template == "chat" or example.messages:
+    if in_chat(example, template):
         if not tokenizer.chat_template:
-            raise ModelError("data.template is `chat`, but the tokenizer has no chat template; use data.template=alpaca or plain")
+            why = "its rows are conversations" if example.messages else "data.template is chat"
+            raise ModelError(
+                f"{where}: {why}, but the tokenizer has no chat template; set `tokenizer:` of the models to one that has a chat template"
+                + ("" if example.messages else ", or use data.template=alpaca or plain")
+            )
         user = "\n\n".join(filter(None, (example.instruction, example.input)))
-        messages = list(example.messages) or [{"role": "user", "content": user}]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return chat.render(example.messages or [{"role": "user", "content": user}], tokenizer, where)
     if template == "plain":
         return "\n".join(filter(None, (example.instruction, example.input))) + "\n"
     if example.input:
@@ -132,7 +143,7 @@ def task_of(example: Example) -> tuple[str, str]:
     The instruction of a conversation contains one line `role: content` per message. Its input is empty.
     """
     if example.messages:
-        return "\n\n".join(f"{m['role']}: {m['content']}" for m in example.messages), ""
+        return "\n\n".join(f"{m['role']}: {m.get('content') or ''}" for m in example.messages), ""
     return example.instruction, example.input
 
 
@@ -145,15 +156,27 @@ def split_prompt(text: str) -> tuple[str, str]:
 
 
 def encode(
-    examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", *, template: str, max_prompt: int, max_length: int, name: str = "data"
+    examples: Seq[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    template: str,
+    max_prompt: int,
+    max_length: int,
+    bos: bool = False,
+    name: str = "data",
 ) -> list[Encoded]:
     """Encode the prompts, first references and choices of examples. Rows with a prompt longer than `max_prompt` tokens are left out.
 
+    A reference ends with the token that ends an answer: in a chat template the token that this template writes there, else EOS.
+
+    Args:
+        bos: put BOS before a prompt that does not begin with it, unless a chat template wrote the prompt (which says itself where BOS is).
+
     Raises:
-        DataError: no row is left, a choice is too long, or two choices of a row have the same tokens.
+        DataError: no row is left, a choice is too long, two choices of a row have the same tokens, or a chat template refuses a row.
         ModelError: the tokenizer has no EOS token, or it has no chat template but a prompt needs one.
     """
-    return encode_counted(examples, tokenizer, Lengths(max_prompt, max_length), template=template, name=name)[0]
+    return encode_counted(examples, tokenizer, Lengths(max_prompt, max_length, bos=bos), template=template, name=name)[0]
 
 
 def encode_counted(
@@ -164,12 +187,11 @@ def encode_counted(
     Raises:
         DataError, ModelError: as `encode` does.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ModelError("the tokenizer has no EOS token, which must end every response; set eos_token in the tokenizer's configuration")
-    prompts = [render(e, template, tokenizer) for e in examples]
-    ids = _ids(tokenizer, prompts)
-    responses = _after(tokenizer, prompts, ids, [e.references[0] for e in examples])
+    turn = chat.closing(tokenizer)
+    prompts = [render(e, template, tokenizer, f"{name}, row {i}") for i, e in enumerate(examples, 1)]
+    plain = _ids(tokenizer, prompts)
+    responses = _after(tokenizer, prompts, plain, [e.references[0] for e in examples])
+    ids = [with_bos(p, tokenizer) if lengths.bos and not in_chat(e, template) else p for p, e in zip(plain, examples, strict=True)]
     encoded: list[Encoded] = []
     max_length, limit = lengths.max_length, lengths.limit
     long = cut = shortened = 0
@@ -178,14 +200,15 @@ def encode_counted(
             long += bool(prompt)
             continue
         labels = examples[row].choices
-        choices = _after(tokenizer, [prompts[row]] * len(labels), [prompt] * len(labels), list(labels))
+        choices = _after(tokenizer, [prompts[row]] * len(labels), [plain[row]] * len(labels), list(labels))
+        end = turn if in_chat(examples[row], template) else tokenizer.eos_token_id
         cut += len(prompt) > limit
         prompt = prompt[:limit]
         room = max_length - len(prompt)
         if choices:
             _check_choices(choices, labels, room, f"{name}, row {row + 1}")
         shortened += len(response) + 1 > room
-        encoded.append(Encoded(row, tuple(prompt), tuple([*response, eos][:room]), tuple(map(tuple, choices))))
+        encoded.append(Encoded(row, tuple(prompt), tuple([*response, end][:room]), tuple(map(tuple, choices))))
     counts = Counts(len(ids), long, len(ids) - long - len(encoded), cut, shortened, limit, max_length)
     if not encoded:
         raise DataError(_nothing_left(counts, min(filter(None, map(len, ids)), default=0), name))
@@ -200,6 +223,18 @@ def _nothing_left(counts: Counts, shortest: int, name: str) -> str:
         f"no row of {name} has a prompt of at most {counts.limit} tokens (the shortest has {shortest}); raise {key}, or set "
         "data.long_prompts: cut"
     )
+
+
+def with_bos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return token ids with BOS as the first, once; an empty text stays empty."""
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] in ([], [bos]) else [bos, *ids]  # type: ignore[list-item]
+
+
+def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return True if the tokenizer puts BOS before a text by itself."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]  # type: ignore[index]
 
 
 def _after(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: list[list[int]], texts: list[str]) -> list[list[int]]:

@@ -74,8 +74,9 @@ def score(subject: Subject, data: EvalSet, settings: Evaluate, answers: Answers,
 
 
 def decode(subject: Subject, answers: Seq[Sequence]) -> list[str]:
-    """Decode answers to text. Special tokens, and white space at both ends, are removed."""
-    return [t.strip() for t in subject.tokenizer.batch_decode([list(a.response) for a in answers], skip_special_tokens=True)]
+    """Decode answers to text. The token that ends an answer, special tokens, and white space at both ends are removed."""
+    tokens = [list(a.response[:-1] if a.response and a.response[-1] in subject.eos else a.response) for a in answers]
+    return [t.strip() for t in subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def _answer_scores(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tadistill.data.datasets import Example, Facts
+from tadistill.data.rows import Example, Facts
 from tadistill.errors import DataError
 
 if TYPE_CHECKING:

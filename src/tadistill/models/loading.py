@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models import sources
+from tadistill.models import sources, tokens
 from tadistill.models.reading import first_line, read_model, read_tokenizer
 from tadistill.models.scratch import scratch_config, scratch_model
 from tadistill.models.support import quiet
@@ -96,27 +98,46 @@ def check_model(load: str, revision: str = "main") -> PreTrainedModel:
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, weights: dict[str, torch.Tensor] | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    weights: dict[str, torch.Tensor] | None = None,
+    *,
+    ends: tuple[int, ...] = (),
 ) -> None:
     """Write an ordinary Hugging Face directory: weights as safetensors, configuration and tokenizer.
 
     Only the token ids of the generation configuration are saved. Its sampling defaults (temperature, penalties) were made for the parent
-    model, and transformers refuses to save inconsistent ones. `weights` is the full state dict; give it if `model` has only a shard.
+    model, and transformers refuses to save inconsistent ones.
+
+    Args:
+        weights: the full state dict; give it if `model` has only a shard.
+        ends: the tokens that end an answer, which `generate` of any program then obeys; by default those of the model by itself.
     """
-    before = model.generation_config
-    ids = {name: getattr(before, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} if before else {}
-    if ids.get("eos_token_id") is None:
-        ids["eos_token_id"] = tokenizer.eos_token_id
+    before, config = model.generation_config, model.config
+    ids = {name: getattr(before, name) for name in ("bos_token_id", "pad_token_id")} if before else {}
     if ids.get("pad_token_id") is None:
         ids["pad_token_id"] = tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(**ids)
+    ends = ends or end_tokens(model, tokenizer)
+    model.generation_config = GenerationConfig(**ids, eos_token_id=ends[0] if len(ends) == 1 else list(ends))
+    model.config = _ending(config, ends)
     try:
         with quiet(), writing(Path(directory)):
             model.save_pretrained(directory, state_dict=weights and dict(weights))  # a copy, because saving empties it
             tokenizer.save_pretrained(directory)
             ordinary_permissions(Path(directory))
     finally:
-        model.generation_config = before
+        model.generation_config, model.config = before, config
+
+
+def _ending(config: PreTrainedConfig, ends: tuple[int, ...]) -> PreTrainedConfig:
+    """Return a copy of a configuration that names the tokens that end an answer; only the first, where its class takes a single one."""
+    config = copy.deepcopy(config)
+    try:
+        config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+    except (StrictDataclassError, TypeError, ValueError):
+        config.eos_token_id = ends[0]
+    return config
 
 
 def convert_gguf(file: Path, directory: Path) -> None:
@@ -171,12 +192,8 @@ def column_major(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the token ids that end an answer: first the tokenizer's EOS, which training uses, then those of the generation config."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    others = configured if isinstance(configured, list) else [] if configured is None else [configured]
-    eos = tokenizer.eos_token_id
-    assert isinstance(eos, int)
-    return tuple(dict.fromkeys([eos, *others]))
+    """Return the ids that end an answer of a model by itself; EOS of the tokenizer is the first. A study joins those of its models."""
+    return tokens.ends(tokens.of(model, tokenizer))
 
 
 def check_same_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
@@ -194,7 +211,7 @@ def check_same_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> N
         if difference:
             raise ModelError(
                 f"models `{names[0]}` and `{name}` have different tokenizers ({len(first)} and {len(other)} tokens): {difference}; "
-                "cross-tokenizer distillation is not supported, so choose models with the same tokenizer"
+                f"{_fix(first, other, names[0], name)}"
             )
 
 
@@ -209,6 +226,12 @@ def _difference(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) 
             f"EOS is {first.eos_token!r} ({first.eos_token_id}) in the first and {other.eos_token!r} ({other.eos_token_id}) in the second"
         )
     return None
+
+
+def _fix(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str, other_name: str) -> str:
+    if first.get_vocab() == other.get_vocab():
+        return f"set `tokenizer:` of `{other_name}` to that of `{name}`, whose vocabulary is the same"
+    return "cross-tokenizer distillation is not supported, so choose models with the same tokenizer"
 
 
 def _token(token: str | None) -> str:

@@ -16,6 +16,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph, Stage
 from tadistill.plan.inputs import FromStage, Handle
 from tadistill.plan.task import check_entries
+from tadistill.plan.tokens import StudyTokens
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Plan:
     stages: dict[str, Stage]
     """Stages by key, parents before children."""
     arms: list[PlannedArm]
+    tokens: StudyTokens
+    """The tokenizer of each model, and the tokens that end an answer."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,9 @@ class _Planner:
         self.recipe = recipe
         self.graph = Graph()
         self.ledger = ledger or Ledger(recipe)
-        self.stages = StageBuilder(recipe, self.graph, self.ledger, self._model_of)
         self.teacher = original_teacher(recipe)
+        self.tokens = StudyTokens(recipe, self.teacher)
+        self.stages = StageBuilder(recipe, self.graph, self.ledger, self._model_of, self.tokens)
         self.making: list[str] = []  # arms in progress: each one's model sets a temperature that the arm before needs
 
     def plan(self) -> Plan:
@@ -86,7 +90,7 @@ class _Planner:
                 if arm.compute is None or arm.compute[3:] in done:
                     done[name] = self._arm(name, arm, done)
                     del waiting[name]
-        return Plan(self.recipe, self.teacher, self.graph.stages, [done[name] for name in self.recipe.arms])
+        return Plan(self.recipe, self.teacher, self.graph.stages, [done[name] for name in self.recipe.arms], self.tokens)
 
     def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
         target = done[arm.compute[3:]].flops if arm.compute else None
@@ -241,7 +245,7 @@ def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) 
         (above, name): stages.pair((above, handles[above]), (name, handles[name]), alone[name], seed, prompts, k)
         for above, name in combinations(models, 2)
     }
-    return ProbePlan(Plan(recipe, planner.teacher, planner.graph.stages, []), alone, beside)
+    return ProbePlan(Plan(recipe, planner.teacher, planner.graph.stages, [], planner.tokens), alone, beside)
 
 
 def _stage(handle: Handle) -> str | None:

@@ -16,16 +16,15 @@ from tadistill.plan import specs
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph
 from tadistill.plan.inputs import Encoding, FromStage, Handle, HashedData, Loaded, Output, Pruned, PrunedDepth, Split, Tempered
+from tadistill.plan.tokens import StudyTokens
 
 
 class StageBuilder:
     """A builder of the stages of one recipe. A method adds a stage once and returns its key or a handle (a source of weights)."""
 
-    def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle]):
+    def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle], tokens: StudyTokens):
         """`of_arm` returns the final model of an arm for a seed."""
-        self.recipe, self.graph, self.ledger, self.of_arm = recipe, graph, ledger, of_arm
-        data = recipe.data
-        self.data = Encoding(**{name: getattr(data, name) for name in Encoding.model_fields})
+        self.recipe, self.graph, self.ledger, self.of_arm, self.tokens = recipe, graph, ledger, of_arm, tokens
 
     def add(self, spec: specs.Spec, label: str, model: str, seed: int, teachers: tuple[str, ...] = ()) -> str:
         """Add a stage and return its key.
@@ -56,7 +55,7 @@ class StageBuilder:
                 assert init.layers is not None
                 return PrunedDepth(prune=init.layers, of=parent)
             layers = init.layers if isinstance(init.layers, tuple) else init.layers_by
-            return Pruned(prune=init.sizes, layers=layers, of=parent, data=self.data, train=self.split("train"))
+            return Pruned(prune=init.sizes, layers=layers, of=parent, data=self.encoding(name, samples=False), train=self.split("train"))
         if point := model.checkpoint:
             whole = self.trained(point.of, seed)
             assert isinstance(whole, FromStage)  # only fine-tuning stores checkpoints
@@ -68,15 +67,17 @@ class StageBuilder:
             assert temper.tau is not None
             return Tempered(temper=temper.tau, of=parent)
         assert model.load is not None
-        own = model.tokenizer is not None and model.tokenizer != "tinyworld"
+        tokenizer, revision = self.tokens.tokenizer(name) or (model.tokenizer, model.revision)
+        own = tokenizer is not None and tokenizer != "tinyworld"
         return Loaded(
             load=model.load,
             revision=model.revision,
             config=model.config,
-            tokenizer=model.tokenizer,
+            tokenizer=tokenizer,
             fingerprint=sources.fingerprint(model.load, model.revision, model.config),
-            tokenizer_fingerprint=sources.fingerprint(model.tokenizer, model.revision, weights=False) if model.tokenizer and own else None,
+            tokenizer_fingerprint=sources.fingerprint(tokenizer, revision, weights=False) if tokenizer and own else None,
             seed=seed if model.load.startswith("scratch:") else None,
+            tokenizer_revision=None if revision == model.revision else revision,
         )
 
     def cut_to(self, name: str, source: str, handle: Handle) -> Handle:
@@ -102,11 +103,13 @@ class StageBuilder:
         except ConfigError as error:
             raise ConfigError(f"{name} cannot start from {source}: {error}") from error
         sizes = {key: value for key, value in asdict(shape).items() if key != "head_dim" and value is not None}
-        return Pruned(prune=sizes, layers="influence", of=handle, data=self.data, train=self.split("train"))
+        return Pruned(prune=sizes, layers="influence", of=handle, data=self.encoding(name, samples=False), train=self.split("train"))
 
     def _temper(self, name: str, parent: Handle, arm: str, seed: int) -> FromStage:
         like = self.of_arm(arm, seed)
-        spec = specs.TemperSpec(data=self.data, teacher=parent, like=like, dev=self.split("dev"), batch=self.recipe.evaluate.batch)
+        spec = specs.TemperSpec(
+            data=self.encoding(name), teacher=parent, like=like, dev=self.split("dev"), batch=self.recipe.evaluate.batch
+        )
         return FromStage(stage=self.add(spec, f"temper {name} like {arm}, seed {seed}", name, seed))
 
     def sft(self, name: str, student: Handle, sft: Sft, seed: int, continues: bool = False) -> FromStage:
@@ -127,7 +130,7 @@ class StageBuilder:
             seed=seed,
             keep=tuple(sorted(set(sft.keep))),
             lora=self.recipe.models[name].lora,
-            **self._texts(sft.select),
+            **self._texts(name, sft.select),
         )
         return FromStage(stage=self.add(spec, f"sft {name}{', continued' if continues else ''}, seed {seed}", name, seed))
 
@@ -165,7 +168,7 @@ class StageBuilder:
             responses=self._responses(above, teacher, method, seed),
             corpus=self._corpus(method),
             lora=self.recipe.models[name].lora,
-            **self._texts(method.select),
+            **self._texts(name, method.select),
         )
         again = f" (turn {turn + 1})" if turn else ""
         label = f"distill {' + '.join(names)} -> {name}{again}, {_describe(method)}, {method.optim.steps} updates, seed {seed}"
@@ -175,7 +178,13 @@ class StageBuilder:
         signal = method.signal
         if signal is None:
             return None
-        spec = specs.SignalSpec(data=self.data, teacher=teacher, signal=signal, precision=method.optim.precision, train=self.split("train"))
+        spec = specs.SignalSpec(
+            data=self.encoding(name, samples=False),
+            teacher=teacher,
+            signal=signal,
+            precision=method.optim.precision,
+            train=self.split("train"),
+        )
         return Output(stage=self.add(spec, f"{signal.type} signal of {name}, seed {seed}", name, seed))
 
     def _responses(self, name: str, teacher: Handle, method: Method, seed: int) -> Output | None:
@@ -183,7 +192,7 @@ class StageBuilder:
         if not sampler.teacher_text:
             return None
         decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
-        spec = specs.GenerateSpec(data=self.data, teacher=teacher, sampler=decoding, seed=seed, train=self.split("train"))
+        spec = specs.GenerateSpec(data=self.encoding(name), teacher=teacher, sampler=decoding, seed=seed, train=self.split("train"))
         return Output(stage=self.add(spec, f"generate with {name}, seed {seed}", name, seed))
 
     def _corpus(self, method: Method) -> HashedData | None:
@@ -194,7 +203,7 @@ class StageBuilder:
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
         """Add the evaluation of a model on the test sets with one decoding. `other` is the decoding's name, empty for the main decoding."""
-        spec = specs.EvaluateSpec(data=self.data, sets=self._test_sets(), model=model, decoding=decoding, references=not other)
+        spec = specs.EvaluateSpec(data=self.encoding(name), sets=self._test_sets(), model=model, decoding=decoding, references=not other)
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 
     def analyse(self, name: str, models: list[Handle], seed: int, answers: str, original: str) -> str:
@@ -202,7 +211,7 @@ class StageBuilder:
         teacher = self.trained(original, seed)
         teacher_answers = self.evaluate(original, teacher, seed, self.recipe.evaluate)
         spec = specs.AnalyseSpec(
-            data=self.data,
+            data=self.encoding(name, samples=False),
             sets=self._test_sets(),
             teacher=teacher,
             model=models[-1],
@@ -217,14 +226,14 @@ class StageBuilder:
         """Add the stage that measures one model on the first dev prompts, with answers that the model samples."""
         main = self.recipe.evaluate
         own = Evaluate(max_new_tokens=main.max_new_tokens, seeds=main.seeds[:1], batch=main.batch)
-        spec = specs.ProbeSpec(data=self.data, model=model, decoding=own, dev=self.split("dev", prompts))
+        spec = specs.ProbeSpec(data=self.encoding(name), model=model, decoding=own, dev=self.split("dev", prompts))
         return self.add(spec, f"probe {name}", name, self.seed(name, seed))
 
     def pair(self, teacher: tuple[str, Handle], learner: tuple[str, Handle], answers: str, seed: int, prompts: int, k: int) -> str:
         """Add the stage that compares the `k` most likely tokens of a student and a bigger model, on answers from the student's probe."""
         (above, handle), (name, model) = teacher, learner
         spec = specs.PairSpec(
-            data=self.data,
+            data=self.encoding(name, samples=False),
             teacher=handle,
             model=model,
             answers=Output(stage=answers),
@@ -237,6 +246,10 @@ class StageBuilder:
     def _label(self, name: str, model: Handle) -> str:
         return self.graph.stages[model.stage].label if isinstance(model, FromStage) else name
 
+    def encoding(self, name: str, *, samples: bool = True) -> Encoding:
+        """Return the rules that turn rows into tokens for a model; `samples` if the stage samples answers, or saves a model that will."""
+        return self.tokens.encoding(name, samples=samples)
+
     def split(self, role: Literal["train", "dev"], limit: int | None = None) -> Split:
         """Return the recipe's train or dev split. `limit` is the number of rows to use; by default the recipe sets it."""
         ref = getattr(self.recipe.data, role)
@@ -248,10 +261,10 @@ class StageBuilder:
     def _split(self, ref: DataRef, role: Literal["train", "dev", "test"], limit: int | None) -> Split:
         return Split(ref=ref, fingerprint=datasets.fingerprint(ref, role, self.recipe.data), role=role, limit=limit)
 
-    def _texts(self, select: Select) -> dict[str, Any]:
+    def _texts(self, name: str, select: Select) -> dict[str, Any]:
         # the dev data and its decoding are read only if a dev metric selects the checkpoint
         main = self.recipe.evaluate
-        found: dict[str, Any] = {"data": self.data, "train": self.split("train"), "select": select}
+        found: dict[str, Any] = {"data": self.encoding(name), "train": self.split("train"), "select": select}
         if select.metric != "last":
             found |= {"dev": self.split("dev"), "decoding": main.model_copy(update={"seeds": main.seeds[:1], "also": {}})}
         return found

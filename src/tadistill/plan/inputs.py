@@ -53,6 +53,10 @@ class Encoding(Part):
     max_length: int
     world: World
     long_prompts: LongPrompts = "drop"
+    ends: tuple[int, ...] = ()
+    """Tokens that end an answer, first the one that closes a reference; empty where they are those of the model's own files."""
+    bos: bool = False
+    """True if BOS comes before texts that no chat template writes."""
 
 
 class HashedData(Part):
@@ -104,6 +108,8 @@ class Loaded(Part):
     """None if the tokenizer has the same source as the weights."""
     seed: int | None = None
     """Seed of random weights; None for published weights."""
+    tokenizer_revision: str | None = None
+    """None if the tokenizer has the same revision as the weights."""
 
 
 class PrunedDepth(Part):

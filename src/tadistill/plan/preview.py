@@ -134,6 +134,8 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
     for name, model in plan.recipe.models.items():
         if model.load and (base := sources.adapter_base(model.load)):
             yield escape(f"Model {name} is the LoRA adapter {model.load}, merged with its base {base[0]}.")
+    yield from map(escape, plan.tokens.notes())
+    yield from (f"[yellow]{escape(sentence)}[/]" for sentence in plan.tokens.cautions())
     todo = [s for s in plan.stages.values() if s.cost and s.cost.parts and not store.finished(s.key)]
     takes = {s.key: t for s in todo if (t := throughput.seconds(s.cost, speeds)) is not None}
     if not todo:

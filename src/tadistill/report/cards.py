@@ -11,7 +11,7 @@ from tadistill.data.datasets import NAMED
 from tadistill.disk import ordinary_permissions, write_text
 from tadistill.errors import ConfigError, StoreError
 from tadistill.metrics import METRICS, metric_title, metric_unit
-from tadistill.models import sources
+from tadistill.models import sources, tokens
 from tadistill.report.explain import explain
 from tadistill.report.plain import code, escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell
@@ -39,6 +39,7 @@ def export(results: Results, arm: str, seed: int | None, target: Path) -> Path:
     card = model_card(results, arm, chosen)
     try:
         shutil.copytree(source, target, dirs_exist_ok=True)
+        tokens.name_ends(target)
         ordinary_permissions(target)
     except (OSError, shutil.Error) as error:
         raise StoreError(f"{source} cannot be copied to {target} ({error}): check its permissions and free space") from error

@@ -15,7 +15,7 @@ from tadistill.config.common import Decoding
 from tadistill.config.recipe import methods
 from tadistill.data import datasets
 from tadistill.data.batch import chunks
-from tadistill.data.templates import Counts, Lengths, encode_counted
+from tadistill.data.templates import Counts, Lengths, adds_bos, encode_counted
 from tadistill.errors import ConfigError, DataError, Gathering, ModelError
 from tadistill.evaluation.text_scores import UNSEEN, unseen
 from tadistill.models.counting.memory import available_memory, check_memory, resident_bytes
@@ -28,6 +28,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.task import layout
 from tadistill.plan.throughput import cores
+from tadistill.plan.tokens import StudyTokens
 
 _LESS_MEMORY = (
     "use smaller models, lower optim.micro_batch, set optim.gradient_checkpointing, set optim.precision to bf16 (which halves a frozen "
@@ -59,17 +60,18 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
         datasets.check(recipe)
     with found.about():
         _check_peft(recipe)
-    for stage in make_plan(recipe).stages.values() if recipe.resources else ():
+    plan = make_plan(recipe)
+    for stage in plan.stages.values() if recipe.resources else ():
         with found.about():
             layout(recipe, stage)
     teacher, used, tokenizers = original_teacher(recipe), _used(recipe), {}
     for name in used:
         with found.about(f"models.{name}"):
-            tokenizers[name] = _tokenizer(recipe, name)
+            tokenizers[name] = _tokenizer(recipe, name, plan.tokens)
     found.finish()
     if teacher:  # without one, models are only evaluated, and each one may have its own tokenizer
         check_same_tokenizer(tokenizers)
-    read = {name: _check_encoding(recipe, tokenizers[name]) for name in (used[:1] if teacher else used)}
+    read = {name: _check_encoding(recipe, tokenizers[name], plan.tokens, name) for name in (used[:1] if teacher else used)}
     for name in used:
         with found.about(f"models.{name}"):
             _check_model(recipe, name, tokenizers[name], read[used[0] if teacher else name].texts)
@@ -100,10 +102,15 @@ def _check_peft(recipe: Recipe) -> None:
         raise ConfigError(f"models.{wanted[0]} has lora, which needs `pip install 'tadistill[lora]'`; install it, or leave lora out")
 
 
-def _tokenizer(recipe: Recipe, name: str) -> PreTrainedTokenizerBase:
-    model = recipe.models[_root(recipe, name)]
+def _tokenizer(recipe: Recipe, name: str, tokens: StudyTokens) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that a model uses; its own, if that has another vocabulary than the one that would replace it."""
+    model, world = recipe.models[_root(recipe, name)], recipe.data.world.model_dump()
     assert model.tokenizer_source is not None
-    return load_tokenizer(model.tokenizer_source, revision=model.revision, world=recipe.data.world.model_dump())
+    own = load_tokenizer(model.tokenizer_source, revision=model.revision, world=world)
+    if (other := tokens.tokenizer(name)) is None:
+        return own
+    chosen = load_tokenizer(other[0], revision=other[1], world=world)
+    return chosen if chosen.get_vocab() == own.get_vocab() else own
 
 
 @dataclass(frozen=True)
@@ -219,16 +226,22 @@ def _script_notes(recipe: Recipe) -> list[str]:
     return found
 
 
-def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> _Read:
+def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: StudyTokens, name: str) -> _Read:
     """Read all splits and the corpus.
 
     Raises:
         DataError: the template does not fit the tokenizer, no row is short enough, or the corpus has no text.
+        ModelError: the files of the tokenizer do not say that it puts BOS first.
         ConfigError: a stage selects by facts, and dev has none.
     """
     found, counts, rows = list[_Texts](), dict[tuple[str, str], Counts](), dict[str, frozenset[int]]()
-    data = recipe.data
-    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts)
+    data, rules = recipe.data, tokens.encoding(name)
+    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, rules.bos)
+    if data.bos == "auto" and tokens.bos_matters and not rules.bos and adds_bos(tokenizer):
+        raise ModelError(
+            f"the tokenizer {tokenizer.name_or_path} puts {tokenizer.bos_token} before a text, but its files do not say so; save it again "
+            "with save_pretrained, or set data.bos: never"
+        )
     splits = {"train": data.train, "dev": data.dev}
     for role, ref in [*splits.items(), *(("test", r) for r in data.test)]:
         examples, where = datasets.load(ref, role, data), f"data set `{ref.name}` ({role})"
@@ -240,7 +253,7 @@ def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> _Read
             rows[ref.name] = frozenset(e.row for e in encoded)
     if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
         text = datasets.texts(data.corpus, world=data.world, root=data.root)
-        piece = chunks(text, tokenizer, data.max_length, 1)[0].response
+        piece = chunks(text, tokenizer, data.max_length, 1, bos=rules.bos)[0].response
         found.append(_Texts(0, 0, len(piece), max(piece), "data.corpus"))
     selects = [*(method.select for method in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
     if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(data.dev, "dev", data)):

@@ -50,6 +50,8 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
         from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
 
         jobs = check_study(recipe, console)
+        for sentence in plan.tokens.cautions():
+            console.print(sentence, highlight=False, markup=False)
         console.print(f"{recipe.study}: {len(plan.stages)} stages, {len(missing)} to run, {jobs} at a time", highlight=False)
     study = save_plan(plan, runs, recipe_text=recipe_text, command=command, console=console)
     if missing:

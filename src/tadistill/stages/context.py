@@ -62,7 +62,8 @@ class Context(Generic[AnySpec]):
                 tokenizer = load_tokenizer(directory, world=world)
                 model = load_model(directory, dtype=dtype)
             case Loaded():
-                tokenizer = load_tokenizer(handle.tokenizer or handle.load, revision=handle.revision, world=world)
+                revision = handle.tokenizer_revision or handle.revision
+                tokenizer = load_tokenizer(handle.tokenizer or handle.load, revision=revision, world=world)
                 seed, config = rng.torch_seed(handle.seed or 0, "initial weights"), handle.config
                 model = load_model(handle.load, revision=handle.revision, config=config, dtype=dtype, seed=seed, tokenizer=tokenizer)
             case PrunedDepth() | Pruned():
@@ -99,13 +100,18 @@ class Context(Generic[AnySpec]):
         place = {"replicated": lambda model, _: column_major(model), "sharded": shard, "offloaded": offload}[where]
         return place(model, self.device), tokenizer
 
+    def subject(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: PreTrainedModel) -> Subject:
+        """Return a model that answers or is measured, on the vocabulary that it shares with the others, with the ends of answers."""
+        ends = self.spec.data.ends or end_tokens(model, tokenizer)
+        return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, *others), ends)
+
     # --- data -----------------------------------------------------------------------------------------------------------
 
     def split(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> EvalSet:
         """Read a split of a data set, and encode it with the tokenizer."""
         data, name = self.spec.data, split.ref.name
         examples = datasets.read(split.ref, split.role, world=data.world, root=self.task.data_root, limit=split.limit)
-        lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts)
+        lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, data.bos)
         found, counts = encode_counted(examples, tokenizer, lengths, template=data.template, name=f"data set `{name}`")
         self.counts[split.role, name] = counts
         return EvalSet(name, examples, found)
@@ -116,7 +122,7 @@ class Context(Generic[AnySpec]):
             return []
         data = self.spec.data
         documents = datasets.texts(source.ref, world=data.world, root=self.task.data_root)
-        return chunks(documents, tokenizer, data.max_length, _CORPUS_CHUNKS)
+        return chunks(documents, tokenizer, data.max_length, _CORPUS_CHUNKS, bos=data.bos)
 
 
 def own_device() -> torch.device:
@@ -128,11 +134,6 @@ def stop_if_asked(context: Context) -> None:
     """Raise Interrupted if the user asked the run to stop. Stages call this between two parts of their work."""
     if context.stop():
         raise Interrupted("the stage was stopped before its end; its finished parts are kept")
-
-
-def make_subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: PreTrainedModel) -> Subject:
-    """Prepare a model for evaluation. Its vocabulary is limited to the tokens that it shares with the other models."""
-    return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, *others), end_tokens(model, tokenizer))
 
 
 def teacher_dtype(precision: str) -> torch.dtype:

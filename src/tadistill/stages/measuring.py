@@ -15,14 +15,14 @@ from tadistill.evaluation.scoring import Subject, means, pair_measures
 from tadistill.evaluation.scoring import analyse as analyse_set
 from tadistill.plan.inputs import Output
 from tadistill.plan.specs import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
-from tadistill.stages.context import ANSWERS, Context, make_subject, stop_if_asked
+from tadistill.stages.context import ANSWERS, Context, stop_if_asked
 
 
 def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     """Sample a model's answers to all test sets, and write the answers and their scores."""
     spec, settings = context.spec, context.spec.decoding
     model, tokenizer = context.model(spec.model)
-    subject = make_subject(model.eval(), tokenizer)
+    subject = context.subject(model.eval(), tokenizer)
     sets = [context.split(split, tokenizer) for split in spec.sets]
     context.say_if_slower(model)
     answers = _answers(context, subject, sets, settings)
@@ -76,7 +76,7 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     model, tokenizer = context.model(spec.model)
     teacher, _ = context.frozen(spec.teacher)
     assistants = [context.model(handle)[0].eval() for handle in spec.assistants]
-    subject = make_subject(model.eval(), tokenizer, teacher, *assistants)
+    subject = context.subject(model.eval(), tokenizer, teacher, *assistants)
     sets = [context.split(split, tokenizer) for split in spec.sets]
     own, of_teacher = (_read_answers(context, answers, sets) for answers in (spec.answers, spec.teacher_answers))
     scores, exposure = {}, {}
@@ -110,7 +110,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
     spec, settings = context.spec, context.spec.decoding
     (seed,) = settings.seeds
     model, tokenizer = context.model(spec.model)
-    subject = make_subject(model.eval(), tokenizer)
+    subject = context.subject(model.eval(), tokenizer)
     dev = context.split(spec.dev, tokenizer)
     done = 0
 
@@ -134,7 +134,7 @@ def pair(context: Context[PairSpec]) -> dict[str, Any]:
     spec = context.spec
     model, tokenizer = context.model(spec.model)
     teacher, _ = context.frozen(spec.teacher)
-    subject = make_subject(model.eval(), tokenizer, teacher)
+    subject = context.subject(model.eval(), tokenizer, teacher)
     dev = context.split(spec.dev, tokenizer)
     own = _own_answers(context, spec.answers, dev)
     stop_if_asked(context)

@@ -14,7 +14,7 @@ from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
 from tadistill.plan.specs import GenerateSpec, SignalSpec, TemperSpec
 from tadistill.rollout.signals import record
-from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, make_subject, stop_if_asked, teacher_dtype
+from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, stop_if_asked, teacher_dtype
 from tadistill.tuning import GENERATION_BATCH
 
 
@@ -22,7 +22,7 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
     """Write the teacher's answer to every training prompt. Finished parts are kept if the process is killed."""
     spec = context.spec
     model, tokenizer = context.frozen(spec.teacher)
-    subject = make_subject(model, tokenizer)
+    subject = context.subject(model, tokenizer)
     train = context.split(spec.train, tokenizer)
     decoding = Evaluate(seeds=(spec.seed,), batch=GENERATION_BATCH, **spec.sampler.model_dump())
     context.say_if_slower(model)
@@ -54,7 +54,7 @@ def signal(context: Context[SignalSpec]) -> dict[str, Any]:
     spec = context.spec
     model, tokenizer = context.frozen(spec.teacher, teacher_dtype(spec.precision))
     sequences = references(context.split(spec.train, tokenizer).encoded)
-    subject = make_subject(model, tokenizer)
+    subject = context.subject(model, tokenizer)
 
     def tick(done: int) -> None:
         context.progress(done, len(sequences), "sequences")
@@ -69,7 +69,7 @@ def temper(context: Context[TemperSpec]) -> dict[str, Any]:
     spec = context.spec
     teacher, tokenizer = context.model(spec.teacher)
     like, _ = context.frozen(spec.like)
-    subject = make_subject(teacher.eval(), tokenizer, like)
+    subject = context.subject(teacher.eval(), tokenizer, like)
     sequences = references(context.split(spec.dev, tokenizer).encoded)
 
     def mean_entropy(of: Subject, tau: float) -> float:
@@ -78,5 +78,5 @@ def temper(context: Context[TemperSpec]) -> dict[str, Any]:
 
     wanted = mean_entropy(replace(subject, model=like), 1.0)
     tau = matching_temperature(lambda tau: mean_entropy(subject, tau), wanted)
-    save_model(temper_model(teacher, tau), tokenizer, context.folder / MODEL)
+    save_model(temper_model(teacher, tau), tokenizer, context.folder / MODEL, ends=subject.eos)
     return {"tau": tau, "entropy": wanted}

@@ -1,6 +1,7 @@
 """The two stages that train a student (sft and distill). They build the models, the sampler and the training step, and run the loop."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tadistill.data.batch import Sequence, references
 from tadistill.disk import read_jsonl
 from tadistill.evaluation.run import dev_metrics
 from tadistill.evaluation.scoring import Subject
-from tadistill.models.loading import end_tokens, save_model, shared_vocabulary
+from tadistill.models.loading import end_tokens, save_model
 from tadistill.models.modify import adapt, merged, recompute_layers
 from tadistill.plan.inputs import Output
 from tadistill.plan.specs import DistillSpec, SftSpec, TrainingSpec
@@ -41,10 +42,9 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     teachers = tuple(context.frozen(handle, teacher_dtype(optim.precision))[0] for handle in handles)
     recorded = distill.signal if distill else None
     signals = Signals(context.store.folder(recorded.stage) / SIGNAL, context.device) if recorded else None
-    vocab = shared_vocabulary(tokenizer, student, *teachers)
-    if signals and signals.head:
-        vocab = min(vocab, len(signals.head.weight))
-    subject = Subject(student, tokenizer, vocab, end_tokens(student, tokenizer))
+    subject = context.subject(student, tokenizer, *teachers)
+    vocab = min(subject.vocab, len(signals.head.weight)) if signals and signals.head else subject.vocab
+    subject = replace(subject, vocab=vocab)
     sampler = _sampler(context, subject, teachers, signals, Shard(accelerator.process_index, accelerator.num_processes))
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
     student.train(not method.sampler.on_policy)
@@ -87,12 +87,13 @@ _Save = Callable[[Path, dict[str, torch.Tensor]], None]
 def _student(context: Context[TrainingSpec]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Save]:
     spec = context.spec
     student, tokenizer = context.model(spec.student)
+    ends = spec.data.ends or end_tokens(student, tokenizer)
     if spec.optim.gradient_checkpointing:
         recompute_layers(student)
     if spec.lora is None:
-        return student, tokenizer, lambda folder, whole: save_model(student, tokenizer, folder, whole)
+        return student, tokenizer, lambda folder, whole: save_model(student, tokenizer, folder, whole, ends=ends)
     tuner = adapt(student, spec.lora, seed=rng.torch_seed(spec.seed, "adapters"))
-    return student, tokenizer, lambda folder, _: save_model(merged(tuner), tokenizer, folder)
+    return student, tokenizer, lambda folder, _: save_model(merged(tuner), tokenizer, folder, ends=ends)
 
 
 def _counts(method: Method, devices: int) -> dict[str, Any]:

@@ -71,21 +71,31 @@ def test_columns_are_mapped(tmp_path):
         ([{"instruction": "a", "output": "b"}, {"instruction": "a", "outputs": []}], "row 2: the response is an empty list"),
         ([{"instruction": "a", "outputs": ["b", None]}], "the response is None; it must be a string"),
         ([{"instruction": "a", "output": True}], r"the response is True; .* list the labels in `choices` of this data set"),
-        ([{"instruction": "a", "output": "b", "choices": ["b"]}], "row 1: choices are b; give at least two"),
-        ([{"instruction": "a", "output": "b", "choices": []}], "choices are an empty list"),
-        ([{"instruction": "a", "output": "b", "choices": ["b", "b"]}], "at least two choices that are all different"),
-        ([{"instruction": "a", "output": "b", "choices": {"text": ["b"]}}], "write a list of strings"),
-        ([{"instruction": "a", "output": "b", "choices": ["b", ""]}], "none of them empty"),
-        ([{"instruction": "a", "output": "c", "choices": ["a", "b"]}], "reference `c` is not one of the choices; the choices are a, b"),
-        ([{"instruction": "a", "output": 2, "choices": ["a", "b"]}], "label 2 is not from 0 to 1; the choices are a, b"),
-        ([{"instruction": "a", "output": -1, "choices": ["a", "b"]}], "label -1 is not from 0 to 1.*Use a split with labels in all rows"),
-        ([{"instruction": "a", "output": 1.0, "choices": ["a", "b"]}], "the response is 1.0; it must be a string"),
-        ([[1]], "a list, not an object"),
+        ([[1]], "a JSON array, not an object"),
     ],
 )
 def test_bad_rows(tmp_path, rows, words):
     with pytest.raises(DataError, match=words):
         read(write(tmp_path / "x.jsonl", rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"instruction": "a", "output": "b", "choices": ["b"]}, "row 1: choices are b; give at least two"),
+        ({"instruction": "a", "output": "b", "choices": []}, "choices are an empty list"),
+        ({"instruction": "a", "output": "b", "choices": ["b", "b"]}, "at least two choices that are all different"),
+        ({"instruction": "a", "output": "b", "choices": {"text": ["b"]}}, "write a list of strings"),
+        ({"instruction": "a", "output": "b", "choices": ["b", ""]}, "none of them empty"),
+        ({"instruction": "a", "output": "c", "choices": ["a", "b"]}, "reference `c` is not one of the choices; the choices are a, b"),
+        ({"instruction": "a", "output": 2, "choices": ["a", "b"]}, "label 2 is not from 0 to 1; the choices are a, b"),
+        ({"instruction": "a", "output": -1, "choices": ["a", "b"]}, "label -1 is not from 0 to 1.*Use a split with labels in all rows"),
+        ({"instruction": "a", "output": 1.0, "choices": ["a", "b"]}, "the response is 1.0; it must be a string"),
+    ],
+)
+def test_bad_choices(tmp_path, row, words):
+    with pytest.raises(DataError, match=words):
+        read({"load": write(tmp_path / "x.jsonl", [row]), "columns": {"choices": "choices"}})
 
 
 def test_an_empty_string_is_a_reference(tmp_path):
@@ -104,7 +114,7 @@ def test_rows_carry_their_choices(tmp_path):
         {"prompt": "a", "completion": "x", "choices": ["x", "y"]},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}], "choices": ["x", "y"]},
     ]
-    found = read(write(tmp_path / "x.jsonl", rows))
+    found = read({"load": write(tmp_path / "x.jsonl", rows), "columns": {"choices": "choices"}})
     assert [e.choices for e in found] == [("x", "y"), ("x", "y", "z"), (), ("x", "y"), ("x", "y")]
     assert [e.references for e in found] == [("y",), ("y",), ("x", "y"), ("x",), ("x",)]
 

@@ -187,7 +187,7 @@ def test_same_tokenizers_pass(tokenizer):
         ),
         (
             word_tokenizer(eos_token="w3", pad_token="w3"),
-            r"EOS is '<eos>' \(1\) in the first and 'w3' \(6\) in the second; .*not supported",
+            r"EOS is '<eos>' \(1\) in the first and 'w3' \(6\) in the second; set `tokenizer:` of `s` to that of `t`",
         ),
     ],
 )

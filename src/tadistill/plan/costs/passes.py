@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from tadistill.config import DataRef, ModelConfig, Recipe
 from tadistill.config.recipe import World
@@ -149,10 +149,18 @@ def _pieces(texts: list[str]) -> list[list[str]]:
     return [[text[i : i + 4] for i in range(0, len(text), 4)] for text in texts]
 
 
+_CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 class _StandIn:
     # replaces a tokenizer in `encode`; formats conversations as ChatML, whatever the model's own template is
     eos_token_id = -1
-    chat_template = "chatml"
+    chat_template = _CHATML
+    added_tokens_encoder: ClassVar[dict[str, int]] = {}
+    special_tokens_map: ClassVar[dict[str, str]] = {}
 
     def __init__(self, ids: Ids):
         self._ids = ids
@@ -161,7 +169,7 @@ class _StandIn:
         return {"input_ids": [list(ids) for ids in self._ids(texts)]}
 
     def apply_chat_template(self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str:
-        turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        turns = "".join(f"<|im_start|>{m['role']}\n{m.get('content') or ''}<|im_end|>\n" for m in messages)
         return f"{turns}<|im_start|>assistant\n"
 
 

@@ -1,0 +1,214 @@
+"""Rows of a data set, and the `Example`s that they become.
+
+A row holds instruction/input/output(s), prompt/completion, or messages. Its columns `choices` and `facts` are read only if the settings of
+the data set name them (`columns: {choices: choices}`), because a user's own columns often have these names. Tinyworld sets name them.
+"""
+
+import json
+import reprlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tadistill.config import DataRef
+from tadistill.data import tinyworld
+from tadistill.errors import DataError
+
+Facts = tuple[tuple[str, tuple[str, ...]], ...]
+"""The facts that an answer must state, as (value, rivals) pairs. The answer must contain the value, and none of the rivals."""
+
+Form = Literal["instruction", "messages", "prompt"]
+"""What a row holds: an instruction for a template, a conversation, or the whole prompt."""
+
+OPTIONAL = ("choices", "facts")
+"""Columns that are read only if the settings name them."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 80, 80, 3  # the limits of a value in a message
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its reference answers."""
+
+    instruction: str
+    input: str
+    references: tuple[str, ...]
+    messages: tuple[dict[str, str], ...] = ()
+    """The messages before the answer, if the row is a conversation. `instruction` and `input` are then empty."""
+    verbatim: bool = False
+    """True if `instruction` is the whole prompt, so that no template is added."""
+    facts: Facts = ()
+    choices: tuple[str, ...] = ()
+    """All possible answers of a classification task, including the references. Empty for other tasks."""
+
+
+def example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
+    """Return the example of a row; `index` is its place in the split, from 0.
+
+    Raises:
+        DataError: a column is missing, or holds something else than text.
+    """
+    where = where_of(ref, index)
+    choices = _choices(ref.choices or _optional("choices", row, ref, index), where)
+    facts = _facts(_optional("facts", row, ref, index), where)
+    more: dict[str, Any] = {"choices": choices, "facts": facts}
+    form = form_of(row, ref)
+    if form == "messages":
+        turns, answer = _conversation(_get("messages", row, ref), ref, where)
+        return Example("", "", _references(answer, choices, where), messages=turns, **more)
+    if form == "instruction":
+        given = _get("input", row, ref)
+        instruction = text(ref.instruction or _get("instruction", row, ref), "instruction", where)
+        references = _references(_answer(row, ref, index, "output"), choices, where)
+        return Example(instruction, "" if given is None else text(given, "input", where), references, **more)
+    prompt = _get("prompt", row, ref)
+    if prompt is None:
+        raise DataError(no_column(ref, index, "`instruction`, `prompt` or `messages`", row))
+    answer = _answer(row, ref, index, "completion")
+    return Example(text(prompt, "prompt", where), "", _references(answer, choices, where), verbatim=True, **more)
+
+
+def form_of(row: dict[str, Any], ref: DataRef) -> Form:
+    """Return what a row is read as."""
+    messages = _get("messages", row, ref)
+    instructed = ref.instruction is not None or _get("instruction", row, ref) is not None
+    # a number or text in `messages` beside an instruction is a column of the user's own
+    if messages is not None and (isinstance(messages, list) or not instructed or "messages" in ref.columns):
+        return "messages"
+    return "instruction" if instructed else "prompt"
+
+
+def where_of(ref: DataRef, index: int) -> str:
+    """Return the words for a row in messages; `index` counts from 0."""
+    return f"data set `{ref.load}`, row {index + 1}"
+
+
+def no_column(ref: DataRef, index: int, wanted: str, row: dict[str, Any]) -> str:
+    """Return the message for a row without a column."""
+    names = ", ".join(map(str, row)).encode("utf-8", "backslashreplace").decode()
+    return f"{where_of(ref, index)} has no column {wanted}; it has {names[:300]}. Name the column in `columns`"
+
+
+def text(value: Any, what: str, where: str) -> str:
+    """Return a text of a row. Raises DataError if it is no text, or text that is not valid Unicode."""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {what} is {shown(value)}; it must be a string")
+    _check_unicode(value, what, where)
+    return value
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, cut where it is long."""
+    return _SHORT.repr(value)
+
+
+def _check_unicode(value: str, what: str, where: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {what} has half of a surrogate pair (\\u{ord(value[error.start]):04x} at character {error.start + 1}), which is not "
+            "text; write the whole character, or leave out the row"
+        ) from error
+
+
+def _get(name: str, row: dict[str, Any], ref: DataRef) -> Any:
+    return row.get(ref.columns.get(name, name))  # type: ignore[call-overload]
+
+
+def _optional(name: str, row: dict[str, Any], ref: DataRef, index: int) -> Any:
+    """Return a column that the settings, or a built-in set, ask for; else None."""
+    named = ref.columns.get(name)  # type: ignore[call-overload]
+    if named and named not in row:
+        raise DataError(no_column(ref, index, f"`{named}` (the {name})", row))
+    return row.get(named or name) if named or ref.load in tinyworld.SPLITS else None
+
+
+def _answer(row: dict[str, Any], ref: DataRef, index: int, wanted: str) -> Any:
+    column = ref.columns.get(wanted, wanted)  # type: ignore[call-overload]
+    if wanted == "output" and row.get(column) is None and "outputs" in row:
+        column = "outputs"
+    if column not in row:
+        raise DataError(no_column(ref, index, f"`{wanted}` (the response)", row))
+    return row[column]
+
+
+def _conversation(messages: Any, ref: DataRef, where: str) -> tuple[tuple[dict[str, Any], ...], str | None]:
+    """Return the turns of the prompt, and the answer."""
+    if ref.instruction is not None:
+        raise DataError(f"{where} has messages, which have their own instructions; remove the setting `instruction` of this data set")
+    turns = isinstance(messages, list) and len(messages) >= 2 and all(isinstance(turn, dict) for turn in messages)
+    if not turns or messages[-1].get("role") != "assistant":
+        raise DataError(f"{where}: `messages` must be a prompt followed by an assistant message (a list of at least two messages)")
+    *prompt, answer = (_turn(turn, f"turn {i} of messages", where) for i, turn in enumerate(messages, 1))
+    return tuple(prompt), answer.get("content")
+
+
+def _turn(turn: dict[str, Any], what: str, where: str) -> dict[str, Any]:
+    """Return a turn with its content as one text; a turn may have no content, as one that only calls tools."""
+    if not isinstance(turn.get("role"), str) or not turn["role"]:
+        raise DataError(f"{where}: {what} has the role {shown(turn.get('role'))}; it must be a string such as user, assistant or system")
+    content = turn.get("content")
+    if isinstance(content, list):
+        turn = turn | {"content": "".join(_part(part, what, where) for part in content)}
+    elif not isinstance(content, str | None):
+        raise DataError(f"{where}: the content of {what} is {shown(content)}; it must be a string, or a list of text parts")
+    _check_unicode(json.dumps(turn, ensure_ascii=False, default=str), what, where)
+    return turn
+
+
+def _part(part: Any, what: str, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise DataError(
+        f"{where}: the content of {what} has the part {shown(part)}; every part must be text, as in {{type: text, text: …}}, because only "
+        "text is trained on: leave out the row"
+    )
+
+
+def _facts(given: Any, where: str) -> Facts:
+    if given is None:
+        return ()
+    found = []
+    for fact in given if isinstance(given, list | tuple) else (given,):
+        pair = isinstance(fact, list | tuple) and len(fact) == 2 and isinstance(fact[0], str) and isinstance(fact[1], list | tuple)
+        if not pair or not fact[0] or not all(isinstance(rival, str) for rival in fact[1]):
+            raise DataError(f"{where}: the column of facts has {shown(fact)}; it must be a list of [value, [other values]]")
+        found.append((text(fact[0], "a fact", where), tuple(text(rival, "a fact", where) for rival in fact[1])))
+    return tuple(found)
+
+
+def _choices(given: Any, where: str) -> tuple[str, ...]:
+    if given is None or given == ():
+        return ()
+    if not isinstance(given, list | tuple) or not all(isinstance(c, str) and c for c in given):
+        raise DataError(f"{where}: choices are {shown(given)}; write a list of strings, none of them empty")
+    for choice in given:
+        _check_unicode(choice, "a choice", where)
+    if len(set(given)) < max(2, len(given)):
+        raise DataError(f"{where}: choices are {', '.join(given) or 'an empty list'}; give at least two choices that are all different")
+    return tuple(given)
+
+
+def _references(answer: Any, choices: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """Return the reference answers; an integer or a boolean is an index into the choices."""
+    if answer is None or (isinstance(answer, list | tuple) and not answer):
+        what = "null" if answer is None else "an empty list"
+        raise DataError(f"{where}: the response is {what}; give a string (it may be empty), or delete this row from the data")
+    answers = answer if isinstance(answer, list | tuple) else (answer,)
+    known = f"the choices are {', '.join(choices)}"
+    if choices:
+        wrong = [a for a in answers if isinstance(a, int) and not 0 <= a < len(choices)]
+        if wrong:
+            raise DataError(
+                f"{where}: label {shown(wrong[0])} is not from 0 to {len(choices) - 1}; {known}. Use a split with labels in all rows"
+            )
+        answers = [choices[a] if isinstance(a, int) else a for a in answers]
+    for answer in answers:
+        if not isinstance(answer, str):
+            fix = known if choices else "if it is a label, list the labels in `choices` of this data set, or name their column in `columns`"
+            raise DataError(f"{where}: the response is {shown(answer)}; it must be a string or a list of strings ({fix})")
+        _check_unicode(answer, "the response", where)
+        if choices and answer not in choices:
+            raise DataError(f"{where}: the reference `{answer[:200]}` is not one of the choices; {known}")
+    return tuple(answers)

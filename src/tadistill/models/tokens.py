@@ -1,0 +1,172 @@
+"""Facts in the files of a model about its tokens: which of them end an answer, whether BOS comes first, and the chat template.
+
+Only JSON files are read, so that planning needs no torch. `ends` joins what several models say.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tadistill.data import chat, tinyworld
+from tadistill.disk import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens that matter in prompts and at the end of answers."""
+
+    eos: int | None
+    """EOS of the tokenizer; None if the files do not say."""
+    generation: tuple[int, ...] = ()
+    """EOS ids of the generation config (of the config, if there is no other)."""
+    config: tuple[int, ...] = ()
+    """EOS ids of the config that are added tokens of the tokenizer. Some configs hold another tokenizer's ids."""
+    turn: int | None = None
+    """The token with which the chat template ends an answer."""
+    bos: int | None = None
+    """The token that the tokenizer puts before a text; None if it puts none."""
+    template: str | None = None
+    """The chat template."""
+    texts: Mapping[int, str] = field(default_factory=dict, compare=False)
+    """Texts of these tokens and of the added ones."""
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """Every token that ends an answer; EOS first."""
+        found = [self.eos, *self.generation, *self.config, self.turn]
+        return tuple(dict.fromkeys(i for i in found if i is not None))
+
+
+TINYWORLD = Tokens(tinyworld.SPECIALS.index("<eos>"), texts=dict(enumerate(tinyworld.SPECIALS)))
+"""The tokenizer of `data.tinyworld`."""
+
+
+def ends(first: Tokens, others: Iterable[Tokens] = (), *, in_chat: bool = False) -> tuple[int, ...]:
+    """Return every token that ends an answer in a study of several models.
+
+    Args:
+        first: the tokens of the tokenizer that the study uses.
+        in_chat: its chat template writes the prompts.
+
+    Returns:
+        First the token that closes a reference: the template's in a chat, else EOS. Then all others.
+    """
+    closing = [first.turn] if in_chat and first.turn is not None else []
+    return tuple(dict.fromkeys([*closing, *first.all, *(i for other in others for i in other.all)]))
+
+
+def of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+    """Return the tokens of a model and a tokenizer in memory."""
+    added: Any = tokenizer.added_tokens_encoder
+    eos: Any = tokenizer.eos_token_id
+    return Tokens(
+        eos,
+        _ids(model.generation_config.eos_token_id if model.generation_config else None),
+        tuple(i for i in _ids(getattr(model.config, "eos_token_id", None)) if i in added.values()),
+        chat.end_of_turn(chat.default_template(tokenizer.chat_template), added, tokenizer.special_tokens_map),
+    )
+
+
+def read(model: Path | None, tokenizer: Path) -> Tokens:
+    """Return the tokens of a model's directory (None for random weights) and a tokenizer's."""
+    settings, added, vocabulary, first = _tokenizer(tokenizer)
+    named = _read(tokenizer / "special_tokens_map.json") | settings
+    specials = {name: text for name in _SPECIALS if (text := _content(named.get(name)))}
+    known = vocabulary | added
+    config, generation = (_read(model / f"{name}.json") if model else {} for name in ("config", "generation_config"))
+    configured, generated = _ids(config.get("eos_token_id")), _ids(generation.get("eos_token_id"))
+    generated = generated if generation else configured
+    eos = known.get(specials.get("eos_token", ""))
+    template = _template(tokenizer, settings)
+    if eos is None and generated and "eos_token" not in specials:
+        eos = generated[0]  # some classes of tokenizers name their EOS in code only; the model then has the same
+    return Tokens(
+        eos,
+        generated,
+        tuple(i for i in configured if i in added.values()),
+        chat.end_of_turn(template, added, specials),
+        known.get(specials.get("bos_token", "")) if first is not None and first == specials.get("bos_token") else None,
+        template,
+        {i: text for text, i in known.items() if i in {eos, *generated, *added.values()}},
+    )
+
+
+def name_ends(directory: Path) -> None:
+    """Write all tokens that end an answer into a saved model's generation_config.json, where older versions left some out."""
+    file = directory / "generation_config.json"
+    content, found = _read(file), read(directory, directory)
+    if content and set(found.generation) != set(found.all):
+        write_json(file, content | {"eos_token_id": list(found.all)})
+
+
+@lru_cache
+def _tokenizer_json(file: Path, mtime_ns: int) -> tuple[dict[str, int], dict[str, int], str | None]:
+    """Return added tokens, all tokens, and the special token that is put before a text."""
+    content = _read(file)
+    entries = [t for t in content.get("added_tokens") or [] if isinstance(t, dict)]
+    added = {text: t["id"] for t in entries if (text := _content(t)) and isinstance(t.get("id"), int)}
+    model = content.get("model")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    vocabulary = words if isinstance(words, dict) else {}
+    return added, vocabulary, _put_first(content.get("post_processor"))
+
+
+def _tokenizer(directory: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, int], str | None]:
+    """Return a tokenizer's settings, added tokens, all other tokens, and the special token that it puts before a text."""
+    settings, file = _read(directory / "tokenizer_config.json"), directory / "tokenizer.json"
+    decoder = settings.get("added_tokens_decoder")
+    entries = decoder.items() if isinstance(decoder, dict) else ()
+    declared = {text: int(i) for i, entry in entries if str(i).isdigit() and (text := _content(entry))}
+    if file.is_file():  # then transformers reads neither vocab.json nor add_bos_token
+        added, vocabulary, first = _tokenizer_json(file, file.stat().st_mtime_ns)
+        return settings, declared | added, vocabulary, first
+    first = _content(settings.get("bos_token")) or _content(_read(directory / "special_tokens_map.json").get("bos_token"))
+    return settings, declared, _read(directory / "vocab.json"), first if settings.get("add_bos_token") is True else None
+
+
+def _put_first(processor: Any) -> str | None:
+    """Return the special token that a post-processor of tokenizer.json puts before a text."""
+    if not isinstance(processor, dict):
+        return None
+    if processor.get("type") == "Sequence":
+        return next((found for part in processor.get("processors") or [] if (found := _put_first(part))), None)
+    if processor.get("type") == "TemplateProcessing":
+        start = next(iter(processor.get("single") or []), None)
+        special = start.get("SpecialToken") if isinstance(start, dict) else None
+        return special.get("id") if isinstance(special, dict) else None
+    cls = processor.get("cls")  # BertProcessing and RobertaProcessing: [text, id]
+    return cls[0] if isinstance(cls, list) and cls and isinstance(cls[0], str) else None
+
+
+def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    return chat.default_template(_read(directory / "chat_template.json").get("chat_template") or settings.get("chat_template"))
+
+
+def _content(token: Any) -> str | None:
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
+
+
+def _ids(given: Any) -> tuple[int, ...]:
+    several = given if isinstance(given, list | tuple) else [given]
+    return tuple(i for i in several if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty if there is none (loading the model says more about a damaged file)."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

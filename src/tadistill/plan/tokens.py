@@ -1,0 +1,180 @@
+"""The tokens of a study: the tokenizer of each model, the tokens that end an answer, and BOS, from the models' files on this disk.
+
+Models that teach each other must read the same prompts and end their answers in the same way. So all of them use one tokenizer, that of the
+original teacher, and an answer ends with any token that ends an answer of one of them.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+from tadistill.config import Recipe
+from tadistill.data import datasets
+from tadistill.models import sources, tokens
+from tadistill.models.tokens import Tokens
+from tadistill.plan.inputs import Encoding
+
+
+class StudyTokens:
+    """The tokens of every model of a recipe."""
+
+    def __init__(self, recipe: Recipe, teacher: str | None):
+        """Read the files of the models; `teacher` is the original teacher, without which every model stands alone."""
+        self.recipe, self.teacher = recipe, teacher or (recipe.search.teacher if recipe.search else None)
+
+    # --- what the stages need -------------------------------------------------------------------------------------------
+
+    def tokenizer(self, name: str) -> tuple[str, str] | None:
+        """Return source and revision of the tokenizer that a model uses in place of its own; None if it uses its own."""
+        own, lead = self._of(name), self._of(self._lead(name))
+        source, other = self._source(name), self._source(self._lead(name))
+        if source == other or None in (own.eos, lead.eos):
+            return None
+        return other if self._differences(own, lead, str) else None
+
+    def encoding(self, name: str, *, samples: bool = True) -> Encoding:
+        """Return the rules that turn rows into tokens for a model; `samples` if a stage samples answers or saves a model with the ends."""
+        data, lead = self.recipe.data, self._of(self._lead(name))
+        ends, own = self.ends(name), (lead.eos, *self._of(name).generation)
+        same = set(ends) == set(own) or not samples
+        return Encoding(
+            **{field: getattr(data, field) for field in Encoding.model_fields if field not in ("ends", "bos")},
+            ends=() if lead.eos is None or (same and ends[0] == own[0]) else ends,
+            bos=data.bos == "auto" and self.bos_matters and lead.bos is not None,
+        )
+
+    def ends(self, name: str) -> tuple[int, ...]:
+        """Return every token that ends an answer of a model, first the one that closes a reference."""
+        return tokens.ends(self._of(self._lead(name)), [self._of(other) for other in self._group(name)], in_chat=self._chat)
+
+    # --- sentences ------------------------------------------------------------------------------------------------------
+
+    def notes(self) -> list[str]:
+        """Return a sentence for each group of models about the tokens that end their answers."""
+        found = []
+        for group in self._groups:
+            lead, text = self._lead(group[0]), self._text(group)
+            if self._of(lead).eos is not None:
+                closing, *others = self.ends(lead)
+                also = f"; {_join([*map(text, others)])} would end it too" if others else ""
+                found.append(f"An answer of {_join(group)} ends with {text(closing)}{also}.")
+        return found
+
+    def cautions(self) -> list[str]:
+        """Return sentences about tokenizers that are replaced, BOS, and a template that may not fit."""
+        return [sentence for group in self._groups for sentence in self._cautions_of(group)]
+
+    def _cautions_of(self, group: tuple[str, ...]) -> list[str]:
+        lead = self._lead(group[0])
+        first, text, found = self._of(lead), self._text(group), []
+        for name in group:
+            if self.tokenizer(name):
+                why = _join(self._differences(self._of(name), first, text))
+                found.append(f"{name} uses the tokenizer of {lead}, because its own {why}.")
+        if first.bos is not None and self.bos_matters:
+            if self.recipe.data.bos == "auto":
+                found.append(f"Prompts begin with {text(first.bos)}, as the tokenizer of {lead} has it (data.bos: never leaves it out).")
+            else:
+                found.append(f"Prompts have no {text(first.bos)}, although the tokenizer of {lead} puts it first (data.bos: never).")
+        chats = [name for name in group if self._of(name).template]
+        if chats and self.recipe.data.template != "chat" and "instruction" in self._forms:
+            found.append(
+                f"Check data.template: it is {self.recipe.data.template}, but {_join(chats)} {'has' if len(chats) == 1 else 'have'} a chat "
+                "template; for chat models set data.template: chat."
+            )
+        return found
+
+    def _differences(self, own: Tokens, lead: Tokens, text: Callable[[int], str]) -> list[str]:
+        """Return how a model's own tokenizer differs from the study's, as ends of a sentence."""
+        found = []
+        if own.eos is not None and own.eos != lead.eos:
+            found.append(f"has the EOS {text(own.eos)}")
+        if self._chat and (own.template or "").strip() != (lead.template or "").strip():
+            found.append("has another chat template" if own.template else "has no chat template")
+        if own.bos != lead.bos and self.bos_matters and self.recipe.data.bos == "auto":
+            found.append("puts no BOS first" if own.bos is None else "puts BOS first")
+        return found
+
+    def _text(self, group: tuple[str, ...]) -> Callable[[int], str]:
+        known = {i: text for name in group for i, text in self._of(name).texts.items()}
+        return lambda i: f"{known[i]} ({i})" if i in known else f"token {i}"
+
+    # --- what is read ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _used(self) -> tuple[str, ...]:
+        """Models of the arms, the search and the teacher, in the recipe's order."""
+        search = self.recipe.search
+        named = {self.teacher, *(m for arm in self.recipe.arms.values() for m in (*arm.models, *arm.init.values()))}
+        named |= {search.teacher, *search.assistants, search.student} if search else set()
+        models = self.recipe.models
+        for _ in models:  # and those that they are made of
+            named |= {models[name].parent for name in named if name in models}
+        return tuple(name for name in models if name in named)
+
+    @property
+    def _groups(self) -> list[tuple[str, ...]]:
+        return list(dict.fromkeys(self._group(name) for name in self._used))
+
+    def _group(self, name: str) -> tuple[str, ...]:
+        return self._used if self.teacher and name in self._used else (name,)
+
+    def _lead(self, name: str) -> str:
+        """Return the model whose tokenizer the group uses: the teacher, or where it has no chat template but needs one, another."""
+        group = self._group(name)
+        ordered = [self.teacher, *group] if self.teacher in group else group
+        wanted = (n for n in ordered if n and (not self._chat or self._of(n).template))
+        return next(wanted, ordered[0] or name)
+
+    @cached_property
+    def _known(self) -> dict[str, Tokens]:
+        return {}
+
+    def _of(self, name: str) -> Tokens:
+        """Return the tokens of a model that is loaded, or of the one from which a model is made."""
+        parent = self.recipe.models[name].parent
+        if parent:
+            return self._of(parent)
+        if name not in self._known:
+            self._known[name] = self._read(name)
+        return self._known[name]
+
+    def _read(self, name: str) -> Tokens:
+        model = self.recipe.models[name]
+        assert model.load is not None
+        source, revision = self._source(name)
+        if source == "tinyworld":
+            return tokens.TINYWORLD
+        directory = sources.locate(source, revision, weights=False)
+        scratch = model.load.startswith("scratch:")
+        weights = None if scratch else sources.locate(model.load, model.revision, weights=False)
+        return tokens.read(weights, directory) if directory and (weights or scratch) else Tokens(None)
+
+    def _source(self, name: str) -> tuple[str, str]:
+        model = self.recipe.models[name]
+        if model.parent:
+            return self._source(model.parent)
+        assert model.tokenizer_source is not None
+        return model.tokenizer_source, model.revision
+
+    # --- the data -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _forms(self) -> frozenset[str]:
+        data = self.recipe.data
+        splits = [(data.train, "train"), (data.dev, "dev"), *((ref, "test") for ref in data.test)]
+        return frozenset(datasets.form(ref, role, data) for ref, role in splits)
+
+    @cached_property
+    def _chat(self) -> bool:
+        """True if a chat template writes prompts."""
+        return "messages" in self._forms or (self.recipe.data.template == "chat" and "instruction" in self._forms)
+
+    @cached_property
+    def bos_matters(self) -> bool:
+        """True if there are texts that no chat template writes."""
+        data = self.recipe.data
+        return data.corpus is not None or "prompt" in self._forms or (data.template != "chat" and "instruction" in self._forms)
+
+
+def _join(names: list[str] | tuple[str, ...]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -1,0 +1,92 @@
+"""Chat templates of other people: what they refuse, leave out or lack, and the token with which they end an answer."""
+
+import pytest
+from tests.byte_models import BOS, CHATML, EOS, IM_END, LLAMA2, TURNS, byte_tokenizer
+
+from tadistill.data import chat
+from tadistill.data.rows import Example
+from tadistill.data.templates import encode
+from tadistill.errors import DataError, ModelError
+
+USER = {"role": "user", "content": "hi"}
+SYSTEM = {"role": "system", "content": "be brief"}
+HEADER = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+NO_SYSTEM = "{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+MARKED = TURNS.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}") + CHATML[len(TURNS) :]
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "end"),
+    [
+        (CHATML, HEADER, IM_END),
+        (TURNS, HEADER, IM_END),  # it ignores the generation prompt, so the header comes from its answers
+        (LLAMA2, "<bos>[INST] hi [/INST]", EOS),  # it needs no header
+        (MARKED, HEADER, IM_END),
+        ("{% if tools is not none %}{{ raise_exception('tools') }}{% endif %}" + TURNS, HEADER, IM_END),
+        ("{% for m in messages %}{{ m.content }} {% endfor %}", "hi ", EOS),  # no token ends a turn
+        ([{"name": "default", "template": CHATML}], HEADER, IM_END),
+    ],
+)
+def test_prompt_and_end_of_a_template(template, prompt, end):
+    tokenizer = byte_tokenizer({entry["name"]: entry["template"] for entry in template} if isinstance(template, list) else template)
+    assert chat.closing(tokenizer) == end
+    assert chat.render([USER], tokenizer, "row 1") == prompt
+    assert chat.default_template(template) == chat.default_template(tokenizer.chat_template)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "error", "words"),
+    [
+        (STRICT, [SYSTEM, USER], DataError, r"row 7: the chat template .* refuses its turns \(system, user\): System role not supported;"),
+        (NO_SYSTEM, [SYSTEM, USER], DataError, "row 7: the chat template .* leaves out the turn of role `system`"),
+        ("{% for m in messages %}{{ m.content }", [USER], ModelError, r"not valid Jinja \(line 1: .*correct chat_template"),
+        ("{{ messages + 1 }}", [USER], DataError, "row 7: the chat template .* refuses its turns"),
+        ("{{ 1 / 0 }}", [USER], DataError, "row 7: the chat template .* refuses its turns"),
+    ],
+)
+def test_bad_templates_are_one_sentence(template, messages, error, words):
+    with pytest.raises(error, match=words):
+        chat.render(messages, byte_tokenizer(template), "row 7")
+
+
+def test_a_row_is_named_with_the_templates_own_words():
+    rows = [Example("", "", ("yo",), messages=(USER,)), Example("", "", ("yo",), messages=(SYSTEM, USER))]
+    with pytest.raises(DataError, match=r"data set `d`, row 2: .*System role not supported"):
+        encode(rows, byte_tokenizer(STRICT), template="chat", max_prompt=99, max_length=199, name="data set `d`")
+
+
+def test_conversations_need_a_chat_template():
+    row = [Example("", "", ("yo",), messages=(USER,))]
+    with pytest.raises(ModelError, match="row 1: its rows are conversations, but the tokenizer has no chat template; set `tokenizer:`"):
+        encode(row, byte_tokenizer(None), template="plain", max_prompt=99, max_length=199)
+
+
+@pytest.mark.parametrize(
+    ("example", "template", "end"),
+    [
+        (Example("hi", "", ("yo",)), "chat", IM_END),
+        (Example("", "", ("yo",), messages=(USER,)), "alpaca", IM_END),
+        (Example("hi", "", ("yo",)), "alpaca", EOS),
+        (Example("hi", "", ("yo",), verbatim=True), "chat", EOS),
+    ],
+)
+def test_a_reference_ends_as_its_prompt_asks(example, template, end):
+    (encoded,) = encode([example], byte_tokenizer(), template=template, max_prompt=400, max_length=500)
+    assert encoded.response[-1] == end
+    assert len(encoded.response) == 3
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2])
+@pytest.mark.parametrize("style", ["alpaca", "plain", "chat", "verbatim", "with BOS"])
+def test_bos_comes_first_and_once(template, style):
+    tokenizer = byte_tokenizer(template, adds_bos=True)
+    text = "<bos>hi" if style == "with BOS" else "hi"
+    example = Example(text, "", ("yo",), verbatim=style in ("verbatim", "with BOS"), choices=("yo", "no"))
+    template_name = style if style in ("alpaca", "plain", "chat") else "plain"
+    lengths = {"template": template_name, "max_prompt": 400, "max_length": 500}
+    ((without,), (with_bos,)) = (encode([example], tokenizer, bos=bos, **lengths) for bos in (False, True))
+    wanted = 0 if style == "chat" and template == CHATML else 1  # a chat template says itself where BOS is
+    assert with_bos.prompt.count(BOS) == wanted == int(with_bos.prompt[0] == BOS)
+    assert with_bos.prompt[wanted:] == without.prompt[without.prompt.count(BOS) :]
+    assert (with_bos.response, with_bos.choices) == (without.response, without.choices)

@@ -1,0 +1,164 @@
+"""Rows as people's files have them: columns of their own, parts of messages, half characters, other encodings."""
+
+import json
+
+import pytest
+from tests.byte_models import BOS, EOS, byte_tokenizer
+
+from tadistill.config import Data, DataRef
+from tadistill.config.recipe import World
+from tadistill.data import datasets
+from tadistill.data.batch import chunks
+from tadistill.data.templates import task_of
+from tadistill.errors import DataError
+
+OK = {"instruction": "Say hi", "output": "hi there"}
+USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(*rows, raw: bytes | None = None, **settings):
+        path = tmp_path / "x.jsonl"
+        path.write_bytes(raw if raw is not None else "".join(json.dumps(row) + "\n" for row in rows).encode())
+        return datasets.read(DataRef(load=str(path), **settings), "test", world=World(), root=None, limit=None)
+
+    return read
+
+
+@pytest.mark.parametrize("name", ["facts", "choices"])
+@pytest.mark.parametrize("value", [None, 5, "true", [], [1], ["Paris is in France"], [["a", 5]], [["a", ["b"], "c"]], {"a": 1}, ["a", "b"]])
+def test_columns_of_the_users_own_are_ignored(read, name, value):
+    (row,) = read(OK | {name: value})
+    assert (row.facts, row.choices, row.references) == ((), (), ("hi there",))
+
+
+def test_columns_are_read_when_they_are_asked_for(read):
+    (row,) = read(OK | {"known": [["hi", ["no"]]], "options": ["hi there", "no"]}, columns={"facts": "known", "choices": "options"})
+    assert (row.facts, row.choices) == ((("hi", ("no",)),), ("hi there", "no"))
+    (row,) = read({"messages": [USER, ASSISTANT], "facts": [["yo", []]]}, columns={"facts": "facts"})
+    assert row.facts == (("yo", ()),)
+    with pytest.raises(DataError, match="row 1 has no column `known`"):
+        read(OK, columns={"facts": "known"})
+
+
+@pytest.mark.parametrize("value", [5, "ab", [1], [None], [["a"]], [["a", "b"]], [["a", [1]]], [["a", ["b"], "c"]], {"a": 1}])
+def test_facts_that_are_asked_for_must_be_facts(read, value):
+    with pytest.raises(DataError, match=r"row 2: the column of facts has .*; it must be a list of \[value, \[other values\]\]"):
+        read(OK | {"facts": [["hi", []]]}, OK | {"facts": value}, columns={"facts": "facts"})
+
+
+@pytest.mark.parametrize("messages", [3, "hello", {"a": 1}])
+def test_a_column_messages_beside_an_instruction(read, messages):
+    (row,) = read(OK | {"messages": messages, "prompt": 5})
+    assert row.instruction == "Say hi"
+
+
+def test_parts_of_a_message_are_joined(read):
+    parts = [{"type": "text", "text": "hi "}, {"type": "text", "text": "there"}]
+    (row,) = read({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]})
+    assert (row.messages, row.references) == (({"role": "user", "content": "hi there"},), ("hi there",))
+    (row,) = read({"messages": [USER, {"role": "assistant", "content": None}, {"role": "tool"}, ASSISTANT]})
+    assert task_of(row)[0].endswith("assistant: \n\ntool: ")
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "the content of turn 1 of messages has the part"),
+        ({"role": "user", "content": ["hi"]}, "has the part 'hi'; every part must be text"),
+        ({"role": "user", "content": 5}, "the content of turn 1 of messages is 5"),
+        ({"role": "user", "content": "hi \ud83d"}, "turn 1 of messages has half of a surrogate pair"),
+        ({"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}, "half of a surrogate pair"),
+        ({"content": "hi"}, "turn 1 of messages has the role None"),
+        ({"role": ["user"], "content": "hi"}, "turn 1 of messages has the role"),
+    ],
+)
+def test_bad_turns(read, turn, words):
+    with pytest.raises(DataError, match=f"row 2: .*{words}"):
+        read({"messages": [USER, ASSISTANT]}, {"messages": [turn, ASSISTANT]})
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"instruction": "hi \ud83d", "output": "x"}, {}),
+        ({"instruction": "hi", "input": "\udfff", "output": "x"}, {}),
+        ({"instruction": "hi", "output": "\ud83d"}, {}),
+        ({"instruction": "hi", "outputs": ["x", "\ud83d"]}, {}),
+        ({"prompt": "\ud83d", "completion": "x"}, {}),
+        ({"prompt": "hi", "completion": "\ud83d"}, {}),
+        ({"messages": [USER, {"role": "assistant", "content": "\ud83d"}]}, {}),
+        (OK | {"choices": ["hi there", "\ud83d"]}, {"columns": {"choices": "choices"}}),
+        (OK | {"facts": [["\ud83d", []]]}, {"columns": {"facts": "facts"}}),
+    ],
+)
+def test_half_characters_are_refused_in_every_column(read, row, settings):
+    with pytest.raises(DataError, match=r"row 1: .* has half of a surrogate pair \(\\u(d83d|dfff) at character \d+\)"):
+        read(row, **settings)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b'{"instruction":"a","output":"b"}\n{"instruction":"caf\xe9","output":"b"}\n', "line 2: byte 0xe9 at character 20 is not UTF-8"),
+        (json.dumps(OK).encode("utf-16"), "line 1: byte 0xff at character 1 is not UTF-8"),
+        (b'{"instruction":"x","output":' + b"9" * 5000 + b"}\n", "line 1 cannot be read .a number in it has too many digits"),
+        (b'{"instruction":"x","output":' + b"[" * 100000 + b"]" * 100000 + b"}\n", "line 1 cannot be read .it is nested too deeply"),
+        (json.dumps([OK]).encode(), "line 1 is a JSON array, not an object"),
+        (json.dumps([OK], indent=1).encode(), "line 1 is the start of a JSON array"),
+        (json.dumps(OK, indent=1).encode(), "line 1 is a JSON object that does not end on this line"),
+    ],
+)
+def test_files_that_are_no_json_lines(read, raw, words):
+    with pytest.raises(DataError, match=f"x.jsonl, {words}"):
+        read(raw=raw)
+
+
+@pytest.mark.parametrize("raw", [b"\xef\xbb\xbf" + json.dumps(OK).encode(), json.dumps(OK).encode() + b"\r\n"])
+def test_files_of_other_programs(read, raw):
+    assert [row.instruction for row in read(raw=raw)] == ["Say hi"]
+
+
+def test_home_and_close_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "chat.jsonl").write_text(json.dumps(OK) + "\n")
+    ref = {"world": World(), "root": None, "limit": None}
+    assert len(datasets.read(DataRef(load="~/chat.jsonl"), "test", **ref)) == 1
+    with pytest.raises(DataError, match=r"there is no file `chta.jsonl` in .*; did you mean `chat.jsonl`\?"):
+        datasets.read(DataRef(load="~/chta.jsonl"), "test", **ref)
+    with pytest.raises(DataError, match=r"did you mean `dolly`\?"):
+        datasets.read(DataRef(load="doly"), "test", **ref)
+
+
+# --- the corpus --------------------------------------------------------------------------------------------------------
+
+
+def corpus(tmp_path, *texts) -> DataRef:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return DataRef(load=str(path))
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (("hello", None), "row 2: column `text` of the corpus is None; it must be a string"),
+        (("hello", 3), "row 2: column `text` of the corpus is 3"),
+        (("hello", "\ud83d"), "row 2: column `text` of the corpus has half of a surrogate pair"),
+        (("", " "), "holds no text"),
+    ],
+)
+def test_a_corpus_is_read_before_any_work(tmp_path, texts, words):
+    data = Data.model_validate({"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"]})
+    with pytest.raises(DataError, match=words):
+        datasets.check_corpus(corpus(tmp_path, *texts), data)
+
+
+def test_every_sequence_of_a_corpus_begins_with_bos_once():
+    tokenizer = byte_tokenizer(adds_bos=True)
+    plain, with_bos = (chunks(["abcdef", "<bos>gh", "ijklm"], tokenizer, 5, 9, bos=bos) for bos in (False, True))
+    assert [s.response[0] for s in plain] != [BOS] * len(plain)
+    assert all(s.response[0] == BOS and len(s.response) <= 5 for s in with_bos)
+    text = [token for s in with_bos for token in s.response if token not in (BOS, EOS)]
+    assert tokenizer.decode(text) == "abcdefghijklm"[: len(text)]

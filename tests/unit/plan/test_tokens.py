@@ -1,0 +1,154 @@
+"""The tokenizer, the ends of answers and BOS that a plan chooses, and the stages whose keys depend on them."""
+
+import pytest
+from tests.byte_models import BOS, CHATML, EOS, IM_END, ROWS, byte_model, byte_tokenizer, save, write_rows
+
+from tadistill.config.recipe import Recipe
+from tadistill.plan.arms import make_plan
+
+OTHER = CHATML.replace("\n{% endfor %}", "{% endfor %}")
+MODELS = {
+    "base": (EOS, {}),
+    "instruct": ([EOS, IM_END], {"eos": "<|im_end|>"}),
+    "plain": (EOS, {"template": None}),
+    "other": (EOS, {"template": OTHER}),
+    "gemma": ([EOS, IM_END], {"adds_bos": True}),
+    "listed": ([EOS, IM_END], {}),
+    "bare": ([EOS, IM_END], {"template": None}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_rows(folder / "rows.jsonl", ROWS)
+    write_rows(folder / "prompts.jsonl", [{"prompt": "a", "completion": "b"}])
+    write_rows(folder / "chats.jsonl", [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    write_rows(folder / "corpus.jsonl", [{"text": "abc"}])
+    for name, (ends, options) in MODELS.items():
+        save(folder / name, byte_model(ends), byte_tokenizer(**options))
+    return folder
+
+
+@pytest.fixture
+def plan(folder):
+    def plan(teacher: str | None, student: str, rows: str = "rows", method: dict | None = None, **data):
+        models = {"s": {"load": str(folder / student), "sft": {"optim": {"steps": 1}}}}
+        models |= {"t": {"load": str(folder / teacher)}} if teacher else {}
+        file = str(folder / f"{rows}.jsonl")
+        recipe = {
+            "study": "x",
+            "seeds": [1],
+            "models": models,
+            "data": {"train": file, "dev": file, "test": [file], **data},
+            "method": {"optim": {"steps": 1}, "sampler": {"type": "teacher"}, "objective": {"type": "cross_entropy"}} | (method or {}),
+            "arms": {"a": "t > s" if teacher else "s"},
+        }
+        return make_plan(Recipe.model_validate(recipe))
+
+    return plan
+
+
+def rules(found) -> dict[str, tuple]:
+    return {stage.kind: (stage.spec.data.ends, stage.spec.data.bos) for stage in found.stages.values()}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "template", "ends"),
+    [
+        ("listed", "base", "chat", (IM_END, EOS)),
+        ("base", "base", "chat", (IM_END, EOS)),  # the template names an end that no other file does
+        ("base", "base", "alpaca", (EOS, IM_END)),
+        ("instruct", "base", "chat", (IM_END, EOS)),
+        ("bare", "plain", "alpaca", (EOS, IM_END)),
+        ("plain", "bare", "alpaca", (EOS, IM_END)),
+    ],
+)
+def test_every_stage_that_answers_has_the_ends_of_all_models(plan, teacher, student, template, ends):
+    found = plan(teacher, student, template=template)
+    assert found.tokens.ends("t") == found.tokens.ends("s") == ends
+    for kind, (given, _) in rules(found).items():
+        assert given in ((), ends), kind
+    told = rules(found)
+    if teacher != "instruct" and student != "bare":  # others have a stage that already has all ends by its model's files
+        assert told["distill"][0] == told["sft"][0] == ends
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "data"),
+    [
+        ("plain", "plain", {"template": "alpaca"}),
+        ("instruct", "instruct", {"template": "chat"}),
+        ("bare", "bare", {"template": "plain"}),
+        (None, "instruct", {"template": "chat"}),
+        (None, "gemma", {"template": "alpaca", "bos": "never"}),
+    ],
+)
+def test_nothing_moves_where_the_models_agree(plan, teacher, student, data):
+    found = plan(teacher, student, **data)
+    assert set(rules(found).values()) == {((), False)}
+    contents = [stage.spec.content()["data"] for stage in found.stages.values()]
+    assert all(not {"ends", "bos"} & content.keys() for content in contents)
+    assert not found.tokens.cautions() or data["template"] != "chat"
+
+
+def test_signals_move_only_if_references_end_with_another_token(plan):
+    signal = {"sampler": {"type": "dataset"}, "objective": {"type": "forward_kl"}}
+    assert rules(plan("base", "base", method=signal, template="alpaca"))["analyse"] == ((), False)
+    assert rules(plan("base", "base", method=signal, template="chat"))["analyse"] == ((IM_END, EOS), False)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "rows", "template", "why"),
+    [
+        ("instruct", "base", "rows", "alpaca", "its own has the EOS <eos> (1)"),
+        ("base", "plain", "rows", "chat", "its own has no chat template"),
+        ("base", "plain", "chats", "alpaca", "its own has no chat template"),
+        ("base", "other", "rows", "chat", "its own has another chat template"),
+        ("gemma", "base", "rows", "alpaca", "its own puts no BOS first"),
+        ("base", "gemma", "rows", "alpaca", "its own puts BOS first"),
+        ("base", "other", "rows", "alpaca", None),
+        ("gemma", "base", "rows", "chat", None),
+    ],
+)
+def test_a_student_uses_the_teachers_tokenizer_where_its_own_differs(plan, folder, teacher, student, rows, template, why):
+    found = plan(teacher, student, rows, template=template)
+    (sft,) = (stage.spec for stage in found.stages.values() if stage.kind == "sft")
+    assert sft.student.tokenizer == (str(folder / teacher) if why else None)
+    assert (sft.student.tokenizer_fingerprint is not None) == bool(why)
+    assert [f"s uses the tokenizer of t, because {why}."] * bool(why) == [s for s in found.tokens.cautions() if "uses" in s]
+
+
+def test_a_teacher_without_a_chat_template_gets_the_students(plan, folder):
+    found = plan("plain", "base", template="chat")
+    assert found.tokens.tokenizer("t") == (str(folder / "base"), "main")
+    assert found.tokens.tokenizer("s") is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "bos"),
+    [
+        ("rows", {"template": "alpaca"}, True),
+        ("rows", {"template": "chat"}, False),
+        ("rows", {"template": "alpaca", "bos": "never"}, False),
+        ("prompts", {"template": "chat"}, True),
+        ("chats", {"template": "alpaca"}, False),
+        ("chats", {"corpus": "corpus"}, True),
+    ],
+)
+def test_bos_is_put_where_the_tokenizer_does_and_no_template_writes(plan, folder, rows, data, bos):
+    corpus = {"corpus": str(folder / "corpus.jsonl")} if "corpus" in data else {}
+    found = plan("gemma", "gemma", rows, **(data | corpus))
+    assert {told for _, told in rules(found).values()} == {bos}
+    sentence = [s for s in found.tokens.cautions() if "<bos> (3)" in s]
+    assert len(sentence) == int(bos or "bos" in data)
+
+
+def test_the_plan_says_which_ends_and_warns_of_a_template(plan):
+    found = plan("listed", "base", template="alpaca")
+    assert found.tokens.notes() == ["An answer of s and t ends with <eos> (1); <|im_end|> (4) would end it too."]
+    assert found.tokens.cautions() == [
+        "Check data.template: it is alpaca, but s and t have a chat template; for chat models set data.template: chat."
+    ]
+    assert plan("listed", "base", "prompts").tokens.cautions() == []
+    assert BOS not in found.tokens.ends("s")
