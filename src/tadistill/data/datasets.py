@@ -208,9 +208,9 @@ def _missing(load: str) -> str:
         return f"data set `{load}` does not exist: there is no file `{path.name}` in {folder}{hint or '; correct the path'}"
     known = [*NAMED, *tinyworld.SPLITS]
     close = difflib.get_close_matches(load, known, n=1)
-    hint = f"; did you mean `{close[0]}`?" if close else ""
+    hint = f" (did you mean `{close[0]}`?)" if close else ""
     return (
-        f"data set `{load}` does not exist: it is neither a local file (in {Path.cwd()}), nor a hub id, nor one of {', '.join(known)}{hint}"
+        f"data set `{load}` does not exist{hint}: it is neither a local file (in {Path.cwd()}), nor a hub id, nor one of {', '.join(known)}"
     )
 
 
