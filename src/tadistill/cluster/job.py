@@ -30,6 +30,7 @@ from tadistill.plan.specs import AnalyseSpec, EvaluateSpec
 from tadistill.plan.task import Task
 from tadistill.runner.interruption import StopFlag
 from tadistill.store import FAILURE, RECORD, Store, key_of
+from tadistill.visible import visible
 
 _EVERY = 30.0  # seconds between two lines of progress in the log
 
@@ -242,7 +243,7 @@ class StageJob:
             failure.parent.mkdir(parents=True, exist_ok=True)
             if not failure.exists():  # only the first failure of all ranks is recorded
                 failure.write_text(f"{reason}\n", encoding="utf-8")
-            print(f"failed: {reason}", flush=True)
+            print(f"failed: {visible(reason)}", flush=True)
             raise
         say("finished")
 
@@ -281,7 +282,7 @@ class ReportJob:
 def say(text: str) -> None:
     """Print a line to the job's log. Only the first process prints."""
     if _first():
-        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {visible(text)}", flush=True)
 
 
 class _Log:

@@ -23,6 +23,9 @@ class World(Strict):
     """Number of people; more people have more facts to learn."""
 
 
+_LONGEST_SET = 200
+
+
 class DataRef(Strict):
     """A data set. A recipe may give a string instead, which sets `load`."""
 
@@ -52,6 +55,8 @@ class DataRef(Strict):
         for name, given in (("choices", self.choices), ("instruction", self.instruction is not None)):
             if given and name in self.columns:
                 raise ValueError(f"`{name}` is set both for every row and as a column (`{self.columns[name]}`); remove one of the two")
+        if len(self.name) > _LONGEST_SET:  # it becomes a part of file names
+            raise ValueError(f"the file or folder has a name of {len(self.name)} characters; rename it to {_LONGEST_SET} or fewer")
         if self.instruction == "":
             raise ValueError("`instruction` is empty; write the instruction for every row, or leave `instruction` out")
         return self

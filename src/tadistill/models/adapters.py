@@ -39,10 +39,10 @@ def merge(base: Path, base_name: str, adapter: Path, target: Path) -> None:
     with quiet(), warnings.catch_warnings(action="ignore"):  # of peft, about transformers
         try:
             chosen = {name: settings[name] for name in _USED if settings.get(name) is not None}
-            tuner = peft.get_peft_model(model, peft.LoraConfig(**chosen))  # type: ignore[arg-type]
+            tuner: Any = peft.get_peft_model(model, peft.LoraConfig(**chosen))  # type: ignore[arg-type]
             weights = _weights(adapter)
             found = peft.set_peft_model_state_dict(tuner, weights)
-            merged = tuner.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+            merged = tuner.merge_and_unload(safe_merge=True)
         except Exception as error:  # peft raises whatever a damaged adapter leads to
             raise ModelError(
                 f"adapter `{adapter}` cannot be merged with its base `{base_name}` ({first_line(error)}); check its base"

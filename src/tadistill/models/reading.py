@@ -53,7 +53,7 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
         try:
             check_architecture(AutoConfig.from_pretrained(str(directory), trust_remote_code=False), load)
             # sizes that differ come back as a list instead of a report that `quiet` hides
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(directory), trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         except ModelError:
@@ -63,6 +63,7 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
             raise ModelError(
                 f"model `{load}` cannot be loaded as a causal language model ({first_line(error)}); download it again"
             ) from error
+    model, info = loaded
     _check_weights(load, info)
     quantised = getattr(model.config, "quantization_config", None)
     if quantised and not getattr(model, "is_quantized", False):  # transformers skips what it does not know

@@ -139,7 +139,7 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
     else:
         if described := Ledger(recipe).config(_root(recipe, name)):
             check_config(described, name)
-        read = check_model(root.load, root.revision)
+        read: Any = check_model(root.load, root.revision)
         config, rows = read.config, read.get_input_embeddings().weight.shape[0]
     if model.init:
         parent = Ledger(recipe).config(model.init.from_) or {}
@@ -259,8 +259,8 @@ def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: 
     if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(data.dev, "dev", data)):
         raise ConfigError(f"select.metric is fact_accuracy, but the dev set `{data.dev.name}` has no facts; set it to rouge_l or loss")
     top = max(found, key=lambda texts: texts.top)
-    largest = (max(getattr(texts, part) for texts in found) for part in ("prompt", "whole", "chunk"))
-    return _Read(_Texts(*largest, top.top, top.where), counts, rows)
+    prompt, whole, chunk = (max(getattr(texts, part) for texts in found) for part in ("prompt", "whole", "chunk"))
+    return _Read(_Texts(prompt, whole, chunk, top.top, top.where), counts, rows)
 
 
 def _root(recipe: Recipe, name: str) -> str:
