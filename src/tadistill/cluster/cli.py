@@ -88,12 +88,12 @@ def submit(
 
 @app.command()
 def status(study: StudyName, runs: Runs = None) -> None:
-    """Show each stage of a submitted study: its job, state, time and last metric."""
+    """Show each stage of a study, run here or by Slurm: its process or job, state, time, newest numbers and time left."""
     from tadistill.cluster.status import print_status
     from tadistill.results.study import find_study
 
     root = runs_directory(runs)
-    console.print(print_status(find_study(study, root), store_of(root), console.width))
+    print_status(find_study(study, root), store_of(root), console)
 
 
 @app.command()

@@ -1,22 +1,24 @@
-"""`tadistill status` and `tadistill cancel`: the state of a study's stages, from the store, the queue and the logs."""
+"""`tadistill status` and `tadistill cancel`: the state of a study's stages, from the store, the queue, the logs and runs on machines."""
 
 import json
-import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from tadistill.cluster import queue
 from tadistill.cluster.job import JobRecord, read_record, report_name
 from tadistill.disk import damaged, read_json
+from tadistill.plan.labels import distinct_labels
+from tadistill.runner.local import LOG, LocalRun, described, local_runs, spoken
 from tadistill.store import FAILURE, Store, runs_directory
 
-_COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red"}
+_COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red", "dead": "red"}
+_NARROW = 100  # columns; on a narrower screen a stage has two lines
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,10 @@ class StatusRow:
 
     label: str
     job: str
+    """The job's id in Slurm, or HOST:PID of a run outside Slurm."""
     state: str
-    """done, failed, `not submitted`, `lost` (Slurm no longer knows the job), or another state of Slurm in lower case."""
+    """done, running, failed, `not started`, `dead` (its run was killed), `lost` (Slurm no longer knows the job), or another state of Slurm
+    in lower case."""
     elapsed: str
     last: str
     """The newest line of the training log, or the reason why the stage failed or waits."""
@@ -35,13 +39,33 @@ class StatusRow:
 def status_rows(study: Path, store: Store) -> list[StatusRow]:
     """Return one row per stage of a study, in the order of the plan."""
     stages = _stages(study)
+    labels = distinct_labels((s["key"], s["label"], s.get("arms", ())) for s in stages)
+    stages = [stage | {"label": labels[stage["key"]]} for stage in stages]
     done = {s["key"] for s in stages if store.finished(s["key"])}
     found = {s["key"]: read_record(store, s["key"]) for s in stages}
-    open_ = {key: record for key, record in found.items() if record and key not in done}
+    here = {key: row for run in local_runs(study) for key, row in _local(run).items() if key not in done}
+    open_ = {key: record for key, record in found.items() if record and key not in done and key not in here}
     queued = queue.queued() if open_ else {}
     live = {key: entry for key, record in open_.items() if (entry := record.live(queued))}
     gone = queue.ended(str(record.place) for key, record in open_.items() if key not in live)
-    return [_finished(s, store, found[s["key"]]) if s["key"] in done else _row(s, store, found[s["key"]], live, gone) for s in stages]
+
+    def row(stage: dict[str, Any]) -> StatusRow:
+        key = stage["key"]
+        if key in done:
+            return _finished(stage, store, found[key])
+        return replace(here[key], label=stage["label"]) if key in here else _row(stage, store, found[key], live, gone)
+
+    return [row(stage) for stage in stages]
+
+
+def _local(run: LocalRun) -> dict[str, StatusRow]:
+    """Return the rows of the stages that a run on a machine started or that failed in it, by key."""
+    failed = {key: StatusRow("", run.name, "failed", "", reason) for key, reason in run.failed.items()}
+    state = run.state
+    if state not in ("running", "dead"):
+        return failed
+    started = {key: StatusRow(s.label, run.name, state, _time(s.seconds), described(s)) for key, s in run.stages.items()}
+    return failed | started
 
 
 def _finished(stage: dict[str, Any], store: Store, record: JobRecord | None) -> StatusRow:
@@ -54,7 +78,7 @@ def _row(
 ) -> StatusRow:
     key, label, folder = stage["key"], stage["label"], store.folder(stage["key"])
     if record is None:
-        return StatusRow(label, "", "not submitted", "", _metric(folder, stage))
+        return StatusRow(label, "", "not started", "", _metric(folder, stage))
     job = str(record.place)
     if key in live:
         state = live[key].state.lower()
@@ -73,35 +97,46 @@ def command_for(verb: str, study: Path) -> str:
     return f"tadistill {verb} {study.name}{place}"
 
 
-def shortened(label: str, width: int) -> str:
-    """Return a stage's label without parentheses. If it is too long, it is cut in the middle, because its end names the seed."""
-    text = re.sub(r" \([^)]*\)", "", label)
-    if len(text) <= width:
-        return text
-    tail = min(width // 2, len(text) - text.rindex(",") if "," in text else 0)
-    return f"{text[: width - tail - 1]}…{text[len(text) - tail :]}"
-
-
-def print_status(study: Path, store: Store, width: int) -> Group:
-    """Return three parts: the table of stages (`width` columns wide); the number of stages in each state; and the next command to run."""
-    found = status_rows(study, store)
+def print_status(study: Path, store: Store, console: Console) -> None:
+    """Print the table of stages, the number of stages in each state, the runs, and the next command to run."""
+    found, runs = status_rows(study, store), local_runs(study)
     table = Table(box=None, title=study.name, title_justify="left", expand=True)
-    for column, least in {"stage": 24, "job": 8, "state": 9, "elapsed": 7, "last": 10}.items():
-        table.add_column(column, overflow="ellipsis", no_wrap=column != "last", min_width=least, ratio=1 if column == "last" else None)
+    beside = console.width >= _NARROW
+    for column in ("stage", "job", "state", "elapsed", *(("last",) if beside else ())):
+        table.add_column(column, overflow="fold", no_wrap=column == "state", ratio={"stage": 3, "last": 2}.get(column))
     for row in found:
         colour = _COLOUR.get(row.state, "dim")
-        label = escape(shortened(row.label, max(24, width - 56)))
-        table.add_row(label, row.job, f"[{colour}]{row.state}[/]", row.elapsed, escape(row.last))
+        stage = escape(row.label) if beside or not row.last else f"{escape(row.label)}\n  [dim]{escape(row.last)}[/]"
+        table.add_row(stage, row.job, f"[{colour}]{row.state}[/]", row.elapsed, *([escape(row.last)] if beside else []))
     counts = Counter(row.state for row in found)
-    return Group(table, "", ", ".join(f"{n} {state}" for state, n in counts.most_common()), _advice(counts, study))
+    summary = ", ".join(f"{n} {state}" for state, n in counts.most_common())
+    console.print(table)
+    for line in ("", summary, *map(_about, runs), _advice(counts, study, runs)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _advice(counts: Counter[str], study: Path) -> str:
+def _about(run: LocalRun) -> str:
+    left = f"about {spoken(run.left)} left" if run.left is not None else "the time left is not known yet"
+    how = {
+        "running": f"runs this study: {run.done}/{run.total} stages done, {left}; `kill {run.pid}` stops it and saves its state",
+        "dead": f"no longer runs: it was killed, or its machine stopped, after {spoken(run.seconds)}",
+        "finished": f"finished after {spoken(run.seconds)}",
+        "failed": "ended because a stage failed",
+        "interrupted": "was interrupted; its stages saved their state",
+    }
+    return f"process {run.pid} on {run.host} (started {run.started}) {how[run.state]}"
+
+
+def _advice(counts: Counter[str], study: Path, runs: list[LocalRun]) -> str:
     if set(counts) == {"done"}:
         return f"all stages are done; write the report with {command_for('report', study)}"
+    if any(run.state == "running" for run in runs):
+        return f"all lines of the run are in {study / LOG}"
     if {"pending", "running", "configuring", "requeued"} & set(counts):
         return f"jobs are queued or running; cancel them with {command_for('cancel', study)}"
-    return "no job is queued; run the same `tadistill submit` again to submit the missing stages"
+    if runs:
+        return f"nothing is running; continue with `{runs[-1].command}`"
+    return f"nothing is queued or running; continue with `{_command(study)}`"
 
 
 def cancel(study: Path, store: Store) -> int:
@@ -119,12 +154,20 @@ def cancel(study: Path, store: Store) -> int:
 
 
 def _stages(study: Path) -> list[dict[str, Any]]:
+    return _plan(study)["stages"]
+
+
+def _command(study: Path) -> str:
+    return _plan(study).get("command") or "tadistill run RECIPE"
+
+
+def _plan(study: Path) -> dict[str, Any]:
     path = study / "plan.json"
-    fix = "submit the recipe again to rewrite it"
+    fix = "run or submit the recipe again to rewrite it"
     content = read_json(path, fix=fix)
     if not isinstance(content, dict) or "stages" not in content:
         raise damaged(path, "it has no list of stages", fix)
-    return content["stages"]
+    return content
 
 
 def _metric(folder: Path, stage: dict[str, Any]) -> str:

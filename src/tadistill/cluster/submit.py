@@ -35,7 +35,7 @@ from tadistill.cluster.job import (
 )
 from tadistill.cluster.profile import Profile
 from tadistill.cluster.sbatch import Request, Requests
-from tadistill.cluster.status import command_for, shortened
+from tadistill.cluster.status import command_for
 from tadistill.config import Recipe
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, StageFailed
@@ -272,7 +272,10 @@ def submit(
     datasets.check(recipe)
     plan = make_plan(recipe)
     submission = Submission(plan, profile, runs, account=account)
+    study = runs / recipe.study
     if dry_run:
+        if not submission.todo:
+            console.print(f"nothing to submit: {_all_done(plan, study)}", highlight=False, soft_wrap=True)
         for sent, script in submission.scripts():
             console.print(f"# {sent.id}: {sent.text}", soft_wrap=True, highlight=False, markup=False)
             console.print(f"{script}\n", soft_wrap=True, highlight=False, markup=False)
@@ -285,8 +288,8 @@ def submit(
             check_inputs(recipe, console)
         save_plan(plan, runs, recipe_text=text, command=command, console=console)
 
-    table, wide = _table(), max(24, (console.width - 40) // 2)
-    sent, waiting = submission.run(ready, lambda each: _row(table, each, wide))
+    table = _table()
+    sent, waiting = submission.run(ready, lambda each: _row(table, each))
     if sent:
         console.print(table)
     jobs, stages = sum(len(each.jobs) for each in sent), sum(len(job.stages) for each in sent for job in each.jobs)
@@ -296,7 +299,6 @@ def submit(
         f"{stages} submitted now as {jobs} jobs",
         highlight=False,
     )
-    study = runs / recipe.study
     if sent:
         report = (
             "a job writes the report after all other jobs have ended; show their state with "
@@ -304,22 +306,31 @@ def submit(
             else "show the state of the jobs with "
         )
         console.print(f"{report}{command_for('status', study)}", highlight=False, soft_wrap=True)
-    elif done == len(plan.stages):
-        console.print(f"all stages are done; write the report with {command_for('report', study)}", highlight=False, soft_wrap=True)
+    elif waiting:
+        text = (
+            f"nothing was submitted: every missing stage has a job already; show the state of the jobs with {command_for('status', study)}"
+        )
+        console.print(text, highlight=False, soft_wrap=True)
+    else:
+        console.print(f"nothing was submitted: {_all_done(plan, study)}", highlight=False, soft_wrap=True)
+
+
+def _all_done(plan: Plan, study: Path) -> str:
+    return f"all {len(plan.stages)} stages are done; write the report with {command_for('report', study)}"
 
 
 def _table() -> Table:
     table = Table(box=None, expand=True)
     for column in ("job", "gpu", "hours", "waits for", "stages"):
-        table.add_column(column, no_wrap=True, overflow="ellipsis", ratio=1 if column in ("waits for", "stages") else None)
+        table.add_column(column, overflow="fold", ratio={"waits for": 1, "stages": 2}.get(column))
     return table
 
 
-def _row(table: Table, sent: Sent, wide: int) -> None:
+def _row(table: Table, sent: Sent) -> None:
     request = sent.request
     gpu = f"{request.nodes * request.gpus} x {request.gpu}" if request.gpu else "–"
     job = f"{sent.id}_[0-{len(sent.jobs) - 1}]" if len(sent.jobs) > 1 else sent.id
-    table.add_row(job, gpu, f"{request.minutes / 60:.3g}", sent.settings.get("dependency", ""), shortened(sent.text, wide))
+    table.add_row(job, gpu, f"{request.minutes / 60:.3g}", sent.settings.get("dependency", ""), sent.text)
 
 
 def _cluster(given: str | None) -> str:

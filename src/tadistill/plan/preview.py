@@ -14,15 +14,16 @@ from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.costs import passes
 from tadistill.plan.graph import Stage, with_ancestors
+from tadistill.plan.labels import distinct_labels
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
 
 _LARGEST = 3  # number of stages whose parts are shown
-_WIDE = 130  # characters; the column `parents` is shown on screens of this width or more
+_WIDE = 130  # columns; a narrower screen shows no `parents`, and short keys and labels
 
 
 def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 200) -> Group:
-    """Return all tables and the notes below them. On a narrow screen (`width` in columns) only labels are shortened."""
+    """Return all tables and the notes below them. On a narrow screen (`width` in columns), keys and labels are shorter."""
     parts = [_stages(plan, store, speeds, width), "", _arms(plan), "", _largest(plan, width), ""]
     return Group(*parts, *_notes(plan, store, speeds, jobs))
 
@@ -52,18 +53,21 @@ _NUMBERS = ("FLOPs", "time", "memory", "x direct", "assistants", "share", "relea
 
 
 def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
-    columns = ["key", "", "FLOPs", "time", "memory", "stage", *(["parents"] if width >= _WIDE else [])]
+    wide = width >= _WIDE
+    columns = ["key", "", "FLOPs", "time", "memory", "stage", *(["parents"] if wide else [])]
     table = _table(f"{plan.recipe.study}: {len(plan.stages)} stages", *columns)
-    table.columns[0].min_width, table.columns[1].min_width = 16, 4
+    table.columns[0].min_width, table.columns[1].min_width = 16 if wide else 8, 4
+    table.columns[5].no_wrap, table.columns[5].overflow = False, "fold"  # a cut label could lose the method or the seed
+    labels = distinct_labels(((s.key, s.label, s.arms) for s in plan.stages.values()), short=not wide)
     for stage in plan.stages.values():
         done = store.finished(stage.key)
         parents = " ".join(key[:6] for key in dict.fromkeys(stage.parents.values()))
         flops = "–" if stage.measures else _flops(stage.flops)
         state = "[green]hit[/]" if done else "[yellow]miss[/]"
         memory = f"{stage.cost.memory / 1e9:.2g} GB" if stage.cost and stage.cost.memory else "–"
-        label = _cut(stage.label, width - (90 if width >= _WIDE else 62))
-        cells = [stage.key, state, flops, _time(throughput.seconds(stage.cost, speeds)), memory, label]
-        table.add_row(*cells, *([parents] if width >= _WIDE else []))
+        key = stage.key if wide else stage.key[:8]
+        cells = [key, state, flops, _time(throughput.seconds(stage.cost, speeds)), memory, escape(labels[stage.key])]
+        table.add_row(*cells, *([parents] if wide else []))
     return table
 
 
@@ -112,9 +116,12 @@ def _largest(plan: Plan, width: int) -> Table:
     for stage in sorted(plan.stages.values(), key=lambda s: -(s.flops or 0.0)):
         if stage.cost:
             kinds.setdefault(stage.cost.kind, stage)
-    for stage in list(kinds.values())[:_LARGEST]:
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+    largest = list(kinds.values())[:_LARGEST]
+    labels = distinct_labels(((s.key, s.label, s.arms) for s in largest), short=width < _WIDE)
+    for stage in largest:
         assert stage.cost is not None
-        label = _cut(stage.label, width - 52)
+        label = escape(labels[stage.key])
         for name, part in sorted(stage.cost.parts.items(), key=lambda item: -item[1].flops):
             table.add_row(label, name, _flops(part.flops), f"{part.flops / stage.cost.total:.0%}")
             label = ""
@@ -157,10 +164,6 @@ def _rows(plan: Plan) -> Iterable[str]:
         counts = passes.count_first_rows(plan.recipe, ref, role)
         if counts and counts.text:
             yield f"Rows of {ref.name} ({role}), among the first {counts.rows}: {counts.text}."
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= max(width, 12) else f"{text[: max(width, 12) - 1]}…"
 
 
 def _flops(value: float | None) -> str:

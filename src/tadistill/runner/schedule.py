@@ -7,20 +7,17 @@ running stages save their state and end.
 import contextlib
 import os
 import signal
-import time
 from multiprocessing.connection import wait
-from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tadistill.errors import ConfigError, DataError, Interrupted, ModelError, StageFailed
 from tadistill.plan.arms import Plan, Stage
 from tadistill.plan.task import make_task
 from tadistill.plan.throughput import cores
 from tadistill.runner.interruption import ENDING, StopFlag, Stopped
-from tadistill.runner.processes import Message, StageProcesses
+from tadistill.runner.processes import StageProcesses
+from tadistill.runner.screen import Screen
 from tadistill.store import Store
 
 _POLL = 0.5
@@ -39,7 +36,7 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None
         return
     flag = StopFlag(*ENDING, told=_still_saving)
     try:
-        with _Screen(console, len(plan.stages), len(plan.stages) - len(todo)) as screen:
+        with Screen(plan, store, console, todo=list(todo), jobs=jobs) as screen:
             failed = _Schedule(plan, todo, store, screen, jobs, flag).run()
     finally:
         flag.restore()
@@ -52,7 +49,7 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None
 
 
 class _Schedule:
-    def __init__(self, plan: Plan, todo: dict[str, Stage], store: Store, screen: "_Screen", jobs: int, flag: StopFlag):
+    def __init__(self, plan: Plan, todo: dict[str, Stage], store: Store, screen: Screen, jobs: int, flag: StopFlag):
         self.plan, self.store, self.screen, self.jobs, self.flag = plan, store, screen, jobs, flag
         weight = _weights(plan)
         self.waiting = dict(sorted(todo.items(), key=lambda item: -weight[item[0]]))
@@ -81,11 +78,12 @@ class _Schedule:
         ready = [key for key, stage in self.waiting.items() if set(stage.parents.values()) <= self.done]
         for key in ready[: self.jobs - len(self.running)]:
             stage = self.waiting.pop(key)
-            self.screen.start(key, stage.label, stage.steps)
+            self.screen.start(key)
             self.running[key] = StageProcesses(make_task(self.plan, stage, self.store), threads=max(1, cores() // self.jobs))
 
     def _attend(self) -> None:
         wait([source for stage in self.running.values() for source in stage.sources], timeout=_POLL)
+        self.screen.tick()
         stopped = False
         for key, stage in [*self.running.items()]:
             for message in stage.attend():
@@ -124,55 +122,3 @@ def _weights(plan: Plan) -> dict[str, float]:
 
 def _still_saving() -> None:
     os.write(2, b"already stopping: the running stages save their state\n")  # print must not be called in a signal handler
-
-
-class _Screen:
-    def __init__(self, console: Console, total: int, finished: int):
-        self.progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", table_column=None),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self.all = self.progress.add_task("all stages", total=total, completed=finished, note="")
-        self.tasks: dict[str, Any] = {}
-        self.started: dict[str, tuple[str, float]] = {}
-        self.total, self.done = total, finished
-
-    def __enter__(self) -> "_Screen":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def show(self, key: str, message: Message) -> None:
-        if isinstance(message, str):
-            self.progress.console.print(f"[bold yellow]alarm[/] {self.started[key][0]}: ", escape(message), highlight=False)
-        else:
-            done, total, note = message
-            self.progress.update(self.tasks[key], completed=done, total=total, note=note)
-
-    def say(self, text: str) -> None:
-        self.progress.console.print(text, highlight=False)
-
-    def start(self, key: str, label: str, steps: int | None) -> None:
-        self.started[key] = (label, time.monotonic())
-        self.tasks[key] = self.progress.add_task(label, total=steps or 1, note="")
-
-    def end(self, key: str, failure: str | None = None) -> None:
-        label, start = self.started.pop(key)
-        self.progress.remove_task(self.tasks.pop(key))
-        if failure is not None:
-            self.progress.console.print(f"[bold red]failed[/] {label}: ", escape(failure), highlight=False)
-            return
-        self.done += 1
-        self.progress.update(self.all, completed=self.done)
-        self.say(f"[dim]{self.done:3d}/{self.total}[/] {label} [dim]{time.monotonic() - start:.1f} s[/]")

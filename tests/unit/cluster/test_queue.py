@@ -97,11 +97,11 @@ def test_status_of_every_kind(programs, tmp_path):
     programs("squeue", "case $* in *--me*) echo '1|RUNNING|0:05|runs|None'; echo '2|PENDING|0:00|wait|Dependency';; esac")
     programs("sacct", "echo '4|OUT_OF_MEMORY|00:10|gone'")
     found = {row.label: row for row in status_rows(study, store)}
-    expected = ["done", "running", "pending", "failed", "out_of_memory", "lost", "not submitted"]
+    expected = ["done", "running", "pending", "failed", "out_of_memory", "lost", "not started"]
     assert {label: row.state for label, row in found.items()} == dict(zip(keys, expected, strict=True))
     assert found["done"].elapsed == "1:01:40"
     assert found["runs"].last == "4/10 train/loss 1.5"
     assert found["fail"].last == "it broke"
     (study / "plan.json").write_text("{")
-    with pytest.raises(StoreError, match=r"plan.json cannot be read \(.*\): submit the recipe again"):
+    with pytest.raises(StoreError, match=r"plan.json cannot be read \(.*\): run or submit the recipe again"):
         status_rows(study, store)

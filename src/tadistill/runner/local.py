@@ -1,0 +1,165 @@
+"""Runs on this machine: a log for people, and a record for other commands such as `tadistill status`.
+
+    RUNS/STUDY/run.log                 every line of every run of the study, with the time and the process id
+    RUNS/STUDY/local/HOST-PID.json     the state of one run; it is written again every few seconds while the run goes on
+
+A record stays after its run has ended. The next run of the study deletes the records of ended runs.
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tadistill.disk import write_json
+from tadistill.errors import StoreError
+
+LOG = "run.log"
+_RECORDS = "local"
+_EVERY = 5.0
+"""Seconds between two writings of the record, if no stage starts or ends."""
+_SILENT = 120.0
+"""A run on another machine counts as dead if its record is older than this many seconds."""
+State = Literal["running", "dead", "finished", "failed", "interrupted"]
+
+
+@dataclass
+class StageProgress:
+    """A stage that runs, or that ran when its run ended."""
+
+    label: str
+    done: int = 0
+    total: int = 1
+    note: str = ""
+    """The newest text of the stage, for instance the loss and the tokens per second."""
+    seconds: float = 0.0
+    """The time since the stage started."""
+    left: float | None = None
+    """The predicted seconds until the stage is finished; None if they are not known yet."""
+
+
+@dataclass
+class LocalRun:
+    """The state of one run of a study, as its process last wrote it."""
+
+    pid: int
+    host: str
+    born: float
+    """Start time of the process, which distinguishes it from a later process with the same id."""
+    command: str
+    started: str
+    """Local date and time."""
+    seen: float = 0.0
+    """Time of the last writing (time.time())."""
+    ended: State | None = None
+    done: int = 0
+    total: int = 0
+    seconds: float = 0.0
+    left: float | None = None
+    """The predicted seconds until the whole run is finished; None if they are not known yet."""
+    stages: dict[str, StageProgress] = field(default_factory=dict)
+    """The running stages by key."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Key -> reason, for each stage that failed."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.host}:{self.pid}"
+
+    @property
+    def state(self) -> State:
+        """How the run ended; `running` or `dead` if it has not reported an end. A dead run was killed, or its machine stopped."""
+        if self.ended:
+            return self.ended
+        if self.host != platform.node():
+            return "running" if time.time() - self.seen < _SILENT else "dead"
+        return "running" if _born(self.pid) == self.born else "dead"
+
+
+def local_runs(study: Path) -> list[LocalRun]:
+    """Return the runs of a study on this and other machines whose records exist; the newest is the last. Damaged records are left out."""
+    found = []
+    for path in (study / _RECORDS).glob("*.json"):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            stages = {key: StageProgress(**stage) for key, stage in content.pop("stages").items()}
+            found.append(LocalRun(**content, stages=stages))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue  # a record only informs; a damaged one is written again by the next run
+    return sorted(found, key=lambda run: run.seen)
+
+
+class Journal:
+    """Writes the log and the record of this process's run. A disk that cannot be written is reported once and does not end the run."""
+
+    def __init__(self, study: Path, *, done: int, total: int, complain: Callable[[str], None]):
+        self.folder, self._complain, self._told = study, complain, False
+        pid = os.getpid()
+        command = shlex.join(["tadistill", *sys.argv[1:]])
+        self.run = LocalRun(pid, platform.node(), _born(pid) or 0.0, command, time.strftime("%Y-%m-%d %H:%M:%S"), done=done, total=total)
+        self._start, self._written = time.monotonic(), float("-inf")
+        for old in local_runs(study):
+            if old.state != "running":
+                _record(study, old).unlink(missing_ok=True)
+
+    def log(self, text: str) -> None:
+        """Add a line to run.log."""
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.run.pid} {' '.join(text.split())}\n"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / LOG).open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            self._failed(self.folder / LOG, error.strerror or str(error))
+
+    @property
+    def due(self) -> bool:
+        """True if a few seconds have passed since the record was written."""
+        return time.monotonic() - self._written >= _EVERY
+
+    def save(self) -> None:
+        """Write the record."""
+        self._written, self.run.seen = time.monotonic(), time.time()
+        self.run.seconds = round(self._written - self._start, 1)
+        try:
+            write_json(_record(self.folder, self.run), asdict(self.run))
+        except StoreError as error:
+            self._failed(_record(self.folder, self.run), str(error))
+
+    def _failed(self, path: Path, reason: str) -> None:
+        if not self._told:
+            self._told = True
+            self._complain(f"{path} cannot be written ({reason}); the run goes on, but its log and its status are not complete")
+
+
+def _record(study: Path, run: LocalRun) -> Path:
+    return study / _RECORDS / f"{run.host}-{run.pid}.json"
+
+
+def _born(pid: int) -> float | None:
+    import psutil  # not at the top, because only runs and `tadistill status` need it
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+
+
+def spoken(seconds: float | None) -> str:
+    """Return a duration in words, such as `40 s`, `12 min` or `3.5 h`; `?` if it is not known."""
+    if seconds is None:
+        return "?"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def described(stage: StageProgress) -> str:
+    """Return a stage's progress in one line: done of total, the newest note, and the predicted time left."""
+    parts = [f"{stage.done}/{stage.total}", stage.note, f"{spoken(stage.left)} left" if stage.left is not None else ""]
+    return ", ".join(part for part in parts if part)

@@ -1,0 +1,156 @@
+"""The record and the log of a run on this machine, and what `tadistill status` says about it."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from tadistill.cluster.status import print_status, status_rows
+from tadistill.config import parse
+from tadistill.errors import StageFailed
+from tadistill.plan.arms import make_plan
+from tadistill.runner import local, screen
+from tadistill.runner.local import Journal, StageProgress, local_runs
+from tadistill.runner.screen import Screen
+from tadistill.runner.study import save_plan
+from tadistill.store import Store
+
+RECIPE = """
+study: small
+seeds: [1]
+models:
+  s:
+    load: scratch:gpt2
+    tokenizer: tinyworld
+    config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}
+    sft: {optim: {steps: 8, batch: 4}, select: {metric: loss, every: 2}}
+data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 40, limit: {train: 64, dev: 4, test: 4}}
+evaluate: {seeds: [1], max_new_tokens: 4, also: {}}
+arms: {sft: s}
+"""
+
+
+@pytest.fixture
+def plan():
+    return make_plan(parse(RECIPE, [], source="small.yaml"))
+
+
+@pytest.fixture
+def study(plan, tmp_path):
+    return save_plan(plan, tmp_path, recipe_text="", command="tadistill run small.yaml seeds=[1]")
+
+
+def status(study):
+    console = Console(file=io.StringIO(), width=120)
+    print_status(study, Store(study.parent / "store"), console)
+    return console.file.getvalue()
+
+
+def journal(study):
+    return Journal(study, done=0, total=2, complain=pytest.fail)
+
+
+def test_status_shows_a_run_of_this_machine(plan, study):
+    key = next(iter(plan.stages))
+    mine = journal(study)
+    mine.run.stages[key] = StageProgress("x", 3, 8, "loss 5.01, 120 tokens/s", 65.0, 100.0)
+    mine.run.left = 240.0
+    mine.save()
+    row = status_rows(study, Store(study.parent / "store"))[0]
+    assert (row.label, row.job, row.state, row.elapsed) == ("sft s, seed 1", mine.run.name, "running", "1:05")
+    assert row.last == "3/8, loss 5.01, 120 tokens/s, 2 min left"
+    assert f"process {os.getpid()} on" in status(study)
+    assert "0/2 stages done, about 4 min left" in status(study)
+    assert "run.log" in status(study)
+
+
+def test_status_of_a_killed_run(plan, study, monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    killed = journal(study)
+    killed.run.stages[next(iter(plan.stages))] = StageProgress("x")
+    killed.run.pid = ended.pid
+    killed.save()
+    assert [row.state for row in status_rows(study, Store(study.parent / "store"))] == ["dead", "not started"]
+    assert "it was killed" in status(study)
+    assert "nothing is running; continue with `" in status(study)
+    # a later process with the same id is another process
+    killed.run.pid, killed.run.born = os.getpid(), 1.0
+    assert killed.run.state == "dead"
+    # another machine: only the age of the record is known
+    killed.run.host = "elsewhere"
+    assert killed.run.state == "running"
+    killed.run.seen = time.time() - 1000
+    assert killed.run.state == "dead"
+
+
+def test_a_new_run_deletes_the_records_of_ended_runs(study):
+    first = journal(study)
+    first.run.host, first.run.ended = "elsewhere", "failed"
+    first.save()
+    (study / "local" / "damaged-1.json").write_text("{")
+    journal(study).save()
+    assert [run.host for run in local_runs(study)] == [local.platform.node()]
+
+
+def test_a_full_disk_is_said_once_and_ends_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    said = []
+    mine = Journal(tmp_path / "file", done=0, total=1, complain=said.append)
+    mine.log("a")
+    mine.save()
+    assert len(said) == 1
+    assert "the run goes on" in said[0]
+
+
+def shown(plan, study, monkeypatch, *, fail=False):
+    """Show a study's first stage on a screen without a terminal, with a clock of our own."""
+    clock = [0.0]
+    monkeypatch.setattr(screen.time, "monotonic", lambda: clock[0])
+    console = Console(file=io.StringIO(), width=60)
+    first, second = plan.stages
+    with Screen(plan, Store(study.parent / "store"), console, todo=[first, second], jobs=1) as mine:
+        mine.start(first)
+        clock[0] = 30.0
+        mine.show(first, (4, 8, "loss 5.010, 120 tokens/s"))
+        clock[0] = 61.0
+        mine.tick()
+        record = json.loads(next((study / "local").iterdir()).read_text())
+        mine.end(first, "it broke" if fail else None)
+    return console.file.getvalue(), record
+
+
+def test_a_line_a_minute_without_a_terminal(plan, study, monkeypatch):
+    out, record = shown(plan, study, monkeypatch)
+    line = next(line for line in out.splitlines() if "tokens/s" in line)
+    assert "sft s, seed 1: 4/8, loss 5.010, 120 tokens/s, " in line
+    assert line.endswith(" left")
+    assert "all stages: 0/2, " in out
+    assert record["left"] > 0
+    assert record["stages"][next(iter(plan.stages))]["left"] > 0
+    log = (study / "run.log").read_text()
+    assert "4/8, loss 5.010, 120 tokens/s" in log
+    assert "1/2 sft s, seed 1" in log
+    assert "end: finished, 1 of 2 stages are done" in log
+
+
+def test_a_failed_stage_is_in_log_and_status(plan, study, monkeypatch):
+    shown(plan, study, monkeypatch, fail=True)
+    assert "it broke" in (study / "run.log").read_text()
+    row = status_rows(study, Store(study.parent / "store"))[0]
+    assert (row.state, row.last) == ("failed", "it broke")
+    assert "ended because a stage failed" in status(study)
+
+
+def test_an_interrupted_run_says_so(plan, study):
+    with pytest.raises(KeyboardInterrupt), Screen(plan, Store(study.parent / "store"), Console(file=io.StringIO()), todo=[], jobs=1):
+        raise KeyboardInterrupt
+    assert local_runs(study)[-1].state == "interrupted"
+    with pytest.raises(StageFailed), Screen(plan, Store(study.parent / "store"), Console(file=io.StringIO()), todo=[], jobs=1):
+        raise StageFailed
+    assert local_runs(study)[-1].state == "failed"
