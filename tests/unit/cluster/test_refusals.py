@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tadistill.cluster import profile
 from tadistill.cluster.submit import Submission, submit
@@ -121,3 +122,14 @@ def test_a_cluster_must_be_named():
 def test_a_recipes_resources(resources, message):
     with pytest.raises(ConfigError, match=message):
         make_plan(load(RECIPE, [f"resources={{{resources}}}"]))
+
+
+def test_nothing_to_submit_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("tadistill.store.Store.finished", lambda self, key: True)
+    monkeypatch.setattr("tadistill.cluster.queue.queued", dict)
+    profiles = tmp_path / "own.yaml"
+    profiles.write_text("about: mine\nmax_hours: 3\n")
+    for dry_run in (True, False):
+        given = {"cluster": str(profiles), "account": None, "runs": tmp_path, "dry_run": dry_run}
+        submit(load(RECIPE), text="", command="", console=Console(width=300), **given)
+        assert "all 87 stages are done; write the report with tadistill report" in capsys.readouterr().out
