@@ -40,7 +40,7 @@ _CALL = 2e-4
 """Assumed seconds of one layer's call."""
 _AROUND = 4
 """Embeddings, head, loss and sampling of a forward pass take about as long as this many calls of layers."""
-_START = 1.0
+_START = 0.6
 """Assumed seconds until a stage's process has loaded its models."""
 _ROWS, _LAYERS, _PROMPT = 1000, 12, 64
 """Assumed rows of a data set on the Hub, layers of a model whose size is not known, and tokens of a prompt."""
@@ -87,8 +87,8 @@ class _Sizes:
         return count * ((size.layers if size else _LAYERS) + _AROUND) * _CALL
 
     def answers(self, name: str, rows: float, batch: int, tokens: int) -> float:
-        """Return the assumed seconds of sampling answers."""
-        return self.passes(name, -(-rows // batch) * tokens) + self._flops(name, rows * (_PROMPT + tokens))
+        """Return the assumed seconds of sampling answers of up to `tokens` tokens. On average they end after half of them."""
+        return self.passes(name, -(-rows // batch) * tokens / 2) + self._flops(name, rows * (_PROMPT + tokens / 2))
 
     def reads(self, name: str, rows: float, batch: int, tokens: int) -> float:
         """Return the assumed seconds of forward passes over prompts with answers."""
