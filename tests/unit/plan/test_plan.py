@@ -175,7 +175,7 @@ def test_specs_are_plain_data():
         (
             {"arms": {"a": {"path": "s", "objective": {"type": "forward_kl"}, "sampler": {"type": "dataset"}}}},
             ConfigError,
-            "without a teacher",
+            "no teacher in its path",
         ),
         ({"arms": {"a": "xl > s", "b": {"path": "xl > l > s", "compute": "as a"}}}, ConfigError, "direct path"),
         ({"arms": {"a": "s", "b": {"path": "xl > s", "compute": "as a"}}}, ConfigError, "costs less"),
