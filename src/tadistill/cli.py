@@ -65,7 +65,9 @@ def plan(
         from tadistill.runner.study import fetch_models
 
         fetch_models(loaded, console)
-    found = make_plan(loaded)
+    else:
+        preview.fetch_descriptions(loaded, console)
+    found = make_plan(loaded, partial=not measure)
     if measure:
         import torch
 

@@ -73,6 +73,10 @@ class ConfigError(TadistillError, ValueError):
     """A recipe, an override or an argument breaks a rule. The error message gives the value, the rule and the fix."""
 
 
+class NotHere(ConfigError):
+    """A plan needs a model or a data set that is not on this disk. `tadistill plan` then shows the rest of the plan."""
+
+
 class DataError(TadistillError, ValueError):
     """A data set is missing or empty, or it lacks a column that the recipe needs."""
 

@@ -4,12 +4,14 @@ cached("tatsu-lab/alpaca", "main")                     # folder of the downloade
 download("MiniLLM/dolly", "main", file="raw.jsonl")    # path of this file, from the cache or the network
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tadistill.errors import DataError, TadistillError
 
+_PATIENCE = 5.0  # seconds
 _NOT_DATA = (".md", ".gitattributes", ".gitignore", ".yaml")
 
 
@@ -56,6 +58,20 @@ def download(repository: str, revision: str, file: str | None = None, *, workers
         if file is not None:
             return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
         return Path(snapshot_download(repository, repo_type="dataset", revision=revision, max_workers=workers))
+
+
+@functools.cache
+def reachable() -> bool:
+    """Return True if the Hub answers within a few seconds, and HF_HUB_OFFLINE does not forbid to ask it."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception:  # the classes of errors differ between versions of the client
+        return False
+    return True
 
 
 def offline(error: type[TadistillError], kind: str, name: str, revision: str) -> TadistillError:

@@ -232,6 +232,35 @@ def _converted(digest: str) -> Path:
     return files.cache_root() / "gguf" / f"{digest[:32]}-v1"
 
 
+def description_file(load: str, revision: str = "main", *, download: bool = False) -> Path | None:
+    """Return the config.json of a source on this disk, also if nothing else of the model is there. Return None if it is not there.
+
+    Args:
+        download: fetch the file if `load` is a hub id and the file is not on this disk. It has a few kilobytes.
+
+    Raises:
+        ModelError: a local source does not exist, or the file cannot be downloaded.
+    """
+    source = parse_source(load)
+    if source.kind != "hub":
+        directory = locate(load, revision, weights=False)
+        file = directory / "config.json" if directory else None
+        return file if file and file.is_file() else None
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(source.name, "config.json", revision=revision)
+    except HFValidationError as error:
+        raise hub.invalid(ModelError, source.name, error) from error
+    if isinstance(found, str) and Path(found).is_file():
+        return Path(found)
+    if not download:
+        return None
+    with hub.explained(ModelError, "model", source.name, revision):
+        return Path(hf_hub_download(source.name, "config.json", revision=revision))
+
+
 def _hub_cached(name: str, revision: str, weights: bool) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

@@ -4,13 +4,13 @@ Stages exchange files on disk only. A stage's key is a hash of its settings and 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 
 from tadistill.config import Arm, Method, Recipe, Sft
 from tadistill.config.method import apply
 from tadistill.config.sampling import DatasetSampler
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, NotHere
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph, Stage
@@ -48,6 +48,10 @@ class Plan:
     arms: list[PlannedArm]
     tokens: StudyTokens
     """The tokenizer of each model, and the tokens that end an answer."""
+    absent: dict[str, str] = field(default_factory=dict)
+    """Arms that a partial plan leaves out, with the reason."""
+    unknown: list[str] = field(default_factory=list)
+    """Models of a partial plan that are not on this disk, as `NAME (SOURCE)`."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,15 @@ class ProbePlan:
     """Key of the `pair` stage of each (bigger, smaller) pair of models."""
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, partial: bool = False) -> Plan:
     """Expand a recipe into its stages and arms.
+
+    With `partial`, arms that need a model or data set that is not on this disk are left out; `Plan.absent` gives the reasons.
 
     Raises:
         ConfigError, DataError, ModelError: the recipe has an error that can be found without loading a model.
     """
-    return _Planner(recipe).plan()
+    return _Planner(recipe, Ledger(recipe, partial=partial)).plan()
 
 
 class _Planner:
@@ -84,13 +90,26 @@ class _Planner:
     def plan(self) -> Plan:
         # in the recipe's order, except that an arm with `compute: as X` is planned after arm X
         done: dict[str, PlannedArm] = {}
+        absent: dict[str, str] = {}
         waiting = dict(self.recipe.arms)
         while waiting:
             for name, arm in list(waiting.items()):
-                if arm.compute is None or arm.compute[3:] in done:
-                    done[name] = self._arm(name, arm, done)
-                    del waiting[name]
-        return Plan(self.recipe, self.teacher, self.graph.stages, [done[name] for name in self.recipe.arms], self.tokens)
+                before = arm.compute[3:] if arm.compute else None
+                if before in absent:
+                    absent[name] = f"it has `compute: {arm.compute}`, and arm {before} is left out"
+                elif before is None or before in done:
+                    try:
+                        done[name] = self._arm(name, arm, done)
+                    except NotHere as error:
+                        if not self.ledger.partial:
+                            raise
+                        absent[name] = str(error)
+                else:
+                    continue
+                del waiting[name]
+        stages = {key: s for key, s in self.graph.stages.items() if s.arms} if absent else self.graph.stages
+        arms = [done[name] for name in self.recipe.arms if name in done]
+        return Plan(self.recipe, self.teacher, stages, arms, self.tokens, absent, self.ledger.unknown() if self.ledger.partial else [])
 
     def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
         target = done[arm.compute[3:]].flops if arm.compute else None
@@ -177,6 +196,8 @@ class _Planner:
             method = apply(self.recipe.method, self.recipe.models[model].distill, arm.patch)
             self._check_method(method, model)
             optim = self.stages.with_steps(method.optim)
+        except NotHere:
+            raise
         except ValueError as error:
             raise ConfigError(f"arms.{name}: {error}") from error
         assert optim.steps is not None
@@ -205,6 +226,13 @@ class _Planner:
         assert final is not None
         total, last = trial.graph.flops(final), trial.graph.stages[final].flops
         if target is None or total is None or last is None:
+            if unknown := self.ledger.unknown():
+                names = ", ".join(each.split(" ")[0] for each in unknown)
+                raise NotHere(
+                    f"arms.{name} has `compute: {arm.compute}`, which needs the sizes of {names}; run `tadistill fetch RECIPE`, because "
+                    "they are not on this disk"
+                )
+            self.ledger.rows  # noqa: B018  raises NotHere if the texts are not here
             raise ConfigError(
                 f"arms.{name} has `compute: {arm.compute}`, but the size of one of its models is not known. Download the models with "
                 "`tadistill fetch RECIPE`, and use only the families gpt2, opt, llama, mistral, qwen2 and qwen3"

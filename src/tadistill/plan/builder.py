@@ -9,7 +9,7 @@ from tadistill.config.common import Decoding
 from tadistill.config.method import Optim, Select
 from tadistill.config.sampling import Rounds
 from tadistill.data import datasets
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, NotHere
 from tadistill.models import sources
 from tadistill.models.counting import shapes
 from tadistill.plan import specs
@@ -34,7 +34,11 @@ class StageBuilder:
             seed: the seed that the report shows for the stage.
             teachers: names of the stage's teachers, from big to small.
         """
-        return self.graph.add(spec, label, model, seed, spec.cost(self.ledger, model, teachers))
+        try:
+            cost = spec.cost(self.ledger, model, teachers)
+        except NotHere:
+            cost = None
+        return self.graph.add(spec, label, model, seed, cost)
 
     def seed(self, name: str, seed: int) -> int:
         """Return the seed that a model is trained with: its own `seed` in the recipe, or else the study's `seed`."""
@@ -88,7 +92,7 @@ class StageBuilder:
         """
         wanted, have = self.ledger.config(name), self.ledger.config(source)
         if wanted is None or have is None:
-            raise ConfigError(
+            raise NotHere(
                 f"the size of {name} is not known, because it starts from {source} and at least one of these models is not on this disk; "
                 "run `tadistill fetch RECIPE`"
             )

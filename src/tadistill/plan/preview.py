@@ -7,8 +7,10 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from tadistill.config import DataRef
+from tadistill.config import DataRef, Recipe
 from tadistill.config.arm import direct_arm
+from tadistill.data import hub
+from tadistill.errors import ModelError
 from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
@@ -24,7 +26,9 @@ _WIDE = 130  # columns; a narrower screen shows no `parents`, and short keys and
 
 def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 200) -> Group:
     """Return all tables and the notes below them. On a narrow screen (`width` in columns), keys and labels are shorter."""
-    parts = [_stages(plan, store, speeds, width), "", _arms(plan), "", _largest(plan, width), ""]
+    parts = [_stages(plan, store, speeds, width), "", _arms(plan), ""]
+    if any(stage.flops for stage in plan.stages.values()):
+        parts += [_largest(plan, width), ""]
     return Group(*parts, *_notes(plan, store, speeds, jobs))
 
 
@@ -33,6 +37,18 @@ def print_plan(plan: Plan, store: Store, console: Console, accelerator: str | No
     jobs = plan.recipe.runtime.jobs or (1 if accelerator else throughput.cores())
     speeds = throughput.load_throughput(store, plan.stages, threads(plan), accelerator)
     console.print(preview(plan, store, speeds, jobs, console.width))
+
+
+def fetch_descriptions(recipe: Recipe, console: Console) -> None:
+    """Download the config.json of hub models that are not on this disk, if the Hub answers. The plan needs nothing else of them."""
+    for name, model in recipe.models.items():
+        if not model.load or sources.parse_source(model.load).kind != "hub":
+            continue
+        if sources.description_file(model.load, model.revision) is None and hub.reachable():
+            try:
+                sources.description_file(model.load, model.revision, download=True)
+            except ModelError as error:
+                console.print(f"models.{name}: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
 def threads(plan: Plan) -> int:
@@ -73,6 +89,8 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
 
 def _arms(plan: Plan) -> Table:
     table = _table("total training of each arm, for one seed", "arm", "path", "FLOPs", "x direct", "assistants", "compute")
+    for column in table.columns[:2]:
+        column.no_wrap, column.overflow = False, "fold"
     for arm in plan.arms:
         direct = _direct(plan, arm)
         ratio = f"{arm.flops / direct:.2f}" if arm.flops and direct else "–"
@@ -131,7 +149,20 @@ def _largest(plan: Plan, width: int) -> Table:
     return table
 
 
+def _absent(plan: Plan) -> Iterable[str]:
+    fix = "`tadistill fetch RECIPE` downloads what is missing."
+    if plan.unknown:
+        it = "it is not" if len(plan.unknown) == 1 else "they are not"
+        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {it} on this disk. {fix} Keys may still change then."
+    for name, reason in plan.absent.items():
+        yield f"Arm {name} is left out of this plan: {reason}."
+    trained = any(stage.trains and stage.cost is None for stage in plan.stages.values())
+    if trained and not plan.unknown:
+        yield f"FLOPs are not known (?) where a data set is not on this disk, or where the family of a model has no count. {fix}"
+
+
 def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]:
+    yield from (f"[yellow]{escape(sentence)}[/]" for sentence in _absent(plan))
     yield from _rows(plan)
     head = plan.teacher or "a loaded model"
     yield (

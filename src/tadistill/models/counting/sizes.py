@@ -74,10 +74,8 @@ def read_config(load: str, revision: str = "main", config: Config | None = None,
         return known if "vocab_size" in known else None
     if (base := sources.adapter_base(load)) is not None:
         return read_config(*base)
-    directory = sources.locate(load, revision, weights=False)
-    if directory is None or not (directory / "config.json").is_file():  # a folder may hold only a tokenizer
-        return None
-    return read_description(directory / "config.json", load)
+    file = sources.description_file(load, revision)
+    return None if file is None else read_description(file, load)
 
 
 def with_layers(config: Config, layers: int) -> dict[str, Any]:

@@ -8,14 +8,15 @@ answer is assumed to be as long as the prompt's reference. If the model that sam
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
+from typing import Literal
 
-from tadistill.config import Method, Recipe
+from tadistill.config import DataRef, Method, Recipe
 from tadistill.config import sampling as samplers
 from tadistill.config.common import Decoding
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import MiniLLM
-from tadistill.data import datasets
-from tadistill.errors import ConfigError, about
+from tadistill.data import datasets, hub
+from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models.counting import shapes, sizes
 from tadistill.models.counting.cost import Cost, CostPart
 from tadistill.models.counting.memory import resident_bytes
@@ -30,13 +31,28 @@ from tadistill.tuning import GENERATION_BATCH, PACKED_FAMILIES, RECORDING_BATCH
 class Ledger:
     """The predicted costs of one recipe's stages. It reads text lengths and model sizes once and keeps them."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, *, partial: bool = False):
+        """With `partial`, a data set that is neither on this disk nor on a Hub that answers raises NotHere."""
+        self.recipe, self.partial = recipe, partial
         self._distilled: dict[tuple[tuple[str, ...], str, str], Cost | None] = {}  # all seeds have the same cost
 
     @cached_property
     def _train(self) -> list[datasets.Example]:
-        return datasets.load(self.recipe.data.train, "train", self.recipe.data)
+        return self._load("train")
+
+    def _load(self, role: Literal["train", "dev"]) -> list[datasets.Example]:
+        data = self.recipe.data
+        ref: DataRef = getattr(data, role)
+        if self.partial and (place := datasets.on_hub(ref, role, data)):
+            here = hub.cached(place[0], ref.revision, place[1]) is not None
+            if not here and not hub.reachable():
+                raise NotHere(f"data set `{ref.load}` ({role}) is not on this disk; run `tadistill fetch RECIPE` where there is a network")
+        return datasets.load(ref, role, data)
+
+    def unknown(self) -> list[str]:
+        """Return the models, as `NAME (SOURCE)`, whose config.json is not on this disk."""
+        models = self.recipe.models.items()
+        return [f"{name} ({model.load})" for name, model in models if model.load and self.config(name) is None]
 
     @property
     def rows(self) -> int:
@@ -50,7 +66,7 @@ class Ledger:
     @cached_property
     def dev(self) -> Texts:
         data = self.recipe.data
-        return passes.read_lengths(self.recipe, data.dev, "dev", datasets.load(data.dev, "dev", data))
+        return passes.read_lengths(self.recipe, data.dev, "dev", self._load("dev"))
 
     @cached_property
     def corpus_length(self) -> int:

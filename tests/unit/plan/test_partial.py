@@ -1,0 +1,88 @@
+"""A plan before the models and the data are on this disk: no error, and the reasons for what is missing."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from tadistill.config import load
+from tadistill.data import hub
+from tadistill.errors import NotHere
+from tadistill.models import sources
+from tadistill.plan import preview
+from tadistill.plan.arms import make_plan
+from tadistill.store import Store
+
+RECIPE = "recipes/takd/gpt2-takd.yaml"
+GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
+
+
+@pytest.fixture(autouse=True)
+def nothing_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("TADISTILL_DATA", raising=False)
+    monkeypatch.setattr(sources, "_hub_cached", lambda *_: None)
+    monkeypatch.setattr(hub, "cached", lambda *_: None)
+
+
+def shown(plan, tmp_path):
+    console = Console(file=io.StringIO(), width=300)
+    preview.print_plan(plan, Store(tmp_path), console)
+    return console.file.getvalue()
+
+
+def test_a_published_recipe_is_planned_without_its_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "description_file", lambda *_, **__: None)
+    plan = make_plan(load(RECIPE), partial=True)
+    assert {"2.A", "2.D", "3.D", "4.D-dense"} <= {arm.name for arm in plan.arms}
+    assert set(plan.absent) == {"3.A-twin", "3.B-twin", "3.C-twin", "3.D-twin", "4.B-same-size-ta"}
+    assert all(stage.arms for stage in plan.stages.values())
+    text = shown(plan, tmp_path)
+    assert "The size of xl (MiniLLM/teacher-gpt2-1.5B), l (MiniLLM/init-gpt2-760M)" in text
+    assert "`tadistill fetch RECIPE` downloads what is missing" in text
+    assert "Arm 3.A-twin is left out of this plan: arms.3.A-twin has `compute: as 3.A`, which needs the sizes of xl, l, m, s, same" in text
+    assert "data set `dolly` (train) is not on this disk" in text
+    with pytest.raises(NotHere, match=r"compute: as 3.A`, which needs the sizes of xl, l, m, s, same; run `tadistill fetch RECIPE`"):
+        make_plan(load(RECIPE, ["models.same={load: openai-community/gpt2-xl}"]))
+
+
+def test_config_json_is_enough(tmp_path, monkeypatch):
+    data = tmp_path / "minillm_dolly"
+    data.mkdir()
+    row = json.dumps({"instruction": "what is it", "input": "", "output": "it is red"})
+    for split in ("train", "dev", "test"):
+        (data / f"{split}.jsonl").write_text(f"{row}\n" * 64)
+    monkeypatch.setenv("TADISTILL_DATA", str(tmp_path))
+    sizes = {"MiniLLM/teacher-gpt2-1.5B": 48, "openai-community/gpt2-xl": 48, "MiniLLM/init-gpt2-760M": 36, "MiniLLM/init-gpt2-340M": 24}
+
+    def description_file(load, revision="main", *, download=False):
+        path = tmp_path / f"{load.replace('/', '-')}.json"
+        path.write_text(json.dumps(GPT2 | {"n_layer": sizes.get(load, 12)}))
+        return path
+
+    monkeypatch.setattr(sources, "description_file", description_file)
+    plan = make_plan(load(RECIPE), partial=True)
+    assert not plan.absent
+    assert all(arm.flops for arm in plan.arms if arm.arm.learners)
+    assert "?" not in shown(plan, tmp_path).split("parts of the most")[0]
+
+
+def test_descriptions_are_fetched_where_the_hub_answers(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(sources, "description_file", lambda load, revision, *, download=False: asked.append(load) if download else None)
+    preview.fetch_descriptions(load(RECIPE), Console(file=io.StringIO()))
+    assert len(asked) == 5
+
+
+def test_labels_are_whole_at_80_columns(tmp_path):
+    console = Console(file=io.StringIO(), width=80)
+    preview.print_plan(make_plan(load("recipes/methods/all.yaml")), Store(tmp_path), console)
+    lines = console.file.getvalue().split("total training of each arm")[0]
+    assert "…" not in lines
+    assert max(map(len, lines.splitlines())) <= 80
+    words = " ".join(lines.split())
+    assert "skew_reverse_kl" in words
+    assert "seed 10" in words
