@@ -299,20 +299,18 @@ def submit(
         f"{stages} submitted now as {jobs} jobs",
         highlight=False,
     )
+    console.print(_next_step(plan, study, submission, sent=bool(sent), waiting=waiting), highlight=False, soft_wrap=True)
+
+
+def _next_step(plan: Plan, study: Path, submission: Submission, *, sent: bool, waiting: int) -> str:
+    status = command_for("status", study)
+    if sent and submission.requests.report():
+        return f"a job writes the report after all other jobs have ended; show their state with {status}"
     if sent:
-        report = (
-            "a job writes the report after all other jobs have ended; show their state with "
-            if submission.requests.report()
-            else "show the state of the jobs with "
-        )
-        console.print(f"{report}{command_for('status', study)}", highlight=False, soft_wrap=True)
-    elif waiting:
-        text = (
-            f"nothing was submitted: every missing stage has a job already; show the state of the jobs with {command_for('status', study)}"
-        )
-        console.print(text, highlight=False, soft_wrap=True)
-    else:
-        console.print(f"nothing was submitted: {_all_done(plan, study)}", highlight=False, soft_wrap=True)
+        return f"show the state of the jobs with {status}"
+    if waiting:
+        return f"nothing was submitted: every missing stage has a job already; show the state of the jobs with {status}"
+    return f"nothing was submitted: {_all_done(plan, study)}"
 
 
 def _all_done(plan: Plan, study: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a run shows: progress bars in a terminal, lines elsewhere, and in both cases run.log and the record for `tadistill status`.
+"""The display of a run: progress bars in a terminal, lines elsewhere, and in both cases run.log and the record for `tadistill status`.
 
 A line is printed when a stage ends and, without a terminal, once a minute for each running stage. run.log gets the lines in both cases.
 """

@@ -31,9 +31,9 @@ def recipe(jobs: int = 1, precision: str = "fp32"):
 
 
 def test_an_architecture_that_cannot_be_distilled_is_refused_before_work(tmp_path):
-    """Its config.json is enough; no weights are read."""
+    """Its config.json is enough; the file of weights is whole, but holds none."""
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2}')
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     changed = recipe()
     student = changed.models["s"].model_copy(update={"load": str(tmp_path), "config": {}})
     changed = changed.model_copy(update={"models": changed.models | {"s": student}})
