@@ -111,7 +111,7 @@ KINDS = {
     "unknown type": (config(model_type="nope"), "cannot be loaded|cannot be read"),
     "no type": (config(model_type=None), "cannot be loaded|cannot be read"),
     "type is a list": (config(model_type=["llama"]), "cannot be loaded|cannot be read"),
-    "an encoder-decoder": (config(model_type="t5", architectures=["T5Model"]), "cannot be loaded"),
+    "an encoder-decoder": (config(model_type="t5", architectures=["T5Model"]), "cannot be loaded|no causal language model"),
     "unknown activation": (config(hidden_act="nope"), "cannot be loaded"),
     "sizes are words": (config(hidden_size="16"), "cannot be loaded|cannot be read"),
     "sizes are negative": (config(head_dim=-1), "cannot be loaded"),
