@@ -36,7 +36,9 @@ BASES = ("recipes/quickstart.yaml", "tests/e2e/recipe.yaml", "tests/e2e/edges.ya
          "recipes/takd/tinyworld-all-paths.yaml", "recipes/methods/gkd.yaml", "recipes/methods/seqkd.yaml")  # fmt: skip
 HANG = 30
 """Seconds after which a recipe counts as a hang."""
-PLACE = re.compile(r"`|line \d|data set|models\.|arms\.|data\.|objective|sampler|scratch:|seed|optim|row \d|stage|\b(xl|l|s)\b")
+PLACE = re.compile(
+    r"`|line \d|data set|models\.|arms\.|data\.|objective|sampler|scratch:|seed|optim|row \d|stage|more problems|\b(xl|l|s)\b"
+)
 SMALL = """\
 study: small
 seeds: [1]

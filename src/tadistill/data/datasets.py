@@ -217,16 +217,20 @@ def _missing(load: str) -> str:
 def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
     split = ref.split or role
     root = root or os.environ.get("TADISTILL_DATA")
-    folders = [Path(ref.load).expanduser()]
-    if root and ref.load in NAMED:
-        folders.append(Path(root).expanduser() / NAMED[ref.load].folder)
-    elif root:
-        folders.append(Path(root).expanduser() / ref.load)
-    for folder in folders:
-        if folder.is_file():
-            return folder
-        if (folder / f"{split}.jsonl").is_file():
-            return folder / f"{split}.jsonl"
+    try:
+        folders = [Path(ref.load).expanduser()]
+        if root and ref.load in NAMED:
+            folders.append(Path(root).expanduser() / NAMED[ref.load].folder)
+        elif root:
+            folders.append(Path(root).expanduser() / ref.load)
+        for folder in folders:
+            if folder.is_file():
+                return folder
+            if (folder / f"{split}.jsonl").is_file():
+                return folder / f"{split}.jsonl"
+    except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"data set `{ref.load}` is not a path that can exist ({why}); correct it, or data.root") from error
     return None
 
 

@@ -49,14 +49,23 @@ def parse_source(load: str) -> Source:
     Raises:
         ModelError: `load` has none of these forms.
     """
+    try:
+        return _parsed(load)
+    except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
+        why = getattr(error, "strerror", None) or error
+        raise ModelError(f"`{load}` is not a path that can exist ({why}); correct it, or write a hub id in the form ORG/NAME") from error
+
+
+def _parsed(load: str) -> Source:
     if load.startswith("scratch:"):
         return Source("scratch", load.removeprefix("scratch:"))
     if load.startswith(wheels.PREFIX):
         wheels.parse_reference(load)
         return Source("wheel", load)
+    path = Path(load).expanduser()
+    path.exists()  # raises for a path that cannot exist
     if load.endswith(".gguf"):
         return Source("gguf", load)
-    path = Path(load).expanduser()
     if is_adapter(path):
         return Source("adapter", load)
     if (path / "config.json").is_file() or load.startswith((".", "/", "~")) or path.is_absolute() or load.count("/") > 1:

@@ -44,6 +44,12 @@ def test_parse(load, kind):
     assert parse_source(load).kind == kind
 
 
+@pytest.mark.parametrize("load", ["x" * 300, "./" + "x" * 300 + ".gguf", "~nobody-here/x", "a/" * 3000 + "b"])
+def test_a_path_that_cannot_exist(load):
+    with pytest.raises(ModelError, match="is not a path that can exist"):
+        parse_source(load)
+
+
 @pytest.mark.parametrize("load", ["", "a b", "https:model", "-x"])
 def test_not_a_source(load):
     with pytest.raises(ModelError, match=r"is not a model source; write a hub id \(ORG/NAME\), a directory"):

@@ -6,7 +6,7 @@ import pytest
 from tests.unit.models.conftest import random_model, word_tokenizer
 
 from tadistill.config import validate
-from tadistill.errors import ConfigError, ModelError, TadistillError
+from tadistill.errors import ConfigError, DataError, ModelError, TadistillError
 from tadistill.runner.preflight import check_inputs
 
 
@@ -118,3 +118,9 @@ def test_damaged_models_are_all_named_before_the_first_stage():
     with pytest.raises(ModelError) as error:
         check_inputs(recipe(good, short, short, models={"t": {"load": good}, **made}, arms={"x": "a", "y": "b", "z": "t"}))
     assert [problem.split(":")[0] for problem in error.value.problems] == ["models.a", "models.b"]
+
+
+@pytest.mark.parametrize("path", ["~nobody-here/x.jsonl", f"./{'x' * 300}/a.jsonl"])
+def test_a_data_path_that_cannot_exist(path):
+    with pytest.raises(DataError, match="is not a path that can exist"):
+        check_inputs(recipe(model("llama"), path, rows("short.jsonl", 4)))
