@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.common import MOST, Strict
 from tadistill.config.method import Dense, MethodPatch, Optim, Select
+from tadistill.config.named import with_method
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
 
@@ -71,6 +72,8 @@ class Arm(Strict):
     more than once, its updates are divided equally among these distillations."""
     init: dict[str, str] = {}
     """Learner -> the model of this arm whose weights initialise it, instead of its own weights. The learner's `sft` runs after that."""
+    method: str | None = Field(default=None, exclude=True)
+    """A method of `config.named`, which sets objective and sampler. It is None once it is applied."""
     objective: Objective | None = None
     """Overrides of `method.objective`; an objective of another `type` replaces it."""
     sampler: Sampler | None = None
@@ -88,7 +91,10 @@ class Arm(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
+        given = {"path": value} if isinstance(value, str) else value
+        if not isinstance(given, dict) or given.get("method") is None:
+            return given
+        return with_method(given["method"], {key: part for key, part in given.items() if key != "method"})
 
     @field_validator("path", mode="before")
     @classmethod

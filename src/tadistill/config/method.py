@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from tadistill.config.common import MOST, Strict
+from tadistill.config.named import with_method
 from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import DatasetSampler, HiddenSignal, OnPolicy, ReplaySampler, Rounds, Sampler, TopKSignal
 from tadistill.errors import ConfigError
@@ -81,6 +82,16 @@ class Select(Strict):
     """The dev metric of `tadistill.metrics` that selects the checkpoint, or `last` for the final weights."""
     every: int = Field(default=100, ge=1, le=MOST)
     """Number of updates between dev evaluations; the last evaluation is always at the end of training."""
+    patience: int | None = Field(default=None, ge=1, le=MOST)
+    """Stop after this number of dev evaluations in a row without a new best value; by default training never stops early."""
+
+    def check(self) -> None:
+        """Raise a ConfigError if `patience` has no dev metric to watch."""
+        if self.patience is not None and self.metric == "last":
+            raise ConfigError(
+                f"select.patience is {self.patience}, but select.metric `last` measures nothing on dev; set select.metric to loss or "
+                "rouge_l, or remove patience"
+            )
 
 
 class Sft(Strict):
@@ -111,13 +122,26 @@ class Dense(Strict):
 
 
 class Method(Strict):
-    """A distillation method: the loss, the sequences, the optimizer, and the choice of a checkpoint."""
+    """A distillation method: the loss, the sequences, the optimizer, and the choice of a checkpoint.
 
+    `method: NAME` is short for `method: {name: NAME}`.
+    """
+
+    name: str | None = Field(default=None, exclude=True)
+    """A method of `config.named`, which sets objective and sampler. The other keys here change it. It is None once it is applied."""
     objective: Objective = ForwardKL()
     sampler: Sampler = DatasetSampler()
     optim: Optim = Optim()
     select: Select = Select()
     dense: Dense | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        given = {"name": value} if isinstance(value, str) else value
+        if not isinstance(given, dict) or given.get("name") is None:
+            return given
+        return with_method(given["name"], {key: part for key, part in given.items() if key != "name"})
 
     @property
     def signal(self) -> HiddenSignal | TopKSignal | None:
@@ -183,7 +207,7 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
         ConfigError: the parts of the result cannot work together.
     """
     for patch in patches:
-        method = Method(**{f: merge_methods(getattr(method, f), getattr(patch, f)) for f in Method.model_fields})
+        method = Method(**{f: merge_methods(getattr(method, f), getattr(patch, f)) for f in MethodPatch.model_fields})
     if not method.objective.needs_teacher and not any(patch.dense for patch in patches):
         method = method.model_copy(update={"dense": None})  # the recipe's `dense` applies only to arms that have teachers
     check_pairing(method)
@@ -194,6 +218,7 @@ def check_pairing(method: Method) -> None:
     """Raise a ConfigError if the objective, the sampler, the signal and the optimizer cannot work together."""
     _check_text(method)
     _check_signal(method)
+    method.select.check()
     _check_engine(method)
     sampler, batch = method.sampler, method.optim.batch
     if method.round_rollouts % batch:

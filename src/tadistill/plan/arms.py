@@ -13,8 +13,9 @@ from tadistill.config.sampling import DatasetSampler
 from tadistill.errors import ConfigError, NotHere
 from tadistill.plan.builder import StageBuilder
 from tadistill.plan.costs import Ledger
-from tadistill.plan.graph import Graph, Stage
+from tadistill.plan.graph import Graph, Stage, with_ancestors
 from tadistill.plan.inputs import FromStage, Handle
+from tadistill.plan.specs import TrainingSpec
 from tadistill.plan.task import check_entries
 from tadistill.plan.tokens import StudyTokens
 
@@ -112,8 +113,7 @@ class _Planner:
         return Plan(self.recipe, self.teacher, stages, arms, self.tokens, absent, self.ledger.unknown() if self.ledger.partial else [])
 
     def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
-        target = done[arm.compute[3:]].flops if arm.compute else None
-        scale = self._scale(name, arm, target) if arm.compute else 1.0
+        scale = self._scale(name, arm, done[arm.compute[3:]]) if arm.compute else 1.0
         made = {seed: self._models(name, arm, seed, scale) for seed in self.recipe.seeds}
         models = {seed: of_path for seed, (of_path, _) in made.items()}
         last, main = arm.last[-1], self.recipe.evaluate
@@ -217,7 +217,7 @@ class _Planner:
         if objective.needs_corpus and self.recipe.data.corpus is None:
             raise ValueError("objective minillm has pt_weight > 0, which needs data.corpus; set data.corpus, or pt_weight: 0")
 
-    def _scale(self, name: str, arm: Arm, target: float | None) -> float:
+    def _scale(self, name: str, arm: Arm, like: PlannedArm) -> float:
         # the factor on the steps at which this direct arm costs as many FLOPs as the arm in `compute`
         if len(arm.path) > 1 or len(arm.last) != 2:
             raise ConfigError(f"arms.{name} has `compute`, which needs a direct path (A > B), but its path is {arm.text}; remove `compute`")
@@ -225,6 +225,8 @@ class _Planner:
         final = _stage(trial._models(name, arm, self.recipe.first_seed, 1.0)[0][-1])
         assert final is not None
         total, last = trial.graph.flops(final), trial.graph.stages[final].flops
+        self._check_patience(name, arm, like, trial.graph.stages, final)
+        target = like.flops
         if target is None or total is None or last is None:
             if unknown := self.ledger.unknown():
                 names = ", ".join(each.split(" ")[0] for each in unknown)
@@ -242,6 +244,18 @@ class _Planner:
                 f"arms.{name}: the arm in `{arm.compute}` costs less than the stages before this arm's last stage; remove `compute`"
             )
         return (target - (total - last)) / last
+
+    def _check_patience(self, name: str, arm: Arm, like: PlannedArm, own: dict[str, Stage], final: str) -> None:
+        # stages of both arms stop at the same update, so only the others matter
+        theirs = like.final[self.recipe.first_seed]
+        above = with_ancestors(self.graph.stages, [theirs] if theirs else [], without="like")
+        stages = {key: (own | self.graph.stages)[key] for key in above ^ with_ancestors(own, [final], without="like")}
+        early = [s.label for s in stages.values() if isinstance(s.spec, TrainingSpec) and s.spec.select.patience]
+        if early:
+            raise ConfigError(
+                f"arms.{name} has `compute: {arm.compute}`, but `{early[0]}` has select.patience and may stop early, so its FLOPs are not "
+                f"known before it ran; set select: {{patience: null}} for {like.name} and {name}"
+            )
 
 
 class _ArmModels(dict[str, Handle]):

@@ -124,10 +124,18 @@ class StageBuilder:
         """
         if sft.select.metric == "reverse_kl":
             raise ConfigError(f"models.{name}: sft has no teacher, so select.metric cannot be reverse_kl; use loss, rouge_l or last")
+        try:
+            sft.select.check()
+        except ConfigError as error:
+            raise ConfigError(f"models.{name}.sft: {error}") from error
         optim = self.with_steps(sft.optim)
         assert optim.steps is not None
         if max(sft.keep, default=0) > optim.steps:
             raise ConfigError(f"models.{name}.sft.keep has {max(sft.keep)}; write numbers from 1 to {optim.steps}, the number of updates")
+        if sft.keep and sft.select.patience:
+            raise ConfigError(
+                f"models.{name}.sft has both keep and select.patience, but training may stop before update {max(sft.keep)}; remove one"
+            )
         spec = specs.SftSpec(
             student=student,
             optim=optim,

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from tadistill.config import DataRef, Evaluate
 from tadistill.config.common import Strict
+from tadistill.config.method import Select
 from tadistill.config.recipe import LongPrompts, Template, World
 
 
@@ -30,15 +31,18 @@ class Part(Strict):
         return found
 
 
+_LATER: dict[type[BaseModel], tuple[str, ...]] = {DataRef: ("choices", "instruction"), Select: ("patience",)}
+"""Fields that stages of earlier versions do not have. An empty one is left out, so that the keys of those stages stay."""
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Part):
         return value.content()
     if isinstance(value, Evaluate):
         return value.model_dump(exclude={"also"})  # each other decoding has its own stage
-    if isinstance(value, DataRef):  # older stages have no such fields, and their keys must not change
-        return {k: v for k, v in value.model_dump().items() if v or k not in ("choices", "instruction")}
     if isinstance(value, BaseModel):
-        return value.model_dump()
+        later = _LATER.get(type(value), ())
+        return {k: v for k, v in value.model_dump().items() if v or k not in later}
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 

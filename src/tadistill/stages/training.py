@@ -77,6 +77,8 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
         save(context.folder / MODEL, whole)
     found = {"steps": state.step, "best_step": state.best_step, "best_value": state.best_value, "alarms": state.alarms["given"]}
     accelerator_name = torch.cuda.get_device_name() if context.device.type == "cuda" else None
+    seen = 0 if spec.select.metric == "last" else -(-state.step // spec.select.every)
+    found |= {"checkpoints": seen, "stopped_early": state.step < (optim.steps or 0)}
     found |= {"ledger": state.ledger, "machine": machine(torch.get_num_threads(), accelerator_name)}
     return found | {"global_and_per_device": _counts(method, accelerator.num_processes)}
 

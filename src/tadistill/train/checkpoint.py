@@ -31,6 +31,8 @@ class TrainState:
     step: int = 0
     best_value: float | None = None
     best_step: int = 0
+    misses: int = 0
+    """Number of dev evaluations since the best one."""
     model: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)

@@ -83,7 +83,7 @@ def train_stage(
     fsdp: bool = False,
     track: Callable[[dict, int], None] | None = None,
 ) -> TrainState:
-    """Train `student` in place for `optim.steps` updates. At the end, load the weights that `select` chooses.
+    """Train `student` in place for at most `optim.steps` updates. At the end, load the weights that `select` chooses.
 
     Args:
         directory: the folder for metrics.jsonl and the saved states. A later run may resume with another number of processes.
@@ -113,7 +113,7 @@ def train_stage(
     with meter.counting():
         if sampler.wants_dev:
             sampler.observe(run.dev(hooks))
-        while state.step < steps:
+        while state.step < steps and not _lost_patience(state, select):
             stop, due = _anywhere(accelerator, hooks.stop(), accelerator.is_main_process and files.due())
             if stop or due:
                 run.save(state)
@@ -205,10 +205,16 @@ class _Run:
     def keep_best(self, state: TrainState, value: float, select: Select) -> None:
         sign = 1 if higher_is_better(select.metric) else -1
         if state.best_value is None or sign * value > sign * state.best_value:
-            state.best_value, state.best_step = value, state.step
+            state.best_value, state.best_step, state.misses = value, state.step, 0
             best = sharding.weights(self.student)
             if self.accelerator.is_main_process:
                 self.files.keep_best(state.step, best)
+        else:
+            state.misses += 1
+
+
+def _lost_patience(state: TrainState, select: Select) -> bool:
+    return select.patience is not None and state.misses >= select.patience
 
 
 def _update(

@@ -121,6 +121,34 @@ def test_the_best_dev_checkpoint_is_kept(tmp_path):
         assert torch.equal(value, half[name])
 
 
+def dev_values(*values):
+    """Return a dev evaluation that gives these losses in turn, and fails after the last one."""
+    left = iter(values)
+    return lambda: {"loss": next(left)}
+
+
+def test_training_stops_when_dev_no_longer_improves(tmp_path):
+    """Best at update 4; updates 6 and 8 are no better, so patience 2 ends the stage at update 8 of 20. Only these are metered."""
+    _, state = train(tmp_path / "early", steps=20, select=Select(every=2, patience=2), dev=dev_values(0.5, 0.2, 0.3, 0.25))
+    assert (state.step, state.best_step, state.misses) == (8, 4, 2)
+    _, whole = train(tmp_path / "whole", steps=8)
+    assert state.ledger["parts"] == whole.ledger["parts"]
+
+
+@pytest.mark.parametrize("at", [3, 5, 7])
+def test_a_stage_that_stops_early_resumes_to_the_bit(tmp_path, at):
+    """The evaluations without an improvement are part of the training state."""
+    settings = {"steps": 20, "select": Select(every=2, patience=2)}
+    values = [0.5, 0.2, 0.3, 0.25]
+    whole, _ = train(tmp_path / "whole", **settings, dev=dev_values(*values))
+    calls = iter(range(100))
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", **settings, dev=dev_values(*values), stop=lambda: next(calls) == at)
+    resumed, state = train(tmp_path / "parts", **settings, dev=dev_values(*values[at // 2 :]))
+    assert (state.step, state.best_step) == (8, 4)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
 def test_nan_stops_before_the_weights_change(tmp_path):
     student = tiny_model("llama")
     with torch.no_grad():
