@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from tadistill.config.named import METHODS
 from tadistill.config.recipe import Recipe
 from tadistill.errors import ConfigError
 
@@ -187,6 +188,8 @@ def _sentence(problem: Any, key: tuple, location: tuple, root: type[BaseModel]) 
         return f" is not a known key; {hint}"
     if kind == "missing":
         return " is missing; add it."
+    if kind == "union_tag_invalid" and key and key[-1] == "objective" and context.get("tag") in METHODS:
+        return f" has type {context['tag']!r}, which is a method and not an objective; write `method: {context['tag']}`."
     if kind == "union_tag_invalid":
         return f" has type {context.get('tag')!r}; known types: {context.get('expected_tags')}."
     if kind == "union_tag_not_found":

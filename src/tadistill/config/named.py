@@ -25,8 +25,8 @@ def with_method(name: Any, given: dict[str, Any]) -> dict[str, Any]:
     """
     if name not in METHODS:
         close = difflib.get_close_matches(str(name).lower(), METHODS, n=1, cutoff=0.5)
-        hint = f"did you mean `{close[0]}`? " if close else ""
-        raise ValueError(f"`{name}` is not a method; {hint}The methods are {', '.join(METHODS)}")
+        hint = f"did you mean `{close[0]}`? The" if close else "the"
+        raise ValueError(f"`{name}` is not a method; {hint} methods are {', '.join(METHODS)}")
     settings = {"sampler": {"type": "dataset"}} | METHODS[name]
     return given | {part: _merged(part, settings[part], given.get(part)) for part in _PARTS}
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tadistill.disk import damaged
 from tadistill.metrics import metric_of, names_in
 from tadistill.results.rows import UsedRows, count_rows, load_rows, places, shared_rows
+from tadistill.results.spent import with_spent
 from tadistill.results.study import READ, ArmRecord, Scores, StudyPlan, load_corpus, load_plan, load_scores
 from tadistill.statistics import macro_interval, macro_intervals
 from tadistill.store import Store
@@ -131,6 +132,7 @@ def read_results(study_dir: Path, store: Store) -> Results:
     """
     plan = load_plan(study_dir)
     store = Store(store.root, plan.command)
+    plan = with_spent(plan, store)
     store.check((key for stage in plan.stages if store.finished(key := stage.key)), READ)
     scores: dict[str, dict[int, Scores]] = {arm.name: {} for arm in plan.arms}
     numbers: dict[str, dict[int, Numbers]] = {arm.name: {} for arm in plan.arms}

@@ -36,6 +36,8 @@ class StageRecord:
     arms: tuple[str, ...]
     parents: tuple[str, ...]
     """The keys of the stages whose results this stage uses."""
+    like: str | None
+    """The parent whose entropy the stage matches. Its training is no part of an arm's FLOPs."""
     checkpoints: int
     """The number of checkpoints from which the stage chose the best on dev; 0 if it chose none."""
     flops: float | None
@@ -127,8 +129,11 @@ class StudyPlan:
     stages: tuple[StageRecord, ...]
     arms: tuple[ArmRecord, ...]
 
-    def ancestors(self, key: str | None) -> list[StageRecord]:
-        """Return the stage and all stages whose results it uses. Return an empty list if `key` is None (a model that is not trained)."""
+    def ancestors(self, key: str | None, *, paid: bool = False) -> list[StageRecord]:
+        """Return the stage and all stages whose results it uses. Return an empty list if `key` is None (a model that is not trained).
+
+        With `paid`, leave out the stages that are no part of an arm's FLOPs (`StageRecord.like`).
+        """
         stages = {stage.key: stage for stage in self.stages}
         found: dict[str, StageRecord] = {}
         todo = [key] if key is not None else []
@@ -136,7 +141,7 @@ class StudyPlan:
             at = todo.pop()
             if at in stages and at not in found:
                 found[at] = stages[at]
-                todo += stages[at].parents
+                todo += [parent for parent in stages[at].parents if not paid or parent != stages[at].like]
         return list(found.values())
 
 
@@ -150,6 +155,8 @@ class StageManifest:
     """FLOPs that were counted during training, without dev evaluations; None if they were not counted."""
     counts: Mapping[tuple[str, str], Counts]
     """Role and set -> its numbers of rows; empty if an earlier version made the stage."""
+    checkpoints: int | None
+    """The number of dev evaluations of a stage that stopped early; None for other stages."""
 
 
 def find_study(study: str, root: Path) -> Path:
@@ -215,7 +222,8 @@ def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
 def _stage(entry: Mapping[str, Any]) -> StageRecord:
     key, kind, label, model = (entry[name] for name in ("key", "kind", "label", "model"))
     parents, arms = tuple(entry["parents"].values()), tuple(entry["arms"])
-    return StageRecord(key, kind, label, model, int(entry["seed"]), arms, parents, int(entry["checkpoints"]), entry["flops"])
+    like, checkpoints = entry["parents"].get("like"), int(entry["checkpoints"])
+    return StageRecord(key, kind, label, model, int(entry["seed"]), arms, parents, like, checkpoints, entry["flops"])
 
 
 def _arm(entry: Mapping[str, Any]) -> ArmRecord:
@@ -252,7 +260,9 @@ def load_manifest(store: Store, key: str) -> StageManifest | None:
         metered = {name: CostPart(**part) for name, part in parts.items()}
         rows = [dict(row) for row in content.get("rows", ())]
         counts = {(row.pop("role"), row.pop("set")): Counts(**row) for row in rows}
-        return StageManifest(float(content["seconds"]), versions, Cost(metered).learning if metered else None, counts)
+        metered_flops = Cost(metered).learning if metered else None
+        early = int(content["checkpoints"]) if content.get("stopped_early") else None
+        return StageManifest(float(content["seconds"]), versions, metered_flops, counts, early)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}", store.redo(key)) from error
 

@@ -86,6 +86,41 @@ def test_equal_compute_matches_and_looks_as_often():
     assert abs(twin.optim.steps // twin.select.every - direct.optim.steps // direct.select.every) <= 1
 
 
+def test_patience_is_part_of_a_key_only_when_it_is_set():
+    method = recipe()["method"]
+    early = plan(method=method | {"select": {"every": 4, "patience": 2}})
+    late = plan(method=method | {"select": {"every": 4}})
+    assert {s.kind for key, s in early.stages.items() if key not in late.stages} == {"distill", "evaluate", "analyse"}
+    for key, stage in late.stages.items():
+        assert "patience" not in json.dumps(stage.spec.content()), key
+
+
+def test_equal_compute_needs_arms_that_do_not_stop_early():
+    """What an arm spends is not known before it ran. Stages that both arms share may stop early."""
+    arms = {"takd": "xl > l > s", "direct": {"path": "xl > s", "compute": "as takd"}}
+    every = {"every": 4, "patience": 2}
+    with pytest.raises(ConfigError, match=r"arms.direct has `compute: as takd`, but `distill .* has select.patience"):
+        plan(method=recipe()["method"] | {"select": every}, arms=arms)
+    shared = model(16) | {"sft": {"optim": {"steps": 10}, "select": every}}
+    plan(models=recipe()["models"] | {"s": shared}, arms=arms)
+    for name in arms:
+        arms[name] = {"path": "xl > l > s"} if name == "takd" else arms[name]
+        with pytest.raises(ConfigError, match=r"set select: \{patience: null\} for takd and direct"):
+            plan(arms=arms | {name: arms[name] | {"select": every}})
+
+
+@pytest.mark.parametrize(
+    ("sft", "words"),
+    [
+        ({"select": {"metric": "last", "patience": 1}}, "models.s.sft: select.patience is 1, but select.metric `last` measures nothing"),
+        ({"keep": [5], "select": {"patience": 1}}, "models.s.sft has both keep and select.patience"),
+    ],
+)
+def test_patience_of_fine_tuning_needs_a_dev_metric_and_no_kept_updates(sft, words):
+    with pytest.raises(ConfigError, match=words):
+        plan(models=recipe()["models"] | {"s": model(16) | {"sft": {"optim": {"steps": 10}} | sft}})
+
+
 def test_compute_may_be_declared_before_the_arm_it_matches():
     arms = {"twin": {"path": "xl > s", "compute": "as takd"}, "takd": "xl > l > s"}
     assert [a.name for a in plan(arms=arms).arms] == ["twin", "takd"]
