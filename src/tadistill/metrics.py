@@ -87,7 +87,8 @@ _ROWS = (
     Metric("exact_match", "exact match", "text", PERCENT, 1, "higher", hub="exact_match", on_card=True),
 )
 METRICS = {row.name: row for row in _ROWS}
-"""The metrics by name, in the order of the tables."""
+"""The metrics by name, in the order of the tables, and those that `declare` added."""
+BUILT_IN = frozenset(METRICS)
 
 SELECTABLE = (LAST, *(row.name for row in _ROWS if row.selects))
 """The choices of `Select.metric`."""
@@ -95,6 +96,11 @@ NOT_COMPARABLE = {LAST: "measures nothing on dev"} | {row.name: row.not_comparab
 """Choices of `Select.metric` whose dev values cannot compare two paths, each with the reason."""
 LOGS = tuple(f"{log}/{row.name}" for log in ("dev", "train", "rollout") for row in _ROWS if log in row.logs)
 """Names in training logs that get a panel of learning curves, in the order of the panels."""
+
+
+def declare(*rows: Metric) -> None:
+    """Add the metrics of a study's own code. A later study may describe a metric of the same name anew."""
+    METRICS.update({row.name: row for row in rows})
 
 
 def metric_of(name: str) -> Metric:
@@ -113,7 +119,7 @@ def metric_of(name: str) -> Metric:
 
 def names_in(group: Group) -> tuple[str, ...]:
     """Return the names of a group's metrics, in the order of the tables."""
-    return tuple(row.name for row in _ROWS if row.group == group)
+    return tuple(row.name for row in METRICS.values() if row.group == group)
 
 
 def higher_is_better(name: str) -> bool:

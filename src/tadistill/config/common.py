@@ -29,6 +29,8 @@ Modest = Annotated[float, Field(ge=-100, le=100)]
 """A parameter of a divergence: beyond these bounds float32 overflows."""
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
 """Logits are divided by it. Below 0.01 float32 overflows, above 100 every distribution is uniform."""
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+"""MODULE:FUNCTION, a function of the user's own code (`tadistill.own_code`)."""
 MOST = 10**9
 """Largest number of rows, tokens, updates or processes: more than any study has."""
 _LARGEST = 2**63 - 1

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from tadistill.config.named import METHODS
-from tadistill.config.recipe import Recipe
+from tadistill.config.recipe import Recipe, own_functions
 from tadistill.errors import ConfigError
 
 Settings = typing.TypeVar("Settings", bound=BaseModel)
@@ -42,16 +42,20 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
-    return parse(text, overrides, source=str(path))
+    return parse(text, overrides, source=str(path), folder=path.parent)
 
 
-def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str) -> Recipe:
-    """Read a recipe from YAML text, as `load` does. Error messages give `source` as the name of the text."""
+def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str, folder: Path | None = None) -> Recipe:
+    """Read a recipe from YAML text, as `load` does. Messages give `source` as the text's name; `folder` has the recipe's own modules."""
     lines = _lines(text, source)
     raw = _merged(text, overrides, source, "seeds=[10]")
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} contains no recipe; write a mapping with the keys study, seeds, models, data and arms")
-    return _validated(Recipe, _string_keys(raw), source, lines)
+    recipe = _validated(Recipe, _string_keys(raw), source, lines)
+    if not own_functions(recipe):
+        return recipe
+    code = str((folder or Path()).resolve() / Path(recipe.runtime.code or "").expanduser())
+    return recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"code": code})})
 
 
 def validate(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tadistill.config.common import MOST, Modest, Share, Strict, Temperature
+from tadistill.config.common import MOST, FunctionName, Modest, Share, Strict, Temperature
 
 
 class ObjectiveBase(Strict):
@@ -24,6 +24,11 @@ class ObjectiveBase(Strict):
     """The loss needs, for each prompt, a response of the teacher and one of the student."""
     needs_own_samples: ClassVar[bool] = False
     """The loss is an estimate that is correct only on samples from the student's own, undistorted distribution."""
+
+    @property
+    def label(self) -> str:
+        """The objective's name in labels of stages and in reports."""
+        return self.type  # type: ignore[attr-defined]
 
     @property
     def needs_distribution(self) -> bool:
@@ -201,6 +206,23 @@ class Taid(Divergence):
         return self
 
 
+class Custom(Divergence):
+    """A function of the user's own code: `loss(student_logits, teacher_logits, **settings)` returns one value per token.
+
+    The logits are (tokens, vocabulary), already divided by the temperature.
+    """
+
+    type: Literal["custom"] = "custom"
+    function: FunctionName
+    """MODULE:FUNCTION. MODULE is a file beside the recipe, or an installed module."""
+    settings: dict[str, float | int | str] = {}
+    """More keyword arguments of the function."""
+
+    @property
+    def label(self) -> str:
+        return self.function
+
+
 class SampledKL(ObjectiveBase):
     """Reverse KL estimated from the sampled tokens (Schulman 2020): `k2` has the reverse KL's gradient, `k3` the forward KL's gradient.
 
@@ -306,6 +328,7 @@ Objective = Annotated[
     | TopKReverseKL
     | Contrastive
     | Taid
+    | Custom
     | SampledKL
     | MiniLLM,
     Field(discriminator="type"),

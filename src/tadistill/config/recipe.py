@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.arm import Arm, Search
-from tadistill.config.common import MOST, Decoding, Name, Strict
+from tadistill.config.common import MOST, Decoding, FunctionName, Name, Strict
 from tadistill.config.method import Method, apply
 from tadistill.config.model import ModelConfig
+from tadistill.config.objective import Custom
+from tadistill.metrics import BUILT_IN, PERCENT, POINTS, Metric
 
 
 class World(Strict):
@@ -140,6 +142,43 @@ class Evaluate(Decoding):
         return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, **changes})
 
 
+class OwnMetric(Strict):
+    """A metric of the user's own code: `score(prediction, references)` returns a number for one answer. A string sets `function`."""
+
+    function: FunctionName
+    """MODULE:FUNCTION. MODULE is a file beside the recipe, or an installed module. FUNCTION is the metric's name in results."""
+    title: str = Field(default="", max_length=60)
+    """Name in reports; by default the function's name."""
+    better: Literal["higher", "lower"] = "higher"
+    unit: str = Field(default="", max_length=30)
+    """`points` and `percentage points` mean 0 to 100; other units have no bounds."""
+    decimals: int = Field(default=1, ge=0, le=6)
+    """Decimals in reports."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"function": value} if isinstance(value, str) else value
+
+    @field_validator("function")
+    @classmethod
+    def _new_name(cls, function: str) -> str:
+        if (name := function.partition(":")[2]) in BUILT_IN:
+            raise ValueError(f"tadistill has a metric `{name}`; give your function another name")
+        return function
+
+    @property
+    def name(self) -> str:
+        return self.function.partition(":")[2]
+
+    @property
+    def row(self) -> Metric:
+        """The metric's row in the table of metrics."""
+        bounded = self.unit in (POINTS, PERCENT)
+        title = self.title or self.name.replace("_", " ")
+        return Metric(self.name, title, "quality", self.unit, self.decimals, self.better, signed=not bounded)
+
+
 class Runtime(Strict):
     """Settings of a run on this machine. They do not change a stage's key. Results are the same, up to rounding."""
 
@@ -149,6 +188,8 @@ class Runtime(Strict):
     """Seconds between two saves of a training state; by default 30, or 20 times the duration of the last save if that is longer."""
     trackers: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
     """Experiment trackers to which training also logs."""
+    code: str | None = None
+    """Folder of the recipe's own Python modules (`metrics`, objective `custom`); the recipe's folder by default."""
 
 
 class Resources(Strict):
@@ -201,6 +242,8 @@ class Recipe(Strict):
     method: Method = Method()
     """The method of every distillation, unless a model (`models.X.distill`) or an arm overrides a part of it."""
     evaluate: Evaluate = Evaluate()
+    metrics: tuple[OwnMetric, ...] = ()
+    """More metrics of answers on the test sets, computed by functions of your own."""
     arms: dict[Name, Arm] = {}
     """The paths to compare, by name. May be left out if `search` is given."""
     teacher: str | None = None
@@ -218,6 +261,9 @@ class Recipe(Strict):
             raise ValueError(f"seeds {list(self.seeds)} contain a seed twice; give every seed once")
         if not self.arms and self.search is None:
             raise ValueError("there are no `arms` and no `search`; add one of them, for instance arms: {direct: xl > s}")
+        names = [metric.name for metric in self.metrics]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"metrics has two functions called `{twice[0]}`; rename one of them")
         self._check_names()
         check_acyclic({n: m.parent for n, m in self.models.items() if m.parent}, "models")
         check_acyclic({n: a.compute[3:] for n, a in self.arms.items() if a.compute}, "compute")
@@ -280,6 +326,13 @@ def methods(recipe: Recipe) -> list[Method]:
     """
     targets = [(model, arm) for arm in recipe.arms.values() for model in (arm.learners or (arm.last if arm.objective else ()))]
     return [apply(recipe.method, recipe.models[model].distill, arm.patch) for model, arm in targets]
+
+
+def own_functions(recipe: Recipe) -> list[str]:
+    """Return the names of all functions of the user's own code that a recipe uses."""
+    objectives = [recipe.method.objective, *(arm.objective for arm in recipe.arms.values())]
+    objectives += [model.distill.objective for model in recipe.models.values()]
+    return [*(metric.function for metric in recipe.metrics), *(each.function for each in objectives if isinstance(each, Custom))]
 
 
 def _known(names: dict[str, Any]) -> str:

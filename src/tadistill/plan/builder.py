@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, Literal
 
 from tadistill.config import DataRef, Evaluate, Method, Recipe, Sft
@@ -15,7 +16,8 @@ from tadistill.models.counting import shapes
 from tadistill.plan import specs
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph
-from tadistill.plan.inputs import Encoding, FromStage, Handle, HashedData, Loaded, Output, Pruned, PrunedDepth, Split, Tempered
+from tadistill.plan.inputs import Encoding, FromStage, Handle, HashedData, Loaded, Output, OwnCode, Pruned, PrunedDepth, Split, Tempered
+from tadistill.plan.own_code import plan_metrics, plan_objective
 from tadistill.plan.tokens import StudyTokens
 
 
@@ -25,6 +27,10 @@ class StageBuilder:
     def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle], tokens: StudyTokens):
         """`of_arm` returns the final model of an arm for a seed."""
         self.recipe, self.graph, self.ledger, self.of_arm, self.tokens = recipe, graph, ledger, of_arm, tokens
+
+    @cached_property
+    def _own_metrics(self) -> tuple[OwnCode, ...]:
+        return plan_metrics(self.recipe)
 
     def add(self, spec: specs.Spec, label: str, model: str, seed: int, teachers: tuple[str, ...] = ()) -> str:
         """Add a stage and return its key.
@@ -180,6 +186,7 @@ class StageBuilder:
             responses=self._responses(above, teacher, method, seed),
             corpus=self._corpus(method),
             lora=self.recipe.models[name].lora,
+            own=plan_objective(method.objective, self.recipe.runtime.code),
             **self._texts(name, method.select),
         )
         again = f" (turn {turn + 1})" if turn else ""
@@ -215,7 +222,9 @@ class StageBuilder:
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
         """Add the evaluation of a model on the test sets with one decoding. `other` is the decoding's name, empty for the main decoding."""
-        spec = specs.EvaluateSpec(data=self.encoding(name), sets=self._test_sets(), model=model, decoding=decoding, references=not other)
+        spec = specs.EvaluateSpec(
+            data=self.encoding(name), sets=self._test_sets(), model=model, decoding=decoding, references=not other, own=self._own_metrics
+        )
         return self.add(spec, f"evaluate {self._label(name, model)}{f', {other}' if other else ''}", name, self.seed(name, seed))
 
     def analyse(self, name: str, models: list[Handle], seed: int, answers: str, original: str) -> str:
@@ -304,7 +313,7 @@ def _describe(method: Method) -> str:
     detail = f" ({method.signal.type} signal)" if method.signal else ""
     if isinstance(sampler, Rounds) and sampler.rollouts:
         detail = f" (rounds of {sampler.rollouts}, {method.round_updates} updates each)"
-    return f"{method.objective.type} on {sampler.type}{detail}"
+    return f"{method.objective.label} on {sampler.type}{detail}"
 
 
 def _seed_of_turn(seed: int, turn: int) -> int:

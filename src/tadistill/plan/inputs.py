@@ -70,6 +70,14 @@ class HashedData(Part):
     fingerprint: str
 
 
+class OwnCode(Part):
+    """A function of the user's own code."""
+
+    function: str
+    source: str
+    """Digest of the file that defines the function."""
+
+
 class Split(HashedData):
     """The first `limit` rows of a data set; all rows if `limit` is None."""
 

@@ -16,7 +16,7 @@ from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import HiddenSignal, Sampler, TopKSignal
 from tadistill.models.counting.cost import Cost
-from tadistill.plan.inputs import INPUTS, Encoding, Handle, HashedData, Output, Part, Split, stage_of
+from tadistill.plan.inputs import INPUTS, Encoding, Handle, HashedData, Output, OwnCode, Part, Split, stage_of
 from tadistill.store import key_of
 
 if TYPE_CHECKING:
@@ -156,6 +156,8 @@ class DistillSpec(TrainingSpec):
     """The other teachers of dense guidance, from big to small."""
     corpus: HashedData | None = None
     """Plain text for MiniLLM's language-modelling loss."""
+    own: OwnCode | None = None
+    """The function of objective `custom`."""
 
     @property
     def method(self) -> Method:
@@ -248,6 +250,8 @@ class EvaluateSpec(_OnTestSets):
     decoding: Evaluate
     references: bool
     """True if the stage also scores the reference answers. One stage per model is enough: these scores do not depend on the decoding."""
+    own: tuple[OwnCode, ...] = ()
+    """The recipe's own metrics."""
 
 
 class AnalyseSpec(_OnTestSets):

@@ -30,6 +30,8 @@ class Task:
     trackers: tuple[str, ...]
     resources: Resources = field(default_factory=Resources)
     """Number of processes and nodes, and the placement of the models on them."""
+    code: str | None = None
+    """Folder of the user's own modules."""
 
 
 def make_task(plan: "Plan", stage: Stage, store: Store) -> Task:
@@ -45,6 +47,7 @@ def make_task(plan: "Plan", stage: Stage, store: Store) -> Task:
         checkpoint_seconds=recipe.runtime.checkpoint_seconds,
         trackers=recipe.runtime.trackers,
         resources=resources_of(recipe, stage),
+        code=recipe.runtime.code,
     )
 
 

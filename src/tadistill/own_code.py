@@ -1,0 +1,119 @@
+"""Functions of the user's own code, which a recipe names as MODULE:FUNCTION.
+
+function = load_function("mymodule:score", "/home/me/study")
+function.check("a metric is called with", "prediction", "references")
+
+MODULE is a file in the given folder (`mymodule.py`; `package.module` is `package/module.py`), or an installed module. Its source is hashed,
+because a stage depends on it. Reading results never imports it.
+"""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tadistill.errors import ConfigError
+
+_DIGEST = "__tadistill_source__"  # attribute of a module that was imported here: the digest of the source that it was imported from
+
+
+@dataclass(frozen=True)
+class OwnFunction:
+    """A function of the user's code."""
+
+    name: str
+    file: Path
+    digest: str
+    """SHA-256 of the whole file, in hexadecimal."""
+    call: Callable[..., Any]
+
+    def check(self, how: str, *positions: str, **settings: Any) -> None:
+        """Raise a ConfigError if the function cannot be called with these arguments. `how` begins the sentence about them."""
+        try:
+            signature = inspect.signature(self.call)
+        except ValueError:  # a function of C has none
+            return
+        try:
+            signature.bind(*positions, **settings)
+        except TypeError as error:
+            wanted = ", ".join([*positions, *(f"{name}=…" for name in settings)])
+            raise ConfigError(
+                f"`{self.name}` in {self.file} takes {signature}, but {how} ({wanted}): {error}; change the function"
+            ) from error
+
+
+def load_function(name: str, folder: str | Path | None = None) -> OwnFunction:
+    """Import a function.
+
+    Args:
+        name: MODULE:FUNCTION.
+        folder: the folder where MODULE is looked for first; the current directory by default.
+
+    Raises:
+        ConfigError: there is no such module or function, or the import fails.
+    """
+    where, (module_name, _, attribute) = Path(folder or ".").resolve(), name.partition(":")
+    file = _file(name, module_name, where)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    module = _imported(name, module_name, file, where, digest)
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        close = difflib.get_close_matches(attribute, functions, n=1)
+        what = "is not a function" if found is not None else f"does not exist; did you mean `{close[0]}`?" if close else "does not exist"
+        raise ConfigError(f"`{name}`: {attribute} in {file} {what}")
+    return OwnFunction(name, file, digest, found)
+
+
+def _file(name: str, module: str, folder: Path) -> Path:
+    beside = folder.joinpath(*module.split("."))
+    for path in (beside.with_suffix(".py"), beside / "__init__.py"):
+        if path.is_file():
+            return path
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        spec = None
+    if spec is None:
+        close = difflib.get_close_matches(module, [path.stem for path in folder.glob("*.py")], n=1)
+        hint = f"did you mean `{close[0]}`?" if close else "write the function into this file, or install its package"
+        raise ConfigError(f"`{name}` is in no file {beside.with_suffix('.py')}, and no module {module} is installed; {hint}")
+    if not spec.origin or not spec.origin.endswith(".py"):
+        raise ConfigError(f"`{name}` is in module {module}, which has no Python source; name a function of a .py file")
+    return Path(spec.origin)
+
+
+def _imported(name: str, module: str, file: Path, folder: Path, digest: str) -> ModuleType:
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # at the end, so that no file here replaces an installed module
+    loaded = sys.modules.get(module)
+    try:
+        if loaded is None:
+            importlib.invalidate_caches()
+            loaded = importlib.import_module(module)
+        elif getattr(loaded, _DIGEST, digest) != digest:
+            loaded = importlib.reload(loaded)
+    except Exception as error:  # whatever the user's code raises
+        raise ConfigError(
+            f"`{name}` cannot be imported: {_place(error, file)}: {type(error).__name__}: {error}; correct the file"
+        ) from error
+    if (own := getattr(loaded, "__file__", None)) is None or Path(own).resolve() != file.resolve():
+        raise ConfigError(f"`{name}`: {file} has the name of a module of Python or of a package ({own or module}); rename the file")
+    setattr(loaded, _DIGEST, digest)
+    return loaded
+
+
+def _place(error: Exception, file: Path) -> str:
+    """Return the file of the user and the line that raised an error."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+    return f"{file}, line {lines[-1]}" if lines else str(file)
