@@ -4,7 +4,7 @@
 `dev_metrics`. Metrics that need a second model are in `tadistill.evaluation.scoring`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,10 @@ from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
 from tadistill.data.templates import EvalSet, task_of
 from tadistill.evaluation import calibration, text_scores
+from tadistill.evaluation.own import score_own
 from tadistill.evaluation.scoring import Answers, Subject, divergences, entropy, likelihood, means
 from tadistill.metrics import names_in
+from tadistill.own_code import OwnFunction
 from tadistill.rollout.engine import Native
 
 
@@ -60,10 +62,20 @@ def generate_answers(
     return [Sequence(p, r.tokens) for p, r in zip(prompts, engine.respond(prompts, uniforms, tick=tick), strict=True)]
 
 
-def score(subject: Subject, data: EvalSet, settings: Evaluate, answers: Answers, *, read_references: bool = True) -> Evaluation:
-    """Score sampled answers. If `read_references` is True, compute the metrics of the references too, such as the loss."""
+def score(
+    subject: Subject,
+    data: EvalSet,
+    settings: Evaluate,
+    answers: Answers,
+    own: Mapping[str, OwnFunction] | None = None,
+    *,
+    read_references: bool = True,
+) -> Evaluation:
+    """Score sampled answers, also by the user's `own` metrics. With `read_references`, score the references too, such as their loss."""
     predictions = {seed: decode(subject, of_seed) for seed, of_seed in answers.items()}
     per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}
+    for seed, scores in per_seed.items():
+        scores |= {name: np.asarray(column) for name, column in score_own(own or {}, predictions[seed], data.rows).items()}
     columns = {name: np.stack([scores[name] for scores in per_seed.values()], axis=1) for name in next(iter(per_seed.values()))}
     columns |= {name: np.array(values)[:, None] for name, values in text_scores.score_seeds(predictions).items()}
     corpus: dict[str, Any] = {"numbers": text_scores.score_set(predictions)}

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tadistill.config.arm import path_text
+from tadistill.config.recipe import OwnMetric
 from tadistill.data.templates import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import ConfigError, StoreError
-from tadistill.metrics import metric_of
+from tadistill.metrics import declare, metric_of
 from tadistill.models.counting.cost import Cost, CostPart
 from tadistill.statistics import spread_claimed
 from tadistill.store import MANIFEST, Store
@@ -196,6 +197,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
             stages=tuple(_stage(entry) for entry in content["stages"]),
             arms=tuple(_arm(entry) for entry in content["arms"]),
         )
+        declare(*(OwnMetric.model_validate(entry).row for entry in content["recipe"].get("metrics", ())))
         for name in {name for arm in plan.arms for name in (*arm.path, arm.model)}:
             plan.parameters[name]  # an arm with an undeclared model also means a damaged plan
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -29,6 +29,7 @@ from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.task import layout
 from tadistill.plan.throughput import cores
 from tadistill.plan.tokens import StudyTokens
+from tadistill.runner.own_code import try_own_code
 
 _LESS_MEMORY = (
     "use smaller models, lower optim.micro_batch, set optim.gradient_checkpointing, set optim.precision to bf16 (which halves a frozen "
@@ -60,6 +61,8 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
         datasets.check(recipe)
     with found.about():
         _check_peft(recipe)
+    with found.about():
+        try_own_code(recipe)
     plan = make_plan(recipe)
     for stage in plan.stages.values() if recipe.resources else ():
         with found.about():

@@ -13,14 +13,15 @@ from tadistill.config.method import TEACHER_DTYPES
 from tadistill.data import datasets
 from tadistill.data.batch import Sequence, chunks, references
 from tadistill.data.templates import Counts, EvalSet, Lengths, encode_counted
-from tadistill.errors import Interrupted
+from tadistill.errors import Interrupted, StageFailed
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.counting.shapes import resized
 from tadistill.models.forward import check_reading
 from tadistill.models.loading import column_major, end_tokens, load_model, load_tokenizer, shared_vocabulary
 from tadistill.models.modify import temper_head
 from tadistill.models.pruning import importance, keep_list, prune, prune_depth, shape_of
-from tadistill.plan.inputs import FromStage, Handle, HashedData, Loaded, Pruned, PrunedDepth, Split, Tempered
+from tadistill.own_code import OwnFunction, load_function
+from tadistill.plan.inputs import FromStage, Handle, HashedData, Loaded, OwnCode, Pruned, PrunedDepth, Split, Tempered
 from tadistill.plan.specs import Spec
 from tadistill.plan.task import Task
 from tadistill.rollout.reading import slower
@@ -115,6 +116,17 @@ class Context(Generic[AnySpec]):
         found, counts = encode_counted(examples, tokenizer, lengths, template=data.template, name=f"data set `{name}`")
         self.counts[split.role, name] = counts
         return EvalSet(name, examples, found)
+
+    def own(self, planned: OwnCode) -> OwnFunction:
+        """Import a function of the user's own code.
+
+        Raises:
+            StageFailed: its file has changed since the plan was made.
+        """
+        found = load_function(planned.function, self.task.code)
+        if found.digest != planned.source:
+            raise StageFailed(f"{found.file} has changed since this stage was planned; run the same command again to plan it anew")
+        return found
 
     def corpus(self, source: HashedData | None, tokenizer: PreTrainedTokenizerBase) -> list[Sequence]:
         """Return the plain-text corpus as token sequences; an empty list if `source` is None."""

@@ -26,10 +26,11 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     sets = [context.split(split, tokenizer) for split in spec.sets]
     context.say_if_slower(model)
     answers = _answers(context, subject, sets, settings)
+    own = {planned.function.partition(":")[2]: context.own(planned) for planned in spec.own}
     scores, corpus, predictions = {}, {}, []
     for data in sets:
         stop_if_asked(context)
-        found = score(subject, data, settings, answers[data.name], read_references=spec.references)
+        found = score(subject, data, settings, answers[data.name], own, read_references=spec.references)
         scores[data.name], corpus[data.name] = found.scores, found.corpus | {"rows": [e.row for e in data.encoded]}
         predictions += found.records
     write_rows(context.folder / "predictions.jsonl", predictions)

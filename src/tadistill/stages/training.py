@@ -48,6 +48,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     sampler = _sampler(context, subject, teachers, signals, Shard(accelerator.process_index, accelerator.num_processes))
     # the policy must be the distribution that was sampled from, so rollouts train without dropout (as MiniLLM does)
     student.train(not method.sampler.on_policy)
+    own = context.own(distill.own).call if distill and distill.own else None
     hooks = Hooks(
         evaluate=_dev(context, subject, teachers[0] if teachers else None),
         progress=lambda done, text: context.progress(done, optim.steps or 1, text),
@@ -58,7 +59,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     )
     state = train_stage(
         student,
-        make_step(method, student, teachers, vocab, seed=spec.seed),
+        make_step(method, student, teachers, vocab, seed=spec.seed, own=own),
         sampler,
         optim=optim,
         select=spec.select,

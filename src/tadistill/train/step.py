@@ -141,23 +141,32 @@ def _mixed(batch: Batch, mixture: TargetMixture) -> Batch:
 # --- from an objective's configuration to its terms ---------------------------------------------------------------------
 
 
-def make_step(method: Method, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], vocab: int, *, seed: int = 0) -> Step:
+def make_step(
+    method: Method,
+    student: PreTrainedModel,
+    teachers: tuple[PreTrainedModel, ...],
+    vocab: int,
+    *,
+    seed: int = 0,
+    own: Callable[..., Tensor] | None = None,
+) -> Step:
     """Return the step of a method.
 
     Args:
         teachers: the teachers that run in training, the original one first. Empty if the objective uses none, or if the batches contain
             the teacher's outputs.
         seed: the seed of the random choice of teachers that an update leaves out.
+        own: the function of objective `custom`.
     """
     models = Models(student, teachers, vocab)
-    step = _step(method, models)
+    step = _step(method, models, own)
     if method.dense is None or len(teachers) < 2:
         return step
     mixture = TargetMixture(method.dense.kind, method.dense.weights or (1.0,) * len(teachers), method.dense.drop)
     return replace(step, mixture=mixture, seed=seed)
 
 
-def _step(method: Method, models: Models) -> Step:
+def _step(method: Method, models: Models, own: Callable[..., Tensor] | None) -> Step:
     match objective := method.objective:
         case config.CrossEntropy():
             return Step(models, lambda batch: [_likelihood(batch)])
@@ -172,6 +181,9 @@ def _step(method: Method, models: Models) -> Step:
             return Step(models, partial(_taid, objective, schedule), schedule=schedule)
         case config.Contrastive():
             return Step(models, partial(_contrastive, objective))
+        case config.Custom():
+            assert own is not None
+            return Step(models, partial(_custom, objective, own_divergence(own)))
         case _:
             return Step(models, partial(_divergence, objective))
 
@@ -179,6 +191,21 @@ def _step(method: Method, models: Models) -> Step:
 def _divergence(objective: config.Divergence, batch: Batch) -> list[Term]:
     settings = objective.model_dump(exclude={"type", "kd_ratio", "temperature"})
     return _towards_teacher(objective, batch, getattr(objectives, objective.type), settings)  # type: ignore[attr-defined]
+
+
+def own_divergence(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function of the user's own code in the form of `tadistill.objectives`: with an argument `temperature`."""
+
+    def divergence(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, **settings: Any) -> Tensor:
+        if temperature != 1.0:
+            student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
+        return function(student_logits, teacher_logits, **settings)
+
+    return divergence
+
+
+def _custom(objective: config.Custom, divergence: Callable[..., Tensor], batch: Batch) -> list[Term]:
+    return _towards_teacher(objective, batch, divergence, objective.settings)
 
 
 def _taid(objective: config.Taid, schedule: TaidSchedule, batch: Batch) -> list[Term]:

@@ -1,0 +1,147 @@
+"""Metrics and objectives of the user's own code: found beside the recipe, checked before work, part of a stage's identity by their source."""
+
+import pytest
+import torch
+
+from tadistill.config import load
+from tadistill.data.datasets import Example
+from tadistill.errors import ConfigError
+from tadistill.evaluation.own import score_own
+from tadistill.metrics import METRICS, declare, higher_is_better, metric_title, metric_unit, names_in
+from tadistill.own_code import load_function
+from tadistill.plan.arms import make_plan
+from tadistill.runner.own_code import try_own_code
+
+RECIPE = """\
+study: own
+seeds: [1]
+models:
+  xl: {load: "scratch:llama", tokenizer: tinyworld}
+  s: {load: "scratch:llama", tokenizer: tinyworld}
+data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain}
+method: {objective: {type: custom, function: "MODULE:loss", settings: {scale: 2}}, optim: {steps: 2}}
+metrics: ["MODULE:score", {function: "MODULE:size", title: characters, better: lower}]
+arms: {direct: xl > s}
+"""
+CODE = """\
+def score(prediction, references):
+    return 100.0 * (prediction in references)
+
+def size(prediction, references):
+    return len(prediction)
+
+def loss(student, teacher, scale=1.0):
+    return scale * (student - teacher).pow(2).sum(-1)
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Return a function that writes recipe and module, and reads the recipe. Every test has a module of its own name."""
+    module = f"own_{tmp_path.name}".replace("-", "_")
+
+    def read(code=CODE, *overrides):
+        (tmp_path / f"{module}.py").write_text(code)
+        (tmp_path / "r.yaml").write_text(RECIPE.replace("MODULE", module))
+        return load(tmp_path / "r.yaml", overrides)
+
+    return read
+
+
+def test_code_is_found_beside_the_recipe_and_tried_before_work(study, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    recipe = study()
+    assert recipe.runtime.code == str(tmp_path)
+    try_own_code(recipe)
+    make_plan(recipe)
+
+
+def test_the_source_is_part_of_the_identity_of_the_stages_that_use_it(study):
+    before, again = make_plan(study()), make_plan(study())
+    assert set(before.stages) == set(again.stages)
+    changed = make_plan(study(CODE.replace("sum", "mean")))
+    assert not set(before.stages) & set(changed.stages)
+    plain = make_plan(study(CODE, "metrics=[]", "method.objective={type: forward_kl}"))
+    assert "own" not in {name for stage in plain.stages.values() for name in stage.spec.content()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            ("def score(prediction, references)", "def score(prediction)"),
+            r"metrics.0: .* a metric is called with \(prediction, references\)",
+        ),
+        (("scale=1.0", "scal=1.0"), r"objective.function: .* is called with \(student_logits, teacher_logits, scale=…\)"),
+        (("def score", "def scor"), r"score in .*\.py does not exist; did you mean `scor`\?"),
+        (("def score", "import nowhere\ndef score"), r"cannot be imported: .*\.py, line 1: ModuleNotFoundError"),
+        (("def score", "def score("), r"cannot be imported: .*\.py, line 1: SyntaxError"),
+    ],
+)
+def test_mistakes_are_found_by_the_plan(study, change, words):
+    with pytest.raises(ConfigError, match=words):
+        make_plan(study(CODE.replace(*change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("return len(prediction)", "return 1 / len(prediction)"), "metrics.1: .* for the answer '' .* failed with ZeroDivisionError"),
+        (("return len(prediction)", "return None"), "returned None; return a number"),
+        (("return len(prediction)", "return float('nan')"), "returned nan; return a finite number"),
+        ((".sum(-1)", ".sum()"), r"objective.function: .* a tensor of shape \(\) for logits of shape \(5, 7\)"),
+        (("student - teacher", "teacher - teacher"), "has no gradient to the student's logits"),
+        (("student - teacher", "student[:, :99] @ teacher"), "fails on random logits: RuntimeError"),
+    ],
+)
+def test_functions_that_would_fail_later_are_found_before_work(study, change, words):
+    recipe = study(CODE.replace(*change))
+    make_plan(recipe)
+    with pytest.raises(ConfigError, match=words):
+        try_own_code(recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("metrics=[nowhere:score]", "is in no file .*nowhere.py, and no module nowhere is installed"),
+        ("metrics=[score]", "string should match pattern"),
+        ("metrics=['x:rouge_l']", "tadistill has a metric `rouge_l`; give your function another name"),
+        ("metrics=['x:a', 'y:a']", "metrics has two functions called `a`"),
+        ("metrics=['math:sqrt']", "has no Python source"),
+    ],
+)
+def test_mistakes_of_the_recipe(study, override, words):
+    with pytest.raises(ConfigError, match=words):
+        make_plan(study(CODE, override))
+
+
+def test_a_module_is_never_mixed_up_with_an_installed_one(tmp_path):
+    (tmp_path / "textwrap.py").write_text("def score(p, r): return 0.0")
+    with pytest.raises(ConfigError, match="has the name of a module of Python"):
+        load_function("textwrap:score", tmp_path)
+
+
+def test_a_declared_metric_is_shown_like_any_other(study, monkeypatch):
+    monkeypatch.setattr("tadistill.metrics.METRICS", dict(METRICS))
+    declare(*(metric.row for metric in study().metrics))
+    assert names_in("quality")[-2:] == ("score", "size")
+    assert (metric_title("size@greedy"), metric_unit("size"), higher_is_better("size")) == ("characters, greedy", "", False)
+    assert higher_is_better("score")
+
+
+def test_scores_are_one_number_per_answer(study, tmp_path):
+    recipe = study()
+    functions = {metric.name: load_function(metric.function, recipe.runtime.code) for metric in recipe.metrics}
+    assert score_own(functions, ["a", "bcd"], [Example(references=("a",)), Example(references=("x",))]) == {
+        "score": [100.0, 0.0],
+        "size": [1.0, 3.0],
+    }
+
+
+def test_a_custom_objective_is_divided_by_its_temperature():
+    from tadistill.train.step import own_divergence
+
+    student, teacher = torch.randn(2, 3, 5)
+    found = own_divergence(lambda s, t, scale: scale * (s - t).sum(-1))(student, teacher, temperature=2.0, scale=3.0)
+    torch.testing.assert_close(found, 1.5 * (student - teacher).sum(-1))
