@@ -1,10 +1,10 @@
-"""Metrics and objectives of the user's own code: found beside the recipe, checked before work, part of a stage's identity by their source."""
+"""Metrics and objectives of the user's own code: found beside the recipe, tried before work, part of a stage's identity."""
 
 import pytest
 import torch
 
 from tadistill.config import load
-from tadistill.data.datasets import Example
+from tadistill.data.rows import Example
 from tadistill.errors import ConfigError
 from tadistill.evaluation.own import score_own
 from tadistill.metrics import METRICS, declare, higher_is_better, metric_title, metric_unit, names_in
@@ -16,8 +16,8 @@ RECIPE = """\
 study: own
 seeds: [1]
 models:
-  xl: {load: "scratch:llama", tokenizer: tinyworld}
-  s: {load: "scratch:llama", tokenizer: tinyworld}
+  xl: {load: "scratch:llama", tokenizer: tinyworld, config: &size {hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1}}
+  s: {load: "scratch:llama", tokenizer: tinyworld, config: *size}
 data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain}
 method: {objective: {type: custom, function: "MODULE:loss", settings: {scale: 2}}, optim: {steps: 2}}
 metrics: ["MODULE:score", {function: "MODULE:size", title: characters, better: lower}]
@@ -61,7 +61,7 @@ def test_the_source_is_part_of_the_identity_of_the_stages_that_use_it(study):
     assert set(before.stages) == set(again.stages)
     changed = make_plan(study(CODE.replace("sum", "mean")))
     assert not set(before.stages) & set(changed.stages)
-    plain = make_plan(study(CODE, "metrics=[]", "method.objective={type: forward_kl}"))
+    plain = make_plan(study(CODE, "metrics=[]", "method={name: kd, objective: null, optim: {steps: 2}}"))
     assert "own" not in {name for stage in plain.stages.values() for name in stage.spec.content()}
 
 
@@ -70,7 +70,7 @@ def test_the_source_is_part_of_the_identity_of_the_stages_that_use_it(study):
     [
         (
             ("def score(prediction, references)", "def score(prediction)"),
-            r"metrics.0: .* a metric is called with \(prediction, references\)",
+            r"metrics.0: .* is called with \(prediction, references\)",
         ),
         (("scale=1.0", "scal=1.0"), r"objective.function: .* is called with \(student_logits, teacher_logits, scale=…\)"),
         (("def score", "def scor"), r"score in .*\.py does not exist; did you mean `scor`\?"),
@@ -130,10 +130,11 @@ def test_a_declared_metric_is_shown_like_any_other(study, monkeypatch):
     assert higher_is_better("score")
 
 
-def test_scores_are_one_number_per_answer(study, tmp_path):
+def test_scores_are_one_number_per_answer(study):
     recipe = study()
     functions = {metric.name: load_function(metric.function, recipe.runtime.code) for metric in recipe.metrics}
-    assert score_own(functions, ["a", "bcd"], [Example(references=("a",)), Example(references=("x",))]) == {
+    rows = [Example("", "", ("a",)), Example("", "", ("x",))]
+    assert score_own(functions, ["a", "bcd"], rows) == {
         "score": [100.0, 0.0],
         "size": [1.0, 3.0],
     }

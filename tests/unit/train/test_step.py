@@ -17,7 +17,7 @@ from tadistill.train.step import counts, make_step
 
 ROWS = [Sequence((5, 6), (7, 8, 9, 0)), Sequence((4,), (11, 0)), Sequence((1, 2, 3), (17, 18, 19, 20, 0))]
 CLASSES = config.Objective.__args__[0].__args__
-DIVERGENCES = [c for c in CLASSES if issubclass(c, config.Divergence) and c not in (config.Taid, config.Contrastive)]
+DIVERGENCES = [c for c in CLASSES if issubclass(c, config.Divergence) and c not in (config.Taid, config.Contrastive, config.Custom)]
 VARIANTS = [v for v in DIVERGENCES if v not in (config.TopKForwardKL, config.TopKReverseKL)]
 
 
@@ -139,7 +139,7 @@ def test_an_objective_is_one_function_one_variant_and_one_line(monkeypatch):
 
 
 def test_every_variant_has_a_function_and_only_its_arguments():
-    others = {config.CrossEntropy, config.Taid, config.Contrastive, config.SampledKL, config.MiniLLM}
+    others = {config.CrossEntropy, config.Taid, config.Contrastive, config.Custom, config.SampledKL, config.MiniLLM}
     assert set(CLASSES) == {*DIVERGENCES, *others}
     for variant in DIVERGENCES:
         defaults = variant()
@@ -149,7 +149,7 @@ def test_every_variant_has_a_function_and_only_its_arguments():
             assert function.__kwdefaults__[name] == getattr(defaults, name), (variant, name)
 
 
-@pytest.mark.parametrize("variant", [c for c in CLASSES if c is not config.MiniLLM])
+@pytest.mark.parametrize("variant", [c for c in CLASSES if c not in (config.MiniLLM, config.Custom)])
 def test_every_variant_has_a_step(variant):
     """Its only term has its name; MiniLLM's step is in test_minillm.py."""
     values = {name: np.zeros(4, np.float32) for name in ("from_teacher", "teacher")}
