@@ -58,6 +58,7 @@ def plan(
     from tadistill.config import load
     from tadistill.plan import preview, throughput
     from tadistill.plan.arms import make_plan
+    from tadistill.runner.trackers import missing_trackers
 
     loaded = load(recipe, overrides or [])
     store, accelerator = store_of(runs_directory(runs)), None
@@ -76,6 +77,8 @@ def plan(
         accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         speeds = time_stages(found, preview.threads(found), lambda text: console.print(f"timing {text}", highlight=False))
         throughput.save_throughput(store, throughput.machine(preview.threads(found), accelerator), speeds)
+    for sentence in missing_trackers(loaded):
+        console.print(sentence, highlight=False, markup=False)
     preview.print_plan(found, store, console, accelerator)
 
 

@@ -16,8 +16,9 @@ RECIPE = """\
 study: own
 seeds: [1]
 models:
-  xl: {load: "scratch:llama", tokenizer: tinyworld, config: &size {hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1}}
-  s: {load: "scratch:llama", tokenizer: tinyworld, config: *size}
+  xl: {load: "scratch:llama", tokenizer: tinyworld,
+       config: {hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1}}
+  s: {init: {from: xl, intermediate: 4}}
 data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain}
 method: {objective: {type: custom, function: "MODULE:loss", settings: {scale: 2}}, optim: {steps: 2}}
 metrics: ["MODULE:score", {function: "MODULE:size", title: characters, better: lower}]

@@ -33,6 +33,7 @@ from tadistill.cluster.queue import output_of
 from tadistill.config import Recipe
 from tadistill.disk import cache_root
 from tadistill.errors import TadistillError
+from tadistill.runner.trackers import missing_trackers
 from tadistill.store import store_of
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
@@ -292,6 +293,13 @@ def fetched(recipe: Recipe, runs: Path, site: str | None) -> Check:
     return Check("fetched", "ok", "everything is on this disk")
 
 
+def trackers(recipe: Recipe) -> Check:
+    """Check that the packages of the recipe's trackers are installed."""
+    absent = missing_trackers(recipe)
+    names = ", ".join(recipe.runtime.trackers)
+    return Check("trackers", "problem", *absent[0].split("; ", 1)) if absent else Check("trackers", "ok", names)
+
+
 # --- all checks --------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +321,8 @@ def examine(*, runs: Path, recipe: Recipe | None = None, profile: Profile | None
     found.append(data_root((recipe.data.root if recipe else None) or environment.get("TADISTILL_DATA")))
     if recipe:
         found.append(fetched(recipe, runs, site))
+        if recipe.runtime.trackers:
+            found.append(trackers(recipe))
     return found
 
 

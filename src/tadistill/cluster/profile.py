@@ -70,7 +70,7 @@ class Profile(Strict):
     account: str = ""
     """Regular expression that account names match; empty if jobs need no account."""
     internet: Literal["none", "proxy", "full"] = "none"
-    """Network access of compute nodes. Jobs download nothing; trackers such as W&B send data only if the access is full."""
+    """Network access of compute nodes. Jobs download nothing."""
     home: Literal["writable", "read-only", "no-jobs"] = "writable"
     """Use of the home folder in jobs. read-only: the runs directory must be elsewhere. no-jobs: jobs cannot be submitted from there."""
     resume: Literal["requeue", "chain"] = "requeue"

@@ -27,7 +27,6 @@ class Task:
     study: str
     data_root: str | None
     checkpoint_seconds: float | None
-    trackers: tuple[str, ...]
     resources: Resources = field(default_factory=Resources)
     """Number of processes and nodes, and the placement of the models on them."""
     code: str | None = None
@@ -45,7 +44,6 @@ def make_task(plan: "Plan", stage: Stage, store: Store) -> Task:
         study=recipe.study,
         data_root=recipe.data.root,
         checkpoint_seconds=recipe.runtime.checkpoint_seconds,
-        trackers=recipe.runtime.trackers,
         resources=resources_of(recipe, stage),
         code=recipe.runtime.code,
     )

@@ -1,4 +1,4 @@
-"""What training really spent. A plan predicts it for all updates, but a stage with `select.patience` may stop before the last one."""
+"""The cost of training that really arose. A plan predicts it for all updates, but a stage with `select.patience` may stop earlier."""
 
 import math
 from dataclasses import replace

@@ -18,6 +18,7 @@ from tadistill.plan.throughput import cores
 from tadistill.runner.interruption import ENDING, StopFlag, Stopped
 from tadistill.runner.processes import StageProcesses
 from tadistill.runner.screen import Screen
+from tadistill.runner.trackers import Trackers
 from tadistill.store import Store
 
 _POLL = 0.5
@@ -36,8 +37,9 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None
         return
     flag = StopFlag(*ENDING, told=_still_saving)
     try:
-        with Screen(plan, store, console, todo=list(todo), jobs=jobs) as screen:
-            failed = _Schedule(plan, todo, store, screen, jobs, flag).run()
+        screen = Screen(plan, store, console, todo=list(todo), jobs=jobs)
+        with screen, contextlib.closing(Trackers(plan, store, screen.say)) as trackers:
+            failed = _Schedule(plan, todo, store, screen, jobs, flag, trackers).run()
     finally:
         flag.restore()
     if failed:
@@ -49,8 +51,8 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None
 
 
 class _Schedule:
-    def __init__(self, plan: Plan, todo: dict[str, Stage], store: Store, screen: Screen, jobs: int, flag: StopFlag):
-        self.plan, self.store, self.screen, self.jobs, self.flag = plan, store, screen, jobs, flag
+    def __init__(self, plan: Plan, todo: dict[str, Stage], store: Store, screen: Screen, jobs: int, flag: StopFlag, trackers: Trackers):
+        self.plan, self.store, self.screen, self.jobs, self.flag, self.trackers = plan, store, screen, jobs, flag, trackers
         weight = _weights(plan)
         self.waiting = dict(sorted(todo.items(), key=lambda item: -weight[item[0]]))
         self.done = set(plan.stages) - set(todo)
@@ -84,6 +86,7 @@ class _Schedule:
     def _attend(self) -> None:
         wait([source for stage in self.running.values() for source in stage.sources], timeout=_POLL)
         self.screen.tick()
+        self.trackers.tick()
         stopped = False
         for key, stage in [*self.running.items()]:
             for message in stage.attend():

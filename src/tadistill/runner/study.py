@@ -23,6 +23,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.task import check_entries
 from tadistill.runner.processes import prepare
 from tadistill.runner.schedule import run_stages
+from tadistill.runner.trackers import Trackers, check_trackers
 from tadistill.store import key_of, store_of
 from tadistill.terminal import Terminal
 
@@ -40,6 +41,7 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
     if not recipe.arms:
         raise ConfigError(f"{recipe.study} has no arms, so there is nothing to run; add arms, or look for a path with `tadistill search`")
     check_entries(recipe)  # before models are downloaded
+    check_trackers(recipe)
     fetch_models(recipe, console)
     plan = make_plan(recipe)
     store = store_of(runs)
@@ -56,6 +58,8 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
     study = save_plan(plan, runs, recipe_text=recipe_text, command=command, console=console)
     if missing:
         run_stages(plan, store, jobs=jobs, console=console)
+    else:  # what jobs of a cluster did, for instance
+        Trackers(plan, store, lambda text: console.print(text, highlight=False, markup=False)).close()
     return study
 
 

@@ -51,7 +51,7 @@ def _run(plan: Plan, stage: Stage, directory: Path, threads: int) -> dict[str, A
     last = graph.add(spec, stage.label, stage.model, stage.seed, None)
     root = plan.recipe.data.root
     for each in graph.stages.values():
-        task = Task(each.spec, each.key, each.label, str(directory), "measure", root, 1e9, ())
+        task = Task(each.spec, each.key, each.label, str(directory), "measure", root, 1e9)
         run_in_processes(task, threads=threads, progress=lambda done, total, text: None, alarm=lambda text: None, stop=lambda: False)
     return Store(directory).manifest(last)
 

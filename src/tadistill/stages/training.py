@@ -69,10 +69,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
         hooks=hooks,
         checkpoint_seconds=context.task.checkpoint_seconds,
         fsdp=context.task.resources.parallel == "fsdp",
-        track=accelerator.log if context.task.trackers else None,
     )
-    for tracker in accelerator.trackers:  # not accelerator.end_training(), which would part the ranks, who may have more stages to run
-        tracker.finish()
     whole = weights(student)
     if accelerator.is_main_process:
         save(context.folder / MODEL, whole)
@@ -109,17 +106,11 @@ def _counts(method: Method, devices: int) -> dict[str, Any]:
 
 
 def _accelerator(context: Context, optim: Optim) -> Accelerator:
-    trackers = list(context.task.trackers)
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=context.device.type == "cpu",
         gradient_accumulation_steps=1,
         mixed_precision="bf16" if optim.precision == "bf16" else "no",
-        log_with=trackers or None,  # type: ignore[arg-type]
-        project_dir=str(context.folder),
     )
-    if trackers:
-        accelerator.init_trackers(context.task.study, config={"stage": context.task.label, "key": context.task.key})
-    return accelerator
 
 
 def _sampler(

@@ -135,8 +135,8 @@ def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 class RunLog:
     """The log of one training stage. A resumed stage removes the lines after `resume_step`."""
 
-    def __init__(self, path: Path, *, resume_step: int = 0, track: Callable[[dict, int], None] | None = None):
-        self.path, self.track = path, track
+    def __init__(self, path: Path, *, resume_step: int = 0):
+        self.path = path
         if path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
             write_text(path, "".join(line + "\n" for line in lines))  # a kill must not destroy the lines before the checkpoint
@@ -146,8 +146,6 @@ class RunLog:
         line = {"step": step, **{name: float(f"{value:.6g}") for name, value in metrics.items()}}
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self.track:
-            self.track(dict(metrics), step)
 
 
 def _step(line: str) -> float:

@@ -81,7 +81,6 @@ def train_stage(
     hooks: Hooks,
     checkpoint_seconds: float | None = None,
     fsdp: bool = False,
-    track: Callable[[dict, int], None] | None = None,
 ) -> TrainState:
     """Train `student` in place for at most `optim.steps` updates. At the end, load the weights that `select` chooses.
 
@@ -106,7 +105,7 @@ def train_stage(
     files = Checkpoints(directory, checkpoint_seconds)
     run = _Run(student, step, sampler, optimizer, accelerator, files, Alarms(minillm=step.clip is not None), meter)
     state = run.resume(hooks.alarm)
-    log = RunLog(directory / "metrics.jsonl", resume_step=state.step, track=track) if accelerator.is_main_process else None
+    log = RunLog(directory / "metrics.jsonl", resume_step=state.step) if accelerator.is_main_process else None
     since = _Averages(state.pending)
     # runs with equal numbers of processes have equal dropout; rank 0 has the dropout of a run with a single process
     others = [accelerator.process_index] if accelerator.process_index else []

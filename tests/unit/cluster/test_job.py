@@ -19,7 +19,7 @@ def work(monkeypatch, tmp_path):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     for name in ("SLURM_NTASKS", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    made = Task(spec("sft"), "ab12", "sft s", str(tmp_path), "study", None, None, ())
+    made = Task(spec("sft"), "ab12", "sft s", str(tmp_path), "study", None, None)
 
     def make(run, *, chain: bool = False) -> StageJob:
         monkeypatch.setattr("tadistill.stages.execute.run_stage", lambda task, **hooks: run(**hooks))

@@ -27,7 +27,7 @@ SPEC = TemperSpec(
 
 
 def task(root) -> Task:
-    return Task(SPEC, "ab" + "0" * 14, "temper x", str(root), "t", None, 30.0, ())
+    return Task(SPEC, "ab" + "0" * 14, "temper x", str(root), "t", None, 30.0)
 
 
 def run(root, heard: list[str], stop=lambda: False) -> None:
