@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from tadistill.config.named import METHODS
 from tadistill.config.recipe import Recipe, own_functions
-from tadistill.errors import ConfigError
+from tadistill.config.short import is_short, lines_of_whole, whole
+from tadistill.errors import ConfigError, about
 
 Settings = typing.TypeVar("Settings", bound=BaseModel)
 Lines = dict[tuple, int]
@@ -51,7 +52,7 @@ def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str, folde
     raw = _merged(text, overrides, source, "seeds=[10]")
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} contains no recipe; write a mapping with the keys study, seeds, models, data and arms")
-    recipe = _validated(Recipe, _string_keys(raw), source, lines)
+    recipe = _recipe(_string_keys(raw), source, lines)
     if not own_functions(recipe):
         return recipe
     code = str((folder or Path()).resolve() / Path(recipe.runtime.code or "").expanduser())
@@ -64,7 +65,14 @@ def validate(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
     Raises:
         ConfigError: the recipe breaks a rule.
     """
-    return _validated(Recipe, raw, source, {})
+    return _recipe(raw, source, {})
+
+
+def _recipe(raw: dict[str, Any], source: str, lines: Lines) -> Recipe:
+    if is_short(raw):
+        with about(source):
+            raw, lines = whole(raw), lines_of_whole(lines)
+    return _validated(Recipe, raw, source, lines)
 
 
 def read_settings(model: type[Settings], given: dict[str, Any], overrides: typing.Sequence[str], *, source: str) -> Settings:

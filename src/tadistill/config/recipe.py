@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.arm import Arm, Search
-from tadistill.config.common import MOST, Decoding, FunctionName, Name, Strict
+from tadistill.config.common import MOST, Decoding, Name, Strict
 from tadistill.config.method import Method, apply
 from tadistill.config.model import ModelConfig
 from tadistill.config.objective import Custom
-from tadistill.metrics import BUILT_IN, PERCENT, POINTS, Metric
+from tadistill.config.own_metric import OwnMetric
 
 
 class World(Strict):
@@ -142,43 +142,6 @@ class Evaluate(Decoding):
         return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, **changes})
 
 
-class OwnMetric(Strict):
-    """A metric of the user's own code: `score(prediction, references)` returns a number for one answer. A string sets `function`."""
-
-    function: FunctionName
-    """MODULE:FUNCTION. MODULE is a file beside the recipe, or an installed module. FUNCTION is the metric's name in results."""
-    title: str = Field(default="", max_length=60)
-    """Name in reports; by default the function's name."""
-    better: Literal["higher", "lower"] = "higher"
-    unit: str = Field(default="", max_length=30)
-    """`points` and `percentage points` mean 0 to 100; other units have no bounds."""
-    decimals: int = Field(default=1, ge=0, le=6)
-    """Decimals in reports."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {"function": value} if isinstance(value, str) else value
-
-    @field_validator("function")
-    @classmethod
-    def _new_name(cls, function: str) -> str:
-        if (name := function.partition(":")[2]) in BUILT_IN:
-            raise ValueError(f"tadistill has a metric `{name}`; give your function another name")
-        return function
-
-    @property
-    def name(self) -> str:
-        return self.function.partition(":")[2]
-
-    @property
-    def row(self) -> Metric:
-        """The metric's row in the table of metrics."""
-        bounded = self.unit in (POINTS, PERCENT)
-        title = self.title or self.name.replace("_", " ")
-        return Metric(self.name, title, "quality", self.unit, self.decimals, self.better, signed=not bounded)
-
-
 class Runtime(Strict):
     """Settings of a run on this machine. They do not change a stage's key. Results are the same, up to rounding."""
 
@@ -248,6 +211,8 @@ class Recipe(Strict):
     """The paths to compare, by name. May be left out if `search` is given."""
     teacher: str | None = None
     """The original teacher, to which every KL is measured. Needed only if paths start from several models, or if there are no paths."""
+    analyse: bool = True
+    """Compare every model with the original teacher and with its assistants (KL divergences, error budget, exposure bias)."""
     margin: float = Field(default=0.3, gt=0, le=1000)
     """Smallest relevant difference in the primary metric, in points."""
     search: Search | None = None

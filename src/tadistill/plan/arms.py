@@ -83,7 +83,7 @@ class _Planner:
         self.recipe = recipe
         self.graph = Graph()
         self.ledger = ledger or Ledger(recipe)
-        self.teacher = original_teacher(recipe)
+        self.teacher = original_teacher(recipe) if recipe.analyse else None
         self.tokens = StudyTokens(recipe, self.teacher)
         self.stages = StageBuilder(recipe, self.graph, self.ledger, self._model_of, self.tokens)
         self.making: list[str] = []  # arms in progress: each one's model sets a temperature that the arm before needs

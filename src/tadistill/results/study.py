@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tadistill.config.arm import path_text
-from tadistill.config.recipe import OwnMetric
+from tadistill.config.own_metric import OwnMetric
 from tadistill.data.templates import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import ConfigError, StoreError

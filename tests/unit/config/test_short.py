@@ -1,0 +1,76 @@
+"""The short form: one teacher, one student, one method, training and one evaluation."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tadistill.config import load, validate
+from tadistill.errors import ConfigError
+from tadistill.plan.arms import make_plan
+
+MODEL = {
+    "load": "scratch:llama",
+    "tokenizer": "tinyworld",
+    "config": {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+}
+SHORT = {
+    "study": "mine",
+    "teacher": MODEL,
+    "student": MODEL,
+    "data": {"train": "tinyworld", "dev": "tinyworld", "test": "tinyworld", "template": "plain"},
+    "method": {"name": "gkd", "optim": {"steps": 2}},
+}
+
+
+@pytest.mark.parametrize(("method", "more"), [("gkd", []), ("kd", []), ("seqkd", ["generate"])])
+def test_it_trains_once_and_evaluates_once(method, more):
+    plan = make_plan(validate(SHORT | {"method": {"name": method, "optim": {"steps": 2}}}))
+    assert [stage.kind for stage in plan.stages.values()] == [*more, "distill", "evaluate"]
+
+
+def test_one_name_is_all_sets_and_settings_may_be_added():
+    found = validate(SHORT | {"data": "tinyworld", "seeds": [3], "evaluate": {"temperature": 0}, "student": MODEL | {"seed": 4}})
+    assert {found.data.train.load, found.data.dev.load, found.data.test[0].load} == {"tinyworld"}
+    assert (found.seeds, found.evaluate.temperature, found.evaluate.seeds, found.evaluate.also) == ((3,), 0, (10,), {})
+    assert found.models["student"].seed == 4
+
+
+def test_without_dev_the_last_weights_are_kept():
+    data = {"train": "tinyworld", "test": "tinyworld"}
+    assert validate(SHORT | {"data": data, "method": "gkd"}).method.select.metric == "last"
+    with pytest.raises(ConfigError, match=r"there is no data\.dev; add data\.dev"):
+        validate(SHORT | {"data": data, "method": {"name": "gkd", "select": {"patience": 2}}})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"arms": {"a": "x"}}, "has both `student`, which belongs to the short form, and `arms`"),
+        ({"teacher": None}, "models.teacher"),
+        ({"method": "gdk"}, "did you mean `gkd`"),
+        ({"data": {"train": "tinyworld"}}, "`data.test` is missing"),
+        ({"student": MODEL | {"lor": 1}}, "did you mean `lora`"),
+    ],
+)
+def test_mistakes(change, words):
+    with pytest.raises(ConfigError, match=words):
+        validate(SHORT | change)
+    with pytest.raises(ConfigError, match="has a `student` and no `teacher`"):
+        validate({key: value for key, value in SHORT.items() if key != "teacher"})
+
+
+def test_a_message_names_the_line(tmp_path):
+    (tmp_path / "r.yaml").write_text("study: mine\nteacher: A/B\nstudent:\n  load: A/C\n  lor: 1\ndata: tinyworld\n")
+    with pytest.raises(ConfigError, match=r"r.yaml, line 5: .*did you mean `lora`"):
+        load(tmp_path / "r.yaml")
+
+
+def test_the_example_of_the_readme_is_a_recipe(tmp_path):
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```yaml\n(study: my-student\n.*?)```", readme, re.DOTALL)
+    assert example is not None
+    (tmp_path / "my.yaml").write_text(example[1])
+    found = load(tmp_path / "my.yaml")
+    assert (found.arms["student"].text, found.method.objective.type) == ("teacher > student", "jensen_shannon")
+    assert len(example[1].splitlines()) <= 12
