@@ -1,19 +1,4 @@
-"""The command line. Each command imports what it needs, so start-up is fast.
-
-tadistill plan RECIPE [key=value …]      show the stages, which of them are finished, and their cost
-tadistill run RECIPE [key=value …]       run a study and write its report
-tadistill fetch RECIPE [key=value …]     download its models and data sets, for jobs without network
-tadistill doctor [RECIPE]                check this machine
-tadistill submit RECIPE --cluster NAME   run a study as Slurm jobs; tadistill status STUDY, tadistill cancel STUDY
-tadistill search RECIPE [key=value …]    train paths of `search:` until its strategy has chosen one
-tadistill report STUDY                   write the report again
-tadistill advise RECIPE [key=value …]    predict which path is worth its compute
-tadistill eval MODEL --on SETS           evaluate any model
-tadistill compare MODEL MODEL …          compare the answers of several models to the same prompts
-tadistill export STUDY ARM TARGET        copy a trained model and its model card
-tadistill judge STUDY --model NAME       have a language model rate the answers
-tadistill human STUDY                    write a blind sheet for people, or read their ratings
-"""
+"""The command line: `tadistill -h` lists the commands. Each command imports what it needs, so start-up is fast."""
 
 import contextlib
 import shlex
@@ -26,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tadistill import __version__
 from tadistill.cluster.cli import Overrides, RecipePath, Runs, StudyName
 from tadistill.cluster.cli import app as cluster_app
 from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, StageFailed, TadistillError
@@ -37,12 +23,25 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="White-box distillation of language models through teacher assistants.",
 )
 app.add_typer(cluster_app)
 console = Terminal()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tadistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -80,7 +80,7 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
     measures = read_measures(probes, store, found)
     study = runs / recipe.study
     command = shlex.join(["tadistill", "advise", source, *overrides])
-    record = measured(recipe.study, command, measures, edge_measures(measures))
+    record = measured(recipe.study, command, measures, edge_measures(measures)) | {"stages": list(probes.plan.stages)}
     write_json(study / MEASURES, record)  # `history` reads the measures of this study's own finished arms from here
     advice, past, metric = _advice(limited, found, priced, measures, runs)
     report = Report(

@@ -1,4 +1,4 @@
-"""The commands for login nodes: fetch, doctor, submit, status, cancel. A command imports only what it needs."""
+"""The commands for login nodes: fetch, doctor, submit, status, list, clean, cancel. A command imports only what it needs."""
 
 import os
 import shlex
@@ -94,6 +94,29 @@ def status(study: StudyName, runs: Runs = None) -> None:
 
     root = runs_directory(runs)
     print_status(find_study(study, root), store_of(root), console)
+
+
+@app.command("list")
+def list_(runs: Runs = None) -> None:
+    """List the studies of the runs directory: date, stages, size and state."""
+    from tadistill.cluster.housekeeping import print_studies
+
+    root = runs_directory(runs)
+    print_studies(root, store_of(root), console)
+
+
+@app.command()
+def clean(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted, and delete nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+    runs: Runs = None,
+) -> None:
+    """Delete the stages in the store that no study needs. Stages that a process works on are kept."""
+    from tadistill.cluster.housekeeping import clean as clean_store
+
+    root = runs_directory(runs)
+    confirm = (lambda _: True) if yes else typer.confirm
+    clean_store(root, store_of(root), console, dry_run=dry_run, confirm=confirm)
 
 
 @app.command()

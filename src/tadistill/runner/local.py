@@ -12,7 +12,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -67,6 +67,8 @@ class LocalRun:
     """The running stages by key."""
     failed: dict[str, str] = field(default_factory=dict)
     """Key -> reason, for each stage that failed."""
+    needs: list[str] = field(default_factory=list)
+    """Keys of all stages that the process has planned so far, which `tadistill clean` keeps."""
 
     @property
     def name(self) -> str:
@@ -98,14 +100,17 @@ def local_runs(study: Path) -> list[LocalRun]:
 class Journal:
     """Writes the log and the record of this process's run. A disk that cannot be written is reported once and does not end the run."""
 
-    def __init__(self, study: Path, *, done: int, total: int, complain: Callable[[str], None]):
+    def __init__(self, study: Path, *, done: int, total: int, complain: Callable[[str], None], needs: Iterable[str] = ()):
         self.folder, self._complain, self._told = study, complain, False
         pid = os.getpid()
         command = shlex.join(["tadistill", *sys.argv[1:]])
         self.run = LocalRun(pid, platform.node(), _born(pid) or 0.0, command, time.strftime("%Y-%m-%d %H:%M:%S"), done=done, total=total)
         self._start, self._written = time.monotonic(), float("-inf")
+        self.run.needs = list(needs)
         for old in local_runs(study):
-            if old.state != "running":
+            if old.name == self.run.name and old.born == self.run.born:  # an earlier round of a search
+                self.run.needs = [*dict.fromkeys((*old.needs, *needs))]
+            elif old.state != "running":
                 _record(study, old).unlink(missing_ok=True)
 
     def log(self, text: str) -> None:

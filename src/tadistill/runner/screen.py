@@ -29,7 +29,8 @@ class Screen:
         self.console, self.labels = console, distinct_labels((s.key, s.label, s.arms) for s in plan.stages.values())
         self.steps = {key: stage.steps or 1 for key, stage in plan.stages.items()}
         done = len(plan.stages) - len(todo)
-        self.journal = Journal(store.root.parent / plan.recipe.study, done=done, total=len(plan.stages), complain=self.say)
+        study = store.root.parent / plan.recipe.study
+        self.journal = Journal(study, done=done, total=len(plan.stages), complain=self.say, needs=plan.stages)
         self.run, self.waiting = self.journal.run, list(todo)
         self.estimate = Estimate(plan.stages, workloads(plan), jobs)
         wide = Column(no_wrap=True, overflow="ellipsis", ratio=1)

@@ -55,6 +55,8 @@ class Choice:
     """The part of `trained` that was spent on stages that the chosen path does not depend on."""
     distillations: int
     """Number of distillations that the search needed, over all seeds."""
+    stages: tuple[str, ...] = ()
+    """Keys of all stages of the search, which `tadistill clean` keeps."""
 
     @property
     def path(self) -> ModelPath:
@@ -152,6 +154,7 @@ def _record(choice: Choice) -> dict[str, Any]:
         ],
         "rounds": [{"share": r.share, "means": {path_name(p): m for p, m in means.items()}} for r, means in choice.rounds],
         "distillations": choice.distillations,
+        "stages": list(choice.stages),
         "flops": choice.trained,
         "discarded_flops": choice.discarded,
         "expected_best_of": {"k": choice.compared, "standard_errors": expected_best_of(choice.compared), "value": choice.inflation()},

@@ -64,6 +64,7 @@ def find_path(recipe: Recipe, *, runs: Path, console: Console) -> Choice:
         direct=flops[search.teacher, search.student],
         trained=_total(training.stages.values()),
         discarded=_total(stage for key, stage in training.stages.items() if key not in used),
+        stages=tuple(training.stages),
         distillations=sum(stage.kind == "distill" for stage in training.stages.values()),
     )
     confirm = write_choice(choice, recipe, runs / recipe.study)

@@ -1,0 +1,91 @@
+"""Listing studies and deleting stages that no study needs."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from tadistill import __version__
+from tadistill.cli import app
+from tadistill.errors import StoreError
+from tadistill.runner.inventory import delete, studies, unneeded
+from tadistill.runner.local import Journal
+from tadistill.store import Store
+
+ALL = ["a" * 16, "b" * 16, "c" * 16, "d" * 16]
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store with a chain a <- b of one study, and the stages c and d of none."""
+    store = Store(tmp_path / "store")
+    for key, parents in zip(ALL, ({}, {"teacher": "a" * 16}, {}, {}), strict=True):
+        folder = store.begin(key, {"kind": "sft", "label": f"stage [{key[0]}]", "parents": parents})
+        (folder / "weights").write_bytes(b"x" * 1000)
+        store.finish(key, {"key": key})
+    study = tmp_path / "mine"
+    study.mkdir()
+    (study / "plan.json").write_text(json.dumps({"created": "2026-01-02T03:04:05+00:00", "stages": [{"key": "b" * 16}]}))
+    return store
+
+
+def tadistill(store, *arguments, **options):
+    return CliRunner().invoke(app, [*arguments, "--runs", str(store.root.parent)], **options)
+
+
+def test_what_no_study_needs(store, tmp_path):
+    assert {row.key for row in unneeded(tmp_path, store)} == {"c" * 16, "d" * 16}  # a is a parent of b
+    other = tmp_path / "searched"
+    other.mkdir()
+    (other / "search.json").write_text(json.dumps({"stages": ["c" * 16]}))
+    assert [row.key for row in unneeded(tmp_path, store)] == ["d" * 16]
+    Journal(other, done=0, total=1, complain=pytest.fail, needs=["d" * 16]).save()
+    assert unneeded(tmp_path, store) == []
+
+
+def test_a_stage_that_runs_is_kept(store, tmp_path):
+    told = []
+    with store.lock("c" * 16):
+        assert [row.key for row in unneeded(tmp_path, store)] == ["d" * 16]
+        assert delete(store, ["c" * 16], told.append) == 0
+    assert "is kept, because a process has begun to work on it" in told[0]
+    assert store.finished("c" * 16)
+
+
+def test_clean_asks_and_deletes(store, tmp_path):
+    shown = tadistill(store, "clean", "--dry-run").output
+    assert "stage [c]" in shown
+    assert re.search(r"2 stages \(2\.\d kB\) would be deleted", shown)
+    assert "nothing was deleted" in tadistill(store, "clean", input="n\n").output
+    assert all(store.finished(key) for key in ALL)
+    assert "deleted 2." in tadistill(store, "clean", "--yes").output
+    assert [store.finished(key) for key in ALL] == [True, True, False, False]
+    assert not store.folder("c" * 16).exists()
+    assert "nothing to delete" in tadistill(store, "clean").output
+
+
+def test_list(store, tmp_path):
+    found = tadistill(store, "list").output
+    assert "mine" in found
+    assert "2026-01-02 03:04" in found
+    assert "1/1" in found
+    assert "done" in found
+    assert re.search(r"2 stages \(2\.\d kB\) in the store are needed by no study", found)
+    (tmp_path / "mine" / "plan.json").write_text("{")
+    assert [row.state for row in studies(tmp_path, store)] == ["plan.json is damaged"]
+    assert "there is no study in" in CliRunner().invoke(app, ["list", "--runs", str(tmp_path / "none")]).output
+
+
+def test_a_damaged_study_deletes_nothing_it_may_need(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda self: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(StoreError, match=r"plan.json \(Input/output error\), so it is not known which stages mine needs"):
+        unneeded(tmp_path, store)
+
+
+def test_version_help_and_completion():
+    run = CliRunner().invoke
+    assert run(app, ["--version"]).output == f"tadistill {__version__}\n"
+    assert "White-box distillation" in run(app, ["-h"]).output
+    assert "RECIPE" in run(app, ["plan", "-h"]).output
+    assert "--show-completion" in run(app, ["-h"]).output
