@@ -1,4 +1,4 @@
-"""What a runs directory holds: its studies, and the stages in the store that no study needs.
+"""The studies of a runs directory, and the stages in its store that no study needs.
 
 A stage is needed if a JSON file in a study's folder names its key, or if a needed stage was made from it. plan.json names every stage of
 the study; the files of `advise` and `search` name theirs.
