@@ -37,7 +37,7 @@ from tadistill.cluster.profile import Profile
 from tadistill.cluster.sbatch import Request, Requests
 from tadistill.cluster.status import command_for
 from tadistill.config import Recipe
-from tadistill.data import datasets
+from tadistill.data.survey import check
 from tadistill.errors import ConfigError, StageFailed
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, make_plan
@@ -269,7 +269,7 @@ def submit(
         raise ConfigError(f"jobs have no network, and {absent[0]}{more}")
     for change in moved(recipe, runs):
         console.print(change, highlight=False, soft_wrap=True)
-    datasets.check(recipe)
+    check(recipe)
     plan = make_plan(recipe)
     submission = Submission(plan, profile, runs, account=account)
     study = runs / recipe.study

@@ -7,12 +7,13 @@ before the token. Only this module does this shift.
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tadistill.data.encoded import EncodedRows
 from tadistill.data.templates import Encoded, with_bos
 from tadistill.errors import DataError
 from tadistill.objectives import Hidden, TargetMixture, TopK
@@ -76,9 +77,27 @@ class Batch:
         return Batch(self.ids_BT.to(device), self.attention_BT.to(device), self.mask_BT.to(device), values, corpus, targets, self.mixture)
 
 
-def references(encoded: Seq[Encoded]) -> list[Sequence]:
-    """Return one sequence per encoded prompt. Its response is the first reference."""
-    return [Sequence(e.prompt, e.response) for e in encoded]
+class _References(Seq[Sequence]):
+    def __init__(self, encoded: EncodedRows):
+        self._encoded = encoded
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    @overload
+    def __getitem__(self, i: int) -> Sequence: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Sequence]: ...
+    def __getitem__(self, i: int | slice) -> Sequence | list[Sequence]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        row = self._encoded[i]
+        return Sequence(row.prompt, row.response)
+
+
+def references(encoded: Seq[Encoded]) -> Seq[Sequence]:
+    """Return one sequence per encoded prompt. Its response is the first reference. Rows on the disk are read when they are asked for."""
+    return _References(encoded) if isinstance(encoded, EncodedRows) else [Sequence(e.prompt, e.response) for e in encoded]
 
 
 def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int, *, bos: bool = False) -> list[Sequence]:

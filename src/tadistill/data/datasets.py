@@ -5,9 +5,7 @@ A data set is looked for in this order: the built-in tinyworld, a local path, a 
 """
 
 import difflib
-import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tadistill.config import Data, DataRef, Recipe
-from tadistill.config.recipe import World, methods
-from tadistill.data import hub, tinyworld
+from tadistill.config import Data, DataRef
+from tadistill.config.recipe import World
+from tadistill.data import hub, jsonl, tinyworld
 from tadistill.data.rows import OPTIONAL, Example, Form, example, form_of, no_column, text, where_of
+from tadistill.disk import digest
 from tadistill.errors import DataError
 
 
@@ -74,34 +73,37 @@ def read(ref: DataRef, role: str, *, world: World, root: str | None, limit: int 
     Raises:
         DataError: the data set is missing or empty, or a row lacks a column.
     """
-    examples = [example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, world, root), limit))]
+    examples = list(stream(ref, role, world=world, root=root, limit=limit))
     if not examples:
-        raise DataError(f"data set `{ref.load}` (split {ref.split or role}) is empty; give a file with at least one row")
+        raise empty(ref, role)
     return examples
 
 
-def check(recipe: Recipe) -> None:
-    """Read all data sets of a recipe, so that mistakes are found before any training.
+def stream(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> Iterator[Example]:
+    """Yield the examples that `read` returns, one after the other.
 
     Raises:
-        DataError: a file or a column is missing, or two test sets have the same name.
-        ConfigError: settings of a method do not fit together.
+        DataError: the data set is missing, or a row lacks a column.
     """
-    data = recipe.data
-    for ref, role in [(data.train, "train"), (data.dev, "dev"), *((r, "test") for r in data.test)]:
-        load(ref, role, data)
-    if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
-        check_corpus(data.corpus, data)
-    names = [r.name for r in data.test]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"data.test has two sets called `{name}`; rename one of the files")
+    return (example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, world, root), limit)))
+
+
+def count(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> int:
+    """Return the number of rows that `stream` yields. The rows of a local file are not parsed."""
+    path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, root)
+    rows = jsonl.count(path) if path else _rows(ref, role, world, root)
+    return sum(1 for _ in itertools.islice(rows, limit))
+
+
+def empty(ref: DataRef, role: str) -> DataError:
+    """Return the error for a split without rows."""
+    return DataError(f"data set `{ref.load}` (split {ref.split or role}) is empty; give a file with at least one row")
 
 
 def form(ref: DataRef, role: str, data: Data) -> Form:
     """Return what the rows of a split hold, by its first row. A data set of the Hub is not read here, so its settings decide."""
     path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, data.root)
-    first = next(_read_jsonl(path), None) if path else None
+    first = next(jsonl.read(path), None) if path else None
     if first is not None:
         return form_of(first, ref)
     return "messages" if "messages" in ref.columns else "prompt" if "prompt" in ref.columns else "instruction"
@@ -136,18 +138,23 @@ def fingerprint(ref: DataRef, role: str, data: Data) -> str:
 
     It is a digest of a local file, the settings of tinyworld, or the Hub id with its revision.
     """
+    found = content(ref, role, world=data.world, root=data.root)
+    path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, data.root)
+    return f"hub:{ref.load}@{ref.revision}:{ref.split or role}" if found is None else f"{found}{_ignored(path, ref) if path else ''}"
+
+
+def content(ref: DataRef, role: str, *, world: World, root: str | None) -> str | None:
+    """Return a digest of a split's rows. None for a data set of the Hub, whose branch may move."""
     if ref.load in tinyworld.SPLITS:
-        return f"{tinyworld.fingerprint(seed=data.world.seed, people=data.world.people)}:{ref.load}:{ref.split or role}"
-    path = _local_file(ref, role, data.root)
-    if path is None:
-        return f"hub:{ref.load}@{ref.revision}:{ref.split or role}"
-    return f"file:{_digest(path, path.stat().st_mtime_ns)}{_ignored(path, ref)}"
+        return f"{tinyworld.fingerprint(seed=world.seed, people=world.people)}:{ref.load}:{ref.split or role}"
+    path = _local_file(ref, role, root)
+    return f"file:{_digest(path, path.stat().st_mtime_ns)}" if path else None
 
 
 def _ignored(path: Path, ref: DataRef) -> str:
     """Return a mark for a file with columns that were once read without being asked for, so that older stages keep their own keys."""
     try:
-        row = next(_read_jsonl(path), {})
+        row = next(jsonl.read(path), {})
     except DataError:  # reading the rows will say so
         return ""
     read = {"choices": not ref.choices, "facts": "instruction" in row}  # as it once was
@@ -157,7 +164,7 @@ def _ignored(path: Path, ref: DataRef) -> str:
 
 @lru_cache
 def _digest(path: Path, mtime_ns: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return digest(path)[:16]
 
 
 def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bool = False) -> Iterator[dict[str, Any]]:
@@ -169,7 +176,7 @@ def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bo
         raise DataError(f"data set `{ref.load}` has no split `{split}`; its splits are {', '.join(tinyworld.SPLITS[ref.load])}")
     path = _local_file(ref, role, root)
     if path is not None:
-        return _read_jsonl(path)
+        return jsonl.read(path)
     repository, file = _on_hub(ref, split)
     return _hub_dataset(ref, split, stream) if file is None else _hub_file(ref, split, repository, file)
 
@@ -234,41 +241,6 @@ def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
     return None
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # Excel and PowerShell write a byte order mark
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _row(line, f"{path}, line {number}")
-
-
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError as error:  # a byte that is not UTF-8 stands as a surrogate in the line
-        byte = ord(line[error.start]) & 0xFF
-        raise DataError(f"{where}: byte 0x{byte:02x} at character {error.start + 1} is not UTF-8; save the file as UTF-8") from error
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is {_not_json(line, error)}; every line must be one JSON object") from error
-    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, or thousands of nested lists
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else "a number in it has too many digits"
-        raise DataError(f"{where} cannot be read ({reason}); correct or leave out the row") from error
-    if not isinstance(row, dict):
-        what = "a JSON array" if isinstance(row, list) else f"a {type(row).__name__}"
-        raise DataError(f"{where} is {what}, not an object; every line must be one JSON object")
-    return row
-
-
-def _not_json(line: str, error: json.JSONDecodeError) -> str:
-    start = line.strip()
-    if start[0] == "[":
-        return "the start of a JSON array (`jq -c '.[]' FILE` writes its objects one a line)"
-    if start == "{" or (start[0] == "{" and error.pos >= len(line.rstrip())):
-        return "a JSON object that does not end on this line (`jq -c . FILE` writes each object on one line)"
-    return f"not JSON ({error.msg})"
-
-
 def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[dict[str, Any]]:
     named = NAMED[ref.load]
     _, first, last = named.files[split]
@@ -279,7 +251,7 @@ def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[
             f"data set `{ref.load}` (split {split}) is not on this disk (as {named.folder}/{split}.jsonl in data.root or TADISTILL_DATA), "
             f"and loading it from the hub failed: {error}"
         ) from error
-    return itertools.islice(_read_jsonl(path), first, last)
+    return itertools.islice(jsonl.read(path), first, last)
 
 
 def _hub_dataset(ref: DataRef, split: str, stream: bool) -> Iterator[dict[str, Any]]:

@@ -7,9 +7,11 @@ Two rules differ from MiniLLM's preprocessing:
   cuts those of test sets on the right, which removes "### Response:".
 """
 
+import itertools
 import re
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tadistill.config.recipe import LongPrompts
@@ -25,6 +27,7 @@ _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
+_PART = 1000  # number of rows that are tokenised in one call
 _WORDS = r"\s+".join
 _ALPACA = re.compile(
     rf"(?:{_WORDS(map(re.escape, _NO_INPUT.split()))}|{_WORDS(map(re.escape, _WITH_INPUT.split()))})\s*"
@@ -83,6 +86,11 @@ class Counts:
         """The number of rows that are not left out."""
         return self.rows - self.long - self.empty
 
+    def plus(self, rows: int, long: int, empty: int, cut: int, shortened: int) -> "Counts":
+        """Return the counts with those of more rows added."""
+        added = {"rows": rows, "long": long, "empty": empty, "cut": cut, "shortened": shortened}
+        return replace(self, **{name: getattr(self, name) + number for name, number in added.items()})
+
     @property
     def text(self) -> str:
         """Return ``476 of 500 rows; 24 longer than data.max_prompt (256)``; empty if every row is whole."""
@@ -103,6 +111,7 @@ class EvalSet:
 
     name: str
     examples: Seq[Example]
+    """Empty for a large training set, whose rows stay on the disk."""
     encoded: Seq[Encoded]
 
     @property
@@ -187,32 +196,51 @@ def encode_counted(
     Raises:
         DataError, ModelError: as `encode` does.
     """
-    turn = chat.closing(tokenizer)
-    prompts = [render(e, template, tokenizer, f"{name}, row {i}") for i, e in enumerate(examples, 1)]
-    plain = _ids(tokenizer, prompts)
-    responses = _after(tokenizer, prompts, plain, [e.references[0] for e in examples])
-    ids = [with_bos(p, tokenizer) if lengths.bos and not in_chat(e, template) else p for p, e in zip(plain, examples, strict=True)]
-    encoded: list[Encoded] = []
-    max_length, limit = lengths.max_length, lengths.limit
-    long = cut = shortened = 0
-    for row, (prompt, response) in enumerate(zip(ids, responses, strict=True)):
-        if not prompt or (len(prompt) > limit and lengths.long_prompts == "drop"):
-            long += bool(prompt)
-            continue
-        labels = examples[row].choices
-        choices = _after(tokenizer, [prompts[row]] * len(labels), [plain[row]] * len(labels), list(labels))
-        end = turn if in_chat(examples[row], template) else tokenizer.eos_token_id
-        cut += len(prompt) > limit
-        prompt = prompt[:limit]
-        room = max_length - len(prompt)
-        if choices:
-            _check_choices(choices, labels, room, f"{name}, row {row + 1}")
-        shortened += len(response) + 1 > room
-        encoded.append(Encoded(row, tuple(prompt), tuple([*response, end][:room]), tuple(map(tuple, choices))))
-    counts = Counts(len(ids), long, len(ids) - long - len(encoded), cut, shortened, limit, max_length)
-    if not encoded:
-        raise DataError(_nothing_left(counts, min(filter(None, map(len, ids)), default=0), name))
+    encoded, counts = list[Encoded](), Counts(0)
+    for part in encode_parts(examples, tokenizer, lengths, template=template, name=name):
+        encoded += part[0]
+        counts = part[1]
     return encoded, counts
+
+
+def encode_parts(
+    examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", lengths: Lengths, *, template: str, name: str = "data"
+) -> Iterator[tuple[list[Encoded], Counts]]:
+    """Encode examples as `encode_counted` does, some hundred rows at a time. Yield each part with the counts of all rows so far.
+
+    Raises:
+        DataError, ModelError: as `encode` does. That no row is left is known after the last part.
+    """
+    rows, shortest = iter(examples), 0
+    counts = Counts(0, limit=lengths.limit, max_length=lengths.max_length)
+    turn = chat.closing(tokenizer)
+    while part := list(itertools.islice(rows, _PART)):
+        start = counts.rows
+        prompts = [render(e, template, tokenizer, f"{name}, row {i}") for i, e in enumerate(part, start + 1)]
+        plain = _ids(tokenizer, prompts)
+        responses = _after(tokenizer, prompts, plain, [e.references[0] for e in part])
+        ids = [with_bos(p, tokenizer) if lengths.bos and not in_chat(e, template) else p for p, e in zip(plain, part, strict=True)]
+        encoded: list[Encoded] = []
+        long = cut = shortened = 0
+        for i, (prompt, response) in enumerate(zip(ids, responses, strict=True)):
+            if not prompt or (len(prompt) > lengths.limit and lengths.long_prompts == "drop"):
+                long += bool(prompt)
+                continue
+            labels = part[i].choices
+            choices = _after(tokenizer, [prompts[i]] * len(labels), [plain[i]] * len(labels), list(labels))
+            end = turn if in_chat(part[i], template) else tokenizer.eos_token_id
+            cut += len(prompt) > lengths.limit
+            prompt = prompt[: lengths.limit]
+            room = lengths.max_length - len(prompt)
+            if choices:
+                _check_choices(choices, labels, room, f"{name}, row {start + i + 1}")
+            shortened += len(response) + 1 > room
+            encoded.append(Encoded(start + i, tuple(prompt), tuple([*response, end][:room]), tuple(map(tuple, choices))))
+        counts = counts.plus(len(part), long, len(part) - long - len(encoded), cut, shortened)
+        shortest = min(filter(None, [shortest, *map(len, ids)]), default=0)
+        yield encoded, counts
+    if not counts.used:
+        raise DataError(_nothing_left(counts, shortest, name))
 
 
 def _nothing_left(counts: Counts, shortest: int, name: str) -> str:

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from tadistill.config import Recipe
 from tadistill.config.common import Decoding
 from tadistill.config.recipe import methods
-from tadistill.data import datasets
+from tadistill.data import datasets, survey
 from tadistill.data.batch import chunks
+from tadistill.data.encoded import RowsOnDisk
 from tadistill.data.templates import Counts, Lengths, adds_bos, encode_counted
 from tadistill.errors import ConfigError, DataError, Gathering, ModelError
 from tadistill.evaluation.text_scores import UNSEEN, unseen
@@ -58,7 +59,7 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     """Check data, tokenizers, encodings and models, which do not depend on the machine. Raises the same errors as `check_study`."""
     found = Gathering()
     with found.about():
-        datasets.check(recipe)
+        survey.check(recipe)
     with found.about():
         _check_peft(recipe)
     with found.about():
@@ -76,10 +77,19 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
         check_same_tokenizer(tokenizers)
     read = {name: _check_encoding(recipe, tokenizers[name], plan.tokens, name) for name in (used[:1] if teacher else used)}
     for name in used:
+        reader = used[0] if teacher else name
         with found.about(f"models.{name}"):
-            _check_model(recipe, name, tokenizers[name], read[used[0] if teacher else name].texts)
+            rows, config = _check_model(recipe, name, tokenizers[name])
+            try:
+                _check_texts(recipe, rows, config, tokenizers[name], read[reader].texts)
+            except (ConfigError, ModelError):
+                if not read[reader].unread:
+                    raise
+                read[reader] = _check_encoding(recipe, tokenizers[reader], plan.tokens, reader, all_rows=True)
+                _check_texts(recipe, rows, config, tokenizers[name], read[reader].texts)
     with found.about():
-        notes = [*_rows_notes(read, training=_trains(recipe)), *_script_notes(recipe)]
+        unread = dict.fromkeys(of.unread for of in read.values() if of.unread and _trains(recipe))
+        notes = [*unread, *_rows_notes(read, training=_trains(recipe)), *_script_notes(recipe)]
     found.finish()
     for note in notes:
         if console:
@@ -132,7 +142,8 @@ class _Texts:
     """The set in which it occurs."""
 
 
-def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, texts: _Texts) -> None:
+def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, Mapping[str, Any]]:
+    """Return the number of a model's embeddings, and its configuration."""
     model, root = recipe.models[name], recipe.models[_root(recipe, name)]
     assert root.load is not None
     if root.load.startswith("scratch:"):
@@ -148,13 +159,18 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, 
         parent = Ledger(recipe).config(model.init.from_) or {}
         if layers := parent.get("num_hidden_layers", parent.get("n_layer")):
             keep_list(layers if model.init.layers is None or model.init.layers_by == "influence" else model.init.layers, layers)
+    return rows, config.get_text_config().to_dict()
+
+
+def _check_texts(recipe: Recipe, rows: int, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, texts: _Texts) -> None:
+    """Raise an error if a token has no embedding, or a text is longer than the model's positions."""
     if texts.top >= rows:
         token = tokenizer.convert_ids_to_tokens(texts.top)
         raise ModelError(
             f"the tokenizer gives the token {token!r} of {texts.where} the id {texts.top}, but the model has embeddings for {rows} tokens "
             "only; use the tokenizer that belongs to the model, or resize its embeddings and save it again"
         )
-    _check_positions(recipe, config.get_text_config().to_dict(), texts)
+    _check_positions(recipe, config, texts)
 
 
 def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: _Texts) -> None:
@@ -186,6 +202,8 @@ class _Read:
     """Role and name of a split -> its numbers of rows."""
     rows: dict[str, frozenset[int]]
     """Test set -> rows that are not left out."""
+    unread: str = ""
+    """A sentence on the training set, if its rows are tokenised later; `texts` then holds limits, which no row exceeds."""
 
 
 def _trains(recipe: Recipe) -> bool:
@@ -202,7 +220,7 @@ def _rows_notes(read: Mapping[str, _Read], *, training: bool) -> list[str]:
     for role, name in next(iter(read.values())).counts:
         if role != "test" and not training:
             continue
-        texts = {model: of_model.counts[role, name].text for model, of_model in read.items()}
+        texts = {model: of_model.counts[role, name].text for model, of_model in read.items() if (role, name) in of_model.counts}
         alike = len(set(texts.values())) == 1
         for model, text in list(texts.items())[: 1 if alike else None]:
             if text:
@@ -229,15 +247,15 @@ def _script_notes(recipe: Recipe) -> list[str]:
     return found
 
 
-def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: StudyTokens, name: str) -> _Read:
-    """Read all splits and the corpus.
+def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: StudyTokens, name: str, *, all_rows: bool = False) -> _Read:
+    """Read all splits and the corpus. A large training set is tokenised here only with `all_rows`, or if that can find mistakes.
 
     Raises:
         DataError: the template does not fit the tokenizer, no row is short enough, or the corpus has no text.
         ModelError: the files of the tokenizer do not say that it puts BOS first.
         ConfigError: a stage selects by facts, and dev has none.
     """
-    found, counts, rows = list[_Texts](), dict[tuple[str, str], Counts](), dict[str, frozenset[int]]()
+    found, counts, rows, unread = list[_Texts](), dict[tuple[str, str], Counts](), dict[str, frozenset[int]](), ""
     data, rules = recipe.data, tokens.encoding(name)
     lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, rules.bos)
     if data.bos == "auto" and tokens.bos_matters and not rules.bos and adds_bos(tokenizer):
@@ -247,7 +265,20 @@ def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: 
         )
     splits = {"train": data.train, "dev": data.dev}
     for role, ref in [*splits.items(), *(("test", r) for r in data.test)]:
-        examples, where = datasets.load(ref, role, data), f"data set `{ref.name}` ({role})"
+        where = f"data set `{ref.name}` ({role})"
+        if role == "train" and (total := survey.survey(ref, role, data)).large:
+            on_disk = RowsOnDisk(ref, role, data.world, data.root, data.limit.train)
+            read = on_disk.kept if all_rows or not total.plain(data.template) else on_disk.glance
+            if kept := read(tokenizer, lengths, template=data.template, name=where):
+                counts[role, ref.name] = kept.counts
+                found.append(_Texts(kept.prompt, kept.whole, 0, kept.top, where))
+            else:
+                unread = (
+                    f"{ref.name} (train): {total.rows} rows; the first stage that trains tokenises them and counts those that are too long"
+                )
+                found.append(_Texts(lengths.limit, lengths.max_length, 0, max(tokenizer.get_vocab().values()), where))
+            continue
+        examples = datasets.load(ref, role, data)
         encoded, counts[role, ref.name] = encode_counted(examples, tokenizer, lengths, template=data.template, name=where)
         prompt, whole = max(len(e.prompt) for e in encoded), max(len(e.prompt) + len(e.response) for e in encoded)
         top = max(max((*e.prompt, *e.response, *itertools.chain(*e.choices))) for e in encoded)
@@ -263,7 +294,7 @@ def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: 
         raise ConfigError(f"select.metric is fact_accuracy, but the dev set `{data.dev.name}` has no facts; set it to rouge_l or loss")
     top = max(found, key=lambda texts: texts.top)
     prompt, whole, chunk = (max(getattr(texts, part) for texts in found) for part in ("prompt", "whole", "chunk"))
-    return _Read(_Texts(prompt, whole, chunk, top.top, top.where), counts, rows)
+    return _Read(_Texts(prompt, whole, chunk, top.top, top.where), counts, rows, unread)
 
 
 def _root(recipe: Recipe, name: str) -> str:

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +13,8 @@ from tadistill import rng
 from tadistill.config.method import TEACHER_DTYPES
 from tadistill.data import datasets
 from tadistill.data.batch import Sequence, chunks, references
+from tadistill.data.encoded import RowsOnDisk
+from tadistill.data.survey import LARGE
 from tadistill.data.templates import Counts, EvalSet, Lengths, encode_counted
 from tadistill.errors import Interrupted, StageFailed
 from tadistill.evaluation.scoring import Subject
@@ -109,13 +112,23 @@ class Context(Generic[AnySpec]):
     # --- data -----------------------------------------------------------------------------------------------------------
 
     def split(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> EvalSet:
-        """Read a split of a data set, and encode it with the tokenizer."""
+        """Read a split of a data set, and encode it with the tokenizer. The rows of a large training set stay on the disk."""
         data, name = self.spec.data, split.ref.name
-        examples = datasets.read(split.ref, split.role, world=data.world, root=self.task.data_root, limit=split.limit)
+        where: Any = {"world": data.world, "root": self.task.data_root, "limit": split.limit}
+        rules: Any = {"template": data.template, "name": f"data set `{name}`"}
         lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, data.bos)
-        found, counts = encode_counted(examples, tokenizer, lengths, template=data.template, name=f"data set `{name}`")
-        self.counts[split.role, name] = counts
+        total = datasets.count(split.ref, split.role, **where) if split.role == "train" else 0
+        if total > LARGE:
+            kept = RowsOnDisk(split.ref, split.role, **where).kept(tokenizer, lengths, tick=partial(self._tokenised, total), **rules)
+            self.counts[split.role, name] = kept.counts
+            return EvalSet(name, (), kept.rows)
+        examples = datasets.read(split.ref, split.role, **where)
+        found, self.counts[split.role, name] = encode_counted(examples, tokenizer, lengths, **rules)
         return EvalSet(name, examples, found)
+
+    def _tokenised(self, total: int, done: int) -> None:
+        self.progress(done, total, "rows tokenised")
+        stop_if_asked(self)
 
     def own(self, planned: OwnCode) -> OwnFunction:
         """Import a function of the user's own code.

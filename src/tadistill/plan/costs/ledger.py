@@ -16,6 +16,7 @@ from tadistill.config.common import Decoding
 from tadistill.config.method import Optim, Select
 from tadistill.config.objective import MiniLLM
 from tadistill.data import datasets, hub
+from tadistill.data.survey import Survey, survey
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models.counting import shapes, sizes
 from tadistill.models.counting.cost import Cost, CostPart
@@ -36,18 +37,14 @@ class Ledger:
         self.recipe, self.partial = recipe, partial
         self._distilled: dict[tuple[tuple[str, ...], str, str], Cost | None] = {}  # all seeds have the same cost
 
-    @cached_property
-    def _train(self) -> list[datasets.Example]:
-        return self._load("train")
-
-    def _load(self, role: Literal["train", "dev"]) -> list[datasets.Example]:
+    def _survey(self, role: Literal["train", "dev"]) -> Survey:
         data = self.recipe.data
         ref: DataRef = getattr(data, role)
         if self.partial and (place := datasets.on_hub(ref, role, data)):
             here = hub.cached(place[0], ref.revision, place[1]) is not None
             if not here and not hub.reachable():
                 raise NotHere(f"data set `{ref.load}` ({role}) is not on this disk; run `tadistill fetch RECIPE` where there is a network")
-        return datasets.load(ref, role, data)
+        return survey(ref, role, data)
 
     def unknown(self) -> list[str]:
         """Return the models, as `NAME (SOURCE)`, whose config.json is not on this disk."""
@@ -57,16 +54,15 @@ class Ledger:
     @property
     def rows(self) -> int:
         """Number of training rows, before rows that are too long are left out."""
-        return len(self._train)
+        return self._survey("train").rows
 
     @cached_property
     def train(self) -> Texts:
-        return passes.read_lengths(self.recipe, self.recipe.data.train, "train", self._train)
+        return passes.read_lengths(self.recipe, self.recipe.data.train, "train", self._survey("train"))
 
     @cached_property
     def dev(self) -> Texts:
-        data = self.recipe.data
-        return passes.read_lengths(self.recipe, data.dev, "dev", self._load("dev"))
+        return passes.read_lengths(self.recipe, self.recipe.data.dev, "dev", self._survey("dev"))
 
     @cached_property
     def corpus_length(self) -> int:

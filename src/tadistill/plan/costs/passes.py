@@ -17,12 +17,12 @@ from typing import Any, ClassVar, Literal, cast
 from tadistill.config import DataRef, ModelConfig, Recipe
 from tadistill.config.recipe import World
 from tadistill.data import datasets, tinyworld
+from tadistill.data.survey import SAMPLE, Survey
 from tadistill.data.templates import Counts, Lengths, encode_counted
 from tadistill.models import sources
 from tadistill.models.counting.sizes import Work
 from tadistill.tuning import COMPACT_BELOW
 
-_SAMPLE = 512  # number of rows from which the lengths of a split are estimated
 _ENDLESS = 2**31
 
 
@@ -65,17 +65,17 @@ class Texts:
         return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
 
 
-def read_lengths(recipe: Recipe, ref: DataRef, role: str, examples: Sequence[datasets.Example]) -> Texts:
+def read_lengths(recipe: Recipe, ref: DataRef, role: str, rows: Survey) -> Texts:
     """Return the lengths of a split's rows, measured on a sample of its examples."""
-    data, places = recipe.data, min(_SAMPLE, len(examples))
-    sample = [replace(examples[i * len(examples) // places], choices=()) for i in range(places)]
+    data = recipe.data
+    sample = [replace(example, choices=()) for example in rows.sample]
     ids = study_tokenizer(recipe)
     known = ids is not None
     lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts) if known else Lengths(_ENDLESS, _ENDLESS)
     stand_in = cast(Any, _StandIn(ids or _pieces))
     found, _ = encode_counted(sample, stand_in, lengths, template=data.template, name=f"data set `{ref.name}` ({role})")
-    rows = [(min(len(e.prompt), data.max_prompt, data.max_length - 1), len(e.response)) for e in found]
-    return Texts(tuple((p, min(r, data.max_length - p)) for p, r in rows), len(examples) * len(rows) / places)
+    sizes = [(min(len(e.prompt), data.max_prompt, data.max_length - 1), len(e.response)) for e in found]
+    return Texts(tuple((p, min(r, data.max_length - p)) for p, r in sizes), rows.rows * len(sizes) / len(sample))
 
 
 def count_first_rows(recipe: Recipe, ref: DataRef, role: Literal["train", "dev", "test"]) -> Counts | None:
@@ -83,7 +83,7 @@ def count_first_rows(recipe: Recipe, ref: DataRef, role: Literal["train", "dev",
     data, ids = recipe.data, study_tokenizer(recipe)
     if ids is None or datasets.on_hub(ref, role, data) is not None:
         return None
-    rows = datasets.read(ref, role, world=data.world, root=data.root, limit=min(_SAMPLE, getattr(data.limit, role) or _SAMPLE))
+    rows = datasets.read(ref, role, world=data.world, root=data.root, limit=min(SAMPLE, getattr(data.limit, role) or SAMPLE))
     sample = [replace(row, choices=()) for row in rows]
     lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts)
     return encode_counted(sample, cast(Any, _StandIn(ids)), lengths, template=data.template, name=f"data set `{ref.name}` ({role})")[1]

@@ -1,0 +1,211 @@
+"""Token ids of a large training set in a memory-mapped Arrow file of the cache folder.
+
+A set is tokenised once. All stages, ranks and studies read the same file, and only the rows that they ask for. The file's name is a digest
+of the rows, the tokenizer, the rules for lengths, and the code. A file that is damaged or incomplete is made again.
+
+    on_disk = RowsOnDisk(ref, "train", world, root, limit)
+    kept = on_disk.kept(tokenizer, lengths, template="alpaca", name="data set `mine`")
+    kept.rows[7].prompt
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, overload
+
+from tadistill.config import DataRef
+from tadistill.config.recipe import World
+from tadistill.data import chat, datasets, templates
+from tadistill.data.rows import Example
+from tadistill.data.survey import key_of_rows
+from tadistill.data.templates import Counts, Encoded, Lengths, encode_parts
+from tadistill.disk import cache_root, digest, replacing, write_json, writing
+from tadistill.store import key_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+
+class EncodedRows(Seq[Encoded]):
+    """Rows in a memory-mapped table. A row is read when it is asked for; a slice is a list."""
+
+    def __init__(self, table: "pa.Table"):
+        self._row, self._prompt, self._response, self._choices = (table.column(name) for name in _COLUMNS)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    @overload
+    def __getitem__(self, i: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Encoded]: ...
+    def __getitem__(self, i: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        prompt, response = (tuple(column[i].values.to_numpy().tolist()) for column in (self._prompt, self._response))
+        return Encoded(self._row[i].as_py(), prompt, response, tuple(map(tuple, self._choices[i].as_py())))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tokenised set."""
+
+    rows: EncodedRows
+    counts: Counts
+    prompt: int
+    """Tokens of the longest prompt."""
+    whole: int
+    """Tokens of the longest prompt with its reference response."""
+    top: int
+    """The largest token id."""
+
+
+@dataclass(frozen=True)
+class RowsOnDisk:
+    """The first `limit` rows of a split of a data set."""
+
+    ref: DataRef
+    role: str
+    world: World
+    root: str | None
+    limit: int | None
+
+    def glance(self, tokenizer: "PreTrainedTokenizerBase", lengths: Lengths, *, template: str, name: str) -> Kept | None:
+        """Return the tokenised set if its file is in the cache folder. Else tokenise rows until one is short enough, and return None.
+
+        Raises:
+            DataError: no row is short enough.
+        """
+        key = self._key(tokenizer, lengths, template)
+        if key and (found := _open(_folder() / f"{key}.arrow")):
+            return found
+        next(part for part, _ in encode_parts(self._examples(), tokenizer, lengths, template=template, name=name) if part)
+        return None
+
+    def kept(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        lengths: Lengths,
+        *,
+        template: str,
+        name: str,
+        tick: Callable[[int], None] = lambda rows: None,
+    ) -> Kept:
+        """Return the tokenised set. It is tokenised now if its file is not in the cache folder.
+
+        Another process that tokenises the same set is waited for. A data set of the Hub, whose branch may move, is not kept.
+
+        Args:
+            name: the words for the set in messages.
+            tick: is called with the number of rows done. It may raise an error, and then nothing is written.
+
+        Raises:
+            DataError, ModelError: as `encode_parts` does.
+            StoreError: the file cannot be written.
+        """
+        from filelock import FileLock  # here: it loads asyncio
+
+        def write(file: Path) -> Kept:
+            return _write(file, encode_parts(self._examples(), tokenizer, lengths, template=template, name=name), tick)
+
+        key = self._key(tokenizer, lengths, template)
+        if key is None:
+            with TemporaryDirectory() as folder:  # a file stays readable while it is mapped
+                return write(Path(folder) / "rows.arrow")
+        file = _folder() / f"{key}.arrow"
+        if found := _open(file):
+            return found
+        lock = FileLock(file.with_suffix(".lock"))
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        try:
+            return _open(file) or write(file)
+        finally:
+            lock.release()
+
+    def _examples(self) -> Iterator[Example]:
+        return datasets.stream(self.ref, self.role, world=self.world, root=self.root, limit=self.limit)
+
+    def _key(self, tokenizer: "PreTrainedTokenizerBase", lengths: Lengths, template: str) -> str | None:
+        content = datasets.content(self.ref, self.role, world=self.world, root=self.root)
+        tokens = tokenizer_digest(tokenizer)
+        if content is None or tokens is None:
+            return None
+        return key_of([key_of_rows(self.ref, self.limit, content, templates, chat), tokens, asdict(lengths), template])
+
+
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """Return a digest of everything in a tokenizer that decides token ids. None for a tokenizer that is a Python program."""
+    import tokenizers
+    import transformers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    parts: list[Any] = [tokenizers.__version__, transformers.__version__, type(tokenizer).__name__]
+    parts += [_settings(backend.to_str()), tokenizer.special_tokens_map, tokenizer.chat_template]
+    if "strftime_now" in str(tokenizer.chat_template):  # such prompts hold the day
+        parts.append(date.today().isoformat())
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _settings(backend: str) -> dict[str, Any]:
+    # a call with padding or truncation leaves both behind in the tokenizer; no later call depends on them
+    return {name: part for name, part in json.loads(backend).items() if name not in ("padding", "truncation")}
+
+
+_COLUMNS = ("row", "prompt", "response", "choices")
+
+
+def _folder() -> Path:
+    return cache_root() / "encoded"
+
+
+def _write(file: Path, parts: Any, tick: Callable[[int], None]) -> Kept:
+    import pyarrow as pa
+
+    ids = pa.list_(pa.int32())
+    schema = pa.schema(list(zip(_COLUMNS, (pa.int64(), ids, ids, pa.list_(ids)), strict=True)))
+    counts, prompt, whole, top = Counts(0), 0, 0, 0
+    with replacing(file) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for part, counts in parts:
+            columns = [pa.array([getattr(e, name) for e in part], field.type) for name, field in zip(_COLUMNS, schema, strict=True)]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+            prompt = max([prompt, *(len(e.prompt) for e in part)])
+            whole = max([whole, *(len(e.prompt) + len(e.response) for e in part)])
+            top = max([top, *(max(itertools.chain(e.prompt, e.response, *e.choices)) for e in part)])
+            tick(counts.rows)
+    stat = file.stat()
+    record = {"counts": asdict(counts), "prompt": prompt, "whole": whole, "top": top}
+    write_json(_record(file), record | {"size": stat.st_size, "modified": stat.st_mtime_ns, "sha256": digest(file)})
+    found = _open(file)
+    assert found is not None
+    return found
+
+
+def _open(file: Path) -> Kept | None:
+    """Return the set in a file. None if the file or its record is missing or damaged."""
+    import pyarrow as pa
+
+    try:
+        record = json.loads(_record(file).read_text(encoding="utf-8"))
+        stat = file.stat()
+        if (stat.st_size, stat.st_mtime_ns) != (record.pop("size"), record.pop("modified")) and digest(file) != record["sha256"]:
+            return None
+        del record["sha256"]
+        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        return Kept(EncodedRows(table), Counts(**record.pop("counts")), **record)
+    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's error of a damaged file is a ValueError
+        return None
+
+
+def _record(file: Path) -> Path:
+    return file.with_suffix(".json")

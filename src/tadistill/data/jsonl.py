@@ -1,0 +1,59 @@
+"""Read JSON Lines files: every line holds one JSON object."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tadistill.errors import DataError
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file. Empty lines are skipped.
+
+    Raises:
+        DataError: a line is not one JSON object. The message names the file and the line.
+    """
+    for number, line in _lines(path):
+        yield _row(line, path, number)
+
+
+def count(path: Path) -> Iterator[int]:
+    """Yield the numbers of the lines that hold rows, without reading the rows."""
+    return (number for number, _ in _lines(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # Excel and PowerShell write a byte order mark
+        for number, line in enumerate(lines, 1):
+            if not line.isspace():
+                yield number, line
+
+
+def _row(line: str, path: Path, number: int) -> dict[str, Any]:
+    where = f"{path}, line {number}"
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError as error:  # a byte that is not UTF-8 stands as a surrogate in the line
+        byte = ord(line[error.start]) & 0xFF
+        raise DataError(f"{where}: byte 0x{byte:02x} at character {error.start + 1} is not UTF-8; save the file as UTF-8") from error
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is {_not_json(line, error)}; every line must be one JSON object") from error
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, or thousands of nested lists
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else "a number in it has too many digits"
+        raise DataError(f"{where} cannot be read ({reason}); correct or leave out the row") from error
+    if not isinstance(row, dict):
+        what = "a JSON array" if isinstance(row, list) else f"a {type(row).__name__}"
+        raise DataError(f"{where} is {what}, not an object; every line must be one JSON object")
+    return row
+
+
+def _not_json(line: str, error: json.JSONDecodeError) -> str:
+    start = line.strip()
+    if start[0] == "[":
+        return "the start of a JSON array (`jq -c '.[]' FILE` writes its objects one a line)"
+    if start == "{" or (start[0] == "{" and error.pos >= len(line.rstrip())):
+        return "a JSON object that does not end on this line (`jq -c . FILE` writes each object on one line)"
+    return f"not JSON ({error.msg})"

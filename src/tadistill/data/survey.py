@@ -1,0 +1,134 @@
+"""Read every row of a split once, and keep what the plan and the checks need of it: the number of rows and a sample.
+
+    survey(recipe.data.train, "train", recipe.data).rows
+
+The survey of a large file is kept in a small file of the cache folder, under a digest of the data. So the next command does not read the
+rows again.
+"""
+
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tadistill import __version__
+from tadistill.config import Data, DataRef, Recipe
+from tadistill.config.recipe import World, methods
+from tadistill.data import datasets, rows
+from tadistill.data.rows import Example
+from tadistill.disk import cache_root, digest, write_json
+from tadistill.errors import DataError, StoreError
+from tadistill.store import key_of
+
+LARGE = 5_000
+"""A training set with more rows is kept on the disk, as a survey and as tokens (`data.encoded`)."""
+SAMPLE = 512
+"""The most rows of a sample."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a split whose rows have all been read."""
+
+    rows: int
+    sample: tuple[Example, ...]
+    """At most SAMPLE examples, evenly spaced."""
+    conversations: bool
+    """True if a row holds messages."""
+    instructions: bool
+    """True if a row holds an instruction for a template."""
+    choices: bool
+    """True if a row has choices."""
+
+    @property
+    def large(self) -> bool:
+        """True if the rows stay on the disk."""
+        return self.rows > LARGE
+
+    def plain(self, template: str) -> bool:
+        """Return True if no row can fail when it is tokenised: there are no choices, and no chat template writes a prompt."""
+        return not (self.choices or self.conversations or (self.instructions and template == "chat"))
+
+
+def survey(ref: DataRef, role: str, data: Data) -> Survey:
+    """Read all rows of a split that a recipe uses, and check each.
+
+    Raises:
+        DataError: the data set is missing or empty, or a row is wrong. The message names the row.
+    """
+    limit, content = getattr(data.limit, role), datasets.content(ref, role, world=data.world, root=data.root)
+    if content is None:
+        return _read(ref, role, data.world, data.root, limit)
+    return _known(ref.model_dump_json(), role, data.world.model_dump_json(), data.root, limit, content)
+
+
+def check(recipe: Recipe) -> None:
+    """Read all data sets of a recipe, so that mistakes are found before any training.
+
+    Raises:
+        DataError: a file or a column is missing, or two test sets have the same name.
+        ConfigError: settings of a method do not fit together.
+    """
+    data = recipe.data
+    for ref, role in [(data.train, "train"), (data.dev, "dev"), *((r, "test") for r in data.test)]:
+        survey(ref, role, data)
+    if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
+        datasets.check_corpus(data.corpus, data)
+    names = [r.name for r in data.test]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"data.test has two sets called `{name}`; rename one of the files")
+
+
+def key_of_rows(ref: DataRef, limit: int | None, content: str, *code: Any) -> str:
+    """Return a key of the first `limit` rows of a split, as the settings read them, and of the code that reads them."""
+    settings = {"columns": ref.columns, "choices": ref.choices, "instruction": ref.instruction}
+    return key_of([__version__, content, settings, limit, *_code_of(rows, *code)])
+
+
+@lru_cache
+def _code_of(*modules: Any) -> tuple[str, ...]:
+    return tuple(digest(Path(module.__file__)) for module in modules)
+
+
+@lru_cache(maxsize=32)
+def _known(ref_json: str, role: str, world_json: str, root: str | None, limit: int | None, content: str) -> Survey:
+    ref, world = DataRef.model_validate_json(ref_json), World.model_validate_json(world_json)
+    file = cache_root() / "rows" / f"{key_of_rows(ref, limit, content)}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # there is no such file, or it is damaged: the rows are read
+        return _restored(json.loads(file.read_text(encoding="utf-8")))
+    found = _read(ref, role, world, root, limit)
+    if found.large:
+        with suppress(StoreError):  # without the file, the next command reads the rows again
+            write_json(file, asdict(found))
+    return found
+
+
+def _read(ref: DataRef, role: str, world: World, root: str | None, limit: int | None) -> Survey:
+    where: Any = {"world": world, "root": root, "limit": limit}
+    total = datasets.count(ref, role, **where)
+    if not total:
+        raise datasets.empty(ref, role)
+    places = min(SAMPLE, total)
+    wanted = {i * total // places for i in range(places)}
+    sample: list[Example] = []
+    conversations = instructions = choices = False
+    for i, found in enumerate(datasets.stream(ref, role, **where)):
+        conversations |= bool(found.messages)
+        instructions |= not found.verbatim and not found.messages
+        choices |= bool(found.choices)
+        if i in wanted:
+            sample.append(found)
+    return Survey(total, tuple(sample), conversations, instructions, choices)
+
+
+def _restored(content: dict[str, Any]) -> Survey:
+    sample = tuple(_example(**row) for row in content.pop("sample"))
+    return Survey(sample=sample, **content)
+
+
+def _example(references: list[str], messages: list[dict[str, Any]], facts: list[Any], choices: list[str], **others: Any) -> Example:
+    more: Any = {"facts": tuple((value, tuple(rivals)) for value, rivals in facts), "choices": tuple(choices)}
+    return Example(references=tuple(references), messages=tuple(messages), **more, **others)

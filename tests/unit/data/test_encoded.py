@@ -1,0 +1,218 @@
+"""A large training set is read once and tokenised once. What is kept on the disk equals what a direct reading gives."""
+
+import json
+import multiprocessing
+
+import pytest
+from tests.unit.models.conftest import word_tokenizer
+
+from tadistill.config import Data, DataRef
+from tadistill.config.recipe import World
+from tadistill.data import datasets, encoded, jsonl, survey, templates
+from tadistill.data.batch import references
+from tadistill.data.encoded import RowsOnDisk, tokenizer_digest
+from tadistill.data.templates import Lengths, encode_counted
+from tadistill.errors import DataError
+
+LENGTHS = Lengths(max_prompt=6, max_length=10)
+ROWS = 2500  # more than two parts
+
+
+@pytest.fixture(autouse=True)
+def small_is_large(tmp_path, monkeypatch):
+    monkeypatch.setenv("TADISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(survey, "LARGE", 100)
+    survey._known.cache_clear()
+
+
+@pytest.fixture
+def ref(tmp_path) -> DataRef:
+    return DataRef(load=write(tmp_path / "train.jsonl"))
+
+
+def write(path, rows: int = ROWS, **more) -> str:
+    lines = [{"instruction": " ".join(["w1", f"w{i % 7}"] * (i % 5)), "output": f"w{i % 9} " * (i % 6 + 1)} | more for i in range(rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def on_disk(ref: DataRef, limit: int | None = None) -> RowsOnDisk:
+    return RowsOnDisk(ref, "train", World(), None, limit)
+
+
+def kept(ref: DataRef, tokenizer=None, lengths: Lengths = LENGTHS, limit: int | None = None, **more):
+    return on_disk(ref, limit).kept(tokenizer or word_tokenizer(), lengths, template="plain", name="d", **more)
+
+
+def direct(ref: DataRef, lengths: Lengths = LENGTHS, limit: int | None = None):
+    examples = datasets.read(ref, "train", world=World(), root=None, limit=limit)
+    return encode_counted(examples, word_tokenizer(), lengths, template="plain", name="d")
+
+
+def files(tmp_path, folder: str = "encoded", ending: str = "arrow") -> list:
+    return sorted((tmp_path / "cache" / folder).glob(f"*.{ending}"))
+
+
+@pytest.mark.parametrize("long_prompts", ["drop", "cut"])
+@pytest.mark.parametrize("limit", [None, 1234])
+def test_kept_rows_equal_those_of_a_direct_reading(ref, long_prompts, limit):
+    lengths = Lengths(6, 10, long_prompts)
+    found, (rows, counts) = kept(ref, lengths=lengths, limit=limit), direct(ref, lengths, limit)
+    assert list(found.rows) == rows
+    assert found.counts == counts
+    assert [found.rows[5], found.rows[-1], *found.rows[7:11]] == [rows[5], rows[-1], *rows[7:11]]
+    assert found.whole == max(len(e.prompt) + len(e.response) for e in rows)
+    assert (found.prompt, found.top) == (max(len(e.prompt) for e in rows), max(max(e.prompt + e.response) for e in rows))
+    assert [references(found.rows)[i] for i in (0, 3)] == [references(rows)[i] for i in (0, 3)]
+    assert references(found.rows)[2:5] == references(rows)[2:5]
+
+
+def test_choices_are_kept(tmp_path):
+    ref = DataRef(load=write(tmp_path / "c.jsonl", 300, choices=["w1 w2", "w3"], output="w3"), columns={"choices": "choices"})
+    rows, _ = direct(ref)
+    assert rows[0].choices
+    assert list(kept(ref).rows) == rows
+
+
+def test_a_set_is_tokenised_once(ref, monkeypatch):
+    first = kept(ref)
+    monkeypatch.setattr(encoded, "encode_parts", None)  # no second call
+    assert list(kept(ref).rows) == list(first.rows)
+    found = on_disk(ref).glance(word_tokenizer(), LENGTHS, template="plain", name="d")
+    assert found is not None
+    assert found.counts == first.counts
+
+
+def test_other_tokens_rules_and_rows_have_their_own_files(tmp_path, ref):
+    other = word_tokenizer()
+    other.add_tokens(["w1 w2"])
+    copy = DataRef(load=write(tmp_path / "copy.jsonl"))
+    kept(ref)
+    kept(copy)
+    assert len(files(tmp_path)) == 1  # by content, not by name
+    kept(ref, other)
+    kept(ref, lengths=Lengths(5, 10))
+    kept(ref, limit=1000)
+    write(tmp_path / "train.jsonl", ROWS - 1)
+    kept(ref)
+    assert len(files(tmp_path)) == 5
+
+
+def test_digest_of_a_tokenizer_ignores_padding_of_its_last_call():
+    used = word_tokenizer()
+    used(["w1", "w1 w2"], padding=True, truncation=True, max_length=1)
+    assert tokenizer_digest(used) == tokenizer_digest(word_tokenizer())
+    used.chat_template = "{{ messages }}"
+    assert tokenizer_digest(used) != tokenizer_digest(word_tokenizer())
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:5000] + b"\x07" + b[5001:]])
+@pytest.mark.parametrize("ending", ["arrow", "json"])
+def test_a_damaged_file_is_made_again(tmp_path, ref, damage, ending):
+    good = list(kept(ref).rows)
+    (file,) = files(tmp_path, ending=ending)
+    file.write_bytes(damage(file.read_bytes()))
+    assert list(kept(ref).rows) == good
+    assert not list((tmp_path / "cache" / "encoded").glob("*.tmp"))
+
+
+def test_an_interrupted_writer_leaves_nothing_that_is_read(tmp_path, ref):
+    def stop(done: int) -> None:
+        if done > 1500:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(ref, tick=stop)
+    assert files(tmp_path) == []
+    assert list(kept(ref).rows) == direct(ref)[0]
+
+
+def _writer(ref: DataRef, barrier, results) -> None:
+    barrier.wait(60)
+    parts = []
+    kept(ref, tick=parts.append)
+    results.put((len(parts), kept(ref).rows[11]))
+
+
+def test_of_two_processes_one_tokenises(ref):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    both = [context.Process(target=_writer, args=(ref, barrier, results)) for _ in range(2)]
+    for process in both:
+        process.start()
+    found = [results.get(timeout=60) for _ in both]
+    for process in both:
+        process.join(60)
+    assert sorted(parts for parts, _ in found) == [0, 3]
+    assert found[0][1] == found[1][1] == direct(ref)[0][11]
+
+
+def test_no_row_is_short_enough(ref):
+    with pytest.raises(DataError, match="no row of d has a prompt of at most 0 tokens"):
+        kept(ref, lengths=Lengths(0, 10))
+    with pytest.raises(DataError, match="no row of d"):
+        on_disk(ref).glance(word_tokenizer(), Lengths(0, 10), template="plain", name="d")
+
+
+# --- the survey ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_survey_counts_rows_and_takes_even_places(ref, monkeypatch):
+    data = Data(train=ref, dev=ref, test=(ref,), limit={"train": 2000})
+    found, rows = survey.survey(ref, "train", data), datasets.load(ref, "train", data)
+    assert (found.rows, found.instructions, found.conversations, found.choices) == (2000, True, False, False)
+    assert (found.plain("alpaca"), found.plain("chat")) == (True, False)
+    assert list(found.sample) == [rows[i * 2000 // 512] for i in range(512)]
+    survey._known.cache_clear()
+    monkeypatch.setattr(jsonl, "read", None)  # the file is not parsed again
+    assert survey.survey(ref, "train", data) == found
+
+
+def test_a_damaged_survey_is_made_again(tmp_path, ref):
+    data = Data(train=ref, dev=ref, test=(ref,))
+    found = survey.survey(ref, "train", data)
+    (file,) = files(tmp_path, "rows", "json")
+    for text in ("", "{}", "[1]", file.read_text(encoding="utf-8")[:999]):
+        file.write_text(text, encoding="utf-8")
+        survey._known.cache_clear()
+        assert survey.survey(ref, "train", data) == found
+
+
+def test_a_survey_names_the_wrong_row(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    write(path)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"instruction": "w1"}\n')
+    ref = DataRef(load=str(path))
+    with pytest.raises(DataError, match=rf"row {ROWS + 1} has no column `output`"):
+        survey.survey(ref, "train", Data(train=ref, dev=ref, test=(ref,)))
+
+
+def test_rows_are_counted_as_they_are_read(tmp_path):
+    path = tmp_path / "odd.jsonl"
+    row = b'{"instruction": "w1", "output": "w2"}'
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n\r".join([row, b"  ", b"", row, "\u2028\u3000".encode(), row]) + b"\r" + row)
+    ref = DataRef(load=str(path))
+    where = {"world": World(), "root": None, "limit": None}
+    assert datasets.count(ref, "train", **where) == len(datasets.read(ref, "train", **where)) == 4
+    assert datasets.count(ref, "train", **where | {"limit": 2}) == 2
+
+
+def test_few_rows_are_held_at_a_time(ref, monkeypatch):
+    held, most = 0, 0
+
+    class Counted(datasets.Example):
+        def __new__(cls, *args, **kwargs):
+            nonlocal held, most
+            held += 1
+            most = max(most, held)
+            return object.__new__(cls)
+
+        def __del__(self):
+            nonlocal held
+            held -= 1
+
+    made = datasets.example
+    monkeypatch.setattr(datasets, "example", lambda *args: Counted(**vars(made(*args))))
+    kept(ref)
+    assert 0 < most <= 2 * templates._PART
