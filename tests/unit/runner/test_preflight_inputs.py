@@ -1,11 +1,14 @@
 """What a stage would stumble over is known before the first one: positions, tokens, configurations, and all problems at once."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 from tests.unit.models.conftest import random_model, word_tokenizer
 
 from tadistill.config import validate
+from tadistill.data import survey
 from tadistill.errors import ConfigError, DataError, ModelError, TadistillError
 from tadistill.runner.preflight import check_inputs
 
@@ -51,6 +54,20 @@ def test_prompt_with_reference_must_fit_the_positions(kind, field):
         check_inputs(recipe(load, long, short))
     with pytest.raises(ConfigError, match=r"lower data\.max_length"):  # dev and test references are scored too
         check_inputs(recipe(load, short, long))
+
+
+def test_a_large_training_set_is_tokenised_only_if_its_limits_exceed_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "LARGE", 3)
+    short, long, large = rows("short.jsonl", 4), rows("long.jsonl", 60), rows("large.jsonl", 5)
+    survey._known.cache_clear()
+    check_inputs(recipe(model("llama", max_position_embeddings=64), large, short), console := Console(file=io.StringIO(), width=200))
+    assert "large (train): 4 rows; the first stage that trains tokenises them and counts those that are too long" in console.file.getvalue()
+    assert not (tmp_path / "cache" / "encoded").exists()
+    load = model("llama", max_position_embeddings=32)
+    check_inputs(recipe(load, large, short))
+    assert len(list((tmp_path / "cache" / "encoded").glob("*.arrow"))) == 1
+    with pytest.raises(ConfigError, match=r"^models.s: it has 32 positions, but the longest prompt with its reference response needs 40"):
+        check_inputs(recipe(load, long, short))
 
 
 def test_corpus_must_fit_the_positions():

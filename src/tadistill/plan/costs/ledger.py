@@ -54,11 +54,15 @@ class Ledger:
     @property
     def rows(self) -> int:
         """Number of training rows, before rows that are too long are left out."""
-        return self._survey("train").rows
+        return self._train.rows
+
+    @cached_property
+    def _train(self) -> Survey:
+        return self._survey("train")
 
     @cached_property
     def train(self) -> Texts:
-        return passes.read_lengths(self.recipe, self.recipe.data.train, "train", self._survey("train"))
+        return passes.read_lengths(self.recipe, self.recipe.data.train, "train", self._train)
 
     @cached_property
     def dev(self) -> Texts:
