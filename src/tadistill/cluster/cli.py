@@ -16,7 +16,7 @@ RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RE
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values that replace values of the recipe, for instance seeds=[10].", metavar="[KEY=VALUE]…")
 ]
-StudyName = Annotated[str, typer.Argument(help="The name or the directory of a study.", metavar="STUDY")]
+StudyName = Annotated[str, typer.Argument(help="The name, the directory or the recipe of a study.", metavar="STUDY")]
 Runs = Annotated[
     Path | None, typer.Option("--runs", help="Directory of studies and the store (default: variable TADISTILL_RUNS, else ./runs).")
 ]

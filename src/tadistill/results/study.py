@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from tadistill.config.arm import path_text
@@ -161,15 +162,27 @@ class StageManifest:
 
 
 def find_study(study: str, root: Path) -> Path:
-    """Return a study's directory from its name or its path.
+    """Return a study's directory from its name, its path, or the path of its recipe.
 
     Raises:
         ConfigError: there is no such study.
     """
-    for directory in (Path(study), root / study):
+    name = _named_in(Path(study)) or study
+    for directory in (Path(name), root / name):
         if (directory / "plan.json").is_file():
             return directory
-    raise ConfigError(f"there is no study `{study}` ({root / study / 'plan.json'} does not exist): start one with `tadistill run RECIPE`")
+    raise ConfigError(f"there is no study `{name}` ({root / name / 'plan.json'} does not exist): start one with `tadistill run RECIPE`")
+
+
+def _named_in(recipe: Path) -> str | None:
+    """Return the name of the study of a recipe; None if the file is not a recipe."""
+    if recipe.suffix not in (".yaml", ".yml") or not recipe.is_file():
+        return None
+    try:
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return str(content["study"]) if isinstance(content, dict) and content.get("study") else None
 
 
 def load_plan(study_dir: Path) -> StudyPlan:

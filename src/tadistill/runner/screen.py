@@ -106,16 +106,13 @@ class Screen:
             self.estimate.dropped(key)
             self.progress.console.print(f"[bold red]failed[/] {escape(label)}: ", escape(failure), highlight=False, soft_wrap=True)
             self.journal.log(f"failed: {label} ({key}): {failure}")
-        self.journal.save()
+        self._save()
 
     def tick(self) -> None:
         """Update times and bars, and write the record and the lines that are due. Call it several times a second."""
         now = time.monotonic()
         if self.journal.due:
-            self.run.left = self.estimate.total_left(self.waiting)
-            for key, stage in self.run.stages.items():
-                stage.seconds, stage.left = round(now - self.started[key], 1), self.estimate.left(key)
-            self.journal.save()
+            self._save()
         for key, stage in self.run.stages.items():
             left = f"{spoken(stage.left)} left" if stage.left is not None else ""
             self.progress.update(self.tasks[key], completed=stage.done, total=stage.total, note=escape(stage.note), left=left)
@@ -127,6 +124,12 @@ class Screen:
                 self.journal.log(line)
                 if not self.console.is_terminal:
                     self.console.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, markup=False, soft_wrap=True)
+
+    def _save(self) -> None:
+        self.run.left = self.estimate.total_left(self.waiting)
+        for key, stage in self.run.stages.items():
+            stage.seconds, stage.left = round(time.monotonic() - self.started[key], 1), self.estimate.left(key)
+        self.journal.save()
 
     def _lines(self, whole: str) -> Iterable[str]:
         for stage in self.run.stages.values():

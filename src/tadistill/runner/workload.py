@@ -40,7 +40,7 @@ _CALL = 2e-4
 """Assumed seconds of one layer's call."""
 _AROUND = 4
 """Embeddings, head, loss and sampling of a forward pass take about as long as this many calls of layers."""
-_START = 0.6
+_START = 0.3
 """Assumed seconds until a stage's process has loaded its models."""
 _ROWS, _LAYERS, _PROMPT = 1000, 12, 64
 """Assumed rows of a data set on the Hub, layers of a model whose size is not known, and tokens of a prompt."""
@@ -121,8 +121,8 @@ class _Sizes:
 def _training(stage: Stage, spec: TrainingSpec, sizes: _Sizes) -> Workload:
     method, optim, name = spec.method, spec.optim, stage.model
     steps, micro = optim.steps or 1, optim.micro_batch or optim.batch
-    # forward, backward (two forward passes) and the optimizer; a teacher's pass is counted like one of the student's
-    even = sizes.passes(name, steps * (optim.batch / micro * (3 + method.trains_with_teacher) + 1))
+    # passes with gradients take longer than those of sampling, so an update counts as six passes, and the optimizer as two
+    even = sizes.passes(name, steps * (optim.batch / micro * (6 + method.trains_with_teacher) + 2))
     sampler = method.sampler
     if isinstance(sampler, OnPolicy):
         each, updates = (method.round_rollouts, method.round_updates) if isinstance(sampler, Rounds) else (optim.batch, 1)

@@ -13,7 +13,7 @@ def stage(kind, *parents):
 
 
 STAGES = {"a": stage("sft"), "b": stage("sft"), "c": stage("distill", "a"), "d": stage("evaluate", "c")}
-WORK = {"a": Workload("s", 99.4), "b": Workload("s", 99.4), "c": Workload("d", 199.4), "d": Workload("e", 49.4)}
+WORK = {"a": Workload("s", 99.7), "b": Workload("s", 99.7), "c": Workload("d", 199.7), "d": Workload("e", 49.7)}
 
 
 def test_nothing_is_known_before_the_first_progress():
@@ -25,7 +25,7 @@ def test_nothing_is_known_before_the_first_progress():
 
 def test_a_running_stage_gives_the_speed_of_all_others():
     found = Estimate(STAGES, WORK, 1)
-    found.running("a", 49.4 / 99.4, 100.0)  # half of its work of 100 took 100 s
+    found.running("a", 49.7 / 99.7, 100.0)  # half of its work of 100 took 100 s
     assert found.left("a") == pytest.approx(100)
     assert found.total_left(["b", "c", "d"]) == pytest.approx(2 * (50 + 100 + 200 + 50))
 
@@ -39,7 +39,7 @@ def test_jobs_and_the_longest_chain_limit_the_time():
 
 def test_equal_work_says_more_than_the_same_kind_and_that_more_than_all():
     stages = STAGES | {"e": stage("evaluate"), "f": stage("evaluate")}
-    found = Estimate(stages, WORK | {"e": Workload("e", 49.4), "f": Workload("other", 99.4)}, 1)
+    found = Estimate(stages, WORK | {"e": Workload("e", 49.7), "f": Workload("other", 99.7)}, 1)
     found.finished("a", 100.0)
     found.finished("e", 5.0)
     assert found.left("d") == pytest.approx(5)
@@ -49,7 +49,7 @@ def test_equal_work_says_more_than_the_same_kind_and_that_more_than_all():
 
 
 def test_dev_evaluations_come_in_steps():
-    work = Workload("s", even=50.0, looks=49.4, every=0.25)
-    assert work.share(0.2) == pytest.approx((0.6 + 10) / 100)
-    assert work.share(0.25) == pytest.approx((0.6 + 12.5 + 12.35) / 100)
+    work = Workload("s", even=50.0, looks=49.7, every=0.25)
+    assert work.share(0.2) == pytest.approx((0.3 + 10) / 100)
+    assert work.share(0.25) == pytest.approx((0.3 + 12.5 + 12.425) / 100)
     assert work.share(1.0) == 1.0

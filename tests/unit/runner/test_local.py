@@ -12,8 +12,9 @@ from rich.console import Console
 
 from tadistill.cluster.status import print_status, status_rows
 from tadistill.config import parse
-from tadistill.errors import StageFailed
+from tadistill.errors import ConfigError, StageFailed
 from tadistill.plan.arms import make_plan
+from tadistill.results.study import find_study
 from tadistill.runner import local, screen
 from tadistill.runner.local import Journal, StageProgress, local_runs
 from tadistill.runner.screen import Screen
@@ -145,6 +146,15 @@ def test_a_failed_stage_is_in_log_and_status(plan, study, monkeypatch):
     row = status_rows(study, Store(study.parent / "store"))[0]
     assert (row.state, row.last) == ("failed", "it broke")
     assert "ended because a stage failed" in status(study)
+
+
+def test_a_study_is_found_by_its_recipe(study, tmp_path):
+    recipe = tmp_path / "other name.yaml"
+    recipe.write_text(RECIPE)
+    assert find_study(str(recipe), tmp_path) == find_study("small", tmp_path) == study
+    recipe.write_text("study: nowhere")
+    with pytest.raises(ConfigError, match="there is no study `nowhere`"):
+        find_study(str(recipe), tmp_path)
 
 
 def test_an_interrupted_run_says_so(plan, study):
