@@ -10,7 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
 
-METHODS: dict[str, dict[str, Any]] = yaml.safe_load(resources.files(__package__).joinpath("methods.yaml").read_text(encoding="utf-8"))
+METHODS: dict[str, dict[str, Any]] = yaml.safe_load(
+    resources.files("tadistill.config").joinpath("methods.yaml").read_text(encoding="utf-8")
+)
 """Name -> settings of `objective` and `sampler`."""
 _PARTS = {"objective": TypeAdapter(Objective), "sampler": TypeAdapter(Sampler)}
 
@@ -23,7 +25,7 @@ def with_method(name: Any, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: there is no method of this name.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         close = difflib.get_close_matches(str(name).lower(), METHODS, n=1, cutoff=0.5)
         hint = f"did you mean `{close[0]}`? The" if close else "the"
         raise ValueError(f"`{name}` is not a method; {hint} methods are {', '.join(METHODS)}")

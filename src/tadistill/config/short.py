@@ -32,12 +32,8 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
     evaluate = rest.pop("evaluate", None)
     data, method = _data(rest.pop("data", None)), rest.pop("method", {})
     method = {"name": method} if isinstance(method, str) else method
-    if isinstance(data, dict) and "dev" not in data and data.get("test"):
-        if isinstance(method, dict):
-            chosen = method.get("select") or {}
-            if chosen.get("patience") or chosen.get("metric", "last") != "last":
-                raise ConfigError("method.select chooses a checkpoint on dev, but there is no data.dev; add data.dev, or remove select")
-            method = method | {"select": {"metric": "last"}}
+    if isinstance(data, dict) and "dev" not in data and isinstance(data.get("test"), list) and data["test"]:
+        method = _without_dev(method)
         data = data | {"dev": data["test"][0]}  # a recipe names one, and nothing reads it
     return {
         "seeds": [10],
@@ -49,6 +45,15 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
         "evaluate": {"seeds": [10], "also": {}} | evaluate if isinstance(evaluate, dict) else evaluate or {"seeds": [10], "also": {}},
         "arms": {"student": "teacher > student"},
     }
+
+
+def _without_dev(method: Any) -> Any:
+    if not isinstance(method, dict):
+        return method
+    chosen = method.get("select")
+    if isinstance(chosen, dict) and (chosen.get("patience") or chosen.get("metric", "last") != "last"):
+        raise ConfigError("method.select chooses a checkpoint on dev, but there is no data.dev; add data.dev, or remove select")
+    return method | {"select": {"metric": "last"}} if chosen is None or isinstance(chosen, dict) else method
 
 
 def _data(data: Any) -> Any:

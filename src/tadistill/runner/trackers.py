@@ -11,7 +11,8 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,9 +40,7 @@ class _Run(Protocol):
 
 class _TensorBoard:
     def __init__(self, folder: Path, study: str, name: str, config: dict[str, Any]):  # the project is the folder
-        from tensorboard.summary import Writer
-
-        self.writer = Writer(str(folder / "tensorboard" / name))
+        self.writer = import_module("tensorboard.summary").Writer(str(folder / "tensorboard" / name))
 
     def log(self, stage: str, step: int, values: Values) -> None:
         for key, value in values.items():
@@ -58,10 +57,11 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, folder: Path, study: str, name: str, config: dict[str, Any]):
-        import wandb
-
+        wandb = import_module("wandb")
         quiet = wandb.Settings(silent=True, console="off")
         common: dict[str, Any] = {"project": study, "group": study, "name": name, "config": config, "dir": str(folder), "settings": quiet}
+        if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+            common["mode"] = "offline"  # it would ask for a login in the middle of a run
         self.run = wandb.init(id=key_of([study, name]), resume="allow", reinit="create_new", **common)
         self.stages: set[str] = set()
 
@@ -94,8 +94,7 @@ class _Trackio:
         if not self.rows:
             return
         with contextlib.redirect_stdout(io.StringIO()):
-            import trackio
-
+            trackio = import_module("trackio")
             run = trackio.init(**self.open, auto_log_gpu=False, auto_log_cpu=False)
             for row in self.rows:
                 run.log(row)
@@ -212,7 +211,7 @@ class Trackers:
         return found
 
     @contextlib.contextmanager
-    def _guarded(self, tracker: str):
+    def _guarded(self, tracker: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # of a library that talks to a server; a study must not end because of it

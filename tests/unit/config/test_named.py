@@ -51,6 +51,7 @@ def test_an_arm_with_a_method_takes_nothing_from_the_recipes_own_objective_and_s
         ({"objective": {"type": "gkd"}}, "`method.objective` has type 'gkd', which is a method and not an objective; write `method: gkd`"),
         ({"name": "kd", "objective": {"kd_rati": 1}}, "did you mean `kd_ratio`?"),
         ({"nam": "kd"}, "did you mean `name`?"),
+        ({"name": ["kd"]}, "is not a method"),
     ],
 )
 def test_mistakes_are_one_sentence(method, words):
