@@ -30,7 +30,7 @@ SAMPLE = 512
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of a split whose rows have all been read."""
+    """The facts of a split whose rows have all been read."""
 
     rows: int
     sample: tuple[Example, ...]
@@ -85,12 +85,12 @@ def check(recipe: Recipe) -> None:
 def key_of_rows(ref: DataRef, limit: int | None, content: str, *code: Any) -> str:
     """Return a key of the first `limit` rows of a split, as the settings read them, and of the code that reads them."""
     settings = {"columns": ref.columns, "choices": ref.choices, "instruction": ref.instruction}
-    return key_of([__version__, content, settings, limit, *_code_of(rows, *code)])
+    return key_of([__version__, content, settings, limit, *_digests(*(module.__file__ for module in (rows, *code)))])
 
 
 @lru_cache
-def _code_of(*modules: Any) -> tuple[str, ...]:
-    return tuple(digest(Path(module.__file__)) for module in modules)
+def _digests(*files: str) -> tuple[str, ...]:
+    return tuple(digest(Path(file)) for file in files)
 
 
 @lru_cache(maxsize=32)
