@@ -101,7 +101,7 @@ def _imported(name: str, module: str, file: Path, folder: Path, digest: str) -> 
             loaded = importlib.import_module(module)
         elif getattr(loaded, _DIGEST, digest) != digest:
             loaded = importlib.reload(loaded)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise ConfigError(
             f"`{name}` cannot be imported: {_place(error, file)}: {type(error).__name__}: {error}; correct the file"
         ) from error
@@ -111,7 +111,7 @@ def _imported(name: str, module: str, file: Path, folder: Path, digest: str) -> 
     return loaded
 
 
-def _place(error: Exception, file: Path) -> str:
+def _place(error: BaseException, file: Path) -> str:
     """Return the file of the user and the line that raised an error."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"

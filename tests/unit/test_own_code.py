@@ -76,6 +76,7 @@ def test_the_source_is_part_of_the_identity_of_the_stages_that_use_it(study):
         (("scale=1.0", "scal=1.0"), r"objective.function: .* is called with \(student_logits, teacher_logits, scale=…\)"),
         (("def score", "def scor"), r"score in .*\.py does not exist; did you mean `scor`\?"),
         (("def score", "import nowhere\ndef score"), r"cannot be imported: .*\.py, line 1: ModuleNotFoundError"),
+        (("def score", "raise SystemExit(3)\ndef score"), r"cannot be imported: .*\.py, line 1: SystemExit: 3"),
         (("def score", "def score("), r"cannot be imported: .*\.py, line 1: SyntaxError"),
     ],
 )
@@ -110,6 +111,8 @@ def test_functions_that_would_fail_later_are_found_before_work(study, change, wo
         ("metrics=['x:rouge_l']", "tadistill has a metric `rouge_l`; give your function another name"),
         ("metrics=['x:a', 'y:a']", "metrics has two functions called `a`"),
         ("metrics=['math:sqrt']", "has no Python source"),
+        ("runtime.code=nowhere", "`runtime.code` is `nowhere`, which is not a folder"),
+        (f"runtime.code={'a' * 3000}", "which is not a folder"),
     ],
 )
 def test_mistakes_of_the_recipe(study, override, words):

@@ -55,7 +55,16 @@ def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str, folde
     recipe = _recipe(_string_keys(raw), source, lines)
     if not own_functions(recipe):
         return recipe
-    code = str((folder or Path()).resolve() / Path(recipe.runtime.code or "").expanduser())
+    given, code, there = recipe.runtime.code or "", "", False
+    try:
+        code = str((folder or Path()).resolve() / Path(given).expanduser())
+        there = Path(code).is_dir()
+    except (OSError, RuntimeError, ValueError):  # no user of this name, or a path that cannot exist
+        pass
+    if not there:
+        raise ConfigError(
+            f"{_where(source, lines, ('runtime', 'code'))} is `{given}`, which is not a folder; name the folder of your modules"
+        )
     return recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"code": code})})
 
 
