@@ -26,6 +26,17 @@ _DEEPEST = 40
 _NO_REFERENCES = "has `${`, but a recipe refers neither to the environment nor to other keys; write the value itself"
 
 
+def study_in(recipe: Path) -> str | None:
+    """Return the name of the study of a recipe file; None if the file is not a recipe."""
+    if recipe.suffix not in (".yaml", ".yml") or not recipe.is_file():
+        return None
+    try:
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return str(content["study"]) if isinstance(content, dict) and content.get("study") else None
+
+
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 

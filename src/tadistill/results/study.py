@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from tadistill.config.arm import path_text
+from tadistill.config.load import study_in
 from tadistill.config.own_metric import OwnMetric
 from tadistill.data.templates import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
@@ -167,22 +167,11 @@ def find_study(study: str, root: Path) -> Path:
     Raises:
         ConfigError: there is no such study.
     """
-    name = _named_in(Path(study)) or study
+    name = study_in(Path(study)) or study
     for directory in (Path(name), root / name):
         if (directory / "plan.json").is_file():
             return directory
     raise ConfigError(f"there is no study `{name}` ({root / name / 'plan.json'} does not exist): start one with `tadistill run RECIPE`")
-
-
-def _named_in(recipe: Path) -> str | None:
-    """Return the name of the study of a recipe; None if the file is not a recipe."""
-    if recipe.suffix not in (".yaml", ".yml") or not recipe.is_file():
-        return None
-    try:
-        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    return str(content["study"]) if isinstance(content, dict) and content.get("study") else None
 
 
 def load_plan(study_dir: Path) -> StudyPlan:
