@@ -1,14 +1,15 @@
 """The Python API, with the functions `tadistill.run` and `tadistill.evaluate`."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 
-from tadistill.config import Data, Evaluate, Recipe, load
+from tadistill.config import Data, Evaluate, Recipe, load, validate
+from tadistill.config.load import read_settings
 from tadistill.errors import ConfigError
 from tadistill.report import read_results, write_report
 from tadistill.runner.study import run_study
@@ -18,15 +19,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> Path:
+def run(recipe: str | Path | Recipe | Mapping[str, Any], overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> Path:
     """Run a study, write its report, and return the path of report.html. Finished stages are reused.
 
-    Call this function under `if __name__ == "__main__":`, because stages run in separate processes.
+    A recipe is the path of its file, a `Recipe`, or its content as a dict. Call this function under `if __name__ == "__main__":`, because
+    stages run in separate processes.
 
     Raises:
         ConfigError: the recipe is wrong, or overrides were given for a `Recipe` object.
         TadistillError: a stage failed.
     """
+    if isinstance(recipe, Mapping):
+        recipe = validate(dict(recipe))
     if isinstance(recipe, Recipe):
         if overrides:
             raise ConfigError(
@@ -46,18 +50,19 @@ def run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, runs: str
 def evaluate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    on: Sequence[str],
+    on: str | Sequence[str],
     *,
     data_root: str | None = None,
     template: str = "alpaca",
-    settings: Evaluate | None = None,
+    settings: Evaluate | Mapping[str, Any] | None = None,
     limit: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluate a loaded model on test sets. Return {set: {metric: mean over prompts and decoding seeds}}.
 
     Args:
-        on: names of test sets (dolly, self_inst, tinyworld…), JSONL files or hub ids. Their test splits are read.
-        settings: settings of decoding. The default is as in MiniLLM: temperature 1, 256 new tokens, seeds 10, 20, 30, 40 and 50.
+        on: one test set or several: names (dolly, self_inst, tinyworld…), JSONL files or hub ids. Their test splits are read.
+        settings: settings of decoding, also as a dict such as {"seeds": [10], "max_new_tokens": 64}. The default is as in MiniLLM:
+            temperature 1, 256 new tokens, seeds 10, 20, 30, 40 and 50.
         limit: the number of rows that are read from the start of each set; None for all rows.
     """
     from tadistill.data import datasets
@@ -66,9 +71,12 @@ def evaluate(
     from tadistill.evaluation.scoring import Subject
     from tadistill.models.loading import end_tokens, shared_vocabulary
 
-    data = Data.model_validate(
-        {"train": on[0], "dev": on[0], "test": list(on), "root": data_root, "template": template, "limit": {"test": limit}}
-    )
+    sets = [on] if isinstance(on, str) else list(on)
+    if not sets:
+        raise ConfigError("`on` is empty; give at least one test set, for instance on=['dolly']")
+    content = {"train": sets[0], "dev": sets[0], "test": sets, "root": data_root, "template": template, "limit": {"test": limit}}
+    data = read_settings(Data, content, (), source="tadistill.evaluate")
+    decoding = settings if isinstance(settings, Evaluate) else read_settings(Evaluate, dict(settings or {}), (), source="settings")
     subject = Subject(model.eval(), tokenizer, shared_vocabulary(tokenizer, model), end_tokens(model, tokenizer))
     lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, adds_bos(tokenizer))
     found = {}
@@ -77,7 +85,7 @@ def evaluate(
         encoded, counts = encode_counted(examples, tokenizer, lengths, template=data.template, name=ref.name)
         if counts.text:
             warnings.warn(f"{ref.name}: {counts.text}", stacklevel=2)
-        evaluation = evaluate_set(subject, EvalSet(ref.name, examples, encoded), settings or Evaluate())
+        evaluation = evaluate_set(subject, EvalSet(ref.name, examples, encoded), decoding)
         means = {metric: float(np.mean(values)) for metric, values in evaluation.scores.items()}
         found[ref.name] = means | evaluation.corpus["numbers"]
     return found

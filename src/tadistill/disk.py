@@ -7,6 +7,7 @@ A reader never sees an incomplete file. There are three ways to write a file:
     with publishing(target) as temporary:   a file or folder that several processes may create (a cache); the first result is kept
 """
 
+import difflib
 import functools
 import hashlib
 import json
@@ -35,6 +36,24 @@ def cache_root() -> Path:
 def user_cache() -> Path:
     """Return the user's cache folder: the variable XDG_CACHE_HOME, else ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+
+
+def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ()) -> str:
+    """Return the sentence for a file that is in none of the folders in which it was looked for, with the name that is closest to it.
+
+    Only folders, and files with one of the suffixes, are offered; with no suffixes, only folders.
+    """
+    searched = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
+    try:
+        there = [folder for folder in searched if folder.is_dir()]
+        names = [p.name for folder in there for p in folder.iterdir() if p.is_dir() or p.suffix in suffixes]
+    except OSError as error:  # a folder that cannot be read
+        return f"its folder cannot be read ({error.strerror}); correct the path"
+    if not there:
+        return f"the folder {' or '.join(map(str, searched))} does not exist; correct the path"
+    close = difflib.get_close_matches(path.name, names, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else "correct the path"
+    return f"there is no `{path.name}` in {' or '.join(map(str, there))}; {hint}"
 
 
 # --- digests ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ _HIDDEN = re.compile(
     "\u2028\u2029\ufeff\ud800-\udfff\U000e0000-\U000e007f]"  # line breaks in disguise, halves of characters, invisible letters
 )
 _VALUES = re.compile(
-    r"`[^`]{201,}`|(?<!\w)'(?:[^'\\]|\\.){201,}'(?!\w)|(?<!\w)\"(?:[^\"\\]|\\.){201,}\"(?!\w)|\[[^\[\]]{201,}\]|\{[^{}]{201,}\}|\S{201,}"
+    r"`[^`]+`|(?<!\w)'(?:[^'\\]|\\.){201,}'(?!\w)|(?<!\w)\"(?:[^\"\\]|\\.){201,}\"(?!\w)|\[[^\[\]]{201,}\]|\{[^{}]{201,}\}|\S{201,}"
 )
 
 
@@ -32,7 +32,8 @@ def one_line(text: str) -> str:
 
 def shortened(sentence: str) -> str:
     """Return a sentence whose long values are cut, with the number of characters left out."""
-    cut = _VALUES.sub(lambda found: _cut(found[0], LONGEST_VALUE), sentence)
+    # short quoted values are found too, so that the text between two of them is none
+    cut = _VALUES.sub(lambda found: _cut(found[0], LONGEST_VALUE) if len(found[0]) > LONGEST_VALUE else found[0], sentence)
     return _cut(cut, _LONGEST_SENTENCE) if len(cut) > _LONGEST_SENTENCE else cut
 
 

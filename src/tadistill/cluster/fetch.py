@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tadistill.config import Recipe
+from tadistill.config.places import placed
 from tadistill.data import datasets, hub
 from tadistill.disk import read_json, write_json
 from tadistill.errors import TadistillError
@@ -134,6 +135,7 @@ def _found(path: Path) -> Found:
     return Found(commit, sum(p.stat().st_size for p in files), names)
 
 
+@placed
 def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
     """Download what a recipe needs, print a table and record the commits. Raises TadistillError at the end if a download failed."""
     # huggingface_hub reads this variable when it is imported (later); its Xet protocol fails on login nodes

@@ -149,7 +149,7 @@ class Requests:
             return self.plan.stages[handle.stage].model
         if not isinstance(handle, Loaded):
             return self._name(handle.of)
-        wanted = handle.load, handle.revision, handle.config
+        wanted = handle.source, handle.revision, handle.config
         models = self.plan.recipe.models
         return next((name for name, model in models.items() if (model.load, model.revision, model.config) == wanted), None)
 

@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from tadistill.config.named import METHODS
+from tadistill.config.places import Lines, settled, where
+from tadistill.config.problems import problems
 from tadistill.config.recipe import Recipe, own_functions
 from tadistill.config.short import is_short, lines_of_whole, whole
 from tadistill.errors import ConfigError, about
 
 Settings = typing.TypeVar("Settings", bound=BaseModel)
-Lines = dict[tuple, int]
 _SHOWN = 20
 """Number of problems that are shown at once."""
 _DEEPEST = 40
@@ -49,21 +49,26 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"no recipe at {path}; give the path of a YAML file, for instance recipes/quickstart.yaml")
+        names = [p.name for p in path.absolute().parent.glob("*.y*ml")]
+        close = [f"{path.name}.yaml"] if f"{path.name}.yaml" in names else difflib.get_close_matches(path.name, names, n=1)
+        hint = f"did you mean `{path.parent / close[0]}`?" if close else "give the path of a YAML file, such as recipes/quickstart.yaml"
+        raise ConfigError(f"there is no recipe `{path}` in {path.absolute().parent}; {hint}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
-    return parse(text, overrides, source=str(path), folder=path.parent)
+    return parse(text, overrides, source=str(path), folder=path.absolute().parent)
 
 
 def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str, folder: Path | None = None) -> Recipe:
-    """Read a recipe from YAML text, as `load` does. Messages give `source` as the text's name; `folder` has the recipe's own modules."""
+    """Read a recipe from YAML text, as `load` does. Messages give `source` as the text's name; `folder` is that of its file."""
     lines = _lines(text, source)
     raw = _merged(text, overrides, source, "seeds=[10]")
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} contains no recipe; write a mapping with the keys study, seeds, models, data and arms")
     recipe = _recipe(_string_keys(raw), source, lines)
+    if folder:
+        recipe = settled(recipe, source, folder, lines)
     if not own_functions(recipe):
         return recipe
     given, code, there = recipe.runtime.code or "", "", False
@@ -108,8 +113,8 @@ def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: L
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        found = _problems(error, raw, model)
-        sentences = [f"{_where(source, lines, key)}{text}" for key, text in found[:_SHOWN]]
+        found = problems(error, raw, model)
+        sentences = [f"{where(source, lines, key)}{text}" for key, text in found[:_SHOWN]]
         rest = [f"{source}: {len(found) - _SHOWN} more problems come after these"] if len(found) > _SHOWN else []
         raise ConfigError(*sentences, *rest) from error
 
@@ -122,14 +127,16 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
             raise ConfigError(f"override `{item}` {_NO_REFERENCES}")
         if item.split("=")[0].count(".") > _DEEPEST:
             raise ConfigError(f"override `{item}` is nested more than {_DEEPEST} deep, which no recipe needs; correct its key")
-    try:
-        for item in overrides:
+        try:
             _check_depth(item.split("=", 1)[1], "")
+        except yaml.YAMLError as error:
+            raise ConfigError(_not_yaml(error, f"override `{item}`")) from error
+    try:
         tree = OmegaConf.merge(OmegaConf.create(base), OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(tree, resolve=False)
-    except ConfigError:
-        raise
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+    except yaml.YAMLError as error:
+        raise ConfigError(_not_yaml(error, source)) from error
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
@@ -154,29 +161,61 @@ def _lines(text: str, source: str) -> Lines:
             return
         seen.add(id(node))
         if isinstance(node, yaml.ScalarNode) and "${" in node.value:
-            raise ConfigError(f"{_where(source, lines, at)} is `{node.value}`: it {_NO_REFERENCES}")
+            raise ConfigError(f"{where(source, lines, at)} is `{node.value}`: it {_NO_REFERENCES}")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 line = key.start_mark.line + 1
                 if key.tag == "tag:yaml.org,2002:null":
                     raise ConfigError(f"{source}, line {line}: a key has no name; write it before the colon")
+                if key.tag == "tag:yaml.org,2002:bool":
+                    raise ConfigError(f"{source}, line {line}: YAML reads the key `{key.value}` as true or false; put it in quotes")
+                if (*at, str(key.value)) in lines and key.value != "<<":
+                    first = lines[(*at, str(key.value))]
+                    raise ConfigError(f"{source}, line {line}: `{key.value}` is already in line {first}; keep one of the two")
                 lines[(*at, str(key.value))] = line
                 walk(key, at)
                 walk(value, (*at, str(key.value)))
         elif isinstance(node, yaml.SequenceNode):
             for i, value in enumerate(node.value):
+                lines[(*at, i)] = value.start_mark.line + 1
                 walk(value, (*at, i))
 
     try:
         _check_depth(text, source)
         walk(yaml.compose(text), ())
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}," if error.problem_mark else ""
-        what = ", ".join(filter(None, (error.context, error.problem)))
-        raise ConfigError(f"{source}{line} cannot be read as YAML: {what}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(_not_yaml(error, source)) from error
     return lines
+
+
+_IN_WORDS = (
+    # a part of PyYAML's message -> what is wrong, and how to mend it
+    ("found character '\\t'", "a tab stands where spaces belong; indent with spaces only"),
+    ("mapping values are not allowed here", "a colon has no place here; put a text with `: ` in quotes, or correct the indentation"),
+    ("while scanning a quoted scalar", "the quote that opens here has no end; close it, or leave both quotes out"),
+    ("while parsing a flow sequence", "the list that opens here has no end; close it with ], and put a comma between its parts"),
+    ("while parsing a flow mapping", "the braces that open here have no end; close them with }, and put a comma between their parts"),
+    ("found undefined alias", "a value that begins with * refers to another one, and there is none; put the text in quotes"),
+    ("that cannot start any token", "a value cannot begin with this character; put the text in quotes"),
+    ("could not find expected ':'", "a key has no colon; write `key: value`"),
+    (
+        "expected <block end>",
+        "this line does not fit the lines above; give it their indentation, and close the quotes above",
+    ),
+    ("expected a single document", "a second document begins here, but a recipe is one; remove the line with ---"),
+)
+
+
+def _not_yaml(error: yaml.YAMLError, source: str) -> str:
+    """Return the message for a text that is not YAML, in our words."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f"{source} cannot be read as YAML: {' '.join(str(error).split())}"
+    text = " ".join(filter(None, (error.context, error.problem)))
+    what = next((ours for theirs, ours in _IN_WORDS if theirs in text), text)
+    opening = "opens here" in what or "open here" in what or "no colon" in what
+    mark = (error.context_mark if opening else None) or error.problem_mark or error.context_mark
+    where = f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
+    return f"{source}{where} cannot be read as YAML: {what}"
 
 
 def _check_depth(text: str, source: str) -> None:
@@ -186,91 +225,3 @@ def _check_depth(text: str, source: str) -> None:
         if depth > _DEEPEST:
             where = f"{source}, line {event.start_mark.line + 1}" if source else f"override `{text}`"
             raise ConfigError(f"{where}: keys are nested more than {_DEEPEST} deep, which no recipe needs; correct the brackets")
-
-
-def _where(source: str, lines: Lines, key: tuple) -> str:
-    """Name the place of a key: the file, the line of the key or of the nearest key around it, and the key."""
-    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
-    shown = ".".join(map(str, key)) or "recipe"
-    return f"{source}, line {line}: `{shown}`" if line else f"{source}: `{shown}`"
-
-
-def _problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tuple[tuple, str]]:
-    """Return every key that has a problem, with what is wrong and how to mend it. Unknown keys come first, because they cause others."""
-    found: dict[tuple, str] = {}
-    for problem in sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] == "too_short")):
-        location = tuple(problem["loc"])
-        key, kind = _resolve(location, root)[0], problem["type"]
-        if kind not in ("extra_forbidden", "missing"):
-            key = _given(key, raw)  # without the names that pydantic gives to the choices of a union
-        if not key:  # a rule about several keys: its sentence begins with one of them
-            key = _given(tuple(problem["msg"].removeprefix("Value error, ").split(" ", 1)[0].split(".")), raw)
-        if kind == "too_short" and any(other[: len(key)] == key for other in found):
-            continue  # pydantic counts only the items that are right
-        found.setdefault(key, _sentence(problem, key, location, root))
-    return [*found.items()]
-
-
-def _sentence(problem: Any, key: tuple, location: tuple, root: type[BaseModel]) -> str:
-    kind, context = problem["type"], problem.get("ctx", {})
-    if kind == "extra_forbidden":
-        names = _names_at(location[:-1], root)
-        close = difflib.get_close_matches(str(key[-1]), names, n=1, cutoff=0.5)
-        hint = f"did you mean `{close[0]}`?" if close else f"known keys here: {', '.join(sorted(names))}."
-        return f" is not a known key; {hint}"
-    if kind == "missing":
-        return " is missing; add it."
-    if kind == "union_tag_invalid" and key and key[-1] == "objective" and context.get("tag") in METHODS:
-        return f" has type {context['tag']!r}, which is a method and not an objective; write `method: {context['tag']}`."
-    if kind == "union_tag_invalid":
-        return f" has type {context.get('tag')!r}; known types: {context.get('expected_tags')}."
-    if kind == "union_tag_not_found":
-        return " needs a `type`."
-    message, given = problem["msg"].removeprefix("Value error, "), problem["input"]
-    value = f" is {given!r}:" if isinstance(given, (str, int, float, bool)) else ":"
-    return f"{value} {message[0].lower() + message[1:].rstrip('.')}."
-
-
-def _given(key: tuple, raw: Any) -> tuple:
-    """Return the part of a key that the recipe has."""
-    for n, part in enumerate(key):
-        inside = (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int) and part < len(raw))
-        if not inside:
-            return key[:n]
-        raw = raw[part]
-    return key
-
-
-def _children(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for part in typing.get_args(annotation) for m in _children(part)]
-
-
-def _fields(model: type[BaseModel]) -> dict[str, Any]:
-    return {f.alias or name: f.annotation for name, f in model.model_fields.items()}
-
-
-def _tag(model: type[BaseModel]) -> str | None:
-    field = model.model_fields.get("type")
-    return field.default if field else None
-
-
-def _resolve(location: tuple, root: type[BaseModel]) -> tuple[tuple, list[type[BaseModel]]]:
-    # returns the key without the union tags that pydantic inserts in a location, and the classes at that key
-    models: list[type[BaseModel]] = [root]
-    key: list = []
-    for part in location:
-        tagged = [m for m in models if _tag(m) == part]
-        if tagged and part not in {n for m in models for n in _fields(m)}:
-            models = tagged
-            continue
-        annotations = [_fields(m)[part] for m in models if part in _fields(m)]
-        # inside a mapping or a list the classes stay those of its values
-        models = [c for a in annotations for c in _children(a)] if annotations else models
-        key.append(part)
-    return tuple(key), models
-
-
-def _names_at(location: tuple, root: type[BaseModel]) -> list[str]:
-    return sorted({name for m in _resolve(location, root)[1] for name in _fields(m)})

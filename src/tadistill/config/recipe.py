@@ -4,9 +4,13 @@ A recipe names models, data, a method and arms; `tadistill.plan.arms` expands it
 this package.
 """
 
-from typing import Annotated, Any, Literal
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from tadistill.config.arm import Arm, Search
 from tadistill.config.common import MOST, Decoding, Name, Strict
@@ -14,6 +18,9 @@ from tadistill.config.method import Method, apply
 from tadistill.config.model import ModelConfig
 from tadistill.config.objective import Custom
 from tadistill.config.own_metric import OwnMetric
+
+if TYPE_CHECKING:
+    from tadistill.config.places import Origin
 
 
 class World(Strict):
@@ -62,6 +69,15 @@ class DataRef(Strict):
         if self.instruction == "":
             raise ValueError("`instruction` is empty; write the instruction for every row, or leave `instruction` out")
         return self
+
+    _folder: Path | None = PrivateAttr(default=None)
+    """The folder of the recipe's file."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The paths at which a local data set may lie: beside the recipe's file first, then in the working directory."""
+        path = Path(self.load).expanduser()
+        return tuple(dict.fromkeys([self._folder / path, Path.cwd() / path])) if self._folder else (path,)
 
     @property
     def name(self) -> str:
@@ -229,10 +245,17 @@ class Recipe(Strict):
         names = [metric.name for metric in self.metrics]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"metrics has two functions called `{twice[0]}`; rename one of them")
-        self._check_names()
+        if wrong := [*self._wrong_names()]:
+            raise ValueError("\n".join(wrong))
         check_acyclic({n: m.parent for n, m in self.models.items() if m.parent}, "models")
         check_acyclic({n: a.compute[3:] for n, a in self.arms.items() if a.compute}, "compute")
         return self
+
+    _origin: "Origin | None" = PrivateAttr(default=None)
+
+    def written(self, source: str | None) -> str | None:
+        """Return the recipe's own text for the source of a model, which may be a path beside the recipe."""
+        return self._origin.written.get(source, source) if self._origin and source else source
 
     @property
     def first_seed(self) -> int:
@@ -253,30 +276,30 @@ class Recipe(Strict):
                 raise ValueError(f"`{name}` cannot stand in a path, which is written with > and then; choose another name")
         return models
 
-    def _check_names(self) -> None:
+    def _wrong_names(self) -> Iterator[str]:
+        """Yield a sentence for every name that stands for nothing in this recipe."""
         for name, model in self.models.items():
-            self._known(model.parent, f"models.{name} is made of")
-            if model.checkpoint and model.checkpoint.step not in self._kept(model.checkpoint.of):
+            yield from self._unknown(model.parent, f"models.{name} is made of")
+            if model.checkpoint and model.checkpoint.of in self.models and model.checkpoint.step not in self._kept(model.checkpoint.of):
                 of, step = model.checkpoint.of, model.checkpoint.step
-                raise ValueError(
-                    f"models.{name} is `{of}` after update {step}, but that checkpoint is not kept; add {step} to models.{of}.sft.keep"
-                )
+                yield f"models.{name} is `{of}` after update {step}, but that checkpoint is not kept; add {step} to models.{of}.sft.keep"
             if model.temper and model.temper.like is not None and model.temper.like not in self.arms:
-                raise ValueError(f"models.{name}.temper.like is `{model.temper.like}`, which is not an arm; {_known(self.arms)}")
-        self._known(self.teacher, "teacher is")
+                yield f"models.{name}.temper.like is `{model.temper.like}`, which is not an arm; {choice(model.temper.like, self.arms)}"
+        yield from self._unknown(self.teacher, "teacher is")
         for name in (self.search.teacher, *self.search.assistants, self.search.student) if self.search else ():
-            self._known(name, "search names")
+            yield from self._unknown(name, "search names")
         for name, arm in self.arms.items():
             for model in arm.models:
-                self._known(model, f"arms.{name}.path names")
+                yield from self._unknown(model, f"arms.{name}.path names")
             if self.teacher in arm.learners:
-                raise ValueError(f"teacher is `{self.teacher}`, but arms.{name} trains this model; name a model that no arm trains")
+                yield f"teacher is `{self.teacher}`, but arms.{name} trains this model; name a model that no arm trains"
             if arm.compute and arm.compute[3:] not in self.arms:
-                raise ValueError(f"arms.{name}.compute is `{arm.compute}`, which is not an arm; {_known(self.arms)}")
+                yield f"arms.{name}.compute is `{arm.compute}`, which is not an arm; {choice(arm.compute[3:], self.arms)}"
 
-    def _known(self, model: str | None, where: str) -> None:
+    def _unknown(self, model: str | None, where: str) -> Iterator[str]:
         if model is not None and model not in self.models:
-            raise ValueError(f"{where} `{model}`, which is not a model; {_known(self.models)}")
+            fix = "write `>` between two models" if re.search(r"[-=–—]$|[→⇒,>]", model) else choice(model, self.models)
+            yield f"{where} `{model}`, which is not a model; {fix}"
 
     def _kept(self, name: str) -> tuple[int, ...]:
         sft = self.models[name].sft
@@ -300,8 +323,10 @@ def own_functions(recipe: Recipe) -> list[str]:
     return [*(metric.function for metric in recipe.metrics), *(each.function for each in objectives if isinstance(each, Custom))]
 
 
-def _known(names: dict[str, Any]) -> str:
-    return f"choose one of {', '.join(names)}"
+def choice(given: str, names: Iterable[str]) -> str:
+    """Return the fix for a name that does not exist: the name that is closest to it, and all names."""
+    close = difflib.get_close_matches(given, list(names), n=1)
+    return f"{f'did you mean `{close[0]}`? ' if close else ''}{'Choose' if close else 'choose'} one of {', '.join(names)}"
 
 
 def check_acyclic(edges: dict[str, str], what: str) -> None:

@@ -17,8 +17,8 @@ from tadistill.config import Data, DataRef
 from tadistill.config.recipe import World
 from tadistill.data import hub, jsonl, tinyworld
 from tadistill.data.rows import OPTIONAL, Example, Form, example, form_of, no_column, text, where_of
-from tadistill.disk import digest
-from tadistill.errors import DataError
+from tadistill.disk import digest, no_file
+from tadistill.errors import DataError, Gathering
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,19 @@ def count(ref: DataRef, role: str, *, world: World, root: str | None, limit: int
 def empty(ref: DataRef, role: str) -> DataError:
     """Return the error for a split without rows."""
     return DataError(f"data set `{ref.load}` (split {ref.split or role}) is empty; give a file with at least one row")
+
+
+def check_sources(data: Data) -> None:
+    """Check that every data set exists or can be one of the Hub. Nothing is read.
+
+    Raises:
+        DataError: some do not. Every one is named.
+    """
+    found = Gathering()
+    for role, ref in [("train", data.train), ("dev", data.dev), *(("test", ref) for ref in data.test)]:
+        with found.about():
+            on_hub(ref, role, data)
+    found.finish()
 
 
 def form(ref: DataRef, role: str, data: Data) -> Form:
@@ -200,32 +213,26 @@ def _on_hub(ref: DataRef, split: str) -> tuple[str, str | None]:
             raise DataError(f"data set `{ref.load}` has no split `{split}`; its splits are {', '.join(named.files)}")
         return named.hub, named.files[split][0]
     if ref.load.endswith((".jsonl", ".json")) or ref.load.startswith((".", "/", "~")) or ref.load.count("/") != 1:
-        raise DataError(_missing(ref.load))
+        raise DataError(_missing(ref))
     return ref.load, None
 
 
-def _missing(load: str) -> str:
+def _missing(ref: DataRef) -> str:
     """Return the message for a data set that does not exist, with the names that are close to it."""
-    path = Path(load).expanduser()
+    load, path = ref.load, Path(ref.load).expanduser()
     if "/" in load or path.suffix:
-        folder = path.parent.absolute()
-        files = [p.name for p in folder.iterdir() if p.is_dir() or p.suffix in (".jsonl", ".json")] if folder.is_dir() else []
-        close = difflib.get_close_matches(path.name, files, n=1)
-        hint = f"; did you mean `{close[0]}`?" if close else "" if folder.is_dir() else f"; the folder {folder} does not exist"
-        return f"data set `{load}` does not exist: there is no file `{path.name}` in {folder}{hint or '; correct the path'}"
-    known = [*NAMED, *tinyworld.SPLITS]
+        return f"data set `{load}` does not exist: {no_file(path, [p.parent for p in ref.paths], ('.jsonl', '.json'))}"
+    known, folders = [*NAMED, *tinyworld.SPLITS], " or ".join(str(p.absolute().parent) for p in ref.paths)
     close = difflib.get_close_matches(load, known, n=1)
     hint = f" (did you mean `{close[0]}`?)" if close else ""
-    return (
-        f"data set `{load}` does not exist{hint}: it is neither a local file (in {Path.cwd()}), nor a hub id, nor one of {', '.join(known)}"
-    )
+    return f"data set `{load}` does not exist{hint}: it is neither a local file (in {folders}), nor a hub id, nor one of {', '.join(known)}"
 
 
 def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
     split = ref.split or role
     root = root or os.environ.get("TADISTILL_DATA")
     try:
-        folders = [Path(ref.load).expanduser()]
+        folders = list(ref.paths)
         if root and ref.load in NAMED:
             folders.append(Path(root).expanduser() / NAMED[ref.load].folder)
         elif root:

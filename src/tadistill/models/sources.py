@@ -77,6 +77,19 @@ def _parsed(load: str) -> Source:
     )
 
 
+def check_source(load: str) -> None:
+    """Check that a source has one of the forms of a source, and that a directory or file exists. Nothing is read.
+
+    Raises:
+        ModelError: it has none of them, or it does not exist.
+    """
+    source = parse_source(load)
+    if source.kind == "directory":
+        _existing(source.name)
+    elif source.kind == "gguf":
+        _gguf_file(source.name)
+
+
 def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path | None:
     """Return the Hugging Face directory of a source on this disk, without network. Return None if it must be fetched, or for `scratch:`.
 
@@ -163,10 +176,15 @@ def _directory_digest(directory: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _directory(name: str, weights: bool) -> Path:
+def _existing(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
-        raise ModelError(f"model directory `{name}` does not exist; correct the path, or write a hub id in the form ORG/NAME")
+        raise ModelError(f"model directory `{name}` does not exist: {files.no_file(path, [path.parent])}")
+    return path
+
+
+def _directory(name: str, weights: bool) -> Path:
+    path = _existing(name)
     check_files(path, name)
     if weights and not complete(path):
         raise ModelError(
@@ -232,7 +250,7 @@ def _fetch_adapter(name: str, workers: int) -> Path:
 def _gguf_file(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ModelError(f"GGUF file `{name}` does not exist; correct the path")
+        raise ModelError(f"GGUF file `{name}` does not exist: {files.no_file(path, [path.parent], ('.gguf',))}")
     return path
 
 

@@ -55,6 +55,12 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, Tensor):
+            raise ConfigError(
+                f"Head takes the weight of the last layer, but it has a {type(self.weight).__name__}; write Head(layer.weight)"
+            )
+
     @property
     def plain(self) -> bool:
         """True if no scale and no softcap follow the matrix product and the bias."""

@@ -9,6 +9,7 @@ from itertools import combinations, pairwise
 
 from tadistill.config import Arm, Method, Recipe, Sft
 from tadistill.config.method import apply
+from tadistill.config.places import placed
 from tadistill.config.sampling import DatasetSampler
 from tadistill.errors import ConfigError, NotHere
 from tadistill.plan.builder import StageBuilder
@@ -16,7 +17,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph, Stage, with_ancestors
 from tadistill.plan.inputs import FromStage, Handle
 from tadistill.plan.specs import TrainingSpec
-from tadistill.plan.task import check_entries
+from tadistill.plan.task import check_entries, check_sources
 from tadistill.plan.tokens import StudyTokens
 
 
@@ -66,6 +67,7 @@ class ProbePlan:
     """Key of the `pair` stage of each (bigger, smaller) pair of models."""
 
 
+@placed
 def make_plan(recipe: Recipe, *, partial: bool = False) -> Plan:
     """Expand a recipe into its stages and arms.
 
@@ -74,6 +76,7 @@ def make_plan(recipe: Recipe, *, partial: bool = False) -> Plan:
     Raises:
         ConfigError, DataError, ModelError: the recipe has an error that can be found without loading a model.
     """
+    check_sources(recipe)
     return _Planner(recipe, Ledger(recipe, partial=partial)).plan()
 
 

@@ -78,12 +78,15 @@ class StageBuilder:
             return Tempered(temper=temper.tau, of=parent)
         assert model.load is not None
         tokenizer, revision = self.tokens.tokenizer(name) or (model.tokenizer, model.revision)
+        written = self.recipe.written
         own = tokenizer is not None and tokenizer != "tinyworld"
         return Loaded(
-            load=model.load,
+            load=written(model.load),
+            at=model.load,
             revision=model.revision,
             config=model.config,
-            tokenizer=tokenizer,
+            tokenizer=written(tokenizer),
+            tokenizer_at=tokenizer,
             fingerprint=sources.fingerprint(model.load, model.revision, model.config),
             tokenizer_fingerprint=sources.fingerprint(tokenizer, revision, weights=False) if tokenizer and own else None,
             seed=seed if model.load.startswith("scratch:") else None,

@@ -5,7 +5,7 @@
 
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from tadistill.config import DataRef, Evaluate
 from tadistill.config.common import Strict
@@ -24,7 +24,7 @@ class Part(Strict):
         found: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            if field.is_required() or value != field.default:
+            if field.is_required() or (value != field.default and not field.exclude):
                 found[name] = _plain(value)
             if isinstance(value, Split):
                 found[f"{name}_limit"] = value.limit
@@ -122,6 +122,20 @@ class Loaded(Part):
     """Seed of random weights; None for published weights."""
     tokenizer_revision: str | None = None
     """None if the tokenizer has the same revision as the weights."""
+    at: str | None = Field(default=None, exclude=True)
+    """Where the weights lie, if `load` is a path beside the recipe. Not a part of the key, as the fingerprint says what lies there."""
+    tokenizer_at: str | None = Field(default=None, exclude=True)
+    """Where the tokenizer lies, if it is beside the recipe."""
+
+    @property
+    def source(self) -> str:
+        """The source of the weights, for this machine."""
+        return self.at or self.load
+
+    @property
+    def tokenizer_source(self) -> str:
+        """The source of the tokenizer, for this machine."""
+        return self.tokenizer_at or self.tokenizer or self.source
 
 
 class PrunedDepth(Part):

@@ -7,7 +7,9 @@ from pydantic import ValidationError
 
 from tadistill.config import Recipe
 from tadistill.config.recipe import Resources
-from tadistill.errors import ConfigError
+from tadistill.data import datasets
+from tadistill.errors import ConfigError, Gathering
+from tadistill.models import sources
 from tadistill.plan.graph import Stage
 from tadistill.plan.specs import KINDS, Spec, TrainingSpec
 from tadistill.store import Store
@@ -71,6 +73,23 @@ def check_entries(recipe: Recipe) -> None:
             raise ConfigError(
                 f"resources.{name}.processes is {entry.processes}, but stages of kind {kind} run in one process; remove this setting"
             )
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Check that the models and data sets of a recipe exist, or can be on the Hub. Nothing is read.
+
+    Raises:
+        DataError, ModelError: some do not. Every one is named.
+    """
+    found = Gathering()
+    for name, model in recipe.models.items():
+        for source in (model.load, model.tokenizer):
+            if source and source != "tinyworld":
+                with found.about(f"models.{name}"):
+                    sources.check_source(source)
+    with found.about():
+        datasets.check_sources(recipe.data)
+    found.finish()
 
 
 def resources_of(recipe: Recipe, stage: Stage) -> Resources:

@@ -4,6 +4,7 @@ The store says which stages are finished. If a file of a finished stage cannot b
 not leave out numbers silently.
 """
 
+import difflib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,11 @@ def find_study(study: str, root: Path) -> Path:
     for directory in (Path(name), root / name):
         if (directory / "plan.json").is_file():
             return directory
-    raise ConfigError(f"there is no study `{name}` ({root / name / 'plan.json'} does not exist): start one with `tadistill run RECIPE`")
+    names = sorted(path.parent.name for path in root.glob("*/plan.json"))
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else "start one with `tadistill run RECIPE`"
+    known = f"; its studies are {', '.join(names[:10])}{' …' if len(names) > 10 else ''}" if names else ""
+    raise ConfigError(f"there is no study `{name}` in {root}{known}; {hint}")
 
 
 def load_plan(study_dir: Path) -> StudyPlan:

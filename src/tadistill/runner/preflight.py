@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
 from tadistill.config.common import Decoding
+from tadistill.config.places import placed
 from tadistill.config.recipe import methods
 from tadistill.data import datasets, survey
 from tadistill.data.batch import chunks
@@ -40,6 +41,7 @@ _STARTS = 10
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of one thing in transformers' configurations
 
 
+@placed
 def check_study(recipe: Recipe, console: Console | None = None) -> int:
     """Check that a recipe can run on this machine. Return how many stages may run at the same time.
 
@@ -55,6 +57,7 @@ def check_study(recipe: Recipe, console: Console | None = None) -> int:
     return jobs
 
 
+@placed
 def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     """Check data, tokenizers, encodings and models, which do not depend on the machine. Raises the same errors as `check_study`."""
     found = Gathering()

@@ -15,12 +15,13 @@ import yaml
 from rich.console import Console
 
 from tadistill.config import Recipe
+from tadistill.config.places import placed
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.task import check_entries
+from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.processes import prepare
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.trackers import Trackers, check_trackers
@@ -31,6 +32,7 @@ SUITE = ("dolly", "self_inst", "vicuna", "sinst", "uinst")
 """MiniLLM's five test sets."""
 
 
+@placed
 def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "", console: Console | None = None) -> Path:
     """Run the stages that are not in the store. Return the study's directory, which `tadistill.report.write_report` can read.
 
@@ -42,6 +44,7 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
         raise ConfigError(f"{recipe.study} has no arms, so there is nothing to run; add arms, or look for a path with `tadistill search`")
     check_entries(recipe)  # before models are downloaded
     check_trackers(recipe)
+    check_sources(recipe)
     fetch_models(recipe, console)
     plan = make_plan(recipe)
     store = store_of(runs)
@@ -63,6 +66,7 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
     return study
 
 
+@placed
 def fetch_models(recipe: Recipe, console: Console) -> None:
     """Download the models that are not on this disk; the plan needs their sizes."""
     for model in recipe.models.values():

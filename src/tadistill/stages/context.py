@@ -67,9 +67,9 @@ class Context(Generic[AnySpec]):
                 model = load_model(directory, dtype=dtype)
             case Loaded():
                 revision = handle.tokenizer_revision or handle.revision
-                tokenizer = load_tokenizer(handle.tokenizer or handle.load, revision=revision, world=world)
+                tokenizer = load_tokenizer(handle.tokenizer_source, revision=revision, world=world)
                 seed, config = rng.torch_seed(handle.seed or 0, "initial weights"), handle.config
-                model = load_model(handle.load, revision=handle.revision, config=config, dtype=dtype, seed=seed, tokenizer=tokenizer)
+                model = load_model(handle.source, revision=handle.revision, config=config, dtype=dtype, seed=seed, tokenizer=tokenizer)
             case PrunedDepth() | Pruned():
                 parent, tokenizer = self.model(handle.of)  # in float32, so that `dtype` does not change what is kept
                 model = self._pruned(parent, tokenizer, handle).to(dtype)  # type: ignore[arg-type]

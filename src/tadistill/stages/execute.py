@@ -44,7 +44,10 @@ class Ranks:
         """Connect to the other processes, if there are any. Raises ConfigError if WORLD_SIZE is not `processes`."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if world != processes:
-            raise ConfigError(f"resources.processes is {processes} for this stage, but WORLD_SIZE is {world}; make them equal")
+            raise ConfigError(
+                f"resources.processes is {processes} for this stage, but the environment variable WORLD_SIZE is {world}; unset WORLD_SIZE "
+                f"and RANK if no launcher set them for this stage, or set resources.processes to {world}"
+            )
         if world > 1 and not dist.is_initialized():
             device = own_device()
             if device.type == "cuda":

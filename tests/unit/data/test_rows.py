@@ -125,7 +125,7 @@ def test_home_and_close_names(tmp_path, monkeypatch):
     (tmp_path / "chat.jsonl").write_text(json.dumps(OK) + "\n")
     ref = {"world": World(), "root": None, "limit": None}
     assert len(datasets.read(DataRef(load="~/chat.jsonl"), "test", **ref)) == 1
-    with pytest.raises(DataError, match=r"there is no file `chta.jsonl` in .*; did you mean `chat.jsonl`\?"):
+    with pytest.raises(DataError, match=r"there is no `chta.jsonl` in .*; did you mean `chat.jsonl`\?"):
         datasets.read(DataRef(load="~/chta.jsonl"), "test", **ref)
     with pytest.raises(DataError, match=r"did you mean `dolly`\?"):
         datasets.read(DataRef(load="doly"), "test", **ref)

@@ -234,7 +234,7 @@ def test_wrong_key_is_found_before_anything_is_asked(judged):
         ({"jobs": 0}, "`jobs` is 0"),
         ({"timeout": float("nan")}, "`timeout` is nan"),
         ({"limit": 0}, "`limit` is 0"),
-        ({"mode": "rank"}, "`mode` is 'rank': input should be 'pair' or 'score'"),
+        ({"mode": "rank"}, "`mode` is 'rank': write 'pair' or 'score'"),
         ({"model": " "}, "`model` is ' '"),
         ({"timout": 3}, "`timout` is not a known key; did you mean `timeout`?"),
         ({"against": "nobody"}, "`nobody` is neither an arm"),

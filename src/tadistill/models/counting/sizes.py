@@ -9,6 +9,7 @@
 A study can therefore be planned before any weights are loaded.
 """
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -112,7 +113,9 @@ def _get(config: Config, *names: str) -> int:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{names[0]} in the {config['model_type']} configuration is {value!r}; write a positive whole number")
             return value
-    raise ConfigError(f"the {config['model_type']} configuration has no {names[0]}; add it, because the parameter count needs it")
+    close = difflib.get_close_matches(names[0], [name for name in config if name not in names], n=1)
+    hint = f" (is `{close[0]}` a mistyped `{names[0]}`?)" if close else ""
+    raise ConfigError(f"the {config['model_type']} configuration has no `{names[0]}`{hint}; add it, because the parameter count needs it")
 
 
 def _or(config: Config, name: str, default: int) -> int:

@@ -14,6 +14,7 @@ from tadistill.config import DataRef, Method, Recipe
 from tadistill.config import sampling as samplers
 from tadistill.config.common import Decoding
 from tadistill.config.method import Optim, Select
+from tadistill.config.model import Init
 from tadistill.config.objective import MiniLLM
 from tadistill.data import datasets, hub
 from tadistill.data.survey import Survey, survey
@@ -91,6 +92,7 @@ class Ledger:
             if parent is None or model.init is None:
                 return parent
             if not model.init.measured:
+                self._check_layers(name, model.init, parent)
                 return sizes.with_layers(parent, model.init.sizes["layers"])
             shape = shapes.resized(shapes.shape_of(parent), **model.init.sizes)
             try:
@@ -101,6 +103,18 @@ class Ledger:
         assert model.load is not None
         vocab = passes.vocabulary(model, self.recipe.data.world) if model.tokenizer else None
         return sizes.read_config(model.load, model.revision, model.config, vocab)
+
+    def _check_layers(self, name: str, init: Init, parent: dict) -> None:
+        have, layers = parent.get("num_hidden_layers", parent.get("n_layer")), init.layers
+        if isinstance(layers, int) and isinstance(have, int) and not 1 <= layers <= have:
+            raise ConfigError(
+                f"models.{name}.init.layers is {layers}, but `{init.from_}` has {have} layers, and pruning can only remove some; "
+                f"write 1 to {have}"
+            )
+        if isinstance(layers, tuple) and isinstance(have, int) and (wrong := [i for i in layers if not 0 <= i < have]):
+            raise ConfigError(
+                f"models.{name}.init.layers names the layer {wrong[0]}, but `{init.from_}` has {have} layers; write 0 to {have - 1}"
+            )
 
     def adapters(self, name: str) -> Adapters | None:
         """Return the parameter counts of a model's adapters. Return None if the model has no `lora`, or if its size is not known.

@@ -1,0 +1,124 @@
+"""Where a recipe and its parts lie: relative paths are looked for beside the recipe first, and errors name its file and line."""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+from tadistill.config.recipe import DataRef, Recipe
+from tadistill.errors import ConfigError, DataError, ModelError
+
+Lines = dict[tuple, int]
+"""The path of every key of a text -> its line, from 1."""
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The file of a recipe."""
+
+    source: str
+    """Its path, as messages show it."""
+    folder: Path
+    lines: Lines
+    written: dict[str, str] = field(default_factory=dict)
+    """Sources of models that were found beside the recipe -> the recipe's text, which stays a part of the stages' keys."""
+
+
+def where(source: str, lines: Lines, key: tuple) -> str:
+    """Name the place of a key: the file, the line of the key or of the nearest key around it, and the key."""
+    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+    shown = f" `{'.'.join(map(str, key))}`" if key else ""
+    return f"{source}, line {line}:{shown}" if line else f"{source}:{shown}"
+
+
+def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
+    """Return the recipe of a file. Relative paths in it mean those beside the file, or else those in the working directory."""
+    written: dict[str, str] = {}
+
+    def found(load: str | None) -> str | None:
+        beside = _beside(folder, load) if load else None
+        if load and beside:
+            written[beside] = load
+        return beside or load
+
+    models = {name: m.model_copy(update={"load": found(m.load), "tokenizer": found(m.tokenizer)}) for name, m in recipe.models.items()}
+    for _, ref in _data_sets(recipe):
+        ref._folder = folder
+    root = _folder_beside(folder, recipe.data.root)
+    copy = recipe.model_copy(update={"models": models, "data": recipe.data.model_copy(update={"root": root})})
+    copy._origin = Origin(source, folder, lines, written)
+    return copy
+
+
+def _beside(folder: Path, load: str) -> str | None:
+    """Return the path of a model that lies beside the recipe, or None where the recipe's text itself names it."""
+    try:
+        path = Path(load).expanduser()
+        if load.startswith("scratch:") or "://" in load or path.is_absolute():
+            return None
+        beside = folder / path
+        model = beside.is_file() or (beside.is_dir() and any(beside.glob("*.json")))
+        named = load.startswith(".") or load.endswith(".gguf")  # no hub id has such a name
+        if not model and not (named and (beside.exists() or not path.exists())):
+            return None
+        return None if os.path.normpath(beside) == os.path.abspath(path) else os.path.normpath(beside)
+    except (OSError, RuntimeError, ValueError):  # a path that cannot exist, which has its own message
+        return None
+
+
+def _folder_beside(folder: Path, root: str | None) -> str | None:
+    try:
+        beside = root and not Path(root).expanduser().is_absolute() and (folder / root).is_dir()
+    except (OSError, RuntimeError, ValueError):
+        return root
+    return str(folder / root) if root and beside else root
+
+
+def placed(work: Callable[Concatenate[Recipe, Given], Result]) -> Callable[Concatenate[Recipe, Given], Result]:
+    """Let the errors of a function that checks a recipe name the recipe's file and the line of the key that they are about."""
+
+    @functools.wraps(work)
+    def checked(recipe: Recipe, /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        try:
+            return work(recipe, *args, **kwargs)
+        except (ConfigError, DataError, ModelError) as error:
+            origin = recipe._origin
+            if origin is None:
+                raise
+            raise type(error)(*(_with_place(problem, recipe, origin) for problem in error.problems)) from error
+
+    return checked
+
+
+def _with_place(problem: str, recipe: Recipe, origin: Origin) -> str:
+    if problem.startswith(f"{origin.source}"):
+        return problem
+    named = (key for key in origin.lines if len(key) > 1 and re.match(re.escape(_dotted(key)) + r"[:. ]", problem))
+    key = max(named, key=len, default=())
+    quoted = next((at for at, load in _sources(recipe) if f"`{load}`" in problem and at[: len(key)] == key), ())
+    if key:
+        return f"{where(origin.source, origin.lines, quoted or key).split(': `')[0]}: {problem}"
+    return f"{where(origin.source, origin.lines, quoted)}: {problem}" if quoted else problem
+
+
+def _dotted(key: tuple) -> str:
+    return ".".join(map(str, key))
+
+
+def _data_sets(recipe: Recipe) -> Iterator[tuple[tuple, DataRef]]:
+    data = recipe.data
+    named = {("data", "train"): data.train, ("data", "dev"): data.dev, ("data", "corpus"): data.corpus}
+    named |= {("data", "test", i): ref for i, ref in enumerate(data.test)}
+    return ((key, ref) for key, ref in named.items() if ref is not None)
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[tuple, str]]:
+    """Yield the key and the text of every data set and model."""
+    yield from ((key, ref.load) for key, ref in _data_sets(recipe))
+    for name, model in recipe.models.items():
+        yield from ((("models", name, key), load) for key, load in (("load", model.load), ("tokenizer", model.tokenizer)) if load)

@@ -1,0 +1,326 @@
+"""Sentences for what pydantic finds wrong in a recipe: the key, what is wrong, and how to mend it.
+
+pydantic's own words never reach a user: `_FIXES` has ours, one entry for each of its error types.
+"""
+
+import difflib
+import functools
+import json
+import re
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from tadistill.config.named import METHODS
+
+_WORDS = {
+    # our key -> words for it in TRL, transformers, peft, axolotl and ms-swift
+    "lr": "learning_rate",
+    "lr_min": "min_lr",
+    "epochs": "num_epochs num_train_epochs",
+    "steps": "max_steps updates",
+    "batch": "batch_size train_batch_size global_batch_size",
+    "micro_batch": "per_device_train_batch_size micro_batch_size gradient_accumulation_steps",
+    "evaluate.batch": "per_device_eval_batch_size eval_batch_size",
+    "warmup": "warmup_steps warmup_ratio",
+    "clip": "max_grad_norm gradient_clipping",
+    "schedule": "lr_scheduler lr_scheduler_type scheduler",
+    "betas": "adam_beta1 adam_beta2",
+    "eps": "adam_epsilon",
+    "precision": "bf16 fp16 dtype torch_dtype",
+    "optim": "optimizer",
+    "objective": "loss loss_type",
+    "fraction": "lmbda",
+    "max_length": "max_seq_length max_seq_len sequence_len cutoff_len",
+    "max_prompt": "max_prompt_length",
+    "max_new_tokens": "max_completion_length max_tokens",
+    "load": "model_name_or_path base_model model_id pretrained path",
+    "models": "model student_model",
+    "teacher": "teacher_model teacher_model_name_or_path",
+    "train": "dataset datasets dataset_name train_file",
+    "dev": "val validation eval_dataset",
+    "template": "chat_template",
+    "r": "lora_r lora_rank rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "lora_target_modules target_modules",
+    "every": "eval_steps save_steps eval_every",
+    "metric": "metric_for_best_model",
+    "patience": "early_stopping_patience",
+    "trackers": "report_to",
+}
+_SYNONYMS = {word: key for key, words in _WORDS.items() for word in words.split()}
+
+
+def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tuple[tuple, str]]:
+    """Return every key that has a problem, with the rest of its sentence. Unknown keys come first, because they cause others.
+
+    The key is empty if the sentence is about the whole text.
+    """
+    found: dict[tuple, str] = {}
+    meant: set[tuple] = set()
+    for problem in sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] == "too_short")):
+        location, kind = tuple(problem["loc"]), problem["type"]
+        key = _resolve(location, root)[0]
+        if kind == "extra_forbidden":
+            name, hint = _unknown(location, key, root)
+            meant.add((*key[:-1], name))
+            found.setdefault(key, f" is not a known key; {hint}")
+            continue
+        if kind == "missing" and isinstance(key[-1], int):  # a place in a list
+            key, kind = key[:-1], "too_short"
+        if kind == "missing":
+            if key not in meant:  # a mistyped key has its own sentence
+                found.setdefault(key, " is missing; add it.")
+            continue
+        key = _given(key, raw)  # without the names that pydantic gives to the choices of a union
+        if kind == "too_short" and any(other[: len(key)] == key for other in found):
+            continue  # pydantic counts only the items that are right
+        if kind == "value_error":
+            for sentence in problem["msg"].removeprefix("Value error, ").split("\n"):
+                at, text = _own(sentence, key, raw, problem["input"])
+                found[at] = found[at] if at in found and at else text if at not in found else f"{found[at]} {text}"
+            continue
+        found.setdefault(key, _sentence(kind, problem, key, location, root))
+    return [*found.items()]
+
+
+def _own(sentence: str, key: tuple, raw: Any, value: Any) -> tuple[tuple, str]:
+    """Return the key and the rest of a sentence of one of our own rules, which may begin with the key."""
+    first, _, rest = sentence.partition(" ")
+    named = tuple(first.strip("`").split("."))
+    sentence = sentence.rstrip(".")
+    if _given(named, raw) and named[: len(key)] == key:
+        return named, f" {rest.rstrip('.')}."
+    if key and first.strip("`") == key[-1]:
+        return key, f" {rest.rstrip('.')}."
+    shown = f" is {_shown(value)}:" if isinstance(value, (str, int, float, bool)) else ":"
+    return key, f"{shown} {sentence}." if key else f" {sentence}."
+
+
+def _sentence(kind: str, problem: Any, key: tuple, location: tuple, root: type[BaseModel]) -> str:
+    value, context = problem["input"], problem.get("ctx", {})
+    if kind == "union_tag_invalid":
+        return _type(str(context.get("tag")), re.findall(r"'([^']+)'", str(context.get("expected_tags"))), key)
+    if kind == "union_tag_not_found":
+        return " needs a `type`, for instance {type: " + _first_type(location, root) + "}."
+    if value is None:
+        return f" has no value; {_empty(kind, context)}, or remove the key."
+    if kind in ("too_short", "too_long"):
+        return _length(kind, value, context, location, root)
+    if kind in _MAPPING:
+        return f" is {_shown(value)}, but it needs keys of its own; {_mapping(value, key, location, root)}."
+    fix = _FIXES.get(kind, lambda value, context: problem["msg"][0].lower() + problem["msg"][1:].rstrip("."))
+    return f" is {_shown(value)}: {fix(value, context)}."
+
+
+# --- values -------------------------------------------------------------------------------------------------------------
+
+_MAPPING = ("model_type", "model_attributes_type", "dict_type", "dataclass_type", "mapping_type")
+
+
+def _choice(value: Any, context: Mapping[str, Any]) -> str:
+    names = re.findall(r"'([^']+)'", str(context.get("expected")))
+    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? It can be " if close else "write "
+    return f"{hint}{context.get('expected')}"
+
+
+def _pattern(value: Any, context: Mapping[str, Any]) -> str:
+    if context.get("pattern") == r"\S":
+        return "write a name that is not empty"
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", str(value)).strip("-._")
+    example = f", for instance {plain}" if plain else ""
+    return f"use only letters (a-z), digits, `.`, `_` and `-`, and begin with a letter or a digit{example}"
+
+
+def _list_of(value: Any, context: Mapping[str, Any]) -> str:
+    return f"write a list: [{_plain(value)}]" if isinstance(value, (str, int, float, bool)) else "write a list, with [ ]"
+
+
+_FIXES: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
+    "tuple_type": _list_of,
+    "list_type": _list_of,
+    "int_type": lambda value, context: "write a whole number",
+    "int_parsing": lambda value, context: "write a whole number",
+    "int_parsing_size": lambda value, context: "the number is too large; write a smaller one",
+    "int_from_float": lambda value, context: "write a whole number",
+    "float_type": lambda value, context: "write a number, such as 0.5 or 1e-4",
+    "float_parsing": lambda value, context: "write a number, such as 0.5 or 1e-4",
+    "finite_number": lambda value, context: "write a finite number",
+    "bool_type": lambda value, context: "write true or false",
+    "bool_parsing": lambda value, context: "write true or false",
+    "string_type": lambda value, context: (
+        f'write it in quotes: "{_plain(value)}"' if isinstance(value, (int, float, bool)) else "write one text, without [ ] or { }"
+    ),
+    "string_pattern_mismatch": _pattern,
+    "literal_error": _choice,
+    "greater_than": lambda value, context: f"write a number greater than {_plain(context['gt'])}",
+    "greater_than_equal": lambda value, context: f"write a number of at least {_plain(context['ge'])}",
+    "less_than": lambda value, context: f"write a number less than {_plain(context['lt'])}",
+    "less_than_equal": lambda value, context: f"write a number of at most {_plain(context['le'])}",
+}
+
+
+def _empty(kind: str, context: Mapping[str, Any]) -> str:
+    if kind in _MAPPING:
+        return "write its keys below it"
+    if kind in ("tuple_type", "list_type"):
+        return "write a list, with [ ]"
+    return _choice("", context) if kind == "literal_error" else "write one after the colon"
+
+
+def _length(kind: str, value: Any, context: Mapping[str, Any], location: tuple, root: type[BaseModel]) -> str:
+    have = len(value) if isinstance(value, (list, tuple, dict, str)) else int(context.get("actual_length", 0))
+    default = _default(location, root)
+    if (isinstance(default, tuple) and default and kind != "too_short") or "actual_length" not in context:
+        wanted = f"{len(default)}, such as {json.dumps(default)}" if isinstance(default, tuple) and default else "more"
+        return f" has {_count(have)}; write {wanted}."
+    if kind == "too_long":
+        return f" has {_count(have)}; write at most {context.get('max_length')}."
+    return (
+        f" is empty; write at least {context.get('min_length')}."
+        if have == 0
+        else f" has {_count(have)}; write at least " + (f"{context.get('min_length')}.")
+    )
+
+
+def _count(number: int) -> str:
+    return "1 value" if number == 1 else f"{number} values"
+
+
+def _default(location: tuple, root: type[BaseModel]) -> Any:
+    names = [part for part in location if not isinstance(part, int)]
+    for model in _resolve(tuple(names[:-1]), root)[1]:
+        field = model.model_fields.get(str(names[-1]))
+        if field is not None and isinstance(field.default, tuple):
+            return field.default
+    return None
+
+
+def _mapping(value: Any, key: tuple, location: tuple, root: type[BaseModel]) -> str:
+    models = _resolve(location, root)[1]
+    if any("type" in model.model_fields for model in models):
+        return f"write {{type: {value if isinstance(value, str) else _first_type(location, root)}}}"
+    names = sorted({name for model in models for name in _fields(model)})
+    if key[:1] == ("arms",) and len(key) == 2:
+        return "write a path, such as xl > s, or the key `path` with others below it"
+    if not names or (len(key) == 1 and key[0] in ("models", "arms", "resources")):
+        return f"write NAME: … lines below {key[-1]}"
+    few = f"{', '.join(names[:6])} …" if len(names) > 7 else ", ".join(names)
+    return f"write them below {key[-1]}, or in braces (its keys: {few})"
+
+
+def _first_type(location: tuple, root: type[BaseModel]) -> str:
+    return next((str(tag) for model in _resolve(location, root)[1] if (tag := _tag(model))), "…")
+
+
+_TYPES = {
+    # words that are neither an objective, nor a sampler, nor a method by name
+    "kl": "objective: {type: forward_kl} or {type: reverse_kl}",
+    "jsd": "objective: {type: jensen_shannon}",
+    "on_policy": "sampler: {type: student}",
+}
+
+
+def _type(tag: str, known: list[str], key: tuple) -> str:
+    if key[-1] == "objective" and tag in METHODS:
+        return f" has type {_shown(tag)}, which is a method and not an objective; write `method: {tag}`."
+    if (kind := _TYPES.get(tag.lower().replace("-", "_"))) and key[-1] in kind:
+        hint = f"write {kind}. Known types: "
+    else:
+        close = difflib.get_close_matches(tag, known, n=1, cutoff=0.6)
+        hint = f"did you mean `{close[0]}`? Known types: " if close else "known types: "
+    return f" has type {_shown(tag)}; {hint}{', '.join(known)}."
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple, dict)):
+        return f"`{json.dumps(value, ensure_ascii=False, default=str)}`"
+    return repr(value)
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------------
+
+
+def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, str]:
+    """Return the known key that an unknown one probably means (or an empty text), and a hint."""
+    name, here = str(key[-1]), sorted({n for m in _resolve(location[:-1], root)[1] for n in _fields(m)})
+    plain = name.lower().replace("-", "_")
+    wanted = [plain, *([_SYNONYMS[plain]] if plain in _SYNONYMS else [])]
+    for other in wanted:
+        if other in here:
+            return other, f"did you mean `{other}`?"
+    if close := difflib.get_close_matches(name, here, n=1, cutoff=0.5 if plain not in _SYNONYMS else 0.7):
+        elsewhere = [p for other in wanted[:1] for p in _places(root).get(other, [])]
+        if not elsewhere or difflib.SequenceMatcher(None, name, close[0]).ratio() > 0.7:
+            return close[0], f"did you mean `{close[0]}`?"
+    for other in wanted:
+        if found := [other] if "." in other else _places(root).get(other, []):
+            place = next((p for p in found if other in p.split(".")), found[0])
+            return "", f"did you mean `{place}`?"
+    return "", f"known keys here: {', '.join(here)}."
+
+
+@functools.cache
+def _places(root: type[BaseModel]) -> Mapping[str, list[str]]:
+    """Map each name of a key to the places that it has in a recipe, the shortest first."""
+    found: dict[str, list[str]] = {}
+
+    def walk(model: type[BaseModel], at: tuple[str, ...], inside: tuple[type[BaseModel], ...]) -> None:
+        for name, annotation in _fields(model).items():
+            found.setdefault(name, []).append(".".join((*at, name)))
+            more = ("NAME",) if "dict[" in str(annotation) else ()
+            for child in _children(annotation):
+                if child not in inside:
+                    walk(child, (*at, name, *more), (*inside, child))
+
+    walk(root, (), (root,))
+    return {name: sorted(places, key=lambda place: place.count(".")) for name, places in found.items()}
+
+
+def _given(key: tuple, raw: Any) -> tuple:
+    """Return the part of a key that the recipe has."""
+    for n, part in enumerate(key):
+        inside = (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int) and part < len(raw))
+        if not inside:
+            return key[:n]
+        raw = raw[part]
+    return key
+
+
+def _children(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for part in typing.get_args(annotation) for m in _children(part)]
+
+
+def _fields(model: type[BaseModel]) -> dict[str, Any]:
+    return {f.alias or name: f.annotation for name, f in model.model_fields.items()}
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("type")
+    return field.default if field else None
+
+
+def _resolve(location: tuple, root: type[BaseModel]) -> tuple[tuple, list[type[BaseModel]]]:
+    # returns the key without the union tags that pydantic inserts in a location, and the classes at that key
+    models: list[type[BaseModel]] = [root]
+    key: list = []
+    for part in location:
+        tagged = [m for m in models if _tag(m) == part]
+        if tagged and part not in {n for m in models for n in _fields(m)}:
+            models = tagged
+            continue
+        annotations = [_fields(m)[part] for m in models if part in _fields(m)]
+        # inside a mapping or a list the classes stay those of its values
+        models = [c for a in annotations for c in _children(a)] if annotations else models
+        key.append(part)
+    return tuple(key), models

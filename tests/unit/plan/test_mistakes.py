@@ -1,0 +1,179 @@
+"""Mistakes that people make in recipes, with the words that a message must have: what is wrong, where, and how to mend it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tadistill
+from tadistill.config import load
+from tadistill.errors import ConfigError, TadistillError
+from tadistill.objectives import Head, Hidden, fused_divergence, reverse_kl
+from tadistill.plan.arms import make_plan
+from tadistill.results.study import find_study
+
+RECIPE = """\
+study: my
+seeds: [10]
+models:
+  xl:
+    load: scratch:llama
+    tokenizer: tinyworld
+    config: {hidden_size: 32, num_hidden_layers: 4, num_attention_heads: 4, intermediate_size: 64}
+  s: {init: {from: xl, layers: 2}}
+data:
+  train: chat.jsonl
+  dev: chat.jsonl
+  test: [chat.jsonl]
+method:
+  optim: {steps: 4, batch: 4, lr: 1e-4}
+arms:
+  direct: xl > s
+"""
+ROW = '{"prompt": "a", "completion": "b"}\n'
+OWN = RECIPE[RECIPE.index("scratch:") : RECIPE.index("\n  s:")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "study"
+    place.mkdir()
+    (place / "chat.jsonl").write_text(ROW * 8)
+    (place / "mydir").mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return place
+
+
+def problems(folder: Path, text: str, *overrides: str) -> tuple[str, ...]:
+    (folder / "my.yaml").write_text(text)
+    with pytest.raises(TadistillError) as error:
+        make_plan(load("my.yaml", overrides))
+    return error.value.problems
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("lr: 1e-4", "learning_rate: 1e-4", 14, "`method.optim.learning_rate` is not a known key; did you mean `lr`?"),
+        ("lr: 1e-4", "per_device_train_batch_size: 4", 14, "did you mean `micro_batch`?"),
+        ("lr: 1e-4", "bf16: true", 14, "did you mean `precision`?"),
+        ("load: scratch", "model_name_or_path: scratch", 5, "did you mean `load`?"),
+        ("arms:", "lora: {r: 8}\narms:", 15, "did you mean `models.NAME.lora`?"),
+        ("arms:", "template: chat\narms:", 15, "did you mean `data.template`?"),
+        ("[chat.jsonl]", "chat.jsonl", 12, "`data.test` is 'chat.jsonl': write a list: [chat.jsonl]"),
+        ("[10]", "10", 2, "`seeds` is 10: write a list: [10]"),
+        ("arms:", "runtime: {trackers: wandb}\narms:", 15, "`runtime.trackers` is 'wandb': write a list: [wandb]"),
+        ("arms:", "runtime: {trackers: [wandbb]}\narms:", 15, "did you mean 'wandb'?"),
+        ("lr: 1e-4", "lr: fast", 14, "`method.optim.lr` is 'fast': write a number, such as"),
+        ("steps: 4", "steps: 1.5", 14, "`method.optim.steps` is 1.5: write a whole number"),
+        ("lr: 1e-4", "gradient_checkpointing: maybe", 14, "is 'maybe': write true or false"),
+        ("lr: 1e-4", "betas: [0.9]", 14, "`method.optim.betas` has 1 value; write 2, such as [0.9, 0.999]"),
+        ("{steps: 4, batch: 4, lr: 1e-4}", "4", 14, "`method.optim` is 4, but it needs keys of its own; write them below optim"),
+        ("xl > s", "[xl, s]", 16, "write a path, such as xl > s"),
+        ("optim:", "objective: forward_kl\n  optim:", 14, "write {type: forward_kl}"),
+        ("optim:", "objective: {type: gkd}\n  optim:", 14, "is a method and not an objective; write `method: gkd`"),
+        ("optim:", "objective: {type: revers_kl}\n  optim:", 14, "did you mean `reverse_kl`?"),
+        ("study: my", "study: my study", 1, "and begin with a letter or a digit, for instance my-study"),
+        ("study: my", "study:", 1, "`study` has no value; write one after the colon"),
+        ("study: my", "study: 12", 1, '`study` is 12: write it in quotes: "12"'),
+        ("arms:", "evaluate: {seeds: []}\narms:", 15, "`evaluate.seeds` is empty; write at least 1"),
+        ("xl > s", "xl > ss", 16, "`arms.direct.path` names `ss`, which is not a model; did you mean `s`?"),
+        ("xl > s", "xl -> s", 16, "write `>` between two models"),
+        ("xl > s", "xl → s", 16, "write `>` between two models"),
+        ("xl > s", "xl > s\n  twin: {path: xl > s, compute: as dirct}", 17, "which is not an arm; did you mean `direct`?"),
+        ("layers: 2", "layers: 60", 8, "models.s.init.layers is 60, but `xl` has 4 layers, and pruning can only remove some; write 1 to 4"),
+        ("hidden_size", "hiden_size", 4, "has no `hidden_size` (is `hiden_size` a mistyped `hidden_size`?)"),
+        ("train: chat", "train: chta", 10, "`data.train`: data set `chta.jsonl` does not exist: there is no `chta.jsonl` in"),
+        ("[chat.jsonl]", "[chat.jsonl, no/x.jsonl]", 12, "no does not exist; correct the path"),
+        (OWN, "./mydri", 5, "model directory `./mydri` does not exist: there is no `mydri` in"),
+        (OWN, "x.gguf", 5, "GGUF file `x.gguf` does not exist: there is no `x.gguf` in"),
+    ],
+)  # fmt: skip
+def test_a_message_says_what_where_and_how(folder, old, new, line, words):
+    assert old in RECIPE
+    found = problems(folder, RECIPE.replace(old, new, 1))
+    assert any(p.startswith(f"my.yaml, line {line}") and words in p for p in found), found
+    assert not any("input should" in p or "tuple" in p or "dictionary" in p or "parse" in p for p in found)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "words"),
+    [
+        ("  dev: chat", " dev: chat", "line 11, column 2", "give it their indentation"),
+        ("  dev: chat", "\tdev: chat", "line 11, column 1", "a tab stands where spaces belong; indent with spaces only"),
+        ("study: my", "study: my: own", "line 1, column 10", "put a text with `: ` in quotes"),
+        ("[10]", "[10", "line 2, column 8", "the list that opens here has no end; close it with ]"),
+        ("1e-4}", "1e-4", "line 14, column 10", "the braces that open here have no end; close them with }"),
+        ("seeds:", "seeds", "line 2, column 1", "a key has no colon; write `key: value`"),
+        ("study: my", "study: *my", "line 1, column 8", "put the text in quotes"),
+        ("study: my", "study: @my", "line 1, column 8", "put the text in quotes"),
+    ],
+)
+def test_text_that_is_not_yaml_has_line_column_and_reason(folder, old, new, place, words):
+    (found,) = problems(folder, RECIPE.replace(old, new, 1))
+    assert found.startswith(f"my.yaml, {place}, cannot be read as YAML: ")
+    assert words in found
+    assert "block mapping" not in found
+    assert "unicode string" not in found
+
+
+def test_all_names_and_sources_that_do_not_exist_are_shown(folder):
+    assert len(problems(folder, RECIPE.replace("xl > s", "xl > ss\n  more: q"))) == 2
+    found = problems(folder, RECIPE.replace(OWN, "./a").replace("train: chat", "train: b").replace("[chat", "[c"))
+    assert [p.split(":")[0] for p in found] == ["my.yaml, line 5", "my.yaml, line 8", "my.yaml, line 10"]
+    assert problems(folder, RECIPE.replace("seeds:", "seed:")) == ("my.yaml, line 2: `seed` is not a known key; did you mean `seeds`?",)
+    (twice,) = problems(folder, RECIPE + "study: x\n")
+    assert twice == "my.yaml, line 17: `study` is already in line 1; keep one of the two"
+    (override,) = problems(folder, RECIPE, "seeds=[10")
+    assert override.startswith("override `seeds=[10`, line 1, column 1, cannot be read as YAML: ")
+
+
+def test_paths_are_those_beside_the_recipe_and_keys_stay(folder, monkeypatch):
+    (folder / "my.yaml").write_text(RECIPE)
+    here = [*make_plan(load("my.yaml")).stages]
+    (folder.parent / "chat.jsonl").write_text(ROW)  # other rows at the same path of another working directory
+    monkeypatch.chdir(folder.parent)
+    assert [*make_plan(load("study/my.yaml")).stages] == here
+    with pytest.raises(ConfigError, match=r"no recipe `study/mi.yaml` in .*; did you mean `study/my.yaml`\?"):
+        load("study/mi.yaml")
+    (folder / "chat.jsonl").rename(folder.parent / "chat.jsonl")  # not beside the recipe: in the working directory
+    assert [*make_plan(load("study/my.yaml")).stages] == here
+
+
+def test_a_model_beside_the_recipe_keeps_its_key(folder, monkeypatch):
+    (folder / "mydir" / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "my.yaml").write_text(RECIPE)
+    inside = load("my.yaml", ["models.t={load: mydir}"])
+    monkeypatch.chdir(folder.parent)
+    outside = load("study/my.yaml", ["models.t={load: mydir}"])
+    assert inside.models["t"].load == "mydir"
+    assert outside.models["t"].load == str(folder / "mydir")
+    assert outside.written(outside.models["t"].load) == "mydir"
+
+
+def test_a_study_is_found_by_its_recipe(folder):
+    (folder / "my.yaml").write_text(RECIPE)
+    (folder / "runs" / "my").mkdir(parents=True)
+    (folder / "runs" / "my" / "plan.json").write_text("{}")
+    assert find_study("my.yaml", folder / "runs") == folder / "runs" / "my"
+    with pytest.raises(ConfigError, match=r"no study `mya` in .*; its studies are my; did you mean `my`\?"):
+        find_study("mya", folder / "runs")
+
+
+def test_misuse_of_the_python_functions(folder):
+    with pytest.raises(ConfigError, match=r"recipe: `seed` is not a known key; did you mean `seeds`"):
+        tadistill.run({"seed": 1})
+    with pytest.raises(ConfigError, match=r"settings: `seed` is not a known key; did you mean `seeds`"):
+        tadistill.evaluate(None, None, "tinyworld", settings={"seed": 1})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match=r"`template` is 'cat': did you mean 'chat'"):
+        tadistill.evaluate(None, None, "tinyworld", template="cat")  # pyright: ignore[reportArgumentType]
+    hidden, layer = torch.zeros(2, 3), torch.nn.Linear(3, 5)
+    teacher = Hidden(hidden, Head(layer.weight))
+    for head in (layer.weight, layer):
+        with pytest.raises(ConfigError, match=r"student_head is a .*, but it must be a Head; write Head\("):
+            fused_divergence(reverse_kl, hidden, head, teacher)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match=r"the head of Hidden is a .*; write Head\("):
+        fused_divergence(reverse_kl, hidden, teacher.head, Hidden(hidden, layer))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match=r"Head takes the weight of the last layer"):
+        Head(layer)  # pyright: ignore[reportArgumentType]
