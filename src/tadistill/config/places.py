@@ -100,7 +100,8 @@ def _with_place(problem: str, recipe: Recipe, origin: Origin) -> str:
         return problem
     named = (key for key in origin.lines if len(key) > 1 and re.match(re.escape(_dotted(key)) + r"[:. ]", problem))
     key = max(named, key=len, default=())
-    quoted = next((at for at, load in _sources(recipe) if f"`{load}`" in problem and at[: len(key)] == key), ())
+    about = {at: problem.find(f"`{load}`") for at, load in _sources(recipe) if at[: len(key)] == key}
+    quoted = min((at for at, place in about.items() if place >= 0), key=lambda at: about[at], default=())  # named first
     if key:
         return f"{where(origin.source, origin.lines, quoted or key).split(': `')[0]}: {problem}"
     return f"{where(origin.source, origin.lines, quoted)}: {problem}" if quoted else problem

@@ -4,9 +4,6 @@ A recipe names models, data, a method and arms; `tadistill.plan.arms` expands it
 this package.
 """
 
-import difflib
-import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +13,7 @@ from tadistill.config.arm import Arm, Search
 from tadistill.config.common import MOST, Decoding, Name, Strict
 from tadistill.config.method import Method, apply
 from tadistill.config.model import ModelConfig
+from tadistill.config.names import wrong_names
 from tadistill.config.objective import Custom
 from tadistill.config.own_metric import OwnMetric
 
@@ -245,7 +243,7 @@ class Recipe(Strict):
         names = [metric.name for metric in self.metrics]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"metrics has two functions called `{twice[0]}`; rename one of them")
-        if wrong := [*self._wrong_names()]:
+        if wrong := [*wrong_names(self)]:
             raise ValueError("\n".join(wrong))
         check_acyclic({n: m.parent for n, m in self.models.items() if m.parent}, "models")
         check_acyclic({n: a.compute[3:] for n, a in self.arms.items() if a.compute}, "compute")
@@ -276,35 +274,6 @@ class Recipe(Strict):
                 raise ValueError(f"`{name}` cannot stand in a path, which is written with > and then; choose another name")
         return models
 
-    def _wrong_names(self) -> Iterator[str]:
-        """Yield a sentence for every name that stands for nothing in this recipe."""
-        for name, model in self.models.items():
-            yield from self._unknown(model.parent, f"models.{name} is made of")
-            if model.checkpoint and model.checkpoint.of in self.models and model.checkpoint.step not in self._kept(model.checkpoint.of):
-                of, step = model.checkpoint.of, model.checkpoint.step
-                yield f"models.{name} is `{of}` after update {step}, but that checkpoint is not kept; add {step} to models.{of}.sft.keep"
-            if model.temper and model.temper.like is not None and model.temper.like not in self.arms:
-                yield f"models.{name}.temper.like is `{model.temper.like}`, which is not an arm; {choice(model.temper.like, self.arms)}"
-        yield from self._unknown(self.teacher, "teacher is")
-        for name in (self.search.teacher, *self.search.assistants, self.search.student) if self.search else ():
-            yield from self._unknown(name, "search names")
-        for name, arm in self.arms.items():
-            for model in arm.models:
-                yield from self._unknown(model, f"arms.{name}.path names")
-            if self.teacher in arm.learners:
-                yield f"teacher is `{self.teacher}`, but arms.{name} trains this model; name a model that no arm trains"
-            if arm.compute and arm.compute[3:] not in self.arms:
-                yield f"arms.{name}.compute is `{arm.compute}`, which is not an arm; {choice(arm.compute[3:], self.arms)}"
-
-    def _unknown(self, model: str | None, where: str) -> Iterator[str]:
-        if model is not None and model not in self.models:
-            fix = "write `>` between two models" if re.search(r"[-=–—]$|[→⇒,>]", model) else choice(model, self.models)
-            yield f"{where} `{model}`, which is not a model; {fix}"
-
-    def _kept(self, name: str) -> tuple[int, ...]:
-        sft = self.models[name].sft
-        return sft.keep if sft else ()
-
 
 def methods(recipe: Recipe) -> list[Method]:
     """Return the method of every distillation of the study, and of every arm that continues the training of a model.
@@ -321,12 +290,6 @@ def own_functions(recipe: Recipe) -> list[str]:
     objectives = [recipe.method.objective, *(arm.objective for arm in recipe.arms.values())]
     objectives += [model.distill.objective for model in recipe.models.values()]
     return [*(metric.function for metric in recipe.metrics), *(each.function for each in objectives if isinstance(each, Custom))]
-
-
-def choice(given: str, names: Iterable[str]) -> str:
-    """Return the fix for a name that does not exist: the name that is closest to it, and all names."""
-    close = difflib.get_close_matches(given, list(names), n=1)
-    return f"{f'did you mean `{close[0]}`? ' if close else ''}{'Choose' if close else 'choose'} one of {', '.join(names)}"
 
 
 def check_acyclic(edges: dict[str, str], what: str) -> None:

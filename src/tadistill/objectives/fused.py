@@ -24,7 +24,7 @@ from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import wide
 from tadistill.objectives.sampled import TokenTerm
-from tadistill.objectives.targets import Head, Hidden, Target, TargetMixture, TeacherTerm, TopK, per_token, select
+from tadistill.objectives.targets import Head, Hidden, Target, TargetMixture, TeacherTerm, TopK, check_head, check_target, per_token, select
 from tadistill.tuning import TILE_BYTES
 
 # Number of elements of a small tile. On a CPU such a tile stays in the cache; on a GPU its work outweighs the launch of a kernel.
@@ -68,7 +68,7 @@ def fused_divergence(
     Raises:
         ConfigError: shapes do not fit, a parameter is out of range, or a result is NaN.
     """
-    _check_head(student_head, "student_head")
+    check_head(student_head, "student_head")
     weights = torch.ones(student_hidden.shape[:-1], device=student_hidden.device) if mask is None else mask
     if weights.shape != student_hidden.shape[:-1]:
         raise ConfigError(
@@ -116,9 +116,10 @@ def _targets(
     hidden: Tensor, teacher: Target | Sequence[Target], mixture: TargetMixture | None
 ) -> tuple[list[Target], TargetMixture | None]:
     # leaves out teachers of weight 0
-    targets = [teacher] if isinstance(teacher, Tensor | Hidden | TopK) else list(teacher) if isinstance(teacher, Sequence) else [teacher]
+    several: Sequence[Target] = teacher if isinstance(teacher, Sequence) else [teacher]
+    targets = list(several)
     for target in targets:
-        _check_target(target)
+        check_target(target)
     _same_tokens(hidden, targets)
     if not targets:
         raise ConfigError("teacher is an empty list; give at least one target")
@@ -168,21 +169,6 @@ def fused_head(
     plan = _Plan(head, values, slopes, weights.expand(-1, len(hidden)), tuple(teachers), width, autocast, torch.is_grad_enabled())
     total, found = _FusedHead.apply(hidden, head.weight, head.bias, plan)  # type: ignore[misc]
     return total, found
-
-
-def _check_head(head: Any, name: str) -> None:
-    if not isinstance(head, Head):
-        write = "Head(lm_head.weight, lm_head.bias)" if isinstance(head, torch.nn.Module) else "Head(weight) with the weight (V, H)"
-        raise ConfigError(f"{name} is a {type(head).__name__}, but it must be a Head; write {write}")
-
-
-def _check_target(target: Any) -> None:
-    if isinstance(target, Hidden):
-        _check_head(target.head, "the head of Hidden")
-    elif not isinstance(target, Tensor | TopK):
-        raise ConfigError(
-            f"teacher is a {type(target).__name__}, but it must be logits (..., V), Hidden(states, Head(weight)) or TopK; write one of them"
-        )
 
 
 def _same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:

@@ -328,3 +328,20 @@ def _on_top_k(student: Tensor, teacher: Tensor, k: int, tail: Literal["lump", "d
     checks.positive("temperature", temperature)
     # the temperature is applied to both sides before the tokens are selected, so the tail is exact at any temperature
     return top_k(teacher, k, tail=tail, temperature=temperature).align(at_least_float32(student) / temperature)
+
+
+def check_head(head: Any, name: str) -> None:
+    """Raise a ConfigError if `head` is no Head, such as a bare weight or a layer."""
+    if not isinstance(head, Head):
+        write = "Head(lm_head.weight, lm_head.bias)" if isinstance(head, torch.nn.Module) else "Head(weight) with the weight (V, H)"
+        raise ConfigError(f"{name} is a {type(head).__name__}, but it must be a Head; write {write}")
+
+
+def check_target(target: Any) -> None:
+    """Raise a ConfigError if `target` is no target of a divergence."""
+    if isinstance(target, Hidden):
+        check_head(target.head, "the head of Hidden")
+    elif not isinstance(target, Tensor | TopK):
+        raise ConfigError(
+            f"teacher is a {type(target).__name__}, but it must be logits (..., V), Hidden(states, Head(weight)) or TopK; write one of them"
+        )

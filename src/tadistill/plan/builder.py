@@ -81,7 +81,7 @@ class StageBuilder:
         written = self.recipe.written
         own = tokenizer is not None and tokenizer != "tinyworld"
         return Loaded(
-            load=written(model.load),
+            load=written(model.load) or model.load,
             at=model.load,
             revision=model.revision,
             config=model.config,

@@ -172,11 +172,9 @@ def find_study(study: str, root: Path) -> Path:
     for directory in (Path(name), root / name):
         if (directory / "plan.json").is_file():
             return directory
-    names = sorted(path.parent.name for path in root.glob("*/plan.json"))
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name, [path.parent.name for path in root.glob("*/plan.json")], n=1)
     hint = f"did you mean `{close[0]}`?" if close else "start one with `tadistill run RECIPE`"
-    known = f"; its studies are {', '.join(names[:10])}{' …' if len(names) > 10 else ''}" if names else ""
-    raise ConfigError(f"there is no study `{name}` in {root}{known}; {hint}")
+    raise ConfigError(f"there is no study `{name}` in {root}; {hint}")
 
 
 def load_plan(study_dir: Path) -> StudyPlan:
