@@ -79,7 +79,7 @@ def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str, folde
         pass
     if not there:
         raise ConfigError(
-            f"{_where(source, lines, ('runtime', 'code'))} is `{given}`, which is not a folder; name the folder of your modules"
+            f"{where(source, lines, ('runtime', 'code'))} is `{given}`, which is not a folder; name the folder of your modules"
         )
     return recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"code": code})})
 
