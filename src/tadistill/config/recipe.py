@@ -262,7 +262,7 @@ class Recipe(Strict):
     @field_validator("study")
     @classmethod
     def _not_reserved(cls, study: str) -> str:
-        if study == "store":
+        if study.lower() == "store":
             raise ValueError("runs/store holds the stages of all studies; choose another name")
         return study
 

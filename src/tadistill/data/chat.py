@@ -42,7 +42,7 @@ def render(messages: Seq[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase
             f"the chat template of the tokenizer {tokenizer.name_or_path} is not valid Jinja (line {error.lineno}: {error.message}); "
             "correct chat_template in its files, or set data.template to alpaca or plain"
         ) from error
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise DataError(
             f"{where}: the chat template of the tokenizer refuses its turns ({', '.join(roles)}): {reason}; change or leave out the row, "

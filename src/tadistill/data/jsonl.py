@@ -26,7 +26,8 @@ def count(path: Path) -> Iterator[int]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # Excel and PowerShell write a byte order mark
         for number, line in enumerate(lines, 1):
-            if not line.isspace():
+            line = line.removeprefix("\ufeff")  # files that were put one after the other, each with its mark
+            if line and not line.isspace():
                 yield number, line
 
 
@@ -52,6 +53,8 @@ def _row(line: str, path: Path, number: int) -> dict[str, Any]:
 
 def _not_json(line: str, error: json.JSONDecodeError) -> str:
     start = line.strip()
+    if start.startswith("version https://git-lfs"):
+        return "part of a pointer of Git LFS (`git lfs pull` in its folder gets the file)"
     if start[0] == "[":
         return "the start of a JSON array (`jq -c '.[]' FILE` writes its objects one a line)"
     if start == "{" or (start[0] == "{" and error.pos >= len(line.rstrip())):

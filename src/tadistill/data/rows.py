@@ -72,8 +72,9 @@ def form_of(row: dict[str, Any], ref: DataRef) -> Form:
     """Return what a row is read as."""
     messages = _get("messages", row, ref)
     instructed = ref.instruction is not None or _get("instruction", row, ref) is not None
-    # a number or text in `messages` beside an instruction is a column of the user's own
-    if messages is not None and (isinstance(messages, list) or not instructed or "messages" in ref.columns):
+    # anything but turns in `messages` beside an instruction is a column of the user's own
+    turns = isinstance(messages, list) and bool(messages) and all(isinstance(turn, dict) for turn in messages)
+    if messages is not None and (turns or not instructed or "messages" in ref.columns):
         return "messages"
     return "instruction" if instructed else "prompt"
 
@@ -141,6 +142,9 @@ def _conversation(messages: Any, ref: DataRef, where: str) -> tuple[tuple[dict[s
     if not turns or messages[-1].get("role") != "assistant":
         raise DataError(f"{where}: `messages` must be a prompt followed by an assistant message (a list of at least two messages)")
     *prompt, answer = (_turn(turn, f"turn {i} of messages", where) for i, turn in enumerate(messages, 1))
+    for i, turn in enumerate(prompt, 1):
+        if turn.get("content") is None and turn["role"] in ("user", "system"):  # many templates would write "None"
+            raise DataError(f"{where}: turn {i} of messages has no content; give it a text (it may be empty), or leave out the row")
     return tuple(prompt), answer.get("content")
 
 

@@ -9,7 +9,7 @@ import torch
 from tadistill.disk import ordinary_permissions
 from tadistill.errors import ModelError
 from tadistill.models import sources
-from tadistill.models.directory import ADAPTER, ADAPTER_WEIGHTS, read_description
+from tadistill.models.directory import ADAPTER, ADAPTER_WEIGHTS, check_files, read_description
 from tadistill.models.reading import first_line, quiet, read_model, read_tokenizer
 
 _USED = (
@@ -30,6 +30,7 @@ def merge(base: Path, base_name: str, adapter: Path, target: Path) -> None:
         import peft
     except ImportError as error:
         raise ModelError(f"adapter `{adapter}` needs peft to be merged; run `pip install 'tadistill[lora]'`") from error
+    check_files(adapter, str(adapter))
     settings = read_description(adapter / ADAPTER, str(adapter))
     if odd := [name for name in _REFUSED if settings.get(name)]:
         raise ModelError(f"adapter `{adapter}` sets {odd[0]}, which cannot be merged; merge it with the program that trained it")

@@ -8,6 +8,7 @@ from tadistill.errors import ModelError
 
 WEIGHTS = (".safetensors", ".bin")
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")  # as peft writes them
+_TEXTS = (".jinja", ".txt")  # they may be empty, as merges.txt of a tokenizer without merges
 _POINTER = b"version https://git-lfs"
 
 
@@ -33,7 +34,7 @@ def complete(directory: Path) -> bool:
 def shards(index: Path) -> set[str]:
     """Return the names of the weight files that an index lists. Raises ModelError if it is damaged or lists a file of another folder."""
     named = read_description(index, str(index.parent)).get("weight_map")
-    if not isinstance(named, dict) or not named or not all(isinstance(name, str) and name for name in named.values()):
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) and 0 < len(name) < 250 for name in named.values()):
         raise ModelError(f"{index} does not map weights to files; download or save the model again")
     for name in named.values():
         if PurePosixPath(name).name != name or "\\" in name or name in (".", ".."):
@@ -59,11 +60,11 @@ def check_files(directory: Path, load: str) -> None:
         ModelError: names the file. Also if an adapter lies beside a whole model, since it is not clear which of them is meant.
     """
     for path in sorted(directory.iterdir()):
-        if path.suffix not in (*WEIGHTS, ".json", ".model") or not path.is_file():
+        if path.suffix not in (*WEIGHTS, ".json", ".model", *_TEXTS) or not path.is_file():
             continue
         with path.open("rb") as file:
             start = file.read(len(_POINTER))
-        if not start:
+        if not start and path.suffix not in _TEXTS:
             raise ModelError(f"{path.name} of model `{load}` is empty; download or save the model again")
         if start == _POINTER:
             raise ModelError(

@@ -30,12 +30,18 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
     check_files(directory, load)
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises bare exceptions on a damaged file
             _refuse_code(directory, load, error)
+            _refuse_config(directory, load)
             raise ModelError(
                 f"the tokenizer of model `{load}` cannot be read ({first_line(error)}); download it again, or set `tokenizer:`"
             ) from error
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ModelError(
+            f"model_max_length in tokenizer_config.json of model `{load}` is {tokenizer.model_max_length!r}; write a number, or remove it"
+        )
+    return tokenizer
 
 
 def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:
@@ -95,6 +101,18 @@ def _layers(unexpected: Collection[str]) -> list[str]:
     return sorted(key for key in unexpected if (found := _LAYER.fullmatch(key)) and re.search(r"(layers|h|blocks?)\.$", found[1]))
 
 
+def _refuse_config(directory: Path, load: str) -> None:
+    """Raise a ModelError if it is config.json that cannot be read: transformers reads it before the tokenizer's files."""
+    if not (directory / "config.json").is_file():
+        return
+    try:
+        AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception as error:  # as above
+        raise ModelError(
+            f"config.json of model `{load}` cannot be read ({first_line(error)}); correct it, or download the model again"
+        ) from error
+
+
 def _refuse_code(directory: Path, load: str, error: Exception) -> None:
     if "trust_remote_code" not in str(error):
         return
@@ -109,5 +127,6 @@ def _refuse_code(directory: Path, load: str, error: Exception) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, without its full stop; the error's class if it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """Return the first line of an error's text, and the second if the first ends with a colon; the error's class if it has no text."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return (f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first).rstrip(".")

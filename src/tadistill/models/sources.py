@@ -212,9 +212,17 @@ def adapter_base(load: str) -> tuple[str, str] | None:
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(base, str) or not base:
         raise ModelError(f"adapter `{load}` names no base; write its hub id or directory as base_model_name_or_path into {ADAPTER}")
-    for folder in (Path(base).expanduser(), directory / base, directory.parent / base):
-        if (folder / "config.json").is_file():
-            return os.path.normpath(folder), "main"
+    try:
+        for folder in (Path(base).expanduser(), directory / base, directory.parent / base):
+            if (folder / "config.json").is_file():
+                return os.path.normpath(folder), "main"
+            if is_adapter(folder):
+                raise ModelError(
+                    f"adapter `{load}` belongs to `{base}`, which is an adapter too; merge that one first, and name the result"
+                )
+    except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
+        why = getattr(error, "strerror", None) or error
+        raise ModelError(f"adapter `{load}` belongs to `{base}`, which is not a path that can exist ({why}); correct {ADAPTER}") from error
     if not _HUB_ID.fullmatch(base):
         raise ModelError(
             f"adapter `{load}` belongs to the model `{base}`, which does not exist here; write its directory or hub id as "

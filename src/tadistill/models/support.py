@@ -37,10 +37,19 @@ ENCODERS = frozenset(
 """Types that read in both directions unless their config.json has `"is_decoder": true`."""
 
 
+_MOST_LAYERS = 10_000
+"""A model with more layers would take minutes to build, even without weights."""
+
+
 def check_architecture(config: PreTrainedConfig, model: str) -> None:
     """Raise a ModelError that names the model and its type if models of this configuration cannot be distilled."""
     kind = config.model_type
     _check_type(kind, model)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise ModelError(
+            f"the configuration of model `{model}` says {layers} layers; correct this number (at most {_MOST_LAYERS} are built)"
+        )
     if config.is_encoder_decoder:
         raise _refusal(model, kind, "is an encoder with a decoder")
     if (kind in ENCODERS and not getattr(config, "is_decoder", True)) or not getattr(config, "causal", True):

@@ -290,6 +290,7 @@ def test_absurd_names_are_refused(name, place):
     ("change", "words"),
     [
         ({"study": "store"}, r"line \d+: `study` is 'store': runs/store holds the stages"),
+        ({"study": "Store"}, r"line \d+: `study` is 'Store': runs/store holds the stages"),
         ({"models": {"a>b": {"load": "gpt2"}}, "arms": {"x": "a>b"}}, "cannot stand in a path"),
         ({"arms": {"x": {"path": [[]]}}}, r"arms.x.path"),
         ({None: 1}, "line 1: a key has no name"),

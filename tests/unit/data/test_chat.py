@@ -42,6 +42,7 @@ def test_prompt_and_end_of_a_template(template, prompt, end):
         (NO_SYSTEM, [SYSTEM, USER], DataError, "row 7: the chat template .* leaves out the turn of role `system`"),
         ("{% for m in messages %}{{ m.content }", [USER], ModelError, r"not valid Jinja \(line 1: .*correct chat_template"),
         ("{{ messages + 1 }}", [USER], DataError, "row 7: the chat template .* refuses its turns"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", [USER], DataError, "row 7: the chat template .* refuses its turns"),
         ("{{ 1 / 0 }}", [USER], DataError, "row 7: the chat template .* refuses its turns"),
     ],
 )

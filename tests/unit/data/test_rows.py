@@ -48,7 +48,7 @@ def test_facts_that_are_asked_for_must_be_facts(read, value):
         read(OK | {"facts": [["hi", []]]}, OK | {"facts": value}, columns={"facts": "facts"})
 
 
-@pytest.mark.parametrize("messages", [3, "hello", {"a": 1}])
+@pytest.mark.parametrize("messages", [3, "hello", {"a": 1}, [], ["a thread"]])
 def test_a_column_messages_beside_an_instruction(read, messages):
     (row,) = read(OK | {"messages": messages, "prompt": 5})
     assert row.instruction == "Say hi"
@@ -70,6 +70,8 @@ def test_parts_of_a_message_are_joined(read):
         ({"role": "user", "content": 5}, "the content of turn 1 of messages is 5"),
         ({"role": "user", "content": "hi \ud83d"}, "turn 1 of messages has half of a surrogate pair"),
         ({"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}, "half of a surrogate pair"),
+        ({"role": "user", "content": None}, "turn 1 of messages has no content"),
+        ({"role": "user"}, "turn 1 of messages has no content"),
         ({"content": "hi"}, "turn 1 of messages has the role None"),
         ({"role": ["user"], "content": "hi"}, "turn 1 of messages has the role"),
     ],
@@ -105,6 +107,7 @@ def test_half_characters_are_refused_in_every_column(read, row, settings):
         (json.dumps(OK).encode("utf-16"), "line 1: byte 0xff at character 1 is not UTF-8"),
         (b'{"instruction":"x","output":' + b"9" * 5000 + b"}\n", "line 1 cannot be read .a number in it has too many digits"),
         (b'{"instruction":"x","output":' + b"[" * 100000 + b"]" * 100000 + b"}\n", "line 1 cannot be read .it is nested too deeply"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "line 1 is part of a pointer of Git LFS"),
         (json.dumps([OK]).encode(), "line 1 is a JSON array, not an object"),
         (json.dumps([OK], indent=1).encode(), "line 1 is the start of a JSON array"),
         (json.dumps(OK, indent=1).encode(), "line 1 is a JSON object that does not end on this line"),
@@ -115,7 +118,9 @@ def test_files_that_are_no_json_lines(read, raw, words):
         read(raw=raw)
 
 
-@pytest.mark.parametrize("raw", [b"\xef\xbb\xbf" + json.dumps(OK).encode(), json.dumps(OK).encode() + b"\r\n"])
+@pytest.mark.parametrize(
+    "raw", [b"\xef\xbb\xbf" + json.dumps(OK).encode(), json.dumps(OK).encode() + b"\r\n", json.dumps(OK).encode() + b"\n\xef\xbb\xbf\n"]
+)
 def test_files_of_other_programs(read, raw):
     assert [row.instruction for row in read(raw=raw)] == ["Say hi"]
 
