@@ -5,7 +5,7 @@
 
 The targets are the command (main), the process of a stage (worker), and a rank of a stage that runs in two processes. A chain starts with
 an empty folder and repeats the same command after each SIGKILL until the study is whole. In the first chain the clock jumps by up to a day
-again and again (libfaketime; files keep the machine's own clock). The output has a line for each kill, every problem, and a table of the kills.
+again and again (libfaketime; files keep the machine's own clock). The output has a line for each kill, every problem, and a table.
 Linux only; the disk that fills is a tmpfs, which only root can mount.
 """
 
