@@ -86,7 +86,7 @@ class Study:
         return {
             "rows": json.loads((study / "results.json").read_text())["rows"],
             "csv": (study / "results.csv").read_text(),
-            "measures": json.loads((study / "advice.json").read_text()),
+            "measures": [json.loads((study / "advice.json").read_text())[name] for name in ("models", "pairs", "edges")],
             "digests": {m["key"]: {name: d for name, d in m["files"].items() if name != "metrics.jsonl"} for m in manifests},
             "files": sorted(str(p.relative_to(runs)) for p in runs.rglob("*") if p.is_file() and p.parent.name != "local"),
         }

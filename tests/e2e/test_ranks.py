@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tadistill.config import validate
-from tadistill.errors import ConfigError, Interrupted, StageFailed
+from tadistill.errors import ConfigError, Interrupted, StageFailed, StoreError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import make_task
 from tadistill.runner.preflight import check_study
-from tadistill.runner.processes import run_in_processes
+from tadistill.runner.processes import _judged, run_in_processes
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
@@ -121,3 +121,13 @@ def test_what_cannot_be_laid_out_is_refused_before_anything_runs():
         check_study(validate(recipe(sharded, sampler=sampler)))
     check_study(validate(recipe(sharded)))
     check_study(validate(recipe(sharded, sampler=sampler | {"alpha": 0})))
+
+
+def test_a_rank_that_loses_its_connection_hides_no_error_of_another(capsys):
+    lost, full = RuntimeError("RuntimeError: Connection closed by peer"), StoreError("cannot write state.pt")
+    lost.add_note("Traceback of the lost connection")
+    assert _judged([1, 1], {0: lost, 1: full}) is full
+    assert str(_judged([1, -signal.SIGKILL], {0: lost})).startswith("rank 1 of 2 was killed by SIGKILL")
+    assert capsys.readouterr().err == ""
+    assert str(_judged([1, None], {0: lost})).startswith("rank 0 of 2 failed: RuntimeError: Connection closed")
+    assert "Traceback" in capsys.readouterr().err

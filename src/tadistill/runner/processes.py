@@ -179,9 +179,11 @@ def _judged(codes: list[int | None], errors: dict[int, Exception]) -> Exception 
             name = signal.Signals(-code).name
             who = f"rank {rank} of {len(codes)}" if several else "the stage's process"
             return StageFailed(f"{who} was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}{rest}")
-    for rank, error in errors.items():
+    for error in errors.values():
         if isinstance(error, Interrupted | TadistillError):
             return error
+    for rank, error in errors.items():  # without the first rank to fail, the others lose their connection
+        print(*getattr(error, "__notes__", ()), file=sys.stderr, flush=True)
         return StageFailed(f"rank {rank} of {len(codes)} failed: {error}{rest}" if several else str(error))
     for rank, code in enumerate(codes):
         if code:
@@ -216,8 +218,9 @@ def _work(task: Task, environment: dict[str, str], threads: int, pipe: Connectio
         )
     except Exception as error:  # the command shows every error
         if not isinstance(error, Interrupted | TadistillError):
-            traceback.print_exc()
+            report = traceback.format_exc()
             error = RuntimeError(f"{type(error).__name__}: {error}")
+            error.add_note(report)  # the command prints it, unless another rank caused the failure
         pipe.send(error)
         code = 1
     sys.stdout.flush()
