@@ -6,12 +6,16 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import PreTrainedModel
 
 from tadistill.plan.arms import Plan, Stage
 from tadistill.plan.task import Task
+from tadistill.rollout import reading
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
@@ -49,14 +53,23 @@ _ADDED = {
 """Formulas that torch's own registry lacks."""
 
 
+_FIRST_RIGHT = reading._first_right
+
+
+def _uncounted(model: PreTrainedModel) -> reading.Way:
+    """Find out how the model is read, without counting: these few tokens are no part of the predicted work."""
+    with _disable_current_modes():
+        return _FIRST_RIGHT(model)
+
+
 def counted(plan: Plan, directory: Path, kinds: tuple[str, ...] = ("sft", "distill")) -> Iterator[tuple[Stage, float, dict[str, Any]]]:
     """Yield every stage of these kinds with torch's FLOPs and its manifest, without the stages that only measure."""
     store = Store(directory)
     for stage in plan.stages.values():
         if stage.measures:
             continue
-        task = Task(stage.spec, stage.key, stage.label, str(directory), "t", None, 1e9, ())
-        with FlopCounterMode(display=False, custom_mapping=_ADDED) as counter:
+        task = Task(stage.spec, stage.key, stage.label, str(directory), "t", None, 1e9)
+        with FlopCounterMode(display=False, custom_mapping=_ADDED) as counter, mock.patch.object(reading, "_first_right", _uncounted):
             run_stage(task, progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
         if stage.kind in kinds:
             yield stage, float(counter.get_total_flops()), store.manifest(stage.key)

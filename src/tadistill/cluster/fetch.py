@@ -165,7 +165,7 @@ def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
     if after != before:
         write_json(runs / _RECORD, after)
     if failures:
-        raise type(failures[0])("\n".join(map(str, failures)))
+        raise type(failures[0])(*(problem for failure in failures for problem in failure.problems))
 
 
 def _fetch(need: Need, record: Mapping[str, Any], console: Console) -> tuple[Found, str]:

@@ -1,4 +1,4 @@
-"""Where a recipe and its parts lie: relative paths are looked for beside the recipe first, and errors name its file and line."""
+"""The places of a recipe and its parts: relative paths are looked for beside the recipe first, and errors name its file and line."""
 
 import functools
 import os

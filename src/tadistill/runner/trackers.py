@@ -10,13 +10,12 @@ import importlib.util
 import io
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
-
-import numpy as np
 
 from tadistill.config import Recipe
 from tadistill.disk import read_json, write_json
@@ -207,7 +206,9 @@ class Trackers:
         found: dict[str, float] = {}
         for suffix, key in {"": arm.evaluate[seed], **{f"@{name}": keys[seed] for name, keys in arm.also.items()}}.items():
             scores = read_json(self.store.folder(key) / "scores.json")
-            found |= {f"test/{of}/{metric}{suffix}": float(np.mean(v)) for of, table in scores.items() for metric, v in table.items()}
+            for name, table in scores.items():
+                for metric, rows in table.items():  # (prompts, seeds)
+                    found[f"test/{name}/{metric}{suffix}"] = statistics.fmean(value for row in rows for value in row)
         return found
 
     @contextlib.contextmanager

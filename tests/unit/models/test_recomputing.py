@@ -13,6 +13,7 @@ from tadistill.models import modify
 from tadistill.models.forward import Reader
 from tadistill.models.modify import recompute_layers
 from tadistill.rollout.generate import sample
+from tadistill.rollout.reading import way_of
 
 BATCH = collate([Sequence((3, 9), (5, 6, 7, 0)), Sequence((4,), (8, 0))], pad=0)
 
@@ -47,6 +48,7 @@ def test_sampling_keeps_its_caches(kind, monkeypatch):
     plain, again = (tiny_model(kind) for _ in range(2))
     recompute_layers(again)
     monkeypatch.setattr(modify, "checkpoint", None)
+    way_of(again)  # its trial of a few tokens is no sampling
     widths = []
     again.get_input_embeddings().register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
     uniforms = np.random.default_rng(0).random((2, 6))

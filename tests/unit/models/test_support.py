@@ -37,7 +37,7 @@ def test_decoders_pass(config):
 
 def test_loading_refuses_before_it_reads_weights(tmp_path, tokenizer):
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     with pytest.raises(ModelError, match=r"^model `.*` is of type roberta, which counts positions from its padding token"):
         load_model(tmp_path)
     with pytest.raises(ModelError, match=r"^model `scratch:bert` is of type bert, which reads text in both directions"):
