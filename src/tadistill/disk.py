@@ -39,7 +39,7 @@ def user_cache() -> Path:
 
 
 def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ()) -> str:
-    """Return the sentence for a file that is in none of the folders in which it was looked for, with the name that is closest to it.
+    """Return the error sentence for a file that no searched folder contains. The sentence suggests the closest existing name.
 
     Only folders, and files with one of the suffixes, are offered; with no suffixes, only folders.
     """

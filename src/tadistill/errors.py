@@ -43,7 +43,7 @@ class Gathering:
 
     @contextmanager
     def about(self, what: str = "") -> Iterator[None]:
-        """Keep an error of the block for later, with the name of what it is about."""
+        """Collect an error that the block raises. `what` names the thing that the block checks, such as `models.xl`."""
         try:
             with about(what):
                 yield

@@ -17,7 +17,9 @@ def _name(value: str) -> str:
     if len(value) > _LONGEST_NAME:
         raise ValueError(f"a name has at most {_LONGEST_NAME} characters, and this one has {len(value)}")
     if re.search(r"[/\\]", value) or value.startswith(("-", ".")) or value.endswith(".") or _DEVICES.fullmatch(value):
-        raise ValueError("a name has no slash, begins with neither - nor ., does not end with ., and is no device (con, nul …)")
+        raise ValueError(
+            "choose another name: it must not contain a slash, begin with `-` or `.`, end with `.`, or be the name of a device (con, nul …)"
+        )
     return value
 
 

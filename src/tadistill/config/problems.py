@@ -88,7 +88,7 @@ def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tu
 
 
 def _own(sentence: str, key: tuple, raw: Any, value: Any) -> tuple[tuple, str]:
-    """Return the key and the rest of a sentence of one of our own rules, which may begin with the key."""
+    """Split an error sentence of our own rules into two parts: the key at its beginning, if there is one; and the rest."""
     first, _, rest = sentence.partition(" ")
     named = tuple(first.strip("`").split("."))
     sentence = sentence.rstrip(".")

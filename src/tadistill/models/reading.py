@@ -121,8 +121,8 @@ def _refuse_code(directory: Path, load: str, error: Exception) -> None:
     parts = [part for auto_map in found if isinstance(auto_map, dict) for part in auto_map.values()]
     named = sorted({str(name) for part in parts for name in (part if isinstance(part, list) else [part]) if name})
     raise ModelError(
-        f"model `{load}` needs Python code of its own ({', '.join(named) or 'auto_map'}), and code of a model is never run; use a model "
-        "whose architecture transformers has, or read this code and vendor it: put it into a package that registers it with transformers"
+        f"model `{load}` needs Python code of its own ({', '.join(named) or 'auto_map'}), which is never run; use a model with an "
+        "architecture of transformers, or read this code, and put it into a package of your own that registers it with transformers"
     ) from error
 
 

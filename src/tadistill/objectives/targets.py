@@ -229,7 +229,7 @@ def per_token(target: Target) -> Tensor:
 
 
 def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Target:
-    """Return the target at some of its tokens; logits are also cut to the first `width` tokens of the vocabulary."""
+    """Return the target at some positions of the text. Logits are also cut to the first `width` entries of the vocabulary."""
     if isinstance(target, Hidden):
         return Hidden(target.states[rows], target.head)
     if isinstance(target, TopK):

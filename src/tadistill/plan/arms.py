@@ -243,9 +243,7 @@ class _Planner:
                 "`tadistill fetch RECIPE`, and use only the families gpt2, opt, llama, mistral, qwen2 and qwen3"
             )
         if target <= total - last:
-            raise ConfigError(
-                f"arms.{name}: the arm in `{arm.compute}` costs less than the stages before this arm's last stage; remove `compute`"
-            )
+            raise ConfigError(f"arms.{name}: the arm in `{arm.compute}` costs less than `{name}` before its last stage; remove `compute`")
         return (target - (total - last)) / last
 
     def _check_patience(self, name: str, arm: Arm, like: PlannedArm, own: dict[str, Stage], final: str) -> None:
@@ -311,5 +309,7 @@ def original_teacher(recipe: Recipe) -> str | None:
     taught = {model for arm in recipe.arms.values() for model in arm.learners}
     heads = list(dict.fromkeys(path[0] for arm in recipe.arms.values() for path in arm.path if len(path) > 1 and path[0] not in taught))
     if len(heads) > 1:
-        raise ConfigError(f"the arms' paths start from different models ({', '.join(heads)}); set `teacher:` to the model to measure KL to")
+        raise ConfigError(
+            f"the arms' paths start from different models ({', '.join(heads)}); set `teacher:` to the model that students are compared with"
+        )
     return heads[0] if heads else None

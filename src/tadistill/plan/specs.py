@@ -52,7 +52,7 @@ class Spec(Part):
 
     @property
     def parents(self) -> dict[str, str]:
-        """Map each role, such as `teacher`, to the key of the stage that writes this input. It must finish before this stage starts."""
+        """Map each role, such as `teacher`, to the key of an earlier stage, which writes this input of the stage and must finish first."""
         keys = {role: stage_of(part) for role, part in self._inputs()}
         return {role: key for role, key in keys.items() if key is not None}
 

@@ -31,7 +31,7 @@ class Estimate:
         self._running: dict[str, tuple[float, float]] = {}  # share of the work that is done, seconds
 
     def finished(self, key: str, seconds: float) -> None:
-        """Note that a stage has finished in this run."""
+        """Record that a stage has finished in this run."""
         self._running.pop(key, None)
         self._finished[key] = seconds
 

@@ -284,8 +284,8 @@ class Chosen:
 def lambda_tradeoff(teacher: str, assistants: Sequence[str], scores: Mapping[str, float], sizes: Mapping[str, float]) -> tuple[Chosen, ...]:
     """Return the assistants that MiniDisc's trade-off chooses for lambda >= 0, in rising order of lambda.
 
-    The trade-off chooses the assistant with the largest score + lambda * (1 - size / size of the teacher). Scores are from 0 to 1. Where
-    the choice changes, two assistants are equally good. Source: Zhang et al. 2022, arXiv 2205.14570.
+    The trade-off chooses the assistant with the largest score + lambda * (1 - size / size of the teacher). Scores are from 0 to 1.
+    At a lambda where the choice changes, two assistants have the same value. Source: Zhang et al. 2022, arXiv 2205.14570.
     """
     left = {name: (scores[name], 1 - sizes[name] / sizes[teacher]) for name in assistants}
     at, found = 0.0, []
