@@ -4,6 +4,7 @@ import tests.environment  # noqa: F401  first: torch and the Hugging Face librar
 
 # isort: split
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def pytest_collection_modifyitems(config, items) -> None:
         if "browser" in item.fixturenames:
             item.add_marker("browser")
     items.sort(key=place)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_precision():
+    """Forget the precision that accelerate keeps for a whole process: the trainers of peers choose bf16."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(True)
 
 
 def response_logits(model, batch, vocab):

@@ -1,5 +1,6 @@
 """Training stages under every layout of student and teacher over processes: what `test_layouts` compares with one process."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,12 @@ class Found:
     dev: list[float] = field(default_factory=list)
 
 
+def _losses(directory: Path) -> list[float]:
+    log = directory / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
 def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: False) -> Found:
     """Train; the state stays in `directory`, and the model as a Hugging Face directory in `directory`/model."""
     objective, sampling = METHODS[case.method]
@@ -89,7 +96,7 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
         {"sharded": shard, "offloaded": offload}[case.teacher](teacher, torch.device("cpu"))
     sampler = _sampler(method, student, teacher, tokenizer, Shard(accelerator.process_index, accelerator.num_processes), None)
     directory.mkdir(parents=True, exist_ok=True)
-    found = Found()
+    found, before = Found(), len(_losses(directory))
 
     def evaluate() -> dict[str, float]:
         """Run more forward passes on one process than on another, in inference mode, as sampling does."""
@@ -113,10 +120,11 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
             hooks=Hooks(evaluate=evaluate, progress=lambda done, text: None, stop=stop),
             checkpoint_seconds=0.0,
             fsdp=case.fsdp and accelerator.num_processes > 1,
-            track=lambda metrics, step: found.losses.append(metrics["train/loss"]),
         )
     except Interrupted:
         return found
+    finally:
+        found.losses = _losses(directory)[before:]
     found.weights = weights(student)
     if accelerator.is_main_process:
         save_model(student, tokenizer, directory / "model", found.weights)

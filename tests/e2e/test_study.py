@@ -149,7 +149,7 @@ def test_killed_runs_resume_to_the_same_results(finished, tmp_path):
 
 
 def test_a_diverging_run_fails_with_the_reason_and_keeps_the_rest(tmp_path):
-    arms = "{kd: {path: xl > s, objective: {type: forward_kl}, sampler: {type: dataset}, optim: {lr: 1e30}}}"
+    arms = "{kd: {path: xl > s, objective: {type: forward_kl}, sampler: {type: dataset}, optim: {lr: 10, betas: [0.99, 0.0], eps: 1e-30}}}"
     text = run(tmp_path / "runs", "seeds=[1]", "data.test=[tinyworld]", "evaluate.also={}", code=1, arms=arms)
     assert "not finite" in text
     assert "Traceback" not in text

@@ -109,7 +109,7 @@ def test_a_failure_takes_its_children_and_nothing_else(study):
     assert study.states() == {"done": 16, "failed": 1, "cancelled": 2}
     said = study.call("status", "tiny")
     assert "16 done, 2 cancelled, 1 failed" in said
-    assert "no job is queued; run the same `tadistill submit` again" in said
+    assert "nothing is queued or running; continue with `" in said
 
 
 def test_the_failed_branch_goes_again_and_the_report_follows(study):

@@ -216,8 +216,8 @@ def test_a_budget_limits_what_is_tried():
         ({"search": {"assistants": ["b", "a"]}}, ["a (", "follows b (", "order teacher, assistants and student by size"]),
         ({"select": "last"}, ["is selected by `last`", "set `select.metric` to `loss`"]),
         ({"select": "reverse_kl"}, ["is selected by `reverse_kl`", "which differs from path to path"]),
-        ({"search": {"student": "t"}}, ["search names t twice"]),
-        ({"search": {"student": "q"}}, ["search names `q`, which is not a model"]),
+        ({"search": {"student": "t"}}, ["`search` names t twice"]),
+        ({"search": {"student": "q"}}, ["`search` names `q`, which is not a model"]),
         ({"search": {"rungs": [1.0]}, "strategy": "halving"}, ["at least two rungs"]),
         (
             {"models": {n: model(16) for n in "tsabcdefghi"}, "search": {"assistants": list("abcdefghi")}},
