@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.common import MOST, Strict
 from tadistill.config.method import Dense, MethodPatch, Optim, Select
-from tadistill.config.named import with_method
+from tadistill.config.named import written_out
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
 
@@ -91,10 +91,7 @@ class Arm(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
-        given = {"path": value} if isinstance(value, str) else value
-        if not isinstance(given, dict) or given.get("method") is None:
-            return given
-        return with_method(given["method"], {key: part for key, part in given.items() if key != "method"})
+        return written_out(value, string="path", name="method")
 
     @field_validator("path", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from tadistill.config.common import MOST, Strict
-from tadistill.config.named import with_method
+from tadistill.config.named import written_out
 from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import DatasetSampler, HiddenSignal, OnPolicy, ReplaySampler, Rounds, Sampler, TopKSignal
 from tadistill.errors import ConfigError
@@ -138,10 +138,7 @@ class Method(Strict):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        given = {"name": value} if isinstance(value, str) else value
-        if not isinstance(given, dict) or given.get("name") is None:
-            return given
-        return with_method(given["name"], {key: part for key, part in given.items() if key != "name"})
+        return written_out(value, string="name", name="name")
 
     @property
     def signal(self) -> HiddenSignal | TopKSignal | None:

@@ -17,14 +17,25 @@ METHODS: dict[str, dict[str, Any]] = yaml.safe_load(
 _PARTS = {"objective": TypeAdapter(Objective), "sampler": TypeAdapter(Sampler)}
 
 
-def with_method(name: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return `given`, the keys of a method or an arm, with the objective and the sampler of a named method.
+def written_out(value: Any, *, string: str, name: str) -> Any:
+    """Return the keys of a method or an arm, with the objective and the sampler of the method that it names, if it names one.
 
-    A part that `given` has too is merged: its keys replace those of the named method, and another `type` replaces the whole part.
+    A part that `value` has too is merged: its keys replace those of the named method, and another `type` replaces the whole part.
+
+    Args:
+        value: as the recipe has it. A string stands for the key `string`. Anything else that is no mapping is returned as it is.
+        name: the key that names the method; it is left out of the result.
 
     Raises:
         ValueError: there is no method of this name.
     """
+    given = {string: value} if isinstance(value, str) else value
+    if not isinstance(given, dict) or given.get(name) is None:
+        return given
+    return _with_method(given[name], {key: part for key, part in given.items() if key != name})
+
+
+def _with_method(name: Any, given: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(name, str) or name not in METHODS:
         close = difflib.get_close_matches(str(name).lower(), METHODS, n=1, cutoff=0.5)
         hint = f"did you mean `{close[0]}`? The" if close else "the"

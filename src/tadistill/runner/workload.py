@@ -11,6 +11,7 @@ from typing import Any
 from tadistill.config import Recipe
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.data import datasets
+from tadistill.data.survey import survey
 from tadistill.errors import TadistillError
 from tadistill.metrics import names_in
 from tadistill.models.counting.cost import NOT_LEARNING, phase
@@ -104,7 +105,7 @@ class _Sizes:
         try:
             if datasets.on_hub(split.ref, split.role, self.recipe.data):
                 return split.limit or _ROWS  # reading it again would take long
-            return len(datasets.load(split.ref, split.role, self.recipe.data))
+            return survey(split.ref, split.role, self.recipe.data).rows
         except TadistillError:  # the stage that reads this split says what is wrong
             return _ROWS
 

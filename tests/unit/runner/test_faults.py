@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.unit.runner.small import small
 
 from tadistill.config import parse
 from tadistill.errors import Interrupted, StageFailed, StoreError
@@ -19,25 +20,13 @@ from tadistill.plan.task import Task, make_task
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
+RECIPE = small("xl")
 UPDATES = 8
-RECIPE = """
-study: faults
-seeds: [1]
-models:
-  xl:
-    load: scratch:gpt2
-    tokenizer: tinyworld
-    config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}
-    sft: {optim: {steps: 8, batch: 4}, select: {metric: loss, every: 2}}
-data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 40, limit: {train: 64, dev: 4, test: 4}}
-evaluate: {seeds: [1], max_new_tokens: 4, also: {}}
-arms: {sft: xl}
-"""
 
 
 def tasks(root: Path) -> tuple[Task, Task]:
     """A fine-tuning that saves before each update, and an evaluation that stands on it."""
-    plan = make_plan(parse(RECIPE, [], source="faults.yaml"))
+    plan = make_plan(parse(RECIPE, [], source="small.yaml"))
     made = [replace(make_task(plan, stage, Store(root)), checkpoint_seconds=1e-9) for stage in plan.stages.values()]
     sft, evaluate = (next(task for task in made if task.spec.kind == kind) for kind in ("sft", "evaluate"))
     return sft, evaluate

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from rich.console import Console
+from tests.unit.runner.small import small
 
 from tadistill.cluster.status import print_status, status_rows
 from tadistill.config import parse
@@ -21,19 +22,7 @@ from tadistill.runner.screen import Screen
 from tadistill.runner.study import save_plan
 from tadistill.store import Store
 
-RECIPE = """
-study: small
-seeds: [1]
-models:
-  s:
-    load: scratch:gpt2
-    tokenizer: tinyworld
-    config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}
-    sft: {optim: {steps: 8, batch: 4}, select: {metric: loss, every: 2}}
-data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_length: 40, limit: {train: 64, dev: 4, test: 4}}
-evaluate: {seeds: [1], max_new_tokens: 4, also: {}}
-arms: {sft: s}
-"""
+RECIPE = small("s")
 
 
 @pytest.fixture
