@@ -2,7 +2,7 @@
 
 import pytest
 
-from tadistill.cli import _sets
+from tadistill.cli.models import _sets
 
 
 @pytest.mark.parametrize(

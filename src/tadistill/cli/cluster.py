@@ -8,21 +8,10 @@ from typing import Annotated
 
 import typer
 
+from tadistill.cli.shared import Overrides, RecipePath, Runs, StudyName, console
 from tadistill.store import runs_directory, store_of
-from tadistill.terminal import Terminal
-
-# arguments and options that all commands share; `tadistill.cli` imports them too
-RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Values that replace values of the recipe, for instance seeds=[10].", metavar="[KEY=VALUE]…")
-]
-StudyName = Annotated[str, typer.Argument(help="The name, the directory or the recipe of a study.", metavar="STUDY")]
-Runs = Annotated[
-    Path | None, typer.Option("--runs", help="Directory of studies and the store (default: variable TADISTILL_RUNS, else ./runs).")
-]
 
 app = typer.Typer()
-console = Terminal()
 Cluster = Annotated[str | None, typer.Option("--cluster", help="Name or YAML file of a cluster profile (default: variable CC_CLUSTER).")]
 
 

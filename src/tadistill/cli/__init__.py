@@ -1,0 +1,48 @@
+"""The command line: `tadistill -h` lists the commands. Each command imports what it needs, so start-up is fast."""
+
+import contextlib
+import sys
+from typing import Annotated
+
+import typer
+
+from tadistill import __version__
+from tadistill.cli import cluster, models, recipes, studies
+from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, StageFailed, TadistillError
+from tadistill.terminal import Terminal, output
+
+app = typer.Typer(
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    help="White-box distillation of language models through teacher assistants.",
+)
+for commands in (recipes, models, studies, cluster):
+    app.add_typer(commands.app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tadistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line. Print an error as one sentence and exit with 1 (a run failed) or 2 (the input is wrong)."""
+    try:
+        with output():
+            app()
+    except TadistillError as error:
+        kind, errors = "failed" if isinstance(error, StageFailed | JudgeFailed) else "error", Terminal(stderr=True)
+        with contextlib.suppress(SystemExit), output():
+            for problem in error.problems:
+                errors.print(f"[bold red]{kind}[/]: ", end="")
+                errors.print(problem, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, (ConfigError, DataError, ModelError)) else 1)

@@ -1,0 +1,77 @@
+"""Commands that take models: eval, compare."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tadistill.cli.shared import Runs, comma_separated, console, run_and_report, runs_option
+from tadistill.errors import ConfigError
+from tadistill.store import runs_directory, store_of
+
+app = typer.Typer()
+On = Annotated[str, typer.Option("--on", help="Test sets, separated by commas: names, JSONL files or hub ids.")]
+Seeds = Annotated[str, typer.Option("--seeds", help="Decoding seeds, separated by commas.")]
+Teacher = Annotated[str | None, typer.Option("--teacher", help="Also measure KL divergences to this model.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE as in a recipe, such as data.template=chat, evaluate.temperature=0, data.limit.test=50."),
+]
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id, directory, x.gguf, or wheel://…", metavar="MODEL")],
+    on: On = "dolly,self_inst,vicuna,sinst,uinst",
+    seeds: Seeds = "10,20,30,40,50",
+    teacher: Teacher = None,
+    settings: Settings = None,
+    runs: Runs = None,
+) -> None:
+    """Evaluate any model on MiniLLM's five test sets or others, and write a report."""
+    _evaluate([model], on, seeds, teacher, settings, runs, ["tadistill", "eval", model])
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Two models or more.", metavar="MODEL MODEL …")],
+    on: On = "dolly",
+    seeds: Seeds = "10",
+    teacher: Teacher = None,
+    show: Annotated[int, typer.Option("--show", min=0, help="Number of prompts per test set to print, with all answers.")] = 2,
+    settings: Settings = None,
+    runs: Runs = None,
+) -> None:
+    """Compare several models on the same prompts: answers side by side, and paired differences."""
+    from tadistill.report import read_results
+    from tadistill.report.plain import side_by_side
+
+    if len(models) < 2:
+        raise ConfigError(f"`tadistill compare` needs at least two models, but got only {models[0]}; add one, or use `tadistill eval`")
+    study = _evaluate(models, on, seeds, teacher, settings, runs, ["tadistill", "compare", *models])
+    console.print(side_by_side(read_results(study, store_of(study.parent)), show))
+
+
+def _evaluate(
+    models: list[str], on: str, seeds: str, teacher: str | None, settings: list[str] | None, runs: Path | None, verb: list[str]
+) -> Path:
+    from tadistill.config import parse
+    from tadistill.runner.study import evaluation_recipe
+
+    numbers = comma_separated(seeds)
+    if not numbers or not all(part.isdigit() for part in numbers):
+        raise ConfigError(f"--seeds is `{seeds}`; give whole numbers separated by commas, for instance 10,20,30")
+    text = evaluation_recipe(models, _sets(on), seeds=[int(n) for n in numbers], teacher=teacher)
+    chosen = [part for option in settings or [] for part in ("--set", option)] + (["--teacher", teacher] if teacher else [])
+    command = shlex.join([*verb, "--on", on, "--seeds", seeds, *chosen, *runs_option(runs)])
+    return run_and_report(parse(text, settings or [], source=" ".join(verb[:2])), text, command, runs_directory(runs))
+
+
+def _sets(text: str) -> list[str]:
+    """Return names and paths that stand between commas; the path of an existing file may hold commas itself."""
+    parts = text.split(",")
+    for end in range(len(parts), 1, -1):
+        if Path(",".join(parts[:end])).expanduser().exists():
+            return [",".join(parts[:end]), *_sets(",".join(parts[end:]))]
+    return [*comma_separated(parts[0]), *(_sets(",".join(parts[1:])) if parts[1:] else [])]

@@ -1,0 +1,90 @@
+"""Commands that take a recipe: plan, run, search, advise."""
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from tadistill.cli.shared import Overrides, RecipePath, Runs, console, interruptible, run_and_report, runs_option
+from tadistill.store import runs_directory, store_of
+
+app = typer.Typer()
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Before planning, run 20 updates of each kind of training stage here to measure its speed.")
+    ] = False,
+    runs: Runs = None,
+) -> None:
+    """Show the stages of a study, which of them are finished, and the cost of the others (docs/compute.md)."""
+    from tadistill.config import load
+    from tadistill.plan import preview, throughput
+    from tadistill.plan.arms import make_plan
+    from tadistill.runner.trackers import missing_trackers
+
+    loaded = load(recipe, overrides or [])
+    store, accelerator = store_of(runs_directory(runs)), None
+    if measure:
+        from tadistill.runner.study import fetch_models
+
+        fetch_models(loaded, console)
+    else:
+        preview.fetch_descriptions(loaded, console)
+    found = make_plan(loaded, partial=not measure)
+    if measure:
+        import torch
+
+        from tadistill.runner.timing import time_stages
+
+        accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        speeds = time_stages(found, preview.threads(found), lambda text: console.print(f"timing {text}", highlight=False))
+        throughput.save_throughput(store, throughput.machine(preview.threads(found), accelerator), speeds)
+    for sentence in missing_trackers(loaded):
+        console.print(sentence, highlight=False, markup=False)
+    preview.print_plan(found, store, console, accelerator)
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
+    """Run a study on this machine and write its report. Finished stages are reused; an interrupted run resumes."""
+    from tadistill.config import load
+
+    command = shlex.join(["tadistill", "run", str(recipe), *(overrides or []), *runs_option(runs)])
+    run_and_report(load(recipe, overrides or []), recipe.read_text(encoding="utf-8"), command, runs_directory(runs))
+
+
+@app.command()
+def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
+    """Train paths of the recipe's `search` until its strategy has chosen one by dev values (docs/paths.md)."""
+    from tadistill.config import load
+    from tadistill.search.command import find_path
+
+    with interruptible():
+        find_path(load(recipe, overrides or []), runs=runs_directory(runs), console=console)
+
+
+@app.command()
+def advise(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    prompts: Annotated[int, typer.Option(help="Number of dev prompts to measure on.")] = 256,
+    runs: Runs = None,
+) -> None:
+    """Measure a recipe's models on dev prompts and predict which path is worth its compute (docs/advise.md)."""
+    from tadistill.advise.command import advise_recipe
+    from tadistill.config import load
+
+    chosen = overrides or []
+    with interruptible():
+        advise_recipe(
+            load(recipe, chosen),
+            source=str(recipe),
+            overrides=[*chosen, *runs_option(runs)],
+            runs=runs_directory(runs),
+            prompts=prompts,
+            console=console,
+        )

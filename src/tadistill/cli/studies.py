@@ -1,0 +1,121 @@
+"""Commands that read a study: report, export, judge, human."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tadistill.cli.shared import Runs, StudyName, comma_separated, console
+from tadistill.errors import ConfigError
+from tadistill.store import runs_directory, store_of
+
+app = typer.Typer()
+
+
+@app.command()
+def report(study: StudyName, runs: Runs = None) -> None:
+    """Write report.html, report.md and results.json of a study from the finished stages."""
+    from tadistill.report import read_results, summary_table, write_report
+    from tadistill.results.study import find_study
+
+    root = runs_directory(runs)
+    directory = find_study(study, root)
+    results = read_results(directory, store_of(root))
+    page = write_report(results)
+    console.print(summary_table(results))
+    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def export(
+    study: StudyName,
+    arm: Annotated[str, typer.Argument(help="The arm whose model is copied.", metavar="ARM")],
+    target: Annotated[Path, typer.Argument(help="The new directory for the copy.", metavar="TARGET")],
+    seed: Annotated[int | None, typer.Option("--seed", help="Training seed (default: the first seed).")] = None,
+    runs: Runs = None,
+) -> None:
+    """Copy a trained model to a Hugging Face directory with a model card."""
+    from tadistill.report import read_results
+    from tadistill.report.cards import export as export_model
+    from tadistill.results.study import find_study
+
+    root = runs_directory(runs)
+    export_model(read_results(find_study(study, root), store_of(root)), arm, seed, target)
+    console.print(f"{target}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True, highlight=False)
+
+
+Arms = Annotated[list[str] | None, typer.Option("--arm", help="An arm to use. Repeat the option for more arms (default: all).")]
+JudgedOn = Annotated[str, typer.Option("--on", help="Test sets, separated by commas (default: all).")]
+Limit = Annotated[int | None, typer.Option("--limit", help="Number of prompts per test set, evenly spaced (default: all).")]
+
+
+@app.command()
+def judge(
+    study: StudyName,
+    model: Annotated[str, typer.Option(help="The name of the judging model at its endpoint.")],
+    base_url: Annotated[
+        str, typer.Option(envvar="OPENAI_BASE_URL", help="Any OpenAI-compatible endpoint; the key is OPENAI_API_KEY.")
+    ] = "https://api.openai.com/v1",
+    mode: Annotated[str, typer.Option(help="pair: which answer is better. score: MiniLLM's score, in % of the reference's.")] = "pair",
+    arm: Arms = None,
+    against: Annotated[str, typer.Option(help="The opponent: an arm, or `reference` for the reference answers.")] = "reference",
+    on: JudgedOn = "",
+    limit: Limit = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE, such as all_seeds=true, temperature=0.5, jobs=8 (docs/judge.md)."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
+    runs: Runs = None,
+) -> None:
+    """Let a language model rate the answers of a study (docs/judge.md). Replies are kept, and the same command resumes."""
+    from tadistill.config.judge import Judge
+    from tadistill.config.load import read_settings
+    from tadistill.judge import commands
+
+    options = {
+        "model": model,
+        "base_url": base_url,
+        "mode": mode,
+        "arms": arm or [],
+        "against": against,
+        "sets": comma_separated(on),
+        "limit": limit,
+    }
+    chosen = read_settings(Judge, options, settings or [], source="tadistill judge")
+    confirm, command = (lambda _: True) if yes else typer.confirm, shlex.join(["tadistill", *sys.argv[1:]])
+    try:
+        commands.judge(study, chosen, root=runs_directory(runs), console=console, confirm=confirm, command=command)
+    except KeyboardInterrupt:
+        console.print("interrupted; replies are kept. Run the same command again to continue")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def human(
+    study: StudyName,
+    files: Annotated[list[Path] | None, typer.Argument(help="Filled-in sheets, one for each rater.", metavar="[ANSWERS.csv]…")] = None,
+    arm: Arms = None,
+    on: JudgedOn = "",
+    limit: Limit = None,
+    reference: Annotated[bool, typer.Option("--reference", help="Also show the reference answer.")] = False,
+    name: Annotated[str, typer.Option(help="The sheet's name.")] = "blind",
+    seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
+    runs: Runs = None,
+) -> None:
+    """Write a blind sheet of a study's answers for people to rate, or read filled-in sheets back (docs/judge.md)."""
+    from tadistill.config.judge import BlindSheet
+    from tadistill.config.load import read_settings
+    from tadistill.judge import commands
+
+    root = runs_directory(runs)
+    if files:
+        if arm or on or limit or reference or seed:
+            raise ConfigError("with filled-in sheets only --name and --runs are allowed; the other options are for writing a new sheet")
+        commands.read_sheets(study, files, root=root, console=console, command=shlex.join(["tadistill", *sys.argv[1:]]), name=name)
+        return
+    options = {"name": name, "arms": arm or [], "sets": comma_separated(on), "limit": limit, "reference": reference, "seed": seed}
+    sheet = read_settings(BlindSheet, options, (), source="tadistill human")
+    commands.export_sheet(study, sheet, root=root, console=console)
