@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from tadistill.plan.arms import Plan, Stage
 from tadistill.plan.task import Task
-from tadistill.rollout import reading
+from tadistill.rollout import decoder
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
@@ -53,10 +53,10 @@ _ADDED = {
 """Formulas that torch's own registry lacks."""
 
 
-_FIRST_RIGHT = reading._first_right
+_FIRST_RIGHT = decoder._first_right
 
 
-def _uncounted(model: PreTrainedModel) -> reading.Way:
+def _uncounted(model: PreTrainedModel) -> decoder.Way:
     """Find out how the model is read, without counting: these few tokens are no part of the predicted work."""
     with _disable_current_modes():
         return _FIRST_RIGHT(model)
@@ -69,7 +69,7 @@ def counted(plan: Plan, directory: Path, kinds: tuple[str, ...] = ("sft", "disti
         if stage.measures:
             continue
         task = Task(stage.spec, stage.key, stage.label, str(directory), "t", None, 1e9)
-        with FlopCounterMode(display=False, custom_mapping=_ADDED) as counter, mock.patch.object(reading, "_first_right", _uncounted):
+        with FlopCounterMode(display=False, custom_mapping=_ADDED) as counter, mock.patch.object(decoder, "_first_right", _uncounted):
             run_stage(task, progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
         if stage.kind in kinds:
             yield stage, float(counter.get_total_flops()), store.manifest(stage.key)

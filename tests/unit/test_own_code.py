@@ -6,11 +6,11 @@ import torch
 from tadistill.config import load
 from tadistill.data.rows import Example
 from tadistill.errors import ConfigError
-from tadistill.evaluation.own import score_own
+from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import METRICS, declare, higher_is_better, metric_title, metric_unit, names_in
 from tadistill.own_code import load_function
 from tadistill.plan.arms import make_plan
-from tadistill.runner.own_code import try_own_code
+from tadistill.runner.preflight import _try_own_code
 
 RECIPE = """\
 study: own
@@ -53,7 +53,7 @@ def test_code_is_found_beside_the_recipe_and_tried_before_work(study, tmp_path, 
     monkeypatch.chdir("/")
     recipe = study()
     assert recipe.runtime.code == str(tmp_path)
-    try_own_code(recipe)
+    _try_own_code(recipe)
     make_plan(recipe)
 
 
@@ -100,7 +100,7 @@ def test_functions_that_would_fail_later_are_found_before_work(study, change, wo
     recipe = study(CODE.replace(*change))
     make_plan(recipe)
     with pytest.raises(ConfigError, match=words):
-        try_own_code(recipe)
+        _try_own_code(recipe)
 
 
 @pytest.mark.parametrize(

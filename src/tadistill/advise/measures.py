@@ -27,7 +27,7 @@ PAIR_MEASURES = ("reverse_kl", "forward_kl", "overlap", "mass", "entropy_gap", "
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Mean:
     """A mean over n prompts and its standard error `se`. `se` is None if there is only one prompt."""
 
     mean: float
@@ -41,11 +41,11 @@ class Model:
 
     name: str
     parameters: int
-    loss: Estimate
+    loss: Mean
     """Negative log-likelihood of the reference answers, in nats per token."""
-    rouge_l: Estimate
+    rouge_l: Mean
     """ROUGE-L of the model's own sampled answers, 0 to 100."""
-    entropy: Estimate
+    entropy: Mean
     """Entropy of the model on its own answers, in nats per token."""
 
 
@@ -57,21 +57,21 @@ class Pair:
     learner: str
     size_ratio: float
     """Parameters of p / parameters of q."""
-    reverse_kl: Estimate
+    reverse_kl: Mean
     """KL(q ‖ p) per token on q's own answers, where on-policy distillation starts."""
-    forward_kl: Estimate
+    forward_kl: Mean
     """KL(p ‖ q) per token on the reference answers."""
-    overlap: Estimate
+    overlap: Mean
     """Share of q's k most likely tokens that are also among p's k most likely tokens, on q's own answers."""
-    mass: Estimate
+    mass: Mean
     """Total probability that q gives to p's k most likely tokens, on q's own answers."""
-    entropy_gap: Estimate
+    entropy_gap: Mean
     """Entropy of p minus entropy of q in nats per token, on q's own answers."""
-    loss_ratio: Estimate
+    loss_ratio: Mean
     """Loss of p / loss of q on the reference answers."""
-    advantage: Estimate
+    advantage: Mean
     """Mean of log p - log q per token of the reference answers."""
-    bias: Estimate
+    bias: Mean
     """Mean of log p - log p_T per token of q's own answers. p_T is the original teacher, so the bias is 0 if p is p_T."""
 
 
@@ -86,20 +86,20 @@ class Measures:
         return next(m for m in self.models if m.name == name)
 
 
-def estimate(values: ArrayLike) -> Estimate:
+def estimate(values: ArrayLike) -> Mean:
     """Return the mean of one value per prompt (N,), with its standard error."""
     found = np.asarray(values, float)
     se = float(found.std(ddof=1) / np.sqrt(len(found))) if len(found) > 1 else None
-    return Estimate(float(found.mean()), se, len(found))
+    return Mean(float(found.mean()), se, len(found))
 
 
-def ratio(above: ArrayLike, below: ArrayLike) -> Estimate:
+def ratio(above: ArrayLike, below: ArrayLike) -> Mean:
     """Return mean(above) / mean(below) of two arrays (N,), with its standard error (delta method). Infinite if mean(below) is 0."""
     a, b = np.asarray(above, float), np.asarray(below, float)
     if b.mean() == 0:
-        return Estimate(float("inf"), None, len(a))
+        return Mean(float("inf"), None, len(a))
     value = a.mean() / b.mean()
-    return Estimate(float(value), estimate((a - value * b) / b.mean()).se, len(a))
+    return Mean(float(value), estimate((a - value * b) / b.mean()).se, len(a))
 
 
 def measure(

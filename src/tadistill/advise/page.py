@@ -9,7 +9,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tadistill.advise.measures import TOP_K, Estimate, Measures
+from tadistill.advise.measures import TOP_K, Mean, Measures
 from tadistill.advise.words import (
     TAGS,
     Report,
@@ -249,7 +249,7 @@ def bias_figure(report: Report) -> str:
     return div(figure, "figure-bias", height=80 + 66 * len(rows))
 
 
-def _bar(figure: go.Figure, y: float, base: float, value: Estimate, colour: str, name: str, *, error: bool = False) -> None:
+def _bar(figure: go.Figure, y: float, base: float, value: Mean, colour: str, name: str, *, error: bool = False) -> None:
     spread = [1.96 * (value.se or 0.0)] if error else [0.0]
     figure.add_bar(
         x=[value.mean],

@@ -11,7 +11,7 @@ from math import exp, inf
 
 from tadistill.advise.decide import Advice, Option
 from tadistill.advise.history import History
-from tadistill.advise.measures import TOP_K, Estimate, Ladder, Measures, PathCost, twin_name
+from tadistill.advise.measures import TOP_K, Ladder, Mean, Measures, PathCost, twin_name
 from tadistill.config import Recipe
 from tadistill.config.arm import path_text
 from tadistill.metrics import NOT_COMPARABLE
@@ -304,7 +304,7 @@ def option_interval(option: Option) -> str:
     return f"[{signed_number(option.low)}, {signed_number(option.high)}]"
 
 
-def plus_minus(found: Estimate, decimals: int = 3) -> str:
+def plus_minus(found: Mean, decimals: int = 3) -> str:
     """Format a mean and its standard error, such as ``0.087 ± 0.004``."""
     mean = f"{found.mean:.{decimals}f}".replace("-", MINUS)
     return mean if found.se is None else f"{mean} ± {found.se:.{decimals}f}"

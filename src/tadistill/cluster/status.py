@@ -13,7 +13,7 @@ from rich.table import Table
 from tadistill.cluster import queue
 from tadistill.cluster.job import JobRecord, read_record, report_name
 from tadistill.disk import damaged, read_json
-from tadistill.plan.labels import distinct_labels
+from tadistill.plan.graph import distinct_labels
 from tadistill.runner.local import LOG, LocalRun, described, local_runs, spoken
 from tadistill.store import FAILURE, Store, runs_directory
 

@@ -7,9 +7,9 @@ from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.common import MOST, Strict
 from tadistill.config.method import Dense, MethodPatch, Optim, Select
-from tadistill.config.named import written_out
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
+from tadistill.config.shorthand import written_out
 
 ModelPath = Annotated[tuple[str, ...], Field(min_length=1)]
 """Names of models. Each model teaches the next one."""
@@ -73,7 +73,7 @@ class Arm(Strict):
     init: dict[str, str] = {}
     """Learner -> the model of this arm whose weights initialise it, instead of its own weights. The learner's `sft` runs after that."""
     method: str | None = Field(default=None, exclude=True)
-    """A method of `config.named`, which sets objective and sampler. It is None once it is applied."""
+    """A method of `config.shorthand`, which sets objective and sampler. It is None once it is applied."""
     objective: Objective | None = None
     """Overrides of `method.objective`; an objective of another `type` replaces it."""
     sampler: Sampler | None = None

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from tadistill.config.places import Lines, settled, where
 from tadistill.config.problems import problems
 from tadistill.config.recipe import Recipe, own_functions
-from tadistill.config.short import is_short, lines_of_whole, whole
+from tadistill.config.shorthand import is_short, lines_of_whole, whole
 from tadistill.errors import ConfigError, about
 
 Settings = typing.TypeVar("Settings", bound=BaseModel)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from tadistill.config.common import MOST, Strict
-from tadistill.config.named import written_out
 from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import DatasetSampler, HiddenSignal, OnPolicy, ReplaySampler, Rounds, Sampler, TopKSignal
+from tadistill.config.shorthand import written_out
 from tadistill.errors import ConfigError
 from tadistill.metrics import SELECTABLE
 
@@ -128,7 +128,7 @@ class Method(Strict):
     """
 
     name: str | None = Field(default=None, exclude=True)
-    """A method of `config.named`, which sets objective and sampler. The other keys here change it. It is None once it is applied."""
+    """A method of `config.shorthand`, which sets objective and sampler. The other keys here change it. It is None once it is applied."""
     objective: Objective = ForwardKL()
     sampler: Sampler = DatasetSampler()
     optim: Optim = Optim()

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from tadistill.config.named import METHODS
+from tadistill.config.shorthand import METHODS
 
 _WORDS = {
     # our key -> words for it in TRL, transformers, peft, axolotl and ms-swift

@@ -4,18 +4,20 @@ A recipe names models, data, a method and arms; `tadistill.plan.arms` expands it
 this package.
 """
 
+import difflib
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from tadistill.config.arm import Arm, Search
-from tadistill.config.common import MOST, Decoding, Name, Strict
+from tadistill.config.common import MOST, Name, Strict
+from tadistill.config.evaluate import Evaluate, OwnMetric
 from tadistill.config.method import Method, apply
 from tadistill.config.model import ModelConfig
-from tadistill.config.names import wrong_names
 from tadistill.config.objective import Custom
-from tadistill.config.own_metric import OwnMetric
 
 if TYPE_CHECKING:
     from tadistill.config.places import Origin
@@ -123,39 +125,6 @@ class Data(Strict):
     world: World = World()
 
 
-class OtherDecoding(Decoding):
-    """Another decoding of the test sets. Fields that the recipe does not give have the values of the main decoding."""
-
-    seeds: tuple[int, ...] = Field(default=(10,), min_length=1)
-    """Seeds of this decoding; the first seed of the main decoding by default."""
-
-
-class Evaluate(Decoding):
-    """Decoding on the test sets, and on dev for metrics that need text."""
-
-    seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
-    """Decoding seeds (MiniLLM's five). Each seed gives one response to every test prompt; dev uses only the first seed."""
-    batch: int = Field(default=32, ge=1, le=MOST)
-    """Number of sequences in a forward pass."""
-    also: dict[Annotated[Name, Field(pattern=r"^[A-Za-z0-9._-]+$")], OtherDecoding] = {
-        "greedy": OtherDecoding(temperature=0),
-        "t0.5": OtherDecoding(temperature=0.5),
-    }
-    """Other decodings by name. The report shows their metrics as METRIC@NAME."""
-
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) != len(seeds):
-            raise ValueError(f"decoding seeds {list(seeds)} contain a seed twice; give every seed once")
-        return seeds
-
-    def other(self, name: str) -> "Evaluate":
-        """Return the settings of one of the other decodings."""
-        changes = {field: getattr(self.also[name], field) for field in self.also[name].model_fields_set}
-        return self.model_copy(update={"seeds": self.seeds[:1], "also": {}, **changes})
-
-
 class Runtime(Strict):
     """Settings of a run on this machine. They do not change a stage's key. Results are the same, up to rounding."""
 
@@ -243,7 +212,7 @@ class Recipe(Strict):
         names = [metric.name for metric in self.metrics]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"metrics has two functions called `{twice[0]}`; rename one of them")
-        if wrong := [*wrong_names(self)]:
+        if wrong := [*_wrong_names(self)]:
             raise ValueError("\n".join(wrong))
         check_acyclic({n: m.parent for n, m in self.models.items() if m.parent}, "models")
         check_acyclic({n: a.compute[3:] for n, a in self.arms.items() if a.compute}, "compute")
@@ -301,3 +270,41 @@ def check_acyclic(edges: dict[str, str], what: str) -> None:
                 raise ValueError(f"`{what}` has a cycle: {' -> '.join([*seen, at])}; remove one of these references")
             seen.append(at)
             at = edges.get(at)
+
+
+def _wrong_names(recipe: Recipe) -> Iterator[str]:
+    """Yield a sentence for every name of a model, an arm or a checkpoint that the recipe does not have."""
+    for name, model in recipe.models.items():
+        yield from _unknown(recipe, model.parent, f"models.{name} is made of")
+        if model.checkpoint and model.checkpoint.of in recipe.models and model.checkpoint.step not in _kept(recipe, model.checkpoint.of):
+            of, step = model.checkpoint.of, model.checkpoint.step
+            yield f"models.{name} is `{of}` after update {step}, but that checkpoint is not kept; add {step} to models.{of}.sft.keep"
+        if model.temper and model.temper.like is not None and model.temper.like not in recipe.arms:
+            yield f"models.{name}.temper.like is `{model.temper.like}`, which is not an arm; {_choice(model.temper.like, recipe.arms)}"
+    yield from _unknown(recipe, recipe.teacher, "teacher is")
+    for name in (recipe.search.teacher, *recipe.search.assistants, recipe.search.student) if recipe.search else ():
+        yield from _unknown(recipe, name, "search names")
+    for name, arm in recipe.arms.items():
+        for model in arm.models:
+            yield from _unknown(recipe, model, f"arms.{name}.path names")
+        if recipe.teacher in arm.learners:
+            yield f"teacher is `{recipe.teacher}`, but arms.{name} trains this model; name a model that no arm trains"
+        if arm.compute and arm.compute[3:] not in recipe.arms:
+            yield f"arms.{name}.compute is `{arm.compute}`, which is not an arm; {_choice(arm.compute[3:], recipe.arms)}"
+
+
+def _unknown(recipe: Recipe, model: str | None, where: str) -> Iterator[str]:
+    if model is not None and model not in recipe.models:
+        fix = "write `>` between two models" if re.search(r"[-=–—]$|[→⇒,>]", model) else _choice(model, recipe.models)
+        yield f"{where} `{model}`, which is not a model; {fix}"
+
+
+def _kept(recipe: Recipe, name: str) -> tuple[int, ...]:
+    sft = recipe.models[name].sft
+    return sft.keep if sft else ()
+
+
+def _choice(given: str, names: Iterable[str]) -> str:
+    """Return the fix for a name that does not exist: the name that is closest to it, and all names."""
+    close = difflib.get_close_matches(given, list(names), n=1)
+    return f"{f'did you mean `{close[0]}`? ' if close else ''}{'Choose' if close else 'choose'} one of {', '.join(names)}"

@@ -17,8 +17,8 @@ from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
 from tadistill.data.templates import EvalSet, task_of
 from tadistill.evaluation import calibration, text_scores
-from tadistill.evaluation.own import score_own
 from tadistill.evaluation.scoring import Answers, Subject, divergences, entropy, likelihood, means
+from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import names_in
 from tadistill.own_code import OwnFunction
 from tadistill.rollout.engine import Native

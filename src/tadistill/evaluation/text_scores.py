@@ -4,6 +4,7 @@
 text metric, add a line to one of these functions, and a row to `tadistill.metrics`. Words are separated by white space.
 """
 
+import math
 import re
 import string
 import unicodedata
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tadistill.data.rows import Example, Facts
-from tadistill.errors import DataError
+from tadistill.errors import ConfigError, DataError
+from tadistill.own_code import OwnFunction
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -256,3 +258,33 @@ def _bleu(answer: list[str], others: list[list[str]]) -> float:
     order = min(_BLEU_ORDER, len(answer))
     score = sentence_bleu(others, answer, weights=(1 / order,) * order, smoothing_function=SmoothingFunction().method1)
     return float(score)  # type: ignore[arg-type]  # a list only for a list of weights
+
+
+# --- metrics of the user's own code ----------------------------------------------------------------------------------------
+
+
+def score_own(functions: Mapping[str, OwnFunction], predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, list[float]]:
+    """Return the scores of each metric, one value per prediction. A metric is called with a prediction and the list of its references.
+
+    Raises:
+        ConfigError: a metric fails, or returns something else than a finite number.
+    """
+    return {
+        name: [_own_score(function, text, list(example.references)) for text, example in zip(predictions, examples, strict=True)]
+        for name, function in functions.items()
+    }
+
+
+def _own_score(function: OwnFunction, prediction: str, references: list[str]) -> float:
+    given = f"metric `{function.name}` in {function.file}, for the answer {prediction!r} and the references {references!r},"
+    try:
+        found = function.call(prediction, references)
+    except Exception as error:  # whatever the user's code raises
+        raise ConfigError(f"{given} failed with {type(error).__name__}: {error}; correct the function") from error
+    try:
+        value = float(found)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{given} returned {found!r}; return a number") from error
+    if not math.isfinite(value):
+        raise ConfigError(f"{given} returned {value}; return a finite number")
+    return value

@@ -17,8 +17,8 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph, Stage, with_ancestors
 from tadistill.plan.inputs import FromStage, Handle
 from tadistill.plan.specs import TrainingSpec
+from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import check_entries, check_sources
-from tadistill.plan.tokens import StudyTokens
 
 
 @dataclass(frozen=True)

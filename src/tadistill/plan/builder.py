@@ -16,9 +16,22 @@ from tadistill.models.counting import shapes
 from tadistill.plan import specs
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph
-from tadistill.plan.inputs import Encoding, FromStage, Handle, HashedData, Loaded, Output, OwnCode, Pruned, PrunedDepth, Split, Tempered
-from tadistill.plan.own_code import plan_metrics, plan_objective
-from tadistill.plan.tokens import StudyTokens
+from tadistill.plan.inputs import (
+    Encoding,
+    FromStage,
+    Handle,
+    HashedData,
+    Loaded,
+    Output,
+    OwnCode,
+    Pruned,
+    PrunedDepth,
+    Split,
+    Tempered,
+    plan_metrics,
+    plan_objective,
+)
+from tadistill.plan.study_tokens import StudyTokens
 
 
 class StageBuilder:

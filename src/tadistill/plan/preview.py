@@ -15,8 +15,7 @@ from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.costs import passes
-from tadistill.plan.graph import Stage, with_ancestors
-from tadistill.plan.labels import distinct_labels
+from tadistill.plan.graph import Stage, distinct_labels, with_ancestors
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
 

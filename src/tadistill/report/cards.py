@@ -16,8 +16,8 @@ from tadistill.report.explain import explain
 from tadistill.report.plain import code, escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell
 from tadistill.report.text import caution_texts, sample_text, undecided_text, verdict_text
+from tadistill.results.actual import rows_text
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
-from tadistill.results.rows import rows_text
 from tadistill.results.study import ArmRecord, load_manifest
 from tadistill.results.units import interval, number, parameters_text
 from tadistill.results.verdict import comparisons, pairs

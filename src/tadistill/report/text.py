@@ -8,8 +8,8 @@ from typing import Literal
 
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import metric_title, metric_unit
+from tadistill.results.actual import rows_text
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
-from tadistill.results.rows import rows_text
 from tadistill.results.study import ArmRecord
 from tadistill.results.units import detectable_text, number, p_text, parameters_text, signed, span, summary_text
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, comparisons, competitors, pairs

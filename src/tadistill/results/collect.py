@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from tadistill.disk import damaged
 from tadistill.metrics import metric_of, names_in
-from tadistill.results.rows import UsedRows, count_rows, load_rows, places, shared_rows
-from tadistill.results.spent import with_spent
+from tadistill.results.actual import UsedRows, count_rows, load_rows, places, shared_rows, with_spent
 from tadistill.results.study import READ, ArmRecord, Scores, StudyPlan, load_corpus, load_plan, load_scores
 from tadistill.statistics import macro_interval, macro_intervals
 from tadistill.store import Store

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tadistill.config.arm import path_text
+from tadistill.config.evaluate import OwnMetric
 from tadistill.config.load import study_in
-from tadistill.config.own_metric import OwnMetric
 from tadistill.data.templates import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import ConfigError, StoreError

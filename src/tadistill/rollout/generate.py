@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from tadistill.config.common import Decoding
 from tadistill.models.forward import evaluating, tapped
 from tadistill.rollout import lazy
+from tadistill.rollout.decoder import Decoder, groups, way_of
 from tadistill.rollout.draw import Mixture, Record, Rollout, Speculation, next_tokens, processors
-from tadistill.rollout.reading import Decoder, groups, way_of
 from tadistill.tuning import COMPACT_BELOW
 
 __all__ = ["Mixture", "Rollout", "Speculation", "sample"]

@@ -1,13 +1,207 @@
-"""The time that a run still needs: the work of its stages, divided by the speed that the run has shown so far."""
+"""The time that a run still needs: the work of its stages, divided by the speed that the run has shown so far.
 
-from collections.abc import Iterable, Mapping
+The work of a stage is predicted in seconds on an assumed machine. It has two parts: FLOPs at an assumed speed, and calls of layers at an
+assumed delay, because small models and single decoding steps are limited by calls and not by FLOPs. Only the ratios between stages matter.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from tadistill.config import Recipe
+from tadistill.config.sampling import OnPolicy, Rounds
+from tadistill.data import datasets
+from tadistill.data.survey import survey
+from tadistill.errors import TadistillError
+from tadistill.metrics import names_in
+from tadistill.models.counting.cost import NOT_LEARNING, phase
+from tadistill.models.counting.sizes import Size, Work, forward_flops
+from tadistill.plan.arms import Plan
+from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
-from tadistill.runner.workload import Workload
+from tadistill.plan.inputs import Split
+from tadistill.plan.specs import (
+    AnalyseSpec,
+    DistillSpec,
+    EvaluateSpec,
+    GenerateSpec,
+    PairSpec,
+    ProbeSpec,
+    SftSpec,
+    SignalSpec,
+    Spec,
+    TemperSpec,
+    TrainingSpec,
+)
+from tadistill.tuning import GENERATION_BATCH, RECORDING_BATCH
 
+_SPEED = 1e11
+"""Assumed FLOP/s."""
+_CALL = 2e-4
+"""Assumed seconds of one layer's call."""
+_AROUND = 4
+"""Embeddings, head, loss and sampling of a forward pass take about as long as this many calls of layers."""
+_START = 0.3
+"""Assumed seconds until a stage's process has loaded its models."""
+_ROWS, _LAYERS, _PROMPT = 1000, 12, 64
+"""Assumed rows of a data set on the Hub, layers of a model whose size is not known, and tokens of a prompt."""
 _EARLY = 0.05
 """Below this share of its work, a running stage says nothing about the speed."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The work of one stage, in assumed seconds."""
+
+    kind: str
+    """Equal for stages that do the same work for other seeds."""
+    even: float = 0.0
+    """The part that grows evenly with the stage's progress."""
+    looks: float = 0.0
+    """The part that dev evaluations take, if the stage trains."""
+    every: float = 1.0
+    """The share of the stage's progress between two dev evaluations."""
+
+    @property
+    def total(self) -> float:
+        return _START + self.even + self.looks
+
+    def share(self, progress: float) -> float:
+        """Return the share of the work that is done after a share of the updates or answers."""
+        looked = 1.0 if progress >= 1 else progress // self.every * self.every
+        return (_START + self.even * progress + self.looks * looked) / self.total
+
+
+def workloads(plan: Plan) -> dict[str, Workload]:
+    """Return the work of each stage by key."""
+    sizes = _Sizes(plan.recipe)
+    return {key: _WORK.get(type(stage.spec), _other)(stage, stage.spec, sizes) for key, stage in plan.stages.items()}
+
+
+class _Sizes:
+    def __init__(self, recipe: Recipe):
+        self.recipe, self._ledger = recipe, Ledger(recipe)
+        self._sizes: dict[str, Size | None] = {}
+        self._rows: dict[tuple[str, str], int] = {}
+
+    def passes(self, name: str, count: float) -> float:
+        """Return the assumed seconds of forward passes of a model, without their FLOPs."""
+        size = self._size(name)
+        return count * ((size.layers if size else _LAYERS) + _AROUND) * _CALL
+
+    def answers(self, name: str, rows: float, batch: int, tokens: int) -> float:
+        """Return the assumed seconds of sampling answers of up to `tokens` tokens. On average they end after half of them."""
+        return self.passes(name, -(-rows // batch) * tokens / 2) + self._flops(name, rows * (_PROMPT + tokens / 2))
+
+    def reads(self, name: str, rows: float, batch: int, tokens: int) -> float:
+        """Return the assumed seconds of forward passes over prompts with answers."""
+        return self.passes(name, -(-rows // batch)) + self._flops(name, rows * (_PROMPT + tokens))
+
+    def rows(self, split: Split) -> int:
+        place = split.ref.model_dump_json(), split.role
+        if place not in self._rows:
+            self._rows[place] = self._count(split)
+        return min(self._rows[place], split.limit or self._rows[place])
+
+    def _count(self, split: Split) -> int:
+        try:
+            if datasets.on_hub(split.ref, split.role, self.recipe.data):
+                return split.limit or _ROWS  # reading it again would take long
+            return survey(split.ref, split.role, self.recipe.data).rows
+        except TadistillError:  # the stage that reads this split says what is wrong
+            return _ROWS
+
+    def _size(self, name: str) -> Size | None:
+        if name not in self._sizes:
+            self._sizes[name] = self._ledger.size(name)
+        return self._sizes[name]
+
+    def _flops(self, name: str, positions: float) -> float:
+        size = self._size(name)
+        return forward_flops(size, Work(positions, 0.0, positions)) / _SPEED if size else 0.0
+
+
+def _training(stage: Stage, spec: TrainingSpec, sizes: _Sizes) -> Workload:
+    method, optim, name = spec.method, spec.optim, stage.model
+    steps, micro = optim.steps or 1, optim.micro_batch or optim.batch
+    # passes with gradients take longer than those of sampling, so an update counts as six passes, and the optimizer as two
+    even = sizes.passes(name, steps * (optim.batch / micro * (6 + method.trains_with_teacher) + 2))
+    sampler = method.sampler
+    if isinstance(sampler, OnPolicy):
+        each, updates = (method.round_rollouts, method.round_updates) if isinstance(sampler, Rounds) else (optim.batch, 1)
+        chunks = -(-each // sampler.chunk) * -(-steps // updates)
+        even += sizes.passes(name, chunks * sampler.max_new_tokens * (1 + sampler.guided))
+    looks = 0.0
+    if spec.dev and spec.decoding:
+        rows, decoding = sizes.rows(spec.dev), spec.decoding
+        each = sizes.reads(name, rows, decoding.batch, _PROMPT)
+        if spec.select.metric in (*names_in("quality"), "reverse_kl"):
+            each += sizes.answers(name, rows, decoding.batch, decoding.max_new_tokens)
+        looks = each * spec.checkpoints
+    if stage.cost:
+        even += sum(part.flops for key, part in stage.cost.parts.items() if phase(key) not in NOT_LEARNING) / _SPEED
+    kind = stage.cost.kind if stage.cost else f"{stage.kind} {name}"
+    return Workload(kind, even, looks, min(1.0, spec.select.every / steps))
+
+
+def _generate(stage: Stage, spec: GenerateSpec, sizes: _Sizes) -> Workload:
+    work = sizes.answers(stage.model, sizes.rows(spec.train), GENERATION_BATCH, spec.sampler.max_new_tokens)
+    return Workload(f"generate {stage.model}", work)
+
+
+def _signal(stage: Stage, spec: SignalSpec, sizes: _Sizes) -> Workload:
+    return Workload(f"signal {stage.model}", sizes.reads(stage.model, sizes.rows(spec.train), RECORDING_BATCH, spec.data.max_length))
+
+
+def _temper(stage: Stage, spec: TemperSpec, sizes: _Sizes) -> Workload:
+    searches = 20  # forward passes over the dev set until the temperature is found
+    return Workload("temper", searches * sizes.reads(stage.model, sizes.rows(spec.dev), spec.batch, _PROMPT))
+
+
+def _evaluate(stage: Stage, spec: EvaluateSpec, sizes: _Sizes) -> Workload:
+    how, name = spec.decoding, stage.model
+    work = 0.0
+    for rows in map(sizes.rows, spec.sets):
+        answers = sizes.answers(name, rows, how.batch, how.max_new_tokens)
+        work += len(how.seeds) * (answers + sizes.reads(name, rows, how.batch, how.max_new_tokens))
+    return Workload(f"evaluate {name} {how.model_dump_json()}", work)
+
+
+def _analyse(stage: Stage, spec: AnalyseSpec, sizes: _Sizes) -> Workload:
+    how = sizes.recipe.evaluate
+    models = 2 + len(spec.assistants)
+    rows = sum(map(sizes.rows, spec.sets)) * len(how.seeds)
+    return Workload(f"analyse {stage.model} {models}", 2 * models * sizes.reads(stage.model, rows, spec.batch, how.max_new_tokens))
+
+
+def _probe(stage: Stage, spec: ProbeSpec, sizes: _Sizes) -> Workload:
+    rows = sizes.rows(spec.dev)
+    return Workload(f"probe {stage.model}", sizes.answers(stage.model, rows, spec.decoding.batch, spec.decoding.max_new_tokens))
+
+
+def _pair(stage: Stage, spec: PairSpec, sizes: _Sizes) -> Workload:
+    return Workload(f"pair {stage.model}", 4 * sizes.reads(stage.model, sizes.rows(spec.dev), spec.batch, _PROMPT))
+
+
+def _other(stage: Stage, spec: Spec, sizes: _Sizes) -> Workload:
+    return Workload(f"{stage.kind} {stage.model}")
+
+
+_WORK: Mapping[type[Spec], Callable[[Stage, Any, _Sizes], Workload]] = {
+    SftSpec: _training,
+    DistillSpec: _training,
+    TemperSpec: _temper,
+    GenerateSpec: _generate,
+    SignalSpec: _signal,
+    EvaluateSpec: _evaluate,
+    AnalyseSpec: _analyse,
+    ProbeSpec: _probe,
+    PairSpec: _pair,
+}
+"""One function per kind of stage. A kind without one counts as a stage that only loads its models."""
+
+
+# --- measured --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -1,9 +1,7 @@
 """Checks before a study starts: data, models on disk, tokenizers, memory. They find a mistake before any stage has run."""
 
 import importlib.util
-import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,34 +9,32 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Recipe
-from tadistill.config.common import Decoding
+from tadistill.config.objective import Custom
 from tadistill.config.places import placed
 from tadistill.config.recipe import methods
 from tadistill.data import datasets, survey
-from tadistill.data.batch import chunks
-from tadistill.data.encoded import RowsOnDisk
-from tadistill.data.templates import Counts, Lengths, adds_bos, encode_counted
-from tadistill.errors import ConfigError, DataError, Gathering, ModelError
-from tadistill.evaluation.text_scores import UNSEEN, unseen
+from tadistill.errors import ConfigError, Gathering, ModelError, about
+from tadistill.evaluation.text_scores import score_own
 from tadistill.models.counting.memory import available_memory, check_memory, resident_bytes
 from tadistill.models.loading import check_model, check_same_tokenizer, load_tokenizer
 from tadistill.models.pruning import keep_list
 from tadistill.models.scratch import check_scratch, scratch_config
 from tadistill.models.support import check_config
+from tadistill.own_code import load_function
 from tadistill.plan.arms import Plan, make_plan, original_teacher
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
+from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import layout
 from tadistill.plan.throughput import cores
-from tadistill.plan.tokens import StudyTokens
-from tadistill.runner.own_code import try_own_code
+from tadistill.runner.splits import check_texts, read_splits, rows_notes, script_notes, trains
+from tadistill.train.step import own_divergence
 
 _LESS_MEMORY = (
     "use smaller models, lower optim.micro_batch, set optim.gradient_checkpointing, set optim.precision to bf16 (which halves a frozen "
     "teacher), or use a machine with more memory"
 )
 _STARTS = 10
-_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of one thing in transformers' configurations
 
 
 @placed
@@ -66,7 +62,7 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     with found.about():
         _check_peft(recipe)
     with found.about():
-        try_own_code(recipe)
+        _try_own_code(recipe)
     plan = make_plan(recipe)
     for stage in plan.stages.values() if recipe.resources else ():
         with found.about():
@@ -78,21 +74,21 @@ def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
     found.finish()
     if teacher:  # without one, models are only evaluated, and each one may have its own tokenizer
         check_same_tokenizer(tokenizers)
-    read = {name: _check_encoding(recipe, tokenizers[name], plan.tokens, name) for name in (used[:1] if teacher else used)}
+    read = {name: read_splits(recipe, tokenizers[name], plan.tokens, name) for name in (used[:1] if teacher else used)}
     for name in used:
         reader = used[0] if teacher else name
         with found.about(f"models.{name}"):
             rows, config = _check_model(recipe, name, tokenizers[name])
             try:
-                _check_texts(recipe, rows, config, tokenizers[name], read[reader].texts)
+                check_texts(recipe, rows, config, tokenizers[name], read[reader].texts)
             except (ConfigError, ModelError):
                 if not read[reader].unread:
                     raise
-                read[reader] = _check_encoding(recipe, tokenizers[reader], plan.tokens, reader, all_rows=True)
-                _check_texts(recipe, rows, config, tokenizers[name], read[reader].texts)
+                read[reader] = read_splits(recipe, tokenizers[reader], plan.tokens, reader, all_rows=True)
+                check_texts(recipe, rows, config, tokenizers[name], read[reader].texts)
     with found.about():
-        unread = dict.fromkeys(of.unread for of in read.values() if of.unread and _trains(recipe))
-        notes = [*unread, *_rows_notes(read, training=_trains(recipe)), *_script_notes(recipe)]
+        unread = dict.fromkeys(of.unread for of in read.values() if of.unread and trains(recipe))
+        notes = [*unread, *rows_notes(read, training=trains(recipe)), *script_notes(recipe)]
     found.finish()
     for note in notes:
         if console:
@@ -129,22 +125,6 @@ def _tokenizer(recipe: Recipe, name: str, tokens: StudyTokens) -> PreTrainedToke
     return chosen if chosen.get_vocab() == own.get_vocab() else own
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """The largest numbers of tokens among all texts of a recipe."""
-
-    prompt: int
-    """Tokens of the longest prompt."""
-    whole: int
-    """Tokens of the longest prompt with its reference response."""
-    chunk: int
-    """Tokens of a piece of the corpus; 0 if no method uses it."""
-    top: int
-    """The largest token id."""
-    where: str
-    """The set in which it occurs."""
-
-
 def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, Mapping[str, Any]]:
     """Return the number of a model's embeddings, and its configuration."""
     model, root = recipe.models[name], recipe.models[_root(recipe, name)]
@@ -165,139 +145,38 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) 
     return rows, config.get_text_config().to_dict()
 
 
-def _check_texts(recipe: Recipe, rows: int, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, texts: _Texts) -> None:
-    """Raise an error if a token has no embedding, or a text is longer than the model's positions."""
-    if texts.top >= rows:
-        token = tokenizer.convert_ids_to_tokens(texts.top)
-        raise ModelError(
-            f"the tokenizer gives the token {token!r} of {texts.where} the id {texts.top}, but the model has embeddings for {rows} tokens "
-            "only; use the tokenizer that belongs to the model, or resize its embeddings and save it again"
-        )
-    _check_positions(recipe, config, texts)
-
-
-def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: _Texts) -> None:
-    """Raise a ConfigError if a text is longer than the positions that a model has learned, or was trained with (rotary positions)."""
-    positions = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
-    samplers = [method.sampler for method in methods(recipe)]
-    new = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if isinstance(s, Decoding))])
-    needs = {
-        f"the longest prompt ({texts.prompt} tokens) plus max_new_tokens ({new}) needs": (
-            texts.prompt + new,
-            "lower data.max_prompt or max_new_tokens",
-        ),
-        "the longest prompt with its reference response needs": (texts.whole, "lower data.max_length"),
-        "a piece of data.corpus needs": (texts.chunk, "lower data.max_length"),
-    }
-    problems = [
-        f"it has {positions} positions, but {what} {need}; {fix}" for what, (need, fix) in needs.items() if positions and need > positions
-    ]
-    if problems:
-        raise ConfigError(*problems)
-
-
-@dataclass(frozen=True)
-class _Read:
-    """The splits as one tokenizer reads them."""
-
-    texts: _Texts
-    counts: dict[tuple[str, str], Counts]
-    """Role and name of a split -> its numbers of rows."""
-    rows: dict[str, frozenset[int]]
-    """Test set -> rows that are not left out."""
-    unread: str = ""
-    """A sentence on the training set, if its rows are tokenised later; `texts` then holds limits, which no row exceeds."""
-
-
-def _trains(recipe: Recipe) -> bool:
-    return bool(methods(recipe)) or any(model.sft for model in recipe.models.values())
-
-
-def _rows_notes(read: Mapping[str, _Read], *, training: bool) -> list[str]:
-    """Return a sentence on every split with rows that are left out or cut, and on test sets of which models keep different rows.
+def _try_own_code(recipe: Recipe) -> None:
+    """Score a reference and an empty answer by each metric, and compute each custom objective on random logits.
 
     Raises:
-        DataError: two models share no row of a test set.
+        ConfigError: a function fails, or returns something else than it should.
     """
-    found: list[str] = []
-    for role, name in next(iter(read.values())).counts:
-        if role != "test" and not training:
-            continue
-        texts = {model: of_model.counts[role, name].text for model, of_model in read.items() if (role, name) in of_model.counts}
-        alike = len(set(texts.values())) == 1
-        for model, text in list(texts.items())[: 1 if alike else None]:
-            if text:
-                found.append(f"{name} ({role}{'' if alike else f', {model}'}): {text}")
-        shared = frozenset.intersection(*(of_model.rows[name] for of_model in read.values())) if role == "test" else frozenset({0})
-        if not shared:
-            raise DataError(f"the models {', '.join(read)} keep no common row of {name}, so they cannot be compared; raise data.max_prompt")
-        if role == "test" and any(of_model.rows[name] != shared for of_model in read.values()):
-            found.append(f"{name} ({role}): the models are compared on the {len(shared)} rows that all of them keep")
-    return found
+    for i, metric in enumerate(recipe.metrics):
+        row = datasets.load(recipe.data.test[0], "test", recipe.data)[0]
+        with about(f"metrics.{i}"):
+            score_own({metric.name: load_function(metric.function, recipe.runtime.code)}, [row.references[0], ""], [row, row])
+    for method in methods(recipe):
+        if isinstance(method.objective, Custom):
+            with about("objective.function"):
+                _try_objective(method.objective, recipe.runtime.code)
 
 
-def _script_notes(recipe: Recipe) -> list[str]:
-    """Return a caution about every split whose references ROUGE-L does not see enough of."""
-    data, found = recipe.data, list[str]()
-    selects = [*(m.select for m in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
-    for role, ref in [("dev", data.dev), *(("test", ref) for ref in data.test)]:
-        if role == "dev" and not any(select.metric == "rouge_l" for select in selects):
-            continue
-        share = unseen([example.references for example in datasets.load(ref, role, data)])
-        if share >= UNSEEN:
-            fix = "select by rouge_l_unicode" if role == "dev" else "rouge_l_unicode is measured too"
-            found.append(f"{ref.name} ({role}): ROUGE-L drops {100 * share:.0f} % of the letters of its references (all but a-z); {fix}")
-    return found
-
-
-def _check_encoding(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: StudyTokens, name: str, *, all_rows: bool = False) -> _Read:
-    """Read all splits and the corpus. A large training set is tokenised here only with `all_rows`, or if that can find mistakes.
-
-    Raises:
-        DataError: the template does not fit the tokenizer, no row is short enough, or the corpus has no text.
-        ModelError: the files of the tokenizer do not say that it puts BOS first.
-        ConfigError: a stage selects by facts, and dev has none.
-    """
-    found, counts, rows, unread = list[_Texts](), dict[tuple[str, str], Counts](), dict[str, frozenset[int]](), ""
-    data, rules = recipe.data, tokens.encoding(name)
-    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, rules.bos)
-    if data.bos == "auto" and tokens.bos_matters and not rules.bos and adds_bos(tokenizer):
-        raise ModelError(
-            f"the tokenizer {tokenizer.name_or_path} puts {tokenizer.bos_token} before a text, but its files do not say so; save it again "
-            "with save_pretrained, or set data.bos: never"
-        )
-    splits = {"train": data.train, "dev": data.dev}
-    for role, ref in [*splits.items(), *(("test", r) for r in data.test)]:
-        where = f"data set `{ref.name}` ({role})"
-        if role == "train" and (total := survey.survey(ref, role, data)).large:
-            on_disk = RowsOnDisk(ref, role, data.world, data.root, data.limit.train)
-            read = on_disk.kept if all_rows or not total.plain(data.template) else on_disk.glance
-            if kept := read(tokenizer, lengths, template=data.template, name=where):
-                counts[role, ref.name] = kept.counts
-                found.append(_Texts(kept.prompt, kept.whole, 0, kept.top, where))
-            else:
-                unread = (
-                    f"{ref.name} (train): {total.rows} rows; the first stage that trains tokenises them and counts those that are too long"
-                )
-                found.append(_Texts(lengths.limit, lengths.max_length, 0, max(tokenizer.get_vocab().values()), where))
-            continue
-        examples = datasets.load(ref, role, data)
-        encoded, counts[role, ref.name] = encode_counted(examples, tokenizer, lengths, template=data.template, name=where)
-        prompt, whole = max(len(e.prompt) for e in encoded), max(len(e.prompt) + len(e.response) for e in encoded)
-        top = max(max((*e.prompt, *e.response, *itertools.chain(*e.choices))) for e in encoded)
-        found.append(_Texts(prompt, whole, 0, top, where))
-        if role == "test":
-            rows[ref.name] = frozenset(e.row for e in encoded)
-    if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
-        text = datasets.texts(data.corpus, world=data.world, root=data.root)
-        piece = chunks(text, tokenizer, data.max_length, 1, bos=rules.bos)[0].response
-        found.append(_Texts(0, 0, len(piece), max(piece), "data.corpus"))
-    selects = [*(method.select for method in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
-    if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(data.dev, "dev", data)):
-        raise ConfigError(f"select.metric is fact_accuracy, but the dev set `{data.dev.name}` has no facts; set it to rouge_l or loss")
-    top = max(found, key=lambda texts: texts.top)
-    prompt, whole, chunk = (max(getattr(texts, part) for texts in found) for part in ("prompt", "whole", "chunk"))
-    return _Read(_Texts(prompt, whole, chunk, top.top, top.where), counts, rows, unread)
+def _try_objective(objective: Custom, folder: str | None) -> None:
+    function = load_function(objective.function, folder)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(5, 7, generator=generator) for _ in range(2))
+    student.requires_grad_()
+    what = f"objective `{function.name}` in {function.file}"
+    try:
+        values = own_divergence(function.call)(student, teacher, temperature=objective.temperature, **objective.settings)
+    except Exception as error:  # whatever the user's code raises
+        raise ConfigError(f"{what} fails on random logits: {type(error).__name__}: {error}; correct the function") from error
+    if not isinstance(values, torch.Tensor) or values.shape != (5,):
+        found = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+        raise ConfigError(f"{what} returns {found} for logits of shape (5, 7); return one value per token, a tensor of shape (5,)")
+    if not values.requires_grad or not torch.isfinite(values).all():
+        rule = "returns values that are not finite" if values.requires_grad else "has no gradient to the student's logits"
+        raise ConfigError(f"{what} {rule}; correct the function")
 
 
 def _root(recipe: Recipe, name: str) -> str:

@@ -12,11 +12,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column
 
 from tadistill.plan.arms import Plan
-from tadistill.plan.labels import distinct_labels
-from tadistill.runner.estimate import Estimate
+from tadistill.plan.graph import distinct_labels
+from tadistill.runner.estimate import Estimate, workloads
 from tadistill.runner.local import Journal, StageProgress, State, described, spoken
 from tadistill.runner.processes import Message
-from tadistill.runner.workload import workloads
 from tadistill.store import Store
 
 _MINUTE = 60.0

@@ -27,7 +27,7 @@ from tadistill.own_code import OwnFunction, load_function
 from tadistill.plan.inputs import FromStage, Handle, HashedData, Loaded, OwnCode, Pruned, PrunedDepth, Split, Tempered
 from tadistill.plan.specs import Spec
 from tadistill.plan.task import Task
-from tadistill.rollout.reading import slower
+from tadistill.rollout.decoder import slower
 from tadistill.store import Store
 from tadistill.train.sharding import offload, shard
 

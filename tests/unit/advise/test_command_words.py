@@ -10,7 +10,7 @@ from tests.unit.advise.example import LOSS, RECIPE, SIZES, measures, verdict
 
 from tadistill.advise.command import edge_measures, margin_on
 from tadistill.advise.history import History, Observation, path_edges
-from tadistill.advise.measures import Estimate, costs, ladder, with_search
+from tadistill.advise.measures import Mean, costs, ladder, with_search
 from tadistill.advise.words import lambda_sweeps, notes, rules, steps, sweep_text
 from tadistill.config import load
 from tadistill.plan.arms import make_plan
@@ -27,7 +27,7 @@ def test_the_predictor_gets_every_measure():
     assert (found.size_ratio, found.bias) == (2.5, 0)
     assert found.loss_ratio == pytest.approx(LOSS["xl"] / LOSS["l"], rel=0.02)
     assert found.advantage == pytest.approx(0.2, abs=0.02)
-    no_loss = replace(measures().pairs["xl", "l"], loss_ratio=Estimate(inf, None, 20))
+    no_loss = replace(measures().pairs["xl", "l"], loss_ratio=Mean(inf, None, 20))
     assert edge_measures(replace(measures(), pairs={("xl", "l"): no_loss}))["xl", "l"].loss_ratio is None
 
 

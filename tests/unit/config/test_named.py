@@ -4,9 +4,9 @@ import pytest
 
 from tadistill.config import validate
 from tadistill.config.method import apply
-from tadistill.config.named import METHODS
 from tadistill.config.objective import JensenShannon, MiniLLM, ReverseKL
 from tadistill.config.sampling import DatasetSampler, MixSampler, TeacherMixedSampler
+from tadistill.config.shorthand import METHODS
 from tadistill.errors import ConfigError
 
 MODEL = {"load": "scratch:llama", "tokenizer": "tinyworld"}

@@ -1,6 +1,6 @@
 """Labels of stages: short, and never equal for two stages."""
 
-from tadistill.plan.labels import distinct_labels
+from tadistill.plan.graph import distinct_labels
 
 KD = "distill xl -> s, forward_kl on dataset, 60 updates, seed 1"
 MINILLM = "distill xl -> s, minillm on teacher_mixed (rounds of 256, 16 updates each), 160 updates, seed 1"

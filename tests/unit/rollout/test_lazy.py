@@ -10,9 +10,9 @@ from tests.unit.rollout.test_generate import EOS, FAMILIES, GREEDY, PROMPTS, VOC
 
 from tadistill.config.common import Decoding
 from tadistill.rollout import lazy
+from tadistill.rollout.decoder import way_of
 from tadistill.rollout.draw import Mixture
 from tadistill.rollout.generate import Speculation, sample
-from tadistill.rollout.reading import way_of
 
 STEPS = 24
 

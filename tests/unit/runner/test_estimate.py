@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tadistill.runner.estimate import Estimate
-from tadistill.runner.workload import Workload
+from tadistill.runner.estimate import Estimate, Workload
 
 
 def stage(kind, *parents):

@@ -9,7 +9,7 @@ from tadistill.config import validate
 from tadistill.data.templates import Counts
 from tadistill.errors import DataError, ModelError
 from tadistill.plan.arms import make_plan
-from tadistill.runner import preflight
+from tadistill.runner import preflight, splits
 from tadistill.runner.preflight import check_study
 
 
@@ -103,15 +103,15 @@ def test_rows_left_out_are_counted_before_anything_runs(tmp_path):
 
 
 def test_models_that_keep_different_rows_are_named():
-    def read(*kept: int) -> preflight._Read:
+    def read(*kept: int) -> splits.Read:
         counts = Counts(rows=4, long=4 - len(kept), limit=8, max_length=16)
-        return preflight._Read(5, {("test", "own"): counts}, {"own": frozenset(kept)})
+        return splits.Read(5, {("test", "own"): counts}, {"own": frozenset(kept)})
 
-    found = preflight._rows_notes({"a": read(0, 1, 2), "b": read(1, 2, 3)}, training=False)
+    found = splits.rows_notes({"a": read(0, 1, 2), "b": read(1, 2, 3)}, training=False)
     assert found[-1] == "own (test): the models are compared on the 2 rows that all of them keep"
-    assert preflight._rows_notes({"a": read(0, 1, 2, 3), "b": read(0, 1, 2, 3)}, training=False) == []
+    assert splits.rows_notes({"a": read(0, 1, 2, 3), "b": read(0, 1, 2, 3)}, training=False) == []
     with pytest.raises(DataError, match=r"models a, b keep no common row of own"):
-        preflight._rows_notes({"a": read(0), "b": read(1)}, training=False)
+        splits.rows_notes({"a": read(0), "b": read(1)}, training=False)
 
 
 def test_references_that_rouge_cannot_read_are_named(tmp_path):

@@ -1,11 +1,12 @@
-"""The rows of a study's data sets: which ones each evaluation answered, and how many were left out or cut.
+"""The rows that stages really read, and the FLOPs that they really spent. A plan predicts both before any stage has run.
 
 A row is identified by its place in its split, from 0. All models of a study read the same splits, but a model whose tokenizer makes longer
 prompts leaves out more rows. So scores are paired by row, never by their position in a file.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from tadistill.data.templates import Counts
 from tadistill.errors import StoreError
-from tadistill.results.study import StudyPlan, load_manifest, load_predictions
+from tadistill.results.study import ArmRecord, StageRecord, StudyPlan, load_manifest, load_predictions
 from tadistill.store import Store
 
 Rows = NDArray[np.int64]
@@ -119,3 +120,24 @@ def rows_text(used: Sequence[UsedRows]) -> str:
     apart = any(split.compared < split.counts.used for split in used)
     whole = " Metrics of whole sets are over each model's own rows." if apart else ""
     return f"Rows left out or cut: {'. '.join(found)}.{whole}" if found else ""
+
+
+def with_spent(plan: StudyPlan, store: Store) -> StudyPlan:
+    """Return the plan with what stages that stopped early really spent: their metered FLOPs, and the checkpoints that they evaluated.
+
+    A stage with `select.patience` may stop before its last update.
+    """
+    early: dict[str, StageRecord] = {}
+    for stage in plan.stages:
+        found = load_manifest(store, stage.key) if stage.checkpoints else None
+        if found is not None and found.checkpoints is not None:
+            early[stage.key] = replace(stage, checkpoints=found.checkpoints, flops=None if stage.flops is None else found.flops)
+    if not early:
+        return plan
+    spent = replace(plan, stages=tuple(early.get(stage.key, stage) for stage in plan.stages))
+    return replace(spent, arms=tuple(replace(arm, flops=_spent(spent, arm)) for arm in plan.arms))
+
+
+def _spent(plan: StudyPlan, arm: ArmRecord) -> float | None:
+    parts = [stage.flops for stage in plan.ancestors(next(iter(arm.final.values())), paid=True)]
+    return None if arm.flops is None else math.fsum(part for part in parts if part is not None)

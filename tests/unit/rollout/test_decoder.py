@@ -7,7 +7,7 @@ from tests.families import assert_agrees, tiny
 
 from tadistill.errors import ModelError
 from tadistill.models.forward import check_reading
-from tadistill.rollout.reading import WAYS, Way, slower, way_of
+from tadistill.rollout.decoder import WAYS, Way, slower, way_of
 
 WAY = {
     "qwen3": ("ours", True, True),

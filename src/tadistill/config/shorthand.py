@@ -1,0 +1,127 @@
+"""Shorter ways to write a recipe, which are written out before anything is checked.
+
+A method by name, such as `method: gkd`: `methods.yaml` beside this file has the settings of each, from its paper. And the short form of a
+whole recipe: one teacher, one student, one method, and one evaluation of the trained student. It becomes two models, one arm, one training
+seed and one decoding. Nothing is compared with the teacher.
+"""
+
+import difflib
+from importlib import resources
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from tadistill.config.objective import Objective
+from tadistill.config.sampling import Sampler
+from tadistill.errors import ConfigError
+
+METHODS: dict[str, dict[str, Any]] = yaml.safe_load(
+    resources.files("tadistill.config").joinpath("methods.yaml").read_text(encoding="utf-8")
+)
+"""Name -> settings of `objective` and `sampler`."""
+_PARTS = {"objective": TypeAdapter(Objective), "sampler": TypeAdapter(Sampler)}
+_WHOLE = ("models", "arms", "search")
+_MODELS = ("teacher", "student")
+
+
+# --- a method by name ----------------------------------------------------------------------------------------------------
+
+
+def written_out(value: Any, *, string: str, name: str) -> Any:
+    """Return the keys of a method or an arm, with the objective and the sampler of the method that it names, if it names one.
+
+    A part that `value` has too is merged: its keys replace those of the named method, and another `type` replaces the whole part.
+
+    Args:
+        value: as the recipe has it. A string stands for the key `string`. Anything else that is no mapping is returned as it is.
+        name: the key that names the method; it is left out of the result.
+
+    Raises:
+        ValueError: there is no method of this name.
+    """
+    given = {string: value} if isinstance(value, str) else value
+    if not isinstance(given, dict) or given.get(name) is None:
+        return given
+    return _with_method(given[name], {key: part for key, part in given.items() if key != name})
+
+
+def _with_method(name: Any, given: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(name, str) or name not in METHODS:
+        close = difflib.get_close_matches(str(name).lower(), METHODS, n=1, cutoff=0.5)
+        hint = f"did you mean `{close[0]}`? The" if close else "the"
+        raise ValueError(f"`{name}` is not a method; {hint} methods are {', '.join(METHODS)}")
+    settings = {"sampler": {"type": "dataset"}} | METHODS[name]
+    return given | {part: _merged(part, settings[part], given.get(part)) for part in _PARTS}
+
+
+def _merged(part: str, settings: dict[str, Any], given: Any) -> Any:
+    if given is not None and not isinstance(given, dict):
+        return given
+    if given and given.get("type", settings["type"]) != settings["type"]:
+        return given
+    merged = settings | (given or {})
+    try:
+        return _PARTS[part].validate_python(merged).model_dump()  # every field, so that an arm takes nothing from the recipe's own method
+    except ValidationError:
+        return merged  # the recipe's own validation shows the mistake
+
+
+# --- one student ---------------------------------------------------------------------------------------------------------
+
+
+def is_short(raw: dict[str, Any]) -> bool:
+    """Return True if a recipe has the key `student`, which only the short form has."""
+    return "student" in raw
+
+
+def whole(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe of a short form.
+
+    Raises:
+        ConfigError: keys of the whole form are there too, `teacher` is missing, or something is selected without `data.dev`.
+    """
+    if both := [key for key in _WHOLE if key in raw]:
+        raise ConfigError(f"the recipe has both `student`, which belongs to the short form, and `{both[0]}`; remove one of them")
+    if "teacher" not in raw:
+        raise ConfigError("the recipe has a `student` and no `teacher`; add teacher: MODEL")
+    models = {name: {"load": raw[name]} if isinstance(raw[name], str) else raw[name] for name in _MODELS}
+    rest = {key: value for key, value in raw.items() if key not in _MODELS}
+    evaluate = rest.pop("evaluate", None)
+    data, method = _data(rest.pop("data", None)), rest.pop("method", {})
+    method = {"name": method} if isinstance(method, str) else method
+    if isinstance(data, dict) and "dev" not in data and isinstance(data.get("test"), list) and data["test"]:
+        method = _without_dev(method)
+        data = data | {"dev": data["test"][0]}  # a recipe names one, and nothing reads it
+    return {
+        "seeds": [10],
+        "analyse": False,
+        **rest,
+        "models": models,
+        **({} if data is None else {"data": data}),
+        "method": method,
+        "evaluate": {"seeds": [10], "also": {}} | evaluate if isinstance(evaluate, dict) else evaluate or {"seeds": [10], "also": {}},
+        "arms": {"student": "teacher > student"},
+    }
+
+
+def _without_dev(method: Any) -> Any:
+    if not isinstance(method, dict):
+        return method
+    chosen = method.get("select")
+    if isinstance(chosen, dict) and (chosen.get("patience") or chosen.get("metric", "last") != "last"):
+        raise ConfigError("method.select chooses a checkpoint on dev, but there is no data.dev; add data.dev, or remove select")
+    return method | {"select": {"metric": "last"}} if chosen is None or isinstance(chosen, dict) else method
+
+
+def _data(data: Any) -> Any:
+    if isinstance(data, str):
+        return {"train": data, "dev": data, "test": [data]}
+    if isinstance(data, dict) and isinstance(data.get("test"), str | dict):
+        return data | {"test": [data["test"]]}
+    return data
+
+
+def lines_of_whole(lines: dict[tuple, int]) -> dict[tuple, int]:
+    """Return the line of each key of the whole recipe, from the lines of the short form."""
+    return {("models", *key) if key and key[0] in _MODELS else key: line for key, line in lines.items()}

@@ -1,0 +1,173 @@
+"""The splits of a study as a tokenizer reads them: rows that are left out or cut, and texts that do not fit a model. Preflight calls it."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tadistill.config import Recipe
+from tadistill.config.common import Decoding
+from tadistill.config.recipe import methods
+from tadistill.data import datasets, survey
+from tadistill.data.batch import chunks
+from tadistill.data.encoded import RowsOnDisk
+from tadistill.data.templates import Counts, Lengths, adds_bos, encode_counted
+from tadistill.errors import ConfigError, DataError, ModelError
+from tadistill.evaluation.text_scores import UNSEEN, unseen
+from tadistill.plan.study_tokens import StudyTokens
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of one thing in transformers' configurations
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The largest numbers of tokens among all texts of a recipe."""
+
+    prompt: int
+    """Tokens of the longest prompt."""
+    whole: int
+    """Tokens of the longest prompt with its reference response."""
+    chunk: int
+    """Tokens of a piece of the corpus; 0 if no method uses it."""
+    top: int
+    """The largest token id."""
+    where: str
+    """The set in which it occurs."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """The splits as one tokenizer reads them."""
+
+    texts: Texts
+    counts: dict[tuple[str, str], Counts]
+    """Role and name of a split -> its numbers of rows."""
+    rows: dict[str, frozenset[int]]
+    """Test set -> rows that are not left out."""
+    unread: str = ""
+    """A sentence on the training set, if its rows are tokenised later; `texts` then holds limits, which no row exceeds."""
+
+
+def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: StudyTokens, name: str, *, all_rows: bool = False) -> Read:
+    """Read all splits and the corpus. A large training set is tokenised here only with `all_rows`, or if that can find mistakes.
+
+    Raises:
+        DataError: the template does not fit the tokenizer, no row is short enough, or the corpus has no text.
+        ModelError: the files of the tokenizer do not say that it puts BOS first.
+        ConfigError: a stage selects by facts, and dev has none.
+    """
+    found, counts, rows, unread = list[Texts](), dict[tuple[str, str], Counts](), dict[str, frozenset[int]](), ""
+    data, rules = recipe.data, tokens.encoding(name)
+    lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, rules.bos)
+    if data.bos == "auto" and tokens.bos_matters and not rules.bos and adds_bos(tokenizer):
+        raise ModelError(
+            f"the tokenizer {tokenizer.name_or_path} puts {tokenizer.bos_token} before a text, but its files do not say so; save it again "
+            "with save_pretrained, or set data.bos: never"
+        )
+    splits = {"train": data.train, "dev": data.dev}
+    for role, ref in [*splits.items(), *(("test", r) for r in data.test)]:
+        where = f"data set `{ref.name}` ({role})"
+        if role == "train" and (total := survey.survey(ref, role, data)).large:
+            on_disk = RowsOnDisk(ref, role, data.world, data.root, data.limit.train)
+            read = on_disk.kept if all_rows or not total.plain(data.template) else on_disk.glance
+            if kept := read(tokenizer, lengths, template=data.template, name=where):
+                counts[role, ref.name] = kept.counts
+                found.append(Texts(kept.prompt, kept.whole, 0, kept.top, where))
+            else:
+                unread = (
+                    f"{ref.name} (train): {total.rows} rows; the first stage that trains tokenises them and counts those that are too long"
+                )
+                found.append(Texts(lengths.limit, lengths.max_length, 0, max(tokenizer.get_vocab().values()), where))
+            continue
+        examples = datasets.load(ref, role, data)
+        encoded, counts[role, ref.name] = encode_counted(examples, tokenizer, lengths, template=data.template, name=where)
+        prompt, whole = max(len(e.prompt) for e in encoded), max(len(e.prompt) + len(e.response) for e in encoded)
+        top = max(max((*e.prompt, *e.response, *itertools.chain(*e.choices))) for e in encoded)
+        found.append(Texts(prompt, whole, 0, top, where))
+        if role == "test":
+            rows[ref.name] = frozenset(e.row for e in encoded)
+    if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
+        text = datasets.texts(data.corpus, world=data.world, root=data.root)
+        piece = chunks(text, tokenizer, data.max_length, 1, bos=rules.bos)[0].response
+        found.append(Texts(0, 0, len(piece), max(piece), "data.corpus"))
+    selects = [*(method.select for method in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
+    if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(data.dev, "dev", data)):
+        raise ConfigError(f"select.metric is fact_accuracy, but the dev set `{data.dev.name}` has no facts; set it to rouge_l or loss")
+    top = max(found, key=lambda texts: texts.top)
+    prompt, whole, chunk = (max(getattr(texts, part) for texts in found) for part in ("prompt", "whole", "chunk"))
+    return Read(Texts(prompt, whole, chunk, top.top, top.where), counts, rows, unread)
+
+
+def check_texts(recipe: Recipe, rows: int, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, texts: Texts) -> None:
+    """Raise an error if a token has no embedding, or a text is longer than the model's positions."""
+    if texts.top >= rows:
+        token = tokenizer.convert_ids_to_tokens(texts.top)
+        raise ModelError(
+            f"the tokenizer gives the token {token!r} of {texts.where} the id {texts.top}, but the model has embeddings for {rows} tokens "
+            "only; use the tokenizer that belongs to the model, or resize its embeddings and save it again"
+        )
+    _check_positions(recipe, config, texts)
+
+
+def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) -> None:
+    """Raise a ConfigError if a text is longer than the positions that a model has learned, or was trained with (rotary positions)."""
+    positions = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
+    samplers = [method.sampler for method in methods(recipe)]
+    new = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if isinstance(s, Decoding))])
+    needs = {
+        f"the longest prompt ({texts.prompt} tokens) plus max_new_tokens ({new}) needs": (
+            texts.prompt + new,
+            "lower data.max_prompt or max_new_tokens",
+        ),
+        "the longest prompt with its reference response needs": (texts.whole, "lower data.max_length"),
+        "a piece of data.corpus needs": (texts.chunk, "lower data.max_length"),
+    }
+    problems = [
+        f"it has {positions} positions, but {what} {need}; {fix}" for what, (need, fix) in needs.items() if positions and need > positions
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def trains(recipe: Recipe) -> bool:
+    """Return True if a recipe trains a model."""
+    return bool(methods(recipe)) or any(model.sft for model in recipe.models.values())
+
+
+def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
+    """Return a sentence on every split with rows that are left out or cut, and on test sets of which models keep different rows.
+
+    Raises:
+        DataError: two models share no row of a test set.
+    """
+    found: list[str] = []
+    for role, name in next(iter(read.values())).counts:
+        if role != "test" and not training:
+            continue
+        texts = {model: of_model.counts[role, name].text for model, of_model in read.items() if (role, name) in of_model.counts}
+        alike = len(set(texts.values())) == 1
+        for model, text in list(texts.items())[: 1 if alike else None]:
+            if text:
+                found.append(f"{name} ({role}{'' if alike else f', {model}'}): {text}")
+        shared = frozenset.intersection(*(of_model.rows[name] for of_model in read.values())) if role == "test" else frozenset({0})
+        if not shared:
+            raise DataError(f"the models {', '.join(read)} keep no common row of {name}, so they cannot be compared; raise data.max_prompt")
+        if role == "test" and any(of_model.rows[name] != shared for of_model in read.values()):
+            found.append(f"{name} ({role}): the models are compared on the {len(shared)} rows that all of them keep")
+    return found
+
+
+def script_notes(recipe: Recipe) -> list[str]:
+    """Return a caution about every split whose references ROUGE-L does not see enough of."""
+    data, found = recipe.data, list[str]()
+    selects = [*(m.select for m in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
+    for role, ref in [("dev", data.dev), *(("test", ref) for ref in data.test)]:
+        if role == "dev" and not any(select.metric == "rouge_l" for select in selects):
+            continue
+        share = unseen([example.references for example in datasets.load(ref, role, data)])
+        if share >= UNSEEN:
+            fix = "select by rouge_l_unicode" if role == "dev" else "rouge_l_unicode is measured too"
+            found.append(f"{ref.name} ({role}): ROUGE-L drops {100 * share:.0f} % of the letters of its references (all but a-z); {fix}")
+    return found
