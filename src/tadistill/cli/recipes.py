@@ -20,7 +20,7 @@ def plan(
     ] = False,
     runs: Runs = None,
 ) -> None:
-    """Show the stages of a study, which of them are finished, and the cost of the others (docs/compute.md)."""
+    """Show the stages of a study, which of them are finished, and the cost of the others (docs/concepts/compute.md)."""
     from tadistill.config import load
     from tadistill.plan import preview, throughput
     from tadistill.plan.arms import make_plan
@@ -59,7 +59,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> N
 
 @app.command()
 def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
-    """Train paths of the recipe's `search` until its strategy has chosen one by dev values (docs/paths.md)."""
+    """Train paths of the recipe's `search` until its strategy has chosen one by dev values (docs/concepts/paths.md)."""
     from tadistill.config import load
     from tadistill.search.command import find_path
 
@@ -74,7 +74,7 @@ def advise(
     prompts: Annotated[int, typer.Option(help="Number of dev prompts to measure on.")] = 256,
     runs: Runs = None,
 ) -> None:
-    """Measure a recipe's models on dev prompts and predict which path is worth its compute (docs/advise.md)."""
+    """Measure a recipe's models on dev prompts and predict which path is worth its compute (docs/reference/advise.md)."""
     from tadistill.advise.command import advise_recipe
     from tadistill.config import load
 

@@ -42,7 +42,7 @@ def run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Pat
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """On Ctrl-C, SIGTERM or SIGUSR2, end the command with a message and exit code 128 + signal (docs/interruptions.md)."""
+    """On Ctrl-C, SIGTERM or SIGUSR2, end the command with a message and exit code 128 + signal (docs/concepts/interruptions.md)."""
     from tadistill.runner.interruption import Stopped, raising
 
     try:

@@ -65,12 +65,12 @@ def judge(
     limit: Limit = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="KEY=VALUE, such as all_seeds=true, temperature=0.5, jobs=8 (docs/judge.md)."),
+        typer.Option("--set", help="KEY=VALUE, such as all_seeds=true, temperature=0.5, jobs=8 (docs/reference/judge.md)."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Let a language model rate the answers of a study (docs/judge.md). Replies are kept, and the same command resumes."""
+    """Let a language model rate the answers of a study (docs/reference/judge.md). Replies are kept, and the same command resumes."""
     from tadistill.config.judge import Judge
     from tadistill.config.load import read_settings
     from tadistill.judge import commands
@@ -105,7 +105,7 @@ def human(
     seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
     runs: Runs = None,
 ) -> None:
-    """Write a blind sheet of a study's answers for people to rate, or read filled-in sheets back (docs/judge.md)."""
+    """Write a blind sheet of a study's answers for people to rate, or read filled-in sheets back (docs/reference/judge.md)."""
     from tadistill.config.judge import BlindSheet
     from tadistill.config.load import read_settings
     from tadistill.judge import commands

@@ -2,7 +2,7 @@
 
     profile = load_profile("narval")          # or load_profile("path/to/mine.yaml")
 
-A new site needs only a new file with the fields below (docs/cluster.md, "Another cluster").
+A new site needs only a new file with the fields below (docs/reference/cluster.md, "Another cluster").
 """
 
 from pathlib import Path
@@ -94,7 +94,8 @@ def load_profile(name: str) -> Profile:
     """Load a profile by its name, or from a YAML file. Raises ConfigError if the file does not exist or is not valid."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"there is no cluster profile `{name}`; use one of {', '.join(names())}, or write a YAML file (docs/cluster.md)")
+        known = ", ".join(names())
+        raise ConfigError(f"there is no cluster profile `{name}`; use one of {known}, or write a YAML file (docs/reference/cluster.md)")
     try:
         return Profile.model_validate({"name": path.stem} | yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError) as error:
@@ -102,4 +103,4 @@ def load_profile(name: str) -> Profile:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"cluster profile {path}: {where}: {first['msg']}; docs/cluster.md lists the fields") from error
+        raise ConfigError(f"cluster profile {path}: {where}: {first['msg']}; docs/reference/cluster.md lists the fields") from error

@@ -334,5 +334,6 @@ def _row(table: Table, sent: Sent) -> None:
 def _cluster(given: str | None) -> str:
     name = given or os.environ.get("CC_CLUSTER")
     if not name:
-        raise ConfigError(f"--cluster is not given; use one of {', '.join(profiles.names())}, or write a YAML file (docs/cluster.md)")
+        known = ", ".join(profiles.names())
+        raise ConfigError(f"--cluster is not given; use one of {known}, or write a YAML file (docs/reference/cluster.md)")
     return name

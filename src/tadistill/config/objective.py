@@ -1,7 +1,7 @@
 """Settings of the objectives. Each function of `tadistill.objectives` has one class here, which a recipe chooses by `type`.
 
 The fields of a divergence are exactly the keyword arguments of its function. The defaults are those of the source paper. Formulas, limits
-and ranges are in the functions' docstrings and in docs/objectives.md.
+and ranges are in the functions' docstrings and in docs/reference/objectives.md.
 """
 
 from typing import Annotated, Any, ClassVar, Literal

@@ -7,7 +7,7 @@ ratio = q(y_t) / p~(y_t), the paper's loss at token t (Eq. 7, Algorithm 1) is
 
 where the advantage A_t is the length-normalised sum of the later rewards log p(y_s) - log q_old(y_s) (`returns`, Eq. 3 and 6). No gradient
 goes through A_t, nor through the ratio in front of the KL. The functions' parameters also give the loss of the released code, which differs
-(docs/minillm.md lists the differences). `tadistill.train.step` joins these functions with the models and the configuration.
+(docs/concepts/minillm.md lists the differences). `tadistill.train.step` joins these functions with the models and the configuration.
 
 Axes: B sequences, T positions.
 """

@@ -96,7 +96,7 @@ class TargetMixture:
     At a given prefix, the mean of the reverse KLs to the teachers is the reverse KL to their geometric mixture plus a constant. The mean of
     the forward KLs is the forward KL to their arithmetic mixture plus a constant.
 
-    Source: Son et al. 2021 (DGKD) for dense guidance and its stochastic dropping; the identities are in docs/objectives.md.
+    Source: Son et al. 2021 (DGKD) for dense guidance and its stochastic dropping; the identities are in docs/reference/objectives.md.
     """
 
     kind: Literal["geometric", "arithmetic"]

@@ -263,7 +263,7 @@ def _ledger(results: Results) -> Table | None:
             groups.setdefault(row.stage.label.rsplit(", seed ", 1)[0], []).append(row)
     rows = tuple((label, _ledger_cells(group)) for label, group in groups.items())
     columns = (Column("predicted FLOPs"), Column("metered FLOPs"), Column("metered / predicted"), Column("time", "of the stage"))
-    note = "Means over seeds, without dev evaluations. The plan predicts FLOPs from the recipe alone (docs/compute.md)."
+    note = "Means over seeds, without dev evaluations. The plan predicts FLOPs from the recipe alone (docs/concepts/compute.md)."
     return Table("ledger", "Predicted and metered compute", note, columns, rows) if rows else None
 
 

@@ -1,7 +1,7 @@
 """Run one stage in this process.
 
 `run_stage` locks the stage, does its work in the stage's folder, and writes the manifest last. It continues what an earlier, killed
-attempt left there (docs/interruptions.md). The stage's spec names the function that does the work (`plan.specs`).
+attempt left there (docs/concepts/interruptions.md). The stage's spec names the function that does the work (`plan.specs`).
 """
 
 import os

@@ -1,4 +1,4 @@
-"""docs/recipe.md names every key of a recipe."""
+"""docs/reference/recipe.md names every key of a recipe."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,8 @@ from pydantic import BaseModel
 
 from tadistill.config import Recipe
 
-PAGE = re.sub(r"```.*?```", "", (Path(__file__).parents[3] / "docs" / "recipe.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+FILE = Path(__file__).parents[3] / "docs" / "reference" / "recipe.md"
+PAGE = re.sub(r"```.*?```", "", FILE.read_text(encoding="utf-8"), flags=re.DOTALL)
 ELSEWHERE = {"Search": "paths.md", "Resources": "cluster.md"}
 
 
@@ -35,6 +36,6 @@ def test_recipe_page_names_every_key_and_type():
             assert ELSEWHERE[cls.__name__] in PAGE
             continue
         for name, field in cls.model_fields.items():
-            assert (field.alias or name) in named, f"{cls.__name__}.{name} is not in docs/recipe.md"
+            assert (field.alias or name) in named, f"{cls.__name__}.{name} is not in docs/reference/recipe.md"
             if name == "type":
-                assert field.default in named, f"type {field.default} is not in docs/recipe.md"
+                assert field.default in named, f"type {field.default} is not in docs/reference/recipe.md"
