@@ -1,0 +1,43 @@
+"""Charts as SVG, drawn in Python. They need no library in the page, and are right at every width, in hidden tabs and in print.
+
+    chart = Chart("figure-loss", "Training loss by step", x=Axis(0, 800, "optimizer step"), y=Axis(1.2, 3.4, "nats/token"))
+    chart.line("direct", steps, losses, look(0))
+    page = f"<style>{style()}</style>{chart.html()}<script>{script()}</script>"
+
+Positions along x are percentages of the width and positions along y are pixels, so text keeps its size. Colours are variables of the style
+sheet, which has light, dark and printed values. Each mark of a series has `data-arm`, by which the page hides it in all figures at once.
+"""
+
+from importlib.resources import files
+
+from tadistill.charts.axis import Axis, nice_span, number_text
+from tadistill.charts.chart import Chart, Point
+from tadistill.charts.looks import COLOURS, GREY, PLAIN, Look, glyph, look
+from tadistill.charts.strips import Strip
+
+__all__ = [
+    "COLOURS",
+    "GREY",
+    "PLAIN",
+    "Axis",
+    "Chart",
+    "Look",
+    "Point",
+    "Strip",
+    "glyph",
+    "look",
+    "nice_span",
+    "number_text",
+    "script",
+    "style",
+]
+
+
+def style() -> str:
+    """Return the style sheet of charts, which a page includes once."""
+    return files(__name__).joinpath("charts.css").read_text(encoding="utf-8")
+
+
+def script() -> str:
+    """Return the script of charts, which a page includes once, at its end: hover values, and buttons that save a figure or its data."""
+    return files(__name__).joinpath("charts.js").read_text(encoding="utf-8")

@@ -1,0 +1,89 @@
+"""Axes: from values to places, and the ticks that people would have chosen."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+MINUS = "\N{MINUS SIGN}"
+_LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def number_text(value: float, step: float | None = None) -> str:
+    """Return a number for an axis, such as ``0.25``, ``12k`` or ``3e17``, with as many decimals as `step` needs."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e15 or size < 1e-4:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    elif size >= 1e4:
+        scale, letter = next(entry for entry in _LARGE if size >= entry[0])
+        text = f"{value / scale:.4g}{letter}"
+    else:
+        decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step else 4
+        text = f"{value:.{decimals}f}"
+        text = text if step or "." not in text else text.rstrip("0").rstrip(".")
+    return text.replace("-", MINUS)
+
+
+def nice_span(values: Iterable[float], *, zero: bool = False, pad: float = 0.05) -> tuple[float, float]:
+    """Return the ends of an axis for the values, with a margin of `pad` of their range; with `zero` it includes 0."""
+    known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(known), max(known)
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    room = pad * (high - low) or abs(high) * 0.1 or 1.0
+    return (low if zero and low == 0 else low - room), (high if zero and high == 0 else high + room)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: the values at its ends, its title, and if its scale is logarithmic.
+
+    `marks` replaces the ticks: value -> text. `text` replaces the way in which ticks are written. `grid` draws a line at each tick.
+    """
+
+    low: float
+    high: float
+    title: str = ""
+    log: bool = False
+    marks: Mapping[float, str] | None = None
+    text: Callable[[float], str] | None = None
+    grid: bool = True
+
+    def __post_init__(self):
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"an axis must go from a smaller to a larger finite value, not from {self.low} to {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a logarithmic axis must start above 0, not at {self.low}")
+
+    def place(self, value: float) -> float:
+        """Return where a value lies: 0 at the lower end of the axis, 1 at the upper end."""
+        low, high = (math.log10(end) if self.log else end for end in (self.low, self.high))
+        return ((math.log10(max(value, 1e-300)) if self.log else value) - low) / (high - low)
+
+    def ticks(self, count: int = 5) -> dict[float, str]:
+        """Return about `count` ticks inside the axis: value -> text."""
+        if self.marks is not None:
+            return dict(self.marks)
+        if self.log:
+            return self._log_ticks(count)
+        step = _nice_step((self.high - self.low) / max(1, count))
+        first = math.ceil(self.low / step - 1e-9)
+        values = [round(index * step, 12) for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        return {value: self.text(value) if self.text else number_text(value, step) for value in values}
+
+    def _log_ticks(self, count: int) -> dict[float, str]:
+        low, high = math.log10(self.low), math.log10(self.high)
+        if high - low < 0.7:  # too narrow for powers of ten: even values
+            return Axis(self.low, self.high, text=self.text).ticks(count)
+        digits: tuple[int, ...] = (1, 2, 5) if high - low < 2.2 else (1, 3) if high - low < 4 else (1,)
+        every = max(1, math.ceil((high - low) / max(1, count))) if digits == (1,) else 1
+        exponents = [e for e in range(math.floor(low), math.ceil(high) + 1) if e % every == 0]
+        values = [digit * 10.0**e for e in exponents for digit in digits if low - 1e-9 <= math.log10(digit * 10.0**e) <= high + 1e-9]
+        return {value: self.text(value) if self.text else number_text(value) for value in values}
+
+
+def _nice_step(about: float) -> float:
+    power = 10.0 ** math.floor(math.log10(about))
+    return next(digit * power for digit in (1, 2, 2.5, 5, 10) if digit * power >= about * 0.999)

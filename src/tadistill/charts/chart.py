@@ -1,0 +1,286 @@
+"""A figure with axes: lines, bands, points with intervals, bars, guides and labels, rendered as one responsive SVG."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from tadistill.charts.axis import Axis
+from tadistill.charts.labels import WIDTHS, Label, place_labels, text_width
+from tadistill.charts.looks import Look, marker
+
+_ACROSS = 1000  # units of a path along x, whatever the width in pixels
+_TITLE, _TICKS, _LINE = 20, 18, 14  # pixels below the plot: title of the axis, ticks, further lines of a tick
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value with its interval (both ends None: it has none), and a text for the hover."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    tip: str = ""
+
+
+class Chart:
+    """A figure. Add marks, then call `html`.
+
+    Args:
+        name: the id of the element, and the name of saved files.
+        summary: the text for readers who do not see the figure.
+        height: pixels of the plot, without ticks and titles.
+        head: pixels above the plot, for texts there.
+        frame: False leaves out both axes and their lines.
+    """
+
+    def __init__(self, name: str, summary: str, x: Axis, y: Axis, *, height: int = 280, head: int = 14, frame: bool = True):
+        self.name, self.summary, self.x, self.y = name, summary, x, y
+        self.height, self.head, self.frame = height, head, frame
+        self._layers: dict[str, list[str]] = {"back": [], "paths": [], "marks": [], "text": []}
+        self._labels: list[Label] = []
+        self._ends: list[Label] = []
+        self._data: dict[str, list[Any]] = {"lines": [], "points": []}
+
+    # --- marks ----------------------------------------------------------------------------------------------------------
+
+    def line(
+        self,
+        name: str,
+        xs: Sequence[float],
+        ys: Sequence[float | None],
+        look: Look,
+        *,
+        seed: int | None = None,
+        label: bool = False,
+        step: bool = False,
+    ) -> None:
+        """Draw a line; gaps are None or NaN. A line of one `seed` is faint. With `label` the name stands at the right end."""
+        known = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and math.isfinite(y)]
+        if not known:
+            return
+        path, open_, before = [], True, 0.0
+        for x, y in zip(xs, ys, strict=True):
+            if y is None or not math.isfinite(y):
+                open_ = True
+                continue
+            at = f"{_ACROSS * self.x.place(x):.1f} {self._down(y):.1f}"
+            path.append(f"M{at}" if open_ else f"L{_ACROSS * self.x.place(x):.1f} {before:.1f}L{at}" if step else f"L{at}")
+            open_, before = False, self._down(y)
+        kind = "line faint" if seed is not None else "line"
+        dash = f";stroke-dasharray:{look.dash}" if look.dash else ""
+        self._add("paths", f'<path class="{kind}" d="{"".join(path)}" style="stroke:{look.colour}{dash}"/>', name)
+        self._data["lines"].append([name, seed, [round(x, 6) for x, _ in known], [_short(y) for _, y in known]])
+        if seed is None:
+            for x, y in _spread_out(known):
+                self._marker(x, y, look, 3.4, name)
+        if label:
+            x, y = known[-1]
+            self._ends.append(Label(self.x.place(x), self._top(y), name, name, look.colour))
+
+    def band(self, name: str, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], look: Look) -> None:
+        """Fill the room between two lines, for the interval of a line."""
+        upper = [f"{_ACROSS * self.x.place(x):.1f} {self._down(y):.1f}" for x, y in zip(xs, highs, strict=True)]
+        lower = [f"{_ACROSS * self.x.place(x):.1f} {self._down(y):.1f}" for x, y in zip(xs, lows, strict=True)]
+        if upper:
+            self._add("paths", f'<path class="band" d="M{"L".join([*upper, *lower[::-1]])}Z" style="fill:{look.colour}"/>', name)
+
+    def points(self, name: str, points: Iterable[Point], look: Look, *, size: float = 5.0, label: str = "") -> None:
+        """Draw points with vertical intervals. `label` is a text beside the first point."""
+        for index, point in enumerate(points):
+            if point.low is not None and point.high is not None:
+                at = self._at(point.x)
+                ends = f'x1="{at}" x2="{at}" y1="{self._top(point.low):.1f}" y2="{self._top(point.high):.1f}"'
+                self._add("marks", f'<line class="span" {ends} style="stroke:{look.colour}"/>', name)
+            self._marker(point.x, point.y, look, size, name, point.tip)
+            self._data["points"].append([name, _short(point.x), _short(point.y), *map(_short, (point.low, point.high)), point.tip])
+            if label and not index:
+                self._labels.append(Label(self.x.place(point.x), self._top(point.y), label, name, look.colour))
+
+    def row(self, name: str, y: float, point: tuple[float, float, float], look: Look, *, dots: Sequence[float] = (), tip: str = "") -> None:
+        """Draw a mean with a horizontal interval (mean, low, high) at height `y`; `dots` are single values below it."""
+        mean, low, high = point
+        height = self._top(y)
+        ends = f'x1="{self._at(low)}" x2="{self._at(high)}" y1="{height:.1f}" y2="{height:.1f}"'
+        self._add("marks", f'<line class="span" {ends} style="stroke:{look.colour}"/>', name)
+        for dot in dots:
+            self._add("marks", f'<circle class="dot" cx="{self._at(dot)}" cy="{height + 9:.1f}" r="2" style="fill:{look.colour}"/>', name)
+        self._marker(mean, y, look, 5.4, name, tip)
+        self._data["points"].append([name, *map(_short, (mean, y, low, high)), tip])
+
+    def bar(self, name: str, xs: tuple[float, float], ys: tuple[float, float], look: Look, *, tip: str = "", opacity: float = 0.85) -> None:
+        """Draw a rectangle between two values of x and two values of y."""
+        left, right = sorted(self.x.place(x) for x in xs)
+        top, bottom = sorted(self._top(y) for y in ys)
+        size = f'x="{100 * left:.2f}%" width="{100 * (right - left):.2f}%" y="{top:.1f}" height="{max(bottom - top, 0.5):.1f}"'
+        self._add("marks", f'<rect class="bar" {size} rx="2" style="fill:{look.colour};opacity:{opacity:g}"{_tip(tip)}/>', name)
+        self._data["points"].append([name, _short(sum(xs) / 2), _short(ys[1]), None, None, tip])
+
+    def whisker(self, name: str, at: float, low: float, high: float, *, flat: bool = False) -> None:
+        """Draw the interval of a bar: upright at x = `at`, or with `flat` along x at y = `at`."""
+        if flat:
+            ends = f'x1="{self._at(low)}" x2="{self._at(high)}" y1="{self._top(at):.1f}" y2="{self._top(at):.1f}"'
+        else:
+            ends = f'x1="{self._at(at)}" x2="{self._at(at)}" y1="{self._top(low):.1f}" y2="{self._top(high):.1f}"'
+        self._add("marks", f'<line class="whisker" {ends}/>', name)
+
+    def segment(
+        self,
+        start: tuple[float, float],
+        end: tuple[float, float],
+        look: Look,
+        *,
+        width: float = 1.5,
+        name: str = "",
+        tip: str = "",
+        kind: str = "",
+    ) -> None:
+        """Draw a straight line between two points (x, y)."""
+        ends = f'x1="{self._at(start[0])}" y1="{self._top(start[1]):.1f}" x2="{self._at(end[0])}" y2="{self._top(end[1]):.1f}"'
+        dash = f";stroke-dasharray:{look.dash}" if look.dash else ""
+        style = f"stroke:{look.colour};stroke-width:{width:g}{dash}"
+        self._add("back" if not name else "marks", f'<line class="{kind or "guide"}" {ends} style="{style}"{_tip(tip)}/>', name)
+
+    def rule(self, *, x: float | None = None, y: float | None = None, kind: str = "zero") -> None:
+        """Draw a line over the whole plot: `kind` is zero, grid, or dashed."""
+        if y is not None:
+            self._add("back", f'<line class="{kind}" x1="0" x2="100%" y1="{self._top(y):.1f}" y2="{self._top(y):.1f}"/>')
+        if x is not None:
+            self._add(
+                "back", f'<line class="{kind}" x1="{self._at(x)}" x2="{self._at(x)}" y1="{self.head}" y2="{self.head + self.height}"/>'
+            )
+
+    def area(self, low: float, high: float) -> None:
+        """Shade the values of x between `low` and `high`, from the top to the bottom."""
+        left, right = (min(max(self.x.place(end), 0.0), 1.0) for end in (low, high))
+        size = f'x="{100 * left:.2f}%" width="{100 * (right - left):.2f}%" y="{self.head}" height="{self.height}"'
+        self._layers["back"].insert(0, f'<rect class="margin" {size}/>')
+
+    def text(
+        self,
+        x: float | None,
+        y: float,
+        text: str,
+        *,
+        side: str = "middle",
+        name: str = "",
+        kind: str = "",
+        shift: tuple[float, float] = (0, 0),
+    ) -> None:
+        """Write a text at (x, y): its `side` (start, middle, end) lies there, moved by `shift` pixels. x None: at that side of the plot."""
+        at = {"start": "0%", "middle": "50%", "end": "100%"}[side] if x is None else self._at(x)
+        place = f'x="{at}" y="{self._top(y):.1f}" dx="{shift[0]:g}" dy="{shift[1]:g}" text-anchor="{side}"'
+        self._add("text", f'<text class="{kind or "note"}" {place}>{escape(text)}</text>', name)
+
+    # --- rendering ------------------------------------------------------------------------------------------------------
+
+    def html(self) -> Markup:
+        """Return the figure as one element, with its values as JSON for hovers and for saving."""
+        left, right, below = self._margins()
+        whole = self.head + self.height + below
+        paths = "".join(self._layers["paths"])
+        plot = f'<svg class="paths" y="{self.head - 4}" width="100%" height="{self.height + 8}" viewBox="0 -4 {_ACROSS} {self.height + 8}"'
+        inner = [self._frame(), *self._layers["back"], f'{plot} preserveAspectRatio="none">{paths}</svg>' if paths else ""]
+        inner += [
+            *self._layers["marks"],
+            *self._layers["text"],
+            *self._named(),
+            f'<line class="cursor" y1="{self.head}" y2="{self.head + self.height}"/>',
+        ]
+        svg = f'<svg class="plot" role="img" aria-label="{escape(self.summary)}" width="100%" height="{whole}">{"".join(inner)}</svg>'
+        sides = f"--left:{left}px;--right:{right}px"
+        sized = f'<div class="sides" style="{sides}">{svg}</div>'
+        return Markup(f'<div class="chart" id="{escape(self.name)}">{sized}{self._saves()}{self._values()}</div>')
+
+    def _saves(self) -> str:
+        kinds = (("SVG", "the figure"), ("PNG", "the figure"), ("CSV", "its values"))
+        named = [f'<button type="button" data-save="{k.lower()}" title="Save {what} as {k}">{k}</button>' for k, what in kinds]
+        return f'<div class="saves">{"".join(named)}</div>'
+
+    def _margins(self) -> tuple[int, int, int]:
+        if not self.frame:
+            return 8, 8, 4
+        widest = max((text_width(text) for text in self.y.ticks().values()), default=0)
+        lines = max((text.count("\n") for text in self.x.ticks().values()), default=0)
+        below = (_TICKS + _LINE * lines if self.x.ticks() else 4) + (_TITLE if self.x.title else 0)
+        right = 14 + (math.ceil(max(text_width(label.text) for label in self._ends)) if self._ends else 0)
+        return math.ceil(widest) + 10, right, below
+
+    def _frame(self) -> str:
+        if not self.frame:
+            return ""
+        parts: list[str] = []
+        bottom = self.head + self.height
+        for value, text in self.y.ticks().items():
+            height = self._top(value)
+            parts.append(f'<line class="grid" x1="0" x2="100%" y1="{height:.1f}" y2="{height:.1f}"/>' if self.y.grid else "")
+            parts.append(f'<text class="tick" x="0" dx="-6" y="{height + 4:.1f}" text-anchor="end">{escape(text)}</text>')
+        ticks = self.x.ticks()
+        for value, text in ticks.items():
+            at = self._at(value)
+            parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{self.head}" y2="{bottom}"/>' if self.x.grid else "")
+            rows = "".join(f'<tspan x="{at}" dy="{_LINE if i else 0}">{escape(row)}</tspan>' for i, row in enumerate(text.split("\n")))
+            parts.append(f'<text class="tick" x="{at}" y="{bottom + 15}" text-anchor="middle">{rows}</text>')
+        parts.append(f'<line class="axis" x1="0" x2="100%" y1="{bottom}" y2="{bottom}"/>')
+        lines = max((text.count("\n") for text in ticks.values()), default=0)
+        if self.x.title:
+            at = bottom + (_TICKS + _LINE * lines if ticks else 0) + 14
+            parts.append(f'<text class="title" x="100%" y="{at}" text-anchor="end">{escape(self.x.title)}</text>')
+        if self.y.title:
+            parts.append(f'<text class="title" x="0" dx="-6" y="{self.head - 8}" text-anchor="start">{escape(self.y.title)}</text>')
+        return "".join(parts)
+
+    def _named(self) -> list[str]:
+        found: list[str] = []
+        box = (self.head, self.head + self.height)
+        for width in WIDTHS if self._labels else ():
+            placed = "".join(place_labels(self._labels, width, box))
+            found.append(f'<g class="labels at{width}">{placed}</g>')
+        if self._ends:
+            found.append(f'<g class="labels ends">{"".join(place_labels(self._ends, None, box))}</g>')
+        return found
+
+    def _values(self) -> str:
+        axis = {"low": self.x.low, "high": self.x.high, "log": self.x.log, "x": self.x.title, "y": self.y.title}
+        content = json.dumps({**axis, **self._data}, ensure_ascii=False, separators=(",", ":"))
+        for character in "<>&\u2028\u2029":
+            content = content.replace(character, f"\\u{ord(character):04x}")
+        return f'<script type="application/json" class="values">{content}</script>'
+
+    def _marker(self, x: float, y: float, look: Look, size: float, name: str, tip: str = "") -> None:
+        at = f'x="{self._at(x)}" y="{self._top(y):.1f}"'
+        self._add("marks", f'<svg class="at" {at}{_tip(tip)}>{marker(look, size)}</svg>', name)
+
+    def _add(self, layer: str, mark: str, name: str = "") -> None:
+        if name:
+            head, _, rest = mark.partition(" ")
+            mark = f'{head} data-arm="{escape(name)}" {rest}'
+        self._layers[layer].append(mark)
+
+    def _down(self, y: float) -> float:
+        return self.height * (1 - self.y.place(y))
+
+    def _top(self, y: float) -> float:
+        return self.head + self._down(y)
+
+    def _at(self, x: float) -> str:
+        return f"{100 * self.x.place(x):.2f}%"
+
+
+def _tip(text: str) -> str:
+    return f' data-tip="{escape(text)}"' if text else ""
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.7g}")
+
+
+def _spread_out(points: Sequence[tuple[float, float]], count: int = 4) -> list[tuple[float, float]]:
+    """Return a few of the points, evenly spread: the markers of a line."""
+    if len(points) <= count:
+        return list(points)
+    return [points[round(index * (len(points) - 1) / (count - 1))] for index in range(count)]

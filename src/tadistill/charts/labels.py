@@ -1,0 +1,127 @@
+"""Places for the names of points and lines, so that none covers another or a point."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import escape
+
+WIDTHS = (560, 300)
+"""Pixels of the plots for which labels are placed; the style sheet shows the placement that fits the page."""
+_HIGH, _GAP = 15, 9  # pixels of a line of text, and between a point and its label
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text that belongs to the point at `x` (share of the width) and `y` (pixels from the top)."""
+
+    x: float
+    y: float
+    text: str
+    name: str
+    colour: str
+
+
+def text_width(text: str) -> float:
+    """Return about how many pixels a text of 12 pixels is wide."""
+    return sum(3.6 if c in "iljtfrI.,:;|' " else 9.6 if c in "mwMW" else 8.2 if c.isupper() else 6.7 for c in text)
+
+
+def place_labels(labels: Sequence[Label], width: int | None, box: tuple[int, int]) -> list[str]:
+    """Return the labels as SVG: beside their points, else where there is room, with a thin line to the point.
+
+    Args:
+        width: pixels of the plot; None places all labels in a column at its right.
+        box: the top and the bottom of the plot in pixels.
+    """
+    if width is None:
+        return _column(labels, box)
+    taken = [_Box(label.x * width - 7, label.y - 7, label.x * width + 7, label.y + 7) for label in labels]
+    placed: list[str] = []
+    for label in sorted(labels, key=lambda label: label.y):
+        spot = next(spot for spot in _spots(label, width, box) if spot.free(taken) or spot.last)
+        taken.append(spot.box)
+        placed.append(_drawn(label, spot, width))
+    return placed
+
+
+@dataclass(frozen=True)
+class _Box:
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: "_Box") -> bool:
+        return self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
+
+
+@dataclass(frozen=True)
+class _Spot:
+    side: str  # start, middle or end: the part of the text at (x, y)
+    x: float
+    y: float
+    box: _Box
+    inside: bool
+    last: bool = False
+
+    def free(self, taken: Sequence[_Box]) -> bool:
+        return self.inside and not any(self.box.meets(other) for other in taken)
+
+
+def _spots(label: Label, width: int, box: tuple[int, int]) -> list[_Spot]:
+    x, wide = label.x * width, text_width(label.text)
+    spots: list[_Spot] = []
+    for away in range(0, 200, 8):
+        for shift in dict.fromkeys((away, -away)):
+            y = label.y + shift
+            for side, at, left in (("start", x + _GAP, x + _GAP), ("end", x - _GAP, x - _GAP - wide), ("middle", x, x - wide / 2)):
+                if side == "middle" and abs(shift) < 16:
+                    continue
+                around = _Box(left - 2, y - _HIGH / 2, left + wide + 2, y + _HIGH / 2)
+                inside = left >= 0 and left + wide <= width + 10 and box[0] <= around.top and around.bottom <= box[1]
+                spots.append(_Spot(side, at, y, around, inside))
+    first = spots[0]
+    return [*spots, _Spot(first.side, first.x, first.y, first.box, True, last=True)]
+
+
+def _drawn(label: Label, spot: _Spot, width: int) -> str:
+    moved = abs(spot.y - label.y) > 12
+    line = ""
+    if moved:
+        ends = f'x1="{100 * label.x:.2f}%" y1="{label.y:.1f}" x2="{100 * label.x:.2f}%" y2="{spot.y:.1f}"'
+        line = f'<line class="leader" data-arm="{escape(label.name)}" {ends} style="stroke:{label.colour}"/>'
+    place = f'x="{100 * label.x:.2f}%" dx="{spot.x - label.x * width:.0f}" y="{spot.y + 4:.1f}" text-anchor="{spot.side}"'
+    return f'{line}<text class="label" data-arm="{escape(label.name)}" {place}>{escape(label.text)}</text>'
+
+
+def _column(labels: Sequence[Label], box: tuple[int, int]) -> list[str]:
+    heights = spread([label.y for label in labels], _HIGH, box)
+    found: list[str] = []
+    for label, y in zip(labels, heights, strict=True):
+        text = f'<text class="label" data-arm="{escape(label.name)}" x="100%" dx="8" y="{y + 4:.1f}">{escape(label.text)}</text>'
+        found.append(text)
+    return found
+
+
+def spread(values: Sequence[float], apart: float, box: tuple[float, float]) -> list[float]:
+    """Return the values moved as little as needed so that any two are `apart`, in the order given and inside the box if it has room."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    placed = [values[i] for i in order]
+    for _ in range(60):
+        moved = False
+        for i in range(1, len(placed)):
+            short = apart - (placed[i] - placed[i - 1])
+            if short > 1e-6:
+                placed[i - 1], placed[i], moved = placed[i - 1] - short / 2, placed[i] + short / 2, True
+        if not moved:
+            break
+    over = placed[-1] - box[1] if placed else 0.0
+    if over > 0:
+        placed = [value - over for value in placed]
+    under = box[0] - placed[0] if placed else 0.0
+    if under > 0:
+        placed = [value + under for value in placed]
+    found = [0.0] * len(values)
+    for i, value in zip(order, placed, strict=True):
+        found[i] = value
+    return found

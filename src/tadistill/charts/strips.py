@@ -1,0 +1,71 @@
+"""Small plots inside the rows of a table: a mean with its interval, a bar, a zero line. All rows of a table share one axis."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from tadistill.charts.axis import Axis
+from tadistill.charts.looks import Look, marker
+
+_HEIGHT = 22  # pixels of a row's plot
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The plots of one column of a table. `zero` draws a line at 0, and `margin` a band of that half width around it."""
+
+    axis: Axis
+    zero: bool = False
+    margin: float = 0.0
+
+    def interval(self, mean: float, low: float, high: float, look: Look, *, dots: Iterable[float] = (), tip: str = "") -> Markup:
+        """Draw a mean with its interval; `dots` are single values (training seeds), `tip` is the text on hover."""
+        marks = "".join(f'<circle class="dot" cx="{self._at(dot)}" cy="{_HEIGHT - 4}" r="1.8" style="fill:{look.colour}"/>' for dot in dots)
+        middle = _HEIGHT // 2
+        line = f'<line class="span" x1="{self._at(low)}" x2="{self._at(high)}" y1="{middle}" y2="{middle}" style="stroke:{look.colour}"/>'
+        mark = f'<svg class="at" x="{self._at(mean)}" y="{middle}">{marker(look, 4.4)}</svg>'
+        return self._drawn(line + marks + mark, tip)
+
+    def bar(self, value: float, low: float | None, high: float | None, look: Look, *, tip: str = "") -> Markup:
+        """Draw a bar from 0 to the value, with the interval as a line."""
+        start, end = sorted((self.axis.place(min(max(0.0, self.axis.low), self.axis.high)), self.axis.place(value)))
+        size = f'x="{_percent(start)}" width="{_percent(end - start)}" y="4" height="{_HEIGHT - 8}"'
+        bar = f'<rect class="bar" {size} rx="1.5" style="fill:{look.colour}"/>'
+        middle = _HEIGHT // 2
+        if low is not None and high is not None:
+            bar += f'<line class="whisker" x1="{self._at(low)}" x2="{self._at(high)}" y1="{middle}" y2="{middle}"/>'
+        return self._drawn(bar, tip)
+
+    def empty(self) -> Markup:
+        """Draw the row of a value that is not measured."""
+        return self._drawn("", "")
+
+    def ruler(self, count: int = 4) -> Markup:
+        """Draw the axis, for the head of the column."""
+        places = (
+            (f'x="{self._at(v)}" y="10" text-anchor="{_anchor(self.axis.place(v))}"', text) for v, text in self.axis.ticks(count).items()
+        )
+        texts = "".join(f'<text class="tick" {place}>{text}</text>' for place, text in places)
+        return Markup(f'<svg class="strip ruler" width="100%" height="14" aria-hidden="true">{texts}</svg>')
+
+    def _drawn(self, marks: str, tip: str) -> Markup:
+        behind = "".join(f'<line class="grid" x1="{self._at(v)}" x2="{self._at(v)}" y1="0" y2="{_HEIGHT}"/>' for v in self.axis.ticks(4))
+        if self.margin > 0:
+            left, right = self.axis.place(-self.margin), self.axis.place(self.margin)
+            behind += f'<rect class="margin" x="{_percent(left)}" width="{_percent(right - left)}" y="0" height="{_HEIGHT}"/>'
+        if self.zero:
+            behind += f'<line class="zero" x1="{self._at(0)}" x2="{self._at(0)}" y1="0" y2="{_HEIGHT}"/>'
+        hover = f' data-tip="{escape(tip)}"' if tip else ""
+        return Markup(f'<svg class="strip" width="100%" height="{_HEIGHT}" aria-hidden="true"{hover}>{behind}{marks}</svg>')
+
+    def _at(self, value: float) -> str:
+        return _percent(min(max(self.axis.place(value), 0.0), 1.0))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
+
+
+def _anchor(place: float) -> str:
+    return "start" if place < 0.04 else "end" if place > 0.96 else "middle"

@@ -1,0 +1,119 @@
+"""Charts: ticks, places, labels that do not meet, and marks that hold their values."""
+
+import json
+import re
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import pytest
+
+from tadistill.charts import COLOURS, Axis, Chart, Point, Strip, look, nice_span, script, style
+from tadistill.charts.axis import number_text
+from tadistill.charts.labels import Label, place_labels, spread, text_width
+from tadistill.charts.looks import SHAPES
+
+
+def chart(**changes) -> Chart:
+    return Chart("figure-x", "a summary", Axis(0, 10, "step"), Axis(0, 4, "nats"), **changes)
+
+
+def parsed(markup) -> ElementTree.Element:
+    return ElementTree.fromstring(re.search(r'<svg class="plot".*?</svg>(?=</div>)', str(markup), re.S)[0])
+
+
+@pytest.mark.parametrize(
+    ("axis", "texts"),
+    [
+        (Axis(0, 10), ["0", "2", "4", "6", "8", "10"]),
+        (Axis(-0.31, 0.29), ["\N{MINUS SIGN}0.2", "0", "0.2"]),
+        (Axis(1e10, 1e13, log=True), ["10B", "30B", "100B", "300B", "1T", "3T", "10T"]),
+        (Axis(1e16, 9e17, log=True), ["1e16", "2e16", "5e16", "1e17", "2e17", "5e17"]),
+        (Axis(1e12, 1.6e12, log=True), ["1T", "1.2T", "1.4T", "1.6T"]),
+        (Axis(1, 1e9, log=True), ["1", "100", "10k", "1M", "100M"]),
+        (Axis(0, 1, marks={0.5: "half"}), ["half"]),
+    ],
+)
+def test_ticks_are_round_numbers(axis, texts):
+    assert list(axis.ticks().values()) == texts
+
+
+def test_an_axis_has_two_ends():
+    for low, high, log in ((1, 1, False), (2, 1, False), (0, 1, True), (0, float("nan"), False)):
+        with pytest.raises(ValueError, match="axis must"):
+            Axis(low, high, log=log)
+    assert Axis(1, 100, log=True).place(10) == pytest.approx(0.5)
+    assert nice_span([3.0, 5.0], zero=True) == (0.0, 5.25)
+    assert nice_span([2.0, 2.0]) == pytest.approx((1.8, 2.2))
+    assert number_text(2500.0, 500) == "2500"
+
+
+def test_marks_are_where_their_values_are():
+    found = chart(height=200, head=10)
+    found.points("a <b>", [Point(5, 1, 0.5, 2, "a tip")], look(0), label="a <b>")
+    found.line("curve", [0, 5, 10], [0, float("nan"), 4], look(1))
+    markup = found.html()
+    svg = parsed(markup)
+    (mark,) = (node for node in svg.iter() if node.get("data-tip") == "a tip")
+    assert (mark.get("x"), mark.get("y"), mark.get("data-arm")) == ("50.00%", "160.0", "a <b>")
+    (path,) = (node for node in svg.iter() if node.get("class") == "line")
+    assert path.get("d") == "M0.0 200.0M1000.0 0.0"  # a gap
+    values = json.loads(re.search(r'class="values">(.*?)</script>', markup)[1])
+    assert values["points"] == [["a <b>", 5.0, 1.0, 0.5, 2.0, "a tip"]]
+    assert values["lines"] == [["curve", None, [0, 10], [0.0, 4.0]]]
+    assert "<b>" not in markup
+
+
+def test_labels_do_not_meet():
+    labels = [Label(0.9 + 0.01 * i, 100 + 2 * i, f"arm-number-{i}", f"a{i}", "red") for i in range(8)]
+    for width in (560, 300):
+        nodes = [
+            ElementTree.fromstring(text) for svg in place_labels(labels, width, (0, 300)) for text in re.findall("<text.*?</text>", svg)
+        ]
+        boxes = []
+        for node in nodes:
+            x = float(node.get("x")[:-1]) / 100 * width + float(node.get("dx"))
+            wide = text_width(node.text)
+            left = x - {"start": 0, "end": wide, "middle": wide / 2}[node.get("text-anchor")]
+            boxes.append((left, float(node.get("y")), left + wide))
+        assert all(left >= 0 and right <= width + 12 for left, _, right in boxes)
+        for i, (left, y, right) in enumerate(boxes):
+            assert not [1 for a, b, c in boxes[:i] if abs(b - y) < 14 and a < right and left < c]
+
+
+def test_ends_are_spread():
+    placed = spread([10, 11, 12, 90], 15, (0, 100))
+    assert all(b - a >= 15 - 1e-6 for a, b in pairwise(placed))
+    assert spread([99, 98], 15, (0, 100)) == pytest.approx([100, 85])
+
+
+def test_strips_share_an_axis():
+    strip = Strip(Axis(-10, 10), zero=True, margin=1)
+    drawn = strip.interval(5, 0, 40, look(0), dots=[1], tip="five")
+    assert 'x="75.00%"' in drawn
+    assert 'x2="100.00%"' in drawn  # cut at the end of the axis
+    assert 'data-tip="five"' in drawn
+    assert 'x="50.00%" width="25.00%"' in strip.bar(5, None, None, look(0))
+
+
+def test_looks_repeat_late():
+    assert len({(look(i).colour, look(i).marker) for i in range(COLOURS * len(SHAPES))}) == 156
+    assert all(f"--c{i}:" in style() for i in range(COLOURS))
+    assert script().count("\n") < 250
+
+
+def contrast(a: str, b: str) -> float:
+    def light(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((light(a), light(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_are_seen_on_light_and_dark_pages():
+    light, dark, printed = style().split(":root {")[1:]
+    for rules, page in ((light, "#ffffff"), (dark, "#12161d"), (printed, "#ffffff")):
+        colours = re.findall(r"--(c\d+|guide|better|worse|unclear): (#[0-9a-f]{6})", rules.split("}")[0])
+        assert len(colours) == COLOURS + 4
+        assert {name for name, colour in colours if contrast(colour, page) < 3} == set()
