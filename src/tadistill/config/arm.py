@@ -1,7 +1,7 @@
 """The arms of a recipe, and the search for a path. An arm gives a path of models, in which each model teaches the next one."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -9,7 +9,7 @@ from tadistill.config.common import MOST, Strict
 from tadistill.config.method import Dense, MethodPatch, Optim, Select
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
-from tadistill.config.shorthand import written_out
+from tadistill.config.shorthand import MethodName, written_out
 
 ModelPath = Annotated[tuple[str, ...], Field(min_length=1)]
 """Names of models. Each model teaches the next one."""
@@ -67,13 +67,14 @@ class Arm(Strict):
     With `dense`, all models before a learner in the path teach it together.
     """
 
+    text_sets: ClassVar[str] = "path"
     path: tuple[ModelPath, ...] = Field(min_length=1)
     """The paths, one after the other, as `A > B > C then D > C`. A name means the same model in all paths. If a learner is taught
     more than once, its updates are divided equally among these distillations."""
     init: dict[str, str] = {}
     """Learner -> the model of this arm whose weights initialise it, instead of its own weights. The learner's `sft` runs after that."""
-    method: str | None = Field(default=None, exclude=True)
-    """A method of `config.shorthand`, which sets objective and sampler. It is None once it is applied."""
+    method: MethodName | None = Field(default=None, exclude=True)
+    """A published method by name, which sets objective and sampler of this arm. None once it is applied."""
     objective: Objective | None = None
     """Overrides of `method.objective`; an objective of another `type` replaces it."""
     sampler: Sampler | None = None
@@ -91,9 +92,9 @@ class Arm(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
-        return written_out(value, string="path", name="method")
+        return written_out(value, string=cls.text_sets, name="method")
 
-    @field_validator("path", mode="before")
+    @field_validator("path", mode="before", json_schema_input_type=str | list[str] | list[list[str]])
     @classmethod
     def _split(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -163,9 +164,11 @@ class Search(Strict):
     """The paths that `tadistill search` and `tadistill advise` consider, and how they are searched. Paths are compared on dev only."""
 
     teacher: str
+    """The model where all paths start."""
     assistants: tuple[str, ...] = Field(min_length=1)
     """Candidate assistants, from big to small."""
     student: str
+    """The model where all paths end."""
     strategy: Literal["exhaustive", "single", "best_prefix", "beam", "halving"] = "best_prefix"
     """`exhaustive`: try every path. `single`: try the direct path, and paths with one assistant. `best_prefix`: keep and extend the
     best path to each model (a heuristic: it is right only where a better teacher makes a better student). `beam`: keep and extend

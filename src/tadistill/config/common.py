@@ -3,7 +3,7 @@
 import functools
 import re
 import typing
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -46,6 +46,8 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+    text_sets: ClassVar[str] = ""
+    """The key that a recipe sets if it gives a text instead of keys; empty if it must give keys."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,6 @@
 """The evaluation of a recipe: how the test sets are decoded, and metrics of the user's own code."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -47,11 +47,13 @@ class OwnMetric(Strict):
     `tadistill.own_code` imports the function.
     """
 
+    text_sets: ClassVar[str] = "function"
     function: FunctionName
     """MODULE:FUNCTION. MODULE is a file beside the recipe, or an installed module. FUNCTION is the metric's name in results."""
     title: str = Field(default="", max_length=60)
     """Name in reports; by default the function's name."""
     better: Literal["higher", "lower"] = "higher"
+    """The direction in which values are better."""
     unit: str = Field(default="", max_length=30)
     """`points` and `percentage points` mean 0 to 100; other units have no bounds."""
     decimals: int = Field(default=1, ge=0, le=6)
@@ -60,7 +62,7 @@ class OwnMetric(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
-        return {"function": value} if isinstance(value, str) else value
+        return {cls.text_sets: value} if isinstance(value, str) else value
 
     @field_validator("function")
     @classmethod

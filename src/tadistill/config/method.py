@@ -3,14 +3,14 @@
 Objectives are in `tadistill.config.objective`, samplers in `tadistill.config.sampling`.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from tadistill.config.common import MOST, Strict
 from tadistill.config.objective import Divergence, ForwardKL, Objective, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import DatasetSampler, HiddenSignal, OnPolicy, ReplaySampler, Rounds, Sampler, TopKSignal
-from tadistill.config.shorthand import written_out
+from tadistill.config.shorthand import MethodName, written_out
 from tadistill.errors import ConfigError
 from tadistill.metrics import SELECTABLE
 
@@ -127,10 +127,13 @@ class Method(Strict):
     `method: NAME` is short for `method: {name: NAME}`.
     """
 
-    name: str | None = Field(default=None, exclude=True)
-    """A method of `config.shorthand`, which sets objective and sampler. The other keys here change it. It is None once it is applied."""
+    text_sets: ClassVar[str] = "name"
+    name: MethodName | None = Field(default=None, exclude=True)
+    """A published method by name, which sets objective and sampler. The other keys here change it. None once it is applied."""
     objective: Objective = ForwardKL()
+    """The loss of each token, chosen by its `type`."""
     sampler: Sampler = DatasetSampler()
+    """The texts on which the student trains, chosen by their `type`."""
     optim: Optim = Optim()
     select: Select = Select()
     dense: Dense | None = None
@@ -138,7 +141,7 @@ class Method(Strict):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        return written_out(value, string="name", name="name")
+        return written_out(value, string=cls.text_sets, name="name")
 
     @property
     def signal(self) -> HiddenSignal | TopKSignal | None:
@@ -171,10 +174,15 @@ class MethodPatch(Strict):
     """The changes that one model or one arm makes to the recipe's method."""
 
     objective: Objective | None = None
+    """Overrides of `method.objective`; an objective of another `type` replaces it."""
     sampler: Sampler | None = None
+    """Overrides of `method.sampler`; a sampler of another `type` replaces it."""
     optim: Optim | None = None
+    """Overrides of `method.optim`."""
     select: Select | None = None
+    """Overrides of `method.select`."""
     dense: Dense | None = None
+    """Overrides of `method.dense`."""
 
 
 def merge_methods(base: Strict, patch: Strict | None) -> Any:

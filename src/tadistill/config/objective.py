@@ -234,6 +234,7 @@ class SampledKL(ObjectiveBase):
     needs_own_samples: ClassVar[bool] = True
     type: Literal["sampled_kl"] = "sampled_kl"
     estimator: Literal["k2", "k3"] = "k2"
+    """The estimate of the KL divergence, which decides the gradient."""
 
 
 class MiniLLM(ObjectiveBase):
@@ -250,6 +251,7 @@ class MiniLLM(ObjectiveBase):
     needs_rounds: ClassVar[bool] = True
     type: Literal["minillm"] = "minillm"
     preset: Literal["paper", "official"] = "paper"
+    """Values of the keys below that the recipe leaves out: those of the paper, or those of the released code."""
     discount: float = Field(default=1.0, gt=0, le=1)
     """Discount factor of later rewards in the return. Paper: 1; official: 0.95."""
     include_current: bool = False

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -38,6 +38,7 @@ _LONGEST_SET = 200
 class DataRef(Strict):
     """A data set. A recipe may give a string instead, which sets `load`."""
 
+    text_sets: ClassVar[str] = "load"
     load: str
     """A name (dolly, self_inst, vicuna, sinst, uinst, sinst/0_2, tinyworld…), a .jsonl file, a folder with SPLIT.jsonl, or a hub id."""
     split: str | None = None
@@ -55,7 +56,7 @@ class DataRef(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
-        return {"load": value} if isinstance(value, str) else value
+        return {cls.text_sets: value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self):
@@ -91,7 +92,9 @@ class Limit(Strict):
     """The number of rows to use, starting at the first row, for quick trials; all rows by default."""
 
     train: int | None = Field(default=None, ge=1, le=MOST)
+    """Number of rows of the training set."""
     dev: int | None = Field(default=None, ge=1, le=MOST)
+    """Number of rows of the dev set."""
     test: int | None = Field(default=None, ge=1, le=MOST)
     """Number of rows of each test set."""
 
@@ -104,9 +107,11 @@ class Data(Strict):
     """Data sets and how their rows become token sequences."""
 
     train: DataRef
+    """The set on which models train: a name, a file, a folder or a hub id, or the keys of a data set."""
     dev: DataRef
     """The set that selects checkpoints and paths."""
     test: tuple[DataRef, ...] = Field(min_length=1)
+    """The sets on which trained models are measured."""
     corpus: DataRef | None = None
     """Plain text for the language-modelling term of MiniLLM."""
     root: str | None = None
@@ -184,6 +189,7 @@ class Recipe(Strict):
     seeds: tuple[int, ...] = Field(min_length=1)
     """Training seeds; each seed gives one replicate of every arm."""
     models: dict[Name, ModelConfig] = Field(min_length=1)
+    """The models, by names of your choice, which paths and reports use."""
     data: Data
     method: Method = Method()
     """The method of every distillation, unless a model (`models.X.distill`) or an arm overrides a part of it."""

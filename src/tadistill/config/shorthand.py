@@ -7,10 +7,10 @@ seed and one decoding. Nothing is compared with the teacher.
 
 import difflib
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from tadistill.config.objective import Objective
 from tadistill.config.sampling import Sampler
@@ -20,9 +20,15 @@ METHODS: dict[str, dict[str, Any]] = yaml.safe_load(
     resources.files("tadistill.config").joinpath("methods.yaml").read_text(encoding="utf-8")
 )
 """Name -> settings of `objective` and `sampler`."""
+MethodName = Annotated[str, Field(json_schema_extra={"enum": [*METHODS]})]
+"""The name of a published method."""
 _PARTS = {"objective": TypeAdapter(Objective), "sampler": TypeAdapter(Sampler)}
 _WHOLE = ("models", "arms", "search")
-_MODELS = ("teacher", "student")
+SHORT_KEYS = {
+    "teacher": "The teacher of the short form: what a model's `load` holds, or an entry with the keys of a model.",
+    "student": "The student of the short form: what a model's `load` holds, or an entry with the keys of a model.",
+}
+"""Models of the short form -> their meanings."""
 
 
 # --- a method by name ----------------------------------------------------------------------------------------------------
@@ -85,8 +91,8 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"the recipe has both `student`, which belongs to the short form, and `{both[0]}`; remove one of them")
     if "teacher" not in raw:
         raise ConfigError("the recipe has a `student` and no `teacher`; add teacher: MODEL")
-    models = {name: {"load": raw[name]} if isinstance(raw[name], str) else raw[name] for name in _MODELS}
-    rest = {key: value for key, value in raw.items() if key not in _MODELS}
+    models = {name: {"load": raw[name]} if isinstance(raw[name], str) else raw[name] for name in SHORT_KEYS}
+    rest = {key: value for key, value in raw.items() if key not in SHORT_KEYS}
     evaluate = rest.pop("evaluate", None)
     data, method = _data(rest.pop("data", None)), rest.pop("method", {})
     method = {"name": method} if isinstance(method, str) else method
@@ -124,4 +130,4 @@ def _data(data: Any) -> Any:
 
 def lines_of_whole(lines: dict[tuple, int]) -> dict[tuple, int]:
     """Return the line of each key of the whole recipe, from the lines of the short form."""
-    return {("models", *key) if key and key[0] in _MODELS else key: line for key, line in lines.items()}
+    return {("models", *key) if key and key[0] in SHORT_KEYS else key: line for key, line in lines.items()}

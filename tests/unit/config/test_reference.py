@@ -1,15 +1,17 @@
-"""docs/reference/recipe.md names every key of a recipe."""
+"""docs/reference/recipe.md names every key of a recipe, and the reference in code describes every key."""
 
 import re
 from pathlib import Path
 from typing import Any, get_args
 
+import pytest
 from pydantic import BaseModel
 
 from tadistill.config import Recipe
+from tadistill.config.reference import Key, Part, reference
 
-FILE = Path(__file__).parents[3] / "docs" / "reference" / "recipe.md"
-PAGE = re.sub(r"```.*?```", "", FILE.read_text(encoding="utf-8"), flags=re.DOTALL)
+DOCS = Path(__file__).parents[3] / "docs"
+PAGE = re.sub(r"```.*?```", "", (DOCS / "reference" / "recipe.md").read_text(encoding="utf-8"), flags=re.DOTALL)
 ELSEWHERE = {"Search": "paths.md", "Resources": "cluster.md"}
 
 
@@ -39,3 +41,43 @@ def test_recipe_page_names_every_key_and_type():
             assert (field.alias or name) in named, f"{cls.__name__}.{name} is not in docs/reference/recipe.md"
             if name == "type":
                 assert field.default in named, f"type {field.default} is not in docs/reference/recipe.md"
+
+
+def key(group: str, name: str) -> Key:
+    """Return a key of the reference by the class of its group."""
+    return next(k for part in reference() if part.name == group for k in part.keys if k.name == name)
+
+
+@pytest.mark.parametrize("part", reference(), ids=lambda part: part.name)
+def test_every_key_has_a_meaning_and_a_page(part: Part):
+    assert part.meaning
+    assert all(key.meaning and key.type for key in part.keys)
+    page, _, anchor = part.page.partition("#")
+    titles = re.findall(r"^#+ (.+)$", (DOCS / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert not anchor or anchor in {title.lower().replace(" ", "-") for title in titles}
+
+
+def test_the_reference_has_every_class_once():
+    assert {part.name for part in reference()} == {cls.__name__ for cls in reached(Recipe)} | {"Short form"}
+    assert len({part.name for part in reference()}) == len(reference())
+
+
+def test_keys_have_types_values_and_defaults():
+    assert key("Optim", "lr") == Key("lr", "Peak learning rate.", "number", "greater than 0, at most 10", "0.0005")
+    assert key("Optim", "betas").type == "list of 2 numbers"
+    assert key("Init", "from").default == "required"
+    assert key("Optim", "steps").allowed == "at least 1"
+    assert key("World", "people").allowed == "from 10 to 200"
+    assert key("Evaluate", "also").default == "{greedy: {temperature: 0}, t0.5: {temperature: 0.5}}"
+    assert key("Arm", "path").type == "text or list of texts or list of lists of texts"
+    assert key("Arm", "method").choices[:3] == ("sft", "kd", "seqkd")
+    assert key("Recipe", "arms").type == "text or keys by name"
+    assert key("Method", "objective").allowed.startswith("`type` is one of cross_entropy, forward_kl")
+    assert key("Data", "template").choices == ("alpaca", "chat", "plain")
+
+
+def test_places_are_those_of_a_recipe():
+    places = {part.name: part.places for part in reference()}
+    assert places["Optim"] == ("method.optim", "arms.NAME.optim", "models.NAME.sft.optim", "models.NAME.distill.optim")
+    assert places["OwnMetric"] == ("metrics",)
+    assert places["OtherDecoding"] == ("evaluate.also.NAME",)

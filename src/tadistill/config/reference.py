@@ -1,0 +1,266 @@
+"""The reference of recipes: every key with its meaning, type, allowed values and default, read from the configuration classes.
+
+`tadistill explain`, the JSON schema and the reference in the documentation show what is here. Meanings are the docstrings of the fields.
+"""
+
+import ast
+import functools
+import inspect
+import itertools
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from tadistill.config.common import MOST
+from tadistill.config.recipe import Recipe
+from tadistill.config.shorthand import SHORT_KEYS
+
+NAME = "NAME"
+"""Part of a place that stands for a name of the user's choice, as in `models.NAME.load`."""
+_PAGES = {
+    "": "reference/recipe.md",
+    "arms": "reference/recipe.md#arms",
+    "data": "reference/recipe.md#data",
+    "evaluate": "reference/recipe.md#evaluation",
+    "method": "reference/recipe.md#method",
+    "metrics": "reference/recipe.md#metrics-and-objectives-of-your-own",
+    "models": "reference/recipe.md#models",
+    "models.NAME.lora": "concepts/compute.md",
+    "objective": "reference/objectives.md",
+    "dense": "concepts/paths.md",
+    "resources": "reference/cluster.md",
+    "runtime": "reference/recipe.md#runtime",
+    "sampler": "concepts/minillm.md",
+    "search": "concepts/paths.md",
+}
+"""Place, or the last word of a place -> the page of `docs/` that says more."""
+
+_SHORT_FORM = "A teacher and a student instead of `models` and `arms`: one distillation. Nothing is compared with the teacher."
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a recipe."""
+
+    name: str
+    meaning: str
+    type: str
+    """The kind of value in words, such as `whole number`."""
+    allowed: str
+    """The allowed values in words; empty if every value of the type is allowed."""
+    default: str
+    """The default as a recipe writes it, `none`, `required`, or empty if the keys below have defaults of their own."""
+    choices: tuple[str, ...] = ()
+    """The values, if there is a fixed list of them."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A group of keys that stand together in a recipe, such as the keys of `optim`."""
+
+    name: str
+    """The name of the configuration class."""
+    type: str
+    """The value of the key `type` that selects this group (`taid`); empty if there is no choice."""
+    meaning: str
+    places: tuple[str, ...]
+    """Where the group stands, such as `method.optim` and `arms.NAME.optim`; the shortest first. The place of the top level is empty."""
+    keys: tuple[Key, ...]
+    page: str
+    """The page of `docs/` that says more, such as `reference/recipe.md#data`."""
+
+
+@functools.cache
+def reference() -> tuple[Part, ...]:
+    """Return all groups of keys of a recipe, in the order in which a recipe has them."""
+    parts = [_part(model, tuple(sorted(places, key=lambda place: place.count(".")))) for model, places in _found().items()]
+    keys = tuple(Key(name, text, "text or keys", "", "required") for name, text in SHORT_KEYS.items())
+    return (*parts, Part("Short form", "", _SHORT_FORM, ("",), keys, "reference/recipe.md#the-short-form"))
+
+
+def meaning(model: type[BaseModel], field: str) -> str:
+    """Return the docstring of a field; without one, the first paragraph of the docstring of the class that is its type."""
+    for cls in model.__mro__:
+        if text := _docstrings(cls.__module__).get(cls.__qualname__, {}).get(field):
+            return text
+    behind = classes(model.model_fields[field].annotation)
+    return " ".join((inspect.getdoc(behind[0]) or "").split("\n\n")[0].split()) if len(behind) == 1 else ""
+
+
+def classes(annotation: Any) -> list[type[BaseModel]]:
+    """Return the configuration classes that a field's annotation names."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [cls for part in typing.get_args(annotation) for cls in classes(part)]
+
+
+def tag(model: type[BaseModel]) -> str:
+    """Return the value of `type` that selects a class in a recipe; empty if it is not selected by `type`."""
+    return str(model.model_fields["type"].default) if "type" in model.model_fields else ""
+
+
+def _found() -> dict[type[BaseModel], list[str]]:
+    """Return every class behind `Recipe`, with its places, in the order of a recipe."""
+    found: dict[type[BaseModel], list[str]] = {}
+
+    def walk(model: type[BaseModel], at: str) -> None:
+        found.setdefault(model, []).append(at)
+        for name, field in model.model_fields.items():
+            below = ".".join(filter(None, (at, field.alias or name, NAME if "dict[" in str(field.annotation) else "")))
+            for child in classes(field.annotation):
+                walk(child, below)
+
+    walk(Recipe, "")
+    return found
+
+
+def _part(model: type[BaseModel], places: tuple[str, ...]) -> Part:
+    own = [name for name in model.model_fields if name in model.__annotations__]
+    order = dict.fromkeys([*(["type"] if tag(model) else []), *own, *model.model_fields])
+    keys = tuple(_key(model, name, model.model_fields[name]) for name in order)
+    page = _PAGES.get(places[0]) or _PAGES.get(places[0].rsplit(".", 1)[-1]) or _PAGES[places[0].split(".", 1)[0]]
+    return Part(model.__name__, tag(model), inspect.getdoc(model) or "", places, keys, page)
+
+
+def _key(model: type[BaseModel], name: str, field: FieldInfo) -> Key:
+    chosen = _choices(field)
+    if name == "type":
+        text = " ".join((inspect.getdoc(model) or "").split("\n\n")[0].split())
+        return Key(name, f"`{tag(model)}` selects the keys that stand here. {text}", "text", "", "required", chosen)
+    return Key(field.alias or name, meaning(model, name), _kind(_written_as(model, name)), _allowed(field, chosen), _default(field), chosen)
+
+
+def _written_as(model: type[BaseModel], name: str) -> Any:
+    """Return the type of a field as a recipe writes it, which a validator may turn into the field's own type."""
+    for validator in model.__pydantic_decorators__.field_validators.values():
+        if name in validator.info.fields and validator.info.mode == "before":
+            return validator.info.json_schema_input_type
+    return model.model_fields[name].annotation
+
+
+@functools.cache
+def _docstrings(module: str) -> dict[str, dict[str, str]]:
+    """Return class -> field -> the text below the field, for a module of the package."""
+    source = getattr(sys.modules.get(module), "__file__", None)
+    if source is None or not module.startswith("tadistill."):
+        return {}
+    bodies = {node.name: node.body for node in ast.parse(Path(source).read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)}
+    return {name: dict(_texts(body)) for name, body in bodies.items()}
+
+
+def _texts(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for first, second in itertools.pairwise(body):
+        if isinstance(first, ast.AnnAssign) and isinstance(first.target, ast.Name) and isinstance(second, ast.Expr):
+            text = second.value.value if isinstance(second.value, ast.Constant) else None
+            if isinstance(text, str):
+                yield first.target.id, " ".join(text.split())
+
+
+# --- words for types and values -----------------------------------------------------------------------------------------
+
+_PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "any value"}
+_MANY = {"whole number": "whole numbers", "number": "numbers", "keys": "groups of keys", "list of texts": "lists of texts"}
+
+
+def _kind(annotation: Any) -> str:
+    """Return the type of a value in words, without the choices and bounds."""
+    origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _kind(inside[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_kind(part) for part in inside if part is not type(None)))
+    if origin is typing.Literal:
+        return "text" if all(isinstance(value, str) for value in inside) else "number"
+    if origin in (tuple, list):
+        kind = " or ".join(_MANY.get(part, f"{part}s") for part in _kind(inside[0]).split(" or "))
+        return f"list of {len(inside)} {kind}" if len(inside) > 1 and inside[-1] is not Ellipsis else f"list of {kind}"
+    if origin is dict:
+        return f"{_kind(inside[1])} by name"
+    return _PLAIN.get(annotation) or ("text or keys" if annotation.text_sets else "keys")
+
+
+def _choices(field: FieldInfo) -> tuple[str, ...]:
+    types_below = [tag(model) for model in classes(field.annotation)]
+    return tuple(dict.fromkeys(str(value) for value in _values(field.annotation))) or tuple(filter(None, types_below))
+
+
+def _values(annotation: Any) -> list[Any]:
+    """Return the values that an annotation lists. Of a mapping, only the names are looked at: what stands below them has its own keys."""
+    origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return [*inside]
+    listed = [value for part in inside if isinstance(part, FieldInfo) for value in (part.json_schema_extra or {}).get("enum", ())]  # type: ignore[union-attr]
+    return listed + [value for part in (inside[:1] if origin is dict else inside) if not classes(part) for value in _values(part)]
+
+
+_BOUNDS = {"gt": "greater than {}", "ge": "at least {}", "lt": "less than {}", "le": "at most {}"}
+_SIZES = {"min_length": "at least {} {}", "max_length": "at most {} {}"}
+
+
+def _allowed(field: FieldInfo, choices: tuple[str, ...]) -> str:
+    if choices:
+        return f"{'`type` is ' if classes(field.annotation) else ''}one of {', '.join(choices)}"
+    rules = [*field.metadata, *_rules(field.annotation)]
+    limits = {name: value for rule in rules for name in _BOUNDS if (value := getattr(rule, name, None)) not in (None, MOST)}
+    words = [_BOUNDS[name].format(_plain(value)) for name, value in limits.items()]
+    if {*limits} == {"ge", "le"}:
+        words = [f"from {_plain(limits['ge'])} to {_plain(limits['le'])}"]
+    text = _kind(field.annotation) == "text"
+    sizes = {name: value for rule in rules for name in _SIZES if (value := getattr(rule, name, None))}
+    words += [words_of.format(value, _unit(text, value)) for name, words_of in _SIZES.items() if (value := sizes.get(name))]
+    return ", ".join(words)
+
+
+def _unit(text: bool, count: int) -> str:
+    one, many = ("character", "characters") if text else ("entry", "entries")
+    return one if count == 1 else many
+
+
+def _rules(annotation: Any) -> list[Any]:
+    """Return the bounds inside an annotation. Those of a mapping's names are left out."""
+    inside = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Annotated:
+        return [rule for extra in inside[1:] for rule in getattr(extra, "metadata", [extra])] + _rules(inside[0])
+    parts = inside[1:] if typing.get_origin(annotation) is dict else inside
+    return [rule for part in parts for rule in _rules(part)]
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None or value in ((), "", {}):
+        return "none"
+    plain = _written(value)
+    return "" if plain == {} else f"{plain:g}" if isinstance(plain, float) else plain if isinstance(plain, str) else _flow(plain)
+
+
+def _written(value: Any) -> Any:
+    """Return a default as plain data. A class is written as its `type` and what it sets."""
+    if isinstance(value, BaseModel):
+        given = value.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        return ({"type": tag(type(value))} if tag(type(value)) else {}) | given
+    if isinstance(value, dict):
+        return {name: _written(part) for name, part in value.items()}
+    return [_written(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _flow(value: Any) -> str:
+    """Return plain data as one line of YAML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_flow(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
