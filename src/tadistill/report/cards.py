@@ -12,10 +12,10 @@ from tadistill.disk import ordinary_permissions, write_text
 from tadistill.errors import ConfigError, StoreError
 from tadistill.metrics import METRICS, metric_title, metric_unit
 from tadistill.models import sources, tokens
-from tadistill.report.explain import explain
+from tadistill.report.analysis import explain
+from tadistill.report.explain import caution_texts, sample_text, undecided_text, verdict_text
 from tadistill.report.plain import code, escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell
-from tadistill.report.text import caution_texts, sample_text, undecided_text, verdict_text
 from tadistill.results.actual import rows_text
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
 from tadistill.results.study import ArmRecord, load_manifest

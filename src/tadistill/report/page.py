@@ -14,11 +14,12 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from tadistill.metrics import metric_title
-from tadistill.report import text
-from tadistill.report.explain import explain
+from tadistill.report.analysis import explain
+from tadistill.report.explain import cautions
 from tadistill.report.figures import behaviour, paths, scores
 from tadistill.report.figures.style import arm_legend, looks
 from tadistill.report.tables import comparison_table, detail_tables, interval_method, main_metrics, score_table, stage_rows, versions
+from tadistill.report.text import answer
 from tadistill.results import units
 from tadistill.results.collect import MEAN, Results, primary_metric, seeds_of
 from tadistill.results.curves import learning_curves
@@ -57,7 +58,6 @@ def render_page(results: Results) -> str:
 def _words(results: Results) -> dict[str, Any]:
     stages = stage_rows(results)
     measured = bool(results.summaries)
-    findings = text.headline(results)
     return {
         "plan": results.plan,
         "results": results,
@@ -69,8 +69,8 @@ def _words(results: Results) -> dict[str, Any]:
         "seeds": seeds_of(results),
         "trained": any(arm.is_trained for arm in results.plan.arms),
         "chains": any(arm.has_assistant for arm in results.plan.arms),
-        "findings": findings,
-        "cautions": [finding for finding in findings if finding.kind == "caution"],
+        "answer": answer(results),
+        "cautions": cautions(results) if measured else [],
         "tables": [score_table(results, metric) for metric in main_metrics(results)],
         "compared": comparison_table(results) if measured else None,
         "details": detail_tables(results) if measured else [],

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from tadistill.disk import write_json, write_text
 from tadistill.metrics import metric_title
-from tadistill.report import text
-from tadistill.report.explain import explain
+from tadistill.report.analysis import explain
+from tadistill.report.explain import cautions, undecided_text, verdict_text
 from tadistill.report.tables import (
     ScoreTable,
     Table,
@@ -30,7 +30,7 @@ from tadistill.report.tables import (
     stage_rows,
     versions,
 )
-from tadistill.report.text import undecided_text, verdict_text
+from tadistill.report.text import answer
 from tadistill.results.collect import MEAN, Results, Row, Summary, seeds_of
 from tadistill.results.samples import samples
 from tadistill.results.units import DASH, ratio_text, summary_text
@@ -118,7 +118,11 @@ def render_markdown(results: Results) -> str:
     trained = any(arm.is_trained for arm in plan.arms)
     seeds = f" (training seeds {', '.join(map(str, seeds_of(results)))})" if trained else ""
     blocks = [f"# {escape_markdown(plan.study)}", f"Created {plan.created} by {code(plan.command)}{seeds}."]
-    blocks.append("\n".join(f"- {escape_markdown(finding.text)}" for finding in text.headline(results)))
+    found = answer(results)
+    blocks += [f"**{escape_markdown(found.question)}**", f"**{found.badge}.** {escape_markdown(found.answer)}"]
+    blocks += [escape_markdown(sentence) for sentence in found.sentences[1:]]
+    limits = cautions(results) if results.summaries else []
+    blocks += ["\n".join(f"- {escape_markdown(caution)}" for caution in limits)] if limits else []
     if results.summaries:
         over = "training seeds, prompts and decoding seeds" if trained else "prompts and decoding seeds"
         blocks += ["## Results", f"Mean over {over}, with its 95 % interval. {interval_method(results)}"]
@@ -208,17 +212,21 @@ def code(text: str, language: str = "") -> str:
 # --- terminal ---------------------------------------------------------------------------------------------------------
 
 
-_STYLES = {"gain": "green", "loss": "red", "caution": "yellow"}
+_STYLES = {"gain": "green", "loss": "red", "equivalent": "", "open": "yellow"}
 
 
 def summary_table(results: Results) -> Group:
-    """Return the findings for the terminal, and a table with one row per arm. The table fits into 80 columns.
+    """Return the answer for the terminal, and a table with one row per arm. The table fits into 80 columns.
 
     It shows the main metrics with intervals, and the training FLOPs relative to the direct arm. If an arm has unfinished seeds, its row
     shows the number of finished seeds.
     """
-    findings = [Padding(Text(f"- {finding.text}", style=_STYLES.get(finding.kind, "")), (0, 0, 0, 1)) for finding in text.headline(results)]
-    return Group(Text(results.plan.study, style="bold"), *findings, _arm_table(results))
+    found = answer(results)
+    said = Text.assemble((f"{found.badge}. ", f"bold {_STYLES[found.kind]}".strip()), found.answer)
+    rest = [Text(sentence) for sentence in found.sentences[1:]]
+    limits = [Text(caution, style="yellow") for caution in (cautions(results) if results.summaries else [])]
+    texts = [Padding(text, (0, 0, 0, 1)) for text in (Text(found.question, style="bold"), said, *rest, *limits)]
+    return Group(Text(results.plan.study, style="bold"), *texts, _arm_table(results))
 
 
 def _arm_table(results: Results) -> RichTable:
@@ -250,7 +258,7 @@ def side_by_side(results: Results, show: int) -> Group:
             answers.add_column(style="bold", overflow="fold")
             answers.add_column(overflow="fold", ratio=1)
             answers.add_row("reference", escape(prompt["references"][0]))
-            for arm, answer in prompt["answers"].items():
-                answers.add_row(escape(arm), f"{escape(answer['text'])}\n[dim]{escape(answer['scores'])}[/]")
+            for arm, said in prompt["answers"].items():
+                answers.add_row(escape(arm), f"{escape(said['text'])}\n[dim]{escape(said['scores'])}[/]")
             blocks += [Text(f"{name}, prompt {prompt['index']}", style="bold"), Text(prompt["prompt"].strip()), answers]
     return Group(*blocks)

@@ -1,154 +1,197 @@
-"""Write the findings of a study as sentences for the page, the Markdown file and the terminal.
+"""The short sentences of a report: the question of a study, its answer, and what it cost. The page, the Markdown file and the terminal show
+the same ones.
 
-The verdict comes first. `tadistill.results.verdict` decides it; this module only puts it into words.
+    found = answer(read_results(study_dir, store))
+    found.question, found.answer, found.against_sft, found.cost, found.next
+
+`tadistill.results.verdict` decides the verdicts; this module only puts them into words. `explain` has the precise sentences.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import metric_title, metric_unit
-from tadistill.results.actual import rows_text
-from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
-from tadistill.results.study import ArmRecord
-from tadistill.results.units import detectable_text, number, p_text, parameters_text, signed, span, summary_text
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, comparisons, competitors, pairs
+from tadistill.report.explain import missing_text, seeds_text
+from tadistill.results.collect import MEAN, Results, Summary, primary_metric
+from tadistill.results.compare import difference, direct_of, greedy_decoding
+from tadistill.results.study import ArmRecord, load_manifest
+from tadistill.results.units import detectable_text, flops_text, number, parameters_text, signed
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, comparisons, competitors, pairs
+from tadistill.statistics import Difference, holm
 
-_PAIRS_IN_WORDS = 6
-_Kind = Literal["best", "gain", "loss", "none", "caution"]
-_KINDS: dict[str, _Kind] = {"gain": "gain", "loss": "loss", "equivalent": "none", "no evidence": "none"}
+_ALPHA = 0.05
+Kind = Literal["gain", "loss", "equivalent", "open"]
+BADGES: dict[Kind, str] = {"gain": "Yes", "loss": "No", "equivalent": "No difference", "open": "Undecided"}
+_KINDS: dict[Word, Kind] = {"gain": "gain", "loss": "loss", "equivalent": "equivalent", "no evidence": "open"}
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One sentence of the headline. `kind` selects the style of the sentence on the page."""
+class Answer:
+    """The result of a study in sentences. A sentence that does not apply is empty."""
 
-    kind: _Kind
-    text: str
+    kind: Kind
+    """The verdict: a gain, a loss, no difference, or open."""
+    question: str
+    answer: str
+    against_sft: str
+    """Tells if distillation beat plain fine-tuning, with sampled and with greedy answers."""
+    cost: str
+    next: str
+    """What to do or to look at next."""
+
+    @property
+    def badge(self) -> str:
+        """The verdict in a word or two."""
+        return BADGES[self.kind]
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """All sentences but the question, in the order in which they are shown."""
+        return tuple(text for text in (self.answer, self.against_sft, self.cost, self.next) if text)
 
 
-def headline(results: Results) -> list[Finding]:
-    """Return the main findings of a study: the verdicts, then the highest means, then the cautions."""
+def answer(results: Results) -> Answer:
+    """Return the question of a study and its answer."""
+    kind, said = _answer(results)
+    return Answer(kind, _question(results), said, _against_sft(results), _cost(results), _next(results, kind))
+
+
+def student_of(results: Results) -> str:
+    """Return the model that the study is about: that of the first compared arm, else that of most trained arms."""
+    found = pairs(results)
+    if found:
+        return found[0].arm.model
+    models = [arm.model for arm in results.plan.arms if arm.is_trained] or [results.plan.arms[-1].model]
+    return max(dict.fromkeys(models), key=models.count)
+
+
+def sized(results: Results, model: str, *, words: bool = False) -> str:
+    """Return a model with its number of parameters, such as ``s (23.8 k)``."""
+    count = parameters_text(results.plan.parameters[model])
+    return f"{model} ({count} parameters)" if words else f"{model} ({count})"
+
+
+# --- the question ---------------------------------------------------------------------------------------------------------
+
+
+def _question(results: Results) -> str:
+    arms = results.plan.arms
+    chains = [arm for arm in arms if arm.has_assistant]
+    if not any(arm.is_trained for arm in arms):
+        return f"How good is {arms[0].name}?" if len(arms) == 1 else f"Which of {len(arms)} models is the best?"
+    student = sized(results, student_of(results), words=True)
+    if not chains:
+        trained = [arm for arm in arms if arm.is_trained and arm.model == student_of(results)]
+        if len(trained) > 1:
+            return f"Which of {len(trained)} ways to train {student} gives the best model?"
+        return f"How good is {student} {_made(results, trained[0])}?" if trained else f"How good is {student}?"
+    teacher = sized(results, results.plan.teacher or chains[0].path[0])
+    assistants = list(dict.fromkeys(m for arm in chains for m in arm.models if m not in (results.plan.teacher, arm.model)))
+    through = _listed([sized(results, model) for model in assistants])
+    found = pairs(results)
+    equal = " with the same compute" if all(pair.against == "equal compute" for pair in found) else ""
+    if not any(pair.other for pair in found):
+        return f"How good is {student} when {teacher} teaches it through {through}?"
+    return f"Is {student} better when {teacher} teaches it through {through} than when {teacher.split(' ')[0]} teaches it directly{equal}?"
+
+
+def _made(results: Results, arm: ArmRecord) -> str:
+    if len(arm.path) == 1:
+        return "after fine-tuning"
+    return f"after distillation from {sized(results, arm.path[0])}"
+
+
+# --- the answer -----------------------------------------------------------------------------------------------------------
+
+
+def _answer(results: Results) -> tuple[Kind, str]:
     if not results.summaries:
-        findings = [Finding("caution", "No arm has been evaluated yet.")]
-    else:
-        findings = [*_verdicts(results), *_means(results), *_cautions(results)]
-    if results.missing:
-        findings.append(Finding("caution", missing_text(results)))
-    return findings
-
-
-def _verdicts(results: Results) -> list[Finding]:
+        done = sum(results.store.finished(stage.key) for stage in results.plan.stages)
+        return "open", f"There is no answer yet: no arm is evaluated, and {done} of {len(results.plan.stages)} stages are finished."
     decided = {(c.arm, c.other): c for c in comparisons(results)}
-    if len(decided) > _PAIRS_IN_WORDS and not any(arm.has_assistant for arm in results.plan.arms):
-        return _many_pairs(results, list(decided.values()))
-    findings: list[Finding] = []
-    for pair in pairs(results):
-        comparison = decided.get((pair.arm.name, pair.other.name)) if pair.other else None
-        if comparison:
-            findings.append(Finding(_KINDS[comparison.word], verdict_text(results, comparison)))
-        elif pair.against != "pair":
-            findings.append(Finding("caution", undecided_text(pair)))
-    return findings
+    if any(arm.has_assistant for arm in results.plan.arms):
+        return _of_chains(results, decided)
+    groups = [group for group in _ranked(results) if len(group) > 1]
+    if not groups:
+        summary, arm = _ranked(results)[0][0]
+        return "open", f"{arm.name} scores {_score(results, summary)}. The study has no other arm to compare it with."
+    parts = [_of_group(results, group, list(decided.values())) for group in groups]
+    return parts[0][0], " ".join(text for _, text in parts)
 
 
-def _many_pairs(results: Results, decided: list[Comparison]) -> list[Finding]:
-    best = {arm.name for ranked in _ranked(results) for arm in _first(ranked, primary_metric(results))}
-    of_best = [c for c in decided if best & {c.arm, c.other}]
-    known = [c for c in of_best if c.word != "no evidence"]
-    rest = f"{len(of_best) - len(known)} of the {len(of_best)} pairs with {' or '.join(sorted(best))}"
-    text = f"No evidence of a difference in {rest}, after adjustment for all {len(decided)} pairs; see the table of comparisons."
-    findings = [Finding(_KINDS[c.word], verdict_text(results, c)) for c in known]
-    return findings + ([Finding("none", text)] if len(known) < len(of_best) else [])
+def _of_chains(results: Results, decided: dict[tuple[str, str], Comparison]) -> tuple[Kind, str]:
+    found = pairs(results)
+    known = [(c, pair.arm) for pair in found if pair.other and (c := decided.get((pair.arm.name, pair.other.name)))]
+    if not known:
+        return "open", _undecided(results, found[0].arm, has_other=any(pair.other for pair in found))
+    if len(known) == 1:
+        return _KINDS[known[0][0].word], _chain_text(results, *known[0])
+    gains = [(c, arm) for c, arm in known if c.word == "gain"]
+    losses = [c for c, _ in known if c.word == "loss"]
+    best, arm = max(gains or known, key=lambda entry: entry[0].difference.mean)
+    kind: Kind = "gain" if gains else "loss" if len(losses) == len(known) else "open"
+    counts = f"{len(gains) or 'None'} of {len(known)} paths through assistants clearly beat direct distillation"
+    worse = f", and {len(losses)} did clearly worse" if losses else ""
+    return kind, f"{counts}{worse}. The largest difference is that of {best.arm}. {_chain_text(results, best, arm)}"
 
 
-def undecided_text(pair: ComparedPair) -> str:
-    """Return the sentence for a chain without a comparison: it has no arm to compare with, or they share no finished seed yet."""
-    name = f"TA path {pair.arm.path_text} ({pair.arm.name})"
-    if pair.other is None:
-        return f"{name}: no evidence, because the study has no arm to compare it with; add a direct arm with `compute: as {pair.arm.name}`."
-    return f"{name}: no evidence yet, because it shares no finished seed with {_other(pair.against, pair.other.name)}."
+def _undecided(results: Results, chain: ArmRecord, *, has_other: bool) -> str:
+    if not has_other:
+        add = f"add a direct arm with `compute: as {chain.name}`"
+        summary = results.summaries.get((chain.name, MEAN, primary_metric(results)))
+        score = f"{chain.name} scores {_score(results, summary)}. " if summary else ""
+        return f"{score}The study has no arm to compare it with; {add}."
+    return f"There is no answer yet: {chain.name} and the arm to compare it with share no finished seed."
 
 
-def _other(against: str, name: str) -> str:
-    return {"equal compute": "equal-compute direct", "plain direct": "plain direct", "pair": "model"}[against] + f" ({name})"
-
-
-def verdict_text(results: Results, c: Comparison) -> str:
-    """Return the verdict of a comparison in a sentence. A second sentence says if a gain is credited to the path."""
-    unit = f"{metric_unit(c.metric)} of {metric_title(c.metric)}".lstrip()
-    value = f"{signed(c.difference.mean, c.metric)} {unit}, 95 % " + span(c.difference, c.metric).partition("95 % ")[2]
-    if c.against == "pair":
-        subject = f"{c.arm} against {c.other}: {value}"
-    else:
-        subject = f"TA path {results.arm(c.arm).path_text} ({c.arm}): {value} against {_other(c.against, c.other)}"
-    parts = [f"{subject}: {_word_text(c)}", _power_text(c)]
-    sentence = "; ".join(part for part in parts if part) + "."
-    return " ".join([sentence, *_credit_text(c)])
-
-
-def _word_text(c: Comparison) -> str:
-    adjusted = f"Holm-adjusted {p_text(c.p_holm)} over {c.family} comparisons" if c.family > 1 else p_text(c.p_holm)
-    if c.word in ("gain", "loss"):
-        small = f", and smaller than the margin of {number(c.margin, c.metric)}" if c.equivalent else ""
-        return f"{c.word} ({adjusted}{small})"
-    if c.word == "equivalent":
-        return f"equivalent, within the margin of ±{number(c.margin, c.metric)}"
-    nothing = "no evidence of a difference" if c.against == "pair" else "no evidence of a gain"
-    if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
-        return f"{nothing}, because {_seeds(len(c.seeds))} are too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed)".replace(
-            "1 seed are", "1 seed is"
-        )
-    if c.difference.se == 0:
-        return f"{nothing}, because nothing varies over these prompts"
-    if not c.difference.covers_zero:
-        return f"{nothing} after adjustment ({adjusted})"
-    return nothing
-
-
-def _power_text(c: Comparison) -> str:
-    if c.word != "no evidence" or c.detectable is None:
-        return ""
-    return f"the study detects a difference of {detectable_text(c.detectable, c.metric)} with 80 % power"
-
-
-def _credit_text(c: Comparison) -> list[str]:
+def _chain_text(results: Results, c: Comparison, arm: ArmRecord) -> str:
+    how = f"Distilling {_through(results, arm)} ({c.arm})"
+    other = f"direct distillation{' with the same compute' if c.against == 'equal compute' else ''} ({c.other})"
+    text = f"{_claim(how, other, c)}: {_gap(c.difference, c.metric)}.{_limits(c)}"
     if c.against == "plain direct":
-        return [f"Compute differs: the study has no arm with `compute: as {c.arm}`, so nothing can be credited to the path."]
-    if c.credit is None or c.mechanism is None:
-        return []
-    if c.credit == "credited":
-        return ["The gain is credited to the path: it is not sharpening, and the divergence from the teacher is not shown to be worse."]
-    if c.credit == "not measured":
-        return ["Not credited to the path: divergence from the teacher or a control for sharpening was not measured."]
-    worse = [
-        f"{metric_title(metric)} {span(d, metric)}"
-        for metric, d in (("forward_kl", c.mechanism.forward_kl), ("reverse_kl", c.mechanism.reverse_kl))
-        if d is not None and d.low > 0
-    ]
-    farther = f"farther from the teacher ({'; '.join(worse)})"
-    if c.credit == "farther from the teacher":
-        return [f"Not credited to the path: it is {farther}."]
-    controls = (("under greedy decoding", c.mechanism.greedy), ("at matched entropy", c.mechanism.matched))
-    gone = [f"{where} the difference is {span(d, c.metric)}" for where, d in controls if d is not None and d.low <= 0]
-    fell = c.mechanism.entropy is not None and c.mechanism.entropy.high < 0
-    why = (
-        "Not credited to the path but to sharpening"
-        if fell
-        else "Not credited to the path, because it cannot be distinguished from sharpening"
-    )
-    sharpening = f"{why}: {' and '.join(gone)}."
-    return [sharpening, f"It is also {farther}."] if worse else [sharpening]
+        return f"{text} The two had different compute, so nothing can be credited to the path."
+    if c.credit not in (None, "credited"):
+        return f"{text} The gain is not credited to the path ({c.credit})."
+    return text
 
 
-def missing_text(results: Results) -> str:
-    """Return the sentence that lists the unfinished evaluations and the command that continues them."""
-    by_arm: dict[str, list[int]] = {}
-    for entry in results.missing:
-        by_arm.setdefault(entry.arm, []).append(entry.seed)
-    total = sum(len(arm.evaluate) for arm in results.plan.arms)
-    listed = "; ".join(f"{arm} (seed {', '.join(map(str, seeds))})" for arm, seeds in by_arm.items())
-    return f"{len(results.missing)} of {total} evaluations are not finished: {listed}. `{results.plan.command}` continues where it stopped."
+def _through(results: Results, arm: ArmRecord) -> str:
+    assistants = [model for model in arm.models if model not in (results.plan.teacher, arm.model)]
+    return f"through {_listed(assistants)}" if arm.is_plain else f"along `{arm.path_text}`"
+
+
+def _claim(one: str, other: str, c: Comparison) -> str:
+    small = " (a difference within the margin)" if c.word in ("gain", "loss") and c.equivalent else ""
+    return {
+        "gain": f"{one} beat {other}{small}",
+        "loss": f"{one} did worse than {other}{small}",
+        "equivalent": f"{one} is as good as {other}, within the margin of ±{number(c.margin, c.metric)}",
+        "no evidence": f"{one} did not clearly beat {other}",
+    }[c.word]
+
+
+def _gap(d: Difference, metric: str) -> str:
+    unit = f"{metric_unit(metric)} of {metric_title(metric)}".lstrip()
+    return f"{signed(d.mean, metric)} {unit}, {_interval(d, metric)}"
+
+
+def _interval(d: Difference | Summary, metric: str) -> str:
+    return f"95 % interval {number(d.low, metric)} to {number(d.high, metric)}"
+
+
+def _limits(c: Comparison) -> str:
+    """Tell why a comparison is open: too few seeds, the adjustment for many comparisons, or differences that this design cannot see."""
+    if c.word != "no evidence":
+        return ""
+    if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
+        return f" {seeds_text(len(c.seeds)).capitalize()} cannot decide it: a claim needs at least {SEEDS_FOR_A_CLAIM}."
+    if c.difference.se == 0:
+        return " Nothing varies over these prompts."
+    after = "" if c.difference.covers_zero else f" After adjustment for {c.family} comparisons this may be chance."
+    if c.detectable is None:
+        return after
+    return f"{after} This design could have seen a difference of {detectable_text(c.detectable, c.metric)}, so it is undecided, not equal."
 
 
 def _ranked(results: Results) -> list[list[tuple[Summary, ArmRecord]]]:
@@ -157,100 +200,128 @@ def _ranked(results: Results) -> list[list[tuple[Summary, ArmRecord]]]:
         [(results.summaries[arm.name, MEAN, metric], arm) for arm in group if (arm.name, MEAN, metric) in results.summaries]
         for group in competitors(results)
     ]
-    return [sorted(group, key=lambda pair: -pair[0].mean) for group in groups if group]
+    return [sorted(group, key=lambda pair: -pair[0].mean) for group in groups if group] or [
+        [(summary, results.arm(name))] for (name, of_set, m), summary in results.summaries.items() if (of_set, m) == (MEAN, metric)
+    ]
 
 
-def _means(results: Results) -> list[Finding]:
+def _of_group(results: Results, group: list[tuple[Summary, ArmRecord]], decided: Sequence[Comparison]) -> tuple[Kind, str]:
+    """Return the answer for arms without chains: the highest mean, and how many of the others it clearly beats."""
+    metric, (summary, first) = primary_metric(results), group[0]
+    if number(summary.mean, metric) == number(group[-1][0].mean, metric):
+        return "open", f"All {len(group)} arms have the same mean, {_score(results, summary)}."
+    tied = [arm.name for other, arm in group if number(other.mean, metric) == number(summary.mean, metric)]
+    if len(tied) > 1:
+        return "open", f"{_listed(tied)} have the same highest mean, {number(summary.mean, metric)} {_unit(metric)}."
+    mine = [c for c in decided if first.name in (c.arm, c.other)]
+    beaten = [c for c in mine if c.word == ("gain" if c.arm == first.name else "loss")]
+    score = f"{first.name} has the highest mean, {_score(results, summary)}"
+    if mine and len(beaten) == len(mine):
+        return (
+            "gain",
+            f"{score}, and clearly beats {'all others' if len(mine) > 1 else mine[0].other if mine[0].arm == first.name else mine[0].arm}.",
+        )
+    few = _few_seeds(mine)
+    return "open", f"{score}, but clearly beats {f'only {len(beaten)}' if beaten else 'none'} of the {len(mine)} others.{few}"
+
+
+def _few_seeds(found: Sequence[Comparison]) -> str:
+    seeds = [len(c.seeds) for c in found if c.trained]
+    short = seeds and min(seeds) < SEEDS_FOR_A_CLAIM
+    return f" {seeds_text(min(seeds)).capitalize()} cannot decide it: a claim needs at least {SEEDS_FOR_A_CLAIM}." if short else ""
+
+
+def _score(results: Results, summary: Summary) -> str:
     metric = primary_metric(results)
-    names = sets_with(results, metric)
-    over = f"mean over {len(names)} sets" if len(names) > 1 else f"on {', '.join(names)}"
-    findings: list[Finding] = []
-    for ranked in _ranked(results):
-        if not any(arm.is_trained for arm in results.plan.arms):
-            listed = "; ".join(f"{arm.name} {summary_text(summary, metric)}" for summary, arm in ranked)
-            findings.append(Finding("best", f"{metric_title(metric)}, {over}: {listed} ({sample_text(results, ranked[0][1])})."))
-            continue
-        summary, arm = ranked[0]
-        size = parameters_text(results.plan.parameters[arm.model])
-        text = f"{arm.name} ({arm.path_text}), {summary_text(summary, metric)} {metric_title(metric)}, {over}"
-        first = [best.name for best in _first(ranked, metric)]
-        if len(ranked) == 1:
-            findings.append(Finding("best", f"The only arm that ends in {arm.model} ({size}) is {text}."))
-        elif len(first) > 1:
-            count = "All" if len(first) == len(ranked) else f"{len(first)} of"
-            mean = f"the same mean, {number(summary.mean, metric)} {metric_title(metric)}, {over}"
-            highest = "" if len(first) == len(ranked) else "; no arm has a higher one"
-            findings.append(
-                Finding("best", f"{count} {len(ranked)} arms for {arm.model} ({size}) have {mean}: {', '.join(first)}{highest}.")
-            )
-        else:
-            findings.append(
-                Finding("best", f"Highest mean of {len(ranked)} arms for {arm.model} ({size}): {text}. A highest mean is not a verdict.")
-            )
-    return findings
+    return f"{number(summary.mean, metric)} {_unit(metric)} ({_interval(summary, metric)})"
 
 
-def _first(ranked: list[tuple[Summary, ArmRecord]], metric: str) -> list[ArmRecord]:
-    """Return the arms with the highest mean: several where the report shows the same number."""
-    return [arm for summary, arm in ranked if number(summary.mean, metric) == number(ranked[0][0].mean, metric)]
+def _unit(metric: str) -> str:
+    return f"% {metric_title(metric)}" if metric_unit(metric).startswith("percentage") else metric_title(metric)
 
 
-def sample_text(results: Results, arm: ArmRecord) -> str:
-    """Return an arm's sample sizes as text, such as ``580 of 582 prompts, 5 decoding seeds, 3 training seeds``."""
-    metric = primary_metric(results)
-    seeds = results.scores[arm.name]
-    having = {name: of_set[metric] for name, of_set in next(iter(seeds.values())).items() if metric in of_set}
-    table = list(having.values())
-    decodings = max(values_NK.shape[1] for values_NK in table)
-    prompts, rows = sum(map(len, table)), sum({s.set: s.counts.rows for s in results.used if s.role == "test" and s.set in having}.values())
-    of = f" of {rows}" if rows > prompts else ""
-    counts = f"{prompts}{of} prompt{'' if max(prompts, rows) == 1 else 's'}, {_seeds(decodings, 'decoding seed')}"
-    return f"{counts}, {_seeds(len(seeds), 'training seed')}" if arm.is_trained else counts
+# --- against fine-tuning ----------------------------------------------------------------------------------------------------
 
 
-def _cautions(results: Results) -> list[Finding]:
-    texts = [text for text in (rows_text(results.used), _unseen_text(results)) if text]
-    for c in comparisons(results):
-        texts += caution_texts(c)
-    trained = [len(results.scores[arm.name]) for arm in results.plan.arms if arm.is_trained and results.scores[arm.name]]
-    if trained and min(trained) < SEEDS_FOR_A_CLAIM:
-        texts.append(f"{_seeds(min(trained))}: too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed).")
-    return [Finding("caution", text) for text in texts]
+def sft_arm(results: Results) -> ArmRecord | None:
+    """Return the arm to beat without any teacher: the fine-tuned student with the most training compute."""
+    model = student_of(results)
+    tuned = [arm for arm in results.plan.arms if arm.is_trained and arm.model == model and len(arm.models) == 1]
+    return max(tuned, key=lambda arm: arm.flops or 0.0, default=None)
 
 
-def _unseen_text(results: Results) -> str:
-    """Return the caution about ROUGE-L on references in other scripts than a-z; empty if it sees the references."""
-    shares = {name: share for name, share in results.unseen.items() if share >= UNSEEN}
-    if not shares or "rouge_l" not in results.metrics:
+def _against_sft(results: Results) -> str:
+    model, tuned = student_of(results), sft_arm(results)
+    distilled = [arm for arm in results.plan.arms if arm.is_trained and arm.model == model and len(arm.models) > 1]
+    if not distilled or not results.summaries:
         return ""
-    listed = ", ".join(f"{100 * share:.0f} % in {name}" for name, share in shares.items())
-    text = f"{metric_title('rouge_l')} reads only the letters a-z and digits, and drops the other letters of the references: {listed}"
-    if "rouge_l_unicode" not in results.metrics:
-        return f"{text}."
-    rests = "; the comparisons use it" if primary_metric(results) == "rouge_l_unicode" else ""
-    return f"{text}. {metric_title('rouge_l_unicode')} reads them{rests}."
+    if tuned is None:
+        return f"The study cannot tell if distillation beat plain fine-tuning (SFT): no arm only fine-tunes {model}."
+    metric, greedy = primary_metric(results), greedy_decoding(results)
+    main = results.plan.recipe["evaluate"].get("temperature", 1.0)
+    ways = {"sampled" if main else "greedy": metric, **({"greedy": f"{metric}@{greedy}"} if greedy and main else {})}
+    found = {way: [(d, arm) for arm in distilled if (d := difference(results, arm.name, tuned.name, m))] for way, m in ways.items()}
+    known = {way: ds for way, ds in found.items() if ds}
+    if not known:
+        return f"Distillation is not compared with plain fine-tuning ({tuned.name}) yet: they share no finished seed."
+    adjusted = iter(holm([d.p for ds in known.values() for d, _ in ds]))
+    clear = {way: [(d, arm) for d, arm in ds if next(adjusted) < _ALPHA and not d.covers_zero] for way, ds in known.items()}
+    few = min(len(results.scores[arm.name]) for arm in (tuned, *distilled)) < SEEDS_FOR_A_CLAIM
+    clear = {way: [] for way in known} if few else clear
+    wins = [way for way in known if any(d.mean > 0 for d, _ in clear[way])]
+    claim = "did not clearly beat" if not wins else "beat" if len(wins) == len(known) else f"beat, with {wins[0]} answers only,"
+    parts = [_way_text(way, ds, clear[way], ways[way]) for way, ds in known.items()]
+    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}): {'; '.join(parts)}."
 
 
-def caution_texts(c: Comparison) -> list[str]:
-    """Return warnings about a comparison whose arms differ in checkpoints on dev, decoding seeds or finished training seeds."""
-    texts: list[str] = []
-    if c.selection is not None:
-        s = c.selection
-        text = f"{c.arm} chose among {s.mine} checkpoints on dev, {c.other} among {s.theirs}: "
-        if s.inflation is None:
-            text += f"the gain from selecting the best by chance is unknown, because dev did not log {metric_title(c.metric)}."
-        else:
-            text += (
-                f"selecting the best by chance adds at most {number(s.inflation, c.metric, more=1)} {metric_unit(c.metric)} "
-                f"(standard deviation between checkpoints on dev: {number(s.sigma or 0.0, c.metric, more=1)})."
-            )
-        texts.append(text)
-    if c.decoding_seeds[0] != c.decoding_seeds[1]:
-        texts.append(f"{c.arm} was decoded with {c.decoding_seeds[0]} seeds on the test sets, {c.other} with {c.decoding_seeds[1]} seeds.")
-    if c.trained and any(set(seeds) != set(c.seeds) for seeds in c.planned_seeds):
-        texts.append(f"{c.arm} and {c.other} are compared on the seeds that both have finished: {', '.join(map(str, c.seeds))}.")
-    return texts
+def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], clear: Sequence[tuple[Difference, ArmRecord]], metric: str) -> str:
+    better, worse = (sum((d.mean > 0) is up for d, _ in clear) for up in (True, False))
+    best, arm = max(found, key=lambda entry: entry[0].mean)
+    arms = "the distilled arm" if len(found) == 1 else f"{better or 'none'} of {len(found)} distilled arms"
+    counts = f"with {way} answers {arms} {'is' if better < 2 else 'are'}{'' if better or len(found) > 1 else ' not'} clearly better"
+    counts += f" and {worse} clearly worse" if worse else ""
+    return f"{counts} (largest difference: {arm.name} {signed(best.mean, metric)}, {_interval(best, metric)})"
 
 
-def _seeds(count: int, what: str = "seed") -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+# --- the cost and what comes next -------------------------------------------------------------------------------------------
+
+
+def _cost(results: Results) -> str:
+    seconds = [m.seconds for stage in results.plan.stages if (m := load_manifest(results.store, stage.key))]
+    spent = f"{len(seconds)} stages took {duration(sum(seconds))} of computing" if seconds else ""
+    found = [pair.arm for pair in pairs(results) if pair.against != "pair"] or [arm for arm in results.plan.arms if arm.is_trained]
+    known = [arm for arm in found if arm.flops is not None]
+    if not known:
+        return f"{spent}." if spent else ""
+    arm = max(known, key=lambda arm: arm.flops or 0.0)
+    direct = direct_of(results, arm)
+    times = ""
+    if direct and direct.flops and direct.name != arm.name:
+        times = f", {(arm.flops or 0.0) / direct.flops:.2f} times plain direct distillation ({direct.name})"
+    first = f"Training one {arm.name} costs {flops_text(arm.flops)} FLOPs{times}"
+    return f"{first}; the study's {spent}." if spent else f"{first}."
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text, such as ``45 s``, ``4 min`` or ``7.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _next(results: Results, kind: Kind) -> str:
+    if results.missing:
+        return missing_text(results)
+    compared = comparisons(results)
+    few = any(c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM for c in compared)
+    if any(pair.other is None for pair in pairs(results)):
+        return "Next: add the arm to compare with, and run the recipe again; finished stages are kept."
+    if few:
+        return f"Next: give the recipe at least {SEEDS_FOR_A_CLAIM} training seeds; finished stages are kept."
+    if kind == "open" and any(c.trained for c in compared):
+        return "Next: add training seeds or test prompts to decide it; finished stages are kept."
+    return ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

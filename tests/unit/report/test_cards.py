@@ -8,7 +8,7 @@ import yaml
 from tadistill.disk import digest
 from tadistill.errors import ConfigError, StoreError
 from tadistill.report.cards import export, model_card
-from tadistill.report.text import verdict_text
+from tadistill.report.explain import verdict_text
 from tadistill.results.units import number
 from tadistill.results.verdict import comparisons
 

@@ -11,8 +11,8 @@ from tadistill.config.arm import direct_arm
 from tadistill.disk import digest
 from tadistill.errors import StoreError
 from tadistill.report import summary_table, write_report
+from tadistill.report.explain import missing_text
 from tadistill.report.plain import write_results
-from tadistill.report.text import missing_text
 from tadistill.results import collect
 from tadistill.results.collect import MEAN, primary_metric, read_results
 from tadistill.results.compare import compare, direct_of, twin_of

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from tadistill.report.explain import explain, hop_text
+from tadistill.report.analysis import explain, hop_text
 from tadistill.results.collect import MEAN
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_size
 from tadistill.results.units import number, summary_text

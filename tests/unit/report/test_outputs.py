@@ -12,10 +12,12 @@ import rich.console
 
 from tadistill.errors import StoreError
 from tadistill.report import summary_table, write_report
+from tadistill.report.explain import verdict_text
 from tadistill.report.plain import side_by_side
 from tadistill.report.tables import interval_method
-from tadistill.report.text import headline
+from tadistill.report.text import answer
 from tadistill.results.units import flops_text, number, parameters_text
+from tadistill.results.verdict import comparisons
 
 from .builder import NASTY, SMALL, ArmSpec, StudySpec, build_study, key_of
 
@@ -25,7 +27,7 @@ class _Cells(HTMLParser):
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
-        self.cells, self.data, self.tags = {}, "", []
+        self.cells, self.data, self.tags, self.text = {}, "", [], ""
         self._metric = self._cell = None
         self._in_data = False
 
@@ -44,6 +46,7 @@ class _Cells(HTMLParser):
             self._cell = None
 
     def handle_data(self, data):
+        self.text += data
         if self._in_data:
             self.data += data
             self._in_data = False
@@ -54,6 +57,7 @@ class _Cells(HTMLParser):
 def parse(path):
     parser = _Cells()
     parser.feed(path.read_text(encoding="utf-8"))
+    parser.text = " ".join(parser.text.split())
     return parser
 
 
@@ -148,24 +152,36 @@ def test_page_needs_no_network(shared):
     assert len([tag for tag, _ in parser.tags if tag == "link"]) == 1  # the empty icon
 
 
-def test_the_verdict_comes_first_everywhere(shared):
-    write_report(shared.results)
+def test_the_answer_comes_first_everywhere(shared):
+    page = write_report(shared.results)
     results = shared.results
-    sentence = headline(results)[0].text
-    assert sentence.startswith("TA path xl > l > s (chain): ")
-    assert json.loads((shared.study_dir / "results.json").read_text())["verdicts"][0]["sentence"] == sentence
+    content = json.loads((shared.study_dir / "results.json").read_text())
+    assert content["verdicts"][0]["sentence"] == verdict_text(results, comparisons(results)[0])
+    found = answer(results)
+    assert found.question == (
+        "Is s (124 M parameters) better when xl (1.56 B) teaches it through l (774 M) "
+        "than when xl teaches it directly with the same compute?"
+    )
+    assert found.kind == "open"
+    assert re.fullmatch(
+        r"Distilling through l \(chain\) did not clearly beat direct distillation with the same compute \(direct-long\): "
+        r"\S+ percentage points of fact accuracy, 95 % interval \S+ to \S+. 2 seeds cannot decide it: a claim needs at least 3\.",
+        found.answer,
+    )
     markdown = (shared.study_dir / "report.md").read_text(encoding="utf-8").split("\n\n")
-    assert markdown[2].startswith("- TA path xl > l > s (chain): ")
-    assert " ".join(render(summary_table(shared.results), 80).split()).startswith(f"demo - {sentence}")
+    assert markdown[2:4] == [f"**{found.question}**", f"**Undecided.** {found.answer}"]
+    text = " ".join(render(summary_table(shared.results), 80).split())
+    assert text.startswith(f"demo {found.question} Undecided. {found.answer} {found.against_sft} {found.cost} {found.next}")
+    shown = parse(page).text
+    assert all(sentence.replace("`", "") in shown for sentence in (found.question, *found.sentences))
 
 
 def test_a_chain_without_anything_to_compare_with(tmp_path):
     study = build_study(tmp_path, StudySpec([ArmSpec("alone", ("xl", "m", "s"))], seeds=(1, 2, 3), fact_sets=()))
-    findings = headline(study.read())
-    assert findings[0].text == (
-        "TA path xl > m > s (alone): no evidence, because the study has no arm to compare it with; "
-        "add a direct arm with `compute: as alone`."
-    )
+    found = answer(study.read())
+    assert found.question == "How good is s (124 M parameters) when xl (1.56 B) teaches it through m (355 M)?"
+    assert found.answer.startswith("alone scores ")
+    assert found.answer.endswith("The study has no arm to compare it with; add a direct arm with `compute: as alone`.")
 
 
 def test_the_terminal_fits_80_columns(tmp_path):
@@ -190,7 +206,7 @@ def test_models_alone_in_every_output(tmp_path):
     terminal, markdown = render(summary_table(study.read()), 80), (study.study_dir / "report.md").read_text("utf-8")
     for text in (terminal, markdown):
         flat = " ".join(text.split())
-        assert re.search(r"ROUGE-L, on dolly: xl \d+\.\d \[\d+\.\d, \d+\.\d\] \(12 prompts, 3 decoding seeds\)\.", flat)
+        assert re.search(r"xl scores \d+\.\d ROUGE-L \(95 % interval \d+\.\d to \d+\.\d\)\.", flat)
         assert "too few" not in text
         assert "training seed" not in text
     content = json.loads((study.study_dir / "results.json").read_text())
@@ -213,14 +229,13 @@ def test_nothing_finished_still_makes_a_report(tmp_path):
     everything = tuple((arm.name, seed) for arm in SMALL for seed in (10, 20))
     study = build_study(tmp_path, StudySpec(SMALL, unfinished=everything))
     page = write_report(study.read())
-    assert "No arm has been evaluated yet." in page.read_text(encoding="utf-8")
-    assert "No arm has been evaluated yet." in render(summary_table(study.read()))
+    assert "no arm is evaluated, and" in page.read_text(encoding="utf-8")
+    assert "no arm is evaluated, and" in render(summary_table(study.read()))
 
 
 def test_a_teacher_as_an_arm_is_not_the_best_student(tmp_path):
     study = build_study(tmp_path, StudySpec([*SMALL, ArmSpec("teacher", ("xl",), gain=20, flops=None)]))
-    findings = headline(study.read())
-    assert not [finding for finding in findings if "teacher" in finding.text and finding.kind == "best"]
+    assert not [sentence for sentence in answer(study.read()).sentences if "teacher" in sentence]
     assert write_report(study.read()).is_file()
 
 
@@ -274,12 +289,21 @@ def render(table, width=140):
     return capture.get()
 
 
-def test_headline_of_many_arms_without_chains_counts_what_is_not_known(tmp_path):
+def test_the_answer_of_many_arms_without_chains(tmp_path):
     arms = [ArmSpec(f"arm{i}", ("xl", "s"), gain=8.0 * (i == 4)) for i in range(5)]
     spec = StudySpec(arms, seeds=(10, 20, 30, 40), sets={"dolly": 60}, fact_sets=())
-    study = build_study(tmp_path, spec)
-    findings = headline(study.read())
-    gains = [finding.text for finding in findings if finding.kind in ("gain", "loss")]
-    assert len(gains) == 4  # every pair with arm4, and none of the six others
-    assert all("arm4" in text for text in gains)
-    assert not any(finding.kind == "none" for finding in findings)
+    found = answer(build_study(tmp_path, spec).read())
+    assert found.question == "Which of 5 ways to train s (124 M parameters) gives the best model?"
+    assert (found.kind, found.answer.split(",")[0]) == ("gain", "arm4 has the highest mean")
+    assert found.answer.endswith("and clearly beats all others.")
+    assert found.against_sft == "The study cannot tell if distillation beat plain fine-tuning (SFT): no arm only fine-tunes s."
+
+
+@pytest.mark.parametrize(("gain", "claim"), [(9.0, "beat"), (0.0, "did not clearly beat"), (-9.0, "did not clearly beat")])
+def test_the_answer_says_if_distillation_beat_fine_tuning(tmp_path, gain, claim):
+    arms = [ArmSpec("sft", ("s",), flops=1e15), ArmSpec("kd", ("xl", "s"), gain=gain)]
+    spec = StudySpec(arms, seeds=(10, 20, 30, 40), sets={"dolly": 60}, fact_sets=())
+    said = answer(build_study(tmp_path, spec).read()).against_sft
+    assert said.startswith(f"Distillation {claim} plain fine-tuning (SFT, sft): with sampled answers the distilled arm is ")
+    assert said.count("clearly worse") == (2 if gain < 0 else 0)
+    assert "; with greedy answers the distilled arm is " in said

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tadistill.report.text import caution_texts, headline, verdict_text
+from tadistill.report.explain import caution_texts, cautions, sample_text, verdict_text
+from tadistill.report.text import answer
 from tadistill.results.collect import MEAN
 from tadistill.results.compare import Mechanism
 from tadistill.results.verdict import _credit, _word, comparisons
@@ -146,6 +147,11 @@ def test_models_alone_are_compared_in_pairs(tmp_path):
     assert [(c.arm, c.other, c.word) for c in found][::2] == [("a", "b", "loss"), ("b", "c", "gain")]
     assert {c.family for c in found} == {3}
     assert {c.sign_flip for c in found} == {None}
-    texts = [finding.text for finding in headline(results)]
-    assert not [text for text in texts if "too few" in text]
-    assert any(text.endswith("(90 prompts, 3 decoding seeds).") for text in texts)
+    assert not [text for text in cautions(results) if "too few" in text]
+    assert sample_text(results, results.arm("a")) == "90 prompts, 3 decoding seeds"
+    said = answer(results)
+    assert said.question == "Which of 3 models is the best?"
+    assert said.kind == "gain"
+    assert said.answer.startswith("b has the highest mean, ")
+    assert said.answer.endswith(", and clearly beats all others.")
+    assert said.against_sft == ""
