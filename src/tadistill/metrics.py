@@ -52,12 +52,6 @@ class Metric:
         """The smallest and the largest value that the metric can have. No interval goes beyond them."""
         return -inf if self.signed else 0.0, 100.0 if self.unit in (POINTS, PERCENT) else inf
 
-    @property
-    def range(self) -> float:
-        """The largest possible difference of two values; infinite without an upper bound."""
-        low, high = self.bounds
-        return high - low
-
 
 _ROWS = (
     Metric("fact_accuracy", "fact accuracy", "quality", PERCENT, 1, "higher", selects=True, logs=("dev",), hub="accuracy"),

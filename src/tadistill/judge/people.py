@@ -282,8 +282,7 @@ def _score_rows(arm: str, means: Mapping[str, Sequence[float]], scale: Sequence[
     groups = [(name, [values]) for name, values in means.items()] + ([(MEAN, list(means.values()))] if len(means) > 1 else [])
     rows = []
     for name, group in groups:
-        low, high = macro_interval([np.asarray(values, float)[None, :, None] for values in group])
-        low, high = max(low, scale[0]), min(high, scale[1])
+        low, high = macro_interval([np.asarray(values, float)[None, :, None] for values in group], bounds=(min(scale), max(scale)))
         score = float(np.mean([np.mean(values) for values in group]))
         numbers = {field: round(value, 4) for field, value in (("score", score), ("low", low), ("high", high))}
         rows.append({"arm": arm, "set": name} | numbers | {"n": sum(map(len, group))})

@@ -1,4 +1,4 @@
-"""Compute wins, win rates and scores from the judge's scores, with the 95 % intervals of `tadistill.statistics.bootstrap`.
+"""Compute wins, win rates and scores from the judge's scores, with the 95 % intervals of `tadistill.statistics.intervals`.
 
 Axes: S training seeds, N prompts. An arm's row includes a prompt only if all its questions (both orders, every seed) have scores.
 """
@@ -20,6 +20,7 @@ from tadistill.statistics import macro_interval
 
 Array = NDArray[np.float64]
 Row = dict[str, Any]
+_SHARE = (0.0, 100.0)
 
 
 def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdicts, *, mode: str, against: str = REFERENCE) -> list[Row]:
@@ -60,7 +61,7 @@ def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
         arm_SN, other_SN = values[..., 0], values[..., 1]
         ratio = arm_SN.sum() / other_SN.sum()
         linear.append((ratio + (arm_SN - ratio * other_SN) / other_SN.mean())[..., None])
-    return macro_interval(linear)
+    return macro_interval(linear, bounds=(0.0, np.inf))
 
 
 def write_summary(path: Path, *, mode: str, judge: str, arms: Sequence[str], rows: Sequence[Row], command: str, **more: Any) -> None:
@@ -74,14 +75,9 @@ def pair_row(arm: str, other: str, name: str, outcomes_SN: Array) -> Row:
     """Make the summary row of one set from its outcomes (S, N): 1 is a win, 0 a tie, -1 a loss."""
     wins, losses, n = int((outcomes_SN > 0).sum()), int((outcomes_SN < 0).sum()), int(outcomes_SN.size)
     rate_SN = 50.0 * (outcomes_SN + 1)
-    low, high = _share(macro_interval([rate_SN[..., None]]))
+    low, high = macro_interval([rate_SN[..., None]], bounds=_SHARE)
     row = {"arm": arm, "other": other, "set": name, "wins": wins, "ties": n - wins - losses, "losses": losses}
     return row | _rounded(win_rate=float(rate_SN.mean()), low=low, high=high) | {"n": n}
-
-
-def _share(bounds: tuple[float, float]) -> tuple[float, float]:
-    """Return the part of an interval that a win rate can have, 0 to 100."""
-    return max(bounds[0], 0.0), min(bounds[1], 100.0)
 
 
 def pair_rows(arm: str, other: str, strata_SN: Mapping[str, Array]) -> list[Row]:
@@ -89,7 +85,7 @@ def pair_rows(arm: str, other: str, strata_SN: Mapping[str, Array]) -> list[Row]
     rows = [pair_row(arm, other, name, outcomes) for name, outcomes in strata_SN.items()]
     if len(rows) > 1:
         sums = {field: sum(row[field] for row in rows) for field in ("wins", "ties", "losses")}
-        low, high = _share(macro_interval([50.0 * (outcomes[..., None] + 1) for outcomes in strata_SN.values()]))
+        low, high = macro_interval([50.0 * (outcomes[..., None] + 1) for outcomes in strata_SN.values()], bounds=_SHARE)
         rate = float(np.mean([row["win_rate"] for row in rows]))
         mean = _rounded(win_rate=rate, low=low, high=high)
         rows.append({"arm": arm, "other": other, "set": MEAN} | sums | mean | {"n": sum(row["n"] for row in rows)})
@@ -111,7 +107,6 @@ def _score_rows(arm: str, other: str, strata: Mapping[str, Array]) -> list[Row]:
     for name, group in groups:
         score = float(np.mean([values[..., 0].sum() / values[..., 1].sum() for values in group]))
         low, high = ratio_interval(group)
-        low = max(low, 0.0)
         row = {"arm": arm, "set": name} | _rounded(score=100 * score, low=100 * low, high=100 * high)
         rows.append(row | {"n": sum(values[..., 0].size for values in group)})
     return rows

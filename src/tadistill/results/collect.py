@@ -17,7 +17,7 @@ from tadistill.disk import damaged
 from tadistill.metrics import metric_of, names_in
 from tadistill.results.actual import UsedRows, count_rows, load_rows, places, shared_rows, with_spent
 from tadistill.results.study import READ, ArmRecord, Scores, StudyPlan, load_corpus, load_plan, load_scores
-from tadistill.statistics import macro_interval, macro_intervals
+from tadistill.statistics import macro_interval
 from tadistill.store import Store
 
 _BLIND = 0.5  # share of the references' letters: if ROUGE-L sees less than half, the verdict rests on ROUGE-L for all scripts
@@ -259,14 +259,7 @@ def _intervals(plan: StudyPlan, scores: Mapping[str, Mapping[int, Scores]]) -> d
         for seed, tables in scores[arm.name].items():
             for set_name, table in tables.items():
                 values |= {(_stage(arm, seed, metric), set_name, metric): values_NK for metric, values_NK in table.items()}
-    found = macro_intervals([[values_NK[None]] for values_NK in values.values()])
-    return {address: within(bounds, address[2]) for address, bounds in zip(values, found, strict=True)}
-
-
-def within(bounds: tuple[float, float], metric: str) -> tuple[float, float]:
-    """Return an interval of a mean without the values that the metric cannot have, such as a share below 0."""
-    lowest, highest = metric_of(metric).bounds
-    return min(max(bounds[0], lowest), highest), max(min(bounds[1], highest), lowest)
+    return {address: macro_interval([of[None]], bounds=metric_of(address[2]).bounds) for address, of in values.items()}
 
 
 def _rounded(value: float) -> float:
@@ -281,8 +274,7 @@ def _stage(arm: ArmRecord, seed: int, metric: str) -> str:
 
 def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
     wanted: dict[tuple[str, str, str], tuple[Any, ...]] = {}
-    strata: dict[tuple[Any, ...], list[NDArray[np.float64]]] = {}  # equal stages share a summary; `MEAN` of one set equals it
-    seeds_of_address: dict[tuple[Any, ...], tuple[int, ...]] = {}
+    known: dict[tuple[Any, ...], Summary] = {}  # equal stages share a summary; `MEAN` of one set equals it
     for metric in results.metrics:
         with_metric = sets_with(results, metric)
         groups = [(name, (name,)) for name in with_metric] + [(MEAN, with_metric)]
@@ -293,20 +285,14 @@ def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
                     continue
                 address = (metric, members, seeds, *(_stage(arm, seed, metric) for seed in seeds))
                 wanted[arm.name, name, metric] = address
-                if address not in strata:
-                    strata[address] = [stack(results, arm.name, seeds, member, metric) for member in members]
-                    seeds_of_address[address] = seeds
-    intervals = dict(zip(strata, macro_intervals(list(strata.values())), strict=True))
-    known = {at: _summary(strata[at], seeds_of_address[at], *within(intervals[at], at[0])) for at in strata}
+                if address not in known:
+                    known[address] = summarise([stack(results, arm.name, seeds, member, metric) for member in members], seeds, metric)
     return {name: known[address] for name, address in wanted.items()}
 
 
 def summarise(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int], metric: str) -> Summary:
     """Return a metric's unweighted mean over sets with its 95 % interval. Each set has an array (S, N, K); `seeds` names its axis S."""
-    return _summary(strata_SNK, seeds, *within(macro_interval(strata_SNK), metric))
-
-
-def _summary(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int], low: float, high: float) -> Summary:
+    low, high = macro_interval(strata_SNK, bounds=metric_of(metric).bounds)
     means_S = np.mean([values.mean(axis=(1, 2)) for values in strata_SNK], axis=0)
     per_seed = {seed: float(value) for seed, value in zip(seeds, means_S, strict=True)}
     return Summary(float(means_S.mean()), low, high, per_seed)

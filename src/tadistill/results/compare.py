@@ -8,7 +8,7 @@ arm is decoded at the temperature that gives both arms the same entropy.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -40,14 +40,7 @@ def _compare(results: Results, arm: str, other: str, metric: str, set_name: str)
     if not common:
         return None
     stacks = [[stack(results, name, common, member, metric) for member in sets] for name in (arm, other)]
-    return _bounded(macro_difference(*stacks), metric), common
-
-
-def _bounded(difference: Difference, metric: str) -> Difference:
-    """Return a difference without the values that two means of the metric cannot have."""
-    most = metric_of(metric).range
-    bounds = {name: min(max(getattr(difference, name), -most), most) for name in ("low", "high", "low90", "high90")}
-    return replace(difference, **bounds)
+    return macro_difference(*stacks, bounds=metric_of(metric).bounds), common
 
 
 def common_seeds(results: Results, arm: str, other: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
@@ -120,7 +113,7 @@ def bucket_difference(results: Results, arm: str, other: str, metric: str, bucke
     """Return the paired difference ``arm - other`` over the bucket's prompts; None if the arms have no common scores there."""
     seeds = common_seeds(results, arm, other, sets_with(results, metric), metric)
     mine, theirs = (_pooled(results, name, seeds, metric, bucket) for name in (arm, other))
-    return None if mine is None or theirs is None else _bounded(macro_difference([mine], [theirs]), metric)
+    return None if mine is None or theirs is None else macro_difference([mine], [theirs], bounds=metric_of(metric).bounds)
 
 
 def _rows(results: Results, metric: str, bucket: Bucket) -> list[tuple[str, NDArray[np.intp]]]:
@@ -228,7 +221,7 @@ def _at_matched_entropy(results: Results, arm: str, other: str, metric: str) -> 
     if not all(points[0].entropy <= target <= points[-1].entropy for points in both):
         return "apart", None, None
     mine, theirs = ([_blend(results, n, seeds, m, _weights(p, target)) for m in sets] for n, p in zip((arm, other), both, strict=True))
-    return "matched", _bounded(macro_difference(mine, theirs), metric), target
+    return "matched", macro_difference(mine, theirs, bounds=metric_of(metric).bounds), target
 
 
 def _weights(points: Sequence[Point], target: float) -> dict[str, float]:

@@ -24,7 +24,7 @@ from tadistill.statistics import inflation as inflation_of
 
 SEEDS_FOR_A_CLAIM = 3
 _ALPHA = 0.05
-_SEEDS_FOR_SIGNS = 6  # with this many seeds the exact test adds nothing to the bootstrap
+_SEEDS_FOR_SIGNS = 6  # with this many seeds the exact test adds nothing to the t-test
 
 Word = Literal["gain", "loss", "equivalent", "no evidence"]
 Against = Literal["equal compute", "plain direct", "pair"]

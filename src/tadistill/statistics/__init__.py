@@ -1,6 +1,6 @@
 """Confidence intervals, significance tests and statistical power. The compared models share training seeds and test prompts."""
 
-from tadistill.statistics.bootstrap import Difference, macro_difference, macro_interval, macro_intervals
+from tadistill.statistics.intervals import Difference, macro_difference, macro_interval
 from tadistill.statistics.tests import (
     SignFlip,
     detectable,
@@ -25,7 +25,6 @@ __all__ = [
     "inflation",
     "macro_difference",
     "macro_interval",
-    "macro_intervals",
     "minimum_detectable_effect",
     "seeds_spread",
     "sign_flip",

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import nctdtrinc, ndtr, ndtri, stdtr, stdtrit
 
-from tadistill.statistics.bootstrap import Difference
+from tadistill.statistics.intervals import Difference
 
 MOST_SEEDS = 20  # 2^20 sign patterns take one second and 8 MB
 

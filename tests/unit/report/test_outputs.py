@@ -100,19 +100,20 @@ def test_markdown_shows_the_numbers_of_results_json(shared):
 
 
 def test_the_report_names_the_method_of_its_intervals(shared, tmp_path):
-    """statistics/bootstrap.py resamples prompts alone; seeds are a normal draw."""
     page = write_report(shared.results).read_text(encoding="utf-8")
     markdown = (shared.study_dir / "report.md").read_text(encoding="utf-8")
-    sentence = (
-        "The 95 % intervals come from a bootstrap over prompts; the variation between training seeds is added as a random normal term."
-    )
+    sentence = "The 95 % intervals are Student's intervals over training seeds and prompts. They stay inside the bounds of their metric."
+    sentence = sentence.replace("'", "&#39;") if "&#39;s intervals" in page else sentence
     assert page.count(sentence) == 2  # below the first table and below the comparisons
     assert sentence in markdown
     assert "hierarchical" not in page + markdown
     models = build_study(
         tmp_path, StudySpec([ArmSpec("xl", ("xl",))], seeds=(0,), sets={"dolly": 12}, teacher=None, trained=False, also={})
     )
-    assert interval_method(models.results) == "The 95 % intervals are a bootstrap over prompts."
+    assert (
+        interval_method(models.results)
+        == "The 95 % intervals are Student's intervals over prompts. They stay inside the bounds of their metric."
+    )
 
 
 def test_reports_are_deterministic(shared):

@@ -1,10 +1,10 @@
-"""Bootstrap intervals: known answers, pairing, invariances, determinism, errors. Coverage is in test_statistics_coverage.py."""
+"""Intervals: known answers, bounds, pairing, invariances, errors. Coverage is in test_statistics_coverage.py."""
 
 import numpy as np
 import pytest
-from scipy.special import stdtrit
+from scipy.special import expit, logit, stdtr, stdtrit
 
-from tadistill.statistics import bootstrap, macro_difference, macro_interval, macro_intervals
+from tadistill.statistics import macro_difference, macro_interval
 
 
 def crossed(rng, seeds, prompts, of_seed=1.0, of_prompt=3.0, rest=1.0, decodes=2):
@@ -22,7 +22,7 @@ def test_constant_data_has_zero_width():
     assert macro_interval([np.full((3, 30, 4), 7.0)]) == pytest.approx((7.0, 7.0), abs=1e-12)
     difference = macro_difference([np.full((3, 9, 2), 5.0)], [np.full((3, 9, 2), 3.0)])
     assert (difference.mean, difference.low, difference.high, difference.se) == (2.0, 2.0, 2.0, 0.0)
-    assert (difference.p, difference.df) == (pytest.approx(2 / 10_001), np.inf)
+    assert (difference.p, difference.df) == (2.0**-8, np.inf)  # a sign test over 9 prompts
     nothing = macro_difference([np.zeros((3, 9, 2))], [np.zeros((3, 9, 2))])
     assert (nothing.low, nothing.high, nothing.p, nothing.covers_zero) == (0.0, 0.0, 1.0, True)
 
@@ -38,10 +38,10 @@ def test_two_prompts_have_one_degree_of_freedom():
 
 def test_one_seed_of_many_prompts_has_the_standard_error_of_its_mean():
     values = np.random.default_rng(1).normal(size=(400, 1))
-    low, high = prompt_interval(values, replicates=20_000)
+    low, high = prompt_interval(values)
     error = values.std(ddof=1) / 20.0
-    assert (high - low) / 2 == pytest.approx(1.966 * error, rel=0.03)
-    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.1 * error)
+    assert (high - low) / 2 == pytest.approx(1.966 * error, rel=0.001)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=1e-12)
     difference = macro_difference([values[None]], [np.zeros((1, 400, 1))])
     assert (difference.se, difference.df) == pytest.approx((error, 399))
 
@@ -49,20 +49,20 @@ def test_one_seed_of_many_prompts_has_the_standard_error_of_its_mean():
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_seeds_without_prompt_noise_give_students_interval(seeds):
     means_S = np.random.default_rng(2).normal(size=seeds)
-    difference = macro_difference([means_S[:, None, None] + np.zeros((seeds, 50, 1))], [np.zeros((seeds, 50, 1))], replicates=40_000)
+    difference = macro_difference([means_S[:, None, None] + np.zeros((seeds, 50, 1))], [np.zeros((seeds, 50, 1))])
     error = means_S.std(ddof=1) / np.sqrt(seeds)
     assert (difference.se, difference.df) == pytest.approx((error, seeds - 1))
     half = stdtrit(seeds - 1, 0.975) * error
-    assert (difference.low, difference.high) == pytest.approx((means_S.mean() - half, means_S.mean() + half), abs=0.08 * half)
+    assert (difference.low, difference.high) == pytest.approx((means_S.mean() - half, means_S.mean() + half), rel=1e-12)
 
 
 def test_the_variance_is_that_of_crossed_effects():
     rng = np.random.default_rng(3)
-    variances = [macro_difference([crossed(rng, 8, 40)], [np.zeros((8, 40, 2))], replicates=10).se ** 2 for _ in range(400)]
+    variances = [macro_difference([crossed(rng, 8, 40)], [np.zeros((8, 40, 2))]).se ** 2 for _ in range(400)]
     assert np.mean(variances) == pytest.approx(1.0 / 8 + 9.0 / 40 + 0.5 / 320, rel=0.05)
 
 
-def test_a_single_seed_resamples_prompts_only():
+def test_a_single_seed_varies_over_prompts_only():
     values = np.random.default_rng(5).normal(size=(40, 3))
     assert macro_interval([values[None]]) == prompt_interval(values)
 
@@ -82,18 +82,18 @@ def test_pairing_cancels_common_noise():
 def test_the_macro_mean_weighs_sets_equally_and_matches_the_independent_formula():
     rng = np.random.default_rng(7)
     large, small = rng.normal(0, 1, size=(1, 400, 1)), rng.normal(10, 1, size=(1, 100, 1))
-    low, high = macro_interval([large, small], replicates=20_000)
-    assert (low + high) / 2 == pytest.approx((large.mean() + small.mean()) / 2, abs=0.01)
+    low, high = macro_interval([large, small])
+    assert (low + high) / 2 == pytest.approx((large.mean() + small.mean()) / 2, abs=1e-9)
     error = np.sqrt(large.var(ddof=1) / 400 + small.var(ddof=1) / 100) / 2
-    assert (high - low) / 2 == pytest.approx(1.973 * error, rel=0.03)
+    assert (high - low) / 2 == pytest.approx(1.973 * error, rel=0.002)
     difference = macro_difference([large, small], [large - 1, small - 3])
     assert (difference.mean, difference.low, difference.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
-def test_sets_of_one_size_are_resampled_independently():
+def test_two_sets_halve_the_variance():
     values = np.random.default_rng(8).normal(size=(1, 200, 1))
     one, two = prompt_interval(values[0]), macro_interval([values, values])
-    assert (two[1] - two[0]) / (one[1] - one[0]) == pytest.approx(np.sqrt(0.5), rel=0.04)
+    assert (two[1] - two[0]) / (one[1] - one[0]) == pytest.approx(np.sqrt(0.5) * stdtrit(398, 0.975) / stdtrit(199, 0.975))
 
 
 def test_decoding_seeds_may_differ_in_number_between_the_sides_of_a_pair():
@@ -101,30 +101,22 @@ def test_decoding_seeds_may_differ_in_number_between_the_sides_of_a_pair():
     assert (difference.mean, difference.low, difference.high) == (1.0, 1.0, 1.0)
 
 
-def test_the_order_of_seeds_decodes_and_sets_does_not_matter():
+def test_the_order_of_seeds_prompts_decodes_and_sets_does_not_matter():
     rng = np.random.default_rng(9)
     a, b = crossed(rng, 4, 30), crossed(rng, 4, 50)
     nothing = [np.zeros_like(a), np.zeros_like(b)]
     first = macro_difference([a, b], nothing)
-    turned = macro_difference([b[::-1, :, ::-1], a[::-1, :, ::-1]], nothing[::-1])
+    turned = macro_difference([b[::-1, ::-1, ::-1], a[::-1, ::-1, ::-1]], nothing[::-1])
     for field in ("mean", "low", "high", "p", "se", "df", "low90", "high90"):
         assert getattr(turned, field) == pytest.approx(getattr(first, field), rel=1e-9)
-
-
-def test_the_order_of_prompts_matters_within_the_noise_of_resampling_only():
-    a = crossed(np.random.default_rng(10), 4, 60)
-    first, turned = (macro_difference([x], [np.zeros_like(x)]) for x in (a, a[:, ::-1]))
-    assert (turned.mean, turned.se, turned.df) == pytest.approx((first.mean, first.se, first.df))
-    assert (turned.low, turned.high) == pytest.approx((first.low, first.high), abs=0.05 * (first.high - first.low))
 
 
 def test_a_difference_turned_round_is_its_mirror_image():
     rng = np.random.default_rng(11)
     a, b = crossed(rng, 5, 60) + 1.0, crossed(rng, 5, 60)
-    there, back = macro_difference([a], [b], replicates=40_000), macro_difference([b], [a], replicates=40_000)
-    width = there.high - there.low
-    assert (-back.mean, back.se, back.df) == pytest.approx((there.mean, there.se, there.df))
-    assert (-back.high, -back.low) == pytest.approx((there.low, there.high), abs=0.03 * width)
+    there, back = macro_difference([a], [b]), macro_difference([b], [a])
+    assert (-back.mean, back.se, back.df, back.p) == pytest.approx((there.mean, there.se, there.df, there.p))
+    assert (-back.high, -back.low) == pytest.approx((there.low, there.high))
 
 
 def test_p_and_intervals_tell_the_same():
@@ -145,19 +137,64 @@ def test_the_level_is_the_width():
     assert (at[0.9].low, at[0.9].high) == (at[0.9].low90, at[0.9].high90) == (at[0.5].low90, at[0.5].high90)
 
 
-def test_many_prompts_agree_with_the_unblocked_formula(monkeypatch):
-    values = np.random.default_rng(8).normal(size=(2, 50, 1))
-    whole = macro_interval([values], seed=9)
-    monkeypatch.setattr(bootstrap, "_CELLS_AT_ONCE", 70)  # a block is one replicate
-    bootstrap._counts.cache_clear()
-    assert macro_interval([values], seed=9) == pytest.approx(whole, abs=1e-12)
-    bootstrap._counts.cache_clear()
+def shares(rng, mean, seeds, prompts):
+    """Answers that are right (100) or wrong (0), with a difficulty that seeds share."""
+    return 100.0 * (expit(logit(mean) + rng.normal(0, 1, size=(1, prompts, 1))) > rng.uniform(size=(seeds, prompts, 1)))
 
 
-def test_same_seed_same_interval_other_seed_other_interval():
-    values = np.random.default_rng(9).normal(size=(3, 40, 2))
-    assert macro_interval([values], seed=1) == macro_interval([values], seed=1)
-    assert macro_interval([values], seed=1) != macro_interval([values], seed=2)
+@pytest.mark.parametrize("mean", [0.01, 0.03, 0.5, 0.97])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_no_interval_leaves_the_bounds(mean, seeds):
+    rng = np.random.default_rng((14, seeds, int(100 * mean)))
+    for _ in range(50):
+        a, b = shares(rng, mean, seeds, 12), shares(rng, 0.5, seeds, 12)
+        low, high = macro_interval([a], bounds=(0, 100))
+        assert 0 <= low <= a.mean() <= high <= 100
+        apart = macro_difference([a], [b], bounds=(0, 100))
+        assert -100 <= apart.low <= apart.low90 <= apart.mean <= apart.high90 <= apart.high <= 100
+        assert (apart.p < 0.05) == (not apart.covers_zero)
+
+
+def test_a_bounded_interval_is_students_on_the_logit_scale():
+    values = np.array([[[0.0], [0.0], [0.0], [100.0]]])
+    low, high = macro_interval([values], bounds=(0, 100))
+    half = stdtrit(3, 0.975) * 0.25 / (0.25 * 0.75)  # the standard error of the mean is 0.25
+    assert (low, high) == pytest.approx((100 * expit(logit(0.25) - half), 100 * expit(logit(0.25) + half)))
+    assert macro_interval([values / 25 + 1], bounds=(1, 5)) == pytest.approx((low / 25 + 1, high / 25 + 1))  # any bounds
+    assert macro_interval([100 - values], bounds=(0, 100)) == pytest.approx((100 - high, 100 - low))
+
+
+def test_far_from_its_bounds_a_bounded_interval_is_the_unbounded_one():
+    values = 50 + np.random.default_rng(15).normal(size=(3, 400, 1))
+    free, bounded = macro_interval([values]), macro_interval([values], bounds=(0, 100))
+    assert bounded == pytest.approx(free, abs=1e-4)
+    apart, inside = (macro_difference([values], [values[:, ::-1] + 0.1], bounds=b) for b in ((-np.inf, np.inf), (0.0, 100.0)))
+    assert (inside.low, inside.high, inside.p) == pytest.approx((apart.low, apart.high, apart.p), abs=1e-4)
+
+
+def test_scores_that_are_all_at_a_bound_have_the_exact_limit():
+    assert macro_interval([np.zeros((3, 20, 2))], bounds=(0, 100)) == pytest.approx((0, 100 * (1 - 0.025 ** (1 / 20))))
+    assert macro_interval([np.full((1, 20, 1), 100.0)], bounds=(0, 100)) == pytest.approx((100 * 0.025 ** (1 / 20), 100))
+    two = macro_interval([np.zeros((1, 20, 1)), np.zeros((1, 80, 1))], bounds=(0, 100))
+    assert two[1] == pytest.approx(50 * (2 - 0.025 ** (1 / 20) - 0.025 ** (1 / 80)))
+    everything = macro_difference([np.full((1, 20, 1), 100.0)], [np.zeros((1, 20, 1))], bounds=(0, 100))
+    assert (everything.low, everything.high) == pytest.approx((200 * 0.025 ** (1 / 20) - 100, 100))
+    assert macro_interval([np.zeros((3, 20, 2))], bounds=(0, np.inf)) == (0, 0)
+
+
+def test_an_interval_ends_at_a_single_bound():
+    values = np.array([[[0.0], [0.1], [0.0]]])
+    low, high = macro_interval([values], bounds=(0, np.inf))
+    assert (low, high) == (0, macro_interval([values])[1])
+    assert macro_interval([values - 0.1 / 3 - 1e-9], bounds=(0, np.inf))[0] == 0  # a mean of 0 computed as slightly less
+
+
+def test_p_is_students_and_as_small_as_the_data_say():
+    a = np.array([1.0, 1.1, 0.9])[:, None, None] + np.zeros((3, 5, 1))
+    difference = macro_difference([a], [np.zeros_like(a)])
+    assert difference.p == pytest.approx(2 * stdtr(2, -1 / (0.1 / np.sqrt(3))))
+    many = np.random.default_rng(16).normal(1, 1, size=(1, 400, 1))
+    assert 0 < macro_difference([many], [np.zeros_like(many)]).p < 1e-20
 
 
 @pytest.mark.parametrize(
@@ -171,19 +208,9 @@ def test_same_seed_same_interval_other_seed_other_interval():
         (lambda: macro_interval([]), "no scores"),
         (lambda: macro_interval([np.zeros((2, 3, 1)), np.zeros((1, 3, 1))]), "2 and 1 training seeds"),
         (lambda: prompt_interval([[1.0]], level=95), "level must lie between 0 and 1, not 95"),
-        (lambda: prompt_interval([[1.0]], replicates=0), "replicates must be at least 1, not 0"),
+        (lambda: macro_interval([np.full((1, 3, 1), 101.0)], bounds=(0, 100)), "between 0 and 100 cannot have the mean 101"),
     ],
 )
 def test_wrong_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_many_intervals_at_once_are_those_of_each_alone():
-    rng = np.random.default_rng(5)
-    shapes = [((3, 20, 2), (3, 31, 1))] * 70 + [((2, 20, 1),), ((1, 20, 3),), ((3, 1, 1), (3, 9, 1))]
-    problems = [[rng.normal(size=shape) for shape in of_problem] for of_problem in shapes]
-    found = macro_intervals(problems, replicates=500)
-    alone = [macro_interval(problem, replicates=500) for problem in problems]
-    np.testing.assert_allclose(found, alone, rtol=1e-12)
-    assert macro_intervals([]) == []

@@ -1,0 +1,199 @@
+"""Confidence intervals for scores of several training seeds on the same prompts.
+
+Axes in names: S training seeds, N prompts, K decoding seeds. Every function first averages over the decoding seeds, because they only
+repeat the measurement of one model on one prompt.
+
+Every seed answers every prompt. The variance of the mean score is computed from three numbers:
+
+    A = (variance between the seeds' mean scores) / S
+    B = (variance between the prompts' mean scores) / N
+    C = (variance of the seed x prompt interaction) / (S N)
+
+The interaction is called noise here. A and B both contain the noise, so the variance of the mean is A + B - C. (B - C is set
+to 0 if it is negative. With one seed, A and C are 0.) With several test sets, B and C are added with the squared weights of
+the sets in the macro mean. A is computed from the macro means, because a seed affects all sets.
+
+The interval is Student's: mean ± t se. Its degrees of freedom df follow from 1/df = w / (S - 1) + (1 - w) / (df of the prompts), where
+w = A / (A + B - C).
+
+A score with two bounds gets its interval on the scale logit((mean - low) / (high - low)), and the ends are converted back. The standard
+error is multiplied by the slope of the scale (delta method). No interval crosses a bound, and near a bound the interval is longer on the
+other side. If there is only one bound, an interval that crosses it ends there.
+"""
+
+# Why seeds are not resampled: three resampled seeds give too narrow intervals. No replicate lies beyond the most extreme seed,
+# and the variance is too small by the factor (S-1)/S. Satterthwaite's rule for df uses squared shares. Its interval is too
+# narrow if seeds dominate, because a small A by chance gives a large df. Two independent t draws (Behrens and Fisher) give too wide
+# tails. A bootstrap over prompts with the same variance covers no better than Student's interval, takes longer, and its smallest
+# p-value is 2 / (replicates + 1), which Holm's method cannot use for 250 comparisons.
+# Coverage of all these rules, also near the bounds: docs/benchmarks/statistics-cpu.md.
+# Three seeds that agree by chance can give an interval narrower than the variance of the prompts alone. No rule can detect this.
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, logit, ndtr, ndtri, stdtr, stdtrit
+
+Array = NDArray[np.float64]
+Bounds = tuple[float, float]
+"""The smallest and the largest possible score; infinite where there is no bound."""
+
+UNBOUNDED: Bounds = (-inf, inf)
+_ROUNDING = 1e-6  # a divergence of 0 can be computed as slightly less
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of a paired difference ``a - b`` and its uncertainty.
+
+    ``low`` and ``high`` are the ends of the confidence interval at the requested level (default 95 %). ``low90`` and ``high90`` are the
+    ends of the 90 % interval, for equivalence tests. ``p`` is the two-sided p-value for a mean of zero. ``se`` is the standard error.
+    ``df`` is its degrees of freedom (infinite if the values do not vary).
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    se: float
+    df: float
+    low90: float
+    high90: float
+
+    @property
+    def covers_zero(self) -> bool:
+        """True if the interval from ``low`` to ``high`` contains 0."""
+        return self.low <= 0.0 <= self.high
+
+
+def macro_interval(strata_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDED, level: float = 0.95) -> tuple[float, float]:
+    """Return the confidence interval (low, high) of a macro mean: the average of the mean scores of several test sets.
+
+    ``strata_SNK`` has one array of scores per set, with the shape (training seeds, prompts, decoding seeds). The number of prompts may
+    differ between sets. All sets have the same training seeds in the same order. With one training seed, the interval shows only how
+    scores vary over prompts, not over trainings. A report must say so.
+
+    If all scores are equal to one of two bounds, the other end of the interval is the exact (Clopper-Pearson) limit for the prompts.
+    """
+    return _Estimate(_prompt_means(strata_SNK), bounds).interval(level)
+
+
+def macro_difference(
+    a_SNK: Sequence[ArrayLike], b_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDED, level: float = 0.95
+) -> Difference:
+    """Return the macro mean of ``a - b`` with its confidence intervals. Scores are paired by training seed and prompt.
+
+    ``bounds`` are those of the scores; the difference of two scores lies between -(high - low) and high - low.
+    """
+    a_SN, b_SN = _prompt_means(a_SNK), _prompt_means(b_SNK)
+    shapes_a, shapes_b = [x.shape for x in a_SN], [x.shape for x in b_SN]
+    if shapes_a != shapes_b:
+        raise ValueError(
+            f"the two models must have scores for the same seeds and prompts; the shapes (seeds, prompts) are {shapes_a} and {shapes_b}"
+        )
+    span = bounds[1] - bounds[0]
+    found = _Estimate([a - b for a, b in zip(a_SN, b_SN, strict=True)], (-span, span))
+    return Difference(found.mean, *found.interval(level), found.p, found.se, found.df, *found.interval(0.90))
+
+
+class _Estimate:
+    """A macro mean with its standard error `se` and degrees of freedom `df`. Each array of `strata_SN` is a test set."""
+
+    def __init__(self, strata_SN: list[Array], bounds: Bounds) -> None:
+        self.prompts = [values.shape[1] for values in strata_SN]
+        low, high = bounds
+        mean = float(np.mean([values.mean() for values in strata_SN]))
+        if not low - _ROUNDING <= mean <= high + _ROUNDING:
+            raise ValueError(f"scores between {low} and {high} cannot have the mean {mean}")
+        self.low, self.high, self.mean = low, high, min(max(mean, low), high)
+        variance, self.df = _variance(strata_SN)
+        self.se = float(np.sqrt(variance))
+
+    def interval(self, level: float) -> tuple[float, float]:
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"level must lie between 0 and 1, not {level}")
+        if self.se == 0 or self.mean in (self.low, self.high):
+            return self._without_variance(level)
+        half = _quantile(self.df, (1 + level) / 2) * self.se
+        span = self.high - self.low
+        if np.isinf(span):
+            return max(self.mean - half, self.low), min(self.mean + half, self.high)
+        share = (self.mean - self.low) / span
+        half /= span * share * (1 - share)
+        low, high = expit(logit(share) + np.array([-half, half]))
+        return self.low + span * float(low), self.low + span * float(high)
+
+    @property
+    def p(self) -> float:
+        """The two-sided p-value for a mean of zero, by the same test as the interval. The bounds must be symmetric about zero."""
+        if self.mean == 0:
+            return 1.0
+        if self.se == 0:
+            return min(1.0, 2.0 ** (1 - sum(self.prompts)))  # all differences are equal: a sign test over prompts
+        scaled = self.mean / self.se
+        if np.isfinite(self.high):
+            # the logit of (mean + span) / (2 span) is 2 artanh(mean / span)
+            share = min(abs(self.mean) / self.high, 1 - 1e-15)
+            scaled *= np.arctanh(share) * (1 - share**2) / share
+        return float(2 * (ndtr(-abs(scaled)) if np.isinf(self.df) else stdtr(self.df, -abs(scaled))))
+
+    def _without_variance(self, level: float) -> tuple[float, float]:
+        if self.mean not in (self.low, self.high) or np.isinf(self.high):
+            return self.mean, self.mean
+        # If all N scores of a set are at a bound, the mean lies within 1 - ((1 - level) / 2)^(1/N) of it, as a share of the range.
+        room = (self.high - self.low) * float(np.mean([1 - ((1 - level) / 2) ** (1 / n) for n in self.prompts]))
+        return (self.low, self.low + room) if self.mean == self.low else (self.high - room, self.high)
+
+
+def _quantile(df: float, share: float) -> float:
+    return float(ndtri(share) if np.isinf(df) else stdtrit(df, share))
+
+
+def _prompt_means(strata_SNK: Sequence[ArrayLike]) -> list[Array]:
+    """Check the score arrays, and average each of them over its decoding seeds: (S, N, K) -> (S, N)."""
+    if len(strata_SNK) == 0:
+        raise ValueError("there are no scores; give the scores of at least one test set")
+    strata = [np.asarray(values, dtype=np.float64) for values in strata_SNK]
+    for values in strata:
+        if values.ndim != 3 or 0 in values.shape:
+            raise ValueError(
+                f"scores must have three axes (training seeds, prompts, decoding seeds), none of them empty; the shape is {values.shape}"
+            )
+        if not np.isfinite(values).all():
+            raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} scores are NaN or infinite; all scores must be finite")
+        if values.shape[0] != strata[0].shape[0]:
+            raise ValueError(
+                f"two test sets have {strata[0].shape[0]} and {values.shape[0]} training seeds; all sets must have the same seeds"
+            )
+    return [values.mean(axis=2) for values in strata]
+
+
+def _variance(strata_SN: list[Array]) -> tuple[float, float]:
+    """Return the variance of the macro mean and its degrees of freedom, by the rule in the module's docstring."""
+    n_seeds = strata_SN[0].shape[0]
+    of_seeds = of_prompts = of_both = squares = 0.0
+    if n_seeds > 1:
+        of_seeds = float(np.var(np.mean([values.mean(axis=1) for values in strata_SN], axis=0), ddof=1)) / n_seeds
+    for values_SN in strata_SN:
+        n_prompts = values_SN.shape[1]
+        if n_prompts == 1:
+            continue  # the variance over a single prompt is unknown
+        share = len(strata_SN) ** 2 * n_prompts
+        mean_N = values_SN.mean(axis=0)
+        of_set = float(np.var(mean_N, ddof=1)) / share
+        of_prompts += of_set
+        squares += of_set**2 / (n_prompts - 1)
+        if n_seeds > 1:
+            rest_SN = values_SN - mean_N - values_SN.mean(axis=1, keepdims=True) + mean_N.mean()
+            of_both += float((rest_SN**2).sum()) / ((n_seeds - 1) * (n_prompts - 1)) / (share * n_seeds)
+    alone = max(of_prompts - of_both, 0.0)
+    if of_seeds + alone == 0:
+        return 0.0, inf
+    share_of_seeds = of_seeds / (of_seeds + alone)
+    inverse = share_of_seeds / max(1, n_seeds - 1)
+    if alone > 0:
+        inverse += (1 - share_of_seeds) * squares / of_prompts**2
+    return of_seeds + alone, 1 / inverse
