@@ -21,7 +21,7 @@ from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import ConfigError, StoreError
 from tadistill.metrics import declare, metric_of
 from tadistill.models.counting.cost import Cost, CostPart
-from tadistill.statistics import spread_claimed
+from tadistill.statistics import ROUNDING, spread_claimed
 from tadistill.store import MANIFEST, Store
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts, decoding seeds)
@@ -297,8 +297,20 @@ def load_scores(store: Store, key: str) -> Scores:
             array = _table(values)
             if isinstance(array, str):
                 raise damaged(path, f"{name}/{metric} {array}", store.redo(key))
+            _check_bounds(path, metric, array)
             found[name][metric] = array
     return found
+
+
+def _check_bounds(path: Path, metric: str, values: NDArray[np.float64]) -> None:
+    """Raise a StoreError if a score lies outside its metric's bounds; this can happen to a metric of the user's own code."""
+    low, high = metric_of(metric).bounds
+    wrong = values[(values < low - ROUNDING) | (values > high + ROUNDING)]
+    if wrong.size:
+        raise StoreError(
+            f"{path}: {wrong.size} scores of `{metric}` lie outside {low:g} to {high:g}, for instance {wrong[0]:g}; "
+            f"give the metric another `unit` in the recipe, because `{metric_of(metric).unit}` has these bounds"
+        )
 
 
 def _table(values: Any) -> NDArray[np.float64] | str:

@@ -154,7 +154,13 @@ def _try_own_code(recipe: Recipe) -> None:
     for i, metric in enumerate(recipe.metrics):
         row = datasets.load(recipe.data.test[0], "test", recipe.data)[0]
         with about(f"metrics.{i}"):
-            score_own({metric.name: load_function(metric.function, recipe.runtime.code)}, [row.references[0], ""], [row, row])
+            own = {metric.name: load_function(metric.function, recipe.runtime.code)}
+            (low, high), scores = metric.row.bounds, score_own(own, [row.references[0], ""], [row, row])[metric.name]
+            if outside := [value for value in scores if not low <= value <= high]:
+                raise ConfigError(
+                    f"`{metric.name}` returned {outside[0]:g} for a row of `{recipe.data.test[0]}`, but its unit `{metric.unit}` means "
+                    f"{low:g} to {high:g}; change the function, or give another `unit`"
+                )
     for method in methods(recipe):
         if isinstance(method.objective, Custom):
             with about("objective.function"):

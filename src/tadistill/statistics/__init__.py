@@ -1,6 +1,6 @@
 """Confidence intervals, significance tests and statistical power. The compared models share training seeds and test prompts."""
 
-from tadistill.statistics.intervals import Difference, macro_difference, macro_interval
+from tadistill.statistics.intervals import ROUNDING, Difference, macro_difference, macro_interval
 from tadistill.statistics.tests import (
     SignFlip,
     detectable,
@@ -16,6 +16,7 @@ from tadistill.statistics.tests import (
 )
 
 __all__ = [
+    "ROUNDING",
     "Difference",
     "SignFlip",
     "detectable",

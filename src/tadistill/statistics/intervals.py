@@ -42,7 +42,8 @@ Bounds = tuple[float, float]
 """The smallest and the largest possible score; infinite where there is no bound."""
 
 UNBOUNDED: Bounds = (-inf, inf)
-_ROUNDING = 1e-6  # a divergence of 0 can be computed as slightly less
+ROUNDING = 1e-6
+"""How far a mean may lie outside its bounds. For instance, a divergence of 0 can be computed as slightly less."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class _Estimate:
         self.prompts = [values.shape[1] for values in strata_SN]
         low, high = bounds
         mean = float(np.mean([values.mean() for values in strata_SN]))
-        if not low - _ROUNDING <= mean <= high + _ROUNDING:
+        if not low - ROUNDING <= mean <= high + ROUNDING:
             raise ValueError(f"scores between {low} and {high} cannot have the mean {mean}")
         self.low, self.high, self.mean = low, high, min(max(mean, low), high)
         variance, self.df = _variance(strata_SN)

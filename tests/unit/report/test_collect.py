@@ -192,6 +192,15 @@ def test_an_unknown_metric_is_an_error(study):
         path.write_text(before)
 
 
+def test_a_score_outside_its_bounds_is_an_error(study):
+    path = study.store_dir / (key := key_of("evaluate", "chain", 20))[:2] / key / "scores.json"
+    scores = json.loads(path.read_text())
+    scores["dolly"]["rouge_l"][3][0] = 250.0
+    path.write_text(json.dumps(scores))
+    with pytest.raises(StoreError, match="1 scores of `rouge_l` lie outside 0 to 100, for instance 250; give the metric another `unit`"):
+        write_results(study.read())
+
+
 def test_different_prompts_cannot_be_compared(study):
     key = key_of("evaluate", "chain", 20)
     path = study.store_dir / key[:2] / key / "scores.json"
