@@ -43,7 +43,7 @@ Bounds = tuple[float, float]
 
 UNBOUNDED: Bounds = (-inf, inf)
 ROUNDING = 1e-6
-"""How far a mean may lie outside its bounds. For instance, a divergence of 0 can be computed as slightly less."""
+"""How far a score may lie outside its bounds."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,11 @@ class _Estimate:
         self.prompts = [values.shape[1] for values in strata_SN]
         low, high = bounds
         mean = float(np.mean([values.mean() for values in strata_SN]))
-        if not low - ROUNDING <= mean <= high + ROUNDING:
-            raise ValueError(f"scores between {low} and {high} cannot have the mean {mean}")
-        self.low, self.high, self.mean = low, high, min(max(mean, low), high)
+        if np.isfinite(high - low):
+            if not low - ROUNDING <= mean <= high + ROUNDING:
+                raise ValueError(f"scores between {low} and {high} cannot have the mean {mean}")
+            mean = min(max(mean, low), high)  # rounding
+        self.low, self.high, self.mean = low, high, mean
         variance, self.df = _variance(strata_SN)
         self.se = float(np.sqrt(variance))
 
