@@ -272,8 +272,8 @@ def markdown(result: dict[str, Any], command: str) -> str:
                 for row in result["coverage"]
             ],
         ),
-        "## Near the bounds\n\nOne set of 200 prompts, five right or wrong answers for each prompt and seed. *Too high* is the percentage of "
-        "intervals above the truth, *too low* of those below. *Without bounds* is the coverage of mean ± t se. "
+        "## Near the bounds\n\nOne set of 200 prompts, five right or wrong answers for each prompt and seed. *Too high* is the "
+        "percentage of intervals above the truth, *too low* of those below. *Without bounds* is the coverage of mean ± t se. "
         f"{max(row['outside'] for row in result['shares']):.0f} % of the intervals left 0 to 100.\n",
         table(
             ("true mean %", "spread", "seeds", "one arm %", "too high", "too low", "without bounds %", "difference %"),
