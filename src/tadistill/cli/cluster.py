@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tadistill.cli.shared import Overrides, RecipePath, Runs, StudyName, console
+from tadistill.cli.shared import Overrides, RecipePath, Runs, StudyName, console, read_recipe
 from tadistill.store import runs_directory, store_of
 
 app = typer.Typer()
@@ -19,9 +19,8 @@ Cluster = Annotated[str | None, typer.Option("--cluster", help="Name or YAML fil
 def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
     """Download a recipe's models and data sets on a login node, so that jobs need no network."""
     from tadistill.cluster.fetch import fetch_recipe
-    from tadistill.config import load
 
-    fetch_recipe(load(recipe, overrides or []), runs_directory(runs), console)
+    fetch_recipe(read_recipe(recipe, overrides), runs_directory(runs), console)
 
 
 @app.command()
@@ -33,11 +32,12 @@ def doctor(
     """Check this machine: versions, Slurm, account, disks, caches, locks. Prints how to fix each problem; exits with 1 if there is one."""
     from tadistill.cluster import profile as profiles
     from tadistill.cluster.doctor import examine, table
-    from tadistill.config import load
 
     name = cluster or next((n for n in profiles.names() if n == os.environ.get("CC_CLUSTER")), None)
     found = examine(
-        runs=runs_directory(runs), recipe=load(recipe) if recipe else None, profile=profiles.load_profile(name) if name else None
+        runs=runs_directory(runs),
+        recipe=read_recipe(recipe, None) if recipe else None,
+        profile=profiles.load_profile(name) if name else None,
     )
     console.print(table(found))
     if any(check.state == "problem" for check in found):
@@ -57,12 +57,12 @@ def submit(
 ) -> None:
     """Submit a study's missing stages to Slurm. After a failure, run it again: it submits the stages that failed or never ran."""
     from tadistill.cluster.submit import submit as submit_recipe
-    from tadistill.config import load
+    from tadistill.config.load import read
 
     try:
         submit_recipe(
-            load(recipe, overrides or []),
-            text=recipe.read_text(encoding="utf-8"),
+            read_recipe(recipe, overrides),
+            text=read(recipe)[0],
             command=shlex.join(["tadistill", *sys.argv[1:]]),
             cluster=cluster,
             account=account,

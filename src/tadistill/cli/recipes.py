@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tadistill.cli.shared import Overrides, RecipePath, Runs, console, interruptible, run_and_report, runs_option
+from tadistill.cli.shared import Overrides, RecipePath, Runs, console, interruptible, read_recipe, run_and_report, runs_option
 from tadistill.store import runs_directory, store_of
 
 app = typer.Typer()
@@ -21,12 +21,11 @@ def plan(
     runs: Runs = None,
 ) -> None:
     """Show the stages of a study, which of them are finished, and the cost of the others (docs/concepts/compute.md)."""
-    from tadistill.config import load
     from tadistill.plan import preview, throughput
     from tadistill.plan.arms import make_plan
     from tadistill.runner.trackers import missing_trackers
 
-    loaded = load(recipe, overrides or [])
+    loaded = read_recipe(recipe, overrides)
     store, accelerator = store_of(runs_directory(runs)), None
     if measure:
         from tadistill.runner.study import fetch_models
@@ -51,20 +50,19 @@ def plan(
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
     """Run a study on this machine and write its report. Finished stages are reused; an interrupted run resumes."""
-    from tadistill.config import load
+    from tadistill.config.load import read
 
     command = shlex.join(["tadistill", "run", str(recipe), *(overrides or []), *runs_option(runs)])
-    run_and_report(load(recipe, overrides or []), recipe.read_text(encoding="utf-8"), command, runs_directory(runs))
+    run_and_report(read_recipe(recipe, overrides), read(recipe)[0], command, runs_directory(runs))
 
 
 @app.command()
 def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
     """Train paths of the recipe's `search` until its strategy has chosen one by dev values (docs/concepts/paths.md)."""
-    from tadistill.config import load
     from tadistill.search.command import find_path
 
     with interruptible():
-        find_path(load(recipe, overrides or []), runs=runs_directory(runs), console=console)
+        find_path(read_recipe(recipe, overrides), runs=runs_directory(runs), console=console)
 
 
 @app.command()
@@ -76,12 +74,11 @@ def advise(
 ) -> None:
     """Measure a recipe's models on dev prompts and predict which path is worth its compute (docs/reference/advise.md)."""
     from tadistill.advise.command import advise_recipe
-    from tadistill.config import load
 
     chosen = overrides or []
     with interruptible():
         advise_recipe(
-            load(recipe, chosen),
+            read_recipe(recipe, chosen),
             source=str(recipe),
             overrides=[*chosen, *runs_option(runs)],
             runs=runs_directory(runs),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 console = Terminal()
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
+RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML), or the name of a shipped one (`tadistill recipes`).", metavar="RECIPE")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values that replace values of the recipe, for instance seeds=[10].", metavar="[KEY=VALUE]…")
 ]
@@ -24,6 +24,16 @@ StudyName = Annotated[str, typer.Argument(help="The name, the directory or the r
 Runs = Annotated[
     Path | None, typer.Option("--runs", help="Directory of studies and the store (default: variable TADISTILL_RUNS, else ./runs).")
 ]
+
+
+def read_recipe(recipe: Path, overrides: list[str] | None) -> "Recipe":
+    """Load a recipe with its overrides. Say which file it is, if it is given by the name of a shipped recipe."""
+    from tadistill.config import load
+    from tadistill.config.shipped import remark
+
+    if said := remark(recipe):
+        Terminal(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
+    return load(recipe, overrides or [])
 
 
 def run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Path:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from tadistill.config.places import Lines, settled, where
 from tadistill.config.problems import problems
 from tadistill.config.recipe import Recipe, own_functions
+from tadistill.config.shipped import located, shipped
 from tadistill.config.shorthand import is_short, lines_of_whole, whole
 from tadistill.errors import ConfigError, about
 
@@ -41,23 +42,33 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        path: a YAML file.
+        path: a YAML file, or the name of a shipped recipe (`config.shipped`).
         overrides: `key.sub=value` strings, applied in order. Write a name with dots in brackets (`arms[2.D].path=xl > s`).
 
     Raises:
         ConfigError: the file is missing or not YAML, or the recipe breaks a rule.
     """
-    path = Path(path)
+    text, folder = read(path)
+    return parse(text, overrides, source=str(path), folder=folder)
+
+
+def read(recipe: str | Path) -> tuple[str, Path]:
+    """Return the text of a recipe and the folder of its file. The recipe is a path, or the name of a shipped one (`config.shipped`).
+
+    Raises:
+        ConfigError: there is no such recipe, or it cannot be read.
+    """
+    path = located(recipe)
     if not path.is_file():
         names = [p.name for p in path.absolute().parent.glob("*.y*ml")]
         close = [f"{path.name}.yaml"] if f"{path.name}.yaml" in names else difflib.get_close_matches(path.name, names, n=1)
-        hint = f"did you mean `{path.parent / close[0]}`?" if close else "give the path of a YAML file, such as recipes/quickstart.yaml"
+        close = [str(path.parent / name) for name in close] or difflib.get_close_matches(path.with_suffix("").as_posix(), shipped(), n=1)
+        hint = f"did you mean `{close[0]}`?" if close else "give the path of a YAML file, or a name that `tadistill recipes` lists"
         raise ConfigError(f"there is no recipe `{path}` in {path.absolute().parent}; {hint}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig"), path.absolute().parent
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
-    return parse(text, overrides, source=str(path), folder=path.absolute().parent)
 
 
 def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str, folder: Path | None = None) -> Recipe:

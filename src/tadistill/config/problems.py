@@ -51,7 +51,8 @@ _WORDS = {
     "patience": "early_stopping_patience",
     "trackers": "report_to",
 }
-_SYNONYMS = {word: key for key, words in _WORDS.items() for word in words.split()}
+SYNONYMS = {word: key for key, words in _WORDS.items() for word in words.split()}
+"""A word of another program -> our key."""
 
 
 def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tuple[tuple, str]]:
@@ -253,11 +254,11 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
     """Return the known key that an unknown one probably means (or an empty text), and a hint."""
     name, here = str(key[-1]), sorted({n for m in _resolve(location[:-1], root)[1] for n in _fields(m)})
     plain = name.lower().replace("-", "_")
-    wanted = [plain, *([_SYNONYMS[plain]] if plain in _SYNONYMS else [])]
+    wanted = [plain, *([SYNONYMS[plain]] if plain in SYNONYMS else [])]
     for other in wanted:
         if other in here:
             return other, f"did you mean `{other}`?"
-    if close := difflib.get_close_matches(name, here, n=1, cutoff=0.5 if plain not in _SYNONYMS else 0.7):
+    if close := difflib.get_close_matches(name, here, n=1, cutoff=0.5 if plain not in SYNONYMS else 0.7):
         elsewhere = [p for other in wanted[:1] for p in _places(root).get(other, [])]
         if not elsewhere or difflib.SequenceMatcher(None, name, close[0]).ratio() > 0.7:
             return close[0], f"did you mean `{close[0]}`?"

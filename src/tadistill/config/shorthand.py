@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = yaml.safe_load(
 MethodName = Annotated[str, Field(json_schema_extra={"enum": [*METHODS]})]
 """The name of a published method."""
 _PARTS = {"objective": TypeAdapter(Objective), "sampler": TypeAdapter(Sampler)}
-_WHOLE = ("models", "arms", "search")
+WHOLE_KEYS = ("models", "arms", "search")
 SHORT_KEYS = {
     "teacher": "The teacher of the short form: what a model's `load` holds, or an entry with the keys of a model.",
     "student": "The student of the short form: what a model's `load` holds, or an entry with the keys of a model.",
@@ -87,7 +87,7 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: keys of the whole form are there too, `teacher` is missing, or something is selected without `data.dev`.
     """
-    if both := [key for key in _WHOLE if key in raw]:
+    if both := [key for key in WHOLE_KEYS if key in raw]:
         raise ConfigError(f"the recipe has both `student`, which belongs to the short form, and `{both[0]}`; remove one of them")
     if "teacher" not in raw:
         raise ConfigError("the recipe has a `student` and no `teacher`; add teacher: MODEL")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tadistill.config.arm import path_text
 from tadistill.config.evaluate import OwnMetric
 from tadistill.config.load import study_in
+from tadistill.config.shipped import located
 from tadistill.data.templates import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import ConfigError, StoreError
@@ -163,17 +164,18 @@ class StageManifest:
 
 
 def find_study(study: str, root: Path) -> Path:
-    """Return a study's directory from its name, its path, or the path of its recipe.
+    """Return a study's directory from its name, its path, or its recipe (a path, or the name of a shipped recipe).
 
     Raises:
         ConfigError: there is no such study.
     """
+    recipe = study_in(located(study))
     name = study_in(Path(study)) or study
-    for directory in (Path(name), root / name):
+    for directory in (Path(name), root / name, root / (recipe or name)):
         if (directory / "plan.json").is_file():
             return directory
     close = difflib.get_close_matches(name, [path.parent.name for path in root.glob("*/plan.json")], n=1)
-    hint = f"did you mean `{close[0]}`?" if close else "start one with `tadistill run RECIPE`"
+    hint = f"did you mean `{close[0]}`?" if close and not recipe else f"start one with `tadistill run {study if recipe else 'RECIPE'}`"
     raise ConfigError(f"there is no study `{name}` in {root}; {hint}")
 
 

@@ -1,0 +1,173 @@
+"""Find what a word in a recipe means: a key by its name or place, a type, a method, a value."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from tadistill.config.problems import SYNONYMS
+from tadistill.config.reference import NAME, Key, Part, reference
+from tadistill.config.shorthand import METHODS
+from tadistill.errors import ConfigError
+
+_TOKEN = re.compile(r"\[([^\]]+)\]|([^.\[\]]+)")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The explanation of one word."""
+
+    title: str
+    meaning: str
+    facts: tuple[tuple[str, str], ...] = ()
+    """Labels and texts, such as `default` and `0.0005`."""
+    below: tuple[tuple[str, str], ...] = ()
+    """Keys or values that stand below, with a sentence each."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A key with its place; `types` are the groups that share it."""
+
+    place: str
+    key: Key
+    part: Part
+    missing: int
+    """Number of words of the place that were not asked for."""
+    types: tuple[str, ...] = field(default=())
+
+
+def explain(asked: str) -> list[Entry]:
+    """Return the entries of a word: a key (`lr`, `method.optim.lr`, `arms.X.path`), a `type`, a method by name, or an allowed value.
+
+    Raises:
+        ConfigError: nothing has this name.
+    """
+    words = [first or second for first, second in _TOKEN.findall(asked.strip("`\"' ").split("=")[0])]
+    found = _keys(words) or _groups(words) if words else []
+    if len(words) == 1:
+        found += _named(words[0])
+    if found:
+        return found
+    raise ConfigError(f"a recipe has no key and no value `{asked}`; {_hint(asked, words)}")
+
+
+def _keys(words: list[str]) -> list[Entry]:
+    matches: dict[tuple, _Found] = {}
+    for part in reference():
+        for key in part.keys:
+            places = [(place, missing) for place in part.places if (missing := _missing([*_split(place), key.name], words)) is not None]
+            for place, missing in sorted(places, key=lambda each: each[1])[:1]:
+                same = ("type" if key.name == "type" else key, part.places)
+                first = matches.get(same, _Found(place, key, part, missing))
+                matches[same] = replace(first, types=(*first.types, part.type) if part.type else ())
+    least = min((each.missing for each in matches.values()), default=0)
+    chosen = [each for each in matches.values() if least or not each.missing]
+    return _each_once(_entry(each) for each in sorted(chosen, key=lambda each: each.missing))
+
+
+def _each_once(entries: Iterable[Entry]) -> list[Entry]:
+    """Leave out what stands below an entry if it stands below an earlier one too."""
+    found: list[Entry] = []
+    for entry in entries:
+        found.append(replace(entry, below=()) if any(entry.below == other.below for other in found) else entry)
+    return found
+
+
+def _missing(pattern: list[str], words: list[str]) -> int | None:
+    """Return how many words of a key's place stand before the ones that were asked for; None if these are not at its end.
+
+    `NAME` in the place stands for one word or none, but not for the first one. A number among the words is the index of a list.
+    """
+    if not words:
+        return len([word for word in pattern if word != NAME])
+    if not pattern:
+        return None
+    *before, last = pattern
+    tries = []
+    if last == words[-1] or (last == NAME and words[:-1]):
+        tries.append(_missing(before, words[:-1]))
+    if last == NAME:
+        tries.append(_missing(before, words))
+    if words[-1].isdigit():
+        tries.append(_missing(pattern, words[:-1]))
+    return min((each for each in tries if each is not None), default=None)
+
+
+def _groups(words: list[str]) -> list[Entry]:
+    """Return the groups of keys at a place such as `models.student`, whose last word is a name."""
+    return [
+        _group(part, place)
+        for part in reference()
+        for place in part.places
+        if place.endswith(NAME) and len(words) > 1 and _missing(_split(place), words) == 0
+    ]
+
+
+def _entry(found: _Found) -> Entry:
+    key, place = found.key, found.place
+    full = ".".join(filter(None, (place, key.name)))
+    places = [".".join(filter(None, (other, key.name))) for other in found.part.places]
+    also = [("also at", ", ".join(each for each in places if each != full))] if len(places) > 1 else []
+    more = ("more in", f"docs/{found.part.page}")
+    if key.name == "type":
+        text = f"Says which {_split(place)[-1]} it is, and so which other keys stand there."
+        return Entry(full, text, (*also, more), tuple(_types(place)))
+    facts = [("type", ", ".join(filter(None, (key.type, "" if key.choices else key.allowed))))]
+    facts += [("one of", ", ".join(key.choices))] if key.choices and not _types(full) else []
+    facts += [("default", key.default)] if key.default else []
+    some = 0 < len(found.types) < len(_types(place))
+    facts += [("with type", ", ".join(found.types))] if some else []
+    return Entry(full, key.meaning, (*facts, *also, more), tuple(_below(full)))
+
+
+def _below(full: str) -> Iterator[tuple[str, str]]:
+    """Yield the keys below a key, or the types among which its `type` chooses."""
+    if types := _types(full):
+        yield from ((f"type: {name}", text) for name, text in types)
+        return
+    for part in reference():
+        if full and (full in part.places or f"{full}.{NAME}" in part.places):
+            yield from ((key.name, _sentence(key.meaning)) for key in part.keys)
+
+
+def _types(place: str) -> list[tuple[str, str]]:
+    return [(part.type, _sentence(part.meaning)) for part in reference() if part.type and place in part.places]
+
+
+def _named(word: str) -> Iterator[Entry]:
+    """Yield what a single word names beside keys."""
+    for part in reference():
+        if part.type == word:
+            yield _group(part, f"{part.places[0]}, type {word}")
+    if word in METHODS:
+        settings = tuple((name, ", ".join(f"{key} {value}" for key, value in given.items())) for name, given in METHODS[word].items())
+        yield Entry(f"method: {word}", "A published method by name.", (*settings, ("more in", "docs/reference/recipe.md#methods-by-name")))
+    for part in reference():
+        for key in part.keys:
+            if word in key.choices and word not in METHODS and key.type == "text" and key.name != "type":
+                yield _entry(_Found(part.places[0], key, part, 0, (part.type,) if part.type else ()))
+
+
+def _group(part: Part, title: str) -> Entry:
+    keys = tuple((key.name, _sentence(key.meaning)) for key in part.keys if key.name != "type")
+    return Entry(title, part.meaning, (("more in", f"docs/{part.page}"),), keys)
+
+
+def _hint(asked: str, words: list[str]) -> str:
+    if words and (known := SYNONYMS.get(words[-1].lower().replace("-", "_"))):
+        return f"did you mean `{known}`?"
+    full = {".".join(filter(None, (place, key.name))) for part in reference() for place in part.places for key in part.keys}
+    names = {name.rsplit(".", 1)[-1] for name in full} | {part.type for part in reference() if part.type} | {*METHODS}
+    close = difflib.get_close_matches(asked, sorted(full), n=1, cutoff=0.8) or difflib.get_close_matches(
+        (words or [""])[-1], sorted(names), n=1
+    )
+    return f"did you mean `{close[0]}`?" if close else "`docs/reference/recipe.md` lists all keys"
+
+
+def _split(place: str) -> list[str]:
+    return place.split(".") if place else []
+
+
+def _sentence(text: str) -> str:
+    return re.split(r"(?<!al\.)(?<=\.) (?=[A-Z`(])", " ".join(text.split()), maxsplit=1)[0]

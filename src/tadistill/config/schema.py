@@ -1,0 +1,87 @@
+"""The JSON schema of recipes, for editors: completion, descriptions and checks while one writes.
+
+`python -m tadistill.config.schema > recipes/schema.json` writes the committed copy, which is shipped beside the recipes.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+
+from tadistill.config.recipe import Recipe
+from tadistill.config.reference import Part, reference
+from tadistill.config.shipped import recipes_folder
+from tadistill.config.shorthand import SHORT_KEYS, WHOLE_KEYS
+
+
+def schema_file() -> Path:
+    """Return the path of the shipped schema, for the first line of a recipe (`# yaml-language-server: $schema=…`)."""
+    return recipes_folder() / "schema.json"
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes, in their whole form and in their short form.
+
+    It accepts every valid recipe. Rules over several keys, such as the names in a path, are not in it.
+    """
+    definitions = Recipe.model_json_schema(ref_template="#/$defs/{model}", schema_generator=_Generator)
+    parts = definitions.pop("$defs")
+    return {
+        "$schema": GenerateJsonSchema.schema_dialect,
+        "title": "Recipe of tadistill",
+        "if": {"required": ["student"]},
+        "then": {"$ref": "#/$defs/ShortRecipe"},
+        "else": {"$ref": "#/$defs/Recipe"},
+        "$defs": parts | {"Recipe": definitions} | _short(definitions, parts),
+    }
+
+
+class _Generator(GenerateJsonSchema):
+    """Adds the meaning of each key, and what a recipe may write shorter: a text where keys can stand."""
+
+    def model_schema(self, schema: Any) -> JsonSchemaValue:
+        found = super().model_schema(schema)
+        part = next(part for part in reference() if part.name == schema["cls"].__name__)
+        for key in part.keys:
+            _describe(found["properties"][key.name], key.meaning)
+        if not schema["cls"].text_sets:
+            return found
+        return {"anyOf": [_text(schema["cls"], part), found], "description": found.pop("description"), "title": found.pop("title")}
+
+    def tagged_union_schema(self, schema: Any) -> JsonSchemaValue:
+        found = super().tagged_union_schema(schema)
+        return {"anyOf": found["oneOf"]}  # an arm with `method` may change a key of its objective without the `type`
+
+
+def _describe(property_: dict[str, Any], meaning: str) -> None:
+    property_.pop("title", None)
+    property_["description"] = meaning
+
+
+def _text(cls: type[BaseModel], part: Part) -> JsonSchemaValue:
+    key = next(key for key in part.keys if key.name == cls.text_sets)  # type: ignore[attr-defined]
+    return {"type": "string", **({"enum": [*key.choices]} if key.choices else {}), "description": key.meaning}
+
+
+def _short(recipe: JsonSchemaValue, parts: dict[str, JsonSchemaValue]) -> dict[str, JsonSchemaValue]:
+    short, data = copy.deepcopy(recipe), copy.deepcopy(parts["Data"])
+    data["properties"]["test"] = {
+        "anyOf": [{"$ref": "#/$defs/DataRef"}, data["properties"]["test"]],
+        "description": data["properties"]["test"]["description"],
+    }
+    data["required"] = [name for name in data["required"] if name != "dev"]
+    for name in WHOLE_KEYS:
+        del short["properties"][name]
+    for name, meaning in SHORT_KEYS.items():
+        short["properties"][name] = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/ModelConfig"}], "description": meaning}
+    short["properties"]["data"]["anyOf"] = [{"type": "string"}, {"$ref": "#/$defs/ShortData"}]
+    del short["properties"]["data"]["$ref"]
+    short["required"] = ["study", *SHORT_KEYS, "data"]
+    return {"ShortRecipe": short, "ShortData": data}
+
+
+if __name__ == "__main__":
+    print(json.dumps(recipe_schema(), indent=1, ensure_ascii=False))

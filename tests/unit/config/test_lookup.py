@@ -1,0 +1,71 @@
+"""`tadistill explain`: what a word in a recipe means."""
+
+import pytest
+
+from tadistill.config.lookup import explain
+from tadistill.errors import ConfigError
+
+
+def titles(word: str) -> list[str]:
+    return [entry.title for entry in explain(word)]
+
+
+def test_a_key_has_its_type_default_places_and_page():
+    (entry,) = explain("lr")
+    assert (entry.title, entry.meaning) == ("method.optim.lr", "Peak learning rate.")
+    assert entry.facts == (
+        ("type", "number, greater than 0, at most 10"),
+        ("default", "0.0005"),
+        ("also at", "arms.NAME.optim.lr, models.NAME.sft.optim.lr, models.NAME.distill.optim.lr"),
+        ("more in", "docs/reference/recipe.md#method"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("method.optim.lr", ["method.optim.lr"]),
+        ("`arms.direct.path=xl > s`", ["arms.NAME.path"]),
+        ("arms[2.D].path", ["arms.NAME.path"]),
+        ("models.student", ["models.NAME"]),
+        ("data.test.0.load", ["data.test.load"]),
+        ("evaluate.also.greedy.seeds", ["evaluate.also.NAME.seeds"]),
+        ("objective.type", ["method.objective.type"]),
+        ("optim", ["method.optim", "arms.NAME.optim", "models.NAME.sft.optim", "models.NAME.distill.optim"]),
+        ("beta", ["method.objective.beta", "method.objective.beta"]),
+        ("teacher", ["teacher", "teacher", "method.sampler, type teacher"]),
+        ("gkd", ["method: gkd"]),
+        ("best_prefix", ["search.strategy"]),
+    ],
+)
+def test_words_are_found(word, found):
+    assert titles(word) == found
+
+
+def test_keys_and_types_below_are_listed_once():
+    method, arm, *_ = explain("optim")
+    assert ("lr", "Peak learning rate.") in method.below
+    assert not arm.below
+    (kinds,) = explain("objective.type")
+    assert ("taid", "Cross-entropy to a target that moves from the student (t = 0) to the teacher (t = 1) (Shing et al. 2025, TAID).") in (
+        kinds.below
+    )
+
+
+def test_a_key_of_some_types_names_them():
+    (entry,) = explain("start")
+    assert ("with type", "taid") in entry.facts
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("learning_rate", "did you mean `lr`?"),
+        ("metod.optim", "did you mean `method.optim`?"),
+        ("zzz", "lists all keys"),
+        ("", "lists all"),
+    ],
+)
+def test_an_unknown_word_gets_a_hint(word, hint):
+    with pytest.raises(ConfigError, match=hint):
+        explain(word)
