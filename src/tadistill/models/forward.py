@@ -9,6 +9,7 @@ This module computes no logits, because the loss applies the head itself, tile b
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,11 +62,11 @@ class Reader:
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
         ids = torch.arange(2, device=model.device).unsqueeze(0)
-        with tapped(self._module, skip=False) as seen:
+        with tapped(self._module, skip=False) as seen, rounded(model) as rounding:
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().nan_to_num()
         # NaN becomes 0 on both sides: this check accepts broken weights, because the training loop reports them
         expected = self.head.logits(seen[0].to(self.head.weight.dtype)).float().nan_to_num()
-        tolerance = 1e-3 if arithmetic(model) == torch.float32 and model.device.type == "cpu" else 0.02
+        tolerance = 1e-3 if rounding.precise and model.device.type == "cpu" else 0.02
         near = expected.shape == logits.shape and torch.allclose(
             expected, logits, rtol=tolerance, atol=tolerance * float(logits.abs().max())
         )
@@ -88,13 +89,13 @@ def check_reading(model: PreTrainedModel) -> None:
     rows, attention = ids.repeat(2, 1), torch.ones(2, 4, dtype=torch.long, device=model.device)
     rows[1, 2:], attention[1, 2:] = 0, 0
     inputs = {"attention_mask": attention, "position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
-    with evaluating(model):
+    with evaluating(model), rounded(model) as rounding:
         alone = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()
         padded = model(input_ids=rows, use_cache=False, **taken(inspect.signature(model.forward).parameters, inputs)).logits.float()
     # in half precision, rounding may choose another expert at some positions
-    decisive = max if precise(model) else min
+    decisive = max if rounding.precise else min
     for got, what in ((padded[0], "count positions in another way than from 0"), (padded[1, :2], "read later tokens")):
-        if decisive(apart(z, expected) for z, expected in zip(got, alone, strict=False)) > rounding(model):
+        if decisive(apart(z, expected) for z, expected in zip(got, alone, strict=False)) > rounding.largest:
             raise ModelError(f"models of type {model.config.model_type} {what}, so they cannot be distilled; choose another model")
 
 
@@ -109,27 +110,48 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def arithmetic(model: PreTrainedModel) -> torch.dtype:
-    """Return the type of the model's matrix products. Training in bf16 keeps float32 weights; accelerate wraps `forward` for it."""
-    return torch.bfloat16 if hasattr(model, "_original_forward") else model.dtype
+@dataclass
+class Rounding:
+    """The rounding of a model's logits."""
+
+    eps: float
+    """The relative rounding error of one number."""
+    tf32: bool
+    """True if float32 products may be rounded to TF32."""
+
+    @property
+    def precise(self) -> bool:
+        """True in float32 and float64."""
+        return self.eps < 1e-5
+
+    @property
+    def largest(self) -> float:
+        """The largest distance (`apart`) that rounding explains: 7e-5 in float32 on a CPU, 0.03 in float16, 0.09 in bfloat16."""
+        eps = max(self.eps, 2**-10) if self.tf32 else self.eps
+        return eps ** (0.6 if eps < 1e-5 else 0.5)
 
 
-def precise(model: PreTrainedModel) -> bool:
-    return arithmetic(model) in (torch.float32, torch.float64)
+@contextmanager
+def rounded(model: PreTrainedModel) -> Iterator[Rounding]:
+    """Find the rounding of the forward passes inside. Training in bf16 keeps float32 weights, so the products of the head say it."""
+    found = Rounding(torch.finfo(model.dtype).eps, model.device.type == "cuda")
+
+    def look(_: nn.Module, __: tuple[Tensor, ...], product: Tensor) -> None:
+        found.eps = max(found.eps, torch.finfo(product.dtype).eps)
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(look) if isinstance(head, nn.Module) else None
+    try:
+        yield found
+    finally:
+        if handle:
+            handle.remove()
 
 
 def apart(got_V: Tensor, expected_V: Tensor) -> float:
     """Return the distance of logits up to a constant, relative to their spread. NaN equals NaN, because training reports it."""
     got, expected = ((z - z.mean()).nan_to_num() for z in (got_V, expected_V))
     return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
-
-
-def rounding(model: PreTrainedModel) -> float:
-    """Return the largest distance (`apart`) that rounding explains: 7e-5 in float32 on a CPU, 0.03 in float16, 0.09 in bfloat16."""
-    eps = torch.finfo(arithmetic(model)).eps
-    if model.device.type == "cuda":
-        eps = max(eps, 2**-10)  # products may be rounded to TF32
-    return eps ** (0.6 if eps < 1e-5 else 0.5)
 
 
 def taken(takes: Mapping[str, inspect.Parameter], inputs: Mapping[str, Any]) -> dict[str, Any]:

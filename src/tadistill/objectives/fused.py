@@ -97,9 +97,11 @@ def fused_terms(
     """Return the weighted sum of several terms over the tokens, as `fused_head` does. Slopes are used if all terms have them."""
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
+        """Return the values (K, n) of all terms."""
         return torch.stack([term.values(logits, targets, rows) for term in terms])
 
     def slopes(logits: Tensor, targets: tuple[Any, ...], rows: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values (K, n), and the gradient (n, V) of their weighted sum."""
         found, slope = [], None
         for term, weight in zip(terms, weights.unsqueeze(-1), strict=True):
             value, own = term.with_slope(logits, targets, rows)
@@ -115,7 +117,7 @@ def fused_terms(
 def _targets(
     hidden: Tensor, teacher: Target | Sequence[Target], mixture: TargetMixture | None
 ) -> tuple[list[Target], TargetMixture | None]:
-    # leaves out teachers of weight 0
+    """Return the targets and the mixture without teachers of weight 0."""
     several: Sequence[Target] = teacher if isinstance(teacher, Sequence) else [teacher]
     targets = list(several)
     for target in targets:
@@ -220,15 +222,17 @@ class _Plan:
     grad: bool  # True if the caller has gradients on; inside an autograd function they are always off
 
     def operand(self, states: Tensor, head: Head) -> Tensor:
-        # the head's matrix (width, H) in the dtype of its product with `states`
+        """Return the head's matrix (width, H), in the dtype of its product with `states`."""
         dtype = self.autocast if self.autocast and states.dtype != torch.float64 else states.dtype
         return head.weight.detach()[: self.width].to(dtype)
 
 
 class _FusedHead(torch.autograd.Function):
-    # forward computes loss and gradients, and backward scales the gradients
+    """Computes the loss and its gradients in the forward pass."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
+        """Return the weighted sum and the values (K, N), and keep the gradients."""
         needs = [plan.grad and need for need in ctx.needs_input_grad]
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _Gradients(hidden, weight if needs[1] else None, bias if bias is not None and needs[2] else None, needs[0])
@@ -240,13 +244,15 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # if the incoming gradient is 1 (the caller's weights include every factor), no second copy of the head's gradient is made
+        """Return the kept gradients times the incoming one. If that is 1, no second copy of the head's gradient is made."""
         grad = grad_outputs[0]
         whole = bool(grad == 1)
         return (*(g if g is None or whole else g * grad.to(g.dtype) for g in ctx.saved_tensors), None)
 
 
 class _Gradients:
+    """The gradients of hidden states, head and bias, summed over the tiles."""
+
     def __init__(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, of_hidden: bool):
         dtype = wide(hidden.dtype)
         self.hidden = torch.zeros_like(hidden, dtype=dtype) if of_hidden else None
@@ -255,7 +261,7 @@ class _Gradients:
         self.wanted = of_hidden or weight is not None or bias is not None
 
     def add(self, rows: slice, slope: Tensor, hidden: Tensor, operand: Tensor) -> None:
-        # slope (n, width): gradient in the tile's logits before scale and softcap
+        """Add a tile. `slope` (n, width) is the gradient of its logits before scale and softcap."""
         width = slope.shape[1]
         narrow = slope.to(operand.dtype)
         if self.hidden is not None:
@@ -269,12 +275,13 @@ class _Gradients:
             self.bias[:width] += slope.sum(0)
 
     def result(self, of_hidden: torch.dtype, of_weight: torch.dtype) -> tuple[Tensor | None, ...]:
+        """Return the gradients in the dtypes of the tensors that they belong to; None for those that nobody wants."""
         wanted = ((self.hidden, of_hidden), (self.weight, of_weight), (self.bias, of_weight))
         return tuple(None if g is None else g.to(dtype) for g, dtype in wanted)
 
 
 def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
-    # returns the weighted sum and the values (K, N)
+    """Return the weighted sum and the values (K, N); add the gradients to `grads`."""
     count, width, dtype = len(hidden), plan.width, wide(hidden.dtype)
     dense = [t for t in plan.teachers if isinstance(t, Hidden)]
     rows = _rows(count, (1 + len(dense)) * width * dtype.itemsize, _ENOUGH.get(hidden.device.type, count))
@@ -301,7 +308,7 @@ def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor
 
 
 def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, start: int, wanted: bool) -> Tensor:
-    # returns the values (K, n) of a small tile, and overwrites its logits with the gradient of the weighted sum
+    """Return the values (K, n) of a small tile, and overwrite its logits with the gradient of the weighted sum."""
     rows = slice(start + inside.start, start + inside.stop)
     targets = tuple(
         t.head.shape(tile[inside]) if isinstance(t, Hidden) else select(tile, inside)
@@ -325,13 +332,13 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
 
 
 def _rows(count: int, bytes_per_row: int, enough: int) -> int:
-    # tokens per tile, so that all tiles have about the same size within the budget
+    """Return the tokens per tile, so that all tiles have about the same size within the budget."""
     most = max(1, min(TILE_BYTES // bytes_per_row, enough))
     return max(1, math.ceil(count / math.ceil(count / most))) if count else 1
 
 
 def _project(hidden: Tensor, operand: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    # writes into the first rows of `out` and returns these rows
+    """Write the logits into the first rows of `out`, and return these rows."""
     logits = out[: len(hidden)]
     if operand.dtype == out.dtype:
         torch.mm(hidden, operand.t(), out=logits)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from tadistill.models.forward import apart, evaluating, precise, rounding, taken
+from tadistill.models.forward import Rounding, apart, evaluating, rounded, taken
 from tadistill.rollout.draw import in_place_cache
 
 # prompts that ways are tried on: padding, equal lengths, and more tokens than a small block or window has
@@ -132,8 +132,9 @@ def _rows(memory: Any, index: Tensor) -> Any:
 @torch.inference_mode()
 def _first_right(model: PreTrainedModel) -> Way:
     texts, last = _texts(model), taken(inspect.signature(model.forward).parameters, {"logits_to_keep": _STEPS})
-    expected = [model(input_ids=text.unsqueeze(0), use_cache=False, **last).logits[0, -_STEPS:].float() for text in texts]
-    return next((way for way in WAYS[:-1] if _right(model, way, texts, expected)), WAYS[-1])
+    with rounded(model) as rounding:
+        expected = [model(input_ids=text.unsqueeze(0), use_cache=False, **last).logits[0, -_STEPS:].float() for text in texts]
+    return next((way for way in WAYS[:-1] if _right(model, way, texts, expected, rounding)), WAYS[-1])
 
 
 def _texts(model: PreTrainedModel) -> list[Tensor]:
@@ -146,13 +147,13 @@ def _texts(model: PreTrainedModel) -> list[Tensor]:
     return [(words // 2 + 5 * row + 7 * torch.arange(n, device=model.device) ** 2) % words for row, n in enumerate(counts)]
 
 
-def _right(model: PreTrainedModel, way: Way, texts: list[Tensor], expected: list[Tensor]) -> bool:
+def _right(model: PreTrainedModel, way: Way, texts: list[Tensor], expected: list[Tensor], rounding: Rounding) -> bool:
     try:
         errors = [apart(z, expected[row][step]) for row, step, z in _read(model, way, texts)]
     except Exception:
         return False  # the model does not take this memory
     # An expert that a half-precision router chooses otherwise by rounding changes one position, a wrong memory changes most of them.
-    return (max(errors) if precise(model) else statistics.median(errors)) <= rounding(model)
+    return (max(errors) if rounding.precise else statistics.median(errors)) <= rounding.largest
 
 
 def _read(model: PreTrainedModel, way: Way, texts: list[Tensor]) -> Iterator[tuple[int, int, Tensor]]:

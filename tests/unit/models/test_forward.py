@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tests.conftest import tiny_model
 from transformers import (
     CohereConfig,
@@ -19,7 +20,7 @@ from transformers import (
 
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ModelError
-from tadistill.models.forward import Reader
+from tadistill.models.forward import Reader, rounded
 
 SHAPE = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
 WIDE = {"intermediate_size": 32, "num_key_value_heads": 1}
@@ -79,3 +80,20 @@ def test_the_gradient_reaches_body_and_head():
 def test_a_target_has_no_graph():
     model = tiny_model("llama")
     assert not Reader(model).target(model, BATCH).states.requires_grad
+
+
+@pytest.mark.parametrize(("where", "eps"), [("plain", 2**-23), ("weights", 2**-7), ("autocast", 2**-7), ("accelerate", 2**-7)])
+def test_the_rounding_is_that_of_the_products(where, eps):
+    """Training in bf16 keeps float32 weights, and only its products are in bf16."""
+    model = tiny_model("llama")
+    if where == "weights":
+        model = model.to(torch.bfloat16)
+    elif where == "accelerate":
+        Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "autocast"), rounded(model) as rounding:
+        model(input_ids=torch.ones(1, 2, dtype=torch.long))
+    assert rounding.eps == eps
+    assert rounding.precise == (where == "plain")
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "autocast"):
+        Reader(model)  # the tighter check of float32 would refuse bf16's rounding
+    assert not model.get_output_embeddings()._forward_hooks
