@@ -129,9 +129,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, and create its folder. Several processes may write it. Raises StoreError if it cannot be written."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with _renamed(path.with_name(f".{path.name}.{os.getpid()}.tmp"), path) as temporary:
+    with _own_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character pair, as in arguments of another locale
 
 
@@ -141,8 +139,18 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Write values to a JSON Lines file, one value per line. The file is replaced atomically, as in `write_text`."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write values to a JSON Lines file, one value per line, as they come. The file is replaced atomically, as in `write_text`."""
+    with _own_file(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@contextmanager
+def _own_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that no other process writes to, as `replacing` does. The folder is created."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with _renamed(path.with_name(f".{path.name}.{os.getpid()}.tmp"), path) as temporary:
+        yield temporary
 
 
 @contextmanager
@@ -190,19 +198,35 @@ def read_json(path: Path, *, fix: str = "delete its directory and run the recipe
 
 def read_jsonl(path: Path, *, fix: str = "delete its directory and run the recipe again") -> list[dict[str, Any]]:
     """Return the objects of a JSON Lines file. Empty lines are skipped. Raises StoreError if the file is missing or damaged."""
-    rows: list[dict[str, Any]] = []
-    # not splitlines(): JSON does not escape U+2028 and similar line separators, so a text may contain them
-    for number, line in enumerate(_text(path, fix).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise damaged(path, f"line {number}: {error}", fix) from error
-        if not isinstance(row, dict):
-            raise damaged(path, f"line {number} is not a JSON object", fix)
-        rows.append(row)
-    return rows
+    return [row for _, row in stream_jsonl(path, fix=fix)]
+
+
+def stream_jsonl(
+    path: Path, *, fix: str = "delete its directory and run the recipe again", start: int = 0
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (place, object) of each line of a JSON Lines file, from the place `start` on. A place is a number of bytes.
+
+    Empty lines are skipped. Raises StoreError if the file is missing or damaged.
+    """
+    try:
+        with path.open("rb") as file:  # lines of bytes: JSON does not escape U+2028 and similar separators of lines of text
+            place = file.seek(start)
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield place, _object(line, path, number, fix)
+                place += len(line)
+    except OSError as error:
+        raise damaged(path, error.strerror or str(error), fix) from error
+
+
+def _object(line: bytes, path: Path, number: int, fix: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise damaged(path, f"line {number}: {error}", fix) from error
+    if not isinstance(row, dict):
+        raise damaged(path, f"line {number} is not a JSON object", fix)
+    return row
 
 
 def damaged(path: Path, reason: str, fix: str = "delete its directory and run the recipe again") -> StoreError:

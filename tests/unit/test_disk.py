@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tadistill.disk import digest, read_json, read_jsonl, sha256, write_json, write_rows, write_text
+from tadistill.disk import digest, read_json, read_jsonl, sha256, stream_jsonl, write_json, write_rows, write_text
 from tadistill.errors import StoreError
 
 
@@ -15,6 +15,22 @@ def test_a_written_file_is_whole_and_nothing_else_is_left(tmp_path):
     write_rows(path.with_name("rows.jsonl"), [{"a": "x\u2028y"}, {"a": 2}])
     assert read_jsonl(path.with_name("rows.jsonl")) == [{"a": "x\u2028y"}, {"a": 2}]
     assert sorted(os.listdir(path.parent)) == ["a.json", "rows.jsonl"]
+    places = [place for place, _ in stream_jsonl(path.with_name("rows.jsonl"))]
+    assert next(stream_jsonl(path.with_name("rows.jsonl"), start=places[1])) == (places[1], {"a": 2})
+
+
+def test_rows_are_written_as_they_come_and_a_failure_leaves_the_old_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [{"a": 1}])
+
+    def rows():
+        yield {"a": 2}
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        write_rows(path, rows())
+    assert read_jsonl(path) == [{"a": 1}]
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 
 def test_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):

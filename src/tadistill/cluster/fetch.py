@@ -73,6 +73,8 @@ def needs(recipe: Recipe) -> list[Need]:
     for model in recipe.models.values():
         if model.load and sources.parse_source(model.load).kind in ("hub", "wheel"):
             found.append(Need("model", model.load, model.revision, tokenizer=model.tokenizer is None))
+        elif model.load and (base := sources.adapter_base(model.load)) and sources.parse_source(base[0]).kind == "hub":
+            found.append(Need("model", *base))
         if model.tokenizer and model.tokenizer != "tinyworld" and sources.parse_source(model.tokenizer).kind in ("hub", "wheel"):
             found.append(Need("tokenizer", model.tokenizer, model.revision))
     data = recipe.data

@@ -4,9 +4,10 @@ Axes: B sequences, T positions. The model predicts token t + 1 at position t. So
 before the token. Only this module does this shift.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tadistill.data.encoded import EncodedRows
 from tadistill.data.templates import Encoded, with_bos
+from tadistill.disk import stream_jsonl
 from tadistill.errors import DataError
 from tadistill.objectives import Hidden, TargetMixture, TopK
 from tadistill.objectives.targets import select
@@ -77,27 +79,46 @@ class Batch:
         return Batch(self.ids_BT.to(device), self.attention_BT.to(device), self.mask_BT.to(device), values, corpus, targets, self.mixture)
 
 
-class _References(Seq[Sequence]):
-    def __init__(self, encoded: EncodedRows):
-        self._encoded = encoded
+class _OnDisk(Seq[Sequence]):
+    """Sequences that stay on the disk until they are asked for."""
+
+    def __init__(self, count: int, read: Callable[[int], Sequence]):
+        self._count, self._read = count, read
 
     def __len__(self) -> int:
-        return len(self._encoded)
+        return self._count
 
     @overload
     def __getitem__(self, i: int) -> Sequence: ...
     @overload
     def __getitem__(self, i: slice) -> list[Sequence]: ...
     def __getitem__(self, i: int | slice) -> Sequence | list[Sequence]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        row = self._encoded[i]
-        return Sequence(row.prompt, row.response)
+        places = range(self._count)[i]  # an IndexError beyond the end
+        return [self._read(k) for k in places] if isinstance(places, range) else self._read(places)
 
 
 def references(encoded: Seq[Encoded]) -> Seq[Sequence]:
     """Return one sequence per encoded prompt. Its response is the first reference. Rows on the disk are read when they are asked for."""
-    return _References(encoded) if isinstance(encoded, EncodedRows) else [Sequence(e.prompt, e.response) for e in encoded]
+
+    def read(i: int) -> Sequence:
+        return Sequence(encoded[i].prompt, encoded[i].response)
+
+    return _OnDisk(len(encoded), read) if isinstance(encoded, EncodedRows) else [*map(read, range(len(encoded)))]
+
+
+def responses(file: Path) -> Seq[Sequence]:
+    """Return the prompts and responses in a JSON Lines file. A row is read when it is asked for; here each is only checked.
+
+    Raises:
+        StoreError: the file is missing or damaged.
+    """
+    places = np.array([place for place, _ in stream_jsonl(file)], np.int64)
+
+    def read(i: int) -> Sequence:
+        _, row = next(stream_jsonl(file, start=int(places[i])))
+        return Sequence(tuple(row["prompt"]), tuple(row["response"]))
+
+    return _OnDisk(len(places), read)
 
 
 def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int, *, bos: bool = False) -> list[Sequence]:

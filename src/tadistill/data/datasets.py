@@ -55,6 +55,10 @@ NAMED = {
 }
 
 
+_SHOWN = 8
+"""Most files of a folder that a message names."""
+
+
 def load(ref: DataRef, role: str, data: Data) -> list[Example]:
     """Read the examples of one split of a data set, at most as many as `data.limit` allows.
 
@@ -212,9 +216,26 @@ def _on_hub(ref: DataRef, split: str) -> tuple[str, str | None]:
         if split not in named.files:
             raise DataError(f"data set `{ref.load}` has no split `{split}`; its splits are {', '.join(named.files)}")
         return named.hub, named.files[split][0]
-    if ref.load.endswith((".jsonl", ".json")) or ref.load.startswith((".", "/", "~")) or ref.load.count("/") != 1:
+    if not _may_be_on_hub(ref):
         raise DataError(_missing(ref))
     return ref.load, None
+
+
+def _may_be_on_hub(ref: DataRef) -> bool:
+    return not ref.load.endswith((".jsonl", ".json")) and not ref.load.startswith((".", "/", "~")) and ref.load.count("/") == 1
+
+
+def _check_folder(ref: DataRef, folder: Path, split: str) -> None:
+    """Raise a DataError for a folder that has no file of a split, unless a data set of the Hub may be meant."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    readable = [name for name in names if name.endswith((".jsonl", ".json"))]
+    if not readable and _may_be_on_hub(ref):
+        return
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    holds = f"it holds {', '.join(names[:_SHOWN])}{more}" if names else "it is empty"
+    splits = [name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl")]
+    fix = f"set `split` of this data set to {' or '.join(splits[:_SHOWN])}, or rename a file" if splits else "write the rows to this file"
+    raise DataError(f"data set `{ref.load}` is the folder {folder}, which has no file {split}.jsonl: {holds}; {fix}")
 
 
 def _missing(ref: DataRef) -> str:
@@ -242,6 +263,8 @@ def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
                 return folder
             if (folder / f"{split}.jsonl").is_file():
                 return folder / f"{split}.jsonl"
+        if ref.load not in NAMED and (there := next((folder for folder in folders if folder.is_dir()), None)):
+            _check_folder(ref, there, split)
     except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
         why = getattr(error, "strerror", None) or error
         raise DataError(f"data set `{ref.load}` is not a path that can exist ({why}); correct it, or data.root") from error

@@ -6,6 +6,7 @@ the data set name them (`columns: {choices: choices}`), because a user's own col
 
 import json
 import reprlib
+import unicodedata
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -216,3 +217,14 @@ def _references(answer: Any, choices: tuple[str, ...], where: str) -> tuple[str,
         if choices and answer not in choices:
             raise DataError(f"{where}: the reference `{answer[:200]}` is not one of the choices; {known}")
     return tuple(answers)
+
+
+def beyond_ascii(text: str) -> float:
+    """Return the share of the letters, digits and symbols (such as emoji) of a text that are not ASCII, 0-1."""
+    found = [c for c in text.lower() if c.isalnum() or is_symbol(c)]
+    return sum(not c.isascii() for c in found) / len(found) if found else 0.0
+
+
+def is_symbol(c: str) -> bool:
+    """Return True for a symbol that is not ASCII, such as an emoji or an arrow; not for punctuation."""
+    return not c.isascii() and unicodedata.category(c)[0] == "S"

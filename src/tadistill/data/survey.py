@@ -17,7 +17,7 @@ from tadistill import __version__
 from tadistill.config import Data, DataRef, Recipe
 from tadistill.config.recipe import World, methods
 from tadistill.data import datasets, rows
-from tadistill.data.rows import Example
+from tadistill.data.rows import Example, beyond_ascii
 from tadistill.disk import cache_root, digest, write_json
 from tadistill.errors import DataError, StoreError
 from tadistill.store import key_of
@@ -41,6 +41,8 @@ class Survey:
     """True if a row holds an instruction for a template."""
     choices: bool
     """True if a row has choices."""
+    beyond_ascii: float
+    """Share of the letters, digits and symbols of a row's references that are not ASCII, a mean over rows, 0-1."""
 
     @property
     def large(self) -> bool:
@@ -114,14 +116,15 @@ def _read(ref: DataRef, role: str, world: World, root: str | None, limit: int | 
     places = min(SAMPLE, total)
     wanted = {i * total // places for i in range(places)}
     sample: list[Example] = []
-    conversations = instructions = choices = False
+    conversations, instructions, choices, beyond = False, False, False, 0.0
     for i, found in enumerate(datasets.stream(ref, role, **where)):
         conversations |= bool(found.messages)
         instructions |= not found.verbatim and not found.messages
         choices |= bool(found.choices)
+        beyond += beyond_ascii("".join(found.references))
         if i in wanted:
             sample.append(found)
-    return Survey(total, tuple(sample), conversations, instructions, choices)
+    return Survey(total, tuple(sample), conversations, instructions, choices, beyond / total)
 
 
 def _restored(content: dict[str, Any]) -> Survey:

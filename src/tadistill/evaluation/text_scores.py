@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tadistill.data.rows import Example, Facts
+from tadistill.data.rows import Example, Facts, beyond_ascii, is_symbol
 from tadistill.errors import ConfigError, DataError
 from tadistill.own_code import OwnFunction
 
@@ -82,21 +82,16 @@ UNSEEN = 0.01
 
 
 def unseen(references: Sequence[Sequence[str]]) -> float:
-    """Return the share of the letters and digits of a reference that rouge_l drops (all but a-z, A-Z and 0-9), a mean over rows, 0-1."""
-    shares = [_unseen("".join(of_row)) for of_row in references]
+    """Return the share of the letters, digits and symbols of a reference that rouge_l drops (all but ASCII), a mean over rows, 0-1."""
+    shares = [beyond_ascii("".join(of_row)) for of_row in references]
     return sum(shares) / len(shares) if shares else 0.0
-
-
-def _unseen(text: str) -> float:
-    letters = [c for c in text.lower() if c.isalnum()]
-    return sum(not c.isascii() for c in letters) / len(letters) if letters else 0.0
 
 
 def rouge_l_unicode(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """Return Rouge-L over words of any script, the best over a prediction's references, times 100. On ASCII text it equals `rouge_l`.
 
     A word is a run of letters, marks and digits after NFKC and lower case. Scripts without spaces between words (Chinese, Japanese, Thai,
-    Lao, Khmer, Burmese, Tibetan) have one word per character. Only ASCII words are stemmed.
+    Lao, Khmer, Burmese, Tibetan) and symbols that are not ASCII (emoji, arrows) have one word per character. Only ASCII words are stemmed.
 
     Raises:
         DataError: the lengths differ, or a prediction has no reference.
@@ -107,6 +102,7 @@ def rouge_l_unicode(predictions: Sequence[str], references: Sequence[Sequence[st
 
 
 _WITHOUT_SPACES = ("CJK ", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI ", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+_PRESENTATION = "\ufe0e\ufe0f"  # they choose between the text form and the colour form of a symbol
 
 
 def words(text: str) -> list[str]:
@@ -114,9 +110,11 @@ def words(text: str) -> list[str]:
     found: list[str] = []
     open_word = False
     for c in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower()):
+        if c in _PRESENTATION:
+            continue
         if unicodedata.category(c)[0] == "M" and found and open_word:  # a mark belongs to the letter before it
             found[-1] += c
-        elif not c.isalnum():
+        elif not (c.isalnum() or is_symbol(c)):
             open_word = False
         elif _stands_alone(c) or not open_word or _stands_alone(found[-1][0]):
             found.append(c)
@@ -128,7 +126,7 @@ def words(text: str) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def _stands_alone(c: str) -> bool:
-    return not c.isascii() and unicodedata.name(c, "").startswith(_WITHOUT_SPACES)
+    return not c.isascii() and (is_symbol(c) or unicodedata.name(c, "").startswith(_WITHOUT_SPACES))
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:

@@ -20,8 +20,10 @@ _USED = (
 _REFUSED = ("megatron_config", "layer_replication", "alora_invocation_tokens", "trainable_token_indices")
 
 
-def merge(base: Path, base_name: str, adapter: Path, target: Path) -> None:
+def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) -> None:
     """Write base and adapter as one ordinary model in float32, with the adapter's tokenizer if it has one.
+
+    Messages call the base `base_name` and the adapter `load`.
 
     Raises:
         ModelError: peft is missing, or the adapter is damaged or does not fit its base.
@@ -29,14 +31,14 @@ def merge(base: Path, base_name: str, adapter: Path, target: Path) -> None:
     try:
         import peft
     except ImportError as error:
-        raise ModelError(f"adapter `{adapter}` needs peft to be merged; run `pip install 'tadistill[lora]'`") from error
-    check_files(adapter, str(adapter))
-    settings = read_description(adapter / ADAPTER, str(adapter))
+        raise ModelError(f"adapter `{load}` needs peft to be merged; run `pip install 'tadistill[lora]'`") from error
+    check_files(adapter, load)
+    settings = read_description(adapter / ADAPTER, load)
     if odd := [name for name in _REFUSED if settings.get(name)]:
-        raise ModelError(f"adapter `{adapter}` sets {odd[0]}, which cannot be merged; merge it with the program that trained it")
+        raise ModelError(f"adapter `{load}` sets {odd[0]}, which cannot be merged; merge it with the program that trained it")
     model = read_model(base, base_name, torch.float32)
     own = any((adapter / name).is_file() for name in sources.TOKENIZERS)
-    tokenizer = read_tokenizer(adapter if own else base, str(adapter) if own else base_name)
+    tokenizer = read_tokenizer(adapter if own else base, load if own else base_name)
     with quiet(), warnings.catch_warnings(action="ignore"):  # of peft, about transformers
         try:
             chosen = {name: settings[name] for name in _USED if settings.get(name) is not None}
@@ -46,12 +48,12 @@ def merge(base: Path, base_name: str, adapter: Path, target: Path) -> None:
             merged = tuner.merge_and_unload(safe_merge=True)
         except Exception as error:  # peft raises whatever a damaged adapter leads to
             raise ModelError(
-                f"adapter `{adapter}` cannot be merged with its base `{base_name}` ({first_line(error)}); check its base"
+                f"adapter `{load}` cannot be merged with its base `{base_name}` ({first_line(error)}); check its base"
             ) from error
         lacking = [name for name in found.missing_keys if "lora_" in name]
         if lacking or found.unexpected_keys:
             name = (lacking or found.unexpected_keys)[0]
-            raise ModelError(f"adapter `{adapter}` does not fit its base `{base_name}` (weight {name}); correct base_model_name_or_path")
+            raise ModelError(f"adapter `{load}` does not fit its base `{base_name}` (weight {name}); correct base_model_name_or_path")
         merged.save_pretrained(target)
         tokenizer.save_pretrained(target)
     ordinary_permissions(target)

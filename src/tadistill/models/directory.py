@@ -1,6 +1,8 @@
 """The files of a model's directory, checked as those of a stranger before transformers reads them."""
 
 import json
+import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,6 +12,9 @@ WEIGHTS = (".safetensors", ".bin")
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")  # as peft writes them
 _TEXTS = (".jinja", ".txt")  # they may be empty, as merges.txt of a tokenizer without merges
 _POINTER = b"version https://git-lfs"
+POINTER = "only a pointer of Git LFS; run `git lfs pull` in its folder to get the file"
+"""The end of a sentence about a file that Git LFS has not downloaded."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def is_adapter(directory: Path) -> bool:
@@ -67,11 +72,43 @@ def check_files(directory: Path, load: str) -> None:
         if not start and path.suffix not in _TEXTS:
             raise ModelError(f"{path.name} of model `{load}` is empty; download or save the model again")
         if start == _POINTER:
-            raise ModelError(
-                f"{path.name} of model `{load}` is only a pointer of Git LFS; run `git lfs pull` in its folder to get the file"
-            )
+            raise ModelError(f"{path.name} of model `{load}` is {POINTER}")
     if (directory / ADAPTER).is_file() and not is_adapter(directory):
         raise ModelError(
             f"model `{load}` holds a whole model and an adapter ({ADAPTER}), so it is not clear which of them is meant; "
             "move the adapter's files to a folder of their own, and load that folder to get the model with the adapter merged"
         )
+
+
+def is_pointer(path: Path) -> bool:
+    """Return True if Git LFS has left its pointer in the place of a file."""
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
+def base_of(adapter: Path, load: str) -> tuple[str, str]:
+    """Return source and revision of the model that an adapter belongs to. Messages call the adapter `load`.
+
+    Raises:
+        ModelError: the adapter is of another kind than LoRA, or its base is unknown.
+    """
+    settings = read_description(adapter / ADAPTER, load)
+    if str(settings.get("peft_type")).upper() != "LORA":
+        raise ModelError(f"adapter `{load}` is of the kind {settings.get('peft_type')}, but only LORA adapters can be merged")
+    local = Path(load).expanduser() == adapter
+    fix = f"as base_model_name_or_path into {ADAPTER}"
+    if not local:
+        fix = f"{fix} of a copy of the adapter (`hf download {load} --local-dir DIR`), and load DIR"
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"adapter `{load}` names no base; write its hub id or directory {fix}")
+    try:
+        for folder in (Path(base).expanduser(), *((adapter / base, adapter.parent / base) if local else ())):
+            if (folder / "config.json").is_file() or is_adapter(folder):
+                return os.path.normpath(folder), "main"
+    except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
+        why = getattr(error, "strerror", None) or error
+        raise ModelError(f"adapter `{load}` belongs to `{base}`, which is not a path that can exist ({why}); correct {ADAPTER}") from error
+    if not HUB_ID.fullmatch(base):
+        raise ModelError(f"adapter `{load}` belongs to the model `{base}`, which does not exist here; write its directory or hub id {fix}")
+    return base, revision if isinstance(revision, str) and revision else "main"

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from tadistill.errors import ModelError
 from tadistill.models.directory import check_files, read_description
-from tadistill.models.support import check_architecture, quiet
+from tadistill.models.support import check_architecture, quiet, wrong_field
+from tadistill.models.tokens import check_ends
 
 _LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
 _SHOWN = 3
@@ -66,10 +67,13 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
             raise
         except Exception as error:  # transformers raises whatever a damaged file leads to
             _refuse_code(directory, load, error)
+            if why := _wrong_field(error, directory, load):
+                raise ModelError(f"config.json of model `{load}`: {why}") from error
             raise ModelError(
                 f"model `{load}` cannot be loaded as a causal language model ({first_line(error)}); download it again"
             ) from error
     model, info = loaded
+    check_ends(directory, load)
     _check_weights(load, info)
     quantised = getattr(model.config, "quantization_config", None)
     if quantised and not getattr(model, "is_quantized", False):  # transformers skips what it does not know
@@ -108,6 +112,8 @@ def _refuse_config(directory: Path, load: str) -> None:
     try:
         AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as error:  # as above
+        if why := _wrong_field(error, directory, load):
+            raise ModelError(f"config.json of model `{load}`: {why}") from error
         raise ModelError(
             f"config.json of model `{load}` cannot be read ({first_line(error)}); correct it, or download the model again"
         ) from error
@@ -124,6 +130,13 @@ def _refuse_code(directory: Path, load: str, error: Exception) -> None:
         f"model `{load}` needs Python code of its own ({', '.join(named) or 'auto_map'}), which is never run; use a model with an "
         "architecture of transformers, or read this code, and put it into a package of your own that registers it with transformers"
     ) from error
+
+
+def _wrong_field(error: Exception, directory: Path, load: str) -> str | None:
+    try:
+        return wrong_field(error, read_description(directory / "config.json", load))
+    except ModelError:  # the file is damaged, as `error` says
+        return None
 
 
 def first_line(error: Exception) -> str:

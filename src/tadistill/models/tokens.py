@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tadistill.data import chat, tinyworld
 from tadistill.disk import write_json
+from tadistill.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,7 +77,9 @@ def of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Tokens
 
 
 def read(model: Path | None, tokenizer: Path) -> Tokens:
-    """Return the tokens of a model's directory (None for random weights) and a tokenizer's."""
+    """Return the tokens of a model's directory (None for random weights) and a tokenizer's. Raises ModelError as `check_ends` does."""
+    if model:
+        check_ends(model, str(model))
     settings, added, vocabulary, first = _tokenizer(tokenizer)
     named = _read(tokenizer / "special_tokens_map.json") | settings
     specials = {name: text for name in _SPECIALS if (text := _content(named.get(name)))}
@@ -97,6 +100,24 @@ def read(model: Path | None, tokenizer: Path) -> Tokens:
         template,
         {i: text for text, i in known.items() if i in {eos, *generated, *added.values()}},
     )
+
+
+def check_ends(directory: Path, load: str) -> None:
+    """Check the tokens that end an answer in the generation config of the model `load`.
+
+    Raises:
+        ModelError: one of them is no token of the model.
+    """
+    given, config = _read(directory / "generation_config.json").get("eos_token_id"), _read(directory / "config.json")
+    inner = config.get("text_config")
+    words = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
+    most = words - 1 if isinstance(words, int) else None
+    for token in given if isinstance(given, list) else [] if given is None else [given]:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0 or (most is not None and token > most):
+            raise ModelError(
+                f"eos_token_id in generation_config.json of model `{load}` has {json.dumps(token)[:80]}, which is no token of the model; "
+                f"write the number of a token{f' (0 to {most})' if most is not None else ''}, or a list of such numbers"
+            )
 
 
 def name_ends(directory: Path) -> None:

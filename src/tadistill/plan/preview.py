@@ -41,7 +41,7 @@ def print_plan(plan: Plan, store: Store, console: Console, accelerator: str | No
 def fetch_descriptions(recipe: Recipe, console: Console) -> None:
     """Download the config.json of hub models that are not on this disk, if the Hub answers. The plan needs nothing else of them."""
     for name, model in recipe.models.items():
-        if not model.load or sources.parse_source(model.load).kind != "hub":
+        if not model.load or sources.parse_source(model.load).kind not in ("hub", "adapter"):
             continue
         if sources.description_file(model.load, model.revision) is None and hub.reachable():
             try:
@@ -169,7 +169,7 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
         "They do not include dev evaluations, rollout metrics and tests."
     )
     for name, model in plan.recipe.models.items():
-        if model.load and (base := sources.adapter_base(model.load)):
+        if model.load and (base := sources.adapter_base(model.load, model.revision)):
             yield escape(f"Model {name} is the LoRA adapter {model.load}, merged with its base {base[0]}.")
     yield from map(escape, plan.tokens.notes())
     yield from (f"[yellow]{escape(sentence)}[/]" for sentence in plan.tokens.cautions())

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -68,15 +69,13 @@ class Sampler:
 
 def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
     """Return the row indices (batch,) of batch `step`. Each epoch goes through all rows in a new random order, set by `address`."""
-    order: dict[int, np.ndarray] = {}
+    places = (divmod(position, rows) for position in range(step * batch, (step + 1) * batch))
+    return np.array([_order(rows, *address, epoch)[place] for epoch, place in places])
 
-    def row(position: int) -> int:
-        epoch, place = divmod(position, rows)
-        if epoch not in order:
-            order[epoch] = rng.generator(*address, epoch).permutation(rows)
-        return int(order[epoch][place])
 
-    return np.array([row(p) for p in range(step * batch, (step + 1) * batch)])
+@lru_cache(maxsize=4)  # prompts and corpus, each at the end of an epoch
+def _order(rows: int, *address: int | str) -> np.ndarray:
+    return rng.generator(*address).permutation(rows)
 
 
 def cut(optim: Optim, shard: Shard) -> list[np.ndarray]:

@@ -15,7 +15,7 @@ from tadistill.data.batch import chunks
 from tadistill.data.encoded import RowsOnDisk
 from tadistill.data.templates import Counts, Lengths, adds_bos, encode_counted
 from tadistill.errors import ConfigError, DataError, ModelError
-from tadistill.evaluation.text_scores import UNSEEN, unseen
+from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.plan.study_tokens import StudyTokens
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of one thing in transformers' configurations
@@ -166,8 +166,9 @@ def script_notes(recipe: Recipe) -> list[str]:
     for role, ref in [("dev", data.dev), *(("test", ref) for ref in data.test)]:
         if role == "dev" and not any(select.metric == "rouge_l" for select in selects):
             continue
-        share = unseen([example.references for example in datasets.load(ref, role, data)])
+        share = survey.survey(ref, role, data).beyond_ascii
         if share >= UNSEEN:
             fix = "select by rouge_l_unicode" if role == "dev" else "rouge_l_unicode is measured too"
-            found.append(f"{ref.name} ({role}): ROUGE-L drops {100 * share:.0f} % of the letters of its references (all but a-z); {fix}")
+            dropped = f"{100 * share:.0f} % of the letters and symbols of its references (all but ASCII)"
+            found.append(f"{ref.name} ({role}): ROUGE-L drops {dropped}; {fix}")
     return found

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from tadistill.config import Recipe
+from tadistill.config import ModelConfig, Recipe
 from tadistill.config.places import placed
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError
@@ -134,7 +134,7 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
         "recipe_text": recipe_text,
         "recipe": _as_written(plan.recipe),
         "teacher": plan.teacher,
-        "models": {name: {"parameters": _parameters(ledger, name), **_base(model.load)} for name, model in plan.recipe.models.items()},
+        "models": {name: {"parameters": _parameters(ledger, name), **_base(model)} for name, model in plan.recipe.models.items()},
         "stages": [
             {
                 "key": s.key,
@@ -171,8 +171,8 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
     }
 
 
-def _base(load: str | None) -> dict[str, str]:
-    base = sources.adapter_base(load) if load else None
+def _base(model: ModelConfig) -> dict[str, str]:
+    base = sources.adapter_base(model.load, model.revision) if model.load else None
     return {"base": base[0]} if base else {}
 
 

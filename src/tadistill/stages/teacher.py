@@ -1,6 +1,7 @@
 """The stages that prepare a teacher: sample its answers (generate), record its outputs (signal), change its temperature (temper)."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tadistill.config import Evaluate
@@ -27,7 +28,7 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
     decoding = Evaluate(seeds=(spec.seed,), batch=GENERATION_BATCH, **spec.sampler.model_dump())
     context.say_if_slower(model)
     parts = context.folder / "parts"
-    rows, answered, ends = [], 0, 0
+    files, answered, ends = list[Path](), 0, 0
 
     def tick(count: int) -> None:
         nonlocal answered
@@ -36,17 +37,16 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
             stop_if_asked(context)
 
     for start in range(0, len(train.encoded), 8 * GENERATION_BATCH):
-        part = parts / f"{start}.json"
-        if not part.is_file():
+        files.append(parts / f"{start}.json")
+        if not files[-1].is_file():
             stop_if_asked(context)
             chunk = EvalSet(train.name, train.examples, train.encoded[start : start + 8 * GENERATION_BATCH])
             ends = answered + len(chunk.encoded)
             answers = generate_answers(subject, chunk, decoding, spec.seed, tick)
-            write_json(part, [{"prompt": list(a.prompt), "response": list(a.response)} for a in answers])
-        rows += read_json(part)
-        context.progress(len(rows), len(train.encoded), "answers")
-    write_rows(context.folder / RESPONSES, rows)
-    return {"answers": len(rows)}
+            write_json(files[-1], [{"prompt": list(a.prompt), "response": list(a.response)} for a in answers])
+        context.progress(min(start + 8 * GENERATION_BATCH, len(train.encoded)), len(train.encoded), "answers")
+    write_rows(context.folder / RESPONSES, (row for file in files for row in read_json(file)))
+    return {"answers": len(train.encoded)}
 
 
 def signal(context: Context[SignalSpec]) -> dict[str, Any]:

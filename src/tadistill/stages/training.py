@@ -12,13 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tadistill import rng
 from tadistill.config import Method, Optim
 from tadistill.config.sampling import OnPolicy, Rounds
-from tadistill.data.batch import Sequence, references
-from tadistill.disk import read_jsonl
+from tadistill.data.batch import references, responses
 from tadistill.evaluation.run import dev_metrics
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import end_tokens, save_model
 from tadistill.models.modify import adapt, merged, recompute_layers
-from tadistill.plan.inputs import Output
 from tadistill.plan.specs import DistillSpec, SftSpec, TrainingSpec
 from tadistill.plan.throughput import machine
 from tadistill.rollout.engine import Engine, Native, Vllm
@@ -120,7 +118,8 @@ def _sampler(
     method, distill = spec.method, spec if isinstance(spec, DistillSpec) else None
     common: dict[str, Any] = {"pad": subject.pad, "seed": spec.seed, "shard": shard}
     train = context.split(spec.train, subject.tokenizer)
-    texts = _responses(context, distill.responses) if distill and distill.responses else references(train.encoded)
+    answered = distill.responses if distill else None
+    texts = responses(context.store.folder(answered.stage) / RESPONSES) if answered else references(train.encoded)
     config = method.sampler
     if not isinstance(config, OnPolicy):
         return FixedSequences(texts, method.optim, signals=signals, **common)
@@ -143,8 +142,3 @@ def _dev(context: Context[TrainingSpec], subject: Subject, teacher: PreTrainedMo
         return dict
     data, settings, metric = context.split(spec.dev, subject.tokenizer), spec.decoding, spec.select.metric
     return lambda: dev_metrics(subject, data, settings, metric, teacher=teacher)
-
-
-def _responses(context: Context, answers: Output) -> list[Sequence]:
-    rows = read_jsonl(context.store.folder(answers.stage) / RESPONSES)
-    return [Sequence(tuple(r["prompt"]), tuple(r["response"])) for r in rows]

@@ -5,7 +5,9 @@ import pytest
 import torch
 from tests.conftest import response_logits, tiny_model
 
-from tadistill.data.batch import Batch, Sequence, collate
+from tadistill.data.batch import Batch, Sequence, collate, responses
+from tadistill.disk import write_rows
+from tadistill.errors import StoreError
 from tadistill.objectives import cross_entropy
 
 EOS = 0
@@ -18,6 +20,20 @@ def test_mask_marks_the_prediction_of_each_response_token():
         predicted = batch.targets_BT[b][batch.mask_BT[b]].tolist()
         assert predicted == list(s.response)
         assert predicted.count(EOS) == 1
+
+
+def test_responses_are_read_when_they_are_asked_for(tmp_path):
+    write_rows(tmp_path / "r.jsonl", [{"prompt": s.prompt, "response": s.response} for s in ROWS])
+    read = responses(tmp_path / "r.jsonl")
+    assert len(read) == 3
+    assert [*read] == read[:] == ROWS
+    assert (read[2], read[-3], read[1:]) == (ROWS[2], ROWS[0], ROWS[1:])
+    with pytest.raises(IndexError):
+        read[3]
+    with (tmp_path / "r.jsonl").open("a") as file:
+        file.write('{"prompt": [1')
+    with pytest.raises(StoreError, match=r"r.jsonl cannot be read \(line 4"):
+        responses(tmp_path / "r.jsonl")
 
 
 def test_text_without_a_prompt_counts_from_its_second_token():

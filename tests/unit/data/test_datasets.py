@@ -51,6 +51,40 @@ def test_named_set_under_root_and_limit(tmp_path, monkeypatch):
     assert len(read("dolly")) == 5
 
 
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            ["train.json", "other.jsonl", "notes.txt"],
+            "no file train.jsonl: it holds notes.txt, other.jsonl, train.json; set `split`",
+        ),
+        (["a.jsonl", "b.jsonl"], "set `split` of this data set to a or b, or rename a file"),
+        (["rows.csv"], "it holds rows.csv; write the rows to this file"),
+        ([f"{i}.jsonl" for i in range(20)], "14.jsonl, 15.jsonl and 12 more; set"),
+        ([], "it is empty; write the rows to this file"),
+    ],
+)
+def test_a_folder_without_the_split_says_what_it_holds(tmp_path, monkeypatch, files, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in files:
+        (tmp_path / "mine" / name).write_text("{}\n", encoding="utf-8")
+    for load in ("mine", "./mine"):
+        with pytest.raises(DataError, match=f"data set `{load}` is the folder .*mine, .*{words}"):
+            read(load)
+    with pytest.raises(DataError, match=r"is the folder .*, which has no file"):
+        read("mine", root=str(tmp_path))
+
+
+def test_a_folder_without_rows_does_not_hide_a_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    (tmp_path / "org" / "name" / "README.md").write_text("x", encoding="utf-8")
+    assert datasets.on_hub(DataRef(load="org/name"), "train", data("org/name")) == ("org/name", None)
+    (tmp_path / "dolly").mkdir()
+    assert datasets.on_hub(DataRef(load="dolly"), "train", data("dolly")) == ("MiniLLM/dolly", "raw.jsonl")
+
+
 def test_columns_are_mapped(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}])
     (row,) = read({"load": path, "columns": {"prompt": "question", "completion": "answer"}})

@@ -25,7 +25,19 @@ def test_rouge_l_is_the_best_stemmed_f_measure():
     assert rouge_l(["the runner runs"], [["the runner runs"]]) == [100.0]
 
 
-TEXTS = ["红色的苹果", "красное яблоко", "تفاحة حمراء", "हिन्दी में", "ภาษาไทย", "한국어 시험", "日本語のテスト", "été à Québec", "the cats"]
+TEXTS = [
+    "红色的苹果",
+    "красное яблоко",
+    "تفاحة حمراء",
+    "हिन्दी में",
+    "ภาษาไทย",
+    "한국어 시험",
+    "日本語のテスト",
+    "été à Québec",
+    "the cats",
+    "😀👍🏽",
+    "→ ∑ €",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -43,6 +55,11 @@ def test_equal_texts_score_100_in_every_script(text):
         ("ＡＢＣ１", "abc1", 100),  # full width
         ("你好 world", "你好, World!", 100),
         ("", "я", 0),
+        ("👍", "👍👎", 200 / 3),  # one of one and of two symbols
+        ("well done👍", "well done 👍", 100),
+        ("❤\ufe0f", "❤", 100),  # the colour form of a symbol
+        ("👍", "👎", 0),
+        ("...", "...", 0),  # punctuation is no word
     ],
 )
 def test_rouge_l_of_other_scripts(prediction, reference, score):
@@ -60,6 +77,7 @@ def test_the_share_that_rouge_l_drops():
     assert unseen([["红色"], ["abc"]]) == 0.5
     assert unseen([["pêche"]]) == 0.2
     assert unseen([["abc 12 …"], ["—"]]) == 0
+    assert unseen([["😀"], ["ok 👍"], ["a+b"]]) == pytest.approx((1 + 1 / 3) / 3)
 
 
 def test_the_second_rouge_is_measured_where_it_differs_or_is_asked_for():
@@ -67,6 +85,7 @@ def test_the_second_rouge_is_measured_where_it_differs_or_is_asked_for():
         return [Example("say", "", (reference,))]
 
     assert score_quality(["красное"], rows("красное")) == {"rouge_l": [0], "rouge_l_unicode": [100]}
+    assert score_quality(["😀"], rows("😀")) == {"rouge_l": [0], "rouge_l_unicode": [100]}
     assert score_quality(["red"], rows("red")) == {"rouge_l": [100]}
     assert score_quality(["red"], rows("red"), metric="rouge_l_unicode")["rouge_l_unicode"] == [100]
 

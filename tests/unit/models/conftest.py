@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and sources; everything a test reads stands in its own temporary cache."""
 
+import hashlib
 import os
 import zipfile
 from pathlib import Path
@@ -141,3 +142,17 @@ def write_wheel(folder: Path, files: dict[str, bytes]) -> Path:
         for name, data in (content | {f"{info}/RECORD": record.encode()}).items():
             archive.writestr(name, data)
     return path
+
+
+def cached_repository(hub: Path, directory: Path, commit: str = "c" * 40, *, name: str = "org/name", branch: str = "main") -> Path:
+    """Lay a model out as the hub's cache does: refs, blobs, and a snapshot of links."""
+    repository = hub / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / commit
+    for folder in (repository / "refs", repository / "blobs", snapshot):
+        folder.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / branch).write_text(commit, encoding="utf-8")
+    for file in directory.iterdir():
+        blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blob)
+    return snapshot

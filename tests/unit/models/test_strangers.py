@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tests.unit.models.conftest import random_model, word_tokenizer
+from tests.unit.models.conftest import cached_repository, random_model, word_tokenizer
 
 import tadistill
 from tadistill.errors import ModelError
+from tadistill.models import sources
+from tadistill.models.counting.sizes import read_config
 from tadistill.models.loading import check_model, load_model, load_tokenizer
 
 EVIL = "import pathlib\npathlib.Path(__file__).with_name('ran').write_text('ran')\nclass X: pass\n"
@@ -40,6 +43,10 @@ def changed(name: str, **fields):
 
 def config(**fields):
     return changed("config.json", **fields)
+
+
+def generation(**fields):
+    return changed("generation_config.json", **fields)
 
 
 def code(name: str, **fields):
@@ -112,13 +119,22 @@ KINDS = {
     "no type": (config(model_type=None), "cannot be loaded|cannot be read"),
     "type is a list": (config(model_type=["llama"]), "cannot be loaded|cannot be read"),
     "an encoder-decoder": (config(model_type="t5", architectures=["T5Model"]), "cannot be loaded|no causal language model"),
-    "unknown activation": (config(hidden_act="nope"), "cannot be loaded"),
+    "unknown activation": (config(hidden_act="relu9"), "hidden_act is `relu9`, .* did you mean `relu`. Known values are gelu.*silu"),
+    "unknown rope": (config(rope_parameters={"rope_type": "yarm"}), r"rope_parameters.rope_type is `yarm`, .* did you mean `yarn`"),
+    "no positions": (config(max_position_embeddings=0), "says 0 positions"),
+    "negative positions": (config(max_position_embeddings=-2), "says -2 positions"),
+    "end in text": (generation(eos_token_id="</s>"), 'eos_token_id in generation_config.json of model .* "</s>".*token .0 to 31'),
+    "end among others in text": (generation(eos_token_id=[1, "x"]), "eos_token_id .* no token of the model"),
+    "end beyond the vocabulary": (generation(eos_token_id=32), "has 32, which is no token of the model"),
+    "negative end": (generation(eos_token_id=-1), "has -1, which is no token of the model"),
+    "last token ends": (generation(eos_token_id=31), None),
+    "end in text in config.json": (config(eos_token_id="</s>"), "eos_token_id is '</s>', which is no value of this field"),
     "sizes are words": (config(hidden_size="16"), "cannot be loaded|cannot be read"),
     "sizes are negative": (config(head_dim=-1), "cannot be loaded"),
-    "key-value heads are true": (config(num_key_value_heads=True), "config.json of model .* cannot be read .*got bool"),
+    "key-value heads are true": (config(num_key_value_heads=True), "num_key_value_heads is True, which is no value of this field"),
     "a million layers": (config(num_hidden_layers=10**6), "says 1000000 layers"),
     "longest text is a word": (changed("tokenizer_config.json", model_max_length="x"), "model_max_length .* is 'x'; write a number"),
-    "key-value heads are a list": (config(num_key_value_heads=[1]), "cannot be loaded|cannot be read"),
+    "key-value heads are a list": (config(num_key_value_heads=[1]), r"num_key_value_heads is \[1\], which is no value of this field"),
     "no layers": (config(num_hidden_layers=0), "layers that config.json does not count"),
     "fewer layers": (config(num_hidden_layers=2), r"layers that config.json does not count \(model.layers.2"),
     "more layers": (config(num_hidden_layers=5), "lack 9 weights"),
@@ -225,6 +241,42 @@ def test_an_adapter_is_merged_with_its_base(adapter, whole):
     assert torch.allclose(got, want, atol=1e-5)
     assert load_tokenizer(str(folder)).get_vocab() == word_tokenizer().get_vocab()
     assert all(p.requires_grad for p in load_model(str(folder)).parameters())
+
+
+def test_an_adapter_of_the_hub(adapter, whole, tmp_path, monkeypatch):
+    """Adapter and base lie in the hub's cache; the adapter is merged with its base, counted like it, and its base is known."""
+    (tmp_path / "hub").mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder, tuner = adapter
+    changed("adapter_config.json", base_model_name_or_path="org/base", revision="v1")(folder)
+    for name in ("org/lora", "org/base"):
+        assert sources.locate(name) is None
+    with pytest.raises(ModelError, match="model `org/lora` at revision `main` is not in the local Hugging Face cache"):
+        load_model("org/lora")
+    cached_repository(tmp_path / "hub", folder, name="org/lora")
+    assert sources.adapter_base("org/lora") == ("org/base", "v1")
+    assert sources.description_file("org/lora") is None
+    assert sources.locate("org/lora") is None
+    with pytest.raises(ModelError, match="model `org/base` at revision `v1` is not in the local Hugging Face cache"):
+        load_model("org/lora")
+    cached_repository(tmp_path / "hub", whole, name="org/base", branch="v1")
+    assert read_config("org/lora")["hidden_size"] == 16
+    ids = torch.arange(3, 9).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model("org/lora")(input_ids=ids).logits, tuner(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    assert load_tokenizer("org/lora").get_vocab() == word_tokenizer().get_vocab()
+    assert check_model("org/lora").config.hidden_size == 16
+    assert sources.locate("org/lora") == sources.fetch("org/lora", weights=False)
+    assert sources.fingerprint("org/lora") == "hub:org/lora@main"
+    changed("adapter_config.json", base_model_name_or_path="org/lora", revision=None)(folder)
+    cached_repository(tmp_path / "hub", folder, name="org/lora", branch="v2", commit="d" * 40)
+    with pytest.raises(ModelError, match="adapter `org/lora` belongs to `org/lora`, which is an adapter too"):
+        load_model("org/lora", revision="v2")
+    changed("adapter_config.json", base_model_name_or_path="/home/them/base")(folder)
+    cached_repository(tmp_path / "hub", folder, name="org/lora", branch="v3", commit="e" * 40)
+    with pytest.raises(ModelError, match=r"`/home/them/base`, which does not exist here; .*hf download org/lora --local-dir DIR"):
+        load_model("org/lora", revision="v3")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.conftest import tiny_model
 
+from tadistill import rng
 from tadistill.config.common import Decoding
 from tadistill.config.method import Method, Optim
 from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler, SpeculativeSampler, StudentSampler, TeacherMixedSampler
@@ -27,6 +28,15 @@ def test_epochs_follow_each_other_and_hold_every_row_once():
     stream = np.concatenate([shuffled(10, 4, step, (7,)) for step in range(5)])
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
     assert list(stream[:10]) != list(stream[10:])
+
+
+def test_an_epochs_order_is_drawn_once(monkeypatch):
+    drawn, real = [], rng.generator
+    monkeypatch.setattr(rng, "generator", lambda *address: (drawn.append(address), real(*address))[1])
+    rows = [shuffled(11, 4, step, ("once",)).tolist() for step in range(6)]
+    assert drawn == [("once", 0), ("once", 1), ("once", 2)]
+    assert rows[0] == real("once", 0).permutation(11)[:4].tolist()
+    assert rows[3] == real("once", 1).permutation(11)[1:5].tolist()
 
 
 def test_micro_batches_cut_the_same_rows():

@@ -73,8 +73,6 @@ def read_config(load: str, revision: str = "main", config: Config | None = None,
         if vocab_size is not None:
             known["vocab_size"] = vocab_size
         return known if "vocab_size" in known else None
-    if (base := sources.adapter_base(load)) is not None:
-        return read_config(*base)
     file = sources.description_file(load, revision)
     return None if file is None else read_description(file, load)
 
