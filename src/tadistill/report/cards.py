@@ -16,6 +16,7 @@ from tadistill.report.analysis import explain
 from tadistill.report.explain import caution_texts, sample_text, undecided_text, verdict_text
 from tadistill.report.plain import code, escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell
+from tadistill.report.usage import usage
 from tadistill.results.actual import rows_text
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
 from tadistill.results.study import ArmRecord, load_manifest
@@ -23,11 +24,12 @@ from tadistill.results.units import interval, number, parameters_text
 from tadistill.results.verdict import comparisons, pairs
 
 
-def export(results: Results, arm: str, seed: int | None, target: Path) -> Path:
+def export(results: Results, arm: str, seed: int | None, target: Path, *, name: str = "") -> Path:
     """Copy an arm's trained model to ``target``, write a model card as README.md, and return ``target``.
 
     Args:
         seed: a training seed; None selects the recipe's first finished seed.
+        name: the id on the Hub under which the card's program loads the model; `target` by default.
 
     Raises:
         ConfigError: the arm or the seed does not exist, the arm trains no model, or the target is not an empty directory.
@@ -36,7 +38,7 @@ def export(results: Results, arm: str, seed: int | None, target: Path) -> Path:
     source, chosen = _trained_model(results, arm, seed)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty directory; name a new directory to export to")
-    card = model_card(results, arm, chosen)
+    card = model_card(results, arm, chosen, source, name or str(target))
     try:
         shutil.copytree(source, target, dirs_exist_ok=True)
         tokens.name_ends(target)
@@ -72,14 +74,20 @@ def _trained_model(results: Results, name: str, seed: int | None) -> tuple[Path,
     return folder, seed
 
 
-def model_card(results: Results, arm_name: str, seed: int) -> str:
-    """Return the model card of an exported model. It has front matter, the arm's verdict, scores, the way it was made, and limits."""
+def model_card(results: Results, arm_name: str, seed: int, folder: Path, name: str) -> str:
+    """Return the model card of an exported model: front matter, use, the arm's verdict, scores, the way it was made, and limits.
+
+    Args:
+        folder: the trained model.
+        name: the directory or the id on the Hub from which the card's program loads the model.
+    """
     arm, plan = results.arm(arm_name), results.plan
     size = parameters_text(plan.parameters[arm.model])
     blocks = [
         f"---\n{yaml.safe_dump(_front_matter(results, arm), sort_keys=False, allow_unicode=True)}---",
         f"# {escape_markdown(arm.name)} of study {escape_markdown(plan.study)}, seed {seed}",
         _made(results, arm, size),
+        "## How to use it\n\n" + usage(results, arm, folder, name),
         "## Verdict\n\n" + "\n".join(f"- {escape_markdown(sentence)}" for sentence in _verdict(results, arm)),
         "## Numbers\n\n" + _numbers(results, arm, seed),
         *_analysis(results, arm),

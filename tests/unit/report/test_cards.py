@@ -29,7 +29,7 @@ def test_an_export_is_the_trained_model_with_its_card(shared, tmp_path):
         "tags": ["distillation", "tadistill"],
     }
     results = shared.results
-    assert card == model_card(results, "chain", 20)
+    assert card == model_card(results, "chain", 20, target, str(tmp_path / "out"))
     assert verdict_text(results, comparisons(results)[0]).replace("<", "&lt;") in card
     own = shared.scores["chain", 20]["dolly"]["rouge_l"].mean()
     assert f"| ROUGE-L (points) | dolly | {number(own, 'rouge_l')} [" in card
@@ -78,11 +78,11 @@ def test_the_base_model_is_found_through_what_a_model_is_made_from(study, tmp_pa
 def test_a_card_tells_a_negative_result(tmp_path):
     arms = [ArmSpec("chain", ("xl", "l", "s"), gain=-6), ArmSpec("twin", ("xl", "s"), compute="as chain")]
     study = build_study(tmp_path, StudySpec(arms, seeds=(1, 2, 3), fact_sets=()))
-    assert " against equal-compute direct (twin): loss (p " in model_card(study.read(), "chain", 1)
+    assert " against equal-compute direct (twin): loss (p " in model_card(study.read(), "chain", 1, tmp_path, "out")
 
 
 def test_a_card_of_a_seed_that_is_not_evaluated(unfinished):
-    card = model_card(unfinished.results, "chain", 10)
+    card = model_card(unfinished.results, "chain", 10, unfinished.study_dir, "out")
     assert "Seed 10 is not evaluated yet: run `tadistill run recipes/demo.yaml` to evaluate it." in card
     assert "no evidence yet, because it shares no finished seed" in card
 

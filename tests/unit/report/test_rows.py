@@ -87,7 +87,7 @@ def test_left_out_rows_are_counted_everywhere(study, old):
     assert said in render(summary_table(results), 400)
     for name in ("report.html", "report.md"):
         assert said in (study.study_dir / name).read_text(encoding="utf-8")
-    card = model_card(results, "chain", 10)
+    card = model_card(results, "chain", 10, study.study_dir, "out")
     assert said in card
     (split,) = [s for s in json.loads((study.study_dir / "results.json").read_text())["data"] if s["set"] == "dolly"]
     assert split == COUNTS | {"used": 12, "compared": 12, "arms": []}

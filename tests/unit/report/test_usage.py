@@ -1,0 +1,82 @@
+"""Exports as a user meets them: the program of the model card runs as it is, on a tiny model; `--push` sends the folder to the Hub."""
+
+import json
+import re
+
+import pytest
+import torch
+from tests.byte_models import CHATML, byte_model, byte_tokenizer, save
+
+from tadistill.data.rows import Example
+from tadistill.data.templates import render
+from tadistill.report.cards import export
+from tadistill.results.collect import Results
+
+from .builder import ArmSpec, StudySpec, build_study
+
+QUESTION = "What is the capital of France?"
+PROMPTS = {
+    "alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nsay {index}\n\n### Response:\n",
+    "plain": "say {index}\n",
+    "chat": "user\nsay {index}\nassistant\n",
+    "verbatim": "say {index} ->",
+}
+
+
+def exported(tmp_path, written: str, *, template: str, adds_bos: bool = False, **evaluate) -> tuple[Results, str]:
+    """Export a tiny model of a study whose prompts have a format; return its card too."""
+    study = build_study(tmp_path, StudySpec([ArmSpec("one", ("xl", "s"))], (10,), {"dolly": 2}, (), 1, prompt=PROMPTS[written], also={}))
+    path = study.study_dir / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["recipe"]["data"] |= {"template": template, "bos": "auto"}
+    plan["recipe"]["evaluate"] |= {"max_new_tokens": 5} | evaluate
+    path.write_text(json.dumps(plan))
+    key = plan["arms"][0]["final"]["10"]
+    folder = study.store_dir / key[:2] / key
+    tokenizer = byte_tokenizer(CHATML if written == "chat" else None, adds_bos=adds_bos)
+    save(folder / "model", byte_model(), tokenizer)
+    results = study.read()
+    export(results, "one", None, tmp_path / "out")
+    return results, (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def program(card: str) -> str:
+    return re.findall(r"^````python\n(.*?)^````", card, flags=re.DOTALL | re.MULTILINE)[0]
+
+
+@pytest.mark.parametrize(
+    ("written", "template", "adds_bos", "said"),
+    [
+        ("alpaca", "alpaca", False, "prompts in the Alpaca template, with a line break at the end:"),
+        ("plain", "plain", True, "Every prompt begins with the BOS token"),
+        ("chat", "chat", False, "conversations in the chat template of its tokenizer"),
+        ("chat", "alpaca", False, "conversations in the chat template of its tokenizer"),
+        ("verbatim", "plain", False, "prompts without a template"),
+    ],
+)
+def test_the_program_of_a_card_runs_on_the_prompts_of_the_training(tmp_path, capsys, written, template, adds_bos, said):
+    _, card = exported(tmp_path, written, template=template, adds_bos=adds_bos)
+    assert said in card.replace("\n", " ")
+    names: dict = {}
+    exec(program(card), names)
+    assert names["output"].shape[1] <= names["inputs"]["input_ids"].shape[1] + 5
+    assert capsys.readouterr().out.endswith("\n")
+    ids = names["inputs"]["input_ids"][0]
+    tokenizer = names["tokenizer"]
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    if written == "chat":
+        assert text == tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True)
+    else:
+        prompt = render(Example(QUESTION, "", ("",), verbatim=written == "verbatim"), template, tokenizer)
+        assert text == ("<bos>" if adds_bos else "") + prompt
+
+
+def test_the_program_decodes_as_the_study_did(tmp_path):
+    _, card = exported(tmp_path, "plain", template="plain", temperature=0.0, no_repeat_ngram=6)
+    assert "model.generate(**inputs, do_sample=False, no_repeat_ngram_size=6, max_new_tokens=5)" in program(card)
+    names: dict = {}
+    exec(program(card), names)
+    again: dict = {}
+    exec(program(card), again)
+    assert torch.equal(names["output"], again["output"])
