@@ -14,7 +14,8 @@ from tadistill.cluster import queue
 from tadistill.cluster.job import JobRecord, read_record, report_name
 from tadistill.disk import damaged, read_json
 from tadistill.plan.graph import distinct_labels
-from tadistill.runner.local import LOG, LocalRun, described, local_runs, spoken
+from tadistill.plan.throughput import spoken
+from tadistill.runner.local import LOG, LocalRun, described, local_runs
 from tadistill.store import FAILURE, Store, runs_directory
 
 _COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red", "dead": "red"}

@@ -111,7 +111,8 @@ class ModelConfig(Strict):
     revision: str = "main"
     """Hub revision (branch, tag or commit) of `load` and of `tokenizer`."""
     config: dict[str, Any] = {}
-    """Fields of the transformers configuration, for `scratch:` only."""
+    """Fields of the transformers configuration. With `scratch:` they make the model. For any other source they tell the plan the model's
+    sizes while its config.json is not on this disk, and must then have `model_type`."""
     tokenizer: str | None = None
     """Source of the tokenizer if the weights come without a tokenizer: a directory, a hub id, or `tinyworld`."""
     init: Init | None = None
@@ -143,9 +144,12 @@ class ModelConfig(Strict):
         if len(given) != 1:
             raise ValueError(f"a model needs exactly one of `load`, `init`, `checkpoint` and `temper`; this one has {given or 'none'}")
         scratch = (self.load or "").startswith("scratch:")
-        if self.config and not scratch:
+        if self.config and not self.load:
+            raise ValueError("`config` describes a model that is loaded, and this one is made from another; remove `config`")
+        if self.config and not scratch and not isinstance(self.config.get("model_type"), str):
             raise ValueError(
-                "`config` works only with `load: scratch:TYPE`, because a pretrained model has its own configuration; remove `config`"
+                "`config` tells the plan the sizes of a model that is not on this disk, and lacks `model_type`; add it, or remove `config` "
+                "(a model with weights has its own configuration)"
             )
         if scratch and not self.tokenizer:
             raise ValueError("a scratch model needs `tokenizer:` (a directory, a hub id, or tinyworld)")

@@ -97,7 +97,7 @@ class StageBuilder:
             load=written(model.load) or model.load,
             at=model.load,
             revision=model.revision,
-            config=model.config,
+            config=model.config if model.load.startswith("scratch:") else {},
             tokenizer=written(tokenizer),
             tokenizer_at=tokenizer,
             fingerprint=sources.fingerprint(model.load, model.revision, model.config),

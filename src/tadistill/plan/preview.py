@@ -81,7 +81,8 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
         state = "[green]hit[/]" if done else "[yellow]miss[/]"
         memory = f"{stage.cost.memory / 1e9:.2g} GB" if stage.cost and stage.cost.memory else "–"
         key = stage.key if wide else stage.key[:8]
-        cells = [key, state, flops, _time(throughput.seconds(stage.cost, speeds)), memory, escape(labels[stage.key])]
+        takes = throughput.seconds(stage.cost, speeds)
+        cells = [key, state, flops, "–" if takes is None else throughput.spoken(takes), memory, escape(labels[stage.key])]
         table.add_row(*cells, *([parents] if wide else []))
     return table
 
@@ -182,7 +183,7 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
         yield f"The time is not known for {unknown}; `tadistill plan RECIPE --measure` measures the speed on this machine."
     if takes:
         total = throughput.wall_clock(plan.stages, takes, jobs)
-        yield f"Stages with a known time take {_time(total)} if {jobs} run at a time. Evaluations and analyses take additional time."
+        yield f"Stages with a known time take {throughput.spoken(total)} if {jobs} run at a time. Evaluations and analyses take additional time."
 
 
 def _rows(plan: Plan) -> Iterable[str]:
@@ -198,9 +199,3 @@ def _rows(plan: Plan) -> Iterable[str]:
 
 def _flops(value: float | None) -> str:
     return "?" if value is None else f"{value:.2e}"
-
-
-def _time(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

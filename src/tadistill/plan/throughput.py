@@ -108,3 +108,10 @@ def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: in
             free[worker] = ends[key]
         del waiting[key]
     return max(ends.values(), default=0.0)
+
+
+def spoken(seconds: float | None) -> str:
+    """Return a duration in words, such as `40 s`, `12 min` or `3.5 h`; `?` if it is not known."""
+    if seconds is None:
+        return "?"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -19,6 +19,7 @@ from typing import Literal
 
 from tadistill.disk import write_json
 from tadistill.errors import StoreError
+from tadistill.plan.throughput import spoken
 
 LOG = "run.log"
 _RECORDS = "local"
@@ -155,13 +156,6 @@ def _born(pid: int) -> float | None:
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return None
-
-
-def spoken(seconds: float | None) -> str:
-    """Return a duration in words, such as `40 s`, `12 min` or `3.5 h`; `?` if it is not known."""
-    if seconds is None:
-        return "?"
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def described(stage: StageProgress) -> str:

@@ -13,8 +13,9 @@ from rich.table import Column
 
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import distinct_labels
+from tadistill.plan.throughput import spoken
 from tadistill.runner.estimate import Estimate, workloads
-from tadistill.runner.local import Journal, StageProgress, State, described, spoken
+from tadistill.runner.local import Journal, StageProgress, State, described
 from tadistill.runner.processes import Message
 from tadistill.store import Store
 

@@ -201,3 +201,10 @@ def test_wall_clock_fills_all_workers():
     takes = {"a": 3.0, "b": 2.0, "c": 4.0}
     assert throughput.wall_clock(stages, takes, 2) == 5
     assert throughput.wall_clock(stages, takes, 1) == 9
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "?"), (0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (1e6, "277.8 h")]
+)
+def test_durations_in_words(seconds, text):
+    assert throughput.spoken(seconds) == text

@@ -6,15 +6,25 @@ import json
 import pytest
 from rich.console import Console
 
-from tadistill.config import load
+from tadistill.config import load, parse
 from tadistill.data import hub
-from tadistill.errors import NotHere
+from tadistill.errors import ConfigError, ModelError, NotHere
 from tadistill.models import sources
 from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
 from tadistill.store import Store
 
 RECIPE = "recipes/takd/gpt2-takd.yaml"
+SMALL = """
+study: small
+seeds: [1]
+models:
+  xl: {{load: org/xl, {xl}}}
+  s: {{load: "scratch:gpt2", tokenizer: tinyworld, config: {{n_embd: 8, n_layer: 1, n_head: 1, n_positions: 64}}}}
+data: {{train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain}}
+method: {{optim: {{steps: 2, batch: 2}}}}
+arms: {{direct: xl > s}}
+"""
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 
 
@@ -67,6 +77,24 @@ def test_config_json_is_enough(tmp_path, monkeypatch):
     assert not plan.absent
     assert all(arm.flops for arm in plan.arms if arm.arm.learners)
     assert "?" not in shown(plan, tmp_path).split("parts of the most")[0]
+
+
+def test_sizes_in_the_recipe_are_enough(tmp_path, monkeypatch):
+    found: list[str | None] = [None]
+    monkeypatch.setattr(sources, "description_file", lambda *_, **__: found[0])
+    xl = f"config: {json.dumps(GPT2 | {'n_layer': 48})}"
+    plans = {text: make_plan(parse(SMALL.format(xl=text), source="r"), partial=True) for text in ("seed: 1", f"seed: 1, {xl}")}
+    without, sized = plans.values()
+    assert (without.arms[0].flops, "xl" in str(without.unknown)) == (None, True)
+    assert (sized.arms[0].flops or 0) > 0
+    assert not sized.unknown
+    assert [*sized.stages] == [*without.stages]  # the sizes are in no key
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+    found[0] = tmp_path / "config.json"
+    with pytest.raises(ModelError, match=r"models.xl: `config` says n_layer: 48, but config.json of `org/xl` has 12; correct or remove"):
+        make_plan(parse(SMALL.format(xl=xl), source="r"), partial=True)
+    with pytest.raises(ConfigError, match="lacks `model_type`; add it, or remove `config`"):
+        parse(SMALL.format(xl="config: {n_layer: 48}"), source="r")
 
 
 def test_descriptions_are_fetched_where_the_hub_answers(monkeypatch):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
 from tadistill.models.counting.shapes import PRUNABLE, shape_of
 from tadistill.models.directory import read_description
@@ -62,10 +62,11 @@ class Work:
 def read_config(load: str, revision: str = "main", config: Config | None = None, vocab_size: int | None = None) -> dict[str, Any] | None:
     """Read a model's config.json without network. For `scratch:TYPE`, return the recipe's `config` with model_type and vocab_size.
 
-    Return None if the model is not on this disk, or if the vocabulary size of a scratch model is not known.
+    For a model that is not on this disk, return the recipe's `config`; None if there is none, or if the vocabulary size of a scratch model
+    is not known.
 
     Raises:
-        ModelError: a local source does not exist or is damaged.
+        ModelError: a local source does not exist or is damaged, or the recipe's `config` differs from the model's own.
     """
     source = sources.parse_source(load)
     if source.kind == "scratch":
@@ -74,7 +75,15 @@ def read_config(load: str, revision: str = "main", config: Config | None = None,
             known["vocab_size"] = vocab_size
         return known if "vocab_size" in known else None
     file = sources.description_file(load, revision)
-    return None if file is None else read_description(file, load)
+    if file is None:
+        return dict(config) if config else None
+    found = read_description(file, load)
+    for name, value in (config or {}).items():
+        if found.get(name) != value:
+            raise ModelError(
+                f"`config` says {name}: {value}, but config.json of `{load}` has {found.get(name)}; correct or remove `config`"
+            )
+    return found
 
 
 def with_layers(config: Config, layers: int) -> dict[str, Any]:
