@@ -1,11 +1,13 @@
 """Text of strangers (data, names, answers, values of a recipe) in a form that cannot act on a terminal or fill it.
 
 visible("a\\x1b[2J")     -> the text with `\\x1b` written out: no cursor moves, no title changes, no text runs backwards
+visible_parts(value)    -> the same for every text in lists and dicts
 one_line(text)          -> the same, with line breaks written as \\n
 shortened(sentence)     -> the same sentence with every quoted value cut at 200 characters
 """
 
 import re
+from typing import Any
 
 LONGEST_VALUE = 200
 """Number of characters of a value that a message shows."""
@@ -23,6 +25,15 @@ _VALUES = re.compile(
 def visible(text: str) -> str:
     """Return the text with control characters, escapes and directional marks written out; tabs and line feeds stay."""
     return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def visible_parts(value: Any) -> Any:
+    """Return a value in which every text is visible, also within lists and dicts. HTML that was made on purpose stays as it is."""
+    if isinstance(value, str):
+        return value if hasattr(value, "__html__") else visible(value)
+    if isinstance(value, dict):
+        return {visible_parts(key): visible_parts(part) for key, part in value.items()}
+    return [visible_parts(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def one_line(text: str) -> str:

@@ -2,23 +2,31 @@
 
 import csv
 import io
+import json
 import os
 import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+from tests.unit.advise.example import report
 from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 
+from tadistill.advise.page import render_advice
 from tadistill.disk import ordinary_permissions, read_json, write_json
 from tadistill.errors import ConfigError, Gathering, ModelError, about
+from tadistill.judge.people import Sheet, render_sheet
 from tadistill.report import read_results, summary_table, write_report
 from tadistill.report.plain import code, escape_markdown, side_by_side
 from tadistill.store import Store
 from tadistill.terminal import Terminal
-from tadistill.visible import guarded, one_line, shortened, visible
+from tadistill.visible import guarded, one_line, shortened, visible, visible_parts
 
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]")
 EVIL = "a\x1b[2J\x1b]0;title\x07\u202eb\x9b\ud800\u2028c\r\0"
 
 
@@ -81,12 +89,33 @@ def test_a_study_with_evil_names_stays_harmless(tmp_path):
     console.print(summary_table(results), side_by_side(results, 2))
     markdown = (study.study_dir / "report.md").read_text(encoding="utf-8")
     for text in (re.sub(r"\x1b\[[\d;]*m", "", printed.getvalue()), markdown):
-        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", text)
+        assert not HIDDEN.search(text)
         assert r"\x1b[2J" in text
+    page = (study.study_dir / "report.html").read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+    assert not HIDDEN.search(page)
+    embedded = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert r"\u202eb" in str(embedded["samples"])
+    assert not HIDDEN.search(str(embedded["samples"]))
     rows = [*csv.reader(io.StringIO((study.study_dir / "results.csv").read_text(encoding="utf-8")))]
     named = {row[rows[0].index("arm")] for row in rows[1:]}
     assert {'\'=cmd|"/C calc"!A1', "'-3"} <= named
     assert not any(cell.startswith(("=", "@", "+")) for row in rows for cell in row)
+
+
+def test_sheets_and_advice_show_what_is_hidden():
+    items = [{"item": "1", "instruction": EVIL, "input": "", "answers": [{"letter": "A", "text": EVIL}]}]
+    sheet = render_sheet(Sheet("s", tuple(items), {}))
+    assert not HIDDEN.search(sheet)
+    assert r"a\\x1b[2J" in sheet
+    assert "\\u001b" not in sheet
+    advice = render_advice(replace(report(), study=EVIL, command=EVIL))
+    assert not HIDDEN.search(advice.replace(get_plotlyjs(), ""))
+    assert r"a\x1b[2J" in advice
+
+
+def test_the_parts_of_a_value_become_visible():
+    assert visible_parts({"a\x1b": ["\u202eb", ("c", 1)], "d": None}) == {r"a\x1b": [r"\u202eb", ["c", 1]], "d": None}
+    assert visible_parts(Markup("<b>\u200f</b>")) == "<b>\u200f</b>"
 
 
 def test_files_for_others_follow_the_umask(tmp_path):

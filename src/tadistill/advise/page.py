@@ -26,6 +26,7 @@ from tadistill.config.arm import path_text
 from tadistill.metrics import metric_title
 from tadistill.report.figures.style import GREY, GRID, PALETTE, LegendEntry, Look, axes, div, escaped, line
 from tadistill.results import units
+from tadistill.visible import visible_parts
 
 _COLUMNS = (
     ("KL(q ‖ p)", "nats/token", "reverse_kl"),
@@ -60,6 +61,7 @@ def render_advice(report: Report) -> str:
     environment = Environment(
         loader=ChoiceLoader([PackageLoader("tadistill.advise"), PackageLoader("tadistill.report")]),
         autoescape=True,
+        finalize=visible_parts,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

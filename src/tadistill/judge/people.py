@@ -26,7 +26,7 @@ from tadistill.judge.questions import Answers
 from tadistill.judge.summary import Row, pair_rows
 from tadistill.results.collect import MEAN
 from tadistill.statistics import macro_interval
-from tadistill.visible import guarded
+from tadistill.visible import guarded, visible_parts
 
 SCALE = (1, 5)
 _COLUMNS = ("sheet", "item", "letter", "instruction", "input", "answer", "rating")
@@ -87,9 +87,11 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
 
 def render_sheet(sheet: Sheet) -> str:
     """Render the page: one file with its script, style and data, which needs no network."""
-    environment = Environment(loader=PackageLoader("tadistill.judge"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("tadistill.judge"), autoescape=True, finalize=visible_parts, undefined=StrictUndefined, trim_blocks=True
+    )
     data = {"sheet": sheet.identity, "scale": SCALE, "items": sheet.shown}
-    embedded = Markup(json.dumps(data, ensure_ascii=True).replace("<", "\\u003c"))
+    embedded = Markup(json.dumps(visible_parts(data), ensure_ascii=True).replace("<", "\\u003c"))
     return environment.get_template("sheet.html.j2").render(data=embedded, count=len(sheet.shown), low=SCALE[0], high=SCALE[1])
 
 

@@ -182,8 +182,8 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
         unknown = f"{len(todo) - len(takes)} of {len(todo)} stages to run"
         yield f"The time is not known for {unknown}; `tadistill plan RECIPE --measure` measures the speed on this machine."
     if takes:
-        total = throughput.wall_clock(plan.stages, takes, jobs)
-        yield f"Stages with a known time take {throughput.spoken(total)} if {jobs} run at a time. Evaluations and analyses take additional time."
+        total = throughput.spoken(throughput.wall_clock(plan.stages, takes, jobs))
+        yield f"Stages with a known time take {total} if {jobs} run at a time. Evaluations and analyses take additional time."
 
 
 def _rows(plan: Plan) -> Iterable[str]:

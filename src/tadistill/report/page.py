@@ -24,6 +24,7 @@ from tadistill.results import units
 from tadistill.results.collect import MEAN, Results, primary_metric, seeds_of
 from tadistill.results.curves import learning_curves
 from tadistill.results.samples import judgements, samples, shown_first
+from tadistill.visible import visible, visible_parts
 
 # anchor, title, and the template variable that must not be empty for the section to appear
 _SECTIONS = (
@@ -46,7 +47,12 @@ _SECTIONS = (
 
 def render_page(results: Results) -> str:
     environment = Environment(
-        loader=PackageLoader("tadistill.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("tadistill.report"),
+        autoescape=True,
+        finalize=visible_parts,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(embedded=_embedded, prose=_prose)
     shown = {**_words(results), **_figures(results), **_samples(results), "judged": judgements(results.study_dir)}
@@ -126,12 +132,12 @@ def _markups(panels: Mapping[str, str]) -> dict[str, Markup]:
 
 
 def _prose(sentence: str) -> Markup:
-    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(sentence)))
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(visible(sentence))))
     return Markup(re.sub(r"(\[[^\s\]]+, [^\s\]]+\]|\(\d+ seeds?\)|\S+ … \S+)", r'<span class="unbroken">\1</span>', marked))
 
 
 def _embedded(value: Any) -> Markup:
-    encoded = json.dumps(value, ensure_ascii=False)
+    encoded = json.dumps(visible_parts(value), ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         encoded = encoded.replace(character, f"\\u{ord(character):04x}")
     return Markup(encoded)
