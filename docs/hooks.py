@@ -1,6 +1,7 @@
 """What mkdocs does for this site beside its plugins: it generates reference pages, and removes the marks that tests read.
 
-`mkdocs.yml` names this file. The page of commands comes from the command line itself.
+`mkdocs.yml` names this file. The page of commands comes from the command line itself, the page of keys from the classes of the
+configuration.
 """
 
 import re
@@ -14,6 +15,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from tadistill import cli
+from tadistill.config.reference import Key, Part, reference
 
 MARK = re.compile(r"^(```\w+)(.*?) test=[\w-]+", re.MULTILINE)
 """The info string of a block that a test runs in another way: `test_how_to.py` reads it, pymdownx does not know it."""
@@ -21,13 +23,44 @@ MARK = re.compile(r"^(```\w+)(.*?) test=[\w-]+", re.MULTILINE)
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
-    files.append(File.generated(config, "reference/commands.md", content=commands()))
+    for name, write in {"commands": commands, "keys": keys}.items():
+        files.append(File.generated(config, f"reference/{name}.md", content=write()))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Remove the marks of tests from a page."""
     return MARK.sub(r"\1\2", markdown)
+
+
+def keys() -> str:
+    """Return the page of all keys of a recipe, in the order of a recipe."""
+    head = """# Keys of a recipe
+
+This page is generated from the classes that read a recipe. `tadistill explain KEY` prints the same about one key. A heading is the place
+of the keys below it: `method.optim` means `method: {optim: {…}}`, and NAME stands for a name of your choice. [The recipe](recipe.md) explains
+the larger parts."""
+    return "\n\n".join([head, *map(_part, reference())])
+
+
+def _part(part: Part) -> str:
+    place = part.places[0] or ("The short form" if part.name == "Short form" else "Top level")
+    title = f"`{place}: {{type: {part.type}}}`" if part.type else f"`{place}`" if part.places[0] else place
+    anchor = "-".join(filter(None, (place.replace(".", "-").replace(" ", "-").lower(), part.type)))
+    also = f"\n\nAlso at {', '.join(f'`{other}`' for other in part.places[1:])}." if part.places[1:] else ""
+    rows = [_key(key) for key in part.keys if not (part.type and key.name == "type")]
+    table = ["| key | meaning | value | default |", "|---|---|---|---|", *rows] if rows else []
+    return "\n".join([f"## {title} {{ #{anchor} }}", "", f"{part.meaning}{also} More: [{_title(part.page)}](../{part.page}).", "", *table])
+
+
+def _key(key: Key) -> str:
+    value = ", ".join(filter(None, (key.type, key.allowed)))
+    default = key.default if key.default in ("none", "required", "") else f"`{key.default}`"
+    return "| " + " | ".join(part.replace("|", "\\|") for part in (f"`{key.name}`", key.meaning, value, default)) + " |"
+
+
+def _title(page: str) -> str:
+    return Path(page.split("#")[0]).stem
 
 
 def commands() -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NAMED = re.compile(r"(?<![\w/])((?:docs|recipes|examples|benchmarks)/[\w./-]*\w\.\w+)")
-GENERATED = {"commands.md"}
+GENERATED = {"commands.md", "keys.md"}
 """Pages that docs/hooks.py writes."""
 
 
