@@ -37,9 +37,9 @@ def keys() -> str:
     """Return the page of all keys of a recipe, in the order of a recipe."""
     head = """# Keys of a recipe
 
-This page is generated from the classes that read a recipe. `tadistill explain KEY` prints the same about one key. A heading is the place
-of the keys below it: `method.optim` means `method: {optim: {…}}`, and NAME stands for a name of your choice. [The recipe](recipe.md) explains
-the larger parts."""
+This page is generated from the classes that read a recipe. `tadistill explain KEY` prints the same about one key.
+A heading is the place of the keys below it: `method.optim` means `method: {optim: {…}}`, and NAME stands for a name of your choice.
+[The recipe](recipe.md) explains the larger parts."""
     return "\n\n".join([head, *map(_part, reference())])
 
 
