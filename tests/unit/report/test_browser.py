@@ -8,6 +8,7 @@ import pytest
 
 from tadistill.report import write_report
 from tadistill.results.units import number
+from tadistill.visible import visible
 
 from .builder import NASTY, ArmSpec, Study, StudySpec, build_study
 
@@ -78,11 +79,11 @@ def test_page_in_a_browser(browser, shared):
     page.wait_for_selector("#figure-paths .main-svg")
     assert page.locator("#sample-answers article").count() == 3
     answer = page.locator("#sample-answers article p:last-child").first
-    assert answer.text_content() == f"direct answers 0 in dolly. {NASTY}"
+    assert answer.text_content() == f"direct answers 0 in dolly. {visible(NASTY)}"
     page.click("#sample-next")
-    assert answer.text_content() == f"direct answers 1 in dolly. {NASTY}"
+    assert answer.text_content() == f"direct answers 1 in dolly. {visible(NASTY)}"
     page.select_option("#sample-set", "facts")
-    assert answer.text_content() == f"direct answers 0 in facts. {NASTY}"
+    assert answer.text_content() == f"direct answers 0 in facts. {visible(NASTY)}"
     assert page.locator("#sample-references pre").all_text_contents() == ["reference 0", "another"]
     assert page.evaluate("window.hacked") is None
 

@@ -18,6 +18,7 @@ from tadistill.report.tables import interval_method
 from tadistill.report.text import answer
 from tadistill.results.units import flops_text, number, parameters_text
 from tadistill.results.verdict import comparisons
+from tadistill.visible import visible
 
 from .builder import NASTY, SMALL, ArmSpec, StudySpec, build_study, key_of
 
@@ -127,7 +128,7 @@ def test_text_of_a_model_cannot_leave_its_element(shared):
     page = write_report(shared.results)
     parser = parse(page)
     samples = json.loads(parser.data)["samples"]
-    assert samples["dolly"][3]["answers"]["chain"]["text"] == f"chain answers 3 in dolly. {NASTY}"
+    assert samples["dolly"][3]["answers"]["chain"]["text"] == f"chain answers 3 in dolly. {visible(NASTY)}"
     assert samples["dolly"][3]["references"] == ["reference 3", "another"]
     assert [len(prompts) for prompts in samples.values()] == [12, 9]
     assert "<script>window.hacked" not in page.read_text(encoding="utf-8")
