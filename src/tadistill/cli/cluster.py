@@ -79,7 +79,7 @@ def submit(
 def status(study: StudyName, runs: Runs = None) -> None:
     """Show each stage of a study, run here or by Slurm: its process or job, state, time, newest numbers and time left."""
     from tadistill.cluster.status import print_status
-    from tadistill.results.study import find_study
+    from tadistill.results.find import find_study
 
     root = runs_directory(runs)
     print_status(find_study(study, root), store_of(root), console)
@@ -112,7 +112,7 @@ def clean(
 def cancel(study: StudyName, runs: Runs = None) -> None:
     """Cancel a study's jobs. Running stages save their state first; a later submission resumes them."""
     from tadistill.cluster.status import cancel as cancel_jobs
-    from tadistill.results.study import find_study
+    from tadistill.results.find import find_study
 
     root = runs_directory(runs)
     console.print(f"{cancel_jobs(find_study(study, root), store_of(root))} jobs cancelled", highlight=False)

@@ -1,7 +1,9 @@
 """Commands that read a study: report, export, judge, human."""
 
+import contextlib
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +20,7 @@ app = typer.Typer()
 def report(study: StudyName, runs: Runs = None) -> None:
     """Write report.html, report.md and results.json of a study from the finished stages."""
     from tadistill.report import read_results, summary_table, write_report
-    from tadistill.results.study import find_study
+    from tadistill.results.find import find_study
 
     root = runs_directory(runs)
     directory = find_study(study, root)
@@ -32,18 +34,33 @@ def report(study: StudyName, runs: Runs = None) -> None:
 def export(
     study: StudyName,
     arm: Annotated[str, typer.Argument(help="The arm whose model is copied.", metavar="ARM")],
-    target: Annotated[Path, typer.Argument(help="The new directory for the copy.", metavar="TARGET")],
+    target: Annotated[
+        Path | None, typer.Argument(help="The new directory for the copy; not needed with --push.", metavar="[TARGET]")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Training seed (default: the first seed).")] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", help="Also send it to this repository of the Hugging Face Hub.", metavar="REPO")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: a new repository is public (default: private).")] = False,
     runs: Runs = None,
 ) -> None:
-    """Copy a trained model to a Hugging Face directory with a model card."""
+    """Copy a trained model to a Hugging Face directory with a model card. With --push, send it to the Hub."""
+    from tadistill.data import hub
     from tadistill.report import read_results
     from tadistill.report.cards import export as export_model
-    from tadistill.results.study import find_study
+    from tadistill.results.find import find_study
 
-    root = runs_directory(runs)
-    export_model(read_results(find_study(study, root), store_of(root)), arm, seed, target)
-    console.print(f"{target}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True, highlight=False)
+    if target is None and push is None:
+        raise ConfigError("`tadistill export` needs a directory for the copy, or --push REPO; name one")
+    name, root = hub.full_name(push) if push else "", runs_directory(runs)
+    results = read_results(find_study(study, root), store_of(root))
+    with contextlib.nullcontext(target) if target else tempfile.TemporaryDirectory() as folder:
+        copied = export_model(results, arm, seed, Path(folder), name=name)
+        if target:
+            console.print(f"{target}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True, highlight=False)
+        if push:
+            page = hub.push(copied, name, private=not public, message=f"{arm} of study {results.plan.study}")
+            console.print(f"sent to {page}", soft_wrap=True, highlight=False)
 
 
 Arms = Annotated[list[str] | None, typer.Option("--arm", help="An arm to use. Repeat the option for more arms (default: all).")]

@@ -124,7 +124,7 @@ def _found() -> dict[type[BaseModel], list[str]]:
 
 def _part(model: type[BaseModel], places: tuple[str, ...]) -> Part:
     own = [name for name in model.model_fields if name in model.__annotations__]
-    order = dict.fromkeys([*(["type"] if tag(model) else []), *own, *model.model_fields])
+    order = dict.fromkeys((["type"] if tag(model) else []) + own + list(model.model_fields))
     keys = tuple(_key(model, name, model.model_fields[name]) for name in order)
     page = _PAGES.get(places[0]) or _PAGES.get(places[0].rsplit(".", 1)[-1]) or _PAGES[places[0].split(".", 1)[0]]
     return Part(model.__name__, tag(model), inspect.getdoc(model) or "", places, keys, page)

@@ -1,4 +1,4 @@
-"""Find or download data sets on the Hugging Face Hub, and describe the Hub's errors in one sentence.
+"""Find or download data sets on the Hugging Face Hub, send models to it, and describe the Hub's errors in one sentence.
 
 cached("tatsu-lab/alpaca", "main")                     # folder of the downloaded repository, or None if it is not on this disk
 download("MiniLLM/dolly", "main", file="raw.jsonl")    # path of this file, from the cache or the network
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tadistill.errors import DataError, TadistillError
+from tadistill.errors import DataError, ModelError, TadistillError
 
 _PATIENCE = 5.0  # seconds
 _NOT_DATA = (".md", ".gitattributes", ".gitignore", ".yaml")
@@ -116,3 +116,63 @@ def explained(error: type[TadistillError], kind: str, repository: str, revision:
         raise error(f"{kind} `{repository}` has no file `{file}` at revision `{revision}`; correct `revision`") from cause
     except (errors.HfHubHTTPError, OSError) as cause:
         raise error(f"{where} at revision `{revision}` cannot be downloaded ({type(cause).__name__}); check the network") from cause
+
+
+# --- sending a model ----------------------------------------------------------------------------------------------------
+
+
+def full_name(repository: str) -> str:
+    """Return the id of a model repository to which this machine's token may send: `NAME` becomes `USER/NAME`.
+
+    Raises:
+        ModelError: the name is not valid, there is no token, the Hub does not accept the token, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    with _sending(repository):
+        validate_repo_id(repository)
+        user = HfApi().whoami()["name"]
+    return repository if "/" in repository else f"{user}/{repository}"
+
+
+def push(folder: Path, repository: str, *, private: bool, message: str) -> str:
+    """Send a directory to a model repository of the Hub in one commit, and return the address of its page.
+
+    The repository is made if it does not exist; `private` has no effect on one that exists. Files that are only there stay there.
+
+    Raises:
+        ModelError: the token may not do this, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    with _sending(repository):
+        page = HfApi().create_repo(repository, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    return str(page)
+
+
+@contextmanager
+def _sending(repository: str) -> Iterator[None]:
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError("HF_HUB_OFFLINE=1 forbids to send a model to the Hub; unset it, or export without --push")
+    try:
+        yield
+    except errors.HFValidationError as cause:
+        raise ModelError(
+            f"`{repository}` is not a valid name of a repository ({str(cause).rstrip('.')}); write NAME or ORG/NAME"
+        ) from cause
+    except errors.LocalTokenNotFoundError as cause:
+        raise ModelError("this machine has no token for the Hugging Face Hub; log in with `hf auth login`, or set HF_TOKEN") from cause
+    except (errors.HTTPError, OSError) as cause:  # type: ignore[reportPrivateImportUsage]
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status == 401:
+            raise ModelError(
+                "the Hub does not accept this machine's token; log in with `hf auth login` and a token that can write"
+            ) from cause
+        if status in (403, 404):
+            raise ModelError(f"the token may not write to `{repository}`; use a token that can, or another repository") from cause
+        why = f"it answered {status}" if status else type(cause).__name__
+        raise ModelError(f"the Hub at {constants.ENDPOINT} cannot take `{repository}` ({why}); check the network, and try again") from cause

@@ -16,7 +16,7 @@ from tadistill.judge.endpoint import Unavailable, ask, check_address, connect, k
 from tadistill.judge.people import load_key, make_sheet, read_ratings, summarise_ratings, write_sheet
 from tadistill.judge.questions import Answers, Question, make_questions, read_answers
 from tadistill.judge.summary import Row, summarise, write_summary
-from tadistill.results.study import find_study
+from tadistill.results.find import find_study
 from tadistill.store import store_of
 
 if TYPE_CHECKING:

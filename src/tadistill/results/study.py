@@ -4,7 +4,6 @@ The store says which stages are finished. If a file of a finished stage cannot b
 not leave out numbers silently.
 """
 
-import difflib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,12 @@ from numpy.typing import NDArray
 
 from tadistill.config.arm import path_text
 from tadistill.config.evaluate import OwnMetric
-from tadistill.config.load import study_in
-from tadistill.config.shipped import located
 from tadistill.data.templates import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
-from tadistill.errors import ConfigError, StoreError
+from tadistill.errors import StoreError
 from tadistill.metrics import declare, metric_of
 from tadistill.models.counting.cost import Cost, CostPart
+from tadistill.results.find import find_study  # noqa: F401
 from tadistill.statistics import ROUNDING, spread_claimed
 from tadistill.store import MANIFEST, Store
 
@@ -161,22 +159,6 @@ class StageManifest:
     """Role and set -> its numbers of rows; empty if an earlier version made the stage."""
     checkpoints: int | None
     """The number of dev evaluations of a stage that stopped early; None for other stages."""
-
-
-def find_study(study: str, root: Path) -> Path:
-    """Return a study's directory from its name, its path, or its recipe (a path, or the name of a shipped recipe).
-
-    Raises:
-        ConfigError: there is no such study.
-    """
-    recipe = study_in(located(study))
-    name = study_in(Path(study)) or study
-    for directory in (Path(name), root / name, root / (recipe or name)):
-        if (directory / "plan.json").is_file():
-            return directory
-    close = difflib.get_close_matches(name, [path.parent.name for path in root.glob("*/plan.json")], n=1)
-    hint = f"did you mean `{close[0]}`?" if close and not recipe else f"start one with `tadistill run {study if recipe else 'RECIPE'}`"
-    raise ConfigError(f"there is no study `{name}` in {root}; {hint}")
 
 
 def load_plan(study_dir: Path) -> StudyPlan:
