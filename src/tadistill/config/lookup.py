@@ -162,7 +162,7 @@ def _hint(asked: str, words: list[str]) -> str:
     close = difflib.get_close_matches(asked, sorted(full), n=1, cutoff=0.8) or difflib.get_close_matches(
         (words or [""])[-1], sorted(names), n=1
     )
-    return f"did you mean `{close[0]}`?" if close else "`docs/reference/recipe.md` lists all keys"
+    return f"did you mean `{close[0]}`?" if close else "`docs/reference/recipe.md` explains the parts of a recipe"
 
 
 def _split(place: str) -> list[str]:

@@ -62,8 +62,8 @@ def test_a_key_of_some_types_names_them():
     [
         ("learning_rate", "did you mean `lr`?"),
         ("metod.optim", "did you mean `method.optim`?"),
-        ("zzz", "lists all keys"),
-        ("", "lists all"),
+        ("zzz", "explains the parts"),
+        ("", "explains the"),
     ],
 )
 def test_an_unknown_word_gets_a_hint(word, hint):
