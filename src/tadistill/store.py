@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 RECORD = "job.json"  # the cluster job that runs the stage
 FAILURE = "failure.txt"  # the last error of that job
-_NOT_ARTIFACTS = (MANIFEST, RECORD, FAILURE)
+ROLLOUTS = "rollouts.json"  # the newest text that a student sampled in training, for people who watch
+_NOT_ARTIFACTS = (MANIFEST, RECORD, FAILURE, ROLLOUTS)
 _RESUME = ("state.pt", "state-before.pt", "best-*.pt", "*.tmp")
 _PARTS = "parts"
 _STAGE = "stage.json"

@@ -26,7 +26,7 @@ from tadistill.rollout import signals
 from tadistill.runner.interruption import StopFlag
 from tadistill.stages import teacher
 from tadistill.stages.execute import run_stage
-from tadistill.store import Store
+from tadistill.store import ROLLOUTS, Store
 
 RECIPE = Path(__file__).with_name("interrupted.yaml")
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGKILL)
@@ -149,7 +149,8 @@ def outcome(store: Store, key: str) -> dict:
     if digests.pop("metrics.jsonl", None):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if k != "train/tokens_per_second"} for row in rows]
-    left = sorted({p.name for p in folder.rglob("*") if p.is_file()} - {Path(n).name for n in digests} - {"manifest.json", "metrics.jsonl"})
+    expected = {Path(n).name for n in digests} | {"manifest.json", "metrics.jsonl", ROLLOUTS}
+    left = sorted({p.name for p in folder.rglob("*") if p.is_file()} - expected)
     return {"digests": digests, "rows": rows, "left": left}
 
 

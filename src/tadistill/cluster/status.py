@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tadistill.cluster import queue
-from tadistill.cluster.job import JobRecord, read_record, report_name
+from tadistill.cluster.job import read_record, report_name
 from tadistill.disk import damaged, read_json
 from tadistill.plan.graph import distinct_labels
 from tadistill.plan.throughput import spoken
@@ -19,6 +20,7 @@ from tadistill.runner.local import LOG, LocalRun, described, local_runs
 from tadistill.store import FAILURE, Store, runs_directory
 
 _COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red", "dead": "red"}
+_TAIL = 64 << 10  # bytes at the end of a log, in which the newest line is
 _NARROW = 100  # columns; on a narrower screen a stage has two lines
 
 
@@ -39,57 +41,60 @@ class StatusRow:
 
 def status_rows(study: Path, store: Store) -> list[StatusRow]:
     """Return one row per stage of a study, in the order of the plan."""
-    stages = _stages(study)
+    stages = planned_stages(study)
     labels = distinct_labels((s["key"], s["label"], s.get("arms", ())) for s in stages)
-    stages = [stage | {"label": labels[stage["key"]]} for stage in stages]
     done = {s["key"] for s in stages if store.finished(s["key"])}
-    found = {s["key"]: read_record(store, s["key"]) for s in stages}
-    here = {key: row for run in local_runs(study) for key, row in _local(run).items() if key not in done}
-    open_ = {key: record for key, record in found.items() if record and key not in done and key not in here}
-    queued = queue.queued() if open_ else {}
-    live = {key: entry for key, record in open_.items() if (entry := record.live(queued))}
-    gone = queue.ended(str(record.place) for key, record in open_.items() if key not in live)
+    here = {key: row for run in local_runs(study) for key, row in local_rows(run).items() if key not in done}
+    jobs = job_rows(store, [s["key"] for s in stages if s["key"] not in done and s["key"] not in here])
 
     def row(stage: dict[str, Any]) -> StatusRow:
         key = stage["key"]
-        if key in done:
-            return _finished(stage, store, found[key])
-        return replace(here[key], label=stage["label"]) if key in here else _row(stage, store, found[key], live, gone)
+        found = _finished(key, store) if key in done else here.get(key) or jobs.get(key) or _NOT_STARTED
+        return replace(found, label=labels[key], last=found.last or _metric(store.folder(key), stage))
 
     return [row(stage) for stage in stages]
 
 
-def _local(run: LocalRun) -> dict[str, StatusRow]:
-    """Return the rows of the stages that a run on a machine started or that failed in it, by key."""
+_NOT_STARTED = StatusRow("", "", "not started", "", "")
+
+
+def local_rows(run: LocalRun) -> dict[str, StatusRow]:
+    """Return the rows of the stages that a run on a machine started or that failed in it, by key and without labels."""
     failed = {key: StatusRow("", run.name, "failed", "", reason) for key, reason in run.failed.items()}
     state = run.state
     if state not in ("running", "dead"):
         return failed
-    started = {key: StatusRow(s.label, run.name, state, _time(s.seconds), described(s)) for key, s in run.stages.items()}
+    started = {key: StatusRow("", run.name, state, _time(s.seconds), described(s)) for key, s in run.stages.items()}
     return failed | started
 
 
-def _finished(stage: dict[str, Any], store: Store, record: JobRecord | None) -> StatusRow:
-    key, job = stage["key"], str(record.place) if record else ""
-    return StatusRow(stage["label"], job, "done", _time(store.manifest(key).get("seconds")), _metric(store.folder(key), stage))
+def job_rows(store: Store, keys: Iterable[str]) -> dict[str, StatusRow]:
+    """Return the rows of those unfinished stages that were submitted to Slurm, by key and without labels; `last` is a reason or empty.
+
+    Raises ConfigError if there are such stages and squeue does not answer.
+    """
+    open_ = {key: record for key in keys if (record := read_record(store, key))}
+    queued = queue.queued() if open_ else {}
+    live = {key: entry for key, record in open_.items() if (entry := record.live(queued))}
+    gone = queue.ended(str(record.place) for key, record in open_.items() if key not in live)
+    return {key: _job(store.folder(key), str(record.place), live.get(key), gone.get(str(record.place))) for key, record in open_.items()}
 
 
-def _row(
-    stage: dict[str, Any], store: Store, record: JobRecord | None, live: dict[str, queue.Entry], gone: dict[str, queue.Entry]
-) -> StatusRow:
-    key, label, folder = stage["key"], stage["label"], store.folder(stage["key"])
-    if record is None:
-        return StatusRow(label, "", "not started", "", _metric(folder, stage))
-    job = str(record.place)
-    if key in live:
-        state = live[key].state.lower()
-        return StatusRow(label, job, state, live[key].elapsed, _metric(folder, stage) if state == "running" else live[key].reason)
+def _job(folder: Path, job: str, live: queue.Entry | None, gone: queue.Entry | None) -> StatusRow:
+    if live:
+        state = live.state.lower()
+        return StatusRow("", job, state, live.elapsed, "" if state == "running" else live.reason)
     reason = folder / FAILURE
     if reason.is_file():
-        return StatusRow(label, job, "failed", gone[job].elapsed if job in gone else "", reason.read_text(encoding="utf-8").strip())
-    if job in gone:
-        return StatusRow(label, job, gone[job].state.lower(), gone[job].elapsed, _metric(folder, stage))
-    return StatusRow(label, job, "lost", "", "Slurm no longer knows this job; submit the study again")
+        return StatusRow("", job, "failed", gone.elapsed if gone else "", reason.read_text(encoding="utf-8").strip())
+    if gone:
+        return StatusRow("", job, gone.state.lower(), gone.elapsed, "")
+    return StatusRow("", job, "lost", "", "Slurm no longer knows this job; submit the study again")
+
+
+def _finished(key: str, store: Store) -> StatusRow:
+    record = read_record(store, key)
+    return StatusRow("", str(record.place) if record else "", "done", _time(store.manifest(key).get("seconds")), "")
 
 
 def command_for(verb: str, study: Path) -> str:
@@ -148,13 +153,14 @@ def cancel(study: Path, store: Store) -> int:
     """
     queued = queue.queued()
     # finished stages are included, because segments of their chains may still be queued
-    found = [record for s in _stages(study) if (record := read_record(store, s["key"])) and record.study == study.name]
+    found = [record for s in planned_stages(study) if (record := read_record(store, s["key"])) and record.study == study.name]
     jobs = {entry.id for record in found for entry in record.entries(queued)}
     queue.cancel(jobs | {entry.id for entry in queued.values() if entry.name == report_name(study)})
     return len(jobs)
 
 
-def _stages(study: Path) -> list[dict[str, Any]]:
+def planned_stages(study: Path) -> list[dict[str, Any]]:
+    """Return the stages of plan.json. Raises StoreError if the file is missing or damaged."""
     return _plan(study)["stages"]
 
 
@@ -175,8 +181,10 @@ def _metric(folder: Path, stage: dict[str, Any]) -> str:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return ""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for line in reversed(lines):  # the last line may be incomplete
+    with path.open("rb") as file:  # a long run's log has many lines; the newest is at the end
+        file.seek(max(path.stat().st_size - _TAIL, 0))
+        lines = file.read().decode(errors="replace").splitlines()
+    for line in reversed(lines):  # the first and the last line may be incomplete
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

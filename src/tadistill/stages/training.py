@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tadistill import rng
 from tadistill.config import Method, Optim
 from tadistill.config.sampling import OnPolicy, Rounds
-from tadistill.data.batch import references, responses
+from tadistill.data.batch import Batch, references, responses
+from tadistill.disk import write_json
 from tadistill.evaluation.run import dev_metrics
 from tadistill.evaluation.scoring import Subject
 from tadistill.models.loading import end_tokens, save_model
@@ -24,9 +25,12 @@ from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, Sampler, Shard
 from tadistill.rollout.signals import Signals
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, teacher_dtype
+from tadistill.store import ROLLOUTS
 from tadistill.train.loop import Hooks, train_stage
 from tadistill.train.sharding import weights
 from tadistill.train.step import make_step
+
+_SHOWN, _LETTERS = 4, 1000  # rows and characters of rollouts.json
 
 
 def train(context: Context[TrainingSpec]) -> dict[str, Any]:
@@ -51,6 +55,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
         evaluate=_dev(context, subject, teachers[0] if teachers else None),
         progress=lambda done, text: context.progress(done, optim.steps or 1, text),
         alarm=context.alarm,
+        sampled=lambda step, batch: write_rollouts(context.folder / ROLLOUTS, step, batch, tokenizer),
         stop=context.stop,
         keep=lambda step, whole: save(context.folder / f"{MODEL}-{step}", whole),
         kept=frozenset(spec.keep if isinstance(spec, SftSpec) else ()),
@@ -77,6 +82,17 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
     found |= {"checkpoints": seen, "stopped_early": state.step < (optim.steps or 0)}
     found |= {"ledger": state.ledger, "machine": machine(torch.get_num_threads(), accelerator_name)}
     return found | {"global_and_per_device": _counts(method, accelerator.num_processes)}
+
+
+def write_rollouts(path: Path, step: int, batch: Batch, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the first four sampled sequences as text, at most 1,000 characters of each prompt and response. They replace older ones."""
+    rows = []
+    for ids, mask in zip(batch.ids_BT[:_SHOWN].tolist(), batch.mask_BT[:_SHOWN].tolist(), strict=True):
+        places = [place + 1 for place, counted in enumerate(mask) if counted]  # a mask is one position before its token
+        start, end = (places[0], places[-1] + 1) if places else (len(ids), len(ids))
+        prompt, response = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:end])
+        rows.append({"prompt": prompt[-_LETTERS:], "response": response[:_LETTERS]})
+    write_json(path, {"step": step, "rows": rows})
 
 
 _Save = Callable[[Path, dict[str, torch.Tensor]], None]

@@ -28,7 +28,7 @@ from tadistill.train.checkpoint import Checkpoints, RunLog, TrainState
 from tadistill.train.meter import Meter
 from tadistill.train.step import Step, counts
 from tadistill.train.watch import Alarms, watch
-from tadistill.tuning import LOG_POINTS, WATCH_EVERY
+from tadistill.tuning import LOG_POINTS, WATCH_EVERY, WATCHED_ROWS
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Hooks:
     """Shows the progress: the number of updates done, and a short text."""
     alarm: Callable[[str], None] = lambda text: None
     """Shows a warning of one line, for example about sampled text that repeats itself."""
+    sampled: Callable[[int, Batch], None] = lambda step, batch: None
+    """Called for measured updates with the number of updates done and a few sampled sequences. Only the main process calls it."""
     stop: Callable[[], bool] = lambda: False
     """Returns True if training must save its state and end, for example after a signal."""
     kept: frozenset[int] = frozenset()
@@ -126,6 +128,8 @@ def train_stage(
             meter.saw(batches)
             with meter.timed("watching"):
                 watched = run.watch(batches) if state.step % max(every, WATCH_EVERY) == 0 else {}
+                if watched:
+                    hooks.sampled(state.step, batches[0].first(WATCHED_ROWS))
             for line in run.alarms.check(state.step, watched):
                 hooks.alarm(line)
             torch.manual_seed(rng.torch_seed(seed, "dropout", state.step, *others))

@@ -1,0 +1,184 @@
+"""Follow logs that grow: the newest lines first, then the older lines in pieces, so that no look at a study takes long.
+
+    log = TrainingLog(folder / "metrics.jsonl")
+    log.file.forward()                # the lines since the last call; the first call starts near the end of the file
+    while log.file.unread: log.file.backward()
+    log.curves["train/loss"].points()
+
+Lines are counted, not kept: a curve has at most `BUCKETS` buckets of steps, each with its lowest, mean and highest value.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from tadistill.metrics import LOGS
+
+BUCKETS = 120
+"""Largest number of points of a curve."""
+_PIECE = 64 << 10
+_KEPT = 200  # alarms, and as many last lines
+
+
+class Follower:
+    """Reads the lines of a growing file, each once. A file that was replaced or became shorter is read again from its end."""
+
+    def __init__(self, path: Path, take: Callable[[int, bytes], None], forget: Callable[[], None]):
+        """Set what happens to a line (its offset and its bytes), and what happens when the file begins anew."""
+        self.path, self._take, self._forget = path, take, forget
+        self._file: int | None = None
+        self._low = self._high = 0
+        self.changed = 0.0
+        """Modification time of the file; 0 if there is none."""
+
+    @property
+    def unread(self) -> int:
+        """The number of bytes before the part that was read."""
+        return self._low
+
+    @property
+    def size(self) -> int:
+        return self._high
+
+    def forward(self) -> bool:
+        """Read at most one piece of the newest lines. Return True if more of them wait."""
+        try:
+            stat = self.path.stat()
+            if stat.st_ino != self._file or stat.st_size < self._high:
+                if self._file is not None:
+                    self._forget()
+                self._file = stat.st_ino
+                self._low = self._high = max(stat.st_size - _PIECE, 0)
+                if self._low:  # the piece begins inside a line, which `backward` reads
+                    self._low = self._high = self._low + self._read(self._low, _PIECE).find(b"\n") + 1
+            self.changed = stat.st_mtime
+            if stat.st_size == self._high:
+                return False
+            self._high += self._lines(self._high, self._read(self._high, _PIECE))
+            return stat.st_size - self._high > _PIECE
+        except OSError:  # not there yet, or replaced at this moment
+            return False
+
+    def backward(self) -> None:
+        """Read one piece of the older lines."""
+        start = max(self._low - _PIECE, 0)
+        try:
+            piece = self._read(start, self._low - start)
+        except OSError:
+            return
+        skipped = piece.find(b"\n") + 1 if start else 0  # the rest of a line that begins before the piece
+        self._lines(start + skipped, piece[skipped:])
+        self._low = start if skipped == len(piece) else start + skipped  # a line longer than a piece is left out
+
+    def _read(self, start: int, size: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    def _lines(self, at: int, piece: bytes) -> int:
+        """Give away the complete lines of a piece, and return the number of bytes that are done with."""
+        *lines, rest = piece.split(b"\n")
+        start = at
+        for line in lines:
+            self._take(start, line)
+            start += len(line) + 1
+        return len(piece) if not lines and len(rest) == _PIECE else len(piece) - len(rest)
+
+
+class Point(NamedTuple):
+    """A bucket of a curve: the middle of its steps, and the lowest, mean and highest value in it."""
+
+    step: float
+    low: float
+    mean: float
+    high: float
+
+
+class Curve:
+    """A curve in at most `BUCKETS` buckets. The buckets become twice as wide whenever a step lies behind the last one."""
+
+    def __init__(self) -> None:
+        self.width = 1
+        self._buckets: dict[int, list[float]] = {}  # lowest, highest, sum and count of the values, sum of the steps
+
+    def add(self, step: int, value: float) -> None:
+        while step // self.width >= BUCKETS:
+            self.width *= 2
+            old, self._buckets = self._buckets, {}
+            for number, found in old.items():
+                self._merge(number // 2, found)
+        self._merge(step // self.width, [value, value, value, 1, step])
+
+    def _merge(self, number: int, found: list[float]) -> None:
+        if (there := self._buckets.get(number)) is None:
+            self._buckets[number] = found
+            return
+        there[0], there[1] = min(there[0], found[0]), max(there[1], found[1])
+        for i in (2, 3, 4):
+            there[i] += found[i]
+
+    def points(self) -> list[Point]:
+        return [Point(at / n, low, total / n, high) for _, (low, high, total, n, at) in sorted(self._buckets.items())]
+
+
+class TrainingLog:
+    """The metrics.jsonl of one training stage: its curves by metric, and the newest value of every entry."""
+
+    def __init__(self, path: Path):
+        self.file = Follower(path, self._take, self._forget)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.curves: dict[str, Curve] = {}
+        self.step, self.rows, self.damaged = 0, 0, 0
+        self.newest: dict[str, float] = {}
+
+    def _take(self, at: int, line: bytes) -> None:
+        try:
+            row = json.loads(line)
+            step = row.pop("step")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.damaged += bool(line.strip())
+            return
+        if type(step) is not int or step < 0:
+            self.damaged += 1
+            return
+        self.rows += 1
+        values = {name: value for name, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
+        if step >= self.step:
+            self.step = step
+            self.newest |= values
+        for name, value in values.items():
+            if name in LOGS or name.startswith("dev/"):
+                self.curves.setdefault(name, Curve()).add(step, value)
+
+
+class RunLog:
+    """The run.log of a study, or the log of a Slurm job: its alarms and its last lines."""
+
+    def __init__(self, path: Path):
+        self.file = Follower(path, self._take, self._forget)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._alarms: dict[int, str] = {}
+        self._last: dict[int, str] = {}
+
+    def _take(self, at: int, line: bytes) -> None:
+        text = line.decode(errors="replace").strip()
+        for found in (self._last, self._alarms) if "alarm: " in text[:60] else (self._last,):
+            found[at] = text
+            if len(found) > _KEPT:
+                del found[min(found)]
+
+    @property
+    def alarms(self) -> list[str]:
+        """The newest 200 alarms, the oldest first."""
+        return [text for _, text in sorted(self._alarms.items())]
+
+    @property
+    def lines(self) -> list[str]:
+        """The newest 200 lines."""
+        return [text for _, text in sorted(self._last.items())]

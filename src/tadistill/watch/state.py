@@ -1,0 +1,316 @@
+"""The state of a study at one moment, for a page that asks for it every few seconds. Nothing is written.
+
+study = Watched(directory, store)
+moment = study.look()             # reads what has changed since the last look; at most once a second
+moment.state, moment.stages, moment.left
+"""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tadistill.cluster.job import jobs_folder
+from tadistill.cluster.status import job_rows, local_rows, planned_stages
+from tadistill.errors import ConfigError
+from tadistill.plan.labels import distinct_labels
+from tadistill.plan.specs import KINDS, TRAINING
+from tadistill.runner.local import LOG, LocalRun, local_runs
+from tadistill.store import MANIFEST, ROLLOUTS, Store
+from tadistill.watch.logs import RunLog, TrainingLog
+
+_PAUSE = 1.0
+_SLURM_PAUSE = 15.0
+"""Seconds between two questions to Slurm, which all users of a cluster share."""
+_READING = 0.3
+"""Seconds that one look may spend on reading logs."""
+_WORDS = {
+    "dead": "killed",
+    "not started": "waiting",
+    "pending": "queued",
+    "configuring": "queued",
+    "requeued": "queued",
+    "completing": "running",
+}
+BAD = frozenset({"failed", "killed", "lost", "cancelled", "timeout", "out_of_memory", "node_fail", "preempted", "boot_fail", "deadline"})
+"""States of stages that need a person."""
+
+
+@dataclass(frozen=True)
+class StageState:
+    """One stage of the plan and what is known about it now."""
+
+    key: str
+    kind: str
+    label: str
+    model: str
+    seed: int
+    parents: Mapping[str, str]
+    total: int
+    """The number of updates; 1 for a stage that trains nothing."""
+    state: str = "waiting"
+    """done, running, waiting, queued, stopped, failed, killed, lost, or another state of Slurm in lower case."""
+    note: str = ""
+    """The newest numbers, or the reason why the stage failed or waits."""
+    done: int = 0
+    seconds: float | None = None
+    elapsed: str = ""
+    left: float | None = None
+
+    @property
+    def measures(self) -> bool:
+        """True if the stage changes no model."""
+        return self.kind in KINDS and KINDS[self.kind].measures
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The newest text that a student sampled in a training stage."""
+
+    step: int
+    rows: tuple[tuple[str, str], ...]
+    """Prompts and responses."""
+    changed: float
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A study at one moment."""
+
+    name: str
+    at: float
+    state: str
+    """running, queued, finished, killed, failed, interrupted or `not running`."""
+    stages: tuple[StageState, ...]
+    runs: tuple[LocalRun, ...]
+    left: float | None
+    logs: Mapping[str, TrainingLog]
+    rollouts: Mapping[str, Rollouts]
+    alarms: tuple[str, ...]
+    lines: tuple[str, ...]
+    """The last lines of run.log."""
+    unread: float
+    """The share of the logs' bytes that is not read yet."""
+    problems: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter(stage.state for stage in self.stages)
+
+    @property
+    def run(self) -> LocalRun | None:
+        """The newest run on a machine."""
+        return self.runs[-1] if self.runs else None
+
+
+@dataclass
+class _Slurm:
+    rows: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""
+    at: float = float("-inf")
+
+
+class Watched:
+    """A study whose files are looked at again and again. Several threads may share it."""
+
+    def __init__(self, study: Path, store: Store):
+        self.study, self.store = study, store
+        self._lock = threading.Lock()
+        self._moment: Moment | None = None
+        self._plan: tuple[float, tuple[StageState, ...]] = (0.0, ())
+        self._manifests: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._logs: dict[str, TrainingLog] = {}
+        self._read: set[str] = set()
+        self._rollouts: dict[str, Rollouts] = {}
+        self._slurm = _Slurm()
+        self._run_log = RunLog(study / LOG)
+        self._job_logs: dict[Path, RunLog] = {}
+
+    def look(self) -> Moment:
+        """Return the state now, or the state that was returned less than a second ago. Raises StoreError if plan.json cannot be read."""
+        with self._lock:
+            if self._moment is None or not 0 <= time.time() - self._moment.at < _PAUSE:
+                self._moment = self._look()
+            return self._moment
+
+    def _look(self) -> Moment:
+        planned, runs = self._planned(), local_runs(self.study)
+        stages = self._ready(tuple(self._states(planned, runs)))
+        self._follow(stages)
+        stages = tuple(_progress(stage, self._logs.get(stage.key)) for stage in stages)
+        self._sample(stages)
+        logs = list(self._logs.values())
+        unread, size = sum(log.file.unread for log in logs), sum(log.file.size for log in logs)
+        state = _state(stages, runs)
+        alarms = (*self._recorded(stages), *self._run_log.alarms, *(line for log in self._job_logs.values() for line in log.alarms))
+        return Moment(
+            name=self.study.resolve().name,
+            at=time.time(),
+            state=state,
+            stages=stages,
+            runs=tuple(runs),
+            left=_left(runs) if state == "running" else None,
+            logs={key: log for key, log in self._logs.items() if log.rows},
+            rollouts=dict(self._rollouts),
+            alarms=tuple(dict.fromkeys(alarms)),
+            lines=tuple(self._run_log.lines),
+            unread=unread / size if size else 0.0,
+            problems=(self._slurm.problem,) if self._slurm.problem else (),
+        )
+
+    def _planned(self) -> tuple[StageState, ...]:
+        changed = (self.study / "plan.json").stat().st_mtime if (self.study / "plan.json").is_file() else 0.0
+        if changed != self._plan[0] or not changed:
+            found = planned_stages(self.study)
+            labels = distinct_labels((s["key"], s["label"], s.get("arms", ())) for s in found)
+            self._plan = (
+                changed,
+                tuple(
+                    StageState(s["key"], s["kind"], labels[s["key"]], s["model"], s["seed"], s["parents"], s.get("steps") or 1)
+                    for s in found
+                ),
+            )
+        return self._plan[1]
+
+    def _states(self, planned: Iterable[StageState], runs: list[LocalRun]) -> Iterable[StageState]:
+        here = {key: (row, run.stages.get(key)) for run in runs for key, row in local_rows(run).items()}
+        stopped = set(runs[-1].stages) if runs and runs[-1].state == "interrupted" else set()
+        manifests = {stage.key: self._manifest(stage.key) for stage in planned}
+        jobs = self._jobs([key for key, manifest in manifests.items() if manifest is None and key not in here])
+        for stage in planned:
+            manifest = manifests[stage.key]
+            if manifest is not None:
+                yield replace(stage, state="done", done=manifest.get("steps") or stage.total, seconds=manifest.get("seconds"))
+            elif stage.key in here:
+                row, progress = here[stage.key]
+                state = _WORDS.get(row.state, row.state)
+                if progress is None:
+                    yield replace(stage, state=state, note=row.last)
+                else:
+                    total, seconds = progress.total, progress.seconds
+                    yield replace(
+                        stage, state=state, note=progress.note, done=progress.done, total=total, seconds=seconds, left=progress.left
+                    )
+            elif stage.key in jobs:
+                row = jobs[stage.key]
+                yield replace(stage, state=_WORDS.get(row.state, row.state), note=row.last, elapsed=row.elapsed)
+            else:
+                yield replace(stage, state="stopped" if stage.key in stopped else "waiting")
+
+    def _manifest(self, key: str) -> dict[str, Any] | None:
+        """Return the manifest of a finished stage. It is read again only if it has changed."""
+        path = self.store.folder(key) / MANIFEST
+        try:
+            changed = path.stat().st_mtime_ns
+        except OSError:
+            self._manifests.pop(key, None)
+            return None
+        if key not in self._manifests or self._manifests[key][0] != changed:
+            if not self.store.finished(key):
+                return None
+            content = self.store.manifest(key)
+            self._manifests[key] = changed, {name: content.get(name) for name in ("seconds", "steps", "alarms")}
+        return self._manifests[key][1]
+
+    def _jobs(self, keys: list[str]) -> dict[str, Any]:
+        """Return the rows of stages that Slurm runs, at most 15 seconds old."""
+        if time.monotonic() - self._slurm.at >= _SLURM_PAUSE:
+            try:
+                self._slurm = _Slurm(job_rows(self.store, keys), "", time.monotonic())
+            except ConfigError as error:
+                self._slurm = replace(self._slurm, problem=str(error), at=time.monotonic())
+            running = {row.job for row in self._slurm.rows.values() if row.state in ("running", "completing")}
+            paths = [path for job in running for path in jobs_folder(self.study).glob(f"{job}_*log.out")]
+            self._job_logs = {path: self._job_logs.get(path) or RunLog(path) for path in paths}
+            if not self._slurm.rows and not self._slurm.problem:
+                self._slurm.at = float("-inf")  # nothing was submitted, so nobody was asked
+        return self._slurm.rows
+
+    def _ready(self, stages: tuple[StageState, ...]) -> tuple[StageState, ...]:
+        """Name what a waiting stage waits for, if this stage cannot finish by itself."""
+        bad = {stage.key: stage for stage in stages if stage.state in BAD}
+        behind: dict[str, str] = {}
+        for stage in stages:  # parents come before children
+            reasons = [behind.get(key) or bad[key].label for key in stage.parents.values() if key in bad or key in behind]
+            if reasons and stage.state != "done":
+                behind[stage.key] = reasons[0]
+        note = {key: f"waits for {label}" for key, label in behind.items()}
+        return tuple(replace(s, note=note[s.key]) if s.key in note and s.state in ("waiting", "queued") else s for s in stages)
+
+    # --- logs and samples -----------------------------------------------------------------------------------------------
+
+    def _follow(self, stages: Iterable[StageState]) -> None:
+        deadline = time.monotonic() + _READING
+        training = [stage for stage in stages if stage.kind in TRAINING]
+        for stage in sorted(training, key=lambda stage: stage.state != "running"):
+            log = self._logs.setdefault(stage.key, TrainingLog(self.store.folder(stage.key) / "metrics.jsonl"))
+            if stage.key in self._read and stage.state == "done":
+                continue
+            self._read.discard(stage.key)
+            while log.file.forward() and time.monotonic() < deadline:
+                pass
+            if stage.state == "done":
+                self._read.add(stage.key)
+            if time.monotonic() > deadline:
+                break
+        others = [self._run_log, *self._job_logs.values()]
+        for log in others:
+            log.file.forward()
+        for log in (*others, *(self._logs[stage.key] for stage in training if stage.key in self._logs)):
+            while log.file.unread and time.monotonic() < deadline:
+                log.file.backward()
+
+    def _sample(self, stages: Iterable[StageState]) -> None:
+        for stage in stages:
+            if stage.kind not in TRAINING:
+                continue
+            path = self.store.folder(stage.key) / ROLLOUTS
+            try:
+                changed = path.stat().st_mtime
+                if stage.key in self._rollouts and self._rollouts[stage.key].changed == changed:
+                    continue
+                content = json.loads(path.read_text(encoding="utf-8"))
+                rows = tuple((str(row["prompt"]), str(row["response"])) for row in content["rows"])
+                self._rollouts[stage.key] = Rollouts(int(content["step"]), rows, changed)
+            except (OSError, ValueError, KeyError, TypeError):  # none yet; they only inform
+                continue
+
+    def _recorded(self, stages: Iterable[StageState]) -> Iterable[str]:
+        for stage in stages:
+            if stage.state == "done":
+                yield from (f"{stage.label}: {text}" for text in self._manifests[stage.key][1].get("alarms") or ())
+
+
+def _progress(stage: StageState, log: TrainingLog | None) -> StageState:
+    """Take the progress of a stage that has no record of its own from its log."""
+    if stage.state == "done" or log is None or not log.rows or stage.done:
+        return stage
+    values = {name: log.newest[name] for name in ("train/loss", "train/tokens_per_second") if name in log.newest}
+    texts = [f"loss {v:.3f}" if name == "train/loss" else f"{v:,.0f} tokens/s" for name, v in values.items()]
+    return replace(stage, done=min(log.step, stage.total), note=stage.note or ", ".join(texts))
+
+
+def _state(stages: tuple[StageState, ...], runs: list[LocalRun]) -> str:
+    states = {stage.state for stage in stages}
+    if states <= {"done"}:
+        return "finished"
+    if "running" in states or any(run.state == "running" for run in runs):
+        return "running"
+    if "queued" in states:
+        return "queued"
+    newest = runs[-1].state if runs else ""
+    if newest == "dead" or "killed" in states:
+        return "killed"
+    return newest if newest in ("failed", "interrupted") else "failed" if states & BAD else "not running"
+
+
+def _left(runs: list[LocalRun]) -> float | None:
+    """Return the predicted seconds until the newest running run is finished, counted from now."""
+    for run in reversed(runs):
+        if run.state == "running" and run.left is not None:
+            return max(run.left - (time.time() - run.seen), 0.0)
+    return None
