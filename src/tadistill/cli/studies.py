@@ -1,4 +1,4 @@
-"""Commands that read a study: report, export, judge, human."""
+"""Commands that read a study: report, watch, export, judge, human."""
 
 import contextlib
 import shlex
@@ -28,6 +28,20 @@ def report(study: StudyName, runs: Runs = None) -> None:
     page = write_report(results)
     console.print(summary_table(results))
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def watch(
+    study: StudyName,
+    port: Annotated[int, typer.Option(help="Port of the page on 127.0.0.1; 0 takes any free port.", min=0, max=65535)] = 8765,
+    runs: Runs = None,
+) -> None:
+    """Serve a page of a running or finished study on 127.0.0.1, which updates by itself (docs/watch.md). It changes no file."""
+    from tadistill.results.study import find_study
+    from tadistill.watch.server import serve
+
+    root = runs_directory(runs)
+    serve(find_study(study, root), store_of(root), port, console)
 
 
 @app.command()

@@ -104,20 +104,26 @@ class Curve:
         self._buckets: dict[int, list[float]] = {}  # lowest, highest, sum and count of the values, sum of the steps
 
     def add(self, step: int, value: float) -> None:
-        while step // self.width >= BUCKETS:
-            self.width *= 2
-            old, self._buckets = self._buckets, {}
-            for number, found in old.items():
-                self._merge(number // 2, found)
-        self._merge(step // self.width, [value, value, value, 1, step])
+        number = step // self.width
+        if number >= BUCKETS:
+            self._widen()
+            self.add(step, value)
+        elif (there := self._buckets.get(number)) is None:
+            self._buckets[number] = [value, value, value, 1, step]
+        else:
+            there[0], there[1] = min(there[0], value), max(there[1], value)
+            there[2] += value
+            there[3] += 1
+            there[4] += step
 
-    def _merge(self, number: int, found: list[float]) -> None:
-        if (there := self._buckets.get(number)) is None:
-            self._buckets[number] = found
-            return
-        there[0], there[1] = min(there[0], found[0]), max(there[1], found[1])
-        for i in (2, 3, 4):
-            there[i] += found[i]
+    def _widen(self) -> None:
+        self.width *= 2
+        old, self._buckets = self._buckets, {}
+        for number, found in old.items():
+            there = self._buckets.setdefault(number // 2, found)
+            if there is not found:
+                there[0], there[1] = min(there[0], found[0]), max(there[1], found[1])
+                there[2:] = [a + b for a, b in zip(there[2:], found[2:], strict=True)]
 
     def points(self) -> list[Point]:
         return [Point(at / n, low, total / n, high) for _, (low, high, total, n, at) in sorted(self._buckets.items())]
@@ -146,13 +152,17 @@ class TrainingLog:
             self.damaged += 1
             return
         self.rows += 1
-        values = {name: value for name, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
-        if step >= self.step:
-            self.step = step
-            self.newest |= values
-        for name, value in values.items():
-            if name in LOGS or name.startswith("dev/"):
-                self.curves.setdefault(name, Curve()).add(step, value)
+        newest, self.step = step >= self.step, max(step, self.step)
+        for name, value in row.items():
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                continue
+            if newest:
+                self.newest[name] = value
+            curve = self.curves.get(name)
+            if curve is None and (name in LOGS or name.startswith("dev/")):
+                curve = self.curves[name] = Curve()
+            if curve is not None:
+                curve.add(step, value)
 
 
 class RunLog:

@@ -51,7 +51,7 @@ class StageState:
     seed: int
     parents: Mapping[str, str]
     total: int
-    """The number of updates; 1 for a stage that trains nothing."""
+    """The number of updates of a training stage; other stages count rows, or nothing (1)."""
     state: str = "waiting"
     """done, running, waiting, queued, stopped, failed, killed, lost, or another state of Slurm in lower case."""
     note: str = ""
@@ -60,6 +60,10 @@ class StageState:
     seconds: float | None = None
     elapsed: str = ""
     left: float | None = None
+
+    @property
+    def trains(self) -> bool:
+        return self.kind in TRAINING
 
     @property
     def measures(self) -> bool:
@@ -245,7 +249,7 @@ class Watched:
 
     def _follow(self, stages: Iterable[StageState]) -> None:
         deadline = time.monotonic() + _READING
-        training = [stage for stage in stages if stage.kind in TRAINING]
+        training = [stage for stage in stages if stage.trains]
         for stage in sorted(training, key=lambda stage: stage.state != "running"):
             log = self._logs.setdefault(stage.key, TrainingLog(self.store.folder(stage.key) / "metrics.jsonl"))
             if stage.key in self._read and stage.state == "done":
@@ -266,7 +270,7 @@ class Watched:
 
     def _sample(self, stages: Iterable[StageState]) -> None:
         for stage in stages:
-            if stage.kind not in TRAINING:
+            if not stage.trains:
                 continue
             path = self.store.folder(stage.key) / ROLLOUTS
             try:

@@ -1,0 +1,148 @@
+"""The stages of a study as a graph of few nodes: a stage under all its seeds, with the stages that measure its model.
+
+A wide window shows the nodes in columns, parents left of children. A narrow one shows them as a list with arcs beside it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from tadistill.watch.state import BAD, StageState
+
+WIDTH, HEIGHT, ACROSS, DOWN = 250, 74, 310, 88
+"""Pixels of a node, and from one node to the next."""
+ROW, GUTTER = 82, 42
+"""Pixels of a node's row in the list, and of the arcs beside it."""
+_SEED = re.compile(r",?\s*seed \d+")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node: the stages that differ only in their seed, and the stages that measure their models."""
+
+    id: str
+    title: str
+    detail: str
+    stages: tuple[StageState, ...]
+    measures: tuple[StageState, ...]
+    parents: tuple[str, ...]
+
+    @property
+    def state(self) -> str:
+        """The state that a reader should know first: a failure, else what runs, else what is left to do."""
+        found = {stage.state for stage in (*self.stages, *self.measures)}
+        order = (*sorted(BAD), "running", "stopped", "queued", "waiting", "done")
+        return next((state for state in order if state in found), "waiting")
+
+    @property
+    def says(self) -> str:
+        """The numbers of the node in a few words."""
+        every = self.stages or self.measures
+        counts = Counter(stage.state for stage in every)
+        text = every[0].state if len(every) == 1 else ", ".join(f"{n} {state}" for state, n in counts.items())
+        done = sum(stage.state == "done" for stage in self.measures)
+        return f"{text} · {done}/{len(self.measures)} measured" if self.stages and self.measures else text
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A graph with the place of each node, and its edges as SVG paths."""
+
+    nodes: tuple[tuple[Node, int, int], ...]
+    """Nodes in the order of the list, each with its left and top pixel in the wide drawing."""
+    width: int
+    height: int
+    edges: tuple[str, ...]
+    arcs: tuple[str, ...]
+    """The edges of the list; its height is ROW pixels for each node."""
+
+
+def nodes_of(stages: Iterable[StageState]) -> list[Node]:
+    """Return the nodes of a study, parents before children."""
+    group: dict[str, str] = {}  # key of a stage -> its node
+    members: dict[str, list[StageState]] = {}
+    measures: dict[str, list[StageState]] = {}
+    for stage in stages:
+        if stage.measures:
+            home = group.get(stage.parents.get("model", ""), f"as it is: {stage.model}")
+            measures.setdefault(home, []).append(stage)
+        else:
+            home = f"{stage.kind} {_SEED.sub('', stage.label)}"
+            members.setdefault(home, []).append(stage)
+        group[stage.key] = home
+    found = []
+    for home in dict.fromkeys((*members, *measures)):
+        own = members.get(home, [])
+        above = dict.fromkeys(group[key] for stage in own for key in stage.parents.values() if key in group)
+        title, _, detail = _SEED.sub("", own[0].label).partition(", ") if own else (home.removeprefix("as it is: "), "", "as it is")
+        first = (own or measures[home])[0].key
+        found.append((home, first, title, detail, own, [name for name in above if name != home]))
+    ids = {home: first for home, first, *_ in found}
+    return [
+        Node(first, title, detail, tuple(own), tuple(measures.get(home, ())), tuple(ids[name] for name in above))
+        for home, first, title, detail, own, above in found
+    ]
+
+
+def draw(nodes: Sequence[Node]) -> Drawn:
+    """Place the nodes: a column for each number of stages before them, and near their parents within it."""
+    depth: dict[str, int] = {}
+    for node in nodes:  # parents come before children
+        depth[node.id] = 1 + max((depth[parent] for parent in node.parents if parent in depth), default=-1)
+    columns: dict[int, list[Node]] = {}
+    for node in nodes:
+        columns.setdefault(depth[node.id], []).append(node)
+    place: dict[str, int] = {}
+    for number in sorted(columns):
+        ordered = sorted(columns[number], key=lambda node: fmean([place[p] for p in node.parents if p in place] or [0.0]))
+        place |= {node.id: row for row, node in enumerate(ordered)}
+    at = {node.id: (depth[node.id] * ACROSS, place[node.id] * DOWN) for node in nodes}
+    pairs = [(parent, node.id) for node in nodes for parent in node.parents if parent in at]
+    row = {node.id: number for number, node in enumerate(nodes)}
+    return Drawn(
+        nodes=tuple((node, *at[node.id]) for node in nodes),
+        width=(max(columns, default=0) + 1) * ACROSS - (ACROSS - WIDTH),
+        height=max(map(len, columns.values()), default=0) * DOWN - (DOWN - HEIGHT),
+        edges=tuple(_edge(at[a], at[b]) for a, b in pairs),
+        arcs=tuple(_arc(row[a], row[b], len(nodes)) for a, b in pairs),
+    )
+
+
+def picked(nodes: Iterable[Node], logs: Mapping[str, object], wanted: Iterable[str]) -> tuple[list[StageState], str]:
+    """Return the training stages whose curves are shown, and a sentence about the choice.
+
+    The choice is the nodes in `wanted`; without them the running stages; without those the stages that wrote last.
+    """
+    chosen, nodes = set(wanted), list(nodes)
+    some = [s for node in nodes if node.id in chosen for s in node.stages if s.key in logs]
+    every = [s for node in nodes for s in node.stages if s.key in logs]
+    running = [s for s in every if s.state == "running"]
+    newest = sorted(every, key=lambda s: -logs[s.key].file.changed)  # type: ignore[attr-defined]
+    if some:
+        return some[:_SHOWN], _about("chosen", len(some))
+    if running:
+        return running[:_SHOWN], _about("running", len(running))
+    return newest[: min(_SHOWN, 6)], "The stages that wrote a log last." if newest else ""
+
+
+_SHOWN = 8
+
+
+def _about(what: str, count: int) -> str:
+    return f"The {what} stages." if count <= _SHOWN else f"{_SHOWN} of the {count} {what} stages; choose others in the graph."
+
+
+def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:
+    x, y = start[0] + WIDTH, start[1] + HEIGHT // 2
+    to, down = end[0], end[1] + HEIGHT // 2
+    bend = (ACROSS - WIDTH) // 2 + 20
+    return f"M{x} {y}C{x + bend} {y} {to - bend} {down} {to} {down}"
+
+
+def _arc(start: int, end: int, rows: int) -> str:
+    """Return an arc in the gutter of the list; a longer one reaches further to the left."""
+    y, to = start * ROW + ROW // 2, end * ROW + ROW // 2
+    out = GUTTER - 8 - min(abs(end - start) / max(rows - 1, 1), 1.0) * (GUTTER - 14)
+    return f"M{GUTTER} {y}C{out - 10:.0f} {y} {out - 10:.0f} {to} {GUTTER} {to}"

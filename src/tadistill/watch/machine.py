@@ -1,0 +1,135 @@
+"""CPU, memory and GPUs of this machine, and what the processes of a run use of them."""
+
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import psutil
+
+from tadistill.runner.local import LocalRun
+
+_PAUSE = 5.0
+"""Seconds between two calls of nvidia-smi, which takes up to a second."""
+_FIELDS = "name,utilization.gpu,memory.used,memory.total,temperature.gpu,power.draw"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU, as nvidia-smi describes it. A value that the card does not report is None."""
+
+    name: str
+    used: float | None
+    """Utilisation in per cent."""
+    memory: float | None
+    """Memory in use, in bytes."""
+    total: float | None
+    celsius: float | None
+    watts: float | None
+
+
+@dataclass(frozen=True)
+class Use:
+    """The load of a machine at one moment."""
+
+    host: str
+    cores: int
+    cpu: float
+    """Per cent of all cores."""
+    memory: int
+    total: int
+    own_processes: int
+    """Number of processes of the run on this machine; the values of the run are 0 if there is none."""
+    own_cpu: float
+    """Per cent of one core."""
+    own_memory: int
+    gpus: tuple[Gpu, ...]
+    note: str
+    """What cannot be seen from here, in one sentence; empty if nothing is missing."""
+
+
+@dataclass
+class Machine:
+    """Measures this machine. The load is the mean since the last call."""
+
+    _known: dict[tuple[int, float], psutil.Process] = field(default_factory=dict)
+    _gpus: tuple[float, tuple[Gpu, ...] | None] = (float("-inf"), None)
+
+    def look(self, runs: Iterable[LocalRun], *, elsewhere: bool) -> Use:
+        """Return the load now. `elsewhere` is True if Slurm runs stages of the study."""
+        running = [run for run in runs if run.state == "running"]
+        own = self._processes([run.pid for run in running if run.host == platform.node()])
+        memory = psutil.virtual_memory()
+        gpus, others = self._cards(), sorted({run.host for run in running} - {platform.node()})
+        notes = [f"The run is on {', '.join(others)}; this page sees only {platform.node()}."] if others else []
+        notes += ["Slurm runs the stages on other machines, whose load is not seen from here."] if elsewhere and not others else []
+        notes += ["There is no NVIDIA GPU on this machine, or no nvidia-smi."] if gpus is None else []
+        cpu, used = 0.0, 0
+        for process in own:
+            try:
+                with process.oneshot():
+                    cpu, used = cpu + process.cpu_percent(), used + process.memory_info().rss
+            except psutil.Error:  # it has just ended
+                continue
+        return Use(
+            host=platform.node(),
+            cores=psutil.cpu_count() or 1,
+            cpu=psutil.cpu_percent(),
+            memory=memory.total - memory.available,
+            total=memory.total,
+            own_processes=len(own),
+            own_cpu=cpu,
+            own_memory=used,
+            gpus=gpus or (),
+            note=" ".join(notes),
+        )
+
+    def _processes(self, roots: Iterable[int]) -> list[psutil.Process]:
+        """Return the processes of the runs. A process that is known is kept, because its load is measured since its last call."""
+        found: dict[tuple[int, float], psutil.Process] = {}
+        for pid in roots:
+            try:
+                root = psutil.Process(pid)
+                for process in (root, *root.children(recursive=True)):
+                    name = process.pid, process.create_time()
+                    found[name] = self._known.get(name, process)
+            except psutil.Error:
+                continue
+        self._known = found
+        return list(found.values())
+
+    def _cards(self) -> tuple[Gpu, ...] | None:
+        if time.monotonic() - self._gpus[0] >= _PAUSE:
+            self._gpus = time.monotonic(), _nvidia()
+        return self._gpus[1]
+
+
+def _nvidia() -> tuple[Gpu, ...] | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    try:
+        out = subprocess.run(
+            [program, f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=_PAUSE, check=True, stdin=subprocess.DEVNULL,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return read_gpus(out) or None
+
+
+def read_gpus(text: str) -> tuple[Gpu, ...]:
+    """Read the output of nvidia-smi; a value such as `[N/A]` becomes None."""
+    found = []
+    for line in text.splitlines():
+        name, *rest = (part.strip() for part in line.split(","))
+        values = [float(part) if part.replace(".", "", 1).isdigit() else None for part in rest]
+        if len(values) == 5:
+            used, memory, total, celsius, watts = values
+            scale = 2**20
+            found.append(
+                Gpu(name, used, None if memory is None else memory * scale, None if total is None else total * scale, celsius, watts)
+            )
+    return tuple(found)

@@ -1,0 +1,197 @@
+"""The server of the page: 127.0.0.1 only, read-only, and nothing but a few files of the study's own folder.
+
+server = make_server(study, store, port=0)
+server.serve_forever()                      # until server.shutdown()
+
+/                 the page
+/state            its parts as JSON
+/files/NAME       report.html, results.json and other files that the study's folder may have
+"""
+
+import contextlib
+import json
+import os
+import platform
+import socket
+import stat
+import sys
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from rich.console import Console
+
+from tadistill.errors import ConfigError, TadistillError
+from tadistill.store import Store
+from tadistill.watch import page
+from tadistill.watch.machine import Machine
+from tadistill.watch.state import Watched
+
+HOSTS = ("localhost", "127.0.0.1", "[::1]")
+"""Names in the Host header that are answered. A page of another name in the same browser could otherwise read the study (DNS rebinding)."""
+FILES = {
+    "report.html": "text/html",
+    "report.md": "text/plain",
+    "results.json": "application/json",
+    "results.csv": "text/csv",
+    "plan.json": "application/json",
+    "run.log": "text/plain",
+}
+"""The files of a study's folder that are served, with their types."""
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; base-uri 'none'"
+)
+_PAUSES = {"running": 2, "queued": 5}
+_REST = 10  # seconds between two looks at a study in which nothing happens
+
+
+class Server(ThreadingHTTPServer):
+    """A server of one study."""
+
+    daemon_threads = True
+
+    def __init__(self, study: Path, store: Store, port: int):
+        self.study, self.watched, self.machine = study, Watched(study, store), Machine()
+        super().__init__(("127.0.0.1", port), _Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/"
+
+    def state(self, wanted: list[str]) -> dict[str, Any]:
+        """Return the title, the parts of the page, and the seconds until a page should ask again."""
+        moment = self.watched.look()
+        use = self.machine.look(moment.runs, elsewhere=any(stage.elapsed for stage in moment.stages))
+        parts = page.render(moment, use, wanted, [name for name in ("report.html", "run.log") if (self.study / name).is_file()])
+        return {"title": page.title(moment), "parts": parts, "pause": _PAUSES.get(moment.state, _REST)}
+
+
+def make_server(study: Path, store: Store, *, port: int) -> Server:
+    """Return a server that listens. Raises ConfigError if the port is not free; StoreError if the study's plan cannot be read."""
+    try:
+        server = Server(study, store, port)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"port {port} of 127.0.0.1 cannot be used ({reason}); choose another with --port, or 0 for any free one"
+        ) from error
+    try:
+        server.watched.look()
+    except TadistillError:
+        server.server_close()
+        raise
+    return server
+
+
+def serve(study: Path, store: Store, port: int, console: Console) -> None:
+    """Serve the page until Ctrl-C, and print its address."""
+    with make_server(study, store, port=port) as server:
+        number = server.server_address[1]
+        console.print(
+            f"{study.resolve().name}: {server.url} (Ctrl-C ends the page; it changes nothing in the study)", highlight=False, soft_wrap=True
+        )
+        tunnel = f"ssh -L {number}:localhost:{number} {platform.node()}"
+        console.print(f"from another machine: `{tunnel}`, then the same address there", highlight=False, markup=False, soft_wrap=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+    server_version, sys_version = "tadistill", ""
+    protocol_version = "HTTP/1.1"
+    timeout = 30
+
+    def do_GET(self) -> None:
+        if not self._allowed():
+            return
+        parts = urlsplit(self.path)
+        name = parts.path.removeprefix("/files/")
+        try:
+            if parts.path == "/":
+                found = self.server.state([])
+                self._send(page.shell(self.server.watched.look(), found["parts"]).encode(), "text/html")
+            elif parts.path == "/state":
+                content = self.server.state(parse_qs(parts.query).get("node", []))
+                self._send(json.dumps(content, ensure_ascii=False).encode(), "application/json")
+            elif name != parts.path and name in FILES and (content := read_file(self.server.study, name)) is not None:
+                self._send(content, FILES[name])
+            else:
+                self._refuse(HTTPStatus.NOT_FOUND, "there is no such page; the page of the study is /")
+        except TadistillError as error:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+
+    do_HEAD = do_GET
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):  # any other method
+            return self._not_allowed
+        raise AttributeError(name)
+
+    def _not_allowed(self) -> None:
+        self.close_connection = True  # the body of the request is not read
+        self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "this page only reads; use GET", {"Allow": "GET, HEAD"})
+
+    def _allowed(self) -> bool:
+        host = self.headers.get("Host", "")
+        if host.rpartition(":")[0] not in HOSTS and host not in HOSTS:
+            self._refuse(HTTPStatus.FORBIDDEN, "this page is only served under the names localhost and 127.0.0.1")
+            return False
+        if not same_user(*self.client_address[:2], port=self.server.server_address[1]):
+            self._refuse(HTTPStatus.FORBIDDEN, "this page is only served to the user who started it")
+            return False
+        return True
+
+    def _refuse(self, status: HTTPStatus, reason: str, headers: dict[str, str] | None = None) -> None:
+        self._send(f"{reason}\n".encode(), "text/plain", status, headers)
+
+    def _send(self, content: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK, headers: dict[str, str] | None = None) -> None:
+        common = {
+            "Content-Type": f"{kind}; charset=utf-8",
+            "Content-Length": str(len(content)),
+            "Cache-Control": "no-store",
+            "Content-Security-Policy": _POLICY,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+        }
+        with contextlib.suppress(ConnectionError, TimeoutError):  # the reader has gone
+            self.send_response(status)
+            for name, value in (common | (headers or {})).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print nothing: the terminal of the command belongs to its user."""
+
+
+def read_file(study: Path, name: str) -> bytes | None:
+    """Return the content of a regular file of the study's folder; None if there is none, or if it is a link, which may lead elsewhere."""
+    try:
+        descriptor = os.open(study / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read() if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+
+
+def same_user(address: str, client: int, *, port: int) -> bool:
+    """Return False if a connection from this address and port to `port` belongs to another user of this machine (known only on Linux).
+
+    A port of 127.0.0.1 is open to all users of a login node. The tunnel of ssh belongs to the user who opened it.
+    """
+    try:
+        lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+    except OSError:
+        return True
+    ends = [f"{_hexadecimal(address)}:{client:04X}", f"{_hexadecimal('127.0.0.1')}:{port:04X}"]
+    owner = next((int(fields[7]) for line in lines if (fields := line.split())[1:3] == ends), None)
+    return owner is None or owner in (0, os.getuid())
+
+
+def _hexadecimal(address: str) -> str:
+    """Return an IPv4 address as /proc/net/tcp writes it: the bytes of the machine's own order."""
+    return f"{int.from_bytes(socket.inet_aton(address), sys.byteorder):08X}"
