@@ -44,6 +44,7 @@ _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; base-uri 'none'"
 )
 _PAUSES = {"running": 2, "queued": 5}
+_TABLE = Path("/proc/net/tcp")  # connections and their owners, on Linux
 _REST = 10  # seconds between two looks at a study in which nothing happens
 
 
@@ -184,7 +185,7 @@ def same_user(address: str, client: int, *, port: int) -> bool:
     A port of 127.0.0.1 is open to all users of a login node. The tunnel of ssh belongs to the user who opened it.
     """
     try:
-        lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+        lines = _TABLE.read_text(encoding="ascii").splitlines()[1:]
     except OSError:
         return True
     ends = [f"{_hexadecimal(address)}:{client:04X}", f"{_hexadecimal('127.0.0.1')}:{port:04X}"]

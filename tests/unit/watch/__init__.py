@@ -1,0 +1,1 @@
+"""Tests of the page that watches a study (a package, so that they can share `folder`)."""

@@ -1,0 +1,159 @@
+"""The states of stages: from manifests, the record of a run, and Slurm's queue."""
+
+import json
+import time
+
+import pytest
+
+from tadistill.cluster import queue
+from tadistill.disk import write_json
+from tadistill.errors import ConfigError, StoreError
+from tadistill.watch.graph import draw, nodes_of, picked
+from tadistill.watch.machine import Machine, read_gpus
+from tadistill.watch.state import Watched
+
+from .folder import D1, D2, E1, PLAN, S1, S2, XL
+
+
+def look(folder):
+    return Watched(folder.study, folder.store).look()
+
+
+def states(moment):
+    return {stage.key: stage.state for stage in moment.stages}
+
+
+def test_a_running_study(folder):
+    folder.finish(XL, alarms=("update 10: collapse",))
+    folder.log(S1, 1, 30)
+    folder.run(S1)
+    moment = look(folder)
+    assert states(moment) == {XL: "done", S1: "running", S2: "waiting", D1: "waiting", D2: "waiting", E1: "waiting"}
+    assert moment.state == "running"
+    assert moment.left == pytest.approx(240, abs=2)
+    stage = moment.stages[1]
+    assert (stage.done, stage.total, stage.left, stage.note) == (30, 100, 100.0, "loss 2.000, 120 tokens/s")
+    assert moment.alarms == ("sft xl, seed 1: update 10: collapse",)
+
+
+def test_a_killed_run_is_shown_as_such(folder):
+    folder.finish(XL)
+    folder.run(S1, dead=True)
+    moment = look(folder)
+    assert states(moment) == {XL: "done", S1: "killed", S2: "waiting", D1: "waiting", D2: "waiting", E1: "waiting"}
+    assert (moment.state, moment.left) == ("killed", None)
+    assert {stage.key: stage.note for stage in moment.stages if stage.note.startswith("waits")} == dict.fromkeys(
+        (D1, E1), "waits for sft s, seed 1"
+    )
+
+
+def test_other_ends_of_a_run(folder):
+    folder.run(S1, ended="interrupted")
+    assert (look(folder).state, states(look(folder))[S1]) == ("interrupted", "stopped")
+    folder.run(ended="failed", failed={S1: "the loss is not finite"})
+    moment = look(folder)
+    assert (moment.state, moment.stages[1].state, moment.stages[1].note) == ("failed", "failed", "the loss is not finite")
+    folder.finish(*(key for key, *_ in PLAN.values()))
+    assert look(folder).state == "finished"
+
+
+def test_a_study_that_was_never_run_and_a_damaged_plan(folder):
+    assert look(folder).state == "not running"
+    (folder.study / "plan.json").write_text("{")
+    with pytest.raises(StoreError, match=r"plan\.json cannot be read"):
+        look(folder)
+
+
+def test_jobs_of_slurm(folder, monkeypatch):
+    asked = []
+    for key, job in ((S1, "7"), (S2, "8")):
+        write_json(folder.store.folder(key) / "job.json", {"job": job, "index": None, "name": f"n{job}", "study": "small"})
+    folder.log(S1, 1, 40)
+    entries = {"7": queue.Entry("7", "RUNNING", "1:02", "n7"), "8": queue.Entry("8", "PENDING", "0:00", "n8", "Priority")}
+    monkeypatch.setattr(queue, "queued", lambda: asked.append(1) or entries)
+    (folder.study / "jobs").mkdir()
+    (folder.study / "jobs" / "7_0_log.out").write_text("10:00:00 alarm: update 10: collapse\n")
+    watched = Watched(folder.study, folder.store)
+    moment = watched.look()
+    found = {stage.key: stage for stage in moment.stages}
+    assert (found[S1].state, found[S1].elapsed, found[S1].done, found[S1].note) == ("running", "1:02", 40, "loss 2.000")
+    assert (found[S2].state, found[S2].note) == ("queued", "Priority")
+    assert (moment.state, moment.left) == ("running", None)
+    assert moment.alarms == ("10:00:00 alarm: update 10: collapse",)
+    watched._moment = None
+    watched.look()
+    assert len(asked) == 1  # all users share Slurm
+
+    def silent():
+        raise ConfigError("squeue does not answer")
+
+    monkeypatch.setattr(queue, "queued", silent)
+    moment = look(folder)
+    assert moment.problems == ("squeue does not answer",)
+    assert states(moment)[S1] == "waiting"
+
+
+def test_rollouts_are_read_again_when_they_change(folder):
+    watched = Watched(folder.study, folder.store)
+    folder.sampled(D1, "old")
+    assert watched.look().rollouts[D1].rows == (("a question", "old"),)
+    time.sleep(0.01)
+    folder.sampled(D1, "new")
+    (folder.store.folder(D2)).mkdir(parents=True)
+    (folder.store.folder(D2) / "rollouts.json").write_text("{")
+    watched._moment = None
+    assert {key: found.rows[0][1] for key, found in watched.look().rollouts.items()} == {D1: "new"}
+
+
+def test_the_graph_has_a_node_for_all_seeds(folder):
+    folder.finish(XL, S1)
+    moment = look(folder)
+    nodes = {node.title + node.detail: node for node in nodes_of(moment.stages)}
+    assert set(nodes) == {"sft xl", "sft s", "distill xl -> sminillm"}
+    assert [stage.key for stage in nodes["distill xl -> sminillm"].stages] == [D1, D2]
+    assert [stage.key for stage in nodes["distill xl -> sminillm"].measures] == [E1]
+    assert nodes["distill xl -> sminillm"].parents == (XL, S1)
+    assert nodes["sft s"].says == "1 done, 1 waiting"
+    places = {node.title: (x, y) for node, x, y in draw(list(nodes.values())).nodes}
+    assert places["sft xl"][0] == places["sft s"][0] < places["distill xl -> s"][0]
+
+
+def test_the_choice_of_curves(folder):
+    folder.finish(XL)
+    for key in (XL, S1, S2):
+        folder.log(key, 1, 3)
+    folder.run(S1)
+    moment = look(folder)
+    nodes = nodes_of(moment.stages)
+    assert [s.key for s in picked(nodes, moment.logs, ())[0]] == [S1]
+    assert [s.key for s in picked(nodes, moment.logs, [S1])[0]] == [S1, S2]
+    folder.run(ended="interrupted")
+    moment = look(folder)
+    assert {s.key for s in picked(nodes_of(moment.stages), moment.logs, ())[0]} == {XL, S1, S2}
+
+
+def test_an_evaluation_alone_has_a_node(folder):
+    plan = {"key": E1, "kind": "evaluate", "label": "evaluate gpt2", "model": "gpt2", "parents": {}, "seed": 0, "arms": []}
+    (folder.study / "plan.json").write_text(json.dumps({"stages": [plan]}))
+    node = nodes_of(look(folder).stages)[0]
+    assert (node.title, node.detail, node.says) == ("gpt2", "as it is", "waiting")
+
+
+def test_gpus_as_nvidia_smi_describes_them():
+    full, empty = read_gpus("NVIDIA H100, 87, 40960, 81920, 61, 512.3\nNVIDIA GB10, [N/A], [N/A], [N/A], 45, [N/A]\n")
+    assert (full.used, full.memory, full.total, full.celsius, full.watts) == (87, 40 * 2**30, 80 * 2**30, 61, 512.3)
+    assert (empty.name, empty.used, empty.memory, empty.celsius) == ("NVIDIA GB10", None, None, 45)
+    assert read_gpus("No devices were found\n") == ()
+
+
+def test_the_machine_of_a_run_and_of_another(folder, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    machine = Machine()
+    folder.run(S1)
+    use = machine.look(look(folder).runs, elsewhere=False)
+    assert use.own_processes >= 1
+    assert use.own_memory > 1 << 20
+    assert use.note == "There is no NVIDIA GPU on this machine, or no nvidia-smi."
+    folder.run(S1, host="node7")
+    use = machine.look([run for run in look(folder).runs if run.host == "node7"], elsewhere=False)
+    assert (use.own_processes, use.note.startswith("The run is on node7; this page sees only")) == (0, True)
