@@ -36,7 +36,7 @@ def watch(
     port: Annotated[int, typer.Option(help="Port of the page on 127.0.0.1; 0 takes any free port.", min=0, max=65535)] = 8765,
     runs: Runs = None,
 ) -> None:
-    """Serve a page of a running or finished study on 127.0.0.1, which updates by itself (docs/watch.md). It changes no file."""
+    """Serve a page of a running or finished study on 127.0.0.1, which updates by itself (docs/how-to/watch.md). It changes no file."""
     from tadistill.results.study import find_study
     from tadistill.watch.server import serve
 

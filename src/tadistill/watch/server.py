@@ -61,6 +61,11 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print errors of the page, but not that a reader has gone."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
     def state(self, wanted: list[str]) -> dict[str, Any]:
         """Return the title, the parts of the page, and the seconds until a page should ask again."""
         moment = self.watched.look()
@@ -100,9 +105,8 @@ def serve(study: Path, store: Store, port: int, console: Console) -> None:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Server
+    server: Server  # type: ignore[assignment]
     server_version, sys_version = "tadistill", ""
-    protocol_version = "HTTP/1.1"
     timeout = 30
 
     def do_GET(self) -> None:
@@ -132,7 +136,6 @@ class _Handler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _not_allowed(self) -> None:
-        self.close_connection = True  # the body of the request is not read
         self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "this page only reads; use GET", {"Allow": "GET, HEAD"})
 
     def _allowed(self) -> bool:

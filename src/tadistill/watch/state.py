@@ -17,7 +17,7 @@ from typing import Any
 from tadistill.cluster.job import jobs_folder
 from tadistill.cluster.status import job_rows, local_rows, planned_stages
 from tadistill.errors import ConfigError
-from tadistill.plan.labels import distinct_labels
+from tadistill.plan.graph import distinct_labels
 from tadistill.plan.specs import KINDS, TRAINING
 from tadistill.runner.local import LOG, LocalRun, local_runs
 from tadistill.store import MANIFEST, ROLLOUTS, Store

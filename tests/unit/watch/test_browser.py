@@ -10,7 +10,7 @@ SMALL, LARGE = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
 
 
 class Opened:
-    """The page in a browser; it remembers what went wrong and what was asked for. """
+    """The page in a browser; it remembers what went wrong and what was asked for."""
 
     def __init__(self, browser, server, **options):
         self.page, self.server = browser.new_page(viewport=LARGE, **options), server

@@ -25,7 +25,7 @@
     clearTimeout(timer);
     let pause = 2;
     try {
-      const reply = await fetch(`state?${query()}`, { cache: "no-store" });
+      const reply = await fetch(`state?${query()}`, { cache: "no-store", signal: AbortSignal.timeout(15000) });
       if (!reply.ok) throw new Error(await reply.text());
       const found = await reply.json();
       document.title = found.title;
@@ -35,7 +35,7 @@
       pause = found.pause;
     } catch (error) {
       live.classList.add("lost");
-      live.textContent = error instanceof TypeError ? "The server does not answer. This is the state of its last answer." : error.message;
+      live.textContent = error instanceof TypeError || error.name === "TimeoutError" ? "The server does not answer. This is the state of its last answer." : error.message;
       pause = 5;
     }
     busy = false;
