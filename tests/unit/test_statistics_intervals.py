@@ -155,13 +155,21 @@ def test_no_interval_leaves_the_bounds(mean, seeds):
         assert (apart.p < 0.05) == (not apart.covers_zero)
 
 
-def test_a_bounded_interval_is_students_on_the_logit_scale():
+def test_a_bounded_interval_solves_wilsons_equation():
     values = np.array([[[0.0], [0.0], [0.0], [100.0]]])
     low, high = macro_interval([values], bounds=(0, 100))
-    half = stdtrit(3, 0.975) * 0.25 / (0.25 * 0.75)  # the standard error of the mean is 0.25
-    assert (low, high) == pytest.approx((100 * expit(logit(0.25) - half), 100 * expit(logit(0.25) + half)))
+    answers = 0.25 * 0.75 / 0.25**2  # the standard error of the mean is 0.25
+    for share in (low / 100, high / 100):
+        assert abs(0.25 - share) == pytest.approx(stdtrit(3, 0.975) * np.sqrt(share * (1 - share) / answers))
     assert macro_interval([values / 25 + 1], bounds=(1, 5)) == pytest.approx((low / 25 + 1, high / 25 + 1))  # any bounds
     assert macro_interval([100 - values], bounds=(0, 100)) == pytest.approx((100 - high, 100 - low))
+
+
+def test_many_independent_answers_have_the_textbook_interval():
+    """Wilson's interval of 95 right answers of 1000 with z = 1.96; t with 999 degrees of freedom is slightly larger."""
+    values = np.zeros((1, 1000, 1))
+    values[0, :95] = 1
+    assert macro_interval([values], bounds=(0, 1)) == pytest.approx((0.0783452, 0.1147544), abs=5e-5)
 
 
 def test_far_from_its_bounds_a_bounded_interval_is_the_unbounded_one():
