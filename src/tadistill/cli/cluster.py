@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tadistill.cli import complete
 from tadistill.cli.shared import Overrides, RecipePath, Runs, StudyName, console, read_recipe
 from tadistill.store import runs_directory, store_of
 
@@ -25,7 +26,10 @@ def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) ->
 
 @app.command()
 def doctor(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML) whose models and data are checked.", metavar="[RECIPE]")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="A recipe whose models and data are checked.", metavar="[RECIPE]", autocompletion=complete.recipe_names),
+    ] = None,
     cluster: Cluster = None,
     runs: Runs = None,
 ) -> None:

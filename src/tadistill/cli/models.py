@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tadistill.cli import complete
 from tadistill.cli.shared import Runs, comma_separated, console, run_and_report, runs_option
 from tadistill.errors import ConfigError
 from tadistill.store import runs_directory, store_of
@@ -16,7 +17,11 @@ Seeds = Annotated[str, typer.Option("--seeds", help="Decoding seeds, separated b
 Teacher = Annotated[str | None, typer.Option("--teacher", help="Also measure KL divergences to this model.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="KEY=VALUE as in a recipe, such as data.template=chat, evaluate.temperature=0, data.limit.test=50."),
+    typer.Option(
+        "--set",
+        help="KEY=VALUE as in a recipe, such as data.template=chat, evaluate.temperature=0, data.limit.test=50.",
+        autocompletion=complete.settings,
+    ),
 ]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tadistill.cli import complete
 from tadistill.store import store_of
 from tadistill.terminal import Terminal
 
@@ -16,11 +17,24 @@ if TYPE_CHECKING:
 
 console = Terminal()
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML), or the name of a shipped one (`tadistill recipes`).", metavar="RECIPE")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Values that replace values of the recipe, for instance seeds=[10].", metavar="[KEY=VALUE]…")
+RecipePath = Annotated[
+    Path,
+    typer.Argument(
+        help="A recipe (YAML), or the name of a shipped one (`tadistill recipes`).", metavar="RECIPE", autocompletion=complete.recipe_names
+    ),
 ]
-StudyName = Annotated[str, typer.Argument(help="The name, the directory or the recipe of a study.", metavar="STUDY")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Values that replace values of the recipe, for instance seeds=[10].",
+        metavar="[KEY=VALUE]…",
+        autocompletion=complete.overrides,
+    ),
+]
+StudyName = Annotated[
+    str,
+    typer.Argument(help="The name, the directory or the recipe of a study.", metavar="STUDY", autocompletion=complete.study_names),
+]
 Runs = Annotated[
     Path | None, typer.Option("--runs", help="Directory of studies and the store (default: variable TADISTILL_RUNS, else ./runs).")
 ]

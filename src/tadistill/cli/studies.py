@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from tadistill.cli import complete
 from tadistill.cli.shared import Runs, StudyName, comma_separated, console
 from tadistill.errors import ConfigError
 from tadistill.store import runs_directory, store_of
@@ -47,7 +48,7 @@ def watch(
 @app.command()
 def export(
     study: StudyName,
-    arm: Annotated[str, typer.Argument(help="The arm whose model is copied.", metavar="ARM")],
+    arm: Annotated[str, typer.Argument(help="The arm whose model is copied.", metavar="ARM", autocompletion=complete.arm_names)],
     target: Annotated[
         Path | None, typer.Argument(help="The new directory for the copy; not needed with --push.", metavar="[TARGET]")
     ] = None,
@@ -77,7 +78,10 @@ def export(
             console.print(f"sent to {page}", soft_wrap=True, highlight=False)
 
 
-Arms = Annotated[list[str] | None, typer.Option("--arm", help="An arm to use. Repeat the option for more arms (default: all).")]
+Arms = Annotated[
+    list[str] | None,
+    typer.Option("--arm", help="An arm to use. Repeat the option for more arms (default: all).", autocompletion=complete.arm_names),
+]
 JudgedOn = Annotated[str, typer.Option("--on", help="Test sets, separated by commas (default: all).")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Number of prompts per test set, evenly spaced (default: all).")]
 

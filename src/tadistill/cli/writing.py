@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tadistill.cli import complete
 from tadistill.cli.shared import console
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ def recipes() -> None:
 
 @app.command()
 def explain(
-    word: Annotated[str, typer.Argument(help="A key of a recipe, such as lr, method.optim.lr or arms.X.path.", metavar="KEY")],
+    word: Annotated[
+        str,
+        typer.Argument(help="A key of a recipe, such as lr, method.optim.lr or arms.X.path.", metavar="KEY", autocompletion=complete.keys),
+    ],
 ) -> None:
     """Print what a key of a recipe means: its type, allowed values and default, and the page that says more."""
     from rich.padding import Padding

@@ -1,0 +1,101 @@
+"""Completion in a shell: recipes, studies, arms, keys and their values.
+
+`tadistill --install-completion` turns it on.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from tadistill.store import runs_directory
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Offer the shipped recipes, and the YAML files and folders here."""
+    from tadistill.config.shipped import shipped
+
+    here = [path for path in Path().glob(f"{incomplete}*") if path.is_dir() or path.suffix in (".yaml", ".yml")]
+    return _beginning(incomplete, [*shipped(), *(f"{path}/" if path.is_dir() else str(path) for path in sorted(here))])
+
+
+def study_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Offer the studies of the runs directory."""
+    from tadistill.results.find import studies
+
+    return _beginning(incomplete, studies(runs_directory(ctx.params.get("runs"))))
+
+
+def arm_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Offer the arms of the study that the command line names before."""
+    from tadistill.errors import ConfigError
+    from tadistill.results.find import arms, find_study
+
+    study = ctx.params.get("study") or next(iter(ctx.args), "")  # an option without its value stands behind the study
+    try:
+        return _beginning(incomplete, arms(find_study(study, runs_directory(ctx.params.get("runs")))))
+    except ConfigError:
+        return []
+
+
+def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Offer `KEY=` of a recipe with the names of its models and arms, and `KEY=VALUE` where the values are known."""
+    return _settings(incomplete, _named(ctx.params.get("recipe")))
+
+
+def settings(incomplete: str) -> list[str]:
+    """Offer `KEY=` and `KEY=VALUE` of a recipe that trains nothing."""
+    return [text for text in _settings(incomplete, {}) if text.startswith(("data.", "evaluate."))]
+
+
+def keys(incomplete: str) -> list[str]:
+    """Offer keys by name and by place."""
+    from tadistill.config.reference import reference
+
+    places = [place for part in reference() for place in part.places]
+    names = [key.name for part in reference() for key in part.keys]
+    return _beginning(incomplete, sorted({*names, *filter(None, places), *_places({})}))
+
+
+def _beginning(incomplete: str, texts: Iterable[str]) -> list[str]:
+    return [text for text in texts if text.startswith(incomplete)]
+
+
+def _settings(incomplete: str, named: dict[str, list[str]]) -> list[str]:
+    key, given, _ = incomplete.partition("=")
+    places = _places(named)
+    if given:
+        return _beginning(incomplete, [f"{key}={value}" for value in places.get(key, ())])
+    return _beginning(incomplete, [f"{place}=" for place in places])
+
+
+def _places(named: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return the whole key of every value in a recipe -> its values, as far as they are known.
+
+    Args:
+        named: `models`, `arms` … -> the names that a recipe has there. Keys below other names are left out.
+    """
+    from tadistill.config.reference import NAME, reference
+
+    found: dict[str, list[str]] = {}
+    for part in reference():
+        for place in part.places:
+            top = place.split(f".{NAME}")[0]
+            for name in named.get(top, ()) if NAME in place else ("",):
+                for key in part.keys:
+                    full = ".".join(filter(None, (place.replace(NAME, name, 1), key.name)))
+                    choices = ["true", "false"] if key.type == "true or false" else key.choices
+                    found.setdefault(full, []).extend(choice for choice in choices if choice not in found.get(full, ()))
+    return found
+
+
+def _named(recipe: Any) -> dict[str, list[str]]:
+    from tadistill.config import load
+    from tadistill.errors import ConfigError
+
+    try:
+        loaded = load(recipe)
+    except (ConfigError, TypeError):
+        return {}
+    return {"models": [*loaded.models], "arms": [*loaded.arms], "evaluate.also": [*loaded.evaluate.also], "resources": ["default"]}
