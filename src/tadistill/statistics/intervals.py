@@ -132,7 +132,7 @@ class _Estimate:
         spread = (half / span) ** 2
         shift = spread / (share * (1 - share))  # t^2 / n
         centre = (share + shift / 2) / (1 + shift)
-        half = np.sqrt(spread + shift**2 / 4) / (1 + shift)
+        half = float(np.sqrt(spread + shift**2 / 4)) / (1 + shift)
         return self.low + span * max(centre - half, 0.0), self.low + span * min(centre + half, 1.0)
 
     @property
@@ -144,7 +144,7 @@ class _Estimate:
             return min(1.0, 2.0 ** (1 - sum(self.prompts)))  # all differences are equal: a sign test over prompts
         scaled = self.mean / self.se
         if np.isfinite(self.high):
-            scaled *= np.sqrt(1 - (self.mean / self.high) ** 2)  # the standard error at a mean of zero, with the same n
+            scaled *= float(np.sqrt(1 - (self.mean / self.high) ** 2))  # the standard error at a mean of zero, with the same n
         return float(2 * (ndtr(-abs(scaled)) if np.isinf(self.df) else stdtr(self.df, -abs(scaled))))
 
     def _without_variance(self, level: float) -> tuple[float, float]:
