@@ -49,6 +49,13 @@ def settings(incomplete: str) -> list[str]:
     return [text for text in _settings(incomplete, {}) if text.startswith(("data.", "evaluate."))]
 
 
+def method_names(incomplete: str) -> list[str]:
+    """Offer the methods by name."""
+    from tadistill.config.shorthand import METHODS
+
+    return _beginning(incomplete, METHODS)
+
+
 def keys(incomplete: str) -> list[str]:
     """Offer keys by name and by place."""
     from tadistill.config.reference import reference

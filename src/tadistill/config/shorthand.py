@@ -52,11 +52,16 @@ def written_out(value: Any, *, string: str, name: str) -> Any:
     return _with_method(given[name], {key: part for key, part in given.items() if key != name})
 
 
+def no_method(name: Any) -> str:
+    """Return the sentence for a name that is not the name of a method."""
+    close = difflib.get_close_matches(str(name).lower(), METHODS, n=1, cutoff=0.5)
+    hint = f"did you mean `{close[0]}`? The" if close else "the"
+    return f"`{name}` is not a method; {hint} methods are {', '.join(METHODS)}"
+
+
 def _with_method(name: Any, given: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(name, str) or name not in METHODS:
-        close = difflib.get_close_matches(str(name).lower(), METHODS, n=1, cutoff=0.5)
-        hint = f"did you mean `{close[0]}`? The" if close else "the"
-        raise ValueError(f"`{name}` is not a method; {hint} methods are {', '.join(METHODS)}")
+        raise ValueError(no_method(name))
     settings = {"sampler": {"type": "dataset"}} | METHODS[name]
     return given | {part: _merged(part, settings[part], given.get(part)) for part in _PARTS}
 
