@@ -4,6 +4,7 @@
 configuration.
 """
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ MARK = re.compile(r"^(```\w+)(.*?) test=[\w-]+", re.MULTILINE)
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
-    for name, write in {"commands": commands, "keys": keys}.items():
+    for name, write in {"commands": commands, "keys": keys, "code": code}.items():
         files.append(File.generated(config, f"reference/{name}.md", content=write()))
     return files
 
@@ -61,6 +62,29 @@ def _key(key: Key) -> str:
 
 def _title(page: str) -> str:
     return Path(page.split("#")[0]).stem
+
+
+def code() -> str:
+    """Return the page of all files of the package, with the first sentence of each."""
+    head = """# The code
+
+This page is generated from the first sentences of the files in `src/tadistill`.
+[Contributing](contributing.md) has the layers, the conventions, and the steps to add something."""
+    package = Path(cli.__file__).parents[1]
+    folders = dict.fromkeys(path.parent for path in sorted(package.rglob("*.py"), key=lambda path: (path.parent != package, path)))
+    return "\n\n".join([head, *(_folder(folder, package) for folder in folders)])
+
+
+def _folder(folder: Path, package: Path) -> str:
+    told = {path.name: _sentence(path) for path in sorted(folder.glob("*.py"))}
+    title, about = folder.relative_to(package.parent), told.pop("__init__.py", "")
+    rows = [f"| `{name}` | {text} |" for name, text in told.items() if text]
+    return "\n".join([f"## `{title}/`", "", about, "", *(["| file | |", "|---|---|", *rows] if rows else [])])
+
+
+def _sentence(path: Path) -> str:
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z`])", text)[0].replace("|", "\\|")
 
 
 def commands() -> str:

@@ -54,7 +54,7 @@ class Block:
     @property
     def lines(self) -> list[list[str]]:
         """The commands of a shell block, as lists of words."""
-        return [words for line in self.text.splitlines() if (words := shlex.split(line, comments=True))]
+        return [words for line in self.text.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def blocks(page: Path) -> list[Block]:

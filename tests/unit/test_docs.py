@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NAMED = re.compile(r"(?<![\w/])((?:docs|recipes|examples|benchmarks)/[\w./-]*\w\.\w+)")
-GENERATED = {"commands.md", "keys.md"}
+GENERATED = {"code.md", "commands.md", "keys.md"}
 """Pages that docs/hooks.py writes."""
 
 
@@ -19,7 +19,7 @@ def texts() -> list[Path]:
 def test_files_that_a_text_names_exist():
     missing = {}
     for path in texts():
-        named = set(NAMED.findall(path.read_text(encoding="utf-8")))
+        named = set(NAMED.findall(re.sub(r"\]\([^)]*\)", "", path.read_text(encoding="utf-8"))))  # links are relative to the page
         if wrong := sorted(name for name in named if not (ROOT / name).exists()):
             missing[str(path.relative_to(ROOT))] = wrong
     assert not missing

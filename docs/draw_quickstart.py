@@ -1,0 +1,111 @@
+"""Draws docs/pictures/quickstart.svg, the README's picture: who teaches whom in the example, and the fact accuracy of each student.
+
+Run `make quickstart`, then `python docs/draw_quickstart.py [RUNS]`. A circle is a model.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tadistill.report import read_results
+from tadistill.results.collect import MEAN, Results
+from tadistill.results.compare import compare
+from tadistill.store import runs_directory, store_of
+
+TARGET = Path(__file__).parent / "pictures" / "quickstart.svg"
+TITLE = "Does a teacher assistant help? The example, on two CPU cores in five minutes"
+METRIC = "fact_accuracy"
+ROWS = {
+    "teacher": "the teacher",
+    "sft": "student, fine-tuned only",
+    "kd": "taught word by word (KD)",
+    "direct": "taught directly (MiniLLM)",
+    "takd": "taught through an assistant",
+    "direct-equal-compute": "directly, with the same compute",
+}
+KINDS = {"xl": ("teacher", 14.0), "l": ("assistant", 11.0), "s": ("student", 9.0)}
+"""Model -> its colour and the radius of its circle."""
+WIDTH, HEIGHT, TOP, ROW = 860, 318, 74, 34
+LEFT, RIGHT = 440, 840
+STYLE = """
+text { font: 14px system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; fill: #1f2328 }
+.title { font-weight: 600; font-size: 16px } .small { font-size: 12px; fill: #59636e }
+.in { font-size: 12px; fill: #fff; text-anchor: middle }
+.grid { stroke: #d1d9e0 } .arrow { stroke: #59636e; stroke-width: 1.5; fill: none } .head { fill: #59636e }
+.span { stroke-width: 3; stroke-linecap: round } .teacher { fill: #57606a; stroke: #57606a } .student { fill: #0969da; stroke: #0969da }
+.assistant { fill: #8250df; stroke: #8250df } .value { text-anchor: start }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6edf3 } .small { fill: #9198a1 } .in { fill: #fff }
+  .grid { stroke: #3d444d } .arrow { stroke: #9198a1 } .head { fill: #9198a1 }
+  .teacher { fill: #768390; stroke: #768390 } .student { fill: #4493f8; stroke: #4493f8 } .assistant { fill: #ab7df8; stroke: #ab7df8 }
+}
+"""
+
+
+def picture(results: Results) -> str:
+    """Return the picture as SVG."""
+    found = compare(results, "takd", "direct-equal-compute", METRIC)
+    assert found is not None, "the study has no finished seed; run `make quickstart` first"
+    difference = found[0]
+    clear = difference.low > 0 or difference.high < 0
+    sentence = (
+        f"{'A clear difference' if clear else 'Undecided'}: through the assistant minus direct, at the same compute, "
+        f"{signed(difference.mean)} points, 95 % interval {signed(difference.low)} to {signed(difference.high)}"
+    )
+    body = [
+        f'<text class="title" x="16" y="26">{TITLE}</text>',
+        f'<text class="small" x="16" y="48">{escape(sentence)}</text>',
+        *axis(),
+        *(part for number, arm in enumerate(ROWS) for part in row(results, arm, TOP + 20 + number * ROW)),
+        '<text class="small" x="16" y="310">circles: models · lines: 95 % intervals, three training seeds</text>',
+    ]
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img">'
+    return "\n".join([head, f"<title>{escape(sentence)}</title>", f"<style>{STYLE}</style>", *body, "</svg>", ""])
+
+
+def axis() -> Iterator[str]:
+    """Yield the vertical lines and numbers of the scale."""
+    for value in (0, 20, 40, 60):
+        yield f'<line class="grid" x1="{across(value):.1f}" x2="{across(value):.1f}" y1="{TOP}" y2="{TOP + 6 * ROW + 4}"/>'
+        yield f'<text class="small" x="{across(value):.1f}" y="{TOP + 6 * ROW + 20}" text-anchor="middle">{value} %</text>'
+    yield f'<text class="small" x="{RIGHT}" y="{TOP - 8}" text-anchor="end">facts right, sampled answers</text>'
+
+
+def row(results: Results, name: str, y: float) -> Iterator[str]:
+    """Yield an arm's path, its name, and its mean with interval."""
+    arm = next(arm for arm in results.plan.arms if arm.name == name)
+    summary, x = results.summaries[name, MEAN, METRIC], 30.0
+    for place, model in enumerate(arm.path):
+        kind, radius = KINDS[model]
+        if place:
+            yield f'<line class="arrow" x1="{x - 44:.1f}" x2="{x - radius - 8:.1f}" y1="{y}" y2="{y}"/>'
+            yield f'<path class="head" d="M{x - radius - 2:.1f} {y}l-8 -4v8z"/>'
+        yield f'<circle class="{kind}" cx="{x:.1f}" cy="{y}" r="{radius:.1f}"/>'
+        yield f'<text class="in" x="{x:.1f}" y="{y + 4}">{model}</text>'
+        x += 62
+    yield f'<text x="200" y="{y + 5}">{escape(ROWS[name])}</text>'
+    kind = "assistant" if len(arm.path) > 2 else KINDS[arm.path[-1]][0]
+    yield f'<line class="span {kind}" x1="{across(summary.low):.1f}" x2="{across(summary.high):.1f}" y1="{y}" y2="{y}"/>'
+    yield f'<circle class="{kind}" cx="{across(summary.mean):.1f}" cy="{y}" r="5"/>'
+    yield f'<text class="value" x="{across(summary.high) + 10:.1f}" y="{y + 5}">{summary.mean:.1f}</text>'
+
+
+def across(value: float) -> float:
+    """Return the x coordinate of a share in percent."""
+    return LEFT + (RIGHT - LEFT - 50) * value / 60
+
+
+def signed(value: float) -> str:
+    """Return a number with its sign."""
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def escape(text: str) -> str:
+    """Return a text as it stands in XML."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    root = runs_directory(sys.argv[1] if len(sys.argv) > 1 else None)
+    TARGET.write_text(picture(read_results(root / "quickstart", store_of(root))), encoding="utf-8")
+    print(TARGET)
