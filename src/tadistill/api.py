@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def run(recipe: str | Path | Recipe | Mapping[str, Any], overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> Path:
     """Run a study, write its report, and return the path of report.html. Finished stages are reused.
 
-    A recipe is the path of its file, a `Recipe`, or its content as a dict. Call this function under `if __name__ == "__main__":`, because
-    stages run in separate processes.
+    `recipe` is the path of a file, a `Recipe`, or a dict with the content of a recipe. Call this function under
+    `if __name__ == "__main__":`, because stages run in separate processes.
 
     Raises:
         ConfigError: the recipe is wrong, or overrides were given for a `Recipe` object.
@@ -34,7 +34,7 @@ def run(recipe: str | Path | Recipe | Mapping[str, Any], overrides: Sequence[str
     if isinstance(recipe, Recipe):
         if overrides:
             raise ConfigError(
-                f"overrides {list(overrides)} apply to a recipe's file, not to a Recipe; change the Recipe, or give the file's path"
+                f"overrides {list(overrides)} apply to a recipe's file, not to a `Recipe`; change the `Recipe`, or give the file's path"
             )
         content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
         loaded, text, arguments = recipe, yaml.safe_dump(content, sort_keys=False, allow_unicode=True), ["recipe"]
@@ -60,7 +60,7 @@ def evaluate(
     """Evaluate a loaded model on test sets. Return {set: {metric: mean over prompts and decoding seeds}}.
 
     Args:
-        on: one test set or several: names (dolly, self_inst, tinyworld…), JSONL files or hub ids. Their test splits are read.
+        on: one test set or several. Each is a name (dolly, self_inst, tinyworld…), a JSONL file or a hub id. Its test split is read.
         settings: settings of decoding, also as a dict such as {"seeds": [10], "max_new_tokens": 64}. The default is as in MiniLLM:
             temperature 1, 256 new tokens, seeds 10, 20, 30, 40 and 50.
         limit: the number of rows that are read from the start of each set; None for all rows.

@@ -1,10 +1,10 @@
-"""Files: digests, atomic writing, and reading JSON that may be damaged.
+"""Functions for files: digests, atomic writing, and reading of JSON that may be damaged.
 
 A reader never sees an incomplete file. There are three ways to write a file:
 
     write_text, write_json, write_rows      a small file, which several processes may write
-    with replacing(path) as temporary:      a large file that only one process writes (a training state)
-    with publishing(target) as temporary:   a file or folder that several processes may create (a cache); the first result is kept
+    with replacing(path) as temporary:      a large file that only one process writes, such as a training state
+    with publishing(target) as temporary:   a file or folder that several processes may create, such as a cache; the first one is kept
 """
 
 import difflib
@@ -27,21 +27,21 @@ _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
 
 
 def cache_root() -> Path:
-    """Return the folder of converted models: the variable TADISTILL_CACHE, else `tadistill` in the user's cache folder."""
+    """Return the folder of converted models. It is the variable TADISTILL_CACHE, or `tadistill` in the user's cache folder."""
     if given := os.environ.get("TADISTILL_CACHE"):
         return Path(given).expanduser()
     return user_cache() / "tadistill"
 
 
 def user_cache() -> Path:
-    """Return the user's cache folder: the variable XDG_CACHE_HOME, else ~/.cache."""
+    """Return the user's cache folder. It is the variable XDG_CACHE_HOME, or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
 def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ()) -> str:
-    """Return the error sentence for a file that no searched folder contains. The sentence suggests the closest existing name.
+    """Return the error sentence for a file that none of the `folders` contains. It suggests the existing name that is most similar.
 
-    Only folders, and files with one of the suffixes, are offered; with no suffixes, only folders.
+    Folders are always suggested. Files are suggested only if they have one of the `suffixes`.
     """
     searched = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
     try:
@@ -77,7 +77,7 @@ def _remembered(path: Path, size: int, modified: int) -> str:
 
 
 def sampled_digest(path: Path) -> str:
-    """Return a SHA-256 (hex) of a file's size and of 16 evenly spaced blocks of 128 KiB. It is faster than `digest` for weight files."""
+    """Return the SHA-256 (hex) of a file's size and of 16 evenly spaced blocks of 128 KiB. For weight files it is faster than `digest`."""
     # Blocks in the middle are needed: two fine-tunings of one model may have equal embeddings and equal final layers.
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
@@ -92,14 +92,14 @@ def sampled_digest(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file is on the disk (fsync)."""
+    """Wait until the file's content is on the disk (fsync)."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an error of writing inside the block into a StoreError that names `path`, the reason and the fix."""
+    """Turn an error of writing inside the block into a StoreError. It names `path`, the reason and the fix."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full
@@ -108,7 +108,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def ordinary_permissions(directory: Path) -> None:
-    """Give the files of a folder the permissions that a new file gets here (umask): safetensors makes files that only their owner reads."""
+    """Give all files of a folder the permissions of a new file (umask). safetensors makes files that only their owner can read."""
     mask = os.umask(0)
     os.umask(mask)
     for path in directory.iterdir():
@@ -128,7 +128,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, and create its folder. Several processes may write it. Raises StoreError if it cannot be written."""
+    """Write a text file atomically. Missing folders are created. Several processes may write the same file.
+
+    Raises StoreError if the file cannot be written.
+    """
     with _own_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character pair, as in arguments of another locale
 
@@ -169,7 +172,7 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
 def publishing(target: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder. It is renamed to `target` when the block ends without an error.
 
-    Several processes may create the same folder at the same time. The first folder is kept, and later folders are deleted.
+    Several processes may create the same target at the same time. The first one is kept, and the others are deleted.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -189,7 +192,7 @@ def publishing(target: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, *, fix: str = "delete its directory and run the recipe again") -> Any:
-    """Parse a JSON file. Raises StoreError if it is missing or damaged; the message names the file and ends with `fix`."""
+    """Parse a JSON file. Raises StoreError if the file is missing or damaged. The error names the file and ends with `fix`."""
     try:
         return json.loads(_text(path, fix))
     except ValueError as error:
@@ -230,7 +233,7 @@ def _object(line: bytes, path: Path, number: int, fix: str) -> dict[str, Any]:
 
 
 def damaged(path: Path, reason: str, fix: str = "delete its directory and run the recipe again") -> StoreError:
-    """Return the StoreError for a file that is missing or damaged, with the reason and the fix."""
+    """Return the StoreError for a file that is missing or damaged. Its message gives the file, the reason and the fix."""
     return StoreError(f"{path} cannot be read ({reason}): {fix}")
 
 

@@ -13,7 +13,8 @@ class TadistillError(Exception):
     """Base class of every error that tadistill raises on purpose.
 
     Args:
-        problems: one sentence each. Control characters and line breaks in them are written out, and values are cut at 200 characters.
+        problems: one sentence per problem. Control characters and line breaks are shown as escapes. A quoted value is cut after 200
+            characters.
     """
 
     def __init__(self, *problems: object):
@@ -21,7 +22,7 @@ class TadistillError(Exception):
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """The sentences, one for each problem."""
+        """The sentences of the error, one per problem."""
         return self.args
 
     def __str__(self) -> str:
@@ -29,7 +30,7 @@ class TadistillError(Exception):
 
 
 class Gathering:
-    """Errors of several checks, so that all problems are shown at once.
+    """Collects the errors of several checks, so that the user sees all problems at once.
 
     found = Gathering()
     for name in models:
@@ -51,7 +52,7 @@ class Gathering:
             self._errors.append(error)
 
     def finish(self) -> None:
-        """Raise the errors as one, of the class of the first."""
+        """Raise one error with all collected sentences. It has the class of the first collected error."""
         if self._errors:
             problems = dict.fromkeys(problem for error in self._errors for problem in error.problems)
             raise type(self._errors[0])(*problems) from self._errors[0]
@@ -59,7 +60,10 @@ class Gathering:
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Put the name of what they are about, such as `models.xl`, before errors of the block that do not begin with a name of that kind."""
+    """Put `what`, such as `models.xl`, in front of an error that the block raises.
+
+    An error that already begins with such a name stays as it is.
+    """
     try:
         yield
     except TadistillError as error:
@@ -74,7 +78,7 @@ class ConfigError(TadistillError, ValueError):
 
 
 class NotHere(ConfigError):
-    """A plan needs a model or a data set that is not on this disk. `tadistill plan` then shows the rest of the plan."""
+    """A plan needs a model or a data set that is not on this disk. `tadistill plan` then shows only the other parts of the plan."""
 
 
 class DataError(TadistillError, ValueError):
@@ -90,12 +94,12 @@ class StoreError(TadistillError, OSError):
 
 
 class StageFailed(TadistillError, RuntimeError):
-    """A stage failed, for instance because its loss was not finite."""
+    """A stage (one step of a study, such as a training) failed, for instance because its loss was not finite."""
 
 
 class Interrupted(Exception):
-    """A stage was asked to stop. Its state is saved, and the same command resumes it."""
+    """A stage (one step of a study, such as a training) was asked to stop. Its state is saved, and the same command resumes it."""
 
 
 class JudgeFailed(TadistillError, RuntimeError):
-    """The endpoint of a judge stopped answering before all questions were asked. The answers so far are saved."""
+    """The server of a judge (a language model that rates answers) stopped answering. The ratings so far are saved."""

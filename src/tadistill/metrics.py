@@ -2,8 +2,8 @@
 
 To add a metric, add a row here and a function in `tadistill.evaluation` that computes the metric.
 
-A stored metric may have a suffix. `METRIC@DECODING` is the metric with another decoding. `budget/J` is term J of the error budget, which
-splits the error of a chain over its hops.
+A stored metric's name may have a suffix. `METRIC@DECODING` is the metric under another decoding. `budget/1`, `budget/2`, … are the parts
+of a student's error, one part for each model on the way from the teacher to the student.
 """
 
 from dataclasses import dataclass
@@ -26,30 +26,30 @@ class Metric:
     name: str
     title: str
     group: Group
-    """`quality` metrics score an answer's text against the references and get a table for each test set."""
+    """Metrics of the group `quality` score an answer's text against the references. They have a table for each test set."""
     unit: str = ""
     decimals: int = 3
     better: Literal["higher", "lower"] | None = None
     stage: Literal["evaluate", "analyse"] = "evaluate"
     """The kind of stage that measures the metric."""
     whole_set: bool = False
-    """True if the metric is one value per test set. Such a value has no prompts to resample, so it has no interval."""
+    """True if the metric has one value per test set and no value per prompt. It then has no confidence interval."""
     selects: bool = False
-    """True if training can measure the metric on dev and select checkpoints by it."""
+    """True if the metric can select checkpoints: training can measure it on the dev set."""
     not_comparable: str = ""
-    """The reason why the metric's dev values cannot compare two paths; empty if they can."""
+    """The reason why the metric's dev values cannot compare two paths; empty if they can compare them."""
     logs: tuple[Log, ...] = ()
-    """The kinds of training logs in which the metric gets a panel of learning curves. The log entry is called KIND/NAME."""
+    """The kinds of training logs that contain the metric, as KIND/NAME. The report draws a learning curve for each of them."""
     hub: str = ""
     """The metric's name on the Hugging Face Hub."""
     on_card: bool = False
-    """True if the metric is one of the secondary values on a model card."""
+    """True if a model card shows the metric as a secondary value."""
     signed: bool = False
     """True if the metric can be negative."""
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The smallest and the largest value that the metric can have. No interval goes beyond them."""
+        """The smallest and the largest possible value of the metric. Intervals are cut at these values."""
         return -inf if self.signed else 0.0, 100.0 if self.unit in (POINTS, PERCENT) else inf
 
 
@@ -81,19 +81,19 @@ _ROWS = (
     Metric("exact_match", "exact match", "text", PERCENT, 1, "higher", hub="exact_match", on_card=True),
 )
 METRICS = {row.name: row for row in _ROWS}
-"""The metrics by name, in the order of the tables, and those that `declare` added."""
+"""All metrics by name, in the order of the tables. `declare` adds the metrics of the user's own code."""
 BUILT_IN = frozenset(METRICS)
 
 SELECTABLE = (LAST, *(row.name for row in _ROWS if row.selects))
-"""The choices of `Select.metric`."""
+"""The allowed values of `Select.metric`, the metric that selects a checkpoint."""
 NOT_COMPARABLE = {LAST: "measures nothing on dev"} | {row.name: row.not_comparable for row in _ROWS if row.not_comparable}
-"""Choices of `Select.metric` whose dev values cannot compare two paths, each with the reason."""
+"""The values of `Select.metric` that cannot compare two paths on the dev set. Each name is mapped to the reason."""
 LOGS = tuple(f"{log}/{row.name}" for log in ("dev", "train", "rollout") for row in _ROWS if log in row.logs)
-"""Names in training logs that get a panel of learning curves, in the order of the panels."""
+"""Names in training logs that have a learning curve in the report, in the order of the figures."""
 
 
 def declare(*rows: Metric) -> None:
-    """Add the metrics of a study's own code. A later study may describe a metric of the same name anew."""
+    """Add metrics that the user's own code computes. A metric replaces an earlier one of the same name."""
     METRICS.update({row.name: row for row in rows})
 
 
@@ -127,7 +127,7 @@ def improves(name: str, difference: float) -> bool:
 
 
 def metric_title(name: str) -> str:
-    """Return a metric's name for readers, such as ``ROUGE-L, greedy`` for ``rouge_l@greedy``."""
+    """Return a metric's title for readers, for example ``ROUGE-L, greedy`` for ``rouge_l@greedy``."""
     if name == LAST:
         return LAST
     title = metric_of(name).title
@@ -139,5 +139,5 @@ def metric_title(name: str) -> str:
 
 
 def metric_unit(name: str) -> str:
-    """Return a metric's unit, or an empty string."""
+    """Return a metric's unit. It is an empty string if the metric has no unit."""
     return metric_of(name).unit

@@ -1,10 +1,10 @@
-"""Functions of the user's own code, which a recipe names as MODULE:FUNCTION.
+"""Functions of the user's own code. A recipe names such a function as MODULE:FUNCTION.
 
 function = load_function("mymodule:score", "/home/me/study")
 function.check("a metric is called with", "prediction", "references")
 
-MODULE is a file in the given folder (`mymodule.py`; `package.module` is `package/module.py`), or an installed module. Its source is hashed,
-because a stage depends on it. Reading results never imports it.
+MODULE is a file in the given folder (`mymodule.py`; `package.module` is `package/module.py`), or an installed module. The file is hashed,
+so that results change their key when the code changes. Commands that only read results never import the code.
 """
 
 import difflib
@@ -27,7 +27,7 @@ _DIGEST = "__tadistill_source__"  # attribute of a module that was imported here
 
 @dataclass(frozen=True)
 class OwnFunction:
-    """A function of the user's code."""
+    """A function of the user's code, with its name, its file and a digest of the file."""
 
     name: str
     file: Path
@@ -36,7 +36,7 @@ class OwnFunction:
     call: Callable[..., Any]
 
     def check(self, how: str, *positions: str, **settings: Any) -> None:
-        """Raise a ConfigError if the function cannot be called with these arguments. `how` begins the sentence about them."""
+        """Raise a ConfigError if the function cannot be called with these arguments. `how` is the part of the message in front of them."""
         try:
             signature = inspect.signature(self.call)
         except ValueError:  # a function of C has none
@@ -85,7 +85,9 @@ def _file(name: str, module: str, folder: Path) -> Path:
     if spec is None:
         close = difflib.get_close_matches(module, [path.stem for path in folder.glob("*.py")], n=1)
         hint = f"did you mean `{close[0]}`?" if close else "write the function into this file, or install its package"
-        raise ConfigError(f"`{name}` is in no file {beside.with_suffix('.py')}, and no module {module} is installed; {hint}")
+        raise ConfigError(
+            f"`{name}` was not found: there is no file {beside.with_suffix('.py')}, and no module {module} is installed; {hint}"
+        )
     if not spec.origin or not spec.origin.endswith(".py"):
         raise ConfigError(f"`{name}` is in module {module}, which has no Python source; name a function of a .py file")
     return Path(spec.origin)
@@ -106,13 +108,15 @@ def _imported(name: str, module: str, file: Path, folder: Path, digest: str) -> 
             f"`{name}` cannot be imported: {_place(error, file)}: {type(error).__name__}: {error}; correct the file"
         ) from error
     if (own := getattr(loaded, "__file__", None)) is None or Path(own).resolve() != file.resolve():
-        raise ConfigError(f"`{name}`: {file} has the name of a module of Python or of a package ({own or module}); rename the file")
+        raise ConfigError(
+            f"`{name}` cannot be imported: {file} has the same name as a module of Python or of a package ({own or module}); rename the "
+            "file"
+        )
     setattr(loaded, _DIGEST, digest)
     return loaded
 
 
 def _place(error: BaseException, file: Path) -> str:
-    """Return the file of the user and the line that raised an error."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]

@@ -1,8 +1,8 @@
-"""Random numbers from addresses: an address such as (seed, stage, step, purpose) always gives the same random numbers.
+"""Random numbers from addresses. The same address, such as (seed, stage, step, purpose), always gives the same random numbers.
 
 No random number depends on earlier draws. Only dropout uses torch's global generator. Its seed is set from an address before every update,
-so a resumed run needs no saved generator state. All arms use the same addresses. They therefore see the same data order and the same random
-numbers for a seed, and the differences between arms are less noisy.
+so a resumed run needs no saved generator state. For one seed, all runs of a study use the same data order and random numbers. This
+makes their differences less noisy.
 """
 
 import hashlib
@@ -11,15 +11,16 @@ import numpy as np
 
 
 def generator(*address: int | str) -> np.random.Generator:
-    """Return a new generator for this address. Equal addresses give equal random numbers on every machine."""
+    """Return a new NumPy generator for this address. Equal addresses give equal random numbers on every machine."""
     digest = hashlib.sha256(repr(address).encode()).digest()
     return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little")))
 
 
 def uniforms(rows: list[int] | range, count: int, *address: int | str) -> np.ndarray:
-    """Return uniform random numbers in [0, 1), float64, of shape (len(rows), count).
+    """Return float64 random numbers in [0, 1), of shape (len(rows), count).
 
-    The numbers of a row depend only on the row's id and the address, so a sequence gets the same numbers in any batch, order or process.
+    The numbers of a row depend only on the row's id and the address. A sequence therefore gets the same numbers in any batch, order or
+    process.
     """
     return np.stack([generator(*address, int(row)).random(count) for row in rows]) if len(rows) else np.empty((0, count))
 

@@ -1,8 +1,8 @@
-"""The store: a folder of stages. The name of a stage's folder, its key, is a hash of the stage's content.
+"""The store is a folder of stages. A stage is one step of a study, such as a training. Its key is a hash of its content.
 
-`runs/store/ab/abcd…/` is the folder of one stage. The stage is finished if the folder contains manifest.json and every file that the
-manifest names. The manifest is written last. The folder of an unfinished stage may contain a saved state, from which the next run resumes.
-A lock prevents two processes from running the same stage.
+`runs/store/ab/abcd…/` is the folder of the stage with the key abcd…. The stage is finished if its folder contains manifest.json and every
+file that the manifest names. The manifest is written last. The folder of an unfinished stage may contain a saved state, from which the
+next run resumes. A lock prevents two processes from running the same stage.
 """
 
 import fnmatch
@@ -37,7 +37,7 @@ def canonical(value: Any) -> str:
 
 
 def key_of(value: Any) -> str:
-    """Return the key of a stage's content: 16 hex digits of its SHA-256."""
+    """Return the key of a stage's content. It consists of 16 hex digits of the content's SHA-256."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
@@ -55,7 +55,7 @@ class Store:
     """The folders of all stages under one directory."""
 
     def __init__(self, root: Path, command: str = ""):
-        """Open a store. Errors about damaged files name the `command` that makes their stages again."""
+        """Open a store. `command` is the command that creates its stages again. Errors about damaged files name it."""
         self.root = Path(root)
         self.command = command
 
@@ -76,14 +76,14 @@ class Store:
             ) from error
 
     def label(self, key: str) -> str:
-        """Return `LABEL (KEY)` for use in messages, or only the key if the stage's folder has no label."""
+        """Return `LABEL (KEY)` of a stage for messages. It is only the key if the stage's folder has no label."""
         try:
             return f"{json.loads((self.folder(key) / _STAGE).read_text(encoding='utf-8'))['label']} ({key})"
         except (OSError, ValueError, KeyError, TypeError):
             return key
 
     def redo(self, *keys: str) -> str:
-        """Return what mends damaged stages: the folders to delete, and the command that makes the stages again."""
+        """Return the instruction for damaged stages: which folders to delete, and which command creates them again."""
         command = f"`{self.command}`" if self.command else "the recipe"
         return f"delete {', '.join(str(self.folder(key)) for key in keys)} and run {command} again"
 
@@ -93,10 +93,10 @@ class Store:
         return self.folder(key) / name
 
     def check(self, keys: Iterable[str], names: Iterable[str]) -> None:
-        """Check that these files of finished stages, where a stage has them, are as their stages wrote them.
+        """Check that files of finished stages have not changed since the stages wrote them. A file that a stage does not have is skipped.
 
-        Size and modification time are compared with the manifest, and the content only if they differ or if the manifest lacks them. A
-        manifest without a digest vouches for nothing, so its file passes.
+        Size and modification time are compared with the manifest. The content is compared only if they differ or are not in the manifest. A
+        file without a digest in the manifest is not checked.
 
         Raises:
             StoreError: files have changed. It names all of them, their stages, and how to make the stages again.
@@ -111,7 +111,7 @@ class Store:
             raise StoreError(f"{'; '.join(changed.values())}: {self.redo(*changed)}")
 
     def begin(self, key: str, record: dict[str, Any]) -> Path:
-        """Prepare the folder of an unfinished stage: write stage.json, and delete an invalid manifest. Return the folder."""
+        """Prepare and return the folder of an unfinished stage. stage.json is written, and an invalid manifest is deleted."""
         folder = self.folder(key)
         write_json(folder / _STAGE, record)
         # the manifest of an unfinished stage is damaged or names missing files; it must not describe the new files
@@ -140,7 +140,10 @@ class Store:
         return StoreError(f"cannot write to the store at {self.root}: {error.strerror}; set --runs DIR to a writable folder")
 
     def acquire(self, key: str, waiting: Callable[[], None]) -> "FileLock":
-        """Acquire the lock of a stage. While another process has the lock, `waiting` is called once a second; it may raise an error."""
+        """Acquire the lock of a stage. While another process has the lock, `waiting` is called once a second.
+
+        It may raise an error to give up.
+        """
         from filelock import Timeout
 
         lock = self.lock(key)
@@ -175,7 +178,6 @@ def _stat(path: Path) -> list[int]:
 
 
 def _change(folder: Path, name: str) -> str:
-    """Say how a file differs from what its manifest records; empty if it does not, or if nothing is recorded."""
     path, manifest = folder / name, folder / MANIFEST
     try:
         content = _read(manifest, manifest.stat().st_mtime_ns)

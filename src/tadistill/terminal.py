@@ -1,4 +1,4 @@
-"""The console of the commands, and what happens where the output cannot be written."""
+"""The console of the commands. It also handles an output that cannot be written."""
 
 import codecs
 import contextlib
@@ -15,30 +15,30 @@ from rich.segment import Segment
 from tadistill.visible import visible
 
 BROKEN_PIPE = 141
-"""Exit code of a command whose reader has gone, as a shell gives it (128 + SIGPIPE)."""
+"""Exit code of a command whose output nobody reads any more. Shells use the same code (128 + SIGPIPE)."""
 _PLAIN = {"–": "-", "−": "-", "…": ".", "×": "x"}
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Terminal(Console):
-    """A rich console on which control characters of the printed text are written out, so that only rich itself moves the cursor."""
+    """A rich console that prints control characters as visible escapes, so that only rich itself moves the cursor."""
 
     def render(self, *given: Any, **options: Any) -> Iterable[Segment]:
-        """Render as rich does, with visible text."""
         for segment in super().render(*given, **options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     def on_broken_pipe(self) -> None:
-        """End quietly: nobody reads on."""
+        """End the program without a message, because nobody reads the output any more."""
         _silence()
         raise SystemExit(BROKEN_PIPE)
 
 
 @contextmanager
 def output() -> Iterator[None]:
-    """Run a command: characters that the output's encoding lacks become escapes, and an output that cannot be written ends it.
+    """Run a command inside this block. Characters that the output's encoding lacks are printed as escapes.
 
-    A reader that has gone (`| head`) ends it quietly with exit code 141, a full disk with one sentence and exit code 1.
+    The command ends if its output cannot be written. If the reader has gone (`| head`), it ends without a message and with exit code 141.
+    On a full disk it ends with one sentence and exit code 1.
     """
     codecs.register_error("tadistill", _replaced)
     for stream in (sys.stdout, sys.stderr):
@@ -61,7 +61,6 @@ def output() -> Iterator[None]:
 
 
 def _silence() -> None:
-    """Send what is still in the buffer of the output nowhere, so that the end of the program does not fail on it."""
     with contextlib.suppress(OSError, ValueError):  # the output is closed, or is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -1,9 +1,9 @@
-"""Text of strangers (data, names, answers, values of a recipe) in a form that cannot act on a terminal or fill it.
+r"""Functions that make untrusted text (data, names, answers, values of a recipe) safe to print on a terminal.
 
-visible("a\\x1b[2J")     -> the text with `\\x1b` written out: no cursor moves, no title changes, no text runs backwards
+visible("a\x1b[2J")     -> control characters are shown as escapes, here as `\x1b`
 visible_parts(value)    -> the same for every text in lists and dicts
-one_line(text)          -> the same, with line breaks written as \\n
-shortened(sentence)     -> the same sentence with every quoted value cut at 200 characters
+one_line(text)          -> line breaks are shown as \n, too
+shortened(sentence)     -> every quoted value is cut at 200 characters
 """
 
 import re
@@ -23,12 +23,12 @@ _VALUES = re.compile(
 
 
 def visible(text: str) -> str:
-    """Return the text with control characters, escapes and directional marks written out; tabs and line feeds stay."""
+    """Return the text with control characters, escapes and directional marks shown as escapes. Tabs and line feeds stay."""
     return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def visible_parts(value: Any) -> Any:
-    """Return a value in which every text is visible, also within lists and dicts. HTML that was made on purpose stays as it is."""
+    """Return the value with every text made visible, also inside lists and dicts. HTML that was made on purpose stays as it is."""
     if isinstance(value, str):
         return value if hasattr(value, "__html__") else visible(value)
     if isinstance(value, dict):
@@ -37,19 +37,19 @@ def visible_parts(value: Any) -> Any:
 
 
 def one_line(text: str) -> str:
-    """Return visible text in which line feeds are written out too."""
+    """Return the text as `visible` does, with line feeds also shown as escapes."""
     return visible(text).replace("\n", "\\n")
 
 
 def shortened(sentence: str) -> str:
-    """Return a sentence whose long values are cut, with the number of characters left out."""
+    """Return the sentence with long quoted values cut. Each cut says how many characters are missing."""
     # short quoted values are found too, so that the text between two of them is none
     cut = _VALUES.sub(lambda found: _cut(found[0], LONGEST_VALUE) if len(found[0]) > LONGEST_VALUE else found[0], sentence)
     return _cut(cut, _LONGEST_SENTENCE) if len(cut) > _LONGEST_SENTENCE else cut
 
 
 def guarded(cell: str) -> str:
-    """Return a cell of a CSV file that a spreadsheet does not run: an apostrophe makes a formula text."""
+    """Return a cell of a CSV file in a safe form: a formula gets an apostrophe in front, so that a spreadsheet does not run it."""
     return f"'{visible(cell)}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else visible(cell)
 
 

@@ -1,1 +1,1 @@
-"""Advice on whether a chain of assistants between a teacher and a student is worth its compute, with the evidence."""
+"""Advice on whether a path with teacher assistants is worth its compute, compared with direct distillation."""

@@ -116,7 +116,10 @@ def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Console) -> N
     from tadistill.runner.preflight import check_study  # imports transformers, which a call that finds all in the store does not need
 
     jobs = check_study(recipe, console)
-    console.print(f"{recipe.study}: {len(probes.plan.stages)} measuring stages, {len(missing)} to run, {jobs} at a time", highlight=False)
+    console.print(
+        f"{recipe.study}: {len(probes.plan.stages)} stages measure models; {len(missing)} of them still have to run, {jobs} at a time",
+        highlight=False,
+    )
     run_stages(probes.plan, store, jobs=jobs, console=console)
 
 
@@ -139,12 +142,15 @@ def _advice(
 
 
 def margin_on(recipe: Recipe, metric: str) -> float:
-    """Convert the recipe's margin from points to the unit of a metric."""
+    """Convert the recipe's margin (smallest relevant difference) from points to the unit of a metric."""
     return recipe.margin * (NATS_PER_POINT if metric == "loss" else 1)
 
 
 def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
-    """Return (teacher, learner) -> mean of each measure over prompts. A loss ratio that is not positive and finite becomes None."""
+    """Return the mean of each measure over prompts, for each (teacher, learner).
+
+    A loss ratio that is not positive and finite becomes None.
+    """
     found: dict[tuple[str, str], EdgeMeasures] = {}
     for names, pair in measures.pairs.items():
         means = {name: getattr(pair, name).mean for name in PAIR_MEASURES}
@@ -215,7 +221,7 @@ def print_advice(report: Report, console: Console) -> None:
     console.print(_paths(report))
     for step in report.steps:
         gain = "" if step.gain is None else f", and improves the decision by {step.gain:.3g} (expected)"
-        console.print(Text(f"{step.text}: costs the compute of {step.cost:.1f} direct runs{gain}"))
+        console.print(Text(f"{step.text}: costs as much compute as {step.cost:.1f} direct runs{gain}"))
         console.print(Text(step.command, style="cyan"), soft_wrap=True)
     console.print()
     for note in report.notes:

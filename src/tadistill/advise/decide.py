@@ -30,13 +30,13 @@ class Option:
     expected: float
     low: float
     high: float
-    """The difference lies between `low` and `high` with probability `Advice.level`."""
+    """The difference is between `low` and `high` with probability `Advice.level`."""
     p_better: float
     """Probability that the difference is above 0."""
     p_matters: float
     """Probability that the difference is above the margin."""
     basis: Literal["reference", "prior", "history"]
-    """Source of the prediction; `reference` for the direct path, because all differences are relative to this path."""
+    """Source of the forecast. It is `reference` for the direct path, because all differences are relative to this path."""
     beyond: tuple[str, ...] = ()
     """Measures of the path that are outside the range of earlier studies. They make the interval wider."""
 
@@ -50,7 +50,7 @@ class Experiment:
     cost: float
     """Compute of the chain and its baseline over all seeds, divided by the compute of one direct run."""
     gain: float
-    """Expected improvement of the chosen path by this experiment, in the metric's unit."""
+    """Expected improvement of the chosen path through this experiment, in the metric's unit."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Advice:
     options: tuple[Option, ...]
     """All candidates in the given order. The first one is the direct path."""
     hypothesis: tuple[str, ...] | None
-    """The chain that the size law chooses, if it is a candidate and there is no history; None otherwise."""
+    """The chain that the size law chooses. None if it is not a candidate or if there is history."""
     next: tuple[Experiment, ...]
-    """Proposed experiments, sorted by `gain / cost`, largest first."""
+    """Proposed experiments, sorted by `gain / cost`. The largest comes first."""
     level: float
     margin: float
     scale: str | None
@@ -77,18 +77,18 @@ class Advice:
     used: tuple[str, ...]
     """Measures that the regression used."""
     unused: tuple[str, ...]
-    """Measures that the regression could not use, because some paths lack them or because they never vary."""
+    """Measures that the regression could not use, because some paths do not have them or because they never vary."""
     seed_sd: float
     """Standard deviation over seeds of the difference between a chain and its baseline. It is assumed if every chain has one seed."""
 
     @property
     def needed(self) -> float:
-        """The smallest `p_better` with which a chain is recommended: 1 - (1 - level) / number of chains (Bonferroni's correction)."""
+        """The smallest `p_better` at which a chain is recommended: 1 - (1 - level) / number of chains (Bonferroni's correction)."""
         return 1 - (1 - self.level) / max(1, len(self.options) - 1)
 
     @property
     def likeliest(self) -> Option | None:
-        """The recommended chain, or else the chain with the largest `p_better`. None if there is no chain."""
+        """The recommended chain. Without one, the chain with the largest `p_better`. None if there is no chain."""
         chains = self.options[1:]
         recommended = [o for o in chains if o.path == self.path]
         return recommended[0] if recommended else max(chains, key=lambda o: o.p_better, default=None)
@@ -97,7 +97,7 @@ class Advice:
 def advise(
     candidates: Sequence[Candidate], history: Sequence[Observation], *, margin: float, level: float = 0.95, family: str | None = None
 ) -> Advice:
-    """Decide whether a chain is worth running.
+    """Decide whether a chain (a path with assistants) is worth running.
 
     - `chain`: at least one chain is better than direct with a probability of `Advice.needed` or more. The best of them is the path to run.
     - `direct`: every chain is better by more than `margin` with a probability of at most 1 - level, or there is no history.
@@ -116,14 +116,14 @@ def advise(
     direct, chains = _check(candidates, margin, level)
     scales = sorted({o.scale for o in history})
     if len(scales) > 1:
-        raise ConfigError(f"history has the metrics {', '.join(scales)}, whose units differ; give the observations of one metric")
+        raise ConfigError(f"history has the metrics {', '.join(scales)}, which have different units; give the observations of one metric")
     pairs = pair_up(history)
     found = predict(chains, direct.edges[0], pairs, margin=margin, family=family)
     return decide(candidates, found, scale=scales[0] if pairs else None, margin=margin, level=level)
 
 
 def decide(candidates: Sequence[Candidate], found: Predictions, *, scale: str | None, margin: float, level: float) -> Advice:
-    """Turn forecasts into advice; see `advise` for the rule and the arguments."""
+    """Turn forecasts into advice. `advise` explains the rule and the arguments."""
     direct, chains = candidates[0], candidates[1:]
     options = [Option(direct.path, direct.cost, 0.0, 0.0, 0.0, 0.0, 0.0, "reference")]
     for chain, forecast in zip(chains, found.forecasts, strict=True):
@@ -151,7 +151,9 @@ def decide(candidates: Sequence[Candidate], found: Predictions, *, scale: str | 
 
 def _check(candidates: Sequence[Candidate], margin: float, level: float) -> tuple[Candidate, Sequence[Candidate]]:
     if not candidates or len(candidates[0].path) != 2:
-        raise ConfigError("the first candidate must be the direct path (teacher > student); chains come after it")
+        raise ConfigError(
+            "the first candidate must be the direct path (teacher > student); put it first, and paths with assistants after it"
+        )
     ends = {(c.path[0], c.path[-1]) for c in candidates}
     if len(ends) > 1:
         different = ", ".join(f"{a} to {b}" for a, b in sorted(ends))
@@ -159,9 +161,9 @@ def _check(candidates: Sequence[Candidate], margin: float, level: float) -> tupl
     if len({c.path for c in candidates}) < len(candidates):
         raise ConfigError("two candidates have the same path; give each path once")
     if not margin > 0:
-        raise ConfigError(f"margin is {margin}; it must be positive")
+        raise ConfigError(f"`margin` is {margin}; it must be positive")
     if not 0.5 < level < 1:
-        raise ConfigError(f"level is {level}; it must lie between 0.5 and 1")
+        raise ConfigError(f"`level` is {level}; it must be between 0.5 and 1")
     return candidates[0], candidates[1:]
 
 
@@ -197,7 +199,7 @@ def _experiments(chains: Sequence[Candidate], found: Predictions) -> tuple[Exper
 
 
 def _knowledge_gradient(forecast: Forecast, others: float, seed_sd: float) -> float:
-    """Return the expected improvement of the decision by one experiment (the knowledge gradient of Frazier et al. 2008)."""
+    """Return how much one experiment is expected to improve the decision (the knowledge gradient of Frazier et al. 2008)."""
     moved = forecast.sd**2 / sqrt(forecast.sd**2 + seed_sd**2 / SEEDS)
     z = -abs(forecast.mean - others) / moved
     density = exp(-z * z / 2) / sqrt(2 * pi)

@@ -1,4 +1,4 @@
-"""Read finished studies as evidence for the predictor, and pair each chain with its twin (direct distillation with the same compute).
+"""Read finished studies as evidence for forecasts. Each chain (path with assistants) is paired with its equal-compute baseline, its twin.
 
 Only dev values are read. Test sets are never read, because a later report tests on them.
 """
@@ -28,7 +28,7 @@ class EdgeMeasures:
     """Measures of a teacher and a learner. None means not measured. KLs are in nats per token. k is `advise.measures.TOP_K`."""
 
     size_ratio: float | None = None
-    """Parameters of the teacher / parameters of the learner."""
+    """Number of the teacher's parameters divided by that of the learner."""
     reverse_kl: float | None = None
     """KL(learner || teacher) on the learner's samples, before distillation."""
     forward_kl: float | None = None
@@ -40,7 +40,7 @@ class EdgeMeasures:
     entropy_gap: float | None = None
     """Entropy of the teacher minus entropy of the learner, on the learner's samples."""
     loss_ratio: float | None = None
-    """Loss of the teacher / loss of the learner, on the reference answers."""
+    """Loss of the teacher divided by loss of the learner, on the reference answers."""
     advantage: float | None = None
     """Mean of log p_teacher - log p_learner per token of the reference answers."""
     bias: float | None = None
@@ -49,16 +49,16 @@ class EdgeMeasures:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value is not None and not isfinite(value):
-                raise ConfigError(f"measure {name} is {value}; give a finite number, or None if it was not measured")
+                raise ConfigError(f"the measure {name} is {value}; give a finite number, or None if it was not measured")
         for name in ("size_ratio", "loss_ratio"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ConfigError(f"measure {name} is {value}; give a positive ratio")
+                raise ConfigError(f"the measure {name} is {value}; give a positive number")
 
 
 @dataclass(frozen=True)
 class Edge:
-    """A teacher and its learner."""
+    """A teacher and the model that it teaches (its learner)."""
 
     teacher: str
     learner: str
@@ -76,7 +76,9 @@ class Candidate:
     def __post_init__(self) -> None:
         check_path(self.path, self.edges)
         if not (isfinite(self.cost) and self.cost > 0):
-            raise ConfigError(f"the cost of {path_text(self.path)} is {self.cost}; give a positive multiple of the direct path's cost")
+            raise ConfigError(
+                f"the cost of {path_text(self.path)} is {self.cost}; give a positive number, as a multiple of the direct path's cost"
+            )
 
 
 @dataclass(frozen=True)
@@ -91,24 +93,24 @@ class Observation:
     cost: float
     """Training compute divided by the training compute of the family's direct path."""
     quality: float
-    """The dev metric of the selected checkpoint, higher is better."""
+    """The dev metric of the selected checkpoint. Higher is better."""
     scale: str
-    """The metric that `quality` is measured in."""
+    """The metric of `quality`."""
     study: str = ""
     reported: float = 0.0
-    """Standard deviation of the arm's difference to its twin as the study's report claims it on the test sets; 0 without a report."""
+    """Standard deviation of the arm's difference to its baseline, as the study's report gives it for the test sets. 0 without a report."""
 
     def __post_init__(self) -> None:
         check_path(self.path, self.edges)
         if not (isfinite(self.cost) and self.cost > 0 and isfinite(self.quality)):
             raise ConfigError(
-                f"an observation of {path_text(self.path)} has cost {self.cost} and quality {self.quality}; both must be finite, and the "
+                f"the observation of {path_text(self.path)} has cost {self.cost} and quality {self.quality}; both must be finite, and the "
                 "cost must be positive"
             )
 
 
 def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
-    """Check that a path has one edge for each pair of neighbours, in order. Raises ConfigError if it has not."""
+    """Raise a ConfigError unless a path has one edge for each pair of neighbours, in order."""
     if len(path) < 2 or [(e.teacher, e.learner) for e in edges] != list(pairwise(path)):
         raise ConfigError(f"path {path_text(path)} needs at least two models, and one edge for each pair of neighbours, in order")
 
@@ -141,7 +143,7 @@ class History:
 def history(runs: Path) -> History:
     """Read all finished distillation arms of the studies in a runs directory. Each training seed of an arm is one observation.
 
-    If two studies share a training stage, it gives only one observation. Raises StoreError if `runs` is not a directory.
+    If two studies share a training, it gives only one observation. Raises StoreError if `runs` is not a directory.
     """
     if not runs.is_dir():
         raise StoreError(f"{runs} is not a directory; give the --runs directory of earlier studies")
@@ -164,13 +166,13 @@ def history(runs: Path) -> History:
 
 
 def family_of(models: Mapping[str, ModelConfig], parameters: Mapping[str, int], teacher: str, train: str, method: str) -> str:
-    """Return the name of a run's family. Runs with the same teacher, training data and method of the last hop are one family.
+    """Return the name of a run's family. Runs of a family have the same teacher, the same training data, and the same last method.
 
     Their students may differ. Runs of one family are not independent evidence.
 
     Args:
         models: the recipe's models.
-        parameters: model -> its number of parameters.
+        parameters: the number of parameters of each model.
         teacher: the first model of the path.
         train: the source of the training data (`data.train.load`).
         method: the arm's method, such as ``minillm (teacher_mixed)``.
@@ -196,7 +198,7 @@ def edge_record(edge: Edge) -> dict[str, Any]:
 
 
 def load_measures(study_dir: Path) -> dict[tuple[str, str], EdgeMeasures]:
-    """Read (teacher, learner) -> measures from a study's advice.json. The result is empty if this file does not exist."""
+    """Read the measures of each (teacher, learner) from a study's advice.json. The result is empty if this file does not exist."""
     path = study_dir / MEASURES
     if not path.is_file():
         return {}
@@ -208,7 +210,7 @@ def load_measures(study_dir: Path) -> dict[tuple[str, str], EdgeMeasures]:
 
 
 def path_edges(path: tuple[str, ...], parameters: Mapping[str, int], measures: Mapping[tuple[str, str], EdgeMeasures]) -> tuple[Edge, ...]:
-    """Return an edge with its measures for each hop of a path. Size ratios are computed from `parameters`."""
+    """Return an edge with its measures for each pair of neighbours in a path. Size ratios are computed from `parameters`."""
     return tuple(
         Edge(a, b, replace(measures.get((a, b), EdgeMeasures()), size_ratio=parameters[a] / parameters[b])) for a, b in pairwise(path)
     )
@@ -266,7 +268,7 @@ def _dev_value(store: Store, key: str) -> tuple[str, float | None]:
         value = read_json(folder / "manifest.json")["best_value"]
         return str(metric), None if value is None else float(value)
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{folder} is damaged ({type(error).__name__}: {error}): delete it and run the recipe again") from error
+        raise StoreError(f"{folder} is damaged ({type(error).__name__}: {error}); delete it and run the recipe again") from error
 
 
 # --- chains with their twins --------------------------------------------------------------------------------------------
@@ -277,7 +279,10 @@ EQUAL = 0.05
 
 @dataclass(frozen=True)
 class TwinPair:
-    """A chain and its twin, which is direct distillation with the chain's compute. `differences` has one value for each seed."""
+    """A chain (path with assistants) and its twin: direct distillation with the chain's compute.
+
+    `differences` has one value for each seed.
+    """
 
     family: str
     path: tuple[str, ...]
@@ -288,10 +293,10 @@ class TwinPair:
     differences: tuple[float, ...]
     """Quality of the chain minus quality of the twin, for each seed."""
     twin: tuple[float, ...]
-    """Costs of the direct runs that give the twin's quality: one run, or two runs if the quality is interpolated between them."""
+    """Costs of the direct runs that give the twin's quality. There is one run, or two if the quality is interpolated between them."""
 
     reported: float = 0.0
-    """`Observation.reported` of its runs."""
+    """`Observation.reported` of the chain."""
 
     @cached_property
     def mean(self) -> float:
@@ -299,7 +304,7 @@ class TwinPair:
 
 
 def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
-    """Pair each chain with its twin: a direct run of the same family, student and seed. The two costs may differ by at most 5 %.
+    """Pair each chain with its twin. This is a direct run of the same family, student and seed, with equal cost (within 5 %).
 
     If there is no such run, the twin's quality is interpolated between a cheaper and a more expensive direct run, linearly in the log of
     the cost. A chain without these two runs is left out.
@@ -326,7 +331,6 @@ def _pair(rows: Sequence[tuple[Observation, Edge, float]], twin: tuple[float, ..
 
 
 def _ends(o: Observation) -> tuple[str, str, str, str, int]:
-    """Return a key that is equal for a chain and its twin."""
     ratio = prod(e.measures.size_ratio or 1.0 for e in o.edges)  # separates students of two studies that have the same name
     return o.family, o.path[0], o.path[-1], f"{ratio:.6g}", o.seed
 

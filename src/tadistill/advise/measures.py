@@ -56,7 +56,7 @@ class Pair:
     teacher: str
     learner: str
     size_ratio: float
-    """Parameters of p / parameters of q."""
+    """Number of parameters of p divided by that of q."""
     reverse_kl: Mean
     """KL(q ‖ p) per token on q's own answers, where on-policy distillation starts."""
     forward_kl: Mean
@@ -68,7 +68,7 @@ class Pair:
     entropy_gap: Mean
     """Entropy of p minus entropy of q in nats per token, on q's own answers."""
     loss_ratio: Mean
-    """Loss of p / loss of q on the reference answers."""
+    """Loss of p divided by loss of q, on the reference answers."""
     advantage: Mean
     """Mean of log p - log q per token of the reference answers."""
     bias: Mean
@@ -94,7 +94,7 @@ def estimate(values: ArrayLike) -> Mean:
 
 
 def ratio(above: ArrayLike, below: ArrayLike) -> Mean:
-    """Return mean(above) / mean(below) of two arrays (N,), with its standard error (delta method). Infinite if mean(below) is 0."""
+    """Return mean(above) / mean(below) of two arrays (N,), with its standard error (delta method). It is infinite if mean(below) is 0."""
     a, b = np.asarray(above, float), np.asarray(below, float)
     if b.mean() == 0:
         return Mean(float("inf"), None, len(a))
@@ -110,9 +110,9 @@ def measure(
     """Estimate all measures from scores per prompt.
 
     Args:
-        sizes: model -> its number of parameters, from big to small. The first model is the original teacher.
-        alone: model -> score (loss, rouge_l, entropy) -> one value per prompt.
-        beside: (bigger model, smaller model) -> score (reverse_kl, forward_kl, overlap, mass, entropy_gap) -> one value per prompt.
+        sizes: the number of parameters of each model, from big to small. The first model is the original teacher.
+        alone: for each model and score (loss, rouge_l, entropy), one value per prompt.
+        beside: for each (bigger model, smaller model) and score (reverse_kl, forward_kl, overlap, mass, entropy_gap), one value per prompt.
     """
     root = next(iter(sizes))
     models = tuple(
@@ -140,7 +140,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Ladder:
-    """Models with their numbers of parameters, from big to small: first the teacher, last the student."""
+    """The models of a search with their numbers of parameters, from big to small. The teacher comes first, the student last."""
 
     sizes: Mapping[str, int]
 
@@ -168,9 +168,9 @@ class PathCost:
 
 
 def with_search(recipe: Recipe) -> Recipe:
-    """Return the recipe with a `search`. If it has none, add one that goes from the original teacher to the student.
+    """Return the recipe with a `search`. If it has none, a search from the original teacher to the student is added.
 
-    The assistants of a new `search` are all models whose size lies between teacher and student.
+    The assistants of the added search are all models whose size is between teacher and student.
 
     Raises:
         ConfigError: no model can be an assistant, there are too many paths, or models are not in order of size.
@@ -181,7 +181,7 @@ def with_search(recipe: Recipe) -> Recipe:
         between = [n for n in recipe.models if n not in (teacher, student) and sizes[student] < sizes[n] < sizes[teacher]]
         if not between:
             raise ConfigError(
-                f"no model is smaller than teacher {teacher} ({sizes[teacher]:,} parameters) and bigger than student {student} "
+                f"no model has a size between teacher {teacher} ({sizes[teacher]:,} parameters) and student {student} "
                 f"({sizes[student]:,}); add such a model, or write search: {{teacher: …, assistants: […], student: …}}"
             )
         found = Search(teacher=teacher, assistants=tuple(sorted(between, key=lambda n: -sizes[n])), student=student)
@@ -228,7 +228,7 @@ def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
 def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
     """Return two things: a copy of the recipe with other arms; and the cost of each path within the budget.
 
-    The arms are the paths within the budget and one equal-compute baseline for each chain.
+    The arms are the paths within the budget, and one equal-compute baseline for each path with assistants.
 
     Raises:
         ConfigError: the budget is too small for any path.
@@ -246,7 +246,7 @@ def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
 
 
 def twin_name(path: ModelPath) -> str:
-    """Return the name of the arm that is a path's equal-compute baseline (direct training with the same compute)."""
+    """Return the name of the arm that is a path's equal-compute baseline (direct distillation with the same compute)."""
     return f"{path_name(path)}-twin"
 
 
@@ -257,19 +257,20 @@ def _twins(plan: Plan) -> dict[ModelPath, tuple[int, int]]:
 
 
 def probe_plan(recipe: Recipe, found: Ladder, prompts: int) -> ProbePlan:
-    """Plan the stages that measure models and pairs on the first `prompts` dev prompts, or on all if there are fewer.
+    """Plan the stages that measure models and pairs of models on the first `prompts` dev prompts.
 
     Raises:
-        ConfigError: `prompts` is below 2. DataError: there are no dev prompts.
+        ConfigError: `prompts` is below 2.
+        DataError: there are no dev prompts.
     """
     if prompts < 2:
-        raise ConfigError(f"--prompts is {prompts}, but it must be at least 2, because one prompt gives no standard error")
+        raise ConfigError(f"--prompts is {prompts}, but a standard error needs at least 2 prompts; raise it")
     rows = len(datasets.load(recipe.data.dev, "dev", recipe.data))
     return plan_probes(recipe, list(found.sizes), prompts=min(prompts, rows), k=TOP_K)
 
 
 def read_measures(probes: ProbePlan, store: Store, found: Ladder) -> Measures:
-    """Read the scores of a probe plan's finished stages and estimate all measures. Raises StoreError if a stage is missing or damaged."""
+    """Read the scores of finished stages and estimate all measures. Raises StoreError if a stage is missing or damaged."""
     alone = {name: _scores(store, key) for name, key in probes.alone.items()}
     return measure(found.sizes, alone, {names: _scores(store, key) for names, key in probes.beside.items()})
 

@@ -1,4 +1,4 @@
-"""The advice as a page: one HTML file with its scripts, styles, data and figures, in the style of the report."""
+"""The advice as a page. It is one HTML file with its scripts, styles, data and figures, in the style of the report."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -105,12 +105,12 @@ def _markup(figure: str | None) -> Markup | None:
 
 
 def heatmap(measures: Measures, field: str, *, two_sided: bool = False, most: float | None = None, decimals: int = 3) -> str:
-    """Draw one measure of all pairs: teachers in rows, learners in columns. The colour shows the mean; the text adds its standard error.
+    """Draw one measure of all pairs. Teachers are in rows and learners in columns. The colour shows the mean, and the text adds its error.
 
     Args:
         two_sided: show values below 0 in red and values above 0 in blue.
-        most: the value with the strongest colour; by default the largest absolute mean.
-        decimals: decimals of the text.
+        most: the value with the strongest colour. By default, it is the largest absolute mean.
+        decimals: number of decimals in the text.
     """
     names = [m.name for m in measures.models]
     teachers, learners = names[:-1], names[1:]
@@ -139,7 +139,7 @@ def heatmap(measures: Measures, field: str, *, two_sided: bool = False, most: fl
 
 
 def path_looks(report: Report) -> dict[tuple[str, ...], Look]:
-    """Return path -> its colour and marker in the figures. The direct path is grey."""
+    """Return the colour and the marker of each path in the figures. The direct path is grey."""
     chains = [option.path for option in report.advice.options[1:]]
     found = {report.advice.options[0].path: Look(GREY, "line-ew", "━", "solid")}
     for i, path in enumerate(chains):
@@ -158,9 +158,9 @@ def path_cost_legend(report: Report) -> list[LegendEntry]:
 
 
 def cost_figure(report: Report) -> str | None:
-    """Draw one point for each chain, or return None if there is no chain.
+    """Draw one point for each path with assistants. Return None if there is no such path.
 
-    x is the chain's compute. y is its predicted score minus that of direct distillation at the same compute, with an error bar.
+    x is the path's compute. y is its predicted score minus that of direct distillation at the same compute, with an error bar.
     """
     advice = report.advice
     if len(advice.options) < 2:
@@ -229,7 +229,10 @@ def lambda_figure(report: Report) -> str | None:
 
 
 def bias_figure(report: Report) -> str:
-    """Draw a bar for each model p above the student q: KL(q ‖ p) plus the bias of p. The sum is the KL from q to the original teacher."""
+    """Draw a bar for each model p above the student q.
+
+    The bar is KL(q ‖ p) plus the bias of p, which is the KL from q to the original teacher.
+    """
     ladder, pairs = report.ladder, report.measures.pairs
     total = pairs[ladder.teacher, ladder.student].reverse_kl
     figure = go.Figure()

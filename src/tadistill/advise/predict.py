@@ -1,4 +1,5 @@
-"""Forecast the difference between a chain and direct distillation at equal compute, with a Bayesian ridge regression.
+"""Forecast the difference between a chain (path with assistants) and direct distillation at equal compute. The model is a Bayesian ridge
+regression.
 
 The difference Delta is the dev metric of the chain minus the dev metric of its equal-compute baseline:
 
@@ -32,9 +33,9 @@ from tadistill.statistics import seeds_spread
 Array = NDArray[np.float64]
 
 SIZE_LAW = 2.5
-"""Ratio of teacher to learner parameters that the law of capacity gap (Zhang et al. 2025, arXiv 2311.07052) recommends."""
+"""Ratio of teacher to learner parameters that the law of capacity gap recommends (Zhang et al. 2025, arXiv 2311.07052)."""
 CARRIES = {0.1: 0.25, 0.3: 0.5, 0.6: 0.25}
-"""Value of b (weight of a hop / weight of the next hop) -> prior probability."""
+"""Maps values of b (weight of a hop / weight of the next hop) to their prior probabilities."""
 SLOPES = (0.1, 0.3, 1.0, 2.0)
 """Possible standard deviations of c . x, as multiples of `unit`. `unit` is the typical size of a difference (see `predict`)."""
 FAMILIES = (0.1, 0.3, 0.6, 1.0)
@@ -50,7 +51,7 @@ SEED_NOISE, SEED_WEIGHT = 1.9, 2.0
 
 @lru_cache(maxsize=4096)
 def gaps(measures: EdgeMeasures) -> dict[str, float | None]:
-    """Return measure -> gap between teacher and learner. A larger value means that the two models differ more."""
+    """Return the gap between teacher and learner in each measure. A larger value means that the two models differ more."""
     # history is short, so forward KL, mass and advantage are left out: they resemble reverse KL, overlap and loss
     m = measures
     size = None if m.size_ratio is None else log(m.size_ratio)
@@ -65,12 +66,18 @@ def gaps(measures: EdgeMeasures) -> dict[str, float | None]:
 
 
 def hop_weights(hops: int, carry: float) -> list[float]:
-    """Return the weights of the hops, in order. The last hop has weight 1. Each earlier hop has `carry` times the next hop's weight."""
+    """Return the weights of a path's hops (teacher to learner), in order. The last weight is 1.
+
+    Each earlier one is `carry` times the next.
+    """
     return [carry ** (hops - 1 - i) for i in range(hops)]
 
 
 def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) -> dict[str, float | None]:
-    """Return measure -> weighted sum of the gaps of a chain's hops, minus the gap of the direct hop. `cost` is the log of the cost."""
+    """Return one number per measure: the weighted sum of the gaps over a path's hops, minus the gap of the direct hop.
+
+    `cost` is the log of the path's cost.
+    """
     found: dict[str, float | None] = {"cost": log(cost)}
     of_chain, weights = [gaps(e.measures) for e in edges], hop_weights(len(edges), carry)
     for name, base in gaps(direct.measures).items():
@@ -84,13 +91,13 @@ def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Forecast of the difference between a chain and its equal-compute baseline: a weighted mixture of normal distributions."""
+    """Forecast of the difference between a path and its equal-compute baseline. It is a weighted mixture of normal distributions."""
 
     weights: Array
     means: Array
     sds: Array
     beyond: tuple[str, ...]
-    """Measures of the chain that are outside the range of history. They make the standard deviations larger."""
+    """Measures of the path that are outside the range of history. They make the standard deviations larger."""
 
     @cached_property
     def mean(self) -> float:
@@ -105,7 +112,7 @@ class Forecast:
         return float(self.weights @ ndtr((self.means - value) / self.sds))
 
     def quantile(self, share: float) -> float:
-        """Return the value x for which P(difference < x) is `share`."""
+        """Return the value x with P(difference < x) = `share`."""
         low, high = float(np.min(self.means - 10 * self.sds)), float(np.max(self.means + 10 * self.sds))
         return float(brentq(lambda value: 1 - self.p_above(value) - share, low, high))  # type: ignore[arg-type]
 
@@ -116,13 +123,13 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Predictions:
-    """One forecast for each candidate, and the evidence behind them."""
+    """One forecast for each candidate, and the evidence behind the forecasts."""
 
     forecasts: tuple[Forecast, ...]
     used: tuple[str, ...]
     """Measures that the regression used."""
     unused: tuple[str, ...]
-    """Measures that the regression could not use, because some paths lack them or because they never vary."""
+    """Measures that the regression could not use, because some paths do not have them or because they never vary."""
     seed_sd: float
     """Standard deviation of one seed's difference."""
     families: int
@@ -132,10 +139,10 @@ class Predictions:
 def predict(
     candidates: Sequence[Candidate], direct: Edge, history: Sequence[TwinPair], *, margin: float, family: str | None = None
 ) -> Predictions:
-    """Forecast the difference between each chain and direct distillation at equal compute.
+    """Forecast the difference between each path with assistants and direct distillation at equal compute.
 
     Args:
-        candidates: the chains, without the direct path.
+        candidates: the paths with assistants (chains).
         direct: the edge of direct distillation. All chains have its teacher and its student.
         history: pairs of a chain and its twin from earlier studies (`pair_up`). All differences are in one metric.
         margin: the smallest relevant difference, in the same metric. It also sets the scale of the prior.
@@ -186,10 +193,10 @@ def _seed_variance(history: Sequence[TwinPair], margin: float) -> float:
 
 
 def _least(history: Sequence[TwinPair], seed_sd: float) -> float:
-    """Return the least standard deviation of a forecast: that of the mean of all families, each as well known as its best known chain.
+    """Return the least standard deviation of a forecast, from the mean of all families. The best-known chain of each family is used.
 
-    A chain is known as well as its seeds alone tell (with Student's t) and as its study's report claims, whichever is less. So a forecast
-    from one chain is never surer than that chain's own interval and test.
+    A chain is known as well as its seeds alone tell (with Student's t) or as its study's report claims, whichever is less. A forecast
+    from one chain is thus never surer than that chain's own interval and test.
     """
     best: dict[str, float] = {}
     for p in history:
@@ -199,7 +206,6 @@ def _least(history: Sequence[TwinPair], seed_sd: float) -> float:
 
 
 def _noise(history: Sequence[TwinPair], seed_variance: float) -> Array:
-    """Return the covariance (N, N) of the seed noise in the mean differences of the N pairs."""
     noise_NN = np.zeros((len(history), len(history)))
     for i, p in enumerate(history):
         for j, q in enumerate(history):
@@ -219,7 +225,7 @@ def _contrasts(rows: Sequence[_Row], carry: float) -> dict[str, Array]:
 
 
 def _standardised(columns: dict[str, Array], rows: int, seen: int) -> tuple[Array, Array]:
-    """Return two arrays: the standardised contrasts (rows, contrasts); and how far each row lies outside the range of history (rows,)."""
+    """Return two arrays: the standardised contrasts (rows, contrasts); and how far each row is outside the range of history (rows,)."""
     # A contrast that never varies in history is removed from `columns`. A row with another value is one standard deviation outside.
     if seen == 0:
         return np.ones((rows, 1)), np.zeros(rows)

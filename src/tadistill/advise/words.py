@@ -31,13 +31,13 @@ _NAMES = {
 
 
 def measure_name(name: str) -> str:
-    """Return the title of a predictor's measure."""
+    """Return the title of a measure, for readers."""
     return _NAMES.get(name, name)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of thumb and the path that it chooses. No rule has been shown to beat direct at equal compute."""
+    """A rule of thumb and the path that it chooses. No rule has been shown to beat direct distillation at equal compute."""
 
     name: str
     path: tuple[str, ...]
@@ -45,13 +45,13 @@ class Rule:
 
 
 def scores(measures: Measures) -> dict[str, dict[str, float]]:
-    """Return name of a score -> model -> the model's score on dev prompts, from 0 to 1."""
+    """Return each model's scores on dev prompts, from 0 to 1, for each kind of score."""
     by_loss = {m.name: exp(-m.loss.mean) for m in measures.models}
     return {"exp(−loss)": by_loss, "ROUGE-L / 100": {m.name: m.rouge_l.mean / 100 for m in measures.models}}
 
 
 def lambda_sweeps(measures: Measures) -> dict[str, tuple[Chosen, ...]]:
-    """Return name of a score -> the assistants that MiniDisc's trade-off chooses, each with its range of lambda (`lambda_tradeoff`)."""
+    """Return the assistants that MiniDisc's trade-off chooses, for each kind of score. Each has its range of lambda (`lambda_tradeoff`)."""
     names = [m.name for m in measures.models]
     sizes = {m.name: float(m.parameters) for m in measures.models}
     return {name: lambda_tradeoff(names[0], names[1:-1], of_models, sizes) for name, of_models in scores(measures).items()}
@@ -138,9 +138,9 @@ class NextRun:
     text: str
     command: str
     cost: float
-    """Compute, divided by the compute of one direct run of one seed."""
+    """Compute divided by the compute of one direct run with one seed."""
     gain: float | None
-    """Expected improvement of the chosen path by this run, in the metric's unit. None for the run to start now."""
+    """Expected improvement of the chosen path through this run, in the metric's unit. None for the run to start now."""
 
 
 def steps(
@@ -176,7 +176,6 @@ def steps(
 
 
 def _chain(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
-    """Return overrides that add a chain, its equal-compute baseline and, if the recipe has none, the direct arm."""
     chain, twin = _key(path_name(path)), _key(twin_name(path))
     ends = f"{path[0]} > {path[-1]}"
     return [*_direct(recipe, path), f"{chain}.path={path_text(path)}", f"{twin}.path={ends}", f"{twin}.compute=as {path_name(path)}"]
@@ -230,7 +229,7 @@ class Report:
     measures: Measures
     costs: Mapping[tuple[str, ...], PathCost]
     sweeps: Mapping[str, tuple[Chosen, ...]]
-    """Score -> the assistants that MiniDisc's trade-off chooses, each with its range of lambda."""
+    """Maps a kind of score to the assistants that MiniDisc's trade-off chooses, each with its range of lambda."""
     rules: tuple[Rule, ...]
     history: History
     advice: Advice

@@ -1,9 +1,9 @@
-"""`tadistill doctor`: each check examines one property of this machine, and reports what it found and how to fix a problem.
+"""`tadistill doctor`: checks of this machine. Each check examines one thing, and reports what it found and how to fix a problem.
 
     checks = examine(runs=Path("runs"), recipe=None, profile=None)
     console.print(table(checks))
 
-A check calls other programs only if they are on PATH, with a timeout of a few seconds: login nodes are slow and file systems hang.
+A check calls other programs only if they are on PATH, with a timeout of a few seconds, because login nodes are slow and file systems hang.
 """
 
 import importlib.util
@@ -89,7 +89,7 @@ def packages(requirements: Iterable[str], extra: str = "") -> Check:
 
 
 def wheelhouse(requirements: Iterable[str]) -> Check | None:
-    """Check that the Alliance's wheelhouse (its folder of packages) has all requirements. Returns None on other machines."""
+    """Check that the Alliance's wheelhouse (its folder of packages) has all requirements. Return None on other machines."""
     wanted = [r for r in map(Requirement, requirements) if not r.marker or r.marker.evaluate({"extra": ""})]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{r.name}{r.specifier}\n" for r in wanted))
@@ -137,7 +137,7 @@ def slurm(site: str | None) -> Check:
 
 
 def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
-    """Check the account that jobs are charged to. An account in the environment overrides the account in a batch script."""
+    """Check the account to which jobs are charged. An account in the environment overrides the account in a batch script."""
     given = {name: environment[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if environment.get(name)}
     if len(set(given.values())) > 1:
         found = ", ".join(f"{name}={value}" for name, value in given.items())
@@ -219,7 +219,7 @@ def space(name: str, path: Path) -> Check:
 
 
 def cache(name: str, variable: str, path: Path, site: str | None, environment: Mapping[str, str]) -> Check:
-    """Check the free space of a cache folder. On a cluster, also check that the variable that sets this folder is set."""
+    """Check the free space of a cache folder. On a cluster, also check that the variable for this folder is set."""
     found = space(name, path)
     if found.state == "ok" and site and not environment.get(variable):
         fix = f"export {variable} as a folder on $SCRATCH or $PROJECT, because the default folder may not be visible in jobs"
@@ -304,7 +304,7 @@ def trackers(recipe: Recipe) -> Check:
 
 
 def examine(*, runs: Path, recipe: Recipe | None = None, profile: Profile | None = None) -> list[Check]:
-    """Run all checks. A profile adds the checks of a login node of its cluster. A recipe adds the checks of its models and data."""
+    """Run all checks. `profile` adds the checks for a login node of its cluster. `recipe` adds the checks of its models and data."""
     from huggingface_hub import constants  # imported here because other commands do not need this package
 
     site, environment = (profile.name if profile else None), os.environ

@@ -31,7 +31,7 @@ _WORKERS = 1
 
 @dataclass(frozen=True)
 class Need:
-    """A model, tokenizer or data set that a recipe reads and that may have to be downloaded."""
+    """A model, tokenizer or data set that a recipe reads. It may have to be downloaded."""
 
     kind: Literal["model", "tokenizer", "data set"]
     name: str
@@ -44,7 +44,7 @@ class Need:
 
     @property
     def shown(self) -> str:
-        """Return the name as it is displayed, with the file if there is one."""
+        """Return the name for display, with the file if there is one."""
         return f"{self.name}/{self.file}" if self.file else self.name
 
     @property
@@ -86,7 +86,7 @@ def needs(recipe: Recipe) -> list[Need]:
 
 
 def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
-    """Return a sentence for each model, tokenizer or data set that jobs would not find on this disk. The function uses no network.
+    """Return one sentence for each model, tokenizer or data set that jobs would not find on this disk. No network is used.
 
     Raises:
         DataError, ModelError: a name in the recipe is not valid, or a file in a cache is damaged.
@@ -100,9 +100,9 @@ def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
 
 
 def moved(recipe: Recipe, runs: Path | None = None) -> list[str]:
-    """Return a sentence for each model, tokenizer or data set whose commit on this disk is not the commit in fetched.json.
+    """Return one sentence for each model, tokenizer or data set whose commit on this disk differs from the one in fetched.json.
 
-    Finished stages that used the old commit would be reused. The function uses no network.
+    Finished stages that used the old commit would be reused. No network is used.
     """
     record = _read(runs_directory(runs))
     pairs = [(need, look(need, record)) for need in needs(recipe)]
@@ -110,7 +110,7 @@ def moved(recipe: Recipe, runs: Path | None = None) -> list[str]:
 
 
 def look(need: Need, record: Mapping[str, Any]) -> Found | None:
-    """Find the files of a model, tokenizer or data set on this disk. Return None if some are missing. The function uses no network.
+    """Find the files of a model, tokenizer or data set on this disk. Return None if some are missing. No network is used.
 
     Raises:
         DataError, ModelError: the name is not valid, or a file in a cache is damaged.
@@ -139,12 +139,12 @@ def _found(path: Path) -> Found:
 
 @placed
 def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
-    """Download what a recipe needs, print a table and record the commits. Raises TadistillError at the end if a download failed."""
+    """Download what a recipe needs, print a table and record the commits. If a download failed, raise TadistillError at the end."""
     # huggingface_hub reads this variable when it is imported (later); its Xet protocol fails on login nodes
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     wanted, before, failures = needs(recipe), _read(runs), []
     if not wanted:
-        console.print(f"study {recipe.study} reads nothing from the network", highlight=False)
+        console.print(f"study {recipe.study} needs no downloads", highlight=False)
         return
     after, changes = dict(before), []
     table = Table(title=f"{recipe.study}: models and data from the network", title_justify="left", box=None)

@@ -15,7 +15,7 @@ _SHOWN = 20  # rows of the table before the question
 
 
 def print_studies(runs: Path, store: Store, console: Console) -> None:
-    """Print a table of the studies in a runs directory, and the size of what no study needs."""
+    """Print a table of the studies in a runs directory. Also print the size of the stages that no study needs."""
     rows, loose = studies(runs, store), unneeded(runs, store)
     if not rows:
         console.print(f"there is no study in {runs}; start one with `tadistill run RECIPE`", highlight=False, markup=False, soft_wrap=True)
@@ -33,14 +33,14 @@ def print_studies(runs: Path, store: Store, console: Console) -> None:
 
 
 def clean(runs: Path, store: Store, console: Console, *, dry_run: bool, confirm: Callable[[str], bool]) -> None:
-    """Delete the stages that no study needs, after a question, or show them with `dry_run`.
+    """Delete the stages that no study needs, after a question. With `dry_run`, only show them.
 
     Raises:
         StoreError: a file of a study cannot be read, or a folder cannot be deleted.
     """
     loose = unneeded(runs, store)
     if not loose:
-        console.print("nothing to delete: every finished or unfinished stage in the store is needed by a study", highlight=False)
+        console.print("nothing to delete: a study needs every stage in the store", highlight=False)
         return
     shown = loose if dry_run else loose[:_SHOWN]
     table = Table(box=None)

@@ -1,11 +1,11 @@
 """The jobs of a study: which stages share a job, a record of each stage's job, and the work inside a job.
 
-Evaluations of one model share a job, seeds with equal requests share an array, and parents come before children. If a stage fails, Slurm
+Evaluations of one model share a job. Seeds with equal requests share an array. Parents come before children. If a stage fails, Slurm
 cancels the jobs that depend on it (afterok). A second submission then submits the failed stage and the cancelled stages again.
 
 `cluster.submit` pickles a `StageJob`, which runs in the job, in one process per task. A signal only sets a flag. Between two updates all
 ranks exchange this flag and save the state. Then the first process calls the handler of submitit, which queues the job again with the same
-id. If the site does not allow this requeue, the next segment of a chain continues the work.
+id. If the site does not allow this requeue, the next segment of a chain of jobs continues the work.
 """
 
 import contextlib
@@ -53,12 +53,12 @@ class Job:
 
     @property
     def parents(self) -> set[str]:
-        """Return the keys of the stages in other jobs that must be finished before this job starts."""
+        """Return the keys of the stages in other jobs that must finish before this job starts."""
         return {parent for stage in self.stages for parent in stage.parents.values()} - self.keys
 
     @property
     def family(self) -> tuple:
-        """Return a tuple that is equal for two jobs if they differ only in their seed."""
+        """Return a tuple that is equal for two jobs that differ only in their seed."""
         first = self.stages[0]
         # `depth` makes the families of a job and of a job that depends on it different
         return self.depth, first.kind, first.model, tuple(sorted(first.arms)), len(self.stages), self.request
@@ -71,9 +71,9 @@ class Job:
 
 
 def bundles(stages: Mapping[str, Stage], todo: Iterable[str]) -> list[tuple[int, tuple[Stage, ...]]]:
-    """Group the stages `todo` into jobs and return the depth and stages of each job, parents first.
+    """Group the stages `todo` into jobs. Return the depth and the stages of each job, parents first.
 
-    All stages that measure one model share a job; every other stage has a job of its own.
+    All stages that measure one model share a job. Every other stage has a job of its own.
     """
     found: dict[str, list[Stage]] = {}
     for key in todo:
@@ -91,7 +91,6 @@ def bundles(stages: Mapping[str, Stage], todo: Iterable[str]) -> list[tuple[int,
 
 
 def _home(stages: Mapping[str, Stage], stage: Stage) -> str:
-    """Return a text that identifies the stage's job. Stages that evaluate one model have the same text; other stages have their own."""
     if isinstance(stage.spec, AnalyseSpec):
         stage = stages[stage.spec.answers.stage]
     if isinstance(stage.spec, EvaluateSpec):
@@ -100,7 +99,7 @@ def _home(stages: Mapping[str, Stage], stage: Stage) -> str:
 
 
 def families(jobs: Seq[Job]) -> list[list[Job]]:
-    """Return groups of jobs that differ only in their seed. A group comes after the groups that it depends on."""
+    """Return groups of jobs that differ only in their seed. A group comes after the groups on which it depends."""
     found: dict[tuple, list[Job]] = {}
     for job in jobs:
         found.setdefault(job.family, []).append(job)
@@ -109,7 +108,7 @@ def families(jobs: Seq[Job]) -> list[list[Job]]:
 
 @dataclass(frozen=True)
 class Place:
-    """The job of a stage in Slurm: the job's id, and its index if the job is an element of an array."""
+    """The job of a stage in Slurm: the job's id and, in an array, its index."""
 
     job: str
     index: int | None = None
@@ -119,7 +118,7 @@ class Place:
 
 
 def arrays(jobs: Seq[Job], places: Mapping[str, Place]) -> list[tuple[list[Job], str | None]]:
-    """Group jobs that differ only in their seed into Slurm arrays. Return each array's jobs, and its dependency or None.
+    """Group jobs that differ only in their seed into Slurm arrays. Return each array's jobs, with its dependency or None.
 
     If the parents are in arrays with the same seeds, element i waits only for element i of each parent (aftercorr). A failed seed then does
     not cancel other seeds. Otherwise, jobs share an array only if they wait for the same jobs.
@@ -134,7 +133,6 @@ def arrays(jobs: Seq[Job], places: Mapping[str, Place]) -> list[tuple[list[Job],
 
 
 def _corresponding(waits: Seq[set[Place]]) -> str | None:
-    """Return the dependency that all elements of an array have in common, or None if their dependencies differ."""
 
     def parts(i: int) -> set[str]:
         return {f"aftercorr:{place.job}" if place.index == i else f"afterok:{place}" for place in waits[i]}
@@ -167,7 +165,7 @@ class JobRecord:
         write_json(store.folder(key) / RECORD, asdict(self))
 
     def entries(self, queue: Mapping[str, Entry]) -> list[Entry]:
-        """Return this job's entries in Slurm's queue. A chain has one entry for each remaining segment; running segments come first."""
+        """Return this job's entries in Slurm's queue. A chain of jobs has one entry for each remaining job. Running jobs come first."""
         here = str(self.place)
         segments = [e for i, e in queue.items() if i.startswith(f"{here}_")] if self.index is None else []
         found = [queue[here]] if here in queue else sorted(segments, key=lambda e: e.state != "RUNNING")
@@ -175,7 +173,7 @@ class JobRecord:
         return [e for e in found if e.name == self.name]
 
     def live(self, queue: Mapping[str, Entry]) -> Entry | None:
-        """Return the entry of this job in the queue if the job runs or can still start, else None."""
+        """Return the job's entry in the queue if the job runs or can still start. Otherwise return None."""
         return next((e for e in self.entries(queue) if not e.hopeless), None)
 
 
@@ -193,7 +191,7 @@ def jobs_folder(study: Path) -> Path:
 
 
 def report_name(study: Path) -> str:
-    """Return the Slurm name of the job that writes a study's report. The name depends on the study's folder, so it is unique."""
+    """Return the name in Slurm of the job that writes a study's report. The name depends on the study's folder, so it is unique."""
     return f"report-{study.name}-{key_of(str(study.resolve()))[:6]}"
 
 
@@ -206,7 +204,7 @@ class StageJob:
 
     tasks: tuple[Task, ...]
     chain: bool = False
-    """True if the job is a segment of a chain, which replaces requeues."""
+    """True if the job is one of a chain of jobs, which replaces requeues."""
 
     def __call__(self) -> None:
         stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)
@@ -218,7 +216,7 @@ class StageJob:
             os._exit(0)  # as in `runner.processes`: torch's exit sometimes aborts when other ranks have exited
 
     def checkpoint(self) -> Any:
-        """Return the work that submitit queues again: this same job, which resumes from the saved state."""
+        """Return the work that submitit queues again. It is this same job, which resumes from the saved state."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -268,7 +266,7 @@ class StageJob:
 
 @dataclass(frozen=True)
 class ReportJob:
-    """The work of the job that writes a study's report after all other jobs have ended."""
+    """The work of the job that writes a study's report. It runs after all other jobs have ended."""
 
     study: str
     store: str

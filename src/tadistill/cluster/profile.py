@@ -1,8 +1,8 @@
-"""Profiles of clusters: the hardware and the rules of a site, in one YAML file per site in `profiles/`, or in a file of the user.
+"""Profiles of clusters: the hardware and the rules of a cluster, in one YAML file. It is in `profiles/`, or it is a file of the user.
 
     profile = load_profile("narval")          # or load_profile("path/to/mine.yaml")
 
-A new site needs only a new file with the fields below (docs/reference/cluster.md, "Another cluster").
+A new cluster needs only a new file with the fields below.
 """
 
 from pathlib import Path
@@ -21,15 +21,15 @@ class Gpu(Strict):
     """A kind of GPU, or a slice of one (MIG)."""
 
     memory: float = Field(gt=0)
-    """GB of device memory."""
+    """Device memory in GB."""
     per_node: int = Field(ge=1)
-    """Number of GPUs per node; for slices, the number of slices per job."""
+    """Number of GPUs per node. For slices, it is the number of slices per job."""
     counts: tuple[int, ...] = ()
     """Numbers of GPUs per node that a job may request. If empty, any number is allowed."""
     cpus: int = Field(ge=1)
     """Cores that the site includes with one GPU. A job with more cores is charged for more GPUs."""
     ram: float = Field(gt=0)
-    """GB of host memory that the site includes with one GPU."""
+    """Host memory in GB that the site includes with one GPU."""
     tflops: float = Field(gt=0)
     """Peak TFLOP/s of dense bfloat16 matrix products. Times are estimated from it if no speed was measured."""
     device: str = ""
@@ -46,7 +46,7 @@ class Cpu(Strict):
 
 
 class Profile(Strict):
-    """The rules and the hardware of a site."""
+    """The rules and the hardware of a cluster (a site)."""
 
     name: str
     about: str
@@ -68,13 +68,14 @@ class Profile(Strict):
     max_jobs: int = Field(default=1000, ge=1)
     """Number of jobs that a user may have queued or running. Every element of an array is one job."""
     account: str = ""
-    """Regular expression that account names match; empty if jobs need no account."""
+    """Regular expression that account names must match. Empty if jobs need no account."""
     internet: Literal["none", "proxy", "full"] = "none"
     """Network access of compute nodes. Jobs download nothing."""
     home: Literal["writable", "read-only", "no-jobs"] = "writable"
-    """Use of the home folder in jobs. read-only: the runs directory must be elsewhere. no-jobs: jobs cannot be submitted from there."""
+    """How jobs can use the home folder. `read-only`: the runs directory must be elsewhere. `no-jobs`: no job can be submitted from it."""
     resume: Literal["requeue", "chain"] = "requeue"
-    """How work continues after a time limit. requeue: the job requeues itself. chain: another job, already queued, continues the work."""
+    """How work continues after a time limit. `requeue`: the job requeues itself. `chain`: another job, which is already queued, continues
+    it."""
     modules: tuple[str, ...] = ()
     """Modules that every job loads, in this order."""
     setup: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The state of this user's jobs in Slurm: from squeue, and from sacct for jobs that have left the queue."""
+"""The state of this user's jobs in Slurm. squeue gives it for jobs in the queue, and sacct for jobs that have left it."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ _SECONDS = 30
 
 
 def output_of(*command: str) -> str | None:
-    """Run a program and return its output, or None if it is not on PATH, fails, or runs longer than 30 seconds."""
+    """Run a program and return its output. Return None if it is not on PATH, fails, or runs longer than 30 seconds."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -34,17 +34,17 @@ class Entry:
 
     @property
     def hopeless(self) -> bool:
-        """True if the job waits for a job that has failed. Some sites keep such jobs in the queue for ever."""
+        """True if the job waits for a job that has failed. Some clusters keep such jobs in the queue for ever."""
         return self.reason == _NEVER
 
 
 def queued() -> dict[str, Entry]:
-    """Return this user's waiting and running jobs by id; each array element is an entry. Raises ConfigError if squeue does not answer."""
+    """Return this user's waiting and running jobs by id. Each array element is an entry. Raises ConfigError if squeue does not answer."""
     return _squeue("--me")
 
 
 def ended(ids: Iterable[str]) -> dict[str, Entry]:
-    """Return id -> entry for the jobs in `ids` that have left the queue and that Slurm still remembers."""
+    """Return the entries of the jobs in `ids` that have left the queue and that Slurm still remembers, by id."""
     wanted = sorted(ids)
     if not wanted:
         return {}
@@ -58,13 +58,12 @@ def ended(ids: Iterable[str]) -> dict[str, Entry]:
 
 
 def _of_segments(id: str, found: Mapping[str, Entry]) -> Entry | None:
-    """Return the entry that shows a chain's state: its first segment that did not complete, else its last segment."""
     segments = [entry for i, entry in found.items() if i.startswith(f"{id}_")]
     return next((entry for entry in segments if entry.state != "COMPLETED"), segments[-1] if segments else None)
 
 
 def cancel(ids: Iterable[str]) -> None:
-    """Cancel jobs. A job that has already ended is no error. Raises TadistillError if scancel failed."""
+    """Cancel jobs. Jobs that have already ended are ignored. Raises TadistillError if scancel failed."""
     wanted = sorted(ids)
     if not wanted or output_of("scancel", "--quiet", *wanted) is not None:
         return
@@ -77,7 +76,7 @@ def _squeue(*options: str, strict: bool = True) -> dict[str, Entry]:
     out = output_of("squeue", "--noheader", "--array", "--format=%i|%T|%M|%j|%r", *options)
     if out is None:
         if strict:
-            raise ConfigError("squeue does not answer, so the state of jobs is not known; run this on a login node of the cluster")
+            raise ConfigError("squeue does not answer, so the state of jobs is unknown; run this command on a login node of the cluster")
         return {}
     lines = [line.strip().split("|") for line in out.splitlines()]
     return {f[0]: Entry(*f) for f in lines if len(f) == 5}

@@ -1,8 +1,8 @@
 """A job's request to Slurm, and its batch script.
 
-A request is computed from the plan's estimates, the site's profile and the recipe's `resources`. A request that the site would refuse
-raises an error that names the rule. The GPU is the smallest one whose memory holds models, gradients and optimizer moments, with a tenth
-to spare. The time is 1.5 x the estimate. It is split into several jobs if it is longer than the site's profile allows.
+A request is computed from the plan's estimates, the cluster's profile and the recipe's `resources`. A request that the cluster would refuse
+raises an error that names the rule. The GPU is the smallest one with enough memory: for models, gradients and optimizer moments, and a
+tenth more. The time is 1.5 x the estimate. It is split into several jobs if it is longer than the profile allows.
 
 submitit writes the script, pickles the work, and requeues a job that saved its state in time. A dry run prints the script.
 """
@@ -56,17 +56,17 @@ class Request:
     cpus: int
     """Cores per process."""
     ram: int
-    """GB of host memory per node."""
+    """Host memory per node in GB."""
     minutes: int
     pieces: int
-    """Expected number of jobs that the work needs one after the other, each with `minutes` as its time limit."""
+    """Expected number of jobs for the work, one after the other. Each has `minutes` as its time limit."""
 
 
 class Requests:
-    """Computes the requests of a plan's jobs on one site."""
+    """Computes the requests of a plan's jobs on one cluster."""
 
     def __init__(self, plan: Plan, profile: Profile, speeds: dict[str, Speeds]):
-        """Prepare for a plan. `speeds` maps the name of a device to the speeds that were measured on it."""
+        """`speeds` maps the name of a device to the speeds that were measured on it."""
         self.plan, self.profile, self.speeds = plan, profile, speeds
         self.ledger = Ledger(plan.recipe)
 
@@ -74,7 +74,7 @@ class Requests:
         """Return the request of a job that runs these stages one after the other.
 
         Raises:
-            ConfigError: the site would refuse the job, or no GPU of the site is large enough.
+            ConfigError: the cluster would refuse the job, or no GPU of the cluster is large enough.
         """
         first = stages[0]
         wanted = layout(self.plan.recipe, first)
@@ -84,7 +84,9 @@ class Requests:
             return self._without_gpu(stages, wanted, where)
         name = wanted.gpu or self._smallest(stages, wanted)
         if name not in self.profile.gpus:
-            raise ConfigError(f"{where}: gpu is `{name}`, but {self.profile.name} has no such GPU; use {', '.join(self.profile.gpus)}")
+            raise ConfigError(
+                f"{where}: gpu is `{name}`, but {self.profile.name} has no such GPU; use one of {', '.join(self.profile.gpus)}"
+            )
         gpu = self.profile.gpus[name]
         count = _count(gpu, per_node, name, where, self.profile.name)
         cpus = wanted.cpus or max(1, gpu.cpus * count // per_node)
@@ -94,7 +96,7 @@ class Requests:
         return Request(name, count, wanted.nodes, per_node, cpus, ram, minutes, pieces)
 
     def report(self) -> Request | None:
-        """Return the request of the job that writes the report, or None if the site refuses such small jobs."""
+        """Return the request of the job that writes the report. Return None if the cluster refuses such small jobs."""
         cpu = self.profile.cpu
         if cpu is None:
             return None
@@ -104,7 +106,9 @@ class Requests:
     def _without_gpu(self, stages: Seq[Stage], wanted: Resources, where: str) -> Request:
         cpu = self.profile.cpu or Cpu()
         if wanted.gpu:
-            raise ConfigError(f"{where}: gpu is `{wanted.gpu}`, but profile {self.profile.name} has no GPUs; add one, or leave out gpu")
+            raise ConfigError(
+                f"{where}: gpu is `{wanted.gpu}`, but the profile {self.profile.name} has no GPUs; add GPUs to the profile, or remove `gpu`"
+            )
         per_node = wanted.processes // wanted.nodes
         ram = math.ceil((wanted.memory or cpu.ram) * per_node)
         minutes, pieces = self._time(stages, wanted, None, where)
@@ -120,9 +124,10 @@ class Requests:
             return fits[0][1]
         largest = max(g.memory for g in usable.values())
         raise ConfigError(
-            f"{stages[0].label} needs about {needs / 1e9:.0f} GB on a GPU, but the largest on {self.profile.name} has {largest:.0f} GB; "
-            f"spread it over several GPUs with resources: {{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}} "
-            "(and teacher: sharded or offloaded), lower optim.micro_batch, or set gradient_checkpointing"
+            f"{stages[0].label} needs about {needs / 1000000000.0:.0f} GB on a GPU, but the largest GPU of {self.profile.name} has "
+            f"{largest:.0f} GB; spread it over several GPUs with resources: "
+            f"{{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}} (and teacher: sharded or offloaded), lower "
+            "`optim.micro_batch`, or set `gradient_checkpointing`"
         )
 
     def _need(self, stage: Stage, wanted: Resources) -> float:
@@ -144,7 +149,6 @@ class Requests:
         return resident_bytes(size.total, training=False, dtype=dtype) if size else 0.0
 
     def _name(self, handle: Handle) -> str | None:
-        """Return the name of a model in the recipe with the same weights; for a pruned model, the name of the unpruned model."""
         if isinstance(handle, FromStage):
             return self.plan.stages[handle.stage].model
         if not isinstance(handle, Loaded):
@@ -162,7 +166,7 @@ class Requests:
             if not profile.min_hours <= wanted.hours <= profile.max_hours:
                 raise ConfigError(
                     f"{where}: hours is {wanted.hours:g}, but {profile.name} allows {profile.min_hours:g} to {profile.max_hours:g} hours "
-                    "for a job; choose a value in this range (a longer stage is split into several jobs)"
+                    "per job; choose a value in this range (longer work is split into several jobs)"
                 )
             limit = wanted.hours
         else:
@@ -192,7 +196,7 @@ class Requests:
 
 
 def _count(gpu: Gpu, processes: int, name: str, where: str, site: str) -> int:
-    """Return the number of GPUs per node: one per process, rounded up to a number that the site allows."""
+    """Return the number of GPUs per node: one per process, rounded up to a number that the cluster allows."""
     if gpu.slice and processes > 1:
         raise ConfigError(f"{where}: {processes} processes on `{name}`, but a job can use only one slice of a GPU; use whole GPUs")
     allowed = gpu.counts or tuple(range(1, gpu.per_node + 1))
@@ -269,7 +273,7 @@ def script(folder: Path, elements: int, settings: dict[str, Any], *, python: str
 
 
 def send(folder: Path, work: Seq[Any], settings: dict[str, Any]) -> str:
-    """Submit one callable as a job, or several as an array. Return the id of the job or array.
+    """Submit one piece of work as a job, or several as an array. Return the id of the job or array.
 
     Raises:
         CalledProcessError, or an error of submitit: sbatch refused the job. The error contains the output of sbatch.

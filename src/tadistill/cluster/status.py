@@ -32,8 +32,8 @@ class StatusRow:
     job: str
     """The job's id in Slurm, or HOST:PID of a run outside Slurm."""
     state: str
-    """done, running, failed, `not started`, `dead` (its run was killed), `lost` (Slurm no longer knows the job), or another state of Slurm
-    in lower case."""
+    """One of done, running, failed, `not started`, `dead` (its run was killed), `lost` (Slurm no longer knows the job), or another state of
+    Slurm in lower case."""
     elapsed: str
     last: str
     """The newest line of the training log, or the reason why the stage failed or waits."""

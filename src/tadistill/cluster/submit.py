@@ -68,7 +68,7 @@ class Sent:
 
 
 class Submission:
-    """The submission of one plan to one site."""
+    """The submission of one plan to one cluster."""
 
     def __init__(self, plan: Plan, profile: Profile, runs: Path, *, account: str | None):
         """Prepare the submission. Raises ConfigError if the account is wrong or jobs cannot write to the runs directory."""
@@ -105,11 +105,11 @@ class Submission:
         """Submit the jobs. Return two things: the submitted jobs; and the number of stages that earlier submissions have queued.
 
         Args:
-            ready: called before the first job is submitted; its argument is False if there is no job to submit.
+            ready: called before the first job is submitted. Its argument is False if there is no job to submit.
             tell: called with every job after it was submitted.
 
         Raises:
-            ConfigError: the site would refuse a job, or another submission is running.
+            ConfigError: the cluster would refuse a job, or another submission is running.
         """
         with self._alone():
             queued = queue.queued()
@@ -198,7 +198,7 @@ class Submission:
         number = sum(self._segments(job.request) if self._chain else 1 for job in jobs) + 1  # the report
         if jobs and queued + number > self.profile.max_jobs:
             raise ConfigError(
-                f"{number} new jobs and {queued} queued jobs are more than the {self.profile.max_jobs} that a user may have on "
+                f"{number} new jobs and {queued} queued jobs are more than the {self.profile.max_jobs} jobs that a user may have on "
                 f"{self.profile.name}; submit fewer seeds or arms at a time (seeds=[10]), or wait"
             )
 
@@ -223,10 +223,12 @@ def _account(profile: Profile, given: str | None) -> str | None:
     environment = {name: os.environ[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if os.environ.get(name)}
     for name, value in environment.items():
         if given and value != given:
-            raise ConfigError(f"--account is {given}, but {name}={value} in the environment overrides it; unset {name} or drop --account")
+            raise ConfigError(
+                f"--account is {given}, but {name}={value} in the environment overrides it; unset {name}, or leave out --account"
+            )
     account = given or next(iter(environment.values()), None)
     if profile.account and account is None:
-        raise ConfigError(f"{profile.name} needs an account; give --account NAME (or SBATCH_ACCOUNT), for instance {_example(profile)}")
+        raise ConfigError(f"{profile.name} needs an account; give --account NAME (or set SBATCH_ACCOUNT), for instance {_example(profile)}")
     if profile.account and not re.fullmatch(profile.account, account or ""):
         raise ConfigError(f"account `{account}` is not an account of {profile.name}; accounts there look like {_example(profile)}")
     return account
@@ -255,10 +257,11 @@ def _check_place(profile: Profile, runs: Path) -> None:
 def submit(
     recipe: Recipe, *, text: str, command: str, cluster: str | None, account: str | None, runs: Path, dry_run: bool, console: Console
 ) -> None:
-    """Submit the stages of a recipe that are not finished, or, with `dry_run`, print the batch scripts.
+    """Submit the stages of a recipe that are not finished. With `dry_run`, print the batch scripts instead.
 
     Raises:
-        ConfigError: the recipe, the profile or the account is wrong, a model or data set is not downloaded, or the site would refuse a job.
+        ConfigError: the recipe, the profile or the account is wrong, a model or data set is not downloaded, or the cluster would refuse a
+            job.
         StageFailed: sbatch refused a job.
     """
     profile = profiles.load_profile(_cluster(cluster))
@@ -295,8 +298,8 @@ def submit(
     jobs, stages = sum(len(each.jobs) for each in sent), sum(len(job.stages) for each in sent for job in each.jobs)
     done = len(plan.stages) - waiting - stages
     console.print(
-        f"{recipe.study} on {profile.name}: {len(plan.stages)} stages: {done} done, {waiting} already queued, "
-        f"{stages} submitted now as {jobs} jobs",
+        f"{recipe.study} on {profile.name}: {len(plan.stages)} stages; {done} are done, {waiting} are already queued, and {stages} were "
+        f"submitted now as {jobs} jobs",
         highlight=False,
     )
     console.print(_next_step(plan, study, submission, sent=bool(sent), waiting=waiting), highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Recipes: `load` a file, `parse` YAML text or `validate` plain data into a frozen `Recipe`."""
+"""Recipes. `load` reads a file, `parse` reads YAML text, and `validate` reads plain data. Each returns a frozen `Recipe`."""
 
 from tadistill.config.load import load, parse, validate
 from tadistill.config.method import Method, Optim, Sft

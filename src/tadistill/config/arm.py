@@ -1,4 +1,4 @@
-"""The arms of a recipe, and the search for a path. An arm gives a path of models, in which each model teaches the next one."""
+"""The arms of a recipe, and the search for a path. An arm is a named path of models, in which each model teaches the next one."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
@@ -21,7 +21,7 @@ def path_text(path: Iterable[str]) -> str:
 
 
 class ComparableArm(Protocol):
-    """The properties of an arm that `direct_arm` reads. `path` ends with the model that the arm makes."""
+    """The properties of an arm that `direct_arm` reads. The last model of `path` is the one that the arm trains."""
 
     @property
     def path(self) -> tuple[str, ...]: ...
@@ -37,12 +37,14 @@ A = TypeVar("A", bound=ComparableArm)
 
 
 def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: object = None, *, any_method: bool = False) -> A | None:
-    """Return the first arm in which the teacher itself teaches the student, or None. Arms with `compute` or without `is_plain` are skipped.
+    """Return the first arm in which the teacher itself teaches the student. Return None if there is no such arm.
+
+    Arms with `compute`, and arms that are not plain (`is_plain`), are skipped.
 
     Args:
-        teacher: the original teacher; None accepts any teacher.
-        method: the method that the arm must have; None accepts any method.
-        any_method: return an arm with another method if no arm has this method.
+        teacher: the original teacher. None accepts any teacher.
+        method: the method that the arm must have. None accepts any method.
+        any_method: if no arm has this method, return an arm with another method.
     """
     found = [a for a in arms if len(a.path) == 2 and a.is_plain and a.compute is None and a.path[1] == student]
     found = [a for a in found if teacher is None or a.path[0] == teacher]
@@ -51,16 +53,16 @@ def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: obj
 
 
 class Published(Strict):
-    """A result that somebody else reported for an arm. The report shows it beside our result."""
+    """A published result for an arm, from a paper for example. The report shows it beside our result."""
 
     source: str
     """The publication."""
     rouge_l: dict[str, float]
-    """Test set -> Rouge-L."""
+    """Maps a test set to its Rouge-L."""
 
 
 class Arm(Strict):
-    """One path of models and one method. A path of a single model evaluates that model or, with `objective`, continues its training.
+    """A named path of models and its method. A path of a single model evaluates that model or, with `objective`, continues its training.
 
     `xl > l > s` is two distillations: xl teaches l, and then l teaches s. `l > s then xl > s` continues the training of s with another
     teacher (a curriculum). `init: {s: l}` initialises s from this arm's model l, pruned to the size of s.
@@ -69,24 +71,24 @@ class Arm(Strict):
 
     text_sets: ClassVar[str] = "path"
     path: tuple[ModelPath, ...] = Field(min_length=1)
-    """The paths, one after the other, as `A > B > C then D > C`. A name means the same model in all paths. If a learner is taught
+    """One path or several, one after the other, as `A > B > C then D > C`. A name means the same model in all of them. If a model is taught
     more than once, its updates are divided equally among these distillations."""
     init: dict[str, str] = {}
-    """Learner -> the model of this arm whose weights initialise it, instead of its own weights. The learner's `sft` runs after that."""
+    """Maps a learner to the model of this arm that initialises it. The learner's `sft` runs after that."""
     method: MethodName | None = Field(default=None, exclude=True)
     """A published method by name, which sets objective and sampler of this arm. None once it is applied."""
     objective: Objective | None = None
-    """Overrides of `method.objective`; an objective of another `type` replaces it."""
+    """Changes to `method.objective`. An objective of another `type` replaces it."""
     sampler: Sampler | None = None
-    """Overrides of `method.sampler`; a sampler of another `type` replaces it."""
+    """Changes to `method.sampler`. A sampler of another `type` replaces it."""
     optim: Optim | None = None
-    """Overrides of `method.optim`."""
+    """Changes to `method.optim`."""
     select: Select | None = None
-    """Overrides of `method.select`."""
+    """Changes to `method.select`."""
     dense: Dense | None = None
-    """Overrides of `method.dense`."""
+    """Changes to `method.dense`."""
     compute: str | None = None
-    """`as ARM`: choose the number of updates so that the total training FLOPs equal those of arm ARM (an equal-compute baseline)."""
+    """`as ARM` gives this arm the same total training FLOPs as ARM, by choosing its number of updates (an equal-compute baseline)."""
     published: Published | None = None
 
     @model_validator(mode="before")
@@ -106,13 +108,15 @@ class Arm(Strict):
         for path in self.path:
             for name in path:
                 if path.count(name) > 1:
-                    raise ValueError(f"path `{path_text(path)}` names model {name} twice, but a model cannot teach itself; remove one")
+                    raise ValueError(
+                        f"path `{path_text(path)}` names model {name} twice, but a model cannot teach itself; remove one of them"
+                    )
         if len(self.path) > 1 and any(len(path) < 2 for path in self.path):
-            raise ValueError(f"path `{self.text}` has a part with only one model, so nothing is taught there; write each part as A > B")
+            raise ValueError(f"path `{self.text}` has a part with only one model, which teaches nothing; write each part as A > B")
         for i, path in enumerate(self.path[:-1]):
             used = {m for later in self.path[i + 1 :] for m in later} | set(self.init.values())
             if path[-1] not in used:
-                raise ValueError(f"path `{self.text}` teaches {path[-1]}, but no later part uses it; add a part that uses {path[-1]}")
+                raise ValueError(f"path `{self.text}` teaches {path[-1]}, but no later part uses {path[-1]}; add a part that uses it")
         return self
 
     @model_validator(mode="after")
@@ -120,11 +124,14 @@ class Arm(Strict):
         for learner, source in self.init.items():
             first = next((i for i, path in enumerate(self.path) if learner in path[1:]), None)
             if first is None:
-                raise ValueError(f"init names {learner}, but path `{self.text}` does not teach it; name a model that the path teaches")
+                raise ValueError(
+                    f"init names {learner}, but path `{self.text}` does not teach {learner}; name a model that the path teaches"
+                )
             before = [m for path in self.path[:first] for m in path] + [*self.path[first][: self.path[first].index(learner)]]
             if source not in before:
                 raise ValueError(
-                    f"init starts {learner} from {source}, but `{self.text}` has no {source} before {learner}; name one that is there"
+                    f"init starts {learner} from {source}, but {source} is not before {learner} in `{self.text}`; name a model that is "
+                    f"before {learner}"
                 )
         return self
 
@@ -137,7 +144,7 @@ class Arm(Strict):
 
     @property
     def last(self) -> ModelPath:
-        """The last path. It ends with the model that the arm makes."""
+        """The last path. It ends with the model that the arm trains."""
         return self.path[-1]
 
     @property
@@ -147,7 +154,7 @@ class Arm(Strict):
 
     @property
     def learners(self) -> tuple[str, ...]:
-        """The model that each distillation of the arm teaches, in order."""
+        """The models that the arm's distillations train, in order."""
         return tuple(m for path in self.path for m in path[1:])
 
     @property
@@ -156,12 +163,12 @@ class Arm(Strict):
 
     @property
     def patch(self) -> MethodPatch:
-        """This arm's overrides of the recipe's method."""
+        """The changes that this arm makes to the recipe's method."""
         return MethodPatch(objective=self.objective, sampler=self.sampler, optim=self.optim, select=self.select, dense=self.dense)
 
 
 class Search(Strict):
-    """The paths that `tadistill search` and `tadistill advise` consider, and how they are searched. Paths are compared on dev only."""
+    """The paths that `tadistill search` and `tadistill advise` compare, and how they search. They compare paths on the dev set only."""
 
     teacher: str
     """The model where all paths start."""
@@ -176,11 +183,12 @@ class Search(Strict):
     max_assistants: int | None = Field(default=None, ge=1, le=MOST)
     """Largest number of assistants in a path; no limit by default."""
     budget: float | None = Field(default=None, gt=0)
-    """Largest cost of a path, as a multiple of the training FLOPs of the direct path; no limit by default."""
+    """Largest cost of a path, as a multiple of the direct path's training FLOPs; no limit by default."""
     width: int = Field(default=2, ge=1, le=MOST)
     """Number of paths to each model that `beam` keeps."""
     rungs: tuple[float, ...] = Field(default=(0.1, 0.3, 1.0), min_length=1)
-    """Used by `halving`, one number per round: the fraction of every stage's updates that is done after the round. The last one is 1."""
+    """Used by `halving`, with one number per round. A number is the fraction of all updates that is done after the round. The last one is
+    1."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -191,5 +199,7 @@ class Search(Strict):
         if self.rungs[-1] != 1 or any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)) or self.rungs[0] <= 0:
             raise ValueError(f"search.rungs are {list(self.rungs)}; write rising fractions that end with 1, such as [0.1, 0.3, 1]")
         if self.strategy == "halving" and len(self.rungs) < 2:
-            raise ValueError("search.strategy is halving, which needs at least two rungs; set search.rungs, for instance to [0.1, 0.3, 1]")
+            raise ValueError(
+                "search.strategy is `halving`, which needs at least two rungs; set `search.rungs`, for instance to [0.1, 0.3, 1]"
+            )
         return self

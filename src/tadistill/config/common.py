@@ -1,4 +1,4 @@
-"""Base class of all parts of a recipe, settings of sampling, and types of numbers."""
+"""The base class of all parts of a recipe, the settings of sampling, and types of numbers."""
 
 import functools
 import re
@@ -13,9 +13,9 @@ _LONGEST_NAME = 80
 
 def _name(value: str) -> str:
     if not value.isprintable() or value != value.strip() or not value:
-        raise ValueError("a name has visible characters and no space at its ends")
+        raise ValueError("a name must have only visible characters, and no space at its beginning or end")
     if len(value) > _LONGEST_NAME:
-        raise ValueError(f"a name has at most {_LONGEST_NAME} characters, and this one has {len(value)}")
+        raise ValueError(f"a name has at most {_LONGEST_NAME} characters, but this one has {len(value)}; shorten it")
     if re.search(r"[/\\]", value) or value.startswith(("-", ".")) or value.endswith(".") or _DEVICES.fullmatch(value):
         raise ValueError(
             "choose another name: it must not contain a slash, begin with `-` or `.`, end with `.`, or be the name of a device (con, nul …)"
@@ -24,25 +24,25 @@ def _name(value: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_name)]
-"""The name of a study, a model or an arm, which may become a file's name and an argument of a command."""
+"""The name of a study, a model or an arm. It may become a file's name and an argument of a command."""
 Share = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 Modest = Annotated[float, Field(ge=-100, le=100)]
-"""A parameter of a divergence: beyond these bounds float32 overflows."""
+"""A parameter of a divergence. Beyond these bounds float32 overflows."""
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
-"""Logits are divided by it. Below 0.01 float32 overflows, above 100 every distribution is uniform."""
+"""A divisor of logits. Below 0.01 float32 overflows, and above 100 every distribution is uniform."""
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """MODULE:FUNCTION, a function of the user's own code (`tadistill.own_code`)."""
 MOST = 10**9
-"""Largest number of rows, tokens, updates or processes: more than any study has."""
+"""Upper bound for numbers of rows, tokens, updates and processes."""
 _LARGEST = 2**63 - 1
-"""Largest whole number that torch and Python's own loops take."""
+"""Largest whole number that torch and Python's loops accept."""
 
 
 class Strict(BaseModel):
-    """Base of every part of a recipe: immutable, and an unknown key is an error.
+    """Base class of every part of a recipe. It is immutable, and an unknown key is an error.
 
-    Numbers are finite, and `true` is no number.
+    Numbers must be finite. `true` and `false` are not accepted as numbers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
@@ -60,7 +60,7 @@ class Strict(BaseModel):
     def _bounded(cls, value: Any) -> Any:
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, int) and abs(part) > _LARGEST:
-                raise ValueError(f"the largest whole number is {_LARGEST:,}")
+                raise ValueError(f"the largest whole number is {_LARGEST:,}; write a smaller one")
         return value
 
 
@@ -82,12 +82,12 @@ def _numbers_only(cls: type[BaseModel], name: object) -> bool:
 
 
 class Decoding(Strict):
-    """Settings of sampling from a model, in the order in which they act on the logits. The defaults do not change the distribution."""
+    """Settings of sampling from a model, in the order in which they change the logits. The defaults change nothing."""
 
     no_repeat_ngram: int | None = Field(default=None, ge=1, le=MOST)
-    """No n-gram of this size occurs twice in prompt and response. (MiniLLM's test script uses 6; the paper does not mention this.)"""
+    """No n-gram of this size occurs twice in prompt and response. (MiniLLM's test script uses 6, which the paper does not mention.)"""
     temperature: float = Field(default=1.0, ge=0, le=100)
-    """The logits are divided by the temperature; 0 is greedy decoding."""
+    """The logits are divided by the temperature. 0 means greedy decoding."""
     top_k: int | None = Field(default=None, ge=1, le=MOST)
     """Sample only among the `top_k` most probable tokens."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -101,10 +101,10 @@ class Decoding(Strict):
     @classmethod
     def _not_tiny(cls, value: float) -> float:
         if 0 < value < 0.01:
-            raise ValueError("write 0 for greedy decoding, or at least 0.01: float32 overflows below that")
+            raise ValueError("write 0 for greedy decoding, or at least 0.01; smaller numbers overflow in float32")
         return value
 
     @property
     def plain(self) -> bool:
-        """True if text is drawn from the model's own distribution."""
+        """True if the settings do not change the model's own distribution."""
         return all(getattr(self, name) == Decoding.model_fields[name].default for name in Decoding.model_fields if name != "max_new_tokens")

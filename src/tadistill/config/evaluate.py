@@ -9,17 +9,17 @@ from tadistill.metrics import BUILT_IN, PERCENT, POINTS, Metric
 
 
 class OtherDecoding(Decoding):
-    """Another decoding of the test sets. Fields that the recipe does not give have the values of the main decoding."""
+    """Another decoding of the test sets. Fields that are not given have the values of the main decoding."""
 
     seeds: tuple[int, ...] = Field(default=(10,), min_length=1)
-    """Seeds of this decoding; the first seed of the main decoding by default."""
+    """Seeds of this decoding. By default, it is the first seed of the main decoding."""
 
 
 class Evaluate(Decoding):
-    """Decoding on the test sets, and on dev for metrics that need text."""
+    """Settings of evaluation. They apply to the test sets, and to dev for metrics that need sampled text."""
 
     seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
-    """Decoding seeds (MiniLLM's five). Each seed gives one response to every test prompt; dev uses only the first seed."""
+    """Decoding seeds (MiniLLM's five). Each seed gives one response to every test prompt. On dev, only the first seed is used."""
     batch: int = Field(default=32, ge=1, le=MOST)
     """Number of sequences in a forward pass."""
     also: dict[Annotated[Name, Field(pattern=r"^[A-Za-z0-9._-]+$")], OtherDecoding] = {
@@ -51,13 +51,13 @@ class OwnMetric(Strict):
     function: FunctionName
     """MODULE:FUNCTION. MODULE is a file beside the recipe, or an installed module. FUNCTION is the metric's name in results."""
     title: str = Field(default="", max_length=60)
-    """Name in reports; by default the function's name."""
+    """Name in reports. By default it is the function's name."""
     better: Literal["higher", "lower"] = "higher"
     """The direction in which values are better."""
     unit: str = Field(default="", max_length=30)
-    """`points` and `percentage points` mean 0 to 100; other units have no bounds."""
+    """Unit in reports. `points` and `percentage points` mean values from 0 to 100. Other units have no bounds."""
     decimals: int = Field(default=1, ge=0, le=6)
-    """Decimals in reports."""
+    """Number of decimals in reports."""
 
     @model_validator(mode="before")
     @classmethod
@@ -68,7 +68,7 @@ class OwnMetric(Strict):
     @classmethod
     def _new_name(cls, function: str) -> str:
         if (name := function.partition(":")[2]) in BUILT_IN:
-            raise ValueError(f"tadistill has a metric `{name}`; give your function another name")
+            raise ValueError(f"tadistill already has a metric `{name}`; give your function another name")
         return function
 
     @property

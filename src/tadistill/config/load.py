@@ -1,6 +1,6 @@
 """Read a recipe file and apply overrides (`method.optim.lr=1e-4`). An error message names the key and its line.
 
-Nothing outside the recipe is read: `${…}` of OmegaConf, which could read environment variables, is an error.
+A recipe cannot read anything outside its file. OmegaConf's `${…}` is an error, because it could read environment variables.
 """
 
 import difflib
@@ -28,7 +28,7 @@ _NO_REFERENCES = "has `${`, but a recipe refers neither to the environment nor t
 
 
 def study_in(recipe: Path) -> str | None:
-    """Return the name of the study of a recipe file; None if the file is not a recipe."""
+    """Return the study's name from a recipe file. Return None if the file is not a recipe."""
     if recipe.suffix not in (".yaml", ".yml") or not recipe.is_file():
         return None
     try:
@@ -42,8 +42,8 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        path: a YAML file, or the name of a shipped recipe (`config.shipped`).
-        overrides: `key.sub=value` strings, applied in order. Write a name with dots in brackets (`arms[2.D].path=xl > s`).
+        path: a YAML file, or the name of a recipe of the package (`config.shipped`).
+        overrides: `key.sub=value` strings, applied in order. Write a name that contains dots in brackets (`arms[2.D].path=xl > s`).
 
     Raises:
         ConfigError: the file is missing or not YAML, or the recipe breaks a rule.
@@ -72,7 +72,7 @@ def read(recipe: str | Path) -> tuple[str, Path]:
 
 
 def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str, folder: Path | None = None) -> Recipe:
-    """Read a recipe from YAML text, as `load` does. Messages give `source` as the text's name; `folder` is that of its file."""
+    """Read a recipe from YAML text, as `load` does. Error messages call the text `source`. `folder` is the folder of its file."""
     lines = _lines(text, source)
     raw = _merged(text, overrides, source, "seeds=[10]")
     if not isinstance(raw, dict):
@@ -96,7 +96,7 @@ def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str, folde
 
 
 def validate(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
-    """Build a recipe from plain data.
+    """Build a recipe from plain data, such as a dict.
 
     Raises:
         ConfigError: the recipe breaks a rule.
@@ -133,11 +133,11 @@ def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: L
 def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source: str, example: str) -> Any:
     for item in overrides:
         if item.find("=") < 1:
-            raise ConfigError(f"override `{item}` is not KEY=VALUE; write key.sub=value, for instance {example}")
+            raise ConfigError(f"override `{item}` has no `=`; write key.sub=value, for instance {example}")
         if "${" in item:
             raise ConfigError(f"override `{item}` {_NO_REFERENCES}")
         if item.split("=")[0].count(".") > _DEEPEST:
-            raise ConfigError(f"override `{item}` is nested more than {_DEEPEST} deep, which no recipe needs; correct its key")
+            raise ConfigError(f"override `{item}` has more than {_DEEPEST} levels of keys, which no recipe needs; correct its key")
         try:
             _check_depth(item.split("=", 1)[1], "")
         except yaml.YAMLError as error:
@@ -159,10 +159,10 @@ def _string_keys(value: Any) -> Any:
 
 
 def _lines(text: str, source: str) -> Lines:
-    """Map the path of every key in a YAML text to its line number, from 1.
+    """Map each key in a YAML text to its line number, from 1. A key is the path of names that leads to it.
 
     Raises:
-        ConfigError: the text is not YAML, is nested too deeply, or refers to something outside itself.
+        ConfigError: the text is not YAML, has too many levels, or refers to something outside itself.
     """
     lines: Lines = {}
     seen: set[int] = set()  # an alias stands for a part that was there before
@@ -177,12 +177,12 @@ def _lines(text: str, source: str) -> Lines:
             for key, value in node.value:
                 line = key.start_mark.line + 1
                 if key.tag == "tag:yaml.org,2002:null":
-                    raise ConfigError(f"{source}, line {line}: a key has no name; write it before the colon")
+                    raise ConfigError(f"{source}, line {line}: a key has no name; write the name before the colon")
                 if key.tag == "tag:yaml.org,2002:bool":
                     raise ConfigError(f"{source}, line {line}: YAML reads the key `{key.value}` as true or false; put it in quotes")
                 if (*at, str(key.value)) in lines and key.value != "<<":
                     first = lines[(*at, str(key.value))]
-                    raise ConfigError(f"{source}, line {line}: `{key.value}` is already in line {first}; keep one of the two")
+                    raise ConfigError(f"{source}, line {line}: the key `{key.value}` is already in line {first}; keep one of the two")
                 lines[(*at, str(key.value))] = line
                 walk(key, at)
                 walk(value, (*at, str(key.value)))
@@ -218,7 +218,6 @@ _IN_WORDS = (
 
 
 def _not_yaml(error: yaml.YAMLError, source: str) -> str:
-    """Return the message for a text that is not YAML, in our words."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return f"{source} cannot be read as YAML: {' '.join(str(error).split())}"
     text = " ".join(filter(None, (error.context, error.problem)))
@@ -235,4 +234,4 @@ def _check_depth(text: str, source: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
             where = f"{source}, line {event.start_mark.line + 1}" if source else f"override `{text}`"
-            raise ConfigError(f"{where}: keys are nested more than {_DEEPEST} deep, which no recipe needs; correct the brackets")
+            raise ConfigError(f"{where}: keys have more than {_DEEPEST} levels, which no recipe needs; correct the brackets")

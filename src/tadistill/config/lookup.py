@@ -22,23 +22,23 @@ class Entry:
     facts: tuple[tuple[str, str], ...] = ()
     """Labels and texts, such as `default` and `0.0005`."""
     below: tuple[tuple[str, str], ...] = ()
-    """Keys or values that stand below, with a sentence each."""
+    """Keys or values under this entry, with one sentence for each."""
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A key with its place; `types` are the groups that share it."""
+    """A key with its place. `types` are the groups that share the key."""
 
     place: str
     key: Key
     part: Part
     missing: int
-    """Number of words of the place that were not asked for."""
+    """Number of words in the key's place that the user did not write."""
     types: tuple[str, ...] = field(default=())
 
 
 def explain(asked: str) -> list[Entry]:
-    """Return the entries of a word: a key (`lr`, `method.optim.lr`, `arms.X.path`), a `type`, a method by name, or an allowed value.
+    """Return the meanings of a word: a key (`lr`, `method.optim.lr`, `arms.X.path`), a `type`, a method by name, or an allowed value.
 
     Raises:
         ConfigError: nothing has this name.
@@ -49,7 +49,7 @@ def explain(asked: str) -> list[Entry]:
         found += _named(words[0])
     if found:
         return found
-    raise ConfigError(f"a recipe has no key and no value `{asked}`; {_hint(asked, words)}")
+    raise ConfigError(f"a recipe has neither a key nor a value `{asked}`; {_hint(asked, words)}")
 
 
 def _keys(words: list[str]) -> list[Entry]:
@@ -67,7 +67,6 @@ def _keys(words: list[str]) -> list[Entry]:
 
 
 def _each_once(entries: Iterable[Entry]) -> list[Entry]:
-    """Leave out what stands below an entry if it stands below an earlier one too."""
     found: list[Entry] = []
     for entry in entries:
         found.append(replace(entry, below=()) if any(entry.below == other.below for other in found) else entry)
@@ -75,9 +74,9 @@ def _each_once(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def _missing(pattern: list[str], words: list[str]) -> int | None:
-    """Return how many words of a key's place stand before the ones that were asked for; None if these are not at its end.
+    """Return how many words of a key's place come before the words that the user wrote. Return None if the user's words are not at its end.
 
-    `NAME` in the place stands for one word or none, but not for the first one. A number among the words is the index of a list.
+    `NAME` in the place matches one word or none, but not the first word. A number among the words is the index of a list.
     """
     if not words:
         return len([word for word in pattern if word != NAME])
@@ -95,7 +94,6 @@ def _missing(pattern: list[str], words: list[str]) -> int | None:
 
 
 def _groups(words: list[str]) -> list[Entry]:
-    """Return the groups of keys at a place such as `models.student`, whose last word is a name."""
     return [
         _group(part, place)
         for part in reference()
@@ -122,7 +120,6 @@ def _entry(found: _Found) -> Entry:
 
 
 def _below(full: str) -> Iterator[tuple[str, str]]:
-    """Yield the keys below a key, or the types among which its `type` chooses."""
     if types := _types(full):
         yield from ((f"type: {name}", text) for name, text in types)
         return
@@ -136,7 +133,6 @@ def _types(place: str) -> list[tuple[str, str]]:
 
 
 def _named(word: str) -> Iterator[Entry]:
-    """Yield what a single word names beside keys."""
     for part in reference():
         if part.type == word:
             yield _group(part, f"{part.places[0]}, type {word}")

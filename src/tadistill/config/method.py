@@ -1,6 +1,6 @@
-"""A training method: objective, sampler, optimizer and selection of a checkpoint. `check_pairing` refuses bad combinations.
+"""A training method: objective, sampler, optimizer, and selection of a checkpoint. `check_pairing` refuses parts that do not fit together.
 
-Objectives are in `tadistill.config.objective`, samplers in `tadistill.config.sampling`.
+Objectives are in `tadistill.config.objective`, and samplers are in `tadistill.config.sampling`.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -15,7 +15,7 @@ from tadistill.errors import ConfigError
 from tadistill.metrics import SELECTABLE
 
 TEACHER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-"""`optim.precision` -> the number format of the frozen teacher that runs beside the student."""
+"""Maps `optim.precision` to the number format of the frozen teacher during training."""
 
 
 Precision = Literal["fp32", "bf16"]
@@ -24,18 +24,21 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optim(Strict):
-    """AdamW and its schedule. All numbers are totals over all devices, so the number of devices does not change an update."""
+    """Settings of AdamW and of the learning rate.
+
+    Numbers count all devices together, so the number of devices does not change an update.
+    """
 
     lr: float = Field(default=5e-4, gt=0, le=10)
     """Peak learning rate."""
     steps: int | None = Field(default=None, ge=1, le=MOST)
     """Number of optimizer updates. Give `steps` or `epochs`."""
     epochs: float | None = Field(default=None, gt=0, le=1e6)
-    """Number of passes over the training rows (all rows before the length filter)."""
+    """Number of passes over the training rows. Rows that are too long count too."""
     batch: int = Field(default=32, ge=1, le=MOST)
     """Number of sequences in an update."""
     micro_batch: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of sequences in one forward pass, a divisor of `batch`; the whole batch by default."""
+    """Number of sequences in one forward pass. It must divide `batch`; by default it is the whole batch."""
     warmup: int = Field(default=0, ge=0)
     """Number of updates in which the learning rate rises linearly to `lr`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -43,29 +46,31 @@ class Optim(Strict):
     lr_min: float = Field(default=0.0, ge=0)
     """Learning rate at the end of the schedules `cosine` and `linear`."""
     weight_decay: float = Field(default=0.01, ge=0, le=100)
-    """AdamW's weight decay (torch's default), which applies to matrices only."""
+    """AdamW's weight decay (torch's default). It applies to matrices only."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay rates of both moments (torch's default)."""
     eps: float = Field(default=1e-8, ge=1e-30, le=1)
     """AdamW's epsilon (torch's default)."""
     clip: float = Field(default=1.0, gt=0, le=1e9)
-    """Largest gradient norm; a gradient with a larger norm is scaled down to this norm."""
+    """Largest gradient norm. A larger gradient is scaled down to this norm."""
     precision: Precision = "fp32"
     """`bf16` is mixed precision: float32 weights, bfloat16 matrix products and a bfloat16 teacher."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass, which runs the layer again. This saves memory and costs a third more compute."""
+    """Store only each layer's input, and compute the layer again in the backward pass. This saves memory and costs a third more compute."""
 
     @model_validator(mode="after")
     def _check(self):
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(
-                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; choose a micro_batch that divides batch"
+                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; choose a `micro_batch` that divides `batch`"
             )
         given = self.model_fields_set  # a patch has only some of the numbers; `merge` checks them all
         if {"lr", "lr_min"} <= given and self.lr_min > self.lr:
-            raise ValueError(f"lr_min {self.lr_min} is above lr {self.lr}; the schedule ends at lr_min, so lower it")
+            raise ValueError(f"lr_min {self.lr_min} is above lr {self.lr}, but the learning rate ends at `lr_min`; lower `lr_min`")
         if {"lr", "weight_decay"} <= given and self.lr * self.weight_decay >= 1:
-            raise ValueError(f"lr {self.lr} times weight_decay {self.weight_decay} is 1 or more, so weights would change sign; lower one")
+            raise ValueError(
+                f"lr {self.lr} times weight_decay {self.weight_decay} is 1 or more, so weights would change sign; lower one of them"
+            )
         return self
 
 
@@ -76,21 +81,22 @@ else:
 
 
 class Select(Strict):
-    """The choice of the checkpoint that a stage keeps."""
+    """Rule that chooses the checkpoint that a training keeps."""
 
     metric: SelectMetric = "loss"
     """The dev metric of `tadistill.metrics` that selects the checkpoint, or `last` for the final weights."""
     every: int = Field(default=100, ge=1, le=MOST)
-    """Number of updates between dev evaluations; the last evaluation is always at the end of training."""
+    """Number of updates between two dev evaluations. The last evaluation is always at the end of training."""
     patience: int | None = Field(default=None, ge=1, le=MOST)
-    """Stop after this number of dev evaluations in a row without a new best value; by default training never stops early."""
+    """Stop the training early if this number of dev evaluations in a row gives no new best value. By default, training never stops early.
+    """
 
     def check(self) -> None:
-        """Raise a ConfigError if `patience` has no dev metric to watch."""
+        """Raise a ConfigError if `patience` is set but no dev metric is measured."""
         if self.patience is not None and self.metric == "last":
             raise ConfigError(
-                f"select.patience is {self.patience}, but select.metric `last` measures nothing on dev; set select.metric to loss or "
-                "rouge_l, or remove patience"
+                f"select.patience is {self.patience}, but select.metric `last` measures nothing on dev; set `select.metric` to loss or "
+                "rouge_l, or remove `patience`"
             )
 
 
@@ -104,13 +110,13 @@ class Sft(Strict):
 
 
 class Dense(Strict):
-    """Dense guidance: all models before a learner teach it, as one mixture (Son et al. 2021, DGKD; `objectives.TargetMixture`)."""
+    """Dense guidance (Son et al. 2021, DGKD): all models before a learner in its path teach it together, as one mixture."""
 
     kind: Literal["geometric", "arithmetic"] = "geometric"
-    """Mean of the teachers' distributions, which is the target. The reverse KL to the geometric mean has the same gradient as the mean of
-    the reverse KLs to the teachers. The same is true of the forward KL and the arithmetic mean."""
+    """Kind of mean that combines the teachers' distributions into one target. `geometric` goes with the reverse KL, and `arithmetic` with
+    the forward KL: then the gradient equals that of the mean of the KLs to the single teachers."""
     weights: tuple[Annotated[float, Field(ge=0, le=1e6)], ...] = ()
-    """One weight per teacher, starting at the biggest model of the path; equal weights by default."""
+    """One weight per teacher, in the order of the path; equal weights by default."""
     drop: float = Field(default=0.0, ge=0, lt=1)
     """Probability that a teacher is left out of an update; at least one teacher always stays."""
 
@@ -145,17 +151,17 @@ class Method(Strict):
 
     @property
     def signal(self) -> HiddenSignal | TopKSignal | None:
-        """Settings of the teacher's recorded outputs; None if the sampler reads no recorded outputs."""
+        """Settings of the teacher's recorded outputs. None if no outputs are recorded."""
         return self.sampler.signal if isinstance(self.sampler, DatasetSampler) else None
 
     @property
     def trains_with_teacher(self) -> bool:
-        """True if the teacher runs during training: the loss needs the teacher, and the teacher's outputs are not recorded in advance."""
+        """True if the teacher runs during training. This is so if the loss needs the teacher and its outputs are not recorded."""
         return self.objective.needs_teacher and self.signal is None
 
     @property
     def runs_teacher(self) -> bool:
-        """True if the teacher runs beside the student, in training or in the selection of a checkpoint."""
+        """True if the teacher runs during training or during the selection of a checkpoint."""
         return self.trains_with_teacher or self.select.metric == "reverse_kl"
 
     @property
@@ -165,7 +171,7 @@ class Method(Strict):
 
     @property
     def round_updates(self) -> int:
-        """Number of updates on one round of rollouts; 1 if the sampler has no rounds."""
+        """Number of updates on one round of sampled sequences. It is 1 if the sampler has no rounds."""
         epochs = self.sampler.inner_epochs if isinstance(self.sampler, Rounds) else 1
         return self.round_rollouts // self.optim.batch * epochs
 
@@ -186,7 +192,7 @@ class MethodPatch(Strict):
 
 
 def merge_methods(base: Strict, patch: Strict | None) -> Any:
-    """Return `base` with the fields that `patch` sets. A patch of another class (another `type`) replaces `base` entirely."""
+    """Return `base` with the fields that `patch` sets. If `patch` has another class (another `type`), it replaces `base` entirely."""
     if patch is None:
         return base
     if type(patch) is not type(base):
@@ -202,11 +208,11 @@ def merge_methods(base: Strict, patch: Strict | None) -> Any:
     except ValidationError as error:
         what = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
         part = type(base).__name__.lower()
-        raise ConfigError(f"a model's or an arm's changes of `{part}` do not fit the method's: {what}") from error
+        raise ConfigError(f"the changes of `{part}` by a model or an arm do not fit the method: {what}") from error
 
 
 def apply(method: Method, *patches: MethodPatch) -> Method:
-    """Return the method with the patches applied in order.
+    """Return the method after all `patches`, in order.
 
     Raises:
         ConfigError: the parts of the result cannot work together.
@@ -220,7 +226,7 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
 
 
 def check_pairing(method: Method) -> None:
-    """Raise a ConfigError if the objective, the sampler, the signal and the optimizer cannot work together."""
+    """Raise a ConfigError if the objective, the sampler, the recorded teacher outputs and the optimizer cannot work together."""
     _check_text(method)
     _check_signal(method)
     method.select.check()
@@ -228,29 +234,31 @@ def check_pairing(method: Method) -> None:
     sampler, batch = method.sampler, method.optim.batch
     if method.round_rollouts % batch:
         raise ConfigError(
-            f"sampler.rollouts {method.round_rollouts} is not a multiple of optim.batch {batch}, so a round is not a whole "
-            "number of updates; change one of them"
+            f"sampler.rollouts {method.round_rollouts} is not a multiple of optim.batch {batch}; change one of them, so that a round is a "
+            "whole number of updates"
         )
     if sampler.follows_dev and method.select.metric == "last":
         raise ConfigError(
-            f"sampler `{sampler.type}` needs the dev loss, but select.metric `last` does not measure it; set it to `loss` or `rouge_l`"
+            f"sampler `{sampler.type}` needs the dev loss, but select.metric `last` does not measure it; set `select.metric` to `loss` or "
+            "`rouge_l`"
         )
     if isinstance(sampler, ReplaySampler) and sampler.capacity < batch:
-        raise ConfigError(f"sampler.capacity {sampler.capacity} is less than one batch of {batch}; raise sampler.capacity")
+        raise ConfigError(
+            f"sampler.capacity {sampler.capacity} is less than optim.batch {batch}; raise `sampler.capacity` to at least {batch}"
+        )
 
 
 def _check_text(method: Method) -> None:
     objective, sampler = method.objective, method.sampler
     if objective.needs_rounds and not sampler.in_rounds:
         raise ConfigError(
-            f"objective `{objective.type}` learns from rounds of rollouts, but sampler `{sampler.type}` draws no rounds; "
-            "use sampler: {type: teacher_mixed}"
+            f"objective `{objective.type}` needs a sampler that works in rounds, but sampler `{sampler.type}` does not; use sampler: "
+            f"{{type: teacher_mixed}}"
         )
     if objective.needs_own_samples and not sampler.student_only:
         raise ConfigError(
-            f"objective `{objective.type}` needs samples from the student's own distribution, "
-            f"but sampler `{sampler.type}` does not draw them; "
-            "use sampler: {type: student} with temperature 1 and no top_k, top_p, min_p or no_repeat_ngram"
+            f"objective `{objective.type}` needs samples from the student's own distribution, but sampler `{sampler.type}` does not draw "
+            f"them; use sampler: {{type: student}} with temperature 1 and without top_k, top_p, min_p and no_repeat_ngram"
         )
     if objective.needs_rounds and isinstance(sampler, Rounds) and sampler.temperature == 0:
         raise ConfigError(
@@ -258,8 +266,8 @@ def _check_text(method: Method) -> None:
         )
     if objective.needs_pairs != sampler.pairs:
         raise ConfigError(
-            "objective `contrastive` needs sampler `pair`, and the reverse, but the recipe has "
-            f"objective `{objective.type}` and sampler `{sampler.type}`; change one of them"
+            f"objective `contrastive` and sampler `pair` work only together, but the recipe has objective `{objective.type}` and sampler "
+            f"`{sampler.type}`; change one of them"
         )
     if sampler.on_policy and objective.imitates_text:
         fix = f"kd_ratio is {objective.kd_ratio}; set it to 1" if isinstance(objective, Divergence) else "use a divergence as objective"
@@ -280,12 +288,12 @@ def _check_signal(method: Method) -> None:
         )
     if isinstance(signal, TopKSignal) and isinstance(objective, TopKForwardKL | TopKReverseKL):
         raise ConfigError(
-            f"objective `{objective.type}` selects the top tokens, but sampler.signal `top_k` has already selected them; "
-            f"use objective `{objective.type.removeprefix('top_k_')}`"
+            f"objective `{objective.type}` selects the teacher's top tokens, but sampler.signal `top_k` has already selected them; use "
+            f"objective `{objective.type.removeprefix('top_k_')}`"
         )
     tempered = isinstance(objective, Divergence) and objective.temperature != 1
     if isinstance(signal, TopKSignal) and signal.tail == "lump" and tempered:
-        raise ConfigError("with sampler.signal `top_k`, `tail: lump` needs objective.temperature 1; set `temperature: 1`, or `tail: drop`")
+        raise ConfigError("sampler.signal `top_k` with `tail: lump` needs objective.temperature 1; set `temperature: 1`, or `tail: drop`")
 
 
 def _check_engine(method: Method) -> None:
@@ -294,11 +302,11 @@ def _check_engine(method: Method) -> None:
         return
     if sampler.guided:
         raise ConfigError(
-            f"sampler `{sampler.type}` needs the teacher's distribution at every token, "
-            "which engine `vllm` cannot give; use `engine: native`"
+            f"sampler `{sampler.type}` needs the teacher's distribution at every token, but engine `vllm` cannot give it; use `engine: "
+            "native`"
         )
     if sampler.no_repeat_ngram:
-        raise ConfigError("engine `vllm` does not support `no_repeat_ngram`; leave it out, or use `engine: native`")
+        raise ConfigError("engine `vllm` does not support `no_repeat_ngram`; remove `no_repeat_ngram`, or use `engine: native`")
     if objective.needs_rounds and not sampler.plain:
         raise ConfigError(
             f"objective `{objective.type}` with engine `vllm` needs temperature 1 and no `top_k`, `top_p` or `min_p`; "

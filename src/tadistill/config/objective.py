@@ -12,22 +12,22 @@ from tadistill.config.common import MOST, FunctionName, Modest, Share, Strict, T
 
 
 class ObjectiveBase(Strict):
-    """Base of all objectives, with the facts that plans, checks and samplers need."""
+    """Base class of all objectives. Plans, checks and samplers read its class attributes."""
 
     needs_teacher: ClassVar[bool] = True
     """The loss compares the student with a teacher."""
     needs_scores: ClassVar[bool] = False
     """The loss needs the teacher's log-probability of every sampled token before the update."""
     needs_rounds: ClassVar[bool] = False
-    """The loss is defined on rounds of rollouts only."""
+    """The loss works only with a sampler that samples in rounds."""
     needs_pairs: ClassVar[bool] = False
-    """The loss needs, for each prompt, a response of the teacher and one of the student."""
+    """The loss needs two responses to each prompt: one of the teacher and one of the student."""
     needs_own_samples: ClassVar[bool] = False
-    """The loss is an estimate that is correct only on samples from the student's own, undistorted distribution."""
+    """The loss is an estimate that is correct only if every token is sampled from the student's own distribution."""
 
     @property
     def label(self) -> str:
-        """The objective's name in labels of stages and in reports."""
+        """The objective's name in reports and in the labels of trainings."""
         return self.type  # type: ignore[attr-defined]
 
     @property
@@ -58,12 +58,12 @@ class CrossEntropy(ObjectiveBase):
 
 
 class Divergence(ObjectiveBase):
-    """Base of all divergences between teacher and student at every token."""
+    """Base class of all divergences between teacher and student at every token."""
 
     temperature: Temperature = 1.0
-    """The logits of both models are divided by the temperature; the loss is not multiplied by the temperature squared."""
+    """The logits of both models are divided by the temperature. The loss is not multiplied by the temperature squared."""
     kd_ratio: Share = 1.0
-    """Weight of the divergence in the loss; the rest is cross-entropy on the tokens (MiniLLM's KD baseline uses 0.5)."""
+    """Weight of the divergence in the loss. The rest is cross-entropy on the tokens. (MiniLLM's KD baseline uses 0.5.)"""
 
     @property
     def imitates_text(self) -> bool:
@@ -93,7 +93,7 @@ class JensenShannon(Divergence):
 
     type: Literal["jensen_shannon"] = "jensen_shannon"
     beta: Share = 0.5
-    """Weight of the teacher; 0 gives the forward KL, and 1 gives the reverse KL."""
+    """Weight of the teacher. 0 gives the forward KL, and 1 gives the reverse KL."""
 
 
 class SkewForwardKL(Divergence):
@@ -123,12 +123,12 @@ class TotalVariation(Divergence):
 class AdaptiveKL(Divergence):
     """A weighted sum of forward and reverse KL (Wu et al. 2025, AKL).
 
-    At each position, the weights depend on how much the models differ on the teacher's likely tokens and on its unlikely ones.
+    At each position, the weights depend on where the models differ: on the teacher's likely tokens or on its unlikely tokens.
     """
 
     type: Literal["adaptive_kl"] = "adaptive_kl"
     mu: Share = 0.5
-    """Total probability of the teacher's most probable tokens (the head). If the models differ mainly there, forward KL has more weight."""
+    """Total probability of the teacher's likely tokens. If the models differ mainly on these tokens, the forward KL has more weight."""
 
 
 class AlphaBeta(Divergence):
@@ -136,13 +136,13 @@ class AlphaBeta(Divergence):
 
     type: Literal["alpha_beta"] = "alpha_beta"
     alpha: Modest = 0.2
-    """A larger value gives more weight to tokens of which the teacher is confident."""
+    """A larger value gives more weight to tokens with a high teacher probability."""
     beta: Modest = 0.7
-    """A larger value gives more weight to tokens of which the student is confident."""
+    """A larger value gives more weight to tokens with a high student probability."""
 
 
 class AlphaMixture(Divergence):
-    """A divergence to the alpha-mixture of both models (Shin et al. 2025, AMiD). The defaults are the ones in the WASD paper."""
+    """A divergence that involves a mixture of teacher and student (Shin et al. 2025, AMiD). The defaults are those of the WASD paper."""
 
     type: Literal["alpha_mixture"] = "alpha_mixture"
     alpha: Modest = -5.0
@@ -150,9 +150,9 @@ class AlphaMixture(Divergence):
     lam: Share = 0.5
     """The teacher's share of the mixture."""
     pair: Literal["pr", "rp", "qr", "rq"] = "pr"
-    """The two sides of the divergence: p is the teacher, q is the student, and r is the mixture."""
+    """The two distributions that the divergence compares. p is the teacher, q is the student, and r is the mixture."""
     ab_parameters: tuple[Modest, Modest] = (1.0, 0.0)
-    """Alpha and beta of the divergence (`alpha_beta`); (1, 0) is the KL."""
+    """Alpha and beta of the divergence (`alpha_beta`). (1, 0) is the KL."""
 
 
 class _TopK(Divergence):
@@ -177,13 +177,14 @@ class TopKReverseKL(_TopK):
 class Contrastive(Divergence):
     """Skew forward KL on the teacher's text, and skew reverse KL on the student's text (Ko et al. 2025, DistiLLM-2).
 
-    It needs sampler pair. The skew `alpha` is fixed here; the paper adapts it to each response (`objectives.contrastive_alpha`).
+    It needs the sampler `pair`. The skew `alpha` is the same for all responses. The paper adapts it to each response
+    (`objectives.contrastive_alpha`).
     """
 
     needs_pairs: ClassVar[bool] = True
     type: Literal["contrastive"] = "contrastive"
     alpha: Share = 0.1
-    """The teacher's share of the mixture in the forward KL, and the student's share in the reverse KL."""
+    """The teacher's share of the mixture in the forward KL, and the student's share of the mixture in the reverse KL."""
 
 
 class Taid(Divergence):
@@ -197,26 +198,26 @@ class Taid(Divergence):
     rate: float = Field(default=5e-4, ge=0)
     """Largest rise of t in one update, as a fraction of 1 - t. The linear schedule may raise t by more."""
     decay: float = Field(default=0.99, ge=0, lt=1)
-    """Decay rate of the moving average of the relative change in loss."""
+    """Decay rate of the moving average of the loss's relative change."""
 
     @model_validator(mode="after")
     def _check(self):
         if self.end < self.start:
-            raise ValueError(f"end {self.end} is below start {self.start}, but t never falls; raise end")
+            raise ValueError(f"end {self.end} is below start {self.start}, but t never falls; raise `end`")
         return self
 
 
 class Custom(Divergence):
     """A function of the user's own code: `loss(student_logits, teacher_logits, **settings)` returns one value per token.
 
-    The logits are (tokens, vocabulary), already divided by the temperature.
+    The logits have shape (tokens, vocabulary) and are already divided by the temperature.
     """
 
     type: Literal["custom"] = "custom"
     function: FunctionName
     """MODULE:FUNCTION. MODULE is a file beside the recipe, or an installed module."""
     settings: dict[str, float | int | str] = {}
-    """More keyword arguments of the function."""
+    """Additional keyword arguments of the function."""
 
     @property
     def label(self) -> str:
@@ -224,10 +225,10 @@ class Custom(Divergence):
 
 
 class SampledKL(ObjectiveBase):
-    """Reverse KL estimated from the sampled tokens (Schulman 2020): `k2` has the reverse KL's gradient, `k3` the forward KL's gradient.
+    """Reverse KL, estimated from the sampled tokens (Schulman 2020).
 
-    It needs sampler student. The gradient is unbiased only in the first update of a round: leave
-    `rollouts` and `inner_epochs` at their defaults. There is no k1, because the gradient of k1 has mean zero.
+    `k2` has the gradient of the reverse KL, and `k3` that of the forward KL. It needs the sampler `student`. The gradient is unbiased only
+    in the first update of a round, so leave `rollouts` and `inner_epochs` at their defaults.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -241,10 +242,12 @@ class MiniLLM(ObjectiveBase):
     """MiniLLM's policy gradient (Gu et al. 2024, arXiv 2306.08543v6). Each part can follow the paper or the released code.
 
     `preset` sets the fields that the recipe leaves out, except `pt_weight`. `paper` is Algorithm 1, and `official` is the released code.
-    p is the teacher, q is the student, p~ samples the tokens, ratio = q / p~, and L_PT is the loss on plain text. A is the return:
-    the length-normalised sum of the later rewards (log p - log q) / reward_scale. The loss per token is:
+    The loss per token is:
 
         -A min(ratio, clip(ratio))  +  ratio KL(q || p)  +  pt_weight L_PT
+
+    p is the teacher, q is the student, and p~ is the distribution that sampled the tokens. ratio is q / p~. L_PT is the loss on plain text.
+    A is the return: the length-normalised sum of the later rewards (log p - log q) / reward_scale.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -255,10 +258,10 @@ class MiniLLM(ObjectiveBase):
     discount: float = Field(default=1.0, gt=0, le=1)
     """Discount factor of later rewards in the return. Paper: 1; official: 0.95."""
     include_current: bool = False
-    """Add a token's own reward to its return, although the one-step term contains it too. Paper: no; official: yes."""
+    """Add a token's own reward to its return, although the single-step term contains it too. Paper: no; official: yes."""
     length_normalisation: Literal["after", "remaining", "discounts", "none"] = "after"
     """Divisor of the return of token t of T. `after`: T - t - 1 (paper, Eq. 6). `remaining`: number of tokens from t to the end (official).
-    `discounts`: sum of the discounts. `none`: 1, with which answers collapse to short strings."""
+    `discounts`: sum of the discounts. `none`: 1; answers then become very short."""
     whitening: Literal["none", "tokens", "padded"] = "none"
     """Scale the returns of an update to mean 0 and variance 1. `tokens`: computed over its tokens. `padded`: computed over all positions,
     with the value 0 at padding. Paper: none; official: padded."""
@@ -273,13 +276,13 @@ class MiniLLM(ObjectiveBase):
     clip_weight: bool = True
     """True: clip the whole ratio q / p~ (paper and official). False: clip only q / q_old, where q_old is the student at sampling time."""
     single_step: bool = True
-    """Add the one-step term: the expected reward of the next token, computed exactly over the vocabulary (Eq. 3)."""
+    """Add the single-step term: the expected reward of the next token, computed exactly over the vocabulary (Eq. 3)."""
     single_step_weight: bool = True
-    """Weight the one-step term by the (clipped) ratio as well. Paper: yes (Eq. 7); official: no."""
+    """Multiply the single-step term by the (clipped) ratio. Paper: yes (Eq. 7); official: no."""
     pt_weight: float = Field(default=1.0, ge=0, le=1e6)
-    """Weight of the language-modelling term on `data.corpus` (L_PT); 0 leaves it out."""
+    """Weight of the language-modelling loss L_PT on `data.corpus`. 0 leaves it out."""
     pt_kd_ratio: Share = 0.0
-    """Weight of the forward KL to the teacher in L_PT; the rest is language modelling. Paper: 0; official: 0.5."""
+    """Weight of the forward KL to the teacher in L_PT. The rest is language modelling. Paper: 0; official: 0.5."""
 
     @property
     def needs_distribution(self) -> bool:

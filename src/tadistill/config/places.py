@@ -1,4 +1,4 @@
-"""The places of a recipe and its parts: relative paths are looked for beside the recipe first, and errors name its file and line."""
+"""Find where things are in a recipe. Relative paths are looked for beside the recipe first. Errors name the recipe's file and line."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ from tadistill.config.recipe import DataRef, Recipe
 from tadistill.errors import ConfigError, DataError, ModelError
 
 Lines = dict[tuple, int]
-"""The path of every key of a text -> its line, from 1."""
+"""Maps the path of every key in a text to its line number, from 1."""
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
@@ -22,22 +22,22 @@ class Origin:
     """The file of a recipe."""
 
     source: str
-    """Its path, as messages show it."""
+    """The file's path, as messages show it."""
     folder: Path
     lines: Lines
     written: dict[str, str] = field(default_factory=dict)
-    """Sources of models that were found beside the recipe -> the recipe's text, which stays a part of the stages' keys."""
+    """Maps the path of a model beside the recipe to the text in the recipe. That text stays a part of the stages' keys."""
 
 
 def where(source: str, lines: Lines, key: tuple) -> str:
-    """Name the place of a key: the file, the line of the key or of the nearest key around it, and the key."""
+    """Return the place of a key for messages: the file, the line, and the key. If the key has no line, a key around it gives the line."""
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     shown = f" `{'.'.join(map(str, key))}`" if key else ""
     return f"{source}, line {line}:{shown}" if line else f"{source}:{shown}"
 
 
 def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
-    """Return the recipe of a file. Relative paths in it mean those beside the file, or else those in the working directory."""
+    """Return a recipe whose relative paths are resolved. They are looked for beside the recipe's file, then in the working directory."""
     written: dict[str, str] = {}
 
     def found(load: str | None) -> str | None:
@@ -56,7 +56,7 @@ def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
 
 
 def _beside(folder: Path, load: str) -> str | None:
-    """Return the path of a model that lies beside the recipe, or None where the recipe's text itself names it."""
+    """Return the path of a model that lies beside the recipe. Return None if there is no such model."""
     try:
         path = Path(load).expanduser()
         if load.startswith("scratch:") or "://" in load or path.is_absolute():
@@ -80,7 +80,7 @@ def _folder_beside(folder: Path, root: str | None) -> str | None:
 
 
 def placed(work: Callable[Concatenate[Recipe, Given], Result]) -> Callable[Concatenate[Recipe, Given], Result]:
-    """Let the errors of a function that checks a recipe name the recipe's file and the line of the key that they are about."""
+    """Wrap a function that checks a recipe. Its errors then name the recipe's file, and the line of the key that is wrong."""
 
     @functools.wraps(work)
     def checked(recipe: Recipe, /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
@@ -119,7 +119,6 @@ def _data_sets(recipe: Recipe) -> Iterator[tuple[tuple, DataRef]]:
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[tuple, str]]:
-    """Yield the key and the text of every data set and model."""
     yield from ((key, ref.load) for key, ref in _data_sets(recipe))
     for name, model in recipe.models.items():
         yield from ((("models", name, key), load) for key, load in (("load", model.load), ("tokenizer", model.tokenizer)) if load)

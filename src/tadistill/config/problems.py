@@ -1,6 +1,6 @@
-"""Sentences for what pydantic finds wrong in a recipe: the key, what is wrong, and how to mend it.
+"""Turn pydantic's errors into sentences: the key, what is wrong, and how to mend it.
 
-pydantic's own words never reach a user: `_FIXES` has ours, one entry for each of its error types.
+Users never see pydantic's own sentences. `_FIXES` has one of our sentences for each type of error.
 """
 
 import difflib
@@ -56,7 +56,7 @@ SYNONYMS = {word: key for key, words in _WORDS.items() for word in words.split()
 
 
 def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tuple[tuple, str]]:
-    """Return every key that has a problem, with the rest of its sentence. Unknown keys come first, because they cause others.
+    """Return each key that has a problem, with the rest of its error sentence. Unknown keys come first, because they cause other problems.
 
     The key is empty if the sentence is about the whole text.
     """
@@ -251,7 +251,7 @@ def _plain(value: Any) -> str:
 
 
 def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, str]:
-    """Return the known key that an unknown one probably means (or an empty text), and a hint."""
+    """Return two things for an unknown key: the known key that it probably means, or an empty text; and a hint."""
     name, here = str(key[-1]), sorted({n for m in _resolve(location[:-1], root)[1] for n in _fields(m)})
     plain = name.lower().replace("-", "_")
     wanted = [plain, *([SYNONYMS[plain]] if plain in SYNONYMS else [])]
@@ -271,7 +271,7 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
 
 @functools.cache
 def _places(root: type[BaseModel]) -> Mapping[str, list[str]]:
-    """Map each name of a key to the places that it has in a recipe, the shortest first."""
+    """Map each name of a key to the places where a recipe can have it. The shortest place comes first."""
     found: dict[str, list[str]] = {}
 
     def walk(model: type[BaseModel], at: tuple[str, ...], inside: tuple[type[BaseModel], ...]) -> None:
@@ -287,7 +287,7 @@ def _places(root: type[BaseModel]) -> Mapping[str, list[str]]:
 
 
 def _given(key: tuple, raw: Any) -> tuple:
-    """Return the part of a key that the recipe has."""
+    """Return the part of a key's path that the recipe contains."""
     for n, part in enumerate(key):
         inside = (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int) and part < len(raw))
         if not inside:

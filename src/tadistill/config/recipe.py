@@ -1,7 +1,7 @@
 """The recipe: a frozen description of a whole study.
 
-A recipe names models, data, a method and arms; `tadistill.plan.arms` expands it into stages. Unknown keys are errors. All defaults are in
-this package.
+A recipe names models, data, a method and arms (paths to compare). `tadistill.plan.arms` turns it into stages, the single steps of work.
+Unknown keys are errors. All defaults are in this package.
 """
 
 import difflib
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 
 
 class World(Strict):
-    """The fictional world behind the data sets named tinyworld*, which are generated and need no download."""
+    """The fictional world of the data sets named tinyworld*. These data sets are generated and need no download."""
 
     seed: int = 0
     """Seed of the world's facts and rows."""
     people: int = Field(default=120, ge=10, le=200)
-    """Number of people; more people have more facts to learn."""
+    """Number of people. More people have more facts to learn."""
 
 
 _LONGEST_SET = 200
 
 
 class DataRef(Strict):
-    """A data set. A recipe may give a string instead, which sets `load`."""
+    """A data set. In a recipe, a string is short for `{load: STRING}`."""
 
     text_sets: ClassVar[str] = "load"
     load: str
     """A name (dolly, self_inst, vicuna, sinst, uinst, sinst/0_2, tinyworld…), a .jsonl file, a folder with SPLIT.jsonl, or a hub id."""
     split: str | None = None
-    """Split to read; by default the split that matches the use of the set (train, dev or test)."""
+    """Name of the split to read. By default, it is the use of the set: train, dev or test."""
     revision: str = "main"
     """Hub revision: a branch, tag or commit."""
     columns: dict[Literal["instruction", "input", "output", "prompt", "completion", "messages", "text", "choices", "facts"], str] = {}
-    """Our column name -> the file's column name. Needed only if the names differ. But `choices` and `facts` are read only if they are named
-    here, as in {choices: choices}."""
+    """Maps our column name to the file's column name. It is needed only if the names differ. `choices` and `facts` are read only if they
+    are named here, as in {choices: choices}."""
     choices: tuple[str, ...] = ()
     """Possible answers of a multiple-choice set, the same for every row. An integer or boolean output is then the index of an answer."""
     instruction: str | None = None
@@ -61,14 +61,19 @@ class DataRef(Strict):
     @model_validator(mode="after")
     def _check(self):
         if self.choices and (len(set(self.choices)) < max(2, len(self.choices)) or "" in self.choices):
-            raise ValueError(f"`choices` are {list(self.choices)}; give at least two choices, all different and none empty")
+            raise ValueError(f"`choices` are {list(self.choices)}; give at least two choices, which must differ and must not be empty")
         for name, given in (("choices", self.choices), ("instruction", self.instruction is not None)):
             if given and name in self.columns:
-                raise ValueError(f"`{name}` is set both for every row and as a column (`{self.columns[name]}`); remove one of the two")
+                raise ValueError(
+                    f"`{name}` is set for every row, but `columns` also names a column for it (`{self.columns[name]}`); remove one of the "
+                    "two"
+                )
         if len(self.name) > _LONGEST_SET:  # it becomes a part of file names
-            raise ValueError(f"the file or folder has a name of {len(self.name)} characters; rename it to {_LONGEST_SET} or fewer")
+            raise ValueError(
+                f"the name of the file or folder has {len(self.name)} characters; rename it, with at most {_LONGEST_SET} characters"
+            )
         if self.instruction == "":
-            raise ValueError("`instruction` is empty; write the instruction for every row, or leave `instruction` out")
+            raise ValueError("`instruction` is empty; write the instruction for every row, or remove the key")
         return self
 
     _folder: Path | None = PrivateAttr(default=None)
@@ -76,7 +81,7 @@ class DataRef(Strict):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The paths at which a local data set may lie: beside the recipe's file first, then in the working directory."""
+        """The paths where a local data set is looked for: beside the recipe's file, then in the working directory."""
         path = Path(self.load).expanduser()
         return tuple(dict.fromkeys([self._folder / path, Path.cwd() / path])) if self._folder else (path,)
 
@@ -89,7 +94,7 @@ class DataRef(Strict):
 
 
 class Limit(Strict):
-    """The number of rows to use, starting at the first row, for quick trials; all rows by default."""
+    """The number of rows to use from the start of each set, for quick trials; all rows by default."""
 
     train: int | None = Field(default=None, ge=1, le=MOST)
     """Number of rows of the training set."""
@@ -104,12 +109,12 @@ LongPrompts = Literal["drop", "cut"]
 
 
 class Data(Strict):
-    """Data sets and how their rows become token sequences."""
+    """Data sets, and how their rows become token sequences."""
 
     train: DataRef
     """The set on which models train: a name, a file, a folder or a hub id, or the keys of a data set."""
     dev: DataRef
-    """The set that selects checkpoints and paths."""
+    """The data set on which checkpoints and paths are selected."""
     test: tuple[DataRef, ...] = Field(min_length=1)
     """The sets on which trained models are measured."""
     corpus: DataRef | None = None
@@ -117,26 +122,28 @@ class Data(Strict):
     root: str | None = None
     """Folder of local data sets; the environment variable TADISTILL_DATA by default."""
     template: Template = "alpaca"
-    """Prompt around an instruction: the Alpaca text (as in MiniLLM), the tokenizer's chat template, or only a line break."""
+    """Text around an instruction: the Alpaca prompt (as in MiniLLM), the tokenizer's chat template, or only a line break (`plain`)."""
     max_prompt: int = Field(default=256, ge=1, le=MOST)
     """Largest number of tokens in a prompt (MiniLLM's value)."""
     long_prompts: LongPrompts = "drop"
-    """Rows with a longer prompt: left out and counted (`drop`), or cut to their first `max_prompt` tokens (`cut`, as MiniLLM tests)."""
+    """What happens to rows with a longer prompt. `drop` leaves them out and counts them. `cut` keeps their first `max_prompt` tokens, as
+    MiniLLM's tests do."""
     max_length: int = Field(default=512, ge=2)
-    """Largest number of tokens in a prompt and its reference response; a longer response is cut. Not for sampled responses."""
+    """Largest number of tokens in a prompt with its reference response. A longer response is cut. It does not limit sampled responses."""
     bos: Literal["auto", "never"] = "auto"
-    """BOS before prompts and plain text, where no chat template writes them: if the tokenizer adds it (`auto`), or `never` (MiniLLM)."""
+    """Whether prompts and plain text begin with BOS. `auto` follows the tokenizer, and `never` adds none, like MiniLLM. A chat template
+    decides for itself."""
     limit: Limit = Limit()
     world: World = World()
 
 
 class Runtime(Strict):
-    """Settings of a run on this machine. They do not change a stage's key. Results are the same, up to rounding."""
+    """Settings of a run on this machine. They do not invalidate stored results. They change results only by rounding."""
 
     jobs: int | None = Field(default=None, ge=1, le=1024)
-    """Number of stages that run at the same time; by default the number of cores on a CPU, and 1 on a GPU."""
+    """Number of stages that run at the same time. By default it is the number of cores on a CPU, and 1 on a GPU."""
     checkpoint_seconds: float | None = Field(default=None, gt=0, le=1e6)
-    """Seconds between two saves of a training state; by default 30, or 20 times the duration of the last save if that is longer."""
+    """Seconds between two saves of a training state. By default it is 30, or 20 times the duration of the last save if that is longer."""
     trackers: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
     """Experiment trackers to which training also logs."""
     code: str | None = None
@@ -144,7 +151,7 @@ class Runtime(Strict):
 
 
 class Resources(Strict):
-    """Devices and limits of stages. They do not change a stage's key. Results are the same, up to rounding.
+    """Devices and limits of stages. They do not invalidate stored results. They change results only by rounding.
 
         resources:
           default: {hours: 3}
@@ -159,11 +166,12 @@ class Resources(Strict):
     nodes: int = Field(default=1, ge=1, le=MOST)
     """Number of machines over which the processes are spread."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Placement of the student: whole in every process (`ddp`), or sharded over the processes (`fsdp`, FSDP2)."""
+    """Where the student's weights are: whole in every process (`ddp`), or sharded over the processes (`fsdp`, FSDP2)."""
     teacher: Literal["replicated", "sharded", "offloaded"] = "replicated"
-    """Placement of the teacher: whole on every device, sharded over the processes (FSDP2), or in host memory and loaded layer by layer."""
+    """Where the teacher's weights are. `replicated`: whole on every device. `sharded`: split over the processes (FSDP2). `offloaded`: in
+    host memory, from which they are loaded layer by layer."""
     gpu: str | None = None
-    """A GPU or GPU slice in the cluster's profile; the smallest one that is large enough by default."""
+    """A GPU or GPU slice of the cluster's profile. By default, the smallest one that is large enough is used."""
     cpus: int | None = Field(default=None, ge=1, le=MOST)
     """Number of CPU cores per process."""
     memory: float | None = Field(default=None, gt=0, le=1e6)
@@ -177,7 +185,7 @@ class Resources(Strict):
             raise ValueError(f"processes {self.processes} is not a multiple of nodes {self.nodes}; change one of them")
         if self.processes == 1 and (self.parallel == "fsdp" or self.teacher == "sharded"):
             given = "parallel fsdp" if self.parallel == "fsdp" else "teacher sharded"
-            raise ValueError(f"{given} spreads a model over several processes, but processes is 1; raise processes")
+            raise ValueError(f"{given} splits a model over several processes, but `processes` is 1; raise `processes`")
         return self
 
 
@@ -187,19 +195,20 @@ class Recipe(Strict):
     study: Annotated[Name, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the study and of its folder."""
     seeds: tuple[int, ...] = Field(min_length=1)
-    """Training seeds; each seed gives one replicate of every arm."""
+    """Training seeds. Every arm is trained once per seed."""
     models: dict[Name, ModelConfig] = Field(min_length=1)
     """The models, by names of your choice, which paths and reports use."""
     data: Data
     method: Method = Method()
-    """The method of every distillation, unless a model (`models.X.distill`) or an arm overrides a part of it."""
+    """The method of every distillation. A model (`models.X.distill`) or an arm can change parts of it."""
     evaluate: Evaluate = Evaluate()
     metrics: tuple[OwnMetric, ...] = ()
     """More metrics of answers on the test sets, computed by functions of your own."""
     arms: dict[Name, Arm] = {}
-    """The paths to compare, by name. May be left out if `search` is given."""
+    """The paths to compare, by name. They can be left out if `search` is given."""
     teacher: str | None = None
-    """The original teacher, to which every KL is measured. Needed only if paths start from several models, or if there are no paths."""
+    """The original teacher, with which all students are compared by KL. Needed only if paths start from several models, or without paths.
+    """
     analyse: bool = True
     """Compare every model with the original teacher and with its assistants (KL divergences, error budget, exposure bias)."""
     margin: float = Field(default=0.3, gt=0, le=1000)
@@ -207,7 +216,7 @@ class Recipe(Strict):
     search: Search | None = None
     runtime: Runtime = Runtime()
     resources: dict[str, Resources] = {}
-    """Devices and limits of stages, by `default`, a kind of stage, or `KIND MODEL`."""
+    """Devices and limits of stages. A key is `default`, a kind of stage, or `KIND MODEL`."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -227,7 +236,7 @@ class Recipe(Strict):
     _origin: "Origin | None" = PrivateAttr(default=None)
 
     def written(self, source: str | None) -> str | None:
-        """Return the recipe's own text for the source of a model, which may be a path beside the recipe."""
+        """Return a model's source as the recipe's text gives it. Elsewhere it may have become a path beside the recipe."""
         return self._origin.written.get(source, source) if self._origin and source else source
 
     @property
@@ -238,7 +247,7 @@ class Recipe(Strict):
     @classmethod
     def _not_reserved(cls, study: str) -> str:
         if study.lower() == "store":
-            raise ValueError("runs/store holds the stages of all studies; choose another name")
+            raise ValueError("the folder runs/store contains the stages of all studies; choose another name")
         return study
 
     @field_validator("models")
@@ -246,12 +255,12 @@ class Recipe(Strict):
     def _no_arrows(cls, models: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
         for name in models:
             if ">" in name or " then " in f" {name} ":
-                raise ValueError(f"`{name}` cannot stand in a path, which is written with > and then; choose another name")
+                raise ValueError(f"`{name}` cannot be used in a path, because paths are written with `>` and `then`; choose another name")
         return models
 
 
 def methods(recipe: Recipe) -> list[Method]:
-    """Return the method of every distillation of the study, and of every arm that continues the training of a model.
+    """Return the methods of all trainings with a method: every distillation, and every arm that continues the training of a model.
 
     Raises:
         ConfigError: parts of a method cannot work together.
@@ -268,7 +277,7 @@ def own_functions(recipe: Recipe) -> list[str]:
 
 
 def check_acyclic(edges: dict[str, str], what: str) -> None:
-    """Raise a ValueError if `edges` (name -> name) contain a cycle. `what` names the edges in the message."""
+    """Raise a ValueError if `edges` (name -> name) contain a cycle. The message calls the edges `what`."""
     for start in edges:
         seen, at = [start], edges.get(start)
         while at is not None:
@@ -311,6 +320,5 @@ def _kept(recipe: Recipe, name: str) -> tuple[int, ...]:
 
 
 def _choice(given: str, names: Iterable[str]) -> str:
-    """Return the fix for a name that does not exist: the name that is closest to it, and all names."""
     close = difflib.get_close_matches(given, list(names), n=1)
     return f"{f'did you mean `{close[0]}`? ' if close else ''}{'Choose' if close else 'choose'} one of {', '.join(names)}"

@@ -1,6 +1,6 @@
-"""The reference of recipes: every key with its meaning, type, allowed values and default, read from the configuration classes.
+"""The reference of recipes: every key with its meaning, type, allowed values and default. It is read from the configuration classes.
 
-`tadistill explain`, the JSON schema and the reference in the documentation show what is here. Meanings are the docstrings of the fields.
+`tadistill explain`, the JSON schema and the documentation use this reference. The meaning of a key is the docstring of its field.
 """
 
 import ast
@@ -24,7 +24,7 @@ from tadistill.config.recipe import Recipe
 from tadistill.config.shorthand import SHORT_KEYS
 
 NAME = "NAME"
-"""Part of a place that stands for a name of the user's choice, as in `models.NAME.load`."""
+"""Part of a key's place for a name that the user chooses, as in `models.NAME.load`."""
 _PAGES = {
     "": "reference/recipe.md",
     "arms": "reference/recipe.md#arms",
@@ -41,7 +41,7 @@ _PAGES = {
     "sampler": "concepts/minillm.md",
     "search": "concepts/paths.md",
 }
-"""Place, or the last word of a place -> the page of `docs/` that says more."""
+"""Maps a place, or the last word of a place, to the page of `docs/` that explains it."""
 
 _SHORT_FORM = "A teacher and a student instead of `models` and `arms`: one distillation. Nothing is compared with the teacher."
 
@@ -55,27 +55,27 @@ class Key:
     type: str
     """The kind of value in words, such as `whole number`."""
     allowed: str
-    """The allowed values in words; empty if every value of the type is allowed."""
+    """The allowed values in words. Empty if every value of the type is allowed."""
     default: str
-    """The default as a recipe writes it, `none`, `required`, or empty if the keys below have defaults of their own."""
+    """The default as a recipe writes it, `none`, or `required`. Empty if the keys below have defaults of their own."""
     choices: tuple[str, ...] = ()
-    """The values, if there is a fixed list of them."""
+    """The allowed values, if there is a fixed list of them."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A group of keys that stand together in a recipe, such as the keys of `optim`."""
+    """A group of keys that belong together in a recipe, such as the keys of `optim`."""
 
     name: str
     """The name of the configuration class."""
     type: str
-    """The value of the key `type` that selects this group (`taid`); empty if there is no choice."""
+    """The value of the key `type` that selects this group, such as `taid`. Empty if there is no choice."""
     meaning: str
     places: tuple[str, ...]
-    """Where the group stands, such as `method.optim` and `arms.NAME.optim`; the shortest first. The place of the top level is empty."""
+    """All places of the group, such as `method.optim` and `arms.NAME.optim`. The shortest comes first. It is empty at the top level."""
     keys: tuple[Key, ...]
     page: str
-    """The page of `docs/` that says more, such as `reference/recipe.md#data`."""
+    """The page of `docs/` that explains the group, such as `reference/recipe.md#data`."""
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def reference() -> tuple[Part, ...]:
 
 
 def meaning(model: type[BaseModel], field: str) -> str:
-    """Return the docstring of a field; without one, the first paragraph of the docstring of the class that is its type."""
+    """Return the docstring of a field. If it has none, return the first paragraph of its class's docstring."""
     for cls in model.__mro__:
         if text := _docstrings(cls.__module__).get(cls.__qualname__, {}).get(field):
             return text
@@ -103,12 +103,11 @@ def classes(annotation: Any) -> list[type[BaseModel]]:
 
 
 def tag(model: type[BaseModel]) -> str:
-    """Return the value of `type` that selects a class in a recipe; empty if it is not selected by `type`."""
+    """Return the value of `type` that selects a class in a recipe. Return an empty string if `type` does not select it."""
     return str(model.model_fields["type"].default) if "type" in model.model_fields else ""
 
 
 def _found() -> dict[type[BaseModel], list[str]]:
-    """Return every class behind `Recipe`, with its places, in the order of a recipe."""
     found: dict[type[BaseModel], list[str]] = {}
 
     def walk(model: type[BaseModel], at: str) -> None:
@@ -139,7 +138,6 @@ def _key(model: type[BaseModel], name: str, field: FieldInfo) -> Key:
 
 
 def _written_as(model: type[BaseModel], name: str) -> Any:
-    """Return the type of a field as a recipe writes it, which a validator may turn into the field's own type."""
     for validator in model.__pydantic_decorators__.field_validators.values():
         if name in validator.info.fields and validator.info.mode == "before":
             return validator.info.json_schema_input_type
@@ -148,7 +146,6 @@ def _written_as(model: type[BaseModel], name: str) -> Any:
 
 @functools.cache
 def _docstrings(module: str) -> dict[str, dict[str, str]]:
-    """Return class -> field -> the text below the field, for a module of the package."""
     source = getattr(sys.modules.get(module), "__file__", None)
     if source is None or not module.startswith("tadistill."):
         return {}
@@ -171,7 +168,6 @@ _MANY = {"whole number": "whole numbers", "number": "numbers", "keys": "groups o
 
 
 def _kind(annotation: Any) -> str:
-    """Return the type of a value in words, without the choices and bounds."""
     origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _kind(inside[0])
@@ -193,7 +189,6 @@ def _choices(field: FieldInfo) -> tuple[str, ...]:
 
 
 def _values(annotation: Any) -> list[Any]:
-    """Return the values that an annotation lists. Of a mapping, only the names are looked at: what stands below them has its own keys."""
     origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return [*inside]
@@ -225,7 +220,6 @@ def _unit(text: bool, count: int) -> str:
 
 
 def _rules(annotation: Any) -> list[Any]:
-    """Return the bounds inside an annotation. Those of a mapping's names are left out."""
     inside = typing.get_args(annotation)
     if typing.get_origin(annotation) is typing.Annotated:
         return [rule for extra in inside[1:] for rule in getattr(extra, "metadata", [extra])] + _rules(inside[0])
@@ -248,7 +242,6 @@ def _default(field: FieldInfo) -> str:
 
 
 def _written(value: Any) -> Any:
-    """Return a default as plain data. A class is written as its `type` and what it sets."""
     if isinstance(value, BaseModel):
         given = value.model_dump(mode="json", by_alias=True, exclude_unset=True)
         return ({"type": tag(type(value))} if tag(type(value)) else {}) | given
@@ -258,7 +251,6 @@ def _written(value: Any) -> Any:
 
 
 def _flow(value: Any) -> str:
-    """Return plain data as one line of YAML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {_flow(part)}" for name, part in value.items()) + "}"
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Samplers, which provide the training sequences. Each sampler is one class, chosen by `type`, with the defaults of its source paper.
+"""Settings of the samplers, which provide the training sequences. A recipe chooses a class by `type`. Defaults are those of the papers.
 
-Any objective works with any sampler, except for the pairs that `tadistill.config.method.check_pairing` refuses. To add a sampler, add a
-class here and to the union, the code that draws its batches in `tadistill.rollout`, and its cost in `tadistill.plan.costs.ledger`.
+Any objective works with any sampler, except for the pairs that `tadistill.config.method.check_pairing` refuses. To add a sampler, add three
+things: a class here and in the union; code in `tadistill.rollout` that draws its batches; and its cost in `tadistill.plan.costs.ledger`.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -12,18 +12,18 @@ from tadistill.config.common import MOST, Decoding, Share, Strict
 
 
 class SamplerBase(Strict):
-    """Base of all samplers, with the facts that plans, checks and stages need."""
+    """Base class of all samplers. Plans, checks and stages read its class attributes."""
 
     on_policy: ClassVar[bool] = False
-    """The current student samples some or all of the text during training."""
+    """The current student samples some or all of the training text."""
     in_rounds: ClassVar[bool] = False
-    """Rollouts are drawn in rounds and then used for several updates."""
+    """The student samples many sequences (a round), which are then used for several updates."""
     teacher_text: ClassVar[bool] = False
     """The teacher's responses to the training prompts are generated once, in a separate stage."""
     pairs: ClassVar[bool] = False
-    """Each prompt comes with one response of the teacher and one response of the student."""
+    """Each prompt has two responses: one of the teacher and one of the student."""
     follows_dev: ClassVar[bool] = False
-    """The dev loss decides what is sampled, so the dev loss is also measured before training."""
+    """The dev loss decides what is sampled. It is therefore also measured before training."""
 
     @property
     def guided(self) -> bool:
@@ -32,7 +32,7 @@ class SamplerBase(Strict):
 
     @property
     def student_only(self) -> bool:
-        """True if every token is drawn from the student's own, undistorted distribution."""
+        """True if every token is sampled from the student's own distribution, without changes."""
         return False
 
     @property
@@ -45,7 +45,7 @@ class SamplerBase(Strict):
 
 
 class HiddenSignal(Strict):
-    """Record the teacher's last hidden states on the whole training set; training then loads only the teacher's head. Exact in float32."""
+    """Record the teacher's last hidden states on the whole training set. Training then loads only the teacher's head. Exact in float32."""
 
     type: Literal["hidden"] = "hidden"
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -53,28 +53,28 @@ class HiddenSignal(Strict):
 
 
 class TopKSignal(Strict):
-    """Record the teacher's k most probable tokens at every position of the training set; training then does not load the teacher."""
+    """Record the teacher's k most probable tokens at every position of the training set. Training then does not load the teacher."""
 
     type: Literal["top_k"] = "top_k"
     k: int = Field(default=64, ge=1, le=MOST)
     """Number of recorded tokens per position."""
     tail: Literal["lump", "drop"] = "lump"
-    """Treatment of all other tokens: `lump` keeps their mass as one more outcome; `drop` removes them and renormalises."""
+    """What happens to all other tokens. `lump` treats them as one token. `drop` removes them and renormalises."""
 
 
 class DatasetSampler(SamplerBase):
-    """The training set's own responses."""
+    """The sampler that uses the training set's own responses."""
 
     type: Literal["dataset"] = "dataset"
     signal: Annotated[HiddenSignal | TopKSignal, Field(discriminator="type")] | None = None
-    """The teacher's outputs, recorded once in a separate stage and shared by all arms with this teacher. Without a signal, the teacher
-    runs beside the student."""
+    """Which outputs of the teacher are recorded once, for all arms with this teacher. Without it, the teacher runs during training."""
 
 
 class TeacherSampler(SamplerBase, Decoding):
-    """The teacher's own responses to the training prompts, generated once in a separate stage.
+    """The sampler that uses the teacher's responses to the training prompts. They are generated once, in a separate stage.
 
-    With objective cross_entropy this is SeqKD (Kim & Rush 2016); with a divergence and kd_ratio 0.5 it is the SeqKD of MiniLLM's scripts.
+    With the objective cross_entropy this is SeqKD (Kim & Rush 2016). With a divergence and kd_ratio 0.5 it is the SeqKD of MiniLLM's
+    scripts.
     """
 
     teacher_text: ClassVar[bool] = True
@@ -85,11 +85,11 @@ class TeacherSampler(SamplerBase, Decoding):
 
 
 class OnPolicy(SamplerBase, Decoding):
-    """Base of samplers that draw text from the current student during training."""
+    """Base class of samplers that sample text from the current student during training."""
 
     on_policy: ClassVar[bool] = True
     engine: Literal["native", "vllm"] = "native"
-    """`native` is the built-in sampling loop. `vllm` needs CUDA and `pip install 'tadistill[vllm]'`, has its own random draws, and cannot
+    """`native` is the built-in sampling loop. `vllm` needs CUDA and `pip install 'tadistill[vllm]'`, uses other random numbers, and cannot
     use a teacher while it samples."""
     chunk: int = Field(default=64, ge=1, le=MOST)
     """Number of sequences that one device samples at the same time."""
@@ -100,17 +100,17 @@ class OnPolicy(SamplerBase, Decoding):
 
 
 class Rounds(OnPolicy):
-    """Base of samplers that draw a round of rollouts and then train on this round for some epochs."""
+    """Base class of samplers that work in rounds. A round samples many sequences, and then trains on them for some epochs."""
 
     in_rounds: ClassVar[bool] = True
     rollouts: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of sequences in a round over all devices, a multiple of the batch; one batch by default."""
+    """Number of sequences in a round on all devices together. It must be a multiple of the batch; by default it is one batch."""
     inner_epochs: int = Field(default=1, ge=1, le=MOST)
-    """Number of passes over a round's rollouts before new rollouts are sampled."""
+    """Number of passes over the sequences of a round before new ones are sampled."""
 
 
 class StudentSampler(Rounds):
-    """The student's own responses (on-policy distillation; Agarwal et al. 2024 with lambda = 1)."""
+    """The sampler that uses the student's own responses (on-policy distillation; Agarwal et al. 2024 with lambda = 1)."""
 
     type: Literal["student"] = "student"
 
@@ -120,7 +120,7 @@ class StudentSampler(Rounds):
 
 
 class TeacherMixedSampler(Rounds):
-    """Responses sampled from a mixture of two distributions: (1 - alpha) student + alpha teacher (Gu et al. 2024, MiniLLM, Eq. 4)."""
+    """The sampler that draws tokens from a mixture: (1 - alpha) student + alpha teacher (Gu et al. 2024, MiniLLM, Eq. 4)."""
 
     type: Literal["teacher_mixed"] = "teacher_mixed"
     alpha: Share = 0.2
@@ -138,11 +138,11 @@ class TeacherMixedSampler(Rounds):
 
 
 class SpeculativeSampler(Rounds):
-    """The student's responses; the teacher replaces each token that is not among the teacher's k most probable (Xu et al. 2024, SKD)."""
+    """The sampler of SKD: the teacher replaces each of the student's tokens that it finds improbable (Xu et al. 2024)."""
 
     type: Literal["speculative"] = "speculative"
     k: int = Field(default=25, ge=1, le=MOST)
-    """A student's token is kept if it is among the teacher's k most probable tokens."""
+    """A token of the student is kept if it is among the teacher's k most probable tokens."""
 
     @property
     def guided(self) -> bool:
@@ -150,7 +150,7 @@ class SpeculativeSampler(Rounds):
 
 
 class MixSampler(OnPolicy):
-    """Each update uses student responses with probability `lam`, and otherwise the data set (Agarwal et al. 2024, GKD's lambda).
+    """The sampler of GKD. With probability `lam`, an update uses the student's responses, and otherwise the data set (Agarwal et al. 2024).
 
     One random draw decides for the whole batch on all devices. With forward_kl and `lam` 0.5 this is ImitKD (Lin et al. 2020).
     """
@@ -171,7 +171,7 @@ class ReplaySampler(OnPolicy):
     follows_dev: ClassVar[bool] = True
     type: Literal["replay"] = "replay"
     capacity: int = Field(default=1000, ge=1, le=MOST)
-    """Number of sequences in the buffer; new sequences replace the oldest."""
+    """Number of sequences in the buffer. New sequences replace the oldest."""
     schedule: Literal["decreasing", "constant", "increasing"] = "decreasing"
     """Probability of sampling new text at update t of T: `decreasing` phi (1 - t/T), `constant` phi / 2, `increasing` phi t/T."""
     tolerance: float = Field(default=0.1, ge=0)
@@ -181,9 +181,10 @@ class ReplaySampler(OnPolicy):
 
 
 class PairSampler(OnPolicy):
-    """Two responses to every prompt: the teacher's, generated once in a separate stage, and a new one from the student (DistiLLM-2).
+    """The sampler of DistiLLM-2. Each prompt has two responses: the teacher's, generated once in a separate stage; and a new one of the
+    student.
 
-    A batch of n prompts makes 2n sequences; the decoding settings apply to both models.
+    A batch of n prompts makes 2n sequences. The decoding settings apply to both models.
     """
 
     teacher_text: ClassVar[bool] = True

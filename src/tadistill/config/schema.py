@@ -1,6 +1,6 @@
-"""The JSON schema of recipes, for editors: completion, descriptions and checks while one writes.
+"""The JSON schema of recipes. Editors use it for completion, descriptions and checks.
 
-`python -m tadistill.config.schema > recipes/schema.json` writes the committed copy, which is shipped beside the recipes.
+`python -m tadistill.config.schema > recipes/schema.json` writes the committed copy. The package contains it beside the recipes.
 """
 
 import copy
@@ -18,14 +18,14 @@ from tadistill.config.shorthand import SHORT_KEYS, WHOLE_KEYS
 
 
 def schema_file() -> Path:
-    """Return the path of the shipped schema, for the first line of a recipe (`# yaml-language-server: $schema=…`)."""
+    """Return the path of the schema in the package, for the first line of a recipe (`# yaml-language-server: $schema=…`)."""
     return recipes_folder() / "schema.json"
 
 
 def recipe_schema() -> dict[str, Any]:
-    """Return the JSON schema of recipes, in their whole form and in their short form.
+    """Return the JSON schema of recipes, for their long form and their short form.
 
-    It accepts every valid recipe. Rules over several keys, such as the names in a path, are not in it.
+    It accepts every valid recipe. It does not contain rules over several keys, such as the names in a path.
     """
     definitions = Recipe.model_json_schema(ref_template="#/$defs/{model}", schema_generator=_Generator)
     parts = definitions.pop("$defs")
@@ -40,7 +40,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 class _Generator(GenerateJsonSchema):
-    """Adds the meaning of each key, and what a recipe may write shorter: a text where keys can stand."""
+    """Adds two things to the schema: the meaning of each key; and the short ways to write a value, such as a string instead of keys."""
 
     def model_schema(self, schema: Any) -> JsonSchemaValue:
         found = super().model_schema(schema)

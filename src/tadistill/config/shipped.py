@@ -1,6 +1,6 @@
-"""The recipes that are shipped with the package, by name: `quickstart`, `methods/gkd`.
+"""The recipes of the package, by name: `quickstart`, `methods/gkd`.
 
-They lie in `recipes/` of the repository, and in the folder `recipes` of an installed package.
+They are in `recipes/` of the repository, and in the folder `recipes` of an installed package.
 """
 
 import functools
@@ -14,14 +14,14 @@ _SUFFIXES = (".yaml", ".yml")
 
 @functools.cache
 def recipes_folder() -> Path:
-    """Return the folder of the shipped recipes."""
+    """Return the folder with the recipes of the package."""
     package = Path(tadistill.__file__).parent
     return package / "recipes" if (package / "recipes").is_dir() else package.parents[1] / "recipes"
 
 
 @functools.cache
 def shipped() -> dict[str, Path]:
-    """Return all shipped recipes: the path below their folder without `.yaml` -> the file."""
+    """Return all recipes of the package. Names are paths below their folder without `.yaml`, and values are files."""
     folder = recipes_folder()
     return {str(path.relative_to(folder).with_suffix("").as_posix()): path for path in sorted(folder.rglob("*.yaml"), key=_place)}
 
@@ -33,10 +33,10 @@ def summary(recipe: Path) -> str:
 
 
 def located(recipe: str | Path) -> Path:
-    """Return the file that a recipe's path or name means; the path itself if there is no such file.
+    """Return the file for a recipe's path or name. If there is no such file, return the path itself.
 
-    A file wins over a shipped recipe, also as `NAME.yaml`. A shipped recipe is found by its name, by the last part of its name if no other
-    has it, and by its path in the repository (`recipes/quickstart.yaml`).
+    A file of the user wins over a recipe of the package, also as `NAME.yaml`. A recipe of the package is found in three ways: by its name,
+    by the last part of its name if this is unique, and by its path in the repository (`recipes/quickstart.yaml`).
     """
     path = Path(recipe)
     if path.is_file() or path.is_absolute():
@@ -47,7 +47,10 @@ def located(recipe: str | Path) -> Path:
 
 
 def remark(recipe: str | Path) -> str:
-    """Return a sentence on the choice between a shipped recipe and a file of its name; empty if there was no choice."""
+    """Return a sentence if there is both a recipe of the package and a file of the user with this name.
+
+    Otherwise return an empty string.
+    """
     path, file = Path(recipe), located(recipe)
     if file == path:
         return ""

@@ -1,8 +1,8 @@
-"""Shorter ways to write a recipe, which are written out before anything is checked.
+"""Shorter ways to write a recipe. They are turned into the long form before any check.
 
-A method by name, such as `method: gkd`: `methods.yaml` beside this file has the settings of each, from its paper. And the short form of a
-whole recipe: one teacher, one student, one method, and one evaluation of the trained student. It becomes two models, one arm, one training
-seed and one decoding. Nothing is compared with the teacher.
+There are two: a method by name, such as `method: gkd`, with the settings of its paper from `methods.yaml`; and the short form of a whole
+recipe, with one teacher, one student, one method and one evaluation of the trained student. The short form becomes two models, one arm, one
+training seed and one decoding. The student is not compared with the teacher.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from tadistill.errors import ConfigError
 METHODS: dict[str, dict[str, Any]] = yaml.safe_load(
     resources.files("tadistill.config").joinpath("methods.yaml").read_text(encoding="utf-8")
 )
-"""Name -> settings of `objective` and `sampler`."""
+"""Maps the name of a method to its settings of `objective` and `sampler`."""
 MethodName = Annotated[str, Field(json_schema_extra={"enum": [*METHODS]})]
 """The name of a published method."""
 _PARTS = {"objective": TypeAdapter(Objective), "sampler": TypeAdapter(Sampler)}
@@ -35,13 +35,13 @@ SHORT_KEYS = {
 
 
 def written_out(value: Any, *, string: str, name: str) -> Any:
-    """Return the keys of a method or an arm, with the objective and the sampler of the method that it names, if it names one.
+    """Replace the name of a method, in the keys of a method or an arm, by the method's objective and sampler.
 
-    A part that `value` has too is merged: its keys replace those of the named method, and another `type` replaces the whole part.
+    If `value` also has an objective or a sampler, its keys replace those of the named method. Another `type` replaces the whole part.
 
     Args:
-        value: as the recipe has it. A string stands for the key `string`. Anything else that is no mapping is returned as it is.
-        name: the key that names the method; it is left out of the result.
+        value: the part of the recipe. A string is read as the value of the key `string`. Other values than mappings are returned unchanged.
+        name: the key that contains the method's name. The result does not have this key.
 
     Raises:
         ValueError: there is no method of this name.
@@ -82,20 +82,20 @@ def _merged(part: str, settings: dict[str, Any], given: Any) -> Any:
 
 
 def is_short(raw: dict[str, Any]) -> bool:
-    """Return True if a recipe has the key `student`, which only the short form has."""
+    """Return True if a recipe has the key `student`. Only the short form has this key."""
     return "student" in raw
 
 
 def whole(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the recipe of a short form.
+    """Return the long form of a recipe in the short form.
 
     Raises:
-        ConfigError: keys of the whole form are there too, `teacher` is missing, or something is selected without `data.dev`.
+        ConfigError: keys of the long form are there too, `teacher` is missing, or a checkpoint is selected without `data.dev`.
     """
     if both := [key for key in WHOLE_KEYS if key in raw]:
-        raise ConfigError(f"the recipe has both `student`, which belongs to the short form, and `{both[0]}`; remove one of them")
+        raise ConfigError(f"the recipe has both `student`, a key of the short form, and `{both[0]}`; remove one of them")
     if "teacher" not in raw:
-        raise ConfigError("the recipe has a `student` and no `teacher`; add teacher: MODEL")
+        raise ConfigError("the recipe has a `student` but no `teacher`; add teacher: MODEL")
     models = {name: {"load": raw[name]} if isinstance(raw[name], str) else raw[name] for name in SHORT_KEYS}
     rest = {key: value for key, value in raw.items() if key not in SHORT_KEYS}
     evaluate = rest.pop("evaluate", None)
@@ -121,7 +121,7 @@ def _without_dev(method: Any) -> Any:
         return method
     chosen = method.get("select")
     if isinstance(chosen, dict) and (chosen.get("patience") or chosen.get("metric", "last") != "last"):
-        raise ConfigError("method.select chooses a checkpoint on dev, but there is no data.dev; add data.dev, or remove select")
+        raise ConfigError("method.select chooses a checkpoint on dev, but `data.dev` is missing; add `data.dev`, or remove `method.select`")
     return method | {"select": {"metric": "last"}} if chosen is None or isinstance(chosen, dict) else method
 
 
@@ -134,5 +134,5 @@ def _data(data: Any) -> Any:
 
 
 def lines_of_whole(lines: dict[tuple, int]) -> dict[tuple, int]:
-    """Return the line of each key of the whole recipe, from the lines of the short form."""
+    """Return the line of each key of the long form. `lines` has the lines of the short form."""
     return {("models", *key) if key and key[0] in SHORT_KEYS else key: line for key, line in lines.items()}

@@ -1,7 +1,7 @@
 """Sequences of token ids (`Sequence`), and padded batches of them (`Batch`).
 
-Axes: B sequences, T positions. The model predicts token t + 1 at position t. So masks and values of a token are stored one position
-before the token. Only this module does this shift.
+Axes: B sequences, T positions. The model predicts token t + 1 at position t. Masks and values of a token are therefore stored one position
+before the token. Only this module makes this shift.
 """
 
 from collections.abc import Callable, Iterable
@@ -51,7 +51,7 @@ class Batch:
     corpus: "Batch | None" = None
     """A batch of plain text for an additional language-modelling loss; None if there is no such loss."""
     targets: tuple[Hidden | TopK, ...] = ()
-    """The stored outputs of each teacher where the mask is True, in row-major order; empty if none were computed in advance."""
+    """The stored outputs of each teacher where the mask is True, in row-major order. Empty if no outputs were computed in advance."""
     mixture: TargetMixture | None = None
     """The weights with which this update mixes several teachers."""
 
@@ -98,7 +98,10 @@ class _OnDisk(Seq[Sequence]):
 
 
 def references(encoded: Seq[Encoded]) -> Seq[Sequence]:
-    """Return one sequence per encoded prompt. Its response is the first reference. Rows on the disk are read when they are asked for."""
+    """Return one sequence per encoded prompt. Its response is the first reference.
+
+    Rows of a large set are read from the disk when needed.
+    """
 
     def read(i: int) -> Sequence:
         return Sequence(encoded[i].prompt, encoded[i].response)
@@ -122,7 +125,7 @@ def responses(file: Path) -> Seq[Sequence]:
 
 
 def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int, *, bos: bool = False) -> list[Sequence]:
-    """Join plain-text documents, with EOS after each, and cut the text into at most `limit` sequences of `length` tokens.
+    """Join plain-text documents, with EOS after each document. Cut the text into at most `limit` sequences of `length` tokens.
 
     A shorter piece at the end is dropped, unless it is the only one. MiniLLM prepares its pre-training text in this way. With `bos`, the
     first token of every sequence is BOS.
@@ -144,13 +147,13 @@ def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", lengt
 
 
 def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:
-    """Group the indices of the sequences into batches of `size`, from short to long sequences. This order needs the least padding."""
+    """Group the indices of the sequences into batches of `size`. The sequences are ordered by length, which needs the least padding."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].response))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, targets: tuple[Hidden | TopK, ...] = ()) -> Batch:
-    """Pad the sequences on the right and return them as a batch. If the prompt is empty, all tokens except the first are predicted."""
+    """Pad the sequences on the right and return them as a batch. If a prompt is empty, all tokens except the first are predicted."""
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)
     attention = np.zeros((rows, width), np.int64)

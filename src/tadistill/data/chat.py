@@ -1,4 +1,4 @@
-"""Chat templates: conversations as text, what a template does with a turn, and the token with which it ends an answer.
+"""Chat templates: how they write a conversation as text, and which token ends an answer.
 
 A template is a Jinja program that comes with a tokenizer. Some templates raise an error, leave out a role, or have no generation prompt.
 """
@@ -23,10 +23,10 @@ _GENERATION = re.compile(r"(\{%-?)\s*(end)?generation\s*(-?%\})")  # a tag of tr
 def render(messages: Seq[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
     """Return a conversation as text, up to where the assistant's answer begins.
 
-    Where the template has no generation prompt, the text that it puts before an answer is added here.
+    If the template has no generation prompt, the text that it writes before an answer is added here.
 
     Args:
-        where: the data set and the row, for messages.
+        where: the data set and the row, for error messages.
 
     Raises:
         ModelError: the template is not valid Jinja.
@@ -40,41 +40,43 @@ def render(messages: Seq[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase
     except TemplateSyntaxError as error:
         raise ModelError(
             f"the chat template of the tokenizer {tokenizer.name_or_path} is not valid Jinja (line {error.lineno}: {error.message}); "
-            "correct chat_template in its files, or set data.template to alpaca or plain"
+            "correct `chat_template` in its files, or set `data.template` to alpaca or plain"
         ) from error
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise DataError(
-            f"{where}: the chat template of the tokenizer refuses its turns ({', '.join(roles)}): {reason}; change or leave out the row, "
-            "or use a tokenizer with another template"
+            f"{where}: the tokenizer's chat template refuses the turns {', '.join(roles)}: {reason}; change or delete the row, or use a "
+            "tokenizer with another template"
         ) from error
     template, specials = _template(tokenizer), _texts(tokenizer.special_tokens_map)
     for role in _left_out(template, roles, specials):
         raise DataError(
-            f"{where}: the chat template of the tokenizer leaves out the turn of role `{role}`, so the model would not see its text; "
-            "move the text into a user's turn, or use a tokenizer with another template"
+            f"{where}: the tokenizer's chat template leaves out the turn of role `{role}`; move its text into a user's turn, or use a "
+            "tokenizer with another template"
         )
     return text + _header(template, specials)
 
 
 def closing(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return the token with which the tokenizer's chat template ends an answer, else the EOS token.
+    """Return the token with which the tokenizer's chat template ends an answer. Without such a token, return the EOS token.
 
     Raises:
         ModelError: the tokenizer has no EOS token.
     """
     if tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no EOS token, which must end every response; set eos_token in the tokenizer's configuration")
+        raise ModelError(
+            "the tokenizer has no EOS token, but every response must end with one; set `eos_token` in the tokenizer's configuration"
+        )
     added: Any = tokenizer.added_tokens_encoder
     turn = end_of_turn(_template(tokenizer), added, tokenizer.special_tokens_map)
     return int(tokenizer.eos_token_id) if turn is None else turn  # type: ignore[arg-type]
 
 
 def end_of_turn(template: str | None, tokens: Mapping[str, int], specials: Mapping[str, Any]) -> int | None:
-    """Return the token that a chat template writes right after an answer; None if it writes no single token there.
+    """Return the token that a chat template writes right after an answer. Return None if it does not write a single token there.
 
     Args:
-        tokens: the added tokens of the tokenizer, special ones among them, with their ids.
+        tokens: the added tokens of the tokenizer, including special tokens, with their ids.
         specials: the texts of `bos_token`, `eos_token` and others, which templates may use.
     """
     text = _rendered(template, (("user", "hello"), ("assistant", _ANSWER)), _texts(specials), False)
@@ -86,7 +88,7 @@ def end_of_turn(template: str | None, tokens: Mapping[str, int], specials: Mappi
 
 
 def default_template(given: Any) -> str | None:
-    """Return the template that is used without tools, from what a tokenizer or its files hold: a text, or texts by name."""
+    """Return the template that is used without tools. `given` is a template, or several templates by name."""
     if isinstance(given, list):  # as in tokenizer_config.json
         given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
     found = given.get("default") if isinstance(given, dict) else given
@@ -103,7 +105,7 @@ def _texts(specials: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 @lru_cache
 def _header(template: str | None, specials: tuple[tuple[str, str], ...]) -> str:
-    """Return the text that a template writes before an answer, if it has no generation prompt."""
+    """Return the text that a template writes before an answer, for a template without a generation prompt."""
     prompt = (("user", "hello"),)
     plain, prompted = (_rendered(template, prompt, specials, flag) for flag in (False, True))
     answered = _rendered(template, (*prompt, ("assistant", _ANSWER)), specials, False)
@@ -115,14 +117,13 @@ def _header(template: str | None, specials: tuple[tuple[str, str], ...]) -> str:
 
 @lru_cache(maxsize=1024)
 def _left_out(template: str | None, roles: tuple[str, ...], specials: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """Return the roles of the turns whose text a template drops."""
     marks = [f"text {i} 7919" for i in range(len(roles))]
     text = _rendered(template, tuple(zip(roles, marks, strict=True)), specials, True)
     return () if text is None else tuple(role for role, mark in zip(roles, marks, strict=True) if mark not in text.lower())
 
 
 def _rendered(template: str | None, turns: tuple[tuple[str, str], ...], specials: tuple[tuple[str, str], ...], prompt: bool) -> str | None:
-    """Return a conversation in a template as transformers would write it; None if the template raises an error."""
+    """Return a conversation in a template as transformers would write it. Return None if the template raises an error."""
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
         compiled = _compiled(template or "")

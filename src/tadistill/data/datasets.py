@@ -1,7 +1,7 @@
 """Read examples from tinyworld, from JSONL files, and from data sets on the Hugging Face Hub.
 
 A data set is looked for in this order: the built-in tinyworld, a local path, a folder under `data.root` (or TADISTILL_DATA), the Hub.
-`data.rows` has the columns of a row.
+`data.rows` describes the columns of a row.
 """
 
 import difflib
@@ -60,7 +60,7 @@ _SHOWN = 8
 
 
 def load(ref: DataRef, role: str, data: Data) -> list[Example]:
-    """Read the examples of one split of a data set, at most as many as `data.limit` allows.
+    """Read the examples of one split of a data set. `data.limit` limits their number.
 
     Args:
         role: train, dev or test. It selects the limit. It is also the split, unless `ref.split` names another split.
@@ -72,7 +72,7 @@ def load(ref: DataRef, role: str, data: Data) -> list[Example]:
 
 
 def read(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> list[Example]:
-    """Read the first `limit` examples of one split of a data set, or all examples if `limit` is None.
+    """Read the first `limit` examples of one split of a data set. If `limit` is None, read all examples.
 
     Raises:
         DataError: the data set is missing or empty, or a row lacks a column.
@@ -93,7 +93,7 @@ def stream(ref: DataRef, role: str, *, world: World, root: str | None, limit: in
 
 
 def count(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> int:
-    """Return the number of rows that `stream` yields. The rows of a local file are not parsed."""
+    """Return the number of rows that `stream` would yield. The rows of a local file are counted without parsing."""
     path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, root)
     rows = jsonl.count(path) if path else _rows(ref, role, world, root)
     return sum(1 for _ in itertools.islice(rows, limit))
@@ -105,10 +105,10 @@ def empty(ref: DataRef, role: str) -> DataError:
 
 
 def check_sources(data: Data) -> None:
-    """Check that every data set exists or can be one of the Hub. Nothing is read.
+    """Check that every data set exists on this disk, or may exist on the Hub. Nothing is read.
 
     Raises:
-        DataError: some do not. Every one is named.
+        DataError: some data sets do not exist. The message names all of them.
     """
     found = Gathering()
     for role, ref in [("train", data.train), ("dev", data.dev), *(("test", ref) for ref in data.test)]:
@@ -118,7 +118,10 @@ def check_sources(data: Data) -> None:
 
 
 def form(ref: DataRef, role: str, data: Data) -> Form:
-    """Return what the rows of a split hold, by its first row. A data set of the Hub is not read here, so its settings decide."""
+    """Return what the first row of a split contains: an instruction, a conversation or a whole prompt.
+
+    A data set of the Hub is not read. Its form follows from its settings.
+    """
     path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, data.root)
     first = next(jsonl.read(path), None) if path else None
     if first is not None:
@@ -127,16 +130,16 @@ def form(ref: DataRef, role: str, data: Data) -> Form:
 
 
 def check_corpus(ref: DataRef, data: Data) -> None:
-    """Read all of a corpus on this disk, or the first document of one on the Hub.
+    """Check a plain-text corpus. A corpus on this disk is read whole. For a corpus on the Hub, one document is read.
 
     Raises:
-        DataError: a row has no text, or no document has any.
+        DataError: a row has no text, or all documents are empty.
     """
     documents = texts(ref, world=data.world, root=data.root)
     if on_hub(ref, "train", data) is not None:
         documents = itertools.islice(documents, 1)
     if not sum(bool(document.strip()) for document in documents):
-        raise DataError(f"data.corpus `{ref.load}` holds no text; give a file with at least one document in its column `text`")
+        raise DataError(f"data.corpus `{ref.load}` contains no text; give a file with at least one document in its column `text`")
 
 
 def texts(ref: DataRef, *, world: World, root: str | None) -> Iterator[str]:
@@ -151,7 +154,7 @@ def texts(ref: DataRef, *, world: World, root: str | None) -> Iterator[str]:
 
 
 def fingerprint(ref: DataRef, role: str, data: Data) -> str:
-    """Return a string that changes when the data of a split changes. It becomes part of the stage keys.
+    """Return a string that changes when the rows of a split change. It is a part of the keys of stored results.
 
     It is a digest of a local file, the settings of tinyworld, or the Hub id with its revision.
     """
@@ -161,7 +164,7 @@ def fingerprint(ref: DataRef, role: str, data: Data) -> str:
 
 
 def content(ref: DataRef, role: str, *, world: World, root: str | None) -> str | None:
-    """Return a digest of a split's rows. None for a data set of the Hub, whose branch may move."""
+    """Return a digest of a split's rows. Return None for a data set of the Hub, because its branch may change."""
     if ref.load in tinyworld.SPLITS:
         return f"{tinyworld.fingerprint(seed=world.seed, people=world.people)}:{ref.load}:{ref.split or role}"
     path = _local_file(ref, role, root)
@@ -169,7 +172,6 @@ def content(ref: DataRef, role: str, *, world: World, root: str | None) -> str |
 
 
 def _ignored(path: Path, ref: DataRef) -> str:
-    """Return a mark for a file with columns that were once read without being asked for, so that older stages keep their own keys."""
     try:
         row = next(jsonl.read(path), {})
     except DataError:  # reading the rows will say so
@@ -199,7 +201,7 @@ def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bo
 
 
 def on_hub(ref: DataRef, role: str, data: Data) -> tuple[str, str | None] | None:
-    """Return (repository, file) of a split on the Hub, or None if the split is on this disk.
+    """Return (repository, file) of a split on the Hub. Return None if the split is on this disk.
 
     The file is None if the split is not a single file.
 
@@ -239,7 +241,6 @@ def _check_folder(ref: DataRef, folder: Path, split: str) -> None:
 
 
 def _missing(ref: DataRef) -> str:
-    """Return the message for a data set that does not exist, with the names that are close to it."""
     load, path = ref.load, Path(ref.load).expanduser()
     if "/" in load or path.suffix:
         return f"data set `{load}` does not exist: {no_file(path, [p.parent for p in ref.paths], ('.jsonl', '.json'))}"
@@ -267,7 +268,7 @@ def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
             _check_folder(ref, there, split)
     except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"data set `{ref.load}` is not a path that can exist ({why}); correct it, or data.root") from error
+        raise DataError(f"data set `{ref.load}` is not a valid path ({why}); correct it, or data.root") from error
     return None
 
 
@@ -279,7 +280,7 @@ def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[
     except DataError as error:
         raise DataError(
             f"data set `{ref.load}` (split {split}) is not on this disk (as {named.folder}/{split}.jsonl in data.root or TADISTILL_DATA), "
-            f"and loading it from the hub failed: {error}"
+            f"and could not be loaded from the hub: {error}"
         ) from error
     return itertools.islice(jsonl.read(path), first, last)
 

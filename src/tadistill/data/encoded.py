@@ -1,7 +1,7 @@
-"""Token ids of a large training set in a memory-mapped Arrow file of the cache folder.
+"""Token ids of a large training set, stored in a memory-mapped Arrow file in the cache folder.
 
-A set is tokenised once. All stages, ranks and studies read the same file, and only the rows that they ask for. The file's name is a digest
-of the rows, the tokenizer, the rules for lengths, and the code. A file that is damaged or incomplete is made again.
+A set is tokenised once. All processes and studies then read the same file, and only the rows that they need. The file's name is a digest
+of the rows, the tokenizer, the rules for lengths, and the code. A file that is damaged or incomplete is created again.
 
     on_disk = RowsOnDisk(ref, "train", world, root, limit)
     kept = on_disk.kept(tokenizer, lengths, template="alpaca", name="data set `mine`")
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class EncodedRows(Seq[Encoded]):
-    """Rows in a memory-mapped table. A row is read when it is asked for; a slice is a list."""
+    """Rows of a memory-mapped table. A row is read when it is accessed. A slice returns a list of rows."""
 
     def __init__(self, table: "pa.Table"):
         self._row, self._prompt, self._response, self._choices = (table.column(name) for name in _COLUMNS)
@@ -55,14 +55,14 @@ class EncodedRows(Seq[Encoded]):
 
 @dataclass(frozen=True)
 class Kept:
-    """A tokenised set."""
+    """A tokenised data set in the cache folder, with the lengths of its longest rows and its largest token id."""
 
     rows: EncodedRows
     counts: Counts
     prompt: int
-    """Tokens of the longest prompt."""
+    """Number of tokens of the longest prompt."""
     whole: int
-    """Tokens of the longest prompt with its reference response."""
+    """Number of tokens of the longest prompt with its reference response."""
     top: int
     """The largest token id."""
 
@@ -78,7 +78,7 @@ class RowsOnDisk:
     limit: int | None
 
     def glance(self, tokenizer: "PreTrainedTokenizerBase", lengths: Lengths, *, template: str, name: str) -> Kept | None:
-        """Return the tokenised set if its file is in the cache folder. Else tokenise rows until one is short enough, and return None.
+        """Return the tokenised set if its file is in the cache folder. Otherwise only check that one row is short enough, and return None.
 
         Raises:
             DataError: no row is short enough.
@@ -100,14 +100,15 @@ class RowsOnDisk:
     ) -> Kept:
         """Return the tokenised set. It is tokenised now if its file is not in the cache folder.
 
-        Another process that tokenises the same set is waited for. A data set of the Hub, whose branch may move, is not kept.
+        If another process is tokenising the same set, the call waits for it. A data set of the Hub is not stored, because its branch may
+        change.
 
         Args:
-            name: the words for the set in messages.
-            tick: is called with the number of rows done. It may raise an error, and then nothing is written.
+            name: the name of the set in messages.
+            tick: called with the number of rows done. If it raises an error, nothing is written.
 
         Raises:
-            DataError, ModelError: as `encode_parts` does.
+            DataError, ModelError: as in `encode_parts`.
             StoreError: the file cannot be written.
         """
         from filelock import FileLock  # here: it loads asyncio
@@ -143,7 +144,7 @@ class RowsOnDisk:
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Return a digest of everything in a tokenizer that decides token ids. None for a tokenizer that is a Python program."""
+    """Return a digest of everything in a tokenizer that decides token ids. Return None if the tokenizer is a Python program."""
     import tokenizers
     import transformers
 
@@ -192,7 +193,6 @@ def _write(file: Path, parts: Any, tick: Callable[[int], None]) -> Kept:
 
 
 def _open(file: Path) -> Kept | None:
-    """Return the set in a file. None if the file or its record is missing or damaged."""
     import pyarrow as pa
 
     try:

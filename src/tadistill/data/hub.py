@@ -16,9 +16,9 @@ _NOT_DATA = (".md", ".gitattributes", ".gitignore", ".yaml")
 
 
 def cached(repository: str, revision: str, file: str | None = None) -> Path | None:
-    """Return the local path of a file, or of the whole repository if `file` is None, without using the network.
+    """Return the local path of a downloaded file, or of the whole repository if `file` is None. The network is not used.
 
-    Return None if it is not on this disk, or if the repository's folder has no data files.
+    The result is None if the file is not on this disk, or if the repository's folder has no data files.
 
     Raises:
         DataError: `repository` is not a valid hub id.
@@ -62,7 +62,7 @@ def download(repository: str, revision: str, file: str | None = None, *, workers
 
 @functools.cache
 def reachable() -> bool:
-    """Return True if the Hub answers within a few seconds, and HF_HUB_OFFLINE does not forbid to ask it."""
+    """Return True if the Hub answers within a few seconds. Return False if HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
@@ -89,10 +89,10 @@ def invalid(error: type[TadistillError], repository: str, cause: Exception) -> T
 
 @contextmanager
 def explained(error: type[TadistillError], kind: str, repository: str, revision: str, file: str | None = None) -> Iterator[None]:
-    """Convert download errors inside a `with` block into an `error` with one clear sentence.
+    """Replace download errors inside a `with` block by an `error` with one clear sentence.
 
     Args:
-        kind: `model` or `data set`.
+        kind: `model` or `data set`, for the sentence.
         file: the wanted file of the repository; None for the whole repository.
     """
     from huggingface_hub import errors

@@ -1,4 +1,4 @@
-"""Read JSON Lines files: every line holds one JSON object."""
+"""Read JSON Lines files. Every line contains one JSON object."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def count(path: Path) -> Iterator[int]:
-    """Yield the numbers of the lines that hold rows, without reading the rows."""
+    """Yield the line numbers of all rows, without parsing the rows."""
     return (number for number, _ in _lines(path))
 
 
@@ -44,10 +44,10 @@ def _row(line: str, path: Path, number: int) -> dict[str, Any]:
         raise DataError(f"{where} is {_not_json(line, error)}; every line must be one JSON object") from error
     except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, or thousands of nested lists
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else "a number in it has too many digits"
-        raise DataError(f"{where} cannot be read ({reason}); correct or leave out the row") from error
+        raise DataError(f"{where} cannot be read ({reason}); correct or delete the row") from error
     if not isinstance(row, dict):
         what = "a JSON array" if isinstance(row, list) else f"a {type(row).__name__}"
-        raise DataError(f"{where} is {what}, not an object; every line must be one JSON object")
+        raise DataError(f"{where} is {what}; every line must be one JSON object")
     return row
 
 

@@ -1,7 +1,7 @@
-"""Rows of a data set, and the `Example`s that they become.
+"""Rows of a data set, and how they become examples (`Example`).
 
-A row holds instruction/input/output(s), prompt/completion, or messages. Its columns `choices` and `facts` are read only if the settings of
-the data set name them (`columns: {choices: choices}`), because a user's own columns often have these names. Tinyworld sets name them.
+A row has one of three forms: instruction/input/output(s), prompt/completion, or messages. The columns `choices` and `facts` are read only
+if the data set's settings name them (`columns: {choices: choices}`), because a user's own columns often have these names.
 """
 
 import json
@@ -15,10 +15,10 @@ from tadistill.data import tinyworld
 from tadistill.errors import DataError
 
 Facts = tuple[tuple[str, tuple[str, ...]], ...]
-"""The facts that an answer must state, as (value, rivals) pairs. The answer must contain the value, and none of the rivals."""
+"""The facts that an answer must state, as (value, rivals) pairs. The answer must contain the value and none of the rivals."""
 
 Form = Literal["instruction", "messages", "prompt"]
-"""What a row holds: an instruction for a template, a conversation, or the whole prompt."""
+"""What a row contains: an instruction for a template, a conversation, or the whole prompt."""
 
 OPTIONAL = ("choices", "facts")
 """Columns that are read only if the settings name them."""
@@ -44,10 +44,10 @@ class Example:
 
 
 def example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
-    """Return the example of a row; `index` is its place in the split, from 0.
+    """Return the example of a row. `index` is the number of the row in the split, from 0.
 
     Raises:
-        DataError: a column is missing, or holds something else than text.
+        DataError: a column is missing, or its value is not text.
     """
     where = where_of(ref, index)
     choices = _choices(ref.choices or _optional("choices", row, ref, index), where)
@@ -70,7 +70,7 @@ def example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
 
 
 def form_of(row: dict[str, Any], ref: DataRef) -> Form:
-    """Return what a row is read as."""
+    """Return what a row contains: an instruction, a conversation or a whole prompt."""
     messages = _get("messages", row, ref)
     instructed = ref.instruction is not None or _get("instruction", row, ref) is not None
     # anything but turns in `messages` beside an instruction is a column of the user's own
@@ -81,18 +81,18 @@ def form_of(row: dict[str, Any], ref: DataRef) -> Form:
 
 
 def where_of(ref: DataRef, index: int) -> str:
-    """Return the words for a row in messages; `index` counts from 0."""
+    """Return the place of a row for messages: data set, split and row number. `index` counts from 0."""
     return f"data set `{ref.load}`, row {index + 1}"
 
 
 def no_column(ref: DataRef, index: int, wanted: str, row: dict[str, Any]) -> str:
-    """Return the message for a row without a column."""
+    """Return the error message for a row that lacks the column `wanted`."""
     names = ", ".join(map(str, row)).encode("utf-8", "backslashreplace").decode()
     return f"{where_of(ref, index)} has no column {wanted}; it has {names[:300]}. Name the column in `columns`"
 
 
 def text(value: Any, what: str, where: str) -> str:
-    """Return a text of a row. Raises DataError if it is no text, or text that is not valid Unicode."""
+    """Return `value` if it is valid text. Otherwise raise a DataError."""
     if not isinstance(value, str):
         raise DataError(f"{where}: {what} is {shown(value)}; it must be a string")
     _check_unicode(value, what, where)
@@ -100,7 +100,7 @@ def text(value: Any, what: str, where: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value for a message, cut where it is long."""
+    """Return a value as it is shown in a message. A long value is cut."""
     return _SHORT.repr(value)
 
 
@@ -109,8 +109,8 @@ def _check_unicode(value: str, what: str, where: str) -> None:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: {what} has half of a surrogate pair (\\u{ord(value[error.start]):04x} at character {error.start + 1}), which is not "
-            "text; write the whole character, or leave out the row"
+            f"{where}: {what} has half of a surrogate pair (\\u{ord(value[error.start]):04x} at character {error.start + 1}); write the "
+            "whole character, or delete the row"
         ) from error
 
 
@@ -119,7 +119,6 @@ def _get(name: str, row: dict[str, Any], ref: DataRef) -> Any:
 
 
 def _optional(name: str, row: dict[str, Any], ref: DataRef, index: int) -> Any:
-    """Return a column that the settings, or a built-in set, ask for; else None."""
     named = ref.columns.get(name)  # type: ignore[call-overload]
     if named and named not in row:
         raise DataError(no_column(ref, index, f"`{named}` (the {name})", row))
@@ -136,21 +135,19 @@ def _answer(row: dict[str, Any], ref: DataRef, index: int, wanted: str) -> Any:
 
 
 def _conversation(messages: Any, ref: DataRef, where: str) -> tuple[tuple[dict[str, Any], ...], str | None]:
-    """Return the turns of the prompt, and the answer."""
     if ref.instruction is not None:
-        raise DataError(f"{where} has messages, which have their own instructions; remove the setting `instruction` of this data set")
+        raise DataError(f"{where} has messages, which contain their own instructions; remove the setting `instruction` of this data set")
     turns = isinstance(messages, list) and len(messages) >= 2 and all(isinstance(turn, dict) for turn in messages)
     if not turns or messages[-1].get("role") != "assistant":
-        raise DataError(f"{where}: `messages` must be a prompt followed by an assistant message (a list of at least two messages)")
+        raise DataError(f"{where}: `messages` must be a list of at least two messages, and the last one must be from the assistant")
     *prompt, answer = (_turn(turn, f"turn {i} of messages", where) for i, turn in enumerate(messages, 1))
     for i, turn in enumerate(prompt, 1):
         if turn.get("content") is None and turn["role"] in ("user", "system"):  # many templates would write "None"
-            raise DataError(f"{where}: turn {i} of messages has no content; give it a text (it may be empty), or leave out the row")
+            raise DataError(f"{where}: turn {i} of `messages` has no content; give it a text (it may be empty), or delete the row")
     return tuple(prompt), answer.get("content")
 
 
 def _turn(turn: dict[str, Any], what: str, where: str) -> dict[str, Any]:
-    """Return a turn with its content as one text; a turn may have no content, as one that only calls tools."""
     if not isinstance(turn.get("role"), str) or not turn["role"]:
         raise DataError(f"{where}: {what} has the role {shown(turn.get('role'))}; it must be a string such as user, assistant or system")
     content = turn.get("content")
@@ -166,8 +163,8 @@ def _part(part: Any, what: str, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     raise DataError(
-        f"{where}: the content of {what} has the part {shown(part)}; every part must be text, as in {{type: text, text: …}}, because only "
-        "text is trained on: leave out the row"
+        f"{where}: the content of {what} has the part {shown(part)}, but every part must be text, as in {{type: text, text: …}}; delete "
+        "the row"
     )
 
 
@@ -178,7 +175,7 @@ def _facts(given: Any, where: str) -> Facts:
     for fact in given if isinstance(given, list | tuple) else (given,):
         pair = isinstance(fact, list | tuple) and len(fact) == 2 and isinstance(fact[0], str) and isinstance(fact[1], list | tuple)
         if not pair or not fact[0] or not all(isinstance(rival, str) for rival in fact[1]):
-            raise DataError(f"{where}: the column of facts has {shown(fact)}; it must be a list of [value, [other values]]")
+            raise DataError(f"{where}: the column of facts contains {shown(fact)}; each fact must be a list of [value, [other values]]")
         found.append((text(fact[0], "a fact", where), tuple(text(rival, "a fact", where) for rival in fact[1])))
     return tuple(found)
 
@@ -187,19 +184,18 @@ def _choices(given: Any, where: str) -> tuple[str, ...]:
     if given is None or given == ():
         return ()
     if not isinstance(given, list | tuple) or not all(isinstance(c, str) and c for c in given):
-        raise DataError(f"{where}: choices are {shown(given)}; write a list of strings, none of them empty")
+        raise DataError(f"{where}: choices are {shown(given)}; write a list of strings, and no empty one")
     for choice in given:
         _check_unicode(choice, "a choice", where)
     if len(set(given)) < max(2, len(given)):
-        raise DataError(f"{where}: choices are {', '.join(given) or 'an empty list'}; give at least two choices that are all different")
+        raise DataError(f"{where}: choices are {', '.join(given) or 'an empty list'}; give at least two choices, which must differ")
     return tuple(given)
 
 
 def _references(answer: Any, choices: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """Return the reference answers; an integer or a boolean is an index into the choices."""
     if answer is None or (isinstance(answer, list | tuple) and not answer):
         what = "null" if answer is None else "an empty list"
-        raise DataError(f"{where}: the response is {what}; give a string (it may be empty), or delete this row from the data")
+        raise DataError(f"{where}: the response is {what}; give a string (it may be empty), or delete the row")
     answers = answer if isinstance(answer, list | tuple) else (answer,)
     known = f"the choices are {', '.join(choices)}"
     if choices:

@@ -1,9 +1,8 @@
-"""Read every row of a split once, and keep what the plan and the checks need of it: the number of rows and a sample.
+"""Read every row of a split once, and store what plans and checks need: the number of rows, and a sample of them.
 
     survey(recipe.data.train, "train", recipe.data).rows
 
-The survey of a large file is kept in a small file of the cache folder, under a digest of the data. So the next command does not read the
-rows again.
+The result for a large file is stored in the cache folder, under a digest of the data. The next command does not read the rows again.
 """
 
 import json
@@ -23,22 +22,22 @@ from tadistill.errors import DataError, StoreError
 from tadistill.store import key_of
 
 LARGE = 5_000
-"""A training set with more rows is kept on the disk, as a survey and as tokens (`data.encoded`)."""
+"""Limit for the number of rows of a training set. A larger set is stored on the disk, as a survey and as tokens (`data.encoded`)."""
 SAMPLE = 512
-"""The most rows of a sample."""
+"""Largest number of rows in a sample."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The facts of a split whose rows have all been read."""
+    """What is known about a split after reading all its rows."""
 
     rows: int
     sample: tuple[Example, ...]
     """At most SAMPLE examples, evenly spaced."""
     conversations: bool
-    """True if a row holds messages."""
+    """True if a row contains messages."""
     instructions: bool
-    """True if a row holds an instruction for a template."""
+    """True if a row contains an instruction for a template."""
     choices: bool
     """True if a row has choices."""
     beyond_ascii: float
@@ -46,16 +45,16 @@ class Survey:
 
     @property
     def large(self) -> bool:
-        """True if the rows stay on the disk."""
+        """True if the set is so large that its rows stay on the disk."""
         return self.rows > LARGE
 
     def plain(self, template: str) -> bool:
-        """Return True if no row can fail when it is tokenised: there are no choices, and no chat template writes a prompt."""
+        """Return True if tokenising cannot fail for any row: there are no choices, and no chat template writes a prompt."""
         return not (self.choices or self.conversations or (self.instructions and template == "chat"))
 
 
 def survey(ref: DataRef, role: str, data: Data) -> Survey:
-    """Read all rows of a split that a recipe uses, and check each.
+    """Read and check all rows of a split that a recipe uses. Return the number of rows and a sample.
 
     Raises:
         DataError: the data set is missing or empty, or a row is wrong. The message names the row.
@@ -85,7 +84,7 @@ def check(recipe: Recipe) -> None:
 
 
 def key_of_rows(ref: DataRef, limit: int | None, content: str, *code: Any) -> str:
-    """Return a key of the first `limit` rows of a split, as the settings read them, and of the code that reads them."""
+    """Return a cache key of the first `limit` rows of a split. It also depends on the settings and on the code that reads the rows."""
     settings = {"columns": ref.columns, "choices": ref.choices, "instruction": ref.instruction}
     return key_of([__version__, content, settings, limit, *_digests(*(module.__file__ for module in (rows, *code)))])
 

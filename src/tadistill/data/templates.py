@@ -3,8 +3,8 @@
 Two rules differ from MiniLLM's preprocessing:
 - If the tokenizer would merge the end of the prompt with the start of the response, the response is encoded alone. MiniLLM cuts the
   joint token ids at the prompt's length.
-- Prompts that are too long are left out, in test sets too, unless `long_prompts` is `cut`. MiniLLM leaves them out of training sets, and
-  cuts those of test sets on the right, which removes "### Response:".
+- Prompts that are too long are left out, in test sets too, unless `long_prompts` is `cut`. MiniLLM leaves them out of training sets. In
+  test sets it cuts them on the right, which removes "### Response:".
 """
 
 import itertools
@@ -51,33 +51,33 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The rules of a recipe's `data` for long rows."""
+    """The rules for long rows in `data` of a recipe."""
 
     max_prompt: int
     max_length: int
     long_prompts: LongPrompts = "drop"
     bos: bool = False
-    """Put BOS before a prompt that does not begin with it, unless a chat template wrote the prompt (which says itself where BOS is)."""
+    """Put BOS before a prompt that does not begin with it. A chat template puts BOS itself, so its prompts are not changed."""
 
     @property
     def limit(self) -> int:
-        """The most tokens of a prompt, which leave room for a token of the answer."""
+        """Largest number of tokens in a prompt. It leaves room for one token of the answer."""
         return min(self.max_prompt, self.max_length - 1)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """The number of rows of a split, and of those that were left out or cut for one tokenizer."""
+    """Numbers of rows of a split, for one tokenizer: all rows, and those that were left out or cut."""
 
     rows: int
     long: int = 0
-    """Rows left out, because their prompt has more than `limit` tokens."""
+    """Number of rows left out because their prompt has more than `limit` tokens."""
     empty: int = 0
-    """Rows left out, because their prompt has no token."""
+    """Number of rows left out because their prompt has no token."""
     cut: int = 0
-    """Rows whose prompt was cut to `limit` tokens."""
+    """Number of rows whose prompt was cut to `limit` tokens."""
     shortened: int = 0
-    """Rows whose response was cut, so that it has no end, at `max_length` tokens with the prompt."""
+    """Number of rows whose response was cut, so that prompt and response have `max_length` tokens. Such a response has no end token."""
     limit: int = 0
     max_length: int = 0
 
@@ -87,13 +87,13 @@ class Counts:
         return self.rows - self.long - self.empty
 
     def plus(self, rows: int, long: int, empty: int, cut: int, shortened: int) -> "Counts":
-        """Return the counts with those of more rows added."""
+        """Return the sum of these counts and the given ones."""
         added = {"rows": rows, "long": long, "empty": empty, "cut": cut, "shortened": shortened}
         return replace(self, **{name: getattr(self, name) + number for name, number in added.items()})
 
     @property
     def text(self) -> str:
-        """Return ``476 of 500 rows; 24 longer than data.max_prompt (256)``; empty if every row is whole."""
+        """Return text such as ``476 of 500 rows; 24 longer than data.max_prompt (256)``. It is empty if no row was left out or cut."""
         key = f"data.max_prompt ({self.limit})" if self.limit + 1 < self.max_length else f"data.max_length ({self.max_length})"
         parts = [
             (self.long, f"{self.long} longer than {key}"),
@@ -111,7 +111,7 @@ class EvalSet:
 
     name: str
     examples: Seq[Example]
-    """Empty for a large training set, whose rows stay on the disk."""
+    """Empty for a large training set, because its rows stay on the disk."""
     encoded: Seq[Encoded]
 
     @property
@@ -126,7 +126,7 @@ def in_chat(example: Example, template: str) -> bool:
 
 
 def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase", where: str = "data") -> str:
-    """Return the prompt of an example as text. The template is alpaca, chat or plain; `where` names the row in messages."""
+    """Return the prompt of an example as text. The template is alpaca, chat or plain. `where` names the row in messages."""
     if example.verbatim:
         return example.instruction
     if in_chat(example, template):
@@ -147,7 +147,7 @@ def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase"
 
 
 def task_of(example: Example) -> tuple[str, str]:
-    """Return the instruction and the input of an example, without a template, for a human reader.
+    """Return the instruction and the input of an example, without a template, for people to read.
 
     The instruction of a conversation contains one line `role: content` per message. Its input is empty.
     """
@@ -176,10 +176,10 @@ def encode(
 ) -> list[Encoded]:
     """Encode the prompts, first references and choices of examples. Rows with a prompt longer than `max_prompt` tokens are left out.
 
-    A reference ends with the token that ends an answer: in a chat template the token that this template writes there, else EOS.
+    A reference ends with the token that ends an answer. With a chat template it is the template's own token, otherwise EOS.
 
     Args:
-        bos: put BOS before a prompt that does not begin with it, unless a chat template wrote the prompt (which says itself where BOS is).
+        bos: put BOS before a prompt that does not begin with it. A chat template puts BOS itself, so its prompts are not changed.
 
     Raises:
         DataError: no row is left, a choice is too long, two choices of a row have the same tokens, or a chat template refuses a row.
@@ -191,10 +191,10 @@ def encode(
 def encode_counted(
     examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", lengths: Lengths, *, template: str, name: str = "data"
 ) -> tuple[list[Encoded], Counts]:
-    """Encode examples as `encode` does, and count the rows that are left out or cut.
+    """Encode examples as `encode` does. Also count the rows that are left out or cut.
 
     Raises:
-        DataError, ModelError: as `encode` does.
+        DataError, ModelError: as in `encode`.
     """
     encoded, counts = list[Encoded](), Counts(0)
     for part in encode_parts(examples, tokenizer, lengths, template=template, name=name):
@@ -209,7 +209,7 @@ def encode_parts(
     """Encode examples as `encode_counted` does, some hundred rows at a time. Yield each part with the counts of all rows so far.
 
     Raises:
-        DataError, ModelError: as `encode` does. That no row is left is known after the last part.
+        DataError, ModelError: as in `encode`. If no row is left, the error comes after the last part.
     """
     rows, shortest = iter(examples), 0
     counts = Counts(0, limit=lengths.limit, max_length=lengths.max_length)
@@ -254,13 +254,13 @@ def _nothing_left(counts: Counts, shortest: int, name: str) -> str:
 
 
 def with_bos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return token ids with BOS as the first, once; an empty text stays empty."""
+    """Return the token ids with BOS in front, unless they already begin with BOS. An empty list stays empty."""
     bos = tokenizer.bos_token_id
     return ids if bos is None or ids[:1] in ([], [bos]) else [bos, *ids]  # type: ignore[list-item]
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return True if the tokenizer puts BOS before a text by itself."""
+    """Return True if the tokenizer itself puts BOS before a text."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]  # type: ignore[index]
 
@@ -275,7 +275,9 @@ def _after(tokenizer: "PreTrainedTokenizerBase", prompts: list[str], ids: list[l
 def _check_choices(choices: list[list[int]], labels: Seq[str], room: int, where: str) -> None:
     for ids, label in zip(choices, labels, strict=True):
         if not 0 < len(ids) <= room:
-            raise DataError(f"{where}: choice `{label}` has {len(ids)} tokens; it must have 1 to {room} (data.max_length minus the prompt)")
+            raise DataError(
+                f"{where}: choice `{label}` has {len(ids)} tokens; it must have 1 to {room} tokens (data.max_length minus the prompt)"
+            )
         if choices.count(ids) > 1:
             raise DataError(f"{where}: choice `{label}` has the same tokens as another choice, so no model can tell them apart; reword it")
 

@@ -1,4 +1,4 @@
-"""Generate tinyworld, a data set about a fictional world. A seed gives the same bytes on every machine.
+"""Generate tinyworld, a data set about a fictional world. The same seed gives the same bytes on every machine.
 
 People and places have attributes, and relations to each other. Questions about a fact have several wordings. Answers have several
 phrasings with unequal frequencies, so mode-seeking and mode-covering training give different models. A small student cannot learn all
@@ -53,7 +53,7 @@ class Fact:
     rivals: tuple[str, ...]
 
     def say(self, phrase: str) -> str:
-        """Return the phrase with this fact's subject and value inserted."""
+        """Return `phrase` with the fact's subject and value inserted."""
         return phrase.format(x=self.subject, v=self.value)
 
 
@@ -77,7 +77,7 @@ def world(seed: int = 0, people: int = 120) -> FictionalWorld:
     """
     pool = [start + end for start in pieces.NAME_STARTS for end in pieces.NAME_ENDS]
     if not 10 <= people <= len(pool):
-        raise DataError(f"tinyworld cannot have {people} people; set data.world.people to 10 to {len(pool)}")
+        raise DataError(f"tinyworld cannot have {people} people; set `data.world.people` to a number from 10 to {len(pool)}")
     names = tuple(pieces.shuffled(pool, pieces.rng(seed, "names"))[:people])
     pool = [start + end for start in pieces.PLACE_STARTS for end in pieces.PLACE_ENDS]
     places = tuple(pieces.shuffled(pool, pieces.rng(seed, "places"))[: pieces.PLACES])
@@ -280,7 +280,7 @@ def _skill_rows(here: FictionalWorld) -> dict[str, list[Row]]:
 
 
 Task = tuple[str, str, tuple[str, ...]]
-"""(input, value that is the answer, rivals of the value). A value that is a whole list has no rivals."""
+"""(input, value that is the answer, rivals of the value). If the answer is a whole list, it has no rivals."""
 Rivals = dict[str, dict[str, tuple[str, ...]]]
 
 

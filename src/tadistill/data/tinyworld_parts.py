@@ -1,10 +1,10 @@
 """Text and random draws of tinyworld. The text is read from tinyworld.json.
 
-All text is lower case with one space between tokens, and punctuation marks are tokens. In the text, `{x}` is replaced by the subject of
+All text is lower case with one space between tokens. Punctuation marks are tokens. In the text, `{x}` is replaced by the subject of
 a fact, and `{v}` by its value. The tests check three rules:
-- A word belongs to only one value domain. It does not occur in the wordings too.
+- A word is a value of only one attribute. It does not occur in the wordings.
 - A rewording uses only words that training rows use too.
-- Answers to one question differ in their first words. So a model that uses all phrasings behaves differently from a model that uses one.
+- Answers to one question differ in their first words. A model that uses all phrasings thus behaves differently from one that uses one.
 """
 
 import json
@@ -79,7 +79,7 @@ T = TypeVar("T")
 
 
 def rng(*address: int | str) -> Random:
-    """Return the random generator for one purpose, which `address` names.
+    """Return the random generator of an address, which names one purpose.
 
     Call only its method `random`. Python guarantees the same numbers on every machine for this method only.
     """

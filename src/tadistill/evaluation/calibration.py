@@ -24,13 +24,13 @@ _ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Bins:
-    """A reliability diagram: predictions sorted by confidence into bins of equal width on [0, 1]. Arrays have one value per bin."""
+    """A reliability diagram. Predictions are sorted by confidence into bins of equal width on [0, 1]. Each array has one value per bin."""
 
     count: np.ndarray
     confidence: np.ndarray
-    """Mean confidence of the bin, 0-1; 0 in an empty bin."""
+    """Mean confidence of the predictions in the bin, 0-1. It is 0 in an empty bin."""
     correct: np.ndarray
-    """Share of correct predictions in the bin, 0-1; 0 in an empty bin."""
+    """Share of correct predictions in the bin, 0-1. It is 0 in an empty bin."""
 
     def as_json(self) -> dict[str, list]:
         return {"count": self.count.tolist(), "confidence": self.confidence.tolist(), "correct": self.correct.tolist()}
@@ -55,7 +55,7 @@ def bins(confidence: Seq[float] | np.ndarray, correct: Seq[bool] | np.ndarray, c
         )
     outside = ~((sure >= -_ROUNDING) & (sure <= 1 + _ROUNDING))
     if outside.any():
-        raise DataError(f"the confidence {sure[outside][0]} is no probability; every confidence must be in [0, 1]")
+        raise DataError(f"the confidence {sure[outside][0]} is not a probability; every confidence must be in [0, 1]")
     bin_of = np.searchsorted(np.linspace(0, 1, count + 1)[1:-1], sure, side="right")
     return _of_sums(*(np.bincount(bin_of, weights, count) for weights in (None, sure, right)))
 
@@ -68,7 +68,7 @@ def merge(parts: Seq[Bins]) -> Bins:
     """
     sizes = {len(p.count) for p in parts}
     if len(sizes) != 1:
-        raise DataError(f"to merge bins, give at least one part, and the same number of bins in all parts; the numbers are {sorted(sizes)}")
+        raise DataError(f"the parts to merge have {sorted(sizes)} bins; give at least one part, and the same number of bins in all parts")
     counts = np.stack([p.count for p in parts])
     confidence, correct = np.stack([p.confidence for p in parts]), np.stack([p.correct for p in parts])
     return _of_sums(counts.sum(0), (counts * confidence).sum(0), (counts * correct).sum(0))
@@ -85,7 +85,7 @@ def ece(of: Bins) -> float:
     """
     total = of.count.sum()
     if total == 0:
-        raise DataError("the calibration error cannot be computed from no predictions; give at least one prediction")
+        raise DataError("the calibration error cannot be computed without predictions; give at least one prediction")
     return float(100 * (of.count * np.abs(of.correct - of.confidence)).sum() / total)
 
 
@@ -95,7 +95,7 @@ def label_probabilities(
 ) -> list[np.ndarray]:
     """Return the model's probability of each answer choice. The probabilities of one prompt's choices sum to 1.
 
-    They are the softmax of log p(choice | prompt), which is summed over the tokens of the choice, without EOS.
+    They are a softmax over the values log p(choice | prompt). Each value is a sum over the tokens of the choice, without EOS.
 
     Args:
         prompts: token ids of each prompt.
@@ -132,7 +132,7 @@ def label_probabilities(
 
 
 def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references: Seq[Seq[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Find each prompt's most probable choice. Return its probabilities (0-1), and True where the choice is a reference."""
+    """Return two arrays for each prompt's most probable choice: its probability (0-1), and True if the choice is a reference."""
     best = [int(p.argmax()) for p in probabilities]
     confidence = np.array([p[k] for p, k in zip(probabilities, best, strict=True)], np.float64)
     right = [labels[k] in refs for k, labels, refs in zip(best, choices, references, strict=True)]

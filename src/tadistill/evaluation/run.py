@@ -1,7 +1,7 @@
 """Evaluate a model on one data set: sample answers with several decoding seeds, and compute text scores, loss and calibration.
 
-`evaluate` does all of this. Stages call `generate_answers` and `score` instead, and save the answers in between. The training loop calls
-`dev_metrics`. Metrics that need a second model are in `tadistill.evaluation.scoring`.
+`evaluate` does all of this. A stage of a study calls `generate_answers` and `score` instead, and saves the answers in between. The
+training loop calls `dev_metrics`. Metrics that need a second model are in `tadistill.evaluation.scoring`.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,17 +31,15 @@ class Evaluation:
     scores: dict[str, list[list[float]]]
     """Maps a metric to its values [prompt][decoding seed]. A metric that needs no sampled answers has one column."""
     corpus: dict[str, Any]
-    """Results for the whole set: `numbers` contains the metrics that exist only for a set.
-
-    If the references were scored too, it also has `calibration`, `reference_length` (tokens of each reference, without EOS) and `unseen`
-    (the share of the references' letters that ROUGE-L drops).
-    """
+    """Results for the whole set. The key `numbers` contains the metrics that exist only for a set. If the references were scored too, there
+    are three more keys: `calibration`; `reference_length`, the tokens of each reference without EOS; and `unseen`, the share of the
+    references' letters that ROUGE-L drops."""
     records: list[dict[str, Any]]
     """One record per answer: the full prompt, the instruction, the input, the prediction, the references and the scores."""
 
 
 def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Callable[[int], None] = lambda n: None) -> Evaluation:
-    """Sample answers, and return all metrics of one data set that need no second model.
+    """Sample answers to one data set, and return all metrics that need no second model.
 
     After each batch, `tick` is called with the number of answers in the batch.
     """
@@ -71,7 +69,10 @@ def score(
     *,
     read_references: bool = True,
 ) -> Evaluation:
-    """Score sampled answers, also by the user's `own` metrics. With `read_references`, score the references too, such as their loss."""
+    """Score sampled answers, also with the user's `own` metrics.
+
+    With `read_references`, also score the references, for example their loss.
+    """
     predictions = {seed: decode(subject, of_seed) for seed, of_seed in answers.items()}
     per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}
     for seed, scores in per_seed.items():
@@ -86,7 +87,7 @@ def score(
 
 
 def decode(subject: Subject, answers: Seq[Sequence]) -> list[str]:
-    """Decode answers to text. The token that ends an answer, special tokens, and white space at both ends are removed."""
+    """Decode answers to text. Remove the end token, special tokens, and white space at both ends."""
     tokens = [list(a.response[:-1] if a.response and a.response[-1] in subject.eos else a.response) for a in answers]
     return [t.strip() for t in subject.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
@@ -139,9 +140,9 @@ def _records(data: EvalSet, seed: int, subject: Subject, predictions: list[str],
 def dev_metrics(
     subject: Subject, data: EvalSet, settings: Evaluate, metric: str, *, teacher: PreTrainedModel | None = None
 ) -> dict[str, float]:
-    """Return the dev loss and, if `metric` needs sampled answers, further dev metrics.
+    """Return the dev loss. If `metric` needs sampled answers, also return metrics of these answers.
 
-    For `reverse_kl` this is the reverse KL to `teacher`. For a text score, these are all text scores and the mean answer length in
+    For `metric="reverse_kl"` this is the reverse KL to `teacher`. For a text score, these are all text scores and the mean answer length in
     tokens.
     """
     found = {"loss": float(means(likelihood(subject, references(data.encoded), batch=settings.batch)["loss"]).mean())}

@@ -1,17 +1,17 @@
-"""Metrics that have a value at every response token, such as loss or KL. They compare a model with the text or with other models.
+"""Metrics with a value at every response token, such as loss or KL. They compare a model with a text or with other models.
 
 Logits exist only for a few tokens at a time, to save memory. Axes: N tokens, V vocabulary. q is the student, and p_T is the teacher.
 
-The error budget shows how much each edge of a path contributes to the divergence from the teacher. For a path T > A1 > … > Ak > q:
+The error budget shows how much each model of a path contributes to the divergence from the teacher. For a path T > A1 > … > Ak > q:
 
     KL(q ‖ p_T) = KL(q ‖ p_Ak) + E_q[log p_Ak - log p_A(k-1)] + … + E_q[log p_A1 - log p_T]
 
-Training minimised the first term. Each other term is the difference KL(q ‖ upper model) - KL(q ‖ lower model) of one edge. It may be
-negative. All terms are means over the tokens of the student's own answers.
+Training minimised the first term. Each other term is the difference KL(q ‖ upper model) - KL(q ‖ lower model) of two neighbours. It may
+be negative. All terms are means over the tokens of the student's own answers.
 
-Exposure bias follows MiniLLM (arXiv:2306.08543, section 3.4). It compares the error KL(p ‖ q) after text sampled by the student with the
-error after text sampled by the teacher. The value at a position is the mean over the answers that reach it. MiniLLM's released code
-differs: it gives ended answers an error of 0, and starts at the second token.
+Exposure bias follows MiniLLM (arXiv:2306.08543, section 3.4). It compares two errors KL(p ‖ q): after text that the student sampled, and
+after text that the teacher sampled. The value at a position is the mean over the answers that reach it. MiniLLM's released code differs:
+it gives ended answers an error of 0, and starts at the second token.
 """
 
 from collections.abc import Callable, Mapping
@@ -100,7 +100,7 @@ def divergences(subject: Subject, sequences: Seq[Sequence], others: Seq[PreTrain
 
 
 def means(per_token: list[np.ndarray]) -> np.ndarray:
-    """Return the mean over the tokens of each sequence: one number per sequence."""
+    """Return one number per sequence: the mean over its tokens."""
     return np.array([values.mean() for values in per_token])
 
 
@@ -114,7 +114,7 @@ def per_token(
     batch: int,
     others: Seq[PreTrainedModel] = (),
 ) -> PerToken:
-    """Compute metrics at every response token. `names` are the metrics.
+    """Compute the metrics `names` at every response token.
 
     `values` computes them for a few tokens at a time. It is called with the subject's logits (N, V), a tuple of the other models'
     logits, and the token ids (N,). It returns one row per name: (names, N).
@@ -139,9 +139,10 @@ def per_token(
 
 
 ON_OWN_TEXT = ("reverse_kl", "overlap", "mass", "entropy_gap")
-"""The metrics of `pair_measures` that are computed on answers of the learner."""
+"""The metrics of `pair_measures` that are computed on the learner's own answers."""
 Exposure = dict[str, dict[str, list[float]]]
-"""Maps `student` or `teacher` to `kl` (mean at each position) and `count` (number of answers that reach the position)."""
+"""Maps `student` and `teacher` to two lists: `kl`, the mean at each position; and `count`, the number of answers that reach the position.
+"""
 
 
 def analyse(
@@ -159,11 +160,12 @@ def analyse(
     Args:
         answers: the subject's own answers.
         teacher_answers: the teacher's answers to the same prompts.
-        assistants: the models of the path between teacher and subject; the first one is next to the teacher.
+        assistants: the models of the path between teacher and subject. The first one is next to the teacher.
 
     Returns:
-        {metric: [prompt][decoding seed]}, and the exposure curves. The metrics are forward_kl (on the references) and reverse_kl (on the
-        subject's answers). With assistants there are also budget/0, budget/1, …: the terms of the error budget, from left to right.
+        Two things. The first is {metric: [prompt][decoding seed]} with forward_kl (on the references) and reverse_kl (on the subject's
+        answers). With assistants it also has the terms of the error budget, from left to right: budget/0, budget/1, …. The second has
+        the exposure curves.
     """
     (on_references,) = divergences(subject, references(data.encoded), [teacher], batch=batch)
     columns: dict[str, list[np.ndarray]] = {}
@@ -222,7 +224,7 @@ def pair_measures(
 ) -> PerToken:
     """Return metrics that tell how well a teacher suits a learner.
 
-    The metrics in `ON_OWN_TEXT` are computed on the learner's own answers, and forward_kl on the references.
+    The metrics in `ON_OWN_TEXT` are computed on the learner's own answers. forward_kl is computed on the references.
     """
 
     def of_answers(logits: Tensor, teachers: tuple, tokens: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def score_quality(predictions: Sequence[str], examples: Sequence[Example], *, metric: str = "") -> dict[str, list[float]]:
     """Return rouge_l of every prediction, and fact_accuracy if every example has facts. Dev evaluations use only these scores.
 
-    rouge_l_unicode is added if rouge_l drops too many letters of the references (`UNSEEN`), or if it is the `metric` that selects.
+    rouge_l_unicode is added in two cases: rouge_l drops too many letters of the references (`UNSEEN`), or `metric` is rouge_l_unicode.
     """
     references = [e.references for e in examples]
     scores = {"rouge_l": rouge_l(predictions, references)}
@@ -52,12 +52,12 @@ def score_answers(predictions: Sequence[str], tokens: Sequence[Sequence[int]], e
 
 
 def score_seeds(predictions: Mapping[int, Sequence[str]]) -> dict[str, list[float]]:
-    """Return the scores that compare answers of several decoding seeds, one value per prompt. Empty if there is only one seed."""
+    """Return the scores that compare answers of several decoding seeds, one value per prompt. With one seed, the result is empty."""
     return {"self_bleu": self_bleu(list(zip(*predictions.values(), strict=True)))} if len(predictions) > 1 else {}
 
 
 def score_set(predictions: Mapping[int, Sequence[str]]) -> dict[str, float]:
-    """Return the scores that exist only for a whole set: the share of distinct n-grams, averaged over the decoding seeds."""
+    """Return the scores of a whole set: the share of distinct n-grams, averaged over the decoding seeds."""
     return {f"distinct_{n}": float(np.mean([distinct(of_seed, n) for of_seed in predictions.values()])) for n in _DISTINCT}
 
 
@@ -67,7 +67,7 @@ def score_set(predictions: Mapping[int, Sequence[str]]) -> dict[str, float]:
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """Return Rouge-L of each prediction as MiniLLM computes it: the F-measure with Porter stemming, times 100.
 
-    If a prediction has several references, the best match is used.
+    If a prediction has several references, the best match counts.
 
     Raises:
         DataError: the lengths differ, or a prediction has no reference.
@@ -78,11 +78,14 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 UNSEEN = 0.01
-"""From this value of `unseen` on, reports caution against rouge_l, and rouge_l_unicode is computed too."""
+"""Limit for `unseen`. From this value on, reports warn about rouge_l, and rouge_l_unicode is computed too."""
 
 
 def unseen(references: Sequence[Sequence[str]]) -> float:
-    """Return the share of the letters, digits and symbols of a reference that rouge_l drops (all but ASCII), a mean over rows, 0-1."""
+    """Return the share (0-1) of letters and digits in the references that rouge_l drops. The share is a mean over rows.
+
+    rouge_l keeps only a-z, A-Z and 0-9.
+    """
     shares = [beyond_ascii("".join(of_row)) for of_row in references]
     return sum(shares) / len(shares) if shares else 0.0
 
@@ -143,7 +146,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def fact_accuracy(predictions: Sequence[str], facts: Sequence[Facts]) -> list[float]:
-    """Return for each prediction the percentage of its prompt's facts that it states.
+    """Return one percentage per prediction: how many of the prompt's facts it states.
 
     A prediction states a fact if it contains the fact's value and none of the rival values.
 
@@ -181,8 +184,6 @@ def _unicode_scorer() -> "RougeScorer":
     stemmer = PorterStemmer()
 
     class Words:
-        """The form of rouge_score's tokenizers."""
-
         def tokenize(self, text: str) -> list[str]:
             return [stemmer.stem(word) if word.isascii() and len(word) > 3 else word for word in words(text)]
 
@@ -191,16 +192,18 @@ def _unicode_scorer() -> "RougeScorer":
 
 def _check(predictions: Sequence, other: Sequence) -> None:
     if len(predictions) != len(other):
-        raise DataError(f"{len(predictions)} predictions but {len(other)} rows of references or facts; give one row per prediction")
+        raise DataError(
+            f"there are {len(predictions)} predictions, but {len(other)} rows of references or facts; give one row per prediction"
+        )
     if any(len(row) == 0 for row in other):
-        raise DataError("a prediction has no reference or fact; every prediction needs at least one")
+        raise DataError("a prediction has no reference and no fact; every prediction needs at least one of them")
 
 
 # --- repetition and variety -------------------------------------------------------------------------------------------------
 
 
 def repetition(responses: Sequence[Sequence[int]], n: int = 4) -> list[float]:
-    """Return for each answer the percentage of its token n-grams that already occurred earlier in the answer.
+    """Return one percentage per answer: the share of its token n-grams that occurred earlier in the same answer.
 
     It is 0 if the answer has fewer than n tokens.
     """
@@ -224,9 +227,9 @@ def distinct(predictions: Sequence[str], n: int) -> float:
 def self_bleu(answers: Sequence[Sequence[str]]) -> list[float]:
     """Return Self-BLEU (Zhu et al., arXiv:1802.01886) of each prompt. High values mean that the answers to a prompt are similar.
 
-    It is the mean BLEU-4 of each answer against the prompt's other answers. BLEU is nltk's, with smoothing method 1 (Chen & Cherry
-    2014), which replaces a count of 0 by 0.1. An answer with fewer than four words uses only n-grams up to its length. An empty answer
-    scores 100 if another answer is empty too, else 0.
+    For each answer, BLEU-4 is computed against the prompt's other answers. Self-BLEU is the mean. BLEU is nltk's, with smoothing method 1
+    (Chen & Cherry 2014), which replaces a count of 0 by 0.1. An answer with fewer than four words uses only n-grams up to its length. An
+    empty answer scores 100 if another answer is empty too, else 0.
 
     Args:
         answers: for each prompt its answers, one per decoding seed.
@@ -265,7 +268,7 @@ def score_own(functions: Mapping[str, OwnFunction], predictions: Sequence[str], 
     """Return the scores of each metric, one value per prediction. A metric is called with a prediction and the list of its references.
 
     Raises:
-        ConfigError: a metric fails, or returns something else than a finite number.
+        ConfigError: a metric fails, or returns something other than a finite number.
     """
     return {
         name: [_own_score(function, text, list(example.references)) for text, example in zip(predictions, examples, strict=True)]

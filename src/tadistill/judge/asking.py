@@ -1,4 +1,4 @@
-"""Ask the judge in several threads, and estimate the tokens before the first request.
+"""Ask the judge (a language model that rates answers) in several threads. Estimate the tokens before the first request.
 
 Every reply is appended to a cache file at once (one JSON object per line). A question with a cached reply is not asked again.
 """
@@ -29,7 +29,7 @@ Scores = tuple[float, float]
 
 @dataclass(frozen=True)
 class RequestEstimate:
-    """The number of a run's questions, and their tokens as estimated from the length of the texts.
+    """The number of questions for the judge, and their tokens, which are estimated from the length of the texts.
 
     `cached` questions already have a reply. `most_out` is the upper limit of the generated tokens.
     """
@@ -53,17 +53,17 @@ class Verdicts:
     scores: dict[str, Scores]
     unparsed: frozenset[str]
     refused: dict[str, str]
-    """Question text -> the reason why the endpoint refused the question."""
+    """Maps the text of a question to the reason why the endpoint refused it."""
 
 
 def question_key(settings: Judge, text: str) -> str:
-    """Return the cache key of a question. It depends on the judge model and its sampling settings, not on the endpoint's address."""
+    """Return the cache key of a question. It depends on the judge model and its sampling settings, but not on the endpoint's address."""
     content = [settings.model, settings.temperature, settings.max_tokens, text]
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:32]
 
 
 class Cache:
-    """The judge's replies, kept in memory and appended to a file. Several threads may add replies at the same time."""
+    """The judge's replies, in memory and in a file. Several threads may add replies at the same time."""
 
     def __init__(self, path: Path, replies: dict[str, Reply]):
         self._replies = replies
@@ -87,7 +87,7 @@ class Cache:
                 self._file.write(line + "\n")
                 self._file.flush()
             except OSError as error:
-                raise StoreError(f"{self._file.name} cannot be written ({error.strerror}): check disk space and quota") from error
+                raise StoreError(f"{self._file.name} cannot be written ({error.strerror}); check disk space and quota") from error
 
 
 @contextmanager
@@ -102,15 +102,15 @@ def open_cache(path: Path) -> Iterator[Cache]:
         with FileLock(f"{path}.lock", timeout=0), Cache(path, _read_replies(path)) as cache:
             yield cache
     except Timeout as error:
-        raise StoreError(f"another process is writing judgements to {path.parent}: wait until it has finished") from error
+        raise StoreError(f"another process is writing judgements to {path.parent}; wait until it has finished") from error
     except OSError as error:
         if isinstance(error, StoreError):
             raise
-        raise StoreError(f"{path} cannot be opened ({error.strerror}): check the directory's permissions") from error
+        raise StoreError(f"{path} cannot be opened ({error.strerror}); check the directory's permissions") from error
 
 
 def _read_replies(path: Path) -> dict[str, Reply]:
-    """Read all replies. Cut off an incomplete last line, which a killed run leaves behind."""
+    """Read all replies. If a killed run left an incomplete last line, it is cut off."""
     if not path.is_file():
         return {}
     content = path.read_bytes()
@@ -126,7 +126,7 @@ def _read_replies(path: Path) -> dict[str, Reply]:
             row = json.loads(line)
             replies[row["key"]] = Reply(str(row["text"]), int(row["in"]), int(row["out"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{path}, line {number} is not a reply ({error}): delete the line, and its question is asked again") from error
+            raise StoreError(f"{path}, line {number} is not a reply ({error}); delete the line, and its question is asked again") from error
     return replies
 
 
@@ -142,7 +142,7 @@ def estimate_requests(questions: Sequence[Question], settings: Judge, cache: Cac
 def ask_all(
     questions: Sequence[Question], settings: Judge, cache: Cache, ask: Callable[[str], Reply], *, tick: Callable[[], None] = lambda: None
 ) -> Verdicts:
-    """Ask every question that has no cached reply, and return all scores. They do not depend on the order in which replies arrive.
+    """Ask every question that has no cached reply, and return all scores. The order in which replies arrive does not change the scores.
 
     Args:
         ask: sends a question and returns the reply, or raises `Refused` or `Unavailable`. It is called from `settings.jobs` threads.

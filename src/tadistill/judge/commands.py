@@ -1,4 +1,4 @@
-"""Functions that the commands `tadistill judge` and `tadistill human` call."""
+"""The work of the commands `tadistill judge` and `tadistill human`."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -109,22 +109,27 @@ def _announce(console: Console, answers: Answers, plan: RequestEstimate, model: 
     _name_unfinished(console, answers)
     console.print(
         f"{model}: {plan.questions} questions ({len(answers.arms)} arms, {len(answers.items)} prompts, training seed "
-        f"{', '.join(map(str, answers.seeds))}, both orders), {plan.cached} already answered, {plan.requests} requests to send",
+        f"{', '.join(map(str, answers.seeds))}, both orders); {plan.cached} are already answered, and {plan.requests} requests will be "
+        "sent",
         highlight=False,
     )
     if plan.requests:
         out = f"{plan.tokens_out:,} tokens out (at most {plan.most_out:,})"
         console.print(
-            f"estimated: {plan.tokens_in:,} tokens in, {out}; questions whose reply cannot be parsed are asked again", highlight=False
+            f"estimate: {plan.tokens_in:,} tokens in, {out}; a question is asked again if its reply cannot be parsed", highlight=False
         )
 
 
 def _conclude(console: Console, verdicts: Verdicts, plan: RequestEstimate) -> None:
     if verdicts.unparsed:
-        console.print(f"{len(verdicts.unparsed)} of {plan.questions} questions have no reply that can be parsed; they are left out")
+        console.print(
+            f"the replies to {len(verdicts.unparsed)} of {plan.questions} questions cannot be parsed; these questions are left out"
+        )
     if verdicts.refused:
         reason = next(iter(verdicts.refused.values()))
-        console.print(f"{len(verdicts.refused)} of {plan.questions} questions were refused (the endpoint {reason}); they are left out")
+        console.print(
+            f"the endpoint refused {len(verdicts.refused)} of {plan.questions} questions (it {reason}); these questions are left out"
+        )
 
 
 def _name_unfinished(console: Console, answers: Answers) -> None:

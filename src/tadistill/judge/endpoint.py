@@ -26,7 +26,7 @@ class Reply:
 
 
 class Refused(Exception):
-    """The endpoint works but refuses this one question (too long, or filtered)."""
+    """The endpoint works but refuses one question, for example because it is too long or filtered."""
 
 
 class Unavailable(Exception):
@@ -63,15 +63,15 @@ def check_address(base_url: str) -> str:
     except ValueError:
         wrong = True
     if wrong:
-        raise ConfigError(f"the endpoint's address `{base_url}` is not of the form http://HOST:PORT/v1 or https://HOST/v1")
+        raise ConfigError(f"the endpoint's address is `{base_url}`; write it in the form http://HOST:PORT/v1 or https://HOST/v1")
     return base_url.rstrip("/")
 
 
 def connect(base_url: str, *, timeout: float, retries: int = 5) -> "OpenAI":
-    """Create a client. The API key is read from OPENAI_API_KEY; only the public OpenAI endpoint requires one.
+    """Create a client. The API key is read from OPENAI_API_KEY. Only the public OpenAI endpoint requires a key.
 
     Raises:
-        ConfigError: the `openai` package is absent, or the public endpoint has no key.
+        ConfigError: the `openai` package is missing, or the public endpoint has no key.
     """
     try:
         from openai import OpenAI
@@ -79,12 +79,12 @@ def connect(base_url: str, *, timeout: float, retries: int = 5) -> "OpenAI":
         raise ConfigError("a judge needs the package openai; install it with `pip install 'tadistill[judge]'`") from error
     key = os.environ.get("OPENAI_API_KEY", "")
     if not key and base_url.startswith(PUBLIC):
-        raise ConfigError(f"{PUBLIC} needs an API key: set the environment variable OPENAI_API_KEY, or give --base-url")
+        raise ConfigError(f"{PUBLIC} needs an API key; set the environment variable OPENAI_API_KEY, or give --base-url")
     return OpenAI(base_url=base_url, api_key=key or "none", timeout=timeout, max_retries=retries)
 
 
 def knock(client: "OpenAI") -> None:
-    """Send one cheap request (GET /models, no retries) to find out whether the endpoint answers and accepts the key.
+    """Send one cheap request (GET /models, no retries). It finds out whether the endpoint answers and accepts the key.
 
     Raises:
         Unavailable: the endpoint does not answer, or it rejects the key. An endpoint without /models passes the check.
@@ -104,7 +104,7 @@ def ask(client: "OpenAI", settings: Judge, text: str) -> Reply:
 
     Raises:
         Refused: the endpoint refuses this question.
-        Unavailable: the endpoint is down, too slow or out of quota; rejects the key or the model; or returns no chat completion.
+        Unavailable: the endpoint is down, too slow or out of quota, rejects the key or the model, or returns no chat completion.
     """
     import openai
 

@@ -1,4 +1,4 @@
-"""Ratings by people: write a blind sheet of a study's answers, and read filled-in sheets back.
+"""Ratings by people. Write a blind sheet with a study's answers, and read the sheets that raters filled in.
 
 A sheet shows prompts with the answers of several arms. Letters in random order replace the arms' names, and a separate key file maps each
 letter to its arm. The summary has mean ratings, win rates and the raters' agreement.
@@ -34,7 +34,7 @@ _COLUMNS = ("sheet", "item", "letter", "instruction", "input", "answer", "rating
 
 @dataclass(frozen=True)
 class Sheet:
-    """A blind sheet. Raters see only `shown`; `key` maps the letters to the arms. Both contain the ids of the sheet and of its items."""
+    """A blind sheet. Raters see only `shown`. `key` maps the letters to the arms. Both contain the ids of the sheet and of its items."""
 
     identity: str
     shown: list[dict[str, Any]]
@@ -42,7 +42,7 @@ class Sheet:
 
 
 def make_sheet(answers: Answers, *, name: str, with_reference: bool, seed: int) -> Sheet:
-    """Make a blind sheet: shuffle the prompts, and shuffle the answers of each prompt.
+    """Make a blind sheet. The prompts, and the answers of each prompt, are in random order.
 
     Raises:
         ConfigError: a prompt has fewer than 2 or more than 26 answers.
@@ -50,7 +50,7 @@ def make_sheet(answers: Answers, *, name: str, with_reference: bool, seed: int) 
     arms = [arm for arm in next(iter(answers.items)).answers if arm in answers.arms or with_reference]
     if not 2 <= len(arms) <= len(ascii_uppercase):
         raise ConfigError(
-            f"a sheet shows 2 to {len(ascii_uppercase)} answers per prompt, but {len(arms)} arms are chosen: use other --arm options"
+            f"a sheet shows 2 to {len(ascii_uppercase)} answers per prompt, but {len(arms)} arms are chosen; use other --arm options"
         )
     rng = random.Random(seed)
     items = rng.sample(answers.items, len(answers.items))
@@ -73,10 +73,10 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
     """
     key_path = directory / f"sheet-{name}.key.json"
     if key_path.is_file() and read_json(key_path).get("sheet") != sheet.identity:
-        raise ConfigError(f"{key_path} belongs to another sheet, which raters may be using: choose another --name, or delete this key file")
+        raise ConfigError(f"{key_path} belongs to another sheet, which raters may be using; choose another --name, or delete this key file")
     table = directory / f"sheet-{name}.csv"
     if table.is_file() and table.read_text(encoding="utf-8", errors="replace") != _table(sheet):
-        raise ConfigError(f"{table} has been changed, perhaps by a rater: choose another --name, or move or delete this CSV file")
+        raise ConfigError(f"{table} has been changed, perhaps by a rater; choose another --name, or move or delete this CSV file")
     directory.mkdir(parents=True, exist_ok=True)
     page = directory / f"sheet-{name}.html"
     write_json(key_path, sheet.key)
@@ -86,7 +86,7 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
 
 
 def render_sheet(sheet: Sheet) -> str:
-    """Render the page: one file with its script, style and data, which needs no network."""
+    """Return the page of a sheet. It is one HTML file with its script, style and data, and needs no network."""
     environment = Environment(
         loader=PackageLoader("tadistill.judge"), autoescape=True, finalize=visible_parts, undefined=StrictUndefined, trim_blocks=True
     )
@@ -129,7 +129,7 @@ def load_key(path: Path) -> dict[str, Any]:
         DataError: the file is not a key.
     """
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist: first write the sheet and its key with `tadistill human STUDY`")
+        raise ConfigError(f"{path} does not exist; first write the sheet and its key with `tadistill human STUDY`")
     key = read_json(path)
     try:
         for item in key["items"].values():
@@ -137,7 +137,7 @@ def load_key(path: Path) -> dict[str, Any]:
         low, high = key["scale"]
         _ = (key["sheet"], int(low), int(high))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not the key of a sheet ({type(error).__name__}: {error}): restore the original key file") from error
+        raise DataError(f"{path} is not the key of a sheet ({type(error).__name__}: {error}); restore the original key file") from error
     return key
 
 
@@ -145,7 +145,7 @@ def read_ratings(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Rating]:
     """Read the ratings of all files. A file without a column `rater` counts as one rater. Answers without a rating are skipped.
 
     Raises:
-        DataError: a file is not a filled-in copy of this sheet; the message names the file, the line and the problem.
+        DataError: a file is not a filled-in copy of this sheet. The message names the file, the line and the problem.
     """
     ratings: dict[tuple[str, str, str], Rating] = {}
     for path in paths:
@@ -160,12 +160,12 @@ def read_ratings(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Rating]:
                 raise DataError(f"{twice}; keep one of the rows, or give the raters different names")
             ratings[place] = rating
         if len(ratings) == before:
-            raise DataError(f"{path} contains no rating: fill in its column `rating`, or leave the file out")
+            raise DataError(f"{path} contains no rating; fill in its column `rating`, or leave the file out")
     return list(ratings.values())
 
 
 def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute the scores of every arm, the wins of every pair of arms, and the agreement of the raters.
+    """Return the scores of every arm, the wins of every pair of arms, and the agreement of the raters.
 
     A prompt's score is the mean over its raters, and n is the number of prompts. For a pair of arms, a rater's vote on a prompt is +1, 0
     or -1. The outcome of the prompt is the sign of the mean vote. Every prompt thus has the same weight.
@@ -201,12 +201,12 @@ def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict
 
 
 def agreement(ratings: Sequence[Rating], *, scale: Sequence[int]) -> dict[str, Any]:
-    """Compute Krippendorff's alpha (ordinal) over the answers that at least two raters rated.
+    """Return Krippendorff's alpha (ordinal) over the answers with ratings of at least two raters.
 
     The entry ``value`` is None if there are no such answers, or if all their ratings are equal.
 
     Raises:
-        ConfigError: the `krippendorff` package is absent and there are several raters.
+        ConfigError: the `krippendorff` package is missing and there are several raters.
     """
     places = list(dict.fromkeys((r.item, r.letter) for r in ratings))
     raters = list(dict.fromkeys(r.rater for r in ratings))
@@ -220,7 +220,7 @@ def agreement(ratings: Sequence[Rating], *, scale: Sequence[int]) -> dict[str, A
             import krippendorff
         except ImportError as error:
             raise ConfigError(
-                "the raters' agreement needs the package krippendorff: install it with `pip install 'tadistill[judge]'`"
+                "the raters' agreement needs the package krippendorff; install it with `pip install 'tadistill[judge]'`"
             ) from error
         domain = list(range(int(scale[0]), int(scale[1]) + 1))
         value = krippendorff.alpha(reliability_data=shared, value_domain=domain, level_of_measurement="ordinal")
@@ -232,9 +232,9 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist: name a file answers.csv or a CSV sheet that a rater filled in") from error
+        raise ConfigError(f"{path} does not exist; give a CSV sheet that a rater filled in, or a file answers.csv") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: save it as CSV (UTF-8)") from error
+        raise DataError(f"{path} cannot be read as UTF-8 text; save it as CSV (UTF-8)") from error
     head = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=head.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
@@ -244,20 +244,20 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
             raise DataError(f"{path} has no column {lacking[0]}; a filled-in sheet needs the columns {', '.join(_NEEDED)}")
         return [(reader.line_num, {str(k): v or "" for k, v in row.items() if k is not None}) for row in reader]
     except csv.Error as error:
-        raise DataError(f"{path} is not a CSV file ({error}): save it as CSV (UTF-8)") from error
+        raise DataError(f"{path} is not a CSV file ({error}); save it as CSV (UTF-8)") from error
 
 
 def _rating(place: str, row: Mapping[str, str], key: Mapping[str, Any], *, rater: str) -> Rating | None:
     item, letter, text = (row[name].strip() for name in _NEEDED)
     if row.get("sheet", "").strip() not in ("", key["sheet"]):
         raise DataError(
-            f"{place}: the row belongs to sheet {row['sheet'].strip()}, not to {key['sheet']}; name the right sheet with --name"
+            f"{place}: the row belongs to sheet {row['sheet'].strip()}, but this sheet is {key['sheet']}; name the right sheet with --name"
         )
     if item not in key["items"]:
-        raise DataError(f"{place}: the sheet has no item `{item}`; it has p001 to {list(key['items'])[-1]}")
+        raise DataError(f"{place}: the sheet has no item `{item}`; its items are p001 to {list(key['items'])[-1]}")
     letters = key["items"][item]["letters"]
     if letter.upper() not in letters:
-        raise DataError(f"{place}: item {item} has no answer `{letter}`; it has {', '.join(letters)}")
+        raise DataError(f"{place}: item {item} has no answer `{letter}`; its answers are {', '.join(letters)}")
     if not text:
         return None
     low, high = key["scale"]

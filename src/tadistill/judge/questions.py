@@ -1,4 +1,4 @@
-"""Select the answers that are judged, write the questions to the judge, and parse its replies.
+"""Select the answers that are judged, write the questions for the judge, and parse its replies.
 
 All arms are judged on the same prompts, with the answers of the first decoding seed. Arms whose evaluation is not finished are left out and
 named. As in MiniLLM (Gu et al. 2024, section 3.1 and appendix), the judge rates each of two answers from 1 to 10, but the wording of the
@@ -43,7 +43,7 @@ class Answers:
 def read_answers(
     study_dir: Path, store: Store, *, arms: Sequence[str] = (), sets: Sequence[str] = (), all_seeds: bool = False, limit: int | None = None
 ) -> Answers:
-    """Read the chosen prompts with the answers of the chosen arms (by default all arms of the study).
+    """Read the chosen prompts with the answers of the chosen arms. By default, all arms of the study are read.
 
     Args:
         all_seeds: read every training seed for which all these arms are evaluated, instead of only the first one.
@@ -55,9 +55,11 @@ def read_answers(
         StoreError: a file cannot be read.
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}: the number of prompts per set must be at least 1; leave it out to judge all prompts")
+        raise ConfigError(f"`limit`, the number of prompts per set, is {limit}; it must be at least 1, or be left out to judge all prompts")
     if not (study_dir / "plan.json").is_file():
-        raise ConfigError(f"{study_dir} is not the directory of a study, because it has no plan.json: `tadistill run RECIPE` creates one")
+        raise ConfigError(
+            f"{study_dir} is not the directory of a study, because it has no plan.json; start a study with `tadistill run RECIPE`"
+        )
     plan = load_plan(study_dir)
     store = Store(store.root, plan.command)
     first = _first_seed(plan, store)
@@ -80,23 +82,24 @@ def _first_seed(plan: StudyPlan, store: Store) -> int:
 def _choose(plan: StudyPlan, store: Store, wanted: Sequence[str], seed: int) -> tuple[list[ArmRecord], tuple[str, ...]]:
     known = {arm.name: arm for arm in plan.arms}
     if REFERENCE in known:
-        raise ConfigError(f"the study {plan.study} has an arm named `{REFERENCE}`, the name of the reference answers; rename the arm")
+        raise ConfigError(
+            f"the study {plan.study} has an arm named `{REFERENCE}`, which is the name of the reference answers; rename the arm"
+        )
     for name in wanted:
         if name not in known:
-            raise ConfigError(f"the study {plan.study} has no arm `{name}`; it has {', '.join(known)}")
+            raise ConfigError(f"the study {plan.study} has no arm `{name}`; its arms are {', '.join(known)}")
     arms = [known[name] for name in dict.fromkeys(wanted)] or list(plan.arms)
     unfinished = tuple(arm.name for arm in arms if seed not in arm.evaluate or not store.finished(arm.evaluate[seed]))
     if wanted and unfinished:
         raise ConfigError(
-            f"arm `{unfinished[0]}` has no answers for training seed {seed} yet: run `{plan.command}` to evaluate it, or leave the arm out"
+            f"arm `{unfinished[0]}` has no answers for training seed {seed} yet; run `{plan.command}` to evaluate it, or leave the arm out"
         )
     if len(unfinished) == len(arms):
-        raise DataError(f"the study {plan.study} has no answers for training seed {seed} yet: run `{plan.command}` to generate them")
+        raise DataError(f"the study {plan.study} has no answers for training seed {seed} yet; run `{plan.command}` to generate them")
     return [arm for arm in arms if arm.name not in unfinished], unfinished
 
 
 def _first_answers(store: Store, key: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """Return a dict from (set, index of the prompt) to the prediction with the set's lowest decoding seed."""
     rows = load_predictions(store, key)
     lowest: dict[str, int] = {}
     for row in rows:
@@ -115,7 +118,7 @@ def _items(
     known = tuple(dict.fromkeys(name for name, _ in rows))
     for name in sets:
         if name not in known:
-            raise ConfigError(f"the study has no answers for the set `{name}`; it has {', '.join(known) or 'none'}")
+            raise ConfigError(f"the study has no answers for the set `{name}`; its sets are {', '.join(known) or 'none'}")
     items: list[Item] = []
     for name in dict.fromkeys(sets or known):
         shared = sorted(index for of, index in rows if of == name and all((name, index) in table for table in tables.values()))
@@ -128,7 +131,7 @@ def _items(
             task = (row["instruction"].strip(), row["input"].strip()) if "instruction" in row else split_prompt(row["prompt"])
             items.append(Item(name, index, *task, answers))
     if not items:
-        raise DataError(f"the arms {', '.join(arms)} have no prompt in common: judge fewer arms, or evaluate them on the same sets")
+        raise DataError(f"the arms {', '.join(arms)} have no prompt in common; judge fewer arms, or evaluate them on the same sets")
     return tuple(items)
 
 
@@ -180,7 +183,7 @@ def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> 
         ConfigError: `against` is neither an arm nor `REFERENCE`, is the only arm, or does not fit the mode.
     """
     if mode == "score" and against != REFERENCE:
-        raise ConfigError(f"mode score compares each arm with the reference, not with `{against}`; use --mode pair to compare two arms")
+        raise ConfigError(f"mode `score` compares each arm with the reference, not with `{against}`; use --mode pair to compare two arms")
     if against != REFERENCE and against not in answers.arms:
         raise ConfigError(f"`{against}` is neither an arm with answers nor `{REFERENCE}`; the arms are {', '.join(answers.arms)}")
     judged = [arm for arm in answers.arms if arm != against]
@@ -204,7 +207,7 @@ def write_question(instruction: str, given: str, left: str, right: str) -> str:
 
 
 def with_reminder(text: str, attempt: int) -> str:
-    """Return the question's text for an attempt, counted from 0. From attempt 1 on, a reminder of the reply's form is added.
+    """Return the question's text for an attempt, counted from 0. From attempt 1 on, a reminder of the required form is added.
 
     The reminders differ, because a judge at temperature 0 gives the same reply to the same text.
     """
@@ -212,7 +215,7 @@ def with_reminder(text: str, attempt: int) -> str:
 
 
 def parse_scores(reply: str) -> tuple[float, float] | None:
-    """Parse the two scores of a reply. Return None if the reply does not have the required form.
+    """Return the two scores of a reply. Return None if the reply does not have the required form.
 
     In addition to ``8 7``, it accepts commas, ``8/10 7/10``, labels (``Assistant 1: 8, Assistant 2: 7``, also on two lines), Markdown's
     asterisks, and a ``<think>`` block before the scores. It rejects scores outside 1 to 10 and lines with more than two numbers.

@@ -1,4 +1,4 @@
-"""Compute wins, win rates and scores from the judge's scores, with the 95 % intervals of `tadistill.statistics.intervals`.
+"""Compute wins, win rates and scores from the judge's scores, with 95 % intervals.
 
 Axes: S training seeds, N prompts. An arm's row includes a prompt only if all its questions (both orders, every seed) have scores.
 """
@@ -24,7 +24,7 @@ _SHARE = (0.0, 100.0)
 
 
 def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdicts, *, mode: str, against: str = REFERENCE) -> list[Row]:
-    """Compute one row per arm and set. With several sets, each arm also gets a row for the mean over sets.
+    """Return one row per arm and set. With several sets, each arm also gets a row for the mean over sets.
 
     n is the number of compared pairs of answers: prompts x training seeds.
     Mode pair: an arm wins if it wins in both orders. Different results count as a tie. win_rate = 100 (wins + ties / 2) / n.
@@ -40,7 +40,7 @@ def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdict
 
 
 def verdict(first: Scores, second: Scores) -> int:
-    """Return 1 if the arm has the higher score in both orders, -1 if the other answer has the higher score in both orders, else 0.
+    """Return 1 if the arm has the higher score in both orders, -1 if the other answer has it in both orders, else 0.
 
     Args:
         first: the scores with the arm shown first.
@@ -53,8 +53,9 @@ def verdict(first: Scores, second: Scores) -> int:
 def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
     """Return the 95 % interval of the ratio sum(arm) / sum(other), averaged over sets.
 
-    Each array has the shape (S, N, 2): scores of the arm, then scores of the other. The delta method replaces each ratio by one value per
-    seed and prompt with the same mean and, to first order, the same variance. `macro_interval` then handles them like any other score.
+    Each array has the shape (S, N, 2): scores of the arm, then scores of the other answer. The delta method replaces each ratio by one
+    value per seed and prompt. These values have the same mean and, to first order, the same variance. `macro_interval` then computes the
+    interval.
     """
     linear = []
     for values in strata_SN2:
@@ -72,7 +73,7 @@ def write_summary(path: Path, *, mode: str, judge: str, arms: Sequence[str], row
 
 
 def pair_row(arm: str, other: str, name: str, outcomes_SN: Array) -> Row:
-    """Make the summary row of one set from its outcomes (S, N): 1 is a win, 0 a tie, -1 a loss."""
+    """Return the summary row of one set from its outcomes (S, N): 1 is a win, 0 a tie, -1 a loss."""
     wins, losses, n = int((outcomes_SN > 0).sum()), int((outcomes_SN < 0).sum()), int(outcomes_SN.size)
     rate_SN = 50.0 * (outcomes_SN + 1)
     low, high = macro_interval([rate_SN[..., None]], bounds=_SHARE)
@@ -81,7 +82,7 @@ def pair_row(arm: str, other: str, name: str, outcomes_SN: Array) -> Row:
 
 
 def pair_rows(arm: str, other: str, strata_SN: Mapping[str, Array]) -> list[Row]:
-    """Make one row per set. With several sets, add a row with the summed counts and the unweighted mean of the win rates."""
+    """Return one row per set. With several sets, add a row with the summed counts and the unweighted mean of the win rates."""
     rows = [pair_row(arm, other, name, outcomes) for name, outcomes in strata_SN.items()]
     if len(rows) > 1:
         sums = {field: sum(row[field] for row in rows) for field in ("wins", "ties", "losses")}

@@ -1,1 +1,1 @@
-"""Models: sources, sizes, memory, loading and saving, pruning. Only `sources`, `wheels` and `counting` work without torch."""
+"""Models: sources, sizes, memory, loading, saving and pruning. Only `sources`, `wheels` and `counting` work without torch."""

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter that somebody trained with peft into its base, as `sources.fetch` does once for each adapter."""
+"""Merge a LoRA adapter, which was trained with peft, into its base model."""
 
 import warnings
 from pathlib import Path
@@ -16,12 +16,12 @@ _USED = (
     *("r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "lora_bias"),
     *("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters"),
 )
-"""Settings that change what an adapter computes. The others are of its training, or could import code, and keep their defaults."""
+"""Settings that change what an adapter computes. Other settings are about its training or could import code, and keep their defaults."""
 _REFUSED = ("megatron_config", "layer_replication", "alora_invocation_tokens", "trainable_token_indices")
 
 
 def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) -> None:
-    """Write base and adapter as one ordinary model in float32, with the adapter's tokenizer if it has one.
+    """Write base and adapter as one ordinary model in float32. The adapter's tokenizer is used if it has one.
 
     Messages call the base `base_name` and the adapter `load`.
 
@@ -35,7 +35,9 @@ def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) ->
     check_files(adapter, load)
     settings = read_description(adapter / ADAPTER, load)
     if odd := [name for name in _REFUSED if settings.get(name)]:
-        raise ModelError(f"adapter `{load}` sets {odd[0]}, which cannot be merged; merge it with the program that trained it")
+        raise ModelError(
+            f"adapter `{load}` has the setting {odd[0]}, with which it cannot be merged here; merge it with the program that trained it"
+        )
     model = read_model(base, base_name, torch.float32)
     own = any((adapter / name).is_file() for name in sources.TOKENIZERS)
     tokenizer = read_tokenizer(adapter if own else base, load if own else base_name)

@@ -1,4 +1,4 @@
-"""The files of a model's directory, checked as those of a stranger before transformers reads them."""
+"""Check the files of a model's directory before transformers reads them. The files may come from strangers."""
 
 import json
 import os
@@ -18,7 +18,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def is_adapter(directory: Path) -> bool:
-    """Return True if a directory holds an adapter, and no weights of a whole model."""
+    """Return True if a directory contains an adapter but no weights of a whole model."""
     return (directory / ADAPTER).is_file() and not any(
         any(directory.glob(f"{name}*")) for name in ("model*.safetensors", "pytorch_model*.bin")
     )
@@ -37,13 +37,13 @@ def complete(directory: Path) -> bool:
 
 
 def shards(index: Path) -> set[str]:
-    """Return the names of the weight files that an index lists. Raises ModelError if it is damaged or lists a file of another folder."""
+    """Return the names of the weight files in an index. Raises ModelError if the index is damaged or names a file of another folder."""
     named = read_description(index, str(index.parent)).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) and 0 < len(name) < 250 for name in named.values()):
         raise ModelError(f"{index} does not map weights to files; download or save the model again")
     for name in named.values():
         if PurePosixPath(name).name != name or "\\" in name or name in (".", ".."):
-            raise ModelError(f"{index} names the file `{name}`, which lies outside its own folder; do not use this model")
+            raise ModelError(f"{index} names the file `{name}`, which is outside its own folder; do not use this model")
     return set(named.values())
 
 
@@ -59,10 +59,10 @@ def read_description(path: Path, load: str) -> dict[str, Any]:
 
 
 def check_files(directory: Path, load: str) -> None:
-    """Check that no file of a model is empty or only a pointer to a file.
+    """Check that no file of a model is empty, and that no file is only a Git LFS pointer.
 
     Raises:
-        ModelError: names the file. Also if an adapter lies beside a whole model, since it is not clear which of them is meant.
+        ModelError: a file is empty or a pointer, or the directory contains both an adapter and a whole model. The message names it.
     """
     for path in sorted(directory.iterdir()):
         if path.suffix not in (*WEIGHTS, ".json", ".model", *_TEXTS) or not path.is_file():
@@ -75,8 +75,8 @@ def check_files(directory: Path, load: str) -> None:
             raise ModelError(f"{path.name} of model `{load}` is {POINTER}")
     if (directory / ADAPTER).is_file() and not is_adapter(directory):
         raise ModelError(
-            f"model `{load}` holds a whole model and an adapter ({ADAPTER}), so it is not clear which of them is meant; "
-            "move the adapter's files to a folder of their own, and load that folder to get the model with the adapter merged"
+            f"model `{load}` contains both a whole model and an adapter ({ADAPTER}); move the adapter's files to another folder, and load "
+            "that folder to use the adapter"
         )
 
 
@@ -94,21 +94,21 @@ def base_of(adapter: Path, load: str) -> tuple[str, str]:
     """
     settings = read_description(adapter / ADAPTER, load)
     if str(settings.get("peft_type")).upper() != "LORA":
-        raise ModelError(f"adapter `{load}` is of the kind {settings.get('peft_type')}, but only LORA adapters can be merged")
+        raise ModelError(f"adapter `{load}` has the kind {settings.get('peft_type')}, but only LORA adapters can be merged")
     local = Path(load).expanduser() == adapter
     fix = f"as base_model_name_or_path into {ADAPTER}"
     if not local:
         fix = f"{fix} of a copy of the adapter (`hf download {load} --local-dir DIR`), and load DIR"
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(base, str) or not base:
-        raise ModelError(f"adapter `{load}` names no base; write its hub id or directory {fix}")
+        raise ModelError(f"adapter `{load}` does not name its base model; write the base's hub id or directory {fix}")
     try:
         for folder in (Path(base).expanduser(), *((adapter / base, adapter.parent / base) if local else ())):
             if (folder / "config.json").is_file() or is_adapter(folder):
                 return os.path.normpath(folder), "main"
     except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
         why = getattr(error, "strerror", None) or error
-        raise ModelError(f"adapter `{load}` belongs to `{base}`, which is not a path that can exist ({why}); correct {ADAPTER}") from error
+        raise ModelError(f"adapter `{load}` belongs to `{base}`, which is not a valid path ({why}); correct {ADAPTER}") from error
     if not HUB_ID.fullmatch(base):
         raise ModelError(f"adapter `{load}` belongs to the model `{base}`, which does not exist here; write its directory or hub id {fix}")
     return base, revision if isinstance(revision, str) and revision else "main"

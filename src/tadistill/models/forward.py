@@ -1,4 +1,4 @@
-"""The forward pass of training and scoring: the last hidden states at the scored positions, and the LM head that makes logits of them.
+"""The forward pass of training and scoring. It returns the last hidden states at the scored positions, and the LM head.
 
     reader = Reader(model)
     hidden = reader.hidden(model, batch)            # (N, H), then tadistill.objectives.fused_head(hidden, reader.head, …)
@@ -25,7 +25,7 @@ class Reader:
     """A causal language model, split into its body and its LM head. The split is checked once against the model's own logits."""
 
     def __init__(self, model: PreTrainedModel):
-        """Raise a ModelError if the model's logits are not the output of its head on its last hidden states."""
+        """Raises ModelError if the model's logits differ from its head's output on the last hidden states."""
         module = model.get_output_embeddings()
         if not isinstance(module, nn.Module) or not isinstance(getattr(module, "weight", None), Tensor):
             raise ModelError(f"a {model.config.model_type} model has no linear output head, but the loss needs one; choose another model")
@@ -55,7 +55,7 @@ class Reader:
         return seen[0][at]
 
     def target(self, model: nn.Module, batch: Batch) -> Hidden:
-        """Return a teacher's last hidden states (without gradients) and its head, as a loss takes them."""
+        """Return a teacher's last hidden states (without gradients) and its head, in the form that losses need."""
         with torch.no_grad():
             return Hidden(self.hidden(model, batch), self.head)
 
@@ -72,14 +72,14 @@ class Reader:
         )
         if not near:
             raise ModelError(
-                f"models of type {model.config.model_type} change their logits after the head in a way that the loss does not support; "
-                "it supports only a scale, a soft cap and a bias; choose another model"
+                f"models of type {model.config.model_type} change their logits after the head, but the loss supports only a scale, a soft "
+                "cap and a bias there; choose another model"
             )
 
 
 @torch.no_grad()
 def check_reading(model: PreTrainedModel) -> None:
-    """Check on four tokens that padding changes no logits, that positions start at 0, and that no token is read before its turn.
+    """Check a model on four tokens: padding changes no logits, positions start at 0, and no token depends on later tokens.
 
     Raises:
         ModelError: the logits of a padded text, or of the beginning of a text, differ from those of the text alone.
@@ -101,7 +101,7 @@ def check_reading(model: PreTrainedModel) -> None:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into eval mode inside."""
+    """Put a model into eval mode inside the `with` block."""
     training = model.training
     model.eval()
     try:
@@ -126,14 +126,17 @@ class Rounding:
 
     @property
     def largest(self) -> float:
-        """The largest distance (`apart`) that rounding explains: 7e-5 in float32 on a CPU, 0.03 in float16, 0.09 in bfloat16."""
+        """The largest distance (`apart`) that rounding explains. It is 7e-5 in float32 on a CPU, 0.03 in float16 and 0.09 in bfloat16."""
         eps = max(self.eps, 2**-10) if self.tf32 else self.eps
         return eps ** (0.6 if eps < 1e-5 else 0.5)
 
 
 @contextmanager
 def rounded(model: PreTrainedModel) -> Iterator[Rounding]:
-    """Find the rounding of the forward passes inside. Training in bf16 keeps float32 weights, so the products of the head say it."""
+    """Find the rounding of the forward passes inside the block.
+
+    It is read from the head's products, because bf16 training has float32 weights.
+    """
     found = Rounding(torch.finfo(model.dtype).eps, model.device.type == "cuda")
 
     def look(_: nn.Module, __: tuple[Tensor, ...], product: Tensor) -> None:
@@ -149,13 +152,13 @@ def rounded(model: PreTrainedModel) -> Iterator[Rounding]:
 
 
 def apart(got_V: Tensor, expected_V: Tensor) -> float:
-    """Return the distance of logits up to a constant, relative to their spread. NaN equals NaN, because training reports it."""
+    """Return the distance of logits up to a constant, relative to their spread. Two NaN values count as equal."""
     got, expected = ((z - z.mean()).nan_to_num() for z in (got_V, expected_V))
     return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def taken(takes: Mapping[str, inspect.Parameter], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs that a forward pass with these parameters takes; with `**kwargs` it takes all."""
+    """Return the inputs that a forward pass with the parameters `takes` accepts. With `**kwargs` it accepts all inputs."""
     return {name: value for name, value in inputs.items() if "kwargs" in takes or name in takes}
 
 
@@ -176,7 +179,7 @@ def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
 
 
 def _after_the_head(model: PreTrainedModel) -> tuple[float, float | None]:
-    """Return (scale, soft cap) of the logits: Cohere and Falcon-H1 multiply the logits, Granite divides them, Gemma and xLSTM cap them."""
+    """Return (scale, soft cap) of the logits. Cohere and Falcon-H1 multiply the logits, Granite divides them, Gemma and xLSTM cap them."""
     settings = model.config.get_text_config(decoder=True).to_dict()
 
     def number(*names: str) -> float | None:

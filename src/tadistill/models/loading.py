@@ -4,7 +4,7 @@
     model = load_model("gpt2", dtype=torch.float32)
     save_model(model, tokenizer, folder)
 
-If a model's files lack some weights, that is an error here; transformers would initialise them at random.
+If a model's files lack some weights, this module raises an error. transformers would initialise these weights at random.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[s
     tokenizer = read_tokenizer(directory, load)
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"the tokenizer of `{load}` has no EOS token, which must end every answer; set eos_token in its tokenizer_config.json"
+            f"the tokenizer of `{load}` has no EOS token, but every answer must end with one; set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -91,7 +91,10 @@ def load_model(
 
 
 def check_model(load: str, revision: str = "main") -> PreTrainedModel:
-    """Read the headers of a model's files, and return it without memory for its weights. Raises ModelError as `load_model` would."""
+    """Read the headers of a model's files, and return the model without weights.
+
+    Raises ModelError for the same mistakes as `load_model`.
+    """
     directory = sources.fetch(load, revision)
     assert directory is not None
     return read_model(directory, load, torch.float32, device="meta")
@@ -111,8 +114,8 @@ def save_model(
     model, and transformers refuses to save inconsistent ones.
 
     Args:
-        weights: the full state dict; give it if `model` has only a shard.
-        ends: the tokens that end an answer, which `generate` of any program then obeys; by default those of the model by itself.
+        weights: the full state dict. It is needed if `model` has only a shard.
+        ends: the tokens that end an answer in every program that uses the model. By default, they are those of the model.
     """
     before, config = model.generation_config, model.config
     ids = {name: getattr(before, name) for name in ("bos_token_id", "pad_token_id")} if before else {}
@@ -131,7 +134,6 @@ def save_model(
 
 
 def _ending(config: PreTrainedConfig, ends: tuple[int, ...]) -> PreTrainedConfig:
-    """Return a copy of a configuration that names the tokens that end an answer; only the first, where its class takes a single one."""
     config = copy.deepcopy(config)
     try:
         config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
@@ -143,7 +145,7 @@ def _ending(config: PreTrainedConfig, ends: tuple[int, ...]) -> PreTrainedConfig
 def convert_gguf(file: Path, directory: Path) -> None:
     """Write the model and the tokenizer of a GGUF file to a Hugging Face directory. `sources.fetch` calls this once per file.
 
-    The directory contains the dequantised float32 weights (4 bytes per parameter), and the logits are identical to those of the GGUF file.
+    The directory contains the dequantised float32 weights (4 bytes per parameter). Its logits are identical to those of the GGUF file.
     transformers can also load the GGUF file directly. That is slow, and the loaded model cannot be saved (`quantization_config`).
 
     Raises:
@@ -192,12 +194,13 @@ def column_major(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end an answer of a model by itself; EOS of the tokenizer is the first. A study joins those of its models."""
+    """Return the ids of the tokens that end an answer of a model. EOS of the tokenizer comes first. A study joins the ids of its models."""
     return tokens.ends(tokens.of(model, tokenizer))
 
 
 def check_same_tokenizer(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
-    """Check that the tokenizers of all models (by model name) have the same token for every id, and the same EOS.
+    """Check that the tokenizers of all models have the same token for every id, and the same EOS. `tokenizers` has one entry per model
+    name.
 
     Raises:
         ModelError: two tokenizers differ. The message names both models, the vocabulary sizes and the first id that differs.

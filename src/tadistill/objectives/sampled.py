@@ -1,6 +1,6 @@
-"""Losses that use only the log-probabilities of the text's tokens: cross-entropy, and estimators of the KL from sampled tokens.
+"""Losses that use only the log-probabilities of the text's tokens: cross-entropy, and KL estimators on sampled tokens.
 
-All functions take at least float32 and return one value per token, without mask or reduction. MiniLLM's loss is in `minillm`.
+All functions compute in at least float32 and return one value per token, without mask or reduction. MiniLLM's loss is in `minillm`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,19 +14,19 @@ from tadistill.objectives.divergence import LOG_ZERO, log_probs
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return log q(token) in nats, (...), for logits (..., V) and token ids (...)."""
+    """Return log q(token) in nats, of shape (...), for logits (..., V) and token ids (...). q is the model's softmax."""
     return log_probs(logits).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return -log q(token) in nats, (...), for logits (..., V) and token ids (...)."""
+    """Return -log q(token) in nats, of shape (...), for logits (..., V) and token ids (...). q is the model's softmax."""
     return -token_log_probs(logits, tokens)
 
 
 def k1(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """Return log q - log p of student q and teacher p, an unbiased estimate of KL(q || p) with high variance. Its gradient has mean zero.
+    """Return log q - log p, an unbiased estimate of KL(q || p) with high variance. Its gradient has mean zero.
 
-    The tokens must be drawn from q.
+    The tokens must be sampled from the student q. The teacher is p.
 
     Args:
         student_log_probs, teacher_log_probs: log-probabilities of the same tokens, of any shape.
@@ -54,9 +54,9 @@ def k3(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
 
 def token_loss_with_slope(student_logits: Tensor, tokens: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return a loss of the tokens' log-probabilities, (...), and its slope (..., V), the gradient in the logits, both without a graph.
+    """Return the values (...) and the slope (..., V) of a loss that takes the tokens' log-probabilities. Both have no graph.
 
-    Autograd computes the derivative in the log-probability. The slope is this derivative times (one-hot of the token - q).
+    The slope is the gradient of the value in the logits.
     """
     log_q, at = log_probs(student_logits), tokens.unsqueeze(-1)
     leaf = log_q.gather(-1, at).requires_grad_()
@@ -69,11 +69,11 @@ def token_loss_with_slope(student_logits: Tensor, tokens: Tensor, loss: Callable
 
 @dataclass(frozen=True)
 class TokenTerm:
-    """One term of a batch's loss, for `fused_terms`: a function of the log-probabilities of the batch's tokens."""
+    """One term of a batch's loss, for `fused_terms`. It is a function of the log-probabilities of the batch's tokens."""
 
     name: str
     loss: Callable[..., Tensor]
-    """Maps (log q (n,), **per_token, **settings) to values (n,)."""
+    """Function that takes log-probabilities (n,), `per_token` and `settings`, and returns values (n,)."""
     tokens: Tensor
     """Token ids (N,)."""
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class TokenTerm:
         return self._loss(token_log_probs(logits, self.tokens[rows]), rows)
 
     def has_slope(self, teachers: Sequence[Any]) -> bool:
-        """Return True: `with_slope` works for any teachers."""
+        """Return True, because `with_slope` works for any teachers."""
         return True
 
     def with_slope(self, logits: Tensor, teachers: Sequence[Any], rows: slice) -> tuple[Tensor, Tensor]:

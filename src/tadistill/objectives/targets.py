@@ -1,7 +1,7 @@
 """Forms of a teacher other than its logits: hidden states with a head, the top-k tokens, and a mixture of several teachers.
 
-Each form becomes logits that any divergence takes: `Head.logits` and `TargetMixture.logits` give the teacher's side, `TopK.align` both
-sides on the top-k support. `TeacherTerm` makes this conversion for a loss.
+Every divergence takes logits, so each form is converted to logits. `Head.logits` and `TargetMixture.logits` return the teacher's logits.
+`TopK.align` returns both models' logits on the top-k tokens. `TeacherTerm` makes this conversion for a loss.
 
 Axes: N tokens, H hidden, V vocabulary, K tokens that are kept.
 """
@@ -46,10 +46,10 @@ WITH_SLOPE: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = 
 
 @dataclass(frozen=True)
 class Head:
-    """Last layer of a language model: softcap(scale * (hidden @ weight.T + bias)), with softcap(z) = cap tanh(z / cap)."""
+    """Last layer of a language model: softcap(scale * (hidden @ weight.T + bias)), where softcap(z) = cap tanh(z / cap)."""
 
     weight: Tensor
-    """Weight (V, H). It is the embedding's own weight if the two are tied."""
+    """Weight (V, H). With tied embeddings it is the weight of the embedding."""
     bias: Tensor | None = None
     """Bias (V,), if the head has one."""
     scale: float = 1.0
@@ -58,16 +58,16 @@ class Head:
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Tensor):
             raise ConfigError(
-                f"Head takes the weight of the last layer, but it has a {type(self.weight).__name__}; write Head(layer.weight)"
+                f"`Head` takes the weight of the last layer, but it was given a {type(self.weight).__name__}; write `Head(layer.weight)`"
             )
 
     @property
     def plain(self) -> bool:
-        """True if no scale and no softcap follow the matrix product and the bias."""
+        """True if the logits are only the matrix product plus the bias, without scale or softcap."""
         return self.scale == 1.0 and self.softcap is None
 
     def shape(self, logits: Tensor) -> Tensor:
-        """Apply the scale and the softcap, which follow the matrix product and the bias."""
+        """Apply the head's scale and softcap to logits."""
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -85,7 +85,7 @@ class Hidden:
     head: Head
 
     def to(self, device: torch.device) -> "Hidden":
-        """Return a copy with the states on another device; the head stays on its device."""
+        """Return a copy whose states are on another device. The head stays on its device."""
         return Hidden(self.states.to(device), self.head)
 
 
@@ -101,20 +101,20 @@ class TargetMixture:
 
     kind: Literal["geometric", "arithmetic"]
     weights: tuple[float, ...]
-    """One weight per teacher, at least 0; the weights are normalised to the sum 1."""
+    """One weight per teacher, at least 0. The weights are normalised so that their sum is 1."""
     drop: float = 0.0
-    """Probability of leaving a teacher out of a batch (`drawn`); at least one teacher stays."""
+    """Probability that a teacher is left out of a batch (see `drawn`). At least one teacher stays."""
 
     def __post_init__(self):
         if self.kind not in ("geometric", "arithmetic"):
-            raise ConfigError(f"kind is {self.kind!r}; it must be geometric or arithmetic")
+            raise ConfigError(f"`kind` is {self.kind!r}; it must be `geometric` or `arithmetic`")
         if not self.weights or min(self.weights) < 0 or not 0 < sum(self.weights) < float("inf"):
-            raise ConfigError(f"weights are {self.weights}; they must be numbers >= 0 with a sum above 0, one per teacher")
+            raise ConfigError(f"`weights` is {self.weights}; give one number >= 0 per teacher, and at least one number above 0")
         if not 0 <= self.drop < 1:
-            raise ConfigError(f"drop is {self.drop}; it must be in [0, 1)")
+            raise ConfigError(f"`drop` is {self.drop}; it must be in [0, 1)")
 
     def drawn(self, generator: np.random.Generator) -> "TargetMixture":
-        """Draw the mixture for one batch. Each teacher is left out with probability `drop`; if no teacher remains, the draw is repeated.
+        """Return the mixture for one batch. Each teacher is left out with probability `drop`, but at least one teacher stays.
 
         A teacher that is left out has weight 0 and needs no forward pass. Every rank must draw from the same generator.
         """
@@ -124,20 +124,20 @@ class TargetMixture:
                 return TargetMixture(self.kind, kept)
 
     def check(self, name: str, count: int) -> None:
-        """Raise an error unless the argument `name` has one entry per weight."""
+        """Raise a ConfigError unless `count`, the number of entries of argument `name`, equals the number of weights."""
         if count != len(self.weights):
-            raise ConfigError(f"the mixture has {len(self.weights)} weights but {name} has {count} entries; give one entry per weight")
+            raise ConfigError(f"the mixture has {len(self.weights)} weights, but `{name}` has {count} entries; give one entry per weight")
 
     def kept(self) -> tuple[list[int], "TargetMixture | None"]:
-        """Return the indices of the teachers with a weight above 0, and the mixture of these teachers (None if there is only one)."""
+        """Return two things: the indices of the teachers with a weight above 0; and their mixture, or None if there is only one teacher."""
         which = [k for k, w in enumerate(self.weights) if w > 0]
         return which, TargetMixture(self.kind, tuple(self.weights[k] for k in which)) if len(which) > 1 else None
 
     def token_scores(self, log_p: Sequence[Tensor]) -> Tensor:
-        """Return the log-probability that the mixture gives to each sampled token, for use in a reward.
+        """Return the mixture's log-probability of each sampled token, for a reward.
 
-        The result and each tensor of `log_p` (one per teacher) have the same shape (...). The geometric mixture is not
-        normalised here: its result is the weighted mean of `log_p`.
+        The result and each tensor of `log_p` (one per teacher) have the same shape (...). For the geometric mixture, the result is the
+        weighted mean of `log_p`, without normalisation over the vocabulary.
         """
         self.check("log_p", len(log_p))
         total = sum(self.weights)
@@ -147,7 +147,7 @@ class TargetMixture:
         return torch.stack([p + float(np.log(w)) for w, p in parts]).logsumexp(0)
 
     def logits(self, teacher_logits: Sequence[Tensor], *, temperature: float = 1.0) -> Tensor:
-        """Return logits (..., V) whose softmax at `temperature` is the mixture of the teachers' softmaxes at `temperature`.
+        """Return the logits (..., V) of the mixture. Each distribution is the softmax of its logits at `temperature`.
 
         Args:
             teacher_logits: one tensor (..., V) per weight.
@@ -170,47 +170,51 @@ class TargetMixture:
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's k most probable tokens, which a recorded signal stores instead of V logits."""
+    """A teacher's k most probable tokens. A recorded teacher output stores them instead of V logits."""
 
     ids: Tensor
     """Token ids (..., K)."""
     log_probs: Tensor
     """Log-probabilities (..., K) of these tokens under the teacher's whole softmax."""
     tail: Tensor | None
-    """Log-probability (...) of all other tokens together, which become one more outcome. None drops the other tokens and
-    renormalises both sides over the k tokens."""
+    """Log-probability (...) of all other tokens together. They count as one additional token. If `tail` is None, the other tokens are
+    dropped, and teacher and student are renormalised over the k tokens."""
 
     def to(self, device: torch.device) -> "TopK":
         """Return a copy on another device."""
         return TopK(self.ids.to(device), self.log_probs.to(device), None if self.tail is None else self.tail.to(device))
 
     def check(self, width: int) -> None:
-        """Raise an error unless all ids are in a vocabulary of `width` tokens."""
+        """Raise a ConfigError unless all ids are in a vocabulary of `width` tokens."""
         if self.ids.numel() and not checks.is_deferred() and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < width:
             raise ConfigError(
-                f"the token ids of a top-k target run from {int(self.ids.min())} to {int(self.ids.max())}; they must be in [0, {width - 1}]"
+                f"the token ids of a top-k target are from {int(self.ids.min())} to {int(self.ids.max())}; they must be in [0, {width - 1}]"
             )
 
     def align(self, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the student's and the teacher's logits on the common support, (..., K) or (..., K + 1), for a divergence at temperature 1.
+        """Return the student's and the teacher's logits on the k tokens, (..., K), or (..., K + 1) with `tail`.
+
+        Use them in a divergence at temperature 1.
 
         Raises:
-            ConfigError: an id is outside the student's vocabulary, or there is a lumped tail and the temperature is not 1 (the tail's mass
-                at another temperature is unknown).
+            ConfigError: an id is outside the student's vocabulary. Or there is a tail and the temperature is not 1: the probability of the
+                other tokens is known at temperature 1 only.
         """
         checks.positive("temperature", temperature)
         width = student_logits.shape[-1]
         if self.ids.shape[:-1] != student_logits.shape[:-1] or self.ids.shape != self.log_probs.shape:
             raise ConfigError(
-                f"student_logits {tuple(student_logits.shape)}, ids {tuple(self.ids.shape)} and log_probs {tuple(self.log_probs.shape)} "
-                "do not match; ids and log_probs must have the same shape, and all three the same axes before the last"
+                f"`student_logits` {tuple(student_logits.shape)}, `ids` {tuple(self.ids.shape)} and `log_probs` "
+                f"{tuple(self.log_probs.shape)} do not fit; `ids` and `log_probs` need the same shape, and all three need the same axes "
+                "before the last"
             )
         self.check(width)
         if self.tail is None:
             return at_least_float32(student_logits).gather(-1, self.ids) / temperature, self.log_probs / temperature
         if temperature != 1.0:
             raise ConfigError(
-                f"temperature is {temperature}, but the mass of a lumped tail is known at temperature 1 only; use 1, or tail='drop'"
+                f"`temperature` is {temperature}, but the total probability of the other tokens is known at temperature 1 only; use 1, or "
+                "tail='drop'"
             )
         log_q = log_probs(student_logits)
         if self.ids.shape[-1] == width:
@@ -220,16 +224,16 @@ class TopK:
 
 
 Target = Tensor | Hidden | TopK
-"""A teacher, as its logits (..., V), as its hidden states with its head, or as its top-k tokens."""
+"""A teacher in one of three forms: logits (..., V), hidden states with their head, or top-k tokens."""
 
 
 def per_token(target: Target) -> Tensor:
-    """Return the target's tensor that has one row per token."""
+    """Return the tensor of the target that has one row per token."""
     return target.states if isinstance(target, Hidden) else target.log_probs if isinstance(target, TopK) else target
 
 
 def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Target:
-    """Return the target at some positions of the text. Logits are also cut to the first `width` entries of the vocabulary."""
+    """Return the target at the positions `rows`. Logits are also cut to the first `width` entries of the vocabulary."""
     if isinstance(target, Hidden):
         return Hidden(target.states[rows], target.head)
     if isinstance(target, TopK):
@@ -239,11 +243,11 @@ def select(target: Target, rows: slice | Tensor, width: int | None = None) -> Ta
 
 @dataclass(frozen=True)
 class TeacherTerm:
-    """One term of a batch's loss, for `fused_terms`: a divergence to the teacher, or to a mixture of several teachers."""
+    """One term of a batch's loss, for `fused_terms`. It is a divergence to one teacher or to a mixture of teachers."""
 
     name: str
     divergence: Callable[..., Tensor]
-    """Maps (student logits, teacher logits, temperature=..., **per_token, **settings) to values (n,)."""
+    """Function that takes student logits, teacher logits, temperature, `per_token` and `settings`, and returns values (n,)."""
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
     """Arguments with one value per token, (N,)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -257,7 +261,7 @@ class TeacherTerm:
         return self.divergence(student, teacher, temperature=temperature, **self._arguments(rows))
 
     def has_slope(self, teachers: Sequence[Target]) -> bool:
-        """Return True if `with_slope` can be called. It cannot be called with top-k targets."""
+        """Return True if `with_slope` works for these teachers. It works for all targets except top-k tokens."""
         return self.divergence in WITH_SLOPE and not any(isinstance(t, TopK) for t in teachers)
 
     def with_slope(self, logits: Tensor, teachers: Sequence[Tensor | TopK], rows: slice) -> tuple[Tensor, Tensor]:
@@ -273,7 +277,8 @@ class TeacherTerm:
         if isinstance(teachers[0], TopK):
             if len(teachers) > 1:
                 raise ConfigError(
-                    "a mixture of teachers cannot contain top-k targets, whose tokens differ between teachers; use hidden states or logits"
+                    "a mixture of teachers contains a top-k target, but the top-k tokens differ between teachers; use hidden states or "
+                    "logits"
                 )
             return *teachers[0].align(student, self.temperature), 1.0
         dense = [t for t in teachers if isinstance(t, Tensor)]
@@ -282,12 +287,12 @@ class TeacherTerm:
 
 
 def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0) -> TopK:
-    """Return the k most probable tokens of softmax(teacher_logits / temperature), (..., V), with or without the other tokens' mass."""
+    """Return the k most probable tokens of softmax(teacher_logits / temperature). `lump` also stores the probability of all others."""
     width = teacher_logits.shape[-1]
     if not 1 <= k <= width:
-        raise ConfigError(f"k is {k}; it must be in [1, {width}], where {width} is the vocabulary size")
+        raise ConfigError(f"`k` is {k}; it must be in [1, {width}], because the vocabulary has {width} tokens")
     if tail not in ("lump", "drop"):
-        raise ConfigError(f"tail is {tail!r}; it must be lump or drop")
+        raise ConfigError(f"`tail` is {tail!r}; it must be `lump` or `drop`")
     log_p = log_probs(teacher_logits, temperature)
     found, ids = log_p.topk(k)
     if tail == "drop":
@@ -308,10 +313,10 @@ def top_k_forward_kl(
 
     Args:
         k: number of tokens that are kept, in [1, V].
-        tail: `lump` makes the other tokens one additional outcome, which gives a lower bound of the whole KL; `drop` renormalises both
-            sides over the k tokens and ignores the student's mass elsewhere.
+        tail: `lump` treats all other tokens as one token, which gives a lower bound of the whole KL. `drop` leaves the other tokens out,
+            and renormalises both models over the k tokens.
 
-    Other args, returns and errors are as in `forward_kl`. Source: sparse logits in Anshumann et al. 2025; TRL server distillation (lumped).
+    Other args, returns and errors are as in `forward_kl`. Source: Anshumann et al. 2025 (sparse logits); TRL server distillation (lump).
     """
     return forward_kl(*_on_top_k(student_logits, teacher_logits, k, tail, temperature))
 
@@ -319,7 +324,7 @@ def top_k_forward_kl(
 def top_k_reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, k: int = 64, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0
 ) -> Tensor:
-    """Return the reverse KL on the teacher's k most probable tokens, with the args of `top_k_forward_kl`. k = V gives `reverse_kl`."""
+    """Return the reverse KL on the teacher's k most probable tokens. k = V gives `reverse_kl`. Args are as in `top_k_forward_kl`."""
     return reverse_kl(*_on_top_k(student_logits, teacher_logits, k, tail, temperature))
 
 
@@ -331,17 +336,15 @@ def _on_top_k(student: Tensor, teacher: Tensor, k: int, tail: Literal["lump", "d
 
 
 def check_head(head: Any, name: str) -> None:
-    """Raise a ConfigError if `head` is no Head, such as a bare weight or a layer."""
+    """Raise a ConfigError if `head` is not a `Head`, for example a weight or a layer."""
     if not isinstance(head, Head):
         write = "Head(lm_head.weight, lm_head.bias)" if isinstance(head, torch.nn.Module) else "Head(weight) with the weight (V, H)"
         raise ConfigError(f"{name} is a {type(head).__name__}, but it must be a Head; write {write}")
 
 
 def check_target(target: Any) -> None:
-    """Raise a ConfigError if `target` is no target of a divergence."""
+    """Raise a ConfigError if `target` is not one of the forms of a teacher (`Target`)."""
     if isinstance(target, Hidden):
-        check_head(target.head, "the head of Hidden")
+        check_head(target.head, "the head of `Hidden`")
     elif not isinstance(target, Tensor | TopK):
-        raise ConfigError(
-            f"teacher is a {type(target).__name__}, but it must be logits (..., V), Hidden(states, Head(weight)) or TopK; write one of them"
-        )
+        raise ConfigError(f"`teacher` is a {type(target).__name__}; it must be logits (..., V), Hidden(states, Head(weight)) or TopK")

@@ -1,6 +1,7 @@
-"""Expand a recipe's arms and seeds into a graph of stages. Arms share the stages that they have in common.
+"""Turn a recipe's arms and seeds into a graph of stages. Arms that begin with the same stages share them.
 
-Stages exchange files on disk only. A stage's key is a hash of its settings and inputs.
+An arm is a named path of models. A stage is one step of a study, such as a training. Stages exchange files on disk only. A stage's key is a
+hash of its settings and inputs.
 """
 
 from collections.abc import Sequence
@@ -23,20 +24,20 @@ from tadistill.plan.task import check_entries, check_sources
 
 @dataclass(frozen=True)
 class PlannedArm:
-    """One arm of the recipe, with the keys of its stages by seed."""
+    """One arm (a named path of models) of the recipe, with the keys of its stages by seed."""
 
     name: str
     arm: Arm
     method: Method
     final: dict[int, str | None]
-    """Key of the stage that makes the arm's model; None if no stage trains it."""
+    """Key of the stage that makes the arm's model. None if no stage trains it."""
     evaluate: dict[int, str]
     analyse: dict[int, str]
     """Empty if the recipe has no original teacher."""
     also: dict[str, dict[int, str]]
     """Keys of the evaluations with the decodings in `evaluate.also`, by the decoding's name and by seed."""
     flops: float | None
-    """Training FLOPs of the final model and all models it was made from, for one seed. None if a size is not known."""
+    """Training FLOPs of the final model and all models from which it was made, for one seed. None if a size is not known."""
 
 
 @dataclass
@@ -51,14 +52,14 @@ class Plan:
     tokens: StudyTokens
     """The tokenizer of each model, and the tokens that end an answer."""
     absent: dict[str, str] = field(default_factory=dict)
-    """Arms that a partial plan leaves out, with the reason."""
+    """Maps each arm that a partial plan leaves out to the reason."""
     unknown: list[str] = field(default_factory=list)
     """Models of a partial plan that are not on this disk, as `NAME (SOURCE)`."""
 
 
 @dataclass(frozen=True)
 class ProbePlan:
-    """The stages of `tadistill advise`, which measure models on dev prompts before any distillation."""
+    """The stages of `tadistill advise`. They measure models on dev prompts before any distillation."""
 
     plan: Plan
     alone: dict[str, str]
@@ -69,9 +70,9 @@ class ProbePlan:
 
 @placed
 def make_plan(recipe: Recipe, *, partial: bool = False) -> Plan:
-    """Expand a recipe into its stages and arms.
+    """Turn a recipe into its stages and arms.
 
-    With `partial`, arms that need a model or data set that is not on this disk are left out; `Plan.absent` gives the reasons.
+    With `partial`, an arm is left out if it needs a model or data set that is not on this disk. `Plan.absent` gives the reasons.
 
     Raises:
         ConfigError, DataError, ModelError: the recipe has an error that can be found without loading a model.
@@ -139,7 +140,9 @@ class _Planner:
         # returns every model of the arm's last path, and the method of its last stage
         self._check_sizes(name, arm)
         if arm.dense and all(len(path) < 3 for path in arm.path):
-            raise ConfigError(f"arms.{name}: dense has no effect on `{arm.text}`, where no model has two teachers; write A > B > C")
+            raise ConfigError(
+                f"arms.{name}: `dense` has no effect on `{arm.text}`, where no model has two teachers; write a path such as A > B > C"
+            )
         method, made = self.recipe.method, _ArmModels(self.stages, arm, seed)
         if not arm.learners:
             self._check_single(name, arm)
@@ -161,11 +164,12 @@ class _Planner:
     def _model_of(self, arm: str, seed: int) -> Handle:
         if arm in self.making:
             raise ConfigError(
-                f"a model takes its temperature from arm {arm}, and is itself a part of that arm's path; name another arm in temper.like"
+                f"a model takes its temperature from arm {arm}, but it is itself in that arm's path; name another arm in `temper.like`"
             )
         if (compute := self.recipe.arms[arm].compute) is not None:
             raise ConfigError(
-                f"a model takes its temperature from arm {arm}, which has `compute: {compute}`; name an arm without `compute`"
+                f"a model takes its temperature from arm {arm}, which has `compute: {compute}`; name an arm without `compute` in "
+                "`temper.like`"
             )
         self.making.append(arm)
         try:
@@ -178,17 +182,22 @@ class _Planner:
             teacher, learner = self.ledger.size(above), self.ledger.size(below)
             if teacher and learner and learner.total > teacher.total:
                 raise ConfigError(
-                    f"arms.{name}: in `{arm.text}` {above} ({teacher.total:,} parameters) teaches {below} ({learner.total:,}), which is "
-                    "bigger; write the path from big to small"
+                    f"arms.{name}: in `{arm.text}`, {above} ({teacher.total:,} parameters) teaches the bigger {below} "
+                    f"({learner.total:,}); write the path from big to small"
                 )
 
     @staticmethod
     def _check_single(name: str, arm: Arm) -> None:
         # an arm without a teacher may only train further with cross-entropy on the data set
         if arm.objective is None and (arm.optim or arm.select or arm.sampler):
-            raise ConfigError(f"arms.{name} trains no model, so its settings have no effect; add objective: {{type: cross_entropy}}")
+            raise ConfigError(
+                f"arms.{name} trains no model, so its settings have no effect; add objective: {{type: cross_entropy}} to continue the "
+                "model's training"
+            )
         if arm.objective is not None and arm.objective.needs_teacher:
-            raise ConfigError(f"arms.{name} has no teacher in its path, but objective {arm.objective.type} needs one; use cross_entropy")
+            raise ConfigError(
+                f"arms.{name} has no teacher in its path, but objective {arm.objective.type} needs a teacher; use cross_entropy"
+            )
         if arm.sampler is not None and not isinstance(arm.sampler, DatasetSampler):
             raise ConfigError(
                 f"arms.{name} has no teacher in its path, so sampler {arm.sampler.type} cannot be used; use sampler: {{type: dataset}}"
@@ -216,9 +225,9 @@ class _Planner:
     def _check_method(self, method: Method, model: str) -> None:
         objective, sampler = method.objective, method.sampler
         if self.recipe.models[model].lora and sampler.vllm:
-            raise ValueError(f"models.{model} has lora, but engine vllm cannot load adapters; use engine: native, or remove lora")
+            raise ValueError(f"models.{model} has `lora`, but engine vllm cannot load adapters; use `engine: native`, or remove `lora`")
         if objective.needs_corpus and self.recipe.data.corpus is None:
-            raise ValueError("objective minillm has pt_weight > 0, which needs data.corpus; set data.corpus, or pt_weight: 0")
+            raise ValueError("objective minillm has `pt_weight` above 0, which needs `data.corpus`; set `data.corpus`, or `pt_weight: 0`")
 
     def _scale(self, name: str, arm: Arm, like: PlannedArm) -> float:
         # the factor on the steps at which this direct arm costs as many FLOPs as the arm in `compute`
@@ -239,11 +248,13 @@ class _Planner:
                 )
             self.ledger.rows  # noqa: B018  raises NotHere if the texts are not here
             raise ConfigError(
-                f"arms.{name} has `compute: {arm.compute}`, but the size of one of its models is not known. Download the models with "
-                "`tadistill fetch RECIPE`, and use only the families gpt2, opt, llama, mistral, qwen2 and qwen3"
+                f"arms.{name} has `compute: {arm.compute}`, but the size of one of its models is not known; run `tadistill fetch RECIPE`, "
+                "and use only the families gpt2, opt, llama, mistral, qwen2 and qwen3"
             )
         if target <= total - last:
-            raise ConfigError(f"arms.{name}: the arm in `{arm.compute}` costs less than `{name}` before its last stage; remove `compute`")
+            raise ConfigError(
+                f"arms.{name}: the arm in `{arm.compute}` costs less than the stages before the last stage of {name}; remove `compute`"
+            )
         return (target - (total - last)) / last
 
     def _check_patience(self, name: str, arm: Arm, like: PlannedArm, own: dict[str, Stage], final: str) -> None:
@@ -254,8 +265,8 @@ class _Planner:
         early = [s.label for s in stages.values() if isinstance(s.spec, TrainingSpec) and s.spec.select.patience]
         if early:
             raise ConfigError(
-                f"arms.{name} has `compute: {arm.compute}`, but `{early[0]}` has select.patience and may stop early, so its FLOPs are not "
-                f"known before it ran; set select: {{patience: null}} for {like.name} and {name}"
+                f"arms.{name} has `compute: {arm.compute}`, but `{early[0]}` may stop early (select.patience), so its FLOPs are not known "
+                f"in advance; set select: {{patience: null}} for {like.name} and {name}"
             )
 
 
@@ -273,11 +284,11 @@ class _ArmModels(dict[str, Handle]):
 
 
 def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) -> ProbePlan:
-    """Plan the stages of `tadistill advise`: one `probe` stage per model and one `pair` stage per pair of models, on dev prompts.
+    """Plan the stages of `tadistill advise` on dev prompts: one `probe` stage per model, and one `pair` stage per pair of models.
 
     Args:
         models: names from big to small. Each model is used after its own fine-tuning with the study's first seed.
-        prompts: number of dev rows; the first ones are used.
+        prompts: number of dev rows to use, from the first row.
         k: number of most likely tokens that a pair compares.
     """
     planner = _Planner(recipe)
@@ -297,7 +308,7 @@ def _stage(handle: Handle) -> str | None:
 
 
 def original_teacher(recipe: Recipe) -> str | None:
-    """Return the model to which the report measures KL divergences: the recipe's `teacher`, or the model that all paths start from.
+    """Return the original teacher: the recipe's `teacher`, or the model from which all paths start. The report compares students with it.
 
     A path is ignored if it starts from a model that another path trains. The result is None if no path has a teacher.
 

@@ -35,10 +35,10 @@ from tadistill.plan.study_tokens import StudyTokens
 
 
 class StageBuilder:
-    """A builder of the stages of one recipe. A method adds a stage once and returns its key or a handle (a source of weights)."""
+    """Builds the stages of one recipe. Each method adds a stage once. It returns the stage's key, or a handle (a source of weights)."""
 
     def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle], tokens: StudyTokens):
-        """`of_arm` returns the final model of an arm for a seed."""
+        """`of_arm` is a function that returns the final model of an arm for a seed."""
         self.recipe, self.graph, self.ledger, self.of_arm, self.tokens = recipe, graph, ledger, of_arm, tokens
 
     @cached_property
@@ -60,12 +60,12 @@ class StageBuilder:
         return self.graph.add(spec, label, model, seed, cost)
 
     def seed(self, name: str, seed: int) -> int:
-        """Return the seed that a model is trained with: its own `seed` in the recipe, or else the study's `seed`."""
+        """Return the seed with which a model is trained. It is the model's own `seed` in the recipe, or else the study's `seed`."""
         own = self.recipe.models[name].seed
         return seed if own is None else own
 
     def trained(self, name: str, seed: int, start: Handle | None = None) -> Handle:
-        """Return the model after its own fine-tuning, if it has `sft`. `start` replaces the model's own initial weights."""
+        """Return the model after its own fine-tuning, if it has `sft`. If `start` is given, it replaces the model's own initial weights."""
         model, seed = self.recipe.models[name], self.seed(name, seed)
         handle = start or self._untrained(name, seed)
         return self.sft(name, handle, model.sft, seed) if model.sft else handle
@@ -120,7 +120,7 @@ class StageBuilder:
             )
         if wanted["model_type"] != have["model_type"]:
             kinds = f"{have['model_type']} and {wanted['model_type']}"
-            raise ConfigError(f"{name} cannot start from {source}: their model types are {kinds}; choose models of one type")
+            raise ConfigError(f"{name} cannot start from {source}, because their model types are {kinds}; choose models of one type")
         shape = shapes.shape_of(wanted)
         if shape == shapes.shape_of(have):
             return handle
@@ -139,13 +139,13 @@ class StageBuilder:
         return FromStage(stage=self.add(spec, f"temper {name} like {arm}, seed {seed}", name, seed))
 
     def sft(self, name: str, student: Handle, sft: Sft, seed: int, continues: bool = False) -> FromStage:
-        """Add supervised fine-tuning. `continues` is True for a model that was trained before; only the label depends on it.
+        """Add supervised fine-tuning. `continues` is True for a model that was trained before. It changes only the label.
 
         Raises:
             ConfigError: the metric needs a teacher, or `sft.keep` names an update after the last one.
         """
         if sft.select.metric == "reverse_kl":
-            raise ConfigError(f"models.{name}: sft has no teacher, so select.metric cannot be reverse_kl; use loss, rouge_l or last")
+            raise ConfigError(f"models.{name}: sft has no teacher, so `select.metric` cannot be reverse_kl; use loss, rouge_l or last")
         try:
             sft.select.check()
         except ConfigError as error:
@@ -156,7 +156,8 @@ class StageBuilder:
             raise ConfigError(f"models.{name}.sft.keep has {max(sft.keep)}; write numbers from 1 to {optim.steps}, the number of updates")
         if sft.keep and sft.select.patience:
             raise ConfigError(
-                f"models.{name}.sft has both keep and select.patience, but training may stop before update {max(sft.keep)}; remove one"
+                f"models.{name}.sft has both `keep` and `select.patience`, but training may stop before update {max(sft.keep)}; remove "
+                "one of them"
             )
         spec = specs.SftSpec(
             student=student,
@@ -171,10 +172,10 @@ class StageBuilder:
     def distill(
         self, teachers: list[tuple[str, Handle]], name: str, student: Handle, method: Method, seed: int, turn: int = 0
     ) -> FromStage:
-        """Add the distillation of the model `name`, which starts from `student`.
+        """Add the distillation of the model `name`. Its initial weights come from `student`.
 
         Args:
-            teachers: names and models, from big to small; more than one only with dense guidance.
+            teachers: names and models, from big to small. There are several only with dense guidance.
             turn: number of earlier distillations of this model in the arm. Each turn has its own order of prompts.
 
         Raises:
@@ -186,8 +187,8 @@ class StageBuilder:
         dense = method.dense if others else None
         if dense and dense.weights and len(dense.weights) != len(teachers):
             raise ConfigError(
-                f"dense.weights has {len(dense.weights)} entries, but {name} has {len(teachers)} teachers ({', '.join(names)}); "
-                "write one weight for each, or remove dense.weights to have equal weights"
+                f"dense.weights has {len(dense.weights)} entries, but {name} has {len(teachers)} teachers ({', '.join(names)}); write one "
+                "weight for each teacher, or remove `dense.weights` for equal weights"
             )
         spec = specs.DistillSpec(
             student=student,
@@ -237,7 +238,10 @@ class StageBuilder:
         return HashedData(ref=corpus, fingerprint=datasets.fingerprint(corpus, "train", self.recipe.data))
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
-        """Add the evaluation of a model on the test sets with one decoding. `other` is the decoding's name, empty for the main decoding."""
+        """Add the evaluation of a model on the test sets with one decoding. `other` is the decoding's name.
+
+        It is empty for the main decoding.
+        """
         spec = specs.EvaluateSpec(
             data=self.encoding(name), sets=self._test_sets(), model=model, decoding=decoding, references=not other, own=self._own_metrics
         )
@@ -260,14 +264,17 @@ class StageBuilder:
         return self.add(spec, f"analyse {self._label(name, models[-1])}", name, self.seed(name, seed))
 
     def probe(self, name: str, model: Handle, seed: int, prompts: int) -> str:
-        """Add the stage that measures one model on the first dev prompts, with answers that the model samples."""
+        """Add the stage that measures one model on the first dev prompts. The model samples its own answers."""
         main = self.recipe.evaluate
         own = Evaluate(max_new_tokens=main.max_new_tokens, seeds=main.seeds[:1], batch=main.batch)
         spec = specs.ProbeSpec(data=self.encoding(name), model=model, decoding=own, dev=self.split("dev", prompts))
         return self.add(spec, f"probe {name}", name, self.seed(name, seed))
 
     def pair(self, teacher: tuple[str, Handle], learner: tuple[str, Handle], answers: str, seed: int, prompts: int, k: int) -> str:
-        """Add the stage that compares the `k` most likely tokens of a student and a bigger model, on answers from the student's probe."""
+        """Add the stage that compares a student with a bigger model.
+
+        It compares their `k` most likely tokens on the student's sampled answers.
+        """
         (above, handle), (name, model) = teacher, learner
         spec = specs.PairSpec(
             data=self.encoding(name, samples=False),
@@ -284,11 +291,14 @@ class StageBuilder:
         return self.graph.stages[model.stage].label if isinstance(model, FromStage) else name
 
     def encoding(self, name: str, *, samples: bool = True) -> Encoding:
-        """Return the rules that turn rows into tokens for a model; `samples` if the stage samples answers, or saves a model that will."""
+        """Return the rules that turn rows into tokens for a model.
+
+        `samples` is True if the stage samples answers, or saves a model that will.
+        """
         return self.tokens.encoding(name, samples=samples)
 
     def split(self, role: Literal["train", "dev"], limit: int | None = None) -> Split:
-        """Return the recipe's train or dev split. `limit` is the number of rows to use; by default the recipe sets it."""
+        """Return the recipe's train or dev split. `limit` is the number of rows to use. By default, the recipe sets it."""
         ref = getattr(self.recipe.data, role)
         return self._split(ref, role, limit or getattr(self.recipe.data.limit, role))
 
@@ -317,7 +327,7 @@ class StageBuilder:
                 "an `optim` of the recipe has neither `steps` nor `epochs`; write one of them, for instance optim: {epochs: 3}"
             )
         if optim.steps is not None and optim.epochs is not None:
-            raise ConfigError(f"an `optim` of the recipe has both steps {optim.steps} and epochs {optim.epochs}; remove one of them")
+            raise ConfigError(f"an `optim` of the recipe has both `steps` {optim.steps} and `epochs` {optim.epochs}; remove one of them")
         if optim.epochs is not None:
             steps = max(1, round(optim.epochs * self.ledger.rows / optim.batch))
             return optim.model_copy(update={"steps": steps, "epochs": None})

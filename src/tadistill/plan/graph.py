@@ -1,6 +1,6 @@
 """The graph of stages. A plan adds each stage once, after the stages whose output it reads.
 
-A stage's key is a hash of everything that its results depend on: settings, fingerprints of data and weights, and its parents' keys.
+A stage's key is a hash of everything that changes its results: settings, fingerprints of data and weights, and its parents' keys.
 """
 
 import math
@@ -19,7 +19,7 @@ _UPDATES = re.compile(r", \d+ updates")
 
 @dataclass
 class Stage:
-    """One unit of work of a study, which writes its own folder in the store."""
+    """One step of a study, such as a training. It writes its own folder in the store."""
 
     spec: Spec
     key: str
@@ -44,33 +44,33 @@ class Stage:
 
     @cached_property
     def parents(self) -> dict[str, str]:
-        """Map each role, such as `teacher`, to the key of the stage that has this role and must finish before this stage starts."""
+        """Map each role, such as `teacher`, to the key of the stage with this role. That stage must finish before this stage starts."""
         return self.spec.parents
 
     @property
     def steps(self) -> int | None:
-        """Number of optimizer updates; None if the stage trains nothing."""
+        """Number of optimizer updates. None if the stage trains nothing."""
         return self.spec.steps
 
     @property
     def checkpoints(self) -> int:
-        """Number of checkpoints that are evaluated on dev, and from which the best is selected."""
+        """Number of checkpoints that are evaluated on dev. The best one is selected."""
         return self.spec.checkpoints
 
     @property
     def flops(self) -> float | None:
-        """Training FLOPs without dev evaluations; None if they are not known."""
+        """Training FLOPs without dev evaluations. None if they are not known."""
         return self.cost.learning if self.cost else None
 
 
 class Graph:
-    """The stages of a study by key, parents before children."""
+    """The stages of a study by key. Parents come before children."""
 
     def __init__(self) -> None:
         self.stages: dict[str, Stage] = {}
 
     def add(self, spec: Spec, label: str, model: str, seed: int, cost: Cost | None) -> str:
-        """Add a stage, if the graph does not have it yet, and return its key."""
+        """Add a stage unless the graph already has it. Return its key."""
         assert KINDS[spec.kind] is type(spec), f"{type(spec).__name__} is not in KINDS of tadistill.plan.specs"
         key = spec.key
         if key not in self.stages:
@@ -83,7 +83,8 @@ class Graph:
             self.stages[ancestor].arms.add(arm)
 
     def flops(self, key: str | None) -> float | None:
-        """Return the training FLOPs of a stage and all its ancestors, each counted once. Return None if those of one stage are not known.
+        """Return the training FLOPs of a stage and all its ancestors. Each stage is counted once. Return None if the FLOPs of a stage are
+        unknown.
 
         A model that only sets another model's temperature (role `like`) is not counted.
         """
@@ -105,11 +106,11 @@ def with_ancestors(stages: Mapping[str, Stage], keys: Iterable[str], without: st
 
 
 def distinct_labels(stages: Iterable[tuple[str, str, Collection[str]]], *, short: bool = True) -> dict[str, str]:
-    """Return key -> label, with different labels for different stages. The model, the method and the seed are always part of a label.
+    """Return {key: label}, with different labels for different stages. The model, the method and the seed are always part of a label.
 
-    With `short`, text in brackets and the number of updates are left out where labels differ without them. If two full labels are equal,
-    each label also names the arms that use the stage, or else the start of its key. A full label is, for instance, `distill xl -> s,
-    minillm on teacher_mixed (rounds of 256, 4 updates each), 160 updates, seed 10`.
+    With `short`, text in brackets and the number of updates are left out if labels still differ. If two full labels are equal, each label
+    also names the arms that use the stage, or else the start of its key. A full label is, for instance, `distill xl -> s, minillm on
+    teacher_mixed (rounds of 256, 4 updates each), 160 updates, seed 10`.
 
     Args:
         stages: the key, the full label and the names of the arms of each stage.

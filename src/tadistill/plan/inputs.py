@@ -1,6 +1,7 @@
 """The inputs of a stage: models, data sets, and the outputs of other stages. Each kind of input has a frozen class.
 
-`content` returns an input as plain data. stage.json stores this data and the stage's key hashes it, so fields must keep their names.
+`content` returns an input as plain data. stage.json stores this data, and the stage's key is its hash. Fields must therefore keep their
+names.
 """
 
 from typing import Any, Literal, TypeAlias
@@ -17,12 +18,12 @@ from tadistill.own_code import load_function
 
 
 class Part(Strict):
-    """Base class of all objects that are a part of a stage's key, which is a hash."""
+    """Base class of all objects that a stage's key (a hash) includes."""
 
     def content(self) -> dict[str, Any]:
         """Return the object as plain data.
 
-        Fields with their default value are left out. A new field with a default therefore changes no key of a finished stage.
+        Fields with their default value are left out. A new field with a default therefore does not change the keys of finished stages.
         """
         found: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
@@ -35,7 +36,7 @@ class Part(Strict):
 
 
 _LATER: dict[type[BaseModel], tuple[str, ...]] = {DataRef: ("choices", "instruction"), Select: ("patience",)}
-"""Fields that stages of earlier versions do not have. An empty one is left out, so that the keys of those stages stay."""
+"""Fields that stages of earlier versions do not have. An empty field is left out, so that the keys of those stages do not change."""
 
 
 def _plain(value: Any) -> Any:
@@ -61,13 +62,13 @@ class Encoding(Part):
     world: World
     long_prompts: LongPrompts = "drop"
     ends: tuple[int, ...] = ()
-    """Tokens that end an answer, first the one that closes a reference; empty where they are those of the model's own files."""
+    """Tokens that end an answer. The token that ends a reference comes first. Empty if the model's own files give the tokens."""
     bos: bool = False
     """True if BOS comes before texts that no chat template writes."""
 
 
 class HashedData(Part):
-    """A data set, and the fingerprint of its content when the plan was made."""
+    """A data set, and the fingerprint of its content at the time of the plan."""
 
     ref: DataRef
     fingerprint: str
@@ -88,7 +89,7 @@ class Split(HashedData):
     limit: int | None
 
     def content(self) -> dict[str, Any]:
-        """Return the data set as plain data, without `limit`. The object that contains this split stores the limit itself."""
+        """Return the data set as plain data, without `limit`. The object that contains this split stores `limit` itself."""
         return {"ref": _plain(self.ref), "fingerprint": self.fingerprint}
 
 
@@ -96,7 +97,7 @@ class Split(HashedData):
 
 
 class Output(Part):
-    """The answers or the recorded signal that another stage wrote."""
+    """The answers or the recorded teacher outputs that another stage wrote."""
 
     stage: str
     """Key of the stage, which must finish first."""
@@ -126,18 +127,19 @@ class Loaded(Part):
     tokenizer_revision: str | None = None
     """None if the tokenizer has the same revision as the weights."""
     at: str | None = Field(default=None, exclude=True)
-    """Where the weights lie, if `load` is a path beside the recipe. Not a part of the key, as the fingerprint says what lies there."""
+    """Path of the weights, if `load` is a path beside the recipe. It is not a part of the key, because the fingerprint identifies the
+    content."""
     tokenizer_at: str | None = Field(default=None, exclude=True)
-    """Where the tokenizer lies, if it is beside the recipe."""
+    """Path of the tokenizer, if it is beside the recipe."""
 
     @property
     def source(self) -> str:
-        """The source of the weights, for this machine."""
+        """The source of the weights on this machine."""
         return self.at or self.load
 
     @property
     def tokenizer_source(self) -> str:
-        """The source of the tokenizer, for this machine."""
+        """The source of the tokenizer on this machine."""
         return self.tokenizer_at or self.tokenizer or self.source
 
 
@@ -150,7 +152,7 @@ class PrunedDepth(Part):
 
 
 class Pruned(Part):
-    """Another model pruned to a smaller shape. Activations on training text decide what is kept."""
+    """Another model, pruned to a smaller shape. Activations on training text decide which parts are kept."""
 
     prune: dict[str, int]
     """New sizes by name: layers, hidden, intermediate, heads, kv_heads."""
@@ -187,7 +189,7 @@ def stage_of(part: Handle | Output) -> str | None:
 
 
 def plan_objective(objective: ObjectiveBase, folder: str | None) -> OwnCode | None:
-    """Return the function of a custom objective; None for other objectives. Raises ConfigError if it cannot be used."""
+    """Return the function of a custom objective. Return None for other objectives. Raises ConfigError if the function cannot be used."""
     if not isinstance(objective, Custom):
         return None
     with about("objective.function"):
@@ -197,7 +199,7 @@ def plan_objective(objective: ObjectiveBase, folder: str | None) -> OwnCode | No
 
 
 def plan_metrics(recipe: Recipe) -> tuple[OwnCode, ...]:
-    """Return the functions of the recipe's own metrics. Raises ConfigError if one cannot be used."""
+    """Return the functions of the recipe's own metrics. Raises ConfigError if one of them cannot be used."""
     functions = []
     for i, metric in enumerate(recipe.metrics):
         with about(f"metrics.{i}"):

@@ -24,7 +24,7 @@ _WIDE = 130  # columns; a narrower screen shows no `parents`, and short keys and
 
 
 def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 200) -> Group:
-    """Return all tables and the notes below them. On a narrow screen (`width` in columns), keys and labels are shorter."""
+    """Return all tables and the notes below them. If `width` (in columns) is small, keys and labels are shorter."""
     parts = [_stages(plan, store, speeds, width), "", _arms(plan), ""]
     if any(stage.flops for stage in plan.stages.values()):
         parts += [_largest(plan, width), ""]
@@ -39,7 +39,10 @@ def print_plan(plan: Plan, store: Store, console: Console, accelerator: str | No
 
 
 def fetch_descriptions(recipe: Recipe, console: Console) -> None:
-    """Download the config.json of hub models that are not on this disk, if the Hub answers. The plan needs nothing else of them."""
+    """Download the config.json of each hub model that is not on this disk, if the Hub can be reached.
+
+    A plan needs no other file of a model.
+    """
     for name, model in recipe.models.items():
         if not model.load or sources.parse_source(model.load).kind not in ("hub", "adapter"):
             continue
@@ -187,7 +190,6 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
 
 
 def _rows(plan: Plan) -> Iterable[str]:
-    """Return a sentence on every split whose first rows are not all used whole. `tadistill run` counts all rows before it starts."""
     data = plan.recipe.data
     splits: list[tuple[Literal["train", "dev", "test"], DataRef]] = [("train", data.train), ("dev", data.dev)]
     splits = (splits if any(s.trains for s in plan.stages.values()) else []) + [("test", ref) for ref in data.test]

@@ -1,7 +1,8 @@
-"""The kinds of stages. Each kind has a frozen class, whose fields contain everything that the stage's results depend on.
+"""The kinds of stages. Each kind has a frozen class, whose fields contain everything that changes the stage's results.
 
 A class also gives the version of its kind, the function that runs it, and whether the stage trains or only measures. `KINDS` lists all
-kinds. To add a kind, add its class here, its function in `tadistill.stages`, and the call in `plan.builder` or `plan.arms` that plans it.
+kinds. To add a kind, add three things: its class here; its function in `tadistill.stages`; and the call in `plan.builder` or `plan.arms`
+that plans it.
 """
 
 from collections.abc import Iterator
@@ -28,9 +29,9 @@ class Spec(Part):
 
     kind: ClassVar[str]
     version: ClassVar[int]
-    """Increase it by hand when a change of the code changes the results of this kind of stage."""
+    """Increase it by hand if a change of the code changes the results of this kind of stage."""
     work: ClassVar[str]
-    """MODULE:FUNCTION in `tadistill.stages`. It is a string, because the module imports torch and planning must not."""
+    """MODULE:FUNCTION in `tadistill.stages`. It is a string, because the module imports torch but planning must not import it."""
     trains: ClassVar[bool] = False
     """True if the stage updates weights. Only such a stage may use several processes."""
     measures: ClassVar[bool] = False
@@ -47,12 +48,12 @@ class Spec(Part):
 
     @property
     def models(self) -> dict[str, Handle]:
-        """The models that the stage reads, by role. A role is the name of the field; `assistant 1` is the first assistant."""
+        """The models that the stage reads, by role. A role is the name of the field. `assistant 1` is the first assistant."""
         return {role: part for role, part in self._inputs() if not isinstance(part, Output)}
 
     @property
     def parents(self) -> dict[str, str]:
-        """Map each role, such as `teacher`, to the key of an earlier stage, which writes this input of the stage and must finish first."""
+        """Map each role, such as `teacher`, to the key of the stage that writes this input. That stage must finish first."""
         keys = {role: stage_of(part) for role, part in self._inputs()}
         return {role: key for role, key in keys.items() if key is not None}
 
@@ -65,16 +66,16 @@ class Spec(Part):
 
     @property
     def steps(self) -> int | None:
-        """Number of optimizer updates; None if the stage trains nothing."""
+        """Number of optimizer updates. None if the stage trains nothing."""
         return None
 
     @property
     def checkpoints(self) -> int:
-        """Number of checkpoints that are evaluated on dev, and from which the best is selected."""
+        """Number of checkpoints that are evaluated on dev. The best one is selected."""
         return 0
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
-        """Return the predicted cost; None if it cannot be predicted, or if the stage only measures.
+        """Return the predicted cost. Return None if it cannot be predicted, or if the stage only measures.
 
         Args:
             ledger: predicts costs from the sizes of the recipe's models and the lengths of its texts.
@@ -101,7 +102,7 @@ class TrainingSpec(Spec):
     dev: Split | None = None
     """None if no dev metric selects the checkpoint."""
     decoding: Evaluate | None = None
-    """Settings for sampling answers to dev prompts; None if no dev metric selects the checkpoint."""
+    """Settings for sampling answers to dev prompts. None if no dev metric selects the checkpoint."""
     lora: Lora | None = None
 
     @property
@@ -118,7 +119,7 @@ class TrainingSpec(Spec):
         return 0 if self.optim.steps is None or self.select.metric == "last" else -(-self.optim.steps // self.select.every)
 
     def content(self) -> dict[str, Any]:
-        """Return the stage as plain data. If the dev metric is the loss, only `batch` of the decoding settings is included."""
+        """Return the stage as plain data. If the dev metric is the loss, `batch` is the only decoding setting in it."""
         found = super().content()
         if self.select.metric == "loss" and self.decoding:
             found["decoding"] = {"batch": self.decoding.batch}
@@ -164,7 +165,7 @@ class DistillSpec(TrainingSpec):
         return Method(objective=self.objective, sampler=self.sampler, optim=self.optim, select=self.select, dense=self.dense)
 
     def content(self) -> dict[str, Any]:
-        """Return the stage as plain data, with objective and sampler in an entry `method`."""
+        """Return the stage as plain data. Objective and sampler are in an entry `method`."""
         found = super().content()
         return found | {"method": {name: found.pop(name) for name in ("objective", "sampler")}}
 
@@ -176,7 +177,7 @@ class DistillSpec(TrainingSpec):
 
 
 class TemperSpec(Spec):
-    """Search of the temperature at which a teacher's mean entropy on dev responses equals that of another model."""
+    """Search for a teacher's temperature. With it, the teacher's mean entropy on dev responses equals that of another model."""
 
     kind = "temper"
     version = 1
@@ -210,7 +211,7 @@ class GenerateSpec(Spec):
 
 
 class SignalSpec(Spec):
-    """Recording of a teacher's outputs on the training set, which its students read later."""
+    """Recording of a teacher's outputs on the training set. Its students read them later."""
 
     kind = "signal"
     version = 1
@@ -249,7 +250,8 @@ class EvaluateSpec(_OnTestSets):
     model: Handle
     decoding: Evaluate
     references: bool
-    """True if the stage also scores the reference answers. One stage per model is enough: these scores do not depend on the decoding."""
+    """True if the stage also scores the reference answers. One stage per model is enough, because these scores do not depend on the
+    decoding."""
     own: tuple[OwnCode, ...] = ()
     """The recipe's own metrics."""
 
@@ -298,7 +300,7 @@ class PairSpec(Spec):
     answers: Output
     """The student's answers from its probe stage."""
     k: int
-    """The number of most likely tokens that are compared."""
+    """Number of most likely tokens that are compared."""
     dev: Split
     batch: int
 

@@ -1,7 +1,8 @@
-"""The tokens of a study: the tokenizer of each model, the tokens that end an answer, and BOS, from the models' files on this disk.
+"""The tokens of a study: the tokenizer of each model, the tokens that end an answer, and BOS. They come from the models' files on this
+disk.
 
-Models that teach each other must read the same prompts and end their answers in the same way. So all of them use one tokenizer, that of the
-original teacher, and an answer ends with any token that ends an answer of one of them.
+Models that teach each other must read the same prompts and end their answers in the same way. All of them therefore use one tokenizer,
+that of the original teacher. An answer ends with any token that ends an answer of one of these models.
 """
 
 from collections.abc import Callable
@@ -18,13 +19,13 @@ class StudyTokens:
     """The tokens of every model of a recipe."""
 
     def __init__(self, recipe: Recipe, teacher: str | None):
-        """Read the files of the models; `teacher` is the original teacher, without which every model stands alone."""
+        """Read the files of the models. `teacher` is the original teacher. Without a teacher, every model keeps its own tokenizer."""
         self.recipe, self.teacher = recipe, teacher or (recipe.search.teacher if recipe.search else None)
 
     # --- what the stages need -------------------------------------------------------------------------------------------
 
     def tokenizer(self, name: str) -> tuple[str, str] | None:
-        """Return source and revision of the tokenizer that a model uses in place of its own; None if it uses its own."""
+        """Return source and revision of the tokenizer that replaces a model's own. Return None if the model uses its own tokenizer."""
         own, lead = self._of(name), self._of(self._lead(name))
         source, other = self._source(name), self._source(self._lead(name))
         if source == other or None in (own.eos, lead.eos):
@@ -32,7 +33,10 @@ class StudyTokens:
         return other if self._differences(own, lead, str) else None
 
     def encoding(self, name: str, *, samples: bool = True) -> Encoding:
-        """Return the rules that turn rows into tokens for a model; `samples` if a stage samples answers or saves a model with the ends."""
+        """Return the rules that turn rows into tokens for a model.
+
+        `samples` is True if the stage samples answers, or saves a model that will.
+        """
         data, lead = self.recipe.data, self._of(self._lead(name))
         ends, own = self.ends(name), (lead.eos, *self._of(name).generation)
         same = set(ends) == set(own) or not samples
@@ -43,13 +47,13 @@ class StudyTokens:
         )
 
     def ends(self, name: str) -> tuple[int, ...]:
-        """Return every token that ends an answer of a model, first the one that closes a reference."""
+        """Return every token that ends an answer of a model. The token that ends a reference comes first."""
         return tokens.ends(self._of(self._lead(name)), [self._of(other) for other in self._group(name)], in_chat=self._chat)
 
     # --- sentences ------------------------------------------------------------------------------------------------------
 
     def notes(self) -> list[str]:
-        """Return a sentence for each group of models about the tokens that end their answers."""
+        """Return one sentence for each group of models. It names the tokens that end their answers."""
         found = []
         for group in self._groups:
             lead, text = self._lead(group[0]), self._text(group)
@@ -60,7 +64,7 @@ class StudyTokens:
         return found
 
     def cautions(self) -> list[str]:
-        """Return sentences about tokenizers that are replaced, BOS, and a template that may not fit."""
+        """Return warnings: about tokenizers that are replaced, about BOS, and about a template that may not fit."""
         return [sentence for group in self._groups for sentence in self._cautions_of(group)]
 
     def _cautions_of(self, group: tuple[str, ...]) -> list[str]:
@@ -84,7 +88,6 @@ class StudyTokens:
         return found
 
     def _differences(self, own: Tokens, lead: Tokens, text: Callable[[int], str]) -> list[str]:
-        """Return how a model's own tokenizer differs from the study's, as ends of a sentence."""
         found = []
         if own.eos is not None and own.eos != lead.eos:
             found.append(f"has the EOS {text(own.eos)}")
@@ -102,7 +105,6 @@ class StudyTokens:
 
     @cached_property
     def _used(self) -> tuple[str, ...]:
-        """Models of the arms, the search and the teacher, in the recipe's order."""
         search = self.recipe.search
         named = {self.teacher, *(m for arm in self.recipe.arms.values() for m in (*arm.models, *arm.init.values()))}
         named |= {search.teacher, *search.assistants, search.student} if search else set()
@@ -119,7 +121,7 @@ class StudyTokens:
         return self._used if self.teacher and name in self._used else (name,)
 
     def _lead(self, name: str) -> str:
-        """Return the model whose tokenizer the group uses: the teacher, or where it has no chat template but needs one, another."""
+        """Return the model whose tokenizer the group uses. It is the teacher, unless a chat template is needed and the teacher has none."""
         group = self._group(name)
         ordered = [self.teacher, *group] if self.teacher in group else group
         wanted = (n for n in ordered if n and (not self._chat or self._of(n).template))
@@ -130,7 +132,6 @@ class StudyTokens:
         return {}
 
     def _of(self, name: str) -> Tokens:
-        """Return the tokens of a model that is loaded, or of the one from which a model is made."""
         parent = self.recipe.models[name].parent
         if parent:
             return self._of(parent)

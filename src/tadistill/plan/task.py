@@ -1,4 +1,4 @@
-"""The task that a process or cluster job receives: a stage, and its resources in the recipe. A task can be pickled."""
+"""The task that a process or cluster job receives: a stage of the study, and its resources in the recipe. A task can be pickled."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ class Task:
     data_root: str | None
     checkpoint_seconds: float | None
     resources: Resources = field(default_factory=Resources)
-    """Number of processes and nodes, and the placement of the models on them."""
+    """Number of processes and nodes, and where the models' weights are."""
     code: str | None = None
     """Folder of the user's own modules."""
 
@@ -76,10 +76,10 @@ def check_entries(recipe: Recipe) -> None:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Check that the models and data sets of a recipe exist, or can be on the Hub. Nothing is read.
+    """Check that the models and data sets of a recipe exist, or may exist on the Hub. Nothing is read.
 
     Raises:
-        DataError, ModelError: some do not. Every one is named.
+        DataError, ModelError: some of them do not exist. The message names all of these.
     """
     found = Gathering()
     for name, model in recipe.models.items():
@@ -93,7 +93,7 @@ def check_sources(recipe: Recipe) -> None:
 
 
 def resources_of(recipe: Recipe, stage: Stage) -> Resources:
-    """Return the resources of a stage: the entries `default`, KIND and `KIND MODEL`, merged. Later entries override earlier ones.
+    """Return the resources of a stage. The entries `default`, KIND and `KIND MODEL` are merged, and later entries override earlier ones.
 
     Raises:
         ConfigError: the merged settings contradict each other.
@@ -127,11 +127,11 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
     sampler = spec.method.sampler
     if given.teacher == "sharded" and sampler.guided:
         raise ConfigError(
-            f"{stage.label}: `resources` has teacher: sharded, but sampler {sampler.type} runs the teacher a "
-            "different number of times in each process, which a sharded teacher does not allow; set teacher: offloaded"
+            f"{stage.label}: a teacher that is sharded (`resources.teacher`) must run equally often in each process, but sampler "
+            f"{sampler.type} does not run it so; set teacher: offloaded"
         )
     if given.parallel == "fsdp" and sampler.vllm:
         raise ConfigError(f"{stage.label}: `resources` has parallel: fsdp, but engine vllm needs the whole student; set parallel: ddp")
     if given.parallel == "fsdp" and spec.lora:
-        raise ConfigError(f"{stage.label}: `resources` has parallel: fsdp, but lora needs whole weights; set parallel: ddp")
+        raise ConfigError(f"{stage.label}: `resources` has parallel: fsdp, but `lora` needs whole weights; set parallel: ddp")
     return given

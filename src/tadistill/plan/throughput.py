@@ -28,7 +28,7 @@ def cores() -> int:
 
 
 def machine(threads: int, accelerator: str | None = None) -> str:
-    """Return this machine's name in the file of speeds: the accelerator, or the processor and the number of threads."""
+    """Return this machine's name in the file of speeds. It is the accelerator, or the processor with the number of threads."""
     return accelerator or f"{_processor()}, {threads} threads"
 
 
@@ -39,7 +39,10 @@ def _processor() -> str:
 
 
 def measured_throughput(ledger: Mapping[str, Any]) -> dict[str, float]:
-    """Return the FLOP/s of each span. `ledger` is a training stage's record of FLOPs and seconds. Spans without them are left out."""
+    """Return the FLOP/s of each span, a part of the training loop. `ledger` is a training's record of FLOPs and seconds.
+
+    Spans without recorded FLOPs or seconds are left out.
+    """
     flops: dict[str, float] = {}
     for name, part in ledger["parts"].items():
         flops[phase(name)] = flops.get(phase(name), 0.0) + part["flops"]
@@ -70,7 +73,7 @@ def _read(store: Store) -> dict[str, Speeds]:
 
 
 def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
-    """Predict the seconds of a stage. Return None if the speed is unknown for a span that has over 1 % of the stage's FLOPs."""
+    """Predict the seconds of a stage. Return None if an important part (over 1 % of the FLOPs) has an unknown speed."""
     if cost is None or cost.kind not in speeds:
         return None
     known, total = speeds[cost.kind], 0.0
@@ -85,7 +88,7 @@ def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
 def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: int) -> float:
     """Predict the seconds until all stages have finished. `jobs` stages run at a time, and a stage starts after its parents.
 
-    Stages with the longest chain of descendants start first, as in `runner.schedule`. `takes` gives seconds by key; a stage without an
+    Stages with the longest chain of descendants start first, as in `runner.schedule`. `takes` gives seconds by key. A stage without an
     entry takes no time.
     """
     behind = dict.fromkeys(stages, 0.0)

@@ -1,7 +1,7 @@
-"""The rows that stages really read, and the FLOPs that they really spent. A plan predicts both before any stage has run.
+"""The rows that stages actually read, and the FLOPs that they actually spent. A plan predicts both before any stage has run.
 
-A row is identified by its place in its split, from 0. All models of a study read the same splits, but a model whose tokenizer makes longer
-prompts leaves out more rows. So scores are paired by row, never by their position in a file.
+A row is identified by its number in its split, from 0. All models of a study read the same splits. A model whose tokenizer makes longer
+prompts leaves out more rows. Scores are therefore paired by row, and not by their position in a file.
 """
 
 import math
@@ -22,20 +22,23 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class UsedRows:
-    """The rows of one split that some arms used."""
+    """Numbers of rows of one split that some arms used."""
 
     role: str
     """train, dev or test."""
     set: str
     counts: Counts
     arms: tuple[str, ...]
-    """The arms with these counts; empty if all arms have them."""
+    """The arms to which these counts apply. Empty if they apply to all arms."""
     compared: int
-    """Rows on which arms are compared: those that all of them have."""
+    """Number of rows that all arms have. Arms are compared on these rows."""
 
     @property
     def text(self) -> str:
-        """Return ``dolly (test): 476 of 500 rows; 24 longer than data.max_prompt (256)``; empty if all rows are used whole."""
+        """Return text such as ``dolly (test): 476 of 500 rows; 24 longer than data.max_prompt (256)``.
+
+        It is empty if no row was left out or cut.
+        """
         whole = self.counts.text
         if self.compared < self.counts.used:
             whole = f"{whole or f'{self.counts.used} rows'}; compared on the {self.compared} rows that all models have"
@@ -50,9 +53,9 @@ class UsedRows:
 
 
 def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -> dict[str, Rows]:
-    """Return the rows of each set that an evaluation answered, in the order of its scores: set -> (N,).
+    """Return the row numbers (N,) that an evaluation answered, for each set, in the order of its scores.
 
-    Evaluations of earlier versions have them only in their predictions.
+    If an earlier version wrote the evaluation, they are read from its predictions.
     """
     if all("rows" in found for found in corpus.values()):
         return {name: np.asarray(found["rows"], dtype=np.int64) for name, found in corpus.items()}
@@ -66,10 +69,10 @@ def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -
 
 
 def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[str, Rows]:
-    """Return the rows of each set that all evaluations of the set answered, from stage -> set -> rows.
+    """Return the row numbers that all evaluations of a set answered, for each set. `rows` maps stage and set to row numbers.
 
     Raises:
-        StoreError: the evaluations of a set share no row.
+        StoreError: the evaluations of a set have no row in common.
     """
     shared: dict[str, Rows] = {}
     for of_stage in rows.values():
@@ -78,18 +81,20 @@ def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[st
     for name, of_set in shared.items():
         if not len(of_set):
             stages = ", ".join(store.label(key) for key, of_stage in rows.items() if name in of_stage)
-            raise StoreError(f"the evaluations of {name} answered no common row ({stages}) to compare arms on; raise data.max_prompt")
+            raise StoreError(
+                f"the evaluations of {name} have no row in common ({stages}), so arms cannot be compared; raise data.max_prompt"
+            )
     return shared
 
 
 def places(answered: Rows, chosen: Rows) -> NDArray[np.intp]:
-    """Return the positions of the chosen rows among the answered ones, in the order of the rows."""
+    """Return the positions of the chosen rows among the answered rows, in the order of the rows."""
     order = np.argsort(answered, kind="stable")
     return order[np.isin(answered[order], chosen)]
 
 
 def count_rows(plan: StudyPlan, store: Store, rows: Mapping[str, Mapping[str, Rows]], shared: Mapping[str, Rows]) -> tuple[UsedRows, ...]:
-    """Return the numbers of rows of every split that a finished training stage or main evaluation read, in the plan's order."""
+    """Return the numbers of rows for every split that a finished training or main evaluation read, in the plan's order."""
     found: dict[tuple[str, str], dict[Counts, dict[str, None]]] = {}
     for stage in plan.stages:
         of_stage = rows.get(stage.key)
@@ -115,7 +120,7 @@ def _counts(plan: StudyPlan, store: Store, key: str, rows: Mapping[str, Rows] | 
 
 
 def rows_text(used: Sequence[UsedRows]) -> str:
-    """Return one sentence on every split with rows that are left out or cut; empty if there is none."""
+    """Return one sentence on every split with rows that are left out or cut. It is empty if there is no such split."""
     found = [text for split in used if (text := split.text)]
     apart = any(split.compared < split.counts.used for split in used)
     whole = " Metrics of whole sets are over each model's own rows." if apart else ""
@@ -123,9 +128,9 @@ def rows_text(used: Sequence[UsedRows]) -> str:
 
 
 def with_spent(plan: StudyPlan, store: Store) -> StudyPlan:
-    """Return the plan with what stages that stopped early really spent: their metered FLOPs, and the checkpoints that they evaluated.
+    """Return the plan with actual values for trainings that stopped early: their measured FLOPs and their number of checkpoints.
 
-    A stage with `select.patience` may stop before its last update.
+    A training with `select.patience` may stop before its last update.
     """
     early: dict[str, StageRecord] = {}
     for stage in plan.stages:

@@ -1,7 +1,7 @@
 """Finished evaluations of a study: rows, and summaries over training seeds.
 
-Axes in names: S training seeds, N prompts, K decoding seeds. An arm is summarised over the training seeds that are finished.
-Unfinished evaluations are listed in `Results.missing`, and every output shows them.
+Axes in names: S training seeds, N prompts, K decoding seeds. The summary of an arm contains all finished training seeds. Unfinished
+evaluations are in `Results.missing`, and every output lists them.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -29,7 +29,10 @@ Numbers = dict[str, dict[str, float]]  # set -> metric of the whole set -> value
 
 @dataclass(frozen=True)
 class Row:
-    """One value of ``results.json``. `low` and `high` bound its 95 % interval over prompts, and are None for a whole-set metric."""
+    """One value of ``results.json``. `low` and `high` are the ends of its 95 % interval over prompts.
+
+    They are None for a whole-set metric.
+    """
 
     arm: str
     model: str
@@ -45,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """An arm's result on one test set, or averaged over all sets.
+    """The result of an arm (a named path of models) on one test set, or the mean over all sets.
 
     It has the mean over the training seeds, the 95 % interval of this mean (from `low` to `high`), and the value of each seed.
     """
@@ -58,7 +61,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Average:
-    """An arm's mean of a whole-set metric (perplexity, distinct n-grams, calibration error), which has no prompts to resample."""
+    """An arm's mean of a metric that has one value per set, such as perplexity. There are no prompts to resample, so it has no interval."""
 
     mean: float
     per_seed: Mapping[int, float]
@@ -66,7 +69,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Missing:
-    """An evaluation of the plan that is not finished yet."""
+    """A planned evaluation that is not finished yet."""
 
     arm: str
     seed: int
@@ -84,17 +87,17 @@ class Results:
     metrics: tuple[str, ...]
     missing: tuple[Missing, ...]
     scores: Mapping[str, Mapping[int, Scores]]
-    """Arm -> training seed -> scores of the finished evaluations."""
+    """Maps an arm and a training seed to the scores of the finished evaluations."""
     numbers: Mapping[str, Mapping[int, Numbers]]
-    """Arm -> training seed -> values of the whole-set metrics."""
+    """Maps an arm and a training seed to the values of the whole-set metrics."""
     reference_length: Mapping[str, NDArray[np.int64]]
-    """Set -> number of tokens in each prompt's first reference, (N,)."""
+    """Maps a set to the number of tokens in each prompt's first reference, (N,)."""
     unseen: Mapping[str, float]
-    """Set -> share of the references' letters that ROUGE-L cannot see, 0-1; 0 if an earlier version evaluated the set."""
+    """Maps a set to the share (0-1) of the references' letters that ROUGE-L drops. It is 0 if an earlier version evaluated the set."""
     compared: Mapping[str, NDArray[np.int64]]
-    """Set -> the rows of the data set behind the scores, (N,): those that all evaluations answered."""
+    """Maps a set to the rows of the data set behind the scores, (N,). All evaluations answered these rows."""
     used: tuple[UsedRows, ...]
-    """The numbers of rows of each split that was read."""
+    """The numbers of used rows, for each split that was read."""
     _kept: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -103,19 +106,19 @@ class Results:
 
     @cached_property
     def summaries(self) -> Mapping[tuple[str, str, str], Summary]:
-        """Map (arm, set, metric) to a summary."""
+        """The summary of each (arm, set, metric)."""
         return _summaries(self)
 
     @cached_property
     def averages(self) -> Mapping[tuple[str, str, str], Average]:
-        """Map (arm, set, metric) to an average, for whole-set metrics."""
+        """The average of each (arm, set, metric), for metrics with one value per set."""
         return _averages(self.sets, self.numbers)
 
     def arm(self, name: str) -> ArmRecord:
         return next(arm for arm in self.plan.arms if arm.name == name)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return the value of `make()`. It is computed at the first call with this key, and stored."""
+        """Return `make()`. It is computed at the first call with this key, and then stored."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]  # type: ignore[return-value]
@@ -124,10 +127,10 @@ class Results:
 def read_results(study_dir: Path, store: Store) -> Results:
     """Read the plan of a study and all its finished evaluations.
 
-    Arms are compared on the prompts that all of them answered: models with different tokenizers may leave out different rows of a set.
+    Arms are compared only on prompts that all of them answered, because different tokenizers may leave out different rows of a set.
 
     Raises:
-        StoreError: a file is damaged or has changed, or the evaluations share no prompt of a set.
+        StoreError: a file is damaged or has changed, or the evaluations of a set have no prompt in common.
     """
     plan = load_plan(study_dir)
     store = Store(store.root, plan.command)
@@ -168,7 +171,6 @@ class _Reader:
         self.corpora: dict[str, dict[str, dict[str, Any]]] = {}
 
     def rows(self, key: str) -> dict[str, NDArray[np.int64]]:
-        """Return the rows of each set that an evaluation answered, in the order of its scores."""
         self.corpora[key] = load_corpus(self.store, key)
         found, scores = load_rows(self.store, key, self.corpora[key]), self._of(key)
         for name in {*found, *self.corpora[key], *scores}:
@@ -180,7 +182,6 @@ class _Reader:
         return found
 
     def scores(self, arm: ArmRecord, seed: int, chosen: Mapping[str, NDArray[np.intp]]) -> Scores:
-        """Return the scores of all stages that measure the arm, at the chosen places; metrics of another decoding are METRIC@DECODING."""
         answered = {name: len(of_set["reference_length"]) for name, of_set in self.corpora[arm.evaluate[seed]].items()}
         keys = {arm.evaluate[seed]: "", **({arm.analyse[seed]: ""} if seed in arm.analyse else {})}
         keys |= {of_seed[seed]: f"@{decoding}" for decoding, of_seed in arm.also.items()}
@@ -204,9 +205,9 @@ class _Reader:
 
 
 def primary_metric(results: Results) -> str:
-    """Return the metric that verdicts and main figures use: the first quality metric that was measured, else Rouge-L.
+    """Return the metric for verdicts and main figures. It is the first quality metric that was measured, or Rouge-L without one.
 
-    Rouge-L for all scripts takes the place of Rouge-L if that one sees less than half of the references.
+    If Rouge-L sees less than half of the references, Rouge-L for all scripts takes its place.
     """
     first = next((name for name in names_in("quality") if name in results.metrics), "rouge_l")
     tables = [table for by_seed in results.scores.values() for of_set in by_seed.values() for table in of_set.values()]
@@ -291,7 +292,10 @@ def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
 
 
 def summarise(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int], metric: str) -> Summary:
-    """Return a metric's unweighted mean over sets with its 95 % interval. Each set has an array (S, N, K); `seeds` names its axis S."""
+    """Return the summary of a metric: the unweighted mean over sets, with its 95 % interval.
+
+    There is one array (S, N, K) per set. `seeds` names the entries of its axis S.
+    """
     low, high = macro_interval(strata_SNK, bounds=metric_of(metric).bounds)
     means_S = np.mean([values.mean(axis=(1, 2)) for values in strata_SNK], axis=0)
     per_seed = {seed: float(value) for seed, value in zip(seeds, means_S, strict=True)}

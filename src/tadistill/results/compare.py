@@ -24,13 +24,16 @@ from tadistill.statistics import Difference, macro_difference
 Bucket = tuple[int, int | None]
 
 BUCKETS: tuple[Bucket, ...] = ((0, 5), (6, 10), (11, None))
-"""The shortest and the longest reference of each bucket, in tokens; None means no limit."""
+"""The smallest and the largest reference length of each bucket, in tokens. None means no limit."""
 
 # --- differences ------------------------------------------------------------------------------------------------------------
 
 
 def compare(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> tuple[Difference, tuple[int, ...]] | None:
-    """Return the paired difference ``arm - other`` and the common seeds. Return None if the arms have no finished seed in common."""
+    """Return two things: the paired difference ``arm - other``; and the common seeds.
+
+    Return None if the arms have no common finished seed.
+    """
     return results.once(("compare", arm, other, metric, set_name), lambda: _compare(results, arm, other, metric, set_name))
 
 
@@ -44,13 +47,13 @@ def _compare(results: Results, arm: str, other: str, metric: str, set_name: str)
 
 
 def common_seeds(results: Results, arm: str, other: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
-    """Return the training seeds for which the metric was measured for both arms on all of `sets`; empty if `sets` is empty."""
+    """Return the training seeds for which the metric was measured on all of `sets`, for both arms. Empty if `sets` is empty."""
     mine, theirs = (complete_seeds(results, name, sets, metric) for name in (arm, other))
     return tuple(seed for seed in mine if seed in theirs) if sets else ()
 
 
 def differences_per_seed(results: Results, arm: str, other: str, metric: str) -> dict[int, float]:
-    """Return the difference ``arm - other`` on the mean over sets, for each training seed that both arms have finished."""
+    """Return the difference ``arm - other`` for each training seed that both arms have finished. It is a mean over the sets."""
     sets = sets_with(results, metric)
     seeds = common_seeds(results, arm, other, sets, metric)
     if not seeds:
@@ -60,7 +63,7 @@ def differences_per_seed(results: Results, arm: str, other: str, metric: str) ->
 
 
 def difference(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> Difference | None:
-    """Return the paired difference ``arm - other``; None if the arms have no finished seed in common."""
+    """Return the paired difference ``arm - other``. Return None if the arms have no common finished seed."""
     compared = compare(results, arm, other, metric, set_name)
     return compared[0] if compared else None
 
@@ -69,12 +72,15 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 
 
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
-    """Return the chain's equal-compute baseline: the direct arm with ``compute: as CHAIN`` in the recipe."""
+    """Return the equal-compute baseline of a chain (a path with assistants).
+
+    It is the direct arm with ``compute: as CHAIN`` in the recipe.
+    """
     return next((arm for arm in results.plan.arms if arm.compute == f"as {chain.name}" and arm.is_plain), None)
 
 
 def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the direct arm that distils the original teacher into the same student.
+    """Return the direct arm: the arm in which the original teacher teaches the same student without assistants.
 
     For a chain or an equal-compute baseline, an arm with the same method is preferred.
     """
@@ -84,7 +90,7 @@ def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
 
 
 def budget_models(results: Results, arm: ArmRecord) -> tuple[str, ...]:
-    """Return the models of a chain's error budget, from the original teacher down to the student."""
+    """Return the models of a chain (a path with assistants), from the original teacher to the student."""
     teacher = results.plan.teacher
     return arm.path if teacher is None or teacher in arm.path else (teacher, *arm.path)
 
@@ -103,14 +109,14 @@ def bucket_size(results: Results, metric: str, bucket: Bucket) -> int:
 
 
 def bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> Summary | None:
-    """Return an arm's mean over the prompts of all sets whose reference length is in the bucket; None if there are no scores."""
+    """Return an arm's mean over all prompts whose reference length is in the bucket. Return None if there are no scores."""
     seeds = common_seeds(results, arm, arm, sets_with(results, metric), metric)
     values_SNK = _pooled(results, arm, seeds, metric, bucket)
     return None if values_SNK is None else summarise([values_SNK], seeds, metric)
 
 
 def bucket_difference(results: Results, arm: str, other: str, metric: str, bucket: Bucket) -> Difference | None:
-    """Return the paired difference ``arm - other`` over the bucket's prompts; None if the arms have no common scores there."""
+    """Return the paired difference ``arm - other`` over the bucket's prompts. Return None if the arms have no common scores there."""
     seeds = common_seeds(results, arm, other, sets_with(results, metric), metric)
     mine, theirs = (_pooled(results, name, seeds, metric, bucket) for name in (arm, other))
     return None if mine is None or theirs is None else macro_difference([mine], [theirs], bounds=metric_of(metric).bounds)
@@ -143,7 +149,7 @@ Curves = Literal["matched", "apart", "not measured"]
 
 @dataclass(frozen=True)
 class Point:
-    """The means of one arm under one decoding: entropy (nats/token), and the value of the metric. `metric` is METRIC or METRIC@DECODING."""
+    """The means of one arm under one decoding: the entropy (nats/token) and a metric. `metric` is METRIC or METRIC@DECODING."""
 
     entropy: float
     value: float
@@ -156,7 +162,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """Paired differences ``arm - other`` that help to tell knowledge from sharpening. A difference that was not measured is None."""
+    """Paired differences ``arm - other`` that separate more knowledge from sharper predictions.
+
+    A difference that was not measured is None.
+    """
 
     forward_kl: Difference | None
     reverse_kl: Difference | None
@@ -164,12 +173,12 @@ class Mechanism:
     greedy: Difference | None
     curves: Curves
     matched: Difference | None
-    """Difference of the metric when both arms have the entropy ``at_entropy``. Each arm is interpolated between its decodings."""
+    """Difference of the metric if both arms have the entropy ``at_entropy``. Each arm's value is interpolated between its decodings."""
     at_entropy: float | None
 
 
 def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
-    """Return the differences between two arms that help to tell knowledge from sharpening, on the mean over sets."""
+    """Return the differences between two arms that separate more knowledge from sharper predictions. They are means over the sets."""
     greedy = greedy_decoding(results)
     curves, matched, at_entropy = _at_matched_entropy(results, arm, other, metric)
     return Mechanism(
@@ -184,7 +193,7 @@ def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
 
 
 def greedy_decoding(results: Results) -> str | None:
-    """Return the name of the study's greedy decoding (temperature 0, nothing else changed); None if there is none."""
+    """Return the name of the study's greedy decoding (temperature 0, nothing else changed). Return None if there is none."""
     return next((name for name in temperatures(results) if results.plan.decodings[name]["temperature"] == 0), None)
 
 

@@ -25,7 +25,7 @@ Series = tuple[list[int], list[float]]  # steps, values
 
 @dataclass(frozen=True)
 class Curve:
-    """The learning curve of one metric in one training stage. `arm` is None unless the stage is the last one of an arm."""
+    """The learning curve of one metric in one training. `arm` is None unless the training is the last one of an arm."""
 
     name: str
     arm: str | None
@@ -35,7 +35,7 @@ class Curve:
 
 
 def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
-    """Read the training log of a stage as metric -> step -> value. If a step has two lines, the later line is used."""
+    """Read the log of one training as {metric: {step: value}}. If a step has two lines, the later line is used."""
     path = store.artifact(key, "metrics.jsonl")
     series: dict[str, dict[int, float]] = {}
     for line in read_jsonl(path, fix=store.redo(key)):
@@ -48,7 +48,7 @@ def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
 
 
 def learning_curves(results: Results) -> list[Curve]:
-    """Return the learning curves of all finished training stages. Arms' last stages come first, in the plan's order."""
+    """Return the learning curves of all finished trainings. The last training of each arm comes first, in the plan's order."""
     groups: dict[tuple[str | None, str], dict[int, str]] = {}
     finals: set[str] = set()
     for arm in results.plan.arms:
@@ -71,7 +71,7 @@ def learning_curves(results: Results) -> list[Curve]:
 
 
 def last_dev_value(results: Results, arm: ArmRecord, model: str, metric: str) -> float | None:
-    """Return the last dev value of a model on the arm's path, averaged over seeds; None if no stage logged the metric."""
+    """Return the last dev value of a model on the arm's path, averaged over seeds. Return None if no training logged the metric."""
     last: dict[int, float] = {}
     for stage in results.plan.stages:  # a model's distillation comes after its fine-tuning, so its value is kept
         trains_it = arm.name in stage.arms and stage.model == model and stage.kind in TRAINING
@@ -106,7 +106,7 @@ def _thinned(points: Mapping[int, float]) -> Series:
 
 @dataclass(frozen=True)
 class ExposureBias:
-    """Exposure bias (ExAccErr, in per cent) by position, counted from 1: the mean over the seeds, and the curve of each seed.
+    """Exposure bias (ExAccErr, in per cent) by position, counted from 1. It has the mean over the seeds, and the curve of each seed.
 
     In every seed, at least `FEW` answers reach each of the first `solid` positions.
     """
@@ -117,7 +117,10 @@ class ExposureBias:
 
 
 def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Read the KL by position in the response, with its count of answers: for each set, on the student's and on the teacher's prefixes."""
+    """Read the KL at each position of the response, and the number of answers that reach it.
+
+    There is one entry per set. Each has two curves: after the student's text, and after the teacher's text.
+    """
     path = store.artifact(key, "exposure.json")
     content = read_json(path, fix=store.redo(key))
     try:
@@ -155,7 +158,8 @@ def exposures(results: Results) -> Mapping[str, ExposureBias]:
 def accumulated_error(student_L: Array, teacher_L: Array) -> Array:
     """Return ExAccErr(l) = 100 (R(l) - E(l)) / E(l) for each position l (MiniLLM, section 3.6).
 
-    R is the sum of the KL up to l on the student's prefixes, and E on the teacher's prefixes. The result is NaN unless E is positive.
+    R(l) is the sum of the KL up to position l after the student's text. E(l) is the same sum after the teacher's text. The result is NaN
+    unless E(l) is positive.
     """
     risk, expected = np.cumsum(student_L), np.cumsum(teacher_L)
     positive = expected > 0

@@ -22,7 +22,7 @@ Samples = dict[str, list[dict[str, Any]]]
 
 
 def samples(results: Results) -> Samples:
-    """Return the first prompts of each set, each with its references and every arm's answer.
+    """Return the first prompts of each set. Each has its references and every arm's answer.
 
     The answers are those of an arm's first finished training seed and its first decoding seed, so no answer is chosen by its quality.
     """
@@ -44,7 +44,10 @@ def samples(results: Results) -> Samples:
 
 
 def shown_first(results: Results) -> list[str]:
-    """Return the arms whose answers the page shows when it opens: all arms if there are at most four, else the first compared pair."""
+    """Return the arms whose answers the page shows when it opens.
+
+    These are all arms, or the first compared pair if there are more than four.
+    """
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
     if len(names) <= 4:
         return names
@@ -97,7 +100,7 @@ def judgements(study_dir: Path) -> list[Judgement]:
         try:
             found += _tables(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}): delete it and run `tadistill judge` again") from error
+            raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}); delete it and run `tadistill judge` again") from error
     return found
 
 

@@ -1,6 +1,6 @@
-"""Read a study: its plan, and the files of its finished stages in the store.
+"""Read a study: its plan, and the files of its finished stages in the store. A stage is one step of a study, such as a training.
 
-The store says which stages are finished. If a file of a finished stage cannot be read, a `StoreError` names it. A report must
+The store says which stages are finished. If a file of a finished stage cannot be read, a `StoreError` names it, because a report must
 not leave out numbers silently.
 """
 
@@ -39,16 +39,16 @@ class StageRecord:
     parents: tuple[str, ...]
     """The keys of the stages whose results this stage uses."""
     like: str | None
-    """The parent whose entropy the stage matches. Its training is no part of an arm's FLOPs."""
+    """The key of the stage whose entropy this stage matches. Its training does not count in an arm's FLOPs."""
     checkpoints: int
-    """The number of checkpoints from which the stage chose the best on dev; 0 if it chose none."""
+    """Number of checkpoints from which the stage chose the best on dev. It is 0 if it chose none."""
     flops: float | None
-    """Training FLOPs; None if the plan could not compute them."""
+    """Training FLOPs. None if the plan could not compute them."""
 
 
 @dataclass(frozen=True)
 class PublishedScores:
-    """Scores that others published for an arm: set -> Rouge-L."""
+    """Published scores for an arm. They map a set to its Rouge-L."""
 
     source: str
     rouge_l: Mapping[str, float]
@@ -56,10 +56,7 @@ class PublishedScores:
 
 @dataclass(frozen=True)
 class ArmRecord:
-    """One arm of the plan. `evaluate`, `analyse`, `final` and each decoding of `also` map training seeds to stage keys.
-
-    Seeds are in the recipe's order.
-    """
+    """One arm (a named path of models) of the plan. Five fields map training seeds to stage keys, in the recipe's order of seeds."""
 
     name: str
     path: tuple[str, ...]
@@ -79,40 +76,40 @@ class ArmRecord:
     published: PublishedScores | None
 
     def measured_by(self, seed: int) -> tuple[str, ...]:
-        """Return the keys of all stages that measure the arm's model of a training seed."""
+        """Return the keys of all stages that measure the arm's model, for one training seed."""
         analyse = (self.analyse[seed],) if seed in self.analyse else ()
         return (self.evaluate[seed], *analyse, *(keys[seed] for keys in self.also.values()))
 
     def first_seed(self, finished: Container[int]) -> int:
-        """Return the first finished training seed in the recipe's order; the recipe's first seed if no seed is finished."""
+        """Return the first finished training seed in the recipe's order. If no seed is finished, return the recipe's first seed."""
         seeds = list(self.final)
         return next((seed for seed in seeds if seed in finished), seeds[0])
 
     @property
     def is_trained(self) -> bool:
-        """True when the study trained the arm's model, so that its seeds are training seeds."""
+        """True if the study trained the arm's model, so that its seeds are training seeds."""
         return any(key is not None for key in self.final.values())
 
     @property
     def is_chain(self) -> bool:
-        """True when at least one teacher assistant stands between the teacher and the student."""
+        """True if at least one teacher assistant is between the teacher and the student."""
         return len(self.path) > 2
 
     @property
     def is_plain(self) -> bool:
-        """True for an arm with one path, one teacher per learner, and no model that is initialised from another model of the arm."""
+        """True if the arm has one path, one teacher per learner, and no model that is initialised from another model of the arm."""
         text = path_text(self.path)
         return self.path_text == text or (len(self.path) == 2 and self.path_text == f"{text}, dense")  # one teacher: nothing to mix
 
     @property
     def has_assistant(self) -> bool:
-        """True when a teacher assistant takes part: it is in the path, initialises another model, or teaches for some of the updates."""
+        """True if a teacher assistant is used: in the path, to initialise another model, or as a teacher for some of the updates."""
         return len(self.models) > 2
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """The content of ``plan.json``, which is written from the recipe when a study starts."""
+    """The content of ``plan.json``. It is written from the recipe when a study starts."""
 
     study: str
     created: str
@@ -122,19 +119,19 @@ class StudyPlan:
     """The resolved recipe as plain data."""
     teacher: str | None
     margin: float
-    """Differences of the primary metric within this margin, in points, count as equivalent."""
+    """Two arms count as equivalent if their difference in the primary metric is within this margin, in points."""
     decodings: Mapping[str, Mapping[str, Any]]
-    """The name of each additional decoding, with the settings that it changes."""
+    """Maps the name of each additional decoding to the settings that it changes."""
     parameters: Mapping[str, int]
     bases: Mapping[str, str]
-    """The base of each model that was loaded as an adapter."""
+    """Maps each model that was loaded as an adapter to its base model."""
     stages: tuple[StageRecord, ...]
     arms: tuple[ArmRecord, ...]
 
     def ancestors(self, key: str | None, *, paid: bool = False) -> list[StageRecord]:
-        """Return the stage and all stages whose results it uses. Return an empty list if `key` is None (a model that is not trained).
+        """Return a stage and all stages whose results it uses. The list is empty if `key` is None (a model that is not trained).
 
-        With `paid`, leave out the stages that are no part of an arm's FLOPs (`StageRecord.like`).
+        With `paid`, stages that do not count in an arm's FLOPs are left out (`StageRecord.like`).
         """
         stages = {stage.key: stage for stage in self.stages}
         found: dict[str, StageRecord] = {}
@@ -154,11 +151,11 @@ class StageManifest:
     seconds: float
     versions: Mapping[str, str]
     flops: float | None
-    """FLOPs that were counted during training, without dev evaluations; None if they were not counted."""
+    """FLOPs that were counted during training, without dev evaluations. None if they were not counted."""
     counts: Mapping[tuple[str, str], Counts]
-    """Role and set -> its numbers of rows; empty if an earlier version made the stage."""
+    """Maps a role and a set to its numbers of rows. Empty if an earlier version made the stage."""
     checkpoints: int | None
-    """The number of dev evaluations of a stage that stopped early; None for other stages."""
+    """Number of dev evaluations of a stage that stopped early. None for other stages."""
 
 
 def load_plan(study_dir: Path) -> StudyPlan:
@@ -169,7 +166,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
     """
     path = study_dir / "plan.json"
     if not path.is_file():
-        raise StoreError(f"{path} does not exist, so there is no study to report: start one with `tadistill run RECIPE`")
+        raise StoreError(f"{path} does not exist, so there is no study to report; start a study with `tadistill run RECIPE`")
     content = read_json(path)
     try:
         plan = StudyPlan(
@@ -190,12 +187,12 @@ def load_plan(study_dir: Path) -> StudyPlan:
         for name in {name for arm in plan.arms for name in (*arm.path, arm.model)}:
             plan.parameters[name]  # an arm with an undeclared model also means a damaged plan
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}): run `tadistill run RECIPE` to write it again") from error
+        raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}); run `tadistill run RECIPE` to write it again") from error
     return plan
 
 
 def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
-    """Return how uncertain the study's report is of each compared arm: (arm, metric) -> `statistics.spread_claimed`; empty without one."""
+    """Return the reported uncertainty of each compared arm: (arm, metric) -> `statistics.spread_claimed`. Empty if there is no report."""
     path = study_dir / "results.json"
     if not path.is_file():
         return {}
@@ -300,7 +297,7 @@ def _check_bounds(path: Path, metric: str, values: NDArray[np.float64]) -> None:
 
 
 def _table(values: Any) -> NDArray[np.float64] | str:
-    """Return scores as an array, or the reason why they are none."""
+    """Return scores as an array. If they are not an array, return the reason as text."""
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):

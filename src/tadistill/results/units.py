@@ -1,4 +1,4 @@
-"""Format numbers for all outputs."""
+"""Format numbers for all outputs, such as reports and terminal tables."""
 
 from tadistill.metrics import metric_of
 from tadistill.results.collect import Summary
@@ -19,7 +19,7 @@ def interval(low: float, high: float, metric: str, *, more: int = 0) -> str:
 
 
 def signed(value: float, metric: str, *, more: int = 0) -> str:
-    """Return a value with its sign, such as ``+0.3``. Zero has no sign: ``0.0``."""
+    """Return a value with its sign, such as ``+0.3``. Zero has no sign."""
     text = number(value, metric, more=more)
     return f"+{text}" if value > 0 and any(digit in text for digit in "123456789") else text
 
@@ -31,7 +31,7 @@ def span(difference: Difference, metric: str) -> str:
 
 
 def detectable_text(effect: float | None, metric: str, *, more: int = 0) -> str:
-    """Return a detectable difference, ``< 0.1`` if it would be rounded to 0; a dash if it is not known."""
+    """Return the smallest detectable difference as text, such as ``< 0.1``. It is a dash if the difference is unknown."""
     if effect is None:
         return DASH
     text = number(effect, metric, more=more)
@@ -58,7 +58,7 @@ def parameters_text(count: int) -> str:
 
 
 def flops_text(flops: float | None) -> str:
-    """Return FLOPs as text, such as ``3.1e17``; a dash if the plan could not compute them."""
+    """Return FLOPs as text, such as ``3.1e17``. It is a dash if the plan could not compute them."""
     if flops is None:
         return DASH
     if flops == 0:
@@ -68,5 +68,5 @@ def flops_text(flops: float | None) -> str:
 
 
 def ratio_text(ratio: float | None) -> str:
-    """Return a ratio as text, such as ``2.47×``; a dash if it is None."""
+    """Return a ratio as text, such as ``2.47×``. It is a dash if the ratio is None."""
     return DASH if ratio is None else f"{ratio:.2f}{TIMES}"

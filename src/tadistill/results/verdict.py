@@ -1,10 +1,10 @@
-"""Decide the verdict of each comparison of a study: every chain against its equal-compute baseline.
+"""Decide the verdict of each comparison of a study: every chain (path with assistants) against its equal-compute baseline.
 
-The verdict depends on the difference of the primary metric. It is `gain` or `loss` if the difference passes two conditions: its 95 %
-interval excludes 0, and its p-value is below 0.05 after Holm's adjustment over all comparisons of the study. It is `equivalent` if two
-one-sided tests place the difference inside the recipe's margin. All other cases are `no evidence`, and so are fewer than three training
-seeds. A gain is credited to the path on two conditions: the divergence from the original teacher is not worse, and the gain is not
-sharpening (`tadistill.results.compare`).
+The verdict depends on the difference of the primary metric. It is `gain` or `loss` under two conditions: the 95 % interval excludes 0,
+and the p-value is below 0.05 after Holm's adjustment over all comparisons of the study. It is `equivalent` if two one-sided tests place
+the difference inside the recipe's margin. In all other cases, and with fewer than three training seeds, it is `no evidence`. A gain is
+credited to the path under two conditions: the divergence from the original teacher is not worse, and the gain is not sharpening
+(`tadistill.results.compare`).
 
 A study without chains compares its models in pairs instead.
 """
@@ -33,7 +33,7 @@ Credit = Literal["credited", "sharpening", "farther from the teacher", "not meas
 
 @dataclass(frozen=True)
 class Selection:
-    """The number of checkpoints from which each arm chose its best on dev, and the gain that this choice gives by chance.
+    """The number of checkpoints from which each arm chose the best on dev, and the gain that this choice gives by chance.
 
     ``sigma`` is the standard deviation of the primary metric over the later half of the checkpoints on dev. It includes progress in
     training, so the gain ``inflation`` is an upper bound. Both are None if dev did not log the metric.
@@ -57,27 +57,27 @@ class Comparison:
     n_prompts: int
     seeds: tuple[int, ...]
     trained: bool
-    """False if the study trained neither model. In this case only the prompts vary."""
+    """False if the study trained neither model. Then only the prompts vary."""
     difference: Difference
     per_seed: dict[int, float]
     p_holm: float
     family: int
     """The number of comparisons over which Holm's method adjusts the p-value."""
     sign_flip: SignFlip | None
-    """The sign-flip test; None unless the arms are trained and have 2 to 5 seeds in common."""
+    """The sign-flip test. None unless the arms are trained and have 2 to 5 seeds in common."""
     margin: float
     equivalent: bool
     detectable: float | None
-    """The smallest true difference that this study would detect with 80 % power; None if nothing varies or if it has one training seed."""
+    """The smallest true difference that this study would detect with 80 % power. None if nothing varies, or with one training seed."""
     word: Word
     selection: Selection | None
-    """The arm's advantage from choosing among more checkpoints than the other arm; None if it did not."""
+    """The arm's advantage from choosing among more checkpoints than the other arm. None if it did not."""
     decoding_seeds: tuple[int, int]
     planned_seeds: tuple[tuple[int, ...], tuple[int, ...]]
     mechanism: Mechanism | None
-    """The controls for sharpening; None for pairs of a study without chains."""
+    """The controls for sharpening. None for pairs of a study without chains."""
     credit: Credit | None
-    """The reason why the gain is credited to the path or not; None unless it is a gain over an equal-compute baseline."""
+    """The reason why the gain is credited to the path or not. None unless it is a gain over an equal-compute baseline."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ComparedPair:
 
 
 def pairs(results: Results) -> list[ComparedPair]:
-    """Return each chain with the arm to compare it with. If the study has no chain, return all pairs of competing arms."""
+    """Return each chain (path with assistants) with the arm to compare it with. Without chains, return all pairs of competing arms."""
     chains = [arm for arm in results.plan.arms if arm.has_assistant]
     if chains:
         return [_chain_pair(results, chain) for chain in chains]
@@ -98,7 +98,7 @@ def pairs(results: Results) -> list[ComparedPair]:
 
 
 def competitors(results: Results) -> list[list[ArmRecord]]:
-    """Return groups of arms that end in the same model, without the teacher's own arm.
+    """Return groups of arms that train the same student, without the teacher's own arm.
 
     If the study trains no model, all arms form one group.
     """
@@ -205,7 +205,7 @@ def _selection(results: Results, arm: ArmRecord, other: ArmRecord, seeds: tuple[
 
 
 def checkpoints_seen(results: Results, arm: ArmRecord, seed: int) -> int:
-    """Return the number of checkpoints that all stages of an arm chose from, for one training seed; 0 if no stage chose."""
+    """Return the number of checkpoints from which all trainings of an arm chose, for one training seed. It is 0 if none chose."""
     return sum(stage.checkpoints for stage in results.plan.ancestors(arm.final[seed]))
 
 

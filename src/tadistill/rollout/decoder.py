@@ -1,8 +1,8 @@
-"""How a model reads a text token by token: with which memory of earlier tokens, and with or without padding.
+"""Choose how a model reads a text token by token: with which memory of earlier tokens, and with or without padding.
 
 Most models keep keys and values of every token. Others keep a state (Mamba, RWKV), join tokens into blocks (DeepSeek-V4), or keep nothing
-(the first GPT). Padding on the left changes what some of them compute. There is no list of families: `way_of` tries the ways on the loaded
-model, the fastest first, and takes the first one whose logits are those of a forward pass over the whole text.
+(the first GPT). In some models, padding on the left changes the logits. `way_of` needs no list of model families. It tries the ways on
+the loaded model, the fastest first. It takes the first way that gives the logits of a forward pass over the whole text.
 
 Axes: B sequences, T positions, V vocabulary.
 """
@@ -30,16 +30,18 @@ _STEPS = 4  # tokens after each of these prompts
 
 @dataclass(frozen=True)
 class Way:
-    """One way to get the logits of the next token. `slower` is what it costs, in words, or empty."""
+    """One way to get the logits of the next token. If it takes more time than the usual way, `slower` says why."""
 
     memory: Literal["ours", "own", "none"]
-    """transformers' cache with in-place layers, the memory that the model itself returns, or none: the whole text is read every time."""
+    """The memory of earlier tokens. `ours` is transformers' cache with in-place layers. `own` is the memory that the model itself returns.
+    With `none`, the whole text is read again for every token."""
     padded: bool = True
-    """Rows of unequal length share a call, padded on the left."""
+    """True if rows of different lengths can share a call, with padding on the left."""
     masked: Literal["always", "first"] = "always"
-    """The calls that get the mask of the padding. A state that has passed over the padding needs none."""
+    """Which calls get the padding mask: `always` means every call, and `first` only the first one, for models whose state needs no mask
+    later."""
     drops: bool = True
-    """Finished rows leave the memory before the last one has ended."""
+    """True if a finished row can be removed from the memory while other rows continue."""
     slower: str = ""
 
 
@@ -61,7 +63,7 @@ _FOUND: WeakKeyDictionary[PreTrainedModel, Way] = WeakKeyDictionary()
 
 
 def way_of(model: PreTrainedModel) -> Way:
-    """Return the fastest way that is right for this model. It is tried once per loaded model, on a few tokens, and draws nothing."""
+    """Return the fastest way to read text that is correct for this model. It is tested once per loaded model, without random numbers."""
     if model not in _FOUND:
         with evaluating(model):
             _FOUND[model] = _first_right(model)
@@ -69,19 +71,19 @@ def way_of(model: PreTrainedModel) -> Way:
 
 
 def slower(model: PreTrainedModel) -> str | None:
-    """Return a sentence if sampling from this model takes longer than from others, else None."""
+    """Return a sentence that says why sampling from this model takes longer than usual. Return None if it does not."""
     reason = way_of(model).slower
     return f"models of type {model.config.model_type} are sampled more slowly: {reason}" if reason else None
 
 
 def groups(prompts: list[tuple[int, ...]], padded: bool) -> list[np.ndarray]:
-    """Return the prompts' indices in groups that are answered together: all, or those of equal length."""
+    """Divide the prompts' indices into groups that are answered together. Without padding, a group contains prompts of equal length."""
     lengths = np.array([len(prompt) for prompt in prompts])
     return [np.arange(len(prompts))] if padded else [(lengths == n).nonzero()[0] for n in np.unique(lengths)]
 
 
 class Decoder:
-    """A model that reads the rows of a batch, and its memory of what it has read."""
+    """A model that reads the rows of a batch, with its memory of the earlier tokens."""
 
     def __init__(self, model: PreTrainedModel, vocab: int, capacity: int, way: Way):
         self.model, self.vocab, self.way = model, vocab, way
@@ -90,7 +92,7 @@ class Decoder:
         self.memory: Any = in_place_cache(model.config, capacity) if way.memory == "ours" else None
 
     def logits(self, ids_BT: Tensor, attention_BT: Tensor | None, positions_BT: Tensor, start: int) -> Tensor:
-        """Return the logits (B, V) of the token after `ids_BT`, of which the model has read the columns before `start`."""
+        """Return the logits (B, V) of the token after `ids_BT`. The model has already read the columns before `start`."""
         remembers = self.way.memory != "none"
         if remembers and start > 0 and self.way.masked == "first":
             attention_BT = None
@@ -105,12 +107,11 @@ class Decoder:
         return out.logits[:, -1, : self.vocab].float()
 
     def keep(self, index: Tensor) -> None:
-        """Forget all other rows."""
+        """Keep only the rows `index` in the memory."""
         self.memory = _rows(self.memory, index)
 
 
 def _rows(memory: Any, index: Tensor) -> Any:
-    """Return some rows of a memory: of a cache, of tensors whose first axis is the rows, or of a nest of them."""
     if isinstance(memory, Cache):
         # `reorder_cache` serves every layer of transformers, `batch_select_indices` lacks some; a family's own cache overrides the second
         own = type(memory).batch_select_indices is not Cache.batch_select_indices
@@ -138,7 +139,6 @@ def _first_right(model: PreTrainedModel) -> Way:
 
 
 def _texts(model: PreTrainedModel) -> list[Tensor]:
-    """Return texts of `_LENGTHS` plus `_STEPS` - 1 tokens, shorter if the model has fewer positions, from the middle of the vocabulary."""
     words = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 10**9
     most = max(1, min(positions - _STEPS + 1, max(_LENGTHS)))
@@ -157,7 +157,6 @@ def _right(model: PreTrainedModel, way: Way, texts: list[Tensor], expected: list
 
 
 def _read(model: PreTrainedModel, way: Way, texts: list[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield (text, step, logits) after every prompt and token. After the first step each group loses a row, if the way drops rows."""
     for rows in groups([tuple(text.tolist()) for text in texts], way.padded):
         width = max(len(texts[row]) for row in rows)
         ids, attention = (torch.zeros(len(rows), width, dtype=torch.long, device=model.device) for _ in range(2))

@@ -1,8 +1,9 @@
-"""Sampling of one token: change the distribution (temperature, top-k, top-p), mix it with a teacher's, and draw.
+"""Sampling of one token. Change the distribution (temperature, top-k, top-p), mix it with a teacher's distribution, and draw.
 
-The file also contains the KV caches, and the record of sampled tokens and log-probabilities. Axes: B sequences, T tokens so far, V
-vocabulary, H hidden size, N tokens of one call. q is the student's distribution of the next token, p is the teacher's, and b is the
-distribution that tokens are sampled from.
+The file also contains the KV caches, and the record of sampled tokens and log-probabilities. In formulas, q is the student's distribution
+of the next token, p is the teacher's, and b is the distribution from which tokens are sampled.
+
+Axes: B sequences, T tokens so far, V vocabulary, H hidden size, N tokens of one call.
 """
 
 from collections.abc import Iterable
@@ -45,7 +46,10 @@ class Mixture:
         return torch.lerp(q_BV, p_BV, self.alpha)  # exactly q at alpha 0, and exactly p at alpha 1
 
     def switch(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a mask that is True where the teacher draws, and the random numbers rescaled to [0, 1). Both have the input's shape."""
+        """Return two things: a mask that is True where the teacher draws; and the random numbers, rescaled to [0, 1).
+
+        Shapes stay as they are.
+        """
         teachers = uniforms < self.alpha
         rest = torch.where(teachers, uniforms / self.alpha, (uniforms - self.alpha) / (1 - self.alpha)) if 0 < self.alpha < 1 else uniforms
         return teachers, rest.clamp(max=_BELOW_ONE)
@@ -55,8 +59,8 @@ class Mixture:
 class Speculation:
     """Speculative sampling (SKD, Xu et al. 2024): the student proposes each token, and the teacher accepts or replaces it.
 
-    The teacher accepts its `k` most probable tokens, and draws a token itself otherwise. A token y then has the probability b(y) = q(y)
-    [y is in the top k] + (1 - Q) p(y). Q is the student's total probability of the top k tokens.
+    The teacher accepts a proposed token if it is one of its `k` most probable tokens. Otherwise the teacher draws the token. A token y then
+    has the probability b(y) = q(y) [y is in the top k] + (1 - Q) p(y), where Q is the sum of q over the top k.
     """
 
     teacher: PreTrainedModel
@@ -93,11 +97,11 @@ def next_tokens(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sample the next token of every row. Return the tokens and their log-probabilities.
 
-    The log-probabilities have a key for each model (before warping), and `behaviour` (under the distribution that was sampled from).
+    The log-probabilities are a dict. Its keys are the models (before warping) and `behaviour` (the distribution that was sampled from).
 
     Args:
         logits: (B, V) float32 for "student" and, if there is a guide, for "teacher".
-        scores: the logits after warping (temperature, top-k and so on); the same dict as `logits` if there is no warping.
+        scores: the logits after warping (temperature, top-k and so on). Without warping, this is the same dict as `logits`.
     """
     raw = {name: z.softmax(-1) for name, z in logits.items()}
     warped = raw if scores is logits else {name: z.softmax(-1) for name, z in scores.items()}
@@ -137,7 +141,9 @@ def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 def _inverse_cdf(weights_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the column whose cumulative interval contains the random number, and the number's place in it, scaled to [0, 1)."""
+    """Return two things: the column whose cumulative interval contains the random number; and the number's place in this interval, in [0,
+    1).
+    """
     # float64, because over many columns the error of a float32 sum is larger than a rare token's probability
     cumulative = weights_BN.cumsum(-1, dtype=torch.float64)
     # u <= 1 - 2^-53 keeps the point below the total also after rounding, so a last column of weight 0 is never drawn. The clamp is for NaN
@@ -196,7 +202,7 @@ class InPlaceLayer(DynamicLayer):
 
 
 def keeps_all(layer: object, capacity: int) -> bool:
-    """Return True if the cache layer can attend to `capacity` tokens. A layer with a narrower sliding window cannot."""
+    """Return True if the cache layer keeps `capacity` tokens. A layer with a smaller sliding window does not."""
     return type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= capacity)
 
 
@@ -215,7 +221,7 @@ class Rollout:
 
     `values` are float32 in nats. `student` and `teacher` are log-probabilities of each model alone, at temperature 1. `behaviour` is the
     log-probability under the distribution that was sampled from, after warping and mixing. `hidden` (T, H) contains the inputs of the
-    teacher's output head, on the CPU; it is None if no teacher helped to sample.
+    teacher's output head, on the CPU. It is None if no teacher helped to sample.
     """
 
     tokens: tuple[int, ...]
@@ -224,7 +230,7 @@ class Rollout:
 
 
 class Record:
-    """Memory on the CPU for the tokens, log-probabilities and hidden states of all rows during sampling."""
+    """Memory on the CPU for one sampling call. It stores the tokens, log-probabilities and hidden states of all rows."""
 
     def __init__(self, rows: int, steps: int, eos: tuple[int, ...], models: Iterable[str]):
         self.tokens = np.zeros((rows, steps), np.int64)

@@ -1,4 +1,4 @@
-"""Engines, which sample responses from the current student: the built-in loop (`Native`), and vLLM (`Vllm`)."""
+"""Engines sample responses from the current student. `Native` is the built-in loop, and `Vllm` uses vLLM."""
 
 import importlib
 import os
@@ -18,7 +18,7 @@ _MEMORY = 0.3  # share of the GPU for vLLM's weights and KV cache
 
 
 class Engine(Protocol):
-    """The interface of an engine. An engine samples from the student with the student's current weights."""
+    """The interface of an engine. An engine samples with the student's current weights."""
 
     student: PreTrainedModel
     decoding: Decoding
@@ -41,7 +41,7 @@ class Native:
         guide: Mixture | Speculation | None = None,
         tick: Callable[[int], None] = lambda answered: None,
     ) -> list[Rollout]:
-        """Return the same responses as `Engine.respond`. After each batch, `tick` is called with its number of prompts."""
+        """Return responses as `Engine.respond` does. After each batch, call `tick` with the number of prompts in the batch."""
         order = np.argsort([len(p) for p in prompts], kind="stable")
         found: dict[int, Rollout] = {}
         for start in range(0, len(order), self.chunk):
@@ -68,13 +68,15 @@ class Vllm:
     """
 
     def __init__(self, student: PreTrainedModel, decoding: Decoding, *, eos: tuple[int, ...], vocab: int):
-        """Start vLLM; raise ConfigError if it is not installed."""
+        """Start vLLM. Raises ConfigError if vLLM is not installed."""
         self.student, self.decoding, self.eos, self.vocab = student, decoding, eos, vocab
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the copy must be in this process to receive weights
         try:
             self._vllm = importlib.import_module("vllm")
         except ImportError as error:
-            raise ConfigError("engine: vllm needs the package vllm; run pip install 'tadistill[vllm]', or set engine: native") from error
+            raise ConfigError(
+                "`engine: vllm` needs the package vllm; run pip install 'tadistill[vllm]', or set `engine: native`"
+            ) from error
         with tempfile.TemporaryDirectory() as directory:
             student.save_pretrained(directory)
             self._llm = self._vllm.LLM(
@@ -87,7 +89,7 @@ class Vllm:
             )
 
     def respond(self, prompts: Seq[tuple[int, ...]], uniforms_BT: np.ndarray, guide: Mixture | Speculation | None = None) -> list[Rollout]:
-        """Return responses as `Engine.respond` does. Log-probabilities are missing if the decoding settings change the distribution."""
+        """Return responses as `Engine.respond` does. They have no log-probabilities if the decoding settings change the distribution."""
         assert guide is None, "vLLM cannot sample with a teacher; the check of the recipe refuses this"
         weights = [(name, parameter.detach()) for name, parameter in self.student.named_parameters()]
         self._llm.apply_model(lambda model: model.load_weights(weights))

@@ -1,8 +1,8 @@
 """Sample responses in batches from a transformers model, alone or together with a teacher.
 
-All sampling uses the loop over positions in this file. A mixture of two models without warping uses the faster code of `lazy` if both
-models allow it, with the same result. `reading` finds the memory that each model needs, such as a KV cache. The caller gives the random
-numbers of each sequence, so a sequence does not depend on the other sequences in its batch. Finished sequences leave the batch.
+This file contains the loop over positions. For a mixture of two models without warping, `lazy` gives the same result faster, if both
+models allow it. `reading` finds the memory that each model needs, such as a KV cache. The caller gives the random numbers of each
+sequence, so a sequence does not depend on the other sequences in its batch. Finished sequences leave the batch.
 
 Axes: B sequences, T positions, V vocabulary, H hidden size.
 """
@@ -87,7 +87,7 @@ def sample(
         prompts: token ids without padding.
         uniforms_BT: (B, max_new_tokens) random numbers in [0, 1). The number [b, t] draws token t of response b. In a mixture, it first
             selects the model (`Mixture.switch`).
-        vocab: size of the vocabulary that the models share; token ids beyond it are never sampled.
+        vocab: size of the vocabulary that the models share. Token ids beyond it are never sampled.
         decoding: the settings that change each model's logits before mixing. Its `max_new_tokens` is ignored.
         guide: how a teacher helps to sample; None if the student samples alone.
 

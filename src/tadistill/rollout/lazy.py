@@ -1,10 +1,9 @@
-"""Faster sampling from a mixture of student and teacher: each model is called less often, and reads several tokens in one call.
+"""Faster sampling from a mixture of student and teacher. Each model is called less often, and reads several tokens per call.
 
-A token's random number selects the model that draws it (`Mixture.switch`), so the turns are known before any model is called. A model
-continues a row alone while it has the turn. The other model reads these tokens later, when it has the turn or must give their
-log-probabilities. A call runs one model for many rows. The student is called until half of the rows wait for the teacher. The teacher
-then reads several tokens of every row in one call. This costs little more than one token per row, because the weights are read from
-memory once.
+A token's random number selects the model that draws it (`Mixture.switch`). It is therefore known in advance which model draws which token.
+The selected model continues a row alone. The other model reads these tokens later, when it must draw or must give their log-probabilities.
+A call runs one model for many rows. The student is called until half of the rows wait for the teacher. The teacher then reads several
+tokens of every row in one call. This call takes little longer than a call with one token per row, because it reads the weights once.
 
 Tokens and probabilities equal those of the loop in `generate`, where both models read every token (tests/unit/rollout/test_lazy.py). On
 a CPU it takes 79 to 93 % of that loop's time (docs/benchmarks/mixture-cpu.md).
@@ -33,7 +32,7 @@ _ATTENTION = "tadistill_packed"
 
 
 def possible(model: PreTrainedModel, capacity: int) -> bool:
-    """Return True if `fill` supports the model: a tested family with `sdpa` attention, and no sliding window narrower than the text."""
+    """Return True if `fill` supports the model. It needs a tested family with `sdpa` attention, and no sliding window below `capacity`."""
     # Packing does not work with ALiBi (which computes distances from a two-axis mask), recurrent states, missing position ids, or a model's
     # own attention bias. Add a family to the set only when tests/unit/rollout/test_lazy.py covers it.
     if model.config.model_type not in PACKED_FAMILIES or model.config._attn_implementation != "sdpa":
@@ -66,7 +65,10 @@ class _Text:
         return self.going() & (self.teachers[self.rows, t] == (side.name == "teacher"))
 
     def unread(self, side: _Side) -> np.ndarray:
-        """Return how many tokens (B,) the model must read, to score all tokens so far and to draw the next one if it has the turn."""
+        """Return the number of tokens (B,) that the model must read now.
+
+        It must score all tokens so far, and draw the next one if selected.
+        """
         return self.end[self.rows] + self.turns(side) - 1 - side.done[self.rows]
 
 

@@ -1,8 +1,8 @@
-"""Rounds of rollouts: sample many sequences from the current student, train on them for some epochs, then sample again.
+"""Rounds of sampling and training: sample many sequences from the current student, train on them, then sample again.
 
-The teacher reads each sequence once. If the teacher helps to sample, its hidden states and log-probabilities are kept. Otherwise the
-teacher runs after sampling. It runs in the training step if each sequence is used only once and the loss needs no log-probabilities
-before. Logits are never stored.
+The teacher reads each sequence once. If the teacher helps to sample, its outputs are kept: hidden states and log-probabilities. Otherwise
+it reads the sequence after sampling. It does this inside the training step if two conditions hold: each sequence is used only once, and
+the loss does not need log-probabilities earlier. Logits are never stored.
 """
 
 from collections.abc import Sequence as Seq
@@ -33,7 +33,7 @@ class Teacher:
     """The teachers of a student, and which of their outputs the objective needs."""
 
     models: tuple[PreTrainedModel, ...]
-    """The original teacher (only it can help to sample), followed by the assistants that also teach the student."""
+    """The original teacher, followed by the assistants that also teach the student. Only the original teacher can help to sample."""
     vocab: int
     scores: bool
     """True if the loss needs the log-probability of every sampled token before the training step."""
@@ -42,16 +42,16 @@ class Teacher:
 
     @classmethod
     def of(cls, objective: Objective, models: tuple[PreTrainedModel, ...], vocab: int) -> "Teacher":
-        """Return the teachers, and which of their outputs `objective` needs."""
+        """Return the teachers, with the outputs that `objective` needs."""
         return cls(models, vocab, objective.needs_scores, objective.needs_distribution)
 
 
 class Rollouts(Sampler):
-    """The sampler that works in rounds. A round samples `rollouts` sequences, and trains on them for `inner_epochs` epochs.
+    """The sampler that works in rounds. In a round, it samples `rollouts` sequences, and trains on them for `inner_epochs` epochs.
 
-    `Batch.values` contains log-probabilities of the sampled tokens. `student` is under the student that sampled them. `behaviour` is
-    under the distribution that was sampled from. `teacher` is added if the objective needs it. Several teachers have the names `teacher
-    0`, `teacher 1` and so on.
+    `Batch.values` contains log-probabilities of the sampled tokens. The key `student` is for the student at the time of sampling. The key
+    `behaviour` is for the distribution that was sampled from. The key `teacher` exists if the objective needs it. With several teachers,
+    the keys are `teacher 0`, `teacher 1` and so on.
     """
 
     def __init__(
@@ -163,7 +163,6 @@ class Rollouts(Sampler):
     def _passes(
         self, sequences: list[Sequence], reader: Reader, model: PreTrainedModel, *, states: bool, scores: bool
     ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Run the model on the sequences. Return (hidden states, log-probabilities) of each; a part that is not wanted is None."""
         found: dict[int, tuple[Tensor | None, Tensor | None]] = {}
         for rows in by_length(sequences, self.config.chunk):
             batch = collate([sequences[i] for i in rows], pad=self.pad).to(model.device)
@@ -209,10 +208,10 @@ def on_policy(
     corpus: Seq[Sequence] = (),
     **common: Any,
 ) -> Sampler:
-    """Return the sampler of an on-policy method: a method that trains on text sampled from the student.
+    """Return the sampler of an on-policy method. Such a method trains on text that the student samples.
 
     Args:
-        texts: the responses of the data set; the teacher's responses for the sampler `pair`.
+        texts: the responses of the data set. For the sampler `pair`, these are the teacher's responses.
         prompts: the prompts for samplers that work in rounds.
         common: the arguments engine, pad, seed and shard of every sampler.
     """

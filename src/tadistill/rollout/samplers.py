@@ -1,7 +1,7 @@
-"""Samplers, which give the training batches. For each optimizer update, a sampler returns the micro-batches of this process.
+"""Samplers give the training batches. For each optimizer update, a sampler returns the micro-batches of this process.
 
-Sampling from the student happens here, so the training loop does not depend on the algorithm. `Batch.values` contains the tokens'
-log-probabilities from sampling, for use in the objective. Samplers that work in rounds are in `tadistill.rollout.rounds`.
+A sampler also lets the student generate text, so the training loop does not depend on the algorithm. `Batch.values` contains the tokens'
+log-probabilities from sampling, for the objective. Samplers that work in rounds are in `tadistill.rollout.rounds`.
 """
 
 from collections import deque
@@ -25,23 +25,26 @@ from tadistill.rollout.signals import Signals
 
 @dataclass(frozen=True)
 class Shard:
-    """The rank of this process, and the number of processes (`world`). The processes divide the sequences of an update."""
+    """The rank of this process, and the number of processes (`world`). The sequences of an update are divided among the processes."""
 
     rank: int = 0
     world: int = 1
 
     def gather(self, found: list[tuple[int, Sequence]]) -> list[Sequence]:
-        """Collect the (number, sequence) pairs of all processes. Return the sequences, sorted by their numbers."""
+        """Collect (number, sequence) pairs from all processes. Return all sequences, sorted by their numbers."""
         every = gather_object(found) if self.world > 1 else found
         return [s for _, s in sorted(every, key=lambda item: item[0])]
 
 
 class Sampler:
-    """The interface of a sampler, which gives batches to the training loop."""
+    """The interface of a sampler. A sampler gives batches to the training loop."""
 
     @property
     def wants_dev(self) -> bool:
-        """True if the training loop must call `observe` with the dev metrics of the untrained student."""
+        """True if the sampler needs the dev metrics of the untrained student.
+
+        The training loop then calls `observe` before the first update.
+        """
         return False
 
     def micro_batches(self, step: int) -> list[Batch]:
@@ -49,7 +52,7 @@ class Sampler:
         raise NotImplementedError
 
     def samples(self, step: int) -> bool:
-        """Return True if the micro-batches of update `step` may need text sampled from the student. All processes return the same value."""
+        """Return True if update `step` may need text sampled from the student. All processes return the same value."""
         return False
 
     def observe(self, dev: Mapping[str, float]) -> None:
@@ -64,11 +67,14 @@ class Sampler:
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state that `state` returned."""
+        """Continue from a saved `state`."""
 
 
 def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
-    """Return the row indices (batch,) of batch `step`. Each epoch goes through all rows in a new random order, set by `address`."""
+    """Return the row indices (batch,) of batch number `step`. Each epoch goes through all rows in a new random order.
+
+    `address` seeds the order.
+    """
     places = (divmod(position, rows) for position in range(step * batch, (step + 1) * batch))
     return np.array([_order(rows, *address, epoch)[place] for epoch, place in places])
 
@@ -79,7 +85,7 @@ def _order(rows: int, *address: int | str) -> np.ndarray:
 
 
 def cut(optim: Optim, shard: Shard) -> list[np.ndarray]:
-    """Return one array per micro-batch of this process: the positions of its sequences in the update's whole batch."""
+    """Divide an update's batch. Return one array per micro-batch of this process, with the positions of its sequences in the batch."""
     mine = np.arange(optim.batch)[shard.rank :: shard.world]
     size = optim.micro_batch or len(mine)
     return [mine[i : i + size] for i in range(0, len(mine), size)]
@@ -112,7 +118,7 @@ def unpack(stored: list[dict[str, Any]]) -> list[Sequence]:
 
 
 class FixedSequences(Sampler):
-    """Sampler of fixed responses, in a new order every epoch. `signals` are the teacher's recorded outputs for them, if there are any."""
+    """Sampler of fixed responses, in a new order every epoch. `signals` are the teacher's recorded outputs for these responses, or None."""
 
     def __init__(
         self, sequences: Seq[Sequence], optim: Optim, *, pad: int, seed: int, signals: Signals | None = None, shard: Shard = Shard()
@@ -166,9 +172,9 @@ class Mix(_WithStudent):
 
 
 class Replay(_WithStudent):
-    """The sampler of DistiLLM, which also trains on earlier text of the student. A buffer stores this text.
+    """The sampler of DistiLLM. It also trains on earlier text of the student, which a buffer stores.
 
-    Every process stores the whole buffer. The settings are explained in `ReplaySampler`.
+    Every process stores the whole buffer. `ReplaySampler` explains the settings.
     """
 
     def __init__(self, sequences: Seq[Sequence], config: ReplaySampler, optim: Optim, **common: Any):
@@ -181,11 +187,11 @@ class Replay(_WithStudent):
 
     @property
     def wants_dev(self) -> bool:
-        """True until the first dev loss is known, which is the loss before training."""
+        """True until the dev loss of the untrained student is known."""
         return self.mark is None
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Return micro-batches of one source: new text of the student, text from the buffer, or the fixed responses."""
+        """Return micro-batches of one source. The source is new text of the student, text from the buffer, or the fixed responses."""
         u = self.draw(step)
         if u < self._share_of_fresh(step) or (u < self.phi and len(self.buffer) < self.config.capacity):
             found = self.shard.gather(list(self.fresh(step).items()))
@@ -202,9 +208,9 @@ class Replay(_WithStudent):
         return self.phi * {"decreasing": 1 - done, "constant": 0.5, "increasing": done}[self.config.schedule]
 
     def observe(self, dev: Mapping[str, float]) -> None:
-        """Increase `phi`, the probability of training on the student's text, if the dev loss is at least `mark` + tolerance.
+        """Increase `phi` if the dev loss is at least `mark` + tolerance. `phi` is the probability of training on the student's text.
 
-        `mark` then becomes this dev loss. A lower loss changes nothing, as in DistiLLM's code.
+        After an increase, `mark` is this dev loss. A lower dev loss changes nothing, as in DistiLLM's code.
         """
         if self.mark is None:
             self.mark = dev["loss"]
@@ -223,7 +229,7 @@ class Replay(_WithStudent):
 
 
 class Pairs(_WithStudent):
-    """The sampler of DistiLLM-2. Each prompt occurs with the teacher's stored response and with a new response of the student.
+    """The sampler of DistiLLM-2. Each prompt occurs twice: with the teacher's stored response, and with a new response of the student.
 
     `Batch.values["from_teacher"]` is 1 in responses of the teacher and 0 in responses of the student. A micro-batch of n prompts has 2n
     sequences.

@@ -1,11 +1,11 @@
 """Record a teacher's outputs for a fixed data set once, and read them during training.
 
-    record(teacher, sequences, config, folder, vocab=..., pad=..., tick=...)   # a stage; continues where a killed stage stopped
+    record(teacher, sequences, config, folder, vocab=..., pad=..., tick=...)   # continues where a killed process stopped
     Signals(folder, device).target([3, 17])                                    # outputs at the response tokens of sequences 3 and 17
 
 The outputs are hidden states or top-k log-probabilities. Each safetensors file contains 256 sequences. Hidden states are stored with the
-teacher's output head, so that training does not load the teacher. They take 4 H bytes per token (2 H in bfloat16). Top-k outputs take 8
-k + 4 bytes.
+teacher's output head, so that training does not load the teacher. They take 4 H bytes per token (2 H in bfloat16), where H is the hidden
+size. Top-k outputs take 8 k + 4 bytes per token.
 """
 
 import json
@@ -109,11 +109,13 @@ class Signals:
             self._parts = [safe_open(p, "pt") for p in paths]
             lengths = [part.get_tensor("lengths").numpy() for part in self._parts]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"the teacher's recorded signal in {folder} is damaged ({error}); delete this folder and run again") from error
+            raise StoreError(
+                f"the recorded outputs of the teacher in {folder} are damaged ({error}); delete this folder and run again"
+            ) from error
         self._ends = [np.cumsum(n) for n in lengths]
 
     def target(self, rows: Seq[int]) -> Hidden | TopK:
-        """Return the teacher's outputs at the response tokens of the sequences `rows`, concatenated in this order."""
+        """Return the teacher's outputs at the response tokens. They are concatenated in the order of the sequences `rows`."""
         found = [self._row(int(row)) for row in rows]
         joined = {name: torch.cat([f[name] for f in found]).to(self._device) for name in found[0]}
         if self.head is not None:

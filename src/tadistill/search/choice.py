@@ -46,13 +46,13 @@ class Choice:
     tried: tuple[Tried, ...]
     """All paths that were trained in full, best first. The first path is the chosen one."""
     rounds: tuple[tuple[Round, dict[ModelPath, float]], ...]
-    """Each round, with path -> dev value of the path's last model, averaged over seeds."""
+    """Each round, with the dev value of each path's last model, averaged over seeds."""
     direct: float | None
     """Training FLOPs of the direct path, for one seed."""
     trained: float | None
     """Training FLOPs of all stages that the search needed, over all seeds, including the fine-tuning of the models."""
     discarded: float | None
-    """The part of `trained` that was spent on stages that the chosen path does not depend on."""
+    """The part of `trained` that was spent on stages that the chosen path does not need."""
     distillations: int
     """Number of distillations that the search needed, over all seeds."""
     stages: tuple[str, ...] = ()
@@ -68,15 +68,15 @@ class Choice:
         return len({path for asked, _ in self.rounds for path in asked.paths if path[-1] == self.path[-1]})
 
     def cost(self, tried: Tried) -> float | None:
-        """Return the FLOPs of a path divided by the FLOPs of the direct path."""
+        """Return the FLOPs of a path divided by the FLOPs of the direct path (teacher to student without assistants)."""
         return None if tried.flops is None or self.direct is None else tried.flops / self.direct
 
     def front(self) -> list[Tried]:
-        """Return the Pareto front: the tried paths that no other tried path matches or beats in both cost and quality."""
+        """Return the Pareto front of cost and quality: the tried paths that no other path equals or beats in both."""
         return undominated(self.tried, lambda t: (t.flops or 0.0, -self.sign * t.mean))
 
     def inflation(self) -> float | None:
-        """Return how much chance alone raises the best value of the compared paths, in the metric's unit. None if there is one seed.
+        """Return how much chance alone raises the best value of the compared paths, in the metric's unit. Return None if there is one seed.
 
         This is an upper bound, because paths that share stages have correlated values.
         """
@@ -88,7 +88,7 @@ class Choice:
 
 
 def write_choice(choice: Choice, recipe: Recipe, directory: Path) -> Path | None:
-    """Write search.json, and also confirm.yaml unless the direct path won. Return the file path of confirm.yaml, or None."""
+    """Write search.json and, unless the direct path won, confirm.yaml. Return the path of confirm.yaml, or None."""
     write_json(directory / "search.json", _record(choice))
     confirm = directory / "confirm.yaml"
     if len(choice.path) == 2:
@@ -114,7 +114,7 @@ def choice_table(choice: Choice) -> Table:
 
 
 def choice_notes(choice: Choice, confirm: Path | None, runs: Path) -> list[str]:
-    """Write sentences about the cost of the search, the reliability of its best value, and the next command to run."""
+    """Return sentences about the cost of the search, the reliability of its best value, and the next command to run."""
     seeds = len(choice.tried[0].values)
     count = f"{choice.distillations} distillations"
     over = f"{seeds} seed{'s' * (seeds > 1)}"

@@ -32,7 +32,7 @@ MOST_PATHS = 256
 
 
 def find_path(recipe: Recipe, *, runs: Path, console: Console) -> Choice:
-    """Search a recipe's lattice, print the tried paths, and write RUNS/STUDY/search.json and confirm.yaml.
+    """Search the paths of a recipe, print the tried paths, and write RUNS/STUDY/search.json and confirm.yaml.
 
     Raises:
         TadistillError: the recipe is wrong (raised before any training), or a stage failed.
@@ -78,18 +78,19 @@ def find_path(recipe: Recipe, *, runs: Path, console: Console) -> Choice:
 
 
 def check_lattice(recipe: Recipe, search: Search) -> None:
-    """Raise a ConfigError if the lattice has too many paths, or has a model whose temperature depends on an arm."""
+    """Raise a ConfigError if a search has too many paths, or a model whose temperature depends on an arm."""
     for name in sorted(with_parents(recipe, _models(search))):
         temper = recipe.models[name].temper
         if temper and temper.like is not None:
             raise ConfigError(
-                f"model {name} is tempered like arm {temper.like}, but a search has no arms; give {name} a fixed tau, or leave {name} out"
+                f"model {name} takes its temperature from arm {temper.like}, but a search has no arms; set `temper.tau` of {name}, or "
+                f"remove {name} from the search"
             )
     paths = count_paths(len(search.assistants), search.max_assistants)
     if paths > MOST_PATHS:
         raise ConfigError(
-            f"{len(search.assistants)} assistants make {paths:,} paths, but a search supports at most {MOST_PATHS}; "
-            "lower search.max_assistants, or name fewer assistants"
+            f"{len(search.assistants)} assistants make {paths:,} paths, but a search supports at most {MOST_PATHS}; lower "
+            "`search.max_assistants`, or name fewer assistants"
         )
 
 
@@ -105,48 +106,48 @@ def _check_metric(recipe: Recipe, search: Search) -> str:
         metric = _method(recipe, name).select.metric
         if metric in NOT_COMPARABLE:
             raise ConfigError(
-                f"the checkpoint of model {name} is selected by `{metric}`, which {NOT_COMPARABLE[metric]}, so it cannot compare paths; "
+                f"the checkpoint of model {name} is selected by `{metric}`, which {NOT_COMPARABLE[metric]}, so paths cannot be compared; "
                 "set `select.metric` to `loss`, `rouge_l` or `fact_accuracy`"
             )
         if metric != student:
             raise ConfigError(
-                f"the checkpoint of model {name} is selected by `{metric}`, but that of {search.student} is selected by `{student}`; "
-                "the values of different metrics cannot be compared; set the same `select.metric` for both"
+                f"the checkpoint of model {name} is selected by `{metric}`, but that of {search.student} by `{student}`, so their values "
+                "cannot be compared; set the same `select.metric` for both"
             )
     return student
 
 
 def check_order(recipe: Recipe, search: Search) -> None:
-    """Raise a ConfigError if a model is bigger than the model before it in the lattice. Neighbours may have equal sizes."""
+    """Raise a ConfigError if a model is bigger than the model before it in the search. Neighbours may have equal sizes."""
     ledger = Ledger(recipe)
     for above, below in pairwise(_models(search)):
         big, small = ledger.size(above), ledger.size(below)
         if big and small and small.total > big.total:
             raise ConfigError(
-                f"models of a search must go from big to small, but {below} ({small.total:,} parameters) follows {above} ({big.total:,}); "
-                "order teacher, assistants and student by size"
+                f"the models of a search must be ordered from big to small, but {below} ({small.total:,} parameters) comes after {above} "
+                f"({big.total:,}); change their order"
             )
 
 
 def path_arms(paths: Sequence[ModelPath]) -> dict[str, Arm]:
-    """Return name (`path_name`) -> arm, for each path. Raises ConfigError if two paths get the same name."""
+    """Return one arm for each path, by name. Raises ConfigError if two paths get the same name."""
     arms: dict[str, Arm] = {}
     for path in paths:
         if (name := path_name(path)) in arms:
-            raise ConfigError(f"the paths {arms[name].text} and {path_text(path)} are both called {name}; rename a model")
+            raise ConfigError(f"the paths {arms[name].text} and {path_text(path)} both have the name {name}; rename one of their models")
         arms[name] = Arm(path=(path,))
     return arms
 
 
 def path_flops(recipe: Recipe, search: Search) -> dict[ModelPath, float | None]:
-    """Return path -> training FLOPs of all stages that its student needs, for one seed. None if the size of a model is unknown."""
+    """Return the training FLOPs of each path: all stages that its student needs, for one seed. None if the size of a model is unknown."""
     paths = _lattice(search).paths
     plan = make_plan(_round_recipe(recipe, paths).model_copy(update={"seeds": recipe.seeds[:1]}))
     return {path: arm.flops for path, arm in zip(paths, plan.arms, strict=True)}
 
 
 def affordable(search: Search, flops: Mapping[ModelPath, float | None]) -> Lattice:
-    """Return the lattice of the paths within the budget. Raises ConfigError if no path is within the budget, or if costs are unknown."""
+    """Return the paths within the budget. Raises ConfigError if no path is within the budget, or if costs are unknown."""
     direct = flops[search.teacher, search.student]
     costs = {path: cost / direct for path, cost in flops.items() if cost is not None and direct}
     if search.budget is None:
@@ -154,15 +155,15 @@ def affordable(search: Search, flops: Mapping[ModelPath, float | None]) -> Latti
     if len(costs) < len(flops):
         raise ConfigError(
             f"search.budget is {search.budget:g}, but the size of a model is unknown (only gpt2, opt, llama, mistral, qwen2, qwen3 are "
-            "counted); leave out search.budget"
+            "counted); remove `search.budget`"
         )
     budget = search.budget
     lattice = _lattice(search, cost=costs.__getitem__, budget=budget)
     if not lattice.paths or (search.strategy == "single" and all(len(path) > 3 for path in lattice.paths)):
         cheapest = min(costs, key=costs.__getitem__)
         raise ConfigError(
-            f"search.budget is {budget:g} × the FLOPs of the direct path, but no allowed path is that cheap: the cheapest, "
-            f"{path_text(cheapest)}, costs {costs[cheapest]:.2f} × direct; raise the budget"
+            f"search.budget is {budget:g} × the FLOPs of the direct path, but the cheapest allowed path, {path_text(cheapest)}, costs "
+            f"{costs[cheapest]:.2f} × these FLOPs; raise `search.budget`"
         )
     return lattice
 
@@ -174,8 +175,8 @@ def _check_chains(search: Search, lattice: Lattice, flops: Mapping[ModelPath, fl
     nearest = min((path for path in costs if len(path) > 2), key=costs.__getitem__)
     multiple = costs[nearest] / costs[search.teacher, search.student]
     raise ConfigError(
-        f"search.budget is {search.budget:g} × the FLOPs of the direct path, so only the direct path fits. The cheapest chain, "
-        f"{path_text(nearest)}, costs {multiple:.2f} × direct; raise the budget"
+        f"search.budget is {search.budget:g} × the FLOPs of the direct path, but the cheapest path with an assistant, "
+        f"{path_text(nearest)}, costs {multiple:.2f} × these FLOPs; raise `search.budget`"
     )
 
 
@@ -206,7 +207,7 @@ def _strategy(search: Search, lattice: Lattice) -> Strategy:
 
 
 class _Training:
-    """The training part of a search: it trains the paths of each round and collects all stages that the search needed."""
+    """The trainings of a search. It trains the paths of each round and collects all stages that the search needed."""
 
     def __init__(self, recipe: Recipe, lattice: Lattice, store: Store, console: Console):
         self.recipe, self.lattice, self.store, self.console = recipe, lattice, store, console
@@ -217,13 +218,13 @@ class _Training:
 
     @cached_property
     def jobs(self) -> int:
-        """Number of stages that run at the same time. The first access checks all paths of the lattice, before any stage runs."""
+        """Number of stages that run at the same time. The first access checks all paths before any stage runs."""
         from tadistill.runner.preflight import check_study  # imports transformers; not needed if all stages are in the store
 
         return check_study(_round_recipe(self.recipe, self.lattice.paths), self.console)
 
     def measure(self, asked: Round, sign: int) -> dict[ModelPath, float]:
-        """Train a round and return the quality of every path. A higher quality is better."""
+        """Train the paths of a round and return their qualities. A higher quality is better."""
         plan = make_plan(_round_recipe(self.recipe, asked.paths, asked.share))
         stages = {key: stage for key, stage in plan.stages.items() if not stage.measures}
         missing = sum(not self.store.finished(key) for key in stages)

@@ -1,13 +1,13 @@
 """Paths from a teacher to a student through assistants, strategies that find a good path with few trainings, and rules of thumb.
 
-Models are ordered from big to small: teacher, assistants, student. An edge trains the smaller model; the bigger model is its teacher.
-A path is a tuple of the names of its models, teacher first. A prefix of a path is such a tuple that ends with an assistant.
+Models are ordered from big to small: teacher, assistants, student. A path is a tuple of model names, teacher first. In a path, each model
+teaches the next one. A prefix is the beginning of a path. It ends with an assistant.
 
     chosen = drive(best_prefix(lattice), measure)      # measure(Round) -> {path: quality, higher is better}
 
 A strategy is a generator. It yields rounds of paths to train, receives the quality of each path's last model, and returns the chosen path.
 Tests, simulations (`benchmarks/search.py`) and real training (`tadistill search`) use this code. If two paths are equally good, the path
-with fewer models wins, and then the path with bigger assistants (the order of `Lattice.paths`).
+with fewer models wins. If their numbers of models are equal too, the path with bigger assistants wins (the order of `Lattice.paths`).
 """
 
 import math
@@ -20,21 +20,22 @@ from tadistill.config.arm import ModelPath
 
 @dataclass(frozen=True)
 class Lattice:
-    """Models from big to small, and the paths among them that may be tried."""
+    """The models of a search from big to small, and the paths that may be tried."""
 
     nodes: ModelPath
     """The models from big to small: teacher, assistants, student."""
     paths: tuple[ModelPath, ...]
-    """Paths from teacher to student: fewest assistants first, bigger assistants before smaller ones. This order breaks ties."""
+    """Paths from teacher to student. Paths with few assistants come first, and then paths with bigger assistants. This order breaks ties.
+    """
 
     def prefixes(self) -> tuple[ModelPath, ...]:
-        """Return all prefixes of the paths that have at least two models. The paths themselves are included."""
+        """Return all beginnings of the paths with at least two models. The paths themselves are included."""
         return trainings(self.paths)
 
 
 @dataclass(frozen=True)
 class Concordance:
-    """Counts of pairs of paths with the same last edge. A pair is concordant if the path with the better teacher has the better learner."""
+    """Counts of pairs of paths with the same last two models. A pair is concordant if the better teacher also has the better learner."""
 
     concordant: int
     discordant: int
@@ -43,13 +44,16 @@ class Concordance:
 
     @property
     def share(self) -> float | None:
-        """Share of concordant pairs among pairs without ties; 1/2 if the teacher's quality has no effect, None if all pairs are tied."""
+        """Share of concordant pairs, among pairs without ties.
+
+        It is 1/2 if the teacher's quality has no effect, and None if all pairs are tied.
+        """
         decided = self.concordant + self.discordant
         return self.concordant / decided if decided else None
 
 
 def path_name(path: ModelPath) -> str:
-    """Return the name of a path's arm, such as `xl-l-s`. It needs no quotes in a shell or in an override (`arms.xl-l-s.path=…`)."""
+    """Return a name for a path, such as `xl-l-s`. It needs no quotes in a shell or in an override (`arms.xl-l-s.path=…`)."""
     return "-".join(path)
 
 
@@ -82,21 +86,22 @@ def count_paths(assistants: int, max_assistants: int | None = None) -> int:
 
 
 def trainings(paths: Iterable[ModelPath]) -> tuple[ModelPath, ...]:
-    """Return the trainings that these paths need. A training is a prefix of a path with at least two models.
+    """Return the trainings that these paths need. A training is the beginning of a path, with at least two models.
 
-    Prefixes that several paths share are trained once. Shorter prefixes come first.
+    A beginning that several paths share is trained once. Shorter ones come first.
     """
     found = dict.fromkeys(path[:end] for path in paths for end in range(2, len(path) + 1))
     return tuple(sorted(found, key=len))
 
 
 def concordance(quality: Mapping[ModelPath, float]) -> Concordance:
-    """Count how often a better teacher made a better learner, over all pairs of paths with the same last edge.
+    """Count how often a better teacher made a better learner, over all pairs of paths with the same last two models.
 
-    `best_prefix` finds the best path if this is always so (the Bellman condition).
+    If a better teacher always makes a better learner, `best_prefix` finds the best path (the Bellman condition).
 
     Args:
-        quality: quality of every prefix and path, higher is better. A pair is used only if the qualities of both teachers are given.
+        quality: quality of every path and of every beginning of a path. Higher is better. A pair is used only if the qualities of both
+            teachers are given.
     """
     found = {1: 0, -1: 0, 0: 0}
     for a, b in combinations(quality, 2):
@@ -111,7 +116,7 @@ def _sign(x: float) -> int:
 
 @dataclass(frozen=True)
 class Round:
-    """Paths or prefixes to train and measure. A prefix ends with an assistant."""
+    """Paths to train and measure. A path may also end with an assistant (a prefix)."""
 
     paths: tuple[ModelPath, ...]
     share: float = 1.0
@@ -133,7 +138,7 @@ class Outcome:
 
     @property
     def trainings(self) -> int:
-        """Number of stages that the search trains. A prefix that several paths share is counted once for each length of run (`share`)."""
+        """Number of trainings in the search. A beginning that several paths share is counted once for each length of run (`share`)."""
         shares = {r.share for r in self.rounds}
         return sum(len(trainings(p for r in self.rounds if r.share == share for p in r.paths)) for share in shares)
 
@@ -163,12 +168,15 @@ def single(lattice: Lattice) -> Strategy:
     """Train the direct path and all paths with one assistant (2n + 1 trainings for n assistants). Raises ValueError without such paths."""
     paths = tuple(path for path in lattice.paths if len(path) <= 3)
     if not paths:
-        raise ValueError("the strategy `single` needs a path with at most one assistant, but the lattice has none")
+        raise ValueError(
+            "the strategy `single` needs a path with at most one assistant, but no such path is allowed; allow one, or choose another "
+            "strategy"
+        )
     return (yield from _best_of(lattice, paths))
 
 
 def best_prefix(lattice: Lattice) -> Strategy:
-    """Keep only the best checkpoint of each model as a teacher. With n assistants this needs (n+1)(n+2)/2 trainings.
+    """For each model, keep only its best checkpoint as a teacher. With n assistants this needs (n+1)(n+2)/2 trainings.
 
     This is a heuristic. It finds the best path if a better teacher always makes a better learner (`concordance` counts how often this is
     so). Otherwise a path through a worse checkpoint may be better, but it is never tried.
@@ -177,12 +185,12 @@ def best_prefix(lattice: Lattice) -> Strategy:
 
 
 def beam(lattice: Lattice, *, width: int) -> Strategy:
-    """Keep the `width` best checkpoints of each model as teachers. With n assistants this needs at most width * (n+1)(n+2)/2 trainings.
+    """For each model, keep the `width` best checkpoints as teachers. With n assistants this needs at most width * (n+1)(n+2)/2 trainings.
 
-    There is one round for each model, from big to small. In a model's round, its kept checkpoints teach every smaller model.
+    There is one round for each model, from big to small. In this round, its kept checkpoints teach every smaller model.
 
     Raises:
-        ValueError: `width` is below 1, or the lattice has no path.
+        ValueError: `width` is below 1, or there is no path.
     """
     if width < 1:
         raise ValueError(f"width is {width}; it must be at least 1, because a beam keeps at least one checkpoint of each model")
@@ -199,7 +207,7 @@ def beam(lattice: Lattice, *, width: int) -> Strategy:
         for path in asked:
             ways[path[-1]].append(path)
     if not ways[student]:
-        raise ValueError("the lattice has no path from teacher to student")
+        raise ValueError("there is no path from teacher to student; allow at least one")
     return _ranked(lattice, ways[student], quality)[0]
 
 
@@ -209,7 +217,7 @@ def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
     Each such step is a rung, and the runs of each rung are longer. A longer run starts anew, because its learning-rate schedule differs.
 
     Args:
-        rungs: for each rung, the share of a stage's updates that is run. At least two rising values; the last value must be 1.
+        rungs: for each rung, the share of a training's updates that is run. At least two rising values; the last value must be 1.
 
     Raises:
         ValueError: `rungs` breaks one of these rules.
@@ -247,7 +255,7 @@ def size_law(
     ratio: float = 2.5,
     max_assistants: int | None = None,
 ) -> ModelPath:
-    """Choose a path from the student upward. The next model is the bigger model whose size is nearest to `ratio` times the current size.
+    """Choose a path, from the student upwards. The next model is the bigger model whose size is nearest to `ratio` times the current size.
 
     The ratio of 2.5 is from Zhang et al. 2025 (arXiv 2311.07052). With `max_assistants`, only the smallest chosen assistants are kept.
     """
@@ -274,7 +282,7 @@ def geometric_mean(teacher: str, assistants: Sequence[str], student: str, sizes:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The assistant that `lambda_tradeoff` chooses for every lambda from `low` to `high`."""
+    """One assistant that `lambda_tradeoff` chooses, and the values of lambda (`low` to `high`) for which it does so."""
 
     assistant: str
     low: float
@@ -284,7 +292,7 @@ class Chosen:
 def lambda_tradeoff(teacher: str, assistants: Sequence[str], scores: Mapping[str, float], sizes: Mapping[str, float]) -> tuple[Chosen, ...]:
     """Return the assistants that MiniDisc's trade-off chooses for lambda >= 0, in rising order of lambda.
 
-    The trade-off chooses the assistant with the largest score + lambda * (1 - size / size of the teacher). Scores are from 0 to 1.
+    For a given lambda, it chooses the assistant with the largest score + lambda * (1 - size / size of the teacher). Scores are from 0 to 1.
     At a lambda where the choice changes, two assistants have the same value. Source: Zhang et al. 2022, arXiv 2205.14570.
     """
     left = {name: (scores[name], 1 - sizes[name] / sizes[teacher]) for name in assistants}

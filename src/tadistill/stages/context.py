@@ -1,4 +1,4 @@
-"""The context of a running stage: functions that load its models and data, and its callbacks for progress, alarms and stopping."""
+"""What a running stage gets: functions that load its models and data, and callbacks for progress, alarms and stopping."""
 
 import os
 from collections.abc import Callable
@@ -44,7 +44,7 @@ Model = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 class Context(Generic[AnySpec]):
-    """One stage to run, with methods that load the models and the data that its spec names."""
+    """One stage that runs, with methods that load the models and the data of its spec."""
 
     def __init__(self, task: Task, store: Store, folder: Path, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]):
         self.task, self.store, self.folder = task, store, folder
@@ -92,12 +92,12 @@ class Context(Generic[AnySpec]):
         return prune(parent, shape, measured, keep_list(shape.layers if handle.layers == "spacing" else handle.layers, total))
 
     def say_if_slower(self, *models: PreTrainedModel) -> None:
-        """Give an alarm for each model whose answers take longer than those of other models of its size."""
+        """Give an alarm for each model that generates answers more slowly than other models of its size."""
         for sentence in filter(None, map(slower, models)):
             self.alarm(sentence)
 
     def frozen(self, handle: Handle, dtype: torch.dtype = torch.float32) -> Model:
-        """Load a model that is not trained. The setting `resources.teacher` decides where its weights are stored."""
+        """Load a model that is not trained. Its weights are placed as `resources.teacher` says."""
         where = self.task.resources.teacher
         model, tokenizer = self.model(handle, dtype, None if where == "replicated" else torch.device("cpu"))
         model.eval().requires_grad_(False)
@@ -105,7 +105,7 @@ class Context(Generic[AnySpec]):
         return place(model, self.device), tokenizer
 
     def subject(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: PreTrainedModel) -> Subject:
-        """Return a model that answers or is measured, on the vocabulary that it shares with the others, with the ends of answers."""
+        """Prepare a model for sampling or measuring. Its vocabulary is cut to the part that all `others` share."""
         ends = self.spec.data.ends or end_tokens(model, tokenizer)
         return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, *others), ends)
 
@@ -134,7 +134,7 @@ class Context(Generic[AnySpec]):
         """Import a function of the user's own code.
 
         Raises:
-            StageFailed: its file has changed since the plan was made.
+            StageFailed: the file of the function has changed since the plan was made.
         """
         found = load_function(planned.function, self.task.code)
         if found.digest != planned.source:
@@ -162,5 +162,5 @@ def stop_if_asked(context: Context) -> None:
 
 
 def teacher_dtype(precision: str) -> torch.dtype:
-    """Return the dtype of a teacher whose student trains in this precision (fp32 or bf16)."""
+    """Return the dtype of a teacher. `precision` is the training precision of its student: fp32 or bf16."""
     return getattr(torch, TEACHER_DTYPES[precision])

@@ -45,8 +45,8 @@ class Ranks:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if world != processes:
             raise ConfigError(
-                f"resources.processes is {processes} for this stage, but the environment variable WORLD_SIZE is {world}; unset WORLD_SIZE "
-                f"and RANK if no launcher set them for this stage, or set resources.processes to {world}"
+                f"`resources.processes` is {processes} for this stage, but the environment variable WORLD_SIZE is {world}; set "
+                f"`resources.processes` to {world}, or unset WORLD_SIZE and RANK if no launcher set them"
             )
         if world > 1 and not dist.is_initialized():
             device = own_device()
@@ -70,9 +70,9 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
     MASTER_ADDR and MASTER_PORT must be set in its environment. WORLD_SIZE must equal `processes`. All machines need access to the store
     and the models. A rank uses the GPU number LOCAL_RANK of its machine. Only rank 0 locks the stage, writes files and reports progress.
 
-    If `stop` is true on any rank, all ranks save their state and raise Interrupted. An error is raised only on its own rank. The program
-    that started the ranks must then end the others (`srun --kill-on-bad-exit=1`). A process may run several stages one after another.
-    All ranks must run the same stages, and all training stages need the same precision.
+    If `stop` returns True on any rank, all ranks save their state and raise Interrupted. An error is raised only on its own rank. The
+    program that started the ranks must then end the others (`srun --kill-on-bad-exit=1`). A process may run several stages one after
+    another. All ranks must run the same stages, and all training stages must have the same precision.
 
     Args:
         progress: called with (done, total, text).
@@ -80,8 +80,8 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
         stop: returns True when the stage should save its state and end.
 
     Raises:
-        StageFailed: a stage that this one needs is not finished; nothing was written.
-        Interrupted: `stop` returned True; finished work is kept.
+        StageFailed: an earlier stage, whose result this stage reads, is not finished. Nothing was written.
+        Interrupted: `stop` returned True. Finished work is kept.
     """
     spec, store, ranks = task.spec, Store(Path(task.store)), Ranks.join(task.resources.processes)
     work = work_of(type(spec))
@@ -120,7 +120,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
 
 
 def work_of(spec: type[Spec]) -> _Work:
-    """Return the function that does the work of a kind of stage. The function returns facts for the manifest."""
+    """Return the function that does the work of a kind of stage. The function returns values that the manifest records."""
     module, name = spec.work.split(":")
     return getattr(import_module(f"tadistill.stages.{module}"), name)
 

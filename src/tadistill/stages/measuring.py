@@ -1,7 +1,7 @@
-"""The stages that measure models. Evaluate and analyse use the test sets; probe and pair use dev prompts before any distillation.
+"""The stages that measure models. `evaluate` and `analyse` use the test sets. `probe` and `pair` use dev prompts, before any distillation.
 
-Evaluate and analyse save finished parts in the folder parts/, so that they can continue after an interruption. Probe and pair write one
-value per prompt and metric, so that standard errors can be computed from them.
+`evaluate` and `analyse` save finished parts in the folder parts/, so that they can continue after an interruption. `probe` and `pair` write
+one value per prompt and metric, so that standard errors can be computed later.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from tadistill.stages.context import ANSWERS, Context, stop_if_asked
 
 
 def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
-    """Sample a model's answers to all test sets, and write the answers and their scores."""
+    """Sample a model's answers to all test sets. Write the answers and their scores."""
     spec, settings = context.spec, context.spec.decoding
     model, tokenizer = context.model(spec.model)
     subject = context.subject(model.eval(), tokenizer)
@@ -72,7 +72,7 @@ def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: 
 
 
 def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
-    """Compare a model with the original teacher, and write the divergence, the error budget of the path, and the exposure bias."""
+    """Compare a model with the original teacher. Write the divergence, the error of each step of the path, and the exposure bias."""
     spec = context.spec
     model, tokenizer = context.model(spec.model)
     teacher, _ = context.frozen(spec.teacher)
@@ -107,7 +107,7 @@ def _read_answers(context: Context, answers: Output, sets: list[EvalSet]) -> dic
 
 
 def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
-    """Sample a model's answers to the dev prompts, and write the answers and their scores."""
+    """Sample a model's answers to the dev prompts. Write the answers and their scores."""
     spec, settings = context.spec, context.spec.decoding
     (seed,) = settings.seeds
     model, tokenizer = context.model(spec.model)
@@ -131,7 +131,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
 
 
 def pair(context: Context[PairSpec]) -> dict[str, Any]:
-    """Compare a learner with a bigger model on dev prompts, and write metrics on the learner's answers and on the references."""
+    """Compare a learner with a bigger model on dev prompts. Write metrics on the learner's answers and on the references."""
     spec = context.spec
     model, tokenizer = context.model(spec.model)
     teacher, _ = context.frozen(spec.teacher)

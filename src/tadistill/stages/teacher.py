@@ -1,4 +1,7 @@
-"""The stages that prepare a teacher: sample its answers (generate), record its outputs (signal), change its temperature (temper)."""
+"""The stages that prepare a teacher.
+
+They sample its answers (`generate`), record its outputs (`signal`) or change its temperature (`temper`).
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +23,7 @@ from tadistill.tuning import GENERATION_BATCH
 
 
 def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
-    """Write the teacher's answer to every training prompt. Finished parts are kept if the process is killed."""
+    """Write the teacher's answer to every training prompt. After an interruption, finished parts are kept."""
     spec = context.spec
     model, tokenizer = context.frozen(spec.teacher)
     subject = context.subject(model, tokenizer)
@@ -50,7 +53,7 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
 
 
 def signal(context: Context[SignalSpec]) -> dict[str, Any]:
-    """Record the teacher's hidden states or top-k log-probabilities on the training set. A killed process keeps finished parts."""
+    """Record the teacher's hidden states or top-k log-probabilities on the training set. After an interruption, finished parts are kept."""
     spec = context.spec
     model, tokenizer = context.frozen(spec.teacher, teacher_dtype(spec.precision))
     sequences = references(context.split(spec.train, tokenizer).encoded)
@@ -65,7 +68,7 @@ def signal(context: Context[SignalSpec]) -> dict[str, Any]:
 
 
 def temper(context: Context[TemperSpec]) -> dict[str, Any]:
-    """Save the teacher at the temperature that gives it the same mean entropy on dev responses as the model `like`."""
+    """Save the teacher with a temperature. It is chosen so that the mean entropy on dev responses equals that of the model `like`."""
     spec = context.spec
     teacher, tokenizer = context.model(spec.teacher)
     like, _ = context.frozen(spec.like)

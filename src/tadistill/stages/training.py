@@ -1,4 +1,4 @@
-"""The two stages that train a student (sft and distill). They build the models, the sampler and the training step, and run the loop."""
+"""The two stages that train a student: `sft` and `distill`. They build the models, the sampler and the training step, and run the loop."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +34,7 @@ _SHOWN, _LETTERS = 4, 1000  # rows and characters of rollouts.json
 
 
 def train(context: Context[TrainingSpec]) -> dict[str, Any]:
-    """Train the student, and save its selected checkpoint as a Hugging Face directory. Return facts for the manifest."""
+    """Train the student, and save its selected checkpoint as a Hugging Face directory. Return values that the manifest records."""
     spec = context.spec
     method, optim = spec.method, spec.optim
     distill = spec if isinstance(spec, DistillSpec) else None

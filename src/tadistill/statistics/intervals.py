@@ -42,11 +42,11 @@ from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 Array = NDArray[np.float64]
 Bounds = tuple[float, float]
-"""The smallest and the largest possible score; infinite where there is no bound."""
+"""The smallest and the largest possible score. A missing bound is infinite."""
 
 UNBOUNDED: Bounds = (-inf, inf)
 ROUNDING = 1e-6
-"""How far a score may lie outside its bounds."""
+"""Largest distance of a score outside its bounds that is treated as rounding."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Difference:
     """The mean of a paired difference ``a - b`` and its uncertainty.
 
     ``low`` and ``high`` are the ends of the confidence interval at the requested level (default 95 %). ``low90`` and ``high90`` are the
-    ends of the 90 % interval, for equivalence tests. ``p`` is the two-sided p-value for a mean of zero. ``se`` is the standard error.
-    ``df`` is its degrees of freedom (infinite if the values do not vary).
+    ends of the 90 % interval, for equivalence tests. ``p`` is the two-sided p-value for a mean of zero. ``se`` is the standard error, and
+    ``df`` is its number of degrees of freedom. ``df`` is infinite if the values do not vary.
     """
 
     mean: float
@@ -74,13 +74,13 @@ class Difference:
 
 
 def macro_interval(strata_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDED, level: float = 0.95) -> tuple[float, float]:
-    """Return the confidence interval (low, high) of a macro mean: the average of the mean scores of several test sets.
+    """Return the confidence interval (low, high) of a macro mean. It is the mean over test sets of each set's mean score.
 
     ``strata_SNK`` has one array of scores per set, with the shape (training seeds, prompts, decoding seeds). The number of prompts may
     differ between sets. All sets have the same training seeds in the same order. With one training seed, the interval shows only how
     scores vary over prompts, not over trainings. A report must say so.
 
-    If all scores are equal to one of two bounds, the other end of the interval is the exact (Clopper-Pearson) limit for the prompts.
+    If all scores equal one of two bounds, the other end of the interval is the exact (Clopper-Pearson) limit for the prompts.
     """
     return _Estimate(_prompt_means(strata_SNK), bounds).interval(level)
 
@@ -90,13 +90,14 @@ def macro_difference(
 ) -> Difference:
     """Return the macro mean of ``a - b`` with its confidence intervals. Scores are paired by training seed and prompt.
 
-    ``bounds`` are those of the scores; the difference of two scores lies between -(high - low) and high - low.
+    ``bounds`` are the bounds of the scores. The difference of two scores is between -(high - low) and high - low.
     """
     a_SN, b_SN = _prompt_means(a_SNK), _prompt_means(b_SNK)
     shapes_a, shapes_b = [x.shape for x in a_SN], [x.shape for x in b_SN]
     if shapes_a != shapes_b:
         raise ValueError(
-            f"the two models must have scores for the same seeds and prompts; the shapes (seeds, prompts) are {shapes_a} and {shapes_b}"
+            f"the scores of the two models have shapes {shapes_a} and {shapes_b} (seeds, prompts); give scores for the same seeds and "
+            "prompts"
         )
     span = bounds[1] - bounds[0]
     found = _Estimate([a - b for a, b in zip(a_SN, b_SN, strict=True)], (-span, span))
@@ -104,7 +105,7 @@ def macro_difference(
 
 
 class _Estimate:
-    """A macro mean with its standard error `se` and degrees of freedom `df`. Each array of `strata_SN` is a test set."""
+    """A macro mean with its standard error `se` and degrees of freedom `df`. `strata_SN` has one array per test set."""
 
     def __init__(self, strata_SN: list[Array], bounds: Bounds) -> None:
         self.prompts = [values.shape[1] for values in strata_SN]
@@ -120,7 +121,7 @@ class _Estimate:
 
     def interval(self, level: float) -> tuple[float, float]:
         if not 0.0 < level < 1.0:
-            raise ValueError(f"level must lie between 0 and 1, not {level}")
+            raise ValueError(f"`level` is {level}; it must lie between 0 and 1")
         if self.se == 0 or self.mean in (self.low, self.high):
             return self._without_variance(level)
         half = _quantile(self.df, (1 + level) / 2) * self.se
@@ -160,14 +161,13 @@ def _quantile(df: float, share: float) -> float:
 
 
 def _prompt_means(strata_SNK: Sequence[ArrayLike]) -> list[Array]:
-    """Check the score arrays, and average each of them over its decoding seeds: (S, N, K) -> (S, N)."""
     if len(strata_SNK) == 0:
         raise ValueError("there are no scores; give the scores of at least one test set")
     strata = [np.asarray(values, dtype=np.float64) for values in strata_SNK]
     for values in strata:
         if values.ndim != 3 or 0 in values.shape:
             raise ValueError(
-                f"scores must have three axes (training seeds, prompts, decoding seeds), none of them empty; the shape is {values.shape}"
+                f"scores have shape {values.shape}; they need three axes (training seeds, prompts, decoding seeds), and none may be empty"
             )
         if not np.isfinite(values).all():
             raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} scores are NaN or infinite; all scores must be finite")
@@ -179,7 +179,6 @@ def _prompt_means(strata_SNK: Sequence[ArrayLike]) -> list[Array]:
 
 
 def _variance(strata_SN: list[Array]) -> tuple[float, float]:
-    """Return the variance of the macro mean and its degrees of freedom, by the rule in the module's docstring."""
     n_seeds = strata_SN[0].shape[0]
     of_seeds = of_prompts = of_both = squares = 0.0
     if n_seeds > 1:

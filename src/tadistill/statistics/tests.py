@@ -1,4 +1,4 @@
-"""Significance tests, equivalence tests, statistical power, the bias from choosing the best of several scores, and Pareto fronts."""
+"""Statistical tests: significance, equivalence, power, the bias of a best-of-k score, and Pareto fronts."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ MOST_SEEDS = 20  # 2^20 sign patterns take one second and 8 MB
 
 @dataclass(frozen=True)
 class SignFlip:
-    """The two-sided p-value ``p`` of a sign-flip test. ``smallest`` is the smallest p-value that this number of seeds can give."""
+    """The result of a sign-flip test. ``p`` is the two-sided p-value. ``smallest`` is the smallest p-value that so few seeds can give."""
 
     p: float
     smallest: float
@@ -25,14 +25,16 @@ def sign_flip(differences_S: ArrayLike) -> SignFlip:
     """Return the two-sided p-value of the exact sign-flip test.
 
     ``differences_S`` has one paired difference per training seed. The test compares their sum with the sums for all 2^S choices of
-    signs. It assumes that, if there is no true difference, each difference is symmetric about zero. Source: R. A. Fisher, The Design of
+    signs. It assumes that, without a true difference, each value is symmetric about zero. Source: R. A. Fisher, The Design of
     Experiments (1935), section 21.
     """
     differences = np.asarray(differences_S, dtype=np.float64)
     if differences.ndim != 1 or not 1 <= len(differences) <= MOST_SEEDS:
-        raise ValueError(f"the sign-flip test needs 1 to {MOST_SEEDS} differences, one per seed, not an array of shape {differences.shape}")
+        raise ValueError(
+            f"the sign-flip test got differences of shape {differences.shape}; give a list of 1 to {MOST_SEEDS} differences, one per seed"
+        )
     if not np.isfinite(differences).all():
-        raise ValueError("the sign-flip test needs finite differences, but the difference of a seed is NaN or infinite")
+        raise ValueError("a difference between seeds is NaN or infinite; the sign-flip test needs finite differences")
     sums = np.zeros(1)
     for difference in differences:
         sums = np.concatenate([sums + difference, sums - difference])
@@ -44,7 +46,7 @@ def sign_flip(differences_S: ArrayLike) -> SignFlip:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for multiple testing by Holm's method, in the given order.
 
-    If you reject the hypotheses with a corrected p-value below 0.05, the chance of any false rejection is at most 5 %. Source: S. Holm,
+    If hypotheses with a corrected p-value below 0.05 are rejected, the chance of any false rejection is at most 5 %. Source: S. Holm,
     A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979).
     """
     p = np.asarray(p_values, dtype=np.float64)
@@ -74,12 +76,12 @@ T = TypeVar("T")
 def minimum_detectable_effect(se: float, df: float, power: float = 0.8, level: float = 0.95) -> float:
     """Return the smallest true difference that a study detects with probability ``power``, in the unit of ``se``.
 
-    A study detects a difference if its two-sided t-test is significant at the confidence level ``level``. ``se`` and ``df`` are fields
-    of a `Difference`. The result uses the non-central t distribution. It ignores significant results with the wrong sign, which have a
-    probability below 1 in 10,000 at a power of 0.8.
+    A difference is detected if a two-sided t-test is significant at the confidence level ``level``. ``se`` and ``df`` are fields of a
+    `Difference`. The non-central t distribution is used. Significant results with the wrong sign are ignored; at a power of 0.8 their
+    probability is below 1 in 10,000.
     """
     if not (se >= 0 and df > 0):
-        raise ValueError(f"se cannot be negative and df must be greater than 0, but se is {se} and df is {df}")
+        raise ValueError(f"`se` is {se} and `df` is {df}; `se` cannot be negative, and `df` must be greater than 0")
     _check_shares(power, level)
     if np.isinf(df):
         return float(se * (ndtri((1 + level) / 2) + ndtri(power)))
@@ -89,22 +91,22 @@ def minimum_detectable_effect(se: float, df: float, power: float = 0.8, level: f
 def detectable(
     *, s_prompt: float, s_seed: float, s_decode: float, prompts: int, seeds: int, decodes: int, power: float = 0.8, level: float = 0.95
 ) -> float:
-    """Return the minimum detectable effect of a planned comparison of two models.
+    """Return the smallest true difference that a planned comparison of two models detects with probability ``power``.
 
     The variance of the difference is s_prompt^2 / prompts + 2 s_seed^2 / seeds + 2 s_decode^2 / (prompts * decodes). ``s_prompt`` is the
     standard deviation of the paired difference over prompts. ``s_seed`` and ``s_decode`` are standard deviations of one model's score
-    over training seeds and over decoding seeds. The result treats them as known exactly, so it is too small for 3 seeds.
+    over training seeds and over decoding seeds. All three are treated as exact, so the result is too small for 3 seeds.
     """
     if min(prompts, seeds, decodes) < 1:
-        raise ValueError(f"prompts, seeds and decodes must each be at least 1, not {prompts}, {seeds} and {decodes}")
+        raise ValueError(f"`prompts`, `seeds` and `decodes` are {prompts}, {seeds} and {decodes}; each must be at least 1")
     if min(s_prompt, s_seed, s_decode) < 0:
-        raise ValueError(f"s_prompt, s_seed and s_decode cannot be negative, but they are {s_prompt}, {s_seed} and {s_decode}")
+        raise ValueError(f"`s_prompt`, `s_seed` and `s_decode` are {s_prompt}, {s_seed} and {s_decode}; none may be negative")
     variance = s_prompt**2 / prompts + 2 * s_seed**2 / seeds + 2 * s_decode**2 / (prompts * decodes)
     return minimum_detectable_effect(float(np.sqrt(variance)), np.inf, power, level)
 
 
 def spread_claimed(mean: float, half: float, p: float) -> float:
-    """Return the standard deviation of the normal distribution around `mean` that claims no more than an interval and a test.
+    """Return the standard deviation of a normal distribution around `mean` that is no narrower than an interval and a test allow.
 
     Args:
         half: half the width of the 95 % interval.
@@ -115,7 +117,7 @@ def spread_claimed(mean: float, half: float, p: float) -> float:
 
 
 def seeds_spread(differences_S: ArrayLike) -> float:
-    """Return `spread_claimed` of the t-test of paired differences, one per training seed; 0 for one seed."""
+    """Return `spread_claimed` for the t-test of paired differences, one difference per training seed. It is 0 for one seed."""
     differences = np.asarray(differences_S, dtype=np.float64)
     df = len(differences) - 1
     if df < 1 or not (se := float(differences.std(ddof=1)) / np.sqrt(df + 1)) > 0:
@@ -125,27 +127,27 @@ def seeds_spread(differences_S: ArrayLike) -> float:
 
 
 def expected_best_of(k: int) -> float:
-    """Return the expected maximum of ``k`` standard normal draws: how far chance alone raises the best of k scores."""
+    """Return the expected maximum of ``k`` standard normal draws. Chance alone raises the best of k scores by this many deviations."""
     if k < 1:
-        raise ValueError(f"the number of draws k must be at least 1, not {k}")
+        raise ValueError(f"`k`, the number of draws, is {k}; it must be at least 1")
     x = np.linspace(0.0, 12.0, 12_001)
     # E[max] is the integral of 1 - F over x > 0, minus the integral of F over x < 0
     return float(np.trapezoid(1 - ndtr(x) ** k - ndtr(-x) ** k, x))
 
 
 def inflation(k_a: int, k_b: int, sigma: float) -> float:
-    """Return the bias of the difference a - b if a reports its best of ``k_a`` checkpoints, and b its best of ``k_b``.
+    """Return the bias of a - b if model a reports its best of ``k_a`` checkpoints, and model b its best of ``k_b``.
 
     ``sigma`` is the standard deviation of the measurement error of one checkpoint's score. The bias has the same unit. It is an upper
     bound, because checkpoints of one run have correlated scores.
     """
     if not sigma >= 0:
-        raise ValueError(f"sigma is a standard deviation and cannot be negative, not {sigma}")
+        raise ValueError(f"`sigma` is {sigma}; it is a standard deviation and cannot be negative")
     return sigma * (expected_best_of(k_a) - expected_best_of(k_b))
 
 
 def undominated(options: Iterable[T], losses: Callable[[T], tuple[float, ...]]) -> list[T]:
-    """Return the options on the Pareto front, sorted by their losses (lower is better).
+    """Return the options on the Pareto front, sorted by their losses. Lower losses are better.
 
     An option is left out if another option is at least as good in every loss. If several options have equal losses, the first is kept.
     """
@@ -160,4 +162,4 @@ def undominated(options: Iterable[T], losses: Callable[[T], tuple[float, ...]]) 
 def _check_shares(power: float, level: float) -> None:
     for name, value in (("power", power), ("level", level)):
         if not 0.0 < value < 1.0:
-            raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+            raise ValueError(f"`{name}` is {value}; it must lie between 0 and 1")

@@ -1,8 +1,8 @@
-"""The files that a training stage writes: its log, its two newest training states, and the best weights of each state.
+"""The files of one training: its log, its two newest training states, and the best weights of each state.
 
-A file is written under a temporary name, flushed to disk and renamed. A kill or a power failure therefore leaves either the complete old
-file or the complete new file. The name of a file with best weights contains the update's number. A resumed state thus finds its own best
-weights, not the weights of a later update that was lost.
+A file is written under a temporary name, flushed to disk and renamed. After a crash, it is therefore either the complete old file or the
+complete new file. The name of a file with best weights contains the number of the update. A resumed training thus finds the best weights
+of its own state, and not those of a later update that was lost.
 """
 
 import json
@@ -26,7 +26,7 @@ _SHARE = 20  # saving takes at most a twentieth of the time
 
 @dataclass
 class TrainState:
-    """Everything that a stage needs to resume exactly where it was. Random generators are created anew for each step and need no state."""
+    """Everything that a training needs to resume exactly. Random generators are created anew for each step and need no state."""
 
     step: int = 0
     best_value: float | None = None
@@ -45,10 +45,13 @@ class TrainState:
 
 
 class Checkpoints:
-    """The training states of a stage: state.pt is the newest, state-before.pt the one before it, and best-STEP.pt contains best weights."""
+    """The saved states of one training.
+
+    state.pt is the newest state, state-before.pt is the state before it, and best-STEP.pt has best weights.
+    """
 
     def __init__(self, directory: Path, seconds: float | None = None):
-        """Set the pause between two saves in seconds. None means 30 seconds, or 20 times the duration of a save if this is longer."""
+        """`seconds` is the pause between two saves. None means 30 seconds, or 20 times the duration of a save if this is longer."""
         self.directory, self.seconds = directory, seconds
         self.newest, self.before = directory / "state.pt", directory / "state-before.pt"
         self.took, self.at = 0.0, time.monotonic()
@@ -65,9 +68,9 @@ class Checkpoints:
         return self.directory / f"best-{step}.pt"
 
     def load(self, alarm: Callable[[str], None]) -> TrainState | None:
-        """Return the newest state that can be read, or None if the stage has no state yet.
+        """Return the newest state that can be read, or None if no state has been saved yet.
 
-        If the newest state is damaged, its predecessor is returned, and `alarm` is called with a message.
+        If the newest state is damaged, the state before it is returned, and `alarm` is called with a message.
 
         Raises:
             StoreError: there are states, but none can be read.
@@ -90,7 +93,7 @@ class Checkpoints:
         if damage:
             files = self.directory / "state*.pt"
             raise StoreError(
-                f"{damage[0]}, and no earlier state can be read; delete {files} and run the same command again to redo the stage"
+                f"{damage[0]}, and no earlier state can be read; delete {files} and run the same command again to repeat the training"
             )
         return None
 
@@ -133,7 +136,7 @@ def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 class RunLog:
-    """The log of one training stage. A resumed stage removes the lines after `resume_step`."""
+    """The log of one training. When the training resumes, the lines after `resume_step` are removed."""
 
     def __init__(self, path: Path, *, resume_step: int = 0):
         self.path = path

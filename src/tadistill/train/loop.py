@@ -1,8 +1,8 @@
 """The training loop, built on accelerate. It is the same for every objective and every source of sequences.
 
-An update first draws the micro-batches of this process; the student may have to sample their text. Then the loop counts the loss tokens
-of all micro-batches and processes. It divides the sum of the losses by this count. It updates the weights if loss and gradient are finite.
-accelerate must not change the loss or the learning rate: gradient_accumulation_steps is 1, and the loop itself sets the learning rate.
+An update first draws the micro-batches of this process. The student may have to sample their text. Then the loop counts the loss tokens
+of all micro-batches and processes, and divides the sum of the losses by this count. It updates the weights only if loss and gradient are
+finite. accelerate does not change the loss or the learning rate: gradient_accumulation_steps is 1, and the loop sets the learning rate.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class Hooks:
     kept: frozenset[int] = frozenset()
     """The numbers of updates after which `keep` is called."""
     keep: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, weights: None
-    """Stores the student's full weights; the first argument is the number of updates done. Only the main process calls it."""
+    """Stores the student's full weights. The first argument is the number of updates done. Only the main process calls it."""
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
@@ -84,21 +84,21 @@ def train_stage(
     checkpoint_seconds: float | None = None,
     fsdp: bool = False,
 ) -> TrainState:
-    """Train `student` in place for at most `optim.steps` updates. At the end, load the weights that `select` chooses.
+    """Train `student` in place for at most `optim.steps` updates. At the end, load the weights of the checkpoint that `select` chooses.
 
     Args:
         directory: the folder for metrics.jsonl and the saved states. A later run may resume with another number of processes.
-        checkpoint_seconds: the pause between two saves in seconds; None means the default of `Checkpoints`.
-        fsdp: split the student over the processes. It is still split after the call.
+        checkpoint_seconds: the pause between two saves in seconds. None means the default of `Checkpoints`.
+        fsdp: split the student over the processes. After the call it is still split.
 
     Raises:
         ConfigError: the batch is not a multiple of the number of processes.
         StageFailed: a loss or gradient is not finite. The weights were not updated with it.
-        Interrupted: `hooks.stop` returned True; the state is saved.
+        Interrupted: `hooks.stop` returned True, and the state was saved.
     """
     assert optim.steps is not None
     if optim.batch % accelerator.num_processes:
-        raise ConfigError(f"optim.batch {optim.batch} is not a multiple of the {accelerator.num_processes} processes; change either number")
+        raise ConfigError(f"optim.batch {optim.batch} is not a multiple of the {accelerator.num_processes} processes; change one of them")
     steps, every = optim.steps, max(1, optim.steps // LOG_POINTS)
     model = sharding.shard(student, accelerator.device) if fsdp else accelerator.prepare(student)
     optimizer = accelerator.prepare(make_optimizer(student, optim))

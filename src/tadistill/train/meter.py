@@ -1,10 +1,10 @@
-"""Count the tokens and FLOPs of a training stage. The parts of the work are counted separately (`models.counting.cost`).
+"""Count the tokens and FLOPs of one training. Each part of the work has its own count (`models.counting.cost`).
 
     meter = Meter(student, (teacher,))
     with meter.counting():
         with meter.timed("sampling"):
             ...                                 # counts every call of a model and every fused head
-    meter.state()                               # plain numbers, for a checkpoint and for the stage's manifest
+    meter.state()                               # plain numbers, for a checkpoint and for the manifest
 
 Only the shapes of tensors are read, so counting never waits for the GPU. A backward pass counts as two more forward passes (with adapters
 on frozen weights, see `models.counting.adapters`). The meter counts two things: matrix products with weights, and attention. It does
@@ -42,7 +42,7 @@ class Meter:
     """A counter for the tokens and FLOPs of a student and its teachers."""
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], *, checkpointing: bool = False):
-        """Set `checkpointing` if the student recomputes its layers in the backward pass. This counts as one more forward pass."""
+        """`checkpointing` is True if the backward pass computes the student's layers again. This counts as one more forward pass."""
         self._again = checkpointing
         self._phase = "training"
         self._sides = [_Side("student", student), *(_Side("teacher", teacher) for teacher in teachers)]
@@ -64,7 +64,10 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the calls inside under the phase `name`. In `sampling`, calls in inference mode are rollouts, others scoring passes."""
+        """Count the calls inside this context under the phase `name`.
+
+        In the phase `sampling`, a call in inference mode counts as `rollout`, and any other call as `scoring`.
+        """
         outer, self._phase = self._phase, name
         try:
             yield
@@ -73,7 +76,7 @@ class Meter:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Count the calls inside under the phase `name`, and add the elapsed seconds to this phase."""
+        """Count the calls inside this context under the phase `name`, and add the elapsed seconds to the phase."""
         # No device is still working for a phase at its end, because each phase ends with numbers on the host.
         start = time.perf_counter()
         try:
@@ -88,7 +91,7 @@ class Meter:
             self._padding += batch.attention_BT.numel() - int(batch.attention_BT.sum())
 
     def state(self, processes: int = 1) -> dict[str, Any]:
-        """Return the counts of all processes and the seconds, as plain numbers. All processes are assumed to do equal work."""
+        """Return counts and seconds as plain numbers. The counts are this process's counts times `processes`."""
         parts = {
             name: {key: value * processes for key, value in vars(part).items()}
             for name, part in sorted(self._parts.items())
@@ -97,7 +100,7 @@ class Meter:
         return {"parts": parts, "seconds": dict(self._seconds), "padding": self._padding * processes}
 
     def restore(self, state: Mapping[str, Any], processes: int = 1) -> None:
-        """Continue from the values that `state` returned. An empty state sets all counts to zero."""
+        """Continue from a saved `state`. An empty state sets all counts to zero."""
         self._parts = {
             name: CostPart(**{key: value // processes if isinstance(value, int) else value / processes for key, value in part.items()})
             for name, part in state.get("parts", {}).items()

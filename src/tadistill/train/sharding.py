@@ -6,8 +6,8 @@
     weights(student)                        # the ordinary state dict; for a sharded model only on the main process
 
 The models are split with torch's own API, not with accelerate, for two reasons. accelerate supports FSDP on GPUs only, but the tests run
-on CPUs. accelerate wraps a whole model at once, but samplers and the fused head must decide when the weights are whole.
-Weights are float32 and autocast computes in bf16, as with DDP. The results therefore equal those of DDP, except for the order of sums.
+on CPUs. accelerate wraps a whole model at once, but samplers and the fused head must decide when the weights are gathered.
+Weights are float32 and autocast computes in bf16, as with DDP. Results differ from those of DDP only by the order of sums.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Shard a model in place over all processes. Its decoder layers move to `device` one after the other.
 
-    The embeddings, the last norm and the head form one group. It stays whole from a forward pass to the end of the backward pass, because
-    the fused head reads the head's weight between the two. Without a backward pass, the group stays whole.
+    The embeddings, the last norm and the head form one group. It stays gathered from the forward pass to the end of the backward pass,
+    because the fused head reads the head's weight between the two. Without a backward pass, it stays gathered afterwards.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = _layers(model)
@@ -50,7 +50,7 @@ def whole(model: nn.Module, when: bool = True) -> Iterator[None]:
     """Gather the whole model on every process inside this context. All processes must enter it together.
 
     Nothing happens if the model is not sharded or `when` is False. Inside, a forward pass waits for no other process. Sampling needs this,
-    because the processes make different numbers of forward passes.
+    because each process makes a different number of forward passes.
     """
     if not (when and isinstance(model, FSDPModule)):
         yield
@@ -99,9 +99,10 @@ def weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def gathered(value: Any) -> Any:
-    """Return a copy of a state (nested dicts and lists) in which sharded tensors are replaced.
+    """Return a copy of a state (nested dicts and lists) in which each sharded tensor is replaced by its full tensor.
 
-    The main process gets the full tensors on the CPU, and the other processes get empty tensors. All processes must call this function."""
+    The main process gets the full tensors on the CPU, and the other processes get empty tensors. All processes must call this function.
+    """
     if isinstance(value, DTensor):
         full = value.full_tensor()
         return full.cpu() if dist.get_rank() == 0 else torch.empty(0)

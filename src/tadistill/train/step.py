@@ -1,7 +1,7 @@
 """The loss of each method. It is a sum of terms, which the fused head computes.
 
 `make_step` turns a method into a `Step`, which the training loop calls. An objective becomes a function that returns the terms of a batch.
-A `TeacherTerm` is a divergence from the teacher, and a `TokenTerm` is a loss of the tokens' log-probabilities. Their formulas are in
+A `TeacherTerm` is a divergence from the teacher. A `TokenTerm` is a loss of the tokens' log-probabilities. Their formulas are in
 `tadistill.objectives`.
 
 Axes: B sequences, T positions, N tokens of the loss, H hidden.
@@ -31,14 +31,17 @@ from tadistill.objectives.targets import Target, TeacherTerm
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of a micro-batch. `total` is the sum of the terms, with a graph; `parts` maps the terms' names to detached values."""
+    """The loss of a micro-batch. `total` is the sum of the terms, with a graph.
+
+    `parts` maps the name of each term to its detached value.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
 
 
 class Models:
-    """A student and its teachers, which compute the loss of a batch."""
+    """A student and its teachers. Together they compute the loss of a batch."""
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], vocab: int):
         self.student_model, self.teachers, self.vocab = student, teachers, vocab
@@ -48,7 +51,7 @@ class Models:
     def targets(self, batch: Batch) -> tuple[Target, ...]:
         """Return the teachers' outputs for the batch's response tokens.
 
-        Outputs that the batch already contains are used; otherwise the teachers run. Teachers that the batch leaves out are skipped.
+        Recorded outputs are taken from the batch. Without them, the teachers run. Teachers that the batch leaves out are skipped.
         """
         kept = batch.mixture.kept()[0] if batch.mixture else [0]
         if batch.targets:
@@ -87,17 +90,18 @@ class Step:
     mixture: TargetMixture | None = None
     """The mixture that combines several teachers into one target; None for a single teacher."""
     seed: int = 0
-    """The seed of the random choice of teachers that an update leaves out."""
+    """The seed for choosing the teachers that an update leaves out."""
     schedule: TaidSchedule | None = None
     """TAID's state, which changes once per update and is saved with the training state."""
     phase: Phase = nullcontext
     clip: float | None = None
-    """The objective clips the probability ratio to [1 - clip, 1 + clip]; None for an objective that does not clip."""
+    """The objective clips the probability ratio to [1 - clip, 1 + clip]. None if the objective does not clip."""
 
     def prepare(self, batches: list[Batch], done: int, total: Sum) -> list[Batch]:
-        """Return the update's micro-batches of this process with all values that the loss needs.
+        """Return the update's micro-batches of this process, with all values that the loss needs.
 
-        `done` is the number of earlier updates. `total` adds up a tensor over all processes."""
+        `done` is the number of earlier updates. `total` adds up a tensor over all processes.
+        """
         if self.mixture is not None:
             drop = self.mixture.drop > 0
             mixture = self.mixture.drawn(rng.generator(self.seed, "teachers left out", done)) if drop else self.mixture
@@ -109,7 +113,7 @@ class Step:
 
         Args:
             student: the student or a wrapper around it.
-            per: the numbers by which the sums over tokens are divided, with the keys of `counts`.
+            per: the divisors of the sums over tokens. It has the same keys as the result of `counts`.
         """
         found = self.models.loss(student, batch, self.terms(batch), per["response"])
         if batch.corpus is None:
@@ -122,12 +126,12 @@ class Step:
 
 
 def mixture_of(batch: Batch) -> TargetMixture | None:
-    """Return the mixture of the teachers that a batch uses, or None if it has a single teacher."""
+    """Return the mixture of the teachers that a batch uses. Return None if the batch has a single teacher."""
     return batch.mixture.kept()[1] if batch.mixture else None
 
 
 def counts(batches: list[Batch]) -> dict[str, int]:
-    """Count this process's loss tokens: those of responses (`response`) and those of plain text (`corpus`)."""
+    """Count this process's loss tokens. The key `response` counts response tokens, and `corpus` counts tokens of plain text."""
     corpora = [b.corpus for b in batches if b.corpus]
     return {"response": sum(int(b.mask_BT.sum()) for b in batches), "corpus": sum(int(c.mask_BT.sum()) for c in corpora)}
 
@@ -150,12 +154,12 @@ def make_step(
     seed: int = 0,
     own: Callable[..., Tensor] | None = None,
 ) -> Step:
-    """Return the step of a method.
+    """Return the step (the loss of a batch, for the training loop) of a method.
 
     Args:
-        teachers: the teachers that run in training, the original one first. Empty if the objective uses none, or if the batches contain
-            the teacher's outputs.
-        seed: the seed of the random choice of teachers that an update leaves out.
+        teachers: the teachers that run in training, the original one first. It is empty in two cases: the objective uses no teacher, or
+            the batches contain the teacher's outputs.
+        seed: the seed for choosing the teachers that an update leaves out.
         own: the function of objective `custom`.
     """
     models = Models(student, teachers, vocab)
@@ -194,7 +198,9 @@ def _divergence(objective: config.Divergence, batch: Batch) -> list[Term]:
 
 
 def own_divergence(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function of the user's own code in the form of `tadistill.objectives`: with an argument `temperature`."""
+    """Wrap a function of the user's own code so that it also takes the argument `temperature`, like all functions of
+    `tadistill.objectives`.
+    """
 
     def divergence(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, **settings: Any) -> Tensor:
         if temperature != 1.0:

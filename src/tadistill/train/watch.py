@@ -1,7 +1,7 @@
-"""Watch on-policy training: metrics of the text that the student samples, and alarms that say what to change.
+"""Watch on-policy training. Measure the text that the student samples, and give alarms that say what to change.
 
-The loss does not show such problems. In MiniLLM's ablation without length normalisation, the reverse KL falls although the sampled text
-becomes short or repeats itself.
+The loss does not show when sampled text becomes short or repeats itself. In MiniLLM's ablation without length normalisation, the reverse
+KL falls at the same time.
 """
 
 from collections.abc import Mapping
@@ -20,9 +20,10 @@ _GRAM = 4
 
 
 def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
-    """Return metrics of an update's sampled sequences, or an empty dictionary if the batches are not rollouts.
+    """Return metrics of an update's sampled sequences. Return an empty dict if the text was not sampled in this run.
 
-    p is the teacher, q the student, q_old the student at the time of sampling, and behaviour the distribution that was sampled from.
+    p is the teacher and q is the student. q_old is the student at the time of sampling. behaviour is the distribution that was sampled
+    from.
 
     Over all sequences:
 
@@ -96,7 +97,7 @@ def _repetition(batches: list[Batch]) -> float:
 
 
 class Alarms:
-    """Alarms for a run whose metrics become much worse than its first metrics. An alarm is not repeated while its cause remains."""
+    """Alarms for a run whose metrics become much worse than at its start. An alarm is not repeated while its cause remains."""
 
     def __init__(self, *, minillm: bool) -> None:
         self.first: dict[str, float] = {}

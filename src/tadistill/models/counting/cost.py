@@ -1,4 +1,4 @@
-"""The parts of a stage's compute cost. Both the prediction (`plan.costs`) and the measurement (`train.meter`) use them.
+"""The parts of a compute cost. Both the prediction (`plan.costs`) and the measurement (`train.meter`) use them.
 
 A part is named PHASE/MODEL, where MODEL is student or teacher. The phases are: training (forward and backward on training text), rollout
 (sampling), scoring (forward passes over rollouts before the update), corpus (MiniLLM's loss on plain text), recording (storing the
@@ -14,11 +14,11 @@ NOT_LEARNING = ("selection", "watching")
 
 @dataclass(frozen=True)
 class CostPart:
-    """The FLOPs and token positions of one part. Only forward passes add positions; backward passes add FLOPs alone."""
+    """The FLOPs and token positions of one part. Forward passes add both. Backward passes add only FLOPs."""
 
     flops: float = 0.0
     positions: float = 0.0
-    """Token positions that pass through the layers, padding included."""
+    """Token positions that pass through the layers, including padding."""
     heads: float = 0.0
     """Token positions at which logits are computed."""
 
@@ -28,7 +28,7 @@ class CostPart:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a stage: its parts by name, and estimates for the whole stage."""
+    """The cost of a stage (one step of a study, such as a training): its parts by name, and estimates for the whole stage."""
 
     parts: Mapping[str, CostPart] = field(default_factory=dict)
     padding: float = 0.0
@@ -38,11 +38,11 @@ class Cost:
     memory: float | None = None
     """Estimated peak memory, in bytes."""
     kind: str = ""
-    """A string that is equal for stages that differ only in their number of updates; such stages run at the same speed."""
+    """A string that is equal for stages that differ only in their number of updates. Such stages run at the same speed."""
 
     @property
     def learning(self) -> float:
-        """FLOPs of all phases except selection and watching. `compute: as ARM` matches this number."""
+        """FLOPs of all phases except selection and watching. An equal-compute baseline (`compute: as ARM`) matches this number."""
         return self.of(*(name for name in self.parts if phase(name) not in NOT_LEARNING))
 
     @property
@@ -61,8 +61,11 @@ class Cost:
 
 
 def spans(flops: Mapping[str, float]) -> dict[str, float]:
-    """Return FLOPs by span, given FLOPs by phase. The training loop times some phases together: rollout and scoring form the span sampling,
-    and corpus and training form the span training."""
+    """Add up FLOPs by span. `flops` has one value per phase.
+
+    A span contains phases that the training loop times together. Rollout and scoring form the span sampling. Corpus and training form the
+    span training.
+    """
     found: dict[str, float] = {}
     for name, value in flops.items():
         span = {"rollout": "sampling", "scoring": "sampling", "corpus": "training"}.get(name, name)

@@ -40,18 +40,21 @@ def check_memory(
     """Raise an error if the sum of `needs` (bytes by name) exceeds `available` bytes. None means the free memory of this process.
 
     Raises:
-        ModelError: the memory is too small. The message lists each need, the sum, the free memory and the `advice`.
+        ModelError: the memory is too small. The message lists the parts of `needs`, their sum, the free memory and the `advice`.
     """
     if available is None:
         available = available_memory()
     total = sum(needs.values())
     if total > available:
         parts = " + ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.items())
-        raise ModelError(f"the models need {total / 1e9:.1f} GB of memory ({parts}) but {available / 1e9:.1f} GB are free; {advice}")
+        raise ModelError(
+            f"the models need {total / 1000000000.0:.1f} GB of memory ({parts}), but only {available / 1000000000.0:.1f} GB are free; "
+            f"{advice}"
+        )
 
 
 def keep_freed_memory() -> None:
-    """Configure glibc's malloc to keep large freed blocks in this process for later use. With another C library nothing changes.
+    """Let glibc's malloc keep large freed blocks in this process for later use. With another C library, nothing changes.
 
     By default, malloc returns large blocks to the system, and each tile of a loss must map its pages again. That costs 3 to 5 % of a small
     student's update. The peak memory of the process stays the same, but the process keeps this memory until it ends.
@@ -63,7 +66,7 @@ def keep_freed_memory() -> None:
 
 
 def available_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the bytes that this process can still use: the free memory, or less if a Slurm job or container has a lower limit."""
+    """Return the number of bytes that this process can still use. It is the free memory, or the limit of a Slurm job or container."""
     import psutil  # not at the top, because `plan` checks no memory
 
     free = psutil.virtual_memory().available

@@ -36,12 +36,12 @@ class Shape:
     heads: int
     """Number of query heads of each layer."""
     kv_heads: int | None = None
-    """Number of key-value heads of each layer. None means one per query head; it is always None for gpt2 and opt."""
+    """Number of key-value heads of each layer. None means one per query head. It is always None for gpt2 and opt."""
     head_dim: int
 
     @property
     def groups(self) -> int:
-        """Number of key-value heads, also if `kv_heads` is None. Each one serves heads / groups query heads."""
+        """Number of key-value heads, also if `kv_heads` is None. Each key-value head serves heads / groups query heads."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
 
@@ -108,13 +108,13 @@ def check_shape(config: Config, shape: Shape) -> None:
         ("kv_heads", shape.groups, have.groups),
     ):
         if not 1 <= value <= limit:
-            raise ConfigError(f"{name} is {value}, but the model has {limit}, and pruning can only remove some; write 1 to {limit}")
+            raise ConfigError(f"{name} is {value}, but the model has {limit}, and pruning can only remove some of them; write 1 to {limit}")
     _check_groups(shape, have)
     _check_hidden(fields, shape)
 
 
 def with_shape(config: Config, shape: Shape) -> dict[str, Any]:
-    """Return the configuration with the sizes of `shape`, for counting parameters only. Lists with one entry per layer do not change."""
+    """Return the configuration with the sizes of `shape`, only for counting parameters. Lists with one entry per layer do not change."""
     return {**_fields(config), **changes(config, shape)}
 
 
@@ -143,8 +143,8 @@ def _check_groups(shape: Shape, have: Shape) -> None:
         raise ConfigError(f"heads is {shape.heads}, but it must be a multiple of kv_heads, which is {kv_heads}; change one of them")
     if shape.heads // kv_heads > most:
         raise ConfigError(
-            f"heads is {shape.heads}, but it must be at most {most * kv_heads}: kv_heads is {kv_heads}, and the model has {most} heads for "
-            f"each of its kv_heads; lower heads, or raise kv_heads"
+            f"heads is {shape.heads}, but it must be at most {most * kv_heads}: `kv_heads` is {kv_heads}, and the model has {most} heads "
+            "for each of its kv_heads; lower `heads`, or raise `kv_heads`"
         )
 
 
@@ -152,8 +152,8 @@ def _check_hidden(fields: Mapping[str, Any], shape: Shape) -> None:
     family = fields["model_type"]
     if family in _FIXED and shape.hidden != shape.heads * shape.head_dim:
         raise ConfigError(
-            f"hidden is {shape.hidden} with {shape.heads} heads, but in {family} models it must be heads x head_dim, and head_dim is "
-            f"{shape.head_dim}; write hidden {shape.heads * shape.head_dim}, or another number of heads"
+            f"hidden is {shape.hidden} with {shape.heads} heads, but in {family} models it must be heads x head_dim, and "
+            f"head_dim is {shape.head_dim}; write `hidden` {shape.heads * shape.head_dim}, or another number of heads"
         )
     if family == "llama" and shape.hidden % shape.heads:
         raise ConfigError(
@@ -163,8 +163,8 @@ def _check_hidden(fields: Mapping[str, Any], shape: Shape) -> None:
     have, outer = fields["hidden_size"] if family == "opt" else 0, fields.get("word_embed_proj_dim")
     if family == "opt" and outer not in (None, have) and shape.hidden == outer:
         raise ConfigError(
-            f"hidden is {shape.hidden}, but it must differ from the model's word_embed_proj_dim {outer}, because the model would lose "
-            "the projections of its embeddings; write another hidden size"
+            f"hidden is {shape.hidden}, but it must differ from the model's word_embed_proj_dim {outer}, because an equal value removes "
+            "the projections of its embeddings; write another size"
         )
 
 
@@ -172,7 +172,7 @@ def _fields(config: Config) -> Mapping[str, Any]:
     fields = config if isinstance(config, Mapping) else config.to_dict()
     family = fields.get("model_type")
     if family not in PRUNABLE:
-        raise ModelError(f"a {family} model cannot be pruned in width; choose a model of the family {', '.join(PRUNABLE)}")
+        raise ModelError(f"a {family} model cannot be pruned in width; choose a model of one of the families {', '.join(PRUNABLE)}")
     return fields
 
 

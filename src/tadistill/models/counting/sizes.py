@@ -27,9 +27,9 @@ class Size:
     """Parameter counts and widths of a causal language model."""
 
     total: int
-    """Number of parameters; tied weights are counted once."""
+    """Number of parameters. Tied weights are counted once."""
     matmul: int
-    """Number of entries of all matrices that each token is multiplied with. The LM head is included, and the embeddings are not."""
+    """Number of entries of all matrices that are multiplied with each token. The LM head is included, and the embeddings are not."""
     layers: int
     attention: int
     """Width of attention: number of query heads times head_dim."""
@@ -43,12 +43,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Work:
-    """The amount of work in one or more forward passes, from which FLOPs are computed."""
+    """The amount of work in forward passes. FLOPs are computed from it."""
 
     positions: float = 0.0
-    """Token positions that pass through the layers, padding included."""
+    """Token positions that pass through the layers, including padding."""
     pairs: float = 0.0
-    """Query-key pairs of attention, masked pairs included: T^2 for a sequence of T positions."""
+    """Query-key pairs of attention, including masked pairs. A sequence of T positions has T^2 pairs."""
     heads: float = 0.0
     """Token positions at which logits are computed."""
 
@@ -87,12 +87,12 @@ def read_config(load: str, revision: str = "main", config: Config | None = None,
 
 
 def with_layers(config: Config, layers: int) -> dict[str, Any]:
-    """Return the configuration with another number of layers, for counting parameters only."""
+    """Return the configuration with another number of layers, only for counting parameters."""
     return {**config, "n_layer" if config.get("model_type") == "gpt2" else "num_hidden_layers": layers}
 
 
 def size_of(config: Config) -> Size | None:
-    """Return the parameter counts of a model, given its configuration. Return None for families other than those of this module.
+    """Return the parameter counts of a model from its configuration. Return None for other families than those of this module.
 
     Required fields for gpt2: vocab_size, n_positions, n_embd, n_layer; for opt: vocab_size, max_position_embeddings, hidden_size, ffn_dim,
     num_hidden_layers; for the others: vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads. All other fields
@@ -106,7 +106,7 @@ def size_of(config: Config) -> Size | None:
 
 
 def forward_flops(size: Size, work: Work) -> float:
-    """Return the FLOPs of forward passes; a backward pass costs twice as much (Kaplan et al. 2020).
+    """Return the FLOPs of forward passes. A backward pass costs twice as much (Kaplan et al. 2020).
 
     The layers cost 2 FLOPs per matrix entry and position, and 4 x attention width per query-key pair and layer (scores and values). Masked
     pairs are included, as in `torch.utils.flop_counter`. The LM head costs 2 FLOPs per entry and position with logits.
@@ -122,7 +122,9 @@ def _get(config: Config, *names: str) -> int:
             return value
     close = difflib.get_close_matches(names[0], [name for name in config if name not in names], n=1)
     hint = f" (is `{close[0]}` a mistyped `{names[0]}`?)" if close else ""
-    raise ConfigError(f"the {config['model_type']} configuration has no `{names[0]}`{hint}; add it, because the parameter count needs it")
+    raise ConfigError(
+        f"the {config['model_type']} configuration has no `{names[0]}`{hint}; add it, because it is needed to count parameters"
+    )
 
 
 def _or(config: Config, name: str, default: int) -> int:
@@ -202,7 +204,7 @@ class Adapters:
     trained: int
     """Number of trained parameters. Each of them is multiplied with every token."""
     idle: int
-    """Number of entries of the matrices before the first trained parameter, adapters included. They have no backward pass."""
+    """Number of entries of the matrices before the first trained parameter, including adapters. They have no backward pass."""
     idle_attention: int
     """Number of layers whose attention comes before the first trained parameter."""
 
@@ -243,19 +245,19 @@ def _named(name: str, target: str) -> bool:
 
 
 def with_adapters(size: Size, adapters: Adapters | None) -> Size:
-    """Return the size of the model with its adapters, as it is during training."""
+    """Return the size of the model together with its adapters, as in training."""
     return size if adapters is None else replace(size, total=size.total + adapters.trained, matmul=size.matmul + adapters.trained)
 
 
 def training_flops(size: Size, adapters: Adapters, work: Work, *, again: bool = False) -> float:
     """Return the FLOPs of forward and backward passes when only the adapters are trained.
 
-    The backward pass costs as much as one forward pass (gradients of the inputs), plus a second forward pass of attention and of the
+    The backward pass has two costs: one forward pass, for the gradients of the inputs; and a second forward pass of attention and of the
     adapters. Matrices before the first adapter have no backward pass.
 
     Args:
         size: size of the model with its adapters.
-        again: the layers run a second forward pass (gradient checkpointing).
+        again: True with gradient checkpointing, in which the layers run a second forward pass.
     """
     passes = work * 2 + (Work(work.positions, work.pairs) if again else Work())
     attention = 4 * size.attention * work.pairs

@@ -3,8 +3,8 @@
     measured = importance(model, sequences)          # one list of token ids per sequence; runs forward passes only
 
 Channels, neurons and heads follow Muralidharan et al. 2024 (Minitron, arXiv 2407.14679, section 2.2) with the aggregation that they found
-best, "batch = L2, seq = mean": the mean of absolute values over the tokens of a sequence, then the L2 norm over the sequences. Layers
-have their block influence (Men et al. 2024, ShortGPT, arXiv 2403.03853).
+best: the mean of absolute values over the tokens of a sequence, then the L2 norm over the sequences. Layers are measured by their block
+influence (Men et al. 2024, ShortGPT, arXiv 2403.03853).
 
 Axes: B sequences, T tokens, H channels, I neurons, A heads, L layers.
 """
@@ -27,7 +27,7 @@ from tadistill.models.pruning.families import FAMILIES
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """Importance scores in float64 on the CPU. Compare scores within a row (one layer) only."""
+    """Importance scores in float64 on the CPU. Scores can be compared only within a row, which is one layer."""
 
     hidden: Tensor
     """(H,): absolute output of the norms, summed over both norms of all layers."""
@@ -36,11 +36,11 @@ class Importance:
     heads: Tensor
     """(L, A): L2 norm of a head's output before the output projection."""
     layers: Tensor
-    """(L,): block influence, which is 1 - cos(the layer's input, its output), averaged over tokens; between 0 and 2."""
+    """(L,): block influence, which is 1 - cos(the layer's input, its output), averaged over tokens; from 0 to 2."""
 
 
 def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, batch_size: int = 8) -> Importance:
-    """Measure importances on `sequences` of token ids. `batch_size` changes the scores only by rounding errors.
+    """Measure the importance of a model's parts on `sequences` of token ids. `batch_size` changes the scores only by rounding errors.
 
     Raises:
         ModelError: the model's family cannot be pruned in width, or its activations are not finite.
@@ -65,7 +65,8 @@ def importance(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, ba
     measured = sums.result()
     if not all(torch.isfinite(scores).all() for scores in (measured.hidden, measured.neurons, measured.heads, measured.layers)):
         raise ModelError(
-            "the model's activations on the calibration set are not finite, so pruning cannot rank its parts; check the model's weights"
+            "the model's activations on the calibration set are not finite, so its parts cannot be ranked for pruning; check the model's "
+            "weights"
         )
     return measured
 
@@ -77,7 +78,7 @@ def keep_important(count: int, scores: Tensor) -> tuple[int, ...]:
         ConfigError: `count` is not between 1 and n.
     """
     if not 1 <= count <= len(scores):
-        raise ConfigError(f"pruning cannot keep {count} of {len(scores)} parts; write 1 to {len(scores)}")
+        raise ConfigError(f"pruning cannot keep {count} of {len(scores)} parts; write a number from 1 to {len(scores)}")
     return tuple(sorted(torch.sort(scores.cpu(), descending=True, stable=True).indices[:count].tolist()))
 
 
@@ -138,7 +139,7 @@ def _recorded(model: PreTrainedModel, sums: _Sums) -> Iterator[None]:
 
 def _check_sequences(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> None:
     if not sequences:
-        raise DataError("the calibration set has no sequences; give at least one, or some hundreds for a stable ranking")
+        raise DataError("the calibration set has no sequences; give at least one sequence, or some hundreds for a stable ranking")
     positions, words = model.config.max_position_embeddings, model.config.vocab_size
     for number, row in enumerate(sequences):
         if not 1 <= len(row) <= positions:

@@ -1,4 +1,4 @@
-"""Pruning in depth only, for any family with one stack of layers, or in both depth and width (Muralidharan et al. 2024, Minitron).
+"""Pruning in depth, for any family with one stack of layers; or in depth and width (Muralidharan et al. 2024, Minitron).
 
 student = prune_depth(teacher, keep_list(6, teacher.config.num_hidden_layers))
 student = prune(teacher, shape, importance(teacher, sequences))
@@ -24,9 +24,9 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_lay
 
 
 def keep_list(layers: int | Sequence[int], total: int) -> tuple[int, ...]:
-    """Return the indices of the layers to keep, of `total` layers. `layers` is a list of indices, or a number of evenly spaced layers.
+    """Return the indices of the layers to keep. `layers` is a list of indices, or a number of evenly spaced layers.
 
-    The first and the last layer are among the evenly spaced ones.
+    The evenly spaced layers include the first and the last of the `total` layers.
 
     Raises:
         ConfigError: the number is not between 2 and `total`, or the list is empty, not ascending or out of range.
@@ -36,14 +36,14 @@ def keep_list(layers: int | Sequence[int], total: int) -> tuple[int, ...]:
             return (0,)
         if not 2 <= layers <= total:
             raise ConfigError(
-                f"layers is {layers}, but it must be a number from 2 to {total} (evenly spaced layers, with the first and the last one), "
-                "or a list of layers such as [0]"
+                f"layers is {layers}; write a number from 2 to {total} (evenly spaced layers, with the first and the last one), or a list "
+                "of layers such as [0]"
             )
         # rounds to the nearest whole number (halves up) with integers only, so that all machines agree
         return tuple((2 * i * (total - 1) + layers - 1) // (2 * (layers - 1)) for i in range(layers))
     keep = tuple(layers)
     if not keep or any(not 0 <= i < total for i in keep) or any(a >= b for a, b in itertools.pairwise(keep)):
-        raise ConfigError(f"layers is {list(keep)}; write ascending indices without repeats, between 0 and {total - 1}")
+        raise ConfigError(f"layers is {list(keep)}; write indices from 0 to {total - 1} in ascending order, without repeats")
     return keep
 
 
@@ -67,11 +67,12 @@ def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, l
 
     All layers keep the same channels. Each layer keeps its own neurons and heads. Kept weights do not change their order or values. The
     norms are not corrected for the removed channels, as in Minitron. With grouped-query attention, each kept key-value head keeps its best
-    `heads / kv_heads` query heads, whose scores add up to its own score. The new model has the same dtype and device, and is in eval mode.
+    `heads / kv_heads` query heads. The sum of their scores is the key-value head's own score. The new model has the same dtype and device,
+    and is in eval mode.
 
     Args:
-        importance: the importances of this model. None is allowed if the width stays the same.
-        layers: the layers to keep. None keeps the layers of highest block influence or, without `importance`, evenly spaced layers.
+        importance: the importances of this model. It can be None if the width stays the same.
+        layers: the layers to keep. With None, the layers of highest block influence stay or, without `importance`, evenly spaced layers.
 
     Raises:
         ConfigError: the model cannot have this shape, `layers` does not have `shape.layers` entries, or `importance` is missing for a
@@ -102,7 +103,10 @@ def prune(model: PreTrainedModel, shape: Shape, importance: Importance | None, l
 def _configured(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfig:
     config, total = copy.deepcopy(config), config.num_hidden_layers
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):  # GPT-2 only
-        raise ModelError("the model cannot be pruned in depth: with scale_attn_by_inverse_layer_idx a layer depends on its number")
+        raise ModelError(
+            "the model cannot be pruned in depth, because with scale_attn_by_inverse_layer_idx a layer depends on its number; choose "
+            "another model"
+        )
     for name in _PER_LAYER:
         values = getattr(config, name, None)  # only some families have these fields
         if isinstance(values, list | tuple) and len(values) == total:
@@ -199,7 +203,9 @@ def _layers(count: int, total: int, importance: Importance | None, layers: Seque
     if layers is not None:
         keep = keep_list(tuple(layers), total)
         if len(keep) != count:
-            raise ConfigError(f"layers is {list(keep)}, with {len(keep)} entries, but the shape has {count} layers; make the numbers equal")
+            raise ConfigError(
+                f"layers is {list(keep)}, which has {len(keep)} entries, but the shape has {count} layers; make the two numbers equal"
+            )
         return keep
     return keep_list(count, total) if importance is None else keep_important(count, importance.layers)
 
@@ -207,7 +213,7 @@ def _layers(count: int, total: int, importance: Importance | None, layers: Seque
 def _check_importance(importance: Importance, have: Shape) -> None:
     found = [tuple(s.shape) for s in (importance.hidden, importance.neurons, importance.heads, importance.layers)]
     if found != [(have.hidden,), (have.layers, have.intermediate), (have.layers, have.heads), (have.layers,)]:
-        raise ConfigError("the importance scores are from a model of another shape; measure them on the model to be pruned")
+        raise ConfigError("the importance scores are from a model of another shape; measure them on the model that is pruned")
 
 
 def _axes(family: Family, name: str, kind: str) -> tuple[int | None, tuple[Axis, ...]]:

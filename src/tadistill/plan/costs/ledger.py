@@ -1,4 +1,4 @@
-"""The predicted cost of a recipe's stages. It counts every forward and backward pass that the stages run.
+"""Predict the cost of a recipe's stages. Every forward and backward pass of a stage is counted.
 
 Lengths of texts and the work of a pass come from `plan.costs.passes`, and FLOPs from `models.counting.sizes.forward_flops`. A sampled
 answer is assumed to be as long as the prompt's reference. If the model that samples has random weights, the answer is assumed to have
@@ -31,10 +31,10 @@ from tadistill.tuning import GENERATION_BATCH, PACKED_FAMILIES, RECORDING_BATCH
 
 
 class Ledger:
-    """The predicted costs of one recipe's stages. It reads text lengths and model sizes once and keeps them."""
+    """Predicts the costs of one recipe's stages. It reads text lengths and model sizes once and keeps them."""
 
     def __init__(self, recipe: Recipe, *, partial: bool = False):
-        """With `partial`, a data set that is neither on this disk nor on a Hub that answers raises NotHere."""
+        """With `partial`, a data set that is not on this disk and cannot be read from the Hub raises NotHere."""
         self.recipe, self.partial = recipe, partial
         self._distilled: dict[tuple[tuple[str, ...], str, str], Cost | None] = {}  # all seeds have the same cost
 
@@ -48,13 +48,13 @@ class Ledger:
         return survey(ref, role, data)
 
     def unknown(self) -> list[str]:
-        """Return the models, as `NAME (SOURCE)`, whose config.json is not on this disk."""
+        """Return the models whose config.json is not on this disk, as `NAME (SOURCE)`."""
         models = self.recipe.models.items()
         return [f"{name} ({model.load})" for name, model in models if model.load and self.config(name) is None]
 
     @property
     def rows(self) -> int:
-        """Number of training rows, before rows that are too long are left out."""
+        """Number of training rows. Rows that are too long count too."""
         return self._train.rows
 
     @cached_property
@@ -108,12 +108,13 @@ class Ledger:
         have, layers = parent.get("num_hidden_layers", parent.get("n_layer")), init.layers
         if isinstance(layers, int) and isinstance(have, int) and not 1 <= layers <= have:
             raise ConfigError(
-                f"models.{name}.init.layers is {layers}, but `{init.from_}` has {have} layers, and pruning can only remove some; "
+                f"models.{name}.init.layers is {layers}, but `{init.from_}` has {have} layers, and pruning can only remove some of them; "
                 f"write 1 to {have}"
             )
         if isinstance(layers, tuple) and isinstance(have, int) and (wrong := [i for i in layers if not 0 <= i < have]):
             raise ConfigError(
-                f"models.{name}.init.layers names the layer {wrong[0]}, but `{init.from_}` has {have} layers; write 0 to {have - 1}"
+                f"models.{name}.init.layers names the layer {wrong[0]}, but `{init.from_}` has {have} layers; write indices from 0 to "
+                f"{have - 1}"
             )
 
     def adapters(self, name: str) -> Adapters | None:
@@ -141,7 +142,7 @@ class Ledger:
         return self.untrained(model.parent) if model.parent else str(model.load).startswith("scratch:")
 
     def sft(self, name: str, optim: Optim, select: Select) -> Cost | None:
-        """Predict the cost of fine-tuning: the student runs forward and backward on each batch."""
+        """Predict the cost of fine-tuning. The student runs forward and backward on each batch."""
         size = self.size(name)
         if size is None:
             return None
@@ -151,7 +152,7 @@ class Ledger:
         return cost.total()
 
     def generate(self, name: str, decoding: Decoding) -> Cost | None:
-        """Predict the cost of a generate stage, in which a teacher answers every training prompt."""
+        """Predict the cost of a `generate` stage, in which a teacher answers every training prompt."""
         size = self.size(name)
         if size is None:
             return None
@@ -163,7 +164,7 @@ class Ledger:
         return Cost({"rollout/teacher": _part(size, work)}, memory=needs, kind=kind)
 
     def signal(self, name: str, signal: samplers.HiddenSignal | samplers.TopKSignal) -> Cost | None:
-        """Predict the cost of a signal stage: a teacher's forward pass over the training set. Only a top-k signal needs logits."""
+        """Predict the cost of a `signal` stage, which records a teacher's outputs on the training set. Only top-k outputs need logits."""
         size = self.size(name)
         if size is None:
             return None
@@ -174,7 +175,7 @@ class Ledger:
         return Cost({"recording/teacher": _part(size, work)}, memory=needs, kind=kind)
 
     def distill(self, teachers: tuple[str, ...], name: str, method: Method) -> Cost | None:
-        """Predict the cost of a distillation, as `stages.training` runs it. The first of several teachers is the original one."""
+        """Predict the cost of a distillation. With several teachers, the first one is the original teacher."""
         key = teachers, name, method.model_dump_json()
         if key not in self._distilled:
             self._distilled[key] = self._distill(teachers, name, method)
@@ -298,7 +299,7 @@ _SAMPLERS: Mapping[type[samplers.SamplerBase], Callable[[Ledger, TrainingCost, M
     samplers.ReplaySampler: Ledger._replay,
     samplers.PairSampler: Ledger._pair,
 }
-"""One function per sampler, which adds the cost of training, sampling and teacher passes. Each sampler needs an entry."""
+"""Maps each sampler to a function that adds the cost of training, sampling and teacher passes. Each sampler needs an entry."""
 
 
 def _part(size: Size, work: Work) -> CostPart:

@@ -1,8 +1,8 @@
-"""The lengths of a study's texts in tokens, and the work of running a model on batches of these texts, padding included.
+"""The lengths of a study's texts in tokens, and the work of running a model on batches of these texts, including padding.
 
 Texts are tokenised with tokenizer.json, without transformers. If this file is not on the disk, a token is assumed to be four characters.
-`data.templates.encode` applies the template, shortens texts and leaves rows out, as in training. A function that returns work
-names the code whose work it counts.
+`data.templates.encode` applies the template, shortens texts and leaves rows out, as in training. The docstring of each function that
+returns work names the code whose work it counts.
 """
 
 import json
@@ -33,7 +33,7 @@ class Texts:
     rows: tuple[tuple[int, int], ...]
     """(tokens of the prompt, tokens of the response with EOS) for evenly spaced rows."""
     count: float
-    """Number of rows of the split, without rows that are too long (estimated)."""
+    """Estimated number of rows of the split, without rows that are too long."""
 
     @property
     def totals(self) -> list[int]:
@@ -53,11 +53,12 @@ class Texts:
     def answered(self, most: int, *, endless: bool = False) -> "Texts":
         """Return the same prompts with the assumed lengths of sampled answers.
 
-        An answer has `most` tokens if `endless`. Otherwise it is as long as the reference, but has at most `most` tokens."""
+        An answer has `most` tokens if `endless`. Otherwise it is as long as the reference, but has at most `most` tokens.
+        """
         return replace(self, rows=tuple((prompt, most if endless else min(response, most)) for prompt, response in self.rows))
 
     def drawn(self, count: int) -> list[tuple[int, int]]:
-        """Return `count` evenly spaced rows in order of prompt length, or all rows if there are fewer than `count`."""
+        """Return `count` evenly spaced rows in order of prompt length. If there are fewer rows, return all of them."""
         ordered = sorted(self.rows)
         if count >= len(ordered):
             return ordered
@@ -79,7 +80,7 @@ def read_lengths(recipe: Recipe, ref: DataRef, role: str, rows: Survey) -> Texts
 
 
 def count_first_rows(recipe: Recipe, ref: DataRef, role: Literal["train", "dev", "test"]) -> Counts | None:
-    """Count the rows that are left out or cut among the first rows of a split; None if the split or the tokenizer is not on this disk."""
+    """Count the rows that are left out or cut among a split's first rows. Return None if the split or the tokenizer is not on this disk."""
     data, ids = recipe.data, study_tokenizer(recipe)
     if ids is None or datasets.on_hub(ref, role, data) is not None:
         return None
@@ -90,7 +91,7 @@ def count_first_rows(recipe: Recipe, ref: DataRef, role: Literal["train", "dev",
 
 
 def chunk(recipe: Recipe) -> int:
-    """Return the number of tokens in a row of the corpus: `max_length`, or fewer if the whole corpus is shorter."""
+    """Return the number of tokens in one row of the corpus. It is `max_length`, or less if the whole corpus is shorter."""
     data = recipe.data
     assert data.corpus is not None
     if data.corpus.load not in tinyworld.SPLITS:
@@ -104,11 +105,11 @@ def chunk(recipe: Recipe) -> int:
 
 
 Ids = Callable[[list[str]], Sequence[Sequence[Any]]]
-"""A function that splits each text into tokens. Their type does not matter, because they are only counted and compared."""
+"""A function that splits each text into tokens. The type of the tokens does not matter, because they are only counted and compared."""
 
 
 def study_tokenizer(recipe: Recipe) -> Ids | None:
-    """Return the study's tokenizer, or None if its tokenizer.json is not on this disk."""
+    """Return the study's tokenizer. Return None if its tokenizer.json is not on this disk."""
     model = next(m for m in recipe.models.values() if m.load)  # models that teach each other share their tokenizer
     if model.tokenizer_source == "tinyworld":
         return lambda texts: [re.findall(r"\S+|\n", text) for text in texts]
@@ -117,7 +118,7 @@ def study_tokenizer(recipe: Recipe) -> Ids | None:
 
 
 def vocabulary(model: ModelConfig, world: World) -> int | None:
-    """Return the vocabulary size of a model's tokenizer, or None if its tokenizer.json is not on this disk."""
+    """Return the vocabulary size of a model's tokenizer. Return None if its tokenizer.json is not on this disk."""
     if model.tokenizer_source == "tinyworld":
         return len(tinyworld.words(seed=world.seed, people=world.people)) + 3  # and <pad>, <eos>, <unk>
     file = _tokenizer_file(model)
@@ -191,7 +192,7 @@ _CALLS = 1.5  # padding factor of attention in `rollout.lazy`: each call pads it
 
 @lru_cache
 def training_batch(texts: Texts, rows: int) -> tuple[Work, float]:
-    """Return the work of `models.forward.Reader.hidden` on a batch of `rows` shuffled sequences, and its number of padding positions.
+    """Return two things for a batch of `rows` shuffled sequences: the work of `models.forward.Reader.hidden`; and the padding positions.
 
     The last token of a sequence is not an input. Sequences are padded to the longest one. Only responses have logits.
     """
@@ -202,7 +203,7 @@ def training_batch(texts: Texts, rows: int) -> tuple[Work, float]:
 
 
 def plain_batch(length: int, rows: int) -> Work:
-    """Return the work of `models.forward.Reader.hidden` on `rows` rows of the corpus. All tokens but the first are predicted."""
+    """Return the work of `models.forward.Reader.hidden` on `rows` rows of the corpus. All tokens except the first are predicted."""
     return Work(rows * (length - 1), rows * (length - 1) ** 2, rows * (length - 1))
 
 
@@ -247,9 +248,10 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
 
 @lru_cache
 def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """Return the work of one model in `rollout.lazy`. The model reads each token once, except the last one.
+    """Return the work of one model in `rollout.lazy`. The model reads each token once, except the last token.
 
-    It computes logits once for each response token."""
+    It computes logits once for each response token.
+    """
     rows = texts.drawn(count)
     total = Work()
     for start in range(0, len(rows), chunk):
@@ -269,9 +271,9 @@ def minillm_flops(student: float, teacher: float, *, length: float, corpus: floa
     and backward, and the teacher runs forward, both on the rollout and on plain text.
 
     Args:
-        student, teacher: forward FLOPs per token, head included (2 x parameters in the usual estimate).
+        student, teacher: forward FLOPs per token, including the head (2 x parameters in the usual estimate).
         length: number of tokens of a rollout with its prompt.
-        corpus: number of tokens of a row of plain text; 0 if there is no corpus.
+        corpus: number of tokens in a row of plain text; 0 if there is no corpus.
         epochs: PPO epochs on each rollout.
     """
     # call graph in sampler.py and trainer.py: both models sample; the teacher computes rewards and the student log-probabilities;

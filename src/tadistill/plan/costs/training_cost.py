@@ -1,4 +1,4 @@
-"""The predicted cost of a training stage: FLOPs of each part, padding, and peak memory.
+"""Predict the cost of one training: FLOPs of each part, padding, and peak memory.
 
 The memory of weights, gradients and AdamW's moments is exact. Activations are estimated for fused attention, which stores no scores.
 """
@@ -19,10 +19,10 @@ _KEPT = 4 / 3  # activations per position / (entries of a layer's matrices / hid
 
 
 class TrainingCost:
-    """The cost of one training stage. Methods add to its parts; `total` returns the result."""
+    """The cost of one training. Methods add to its parts, and `total` returns the result."""
 
     def __init__(self, student: Size, teachers: tuple[Size, ...], optim: Optim, *, drop: float = 0.0, adapters: Adapters | None = None):
-        """`drop`: probability that one of several teachers is left out of an update. If `adapters` are given, only they are trained."""
+        """`drop` is the probability that an update leaves out one of several teachers. If `adapters` are given, only they are trained."""
         assert optim.steps is not None
         self.student, self.adapters = with_adapters(student, adapters), adapters
         self.teachers, self.optim, self.steps = teachers, optim, optim.steps
@@ -33,9 +33,9 @@ class TrainingCost:
         self.cache = 0.0  # bytes of keys and values during sampling
 
     def add(self, name: str, work: Work, *, backward: bool = False) -> None:
-        """Add forward passes to the part `name` (PHASE/student or PHASE/teacher), for each model that runs in it.
+        """Add forward passes to the part `name` (PHASE/student or PHASE/teacher), for each model that runs in this phase.
 
-        In rollouts and selection only the first teacher runs, and otherwise all teachers.
+        In rollouts and selection only the first teacher runs. In the other phases all teachers run.
 
         Args:
             backward: also add the student's backward passes. Gradient checkpointing adds a second forward pass of its layers.
@@ -52,7 +52,7 @@ class TrainingCost:
     def train(self, texts: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
         """Add a share (0 to 1) of the updates on `texts`.
 
-        With `teacher`, each teacher runs in the update too. With `teacher_head`, only its head runs, on stored hidden states.
+        With `teacher`, each teacher runs in the update too. With `teacher_head`, only the teacher's head runs, on stored hidden states.
         """
         micro = self.optim.micro_batch or self.optim.batch
         batches = share * self.steps * self.optim.batch / micro
@@ -64,7 +64,7 @@ class TrainingCost:
             self.add("training/teacher", (work if teacher else Work(heads=work.heads)) * (batches * self.used))
 
     def corpus(self, length: int, *, teacher: bool) -> None:
-        """Add the loss on MiniLLM's plain text, whose rows have `length` tokens. Each update contains it."""
+        """Add the loss on MiniLLM's plain text, whose rows have `length` tokens. Each update contains this loss."""
         work = passes.plain_batch(length, self.optim.batch) * self.steps
         self.add("corpus/student", work, backward=True)
         self._take(passes.plain_batch(length, self.optim.micro_batch or self.optim.batch), teacher)
@@ -76,7 +76,10 @@ class TrainingCost:
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add the metrics of rollouts (`train.watch`), measured on the first rows of every tenth update, at most a hundred times."""
+        """Add the metrics of sampled text (`train.watch`).
+
+        They are measured on the first rows of every tenth update, at most a hundred times.
+        """
         micro = self.optim.micro_batch or self.optim.batch
         times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))
         work = passes.training_batch(answers, micro)[0] * (min(micro, WATCHED_ROWS) / micro * times)
@@ -101,7 +104,7 @@ class TrainingCost:
         self.batch = max(self.batch, kept + min(logits * (2 if teacher else 1), TILE_BYTES) + gradient)
 
     def total(self, method: Method | None = None, published: float | None = None) -> Cost:
-        """Return the stage's cost. `published` gives the FLOPs of MiniLLM's released code for the same number of rollouts."""
+        """Return the cost of the training. `published` gives the FLOPs of MiniLLM's released code for the same number of rollouts."""
         trained = self.adapters and self.adapters.trained
         needs = resident_bytes(self.student.total, training=True, adapters=trained) + max(self.batch, self.cache)
         if any(name.endswith("/teacher") and part.positions for name, part in self.parts.items()):
@@ -117,5 +120,5 @@ class TrainingCost:
 
 
 def cache_bytes(size: Size, rows: int, length: float) -> float:
-    """Return the bytes of the keys and values of `rows` sequences of `length` positions, in float32."""
+    """Return the bytes of a KV cache in float32. It has `rows` sequences of `length` positions."""
     return 8 * rows * length * size.keys * size.layers
