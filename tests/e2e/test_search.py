@@ -40,4 +40,4 @@ def test_a_search_trains_each_prefix_once_and_writes_its_choice(tmp_path):
     assert kinds(tmp_path) == {"sft": 3, "distill": 3}
     assert (study / "search.json").read_bytes() == before
     text = search(tmp_path, "search.budget=0.1", code=2)
-    assert "the cheapest, xl > s, costs 1.00 × direct" in " ".join(text.split())
+    assert "the cheapest allowed path, xl > s, costs 1.00 ×" in " ".join(text.split())

@@ -106,9 +106,9 @@ def test_functions_that_would_fail_later_are_found_before_work(study, change, wo
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("metrics=[nowhere:score]", "is in no file .*nowhere.py, and no module nowhere is installed"),
+        ("metrics=[nowhere:score]", "there is no file .*nowhere.py, and no module nowhere is installed"),
         ("metrics=[score]", "use only letters"),
-        ("metrics=['x:rouge_l']", "tadistill has a metric `rouge_l`; give your function another name"),
+        ("metrics=['x:rouge_l']", "tadistill already has a metric `rouge_l`; give your function another name"),
         ("metrics=['x:a', 'y:a']", "`metrics` has two functions called `a`"),
         ("metrics=['math:sqrt']", "has no Python source"),
         ("runtime.code=nowhere", "`runtime.code` is `nowhere`, which is not a folder"),
@@ -122,7 +122,7 @@ def test_mistakes_of_the_recipe(study, override, words):
 
 def test_a_module_is_never_mixed_up_with_an_installed_one(tmp_path):
     (tmp_path / "textwrap.py").write_text("def score(p, r): return 0.0")
-    with pytest.raises(ConfigError, match="has the name of a module of Python"):
+    with pytest.raises(ConfigError, match="has the same name as a module of Python"):
         load_function("textwrap:score", tmp_path)
 
 

@@ -208,14 +208,14 @@ def test_p_is_students_and_as_small_as_the_data_say():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: prompt_interval([1.0, 2.0]), r"\(training seeds, prompts, decoding seeds\), none of them empty; the shape is \(1, 2\)"),
+        (lambda: prompt_interval([1.0, 2.0]), r"scores have shape \(1, 2\); they need three axes"),
         (lambda: macro_interval([np.zeros((2, 3))]), r"training seeds, prompts, decoding seeds"),
-        (lambda: macro_interval([np.zeros((2, 0, 1))]), r"none of them empty; the shape is \(2, 0, 1\)"),
+        (lambda: macro_interval([np.zeros((2, 0, 1))]), r"shape \(2, 0, 1\).*none may be empty"),
         (lambda: prompt_interval([[1.0], [float("nan")]]), "1 of 2 scores are NaN or infinite"),
         (lambda: macro_difference([np.zeros((2, 3, 1))], [np.zeros((2, 4, 1))]), "scores for the same seeds and prompts"),
         (lambda: macro_interval([]), "no scores"),
         (lambda: macro_interval([np.zeros((2, 3, 1)), np.zeros((1, 3, 1))]), "2 and 1 training seeds"),
-        (lambda: prompt_interval([[1.0]], level=95), "level must lie between 0 and 1, not 95"),
+        (lambda: prompt_interval([[1.0]], level=95), "`level` is 95; it must lie between 0 and 1"),
         (lambda: macro_interval([np.full((1, 3, 1), 101.0)], bounds=(0, 100)), "between 0 and 100 cannot have the mean 101"),
     ],
 )

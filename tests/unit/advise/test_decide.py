@@ -83,12 +83,12 @@ def test_bad_input_is_one_sentence():
         advise([DIRECT, CHAIN, CHAIN], [], margin=0.3)
     with pytest.raises(ConfigError, match="one teacher to one student"):
         advise([DIRECT, Candidate(("t", "a"), 1.0, CHAIN.edges[:1])], [], margin=0.3)
-    with pytest.raises(ConfigError, match="margin is 0"):
+    with pytest.raises(ConfigError, match="`margin` is 0"):
         advise([DIRECT, CHAIN], [], margin=0)
-    with pytest.raises(ConfigError, match=r"level is 95"):
+    with pytest.raises(ConfigError, match=r"`level` is 95"):
         advise([DIRECT, CHAIN], [], margin=0.3, level=95)
     rng = np.random.default_rng(0)
-    with pytest.raises(ConfigError, match="loss, rouge_l, whose units differ"):
+    with pytest.raises(ConfigError, match="loss, rouge_l, which have different units"):
         advise([DIRECT, CHAIN], study("f", 0, rng) + study("g", 0, rng, scale="loss"), margin=0.3)
 
 

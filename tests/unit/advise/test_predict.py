@@ -44,7 +44,7 @@ def test_measures_and_paths_are_checked():
         EdgeMeasures(reverse_kl=float("nan"))
     with pytest.raises(ConfigError, match="one edge for each pair of neighbours"):
         Candidate(("t", "a", "s"), 1.0, hops("ts", SIZES))
-    with pytest.raises(ConfigError, match="positive multiple"):
+    with pytest.raises(ConfigError, match="positive number"):
         Candidate(("t", "s"), 0.0, hops("ts", SIZES))
 
 

@@ -77,11 +77,11 @@ def test_a_new_candidate_leaves_the_old_probes():
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["search={teacher: xl, assistants: [m, l], student: s}"], "from big to small, but l .* follows m"),
+        (["search={teacher: xl, assistants: [m, l], student: s}"], "from big to small, but l .* comes after m"),
         (["search={teacher: xl, assistants: [l], student: s, budget: 0.5}"], "budget is 0.5 .* xl > s, costs 1.00"),
         (["arms.other=m"], None),
         (["arms.other=xl > l"], "students s, l"),
-        (["arms.direct=xl > l"], "no model is smaller than teacher xl .* and bigger than student l"),
+        (["arms.direct=xl > l"], "no model has a size between teacher xl .* and student l"),
         (["search={teacher: xl, assistants: [who], student: s}"], "`who`, which is not a model"),
     ],
 )
@@ -103,7 +103,7 @@ def test_mistakes_in_data_and_models(tmp_path):
         probe_plan(recipe(f"data.dev={empty}"), ladder(found), 8)
     with pytest.raises(ModelError, match="does not exist"):
         recipe("search={teacher: xl, assistants: [n], student: s}", f"models.n={{load: {tmp_path / 'nothing'}}}")
-    with pytest.raises(ConfigError, match="n is tempered like arm direct"):
+    with pytest.raises(ConfigError, match="n takes its temperature from arm direct"):
         recipe("search={teacher: xl, assistants: [n], student: s}", "models.n={temper: {of: xl, like: direct}}")
     many = [f"models.n{i}={{temper: {{of: xl, tau: {1 + i}}}}}" for i in range(9)]
     with pytest.raises(ConfigError, match="9 assistants make 512 paths"):

@@ -18,7 +18,7 @@ REQUEST = Request(None, 0, 1, 1, 1, 1, 60, 1)
 
 
 def test_no_slurm_is_one_sentence(programs):
-    with pytest.raises(ConfigError, match="squeue does not answer, so the state of jobs is not known; run this on a login node"):
+    with pytest.raises(ConfigError, match="squeue does not answer, so the state of jobs is unknown; run this command on a login node"):
         queue.queued()
     programs("squeue", "exit 1")
     with pytest.raises(ConfigError, match="squeue does not answer"):

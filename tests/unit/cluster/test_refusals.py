@@ -28,8 +28,8 @@ def scripts(site: str, *resources: str, account: str = "def-prof", runs: Path = 
 @pytest.mark.parametrize(
     ("site", "resources", "message"),
     [
-        ("narval", "sft: {gpu: h100}", "gpu is `h100`, but narval has no such GPU; use a100, a100_3g.20gb"),
-        ("fir", "sft: {gpu: h100_3g.40gb}", "use h100, nvidia_h100_80gb_hbm3_3g.40gb"),  # long names only
+        ("narval", "sft: {gpu: h100}", "gpu is `h100`, but narval has no such GPU; use one of a100, a100_3g.20gb"),
+        ("fir", "sft: {gpu: h100_3g.40gb}", "use one of h100, nvidia_h100_80gb_hbm3_3g.40gb"),  # long names only
         ("rorqual", "sft: {gpu: h100_3g.40gb, processes: 2}", "a job can use only one slice"),
         ("rorqual", "sft: {processes: 8}", "a node of rorqual has 4 x h100; use more nodes"),
         ("rorqual", "sft: {gpu: h100, cpus: 65}", "65 cores on a node, but rorqual gives at most 64"),
@@ -48,7 +48,9 @@ def test_requests(site, resources, message):
 def test_a_model_that_fits_nowhere_says_how_to_spread_it():
     big = "models.xl.config={n_embd: 4096, n_layer: 40, n_head: 32, n_positions: 1024}"
     plan = make_plan(load(RECIPE, [big]))
-    with pytest.raises(ConfigError, match=r"sft xl, seed 10 needs about \d+ GB on a GPU, but the largest on narval has 40 GB; spread it"):
+    with pytest.raises(
+        ConfigError, match=r"sft xl, seed 10 needs about \d+ GB on a GPU, but the largest GPU of narval has 40 GB; spread it"
+    ):
         list(Submission(plan, profile.load_profile("narval"), Path("/scratch/runs"), account="def-prof").scripts())
     spread = load(RECIPE, [big, "resources={sft xl: {processes: 4, parallel: fsdp}, default: {teacher: offloaded}}"])
     text = next(
@@ -115,7 +117,7 @@ def test_a_cluster_must_be_named():
         ("sft xxl: {}", "resources.sft xxl names the model `xxl`, which is not in the recipe"),
         ("evaluate: {processes: 2}", "stages of kind evaluate run in one process"),
         ("sft: {processes: 3, nodes: 2}", "processes 3 is not a multiple of nodes 2"),
-        ("sft: {parallel: fsdp}", "parallel fsdp spreads a model over several processes, but processes is 1"),
+        ("sft: {parallel: fsdp}", "parallel fsdp splits a model over several processes, but `processes` is 1"),
         ("sft: {gpus: 2}", "gpus"),
     ],
 )

@@ -21,10 +21,10 @@ def test_paths_and_their_models():
     ("arm", "sentence"),
     [
         ("xl > s > s", "names model s twice, but a model cannot teach itself"),
-        ("xl > s then s", "has a part with only one model, so nothing is taught there; write each part as A > B"),
-        ("l > s then xl > l", "teaches s, but no later part uses it; add a part that uses s"),
-        ({"path": "xl > s", "init": {"m": "xl"}}, "init names m, but path `xl > s` does not teach it"),
-        ({"path": "xl > m > s", "init": {"m": "s"}}, "init starts m from s, but `xl > m > s` has no s before m"),
+        ("xl > s then s", "has a part with only one model, which teaches nothing; write each part as A > B"),
+        ("l > s then xl > l", "teaches s, but no later part uses s; add a part that uses it"),
+        ({"path": "xl > s", "init": {"m": "xl"}}, "init names m, but path `xl > s` does not teach m"),
+        ({"path": "xl > m > s", "init": {"m": "s"}}, "init starts m from s, but s is not before m in `xl > m > s`"),
         ({"path": "xl > s", "dense": {"drop": 1}}, "less than 1"),
         ({"path": "xl > s", "compute": "direct"}, "write `as ARM`"),
     ],
@@ -38,10 +38,10 @@ def test_mistakes(arm, sentence):
     ("model", "sentence"),
     [
         ({"load": "gpt2", "init": {"from": "xl", "layers": 2}}, "exactly one of `load`, `init`, `checkpoint` and `temper`"),
-        ({"temper": {"of": "xl"}}, "exactly one of `tau`"),
-        ({"temper": {"of": "xl", "tau": 1, "like": "a"}}, "exactly one of `tau`"),
+        ({"temper": {"of": "xl"}}, "exactly one of two keys: `tau`"),
+        ({"temper": {"of": "xl", "tau": 1, "like": "a"}}, "exactly one of two keys: `tau`"),
         ({"temper": {"of": "xl", "tau": 0.5}, "sft": {}}, "set `sft` for that other model"),
-        ({"init": {"from": "xl"}}, "would prune nothing; set layers, hidden, intermediate or heads"),
+        ({"init": {"from": "xl"}}, "would prune nothing; set `layers`, `hidden`, `intermediate` or `heads`"),
     ],
 )
 def test_mistakes_in_models(model, sentence):

@@ -55,7 +55,7 @@ def test_overrides_and_dotted_names(recipe):
         ("method.optim.lr=-1", ["`method.optim.lr` is -1", "greater than 0"]),
         ("method.objective.type=foo", ["'foo'", "forward_kl"]),
         ("seeds=[1,1]", ["contain a seed twice"]),
-        ("nonsense", ["is not KEY=VALUE"]),
+        ("nonsense", ["has no `=`"]),
         ("arms.a={path: xl > s, compute: 2x}", ["write `as ARM`"]),
     ],
 )
@@ -100,13 +100,13 @@ def test_patches_change_only_what_they_name():
     [
         (
             {"objective": {"type": "minillm"}, "sampler": {"type": "dataset"}},
-            "`minillm` learns from rounds of rollouts, but sampler `dataset` draws no rounds",
+            "`minillm` needs a sampler that works in rounds, but sampler `dataset` does not",
         ),
         ({"objective": {"type": "sampled_kl"}, "sampler": {"type": "teacher_mixed", "alpha": 0.2}}, "use sampler: {type: student}"),
         ({"objective": {"type": "forward_kl", "kd_ratio": 0.5}, "sampler": {"type": "teacher_mixed"}}, "kd_ratio is 0.5; set it to 1"),
         (
             {"objective": {"type": "minillm"}, "sampler": {"type": "mix"}},
-            "learns from rounds of rollouts, but sampler `mix` draws no rounds",
+            "needs a sampler that works in rounds, but sampler `mix` does not",
         ),
         (
             {"objective": {"type": "cross_entropy"}, "sampler": {"type": "student"}},
@@ -114,15 +114,15 @@ def test_patches_change_only_what_they_name():
         ),
         ({"sampler": {"type": "student", "rollouts": 40}}, "rollouts 40 is not a multiple of optim.batch 32"),
         ({"sampler": {"type": "replay"}, "select": {"metric": "last"}}, "needs the dev loss, but select.metric `last` does not measure it"),
-        ({"sampler": {"type": "replay", "capacity": 8}}, "capacity 8 is less than one batch of 32"),
+        ({"sampler": {"type": "replay", "capacity": 8}}, "sampler.capacity 8 is less than optim.batch 32"),
         ({"sampler": {"type": "teacher_mixed", "engine": "vllm"}}, "needs the teacher's distribution at every token"),
         ({"sampler": {"type": "mix", "engine": "vllm", "no_repeat_ngram": 3}}, "`vllm` does not support `no_repeat_ngram`"),
         (
             {"objective": {"type": "minillm"}, "sampler": {"type": "student", "engine": "vllm", "top_k": 5}},
             "`minillm` with engine `vllm` needs temperature 1 and no `top_k`",
         ),
-        ({"objective": {"type": "contrastive"}}, "`contrastive` needs sampler `pair`, and the reverse"),
-        ({"sampler": {"type": "pair"}}, "`contrastive` needs sampler `pair`, and the reverse"),
+        ({"objective": {"type": "contrastive"}}, "`contrastive` and sampler `pair` work only together"),
+        ({"sampler": {"type": "pair"}}, "`contrastive` and sampler `pair` work only together"),
         (
             {"objective": {"type": "cross_entropy"}, "sampler": {"type": "dataset", "signal": {"type": "hidden"}}},
             "objective `cross_entropy` uses no teacher, so sampler.signal",
@@ -244,10 +244,10 @@ def test_a_recipe_reads_nothing_outside_itself(recipe, value, monkeypatch):
 @pytest.mark.parametrize("depth", [41, 120, 500, 3000])
 def test_nesting_is_refused_with_its_line(depth):
     for part in ("[" * depth + "]" * depth, "{a: " * depth + "1" + "}" * depth):
-        with pytest.raises(ConfigError, match=r"^r.yaml, line 13: keys are nested more than 40 deep"):
+        with pytest.raises(ConfigError, match=r"^r.yaml, line 13: keys have more than 40 levels"):
             parse(RECIPE + f"z: {part}\n", source="r.yaml")
     for override in ("z=" + "[" * depth, "z=" + "[" * depth + "]" * depth, "z." + ".".join("a" * depth) + "=1"):
-        with pytest.raises(ConfigError, match=r"override `.*nested more than 40 deep"):
+        with pytest.raises(ConfigError, match=r"override `.*ha(s|ve) more than 40 levels"):
             parse(RECIPE, [override], source="r.yaml")
 
 
@@ -289,9 +289,9 @@ def test_absurd_names_are_refused(name, place):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"study": "store"}, r"line \d+: `study` is 'store': runs/store holds the stages"),
-        ({"study": "Store"}, r"line \d+: `study` is 'Store': runs/store holds the stages"),
-        ({"models": {"a>b": {"load": "gpt2"}}, "arms": {"x": "a>b"}}, "cannot stand in a path"),
+        ({"study": "store"}, r"line \d+: `study` is 'store': the folder runs/store contains the stages"),
+        ({"study": "Store"}, r"line \d+: `study` is 'Store': the folder runs/store contains the stages"),
+        ({"models": {"a>b": {"load": "gpt2"}}, "arms": {"x": "a>b"}}, "cannot be used in a path"),
         ({"arms": {"x": {"path": [[]]}}}, r"arms.x.path"),
         ({None: 1}, "line 1: a key has no name"),
         ({"arms": {"b": "xl > q"}}, r"line \d+: `arms.b.path` names `q`"),

@@ -39,14 +39,14 @@ def test_one_name_is_all_sets_and_settings_may_be_added():
 def test_without_dev_the_last_weights_are_kept():
     data = {"train": "tinyworld", "test": "tinyworld"}
     assert validate(SHORT | {"data": data, "method": "gkd"}).method.select.metric == "last"
-    with pytest.raises(ConfigError, match=r"there is no data\.dev; add data\.dev"):
+    with pytest.raises(ConfigError, match=r"`data\.dev` is missing; add `data\.dev`"):
         validate(SHORT | {"data": data, "method": {"name": "gkd", "select": {"patience": 2}}})
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"arms": {"a": "x"}}, "has both `student`, which belongs to the short form, and `arms`"),
+        ({"arms": {"a": "x"}}, "has both `student`, a key of the short form, and `arms`"),
         ({"teacher": None}, "models.teacher"),
         ({"method": "gdk"}, "did you mean `gkd`"),
         ({"data": {"train": "tinyworld"}}, "`data.test` is missing"),
@@ -56,7 +56,7 @@ def test_without_dev_the_last_weights_are_kept():
 def test_mistakes(change, words):
     with pytest.raises(ConfigError, match=words):
         validate(SHORT | change)
-    with pytest.raises(ConfigError, match="has a `student` and no `teacher`"):
+    with pytest.raises(ConfigError, match="has a `student` but no `teacher`"):
         validate({key: value for key, value in SHORT.items() if key != "teacher"})
 
 

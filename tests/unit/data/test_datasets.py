@@ -98,14 +98,14 @@ def test_columns_are_mapped(tmp_path):
         ([{"instruction": "a", "response": "b"}], r"row 1 has no column `output` \(the response\); it has instruction, response"),
         ([{"text": "a"}], "no column `instruction`, `prompt` or `messages`"),
         ([{"instruction": "a", "output": 3}], "must be a string"),
-        ([{"messages": [{"role": "user", "content": "hi"}]}], "must be a prompt followed by an assistant message"),
-        ([{"messages": "hi"}], "must be a prompt followed by an assistant message"),
+        ([{"messages": [{"role": "user", "content": "hi"}]}], "must be a list of at least two messages"),
+        ([{"messages": "hi"}], "must be a list of at least two messages"),
         ([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant"}]}], "row 1: the response is null"),
-        ([{"instruction": "a", "output": None}], "row 1: the response is null; give a string .it may be empty., or delete this row"),
+        ([{"instruction": "a", "output": None}], "row 1: the response is null; give a string .it may be empty., or delete the row"),
         ([{"instruction": "a", "output": "b"}, {"instruction": "a", "outputs": []}], "row 2: the response is an empty list"),
         ([{"instruction": "a", "outputs": ["b", None]}], "the response is None; it must be a string"),
         ([{"instruction": "a", "output": True}], r"the response is True; .* list the labels in `choices` of this data set"),
-        ([[1]], "a JSON array, not an object"),
+        ([[1]], "is a JSON array; every line must be one JSON object"),
     ],
 )
 def test_bad_rows(tmp_path, rows, words):
@@ -118,9 +118,9 @@ def test_bad_rows(tmp_path, rows, words):
     [
         ({"instruction": "a", "output": "b", "choices": ["b"]}, "row 1: choices are b; give at least two"),
         ({"instruction": "a", "output": "b", "choices": []}, "choices are an empty list"),
-        ({"instruction": "a", "output": "b", "choices": ["b", "b"]}, "at least two choices that are all different"),
+        ({"instruction": "a", "output": "b", "choices": ["b", "b"]}, "at least two choices, which must differ"),
         ({"instruction": "a", "output": "b", "choices": {"text": ["b"]}}, "write a list of strings"),
-        ({"instruction": "a", "output": "b", "choices": ["b", ""]}, "none of them empty"),
+        ({"instruction": "a", "output": "b", "choices": ["b", ""]}, "and no empty one"),
         ({"instruction": "a", "output": "c", "choices": ["a", "b"]}, "reference `c` is not one of the choices; the choices are a, b"),
         ({"instruction": "a", "output": 2, "choices": ["a", "b"]}, "label 2 is not from 0 to 1; the choices are a, b"),
         ({"instruction": "a", "output": -1, "choices": ["a", "b"]}, "label -1 is not from 0 to 1.*Use a split with labels in all rows"),
@@ -181,7 +181,7 @@ def test_choices_under_another_name(tmp_path):
 
 def test_an_instruction_for_every_row_does_not_fit_conversations(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]}]
-    with pytest.raises(DataError, match="have their own instructions"):
+    with pytest.raises(DataError, match="contain their own instructions"):
         read({"load": write(tmp_path / "x.jsonl", rows), "instruction": "do"})
 
 
@@ -189,8 +189,8 @@ def test_an_instruction_for_every_row_does_not_fit_conversations(tmp_path):
     ("ref", "words"),
     [
         ({"choices": ["yes"]}, "at least two"),
-        ({"choices": ["yes", "yes"]}, "all different"),
-        ({"choices": ["yes", ""]}, "none empty"),
+        ({"choices": ["yes", "yes"]}, "must differ"),
+        ({"choices": ["yes", ""]}, "must not be empty"),
         ({"choices": ["no", "yes"], "columns": {"choices": "options"}}, "remove one of the two"),
         ({"instruction": "do", "columns": {"instruction": "question"}}, "remove one of the two"),
         ({"instruction": ""}, "`instruction` is empty"),

@@ -44,7 +44,7 @@ def test_columns_are_read_when_they_are_asked_for(read):
 
 @pytest.mark.parametrize("value", [5, "ab", [1], [None], [["a"]], [["a", "b"]], [["a", [1]]], [["a", ["b"], "c"]], {"a": 1}])
 def test_facts_that_are_asked_for_must_be_facts(read, value):
-    with pytest.raises(DataError, match=r"row 2: the column of facts has .*; it must be a list of \[value, \[other values\]\]"):
+    with pytest.raises(DataError, match=r"row 2: the column of facts contains .*; each fact must be a list of \[value, \[other values\]\]"):
         read(OK | {"facts": [["hi", []]]}, OK | {"facts": value}, columns={"facts": "facts"})
 
 
@@ -66,12 +66,12 @@ def test_parts_of_a_message_are_joined(read):
     ("turn", "words"),
     [
         ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "the content of turn 1 of messages has the part"),
-        ({"role": "user", "content": ["hi"]}, "has the part 'hi'; every part must be text"),
+        ({"role": "user", "content": ["hi"]}, "has the part 'hi', but every part must be text"),
         ({"role": "user", "content": 5}, "the content of turn 1 of messages is 5"),
         ({"role": "user", "content": "hi \ud83d"}, "turn 1 of messages has half of a surrogate pair"),
         ({"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}, "half of a surrogate pair"),
-        ({"role": "user", "content": None}, "turn 1 of messages has no content"),
-        ({"role": "user"}, "turn 1 of messages has no content"),
+        ({"role": "user", "content": None}, "turn 1 of `messages` has no content"),
+        ({"role": "user"}, "turn 1 of `messages` has no content"),
         ({"content": "hi"}, "turn 1 of messages has the role None"),
         ({"role": ["user"], "content": "hi"}, "turn 1 of messages has the role"),
     ],
@@ -108,7 +108,7 @@ def test_half_characters_are_refused_in_every_column(read, row, settings):
         (b'{"instruction":"x","output":' + b"9" * 5000 + b"}\n", "line 1 cannot be read .a number in it has too many digits"),
         (b'{"instruction":"x","output":' + b"[" * 100000 + b"]" * 100000 + b"}\n", "line 1 cannot be read .it is nested too deeply"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "line 1 is part of a pointer of Git LFS"),
-        (json.dumps([OK]).encode(), "line 1 is a JSON array, not an object"),
+        (json.dumps([OK]).encode(), "line 1 is a JSON array; every line must be one JSON object"),
         (json.dumps([OK], indent=1).encode(), "line 1 is the start of a JSON array"),
         (json.dumps(OK, indent=1).encode(), "line 1 is a JSON object that does not end on this line"),
     ],
@@ -151,7 +151,7 @@ def corpus(tmp_path, *texts) -> DataRef:
         (("hello", None), "row 2: column `text` of the corpus is None; it must be a string"),
         (("hello", 3), "row 2: column `text` of the corpus is 3"),
         (("hello", "\ud83d"), "row 2: column `text` of the corpus has half of a surrogate pair"),
-        (("", " "), "holds no text"),
+        (("", " "), "contains no text"),
     ],
 )
 def test_a_corpus_is_read_before_any_work(tmp_path, texts, words):

@@ -74,11 +74,11 @@ def test_rounded_certainty_is_certainty():
 
 def test_what_is_not_a_prediction_is_refused():
     for bad in (-0.1, 1.1, float("nan")):
-        with pytest.raises(DataError, match="no probability"):
+        with pytest.raises(DataError, match="not a probability"):
             bins([0.5, bad], [True, True])
     with pytest.raises(DataError, match="one number per prediction"):
         bins([0.5], [True, False])
-    with pytest.raises(DataError, match="no predictions"):
+    with pytest.raises(DataError, match="without predictions"):
         ece(bins([], []))
     with pytest.raises(DataError, match=r"\[2, 3\]"):
         merge([bins([1.0], [True], 2), bins([1.0], [True], 3)])

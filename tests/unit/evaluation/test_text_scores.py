@@ -169,7 +169,7 @@ def test_fact_accuracy_is_the_share_of_facts():
 
 def test_lengths_that_differ_are_an_error_not_a_cut():
     for metric in (rouge_l, exact_match):
-        with pytest.raises(DataError, match="2 predictions but 1 rows"):
+        with pytest.raises(DataError, match="2 predictions, but 1 rows"):
             metric(["a", "b"], [["a"]])
         with pytest.raises(DataError, match="no reference"):
             metric(["a"], [[]])

@@ -125,10 +125,10 @@ def test_choice_of_prompts_seeds_and_arms(study):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arms": ["nobody"]}, "no arm `nobody`; it has good, bad, late"),
+        ({"arms": ["nobody"]}, "no arm `nobody`; its arms are good, bad, late"),
         ({"arms": ["late"]}, "`late` has no answers"),
-        ({"sets": ["nothing"]}, "set `nothing`; it has dolly, facts"),
-        ({"limit": 0}, "limit is 0"),
+        ({"sets": ["nothing"]}, "set `nothing`; its sets are dolly, facts"),
+        ({"limit": 0}, "`limit`, the number of prompts per set, is 0"),
     ],
 )
 def test_wrong_choices(study, options, message):

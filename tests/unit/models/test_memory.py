@@ -22,7 +22,9 @@ def test_resident_bytes():
 def test_check_memory():
     needs = {"teacher": 6_000_000_000, "student": 2_000_000_000}
     check_memory(needs, 8_000_000_000)
-    with pytest.raises(ModelError, match=r"need 8\.0 GB of memory \(teacher 6\.0 \+ student 2\.0\) but 7\.9 GB are free; use smaller"):
+    with pytest.raises(
+        ModelError, match=r"need 8\.0 GB of memory \(teacher 6\.0 \+ student 2\.0\), but only 7\.9 GB are free; use smaller"
+    ):
         check_memory(needs, 7_900_000_000)
     with pytest.raises(ModelError, match="GB are free"):
         check_memory({"huge": 10**18})

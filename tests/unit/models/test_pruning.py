@@ -44,13 +44,13 @@ def test_keep_list_of_a_number_has_that_many_layers_and_both_ends():
 
 @pytest.mark.parametrize("layers", [0, 1, -2, 13])
 def test_number_of_layers_out_of_range(layers):
-    with pytest.raises(ConfigError, match=rf"layers is {layers}, but it must be a number from 2 to 12"):
+    with pytest.raises(ConfigError, match=rf"layers is {layers}; write a number from 2 to 12"):
         keep_list(layers, 12)
 
 
 @pytest.mark.parametrize("layers", [[], [0, 0], [3, 1], [-1, 4], [0, 12]])
 def test_bad_list_of_layers(layers):
-    with pytest.raises(ConfigError, match="write ascending indices without repeats, between 0 and 11"):
+    with pytest.raises(ConfigError, match="write indices from 0 to 11 in ascending order"):
         keep_list(layers, 12)
 
 

@@ -172,7 +172,7 @@ def test_highest_scores_in_ascending_order_and_of_equals_the_first():
     assert keep_important(3, torch.tensor([0.1, 5.0, 0.3, 4.0])) == (1, 2, 3)
     assert keep_important(2, torch.tensor([1.0, 1.0, 1.0])) == (0, 1)
     for count in (0, 4):
-        with pytest.raises(ConfigError, match=f"pruning cannot keep {count} of 3 parts; write 1 to 3"):
+        with pytest.raises(ConfigError, match=f"pruning cannot keep {count} of 3 parts; write a number from 1 to 3"):
             keep_important(count, torch.ones(3))
 
 

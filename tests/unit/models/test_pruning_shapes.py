@@ -46,7 +46,7 @@ def test_gpt2_that_keeps_four_times_its_width_says_no_inner_size():
 
 
 def test_mistakes():
-    with pytest.raises(ModelError, match="a mamba model cannot be pruned in width; choose a model of the family gpt2"):
+    with pytest.raises(ModelError, match="a mamba model cannot be pruned in width; choose a model of one of the families gpt2"):
         shape_of({"model_type": "mamba"})
     with pytest.raises(ConfigError, match="the llama configuration has no hidden_size that is a positive whole number"):
         shape_of({"model_type": "llama", "num_attention_heads": 2})
@@ -62,7 +62,7 @@ def test_shapes_import_no_torch():
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("llama", {"layers": 4}, "layers is 4, but the model has 3, and pruning can only remove some; write 1 to 3"),
+        ("llama", {"layers": 4}, "layers is 4, but the model has 3, and pruning can only remove some of them; write 1 to 3"),
         ("llama", {"hidden": 0}, "hidden is 0, but the model has 24, .*write 1 to 24"),
         ("llama", {"intermediate": 21}, "intermediate is 21, but the model has 20, .*write 1 to 20"),
         ("llama", {"heads": 12}, "heads is 12, but the model has 6, .*write 1 to 6"),
@@ -73,16 +73,16 @@ def test_shapes_import_no_torch():
         (
             "llama",
             {"heads": 4, "kv_heads": 1},
-            "heads is 4, but it must be at most 2: kv_heads is 1, and the model has 2 heads .*lower heads, or raise",
+            "heads is 4, but it must be at most 2: `kv_heads` is 1, and the model has 2 heads .*lower `heads`, or raise",
         ),
         ("llama", {"head_dim": 2}, "head_dim is 2, but pruning cannot change it; write 4"),
         ("llama", {"hidden": 20}, "hidden is 20 with 6 heads, but in llama models it must be a multiple.*write hidden 18"),
         (
             "gpt2",
             {"hidden": 16},
-            "hidden is 16 with 3 heads, but in gpt2 models it must be heads x head_dim, and head_dim is 8; write hidden 24",
+            "hidden is 16 with 3 heads, but in gpt2 models it must be heads x head_dim, and head_dim is 8; write `hidden` 24",
         ),
-        ("opt", {"heads": 2}, "hidden is 24 with 2 heads, but in opt models .*write hidden 16, or another number of heads"),
+        ("opt", {"heads": 2}, "hidden is 24 with 2 heads, but in opt models .*write `hidden` 16, or another number of heads"),
         ("gpt2", {"kv_heads": 1}, "heads is 3, but it must be at most 1: "),
     ],
 )
@@ -112,7 +112,7 @@ def test_importance_of_another_model():
 
 def test_layers_and_shape_disagree():
     model = tiny("llama")
-    with pytest.raises(ConfigError, match=r"layers is \[0, 1\], with 2 entries, but the shape has 3 layers"):
+    with pytest.raises(ConfigError, match=r"layers is \[0, 1\], which has 2 entries, but the shape has 3 layers"):
         prune(model, shape_of(model.config), scores(model), (0, 1))
 
 
@@ -120,7 +120,9 @@ def test_other_families_and_unknown_weights_are_refused():
     config = AutoConfig.for_model(
         "gpt_neox", vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
     )
-    with pytest.raises(ModelError, match="a gpt_neox model cannot be pruned in width; choose a model of the family gpt2, opt, llama"):
+    with pytest.raises(
+        ModelError, match="a gpt_neox model cannot be pruned in width; choose a model of one of the families gpt2, opt, llama"
+    ):
         shape_of(config)
     model = tiny("gpt2")
     model.transformer.h[0].register_parameter("gate", nn.Parameter(torch.ones(1)))

@@ -58,19 +58,19 @@ def refused(call, *parts: str) -> str:
 @ALL
 def test_shapes_that_differ(case):
     for other in (T[..., :8], T[:, :2], T[0], T.unsqueeze(0)):
-        refused(lambda z=other: case.run(S, z), "student_logits (2, 3, 9)", f"teacher_logits {tuple(other.shape)}")
+        refused(lambda z=other: case.run(S, z), "`student_logits` has shape (2, 3, 9)", f"`teacher_logits` has shape {tuple(other.shape)}")
 
 
 @ALL
 def test_no_vocabulary(case):
     for empty in (torch.ones(2, 0), torch.tensor(1.0)):
-        refused(lambda z=empty: case.run(z, z), f"student_logits has shape {tuple(empty.shape)}")
+        refused(lambda z=empty: case.run(z, z), f"`student_logits` has shape {tuple(empty.shape)}")
 
 
 @ALL
 @pytest.mark.parametrize("temperature", [0.0, -1.0, NAN, math.inf])
 def test_temperature(case, temperature):
-    refused(lambda: case.run(S, T, temperature=temperature), f"temperature is {temperature}", "above 0")
+    refused(lambda: case.run(S, T, temperature=temperature), f"`temperature` is {temperature}", "above 0")
 
 
 @ALL
@@ -83,13 +83,13 @@ def test_logits_that_are_no_numbers(case, value, side):
     place = T[1, 2].argmax() if "top_k" in case.name else 5  # a dropped tail is not looked at
     bad[1, 2, place] = value
     pair = (bad, T) if side == "student_logits" else (S, bad)
-    message = refused(lambda: case.run(*pair), f"{side} has NaN or +inf")
+    message = refused(lambda: case.run(*pair), f"`{side}` contains NaN or +inf")
     assert ("teacher_logits" if side == "student_logits" else "student_logits") not in message
 
 
 def test_finite_logits_that_overflow():
     big = torch.tensor([[1e30, -1e30, 0.0]])
-    refused(lambda: alpha_beta(big, -big, alpha=-0.5, beta=0.2), "alpha -0.5", "beta 0.2")
+    refused(lambda: alpha_beta(big, -big, alpha=-0.5, beta=0.2), "`alpha` is -0.5", "`beta` is 0.2")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_finite_logits_that_overflow():
 )
 def test_parameters_outside_their_range(parameter, low, high, call):
     for value in (low - 0.01, high + 0.01, NAN, -math.inf):
-        refused(lambda x=value: call(x), f"{parameter} is {value}", f"[{low:g}, {high:g}]")
+        refused(lambda x=value: call(x), f"`{parameter}` is {value}", f"[{low:g}, {high:g}]")
     call(low)
     call(high)
 
@@ -123,9 +123,9 @@ def test_skew_of_the_contrastive_pair(value):
 
 @pytest.mark.parametrize("value", [NAN, math.inf])
 def test_parameters_that_are_no_numbers(value):
-    refused(lambda: alpha_beta(S, T, alpha=value), f"alpha is {value}", "finite")
-    refused(lambda: alpha_beta(S, T, beta=value), f"beta is {value}", "finite")
-    refused(lambda: alpha_mixture(S, T, alpha=value), f"alpha is {value}", "finite")
+    refused(lambda: alpha_beta(S, T, alpha=value), f"`alpha` is {value}", "finite")
+    refused(lambda: alpha_beta(S, T, beta=value), f"`beta` is {value}", "finite")
+    refused(lambda: alpha_mixture(S, T, alpha=value), f"`alpha` is {value}", "finite")
 
 
 @pytest.mark.parametrize("parameters", [(NAN, 0.5), (0.5, math.inf)])
@@ -135,16 +135,16 @@ def test_ab_parameters_that_are_no_numbers(parameters):
 
 @pytest.mark.parametrize(("alpha", "beta"), [(-0.5, 0.7), (-0.5, 0.5), (-0.5, 0.0), (-0.5, 0.2), (-0.4, -0.3), (-1.0, 2.5)])
 def test_negative_alpha_meets_a_token_that_the_teacher_excludes(alpha, beta):
-    refused(lambda: alpha_beta(S, IMPOSSIBLE, alpha=alpha, beta=beta), f"alpha {alpha}", f"beta {beta}", ">= 0")
+    refused(lambda: alpha_beta(S, IMPOSSIBLE, alpha=alpha, beta=beta), f"`alpha` is {alpha}", f"`beta` is {beta}", ">= 0")
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.7, -0.5), (0.5, -0.5), (0.0, -0.5), (0.2, -0.5), (2.5, -1.0)])
 def test_negative_beta_meets_a_token_that_the_student_excludes(alpha, beta):
-    refused(lambda: alpha_beta(IMPOSSIBLE, T, alpha=alpha, beta=beta), f"alpha {alpha}", f"beta {beta}", ">= 0")
+    refused(lambda: alpha_beta(IMPOSSIBLE, T, alpha=alpha, beta=beta), f"`alpha` is {alpha}", f"`beta` is {beta}", ">= 0")
 
 
 def test_kind_of_pair():
-    refused(lambda: alpha_mixture(S, T, pair="pq"), "pair is 'pq'", "pr, rp, qr, rq")
+    refused(lambda: alpha_mixture(S, T, pair="pq"), "`pair` is 'pq'", "pr, rp, qr, rq")
 
 
 # --- top-k --------------------------------------------------------------------------------------------------------------
@@ -153,55 +153,55 @@ def test_kind_of_pair():
 @pytest.mark.parametrize("k", [0, -1, 10])
 def test_k(k):
     for call in (lambda: top_k_forward_kl(S, T, k=k), lambda: top_k_reverse_kl(S, T, k=k), lambda: top_k(T, k)):
-        refused(call, f"k is {k}", "[1, 9]")
+        refused(call, f"`k` is {k}", "[1, 9]")
 
 
 def test_tail():
     for call in (lambda: top_k(T, 2, tail="keep"), lambda: top_k_reverse_kl(S, T, k=2, tail="keep")):
-        refused(call, "tail is 'keep'", "lump or drop")
+        refused(call, "`tail` is 'keep'", "`lump` or `drop`")
 
 
 def test_a_lumped_tail_with_a_temperature():
-    refused(lambda: top_k(T, 2).align(S, 2.0), "temperature is 2.0", "lumped tail")
-    refused(lambda: top_k(T, 2).align(S, 0.0), "temperature is 0.0", "above 0")
+    refused(lambda: top_k(T, 2).align(S, 2.0), "`temperature` is 2.0", "probability of the other tokens")
+    refused(lambda: top_k(T, 2).align(S, 0.0), "`temperature` is 0.0", "above 0")
 
 
 def test_ids_outside_the_vocabulary():
     found = top_k(T, 2)
     for shift in (9, -9):
         bad = TopK(found.ids + shift, found.log_probs, found.tail)
-        refused(lambda t=bad: t.align(S), f"ids of a top-k target run from {int(bad.ids.min())} to {int(bad.ids.max())}", "[0, 8]")
-    refused(lambda: TopK(found.ids[:1], found.log_probs, found.tail).align(S), "ids (1, 3, 2)", "student_logits (2, 3, 9)")
-    refused(lambda: TopK(found.ids, found.log_probs[..., :1], found.tail).align(S), "log_probs (2, 3, 1)")
+        refused(lambda t=bad: t.align(S), f"ids of a top-k target are from {int(bad.ids.min())} to {int(bad.ids.max())}", "[0, 8]")
+    refused(lambda: TopK(found.ids[:1], found.log_probs, found.tail).align(S), "`ids` (1, 3, 2)", "`student_logits` (2, 3, 9)")
+    refused(lambda: TopK(found.ids, found.log_probs[..., :1], found.tail).align(S), "`log_probs` (2, 3, 1)")
 
 
 # --- mixtures -----------------------------------------------------------------------------------------------------------
 
 
 def test_mixture_kind():
-    refused(lambda: TargetMixture("mean", (1, 1)), "kind is 'mean'", "geometric or arithmetic")
+    refused(lambda: TargetMixture("mean", (1, 1)), "`kind` is 'mean'", "`geometric` or `arithmetic`")
 
 
 @pytest.mark.parametrize("weights", [(), (0.0, 0.0), (1.0, -0.1), (NAN, 1.0), (1.0, NAN), (math.inf, 1.0)])
 def test_mixture_weights(weights):
-    refused(lambda: TargetMixture("geometric", weights), f"weights are {weights}", ">= 0")
+    refused(lambda: TargetMixture("geometric", weights), f"`weights` is {weights}", ">= 0")
 
 
 @pytest.mark.parametrize("drop", [-0.1, 1.0, NAN])
 def test_mixture_drop(drop):
-    refused(lambda: TargetMixture("geometric", (1, 1), drop), f"drop is {drop}", "[0, 1)")
+    refused(lambda: TargetMixture("geometric", (1, 1), drop), f"`drop` is {drop}", "[0, 1)")
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_mixture_of_another_number_of_teachers(count):
-    refused(lambda: TargetMixture("arithmetic", (1, 1)).logits([T] * count), "2 weights", f"teacher_logits has {count}")
+    refused(lambda: TargetMixture("arithmetic", (1, 1)).logits([T] * count), "2 weights", f"`teacher_logits` has {count}")
     mixture = TargetMixture("arithmetic", (1, 1))
     refused(lambda: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), [TARGET] * count, mixture=mixture), "2 weights", f"{count}")
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, NAN])
 def test_mixture_temperature(temperature):
-    refused(lambda: TargetMixture("arithmetic", (1, 1)).logits([T, T], temperature=temperature), f"temperature is {temperature}")
+    refused(lambda: TargetMixture("arithmetic", (1, 1)).logits([T, T], temperature=temperature), f"`temperature` is {temperature}")
 
 
 # --- fused --------------------------------------------------------------------------------------------------------------
@@ -211,12 +211,12 @@ def test_fused_mask_of_another_shape():
     for shape in ((2, 2), (3, 2), (2, 3, 1), (6,)):
         refused(
             lambda s=shape: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), TARGET, mask=torch.ones(s)),
-            f"mask has shape {shape}", "student_hidden has (2, 3, 4)",
+            f"`mask` has shape {shape}", "`student_hidden` has shape (2, 3, 4)",
         )  # fmt: skip
 
 
 def test_fused_teachers_without_a_mixture():
-    refused(lambda: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), [TARGET, TARGET]), "teacher is a list of 2 targets", "mixture")
+    refused(lambda: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), [TARGET, TARGET]), "`teacher` is a list of 2 targets", "mixture")
     refused(lambda: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), []), "teacher", "at least one")
 
 
@@ -228,7 +228,7 @@ def test_fused_top_k_in_a_mixture():
 
 @pytest.mark.parametrize("vocab", [0, -1, 10])
 def test_fused_vocab(vocab):
-    refused(lambda: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), TARGET, vocab=vocab), f"vocab is {vocab}", "from 1 to 9")
+    refused(lambda: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), TARGET, vocab=vocab), f"`vocab` is {vocab}", "from 1 to 9")
 
 
 def test_fused_widths_that_differ():
@@ -247,11 +247,11 @@ def test_fused_teacher_of_other_tokens(masked, kind):
 def test_fused_hidden_states_that_are_no_numbers():
     bad = HIDDEN.clone()
     bad[1, 2, 0] = NAN
-    message = refused(lambda: fused_divergence(reverse_kl, bad, Head(WEIGHT), TARGET), "student_hidden has NaN")
+    message = refused(lambda: fused_divergence(reverse_kl, bad, Head(WEIGHT), TARGET), "`student_hidden` contains NaN")
     assert "student_head" not in message
     broken = WEIGHT.clone()
     broken[3, 1] = NAN
-    refused(lambda: fused_divergence(reverse_kl, HIDDEN, Head(broken), TARGET), "student_head has NaN")
+    refused(lambda: fused_divergence(reverse_kl, HIDDEN, Head(broken), TARGET), "`student_head` contains NaN")
     mask = torch.ones(2, 3, dtype=torch.bool)
     mask[1, 2] = False  # what is masked is not computed, so its NaN does no harm
     assert torch.isfinite(fused_divergence(reverse_kl, bad, Head(WEIGHT), TARGET, mask=mask)[1]).all()
@@ -264,5 +264,5 @@ def test_fused_teachers_that_are_no_numbers():
 
 
 def test_fused_parameters_of_the_divergence():
-    refused(lambda: fused_divergence(jensen_shannon, HIDDEN, Head(WEIGHT), TARGET, beta=1.5), "beta is 1.5", "[0, 1]")
-    refused(lambda: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), TARGET, temperature=0.0), "temperature is 0.0")
+    refused(lambda: fused_divergence(jensen_shannon, HIDDEN, Head(WEIGHT), TARGET, beta=1.5), "`beta` is 1.5", "[0, 1]")
+    refused(lambda: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), TARGET, temperature=0.0), "`temperature` is 0.0")

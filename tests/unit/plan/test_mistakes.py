@@ -82,7 +82,7 @@ def problems(folder: Path, text: str, *overrides: str) -> tuple[str, ...]:
         ("xl > s", "xl -> s", 16, "write `>` between two models"),
         ("xl > s", "xl → s", 16, "write `>` between two models"),
         ("xl > s", "xl > s\n  twin: {path: xl > s, compute: as dirct}", 17, "which is not an arm; did you mean `direct`?"),
-        ("layers: 2", "layers: 60", 8, "models.s.init.layers is 60, but `xl` has 4 layers, and pruning can only remove some; write 1 to 4"),
+        ("layers: 2", "layers: 60", 8, "models.s.init.layers is 60, but `xl` has 4 layers, and pruning only removes layers; write 1 to 4"),
         ("hidden_size", "hiden_size", 4, "has no `hidden_size` (is `hiden_size` a mistyped `hidden_size`?)"),
         ("train: chat", "train: chta", 10, "`data.train`: data set `chta.jsonl` does not exist: there is no `chta.jsonl` in"),
         ("[chat.jsonl]", "[chat.jsonl, no/x.jsonl]", 12, "no does not exist; correct the path"),
@@ -124,7 +124,7 @@ def test_all_names_and_sources_that_do_not_exist_are_shown(folder):
     assert [p.split(":")[0] for p in found] == ["my.yaml, line 5", "my.yaml, line 8", "my.yaml, line 10"]
     assert problems(folder, RECIPE.replace("seeds:", "seed:")) == ("my.yaml, line 2: `seed` is not a known key; did you mean `seeds`?",)
     (twice,) = problems(folder, RECIPE + "study: x\n")
-    assert twice == "my.yaml, line 17: `study` is already in line 1; keep one of the two"
+    assert twice == "my.yaml, line 17: the key `study` is already in line 1; keep one of the two"
     (override,) = problems(folder, RECIPE, "seeds=[10")
     assert override.startswith("override `seeds=[10`, line 1, column 1, cannot be read as YAML: ")
 
@@ -171,9 +171,9 @@ def test_misuse_of_the_python_functions(folder):
     hidden, layer = torch.zeros(2, 3), torch.nn.Linear(3, 5)
     teacher = Hidden(hidden, Head(layer.weight))
     for head in (layer.weight, layer):
-        with pytest.raises(ConfigError, match=r"student_head is a .*, but it must be a Head; write Head\("):
+        with pytest.raises(ConfigError, match=r"`student_head` is a .*, but it must be a Head; write Head\("):
             fused_divergence(reverse_kl, hidden, head, teacher)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ConfigError, match=r"the head of Hidden is a .*; write Head\("):
+    with pytest.raises(ConfigError, match=r"the head of `Hidden` is a .*; write Head\("):
         fused_divergence(reverse_kl, hidden, teacher.head, Hidden(hidden, layer))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ConfigError, match=r"Head takes the weight of the last layer"):
+    with pytest.raises(ConfigError, match=r"`Head` takes the weight of the last layer"):
         Head(layer)  # pyright: ignore[reportArgumentType]

@@ -99,7 +99,7 @@ def test_equal_compute_needs_arms_that_do_not_stop_early():
     """What an arm spends is not known before it ran. Stages that both arms share may stop early."""
     arms = {"takd": "xl > l > s", "direct": {"path": "xl > s", "compute": "as takd"}}
     every = {"every": 4, "patience": 2}
-    with pytest.raises(ConfigError, match=r"arms.direct has `compute: as takd`, but `distill .* has select.patience"):
+    with pytest.raises(ConfigError, match=r"arms.direct has `compute: as takd`, but `distill .* may stop early .select.patience"):
         plan(method=recipe()["method"] | {"select": every}, arms=arms)
     shared = model(16) | {"sft": {"optim": {"steps": 10}, "select": every}}
     plan(models=recipe()["models"] | {"s": shared}, arms=arms)
@@ -113,7 +113,7 @@ def test_equal_compute_needs_arms_that_do_not_stop_early():
     ("sft", "words"),
     [
         ({"select": {"metric": "last", "patience": 1}}, "models.s.sft: select.patience is 1, but select.metric `last` measures nothing"),
-        ({"keep": [5], "select": {"patience": 1}}, "models.s.sft has both keep and select.patience"),
+        ({"keep": [5], "select": {"patience": 1}}, "models.s.sft has both `keep` and `select.patience`"),
     ],
 )
 def test_patience_of_fine_tuning_needs_a_dev_metric_and_no_kept_updates(sft, words):
@@ -203,8 +203,8 @@ def test_specs_are_plain_data():
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"method": {"objective": {"type": "minillm"}}}, ConfigError, "learns from rounds of rollouts"),
-        ({"method": recipe()["method"] | {"objective": {"type": "minillm"}}}, ConfigError, "which needs data.corpus"),
+        ({"method": {"objective": {"type": "minillm"}}}, ConfigError, "needs a sampler that works in rounds"),
+        ({"method": recipe()["method"] | {"objective": {"type": "minillm"}}}, ConfigError, "which needs `data.corpus`"),
         ({"method": recipe()["method"] | {"optim": {"steps": 8, "batch": 48}}}, ConfigError, "not a multiple of optim.batch 48"),
         ({"method": recipe()["method"] | {"optim": {"batch": 16}}}, ConfigError, "neither `steps` nor `epochs`"),
         (
@@ -250,7 +250,7 @@ def test_adapters_that_do_not_fit_are_found_before_anything_runs(monkeypatch):
         plan(models=models | {"s": model(16, lora={"targets": ["lm_head"]})})
     models["s"] = model(16, lora={})
     method = {"objective": {"type": "reverse_kl"}, "sampler": {"type": "student", "engine": "vllm"}, "optim": {"steps": 16, "batch": 16}}
-    with pytest.raises(ConfigError, match="has lora, but engine vllm cannot load adapters; use engine: native"):
+    with pytest.raises(ConfigError, match="has `lora`, but engine vllm cannot load adapters; use `engine: native"):
         plan(models=models, method=method)
     found = preflight.importlib.util.find_spec
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
@@ -285,7 +285,7 @@ def test_what_a_data_set_does_not_use_is_no_part_of_its_identity():
 def test_entries_of_resources_that_do_not_fit_together():
     wanted = validate(recipe(resources={"default": {"processes": 4, "parallel": "fsdp"}, "sft": {"processes": 1}, "distill": {"hours": 1}}))
     stages = {stage.kind: stage for stage in make_plan(wanted).stages.values()}
-    with pytest.raises(ConfigError, match=r"resources of `sft s` \(merged from default, sft\): parallel fsdp spreads a model"):
+    with pytest.raises(ConfigError, match=r"resources of `sft s` \(merged from default, sft\): parallel fsdp splits a model"):
         layout(wanted, next(s for s in make_plan(wanted).stages.values() if s.kind == "sft" and s.model == "s"))
     assert (layout(wanted, stages["distill"]).processes, layout(wanted, stages["distill"]).hours) == (4, 1)
     assert layout(wanted, stages["evaluate"]).processes == 1  # a default for training is none for others

@@ -101,17 +101,17 @@ def test_a_dropped_teacher_is_paid_for_as_often_as_it_is_kept():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"arms": {"a": "s > l"}}, "s .* teaches l .*, which is bigger; write the path from big to small"),
-        ({"arms": {"a": "xl > s > l"}, "teacher": "xl"}, "in `xl > s > l` s "),
+        ({"arms": {"a": "s > l"}}, "s .* teaches the bigger l .*; write the path from big to small"),
+        ({"arms": {"a": "xl > s > l"}, "teacher": "xl"}, "in `xl > s > l`, s "),
         ({"models": MODELS | {"e": {"checkpoint": {"of": "xl", "step": 4}}}}, "add 4 to models.xl.sft.keep"),
         ({"models": MODELS | {"xl": model(64, sft={"optim": {"steps": 3}, "keep": [4]})}}, "keep has 4; write numbers from 1 to 3"),
         ({"models": MODELS | {"e": {"checkpoint": {"of": "q", "step": 4}}}}, "models.e` is made of `q`, which is not a model"),
         ({"models": MODELS | {"t": {"temper": {"of": "xl", "like": "q"}}}}, "temper.like` is `q`, which is not an arm"),
         (
             {"models": MODELS | {"t": {"temper": {"of": "xl", "like": "a"}}}, "arms": {"a": "t > s"}},
-            "takes its temperature from arm a, and is itself a part of that arm's path",
+            "takes its temperature from arm a, but it is itself in that arm's path",
         ),
-        ({"arms": {"a": {"path": "xl > s", "dense": {}}}}, "dense has no effect on `xl > s`, where no model has two teachers"),
+        ({"arms": {"a": {"path": "xl > s", "dense": {}}}}, "`dense` has no effect on `xl > s`, where no model has two teachers"),
         ({"arms": {"a": {"path": "xl > l > s", "dense": {"weights": [0, 0]}}}}, "set at least one weight above 0"),
         ({"arms": {"a": {"path": "xl > l > s", "dense": {"weights": [1]}}}}, "dense.weights has 1 entries, but s has 2 teachers"),
         ({"arms": {"a": {"path": "xl > l > s", "init": {"s": "l"}}}}, "s cannot start from l: head_dim is 8, but pruning cannot change it"),

@@ -65,7 +65,7 @@ def test_arms_are_paired_by_row(tmp_path):
 
 def test_evaluations_without_a_common_row_cannot_be_compared(study):
     keep(study, "chain", 20, [0, 1], [50, 51])
-    with pytest.raises(StoreError, match=r"the evaluations of dolly answered no common row .*raise data\.max_prompt"):
+    with pytest.raises(StoreError, match=r"the evaluations of dolly have no row in common .*raise data\.max_prompt"):
         study.read()
 
 

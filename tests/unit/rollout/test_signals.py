@@ -95,5 +95,5 @@ def test_a_damaged_or_missing_part_is_named(tmp_path, name, content):
         (tmp_path / f"{name}.safetensors").write_bytes(content)
     else:
         (tmp_path / "00000000.safetensors").unlink()
-    with pytest.raises(StoreError, match=r"teacher's recorded signal .* damaged .* delete this folder"):
+    with pytest.raises(StoreError, match=r"recorded outputs of the teacher .* damaged .* delete this folder"):
         Signals(tmp_path, CPU)

@@ -143,7 +143,9 @@ def test_two_damaged_states_are_an_error_that_says_what_to_do(tmp_path, whole):
     assert len(states) == 2
     for path in states:
         cut(path)
-    with pytest.raises(StoreError, match=r"state.pt is damaged .* delete .*/state\*\.pt and run the same command again to redo the stage"):
+    with pytest.raises(
+        StoreError, match=r"state.pt is damaged .* delete .*/state\*\.pt and run the same command again to repeat the training"
+    ):
         run(task)
     for path in states:  # as it says
         path.unlink()

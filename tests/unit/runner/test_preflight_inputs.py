@@ -139,5 +139,5 @@ def test_damaged_models_are_all_named_before_the_first_stage():
 
 @pytest.mark.parametrize("path", ["~nobody-here/x.jsonl", f"./{'x' * 300}/a.jsonl"])
 def test_a_data_path_that_cannot_exist(path):
-    with pytest.raises(DataError, match="is not a path that can exist"):
+    with pytest.raises(DataError, match="is not a valid path"):
         check_inputs(recipe(model("llama"), path, rows("short.jsonl", 4)))

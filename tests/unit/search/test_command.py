@@ -212,8 +212,8 @@ def test_a_budget_limits_what_is_tried():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"search": {"budget": 0.5}}, ["search.budget is 0.5", "the cheapest, t > s, costs 1.00 × direct", "raise the budget"]),
-        ({"search": {"assistants": ["b", "a"]}}, ["a (", "follows b (", "order teacher, assistants and student by size"]),
+        ({"search": {"budget": 0.5}}, ["search.budget is 0.5", "the cheapest allowed path, t > s, costs 1.00 ×", "raise `search.budget`"]),
+        ({"search": {"assistants": ["b", "a"]}}, ["a (", "comes after b (", "ordered from big to small"]),
         ({"select": "last"}, ["is selected by `last`", "set `select.metric` to `loss`"]),
         ({"select": "reverse_kl"}, ["is selected by `reverse_kl`", "which differs from path to path"]),
         ({"search": {"student": "t"}}, ["`search` names t twice"]),
@@ -221,10 +221,10 @@ def test_a_budget_limits_what_is_tried():
         ({"search": {"rungs": [1.0]}, "strategy": "halving"}, ["at least two rungs"]),
         (
             {"models": {n: model(16) for n in "tsabcdefghi"}, "search": {"assistants": list("abcdefghi")}},
-            ["9 assistants make 512 paths", "lower search.max_assistants"],
+            ["9 assistants make 512 paths", "lower `search.max_assistants`"],
         ),
         ({"models": {"t": model(32), "a": model(24), "s": model(8), "b": {"temper": {"of": "a", "like": "x"}}}, "arms": {"x": "t > s"}},
-         ["b is tempered like arm x", "give b a fixed tau"]),
+         ["b takes its temperature from arm x", "set `temper.tau` of b"]),
     ],
 )  # fmt: skip
 def test_mistakes_cost_one_sentence_and_no_work(changes, words, tmp_path):
@@ -248,5 +248,5 @@ def test_a_recipe_has_arms_or_a_search(tmp_path):
 
 def test_paths_of_one_name_are_refused_and_names_go_into_overrides():
     assert list(path_arms([("t", "s"), ("t", "a", "s")])) == ["t-s", "t-a-s"]
-    with pytest.raises(ConfigError, match="t > a-b > s and t > a > b-s are both called t-a-b-s"):
+    with pytest.raises(ConfigError, match="t > a-b > s and t > a > b-s both have the name t-a-b-s"):
         path_arms([("t", "a-b", "s"), ("t", "a", "b-s")])
