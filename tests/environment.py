@@ -11,6 +11,7 @@ ALSO_OWNED = {
     *("CC_CLUSTER", "LOADEDMODULES", "PROJECT", "SCRATCH"),  # a cluster's login node
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),  # a launcher's
     *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "PYTHONWARNINGS"),  # how a terminal looks
+    "PYTHONDONTWRITEBYTECODE",  # each program that a test starts would compile the package again
 }
 
 

@@ -4,13 +4,14 @@ A walk edits as many files as CONTRIBUTING.md allows, and then uses the new thin
 forgotten place is an error, never a silent zero.
 """
 
-import os
+import multiprocessing
 import shutil
-import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+import transformers.modeling_utils  # noqa: F401  here: the processes that are forked need not import it
 from tests.architecture.walks import HARNESS, WALKS, Edit
 
 ROOT = Path(__file__).parents[2]
@@ -27,24 +28,42 @@ def package(folder: Path, edits: tuple[Edit, ...]) -> Path:
     return folder
 
 
-def use(code: str, folder: Path, edits: tuple[Edit, ...]) -> subprocess.CompletedProcess[str]:
-    """Run code with these edits only."""
-    environment = os.environ | {"PYTHONPATH": str(package(folder / "src", edits)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", HARNESS + code, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+def use(code: str, folder: Path, edits: tuple[Edit, ...]) -> str:
+    """Run code with these edits only, in a forked process: it has torch but no module of the package. Return its traceback, "" if none."""
+    source, error = package(folder / "src", edits), folder / "error"
+
+    def run() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == "tadistill"]:
+            del sys.modules[name]
+        sys.path.insert(0, str(source))
+        sys.argv[1:] = [str(folder)]
+        try:
+            exec(HARNESS + code, {"__name__": "__main__"})
+            import tadistill
+
+            assert Path(tadistill.__file__).is_relative_to(source)
+            error.write_text("", encoding="utf-8")
+        except BaseException:
+            error.write_text(traceback.format_exc(), encoding="utf-8")
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode == 0
+    return error.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", WALKS)
 def test_an_addition_touches_few_files_and_works(name, tmp_path):
     walk = WALKS[name]
     assert len({file for file, _, _ in walk.edits}) <= walk.most_files
-    done = use(walk.use, tmp_path, walk.edits)
-    assert done.returncode == 0, done.stdout + done.stderr
+    error = use(walk.use, tmp_path, walk.edits)
+    assert not error, error
 
 
 @pytest.mark.parametrize("name", WALKS)
 def test_a_forgotten_place_fails(name, tmp_path):
     walk = WALKS[name]
-    done = use(walk.use, tmp_path, walk.edits[:-1])
-    assert done.returncode != 0
-    assert walk.forgotten in done.stderr.splitlines()[-1]
+    error = use(walk.use, tmp_path, walk.edits[:-1])
+    assert error
+    assert walk.forgotten in error.splitlines()[-1]

@@ -1,9 +1,10 @@
 """Run stages undisturbed and again with three signals each, and write what `test_interrupted` compares to OUT/found.json.
 
-One process has torch loaded and runs one thread. Each attempt at a stage is a child of it. The child sends a real signal to itself at an
-event: when the stage asks whether to stop (between two steps), or just before a file is synced to disk, renamed or deleted.
+One process with one thread runs all stages undisturbed. Each interrupted attempt at a stage is a child of it. The child sends a real signal
+to itself at an event: when the stage asks whether to stop (between two steps), or just before a file is synced to disk, renamed or deleted.
 """
 
+import gc
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -56,46 +58,52 @@ def cases(root: Path) -> tuple[dict[str, Task], dict[str, Task]]:
     return {name: task(of, key) for name, (of, key) in chosen.items() if key}, needed
 
 
-def attempt(task: Task, log: Path, at: int | None = None, how: signal.Signals = signal.SIGTERM) -> int:
-    """Run a stage in a child that signals itself at event number `at`; return its wait status. `log` gets the events."""
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    code = FAILED
-    try:
-        file, events = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 0
-        stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)
+def watched(task: Task, log: Path, stop: Callable[[], bool], at: int | None = None, how: signal.Signals = signal.SIGTERM) -> int:
+    """Run a stage that signals its own process at event number `at`; return its exit code. `log` gets the events."""
+    file, events = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 0
 
-        def event() -> None:
-            nonlocal events
-            events += 1
-            if events == at:
-                os.kill(os.getpid(), how)
+    def event() -> None:
+        nonlocal events
+        events += 1
+        if events == at:
+            os.kill(os.getpid(), how)
 
-        def asked() -> bool:
+    def asked() -> bool:
+        event()
+        return stop()
+
+    def before(call: Callable, name: str) -> Callable:
+        def instead(*arguments, **options):
             event()
-            return stop()
+            result = call(*arguments, **options)
+            if name == "replace":
+                os.write(file, f"file {Path(arguments[1]).relative_to(task.store)} {events}\n".encode())
+            return result
 
-        def before(call: Callable, name: str) -> Callable:
-            def instead(*arguments, **options):
-                event()
-                result = call(*arguments, **options)
-                if name == "replace":
-                    os.write(file, f"file {Path(arguments[1]).relative_to(task.store)} {events}\n".encode())
-                return result
+        return instead
 
-            return instead
+    def progress(done: int, total: int, text: str) -> None:
+        os.write(file, f"done {done}\n".encode())
 
-        def progress(done: int, total: int, text: str) -> None:
-            os.write(file, f"done {done}\n".encode())
-
-        os.replace, os.fsync, os.unlink = before(os.replace, "replace"), before(os.fsync, "fsync"), before(os.unlink, "unlink")
+    with mock.patch.multiple(os, **{name: before(getattr(os, name), name) for name in ("replace", "fsync", "unlink")}):
         try:
             run_stage(task, progress=progress, alarm=lambda text: None, stop=asked)
             code = 0
         except Interrupted:
             code = STOPPED
-        os.write(file, f"events {events}\n".encode())
+    os.write(file, f"events {events}\n".encode())
+    os.close(file)
+    return code
+
+
+def attempt(task: Task, log: Path, at: int | None, how: signal.Signals) -> int:
+    """Run a stage in a child that signals itself at event number `at`; return its wait status."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    code = FAILED
+    try:
+        code = watched(task, log, StopFlag(signal.SIGUSR2, signal.SIGTERM), at, how)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -157,12 +165,11 @@ def outcome(store: Store, key: str) -> dict:
 def main(out: Path, only: list[str]) -> None:
     torch.set_num_threads(1)
     whole = Store(out / "whole")
-    for task in cases(out / "first")[1].values():  # imports what is imported at first use; the children then have it
-        run_stage(task, progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
     chosen, needed = cases(whole.root)
-    for key, task in needed.items():
-        status = attempt(task, out / f"log-{key}")
-        assert status == 0, task.label
+    for key, task in needed.items():  # in this process: the children then have what is imported at first use
+        assert watched(task, out / f"log-{key}", stop=lambda: False) == 0, task.label
+    gc.collect()
+    gc.freeze()  # else each child copies the pages of all objects when it collects garbage
     shards = []
     names = [name for name in chosen if not only or name in only]
     for shard in range(2):

@@ -4,6 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
+from tests.e2e import forked
 from tests.e2e.test_study import command, manifests, rows, run_here
 
 ARMS = "{direct: xl > s, takd: xl > l > s}"
@@ -18,7 +19,7 @@ def trainings(runs: Path) -> list[str]:
 def test_two_at_once_share_their_stages_and_a_study_grows_by_what_is_new(tmp_path):
     runs, alone = tmp_path / "together", tmp_path / "alone"
     commands = [command(runs, "seeds=[1]", *SMALL, arms=ARMS)] * 2
-    both = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    both = [forked.start(*c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
     texts = [p.communicate(timeout=600)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], texts
     run_here(alone, "seeds=[1]", *SMALL, arms=ARMS)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.e2e import forked
 from tests.e2e.inprocess import ended
 
 RECIPE = """
@@ -33,15 +34,7 @@ def start(runs: Path) -> subprocess.Popen:
     """Start a study in a process group of its own. Its first two stages take much longer than the test waits."""
     recipe = runs.with_suffix(".yaml")
     recipe.write_text(RECIPE)
-    command = [sys.executable, "-m", "tadistill", "run", str(recipe)]
-    return subprocess.Popen(
-        [*command, "--runs", str(runs)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests started in the background inherit that it is ignored
-    )
+    return forked.start("run", str(recipe), "--runs", str(runs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for_updates(runs: Path, after: list[int]) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.e2e import forked
 from tests.e2e.inprocess import ended, tadistill
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,23 +21,23 @@ ONE_SEED = ["seeds=[1]", "runtime.checkpoint_seconds=0.05"]
 
 
 def command(runs: Path, *overrides: str, arms: str = "") -> list[str]:
-    """Return the command line. `arms` replaces the recipe's arms."""
+    """Return the arguments of the command line. `arms` replaces the recipe's arms."""
     path = RECIPE
     if arms:
         path = runs.with_suffix(".yaml")
         path.write_text(RECIPE.read_text().split("arms:")[0] + f"arms: {arms}\n")
-    return [sys.executable, "-m", "tadistill", "run", str(path), *overrides, "--runs", str(runs)]
+    return ["run", str(path), *overrides, "--runs", str(runs)]
 
 
 def run(runs: Path, *overrides: str, code: int = 0, arms: str = "") -> str:
-    done = subprocess.run(command(runs, *overrides, arms=arms), capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    found, text = forked.run(*command(runs, *overrides, arms=arms))
+    assert found == code, text
+    return text
 
 
 def run_here(runs: Path, *overrides: str, arms: str = "") -> None:
     """Run the same command in this process, its stages too."""
-    done = tadistill(*command(runs, *overrides, arms=arms)[3:])
+    done = tadistill(*command(runs, *overrides, arms=arms))
     assert done.code == 0, done.out + done.err
 
 
@@ -51,7 +52,9 @@ def manifests(runs: Path) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    run(runs)
+    program = [sys.executable, "-m", "tadistill", *command(runs)]  # as a user does
+    done = subprocess.run(program, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     return runs
 
 
@@ -131,13 +134,7 @@ def test_killed_runs_resume_to_the_same_results(finished, tmp_path):
         (signal.SIGINT, 130, "sft"),
         (signal.SIGKILL, -signal.SIGKILL, "distill"),
     ):
-        process = subprocess.Popen(
-            command(killed, *ONE_SEED, arms=CHAIN),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests started in the background inherit that it is ignored
-        )
+        process = forked.start(*command(killed, *ONE_SEED, arms=CHAIN), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not training(killed, kind, saved):
             time.sleep(0.01)
         os.kill(process.pid, how)  # just after a checkpoint
