@@ -11,9 +11,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import yaml
@@ -28,7 +31,7 @@ from tadistill.stages.execute import run_stage
 ROOT = Path(__file__).parents[2]
 HOW_TO = sorted(path for path in (ROOT / "docs" / "how-to").glob("*.md") if path.stem != "index")
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-WAYS = {"replaced", "extra", "plan", "dry-run", "after-submit", "interrupted", "patched"}
+WAYS = {"replaced", "extra", "plan", "dry-run", "after-submit", "interrupted", "patched", "served"}
 SMALLER = {"steps": 4, "every": 2, "batch": 4, "micro_batch": 2, "rollouts": 4, "inner_epochs": 1, "max_new_tokens": 4}
 SAYS = {
     "custom-metric": "brief answers",
@@ -38,6 +41,7 @@ SAYS = {
     "resume": "run the same command again to continue",
     "slurm": "#SBATCH",
     "stop-early": "done",
+    "watch": "http://127.0.0.1:",
 }
 """A word of what the commands of a page print."""
 
@@ -118,7 +122,7 @@ class Page:
             words = ["plan", *words[1:]]
         if words[0] == "submit" and "--dry-run" not in words:
             words = [*words, "--dry-run"]
-        command: Callable[..., Done] = {"interrupted": interrupted, "patched": self.patched}.get(way, tadistill)
+        command: Callable[..., Done] = {"interrupted": interrupted, "patched": self.patched, "served": served}.get(way, tadistill)
         done = command(*words, *(["--set", "data.limit.test=4"] if words[0] in ("eval", "compare") else []))
         code = {"doctor": 1, "cancel": 2}.get(words[0], 130 if way == "interrupted" else 0)  # no Slurm is found
         assert done.code in (0, code), f"{shlex.join(words)}\n{done.out}\n{done.err}"
@@ -163,6 +167,22 @@ def interrupted(*words: str) -> Done:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inprocess, "run_here", run_here)
         return tadistill(*words)
+
+
+def served(*words: str) -> Done:
+    """Run a command that serves a page, ask for the page once, and end the command as Ctrl-C does."""
+
+    def once(server) -> NoReturn:
+        asked = threading.Thread(target=server.handle_request)
+        asked.start()
+        with urllib.request.urlopen(server.url) as page:
+            assert "quickstart" in page.read().decode()
+        asked.join()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tadistill.watch.server.Server.serve_forever", once)
+        return tadistill(*words, "--port", "0")
 
 
 @pytest.fixture(scope="module")
