@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from tadistill.watch.logs import TrainingLog
 from tadistill.watch.state import BAD, StageState
 
-WIDTH, HEIGHT, ACROSS, DOWN = 250, 74, 310, 88
+WIDTH, HEIGHT, ACROSS, DOWN = 274, 74, 330, 88
 """Pixels of a node, and from one node to the next."""
 ROW, GUTTER = 82, 42
 """Pixels of a node's row in the list, and of the arcs beside it."""
@@ -110,20 +111,20 @@ def draw(nodes: Sequence[Node]) -> Drawn:
     )
 
 
-def picked(nodes: Iterable[Node], logs: Mapping[str, object], wanted: Iterable[str]) -> tuple[list[StageState], str]:
+def picked(nodes: Iterable[Node], logs: Mapping[str, TrainingLog], wanted: Iterable[str]) -> tuple[list[StageState], str]:
     """Return the training stages whose curves are shown, and a sentence about the choice.
 
-    The choice is the nodes in `wanted`; without them the running stages; without those the stages that wrote last.
+    The choice is the nodes in `wanted`, else the running stages, else those that ran when their run ended, else those that wrote last.
     """
     chosen, nodes = set(wanted), list(nodes)
     some = [s for node in nodes if node.id in chosen for s in node.stages if s.key in logs]
     every = [s for node in nodes for s in node.stages if s.key in logs]
-    running = [s for s in every if s.state == "running"]
-    newest = sorted(every, key=lambda s: -logs[s.key].file.changed)  # type: ignore[attr-defined]
     if some:
         return some[:_SHOWN], _about("chosen", len(some))
-    if running:
-        return running[:_SHOWN], _about("running", len(running))
+    for what, states in (("running", {"running"}), ("interrupted", {"stopped"} | BAD)):
+        if found := [s for s in every if s.state in states]:
+            return found[:_SHOWN], _about(what, len(found))
+    newest = sorted(every, key=lambda s: -logs[s.key].file.changed)
     return newest[: min(_SHOWN, 6)], "The stages that wrote a log last." if newest else ""
 
 

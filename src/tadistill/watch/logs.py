@@ -10,6 +10,7 @@ Lines are counted, not kept: a curve has at most `BUCKETS` buckets of steps, eac
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ BUCKETS = 120
 """Largest number of points of a curve."""
 _PIECE = 64 << 10
 _KEPT = 200  # alarms, and as many last lines
+_ALARM = re.compile(r"^(?P<time>[\d: -]*\d:\d\d)(?: \d+)? alarm: (?P<text>.*)$")
 
 
 class Follower:
@@ -178,15 +180,16 @@ class RunLog:
 
     def _take(self, at: int, line: bytes) -> None:
         text = line.decode(errors="replace").strip()
-        for found in (self._last, self._alarms) if "alarm: " in text[:60] else (self._last,):
+        for found in (self._last, self._alarms) if _ALARM.search(text) else (self._last,):
             found[at] = text
             if len(found) > _KEPT:
                 del found[min(found)]
 
     @property
     def alarms(self) -> list[str]:
-        """The newest 200 alarms, the oldest first."""
-        return [text for _, text in sorted(self._alarms.items())]
+        """The newest 200 alarms, the oldest first: the text, and the time in brackets."""
+        found = (_ALARM.search(text) for _, text in sorted(self._alarms.items()))
+        return [f"{alarm['text']} ({alarm['time']})" for alarm in found if alarm]
 
     @property
     def lines(self) -> list[str]:

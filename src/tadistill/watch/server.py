@@ -9,12 +9,15 @@ server.serve_forever()                      # until server.shutdown()
 """
 
 import contextlib
+import gzip
 import json
 import os
 import platform
 import socket
 import stat
 import sys
+import zlib
+from collections.abc import Container, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -66,12 +69,19 @@ class Server(ThreadingHTTPServer):
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
-    def state(self, wanted: list[str]) -> dict[str, Any]:
-        """Return the title, the parts of the page, and the seconds until a page should ask again."""
+    def state(self, wanted: Sequence[str] = (), have: Container[str] = ()) -> dict[str, Any]:
+        """Return the title, the seconds until a page should ask again, and the parts of the page with their digests.
+
+        Args:
+            wanted: ids of the nodes whose curves are shown.
+            have: digests of parts that the page has; these parts are left out.
+        """
         moment = self.watched.look()
         use = self.machine.look(moment.runs, elsewhere=any(stage.elapsed for stage in moment.stages))
         parts = page.render(moment, use, wanted, [name for name in ("report.html", "run.log") if (self.study / name).is_file()])
-        return {"title": page.title(moment), "parts": parts, "pause": _PAUSES.get(moment.state, _REST)}
+        digests = {name: f"{zlib.crc32((name + part).encode()):08x}" for name, part in parts.items()}
+        new = {name: part for name, part in parts.items() if digests[name] not in have}
+        return {"title": page.title(moment), "pause": _PAUSES.get(moment.state, _REST), "parts": new, "digests": digests}
 
 
 def make_server(study: Path, store: Store, *, port: int) -> Server:
@@ -116,10 +126,11 @@ class _Handler(BaseHTTPRequestHandler):
         name = parts.path.removeprefix("/files/")
         try:
             if parts.path == "/":
-                found = self.server.state([])
+                found = self.server.state()
                 self._send(page.shell(self.server.watched.look(), found["parts"]).encode(), "text/html")
             elif parts.path == "/state":
-                content = self.server.state(parse_qs(parts.query).get("node", []))
+                asked = parse_qs(parts.query)
+                content = self.server.state(asked.get("node", []), asked.get("have", []))
                 self._send(json.dumps(content, ensure_ascii=False).encode(), "application/json")
             elif name != parts.path and name in FILES and (content := read_file(self.server.study, name)) is not None:
                 self._send(content, FILES[name])
@@ -152,7 +163,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(f"{reason}\n".encode(), "text/plain", status, headers)
 
     def _send(self, content: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK, headers: dict[str, str] | None = None) -> None:
-        common = {
+        smaller = {"Content-Encoding": "gzip"} if "gzip" in self.headers.get("Accept-Encoding", "") else {}
+        content = gzip.compress(content, 3) if smaller else content  # a tunnel may be slow
+        common = smaller | {
             "Content-Type": f"{kind}; charset=utf-8",
             "Content-Length": str(len(content)),
             "Cache-Control": "no-store",

@@ -96,6 +96,6 @@ def test_alarms_and_last_lines_of_the_run_log(path):
     path.write_text("".join(f"2026-11-27 10:00:00 7 {text}\n" for text in ("start", "alarm: s: repeats", "1/2 s", "failed: alarms")))
     log = RunLog(path)
     read(log)
-    assert log.alarms == ["2026-11-27 10:00:00 7 alarm: s: repeats"]
+    assert log.alarms == ["s: repeats (2026-11-27 10:00:00)"]
     assert log.lines[-1].endswith("failed: alarms")
     assert len(log.lines) == 4

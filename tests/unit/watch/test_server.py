@@ -1,5 +1,6 @@
 """The server reads and nothing else: methods, hosts, users, paths outside the study, and a disk that stays as it was."""
 
+import gzip
 import hashlib
 import http.client
 import json
@@ -40,6 +41,24 @@ def test_the_page_and_its_parts(folder, server):
     assert "sft s, seed 1" in content["parts"]["now"]
     assert 'class="line"' in content["parts"]["curves"]
     assert "4 min" in content["parts"]["head"]
+
+
+def test_only_changed_parts_are_sent(folder, server):
+    folder.log(S1, 1, 3)
+    first = json.loads(ask(server, "/state")[2])
+    query = "&".join(f"have={digest}" for digest in first["digests"].values())
+    folder.log(S1, 4, 4)
+    second = json.loads(ask(server, f"/state?{query}")[2])
+    assert set(first["parts"]) == set(second["digests"])
+    assert set(second["parts"]) - {"machine"} == {"graph", "curves", "stages"}  # the load of the machine may change
+
+
+def test_replies_are_compressed_for_browsers(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    connection.request("GET", "/", headers={"Accept-Encoding": "gzip, br"})
+    reply = connection.getresponse()
+    assert reply.headers["Content-Encoding"] == "gzip"
+    assert b"<!doctype html>" in gzip.decompress(reply.read())
 
 
 def test_text_of_strangers_is_text(folder, server):
@@ -144,7 +163,7 @@ def test_readers_change_nothing_on_the_disk(folder, server):
     (folder.study / "report.html").write_text("report")
     before = snapshot(folder.runs)
     second = make_server(folder.study, folder.store, port=0)
-    second.state([])
+    second.state()
     second.server_close()
     for path in ("/", "/state", f"/state?node={S1}", "/files/report.html", "/files/plan.json", "/nothing"):
         ask(server, path)

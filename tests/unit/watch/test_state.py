@@ -79,7 +79,7 @@ def test_jobs_of_slurm(folder, monkeypatch):
     assert (found[S1].state, found[S1].elapsed, found[S1].done, found[S1].note) == ("running", "1:02", 40, "loss 2.000")
     assert (found[S2].state, found[S2].note) == ("queued", "Priority")
     assert (moment.state, moment.left) == ("running", None)
-    assert moment.alarms == ("10:00:00 alarm: update 10: collapse",)
+    assert moment.alarms == ("update 10: collapse (10:00:00)",)
     watched._moment = None
     watched.look()
     assert len(asked) == 1  # all users share Slurm
@@ -127,6 +127,9 @@ def test_the_choice_of_curves(folder):
     nodes = nodes_of(moment.stages)
     assert [s.key for s in picked(nodes, moment.logs, ())[0]] == [S1]
     assert [s.key for s in picked(nodes, moment.logs, [S1])[0]] == [S1, S2]
+    folder.run(S2, ended="interrupted")
+    moment = look(folder)
+    assert [s.key for s in picked(nodes_of(moment.stages), moment.logs, ())[0]] == [S2]
     folder.run(ended="interrupted")
     moment = look(folder)
     assert {s.key for s in picked(nodes_of(moment.stages), moment.logs, ())[0]} == {XL, S1, S2}

@@ -1,19 +1,18 @@
 "use strict";
 // asks for the parts of the page again and again, and replaces those that have changed
 {
-  const shown = {}, live = document.getElementById("live"), wanted = new Set(new URLSearchParams(location.search).getAll("node"));
+  const digests = {}, live = document.getElementById("live"), wanted = new Set(new URLSearchParams(location.search).getAll("node"));
   let hovered = 0, busy = false, timer;
   const query = () => [...wanted].map((node) => `node=${encodeURIComponent(node)}`).join("&");
 
-  const put = (name, html) => {
+  const put = (name, html, digest) => {
     const part = document.getElementById(name);
-    if (shown[name] === html) return;
     // a curve under the pointer stays for a few seconds, so that its values can be read
-    if (name === "curves" && part.matches(":hover") && shown[name] !== undefined && Date.now() - hovered < 5000) return;
+    if (name === "curves" && part.matches(":hover") && digests[name] !== undefined && Date.now() - hovered < 5000) return;
+    digests[name] = digest;
     const open = [...part.querySelectorAll("details[open]")].map((found) => found.id), focus = document.activeElement?.dataset?.node;
     const across = part.querySelector(".scroll")?.scrollLeft;
     part.innerHTML = html;
-    shown[name] = html;
     open.forEach((id) => { const found = document.getElementById(id); if (found) found.open = true; });
     if (across) part.querySelector(".scroll").scrollLeft = across;
     if (focus && name === "graph") part.querySelector(`[data-node="${CSS.escape(focus)}"]`)?.focus({ preventScroll: true });
@@ -25,11 +24,11 @@
     clearTimeout(timer);
     let pause = 2;
     try {
-      const reply = await fetch(`state?${query()}`, { cache: "no-store", signal: AbortSignal.timeout(15000) });
+      const reply = await fetch(`state?${query()}&${Object.values(digests).map((digest) => `have=${digest}`).join("&")}`, { cache: "no-store", signal: AbortSignal.timeout(15000) });
       if (!reply.ok) throw new Error(await reply.text());
       const found = await reply.json();
       document.title = found.title;
-      for (const [name, html] of Object.entries(found.parts)) put(name, html);
+      for (const [name, html] of Object.entries(found.parts)) put(name, html, found.digests[name]);
       live.classList.remove("lost");
       live.textContent = `updated ${new Date().toLocaleTimeString("en-GB")}`;
       pause = found.pause;
