@@ -6,6 +6,7 @@ A stored metric's name may have a suffix. `METRIC@DECODING` is the metric under 
 of a student's error, one part for each model on the way from the teacher to the student.
 """
 
+import re
 from dataclasses import dataclass
 from math import inf
 from typing import Literal
@@ -141,3 +142,20 @@ def metric_title(name: str) -> str:
 def metric_unit(name: str) -> str:
     """Return a metric's unit. It is an empty string if the metric has no unit."""
     return metric_of(name).unit
+
+
+# --- the text of a training stage's progress --------------------------------------------------------------------------------
+
+
+def training_text(loss: float, tokens_per_second: float) -> str:
+    """Return the progress of a training stage as text."""
+    return f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
+
+
+_TRAINING = re.compile(r"loss (-?[\d.]+), ([\d,]+) tokens/s")
+
+
+def training_numbers(text: str) -> tuple[float, float] | None:
+    """Return loss and tokens per second that `training_text` wrote; None for another text."""
+    found = _TRAINING.match(text)
+    return (float(found[1]), float(found[2].replace(",", ""))) if found else None

@@ -9,6 +9,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -49,6 +50,12 @@ def runs_directory(given: str | Path | None = None) -> Path:
 def store_of(runs: Path) -> "Store":
     """Return the store of a runs directory. All studies in the directory share it."""
     return Store(runs / "store")
+
+
+def command_for(verb: str, study: Path, *more: str) -> str:
+    """Return the command `tadistill VERB STUDY MORE…`, with --runs if the study is not in the default runs directory."""
+    place = [] if study.parent.resolve() == runs_directory().resolve() else ["--runs", str(study.parent)]
+    return shlex.join(["tadistill", verb, study.name, *more, *place])
 
 
 class Store:

@@ -3,11 +3,13 @@
 import codecs
 import contextlib
 import errno
+import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.segment import Segment
@@ -20,8 +22,42 @@ _PLAIN = {"–": "-", "−": "-", "…": ".", "×": "x"}
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
+Detail = Literal["problems", "progress", "everything"]
+"""How much a command prints while it works (`--quiet`, neither, `--verbose`). The end of a command is always printed."""
+
+
 class Terminal(Console):
-    """A rich console that prints control characters as visible escapes, so that only rich itself moves the cursor."""
+    """A rich console that prints control characters as visible escapes, so that only rich itself moves the cursor.
+
+    With `events` (`--log json`), stdout gets one JSON object for each event, and all other text goes to stderr. Its documentation is
+    in docs/concepts/interruptions.md.
+    """
+
+    def __init__(self, *, detail: Detail = "progress", events: bool = False, **given: Any):
+        super().__init__(**{**given, "stderr": True} if events else given)
+        self.detail, self.events = detail, events
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Write an event as one line of JSON, if events are wanted."""
+        if self.events:
+            sys.stdout.write(json.dumps({"event": name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n")
+            sys.stdout.flush()
+
+    def note(self, text: str, *, problem: bool = False) -> None:
+        """Print a sentence, unless `--quiet` leaves it out because it is no problem. With `--log json` it is an event `note`."""
+        if self.events:
+            self.event("note", text=text)
+        elif problem or self.detail != "problems":
+            self.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def working(self, text: str) -> Iterator[None]:
+        """Show a moving sign with a text on a screen, while a command works that has nothing else to show."""
+        if not self.is_interactive or self.detail == "problems" or self.events:
+            yield
+        else:
+            with self.status(text):
+                yield
 
     def render(self, *given: Any, **options: Any) -> Iterable[Segment]:
         for segment in super().render(*given, **options):

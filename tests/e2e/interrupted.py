@@ -21,6 +21,7 @@ import torch
 
 from tadistill.config import load
 from tadistill.errors import Interrupted
+from tadistill.metrics import training_numbers
 from tadistill.plan.arms import Plan, make_plan, plan_probes
 from tadistill.plan.graph import with_ancestors
 from tadistill.plan.task import Task, make_task
@@ -83,7 +84,8 @@ def watched(task: Task, log: Path, stop: Callable[[], bool], at: int | None = No
         return instead
 
     def progress(done: int, total: int, text: str) -> None:
-        os.write(file, f"done {done}\n".encode())
+        if training_numbers(text):
+            os.write(file, f"done {done}\n".encode())
 
     with mock.patch.multiple(os, **{name: before(getattr(os, name), name) for name in ("replace", "fsync", "unlink")}):
         try:

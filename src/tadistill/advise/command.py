@@ -43,6 +43,7 @@ from tadistill.runner.schedule import run_stages
 from tadistill.runner.study import describe, fetch_models
 from tadistill.search.strategies import path_name
 from tadistill.store import Store, store_of
+from tadistill.terminal import Terminal
 
 NATS_PER_POINT = 1 / 30
 """Factor that converts a recipe's margin from points to nats if the metric is the loss (0.3 points become 0.01 nats)."""
@@ -55,7 +56,7 @@ ON_OWN: Columns = (
 ON_REFERENCES: Columns = (("KL(p‖q)", "forward_kl", 3), ("loss p/q", "loss_ratio", 3), ("advantage", "advantage", 3))
 
 
-def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs: Path, prompts: int, console: Console) -> Path:
+def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs: Path, prompts: int, console: Terminal) -> Path:
     """Measure the models, print the advice, and write RUNS/STUDY/advice.json and advice.html. Return the path of the HTML page.
 
     Args:
@@ -109,16 +110,15 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
     return page
 
 
-def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Console) -> None:
+def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Terminal) -> None:
     missing = [s for s in probes.plan.stages.values() if not store.finished(s.key)]
     if not missing:
         return
     from tadistill.runner.preflight import check_study  # imports transformers, which a call that finds all in the store does not need
 
     jobs = check_study(recipe, console)
-    console.print(
-        f"{recipe.study}: {len(probes.plan.stages)} stages measure models; {len(missing)} of them still have to run, {jobs} at a time",
-        highlight=False,
+    console.note(
+        f"{recipe.study}: {len(probes.plan.stages)} stages measure models; {len(missing)} of them still have to run, {jobs} at a time"
     )
     run_stages(probes.plan, store, jobs=jobs, console=console)
 

@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from tadistill.cli import complete
-from tadistill.cli.shared import Runs, comma_separated, console, run_and_report, runs_option
+from tadistill.cli.shared import Log, Quiet, Runs, Verbose, comma_separated, run_and_report, runs_option, terminal_for
 from tadistill.errors import ConfigError
 from tadistill.store import runs_directory, store_of
+from tadistill.terminal import Terminal
 
 app = typer.Typer()
 On = Annotated[str, typer.Option("--on", help="Test sets, separated by commas: names, JSONL files or hub ids.")]
@@ -33,9 +34,12 @@ def evaluate(
     teacher: Teacher = None,
     settings: Settings = None,
     runs: Runs = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    log: Log = "text",
 ) -> None:
     """Evaluate any model on MiniLLM's five test sets or others, and write a report."""
-    _evaluate([model], on, seeds, teacher, settings, runs, ["tadistill", "eval", model])
+    _evaluate([model], on, seeds, teacher, settings, runs, terminal_for(quiet, verbose, log))
 
 
 @app.command()
@@ -47,6 +51,9 @@ def compare(
     show: Annotated[int, typer.Option("--show", min=0, help="Number of prompts per test set to print, with all answers.")] = 2,
     settings: Settings = None,
     runs: Runs = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    log: Log = "text",
 ) -> None:
     """Compare several models on the same prompts: answers side by side, and paired differences."""
     from tadistill.report import read_results
@@ -54,12 +61,13 @@ def compare(
 
     if len(models) < 2:
         raise ConfigError(f"`tadistill compare` needs at least two models, but got only {models[0]}; add one, or use `tadistill eval`")
-    study = _evaluate(models, on, seeds, teacher, settings, runs, ["tadistill", "compare", *models])
-    console.print(side_by_side(read_results(study, store_of(study.parent)), show))
+    terminal = terminal_for(quiet, verbose, log)
+    study = _evaluate(models, on, seeds, teacher, settings, runs, terminal)
+    terminal.print(side_by_side(read_results(study, store_of(study.parent)), show))
 
 
 def _evaluate(
-    models: list[str], on: str, seeds: str, teacher: str | None, settings: list[str] | None, runs: Path | None, verb: list[str]
+    models: list[str], on: str, seeds: str, teacher: str | None, settings: list[str] | None, runs: Path | None, terminal: Terminal
 ) -> Path:
     from tadistill.config import parse
     from tadistill.runner.study import evaluation_recipe
@@ -69,8 +77,9 @@ def _evaluate(
         raise ConfigError(f"--seeds is `{seeds}`; give whole numbers separated by commas, for instance 10,20,30")
     text = evaluation_recipe(models, _sets(on), seeds=[int(n) for n in numbers], teacher=teacher)
     chosen = [part for option in settings or [] for part in ("--set", option)] + (["--teacher", teacher] if teacher else [])
+    verb = ["tadistill", "eval" if len(models) == 1 else "compare", *models]
     command = shlex.join([*verb, "--on", on, "--seeds", seeds, *chosen, *runs_option(runs)])
-    return run_and_report(parse(text, settings or [], source=" ".join(verb[:2])), text, command, runs_directory(runs))
+    return run_and_report(parse(text, settings or [], source=" ".join(verb[:2])), text, command, runs_directory(runs), terminal)
 
 
 def _sets(text: str) -> list[str]:

@@ -5,7 +5,20 @@ from typing import Annotated
 
 import typer
 
-from tadistill.cli.shared import Overrides, RecipePath, Runs, console, interruptible, read_recipe, run_and_report, runs_option
+from tadistill.cli.shared import (
+    Log,
+    Overrides,
+    Quiet,
+    RecipePath,
+    Runs,
+    Verbose,
+    console,
+    interruptible,
+    read_recipe,
+    run_and_report,
+    runs_option,
+    terminal_for,
+)
 from tadistill.store import runs_directory, store_of
 
 app = typer.Typer()
@@ -48,21 +61,37 @@ def plan(
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    runs: Runs = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    log: Log = "text",
+) -> None:
     """Run a study on this machine and write its report. Finished stages are reused; an interrupted run resumes."""
     from tadistill.config.load import read
 
     command = shlex.join(["tadistill", "run", str(recipe), *(overrides or []), *runs_option(runs)])
-    run_and_report(read_recipe(recipe, overrides), read(recipe)[0], command, runs_directory(runs))
+    terminal = terminal_for(quiet, verbose, log)
+    run_and_report(read_recipe(recipe, overrides), read(recipe)[0], command, runs_directory(runs), terminal)
 
 
 @app.command()
-def search(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) -> None:
+def search(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    runs: Runs = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    log: Log = "text",
+) -> None:
     """Train paths of the recipe's `search` until its strategy has chosen one by dev values (docs/concepts/paths.md)."""
     from tadistill.search.command import find_path
 
-    with interruptible():
-        find_path(read_recipe(recipe, overrides), runs=runs_directory(runs), console=console)
+    terminal = terminal_for(quiet, verbose, log)
+    with interruptible(terminal):
+        find_path(read_recipe(recipe, overrides), runs=runs_directory(runs), console=terminal)
 
 
 @app.command()

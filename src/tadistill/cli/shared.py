@@ -1,19 +1,23 @@
 """Arguments, options and steps that several commands share."""
 
+import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.markup import escape
 
 from tadistill.cli import complete
-from tadistill.store import store_of
+from tadistill.errors import ConfigError
+from tadistill.store import command_for, store_of
 from tadistill.terminal import Terminal
 
 if TYPE_CHECKING:
     from tadistill.config import Recipe
+    from tadistill.results.collect import Results
 
 console = Terminal()
 
@@ -38,6 +42,11 @@ StudyName = Annotated[
 Runs = Annotated[
     Path | None, typer.Option("--runs", help="Directory of studies and the store (default: variable TADISTILL_RUNS, else ./runs).")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="While stages run, print only problems.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also print a line when a stage starts (with its key and folder) or ends.")]
+Log = Annotated[
+    Literal["text", "json"], typer.Option("--log", help="json: write each event as a line of JSON to stdout, and other text to stderr.")
+]
 
 
 def read_recipe(recipe: Path, overrides: list[str] | None) -> "Recipe":
@@ -50,22 +59,73 @@ def read_recipe(recipe: Path, overrides: list[str] | None) -> "Recipe":
     return load(recipe, overrides or [])
 
 
-def run_and_report(loaded: "Recipe", text: str, command: str, root: Path) -> Path:
-    """Run a study, write its report, print its table, and return the study's directory."""
-    from tadistill.report import read_results, summary_table, write_report
+def terminal_for(quiet: bool, verbose: bool, log: str) -> Terminal:
+    """Return the console of a command that runs stages, as its options `--quiet`, `--verbose` and `--log` want it."""
+    if quiet and verbose:
+        raise ConfigError("--quiet and --verbose contradict each other; give one of them")
+    if not (quiet or verbose or log == "json"):
+        return console
+    return Terminal(detail="problems" if quiet else "everything" if verbose else "progress", events=log == "json")
+
+
+def run_and_report(loaded: "Recipe", text: str, command: str, root: Path, terminal: Terminal) -> Path:
+    """Run a study, write its report, print how it ended, and return the study's directory."""
     from tadistill.runner.study import run_study
 
-    with interruptible():
-        study = run_study(loaded, runs=root, recipe_text=text, command=command, console=console)
-    results = read_results(study, store_of(root))
-    page = write_report(results)
-    console.print(summary_table(results))
-    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+    with interruptible(terminal):
+        study = run_study(loaded, runs=root, recipe_text=text, command=command, console=terminal)
+    report_study(study, root, terminal)
     return study
 
 
+def report_study(study: Path, root: Path, terminal: Terminal) -> None:
+    """Write the report of a study; print its answer, a table of its arms, and what to do next."""
+    with terminal.working("writing the report"):
+        from tadistill.report import read_results, summary_table, write_report
+        from tadistill.report.text import answer
+
+        results = read_results(study, store_of(root))
+        page = write_report(results)
+    if terminal.events:
+        terminal.event("report", page=str(page.resolve()), answer=answer(results).answer)
+        return
+    terminal.print(summary_table(results))
+    terminal.print(f"report: {page}", soft_wrap=True, highlight=False, style=f"link {page.resolve().as_uri()}")
+    for command, why in _next_commands(results, study):
+        terminal.print(f"[dim]{why}:[/]\n  {escape(command)}", soft_wrap=True, highlight=False)
+
+
+def _next_commands(results: "Results", study: Path) -> Iterator[tuple[str, str]]:
+    """Return commands that a user may want after a study, each with its purpose."""
+    from tadistill.report.text import student_of
+    from tadistill.results.collect import MEAN, primary_metric, seeds_of
+    from tadistill.results.verdict import comparisons
+
+    if results.missing:
+        yield results.plan.command, "Run what is missing"
+        return
+    trained = [arm for arm in results.plan.arms if arm.is_trained]
+    if not trained:
+        return
+    student, metric = student_of(results), primary_metric(results)
+    means = {arm.name: s.mean for arm in trained if arm.model == student and (s := results.summaries.get((arm.name, MEAN, metric)))}
+    yield command_for("watch", study), "Look at curves, samples and stages in a browser"
+    if means:
+        best = max(means, key=lambda name: means[name])
+        yield command_for("export", study, best, f"./{best}"), "Copy the model with the highest mean"
+    if any(c.word == "no evidence" for c in comparisons(results)) and results.plan.command.startswith("tadistill run "):
+        yield _with_more_seeds(results.plan.command, seeds_of(results)), "Narrow the intervals with two more seeds"
+
+
+def _with_more_seeds(command: str, seeds: Sequence[int]) -> str:
+    words = [word for word in shlex.split(command) if not word.startswith("seeds=")]
+    step = seeds[-1] - seeds[-2] if len(seeds) > 1 else 10 if seeds[0] % 10 == 0 else 1
+    more = [*seeds, seeds[-1] + step, seeds[-1] + 2 * step]
+    return shlex.join([*words[:3], f"seeds=[{','.join(map(str, more))}]", *words[3:]])
+
+
 @contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(terminal: Terminal = console) -> Iterator[None]:
     """On Ctrl-C, SIGTERM or SIGUSR2, end the command with a message and exit code 128 + signal (docs/concepts/interruptions.md)."""
     from tadistill.runner.interruption import Stopped, raising
 
@@ -73,7 +133,7 @@ def interruptible() -> Iterator[None]:
         with raising():
             yield
     except KeyboardInterrupt as asked:
-        console.print("interrupted; run the same command again to continue")
+        terminal.print("interrupted; run the same command again to continue")
         received = asked.received if isinstance(asked, Stopped) else signal.SIGINT
         raise typer.Exit(128 + received) from None
 

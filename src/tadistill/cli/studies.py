@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tadistill.cli import complete
-from tadistill.cli.shared import Runs, StudyName, comma_separated, console
+from tadistill.cli.shared import Runs, StudyName, comma_separated, console, report_study
 from tadistill.errors import ConfigError
 from tadistill.store import runs_directory, store_of
 
@@ -20,15 +20,10 @@ app = typer.Typer()
 @app.command()
 def report(study: StudyName, runs: Runs = None) -> None:
     """Write report.html, report.md and results.json of a study from the finished stages."""
-    from tadistill.report import read_results, summary_table, write_report
     from tadistill.results.find import find_study
 
     root = runs_directory(runs)
-    directory = find_study(study, root)
-    results = read_results(directory, store_of(root))
-    page = write_report(results)
-    console.print(summary_table(results))
-    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+    report_study(find_study(study, root), root, console)
 
 
 @app.command()

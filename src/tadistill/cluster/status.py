@@ -17,7 +17,7 @@ from tadistill.disk import damaged, read_json
 from tadistill.plan.graph import distinct_labels
 from tadistill.plan.throughput import spoken
 from tadistill.runner.local import LOG, LocalRun, described, local_runs
-from tadistill.store import FAILURE, Store, runs_directory
+from tadistill.store import FAILURE, Store, command_for
 
 _COLOUR = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "red", "timeout": "red", "dead": "red"}
 _TAIL = 64 << 10  # bytes at the end of a log, in which the newest line is
@@ -95,12 +95,6 @@ def _job(folder: Path, job: str, live: queue.Entry | None, gone: queue.Entry | N
 def _finished(key: str, store: Store) -> StatusRow:
     record = read_record(store, key)
     return StatusRow("", str(record.place) if record else "", "done", _time(store.manifest(key).get("seconds")), "")
-
-
-def command_for(verb: str, study: Path) -> str:
-    """Return the command `tadistill VERB STUDY`, with --runs if the study is not in the default runs directory."""
-    place = "" if study.parent.resolve() == runs_directory().resolve() else f" --runs {study.parent}"
-    return f"tadistill {verb} {study.name}{place}"
 
 
 def print_status(study: Path, store: Store, console: Console) -> None:

@@ -35,7 +35,6 @@ from tadistill.cluster.job import (
 )
 from tadistill.cluster.profile import Profile
 from tadistill.cluster.sbatch import Request, Requests
-from tadistill.cluster.status import command_for
 from tadistill.config import Recipe
 from tadistill.data.survey import check
 from tadistill.errors import ConfigError, StageFailed
@@ -43,7 +42,7 @@ from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.task import make_task
 from tadistill.runner.study import save_plan
-from tadistill.store import store_of
+from tadistill.store import command_for, store_of
 
 _WAIT = 120  # seconds to wait for another submission to end
 

@@ -84,18 +84,20 @@ def entropy(subject: Subject, sequences: Seq[Sequence], *, batch: int, temperatu
     return per_token(subject, sequences, ("entropy",), values, batch=batch)["entropy"]
 
 
-def divergences(subject: Subject, sequences: Seq[Sequence], others: Seq[PreTrainedModel], *, batch: int) -> list[PerToken]:
+def divergences(
+    subject: Subject, sequences: Seq[Sequence], others: Seq[PreTrainedModel], *, batch: int, tick: Callable[[int], None] = lambda n: None
+) -> list[PerToken]:
     """Return `forward_kl` and `reverse_kl` at each response token, once for each model in `others`.
 
     forward_kl = KL(p ‖ q) and reverse_kl = KL(q ‖ p), in nats. q is the subject and p is the other model. Both are exact sums over the
-    vocabulary.
+    vocabulary. After each batch, `tick` is called with its number of sequences.
     """
     names = tuple(f"{name} {i}" for i in range(len(others)) for name in ("forward_kl", "reverse_kl"))
 
     def values(logits: Tensor, targets: tuple, tokens: Tensor) -> Tensor:
         return torch.stack([kl(logits, target) for target in targets for kl in (forward_kl, reverse_kl)])
 
-    found = per_token(subject, sequences, names, values, batch=batch, others=others)
+    found = per_token(subject, sequences, names, values, batch=batch, others=others, tick=tick)
     return [{name: found[f"{name} {i}"] for name in ("forward_kl", "reverse_kl")} for i in range(len(others))]
 
 
@@ -113,11 +115,12 @@ def per_token(
     *,
     batch: int,
     others: Seq[PreTrainedModel] = (),
+    tick: Callable[[int], None] = lambda n: None,
 ) -> PerToken:
     """Compute the metrics `names` at every response token.
 
     `values` computes them for a few tokens at a time. It is called with the subject's logits (N, V), a tuple of the other models'
-    logits, and the token ids (N,). It returns one row per name: (names, N).
+    logits, and the token ids (N,). It returns one row per name: (names, N). `tick` gets the number of sequences of each batch.
     """
     found: PerToken = {name: [np.empty(0)] * len(sequences) for name in names}
     reader, readers = Reader(subject.model), [Reader(model) for model in others]
@@ -135,6 +138,7 @@ def per_token(
         for name, row in zip(names, tiles.double().cpu().numpy(), strict=True):
             for i, of_sequence in zip(part, np.split(row, ends), strict=True):
                 found[name][i] = of_sequence
+        tick(len(part))
     return found
 
 
@@ -151,27 +155,29 @@ def analyse(
     answers: Answers,
     teacher_answers: Answers,
     *,
-    teacher: PreTrainedModel,
-    assistants: Seq[PreTrainedModel] = (),
+    others: Seq[PreTrainedModel],
     batch: int,
+    tick: Callable[[int], None] = lambda n: None,
 ) -> tuple[dict[str, list[list[float]]], Exposure]:
     """Compare the subject with the original teacher on one data set.
 
     Args:
         answers: the subject's own answers.
         teacher_answers: the teacher's answers to the same prompts.
-        assistants: the models of the path between teacher and subject. The first one is next to the teacher.
+        others: the original teacher, then the assistants between it and the subject. The first assistant is next to the teacher.
+        tick: called after each batch with its number of sequences.
 
     Returns:
         Two things. The first is {metric: [prompt][decoding seed]} with forward_kl (on the references) and reverse_kl (on the subject's
         answers). With assistants it also has the terms of the error budget, from left to right: budget/0, budget/1, …. The second has
         the exposure curves.
     """
-    (on_references,) = divergences(subject, references(data.encoded), [teacher], batch=batch)
+    teacher, *assistants = others
+    (on_references,) = divergences(subject, references(data.encoded), [teacher], batch=batch, tick=tick)
     columns: dict[str, list[np.ndarray]] = {}
     of_student: list[np.ndarray] = []
     for of_seed in answers.values():
-        beside = divergences(subject, of_seed, [teacher, *assistants], batch=batch)
+        beside = divergences(subject, of_seed, others, batch=batch, tick=tick)
         of_student += beside[0]["forward_kl"]
         kl = [means(found["reverse_kl"]) for found in beside]
         columns.setdefault("reverse_kl", []).append(kl[0])
@@ -181,9 +187,9 @@ def analyse(
                 columns.setdefault(f"budget/{j}", []).append(term)
     scores = {"forward_kl": means(on_references["forward_kl"])[:, None].tolist()}
     scores |= {name: np.stack(column, axis=1).tolist() for name, column in columns.items()}
-    of_teacher = [
-        kl for of_seed in teacher_answers.values() for kl in divergences(subject, of_seed, [teacher], batch=batch)[0]["forward_kl"]
-    ]
+    of_teacher: list[np.ndarray] = []
+    for of_seed in teacher_answers.values():
+        of_teacher += divergences(subject, of_seed, [teacher], batch=batch, tick=tick)[0]["forward_kl"]
     return scores, {"student": _by_position(of_student), "teacher": _by_position(of_teacher)}
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table as RichTable
@@ -33,7 +33,7 @@ from tadistill.report.tables import (
 from tadistill.report.text import answer
 from tadistill.results.collect import MEAN, Results, Row, Summary, seeds_of
 from tadistill.results.samples import samples
-from tadistill.results.units import DASH, ratio_text, summary_text
+from tadistill.results.units import DASH, number, ratio_text, summary_text
 from tadistill.results.verdict import Comparison, comparisons, pairs
 from tadistill.statistics import Difference
 from tadistill.visible import guarded, one_line, visible
@@ -223,29 +223,45 @@ def summary_table(results: Results) -> Group:
     """
     found = answer(results)
     said = Text.assemble((f"{found.badge}. ", f"bold {_STYLES[found.kind]}".strip()), found.answer)
-    rest = [Text(sentence) for sentence in found.sentences[1:]]
-    limits = [Text(caution, style="yellow") for caution in (cautions(results) if results.summaries else [])]
-    texts = [Padding(text, (0, 0, 0, 1)) for text in (Text(found.question, style="bold"), said, *rest, *limits)]
-    return Group(Text(results.plan.study, style="bold"), *texts, _arm_table(results))
+    above = [Text(found.question, style="bold"), said, *([Text(found.against_sft)] if found.against_sft else [])]
+    below = [Text(caution, style="yellow") for caution in (cautions(results) if results.summaries else [])]
+    below += [Text(found.next)] if found.next else []
+    above, below = ([Padding(text, (0, 0, 0, 1)) for text in texts] for texts in (above, below))
+    return Group(Text(results.plan.study, style="bold"), *above, _ArmTable(results), *below)
 
 
-def _arm_table(results: Results) -> RichTable:
-    metrics = main_metrics(results)
-    rows = cost_rows(results)
-    with_compute = any(row.relative is not None for row in rows)
+class _ArmTable:
+    """The table of arms, as wide as the terminal allows: a narrow one has fewer intervals, then fewer columns."""
+
+    def __init__(self, results: Results):
+        self.results = results
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        metrics = main_metrics(self.results)
+        compute = any(row.relative is not None for row in cost_rows(self.results))
+        forms = [(metrics, len(metrics), compute), (metrics, 1, compute), (metrics[:1], 1, compute), (metrics[:1], 1, False)]
+        tables = [_arm_table(self.results, *form, names=max(12, options.max_width // 3)) for form in forms]
+        sizes = [console.measure(table, options=options.update(width=1000)).maximum for table in tables]
+        yield next((table for table, size in zip(tables, sizes, strict=True) if size <= options.max_width), tables[-1])
+
+
+def _arm_table(results: Results, metrics: Sequence[str], intervals: int, compute: bool, *, names: int) -> RichTable:
     table = RichTable(box=box.SIMPLE_HEAD)
-    table.add_column("arm", style="bold", overflow="fold")
-    for metric in metrics:
-        table.add_column(f"{metric_title(metric)}\nmean [95 %]", justify="right", no_wrap=True)
-    if with_compute:
+    table.add_column("arm", style="bold", overflow="fold", max_width=names)
+    for i, metric in enumerate(metrics):
+        table.add_column(metric_title(metric) + ("\nmean [95 %]" if i < intervals else "\nmean"), justify="right", no_wrap=True)
+    if compute:
         table.add_column("compute", justify="right", no_wrap=True)
-    for row in rows:
+    for row in cost_rows(results):
         arm = row.arm
         summaries = [(results.summaries.get((arm.name, MEAN, metric)), metric) for metric in metrics]
-        cells = ["missing" if s is None else summary_text(s, metric) for s, metric in summaries]
+        cells = [
+            "missing" if s is None else summary_text(s, metric) if i < intervals else number(s.mean, metric)
+            for i, (s, metric) in enumerate(summaries)
+        ]
         done, planned = len(results.scores[arm.name]), len(arm.evaluate)
         name = arm.name if done == planned else f"{arm.name} ({done}/{planned} seeds)"
-        table.add_row(*map(escape, (name, *cells, *([ratio_text(row.relative)] if with_compute else []))))
+        table.add_row(*map(escape, (name, *cells, *([ratio_text(row.relative)] if compute else []))))
     return table
 
 

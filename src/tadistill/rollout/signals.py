@@ -43,7 +43,10 @@ def record(
     pad: int,
     tick: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write the teacher's outputs at every response token of `sequences`. Files that exist already are not computed again."""
+    """Write the teacher's outputs at every response token of `sequences`. Files that exist already are not computed again.
+
+    After each batch, and after a file is written, `tick` is called with the number of sequences that are done.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     reader = Reader(teacher)
     if isinstance(config, HiddenSignal):
@@ -52,12 +55,18 @@ def record(
         path = folder / f"{start:08d}.safetensors"
         chunk = sequences[start : start + _PART]
         if not path.is_file():
-            _write(path, _part(teacher, reader, chunk, config, vocab, pad))
+            _write(path, _part(teacher, reader, chunk, config, vocab, pad, lambda done, start=start: tick(start + done)))
         tick(start + len(chunk))
 
 
 def _part(
-    teacher: PreTrainedModel, reader: Reader, sequences: Seq[Sequence], config: HiddenSignal | TopKSignal, vocab: int, pad: int
+    teacher: PreTrainedModel,
+    reader: Reader,
+    sequences: Seq[Sequence],
+    config: HiddenSignal | TopKSignal,
+    vocab: int,
+    pad: int,
+    tick: Callable[[int], None],
 ) -> dict[str, Tensor]:
     found: dict[int, dict[str, Tensor]] = {}
     for rows in by_length(sequences, RECORDING_BATCH):
@@ -66,6 +75,8 @@ def _part(
         lengths = batch.mask_BT.sum(1).tolist()
         split = {name: tensor.cpu().split(lengths) for name, tensor in tensors.items()}
         found |= {row: {name: parts[i] for name, parts in split.items()} for i, row in enumerate(rows)}
+        if len(found) < len(sequences):
+            tick(len(found))
     ordered = [found[i] for i in range(len(sequences))]
     joined = {name: torch.cat([part[name] for part in ordered]).contiguous() for name in ordered[0]}
     return joined | {"lengths": torch.tensor([len(next(iter(part.values()))) for part in ordered])}

@@ -129,10 +129,15 @@ class Journal:
         """True if a few seconds have passed since the record was written."""
         return time.monotonic() - self._written >= _EVERY
 
+    @property
+    def seconds(self) -> float:
+        """The time since the run started."""
+        return round(time.monotonic() - self._start, 1)
+
     def save(self) -> None:
         """Write the record."""
         self._written, self.run.seen = time.monotonic(), time.time()
-        self.run.seconds = round(self._written - self._start, 1)
+        self.run.seconds = self.seconds
         try:
             write_json(_record(self.folder, self.run), asdict(self.run))
         except StoreError as error:

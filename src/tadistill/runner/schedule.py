@@ -5,11 +5,8 @@ running stages save their state and end.
 """
 
 import contextlib
-import os
 import signal
 from multiprocessing.connection import wait
-
-from rich.console import Console
 
 from tadistill.errors import ConfigError, DataError, Interrupted, ModelError, StageFailed
 from tadistill.plan.arms import Plan, Stage
@@ -20,12 +17,13 @@ from tadistill.runner.processes import StageProcesses
 from tadistill.runner.screen import Screen
 from tadistill.runner.trackers import Trackers
 from tadistill.store import Store
+from tadistill.terminal import Terminal
 
 _POLL = 0.5
 """Largest number of seconds until a signal is noticed, if no stage sends a message."""
 
 
-def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None:
+def run_stages(plan: Plan, store: Store, *, jobs: int, console: Terminal) -> None:
     """Run every stage that is not in the store, `jobs` stages at a time.
 
     Raises:
@@ -35,9 +33,9 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Console) -> None
     todo = {k: s for k, s in plan.stages.items() if not store.finished(k)}
     if not todo:
         return
-    flag = StopFlag(*ENDING, told=_still_saving)
+    screen = Screen(plan, store, console, todo=list(todo), jobs=jobs)
+    flag = StopFlag(*ENDING, told=screen.remind)
     try:
-        screen = Screen(plan, store, console, todo=list(todo), jobs=jobs)
         with screen, contextlib.closing(Trackers(plan, store, screen.say)) as trackers:
             failed = _Schedule(plan, todo, store, screen, jobs, flag, trackers).run()
     finally:
@@ -121,7 +119,3 @@ def _weights(plan: Plan) -> dict[str, float]:
         for parent in set(plan.stages[key].parents.values()):
             weight[parent] = max(weight[parent], (plan.stages[parent].flops or 0.0) + weight[key])
     return weight
-
-
-def _still_saving() -> None:
-    os.write(2, b"already stopping: the running stages save their state\n")  # print must not be called in a signal handler

@@ -1,23 +1,25 @@
-"""The display of a run: progress bars in a terminal, lines elsewhere, and in both cases run.log and the record for `tadistill status`.
+"""The display of a run: a live table in a terminal, lines elsewhere or JSON events, and in all cases run.log and the record of the run.
 
-A line is printed when a stage ends and, without a terminal, once a minute for each running stage. run.log gets the lines in both cases.
+Without a terminal, a line is printed when a stage ends and, once a minute, for each running stage. run.log gets these lines in all cases.
 """
 
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Column
 
+from tadistill.metrics import training_numbers
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import distinct_labels
 from tadistill.plan.throughput import spoken
 from tadistill.runner.estimate import Estimate, workloads
+from tadistill.runner.live import Board, LiveTable
 from tadistill.runner.local import Journal, StageProgress, State, described
 from tadistill.runner.processes import Message
 from tadistill.store import Store
+from tadistill.terminal import Terminal
 
 _MINUTE = 60.0
 
@@ -25,116 +27,158 @@ _MINUTE = 60.0
 class Screen:
     """The output of one run. Use it as a context manager; leaving it writes how the run ended."""
 
-    def __init__(self, plan: Plan, store: Store, console: Console, *, todo: Sequence[str], jobs: int):
-        self.console, self.labels = console, distinct_labels((s.key, s.label, s.arms) for s in plan.stages.values())
-        self.steps = {key: stage.steps or 1 for key, stage in plan.stages.items()}
+    def __init__(self, plan: Plan, store: Store, terminal: Terminal, *, todo: Sequence[str], jobs: int):
+        self.plan, self.store, self.terminal, self.jobs = plan, store, terminal, jobs
+        self.labels = distinct_labels((s.key, s.label, s.arms) for s in plan.stages.values())
         done = len(plan.stages) - len(todo)
         study = store.root.parent / plan.recipe.study
         self.journal = Journal(study, done=done, total=len(plan.stages), complain=self.say, needs=plan.stages)
         self.run, self.waiting = self.journal.run, list(todo)
         self.estimate = Estimate(plan.stages, workloads(plan), jobs)
-        wide = Column(no_wrap=True, overflow="ellipsis", ratio=1)
-        self.progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", table_column=wide),
-            BarColumn(bar_width=12),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[note]}", style="dim", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
-            console=console,
-            transient=True,
-            expand=True,
-            disable=not console.is_terminal,
-        )
-        self.all = self.progress.add_task("all stages", total=len(plan.stages), completed=done, note="", left="")
-        self.tasks: dict[str, TaskID] = {}
+        self.board = Board(plan, self.labels, todo)
+        normal = self.terminal.detail != "problems" and not self.terminal.events
+        self.live = LiveTable(self.terminal, self.board, self.run) if normal and self.terminal.is_interactive else None
+        self.lines = normal and self.live is None
+        self.detailed = self.terminal.detail == "everything" and normal
         self.started: dict[str, float] = {}
+        self.reminded = False
         self._minute = time.monotonic()
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Screen":
-        self.journal.log(f"start: {self.run.command} ({self.run.total} stages, {len(self.waiting)} to run)")
+        run = self.run
+        self.journal.log(f"start: {run.command} ({run.total} stages, {len(self.waiting)} to run)")
         self.journal.save()
-        self.progress.start()
+        facts = {"study": self.plan.recipe.study, "command": run.command, "stages": run.total, "todo": len(self.waiting)}
+        self.terminal.event("study_start", **facts, jobs=self.jobs)
+        if self.live:
+            self._stack.enter_context(self.live)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self.progress.stop()
-        self.run.ended, self.run.left = _end(error, self.run.failed), None
-        self.journal.log(f"end: {self.run.ended}, {self.run.done} of {self.run.total} stages are done")
+        self._stack.close()
+        run = self.run
+        run.ended, run.left = _end(error, run.failed), None
+        self.journal.log(f"end: {run.ended}, {run.done} of {run.total} stages are done")
         self.journal.save()
+        self.terminal.event("study_end", state=run.ended, done=run.done, stages=run.total, seconds=run.seconds)
+        if self.live or self.lines:
+            self.terminal.note(f"{run.done} of {run.total} stages are done ({run.ended} after {spoken(run.seconds)})")
 
     def say(self, text: str) -> None:
         """Print a line, and add it to run.log."""
-        self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if self.terminal.events:
+            self.terminal.event("note", text=text)
+        else:
+            self._print(escape(text))
         self.journal.log(text)
+
+    def remind(self) -> None:
+        """Say at the next tick that the stages are already saving their state. A signal handler may call this."""
+        self.reminded = True
 
     def start(self, key: str) -> None:
         self.waiting.remove(key)
         self.started[key] = time.monotonic()
         label = self.labels[key]
-        self.run.stages[key] = StageProgress(label, total=self.steps[key])
-        self.tasks[key] = self.progress.add_task(escape(label), total=self.steps[key], note="starting", left="")
+        self.run.stages[key] = StageProgress(label, total=self.plan.stages[key].steps or 1, note="starting")
+        self.board.start(key)
+        self._event("start", key)
+        if self.detailed:
+            self._print(f"[dim]started[/] {escape(label)} [dim]({key}, {escape(str(self.store.folder(key)))})[/]")
         self.journal.log(f"started: {label} ({key})")
         self.journal.save()
 
     def show(self, key: str, message: Message) -> None:
         """Show a message of a stage: its progress or an alarm."""
         if isinstance(message, str):
-            self.progress.console.print(f"[bold yellow]alarm[/] {escape(self.labels[key])}: ", escape(message), highlight=False)
+            self._event("alarm", key, text=message)
+            self._print(f"[bold yellow]alarm[/] {escape(self.labels[key])}: {escape(message)}")
             self.journal.log(f"alarm: {self.labels[key]}: {message}")
             return
         stage = self.run.stages[key]
         stage.done, stage.total, stage.note = message
+        self.board.progress(key, stage.note)
         self.estimate.running(key, stage.done / max(stage.total, 1), time.monotonic() - self.started[key])
 
     def end(self, key: str, failure: str | None = None) -> None:
         """Report the end of a stage; `failure` is the reason if it failed."""
         seconds, label = time.monotonic() - self.started.pop(key), self.labels[key]
-        self.progress.remove_task(self.tasks.pop(key))
         del self.run.stages[key]
+        self.board.end(key, seconds if failure is None else None)
         if failure is None:
             self.run.done += 1
             self.estimate.finished(key, seconds)
-            self.progress.update(self.all, completed=self.run.done)
-            line = f"{self.run.done:3d}/{self.run.total} {label} {seconds:.1f} s"
-            shown = f"[dim]{self.run.done:3d}/{self.run.total}[/] {escape(label)} [dim]{seconds:.1f} s[/]"
-            self.progress.console.print(shown, highlight=False, soft_wrap=True)
-            self.journal.log(line)
+            self._event("end", key, seconds=round(seconds, 1), done=self.run.done, stages=self.run.total)
+            if self.lines or self.detailed:
+                self._print(f"[dim]{self.run.done:3d}/{self.run.total}[/] {escape(label)} [dim]{seconds:.1f} s[/]")
+            self.journal.log(f"{self.run.done:3d}/{self.run.total} {label} {seconds:.1f} s")
         else:
             self.run.failed[key] = failure
             self.estimate.dropped(key)
-            self.progress.console.print(f"[bold red]failed[/] {escape(label)}: ", escape(failure), highlight=False, soft_wrap=True)
+            self._event("failed", key, seconds=round(seconds, 1), reason=failure)
+            self._print(f"[bold red]failed[/] {escape(label)}: {escape(failure)}")
             self.journal.log(f"failed: {label} ({key}): {failure}")
         self._save()
 
     def tick(self) -> None:
-        """Update times and bars, and write the record and the lines that are due. Call it several times a second."""
+        """Update times and the table, and write the record and the lines that are due. Call it several times a second."""
         now = time.monotonic()
+        if self.reminded:
+            self.reminded = False
+            self.say("already stopping: the running stages save their state")
         if self.journal.due:
             self._save()
-        for key, stage in self.run.stages.items():
-            left = f"{spoken(stage.left)} left" if stage.left is not None else ""
-            self.progress.update(self.tasks[key], completed=stage.done, total=stage.total, note=escape(stage.note), left=left)
-        whole = f"{spoken(self.run.left)} left" if self.run.left is not None else ""
-        self.progress.update(self.all, left=whole)
+        if self.live:
+            self._measure(now)
+            self.live.refresh()
         if now - self._minute >= _MINUTE:
             self._minute = now
-            for line in self._lines(whole):
+            self._measure(now)
+            for line in self._lines():
                 self.journal.log(line)
-                if not self.console.is_terminal:
-                    self.console.print(f"{time.strftime('%H:%M:%S')} {line}", highlight=False, markup=False, soft_wrap=True)
+                if self.lines:
+                    self._print(escape(f"{time.strftime('%H:%M:%S')} {line}"))
+            for key in self.run.stages:
+                self._progress_event(key)
+
+    def _measure(self, now: float) -> None:
+        self.run.seconds = self.journal.seconds
+        for key, stage in self.run.stages.items():
+            stage.seconds = round(now - self.started[key], 1)
 
     def _save(self) -> None:
         self.run.left = self.estimate.total_left(self.waiting)
+        self._measure(time.monotonic())
         for key, stage in self.run.stages.items():
-            stage.seconds, stage.left = round(time.monotonic() - self.started[key], 1), self.estimate.left(key)
+            stage.left = self.estimate.left(key)
         self.journal.save()
 
-    def _lines(self, whole: str) -> Iterable[str]:
+    def _lines(self) -> Iterable[str]:
         for stage in self.run.stages.values():
             yield f"{stage.label}: {described(stage)}"
-        yield f"all stages: {self.run.done}/{self.run.total}{f', {whole}' if whole else ''}"
+        whole = f", {spoken(self.run.left)} left" if self.run.left is not None else ""
+        yield f"all stages: {self.run.done}/{self.run.total}{whole}"
+
+    def _print(self, markup: str) -> None:
+        if self.terminal.events:
+            return
+        if self.live:
+            self.live.print(markup)
+        else:
+            self.terminal.print(markup, highlight=False, soft_wrap=True)
+
+    def _event(self, name: str, key: str, **facts: Any) -> None:
+        stage = self.plan.stages[key]
+        about = {"key": key, "label": self.labels[key], "kind": stage.kind, "arms": sorted(stage.arms), "seed": stage.seed}
+        self.terminal.event(name, **about, **facts)
+
+    def _progress_event(self, key: str) -> None:
+        stage = self.run.stages[key]
+        facts: dict[str, Any] = {"done": stage.done, "total": stage.total, "text": stage.note, "seconds": stage.seconds, "left": stage.left}
+        if numbers := training_numbers(stage.note):
+            facts |= dict(zip(("loss", "tokens_per_second"), numbers, strict=True))
+        self._event("progress", key, **facts, study_done=self.run.done, study_left=self.run.left)
 
 
 def _end(error: BaseException | None, failed: object) -> State:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from tadistill.config import ModelConfig, Recipe
 from tadistill.config.places import placed
@@ -33,7 +32,7 @@ SUITE = ("dolly", "self_inst", "vicuna", "sinst", "uinst")
 
 
 @placed
-def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "", console: Console | None = None) -> Path:
+def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "", console: Terminal | None = None) -> Path:
     """Run the stages that are not in the store. Return the study's directory, which `tadistill.report.write_report` can read.
 
     Raises:
@@ -46,38 +45,40 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
     check_trackers(recipe)
     check_sources(recipe)
     fetch_models(recipe, console)
-    plan = make_plan(recipe)
     store = store_of(runs)
+    with console.working("planning the study"):
+        plan = make_plan(recipe)
     missing = [s for s in plan.stages.values() if not store.finished(s.key)]
     jobs = 0
     if missing:
         prepare()
-        from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
+        with console.working("checking models and data"):
+            from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
 
-        jobs = check_study(recipe, console)
+            jobs = check_study(recipe, console)
         for sentence in plan.tokens.cautions():
-            console.print(sentence, highlight=False, markup=False)
-        console.print(f"{recipe.study}: {len(plan.stages)} stages, {len(missing)} to run, {jobs} at a time", highlight=False)
+            console.note(sentence, problem=True)
+        console.note(f"{recipe.study}: {len(plan.stages)} stages, {len(missing)} to run, {jobs} at a time")
     study = save_plan(plan, runs, recipe_text=recipe_text, command=command, console=console)
     if missing:
         run_stages(plan, store, jobs=jobs, console=console)
     else:  # what jobs of a cluster did, for instance
-        Trackers(plan, store, lambda text: console.print(text, highlight=False, markup=False)).close()
+        Trackers(plan, store, lambda text: console.note(text, problem=True)).close()
     return study
 
 
 @placed
-def fetch_models(recipe: Recipe, console: Console) -> None:
+def fetch_models(recipe: Recipe, console: Terminal) -> None:
     """Download the models that are not on this disk; the plan needs their sizes."""
     for model in recipe.models.values():
         if model.load and not model.load.startswith("scratch:") and sources.locate(model.load, model.revision) is None:
-            console.print(f"fetching {model.load} …", highlight=False)
+            console.note(f"fetching {model.load} …")
             sources.fetch(model.load, model.revision)
         if model.tokenizer and model.tokenizer != "tinyworld":
             sources.fetch(model.tokenizer, model.revision, weights=False)
 
 
-def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console: Console | None = None) -> Path:
+def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console: Terminal | None = None) -> Path:
     """Write runs/STUDY/plan.json, which reports and other tools read. The date of the first run is kept.
 
     If a report of other evaluations is there, for instance of other seeds, it is kept in runs/STUDY/earlier/KEY.
@@ -90,7 +91,7 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console
             created = json.loads(path.read_text(encoding="utf-8"))["created"]
     content = describe(plan, created=created, recipe_text=recipe_text, command=command)
     if kept := _keep_report(study, content):
-        (console or Terminal()).print(f"the earlier report shows other evaluations, so it is kept: {kept}", highlight=False, soft_wrap=True)
+        (console or Terminal()).note(f"the earlier report shows other evaluations, so it is kept: {kept}")
     write_json(path, content)
     return study
 

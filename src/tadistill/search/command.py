@@ -11,8 +11,6 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
-from rich.console import Console
-
 from tadistill.config import Arm, Method, Recipe
 from tadistill.config.arm import Search, path_text
 from tadistill.config.method import MethodPatch, Optim, Select, apply
@@ -27,11 +25,12 @@ from tadistill.search import strategies
 from tadistill.search.choice import Choice, Tried, choice_notes, choice_table, with_parents, write_choice
 from tadistill.search.strategies import Lattice, ModelPath, Round, Strategy, count_paths, drive, make_lattice, path_name
 from tadistill.store import Store, store_of
+from tadistill.terminal import Terminal
 
 MOST_PATHS = 256
 
 
-def find_path(recipe: Recipe, *, runs: Path, console: Console) -> Choice:
+def find_path(recipe: Recipe, *, runs: Path, console: Terminal) -> Choice:
     """Search the paths of a recipe, print the tried paths, and write RUNS/STUDY/search.json and confirm.yaml.
 
     Raises:
@@ -209,7 +208,7 @@ def _strategy(search: Search, lattice: Lattice) -> Strategy:
 class _Training:
     """The trainings of a search. It trains the paths of each round and collects all stages that the search needed."""
 
-    def __init__(self, recipe: Recipe, lattice: Lattice, store: Store, console: Console):
+    def __init__(self, recipe: Recipe, lattice: Lattice, store: Store, console: Terminal):
         self.recipe, self.lattice, self.store, self.console = recipe, lattice, store, console
         self.stages: dict[str, Stage] = {}
         self.rounds: list[tuple[Round, dict[ModelPath, float]]] = []
@@ -231,7 +230,7 @@ class _Training:
         share = "" if asked.share == 1 else f" at {asked.share:.0%} of their updates"
         count = f"{len(asked.paths)} path{'s' * (len(asked.paths) > 1)}{share}"
         text = f"round {len(self.rounds) + 1}: {count}, {len(stages)} stages, {missing} to run"
-        self.console.print(text, highlight=False)
+        self.console.note(text)
         if missing:
             run_stages(replace(plan, stages=stages), self.store, jobs=self.jobs, console=self.console)
         self.stages |= stages

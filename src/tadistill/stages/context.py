@@ -58,6 +58,7 @@ class Context(Generic[AnySpec]):
 
     def model(self, handle: Handle, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Model:
         """Load the model and the tokenizer that a handle describes. The default device is the device of this process."""
+        self.progress(0, self.task.spec.steps or 1, "loading model")
         device, world = device or self.device, self.spec.data.world.model_dump()
         match handle:
             case FromStage():
@@ -113,6 +114,7 @@ class Context(Generic[AnySpec]):
 
     def split(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> EvalSet:
         """Read a split of a data set, and encode it with the tokenizer. The rows of a large training set stay on the disk."""
+        self.progress(0, self.task.spec.steps or 1, f"reading {split.ref.name}")
         data, name = self.spec.data, split.ref.name
         where: Any = {"world": data.world, "root": self.task.data_root, "limit": split.limit}
         rules: Any = {"template": data.template, "name": f"data set `{name}`"}
@@ -153,6 +155,24 @@ class Context(Generic[AnySpec]):
 def own_device() -> torch.device:
     """Return this process's GPU, or the CPU if there is none."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+class Done:
+    """Counts what a stage has done and shows it. Within a part, which may take longer than a signal leaves, it also stops if asked to."""
+
+    def __init__(self, context: Context, total: int, unit: str):
+        self.context, self.total, self.unit, self.done, self.ends = context, total, unit, 0, 0
+        context.progress(0, total, unit)
+
+    def part(self, size: int) -> None:
+        """Begin a part of this size. At its end nothing stops, so that the part can be saved."""
+        self.ends += size
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        self.context.progress(self.done, self.total, self.unit)
+        if self.done < self.ends:
+            stop_if_asked(self.context)
 
 
 def stop_if_asked(context: Context) -> None:

@@ -15,7 +15,7 @@ from tadistill.evaluation.scoring import Subject, means, pair_measures
 from tadistill.evaluation.scoring import analyse as analyse_set
 from tadistill.plan.inputs import Output
 from tadistill.plan.specs import AnalyseSpec, EvaluateSpec, PairSpec, ProbeSpec
-from tadistill.stages.context import ANSWERS, Context, stop_if_asked
+from tadistill.stages.context import ANSWERS, Context, Done, stop_if_asked
 
 
 def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
@@ -28,8 +28,10 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
     answers = _answers(context, subject, sets, settings)
     own = {planned.function.partition(":")[2]: context.own(planned) for planned in spec.own}
     scores, corpus, predictions = {}, {}, []
+    total = sum(len(of_seed) for of_set in answers.values() for of_seed in of_set.values())
     for data in sets:
         stop_if_asked(context)
+        context.progress(total, total, f"scoring the answers to {data.name}")
         found = score(subject, data, settings, answers[data.name], own, read_references=spec.references)
         scores[data.name], corpus[data.name] = found.scores, found.corpus | {"rows": [e.row for e in data.encoded]}
         predictions += found.records
@@ -47,25 +49,17 @@ def evaluate(context: Context[EvaluateSpec]) -> dict[str, Any]:
 
 
 def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: Evaluate) -> dict[str, dict[int, list[Sequence]]]:
-    total, done, ends = sum(len(s.encoded) for s in sets) * len(settings.seeds), 0, 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        context.progress(done, total, "answers")
-        if done < ends:  # within a part, which may take longer than the time that a signal leaves
-            stop_if_asked(context)
-
+    done = Done(context, sum(len(s.encoded) for s in sets) * len(settings.seeds), "answers")
     found: dict[str, dict[int, list[Sequence]]] = {}
     for data in sets:
         for seed in settings.seeds:
             part = context.folder / "parts" / f"{data.name}-{seed}.json"
-            ends += len(data.encoded)
+            done.part(len(data.encoded))
             if part.is_file():
-                tick(len(data.encoded))
+                done(len(data.encoded))
             else:
                 stop_if_asked(context)
-                write_json(part, [a.response for a in generate_answers(subject, data, settings, seed, tick)])
+                write_json(part, [a.response for a in generate_answers(subject, data, settings, seed, done)])
             pairs = zip(data.encoded, read_json(part), strict=True)
             found.setdefault(data.name, {})[seed] = [Sequence(e.prompt, tuple(tokens)) for e, tokens in pairs]
     return found
@@ -81,14 +75,18 @@ def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
     sets = [context.split(split, tokenizer) for split in spec.sets]
     own, of_teacher = (_read_answers(context, answers, sets) for answers in (spec.answers, spec.teacher_answers))
     scores, exposure = {}, {}
-    for done, data in enumerate(sets):
+    read = {data.name: len(data.encoded) * (1 + len(own[data.name]) + len(of_teacher[data.name])) for data in sets}
+    done = Done(context, sum(read.values()), "sequences")
+    for data in sets:
         part = context.folder / "parts" / f"{data.name}.json"
-        if not part.is_file():
+        done.part(read[data.name])
+        if part.is_file():
+            done(read[data.name])
+        else:
             stop_if_asked(context)
-            answers = own[data.name], of_teacher[data.name]
-            write_json(part, analyse_set(subject, data, *answers, teacher=teacher, assistants=assistants, batch=spec.batch))
+            answers, others = (own[data.name], of_teacher[data.name]), [teacher, *assistants]
+            write_json(part, analyse_set(subject, data, *answers, others=others, batch=spec.batch, tick=done))
         scores[data.name], exposure[data.name] = read_json(part)
-        context.progress(done + 1, len(sets), "sets")
     write_json(context.folder / "scores.json", scores)
     write_json(context.folder / "exposure.json", exposure)
     return {}
@@ -113,17 +111,10 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
     model, tokenizer = context.model(spec.model)
     subject = context.subject(model.eval(), tokenizer)
     dev = context.split(spec.dev, tokenizer)
-    done = 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        context.progress(done, len(dev.encoded), "answers")
-        if done < len(dev.encoded):
-            stop_if_asked(context)
-
+    done = Done(context, len(dev.encoded), "answers")
+    done.part(len(dev.encoded))
     context.say_if_slower(model)
-    answers = generate_answers(subject, dev, settings, seed, tick)
+    answers = generate_answers(subject, dev, settings, seed, done)
     found = score(subject, dev, settings, {seed: answers})
     write_rows(context.folder / ANSWERS, [{"index": e.row, "tokens": a.response} for e, a in zip(dev.encoded, answers, strict=True)])
     write_json(context.folder / "scores.json", {name: [row[0] for row in rows] for name, rows in found.scores.items()})

@@ -18,7 +18,7 @@ from tadistill.models.modify import matching_temperature
 from tadistill.models.modify import temper_head as temper_model
 from tadistill.plan.specs import GenerateSpec, SignalSpec, TemperSpec
 from tadistill.rollout.signals import record
-from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, stop_if_asked, teacher_dtype
+from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, Done, stop_if_asked, teacher_dtype
 from tadistill.tuning import GENERATION_BATCH
 
 
@@ -31,23 +31,18 @@ def generate(context: Context[GenerateSpec]) -> dict[str, Any]:
     decoding = Evaluate(seeds=(spec.seed,), batch=GENERATION_BATCH, **spec.sampler.model_dump())
     context.say_if_slower(model)
     parts = context.folder / "parts"
-    files, answered, ends = list[Path](), 0, 0
-
-    def tick(count: int) -> None:
-        nonlocal answered
-        answered += count
-        if answered < ends:  # within a part, which may take longer than the time that a signal leaves
-            stop_if_asked(context)
-
-    for start in range(0, len(train.encoded), 8 * GENERATION_BATCH):
+    files, done = list[Path](), Done(context, len(train.encoded), "answers")
+    for start in range(0, len(train.encoded), size := 8 * GENERATION_BATCH):
         files.append(parts / f"{start}.json")
-        if not files[-1].is_file():
+        end = min(start + size, len(train.encoded))
+        done.part(end - start)
+        if files[-1].is_file():
+            done(end - start)
+        else:
             stop_if_asked(context)
-            chunk = EvalSet(train.name, train.examples, train.encoded[start : start + 8 * GENERATION_BATCH])
-            ends = answered + len(chunk.encoded)
-            answers = generate_answers(subject, chunk, decoding, spec.seed, tick)
+            chunk = EvalSet(train.name, train.examples, train.encoded[start:end])
+            answers = generate_answers(subject, chunk, decoding, spec.seed, done)
             write_json(files[-1], [{"prompt": list(a.prompt), "response": list(a.response)} for a in answers])
-        context.progress(min(start + 8 * GENERATION_BATCH, len(train.encoded)), len(train.encoded), "answers")
     write_rows(context.folder / RESPONSES, (row for file in files for row in read_json(file)))
     return {"answers": len(train.encoded)}
 

@@ -21,7 +21,7 @@ from tadistill import rng
 from tadistill.config.method import Optim, Select
 from tadistill.data.batch import Batch
 from tadistill.errors import ConfigError, Interrupted, StageFailed
-from tadistill.metrics import higher_is_better
+from tadistill.metrics import higher_is_better, training_text
 from tadistill.rollout.samplers import Sampler
 from tadistill.train import checkpoint, sharding
 from tadistill.train.checkpoint import Checkpoints, RunLog, TrainState
@@ -109,6 +109,7 @@ def train_stage(
     state = run.resume(hooks.alarm)
     log = RunLog(directory / "metrics.jsonl", resume_step=state.step) if accelerator.is_main_process else None
     since = _Averages(state.pending)
+    hooks.progress(state.step, "training")
     # runs with equal numbers of processes have equal dropout; rank 0 has the dropout of a run with a single process
     others = [accelerator.process_index] if accelerator.process_index else []
     with meter.counting():
@@ -143,13 +144,14 @@ def train_stage(
             chosen = select.metric != "last" and (state.step % select.every == 0 or state.step == steps)
             if state.step % every == 0 or chosen:
                 metrics = since.pop() | sampler.metrics() | {"train/lr": optimizer.param_groups[0]["lr"]}
-                hooks.progress(state.step, f"loss {metrics['train/loss']:.3f}, {metrics['train/tokens_per_second']:,.0f} tokens/s")
                 if chosen:
+                    hooks.progress(state.step, "evaluating on dev")
                     dev = run.dev(hooks)
                     run.keep_best(state, dev[select.metric], select)
                     sampler.observe(dev)
                     metrics |= {f"dev/{name}": v for name, v in dev.items()}
                     since.restart()
+                hooks.progress(state.step, training_text(metrics["train/loss"], metrics["train/tokens_per_second"]))
                 if log:
                     log.write(state.step, metrics)
     if select.metric != "last":

@@ -41,7 +41,7 @@ def run(models, data, assistants):
     student, teacher = models[0], models[1]
     own, of_teacher = {1: answers(1), 2: answers(2)}, {1: answers(3)}
     subject = Subject(student, Tokenizer(), VOCAB, (0,))
-    return analyse(subject, data, own, of_teacher, teacher=teacher, assistants=assistants, batch=2), own, of_teacher
+    return analyse(subject, data, own, of_teacher, others=[teacher, *assistants], batch=2), own, of_teacher
 
 
 def test_the_budget_is_the_sum_of_the_expectations_that_define_it(models, data):
@@ -80,7 +80,7 @@ def test_exposure_averages_the_answers_that_are_that_long(models, data):
 
 def test_a_model_has_no_divergence_from_itself(models, data):
     subject = Subject(models[1], Tokenizer(), VOCAB, (0,))
-    scores, exposure = analyse(subject, data, {1: answers(1)}, {1: answers(1)}, teacher=models[1], batch=2)
+    scores, exposure = analyse(subject, data, {1: answers(1)}, {1: answers(1)}, others=[models[1]], batch=2)
     assert np.abs(scores["forward_kl"]).max() < 1e-5
     assert np.abs(scores["reverse_kl"]).max() < 1e-5
     assert exposure["student"] == exposure["teacher"]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from tadistill.runner.local import Journal, StageProgress, local_runs
 from tadistill.runner.screen import Screen
 from tadistill.runner.study import save_plan
 from tadistill.store import Store
+from tadistill.terminal import Terminal
 
 RECIPE = small("s")
 
@@ -98,17 +100,19 @@ def test_a_full_disk_is_said_once_and_ends_nothing(tmp_path):
     assert "the run goes on" in said[0]
 
 
-def shown(plan, study, monkeypatch, *, fail=False):
+def shown(plan, study, monkeypatch, *, fail=False, **options):
     """Show a study's first stage on a screen without a terminal, with a clock of our own."""
     clock = [0.0]
     monkeypatch.setattr(screen.time, "monotonic", lambda: clock[0])
-    console = Console(file=io.StringIO(), width=60)
+    console = Terminal(file=io.StringIO(), width=60, **options)
     first, second = plan.stages
     with Screen(plan, Store(study.parent / "store"), console, todo=[first, second], jobs=1) as mine:
         mine.start(first)
         clock[0] = 30.0
         mine.show(first, (4, 8, "loss 5.010, 120 tokens/s"))
+        mine.show(first, "update 4: collapse")
         clock[0] = 61.0
+        mine.remind()
         mine.tick()
         record = json.loads(next((study / "local").iterdir()).read_text())
         mine.end(first, "it broke" if fail else None)
@@ -137,6 +141,55 @@ def test_a_failed_stage_is_in_log_and_status(plan, study, monkeypatch):
     assert "ended because a stage failed" in status(study)
 
 
+def test_quiet_prints_problems_only(plan, study, monkeypatch):
+    out, _ = shown(plan, study, monkeypatch, fail=True, detail="problems")
+    assert out.splitlines() == [
+        "alarm sft s, seed 1: update 4: collapse",
+        "already stopping: the running stages save their state",
+        "failed sft s, seed 1: it broke",
+    ]
+
+
+def test_verbose_names_key_and_folder(plan, study, monkeypatch):
+    out, _ = shown(plan, study, monkeypatch, detail="everything")
+    key = next(iter(plan.stages))
+    assert f"started sft s, seed 1 ({key}, {study.parent / 'store' / key[:2] / key})" in out
+    assert "1/2 sft s, seed 1 61.0 s" in out
+
+
+def test_events_as_json(plan, study, monkeypatch, capsys):
+    shown(plan, study, monkeypatch, events=True)
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    key, about = next(iter(plan.stages)), {"label": "sft s, seed 1", "kind": "sft", "arms": ["sft"], "seed": 1}
+    names = ["study_start", "start", "alarm", "note", "progress", "end", "study_end"]
+    assert [event["event"] for event in events] == names
+    assert [event["event"] for event in events if event.get("key") == key] == ["start", "alarm", "progress", "end"]
+    assert all(event[name] == value for event in events if "key" in event for name, value in about.items())
+    start, _, alarm, _, progress, end, last = ({k: v for k, v in e.items() if k not in ("event", "time", "key", *about)} for e in events)
+    assert start | {"command": ""} == {"study": "small", "command": "", "stages": 2, "todo": 2, "jobs": 1}
+    assert alarm == {"text": "update 4: collapse"}
+    assert progress.pop("left") > 0
+    assert progress.pop("study_left") > 0
+    expected = {"done": 4, "total": 8, "text": "loss 5.010, 120 tokens/s", "seconds": 61.0, "study_done": 0}
+    assert progress == expected | {"loss": 5.01, "tokens_per_second": 120.0}
+    assert end == {"seconds": 61.0, "done": 1, "stages": 2}
+    assert last == {"state": "finished", "done": 1, "stages": 2, "seconds": 61.0}
+    shown(plan, study, monkeypatch, fail=True, events=True)
+    failed = [e for line in capsys.readouterr().out.splitlines() if (e := json.loads(line))["event"] == "failed"]
+    assert [(e["key"], e["reason"], e["seconds"]) for e in failed] == [(key, "it broke", 61.0)]
+
+
+def test_a_terminal_gets_a_table_and_one_line_at_the_end(plan, study, monkeypatch):
+    out, _ = shown(plan, study, monkeypatch, force_terminal=True, _environ={})
+    assert "━━━━━━────── 4/8  loss 5.010" in re.sub(r"\x1b\[[\d;]*m", "", out)
+    assert "1/2 sft s, seed 1" not in out
+    assert "alarm" in out
+    assert out.splitlines()[-1].endswith("1 of 2 stages are done (finished after 61 s)")
+    plain, _ = shown(plan, study, monkeypatch, force_terminal=True, _environ={"TERM": "dumb"})
+    assert "\x1b[1A" not in plain
+    assert "1/2 sft s, seed 1 61.0 s" in plain
+
+
 def test_a_study_is_found_by_its_recipe(study, tmp_path):
     recipe = tmp_path / "other name.yaml"
     recipe.write_text(RECIPE)
@@ -147,9 +200,9 @@ def test_a_study_is_found_by_its_recipe(study, tmp_path):
 
 
 def test_an_interrupted_run_says_so(plan, study):
-    with pytest.raises(KeyboardInterrupt), Screen(plan, Store(study.parent / "store"), Console(file=io.StringIO()), todo=[], jobs=1):
+    with pytest.raises(KeyboardInterrupt), Screen(plan, Store(study.parent / "store"), Terminal(file=io.StringIO()), todo=[], jobs=1):
         raise KeyboardInterrupt
     assert local_runs(study)[-1].state == "interrupted"
-    with pytest.raises(StageFailed), Screen(plan, Store(study.parent / "store"), Console(file=io.StringIO()), todo=[], jobs=1):
+    with pytest.raises(StageFailed), Screen(plan, Store(study.parent / "store"), Terminal(file=io.StringIO()), todo=[], jobs=1):
         raise StageFailed
     assert local_runs(study)[-1].state == "failed"

@@ -4,11 +4,11 @@ import io
 import json
 
 import yaml
-from rich.console import Console
 
 from tadistill.config import parse
 from tadistill.plan.arms import make_plan
 from tadistill.runner.study import evaluation_recipe, save_plan
+from tadistill.terminal import Terminal
 
 RECIPE = """
 study: kept
@@ -23,7 +23,7 @@ def save(tmp_path, *overrides: str) -> str:
     """What the terminal says when the plan is written; a report of it follows."""
     said = io.StringIO()
     plan = make_plan(parse(RECIPE, list(overrides), source="r.yaml"))
-    study = save_plan(plan, tmp_path, recipe_text=RECIPE, command=f"run {' '.join(overrides)}", console=Console(file=said, width=300))
+    study = save_plan(plan, tmp_path, recipe_text=RECIPE, command=f"run {' '.join(overrides)}", console=Terminal(file=said, width=300))
     for name in ("report.html", "report.md", "results.json", "results.csv"):
         (study / name).write_text(f"of {overrides}")
     return said.getvalue()

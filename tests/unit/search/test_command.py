@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from tadistill.config import load, validate
 from tadistill.errors import ConfigError
@@ -19,6 +18,7 @@ from tadistill.search.choice import write_choice
 from tadistill.search.command import affordable, find_path, path_arms, path_flops
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
+from tadistill.terminal import Terminal
 
 GPT2 = {"n_layer": 1, "n_head": 2, "n_positions": 128}
 
@@ -50,7 +50,7 @@ def recipe(strategy: str = "best_prefix", select: str = "loss", **changes):
 
 
 def find(runs: Path, *args, **more):
-    console = Console(width=140, record=True, file=io.StringIO())
+    console = Terminal(width=140, record=True, file=io.StringIO())
     return find_path(recipe(*args, **more), runs=runs, console=console), console.export_text()
 
 
@@ -243,7 +243,7 @@ def test_a_recipe_has_arms_or_a_search(tmp_path):
         run_study(recipe(), runs=tmp_path)
     only_arms = recipe(arms={"x": "t > s"}).model_copy(update={"search": None})
     with pytest.raises(ConfigError, match="has no `search`"):
-        find_path(only_arms, runs=tmp_path, console=Console(quiet=True))
+        find_path(only_arms, runs=tmp_path, console=Terminal(quiet=True))
 
 
 def test_paths_of_one_name_are_refused_and_names_go_into_overrides():
