@@ -5,7 +5,8 @@ ones. A block that cannot run here as it is has a mark, `test=WAY`; `Page.run` s
 """
 
 import contextlib
-import os
+import importlib
+import multiprocessing
 import re
 import shlex
 import shutil
@@ -15,6 +16,7 @@ import threading
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
@@ -143,13 +145,23 @@ class Page:
         file.write_text(text)
 
     def patched(self, *words: str) -> Done:
-        """Run a command with the copy of the package, in a process of its own."""
-        code = (
-            f"from tests.e2e.inprocess import tadistill as t; done = t(*{words!r}); print(done.out, done.err); raise SystemExit(done.code)"
-        )
-        environment = os.environ | {"PYTHONPATH": f"{self.folder / 'src'}:{ROOT}"}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-        return Done(done.returncode, done.stdout, done.stderr)
+        """Run a command with the copy of the package, in a forked process that has torch but no module of the package."""
+        context = multiprocessing.get_context("fork")
+        found, done = context.Pipe(duplex=False)
+        process = context.Process(target=_patched, args=(self.folder / "src", words, done))
+        process.start()
+        done.close()
+        code, out, err = found.recv()
+        process.join()
+        return Done(code, out, err)
+
+
+def _patched(source: Path, words: tuple[str, ...], done: Connection) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "tadistill" or name == inprocess.__name__]:
+        del sys.modules[name]
+    sys.path.insert(0, str(source))
+    ran = importlib.import_module(inprocess.__name__).tadistill(*words)
+    done.send((ran.code, ran.out, ran.err))
 
 
 def interrupted(*words: str) -> Done:
