@@ -17,7 +17,7 @@ QUICK = [
     "from typer.testing import CliRunner; from tadistill.cli import app; "
     "found = CliRunner().invoke(app, ['doctor', 'recipes/quickstart.yaml']); assert 'fetched' in found.output, found.output",
 ]
-HEAVY = {"torch", "transformers", "accelerate", "datasets", "scipy", "plotly", "nltk", "rouge_score", "gguf", "submitit", "peft"}
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "scipy", "nltk", "rouge_score", "gguf", "submitit", "peft"}
 """Libraries that take long to import; plan and doctor have a second in all."""
 
 

@@ -59,6 +59,7 @@ def test_marks_are_where_their_values_are():
     assert path.get("d") == "M0.0 200.0M1000.0 0.0"  # a gap
     values = json.loads(re.search(r'class="values">(.*?)</script>', markup)[1])
     assert values["points"] == [["a <b>", 5.0, 1.0, 0.5, 2.0, "a tip"]]
+    assert values["bars"] == []
     assert values["lines"] == [["curve", None, [0, 10], [0.0, 4.0]]]
     assert "<b>" not in markup
 

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from tadistill.charts.axis import Axis
 from tadistill.charts.labels import WIDTHS, Label, place_labels, text_width
-from tadistill.charts.looks import Look, marker
+from tadistill.charts.looks import Look, marker, safe
+from tadistill.visible import visible_parts
 
 _ACROSS = 1000  # units of a path along x, whatever the width in pixels
 _TITLE, _TICKS, _LINE = 20, 18, 14  # pixels below the plot: title of the axis, ticks, further lines of a tick
@@ -44,7 +45,7 @@ class Chart:
         self._layers: dict[str, list[str]] = {"back": [], "paths": [], "marks": [], "text": []}
         self._labels: list[Label] = []
         self._ends: list[Label] = []
-        self._data: dict[str, list[Any]] = {"lines": [], "points": []}
+        self._data: dict[str, list[Any]] = {"lines": [], "points": [], "bars": []}
 
     # --- marks ----------------------------------------------------------------------------------------------------------
 
@@ -112,13 +113,17 @@ class Chart:
         self._marker(mean, y, look, 5.4, name, tip)
         self._data["points"].append([name, *map(_short, (mean, y, low, high)), tip])
 
+    def mark(self, name: str, at: tuple[float, float], look: Look, *, size: float = 5.0, tip: str = "") -> None:
+        """Draw one marker at (x, y), which is no value of the figure's data."""
+        self._marker(*at, look, size, name, tip)
+
     def bar(self, name: str, xs: tuple[float, float], ys: tuple[float, float], look: Look, *, tip: str = "", opacity: float = 0.85) -> None:
         """Draw a rectangle between two values of x and two values of y."""
         left, right = sorted(self.x.place(x) for x in xs)
         top, bottom = sorted(self._top(y) for y in ys)
         size = f'x="{100 * left:.2f}%" width="{100 * (right - left):.2f}%" y="{top:.1f}" height="{max(bottom - top, 0.5):.1f}"'
         self._add("marks", f'<rect class="bar" {size} rx="2" style="fill:{look.colour};opacity:{opacity:g}"{_tip(tip)}/>', name)
-        self._data["points"].append([name, _short(sum(xs) / 2), _short(ys[1]), None, None, tip])
+        self._data["bars"].append([name, *map(_short, (*xs, *ys)), tip])
 
     def whisker(self, name: str, at: float, low: float, high: float, *, flat: bool = False) -> None:
         """Draw the interval of a bar: upright at x = `at`, or with `flat` along x at y = `at`."""
@@ -174,7 +179,7 @@ class Chart:
         """Write a text at (x, y): its `side` (start, middle, end) lies there, moved by `shift` pixels. x None: at that side of the plot."""
         at = {"start": "0%", "middle": "50%", "end": "100%"}[side] if x is None else self._at(x)
         place = f'x="{at}" y="{self._top(y):.1f}" dx="{shift[0]:g}" dy="{shift[1]:g}" text-anchor="{side}"'
-        self._add("text", f'<text class="{kind or "note"}" {place}>{escape(text)}</text>', name)
+        self._add("text", f'<text class="{kind or "note"}" {place}>{safe(text)}</text>', name)
 
     # --- rendering ------------------------------------------------------------------------------------------------------
 
@@ -191,10 +196,10 @@ class Chart:
             *self._named(),
             f'<line class="cursor" y1="{self.head}" y2="{self.head + self.height}"/>',
         ]
-        svg = f'<svg class="plot" role="img" aria-label="{escape(self.summary)}" width="100%" height="{whole}">{"".join(inner)}</svg>'
+        svg = f'<svg class="plot" role="img" aria-label="{safe(self.summary)}" width="100%" height="{whole}">{"".join(inner)}</svg>'
         sides = f"--left:{left}px;--right:{right}px"
         sized = f'<div class="sides" style="{sides}">{svg}</div>'
-        return Markup(f'<div class="chart" id="{escape(self.name)}">{sized}{self._saves()}{self._values()}</div>')
+        return Markup(f'<div class="chart" id="{safe(self.name)}">{sized}{self._saves()}{self._values()}</div>')
 
     def _saves(self) -> str:
         kinds = (("SVG", "the figure"), ("PNG", "the figure"), ("CSV", "its values"))
@@ -218,20 +223,20 @@ class Chart:
         for value, text in self.y.ticks().items():
             height = self._top(value)
             parts.append(f'<line class="grid" x1="0" x2="100%" y1="{height:.1f}" y2="{height:.1f}"/>' if self.y.grid else "")
-            parts.append(f'<text class="tick" x="0" dx="-6" y="{height + 4:.1f}" text-anchor="end">{escape(text)}</text>')
+            parts.append(f'<text class="tick" x="0" dx="-6" y="{height + 4:.1f}" text-anchor="end">{safe(text)}</text>')
         ticks = self.x.ticks()
         for value, text in ticks.items():
             at = self._at(value)
             parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{self.head}" y2="{bottom}"/>' if self.x.grid else "")
-            rows = "".join(f'<tspan x="{at}" dy="{_LINE if i else 0}">{escape(row)}</tspan>' for i, row in enumerate(text.split("\n")))
+            rows = "".join(f'<tspan x="{at}" dy="{_LINE if i else 0}">{safe(row)}</tspan>' for i, row in enumerate(text.split("\n")))
             parts.append(f'<text class="tick" x="{at}" y="{bottom + 15}" text-anchor="middle">{rows}</text>')
         parts.append(f'<line class="axis" x1="0" x2="100%" y1="{bottom}" y2="{bottom}"/>')
         lines = max((text.count("\n") for text in ticks.values()), default=0)
         if self.x.title:
             at = bottom + (_TICKS + _LINE * lines if ticks else 0) + 14
-            parts.append(f'<text class="title" x="100%" y="{at}" text-anchor="end">{escape(self.x.title)}</text>')
+            parts.append(f'<text class="title" x="100%" y="{at}" text-anchor="end">{safe(self.x.title)}</text>')
         if self.y.title:
-            parts.append(f'<text class="title" x="0" dx="-6" y="{self.head - 8}" text-anchor="start">{escape(self.y.title)}</text>')
+            parts.append(f'<text class="title" x="0" dx="-6" y="11" text-anchor="start">{safe(self.y.title)}</text>')
         return "".join(parts)
 
     def _named(self) -> list[str]:
@@ -246,7 +251,7 @@ class Chart:
 
     def _values(self) -> str:
         axis = {"low": self.x.low, "high": self.x.high, "log": self.x.log, "x": self.x.title, "y": self.y.title}
-        content = json.dumps({**axis, **self._data}, ensure_ascii=False, separators=(",", ":"))
+        content = json.dumps(visible_parts({**axis, **self._data}), ensure_ascii=False, separators=(",", ":"))
         for character in "<>&\u2028\u2029":
             content = content.replace(character, f"\\u{ord(character):04x}")
         return f'<script type="application/json" class="values">{content}</script>'
@@ -258,7 +263,7 @@ class Chart:
     def _add(self, layer: str, mark: str, name: str = "") -> None:
         if name:
             head, _, rest = mark.partition(" ")
-            mark = f'{head} data-arm="{escape(name)}" {rest}'
+            mark = f'{head} data-arm="{safe(name)}" {rest}'
         self._layers[layer].append(mark)
 
     def _down(self, y: float) -> float:
@@ -272,7 +277,7 @@ class Chart:
 
 
 def _tip(text: str) -> str:
-    return f' data-tip="{escape(text)}"' if text else ""
+    return f' data-tip="{safe(text)}"' if text else ""
 
 
 def _short(value: float | None) -> float | None:

@@ -45,6 +45,11 @@
   addEventListener("pointermove", move);
   addEventListener("pointerdown", move);
   addEventListener("scroll", () => show(""), { passive: true });
+  addEventListener("focusin", ({ target }) => {
+    const { left, bottom } = target.getBoundingClientRect();
+    if (target.dataset?.tip) show(target.dataset.tip, left, bottom - 14);
+  });
+  addEventListener("focusout", () => show(""));
 
   // --- saving ---------------------------------------------------------------------------------------------------------
   const keep = (name, blob) => {
@@ -91,14 +96,14 @@
   };
   // a cell that a spreadsheet would run as a formula becomes text
   const cell = (value) => {
-    const plain = value === null || value === undefined ? "" : String(value), safe = /^[=+\-@\t\r]/.test(plain) && Number.isNaN(Number(plain)) ? `'${plain}` : plain;
+    const plain = value === null || value === undefined ? "" : String(value).replaceAll("\n", "; "), safe = /^[=+\-@\t\r]/.test(plain) && Number.isNaN(Number(plain)) ? `'${plain}` : plain;
     return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
   };
   const saveCsv = (chart) => {
-    const { lines, points, x, y } = values(chart);
-    const rows = [["series", "seed", x || "x", y || "y", "low", "high", "text"]];
+    const { lines, points, bars, x, y } = values(chart);
+    const rows = bars.length ? [["series", "from x", "to x", "from y", "to y", "text"], ...bars] : [["series", "seed", x || "x", y || "y", "low", "high", "text"]];
     for (const [name, seed, xs, ys] of lines) xs.forEach((at, i) => rows.push([name, seed, at, ys[i], "", "", ""]));
-    for (const [name, at, value, low, high, note] of points) rows.push([name, "", at, value, low, high, note]);
+    if (!bars.length) for (const [name, at, value, low, high, note] of points) rows.push([name, "", at, value, low, high, note]);
     keep(`${chart.id}.csv`, new Blob([`${rows.map((row) => row.map(cell).join(",")).join("\n")}\n`], { type: "text/csv" }));
   };
   const saves = { svg: saveSvg, png: savePng, csv: saveCsv };

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import escape
+from tadistill.charts.looks import safe
 
 WIDTHS = (560, 300)
 """Pixels of the plots for which labels are placed; the style sheet shows the placement that fits the page."""
@@ -89,16 +89,16 @@ def _drawn(label: Label, spot: _Spot, width: int) -> str:
     line = ""
     if moved:
         ends = f'x1="{100 * label.x:.2f}%" y1="{label.y:.1f}" x2="{100 * label.x:.2f}%" y2="{spot.y:.1f}"'
-        line = f'<line class="leader" data-arm="{escape(label.name)}" {ends} style="stroke:{label.colour}"/>'
+        line = f'<line class="leader" data-arm="{safe(label.name)}" {ends} style="stroke:{label.colour}"/>'
     place = f'x="{100 * label.x:.2f}%" dx="{spot.x - label.x * width:.0f}" y="{spot.y + 4:.1f}" text-anchor="{spot.side}"'
-    return f'{line}<text class="label" data-arm="{escape(label.name)}" {place}>{escape(label.text)}</text>'
+    return f'{line}<text class="label" data-arm="{safe(label.name)}" {place}>{safe(label.text)}</text>'
 
 
 def _column(labels: Sequence[Label], box: tuple[int, int]) -> list[str]:
     heights = spread([label.y for label in labels], _HIGH, box)
     found: list[str] = []
     for label, y in zip(labels, heights, strict=True):
-        text = f'<text class="label" data-arm="{escape(label.name)}" x="100%" dx="8" y="{y + 4:.1f}">{escape(label.text)}</text>'
+        text = f'<text class="label" data-arm="{safe(label.name)}" x="100%" dx="8" y="{y + 4:.1f}">{safe(label.text)}</text>'
         found.append(text)
     return found
 

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+from markupsafe import Markup, escape
+
+from tadistill.visible import visible
+
 COLOURS = 12
 """Number of colours; `charts.css` has their values for light and dark pages."""
 GREY = "var(--guide)"
@@ -52,3 +56,8 @@ def marker(found: Look, size: float) -> str:
     path = _SHAPES[found.marker][0]
     style = "fill:var(--page);stroke:" if found.marker.startswith("open ") else "fill:"
     return f'<path d="{path}" transform="scale({size:g})" vector-effect="non-scaling-stroke" style="{style}{found.colour}"/>'
+
+
+def safe(text: str) -> Markup:
+    """Return a text for an SVG element or attribute, with markup escaped and hidden characters written out."""
+    return escape(visible(text))

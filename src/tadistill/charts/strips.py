@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from tadistill.charts.axis import Axis
-from tadistill.charts.looks import Look, marker
+from tadistill.charts.looks import Look, marker, safe
 
 _HEIGHT = 22  # pixels of a row's plot
 
@@ -56,7 +56,7 @@ class Strip:
             behind += f'<rect class="margin" x="{_percent(left)}" width="{_percent(right - left)}" y="0" height="{_HEIGHT}"/>'
         if self.zero:
             behind += f'<line class="zero" x1="{self._at(0)}" x2="{self._at(0)}" y1="0" y2="{_HEIGHT}"/>'
-        hover = f' data-tip="{escape(tip)}"' if tip else ""
+        hover = f' data-tip="{safe(tip)}"' if tip else ""
         return Markup(f'<svg class="strip" width="100%" height="{_HEIGHT}" aria-hidden="true"{hover}>{behind}{marks}</svg>')
 
     def _at(self, value: float) -> str:

@@ -1,11 +1,12 @@
-"""Write the analysis of a study. It has published values, the metrics on which a chain helps or hurts, and possible explanations.
+"""The analysis of a study: where compared arms differ, and what may explain it.
 
-The possible explanations are sharpening, the error of each hop, and compute. Every sentence contains the numbers that it depends on.
-If a value was not measured, the sentence says so.
+Differences are rows with a mark: better, worse, or no clear difference. The possible explanations of a chain's result are sharpening, the
+error of each hop, and compute. If a value was not measured, its row says so.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -19,36 +20,99 @@ from tadistill.results.verdict import Comparison, comparisons
 from tadistill.statistics import Difference
 
 _MOST_PAIRS = 6  # in a study without chains; a longer analysis would not be read
+Mark = Literal["better", "worse", "no clear difference", "not measured"]
+MARKS: dict[Mark, str] = {"better": "▲", "worse": "▼", "no clear difference": "＝", "not measured": "–"}
 
 
 @dataclass(frozen=True)
-class Paragraph:
-    """A paragraph of the analysis: a title and a few sentences."""
+class Row:
+    """The difference of two arms in one metric. `where` is a set, a range of reference lengths, or ``mean`` (over all sets)."""
+
+    metric: str
+    where: str
+    difference: Difference | None
+
+    @property
+    def place(self) -> str:
+        """Return `where` in words."""
+        return "mean over sets" if self.where == MEAN else self.where
+
+    @property
+    def mark(self) -> Mark:
+        """The verdict of the 95 % interval alone, not adjusted for the number of rows."""
+        if self.difference is None:
+            return "not measured"
+        if self.difference.covers_zero:
+            return "no clear difference"
+        return "better" if improves(self.metric, self.difference.mean) else "worse"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A possible reason for a chain's result, with one or more sentences on it."""
 
     title: str
     sentences: tuple[str, ...]
 
 
-def explain(results: Results) -> list[Paragraph]:
-    """Return the paragraphs of the analysis. The list is empty if the study has no comparison and no published value."""
-    paragraphs = [_published(results)] if any(arm.published for arm in results.plan.arms) else []
+@dataclass(frozen=True)
+class Analysis:
+    """Two compared arms: the rows in which they may differ, and possible explanations (for chains)."""
+
+    arm: str
+    other: str
+    rows: tuple[Row, ...]
+    whole: tuple[tuple[str, str, str], ...]
+    """Metrics of whole sets, which have no intervals: title, value of the arm, value of the other."""
+    explanations: tuple[Explanation, ...]
+
+
+def analyses(results: Results) -> list[Analysis]:
+    """Return the analysis of each comparison; an empty list if there are too many pairs to be read."""
+    return results.once("analyses", lambda: _analyses(results))
+
+
+def _analyses(results: Results) -> list[Analysis]:
     compared = comparisons(results)
-    for c in compared if len(compared) <= _MOST_PAIRS or compared[0].against != "pair" else ():
-        paragraphs.append(Paragraph(f"Where {c.arm} differs from {c.other}", (*_where(results, c), _UNADJUSTED)))
-        if c.against != "pair":
-            paragraphs.append(Paragraph(f"What explains {c.arm}", (_sharpening(c), *_hops(results, c), _compute(results, c))))
-    return paragraphs
+    if len(compared) > _MOST_PAIRS and compared[0].against == "pair":
+        return []
+    return [Analysis(c.arm, c.other, tuple(_rows(results, c)), tuple(_whole(results, c)), _explanations(results, c)) for c in compared]
 
 
-_UNADJUSTED = "These intervals are not adjusted for multiple comparisons. They show where to look; only the verdict is a claim."
+def _rows(results: Results, c: Comparison) -> Iterable[Row]:
+    main = [metric for metric in dict.fromkeys((c.metric, "rouge_l")) if metric in results.metrics]
+    for metric in main:
+        sets = sets_with(results, metric)
+        for name in (MEAN, *sets) if len(sets) > 1 else sets:
+            yield Row(metric, name, difference(results, c.arm, c.other, metric, name))
+    if "rouge_l" in main:
+        for bucket in BUCKETS:
+            where = f"references of {bucket_title(bucket)} tokens"
+            yield Row("rouge_l", where, bucket_difference(results, c.arm, c.other, "rouge_l", bucket))
+    for metric in (m.name for m in METRICS.values() if m.better and m.name in results.metrics and m.name not in main):
+        yield Row(metric, MEAN, difference(results, c.arm, c.other, metric))
 
 
-# --- published values ---------------------------------------------------------------------------------------------------
+def _whole(results: Results, c: Comparison) -> Iterable[tuple[str, str, str]]:
+    for metric in (m.name for m in METRICS.values() if m.whole_set):
+        mine, theirs = (results.averages.get((arm, MEAN, metric)) for arm in (c.arm, c.other))
+        if mine and theirs:
+            yield metric_title(metric), number(mine.mean, metric), number(theirs.mean, metric)
 
 
-def _published(results: Results) -> Paragraph:
-    sentences = [_arm_published(results, arm) for arm in results.plan.arms if arm.published]
-    return Paragraph("Published values", tuple(sentences))
+def _explanations(results: Results, c: Comparison) -> tuple[Explanation, ...]:
+    if c.against == "pair":
+        return ()
+    return (
+        Explanation("sharpening", (_sharpening(c),)),
+        Explanation("error of the hops", tuple(_hops(results, c))),
+        Explanation("compute", (_compute(results, c),)),
+    )
+
+
+def published(results: Results) -> list[str]:
+    """Return one sentence for each arm with published scores: which of them this study matches."""
+    return [_arm_published(results, arm) for arm in results.plan.arms if arm.published]
 
 
 def _arm_published(results: Results, arm: ArmRecord) -> str:
@@ -66,72 +130,6 @@ def _arm_published(results: Results, arm: ArmRecord) -> str:
             where = "above" if summary.mean > value else "below"
             parts.append(f"on {name} {summary_text(summary, 'rouge_l')} is {apart} {where} the published {said}")
     return f"{arm.name} ({metric_title('rouge_l')}, published by {arm.published.source}): {'; '.join(parts)}."
-
-
-# --- where a chain helps and where it hurts -----------------------------------------------------------------------------
-
-
-def _where(results: Results, c: Comparison) -> list[str]:
-    metrics = dict.fromkeys((c.metric, "rouge_l"))
-    sentences = [_by_set(results, c, metric) for metric in metrics if metric in results.metrics]
-    return [*sentences, _by_length(results, c), *_by_metric(results, c)]
-
-
-def _by_set(results: Results, c: Comparison, metric: str) -> str:
-    found = [(f"on {name}", difference(results, c.arm, c.other, metric, name)) for name in sets_with(results, metric)]
-    return f"{metric_title(metric)} by set: {_sorted_out(found, metric)}."
-
-
-def _by_length(results: Results, c: Comparison) -> str:
-    title = f"{metric_title('rouge_l')} by length of the reference"
-    if "rouge_l" not in results.metrics:
-        return f"{title}: not measured."
-    found = [(f"at {bucket_title(b)} tokens", bucket_difference(results, c.arm, c.other, "rouge_l", b)) for b in BUCKETS]
-    return f"{title}: {_sorted_out(found, 'rouge_l')}."
-
-
-def _by_metric(results: Results, c: Comparison) -> list[str]:
-    shown = [m.name for m in METRICS.values() if m.better and m.name in results.metrics and m.name not in (c.metric, "rouge_l")]
-    better, worse, unclear = [], [], []
-    for metric in shown:
-        d = difference(results, c.arm, c.other, metric)
-        if d is None:
-            continue
-        text = f"{metric_title(metric)} ({span(d, metric)} {metric_unit(metric)})"
-        good = improves(metric, d.mean)
-        (unclear if d.covers_zero else better if good else worse).append(text)
-    sentences = []
-    if better or worse or unclear:
-        sentences.append(f"Other metrics, {_grouped(better, worse, unclear)}.")
-    whole = [
-        f"{metric_title(metric)} {number(mine.mean, metric)} against {number(theirs.mean, metric)}"
-        for metric in (m.name for m in METRICS.values() if m.whole_set)
-        if (mine := results.averages.get((c.arm, MEAN, metric))) and (theirs := results.averages.get((c.other, MEAN, metric)))
-    ]
-    return [*sentences, f"Metrics of whole sets, which have no intervals: {', '.join(whole)}."] if whole else sentences
-
-
-def _sorted_out(found: Iterable[tuple[str, Difference | None]], metric: str) -> str:
-    helps, hurts, unclear, unmeasured = [], [], [], []
-    for where, d in found:
-        if d is None:
-            unmeasured.append(where)
-        else:
-            good = improves(metric, d.mean)
-            (unclear if d.covers_zero else helps if good else hurts).append(f"{where} ({span(d, metric)})")
-    parts = [f"helps {_listed(helps)}", f"hurts {_listed(hurts)}"]
-    parts += [f"no clear difference {_listed(unclear)}"] if unclear else []
-    parts += [f"not measured {_listed(unmeasured)}"] if unmeasured else []
-    return "; ".join(parts)
-
-
-def _grouped(better: list[str], worse: list[str], unclear: list[str]) -> str:
-    groups = (("better", better), ("worse", worse), ("no clear difference", unclear))
-    return "; ".join(f"{title}: {', '.join(texts)}" for title, texts in groups if texts)
-
-
-def _listed(items: list[str]) -> str:
-    return ", ".join(items) if items else "nowhere"
 
 
 # --- what explains it ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from tadistill.disk import ordinary_permissions, write_text
 from tadistill.errors import ConfigError, StoreError
 from tadistill.metrics import METRICS, metric_title, metric_unit
 from tadistill.models import sources, tokens
-from tadistill.report.analysis import explain
+from tadistill.report.analysis import analyses
 from tadistill.report.explain import caution_texts, sample_text, undecided_text, verdict_text
 from tadistill.report.plain import code, escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell
@@ -157,7 +157,7 @@ def _verdict(results: Results, arm: ArmRecord) -> list[str]:
 
 
 def _analysis(results: Results, arm: ArmRecord) -> list[str]:
-    found = [sentence for p in explain(results) if p.title == f"What explains {arm.name}" for sentence in p.sentences]
+    found = [sentence for a in analyses(results) if a.arm == arm.name for e in a.explanations for sentence in e.sentences]
     return ["## Analysis\n\n" + "\n".join(f"- {escape_markdown(sentence)}" for sentence in found)] if found else []
 
 

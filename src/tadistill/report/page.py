@@ -1,48 +1,69 @@
-"""The HTML report: one file with its scripts, styles and data, which needs no network.
+"""The HTML report: one file with its scripts, styles, data and figures, which needs no network.
 
-To add a section: write a function here that returns its data, add a block to ``templates/report.html.j2``, and add a title to `_SECTIONS`.
+The first screen has the question, the answer, one figure and a table of arms. The sections below it begin with what they found; tables and
+definitions are folded. To add a section: write its finding in `findings`, its block in ``templates/report.html.j2``, and add it to
+`_sections`.
 """
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
-from plotly.offline import get_plotlyjs
 
+from tadistill import charts
+from tadistill.charts import Axis, Chart, Look, Strip, nice_span
+from tadistill.glossary import GLOSSARY, metric_text
 from tadistill.metrics import metric_title
-from tadistill.report.analysis import explain
-from tadistill.report.explain import cautions
+from tadistill.report import findings
+from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published
+from tadistill.report.explain import cautions, verdict_text
 from tadistill.report.figures import behaviour, paths, scores
-from tadistill.report.figures.style import arm_legend, looks
-from tadistill.report.tables import comparison_table, detail_tables, interval_method, main_metrics, score_table, stage_rows, versions
-from tadistill.report.text import answer
+from tadistill.report.figures.style import looks, titled
+from tadistill.report.findings import Section
+from tadistill.report.tables import (
+    CostRow,
+    comparison_table,
+    cost_rows,
+    detail_tables,
+    interval_method,
+    main_metrics,
+    score_table,
+    stage_rows,
+    versions,
+)
+from tadistill.report.text import answer, student_of
 from tadistill.results import units
-from tadistill.results.collect import MEAN, Results, primary_metric, seeds_of
-from tadistill.results.curves import learning_curves
-from tadistill.results.samples import judgements, samples, shown_first
+from tadistill.results.collect import MEAN, Results, Summary, primary_metric, seeds_of
+from tadistill.results.curves import Curve, learning_curves
+from tadistill.results.samples import Samples, judgements, samples, shown_first
+from tadistill.results.verdict import comparisons
 from tadistill.visible import visible, visible_parts
 
-# anchor, title, and the template variable that must not be empty for the section to appear
-_SECTIONS = (
-    ("results", "Results", "tables"),
-    ("forest", "Arms compared", "means"),
-    ("analysis", "Analysis", "analysis"),
-    ("paths", "Paths", "paths"),
-    ("plane", "Quality and entropy", "plane"),
-    ("budget", "Error budget", "budgets"),
-    ("cost", "Quality and cost", "cost"),
-    ("curves", "Learning curves", "panels"),
-    ("exposure", "Exposure bias and length", "behaviour"),
-    ("calibration", "Calibration", "calibration"),
-    ("judge", "Judgements", "judged"),
-    ("samples", "Samples", "samples"),
-    ("details", "All metrics", "details"),
-    ("provenance", "Provenance", "stages"),
-)
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One arm in the table of the first screen, with its mean of the primary metric. `best` marks the highest mean of its group."""
+
+    cost: CostRow
+    summary: Summary | None
+    plot: Markup
+    best: bool
+    done: str
+    """The finished and planned seeds, such as ``1/3 seeds``; empty if all are finished."""
+
+
+@dataclass(frozen=True)
+class ArmGroup:
+    """The arms that end in one model, best first."""
+
+    model: str
+    role: str
+    size: str
+    rows: tuple[ArmRow, ...]
 
 
 def render_page(results: Results) -> str:
@@ -55,85 +76,166 @@ def render_page(results: Results) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(embedded=_embedded, prose=_prose)
-    shown = {**_words(results), **_figures(results), **_samples(results), "judged": judgements(results.study_dir)}
-    return environment.get_template("report.html.j2").render(
-        sections=[(anchor, title) for anchor, title, needs in _SECTIONS if shown[needs]], plotly_js=Markup(get_plotlyjs()), **shown
-    )
+    curves, found = learning_curves(results), samples(results)
+    shown = {**_first(results), **_sections(results, curves, found), **_samples(results, found)}
+    return environment.get_template("report.html.j2").render(charts=charts, **shown)
 
 
-def _words(results: Results) -> dict[str, Any]:
-    stages = stage_rows(results)
-    measured = bool(results.summaries)
+# --- the first screen -------------------------------------------------------------------------------------------------
+
+
+def _first(results: Results) -> dict[str, Any]:
+    metric, student = primary_metric(results), student_of(results)
+    figure = scores.cost_figure(results, student)
+    groups = arm_groups(results)
     return {
         "plan": results.plan,
         "results": results,
+        "metric": metric,
         "metric_title": metric_title,
+        "titled": titled,
+        "metric_text": metric_text,
         "units": units,
         "mean": MEAN,
-        "primary": primary_metric(results),
-        "intervals": interval_method(results),
+        "answer": answer(results),
+        "cautions": cautions(results) if results.summaries else [],
         "seeds": seeds_of(results),
         "trained": any(arm.is_trained for arm in results.plan.arms),
-        "chains": any(arm.has_assistant for arm in results.plan.arms),
-        "answer": answer(results),
-        "cautions": cautions(results) if measured else [],
-        "tables": [score_table(results, metric) for metric in main_metrics(results)],
+        "groups": groups,
+        "ruler": _strip(results).ruler() if results.summaries else None,
+        "relative": any(row.cost.relative is not None for group in groups for row in group.rows),
+        "looks": looks(results),
+        "glyphs": {name: charts.glyph(look) for name, look in looks(results).items()},
+        "student": student,
+        "cost": _markup(figure),
+        "means": None if figure else _markup(scores.means_figure(results)),
+        "roles": roles(results),
+        "progress": _progress(results) if not results.summaries else [],
+        "glossary": GLOSSARY,
+    }
+
+
+def arm_groups(results: Results) -> list[ArmGroup]:
+    """Return the arms by the model that they end in: the student first, then the others from small to big."""
+    metric, strip, styles = primary_metric(results), _strip(results), looks(results)
+    costs = {row.arm.name: row for row in cost_rows(results)}
+    student, parameters = student_of(results), results.plan.parameters
+    models = sorted({arm.model for arm in results.plan.arms}, key=lambda model: (model != student, parameters[model]))
+    groups: list[ArmGroup] = []
+    for model in models:
+        arms = [arm for arm in results.plan.arms if arm.model == model]
+        found = {arm.name: results.summaries.get((arm.name, MEAN, metric)) for arm in arms}
+        arms.sort(key=lambda arm: -(s.mean if (s := found[arm.name]) else -1e9))
+        means = [units.number(s.mean, metric) for arm in arms if (s := found[arm.name])]
+        rows: list[ArmRow] = []
+        for arm in arms:
+            s, done = found[arm.name], len(results.scores[arm.name])
+            plot = (
+                strip.bar(s.mean, s.low, s.high, styles[arm.name], tip=f"{arm.name}: {units.summary_text(s, metric)}")
+                if s
+                else strip.empty()
+            )
+            best = s is not None and len(means) > 1 and means.count(means[0]) == 1 and units.number(s.mean, metric) == means[0]
+            rows.append(ArmRow(costs[arm.name], s, plot, best, "" if done == len(arm.evaluate) else f"{done}/{len(arm.evaluate)} seeds"))
+        groups.append(ArmGroup(model, roles(results).get(model, ""), units.parameters_text(parameters[model]), tuple(rows)))
+    return groups
+
+
+def _strip(results: Results) -> Strip:
+    found = [s for (_, of_set, metric), s in results.summaries.items() if of_set == MEAN and metric == primary_metric(results)]
+    low, high = nice_span([v for s in found for v in (s.low, s.high)], zero=True, pad=0.02)
+    return Strip(Axis(low, high), zero=low < 0)
+
+
+def roles(results: Results) -> dict[str, str]:
+    """Return the role of each model of the arms: teacher, assistant or student; empty in a study that distils nothing."""
+    found: dict[str, str] = {}
+    for arm in (arm for arm in results.plan.arms if len(arm.models) > 1):
+        for model in arm.models[1:-1]:
+            found.setdefault(model, "assistant")
+    for arm in (arm for arm in results.plan.arms if len(arm.models) > 1):
+        found.setdefault(arm.model, "student")
+    if results.plan.teacher and found:
+        found[results.plan.teacher] = "teacher"
+    return dict(sorted(found.items(), key=lambda entry: -results.plan.parameters[entry[0]]))
+
+
+def _progress(results: Results) -> list[tuple[str, int, int]]:
+    kinds: dict[str, list[bool]] = {}
+    for stage in results.plan.stages:
+        kinds.setdefault(stage.kind, []).append(results.store.finished(stage.key))
+    return [(kind, sum(done), len(done)) for kind, done in kinds.items()]
+
+
+# --- the sections -----------------------------------------------------------------------------------------------------
+
+
+def _sections(results: Results, curves: list[Curve], found: Samples) -> dict[str, Any]:
+    measured, stages = bool(results.summaries), stage_rows(results)
+    lattice, budgets = paths.lattice_figure(results), paths.budget_figures(results)
+    exposure, lengths, plane = behaviour.exposure_figure(results), behaviour.length_figure(results), scores.plane_figure(results)
+    panels, judged = behaviour.curve_figures(curves, results), judgements(results.study_dir)
+    candidates = (
+        ("against", "Comparison", findings.against, (results,), measured),
+        ("paths", "Paths", findings.paths, (results,), lattice),
+        ("learning", "Learning", findings.learning, (results, curves), panels),
+        ("answers", "Answers", findings.answers, (results, found), found),
+        ("behaviour", "Behaviour", findings.behaviour, (results,), measured),
+        ("how", "How", findings.how, (results,), True),
+    )
+    return {
+        "sections": [Section(anchor, name, finding(*given)) for anchor, name, finding, given, needed in candidates if needed],
+        "differences": _markup(scores.difference_figure(results)) or _markup(scores.means_figure(results)) if measured else None,
+        "verdicts": [verdict_text(results, c) for c in comparisons(results)] if measured else [],
+        "analysis": [(a, [(row, _row_plot(a, row)) for row in a.rows]) for a in analyses(results)] if measured else [],
+        "marks": MARKS,
+        "published": published(results) if measured else [],
+        "tables": [score_table(results, m) for m in main_metrics(results)],
         "compared": comparison_table(results) if measured else None,
         "details": detail_tables(results) if measured else [],
-        "analysis": explain(results) if measured else [],
+        "lattice": _markup(lattice),
+        "methods": paths.method_looks(results),
+        "budgets": _markups(budgets),
+        "panels": _markups(panels),
+        "judged": judged,
+        "plane": _markup(plane),
+        "exposure": _markup(exposure),
+        "lengths": _markup(lengths),
+        "calibration": _markups(behaviour.calibration_figures(results)),
+        "intervals": interval_method(results),
         "stages": stages,
         "versions": versions(stages),
     }
 
 
-def _figures(results: Results) -> dict[str, Any]:
-    curves = learning_curves(results)
-    exposure, lengths = behaviour.exposure_figure(results), behaviour.length_figure(results)
-    scored = [name for name, seeds in results.scores.items() if seeds]
-    return {
-        "looks": looks(results),
-        "differences": _markup(scores.difference_figure(results)),
-        "means": _markup(scores.means_figure(results)),
-        "paths": _markup(paths.lattice_figure(results)),
-        "path_legend": paths.lattice_legend(results),
-        "plane": _markup(scores.plane_figure(results)),
-        "plane_legend": scores.plane_legend(results),
-        "budgets": _markups(paths.budget_figures(results)),
-        "cost": _markup(scores.pareto_figure(results)),
-        "cost_legend": scores.cost_legend(results),
-        "longer": bool(scores.direct_longer(results)),
-        "panels": _markups(behaviour.curve_figures(curves, results)),
-        "legend": behaviour.curve_legend(curves, results),
-        "behaviour": exposure or lengths,
-        "exposure": _markup(exposure),
-        "lengths": _markup(lengths),
-        "exposure_legend": arm_legend(results, scored),
-        "calibration": _markups(behaviour.calibration_figures(results)),
-        "calibration_legend": behaviour.calibration_legend(results),
-    }
+def _row_plot(analysis: Analysis, row: Row) -> Markup:
+    if row.difference is None:
+        return Markup("")
+    alike = [r.difference for r in analysis.rows if r.metric == row.metric and r.difference]
+    most = 1.04 * max(max(abs(d.low), abs(d.high)) for d in alike) or 1.0
+    look = Look({"better": "var(--better)", "worse": "var(--worse)"}.get(row.mark, "var(--unclear)"))
+    d = row.difference
+    return Strip(Axis(-most, most, marks={}), zero=True).interval(d.mean, d.low, d.high, look, tip=units.span(d, row.metric))
 
 
-def _samples(results: Results) -> dict[str, Any]:
-    found = samples(results)
-    first = set(shown_first(results))
+def _samples(results: Results, found: Samples) -> dict[str, Any]:
     names = {name for prompts in found.values() for prompt in prompts for name in prompt["answers"]}
-    entries = [replace(entry, shown=entry.name in first) for entry in arm_legend(results, names)]
-    styles = looks(results).items()
-    colours, glyphs = {name: look.colour for name, look in styles}, {name: f"{look.glyph}\ufe0e" for name, look in styles}
-    return {"samples": found, "sampled": entries, "colours": colours, "glyphs": glyphs}
+    sampled = [arm.name for arm in results.plan.arms if arm.name in names]
+    colours = {name: look.colour for name, look in looks(results).items() if name in names}
+    return {"samples": found, "sampled": sampled, "colours": colours, "shown": [name for name in shown_first(results) if name in names]}
 
 
-def _markup(figure: str | None) -> Markup | None:
-    return Markup(figure) if figure else None
+def _markup(figure: Chart | None) -> Markup | None:
+    return figure.html() if figure else None
 
 
-def _markups(panels: Mapping[str, str]) -> dict[str, Markup]:
-    return {name: Markup(panel) for name, panel in panels.items()}
+def _markups(panels: Mapping[str, Chart]) -> dict[str, Markup]:
+    return {name: panel.html() for name, panel in panels.items()}
 
 
 def _prose(sentence: str) -> Markup:
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(visible(sentence))))
-    return Markup(re.sub(r"(\[[^\s\]]+, [^\s\]]+\]|\(\d+ seeds?\)|\S+ … \S+)", r'<span class="unbroken">\1</span>', marked))
+    return Markup(re.sub(r"(\[[^\s\]]+, [^\s\]]+\]|\(\d+ seeds?\)|95 % interval|\S+ … \S+)", r'<span class="unbroken">\1</span>', marked))
 
 
 def _embedded(value: Any) -> Markup:

@@ -1,11 +1,7 @@
-"""The reports that need no browser: results.json, results.csv, the Markdown file and the terminal's tables."""
+"""The reports that are text: the Markdown file and the terminal's tables."""
 
-import csv
-import io
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
-from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -14,10 +10,9 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from tadistill.disk import write_json, write_text
 from tadistill.metrics import metric_title
-from tadistill.report.analysis import explain
-from tadistill.report.explain import cautions, undecided_text, verdict_text
+from tadistill.report.analysis import MARKS, Analysis, analyses, published
+from tadistill.report.explain import cautions
 from tadistill.report.tables import (
     ScoreTable,
     Table,
@@ -31,86 +26,10 @@ from tadistill.report.tables import (
     versions,
 )
 from tadistill.report.text import answer
-from tadistill.results.collect import MEAN, Results, Row, Summary, seeds_of
+from tadistill.results.collect import MEAN, Results, Summary, seeds_of
 from tadistill.results.samples import samples
-from tadistill.results.units import DASH, number, ratio_text, summary_text
-from tadistill.results.verdict import Comparison, comparisons, pairs
-from tadistill.statistics import Difference
-from tadistill.visible import guarded, one_line, visible
-
-
-def write_results(results: Results) -> None:
-    content = {
-        "study": results.plan.study,
-        "created": results.plan.created,
-        "command": results.plan.command,
-        "data": [split.record for split in results.used],
-        "rows": [asdict(row) for row in results.rows],
-        "comparisons": [_comparison(comparison) for comparison in comparisons(results)],
-        "verdicts": verdicts(results),
-    }
-    write_json(results.study_dir / "results.json", content, allow_nan=False)
-    write_text(results.study_dir / "results.csv", _csv(results))
-
-
-def verdicts(results: Results) -> list[dict[str, str | None]]:
-    """Return the verdicts of a study. Each pair of compared arms has a verdict and a sentence."""
-    decided = {(c.arm, c.other): c for c in comparisons(results)}
-    found: list[dict[str, str | None]] = []
-    for pair in pairs(results):
-        other = pair.other.name if pair.other else None
-        comparison = decided.get((pair.arm.name, other or ""))
-        word = comparison.word if comparison else "no evidence"
-        sentence = verdict_text(results, comparison) if comparison else undecided_text(pair)
-        credit = comparison.credit if comparison else None
-        found.append({"arm": pair.arm.name, "other": other, "verdict": word, "credit": credit, "sentence": sentence})
-    return found
-
-
-def _comparison(c: Comparison) -> dict[str, Any]:
-    why = c.mechanism
-    controls = {} if why is None else {n: getattr(why, n) for n in ("forward_kl", "reverse_kl", "entropy", "greedy", "matched")}
-    return {
-        "arm": c.arm,
-        "other": c.other,
-        "against": c.against,
-        "metric": c.metric,
-        "sets": c.n_sets,
-        "prompts": c.n_prompts,
-        "seeds": list(c.seeds),
-        **_difference(c.difference),
-        "p": _rounded(c.difference.p),
-        "p_holm": _rounded(c.p_holm),
-        "comparisons": c.family,
-        "sign_flip": None if c.sign_flip is None else asdict(c.sign_flip),
-        "margin": c.margin,
-        "equivalent": c.equivalent,
-        "detectable": None if c.detectable is None else _rounded(c.detectable),
-        "per_seed": {str(seed): _rounded(value) for seed, value in c.per_seed.items()},
-        "verdict": c.word,
-        "credit": c.credit,
-        "controls": {name: None if d is None else _difference(d) for name, d in controls.items()},
-        "matched_entropy": None if why is None or why.at_entropy is None else _rounded(why.at_entropy),
-        "selection": None if c.selection is None else asdict(c.selection),
-        "decoding_seeds": list(c.decoding_seeds),
-    }
-
-
-def _difference(d: Difference) -> dict[str, float]:
-    return {name: _rounded(value) for name, value in (("mean", d.mean), ("low", d.low), ("high", d.high))}
-
-
-def _rounded(value: float) -> float:
-    return round(float(value), 6) + 0.0
-
-
-def _csv(results: Results) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    for row in results.rows:
-        writer.writerow({name: guarded(cell) if isinstance(cell, str) else cell for name, cell in asdict(row).items()})
-    return text.getvalue()
+from tadistill.results.units import DASH, interval, number, ratio_text, signed, summary_text
+from tadistill.visible import one_line, visible
 
 
 def render_markdown(results: Results) -> str:
@@ -132,10 +51,14 @@ def render_markdown(results: Results) -> str:
         if compared:
             blocks += [f"### {compared.title}", _plain(compared), escape_markdown(compared.note)]
         blocks += ["### More tables", *map(_collapsed, detail_tables(results))]
-        analysis = explain(results)
-        blocks += ["## Analysis"] if analysis else []
-        for paragraph in analysis:
-            blocks += [f"### {escape_markdown(paragraph.title)}", "\n".join(f"- {escape_markdown(s)}" for s in paragraph.sentences)]
+        found = analyses(results)
+        blocks += (
+            ["## Analysis", "Better and worse follow from the 95 % interval alone, not adjusted for the number of rows."] if found else []
+        )
+        for entry in found:
+            blocks += [f"### {escape_markdown(entry.arm)} against {escape_markdown(entry.other)}", _analysis(entry)]
+            blocks += ["\n".join(f"- {escape_markdown(s)}" for e in entry.explanations for s in e.sentences)] if entry.explanations else []
+        blocks += ["### Published values", "\n".join(f"- {escape_markdown(s)}" for s in published(results))] if published(results) else []
     blocks += ["## Paths", _paths(results), "## How it was made", _provenance(results), _stages(results)]
     return "\n\n".join(blocks) + "\n"
 
@@ -145,8 +68,17 @@ def _scores(scores: ScoreTable) -> str:
     body: list[list[str]] = []
     for arm, cells in scores.rows:
         shown = [_summary(cell, scores.metric) for cell in cells]
-        body.append([arm.name, *(f"**{c}**" if best == arm.name else c for c, best in zip(shown, scores.best, strict=True))])
+        body.append([arm.name, *(f"**{c}**" if arm.name in best else c for c, best in zip(shown, scores.best, strict=True))])
     return pipe_table(header, body)
+
+
+def _analysis(found: Analysis) -> str:
+    body: list[list[str]] = []
+    for row in found.rows:
+        d, metric = row.difference, row.metric
+        value = f"{signed(d.mean, metric)} {interval(d.low, d.high, metric)}" if d else DASH
+        body.append([metric_title(metric), row.place, f"{MARKS[row.mark]} {row.mark}", value])
+    return pipe_table(["metric", "where", f"{found.arm} is", "difference"], body)
 
 
 def _summary(summary: Summary | None, metric: str) -> str:

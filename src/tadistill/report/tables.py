@@ -7,7 +7,7 @@ from tadistill.metrics import higher_is_better, metric_title, metric_unit, names
 from tadistill.results.collect import MEAN, Results, Summary, sets_with
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title, direct_of
 from tadistill.results.study import ArmRecord, StageManifest, StageRecord, load_manifest
-from tadistill.results.units import DASH, detectable_text, flops_text, interval, number, parameters_text, ratio_text, signed
+from tadistill.results.units import DASH, MINUS, detectable_text, flops_text, interval, number, parameters_text, ratio_text, signed
 from tadistill.results.verdict import Comparison, comparisons
 
 
@@ -18,7 +18,7 @@ class ScoreTable:
     metric: str
     columns: tuple[str, ...]
     rows: tuple[tuple[ArmRecord, tuple[Summary | None, ...]], ...]
-    best: tuple[str | None, ...]  # the arm with the best mean in each column, None if several arms share it; this is not a verdict
+    best: tuple[frozenset[str], ...]  # in each column, the arm with the best mean of each model, unless arms share it; no verdict
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,18 @@ def score_table(results: Results, metric: str) -> ScoreTable:
     return ScoreTable(metric, columns, rows, tuple(_best(results, column, metric) for column in columns))
 
 
-def _best(results: Results, column: str, metric: str) -> str | None:
-    means = {
-        arm.name: results.summaries[arm.name, column, metric].mean
-        for arm in results.plan.arms
-        if (arm.name, column, metric) in results.summaries and arm.path != (results.plan.teacher,)
-    }
-    if len(means) < 2:
-        return None
-    best = max(means.values()) if higher_is_better(metric) else min(means.values())
-    first = [name for name, mean in means.items() if number(mean, metric) == number(best, metric)]
-    return first[0] if len(first) == 1 else None
+def _best(results: Results, column: str, metric: str) -> frozenset[str]:
+    groups: dict[str, dict[str, str]] = {}
+    for arm in results.plan.arms:
+        if (summary := results.summaries.get((arm.name, column, metric))) is not None:
+            groups.setdefault(arm.model, {})[arm.name] = number(summary.mean, metric)
+    pick = max if higher_is_better(metric) else min
+    found: set[str] = set()
+    for means in groups.values():
+        best = pick(means.values(), key=lambda text: float(text.replace(MINUS, "-")))
+        first = [name for name, text in means.items() if text == best]
+        found |= set(first) if len(first) == 1 < len(means) else set()
+    return frozenset(found)
 
 
 def cost_rows(results: Results) -> list[CostRow]:

@@ -185,13 +185,13 @@ def _limits(c: Comparison) -> str:
     if c.word != "no evidence":
         return ""
     if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
-        return f" {seeds_text(len(c.seeds)).capitalize()} cannot decide it: a claim needs at least {SEEDS_FOR_A_CLAIM}."
+        return f" {seeds_text(len(c.seeds))} cannot decide it: a claim needs at least {SEEDS_FOR_A_CLAIM}."
     if c.difference.se == 0:
         return " Nothing varies over these prompts."
     after = "" if c.difference.covers_zero else f" After adjustment for {c.family} comparisons this may be chance."
     if c.detectable is None:
         return after
-    return f"{after} This design could have seen a difference of {detectable_text(c.detectable, c.metric)}, so it is undecided, not equal."
+    return f"{after} This design could have seen a difference of {detectable_text(c.detectable, c.metric)}."
 
 
 def _ranked(results: Results) -> list[list[tuple[Summary, ArmRecord]]]:
@@ -228,7 +228,7 @@ def _of_group(results: Results, group: list[tuple[Summary, ArmRecord]], decided:
 def _few_seeds(found: Sequence[Comparison]) -> str:
     seeds = [len(c.seeds) for c in found if c.trained]
     short = seeds and min(seeds) < SEEDS_FOR_A_CLAIM
-    return f" {seeds_text(min(seeds)).capitalize()} cannot decide it: a claim needs at least {SEEDS_FOR_A_CLAIM}." if short else ""
+    return f" {seeds_text(min(seeds))} cannot decide it: a claim needs at least {SEEDS_FOR_A_CLAIM}." if short else ""
 
 
 def _score(results: Results, summary: Summary) -> str:
@@ -270,17 +270,22 @@ def _against_sft(results: Results) -> str:
     clear = {way: [] for way in known} if few else clear
     wins = [way for way in known if any(d.mean > 0 for d, _ in clear[way])]
     claim = "did not clearly beat" if not wins else "beat" if len(wins) == len(known) else f"beat, with {wins[0]} answers only,"
-    parts = [_way_text(way, ds, clear[way], ways[way]) for way, ds in known.items()]
-    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}): {'; '.join(parts)}."
+    worse = {way: sum(d.mean < 0 for d, _ in found) for way, found in clear.items()}
+    if all(worse[way] == len(ds) for way, ds in known.items()):
+        claim = "did worse than"
+    best = distilled[0].name if len(distilled) == 1 else f"the best of {len(distilled)} arms"
+    parts = [_way_text(way, ds, ways[way]) for way, ds in known.items()]
+    bad = "".join(
+        f" With {way} answers, {n} of {len(distilled)} {'is' if n == 1 else 'are'} clearly worse."
+        for way, n in worse.items()
+        if n and len(distilled) > 1
+    )
+    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}): {best} differs by {' and '.join(parts)}.{bad}"
 
 
-def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], clear: Sequence[tuple[Difference, ArmRecord]], metric: str) -> str:
-    better, worse = (sum((d.mean > 0) is up for d, _ in clear) for up in (True, False))
-    best, arm = max(found, key=lambda entry: entry[0].mean)
-    arms = "the distilled arm" if len(found) == 1 else f"{better or 'none'} of {len(found)} distilled arms"
-    counts = f"with {way} answers {arms} {'is' if better < 2 else 'are'}{'' if better or len(found) > 1 else ' not'} clearly better"
-    counts += f" and {worse} clearly worse" if worse else ""
-    return f"{counts} (largest difference: {arm.name} {signed(best.mean, metric)}, {_interval(best, metric)})"
+def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: str) -> str:
+    best, _ = max(found, key=lambda entry: entry[0].mean)
+    return f"{signed(best.mean, metric)} with {way} answers ({_interval(best, metric)})"
 
 
 # --- the cost and what comes next -------------------------------------------------------------------------------------------

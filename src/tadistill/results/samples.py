@@ -46,13 +46,14 @@ def samples(results: Results) -> Samples:
 def shown_first(results: Results) -> list[str]:
     """Return the arms whose answers the page shows when it opens.
 
-    These are all arms, or the first compared pair if there are more than four.
+    These are all arms, or the teacher and the first compared pair if there are more than four.
     """
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
     if len(names) <= 4:
         return names
+    teacher = [arm.name for arm in results.plan.arms if arm.path == (results.plan.teacher,) and arm.name in names]
     compared = comparisons(results)
-    return [compared[0].arm, compared[0].other] if compared else names[:2]
+    return [*teacher[:1], *([compared[0].arm, compared[0].other] if compared else names[:2])]
 
 
 def _how_many(found: Samples) -> int:

@@ -1,17 +1,18 @@
-"""The page in a real browser: from a file, without errors or requests, on a phone's width too, with the numbers of results.json."""
+"""The page in a real browser: no errors or requests, a complete first screen, figures and numbers as in results.json, by keyboard too."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tadistill.report import write_report
-from tadistill.results.units import number
+from tadistill.results.units import number, signed
 from tadistill.visible import visible
 
-from .builder import NASTY, ArmSpec, Study, StudySpec, build_study
+from .builder import NASTY, SMALL, ArmSpec, Study, StudySpec, build_study
 
+SIZES = ((1280, 800), (1920, 1080), (390, 844))
 TWELVE = [
     ArmSpec("teacher", ("xl",), gain=6.0, flops=0.0),
     ArmSpec("sft", ("s",), gain=-3.0, flops=4.0e16),
@@ -31,52 +32,64 @@ TWELVE = [
 class Opened:
     """A page on a disk, opened; it remembers what went wrong and what was asked for."""
 
-    def __init__(self, browser, path: Path):
-        self.page = browser.new_page(viewport={"width": 1280, "height": 800})
+    def __init__(self, browser, path: Path, scheme: str = "light", fragment: str = ""):
+        self.context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme)
+        self.page = self.context.new_page()
         self.problems, self.requests = [], []
         self.page.on("console", lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(path.as_uri())
+        self.page.goto(path.as_uri() + fragment)
         self.page.wait_for_function("document.readyState === 'complete'")
 
-    def assert_fits(self):
-        """Neither the page nor a plot is wider than the window."""
-        for width, height in ((1280, 800), (390, 844)):
-            self.page.set_viewport_size({"width": width, "height": height})
-            script = "[document.documentElement, ...document.querySelectorAll('.main-svg')].map((e) => e.getBoundingClientRect().right)"
-            fits = f"Math.max(document.documentElement.scrollWidth, ...{script}) <= {width}"
-            self.page.wait_for_function(fits, timeout=20_000)  # plots take a moment to follow the window
+    def resize(self, size: tuple[int, int]) -> None:
+        """Change the window, and wait until the page has followed."""
+        self.page.set_viewport_size(dict(zip(("width", "height"), size, strict=True)))
+        self.page.wait_for_function(f"innerWidth === {size[0]}")
 
-    def assert_quiet(self):
+    def unfold(self) -> None:
+        """Open everything that is folded."""
+        self.page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = !d.classList.contains('pop'); })")
+
+    def assert_fits(self) -> None:
+        """Neither the page nor a plot is wider than the window, and every plot in sight has a size."""
+        for size in SIZES:
+            self.resize(size)
+            plots = "[...document.querySelectorAll('svg.plot')].map((e) => e.getBoundingClientRect()).filter((b) => b.height)"
+            assert self.page.evaluate("document.documentElement.scrollWidth") <= size[0]
+            assert self.page.evaluate(f"{plots}.every((b) => b.width > 150 && b.right <= innerWidth)")
+
+    def assert_quiet(self) -> None:
         """No error, and no request but for the page itself."""
         assert self.problems == []
         assert [url for url in self.requests if not url.startswith(("file:", "data:", "blob:"))] == []
         assert len([url for url in self.requests if url.startswith("file:")]) == 1
+        self.context.close()
 
-    def traces(self, figure: str) -> dict[tuple[str, str], dict]:
-        """(arm, what) -> x, y, base of a figure's traces, as plotly holds them."""
-        script = f"document.getElementById('{figure}').data.filter((t) => t.meta).map((t) => [t.meta, t.x, t.y, t.base])"
-        return {tuple(meta): {"x": x, "y": y, "base": base} for meta, x, y, base in self.page.evaluate(script)}
+    def values(self, figure: str) -> dict:
+        """Return the lines, points and bars that a figure draws."""
+        return self.page.evaluate(f"JSON.parse(document.querySelector('#{figure} .values').textContent)")
 
 
-def means_of(study: Study) -> dict[tuple[str, str, str], float]:
-    """(arm, set, metric) -> the mean over seeds, and over sets under ``mean``, from results.json alone."""
-    rows = json.loads((study.study_dir / "results.json").read_text())["rows"]
-    groups: dict[tuple[str, str, str], list[float]] = {}
-    for row in rows:
-        groups.setdefault((row["arm"], row["set"], row["metric"]), []).append(row["value"])
-    means = {key: float(np.mean(values)) for key, values in groups.items()}
-    over_sets: dict[tuple[str, str, str], list[float]] = {}
-    for (arm, _, metric), value in means.items():
-        over_sets.setdefault((arm, "mean", metric), []).append(value)
-    return means | {key: float(np.mean(values)) for key, values in over_sets.items()}
+def results_of(study: Study) -> dict:
+    return json.loads((study.study_dir / "results.json").read_text())
+
+
+def means_of(study: Study) -> dict[tuple[str, str, str], dict]:
+    """Return (arm, set, metric) -> the row of `means` in results.json."""
+    return {(row["arm"], row["set"], row["metric"]): row for row in results_of(study)["means"]}
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory):
+    spec = StudySpec(TWELVE, seeds=(10, 20, 30), sets={"dolly": 40, "self_inst": 30, "vicuna": 20}, fact_sets=(), steps=200)
+    study = build_study(tmp_path_factory.mktemp("twelve"), spec)
+    return study, write_report(study.results)
 
 
 def test_page_in_a_browser(browser, shared):
     opened = Opened(browser, write_report(shared.results))
     page = opened.page
-    page.wait_for_selector("#figure-paths .main-svg")
     assert page.locator("#sample-answers article").count() == 3
     answer = page.locator("#sample-answers article p:last-child").first
     assert answer.text_content() == f"direct answers 0 in dolly. {visible(NASTY)}"
@@ -86,14 +99,214 @@ def test_page_in_a_browser(browser, shared):
     assert answer.text_content() == f"direct answers 0 in facts. {visible(NASTY)}"
     assert page.locator("#sample-references pre").all_text_contents() == ["reference 0", "another"]
     assert page.evaluate("window.hacked") is None
-
-    shown = "document.getElementById('figure-dev-loss').data.filter((trace) => trace.visible === true).length"
-    before = page.evaluate(shown)
-    page.click("#curves .chip >> nth=0")
-    assert page.evaluate(shown) == before - 3  # the mean and two seeds
-    page.click("#curves .every[data-shown=false]")
-    assert page.evaluate(shown) == 0
     opened.assert_fits()
+    opened.unfold()
+    opened.assert_fits()
+    opened.assert_quiet()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_first_screen_is_complete(browser, twelve, scheme):
+    study, path = twelve
+    opened = Opened(browser, path, scheme)
+    said = results_of(study)["answer"]
+    for width, height in SIZES:
+        opened.resize((width, height))
+        wanted = {"h1": said["question"], ".lead": said["answer"], ".also >> nth=0": said["against_sft"], ".also >> nth=1": said["cost"]}
+        for place, text in wanted.items():
+            found = opened.page.locator(place)
+            assert text in " ".join(found.inner_text().split())
+            assert found.bounding_box()["y"] + found.bounding_box()["height"] <= height
+        figure = opened.page.locator("#first-figure svg.plot").bounding_box()
+        assert figure["y"] + figure["height"] <= height + (60 if width < 600 else 0)
+        assert figure["width"] > 250
+        first = opened.page.locator("#arms tbody tr[data-row]").first.bounding_box()
+        assert width < 600 or first["y"] + first["height"] <= height
+    opened.assert_quiet()
+
+
+def test_figures_are_drawn_after_a_resize_and_when_they_are_unfolded(browser, twelve):
+    opened = Opened(browser, twelve[1])
+    figure = (
+        "[...document.querySelectorAll('#details svg, #learning details svg.plot')].map((e) => Math.round(e.getBoundingClientRect().width))"
+    )
+    opened.resize((700, 800))
+    opened.unfold()
+    widths = opened.page.evaluate(figure)
+    assert widths
+    assert min(widths) > 200
+    assert max(widths) < 700
+    across = "[...document.querySelectorAll('#figure-cost svg.at')].map((e) => e.getBoundingClientRect().x).sort((a, b) => a - b)"
+    narrow = opened.page.evaluate(across)
+    opened.resize((1280, 800))
+    wide = opened.page.evaluate(across)
+    assert wide[-1] - wide[0] > 1.1 * (narrow[-1] - narrow[0]) or wide[0] != narrow[0]
+    opened.assert_quiet()
+
+
+def test_numbers_are_those_of_results_json(browser, twelve):
+    study, path = twelve
+    opened, means = Opened(browser, path), means_of(study)
+    script = "[...document.querySelectorAll('td[data-arm-cell]')].map((c) => [c.dataset, c.querySelector('.value')?.textContent])"
+    cells = {(data["armCell"], data["set"], data["metric"]): value for data, value in opened.page.evaluate(script)}
+    assert len(cells) == 12 * 4
+    assert cells == {key: number(means[key]["value"], key[2]) for key in cells}
+    script = "Object.fromEntries([...document.querySelectorAll('td[data-arm-mean]')].map((c) => [c.dataset.armMean, c.textContent.trim()]))"
+    assert opened.page.evaluate(script) == {arm.name: number(means[arm.name, "mean", "rouge_l"]["value"], "rouge_l") for arm in TWELVE}
+
+    for name, _, *drawn, _ in opened.values("figure-cost")["points"]:
+        row = means[name, "mean", "rouge_l"]
+        assert drawn == pytest.approx([row["value"], row["low"], row["high"]], rel=1e-4)
+    differences = {(row["arm"], row["other"], row["metric"], row["where"]): row for row in results_of(study)["differences"]}
+    points = opened.values("figure-differences")["points"]
+    assert len(points) == 10  # neither the teacher nor the direct arm
+    for name, mean, _, low, high, tip in points:
+        row = differences[name, tip.split(" \N{MINUS SIGN} ")[1].split(":")[0], "rouge_l", "mean"]
+        assert (mean, low, high) == pytest.approx((row["mean"], row["low"], row["high"]), abs=1e-4)
+    opened.unfold()
+    script = "[...document.querySelectorAll('#analysis [data-difference]')].map((c) => [c.dataset.difference.split('|'), c.textContent])"
+    rows = {(metric, where): text for (metric, where), text in opened.page.evaluate(script)}
+    wanted = {(m, w): row["mean"] for (arm, _, m, w), row in differences.items() if arm == "chain-l"}
+    assert rows == {at: signed(mean, at[0]) for at, mean in wanted.items()}
+
+    for index, arm in enumerate(arm for arm in TWELVE if len(arm.path) > 2):
+        bars, at = opened.values(f"figure-budget-{index}")["bars"], 0.0
+        for hop, (name, _, _, base, end, _) in enumerate(bars[:-1]):
+            assert (name, base) == (arm.name, pytest.approx(at, abs=1e-4))
+            assert end - base == pytest.approx(means[arm.name, "mean", f"budget/{hop}"]["value"], abs=1e-4)
+            at = end
+        assert bars[-1][4] == pytest.approx(means[arm.name, "mean", "reverse_kl"]["value"], abs=1e-4)
+    plane = [(x, y) for name, x, y, *_ in opened.values("figure-plane")["points"] if name == "chain-l"]
+    for suffix in ("", "@greedy", "@t0.5"):
+        x, y = (means["chain-l", "mean", f"{metric}{suffix}"]["value"] for metric in ("entropy", "rouge_l"))
+        assert (pytest.approx(x, abs=1e-4), pytest.approx(y, abs=1e-4)) in plane
+    opened.assert_fits()
+    opened.assert_quiet()
+
+
+def test_an_arm_is_hidden_everywhere_and_the_address_remembers_it(browser, shared):
+    path = write_report(shared.results)
+    opened = Opened(browser, path)
+    page = opened.page
+    gone = "[...document.querySelectorAll('[data-arm=chain]')].filter((e) => getComputedStyle(e).display !== 'none').length"
+    assert page.evaluate(gone) > 20
+    page.click("#arms [data-toggle=chain]")
+    assert page.evaluate(gone) == 0
+    assert page.locator("#arms [data-toggle=chain]").get_attribute("aria-pressed") == "false"
+    page.click("nav a[href='#learning']")
+    assert page.evaluate("location.hash") == "#learning&hide=chain"
+    opened.assert_quiet()
+    again = Opened(browser, path, fragment="#details&hide=chain")
+    assert again.page.evaluate(gone) == 0
+    in_sight = "((d) => d.open && Math.abs(d.getBoundingClientRect().y) < 700)(document.getElementById('details'))"
+    again.page.wait_for_function(in_sight, timeout=5000)
+    again.page.click("#arms [data-toggle=chain]")
+    assert again.page.evaluate(gone) > 20
+    again.assert_quiet()
+
+
+def test_tables_are_sorted_and_filtered(browser, twelve):
+    opened = Opened(browser, twelve[1])
+    opened.unfold()
+    page, column = opened.page, "[...document.querySelectorAll('table.scores tbody tr')].map((r) => parseFloat(r.cells[1].textContent))"
+    page.click("table.scores thead th:nth-child(2) button")
+    found = page.evaluate(column)
+    assert found == sorted(found)
+    page.click("table.scores thead th:nth-child(2) button")
+    assert page.evaluate(column) == found[::-1]
+    table = page.locator("#stages")
+    page.locator("label.filter input").last.fill("seed 20")
+    assert 0 < table.locator("tbody tr:visible").count() < table.locator("tbody tr").count()
+    opened.assert_quiet()
+
+
+def test_figures_are_saved(browser, shared):
+    opened = Opened(browser, write_report(shared.results))
+    page, saved = opened.page, {}
+    for kind in ("svg", "png", "csv"):
+        page.hover("#figure-cost")
+        with page.expect_download() as download:
+            page.click(f"#figure-cost [data-save={kind}]")
+        assert download.value.suggested_filename == f"figure-cost.{kind}"
+        saved[kind] = Path(download.value.path()).read_bytes()
+    assert saved["png"].startswith(b"\x89PNG")
+    assert len(saved["png"]) > 5000
+    assert b"direct-long" in saved["svg"]
+    assert b"var(--c" in saved["svg"]
+    assert b"--c1:" in saved["svg"]
+    lines = saved["csv"].decode().splitlines()
+    assert lines[0].startswith("series,seed,training compute")
+    assert len(lines) == 4
+    opened.assert_quiet()
+
+
+def test_the_keyboard_is_enough(browser, shared):
+    opened = Opened(browser, write_report(shared.results))
+    page = opened.page
+    page.keyboard.press("Tab")
+    reached = set()
+    for _ in range(60):
+        reached.add(page.evaluate("document.activeElement.dataset.toggle ?? document.activeElement.hash ?? document.activeElement.tagName"))
+        if "#how" in reached:
+            break
+        page.keyboard.press("Tab")
+    assert {"chain", "direct", "direct-long", "#against", "#how"} <= reached
+    page.focus("#arms [data-toggle=chain]")
+    page.keyboard.press("Enter")
+    assert page.locator("[data-toggle=chain]").first.get_attribute("aria-pressed") == "false"
+    page.focus("dfn >> nth=0")
+    assert page.locator("#tip").inner_text() == page.locator("dfn").first.get_attribute("data-tip")
+    page.focus("#against summary >> nth=0")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.querySelector('#against details').open")
+    opened.assert_quiet()
+
+
+CONTRAST = r"""() => {
+  const linear = (v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const parse = (text) => (text.match(/[\d.]+/g) ?? []).map(Number);
+  const parents = (node) => (node ? [node, ...parents(node.parentElement)] : []);
+  const colours = (node) => parents(node).map((up) => parse(getComputedStyle(up).backgroundColor));
+  const behind = (node) => colours(node).find((c) => c.length && (c[3] ?? 1) === 1);
+  return [...document.querySelectorAll("main *")].filter((node) => {
+    const text = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
+    return text && node.getBoundingClientRect().width && !node.closest("[aria-hidden=true], script, option, svg .off, .saves, :disabled");
+  }).map((node) => {
+    const style = getComputedStyle(node), back = behind(node);
+    const opacity = parents(node).reduce((all, up) => all * Number(getComputedStyle(up).opacity), 1);
+    const seen = parse(node.closest("svg") ? style.fill : style.color).slice(0, 3).map((v, i) => v * opacity + back[i] * (1 - opacity));
+    const [a, b] = [light(seen), light(back)].sort((x, y) => y - x);
+    return [node.tagName, node.className.baseVal ?? node.className, node.textContent.slice(0, 30), (a + 0.05) / (b + 0.05)];
+  }).filter(([, , , ratio]) => ratio < 4.5);
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast_and_controls_have_names(browser, shared, scheme):
+    opened = Opened(browser, write_report(shared.results), scheme)
+    opened.unfold()
+    assert opened.page.evaluate(CONTRAST) == []
+    controls = "[...document.querySelectorAll('button, input, select, a, svg[role=img]')]"
+    nameless = f"{controls}.filter((e) => !(e.textContent.trim() || e.ariaLabel || e.labels?.length || e.title))"
+    assert opened.page.evaluate(f"{nameless}.map((e) => e.outerHTML.slice(0, 80))") == []
+    headings = opened.page.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map((e) => Number(e.tagName[1]))")
+    assert headings[0] == 1
+    assert headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(headings))
+    ids = opened.page.evaluate("[...document.querySelectorAll('[id]')].map((e) => e.id)")
+    assert len(ids) == len(set(ids))
+    opened.assert_quiet()
+
+
+def test_print(browser, shared, tmp_path):
+    opened = Opened(browser, write_report(shared.results))
+    opened.page.emulate_media(media="print")
+    opened.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert opened.page.evaluate("document.querySelectorAll('#against details:not([open])').length") == 0
+    assert not opened.page.locator("nav.sections").is_visible()
+    assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert len(opened.page.pdf(path=tmp_path / "page.pdf")) > 20_000
     opened.assert_quiet()
 
 
@@ -116,81 +329,39 @@ def test_samples_are_searched_and_put_side_by_side(browser, shared):
     page.fill("#sample-search", "")
     assert page.locator("#sample-index option").count() == 9
 
-    page.click(".pick[data-arm=direct]")
-    assert page.locator("#sample-answers h4").all_inner_texts() == ["■︎chain", "◆︎direct-long"]
+    page.click(".pick[data-pick=direct]")
+    assert page.locator("#sample-answers h3").all_inner_texts() == ["■︎chain", "◆︎direct-long"]
     page.click("#sample-next")
     assert page.locator("#sample-answers article").count() == 2
-    opened.assert_quiet()
-
-
-def test_a_study_of_twelve_arms(browser, tmp_path):
-    sets = {"dolly": 40, "self_inst": 30, "vicuna": 20}
-    spec = StudySpec(TWELVE, seeds=(10, 20, 30), sets=sets, fact_sets=(), steps=200)
-    study = build_study(tmp_path, spec)
-    path = write_report(study.read())
-    assert path.stat().st_size < 10e6
-    opened, means = Opened(browser, path), means_of(study)
-
-    script = "[...document.querySelectorAll('td[data-arm]')].map((c) => [c.dataset, c.querySelector('.value')?.textContent])"
-    cells = {(data["arm"], data["set"], data["metric"]): value for data, value in opened.page.evaluate(script)}
-    assert len(cells) == 12 * (len(sets) + 1)
-    assert cells == {key: number(means[key], key[2]) for key in cells}
-
-    shown = opened.traces("figure-means")
-    assert {arm.name: shown[arm.name, "mean"]["x"] for arm in TWELVE} == {
-        arm.name: [pytest.approx(means[arm.name, "mean", "rouge_l"], abs=1e-5)] for arm in TWELVE
-    }
-    apart = opened.traces("figure-differences")
-    pairs = [(arm, arm.replace("chain", "direct-as-chain")) for arm in ("chain-l", "chain-m", "chain-l-m")]
-    for arm, other in [*pairs, ("chain-without-twin", "direct"), ("kd", "direct"), ("sft", "direct"), ("direct-as-chain-l", "direct")]:
-        expected = means[arm, "mean", "rouge_l"] - means[other, "mean", "rouge_l"]
-        assert apart[arm, "mean"]["x"] == [pytest.approx(expected, abs=1e-5)]
-        assert np.mean(apart[arm, "seeds"]["x"]) == pytest.approx(expected, abs=1e-5)
-    assert ("teacher", "mean") not in apart
-    assert ("direct", "mean") not in apart
-
-    chains = [arm for arm in TWELVE if len(arm.path) > 2]
-    for index, arm in enumerate(chains):
-        bars, at = opened.traces(f"figure-budget-{index}"), 0.0
-        for hop in range(len(arm.path) - 1):
-            bar = bars[arm.name, f"budget/{hop}"]
-            assert bar["base"] == [pytest.approx(at, abs=1e-5)]
-            assert bar["y"] == [pytest.approx(means[arm.name, "mean", f"budget/{hop}"], abs=1e-5)]
-            at += bar["y"][0]
-        assert bars[arm.name, "total"]["y"] == [pytest.approx(means[arm.name, "mean", "reverse_kl"], abs=1e-5)]
-        assert bars[arm.name, "total"]["y"] == [pytest.approx(at, abs=1e-4)]
-
-    plane = opened.traces("figure-plane")["chain-l", "plane"]
-    for suffix in ("", "@greedy", "@t0.5"):
-        x, y = (means["chain-l", "mean", f"{metric}{suffix}"] for metric in ("entropy", "rouge_l"))
-        assert (pytest.approx(x, abs=1e-5), pytest.approx(y, abs=1e-5)) in list(zip(plane["x"], plane["y"], strict=True))
-    cost = opened.traces("figure-cost")
-    assert cost["chain-l", "cost"]["x"] == [7.4e17]
-    assert cost["", "direct longer"]["x"] == [3.0e17, 5.1e17, 7.4e17, 1.1e18]
-    opened.assert_fits()
     opened.assert_quiet()
 
 
 @pytest.mark.parametrize(
     ("arms", "changes", "present", "absent"),
     [
-        (
-            [ArmSpec("gpt2", ("s",), flops=None)],
-            {"seeds": (1,), "sets": {"dolly": 9}, "fact_sets": ()},
-            ("results", "samples"),
-            ("forest",),
-        ),
-        ([ArmSpec("ours", ("s",), flops=None), ArmSpec("theirs", ("m",), flops=None)], {"also": {}}, ("forest", "samples"), ("plane",)),
+        ([ArmSpec("gpt2", ("s",), flops=None)], {"seeds": (1,), "sets": {"dolly": 9}, "fact_sets": ()}, {"against", "answers"}, {"paths"}),
+        ([ArmSpec("ours", ("s",), flops=None), ArmSpec("theirs", ("m",), flops=None)], {"also": {}}, {"against", "answers"}, {"paths"}),
     ],
 )
 def test_models_alone(browser, tmp_path, arms, changes, present, absent):
     study = build_study(tmp_path, StudySpec(arms, teacher=None, trained=False, **changes))
     opened = Opened(browser, write_report(study.read()))
     sections = opened.page.evaluate("[...document.querySelectorAll('section')].map((section) => section.id)")
-    assert set(present) <= set(sections)
-    assert not {*absent, "paths", "budget", "cost", "curves"} & set(sections)
-    links = opened.page.evaluate("[...document.querySelectorAll('nav a')].map((a) => a.hash.slice(1))")
-    assert links == [name for name in sections if name != "headline"]
+    assert present <= set(sections)
+    assert not {*absent, "learning"} & set(sections)
+    assert opened.page.evaluate("[...document.querySelectorAll('nav a')].map((a) => a.hash.slice(1))") == ["answer", *sections]
+    assert opened.page.locator("#first-figure").count() == 1
+    opened.assert_fits()
+    opened.assert_quiet()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_unfinished_studies(browser, tmp_path, finished):
+    open_ones = [(arm.name, seed) for arm in SMALL for seed in (10, 20) if not (finished and arm.name == "direct")]
+    study = build_study(tmp_path, StudySpec(SMALL, unfinished=tuple(open_ones)))
+    opened = Opened(browser, write_report(study.read()))
+    assert opened.page.locator("progress").count() == (0 if finished else 4)
+    assert "evaluations are not finished" in opened.page.locator("#answer").inner_text()
     opened.assert_fits()
     opened.assert_quiet()
 

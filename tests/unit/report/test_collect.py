@@ -13,7 +13,7 @@ from tadistill.errors import StoreError
 from tadistill.metrics import metric_of
 from tadistill.report import summary_table, write_report
 from tadistill.report.explain import missing_text
-from tadistill.report.plain import write_results
+from tadistill.report.record import write_results
 from tadistill.results import collect
 from tadistill.results.collect import MEAN, primary_metric, read_results
 from tadistill.results.compare import compare, direct_of, twin_of
@@ -29,7 +29,7 @@ ROW_KEYS = ["arm", "model", "parameters", "seed", "set", "metric", "value", "low
 def test_rows_hold_the_scores(shared):
     write_results(shared.results)
     content = json.loads((shared.study_dir / "results.json").read_text())
-    assert list(content) == ["study", "created", "command", "data", "rows", "comparisons", "verdicts"]
+    assert list(content) == ["study", "created", "command", "data", "answer", "rows", "means", "differences", "comparisons", "verdicts"]
     assert content["command"] == "tadistill run recipes/demo.yaml"
     whole_set = ("perplexity", "distinct_1", "distinct_2", "distinct_4", "ece_tokens")
     assert {row["metric"] for row in content["rows"] if row["low"] is None} == set(whole_set)

@@ -1,16 +1,17 @@
-"""The analysis in words: every sentence holds the numbers of the study, and says what was not measured."""
+"""The analysis: rows with a mark, and explanations that hold the numbers of the study and say what was not measured."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tadistill.report.analysis import explain, hop_text
+from tadistill.report.analysis import Row, analyses, hop_text, published
 from tadistill.results.collect import MEAN
-from tadistill.results.compare import BUCKETS, bucket_difference, bucket_size
+from tadistill.results.compare import BUCKETS, bucket_difference, bucket_size, bucket_title, difference
 from tadistill.results.units import number, summary_text
 from tadistill.results.verdict import comparisons
-from tadistill.statistics import macro_difference
+from tadistill.statistics import Difference, macro_difference
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study
 
@@ -20,13 +21,13 @@ SEEDS = (1, 2, 3)
 def analysed(tmp_path, arms, **changes):
     study = build_study(tmp_path, StudySpec(arms, **{"seeds": SEEDS, "sets": {"dolly": 60, "vicuna": 30}, "fact_sets": (), **changes}))
     results = study.read()
-    return study, results, {p.title: p.sentences for p in explain(results)}
+    return study, results, {a.arm: a for a in analyses(results)}
 
 
 def test_published_values_match_inside_the_interval(tmp_path):
     values = {"dolly": 24.5, "vicuna": 40.0, "sinst": 25.3}
-    _, results, found = analysed(tmp_path, [ArmSpec("direct", ("xl", "s"), published={"source": "a paper", "rouge_l": values})])
-    (sentence,) = found["Published values"]
+    _, results, _ = analysed(tmp_path, [ArmSpec("direct", ("xl", "s"), published={"source": "a paper", "rouge_l": values})])
+    (sentence,) = published(results)
     dolly, vicuna = (results.summaries["direct", name, "rouge_l"] for name in ("dolly", "vicuna"))
     assert dolly.low < 24.5 < dolly.high
     assert f"on dolly {summary_text(dolly, 'rouge_l')} matches the published 24.5" in sentence
@@ -36,12 +37,22 @@ def test_published_values_match_inside_the_interval(tmp_path):
 
 def test_where_a_chain_helps(tmp_path):
     _, results, found = analysed(tmp_path, SMALL)
-    by_set, by_length, *_ = found["Where chain differs from direct-long"]
-    assert re.match(r"ROUGE-L by set: helps on dolly \(\+\d\.\d, 95 % \+\d\.\d … \+\d\.\d\), on vicuna", by_set)
-    assert by_set.endswith("hurts nowhere.")
+    rows = {(row.metric, row.where): row for row in found["chain"].rows}
+    for where in ("mean", "dolly", "vicuna"):
+        assert rows["rouge_l", where].mark == "better"
+        assert rows["rouge_l", where].difference.low > 0
+    assert rows["rouge_l", "dolly"].difference == difference(results, "chain", "direct-long", "rouge_l", "dolly")
     for bucket in BUCKETS:
-        assert bucket_difference(results, "chain", "direct-long", "rouge_l", bucket) is not None
-    assert "[11, ∞) tokens" in by_length
+        wanted = bucket_difference(results, "chain", "direct-long", "rouge_l", bucket)
+        assert rows["rouge_l", f"references of {bucket_title(bucket)} tokens"].difference == wanted
+    assert ("perplexity", "9.00", "11.80") in found["chain"].whole
+
+
+def test_marks_follow_the_direction_of_the_metric():
+    d = Difference(-1.0, -2.0, -0.5, 0.01, 0.4, 9.0, -1.8, -0.6)
+    assert [Row(metric, "", d).mark for metric in ("rouge_l", "loss", "entropy")] == ["worse", "better", "worse"]
+    assert Row("loss", "", replace(d, high=0.5)).mark == "no clear difference"
+    assert Row("loss", "", None).mark == "not measured"
 
 
 def test_buckets_hold_the_prompts_of_their_lengths(tmp_path):
@@ -59,7 +70,7 @@ def test_buckets_hold_the_prompts_of_their_lengths(tmp_path):
 def test_the_error_budget_in_words(tmp_path):
     arms = [ArmSpec("long", ("xl", "l", "m", "s")), ArmSpec("twin", ("xl", "s"), compute="as long")]
     study, results, found = analysed(tmp_path, arms)
-    _, hops, _, _ = found["What explains long"]
+    hops = found["long"].explanations[1].sentences[0]
     means = {
         metric: np.mean([[study.scores["long", s][n][metric].mean() for n in ("dolly", "vicuna")] for s in SEEDS])
         for metric in ("reverse_kl", "budget/0", "budget/1", "budget/2")
@@ -76,7 +87,7 @@ def test_the_error_budget_in_words(tmp_path):
 
 def test_compute_closes_a_share_of_the_gap(tmp_path):
     _, results, found = analysed(tmp_path, SMALL)
-    compute = found["What explains chain"][-1]
+    (compute,) = found["chain"].explanations[-1].sentences
     means = {arm: results.summaries[arm, MEAN, "rouge_l"].mean for arm in ("direct", "chain", "direct-long")}
     share = 100 * (means["direct-long"] - means["direct"]) / (means["chain"] - means["direct"])
     assert f"closes {share:.0f} % of the gap" in compute
@@ -86,7 +97,7 @@ def test_what_was_not_measured_is_said(tmp_path):
     _, results, found = analysed(tmp_path, SMALL[:2], also={}, teacher=None)
     (comparison,) = comparisons(results)
     assert comparison.against == "plain direct"
-    sharpening, hops, compute = found["What explains chain"]
+    (sharpening,), (hops,), (compute,) = (e.sentences for e in found["chain"].explanations)
     assert "greedy decoding not measured; matched entropy not measured" in sharpening
     assert hops.startswith("The error of each hop is not measured")
     assert compute.startswith("The effect of compute is not measured: the study has no arm with `compute: as chain`")

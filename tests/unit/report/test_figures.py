@@ -1,14 +1,17 @@
 """What the figures compute: fronts, exposure bias, pooled calibration, the lattice; and what they leave out."""
 
 import json
+import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from tadistill.report.figures.behaviour import exposure_figure
 from tadistill.report.figures.paths import budget_figures, lattice, lattice_figure
-from tadistill.report.figures.scores import difference_figure, direct_longer, means_figure
+from tadistill.report.figures.scores import cost_figure, cost_points, difference_figure, means_figure
 from tadistill.report.figures.style import looks
+from tadistill.results.collect import MEAN
 from tadistill.results.curves import accumulated_error, exposures, reliabilities
 from tadistill.results.samples import samples, shown_first
 from tadistill.statistics import undominated
@@ -77,9 +80,19 @@ def test_arms_share_assistants_in_the_lattice(tmp_path):
     assert nodes["arm", "chain"].flops == 2e16  # its fine-tuning and its distillation
 
 
-def test_direct_longer_needs_a_twin(shared):
-    curve = direct_longer(read(shared))
-    assert [flops for flops, _ in curve] == [3.0e17, 7.4e17]
+def test_arms_of_equal_cost_stand_apart(tmp_path):
+    arms = [ArmSpec(f"arm{i}", ("xl", "s"), flops=1e17 * (1 + 0.001 * i)) for i in range(5)] + [ArmSpec("sft", ("s",), flops=4e15)]
+    results = read(build_study(tmp_path, StudySpec(arms, sets={"dolly": 12})))
+    assert [p.arm.name for p in cost_points(results, "s")] == ["sft", "arm0", "arm1", "arm2", "arm3", "arm4"]
+    figure = cost_figure(results, "s")
+    values = json.loads(re.search(r'class="values">(.*?)</script>', figure.html())[1])
+    places = [figure.x.place(x) for _, x, *_ in values["points"]]
+    assert min(b - a for a, b in pairwise(places)) > 0.0179
+    assert max(places) < 0.99
+    for name, _, mean, low, high, tip in values["points"]:
+        summary = results.summaries[name, MEAN, "rouge_l"]
+        assert (mean, low, high) == pytest.approx((summary.mean, summary.low, summary.high), abs=1e-4)
+        assert "training FLOPs" in tip
 
 
 def test_looks_differ_in_colour_and_marker(tmp_path):
@@ -92,9 +105,10 @@ def test_looks_differ_in_colour_and_marker(tmp_path):
 def test_nothing_to_show_is_no_figure(tmp_path):
     spec = StudySpec([ArmSpec("gpt2", ("s",))], teacher=None, trained=False)
     results = read(build_study(tmp_path, spec))
-    figures = (difference_figure(results), means_figure(results), exposure_figure(results), lattice_figure(results))
+    figures = (difference_figure(results), cost_figure(results, "s"), exposure_figure(results), lattice_figure(results))
     assert figures == (None, None, None, None)
     assert budget_figures(results) == {}
+    assert means_figure(results) is not None
 
 
 def test_long_answers_leave_fewer_samples(tmp_path):

@@ -16,7 +16,8 @@ from tadistill.report.explain import verdict_text
 from tadistill.report.plain import side_by_side
 from tadistill.report.tables import interval_method
 from tadistill.report.text import answer
-from tadistill.results.units import flops_text, number, parameters_text
+from tadistill.results.compare import difference
+from tadistill.results.units import flops_text, number, parameters_text, signed
 from tadistill.results.verdict import comparisons
 from tadistill.visible import visible
 
@@ -38,7 +39,7 @@ class _Cells(HTMLParser):
         if tag == "table":
             self._metric = attrs.get("data-metric")
         if tag == "td":
-            self._cell = (self._metric, attrs.get("data-arm"), attrs.get("data-set"))
+            self._cell = (self._metric, attrs["data-arm-cell"], attrs["data-set"]) if "data-arm-cell" in attrs else None
         if tag == "script":
             self._in_data = attrs.get("id") == "data"
 
@@ -104,7 +105,7 @@ def test_the_report_names_the_method_of_its_intervals(shared, tmp_path):
     page = write_report(shared.results).read_text(encoding="utf-8")
     markdown = (shared.study_dir / "report.md").read_text(encoding="utf-8")
     sentence = "The 95 % intervals are Student's intervals over training seeds and prompts. They stay inside the bounds of their metric."
-    assert page.count(sentence.replace("'", "&#39;")) == 2  # below the first table and below the comparisons
+    assert page.count(sentence.replace("'", "&#39;")) == 3  # below the scores, the comparisons and the arms
     assert sentence in markdown
     assert "hierarchical" not in page + markdown
     models = build_study(
@@ -301,14 +302,17 @@ def test_the_answer_of_many_arms_without_chains(tmp_path):
     assert found.against_sft == "The study cannot tell if distillation beat plain fine-tuning (SFT): no arm only fine-tunes s."
 
 
-@pytest.mark.parametrize(("gain", "claim"), [(9.0, "beat"), (0.0, "did not clearly beat"), (-9.0, "did not clearly beat")])
+@pytest.mark.parametrize(("gain", "claim"), [(9.0, "beat"), (0.0, "did not clearly beat"), (-9.0, "did worse than")])
 def test_the_answer_says_if_distillation_beat_fine_tuning(tmp_path, gain, claim):
     arms = [ArmSpec("sft", ("s",), flops=1e15), ArmSpec("kd", ("xl", "s"), gain=gain)]
     spec = StudySpec(arms, seeds=(10, 20, 30, 40), sets={"dolly": 60}, fact_sets=())
-    said = answer(build_study(tmp_path, spec).read()).against_sft
-    assert said.startswith(f"Distillation {claim} plain fine-tuning (SFT, sft): with sampled answers the distilled arm is ")
-    assert said.count("clearly worse") == (2 if gain < 0 else 0)
-    assert "; with greedy answers the distilled arm is " in said
+    results = build_study(tmp_path, spec).read()
+    sampled, greedy = (signed(difference(results, "kd", "sft", m).mean, m) for m in ("rouge_l", "rouge_l@greedy"))
+    assert re.fullmatch(
+        rf"Distillation {claim} plain fine-tuning \(SFT, sft\): kd differs by {re.escape(sampled)} with sampled answers "
+        rf"\(95 % interval \S+ to \S+\) and {re.escape(greedy)} with greedy answers \(95 % interval \S+ to \S+\)\.",
+        answer(results).against_sft,
+    )
 
 
 @pytest.mark.parametrize("width", [40, 60, 79])

@@ -4,31 +4,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import plotly.graph_objects as go
-
+from tadistill.charts import GREY, PLAIN, Axis, Chart, Look
 from tadistill.metrics import metric_title
 from tadistill.plan.specs import TRAINING
-from tadistill.report.figures.style import (
-    DASHES,
-    GREY,
-    GRID,
-    PALETTE,
-    LegendEntry,
-    Look,
-    div,
-    escaped,
-    line,
-    looks,
-    row_text,
-    separate_rows,
-)
+from tadistill.report.figures.style import kinds, looks, rows_axis
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
 from tadistill.results.compare import budget_models, twin_of
 from tadistill.results.curves import last_dev_value
 from tadistill.results.study import ArmRecord, StageRecord
-from tadistill.results.units import flops_text, interval, number, parameters_text, summary_text
+from tadistill.results.units import flops_text, interval, number, parameters_text, signed, summary_text
 
-_ROW = 58  # pixels
+_ROW = 46  # pixels
 _THIN, _WIDER = 1.5, 6.0  # width of an edge without cost, and the additional width of the most expensive edge, in pixels
 
 NodeId = tuple[str, str]
@@ -94,84 +80,69 @@ def _kind(stage: StageRecord) -> str:
     return found[1] if found else stage.kind
 
 
-def lattice_figure(results: Results) -> str | None:
+def lattice_figure(results: Results) -> Chart | None:
     """Draw the models and the distillations between them. Return None if no arm distils a model."""
     nodes = lattice(results)
     if all(node.parent is None for node in nodes.values()):
         return None
     rows = len(results.plan.arms)
     models = sorted(dict.fromkeys(node.model for node in nodes.values()), key=lambda model: -results.plan.parameters[model])
-    place = {at: (models.index(node.model), rows - 1 - node.row) for at, node in nodes.items()}
-    styles, dearest = _kinds(results), max((node.flops or 0.0 for node in nodes.values()), default=0.0) or 1.0
-    figure = go.Figure()
-    for x in range(len(models)):
-        line(figure, x0=x, x1=x, y0=-0.5, y1=rows - 0.5)
+    place = {at: (float(models.index(node.model)), float(rows - 1 - node.row)) for at, node in nodes.items()}
+    styles, dearest = method_looks(results), max((node.flops or 0.0 for node in nodes.values()), default=0.0) or 1.0
+    marks = {float(i): model for i, model in enumerate(models)}
+    x = Axis(-0.03, len(models) - 0.96, marks=marks, grid=False)
+    summary = "Paths: " + "; ".join(f"{arm.name}: {arm.path_text}" for arm in results.plan.arms)
+    chart = Chart("figure-paths", summary, x, rows_axis(rows), height=_ROW * rows, head=42, frame=False)
+    for at, model in marks.items():
+        chart.rule(x=at, kind="grid")
+        side = "start" if at == 0 else "end" if at == len(models) - 1 else "middle"
+        chart.text(at, chart.y.high, model, side=side, kind="name", shift=(0, -24))
+        chart.text(at, chart.y.high, parameters_text(results.plan.parameters[model]), side=side, shift=(0, -8))
     for at, node in nodes.items():
-        if node.parent is None:
-            continue
-        (x0, y0), (x1, y1), look = place[node.parent], place[at], styles[node.kind]
-        if y0 != y1:
-            line(figure, colour=GREY, width=1.4, x0=x0, x1=x0, y0=y0, y1=y1)
-        width = 2.0 if node.flops is None else _THIN + _WIDER * (node.flops / dearest) ** 0.5
-        middle = (
-            f"{escaped(node.kind)}: {flops_text(node.flops)} FLOPs of one seed, for {', '.join(escaped(arm.name) for arm in node.arms)}"
-        )
-        figure.add_scatter(
-            x=[x0, (x0 + x1) / 2, x1],
-            y=[y1, y1, y1],
-            mode="lines",
-            legendgroup=f"kind:{node.kind}",
-            line={"color": look.colour, "width": width, "dash": look.dash},
-            hovertemplate=f"{middle}<extra></extra>",
-            meta=[node.arms[0].name, "edge"],
-        )
+        if node.parent is not None:
+            _add_edge(chart, node, (place[node.parent], place[at]), styles[node.kind], dearest)
     for at, node in nodes.items():
-        _add_node(figure, results, node, place[at], is_student=at[0] == "arm", is_last=place[at][0] == len(models) - 1)
-    separate_rows(figure, rows)
-    titles = [f"<b>{escaped(model)}</b><br>{parameters_text(results.plan.parameters[model])}" for model in models]
-    figure.update_xaxes(range=[-0.18, len(models) - 0.82], side="top", showgrid=False, zeroline=False)
-    figure.update_xaxes(tickvals=list(range(len(models))), ticktext=titles)
-    figure.update_yaxes(range=[-0.52, rows - 0.48], visible=False)
-    return div(figure, "figure-paths", height=_ROW * rows + 62, top=50, bottom=12)
+        _add_node(chart, results, node, place[at], is_student=at[0] == "arm")
+    return chart
 
 
-def _add_node(figure: go.Figure, results: Results, node: Node, at: tuple[int, int], *, is_student: bool, is_last: bool) -> None:
+def _add_edge(chart: Chart, node: Node, ends: tuple[tuple[float, float], tuple[float, float]], look: Look, dearest: float) -> None:
+    (x0, y0), (x1, y1) = ends
+    if y0 != y1:
+        chart.segment((x0, y0), (x0, y1), PLAIN, width=1.4)
+    width = 2.0 if node.flops is None else _THIN + _WIDER * (node.flops / dearest) ** 0.5
+    tip = f"{node.kind}: {flops_text(node.flops)} FLOPs of one seed, for {', '.join(arm.name for arm in node.arms)}"
+    name = node.arms[0].name if len(node.arms) == 1 else ""
+    chart.segment((x0, y1), (x1, y1), look, width=width, name=name, tip=tip, kind="edge")
+
+
+def _add_node(chart: Chart, results: Results, node: Node, at: tuple[float, float], *, is_student: bool) -> None:
     (x, y), arm, metric = at, node.arms[0], primary_metric(results)
-    look = looks(results)[arm.name]
-    if is_student:
-        summary = results.summaries.get((arm.name, MEAN, metric))
-        half = None if summary is None else (summary.high - summary.low) / 2
-        value = "not finished" if summary is None or half is None else f"<b>{number(summary.mean, metric)}</b> ± {number(half, metric)}"
-        edge = {} if is_last else {"xref": "x", "x": x, "xanchor": "left", "xshift": -6}
-        figure.add_annotation(row_text(y + 0.3, f"<b>{escaped(arm.name)}</b>", right=True) | edge)
-        figure.add_annotation(row_text(y - 0.3, value, right=True, size=11) | edge)
-        marker = {"color": look.colour, "symbol": look.marker, "size": 13, "line": {"width": 2 if "open" in look.marker else 0}}
-        hover = f"{escaped(arm.name)}: {metric_title(metric)} {value}"
-    else:
+    if not is_student:
         dev = last_dev_value(results, arm, node.model, metric)
         text = f"dev {number(dev, metric)}" if dev is not None else "teacher" if node.model == results.plan.teacher else ""
-        side = {"xanchor": "right", "xshift": -4} if node.parent else {"xanchor": "left", "xshift": 4}
-        figure.add_annotation(x=x, y=y - 0.3, text=text, showarrow=False, font={"size": 11}, visible=bool(text), **side)
-        marker = {"color": GREY, "symbol": "circle", "size": 12}
-        hover = f"{escaped(node.model)}, {text}: in the path of {', '.join(escaped(a.name) for a in node.arms)}"
-    figure.add_scatter(
-        x=[x], y=[y], mode="markers", marker=marker, hovertemplate=f"{hover}<extra></extra>", cliponaxis=False, meta=[arm.name, "node"]
-    )
+        chart.text(x, y, text, side="start", shift=(8, 14))
+        chart.mark("", (x, y), PLAIN, size=5, tip=f"{node.model}, {text}: in the path of {', '.join(a.name for a in node.arms)}")
+        return
+    summary = results.summaries.get((arm.name, MEAN, metric))
+    half = "" if summary is None else f" {interval(summary.low, summary.high, metric)}"
+    value = "not finished" if summary is None else f"{number(summary.mean, metric)}{half}"
+    chart.mark(arm.name, (x, y), looks(results)[arm.name], size=6, tip=f"{arm.name}: {metric_title(metric)} {value}")
+    left = chart.x.place(x) > 0.5  # the texts of the last column stand at its left, where a phone has room
+    side, away = ("end", -12) if left else ("start", 12)
+    chart.text(x, y, arm.name, side=side, name=arm.name, kind="name", shift=(away, -7))
+    chart.text(x, y, value, side=side, name=arm.name, shift=(away, 16))
 
 
-def _kinds(results: Results) -> Mapping[str, Look]:
-    kinds = dict.fromkeys(node.kind for node in lattice(results).values() if node.parent is not None)
-    return {kind: Look(PALETTE[i % len(PALETTE)], "line-ew", "━", DASHES[i % len(DASHES)]) for i, kind in enumerate(kinds)}
-
-
-def lattice_legend(results: Results) -> list[LegendEntry]:
-    return [LegendEntry(f"kind:{kind}", kind, look) for kind, look in _kinds(results).items()]
+def method_looks(results: Results) -> Mapping[str, Look]:
+    """Return the look of each method in the figure of paths."""
+    return kinds(dict.fromkeys(node.kind for node in lattice(results).values() if node.parent is not None))
 
 
 # --- error budget -----------------------------------------------------------------------------------------------------
 
 
-_ADDS, _TAKES = "#E0475B", "#17A673"
+_ADDS, _TAKES = Look("var(--worse)"), Look("var(--better)")
 
 
 @dataclass(frozen=True)
@@ -204,15 +175,16 @@ def budgets(results: Results) -> list[Budget]:
     return found
 
 
-def budget_figures(results: Results) -> Mapping[str, str]:
+def budget_figures(results: Results) -> Mapping[str, Chart]:
     """Draw each chain's error budget as a waterfall chart. All charts have the same scale."""
     found = budgets(results)
     if not found:
         return {}
     tops = [sum(max(term.mean, 0) for _, term in b.terms) for b in found] + [b.total[1].high for b in found]
     bottoms = [min(0.0, *_ends(b)) for b in found]
-    span = (min(bottoms), max(*tops, *(b.twin[1].mean for b in found if b.twin), 0.0))
-    return {b.arm.name: _waterfall(results, b, index, span) for index, b in enumerate(found)}
+    high = max(*tops, *(b.twin[1].mean for b in found if b.twin), 1e-9)
+    y = Axis(min(bottoms), high + 0.18 * (high - min(bottoms)), "nats/token")
+    return {b.arm.name: _waterfall(results, b, index, y) for index, b in enumerate(found)}
 
 
 def _ends(budget: Budget) -> list[float]:
@@ -223,51 +195,27 @@ def _ends(budget: Budget) -> list[float]:
     return ends
 
 
-def _waterfall(results: Results, budget: Budget, index: int, span: tuple[float, float]) -> str:
-    figure, at = go.Figure(), 0.0
-    bars = [*budget.terms, budget.total]
-    colours = [looks(results)[budget.arm.name].colour, *(_ADDS if term.mean > 0 else _TAKES for _, term in budget.terms[1:]), GREY]
-    for x, ((name, term), colour) in enumerate(zip(bars, colours, strict=True)):
-        last = x == len(bars) - 1
+def _waterfall(results: Results, budget: Budget, index: int, y: Axis) -> Chart:
+    bars, at = [*budget.terms, budget.total], 0.0
+    names = [f"{name}\n{'trained on' if i == 0 else 'in all' if i == len(bars) - 1 else 'hop'}" for i, (name, _) in enumerate(bars)]
+    x = Axis(-0.55, len(bars) - 0.45, marks={float(i): name for i, name in enumerate(names)}, grid=False)
+    summary = f"Error budget of {budget.arm.name}: " + "; ".join(f"{name} {summary_text(term, 'reverse_kl')}" for name, term in bars)
+    chart, name = Chart(f"figure-budget-{index}", summary, x, y, height=250, head=24), budget.arm.name
+    colours = [looks(results)[name], *(_ADDS if term.mean > 0 else _TAKES for _, term in budget.terms[1:]), PLAIN]
+    chart.rule(y=0)
+    for i, ((title, term), colour) in enumerate(zip(bars, colours, strict=True)):
+        last = i == len(bars) - 1
         base = 0.0 if last else at
-        figure.add_bar(
-            x=[x],
-            y=[term.mean],
-            base=[base],
-            width=0.62,
-            marker={"color": colour, "opacity": 0.85},
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [term.high - term.mean],
-                "arrayminus": [term.mean - term.low],
-                "width": 5,
-            },
-            hovertemplate=f"{escaped(name)}: {summary_text(term, 'reverse_kl')} nats/token<extra></extra>",
-            meta=[budget.arm.name, "total" if last else f"budget/{x}"],
-        )
-        sign = "+" if 0 < x < len(bars) - 1 and term.mean > 0 else ""
-        text = f"<b>{sign}{number(term.mean, 'reverse_kl')}</b>"
-        if len(bars) < 5:  # more would run into each other on a phone
-            text += f"<br>{interval(term.low, term.high, 'reverse_kl')}"
-        high = max(base, base + term.mean, base + term.high)
-        figure.add_annotation(x=x, y=high, yanchor="bottom", yshift=2, text=text, showarrow=False, font_size=9 if len(bars) > 3 else 10)
+        tip = f"{title}: {summary_text(term, 'reverse_kl')} nats/token"
+        chart.bar(name, (i - 0.31, i + 0.31), (base, base + term.mean), colour, tip=tip)
+        chart.whisker(name, i, base + term.low, base + term.high)
+        text = signed(term.mean, "reverse_kl") if 0 < i < len(bars) - 1 else number(term.mean, "reverse_kl")
+        chart.text(i, max(base, base + term.mean, base + term.high), text, name=name, kind="name", shift=(0, -6))
         if not last:
             at += term.mean
-            line(figure, colour=GREY, dash="dot", x0=x, x1=x + 1, y0=at, y1=at)
+            chart.segment((i, at), (i + 1, at), Look(GREY, "circle", "2 3"))
     if budget.twin:
-        name, twin = budget.twin
-        line(figure, colour=GREY, width=1.5, dash="dash", x0=len(bars) - 1.5, x1=len(bars) - 0.5, y0=twin.mean, y1=twin.mean)
-    ticks = [_wrapped(name, first=x == 0, last=x == len(bars) - 1) for x, (name, _) in enumerate(bars)]
-    figure.update_xaxes(tickvals=list(range(len(bars))), ticktext=ticks, range=[-0.55, len(bars) - 0.45], zeroline=False, showgrid=False)
-    figure.update_xaxes(tickfont_size=11, tickangle=0)
-    room = 0.2 * (span[1] - span[0])
-    figure.update_yaxes(
-        range=[span[0] - (0.02 if span[0] else 0) * room, span[1] + room], gridcolor=GRID, zeroline=True, zerolinecolor=GREY
-    )
-    figure.update_yaxes(title={"text": "nats/token", "standoff": 4}, automargin=True, title_font_size=12)
-    return div(figure, f"figure-budget-{index}", height=330, bottom=52)
-
-
-def _wrapped(name: str, *, first: bool, last: bool) -> str:
-    return f"{escaped(name)}<br>{'trained on' if first else 'in all' if last else 'hop'}"
+        twin, mean = budget.twin[0], budget.twin[1].mean
+        tip = f"{twin}: {summary_text(budget.twin[1], 'reverse_kl')} nats/token"
+        chart.segment((len(bars) - 1.5, mean), (len(bars) - 0.5, mean), Look("var(--ink)", "circle", "5 4"), name=twin, tip=tip)
+    return chart

@@ -1,47 +1,107 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const plots = () => document.querySelectorAll(".js-plotly-plot");
+const byId = (id) => document.getElementById(id);
 
-// one legend for all figures of a section
-const apply = (section, groups, shown) => {
-  section.querySelectorAll(".js-plotly-plot").forEach((plot) => {
-    const traces = plot.data.flatMap((trace, i) => (groups.has(trace.legendgroup) ? [i] : []));
-    if (traces.length) Plotly.restyle(plot, { visible: shown }, traces);
-  });
+// --- arms that are hidden everywhere; the address remembers them: #section&hide=a,b --------------------------------------
+const hidden = new Set();
+const address = () => {
+  const [section, ...rest] = location.hash.slice(1).split("&");
+  const found = rest.find((part) => part.startsWith("hide="));
+  return { section, hide: found ? found.slice(5).split(",").filter(Boolean).map(decodeURIComponent) : [] };
 };
-document.querySelectorAll(".chip").forEach((chip) => chip.addEventListener("click", () => {
-  const shown = chip.getAttribute("aria-pressed") !== "true";
-  chip.setAttribute("aria-pressed", String(shown));
-  apply(chip.closest("section"), new Set([chip.dataset.group]), shown);
+const write = (section) => {
+  const names = [...hidden].map(encodeURIComponent).join(",");
+  history.replaceState(null, "", `#${section}${names ? `&hide=${names}` : ""}`);
+};
+const apply = () => {
+  document.querySelectorAll("[data-arm]").forEach((node) => node.classList.toggle("off", hidden.has(node.dataset.arm)));
+  document.querySelectorAll("[data-toggle]").forEach((button) => button.setAttribute("aria-pressed", String(!hidden.has(button.dataset.toggle))));
+};
+document.querySelectorAll("[data-toggle]").forEach((button) => button.addEventListener("click", () => {
+  const name = button.dataset.toggle;
+  if (!hidden.delete(name)) hidden.add(name);
+  apply();
+  write(address().section);
 }));
 document.querySelectorAll(".every").forEach((button) => button.addEventListener("click", () => {
-  const chips = [...button.parentElement.querySelectorAll(".chip")];
-  chips.forEach((chip) => chip.setAttribute("aria-pressed", button.dataset.shown));
-  apply(button.closest("section"), new Set(chips.map((chip) => chip.dataset.group)), button.dataset.shown === "true");
+  button.parentElement.querySelectorAll("[data-toggle]").forEach(({ dataset }) => (button.dataset.shown === "true" ? hidden.delete(dataset.toggle) : hidden.add(dataset.toggle)));
+  apply();
+  write(address().section);
 }));
-
-// plots are drawn while the page is still being read, before their columns have their final width
-plots().forEach((plot) => Plotly.Plots.resize(plot));
-
-// a finger that drags over a plot means to scroll the page
-if (matchMedia("(pointer: coarse)").matches) plots().forEach((plot) => Plotly.relayout(plot, { dragmode: false }));
-
-// plots keep the width they were drawn with, and paper is narrower than most windows
-addEventListener("beforeprint", () => {
-  document.querySelectorAll("section:not(#provenance) details").forEach((details) => { details.open = true; });
-  plots().forEach((plot) =>
-  Plotly.relayout(plot, { width: plot.closest(".panels:not(.stack)") ? 330 : 680 }));
+const go = (section) => {
+  const target = section && byId(section);
+  if (!target) return;
+  for (let node = target; node; node = node.parentElement) if (node.tagName === "DETAILS" && !node.classList.contains("pop")) node.open = true;
+  target.scrollIntoView();
+};
+const follow = () => {
+  const { section, hide } = address();
+  hidden.clear();
+  hide.forEach((name) => hidden.add(name));
+  apply();
+  go(section);
+};
+document.querySelectorAll('a[href^="#"]').forEach((link) => link.addEventListener("click", (event) => {
+  event.preventDefault();
+  write(link.hash.slice(1));
+  go(link.hash.slice(1));
+}));
+addEventListener("hashchange", follow);
+addEventListener("click", (event) => {
+  const pop = byId("arm-chips");
+  if (pop && !pop.contains(event.target)) pop.open = false;
 });
-addEventListener("afterprint", () => plots().forEach((plot) => Plotly.relayout(plot, { width: null, autosize: true })));
+addEventListener("keydown", (event) => { if (event.key === "Escape" && byId("arm-chips")) byId("arm-chips").open = false; });
+follow();
 
-// sample browser: text goes in as text, never as markup
+// --- tables: click a heading to sort; long ones have a filter -----------------------------------------------------------
 const element = (tag, className, text) => {
   const node = document.createElement(tag);
   if (className) node.className = className;
   if (text !== undefined) node.textContent = text;
   return node;
 };
-const byId = (id) => document.getElementById(id);
+const figure = (cell) => {
+  const found = cell.textContent.trim().replaceAll("−", "-").match(/^[<+]?\s*(-?\d[\d.]*(?:e-?\d+)?)/);
+  return found ? Number(found[1]) : NaN;
+};
+const compare = (a, b) => {
+  const [x, y] = [figure(a), figure(b)];
+  if (!Number.isNaN(x) && !Number.isNaN(y)) return x - y;
+  return Number.isNaN(x) === Number.isNaN(y) ? a.textContent.localeCompare(b.textContent) : Number.isNaN(x) ? 1 : -1;
+};
+document.querySelectorAll("table.sortable").forEach((table) => {
+  const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
+  if (body.rows.length < 2) return;
+  heads.forEach((head, column) => {
+    if (head.classList.contains("plot")) return;
+    const button = element("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") === "ascending";
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const rows = [...body.rows].sort((a, b) => compare(a.cells[column], b.cells[column]));
+      body.append(...(down ? rows.reverse() : rows));
+    });
+  });
+  if (body.rows.length < 12) return;
+  const label = element("label", "filter", "Filter "), input = element("input");
+  input.type = "search";
+  label.append(input);
+  (table.closest(".scroll") ?? table).before(label);
+  input.addEventListener("input", () => {
+    const wanted = input.value.trim().toLowerCase();
+    for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+  });
+});
+
+// paper shows what is folded, but for recipe and stages
+addEventListener("beforeprint", () => document.querySelectorAll("section:not(#how) details").forEach((details) => { details.open = true; }));
+
+// --- sample browser: text goes in as text, never as markup --------------------------------------------------------------
 const setSelect = byId("sample-set");
 if (setSelect) {
   const search = byId("sample-search"), indexSelect = byId("sample-index");
@@ -51,7 +111,7 @@ if (setSelect) {
   const matching = (name) => data.samples[name].filter((sample) => texts(sample).some((text) => text.toLowerCase().includes(wanted())));
 
   // marks what was searched for; lower-casing may change a text's length, and then it is shown unmarked
-  const write = (node, text) => {
+  const fill = (node, text) => {
     const low = text.toLowerCase(), word = wanted();
     if (!word || low.length !== text.length) { node.textContent = text; return node; }
     const parts = [];
@@ -63,30 +123,27 @@ if (setSelect) {
     node.replaceChildren(...parts, text.slice(at));
     return node;
   };
-  const heading = (arm) => {
-    const node = element("h4"), glyph = element("span", "glyph", data.glyphs[arm]);
-    glyph.style.color = data.colours[arm];
-    glyph.setAttribute("aria-hidden", "true");
-    node.append(glyph, arm);
-    return node;
-  };
   const show = () => {
     const found = matching(setSelect.value), sample = found[indexSelect.selectedIndex];
-    const hidden = new Set(picks.filter((pick) => pick.getAttribute("aria-pressed") !== "true").map((pick) => pick.dataset.arm));
-    write(byId("sample-prompt"), sample ? sample.prompt : "");
-    byId("sample-references").replaceChildren(...(sample ? sample.references : []).map((text) => write(element("pre"), text)));
-    const answers = Object.entries(sample ? sample.answers : {}).filter(([arm]) => !hidden.has(arm));
+    const away = new Set(picks.filter((pick) => pick.getAttribute("aria-pressed") !== "true").map((pick) => pick.dataset.pick));
+    fill(byId("sample-prompt"), sample ? sample.prompt : "");
+    byId("sample-references").replaceChildren(...(sample ? sample.references : []).map((text) => fill(element("pre"), text)));
+    const answers = Object.entries(sample ? sample.answers : {}).filter(([arm]) => !away.has(arm));
     byId("sample-answers").replaceChildren(...answers.map(([arm, answer]) => {
-      const card = element("article", "answer");
-      card.style.borderTopColor = data.colours[arm];
-      card.append(heading(arm), element("p", "scores", answer.scores), write(element("p"), answer.text));
+      const card = element("article", "answer"), heading = element("h3"), glyph = element("span", "glyph", `${data.glyphs[arm]}\ufe0e`);
+      card.style.borderTopColor = glyph.style.color = data.colours[arm];
+      card.dataset.arm = arm;
+      card.classList.toggle("off", hidden.has(arm));
+      glyph.setAttribute("aria-hidden", "true");
+      heading.append(glyph, arm);
+      card.append(heading, element("p", "scores", answer.scores), fill(element("p"), answer.text));
       return card;
     }));
     byId("sample-previous").disabled = indexSelect.selectedIndex <= 0;
     byId("sample-next").disabled = indexSelect.selectedIndex >= indexSelect.options.length - 1;
     byId("sample-found").textContent = wanted() ? `${found.length} of ${data.samples[setSelect.value].length} prompts match` : "";
   };
-  const fill = () => {
+  const list = () => {
     indexSelect.replaceChildren(...matching(setSelect.value).map((sample) => element("option", "", sample.index)));
     show();
   };
@@ -101,11 +158,11 @@ if (setSelect) {
     }));
     const better = counts.find(([, count]) => count > 0);
     setSelect.value = counts.some(([name, count]) => name === before && count > 0) || !better ? before : better[0];
-    fill();
+    list();
   };
   const move = (by) => { indexSelect.selectedIndex += by; show(); };
   search.addEventListener("input", find);
-  setSelect.addEventListener("change", fill);
+  setSelect.addEventListener("change", list);
   indexSelect.addEventListener("change", show);
   byId("sample-previous").addEventListener("click", () => move(-1));
   byId("sample-next").addEventListener("click", () => move(1));

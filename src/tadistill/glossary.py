@@ -1,0 +1,75 @@
+"""The words of reports and documentation, each with one sentence.
+
+The page explains them on hover, and `docs/reference/glossary.md` lists them.
+"""
+
+from tadistill.metrics import METRICS, PERCENT, POINTS
+
+GLOSSARY: dict[str, str] = {
+    "study": "Everything that one recipe describes: its arms, trained and evaluated with the same data and seeds.",
+    "arm": "One way to get a student: a path of models and a method, repeated with every training seed.",
+    "teacher": "The big model that the others learn from.",
+    "student": "The small model that the study is about.",
+    "assistant": "A teacher assistant (TA): a model of middle size that first learns from the teacher and then teaches the student.",
+    "path": "The models from the teacher to the student, such as xl > l > s; each > is one distillation.",
+    "direct": "Distillation from the teacher to the student without an assistant.",
+    "hop": "One distillation of a path.",
+    "equal-compute baseline": "A direct arm that trains longer, so that it costs as many FLOPs as the path through assistants.",
+    "SFT": "Supervised fine-tuning: training on the answers of the data set, without a teacher.",
+    "seed": "The number from which random draws start; each training seed gives one trained model, each decoding seed one set of answers.",
+    "95 % interval": "A range that contains the true value in 95 of 100 such studies; more seeds and prompts make it shorter.",
+    "clearly": "The 95 % interval excludes 0, also after adjustment for the number of comparisons, with at least three training seeds.",
+    "undecided": "The data neither show a difference nor exclude one; more seeds or prompts may decide it.",
+    "equivalent": "The true difference is significantly smaller than the margin of the recipe.",
+    "margin": "The largest difference that the recipe calls no difference.",
+    "paired difference": "The difference of two arms on the same prompts and training seeds, which is more precise than two means apart.",
+    "p": "The probability of a difference at least this large if the true difference were 0.",
+    "Holm": "Holm's method: p-values corrected for the number of comparisons, so that any false claim has a chance below 5 %.",
+    "sign-flip test": "An exact test over training seeds: the share of all sign patterns with a sum at least as large.",
+    "detectable": "The smallest true difference that a study of this size would find with a probability of 80 %.",
+    "FLOPs": "Floating-point operations of the training of one seed, assistants included; the measure of compute.",
+    "compute": "The training FLOPs of an arm's final model and all its assistants, often relative to plain direct distillation.",
+    "nats/token": "The unit of losses and divergences: natural logarithms, per token.",
+    "KL(student ‖ teacher)": "How unlikely the student's own answers are for the teacher (reverse KL); 0 for the same model.",
+    "KL(teacher ‖ student)": "How unlikely the teacher's tokens are for the student (forward KL); 0 for the same model.",
+    "error budget": "KL(student ‖ teacher) of a chain as a sum: the divergence from the last assistant, and what each hop above it adds.",
+    "entropy": "How undecided a model is about the next token; 0 if it always has one choice.",
+    "sharpening": "A higher score from lower entropy alone: it vanishes with greedy decoding or at equal entropy.",
+    "matched entropy": "Both arms are decoded at temperatures that give the same entropy, so that sharpening cannot help one of them.",
+    "greedy": "Decoding that always takes the most likely token.",
+    "sampled": "Decoding that draws tokens from the model's distribution.",
+    "exposure bias": "The extra error of a model on its own answers, relative to the teacher's answers (ExAccErr), in per cent.",
+    "calibration": "How well the confidence of a model agrees with the share of its correct predictions.",
+    "ECE": "Expected calibration error: the mean gap between confidence and share of correct predictions, in percentage points.",
+    "dev": "The data set that chooses checkpoints; test sets choose nothing.",
+    "rollout": "Answers that a model samples during training.",
+    "stage": "One step of a study that the store keeps: a training, an evaluation or an analysis.",
+    "fact accuracy": "The share of a prompt's facts that the answer states without a rival value; most prompts ask for one fact.",
+    "ROUGE-L": "The overlap of an answer with the reference: the F-score of their longest common sequence of words.",
+    "ROUGE-L (all scripts)": "ROUGE-L over the letters of every script, not only a-z.",
+    "exact match": "The share of answers that equal a reference.",
+    "label accuracy": "The share of prompts for which the model gives the right label the highest probability.",
+    "reference loss": "The mean cross-entropy of the reference answers.",
+    "perplexity": "The exponential of the reference loss per token.",
+    "self-BLEU": "The likeness of a model's answers to each other; high values mean little variety.",
+    "repeated 4-grams": "The share of sequences of four tokens that an answer repeats.",
+    "distinct 1-grams": "The share of different words among all words of a model's answers.",
+    "distinct 2-grams": "The share of different pairs of words among all pairs of a model's answers.",
+    "distinct 4-grams": "The share of different sequences of four words among all of them in a model's answers.",
+    "calibration error of tokens": "ECE of the next token of the reference answers.",
+    "calibration error of labels": "ECE of the chosen label.",
+    "answer length": "The number of tokens of an answer.",
+}
+"""Word -> one sentence."""
+
+
+def metric_text(name: str) -> str:
+    """Return what a metric means, its range and its direction, such as ``… From 0 to 100 %; higher is better.``"""
+    metric = METRICS[name.partition("@")[0].partition("/")[0]]
+    meaning = GLOSSARY.get(metric.title, f"{metric.title}, a metric of this study's own code.")
+    sign = " %" if metric.unit == PERCENT else ""
+    reach = f" From 0 to 100{sign}" if metric.unit in (PERCENT, POINTS) else f" In {metric.unit}" if metric.unit else ""
+    better = f"{metric.better} is better" if metric.better else ""
+    return f"{meaning}{reach}{'; ' if reach and better else ' ' if better else ''}{better if reach else better.capitalize()}.".replace(
+        "..", "."
+    )

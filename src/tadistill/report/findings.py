@@ -1,0 +1,148 @@
+"""The sections of the page. The heading of each is what it found, in one sentence."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tadistill.metrics import metric_title
+from tadistill.report.figures.paths import budgets
+from tadistill.report.figures.scores import differences, entropy_curves
+from tadistill.report.text import duration
+from tadistill.results.collect import Results, primary_metric, seeds_of
+from tadistill.results.compare import MAIN
+from tadistill.results.curves import Curve
+from tadistill.results.samples import Samples
+from tadistill.results.study import load_manifest
+from tadistill.results.units import number, signed
+from tadistill.results.verdict import comparisons
+
+_VERBS = {
+    "gain": "is clearly better than",
+    "loss": "is clearly worse than",
+    "equivalent": "is as good as",
+    "no evidence": "is not clearly better than",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page: its anchor, its name in the navigation, and its heading."""
+
+    anchor: str
+    name: str
+    finding: str
+
+
+def against(results: Results) -> str:
+    """Tell how many arms differ clearly from the arm that they are compared with."""
+    rows = differences(results)
+    if not rows:
+        return _sentence(f"{metric_title(primary_metric(results))} by arm and test set")
+    decided = comparisons(results)
+    if not decided:
+        clear = [row for row in rows if not row.difference.covers_zero]
+        return f"{len(clear) or 'None'} of {_count(len(rows), 'difference')} {'is' if len(clear) < 2 else 'are'} clear"
+    if len(decided) == 1:
+        c = decided[0]
+        said = f"{c.arm} {_VERBS[c.word]} {c.other}"
+    else:
+        better, worse = (sum(c.word == word for c in decided) for word in ("gain", "loss"))
+        said = (
+            f"{better or 'None'} of {len(decided)} comparisons {'is' if better < 2 else 'are'} a clear gain, {worse or 'none'} a clear loss"
+        )
+    named = {(c.arm, c.other) for c in decided}
+    more = [row.arm.name for row in rows if (row.arm.name, row.other.name) not in named and not row.difference.covers_zero]
+    return f"{said}; of the other arms, {_some(more)} differ{'s' if len(more) == 1 else ''} from direct distillation" if more else said
+
+
+def paths(results: Results) -> str:
+    """Tell what the hops of the first chain add to its divergence, else how many paths there are."""
+    found = budgets(results)
+    if found:
+        b = found[0]
+        added = sum(term.mean for _, term in b.terms[1:])
+        share = f", {100 * added / b.total[1].mean:.0f} % of it" if b.total[1].mean > 0 else ""
+        word = "adds" if added > 0 else "removes"
+        hops = "the hop" if len(b.terms) == 2 else "the hops"
+        return (
+            f"{b.arm.name} ends {number(b.total[1].mean, 'reverse_kl')} nats/token away from its teacher; "
+            f"{hops} above the last assistant {word} {number(abs(added), 'reverse_kl')}{share}"
+        )
+    distilled = [arm for arm in results.plan.arms if len(arm.path) > 1]
+    return f"{len(distilled)} of {len(results.plan.arms)} arms learn from a teacher"
+
+
+def learning(results: Results, curves: Iterable[Curve]) -> str:
+    """Tell how many arms had their best dev value at the end of training."""
+    metric = f"dev/{primary_metric(results)}"
+    found = [curve for curve in curves if curve.arm is not None and curve.metric == metric and len(curve.mean[1]) > 1]
+    if not found:
+        return "How training went"
+    rising = [curve.name for curve in found if int(np.argmax(curve.mean[1])) == len(curve.mean[1]) - 1]
+    title = metric_title(primary_metric(results))
+    if not rising:
+        return f"All {len(found)} arms had their best {title} on dev before the end of training"
+    of = f"all {len(found)}" if len(rising) == len(found) else f"{len(rising)} of {len(found)}"
+    return _sentence(f"{of} arms had their best {title} on dev at the end: more training may still help them")
+
+
+def answers(results: Results, found: Samples) -> str:
+    """Tell how often the first compared arms give the same answer, among the samples."""
+    prompts = [prompt for of_set in found.values() for prompt in of_set]
+    compared = comparisons(results)
+    if compared:
+        arm, other = compared[0].arm, compared[0].other
+        both = [p["answers"] for p in prompts if arm in p["answers"] and other in p["answers"]]
+        same = sum(said[arm]["text"].strip() == said[other]["text"].strip() for said in both)
+        if both:
+            return f"{arm} and {other} give the same answer to {same} of {len(both)} prompts"
+    return f"The answers to {len(prompts)} prompts, side by side"
+
+
+def behaviour(results: Results) -> str:
+    """Tell how the entropy of the first compared arms differs, else the range of entropies."""
+    compared = [c for c in comparisons(results) if c.mechanism and c.mechanism.entropy]
+    if compared:
+        c, d = compared[0], compared[0].mechanism.entropy  # type: ignore[union-attr]
+        assert d is not None
+        word = (
+            "is not clearly more or less decided than"
+            if d.covers_zero
+            else "is more decided than"
+            if d.mean < 0
+            else "is less decided than"
+        )
+        low, high = number(d.low, "entropy"), number(d.high, "entropy")
+        return f"{c.arm} {word} {c.other}: entropy {signed(d.mean, 'entropy')} nats/token, 95 % interval {low} to {high}"
+    curves = entropy_curves(results)
+    mains = {name: p.entropy for name, points in curves.items() for p in points if p.decoding == MAIN}
+    if len(mains) > 1:
+        low, high = min(mains, key=mains.__getitem__), max(mains, key=mains.__getitem__)
+        return f"Entropy goes from {mains[low]:.2f} ({low}) to {mains[high]:.2f} ({high}) nats/token"
+    return "How the models answer: length, repetition, variety"
+
+
+def how(results: Results) -> str:
+    """Tell the size of the study and its computing time."""
+    plan = results.plan
+    seconds = sum(m.seconds for stage in plan.stages if (m := load_manifest(results.store, stage.key)))
+    trained = any(arm.is_trained for arm in plan.arms)
+    seeds = len(seeds_of(results))
+    parts = [_count(len(plan.arms), "arm")]
+    parts += [_count(seeds, "training seed")] if trained else []
+    parts += [_count(len(results.sets), "test set")] if results.sets else []
+    time = f", {duration(seconds)} of computing" if seconds else ""
+    return f"{', '.join(parts)}: {_count(len(plan.stages), 'stage')}{time}"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
