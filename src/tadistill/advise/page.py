@@ -1,4 +1,4 @@
-"""The advice as a page: one HTML file with its scripts, styles, data and figures, in the style of the report."""
+"""The advice as a page. It is one HTML file with its scripts, styles, data and figures, in the style of the report."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -139,7 +139,7 @@ def path_looks(report: Report) -> dict[tuple[str, ...], Look]:
 
 
 def cost_figure(report: Report) -> Chart | None:
-    """Draw one point for each chain, or return None if there is no chain.
+    """Draw one point for each path with assistants. Return None if there is no such path.
 
     x is the path's compute. y is its predicted score minus that of direct distillation at the same compute, with an error bar.
     """
