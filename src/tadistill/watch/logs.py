@@ -142,6 +142,20 @@ class TrainingLog:
         self.curves: dict[str, Curve] = {}
         self.step, self.rows, self.damaged = 0, 0, 0
         self.newest: dict[str, float] = {}
+        self._first: tuple[float, int] | None = None
+
+    def forward(self) -> bool:
+        """Read new lines, as `Follower.forward` does."""
+        more = self.file.forward()
+        if self._first is None and self.rows:
+            self._first = self.file.changed, self.step
+        return more
+
+    def left(self, total: int) -> float | None:
+        """Return the predicted seconds until update `total`, from the growth since the first reading; None before the log has grown."""
+        then, step = self._first or (0.0, self.step)
+        seconds, updates = self.file.changed - then, self.step - step
+        return (total - self.step) * seconds / updates if updates > 0 and seconds > 0 else None
 
     def _take(self, at: int, line: bytes) -> None:
         try:

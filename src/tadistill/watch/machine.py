@@ -3,16 +3,17 @@
 import platform
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 
 from tadistill.runner.local import LocalRun
 
-_PAUSE = 5.0
-"""Seconds between two calls of nvidia-smi, which takes up to a second."""
+_PAUSE, _CARDS_PAUSE = 1.0, 5.0
+"""Seconds between two measurements, and between two calls of nvidia-smi, which takes up to a second."""
 _FIELDS = "name,utilization.gpu,memory.used,memory.total,temperature.gpu,power.draw"
 
 
@@ -50,15 +51,24 @@ class Use:
     """What cannot be seen from here, in one sentence; empty if nothing is missing."""
 
 
-@dataclass
 class Machine:
-    """Measures this machine. The load is the mean since the last call."""
+    """Measures this machine, for several threads. The load is the mean since the last measurement."""
 
-    _known: dict[tuple[int, float], psutil.Process] = field(default_factory=dict)
-    _gpus: tuple[float, tuple[Gpu, ...] | None] = (float("-inf"), None)
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, float], psutil.Process] = {}
+        self._gpus: tuple[float, tuple[Gpu, ...] | None] = (float("-inf"), None)
+        self._lock, self._at = threading.Lock(), float("-inf")
+        self._last: Use | None = None
+        psutil.cpu_percent()  # the first call has no load to return
 
     def look(self, runs: Iterable[LocalRun], *, elsewhere: bool) -> Use:
-        """Return the load now. `elsewhere` is True if Slurm runs stages of the study."""
+        """Return the load now, or what was measured less than a second ago. `elsewhere` is True if Slurm runs stages of the study."""
+        with self._lock:
+            if self._last is None or time.monotonic() - self._at >= _PAUSE:
+                self._last, self._at = self._look(runs, elsewhere=elsewhere), time.monotonic()
+            return self._last
+
+    def _look(self, runs: Iterable[LocalRun], *, elsewhere: bool) -> Use:
         running = [run for run in runs if run.state == "running"]
         own = self._processes([run.pid for run in running if run.host == platform.node()])
         memory = psutil.virtual_memory()
@@ -101,7 +111,7 @@ class Machine:
         return list(found.values())
 
     def _cards(self) -> tuple[Gpu, ...] | None:
-        if time.monotonic() - self._gpus[0] >= _PAUSE:
+        if time.monotonic() - self._gpus[0] >= _CARDS_PAUSE:
             self._gpus = time.monotonic(), _nvidia()
         return self._gpus[1]
 
@@ -113,7 +123,7 @@ def _nvidia() -> tuple[Gpu, ...] | None:
     try:
         out = subprocess.run(
             [program, f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=_PAUSE, check=True, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=_CARDS_PAUSE, check=True, stdin=subprocess.DEVNULL,
         ).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None

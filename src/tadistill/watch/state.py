@@ -99,6 +99,8 @@ class Moment:
     """The last lines of run.log."""
     unread: float
     """The share of the logs' bytes that is not read yet."""
+    damaged: int
+    """The number of lines of training logs that cannot be read."""
     problems: tuple[str, ...] = ()
 
     @property
@@ -163,6 +165,7 @@ class Watched:
             alarms=tuple(dict.fromkeys(alarms)),
             lines=tuple(self._run_log.lines),
             unread=unread / size if size else 0.0,
+            damaged=sum(log.damaged for log in logs),
             problems=(self._slurm.problem,) if self._slurm.problem else (),
         )
 
@@ -255,7 +258,7 @@ class Watched:
             if stage.key in self._read and stage.state == "done":
                 continue
             self._read.discard(stage.key)
-            while log.file.forward() and time.monotonic() < deadline:
+            while log.forward() and time.monotonic() < deadline:
                 pass
             if stage.state == "done":
                 self._read.add(stage.key)
@@ -295,7 +298,8 @@ def _progress(stage: StageState, log: TrainingLog | None) -> StageState:
         return stage
     values = {name: log.newest[name] for name in ("train/loss", "train/tokens_per_second") if name in log.newest}
     texts = [f"loss {v:.3f}" if name == "train/loss" else f"{v:,.0f} tokens/s" for name, v in values.items()]
-    return replace(stage, done=min(log.step, stage.total), note=stage.note or ", ".join(texts))
+    left = log.left(stage.total) if stage.state == "running" else None
+    return replace(stage, done=min(log.step, stage.total), note=stage.note or ", ".join(texts), left=left)
 
 
 def _state(stages: tuple[StageState, ...], runs: list[LocalRun]) -> str:

@@ -1,6 +1,7 @@
 """Logs are followed: each line once, the newest first, and never the whole file again."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -99,3 +100,15 @@ def test_alarms_and_last_lines_of_the_run_log(path):
     assert log.alarms == ["s: repeats (2026-11-27 10:00:00)"]
     assert log.lines[-1].endswith("failed: alarms")
     assert len(log.lines) == 4
+
+
+def test_the_time_left_comes_from_the_growth_of_the_log(path):
+    write(path, range(1, 11))
+    os.utime(path, (1000, 1000))
+    log = TrainingLog(path)
+    log.forward()
+    assert log.left(100) is None
+    write(path, range(11, 31))
+    os.utime(path, (1040, 1040))
+    log.forward()
+    assert log.left(100) == 140.0  # 70 updates of 2 s

@@ -158,5 +158,6 @@ def test_the_machine_of_a_run_and_of_another(folder, monkeypatch):
     assert use.own_memory > 1 << 20
     assert use.note == "There is no NVIDIA GPU on this machine, or no nvidia-smi."
     folder.run(S1, host="node7")
+    machine = Machine()
     use = machine.look([run for run in look(folder).runs if run.host == "node7"], elsewhere=False)
     assert (use.own_processes, use.note.startswith("The run is on node7; this page sees only")) == (0, True)
