@@ -12,10 +12,11 @@ from statistics import fmean
 from tadistill.watch.logs import TrainingLog
 from tadistill.watch.state import BAD, StageState
 
-WIDTH, HEIGHT, ACROSS, DOWN = 274, 74, 330, 88
+WIDTH, HEIGHT, ACROSS, DOWN = 292, 74, 342, 88
 """Pixels of a node, and from one node to the next."""
 ROW, GUTTER = 82, 42
 """Pixels of a node's row in the list, and of the arcs beside it."""
+_ROWS = 8
 _SEED = re.compile(r",?\s*seed \d+")
 
 
@@ -88,24 +89,26 @@ def nodes_of(stages: Iterable[StageState]) -> list[Node]:
 
 
 def draw(nodes: Sequence[Node]) -> Drawn:
-    """Place the nodes: a column for each number of stages before them, and near their parents within it."""
+    """Place the nodes: columns for each number of stages before them, at most `_ROWS` nodes in each, and near their parents."""
     depth: dict[str, int] = {}
     for node in nodes:  # parents come before children
         depth[node.id] = 1 + max((depth[parent] for parent in node.parents if parent in depth), default=-1)
     columns: dict[int, list[Node]] = {}
     for node in nodes:
         columns.setdefault(depth[node.id], []).append(node)
-    place: dict[str, int] = {}
+    at: dict[str, tuple[int, int]] = {}
+    first = 0  # of the columns of this depth
     for number in sorted(columns):
-        ordered = sorted(columns[number], key=lambda node: fmean([place[p] for p in node.parents if p in place] or [0.0]))
-        place |= {node.id: row for row, node in enumerate(ordered)}
-    at = {node.id: (depth[node.id] * ACROSS, place[node.id] * DOWN) for node in nodes}
+        ordered = sorted(columns[number], key=lambda node: fmean([at[p][1] for p in node.parents if p in at] or [0.0]))
+        for place, node in enumerate(ordered):
+            at[node.id] = (first + place // _ROWS) * ACROSS, place % _ROWS * DOWN
+        first += -(-len(ordered) // _ROWS)
     pairs = [(parent, node.id) for node in nodes for parent in node.parents if parent in at]
     row = {node.id: number for number, node in enumerate(nodes)}
     return Drawn(
         nodes=tuple((node, *at[node.id]) for node in nodes),
-        width=(max(columns, default=0) + 1) * ACROSS - (ACROSS - WIDTH),
-        height=max(map(len, columns.values()), default=0) * DOWN - (DOWN - HEIGHT),
+        width=max((x for x, _ in at.values()), default=0) + WIDTH,
+        height=max((y for _, y in at.values()), default=0) + HEIGHT,
         edges=tuple(_edge(at[a], at[b]) for a, b in pairs),
         arcs=tuple(_arc(row[a], row[b], len(nodes)) for a, b in pairs),
     )

@@ -118,6 +118,17 @@ def test_the_graph_has_a_node_for_all_seeds(folder):
     assert places["sft xl"][0] == places["sft s"][0] < places["distill xl -> s"][0]
 
 
+def test_a_wide_study_gets_columns_that_fit_a_screen(folder):
+    stages = [{"key": f"{i:016x}", "kind": "sft", "label": f"sft m{i}, seed 1", "model": "m", "parents": {}, "seed": 1} for i in range(20)]
+    last = {"key": "f" * 16, "kind": "distill", "label": "distill m0 -> s", "model": "s", "parents": {"teacher": "0" * 16}, "seed": 1}
+    (folder.study / "plan.json").write_text(json.dumps({"stages": [*stages, last]}))
+    drawn = draw(nodes_of(look(folder).stages))
+    places = {(x, y) for _, x, y in drawn.nodes}
+    assert len(places) == 21
+    assert drawn.height < 720
+    assert max(drawn.nodes, key=lambda found: found[1])[0].title == "distill m0 -> s"
+
+
 def test_the_choice_of_curves(folder):
     folder.finish(XL)
     for key in (XL, S1, S2):
