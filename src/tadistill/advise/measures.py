@@ -252,7 +252,7 @@ def twin_name(path: ModelPath) -> str:
 
 def _twins(plan: Plan) -> dict[ModelPath, tuple[int, int]]:
     paths = {arm.name: arm.arm.last for arm in plan.arms}
-    twins = [(arm.arm.compute[3:], arm.method) for arm in plan.arms if arm.arm.compute]
+    twins = [(arm.arm.like[1], arm.method) for arm in plan.arms if arm.arm.like]
     return {paths[of]: (method.optim.steps or 0, method.select.every) for of, method in twins}
 
 

@@ -1,5 +1,9 @@
-"""The arms of a recipe, and the search for a path. An arm is a named path of models, in which each model teaches the next one."""
+"""The arms of a recipe, their training budgets, and the search for a path.
 
+An arm gives a path of models, in which each model teaches the next one.
+"""
+
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -18,6 +22,9 @@ ModelPath = Annotated[tuple[str, ...], Field(min_length=1)]
 def path_text(path: Iterable[str]) -> str:
     """Return a path as a recipe writes it, such as `xl > l > s`."""
     return " > ".join(path)
+
+
+_COMPUTE = re.compile(r"(?:as|(?P<times>\d+(?:\.\d+)?)x) (?P<arm>.+)")
 
 
 class ComparableArm(Protocol):
@@ -88,7 +95,8 @@ class Arm(Strict):
     dense: Dense | None = None
     """Changes to `method.dense`."""
     compute: str | None = None
-    """`as ARM` gives this arm the same total training FLOPs as ARM, by choosing its number of updates (an equal-compute baseline)."""
+    """`as ARM` gives this arm the same total training FLOPs as ARM, by choosing its number of updates (an equal-compute baseline).
+    `4x ARM` gives it 4 times the training FLOPs of ARM. The original teacher's own training is not counted."""
     published: Published | None = None
 
     @model_validator(mode="before")
@@ -138,9 +146,15 @@ class Arm(Strict):
     @field_validator("compute")
     @classmethod
     def _as_arm(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith("as "):
-            raise ValueError(f"compute is `{value}`; write `as ARM` with the name of an arm")
+        if value is not None and _COMPUTE.fullmatch(value) is None:
+            raise ValueError(f"compute is `{value}`; write `as ARM` or `4x ARM` with the name of an arm")
         return value
+
+    @property
+    def like(self) -> tuple[float | None, str] | None:
+        """The arm that `compute` names, and the factor on its FLOPs. The factor is None for `as ARM`. None without `compute`."""
+        found = _COMPUTE.fullmatch(self.compute) if self.compute else None
+        return (float(found["times"]) if found["times"] else None, found["arm"]) if found else None
 
     @property
     def last(self) -> ModelPath:
@@ -165,6 +179,73 @@ class Arm(Strict):
     def patch(self) -> MethodPatch:
         """The changes that this arm makes to the recipe's method."""
         return MethodPatch(objective=self.objective, sampler=self.sampler, optim=self.optim, select=self.select, dense=self.dense)
+
+
+class Budgets(Strict):
+    """Training budgets at which arms are compared. Each arm is trained once for each budget, with its updates and its warmup scaled.
+
+    Arm `chain` becomes the arms `chain-1x`, `chain-2x` … with `compute: 1x direct` …, where `direct` is the arm in `of`. The arm in `of`
+    itself stays, as its own budget of 1x.
+    """
+
+    text_sets: ClassVar[str] = "times"
+    times: tuple[Annotated[float, Field(ge=0.001, le=1e6)], ...] = Field(min_length=2)
+    """The budgets, as multiples of the training FLOPs of the arm in `of`, without the original teacher's own training."""
+    of: str | None = None
+    """The arm that defines 1x; by default the first arm whose path is a teacher and a student."""
+    arms: tuple[str, ...] | None = None
+    """The arms that are trained at each budget; by default all arms that train a model and have no `compute`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return {"times": value} if isinstance(value, list | tuple) else value
+
+    @field_validator("times")
+    @classmethod
+    def _rising(cls, times: tuple[float, ...]) -> tuple[float, ...]:
+        if any(a >= b for a, b in zip(times, times[1:], strict=False)):
+            raise ValueError(f"budgets are {[f'{t:g}' for t in times]}; write rising numbers, such as [1, 2, 4, 8]")
+        return times
+
+    def expand(self, arms: dict[str, Arm]) -> dict[str, Arm]:
+        """Return the arms with their budgets. Arms that are already expanded stay.
+
+        Raises:
+            ValueError: a name is not that of an arm that can be trained at several budgets, or a new name is taken.
+        """
+        able = [name for name, arm in arms.items() if arm.compute is None and (arm.learners or arm.objective)]
+        of = self.of or next((name for name in able if len(arms[name].learners) == 1 and len(arms[name].last) == 2), None)
+        if of is None or of not in able:
+            what = f"budgets.of is `{of}`" if of else "no arm has a path `teacher > student`"
+            raise ValueError(f"{what}; set budgets.of to an arm that trains a model and has no `compute`: {', '.join(able) or 'there is none'}")
+        for name in self.arms or ():
+            if name not in able and f"{name}-{self.times[0]:g}x" not in arms:
+                raise ValueError(f"budgets.arms names `{name}`; name arms that train a model and have no `compute`: {', '.join(able)}")
+        found: dict[str, Arm] = {}
+        for name, arm in arms.items():
+            if name not in (able if self.arms is None else self.arms):
+                found[name] = arm
+                continue
+            if name == of:
+                found[name] = arm
+            for times in self.times:
+                new, compute = f"{name}-{times:g}x", f"{times:g}x {of}"
+                if name == of and times == 1:
+                    continue
+                if new in arms and arms[new].compute != compute:
+                    raise ValueError(f"budgets make an arm `{new}`, but there is an arm of this name; rename it")
+                found[new] = arm.model_copy(update={"compute": compute, "published": None})
+        return found
+
+
+def budget_of(name: str, compute: str | None) -> tuple[str, float] | None:
+    """Return the arm and the budget from which `Budgets.expand` made the arm `name`; None if it made no such arm."""
+    found = _COMPUTE.fullmatch(compute) if compute else None
+    if found is None or not found["times"]:
+        return None
+    suffix = f"-{float(found['times']):g}x"
+    return (name.removesuffix(suffix), float(found["times"])) if name.endswith(suffix) else None
 
 
 class Search(Strict):

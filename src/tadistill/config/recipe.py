@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from tadistill.config.arm import Arm, Search
+from tadistill.config.arm import Arm, Budgets, Search
 from tadistill.config.common import MOST, Name, Strict
 from tadistill.config.evaluate import Evaluate, OwnMetric
 from tadistill.config.method import Method, apply
@@ -206,6 +206,8 @@ class Recipe(Strict):
     """More metrics of answers on the test sets, computed by functions of your own."""
     arms: dict[Name, Arm] = {}
     """The paths to compare, by name. They can be left out if `search` is given."""
+    budgets: Budgets | None = None
+    """Training budgets at which every arm is compared."""
     teacher: str | None = None
     """The original teacher, with which all students are compared by KL. Needed only if paths start from several models, or without paths.
     """
@@ -224,13 +226,17 @@ class Recipe(Strict):
             raise ValueError(f"seeds {list(self.seeds)} contain a seed twice; give every seed once")
         if not self.arms and self.search is None:
             raise ValueError("there are no `arms` and no `search`; add one of them, for instance arms: {direct: xl > s}")
+        if self.budgets:
+            expanded = self.budgets.expand(self.arms)
+            self.arms.clear()
+            self.arms.update(expanded)
         names = [metric.name for metric in self.metrics]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"metrics has two functions called `{twice[0]}`; rename one of them")
         if wrong := [*_wrong_names(self)]:
             raise ValueError("\n".join(wrong))
         check_acyclic({n: m.parent for n, m in self.models.items() if m.parent}, "models")
-        check_acyclic({n: a.compute[3:] for n, a in self.arms.items() if a.compute}, "compute")
+        check_acyclic({n: a.like[1] for n, a in self.arms.items() if a.like}, "compute")
         return self
 
     _origin: "Origin | None" = PrivateAttr(default=None)
@@ -304,8 +310,8 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
             yield from _unknown(recipe, model, f"arms.{name}.path names")
         if recipe.teacher in arm.learners:
             yield f"teacher is `{recipe.teacher}`, but arms.{name} trains this model; name a model that no arm trains"
-        if arm.compute and arm.compute[3:] not in recipe.arms:
-            yield f"arms.{name}.compute is `{arm.compute}`, which is not an arm; {_choice(arm.compute[3:], recipe.arms)}"
+        if arm.like and arm.like[1] not in recipe.arms:
+            yield f"arms.{name}.compute is `{arm.compute}`, which is not an arm; {_choice(arm.like[1], recipe.arms)}"
 
 
 def _unknown(recipe: Recipe, model: str | None, where: str) -> Iterator[str]:

@@ -99,7 +99,7 @@ class _Planner:
         waiting = dict(self.recipe.arms)
         while waiting:
             for name, arm in list(waiting.items()):
-                before = arm.compute[3:] if arm.compute else None
+                before = arm.like[1] if arm.like else None
                 if before in absent:
                     absent[name] = f"it has `compute: {arm.compute}`, and arm {before} is left out"
                 elif before is None or before in done:
@@ -117,7 +117,7 @@ class _Planner:
         return Plan(self.recipe, self.teacher, stages, arms, self.tokens, absent, self.ledger.unknown() if self.ledger.partial else [])
 
     def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
-        scale = self._scale(name, arm, done[arm.compute[3:]]) if arm.compute else 1.0
+        scale = self._scale(name, arm, done[arm.like[1]]) if arm.like else 1.0
         made = {seed: self._models(name, arm, seed, scale) for seed in self.recipe.seeds}
         models = {seed: of_path for seed, (of_path, _) in made.items()}
         last, main = arm.last[-1], self.recipe.evaluate
@@ -213,14 +213,15 @@ class _Planner:
         except ValueError as error:
             raise ConfigError(f"arms.{name}: {error}") from error
         assert optim.steps is not None
-        steps, every = optim.steps, method.select.every
+        steps, every, warmup = optim.steps, method.select.every, optim.warmup
         if scale != 1.0:
             unit = method.round_updates
             steps = max(unit, round(optim.steps * scale / unit) * unit)
             every = max(1, round(every * steps / optim.steps))  # a longer run must not have more checkpoints to select from
-        return method.model_copy(
-            update={"optim": optim.model_copy(update={"steps": steps}), "select": method.select.model_copy(update={"every": every})}
-        )
+            if arm.like and arm.like[0]:
+                warmup = round(warmup * steps / optim.steps)
+        optim = optim.model_copy(update={"steps": steps, "warmup": warmup})
+        return method.model_copy(update={"optim": optim, "select": method.select.model_copy(update={"every": every})})
 
     def _check_method(self, method: Method, model: str) -> None:
         objective, sampler = method.objective, method.sampler
@@ -230,32 +231,60 @@ class _Planner:
             raise ValueError("objective minillm has `pt_weight` above 0, which needs `data.corpus`; set `data.corpus`, or `pt_weight: 0`")
 
     def _scale(self, name: str, arm: Arm, like: PlannedArm) -> float:
-        # the factor on the steps at which this direct arm costs as many FLOPs as the arm in `compute`
-        if len(arm.path) > 1 or len(arm.last) != 2:
+        # the factor on the updates at which this arm costs as many FLOPs as its `compute` says
+        assert arm.like is not None
+        times = arm.like[0]
+        if times is None and (len(arm.path) > 1 or len(arm.last) != 2):
             raise ConfigError(f"arms.{name} has `compute`, which needs a direct path (A > B), but its path is {arm.text}; remove `compute`")
-        trial = _Planner(self.recipe, self.ledger)  # the ledger keeps what it has read
-        final = _stage(trial._models(name, arm, self.recipe.first_seed, 1.0)[0][-1])
+        if not arm.learners and not arm.objective:
+            raise ConfigError(f"arms.{name} trains no model, so `compute: {arm.compute}` has no effect; remove `compute`")
+        trial, final = self._trial(name, arm, 1.0)
+        self._check_patience(name, arm, like, trial.stages, final)
+        total, target = trial.flops(final), like.flops
+        if times is None:
+            scaled = trial.stages[final].flops
+        else:
+            twice, longer = self._trial(name, arm, 2.0)
+            doubled = twice.flops(longer)
+            scaled = None if total is None or doubled is None else doubled - total
+        if target is None or total is None or scaled is None:
+            raise self._unknown_cost(name, arm)
+        fixed = total - scaled
+        if times is not None:
+            fixed -= self._of_teacher(trial, final)
+            target = times * (target - self._of_teacher(self.graph, like.final[self.recipe.first_seed]))
+        if target <= fixed:
+            spent, fix = (f"the budget of {target:.3g} FLOPs", "raise the budget") if times else ("that arm", "remove `compute`")
+            raise ConfigError(
+                f"arms.{name} has `compute: {arm.compute}`, but {spent} costs less than the {fixed:.3g} FLOPs that `{name}` needs "
+                f"before its distillation; {fix}"
+            )
+        return (target - fixed) / scaled
+
+    def _trial(self, name: str, arm: Arm, scale: float) -> tuple[Graph, str]:
+        planner = _Planner(self.recipe, self.ledger)  # the ledger keeps what it has read
+        final = _stage(planner._models(name, arm, self.recipe.first_seed, scale)[0][-1])
         assert final is not None
-        total, last = trial.graph.flops(final), trial.graph.stages[final].flops
-        self._check_patience(name, arm, like, trial.graph.stages, final)
-        target = like.flops
-        if target is None or total is None or last is None:
-            if unknown := self.ledger.unknown():
-                names = ", ".join(each.split(" ")[0] for each in unknown)
-                raise NotHere(
-                    f"arms.{name} has `compute: {arm.compute}`, which needs the sizes of {names}; run `tadistill fetch RECIPE`, because "
-                    "they are not on this disk"
-                )
-            self.ledger.rows  # noqa: B018  raises NotHere if the texts are not here
-            raise ConfigError(
-                f"arms.{name} has `compute: {arm.compute}`, but the size of one of its models is not known; run `tadistill fetch RECIPE`, "
-                "and use only the families gpt2, opt, llama, mistral, qwen2 and qwen3"
+        return planner.graph, final
+
+    def _of_teacher(self, graph: Graph, final: str | None) -> float:
+        # the FLOPs of the original teacher's own training, if this model depends on it
+        teacher = original_teacher(self.recipe)
+        own = _stage(self.stages.trained(teacher, self.recipe.first_seed)) if teacher else None
+        return (graph.flops(own) or 0.0) if own and final and own in with_ancestors(graph.stages, [final]) else 0.0
+
+    def _unknown_cost(self, name: str, arm: Arm) -> ConfigError | NotHere:
+        if unknown := self.ledger.unknown():
+            names = ", ".join(each.split(" ")[0] for each in unknown)
+            return NotHere(
+                f"arms.{name} has `compute: {arm.compute}`, which needs the sizes of {names}; run `tadistill fetch RECIPE`, because "
+                "they are not on this disk"
             )
-        if target <= total - last:
-            raise ConfigError(
-                f"arms.{name}: the arm in `{arm.compute}` costs less than the stages before the last stage of {name}; remove `compute`"
-            )
-        return (target - (total - last)) / last
+        self.ledger.rows  # noqa: B018  raises NotHere if the texts are not here
+        return ConfigError(
+            f"arms.{name} has `compute: {arm.compute}`, but the size of one of its models is not known; run `tadistill fetch RECIPE`, "
+            "and use only the families gpt2, opt, llama, mistral, qwen2 and qwen3"
+        )
 
     def _check_patience(self, name: str, arm: Arm, like: PlannedArm, own: dict[str, Stage], final: str) -> None:
         # stages of both arms stop at the same update, so only the others matter
