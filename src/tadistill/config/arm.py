@@ -5,6 +5,7 @@ An arm gives a path of models, in which each model teaches the next one.
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import Field, field_validator, model_validator
@@ -204,7 +205,7 @@ class Budgets(Strict):
     @field_validator("times")
     @classmethod
     def _rising(cls, times: tuple[float, ...]) -> tuple[float, ...]:
-        if any(a >= b for a, b in zip(times, times[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(times)):
             raise ValueError(f"budgets are {[f'{t:g}' for t in times]}; write rising numbers, such as [1, 2, 4, 8]")
         return times
 
@@ -218,7 +219,9 @@ class Budgets(Strict):
         of = self.of or next((name for name in able if len(arms[name].learners) == 1 and len(arms[name].last) == 2), None)
         if of is None or of not in able:
             what = f"budgets.of is `{of}`" if of else "no arm has a path `teacher > student`"
-            raise ValueError(f"{what}; set budgets.of to an arm that trains a model and has no `compute`: {', '.join(able) or 'there is none'}")
+            raise ValueError(
+                f"{what}; set budgets.of to an arm that trains a model and has no `compute`: {', '.join(able) or 'there is none'}"
+            )
         for name in self.arms or ():
             if name not in able and f"{name}-{self.times[0]:g}x" not in arms:
                 raise ValueError(f"budgets.arms names `{name}`; name arms that train a model and have no `compute`: {', '.join(able)}")

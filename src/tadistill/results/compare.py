@@ -74,9 +74,22 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
     """Return the equal-compute baseline of a chain (a path with assistants).
 
-    It is the direct arm with ``compute: as CHAIN`` in the recipe.
+    It is the direct arm with ``compute: as CHAIN`` in the recipe. For a chain at one of several `budgets`, it is the reference arm at the
+    same budget, if that arm is a direct arm.
     """
+    if (reference := reference_at(results, chain)) and reference.is_plain:
+        return reference
     return next((arm for arm in results.plan.arms if arm.compute == f"as {chain.name}" and arm.is_plain), None)
+
+
+def reference_at(results: Results, arm: ArmRecord) -> ArmRecord | None:
+    """Return the reference arm of the study's `budgets` at the budget of `arm`; None if `arm` has none, or is the reference itself."""
+    made = arms.budget_of(arm.name, arm.compute)
+    if made is None or arm.compute is None:
+        return None
+    reference = arm.compute.partition(" ")[2]
+    name = reference if made[1] == 1 else f"{reference}-{made[1]:g}x"
+    return next((other for other in results.plan.arms if other.name == name and made[0] != reference), None)
 
 
 def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:

@@ -1,0 +1,183 @@
+"""Quality over compute: the arms that `budgets` trains at several multiples of a reference arm's FLOPs.
+
+Each curve is compared with the reference arm's curve at every budget, paired by training seed and prompt.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+from scipy.special import ndtri, stdtrit
+
+from tadistill.config.arm import budget_of
+from tadistill.results.collect import MEAN, Results, Summary, primary_metric
+from tadistill.results.compare import difference, reference_at
+from tadistill.results.study import ArmRecord
+from tadistill.statistics import Difference
+
+Array = NDArray[np.float64]
+
+BUDGETS_FOR_A_FIT = 4
+_DRAWS, _FIT_DRAWS = 4000, 300
+_SEED = 0
+_RATES = (0.05, 3.0)  # exponents of the fitted power law
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """One arm of a curve."""
+
+    times: float
+    """The budget, as a multiple of the reference arm's FLOPs."""
+    arm: str
+    flops: float | None
+    summary: Summary
+    gap: Difference | None
+    """The paired difference from the reference arm at the same budget; None for the reference arm itself."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The value to which a curve is fitted to converge, with its 95 % interval: score = value - b times^-c."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """The budget at which a curve crosses the reference arm's curve, with its 95 % interval.
+
+    An end of the interval that lies outside the budgets of the study is None.
+    """
+
+    times: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class BudgetCurve:
+    """The results of one arm at all its budgets, in ascending order."""
+
+    name: str
+    points: tuple[BudgetPoint, ...]
+    crossing: Crossing | None
+    """None if the two curves do not cross within the budgets, and for the reference arm."""
+    last_gain: Difference | None
+    """What the last increase of the budget gained. None for a single point."""
+    limit: Limit | None
+    """None with fewer than four budgets, or if no curve fits."""
+
+
+def budget_curves(results: Results, metric: str | None = None) -> tuple[BudgetCurve, ...]:
+    """Return the curve of each arm with budgets, the reference arm first; empty if the study has no budgets or no results yet.
+
+    Args:
+        metric: the metric; by default the primary one.
+    """
+    name = metric or primary_metric(results)
+    return results.once(("budgets", name), lambda: _curves(results, name))
+
+
+def _curves(results: Results, metric: str) -> tuple[BudgetCurve, ...]:
+    grouped: dict[str, list[tuple[float, ArmRecord]]] = {}
+    references: dict[str, None] = {}
+    for arm in results.plan.arms:
+        if made := budget_of(arm.name, arm.compute):
+            grouped.setdefault(made[0], []).append((made[1], arm))
+            references[str(arm.compute).partition(" ")[2]] = None
+    for name in references:
+        grouped.setdefault(name, []).extend((1.0, arm) for arm in results.plan.arms if arm.name == name)
+    order = [*references, *(name for name in grouped if name not in references)]
+    curves = (_curve(results, name, sorted(grouped[name], key=lambda entry: entry[0]), metric) for name in order)
+    return tuple(curve for curve in curves if curve)
+
+
+def _curve(results: Results, name: str, arms: list[tuple[float, ArmRecord]], metric: str) -> BudgetCurve | None:
+    points = []
+    for times, arm in arms:
+        if (summary := results.summaries.get((arm.name, MEAN, metric))) is None:
+            continue
+        other = reference_at(results, arm)
+        gap = difference(results, arm.name, other.name, metric) if other else None
+        points.append(BudgetPoint(times, arm.name, arm.flops, summary, gap))
+    if not points:
+        return None
+    last_gain = difference(results, points[-1].arm, points[-2].arm, metric) if len(points) > 1 else None
+    return BudgetCurve(name, tuple(points), _crossing(points), last_gain, _limit(points))
+
+
+# --- where two curves cross ---------------------------------------------------------------------------------------------
+
+
+def _crossing(points: list[BudgetPoint]) -> Crossing | None:
+    known = [(point.times, point.gap) for point in points if point.gap]
+    log_times = np.log([times for times, _ in known])
+    means = np.array([gap.mean for _, gap in known])
+    turns = np.flatnonzero(means[:-1] * means[1:] < 0)
+    if not len(turns):
+        return None
+    rises = bool(means[turns[0]] < 0)
+    drawn = np.stack([_draws(gap, stream) for stream, (_, gap) in enumerate(known)], axis=1)
+    ends = np.quantile(first_crossing(log_times, drawn, rises=rises), [0.025, 0.975], method="nearest")
+    low, high = (float(np.exp(end)) if np.isfinite(end) else None for end in ends)
+    return Crossing(float(np.exp(first_crossing(log_times, means[None], rises=rises)[0])), low, high)
+
+
+def _draws(gap: Difference, stream: int) -> Array:
+    # draws of the true difference, given its estimate: mean + t se
+    shares = np.random.default_rng((_SEED, stream)).uniform(size=_DRAWS)
+    return gap.mean + gap.se * (stdtrit(gap.df, shares) if np.isfinite(gap.df) else ndtri(shares))
+
+
+def first_crossing(x_N: Array, y_RN: Array, *, rises: bool) -> Array:
+    """Return the first place where the line through each row of values crosses 0, (R,).
+
+    A row without a crossing gives -inf if it has the sign that `rises` expects after the crossing, and inf otherwise.
+
+    Args:
+        x_N: places in ascending order.
+        y_RN: one row of values at these places for each result.
+        rises: the values are expected to go from below 0 to above 0; False for the other direction.
+    """
+    found_R = np.where((y_RN[:, -1] > 0) == rises, -np.inf, np.inf)
+    for i in range(len(x_N) - 1, 0, -1):
+        left_R, right_R = y_RN[:, i - 1], y_RN[:, i]
+        turns_R = left_R * right_R < 0
+        share_R = np.divide(left_R, left_R - right_R, out=np.zeros_like(left_R), where=turns_R)
+        found_R = np.where(turns_R, x_N[i - 1] + share_R * (x_N[i] - x_N[i - 1]), found_R)
+    return found_R
+
+
+# --- where a curve converges --------------------------------------------------------------------------------------------
+
+
+def _limit(points: list[BudgetPoint]) -> Limit | None:
+    if len(points) < BUDGETS_FOR_A_FIT:
+        return None
+    times = np.array([point.times for point in points])
+    scores = np.array([point.summary.mean for point in points])
+    errors = np.array([(point.summary.high - point.summary.low) / 4 for point in points])
+    errors = np.maximum(errors, 1e-6 * max(1.0, float(np.abs(scores).max())))
+    fit = _fitter(times, errors)
+    value = fit(scores)
+    rng = np.random.default_rng((_SEED, len(points)))
+    values = [found for _ in range(_FIT_DRAWS) if (found := fit(scores + errors * rng.normal(size=len(scores)))) is not None]
+    if value is None or len(values) < _FIT_DRAWS // 2:
+        return None
+    return Limit(value, *(float(end) for end in np.quantile(values, [0.025, 0.975])))
+
+
+def _fitter(times: Array, errors: Array) -> Callable[[Array], float | None]:
+    def fit(scores: Array) -> float | None:
+        """Return a of scores = a - b times^-c, fitted by weighted least squares; None if the fit fails."""
+        start = (scores[-1], scores[-1] - scores[0], 0.5)
+        bounds = ([-np.inf, -np.inf, _RATES[0]], [np.inf, np.inf, _RATES[1]])
+        found = least_squares(lambda p: (p[0] - p[1] * times ** -p[2] - scores) / errors, start, bounds=bounds)
+        return float(found.x[0]) if found.success else None
+
+    return fit
