@@ -28,6 +28,7 @@ NAME = "NAME"
 _PAGES = {
     "": "reference/recipe.md",
     "arms": "reference/recipe.md#arms",
+    "budgets": "concepts/compute.md#budgets",
     "data": "reference/recipe.md#data",
     "evaluate": "reference/recipe.md#evaluation",
     "method": "reference/recipe.md#method",

@@ -1,0 +1,104 @@
+"""Arms at several training budgets: their names, their FLOPs, shared stages, and mistakes."""
+
+import pytest
+from tests.unit.plan.test_plan import model, recipe
+
+from tadistill.config import validate
+from tadistill.config.arm import budget_of
+from tadistill.errors import ConfigError
+from tadistill.plan.arms import make_plan
+
+
+METHOD = {
+    "objective": {"type": "reverse_kl"},
+    "sampler": {"type": "student", "max_new_tokens": 16},
+    "optim": {"steps": 40, "batch": 16, "warmup": 4},
+    "select": {"metric": "loss", "every": 10},
+}
+ARMS = {
+    "teacher": "xl",
+    "sft": "s",
+    "longer": {"path": "s", "objective": {"type": "cross_entropy"}, "sampler": {"type": "dataset"}},
+    "direct": "xl > s",
+    "chain": "xl > l > s",
+}
+
+
+def plan(**changes):
+    return make_plan(validate(recipe(**{"arms": ARMS, "method": METHOD, "budgets": [1, 2, 4], "teacher": "xl", "seeds": [1], **changes})))
+
+
+def test_every_arm_has_the_flops_of_its_budget():
+    found = plan()
+    arms = {arm.name: arm for arm in found.arms}
+    assert list(arms) == ["teacher", "sft", *(f"longer-{n}x" for n in (1, 2, 4)), "direct", "direct-2x", "direct-4x",
+                          "chain-1x", "chain-2x", "chain-4x"]  # fmt: skip
+    of_teacher = arms["teacher"].flops
+    unit = arms["direct"].flops - of_teacher
+    for times in (1, 2, 4):
+        assert arms[f"chain-{times}x"].flops == pytest.approx(of_teacher + times * unit, rel=0.03)
+        assert arms[f"longer-{times}x"].flops == pytest.approx(times * unit, rel=0.03)
+    assert arms["direct-4x"].flops == pytest.approx(of_teacher + 4 * unit, rel=0.01)
+
+
+def test_updates_warmup_and_looks_at_dev_are_scaled():
+    arms = {arm.name: arm.method for arm in plan().arms}
+    short, long = arms["direct"], arms["direct-4x"]
+    scale = long.optim.steps / short.optim.steps
+    assert scale > 4  # fine-tuning before the distillation is not repeated
+    assert long.optim.warmup == round(4 * scale)
+    assert long.optim.steps // long.select.every == short.optim.steps // short.select.every
+
+
+def test_equal_stages_are_shared():
+    once, more = plan(budgets=[1, 2]), plan(budgets=[1, 2, 8])
+    assert set(once.stages) < set(more.stages)
+    assert {arm.name for arm in more.arms} - {arm.name for arm in once.arms} == {"longer-8x", "direct-8x", "chain-8x"}
+
+
+def test_a_recipe_that_is_read_again_has_the_same_arms():
+    first = validate(recipe(arms=ARMS, method=METHOD, budgets={"times": [0.5, 2], "of": "direct", "arms": ["chain"]}))
+    assert list(first.arms) == ["teacher", "sft", "longer", "direct", "chain-0.5x", "chain-2x"]
+    assert validate(first.model_dump(mode="json")).arms == first.arms
+
+
+@pytest.mark.parametrize(
+    ("budgets", "sentence"),
+    [
+        ([1], "at least 2"),
+        ([2, 1], "write rising numbers, such as"),
+        ([0, 1], "greater than or equal to 0.001|at least 0.001"),
+        ({"times": [1, 2], "of": "teacher"}, "`budgets.of` is `teacher`; set budgets.of to an arm that trains a model"),
+        ({"times": [1, 2], "of": "nobody"}, "`budgets.of` is `nobody`"),
+        (
+            {"times": [1, 2], "arms": ["sft"]},
+            "`budgets.arms` names `sft`; name arms that train a model and have no `compute`: longer, direct",
+        ),
+        ([0.001, 1], r"arms.direct-0.001x has `compute: 0.001x direct`, but the budget of .* before its distillation; raise the budget"),
+    ],
+)
+def test_mistakes(budgets, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        plan(budgets=budgets)
+
+
+def test_a_name_that_a_budget_takes():
+    with pytest.raises(ConfigError, match="`budgets` make an arm `direct-2x`, but there is an arm of this name; rename it"):
+        plan(arms=ARMS | {"direct-2x": "xl > s"})
+
+
+def test_compute_in_times_of_an_arm():
+    arms = {"direct": "xl > s", "chain": {"path": "xl > l > s", "compute": "3x direct"}}
+    found = {arm.name: arm for arm in plan(arms=arms, budgets=None, teacher=None, models=recipe()["models"] | {"xl": model(64)}).arms}
+    assert found["chain"].flops > 1.5 * found["direct"].flops
+    with pytest.raises(ConfigError, match=r"compute` is `three times direct`; write `as ARM` or `4x ARM`"):
+        plan(arms=arms | {"chain": {"path": "xl > l > s", "compute": "three times direct"}})
+    with pytest.raises(ConfigError, match=r"arms.teacher trains no model, so `compute: 2x direct` has no effect"):
+        plan(arms=arms | {"teacher": {"path": "xl", "compute": "2x direct"}}, budgets=None)
+
+
+def test_the_budget_of_an_arm():
+    assert budget_of("chain-0.5x", "0.5x direct") == ("chain", 0.5)
+    assert budget_of("chain", "0.5x direct") is None
+    assert budget_of("twin", "as chain") is None
+    assert budget_of("direct", None) is None

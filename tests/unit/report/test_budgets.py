@@ -1,0 +1,83 @@
+"""Curves of quality over compute: their points, their paired differences, where they cross and where they converge."""
+
+import numpy as np
+import pytest
+
+from tadistill.results.budgets import BudgetPoint, _limit, budget_curves, first_crossing
+from tadistill.results.collect import MEAN, Summary
+from tadistill.results.compare import difference, twin_of
+
+from .builder import ArmSpec, StudySpec, build_study
+
+SEEDS = (1, 2, 3, 4, 5)
+TIMES = (1, 2, 4, 8)
+
+
+def study(tmp_path, gains):
+    """A chain that is ahead of direct distillation by `gains` at each budget."""
+    direct = [ArmSpec("direct" if t == 1 else f"direct-{t}x", ("xl", "s"), 3.0 * i, None if t == 1 else f"{t}x direct", 1e17 * t)
+              for i, t in enumerate(TIMES)]  # fmt: skip
+    chain = [ArmSpec(f"chain-{t}x", ("xl", "l", "s"), 3.0 * i + gain, f"{t}x direct", 1e17 * t)
+             for i, (t, gain) in enumerate(zip(TIMES, gains, strict=True))]  # fmt: skip
+    made = build_study(tmp_path, StudySpec([*direct, *chain], seeds=SEEDS, sets={"dolly": 80, "vicuna": 40}, fact_sets=(), also={}))
+    return made.read()
+
+
+def test_curves_have_the_arms_of_each_budget(tmp_path):
+    results = study(tmp_path, (0, 0, 0, 0))
+    direct, chain = budget_curves(results)
+    assert (direct.name, chain.name) == ("direct", "chain")
+    assert [point.times for point in direct.points] == [point.times for point in chain.points] == list(TIMES)
+    assert [point.arm for point in direct.points] == ["direct", "direct-2x", "direct-4x", "direct-8x"]
+    assert all(point.gap is None for point in direct.points)
+    assert direct.crossing is None
+    assert chain.points[1].gap == difference(results, "chain-2x", "direct-2x", "rouge_l")
+    assert chain.points[2].summary == results.summaries["chain-4x", MEAN, "rouge_l"]
+    assert direct.last_gain == difference(results, "direct-8x", "direct-4x", "rouge_l")
+    assert budget_curves(results) is budget_curves(results)
+
+
+def test_a_chain_is_compared_with_direct_distillation_at_its_budget(tmp_path):
+    results = study(tmp_path, (0, 0, 0, 0))
+    arms = {arm.name: arm for arm in results.plan.arms}
+    twins = {name: twin.name if (twin := twin_of(results, arms[name])) else None for name in arms if name.startswith("chain")}
+    assert twins == {"chain-1x": "direct", "chain-2x": "direct-2x", "chain-4x": "direct-4x", "chain-8x": "direct-8x"}
+
+
+def test_a_clear_crossing_is_found_between_its_budgets(tmp_path):
+    _, chain = budget_curves(study(tmp_path, (-12, -12, 12, 12)))
+    assert chain.crossing is not None
+    assert chain.crossing.low is not None
+    assert chain.crossing.high is not None
+    assert 2 < chain.crossing.low <= chain.crossing.times <= chain.crossing.high < 4
+
+
+def test_curves_that_do_not_cross_have_no_crossing(tmp_path):
+    _, chain = budget_curves(study(tmp_path, (12, 12, 12, 12)))
+    assert chain.crossing is None
+
+
+def test_first_crossing():
+    x = np.log(np.array([1.0, 2.0, 4.0]))
+    rows = np.array([[-1.0, 1.0, 2.0], [-2.0, -1.0, 1.0], [-1.0, -1.0, -1.0], [1.0, 1.0, 1.0], [-1.0, 1.0, -1.0]])
+    found = np.exp(first_crossing(x, rows, rises=True))
+    assert found == pytest.approx([np.sqrt(2), np.sqrt(8), np.inf, 0, np.sqrt(2)])
+    assert first_crossing(x, rows[2:4], rises=False).tolist() == [-np.inf, np.inf]
+
+
+def points(scores, width):
+    return [BudgetPoint(2.0**i, f"a-{i}", None, Summary(s, s - width, s + width, {}), None) for i, s in enumerate(scores)]
+
+
+def test_a_power_law_converges_to_its_limit():
+    scores = [30 - 20 * (2.0**i) ** -0.8 for i in range(6)]
+    found = _limit(points(scores, 0.2))
+    assert found is not None
+    assert found.value == pytest.approx(30, abs=0.01)
+    assert 29 < found.low < 30 < found.high < 31
+    wide = _limit(points(scores, 4.0))
+    assert wide is None or wide.high - wide.low > 3 * (found.high - found.low)  # noisy scores leave the limit open
+
+
+def test_three_budgets_are_too_few_for_a_limit():
+    assert _limit(points([10, 15, 18], 0.1)) is None
