@@ -15,8 +15,9 @@ from tadistill.config.arm import Search
 from tadistill.data import datasets
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError
-from tadistill.plan.arms import Plan, ProbePlan, make_plan, original_teacher, plan_probes
+from tadistill.plan.arms import Plan, ProbePlan, make_plan, plan_probes
 from tadistill.plan.costs import Ledger
+from tadistill.plan.task import original_teacher
 from tadistill.search.command import affordable, check_lattice, check_order, path_arms, path_flops
 from tadistill.search.strategies import ModelPath, path_name
 from tadistill.store import Store

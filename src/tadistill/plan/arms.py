@@ -19,7 +19,7 @@ from tadistill.plan.graph import Graph, Stage, with_ancestors
 from tadistill.plan.inputs import FromStage, Handle
 from tadistill.plan.specs import TrainingSpec
 from tadistill.plan.study_tokens import StudyTokens
-from tadistill.plan.task import check_entries, check_sources
+from tadistill.plan.task import check_entries, check_sources, original_teacher
 
 
 @dataclass(frozen=True)
@@ -334,22 +334,3 @@ def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) 
 def _stage(handle: Handle) -> str | None:
     # None if the model is only loaded, pruned or tempered
     return handle.stage if isinstance(handle, FromStage) else None
-
-
-def original_teacher(recipe: Recipe) -> str | None:
-    """Return the original teacher: the recipe's `teacher`, or the model from which all paths start. The report compares students with it.
-
-    A path is ignored if it starts from a model that another path trains. The result is None if no path has a teacher.
-
-    Raises:
-        ConfigError: the paths start from different models.
-    """
-    if recipe.teacher:
-        return recipe.teacher
-    taught = {model for arm in recipe.arms.values() for model in arm.learners}
-    heads = list(dict.fromkeys(path[0] for arm in recipe.arms.values() for path in arm.path if len(path) > 1 and path[0] not in taught))
-    if len(heads) > 1:
-        raise ConfigError(
-            f"the arms' paths start from different models ({', '.join(heads)}); set `teacher:` to the model that students are compared with"
-        )
-    return heads[0] if heads else None

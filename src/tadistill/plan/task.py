@@ -135,3 +135,22 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
     if given.parallel == "fsdp" and spec.lora:
         raise ConfigError(f"{stage.label}: `resources` has parallel: fsdp, but `lora` needs whole weights; set parallel: ddp")
     return given
+
+
+def original_teacher(recipe: Recipe) -> str | None:
+    """Return the original teacher: the recipe's `teacher`, or the model from which all paths start. The report compares students with it.
+
+    A path is ignored if it starts from a model that another path trains. The result is None if no path has a teacher.
+
+    Raises:
+        ConfigError: the paths start from different models.
+    """
+    if recipe.teacher:
+        return recipe.teacher
+    taught = {model for arm in recipe.arms.values() for model in arm.learners}
+    heads = list(dict.fromkeys(path[0] for arm in recipe.arms.values() for path in arm.path if len(path) > 1 and path[0] not in taught))
+    if len(heads) > 1:
+        raise ConfigError(
+            f"the arms' paths start from different models ({', '.join(heads)}); set `teacher:` to the model that students are compared with"
+        )
+    return heads[0] if heads else None

@@ -21,11 +21,11 @@ from tadistill.models.pruning import keep_list
 from tadistill.models.scratch import check_scratch, scratch_config
 from tadistill.models.support import check_config
 from tadistill.own_code import load_function
-from tadistill.plan.arms import Plan, make_plan, original_teacher
+from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.study_tokens import StudyTokens
-from tadistill.plan.task import layout
+from tadistill.plan.task import layout, original_teacher
 from tadistill.plan.throughput import cores
 from tadistill.runner.splits import check_texts, read_splits, rows_notes, script_notes, trains
 from tadistill.train.step import own_divergence

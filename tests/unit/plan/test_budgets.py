@@ -8,7 +8,6 @@ from tadistill.config.arm import budget_of
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 
-
 METHOD = {
     "objective": {"type": "reverse_kl"},
     "sampler": {"type": "student", "max_new_tokens": 16},
