@@ -29,7 +29,7 @@ SAMPLE = 512
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known about a split after reading all its rows."""
+    """Facts about a split, found by reading all its rows."""
 
     rows: int
     sample: tuple[Example, ...]

@@ -98,7 +98,6 @@ def fused_terms(
     """Return the weighted sum of several loss terms over the tokens, as `fused_head` does. Slopes are used if all terms have them."""
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
-        """Return the values (K, n) of all terms."""
         return torch.stack([term.values(logits, targets, rows) for term in terms])
 
     def slopes(logits: Tensor, targets: tuple[Any, ...], rows: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,10 +177,7 @@ def _same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
     for target in teachers:
         found, expected = tuple(per_token(target).shape[:-1]), tuple(hidden.shape[:-1])
         if found != expected:
-            raise ConfigError(
-                f"`teacher` has positions of shape {found}, but `student_hidden` has positions of shape {expected}; give both for the "
-                "same tokens"
-            )
+            raise ConfigError(f"`teacher` has positions {found}, but `student_hidden` has {expected}; give both for the same tokens")
 
 
 def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
@@ -236,7 +232,6 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum and the values (K, N), and keep the gradients."""
         needs = [plan.grad and need for need in ctx.needs_input_grad]
         with torch.autocast(hidden.device.type, enabled=False):
             grads = _Gradients(hidden, weight if needs[1] else None, bias if bias is not None and needs[2] else None, needs[0])

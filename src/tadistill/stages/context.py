@@ -1,4 +1,4 @@
-"""What a running stage gets: functions that load its models and data, and callbacks for progress, alarms and stopping."""
+"""The context of a running stage: functions that load its models and data, and callbacks for progress, alarms and stopping."""
 
 import os
 from collections.abc import Callable
