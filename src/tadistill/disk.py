@@ -128,10 +128,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically. Missing folders are created. Several processes may write the same file.
-
-    Raises StoreError if the file cannot be written.
-    """
+    """Write a text file atomically, and create missing folders. Several processes may write it. Raises StoreError if this fails."""
     with _own_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character pair, as in arguments of another locale
 
@@ -149,7 +146,6 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
 
 @contextmanager
 def _own_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that no other process writes to, as `replacing` does. The folder is created."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with _renamed(path.with_name(f".{path.name}.{os.getpid()}.tmp"), path) as temporary:

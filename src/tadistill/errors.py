@@ -60,10 +60,7 @@ class Gathering:
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Put `what`, such as `models.xl`, in front of an error that the block raises.
-
-    An error that already begins with such a name stays as it is.
-    """
+    """Put `what`, such as `models.xl`, in front of an error that the block raises, unless the error already begins with such a name."""
     try:
         yield
     except TadistillError as error:

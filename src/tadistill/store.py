@@ -147,10 +147,7 @@ class Store:
         return StoreError(f"cannot write to the store at {self.root}: {error.strerror}; set --runs DIR to a writable folder")
 
     def acquire(self, key: str, waiting: Callable[[], None]) -> "FileLock":
-        """Acquire the lock of a stage. While another process has the lock, `waiting` is called once a second.
-
-        It may raise an error to give up.
-        """
+        """Acquire the lock of a stage. Until then, `waiting` is called once a second; it may raise an error to give up."""
         from filelock import Timeout
 
         lock = self.lock(key)

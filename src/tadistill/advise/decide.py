@@ -199,7 +199,6 @@ def _experiments(chains: Sequence[Candidate], found: Predictions) -> tuple[Exper
 
 
 def _knowledge_gradient(forecast: Forecast, others: float, seed_sd: float) -> float:
-    """Return how much one experiment is expected to improve the decision (the knowledge gradient of Frazier et al. 2008)."""
     moved = forecast.sd**2 / sqrt(forecast.sd**2 + seed_sd**2 / SEEDS)
     z = -abs(forecast.mean - others) / moved
     density = exp(-z * z / 2) / sqrt(2 * pi)

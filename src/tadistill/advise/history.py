@@ -279,10 +279,7 @@ EQUAL = 0.05
 
 @dataclass(frozen=True)
 class TwinPair:
-    """A chain (path with assistants) and its twin: direct distillation with the chain's compute.
-
-    `differences` has one value for each seed.
-    """
+    """A chain (path with assistants) and its twin: direct distillation with the same compute. `differences` has one value per seed."""
 
     family: str
     path: tuple[str, ...]

@@ -185,10 +185,7 @@ def lambda_figure(report: Report) -> Chart | None:
 
 
 def bias_figure(report: Report) -> Chart:
-    """Draw a bar for each model p above the student q.
-
-    The bar is KL(q ‖ p) plus the bias of p, which is the KL from q to the original teacher.
-    """
+    """Draw a bar for each model p above the student q: KL(q ‖ p) plus the bias of p, which is the KL from q to the original teacher."""
     ladder, pairs = report.ladder, report.measures.pairs
     total = pairs[ladder.teacher, ladder.student].reverse_kl
     rows = [(name, pairs[name, ladder.student]) for name in reversed([ladder.teacher, *ladder.assistants])]

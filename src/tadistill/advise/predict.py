@@ -66,18 +66,12 @@ def gaps(measures: EdgeMeasures) -> dict[str, float | None]:
 
 
 def hop_weights(hops: int, carry: float) -> list[float]:
-    """Return the weights of a path's hops (teacher to learner), in order. The last weight is 1.
-
-    Each earlier one is `carry` times the next.
-    """
+    """Return the weights of a path's hops, in order. The last weight is 1, and each earlier one is `carry` times the next."""
     return [carry ** (hops - 1 - i) for i in range(hops)]
 
 
 def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) -> dict[str, float | None]:
-    """Return one number per measure: the weighted sum of the gaps over a path's hops, minus the gap of the direct hop.
-
-    `cost` is the log of the path's cost.
-    """
+    """Return, for each measure, the weighted sum of the gaps over a path's hops minus the direct hop's gap. `cost` is a logarithm."""
     found: dict[str, float | None] = {"cost": log(cost)}
     of_chain, weights = [gaps(e.measures) for e in edges], hop_weights(len(edges), carry)
     for name, base in gaps(direct.measures).items():
@@ -225,7 +219,6 @@ def _contrasts(rows: Sequence[_Row], carry: float) -> dict[str, Array]:
 
 
 def _standardised(columns: dict[str, Array], rows: int, seen: int) -> tuple[Array, Array]:
-    """Return two arrays: the standardised contrasts (rows, contrasts); and how far each row is outside the range of history (rows,)."""
     # A contrast that never varies in history is removed from `columns`. A row with another value is one standard deviation outside.
     if seen == 0:
         return np.ones((rows, 1)), np.zeros(rows)
@@ -243,7 +236,6 @@ def _standardised(columns: dict[str, Array], rows: int, seen: int) -> tuple[Arra
 
 
 def _kernels(rows: Sequence[_Row], x_RK: Array, excess_R: Array, carry: float, unit: float) -> Array:
-    """Return the prior covariance of Delta at each point of the grid, of shape (grid, rows, rows)."""
     families = np.array([row.family for row in rows])
     same_RR = (families[:, None] == families[None, :]).astype(np.float64)
     keys = [[(row.family, e.teacher, e.learner, e.measures.size_ratio) for e in row.edges] for row in rows]
@@ -260,7 +252,6 @@ def _kernels(rows: Sequence[_Row], x_RK: Array, excess_R: Array, carry: float, u
 
 
 def _conditional(kernel_GRR: Array, y_N: Array, noise_NN: Array, prior: float) -> tuple[Array, Array, Array]:
-    """Return the log weight of each grid point, and the means and variances (grid, candidates) of the candidates given history."""
     n = len(y_N)
     prior_variance = np.diagonal(kernel_GRR, axis1=1, axis2=2)[:, n:]
     base = np.full(len(kernel_GRR), np.log(prior / len(kernel_GRR)))

@@ -182,7 +182,6 @@ def _chain(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
 
 
 def _longer(recipe: Recipe, path: tuple[str, ...], cost: PathCost) -> list[str]:
-    """Return overrides that add only a chain's equal-compute baseline. The baseline has the same stages as with `compute: as CHAIN`."""
     if cost.twin is None:
         return _direct(recipe, path)
     twin, (updates, every) = _key(twin_name(path)), cost.twin

@@ -202,7 +202,6 @@ def quota(places: Mapping[str, Path]) -> list[Check]:
 
 
 def _lustre(place: str, line: str) -> str:
-    """Return `place used/limit files/limit` from the output of `lfs quota` (in kB), or an empty string if there is no limit."""
     numbers = [part.rstrip("*") for part in line.split()[1:]]
     if len(numbers) < 7 or not all(numbers[i].isdigit() for i in (0, 2, 4, 6)):
         return ""

@@ -196,7 +196,6 @@ class Requests:
 
 
 def _count(gpu: Gpu, processes: int, name: str, where: str, site: str) -> int:
-    """Return the number of GPUs per node: one per process, rounded up to a number that the cluster allows."""
     if gpu.slice and processes > 1:
         raise ConfigError(f"{where}: {processes} processes on `{name}`, but a job can use only one slice of a GPU; use whole GPUs")
     allowed = gpu.counts or tuple(range(1, gpu.per_node + 1))

@@ -87,10 +87,7 @@ class Submission:
         return [Job(stages, self.requests.of(stages), depth) for depth, stages in bundles(self.plan.stages, keys)]
 
     def scripts(self) -> Iterator[tuple[Sent, str]]:
-        """Yield every job of unfinished stages with its batch script, as if no job were in the queue.
-
-        Nothing is submitted. The ids are the placeholders @1, @2 and so on.
-        """
+        """Yield every unfinished job with its batch script, with the placeholders @1, @2, … as ids. Nothing is submitted."""
         places: dict[str, Place] = {}
         number = 0
         for family in families(self.jobs(self.todo)):
@@ -182,7 +179,6 @@ class Submission:
             ) from error
 
     def _report(self, places: dict[str, Place], queued: dict[str, queue.Entry]) -> None:
-        """Submit a job that writes the report after all other jobs have ended or failed. Cancel an earlier report job that still waits."""
         request, name = self.requests.report(), report_name(self.study)
         if request is None:
             return

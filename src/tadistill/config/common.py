@@ -40,10 +40,7 @@ _LARGEST = 2**63 - 1
 
 
 class Strict(BaseModel):
-    """Base class of every part of a recipe. It is immutable, and an unknown key is an error.
-
-    Numbers must be finite. `true` and `false` are not accepted as numbers.
-    """
+    """Base class of every part of a recipe. It is immutable. Unknown keys and infinite numbers are errors, and `true` is not a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
     text_sets: ClassVar[str] = ""

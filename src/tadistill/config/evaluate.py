@@ -42,10 +42,7 @@ class Evaluate(Decoding):
 
 
 class OwnMetric(Strict):
-    """A metric of the user's own code: `score(prediction, references)` returns a number for one answer. A string sets `function`.
-
-    `tadistill.own_code` imports the function.
-    """
+    """A metric of the user's own code: `score(prediction, references)` returns a number for one answer. A string sets `function`."""
 
     text_sets: ClassVar[str] = "function"
     function: FunctionName

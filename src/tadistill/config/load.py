@@ -96,11 +96,7 @@ def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str, folde
 
 
 def validate(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
-    """Build a recipe from plain data, such as a dict.
-
-    Raises:
-        ConfigError: the recipe breaks a rule.
-    """
+    """Build a recipe from plain data, such as a dict. Raises ConfigError if the recipe breaks a rule."""
     return _recipe(raw, source, {})
 
 

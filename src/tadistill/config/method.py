@@ -24,10 +24,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optim(Strict):
-    """Settings of AdamW and of the learning rate.
-
-    Numbers count all devices together, so the number of devices does not change an update.
-    """
+    """Settings of AdamW and of the learning rate. Numbers count all devices together: more devices do not change an update."""
 
     lr: float = Field(default=5e-4, gt=0, le=10)
     """Peak learning rate."""
@@ -128,10 +125,7 @@ class Dense(Strict):
 
 
 class Method(Strict):
-    """A distillation method: the loss, the sequences, the optimizer, and the choice of a checkpoint.
-
-    `method: NAME` is short for `method: {name: NAME}`.
-    """
+    """A distillation method: loss, sequences, optimizer, choice of a checkpoint. `method: NAME` is short for `method: {name: NAME}`."""
 
     text_sets: ClassVar[str] = "name"
     name: MethodName | None = Field(default=None, exclude=True)
@@ -212,11 +206,7 @@ def merge_methods(base: Strict, patch: Strict | None) -> Any:
 
 
 def apply(method: Method, *patches: MethodPatch) -> Method:
-    """Return the method after all `patches`, in order.
-
-    Raises:
-        ConfigError: the parts of the result cannot work together.
-    """
+    """Return the method after all `patches`, in order. Raises ConfigError if the parts of the result cannot work together."""
     for patch in patches:
         method = Method(**{f: merge_methods(getattr(method, f), getattr(patch, f)) for f in MethodPatch.model_fields})
     if not method.objective.needs_teacher and not any(patch.dense for patch in patches):

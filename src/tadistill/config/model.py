@@ -49,10 +49,7 @@ class Init(Strict):
 
 
 class Checkpoint(Strict):
-    """Another model of the recipe, taken at an earlier update of its fine-tuning.
-
-    It can be a teacher assistant without training of its own.
-    """
+    """Another model of the recipe at an earlier update of its fine-tuning. It can be a teacher assistant without training of its own."""
 
     of: str
     """Name of the other model."""
@@ -61,10 +58,7 @@ class Checkpoint(Strict):
 
 
 class Temper(Strict):
-    """Another model with its logits divided by `tau`. It is a control that differs only in the sharpness of predictions.
-
-    Give `tau` or `like`.
-    """
+    """Another model with its logits divided by `tau` or as in `like`. It is a control that only differs in the sharpness of predictions."""
 
     of: str
     """Name of the other model."""

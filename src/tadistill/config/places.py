@@ -56,7 +56,6 @@ def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
 
 
 def _beside(folder: Path, load: str) -> str | None:
-    """Return the path of a model that lies beside the recipe. Return None if there is no such model."""
     try:
         path = Path(load).expanduser()
         if load.startswith("scratch:") or "://" in load or path.is_absolute():

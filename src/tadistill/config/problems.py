@@ -251,7 +251,6 @@ def _plain(value: Any) -> str:
 
 
 def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, str]:
-    """Return two things for an unknown key: the known key that it probably means, or an empty text; and a hint."""
     name, here = str(key[-1]), sorted({n for m in _resolve(location[:-1], root)[1] for n in _fields(m)})
     plain = name.lower().replace("-", "_")
     wanted = [plain, *([SYNONYMS[plain]] if plain in SYNONYMS else [])]
@@ -271,7 +270,6 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
 
 @functools.cache
 def _places(root: type[BaseModel]) -> Mapping[str, list[str]]:
-    """Map each name of a key to the places where a recipe can have it. The shortest place comes first."""
     found: dict[str, list[str]] = {}
 
     def walk(model: type[BaseModel], at: tuple[str, ...], inside: tuple[type[BaseModel], ...]) -> None:
@@ -287,7 +285,6 @@ def _places(root: type[BaseModel]) -> Mapping[str, list[str]]:
 
 
 def _given(key: tuple, raw: Any) -> tuple:
-    """Return the part of a key's path that the recipe contains."""
     for n, part in enumerate(key):
         inside = (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int) and part < len(raw))
         if not inside:

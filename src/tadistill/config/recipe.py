@@ -294,7 +294,6 @@ def check_acyclic(edges: dict[str, str], what: str) -> None:
 
 
 def _wrong_names(recipe: Recipe) -> Iterator[str]:
-    """Yield a sentence for every name of a model, an arm or a checkpoint that the recipe does not have."""
     for name, model in recipe.models.items():
         yield from _unknown(recipe, model.parent, f"models.{name} is made of")
         if model.checkpoint and model.checkpoint.of in recipe.models and model.checkpoint.step not in _kept(recipe, model.checkpoint.of):

@@ -47,10 +47,7 @@ def located(recipe: str | Path) -> Path:
 
 
 def remark(recipe: str | Path) -> str:
-    """Return a sentence if there is both a recipe of the package and a file of the user with this name.
-
-    Otherwise return an empty string.
-    """
+    """Return a sentence if both the package and the user have a recipe of this name. Otherwise return an empty string."""
     path, file = Path(recipe), located(recipe)
     if file == path:
         return ""

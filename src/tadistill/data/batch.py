@@ -80,7 +80,7 @@ class Batch:
 
 
 class _OnDisk(Seq[Sequence]):
-    """Sequences that stay on the disk until they are asked for."""
+    """Sequences that stay on the disk until they are needed."""
 
     def __init__(self, count: int, read: Callable[[int], Sequence]):
         self._count, self._read = count, read
@@ -98,10 +98,7 @@ class _OnDisk(Seq[Sequence]):
 
 
 def references(encoded: Seq[Encoded]) -> Seq[Sequence]:
-    """Return one sequence per encoded prompt. Its response is the first reference.
-
-    Rows of a large set are read from the disk when needed.
-    """
+    """Return one sequence per prompt, with the first reference as its response. Rows of a large set are read from the disk when needed."""
 
     def read(i: int) -> Sequence:
         return Sequence(encoded[i].prompt, encoded[i].response)

@@ -105,7 +105,6 @@ def _texts(specials: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 @lru_cache
 def _header(template: str | None, specials: tuple[tuple[str, str], ...]) -> str:
-    """Return the text that a template writes before an answer, for a template without a generation prompt."""
     prompt = (("user", "hello"),)
     plain, prompted = (_rendered(template, prompt, specials, flag) for flag in (False, True))
     answered = _rendered(template, (*prompt, ("assistant", _ANSWER)), specials, False)
@@ -123,7 +122,6 @@ def _left_out(template: str | None, roles: tuple[str, ...], specials: tuple[tupl
 
 
 def _rendered(template: str | None, turns: tuple[tuple[str, str], ...], specials: tuple[tuple[str, str], ...], prompt: bool) -> str | None:
-    """Return a conversation in a template as transformers would write it. Return None if the template raises an error."""
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
         compiled = _compiled(template or "")

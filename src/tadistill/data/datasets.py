@@ -84,11 +84,7 @@ def read(ref: DataRef, role: str, *, world: World, root: str | None, limit: int 
 
 
 def stream(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> Iterator[Example]:
-    """Yield the examples that `read` returns, one after the other.
-
-    Raises:
-        DataError: the data set is missing, or a row lacks a column.
-    """
+    """Yield the examples that `read` returns, one after the other. Raises DataError if the data set is missing, or a row lacks a column."""
     return (example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, world, root), limit)))
 
 
@@ -118,10 +114,7 @@ def check_sources(data: Data) -> None:
 
 
 def form(ref: DataRef, role: str, data: Data) -> Form:
-    """Return what the first row of a split contains: an instruction, a conversation or a whole prompt.
-
-    A data set of the Hub is not read. Its form follows from its settings.
-    """
+    """Return what the first row of a split contains (`rows.Form`). For a data set of the Hub, its settings decide, and nothing is read."""
     path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, data.root)
     first = next(jsonl.read(path), None) if path else None
     if first is not None:
@@ -187,7 +180,6 @@ def _digest(path: Path, mtime_ns: int) -> str:
 
 
 def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bool = False) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a split. With `stream`, rows of a Hub data set are downloaded only when they are used."""
     split = ref.split or role
     if ref.load in tinyworld.SPLITS:
         if split in tinyworld.SPLITS[ref.load]:
@@ -228,7 +220,7 @@ def _may_be_on_hub(ref: DataRef) -> bool:
 
 
 def _check_folder(ref: DataRef, folder: Path, split: str) -> None:
-    """Raise a DataError for a folder that has no file of a split, unless a data set of the Hub may be meant."""
+    """Raise a DataError for a folder that has no file of the split. A folder with the name of a data set of the Hub is accepted."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     readable = [name for name in names if name.endswith((".jsonl", ".json"))]
     if not readable and _may_be_on_hub(ref):

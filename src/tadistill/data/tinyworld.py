@@ -70,11 +70,7 @@ class FictionalWorld:
 
 @lru_cache
 def world(seed: int = 0, people: int = 120) -> FictionalWorld:
-    """Generate the people, places and facts of a seed.
-
-    Raises:
-        DataError: `people` is below 10, or above the number of available names.
-    """
+    """Generate the people, places and facts of a seed. Raises DataError if `people` is below 10, or above the number of available names."""
     pool = [start + end for start in pieces.NAME_STARTS for end in pieces.NAME_ENDS]
     if not 10 <= people <= len(pool):
         raise DataError(f"tinyworld cannot have {people} people; set `data.world.people` to a number from 10 to {len(pool)}")

@@ -39,10 +39,7 @@ class Evaluation:
 
 
 def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Callable[[int], None] = lambda n: None) -> Evaluation:
-    """Sample answers to one data set, and return all metrics that need no second model.
-
-    After each batch, `tick` is called with the number of answers in the batch.
-    """
+    """Sample answers to one data set, and return all metrics that need no second model. `tick` gets the number of answers in each batch."""
     answers = {seed: generate_answers(subject, data, settings, seed, tick) for seed in settings.seeds}
     return score(subject, data, settings, answers)
 
@@ -69,10 +66,7 @@ def score(
     *,
     read_references: bool = True,
 ) -> Evaluation:
-    """Score sampled answers, also with the user's `own` metrics.
-
-    With `read_references`, also score the references, for example their loss.
-    """
+    """Score sampled answers, also with the user's `own` metrics. With `read_references`, also score the references (loss and others)."""
     predictions = {seed: decode(subject, of_seed) for seed, of_seed in answers.items()}
     per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}
     for seed, scores in per_seed.items():

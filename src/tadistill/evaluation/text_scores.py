@@ -82,10 +82,7 @@ UNSEEN = 0.01
 
 
 def unseen(references: Sequence[Sequence[str]]) -> float:
-    """Return the share (0-1) of letters and digits in the references that rouge_l drops. The share is a mean over rows.
-
-    rouge_l keeps only a-z, A-Z and 0-9.
-    """
+    """Return the share (0-1) of the references' letters and digits that rouge_l drops: all but a-z, A-Z and 0-9. It is a mean over rows."""
     shares = [beyond_ascii("".join(of_row)) for of_row in references]
     return sum(shares) / len(shares) if shares else 0.0
 
@@ -203,10 +200,7 @@ def _check(predictions: Sequence, other: Sequence) -> None:
 
 
 def repetition(responses: Sequence[Sequence[int]], n: int = 4) -> list[float]:
-    """Return one percentage per answer: the share of its token n-grams that occurred earlier in the same answer.
-
-    It is 0 if the answer has fewer than n tokens.
-    """
+    """Return the percentage of each answer's token n-grams that occurred earlier in the same answer; 0 for fewer than n tokens."""
     return [_repeated(ids, n) for ids in responses]
 
 

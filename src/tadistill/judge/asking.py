@@ -110,7 +110,6 @@ def open_cache(path: Path) -> Iterator[Cache]:
 
 
 def _read_replies(path: Path) -> dict[str, Reply]:
-    """Read all replies. If a killed run left an incomplete last line, it is cut off."""
     if not path.is_file():
         return {}
     content = path.read_bytes()

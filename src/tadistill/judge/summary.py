@@ -114,7 +114,6 @@ def _score_rows(arm: str, other: str, strata: Mapping[str, Array]) -> list[Row]:
 
 
 def _complete(scores: Mapping[tuple, Scores], answers: Answers, name: str, arm: str, other: str) -> Array:
-    """Return the scores of the prompts that have scores for all seeds and both orders. Shape: (seeds, prompts, orders, assistants)."""
     kept = []
     for index in (item.index for item in answers.items if item.set == name):
         keys = [[(name, index, seed, *names) for names in ((arm, other), (other, arm))] for seed in range(len(answers.seeds))]

@@ -87,10 +87,10 @@ def is_pointer(path: Path) -> bool:
 
 
 def base_of(adapter: Path, load: str) -> tuple[str, str]:
-    """Return source and revision of the model that an adapter belongs to. Messages call the adapter `load`.
+    """Return source and revision of an adapter's base model. Messages call the adapter `load`.
 
     Raises:
-        ModelError: the adapter is of another kind than LoRA, or its base is unknown.
+        ModelError: the adapter is not a LoRA adapter, or its base is unknown.
     """
     settings = read_description(adapter / ADAPTER, load)
     if str(settings.get("peft_type")).upper() != "LORA":

@@ -133,10 +133,7 @@ class Rounding:
 
 @contextmanager
 def rounded(model: PreTrainedModel) -> Iterator[Rounding]:
-    """Find the rounding of the forward passes inside the block.
-
-    It is read from the head's products, because bf16 training has float32 weights.
-    """
+    """Find the rounding of the forward passes inside the block, from the head's products. In bf16 training, weights are still float32."""
     found = Rounding(torch.finfo(model.dtype).eps, model.device.type == "cuda")
 
     def look(_: nn.Module, __: tuple[Tensor, ...], product: Tensor) -> None:
@@ -179,7 +176,6 @@ def tapped(head: nn.Module, *, skip: bool) -> Iterator[list[Tensor]]:
 
 
 def _after_the_head(model: PreTrainedModel) -> tuple[float, float | None]:
-    """Return (scale, soft cap) of the logits. Cohere and Falcon-H1 multiply the logits, Granite divides them, Gemma and xLSTM cap them."""
     settings = model.config.get_text_config(decoder=True).to_dict()
 
     def number(*names: str) -> float | None:

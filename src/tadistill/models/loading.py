@@ -91,10 +91,7 @@ def load_model(
 
 
 def check_model(load: str, revision: str = "main") -> PreTrainedModel:
-    """Read the headers of a model's files, and return the model without weights.
-
-    Raises ModelError for the same mistakes as `load_model`.
-    """
+    """Read the headers of a model's files, and return the model without weights. Raises ModelError as `load_model` does."""
     directory = sources.fetch(load, revision)
     assert directory is not None
     return read_model(directory, load, torch.float32, device="meta")

@@ -139,9 +139,6 @@ def _wrong_field(error: Exception, directory: Path, load: str) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, and also the second if the first ends with a colon.
-
-    Without text, return the error's class.
-    """
+    """Return the first line of an error's text, and also the second if the first ends with a colon; without text, the error's class."""
     first, *rest = str(error).strip().splitlines() or [type(error).__name__]
     return (f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first).rstrip(".")

@@ -94,7 +94,6 @@ def check_scratch(config: PreTrainedConfig) -> None:
 
 
 def _check_number(kind: str, name: str, value: Any, default: Any) -> None:
-    """Refuse numbers that no model can have. A size, and a field that is positive by default, must be positive."""
     if isinstance(value, dict):
         for part, inner in value.items():
             _check_number(kind, f"{name}.{part}", inner, 0)

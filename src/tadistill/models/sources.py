@@ -241,7 +241,6 @@ def _has_weights(adapter: Path) -> bool:
 
 
 def _merged(adapter: Path, load: str) -> Path:
-    """Return the folder for an adapter merged with its base. The folder may not exist yet."""
     base = _base(adapter, load)
     if not _has_weights(adapter):
         raise ModelError(f"adapter `{load}` has no {ADAPTER_WEIGHTS[0]}; download or save it again")

@@ -87,10 +87,7 @@ def check_config(config: Mapping[str, Any], model: str) -> None:
 
 
 def wrong_field(error: Exception, config: Mapping[str, Any]) -> str | None:
-    """Return a sentence on the field of a configuration that caused an error of transformers, with the fix.
-
-    Return None if it is not known.
-    """
+    """Return a sentence on the field of a configuration that caused an error of transformers, with the fix; None if it is not known."""
     if found := re.search(r"Field '(\w+)' with value (.{1,80}) doesn't match any type", str(error)):
         return f"{found[1]} is {found[2]}, which is no value of this field; correct it"
     for name, value in _fields(config):

@@ -101,7 +101,6 @@ def fused_terms(
         return torch.stack([term.values(logits, targets, rows) for term in terms])
 
     def slopes(logits: Tensor, targets: tuple[Any, ...], rows: slice, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the values (K, n), and the gradient (n, V) of their weighted sum."""
         found, slope = [], None
         for term, weight in zip(terms, weights.unsqueeze(-1), strict=True):
             value, own = term.with_slope(logits, targets, rows)
@@ -117,7 +116,6 @@ def fused_terms(
 def _targets(
     hidden: Tensor, teacher: Target | Sequence[Target], mixture: TargetMixture | None
 ) -> tuple[list[Target], TargetMixture | None]:
-    """Return the targets and the mixture without teachers of weight 0."""
     several: Sequence[Target] = teacher if isinstance(teacher, Sequence) else [teacher]
     targets = list(several)
     for target in targets:
@@ -228,8 +226,6 @@ class _Plan:
 
 
 class _FusedHead(torch.autograd.Function):
-    """Computes the loss and its gradients in the forward pass."""
-
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
         needs = [plan.grad and need for need in ctx.needs_input_grad]
@@ -243,7 +239,6 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Return the kept gradients times the incoming one. If that is 1, no second copy of the head's gradient is made."""
         grad = grad_outputs[0]
         whole = bool(grad == 1)
         return (*(g if g is None or whole else g * grad.to(g.dtype) for g in ctx.saved_tensors), None)
@@ -274,13 +269,11 @@ class _Gradients:
             self.bias[:width] += slope.sum(0)
 
     def result(self, of_hidden: torch.dtype, of_weight: torch.dtype) -> tuple[Tensor | None, ...]:
-        """Return the gradients in the dtypes of the tensors that they belong to; None for those that nobody wants."""
         wanted = ((self.hidden, of_hidden), (self.weight, of_weight), (self.bias, of_weight))
         return tuple(None if g is None else g.to(dtype) for g, dtype in wanted)
 
 
 def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum and the values (K, N); add the gradients to `grads`."""
     count, width, dtype = len(hidden), plan.width, wide(hidden.dtype)
     dense = [t for t in plan.teachers if isinstance(t, Hidden)]
     rows = _rows(count, (1 + len(dense)) * width * dtype.itemsize, _ENOUGH.get(hidden.device.type, count))
@@ -307,7 +300,7 @@ def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor
 
 
 def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, start: int, wanted: bool) -> Tensor:
-    """Return the values (K, n) of a small tile, and overwrite its logits with the gradient of the weighted sum."""
+    """Return the values (K, n) of a small tile. Its logits are overwritten by the gradient of their weighted sum."""
     rows = slice(start + inside.start, start + inside.stop)
     targets = tuple(
         t.head.shape(tile[inside]) if isinstance(t, Hidden) else select(tile, inside)
@@ -331,7 +324,6 @@ def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, star
 
 
 def _rows(count: int, bytes_per_row: int, enough: int) -> int:
-    """Return the tokens per tile, so that all tiles have about the same size within the budget."""
     most = max(1, min(TILE_BYTES // bytes_per_row, enough))
     return max(1, math.ceil(count / math.ceil(count / most))) if count else 1
 

@@ -238,10 +238,7 @@ class StageBuilder:
         return HashedData(ref=corpus, fingerprint=datasets.fingerprint(corpus, "train", self.recipe.data))
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
-        """Add the evaluation of a model on the test sets with one decoding. `other` is the decoding's name.
-
-        It is empty for the main decoding.
-        """
+        """Add the evaluation of a model on the test sets with one decoding. `other` is the decoding's name; empty for the main decoding."""
         spec = specs.EvaluateSpec(
             data=self.encoding(name), sets=self._test_sets(), model=model, decoding=decoding, references=not other, own=self._own_metrics
         )
@@ -271,10 +268,7 @@ class StageBuilder:
         return self.add(spec, f"probe {name}", name, self.seed(name, seed))
 
     def pair(self, teacher: tuple[str, Handle], learner: tuple[str, Handle], answers: str, seed: int, prompts: int, k: int) -> str:
-        """Add the stage that compares a student with a bigger model.
-
-        It compares their `k` most likely tokens on the student's sampled answers.
-        """
+        """Add the stage that compares a student with a bigger model: their `k` most likely tokens on the student's sampled answers."""
         (above, handle), (name, model) = teacher, learner
         spec = specs.PairSpec(
             data=self.encoding(name, samples=False),
@@ -291,10 +285,7 @@ class StageBuilder:
         return self.graph.stages[model.stage].label if isinstance(model, FromStage) else name
 
     def encoding(self, name: str, *, samples: bool = True) -> Encoding:
-        """Return the rules that turn rows into tokens for a model.
-
-        `samples` is True if the stage samples answers, or saves a model that will.
-        """
+        """Return the rules that turn rows into tokens for a model. `samples` is True if the stage or its model will sample answers."""
         return self.tokens.encoding(name, samples=samples)
 
     def split(self, role: Literal["train", "dev"], limit: int | None = None) -> Split:

@@ -33,10 +33,7 @@ class StudyTokens:
         return other if self._differences(own, lead, str) else None
 
     def encoding(self, name: str, *, samples: bool = True) -> Encoding:
-        """Return the rules that turn rows into tokens for a model.
-
-        `samples` is True if the stage samples answers, or saves a model that will.
-        """
+        """Return the rules that turn rows into tokens for a model. `samples` is True if the stage or its model will sample answers."""
         data, lead = self.recipe.data, self._of(self._lead(name))
         ends, own = self.ends(name), (lead.eos, *self._of(name).generation)
         same = set(ends) == set(own) or not samples
@@ -167,7 +164,6 @@ class StudyTokens:
 
     @cached_property
     def _chat(self) -> bool:
-        """True if a chat template writes prompts."""
         return "messages" in self._forms or (self.recipe.data.template == "chat" and "instruction" in self._forms)
 
     @cached_property

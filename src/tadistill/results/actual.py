@@ -35,10 +35,7 @@ class UsedRows:
 
     @property
     def text(self) -> str:
-        """Return text such as ``dolly (test): 476 of 500 rows; 24 longer than data.max_prompt (256)``.
-
-        It is empty if no row was left out or cut.
-        """
+        """Return text such as ``dolly (test): 476 of 500 rows; 24 longer than data.max_prompt (256)``; empty if all rows are whole."""
         whole = self.counts.text
         if self.compared < self.counts.used:
             whole = f"{whole or f'{self.counts.used} rows'}; compared on the {self.compared} rows that all models have"

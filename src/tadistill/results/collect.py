@@ -29,10 +29,7 @@ Numbers = dict[str, dict[str, float]]  # set -> metric of the whole set -> value
 
 @dataclass(frozen=True)
 class Row:
-    """One value of ``results.json``. `low` and `high` are the ends of its 95 % interval over prompts.
-
-    They are None for a whole-set metric.
-    """
+    """One value of ``results.json``. Its 95 % interval over prompts is from `low` to `high`, which are None for a whole-set metric."""
 
     arm: str
     model: str

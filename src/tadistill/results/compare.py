@@ -30,10 +30,7 @@ BUCKETS: tuple[Bucket, ...] = ((0, 5), (6, 10), (11, None))
 
 
 def compare(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> tuple[Difference, tuple[int, ...]] | None:
-    """Return two things: the paired difference ``arm - other``; and the common seeds.
-
-    Return None if the arms have no common finished seed.
-    """
+    """Return the paired difference ``arm - other`` and the seeds that both arms have; None if they have no finished seed in common."""
     return results.once(("compare", arm, other, metric, set_name), lambda: _compare(results, arm, other, metric, set_name))
 
 
@@ -175,10 +172,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """Paired differences ``arm - other`` that separate more knowledge from sharper predictions.
-
-    A difference that was not measured is None.
-    """
+    """Paired differences ``arm - other`` that separate more knowledge from sharper predictions. None means not measured."""
 
     forward_kl: Difference | None
     reverse_kl: Difference | None

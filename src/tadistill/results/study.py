@@ -159,11 +159,7 @@ class StageManifest:
 
 
 def load_plan(study_dir: Path) -> StudyPlan:
-    """Read ``plan.json``.
-
-    Raises:
-        StoreError: the file does not exist, or it is damaged.
-    """
+    """Read ``plan.json``. Raises StoreError if the file does not exist, or it is damaged."""
     path = study_dir / "plan.json"
     if not path.is_file():
         raise StoreError(f"{path} does not exist, so there is no study to report; start a study with `tadistill run RECIPE`")
@@ -284,7 +280,6 @@ def load_scores(store: Store, key: str) -> Scores:
 
 
 def _check_bounds(path: Path, metric: str, values: NDArray[np.float64]) -> None:
-    """Raise a StoreError if a score lies outside its metric's bounds; this can happen to a metric of the user's own code."""
     low, high = metric_of(metric).bounds
     if np.isinf(high):
         return
@@ -297,7 +292,6 @@ def _check_bounds(path: Path, metric: str, values: NDArray[np.float64]) -> None:
 
 
 def _table(values: Any) -> NDArray[np.float64] | str:
-    """Return scores as an array. If they are not an array, return the reason as text."""
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):

@@ -98,10 +98,7 @@ def pairs(results: Results) -> list[ComparedPair]:
 
 
 def competitors(results: Results) -> list[list[ArmRecord]]:
-    """Return groups of arms that train the same student, without the teacher's own arm.
-
-    If the study trains no model, all arms form one group.
-    """
+    """Return groups of arms that train the same student, without the teacher's arm. If nothing is trained, all arms are one group."""
     if not any(arm.is_trained for arm in results.plan.arms):
         return [list(results.plan.arms)]
     groups: dict[str, list[ArmRecord]] = {}

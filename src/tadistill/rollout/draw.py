@@ -46,10 +46,7 @@ class Mixture:
         return torch.lerp(q_BV, p_BV, self.alpha)  # exactly q at alpha 0, and exactly p at alpha 1
 
     def switch(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two things: a mask that is True where the teacher draws; and the random numbers, rescaled to [0, 1).
-
-        Shapes stay as they are.
-        """
+        """Return a mask that is True where the teacher draws, and the random numbers rescaled to [0, 1). Both have the input's shape."""
         teachers = uniforms < self.alpha
         rest = torch.where(teachers, uniforms / self.alpha, (uniforms - self.alpha) / (1 - self.alpha)) if 0 < self.alpha < 1 else uniforms
         return teachers, rest.clamp(max=_BELOW_ONE)
@@ -141,9 +138,6 @@ def draw(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 def _inverse_cdf(weights_BN: Tensor, uniforms_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two things: the column whose cumulative interval contains the random number; and the number's place in this interval, in [0,
-    1).
-    """
     # float64, because over many columns the error of a float32 sum is larger than a rare token's probability
     cumulative = weights_BN.cumsum(-1, dtype=torch.float64)
     # u <= 1 - 2^-53 keeps the point below the total also after rounding, so a last column of weight 0 is never drawn. The clamp is for NaN

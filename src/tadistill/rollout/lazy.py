@@ -65,10 +65,6 @@ class _Text:
         return self.going() & (self.teachers[self.rows, t] == (side.name == "teacher"))
 
     def unread(self, side: _Side) -> np.ndarray:
-        """Return the number of tokens (B,) that the model must read now.
-
-        It must score all tokens so far, and draw the next one if selected.
-        """
         return self.end[self.rows] + self.turns(side) - 1 - side.done[self.rows]
 
 

@@ -41,10 +41,7 @@ class Sampler:
 
     @property
     def wants_dev(self) -> bool:
-        """True if the sampler needs the dev metrics of the untrained student.
-
-        The training loop then calls `observe` before the first update.
-        """
+        """True if the training loop must call `observe` with the dev metrics of the untrained student, before the first update."""
         return False
 
     def micro_batches(self, step: int) -> list[Batch]:
@@ -71,10 +68,7 @@ class Sampler:
 
 
 def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
-    """Return the row indices (batch,) of batch number `step`. Each epoch goes through all rows in a new random order.
-
-    `address` seeds the order.
-    """
+    """Return the row indices (batch,) of batch number `step`. Each epoch goes through all rows in a new order, which `address` seeds."""
     places = (divmod(position, rows) for position in range(step * batch, (step + 1) * batch))
     return np.array([_order(rows, *address, epoch)[place] for epoch, place in places])
 

@@ -1,7 +1,8 @@
-"""The time that a run still needs: the work of its stages, divided by the speed that the run has shown so far.
+"""Predict the remaining time of a run: the work of its stages, divided by the speed of the run so far.
 
-The work of a stage is predicted in seconds on an assumed machine. It has two parts: FLOPs at an assumed speed, and calls of layers at an
-assumed delay, because small models and single decoding steps are limited by calls and not by FLOPs. Only the ratios between stages matter.
+The work of a stage (one step of a study) is predicted in seconds on an assumed machine. It has two parts: FLOPs at an assumed speed, and
+calls of layers at an assumed delay. Calls count because they limit small models and single decoding steps. Only the ratios between stages
+matter.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -40,13 +41,13 @@ _SPEED = 1e11
 _CALL = 2e-4
 """Assumed seconds of one layer's call."""
 _AROUND = 4
-"""Embeddings, head, loss and sampling of a forward pass take about as long as this many calls of layers."""
+"""Embeddings, head, loss and sampling of a forward pass are assumed to take as long as this number of layer calls."""
 _START = 0.3
 """Assumed seconds until a stage's process has loaded its models."""
 _ROWS, _LAYERS, _PROMPT = 1000, 12, 64
 """Assumed rows of a data set on the Hub, layers of a model whose size is not known, and tokens of a prompt."""
 _EARLY = 0.05
-"""Below this share of its work, a running stage says nothing about the speed."""
+"""A running stage is used to estimate the speed only if this share of its work is done."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Workload:
     """The work of one stage, in assumed seconds."""
 
     kind: str
-    """Equal for stages that do the same work for other seeds."""
+    """Equal for stages that do the same work with other seeds."""
     even: float = 0.0
     """The part that grows evenly with the stage's progress."""
     looks: float = 0.0
@@ -85,16 +86,13 @@ class _Sizes:
         self._rows: dict[tuple[str, str], int] = {}
 
     def passes(self, name: str, count: float) -> float:
-        """Return the assumed seconds of forward passes of a model, without their FLOPs."""
         size = self._size(name)
         return count * ((size.layers if size else _LAYERS) + _AROUND) * _CALL
 
     def answers(self, name: str, rows: float, batch: int, tokens: int) -> float:
-        """Return the assumed seconds of sampling answers of up to `tokens` tokens. On average they end after half of them."""
         return self.passes(name, -(-rows // batch) * tokens / 2) + self._flops(name, rows * (_PROMPT + tokens / 2))
 
     def reads(self, name: str, rows: float, batch: int, tokens: int) -> float:
-        """Return the assumed seconds of forward passes over prompts with answers."""
         return self.passes(name, -(-rows // batch)) + self._flops(name, rows * (_PROMPT + tokens))
 
     def rows(self, split: Split) -> int:
@@ -198,7 +196,7 @@ _WORK: Mapping[type[Spec], Callable[[Stage, Any, _Sizes], Workload]] = {
     ProbeSpec: _probe,
     PairSpec: _pair,
 }
-"""One function per kind of stage. A kind without one counts as a stage that only loads its models."""
+"""Maps a kind of stage to a function that predicts its work. A kind without an entry counts as a stage that only loads its models."""
 
 
 # --- measured --------------------------------------------------------------------------------------------------------------
@@ -216,7 +214,8 @@ class _Measured:
 class Estimate:
     """Predicts the remaining seconds of stages and of the whole run.
 
-    The speed comes from stages that do the same work, else from stages of the same kind (sft, evaluate, …), else from all stages.
+    The speed comes from stages that do the same work. Without such stages, it comes from stages of the same kind (sft, evaluate, …), or
+    from all stages.
     """
 
     def __init__(self, stages: Mapping[str, Stage], work: Mapping[str, Workload], jobs: int):
@@ -230,19 +229,19 @@ class Estimate:
         self._finished[key] = seconds
 
     def running(self, key: str, progress: float, seconds: float) -> None:
-        """Note the progress (0 to 1) of a stage, and the seconds since its start."""
+        """Record the progress (0 to 1) of a stage, and the seconds since its start."""
         self._running[key] = (self.work[key].share(progress) if progress > 0 else 0.0, seconds)
 
     def dropped(self, key: str) -> None:
-        """Note that a stage has failed or was stopped."""
+        """Record that a stage has failed or was stopped."""
         self._running.pop(key, None)
 
     def left(self, key: str) -> float | None:
-        """Return the predicted seconds until a stage is finished, counted from its last note; None if no speed is known."""
+        """Return the predicted seconds until a stage is finished, counted from its last record. Return None if no speed is known."""
         return self._left(key, self._speeds())
 
     def total_left(self, waiting: Iterable[str]) -> float | None:
-        """Return the predicted seconds until the run is finished, given the keys of the stages that have not started."""
+        """Return the predicted seconds until the run is finished. `waiting` has the keys of the stages that have not started."""
         speeds = self._speeds()
         takes = {key: self._left(key, speeds) for key in (*self._running, *waiting)}
         if any(value is None for value in takes.values()):

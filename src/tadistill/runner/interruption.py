@@ -1,10 +1,10 @@
-"""Signals that ask a run to stop: a flag for code that must save a state, and an exception for code that has no state.
+"""Handle signals that ask a run to stop. Code that must save a state gets a flag. Other code gets an exception.
 
-    stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)     # installs handlers that only note the signal
+    stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)     # installs handlers that only set the flag
     run_stage(task, progress=…, alarm=…, stop=stop)     # calls `stop` between two updates; saves, and raises Interrupted
     stop.received, stop.replaced                        # the signal, and the handlers that it replaced
 
-Before Slurm ends a job, it sends SIGUSR2 (if the job asks for it) and SIGTERM to all processes; a shutdown sends SIGTERM.
+Before Slurm ends a job, it sends SIGTERM to all processes, and also SIGUSR2 if the job asks for it. A shutdown sends SIGTERM.
 """
 
 import signal
@@ -30,8 +30,8 @@ class Stopped(KeyboardInterrupt):
 class StopFlag:
     """A flag that becomes True when one of the signals arrives. Each later signal only calls `told`, so it cannot interrupt a save.
 
-    A signal that the process ignores stays ignored (a shell ignores SIGINT for commands in the background). Only the main thread can catch
-    signals; in another thread the flag stays False.
+    A signal that the process ignores stays ignored. (A shell ignores SIGINT for commands in the background.) Only the main thread can catch
+    signals. In another thread the flag stays False.
     """
 
     def __init__(self, *signals: signal.Signals, told: Callable[[], None] = lambda: None):
@@ -63,10 +63,7 @@ class StopFlag:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Make SIGTERM and SIGUSR2 raise `Stopped` inside the block, as Ctrl-C raises KeyboardInterrupt.
-
-    After the first signal the process is ending, so further signals are ignored.
-    """
+    """Make SIGTERM and SIGUSR2 raise `Stopped` inside the block, as Ctrl-C raises KeyboardInterrupt. Only the first signal does so."""
     before = {number: signal.signal(number, _raise) for number in ENDING if number != signal.SIGINT}
     ending = False
     try:
@@ -93,7 +90,7 @@ def _ignore() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Block the signals in `ENDING`. A process that is started inside the block inherits this, until it calls `release`."""
+    """Block the signals in `ENDING`. A process that is started inside the block also blocks them until it calls `release`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield

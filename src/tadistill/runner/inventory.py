@@ -1,7 +1,7 @@
 """The studies of a runs directory, and the stages in its store that no study needs.
 
-A stage is needed if a JSON file in a study's folder names its key, or if a needed stage was made from it. plan.json names every stage of
-the study; the files of `advise` and `search` name theirs.
+A stage is needed in two cases: a JSON file in a study's folder names its key, or a needed stage was made from it. plan.json names every
+stage of a study. The files of `advise` and `search` name their stages.
 """
 
 import datetime
@@ -33,7 +33,7 @@ class StudyRow:
     bytes: int
     """Size of the study's folder and of all its stages. Studies may share stages."""
     state: str
-    """`running`, `done`, or what the newest run ended with."""
+    """`running`, `done`, or how the newest run ended."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Unneeded:
 
 
 def studies(runs: Path, store: Store) -> list[StudyRow]:
-    """Return the studies of a runs directory, the oldest first."""
+    """Return the studies of a runs directory. The oldest comes first."""
     return sorted((_row(path, store) for path in _folders(runs) if (path / "plan.json").is_file()), key=lambda row: row.created)
 
 
@@ -64,7 +64,7 @@ def _row(study: Path, store: Store) -> StudyRow:
 
 
 def unneeded(runs: Path, store: Store) -> list[Unneeded]:
-    """Return the stages that no study needs and that no process works on, the biggest first.
+    """Return the stages that no study needs and no process uses. The biggest comes first.
 
     Raises:
         StoreError: a file of a study cannot be read, so it is not known which stages the study needs.
@@ -83,7 +83,7 @@ def unneeded(runs: Path, store: Store) -> list[Unneeded]:
 
 
 def delete(store: Store, keys: list[str], told: Callable[[str], None]) -> int:
-    """Delete stages, and return the number of bytes. A stage that a process has begun to work on is kept; `told` gets a sentence."""
+    """Delete stages, and return the number of bytes. A stage that a process now works on is kept, and `told` gets a sentence."""
     freed = 0
     for key in keys:
         lock = store.lock(key)
@@ -113,7 +113,9 @@ def _named_keys(study: Path) -> Iterator[str]:
         try:
             yield from (key.decode() for key in set(_KEY.findall(path.read_bytes())))
         except OSError as error:
-            raise StoreError(f"cannot read {path} ({error.strerror}), so it is not known which stages {study.name} needs") from error
+            raise StoreError(
+                f"cannot read {path} ({error.strerror}), so it is not known which stages {study.name} needs; check its permissions"
+            ) from error
 
 
 def _records(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Checks before a study starts: data, models on disk, tokenizers, memory. They find a mistake before any stage has run."""
+"""Check data, models, tokenizers and memory before a study starts, so that mistakes are found before any stage has run."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ _STARTS = 10
 def check_study(recipe: Recipe, console: Console | None = None) -> int:
     """Check that a recipe can run on this machine. Return how many stages may run at the same time.
 
-    Rows that will be left out or cut, and references that the metric cannot read, are named on the console.
+    The console gets notes about rows that will be left out or cut, and about references that the metric cannot read.
 
     Raises:
         ConfigError, DataError, ModelError: the recipe cannot run here (raised before anything is written).
@@ -55,7 +55,7 @@ def check_study(recipe: Recipe, console: Console | None = None) -> int:
 
 @placed
 def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
-    """Check data, tokenizers, encodings and models, which do not depend on the machine. Raises the same errors as `check_study`."""
+    """Check data, tokenizers, encodings and models. These do not depend on the machine. Raises the same errors as `check_study`."""
     found = Gathering()
     with found.about():
         survey.check(recipe)
@@ -104,18 +104,17 @@ def _check_engine(recipe: Recipe) -> None:
     wanted = any(method.sampler.vllm for method in methods(recipe))
     if wanted and not (importlib.util.find_spec("vllm") and torch.cuda.is_available()):
         raise ConfigError(
-            "a sampler has engine: vllm, which needs CUDA and `pip install 'tadistill[vllm]'`; install both, or set engine: native"
+            "a sampler has `engine: vllm`, which needs CUDA and `pip install 'tadistill[vllm]'`; install both, or set `engine: native`"
         )
 
 
 def _check_peft(recipe: Recipe) -> None:
     wanted = [name for name, model in recipe.models.items() if model.lora]
     if wanted and not importlib.util.find_spec("peft"):
-        raise ConfigError(f"models.{wanted[0]} has lora, which needs `pip install 'tadistill[lora]'`; install it, or leave lora out")
+        raise ConfigError(f"models.{wanted[0]} has `lora`, which needs `pip install 'tadistill[lora]'`; install it, or remove `lora`")
 
 
 def _tokenizer(recipe: Recipe, name: str, tokens: StudyTokens) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that a model uses; its own, if that has another vocabulary than the one that would replace it."""
     model, world = recipe.models[_root(recipe, name)], recipe.data.world.model_dump()
     assert model.tokenizer_source is not None
     own = load_tokenizer(model.tokenizer_source, revision=model.revision, world=world)
@@ -126,7 +125,6 @@ def _tokenizer(recipe: Recipe, name: str, tokens: StudyTokens) -> PreTrainedToke
 
 
 def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, Mapping[str, Any]]:
-    """Return the number of a model's embeddings, and its configuration."""
     model, root = recipe.models[name], recipe.models[_root(recipe, name)]
     assert root.load is not None
     if root.load.startswith("scratch:"):
@@ -146,11 +144,6 @@ def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _try_own_code(recipe: Recipe) -> None:
-    """Score a reference and an empty answer by each metric, and compute each custom objective on random logits.
-
-    Raises:
-        ConfigError: a function fails, or returns something else than it should.
-    """
     for i, metric in enumerate(recipe.metrics):
         row = datasets.load(recipe.data.test[0], "test", recipe.data)[0]
         with about(f"metrics.{i}"):
@@ -158,8 +151,8 @@ def _try_own_code(recipe: Recipe) -> None:
             (low, high), scores = metric.row.bounds, score_own(own, [row.references[0], ""], [row, row])[metric.name]
             if outside := [value for value in scores if not low <= value <= high]:
                 raise ConfigError(
-                    f"`{metric.name}` returned {outside[0]:g} for a row of `{recipe.data.test[0]}`, but its unit `{metric.unit}` means "
-                    f"{low:g} to {high:g}; change the function, or give another `unit`"
+                    f"`{metric.name}` returned {outside[0]:g} for a row of `{recipe.data.test[0]}`, but its unit `{metric.unit}` allows "
+                    f"only {low:g} to {high:g}; change the function, or give another `unit`"
                 )
     for method in methods(recipe):
         if isinstance(method.objective, Custom):
@@ -213,7 +206,6 @@ def _check_memory(recipe: Recipe, jobs: int) -> None:
 
 
 def _need(plan: Plan, stage: Stage) -> int:
-    """Return the bytes of memory that a stage needs: the plan's estimate, or else the size of the models' float32 weights."""
     if stage.cost and stage.cost.memory:
         return int(stage.cost.memory)
     ledger, names = Ledger(plan.recipe), {stage.model}

@@ -1,6 +1,6 @@
 """The slow imports that every stage needs. The server from which stages are forked imports this module once.
 
-It only imports and builds tables. It computes nothing, because computations start threads, and neither threads nor CUDA survive a fork.
+It only imports and builds tables. It computes nothing, because computations start threads. Neither threads nor CUDA survive a fork.
 """
 
 import gc

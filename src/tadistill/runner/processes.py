@@ -6,9 +6,9 @@
         for message in stage.attend(): ...            # (done, total, text), or the text of an alarm
     stage.error                                       # None if the stage succeeded
 
-Each stage gets fresh processes, so nothing of one stage (settings of libraries, memory, a crash) reaches the next. On Linux a server
-imports torch once and forks them, which takes milliseconds. The server itself runs no work, so it never initialises CUDA. One pipe per
-process carries messages to the command, and `stop` to the process. The pipe breaks when the command dies; the process then ends itself.
+Each stage gets new processes. Settings of libraries, memory and crashes of one stage therefore do not reach the next stage. On Linux a
+server imports torch once and forks the processes, which takes milliseconds. The server itself runs no work, so it never initialises CUDA.
+One pipe per process carries messages to the command, and `stop` to the process. If the command dies, the pipe breaks, and the process ends.
 """
 
 import multiprocessing
@@ -34,17 +34,14 @@ Message = tuple[int, int, str] | str
 
 _PRELOADED = ["__main__", "tadistill.cli", "tadistill.runner.preload"]  # cli, because a process runs the imports of the main script again
 _LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Variables that another launcher may have left behind (a Slurm shell, torchrun); the processes here find each other by their own."""
+"""Variables that another launcher may have set (a Slurm shell, torchrun). The processes of this module do not use them."""
 _STOP = "stop"
 _LAST_WORDS = 1.0
-"""When a rank has failed, the other ranks have this many seconds to report their own errors before they are killed."""
+"""After a rank has failed, the other ranks have this many seconds to report their own errors before they are killed."""
 
 
 def prepare() -> Any:
-    """Return the multiprocessing context. On Linux, also start the server that imports torch and forks the processes.
-
-    The import runs in the background, so call this function early.
-    """
+    """Return the multiprocessing context. On Linux, also start the server that forks the processes; its imports run in the background."""
     if sys.platform != "linux":  # macOS can fork too, but its own libraries do not survive it
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -94,7 +91,7 @@ class StageProcesses:
         return [*self._pipes, *(process.sentinel for process in self._processes if process.exitcode is None)]
 
     def attend(self) -> list[Message]:
-        """Return the messages since the last call. Set `ended` and `error` when all processes have ended, or one has failed."""
+        """Return the messages since the last call. If all processes have ended, or one has failed, set `ended` and `error`."""
         said = self._read()
         codes = [process.exitcode for process in self._processes]
         if None not in codes:
@@ -148,9 +145,9 @@ def run_in_processes(
 
     Raises:
         ConfigError: there are fewer GPUs than processes.
-        StageFailed: a process died or failed; the message says which one and why.
+        StageFailed: a process died or failed. The message says which one and why.
         TadistillError: a process raised this error.
-        Interrupted: `stop` returned True; the state is saved.
+        Interrupted: `stop` returned True. The state is saved.
     """
     stage, asked = StageProcesses(task, threads=threads), False
     try:
@@ -171,7 +168,6 @@ def run_in_processes(
 
 
 def _judged(codes: list[int | None], errors: dict[int, Exception]) -> Exception | None:
-    """Return the most likely cause of a failure: first a death by a signal, then the first error, then an exit code."""
     several = len(codes) > 1
     rest = "; the other ranks were ended. Run the same command again to continue from the last saved state" if several else ""
     for rank, code in enumerate(codes):

@@ -27,8 +27,8 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Terminal) -> Non
     """Run every stage that is not in the store, `jobs` stages at a time.
 
     Raises:
-        StageFailed: a stage failed; all stages that do not depend on it were still run.
-        Stopped (a KeyboardInterrupt): a signal asked to stop; the running stages have saved their state.
+        StageFailed: a stage failed. All stages that do not depend on it were still run.
+        Stopped (a KeyboardInterrupt): a signal asked to stop. The running stages have saved their state.
     """
     todo = {k: s for k, s in plan.stages.items() if not store.finished(k)}
     if not todo:
@@ -58,7 +58,6 @@ class _Schedule:
         self.failed: dict[str, Exception] = {}
 
     def run(self) -> dict[str, Exception]:
-        """Run all stages and return key -> error of the failed stages."""
         try:
             self._start()
             while self.running:
@@ -113,7 +112,6 @@ class _Schedule:
 
 
 def _weights(plan: Plan) -> dict[str, float]:
-    """Return key -> FLOPs of the stage plus FLOPs of the most expensive chain of stages that depend on it."""
     weight: dict[str, float] = {k: s.flops or 0.0 for k, s in plan.stages.items()}
     for key in reversed(plan.stages):
         for parent in set(plan.stages[key].parents.values()):

@@ -1,4 +1,4 @@
-"""The splits of a study as a tokenizer reads them: rows that are left out or cut, and texts that do not fit a model. Preflight calls it."""
+"""The splits of a study as a tokenizer reads them: rows that are left out or cut, and texts that do not fit a model."""
 
 import itertools
 from collections.abc import Mapping
@@ -26,15 +26,15 @@ class Texts:
     """The largest numbers of tokens among all texts of a recipe."""
 
     prompt: int
-    """Tokens of the longest prompt."""
+    """Number of tokens of the longest prompt."""
     whole: int
-    """Tokens of the longest prompt with its reference response."""
+    """Number of tokens of the longest prompt with its reference response."""
     chunk: int
-    """Tokens of a piece of the corpus; 0 if no method uses it."""
+    """Number of tokens in a piece of the corpus. It is 0 if no method uses the corpus."""
     top: int
     """The largest token id."""
     where: str
-    """The set in which it occurs."""
+    """The data set that contains the largest token id."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Read:
 
     texts: Texts
     counts: dict[tuple[str, str], Counts]
-    """Role and name of a split -> its numbers of rows."""
+    """Maps the role and the name of a split to its numbers of rows."""
     rows: dict[str, frozenset[int]]
-    """Test set -> rows that are not left out."""
+    """Maps a test set to the rows that are not left out."""
     unread: str = ""
-    """A sentence on the training set, if its rows are tokenised later; `texts` then holds limits, which no row exceeds."""
+    """A sentence on the training set, if its rows are tokenised later. `texts` then has upper limits."""
 
 
 def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: StudyTokens, name: str, *, all_rows: bool = False) -> Read:
@@ -55,8 +55,8 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
 
     Raises:
         DataError: the template does not fit the tokenizer, no row is short enough, or the corpus has no text.
-        ModelError: the files of the tokenizer do not say that it puts BOS first.
-        ConfigError: a stage selects by facts, and dev has none.
+        ModelError: the tokenizer puts BOS first, but its files do not say so.
+        ConfigError: a checkpoint is selected by fact accuracy, but the dev set has no facts.
     """
     found, counts, rows, unread = list[Texts](), dict[tuple[str, str], Counts](), dict[str, frozenset[int]](), ""
     data, rules = recipe.data, tokens.encoding(name)
@@ -94,7 +94,9 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
         found.append(Texts(0, 0, len(piece), max(piece), "data.corpus"))
     selects = [*(method.select for method in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
     if any(s.metric == "fact_accuracy" for s in selects) and not all(e.facts for e in datasets.load(data.dev, "dev", data)):
-        raise ConfigError(f"select.metric is fact_accuracy, but the dev set `{data.dev.name}` has no facts; set it to rouge_l or loss")
+        raise ConfigError(
+            f"select.metric is fact_accuracy, but the dev set `{data.dev.name}` has no facts; set `select.metric` to rouge_l or loss"
+        )
     top = max(found, key=lambda texts: texts.top)
     prompt, whole, chunk = (max(getattr(texts, part) for texts in found) for part in ("prompt", "whole", "chunk"))
     return Read(Texts(prompt, whole, chunk, top.top, top.where), counts, rows, unread)
@@ -105,14 +107,13 @@ def check_texts(recipe: Recipe, rows: int, config: Mapping[str, Any], tokenizer:
     if texts.top >= rows:
         token = tokenizer.convert_ids_to_tokens(texts.top)
         raise ModelError(
-            f"the tokenizer gives the token {token!r} of {texts.where} the id {texts.top}, but the model has embeddings for {rows} tokens "
-            "only; use the tokenizer that belongs to the model, or resize its embeddings and save it again"
+            f"the tokenizer gives the token {token!r} of {texts.where} the id {texts.top}, but the model has only {rows} embeddings; use "
+            "the tokenizer that belongs to the model, or resize its embeddings and save it again"
         )
     _check_positions(recipe, config, texts)
 
 
 def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) -> None:
-    """Raise a ConfigError if a text is longer than the positions that a model has learned, or was trained with (rotary positions)."""
     positions = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
     samplers = [method.sampler for method in methods(recipe)]
     new = max([recipe.evaluate.max_new_tokens, *(s.max_new_tokens for s in samplers if isinstance(s, Decoding))])
@@ -137,7 +138,7 @@ def trains(recipe: Recipe) -> bool:
 
 
 def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
-    """Return a sentence on every split with rows that are left out or cut, and on test sets of which models keep different rows.
+    """Return one sentence for every split with rows that are left out or cut, and for every test set of which models keep different rows.
 
     Raises:
         DataError: two models share no row of a test set.
@@ -153,14 +154,16 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
                 found.append(f"{name} ({role}{'' if alike else f', {model}'}): {text}")
         shared = frozenset.intersection(*(of_model.rows[name] for of_model in read.values())) if role == "test" else frozenset({0})
         if not shared:
-            raise DataError(f"the models {', '.join(read)} keep no common row of {name}, so they cannot be compared; raise data.max_prompt")
+            raise DataError(
+                f"the models {', '.join(read)} have no row of {name} in common, so they cannot be compared; raise data.max_prompt"
+            )
         if role == "test" and any(of_model.rows[name] != shared for of_model in read.values()):
             found.append(f"{name} ({role}): the models are compared on the {len(shared)} rows that all of them keep")
     return found
 
 
 def script_notes(recipe: Recipe) -> list[str]:
-    """Return a caution about every split whose references ROUGE-L does not see enough of."""
+    """Return a warning for every split in which ROUGE-L cannot see a large part of the references."""
     data, found = recipe.data, list[str]()
     selects = [*(m.select for m in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
     for role, ref in [("dev", data.dev), *(("test", ref) for ref in data.test)]:

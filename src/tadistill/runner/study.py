@@ -40,7 +40,7 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
     """
     console = console or Terminal()
     if not recipe.arms:
-        raise ConfigError(f"{recipe.study} has no arms, so there is nothing to run; add arms, or look for a path with `tadistill search`")
+        raise ConfigError(f"{recipe.study} has no arms, so there is nothing to run; add arms, or search for a path with `tadistill search`")
     check_entries(recipe)  # before models are downloaded
     check_trackers(recipe)
     check_sources(recipe)
@@ -69,7 +69,7 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
 
 @placed
 def fetch_models(recipe: Recipe, console: Terminal) -> None:
-    """Download the models that are not on this disk; the plan needs their sizes."""
+    """Download the models that are not on this disk. The plan needs their sizes."""
     for model in recipe.models.values():
         if model.load and not model.load.startswith("scratch:") and sources.locate(model.load, model.revision) is None:
             console.note(f"fetching {model.load} …")
@@ -81,7 +81,7 @@ def fetch_models(recipe: Recipe, console: Terminal) -> None:
 def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console: Terminal | None = None) -> Path:
     """Write runs/STUDY/plan.json, which reports and other tools read. The date of the first run is kept.
 
-    If a report of other evaluations is there, for instance of other seeds, it is kept in runs/STUDY/earlier/KEY.
+    If there is already a report of other evaluations, for instance of other seeds, it is moved to runs/STUDY/earlier/KEY.
     """
     study = runs / plan.recipe.study
     path = study / "plan.json"
@@ -91,7 +91,7 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console
             created = json.loads(path.read_text(encoding="utf-8"))["created"]
     content = describe(plan, created=created, recipe_text=recipe_text, command=command)
     if kept := _keep_report(study, content):
-        (console or Terminal()).note(f"the earlier report shows other evaluations, so it is kept: {kept}")
+        (console or Terminal()).note(f"the earlier report shows other evaluations, so it was moved to {kept}")
     write_json(path, content)
     return study
 
@@ -100,7 +100,6 @@ _REPORT = ("report.html", "report.md", "results.json", "results.csv")
 
 
 def _keep_report(study: Path, content: dict) -> Path | None:
-    """Move a report of another plan than `content`, and its plan, to a folder that `tadistill report` can read; return the page."""
     path = study / "plan.json"
     if not path.is_file() or not (study / _REPORT[0]).is_file():
         return None
@@ -120,7 +119,6 @@ def _keep_report(study: Path, content: dict) -> Path | None:
 
 
 def _shown(content: dict) -> list:
-    """Return what a report's numbers depend on."""
     arms = [[arm[name] for name in ("name", "evaluate", "analyse", "also", "published")] for arm in content["arms"]]
     return [content["recipe"]["margin"], arms]
 
@@ -190,7 +188,6 @@ def _by_seed(keys: Mapping[int, str | None]) -> dict[str, str | None]:
 
 
 def _as_written(recipe: Recipe) -> dict:
-    """Return the recipe as plain data. The entries of `evaluate.also` keep only the fields that they set."""
     content = recipe.model_dump(mode="json", by_alias=True)
     content["evaluate"]["also"] = {name: o.model_dump(mode="json", exclude_unset=True) for name, o in recipe.evaluate.also.items()}
     return content
@@ -217,7 +214,7 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
         models: sources of models, as in `load:` of a recipe.
         on: test sets.
         seeds: decoding seeds.
-        teacher: a model to which KL divergences are measured. It must have the same tokenizer as the models.
+        teacher: a model with which the others are compared by KL. It must have the same tokenizer as the models.
 
     Raises:
         ConfigError: there is no test set, or a model is given twice.
@@ -243,7 +240,6 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
 
 
 def _identity(models: Seq[str]) -> str:
-    """Return six hex digits that differ between models of one name in different places."""
     places = [str(path.resolve()) if (path := Path(model).expanduser()).exists() else model.rstrip("/") for model in models]
     return key_of(places)[:6]
 

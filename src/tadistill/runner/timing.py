@@ -23,7 +23,7 @@ _ROWS = 128  # training rows of a stage that writes or reads a teacher's signal 
 
 
 def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> throughput.Speeds:
-    """Measure one stage of each kind in the plan. Return kind -> span (such as training or sampling) -> FLOP/s."""
+    """Measure one stage of each kind in the plan. Return FLOP/s by kind and by span (a part of a stage, such as training or sampling)."""
     kinds: dict[str, Stage] = {}
     for stage in plan.stages.values():
         if stage.cost and stage.cost.parts:
@@ -37,7 +37,6 @@ def time_stages(plan: Plan, threads: int, say: Callable[[str], None]) -> through
 
 
 def _speeds(plan: Plan, stage: Stage, manifest: dict[str, Any]) -> dict[str, float]:
-    """Return FLOP/s by span: from the stage's ledger, or (for a teacher's answers and signals) from its predicted FLOPs and time."""
     if "ledger" in manifest:
         return throughput.measured_throughput(manifest["ledger"])
     assert stage.cost is not None
@@ -57,7 +56,6 @@ def _run(plan: Plan, stage: Stage, directory: Path, threads: int) -> dict[str, A
 
 
 def _reduced(plan: Plan, spec: Spec, graph: Graph) -> Spec:
-    """Return a stage's settings with few updates or rows and untrained models. Its parent stages are reduced too and added to `graph`."""
     if isinstance(spec, GenerateSpec | SignalSpec):
         return spec.model_copy(update={"teacher": _origin(plan, spec.teacher), "train": _few(spec.train)})
     assert isinstance(spec, TrainingSpec)

@@ -1,8 +1,8 @@
 """Experiment trackers: one run for each arm and training seed, in the project of the study.
 
 The run of an arm shows the training of all its stages (`distill s/train/loss` …) while they train. At the end it gets the means on the test
-sets (`test/dolly/rouge_l` …). The values are read from the store, so a stage that several arms share is in the run of each. What was
-sent is recorded in runs/STUDY/trackers.json, so a continued study goes on where it was.
+sets (`test/dolly/rouge_l` …). The values are read from the store, so a stage that several arms share is in each of their runs.
+runs/STUDY/trackers.json records what was sent. A continued study goes on from there.
 """
 
 import contextlib
@@ -30,8 +30,6 @@ Values = Mapping[str, float]
 
 
 class _Run(Protocol):
-    """One run of a tracker, for one arm and seed."""
-
     def log(self, stage: str, step: int, values: Values) -> None: ...
     def flush(self) -> None: ...
     def finish(self, results: Values) -> None: ...
@@ -79,7 +77,7 @@ class _Wandb:
 
 
 class _Trackio:
-    """Trackio has one open run in a process, so values are collected and sent by a run that is opened for them."""
+    """Trackio allows one open run per process. Values are therefore collected, and sent by a run that is opened for them."""
 
     def __init__(self, folder: Path, study: str, name: str, config: dict[str, Any]):
         os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))  # read when trackio is imported
@@ -109,7 +107,7 @@ _KINDS: dict[str, Callable[..., _Run]] = {"tensorboard": _TensorBoard, "wandb": 
 
 
 def missing_trackers(recipe: Recipe) -> list[str]:
-    """Return a sentence for each of the recipe's trackers whose package is not installed."""
+    """Return one sentence for each tracker of the recipe whose package is not installed."""
     absent = [name for name in recipe.runtime.trackers if importlib.util.find_spec(name) is None]
     return [f"runtime.trackers: the package of {name} is not installed; run `pip install 'tadistill[{name}]'`" for name in absent]
 
@@ -121,7 +119,6 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 def _rows(path: Path, after: int) -> list[dict[str, Any]]:
-    """Return the lines of a training log after an update. The last line may be incomplete while a stage writes it."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -134,7 +131,7 @@ def _rows(path: Path, after: int) -> list[dict[str, Any]]:
 
 
 class Trackers:
-    """The runs of all arms and seeds of a study. A tracker that fails is switched off with a sentence; the study goes on."""
+    """The runs of all arms and seeds of a study. If a tracker fails, it is switched off with a message, and the study goes on."""
 
     def __init__(self, plan: Plan, store: Store, say: Callable[[str], None]):
         self.plan, self.store, self.say = plan, store, say
@@ -146,12 +143,12 @@ class Trackers:
         self.runs: dict[tuple[str, str], _Run] = {}
 
     def tick(self) -> None:
-        """Send what is new, at most once in ten seconds."""
+        """Send new values, at most once in ten seconds."""
         if self.plan.recipe.runtime.trackers and time.monotonic() - self.at > _SECONDS:
             self.send()
 
     def send(self) -> None:
-        """Send all new values of training stages, and the results of arms that are evaluated."""
+        """Send all new values of trainings, and the results of arms that have been evaluated."""
         for tracker in self.plan.recipe.runtime.trackers:
             for arm in self.plan.arms:
                 for seed in self.plan.recipe.seeds:
@@ -160,7 +157,7 @@ class Trackers:
         self.at = time.monotonic()
 
     def close(self) -> None:
-        """Send the rest and close all runs."""
+        """Send the remaining values and close all runs."""
         self.send()
         for (tracker, _), run in self.runs.items():
             with self._guarded(tracker):

@@ -162,7 +162,6 @@ def _record(choice: Choice) -> dict[str, Any]:
 
 
 def _confirmation(choice: Choice, recipe: Recipe) -> str:
-    """Return a recipe (YAML) that compares three arms on new seeds: direct; the chosen path; and its equal-compute baseline."""
     content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     content.pop("search", None)
     first = max(recipe.seeds) + 1

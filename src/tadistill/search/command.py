@@ -223,7 +223,6 @@ class _Training:
         return check_study(_round_recipe(self.recipe, self.lattice.paths), self.console)
 
     def measure(self, asked: Round, sign: int) -> dict[ModelPath, float]:
-        """Train the paths of a round and return their qualities. A higher quality is better."""
         plan = make_plan(_round_recipe(self.recipe, asked.paths, asked.share))
         stages = {key: stage for key, stage in plan.stages.items() if not stage.measures}
         missing = sum(not self.store.finished(key) for key in stages)
@@ -252,7 +251,6 @@ class _Training:
 
 
 def _round_recipe(recipe: Recipe, paths: Sequence[ModelPath], share: float = 1.0) -> Recipe:
-    """Return the recipe with these paths as its arms. If `share` is below 1, each distillation gets only this share of its updates."""
     found = recipe.model_copy(update={"arms": path_arms(paths), "teacher": paths[0][0], "search": None})
     if share == 1:
         return found

@@ -44,10 +44,7 @@ class Concordance:
 
     @property
     def share(self) -> float | None:
-        """Share of concordant pairs, among pairs without ties.
-
-        It is 1/2 if the teacher's quality has no effect, and None if all pairs are tied.
-        """
+        """Share of concordant pairs among pairs without ties. 1/2 means that the teacher's quality has no effect. None if all are tied."""
         decided = self.concordant + self.discordant
         return self.concordant / decided if decided else None
 

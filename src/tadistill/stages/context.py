@@ -133,11 +133,7 @@ class Context(Generic[AnySpec]):
         stop_if_asked(self)
 
     def own(self, planned: OwnCode) -> OwnFunction:
-        """Import a function of the user's own code.
-
-        Raises:
-            StageFailed: the file of the function has changed since the plan was made.
-        """
+        """Import a function of the user's own code. Raises StageFailed if the file of the function has changed since the plan was made."""
         found = load_function(planned.function, self.task.code)
         if found.digest != planned.source:
             raise StageFailed(f"{found.file} has changed since this stage was planned; run the same command again to plan it anew")

@@ -117,7 +117,7 @@ def spread_claimed(mean: float, half: float, p: float) -> float:
 
 
 def seeds_spread(differences_S: ArrayLike) -> float:
-    """Return `spread_claimed` for the t-test of paired differences, one difference per training seed. It is 0 for one seed."""
+    """Return `spread_claimed` for the t-test of paired differences, one per training seed. It is 0 for one seed."""
     differences = np.asarray(differences_S, dtype=np.float64)
     df = len(differences) - 1
     if df < 1 or not (se := float(differences.std(ddof=1)) / np.sqrt(df + 1)) > 0:

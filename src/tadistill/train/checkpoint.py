@@ -45,10 +45,7 @@ class TrainState:
 
 
 class Checkpoints:
-    """The saved states of one training.
-
-    state.pt is the newest state, state-before.pt is the state before it, and best-STEP.pt has best weights.
-    """
+    """The saved states of one training: state.pt is the newest, state-before.pt the one before it, and best-STEP.pt has best weights."""
 
     def __init__(self, directory: Path, seconds: float | None = None):
         """`seconds` is the pause between two saves. None means 30 seconds, or 20 times the duration of a save if this is longer."""

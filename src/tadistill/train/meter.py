@@ -145,7 +145,6 @@ class Meter:
 
 
 def _flops(side: _Side, work: Work, backward: bool, again: bool) -> float:
-    """Return the FLOPs of the layers, without the head. Return NaN if FLOPs of this model family cannot be counted."""
     if side.size is None:
         return float("nan")
     if backward and side.adapters:

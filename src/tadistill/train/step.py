@@ -31,10 +31,7 @@ from tadistill.objectives.targets import Target, TeacherTerm
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of a micro-batch. `total` is the sum of the terms, with a graph.
-
-    `parts` maps the name of each term to its detached value.
-    """
+    """The loss of a micro-batch. `total` is the sum of the terms, with a graph. `parts` has the detached value of each term by name."""
 
     total: Tensor
     parts: dict[str, Tensor]

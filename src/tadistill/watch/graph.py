@@ -1,6 +1,6 @@
-"""The stages of a study as a graph of few nodes: a stage under all its seeds, with the stages that measure its model.
+"""The stages of a study as a graph with few nodes. A node has all seeds of a stage, and the stages that measure its model.
 
-A wide window shows the nodes in columns, parents left of children. A narrow one shows them as a list with arcs beside it.
+In a wide window, nodes are in columns, with parents left of children. In a narrow window, they are a list with arcs beside it.
 """
 
 import re
@@ -33,7 +33,7 @@ class Node:
 
     @property
     def state(self) -> str:
-        """The state that a reader should know first: a failure, else what runs, else what is left to do."""
+        """The state to show: a failure if there is one, else what runs, else what is left to do."""
         found = {stage.state for stage in (*self.stages, *self.measures)}
         order = (*sorted(BAD), "running", "stopped", "queued", "waiting", "done")
         return next((state for state in order if state in found), "waiting")
@@ -53,16 +53,16 @@ class Drawn:
     """A graph with the place of each node, and its edges as SVG paths."""
 
     nodes: tuple[tuple[Node, int, int], ...]
-    """Nodes in the order of the list, each with its left and top pixel in the wide drawing."""
+    """Nodes in the order of the list. Each has its left and top pixel in the wide drawing."""
     width: int
     height: int
     edges: tuple[str, ...]
     arcs: tuple[str, ...]
-    """The edges of the list; its height is ROW pixels for each node."""
+    """The edges of the list. The height of the list is ROW pixels per node."""
 
 
 def nodes_of(stages: Iterable[StageState]) -> list[Node]:
-    """Return the nodes of a study, parents before children."""
+    """Return the nodes of a study. Parents come before children."""
     group: dict[str, str] = {}  # key of a stage -> its node
     members: dict[str, list[StageState]] = {}
     measures: dict[str, list[StageState]] = {}
@@ -146,7 +146,6 @@ def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:
 
 
 def _arc(start: int, end: int, rows: int) -> str:
-    """Return an arc in the gutter of the list; a longer one reaches further to the left."""
     y, to = start * ROW + ROW // 2, end * ROW + ROW // 2
     out = GUTTER - 8 - min(abs(end - start) / max(rows - 1, 1), 1.0) * (GUTTER - 14)
     return f"M{GUTTER} {y}C{out - 10:.0f} {y} {out - 10:.0f} {to} {GUTTER} {to}"

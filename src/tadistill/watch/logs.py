@@ -1,11 +1,11 @@
-"""Follow logs that grow: the newest lines first, then the older lines in pieces, so that no look at a study takes long.
+"""Follow logs that grow. The newest lines are read first, then the older lines in pieces, so that no look at a study takes long.
 
     log = TrainingLog(folder / "metrics.jsonl")
     log.file.forward()                # the lines since the last call; the first call starts near the end of the file
     while log.file.unread: log.file.backward()
     log.curves["train/loss"].points()
 
-Lines are counted, not kept: a curve has at most `BUCKETS` buckets of steps, each with its lowest, mean and highest value.
+Lines are not kept. A curve has at most `BUCKETS` buckets of steps, each with its lowest, mean and highest value.
 """
 
 import json
@@ -18,17 +18,17 @@ from typing import NamedTuple
 from tadistill.metrics import LOGS
 
 BUCKETS = 120
-"""Largest number of points of a curve."""
+"""Largest number of points in a curve."""
 _PIECE = 64 << 10
 _KEPT = 200  # alarms, and as many last lines
 _ALARM = re.compile(r"^(?P<time>[\d: -]*\d:\d\d)(?: \d+)? alarm: (?P<text>.*)$")
 
 
 class Follower:
-    """Reads the lines of a growing file, each once. A file that was replaced or became shorter is read again from its end."""
+    """Reads each line of a growing file once. A file that was replaced or became shorter is read again from its end."""
 
     def __init__(self, path: Path, take: Callable[[int, bytes], None], forget: Callable[[], None]):
-        """Set what happens to a line (its offset and its bytes), and what happens when the file begins anew."""
+        """`take` is called with the offset and the bytes of a line. `forget` is called when the file begins anew."""
         self.path, self._take, self._forget = path, take, forget
         self._file: int | None = None
         self._low = self._high = 0
@@ -37,7 +37,7 @@ class Follower:
 
     @property
     def unread(self) -> int:
-        """The number of bytes before the part that was read."""
+        """The number of bytes that have not been read yet, at the beginning of the file."""
         return self._low
 
     @property
@@ -45,7 +45,7 @@ class Follower:
         return self._high
 
     def forward(self) -> bool:
-        """Read at most one piece of the newest lines. Return True if more of them wait."""
+        """Read at most one piece of the newest lines. Return True if there are more of them."""
         try:
             stat = self.path.stat()
             if stat.st_ino != self._file or stat.st_size < self._high:
@@ -80,7 +80,6 @@ class Follower:
             return file.read(size)
 
     def _lines(self, at: int, piece: bytes) -> int:
-        """Give away the complete lines of a piece, and return the number of bytes that are done with."""
         *lines, rest = piece.split(b"\n")
         start = at
         for line in lines:
@@ -99,7 +98,7 @@ class Point(NamedTuple):
 
 
 class Curve:
-    """A curve in at most `BUCKETS` buckets. The buckets become twice as wide whenever a step lies behind the last one."""
+    """A curve in at most `BUCKETS` buckets of steps. If a step is behind the last bucket, all buckets become twice as wide."""
 
     def __init__(self) -> None:
         self.width = 1
@@ -132,7 +131,7 @@ class Curve:
 
 
 class TrainingLog:
-    """The metrics.jsonl of one training stage: its curves by metric, and the newest value of every entry."""
+    """The metrics.jsonl of one training: its curves by metric, and the newest value of every entry."""
 
     def __init__(self, path: Path):
         self.file = Follower(path, self._take, self._forget)

@@ -1,4 +1,4 @@
-"""CPU, memory and GPUs of this machine, and what the processes of a run use of them."""
+"""CPU, memory and GPUs of this machine, and how much of them the processes of a run use."""
 
 import platform
 import shutil
@@ -19,7 +19,7 @@ _FIELDS = "name,utilization.gpu,memory.used,memory.total,temperature.gpu,power.d
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, as nvidia-smi describes it. A value that the card does not report is None."""
+    """One GPU, as nvidia-smi describes it. A value that the GPU does not report is None."""
 
     name: str
     used: float | None
@@ -42,13 +42,13 @@ class Use:
     memory: int
     total: int
     own_processes: int
-    """Number of processes of the run on this machine; the values of the run are 0 if there is none."""
+    """Number of processes of the run on this machine. If it is 0, the other values of the run are 0 too."""
     own_cpu: float
     """Per cent of one core."""
     own_memory: int
     gpus: tuple[Gpu, ...]
     note: str
-    """What cannot be seen from here, in one sentence; empty if nothing is missing."""
+    """A sentence about values that cannot be measured from here. Empty if there are none."""
 
 
 class Machine:
@@ -97,7 +97,6 @@ class Machine:
         )
 
     def _processes(self, roots: Iterable[int]) -> list[psutil.Process]:
-        """Return the processes of the runs. A process that is known is kept, because its load is measured since its last call."""
         found: dict[tuple[int, float], psutil.Process] = {}
         for pid in roots:
             try:

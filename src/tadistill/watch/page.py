@@ -1,4 +1,4 @@
-"""The parts of the page as HTML. The page asks for them every few seconds and replaces those that have changed."""
+"""The parts of the page as HTML. Every few seconds, the page asks for them and replaces the parts that have changed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def shell(moment: Moment, parts: Mapping[str, str]) -> str:
 
 
 def title(moment: Moment) -> str:
-    """Return the title of the page, which a phone shows for its tab."""
+    """Return the title of the page for the browser's tab."""
     return f"{moment.counts['done']}/{len(moment.stages)} {moment.state} · {moment.name}"
 
 
@@ -68,8 +68,8 @@ def render(moment: Moment, use: Use, wanted: Iterable[str], reports: Sequence[st
     """Return the parts of the page by id.
 
     Args:
-        wanted: ids of the nodes whose curves and samples are shown; empty for a choice that fits the moment.
-        reports: names of files of the study that the page links to.
+        wanted: ids of the nodes whose curves and samples are shown. If it is empty, the page chooses them.
+        reports: names of the study's files to which the page links.
     """
     nodes = nodes_of(moment.stages)
     wanted = set(wanted) & {node.id for node in nodes}
@@ -135,7 +135,6 @@ def _panels(moment: Moment, shown: Sequence[StageState]) -> list[Panel]:
 
 
 def _chart(name: str, text: str, unit: str, lines: Sequence[tuple[StageState, charts.Look, list[Point]]]) -> Markup:
-    """Draw the curves. The axis ends where the newest line would end if it grew by a quarter, or where its stage ends."""
     ends = [min(max(stage.total, points[-1].step), 1.25 * points[-1].step) for stage, _, points in lines]
     low, high = charts.nice_span(value for _, _, points in lines for point in points for value in (point.low, point.high))
     # steps count from 0, so that all panels of a stage agree
@@ -168,7 +167,6 @@ def _unit(name: str) -> str:
 
 
 def _spark(moment: Moment, stage: StageState) -> Markup:
-    """Draw the training loss of a stage as a line without axes."""
     log = moment.logs.get(stage.key)
     points = log.curves.get("train/loss", Curve()).points() if log else []
     if len(points) < 2:
@@ -182,7 +180,6 @@ def _spark(moment: Moment, stage: StageState) -> Markup:
 
 
 def _samples(moment: Moment, nodes: Sequence[Node], wanted: set[str]) -> list[tuple[StageState, Rollouts]]:
-    """Return the rollouts side by side: those of the chosen nodes if they have any, else the running and then the newest ones."""
     every = [(stage, moment.rollouts[stage.key]) for node in nodes for stage in node.stages if stage.key in moment.rollouts]
     chosen = {stage.key for node in nodes if node.id in wanted for stage in node.stages}
     some = [found for found in every if found[0].key in chosen] or every
@@ -194,6 +191,5 @@ def _bytes(count: float) -> str:
 
 
 def _code(text: str) -> Markup:
-    """Return a sentence in which text between backticks is set as code."""
     pieces = [str(escape(visible(piece))) for piece in text.split("`")]
     return Markup("".join(f"<code>{piece}</code>" if index % 2 else piece for index, piece in enumerate(pieces)))

@@ -1,4 +1,4 @@
-"""The server of the page: 127.0.0.1 only, read-only, and nothing but a few files of the study's own folder.
+"""The server of the page. It listens on 127.0.0.1 only, writes nothing, and serves only a few files of the study's own folder.
 
 server = make_server(study, store, port=0)
 server.serve_forever()                      # until server.shutdown()
@@ -33,7 +33,7 @@ from tadistill.watch.machine import Machine
 from tadistill.watch.state import Watched
 
 HOSTS = ("localhost", "127.0.0.1", "[::1]")
-"""Names in the Host header that are answered. A page of another name in the same browser could otherwise read the study (DNS rebinding)."""
+"""Allowed names in the Host header. With another name, a foreign page in the same browser could read the study (DNS rebinding)."""
 FILES = {
     "report.html": "text/html",
     "report.md": "text/plain",
@@ -65,7 +65,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print errors of the page, but not that a reader has gone."""
+        """Print errors, except that the reader of the page has gone."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -85,13 +85,13 @@ class Server(ThreadingHTTPServer):
 
 
 def make_server(study: Path, store: Store, *, port: int) -> Server:
-    """Return a server that listens. Raises ConfigError if the port is not free; StoreError if the study's plan cannot be read."""
+    """Return a server that listens. Raises ConfigError if the port is not free, and StoreError if the study's plan cannot be read."""
     try:
         server = Server(study, store, port)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"port {port} of 127.0.0.1 cannot be used ({reason}); choose another with --port, or 0 for any free one"
+            f"port {port} of 127.0.0.1 cannot be used ({reason}); choose another one with --port, or give 0 for any free port"
         ) from error
     try:
         server.watched.look()
@@ -105,11 +105,11 @@ def serve(study: Path, store: Store, port: int, console: Console) -> None:
     """Serve the page until Ctrl-C, and print its address."""
     with make_server(study, store, port=port) as server:
         number = server.server_address[1]
-        console.print(
-            f"{study.resolve().name}: {server.url} (Ctrl-C ends the page; it changes nothing in the study)", highlight=False, soft_wrap=True
-        )
+        console.print(f"{study.resolve().name}: {server.url} (Ctrl-C ends the page, but not the study)", highlight=False, soft_wrap=True)
         tunnel = f"ssh -L {number}:localhost:{number} {platform.node()}"
-        console.print(f"from another machine: `{tunnel}`, then the same address there", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"from another machine: run `{tunnel}`, then open the same address there", highlight=False, markup=False, soft_wrap=True
+        )
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
 
@@ -181,12 +181,14 @@ class _Handler(BaseHTTPRequestHandler):
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Print nothing: the terminal of the command belongs to its user."""
+    def log_message(self, format: str, *args: Any) -> None: ...
 
 
 def read_file(study: Path, name: str) -> bytes | None:
-    """Return the content of a regular file of the study's folder; None if there is none, or if it is a link, which may lead elsewhere."""
+    """Return the content of a regular file of the study's folder.
+
+    Return None for a missing file, and for a link, which may lead elsewhere.
+    """
     try:
         descriptor = os.open(study / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError:
@@ -196,7 +198,7 @@ def read_file(study: Path, name: str) -> bytes | None:
 
 
 def same_user(address: str, client: int, *, port: int) -> bool:
-    """Return False if a connection from this address and port to `port` belongs to another user of this machine (known only on Linux).
+    """Return False if a connection from `address` and `client` belongs to another user of this machine (known only on Linux).
 
     A port of 127.0.0.1 is open to all users of a login node. The tunnel of ssh belongs to the user who opened it.
     """
@@ -210,5 +212,4 @@ def same_user(address: str, client: int, *, port: int) -> bool:
 
 
 def _hexadecimal(address: str) -> str:
-    """Return an IPv4 address as /proc/net/tcp writes it: the bytes of the machine's own order."""
     return f"{int.from_bytes(socket.inet_aton(address), sys.byteorder):08X}"

@@ -25,7 +25,7 @@ from tadistill.watch.logs import RunLog, TrainingLog
 
 _PAUSE = 1.0
 _SLURM_PAUSE = 15.0
-"""Seconds between two questions to Slurm, which all users of a cluster share."""
+"""Seconds between two questions to Slurm. All users of a cluster share Slurm, so questions must be rare."""
 _READING = 0.3
 """Seconds that one look may spend on reading logs."""
 _WORDS = {
@@ -37,12 +37,12 @@ _WORDS = {
     "completing": "running",
 }
 BAD = frozenset({"failed", "killed", "lost", "cancelled", "timeout", "out_of_memory", "node_fail", "preempted", "boot_fail", "deadline"})
-"""States of stages that need a person."""
+"""States of stages that a person must look at."""
 
 
 @dataclass(frozen=True)
 class StageState:
-    """One stage of the plan and what is known about it now."""
+    """One stage of the plan, and its present state."""
 
     key: str
     kind: str
@@ -51,9 +51,9 @@ class StageState:
     seed: int
     parents: Mapping[str, str]
     total: int
-    """The number of updates of a training stage; other stages count rows, or nothing (1)."""
+    """The number of updates of a training. Other stages count rows, or nothing (1)."""
     state: str = "waiting"
-    """done, running, waiting, queued, stopped, failed, killed, lost, or another state of Slurm in lower case."""
+    """One of done, running, waiting, queued, stopped, failed, killed, lost, or another state of Slurm in lower case."""
     note: str = ""
     """The newest numbers, or the reason why the stage failed or waits."""
     done: int = 0
@@ -73,7 +73,7 @@ class StageState:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The newest text that a student sampled in a training stage."""
+    """The newest text that a student sampled in one training."""
 
     step: int
     rows: tuple[tuple[str, str], ...]
@@ -88,7 +88,7 @@ class Moment:
     name: str
     at: float
     state: str
-    """running, queued, finished, killed, failed, interrupted or `not running`."""
+    """One of running, queued, finished, killed, failed, interrupted and `not running`."""
     stages: tuple[StageState, ...]
     runs: tuple[LocalRun, ...]
     left: float | None
@@ -98,7 +98,7 @@ class Moment:
     lines: tuple[str, ...]
     """The last lines of run.log."""
     unread: float
-    """The share of the logs' bytes that is not read yet."""
+    """The share of the logs' bytes that has not been read yet."""
     damaged: int
     """The number of lines of training logs that cannot be read."""
     problems: tuple[str, ...] = ()
@@ -121,7 +121,7 @@ class _Slurm:
 
 
 class Watched:
-    """A study whose files are looked at again and again. Several threads may share it."""
+    """A study whose files are read again and again. Several threads may share it."""
 
     def __init__(self, study: Path, store: Store):
         self.study, self.store = study, store
@@ -137,7 +137,7 @@ class Watched:
         self._job_logs: dict[Path, RunLog] = {}
 
     def look(self) -> Moment:
-        """Return the state now, or the state that was returned less than a second ago. Raises StoreError if plan.json cannot be read."""
+        """Return the state now, or the last state if it is less than a second old. Raises StoreError if plan.json cannot be read."""
         with self._lock:
             if self._moment is None or not 0 <= time.time() - self._moment.at < _PAUSE:
                 self._moment = self._look()
@@ -209,7 +209,6 @@ class Watched:
                 yield replace(stage, state="stopped" if stage.key in stopped else "waiting")
 
     def _manifest(self, key: str) -> dict[str, Any] | None:
-        """Return the manifest of a finished stage. It is read again only if it has changed."""
         path = self.store.folder(key) / MANIFEST
         try:
             changed = path.stat().st_mtime_ns
@@ -224,7 +223,6 @@ class Watched:
         return self._manifests[key][1]
 
     def _jobs(self, keys: list[str]) -> dict[str, Any]:
-        """Return the rows of stages that Slurm runs, at most 15 seconds old."""
         if time.monotonic() - self._slurm.at >= _SLURM_PAUSE:
             try:
                 self._slurm = _Slurm(job_rows(self.store, keys), "", time.monotonic())
@@ -238,7 +236,6 @@ class Watched:
         return self._slurm.rows
 
     def _ready(self, stages: tuple[StageState, ...]) -> tuple[StageState, ...]:
-        """Name what a waiting stage waits for, if this stage cannot finish by itself."""
         bad = {stage.key: stage for stage in stages if stage.state in BAD}
         behind: dict[str, str] = {}
         for stage in stages:  # parents come before children
@@ -293,7 +290,6 @@ class Watched:
 
 
 def _progress(stage: StageState, log: TrainingLog | None) -> StageState:
-    """Take the progress of a stage that has no record of its own from its log."""
     if stage.state == "done" or log is None or not log.rows or stage.done:
         return stage
     values = {name: log.newest[name] for name in ("train/loss", "train/tokens_per_second") if name in log.newest}
@@ -317,7 +313,6 @@ def _state(stages: tuple[StageState, ...], runs: list[LocalRun]) -> str:
 
 
 def _left(runs: list[LocalRun]) -> float | None:
-    """Return the predicted seconds until the newest running run is finished, counted from now."""
     for run in reversed(runs):
         if run.state == "running" and run.left is not None:
             return max(run.left - (time.time() - run.seen), 0.0)

@@ -254,7 +254,7 @@ def test_adapters_that_do_not_fit_are_found_before_anything_runs(monkeypatch):
         plan(models=models, method=method)
     found = preflight.importlib.util.find_spec
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
-    with pytest.raises(ConfigError, match=r"models\.s has lora, which needs `pip install 'tadistill\[lora\]'`"):
+    with pytest.raises(ConfigError, match=r"models\.s has `lora`, which needs `pip install 'tadistill\[lora\]'`"):
         preflight.check_study(validate(recipe(models=models)))
 
 

@@ -59,7 +59,7 @@ def test_bf16_halves_a_frozen_teacher(monkeypatch):
 def test_stages_at_the_same_time_are_counted_together(monkeypatch):
     monkeypatch.setattr(preflight, "available_memory", lambda: 1.5 * need(recipe()))
     with pytest.raises(
-        ModelError, match=r"\(distill l -> s, .*seed 1 .* \+ distill l -> s, .*seed 2 .*\) but .* set runtime.jobs=1 \(now 2\)"
+        ModelError, match=r"\(distill l -> s, .*seed 1 .* \+ distill l -> s, .*seed 2 .*\), but .* set runtime.jobs=1 \(now 2\)"
     ):
         check_study(recipe(jobs=2))
     assert check_study(recipe(jobs=1)) == 1
@@ -110,7 +110,7 @@ def test_models_that_keep_different_rows_are_named():
     found = splits.rows_notes({"a": read(0, 1, 2), "b": read(1, 2, 3)}, training=False)
     assert found[-1] == "own (test): the models are compared on the 2 rows that all of them keep"
     assert splits.rows_notes({"a": read(0, 1, 2, 3), "b": read(0, 1, 2, 3)}, training=False) == []
-    with pytest.raises(DataError, match=r"models a, b keep no common row of own"):
+    with pytest.raises(DataError, match=r"models a, b have no row of own in common"):
         splits.rows_notes({"a": read(0), "b": read(1)}, training=False)
 
 

@@ -92,7 +92,7 @@ def test_a_token_beyond_the_embeddings_is_named():
     check_inputs(recipe(load, short, short))  # it does not occur
     with open("odd.jsonl", "w", encoding="utf-8") as file:
         file.write(json.dumps({"instruction": "w1", "output": "extra"}) + "\n")
-    with pytest.raises(ModelError, match=r"models.s: .* token 'extra' of data set `odd` \(train\) the id 32, .* 32 tokens only"):
+    with pytest.raises(ModelError, match=r"models.s: .* token 'extra' of data set `odd` \(train\) the id 32, .* only 32 embeddings"):
         check_inputs(recipe(load, "./odd.jsonl", short))
 
 

@@ -178,7 +178,7 @@ def test_a_plan_that_is_damaged_later_is_said(folder, server):
 
 
 def test_a_port_in_use_and_a_plan_that_cannot_be_read(folder, server):
-    with pytest.raises(ConfigError, match="choose another with --port"):
+    with pytest.raises(ConfigError, match="choose another one with --port"):
         make_server(folder.study, folder.store, port=server.server_address[1])
     (folder.study / "plan.json").write_text("[]")
     with pytest.raises(StoreError, match=r"plan\.json"):

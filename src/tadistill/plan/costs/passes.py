@@ -248,10 +248,7 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
 
 @lru_cache
 def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """Return the work of one model in `rollout.lazy`. The model reads each token once, except the last token.
-
-    It computes logits once for each response token.
-    """
+    """Return the work of one model in `rollout.lazy`. It reads each token once, except the last, and predicts each one once."""
     rows = texts.drawn(count)
     total = Work()
     for start in range(0, len(rows), chunk):

@@ -76,10 +76,7 @@ class TrainingCost:
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add the metrics of sampled text (`train.watch`).
-
-        They are measured on the first rows of every tenth update, at most a hundred times.
-        """
+        """Add the metrics of sampled text (`train.watch`), for the first rows of every tenth update, at most a hundred times."""
         micro = self.optim.micro_batch or self.optim.batch
         times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))
         work = passes.training_batch(answers, micro)[0] * (min(micro, WATCHED_ROWS) / micro * times)
