@@ -16,6 +16,7 @@ from typing import Any
 
 from tadistill.cluster.job import jobs_folder
 from tadistill.cluster.status import job_rows, local_rows, planned_stages
+from tadistill.disk import damaged
 from tadistill.errors import ConfigError
 from tadistill.plan.graph import distinct_labels
 from tadistill.plan.specs import KINDS, TRAINING
@@ -172,15 +173,7 @@ class Watched:
     def _planned(self) -> tuple[StageState, ...]:
         changed = (self.study / "plan.json").stat().st_mtime if (self.study / "plan.json").is_file() else 0.0
         if changed != self._plan[0] or not changed:
-            found = planned_stages(self.study)
-            labels = distinct_labels((s["key"], s["label"], s.get("arms", ())) for s in found)
-            self._plan = (
-                changed,
-                tuple(
-                    StageState(s["key"], s["kind"], labels[s["key"]], s["model"], s["seed"], s["parents"], s.get("steps") or 1)
-                    for s in found
-                ),
-            )
+            self._plan = changed, _read_plan(self.study)
         return self._plan[1]
 
     def _states(self, planned: Iterable[StageState], runs: list[LocalRun]) -> Iterable[StageState]:
@@ -287,6 +280,17 @@ class Watched:
         for stage in stages:
             if stage.state == "done":
                 yield from (f"{stage.label}: {text}" for text in self._manifests[stage.key][1].get("alarms") or ())
+
+
+def _read_plan(study: Path) -> tuple[StageState, ...]:
+    found = planned_stages(study)
+    try:
+        labels = distinct_labels((s["key"], s["label"], s.get("arms", ())) for s in found)
+        return tuple(
+            StageState(s["key"], s["kind"], labels[s["key"]], s["model"], s["seed"], dict(s["parents"]), s.get("steps") or 1) for s in found
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(study / "plan.json", f"{type(error).__name__}: {error}", "run or submit the recipe again to rewrite it") from error
 
 
 def _progress(stage: StageState, log: TrainingLog | None) -> StageState:

@@ -59,9 +59,10 @@ def test_other_ends_of_a_run(folder):
 
 def test_a_study_that_was_never_run_and_a_damaged_plan(folder):
     assert look(folder).state == "not running"
-    (folder.study / "plan.json").write_text("{")
-    with pytest.raises(StoreError, match=r"plan\.json cannot be read"):
-        look(folder)
+    for plan in ("{", '{"stages": [{}]}', '{"stages": 3}'):
+        (folder.study / "plan.json").write_text(plan)
+        with pytest.raises(StoreError, match=r"plan\.json cannot be read"):
+            look(folder)
 
 
 def test_jobs_of_slurm(folder, monkeypatch):
