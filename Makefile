@@ -33,6 +33,7 @@ check: $(VENV)/.installed
 # the documentation as a site, in site/; `make docs-serve` shows it at http://127.0.0.1:8000 while you write
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	! grep -rnoE '<(script|link|img|iframe)[^>]*(src|href)="https?://[^"]*' site --include='*.html' # asks no other server
 
 docs-serve: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
