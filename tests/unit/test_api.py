@@ -1,7 +1,17 @@
-"""The Python API records the call that made its numbers."""
+"""The Python API: what it takes, what it returns, what it records, and its mistakes in sentences."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from rich.console import Console
+from tests.e2e.inprocess import run_here
 
+import tadistill
 from tadistill import api
 from tadistill.config import parse
 from tadistill.errors import ConfigError
@@ -48,3 +58,111 @@ def test_overrides_need_a_file(commands):
     with pytest.raises(ConfigError, match=r"overrides \['seeds=\[2\]'\] apply to a recipe's file"):
         api.run(parse(RECIPE, [], source="r.yaml"), ["seeds=[2]"])
     assert commands == []
+
+
+# --- a study that is run ------------------------------------------------------------------------------------------------
+
+TINY = """
+study: tiny
+seeds: [1]
+models:
+  a:
+    load: scratch:llama
+    tokenizer: tinyworld
+    config: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2, intermediate_size: 16,
+             max_position_embeddings: 64, tie_word_embeddings: true}
+    sft: {optim: {steps: 2, batch: 4}, select: {metric: last}}
+data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_prompt: 24, max_length: 64, limit: {train: 40, test: 4, dev: 4}}
+evaluate: {seeds: [1], max_new_tokens: 4, also: {}}
+analyse: false
+arms: {trained: a}
+"""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study of one stage and its evaluation, run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tadistill.runner.study.prepare", lambda: None)
+        patch.setattr("tadistill.runner.study.run_stages", run_here)
+        return tadistill.run(TINY, ["study=api"], runs=tmp_path_factory.mktemp("runs"))
+
+
+def test_a_study_has_rows_arms_and_a_page(study):
+    assert study.arms == ["trained"]
+    assert study.page.read_text(encoding="utf-8").startswith("<!")
+    row = next(row for row in study.rows if row["metric"] == "rouge_l")
+    assert (row["arm"], row["seed"], row["set"]) == ("trained", 1, "tinyworld")
+    assert study.directory.name == "api"
+
+
+def test_a_notebook_and_a_terminal_show_the_table(study):
+    assert "trained" in str(study)
+    assert f"report: {study.page}" in str(study).replace("\n", "")
+    assert "trained" in study._repr_html_()
+    assert study._repr_html_().startswith("<pre")
+    console = Console(record=True, width=100)
+    console.print(study)
+    assert "ROUGE-L" in console.export_text()
+
+
+def test_a_student_is_loaded_by_study_or_name(study):
+    model, tokenizer = tadistill.load_student(study, "trained", 1)
+    again, _ = tadistill.load_student("api", "trained", runs=study.directory.parent)
+    ids = torch.tensor([tokenizer("what is the favourite colour of bavan ?")["input_ids"]])
+    assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_a_plan_says_what_is_finished(study):
+    planned = tadistill.plan(yaml.safe_load(TINY), ["study=api"], runs=study.directory.parent)
+    assert [(stage["label"], stage["finished"]) for stage in planned.stages] == [("sft a, seed 1", True), ("evaluate sft a, seed 1", True)]
+    assert repr(planned) == "PlannedStudy('api', 2 stages)"
+    assert "sft a, seed 1" in planned._repr_html_()
+
+
+def test_plan_can_be_called_when_its_package_is_imported():
+    importlib.import_module("tadistill.plan.arms")
+    assert tadistill.plan(TINY).stages
+    assert "Nothing is run" in (tadistill.plan.__call__.__doc__ or "")
+
+
+def test_the_names_are_offered_and_others_are_not():
+    assert {"run", "plan", "evaluate", "compare", "load_student", "objectives"} <= {*dir(tadistill)}
+    with pytest.raises(AttributeError, match="has no attribute 'runn'"):
+        _ = tadistill.runn
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: tadistill.run(3), "a recipe is a path, the name of a shipped recipe, YAML text, a dict or a Recipe, and not a int"),
+        (lambda: tadistill.run(TINY, "seeds=[2]"), r"overrides are 'seeds=\[2\]'; give a list"),
+        (lambda: tadistill.run("study: x\nmodel: y\n"), "recipe, line 2: `model` is not a known key; did you mean `models`"),
+        (lambda: tadistill.plan("quikstart"), "did you mean `quickstart`"),
+        (lambda: tadistill.compare("gpt2"), "compare needs a list of two models or more"),
+        (lambda: tadistill.compare(["gpt2", "gpt2"]), "gpt2"),
+        (lambda: tadistill.load_student("nothing", "a", runs="nowhere"), "there is no study `nothing` in nowhere"),
+        (lambda: tadistill.evaluate("gpt2", None, "tinyworld"), "needs a loaded model and its tokenizer, but got str and NoneType"),
+    ],
+)
+def test_mistakes_are_sentences(call, said):
+    with pytest.raises(ConfigError, match=said):
+        call()
+
+
+def test_a_program_needs_no_guard(tmp_path):
+    """A program without `if __name__ == "__main__":`, here from standard input, starts its stages once."""
+    program = f"import tadistill\nprint('once')\nstudy = tadistill.run({TINY!r}, runs='runs')\nprint(study.rows[0]['arm'])\n"
+    ran = subprocess.run(
+        [sys.executable, "-"], input=program, capture_output=True, text=True, cwd=tmp_path, timeout=200, env=_environment(tmp_path)
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("once") == 1
+    assert ran.stdout.splitlines()[-1] == "trained"
+
+
+def _environment(cache: Path) -> dict[str, str]:
+    import os
+
+    source = Path(tadistill.__file__).parents[1]
+    return os.environ | {"PYTHONPATH": str(source), "TADISTILL_CACHE": str(cache)}

@@ -19,6 +19,7 @@ from tadistill.report.tables import Cell, mean_cell
 from tadistill.report.usage import usage
 from tadistill.results.actual import rows_text
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
+from tadistill.results.find import trained_model
 from tadistill.results.study import ArmRecord, load_manifest
 from tadistill.results.units import interval, number, parameters_text
 from tadistill.results.verdict import comparisons, pairs
@@ -35,7 +36,7 @@ def export(results: Results, arm: str, seed: int | None, target: Path, *, name: 
         ConfigError: the arm or the seed does not exist, the arm trains no model, or the target is not an empty directory.
         StoreError: the training is not finished, or a file cannot be copied.
     """
-    source, chosen = _trained_model(results, arm, seed)
+    source, chosen = trained_model(results.plan, results.store, arm, seed)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not an empty directory; name a new directory to export to")
     card = model_card(results, arm, chosen, source, name or str(target))
@@ -47,31 +48,6 @@ def export(results: Results, arm: str, seed: int | None, target: Path, *, name: 
         raise StoreError(f"{source} cannot be copied to {target} ({error}): check its permissions and free space") from error
     write_text(target / "README.md", card)
     return target
-
-
-def _trained_model(results: Results, name: str, seed: int | None) -> tuple[Path, int]:
-    plan, store = results.plan, results.store
-    arm = next((arm for arm in plan.arms if arm.name == name), None)
-    if arm is None:
-        raise ConfigError(f"study {plan.study} has no arm `{name}`; its arms are {', '.join(arm.name for arm in plan.arms)}")
-    if seed is None:
-        finished = {s for s, key in arm.final.items() if key is not None and store.finished(key)}
-        seed = arm.first_seed(finished)
-    if seed not in arm.final:
-        raise ConfigError(f"arm {name} has no seed {seed}; its seeds are {', '.join(map(str, sorted(arm.final)))}")
-    key = arm.final[seed]
-    if key is None:
-        raise ConfigError(
-            f"arm {name} only uses model {arm.model} and does not train it, so there is nothing to export; "
-            "choose an arm that trains a model"
-        )
-    folder = store.folder(key) / "model"
-    if not store.finished(key):
-        raise StoreError(f"arm {name} with seed {seed} is not trained yet (stage {key}): run `{plan.command}` to finish it")
-    store.check([key], [name for name in store.manifest(key).get("files", ()) if name.startswith("model/")])
-    if not folder.is_dir():
-        raise StoreError(f"{folder} does not exist: delete the stage's directory and run `{plan.command}` again")
-    return folder, seed
 
 
 def model_card(results: Results, arm_name: str, seed: int, folder: Path, name: str) -> str:

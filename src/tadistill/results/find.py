@@ -1,12 +1,17 @@
-"""Find studies on this disk, and read their names and the names of their arms."""
+"""Find studies, their arms and their trained models on this disk."""
 
 import difflib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tadistill.config.load import study_in
 from tadistill.config.shipped import located
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, StoreError
+from tadistill.store import Store
+
+if TYPE_CHECKING:
+    from tadistill.results.study import StudyPlan
 
 
 def find_study(study: str, root: Path) -> Path:
@@ -36,3 +41,36 @@ def arms(study_dir: Path) -> list[str]:
         return [arm["name"] for arm in json.loads((study_dir / "plan.json").read_text(encoding="utf-8"))["arms"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def trained_model(plan: "StudyPlan", store: Store, name: str, seed: int | None) -> tuple[Path, int]:
+    """Return the directory of an arm's trained model in the store, and its training seed. Its files are checked.
+
+    Args:
+        seed: a training seed; None selects the recipe's first finished seed.
+
+    Raises:
+        ConfigError: the arm or the seed does not exist, or the arm trains no model.
+        StoreError: the training is not finished, or a file has changed.
+    """
+    arm = next((arm for arm in plan.arms if arm.name == name), None)
+    if arm is None:
+        raise ConfigError(f"study {plan.study} has no arm `{name}`; its arms are {', '.join(arm.name for arm in plan.arms)}")
+    if seed is None:
+        finished = {s for s, key in arm.final.items() if key is not None and store.finished(key)}
+        seed = arm.first_seed(finished)
+    if seed not in arm.final:
+        raise ConfigError(f"arm {name} has no seed {seed}; its seeds are {', '.join(map(str, sorted(arm.final)))}")
+    key = arm.final[seed]
+    if key is None:
+        raise ConfigError(
+            f"arm {name} only uses model {arm.model} and does not train it, so there is nothing to export; "
+            "choose an arm that trains a model"
+        )
+    folder = store.folder(key) / "model"
+    if not store.finished(key):
+        raise StoreError(f"arm {name} with seed {seed} is not trained yet (stage {key}): run `{plan.command}` to finish it")
+    store.check([key], [name for name in store.manifest(key).get("files", ()) if name.startswith("model/")])
+    if not folder.is_dir():
+        raise StoreError(f"{folder} does not exist: delete the stage's directory and run `{plan.command}` again")
+    return folder, seed

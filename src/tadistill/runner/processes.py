@@ -19,9 +19,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any
 
 from tadistill.errors import ConfigError, Interrupted, StageFailed, TadistillError
@@ -32,7 +34,7 @@ from tadistill.runner.interruption import StopFlag, held, release
 Message = tuple[int, int, str] | str
 """Progress (done, total, text), or the text of an alarm."""
 
-_PRELOADED = ["__main__", "tadistill.cli", "tadistill.runner.preload"]  # cli, because a process runs the imports of the main script again
+_PRELOADED = ["tadistill.runner.preload"]
 _LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables that another launcher may have set (a Slurm shell, torchrun). The processes of this module do not use them."""
 _STOP = "stop"
@@ -48,9 +50,20 @@ def prepare() -> Any:
     context.set_forkserver_preload(_PRELOADED)
     with held():  # neither process has handlers for all signals
         resource_tracker.ensure_running()  # in a block of its own, because it unblocks two of the signals
-    with held():
+    with held(), _without_main():
         forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the main module while a process starts, which would import it: a script without `if __name__ == "__main__":` would run again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 class StageProcesses:
@@ -74,16 +87,14 @@ class StageProcesses:
                 own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(task, own, max(1, threads // world), theirs), name=task.label)
-                with held():
+                with held(), _without_main():
                     process.start()
                 theirs.close()
                 self._processes.append(process)
                 self._pipes[ours] = rank
         except (EOFError, OSError) as error:
             self.end()
-            raise StageFailed(
-                f"the stage's process cannot be started ({error}); a script must call tadistill.run under `if __name__ == '__main__':`"
-            ) from error
+            raise StageFailed(f"the stage's process cannot be started ({error}); run the same command again") from error
 
     @property
     def sources(self) -> list[Any]:
