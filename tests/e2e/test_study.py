@@ -52,8 +52,9 @@ def manifests(runs: Path) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    program = [sys.executable, "-m", "tadistill", *command(runs)]  # as a user does
-    done = subprocess.run(program, capture_output=True, text=True, timeout=600, check=False)
+    program = runs / "program.py"  # as a user does, and without `if __name__ == "__main__":`
+    program.write_text("from tadistill.cli import main\nmain()\n")
+    done = subprocess.run([sys.executable, str(program), *command(runs)], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return runs
 

@@ -1,9 +1,6 @@
 """The Python API: what it takes, what it returns, what it records, and its mistakes in sentences."""
 
 import importlib
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -72,7 +69,8 @@ models:
     config: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2, intermediate_size: 16,
              max_position_embeddings: 64, tie_word_embeddings: true}
     sft: {optim: {steps: 2, batch: 4}, select: {metric: last}}
-data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_prompt: 24, max_length: 64, limit: {train: 40, test: 4, dev: 4}}
+data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_prompt: 24, max_length: 64,
+       limit: {train: 40, test: 4, dev: 4}}
 evaluate: {seeds: [1], max_new_tokens: 4, also: {}}
 analyse: false
 arms: {trained: a}
@@ -148,21 +146,3 @@ def test_the_names_are_offered_and_others_are_not():
 def test_mistakes_are_sentences(call, said):
     with pytest.raises(ConfigError, match=said):
         call()
-
-
-def test_a_program_needs_no_guard(tmp_path):
-    """A program without `if __name__ == "__main__":`, here from standard input, starts its stages once."""
-    program = f"import tadistill\nprint('once')\nstudy = tadistill.run({TINY!r}, runs='runs')\nprint(study.rows[0]['arm'])\n"
-    ran = subprocess.run(
-        [sys.executable, "-"], input=program, capture_output=True, text=True, cwd=tmp_path, timeout=200, env=_environment(tmp_path)
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("once") == 1
-    assert ran.stdout.splitlines()[-1] == "trained"
-
-
-def _environment(cache: Path) -> dict[str, str]:
-    import os
-
-    source = Path(tadistill.__file__).parents[1]
-    return os.environ | {"PYTHONPATH": str(source), "TADISTILL_CACHE": str(cache)}
