@@ -139,7 +139,7 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Write values to a JSON Lines file, one value per line, as they come. The file is replaced atomically, as in `write_text`."""
+    """Write values to a JSON Lines file, one value per line. The file is replaced atomically, as in `write_text`."""
     with _own_file(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -188,7 +188,7 @@ def publishing(target: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, *, fix: str = "delete its directory and run the recipe again") -> Any:
-    """Parse a JSON file. Raises StoreError if the file is missing or damaged. The error names the file and ends with `fix`."""
+    """Parse a JSON file. Raises StoreError if the file is missing or damaged. `fix` is the last part of the message."""
     try:
         return json.loads(_text(path, fix))
     except ValueError as error:
@@ -203,7 +203,7 @@ def read_jsonl(path: Path, *, fix: str = "delete its directory and run the recip
 def stream_jsonl(
     path: Path, *, fix: str = "delete its directory and run the recipe again", start: int = 0
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (place, object) of each line of a JSON Lines file, from the place `start` on. A place is a number of bytes.
+    """Yield (offset, object) for each line of a JSON Lines file. It begins at the offset `start`. Offsets are in bytes.
 
     Empty lines are skipped. Raises StoreError if the file is missing or damaged.
     """

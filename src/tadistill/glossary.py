@@ -1,6 +1,6 @@
-"""The words of reports and documentation, each with one sentence.
+"""The glossary of reports and documentation, with one sentence per word.
 
-The page explains them on hover, and `docs/reference/glossary.md` lists them.
+The report shows a sentence when the mouse is over its word. `docs/reference/glossary.md` lists all of them.
 """
 
 from tadistill.metrics import METRICS, PERCENT, POINTS
@@ -64,7 +64,7 @@ GLOSSARY: dict[str, str] = {
 
 
 def metric_text(name: str) -> str:
-    """Return what a metric means, its range and its direction, such as ``… From 0 to 100 %; higher is better.``"""
+    """Return the meaning of a metric with its range and its direction, such as ``… From 0 to 100 %; higher is better.``"""
     metric = METRICS[name.partition("@")[0].partition("/")[0]]
     meaning = GLOSSARY.get(metric.title, f"{metric.title}, a metric of this study's own code.")
     sign = " %" if metric.unit == PERCENT else ""

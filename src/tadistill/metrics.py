@@ -144,7 +144,7 @@ def metric_unit(name: str) -> str:
 
 
 def training_text(loss: float, tokens_per_second: float) -> str:
-    """Return the progress of a training stage as text."""
+    """Return the progress of a training as text: its loss and its tokens per second."""
     return f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
 
 
@@ -152,6 +152,6 @@ _TRAINING = re.compile(r"loss (-?[\d.]+), ([\d,]+) tokens/s")
 
 
 def training_numbers(text: str) -> tuple[float, float] | None:
-    """Return loss and tokens per second that `training_text` wrote; None for another text."""
+    """Return loss and tokens per second from a text of `training_text`. Return None for any other text."""
     found = _TRAINING.match(text)
     return (float(found[1]), float(found[2].replace(",", ""))) if found else None

@@ -36,7 +36,10 @@ class OwnFunction:
     call: Callable[..., Any]
 
     def check(self, how: str, *positions: str, **settings: Any) -> None:
-        """Raise a ConfigError if the function cannot be called with these arguments. `how` is the part of the message in front of them."""
+        """Raise a ConfigError if the function cannot be called with these arguments.
+
+        The message contains `how`, such as "a metric is called with".
+        """
         try:
             signature = inspect.signature(self.call)
         except ValueError:  # a function of C has none

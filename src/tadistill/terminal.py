@@ -29,8 +29,8 @@ Detail = Literal["problems", "progress", "everything"]
 class Terminal(Console):
     """A rich console that prints control characters as visible escapes, so that only rich itself moves the cursor.
 
-    With `events` (`--log json`), stdout gets one JSON object for each event, and all other text goes to stderr. Its documentation is
-    in docs/concepts/interruptions.md.
+    With `events` (`--log json`), stdout gets one JSON object for each event, and all other text goes to stderr.
+    docs/concepts/interruptions.md describes the events.
     """
 
     def __init__(self, *, detail: Detail = "progress", events: bool = False, **given: Any):
@@ -38,13 +38,13 @@ class Terminal(Console):
         self.detail, self.events = detail, events
 
     def event(self, name: str, **facts: Any) -> None:
-        """Write an event as one line of JSON, if events are wanted."""
+        """Write an event as one line of JSON. Without `--log json`, nothing is written."""
         if self.events:
             sys.stdout.write(json.dumps({"event": name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}) + "\n")
             sys.stdout.flush()
 
     def note(self, text: str, *, problem: bool = False) -> None:
-        """Print a sentence, unless `--quiet` leaves it out because it is no problem. With `--log json` it is an event `note`."""
+        """Print a sentence. With `--quiet`, only problems are printed. With `--log json`, the sentence is an event `note`."""
         if self.events:
             self.event("note", text=text)
         elif problem or self.detail != "problems":
@@ -52,7 +52,7 @@ class Terminal(Console):
 
     @contextmanager
     def working(self, text: str) -> Iterator[None]:
-        """Show a moving sign with a text on a screen, while a command works that has nothing else to show."""
+        """Show a moving sign with a text on a screen, while a command works and shows nothing else."""
         if not self.is_interactive or self.detail == "problems" or self.events:
             yield
         else:

@@ -110,7 +110,7 @@ class Observation:
 
 
 def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
-    """Raise a ConfigError unless a path has one edge for each pair of neighbours, in order."""
+    """Raise a ConfigError unless a path has one edge (teacher and learner) for each pair of neighbours, in order."""
     if len(path) < 2 or [(e.teacher, e.learner) for e in edges] != list(pairwise(path)):
         raise ConfigError(f"path {path_text(path)} needs at least two models, and one edge for each pair of neighbours, in order")
 
@@ -193,7 +193,7 @@ def _origin(models: Mapping[str, ModelConfig], name: str) -> str:
 
 
 def edge_record(edge: Edge) -> dict[str, Any]:
-    """Convert an edge to a dict that can be written as JSON. `load_measures` reads it."""
+    """Convert an edge (teacher, learner and measures) to a dict for JSON. `load_measures` reads it."""
     return {"teacher": edge.teacher, "learner": edge.learner, "measures": asdict(edge.measures)}
 
 
@@ -210,7 +210,7 @@ def load_measures(study_dir: Path) -> dict[tuple[str, str], EdgeMeasures]:
 
 
 def path_edges(path: tuple[str, ...], parameters: Mapping[str, int], measures: Mapping[tuple[str, str], EdgeMeasures]) -> tuple[Edge, ...]:
-    """Return an edge with its measures for each pair of neighbours in a path. Size ratios are computed from `parameters`."""
+    """Return an edge (teacher, learner and measures) for each pair of neighbours in a path. Size ratios come from `parameters`."""
     return tuple(
         Edge(a, b, replace(measures.get((a, b), EdgeMeasures()), size_ratio=parameters[a] / parameters[b])) for a, b in pairwise(path)
     )

@@ -104,12 +104,12 @@ def _markup(figure: Chart | None) -> Markup | None:
 
 
 def heatmap(measures: Measures, field: str, *, two_sided: bool = False, most: float | None = None, decimals: int = 3) -> Chart:
-    """Draw one measure of all pairs. Teachers are in rows and learners in columns. The colour shows the mean, and the text adds its error.
+    """Draw one measure of all pairs, with teachers in rows and learners in columns. The text adds the standard error to the mean.
 
     Args:
         two_sided: show values below 0 in red and values above 0 in blue.
         most: the value with the strongest colour; by default the largest absolute mean.
-        decimals: decimals of the text.
+        decimals: number of decimals in the text.
     """
     names = [m.name for m in measures.models]
     teachers, learners = names[:-1], names[1:]

@@ -71,7 +71,7 @@ def hop_weights(hops: int, carry: float) -> list[float]:
 
 
 def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) -> dict[str, float | None]:
-    """Return, for each measure, the weighted sum of the gaps over a path's hops minus the direct hop's gap. `cost` is a logarithm."""
+    """Return, for each measure, the weighted sum of the gaps along a path, minus the gap of direct distillation. `cost` is a logarithm."""
     found: dict[str, float | None] = {"cost": log(cost)}
     of_chain, weights = [gaps(e.measures) for e in edges], hop_weights(len(edges), carry)
     for name, base in gaps(direct.measures).items():

@@ -59,7 +59,7 @@ _NOT_STARTED = StatusRow("", "", "not started", "", "")
 
 
 def local_rows(run: LocalRun) -> dict[str, StatusRow]:
-    """Return the rows of the stages that a run on a machine started or that failed in it, by key and without labels."""
+    """Return the status rows of the stages that a run on a machine started, by key and without labels."""
     failed = {key: StatusRow("", run.name, "failed", "", reason) for key, reason in run.failed.items()}
     state = run.state
     if state not in ("running", "dead"):
@@ -69,7 +69,7 @@ def local_rows(run: LocalRun) -> dict[str, StatusRow]:
 
 
 def job_rows(store: Store, keys: Iterable[str]) -> dict[str, StatusRow]:
-    """Return the rows of those unfinished stages that were submitted to Slurm, by key and without labels; `last` is a reason or empty.
+    """Return the status rows of the unfinished stages that were submitted to Slurm, by key and without labels.
 
     Raises ConfigError if there are such stages and squeue does not answer.
     """

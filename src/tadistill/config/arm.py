@@ -1,6 +1,6 @@
 """The arms of a recipe, their training budgets, and the search for a path.
 
-An arm gives a path of models, in which each model teaches the next one.
+An arm is a named path of models, in which each model teaches the next one.
 """
 
 import re
@@ -153,7 +153,7 @@ class Arm(Strict):
 
     @property
     def like(self) -> tuple[float | None, str] | None:
-        """The arm that `compute` names, and the factor on its FLOPs. The factor is None for `as ARM`. None without `compute`."""
+        """The arm that `compute` names, and the factor on its FLOPs. The factor is None for `as ARM`. Both are None without `compute`."""
         found = _COMPUTE.fullmatch(self.compute) if self.compute else None
         return (float(found["times"]) if found["times"] else None, found["arm"]) if found else None
 
@@ -186,7 +186,7 @@ class Budgets(Strict):
     """Training budgets at which arms are compared. Each arm is trained once for each budget, with its updates and its warmup scaled.
 
     Arm `chain` becomes the arms `chain-1x`, `chain-2x` … with `compute: 1x direct` …, where `direct` is the arm in `of`. The arm in `of`
-    itself stays, as its own budget of 1x.
+    stays as it is, and has the budget 1x.
     """
 
     text_sets: ClassVar[str] = "times"
@@ -210,10 +210,10 @@ class Budgets(Strict):
         return times
 
     def expand(self, arms: dict[str, Arm]) -> dict[str, Arm]:
-        """Return the arms with their budgets. Arms that are already expanded stay.
+        """Return the arms with one arm for each budget. Arms that already have budgets are not changed.
 
         Raises:
-            ValueError: a name is not that of an arm that can be trained at several budgets, or a new name is taken.
+            ValueError: an arm does not exist or cannot be trained at several budgets, or a new name is already used.
         """
         able = [name for name, arm in arms.items() if arm.compute is None and (arm.learners or arm.objective)]
         of = self.of or next((name for name in able if len(arms[name].learners) == 1 and len(arms[name].last) == 2), None)
@@ -243,7 +243,7 @@ class Budgets(Strict):
 
 
 def budget_of(name: str, compute: str | None) -> tuple[str, float] | None:
-    """Return the arm and the budget from which `Budgets.expand` made the arm `name`; None if it made no such arm."""
+    """Return the arm and the budget from which `Budgets.expand` made the arm `name`. Return None if it did not make this arm."""
     found = _COMPUTE.fullmatch(compute) if compute else None
     if found is None or not found["times"]:
         return None

@@ -53,7 +53,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
 
 
 def read(recipe: str | Path) -> tuple[str, Path]:
-    """Return the text of a recipe and the folder of its file. The recipe is a path, or the name of a shipped one (`config.shipped`).
+    """Return the text of a recipe and the folder of its file. `recipe` is a path, or the name of a recipe of the package.
 
     Raises:
         ConfigError: there is no such recipe, or it cannot be read.

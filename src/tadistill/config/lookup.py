@@ -1,4 +1,4 @@
-"""Find what a word in a recipe means: a key by its name or place, a type, a method, a value."""
+"""Find the meaning of a word in a recipe. The word is a key (by its name or place), a type, a method or a value."""
 
 import difflib
 import re

@@ -203,7 +203,7 @@ class Taid(Divergence):
     @model_validator(mode="after")
     def _check(self):
         if self.end < self.start:
-            raise ValueError(f"end {self.end} is below start {self.start}, but t never falls; raise `end`")
+            raise ValueError(f"end {self.end} is below start {self.start}, but the weight never falls during training; raise `end`")
         return self
 
 

@@ -27,7 +27,7 @@ def shipped() -> dict[str, Path]:
 
 
 def summary(recipe: Path) -> str:
-    """Return the first line of a recipe's header comment, without the `#`."""
+    """Return the first line of the comment at the top of a recipe, without the `#`."""
     with recipe.open(encoding="utf-8") as lines:
         return next(lines, "").strip().lstrip("#").strip()
 

@@ -53,7 +53,7 @@ def written_out(value: Any, *, string: str, name: str) -> Any:
 
 
 def no_method(name: Any) -> str:
-    """Return the sentence for a name that is not the name of a method."""
+    """Return the error sentence for a name that is not the name of a method."""
     close = difflib.get_close_matches(str(name).lower(), METHODS, n=1, cutoff=0.5)
     hint = f"did you mean `{close[0]}`? The" if close else "the"
     return f"`{name}` is not a method; {hint} methods are {', '.join(METHODS)}"

@@ -107,7 +107,7 @@ def references(encoded: Seq[Encoded]) -> Seq[Sequence]:
 
 
 def responses(file: Path) -> Seq[Sequence]:
-    """Return the prompts and responses in a JSON Lines file. A row is read when it is asked for; here each is only checked.
+    """Return the prompts and responses in a JSON Lines file. All rows are checked now, but each is read only when it is used.
 
     Raises:
         StoreError: the file is missing or damaged.

@@ -1,4 +1,4 @@
-"""Find or download data sets on the Hugging Face Hub, send models to it, and describe the Hub's errors in one sentence.
+"""Find, download or upload files on the Hugging Face Hub. Its errors become one sentence.
 
 cached("tatsu-lab/alpaca", "main")                     # folder of the downloaded repository, or None if it is not on this disk
 download("MiniLLM/dolly", "main", file="raw.jsonl")    # path of this file, from the cache or the network
@@ -122,7 +122,7 @@ def explained(error: type[TadistillError], kind: str, repository: str, revision:
 
 
 def full_name(repository: str) -> str:
-    """Return the id of a model repository to which this machine's token may send: `NAME` becomes `USER/NAME`.
+    """Return the id of a model repository on the Hub, as USER/NAME. The user of this machine's token is added to a plain NAME.
 
     Raises:
         ModelError: the name is not valid, there is no token, the Hub does not accept the token, or the Hub cannot be reached.
@@ -137,12 +137,12 @@ def full_name(repository: str) -> str:
 
 
 def push(folder: Path, repository: str, *, private: bool, message: str) -> str:
-    """Send a directory to a model repository of the Hub in one commit, and return the address of its page.
+    """Upload a directory to a model repository of the Hub in one commit. Return the address of its page.
 
-    The repository is made if it does not exist; `private` has no effect on one that exists. Files that are only there stay there.
+    A missing repository is created. `private` has no effect on an existing one. Other files in the repository stay there.
 
     Raises:
-        ModelError: the token may not do this, or the Hub cannot be reached.
+        ModelError: the token has no permission, or the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
 

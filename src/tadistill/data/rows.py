@@ -216,11 +216,11 @@ def _references(answer: Any, choices: tuple[str, ...], where: str) -> tuple[str,
 
 
 def beyond_ascii(text: str) -> float:
-    """Return the share of the letters, digits and symbols (such as emoji) of a text that are not ASCII, 0-1."""
+    """Return the share (0-1) of a text's letters, digits and symbols that are not ASCII."""
     found = [c for c in text.lower() if c.isalnum() or is_symbol(c)]
     return sum(not c.isascii() for c in found) / len(found) if found else 0.0
 
 
 def is_symbol(c: str) -> bool:
-    """Return True for a symbol that is not ASCII, such as an emoji or an arrow; not for punctuation."""
+    """Return True for a symbol that is not ASCII, such as an emoji or an arrow. Return False for punctuation."""
     return not c.isascii() and unicodedata.category(c)[0] == "S"

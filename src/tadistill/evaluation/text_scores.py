@@ -88,10 +88,10 @@ def unseen(references: Sequence[Sequence[str]]) -> float:
 
 
 def rouge_l_unicode(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Return Rouge-L over words of any script, the best over a prediction's references, times 100. On ASCII text it equals `rouge_l`.
+    """Return Rouge-L over words of any script, times 100. The best reference counts. On ASCII text it equals `rouge_l`.
 
-    A word is a run of letters, marks and digits after NFKC and lower case. Scripts without spaces between words (Chinese, Japanese, Thai,
-    Lao, Khmer, Burmese, Tibetan) and symbols that are not ASCII (emoji, arrows) have one word per character. Only ASCII words are stemmed.
+    A word is a run of letters, marks and digits, after NFKC and lower case. Each character is a word in scripts without spaces (Chinese,
+    Japanese, Thai, Lao, Khmer, Burmese, Tibetan), and so is each symbol that is not ASCII, such as an emoji. Only ASCII words are stemmed.
 
     Raises:
         DataError: the lengths differ, or a prediction has no reference.

@@ -81,7 +81,7 @@ def check_files(directory: Path, load: str) -> None:
 
 
 def is_pointer(path: Path) -> bool:
-    """Return True if Git LFS has left its pointer in the place of a file."""
+    """Return True if the file is only a pointer of Git LFS."""
     with path.open("rb") as file:
         return file.read(len(_POINTER)) == _POINTER
 

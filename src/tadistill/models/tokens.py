@@ -78,7 +78,7 @@ def of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Tokens
 
 
 def read(model: Path | None, tokenizer: Path) -> Tokens:
-    """Return the tokens of a model's directory (None for random weights) and a tokenizer's. Raises ModelError as `check_ends` does."""
+    """Return the tokens of a model's directory and a tokenizer's directory. `model` is None for random weights. May raise ModelError."""
     if model:
         check_ends(model, str(model))
     settings, added, vocabulary, first = _tokenizer(tokenizer)
@@ -104,10 +104,10 @@ def read(model: Path | None, tokenizer: Path) -> Tokens:
 
 
 def check_ends(directory: Path, load: str) -> None:
-    """Check the tokens that end an answer in the generation config of the model `load`.
+    """Check that the tokens that end an answer in the generation config are tokens of the model `load`.
 
     Raises:
-        ModelError: one of them is no token of the model.
+        ModelError: one of them is not a token of the model.
     """
     given, config = _read(directory / "generation_config.json").get("eos_token_id"), _read(directory / "config.json")
     inner = config.get("text_config")

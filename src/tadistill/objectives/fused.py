@@ -220,7 +220,6 @@ class _Plan:
     grad: bool  # True if the caller has gradients on; inside an autograd function they are always off
 
     def operand(self, states: Tensor, head: Head) -> Tensor:
-        """Return the head's matrix (width, H), in the dtype of its product with `states`."""
         dtype = self.autocast if self.autocast and states.dtype != torch.float64 else states.dtype
         return head.weight.detach()[: self.width].to(dtype)
 
@@ -245,8 +244,6 @@ class _FusedHead(torch.autograd.Function):
 
 
 class _Gradients:
-    """The gradients of hidden states, head and bias, summed over the tiles."""
-
     def __init__(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, of_hidden: bool):
         dtype = wide(hidden.dtype)
         self.hidden = torch.zeros_like(hidden, dtype=dtype) if of_hidden else None
@@ -255,7 +252,6 @@ class _Gradients:
         self.wanted = of_hidden or weight is not None or bias is not None
 
     def add(self, rows: slice, slope: Tensor, hidden: Tensor, operand: Tensor) -> None:
-        """Add a tile. `slope` (n, width) is the gradient of its logits before scale and softcap."""
         width = slope.shape[1]
         narrow = slope.to(operand.dtype)
         if self.hidden is not None:
@@ -300,7 +296,6 @@ def _run(plan: _Plan, hidden: Tensor, grads: _Gradients) -> tuple[Tensor, Tensor
 
 
 def _small(plan: _Plan, logits: Tensor, teachers: list[Any], inside: slice, start: int, wanted: bool) -> Tensor:
-    """Return the values (K, n) of a small tile. Its logits are overwritten by the gradient of their weighted sum."""
     rows = slice(start + inside.start, start + inside.stop)
     targets = tuple(
         t.head.shape(tile[inside]) if isinstance(t, Hidden) else select(tile, inside)
@@ -329,7 +324,6 @@ def _rows(count: int, bytes_per_row: int, enough: int) -> int:
 
 
 def _project(hidden: Tensor, operand: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Write the logits into the first rows of `out`, and return these rows."""
     logits = out[: len(hidden)]
     if operand.dtype == out.dtype:
         torch.mm(hidden, operand.t(), out=logits)

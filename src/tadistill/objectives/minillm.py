@@ -1,13 +1,13 @@
 """MiniLLM's loss (Gu et al. 2024, arXiv 2306.08543): a policy gradient on returns, and an exact single-step term.
 
-Let text y be drawn from p~, which is the student at the time of sampling (q_old) or its mixture with the teacher p. With
-ratio = q(y_t) / p~(y_t), the paper's loss at token t (Eq. 7, Algorithm 1) is
+The text y is sampled from p~. This policy is either q_old (the student at the time of sampling), or a mixture of q_old and the teacher
+p. With ratio = q(y_t) / p~(y_t), the paper's loss at token t (Eq. 7, Algorithm 1) is
 
     -A_t min(ratio, clip(ratio))  +  min(ratio, clip(ratio)) KL(q || p)         `policy_gradient` + `single_step`
 
-where the advantage A_t is the length-normalised sum of the later rewards log p(y_s) - log q_old(y_s) (`returns`, Eq. 3 and 6). No gradient
-goes through A_t, nor through the ratio in front of the KL. The functions' parameters also give the loss of the released code, which differs
-(docs/concepts/minillm.md lists the differences). `tadistill.train.step` joins these functions with the models and the configuration.
+The advantage A_t is the length-normalised sum of the later rewards log p(y_s) - log q_old(y_s) (`returns`, Eq. 3 and 6). No gradient
+goes through A_t, nor through the ratio in front of the KL. docs/concepts/minillm.md lists where the released code differs from the paper.
+The functions' parameters select either of the two. `tadistill.train.step` builds a batch's loss from these functions.
 
 Axes: B sequences, T positions.
 """

@@ -90,7 +90,7 @@ class TokenTerm:
         return True
 
     def with_slope(self, logits: Tensor, teachers: Sequence[Any], rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the values (n,) and their slope (n, V)."""
+        """Return the values (n,) and their gradients in the logits (n, V)."""
         return token_loss_with_slope(logits, self.tokens[rows], lambda log_q: self._loss(log_q, rows))
 
     def _loss(self, log_q: Tensor, rows: slice) -> Tensor:

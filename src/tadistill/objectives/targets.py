@@ -73,7 +73,7 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits (..., V) of the whole vocabulary."""
+        """Return the logits (..., V) for hidden states (..., H)."""
         return self.shape(torch.nn.functional.linear(hidden, self.weight, self.bias))
 
 
@@ -93,10 +93,10 @@ class Hidden:
 class TargetMixture:
     """Several teachers as one target distribution (dense guidance).
 
-    At a given prefix, the mean of the reverse KLs to the teachers is the reverse KL to their geometric mixture plus a constant. The mean of
-    the forward KLs is the forward KL to their arithmetic mixture plus a constant.
+    A mean of reverse KLs to the teachers equals the reverse KL to their geometric mixture, plus a constant. A mean of forward KLs equals
+    the forward KL to their arithmetic mixture, plus a constant. docs/reference/objectives.md has the proofs.
 
-    Source: Son et al. 2021 (DGKD) for dense guidance and its stochastic dropping; the identities are in docs/reference/objectives.md.
+    Source: Son et al. 2021 (DGKD), for dense guidance and for `drop`.
     """
 
     kind: Literal["geometric", "arithmetic"]
@@ -265,7 +265,7 @@ class TeacherTerm:
         return self.divergence in WITH_SLOPE and not any(isinstance(t, TopK) for t in teachers)
 
     def with_slope(self, logits: Tensor, teachers: Sequence[Tensor | TopK], rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the values (n,) and their slope (n, V)."""
+        """Return the values (n,) and their gradients in the student's logits (n, V)."""
         student, teacher, temperature = self._sides(logits, teachers)
         return WITH_SLOPE[self.divergence](student, teacher, temperature=temperature, **self._arguments(rows))
 

@@ -134,12 +134,12 @@ class Loaded(Part):
 
     @property
     def source(self) -> str:
-        """The source of the weights on this machine."""
+        """The place of the weights on this machine: `at` if it is set, else `load`."""
         return self.at or self.load
 
     @property
     def tokenizer_source(self) -> str:
-        """The source of the tokenizer on this machine."""
+        """The place of the tokenizer on this machine: `tokenizer_at` if it is set, else the recipe's source."""
         return self.tokenizer_at or self.tokenizer or self.source
 
 

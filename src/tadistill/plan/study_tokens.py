@@ -168,7 +168,7 @@ class StudyTokens:
 
     @cached_property
     def bos_matters(self) -> bool:
-        """True if there are texts that no chat template writes."""
+        """True if some texts are not written by a chat template. Only then does the study decide about BOS."""
         data = self.recipe.data
         return data.corpus is not None or "prompt" in self._forms or (data.template != "chat" and "instruction" in self._forms)
 

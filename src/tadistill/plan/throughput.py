@@ -39,9 +39,9 @@ def _processor() -> str:
 
 
 def measured_throughput(ledger: Mapping[str, Any]) -> dict[str, float]:
-    """Return the FLOP/s of each span, a part of the training loop. `ledger` is a training's record of FLOPs and seconds.
+    """Return the FLOP/s of each part of the training loop. `ledger` is a training's record of FLOPs and seconds.
 
-    Spans without recorded FLOPs or seconds are left out.
+    Parts without recorded FLOPs or seconds are left out.
     """
     flops: dict[str, float] = {}
     for name, part in ledger["parts"].items():
@@ -114,7 +114,7 @@ def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: in
 
 
 def spoken(seconds: float | None) -> str:
-    """Return a duration in words, such as `40 s`, `12 min` or `3.5 h`; `?` if it is not known."""
+    """Return a duration in words, such as `40 s`, `12 min` or `3.5 h`. Return `?` if it is not known."""
     if seconds is None:
         return "?"
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Quality over compute: the arms that `budgets` trains at several multiples of a reference arm's FLOPs.
+"""Quality over compute, for arms (paths) that `budgets` trains at several multiples of a reference arm's FLOPs.
 
 Each curve is compared with the reference arm's curve at every budget, paired by training seed and prompt.
 """
@@ -27,7 +27,7 @@ _RATES = (0.05, 3.0)  # exponents of the fitted power law
 
 @dataclass(frozen=True)
 class BudgetPoint:
-    """One arm of a curve."""
+    """One point of a curve: an arm at one budget."""
 
     times: float
     """The budget, as a multiple of the reference arm's FLOPs."""
@@ -40,7 +40,7 @@ class BudgetPoint:
 
 @dataclass(frozen=True)
 class Limit:
-    """The value to which a curve is fitted to converge, with its 95 % interval: score = value - b times^-c."""
+    """The value to which a curve is fitted to converge, with its 95 % interval. The fit is score = value - b times^-c."""
 
     value: float
     low: float
@@ -51,7 +51,7 @@ class Limit:
 class Crossing:
     """The budget at which a curve crosses the reference arm's curve, with its 95 % interval.
 
-    An end of the interval that lies outside the budgets of the study is None.
+    An end of the interval is None if it is outside the budgets of the study.
     """
 
     times: float
@@ -74,7 +74,7 @@ class BudgetCurve:
 
 
 def budget_curves(results: Results, metric: str | None = None) -> tuple[BudgetCurve, ...]:
-    """Return the curve of each arm with budgets, the reference arm first; empty if the study has no budgets or no results yet.
+    """Return the curve of each arm with budgets. The reference arm comes first. Empty if there are no budgets or no results yet.
 
     Args:
         metric: the metric; by default the primary one.
@@ -135,14 +135,14 @@ def _draws(gap: Difference, stream: int) -> Array:
 
 
 def first_crossing(x_N: Array, y_RN: Array, *, rises: bool) -> Array:
-    """Return the first place where the line through each row of values crosses 0, (R,).
+    """Return, for each row of values, the first place at which the line through the values crosses 0.
 
-    A row without a crossing gives -inf if it has the sign that `rises` expects after the crossing, and inf otherwise.
+    A row without a crossing gives -inf if all its values have the sign expected after the crossing. Otherwise it gives inf.
 
     Args:
         x_N: places in ascending order.
         y_RN: one row of values at these places for each result.
-        rises: the values are expected to go from below 0 to above 0; False for the other direction.
+        rises: True if the values should go from below 0 to above 0, False for the other direction.
     """
     found_R = np.where((y_RN[:, -1] > 0) == rises, -np.inf, np.inf)
     for i in range(len(x_N) - 1, 0, -1):
@@ -174,7 +174,6 @@ def _limit(points: list[BudgetPoint]) -> Limit | None:
 
 def _fitter(times: Array, errors: Array) -> Callable[[Array], float | None]:
     def fit(scores: Array) -> float | None:
-        """Return a of scores = a - b times^-c, fitted by weighted least squares; None if the fit fails."""
         start = (scores[-1], scores[-1] - scores[0], 0.5)
         bounds = ([-np.inf, -np.inf, _RATES[0]], [np.inf, np.inf, _RATES[1]])
         found = least_squares(lambda p: (p[0] - p[1] * times ** -p[2] - scores) / errors, start, bounds=bounds)

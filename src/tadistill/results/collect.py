@@ -291,7 +291,7 @@ def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
 def summarise(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int], metric: str) -> Summary:
     """Return the summary of a metric: the unweighted mean over sets, with its 95 % interval.
 
-    There is one array (S, N, K) per set. `seeds` names the entries of its axis S.
+    There is one array per set, with the axes training seeds, prompts and decoding seeds. `seeds` has the training seeds.
     """
     low, high = macro_interval(strata_SNK, bounds=metric_of(metric).bounds)
     means_S = np.mean([values.mean(axis=(1, 2)) for values in strata_SNK], axis=0)
@@ -320,6 +320,6 @@ def complete_seeds(results: Results, arm: str, sets: tuple[str, ...], metric: st
 
 
 def stack(results: Results, arm: str, seeds: Sequence[int], set_name: str, metric: str) -> NDArray[np.float64]:
-    """Return an arm's scores on one set, averaged over decoding seeds, with shape (S, N, 1)."""
+    """Return an arm's scores on one set, averaged over decoding seeds. The axes are training seeds, prompts, and one column."""
     by_seed = results.scores[arm]
     return np.stack([by_seed[seed][set_name][metric].mean(axis=1, keepdims=True) for seed in seeds])

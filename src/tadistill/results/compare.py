@@ -69,10 +69,9 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 
 
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
-    """Return the equal-compute baseline of a chain (a path with assistants).
+    """Return the equal-compute baseline of a chain (path with assistants): the direct arm with ``compute: as CHAIN``.
 
-    It is the direct arm with ``compute: as CHAIN`` in the recipe. For a chain at one of several `budgets`, it is the reference arm at the
-    same budget, if that arm is a direct arm.
+    For a chain at one of several `budgets`, it is the reference arm at the same budget, if that is a direct arm.
     """
     if (reference := reference_at(results, chain)) and reference.is_plain:
         return reference
@@ -80,7 +79,7 @@ def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
 
 
 def reference_at(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the reference arm of the study's `budgets` at the budget of `arm`; None if `arm` has none, or is the reference itself."""
+    """Return the reference arm of the study's `budgets` at the budget of `arm`. Return None if `arm` has no budget or is the reference."""
     made = arms.budget_of(arm.name, arm.compute)
     if made is None or arm.compute is None:
         return None

@@ -126,7 +126,7 @@ def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[
     try:
         curves = [content[name][side] for name in content for side in ("student", "teacher")]
         if not curves or any(len(curve["kl"]) != len(curve["count"]) for curve in curves):
-            raise ValueError("a curve has no position or no set")
+            raise ValueError("a set has no exposure curve, or a curve has no position")
         for curve in curves:
             np.asarray([curve["kl"], curve["count"]], dtype=np.float64)
     except (KeyError, TypeError, ValueError) as error:
@@ -159,7 +159,7 @@ def accumulated_error(student_L: Array, teacher_L: Array) -> Array:
     """Return ExAccErr(l) = 100 (R(l) - E(l)) / E(l) for each position l (MiniLLM, section 3.6).
 
     R(l) is the sum of the KL up to position l after the student's text. E(l) is the same sum after the teacher's text. The result is NaN
-    unless E(l) is positive.
+    if E(l) is not positive.
     """
     risk, expected = np.cumsum(student_L), np.cumsum(teacher_L)
     positive = expected > 0

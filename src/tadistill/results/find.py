@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def find_study(study: str, root: Path) -> Path:
-    """Return a study's directory from its name, its path, or its recipe (a path, or the name of a shipped recipe).
+    """Return a study's directory. `study` is its name, its path, or its recipe (a path, or the name of a recipe of the package).
 
     Raises:
         ConfigError: there is no such study.
@@ -31,12 +31,12 @@ def find_study(study: str, root: Path) -> Path:
 
 
 def studies(root: Path) -> list[str]:
-    """Return the names of all studies in a directory of runs."""
+    """Return the names of all studies in a runs directory."""
     return sorted(path.parent.name for path in root.glob("*/plan.json"))
 
 
 def arms(study_dir: Path) -> list[str]:
-    """Return the names of a study's arms; none if its plan cannot be read."""
+    """Return the names of a study's arms. Return no name if its plan cannot be read."""
     try:
         return [arm["name"] for arm in json.loads((study_dir / "plan.json").read_text(encoding="utf-8"))["arms"]]
     except (OSError, ValueError, KeyError, TypeError):

@@ -46,7 +46,7 @@ def samples(results: Results) -> Samples:
 def shown_first(results: Results) -> list[str]:
     """Return the arms whose answers the page shows when it opens.
 
-    These are all arms, or the teacher and the first compared pair if there are more than four.
+    These are all arms if there are at most four. Otherwise they are the teacher and the first compared pair.
     """
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
     if len(names) <= 4:

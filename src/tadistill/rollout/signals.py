@@ -43,9 +43,9 @@ def record(
     pad: int,
     tick: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write the teacher's outputs at every response token of `sequences`. Files that exist already are not computed again.
+    """Write the teacher's outputs at every response token of `sequences`. Existing files are not computed again.
 
-    After each batch, and after a file is written, `tick` is called with the number of sequences that are done.
+    After each batch, and after each file, `tick` is called with the number of sequences that are done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     reader = Reader(teacher)

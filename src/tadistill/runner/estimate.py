@@ -74,7 +74,7 @@ class Workload:
 
 
 def workloads(plan: Plan) -> dict[str, Workload]:
-    """Return the work of each stage by key."""
+    """Return the predicted work of each stage by key."""
     sizes = _Sizes(plan.recipe)
     return {key: _WORK.get(type(stage.spec), _other)(stage, stage.spec, sizes) for key, stage in plan.stages.items()}
 

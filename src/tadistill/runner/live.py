@@ -1,11 +1,11 @@
-"""The live table of a run in a terminal: finished arms in a line each, the running stages, a count of what waits, and the time left.
+"""The live table of a run in a terminal: a line for each finished arm, the running stages, the number of waiting stages, and the time left.
 
     board = Board(plan, labels, todo)              # what is known about each stage
     with LiveTable(console, board, run) as table:
         table.print("a line above the table")
         table.refresh()                            # a few times a second
 
-The table has at most as many lines as the window. It folds finished and idle arms where it would be taller.
+The table has at most as many lines as the window. If it would be taller, finished and idle arms are folded.
 """
 
 import math
@@ -34,7 +34,7 @@ _SPARKS = "▁▂▃▄▅▆▇█"
 
 
 class Board:
-    """The states of a run's stages, in groups: one for each arm, and one for the stages that arms share."""
+    """The states of a run's stages, in groups. There is a group for each arm, and one for the stages that arms share."""
 
     def __init__(self, plan: Plan, labels: Mapping[str, str], todo: Iterable[str]):
         self.stages, self.labels = plan.stages, labels
@@ -55,12 +55,12 @@ class Board:
         self.losses[key] = []
 
     def progress(self, key: str, text: str) -> None:
-        """Add a stage's newest text, in which a training stage names its loss."""
+        """Store a stage's newest text. The text of a training contains its loss."""
         if numbers := training_numbers(text):
             self.losses[key].append(numbers[0])
 
     def end(self, key: str, seconds: float | None) -> None:
-        """Note that a stage is finished, or has failed if `seconds` is None."""
+        """Record that a stage is finished, or that it has failed if `seconds` is None."""
         del self.losses[key]
         if seconds is None:
             self.failed.add(key)
@@ -68,7 +68,7 @@ class Board:
             self.seconds[key] = seconds
 
     def blocked(self) -> set[str]:
-        """Return the keys of waiting stages that cannot run, because a stage before them failed."""
+        """Return the keys of waiting stages that cannot run, because an earlier stage failed."""
         found = set(self.failed)
         for key, stage in self.stages.items():  # parents before children
             if found & set(stage.parents.values()):
@@ -77,7 +77,7 @@ class Board:
 
 
 class LiveTable:
-    """Draws a board below the lines that are printed. Use it as a context manager; at the end the table is removed."""
+    """Draws a board below the printed lines. Use it as a context manager. At the end the table is removed."""
 
     def __init__(self, console: Console, board: Board, run: LocalRun):
         self.console, self.board, self.run = console, board, run
@@ -112,7 +112,6 @@ class LiveTable:
             self._at = time.monotonic()
 
     def _erase_folds(self) -> None:
-        """Erase the lines that a narrower window adds because it folds the lines of the table; rich does not know them."""
         width, lines = self._drawn
         now = self.console.width
         if now != width:
@@ -215,7 +214,6 @@ class _View:
         return f"    {seed}  {label.replace(f', {seed}', '', 1)}" if f", {seed}" in label else f"    {label}"
 
     def _facts(self, stage: StageProgress, losses: Sequence[float], room: int) -> Text:
-        """Return what is known about a running stage, as much as fits: progress, loss, its curve, times and speed."""
         numbers, known = training_numbers(stage.note), stage.done or stage.total > 1
         share = stage.done / max(stage.total, 1)
         wide = self.width >= _WIDE
@@ -260,7 +258,6 @@ class _View:
 
 
 def _fitting(parts: Sequence[tuple[int, Text]], room: int) -> Text:
-    """Join the parts that fit into `room` columns, in their order; parts with lower numbers are kept first."""
     kept, free = set(), room
     for rank, text in sorted(parts, key=lambda part: part[0]):
         if text.cell_len and text.cell_len + 2 * bool(kept) <= free:
@@ -270,7 +267,7 @@ def _fitting(parts: Sequence[tuple[int, Text]], room: int) -> Text:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Return a curve of the values in at most `width` characters. Each character shows the mean of its share of the values."""
+    """Return a curve of the values in at most `width` characters. Each character shows the mean of an equal share of the values."""
     count = min(len(values), width)
     if count < 2:
         return ""

@@ -113,7 +113,7 @@ def _sign(x: float) -> int:
 
 @dataclass(frozen=True)
 class Round:
-    """Paths to train and measure. A path may also end with an assistant (a prefix)."""
+    """Paths to train and measure. A path may end with an assistant instead of the student."""
 
     paths: tuple[ModelPath, ...]
     share: float = 1.0

@@ -57,7 +57,7 @@ class Context(Generic[AnySpec]):
     # --- models ---------------------------------------------------------------------------------------------------------
 
     def model(self, handle: Handle, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Model:
-        """Load the model and the tokenizer that a handle describes. The default device is the device of this process."""
+        """Load the model and the tokenizer that `handle` describes. The default device is the device of this process."""
         self.progress(0, self.task.spec.steps or 1, "loading model")
         device, world = device or self.device, self.spec.data.world.model_dump()
         match handle:
@@ -154,14 +154,17 @@ def own_device() -> torch.device:
 
 
 class Done:
-    """Counts what a stage has done and shows it. Within a part, which may take longer than a signal leaves, it also stops if asked to."""
+    """Counts the finished work of a stage and shows it.
+
+    If the user asks the run to stop, it raises Interrupted, also inside a long part.
+    """
 
     def __init__(self, context: Context, total: int, unit: str):
         self.context, self.total, self.unit, self.done, self.ends = context, total, unit, 0, 0
         context.progress(0, total, unit)
 
     def part(self, size: int) -> None:
-        """Begin a part of this size. At its end nothing stops, so that the part can be saved."""
+        """Begin a part of this size. The end of a part never raises Interrupted, so that the part can be saved."""
         self.ends += size
 
     def __call__(self, count: int) -> None:

@@ -1,7 +1,7 @@
-"""Run one stage in this process.
+"""Run one stage (one step of a study, such as a training) in this process.
 
-`run_stage` locks the stage, does its work in the stage's folder, and writes the manifest last. It continues what an earlier, killed
-attempt left there (docs/concepts/interruptions.md). The stage's spec names the function that does the work (`plan.specs`).
+`run_stage` locks the stage, does its work in the stage's folder, and writes the manifest last. If an earlier attempt was killed, it
+continues from the files of that attempt (docs/concepts/interruptions.md). The stage's spec names the function that does the work.
 """
 
 import os

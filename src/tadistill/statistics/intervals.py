@@ -3,22 +3,22 @@
 Axes in names: S training seeds, N prompts, K decoding seeds. Every function first averages over the decoding seeds, because they only
 repeat the measurement of one model on one prompt.
 
-Every seed answers every prompt. The variance of the mean score is computed from three numbers:
+Every seed answers every prompt. The variance of the mean score is A + B - C, with three numbers:
 
     A = (variance between the seeds' mean scores) / S
     B = (variance between the prompts' mean scores) / N
     C = (variance of the seed x prompt interaction) / (S N)
 
-The interaction is called noise here. A and B both contain the noise, so the variance of the mean is A + B - C. (B - C is set
-to 0 if it is negative. With one seed, A and C are 0.) With several test sets, B and C are added with the squared weights of
-the sets in the macro mean. A is computed from the macro means, because a seed affects all sets.
+C is subtracted because A and B both contain it. (B - C is set to 0 if it is negative. With one seed, A and C are 0.) With several test
+sets, B and C are added with the squared weights of the sets in the macro mean. A is computed from the macro means, because a seed
+affects all sets.
 
-The interval is Student's: mean ± t se. Its degrees of freedom df follow from 1/df = w / (S - 1) + (1 - w) / (df of the prompts), where
-w = A / (A + B - C).
+The interval is Student's: mean ± t se, where se is the standard error. Its degrees of freedom df follow from
+1/df = w / (S - 1) + (1 - w) / (df of the prompts), where w = A / (A + B - C).
 
-A score with two bounds gets Wilson's interval with this t and this se. With p = (mean - low) / (high - low) it contains every share s
-for which |p - s| <= t sqrt(s (1 - s) / n). Here n = p (1 - p) / se^2 is the effective number of independent answers. No interval crosses
-a bound, and near a bound the interval is longer on the other side. If there is only one bound, an interval that crosses it ends there.
+A score with two bounds gets Wilson's interval with this t and this se. With p = (mean - low) / (high - low), it contains every share s
+with |p - s| <= t sqrt(s (1 - s) / n). Here n = p (1 - p) / se^2 is the effective number of independent answers. No interval crosses a
+bound. Near a bound, the interval is longer on the other side. If there is only one bound, an interval that would cross it ends there.
 
 Sources: E. B. Wilson, JASA 22 (1927); E. L. Korn and B. I. Graubard, Survey Methodology 24 (1998), for the effective number.
 """

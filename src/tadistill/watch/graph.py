@@ -22,7 +22,7 @@ _SEED = re.compile(r",?\s*seed \d+")
 
 @dataclass(frozen=True)
 class Node:
-    """One node: the stages that differ only in their seed, and the stages that measure their models."""
+    """One node of the graph: the stages that differ only in their seed, and the stages that measure their models."""
 
     id: str
     title: str
@@ -89,7 +89,7 @@ def nodes_of(stages: Iterable[StageState]) -> list[Node]:
 
 
 def draw(nodes: Sequence[Node]) -> Drawn:
-    """Place the nodes: columns for each number of stages before them, at most `_ROWS` nodes in each, and near their parents."""
+    """Place the nodes. A node's column is its number of steps from the start, and a column has at most `_ROWS` nodes."""
     depth: dict[str, int] = {}
     for node in nodes:  # parents come before children
         depth[node.id] = 1 + max((depth[parent] for parent in node.parents if parent in depth), default=-1)
@@ -117,7 +117,7 @@ def draw(nodes: Sequence[Node]) -> Drawn:
 def picked(nodes: Iterable[Node], logs: Mapping[str, TrainingLog], wanted: Iterable[str]) -> tuple[list[StageState], str]:
     """Return the training stages whose curves are shown, and a sentence about the choice.
 
-    The choice is the nodes in `wanted`, else the running stages, else those that ran when their run ended, else those that wrote last.
+    These are the nodes in `wanted`. If it is empty, they are the running stages, or else those that ran or wrote last.
     """
     chosen, nodes = set(wanted), list(nodes)
     some = [s for node in nodes if node.id in chosen for s in node.stages if s.key in logs]

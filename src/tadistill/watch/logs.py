@@ -89,7 +89,7 @@ class Follower:
 
 
 class Point(NamedTuple):
-    """A bucket of a curve: the middle of its steps, and the lowest, mean and highest value in it."""
+    """A point of a curve: the middle of some steps, and the lowest, mean and highest value in these steps."""
 
     step: float
     low: float
@@ -151,7 +151,7 @@ class TrainingLog:
         return more
 
     def left(self, total: int) -> float | None:
-        """Return the predicted seconds until update `total`, from the growth since the first reading; None before the log has grown."""
+        """Return the predicted seconds until update `total`, from the growth of the log. Return None before the log has grown."""
         then, step = self._first or (0.0, self.step)
         seconds, updates = self.file.changed - then, self.step - step
         return (total - self.step) * seconds / updates if updates > 0 and seconds > 0 else None
@@ -181,7 +181,7 @@ class TrainingLog:
 
 
 class RunLog:
-    """The run.log of a study, or the log of a Slurm job: its alarms and its last lines."""
+    """The alarms and the last lines of a log, which is the run.log of a study or the log of a Slurm job."""
 
     def __init__(self, path: Path):
         self.file = Follower(path, self._take, self._forget)
@@ -200,7 +200,7 @@ class RunLog:
 
     @property
     def alarms(self) -> list[str]:
-        """The newest 200 alarms, the oldest first: the text, and the time in brackets."""
+        """The newest 200 alarms, each with its time in brackets. The oldest comes first."""
         found = (_ALARM.search(text) for _, text in sorted(self._alarms.items()))
         return [f"{alarm['text']} ({alarm['time']})" for alarm in found if alarm]
 

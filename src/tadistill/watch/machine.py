@@ -52,7 +52,7 @@ class Use:
 
 
 class Machine:
-    """Measures this machine, for several threads. The load is the mean since the last measurement."""
+    """Measures the load of this machine, for several threads. The load is the mean since the last measurement."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, float], psutil.Process] = {}
@@ -62,7 +62,7 @@ class Machine:
         psutil.cpu_percent()  # the first call has no load to return
 
     def look(self, runs: Iterable[LocalRun], *, elsewhere: bool) -> Use:
-        """Return the load now, or what was measured less than a second ago. `elsewhere` is True if Slurm runs stages of the study."""
+        """Return the load now, or a measurement that is less than a second old. `elsewhere` is True if Slurm runs stages of the study."""
         with self._lock:
             if self._last is None or time.monotonic() - self._at >= _PAUSE:
                 self._last, self._at = self._look(runs, elsewhere=elsewhere), time.monotonic()
@@ -130,7 +130,7 @@ def _nvidia() -> tuple[Gpu, ...] | None:
 
 
 def read_gpus(text: str) -> tuple[Gpu, ...]:
-    """Read the output of nvidia-smi; a value such as `[N/A]` becomes None."""
+    """Read the output of nvidia-smi. A value such as `[N/A]` becomes None."""
     found = []
     for line in text.splitlines():
         name, *rest = (part.strip() for part in line.split(","))

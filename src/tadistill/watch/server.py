@@ -74,7 +74,7 @@ class Server(ThreadingHTTPServer):
 
         Args:
             wanted: ids of the nodes whose curves are shown.
-            have: digests of parts that the page has; these parts are left out.
+            have: digests of parts that the page already has. These parts are left out.
         """
         moment = self.watched.look()
         use = self.machine.look(moment.runs, elsewhere=any(stage.elapsed for stage in moment.stages))

@@ -61,10 +61,9 @@ class Cost:
 
 
 def spans(flops: Mapping[str, float]) -> dict[str, float]:
-    """Add up FLOPs by span. `flops` has one value per phase.
+    """Add up the FLOPs of phases that the training loop times together. `flops` has one value per phase.
 
-    A span contains phases that the training loop times together. Rollout and scoring form the span sampling. Corpus and training form the
-    span training.
+    Rollout and scoring become `sampling`. Corpus and training become `training`.
     """
     found: dict[str, float] = {}
     for name, value in flops.items():

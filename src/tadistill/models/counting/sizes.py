@@ -62,8 +62,8 @@ class Work:
 def read_config(load: str, revision: str = "main", config: Config | None = None, vocab_size: int | None = None) -> dict[str, Any] | None:
     """Read a model's config.json without network. For `scratch:TYPE`, return the recipe's `config` with model_type and vocab_size.
 
-    For a model that is not on this disk, return the recipe's `config`; None if there is none, or if the vocabulary size of a scratch model
-    is not known.
+    If the model is not on this disk, return the recipe's `config`, or None. Also return None if the vocabulary size of a scratch model is
+    unknown.
 
     Raises:
         ModelError: a local source does not exist or is damaged, or the recipe's `config` differs from the model's own.

@@ -33,7 +33,7 @@ class TrainingCost:
         self.cache = 0.0  # bytes of keys and values during sampling
 
     def add(self, name: str, work: Work, *, backward: bool = False) -> None:
-        """Add forward passes to the part `name` (PHASE/student or PHASE/teacher), for each model that runs in this phase.
+        """Add forward passes to the part `name`, such as `rollout/student`, for each model that runs in this phase.
 
         In rollouts and selection only the first teacher runs. In the other phases all teachers run.
 
