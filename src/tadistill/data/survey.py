@@ -62,7 +62,7 @@ def survey(ref: DataRef, role: str, data: Data) -> Survey:
     limit, content = getattr(data.limit, role), datasets.content(ref, role, world=data.world, root=data.root)
     if content is None:
         return _read(ref, role, data.world, data.root, limit)
-    return _known(ref.model_dump_json(), role, data.world.model_dump_json(), data.root, limit, content)
+    return _known(ref.model_dump_json(), ref._folder, role, data.world.model_dump_json(), data.root, limit, content)
 
 
 def check(recipe: Recipe) -> None:
@@ -95,8 +95,9 @@ def _digests(*files: str) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=32)
-def _known(ref_json: str, role: str, world_json: str, root: str | None, limit: int | None, content: str) -> Survey:
+def _known(ref_json: str, beside: Path | None, role: str, world_json: str, root: str | None, limit: int | None, content: str) -> Survey:
     ref, world = DataRef.model_validate_json(ref_json), World.model_validate_json(world_json)
+    ref._folder = beside  # of the recipe, where a relative path is looked for
     file = cache_root() / "rows" / f"{key_of_rows(ref, limit, content)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # there is no such file, or it is damaged: the rows are read
         return _restored(json.loads(file.read_text(encoding="utf-8")))

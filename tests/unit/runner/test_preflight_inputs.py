@@ -7,9 +7,11 @@ import pytest
 from rich.console import Console
 from tests.unit.models.conftest import random_model, word_tokenizer
 
-from tadistill.config import validate
+from tadistill.config import load, validate
 from tadistill.data import survey
 from tadistill.errors import ConfigError, DataError, ModelError, TadistillError
+from tadistill.plan.arms import make_plan
+from tadistill.runner.estimate import workloads
 from tadistill.runner.preflight import check_inputs
 
 
@@ -42,6 +44,19 @@ def recipe(load: str, train: str, dev: str, **changes):
         "arms": {"sft": "s"},
     }
     return validate({**content, **changes})
+
+
+def test_data_and_models_beside_the_recipe_are_found_from_any_directory(tmp_path, monkeypatch):
+    of = recipe(model("llama"), rows("own.jsonl", 5), rows("dev.jsonl", 2))
+    content = of.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    content["data"] |= {"train": "own.jsonl", "dev": "dev.jsonl", "test": ["dev.jsonl"]}
+    (tmp_path / "r.yaml").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = load(tmp_path / "r.yaml")
+    assert survey.survey(found.data.train, "train", found.data).rows == 4
+    assert all(workloads(make_plan(found)).values())
+    check_inputs(found)
 
 
 @pytest.mark.parametrize(
