@@ -201,6 +201,9 @@ def _default(location: tuple, root: type[BaseModel]) -> Any:
     return None
 
 
+_LINES = {"models": "xl: {load: ORG/NAME}", "arms": "direct: xl > s", "resources": "default: {hours: 3}"}
+
+
 def _mapping(value: Any, key: tuple, location: tuple, root: type[BaseModel]) -> str:
     models = _resolve(location, root)[1]
     if any("type" in model.model_fields for model in models):
@@ -208,8 +211,10 @@ def _mapping(value: Any, key: tuple, location: tuple, root: type[BaseModel]) -> 
     names = sorted({name for model in models for name in _fields(model)})
     if key[:1] == ("arms",) and len(key) == 2:
         return "write a path, such as xl > s, or the key `path` with others below it"
+    if key[:1] == ("models",) and len(key) == 2 and isinstance(value, str):
+        return f"write {key[1]}: {{load: {value}}}"
     if not names or (len(key) == 1 and key[0] in ("models", "arms", "resources")):
-        return f"write NAME: … lines below {key[-1]}"
+        return f"write NAME: … lines below {key[-1]}, for instance {_LINES.get(str(key[-1]), 'NAME: …')}"
     few = f"{', '.join(names[:6])} …" if len(names) > 7 else ", ".join(names)
     return f"write them below {key[-1]}, or in braces (its keys: {few})"
 

@@ -234,6 +234,8 @@ def _check_folder(ref: DataRef, folder: Path, split: str) -> None:
 
 def _missing(ref: DataRef) -> str:
     load, path = ref.load, Path(ref.load).expanduser()
+    if "://" in load:
+        return f"data set `{load}` is an address of the web; download the file and write its path, or write the hub id (ORG/NAME)"
     if "/" in load or path.suffix:
         return f"data set `{load}` does not exist: {no_file(path, [p.parent for p in ref.paths], ('.jsonl', '.json'))}"
     known, folders = [*NAMED, *tinyworld.SPLITS], " or ".join(str(p.absolute().parent) for p in ref.paths)

@@ -7,6 +7,8 @@ from typing import Any
 
 from tadistill.errors import DataError
 
+_ONE_A_LINE = "`jq -c '.[]' FILE` writes its objects one a line"
+
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file. Empty lines are skipped.
@@ -46,7 +48,7 @@ def _row(line: str, path: Path, number: int) -> dict[str, Any]:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else "a number in it has too many digits"
         raise DataError(f"{where} cannot be read ({reason}); correct or delete the row") from error
     if not isinstance(row, dict):
-        what = "a JSON array" if isinstance(row, list) else f"a {type(row).__name__}"
+        what = f"a JSON array ({_ONE_A_LINE})" if isinstance(row, list) else f"a {type(row).__name__}"
         raise DataError(f"{where} is {what}; every line must be one JSON object")
     return row
 
@@ -56,7 +58,9 @@ def _not_json(line: str, error: json.JSONDecodeError) -> str:
     if start.startswith("version https://git-lfs"):
         return "part of a pointer of Git LFS (`git lfs pull` in its folder gets the file)"
     if start[0] == "[":
-        return "the start of a JSON array (`jq -c '.[]' FILE` writes its objects one a line)"
+        return f"the start of a JSON array ({_ONE_A_LINE})"
     if start == "{" or (start[0] == "{" and error.pos >= len(line.rstrip())):
         return "a JSON object that does not end on this line (`jq -c . FILE` writes each object on one line)"
-    return f"not JSON ({error.msg})"
+    if start[0] != "{":
+        return 'not JSON (write the row as {"instruction": "…", "output": "…"}, for instance)'
+    return f"not JSON ({error.msg} at character {error.pos + 1})"

@@ -88,7 +88,8 @@ def where_of(ref: DataRef, index: int) -> str:
 def no_column(ref: DataRef, index: int, wanted: str, row: dict[str, Any]) -> str:
     """Return the error message for a row that lacks the column `wanted`."""
     names = ", ".join(map(str, row)).encode("utf-8", "backslashreplace").decode()
-    return f"{where_of(ref, index)} has no column {wanted}; it has {names[:300]}. Name the column in `columns`"
+    fix = "Name the column in `columns` of this data set, for instance columns: {instruction: question, output: answer}"
+    return f"{where_of(ref, index)} has no column {wanted}; it has {names[:300]}. {fix}"
 
 
 def text(value: Any, what: str, where: str) -> str:

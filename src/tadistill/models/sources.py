@@ -11,6 +11,7 @@ saves it in a directory or on the hub, is merged with its base in the same way.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from tadistill.models.directory import (
 
 Kind = Literal["hub", "directory", "adapter", "gguf", "wheel", "scratch"]
 
+_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _SAFETENSORS = ["model*.safetensors", ADAPTER_WEIGHTS[0]]
 _PICKLES = ["pytorch_model*.bin", ADAPTER_WEIGHTS[1]]
@@ -70,6 +72,11 @@ def _parsed(load: str) -> Source:
     if load.startswith(wheels.PREFIX):
         wheels.parse_reference(load)
         return Source("wheel", load)
+    if "://" in load:
+        hint = (
+            f"write the hub id `{found[1]}`" if (found := _PAGE.match(load)) else "write a hub id (ORG/NAME), or download it to a directory"
+        )
+        raise ModelError(f"`{load}` is an address of the web; {hint}")
     path = Path(load).expanduser()
     path.exists()  # raises for a path that cannot exist
     if load.endswith(".gguf"):

@@ -95,7 +95,10 @@ def test_columns_are_mapped(tmp_path):
     ("rows", "words"),
     [
         ([], "is empty"),
-        ([{"instruction": "a", "response": "b"}], r"row 1 has no column `output` \(the response\); it has instruction, response"),
+        (
+            [{"instruction": "a", "response": "b"}],
+            r"row 1 has no column `output` \(the response\); it has instruction, response. Name .* for instance columns: {",
+        ),
         ([{"text": "a"}], "no column `instruction`, `prompt` or `messages`"),
         ([{"instruction": "a", "output": 3}], "must be a string"),
         ([{"messages": [{"role": "user", "content": "hi"}]}], "must be a list of at least two messages"),
