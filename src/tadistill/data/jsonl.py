@@ -7,6 +7,7 @@ from typing import Any
 
 from tadistill.errors import DataError
 
+_READERS = {".csv": "read_csv", ".parquet": "read_parquet", ".xlsx": "read_excel", ".arrow": "read_feather"}
 _ONE_A_LINE = "`jq -c '.[]' FILE` writes its objects one a line"
 
 
@@ -35,6 +36,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _row(line: str, path: Path, number: int) -> dict[str, Any]:
     where = f"{path}, line {number}"
+    if path.suffix in _READERS and not line.lstrip().startswith("{"):
+        read = f"pandas.{_READERS[path.suffix]}({path.name!r}).to_json('{path.stem}.jsonl', orient='records', lines=True)"
+        raise DataError(f"{path} is not a JSON Lines file; convert it, in Python for instance: {read}")
     try:
         line.encode("utf-8")
     except UnicodeEncodeError as error:  # a byte that is not UTF-8 stands as a surrogate in the line

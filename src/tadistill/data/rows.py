@@ -89,6 +89,8 @@ def no_column(ref: DataRef, index: int, wanted: str, row: dict[str, Any]) -> str
     """Return the error message for a row that lacks the column `wanted`."""
     names = ", ".join(map(str, row)).encode("utf-8", "backslashreplace").decode()
     fix = "Name the column in `columns` of this data set, for instance columns: {instruction: question, output: answer}"
+    if "conversations" in row:  # of ShareGPT
+        fix = 'Write the turns as messages: [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
     return f"{where_of(ref, index)} has no column {wanted}; it has {names[:300]}. {fix}"
 
 

@@ -1,15 +1,18 @@
 """Check the files of a model's directory before transformers reads them. The files may come from strangers."""
 
+import hashlib
 import json
 import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tadistill import disk
 from tadistill.errors import ModelError
 
 WEIGHTS = (".safetensors", ".bin")
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")  # as peft writes them
+_DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer, hashed in full
 _TEXTS = (".jinja", ".txt")  # they may be empty, as merges.txt of a tokenizer without merges
 _POINTER = b"version https://git-lfs"
 POINTER = "only a pointer of Git LFS; run `git lfs pull` in its folder to get the file"
@@ -112,3 +115,11 @@ def base_of(adapter: Path, load: str) -> tuple[str, str]:
     if not HUB_ID.fullmatch(base):
         raise ModelError(f"adapter `{load}` belongs to the model `{base}`, which does not exist here; write its directory or hub id {fix}")
     return base, revision if isinstance(revision, str) and revision else "main"
+
+
+def directory_digest(directory: Path) -> str:
+    """Return a digest of a model's descriptions, tokenizer and weights. Only evenly spaced blocks of large weight files are read."""
+    described = sorted({p for pattern in _DESCRIPTION for p in directory.glob(pattern)})
+    weights = sorted(p for p in directory.iterdir() if p.suffix in WEIGHTS)
+    lines = [f"{p.name} {disk.sha256(p)}" for p in described] + [f"{p.name} {disk.sampled_digest(p)}" for p in weights]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

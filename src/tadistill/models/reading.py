@@ -20,6 +20,7 @@ from tadistill.models.tokens import check_ends
 
 _LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
 _SHOWN = 3
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
@@ -35,6 +36,10 @@ def read_tokenizer(directory: Path, load: str) -> PreTrainedTokenizerBase:
         except Exception as error:  # the tokenizers library raises bare exceptions on a damaged file
             _refuse_code(directory, load, error)
             _refuse_config(directory, load)
+            if not any((directory / name).is_file() for name in _VOCABULARIES):
+                raise ModelError(
+                    f"model `{load}` has no tokenizer (tokenizer.json); save its tokenizer into the same directory, or set `tokenizer:`"
+                ) from error
             raise ModelError(
                 f"the tokenizer of model `{load}` cannot be read ({first_line(error)}); download it again, or set `tokenizer:`"
             ) from error
@@ -70,9 +75,8 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
             _refuse_code(directory, load, error)
             if why := _wrong_field(error, directory, load):
                 raise ModelError(f"config.json of model `{load}`: {why}") from error
-            raise ModelError(
-                f"model `{load}` cannot be loaded as a causal language model ({first_line(error)}); download it again"
-            ) from error
+            fix = "install it" if isinstance(error, ImportError) else "download it again"
+            raise ModelError(f"model `{load}` cannot be loaded as a causal language model ({first_line(error)}); {fix}") from error
     model, info = loaded
     check_ends(directory, load)
     _check_weights(load, info)

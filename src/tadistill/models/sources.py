@@ -26,10 +26,10 @@ from tadistill.models.directory import (
     ADAPTER_WEIGHTS,
     HUB_ID,
     POINTER,
-    WEIGHTS,
     base_of,
     check_files,
     complete,
+    directory_digest,
     is_adapter,
     is_pointer,
 )
@@ -41,7 +41,6 @@ _HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _SAFETENSORS = ["model*.safetensors", ADAPTER_WEIGHTS[0]]
 _PICKLES = ["pytorch_model*.bin", ADAPTER_WEIGHTS[1]]
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-_DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer, hashed in full
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,8 @@ def _parsed(load: str) -> Source:
         wheels.parse_reference(load)
         return Source("wheel", load)
     if "://" in load:
-        hint = (
-            f"write the hub id `{found[1]}`" if (found := _PAGE.match(load)) else "write a hub id (ORG/NAME), or download it to a directory"
-        )
+        page = _PAGE.match(load)
+        hint = f"write the hub id `{page[1]}`" if page else "write a hub id (ORG/NAME), or download it to a directory"
         raise ModelError(f"`{load}` is an address of the web; {hint}")
     path = Path(load).expanduser()
     path.exists()  # raises for a path that cannot exist
@@ -185,18 +183,13 @@ def fingerprint(load: str, revision: str = "main", config: Mapping[str, Any] | N
         return f"adapter:{_merged(Path(source.name).expanduser(), load).name}"
     if source.kind == "gguf":
         return f"gguf:{files.sampled_digest(_gguf_file(source.name))}"
-    return f"directory:{_directory_digest(_directory(source.name, weights))}"
-
-
-def _directory_digest(directory: Path) -> str:
-    described = sorted({p for pattern in _DESCRIPTION for p in directory.glob(pattern)})
-    weights = sorted(p for p in directory.iterdir() if p.suffix in WEIGHTS)
-    lines = [f"{p.name} {files.sha256(p)}" for p in described] + [f"{p.name} {files.sampled_digest(p)}" for p in weights]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return f"directory:{directory_digest(_directory(source.name, weights))}"
 
 
 def _existing(name: str) -> Path:
     path = Path(name).expanduser()
+    if path.is_file():
+        raise ModelError(f"`{name}` is a file, and not the directory of a model; write the directory: {path.parent}")
     if not path.is_dir():
         raise ModelError(f"model directory `{name}` does not exist: {files.no_file(path, [path.parent])}")
     return path
@@ -206,9 +199,11 @@ def _directory(name: str, weights: bool) -> Path:
     path = _existing(name)
     check_files(path, name)
     if weights and not complete(path):
+        inner = sorted(part.name for part in path.iterdir() if part.is_dir() and complete(part))
+        hint = f"did you mean `{name.rstrip('/')}/{inner[-1]}`?" if inner else "download it again, or save it with save_pretrained"
         raise ModelError(
-            f"directory `{name}` is not a complete Hugging Face model; it needs config.json and model.safetensors (or all its shards), "
-            "as save_pretrained writes them"
+            f"directory `{name}` is not a complete Hugging Face model, which has config.json and model.safetensors (or all its shards); "
+            f"{hint}"
         )
     return path
 
@@ -251,7 +246,7 @@ def _merged(adapter: Path, load: str) -> Path:
     base = _base(adapter, load)
     if not _has_weights(adapter):
         raise ModelError(f"adapter `{load}` has no {ADAPTER_WEIGHTS[0]}; download or save it again")
-    identity = f"{_directory_digest(adapter)} {fingerprint(*base)}"
+    identity = f"{directory_digest(adapter)} {fingerprint(*base)}"
     # increase the version (v1) when the output of `adapters.merge` changes
     return files.cache_root() / "adapters" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}-v1"
 

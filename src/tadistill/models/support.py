@@ -70,6 +70,11 @@ def check_config(config: Mapping[str, Any], model: str) -> None:
     Raises:
         ModelError: the architecture cannot be distilled, the contents are not valid, or a package that the model needs is missing.
     """
+    if config.get("auto_map") and config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"model `{model}` needs Python code of its own (auto_map in config.json), which is never run; use a model with an architecture "
+            "of transformers"
+        )
     _check_type(config.get("model_type"), model)
     with quiet():
         try:

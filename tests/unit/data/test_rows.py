@@ -26,6 +26,27 @@ def read(tmp_path):
     return read
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reader"),
+    [
+        ("x.parquet", b"PAR1\x00\xff", "read_parquet"),
+        ("x.csv", b"instruction,output\n", "read_csv"),
+        ("x.xlsx", b"PK\xff", "read_excel"),
+    ],
+)
+def test_a_table_of_another_kind_says_how_to_convert_it(tmp_path, name, content, reader):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name} is not a JSON Lines file; convert it, .*pandas.{reader}\('{name}'\).to_json\('x.jsonl'"):
+        datasets.read(DataRef(load=str(tmp_path / name)), "test", world=World(), root=None, limit=None)
+    (tmp_path / name).write_text(json.dumps(OK), encoding="utf-8")  # the name does not matter where the rows can be read
+    assert datasets.read(DataRef(load=str(tmp_path / name)), "test", world=World(), root=None, limit=None)
+
+
+def test_conversations_of_sharegpt_say_what_to_write(read):
+    with pytest.raises(DataError, match=r"it has conversations. Write the turns as messages: \[{"):
+        read({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
+
+
 @pytest.mark.parametrize("name", ["facts", "choices"])
 @pytest.mark.parametrize("value", [None, 5, "true", [], [1], ["Paris is in France"], [["a", 5]], [["a", ["b"], "c"]], {"a": 1}, ["a", "b"]])
 def test_columns_of_the_users_own_are_ignored(read, name, value):

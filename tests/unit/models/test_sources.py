@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -92,8 +93,13 @@ def test_directory_errors(tmp_path, model_directory):
     with pytest.raises(ModelError, match=r"model directory `./nowhere` does not exist"):
         locate("./nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"is not a complete Hugging Face model; it needs config.json and model.safetensors"):
+    with pytest.raises(ModelError, match=r"is not a complete Hugging Face model, which has .*model.safetensors .*; download it again"):
         fetch(str(tmp_path / "empty"))
+    shutil.copytree(model_directory, tmp_path / "run" / "checkpoint-10")
+    with pytest.raises(ModelError, match=r"is not a complete Hugging Face model, .* did you mean `.*/run/checkpoint-10`\?"):
+        fetch(str(tmp_path / "run"))
+    with pytest.raises(ModelError, match=r"model.safetensors` is a file, and not the directory of a model; write the directory: .*/model$"):
+        fetch(str(model_directory / "model.safetensors"))
     (model_directory / "model.safetensors").rename(model_directory / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (model_directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -156,6 +156,10 @@ KINDS = {
     "weights lack one": (weights(lambda s: {k: v for k, v in s.items() if "q_proj" not in k}), "lack 4 weights"),
     "weights have a prefix": (weights(lambda s: {f"_orig_mod.{k}": v for k, v in s.items()}), "lack .* weights"),
     "weights have an extra part": (weights(lambda s: {**s, "vision.encoder.weight": torch.zeros(1)}), None),
+    "no tokenizer": (
+        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+        "has no tokenizer .tokenizer.json.; save its tokenizer into the same directory",
+    ),
     "no weights": (removed("model.safetensors"), "not a complete Hugging Face model"),
     "index leaves its folder": (index({"weight_map": {"a": "../secret.safetensors"}}), "is outside its own folder"),
     "index is absolute": (index({"weight_map": {"a": "/etc/passwd"}}), "is outside its own folder"),

@@ -23,6 +23,10 @@ def test_refused_types_are_named_with_the_reason(kind):
         ({"model_type": "llama", "hidden_size": "wide"}, "transformers cannot build model `mine` from its config.json: .*hidden_size"),
         ({"model_type": "llama", "hidden_act": "none"}, "hidden_act is `none`, which transformers does not know; known values are gelu"),
         ({}, "is of type None"),
+        (
+            {"model_type": "mine", "auto_map": {"AutoConfig": "m.X"}},
+            "needs Python code of its own .auto_map in config.json., which is",
+        ),
     ],
 )
 def test_the_sentence_names_the_model_and_what_is_wrong(config, what):
