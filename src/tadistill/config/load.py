@@ -59,10 +59,15 @@ def read(recipe: str | Path) -> tuple[str, Path]:
         ConfigError: there is no such recipe, or it cannot be read.
     """
     path = located(recipe)
+    if path.is_dir():
+        there = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))[:8])
+        raise ConfigError(f"`{path}` is a folder; write the path of a recipe's file{f' in it ({there})' if there else ''}")
     if not path.is_file():
         names = [p.name for p in path.absolute().parent.glob("*.y*ml")]
         close = [f"{path.name}.yaml"] if f"{path.name}.yaml" in names else difflib.get_close_matches(path.name, names, n=1)
-        close = [str(path.parent / name) for name in close] or difflib.get_close_matches(path.with_suffix("").as_posix(), shipped(), n=1)
+        close = [str(path.parent / name) for name in close] or difflib.get_close_matches(
+            path.as_posix().removesuffix(path.suffix), shipped(), n=1
+        )
         hint = f"did you mean `{close[0]}`?" if close else "give the path of a YAML file, or a name that `tadistill recipes` lists"
         raise ConfigError(f"there is no recipe `{path}` in {path.absolute().parent}; {hint}")
     try:
@@ -209,6 +214,7 @@ _IN_WORDS = (
         "expected <block end>",
         "this line does not fit the lines above; give it their indentation, and close the quotes above",
     ),
+    ("expected '<document start>'", "the file is no YAML mapping; a recipe has the keys study, seeds, models, data and arms"),
     ("expected a single document", "a second document begins here, but a recipe is one; remove the line with ---"),
 )
 

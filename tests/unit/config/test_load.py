@@ -79,6 +79,22 @@ def test_dots_of_paths_stay_in_a_message(recipe, monkeypatch):
         load("../r.yaml", ["runtime.trackers=[../x..y]"])
 
 
+@pytest.mark.parametrize("path", [".", "..", "/", "below"])
+def test_a_folder_is_no_recipe(tmp_path, monkeypatch, path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "a.yaml").write_text("study: a", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "below" if path == "." else tmp_path)
+    with pytest.raises(ConfigError, match=r"is a folder; write the path of a recipe's file") as error:
+        load(path)
+    assert ("in it (a.yaml)" in str(error.value)) == (path in (".", "below"))
+
+
+def test_rows_are_no_recipe(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"line 2, column 1, cannot be read as YAML: the file is no YAML mapping; a recipe has the keys"):
+        load(tmp_path / "rows.jsonl")
+
+
 def test_missing_file_and_bad_yaml(tmp_path):
     with pytest.raises(ConfigError, match="there is no recipe"):
         load(tmp_path / "none.yaml")

@@ -108,7 +108,7 @@ def test_columns_are_mapped(tmp_path):
         ([{"instruction": "a", "output": "b"}, {"instruction": "a", "outputs": []}], "row 2: the response is an empty list"),
         ([{"instruction": "a", "outputs": ["b", None]}], "the response is None; it must be a string"),
         ([{"instruction": "a", "output": True}], r"the response is True; .* list the labels in `choices` of this data set"),
-        ([[1]], "is a JSON array; every line must be one JSON object"),
+        ([[1]], r"is a JSON array \(`jq -c .*; every line must be one JSON object"),
     ],
 )
 def test_bad_rows(tmp_path, rows, words):
