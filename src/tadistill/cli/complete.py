@@ -57,12 +57,13 @@ def method_names(incomplete: str) -> list[str]:
 
 
 def keys(incomplete: str) -> list[str]:
-    """Offer keys by name and by place."""
+    """Offer keys by name and by place, and metrics."""
     from tadistill.config.reference import reference
+    from tadistill.metrics import METRICS
 
     places = [place for part in reference() for place in part.places]
     names = [key.name for part in reference() for key in part.keys]
-    return _beginning(incomplete, sorted({*names, *filter(None, places), *_places({})}))
+    return _beginning(incomplete, sorted({*names, *filter(None, places), *_places({}), *METRICS}))
 
 
 def _beginning(incomplete: str, texts: Iterable[str]) -> list[str]:

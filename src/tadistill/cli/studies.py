@@ -33,7 +33,7 @@ def watch(
     runs: Runs = None,
 ) -> None:
     """Serve a page of a running or finished study on 127.0.0.1, which updates by itself (docs/how-to/watch.md). It changes no file."""
-    from tadistill.results.study import find_study
+    from tadistill.results.find import find_study
     from tadistill.watch.server import serve
 
     root = runs_directory(runs)

@@ -7,9 +7,12 @@ import typer
 
 from tadistill.cli import complete
 from tadistill.cli.shared import console
+from tadistill.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from tadistill.config.lookup import Entry
 
 app = typer.Typer()
 
@@ -30,23 +33,44 @@ def recipes() -> None:
 
 @app.command()
 def explain(
-    word: Annotated[
-        str,
-        typer.Argument(help="A key of a recipe, such as lr, method.optim.lr or arms.X.path.", metavar="KEY", autocompletion=complete.keys),
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            help="A key of a recipe (lr, method.optim.lr, arms.X.path), a metric, or a word of reports (error budget).",
+            metavar="KEY",
+            autocompletion=complete.keys,
+        ),
     ],
 ) -> None:
-    """Print what a key of a recipe means: its type, allowed values and default, and the page that says more."""
+    """Print what a key of a recipe means: its type, allowed values and default, and the page that says more. Also for words of reports."""
     from rich.padding import Padding
     from rich.text import Text
 
-    from tadistill.config.lookup import explain as entries
-
-    for entry in entries(word):
+    for entry in _entries(" ".join(words)):
         console.print(Text(entry.title, "bold"))
         console.print(Padding(Text(entry.meaning), (0, 0, 0, 2), expand=False))
         for rows in filter(None, (entry.facts, entry.below)):
             console.print(Padding(_two_columns(rows), (0, 0, 0, 4), expand=False))
         console.print()
+
+
+def _entries(asked: str) -> "list[Entry]":
+    """Return what is known about a word: first the sentence of the glossary, then keys and values of recipes."""
+    from tadistill.config.lookup import Entry
+    from tadistill.config.lookup import explain as in_recipes
+    from tadistill.glossary import GLOSSARY, metric_text
+    from tadistill.metrics import METRICS
+
+    said = {word.lower(): Entry(word, text, (("more in", "docs/reference/glossary.md"),)) for word, text in GLOSSARY.items()}
+    for name, metric in METRICS.items():
+        said[name] = Entry(f"{metric.title} ({name})", metric_text(name), (("more in", "docs/reference/evaluation.md"),))
+    found = [said[asked.lower()]] if asked.lower() in said else []
+    try:
+        return found + in_recipes(asked, others=said)
+    except ConfigError:
+        if not found:
+            raise
+        return found
 
 
 def _two_columns(rows: Sequence[tuple[str, str]]) -> "Table":

@@ -37,8 +37,11 @@ class _Found:
     types: tuple[str, ...] = field(default=())
 
 
-def explain(asked: str) -> list[Entry]:
+def explain(asked: str, others: Iterable[str] = ()) -> list[Entry]:
     """Return the meanings of a word: a key (`lr`, `method.optim.lr`, `arms.X.path`), a `type`, a method by name, or an allowed value.
+
+    Args:
+        others: words outside recipes that a mistyped word may stand for.
 
     Raises:
         ConfigError: nothing has this name.
@@ -49,7 +52,7 @@ def explain(asked: str) -> list[Entry]:
         found += _named(words[0])
     if found:
         return found
-    raise ConfigError(f"a recipe has neither a key nor a value `{asked}`; {_hint(asked, words)}")
+    raise ConfigError(f"a recipe has neither a key nor a value `{asked}`; {_hint(asked, words, others)}")
 
 
 def _keys(words: list[str]) -> list[Entry]:
@@ -150,14 +153,13 @@ def _group(part: Part, title: str) -> Entry:
     return Entry(title, part.meaning, (("more in", f"docs/{part.page}"),), keys)
 
 
-def _hint(asked: str, words: list[str]) -> str:
+def _hint(asked: str, words: list[str], others: Iterable[str]) -> str:
     if words and (known := SYNONYMS.get(words[-1].lower().replace("-", "_"))):
         return f"did you mean `{known}`?"
     full = {".".join(filter(None, (place, key.name))) for part in reference() for place in part.places for key in part.keys}
     names = {name.rsplit(".", 1)[-1] for name in full} | {part.type for part in reference() if part.type} | {*METHODS}
-    close = difflib.get_close_matches(asked, sorted(full), n=1, cutoff=0.8) or difflib.get_close_matches(
-        (words or [""])[-1], sorted(names), n=1
-    )
+    close = difflib.get_close_matches(asked.lower(), sorted(full.union(others)), n=1, cutoff=0.8)
+    close = close or difflib.get_close_matches((words or [""])[-1], sorted(names), n=1)
     return f"did you mean `{close[0]}`?" if close else "`docs/reference/recipe.md` explains the parts of a recipe"
 
 

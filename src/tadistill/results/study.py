@@ -19,7 +19,6 @@ from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import StoreError
 from tadistill.metrics import declare, metric_of
 from tadistill.models.counting.cost import Cost, CostPart
-from tadistill.results.find import find_study  # noqa: F401
 from tadistill.statistics import ROUNDING, spread_claimed
 from tadistill.store import MANIFEST, Store
 

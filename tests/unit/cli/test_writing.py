@@ -1,8 +1,10 @@
 """The commands that help to write a recipe."""
 
+import pytest
 from typer.testing import CliRunner
 
 from tadistill.cli import app
+from tadistill.errors import ConfigError
 
 
 def run(*arguments: str):
@@ -19,6 +21,24 @@ def test_explain_prints_a_key():
     text = run("explain", "method.optim.lr").output
     for words in ("method.optim.lr", "Peak learning rate.", "greater than 0, at most 10", "0.0005", "docs/reference/recipe.md#method"):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["error", "budget"], "KL(student ‖ teacher) of a chain as a sum"),
+        (["sft"], "Supervised fine-tuning: training on the answers"),
+        (["rouge_l"], "From 0 to 100; higher is better."),
+        (["teacher"], "method.sampler, type teacher"),
+    ],
+)
+def test_explain_knows_words_of_reports_and_metrics(words, said):
+    assert said in " ".join(run("explain", *words).output.split())
+
+
+def test_explain_proposes_a_word():
+    with pytest.raises(ConfigError, match="did you mean `error budget`"):
+        CliRunner().invoke(app, ["explain", "eror", "budget"], catch_exceptions=False)
 
 
 def test_plan_takes_the_name_of_a_shipped_recipe_from_any_folder(tmp_path, monkeypatch):
