@@ -29,6 +29,7 @@ from tadistill.runner.local import LocalRun, StageProgress
 SHARED = "shared by arms"
 """The group of the stages that several arms need."""
 _WIDE = 120  # columns; on a narrower screen a running stage has two lines
+_NARROW = 72
 _PAUSE = 0.1  # seconds
 _SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -216,13 +217,10 @@ class _View:
     def _facts(self, stage: StageProgress, losses: Sequence[float], room: int) -> Text:
         numbers, known = training_numbers(stage.note), stage.done or stage.total > 1
         share = stage.done / max(stage.total, 1)
-        wide = self.width >= _WIDE
-        bar = (
-            Text.assemble(self._bar(share, 16 if wide else 12), f" {stage.done:{len(str(stage.total))}d}/{stage.total}")
-            if known
-            else Text()
-        )
-        spark = "" if self.plain else sparkline(losses, 12 if wide else 8)
+        bar_width, curve_width = (16, 12) if self.width >= _WIDE else (12, 8) if self.width >= _NARROW else (8, 6)
+        count = f" {stage.done:{len(str(stage.total))}d}/{stage.total}"
+        bar = Text.assemble(self._bar(share, bar_width), count) if known else Text()
+        spark = "" if self.plain else sparkline(losses, curve_width)
         left = f", {spoken(stage.left)} left" if stage.left is not None else ""
         parts = [
             (0, bar),
@@ -234,15 +232,14 @@ class _View:
         return _fitting(parts, room)
 
     def bottom(self) -> Text:
-        run, waiting = self.run, len(self.board.waiting)
+        run, waiting = self.run, len(self.board.waiting) - len(self.blocked)
         left = f", about {spoken(run.left)} left" if run.left is not None else ""
-        waits = f"{waiting} wait" if waiting else ""
-        blocked = f", {len(self.blocked)} of them cannot run" if self.blocked else ""
+        waits = [f"{waiting} wait"] * bool(waiting) + [f"{len(self.blocked)} cannot run"] * bool(self.blocked)
         bar = self._bar(run.done / max(run.total, 1), 10)
         parts = [
             (0, Text.assemble((f"{run.done}/{run.total} stages", "bold"), *([" ", bar] if self.width >= 40 else []))),
             (1, Text(f"{spoken(run.seconds)}{left}", style="bold")),
-            (2, Text(f"{waits}{blocked}")),
+            (2, Text(", ".join(waits))),
         ]
         return _fitting(parts, self.width - 1)
 

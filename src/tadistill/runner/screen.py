@@ -83,6 +83,8 @@ class Screen:
         label = self.labels[key]
         self.run.stages[key] = StageProgress(label, total=self.plan.stages[key].steps or 1, note="starting")
         self.board.start(key)
+        if self.live:
+            self.live.refresh()  # the first process may take seconds to start
         self._event("start", key)
         if self.detailed:
             self._print(f"[dim]started[/] {escape(label)} [dim]({key}, {escape(str(self.store.folder(key)))})[/]")

@@ -90,7 +90,7 @@ def test_stages_behind_a_failed_one_are_counted(quickstart):
     first, _, teacher_only, *_ = quickstart.stages
     shown = "\n".join(lines(*board_of(quickstart, failed=[first]), width=160))
     assert re.search(r"✗ shared by arms +0 of 11 stages, 1 failed, \d+ cannot run", shown)
-    assert re.search(r"142 wait, \d+ of them cannot run$", shown)
+    assert re.search(r"\d+ wait, \d+ cannot run$", shown)
     board, _ = board_of(quickstart, done=2, failed=[teacher_only])
     assert board.blocked() == set()
 

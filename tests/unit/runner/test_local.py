@@ -181,7 +181,7 @@ def test_events_as_json(plan, study, monkeypatch, capsys):
 
 def test_a_terminal_gets_a_table_and_one_line_at_the_end(plan, study, monkeypatch):
     out, _ = shown(plan, study, monkeypatch, force_terminal=True, _environ={})
-    assert "━━━━━━────── 4/8  loss 5.010" in re.sub(r"\x1b\[[\d;]*m", "", out)
+    assert "━━━━──── 4/8  loss 5.010" in re.sub(r"\x1b\[[\d;]*m", "", out)
     assert "1/2 sft s, seed 1" not in out
     assert "alarm" in out
     assert out.splitlines()[-1].endswith("1 of 2 stages are done (finished after 61 s)")
