@@ -11,6 +11,7 @@ ARMS = """
   top_k: {path: xl > s, objective: {type: reverse_kl}, sampler: {type: dataset, signal: {type: top_k, k: 8}}}
   taid: {path: xl > s, objective: {type: taid}, sampler: {type: dataset}}
   contrastive: {path: xl > s, objective: {type: contrastive}, sampler: {type: pair, max_new_tokens: 8}}
+  control: {path: xl > s, objective: {type: no_teacher}, sampler: {type: student, max_new_tokens: 8}}
   sampled: {path: xl > s, objective: {type: sampled_kl}, sampler: {type: student, max_new_tokens: 8}}
 """
 SETTINGS = ["seeds=[1]", "method.optim.steps=4", "method.select.metric=loss", "evaluate.max_new_tokens=8"]
@@ -24,7 +25,7 @@ def finished(tmp_path_factory):
 
 
 def test_all_train_and_are_measured(finished):
-    assert {r["arm"] for r in rows(finished)} == {"jsd", "recorded", "top_k", "taid", "contrastive", "sampled"}
+    assert {r["arm"] for r in rows(finished)} == {"jsd", "recorded", "top_k", "taid", "contrastive", "control", "sampled"}
 
 
 def test_recorded_hidden_states_give_the_live_teachers_numbers(finished):

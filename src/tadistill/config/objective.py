@@ -238,6 +238,19 @@ class SampledKL(ObjectiveBase):
     """The estimate of the KL divergence, which decides the gradient."""
 
 
+class NoTeacher(ObjectiveBase):
+    """A control without a teacher: a constant advantage of -1 on the student's own unlikely tokens (arXiv 2608.31046).
+
+    It needs the sampler `student`. If a student of this objective is as good as a distilled one, the teacher's signal was not the reason.
+    """
+
+    needs_teacher: ClassVar[bool] = False
+    needs_own_samples: ClassVar[bool] = True
+    type: Literal["no_teacher"] = "no_teacher"
+    below: float = Field(default=0.1, gt=0, lt=1)
+    """Tokens with a smaller probability are unlikely."""
+
+
 class MiniLLM(ObjectiveBase):
     """MiniLLM's policy gradient (Gu et al. 2024, arXiv 2306.08543v6). Each part can follow the paper or the released code.
 
@@ -335,6 +348,7 @@ Objective = Annotated[
     | Taid
     | Custom
     | SampledKL
+    | NoTeacher
     | MiniLLM,
     Field(discriminator="type"),
 ]

@@ -20,7 +20,7 @@ from tadistill.objectives.divergence import (
 from tadistill.objectives.families import alpha_beta, alpha_mixture
 from tadistill.objectives.fused import fused_divergence, fused_head
 from tadistill.objectives.minillm import clipped_ratio, moments, policy_gradient, returns, single_step, whiten
-from tadistill.objectives.sampled import cross_entropy, k1, k2, k3, token_log_probs
+from tadistill.objectives.sampled import cross_entropy, k1, k2, k3, no_teacher, token_log_probs
 from tadistill.objectives.targets import Head, Hidden, TargetMixture, TopK, top_k, top_k_forward_kl, top_k_reverse_kl
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "k3",
     "log_probs",
     "moments",
+    "no_teacher",
     "policy_gradient",
     "returns",
     "reverse_kl",

@@ -3,6 +3,7 @@
 All functions compute in at least float32 and return one value per token, without mask or reduction. MiniLLM's loss is in `minillm`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,21 @@ def k3(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
     """
     gap = teacher_log_probs - student_log_probs
     return torch.expm1(gap) - gap
+
+
+def no_teacher(student_log_probs: Tensor, *, below: float) -> Tensor:
+    """Return log q of the tokens whose probability q is below `below`, and 0 for all other tokens.
+
+    Its gradient on tokens drawn from q is the policy gradient of a constant advantage of -1 on unlikely tokens: the student's unlikely
+    tokens become less likely, and no teacher is asked. It is a control for on-policy distillation.
+
+    Args:
+        student_log_probs: log-probabilities of the tokens, of any shape.
+        below: a probability from 0 to 1.
+
+    Source: arXiv 2608.31046, which compares teachers with one fixed negative advantage.
+    """
+    return torch.where(student_log_probs.detach() < math.log(below), student_log_probs, torch.zeros_like(student_log_probs))
 
 
 def token_loss_with_slope(student_logits: Tensor, tokens: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

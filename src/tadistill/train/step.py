@@ -173,6 +173,8 @@ def _step(method: Method, models: Models, own: Callable[..., Tensor] | None) -> 
             return Step(models, lambda batch: [_likelihood(batch)])
         case config.SampledKL():
             return Step(models, partial(_sampled_kl, objective))
+        case config.NoTeacher():
+            return Step(models, partial(_no_teacher, objective))
         case config.MiniLLM():
             assert isinstance(method.sampler, Rounds)
             advantages = partial(_advantages, objective, method.sampler.max_new_tokens)
@@ -232,6 +234,10 @@ def _sampled_kl(objective: config.SampledKL, batch: Batch) -> list[Term]:
     estimate = {"k2": objectives.k2, "k3": objectives.k3}[objective.estimator]
     scores = {"teacher_log_probs": batch.values["teacher"][batch.mask_BT]}
     return [TokenTerm(objective.type, estimate, batch.targets_BT[batch.mask_BT], scores)]
+
+
+def _no_teacher(objective: config.NoTeacher, batch: Batch) -> list[Term]:
+    return [TokenTerm(objective.type, objectives.no_teacher, batch.targets_BT[batch.mask_BT], settings={"below": objective.below})]
 
 
 def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") -> Term:

@@ -14,6 +14,7 @@ from tadistill.objectives import (
     k2,
     k3,
     moments,
+    no_teacher,
     policy_gradient,
     returns,
     reverse_kl,
@@ -204,3 +205,25 @@ def test_importance_weights_make_mixed_sampling_unbiased_for_one_token():
     (found,) = torch.autograd.grad(total, logits)
     (expected,) = torch.autograd.grad(reverse_kl(logits, target), logits)
     torch.testing.assert_close(found, expected)
+
+
+def test_no_teacher_is_the_policy_gradient_of_a_constant_negative_advantage():
+    """Over all tokens: E_q[grad] = -E_q[A grad log q] with A = -1 where q < below, by finite differences in float64."""
+    logits = torch.randn(7, generator=torch.Generator().manual_seed(3)).double().requires_grad_()
+    q = logits.softmax(-1).detach()
+    loss = (q * no_teacher(logits.log_softmax(-1), below=0.15)).sum()
+    (found,) = torch.autograd.grad(loss, logits)
+    unlikely = q < 0.15
+    assert 0 < int(unlikely.sum()) < 7
+    step, expected = 1e-6, torch.zeros(7, dtype=torch.float64)
+    for i in range(7):
+        moved = [(logits.detach() + sign * step * torch.eye(7, dtype=torch.float64)[i]).log_softmax(-1) for sign in (1, -1)]
+        expected[i] = (q * unlikely * (moved[0] - moved[1])).sum() / (2 * step)
+    torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(found, q * (unlikely.double() - q[unlikely].sum()))  # by hand
+
+
+def test_no_teacher_counts_only_unlikely_tokens():
+    log_q = torch.log(torch.tensor([0.09, 0.1, 0.5, 1.0]))
+    torch.testing.assert_close(no_teacher(log_q, below=0.1), torch.tensor([math.log(0.09), 0.0, 0.0, 0.0]))
+    assert no_teacher(log_q, below=1e-9).tolist() == [0, 0, 0, 0]

@@ -94,6 +94,15 @@ def test_sampled_kl_needs_no_teacher(estimator):
     check(config.SampledKL(estimator=estimator), batch, expected)
 
 
+def test_the_control_without_a_teacher_pushes_unlikely_tokens_down():
+    def expected(logits, _, tokens):
+        log_q = log_probs(logits).gather(-1, tokens[:, None])[:, 0]
+        return log_q * (log_q.detach().exp() < 0.03)
+
+    found = check(config.NoTeacher(below=0.03), collate(ROWS, pad=0), expected)
+    assert found.total < 0
+
+
 @pytest.mark.parametrize("tail", ["lump", "drop"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_recorded_signal_takes_the_teachers_place(variant, tail):
@@ -139,7 +148,7 @@ def test_an_objective_is_one_function_one_variant_and_one_line(monkeypatch):
 
 
 def test_every_variant_has_a_function_and_only_its_arguments():
-    others = {config.CrossEntropy, config.Taid, config.Contrastive, config.Custom, config.SampledKL, config.MiniLLM}
+    others = {config.CrossEntropy, config.Taid, config.Contrastive, config.Custom, config.SampledKL, config.NoTeacher, config.MiniLLM}
     assert set(CLASSES) == {*DIVERGENCES, *others}
     for variant in DIVERGENCES:
         defaults = variant()

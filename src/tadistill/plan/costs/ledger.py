@@ -252,14 +252,14 @@ class Ledger:
             cost.add("rollout/teacher", sampled)
         scored = passes.pass_by_length(answers, sampler.chunk, rollouts) * rounds
         known = sampler.guided and len(cost.teachers) == 1  # several teachers score in separate passes
-        kept = known or scores or sampler.inner_epochs > 1
+        kept = objective.needs_teacher and (known or scores or sampler.inner_epochs > 1)
         if kept and not known:
             cost.add("scoring/teacher", scored if scores else Work(scored.positions, scored.pairs))
         if scores and (method.optim.precision == "bf16" or sampler.vllm):
             cost.add("scoring/student", scored)
         cost.train(answers, teacher=distribution and not kept, teacher_head=distribution and kept)
         # if the teacher's states were not stored, the metrics of rollouts run the teacher again
-        cost.watch(answers, teacher=not (distribution and kept), teacher_head=distribution and kept)
+        cost.watch(answers, teacher=method.runs_teacher and not (distribution and kept), teacher_head=distribution and kept)
         if isinstance(objective, MiniLLM) and objective.needs_corpus and self.recipe.data.corpus:
             cost.corpus(self.corpus_length, teacher=objective.pt_kd_ratio > 0)
 
