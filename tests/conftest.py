@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
-LONGEST = ["slurm/test_slurm", "e2e/test_interrupted", "e2e/test_study", "e2e/test_one_store", "e2e/test_ranks", "e2e/test_signals",
-           "e2e/test_architectures", "e2e/test_layouts", "e2e/test_on_policy", "e2e/test_advise"]  # fmt: skip
+LONGEST = [
+    *("slurm/test_slurm", "e2e/test_recipes", "e2e/test_study", "e2e/test_interrupted", "e2e/test_one_store", "e2e/test_architectures"),
+    *("e2e/test_layouts", "unit/models/test_sources", "unit/report/test_browser", "e2e/test_example", "e2e/test_on_policy"),
+    *("unit/plan/test_costs", "e2e/test_lora", "e2e/test_advise", "e2e/test_edges", "e2e/test_judge", "e2e/test_signals", "e2e/test_ranks"),
+    *("architecture/test_add_one", "unit/search/test_command"),
+]
 """Files that start first, so that no long one runs alone at the end."""
 CHROMIUM = Path("/usr/bin/chromium")
 ARGS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking", "--disable-component-update",

@@ -55,9 +55,9 @@ def test_mistakes(tmp_path, override, words):
 
 def test_a_mistake_ends_the_program_itself(tmp_path):
     """The exit code and the message are those of a real process; the other tests run the command line in theirs."""
-    command = [sys.executable, "-m", "tadistill", "run", str(RECIPE), "data.template=chat", "--runs", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "tadistill", "run", str(RECIPE), "modles=1", "--runs", str(tmp_path / "runs")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert "chat template" in refused(tmp_path, Done(done.returncode, done.stdout, done.stderr))
+    assert "did you mean `models`" in refused(tmp_path, Done(done.returncode, done.stdout, done.stderr))
 
 
 def test_a_model_that_is_not_there(tmp_path):

@@ -1,9 +1,7 @@
 """The examples run as they stand, offline, and train."""
 
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,17 +14,23 @@ from tadistill.data import tinyworld
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(example: str, *arguments: str, cwd: Path) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(EXAMPLES / example), *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run an example as a program, in this process; return its output."""
+
+    def program(example: str, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [example, *arguments])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+        return capsys.readouterr().out
+
+    return program
 
 
-def test_objective_in_hf_trainer(tmp_path):
+def test_objective_in_hf_trainer(run):
     assert (EXAMPLES / "objective_in_hf_trainer.py").read_text().count("\n") <= 40
-    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.e-]+)", run("objective_in_hf_trainer.py", "--steps", "60", cwd=tmp_path))]
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.e-]+)", run("objective_in_hf_trainer.py", "--steps", "60"))]
     assert len(losses) == 6  # one for every ten steps
     assert losses[-1] < 0.9 * losses[0]
 
@@ -52,9 +56,9 @@ def models(tmp_path) -> list[str]:
     return [f"--{name}={tmp_path / path}" for name, path in (("teacher", "teacher"), ("student", "student"), ("prompts", "prompts.txt"))]
 
 
-def test_minimal_distillation(models, tmp_path):
+def test_minimal_distillation(run, models):
     assert (EXAMPLES / "minimal_distillation.py").read_text().count("\n") <= 120
-    output = run("minimal_distillation.py", *models, "--steps=40", "--new-tokens=16", "--lr=1e-2", cwd=tmp_path)
+    output = run("minimal_distillation.py", *models, "--steps=40", "--new-tokens=16", "--lr=1e-2")
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) nats", output)]
     assert len(losses) == 40
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])

@@ -45,7 +45,7 @@ SMALL = [
     "method.optim.steps=4", "method.optim.batch=4", "method.optim.micro_batch=2", "method.optim.warmup=1", "method.select.every=2",
     "method.sampler.rollouts=8", "method.sampler.inner_epochs=2", "method.sampler.max_new_tokens=6",
     "models.base.distill.optim.epochs=0.5", "models.base.distill.optim.batch=4", "models.base.distill.select.every=1",
-    "arms.seqkd.sampler.max_new_tokens=6", "evaluate.seeds=[10]", "evaluate.max_new_tokens=6", "data.max_length=128", "runtime.jobs=1",
+    "arms.seqkd.sampler.max_new_tokens=6", "evaluate.seeds=[10]", "evaluate.max_new_tokens=3", "data.max_length=128", "runtime.jobs=1",
 ]  # fmt: skip
 SMALL_SFT = ["optim.epochs=0.5", "optim.batch=4", "optim.micro_batch=2", "select.every=1"]
 
