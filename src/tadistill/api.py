@@ -294,7 +294,7 @@ def _read(recipe: Given, overrides: Sequence[str]) -> tuple[Recipe, str, str]:
         return load(recipe, _checked(overrides)), read(recipe)[0], repr(str(recipe))
     if not isinstance(recipe, str | Mapping):
         raise ConfigError(
-            f"a recipe is a path, the name of a shipped recipe, YAML text, a dict or a Recipe, and not a {type(recipe).__name__}"
+            f"`recipe` is a {type(recipe).__name__}; give a path, the name of a recipe of the package, YAML text, a dict or a Recipe"
         )
     text = recipe if isinstance(recipe, str) else _yaml(dict(recipe))
     return parse(text, _checked(overrides), source="recipe", folder=Path.cwd()), text, "recipe"

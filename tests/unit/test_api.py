@@ -133,7 +133,7 @@ def test_the_names_are_offered_and_others_are_not():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: tadistill.run(3), "a recipe is a path, the name of a shipped recipe, YAML text, a dict or a Recipe, and not a int"),
+        (lambda: tadistill.run(3), "`recipe` is a int; give a path, the name of a recipe"),
         (lambda: tadistill.run(TINY, "seeds=[2]"), r"overrides are 'seeds=\[2\]'; give a list"),
         (lambda: tadistill.run("study: x\nmodel: y\n"), "recipe, line 2: `model` is not a known key; did you mean `models`"),
         (lambda: tadistill.plan("quikstart"), "did you mean `quickstart`"),

@@ -52,5 +52,5 @@ def test_the_report_as_an_event(tmp_path, capsys):
 
 def test_options_that_contradict_each_other():
     assert terminal_for(quiet=True, verbose=False, log="json").detail == "problems"
-    with pytest.raises(ConfigError, match="--quiet and --verbose contradict each other"):
+    with pytest.raises(ConfigError, match="--quiet and --verbose cannot be used together"):
         terminal_for(quiet=True, verbose=True, log="text")

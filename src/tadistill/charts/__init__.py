@@ -1,11 +1,11 @@
-"""Charts as SVG, drawn in Python. They need no library in the page, and are right at every width, in hidden tabs and in print.
+"""Charts as SVG, drawn in Python. The page needs no library for them. They work at every width, in hidden tabs and in print.
 
     chart = Chart("figure-loss", "Training loss by step", x=Axis(0, 800, "optimizer step"), y=Axis(1.2, 3.4, "nats/token"))
     chart.line("direct", steps, losses, look(0))
     page = f"<style>{style()}</style>{chart.html()}<script>{script()}</script>"
 
-Positions along x are percentages of the width and positions along y are pixels, so text keeps its size. Colours are variables of the style
-sheet, which has light, dark and printed values. Each mark of a series has `data-arm`, by which the page hides it in all figures at once.
+Positions along x are percentages of the width. Positions along y are pixels, so text keeps its size. Colours are variables of the style
+sheet, which has light, dark and printed values. Each mark of a series has `data-arm`. With it, the page hides a series in all figures.
 """
 
 from importlib.resources import files
@@ -34,10 +34,10 @@ __all__ = [
 
 
 def style() -> str:
-    """Return the style sheet of charts, which a page includes once."""
+    """Return the style sheet of charts. A page includes it once."""
     return files(__name__).joinpath("charts.css").read_text(encoding="utf-8")
 
 
 def script() -> str:
-    """Return the script of charts, which a page includes once, at its end: hover values, and buttons that save a figure or its data."""
+    """Return the script of charts, for hover values and for saving. A page includes it once, at its end."""
     return files(__name__).joinpath("charts.js").read_text(encoding="utf-8")

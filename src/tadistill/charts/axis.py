@@ -1,4 +1,4 @@
-"""Axes: from values to places, and the ticks that people would have chosen."""
+"""Axes of charts: positions of values, and readable ticks."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +9,7 @@ _LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def number_text(value: float, step: float | None = None) -> str:
-    """Return a number for an axis, such as ``0.25``, ``12k`` or ``3e17``, with as many decimals as `step` needs."""
+    """Return a number as text for an axis, such as ``0.25``, ``12k`` or ``3e17``, with as many decimals as `step` needs."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -27,7 +27,7 @@ def number_text(value: float, step: float | None = None) -> str:
 
 
 def nice_span(values: Iterable[float], *, zero: bool = False, pad: float = 0.05) -> tuple[float, float]:
-    """Return the ends of an axis for the values, with a margin of `pad` of their range; with `zero` it includes 0."""
+    """Return the ends of an axis for these values, with a margin of `pad` of their range. With `zero`, the axis includes 0."""
     known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(known), max(known)
     if zero:
@@ -38,9 +38,9 @@ def nice_span(values: Iterable[float], *, zero: bool = False, pad: float = 0.05)
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: the values at its ends, its title, and if its scale is logarithmic.
+    """One axis: the values at its ends, its title, and whether its scale is logarithmic.
 
-    `marks` replaces the ticks: value -> text. `text` replaces the way in which ticks are written. `grid` draws a line at each tick.
+    `marks` (value -> text) replaces the ticks. `text` is a function that writes the ticks. `grid` draws a line at each tick.
     """
 
     low: float
@@ -53,17 +53,17 @@ class Axis:
 
     def __post_init__(self):
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError(f"an axis must go from a smaller to a larger finite value, not from {self.low} to {self.high}")
+            raise ValueError(f"an axis goes from {self.low} to {self.high}; it must go from a smaller to a larger finite value")
         if self.log and self.low <= 0:
-            raise ValueError(f"a logarithmic axis must start above 0, not at {self.low}")
+            raise ValueError(f"a logarithmic axis starts at {self.low}; it must start above 0")
 
     def place(self, value: float) -> float:
-        """Return where a value lies: 0 at the lower end of the axis, 1 at the upper end."""
+        """Return the position of a value: 0 at the lower end of the axis, 1 at the upper end."""
         low, high = (math.log10(end) if self.log else end for end in (self.low, self.high))
         return ((math.log10(max(value, 1e-300)) if self.log else value) - low) / (high - low)
 
     def ticks(self, count: int = 5) -> dict[float, str]:
-        """Return about `count` ticks inside the axis: value -> text."""
+        """Return about `count` ticks inside the axis, as {value: text}."""
         if self.marks is not None:
             return dict(self.marks)
         if self.log:

@@ -19,7 +19,7 @@ _TITLE, _TICKS, _LINE = 20, 18, 14  # pixels below the plot: title of the axis, 
 
 @dataclass(frozen=True)
 class Point:
-    """A value with its interval (both ends None: it has none), and a text for the hover."""
+    """A value with its interval, and a text for the hover. Without an interval, both ends are None."""
 
     x: float
     y: float
@@ -35,7 +35,7 @@ class Chart:
         name: the id of the element, and the name of saved files.
         summary: the text for readers who do not see the figure.
         height: pixels of the plot, without ticks and titles.
-        head: pixels above the plot, for texts there.
+        head: pixels above the plot, for texts.
         frame: False leaves out both axes and their lines.
     """
 
@@ -60,7 +60,7 @@ class Chart:
         label: bool = False,
         step: bool = False,
     ) -> None:
-        """Draw a line; gaps are None or NaN. A line of one `seed` is faint. With `label` the name stands at the right end."""
+        """Draw a line with gaps at None or NaN. A line with a `seed` is faint. With `label`, the name is written at the right end."""
         known = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and math.isfinite(y)]
         if not known:
             return
@@ -84,7 +84,7 @@ class Chart:
             self._ends.append(Label(self.x.place(x), self._top(y), name, name, look.colour))
 
     def band(self, name: str, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], look: Look) -> None:
-        """Fill the room between two lines, for the interval of a line."""
+        """Fill the area between two lines, for the interval of a line."""
         upper = [f"{_ACROSS * self.x.place(x):.1f} {self._down(y):.1f}" for x, y in zip(xs, highs, strict=True)]
         lower = [f"{_ACROSS * self.x.place(x):.1f} {self._down(y):.1f}" for x, y in zip(xs, lows, strict=True)]
         if upper:
@@ -103,7 +103,7 @@ class Chart:
                 self._labels.append(Label(self.x.place(point.x), self._top(point.y), label, name, look.colour))
 
     def row(self, name: str, y: float, point: tuple[float, float, float], look: Look, *, dots: Sequence[float] = (), tip: str = "") -> None:
-        """Draw a mean with a horizontal interval (mean, low, high) at height `y`; `dots` are single values below it."""
+        """Draw a mean with a horizontal interval (mean, low, high) at height `y`. `dots` are single values, drawn below it."""
         mean, low, high = point
         height = self._top(y)
         ends = f'x1="{self._at(low)}" x2="{self._at(high)}" y1="{height:.1f}" y2="{height:.1f}"'
@@ -126,7 +126,7 @@ class Chart:
         self._data["bars"].append([name, *map(_short, (*xs, *ys)), tip])
 
     def whisker(self, name: str, at: float, low: float, high: float, *, flat: bool = False) -> None:
-        """Draw the interval of a bar: upright at x = `at`, or with `flat` along x at y = `at`."""
+        """Draw the interval of a bar. It is vertical at x = `at` or, with `flat`, horizontal at y = `at`."""
         if flat:
             ends = f'x1="{self._at(low)}" x2="{self._at(high)}" y1="{self._top(at):.1f}" y2="{self._top(at):.1f}"'
         else:
@@ -151,7 +151,7 @@ class Chart:
         self._add("back" if not name else "marks", f'<line class="{kind or "guide"}" {ends} style="{style}"{_tip(tip)}/>', name)
 
     def rule(self, *, x: float | None = None, y: float | None = None, kind: str = "zero") -> None:
-        """Draw a line over the whole plot: `kind` is zero, grid, or dashed."""
+        """Draw a line over the whole plot. `kind` is `zero`, `grid` or `dashed`."""
         if y is not None:
             self._add("back", f'<line class="{kind}" x1="0" x2="100%" y1="{self._top(y):.1f}" y2="{self._top(y):.1f}"/>')
         if x is not None:
@@ -176,7 +176,10 @@ class Chart:
         kind: str = "",
         shift: tuple[float, float] = (0, 0),
     ) -> None:
-        """Write a text at (x, y): its `side` (start, middle, end) lies there, moved by `shift` pixels. x None: at that side of the plot."""
+        """Write a text at (x, y), moved by `shift` pixels. `side` (start, middle, end) is the part of the text at this point.
+
+        If x is None, the text is at this side of the plot.
+        """
         at = {"start": "0%", "middle": "50%", "end": "100%"}[side] if x is None else self._at(x)
         place = f'x="{at}" y="{self._top(y):.1f}" dx="{shift[0]:g}" dy="{shift[1]:g}" text-anchor="{side}"'
         self._add("text", f'<text class="{kind or "note"}" {place}>{safe(text)}</text>', name)
@@ -285,7 +288,6 @@ def _short(value: float | None) -> float | None:
 
 
 def _spread_out(points: Sequence[tuple[float, float]], count: int = 4) -> list[tuple[float, float]]:
-    """Return a few of the points, evenly spread: the markers of a line."""
     if len(points) <= count:
         return list(points)
     return [points[round(index * (len(points) - 1) / (count - 1))] for index in range(count)]

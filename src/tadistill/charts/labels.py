@@ -1,4 +1,4 @@
-"""Places for the names of points and lines, so that none covers another or a point."""
+"""Find places for the names of points and lines, so that no name covers another name or a point."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from tadistill.charts.looks import safe
 
 WIDTHS = (560, 300)
-"""Pixels of the plots for which labels are placed; the style sheet shows the placement that fits the page."""
+"""Widths of the plot, in pixels, for which labels are placed. The style sheet shows the placement that fits the page."""
 _HIGH, _GAP = 15, 9  # pixels of a line of text, and between a point and its label
 
 
 @dataclass(frozen=True)
 class Label:
-    """A text that belongs to the point at `x` (share of the width) and `y` (pixels from the top)."""
+    """A text for the point at `x` (share of the width) and `y` (pixels from the top)."""
 
     x: float
     y: float
@@ -22,15 +22,15 @@ class Label:
 
 
 def text_width(text: str) -> float:
-    """Return about how many pixels a text of 12 pixels is wide."""
+    """Return the approximate width of a text of size 12, in pixels."""
     return sum(3.6 if c in "iljtfrI.,:;|' " else 9.6 if c in "mwMW" else 8.2 if c.isupper() else 6.7 for c in text)
 
 
 def place_labels(labels: Sequence[Label], width: int | None, box: tuple[int, int]) -> list[str]:
-    """Return the labels as SVG: beside their points, else where there is room, with a thin line to the point.
+    """Return the labels as SVG. A label is beside its point. Without room, it is elsewhere, with a thin line to the point.
 
     Args:
-        width: pixels of the plot; None places all labels in a column at its right.
+        width: pixels of the plot. None places all labels in a column at its right.
         box: the top and the bottom of the plot in pixels.
     """
     if width is None:
@@ -104,7 +104,7 @@ def _column(labels: Sequence[Label], box: tuple[int, int]) -> list[str]:
 
 
 def spread(values: Sequence[float], apart: float, box: tuple[float, float]) -> list[float]:
-    """Return the values moved as little as needed so that any two are `apart`, in the order given and inside the box if it has room."""
+    """Return the values, moved as little as possible so that any two are at least `apart`. If `box` has room, they stay inside it."""
     order = sorted(range(len(values)), key=values.__getitem__)
     placed = [values[i] for i in order]
     for _ in range(60):

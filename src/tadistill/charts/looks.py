@@ -30,7 +30,7 @@ SHAPES = tuple(_SHAPES)  # 13 shapes and 12 colours have no common factor, so th
 
 @dataclass(frozen=True)
 class Look:
-    """The look of a series: its colour in CSS, its marker and the dash of its lines (empty: a solid line)."""
+    """The look of a series: its colour in CSS, its marker, and the dash of its lines (empty for a solid line)."""
 
     colour: str
     marker: str = "circle"
@@ -38,11 +38,11 @@ class Look:
 
 
 PLAIN = Look(GREY)
-"""The look of guides and of everything that belongs to no series."""
+"""The look of guides and of everything else that is not a series."""
 
 
 def look(index: int) -> Look:
-    """Return the look of the series with this index."""
+    """Return the look of the series number `index`."""
     return Look(f"var(--c{index % COLOURS})", SHAPES[index % len(SHAPES)], DASHES[index // 3 % len(DASHES)])
 
 
@@ -52,7 +52,7 @@ def glyph(found: Look) -> str:
 
 
 def marker(found: Look, size: float) -> str:
-    """Return the marker as an SVG path around the origin; `size` is its radius in pixels."""
+    """Return the marker as an SVG path around the origin. `size` is its radius in pixels."""
     path = _SHAPES[found.marker][0]
     style = "fill:var(--page);stroke:" if found.marker.startswith("open ") else "fill:"
     return f'<path d="{path}" transform="scale({size:g})" vector-effect="non-scaling-stroke" style="{style}{found.colour}"/>'

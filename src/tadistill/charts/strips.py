@@ -13,14 +13,14 @@ _HEIGHT = 22  # pixels of a row's plot
 
 @dataclass(frozen=True)
 class Strip:
-    """The plots of one column of a table. `zero` draws a line at 0, and `margin` a band of that half width around it."""
+    """The plots of one column of a table. `zero` draws a line at 0. `margin` draws a band of this half width around 0."""
 
     axis: Axis
     zero: bool = False
     margin: float = 0.0
 
     def interval(self, mean: float, low: float, high: float, look: Look, *, dots: Iterable[float] = (), tip: str = "") -> Markup:
-        """Draw a mean with its interval; `dots` are single values (training seeds), `tip` is the text on hover."""
+        """Draw a mean with its interval. `dots` are single values (training seeds). `tip` is the text on hover."""
         marks = "".join(f'<circle class="dot" cx="{self._at(dot)}" cy="{_HEIGHT - 4}" r="1.8" style="fill:{look.colour}"/>' for dot in dots)
         middle = _HEIGHT // 2
         line = f'<line class="span" x1="{self._at(low)}" x2="{self._at(high)}" y1="{middle}" y2="{middle}" style="stroke:{look.colour}"/>'
@@ -38,11 +38,11 @@ class Strip:
         return self._drawn(bar, tip)
 
     def empty(self) -> Markup:
-        """Draw the row of a value that is not measured."""
+        """Draw the plot of a value that was not measured."""
         return self._drawn("", "")
 
     def ruler(self, count: int = 4) -> Markup:
-        """Draw the axis, for the head of the column."""
+        """Draw the axis for the head of the column."""
         places = (
             (f'x="{self._at(v)}" y="10" text-anchor="{_anchor(self.axis.place(v))}"', text) for v, text in self.axis.ticks(count).items()
         )

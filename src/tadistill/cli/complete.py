@@ -1,7 +1,4 @@
-"""Completion in a shell: recipes, studies, arms, keys and their values.
-
-`tadistill --install-completion` turns it on.
-"""
+"""Completion in a shell, for recipes, studies, arms, keys and their values. `tadistill --install-completion` installs it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +10,7 @@ from tadistill.store import runs_directory
 
 
 def recipe_names(incomplete: str) -> list[str]:
-    """Offer the shipped recipes, and the YAML files and folders here."""
+    """Complete the names of the package's recipes, and of YAML files and folders in this directory."""
     from tadistill.config.shipped import shipped
 
     here = [path for path in Path().glob(f"{incomplete}*") if path.is_dir() or path.suffix in (".yaml", ".yml")]
@@ -21,14 +18,14 @@ def recipe_names(incomplete: str) -> list[str]:
 
 
 def study_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Offer the studies of the runs directory."""
+    """Complete the names of the studies in the runs directory."""
     from tadistill.results.find import studies
 
     return _beginning(incomplete, studies(runs_directory(ctx.params.get("runs"))))
 
 
 def arm_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Offer the arms of the study that the command line names before."""
+    """Complete the names of the arms of the study that stands earlier on the command line."""
     from tadistill.errors import ConfigError
     from tadistill.results.find import arms, find_study
 
@@ -40,17 +37,17 @@ def arm_names(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Offer `KEY=` of a recipe with the names of its models and arms, and `KEY=VALUE` where the values are known."""
+    """Complete `KEY=` with the keys of a recipe and the names of its models and arms. Complete `KEY=VALUE` if the values are known."""
     return _settings(incomplete, _named(ctx.params.get("recipe")))
 
 
 def settings(incomplete: str) -> list[str]:
-    """Offer `KEY=` and `KEY=VALUE` of a recipe that trains nothing."""
+    """Complete `KEY=` and `KEY=VALUE` for a recipe that trains nothing."""
     return [text for text in _settings(incomplete, {}) if text.startswith(("data.", "evaluate."))]
 
 
 def method_names(incomplete: str) -> list[str]:
-    """Offer the methods by name."""
+    """Complete the names of the methods."""
     from tadistill.config.shorthand import METHODS
 
     return _beginning(incomplete, METHODS)
@@ -79,11 +76,6 @@ def _settings(incomplete: str, named: dict[str, list[str]]) -> list[str]:
 
 
 def _places(named: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Return the whole key of every value in a recipe -> its values, as far as they are known.
-
-    Args:
-        named: `models`, `arms` … -> the names that a recipe has there. Keys below other names are left out.
-    """
     from tadistill.config.reference import NAME, reference
 
     found: dict[str, list[str]] = {}

@@ -83,7 +83,6 @@ def _evaluate(
 
 
 def _sets(text: str) -> list[str]:
-    """Return names and paths that stand between commas; the path of an existing file may hold commas itself."""
     parts = text.split(",")
     for end in range(len(parts), 1, -1):
         if Path(",".join(parts[:end])).expanduser().exists():

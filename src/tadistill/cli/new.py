@@ -39,11 +39,11 @@ def new(
     from tadistill.config.shorthand import METHODS, no_method
 
     if file.exists() or file.is_symlink():
-        raise ConfigError(f"{file} exists already; give the new recipe another name")
+        raise ConfigError(f"{file} already exists; choose another name for the new recipe")
     given = {"teacher": teacher, "student": student, "data": data, "method": method}
     missing = [name for name, answer in given.items() if not answer]
     if missing and not _at_terminal():
-        raise ConfigError(f"`tadistill new` can ask only at a terminal; give it --{' and --'.join(missing)}")
+        raise ConfigError(f"`tadistill new` can ask questions only at a terminal; give the answers with --{' and --'.join(missing)}")
     for name in missing:
         given[name] = _asked(name)
     if given["method"] not in METHODS:
@@ -54,7 +54,9 @@ def new(
         with file.open("x", encoding="utf-8") as content:
             content.write(text)
     except OSError as error:
-        raise ConfigError(f"{file} cannot be written ({error.strerror}); give a place that exists and that you may write to") from error
+        raise ConfigError(
+            f"{file} cannot be written ({error.strerror}); give a file in an existing folder with write permission"
+        ) from error
     console.print(f"wrote {file}", soft_wrap=True, highlight=False)
     console.print(f"next: tadistill plan {file}", soft_wrap=True, highlight=False)
 
@@ -64,7 +66,6 @@ def _at_terminal() -> bool:
 
 
 def _asked(name: str) -> str:
-    """Ask for an answer at the terminal, again if there is no such method."""
     from tadistill.config.shorthand import METHODS, no_method
 
     if name != "method":
@@ -76,11 +77,11 @@ def _asked(name: str) -> str:
 
 
 def recipe_text(file: Path, teacher: str, student: str, data: str, method: str) -> str:
-    """Return the text of a recipe.
+    """Return the text of a new recipe.
 
     Args:
-        file: where it will be written; paths in the recipe are relative to its folder.
-        teacher, student, data: as a user gives them, with paths relative to the working directory.
+        file: the path of the new recipe. Paths in the recipe are relative to its folder.
+        teacher, student, data: the user's answers. Their paths are relative to the working directory.
     """
     from tadistill.config.schema import schema_file
     from tadistill.config.shorthand import METHODS
@@ -127,7 +128,6 @@ def _row(role: str, content: Any, same: bool) -> str:
 
 
 def _set(data: str, role: str, file: Path) -> tuple[Any, bool]:
-    """Return what a recipe writes for a role of the data, and True if there is nothing but the training rows for it."""
     path = Path(data).expanduser()
     if path.is_dir():
         there = (path / f"{role}.jsonl").is_file()
@@ -140,7 +140,6 @@ def _set(data: str, role: str, file: Path) -> tuple[Any, bool]:
 
 
 def _moved(text: str, file: Path) -> str:
-    """Return a path that is relative to the working directory as one that is relative to the recipe's folder."""
     path = Path(text).expanduser()
     if path.is_absolute() or not path.exists():
         return text
@@ -149,7 +148,6 @@ def _moved(text: str, file: Path) -> str:
 
 
 def _template(teacher: str) -> str:
-    """Return `chat` if the teacher's files on this disk have a chat template, or if its name says that it is a chat model."""
     from tadistill.models import sources, tokens
 
     try:
@@ -162,5 +160,4 @@ def _template(teacher: str) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """Return a value on one line of YAML."""
     return yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("...\n").strip()

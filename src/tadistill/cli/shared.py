@@ -50,7 +50,7 @@ Log = Annotated[
 
 
 def read_recipe(recipe: Path, overrides: list[str] | None) -> "Recipe":
-    """Load a recipe with its overrides. Say which file it is, if it is given by the name of a shipped recipe."""
+    """Load a recipe with its overrides. If it is given by the name of a recipe of the package, print which file it is."""
     from tadistill.config import load
     from tadistill.config.shipped import remark
 
@@ -60,9 +60,9 @@ def read_recipe(recipe: Path, overrides: list[str] | None) -> "Recipe":
 
 
 def terminal_for(quiet: bool, verbose: bool, log: str) -> Terminal:
-    """Return the console of a command that runs stages, as its options `--quiet`, `--verbose` and `--log` want it."""
+    """Return the console for the options `--quiet`, `--verbose` and `--log` of a command."""
     if quiet and verbose:
-        raise ConfigError("--quiet and --verbose contradict each other; give one of them")
+        raise ConfigError("--quiet and --verbose cannot be used together; give one of them")
     if not (quiet or verbose or log == "json"):
         return console
     return Terminal(detail="problems" if quiet else "everything" if verbose else "progress", events=log == "json")
@@ -79,7 +79,7 @@ def run_and_report(loaded: "Recipe", text: str, command: str, root: Path, termin
 
 
 def report_study(study: Path, root: Path, terminal: Terminal) -> None:
-    """Write the report of a study; print its answer, a table of its arms, and what to do next."""
+    """Write the report of a study. Print its answer, a table of its arms, and what to do next."""
     with terminal.working("writing the report"):
         from tadistill.report import read_results, summary_table, write_report
         from tadistill.report.text import answer
@@ -96,7 +96,6 @@ def report_study(study: Path, root: Path, terminal: Terminal) -> None:
 
 
 def _next_commands(results: "Results", study: Path) -> Iterator[tuple[str, str]]:
-    """Return commands that a user may want after a study, each with its purpose."""
     from tadistill.report.text import student_of
     from tadistill.results.collect import MEAN, primary_metric, seeds_of
     from tadistill.results.verdict import comparisons
@@ -139,7 +138,7 @@ def interruptible(terminal: Terminal = console) -> Iterator[None]:
 
 
 def runs_option(runs: Path | None) -> list[str]:
-    """Return the words of the option `--runs` in a command that is printed for the user."""
+    """Return the option `--runs` as words for a command that is printed for the user."""
     return ["--runs", str(runs)] if runs else []
 
 

@@ -61,7 +61,7 @@ def export(
     from tadistill.results.find import find_study
 
     if target is None and push is None:
-        raise ConfigError("`tadistill export` needs a directory for the copy, or --push REPO; name one")
+        raise ConfigError("`tadistill export` needs a directory for the copy, or --push REPO; give one of them")
     name, root = hub.full_name(push) if push else "", runs_directory(runs)
     results = read_results(find_study(study, root), store_of(root))
     with contextlib.nullcontext(target) if target else tempfile.TemporaryDirectory() as folder:
@@ -119,7 +119,7 @@ def judge(
     try:
         commands.judge(study, chosen, root=runs_directory(runs), console=console, confirm=confirm, command=command)
     except KeyboardInterrupt:
-        console.print("interrupted; replies are kept. Run the same command again to continue")
+        console.print("interrupted; the replies are kept. Run the same command again to continue")
         raise typer.Exit(130) from None
 
 
@@ -143,7 +143,9 @@ def human(
     root = runs_directory(runs)
     if files:
         if arm or on or limit or reference or seed:
-            raise ConfigError("with filled-in sheets only --name and --runs are allowed; the other options are for writing a new sheet")
+            raise ConfigError(
+                "with filled-in sheets, only --name and --runs can be used; remove the other options, which are for writing a new sheet"
+            )
         commands.read_sheets(study, files, root=root, console=console, command=shlex.join(["tadistill", *sys.argv[1:]]), name=name)
         return
     options = {"name": name, "arms": arm or [], "sets": comma_separated(on), "limit": limit, "reference": reference, "seed": seed}

@@ -1,8 +1,8 @@
 """A job's request to Slurm, and its batch script.
 
 A request is computed from the plan's estimates, the cluster's profile and the recipe's `resources`. A request that the cluster would refuse
-raises an error that names the rule. The GPU is the smallest one with enough memory: for models, gradients and optimizer moments, and a
-tenth more. The time is 1.5 x the estimate. It is split into several jobs if it is longer than the profile allows.
+raises an error that names the rule. The GPU is the smallest one with enough memory for models, gradients and optimizer moments, plus 10 %.
+The time is 1.5 x the estimate. It is split into several jobs if it is longer than the profile allows.
 
 submitit writes the script, pickles the work, and requeues a job that saved its state in time. A dry run prints the script.
 """

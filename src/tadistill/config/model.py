@@ -146,12 +146,9 @@ class ModelConfig(Strict):
             raise ValueError(f"a model needs exactly one of `load`, `init`, `checkpoint` and `temper`; this one has {given or 'none'}")
         scratch = (self.load or "").startswith("scratch:")
         if self.config and not self.load:
-            raise ValueError("`config` describes a model that is loaded, and this one is made from another; remove `config`")
+            raise ValueError("`config` is only for a model that is loaded, but this model is made from another model; remove `config`")
         if self.config and not scratch and not isinstance(self.config.get("model_type"), str):
-            raise ValueError(
-                "`config` tells the plan the sizes of a model that is not on this disk, and lacks `model_type`; add it, or remove `config` "
-                "(a model with weights has its own configuration)"
-            )
+            raise ValueError("`config` has no `model_type`; add it, or remove `config` (a model with weights has its own configuration)")
         if scratch and not self.tokenizer:
             raise ValueError("a model with `load: scratch:TYPE` needs `tokenizer` (a directory, a hub id, or tinyworld); add it")
         if self.temper and self.sft:

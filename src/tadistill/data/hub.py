@@ -157,7 +157,7 @@ def _sending(repository: str) -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     if constants.HF_HUB_OFFLINE:
-        raise ModelError("HF_HUB_OFFLINE=1 forbids to send a model to the Hub; unset it, or export without --push")
+        raise ModelError("HF_HUB_OFFLINE=1 forbids uploads to the Hub; unset it, or export without --push")
     try:
         yield
     except errors.HFValidationError as cause:
@@ -175,4 +175,6 @@ def _sending(repository: str) -> Iterator[None]:
         if status in (403, 404):
             raise ModelError(f"the token may not write to `{repository}`; use a token that can, or another repository") from cause
         why = f"it answered {status}" if status else type(cause).__name__
-        raise ModelError(f"the Hub at {constants.ENDPOINT} cannot take `{repository}` ({why}); check the network, and try again") from cause
+        raise ModelError(
+            f"`{repository}` could not be uploaded to the Hub at {constants.ENDPOINT} ({why}); check the network, and try again"
+        ) from cause

@@ -121,7 +121,7 @@ class Rounding:
 
     @property
     def precise(self) -> bool:
-        """True in float32 and float64."""
+        """True if logits are computed in float32 or float64."""
         return self.eps < 1e-5
 
     @property

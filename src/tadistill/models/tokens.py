@@ -59,7 +59,7 @@ def ends(first: Tokens, others: Iterable[Tokens] = (), *, in_chat: bool = False)
         in_chat: True if this tokenizer's chat template writes the prompts.
 
     Returns:
-        First the token that ends a reference: the chat template's token if `in_chat`, else EOS. Then all other tokens.
+        The token that ends a reference comes first. It is the chat template's token if `in_chat`, else EOS. All other tokens follow.
     """
     closing = [first.turn] if in_chat and first.turn is not None else []
     return tuple(dict.fromkeys([*closing, *first.all, *(i for other in others for i in other.all)]))

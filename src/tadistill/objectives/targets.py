@@ -205,8 +205,8 @@ class TopK:
         if self.ids.shape[:-1] != student_logits.shape[:-1] or self.ids.shape != self.log_probs.shape:
             raise ConfigError(
                 f"`student_logits` {tuple(student_logits.shape)}, `ids` {tuple(self.ids.shape)} and `log_probs` "
-                f"{tuple(self.log_probs.shape)} do not fit; `ids` and `log_probs` need the same shape, and all three need the same axes "
-                "before the last"
+                f"{tuple(self.log_probs.shape)} do not fit; `ids` and `log_probs` need the same shape, and `student_logits` may differ "
+                "only in the last axis"
             )
         self.check(width)
         if self.tail is None:
@@ -228,7 +228,7 @@ Target = Tensor | Hidden | TopK
 
 
 def per_token(target: Target) -> Tensor:
-    """Return the tensor of the target that has one row per token."""
+    """Return the tensor inside a target (logits, hidden states or log-probabilities) with one row per token."""
     return target.states if isinstance(target, Hidden) else target.log_probs if isinstance(target, TopK) else target
 
 

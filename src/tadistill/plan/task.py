@@ -127,8 +127,8 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
     sampler = spec.method.sampler
     if given.teacher == "sharded" and sampler.guided:
         raise ConfigError(
-            f"{stage.label}: a teacher that is sharded (`resources.teacher`) must run equally often in each process, but sampler "
-            f"{sampler.type} does not run it so; set teacher: offloaded"
+            f"{stage.label}: `resources` has teacher: sharded, but sampler {sampler.type} runs the teacher a different number of times in "
+            "each process; set teacher: offloaded"
         )
     if given.parallel == "fsdp" and sampler.vllm:
         raise ConfigError(f"{stage.label}: `resources` has parallel: fsdp, but engine vllm needs the whole student; set parallel: ddp")

@@ -19,7 +19,7 @@ __all__ = ["read_results", "summary_table", "write_report"]
 
 
 def write_report(results: Results) -> Path:
-    """Write ``results.json``, ``results.csv``, ``report.html`` and ``report.md`` into the study's directory. Return the HTML's path."""
+    """Write report.html, report.md, ``results.json`` and ``results.csv`` into the study's directory. Return the path of report.html."""
     write_results(results)
     page = results.study_dir / "report.html"
     write_text(page, render_page(results))

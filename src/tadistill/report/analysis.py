@@ -1,7 +1,7 @@
-"""The analysis of a study: where compared arms differ, and what may explain it.
+"""The analysis of a study: where compared arms (paths of models) differ, and what may explain it.
 
-Differences are rows with a mark: better, worse, or no clear difference. The possible explanations of a chain's result are sharpening, the
-error of each hop, and compute. If a value was not measured, its row says so.
+Differences are rows with a mark: better, worse, or no clear difference. There are three possible explanations for the result of a path
+with assistants: sharpening, the error of each step, and compute. If a value was not measured, its row says so.
 """
 
 from collections.abc import Iterable
@@ -34,12 +34,12 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Return `where` in words."""
+        """Return `where` as text for readers."""
         return "mean over sets" if self.where == MEAN else self.where
 
     @property
     def mark(self) -> Mark:
-        """The verdict of the 95 % interval alone, not adjusted for the number of rows."""
+        """The verdict from this row's 95 % interval alone. It is not adjusted for the number of rows."""
         if self.difference is None:
             return "not measured"
         if self.difference.covers_zero:
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A possible reason for a chain's result, with one or more sentences on it."""
+    """A possible reason for the result of a path with assistants, with sentences about it."""
 
     title: str
     sentences: tuple[str, ...]
@@ -57,18 +57,18 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Two compared arms: the rows in which they may differ, and possible explanations (for chains)."""
+    """Two compared arms: the rows in which they may differ, and possible explanations for a path with assistants."""
 
     arm: str
     other: str
     rows: tuple[Row, ...]
     whole: tuple[tuple[str, str, str], ...]
-    """Metrics of whole sets, which have no intervals: title, value of the arm, value of the other."""
+    """Metrics with one value per set, which have no intervals: title, value of the arm, value of the other arm."""
     explanations: tuple[Explanation, ...]
 
 
 def analyses(results: Results) -> list[Analysis]:
-    """Return the analysis of each comparison; an empty list if there are too many pairs to be read."""
+    """Return the analysis of each comparison. The list is empty if there are too many pairs to read."""
     return results.once("analyses", lambda: _analyses(results))
 
 
@@ -111,7 +111,7 @@ def _explanations(results: Results, c: Comparison) -> tuple[Explanation, ...]:
 
 
 def published(results: Results) -> list[str]:
-    """Return one sentence for each arm with published scores: which of them this study matches."""
+    """Return one sentence for each arm with published scores. It says which of them this study matches."""
     return [_arm_published(results, arm) for arm in results.plan.arms if arm.published]
 
 
@@ -165,7 +165,6 @@ def _sharpening_verdict(c: Comparison) -> str:
 
 
 def _hops(results: Results, c: Comparison) -> list[str]:
-    """Describe a chain's error budget: KL(q ‖ teacher) = KL(q ‖ last assistant) + one term for each hop between the two."""
     arm = results.arm(c.arm)
     models = budget_models(results, arm)
     terms = [f"budget/{j}" for j in range(len(models) - 1)]
@@ -192,7 +191,7 @@ def sum_of(terms_SNK: list[np.ndarray]) -> np.ndarray:
 
 
 def hop_text(models: tuple[str, ...], j: int) -> str:
-    """Return the models of hop j >= 1 of the error budget, such as ``xl > l``. Hop 1 leads to the last assistant, hop 2 to the next."""
+    """Return step j >= 1 of a path as text, such as ``xl > l``. Step 1 leads to the last assistant, and step 2 to the one before it."""
     return path_text((models[-2 - j], models[-1 - j]))
 
 

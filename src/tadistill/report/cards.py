@@ -29,8 +29,8 @@ def export(results: Results, arm: str, seed: int | None, target: Path, *, name: 
     """Copy an arm's trained model to ``target``, write a model card as README.md, and return ``target``.
 
     Args:
-        seed: a training seed; None selects the recipe's first finished seed.
-        name: the id on the Hub under which the card's program loads the model; `target` by default.
+        seed: a training seed. None selects the recipe's first finished seed.
+        name: the id on the Hub under which the card's program loads the model. By default it is `target`.
 
     Raises:
         ConfigError: the arm or the seed does not exist, the arm trains no model, or the target is not an empty directory.
@@ -38,20 +38,20 @@ def export(results: Results, arm: str, seed: int | None, target: Path, *, name: 
     """
     source, chosen = trained_model(results.plan, results.store, arm, seed)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not an empty directory; name a new directory to export to")
+        raise ConfigError(f"{target} exists and is not an empty directory; give the name of a new directory")
     card = model_card(results, arm, chosen, source, name or str(target))
     try:
         shutil.copytree(source, target, dirs_exist_ok=True)
         tokens.name_ends(target)
         ordinary_permissions(target)
     except (OSError, shutil.Error) as error:
-        raise StoreError(f"{source} cannot be copied to {target} ({error}): check its permissions and free space") from error
+        raise StoreError(f"{source} cannot be copied to {target} ({error}); check its permissions and free space") from error
     write_text(target / "README.md", card)
     return target
 
 
 def model_card(results: Results, arm_name: str, seed: int, folder: Path, name: str) -> str:
-    """Return the model card of an exported model: front matter, use, the arm's verdict, scores, the way it was made, and limits.
+    """Return the model card of an exported model: use, the arm's verdict, scores, the way it was made, and limits.
 
     Args:
         folder: the trained model.
@@ -104,7 +104,6 @@ def _hub_id(models: dict[str, Any], name: str, bases: Mapping[str, str]) -> str 
 
 
 def _origin(models: dict[str, Any], name: str) -> str:
-    """Return the model from whose weights a model starts, through pruning, checkpoints and tempering."""
     for origin, field in (("init", "from"), ("checkpoint", "of"), ("temper", "of")):
         if models[name].get(origin):
             return _origin(models, models[name][origin][field])

@@ -1,6 +1,6 @@
-"""The precise sentences of a report: each verdict with its numbers, sample sizes, and warnings. `text` has the short ones.
+"""The long sentences of a report: each verdict with its numbers, sample sizes, and warnings. `text` has the short sentences.
 
-`tadistill.results.verdict` decides; this module only puts it into words.
+`tadistill.results.verdict` decides. This module only writes the sentences.
 """
 
 from tadistill.evaluation.text_scores import UNSEEN
@@ -13,7 +13,7 @@ from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Compariso
 
 
 def undecided_text(pair: ComparedPair) -> str:
-    """Return the sentence for a chain without a comparison: it has no arm to compare with, or they share no finished seed yet."""
+    """Return the sentence for a path that cannot be compared yet: no arm to compare it with, or no common finished seed."""
     name = f"TA path {pair.arm.path_text} ({pair.arm.name})"
     if pair.other is None:
         return f"{name}: no evidence, because the study has no arm to compare it with; add a direct arm with `compute: as {pair.arm.name}`."
@@ -25,7 +25,7 @@ def _other(against: str, name: str) -> str:
 
 
 def verdict_text(results: Results, c: Comparison) -> str:
-    """Return the verdict of a comparison in a sentence. A second sentence says if a gain is credited to the path."""
+    """Return the verdict of a comparison as a sentence. A second sentence says whether a gain is credited to the path."""
     unit = f"{metric_unit(c.metric)} of {metric_title(c.metric)}".lstrip()
     value = f"{signed(c.difference.mean, c.metric)} {unit}, 95 % " + span(c.difference, c.metric).partition("95 % ")[2]
     if c.against == "pair":
@@ -115,7 +115,7 @@ def sample_text(results: Results, arm: ArmRecord) -> str:
 
 
 def cautions(results: Results) -> list[str]:
-    """Return what limits the numbers: rows left out, letters that the metric cannot see, unequal arms, and too few seeds."""
+    """Return warnings about the numbers: rows left out, letters that the metric cannot see, unequal arms, and too few seeds."""
     texts = [text for text in (rows_text(results.used), _unseen_text(results)) if text]
     for c in comparisons(results):
         texts += caution_texts(c)
@@ -126,7 +126,6 @@ def cautions(results: Results) -> list[str]:
 
 
 def _unseen_text(results: Results) -> str:
-    """Return the caution about ROUGE-L on references in other scripts than a-z; empty if it sees the references."""
     shares = {name: share for name, share in results.unseen.items() if share >= UNSEEN}
     if not shares or "rouge_l" not in results.metrics:
         return ""

@@ -1,4 +1,4 @@
-"""The sections of the page. The heading of each is what it found, in one sentence."""
+"""The sections of the page. The heading of each section is its main finding, in one sentence."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Section:
 
 
 def against(results: Results) -> str:
-    """Tell how many arms differ clearly from the arm that they are compared with."""
+    """Return a sentence on how many arms differ clearly from the arm with which they are compared."""
     rows = differences(results)
     if not rows:
         return _sentence(f"{metric_title(primary_metric(results))} by arm and test set")
@@ -57,7 +57,7 @@ def against(results: Results) -> str:
 
 
 def paths(results: Results) -> str:
-    """Tell what the hops of the first chain add to its divergence, else how many paths there are."""
+    """Return a sentence on what the steps of the first path add to its divergence, or else on the number of paths."""
     found = budgets(results)
     if found:
         b = found[0]
@@ -74,7 +74,7 @@ def paths(results: Results) -> str:
 
 
 def learning(results: Results, curves: Iterable[Curve]) -> str:
-    """Tell how many arms had their best dev value at the end of training."""
+    """Return a sentence on how many arms had their best dev value at the end of training."""
     metric = f"dev/{primary_metric(results)}"
     found = [curve for curve in curves if curve.arm is not None and curve.metric == metric and len(curve.mean[1]) > 1]
     if not found:
@@ -88,7 +88,7 @@ def learning(results: Results, curves: Iterable[Curve]) -> str:
 
 
 def answers(results: Results, found: Samples) -> str:
-    """Tell how often the first compared arms give the same answer, among the samples."""
+    """Return a sentence on how often the first two compared arms give the same answer, among the samples."""
     prompts = [prompt for of_set in found.values() for prompt in of_set]
     compared = comparisons(results)
     if compared:
@@ -101,7 +101,7 @@ def answers(results: Results, found: Samples) -> str:
 
 
 def behaviour(results: Results) -> str:
-    """Tell how the entropy of the first compared arms differs, else the range of entropies."""
+    """Return a sentence on how the entropy of the first two compared arms differs, or else on the range of entropies."""
     compared = [c for c in comparisons(results) if c.mechanism and c.mechanism.entropy]
     if compared:
         c, d = compared[0], compared[0].mechanism.entropy  # type: ignore[union-attr]
@@ -124,7 +124,7 @@ def behaviour(results: Results) -> str:
 
 
 def how(results: Results) -> str:
-    """Tell the size of the study and its computing time."""
+    """Return a sentence on the size of the study and its computing time."""
     plan = results.plan
     seconds = sum(m.seconds for stage in plan.stages if (m := load_manifest(results.store, stage.key)))
     trained = any(arm.is_trained for arm in plan.arms)

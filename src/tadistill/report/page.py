@@ -1,8 +1,8 @@
 """The HTML report: one file with its scripts, styles, data and figures, which needs no network.
 
-The first screen has the question, the answer, one figure and a table of arms. The sections below it begin with what they found; tables and
-definitions are folded. To add a section: write its finding in `findings`, its block in ``templates/report.html.j2``, and add it to
-`_sections`.
+The first screen has the question, the answer, one figure and a table of arms. Each section below it begins with its main finding. Tables
+and definitions are folded. To add a section, add three things: its finding in `findings`; its block in ``templates/report.html.j2``; and an
+entry in `_sections`.
 """
 
 import json
@@ -53,12 +53,12 @@ class ArmRow:
     plot: Markup
     best: bool
     done: str
-    """The finished and planned seeds, such as ``1/3 seeds``; empty if all are finished."""
+    """The finished and planned seeds, such as ``1/3 seeds``. Empty if all are finished."""
 
 
 @dataclass(frozen=True)
 class ArmGroup:
-    """The arms that end in one model, best first."""
+    """The arms that train one model. The best comes first."""
 
     model: str
     role: str
@@ -116,7 +116,7 @@ def _first(results: Results) -> dict[str, Any]:
 
 
 def arm_groups(results: Results) -> list[ArmGroup]:
-    """Return the arms by the model that they end in: the student first, then the others from small to big."""
+    """Return the arms, grouped by the model that they train. The student comes first, then the other models from small to big."""
     metric, strip, styles = primary_metric(results), _strip(results), looks(results)
     costs = {row.arm.name: row for row in cost_rows(results)}
     student, parameters = student_of(results), results.plan.parameters
@@ -148,7 +148,7 @@ def _strip(results: Results) -> Strip:
 
 
 def roles(results: Results) -> dict[str, str]:
-    """Return the role of each model of the arms: teacher, assistant or student; empty in a study that distils nothing."""
+    """Return the role of each model: teacher, assistant or student. It is empty in a study that distils nothing."""
     found: dict[str, str] = {}
     for arm in (arm for arm in results.plan.arms if len(arm.models) > 1):
         for model in arm.models[1:-1]:

@@ -117,7 +117,7 @@ def _stages(results: Results) -> str:
 
 
 def pipe_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table. Its first column is aligned left, the others right."""
+    """Return a Markdown table. Its first column is aligned left, and the other columns right."""
     lines = [_line(header), _line(["---", *("---:" for _ in header[1:])]), *map(_line, body)]
     return "\n".join(lines)
 
@@ -127,12 +127,12 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def escape_markdown(value: str) -> str:
-    """Escape a name, so that it cannot end its cell, open an element or a link, or hide characters."""
+    """Escape a name in Markdown, so that it cannot end its cell, open an element or a link, or hide characters."""
     return visible(value).replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(").replace("\n", " ")
 
 
 def code(text: str, language: str = "") -> str:
-    """Return text as code, in a line with `language` empty, else as a block, behind more backticks than it holds itself."""
+    """Return text as Markdown code, within a line if `language` is empty, else as a block. Backticks in the text are handled."""
     most = max((len(run) for run in re.findall("`+", text)), default=0)
     if language:
         fence = "`" * max(4, most + 1)
@@ -163,8 +163,6 @@ def summary_table(results: Results) -> Group:
 
 
 class _ArmTable:
-    """The table of arms, as wide as the terminal allows: a narrow one has fewer intervals, then fewer columns."""
-
     def __init__(self, results: Results):
         self.results = results
 

@@ -34,7 +34,7 @@ def write_results(results: Results) -> None:
 
 
 def means(results: Results) -> list[dict[str, Any]]:
-    """Return every mean over training seeds, for each test set and for the mean over sets (the set `mean`): the numbers of the page."""
+    """Return every mean over training seeds that the page shows, for each test set and for the mean over sets (the set `mean`)."""
     found: list[dict[str, Any]] = []
     for (arm, of_set, metric), s in (*results.summaries.items(), *results.averages.items()):
         ends = {name: None if (end := getattr(s, name, None)) is None else _rounded(end) for name in ("low", "high")}
@@ -44,7 +44,7 @@ def means(results: Results) -> list[dict[str, Any]]:
 
 
 def differences(results: Results) -> list[dict[str, Any]]:
-    """Return the paired differences that the page shows: of each arm to its reference, and the rows of the analysis."""
+    """Return the paired differences that the page shows: each arm against its reference arm, and the rows of the analysis."""
     metric = primary_metric(results)
     shown = (
         {(row.arm.name, row.other.name, metric, MEAN): row.difference for row in scores.differences(results)} if results.summaries else {}

@@ -168,7 +168,7 @@ def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
 
 
 def detail_tables(results: Results) -> list[Table]:
-    """Return the secondary tables, which show all that the score tables do not show. Tables and rows without values are omitted."""
+    """Return the secondary tables, with everything that the score tables do not show. Tables and rows without values are omitted."""
     main = main_metrics(results)
     budget = sorted(metric for metric in results.metrics if metric.startswith("budget/"))
     tables = [

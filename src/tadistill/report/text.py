@@ -1,10 +1,9 @@
-"""The short sentences of a report: the question of a study, its answer, and what it cost. The page, the Markdown file and the terminal show
-the same ones.
+"""The short sentences of a report: the question of a study, its answer, and its cost. All forms of the report show the same sentences.
 
     found = answer(read_results(study_dir, store))
     found.question, found.answer, found.against_sft, found.cost, found.next
 
-`tadistill.results.verdict` decides the verdicts; this module only puts them into words. `explain` has the precise sentences.
+`tadistill.results.verdict` decides the verdicts. This module only writes the sentences. `explain` has the long sentences.
 """
 
 from collections.abc import Sequence
@@ -35,19 +34,19 @@ class Answer:
     question: str
     answer: str
     against_sft: str
-    """Tells if distillation beat plain fine-tuning, with sampled and with greedy answers."""
+    """Says whether distillation beat plain fine-tuning, with sampled and with greedy answers."""
     cost: str
     next: str
     """What to do or to look at next."""
 
     @property
     def badge(self) -> str:
-        """The verdict in a word or two."""
+        """The verdict in one or two words."""
         return BADGES[self.kind]
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """All sentences but the question, in the order in which they are shown."""
+        """All sentences except the question, in the order in which they are shown."""
         return tuple(text for text in (self.answer, self.against_sft, self.cost, self.next) if text)
 
 
@@ -58,7 +57,7 @@ def answer(results: Results) -> Answer:
 
 
 def student_of(results: Results) -> str:
-    """Return the model that the study is about: that of the first compared arm, else that of most trained arms."""
+    """Return the model that the study is about. The first compared arm trains it, or else most of the trained arms."""
     found = pairs(results)
     if found:
         return found[0].arm.model
@@ -181,7 +180,6 @@ def _interval(d: Difference | Summary, metric: str) -> str:
 
 
 def _limits(c: Comparison) -> str:
-    """Tell why a comparison is open: too few seeds, the adjustment for many comparisons, or differences that this design cannot see."""
     if c.word != "no evidence":
         return ""
     if c.trained and len(c.seeds) < SEEDS_FOR_A_CLAIM:
@@ -206,7 +204,6 @@ def _ranked(results: Results) -> list[list[tuple[Summary, ArmRecord]]]:
 
 
 def _of_group(results: Results, group: list[tuple[Summary, ArmRecord]], decided: Sequence[Comparison]) -> tuple[Kind, str]:
-    """Return the answer for arms without chains: the highest mean, and how many of the others it clearly beats."""
     metric, (summary, first) = primary_metric(results), group[0]
     if number(summary.mean, metric) == number(group[-1][0].mean, metric):
         return "open", f"All {len(group)} arms have the same mean, {_score(results, summary)}."
@@ -244,7 +241,7 @@ def _unit(metric: str) -> str:
 
 
 def sft_arm(results: Results) -> ArmRecord | None:
-    """Return the arm to beat without any teacher: the fine-tuned student with the most training compute."""
+    """Return the best arm without a teacher: the fine-tuned student with the most training compute."""
     model = student_of(results)
     tuned = [arm for arm in results.plan.arms if arm.is_trained and arm.model == model and len(arm.models) == 1]
     return max(tuned, key=lambda arm: arm.flops or 0.0, default=None)

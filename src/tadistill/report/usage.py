@@ -1,4 +1,4 @@
-"""The part of a model card that says how the model is used: its prompt format, and a program that runs as it is."""
+"""The part of a model card that shows how to use the model: its prompt format, and a complete program."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def usage(results: Results, arm: ArmRecord, folder: Path, name: str) -> str:
     """Return the section `How to use it` of a model card.
 
     Args:
-        folder: the trained model, whose files say which tokens its prompts begin with.
+        folder: the trained model. Its files say which tokens its prompts begin with.
         name: the directory or the id on the Hub from which a user loads the model.
     """
     written = prompt_format(results, arm, folder)
@@ -42,7 +42,7 @@ def usage(results: Results, arm: ArmRecord, folder: Path, name: str) -> str:
 
 
 def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
-    """Return the format of the prompts that a trained model has seen. A recipe's template is not used for rows that have their own."""
+    """Return the format of the prompts on which a model was trained. Rows with a format of their own do not use the recipe's template."""
     template = _data(results)["template"]
     if template == "chat" or not (prompt := _first_prompt(results, arm)):
         return template
@@ -52,7 +52,6 @@ def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
 
 
 def _data(results: Results) -> dict[str, Any]:
-    """Return the recipe's `data`, with defaults for the keys that plans of older versions lack."""
     return {name: Data.model_fields[name].default for name in ("template", "bos")} | {"world": {}} | results.plan.recipe["data"]
 
 
@@ -93,7 +92,6 @@ def _program(results: Results, text: str, name: str, bos: bool) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return the expression of a prompt in which the variable `question` stands."""
     if text == _PLACE:
         return "question"
     return f'f"""{text}"""' if text.count("\n") > 1 else f"f{json.dumps(text)}"
@@ -106,7 +104,6 @@ def _question(data: dict[str, Any]) -> str:
 
 
 def _decoding(settings: Evaluate) -> dict[str, Any]:
-    """Return the decoding of the study's tables as arguments of `generate`. All are given, because a model's files may have others."""
     if settings.temperature == 0:
         found: dict[str, Any] = {"do_sample": False}
     else:

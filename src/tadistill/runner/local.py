@@ -26,13 +26,13 @@ _RECORDS = "local"
 _EVERY = 5.0
 """Seconds between two writings of the record, if no stage starts or ends."""
 _SILENT = 120.0
-"""A run on another machine counts as dead if its record is older than this many seconds."""
+"""A run on another machine counts as dead if its record is older than this number of seconds."""
 State = Literal["running", "dead", "finished", "failed", "interrupted"]
 
 
 @dataclass
 class StageProgress:
-    """A stage that runs, or that ran when its run ended."""
+    """A stage that runs, or that was running when its run ended."""
 
     label: str
     done: int = 0
@@ -42,7 +42,7 @@ class StageProgress:
     seconds: float = 0.0
     """The time since the stage started."""
     left: float | None = None
-    """The predicted seconds until the stage is finished; None if they are not known yet."""
+    """The predicted seconds until the stage is finished. None if they are not known yet."""
 
 
 @dataclass
@@ -63,11 +63,11 @@ class LocalRun:
     total: int = 0
     seconds: float = 0.0
     left: float | None = None
-    """The predicted seconds until the whole run is finished; None if they are not known yet."""
+    """The predicted seconds until the whole run is finished. None if they are not known yet."""
     stages: dict[str, StageProgress] = field(default_factory=dict)
     """The running stages by key."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Key -> reason, for each stage that failed."""
+    """Maps each failed stage to the reason."""
     needs: list[str] = field(default_factory=list)
     """Keys of all stages that the process has planned so far, which `tadistill clean` keeps."""
 
@@ -77,7 +77,7 @@ class LocalRun:
 
     @property
     def state(self) -> State:
-        """How the run ended; `running` or `dead` if it has not reported an end. A dead run was killed, or its machine stopped."""
+        """How the run ended. It is `running` or `dead` if no end was recorded. A dead run was killed, or its machine stopped."""
         if self.ended:
             return self.ended
         if self.host != platform.node():
@@ -86,7 +86,7 @@ class LocalRun:
 
 
 def local_runs(study: Path) -> list[LocalRun]:
-    """Return the runs of a study on this and other machines whose records exist; the newest is the last. Damaged records are left out."""
+    """Return the runs of a study that have a readable record, on this and other machines. The newest is the last."""
     found = []
     for path in (study / _RECORDS).glob("*.json"):
         try:
@@ -99,7 +99,7 @@ def local_runs(study: Path) -> list[LocalRun]:
 
 
 class Journal:
-    """Writes the log and the record of this process's run. A disk that cannot be written is reported once and does not end the run."""
+    """Writes the log and the record of this process's run. If the disk cannot be written, this is reported once, and the run goes on."""
 
     def __init__(self, study: Path, *, done: int, total: int, complain: Callable[[str], None], needs: Iterable[str] = ()):
         self.folder, self._complain, self._told = study, complain, False

@@ -1,4 +1,4 @@
-"""The display of a run: a live table in a terminal, lines elsewhere or JSON events, and in all cases run.log and the record of the run.
+"""The display of a run. A terminal shows a live table. Other outputs get lines, or JSON events. All write run.log and the run's record.
 
 Without a terminal, a line is printed when a stage ends and, once a minute, for each running stage. run.log gets these lines in all cases.
 """
@@ -25,7 +25,7 @@ _MINUTE = 60.0
 
 
 class Screen:
-    """The output of one run. Use it as a context manager; leaving it writes how the run ended."""
+    """The output of one run. Use it as a context manager. At its end, it writes how the run ended."""
 
     def __init__(self, plan: Plan, store: Store, terminal: Terminal, *, todo: Sequence[str], jobs: int):
         self.plan, self.store, self.terminal, self.jobs = plan, store, terminal, jobs
@@ -74,7 +74,7 @@ class Screen:
         self.journal.log(text)
 
     def remind(self) -> None:
-        """Say at the next tick that the stages are already saving their state. A signal handler may call this."""
+        """At the next tick, print that the stages are already saving their state. A signal handler may call this."""
         self.reminded = True
 
     def start(self, key: str) -> None:
@@ -104,7 +104,7 @@ class Screen:
         self.estimate.running(key, stage.done / max(stage.total, 1), time.monotonic() - self.started[key])
 
     def end(self, key: str, failure: str | None = None) -> None:
-        """Report the end of a stage; `failure` is the reason if it failed."""
+        """Report the end of a stage. If it failed, `failure` is the reason."""
         seconds, label = time.monotonic() - self.started.pop(key), self.labels[key]
         del self.run.stages[key]
         self.board.end(key, seconds if failure is None else None)
@@ -124,7 +124,7 @@ class Screen:
         self._save()
 
     def tick(self) -> None:
-        """Update times and the table, and write the record and the lines that are due. Call it several times a second."""
+        """Update times and the table. Write the record and the lines that are due. Call this several times a second."""
         now = time.monotonic()
         if self.reminded:
             self.reminded = False

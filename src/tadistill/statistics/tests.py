@@ -34,7 +34,7 @@ def sign_flip(differences_S: ArrayLike) -> SignFlip:
             f"the sign-flip test got differences of shape {differences.shape}; give a list of 1 to {MOST_SEEDS} differences, one per seed"
         )
     if not np.isfinite(differences).all():
-        raise ValueError("a difference between seeds is NaN or infinite; the sign-flip test needs finite differences")
+        raise ValueError("the difference of a training seed is NaN or infinite; the sign-flip test needs finite differences")
     sums = np.zeros(1)
     for difference in differences:
         sums = np.concatenate([sums + difference, sums - difference])

@@ -70,7 +70,9 @@ def test_questions_are_asked_at_a_terminal(tmp_path, monkeypatch):
 
 
 def test_without_a_terminal_one_sentence_names_the_options(tmp_path):
-    with pytest.raises(ConfigError, match="`tadistill new` can ask only at a terminal; give it --student and --method"):
+    with pytest.raises(
+        ConfigError, match="`tadistill new` can ask questions only at a terminal; give the answers with --student and --method"
+    ):
         new(str(tmp_path / "a.yaml"), "--teacher", "teacher", "--data", "rows")
     with pytest.raises(ConfigError, match="`gdk` is not a method; did you mean `gkd`"):
         new(str(tmp_path / "a.yaml"), *flags(method="gdk"))
@@ -81,7 +83,7 @@ def test_without_a_terminal_one_sentence_names_the_options(tmp_path):
 
 def test_a_file_is_never_overwritten(tmp_path):
     (tmp_path / "a.yaml").write_text("mine")
-    with pytest.raises(ConfigError, match="exists already; give the new recipe another name"):
+    with pytest.raises(ConfigError, match="already exists; choose another name for the new recipe"):
         new(str(tmp_path / "a.yaml"), *flags())
     assert (tmp_path / "a.yaml").read_text() == "mine"
 

@@ -125,7 +125,9 @@ def test_what_is_wrong_is_said(server, runs, monkeypatch, repository, token, sai
 
 def test_no_network_is_said_before_anything_is_read(server, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ModelError, match=r"the Hub at http://127.0.0.1:9 cannot take `small` \(ConnectError\); check the network"):
+    with pytest.raises(
+        ModelError, match=r"`small` could not be uploaded to the Hub at http://127.0.0.1:9 \(ConnectError\); check the network"
+    ):
         export("--push", "small", "--runs", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE=1 forbids"):

@@ -108,8 +108,8 @@ class Ledger:
         have, layers = parent.get("num_hidden_layers", parent.get("n_layer")), init.layers
         if isinstance(layers, int) and isinstance(have, int) and not 1 <= layers <= have:
             raise ConfigError(
-                f"models.{name}.init.layers is {layers}, but `{init.from_}` has {have} layers, and pruning can only remove some of them; "
-                f"write 1 to {have}"
+                f"models.{name}.init.layers is {layers}, but `{init.from_}` has {have} layers, and pruning only removes layers; write 1 "
+                f"to {have}"
             )
         if isinstance(layers, tuple) and isinstance(have, int) and (wrong := [i for i in layers if not 0 <= i < have]):
             raise ConfigError(

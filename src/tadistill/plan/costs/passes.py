@@ -53,7 +53,7 @@ class Texts:
     def answered(self, most: int, *, endless: bool = False) -> "Texts":
         """Return the same prompts with the assumed lengths of sampled answers.
 
-        An answer has `most` tokens if `endless`. Otherwise it is as long as the reference, but has at most `most` tokens.
+        If `endless` is True, each answer has `most` tokens. Otherwise it is as long as the reference, but has at most `most` tokens.
         """
         return replace(self, rows=tuple((prompt, most if endless else min(response, most)) for prompt, response in self.rows))
 

@@ -95,7 +95,7 @@ def length_figure(results: Results) -> Chart | None:
 
 
 def curve_figures(curves: list[Curve], results: Results) -> dict[str, Chart]:
-    """Draw the learning curves: title -> figure. Training losses of different methods have their own figures.
+    """Draw the learning curves. The result maps titles to figures. Training losses of different methods have their own figures.
 
     The thick line is the mean over seeds, and the faint lines are the seeds. The first figure is the primary metric on dev.
     """

@@ -1,4 +1,4 @@
-"""Figures of paths: the lattice of models, and the error budget of each chain."""
+"""Figures of paths: the models with the distillations between them, and the error of each path's steps."""
 
 import re
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ NodeId = tuple[str, str]
 
 @dataclass
 class Node:
-    """A model in the figure of paths: the original teacher, an assistant or a student. Arms that train an assistant alike share it."""
+    """A model in the figure of paths: the original teacher, an assistant or a student. Arms may share a trained assistant."""
 
     model: str
     row: int
@@ -33,7 +33,7 @@ class Node:
 
 
 def lattice(results: Results) -> Mapping[NodeId, Node]:
-    """Return the nodes of the figure of paths. A node is in the row of its first arm. Arms that share trained models are neighbours."""
+    """Return the models of the figure of paths. A model is in the row of its first arm. Arms that share trained models are neighbours."""
     nodes: dict[NodeId, Node] = {}
     for row, (arm, ids) in enumerate(_ordered(results)):
         for index, (at, model) in enumerate(zip(ids, arm.path, strict=True)):
@@ -75,7 +75,6 @@ def _steps(results: Results, arm: ArmRecord, model: str) -> list[StageRecord]:
 
 
 def _kind(stage: StageRecord) -> str:
-    """Return the method in a label such as ``distill xl -> l, minillm on student (rounds of 256, 4 updates each), 800 updates, seed 1``."""
     found = re.match(r"distill [^,]+, (.+?)(?: \(rounds[^)]*\))?(?:, |$)", stage.label)
     return found[1] if found else stage.kind
 
@@ -147,17 +146,17 @@ _ADDS, _TAKES = Look("var(--worse)"), Look("var(--better)")
 
 @dataclass(frozen=True)
 class Budget:
-    """The error budget of a chain (nats/token): `terms` add up to KL(q ‖ p_T), `total` is measured separately (q student, p_T teacher)."""
+    """The error budget of a path (nats/token). Its `terms` add up to KL(student ‖ teacher). `total` is this KL, measured separately."""
 
     arm: ArmRecord
     terms: tuple[tuple[str, Summary], ...]
     total: tuple[str, Summary]
     twin: tuple[str, Summary] | None
-    """KL(q ‖ p_T) of the chain's equal-compute baseline."""
+    """KL(student ‖ teacher) of the path's equal-compute baseline."""
 
 
 def budgets(results: Results) -> list[Budget]:
-    """Return the error budget of each chain for which all terms were measured."""
+    """Return the error budget of each path with assistants for which all terms were measured."""
     found: list[Budget] = []
     for arm in (arm for arm in results.plan.arms if arm.is_chain):
         upwards = budget_models(results, arm)[::-1]  # student, last assistant, ..., teacher
@@ -176,7 +175,7 @@ def budgets(results: Results) -> list[Budget]:
 
 
 def budget_figures(results: Results) -> Mapping[str, Chart]:
-    """Draw each chain's error budget as a waterfall chart. All charts have the same scale."""
+    """Draw each path's error budget as a waterfall chart. All charts have the same scale."""
     found = budgets(results)
     if not found:
         return {}

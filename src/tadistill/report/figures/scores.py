@@ -32,7 +32,7 @@ class ForestRow:
 
 
 def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the arm to compare an arm with: its equal-compute baseline, else the direct arm, else the first competitor."""
+    """Return the arm with which an arm is compared: its equal-compute baseline, else the direct arm, else the first competitor."""
     teacher = results.plan.teacher
     if teacher is not None and arm.path == (teacher,):
         return None
@@ -43,7 +43,7 @@ def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
 
 
 def differences(results: Results) -> list[ForestRow]:
-    """Return the rows of the forest plot: chains first, then other arms, both in descending order of the difference.
+    """Return the rows of the figure of differences. Paths with assistants come first, and large differences come before small ones.
 
     A study that distils nothing and has at most 15 pairs of models gets one row per pair.
     """
@@ -101,7 +101,7 @@ def _difference_text(d: Difference, metric: str) -> str:
 
 
 def means_figure(results: Results) -> Chart | None:
-    """Draw each arm's mean of the primary metric over sets, best first, with its interval and a dot for each seed."""
+    """Draw each arm's mean of the primary metric over sets, with its interval and a dot for each seed. The best arm comes first."""
     metric, styles = primary_metric(results), looks(results)
     scored = [(results.summaries.get((arm.name, MEAN, metric)), arm) for arm in results.plan.arms]
     ranked: list[tuple[Summary, ArmRecord]] = sorted(((s, arm) for s, arm in scored if s is not None), key=lambda pair: pair[0].mean)
@@ -123,7 +123,7 @@ def means_figure(results: Results) -> Chart | None:
 
 @dataclass(frozen=True)
 class CostPoint:
-    """One arm in the figure of quality over compute. `x` is the cost at which it is drawn: equal costs are moved apart."""
+    """One arm in the figure of quality over compute. `x` is its place on the axis. Equal costs are moved apart."""
 
     arm: ArmRecord
     flops: float
@@ -176,7 +176,6 @@ def _compute_axis(cheapest: float, dearest: float, *, log: bool, relative: str) 
 
 
 def _apart(places: Sequence[float]) -> list[float]:
-    """Return the places, in ascending order, moved right until none hides another."""
     moved: list[float] = []
     for place in places:
         moved.append(max(place, moved[-1] + _NEAR) if moved else place)
@@ -200,7 +199,7 @@ def entropy_curves(results: Results) -> Mapping[str, list[Decoded]]:
 
 
 def plane_figure(results: Results) -> Chart | None:
-    """Draw the primary metric against entropy, with a line through each arm's decodings. Return None if no arm has two decodings."""
+    """Draw the primary metric against entropy. A line connects an arm's decodings. Return None if no arm has two decodings."""
     metric, styles, curves = primary_metric(results), looks(results), entropy_curves(results)
     if not any(len(points) > 1 for points in curves.values()):
         return None

@@ -9,7 +9,7 @@ from tadistill.results.collect import Results
 SIGNS = {"percentage points": "%", "points": ""}
 _DASHES = ("", "7 4", "2 3", "8 3 2 3", "12 4")
 MANY = 12
-"""With more arms than this, figures leave out the names and the single seeds."""
+"""If there are more arms than this, figures leave out the names and the single seeds."""
 
 
 def looks(results: Results) -> Mapping[str, Look]:
@@ -18,7 +18,7 @@ def looks(results: Results) -> Mapping[str, Look]:
 
 
 def kinds(names: Iterable[str]) -> Mapping[str, Look]:
-    """Return the look of each kind of line, such as methods: a colour and a dash."""
+    """Return the look (a colour and a dash) of each kind of line, such as methods."""
     return {name: Look(f"var(--c{i % COLOURS})", "circle", _DASHES[i % len(_DASHES)]) for i, name in enumerate(names)}
 
 
