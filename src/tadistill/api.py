@@ -289,15 +289,15 @@ def _read(recipe: Given, overrides: Sequence[str]) -> tuple[Recipe, str, str]:
             raise ConfigError(
                 f"overrides {list(overrides)} apply to a recipe's file, not to a `Recipe`; change the `Recipe`, or give the file's path"
             )
-        return recipe, _yaml(recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)), "recipe"
+        return recipe, _yaml(recipe), "recipe"
     if isinstance(recipe, Path) or (isinstance(recipe, str) and "\n" not in recipe):
         return load(recipe, _checked(overrides)), read(recipe)[0], repr(str(recipe))
     if not isinstance(recipe, str | Mapping):
         raise ConfigError(
             f"`recipe` is a {type(recipe).__name__}; give a path, the name of a recipe of the package, YAML text, a dict or a Recipe"
         )
-    text = recipe if isinstance(recipe, str) else _yaml(dict(recipe))
-    return parse(text, _checked(overrides), source="recipe", folder=Path.cwd()), text, "recipe"
+    loaded = parse(recipe if isinstance(recipe, str) else dict(recipe), _checked(overrides), source="recipe", folder=Path.cwd())
+    return loaded, recipe if isinstance(recipe, str) else _yaml(loaded), "recipe"
 
 
 def _checked(overrides: Sequence[str]) -> Sequence[str]:
@@ -306,5 +306,6 @@ def _checked(overrides: Sequence[str]) -> Sequence[str]:
     return overrides
 
 
-def _yaml(content: Any) -> str:
+def _yaml(recipe: Recipe) -> str:
+    content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

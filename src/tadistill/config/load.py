@@ -76,10 +76,10 @@ def read(recipe: str | Path) -> tuple[str, Path]:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
 
 
-def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str, folder: Path | None = None) -> Recipe:
-    """Read a recipe from YAML text, as `load` does. Error messages call the text `source`. `folder` is the folder of its file."""
-    lines = _lines(text, source)
-    raw = _merged(text, overrides, source, "seeds=[10]")
+def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = (), *, source: str, folder: Path | None = None) -> Recipe:
+    """Read a recipe from YAML text or plain data, as `load` does. Error messages call it `source`. `folder` is the folder of its file."""
+    lines = _lines(given, source) if isinstance(given, str) else {}
+    raw = _merged(given, overrides, source, "seeds=[10]")
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} contains no recipe; write a mapping with the keys study, seeds, models, data and arms")
     recipe = _recipe(_string_keys(raw), source, lines)
@@ -87,15 +87,15 @@ def parse(text: str, overrides: typing.Sequence[str] = (), *, source: str, folde
         recipe = settled(recipe, source, folder, lines)
     if not own_functions(recipe):
         return recipe
-    given, code, there = recipe.runtime.code or "", "", False
+    modules, code, there = recipe.runtime.code or "", "", False
     try:
-        code = str((folder or Path()).resolve() / Path(given).expanduser())
+        code = str((folder or Path()).resolve() / Path(modules).expanduser())
         there = Path(code).is_dir()
     except (OSError, RuntimeError, ValueError):  # no user of this name, or a path that cannot exist
         pass
     if not there:
         raise ConfigError(
-            f"{where(source, lines, ('runtime', 'code'))} is `{given}`, which is not a folder; name the folder of your modules"
+            f"{where(source, lines, ('runtime', 'code'))} is `{modules}`, which is not a folder; name the folder of your modules"
         )
     return recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"code": code})})
 

@@ -4,6 +4,7 @@ They are in `recipes/` of the repository, and in the folder `recipes` of an inst
 """
 
 import functools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,9 +28,9 @@ def shipped() -> dict[str, Path]:
 
 
 def summary(recipe: Path) -> str:
-    """Return the first line of the comment at the top of a recipe, without the `#`."""
+    """Return the first sentence of a recipe's header comment."""
     with recipe.open(encoding="utf-8") as lines:
-        return next(lines, "").strip().lstrip("#").strip()
+        return re.split(r"(?<=\.) (?=[A-Z])", next(lines, "").strip("# \n"), maxsplit=1)[0]
 
 
 def located(recipe: str | Path) -> Path:

@@ -25,6 +25,8 @@ def find_study(study: str, root: Path) -> Path:
     for directory in (Path(name), root / name, root / (recipe or name)):
         if (directory / "plan.json").is_file():
             return directory
+    if study.endswith((".yaml", ".yml")) and recipe is None:
+        raise ConfigError(f"{study} is not a recipe that can be read; give the name of a study, or the recipe that it was run from")
     close = difflib.get_close_matches(name, studies(root), n=1)
     hint = f"did you mean `{close[0]}`?" if close and not recipe else f"start one with `tadistill run {study if recipe else 'RECIPE'}`"
     raise ConfigError(f"there is no study `{name}` in {root}; {hint}")

@@ -11,6 +11,7 @@ from hatchling.builders.wheel import WheelBuilder
 from tadistill.config import load
 from tadistill.config.shipped import located, recipes_folder, remark, shipped, summary
 from tadistill.errors import ConfigError
+from tadistill.results.find import arms, find_study
 
 ROOT = Path(__file__).parents[3]
 
@@ -55,6 +56,17 @@ def test_a_file_wins_over_a_shipped_recipe(elsewhere):
 def test_an_unknown_name_gets_a_hint(elsewhere, name, hint):
     with pytest.raises(ConfigError, match=hint):
         load(name)
+
+
+def test_a_study_is_found_by_the_shipped_recipe_of_its_run(elsewhere):
+    with pytest.raises(ConfigError, match=r"there is no study `methods/gkd` in runs; start one with `tadistill run methods/gkd`"):
+        find_study("methods/gkd", Path("runs"))
+    with pytest.raises(ConfigError, match=r"nothing.yaml is not a recipe that can be read"):
+        find_study("nothing.yaml", Path("runs"))
+    (elsewhere / "runs" / "gkd").mkdir(parents=True)
+    (elsewhere / "runs" / "gkd" / "plan.json").write_text("{}")
+    assert find_study("methods/gkd", Path("runs")) == Path("runs/gkd")
+    assert arms(Path("runs/gkd")) == []
 
 
 def test_a_wheel_holds_the_recipes(elsewhere):
