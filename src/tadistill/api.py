@@ -41,10 +41,7 @@ _WIDTH = 110  # columns of tables in a notebook
 
 
 class _Shown:
-    """Base of objects that a notebook and a terminal show as their tables."""
-
     def __rich__(self) -> RenderableType:
-        """Return the tables for `rich.print`."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -53,14 +50,13 @@ class _Shown:
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
     def _repr_html_(self) -> str:
-        """Return the tables for a notebook."""
         console = Console(file=io.StringIO(), width=_WIDTH, record=True)
         console.print(self.__rich__())
         return console.export_html(inline_styles=True, code_format='<pre style="font-family:monospace;line-height:1.3">{code}</pre>')
 
 
 class Study(_Shown):
-    """A study that was run: its arms and its numbers. In a notebook it shows the answer and the table of arms."""
+    """A study that has run: its arms and its numbers. A notebook shows it as its answer and its table of arms."""
 
     def __init__(self, directory: Path, store: Store, page: Path | None = None):
         self.directory = directory
@@ -91,14 +87,14 @@ class Study(_Shown):
 
 
 class PlannedStudy(_Shown):
-    """The stages of a study that `run` would work on. In a notebook it shows the tables of `tadistill plan`."""
+    """The stages of a study that has not run yet. A notebook shows it as the tables of `tadistill plan`."""
 
     def __init__(self, plan: Plan, store: Store):
         self._plan, self._store = plan, store
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """Each stage: its key, label, model, seed and predicted FLOPs (None if unknown), and `finished` if the store has its result."""
+        """One dict per stage with its key, label, model, seed, predicted FLOPs (or None), and `finished` (True if its result is stored)."""
         return [
             {
                 "key": stage.key,
@@ -129,7 +125,7 @@ def run(recipe: Given, overrides: Sequence[str] = (), *, runs: str | Path | None
     """Run a study on this machine and write its report. Finished stages are reused, and an interrupted study continues.
 
     Args:
-        recipe: the path of a recipe, the name of a shipped one (`quickstart`), YAML text, its content as a dict, or a `Recipe`.
+        recipe: the path of a recipe, the name of a recipe of the package (`quickstart`), YAML text, a dict, or a `Recipe`.
         overrides: values that replace values of the recipe, such as `["seeds=[10]", "method.optim.lr=1e-4"]`.
         runs: the directory of studies and the store; by default the variable TADISTILL_RUNS, else `./runs`.
 
@@ -145,7 +141,7 @@ def run(recipe: Given, overrides: Sequence[str] = (), *, runs: str | Path | None
 
 
 def plan(recipe: Given, overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> PlannedStudy:
-    """Return the stages of a study, which of them are finished, and what the others cost. Nothing is run.
+    """Return the stages of a study, which of them are finished, and the cost of the others. Nothing is run.
 
     The arguments are those of `run`.
 
@@ -158,7 +154,7 @@ def plan(recipe: Given, overrides: Sequence[str] = (), *, runs: str | Path | Non
 
 
 class _PlanPackage(ModuleType):
-    """The package `tadistill.plan`, which can also be called, because it hides the function of its name."""
+    """Makes the package `tadistill.plan` callable, because it has the same name as the function `plan`."""
 
     def __call__(self, recipe: Given, overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> PlannedStudy:
         return plan(recipe, overrides, runs=runs)
@@ -181,10 +177,10 @@ def compare(
     """Evaluate several models on the same prompts, and return a study whose report compares them. Nothing is trained.
 
     Args:
-        models: two models or more: directories, hub ids, `x.gguf` or `wheel://…`.
-        on: one test set or several: names, JSONL files or hub ids.
+        models: at least two models. Each is a directory, a hub id, `x.gguf` or `wheel://…`.
+        on: one test set or several. Each is a name, a JSONL file or a hub id.
         seeds: decoding seeds.
-        teacher: a model to which KL divergences are measured; all models then need its tokenizer.
+        teacher: a model with which the others are compared by KL. All models must have its tokenizer.
         overrides: values of a recipe, such as `["evaluate.temperature=0", "data.template=chat", "data.limit.test=50"]`.
 
     Raises:
@@ -237,7 +233,7 @@ def evaluate(
     """Evaluate a loaded model on test sets. Return {set: {metric: mean over prompts and decoding seeds}}.
 
     Args:
-        on: one test set or several: names (dolly, self_inst, tinyworld…), JSONL files or hub ids. Their test splits are read.
+        on: one test set or several. Each is a name (dolly, self_inst, tinyworld…), a JSONL file or a hub id. Its test split is read.
         settings: settings of decoding, also as a dict such as {"seeds": [10], "max_new_tokens": 64}. The default is as in MiniLLM:
             temperature 1, 256 new tokens, seeds 10, 20, 30, 40 and 50.
         limit: the number of rows that are read from the start of each set; None for all rows.
@@ -283,7 +279,6 @@ def _reported(directory: Path, root: Path) -> Study:
 
 
 def _read(recipe: Given, overrides: Sequence[str]) -> tuple[Recipe, str, str]:
-    """Return a recipe, its text, and the argument that the recorded call shows."""
     if isinstance(recipe, Recipe):
         if _checked(overrides):
             raise ConfigError(

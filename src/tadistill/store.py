@@ -62,7 +62,7 @@ class Store:
     """The folders of all stages under one directory."""
 
     def __init__(self, root: Path, command: str = ""):
-        """Open a store. `command` is the command that creates its stages again. Errors about damaged files name it."""
+        """Open a store. Messages about damaged files show `command`, which makes the damaged stages again."""
         self.root = Path(root)
         self.command = command
 

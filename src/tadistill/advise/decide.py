@@ -157,7 +157,9 @@ def _check(candidates: Sequence[Candidate], margin: float, level: float) -> tupl
     ends = {(c.path[0], c.path[-1]) for c in candidates}
     if len(ends) > 1:
         different = ", ".join(f"{a} to {b}" for a, b in sorted(ends))
-        raise ConfigError(f"the candidates lead from {different}; give only paths from one teacher to one student")
+        raise ConfigError(
+            f"the candidates have different ends: they lead from {different}; give only paths from one teacher to one student"
+        )
     if len({c.path for c in candidates}) < len(candidates):
         raise ConfigError("two candidates have the same path; give each path once")
     if not margin > 0:

@@ -71,7 +71,10 @@ def hop_weights(hops: int, carry: float) -> list[float]:
 
 
 def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) -> dict[str, float | None]:
-    """Return, for each measure, the weighted sum of the gaps along a path, minus the gap of direct distillation. `cost` is a logarithm."""
+    """Return how much more teachers and learners differ along a path than in direct distillation, for each measure.
+
+    `cost` is a logarithm.
+    """
     found: dict[str, float | None] = {"cost": log(cost)}
     of_chain, weights = [gaps(e.measures) for e in edges], hop_weights(len(edges), carry)
     for name, base in gaps(direct.measures).items():
@@ -187,11 +190,6 @@ def _seed_variance(history: Sequence[TwinPair], margin: float) -> float:
 
 
 def _least(history: Sequence[TwinPair], seed_sd: float) -> float:
-    """Return the least standard deviation of a forecast, from the mean of all families. The best-known chain of each family is used.
-
-    A chain is known as well as its seeds alone tell (with Student's t) or as its study's report claims, whichever is less. A forecast
-    from one chain is thus never surer than that chain's own interval and test.
-    """
     best: dict[str, float] = {}
     for p in history:
         own = max(seeds_spread(p.differences), p.reported, seed_sd / np.sqrt(len(p.seeds)))

@@ -114,7 +114,7 @@ class Chart:
         self._data["points"].append([name, *map(_short, (mean, y, low, high)), tip])
 
     def mark(self, name: str, at: tuple[float, float], look: Look, *, size: float = 5.0, tip: str = "") -> None:
-        """Draw one marker at (x, y), which is no value of the figure's data."""
+        """Draw one marker at (x, y). It is not one of the figure's values."""
         self._marker(*at, look, size, name, tip)
 
     def bar(self, name: str, xs: tuple[float, float], ys: tuple[float, float], look: Look, *, tip: str = "", opacity: float = 0.85) -> None:

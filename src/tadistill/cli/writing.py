@@ -42,7 +42,10 @@ def explain(
         ),
     ],
 ) -> None:
-    """Print what a key of a recipe means: its type, allowed values and default, and the page that says more. Also for words of reports."""
+    """Print what a key of a recipe, or a word of a report, means.
+
+    A key has its type, allowed values, default, and page in the documentation.
+    """
     from rich.padding import Padding
     from rich.text import Text
 

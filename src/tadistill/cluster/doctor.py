@@ -209,7 +209,7 @@ def _lustre(place: str, line: str) -> str:
 
 
 def space(name: str, path: Path) -> Check:
-    """Check the free space on the disk of a folder, which need not exist yet."""
+    """Check the free space on the disk of a folder. The folder may not exist yet."""
     free = shutil.disk_usage(_existing(path)).free
     found = f"{size(free)} free at {path}"
     if free < _LITTLE:

@@ -1,11 +1,11 @@
 """The jobs of a study: which stages share a job, a record of each stage's job, and the work inside a job.
 
-Evaluations of one model share a job. Seeds with equal requests share an array. Parents come before children. If a stage fails, Slurm
-cancels the jobs that depend on it (afterok). A second submission then submits the failed stage and the cancelled stages again.
+All evaluations of one model share a job. Jobs that differ only in their seed share an array. If a stage fails, Slurm cancels the jobs that
+depend on it (afterok). A second submission then submits the failed stage and the cancelled stages again.
 
-`cluster.submit` pickles a `StageJob`, which runs in the job, in one process per task. A signal only sets a flag. Between two updates all
-ranks exchange this flag and save the state. Then the first process calls the handler of submitit, which queues the job again with the same
-id. If the site does not allow this requeue, the next segment of a chain of jobs continues the work.
+A job runs a pickled `StageJob`, with one process per task. A signal (SIGUSR2 or SIGTERM) only sets a flag. Between two updates, all ranks
+exchange this flag and save the state. Then the first process asks submitit to queue the job again with the same id. If the site does not
+allow this requeue, the next job of a chain of jobs continues the work.
 """
 
 import contextlib

@@ -1,8 +1,9 @@
 """Shorter ways to write a recipe. They are turned into the long form before any check.
 
-There are two: a method by name, such as `method: gkd`, with the settings of its paper from `methods.yaml`; and the short form of a whole
-recipe, with one teacher, one student, one method and one evaluation of the trained student. The short form becomes two models, one arm, one
-training seed and one decoding. The student is not compared with the teacher.
+The first way is a method by name, such as `method: gkd`. Its settings come from `methods.yaml`, which has those of its paper. The second
+way
+is the short form of a whole recipe. It has one teacher, one student, one method and one evaluation of the trained student. It becomes two
+models, one arm, one training seed and one decoding. The student is not compared with the teacher.
 """
 
 import difflib

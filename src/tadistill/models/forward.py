@@ -112,7 +112,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass
 class Rounding:
-    """The rounding of a model's logits."""
+    """The size of the rounding errors in a model's logits."""
 
     eps: float
     """The relative rounding error of one number."""

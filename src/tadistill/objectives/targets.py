@@ -287,7 +287,7 @@ class TeacherTerm:
 
 
 def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lump", temperature: float = 1.0) -> TopK:
-    """Return the k most probable tokens of softmax(teacher_logits / temperature). `lump` also stores the probability of all others."""
+    """Return the k most probable tokens of softmax(teacher_logits / temperature). tail="lump" adds the probability of all other tokens."""
     width = teacher_logits.shape[-1]
     if not 1 <= k <= width:
         raise ConfigError(f"`k` is {k}; it must be in [1, {width}], because the vocabulary has {width} tokens")

@@ -106,11 +106,11 @@ def with_ancestors(stages: Mapping[str, Stage], keys: Iterable[str], without: st
 
 
 def distinct_labels(stages: Iterable[tuple[str, str, Collection[str]]], *, short: bool = True) -> dict[str, str]:
-    """Return {key: label}, with different labels for different stages. The model, the method and the seed are always part of a label.
+    """Return one label per stage key, with different labels for different stages. Each label has the model, the method and the seed.
 
-    With `short`, text in brackets and the number of updates are left out if labels still differ. If two full labels are equal, each label
-    also names the arms that use the stage, or else the start of its key. A full label is, for instance, `distill xl -> s, minillm on
-    teacher_mixed (rounds of 256, 4 updates each), 160 updates, seed 10`.
+    A full label is, for instance, `distill xl -> s, minillm on teacher_mixed (rounds of 256, 4 updates each), 160 updates, seed 10`. With
+    `short`, text in brackets and the number of updates are left out if labels still differ. Stages with equal full labels are told apart by
+    the arms that use them, or by the start of their key.
 
     Args:
         stages: the key, the full label and the names of the arms of each stage.

@@ -144,7 +144,7 @@ class Loaded(Part):
 
 
 class PrunedDepth(Part):
-    """Another model without some of its layers."""
+    """Another model, pruned by removing layers."""
 
     prune: int | tuple[int, ...]
     """The number of evenly spaced layers to keep, or the indices of these layers."""

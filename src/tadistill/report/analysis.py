@@ -191,7 +191,7 @@ def sum_of(terms_SNK: list[np.ndarray]) -> np.ndarray:
 
 
 def hop_text(models: tuple[str, ...], j: int) -> str:
-    """Return step j >= 1 of a path as text, such as ``xl > l``. Step 1 leads to the last assistant, and step 2 to the one before it."""
+    """Return one step of a path as text, such as ``xl > l``. Steps are counted from the student: 1 leads to the last assistant."""
     return path_text((models[-2 - j], models[-1 - j]))
 
 

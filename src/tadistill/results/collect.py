@@ -320,6 +320,6 @@ def complete_seeds(results: Results, arm: str, sets: tuple[str, ...], metric: st
 
 
 def stack(results: Results, arm: str, seeds: Sequence[int], set_name: str, metric: str) -> NDArray[np.float64]:
-    """Return an arm's scores on one set, averaged over decoding seeds. The axes are training seeds, prompts, and one column."""
+    """Return an arm's scores on one set, averaged over decoding seeds, with shape (training seeds, prompts, 1)."""
     by_seed = results.scores[arm]
     return np.stack([by_seed[seed][set_name][metric].mean(axis=1, keepdims=True) for seed in seeds])

@@ -79,7 +79,7 @@ def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
 
 
 def reference_at(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the reference arm of the study's `budgets` at the budget of `arm`. Return None if `arm` has no budget or is the reference."""
+    """Return the reference arm at the same training budget as `arm`. Return None if `arm` has no budget, or is the reference arm."""
     made = arms.budget_of(arm.name, arm.compute)
     if made is None or arm.compute is None:
         return None

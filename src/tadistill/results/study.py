@@ -187,7 +187,10 @@ def load_plan(study_dir: Path) -> StudyPlan:
 
 
 def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
-    """Return the reported uncertainty of each compared arm: (arm, metric) -> `statistics.spread_claimed`. Empty if there is no report."""
+    """Return the uncertainty of each compared arm in the study's report: (arm, metric) -> standard deviation.
+
+    Empty if there is no report.
+    """
     path = study_dir / "results.json"
     if not path.is_file():
         return {}

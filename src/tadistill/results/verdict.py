@@ -1,12 +1,12 @@
 """Decide the verdict of each comparison of a study: every chain (path with assistants) against its equal-compute baseline.
 
-The verdict depends on the difference of the primary metric. It is `gain` or `loss` under two conditions: the 95 % interval excludes 0,
-and the p-value is below 0.05 after Holm's adjustment over all comparisons of the study. It is `equivalent` if two one-sided tests place
-the difference inside the recipe's margin. In all other cases, and with fewer than three training seeds, it is `no evidence`. A gain is
-credited to the path under two conditions: the divergence from the original teacher is not worse, and the gain is not sharpening
-(`tadistill.results.compare`).
+The verdict depends on the difference of the primary metric:
+- `gain` or `loss`: the 95 % interval excludes 0, and the p-value is below 0.05 after Holm's adjustment over all comparisons of the study.
+- `equivalent`: two one-sided tests place the difference inside the recipe's margin.
+- `no evidence`: all other cases, and fewer than three training seeds.
 
-A study without chains compares its models in pairs instead.
+A gain is credited to the path under two conditions: the divergence from the original teacher is not worse, and the gain is not sharpening
+(`tadistill.results.compare`). A study without chains compares its models in pairs instead.
 """
 
 from dataclasses import dataclass

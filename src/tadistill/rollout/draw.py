@@ -92,9 +92,10 @@ def processors(decoding: Decoding) -> LogitsProcessorList:
 def next_tokens(
     logits: dict[str, Tensor], scores: dict[str, Tensor], uniforms_B: Tensor, guide: Mixture | Speculation | None, *, greedy: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sample the next token of every row. Return the tokens and their log-probabilities.
+    """Sample the next token of every row. Return the tokens, and a dict of their log-probabilities.
 
-    The log-probabilities are a dict. Its keys are the models (before warping) and `behaviour` (the distribution that was sampled from).
+    The keys `student` and `teacher` are for the models alone, before warping. The key `behaviour` is for the distribution that was sampled
+    from.
 
     Args:
         logits: (B, V) float32 for "student" and, if there is a guide, for "teacher".

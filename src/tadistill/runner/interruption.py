@@ -28,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopFlag:
-    """A flag that becomes True when one of the signals arrives. Each later signal only calls `told`, so it cannot interrupt a save.
+    """A flag that becomes True when one of the signals arrives. A later signal cannot interrupt a save; it only calls the function `told`.
 
     A signal that the process ignores stays ignored. (A shell ignores SIGINT for commands in the background.) Only the main thread can catch
     signals. In another thread the flag stays False.

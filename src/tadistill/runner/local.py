@@ -135,7 +135,6 @@ class Journal:
         return round(time.monotonic() - self._start, 1)
 
     def save(self) -> None:
-        """Write the record."""
         self._written, self.run.seen = time.monotonic(), time.time()
         self.run.seconds = self.seconds
         try:

@@ -39,7 +39,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Read:
-    """The splits as one tokenizer reads them."""
+    """The splits of a study, as one tokenizer reads them."""
 
     texts: Texts
     counts: dict[tuple[str, str], Counts]

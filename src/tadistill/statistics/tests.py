@@ -106,7 +106,7 @@ def detectable(
 
 
 def spread_claimed(mean: float, half: float, p: float) -> float:
-    """Return the standard deviation of a normal distribution around `mean` that is no narrower than an interval and a test allow.
+    """Return the standard deviation of a normal distribution around `mean`. Neither an interval nor a test contradicts it as too narrow.
 
     Args:
         half: half the width of the 95 % interval.
@@ -117,7 +117,7 @@ def spread_claimed(mean: float, half: float, p: float) -> float:
 
 
 def seeds_spread(differences_S: ArrayLike) -> float:
-    """Return `spread_claimed` for the t-test of paired differences, one per training seed. It is 0 for one seed."""
+    """Return the standard error that the t-test of paired differences claims, one difference per training seed. It is 0 for one seed."""
     differences = np.asarray(differences_S, dtype=np.float64)
     df = len(differences) - 1
     if df < 1 or not (se := float(differences.std(ddof=1)) / np.sqrt(df + 1)) > 0:

@@ -37,7 +37,7 @@ class Follower:
 
     @property
     def unread(self) -> int:
-        """The number of bytes that have not been read yet, at the beginning of the file."""
+        """The number of bytes at the beginning of the file that have not been read yet."""
         return self._low
 
     @property
@@ -144,7 +144,6 @@ class TrainingLog:
         self._first: tuple[float, int] | None = None
 
     def forward(self) -> bool:
-        """Read new lines, as `Follower.forward` does."""
         more = self.file.forward()
         if self._first is None and self.rows:
             self._first = self.file.changed, self.step

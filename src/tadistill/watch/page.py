@@ -42,7 +42,7 @@ class Panel:
 
 
 def shell(moment: Moment, parts: Mapping[str, str]) -> str:
-    """Return the whole page with its first parts."""
+    """Return the HTML of the whole page. `parts` are the parts that it shows first."""
     own = files("tadistill.watch").joinpath("templates")
     style = f"{charts.style()}\n{own.joinpath('watch.css').read_text(encoding='utf-8')}"
     script = f"{charts.script()}\n{own.joinpath('watch.js').read_text(encoding='utf-8')}"

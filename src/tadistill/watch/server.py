@@ -52,8 +52,6 @@ _REST = 10  # seconds between two looks at a study in which nothing happens
 
 
 class Server(ThreadingHTTPServer):
-    """A server of one study."""
-
     daemon_threads = True
 
     def __init__(self, study: Path, store: Store, port: int):

@@ -16,8 +16,6 @@ from tadistill.errors import ConfigError, ModelError
 
 
 class Describes(Protocol):
-    """A configuration object of transformers."""
-
     def to_dict(self) -> dict[str, Any]: ...
 
 

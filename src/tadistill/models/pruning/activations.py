@@ -2,9 +2,9 @@
 
     measured = importance(model, sequences)          # one list of token ids per sequence; runs forward passes only
 
-Channels, neurons and heads follow Muralidharan et al. 2024 (Minitron, arXiv 2407.14679, section 2.2) with the aggregation that they found
-best: the mean of absolute values over the tokens of a sequence, then the L2 norm over the sequences. Layers are measured by their block
-influence (Men et al. 2024, ShortGPT, arXiv 2403.03853).
+For channels, neurons and heads, importance is the mean of absolute values over the tokens of a sequence, then the L2 norm over the
+sequences (Muralidharan et al. 2024, Minitron, arXiv 2407.14679, section 2.2). For layers it is the block influence (Men et al. 2024,
+ShortGPT, arXiv 2403.03853).
 
 Axes: B sequences, T tokens, H channels, I neurons, A heads, L layers.
 """
