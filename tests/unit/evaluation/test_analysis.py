@@ -84,3 +84,10 @@ def test_a_model_has_no_divergence_from_itself(models, data):
     assert np.abs(scores["forward_kl"]).max() < 1e-5
     assert np.abs(scores["reverse_kl"]).max() < 1e-5
     assert exposure["student"] == exposure["teacher"]
+
+
+def test_each_batch_is_counted(models, data):
+    counts, subject = [], Subject(models[0], Tokenizer(), VOCAB, (0,))
+    analyse(subject, data, {1: answers(1), 2: answers(2)}, {1: answers(3)}, others=models[1:3], batch=2, tick=counts.append)
+    assert max(counts) <= 2
+    assert sum(counts) == 3 * (1 + 2 + 1)  # references, two seeds of the subject's answers, the teacher's answers

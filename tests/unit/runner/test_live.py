@@ -1,16 +1,20 @@
-"""The live table: its lines for windows of many sizes, and what it leaves on a terminal."""
+"""The live table: its lines for windows of many sizes, what it leaves on a terminal, and the progress that stages report to it."""
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 from tests.unit.runner.small import small
 
 from tadistill.config import load, parse
+from tadistill.errors import Interrupted
+from tadistill.metrics import training_numbers, training_text
 from tadistill.plan.arms import make_plan
 from tadistill.plan.graph import distinct_labels
 from tadistill.runner.live import SHARED, Board, LiveTable, sparkline, table_lines
 from tadistill.runner.local import LocalRun, StageProgress
+from tadistill.stages.context import Done
 from tadistill.terminal import Terminal
 
 TEXT = "loss 4.210, 15,200 tokens/s"
@@ -144,3 +148,27 @@ def test_the_table_is_drawn_again_below_printed_lines_and_removed(quickstart):
         assert terminal.file.getvalue().count("\x1b[1A") == height - 1 + folds
         terminal.file.truncate(0)
     assert terminal.file.getvalue().endswith("\x1b[1A\x1b[2K" * height)
+
+
+@pytest.mark.parametrize(("loss", "speed", "numbers"), [(4.2104, 15200.4, (4.21, 15200.0)), (-0.5, 0.2, (-0.5, 0.0))])
+def test_numbers_of_training_come_back_from_their_text(loss, speed, numbers):
+    assert training_numbers(training_text(loss, speed)) == numbers
+    assert training_numbers("evaluating on dev") is None
+
+
+def test_a_part_stops_before_its_end_only():
+    shown: list[tuple[int, int, str]] = []
+    done = Done(SimpleNamespace(progress=lambda *now: shown.append(now), stop=lambda: True), 6, "answers")
+    done.part(2)
+    done(2)  # at the end of a part, which is saved next, nothing stops
+    done.part(4)
+    with pytest.raises(Interrupted):
+        done(3)
+    assert shown == [(0, 6, "answers"), (2, 6, "answers"), (5, 6, "answers")]
+
+
+def test_no_colour_where_it_is_not_wanted(quickstart):
+    terminal = Terminal(file=io.StringIO(), force_terminal=True, color_system="standard", width=80, height=24, _environ={"NO_COLOR": "1"})
+    with LiveTable(terminal, *board_of(quickstart, running=list(quickstart.stages)[:1])) as table:
+        table.refresh()
+    assert not re.search(r"\x1b\[(\d;)?3\dm", terminal.file.getvalue())
