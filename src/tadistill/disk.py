@@ -104,7 +104,10 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full
         reason = getattr(error, "strerror", None) or error
-        raise StoreError(f"cannot write {path}: {reason}; free some space or check permissions, then run the same command again") from error
+        fix = "free some space or check permissions, then run the same command again"
+        if isinstance(error, NotADirectoryError | FileExistsError):
+            fix = "a file has the name of one of its folders; choose another folder"
+        raise StoreError(f"cannot write {path}: {reason}; {fix}") from error
 
 
 def ordinary_permissions(directory: Path) -> None:

@@ -80,3 +80,10 @@ def test_a_digest_is_of_what_is_there_now(tmp_path):
     assert sha256(path) == digest(path) == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
     path.write_bytes(b"22")
     assert sha256(path) == digest(path) != "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+
+
+def test_a_file_in_the_place_of_a_folder_is_said(tmp_path):
+    (tmp_path / "runs").write_text("")
+    for write in (write_text, write_rows):
+        with pytest.raises(StoreError, match=r"cannot write .*: .*; a file has the name of one of its folders; choose another folder"):
+            write(tmp_path / "runs" / "study" / "a", "x")

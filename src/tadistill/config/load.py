@@ -4,7 +4,9 @@ A recipe cannot read anything outside its file. OmegaConf's `${…}` is an error
 """
 
 import difflib
+import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,7 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
     raw = _merged(given, overrides, source, "seeds=[10]")
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} contains no recipe; write a mapping with the keys study, seeds, models, data and arms")
+    lines = _with_overrides(lines, overrides)
     recipe = _recipe(_string_keys(raw), source, lines)
     if folder:
         recipe = settled(recipe, source, folder, lines)
@@ -150,6 +153,24 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
         raise ConfigError(_not_yaml(error, source)) from error
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
+
+
+def _with_overrides(lines: Lines, overrides: typing.Sequence[str]) -> Lines:
+    """Return the places of all keys. The place of a key that an override sets is the override."""
+    for item in overrides:
+        name, _, value = item.partition("=")
+        at = tuple(inner or plain for inner, plain in re.findall(r"\[([^\]]*)\]|([^.\[\]]+)", name))
+        for key in _keys(at, yaml.safe_load(value)):
+            lines = {other: line for other, line in lines.items() if other[: len(key)] != key} | {key: item, at: item}
+    return lines
+
+
+def _keys(at: tuple, value: Any) -> Iterator[tuple]:
+    if isinstance(value, dict) and value:
+        for name, part in value.items():
+            yield from _keys((*at, str(name)), part)
+    else:
+        yield at
 
 
 def _string_keys(value: Any) -> Any:

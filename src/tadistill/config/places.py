@@ -11,8 +11,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 from tadistill.config.recipe import DataRef, Recipe
 from tadistill.errors import ConfigError, DataError, ModelError
 
-Lines = dict[tuple, int]
-"""Maps the path of every key in a text to its line number, from 1."""
+Lines = dict[tuple, int | str]
+"""Maps the path of every key of a recipe to its line number, from 1, or to the override that sets it."""
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
@@ -30,9 +30,14 @@ class Origin:
 
 
 def where(source: str, lines: Lines, key: tuple) -> str:
-    """Return the place of a key for messages: the file, the line, and the key. If the key has no line, a key around it gives the line."""
+    """Return the place of a key for messages: the file and line, or the override, and the key.
+
+    A key without a place of its own has that of a key around it.
+    """
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     shown = f" `{'.'.join(map(str, key))}`" if key else ""
+    if isinstance(line, str):
+        return f"override `{line}`:{shown}"
     return f"{source}, line {line}:{shown}" if line else f"{source}:{shown}"
 
 
@@ -95,7 +100,7 @@ def placed(work: Callable[Concatenate[Recipe, Given], Result]) -> Callable[Conca
 
 
 def _with_place(problem: str, recipe: Recipe, origin: Origin) -> str:
-    if problem.startswith(f"{origin.source}"):
+    if problem.startswith((origin.source, "override `")):
         return problem
     named = (key for key in origin.lines if len(key) > 1 and re.match(re.escape(_dotted(key)) + r"[:. ]", problem))
     key = max(named, key=len, default=())

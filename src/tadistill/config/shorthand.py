@@ -134,6 +134,6 @@ def _data(data: Any) -> Any:
     return data
 
 
-def lines_of_whole(lines: dict[tuple, int]) -> dict[tuple, int]:
+def lines_of_whole(lines: dict[tuple, int | str]) -> dict[tuple, int | str]:
     """Return the line of each key of the long form. `lines` has the lines of the short form."""
     return {("models", *key) if key and key[0] in SHORT_KEYS else key: line for key, line in lines.items()}

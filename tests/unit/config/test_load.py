@@ -8,7 +8,8 @@ from tadistill.config.method import Method, MethodPatch, Optim, apply, merge_met
 from tadistill.config.objective import CrossEntropy, ForwardKL, MiniLLM
 from tadistill.config.recipe import methods
 from tadistill.config.sampling import TeacherMixedSampler
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, TadistillError
+from tadistill.plan.arms import make_plan
 
 RECIPE = """\
 study: t
@@ -46,7 +47,7 @@ def test_overrides_and_dotted_names(recipe):
         ("method.objective.pt_weigth=1", ["`method.objective.pt_weigth`", "did you mean `pt_weight`?"]),
         ("models.s.sft.optim.stps=1", ["`models.s.sft.optim.stps`", "did you mean `steps`?"]),
         ("sedes=[1]", ["`sedes`", "did you mean `seeds`?"]),
-        ("arms.a=xl > s > s", ["line 11", "names model s twice"]),
+        ("arms.a=xl > s > s", ["override `arms.a=xl > s > s`", "names model s twice"]),
         ("arms.a=xl > q", ["`arms.a.path` names `q`", "choose one of xl, s"]),
         ("arms.a={path: xl > s, compute: as b}", ["has a cycle"]),
         ("models.s={load: null, tokenizer: null, init: {from: s, layers: 1}}", ["has a cycle"]),
@@ -74,9 +75,27 @@ def test_dots_of_paths_stay_in_a_message(recipe, monkeypatch):
     monkeypatch.chdir(below)
     with pytest.raises(ConfigError) as error:
         load("../r.yaml", ["data.train={load: ../rows.jsonl, instruction: ''}"])
-    assert str(error.value).startswith("../r.yaml, line 6: `data.train`: ")
+    assert str(error.value).startswith("override `data.train={load: ../rows.jsonl, instruction: ''}`: `data.train`: ")
     with pytest.raises(ConfigError, match=r"runtime.trackers.0` is '\.\./x\.\.y': .*'tensorboard'\.$"):
         load("../r.yaml", ["runtime.trackers=[../x..y]"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place"),
+    [
+        (["method.optim.lr=fast"], "override `method.optim.lr=fast`: `method.optim.lr` is 'fast'"),
+        (["method.optim={lr: fast}"], "override `method.optim={lr: fast}`: `method.optim.lr` is 'fast'"),
+        (["seeds=[a]"], "override `seeds=[a]`: `seeds.0` is 'a'"),
+        (["method.optim.learning_rate=1"], "override `method.optim.learning_rate=1`: `method.optim.learning_rate` is not a known key"),
+        (["method.optim.lr=fast", "method.optim.lr=0.1", "sed=1"], "override `sed=1`: `sed` is not a known key"),
+        (["arms.b=xl > nobody"], "override `arms.b=xl > nobody`: `arms.b.path` names `nobody`"),
+        (["data.train=nowhere.jsonl"], "override `data.train=nowhere.jsonl`: `data.train`: data set `nowhere.jsonl` does not exist"),
+    ],
+)
+def test_a_message_about_an_override_names_it(recipe, overrides, place):
+    with pytest.raises(TadistillError) as error:
+        make_plan(load(recipe, overrides))
+    assert error.value.problems[0].startswith(place)
 
 
 @pytest.mark.parametrize("path", [".", "..", "/", "below"])
