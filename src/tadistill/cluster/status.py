@@ -131,7 +131,7 @@ def _advice(counts: Counter[str], study: Path, runs: list[LocalRun]) -> str:
     if set(counts) == {"done"}:
         return f"all stages are done; write the report with {command_for('report', study)}"
     if any(run.state == "running" for run in runs):
-        return f"all lines of the run are in {study / LOG}"
+        return f"all lines of the run are in {study / LOG}; {command_for('watch', study)} shows it in a browser"
     if {"pending", "running", "configuring", "requeued"} & set(counts):
         return f"jobs are queued or running; cancel them with {command_for('cancel', study)}"
     if runs:

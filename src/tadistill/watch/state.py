@@ -27,7 +27,7 @@ from tadistill.watch.logs import RunLog, TrainingLog
 _PAUSE = 1.0
 _SLURM_PAUSE = 15.0
 """Seconds between two questions to Slurm. All users of a cluster share Slurm, so questions must be rare."""
-_READING = 0.3
+_READING = 0.2
 """Seconds that one look may spend on reading logs."""
 _WORDS = {
     "dead": "killed",

@@ -58,7 +58,7 @@ def test_status_shows_a_run_of_this_machine(plan, study):
     assert row.last == "3/8, loss 5.01, 120 tokens/s, 2 min left"
     assert f"process {os.getpid()} on" in status(study)
     assert "0/2 stages done, about 4 min left" in status(study)
-    assert "run.log" in status(study)
+    assert "run.log; tadistill watch small --runs" in status(study)
 
 
 def test_status_of_a_killed_run(plan, study, monkeypatch):
