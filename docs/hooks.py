@@ -41,7 +41,8 @@ def keys() -> str:
 This page is generated from the classes that read a recipe. `tadistill explain KEY` prints the same about one key.
 A heading is the place of the keys below it: `method.optim` means `method: {optim: {…}}`, and NAME stands for a name of your choice.
 [The recipe](recipe.md) explains the larger parts."""
-    return "\n\n".join([head, *map(_part, reference())])
+    top = ["", *(key.name for key in reference()[0].keys)]
+    return "\n\n".join([head, *map(_part, sorted(reference(), key=lambda part: top.index(part.places[0].split(".")[0])))])
 
 
 def _part(part: Part) -> str:
