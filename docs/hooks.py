@@ -1,4 +1,4 @@
-"""What mkdocs does for this site beside its plugins: it generates reference pages, and removes the marks that tests read.
+"""What mkdocs does for this site beside its plugins: generated reference pages, blocks without the marks of tests, order of a search.
 
 `mkdocs.yml` names this file. The page of commands comes from the command line itself, the page of keys from the classes of the
 configuration.
@@ -30,7 +30,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Remove the marks of tests from a page."""
+    """Remove the marks of tests from a page. How-to pages come first in a search."""
+    if page.file.src_uri.startswith("how-to/"):
+        page.meta["search"] = {"boost": 3}
     return MARK.sub(r"\1\2", markdown)
 
 
