@@ -82,7 +82,7 @@ def problems(folder: Path, text: str, *overrides: str) -> tuple[str, ...]:
         ("xl > s", "xl -> s", 16, "write `>` between two models"),
         ("xl > s", "xl → s", 16, "write `>` between two models"),
         ("xl > s", "xl > s\n  twin: {path: xl > s, compute: as dirct}", 17, "which is not an arm; did you mean `direct`?"),
-        ("layers: 2", "layers: 60", 8, "models.s.init.layers is 60, but `xl` has 4 layers, and pruning can only remove some of them"),
+        ("layers: 2", "layers: 60", 8, "models.s.init.layers is 60, but `xl` has 4 layers, and pruning only removes layers; write 1"),
         ("hidden_size", "hiden_size", 4, "has no `hidden_size` (is `hiden_size` a mistyped `hidden_size`?)"),
         ("train: chat", "train: chta", 10, "`data.train`: data set `chta.jsonl` does not exist: there is no `chta.jsonl` in"),
         ("[chat.jsonl]", "[chat.jsonl, no/x.jsonl]", 12, "no does not exist; correct the path"),
