@@ -100,7 +100,7 @@ def advise(
     """Decide whether a chain (a path with assistants) is worth running.
 
     - `chain`: at least one chain is better than direct with a probability of `Advice.needed` or more. The best of them is the path to run.
-    - `direct`: every chain is better by more than `margin` with a probability of at most 1 - level, or there is no history.
+    - `direct`: no chain is likely to be better by more than `margin` (probability at most 1 - level), or there is no history.
     - `inconclusive`: all other cases. The path to run is then the direct path.
 
     Args:

@@ -54,7 +54,7 @@ def method_names(incomplete: str) -> list[str]:
 
 
 def keys(incomplete: str) -> list[str]:
-    """Offer keys by name and by place, and metrics."""
+    """Complete the keys of a recipe, by name and by place, and the names of metrics."""
     from tadistill.config.reference import reference
     from tadistill.metrics import METRICS
 

@@ -77,10 +77,6 @@ def _each_once(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def _missing(pattern: list[str], words: list[str]) -> int | None:
-    """Return how many words of a key's place come before the words that the user wrote. Return None if the user's words are not at its end.
-
-    `NAME` in the place matches one word or none, but not the first word. A number among the words is the index of a list.
-    """
     if not words:
         return len([word for word in pattern if word != NAME])
     if not pattern:

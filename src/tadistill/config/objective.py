@@ -239,9 +239,9 @@ class SampledKL(ObjectiveBase):
 
 
 class NoTeacher(ObjectiveBase):
-    """A control without a teacher: a constant advantage of -1 on the student's own unlikely tokens (arXiv 2608.31046).
+    """A control without a teacher (arXiv 2608.31046): the student's own unlikely tokens get a constant advantage of -1.
 
-    It needs the sampler `student`. If a student of this objective is as good as a distilled one, the teacher's signal was not the reason.
+    It needs the sampler `student`. If it is as good as distillation, the teacher was not the reason for the student's gain.
     """
 
     needs_teacher: ClassVar[bool] = False

@@ -242,7 +242,7 @@ class Recipe(Strict):
     _origin: "Origin | None" = PrivateAttr(default=None)
 
     def written(self, source: str | None) -> str | None:
-        """Return a model's source as the recipe's text gives it. Elsewhere it may have become a path beside the recipe."""
+        """Return a model's source as the recipe's text has it. In `load`, a source may have become the path that was found for it."""
         return self._origin.written.get(source, source) if self._origin and source else source
 
     @property
@@ -266,7 +266,7 @@ class Recipe(Strict):
 
 
 def methods(recipe: Recipe) -> list[Method]:
-    """Return the methods of all trainings with a method: every distillation, and every arm that continues the training of a model.
+    """Return all methods of a study: one for every distillation, and one for every arm that continues the training of a model.
 
     Raises:
         ConfigError: parts of a method cannot work together.

@@ -53,9 +53,10 @@ def verdict(first: Scores, second: Scores) -> int:
 def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
     """Return the 95 % interval of the ratio sum(arm) / sum(other), averaged over sets.
 
-    Each array has the shape (S, N, 2): scores of the arm, then scores of the other answer. The delta method replaces each ratio by one
-    value per seed and prompt. These values have the same mean and, to first order, the same variance. `macro_interval` then computes the
-    interval.
+    Each array has the shape (training seeds, prompts, 2): scores of the arm, then scores of the other answer. The delta method replaces
+    each
+    ratio by one value per seed and prompt. These values have the same mean and, to first order, the same variance. `macro_interval` then
+    computes the interval.
     """
     linear = []
     for values in strata_SN2:
@@ -73,7 +74,7 @@ def write_summary(path: Path, *, mode: str, judge: str, arms: Sequence[str], row
 
 
 def pair_row(arm: str, other: str, name: str, outcomes_SN: Array) -> Row:
-    """Return the summary row of one set from its outcomes (S, N): 1 is a win, 0 a tie, -1 a loss."""
+    """Return the summary row of one set. `outcomes_SN` has one value per training seed and prompt: 1 is a win, 0 a tie, -1 a loss."""
     wins, losses, n = int((outcomes_SN > 0).sum()), int((outcomes_SN < 0).sum()), int(outcomes_SN.size)
     rate_SN = 50.0 * (outcomes_SN + 1)
     low, high = macro_interval([rate_SN[..., None]], bounds=_SHARE)

@@ -133,7 +133,7 @@ class Rounding:
 
 @contextmanager
 def rounded(model: PreTrainedModel) -> Iterator[Rounding]:
-    """Find the rounding of the forward passes inside the block, from the head's products. In bf16 training, weights are still float32."""
+    """Measure the rounding of the forward passes inside the block. The dtype of the head's products determines it."""
     found = Rounding(torch.finfo(model.dtype).eps, model.device.type == "cuda")
 
     def look(_: nn.Module, __: tuple[Tensor, ...], product: Tensor) -> None:
@@ -149,7 +149,7 @@ def rounded(model: PreTrainedModel) -> Iterator[Rounding]:
 
 
 def apart(got_V: Tensor, expected_V: Tensor) -> float:
-    """Return the distance of logits up to a constant, relative to their spread. Two NaN values count as equal."""
+    """Return how far two logit vectors differ beyond a constant, as a fraction of their spread. Two NaN values count as equal."""
     got, expected = ((z - z.mean()).nan_to_num() for z in (got_V, expected_V))
     return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
 

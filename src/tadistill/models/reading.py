@@ -57,8 +57,8 @@ def read_model(directory: Path, load: str, dtype: torch.dtype, device: str | Non
     On the device `meta` only the files' headers are read.
 
     Raises:
-        ModelError: there are three reasons. The files cannot be read or need code of their own; their weights do not fit the
-            configuration; or the architecture cannot be distilled.
+        ModelError: the files cannot be read, need code of their own, do not fit the configuration, or describe an architecture that cannot
+            be distilled.
     """
     check_files(directory, load)
     options: Any = {"dtype": dtype, "device_map": device} if device else {"dtype": dtype}

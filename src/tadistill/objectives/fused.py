@@ -95,7 +95,7 @@ def fused_divergence(
 def fused_terms(
     terms: Sequence[Term], hidden: Tensor, head: Head, weights: Tensor, *, teachers: Sequence[Target] = (), vocab: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of several loss terms over the tokens, as `fused_head` does. Slopes are used if all terms have them."""
+    """Return the weighted sum of several loss terms over the tokens, computed as in `fused_head`."""
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
         return torch.stack([term.values(logits, targets, rows) for term in terms])

@@ -55,10 +55,10 @@ def k3(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
 
 def no_teacher(student_log_probs: Tensor, *, below: float) -> Tensor:
-    """Return log q of the tokens whose probability q is below `below`, and 0 for all other tokens.
+    """Return log q for tokens with a probability q below `below`, and 0 for all other tokens. It is a control for on-policy distillation.
 
-    Its gradient on tokens drawn from q is the policy gradient of a constant advantage of -1 on unlikely tokens: the student's unlikely
-    tokens become less likely, and no teacher is asked. It is a control for on-policy distillation.
+    On tokens drawn from q, its gradient is a policy gradient with an advantage of -1 on unlikely tokens. These tokens become less likely,
+    without any teacher.
 
     Args:
         student_log_probs: log-probabilities of the tokens, of any shape.

@@ -50,7 +50,7 @@ class UsedRows:
 
 
 def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -> dict[str, Rows]:
-    """Return the row numbers (N,) that an evaluation answered, for each set, in the order of its scores.
+    """Return the row numbers that an evaluation answered, for each set, in the order of its scores.
 
     If an earlier version wrote the evaluation, they are read from its predictions.
     """

@@ -1,7 +1,7 @@
 """Sample responses in batches from a transformers model, alone or together with a teacher.
 
 This file contains the loop over positions. For a mixture of two models without warping, `lazy` gives the same result faster, if both
-models allow it. `reading` finds the memory that each model needs, such as a KV cache. The caller gives the random numbers of each
+models allow it. `decoder` finds the memory that each model needs, such as a KV cache. The caller gives the random numbers of each
 sequence, so a sequence does not depend on the other sequences in its batch. Finished sequences leave the batch.
 
 Axes: B sequences, T positions, V vocabulary, H hidden size.

@@ -151,20 +151,17 @@ class _Places:
         self.full = len(rows_N) == rows * self.shape[1]
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """Return the causal mask (B, 1, w, L) that is added to the attention scores."""
         columns = self.spread(self.columns_N)
         hidden = torch.arange(self.length, device=columns.device) > columns.unsqueeze(-1)
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min).unsqueeze(1)
 
     def spread(self, values_N: Tensor) -> Tensor:
-        """Reshape packed values (N, ...) to (B, w, ...), one row per sequence. Places without a token are zero."""
         shape = (*self.shape, *values_N.shape[1:])
         if self.full:
             return values_N.reshape(shape)
         return values_N.new_zeros(shape).flatten(0, 1).index_copy_(0, self.in_rectangle_N, values_N).view(shape)
 
     def pack(self, values_Bw: Tensor) -> Tensor:
-        """Undo `spread`: reshape (B, w, ...) to packed values (N, ...)."""
         flat = values_Bw.flatten(0, 1)
         return flat if self.full else flat.index_select(0, self.in_rectangle_N)
 
@@ -185,7 +182,6 @@ class _Layer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """Write the new states (1, heads, N, head size) into the cache, and return views of it (B, heads, L, head size)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         places, found = self.packed.places, []
@@ -227,7 +223,7 @@ class _Packed:
         self.cache.layers[:] = [_Layer(self) for _ in self.cache.layers]
 
     def __call__(self, ids_N: np.ndarray, rows_N: np.ndarray, columns_N: np.ndarray, predict_M: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Run the model on N tokens. Return the logits (M, V) and the inputs (M, H) of the output head at the tokens `predict_M`.
+        """Run the model on the tokens `ids_N`. Return the logits and the inputs of the output head at the tokens `predict_M`.
 
         Args:
             ids_N: the token ids.

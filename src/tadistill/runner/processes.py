@@ -57,7 +57,7 @@ def prepare() -> Any:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Hide the main module while a process starts, which would import it: a script without `if __name__ == "__main__":` would run again."""
+    """Hide the main module while a process starts. The process would import it, and a script without a `__main__` guard would run again."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:

@@ -74,7 +74,7 @@ class Difference:
 
 
 def macro_interval(strata_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDED, level: float = 0.95) -> tuple[float, float]:
-    """Return the confidence interval (low, high) of a macro mean. It is the mean over test sets of each set's mean score.
+    """Return the confidence interval (low, high) of a macro mean, which is the mean over test sets of their mean scores.
 
     ``strata_SNK`` has one array of scores per set, with the shape (training seeds, prompts, decoding seeds). The number of prompts may
     differ between sets. All sets have the same training seeds in the same order. With one training seed, the interval shows only how

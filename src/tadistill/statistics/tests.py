@@ -15,7 +15,7 @@ MOST_SEEDS = 20  # 2^20 sign patterns take one second and 8 MB
 
 @dataclass(frozen=True)
 class SignFlip:
-    """The result of a sign-flip test. ``p`` is the two-sided p-value. ``smallest`` is the smallest p-value that so few seeds can give."""
+    """The result of a sign-flip test. ``p`` is the two-sided p-value. ``smallest`` is the smallest p-value with this number of seeds."""
 
     p: float
     smallest: float
@@ -106,7 +106,7 @@ def detectable(
 
 
 def spread_claimed(mean: float, half: float, p: float) -> float:
-    """Return the standard deviation of a normal distribution around `mean`. Neither an interval nor a test contradicts it as too narrow.
+    """Return the standard deviation that fits a 95 % interval, or the one that fits a two-sided test, whichever is larger.
 
     Args:
         half: half the width of the 95 % interval.
@@ -117,7 +117,7 @@ def spread_claimed(mean: float, half: float, p: float) -> float:
 
 
 def seeds_spread(differences_S: ArrayLike) -> float:
-    """Return the standard error that the t-test of paired differences claims, one difference per training seed. It is 0 for one seed."""
+    """Return `spread_claimed` (a standard deviation) for the t-test of paired differences, one per training seed. It is 0 for one seed."""
     differences = np.asarray(differences_S, dtype=np.float64)
     df = len(differences) - 1
     if df < 1 or not (se := float(differences.std(ddof=1)) / np.sqrt(df + 1)) > 0:
