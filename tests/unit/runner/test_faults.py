@@ -15,6 +15,7 @@ from tests.unit.runner.small import small
 
 from tadistill.config import parse
 from tadistill.errors import Interrupted, StageFailed, StoreError
+from tadistill.metrics import training_numbers
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import Task, make_task
 from tadistill.stages.execute import run_stage
@@ -44,8 +45,9 @@ def run(task: Task, *, stop_at: int | None = None, then: Callable[[int], None] =
     heard = Heard([], [])
 
     def progress(done: int, total: int, text: str) -> None:
-        heard.done.append(done)
-        then(done)
+        if training_numbers(text):
+            heard.done.append(done)
+            then(done)
 
     run_stage(task, progress=progress, alarm=heard.alarms.append, stop=lambda: heard.done[-1:] == [stop_at])
     return heard
