@@ -165,7 +165,7 @@ def test_a_study_is_found_by_its_recipe(folder):
 
 
 def test_misuse_of_the_python_functions(folder):
-    with pytest.raises(ConfigError, match=r"recipe, line 1: `seed` is not a known key; did you mean `seeds`"):
+    with pytest.raises(ConfigError, match=r"recipe(, line 1)?: `seed` is not a known key; did you mean `seeds`"):
         tadistill.run({"seed": 1})
     with pytest.raises(ConfigError, match=r"settings: `seed` is not a known key; did you mean `seeds`"):
         tadistill.evaluate(None, None, "tinyworld", settings={"seed": 1})  # pyright: ignore[reportArgumentType]
