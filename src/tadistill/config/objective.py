@@ -314,19 +314,10 @@ class MiniLLM(ObjectiveBase):
 
 
 _OFFICIAL: dict[str, Any] = {
-    "discount": 0.95,
-    "include_current": True,
-    "length_normalisation": "remaining",
-    "whitening": "padded",
-    "reward_scale": 0.5,
-    "reward_clip": 100.0,
-    "clip": 0.2,
-    "clipping": "ppo",
-    "clip_weight": True,
-    "single_step": True,
-    "single_step_weight": False,
-    "pt_kd_ratio": 0.5,
-}
+    "discount": 0.95, "include_current": True, "length_normalisation": "remaining", "whitening": "padded",
+    "reward_scale": 0.5, "reward_clip": 100.0, "clip": 0.2, "clipping": "ppo", "clip_weight": True,
+    "single_step": True, "single_step_weight": False, "pt_kd_ratio": 0.5,
+}  # fmt: skip
 _PRESETS = {"paper": {name: MiniLLM.model_fields[name].default for name in _OFFICIAL}, "official": _OFFICIAL}
 
 
