@@ -17,6 +17,7 @@ from mkdocs.structure.pages import Page
 
 from tadistill import cli
 from tadistill.config.reference import Key, Part, reference
+from tadistill.glossary import GLOSSARY
 
 MARK = re.compile(r"^(```\w+)(.*?) test=[\w-]+", re.MULTILINE)
 """The info string of a block that a test runs in another way: `test_how_to.py` reads it, pymdownx does not know it."""
@@ -24,7 +25,7 @@ MARK = re.compile(r"^(```\w+)(.*?) test=[\w-]+", re.MULTILINE)
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
-    for name, write in {"commands": commands, "keys": keys, "code": code}.items():
+    for name, write in {"commands": commands, "keys": keys, "code": code, "glossary": glossary}.items():
         files.append(File.generated(config, f"reference/{name}.md", content=write()))
     return files
 
@@ -65,6 +66,12 @@ def _key(key: Key) -> str:
 
 def _title(page: str) -> str:
     return Path(page.split("#")[0]).stem
+
+
+def glossary() -> str:
+    """Return the page of all words that reports explain."""
+    head = "# Glossary\n\nThese are the words of reports. In a report, hold the mouse over a word to read its sentence."
+    return "\n".join([head, "", "| word | meaning |", "|---|---|", *(f"| {word} | {text} |" for word, text in GLOSSARY.items())])
 
 
 def code() -> str:
