@@ -1,7 +1,8 @@
 """Random numbers from addresses. The same address, such as (seed, stage, step, purpose), always gives the same random numbers.
 
 No random number depends on earlier draws. Only dropout uses torch's global generator. It is seeded from an address before every update,
-so a resumed run needs no saved generator state. For one seed, all runs of a study use the same data order and random numbers.
+so a resumed run needs no saved generator state. For one seed, all runs of a study use the same data order and random numbers. Their
+differences are therefore less noisy.
 """
 
 import hashlib

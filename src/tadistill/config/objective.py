@@ -121,10 +121,7 @@ class TotalVariation(Divergence):
 
 
 class AdaptiveKL(Divergence):
-    """A weighted sum of forward and reverse KL (Wu et al. 2025, AKL).
-
-    At each position, the weights depend on where the models differ: on the teacher's likely tokens or on its unlikely tokens.
-    """
+    """A weighted sum of forward and reverse KL (Wu et al. 2025, AKL). At each position, the weights depend on where the models differ."""
 
     type: Literal["adaptive_kl"] = "adaptive_kl"
     mu: Share = 0.5
@@ -175,16 +172,12 @@ class TopKReverseKL(_TopK):
 
 
 class Contrastive(Divergence):
-    """Skew forward KL on the teacher's text, and skew reverse KL on the student's text (Ko et al. 2025, DistiLLM-2).
-
-    It needs the sampler `pair`. The skew `alpha` is the same for all responses. The paper adapts it to each response
-    (`objectives.contrastive_alpha`).
-    """
+    """Skew forward KL on the teacher's text, skew reverse KL on the student's (Ko et al. 2025, DistiLLM-2). It needs the sampler `pair`."""
 
     needs_pairs: ClassVar[bool] = True
     type: Literal["contrastive"] = "contrastive"
     alpha: Share = 0.1
-    """The teacher's share of the mixture in the forward KL, and the student's share of the mixture in the reverse KL."""
+    """The teacher's share of the mixture in the forward KL, and the student's in the reverse KL. The paper adapts it to each response."""
 
 
 class Taid(Divergence):
