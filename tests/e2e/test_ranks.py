@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tadistill.config import validate
 from tadistill.errors import ConfigError, Interrupted, StageFailed, StoreError
+from tadistill.metrics import training_numbers
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import make_task
 from tadistill.runner.preflight import check_study
@@ -92,8 +93,12 @@ def test_a_killed_rank_ends_the_stage_and_the_same_call_goes_on(tmp_path):
 
 def test_all_ranks_stop_when_asked(tmp_path):
     made, heard = task(tmp_path, {"distill": {"processes": 2, "teacher": "offloaded"}}), []
+
+    def told(done: int, total: int, text: str) -> None:
+        heard.extend([done] * bool(training_numbers(text)))
+
     with pytest.raises(Interrupted, match="stopped at update"):
-        run_in_processes(made, threads=2, progress=lambda done, total, text: heard.append(done), alarm=print, stop=lambda: len(heard) > 3)
+        run_in_processes(made, threads=2, progress=told, alarm=print, stop=lambda: len(heard) > 3)
     folder = Store(tmp_path).folder(made.key)
     assert (folder / "state.pt").is_file()
     assert not Store(tmp_path).finished(made.key)
