@@ -8,12 +8,12 @@ import numpy as np
 from tadistill.metrics import metric_title
 from tadistill.report.figures.paths import budgets
 from tadistill.report.figures.scores import differences, entropy_curves
+from tadistill.report.tables import stage_rows
 from tadistill.report.text import duration
 from tadistill.results.collect import Results, primary_metric, seeds_of
 from tadistill.results.compare import MAIN
 from tadistill.results.curves import Curve
 from tadistill.results.samples import Samples
-from tadistill.results.study import load_manifest
 from tadistill.results.units import number, signed
 from tadistill.results.verdict import comparisons
 
@@ -70,6 +70,8 @@ def paths(results: Results) -> str:
             f"{hops} above the last assistant {word} {number(abs(added), 'reverse_kl')}{share}"
         )
     distilled = [arm for arm in results.plan.arms if len(arm.path) > 1]
+    if len(distilled) == 1:
+        return f"{distilled[0].name} learns from {distilled[0].path[0]}"
     return f"{len(distilled)} of {len(results.plan.arms)} arms learn from a teacher"
 
 
@@ -106,15 +108,9 @@ def behaviour(results: Results) -> str:
     if compared:
         c, d = compared[0], compared[0].mechanism.entropy  # type: ignore[union-attr]
         assert d is not None
-        word = (
-            "is not clearly more or less decided than"
-            if d.covers_zero
-            else "is more decided than"
-            if d.mean < 0
-            else "is less decided than"
-        )
-        low, high = number(d.low, "entropy"), number(d.high, "entropy")
-        return f"{c.arm} {word} {c.other}: entropy {signed(d.mean, 'entropy')} nats/token, 95 % interval {low} to {high}"
+        word = "not clearly different from" if d.covers_zero else "clearly lower than" if d.mean < 0 else "clearly higher than"
+        ends = f"95 % interval {number(d.low, 'entropy')} to {number(d.high, 'entropy')}"
+        return f"The entropy of {c.arm} is {word} that of {c.other}: {signed(d.mean, 'entropy')} nats/token, {ends}"
     curves = entropy_curves(results)
     mains = {name: p.entropy for name, points in curves.items() for p in points if p.decoding == MAIN}
     if len(mains) > 1:
@@ -126,7 +122,7 @@ def behaviour(results: Results) -> str:
 def how(results: Results) -> str:
     """Return a sentence on the size of the study and its computing time."""
     plan = results.plan
-    seconds = sum(m.seconds for stage in plan.stages if (m := load_manifest(results.store, stage.key)))
+    seconds = sum(row.manifest.seconds for row in stage_rows(results) if row.manifest)
     trained = any(arm.is_trained for arm in plan.arms)
     seeds = len(seeds_of(results))
     parts = [_count(len(plan.arms), "arm")]

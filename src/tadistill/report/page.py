@@ -185,7 +185,7 @@ def _sections(results: Results, curves: list[Curve], found: Samples) -> dict[str
     )
     return {
         "sections": [Section(anchor, name, finding(*given)) for anchor, name, finding, given, needed in candidates if needed],
-        "differences": _markup(scores.difference_figure(results)) or _markup(scores.means_figure(results)) if measured else None,
+        "differences": _markup(scores.difference_figure(results)) if measured else None,
         "verdicts": [verdict_text(results, c) for c in comparisons(results)] if measured else [],
         "analysis": [(a, [(row, _row_plot(a, row)) for row in a.rows]) for a in analyses(results)] if measured else [],
         "marks": MARKS,

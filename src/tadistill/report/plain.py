@@ -144,7 +144,7 @@ def code(text: str, language: str = "") -> str:
 # --- terminal ---------------------------------------------------------------------------------------------------------
 
 
-_STYLES = {"gain": "green", "loss": "red", "equivalent": "", "open": "yellow"}
+_STYLES = {"gain": "green", "best": "green", "loss": "red", "open": "yellow", "unfinished": "yellow"}
 
 
 def summary_table(results: Results) -> Group:
@@ -154,7 +154,7 @@ def summary_table(results: Results) -> Group:
     shows the number of finished seeds.
     """
     found = answer(results)
-    said = Text.assemble((f"{found.badge}. ", f"bold {_STYLES[found.kind]}".strip()), found.answer)
+    said = Text.assemble((f"{found.badge}. ", f"bold {_STYLES.get(found.kind, '')}".strip()), found.answer)
     above = [Text(found.question, style="bold"), said, *([Text(found.against_sft)] if found.against_sft else [])]
     below = [Text(caution, style="yellow") for caution in (cautions(results) if results.summaries else [])]
     below += [Text(found.next)] if found.next else []

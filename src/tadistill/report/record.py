@@ -2,10 +2,11 @@
 
 import csv
 import io
+import json
 from dataclasses import asdict, fields
 from typing import Any
 
-from tadistill.disk import write_json, write_text
+from tadistill.disk import write_text
 from tadistill.report.analysis import analyses
 from tadistill.report.explain import undecided_text, verdict_text
 from tadistill.report.figures import scores
@@ -23,14 +24,25 @@ def write_results(results: Results) -> None:
         "command": results.plan.command,
         "data": [split.record for split in results.used],
         "answer": asdict(answer(results)),
-        "rows": [asdict(row) for row in results.rows],
+        "rows": [vars(row) for row in results.rows],
         "means": means(results),
         "differences": differences(results),
         "comparisons": [_comparison(comparison) for comparison in comparisons(results)],
         "verdicts": verdicts(results),
     }
-    write_json(results.study_dir / "results.json", content, allow_nan=False)
+    write_text(results.study_dir / "results.json", _json(content))
     write_text(results.study_dir / "results.csv", _csv(results))
+
+
+def _json(content: dict[str, Any]) -> str:
+    """Return JSON with one line for each row of a table: it is quick to write, and two files can be compared by line."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n  " + ",\n  ".join(map(text, value)) + "\n ]"
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    return "{\n " + ",\n ".join(f"{json.dumps(key)}: {text(value)}" for key, value in content.items()) + "\n}\n"
 
 
 def means(results: Results) -> list[dict[str, Any]]:
@@ -113,5 +125,5 @@ def _csv(results: Results) -> str:
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
     for row in results.rows:
-        writer.writerow({name: guarded(cell) if isinstance(cell, str) else cell for name, cell in asdict(row).items()})
+        writer.writerow({name: guarded(cell) if isinstance(cell, str) else cell for name, cell in vars(row).items()})
     return text.getvalue()

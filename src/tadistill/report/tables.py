@@ -81,7 +81,8 @@ def cost_rows(results: Results) -> list[CostRow]:
 
 
 def stage_rows(results: Results) -> list[StageRow]:
-    return [StageRow(stage, load_manifest(results.store, stage.key)) for stage in results.plan.stages]
+    """Return all stages of the plan with their manifests. Each manifest is read once."""
+    return results.once("stages", lambda: [StageRow(stage, load_manifest(results.store, stage.key)) for stage in results.plan.stages])
 
 
 def versions(rows: list[StageRow]) -> Mapping[str, str]:

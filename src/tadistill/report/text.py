@@ -12,16 +12,25 @@ from typing import Literal
 
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.report.explain import missing_text, seeds_text
+from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
 from tadistill.results.compare import difference, direct_of, greedy_decoding
-from tadistill.results.study import ArmRecord, load_manifest
+from tadistill.results.study import ArmRecord
 from tadistill.results.units import detectable_text, flops_text, number, parameters_text, signed
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, comparisons, competitors, pairs
 from tadistill.statistics import Difference, holm
 
 _ALPHA = 0.05
-Kind = Literal["gain", "loss", "equivalent", "open"]
-BADGES: dict[Kind, str] = {"gain": "Yes", "loss": "No", "equivalent": "No difference", "open": "Undecided"}
+Kind = Literal["gain", "loss", "equivalent", "open", "best", "measured", "unfinished"]
+BADGES: dict[Kind, str] = {
+    "gain": "Yes",
+    "loss": "No",
+    "equivalent": "No difference",
+    "open": "Undecided",
+    "best": "Clear",
+    "measured": "Measured",
+    "unfinished": "Unfinished",
+}
 _KINDS: dict[Word, Kind] = {"gain": "gain", "loss": "loss", "equivalent": "equivalent", "no evidence": "open"}
 
 
@@ -30,7 +39,7 @@ class Answer:
     """The result of a study in sentences. A sentence that does not apply is empty."""
 
     kind: Kind
-    """The verdict: a gain, a loss, no difference, or open."""
+    """The verdict. Studies without assistants have a clearly `best` arm or not; a single arm is `measured`."""
     question: str
     answer: str
     against_sft: str
@@ -52,6 +61,10 @@ class Answer:
 
 def answer(results: Results) -> Answer:
     """Return the question of a study and its answer."""
+    return results.once("answer", lambda: _make(results))
+
+
+def _make(results: Results) -> Answer:
     kind, said = _answer(results)
     return Answer(kind, _question(results), said, _against_sft(results), _cost(results), _next(results, kind))
 
@@ -107,14 +120,14 @@ def _made(results: Results, arm: ArmRecord) -> str:
 def _answer(results: Results) -> tuple[Kind, str]:
     if not results.summaries:
         done = sum(results.store.finished(stage.key) for stage in results.plan.stages)
-        return "open", f"There is no answer yet: no arm is evaluated, and {done} of {len(results.plan.stages)} stages are finished."
+        return "unfinished", f"There is no answer yet: no arm is evaluated, and {done} of {len(results.plan.stages)} stages are finished."
     decided = {(c.arm, c.other): c for c in comparisons(results)}
     if any(arm.has_assistant for arm in results.plan.arms):
         return _of_chains(results, decided)
     groups = [group for group in _ranked(results) if len(group) > 1]
     if not groups:
         summary, arm = _ranked(results)[0][0]
-        return "open", f"{arm.name} scores {_score(results, summary)}. The study has no other arm to compare it with."
+        return "measured", f"{arm.name} scores {_score(results, summary)}. The study has no other arm to compare it with."
     parts = [_of_group(results, group, list(decided.values())) for group in groups]
     return parts[0][0], " ".join(text for _, text in parts)
 
@@ -123,7 +136,8 @@ def _of_chains(results: Results, decided: dict[tuple[str, str], Comparison]) -> 
     found = pairs(results)
     known = [(c, pair.arm) for pair in found if pair.other and (c := decided.get((pair.arm.name, pair.other.name)))]
     if not known:
-        return "open", _undecided(results, found[0].arm, has_other=any(pair.other for pair in found))
+        has_other = any(pair.other for pair in found)
+        return "unfinished" if has_other else "measured", _undecided(results, found[0].arm, has_other=has_other)
     if len(known) == 1:
         return _KINDS[known[0][0].word], _chain_text(results, *known[0])
     gains = [(c, arm) for c, arm in known if c.word == "gain"]
@@ -215,10 +229,12 @@ def _of_group(results: Results, group: list[tuple[Summary, ArmRecord]], decided:
     score = f"{first.name} has the highest mean, {_score(results, summary)}"
     if mine and len(beaten) == len(mine):
         return (
-            "gain",
+            "best",
             f"{score}, and clearly beats {'all others' if len(mine) > 1 else mine[0].other if mine[0].arm == first.name else mine[0].arm}.",
         )
     few = _few_seeds(mine)
+    if len(mine) == 1:
+        return "open", f"{score}, but does not clearly beat {group[1][1].name}.{few}"
     return "open", f"{score}, but clearly beats {f'only {len(beaten)}' if beaten else 'none'} of the {len(mine)} others.{few}"
 
 
@@ -289,8 +305,8 @@ def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: s
 
 
 def _cost(results: Results) -> str:
-    seconds = [m.seconds for stage in results.plan.stages if (m := load_manifest(results.store, stage.key))]
-    spent = f"{len(seconds)} stages took {duration(sum(seconds))} of computing" if seconds else ""
+    seconds = [row.manifest.seconds for row in stage_rows(results) if row.manifest]
+    spent = f"{len(seconds)} stage{'' if len(seconds) == 1 else 's'} took {duration(sum(seconds))} of computing" if seconds else ""
     found = [pair.arm for pair in pairs(results) if pair.against != "pair"] or [arm for arm in results.plan.arms if arm.is_trained]
     known = [arm for arm in found if arm.flops is not None]
     if not known:
@@ -320,7 +336,7 @@ def _next(results: Results, kind: Kind) -> str:
         return "Next: add the arm to compare with, and run the recipe again; finished stages are kept."
     if few:
         return f"Next: give the recipe at least {SEEDS_FOR_A_CLAIM} training seeds; finished stages are kept."
-    if kind == "open" and any(c.trained for c in compared):
+    if kind in ("open", "unfinished") and any(c.trained for c in compared):
         return "Next: add training seeds or test prompts to decide it; finished stages are kept."
     return ""
 

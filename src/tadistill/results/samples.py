@@ -15,7 +15,7 @@ from tadistill.results.units import number
 from tadistill.results.verdict import comparisons
 
 _PROMPTS = 50  # maximum number of prompts per set: enough to read and search
-_BYTES = 2_500_000  # size limit of all answers together; long answers reduce the number of prompts, but not below `_FEWEST`
+_BYTES = 1_500_000  # size limit of all answers together; long answers reduce the number of prompts, but not below `_FEWEST`
 _FEWEST = 5
 
 Samples = dict[str, list[dict[str, Any]]]

@@ -46,6 +46,8 @@ class StudySpec:
     answer: str = NASTY
     also: dict[str, dict] = field(default_factory=lambda: {"greedy": {"temperature": 0.0}, "t0.5": {"temperature": 0.5}})
     teacher: str | None = "xl"
+    numbered: bool = False
+    """True: evaluations name the rows that they answered, as those of this version do; False: as those of earlier versions."""
     trained: bool = True
     """False: every model is loaded as it is, as in `tadistill eval`."""
 
@@ -244,7 +246,8 @@ def _corpus(spec: StudySpec, arm: ArmSpec, rng: np.random.Generator) -> dict[str
         numbers = {"perplexity": 12.0 - arm.gain, "distinct_1": 31.0, "distinct_2": 72.0, "distinct_4": 98.5 - arm.gain, "ece_tokens": 5.0}
         bins = {"count": [20 * (i + 1) for i in range(15)], "confidence": confidence.tolist(), "correct": correct.tolist()}
         lengths = rng.integers(1, 30, count).tolist()
-        found[name] = {"numbers": numbers, "calibration": {"tokens": bins}, "reference_length": lengths}
+        rows = {"rows": list(range(count))} if spec.numbered else {}
+        found[name] = {"numbers": numbers, "calibration": {"tokens": bins}, "reference_length": lengths, **rows}
     return found
 
 

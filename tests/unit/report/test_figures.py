@@ -117,5 +117,5 @@ def test_long_answers_leave_fewer_samples(tmp_path):
             tmp_path, StudySpec(SMALL, seeds=(10,), sets={"dolly": 60}, decoding_seeds=1, answer="long " * 4000, fact_sets=(), also={})
         )
     )
-    assert len(samples(results)["dolly"]) == 41  # 3 arms x 20.2 kB a prompt, 2.5 MB in all
+    assert len(samples(results)["dolly"]) == 24  # 3 arms x 20.2 kB a prompt, 1.5 MB in all
     assert shown_first(results) == ["direct", "chain", "direct-long"]

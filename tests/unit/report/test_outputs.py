@@ -297,7 +297,7 @@ def test_the_answer_of_many_arms_without_chains(tmp_path):
     spec = StudySpec(arms, seeds=(10, 20, 30, 40), sets={"dolly": 60}, fact_sets=())
     found = answer(build_study(tmp_path, spec).read())
     assert found.question == "Which of 5 ways to train s (124 M parameters) gives the best model?"
-    assert (found.kind, found.answer.split(",")[0]) == ("gain", "arm4 has the highest mean")
+    assert (found.kind, found.answer.split(",")[0]) == ("best", "arm4 has the highest mean")
     assert found.answer.endswith("and clearly beats all others.")
     assert found.against_sft == "The study cannot tell if distillation beat plain fine-tuning (SFT): no arm only fine-tunes s."
 

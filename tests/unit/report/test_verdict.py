@@ -151,7 +151,7 @@ def test_models_alone_are_compared_in_pairs(tmp_path):
     assert sample_text(results, results.arm("a")) == "90 prompts, 3 decoding seeds"
     said = answer(results)
     assert said.question == "Which of 3 models is the best?"
-    assert said.kind == "gain"
+    assert (said.kind, said.badge) == ("best", "Clear")
     assert said.answer.startswith("b has the highest mean, ")
     assert said.answer.endswith(", and clearly beats all others.")
     assert said.against_sft == ""

@@ -7,10 +7,10 @@ import numpy as np
 from tadistill.charts import GREY, Axis, Chart, Look, Point, nice_span
 from tadistill.metrics import LOGS, metric_title, metric_unit
 from tadistill.report.figures.style import MANY, looks, span_axis, titled
-from tadistill.results.collect import MEAN, Results, primary_metric
+from tadistill.results.collect import Results, primary_metric
 from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary, bucket_title
 from tadistill.results.curves import Array, Curve, exposures, reliabilities
-from tadistill.results.units import number, summary_text
+from tadistill.results.units import summary_text
 
 _CALIBRATED = Look(GREY, "circle", "5 4")
 
@@ -57,15 +57,7 @@ def calibration_figures(results: Results) -> Mapping[str, Chart]:
         chart = Chart(f"figure-calibration-{what}", f"Share of correct {what} over confidence, one line per arm", x, y, height=300, head=24)
         chart.segment((0, 0), (100, 100), _CALIBRATED)
         for name, bins in found.items():
-            ece = results.averages.get((name, MEAN, f"ece_{what}"))
-            error = f", ECE {number(ece.mean, f'ece_{what}')}" if ece else ""
             chart.line(name, bins.confidence.round(3).tolist(), bins.correct.round(3).tolist(), looks(results)[name])
-            tips = [
-                f"{name}{error}\nsure {c:.0f} %, right {r:.0f} %, {n:.0f} {what}"
-                for c, r, n in zip(bins.confidence, bins.correct, bins.count, strict=True)
-            ]
-            points = [Point(float(c), float(r), tip=tip) for c, r, tip in zip(bins.confidence, bins.correct, tips, strict=True)]
-            chart.points(name, points, looks(results)[name], size=3)
         panels[what] = chart
     return panels
 

@@ -152,7 +152,8 @@ def cost_figure(results: Results, model: str) -> Chart | None:
     cheapest, dearest = points[0].flops / unit, points[-1].flops / unit
     log = dearest / cheapest > 40
     x = _compute_axis(cheapest, dearest, log=log, relative=direct.name if unit != 1.0 and direct else "")
-    y = Axis(*nice_span([v for p in points for v in (p.summary.low, p.summary.high)], zero=True, pad=0.08))
+    ends = [end for p in points for end in (p.summary.low, p.summary.high)]
+    y = Axis(*nice_span(ends, zero=min(ends) < 0.35 * max(ends), pad=0.08))
     texts = [f"{p.arm.name} {summary_text(p.summary, metric)} at {flops_text(p.flops)} FLOPs" for p in points]
     chart = Chart("figure-cost", f"{metric_title(metric)} over training compute: {'; '.join(texts)}", x, y, height=250, head=10)
     named = len(points) <= MANY
