@@ -1,6 +1,7 @@
-"""Read finished studies as evidence for forecasts. Each chain (path with assistants) is paired with its equal-compute baseline, its twin.
+"""Read finished studies as evidence for forecasts.
 
-Only dev values are read. Test sets are never read, because a later report tests on them.
+Each chain (a path with assistants) is paired with its twin, which is its equal-compute baseline. Only dev values are read. Test sets are
+never read, because a later report tests on them.
 """
 
 from collections.abc import Mapping, Sequence

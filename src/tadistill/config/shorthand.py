@@ -88,7 +88,7 @@ def is_short(raw: dict[str, Any]) -> bool:
 
 
 def whole(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the long form of a recipe in the short form.
+    """Turn a recipe in the short form into the long form.
 
     Raises:
         ConfigError: keys of the long form are there too, `teacher` is missing, or a checkpoint is selected without `data.dev`.

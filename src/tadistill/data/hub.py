@@ -89,7 +89,7 @@ def invalid(error: type[TadistillError], repository: str, cause: Exception) -> T
 
 @contextmanager
 def explained(error: type[TadistillError], kind: str, repository: str, revision: str, file: str | None = None) -> Iterator[None]:
-    """Replace download errors inside a `with` block by an `error` with one clear sentence.
+    """Turn download errors inside a `with` block into an `error` with one clear sentence.
 
     Args:
         kind: `model` or `data set`, for the sentence.

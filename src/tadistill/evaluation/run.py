@@ -136,8 +136,8 @@ def dev_metrics(
 ) -> dict[str, float]:
     """Return the dev loss. If `metric` needs sampled answers, also return metrics of these answers.
 
-    For `metric="reverse_kl"` this is the reverse KL to `teacher`. For a text score, these are all text scores and the mean answer length in
-    tokens.
+    For `metric="reverse_kl"`, the reverse KL to `teacher` is added. For a text score, all text scores and the mean answer length in tokens
+    are added.
     """
     found = {"loss": float(means(likelihood(subject, references(data.encoded), batch=settings.batch)["loss"]).mean())}
     reads_text = metric in names_in("quality")

@@ -122,7 +122,7 @@ def check_ends(directory: Path, load: str) -> None:
 
 
 def name_ends(directory: Path) -> None:
-    """Write all tokens that end an answer into the generation_config.json of a saved model. Older versions did not write all of them."""
+    """Write all tokens that end an answer into the generation_config.json of a saved model. Models of older versions may lack some."""
     file = directory / "generation_config.json"
     content, found = _read(file), read(directory, directory)
     if content and set(found.generation) != set(found.all):

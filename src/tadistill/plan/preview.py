@@ -39,7 +39,7 @@ def print_plan(plan: Plan, store: Store, console: Console, accelerator: str | No
 
 
 def fetch_descriptions(recipe: Recipe, console: Console) -> None:
-    """Download the config.json of each hub model that is not on this disk, if the Hub can be reached. A plan needs no other file."""
+    """Download the missing config.json of each hub model, if the Hub can be reached. A plan needs no other file of a model."""
     for name, model in recipe.models.items():
         if not model.load or sources.parse_source(model.load).kind not in ("hub", "adapter"):
             continue

@@ -117,7 +117,7 @@ def _counts(plan: StudyPlan, store: Store, key: str, rows: Mapping[str, Rows] | 
 
 
 def rows_text(used: Sequence[UsedRows]) -> str:
-    """Return one sentence on every split with rows that are left out or cut. It is empty if there is no such split."""
+    """Return one sentence about all splits with rows that are left out or cut. Return an empty string if there is no such split."""
     found = [text for split in used if (text := split.text)]
     apart = any(split.compared < split.counts.used for split in used)
     whole = " Metrics of whole sets are over each model's own rows." if apart else ""

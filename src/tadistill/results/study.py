@@ -55,7 +55,7 @@ class PublishedScores:
 
 @dataclass(frozen=True)
 class ArmRecord:
-    """One arm (a named path of models) of the plan. Five fields map training seeds to stage keys, in the recipe's order of seeds."""
+    """One arm (a named path of models) of the plan. Some fields have one stage key per training seed, in the recipe's order of seeds."""
 
     name: str
     path: tuple[str, ...]

@@ -138,7 +138,7 @@ def trains(recipe: Recipe) -> bool:
 
 
 def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
-    """Return one sentence for every split with rows that are left out or cut, and for every test set in which models keep different rows.
+    """Return sentences about splits with rows that are left out or cut, and about test sets in which models keep different rows.
 
     Raises:
         DataError: two models share no row of a test set.

@@ -73,7 +73,7 @@ def test_shapes_import_no_torch():
         (
             "llama",
             {"heads": 4, "kv_heads": 1},
-            "heads is 4, but it must be at most 2: `kv_heads` is 1, and the model has 2 heads .*lower `heads`, or raise",
+            "heads is 4, but at most 2 are possible, because each of the 1 `kv_heads` serves at most 2 heads; lower `heads`, or raise",
         ),
         ("llama", {"head_dim": 2}, "head_dim is 2, but pruning cannot change it; write 4"),
         ("llama", {"hidden": 20}, "hidden is 20 with 6 heads, but in llama models it must be a multiple.*write hidden 18"),

@@ -141,8 +141,8 @@ def _check_groups(shape: Shape, have: Shape) -> None:
         raise ConfigError(f"heads is {shape.heads}, but it must be a multiple of kv_heads, which is {kv_heads}; change one of them")
     if shape.heads // kv_heads > most:
         raise ConfigError(
-            f"heads is {shape.heads}, but it must be at most {most * kv_heads}: `kv_heads` is {kv_heads}, and the model has {most} heads "
-            "for each of its kv_heads; lower `heads`, or raise `kv_heads`"
+            f"heads is {shape.heads}, but at most {most * kv_heads} are possible, because each of the {kv_heads} `kv_heads` serves at "
+            f"most {most} heads; lower `heads`, or raise `kv_heads`"
         )
 
 

@@ -248,7 +248,7 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
 
 @lru_cache
 def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """Return the work of one model in `rollout.lazy`. It reads each token once, except the last, and predicts each one once."""
+    """Return the work of one model in `rollout.lazy`. It reads each token once, and computes logits once per response token."""
     rows = texts.drawn(count)
     total = Work()
     for start in range(0, len(rows), chunk):

@@ -50,7 +50,7 @@ class TrainingCost:
             self.parts[name] = self.parts.get(name, CostPart()) + CostPart(flops, work.positions, work.heads)
 
     def train(self, texts: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add a share (0 to 1) of the updates on `texts`.
+        """Add the cost of a share (0 to 1) of the updates, on `texts`.
 
         With `teacher`, each teacher runs in the update too. With `teacher_head`, only the teacher's head runs, on stored hidden states.
         """
@@ -64,7 +64,7 @@ class TrainingCost:
             self.add("training/teacher", (work if teacher else Work(heads=work.heads)) * (batches * self.used))
 
     def corpus(self, length: int, *, teacher: bool) -> None:
-        """Add the loss on MiniLLM's plain text, whose rows have `length` tokens. Each update contains this loss."""
+        """Add the cost of the loss on MiniLLM's plain text, whose rows have `length` tokens. Each update contains this loss."""
         work = passes.plain_batch(length, self.optim.batch) * self.steps
         self.add("corpus/student", work, backward=True)
         self._take(passes.plain_batch(length, self.optim.micro_batch or self.optim.batch), teacher)
@@ -72,11 +72,11 @@ class TrainingCost:
             self.add("corpus/teacher", work * self.used)
 
     def sample(self, answers: Texts, chunk: int, share: float) -> None:
-        """Add the student's sampling: one batch before each update, for a share (0 to 1) of the updates."""
+        """Add the cost of the student's sampling: one batch before each update, for a share (0 to 1) of the updates."""
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add the metrics of sampled text (`train.watch`), for the first rows of every tenth update, at most a hundred times."""
+        """Add the cost of measuring sampled text (`train.watch`): the first rows of every tenth update, at most a hundred times."""
         micro = self.optim.micro_batch or self.optim.batch
         times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))
         work = passes.training_batch(answers, micro)[0] * (min(micro, WATCHED_ROWS) / micro * times)
