@@ -14,7 +14,6 @@ RIDDLES = ("Of ", "What ", "Whether ", "Which ", "How many ", "Where ", "The sam
 LONG = {"train_stage": 100}
 SHORT = {
     "__main__.py": "the entry point of `python -m tadistill`",
-    "rng.py": "the randomness of everything else, below all packages",
     "runner/preload.py": "imported by its name in the server that stages are forked from",
     "tuning.py": "constants that plan and training share; plan may not import torch",
 }
