@@ -95,7 +95,7 @@ class Graph:
 
 
 def with_ancestors(stages: Mapping[str, Stage], keys: Iterable[str], without: str | None = None) -> set[str]:
-    """Return the keys of these stages and of all their ancestors. Parents with the role `without` are not followed."""
+    """Return the keys of these stages and of all their ancestors. A parent whose role equals `without` is not followed."""
     found, todo = set(), list(keys)
     while todo:
         at = todo.pop()

@@ -245,7 +245,7 @@ def _named(name: str, target: str) -> bool:
 
 
 def with_adapters(size: Size, adapters: Adapters | None) -> Size:
-    """Return the size of the model together with its adapters, as in training."""
+    """Return the size of a model in training: the model with its LoRA adapters."""
     return size if adapters is None else replace(size, total=size.total + adapters.trained, matmul=size.matmul + adapters.trained)
 
 
