@@ -99,7 +99,7 @@ def declare(*rows: Metric) -> None:
 
 
 def metric_of(name: str) -> Metric:
-    """Return the row of a metric. The name may have a suffix. Raises StoreError if this version has no such metric."""
+    """Return the row of a metric. The name may end with `@` or `/` and a suffix. Raises StoreError if this version has no such metric."""
     base = name.partition("@")[0].partition("/")[0]
     if base not in METRICS:
         raise StoreError(

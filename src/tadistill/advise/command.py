@@ -147,7 +147,7 @@ def margin_on(recipe: Recipe, metric: str) -> float:
 
 
 def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
-    """Return the mean of each measure over prompts, for each (teacher, learner); None for a loss ratio that is not positive and finite."""
+    """Return the mean of every measure for each pair (teacher, learner). A loss ratio that is not positive and finite becomes None."""
     found: dict[tuple[str, str], EdgeMeasures] = {}
     for names, pair in measures.pairs.items():
         means = {name: getattr(pair, name).mean for name in PAIR_MEASURES}

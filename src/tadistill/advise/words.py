@@ -51,7 +51,7 @@ def scores(measures: Measures) -> dict[str, dict[str, float]]:
 
 
 def lambda_sweeps(measures: Measures) -> dict[str, tuple[Chosen, ...]]:
-    """Return the assistants that MiniDisc's trade-off chooses, for each kind of score. Each has its range of lambda (`lambda_tradeoff`)."""
+    """Return which assistants MiniDisc's trade-off chooses for all lambda, for each kind of score (see `lambda_tradeoff`)."""
     names = [m.name for m in measures.models]
     sizes = {m.name: float(m.parameters) for m in measures.models}
     return {name: lambda_tradeoff(names[0], names[1:-1], of_models, sizes) for name, of_models in scores(measures).items()}

@@ -42,7 +42,7 @@ PLAIN = Look(GREY)
 
 
 def look(index: int) -> Look:
-    """Return the look of the series number `index`."""
+    """Return the colour, shape and dash pattern of the series with this index."""
     return Look(f"var(--c{index % COLOURS})", SHAPES[index % len(SHAPES)], DASHES[index // 3 % len(DASHES)])
 
 

@@ -243,7 +243,7 @@ class Budgets(Strict):
 
 
 def budget_of(name: str, compute: str | None) -> tuple[str, float] | None:
-    """Return the arm and the budget from which `Budgets.expand` made the arm `name`. Return None if it did not make this arm."""
+    """Return the original arm and the budget of an arm that `Budgets.expand` made, and None for any other arm."""
     found = _COMPUTE.fullmatch(compute) if compute else None
     if found is None or not found["times"]:
         return None

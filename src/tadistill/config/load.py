@@ -79,7 +79,7 @@ def read(recipe: str | Path) -> tuple[str, Path]:
 
 
 def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = (), *, source: str, folder: Path | None = None) -> Recipe:
-    """Read a recipe from YAML text or plain data, as `load` does. Error messages call it `source`. `folder` is the folder of its file."""
+    """Read a recipe from YAML text or plain data, as `load` does. Messages call it `source`. `folder` is the folder of its file."""
     lines = _lines(given, source) if isinstance(given, str) else {}
     raw = _merged(given, overrides, source, "seeds=[10]")
     if not isinstance(raw, dict):

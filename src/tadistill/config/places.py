@@ -32,7 +32,7 @@ class Origin:
 def where(source: str, lines: Lines, key: tuple) -> str:
     """Return the place of a key for messages: the file and line, or the override, and the key.
 
-    A key without a place of its own has that of a key around it.
+    A key without a place of its own (such as a default) has the place of the group that contains it.
     """
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     shown = f" `{'.'.join(map(str, key))}`" if key else ""

@@ -148,7 +148,7 @@ def fused_head(
         hidden: (N, H).
         values: called on small tiles. Autograd is on if a gradient is needed.
         weights: (K, N) or (K, 1). They should include the factor 1 / count, because backward then has nothing to scale.
-        slopes: replaces `values` and autograd if a gradient is needed and the head is `plain`.
+        slopes: a function that is called instead of `values` if a gradient is needed and `head.plain` is true. It returns the gradient too.
         teachers: targets over the same N tokens.
         vocab: as in `fused_divergence`.
 

@@ -96,7 +96,7 @@ class TargetMixture:
     A mean of reverse KLs to the teachers equals the reverse KL to their geometric mixture, plus a constant. A mean of forward KLs equals
     the forward KL to their arithmetic mixture, plus a constant. docs/reference/objectives.md has the proofs.
 
-    Source: Son et al. 2021 (DGKD), for dense guidance and for `drop`.
+    Source: Son et al. 2021 (DGKD). It proposes dense guidance, and also leaves out teachers at random (`drop`).
     """
 
     kind: Literal["geometric", "arithmetic"]

@@ -158,7 +158,7 @@ class StageManifest:
 
 
 def load_plan(study_dir: Path) -> StudyPlan:
-    """Read ``plan.json``. Raises StoreError if the file does not exist, or it is damaged."""
+    """Read ``plan.json``. Raises StoreError if the file is missing or damaged."""
     path = study_dir / "plan.json"
     if not path.is_file():
         raise StoreError(f"{path} does not exist, so there is no study to report; start a study with `tadistill run RECIPE`")

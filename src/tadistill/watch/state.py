@@ -68,7 +68,7 @@ class StageState:
 
     @property
     def measures(self) -> bool:
-        """True if the stage changes no model."""
+        """True if the stage only measures, and changes no model."""
         return self.kind in KINDS and KINDS[self.kind].measures
 
 

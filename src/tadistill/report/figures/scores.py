@@ -142,7 +142,7 @@ def cost_points(results: Results, model: str) -> list[CostPoint]:
 
 
 def cost_figure(results: Results, model: str) -> Chart | None:
-    """Draw the primary metric of the arms that end in `model` over their training compute. Return None for fewer than two such arms."""
+    """Draw the primary metric over training compute for the arms that end in `model`. Return None if there are fewer than two such arms."""
     points = cost_points(results, model)
     if len(points) < 2:
         return None
@@ -191,7 +191,7 @@ def _apart(places: Sequence[float]) -> list[float]:
 
 
 def entropy_curves(results: Results) -> Mapping[str, list[Decoded]]:
-    """Return the points (entropy, metric) of each arm, one per decoding. Arms without a measured point are omitted."""
+    """Return the points (entropy, metric) of each arm. Each decoding gives one point. Arms without a measured point are omitted."""
     metric = primary_metric(results)
     sets, decodings = sets_with(results, metric), list(results.plan.decodings)
     names = [arm.name for arm in results.plan.arms]
