@@ -254,3 +254,12 @@ for ref in (DataRef(load="org/other"), DataRef(load="vicuna")):
     assert other == f"data set `org/other` {said}on a machine with network access"
     assert vicuna.startswith("data set `vicuna` (split test) is not on this disk")
     assert vicuna.endswith(f"data set `MiniLLM/Vicuna/valid.jsonl` {said}on a machine with network access")
+
+
+def test_the_base_of_an_adapter_is_fetched_too(cache, tmp_path):
+    (tmp_path / "lora").mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "revision": "v2"}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    recipe = parse(RECIPE.replace("t: {load: org/teacher}", "t: {load: ./lora}"), source="r", folder=tmp_path)
+    assert fetch.Need("model", "org/base", "v2") in fetch.needs(recipe)
+    assert any("model `org/base` at revision `v2` is not on this disk" in sentence for sentence in fetch.missing(recipe, tmp_path))
