@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -40,9 +41,18 @@ def _json(content: dict[str, Any]) -> str:
     def text(value: Any) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return "[\n  " + ",\n  ".join(map(text, value)) + "\n ]"
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
 
     return "{\n " + ",\n ".join(f"{json.dumps(key)}: {text(value)}" for key, value in content.items()) + "\n}\n"
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON cannot hold by null, such as the infinite perplexity of a diverged model."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def means(results: Results) -> list[dict[str, Any]]:

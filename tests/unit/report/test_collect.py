@@ -193,6 +193,18 @@ def test_an_unknown_metric_is_an_error(study):
         path.write_text(before)
 
 
+def test_an_infinite_perplexity_is_reported(study):
+    """exp(loss) of a model that diverged; JSON has no infinity."""
+    path = study.store_dir / (key := key_of("evaluate", "chain", 20))[:2] / key / "corpus.json"
+    corpus = json.loads(path.read_text())
+    corpus["dolly"]["numbers"]["perplexity"] = float("inf")
+    path.write_text(json.dumps(corpus))
+    write_report(study.read())
+    rows = json.loads((study.study_dir / "results.json").read_text())["rows"]
+    at = ("chain", 20, "dolly", "perplexity")
+    assert [r["value"] for r in rows if (r["arm"], r["seed"], r["set"], r["metric"]) == at] == [None]
+
+
 def test_a_score_outside_its_bounds_is_an_error(study):
     path = study.store_dir / (key := key_of("evaluate", "chain", 20))[:2] / key / "scores.json"
     scores = json.loads(path.read_text())
