@@ -5,17 +5,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tadistill.metrics import metric_title
+from tadistill.metrics import metric_of, metric_title
 from tadistill.report.figures.paths import budgets
 from tadistill.report.figures.scores import differences, entropy_curves
 from tadistill.report.tables import stage_rows
 from tadistill.report.text import duration
+from tadistill.results.budgets import budget_curves
 from tadistill.results.collect import Results, primary_metric, seeds_of
 from tadistill.results.compare import MAIN
 from tadistill.results.curves import Curve
 from tadistill.results.samples import Samples
 from tadistill.results.units import number, signed
-from tadistill.results.verdict import comparisons
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, comparisons
 
 _VERBS = {
     "gain": "is clearly better than",
@@ -54,6 +55,24 @@ def against(results: Results) -> str:
     named = {(c.arm, c.other) for c in decided}
     more = [row.arm.name for row in rows if (row.arm.name, row.other.name) not in named and not row.difference.covers_zero]
     return f"{said}; of the other arms, {_some(more)} differ{'s' if len(more) == 1 else ''} from direct distillation" if more else said
+
+
+def over_compute(results: Results) -> str:
+    """Return a sentence on the budgets at which arms differ clearly from the reference arm."""
+    curves = budget_curves(results)
+    gaps = [(curve.name, p.times, p.gap) for curve in curves for p in curve.points if p.gap]
+    seeds = min(len(p.summary.per_seed) for curve in curves for p in curve.points)
+    if seeds < SEEDS_FOR_A_CLAIM:
+        what = f"{metric_title(primary_metric(results))} of {_count(len(curves), 'arm')} over training compute"
+        return _sentence(f"{what}; {SEEDS_FOR_A_CLAIM} training seeds are needed for a claim")
+    better = [f"{name} at {times:g}×" for name, times, gap in gaps if gap.low > 0]
+    worse = [f"{name} at {times:g}×" for name, times, gap in gaps if gap.high < 0]
+    if metric_of(primary_metric(results)).better == "lower":
+        better, worse = worse, better
+    if not better and not worse:
+        return f"None of {_count(len(gaps), 'comparison')} with {curves[0].name} at the same compute is clear"
+    against = f"Against {curves[0].name} at the same compute"
+    return f"{against}, {_some(better) or 'no arm'} is clearly better and {_some(worse) or 'no arm'} clearly worse"
 
 
 def paths(results: Results) -> str:

@@ -21,7 +21,7 @@ from tadistill.metrics import metric_title
 from tadistill.report import findings
 from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published
 from tadistill.report.explain import cautions, verdict_text
-from tadistill.report.figures import behaviour, paths, scores
+from tadistill.report.figures import behaviour, compute, paths, scores
 from tadistill.report.figures.style import looks, titled
 from tadistill.report.findings import Section
 from tadistill.report.tables import (
@@ -174,9 +174,11 @@ def _sections(results: Results, curves: list[Curve], found: Samples) -> dict[str
     measured, stages = bool(results.summaries), stage_rows(results)
     lattice, budgets = paths.lattice_figure(results), paths.budget_figures(results)
     exposure, lengths, plane = behaviour.exposure_figure(results), behaviour.length_figure(results), scores.plane_figure(results)
+    over_budgets = compute.curves_figure(results) if measured else None
     panels, judged = behaviour.curve_figures(curves, results), judgements(results.study_dir)
     candidates = (
         ("against", "Comparison", findings.against, (results,), measured),
+        ("compute", "Compute", findings.over_compute, (results,), over_budgets),
         ("paths", "Paths", findings.paths, (results,), lattice),
         ("learning", "Learning", findings.learning, (results, curves), panels),
         ("answers", "Answers", findings.answers, (results, found), found),
@@ -193,6 +195,9 @@ def _sections(results: Results, curves: list[Curve], found: Samples) -> dict[str
         "tables": [score_table(results, m) for m in main_metrics(results)],
         "compared": comparison_table(results) if measured else None,
         "details": detail_tables(results) if measured else [],
+        "over_budgets": _markup(over_budgets),
+        "budget_gaps": _markup(compute.gaps_figure(results)) if measured else None,
+        "budget_sentences": compute.curve_sentences(results) if over_budgets else [],
         "lattice": _markup(lattice),
         "methods": paths.method_looks(results),
         "budgets": _markups(budgets),

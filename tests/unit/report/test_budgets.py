@@ -1,8 +1,12 @@
 """Curves of quality over compute: their points, their paired differences, where they cross and where they converge."""
 
+import re
+
 import numpy as np
 import pytest
 
+from tadistill.report import write_report
+from tadistill.report.figures.compute import curve_sentences
 from tadistill.results.budgets import BudgetPoint, _limit, budget_curves, first_crossing
 from tadistill.results.collect import MEAN, Summary
 from tadistill.results.compare import difference, twin_of
@@ -81,3 +85,19 @@ def test_a_power_law_converges_to_its_limit():
 
 def test_three_budgets_are_too_few_for_a_limit():
     assert _limit(points([10, 15, 18], 0.1)) is None
+
+
+def test_the_page_has_the_curves(tmp_path):
+    results = study(tmp_path, (-12, -12, 12, 12))
+    page = write_report(results).read_text(encoding="utf-8")
+    finding = "Against direct at the same compute, chain at 4×, chain at 8× is clearly better and chain at 1×, chain at 2× clearly worse"
+    assert finding in page
+    assert page.count('id="figure-budgets"') == page.count('id="figure-budget-gaps"') == 1
+    (said,) = [text for text in curve_sentences(results) if text.startswith("chain")]
+    assert re.search(r"it crosses direct at [23]\.?\d?× \(95 % interval 2\.\d× to [23]", said)
+
+
+def test_a_study_without_budgets_has_no_curves(tmp_path):
+    results = build_study(tmp_path, StudySpec([ArmSpec("direct", ("xl", "s"))])).read()
+    assert budget_curves(results) == ()
+    assert "figure-budgets" not in write_report(results).read_text(encoding="utf-8")

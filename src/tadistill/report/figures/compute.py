@@ -1,0 +1,108 @@
+"""Figures of a study with `budgets`: quality over compute, and the difference from the reference arm at each budget."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tadistill.charts import Axis, Chart, Look, Point, nice_span
+from tadistill.metrics import metric_title
+from tadistill.report.figures.style import looks, span_axis, titled
+from tadistill.results.budgets import BudgetCurve, BudgetPoint, budget_curves
+from tadistill.results.collect import Results, primary_metric
+from tadistill.results.units import number, ratio_text, span, summary_text
+
+_ROOM = 1.25  # factor on both ends of the axis of budgets
+_SHIFT = 1.02  # factor between the points of neighbouring curves, so that their intervals do not hide each other
+
+
+def curves_figure(results: Results) -> Chart | None:
+    """Draw each arm's mean over its budgets, with its 95 % interval as a band. Return None if no arm has two budgets."""
+    curves = [curve for curve in budget_curves(results) if len(curve.points) > 1]
+    if not curves:
+        return None
+    metric, styles = primary_metric(results), _looks(results, curves)
+    ends = [end for curve in curves for p in curve.points for end in (p.summary.low, p.summary.high)]
+    y = Axis(*nice_span(ends, zero=min(ends) < 0.35 * max(ends), pad=0.08), titled(metric))
+    summary = "; ".join(f"{curve.name}: {', '.join(_said(p, metric) for p in curve.points)}" for curve in curves)
+    chart = Chart("figure-budgets", f"{metric_title(metric)} over training budgets. {summary}", _axis(curves), y, height=300, head=22)
+    for curve in curves:
+        xs = [p.times for p in curve.points]
+        chart.band(curve.name, xs, [p.summary.low for p in curve.points], [p.summary.high for p in curve.points], styles[curve.name])
+        chart.line(curve.name, xs, [p.summary.mean for p in curve.points], styles[curve.name], label=True)
+    return chart
+
+
+def gaps_figure(results: Results) -> Chart | None:
+    """Draw the paired difference of each arm from the reference arm at the same budget, with its 95 % interval."""
+    curves = [curve for curve in budget_curves(results) if any(p.gap for p in curve.points)]
+    if not curves:
+        return None
+    metric, styles = primary_metric(results), _looks(results, budget_curves(results))
+    reference = budget_curves(results)[0].name
+    gaps = [(curve, p, p.gap) for curve in curves for p in curve.points if p.gap]
+    y = replace(span_axis([0.0, *(end for *_, gap in gaps for end in (gap.low, gap.high))], ""), title=f"difference from {reference}")
+    summary = "; ".join(f"{curve.name} at {ratio_text(p.times)}: {span(gap, metric)}" for curve, p, gap in gaps)
+    chart = Chart("figure-budget-gaps", f"Differences from {reference}. {summary}", _axis(curves), y, height=240, head=22)
+    chart.rule(y=0)
+    for i, curve in enumerate(curves):
+        shift = _SHIFT ** (i - (len(curves) - 1) / 2)
+        points = [
+            Point(p.times * shift, p.gap.mean, p.gap.low, p.gap.high, f"{p.arm}: {span(p.gap, metric)}") for p in curve.points if p.gap
+        ]
+        chart.points(curve.name, points, styles[curve.name], label=curve.name if len(curves) < 4 else "")
+    return chart
+
+
+def curve_sentences(results: Results) -> list[str]:
+    """Return the findings on each curve: where it crosses the reference arm's curve, what its last step gained, where it converges."""
+    metric, curves = primary_metric(results), budget_curves(results)
+    found: list[str] = []
+    for curve in curves:
+        said = [text for text in (_crossing_text(curve, curves[0].name), _gain_text(curve, metric), _limit_text(curve, metric)) if text]
+        if said:
+            found.append(f"{curve.name}: {'; '.join(said)}.")
+    return found
+
+
+def _crossing_text(curve: BudgetCurve, reference: str) -> str:
+    gaps = [p.gap for p in curve.points if p.gap]
+    if len(gaps) < 2:
+        return ""
+    if curve.crossing is None:
+        sides = [name for name, hit in (("above", any(g.mean > 0 for g in gaps)), ("below", any(g.mean < 0 for g in gaps))) if hit]
+        side = f"never {'below' if sides == ['above'] else 'above'}" if sides else "equal to"
+        return f"its mean is {side} that of {reference} at these {len(gaps)} budgets, so the curves do not cross within them"
+    at, low, high = curve.crossing.times, curve.crossing.low, curve.crossing.high
+    ends = f"{f'{low:.2g}×' if low else 'below the smallest budget'} to {f'{high:.2g}×' if high else 'beyond the largest budget'}"
+    return f"it crosses {reference} at {at:.2g}× (95 % interval {ends})"
+
+
+def _gain_text(curve: BudgetCurve, metric: str) -> str:
+    gain = curve.last_gain
+    if gain is None:
+        return ""
+    before, last = curve.points[-2].times, curve.points[-1].times
+    word = "is within noise" if gain.covers_zero else "is clear"
+    return f"from {before:g}× to {last:g}× it changes by {span(gain, metric)}, which {word}"
+
+
+def _limit_text(curve: BudgetCurve, metric: str) -> str:
+    if (limit := curve.limit) is None:
+        return ""
+    ends = f"{number(limit.low, metric)} to {number(limit.high, metric)}"
+    return f"a power law fitted to its points converges to {number(limit.value, metric)} (95 % interval {ends})"
+
+
+def _axis(curves: Sequence[BudgetCurve]) -> Axis:
+    times = sorted({p.times for curve in curves for p in curve.points})
+    title = "training compute as a multiple of the reference arm's, without the teacher's own training"
+    return Axis(times[0] / _ROOM, times[-1] * _ROOM, title, log=True, marks={t: f"{t:g}×" for t in times})
+
+
+def _looks(results: Results, curves: Sequence[BudgetCurve]) -> dict[str, Look]:
+    # an arm that stays in the study keeps its look; the others get the look of their first budget
+    of_arms = looks(results)
+    return {curve.name: of_arms.get(curve.name) or of_arms[curve.points[0].arm] for curve in curves}
+
+
+def _said(point: BudgetPoint, metric: str) -> str:
+    return f"{summary_text(point.summary, metric)} at {ratio_text(point.times)}"
