@@ -269,7 +269,9 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
     for other in wanted:
         if found := [other] if "." in other else _places(root).get(other, []):
             place = next((p for p in found if other in p.split(".")), found[0])
-            return "", f"did you mean `{place}`?"
+            if place != ".".join(map(str, key)):
+                return "", f"did you mean `{place}`?"
+            return "", f"it belongs to another `type`; known keys here: {', '.join(here)}."
     return "", f"known keys here: {', '.join(here)}."
 
 

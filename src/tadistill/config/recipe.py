@@ -136,6 +136,15 @@ class Data(Strict):
     limit: Limit = Limit()
     world: World = World()
 
+    @field_validator("test")
+    @classmethod
+    def _distinct(cls, test: tuple[DataRef, ...]) -> tuple[DataRef, ...]:
+        names = [ref.name for ref in test]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two sets are called `{name}`; rename one of the files, or remove one set")
+        return test
+
 
 class Runtime(Strict):
     """Settings of a run on this machine. They do not invalidate stored results. They change results only by rounding."""

@@ -18,7 +18,7 @@ from tadistill.config.recipe import World, methods
 from tadistill.data import datasets, rows
 from tadistill.data.rows import Example, beyond_ascii
 from tadistill.disk import cache_root, digest, write_json
-from tadistill.errors import DataError, StoreError
+from tadistill.errors import StoreError
 from tadistill.store import key_of
 
 LARGE = 5_000
@@ -69,7 +69,7 @@ def check(recipe: Recipe) -> None:
     """Read all data sets of a recipe, so that mistakes are found before any training.
 
     Raises:
-        DataError: a file or a column is missing, or two test sets have the same name.
+        DataError: a file or a column is missing.
         ConfigError: settings of a method do not fit together.
     """
     data = recipe.data
@@ -77,10 +77,6 @@ def check(recipe: Recipe) -> None:
         survey(ref, role, data)
     if data.corpus and any(method.objective.needs_corpus for method in methods(recipe)):
         datasets.check_corpus(data.corpus, data)
-    names = [r.name for r in data.test]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"data.test has two sets called `{name}`; rename one of the files")
 
 
 def key_of_rows(ref: DataRef, limit: int | None, content: str, *code: Any) -> str:
