@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,15 @@ def test_rows_hold_the_scores(shared):
     write_results(shared.results)
     content = json.loads((shared.study_dir / "results.json").read_text())
     assert list(content) == ["study", "created", "command", "data", "answer", "rows", "means", "differences", "comparisons", "verdicts"]
+    page = (Path(__file__).parents[3] / "docs" / "reference" / "results-json.md").read_text(encoding="utf-8")
+    found = content | {key: value[0] for key, value in content.items() if isinstance(value, list)}
+    keys = [*content, *(key for of in found.values() if isinstance(of, dict) for key in of)]
+    assert [key for key in keys if f"`{key}`" not in page] == []  # the documentation names all keys
+    for row in content["means"]:
+        alone = [
+            r["value"] for r in content["rows"] if (r["arm"], r["metric"]) == (row["arm"], row["metric"]) and r["set"] in (row["set"], "")
+        ]
+        assert row["set"] == "mean" or row["value"] == pytest.approx(np.mean(alone), abs=1e-5)
     assert content["command"] == "tadistill run recipes/demo.yaml"
     whole_set = ("perplexity", "distinct_1", "distinct_2", "distinct_4", "ece_tokens")
     assert {row["metric"] for row in content["rows"] if row["low"] is None} == set(whole_set)
