@@ -67,7 +67,7 @@
     const look = getComputedStyle(document.documentElement);
     const variables = names.map((name) => `${name}:${look.getPropertyValue(name)}`).join(";");
     const copy = plot.cloneNode(true), narrow = box.width < 440;
-    copy.querySelectorAll(`.off, .cursor, ${narrow ? ".at560, .ends" : ".at300"}`).forEach((node) => node.remove());
+    copy.querySelectorAll(`.off, .cursor, ${narrow ? ".at560, .ends, .wide" : ".at300"}`).forEach((node) => node.remove());
     copy.querySelectorAll(".labels").forEach((node) => { node.style.display = "inline"; });
     copy.setAttribute("x", box.left - around.left + 8);
     copy.setAttribute("y", 8);

@@ -21,7 +21,7 @@ from tadistill.statistics import Difference
 
 _MOST_PAIRS = 6  # in a study without chains; a longer analysis would not be read
 Mark = Literal["better", "worse", "no clear difference", "not measured"]
-MARKS: dict[Mark, str] = {"better": "▲", "worse": "▼", "no clear difference": "＝", "not measured": "–"}
+MARKS: dict[Mark, str] = {"better": "▲", "worse": "▼", "no clear difference": "○", "not measured": "–"}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tadistill.results.collect import Results
 from tadistill.results.study import ArmRecord, load_corpus
 from tadistill.store import Store
 
-_POINTS = 120  # number of bins for averaging: this smooths the training loss and keeps the page small
+_POINTS = 60  # number of bins for averaging: this smooths the training loss and keeps the page small
 
 FEW = 10  # a mean over fewer answers than this is drawn as a dotted line
 _LONGEST = 256  # number of positions that are drawn

@@ -1,6 +1,7 @@
 """Figures of training and behaviour: learning curves, exposure bias, calibration, and scores by reference length."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -120,7 +121,9 @@ def _log_title(metric: str) -> str:
 
 
 def _curve_figure(name: str, title: str, curves: list[Curve], results: Results, *, large: bool) -> Chart:
-    styles, unit = looks(results), metric_unit(curves[0].metric.split("/")[1])
+    plain = len(curves) <= MANY  # few lines differ enough in colour and marker; dashes of curves with noise are hard to read
+    styles = {name: replace(found, dash="") if plain else found for name, found in looks(results).items()}
+    unit = metric_unit(curves[0].metric.split("/")[1])
     ends = {curve.name: max(curve.mean[0], default=1) for curve in curves}
     share = max(ends.values()) > 1.5 * min(ends.values())  # stages of different length are compared by their progress
     heights = [v for curve in curves for series in (curve.mean, *curve.seeds.values()) for v in series[1]]

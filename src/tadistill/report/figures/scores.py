@@ -81,18 +81,13 @@ def difference_figure(results: Results) -> Chart | None:
     for y, row in enumerate(rows):
         d, name = row.difference, row.arm.name
         text = _difference_text(d, metric)
-        equal = ", equal compute" if row.other.compute == f"as {name}" else ""
         word = f" · {row.word}" if row.word else ""
-        chart.row(
-            name,
-            y - 0.2,
-            (d.mean, d.low, d.high),
-            styles[name],
-            dots=list(row.per_seed.values()),
-            tip=f"{name} {MINUS} {row.other.name}: {text}",
-        )
-        chart.text(None, y + 0.22, f"{name} {MINUS} {row.other.name}{equal}", side="start", name=name, kind="name")
-        chart.text(None, y + 0.22, f"{text}{word}", side="end", name=name)
+        pair = f"{name} {MINUS} {row.other.name}"
+        tip = f"{pair}: {text}"
+        chart.row(name, y - 0.2, (d.mean, d.low, d.high), styles[name], dots=list(row.per_seed.values()), tip=tip)
+        chart.text(None, y + 0.22, pair, side="start", name=name, kind="name")
+        wide = "note wide" if len(pair + text + word) > 46 else "note"  # on a phone there is no room for both texts
+        chart.text(None, y + 0.22, f"{text}{word}", side="end", name=name, kind=wide)
     return chart
 
 
