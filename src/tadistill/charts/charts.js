@@ -77,10 +77,9 @@
     const [width, height] = [around.width + 16, box.height + 16];
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     for (const [key, value] of [["width", width], ["height", height], ["viewBox", `0 0 ${width} ${height}`]]) svg.setAttribute(key, value);
-    const style = document.createElementNS(svg.namespaceURI, "style"), page = document.createElementNS(svg.namespaceURI, "rect");
-    style.textContent = `svg{${variables}}${css.map((rule) => rule.cssText).join("")}`;
-    for (const [key, value] of [["width", "100%"], ["height", "100%"], ["fill", look.getPropertyValue("--page")]]) page.setAttribute(key, value);
-    svg.append(style, page, copy);
+    svg.innerHTML = `<style></style><rect width="100%" height="100%" fill="${look.getPropertyValue("--page")}"/>`;
+    svg.firstChild.textContent = `svg{${variables}}${css.map((rule) => rule.cssText).join("")}`;
+    svg.append(copy);
     return { markup: new XMLSerializer().serializeToString(svg), width, height };
   };
   const saveSvg = (chart) => keep(`${chart.id}.svg`, new Blob([standalone(chart).markup], { type: "image/svg+xml" }));

@@ -177,16 +177,16 @@ def _sections(results: Results, curves: list[Curve], found: Samples) -> dict[str
     over_budgets = compute.curves_figure(results) if measured else None
     panels, judged = behaviour.curve_figures(curves, results), judgements(results.study_dir)
     candidates = (
-        ("against", "Comparison", findings.against, (results,), measured),
-        ("compute", "Compute", findings.over_compute, (results,), over_budgets),
-        ("paths", "Paths", findings.paths, (results,), lattice),
-        ("learning", "Learning", findings.learning, (results, curves), panels),
-        ("answers", "Answers", findings.answers, (results, found), found),
-        ("behaviour", "Behaviour", findings.behaviour, (results,), measured),
-        ("how", "How", findings.how, (results,), True),
+        ("against", "Comparison", measured, lambda: findings.against(results)),
+        ("compute", "Compute", over_budgets, lambda: findings.over_compute(results)),
+        ("paths", "Paths", lattice, lambda: findings.paths(results)),
+        ("learning", "Learning", panels, lambda: findings.learning(results, curves)),
+        ("answers", "Answers", found, lambda: findings.answers(results, found)),
+        ("behaviour", "Behaviour", measured, lambda: findings.behaviour(results)),
+        ("how", "How", True, lambda: findings.how(results)),
     )
     return {
-        "sections": [Section(anchor, name, finding(*given)) for anchor, name, finding, given, needed in candidates if needed],
+        "sections": [Section(anchor, name, finding()) for anchor, name, needed, finding in candidates if needed],
         "differences": _markup(scores.difference_figure(results)) if measured else None,
         "verdicts": [verdict_text(results, c) for c in comparisons(results)] if measured else [],
         "analysis": [(a, [(row, _row_plot(a, row)) for row in a.rows]) for a in analyses(results)] if measured else [],

@@ -17,16 +17,14 @@ const apply = () => {
   document.querySelectorAll("[data-arm]").forEach((node) => node.classList.toggle("off", hidden.has(node.dataset.arm)));
   document.querySelectorAll("[data-toggle]").forEach((button) => button.setAttribute("aria-pressed", String(!hidden.has(button.dataset.toggle))));
 };
-document.querySelectorAll("[data-toggle]").forEach((button) => button.addEventListener("click", () => {
-  const name = button.dataset.toggle;
-  if (!hidden.delete(name)) hidden.add(name);
+const toggle = (buttons, shown) => {
+  buttons.forEach(({ dataset }) => (shown ?? hidden.has(dataset.toggle) ? hidden.delete(dataset.toggle) : hidden.add(dataset.toggle)));
   apply();
   write(address().section);
-}));
+};
+document.querySelectorAll("[data-toggle]").forEach((button) => button.addEventListener("click", () => toggle([button])));
 document.querySelectorAll(".every").forEach((button) => button.addEventListener("click", () => {
-  button.parentElement.querySelectorAll("[data-toggle]").forEach(({ dataset }) => (button.dataset.shown === "true" ? hidden.delete(dataset.toggle) : hidden.add(dataset.toggle)));
-  apply();
-  write(address().section);
+  toggle(button.parentElement.querySelectorAll("[data-toggle]"), button.dataset.shown === "true");
 }));
 const go = (section) => {
   const target = section && byId(section);
@@ -47,11 +45,9 @@ document.querySelectorAll('a[href^="#"]').forEach((link) => link.addEventListene
   go(link.hash.slice(1));
 }));
 addEventListener("hashchange", follow);
-addEventListener("click", (event) => {
-  const pop = byId("arm-chips");
-  if (pop && !pop.contains(event.target)) pop.open = false;
-});
-addEventListener("keydown", (event) => { if (event.key === "Escape" && byId("arm-chips")) byId("arm-chips").open = false; });
+const pop = byId("arm-chips");
+addEventListener("click", (event) => { if (pop && !pop.contains(event.target)) pop.open = false; });
+addEventListener("keydown", (event) => { if (pop && event.key === "Escape") pop.open = false; });
 follow();
 
 // --- tables: click a heading to sort; long ones have a filter -----------------------------------------------------------
@@ -112,11 +108,9 @@ if (setSelect) {
 
   // marks what was searched for; lower-casing may change a text's length, and then it is shown unmarked
   const fill = (node, text) => {
-    const low = text.toLowerCase(), word = wanted();
-    if (!word || low.length !== text.length) { node.textContent = text; return node; }
-    const parts = [];
+    const low = text.toLowerCase(), word = wanted(), parts = [];
     let at = 0;
-    for (let hit = low.indexOf(word); hit >= 0; hit = low.indexOf(word, at)) {
+    for (let hit = word && low.length === text.length ? low.indexOf(word) : -1; hit >= 0; hit = low.indexOf(word, at)) {
       parts.push(text.slice(at, hit), element("mark", "", text.slice(hit, hit + word.length)));
       at = hit + word.length;
     }
@@ -144,28 +138,21 @@ if (setSelect) {
     byId("sample-found").textContent = wanted() ? `${found.length} of ${data.samples[setSelect.value].length} prompts match` : "";
   };
   const list = () => {
-    indexSelect.replaceChildren(...matching(setSelect.value).map((sample) => element("option", "", sample.index)));
+    indexSelect.replaceChildren(...matching(setSelect.value).map((sample) => new Option(sample.index)));
     show();
   };
   // counts the matches of every set, and leaves a set that has none for one that has some
   const find = () => {
-    const counts = Object.keys(data.samples).map((name) => [name, matching(name).length]);
-    const before = setSelect.value || counts[0][0];
-    setSelect.replaceChildren(...counts.map(([name, count]) => {
-      const option = element("option", "", wanted() ? `${name} (${count})` : name);
-      option.value = name;
-      return option;
-    }));
-    const better = counts.find(([, count]) => count > 0);
-    setSelect.value = counts.some(([name, count]) => name === before && count > 0) || !better ? before : better[0];
+    const counts = new Map(Object.keys(data.samples).map((name) => [name, matching(name).length])), [first] = counts.keys();
+    const before = setSelect.value || first, better = [...counts.keys()].find((name) => counts.get(name));
+    setSelect.replaceChildren(...[...counts].map(([name, count]) => new Option(wanted() ? `${name} (${count})` : name, name)));
+    setSelect.value = counts.get(before) || !better ? before : better;
     list();
   };
-  const move = (by) => { indexSelect.selectedIndex += by; show(); };
   search.addEventListener("input", find);
   setSelect.addEventListener("change", list);
   indexSelect.addEventListener("change", show);
-  byId("sample-previous").addEventListener("click", () => move(-1));
-  byId("sample-next").addEventListener("click", () => move(1));
+  for (const [id, by] of [["sample-previous", -1], ["sample-next", 1]]) byId(id).addEventListener("click", () => { indexSelect.selectedIndex += by; show(); });
   picks.forEach((pick) => pick.addEventListener("click", () => {
     pick.setAttribute("aria-pressed", String(pick.getAttribute("aria-pressed") !== "true"));
     show();
