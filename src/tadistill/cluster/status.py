@@ -32,8 +32,8 @@ class StatusRow:
     job: str
     """The job's id in Slurm, or HOST:PID of a run outside Slurm."""
     state: str
-    """One of done, running, failed, `not started`, `dead` (its run was killed), `lost` (Slurm no longer knows the job), or another state of
-    Slurm in lower case."""
+    """One of done, running, failed, stopped, `not started`, `dead` (its run was killed), `lost` (Slurm no longer knows the job), or another
+    state of Slurm in lower case."""
     elapsed: str
     last: str
     """The newest line of the training log, or the reason why the stage failed or waits."""
@@ -50,7 +50,9 @@ def status_rows(study: Path, store: Store) -> list[StatusRow]:
     def row(stage: dict[str, Any]) -> StatusRow:
         key = stage["key"]
         found = _finished(key, store) if key in done else here.get(key) or jobs.get(key) or _NOT_STARTED
-        return replace(found, label=labels[key], last=found.last or _metric(store.folder(key), stage))
+        last = found.last or _metric(store.folder(key), stage)
+        state = "stopped" if found is _NOT_STARTED and last else found.state
+        return replace(found, label=labels[key], state=state, last=last)
 
     return [row(stage) for stage in stages]
 

@@ -61,6 +61,14 @@ def test_status_shows_a_run_of_this_machine(plan, study):
     assert "run.log; tadistill watch small --runs" in status(study)
 
 
+def test_status_of_a_stage_that_stopped(plan, study):
+    store = Store(study.parent / "store")
+    folder = store.folder(next(iter(plan.stages)))
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 3, "train/loss": 5.01}\n')
+    assert [row.state for row in status_rows(study, store)] == ["stopped", "not started"]
+
+
 def test_status_of_a_killed_run(plan, study, monkeypatch):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
