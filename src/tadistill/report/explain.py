@@ -10,6 +10,9 @@ from tadistill.results.collect import Results, primary_metric
 from tadistill.results.study import ArmRecord
 from tadistill.results.units import detectable_text, number, p_text, signed, span
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, ComparedPair, Comparison, comparisons
+from tadistill.runner.local import local_runs
+from tadistill.store import FAILURE
+from tadistill.visible import one_line, shortened
 
 
 def undecided_text(pair: ComparedPair) -> str:
@@ -98,7 +101,21 @@ def missing_text(results: Results) -> str:
         by_arm.setdefault(entry.arm, []).append(entry.seed)
     total = sum(len(arm.evaluate) for arm in results.plan.arms)
     listed = "; ".join(f"{arm} (seed {', '.join(map(str, seeds))})" for arm, seeds in by_arm.items())
-    return f"{len(results.missing)} of {total} evaluations are not finished: {listed}. `{results.plan.command}` continues where it stopped."
+    left = f"{len(results.missing)} of {total} evaluations are not finished: {listed}."
+    return f"{_failed_text(results)}{left} `{results.plan.command}` continues where it stopped."
+
+
+def _failed_text(results: Results) -> str:
+    """Return the sentence that lists the stages that failed and are not finished; it ends with a space, and is empty if there is none."""
+    reasons = {key: reason for run in local_runs(results.study_dir) for key, reason in run.failed.items()}
+    texts = []
+    for stage in results.plan.stages:
+        job = results.store.folder(stage.key) / FAILURE
+        reason = job.read_text(encoding="utf-8") if job.is_file() else reasons.get(stage.key, "")
+        if reason and not results.store.finished(stage.key):
+            texts.append(f"{stage.label} ({shortened(one_line(reason.strip()))})")
+    more = f"; and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return f"{len(texts)} stage{'' if len(texts) == 1 else 's'} failed: {'; '.join(texts[:3])}{more}. " if texts else ""
 
 
 def sample_text(results: Results, arm: ArmRecord) -> str:

@@ -228,6 +228,18 @@ def test_missing_evaluations_are_named_everywhere(unfinished):
     assert re.search(r"direct \(1/2 seeds\) +\d", text)
 
 
+def test_failed_stages_are_named(tmp_path):
+    study = build_study(tmp_path, StudySpec(SMALL, unfinished=(("direct", 20),)))
+    run = {"pid": 1, "host": "h", "born": 1.0, "command": "tadistill run", "started": "", "stages": {}}
+    failed = {key_of("evaluate", "direct", 20): "out of memory\nat step 3", key_of("evaluate", "direct", 10): "finished later"}
+    folder = study.study_dir / "local"
+    folder.mkdir()
+    (folder / "h-1.json").write_text(json.dumps(run | {"failed": failed}))
+    said = "1 stage failed: evaluate direct, seed 20 (out of memory\\nat step 3). 1 of 6 evaluations are not finished: direct (seed 20)."
+    assert said in answer(study.read()).next
+    assert said in parse(write_report(study.read())).text
+
+
 def test_nothing_finished_still_makes_a_report(tmp_path):
     everything = tuple((arm.name, seed) for arm in SMALL for seed in (10, 20))
     study = build_study(tmp_path, StudySpec(SMALL, unfinished=everything))
