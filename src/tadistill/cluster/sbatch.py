@@ -124,7 +124,7 @@ class Requests:
             return fits[0][1]
         largest = max(g.memory for g in usable.values())
         raise ConfigError(
-            f"{stages[0].label} needs about {needs / 1000000000.0:.0f} GB on a GPU, but the largest GPU of {self.profile.name} has "
+            f"{stages[0].label} needs about {needs / 1e9:.0f} GB on a GPU, but the largest GPU of {self.profile.name} has "
             f"{largest:.0f} GB; spread it over several GPUs with resources: "
             f"{{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}} (and teacher: sharded or offloaded), lower "
             "`optim.micro_batch`, or set `gradient_checkpointing`"

@@ -139,7 +139,7 @@ class StageBuilder:
         return FromStage(stage=self.add(spec, f"temper {name} like {arm}, seed {seed}", name, seed))
 
     def sft(self, name: str, student: Handle, sft: Sft, seed: int, continues: bool = False) -> FromStage:
-        """Add supervised fine-tuning. `continues` is True for a model that was trained before. It changes only the label.
+        """Add supervised fine-tuning. If `continues` is True, the stage's label says that the model was trained before.
 
         Raises:
             ConfigError: the metric needs a teacher, or `sft.keep` names an update after the last one.

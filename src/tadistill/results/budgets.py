@@ -40,7 +40,7 @@ class BudgetPoint:
 
 @dataclass(frozen=True)
 class Limit:
-    """The value to which a curve is fitted to converge, with its 95 % interval. The fit is score = value - b times^-c."""
+    """The limit of the fitted curve score(t) = value - b * t ** -c at large budgets t, with its 95 % interval."""
 
     value: float
     low: float

@@ -106,7 +106,7 @@ def detectable(
 
 
 def spread_claimed(mean: float, half: float, p: float) -> float:
-    """Return the standard deviation that fits a 95 % interval, or the one that fits a two-sided test, whichever is larger.
+    """Compute a standard deviation from a 95 % interval, and another from the p-value of a two-sided test. Return the larger one.
 
     Args:
         half: half the width of the 95 % interval.

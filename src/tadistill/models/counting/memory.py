@@ -47,10 +47,7 @@ def check_memory(
     total = sum(needs.values())
     if total > available:
         parts = " + ".join(f"{name} {size / 1e9:.1f}" for name, size in needs.items())
-        raise ModelError(
-            f"the models need {total / 1000000000.0:.1f} GB of memory ({parts}), but only {available / 1000000000.0:.1f} GB are free; "
-            f"{advice}"
-        )
+        raise ModelError(f"the models need {total / 1e9:.1f} GB of memory ({parts}), but only {available / 1e9:.1f} GB are free; {advice}")
 
 
 def keep_freed_memory() -> None:

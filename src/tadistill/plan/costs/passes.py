@@ -175,7 +175,7 @@ class _StandIn:
 
 
 def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
-    """Return the expected value of (the largest of `draws` values) ** `power`. The draws are random and without replacement."""
+    """Draw `draws` values at random, without replacement. Return the expected value of their maximum, raised to `power`."""
     ordered, n = sorted(values), len(values)
     if draws >= n:
         return float(ordered[-1] ** power)
