@@ -141,7 +141,7 @@ def predict(
     Args:
         candidates: the paths with assistants (chains).
         direct: the edge of direct distillation. All chains have its teacher and its student.
-        history: pairs of a chain and its twin from earlier studies (`pair_up`). All differences are in one metric.
+        history: chains of earlier studies, with direct runs of equal cost (`pair_up`). All differences are in one metric.
         margin: the smallest relevant difference, in the same metric. It also sets the scale of the prior.
         family: the name of the candidates' family (`family_of`). None if no run in `history` belongs to this family.
     """

@@ -58,7 +58,7 @@ class Checkpoint(Strict):
 
 
 class Temper(Strict):
-    """Another model with its logits divided by `tau` or as in `like`. It is a control that only differs in the sharpness of predictions."""
+    """Another model with its logits divided by a temperature. It is a control that only differs in the sharpness of predictions."""
 
     of: str
     """Name of the other model."""

@@ -285,7 +285,7 @@ class StageBuilder:
         return self.graph.stages[model.stage].label if isinstance(model, FromStage) else name
 
     def encoding(self, name: str, *, samples: bool = True) -> Encoding:
-        """Return the rules that turn rows into tokens for a model. `samples` is True if the stage or its model will sample answers."""
+        """Return the rules that turn rows into tokens for a model. `samples` is True if answers are sampled from the model."""
         return self.tokens.encoding(name, samples=samples)
 
     def split(self, role: Literal["train", "dev"], limit: int | None = None) -> Split:

@@ -119,7 +119,7 @@ class TrainingSpec(Spec):
         return 0 if self.optim.steps is None or self.select.metric == "last" else -(-self.optim.steps // self.select.every)
 
     def content(self) -> dict[str, Any]:
-        """Return the stage as plain data. If the dev metric is the loss, `batch` is the only decoding setting in it."""
+        """Return the stage as plain data. If the dev metric is the loss, all decoding settings except `batch` are left out."""
         found = super().content()
         if self.select.metric == "loss" and self.decoding:
             found["decoding"] = {"batch": self.decoding.batch}

@@ -33,7 +33,7 @@ class StudyTokens:
         return other if self._differences(own, lead, str) else None
 
     def encoding(self, name: str, *, samples: bool = True) -> Encoding:
-        """Return the rules that turn rows into tokens for a model. `samples` is True if the stage or its model will sample answers."""
+        """Return the rules that turn rows into tokens for a model. `samples` is True if answers are sampled from the model."""
         data, lead = self.recipe.data, self._of(self._lead(name))
         ends, own = self.ends(name), (lead.eos, *self._of(name).generation)
         same = set(ends) == set(own) or not samples
