@@ -42,8 +42,7 @@
     document.querySelectorAll(".cursor").forEach((cursor) => { cursor.style.visibility = ""; });
     show(marked ? marked.dataset.tip : chart ? lines(chart, event) : "", event.clientX, event.clientY);
   };
-  addEventListener("pointermove", move);
-  addEventListener("pointerdown", move);
+  for (const kind of ["pointermove", "pointerdown"]) addEventListener(kind, move);
   addEventListener("scroll", () => show(""), { passive: true });
   addEventListener("focusin", ({ target }) => {
     const { left, bottom } = target.getBoundingClientRect();
@@ -52,13 +51,7 @@
   addEventListener("focusout", () => show(""));
 
   // --- saving ---------------------------------------------------------------------------------------------------------
-  const keep = (name, blob) => {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(blob);
-    link.download = name;
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  };
+  const keep = (download, blob) => Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download }).click();
   // the figure as a file of its own: margins inside, colours and rules of the page with it
   const standalone = (chart) => {
     const plot = chart.querySelector(".plot"), around = chart.getBoundingClientRect(), box = plot.getBoundingClientRect();
