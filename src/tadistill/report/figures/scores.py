@@ -18,6 +18,7 @@ from tadistill.statistics import Difference
 _PAIRS = 15  # with more pairs of models than this, all models are compared only with the first
 _ROW, _TALL_ROW = 36, 46  # pixels of a row with one line of text and with two
 _NEAR = 0.018  # share of the width: points that are closer are moved apart
+_MOST, _LAST = 0.08, 0.985  # shares of the width: how far a point is moved at most, and the place of the last one
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def cost_figure(results: Results, model: str) -> Chart | None:
     texts = [f"{p.arm.name} {summary_text(p.summary, metric)} at {flops_text(p.flops)} FLOPs" for p in points]
     chart = Chart("figure-cost", f"{metric_title(metric)} over training compute: {'; '.join(texts)}", x, y, height=250, head=10)
     named = len(points) <= MANY
-    compared = {name for c in comparisons(results) for name in (c.arm, c.other)}
+    best = max(points, key=lambda p: p.summary.mean).arm.name
+    compared = {best, *(name for c in comparisons(results)[:1] for name in (c.arm, c.other))}
     for p, at in zip(points, _apart([x.place(p.flops / unit) for p in points]), strict=True):
         value, s = x.low * (x.high / x.low) ** at if log else x.low + at * (x.high - x.low), p.summary
         tip = f"{p.arm.name}: {summary_text(s, metric)}\n{flops_text(p.flops)} training FLOPs" + (
@@ -172,14 +174,14 @@ def _compute_axis(cheapest: float, dearest: float, *, log: bool, relative: str) 
 
 
 def _apart(places: Sequence[float]) -> list[float]:
+    """Return the places, in ascending order, moved a little until none hides another; unchanged if that takes more than a little."""
     moved: list[float] = []
     for place in places:
         moved.append(max(place, moved[-1] + _NEAR) if moved else place)
-    over = max(0.0, moved[-1] - 0.985)
     for index in range(len(moved) - 1, -1, -1):
-        limit = 0.985 if index == len(moved) - 1 else moved[index + 1] - _NEAR
-        moved[index] = min(moved[index], limit) if over else moved[index]
-    return moved
+        moved[index] = min(moved[index], _LAST if index == len(moved) - 1 else moved[index + 1] - _NEAR)
+    far = max(abs(new - old) for new, old in zip(moved, places, strict=True))
+    return moved if far < _MOST else list(places)
 
 
 # --- quality over entropy ---------------------------------------------------------------------------------------------
