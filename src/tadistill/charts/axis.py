@@ -27,7 +27,10 @@ def number_text(value: float, step: float | None = None) -> str:
 
 
 def nice_span(values: Iterable[float], *, zero: bool = False, pad: float = 0.05) -> tuple[float, float]:
-    """Return the ends of an axis for these values, with a margin of `pad` of their range. With `zero`, the axis includes 0."""
+    """Return the ends of an axis for these values, with a margin at both sides. With `zero`, the axis includes 0.
+
+    `pad` is the margin as a share of the range.
+    """
     known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(known), max(known)
     if zero:

@@ -34,7 +34,7 @@ def new(
         str | None, typer.Option("--method", help="A method by name, such as gkd.", autocompletion=complete.method_names)
     ] = None,
 ) -> None:
-    """Write a commented recipe of one distillation. It asks for each answer that no option gives."""
+    """Write a commented recipe of one distillation. It asks a question for each option that is not given."""
     from tadistill.config.load import parse
     from tadistill.config.shorthand import METHODS, no_method
 

@@ -40,7 +40,7 @@ def clean(runs: Path, store: Store, console: Console, *, dry_run: bool, confirm:
     """
     loose = unneeded(runs, store)
     if not loose:
-        console.print("nothing to delete: a study needs every stage in the store", highlight=False)
+        console.print("nothing to delete: every stage in the store belongs to a study", highlight=False)
         return
     shown = loose if dry_run else loose[:_SHOWN]
     table = Table(box=None)

@@ -237,7 +237,7 @@ class Budgets(Strict):
                 if name == of and times == 1:
                     continue
                 if new in arms and arms[new].compute != compute:
-                    raise ValueError(f"budgets make an arm `{new}`, but there is an arm of this name; rename it")
+                    raise ValueError(f"budgets need the name `{new}`, but an arm of the recipe has it; rename that arm")
                 found[new] = arm.model_copy(update={"compute": compute, "published": None})
         return found
 

@@ -63,7 +63,9 @@ class Optim(Strict):
             )
         given = self.model_fields_set  # a patch has only some of the numbers; `merge` checks them all
         if {"lr", "lr_min"} <= given and self.lr_min > self.lr:
-            raise ValueError(f"lr_min {self.lr_min} is above lr {self.lr}, but the learning rate ends at `lr_min`; lower `lr_min`")
+            raise ValueError(
+                f"lr_min {self.lr_min} is above lr {self.lr}; the learning rate falls from `lr` to `lr_min`, so lower `lr_min`"
+            )
         if {"lr", "weight_decay"} <= given and self.lr * self.weight_decay >= 1:
             raise ValueError(
                 f"lr {self.lr} times weight_decay {self.weight_decay} is 1 or more, so weights would change sign; lower one of them"

@@ -153,6 +153,6 @@ class ModelConfig(Strict):
             raise ValueError("a model with `load: scratch:TYPE` needs `tokenizer` (a directory, a hub id, or tinyworld); add it")
         if self.temper and self.sft:
             raise ValueError(
-                "a model with `temper` is another model with scaled logits and cannot be trained; set `sft` for that other model"
+                "a model with `temper` has the weights of another model and cannot be trained; set `sft` for the model in `temper.of`"
             )
         return self

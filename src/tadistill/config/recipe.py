@@ -292,7 +292,7 @@ def own_functions(recipe: Recipe) -> list[str]:
 
 
 def check_acyclic(edges: dict[str, str], what: str) -> None:
-    """Raise a ValueError if `edges` (name -> name) contain a cycle. The message calls the edges `what`."""
+    """Raise a ValueError if `edges` (name -> name) contain a cycle. `what` is the name of the edges in the message."""
     for start in edges:
         seen, at = [start], edges.get(start)
         while at is not None:

@@ -132,7 +132,7 @@ def label_probabilities(
 
 
 def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references: Seq[Seq[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return two arrays for each prompt's most probable choice: its probability (0-1), and True if the choice is a reference."""
+    """Return two arrays with one entry for each prompt: the probability of its likeliest choice, and True if this is a reference."""
     best = [int(p.argmax()) for p in probabilities]
     confidence = np.array([p[k] for p, k in zip(probabilities, best, strict=True)], np.float64)
     right = [labels[k] in refs for k, labels, refs in zip(best, choices, references, strict=True)]

@@ -82,7 +82,10 @@ UNSEEN = 0.01
 
 
 def unseen(references: Sequence[Sequence[str]]) -> float:
-    """Return the share (0-1) of the references' letters and digits that rouge_l drops: all but a-z, A-Z and 0-9. It is a mean over rows."""
+    """Return the share (0-1) of the references' letters and digits that `rouge_l` ignores, as a mean over rows.
+
+    `rouge_l` reads only a-z, A-Z and 0-9.
+    """
     shares = [beyond_ascii("".join(of_row)) for of_row in references]
     return sum(shares) / len(shares) if shares else 0.0
 

@@ -180,7 +180,7 @@ def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> 
     """Write the questions that compare each arm with `against`, in both orders, for every prompt and training seed.
 
     Raises:
-        ConfigError: `against` is neither an arm nor `REFERENCE`, is the only arm, or does not fit the mode.
+        ConfigError: `against` is not an arm and not `REFERENCE`; or it is the only arm; or it does not fit the mode.
     """
     if mode == "score" and against != REFERENCE:
         raise ConfigError(f"mode `score` compares each arm with the reference, not with `{against}`; use --mode pair to compare two arms")

@@ -27,7 +27,7 @@ def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdict
     """Return one row per arm and set. With several sets, each arm also gets a row for the mean over sets.
 
     n is the number of compared pairs of answers: prompts x training seeds.
-    Mode pair: an arm wins if it wins in both orders. Different results count as a tie. win_rate = 100 (wins + ties / 2) / n.
+    Mode pair: an arm wins if it wins in both orders. If the two orders disagree, it is a tie. win_rate = 100 (wins + ties / 2) / n.
     Mode score, as in MiniLLM: 100 x sum of the arm's scores / sum of the reference's scores, over both orders.
     """
     scores = {(q.set, q.index, q.seed, q.left, q.right): verdicts.scores[q.text] for q in questions if q.text in verdicts.scores}

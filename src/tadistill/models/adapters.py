@@ -31,7 +31,7 @@ def merge(base: Path, base_name: str, adapter: Path, load: str, target: Path) ->
     try:
         import peft
     except ImportError as error:
-        raise ModelError(f"adapter `{load}` needs peft to be merged; run `pip install 'tadistill[lora]'`") from error
+        raise ModelError(f"the package peft is needed to merge adapter `{load}`; run `pip install 'tadistill[lora]'`") from error
     check_files(adapter, load)
     settings = read_description(adapter / ADAPTER, load)
     if odd := [name for name in _REFUSED if settings.get(name)]:

@@ -167,7 +167,7 @@ def matching_temperature(entropy: Callable[[float], float], wanted: float) -> fl
     low, high = entropy(_RANGE[0]), entropy(_RANGE[1])
     if not low <= wanted <= high:
         raise ConfigError(
-            f"no temperature `tau` gives the entropy {wanted:.3f} nats: values from {_RANGE[0]} to {_RANGE[1]} give {low:.3f} to "
-            f"{high:.3f} nats; write `tau` in the recipe"
+            f"the wanted entropy is {wanted:.3f} nats, but temperatures from {_RANGE[0]} to {_RANGE[1]} give {low:.3f} to {high:.3f} nats; "
+            "set the temperature yourself, with `tau` in the recipe"
         )
     return float(brentq(lambda tau: entropy(tau) - wanted, *_RANGE, xtol=1e-4))  # type: ignore[arg-type]

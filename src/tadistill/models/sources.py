@@ -202,7 +202,7 @@ def _directory(name: str, weights: bool) -> Path:
         inner = sorted(part.name for part in path.iterdir() if part.is_dir() and complete(part))
         hint = f"did you mean `{name.rstrip('/')}/{inner[-1]}`?" if inner else "download it again, or save it with save_pretrained"
         raise ModelError(
-            f"directory `{name}` is not a complete Hugging Face model, which has config.json and model.safetensors (or all its shards); "
+            f"directory `{name}` is not a complete Hugging Face model: config.json, or model.safetensors with all its shards, is missing; "
             f"{hint}"
         )
     return path

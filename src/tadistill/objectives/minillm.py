@@ -69,7 +69,8 @@ def whiten(values: Tensor, sums: Tensor, places: float) -> Tensor:
 
     Args:
         sums: `moments` of all values.
-        places: the number of values. If it is larger, the missing values count as zeros, like the padding in MiniLLM's released code.
+        places: the divisor of both sums. MiniLLM's released code also counts padding here, as values of zero. Otherwise it is the number
+            of values.
     """
     mean, square = (sums / places).unbind()
     variance = (square - mean.square()).clamp(min=0)

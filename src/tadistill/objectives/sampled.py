@@ -98,7 +98,7 @@ class TokenTerm:
     weight: float = 1.0
 
     def values(self, logits: Tensor, teachers: Sequence[Any], rows: slice) -> Tensor:
-        """Return the values (n,) of the tokens in `rows`, whose logits are (n, V)."""
+        """Return the loss of each token in `rows`, (n,), from the logits of these tokens, (n, V)."""
         return self._loss(token_log_probs(logits, self.tokens[rows]), rows)
 
     def has_slope(self, teachers: Sequence[Any]) -> bool:

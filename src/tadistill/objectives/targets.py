@@ -256,7 +256,7 @@ class TeacherTerm:
     weight: float = 1.0
 
     def values(self, logits: Tensor, teachers: Sequence[Tensor | TopK], rows: slice) -> Tensor:
-        """Return the values (n,) of the tokens in `rows`, whose logits are (n, V)."""
+        """Return the loss of each token in `rows`, (n,), from the logits of these tokens, (n, V)."""
         student, teacher, temperature = self._sides(logits, teachers)
         return self.divergence(student, teacher, temperature=temperature, **self._arguments(rows))
 

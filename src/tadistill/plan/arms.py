@@ -168,8 +168,8 @@ class _Planner:
             )
         if (compute := self.recipe.arms[arm].compute) is not None:
             raise ConfigError(
-                f"a model takes its temperature from arm {arm}, which has `compute: {compute}`; name an arm without `compute` in "
-                "`temper.like`"
+                f"a model takes its temperature from arm {arm}, which has `compute: {compute}`; in `temper.like`, "
+                "name an arm that has no `compute`"
             )
         self.making.append(arm)
         try:

@@ -44,7 +44,7 @@ class Stage:
 
     @cached_property
     def parents(self) -> dict[str, str]:
-        """Map each role, such as `teacher`, to the key of the stage with this role. That stage must finish before this stage starts."""
+        """The stages that must finish before this one starts: their role here, such as `teacher`, mapped to their key."""
         return self.spec.parents
 
     @property

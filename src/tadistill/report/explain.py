@@ -106,7 +106,7 @@ def missing_text(results: Results) -> str:
 
 
 def _failed_text(results: Results) -> str:
-    """Return the sentence that lists the stages that failed and are not finished; it ends with a space, and is empty if there is none."""
+    """Return a sentence that lists the failed stages, with a space at its end. It is empty if no stage failed."""
     reasons = {key: reason for run in local_runs(results.study_dir) for key, reason in run.failed.items()}
     texts = []
     for stage in results.plan.stages:

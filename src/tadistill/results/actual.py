@@ -66,7 +66,7 @@ def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -
 
 
 def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[str, Rows]:
-    """Return the row numbers that all evaluations of a set answered, for each set. `rows` maps stage and set to row numbers.
+    """Return, for each set, the numbers of the rows that were answered in all evaluations. `rows` maps stage and set to row numbers.
 
     Raises:
         StoreError: the evaluations of a set have no row in common.

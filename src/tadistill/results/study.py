@@ -86,7 +86,7 @@ class ArmRecord:
 
     @property
     def is_trained(self) -> bool:
-        """True if the study trained the arm's model, so that its seeds are training seeds."""
+        """True if the study trained the arm's model. The arm's seeds are then seeds of its training."""
         return any(key is not None for key in self.final.values())
 
     @property

@@ -202,9 +202,10 @@ class Replay(_WithStudent):
         return self.phi * {"decreasing": 1 - done, "constant": 0.5, "increasing": done}[self.config.schedule]
 
     def observe(self, dev: Mapping[str, float]) -> None:
-        """Increase `phi` if the dev loss is at least `mark` + tolerance. `phi` is the probability of training on the student's text.
+        """Raise `phi`, the probability of training on the student's text, if the dev loss has grown by at least the tolerance.
 
-        After an increase, `mark` is this dev loss. A lower dev loss changes nothing, as in DistiLLM's code.
+        It is compared with the loss at the last raise (at first, with the first dev loss). A dev loss that falls changes nothing, as in
+        DistiLLM's code.
         """
         if self.mark is None:
             self.mark = dev["loss"]

@@ -102,7 +102,7 @@ class StageProcesses:
         return [*self._pipes, *(process.sentinel for process in self._processes if process.exitcode is None)]
 
     def attend(self) -> list[Message]:
-        """Return the messages since the last call. If all processes have ended, or one has failed, set `ended` and `error`."""
+        """Return the messages since the last call. Set `ended` if all processes have ended, or if one has failed; then also set `error`."""
         said = self._read()
         codes = [process.exitcode for process in self._processes]
         if None not in codes:

@@ -206,7 +206,7 @@ def _strategy(search: Search, lattice: Lattice) -> Strategy:
 
 
 class _Training:
-    """The trainings of a search. It trains the paths of each round and collects all stages that the search needed."""
+    """Trains the paths of each round of a search, and collects all stages that the search needed."""
 
     def __init__(self, recipe: Recipe, lattice: Lattice, store: Store, console: Terminal):
         self.recipe, self.lattice, self.store, self.console = recipe, lattice, store, console

@@ -135,7 +135,7 @@ class Outcome:
 
     @property
     def trainings(self) -> int:
-        """Number of trainings in the search. A beginning that several paths share is counted once for each length of run (`share`)."""
+        """Number of trainings in the search. Paths with the same beginning share its training, unless their runs differ in length."""
         shares = {r.share for r in self.rounds}
         return sum(len(trainings(p for r in self.rounds if r.share == share for p in r.paths)) for share in shares)
 
@@ -220,7 +220,7 @@ def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
         ValueError: `rungs` breaks one of these rules.
     """
     if len(rungs) < 2 or rungs[-1] != 1 or rungs[0] <= 0 or any(a >= b for a, b in pairwise(rungs)):
-        raise ValueError(f"rungs are {list(rungs)}; give at least two rising shares that end with 1")
+        raise ValueError(f"rungs are {list(rungs)}; give at least two rising numbers, the last of them 1")
     paths = list(lattice.paths)
     for share in rungs[:-1]:
         if len(paths) > 1:

@@ -93,7 +93,9 @@ def test_directory_errors(tmp_path, model_directory):
     with pytest.raises(ModelError, match=r"model directory `./nowhere` does not exist"):
         locate("./nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"is not a complete Hugging Face model, which has .*model.safetensors .*; download it again"):
+    with pytest.raises(
+        ModelError, match=r"is not a complete Hugging Face model: config.json, or model.safetensors .* is missing; download it again"
+    ):
         fetch(str(tmp_path / "empty"))
     shutil.copytree(model_directory, tmp_path / "run" / "checkpoint-10")
     with pytest.raises(ModelError, match=r"is not a complete Hugging Face model, .* did you mean `.*/run/checkpoint-10`\?"):

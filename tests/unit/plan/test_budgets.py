@@ -82,7 +82,7 @@ def test_mistakes(budgets, sentence):
 
 
 def test_a_name_that_a_budget_takes():
-    with pytest.raises(ConfigError, match="`budgets` make an arm `direct-2x`, but there is an arm of this name; rename it"):
+    with pytest.raises(ConfigError, match="`budgets` need the name `direct-2x`, but an arm of the recipe has it; rename that arm"):
         plan(arms=ARMS | {"direct-2x": "xl > s"})
 
 

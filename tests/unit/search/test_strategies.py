@@ -108,7 +108,7 @@ def test_halving_keeps_the_better_half_of_each_rung():
 
 @pytest.mark.parametrize("rungs", [[1.0], [0.5, 0.5, 1], [0.1, 0.5], [0, 1]])
 def test_halving_needs_two_rising_rungs_that_end_with_one(rungs):
-    with pytest.raises(ValueError, match="at least two rising shares"):
+    with pytest.raises(ValueError, match="at least two rising numbers"):
         drive(halving(CNN, rungs=rungs), lookup(TAKD))
 
 

@@ -76,7 +76,7 @@ class TrainingCost:
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add the cost of measuring sampled text (`train.watch`): the first rows of every tenth update, at most a hundred times."""
+        """Add the cost of measuring sampled text (`train.watch`). Every tenth update, or fewer, is measured on its first rows."""
         micro = self.optim.micro_batch or self.optim.batch
         times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))
         work = passes.training_batch(answers, micro)[0] * (min(micro, WATCHED_ROWS) / micro * times)
