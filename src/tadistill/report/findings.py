@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tadistill.metrics import metric_of, metric_title
+from tadistill.plan.throughput import spoken
 from tadistill.report.figures.paths import budgets
 from tadistill.report.figures.scores import differences, entropy_curves
 from tadistill.report.tables import stage_rows
-from tadistill.report.text import duration
 from tadistill.results.budgets import budget_curves
 from tadistill.results.collect import Results, primary_metric, seeds_of
 from tadistill.results.compare import MAIN
@@ -43,7 +43,9 @@ def against(results: Results) -> str:
     decided = comparisons(results)
     if not decided:
         clear = [row for row in rows if not row.difference.covers_zero]
-        return f"{len(clear) or 'None'} of {_count(len(rows), 'difference')} {'is' if len(clear) < 2 else 'are'} clear"
+        if len(rows) == 1:
+            return f"{rows[0].arm.name} {'differs' if clear else 'does not clearly differ'} from {rows[0].other.name}"
+        return f"{len(clear) or 'None'} of {len(rows)} differences {'is' if len(clear) < 2 else 'are'} clear"
     if len(decided) == 1:
         c = decided[0]
         said = f"{c.arm} {_VERBS[c.word]} {c.other}"
@@ -147,7 +149,7 @@ def how(results: Results) -> str:
     parts = [_count(len(plan.arms), "arm")]
     parts += [_count(seeds, "training seed")] if trained else []
     parts += [_count(len(results.sets), "test set")] if results.sets else []
-    time = f", {duration(seconds)} of computing" if seconds else ""
+    time = f", {spoken(seconds)} of computing" if seconds else ""
     return f"{', '.join(parts)}: {_count(len(plan.stages), 'stage')}{time}"
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tadistill.metrics import metric_title, metric_unit
+from tadistill.plan.throughput import spoken
 from tadistill.report.explain import missing_text, seeds_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric
@@ -306,7 +307,7 @@ def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: s
 
 def _cost(results: Results) -> str:
     seconds = [row.manifest.seconds for row in stage_rows(results) if row.manifest]
-    spent = f"{len(seconds)} stage{'' if len(seconds) == 1 else 's'} took {duration(sum(seconds))} of computing" if seconds else ""
+    spent = f"{len(seconds)} stage{'' if len(seconds) == 1 else 's'} took {spoken(sum(seconds))} of computing" if seconds else ""
     found = [pair.arm for pair in pairs(results) if pair.against != "pair"] or [arm for arm in results.plan.arms if arm.is_trained]
     known = [arm for arm in found if arm.flops is not None]
     if not known:
@@ -318,13 +319,6 @@ def _cost(results: Results) -> str:
         times = f", {(arm.flops or 0.0) / direct.flops:.2f} times plain direct distillation ({direct.name})"
     first = f"Training one {arm.name} costs {flops_text(arm.flops)} FLOPs{times}"
     return f"{first}; the study's {spent}." if spent else f"{first}."
-
-
-def duration(seconds: float) -> str:
-    """Return a time as text, such as ``45 s``, ``4 min`` or ``7.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _next(results: Results, kind: Kind) -> str:
