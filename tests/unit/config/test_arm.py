@@ -40,7 +40,7 @@ def test_mistakes(arm, sentence):
         ({"load": "gpt2", "init": {"from": "xl", "layers": 2}}, "exactly one of `load`, `init`, `checkpoint` and `temper`"),
         ({"temper": {"of": "xl"}}, "exactly one of two keys: `tau`"),
         ({"temper": {"of": "xl", "tau": 1, "like": "a"}}, "exactly one of two keys: `tau`"),
-        ({"temper": {"of": "xl", "tau": 0.5}, "sft": {}}, "set `sft` for that other model"),
+        ({"temper": {"of": "xl", "tau": 0.5}, "sft": {}}, "set `sft` for the model in `temper.of`"),
         ({"init": {"from": "xl"}}, "would prune nothing; set `layers`, `hidden`, `intermediate` or `heads`"),
     ],
 )

@@ -94,11 +94,11 @@ def test_directory_errors(tmp_path, model_directory):
         locate("./nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        ModelError, match=r"is not a complete Hugging Face model: config.json, or model.safetensors .* is missing; download it again"
+        ModelError, match=r"is not a complete Hugging Face model: config.json, or model.safetensors .* missing; download it again"
     ):
         fetch(str(tmp_path / "empty"))
     shutil.copytree(model_directory, tmp_path / "run" / "checkpoint-10")
-    with pytest.raises(ModelError, match=r"is not a complete Hugging Face model, .* did you mean `.*/run/checkpoint-10`\?"):
+    with pytest.raises(ModelError, match=r"is not a complete Hugging Face model: .* did you mean `.*/run/checkpoint-10`\?"):
         fetch(str(tmp_path / "run"))
     with pytest.raises(ModelError, match=r"model.safetensors` is a file, and not the directory of a model; write the directory: .*/model$"):
         fetch(str(model_directory / "model.safetensors"))
