@@ -94,6 +94,11 @@ def test_bad_size_is_named(bad):
         size_of({"model_type": "llama", **BASE, "hidden_size": bad})
 
 
+def test_a_size_without_a_float_is_refused():
+    with pytest.raises(ConfigError, match="num_key_value_heads in the llama configuration is too large; write at most 1,000,000,000"):
+        size_of({"model_type": "llama"} | BASE | {"num_key_value_heads": 10**300})
+
+
 @pytest.mark.parametrize(("kind", "fields"), [("gpt2", GPT2), ("llama", BASE)])
 def test_with_layers_counts_a_pruned_model(kind, fields):
     pruned = with_layers({"model_type": kind, **fields}, 2)

@@ -114,11 +114,16 @@ def forward_flops(size: Size, work: Work) -> float:
     return 2 * (size.matmul - size.head) * work.positions + 4 * size.layers * size.attention * work.pairs + 2 * size.head * work.heads
 
 
+_LARGEST = 10**9  # larger than any size of a model; products of much larger numbers have no float
+
+
 def _get(config: Config, *names: str) -> int:
     for name in names:
         if (value := config.get(name)) is not None:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{names[0]} in the {config['model_type']} configuration is {value!r}; write a positive whole number")
+            if value > _LARGEST:
+                raise ConfigError(f"{names[0]} in the {config['model_type']} configuration is too large; write at most {_LARGEST:,}")
             return value
     close = difflib.get_close_matches(names[0], [name for name in config if name not in names], n=1)
     hint = f" (is `{close[0]}` a mistyped `{names[0]}`?)" if close else ""
