@@ -95,6 +95,7 @@ def _first(results: Results) -> dict[str, Any]:
         "metric_title": metric_title,
         "titled": titled,
         "metric_text": metric_text,
+        "decoded": f"sampled at temperature {t:g}" if (t := results.plan.recipe["evaluate"].get("temperature", 1.0)) else "greedy",
         "units": units,
         "mean": MEAN,
         "answer": answer(results),

@@ -152,8 +152,8 @@ def comparison_table(results: Results) -> Table | None:
 def interval_method(results: Results) -> str:
     """Return a sentence that explains how the 95 % intervals are computed."""
     if not any(arm.is_trained for arm in results.plan.arms):
-        return "The 95 % intervals are Student's intervals over prompts. They stay inside the bounds of their metric."
-    return "The 95 % intervals are Student's intervals over training seeds and prompts. They stay inside the bounds of their metric."
+        return "The 95 % intervals are t intervals over prompts. They stay inside the bounds of their metric."
+    return "The 95 % intervals are t intervals over training seeds and prompts. They stay inside the bounds of their metric."
 
 
 def _pair_title(c: Comparison) -> str:

@@ -181,7 +181,7 @@ def _claim(one: str, other: str, c: Comparison) -> str:
         "gain": f"{one} beat {other}{small}",
         "loss": f"{one} did worse than {other}{small}",
         "equivalent": f"{one} is as good as {other}, within the margin of ±{number(c.margin, c.metric)}",
-        "no evidence": f"{one} did not clearly beat {other}",
+        "no evidence": f"{one} did not{'' if c.difference.mean < 0 else ' clearly'} beat {other}",
     }[c.word]
 
 
@@ -204,7 +204,7 @@ def _limits(c: Comparison) -> str:
     after = "" if c.difference.covers_zero else f" After adjustment for {c.family} comparisons this may be chance."
     if c.detectable is None:
         return after
-    return f"{after} This design could have seen a difference of {detectable_text(c.detectable, c.metric)}."
+    return f"{after} This design finds a difference of {detectable_text(c.detectable, c.metric)} with 80 % power."
 
 
 def _ranked(results: Results) -> list[list[tuple[Summary, ArmRecord]]]:
@@ -284,22 +284,23 @@ def _against_sft(results: Results) -> str:
     clear = {way: [] for way in known} if few else clear
     wins = [way for way in known if any(d.mean > 0 for d, _ in clear[way])]
     claim = "did not clearly beat" if not wins else "beat" if len(wins) == len(known) else f"beat, with {wins[0]} answers only,"
-    worse = {way: sum(d.mean < 0 for d, _ in found) for way, found in clear.items()}
-    if all(worse[way] == len(ds) for way, ds in known.items()):
+    worse = {way: [arm.name for d, arm in found if d.mean < 0] for way, found in clear.items()}
+    if all(len(worse[way]) == len(ds) for way, ds in known.items()):
         claim = "did worse than"
     best = distilled[0].name if len(distilled) == 1 else f"the best of {len(distilled)} arms"
     parts = [_way_text(way, ds, ways[way]) for way, ds in known.items()]
     bad = "".join(
-        f" With {way} answers, {n} of {len(distilled)} {'is' if n == 1 else 'are'} clearly worse."
-        for way, n in worse.items()
-        if n and len(distilled) > 1
+        f" With {way} answers, {_listed(names)} {'is' if len(names) == 1 else 'are'} clearly worse."
+        for way, names in worse.items()
+        if names and len(distilled) > 1
     )
     return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}): {best} differs by {' and '.join(parts)}.{bad}"
 
 
 def _way_text(way: str, found: Sequence[tuple[Difference, ArmRecord]], metric: str) -> str:
-    best, _ = max(found, key=lambda entry: entry[0].mean)
-    return f"{signed(best.mean, metric)} with {way} answers ({_interval(best, metric)})"
+    best, arm = max(found, key=lambda entry: entry[0].mean)
+    name = f"{arm.name}, " if len(found) > 1 else ""
+    return f"{signed(best.mean, metric)} with {way} answers ({name}{_interval(best, metric)})"
 
 
 # --- the cost and what comes next -------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_markdown_shows_the_numbers_of_results_json(shared):
 def test_the_report_names_the_method_of_its_intervals(shared, tmp_path):
     page = write_report(shared.results).read_text(encoding="utf-8")
     markdown = (shared.study_dir / "report.md").read_text(encoding="utf-8")
-    sentence = "The 95 % intervals are Student's intervals over training seeds and prompts. They stay inside the bounds of their metric."
+    sentence = "The 95 % intervals are t intervals over training seeds and prompts. They stay inside the bounds of their metric."
     assert page.count(sentence.replace("'", "&#39;")) == 3  # below the scores, the comparisons and the arms
     assert sentence in markdown
     assert "hierarchical" not in page + markdown
@@ -112,8 +112,7 @@ def test_the_report_names_the_method_of_its_intervals(shared, tmp_path):
         tmp_path, StudySpec([ArmSpec("xl", ("xl",))], seeds=(0,), sets={"dolly": 12}, teacher=None, trained=False, also={})
     )
     assert (
-        interval_method(models.results)
-        == "The 95 % intervals are Student's intervals over prompts. They stay inside the bounds of their metric."
+        interval_method(models.results) == "The 95 % intervals are t intervals over prompts. They stay inside the bounds of their metric."
     )
 
 
@@ -166,7 +165,7 @@ def test_the_answer_comes_first_everywhere(shared):
     )
     assert found.kind == "open"
     assert re.fullmatch(
-        r"Distilling through l \(chain\) did not clearly beat direct distillation with the same compute \(direct-long\): "
+        r"Distilling through l \(chain\) did not( clearly)? beat direct distillation with the same compute \(direct-long\): "
         r"\S+ percentage points of fact accuracy, 95 % interval \S+ to \S+. 2 seeds cannot decide it: a claim needs at least 3\.",
         found.answer,
     )

@@ -69,7 +69,7 @@ def difference_figure(results: Results) -> Chart | None:
         return None
     metric, margin, styles = primary_metric(results), results.plan.margin, looks(results)
     ends = [value for row in rows for value in (row.difference.low, row.difference.high, *row.per_seed.values())]
-    x = span_axis([*ends, -margin, margin, 0.0], f"difference in {titled(metric)}")
+    x = span_axis([*ends, -margin, margin, 0.0], f"difference in {titled(metric)}".replace("(%)", "(percentage points)"))
     summary = f"Differences in {metric_title(metric)}: " + "; ".join(
         f"{row.arm.name} {MINUS} {row.other.name} {_difference_text(row.difference, metric)}" for row in rows[::-1]
     )
