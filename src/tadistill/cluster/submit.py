@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from tadistill.cluster import profile as profiles
@@ -43,6 +42,7 @@ from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.task import make_task
 from tadistill.runner.study import save_plan
 from tadistill.store import command_for, store_of
+from tadistill.terminal import Terminal
 
 _WAIT = 120  # seconds to wait for another submission to end
 
@@ -250,7 +250,7 @@ def _check_place(profile: Profile, runs: Path) -> None:
 
 
 def submit(
-    recipe: Recipe, *, text: str, command: str, cluster: str | None, account: str | None, runs: Path, dry_run: bool, console: Console
+    recipe: Recipe, *, text: str, command: str, cluster: str | None, account: str | None, runs: Path, dry_run: bool, console: Terminal
 ) -> None:
     """Submit the stages of a recipe that are not finished. With `dry_run`, print the batch scripts instead.
 

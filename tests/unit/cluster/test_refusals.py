@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from tadistill.cluster import profile
 from tadistill.cluster.submit import Submission, submit
 from tadistill.config import load
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
+from tadistill.terminal import Terminal
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
@@ -133,5 +133,5 @@ def test_nothing_to_submit_is_said(monkeypatch, tmp_path, capsys):
     profiles.write_text("about: mine\nmax_hours: 3\n")
     for dry_run in (True, False):
         given = {"cluster": str(profiles), "account": None, "runs": tmp_path, "dry_run": dry_run}
-        submit(load(RECIPE), text="", command="", console=Console(width=300), **given)
+        submit(load(RECIPE), text="", command="", console=Terminal(width=300), **given)
         assert "all 87 stages are done; write the report with tadistill report" in capsys.readouterr().out
