@@ -78,7 +78,7 @@ def test_a_killed_rank_ends_the_stage_and_the_same_call_goes_on(tmp_path):
     assert "\n" not in str(failure.value)
     assert not multiprocessing.active_children()
     key = launched(tmp_path / "a", lambda done, total, text: seen.append(done), **laid_out)
-    assert seen[0] > 5
+    assert next(filter(None, seen)) > 5  # before the first update it says 0: it loads the models
     assert seen[-1] == STEPS
     seen.clear()
     launched(tmp_path / "a", lambda done, total, text: seen.append(done), **laid_out)
@@ -113,7 +113,7 @@ def test_an_error_is_the_one_that_a_rank_raised(tmp_path):
 
 
 def test_fewer_ranks_than_the_stage_asks_for_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"processes is 2 .* WORLD_SIZE is 1"):
+    with pytest.raises(ConfigError, match=r"resources.processes` is 2 .* WORLD_SIZE is 1"):
         run_stage(task(tmp_path, {"distill": {"processes": 2}}), progress=quiet, alarm=print, stop=lambda: False)
 
 

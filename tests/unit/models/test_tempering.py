@@ -30,5 +30,5 @@ def test_the_temperature_that_matches_an_entropy():
         return float(-(log_p.exp() * log_p).sum(-1).mean())
 
     assert matching_temperature(entropy, entropy(0.6)) == pytest.approx(0.6, abs=1e-3)
-    with pytest.raises(ConfigError, match=r"values from 0\.05 to 20\.0 give"):
+    with pytest.raises(ConfigError, match=r"temperatures from 0\.05 to 20\.0 give"):
         matching_temperature(entropy, 5.0)
