@@ -4,6 +4,7 @@ import tests.environment  # noqa: F401  first: torch and the Hugging Face librar
 
 # isort: split
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -47,6 +48,17 @@ def own_precision():
     yield
     if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_signals():
+    """Restore the handlers and the mask of signals: a command that is interrupted ignores further signals, because its process ends."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    before, mask = {number: signal.getsignal(number) for number in numbers}, signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def response_logits(model, batch, vocab):
