@@ -20,9 +20,9 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PYTEST)
 
-# unit tests without a browser or the package index
+# unit tests without a browser, the package index and the slowest tests
 test-fast: $(VENV)/.installed
-	$(PYTEST) tests/unit tests/architecture -m 'not browser and not network'
+	$(PYTEST) tests/unit tests/architecture -m 'not browser and not network and not slow'
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import pytest
 import transformers.modeling_utils  # noqa: F401  here: the processes that are forked need not import it
 from tests.architecture.walks import HARNESS, WALKS, Edit
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 

@@ -16,6 +16,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "s3cr3t")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "count", "seed"), [("recipes", 120, 16), ("data", 50, 16)])
 def test_wrong_input_is_refused_before_any_stage(what, count, seed, tmp_path):
     tries = FUZZ["Tries"]()

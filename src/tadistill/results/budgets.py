@@ -3,12 +3,10 @@
 Each curve is compared with the reference arm's curve at every budget, paired by training seed and prompt.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 from scipy.special import ndtri, stdtrit
 
 from tadistill.config.arm import budget_of
@@ -20,7 +18,7 @@ from tadistill.statistics import Difference
 Array = NDArray[np.float64]
 
 BUDGETS_FOR_A_FIT = 4
-_DRAWS, _FIT_DRAWS = 4000, 300
+_DRAWS, _FIT_DRAWS, _GRID = 4000, 300, 2000
 _SEED = 0
 _RATES = (0.05, 3.0)  # exponents of the fitted power law
 
@@ -70,7 +68,7 @@ class BudgetCurve:
     last_gain: Difference | None
     """What the last increase of the budget gained. None for a single point."""
     limit: Limit | None
-    """None with fewer than four budgets, or if no curve fits."""
+    """None with fewer than four budgets."""
 
 
 def budget_curves(results: Results, metric: str | None = None) -> tuple[BudgetCurve, ...]:
@@ -163,20 +161,21 @@ def _limit(points: list[BudgetPoint]) -> Limit | None:
     scores = np.array([point.summary.mean for point in points])
     errors = np.array([(point.summary.high - point.summary.low) / 4 for point in points])
     errors = np.maximum(errors, 1e-6 * max(1.0, float(np.abs(scores).max())))
-    fit = _fitter(times, errors)
-    value = fit(scores)
-    rng = np.random.default_rng((_SEED, len(points)))
-    values = [found for _ in range(_FIT_DRAWS) if (found := fit(scores + errors * rng.normal(size=len(scores)))) is not None]
-    if value is None or len(values) < _FIT_DRAWS // 2:
-        return None
-    return Limit(value, *(float(end) for end in np.quantile(values, [0.025, 0.975])))
+    drawn_RN = scores + errors * np.random.default_rng((_SEED, len(points))).normal(size=(_FIT_DRAWS, len(scores)))
+    value, *values = fitted_limits(times, errors, np.vstack([scores, drawn_RN]))
+    return Limit(float(value), *(float(end) for end in np.quantile(values, [0.025, 0.975])))
 
 
-def _fitter(times: Array, errors: Array) -> Callable[[Array], float | None]:
-    def fit(scores: Array) -> float | None:
-        start = (scores[-1], scores[-1] - scores[0], 0.5)
-        bounds = ([-np.inf, -np.inf, _RATES[0]], [np.inf, np.inf, _RATES[1]])
-        found = least_squares(lambda p: (p[0] - p[1] * times ** -p[2] - scores) / errors, start, bounds=bounds)
-        return float(found.x[0]) if found.success else None
+def fitted_limits(times_N: Array, errors_N: Array, scores_RN: Array) -> Array:
+    """Return a of the weighted least-squares fit scores = a - b times^-c, for each row of scores, (R,). c lies between 0.05 and 3.
 
-    return fit
+    For a given c the fit is linear, so the best c is found on a fine grid.
+    """
+    x_CN = times_N ** -np.geomspace(*_RATES, _GRID)[:, None]
+    weights_N = errors_N**-2 / (errors_N**-2).sum()
+    x_C, y_R = x_CN @ weights_N, scores_RN @ weights_N
+    weighted_CN = weights_N * (x_CN - x_C[:, None])
+    shared_RC = (scores_RN - y_R[:, None]) @ weighted_CN.T
+    slope_RC = shared_RC / ((x_CN - x_C[:, None]) * weighted_CN).sum(axis=1)
+    best_R = (slope_RC * shared_RC).argmax(axis=1)  # the largest part of the variance that a fit explains
+    return y_R - slope_RC[np.arange(len(y_R)), best_R] * x_C[best_R]

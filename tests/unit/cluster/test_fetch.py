@@ -222,6 +222,7 @@ def offline(code: str, home: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_everything_loads_from_the_cache_without_network(cache, tmp_path, model_files):
     lay_all(cache, model_files)
     (cache.parent / "recipe.yaml").write_text(RECIPE)

@@ -65,6 +65,7 @@ def recipe(family: str) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", COUNTED["FAMILIES"])
 def test_meter_and_prediction_agree_with_torch(family, tmp_path):
     found = {}

@@ -20,6 +20,8 @@ from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 from tadistill.terminal import Terminal
 
+pytestmark = pytest.mark.slow
+
 GPT2 = {"n_layer": 1, "n_head": 2, "n_positions": 128}
 
 
