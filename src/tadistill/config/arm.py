@@ -6,7 +6,7 @@ An arm is a named path of models, in which each model teaches the next one.
 import re
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -223,7 +223,7 @@ class Budgets(Strict):
                 f"{what}; set budgets.of to an arm that trains a model and has no `compute`: {', '.join(able) or 'there is none'}"
             )
         for name in self.arms or ():
-            if name not in able and f"{name}-{self.times[0]:g}x" not in arms:
+            if name not in able and at_budget(name, self.times[0]) not in arms:
                 raise ValueError(f"budgets.arms names `{name}`; name arms that train a model and have no `compute`: {', '.join(able)}")
         found: dict[str, Arm] = {}
         for name, arm in arms.items():
@@ -233,7 +233,7 @@ class Budgets(Strict):
             if name == of:
                 found[name] = arm
             for times in self.times:
-                new, compute = f"{name}-{times:g}x", f"{times:g}x {of}"
+                new, compute = at_budget(name, times), f"{times:g}x {of}"
                 if name == of and times == 1:
                     continue
                 if new in arms and arms[new].compute != compute:
@@ -242,13 +242,26 @@ class Budgets(Strict):
         return found
 
 
-def budget_of(name: str, compute: str | None) -> tuple[str, float] | None:
-    """Return the original arm and the budget of an arm that `Budgets.expand` made, and None for any other arm."""
+class BudgetOf(NamedTuple):
+    """The budget of an arm that `Budgets.expand` made: the arm that it was made of, the factor, and the arm that defines 1x."""
+
+    arm: str
+    times: float
+    reference: str
+
+
+def budget_of(name: str, compute: str | None) -> BudgetOf | None:
+    """Return the budget from which `Budgets.expand` made the arm `name`; None if it made no such arm."""
     found = _COMPUTE.fullmatch(compute) if compute else None
     if found is None or not found["times"]:
         return None
-    suffix = f"-{float(found['times']):g}x"
-    return (name.removesuffix(suffix), float(found["times"])) if name.endswith(suffix) else None
+    times, suffix = float(found["times"]), at_budget("", float(found["times"]))
+    return BudgetOf(name.removesuffix(suffix), times, found["arm"]) if name.endswith(suffix) else None
+
+
+def at_budget(arm: str, times: float) -> str:
+    """Return the name of an arm at a budget, such as `chain-4x`."""
+    return f"{arm}-{times:g}x"
 
 
 class Search(Strict):

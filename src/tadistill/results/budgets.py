@@ -86,8 +86,8 @@ def _curves(results: Results, metric: str) -> tuple[BudgetCurve, ...]:
     references: dict[str, None] = {}
     for arm in results.plan.arms:
         if made := budget_of(arm.name, arm.compute):
-            grouped.setdefault(made[0], []).append((made[1], arm))
-            references[str(arm.compute).partition(" ")[2]] = None
+            grouped.setdefault(made.arm, []).append((made.times, arm))
+            references[made.reference] = None
     for name in references:
         grouped.setdefault(name, []).extend((1.0, arm) for arm in results.plan.arms if arm.name == name)
     order = [*references, *(name for name in grouped if name not in references)]

@@ -81,11 +81,10 @@ def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
 def reference_at(results: Results, arm: ArmRecord) -> ArmRecord | None:
     """Return the reference arm at the same training budget as `arm`. Return None if `arm` has no budget, or is the reference arm."""
     made = arms.budget_of(arm.name, arm.compute)
-    if made is None or arm.compute is None:
+    if made is None or made.arm == made.reference:
         return None
-    reference = arm.compute.partition(" ")[2]
-    name = reference if made[1] == 1 else f"{reference}-{made[1]:g}x"
-    return next((other for other in results.plan.arms if other.name == name and made[0] != reference), None)
+    name = made.reference if made.times == 1 else arms.at_budget(made.reference, made.times)
+    return next((other for other in results.plan.arms if other.name == name), None)
 
 
 def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:

@@ -97,7 +97,7 @@ def test_compute_in_times_of_an_arm():
 
 
 def test_the_budget_of_an_arm():
-    assert budget_of("chain-0.5x", "0.5x direct") == ("chain", 0.5)
+    assert budget_of("chain-0.5x", "0.5x direct") == ("chain", 0.5, "direct")
     assert budget_of("chain", "0.5x direct") is None
     assert budget_of("twin", "as chain") is None
     assert budget_of("direct", None) is None
