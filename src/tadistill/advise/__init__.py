@@ -1,1 +1,1 @@
-"""Advice on whether a path with teacher assistants is worth its compute, compared with direct distillation."""
+"""Recommend a way to distil: directly from teacher to student, or through teacher assistants at the same compute."""

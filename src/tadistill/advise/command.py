@@ -1,6 +1,7 @@
-"""`tadistill advise`: measure a recipe's models, compute the costs of its paths, read earlier studies, and advise which path to run.
+"""`tadistill advise` recommends a path: direct distillation, or distillation through teacher assistants.
 
-Only dev prompts are read. Every measurement is a stage in the store, so a second call computes nothing.
+It measures the recipe's models on dev prompts, computes the cost of each path, and reads the results of earlier studies. Measurements are
+kept on disk, so a second call does not repeat them.
 """
 
 import shlex
@@ -60,16 +61,16 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
     """Measure the models, print the advice, and write RUNS/STUDY/advice.json and advice.html. Return the path of the HTML page.
 
     Args:
-        recipe: the recipe with its overrides.
-        source: the path of the recipe, for the commands that the advice proposes.
-        overrides: the overrides of this call, for the same commands.
+        recipe: the recipe, with the overrides of the command line.
+        source: the recipe's file name, as it appears in the proposed commands.
+        overrides: the KEY=VALUE arguments of the command line. The proposed commands repeat them.
         runs: the directory that contains the studies and the store.
         prompts: the largest number of dev prompts to read.
         console: where the advice is printed.
 
     Raises:
         ConfigError, DataError, ModelError: the input is wrong (raised before any work).
-        StageFailed: a stage failed; finished stages are kept.
+        StageFailed: a measurement failed. Finished measurements are kept.
     """
     fetch_models(recipe, console)
     recipe = with_search(recipe)
@@ -142,12 +143,12 @@ def _advice(
 
 
 def margin_on(recipe: Recipe, metric: str) -> float:
-    """Convert the recipe's margin (smallest relevant difference) from points to the unit of a metric."""
+    """Return the recipe's margin (the smallest difference that matters) in the unit of a metric. The recipe gives it in points."""
     return recipe.margin * (NATS_PER_POINT if metric == "loss" else 1)
 
 
 def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
-    """Return the mean of every measure for each pair (teacher, learner). A loss ratio that is not positive and finite becomes None."""
+    """Return the mean of each measure for each pair (teacher, learner). A loss ratio that is not positive and finite becomes None."""
     found: dict[tuple[str, str], EdgeMeasures] = {}
     for names, pair in measures.pairs.items():
         means = {name: getattr(pair, name).mean for name in PAIR_MEASURES}
@@ -161,7 +162,7 @@ def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
 
 
 def measured(study: str, command: str, measures: Measures, edges: Mapping[tuple[str, str], EdgeMeasures]) -> dict[str, Any]:
-    """Return the part of advice.json that later studies read as history."""
+    """Return the measured values for advice.json. The advice on later studies reads them."""
     return {
         "study": study,
         "command": command,
@@ -217,7 +218,7 @@ def print_advice(report: Report, console: Console) -> None:
     console.print(_pairs(report, "teacher p > learner q on the dev references (measured)", ON_REFERENCES))
     console.print(_paths(report))
     for step in report.steps:
-        gain = "" if step.gain is None else f", and improves the decision by {step.gain:.3g} (expected)"
+        gain = "" if step.gain is None else f", and is expected to improve the chosen path by {step.gain:.3g}"
         console.print(Text(f"{step.text}: costs as much compute as {step.cost:.1f} direct runs{gain}"))
         console.print(Text(step.command, style="cyan"), soft_wrap=True)
     console.print()

@@ -1,4 +1,6 @@
-"""Turn forecasts into advice: run direct distillation, run a chain (a path with assistants), or first run experiments."""
+"""Turn forecasts into advice. There are three verdicts: run direct distillation; run a chain (distillation through teacher assistants);
+or first run experiments.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ Verdict = Literal["direct", "chain", "inconclusive"]
 
 @dataclass(frozen=True)
 class Option:
-    """One path and its forecast. A difference is the path's dev metric minus that of direct distillation with the same compute."""
+    """The forecast for one path: its dev metric minus the dev metric of direct distillation with the same compute."""
 
     path: tuple[str, ...]
     cost: float
@@ -30,27 +32,27 @@ class Option:
     expected: float
     low: float
     high: float
-    """The difference is between `low` and `high` with probability `Advice.level`."""
+    """`low` and `high` are the ends of an interval that contains the difference with probability `Advice.level`."""
     p_better: float
     """Probability that the difference is above 0."""
     p_matters: float
-    """Probability that the difference is above the margin."""
+    """Probability that the difference is above the margin (the smallest difference that matters)."""
     basis: Literal["reference", "prior", "history"]
     """Source of the forecast. It is `reference` for the direct path, because all differences are relative to this path."""
     beyond: tuple[str, ...] = ()
-    """Measures of the path that are outside the range of earlier studies. They make the interval wider."""
+    """Measures whose value for this path is outside the range of earlier studies. They make the interval wider."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A chain to run together with its equal-compute baseline (direct distillation with the chain's compute)."""
+    """A proposed comparison: a chain (path with assistants) against direct distillation with the same compute."""
 
     path: tuple[str, ...]
     seeds: int
     cost: float
-    """Compute of the chain and its baseline over all seeds, divided by the compute of one direct run."""
+    """Compute of both sides over all seeds, divided by the compute of one direct run."""
     gain: float
-    """Expected improvement of the chosen path through this experiment, in the metric's unit."""
+    """Expected gain in the metric, because the experiment may lead to a better choice of path."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +65,27 @@ class Advice:
     options: tuple[Option, ...]
     """All candidates in the given order. The first one is the direct path."""
     hypothesis: tuple[str, ...] | None
-    """The chain that the size law chooses. None if it is not a candidate or if there is history."""
+    """The chain that a rule on model sizes suggests (`size_law`). None if it is not a candidate, or if there are earlier studies."""
     next: tuple[Experiment, ...]
-    """Proposed experiments, sorted by `gain / cost`. The largest comes first."""
+    """Proposed experiments. The one with the largest `gain / cost` comes first."""
     level: float
     margin: float
     scale: str | None
     """The metric of the earlier studies. None if there are no earlier studies."""
     families: int
-    """Number of families (teacher, data and method) in history."""
+    """Number of families in the earlier studies. Runs of one family share teacher, data and method."""
     pairs: int
-    """Number of chains in history that have an equal-compute baseline."""
+    """Number of chains in earlier studies that were compared with direct distillation at equal compute."""
     used: tuple[str, ...]
     """Measures that the regression used."""
     unused: tuple[str, ...]
-    """Measures that the regression could not use, because some paths do not have them or because they never vary."""
+    """Measures that the regression could not use: some paths do not have them, or their value is the same for all paths."""
     seed_sd: float
-    """Standard deviation over seeds of the difference between a chain and its baseline. It is assumed if every chain has one seed."""
+    """Standard deviation over seeds of the difference between a chain and its baseline. It is assumed if no chain has several seeds."""
 
     @property
     def needed(self) -> float:
-        """The smallest `p_better` at which a chain is recommended: 1 - (1 - level) / number of chains (Bonferroni's correction)."""
+        """A chain is recommended if its `p_better` is at least this value: 1 - (1 - level) / number of chains (Bonferroni's correction)."""
         return 1 - (1 - self.level) / max(1, len(self.options) - 1)
 
     @property
@@ -100,13 +102,13 @@ def advise(
     """Decide whether a chain (a path with assistants) is worth running.
 
     - `chain`: at least one chain is better than direct with a probability of `Advice.needed` or more. The best of them is the path to run.
-    - `direct`: no chain is likely to be better by more than `margin` (probability at most 1 - level), or there is no history.
+    - `direct`: no chain is likely to be better by more than `margin` (probability at most 1 - level), or there is no earlier study.
     - `inconclusive`: all other cases. The path to run is then the direct path.
 
     Args:
         candidates: the direct path, followed by the chains. All paths have the same teacher and the same student.
-        history: finished arms of earlier studies, all with the same metric (see `History.on`).
-        margin: the smallest relevant difference, in the metric's unit.
+        history: results of earlier studies, all with the same metric (see `History.on`).
+        margin: the smallest difference that matters, in the metric's unit.
         level: the probability that an interval contains the true difference, such as 0.95. The verdict uses it too.
         family: the name of the candidates' family (`family_of`). None if no run in `history` belongs to this family.
 

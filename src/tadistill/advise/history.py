@@ -1,7 +1,7 @@
-"""Read finished studies as evidence for forecasts.
+"""Read the results of earlier studies as evidence for forecasts.
 
-Each chain (a path with assistants) is paired with its twin, which is its equal-compute baseline. Only dev values are read. Test sets are
-never read, because a later report tests on them.
+Each chain (a path with assistants) is paired with its equal-compute baseline, which is direct distillation with the same compute. Only dev
+values are read. Test sets stay unread, so a later test on them is fair.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ class EdgeMeasures:
     mass: float | None = None
     """Total probability that the learner gives to the teacher's k most likely tokens, on the learner's samples."""
     entropy_gap: float | None = None
-    """Entropy of the teacher minus entropy of the learner, on the learner's samples."""
+    """Entropy of the teacher minus entropy of the learner in nats per token, on the learner's samples."""
     loss_ratio: float | None = None
     """Loss of the teacher divided by loss of the learner, on the reference answers."""
     advantage: float | None = None
@@ -84,7 +84,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Observation:
-    """One finished arm of an earlier study with one training seed. It contains dev values only."""
+    """The result of one trained path (an arm of an earlier study) for one training seed. It contains dev values only."""
 
     family: str
     """Name of the family (`family_of`). Runs of one family share teacher, data and method, so they are not independent evidence."""
@@ -92,14 +92,14 @@ class Observation:
     seed: int
     edges: tuple[Edge, ...]
     cost: float
-    """Training compute divided by the training compute of the family's direct path."""
+    """Training compute divided by the training compute of direct distillation in the same family."""
     quality: float
     """The dev metric of the selected checkpoint. Higher is better."""
     scale: str
     """The metric of `quality`."""
     study: str = ""
     reported: float = 0.0
-    """Standard deviation of the arm's difference to its baseline, as the study's report gives it for the test sets. 0 without a report."""
+    """Standard deviation of the arm's difference to its baseline on the test sets, from the study's report. It is 0 without a report."""
 
     def __post_init__(self) -> None:
         check_path(self.path, self.edges)
@@ -113,7 +113,9 @@ class Observation:
 def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
     """Raise a ConfigError unless a path has one edge (teacher and learner) for each pair of neighbours, in order."""
     if len(path) < 2 or [(e.teacher, e.learner) for e in edges] != list(pairwise(path)):
-        raise ConfigError(f"path {path_text(path)} needs at least two models, and one edge for each pair of neighbours, in order")
+        raise ConfigError(
+            f"path {path_text(path)} must have two or more models, and for each pair of neighbours one edge, in the same order"
+        )
 
 
 def measures_from(values: Mapping[str, float | None]) -> EdgeMeasures:
@@ -130,7 +132,7 @@ MEASURES = "advice.json"
 
 @dataclass(frozen=True)
 class History:
-    """Finished arms, and the reasons why other arms could not be used."""
+    """The results of earlier studies (observations), and the reasons why some could not be used."""
 
     observations: tuple[Observation, ...]
     left_out: tuple[str, ...]
@@ -142,7 +144,8 @@ class History:
 
 
 def history(runs: Path) -> History:
-    """Read all finished distillation arms of the studies in a runs directory. Each training seed of an arm is one observation.
+    """Read the results of all finished arms (distilled paths) of the studies in a directory. Each training seed of an arm is one
+    observation.
 
     If two studies share a training, it gives only one observation. Raises StoreError if `runs` is not a directory.
     """
@@ -167,7 +170,7 @@ def history(runs: Path) -> History:
 
 
 def family_of(models: Mapping[str, ModelConfig], parameters: Mapping[str, int], teacher: str, train: str, method: str) -> str:
-    """Return the name of a run's family. Runs of a family have the same teacher, the same training data, and the same last method.
+    """Return the name of a run's family. Runs of a family have the same original teacher, training data and last method.
 
     Their students may differ. Runs of one family are not independent evidence.
 
@@ -176,7 +179,7 @@ def family_of(models: Mapping[str, ModelConfig], parameters: Mapping[str, int], 
         parameters: the number of parameters of each model.
         teacher: the first model of the path.
         train: the source of the training data (`data.train.load`).
-        method: the arm's method, such as ``minillm (teacher_mixed)``.
+        method: the method of the path's last step, such as ``minillm (teacher_mixed)``.
     """
     return f"{_origin(models, teacher)} ({parameters[teacher]:,} parameters); {train}; {method}"
 
@@ -242,7 +245,9 @@ def _read_arm(
         return
     direct = direct_arm(plan.arms, arm.path[0], arm.path[-1], arm.method)
     if direct is None or direct.flops is None or arm.flops is None:
-        left_out.append(f"{name} has no direct arm of the same models and method with known FLOPs, so its relative cost is unknown")
+        left_out.append(
+            f"{name} has an unknown relative cost, because the study has no direct arm of the same models and method with known FLOPs"
+        )
         return
     edges = path_edges(arm.path, plan.parameters, measures)
     family = family_of(models, plan.parameters, arm.path[0], plan.recipe["data"]["train"]["load"], arm.method)
@@ -256,7 +261,9 @@ def _read_arm(
             left_out.append(str(error))
             continue
         if metric in NOT_COMPARABLE or value is None:
-            left_out.append(f"{name}, seed {seed}, was selected by `{metric}`, which cannot compare students of different teachers")
+            left_out.append(
+                f"{name}, seed {seed}: its checkpoint was selected by `{metric}`, which cannot compare students of different teachers"
+            )
             continue
         quality = value if higher_is_better(metric) else -value
         found.setdefault(key, Observation(family, arm.path, seed, edges, arm.flops / direct.flops, quality, metric, plan.study))
@@ -280,7 +287,7 @@ EQUAL = 0.05
 
 @dataclass(frozen=True)
 class TwinPair:
-    """A chain (path with assistants) and its twin: direct distillation with the same compute. `differences` has one value per seed."""
+    """A chain (path with assistants) and its twin, which is direct distillation with the same compute."""
 
     family: str
     path: tuple[str, ...]
@@ -289,12 +296,12 @@ class TwinPair:
     cost: float
     seeds: tuple[int, ...]
     differences: tuple[float, ...]
-    """Quality of the chain minus quality of the twin, for each seed."""
+    """Quality of the chain minus quality of the twin. There is one value per seed."""
     twin: tuple[float, ...]
-    """Costs of the direct runs that give the twin's quality. There is one run, or two if the quality is interpolated between them."""
+    """Costs of the direct runs that give the twin's quality. There are two runs if the quality is interpolated between them, else one."""
 
     reported: float = 0.0
-    """`Observation.reported` of the chain."""
+    """Standard deviation of the difference on the test sets (`Observation.reported`)."""
 
     @cached_property
     def mean(self) -> float:
@@ -302,7 +309,7 @@ class TwinPair:
 
 
 def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
-    """Pair each chain with its twin. This is a direct run of the same family, student and seed, with equal cost (within 5 %).
+    """Pair each chain with its twin. This is a direct run of the same family, student and seed, whose cost is equal within 5 %.
 
     If there is no such run, the twin's quality is interpolated between a cheaper and a more expensive direct run, linearly in the log of
     the cost. A chain without these two runs is left out.

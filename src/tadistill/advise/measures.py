@@ -1,4 +1,4 @@
-"""The models and paths of a recipe with their sizes and costs, and measures of teachers and learners on dev prompts.
+"""Measures of teachers and learners on dev prompts, and the sizes and costs of a recipe's models and paths.
 
 Each measure is a mean over dev prompts with its standard error. In shapes, N is the number of prompts.
 """
@@ -52,14 +52,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Pair:
-    """Measures of a bigger model p and a smaller learner q, both before any distillation. k is `TOP_K`."""
+    """Measures of a bigger model p and a smaller model q, both before any distillation. p may teach q. k is `TOP_K`."""
 
     teacher: str
     learner: str
     size_ratio: float
     """Number of parameters of p divided by that of q."""
     reverse_kl: Mean
-    """KL(q ‖ p) per token on q's own answers, where on-policy distillation starts."""
+    """KL(q ‖ p) per token on q's own answers. It is the loss at the start of on-policy distillation."""
     forward_kl: Mean
     """KL(p ‖ q) per token on the reference answers."""
     overlap: Mean
@@ -165,13 +165,15 @@ class PathCost:
     flops: float
     multiple: float
     twin: tuple[int, int] | None
-    """Two numbers of the equal-compute baseline: all its updates; and the updates from one dev evaluation to the next. None for direct."""
+    """Two numbers of direct distillation with the path's compute: all its updates; and the updates between two dev evaluations. None for
+    the direct path.
+    """
 
 
 def with_search(recipe: Recipe) -> Recipe:
-    """Return the recipe with a `search`. If it has none, a search from the original teacher to the student is added.
+    """Return a recipe whose section `search` names a teacher, assistants and a student. An existing section is kept.
 
-    The assistants of the added search are all models whose size is between teacher and student.
+    A new section has the original teacher, the student, and as assistants all models of a size between them.
 
     Raises:
         ConfigError: no model can be an assistant, there are too many paths, or models are not in order of size.
@@ -227,9 +229,9 @@ def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
 
 
 def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
-    """Return two things: a copy of the recipe with other arms; and the cost of each path within the budget.
+    """Return two things: a copy of the recipe that trains all paths within its compute budget; and the cost of each of these paths.
 
-    The arms are the paths within the budget, and one equal-compute baseline for each path with assistants.
+    For each path with assistants, the copy also trains direct distillation with the same compute.
 
     Raises:
         ConfigError: the budget is too small for any path.
@@ -247,7 +249,7 @@ def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
 
 
 def twin_name(path: ModelPath) -> str:
-    """Return the name of the arm that is a path's equal-compute baseline (direct distillation with the same compute)."""
+    """Return the name of a path's equal-compute baseline (direct distillation with the same compute)."""
     return f"{path_name(path)}-twin"
 
 
@@ -258,20 +260,20 @@ def _twins(plan: Plan) -> dict[ModelPath, tuple[int, int]]:
 
 
 def probe_plan(recipe: Recipe, found: Ladder, prompts: int) -> ProbePlan:
-    """Plan the stages that measure models and pairs of models on the first `prompts` dev prompts.
+    """Plan the measurements of models and pairs of models on the first `prompts` dev prompts.
 
     Raises:
         ConfigError: `prompts` is below 2.
         DataError: there are no dev prompts.
     """
     if prompts < 2:
-        raise ConfigError(f"--prompts is {prompts}, but a standard error needs at least 2 prompts; raise it")
+        raise ConfigError(f"--prompts is {prompts}, but a standard error needs at least 2 prompts; raise --prompts")
     rows = len(datasets.load(recipe.data.dev, "dev", recipe.data))
     return plan_probes(recipe, list(found.sizes), prompts=min(prompts, rows), k=TOP_K)
 
 
 def read_measures(probes: ProbePlan, store: Store, found: Ladder) -> Measures:
-    """Read the scores of finished stages and estimate all measures. Raises StoreError if a stage is missing or damaged."""
+    """Read the stored scores and estimate all measures. Raises StoreError if a file is missing or damaged."""
     alone = {name: _scores(store, key) for name, key in probes.alone.items()}
     return measure(found.sizes, alone, {names: _scores(store, key) for names, key in probes.beside.items()})
 

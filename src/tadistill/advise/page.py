@@ -1,4 +1,4 @@
-"""The advice as a page. It is one HTML file with its scripts, styles, data and figures, in the style of the report."""
+"""The advice as a page: one HTML file with its scripts, styles, data and figures. It looks like the report of a study."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ def _markup(figure: Chart | None) -> Markup | None:
 
 
 def heatmap(measures: Measures, field: str, *, two_sided: bool = False, most: float | None = None, decimals: int = 3) -> Chart:
-    """Draw one measure of all pairs, with teachers in rows and learners in columns. The text adds the standard error to the mean.
+    """Draw one measure of all pairs, with teachers in rows and learners in columns. Each cell has the mean and its standard error.
 
     Args:
         two_sided: show values below 0 in red and values above 0 in blue.
@@ -141,7 +141,7 @@ def path_looks(report: Report) -> dict[tuple[str, ...], Look]:
 def cost_figure(report: Report) -> Chart | None:
     """Draw one point for each path with assistants. Return None if there is no such path.
 
-    x is the path's compute. y is its predicted score minus that of direct distillation at the same compute, with an error bar.
+    x is the path's compute. y is its predicted score minus the score of direct distillation at the same compute, with an error bar.
     """
     advice, looks = report.advice, path_looks(report)
     chains = advice.options[1:]
@@ -164,7 +164,10 @@ def cost_figure(report: Report) -> Chart | None:
 
 
 def lambda_figure(report: Report) -> Chart | None:
-    """Draw which assistant MiniDisc's trade-off chooses for each lambda. Return None if there are fewer than two assistants."""
+    """Draw which assistant the rule of MiniDisc chooses, for each weight lambda of a small size against a good score.
+
+    Return None if there are fewer than two assistants.
+    """
     assistants = report.ladder.assistants
     if len(assistants) < 2:
         return None
@@ -185,7 +188,10 @@ def lambda_figure(report: Report) -> Chart | None:
 
 
 def bias_figure(report: Report) -> Chart:
-    """Draw a bar for each model p above the student q: KL(q ‖ p) plus the bias of p, which is the KL from q to the original teacher."""
+    """Draw a bar for each model p that is bigger than the student q. The bar has two parts: KL(q ‖ p), and the bias of p.
+
+    Their sum is the KL from q to the original teacher.
+    """
     ladder, pairs = report.ladder, report.measures.pairs
     total = pairs[ladder.teacher, ladder.student].reverse_kl
     rows = [(name, pairs[name, ladder.student]) for name in reversed([ladder.teacher, *ladder.assistants])]

@@ -1,17 +1,17 @@
-"""Forecast the difference between a chain (path with assistants) and direct distillation at equal compute. The model is a Bayesian ridge
-regression.
+"""Forecast how much a chain (a path with assistants) gains over direct distillation with the same compute.
 
-The difference Delta is the dev metric of the chain minus the dev metric of its equal-compute baseline:
+The forecast comes from a Bayesian ridge regression. Its data are the chains of earlier studies. The gain is the dev metric of the chain
+minus the dev metric of direct distillation. It is modelled as a sum of five parts:
 
-    Delta = a + c . x + u + (sum of w v over the edges of the chain) + seed noise / sqrt(number of seeds)
+- an intercept;
+- the `contrasts` of the chain, each with a slope. They are standardised over the earlier chains;
+- the effect of the family, which is the chain's teacher, data and method (`history.family_of`);
+- the effects of the chain's edges (pairs of teacher and learner), weighted by `hop_weights`;
+- noise of the training seeds.
 
-- a is the intercept. x are the `contrasts` of the chain, standardised over history, and c are their slopes.
-- u is the effect of the chain's family. A family has the same teacher, data and method (`history.family_of`).
-- v is the effect of one edge (a teacher and its learner) in this family. w is the weight of the edge (`hop_weights`).
-
-a, c, u and v have normal priors with mean 0. The forecast is averaged over a grid of four hyper-parameters: the factor b of the weights,
-and the standard deviations of c, u and v. Each grid point is weighted by its marginal likelihood. Intervals are wider for measures
-outside the range of history.
+Intercept, slopes and effects have normal priors with mean 0. Four hyper-parameters are not known: the ratio of two neighbouring hop
+weights; and the standard deviations of slopes, family effects and edge effects. The forecast is an average over a grid of their values,
+weighted by marginal likelihood. Intervals are wider for measures outside the range of earlier chains.
 """
 # Hyper-parameters are not maximised: with few families, the maximum often says that families do not differ, and intervals are too narrow.
 # The last hop has the largest weight: in figure 5 of TAKD, the last assistant changes the student by 2 points, the path to it by 0.3.
@@ -66,14 +66,14 @@ def gaps(measures: EdgeMeasures) -> dict[str, float | None]:
 
 
 def hop_weights(hops: int, carry: float) -> list[float]:
-    """Return the weights of a path's hops, in order. The last weight is 1, and each earlier one is `carry` times the next."""
+    """Return the weights of a path's steps (distillations), in order. The last weight is 1. Each earlier one is `carry` times the next."""
     return [carry ** (hops - 1 - i) for i in range(hops)]
 
 
 def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) -> dict[str, float | None]:
     """Return how much more teachers and learners differ along a path than in direct distillation, for each measure.
 
-    `cost` is a logarithm.
+    The entry `cost` is the logarithm of the path's relative cost.
     """
     found: dict[str, float | None] = {"cost": log(cost)}
     of_chain, weights = [gaps(e.measures) for e in edges], hop_weights(len(edges), carry)
@@ -88,13 +88,13 @@ def contrasts(edges: tuple[Edge, ...], direct: Edge, cost: float, carry: float) 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Forecast of the difference between a path and its equal-compute baseline. It is a weighted mixture of normal distributions."""
+    """The forecast of the difference between a path and its equal-compute baseline, as a weighted mixture of normal distributions."""
 
     weights: Array
     means: Array
     sds: Array
     beyond: tuple[str, ...]
-    """Measures of the path that are outside the range of history. They make the standard deviations larger."""
+    """Measures whose value for this path is outside the range of earlier studies. They make the standard deviations larger."""
 
     @cached_property
     def mean(self) -> float:
@@ -120,15 +120,15 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Predictions:
-    """One forecast for each candidate, and the evidence behind the forecasts."""
+    """One forecast for each candidate path, and the evidence behind the forecasts."""
 
     forecasts: tuple[Forecast, ...]
     used: tuple[str, ...]
     """Measures that the regression used."""
     unused: tuple[str, ...]
-    """Measures that the regression could not use, because some paths do not have them or because they never vary."""
+    """Measures that the regression could not use: some paths do not have them, or their value is the same for all paths."""
     seed_sd: float
-    """Standard deviation of one seed's difference."""
+    """Standard deviation of the difference between a chain and its baseline, over training seeds."""
     families: int
     pairs: int
 
@@ -140,9 +140,9 @@ def predict(
 
     Args:
         candidates: the paths with assistants (chains).
-        direct: the edge of direct distillation. All chains have its teacher and its student.
-        history: chains of earlier studies, with direct runs of equal cost (`pair_up`). All differences are in one metric.
-        margin: the smallest relevant difference, in the same metric. It also sets the scale of the prior.
+        direct: the teacher and the student of direct distillation, with their measures. All chains have this teacher and this student.
+        history: chains of earlier studies, each with its equal-compute baseline (`pair_up`). All differences are in one metric.
+        margin: the smallest difference that matters, in the same metric. It also sets the scale of the prior.
         family: the name of the candidates' family (`family_of`). None if no run in `history` belongs to this family.
     """
     seed_variance = _seed_variance(history, margin)

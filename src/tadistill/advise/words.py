@@ -1,6 +1,6 @@
 """The texts of the advice, and the `Report` that the terminal, the page and advice.json show.
 
-`TAGS` gives the origin of each group of numbers: `measured` on dev prompts, `predicted` (a cost or a forecast) or `assumed` (a setting).
+`TAGS` says where each group of numbers comes from: `measured` on dev prompts, `predicted` (a cost or a forecast) or `assumed` (a setting).
 """
 
 import shlex
@@ -31,13 +31,13 @@ _NAMES = {
 
 
 def measure_name(name: str) -> str:
-    """Return the title of a measure, for readers."""
+    """Return the title under which tables show a measure."""
     return _NAMES.get(name, name)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of thumb and the path that it chooses. No rule has been shown to beat direct distillation at equal compute."""
+    """A rule of thumb for the choice of assistants, and the path that it chooses. No rule is shown to beat direct distillation."""
 
     name: str
     path: tuple[str, ...]
@@ -45,13 +45,16 @@ class Rule:
 
 
 def scores(measures: Measures) -> dict[str, dict[str, float]]:
-    """Return each model's scores on dev prompts, from 0 to 1, for each kind of score."""
+    """Return the dev scores of each model, between 0 and 1. There are two kinds of score: from the loss, and from ROUGE-L."""
     by_loss = {m.name: exp(-m.loss.mean) for m in measures.models}
     return {"exp(−loss)": by_loss, "ROUGE-L / 100": {m.name: m.rouge_l.mean / 100 for m in measures.models}}
 
 
 def lambda_sweeps(measures: Measures) -> dict[str, tuple[Chosen, ...]]:
-    """Return which assistants MiniDisc's trade-off chooses for all lambda, for each kind of score (see `lambda_tradeoff`)."""
+    """Return which assistant the rule of MiniDisc chooses, for each kind of score.
+
+    The choice depends on lambda, the weight of a small size against a good score (see `lambda_tradeoff`).
+    """
     names = [m.name for m in measures.models]
     sizes = {m.name: float(m.parameters) for m in measures.models}
     return {name: lambda_tradeoff(names[0], names[1:-1], of_models, sizes) for name, of_models in scores(measures).items()}
@@ -80,22 +83,22 @@ def rules(measures: Measures, ladder: Ladder, most: int | None) -> tuple[Rule, .
 def notes(
     recipe: Recipe, paths: Sequence[ModelPath], measures: Measures, advice: Advice, past: History, metric: str, prompts: int
 ) -> tuple[str, ...]:
-    """Return warnings about the models, the settings and the history. Each warning is one or two sentences."""
+    """Return warnings about the models, the settings and the earlier studies. Each warning is one or two sentences."""
     pairs = [measures.pairs[hop] for hop in dict.fromkeys(hop for path in paths for hop in pairwise(path))]
     found: list[str] = []
     wide = [f"{p.teacher} > {p.learner} ({p.size_ratio:.1f})" for p in pairs if p.size_ratio > HOPS[1]]
     near = [f"{p.teacher} > {p.learner} ({p.size_ratio:.2f})" for p in pairs if p.size_ratio < HOPS[0]]
     if wide:
-        found.append(f"Wide hops, whose teacher is more than {HOPS[1]:g} times as big as the learner: {_list(wide)}.")
+        found.append(f"In wide hops, the teacher is more than {HOPS[1]:g} times as big as the learner: {_list(wide)}.")
     if near:
         found.append(
-            f"Short hops, whose teacher is less than {HOPS[0]:g} times as big as the learner: {_list(near)}. Such a hop costs a training "
-            "stage and changes little."
+            f"In short hops, the teacher is less than {HOPS[0]:g} times as big as the learner: {_list(near)}. Such a hop costs a training "
+            "and changes little."
         )
     thin = [f"{p.teacher} > {p.learner} {p.mass.mean:.2f}" for p in pairs if p.mass.mean < LEAST_MASS]
     if thin:
         found.append(
-            f"A learner gives less than {LEAST_MASS:g} of its probability to its teacher's {TOP_K} likeliest tokens: {_list(thin)}. "
+            f"A learner gives less than {LEAST_MASS:g} of its probability to its teacher's {TOP_K} most likely tokens: {_list(thin)}. "
             "On-policy reverse KL has been reported to collapse if this probability is low."
         )
     bought = [m.name for m in measures.models[1:-1] if _ready_made(recipe, m.name)]
@@ -140,18 +143,18 @@ class NextRun:
     cost: float
     """Compute divided by the compute of one direct run with one seed."""
     gain: float | None
-    """Expected improvement of the chosen path through this run, in the metric's unit. None for the run to start now."""
+    """Expected gain in the metric, because this run may lead to a better choice of path. None for the run to start now."""
 
 
 def steps(
     recipe: Recipe, source: str, overrides: Sequence[str], advice: Advice, costs: Mapping[tuple[str, ...], PathCost]
 ) -> tuple[NextRun, ...]:
-    """Return the run to start now, then the proposed experiments. Their commands add arms to the recipe, so finished stages are reused.
+    """Return the run to start now, then the proposed experiments. Their commands only add paths to the recipe, so nothing is trained twice.
 
     Args:
-        recipe: the recipe with its overrides.
-        source: the path of the recipe, for the commands.
-        overrides: the overrides of this call, for the commands.
+        recipe: the recipe, with the overrides of the command line.
+        source: the recipe's file name, as it appears in the commands.
+        overrides: the KEY=VALUE arguments of the command line. The commands repeat them.
         advice: the verdict and the experiments.
         costs: the cost of every path.
     """
@@ -228,7 +231,7 @@ class Report:
     measures: Measures
     costs: Mapping[tuple[str, ...], PathCost]
     sweeps: Mapping[str, tuple[Chosen, ...]]
-    """Maps a kind of score to the assistants that MiniDisc's trade-off chooses, each with its range of lambda."""
+    """Maps a kind of score to the assistants that the rule of MiniDisc chooses, each with its range of lambda."""
     rules: tuple[Rule, ...]
     history: History
     advice: Advice
@@ -252,7 +255,11 @@ def reason(advice: Advice) -> str:
             "no measure has been shown to predict anything. Run direct distillation with the compute that a chain would cost."
         )
         chain = advice.hypothesis
-        return text if chain is None else f"{text} The size law suggests {path_text(chain)}, which is only a hypothesis."
+        return (
+            text
+            if chain is None
+            else f"{text} The size law (teachers 2.5 times as big as learners) suggests {path_text(chain)}. This is only a hypothesis."
+        )
     name, range_ = path_text(best.path), f"{best.expected:+.2f} ({best.low:+.2f} to {best.high:+.2f})"
     on = f"from {_count(advice.pairs, 'chain', 'chains')} of {_count(advice.families, 'family', 'families')}"
     if advice.verdict == "chain":
@@ -264,8 +271,8 @@ def reason(advice: Advice) -> str:
     if advice.verdict == "direct":
         return f"No chain is likely to beat direct at equal compute by more than {advice.margin:g}: {text}, {on}."
     return (
-        f"History neither shows nor rules out that a chain beats direct at equal compute: {text}, P(better) {best.p_better:.2f}, "
-        f"but {advice.needed:.3f} is needed, {on}. Until more is known, run direct distillation with the chain's compute."
+        f"Earlier studies do not decide whether a chain beats direct at equal compute: {text}, {on}. P(better) is {best.p_better:.2f}, "
+        f"but a recommendation needs {advice.needed:.3f}. Until more is known, run direct distillation with the chain's compute."
     )
 
 

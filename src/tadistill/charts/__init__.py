@@ -5,7 +5,8 @@
     page = f"<style>{style()}</style>{chart.html()}<script>{script()}</script>"
 
 Positions along x are percentages of the width. Positions along y are pixels, so text keeps its size. Colours are variables of the style
-sheet, which has light, dark and printed values. Each mark of a series has `data-arm`. With it, the page hides a series in all figures.
+sheet: each has one value for light, dark and printed pages. Every mark has the name of its arm in `data-arm`. The page uses it to hide
+an arm in all figures.
 """
 
 from importlib.resources import files

@@ -1,4 +1,4 @@
-"""Axes of charts: positions of values, and readable ticks."""
+"""Axes of charts: the place of a value on an axis, and ticks at round numbers."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +9,10 @@ _LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def number_text(value: float, step: float | None = None) -> str:
-    """Return a number as text for an axis, such as ``0.25``, ``12k`` or ``3e17``, with as many decimals as `step` needs."""
+    """Return a number as text for an axis, such as ``0.25``, ``12k`` or ``3e17``.
+
+    `step` is the distance of two ticks, which sets the number of decimals.
+    """
     if value == 0:
         return "0"
     size = abs(value)
@@ -27,9 +30,9 @@ def number_text(value: float, step: float | None = None) -> str:
 
 
 def nice_span(values: Iterable[float], *, zero: bool = False, pad: float = 0.05) -> tuple[float, float]:
-    """Return the ends of an axis for these values, with a margin at both sides. With `zero`, the axis includes 0.
+    """Return both ends of an axis for these values. A margin is added at each end: `pad`, as a share of the range.
 
-    `pad` is the margin as a share of the range.
+    With `zero`, the axis includes 0.
     """
     known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(known), max(known)
@@ -43,7 +46,8 @@ def nice_span(values: Iterable[float], *, zero: bool = False, pad: float = 0.05)
 class Axis:
     """One axis: the values at its ends, its title, and whether its scale is logarithmic.
 
-    `marks` (value -> text) replaces the ticks. `text` is a function that writes the ticks. `grid` draws a line at each tick.
+    `marks` (value -> text) replaces the automatic ticks. `text` is a function that turns the value of a tick into its text. With `grid`, a
+    line is drawn at each tick.
     """
 
     low: float

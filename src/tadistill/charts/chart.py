@@ -1,4 +1,4 @@
-"""A figure with axes: lines, bands, points with intervals, bars, guides and labels, rendered as one responsive SVG."""
+"""A figure with two axes, as one SVG that fits every width. It can have lines, bands, points with intervals, bars and labels."""
 
 import json
 import math
@@ -19,7 +19,7 @@ _TITLE, _TICKS, _LINE = 20, 18, 14  # pixels below the plot: title of the axis, 
 
 @dataclass(frozen=True)
 class Point:
-    """A value with its interval, and a text for the hover. Without an interval, both ends are None."""
+    """A value with its interval, and the text that appears when the mouse is over it. Without an interval, `low` and `high` are None."""
 
     x: float
     y: float
@@ -29,13 +29,13 @@ class Point:
 
 
 class Chart:
-    """A figure. Add marks, then call `html`.
+    """A figure. Add marks, such as `line` or `points`, then call `html`.
 
     Args:
-        name: the id of the element, and the name of saved files.
-        summary: the text for readers who do not see the figure.
-        height: pixels of the plot, without ticks and titles.
-        head: pixels above the plot, for texts.
+        name: the id of the HTML element. It is also the name of the file if a reader saves the figure.
+        summary: a description for readers who do not see the figure.
+        height: height of the plot in pixels, without ticks and titles.
+        head: space above the plot for texts, in pixels.
         frame: False leaves out both axes and their lines.
     """
 
@@ -60,7 +60,9 @@ class Chart:
         label: bool = False,
         step: bool = False,
     ) -> None:
-        """Draw a line with gaps at None or NaN. A line with a `seed` is faint. With `label`, the name is written at the right end."""
+        """Draw a line, with gaps where y is None or NaN. The line of one `seed` is faint. With `label`, the name is written at the right
+        end.
+        """
         known = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and math.isfinite(y)]
         if not known:
             return
@@ -84,7 +86,7 @@ class Chart:
             self._ends.append(Label(self.x.place(x), self._top(y), name, name, look.colour))
 
     def band(self, name: str, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], look: Look) -> None:
-        """Fill the area between two lines, for the interval of a line."""
+        """Fill the area between two lines, such as the ends of an interval."""
         upper = [f"{_ACROSS * self.x.place(x):.1f} {self._down(y):.1f}" for x, y in zip(xs, highs, strict=True)]
         lower = [f"{_ACROSS * self.x.place(x):.1f} {self._down(y):.1f}" for x, y in zip(xs, lows, strict=True)]
         if upper:
@@ -103,7 +105,7 @@ class Chart:
                 self._labels.append(Label(self.x.place(point.x), self._top(point.y), label, name, look.colour))
 
     def row(self, name: str, y: float, point: tuple[float, float, float], look: Look, *, dots: Sequence[float] = (), tip: str = "") -> None:
-        """Draw a mean with a horizontal interval (mean, low, high) at height `y`. `dots` are single values, drawn below it."""
+        """Draw a mean with a horizontal interval (mean, low, high) at height `y`. `dots` are single values, drawn below the mean."""
         mean, low, high = point
         height = self._top(y)
         ends = f'x1="{self._at(low)}" x2="{self._at(high)}" y1="{height:.1f}" y2="{height:.1f}"'
@@ -114,7 +116,7 @@ class Chart:
         self._data["points"].append([name, *map(_short, (mean, y, low, high)), tip])
 
     def mark(self, name: str, at: tuple[float, float], look: Look, *, size: float = 5.0, tip: str = "") -> None:
-        """Draw one marker at (x, y). It is not one of the figure's values."""
+        """Draw one marker at (x, y). Saved data and hover texts do not include it."""
         self._marker(*at, look, size, name, tip)
 
     def bar(self, name: str, xs: tuple[float, float], ys: tuple[float, float], look: Look, *, tip: str = "", opacity: float = 0.85) -> None:
@@ -126,7 +128,7 @@ class Chart:
         self._data["bars"].append([name, *map(_short, (*xs, *ys)), tip])
 
     def whisker(self, name: str, at: float, low: float, high: float, *, flat: bool = False) -> None:
-        """Draw the interval of a bar. It is vertical at x = `at` or, with `flat`, horizontal at y = `at`."""
+        """Draw the interval of a bar: a vertical line at x = `at`. With `flat`, it is a horizontal line at y = `at`."""
         if flat:
             ends = f'x1="{self._at(low)}" x2="{self._at(high)}" y1="{self._top(at):.1f}" y2="{self._top(at):.1f}"'
         else:
@@ -151,7 +153,7 @@ class Chart:
         self._add("back" if not name else "marks", f'<line class="{kind or "guide"}" {ends} style="{style}"{_tip(tip)}/>', name)
 
     def rule(self, *, x: float | None = None, y: float | None = None, kind: str = "zero") -> None:
-        """Draw a line over the whole plot. `kind` is `zero`, `grid` or `dashed`."""
+        """Draw a straight line across the whole plot. `kind` is `zero`, `grid` or `dashed`."""
         if y is not None:
             self._add("back", f'<line class="{kind}" x1="0" x2="100%" y1="{self._top(y):.1f}" y2="{self._top(y):.1f}"/>')
         if x is not None:
@@ -160,7 +162,7 @@ class Chart:
             )
 
     def area(self, low: float, high: float) -> None:
-        """Shade the values of x between `low` and `high`, from the top to the bottom."""
+        """Shade the plot from x = `low` to x = `high`, over its whole height."""
         left, right = (min(max(self.x.place(end), 0.0), 1.0) for end in (low, high))
         size = f'x="{100 * left:.2f}%" width="{100 * (right - left):.2f}%" y="{self.head}" height="{self.height}"'
         self._layers["back"].insert(0, f'<rect class="margin" {size}/>')
@@ -176,9 +178,9 @@ class Chart:
         kind: str = "",
         shift: tuple[float, float] = (0, 0),
     ) -> None:
-        """Write a text at (x, y), moved by `shift` pixels. `side` (start, middle, end) is the part of the text at this point.
+        """Write a text at (x, y), moved by `shift` pixels. `side` says which part of the text is at this point: start, middle or end.
 
-        If x is None, the text is at this side of the plot.
+        If x is None, the text is at the left end (start), in the middle or at the right end of the plot.
         """
         at = {"start": "0%", "middle": "50%", "end": "100%"}[side] if x is None else self._at(x)
         place = f'x="{at}" y="{self._top(y):.1f}" dx="{shift[0]:g}" dy="{shift[1]:g}" text-anchor="{side}"'
@@ -187,7 +189,7 @@ class Chart:
     # --- rendering ------------------------------------------------------------------------------------------------------
 
     def html(self) -> Markup:
-        """Return the figure as one element, with its values as JSON for hovers and for saving."""
+        """Return the figure as one HTML element. It contains its values as JSON, for hover texts and for saving."""
         left, right, below = self._margins()
         whole = self.head + self.height + below
         paths = "".join(self._layers["paths"])

@@ -12,7 +12,7 @@ _HIGH, _GAP = 15, 9  # pixels of a line of text, and between a point and its lab
 
 @dataclass(frozen=True)
 class Label:
-    """A text for the point at `x` (share of the width) and `y` (pixels from the top)."""
+    """A text for the point at (`x`, `y`). `x` is a share of the width, and `y` is in pixels from the top."""
 
     x: float
     y: float
@@ -22,16 +22,16 @@ class Label:
 
 
 def text_width(text: str) -> float:
-    """Return the approximate width of a text of size 12, in pixels."""
+    """Return the approximate width of a text in pixels, at a font size of 12."""
     return sum(3.6 if c in "iljtfrI.,:;|' " else 9.6 if c in "mwMW" else 8.2 if c.isupper() else 6.7 for c in text)
 
 
 def place_labels(labels: Sequence[Label], width: int | None, box: tuple[int, int]) -> list[str]:
-    """Return the labels as SVG. A label is beside its point. Without room, it is elsewhere, with a thin line to the point.
+    """Return the labels as SVG. Each label is beside its point. If there is no room, it is farther away, with a thin line to the point.
 
     Args:
-        width: pixels of the plot. None places all labels in a column at its right.
-        box: the top and the bottom of the plot in pixels.
+        width: width of the plot in pixels. None places all labels in a column at the right of the plot.
+        box: top and bottom of the plot in pixels.
     """
     if width is None:
         return _column(labels, box)
@@ -104,7 +104,7 @@ def _column(labels: Sequence[Label], box: tuple[int, int]) -> list[str]:
 
 
 def spread(values: Sequence[float], apart: float, box: tuple[float, float]) -> list[float]:
-    """Return the values, moved as little as possible so that any two are at least `apart`. If `box` has room, they stay inside it."""
+    """Move values so that any two are at least `apart`, but as little as possible. They stay inside `box` if it is large enough."""
     order = sorted(range(len(values)), key=values.__getitem__)
     placed = [values[i] for i in order]
     for _ in range(60):

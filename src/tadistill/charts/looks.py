@@ -1,4 +1,4 @@
-"""Colours, markers and dashes of series. A series looks the same in all figures and tables of a page."""
+"""Colours, markers and dashes of series. A series has the same look in all figures and tables of a page."""
 
 from dataclasses import dataclass
 
@@ -42,7 +42,7 @@ PLAIN = Look(GREY)
 
 
 def look(index: int) -> Look:
-    """Return the colour, shape and dash pattern of the series with this index."""
+    """Return the look of the series with this index."""
     return Look(f"var(--c{index % COLOURS})", SHAPES[index % len(SHAPES)], DASHES[index // 3 % len(DASHES)])
 
 
@@ -52,12 +52,12 @@ def glyph(found: Look) -> str:
 
 
 def marker(found: Look, size: float) -> str:
-    """Return the marker as an SVG path around the origin. `size` is its radius in pixels."""
+    """Return a marker as an SVG path around the point (0, 0). `size` is its radius in pixels."""
     path = _SHAPES[found.marker][0]
     style = "fill:var(--page);stroke:" if found.marker.startswith("open ") else "fill:"
     return f'<path d="{path}" transform="scale({size:g})" vector-effect="non-scaling-stroke" style="{style}{found.colour}"/>'
 
 
 def safe(text: str) -> Markup:
-    """Return a text for an SVG element or attribute, with markup escaped and hidden characters written out."""
+    """Make a text safe for SVG: escape markup, and replace hidden characters by visible codes."""
     return escape(visible(text))

@@ -1,4 +1,4 @@
-"""Small plots inside the rows of a table: a mean with its interval, a bar, a zero line. All rows of a table share one axis."""
+"""Small plots in the cells of a table, such as a mean with its interval. All rows of a column share one axis."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ _HEIGHT = 22  # pixels of a row's plot
 
 @dataclass(frozen=True)
 class Strip:
-    """The plots of one column of a table. `zero` draws a line at 0. `margin` draws a band of this half width around 0."""
+    """The plots of one column of a table. `zero` draws a line at 0. `margin` shades the values from -margin to +margin."""
 
     axis: Axis
     zero: bool = False
     margin: float = 0.0
 
     def interval(self, mean: float, low: float, high: float, look: Look, *, dots: Iterable[float] = (), tip: str = "") -> Markup:
-        """Draw a mean with its interval. `dots` are single values (training seeds). `tip` is the text on hover."""
+        """Draw a mean with its interval. `dots` are single values, one per training seed. `tip` is the text on hover."""
         marks = "".join(f'<circle class="dot" cx="{self._at(dot)}" cy="{_HEIGHT - 4}" r="1.8" style="fill:{look.colour}"/>' for dot in dots)
         middle = _HEIGHT // 2
         line = f'<line class="span" x1="{self._at(low)}" x2="{self._at(high)}" y1="{middle}" y2="{middle}" style="stroke:{look.colour}"/>'
@@ -28,7 +28,7 @@ class Strip:
         return self._drawn(line + marks + mark, tip)
 
     def bar(self, value: float, low: float | None, high: float | None, look: Look, *, tip: str = "") -> Markup:
-        """Draw a bar from 0 to the value, with the interval as a line."""
+        """Draw a bar from 0 to the value. The interval is a line over the bar."""
         start, end = sorted((self.axis.place(min(max(0.0, self.axis.low), self.axis.high)), self.axis.place(value)))
         size = f'x="{_percent(start)}" width="{_percent(end - start)}" y="4" height="{_HEIGHT - 8}"'
         bar = f'<rect class="bar" {size} rx="1.5" style="fill:{look.colour}"/>'
@@ -42,7 +42,7 @@ class Strip:
         return self._drawn("", "")
 
     def ruler(self, count: int = 4) -> Markup:
-        """Draw the axis for the head of the column."""
+        """Draw the ticks of the axis, for the head of the column."""
         places = (
             (f'x="{self._at(v)}" y="10" text-anchor="{_anchor(self.axis.place(v))}"', text) for v, text in self.axis.ticks(count).items()
         )

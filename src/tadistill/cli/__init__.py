@@ -1,4 +1,4 @@
-"""The command line: `tadistill -h` lists the commands. Each command imports what it needs, so start-up is fast."""
+"""The command line. `tadistill -h` lists the commands. A command imports only what it needs, so that it starts fast."""
 
 import contextlib
 import sys
@@ -35,7 +35,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line. Print an error as one sentence and exit with 1 (a run failed) or 2 (the input is wrong)."""
+    """Run the command line. An error is printed as one sentence. The exit code is then 1 (a run failed) or 2 (the input is wrong)."""
     try:
         with output():
             app()

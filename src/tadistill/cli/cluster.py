@@ -1,4 +1,6 @@
-"""The commands for login nodes: fetch, doctor, submit, status, list, clean, cancel. A command imports only what it needs."""
+"""The commands for login nodes of a cluster: fetch, doctor, submit, status, list, clean, cancel. Imports are inside the commands, for
+speed.
+"""
 
 import os
 import shlex
@@ -28,12 +30,14 @@ def fetch(recipe: RecipePath, overrides: Overrides = None, runs: Runs = None) ->
 def doctor(
     recipe: Annotated[
         Path | None,
-        typer.Argument(help="A recipe whose models and data are checked.", metavar="[RECIPE]", autocompletion=complete.recipe_names),
+        typer.Argument(help="A recipe. Its models and data are checked too.", metavar="[RECIPE]", autocompletion=complete.recipe_names),
     ] = None,
     cluster: Cluster = None,
     runs: Runs = None,
 ) -> None:
-    """Check this machine: versions, Slurm, account, disks, caches, locks. Prints how to fix each problem; exits with 1 if there is one."""
+    """Check this machine: versions, Slurm, account, disks, caches, locks. Each problem is printed with its remedy, and the exit code is
+    then 1.
+    """
     from tadistill.cluster import profile as profiles
     from tadistill.cluster.doctor import examine, table
 
@@ -59,7 +63,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts and submit nothing.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Submit a study's missing stages to Slurm. After a failure, run it again: it submits the stages that failed or never ran."""
+    """Submit all unfinished stages of a study to Slurm. After a failure, run it again: it submits the stages that failed or never ran."""
     from tadistill.cluster.submit import submit as submit_recipe
     from tadistill.config.load import read
 
@@ -75,13 +79,13 @@ def submit(
             console=console,
         )
     except KeyboardInterrupt:
-        console.print("interrupted; the submitted jobs continue, and the same command submits the rest")
+        console.print("interrupted; the jobs that were submitted continue. Run the same command again to submit the rest")
         raise typer.Exit(130) from None
 
 
 @app.command()
 def status(study: StudyName, runs: Runs = None) -> None:
-    """Show each stage of a study, run here or by Slurm: its process or job, state, time, newest numbers and time left."""
+    """Show every stage of a study: its process or Slurm job, state, time, newest numbers and time left."""
     from tadistill.cluster.status import print_status
     from tadistill.results.find import find_study
 
@@ -91,7 +95,7 @@ def status(study: StudyName, runs: Runs = None) -> None:
 
 @app.command("list")
 def list_(runs: Runs = None) -> None:
-    """List the studies of the runs directory: date, stages, size and state."""
+    """List the studies of the runs directory with their date, stages, size and state."""
     from tadistill.cluster.housekeeping import print_studies
 
     root = runs_directory(runs)
@@ -104,7 +108,7 @@ def clean(
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Delete the stages in the store that no study needs. Stages that a process works on are kept."""
+    """Delete stored results that no study needs. Stages that are running are kept."""
     from tadistill.cluster.housekeeping import clean as clean_store
 
     root = runs_directory(runs)
@@ -114,7 +118,7 @@ def clean(
 
 @app.command()
 def cancel(study: StudyName, runs: Runs = None) -> None:
-    """Cancel a study's jobs. Running stages save their state first; a later submission resumes them."""
+    """Cancel a study's Slurm jobs. Running stages save their state first. If you submit the study again, they continue from it."""
     from tadistill.cluster.status import cancel as cancel_jobs
     from tadistill.results.find import find_study
 

@@ -1,4 +1,4 @@
-"""Completion in a shell, for recipes, studies, arms, keys and their values. `tadistill --install-completion` installs it."""
+"""Completion with the Tab key, for recipes, studies, arms, keys and values. `tadistill --install-completion` installs it in your shell."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +10,7 @@ from tadistill.store import runs_directory
 
 
 def recipe_names(incomplete: str) -> list[str]:
-    """Complete the names of the package's recipes, and of YAML files and folders in this directory."""
+    """Complete the names of the recipes in the package, and of YAML files and folders in the current directory."""
     from tadistill.config.shipped import shipped
 
     here = [path for path in Path().glob(f"{incomplete}*") if path.is_dir() or path.suffix in (".yaml", ".yml")]
@@ -25,7 +25,7 @@ def study_names(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def arm_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Complete the names of the arms of the study that stands earlier on the command line."""
+    """Complete the names of the arms of a study. The study is the one named earlier on the command line."""
     from tadistill.errors import ConfigError
     from tadistill.results.find import arms, find_study
 
@@ -37,12 +37,14 @@ def arm_names(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Complete `KEY=` with the keys of a recipe and the names of its models and arms. Complete `KEY=VALUE` if the values are known."""
+    """Complete `KEY=` with the keys of a recipe and the names of its models and arms. Complete `KEY=VALUE` if the possible values are
+    known.
+    """
     return _settings(incomplete, _named(ctx.params.get("recipe")))
 
 
 def settings(incomplete: str) -> list[str]:
-    """Complete `KEY=` and `KEY=VALUE` for a recipe that trains nothing."""
+    """Complete `KEY=` and `KEY=VALUE` for commands that only evaluate. Only keys of `data` and `evaluate` are proposed."""
     return [text for text in _settings(incomplete, {}) if text.startswith(("data.", "evaluate."))]
 
 
@@ -54,7 +56,7 @@ def method_names(incomplete: str) -> list[str]:
 
 
 def keys(incomplete: str) -> list[str]:
-    """Complete the keys of a recipe, by name and by place, and the names of metrics."""
+    """Complete the keys of a recipe, such as `lr` or `method.optim.lr`, and the names of metrics."""
     from tadistill.config.reference import reference
     from tadistill.metrics import METRICS
 

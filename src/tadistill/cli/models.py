@@ -1,4 +1,4 @@
-"""Commands that take models: eval, compare."""
+"""Commands that evaluate models without a recipe: eval, compare."""
 
 import shlex
 from pathlib import Path
@@ -38,7 +38,7 @@ def evaluate(
     verbose: Verbose = False,
     log: Log = "text",
 ) -> None:
-    """Evaluate any model on MiniLLM's five test sets or others, and write a report."""
+    """Evaluate any model, by default on MiniLLM's five test sets, and write a report."""
     _evaluate([model], on, seeds, teacher, settings, runs, terminal_for(quiet, verbose, log))
 
 
@@ -55,7 +55,7 @@ def compare(
     verbose: Verbose = False,
     log: Log = "text",
 ) -> None:
-    """Compare several models on the same prompts: answers side by side, and paired differences."""
+    """Compare several models on the same prompts. Print their answers side by side, and the differences of their scores."""
     from tadistill.report import read_results
     from tadistill.report.plain import side_by_side
 

@@ -1,4 +1,4 @@
-"""The command `new`, which writes a commented recipe from four answers."""
+"""The command `new`. It asks four questions and writes a recipe with comments."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def new(
         str | None, typer.Option("--method", help="A method by name, such as gkd.", autocompletion=complete.method_names)
     ] = None,
 ) -> None:
-    """Write a commented recipe of one distillation. It asks a question for each option that is not given."""
+    """Write a commented recipe of one distillation. The command asks for each option that is not given."""
     from tadistill.config.load import parse
     from tadistill.config.shorthand import METHODS, no_method
 

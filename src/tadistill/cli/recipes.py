@@ -33,7 +33,7 @@ def plan(
     ] = False,
     runs: Runs = None,
 ) -> None:
-    """Show the stages of a study, which of them are finished, and the cost of the others (docs/concepts/compute.md)."""
+    """Show the stages of a study, which of them are finished, and what the others will cost (docs/concepts/compute.md)."""
     from tadistill.plan import preview, throughput
     from tadistill.plan.arms import make_plan
     from tadistill.runner.trackers import missing_trackers
@@ -69,7 +69,7 @@ def run(
     verbose: Verbose = False,
     log: Log = "text",
 ) -> None:
-    """Run a study on this machine and write its report. Finished stages are reused; an interrupted run resumes."""
+    """Run a study on this machine and write its report. Finished stages are not repeated. An interrupted run continues where it stopped."""
     from tadistill.config.load import read
 
     command = shlex.join(["tadistill", "run", str(recipe), *(overrides or []), *runs_option(runs)])
@@ -86,7 +86,7 @@ def search(
     verbose: Verbose = False,
     log: Log = "text",
 ) -> None:
-    """Train paths of the recipe's `search` until its strategy has chosen one by dev values (docs/concepts/paths.md)."""
+    """Choose a path by dev scores: train paths of the section `search` until its strategy has chosen one (docs/concepts/paths.md)."""
     from tadistill.search.command import find_path
 
     terminal = terminal_for(quiet, verbose, log)

@@ -50,7 +50,7 @@ Log = Annotated[
 
 
 def read_recipe(recipe: Path, overrides: list[str] | None) -> "Recipe":
-    """Load a recipe with its overrides. If it is given by the name of a recipe of the package, print which file it is."""
+    """Load a recipe with its overrides. If `recipe` is the name of a recipe in the package, print the path of its file."""
     from tadistill.config import load
     from tadistill.config.shipped import remark
 
@@ -60,7 +60,7 @@ def read_recipe(recipe: Path, overrides: list[str] | None) -> "Recipe":
 
 
 def terminal_for(quiet: bool, verbose: bool, log: str) -> Terminal:
-    """Return the console for the options `--quiet`, `--verbose` and `--log` of a command."""
+    """Return the console that fits the options `--quiet`, `--verbose` and `--log` of a command."""
     if quiet and verbose:
         raise ConfigError("--quiet and --verbose cannot be used together; give one of them")
     if not (quiet or verbose or log == "json"):
@@ -125,7 +125,7 @@ def _with_more_seeds(command: str, seeds: Sequence[int]) -> str:
 
 @contextmanager
 def interruptible(terminal: Terminal = console) -> Iterator[None]:
-    """On Ctrl-C, SIGTERM or SIGUSR2, end the command with a message and exit code 128 + signal (docs/concepts/interruptions.md)."""
+    """Run a block. On Ctrl-C, SIGTERM or SIGUSR2, print a message and exit with code 128 + signal (docs/concepts/interruptions.md)."""
     from tadistill.runner.interruption import Stopped, raising
 
     try:
@@ -138,10 +138,10 @@ def interruptible(terminal: Terminal = console) -> Iterator[None]:
 
 
 def runs_option(runs: Path | None) -> list[str]:
-    """Return the option `--runs` as words for a command that is printed for the user."""
+    """Return the words of the option `--runs`, for a command that is shown to the user. They are empty without the option."""
     return ["--runs", str(runs)] if runs else []
 
 
 def comma_separated(text: str) -> list[str]:
-    """Return the texts between commas, without spaces around them."""
+    """Split a text at its commas, and remove spaces around the parts."""
     return [part.strip() for part in text.split(",") if part.strip()]

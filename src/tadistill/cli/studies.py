@@ -32,7 +32,7 @@ def watch(
     port: Annotated[int, typer.Option(help="Port of the page on 127.0.0.1; 0 takes any free port.", min=0, max=65535)] = 8765,
     runs: Runs = None,
 ) -> None:
-    """Serve a page of a running or finished study on 127.0.0.1, which updates by itself (docs/how-to/watch.md). It changes no file."""
+    """Show a running or finished study in the browser, on a page that updates itself (docs/how-to/watch.md). No file is changed."""
     from tadistill.results.find import find_study
     from tadistill.watch.server import serve
 
@@ -54,7 +54,7 @@ def export(
     public: Annotated[bool, typer.Option("--public", help="With --push: a new repository is public (default: private).")] = False,
     runs: Runs = None,
 ) -> None:
-    """Copy a trained model to a Hugging Face directory with a model card. With --push, send it to the Hub."""
+    """Copy a trained model into a directory in the Hugging Face format, with a model card. With --push, send it to the Hub."""
     from tadistill.data import hub
     from tadistill.report import read_results
     from tadistill.report.cards import export as export_model
@@ -88,9 +88,13 @@ def judge(
     base_url: Annotated[
         str, typer.Option(envvar="OPENAI_BASE_URL", help="Any OpenAI-compatible endpoint; the key is OPENAI_API_KEY.")
     ] = "https://api.openai.com/v1",
-    mode: Annotated[str, typer.Option(help="pair: which answer is better. score: MiniLLM's score, in % of the reference's.")] = "pair",
+    mode: Annotated[
+        str, typer.Option(help="pair: which of two answers is better. score: MiniLLM's score, in % of the score of the reference.")
+    ] = "pair",
     arm: Arms = None,
-    against: Annotated[str, typer.Option(help="The opponent: an arm, or `reference` for the reference answers.")] = "reference",
+    against: Annotated[
+        str, typer.Option(help="What each arm is compared with: another arm, or `reference` for the reference answers.")
+    ] = "reference",
     on: JudgedOn = "",
     limit: Limit = None,
     settings: Annotated[
@@ -100,7 +104,7 @@ def judge(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Let a language model rate the answers of a study (docs/reference/judge.md). Replies are kept, and the same command resumes."""
+    """Let a language model rate the answers of a study (docs/reference/judge.md). Replies are kept, so the same command can continue."""
     from tadistill.config.judge import Judge
     from tadistill.config.load import read_settings
     from tadistill.judge import commands
@@ -135,7 +139,7 @@ def human(
     seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
     runs: Runs = None,
 ) -> None:
-    """Write a blind sheet of a study's answers for people to rate, or read filled-in sheets back (docs/reference/judge.md)."""
+    """Write a sheet for people who rate answers without knowing the models, or read filled-in sheets (docs/reference/judge.md)."""
     from tadistill.config.judge import BlindSheet
     from tadistill.config.load import read_settings
     from tadistill.judge import commands

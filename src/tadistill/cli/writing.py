@@ -19,7 +19,7 @@ app = typer.Typer()
 
 @app.command()
 def recipes() -> None:
-    """List the recipes that are shipped with tadistill. `tadistill run NAME` runs one from any folder."""
+    """List the recipes that are part of tadistill. `tadistill run NAME` runs one from any folder."""
     from tadistill.config.shipped import shipped, summary
 
     listed = [(name, summary(path)) for name, path in shipped().items()]
@@ -44,7 +44,7 @@ def explain(
 ) -> None:
     """Print what a key of a recipe, or a word of a report, means.
 
-    A key has its type, allowed values, default, and page in the documentation.
+    For a key, its type, allowed values, default and documentation page are printed too.
     """
     from rich.padding import Padding
     from rich.text import Text
@@ -58,7 +58,7 @@ def explain(
 
 
 def _entries(asked: str) -> "list[Entry]":
-    """Return what is known about a word: first the sentence of the glossary, then keys and values of recipes."""
+    """Return explanations of a word: its sentence in the glossary, then the keys and values of recipes with this name."""
     from tadistill.config.lookup import Entry
     from tadistill.config.lookup import explain as in_recipes
     from tadistill.glossary import GLOSSARY, metric_text

@@ -44,9 +44,9 @@ def test_cautions(study):
         return "\n".join(notes(found, list(priced), given, advice, past, metric, prompts))
 
     text = said(measures())
-    assert "Wide hops, whose teacher is more than 4 times as big as the learner: xl > s (10.0)." in text
-    assert "Short hops, whose teacher is less than 1.3 times as big as the learner: l > m (1.14)" in text
-    assert "likeliest tokens" not in text
+    assert "In wide hops, the teacher is more than 4 times as big as the learner: xl > s (10.0)." in text
+    assert "In short hops, the teacher is less than 1.3 times as big as the learner: l > m (1.14)" in text
+    assert "most likely tokens" not in text
     assert "There is no earlier study to learn from" in text
     assert "--prompts is" not in text
     assert "xl > s 0.5" in said(measures(mass=0.5))

@@ -103,7 +103,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
     found = history(tmp_path)
     assert len(found.observations) == 5
     assert "one: arm takd, seed 2, is not finished" in found.left_out
-    assert any("two: arm takd has no direct arm" in text for text in found.left_out)
+    assert any("two: arm takd has an unknown relative cost" in text for text in found.left_out)
     assert any("three" in text and "cannot be read" in text for text in found.left_out)
     with pytest.raises(StoreError, match="not a directory"):
         history(tmp_path / "nowhere")
