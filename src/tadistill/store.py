@@ -9,10 +9,13 @@ import fnmatch
 import hashlib
 import json
 import os
+import pickletools
 import shlex
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +30,8 @@ RECORD = "job.json"  # the cluster job that runs the stage
 FAILURE = "failure.txt"  # the last error of that job
 ROLLOUTS = "rollouts.json"  # the newest text that a student sampled in training, for people who watch
 _NOT_ARTIFACTS = (MANIFEST, RECORD, FAILURE, ROLLOUTS)
-_RESUME = ("state.pt", "state-before.pt", "best-*.pt", "*.tmp")
+STATES = ("state.pt", "state-before.pt")  # the two newest saved states of a training that is not finished
+_RESUME = (*STATES, "best-*.pt", "*.tmp")
 _PARTS = "parts"
 _STAGE = "stage.json"
 
@@ -132,6 +136,26 @@ class Store:
             raise StoreError(f"stage {key} is not in the store at {self.root}; run the recipe again to create it")
         return read_json(path)
 
+    def saved_update(self, key: str) -> int | None:
+        """Return the number of updates in the newest saved state of a training. Return None if there is no state that can be read."""
+        steps = (_step_of(self.folder(key) / name) for name in STATES)
+        return next((step for step in steps if step is not None), None)
+
+    def continues(self, key: str, updates: int | None) -> str:
+        """Return where an unfinished stage continues, such as "at update 52 of 100" or "after 3 finished parts".
+
+        Args:
+            updates: the number of updates of a training. It is None for other stages, which save finished parts.
+
+        Returns:
+            An empty string if nothing is saved, so the stage starts from its beginning.
+        """
+        if updates:
+            step = self.saved_update(key)
+            return f"at update {step} of {updates}" if step else ""
+        parts = sum(1 for _ in (self.folder(key) / _PARTS).glob("*.json"))
+        return f"after {parts} finished part{'s' * (parts != 1)}" if parts else ""
+
     def lock(self, key: str) -> "FileLock":
         """Return the lock of a stage without acquiring it. The system releases a lock when the process that acquired it ends."""
         from filelock import FileLock  # imported here because it loads asyncio, and most commands need no lock
@@ -174,6 +198,17 @@ class Store:
         for path in resume:
             path.unlink(missing_ok=True)
         shutil.rmtree(folder / _PARTS, ignore_errors=True)
+
+
+def _step_of(state: Path) -> int | None:
+    # torch.save writes a zip file with a pickled dict; its first entry is the step. Commands that only look must not import torch
+    try:
+        with zipfile.ZipFile(state) as file, file.open(next(name for name in file.namelist() if name.endswith("/data.pkl"))) as content:
+            values = [value for _, value, _ in islice(pickletools.genops(content), 10) if value is not None]
+    except (OSError, ValueError, StopIteration, zipfile.BadZipFile):
+        return None
+    after = values[values.index("step") + 1 :] if "step" in values else []
+    return after[1] if len(after) > 1 and isinstance(after[1], int) else None
 
 
 def _stat(path: Path) -> list[int]:

@@ -36,7 +36,7 @@ class StatusRow:
     state of Slurm in lower case."""
     elapsed: str
     last: str
-    """The newest line of the training log, or the reason why the stage failed or waits."""
+    """The newest line of the training log, the reason why the stage failed or waits, and the update at which it continues."""
 
 
 def status_rows(study: Path, store: Store) -> list[StatusRow]:
@@ -51,13 +51,28 @@ def status_rows(study: Path, store: Store) -> list[StatusRow]:
         key = stage["key"]
         found = _finished(key, store) if key in done else here.get(key) or jobs.get(key) or _NOT_STARTED
         last = found.last or _metric(store.folder(key), stage)
-        state = "stopped" if found is _NOT_STARTED and last else found.state
-        return replace(found, label=labels[key], state=state, last=last)
+        state = "stopped" if found is _NOT_STARTED and (last or store.continues(key, stage["steps"])) else found.state
+        where = continuation(store, key, stage["steps"], state)
+        return replace(found, label=labels[key], state=state, last="; ".join(filter(None, (last, where))))
 
     return [row(stage) for stage in stages]
 
 
 _NOT_STARTED = StatusRow("", "", "not started", "", "")
+
+
+def continuation(store: Store, key: str, updates: int | None, state: str) -> str:
+    """Return where the next run continues a stage, as a short sentence. It is empty for a stage that runs, is done or has not started.
+
+    Args:
+        updates: the number of updates of a training, and None for other stages.
+        state: the stage's state, as in `StatusRow`.
+    """
+    if state in ("done", "running", "completing"):
+        return ""
+    if where := store.continues(key, updates):
+        return f"the next run continues {where}"
+    return "no state was saved, so the next run starts at update 0" if updates and state in ("stopped", "dead") else ""
 
 
 def local_rows(run: LocalRun) -> dict[str, StatusRow]:
@@ -66,7 +81,7 @@ def local_rows(run: LocalRun) -> dict[str, StatusRow]:
     state = run.state
     if state not in ("running", "dead"):
         return failed
-    started = {key: StatusRow("", run.name, state, _time(s.seconds), described(s)) for key, s in run.stages.items()}
+    started = {key: StatusRow("", run.name, state, _time(s.seconds), described(s, dead=state == "dead")) for key, s in run.stages.items()}
     return failed | started
 
 

@@ -221,7 +221,12 @@ class Estimate:
     def __init__(self, stages: Mapping[str, Stage], work: Mapping[str, Workload], jobs: int):
         self.stages, self.work, self.jobs = stages, work, jobs
         self._finished: dict[str, float] = {}
-        self._running: dict[str, tuple[float, float]] = {}  # share of the work that is done, seconds
+        self._running: dict[str, tuple[float, float]] = {}  # share of this run's work that is done, seconds
+        self._before: dict[str, float] = {}  # share of the work that earlier runs have done
+
+    def begins(self, key: str, progress: float) -> None:
+        """Record the progress (0 to 1) from which a stage continues. An earlier run has saved it."""
+        self._before[key] = min(self.work[key].share(progress), 0.999) if progress > 0 else 0.0
 
     def finished(self, key: str, seconds: float) -> None:
         """Record that a stage has finished in this run."""
@@ -230,7 +235,9 @@ class Estimate:
 
     def running(self, key: str, progress: float, seconds: float) -> None:
         """Record the progress (0 to 1) of a stage, and the seconds since its start."""
-        self._running[key] = (self.work[key].share(progress) if progress > 0 else 0.0, seconds)
+        before = self._before.get(key, 0.0)
+        share = self.work[key].share(progress) if progress > 0 else 0.0
+        self._running[key] = max(share - before, 0.0) / (1 - before), seconds
 
     def dropped(self, key: str) -> None:
         """Record that a stage has failed or was stopped."""
@@ -262,7 +269,10 @@ class Estimate:
         found = next((speeds[name] for name in self._names(key) if name in speeds), None)
         if found is None:
             return None
-        return max(self.work[key].total * found.seconds / found.work - seconds, 0.0)
+        return max(self._work(key) * found.seconds / found.work - seconds, 0.0)
+
+    def _work(self, key: str) -> float:
+        return self.work[key].total * (1 - self._before.get(key, 0.0))
 
     def _names(self, key: str) -> tuple[str, str, str]:
         return self.work[key].kind, f"all {self.stages[key].kind}", "all"
@@ -272,5 +282,5 @@ class Estimate:
         shares = {key: (1.0, seconds) for key, seconds in self._finished.items()}
         for key, (share, seconds) in (shares | {k: v for k, v in self._running.items() if v[0] > _EARLY}).items():
             for name in self._names(key):
-                speeds.setdefault(name, _Measured()).add(share * self.work[key].total, seconds)
+                speeds.setdefault(name, _Measured()).add(share * self._work(key), seconds)
         return speeds

@@ -162,7 +162,7 @@ def _born(pid: int) -> float | None:
         return None
 
 
-def described(stage: StageProgress) -> str:
-    """Return a stage's progress in one line: done of total, the newest note, and the predicted time left."""
-    parts = [f"{stage.done}/{stage.total}", stage.note, f"{spoken(stage.left)} left" if stage.left is not None else ""]
+def described(stage: StageProgress, *, dead: bool = False) -> str:
+    """Return a stage's progress in one line: done of total, the newest note and, if its run is not dead, the predicted time left."""
+    parts = [f"{stage.done}/{stage.total}", stage.note, f"{spoken(stage.left)} left" if stage.left is not None and not dead else ""]
     return ", ".join(part for part in parts if part)

@@ -41,6 +41,8 @@ class Screen:
         self.lines = normal and self.live is None
         self.detailed = self.terminal.detail == "everything" and normal
         self.started: dict[str, float] = {}
+        self.saved: dict[str, int] = {}
+        """Key -> the update at which a training that this run has started continues. It is 0 for other stages."""
         self.reminded = False
         self._minute = time.monotonic()
         self._stack = contextlib.ExitStack()
@@ -80,15 +82,20 @@ class Screen:
     def start(self, key: str) -> None:
         self.waiting.remove(key)
         self.started[key] = time.monotonic()
-        label = self.labels[key]
-        self.run.stages[key] = StageProgress(label, total=self.plan.stages[key].steps or 1, note="starting")
+        label, steps = self.labels[key], self.plan.stages[key].steps
+        where, saved = self.store.continues(key, steps), self.store.saved_update(key) or 0
+        self.saved[key] = saved
+        self.run.stages[key] = StageProgress(label, saved, steps or 1, f"continues {where}" if where else "starting")
+        self.estimate.begins(key, saved / (steps or 1))
         self.board.start(key)
         if self.live:
             self.live.refresh()  # the first process may take seconds to start
-        self._event("start", key)
+        self._event("start", key, continues_at=saved or None)
+        if where and (self.live or self.lines):
+            self._print(f"[cyan]continues[/] {escape(label)} {where}")
         if self.detailed:
             self._print(f"[dim]started[/] {escape(label)} [dim]({key}, {escape(str(self.store.folder(key)))})[/]")
-        self.journal.log(f"started: {label} ({key})")
+        self.journal.log(f"{'continues' if where else 'started'}: {label} ({key}){' ' * bool(where)}{where}")
         self.journal.save()
 
     def show(self, key: str, message: Message) -> None:
@@ -99,7 +106,8 @@ class Screen:
             self.journal.log(f"alarm: {self.labels[key]}: {message}")
             return
         stage = self.run.stages[key]
-        stage.done, stage.total, stage.note = message
+        done, stage.total, stage.note = message
+        stage.done = done or self.saved[key]  # until a stage has read its saved state, it reports 0
         self.board.progress(key, stage.note)
         self.estimate.running(key, stage.done / max(stage.total, 1), time.monotonic() - self.started[key])
 

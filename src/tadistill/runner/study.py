@@ -20,15 +20,17 @@ from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
+from tadistill.plan.graph import Stage
 from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.processes import prepare
 from tadistill.runner.schedule import run_stages
 from tadistill.runner.trackers import Trackers, check_trackers
-from tadistill.store import key_of, store_of
+from tadistill.store import Store, key_of, store_of
 from tadistill.terminal import Terminal
 
 SUITE = ("dolly", "self_inst", "vicuna", "sinst", "uinst")
 """MiniLLM's five test sets."""
+_NAMED = 3  # stages that are named in one sentence
 
 
 @placed
@@ -58,13 +60,26 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
             jobs = check_study(recipe, console)
         for sentence in plan.tokens.cautions():
             console.note(sentence, problem=True)
-        console.note(f"{recipe.study}: {len(plan.stages)} stages, {len(missing)} to run, {jobs} at a time")
+        console.note(_beginning(plan, store, missing, jobs))
     study = save_plan(plan, runs, recipe_text=recipe_text, command=command, console=console)
     if missing:
         run_stages(plan, store, jobs=jobs, console=console)
     else:  # what jobs of a cluster did, for instance
         Trackers(plan, store, lambda text: console.note(text, problem=True)).close()
     return study
+
+
+def _beginning(plan: Plan, store: Store, missing: Seq[Stage], jobs: int) -> str:
+    """Return the sentence that says what the run will do, and where it continues."""
+    places = {stage.label: store.continues(stage.key, stage.steps) for stage in missing}
+    begun = [f"{label} {where}" for label, where in places.items() if where]
+    done = len(plan.stages) - len(missing)
+    if not done and not begun:
+        return f"{plan.recipe.study}: {len(plan.stages)} stages, {len(missing)} to run, {jobs} at a time"
+    more = f" and {len(begun) - _NAMED} more" if len(begun) > _NAMED else ""
+    goes_on = f", {len(begun)} to continue ({', '.join(begun[:_NAMED])}{more})" if begun else ""
+    new = f", {len(missing) - len(begun)} to start" if len(missing) > len(begun) else ""
+    return f"{plan.recipe.study}: {done} of {len(plan.stages)} stages finished{goes_on}{new}, {jobs} at a time"
 
 
 @placed

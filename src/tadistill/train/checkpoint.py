@@ -19,6 +19,7 @@ import torch
 
 from tadistill.disk import replacing, write_text, writing
 from tadistill.errors import StoreError
+from tadistill.store import STATES
 
 _SECONDS = 30.0
 _SHARE = 20  # saving takes at most a twentieth of the time
@@ -50,7 +51,7 @@ class Checkpoints:
     def __init__(self, directory: Path, seconds: float | None = None):
         """`seconds` is the pause between two saves. None means 30 seconds, or 20 times the duration of a save if this is longer."""
         self.directory, self.seconds = directory, seconds
-        self.newest, self.before = directory / "state.pt", directory / "state-before.pt"
+        self.newest, self.before = (directory / name for name in STATES)
         self.took, self.at = 0.0, time.monotonic()
         self.sound = True
         """False if state.pt cannot be read. The next save then does not keep it as state-before.pt."""

@@ -109,7 +109,7 @@ def train_stage(
     state = run.resume(hooks.alarm)
     log = RunLog(directory / "metrics.jsonl", resume_step=state.step) if accelerator.is_main_process else None
     since = _Averages(state.pending)
-    hooks.progress(state.step, "training")
+    hooks.progress(state.step, f"continues at update {state.step} of {steps}" if state.step else "training")
     # runs with equal numbers of processes have equal dropout; rank 0 has the dropout of a run with a single process
     others = [accelerator.process_index] if accelerator.process_index else []
     with meter.counting():

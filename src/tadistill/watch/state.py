@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.cluster.job import jobs_folder
-from tadistill.cluster.status import job_rows, local_rows, planned_stages
+from tadistill.cluster.status import continuation, job_rows, local_rows, planned_stages
 from tadistill.disk import damaged
 from tadistill.errors import ConfigError
 from tadistill.plan.graph import distinct_labels
@@ -146,7 +146,7 @@ class Watched:
 
     def _look(self) -> Moment:
         planned, runs = self._planned(), local_runs(self.study)
-        stages = self._ready(tuple(self._states(planned, runs)))
+        stages = self._ready(tuple(map(self._saved, self._states(planned, runs))))
         self._follow(stages)
         stages = tuple(_progress(stage, self._logs.get(stage.key)) for stage in stages)
         self._sample(stages)
@@ -200,6 +200,12 @@ class Watched:
                 yield replace(stage, state=_WORDS.get(row.state, row.state), note=row.last, elapsed=row.elapsed)
             else:
                 yield replace(stage, state="stopped" if stage.key in stopped else "waiting")
+
+    def _saved(self, stage: StageState) -> StageState:
+        updates = stage.total if stage.trains else None
+        where = continuation(self.store, stage.key, updates, "dead" if stage.state == "killed" else stage.state)
+        done = self.store.saved_update(stage.key) if where and updates else None
+        return replace(stage, note="; ".join(filter(None, (stage.note, where))), done=done or stage.done)
 
     def _manifest(self, key: str) -> dict[str, Any] | None:
         path = self.store.folder(key) / MANIFEST
