@@ -40,7 +40,7 @@ SAYS = {
     "custom-sampler": "ramp",
     "lora": "models/with-lora",
     "out-of-memory": "signal",
-    "resume": "run the same command again to continue",
+    "resume": "1 will be continued: distill teacher -> student, forward_kl on dataset, seed 10 at update",
     "slurm": "#SBATCH",
     "stop-early": "done",
     "watch": "http://127.0.0.1:",

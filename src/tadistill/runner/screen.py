@@ -91,7 +91,7 @@ class Screen:
         if self.live:
             self.live.refresh()  # the first process may take seconds to start
         self._event("start", key, continues_at=saved or None)
-        if where and (self.live or self.lines):
+        if where and self.lines:
             self._print(f"[cyan]continues[/] {escape(label)} {where}")
         if self.detailed:
             self._print(f"[dim]started[/] {escape(label)} [dim]({key}, {escape(str(self.store.folder(key)))})[/]")

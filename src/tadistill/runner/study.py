@@ -20,7 +20,7 @@ from tadistill.errors import ConfigError
 from tadistill.models import sources
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.graph import Stage
+from tadistill.plan.graph import Stage, distinct_labels
 from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.processes import prepare
 from tadistill.runner.schedule import run_stages
@@ -70,16 +70,16 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
 
 
 def _beginning(plan: Plan, store: Store, missing: Seq[Stage], jobs: int) -> str:
-    """Return the sentence that says what the run will do, and where it continues."""
-    places = {stage.label: store.continues(stage.key, stage.steps) for stage in missing}
-    begun = [f"{label} {where}" for label, where in places.items() if where]
-    done = len(plan.stages) - len(missing)
+    """Return the sentences that say what the run will do, and at which update it continues."""
+    labels = distinct_labels((s.key, s.label, s.arms) for s in plan.stages.values())
+    places = {stage.key: store.continues(stage.key, stage.steps) for stage in missing}
+    begun = [f"{labels[key]} {where}" for key, where in places.items() if where]
+    total, done, new = len(plan.stages), len(plan.stages) - len(missing), len(missing) - len(begun)
     if not done and not begun:
-        return f"{plan.recipe.study}: {len(plan.stages)} stages, {len(missing)} to run, {jobs} at a time"
+        return f"{plan.recipe.study}: {total} stages, {total} to run, {jobs} at a time"
     more = f" and {len(begun) - _NAMED} more" if len(begun) > _NAMED else ""
-    goes_on = f", {len(begun)} to continue ({', '.join(begun[:_NAMED])}{more})" if begun else ""
-    new = f", {len(missing) - len(begun)} to start" if len(missing) > len(begun) else ""
-    return f"{plan.recipe.study}: {done} of {len(plan.stages)} stages finished{goes_on}{new}, {jobs} at a time"
+    goes_on = f" {len(begun)} will be continued: {', '.join(begun[:_NAMED])}{more}." if begun else ""
+    return f"{plan.recipe.study}: {done} of {total} stages are finished.{goes_on} {new} will be started. {jobs} run at a time."
 
 
 @placed

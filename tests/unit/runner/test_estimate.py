@@ -29,6 +29,20 @@ def test_a_running_stage_gives_the_speed_of_all_others():
     assert found.total_left(["b", "c", "d"]) == pytest.approx(2 * (50 + 100 + 200 + 50))
 
 
+def test_only_the_work_of_this_run_gives_the_speed_of_a_stage_that_continues():
+    found, half, three_quarters = Estimate(STAGES, WORK, 1), 49.7 / 99.7, 74.7 / 99.7
+    found.begins("a", half)
+    found.running("a", half, 1.0)
+    assert found.left("a") is None
+    found.running("a", three_quarters, 50.0)  # a quarter of its work of 100 took 50 s
+    assert found.left("a") == pytest.approx(50)
+    assert found.left("b") == pytest.approx(200)
+    found.begins("b", half)
+    assert found.left("b") == pytest.approx(100)
+    found.finished("a", 100.0)
+    assert found.left("b") == pytest.approx(100)
+
+
 def test_jobs_and_the_longest_chain_limit_the_time():
     found = Estimate(STAGES, WORK, 2)
     found.finished("a", 100.0)

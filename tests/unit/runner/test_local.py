@@ -20,9 +20,10 @@ from tadistill.results.find import find_study
 from tadistill.runner import local, screen
 from tadistill.runner.local import Journal, StageProgress, local_runs
 from tadistill.runner.screen import Screen
-from tadistill.runner.study import save_plan
+from tadistill.runner.study import _beginning, save_plan
 from tadistill.store import Store
 from tadistill.terminal import Terminal
+from tadistill.train.checkpoint import Checkpoints, TrainState
 
 RECIPE = small("s")
 
@@ -67,6 +68,30 @@ def test_status_of_a_stage_that_stopped(plan, study):
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text('{"step": 3, "train/loss": 5.01}\n')
     assert [row.state for row in status_rows(study, store)] == ["stopped", "not started"]
+
+
+def save_state(study, key, step):
+    files = Checkpoints(Store(study.parent / "store").folder(key))
+    files.directory.mkdir(parents=True, exist_ok=True)
+    files.save(TrainState(step=step))
+
+
+def test_status_says_where_a_stopped_stage_continues(plan, study):
+    store = Store(study.parent / "store")
+    first, second = plan.stages
+    (store.folder(second) / "parts").mkdir(parents=True)
+    (store.folder(second) / "parts" / "a.json").write_text("[]")
+    save_state(study, first, 5)
+    assert [(row.state, row.last) for row in status_rows(study, store)] == [
+        ("stopped", "the next run continues at update 5 of 8"),
+        ("stopped", "the next run continues after 1 finished part"),
+    ]
+    ended = journal(study)
+    ended.run.born, ended.run.stages[first] = 1.0, StageProgress("x", 6, 8, "loss 5.01", left=100.0)
+    ended.save()
+    assert status_rows(study, store)[0].last == "6/8, loss 5.01; the next run continues at update 5 of 8"
+    (store.folder(first) / "state.pt").unlink()
+    assert status_rows(study, store)[0].last == "6/8, loss 5.01; no state was saved, so the next run starts at update 0"
 
 
 def test_status_of_a_killed_run(plan, study, monkeypatch):
@@ -173,8 +198,11 @@ def test_events_as_json(plan, study, monkeypatch, capsys):
     assert [event["event"] for event in events] == names
     assert [event["event"] for event in events if event.get("key") == key] == ["start", "alarm", "progress", "end"]
     assert all(event[name] == value for event in events if "key" in event for name, value in about.items())
-    start, _, alarm, _, progress, end, last = ({k: v for k, v in e.items() if k not in ("event", "time", "key", *about)} for e in events)
+    start, began, alarm, _, progress, end, last = (
+        {k: v for k, v in e.items() if k not in ("event", "time", "key", *about)} for e in events
+    )
     assert start | {"command": ""} == {"study": "small", "command": "", "stages": 2, "todo": 2, "jobs": 1}
+    assert began == {"continues_at": None}
     assert alarm == {"text": "update 4: collapse"}
     assert progress.pop("left") > 0
     assert progress.pop("study_left") > 0
@@ -185,6 +213,32 @@ def test_events_as_json(plan, study, monkeypatch, capsys):
     shown(plan, study, monkeypatch, fail=True, events=True)
     failed = [e for line in capsys.readouterr().out.splitlines() if (e := json.loads(line))["event"] == "failed"]
     assert [(e["key"], e["reason"], e["seconds"]) for e in failed] == [(key, "it broke", 61.0)]
+
+
+def test_a_stage_that_continues_says_so(plan, study, monkeypatch, capsys):
+    key = next(iter(plan.stages))
+    save_state(study, key, 5)
+    beginning = _beginning(plan, Store(study.parent / "store"), [*plan.stages.values()], 2)
+    sentences = "1 will be continued: sft s, seed 1 at update 5 of 8. 1 will be started. 2 run at a time."
+    assert beginning == f"small: 0 of 2 stages are finished. {sentences}"
+    out, _ = shown(plan, study, monkeypatch)
+    assert "continues sft s, seed 1 at update 5 of 8" in out.splitlines()
+    assert f"continues: sft s, seed 1 ({key}) at update 5 of 8" in (study / "run.log").read_text()
+    shown(plan, study, monkeypatch, events=True)
+    starts = [event for line in capsys.readouterr().out.splitlines() if (event := json.loads(line))["event"] == "start"]
+    assert [event["continues_at"] for event in starts] == [5]
+
+
+def test_a_stage_that_continues_shows_its_saved_update_until_it_has_loaded_its_models(plan, study):
+    key = next(iter(plan.stages))
+    save_state(study, key, 5)
+    with Screen(plan, Store(study.parent / "store"), Terminal(file=io.StringIO()), todo=[key], jobs=1) as mine:
+        mine.start(key)
+        assert status_rows(study, mine.store)[0].last == "5/8, continues at update 5 of 8"
+        mine.show(key, (0, 8, "loading model"))
+        assert (mine.run.stages[key].done, mine.run.stages[key].note) == (5, "loading model")
+        mine.show(key, (4, 8, "the state before"))  # the newest state was damaged
+        assert mine.run.stages[key].done == 4
 
 
 def test_a_terminal_gets_a_table_and_one_line_at_the_end(plan, study, monkeypatch):

@@ -9,6 +9,7 @@ from tests.unit.train.test_loop import train
 from tadistill.config.method import Select
 from tadistill.disk import replacing
 from tadistill.errors import Interrupted, StoreError
+from tadistill.store import Store
 from tadistill.train import checkpoint
 from tadistill.train.checkpoint import Checkpoints, TrainState
 
@@ -32,6 +33,20 @@ def test_the_two_newest_states_are_kept_with_their_best_weights(tmp_path):
     assert [checkpoint.load(tmp_path / name)["step"] for name in ("state.pt", "state-before.pt")] == [4, 3]
     files.keep_best(5, {"w": torch.zeros(1)})
     assert names(tmp_path)[:3] == ["best-3.pt", "best-4.pt", "best-5.pt"]
+
+
+def test_the_store_reads_the_update_of_the_newest_state(tmp_path):
+    store, files = Store(tmp_path), Checkpoints(Store(tmp_path).folder("ab12"))
+    assert store.saved_update("ab12") is None
+    files.directory.mkdir(parents=True)
+    for step in (200, 70_000):  # the pickle has another code for large numbers
+        files.save(state(step))
+        assert store.saved_update("ab12") == step
+        assert store.continues("ab12", 100_000) == f"at update {step} of 100000"
+    files.newest.write_bytes(b"PK damaged")
+    assert store.saved_update("ab12") == 200
+    files.before.unlink()
+    assert (store.saved_update("ab12"), store.continues("ab12", 100)) == (None, "")
 
 
 def test_a_damaged_state_does_not_take_the_place_of_the_one_before(tmp_path):

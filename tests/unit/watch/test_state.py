@@ -8,6 +8,7 @@ import pytest
 from tadistill.cluster import queue
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError, StoreError
+from tadistill.train.checkpoint import Checkpoints, TrainState
 from tadistill.watch.graph import draw, nodes_of, picked
 from tadistill.watch.machine import Machine, read_gpus
 from tadistill.watch.state import Watched
@@ -45,6 +46,19 @@ def test_a_killed_run_is_shown_as_such(folder):
     assert {stage.key: stage.note for stage in moment.stages if stage.note.startswith("waits")} == dict.fromkeys(
         (D1, E1), "waits for sft s, seed 1"
     )
+
+
+def test_a_stage_shows_the_update_at_which_the_next_run_continues_it(folder):
+    files = Checkpoints(folder.store.folder(S1))
+    folder.log(S1, 1, 60)
+    files.save(TrainState(step=52))
+    folder.run(S1, dead=True)
+    killed = look(folder).stages[1]
+    assert (killed.state, killed.done) == ("killed", 52)
+    assert killed.note == "loss 2.000, 120 tokens/s; the next run continues at update 52 of 100"
+    folder.run(S1, ended="interrupted")
+    stopped = look(folder).stages[1]
+    assert (stopped.state, stopped.done, stopped.note) == ("stopped", 52, "the next run continues at update 52 of 100")
 
 
 def test_other_ends_of_a_run(folder):
