@@ -1,7 +1,7 @@
 """Turn a recipe's arms and seeds into a graph of stages. Arms that begin with the same stages share them.
 
-An arm is a named path of models. A stage is one step of a study, such as a training. Stages exchange files on disk only. A stage's key is a
-hash of its settings and inputs.
+An arm is a named path of models, such as `A > B > C`. A stage is one step of a study, such as one training. Each stage writes a folder on
+disk, and later stages read it. A stage's key is a hash of its settings and inputs.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from tadistill.plan.task import check_entries, check_sources, original_teacher
 
 @dataclass(frozen=True)
 class PlannedArm:
-    """One arm (a named path of models) of the recipe, with the keys of its stages by seed."""
+    """One arm of the recipe (a named path such as `A > B > C`), with the keys of its stages for each seed."""
 
     name: str
     arm: Arm
@@ -33,9 +33,9 @@ class PlannedArm:
     """Key of the stage that makes the arm's model. None if no stage trains it."""
     evaluate: dict[int, str]
     analyse: dict[int, str]
-    """Empty if the recipe has no original teacher."""
+    """Key of the `analyse` stage by seed. Empty if the recipe has no original teacher."""
     also: dict[str, dict[int, str]]
-    """Keys of the evaluations with the decodings in `evaluate.also`, by the decoding's name and by seed."""
+    """Keys of the evaluations with another decoding (`evaluate.also`), by the decoding's name and by seed."""
     flops: float | None
     """Training FLOPs of the final model and all models from which it was made, for one seed. None if a size is not known."""
 
@@ -52,14 +52,14 @@ class Plan:
     tokens: StudyTokens
     """The tokenizer of each model, and the tokens that end an answer."""
     absent: dict[str, str] = field(default_factory=dict)
-    """Maps each arm that a partial plan leaves out to the reason."""
+    """Arms that a partial plan leaves out, each with the reason."""
     unknown: list[str] = field(default_factory=list)
     """Models of a partial plan that are not on this disk, as `NAME (SOURCE)`."""
 
 
 @dataclass(frozen=True)
 class ProbePlan:
-    """The stages of `tadistill advise`. They measure models on dev prompts before any distillation."""
+    """The stages of `tadistill advise`, which measure models on dev prompts before any distillation."""
 
     plan: Plan
     alone: dict[str, str]
@@ -101,7 +101,7 @@ class _Planner:
             for name, arm in list(waiting.items()):
                 before = arm.like[1] if arm.like else None
                 if before in absent:
-                    absent[name] = f"it has `compute: {arm.compute}`, and arm {before} is left out"
+                    absent[name] = f"its `compute: {arm.compute}` needs arm {before}, which is left out too"
                 elif before is None or before in done:
                     try:
                         done[name] = self._arm(name, arm, done)
@@ -141,7 +141,7 @@ class _Planner:
         self._check_sizes(name, arm)
         if arm.dense and all(len(path) < 3 for path in arm.path):
             raise ConfigError(
-                f"arms.{name}: `dense` has no effect on `{arm.text}`, where no model has two teachers; write a path such as A > B > C"
+                f"arms.{name} has `dense`, but in `{arm.text}` no model has two teachers; remove `dense`, or write a path such as A > B > C"
             )
         method, made = self.recipe.method, _ArmModels(self.stages, arm, seed)
         if not arm.learners:
@@ -164,12 +164,11 @@ class _Planner:
     def _model_of(self, arm: str, seed: int) -> Handle:
         if arm in self.making:
             raise ConfigError(
-                f"a model takes its temperature from arm {arm}, but it is itself in that arm's path; name another arm in `temper.like`"
+                f"a model has `temper.like: {arm}`, but arm {arm} needs this model; in `temper.like`, name an arm that does not need it"
             )
         if (compute := self.recipe.arms[arm].compute) is not None:
             raise ConfigError(
-                f"a model takes its temperature from arm {arm}, which has `compute: {compute}`; in `temper.like`, "
-                "name an arm that has no `compute`"
+                f"a model has `temper.like: {arm}`, but arm {arm} has `compute: {compute}`; in `temper.like`, name an arm without `compute`"
             )
         self.making.append(arm)
         try:
@@ -182,8 +181,8 @@ class _Planner:
             teacher, learner = self.ledger.size(above), self.ledger.size(below)
             if teacher and learner and learner.total > teacher.total:
                 raise ConfigError(
-                    f"arms.{name}: in `{arm.text}`, {above} ({teacher.total:,} parameters) teaches the bigger {below} "
-                    f"({learner.total:,}); write the path from big to small"
+                    f"arms.{name}: in `{arm.text}`, {above} ({teacher.total:,} parameters) teaches the bigger model {below} "
+                    f"({learner.total:,} parameters); write the path from big to small"
                 )
 
     @staticmethod
@@ -235,7 +234,7 @@ class _Planner:
         assert arm.like is not None
         times = arm.like[0]
         if times is None and (len(arm.path) > 1 or len(arm.last) != 2):
-            raise ConfigError(f"arms.{name} has `compute`, which needs a direct path (A > B), but its path is {arm.text}; remove `compute`")
+            raise ConfigError(f"arms.{name} has `compute`, which needs a path of two models, but its path is {arm.text}; remove `compute`")
         if not arm.learners and not arm.objective:
             raise ConfigError(f"arms.{name} trains no model, so `compute: {arm.compute}` has no effect; remove `compute`")
         trial, final = self._trial(name, arm, 1.0)
@@ -277,8 +276,8 @@ class _Planner:
         if unknown := self.ledger.unknown():
             names = ", ".join(each.split(" ")[0] for each in unknown)
             return NotHere(
-                f"arms.{name} has `compute: {arm.compute}`, which needs the sizes of {names}; run `tadistill fetch RECIPE`, because "
-                "they are not on this disk"
+                f"arms.{name} has `compute: {arm.compute}`, which needs the sizes of models that are not on this disk ({names}); run "
+                "`tadistill fetch RECIPE`"
             )
         self.ledger.rows  # noqa: B018  raises NotHere if the texts are not here
         return ConfigError(
@@ -313,12 +312,12 @@ class _ArmModels(dict[str, Handle]):
 
 
 def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) -> ProbePlan:
-    """Plan the stages of `tadistill advise` on dev prompts: one `probe` stage per model, and one `pair` stage per pair of models.
+    """Plan the stages of `tadistill advise`. A `probe` stage measures one model on dev prompts, and a `pair` stage compares two models.
 
     Args:
         models: names from big to small. Each model is used after its own fine-tuning with the study's first seed.
         prompts: number of dev rows to use, from the first row.
-        k: number of most likely tokens that a pair compares.
+        k: number of most likely tokens that a `pair` stage compares at each position.
     """
     planner = _Planner(recipe)
     stages, seed = planner.stages, recipe.first_seed

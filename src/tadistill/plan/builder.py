@@ -35,7 +35,7 @@ from tadistill.plan.study_tokens import StudyTokens
 
 
 class StageBuilder:
-    """Builds the stages of one recipe. Each method adds a stage once. It returns the stage's key, or a handle (a source of weights)."""
+    """Builds the stages of one recipe. A method adds a stage unless the graph has it already. It returns the stage's key or its model."""
 
     def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle], tokens: StudyTokens):
         """`of_arm` is a function that returns the final model of an arm for a seed."""
@@ -65,7 +65,7 @@ class StageBuilder:
         return seed if own is None else own
 
     def trained(self, name: str, seed: int, start: Handle | None = None) -> Handle:
-        """Return the model after its own fine-tuning, if it has `sft`. If `start` is given, it replaces the model's own initial weights."""
+        """Return a model after its own fine-tuning; without fine-tuning if it has no `sft`. `start` replaces its own initial weights."""
         model, seed = self.recipe.models[name], self.seed(name, seed)
         handle = start or self._untrained(name, seed)
         return self.sft(name, handle, model.sft, seed) if model.sft else handle
@@ -115,8 +115,8 @@ class StageBuilder:
         wanted, have = self.ledger.config(name), self.ledger.config(source)
         if wanted is None or have is None:
             raise NotHere(
-                f"the size of {name} is not known, because it starts from {source} and at least one of these models is not on this disk; "
-                "run `tadistill fetch RECIPE`"
+                f"{name} starts from {source}, but the size of one of these two models is not known, because it is not on this disk; run "
+                "`tadistill fetch RECIPE`"
             )
         if wanted["model_type"] != have["model_type"]:
             kinds = f"{have['model_type']} and {wanted['model_type']}"
@@ -142,7 +142,7 @@ class StageBuilder:
         """Add supervised fine-tuning. If `continues` is True, the stage's label says that the model was trained before.
 
         Raises:
-            ConfigError: the metric needs a teacher, or `sft.keep` names an update after the last one.
+            ConfigError: `select.metric` needs a teacher, or `sft.keep` names an update after the last one.
         """
         if sft.select.metric == "reverse_kl":
             raise ConfigError(f"models.{name}: sft has no teacher, so `select.metric` cannot be reverse_kl; use loss, rouge_l or last")
@@ -153,11 +153,11 @@ class StageBuilder:
         optim = self.with_steps(sft.optim)
         assert optim.steps is not None
         if max(sft.keep, default=0) > optim.steps:
-            raise ConfigError(f"models.{name}.sft.keep has {max(sft.keep)}; write numbers from 1 to {optim.steps}, the number of updates")
+            raise ConfigError(f"models.{name}.sft.keep has {max(sft.keep)}, but the last update is {optim.steps}; write 1 to {optim.steps}")
         if sft.keep and sft.select.patience:
             raise ConfigError(
-                f"models.{name}.sft has both `keep` and `select.patience`, but training may stop before update {max(sft.keep)}; remove "
-                "one of them"
+                f"models.{name}.sft has both `keep` and `select.patience`. With patience, training may stop before update "
+                f"{max(sft.keep)} of `keep`; remove one of them"
             )
         spec = specs.SftSpec(
             student=student,
@@ -175,8 +175,8 @@ class StageBuilder:
         """Add the distillation of the model `name`. Its initial weights come from `student`.
 
         Args:
-            teachers: names and models, from big to small. There are several only with dense guidance.
-            turn: number of earlier distillations of this model in the arm. Each turn has its own order of prompts.
+            teachers: names and models, from big to small. Only a method with `dense` has several.
+            turn: number of earlier distillations of this model in the same arm. Each distillation has its own order of prompts.
 
         Raises:
             ConfigError: `dense.weights` does not have one weight per teacher.
@@ -238,7 +238,7 @@ class StageBuilder:
         return HashedData(ref=corpus, fingerprint=datasets.fingerprint(corpus, "train", self.recipe.data))
 
     def evaluate(self, name: str, model: Handle, seed: int, decoding: Evaluate, other: str = "") -> str:
-        """Add the evaluation of a model on the test sets with one decoding. `other` is the decoding's name; empty for the main decoding."""
+        """Add the evaluation of a model on the test sets with one decoding. `other` names the decoding; the main one has no name."""
         spec = specs.EvaluateSpec(
             data=self.encoding(name), sets=self._test_sets(), model=model, decoding=decoding, references=not other, own=self._own_metrics
         )
@@ -268,7 +268,7 @@ class StageBuilder:
         return self.add(spec, f"probe {name}", name, self.seed(name, seed))
 
     def pair(self, teacher: tuple[str, Handle], learner: tuple[str, Handle], answers: str, seed: int, prompts: int, k: int) -> str:
-        """Add the stage that compares a student with a bigger model: their `k` most likely tokens on the student's sampled answers."""
+        """Add the stage that compares a student with a bigger model. It compares their `k` most likely tokens on the student's answers."""
         (above, handle), (name, model) = teacher, learner
         spec = specs.PairSpec(
             data=self.encoding(name, samples=False),
@@ -285,11 +285,11 @@ class StageBuilder:
         return self.graph.stages[model.stage].label if isinstance(model, FromStage) else name
 
     def encoding(self, name: str, *, samples: bool = True) -> Encoding:
-        """Return the rules that turn rows into tokens for a model. `samples` is True if answers are sampled from the model."""
+        """Return the rules that turn data rows into tokens for a model. `samples` is True if answers are sampled from the model."""
         return self.tokens.encoding(name, samples=samples)
 
     def split(self, role: Literal["train", "dev"], limit: int | None = None) -> Split:
-        """Return the recipe's train or dev split. `limit` is the number of rows to use. By default, the recipe sets it."""
+        """Return the train or dev split. `limit` is the number of rows to use. Its default is the recipe's `data.limit`."""
         ref = getattr(self.recipe.data, role)
         return self._split(ref, role, limit or getattr(self.recipe.data.limit, role))
 

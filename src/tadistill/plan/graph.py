@@ -44,7 +44,7 @@ class Stage:
 
     @cached_property
     def parents(self) -> dict[str, str]:
-        """The stages that must finish before this one starts: their role here, such as `teacher`, mapped to their key."""
+        """Keys of the stages that must finish before this one starts, by their role, such as `teacher`."""
         return self.spec.parents
 
     @property
@@ -83,10 +83,9 @@ class Graph:
             self.stages[ancestor].arms.add(arm)
 
     def flops(self, key: str | None) -> float | None:
-        """Return the training FLOPs of a stage and all its ancestors. Each stage is counted once. Return None if the FLOPs of a stage are
-        unknown.
+        """Return the training FLOPs of a stage and all its ancestors. Return None if the FLOPs of one of them are unknown.
 
-        A model that only sets another model's temperature (role `like`) is not counted.
+        Each stage is counted once. The training of a model that only sets another model's temperature (role `like`) is not counted.
         """
         if key is None:
             return 0.0
@@ -95,7 +94,7 @@ class Graph:
 
 
 def with_ancestors(stages: Mapping[str, Stage], keys: Iterable[str], without: str | None = None) -> set[str]:
-    """Return the keys of these stages and of all their ancestors. A parent whose role equals `without` is not followed."""
+    """Return the given keys and the keys of all stages that they depend on. A parent whose role is `without` is ignored."""
     found, todo = set(), list(keys)
     while todo:
         at = todo.pop()
@@ -106,11 +105,11 @@ def with_ancestors(stages: Mapping[str, Stage], keys: Iterable[str], without: st
 
 
 def distinct_labels(stages: Iterable[tuple[str, str, Collection[str]]], *, short: bool = True) -> dict[str, str]:
-    """Return one label per stage key, with different labels for different stages. Each label has the model, the method and the seed.
+    """Return a different label for each stage, by the stage's key.
 
     A full label is, for instance, `distill xl -> s, minillm on teacher_mixed (rounds of 256, 4 updates each), 160 updates, seed 10`. With
-    `short`, text in brackets and the number of updates are left out if labels still differ. Stages with equal full labels are told apart by
-    the arms that use them, or by the start of their key.
+    `short`, a label loses its text in brackets and its number of updates if it stays unique. If two full labels are equal, the label also
+    names the arms that use the stage, or the start of its key.
 
     Args:
         stages: the key, the full label and the names of the arms of each stage.

@@ -1,7 +1,7 @@
 """The inputs of a stage: models, data sets, and the outputs of other stages. Each kind of input has a frozen class.
 
-`content` returns an input as plain data. stage.json stores this data, and the stage's key is its hash. Fields must therefore keep their
-names.
+`content` returns an input as plain data. The file stage.json stores this data, and the stage's key is a hash of it. If a field got
+another name, the keys of finished stages would change.
 """
 
 from typing import Any, Literal, TypeAlias
@@ -18,12 +18,12 @@ from tadistill.own_code import load_function
 
 
 class Part(Strict):
-    """Base class of all objects that a stage's key (a hash) includes."""
+    """Base class of all objects that a stage's key depends on. The key is a hash of their content."""
 
     def content(self) -> dict[str, Any]:
         """Return the object as plain data.
 
-        Fields with their default value are left out. A new field with a default therefore does not change the keys of finished stages.
+        Fields that have their default value are left out. So a new field with a default does not change the keys of finished stages.
         """
         found: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
@@ -54,7 +54,7 @@ def _plain(value: Any) -> Any:
 
 
 class Encoding(Part):
-    """The rules that turn the rows of a data set into token sequences."""
+    """The settings with which the rows of a data set become token sequences."""
 
     template: Template
     max_prompt: int
@@ -68,14 +68,14 @@ class Encoding(Part):
 
 
 class HashedData(Part):
-    """A data set, and the fingerprint of its content at the time of the plan."""
+    """A data set, and a hash of its content at the time of the plan."""
 
     ref: DataRef
     fingerprint: str
 
 
 class OwnCode(Part):
-    """A function of the user's own code."""
+    """A metric or objective from the user's own code."""
 
     function: str
     source: str
@@ -89,7 +89,7 @@ class Split(HashedData):
     limit: int | None
 
     def content(self) -> dict[str, Any]:
-        """Return the data set as plain data, without `limit`. The object that contains this split stores `limit` itself."""
+        """Return the data set as plain data, without `limit`. The object that has this split as a field stores `limit`."""
         return {"ref": _plain(self.ref), "fingerprint": self.fingerprint}
 
 
@@ -134,12 +134,12 @@ class Loaded(Part):
 
     @property
     def source(self) -> str:
-        """The place of the weights on this machine: `at` if it is set, else `load`."""
+        """Path or Hub name of the weights on this machine: `at` if it is set, else `load`."""
         return self.at or self.load
 
     @property
     def tokenizer_source(self) -> str:
-        """The place of the tokenizer on this machine: `tokenizer_at` if it is set, else the recipe's source."""
+        """Path or Hub name of the tokenizer on this machine. Without a tokenizer of its own, the model uses that of its weights."""
         return self.tokenizer_at or self.tokenizer or self.source
 
 
@@ -152,7 +152,7 @@ class PrunedDepth(Part):
 
 
 class Pruned(Part):
-    """Another model, pruned to a smaller shape. Activations on training text decide which parts are kept."""
+    """Another model, pruned to a smaller shape. Activations on training text decide which weights are kept."""
 
     prune: dict[str, int]
     """New sizes by name: layers, hidden, intermediate, heads, kv_heads."""
@@ -179,7 +179,7 @@ Tempered.model_rebuild()
 
 
 def stage_of(part: Handle | Output) -> str | None:
-    """Return the key of the stage that must finish before `part` can be read. Return None if there is no such stage."""
+    """Return the key of the stage that writes this model or output. Return None if the model does not come from a stage."""
     if isinstance(part, FromStage | Output):
         return part.stage
     return None if isinstance(part, Loaded) else stage_of(part.of)
@@ -189,7 +189,7 @@ def stage_of(part: Handle | Output) -> str | None:
 
 
 def plan_objective(objective: ObjectiveBase, folder: str | None) -> OwnCode | None:
-    """Return the function of a custom objective. Return None for other objectives. Raises ConfigError if the function cannot be used."""
+    """Return the user's function of a custom objective; None for any other objective. Raises ConfigError if it cannot be used."""
     if not isinstance(objective, Custom):
         return None
     with about("objective.function"):

@@ -24,7 +24,7 @@ _WIDE = 130  # columns; a narrower screen shows no `parents`, and short keys and
 
 
 def preview(plan: Plan, store: Store, speeds: Speeds, jobs: int, width: int = 200) -> Group:
-    """Return all tables and the notes below them. If `width` (in columns) is small, keys and labels are shorter."""
+    """Return all tables and the notes below them. `width` is the screen's number of columns. A narrow screen has short keys and labels."""
     parts = [_stages(plan, store, speeds, width), "", _arms(plan), ""]
     if any(stage.flops for stage in plan.stages.values()):
         parts += [_largest(plan, width), ""]
@@ -145,7 +145,7 @@ def _largest(plan: Plan, width: int) -> Table:
             label = ""
         if stage.cost.published:
             share = f"{stage.cost.published / stage.cost.total:.0%}"
-            table.add_row("", "[dim]released code needs[/]", _flops(stage.cost.published), share)
+            table.add_row("", "[dim]MiniLLM's released code[/]", _flops(stage.cost.published), share)
     return table
 
 
@@ -153,12 +153,12 @@ def _absent(plan: Plan) -> Iterable[str]:
     fix = "`tadistill fetch RECIPE` downloads what is missing."
     if plan.unknown:
         it = "it is not" if len(plan.unknown) == 1 else "they are not"
-        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {it} on this disk. {fix} Keys may still change then."
+        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {it} on this disk. {fix} Keys may then change."
     for name, reason in plan.absent.items():
         yield f"Arm {name} is left out of this plan: {reason}."
     trained = any(stage.trains and stage.cost is None for stage in plan.stages.values())
     if trained and not plan.unknown:
-        yield f"FLOPs are not known (?) where a data set is not on this disk, or where the family of a model has no count. {fix}"
+        yield f"FLOPs are not known (?) if a data set is not on this disk, or if FLOPs cannot be counted for a model's family. {fix}"
 
 
 def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]:
@@ -167,7 +167,7 @@ def _notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterable[str]
     head = plan.teacher or "a loaded model"
     yield (
         f"FLOPs include all training that an arm's final model needs, and the training of {head}.  "
-        "They do not include dev evaluations, rollout metrics and tests."
+        "FLOPs of dev evaluations, rollout metrics and tests are not included."
     )
     for name, model in plan.recipe.models.items():
         if model.load and (base := sources.adapter_base(model.load, model.revision)):

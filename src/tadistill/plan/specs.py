@@ -1,8 +1,7 @@
-"""The kinds of stages. Each kind has a frozen class, whose fields contain everything that changes the stage's results.
+"""The kinds of stages. Each kind is a frozen class, whose fields contain everything that changes the stage's results.
 
-A class also gives the version of its kind, the function that runs it, and whether the stage trains or only measures. `KINDS` lists all
-kinds. To add a kind, add three things: its class here; its function in `tadistill.stages`; and the call in `plan.builder` or `plan.arms`
-that plans it.
+A class also has the version of its kind, the name of the function that runs it, and flags: does it train, does it only measure? `KINDS`
+lists all kinds. A new kind needs a class here, a function in `tadistill.stages`, and a call in `plan.builder` or `plan.arms`.
 """
 
 from collections.abc import Iterator
@@ -29,9 +28,9 @@ class Spec(Part):
 
     kind: ClassVar[str]
     version: ClassVar[int]
-    """Increase it by hand if a change of the code changes the results of this kind of stage."""
+    """A number in the stage's key. Increase it if a change of the code changes the results of this kind of stage."""
     work: ClassVar[str]
-    """MODULE:FUNCTION in `tadistill.stages`. It is a string, because the module imports torch but planning must not import it."""
+    """MODULE:FUNCTION in `tadistill.stages`. It is a string, because the module imports torch and a plan must work without torch."""
     trains: ClassVar[bool] = False
     """True if the stage updates weights. Only such a stage may use several processes."""
     measures: ClassVar[bool] = False
@@ -48,12 +47,12 @@ class Spec(Part):
 
     @property
     def models(self) -> dict[str, Handle]:
-        """The models that the stage reads, by role. A role is the name of the field. `assistant 1` is the first assistant."""
+        """The models that the stage reads, by role. A role is a field's name, such as `teacher`; the first assistant is `assistant 1`."""
         return {role: part for role, part in self._inputs() if not isinstance(part, Output)}
 
     @property
     def parents(self) -> dict[str, str]:
-        """Map each role, such as `teacher`, to the key of the stage that writes this input. That stage must finish first."""
+        """Keys of the stages that write this stage's inputs, by role, such as `teacher`. They must finish first."""
         keys = {role: stage_of(part) for role, part in self._inputs()}
         return {role: key for role, key in keys.items() if key is not None}
 
@@ -78,7 +77,7 @@ class Spec(Part):
         """Return the predicted cost. Return None if it cannot be predicted, or if the stage only measures.
 
         Args:
-            ledger: predicts costs from the sizes of the recipe's models and the lengths of its texts.
+            ledger: predicts costs from model sizes and text lengths.
             model: name of the model that the stage trains, makes or runs.
             teachers: names of the stage's teachers, from big to small.
         """
@@ -133,7 +132,7 @@ class SftSpec(TrainingSpec):
     version = 3
 
     keep: tuple[int, ...] = ()
-    """Updates after which weights are stored in addition to the selected checkpoint, in ascending order."""
+    """Numbers of updates after which weights are stored too, in addition to the selected checkpoint. Ascending."""
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
         return ledger.sft(model, self.optim, self.select)
@@ -154,7 +153,7 @@ class DistillSpec(TrainingSpec):
     sampler: Sampler
     dense: Dense | None = None
     assistants: tuple[Handle, ...] = ()
-    """The other teachers of dense guidance, from big to small."""
+    """The other teachers if the method has `dense`, from big to small."""
     corpus: HashedData | None = None
     """Plain text for MiniLLM's language-modelling loss."""
     own: OwnCode | None = None
@@ -177,7 +176,7 @@ class DistillSpec(TrainingSpec):
 
 
 class TemperSpec(Spec):
-    """Search for a teacher's temperature. With it, the teacher's mean entropy on dev responses equals that of another model."""
+    """Search for the temperature at which a teacher's mean entropy on dev responses equals that of another model."""
 
     kind = "temper"
     version = 1
@@ -185,7 +184,7 @@ class TemperSpec(Spec):
 
     teacher: Handle
     like: Handle
-    """The model whose entropy is matched. An arm's FLOPs do not include the training of this model."""
+    """The other model. An arm's FLOPs do not include its training."""
     dev: Split
     batch: int
 
@@ -211,7 +210,7 @@ class GenerateSpec(Spec):
 
 
 class SignalSpec(Spec):
-    """Recording of a teacher's outputs on the training set. Its students read them later."""
+    """Recording of a teacher's outputs on the training set. Students train on the recorded outputs later."""
 
     kind = "signal"
     version = 1
@@ -220,7 +219,7 @@ class SignalSpec(Spec):
     teacher: Handle
     signal: HiddenSignal | TopKSignal = Field(discriminator="type")
     precision: Precision
-    """Precision of the students' training. It determines the teacher's dtype."""
+    """Precision of the students' training, on which the teacher's dtype depends."""
     train: Split
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
@@ -257,7 +256,7 @@ class EvaluateSpec(_OnTestSets):
 
 
 class AnalyseSpec(_OnTestSets):
-    """Comparison of a model with the original teacher and with the assistants in its path, on the test sets."""
+    """Comparison of a model with the original teacher and with the teacher assistants in its path, on the test sets."""
 
     kind = "analyse"
     version = 1

@@ -1,8 +1,7 @@
-"""The tokens of a study: the tokenizer of each model, the tokens that end an answer, and BOS. They come from the models' files on this
-disk.
+"""The tokenizer of each model of a study, the tokens that end an answer, and BOS. All are read from the models' files on this disk.
 
-Models that teach each other must read the same prompts and end their answers in the same way. All of them therefore use one tokenizer,
-that of the original teacher. An answer ends with any token that ends an answer of one of these models.
+Models that teach each other must read the same tokens and end their answers in the same way. So all of them use one tokenizer, that of the
+original teacher. Any token that ends an answer of one of these models ends the answers of all.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from tadistill.plan.inputs import Encoding
 
 
 class StudyTokens:
-    """The tokens of every model of a recipe."""
+    """The tokenizers and special tokens of a recipe's models."""
 
     def __init__(self, recipe: Recipe, teacher: str | None):
         """Read the files of the models. `teacher` is the original teacher. Without a teacher, every model keeps its own tokenizer."""
@@ -25,7 +24,7 @@ class StudyTokens:
     # --- what the stages need -------------------------------------------------------------------------------------------
 
     def tokenizer(self, name: str) -> tuple[str, str] | None:
-        """Return source and revision of the tokenizer that replaces a model's own. Return None if the model uses its own tokenizer."""
+        """Return source and revision of the tokenizer that replaces a model's own; None if the model uses its own tokenizer."""
         own, lead = self._of(name), self._of(self._lead(name))
         source, other = self._source(name), self._source(self._lead(name))
         if source == other or None in (own.eos, lead.eos):
@@ -33,7 +32,7 @@ class StudyTokens:
         return other if self._differences(own, lead, str) else None
 
     def encoding(self, name: str, *, samples: bool = True) -> Encoding:
-        """Return the rules that turn rows into tokens for a model. `samples` is True if answers are sampled from the model."""
+        """Return the rules that turn data rows into tokens for a model. `samples` is True if answers are sampled from the model."""
         data, lead = self.recipe.data, self._of(self._lead(name))
         ends, own = self.ends(name), (lead.eos, *self._of(name).generation)
         same = set(ends) == set(own) or not samples
@@ -44,19 +43,19 @@ class StudyTokens:
         )
 
     def ends(self, name: str) -> tuple[int, ...]:
-        """Return every token that ends an answer of a model. The token that ends a reference comes first."""
+        """Return every token that ends an answer of a model. The first one ends the reference answers."""
         return tokens.ends(self._of(self._lead(name)), [self._of(other) for other in self._group(name)], in_chat=self._chat)
 
     # --- sentences ------------------------------------------------------------------------------------------------------
 
     def notes(self) -> list[str]:
-        """Return one sentence for each group of models. It names the tokens that end their answers."""
+        """Return one sentence for each group of models that share a tokenizer. It names the tokens that end their answers."""
         found = []
         for group in self._groups:
             lead, text = self._lead(group[0]), self._text(group)
             if self._of(lead).eos is not None:
                 closing, *others = self.ends(lead)
-                also = f"; {_join([*map(text, others)])} would end it too" if others else ""
+                also = f"; {_join([*map(text, others)])} can also end it" if others else ""
                 found.append(f"An answer of {_join(group)} ends with {text(closing)}{also}.")
         return found
 
@@ -73,9 +72,11 @@ class StudyTokens:
                 found.append(f"{name} uses the tokenizer of {lead}, because its own {why}.")
         if first.bos is not None and self.bos_matters:
             if self.recipe.data.bos == "auto":
-                found.append(f"Prompts begin with {text(first.bos)}, as the tokenizer of {lead} has it (data.bos: never leaves it out).")
+                found.append(f"Prompts begin with {text(first.bos)}, the BOS of the tokenizer of {lead}; `data.bos: never` leaves it out.")
             else:
-                found.append(f"Prompts have no {text(first.bos)}, although the tokenizer of {lead} puts it first (data.bos: never).")
+                found.append(
+                    f"Because of `data.bos: never`, prompts do not begin with {text(first.bos)}, the BOS of the tokenizer of {lead}."
+                )
         chats = [name for name in group if self._of(name).template]
         if chats and self.recipe.data.template != "chat" and "instruction" in self._forms:
             found.append(
@@ -118,7 +119,7 @@ class StudyTokens:
         return self._used if self.teacher and name in self._used else (name,)
 
     def _lead(self, name: str) -> str:
-        """Return the model whose tokenizer the group uses. It is the teacher, unless a chat template is needed and the teacher has none."""
+        # the model whose tokenizer the group uses: the teacher, unless a chat template is needed and the teacher has none
         group = self._group(name)
         ordered = [self.teacher, *group] if self.teacher in group else group
         wanted = (n for n in ordered if n and (not self._chat or self._of(n).template))
@@ -168,7 +169,7 @@ class StudyTokens:
 
     @cached_property
     def bos_matters(self) -> bool:
-        """True if some texts are not written by a chat template. Only then does the study decide about BOS."""
+        """True if some texts are not written by a chat template. A chat template itself decides about BOS."""
         data = self.recipe.data
         return data.corpus is not None or "prompt" in self._forms or (data.template != "chat" and "instruction" in self._forms)
 

@@ -1,4 +1,4 @@
-"""The task that a process or cluster job receives: a stage of the study, and its resources in the recipe. A task can be pickled."""
+"""The task that a process or cluster job receives. It has a stage of the study and the stage's resources, and it can be pickled."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -55,7 +55,7 @@ _SEVERAL = ("processes", "nodes", "parallel")  # settings of stages that run in 
 
 
 def check_entries(recipe: Recipe) -> None:
-    """Check the recipe's `resources`. Each entry's name must be `default`, a kind of stage, or a kind and a model.
+    """Check the recipe's `resources`. An entry's name must be `default`, a kind of stage (`sft`), or a kind and a model (`sft NAME`).
 
     Raises:
         ConfigError: an entry has another name, or sets several processes for a kind that runs in one process.
@@ -76,10 +76,10 @@ def check_entries(recipe: Recipe) -> None:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Check that the models and data sets of a recipe exist, or may exist on the Hub. Nothing is read.
+    """Check that the recipe's models and data sets exist on this disk, or have names that may exist on the Hub. No file is read.
 
     Raises:
-        DataError, ModelError: some of them do not exist. The message names all of these.
+        DataError, ModelError: some do not exist. The message names all of them.
     """
     found = Gathering()
     for name, model in recipe.models.items():
@@ -93,7 +93,7 @@ def check_sources(recipe: Recipe) -> None:
 
 
 def resources_of(recipe: Recipe, stage: Stage) -> Resources:
-    """Return the resources of a stage. The entries `default`, KIND and `KIND MODEL` are merged, and later entries override earlier ones.
+    """Return the resources of a stage. They are merged from the entries `default`, `KIND` and `KIND MODEL`; the later entry wins.
 
     Raises:
         ConfigError: the merged settings contradict each other.
@@ -107,22 +107,22 @@ def resources_of(recipe: Recipe, stage: Stage) -> Resources:
         return Resources.model_validate(given)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"resources of `{stage.kind} {stage.model}` (merged from {', '.join(names)}): {reason}") from error
+        raise ConfigError(f"resources of `{stage.kind} {stage.model}` (merged from the entries {', '.join(names)}): {reason}") from error
 
 
 def layout(recipe: Recipe, stage: Stage) -> Resources:
     """Return the resources of a stage, after checking that the stage can run with them.
 
     Raises:
-        ConfigError: the batch is not a multiple of the processes, or a model is sharded although each process needs all of it.
+        ConfigError: the batch is not a multiple of the number of processes, or a model is sharded although each process needs it whole.
     """
     given, spec = resources_of(recipe, stage), stage.spec
     if not isinstance(spec, TrainingSpec):
         return given
     if spec.optim.batch % given.processes:
         raise ConfigError(
-            f"{stage.label}: optim.batch {spec.optim.batch} is not a multiple of the {given.processes} processes in "
-            "`resources`; change one of them"
+            f"{stage.label}: `optim.batch` is {spec.optim.batch}, but it must be a multiple of the {given.processes} processes in "
+            "`resources`; change one of the two numbers"
         )
     sampler = spec.method.sampler
     if given.teacher == "sharded" and sampler.guided:
@@ -131,16 +131,20 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
             "each process; set teacher: offloaded"
         )
     if given.parallel == "fsdp" and sampler.vllm:
-        raise ConfigError(f"{stage.label}: `resources` has parallel: fsdp, but engine vllm needs the whole student; set parallel: ddp")
+        raise ConfigError(
+            f"{stage.label}: `resources` has parallel: fsdp, but engine vllm needs the whole student in each process; set parallel: ddp"
+        )
     if given.parallel == "fsdp" and spec.lora:
-        raise ConfigError(f"{stage.label}: `resources` has parallel: fsdp, but `lora` needs whole weights; set parallel: ddp")
+        raise ConfigError(
+            f"{stage.label}: `resources` has parallel: fsdp, but `lora` needs whole weights in each process; set parallel: ddp"
+        )
     return given
 
 
 def original_teacher(recipe: Recipe) -> str | None:
-    """Return the original teacher: the recipe's `teacher`, or the model from which all paths start. The report compares students with it.
+    """Return the original teacher, with which the report compares students; None if no path has a teacher.
 
-    A path is ignored if it starts from a model that another path trains. The result is None if no path has a teacher.
+    It is the recipe's `teacher`, or else the first model of all paths. Paths whose first model is trained by another path are ignored.
 
     Raises:
         ConfigError: the paths start from different models.

@@ -1,8 +1,8 @@
 """The speed of this machine for each kind of stage, and the predicted time of stages and plans.
 
-Speeds are FLOP/s, by kind of stage and by span. A span is a part of the training loop with its own timer: sampling, training, watching
-(metrics of rollouts) or selection (dev evaluations). Speeds come from `tadistill plan --measure` (RUNS/store/throughput.json)
-or, without it, from stages that finished on this machine.
+Speeds are FLOP/s, by kind of stage and by span. A span is a timed part of the training loop: sampling, training, watching (metrics of
+rollouts) or selection (dev evaluations). `tadistill plan --measure` writes speeds to RUNS/store/throughput.json. Without them, the speeds
+of stages that finished on this machine are used.
 """
 
 import json
@@ -28,7 +28,7 @@ def cores() -> int:
 
 
 def machine(threads: int, accelerator: str | None = None) -> str:
-    """Return this machine's name in the file of speeds. It is the accelerator, or the processor with the number of threads."""
+    """Return this machine's name in throughput.json: the accelerator, or the processor and the number of threads."""
     return accelerator or f"{_processor()}, {threads} threads"
 
 
@@ -39,9 +39,9 @@ def _processor() -> str:
 
 
 def measured_throughput(ledger: Mapping[str, Any]) -> dict[str, float]:
-    """Return the FLOP/s of each part of the training loop. `ledger` is a training's record of FLOPs and seconds.
+    """Return the FLOP/s of each part of the training loop. `ledger` has the FLOPs and the seconds that a training recorded.
 
-    Parts without recorded FLOPs or seconds are left out.
+    Parts without FLOPs or seconds are left out.
     """
     flops: dict[str, float] = {}
     for name, part in ledger["parts"].items():
@@ -57,7 +57,7 @@ def save_throughput(store: Store, where: str, speeds: Speeds) -> None:
 
 
 def load_throughput(store: Store, stages: Mapping[str, Stage], threads: int, accelerator: str | None = None) -> Speeds:
-    """Return the speeds of this machine. Speeds from `plan --measure` override the speeds of finished stages."""
+    """Return the speeds of this machine. Speeds from `plan --measure` are preferred to those of finished stages."""
     here, found = machine(threads, accelerator), {}
     for stage in stages.values():
         if stage.cost and store.finished(stage.key):
@@ -73,7 +73,7 @@ def _read(store: Store) -> dict[str, Speeds]:
 
 
 def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
-    """Predict the seconds of a stage. Return None if an important part (over 1 % of the FLOPs) has an unknown speed."""
+    """Predict the seconds of a stage. Return None if the speed of a part with more than 1 % of the FLOPs is not known."""
     if cost is None or cost.kind not in speeds:
         return None
     known, total = speeds[cost.kind], 0.0
@@ -88,8 +88,8 @@ def seconds(cost: Cost | None, speeds: Speeds) -> float | None:
 def wall_clock(stages: Mapping[str, Stage], takes: Mapping[str, float], jobs: int) -> float:
     """Predict the seconds until all stages have finished. `jobs` stages run at a time, and a stage starts after its parents.
 
-    Stages with the longest chain of descendants start first, as in `runner.schedule`. `takes` gives seconds by key. A stage without an
-    entry takes no time.
+    The stage with the longest chain of later stages starts first, as in `runner.schedule`. `takes` maps keys to seconds. A stage that it
+    does not contain takes no time.
     """
     behind = dict.fromkeys(stages, 0.0)
     for key in reversed(list(stages)):

@@ -1,8 +1,8 @@
-"""Predict the remaining time of a run: the work of its stages, divided by the speed of the run so far.
+"""Predict the remaining time of a run: the work of its remaining stages, divided by the speed of the run so far.
 
-The work of a stage (one step of a study) is predicted in seconds on an assumed machine. It has two parts: FLOPs at an assumed speed, and
-calls of layers at an assumed delay. Calls count because they limit small models and single decoding steps. Only the ratios between stages
-matter.
+The work of a stage (one step of a study) is given in seconds on an assumed machine. It is the sum of the time for FLOPs and a fixed time for
+each call of a layer. The calls take most of the time of small models and single decoding steps. The assumed values may be wrong, because
+only the ratios between stages matter.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -37,9 +37,9 @@ from tadistill.plan.specs import (
 from tadistill.tuning import GENERATION_BATCH, RECORDING_BATCH
 
 _SPEED = 1e11
-"""Assumed FLOP/s."""
+"""FLOP/s of the assumed machine."""
 _CALL = 2e-4
-"""Assumed seconds of one layer's call."""
+"""Seconds of one layer's call on the assumed machine."""
 _AROUND = 4
 """Embeddings, head, loss and sampling of a forward pass are assumed to take as long as this number of layer calls."""
 _START = 0.3
@@ -52,14 +52,14 @@ _EARLY = 0.05
 
 @dataclass(frozen=True)
 class Workload:
-    """The work of one stage, in assumed seconds."""
+    """The predicted work of one stage, in seconds on an assumed machine."""
 
     kind: str
-    """Equal for stages that do the same work with other seeds."""
+    """A name that is equal for stages that do the same work with other seeds."""
     even: float = 0.0
-    """The part that grows evenly with the stage's progress."""
+    """The work that grows evenly with the stage's progress."""
     looks: float = 0.0
-    """The part that dev evaluations take, if the stage trains."""
+    """The work of the dev evaluations, if the stage trains."""
     every: float = 1.0
     """The share of the stage's progress between two dev evaluations."""
 
@@ -68,7 +68,7 @@ class Workload:
         return _START + self.even + self.looks
 
     def share(self, progress: float) -> float:
-        """Return the share of the work that is done after a share of the updates or answers."""
+        """Return how much of the work is done (0 to 1). `progress` is the share of the updates or answers that are done."""
         looked = 1.0 if progress >= 1 else progress // self.every * self.every
         return (_START + self.even * progress + self.looks * looked) / self.total
 
@@ -196,7 +196,7 @@ _WORK: Mapping[type[Spec], Callable[[Stage, Any, _Sizes], Workload]] = {
     ProbeSpec: _probe,
     PairSpec: _pair,
 }
-"""Maps a kind of stage to a function that predicts its work. A kind without an entry counts as a stage that only loads its models."""
+"""For each kind of stage, the function that predicts its work. The work of a kind without an entry is that of loading its models."""
 
 
 # --- measured --------------------------------------------------------------------------------------------------------------
@@ -214,8 +214,8 @@ class _Measured:
 class Estimate:
     """Predicts the remaining seconds of stages and of the whole run.
 
-    The speed comes from stages that do the same work. Without such stages, it comes from stages of the same kind (sft, evaluate, …), or
-    from all stages.
+    The speed is measured on stages that do the same work with other seeds. If there are none yet, it is measured on stages of the same
+    kind (sft, evaluate, …), or else on all stages.
     """
 
     def __init__(self, stages: Mapping[str, Stage], work: Mapping[str, Workload], jobs: int):
@@ -244,7 +244,7 @@ class Estimate:
         self._running.pop(key, None)
 
     def left(self, key: str) -> float | None:
-        """Return the predicted seconds until a stage is finished, counted from its last record. Return None if no speed is known."""
+        """Return the predicted seconds until a stage is finished, as of the last call of `running`. Return None if no speed is known."""
         return self._left(key, self._speeds())
 
     def total_left(self, waiting: Iterable[str]) -> float | None:

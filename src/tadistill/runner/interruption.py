@@ -28,9 +28,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopFlag:
-    """A flag that becomes True when one of the signals arrives. A later signal cannot interrupt a save; it only calls the function `told`.
+    """A flag that becomes True when one of the signals arrives. Later signals only call the function `told`, so that a save can finish.
 
-    A signal that the process ignores stays ignored. (A shell ignores SIGINT for commands in the background.) Only the main thread can catch
+    A signal that the process already ignores stays ignored, such as SIGINT in a background job of a shell. Only the main thread can catch
     signals. In another thread the flag stays False.
     """
 
@@ -39,7 +39,7 @@ class StopFlag:
         self.at: float | None = None
         """Time of the first signal (time.time())."""
         self.replaced: dict[signal.Signals, Any] = {}
-        """Signal -> the handler that was installed before."""
+        """For each signal, the handler that was installed before."""
         self._told = told
         if threading.current_thread() is threading.main_thread():
             for number in signals:
@@ -63,7 +63,7 @@ class StopFlag:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Make SIGTERM and SIGUSR2 raise `Stopped` inside the block, as Ctrl-C raises KeyboardInterrupt. Only the first signal does so."""
+    """Make SIGTERM and SIGUSR2 raise `Stopped` inside the `with` block. After the first signal, all later ones are ignored."""
     before = {number: signal.signal(number, _raise) for number in ENDING if number != signal.SIGINT}
     ending = False
     try:
@@ -90,7 +90,7 @@ def _ignore() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Block the signals in `ENDING`. A process that is started inside the block also blocks them until it calls `release`."""
+    """Block the signals in `ENDING` inside the `with` block. A process that is started in it blocks them too, until it calls `release`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield

@@ -1,7 +1,7 @@
 """The studies of a runs directory, and the stages in its store that no study needs.
 
-A stage is needed in two cases: a JSON file in a study's folder names its key, or a needed stage was made from it. plan.json names every
-stage of a study. The files of `advise` and `search` name their stages.
+A stage is needed if a JSON file in a study's folder contains its key, or if a needed stage was made from its output. plan.json contains the
+keys of all stages of a study. `advise` and `search` write such files too.
 """
 
 import datetime
@@ -83,14 +83,14 @@ def unneeded(runs: Path, store: Store) -> list[Unneeded]:
 
 
 def delete(store: Store, keys: list[str], told: Callable[[str], None]) -> int:
-    """Delete stages, and return the number of bytes. A stage that a process now works on is kept, and `told` gets a sentence."""
+    """Delete stages, and return the number of freed bytes. A stage that a process works on is kept, and `told` is called with a sentence."""
     freed = 0
     for key in keys:
         lock = store.lock(key)
         try:
             lock.acquire(timeout=0)
         except TimeoutError:
-            told(f"{store.label(key)} is kept, because a process has begun to work on it")
+            told(f"{store.label(key)} is not deleted, because a process has begun to work on it")
             continue
         try:
             size, folder = _size(store.folder(key)), store.folder(key)

@@ -5,7 +5,7 @@
         table.print("a line above the table")
         table.refresh()                            # a few times a second
 
-The table has at most as many lines as the window. If it would be taller, finished and idle arms are folded.
+The table has at most as many lines as the window. If it would have more, several finished or waiting arms share one line.
 """
 
 import math
@@ -41,10 +41,10 @@ class Board:
         self.stages, self.labels = plan.stages, labels
         self.waiting = dict.fromkeys(todo)
         self.seconds: dict[str, float] = {}
-        """Key -> seconds of each stage that this run has finished."""
+        """Seconds of each stage that this run has finished, by key."""
         self.failed: set[str] = set()
         self.losses: dict[str, list[float]] = {}
-        """Key -> losses of each running stage so far."""
+        """Losses of each running stage so far, by key."""
         self.groups: dict[str, list[str]] = {SHARED: []} | {arm.name: [] for arm in plan.arms}
         for key, stage in plan.stages.items():
             name = next(iter(stage.arms)) if len(stage.arms) == 1 else SHARED
@@ -56,7 +56,7 @@ class Board:
         self.losses[key] = []
 
     def progress(self, key: str, text: str) -> None:
-        """Store a stage's newest text. The text of a training contains its loss."""
+        """Read the loss from the newest progress text of a training, and store it. The texts of other stages are ignored."""
         if numbers := training_numbers(text):
             self.losses[key].append(numbers[0])
 
@@ -78,7 +78,7 @@ class Board:
 
 
 class LiveTable:
-    """Draws a board below the printed lines. Use it as a context manager. At the end the table is removed."""
+    """Draws a `Board` as a table below the printed lines. Use it as a context manager. The table is removed at the end."""
 
     def __init__(self, console: Console, board: Board, run: LocalRun):
         self.console, self.board, self.run = console, board, run
@@ -264,7 +264,7 @@ def _fitting(parts: Sequence[tuple[int, Text]], room: int) -> Text:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Return a curve of the values in at most `width` characters. Each character shows the mean of an equal share of the values."""
+    """Draw the values as a curve of at most `width` characters. Each character shows the mean of some neighbouring values."""
     count = min(len(values), width)
     if count < 2:
         return ""

@@ -67,7 +67,7 @@ class LocalRun:
     stages: dict[str, StageProgress] = field(default_factory=dict)
     """The running stages by key."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Maps each failed stage to the reason."""
+    """Failed stages by key, each with the reason."""
     needs: list[str] = field(default_factory=list)
     """Keys of all stages that the process has planned so far, which `tadistill clean` keeps."""
 
@@ -77,7 +77,7 @@ class LocalRun:
 
     @property
     def state(self) -> State:
-        """How the run ended. It is `running` or `dead` if no end was recorded. A dead run was killed, or its machine stopped."""
+        """How the run ended; `running` if it goes on. A run is `dead` if its process does not exist any more and has recorded no end."""
         if self.ended:
             return self.ended
         if self.host != platform.node():
@@ -86,7 +86,7 @@ class LocalRun:
 
 
 def local_runs(study: Path) -> list[LocalRun]:
-    """Return the runs of a study that have a readable record, on this and other machines. The newest is the last."""
+    """Return the runs of a study on this and other machines, the newest one last. A run without a readable record is left out."""
     found = []
     for path in (study / _RECORDS).glob("*.json"):
         try:
@@ -99,7 +99,7 @@ def local_runs(study: Path) -> list[LocalRun]:
 
 
 class Journal:
-    """Writes the log and the record of this process's run. If the disk cannot be written, this is reported once, and the run goes on."""
+    """Writes run.log and the record of this process's run. If the files cannot be written, this is reported once, and the run goes on."""
 
     def __init__(self, study: Path, *, done: int, total: int, complain: Callable[[str], None], needs: Iterable[str] = ()):
         self.folder, self._complain, self._told = study, complain, False
@@ -131,7 +131,7 @@ class Journal:
 
     @property
     def seconds(self) -> float:
-        """The time since the run started."""
+        """Seconds since the run started."""
         return round(time.monotonic() - self._start, 1)
 
     def save(self) -> None:
@@ -145,7 +145,9 @@ class Journal:
     def _failed(self, path: Path, reason: str) -> None:
         if not self._told:
             self._told = True
-            self._complain(f"{path} cannot be written ({reason}); the run goes on, but its log and its status are not complete")
+            self._complain(
+                f"{path} cannot be written ({reason}); check the disk. The run goes on, but its log and its status will be incomplete"
+            )
 
 
 def _record(study: Path, run: LocalRun) -> Path:
@@ -163,6 +165,6 @@ def _born(pid: int) -> float | None:
 
 
 def described(stage: StageProgress, *, dead: bool = False) -> str:
-    """Return a stage's progress in one line: done of total, the newest note and, if its run is not dead, the predicted time left."""
+    """Return a stage's progress in one line: how much is done, its newest note and, unless the run is dead, the time left."""
     parts = [f"{stage.done}/{stage.total}", stage.note, f"{spoken(stage.left)} left" if stage.left is not None and not dead else ""]
     return ", ".join(part for part in parts if part)

@@ -31,8 +31,8 @@ from tadistill.runner.splits import check_texts, read_splits, rows_notes, script
 from tadistill.train.step import own_divergence
 
 _LESS_MEMORY = (
-    "use smaller models, lower optim.micro_batch, set optim.gradient_checkpointing, set optim.precision to bf16 (which halves a frozen "
-    "teacher), or use a machine with more memory"
+    "use smaller models, lower optim.micro_batch, set optim.gradient_checkpointing, set optim.precision to bf16 (a teacher then needs half "
+    "the memory), or use a machine with more memory"
 )
 _STARTS = 10
 
@@ -41,10 +41,10 @@ _STARTS = 10
 def check_study(recipe: Recipe, console: Console | None = None) -> int:
     """Check that a recipe can run on this machine. Return how many stages may run at the same time.
 
-    The console gets notes about rows that will be left out or cut, and about references that the metric cannot read.
+    Notes on the data are printed on the console: about rows that will be left out or cut, and about references that ROUGE-L ignores.
 
     Raises:
-        ConfigError, DataError, ModelError: the recipe cannot run here (raised before anything is written).
+        ConfigError, DataError, ModelError: the recipe cannot run here. Nothing has been written yet.
     """
     check_inputs(recipe, console)
     _check_engine(recipe)
@@ -55,7 +55,7 @@ def check_study(recipe: Recipe, console: Console | None = None) -> int:
 
 @placed
 def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
-    """Check data, tokenizers, encodings and models. These do not depend on the machine. Raises the same errors as `check_study`."""
+    """Check data, tokenizers and models, but not what depends on the machine. Raises the same errors as `check_study`."""
     found = Gathering()
     with found.about():
         survey.check(recipe)
@@ -151,8 +151,8 @@ def _try_own_code(recipe: Recipe) -> None:
             (low, high), scores = metric.row.bounds, score_own(own, [row.references[0], ""], [row, row])[metric.name]
             if outside := [value for value in scores if not low <= value <= high]:
                 raise ConfigError(
-                    f"`{metric.name}` returned {outside[0]:g} for a row of `{recipe.data.test[0]}`, but its unit `{metric.unit}` allows "
-                    f"only {low:g} to {high:g}; change the function, or give another `unit`"
+                    f"`{metric.name}` returned {outside[0]:g} for a row of `{recipe.data.test[0]}`, but the unit `{metric.unit}` allows "
+                    f"only {low:g} to {high:g}; change the function, or give the metric another `unit`"
                 )
     for method in methods(recipe):
         if isinstance(method.objective, Custom):
@@ -215,7 +215,7 @@ def _need(plan: Plan, stage: Stage) -> int:
 
 
 def _largest_group(plan: Plan, needs: Mapping[str, int], jobs: int) -> dict[str, int]:
-    """Return at most `jobs` stages that can run at the same time and together need the most memory (found by a greedy search)."""
+    # a greedy search for at most `jobs` stages that can run at the same time and together need the most memory
     above = {key: with_ancestors(plan.stages, [key]) for key in needs}
     order, best = sorted(needs, key=lambda key: -needs[key]), {}
     for first in order[:_STARTS]:

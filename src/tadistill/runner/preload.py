@@ -1,6 +1,6 @@
-"""The slow imports that every stage needs. The server from which stages are forked imports this module once.
+"""The slow imports that every stage needs. A server process imports this module once, and is then forked for each stage.
 
-It only imports and builds tables. It computes nothing, because computations start threads. Neither threads nor CUDA survive a fork.
+This module must not compute anything, because computations start threads. Neither threads nor CUDA survive a fork.
 """
 
 import gc

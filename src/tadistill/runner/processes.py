@@ -6,9 +6,9 @@
         for message in stage.attend(): ...            # (done, total, text), or the text of an alarm
     stage.error                                       # None if the stage succeeded
 
-Each stage gets new processes. Settings of libraries, memory and crashes of one stage therefore do not reach the next stage. On Linux a
-server imports torch once and forks the processes, which takes milliseconds. The server itself runs no work, so it never initialises CUDA.
-One pipe per process carries messages to the command, and `stop` to the process. If the command dies, the pipe breaks, and the process ends.
+Each stage gets new processes. So a crash or a changed setting of a library affects one stage only, and its memory is freed. On Linux a
+server process imports torch once and is forked for each stage, which takes milliseconds. The server runs no stage and does not use CUDA. A
+pipe to each process carries its messages, and the request to stop. If the command dies, the pipe breaks, and the process ends.
 """
 
 import multiprocessing
@@ -36,14 +36,14 @@ Message = tuple[int, int, str] | str
 
 _PRELOADED = ["tadistill.runner.preload"]
 _LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Variables that another launcher may have set (a Slurm shell, torchrun). The processes of this module do not use them."""
+"""Environment variables of other launchers (Slurm, torchrun). They are removed for the processes of this module."""
 _STOP = "stop"
 _LAST_WORDS = 1.0
 """After a rank has failed, the other ranks have this many seconds to report their own errors before they are killed."""
 
 
 def prepare() -> Any:
-    """Return the multiprocessing context. On Linux, also start the server that forks the processes; its imports run in the background."""
+    """Return the multiprocessing context. On Linux, also start the server that is forked for each stage. It imports in the background."""
     if sys.platform != "linux":  # macOS can fork too, but its own libraries do not survive it
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -57,7 +57,7 @@ def prepare() -> Any:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Hide the main module while a process starts. The process would import it, and a script without a `__main__` guard would run again."""
+    # the new process would import the main module, so a script without a `__main__` guard would run again
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -67,7 +67,7 @@ def _without_main() -> Iterator[None]:
 
 
 class StageProcesses:
-    """The processes of one stage, one for each rank. Together they use `threads` threads. Raises StageFailed if they cannot start."""
+    """The processes of one stage, one for each rank. They share `threads` threads. Raises StageFailed if they cannot start."""
 
     def __init__(self, task: Task, *, threads: int):
         self.ended = False
@@ -102,7 +102,7 @@ class StageProcesses:
         return [*self._pipes, *(process.sentinel for process in self._processes if process.exitcode is None)]
 
     def attend(self) -> list[Message]:
-        """Return the messages since the last call. Set `ended` if all processes have ended, or if one has failed; then also set `error`."""
+        """Return the messages since the last call. If the stage has ended, set `ended`. If it has failed, also set `error`."""
         said = self._read()
         codes = [process.exitcode for process in self._processes]
         if None not in codes:
@@ -152,12 +152,12 @@ class StageProcesses:
 def run_in_processes(
     task: Task, *, threads: int, progress: Callable[[int, int, str], None], alarm: Callable[[str], None], stop: Callable[[], bool]
 ) -> None:
-    """Run a stage as `stages.execute.run_stage` does, but in new processes. If one process fails, all are ended.
+    """Run a stage like `stages.execute.run_stage`, but in new processes. If one process fails, the others are killed.
 
     Raises:
         ConfigError: there are fewer GPUs than processes.
-        StageFailed: a process died or failed. The message says which one and why.
-        TadistillError: a process raised this error.
+        StageFailed: a process was killed, or raised an unexpected error. The message says which process and why.
+        TadistillError: a process raised an error of `tadistill.errors`, such as ConfigError. This error is raised again here.
         Interrupted: `stop` returned True. The state is saved.
     """
     stage, asked = StageProcesses(task, threads=threads), False
@@ -195,7 +195,7 @@ def _judged(codes: list[int | None], errors: dict[int, Exception]) -> Exception 
     for rank, code in enumerate(codes):
         if code:
             who = f"rank {rank} of {len(codes)}" if several else "the stage's process"
-            return StageFailed(f"{who} ended with exit code {code} (see its output){rest}")
+            return StageFailed(f"{who} ended with exit code {code} (see its output above){rest}")
     return None
 
 

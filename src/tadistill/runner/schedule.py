@@ -1,6 +1,6 @@
 """Run a plan on this machine: several stages at a time, each in its own processes, with one screen that shows their progress.
 
-A stage of a small model cannot use many cores, so several stages run together. A crash ends only one stage. If a signal asks to stop, all
+A small model cannot use many cores, so several stages run at the same time. A crash ends only one stage. If a signal asks to stop, all
 running stages save their state and end.
 """
 
@@ -27,7 +27,7 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Terminal) -> Non
     """Run every stage that is not in the store, `jobs` stages at a time.
 
     Raises:
-        StageFailed: a stage failed. All stages that do not depend on it were still run.
+        StageFailed: a stage failed. All stages that do not depend on the failed stage have been run.
         Stopped (a KeyboardInterrupt): a signal asked to stop. The running stages have saved their state.
     """
     todo = {k: s for k, s in plan.stages.items() if not store.finished(k)}

@@ -1,6 +1,7 @@
-"""The display of a run. A terminal shows a live table. Other outputs get lines, or JSON events. All write run.log and the run's record.
+"""The display of a run: a live table in a terminal, else lines of text or JSON events.
 
-Without a terminal, a line is printed when a stage ends and, once a minute, for each running stage. run.log gets these lines in all cases.
+Lines of text are printed when a stage ends and, once a minute, for each running stage. They are also written to run.log, even if there is
+a table. The run's record, which `tadistill status` reads, is written every few seconds.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ _MINUTE = 60.0
 
 
 class Screen:
-    """The output of one run. Use it as a context manager. At its end, it writes how the run ended."""
+    """The output of one run. Use it as a context manager. When the block ends, it writes how the run ended."""
 
     def __init__(self, plan: Plan, store: Store, terminal: Terminal, *, todo: Sequence[str], jobs: int):
         self.plan, self.store, self.terminal, self.jobs = plan, store, terminal, jobs
@@ -76,7 +77,7 @@ class Screen:
         self.journal.log(text)
 
     def remind(self) -> None:
-        """At the next tick, print that the stages are already saving their state. A signal handler may call this."""
+        """Make the next `tick` print that the stages are already saving their state. A signal handler may call this."""
         self.reminded = True
 
     def start(self, key: str) -> None:
@@ -132,11 +133,11 @@ class Screen:
         self._save()
 
     def tick(self) -> None:
-        """Update times and the table. Write the record and the lines that are due. Call this several times a second."""
+        """Update the table, and write the lines and the record that are due. Call this several times a second."""
         now = time.monotonic()
         if self.reminded:
             self.reminded = False
-            self.say("already stopping: the running stages save their state")
+            self.say("the run is already stopping: the running stages save their state")
         if self.journal.due:
             self._save()
         if self.live:

@@ -1,4 +1,4 @@
-"""The splits of a study as a tokenizer reads them: rows that are left out or cut, and texts that do not fit a model."""
+"""Tokenise the splits of a study. Find rows that are left out or cut, and texts that are too long for a model."""
 
 import itertools
 from collections.abc import Mapping
@@ -39,22 +39,22 @@ class Texts:
 
 @dataclass(frozen=True)
 class Read:
-    """The splits of a study, as one tokenizer reads them."""
+    """What one tokenizer makes of the splits of a study: the lengths of texts, and the rows that are kept."""
 
     texts: Texts
     counts: dict[tuple[str, str], Counts]
-    """Maps the role and the name of a split to its numbers of rows."""
+    """Numbers of rows that are kept, cut and left out, by role and name of a split."""
     rows: dict[str, frozenset[int]]
-    """Maps a test set to the rows that are not left out."""
+    """The rows of each test set that are not left out."""
     unread: str = ""
-    """A sentence on the training set, if its rows are tokenised later. `texts` then has upper limits."""
+    """A sentence that says that the training set is tokenised later. If it is not empty, `texts` has upper limits."""
 
 
 def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: StudyTokens, name: str, *, all_rows: bool = False) -> Read:
-    """Read all splits and the corpus. A large training set is tokenised here only with `all_rows`, or if that can find mistakes.
+    """Tokenise all splits and the plain-text corpus. A large training set may be left for later, unless `all_rows` is True.
 
     Raises:
-        DataError: the template does not fit the tokenizer, no row is short enough, or the corpus has no text.
+        DataError: the template cannot be used with the tokenizer, all rows of a split are too long, or the corpus has no text.
         ModelError: the tokenizer puts BOS first, but its files do not say so.
         ConfigError: a checkpoint is selected by fact accuracy, but the dev set has no facts.
     """
@@ -77,7 +77,8 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
                 found.append(Texts(kept.prompt, kept.whole, 0, kept.top, where))
             else:
                 unread = (
-                    f"{ref.name} (train): {total.rows} rows; the first stage that trains tokenises them and counts those that are too long"
+                    f"{ref.name} (train): its {total.rows} rows are not checked yet; the first training tokenises them, and counts those "
+                    "that are too long"
                 )
                 found.append(Texts(lengths.limit, lengths.max_length, 0, max(tokenizer.get_vocab().values()), where))
             continue
@@ -103,7 +104,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
 
 
 def check_texts(recipe: Recipe, rows: int, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, texts: Texts) -> None:
-    """Raise an error if a token has no embedding, or a text is longer than the model's positions."""
+    """Check that each token has an embedding, and that no text is longer than the model can read. Raises ModelError or ConfigError."""
     if texts.top >= rows:
         token = tokenizer.convert_ids_to_tokens(texts.top)
         raise ModelError(
@@ -126,7 +127,9 @@ def _check_positions(recipe: Recipe, config: Mapping[str, Any], texts: Texts) ->
         "a piece of data.corpus needs": (texts.chunk, "lower data.max_length"),
     }
     problems = [
-        f"it has {positions} positions, but {what} {need}; {fix}" for what, (need, fix) in needs.items() if positions and need > positions
+        f"the model has {positions} positions, but {what} {need}; {fix}"
+        for what, (need, fix) in needs.items()
+        if positions and need > positions
     ]
     if problems:
         raise ConfigError(*problems)
@@ -138,10 +141,10 @@ def trains(recipe: Recipe) -> bool:
 
 
 def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
-    """Return sentences about splits with rows that are left out or cut, and about test sets in which models keep different rows.
+    """Return sentences for the user: which splits lose rows, or have rows that are cut; in which test sets the models keep different rows.
 
     Raises:
-        DataError: two models share no row of a test set.
+        DataError: no row of a test set is kept by all models.
     """
     found: list[str] = []
     for role, name in next(iter(read.values())).counts:
@@ -158,12 +161,12 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
                 f"the models {', '.join(read)} have no row of {name} in common, so they cannot be compared; raise data.max_prompt"
             )
         if role == "test" and any(of_model.rows[name] != shared for of_model in read.values()):
-            found.append(f"{name} ({role}): the models are compared on the {len(shared)} rows that all of them keep")
+            found.append(f"{name} ({role}): the models are compared on the {len(shared)} rows that are short enough for all of them")
     return found
 
 
 def script_notes(recipe: Recipe) -> list[str]:
-    """Return a warning for every split in which ROUGE-L cannot see a large part of the references."""
+    """Return a warning for every split in which ROUGE-L ignores a large part of the references. It reads only ASCII characters."""
     data, found = recipe.data, list[str]()
     selects = [*(m.select for m in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
     for role, ref in [("dev", data.dev), *(("test", ref) for ref in data.test)]:
@@ -171,7 +174,7 @@ def script_notes(recipe: Recipe) -> list[str]:
             continue
         share = survey.survey(ref, role, data).beyond_ascii
         if share >= UNSEEN:
-            fix = "select by rouge_l_unicode" if role == "dev" else "rouge_l_unicode is measured too"
-            dropped = f"{100 * share:.0f} % of the letters and symbols of its references (all but ASCII)"
-            found.append(f"{ref.name} ({role}): ROUGE-L drops {dropped}; {fix}")
+            fix = "set select.metric to rouge_l_unicode" if role == "dev" else "rouge_l_unicode, which reads all of them, is measured too"
+            dropped = f"{100 * share:.0f} % of the letters and symbols of the references, because they are not ASCII"
+            found.append(f"{ref.name} ({role}): ROUGE-L ignores {dropped}; {fix}")
     return found

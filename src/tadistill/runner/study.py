@@ -35,7 +35,7 @@ _NAMED = 3  # stages that are named in one sentence
 
 @placed
 def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "", console: Terminal | None = None) -> Path:
-    """Run the stages that are not in the store. Return the study's directory, which `tadistill.report.write_report` can read.
+    """Run the stages that are not in the store. Return the study's directory, from which `tadistill.report` makes the report.
 
     Raises:
         TadistillError: the input is wrong (before any stage starts), or a stage failed.
@@ -96,7 +96,7 @@ def fetch_models(recipe: Recipe, console: Terminal) -> None:
 def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console: Terminal | None = None) -> Path:
     """Write runs/STUDY/plan.json, which reports and other tools read. The date of the first run is kept.
 
-    If there is already a report of other evaluations, for instance of other seeds, it is moved to runs/STUDY/earlier/KEY.
+    An existing report of other evaluations, for instance of other seeds, is moved to runs/STUDY/earlier/KEY.
     """
     study = runs / plan.recipe.study
     path = study / "plan.json"
@@ -139,7 +139,7 @@ def _shown(content: dict) -> list:
 
 
 def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dict:
-    """Return the plan as plain data, which `tadistill.results` reads."""
+    """Return the plan as plain data for plan.json, which `tadistill.results` reads."""
     ledger = Ledger(plan.recipe)
     return {
         "study": plan.recipe.study,
@@ -229,7 +229,7 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
         models: sources of models, as in `load:` of a recipe.
         on: test sets.
         seeds: decoding seeds.
-        teacher: a model with which the others are compared by KL. It must have the same tokenizer as the models.
+        teacher: a further model. The KL divergence of each model from it is measured. All must have the same tokenizer.
 
     Raises:
         ConfigError: there is no test set, or a model is given twice.

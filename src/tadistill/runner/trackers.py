@@ -1,8 +1,8 @@
 """Experiment trackers: one run for each arm and training seed, in the project of the study.
 
 The run of an arm shows the training of all its stages (`distill s/train/loss` …) while they train. At the end it gets the means on the test
-sets (`test/dolly/rouge_l` …). The values are read from the store, so a stage that several arms share is in each of their runs.
-runs/STUDY/trackers.json records what was sent. A continued study goes on from there.
+sets (`test/dolly/rouge_l` …). If several arms share a stage, the run of each arm shows it. runs/STUDY/trackers.json records what was sent.
+A continued study sends only what is new.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ class _Wandb:
 
 
 class _Trackio:
-    """Trackio allows one open run per process. Values are therefore collected, and sent by a run that is opened for them."""
+    # Trackio allows one open run per process, so values are collected, and a run is opened only to send them
 
     def __init__(self, folder: Path, study: str, name: str, config: dict[str, Any]):
         os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))  # read when trackio is imported
@@ -131,7 +131,7 @@ def _rows(path: Path, after: int) -> list[dict[str, Any]]:
 
 
 class Trackers:
-    """The runs of all arms and seeds of a study. If a tracker fails, it is switched off with a message, and the study goes on."""
+    """The tracker runs of all arms and seeds of a study. If a tracker fails, it is switched off with a message, and the study goes on."""
 
     def __init__(self, plan: Plan, store: Store, say: Callable[[str], None]):
         self.plan, self.store, self.say = plan, store, say

@@ -44,7 +44,7 @@ Model = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 class Context(Generic[AnySpec]):
-    """One stage that runs, with methods that load the models and the data of its spec."""
+    """A running stage. Its methods load the models and the data that the stage needs."""
 
     def __init__(self, task: Task, store: Store, folder: Path, progress: Progress, alarm: Callable[[str], None], stop: Callable[[], bool]):
         self.task, self.store, self.folder = task, store, folder
@@ -98,7 +98,7 @@ class Context(Generic[AnySpec]):
             self.alarm(sentence)
 
     def frozen(self, handle: Handle, dtype: torch.dtype = torch.float32) -> Model:
-        """Load a model that is not trained. Its weights are placed as `resources.teacher` says."""
+        """Load a model that is not trained. `resources.teacher` decides where its weights are: `replicated`, `sharded` or `offloaded`."""
         where = self.task.resources.teacher
         model, tokenizer = self.model(handle, dtype, None if where == "replicated" else torch.device("cpu"))
         model.eval().requires_grad_(False)
@@ -106,7 +106,7 @@ class Context(Generic[AnySpec]):
         return place(model, self.device), tokenizer
 
     def subject(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: PreTrainedModel) -> Subject:
-        """Prepare a model for sampling or measuring. Its vocabulary is cut to the part that all `others` share."""
+        """Prepare a model for sampling or measuring. Only the logits of tokens that all `others` have too are used."""
         ends = self.spec.data.ends or end_tokens(model, tokenizer)
         return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, *others), ends)
 
@@ -133,10 +133,10 @@ class Context(Generic[AnySpec]):
         stop_if_asked(self)
 
     def own(self, planned: OwnCode) -> OwnFunction:
-        """Import a function of the user's own code. Raises StageFailed if the file of the function has changed since the plan was made."""
+        """Import a metric or objective of the user. Raises StageFailed if the file of the function has changed since the plan was made."""
         found = load_function(planned.function, self.task.code)
         if found.digest != planned.source:
-            raise StageFailed(f"{found.file} has changed since this stage was planned; run the same command again to plan it anew")
+            raise StageFailed(f"{found.file} has changed since this stage was planned; run the same command again, which makes a new plan")
         return found
 
     def corpus(self, source: HashedData | None, tokenizer: PreTrainedTokenizerBase) -> list[Sequence]:
@@ -154,9 +154,9 @@ def own_device() -> torch.device:
 
 
 class Done:
-    """Counts the finished work of a stage and shows it.
+    """Counts the finished work of a stage and reports the progress.
 
-    If the user asks the run to stop, it raises Interrupted, also inside a long part.
+    A call raises Interrupted if the user asked the run to stop.
     """
 
     def __init__(self, context: Context, total: int, unit: str):
@@ -164,7 +164,7 @@ class Done:
         context.progress(0, total, unit)
 
     def part(self, size: int) -> None:
-        """Begin a part of this size. The end of a part never raises Interrupted, so that the part can be saved."""
+        """Begin a part of this size. The call that completes the part does not raise Interrupted, so that the part can be saved."""
         self.ends += size
 
     def __call__(self, count: int) -> None:

@@ -23,7 +23,12 @@ from tadistill.plan.task import Task
 from tadistill.stages.context import Context, Progress, own_device
 from tadistill.store import Store
 
-_WAIT, _GO, _FINISHED, _STOPPED = "wait", "go", "finished", "stopped while another process ran the stage"
+_WAIT, _GO, _FINISHED, _STOPPED = (
+    "wait",
+    "go",
+    "finished",
+    "the run was stopped while it waited for another process that runs the same stage",
+)
 _Work = Callable[[Context], dict[str, Any]]
 _PATIENCE = timedelta(hours=1)  # how long a process waits for another one, which may be writing a large model
 
@@ -70,9 +75,9 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
     MASTER_ADDR and MASTER_PORT must be set in its environment. WORLD_SIZE must equal `processes`. All machines need access to the store
     and the models. A rank uses the GPU number LOCAL_RANK of its machine. Only rank 0 locks the stage, writes files and reports progress.
 
-    If `stop` returns True on any rank, all ranks save their state and raise Interrupted. An error is raised only on its own rank. The
-    program that started the ranks must then end the others (`srun --kill-on-bad-exit=1`). A process may run several stages one after
-    another. All ranks must run the same stages, and all training stages must have the same precision.
+    If `stop` returns True on any rank, all ranks save their state and raise Interrupted. An error is raised only on the rank where it
+    happens. The program that started the ranks must then end the other ranks (`srun --kill-on-bad-exit=1`). A process may run several
+    stages one after another. Then all ranks must run the same stages, and all training stages must have the same precision.
 
     Args:
         progress: called with (done, total, text).
@@ -120,7 +125,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
 
 
 def work_of(spec: type[Spec]) -> _Work:
-    """Return the function that does the work of a kind of stage. The function returns values that the manifest records."""
+    """Return the function that does the work of a kind of stage. What this function returns is stored in the stage's manifest."""
     module, name = spec.work.split(":")
     return getattr(import_module(f"tadistill.stages.{module}"), name)
 

@@ -1,7 +1,7 @@
 """The stages that measure models. `evaluate` and `analyse` use the test sets. `probe` and `pair` use dev prompts, before any distillation.
 
 `evaluate` and `analyse` save finished parts in the folder parts/, so that they can continue after an interruption. `probe` and `pair` write
-one value per prompt and metric, so that standard errors can be computed later.
+one value per prompt and metric, so that standard errors can be computed from the file.
 """
 
 from typing import Any
@@ -66,7 +66,7 @@ def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: 
 
 
 def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
-    """Compare a model with the original teacher. Write the divergence, the error of each step of the path, and the exposure bias."""
+    """Compare a model with the original teacher. Write their divergence, the error that each step of the path adds, and the exposure bias."""
     spec = context.spec
     model, tokenizer = context.model(spec.model)
     teacher, _ = context.frozen(spec.teacher)
@@ -122,7 +122,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
 
 
 def pair(context: Context[PairSpec]) -> dict[str, Any]:
-    """Compare a learner with a bigger model on dev prompts. Write metrics on the learner's answers and on the references."""
+    """Compare a student with a bigger model. Write metrics of both on the student's answers to dev prompts and on the references."""
     spec = context.spec
     model, tokenizer = context.model(spec.model)
     teacher, _ = context.frozen(spec.teacher)

@@ -87,7 +87,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
 def write_rollouts(path: Path, step: int, batch: Batch, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the first four sampled sequences as text, with at most 1,000 characters of each prompt and response.
 
-    Older ones are replaced.
+    An older file is replaced.
     """
     rows = []
     for ids, mask in zip(batch.ids_BT[:_SHOWN].tolist(), batch.mask_BT[:_SHOWN].tolist(), strict=True):

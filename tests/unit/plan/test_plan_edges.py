@@ -101,22 +101,22 @@ def test_a_dropped_teacher_is_paid_for_as_often_as_it_is_kept():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"arms": {"a": "s > l"}}, "s .* teaches the bigger l .*; write the path from big to small"),
+        ({"arms": {"a": "s > l"}}, "s .* teaches the bigger model l .*; write the path from big to small"),
         ({"arms": {"a": "xl > s > l"}, "teacher": "xl"}, "in `xl > s > l`, s "),
         ({"models": MODELS | {"e": {"checkpoint": {"of": "xl", "step": 4}}}}, "add 4 to models.xl.sft.keep"),
-        ({"models": MODELS | {"xl": model(64, sft={"optim": {"steps": 3}, "keep": [4]})}}, "keep has 4; write numbers from 1 to 3"),
+        ({"models": MODELS | {"xl": model(64, sft={"optim": {"steps": 3}, "keep": [4]})}}, "keep has 4, but the last update is 3; write 1 to 3"),
         ({"models": MODELS | {"e": {"checkpoint": {"of": "q", "step": 4}}}}, "models.e` is made of `q`, which is not a model"),
         ({"models": MODELS | {"t": {"temper": {"of": "xl", "like": "q"}}}}, "temper.like` is `q`, which is not an arm"),
         (
             {"models": MODELS | {"t": {"temper": {"of": "xl", "like": "a"}}}, "arms": {"a": "t > s"}},
-            "takes its temperature from arm a, but it is itself in that arm's path",
+            "`temper.like: a`, but arm a needs this model",
         ),
-        ({"arms": {"a": {"path": "xl > s", "dense": {}}}}, "`dense` has no effect on `xl > s`, where no model has two teachers"),
+        ({"arms": {"a": {"path": "xl > s", "dense": {}}}}, "has `dense`, but in `xl > s` no model has two teachers"),
         ({"arms": {"a": {"path": "xl > l > s", "dense": {"weights": [0, 0]}}}}, "set at least one weight above 0"),
         ({"arms": {"a": {"path": "xl > l > s", "dense": {"weights": [1]}}}}, "dense.weights has 1 entries, but s has 2 teachers"),
         ({"arms": {"a": {"path": "xl > l > s", "init": {"s": "l"}}}}, "s cannot start from l: head_dim is 8, but pruning cannot change it"),
         ({"models": MODELS | {"p": {"init": {"from": "xl", "heads": 3}}}, "arms": {"a": "xl > p"}}, "models.p.init: heads is 3, but"),
-        ({"arms": {"a": {"path": "xl > l > s then xl > s", "compute": "as b"}, "b": "xl > s"}}, "needs a direct path"),
+        ({"arms": {"a": {"path": "xl > l > s then xl > s", "compute": "as b"}, "b": "xl > s"}}, "needs a path of two models"),
     ],
 )
 def test_mistakes(changes, sentence):

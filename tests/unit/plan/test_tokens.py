@@ -146,7 +146,7 @@ def test_bos_is_put_where_the_tokenizer_does_and_no_template_writes(plan, folder
 
 def test_the_plan_says_which_ends_and_warns_of_a_template(plan):
     found = plan("listed", "base", template="alpaca")
-    assert found.tokens.notes() == ["An answer of s and t ends with <eos> (1); <|im_end|> (4) would end it too."]
+    assert found.tokens.notes() == ["An answer of s and t ends with <eos> (1); <|im_end|> (4) can also end it."]
     assert found.tokens.cautions() == [
         "Check data.template: it is alpaca, but s and t have a chat template; for chat models set data.template: chat."
     ]

@@ -1,8 +1,8 @@
 """Predict the cost of a recipe's stages. Every forward and backward pass of a stage is counted.
 
-Lengths of texts and the work of a pass come from `plan.costs.passes`, and FLOPs from `models.counting.sizes.forward_flops`. A sampled
-answer is assumed to be as long as the prompt's reference. If the model that samples has random weights, the answer is assumed to have
-`max_new_tokens` tokens, because such a model does not learn to end an answer.
+`plan.costs.passes` gives the lengths of texts and the work of a pass, and `models.counting.sizes.forward_flops` turns work into FLOPs.
+A sampled answer is assumed to be as long as the reference answer. If the model that samples has random weights, its answers are assumed
+to have `max_new_tokens` tokens, because such a model never ends an answer.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,10 +31,10 @@ from tadistill.tuning import GENERATION_BATCH, PACKED_FAMILIES, RECORDING_BATCH
 
 
 class Ledger:
-    """Predicts the costs of one recipe's stages. It reads text lengths and model sizes once and keeps them."""
+    """Predicts the costs of one recipe's stages. Text lengths and model sizes are read once and cached."""
 
     def __init__(self, recipe: Recipe, *, partial: bool = False):
-        """With `partial`, a data set that is not on this disk and cannot be read from the Hub raises NotHere."""
+        """With `partial`, methods raise NotHere if they need a data set that is not on this disk and the Hub cannot be reached."""
         self.recipe, self.partial = recipe, partial
         self._distilled: dict[tuple[tuple[str, ...], str, str], Cost | None] = {}  # all seeds have the same cost
 
@@ -44,7 +44,7 @@ class Ledger:
         if self.partial and (place := datasets.on_hub(ref, role, data)):
             here = hub.cached(place[0], ref.revision, place[1]) is not None
             if not here and not hub.reachable():
-                raise NotHere(f"data set `{ref.load}` ({role}) is not on this disk; run `tadistill fetch RECIPE` where there is a network")
+                raise NotHere(f"data set `{ref.load}` ({role}) is not on this disk; run `tadistill fetch RECIPE` with a network")
         return survey(ref, role, data)
 
     def unknown(self) -> list[str]:
@@ -54,7 +54,7 @@ class Ledger:
 
     @property
     def rows(self) -> int:
-        """Number of training rows. Rows that are too long count too."""
+        """Number of training rows, including rows that are too long."""
         return self._train.rows
 
     @cached_property
@@ -81,7 +81,7 @@ class Ledger:
             return None if config is None else sizes.size_of(config)
 
     def config(self, name: str) -> dict | None:
-        """Return a model's configuration, after any pruning. Return None if it is not on this disk."""
+        """Return a model's configuration, after pruning if the recipe prunes it. Return None if it is not on this disk."""
         with about(f"models.{name}"):
             return self._config(name)
 
@@ -118,7 +118,7 @@ class Ledger:
             )
 
     def adapters(self, name: str) -> Adapters | None:
-        """Return the parameter counts of a model's adapters. Return None if the model has no `lora`, or if its size is not known.
+        """Return the parameter counts of a model's LoRA adapters. Return None if the model has no `lora`, or if its size is not known.
 
         Raises:
             ConfigError: an entry of `lora.targets` is not a linear layer of the model.
@@ -164,7 +164,7 @@ class Ledger:
         return Cost({"rollout/teacher": _part(size, work)}, memory=needs, kind=kind)
 
     def signal(self, name: str, signal: samplers.HiddenSignal | samplers.TopKSignal) -> Cost | None:
-        """Predict the cost of a `signal` stage, which records a teacher's outputs on the training set. Only top-k outputs need logits."""
+        """Predict the cost of a `signal` stage, which records a teacher's hidden states or top-k probabilities on the training set."""
         size = self.size(name)
         if size is None:
             return None
@@ -299,7 +299,7 @@ _SAMPLERS: Mapping[type[samplers.SamplerBase], Callable[[Ledger, TrainingCost, M
     samplers.ReplaySampler: Ledger._replay,
     samplers.PairSampler: Ledger._pair,
 }
-"""Maps each sampler to a function that adds the cost of training, sampling and teacher passes. Each sampler needs an entry."""
+"""For each sampler, the function that adds the cost of training, sampling and teacher passes. Each sampler needs an entry."""
 
 
 def _part(size: Size, work: Work) -> CostPart:

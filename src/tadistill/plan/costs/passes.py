@@ -1,8 +1,8 @@
-"""The lengths of a study's texts in tokens, and the work of running a model on batches of these texts, including padding.
+"""The lengths of a study's texts in tokens, and the work of running a model on these texts.
 
-Texts are tokenised with tokenizer.json, without transformers. If this file is not on the disk, a token is assumed to be four characters.
-`data.templates.encode` applies the template, shortens texts and leaves rows out, as in training. The docstring of each function that
-returns work names the code whose work it counts.
+Work counts token positions, pairs of attention and positions with logits. Padding is included. Texts are tokenised with tokenizer.json,
+without transformers. If this file is not on the disk, a token is assumed to be four characters. `data.templates.encode` applies the
+template, shortens texts and leaves rows out, as in training.
 """
 
 import json
@@ -31,7 +31,7 @@ class Texts:
     """The lengths in tokens of a split's rows, or of a sample of its rows."""
 
     rows: tuple[tuple[int, int], ...]
-    """(tokens of the prompt, tokens of the response with EOS) for evenly spaced rows."""
+    """Pairs (tokens of the prompt, tokens of the response with EOS), for evenly spaced rows."""
     count: float
     """Estimated number of rows of the split, without rows that are too long."""
 
@@ -58,7 +58,7 @@ class Texts:
         return replace(self, rows=tuple((prompt, most if endless else min(response, most)) for prompt, response in self.rows))
 
     def drawn(self, count: int) -> list[tuple[int, int]]:
-        """Return `count` evenly spaced rows in order of prompt length. If there are fewer rows, return all of them."""
+        """Sort the rows by prompt length and return `count` evenly spaced ones. If there are fewer rows, return all of them."""
         ordered = sorted(self.rows)
         if count >= len(ordered):
             return ordered
@@ -80,7 +80,7 @@ def read_lengths(recipe: Recipe, ref: DataRef, role: str, rows: Survey) -> Texts
 
 
 def count_first_rows(recipe: Recipe, ref: DataRef, role: Literal["train", "dev", "test"]) -> Counts | None:
-    """Count the rows that are left out or cut among a split's first rows. Return None if the split or the tokenizer is not on this disk."""
+    """Count how many of a split's first rows are left out or shortened. Return None if the split or the tokenizer is not on this disk."""
     data, ids = recipe.data, study_tokenizer(recipe)
     if ids is None or datasets.on_hub(ref, role, data) is not None:
         return None
@@ -91,7 +91,7 @@ def count_first_rows(recipe: Recipe, ref: DataRef, role: Literal["train", "dev",
 
 
 def chunk(recipe: Recipe) -> int:
-    """Return the number of tokens in one row of the corpus. It is `max_length`, or less if the whole corpus is shorter."""
+    """Return the number of tokens in one row of the plain-text corpus. It is `max_length`, or less if the whole corpus is shorter."""
     data = recipe.data
     assert data.corpus is not None
     if data.corpus.load not in tinyworld.SPLITS:
@@ -175,7 +175,7 @@ class _StandIn:
 
 
 def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
-    """Draw `draws` values at random, without replacement. Return the expected value of their maximum, raised to `power`."""
+    """Return the expected value of `max(sample) ** power`. A sample is `draws` of the values, drawn at random without replacement."""
     ordered, n = sorted(values), len(values)
     if draws >= n:
         return float(ordered[-1] ** power)
@@ -192,9 +192,10 @@ _CALLS = 1.5  # padding factor of attention in `rollout.lazy`: each call pads it
 
 @lru_cache
 def training_batch(texts: Texts, rows: int) -> tuple[Work, float]:
-    """Return two things for a batch of `rows` shuffled sequences: the work of `models.forward.Reader.hidden`; and the padding positions.
+    """Return the work of a model on one batch of `rows` shuffled sequences, and the number of padding positions in the batch.
 
-    The last token of a sequence is not an input. Sequences are padded to the longest one. Only responses have logits.
+    Sequences are padded to the longest one, as in `models.forward.Reader.hidden`. The last token of a sequence is not an input. Logits are
+    computed for responses only.
     """
     width = largest(texts.totals, rows) - 1
     square = largest([total - 1 for total in texts.totals], rows, power=2)
@@ -203,13 +204,13 @@ def training_batch(texts: Texts, rows: int) -> tuple[Work, float]:
 
 
 def plain_batch(length: int, rows: int) -> Work:
-    """Return the work of `models.forward.Reader.hidden` on `rows` rows of the corpus. All tokens except the first are predicted."""
+    """Return the work of a model on `rows` rows of the plain-text corpus. All tokens except the first are predicted."""
     return Work(rows * (length - 1), rows * (length - 1) ** 2, rows * (length - 1))
 
 
 @lru_cache
 def pass_by_length(texts: Texts, batch: int, count: float) -> Work:
-    """Return the work of one pass over `count` sequences, sorted by length and padded in each batch (`data.batch.by_length`)."""
+    """Return the work of one forward pass over `count` sequences. They are sorted by length and padded within each batch."""
     ordered = sorted(texts.totals)
     most = min(round(count), len(ordered))
     rows = [ordered[int((i + 0.5) * len(ordered) / most)] for i in range(most)]
@@ -223,9 +224,9 @@ def pass_by_length(texts: Texts, batch: int, count: float) -> Work:
 
 @lru_cache
 def sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """Return the work of `rollout.generate` on `count` prompts, in chunks of similar length.
+    """Return the work of sampling answers to `count` prompts with `rollout.generate`, in chunks of prompts of similar length.
 
-    Prompts are padded on the left. Finished rows are removed several at a time.
+    Prompts are padded on the left. Finished answers are removed from the batch, several at a time.
     """
     rows = texts.drawn(count)
     total = Work()
@@ -248,7 +249,7 @@ def _decoded(rows: Sequence[tuple[int, int]]) -> Work:
 
 @lru_cache
 def lazy_sampling(texts: Texts, chunk: int, count: int) -> Work:
-    """Return the work of one model in `rollout.lazy`. It reads each token once, and computes logits once per response token."""
+    """Return the work of one model in `rollout.lazy`. The model reads each token once, and computes logits once per response token."""
     rows = texts.drawn(count)
     total = Work()
     for start in range(0, len(rows), chunk):
@@ -268,8 +269,8 @@ def minillm_flops(student: float, teacher: float, *, length: float, corpus: floa
     and backward, and the teacher runs forward, both on the rollout and on plain text.
 
     Args:
-        student, teacher: forward FLOPs per token, including the head (2 x parameters in the usual estimate).
-        length: number of tokens of a rollout with its prompt.
+        student, teacher: forward FLOPs per token, including the head (about 2 x parameters).
+        length: number of tokens of a rollout, including its prompt.
         corpus: number of tokens in a row of plain text; 0 if there is no corpus.
         epochs: PPO epochs on each rollout.
     """

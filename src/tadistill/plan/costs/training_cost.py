@@ -19,10 +19,10 @@ _KEPT = 4 / 3  # activations per position / (entries of a layer's matrices / hid
 
 
 class TrainingCost:
-    """The cost of one training. Methods add to its parts, and `total` returns the result."""
+    """Adds up the cost of one training. Its methods add parts, such as sampling, and `total` returns their sum."""
 
     def __init__(self, student: Size, teachers: tuple[Size, ...], optim: Optim, *, drop: float = 0.0, adapters: Adapters | None = None):
-        """`drop` is the probability that an update leaves out one of several teachers. If `adapters` are given, only they are trained."""
+        """An update leaves out each of several teachers with probability `drop`. If `adapters` are given, only they are trained."""
         assert optim.steps is not None
         self.student, self.adapters = with_adapters(student, adapters), adapters
         self.teachers, self.optim, self.steps = teachers, optim, optim.steps
@@ -33,12 +33,12 @@ class TrainingCost:
         self.cache = 0.0  # bytes of keys and values during sampling
 
     def add(self, name: str, work: Work, *, backward: bool = False) -> None:
-        """Add forward passes to the part `name`, such as `rollout/student`, for each model that runs in this phase.
+        """Add forward passes to the part `name`, such as `rollout/student` or `training/teacher`.
 
-        In rollouts and selection only the first teacher runs. In the other phases all teachers run.
+        If there are several teachers, only the first runs in the phases `rollout` and `selection`. All of them run in the other phases.
 
         Args:
-            backward: also add the student's backward passes. Gradient checkpointing adds a second forward pass of its layers.
+            backward: also add the student's backward passes. With gradient checkpointing, they include a second forward pass.
         """
         again = backward and self.optim.gradient_checkpointing
         models = self.teachers if name.endswith("/teacher") else (self.student,)
@@ -50,7 +50,7 @@ class TrainingCost:
             self.parts[name] = self.parts.get(name, CostPart()) + CostPart(flops, work.positions, work.heads)
 
     def train(self, texts: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add the cost of a share (0 to 1) of the updates, on `texts`.
+        """Add the cost of training on `texts`. `share` (0 to 1) says which part of all updates uses these texts.
 
         With `teacher`, each teacher runs in the update too. With `teacher_head`, only the teacher's head runs, on stored hidden states.
         """
@@ -64,7 +64,7 @@ class TrainingCost:
             self.add("training/teacher", (work if teacher else Work(heads=work.heads)) * (batches * self.used))
 
     def corpus(self, length: int, *, teacher: bool) -> None:
-        """Add the cost of the loss on MiniLLM's plain text, whose rows have `length` tokens. Each update contains this loss."""
+        """Add the cost of MiniLLM's loss on plain text, which is part of each update. A row of plain text has `length` tokens."""
         work = passes.plain_batch(length, self.optim.batch) * self.steps
         self.add("corpus/student", work, backward=True)
         self._take(passes.plain_batch(length, self.optim.micro_batch or self.optim.batch), teacher)
@@ -72,11 +72,11 @@ class TrainingCost:
             self.add("corpus/teacher", work * self.used)
 
     def sample(self, answers: Texts, chunk: int, share: float) -> None:
-        """Add the cost of the student's sampling: one batch before each update, for a share (0 to 1) of the updates."""
+        """Add the cost of the student's sampling: one batch before an update. `share` (0 to 1) says which part of the updates has it."""
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add the cost of measuring sampled text (`train.watch`). Every tenth update, or fewer, is measured on its first rows."""
+        """Add the cost of the metrics of rollouts (`train.watch`). At most every tenth update has them, and only for its first rows."""
         micro = self.optim.micro_batch or self.optim.batch
         times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))
         work = passes.training_batch(answers, micro)[0] * (min(micro, WATCHED_ROWS) / micro * times)
@@ -85,7 +85,7 @@ class TrainingCost:
             self.add("watching/teacher", (work if teacher else Work(heads=work.heads)) * self.used)
 
     def caches(self, answers: Texts, chunk: int, most: int, *sizes: Size) -> None:
-        """Set the memory of keys and values when models of these `sizes` sample `chunk` sequences of up to `most` new tokens."""
+        """Set the memory of the KV caches. The models of these `sizes` sample `chunk` sequences at a time, of at most `most` new tokens."""
         length = max(prompt for prompt, _ in answers.rows) + most
         self.cache = sum(cache_bytes(size, chunk, length) for size in sizes)
 
@@ -117,5 +117,5 @@ class TrainingCost:
 
 
 def cache_bytes(size: Size, rows: int, length: float) -> float:
-    """Return the bytes of a KV cache in float32. It has `rows` sequences of `length` positions."""
+    """Return the bytes of a KV cache in float32, for `rows` sequences of `length` positions."""
     return 8 * rows * length * size.keys * size.layers
