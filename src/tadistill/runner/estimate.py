@@ -1,8 +1,8 @@
 """Predict the remaining time of a run: the work of its remaining stages, divided by the speed of the run so far.
 
-The work of a stage (one step of a study) is given in seconds on an assumed machine. It is the sum of the time for FLOPs and a fixed time for
-each call of a layer. The calls take most of the time of small models and single decoding steps. The assumed values may be wrong, because
-only the ratios between stages matter.
+The work of a stage (one step of a study) is given in seconds on an assumed machine. It is the sum of the time for FLOPs and a fixed time
+for each call of a layer. The calls take most of the time of small models and single decoding steps. The assumed values may be wrong,
+because only the ratios between stages matter.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -23,12 +23,7 @@ from tadistill.plan.task import Task
 from tadistill.stages.context import Context, Progress, own_device
 from tadistill.store import Store
 
-_WAIT, _GO, _FINISHED, _STOPPED = (
-    "wait",
-    "go",
-    "finished",
-    "the run was stopped while it waited for another process that runs the same stage",
-)
+_WAIT, _GO, _FINISHED, _STOPPED = "wait", "go", "finished", "stopped while waiting for another process that runs the same stage"
 _Work = Callable[[Context], dict[str, Any]]
 _PATIENCE = timedelta(hours=1)  # how long a process waits for another one, which may be writing a large model
 

@@ -66,7 +66,7 @@ def _answers(context: Context, subject: Subject, sets: list[EvalSet], settings: 
 
 
 def analyse(context: Context[AnalyseSpec]) -> dict[str, Any]:
-    """Compare a model with the original teacher. Write their divergence, the error that each step of the path adds, and the exposure bias."""
+    """Compare a model with the original teacher. Write its divergence, the error that each step of the path adds, and the exposure bias."""
     spec = context.spec
     model, tokenizer = context.model(spec.model)
     teacher, _ = context.frozen(spec.teacher)
@@ -122,7 +122,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
 
 
 def pair(context: Context[PairSpec]) -> dict[str, Any]:
-    """Compare a student with a bigger model. Write metrics of both on the student's answers to dev prompts and on the references."""
+    """Compare a student with a bigger model on dev prompts. Write metrics on the student's answers and on the references."""
     spec = context.spec
     model, tokenizer = context.model(spec.model)
     teacher, _ = context.frozen(spec.teacher)

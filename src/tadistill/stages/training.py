@@ -85,10 +85,7 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
 
 
 def write_rollouts(path: Path, step: int, batch: Batch, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the first four sampled sequences as text, with at most 1,000 characters of each prompt and response.
-
-    An older file is replaced.
-    """
+    """Write the first four sampled sequences as text, with at most 1,000 characters of each prompt and response."""
     rows = []
     for ids, mask in zip(batch.ids_BT[:_SHOWN].tolist(), batch.mask_BT[:_SHOWN].tolist(), strict=True):
         places = [place + 1 for place, counted in enumerate(mask) if counted]  # a mask is one position before its token

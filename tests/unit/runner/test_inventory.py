@@ -49,7 +49,7 @@ def test_a_stage_that_runs_is_kept(store, tmp_path):
     with store.lock("c" * 16):
         assert [row.key for row in unneeded(tmp_path, store)] == ["d" * 16]
         assert delete(store, ["c" * 16], told.append) == 0
-    assert "is kept, because a process has begun to work on it" in told[0]
+    assert "is not deleted, because a process has begun to work on it" in told[0]
     assert store.finished("c" * 16)
 
 

@@ -178,7 +178,7 @@ def test_quiet_prints_problems_only(plan, study, monkeypatch):
     out, _ = shown(plan, study, monkeypatch, fail=True, detail="problems")
     assert out.splitlines() == [
         "alarm sft s, seed 1: update 4: collapse",
-        "already stopping: the running stages save their state",
+        "the run is already stopping: the running stages save their state",
         "failed sft s, seed 1: it broke",
     ]
 

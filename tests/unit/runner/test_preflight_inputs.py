@@ -65,7 +65,9 @@ def test_data_and_models_beside_the_recipe_are_found_from_any_directory(tmp_path
 def test_prompt_with_reference_must_fit_the_positions(kind, field):
     load, short, long = model(kind, **{field: 32}), rows("short.jsonl", 4), rows("long.jsonl", 60)
     check_inputs(recipe(load, short, short))
-    with pytest.raises(ConfigError, match=r"^models.s: it has 32 positions, but the longest prompt with its reference response needs 40"):
+    with pytest.raises(
+        ConfigError, match=r"^models.s: the model has 32 positions, but the longest prompt with its reference response needs 40"
+    ):
         check_inputs(recipe(load, long, short))
     with pytest.raises(ConfigError, match=r"lower data\.max_length"):  # dev and test references are scored too
         check_inputs(recipe(load, short, long))
@@ -76,12 +78,15 @@ def test_a_large_training_set_is_tokenised_only_if_its_limits_exceed_the_model(t
     short, long, large = rows("short.jsonl", 4), rows("long.jsonl", 60), rows("large.jsonl", 5)
     survey._known.cache_clear()
     check_inputs(recipe(model("llama", max_position_embeddings=64), large, short), console := Console(file=io.StringIO(), width=200))
-    assert "large (train): 4 rows; the first stage that trains tokenises them and counts those that are too long" in console.file.getvalue()
+    note = "large (train): its 4 rows are not checked yet; the first training tokenises them, and counts those that are too long"
+    assert note in console.file.getvalue()
     assert not (tmp_path / "cache" / "encoded").exists()
     load = model("llama", max_position_embeddings=32)
     check_inputs(recipe(load, large, short))
     assert len(list((tmp_path / "cache" / "encoded").glob("*.arrow"))) == 1
-    with pytest.raises(ConfigError, match=r"^models.s: it has 32 positions, but the longest prompt with its reference response needs 40"):
+    with pytest.raises(
+        ConfigError, match=r"^models.s: the model has 32 positions, but the longest prompt with its reference response needs 40"
+    ):
         check_inputs(recipe(load, long, short))
 
 
@@ -96,7 +101,7 @@ def test_corpus_must_fit_the_positions():
     }
     data = {"train": short, "dev": short, "test": [short], "template": "plain", "corpus": "./corpus.jsonl", "max_prompt": 8}
     check_inputs(recipe(load, short, short, **minillm, data={**data, "max_length": 32}))
-    with pytest.raises(ConfigError, match=r"models.t: it has 32 positions, but a piece of data.corpus needs 48"):
+    with pytest.raises(ConfigError, match=r"models.t: the model has 32 positions, but a piece of data.corpus needs 48"):
         check_inputs(recipe(load, short, short, **minillm, data={**data, "max_length": 48}))
 
 
