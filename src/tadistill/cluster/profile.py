@@ -1,8 +1,8 @@
-"""Profiles of clusters: the hardware and the rules of a cluster, in one YAML file. It is in `profiles/`, or it is a file of the user.
+"""Profiles of clusters. A profile is a YAML file with the hardware and the rules of one cluster.
 
     profile = load_profile("narval")          # or load_profile("path/to/mine.yaml")
 
-A new cluster needs only a new file with the fields below.
+The package contains some profiles in `profiles/`. For another cluster, write a file with the fields below.
 """
 
 from pathlib import Path
@@ -18,24 +18,24 @@ _FOLDER = Path(__file__).parent / "profiles"
 
 
 class Gpu(Strict):
-    """A kind of GPU, or a slice of one (MIG)."""
+    """A kind of GPU, or a slice of a GPU (MIG)."""
 
     memory: float = Field(gt=0)
     """Device memory in GB."""
     per_node: int = Field(ge=1)
-    """Number of GPUs per node. For slices, it is the number of slices per job."""
+    """Number of GPUs per node. For slices, it is the number of slices that one job can use."""
     counts: tuple[int, ...] = ()
-    """Numbers of GPUs per node that a job may request. If empty, any number is allowed."""
+    """Numbers of GPUs per node that a job may request. If empty, all numbers up to `per_node` are allowed."""
     cpus: int = Field(ge=1)
-    """Cores that the site includes with one GPU. A job with more cores is charged for more GPUs."""
+    """CPU cores that the cluster gives with one GPU. A job with more cores is charged for more GPUs."""
     ram: float = Field(gt=0)
-    """Host memory in GB that the site includes with one GPU."""
+    """Host memory in GB that the cluster gives with one GPU."""
     tflops: float = Field(gt=0)
-    """Peak TFLOP/s of dense bfloat16 matrix products. Times are estimated from it if no speed was measured."""
+    """Peak TFLOP/s of dense bfloat16 matrix products. Times are estimated from it if no speed has been measured."""
     device: str = ""
-    """The device's name in CUDA. Measured speeds are stored under this name."""
+    """The GPU's name in CUDA. Measured speeds are stored under this name."""
     slice: bool = False
-    """True for a slice. A job then has one slice and one process."""
+    """True for a slice of a GPU. A job can use only one slice, with one process."""
 
 
 class Cpu(Strict):
@@ -46,42 +46,45 @@ class Cpu(Strict):
 
 
 class Profile(Strict):
-    """The rules and the hardware of a cluster (a site)."""
+    """The hardware and the rules of one cluster."""
 
     name: str
     about: str
-    """Description of the site, and the source of these facts."""
+    """Description of the cluster, and where these facts come from."""
     gpus: dict[str, Gpu] = {}
-    """Kinds of GPU by their name in a request. If empty, stages run on CPUs."""
+    """Kinds of GPU by their name in Slurm. If empty, all stages run on CPUs."""
     request: Literal["gpus-per-node", "gpus", "count"] = "gpus-per-node"
-    """Form of a request: --gpus-per-node=NAME:N, --gpus=NAME:N, or --gpus-per-node=N if the site refuses names."""
+    """How a job asks Slurm for GPUs: with --gpus-per-node=NAME:N, with --gpus=NAME:N, or with --gpus-per-node=N."""
     cpu: Cpu | None = Cpu()
-    """Resources of jobs without a GPU: the report's job, and all jobs if `gpus` is empty. null if the site refuses such small jobs."""
+    """Resources of a job without a GPU. The job that writes the report is one. null if the cluster refuses such small jobs."""
     memory_option: bool = True
-    """True if the site accepts --mem."""
+    """True if the cluster accepts the option --mem."""
     min_hours: float = Field(default=0.0, ge=0)
-    """Shortest time limit, in hours, that the site accepts for a job."""
+    """Shortest time limit of a job that the cluster accepts, in hours."""
     max_hours: float = Field(gt=0)
-    """Longest time limit, in hours, that the site accepts for a job."""
+    """Longest time limit of a job that the cluster accepts, in hours."""
     piece_hours: float = Field(default=12.0, gt=0)
-    """Longest time limit, in hours, that tadistill requests. A longer stage needs several jobs. Short jobs start sooner."""
+    """Longest time limit that tadistill requests, in hours. Short jobs start sooner. A longer stage needs several jobs."""
     max_jobs: int = Field(default=1000, ge=1)
-    """Number of jobs that a user may have queued or running. Every element of an array is one job."""
+    """Number of jobs that a user may have in the queue, running jobs included. Every element of a job array counts."""
     account: str = ""
     """Regular expression that account names must match. Empty if jobs need no account."""
     internet: Literal["none", "proxy", "full"] = "none"
-    """Network access of compute nodes. Jobs download nothing."""
+    """Network access of compute nodes. It decides whether W&B can log online. Models and data are never downloaded in jobs."""
     home: Literal["writable", "read-only", "no-jobs"] = "writable"
-    """How jobs can use the home folder. `read-only`: the runs directory must be elsewhere. `no-jobs`: no job can be submitted from it."""
+    """How jobs can use the home folder. `read-only`: jobs cannot write there, so the runs directory must be elsewhere. `no-jobs`: no job
+    can be submitted from it.
+    """
     resume: Literal["requeue", "chain"] = "requeue"
-    """How work continues after a time limit. `requeue`: the job requeues itself. `chain`: another job, which is already queued, continues
-    it."""
+    """What happens at the time limit of a job. `requeue`: Slurm queues the same job again. `chain`: another job, which was queued in
+    advance, continues the work.
+    """
     modules: tuple[str, ...] = ()
-    """Modules that every job loads, in this order."""
+    """Software modules that every job loads, in this order."""
     setup: tuple[str, ...] = ()
-    """Shell commands that run before the stage."""
+    """Shell commands that every job runs before its work."""
     pause: float = Field(default=1.0, ge=0)
-    """Seconds between two submissions."""
+    """Seconds between two submissions of jobs."""
     signal_seconds: Annotated[int, Field(ge=10)] = 300
     """Slurm asks a job to save its state this many seconds before the job's time limit."""
 

@@ -1,4 +1,4 @@
-"""The state of this user's jobs in Slurm. squeue gives it for jobs in the queue, and sacct for jobs that have left it."""
+"""The state of this user's Slurm jobs. `squeue` lists jobs in the queue. `sacct` lists jobs that have left the queue."""
 
 import shutil
 import subprocess
@@ -39,12 +39,12 @@ class Entry:
 
 
 def queued() -> dict[str, Entry]:
-    """Return this user's waiting and running jobs by id. Each array element is an entry. Raises ConfigError if squeue does not answer."""
+    """Return this user's waiting and running jobs by id. Each element of a job array is an entry. Raises ConfigError if squeue fails."""
     return _squeue("--me")
 
 
 def ended(ids: Iterable[str]) -> dict[str, Entry]:
-    """Return the entries of the jobs in `ids` that have left the queue and that Slurm still remembers, by id."""
+    """Return the entries of the jobs in `ids` that have left the queue, by id. Jobs that Slurm has forgotten are left out."""
     wanted = sorted(ids)
     if not wanted:
         return {}
@@ -63,13 +63,15 @@ def _of_segments(id: str, found: Mapping[str, Entry]) -> Entry | None:
 
 
 def cancel(ids: Iterable[str]) -> None:
-    """Cancel jobs. Jobs that have already ended are ignored. Raises TadistillError if scancel failed."""
+    """Cancel jobs. Jobs that have already ended are ignored. Raises TadistillError if a job could not be cancelled."""
     wanted = sorted(ids)
     if not wanted or output_of("scancel", "--quiet", *wanted) is not None:
         return
     # scancel also fails if one of the jobs has already ended
     if left := [i for i, entry in queued().items() if i in wanted and entry.state == "PENDING"]:
-        raise TadistillError(f"scancel failed for {', '.join(left)}; look at `squeue --me`, and cancel these jobs with scancel")
+        raise TadistillError(
+            f"scancel failed for {', '.join(left)}; run `squeue --me` to see whether they still run, then cancel them with scancel"
+        )
 
 
 def _squeue(*options: str, strict: bool = True) -> dict[str, Entry]:

@@ -1,10 +1,10 @@
-"""A job's request to Slurm, and its batch script.
+"""The resources that a job requests from Slurm, and its batch script.
 
-A request is computed from the plan's estimates, the cluster's profile and the recipe's `resources`. A request that the cluster would refuse
-raises an error that names the rule. The GPU is the smallest one with enough memory for models, gradients and optimizer moments, plus 10 %.
-The time is 1.5 x the estimate. It is split into several jobs if it is longer than the profile allows.
+A request follows from the plan's estimates, the cluster's profile and the section `resources` of the recipe. If the cluster would refuse
+it, an error names the rule. The GPU is the smallest one with enough memory for models, gradients and optimizer moments, plus 10 %. The time
+is 1.5 x the estimate. If it is longer than the profile allows, the work needs several jobs.
 
-submitit writes the script, pickles the work, and requeues a job that saved its state in time. A dry run prints the script.
+The library submitit writes the script, pickles the work, and queues a job again if it saved its state before the time limit.
 """
 
 import math
@@ -45,7 +45,7 @@ _PASSED_ON = ("TADISTILL_DATA", "HF_HUB_CACHE")
 
 @dataclass(frozen=True)
 class Request:
-    """The resources of one job."""
+    """The resources that one job requests from Slurm."""
 
     gpu: str | None
     gpus: int
@@ -59,11 +59,11 @@ class Request:
     """Host memory per node in GB."""
     minutes: int
     pieces: int
-    """Expected number of jobs for the work, one after the other. Each has `minutes` as its time limit."""
+    """Expected number of jobs that the work needs, one after the other. Each has `minutes` as its time limit."""
 
 
 class Requests:
-    """Computes the requests of a plan's jobs on one cluster."""
+    """Computes how many resources the jobs of a plan request on one cluster."""
 
     def __init__(self, plan: Plan, profile: Profile, speeds: dict[str, Speeds]):
         """`speeds` maps the name of a device to the speeds that were measured on it."""
@@ -71,7 +71,7 @@ class Requests:
         self.ledger = Ledger(plan.recipe)
 
     def of(self, stages: Seq[Stage]) -> Request:
-        """Return the request of a job that runs these stages one after the other.
+        """Return the resources for a job that runs these stages one after the other.
 
         Raises:
             ConfigError: the cluster would refuse the job, or no GPU of the cluster is large enough.
@@ -96,7 +96,7 @@ class Requests:
         return Request(name, count, wanted.nodes, per_node, cpus, ram, minutes, pieces)
 
     def report(self) -> Request | None:
-        """Return the request of the job that writes the report. Return None if the cluster refuses such small jobs."""
+        """Return the resources for the job that writes the report. Return None if the cluster refuses such small jobs."""
         cpu = self.profile.cpu
         if cpu is None:
             return None
@@ -125,7 +125,7 @@ class Requests:
         largest = max(g.memory for g in usable.values())
         raise ConfigError(
             f"{stages[0].label} needs about {needs / 1e9:.0f} GB on a GPU, but the largest GPU of {self.profile.name} has "
-            f"{largest:.0f} GB; spread it over several GPUs with resources: "
+            f"{largest:.0f} GB; spread the stage over several GPUs with resources: "
             f"{{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}} (and teacher: sharded or offloaded), lower "
             "`optim.micro_batch`, or set `gradient_checkpointing`"
         )
@@ -197,11 +197,15 @@ class Requests:
 
 def _count(gpu: Gpu, processes: int, name: str, where: str, site: str) -> int:
     if gpu.slice and processes > 1:
-        raise ConfigError(f"{where}: {processes} processes on `{name}`, but a job can use only one slice of a GPU; use whole GPUs")
+        raise ConfigError(
+            f"{where}: {processes} processes on `{name}` (a slice of a GPU), but a job can use only one slice; use whole GPUs"
+        )
     allowed = gpu.counts or tuple(range(1, gpu.per_node + 1))
     fits = [n for n in allowed if n >= processes]
     if not fits:
-        raise ConfigError(f"{where}: {processes} processes per node, but a node of {site} has {gpu.per_node} x {name}; use more nodes")
+        raise ConfigError(
+            f"{where}: {processes} processes per node are asked for, but a node of {site} has {gpu.per_node} x {name}; use more nodes"
+        )
     return min(fits)
 
 
@@ -209,7 +213,7 @@ def _count(gpu: Gpu, processes: int, name: str, where: str, site: str) -> int:
 
 
 def parameters(name: str, request: Request, profile: Profile, *, account: str | None, dependency: str | None) -> dict[str, Any]:
-    """Convert a request to the settings of submitit's Slurm executor."""
+    """Convert a request to the parameters of submitit's Slurm executor."""
     more: dict[str, Any] = {"requeue" if profile.resume == "requeue" else "no-requeue": True, "kill-on-invalid-dep": "yes"}
     found: dict[str, Any] = {
         "job_name": name,
@@ -264,7 +268,7 @@ def _places() -> dict[str, str]:
 
 
 def script(folder: Path, elements: int, settings: dict[str, Any], *, python: str = sys.executable) -> str:
-    """Return the text of the batch script; `elements` is the number of jobs in its array."""
+    """Return the text of a batch script. `elements` is the number of jobs in its array."""
     from submitit.slurm import slurm
 
     command = f"{shlex.quote(python)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
@@ -272,7 +276,7 @@ def script(folder: Path, elements: int, settings: dict[str, Any], *, python: str
 
 
 def send(folder: Path, work: Seq[Any], settings: dict[str, Any]) -> str:
-    """Submit one piece of work as a job, or several as an array. Return the id of the job or array.
+    """Submit work to Slurm: one item as a job, several items as a job array. Return the id of the job or array.
 
     Raises:
         CalledProcessError, or an error of submitit: sbatch refused the job. The error contains the output of sbatch.

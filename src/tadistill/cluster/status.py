@@ -1,4 +1,6 @@
-"""`tadistill status` and `tadistill cancel`: the state of a study's stages, from the store, the queue, the logs and runs on machines."""
+"""`tadistill status` and `tadistill cancel`: the state of a study's stages, and how to stop them. Stages may run in Slurm or on this
+machine.
+"""
 
 import json
 from collections import Counter
@@ -30,17 +32,17 @@ class StatusRow:
 
     label: str
     job: str
-    """The job's id in Slurm, or HOST:PID of a run outside Slurm."""
+    """The id of the stage's Slurm job. For a run without Slurm, it is HOST:PID."""
     state: str
     """One of done, running, failed, stopped, `not started`, `dead` (its run was killed), `lost` (Slurm no longer knows the job), or another
     state of Slurm in lower case."""
     elapsed: str
     last: str
-    """The newest line of the training log, the reason why the stage failed or waits, and the update at which it continues."""
+    """The newest line of the training log, the reason why the stage failed or waits, and the update from which it continues."""
 
 
 def status_rows(study: Path, store: Store) -> list[StatusRow]:
-    """Return one row per stage of a study, in the order of the plan."""
+    """Return one row for each stage of a study, in the order of the plan."""
     stages = planned_stages(study)
     labels = distinct_labels((s["key"], s["label"], s.get("arms", ())) for s in stages)
     done = {s["key"] for s in stages if store.finished(s["key"])}
@@ -76,7 +78,7 @@ def continuation(store: Store, key: str, updates: int | None, state: str) -> str
 
 
 def local_rows(run: LocalRun) -> dict[str, StatusRow]:
-    """Return the status rows of the stages that a run on a machine started, by key and without labels."""
+    """Return the status rows of the stages that ran without Slurm, by key. Their labels are empty."""
     failed = {key: StatusRow("", run.name, "failed", "", reason) for key, reason in run.failed.items()}
     state = run.state
     if state not in ("running", "dead"):
@@ -86,7 +88,7 @@ def local_rows(run: LocalRun) -> dict[str, StatusRow]:
 
 
 def job_rows(store: Store, keys: Iterable[str]) -> dict[str, StatusRow]:
-    """Return the status rows of the unfinished stages that were submitted to Slurm, by key and without labels.
+    """Return the status rows of the unfinished stages that were submitted to Slurm, by key. Their labels are empty.
 
     Raises ConfigError if there are such stages and squeue does not answer.
     """
@@ -115,7 +117,7 @@ def _finished(key: str, store: Store) -> StatusRow:
 
 
 def print_status(study: Path, store: Store, console: Console) -> None:
-    """Print the table of stages, the number of stages in each state, the runs, and the next command to run."""
+    """Print the table of stages, the number of stages in each state, the runs of the study, and the command to run next."""
     found, runs = status_rows(study, store), local_runs(study)
     table = Table(box=None, title=study.name, title_justify="left", expand=True)
     beside = console.width >= _NARROW
@@ -157,10 +159,10 @@ def _advice(counts: Counter[str], study: Path, runs: list[LocalRun]) -> str:
 
 
 def cancel(study: Path, store: Store) -> int:
-    """Cancel the jobs that a study submitted, and return their number.
+    """Cancel the Slurm jobs of a study, and return their number.
 
-    A running stage saves its state first, and a later submission resumes it. If another study waits for one of these jobs, submit that
-    study again.
+    A running stage saves its state first, and continues from it when the study is submitted again. If another study waits for one of these
+    jobs, submit that study again too.
     """
     queued = queue.queued()
     # finished stages are included, because segments of their chains may still be queued

@@ -1,7 +1,7 @@
-"""`tadistill submit`: submit all missing stages of a study as Slurm jobs at once. No process has to keep running on the login node.
+"""`tadistill submit`: submit all unfinished stages of a study as Slurm jobs at once. No process has to stay on the login node.
 
-Finished and queued stages are not submitted again. A second submission therefore submits nothing. After a failure, it submits the failed
-stages and the stages that depend on them.
+Stages that are finished or in the queue are not submitted again. After a failure, run the command again: it submits the failed stages
+and the stages that depend on them.
 """
 
 import os
@@ -49,7 +49,7 @@ _WAIT = 120  # seconds to wait for another submission to end
 
 @dataclass(frozen=True)
 class Sent:
-    """A job or an array that was submitted, or that a dry run would submit."""
+    """A job or a job array that was submitted, or that a dry run would submit."""
 
     id: str
     jobs: tuple[Job, ...]
@@ -67,10 +67,10 @@ class Sent:
 
 
 class Submission:
-    """The submission of one plan to one cluster."""
+    """The submission of the stages of one plan to one cluster."""
 
     def __init__(self, plan: Plan, profile: Profile, runs: Path, *, account: str | None):
-        """Prepare the submission. Raises ConfigError if the account is wrong or jobs cannot write to the runs directory."""
+        """Prepare the submission. Raises ConfigError if the account is wrong, or if jobs cannot write to the runs directory."""
         self.plan, self.profile, self.store = plan, profile, store_of(runs.resolve())
         self.study, self.account = runs.resolve() / plan.recipe.study, _account(profile, account)
         _check_place(profile, runs)
@@ -87,7 +87,7 @@ class Submission:
         return [Job(stages, self.requests.of(stages), depth) for depth, stages in bundles(self.plan.stages, keys)]
 
     def scripts(self) -> Iterator[tuple[Sent, str]]:
-        """Yield every unfinished job with its batch script, with the placeholders @1, @2, … as ids. Nothing is submitted."""
+        """Yield every unfinished job with its batch script. Nothing is submitted, so @1, @2, … stand for the job ids."""
         places: dict[str, Place] = {}
         number = 0
         for family in families(self.jobs(self.todo)):
@@ -98,7 +98,7 @@ class Submission:
                 yield sent, sbatch.script(jobs_folder(self.study), self._elements(sent), sent.settings)
 
     def run(self, ready: Callable[[bool], None], tell: Callable[["Sent"], None]) -> tuple[list[Sent], int]:
-        """Submit the jobs. Return two things: the submitted jobs; and the number of stages that earlier submissions have queued.
+        """Submit the jobs. Return two things: the submitted jobs; and the number of stages that were in the queue before.
 
         Args:
             ready: called before the first job is submitted. Its argument is False if there is no job to submit.
@@ -175,7 +175,7 @@ class Submission:
             said = " ".join(str(getattr(error, "stderr", None) or error).split())
             raise StageFailed(
                 f"{self.profile.name} refused the job for {text}: {said}. "
-                "Jobs that were submitted before stay queued. Correct the cause and submit again"
+                "Jobs that were submitted before it stay in the queue. Correct the cause, then submit again"
             ) from error
 
     def _report(self, places: dict[str, Place], queued: dict[str, queue.Entry]) -> None:
@@ -193,7 +193,7 @@ class Submission:
         number = sum(self._segments(job.request) if self._chain else 1 for job in jobs) + 1  # the report
         if jobs and queued + number > self.profile.max_jobs:
             raise ConfigError(
-                f"{number} new jobs and {queued} queued jobs are more than the {self.profile.max_jobs} jobs that a user may have on "
+                f"{number} new jobs and {queued} jobs in the queue are more than the {self.profile.max_jobs} that a user may have on "
                 f"{self.profile.name}; submit fewer seeds or arms at a time (seeds=[10]), or wait"
             )
 
@@ -205,7 +205,7 @@ class Submission:
             nonlocal seconds
             seconds += 1  # called once a second
             if seconds > _WAIT:
-                raise ConfigError(f"another `tadistill submit` to {self.store.root} is running; wait for its end, then submit again")
+                raise ConfigError(f"another `tadistill submit` to {self.store.root} is running; wait until it ends, then submit again")
 
         lock = self.store.acquire("submit", waiting)
         try:
@@ -307,7 +307,7 @@ def _next_step(plan: Plan, study: Path, submission: Submission, *, sent: bool, w
     if sent:
         return f"show the state of the jobs with {status}"
     if waiting:
-        return f"nothing was submitted: every missing stage has a job already; show the state of the jobs with {status}"
+        return f"nothing was submitted, because all unfinished stages already have a job; show the state of the jobs with {status}"
     return f"nothing was submitted: {_all_done(plan, study)}"
 
 

@@ -1,9 +1,11 @@
-"""Calibration: reliability bins, the expected calibration error (ECE), and a model's probabilities of the answer choices.
+"""Calibration of a model: does its confidence agree with the share of correct predictions? The measure is the expected calibration error
+(ECE).
 
     probabilities = label_probabilities(model, prompts, choices, pad=…, vocab=…, batch=…)
     ece(bins(*likeliest(probabilities, labels, references)))
 
-MiniLLM evaluates SST-2 and BoolQ this way (arXiv:2306.08543). The answer is the choice with the highest probability.
+For tasks with a few answer choices, the prediction is the choice with the highest probability. MiniLLM evaluates SST-2 and BoolQ this way
+(arXiv:2306.08543).
 """
 
 from collections.abc import Sequence as Seq
@@ -24,7 +26,10 @@ _ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Bins:
-    """A reliability diagram. Predictions are sorted by confidence into bins of equal width on [0, 1]. Each array has one value per bin."""
+    """Predictions in bins of equal width on [0, 1], by their confidence. Each array has one value per bin.
+
+    A reliability diagram shows `correct` over `confidence`.
+    """
 
     count: np.ndarray
     confidence: np.ndarray
@@ -37,7 +42,7 @@ class Bins:
 
 
 def bins(confidence: Seq[float] | np.ndarray, correct: Seq[bool] | np.ndarray, count: int = 15) -> Bins:
-    """Sort predictions by confidence into `count` bins of equal width. Bin k contains confidences in [k / count, (k + 1) / count).
+    """Sort predictions by confidence into `count` bins of equal width. Bin k has confidences in [k / count, (k + 1) / count).
 
     A confidence of 1 goes into the last bin.
 
@@ -61,7 +66,7 @@ def bins(confidence: Seq[float] | np.ndarray, correct: Seq[bool] | np.ndarray, c
 
 
 def merge(parts: Seq[Bins]) -> Bins:
-    """Add the bins of several sets of predictions. The result is the same as sorting all predictions at once.
+    """Add the bins of several sets of predictions. The result is the same as if all predictions had been sorted together.
 
     Raises:
         DataError: `parts` is empty, or its elements have different numbers of bins.
@@ -95,13 +100,13 @@ def label_probabilities(
 ) -> list[np.ndarray]:
     """Return the model's probability of each answer choice. The probabilities of one prompt's choices sum to 1.
 
-    They are a softmax over the values log p(choice | prompt). Each value is a sum over the tokens of the choice, without EOS.
+    They are a softmax over the values log p(choice | prompt). Each value is a sum over the tokens of the choice, without the end token.
 
     Args:
         prompts: token ids of each prompt.
         choices: for each prompt, the token ids of each of its choices (`Encoded.choices`). A choice has at least one token.
         pad: the token id for padding; any id works.
-        vocab: number of tokens in the model's distribution; logits beyond it are cut off.
+        vocab: number of token ids that the model may give a probability. Logits of larger ids are cut off.
         batch: sequences per forward pass.
 
     Returns:
@@ -132,7 +137,7 @@ def label_probabilities(
 
 
 def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references: Seq[Seq[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return two arrays with one entry for each prompt: the probability of its likeliest choice, and True if this is a reference."""
+    """Return two arrays with one entry per prompt: the probability of its most likely choice, and True if this choice is a reference."""
     best = [int(p.argmax()) for p in probabilities]
     confidence = np.array([p[k] for p, k in zip(probabilities, best, strict=True)], np.float64)
     right = [labels[k] in refs for k, labels, refs in zip(best, choices, references, strict=True)]

@@ -1,7 +1,7 @@
 """Evaluate a model on one data set: sample answers with several decoding seeds, and compute text scores, loss and calibration.
 
-`evaluate` does all of this. A stage of a study calls `generate_answers` and `score` instead, and saves the answers in between. The
-training loop calls `dev_metrics`. Metrics that need a second model are in `tadistill.evaluation.scoring`.
+`evaluate` does all of this. A study calls its two parts, `generate_answers` and `score`, one after the other, and saves the answers in
+between. The training loop calls `dev_metrics`. Metrics that need a second model are in `tadistill.evaluation.scoring`.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,15 +31,19 @@ class Evaluation:
     scores: dict[str, list[list[float]]]
     """Maps a metric to its values [prompt][decoding seed]. A metric that needs no sampled answers has one column."""
     corpus: dict[str, Any]
-    """Results for the whole set. The key `numbers` contains the metrics that exist only for a set. If the references were scored too, there
-    are three more keys: `calibration`; `reference_length`, the tokens of each reference without EOS; and `unseen`, the share of the
-    references' letters that ROUGE-L drops."""
+    """Results for the whole set. `numbers` contains the metrics that exist only for a set. Three more keys exist if the references were
+    scored: `calibration`; `reference_length`, the tokens of each reference without its end token; and `unseen`, the share of the
+    references' letters that ROUGE-L ignores.
+    """
     records: list[dict[str, Any]]
-    """One record per answer: the full prompt, the instruction, the input, the prediction, the references and the scores."""
+    """One record per answer, with the full prompt, its parts, the model's answer, the references and the scores."""
 
 
 def evaluate(subject: Subject, data: EvalSet, settings: Evaluate, *, tick: Callable[[int], None] = lambda n: None) -> Evaluation:
-    """Sample answers to one data set, and return all metrics that need no second model. `tick` gets the number of answers in each batch."""
+    """Sample answers to one data set, and return all metrics that need no second model.
+
+    After each batch, `tick` is called with its number of answers.
+    """
     answers = {seed: generate_answers(subject, data, settings, seed, tick) for seed in settings.seeds}
     return score(subject, data, settings, answers)
 
@@ -66,7 +70,9 @@ def score(
     *,
     read_references: bool = True,
 ) -> Evaluation:
-    """Score sampled answers, also with the user's `own` metrics. With `read_references`, also score the references (loss and others)."""
+    """Score sampled answers. `own` are metrics that the user wrote. With `read_references`, loss and calibration on the references are
+    added.
+    """
     predictions = {seed: decode(subject, of_seed) for seed, of_seed in answers.items()}
     per_seed = {seed: _answer_scores(subject, data, settings, answers[seed], predictions[seed]) for seed in answers}
     for seed, scores in per_seed.items():
@@ -134,10 +140,10 @@ def _records(data: EvalSet, seed: int, subject: Subject, predictions: list[str],
 def dev_metrics(
     subject: Subject, data: EvalSet, settings: Evaluate, metric: str, *, teacher: PreTrainedModel | None = None
 ) -> dict[str, float]:
-    """Return the dev loss. If `metric` needs sampled answers, also return metrics of these answers.
+    """Return the dev loss. If `metric` needs sampled answers, sample them and return their metrics too.
 
-    For `metric="reverse_kl"`, the reverse KL to `teacher` is added. For a text score, all text scores and the mean answer length in tokens
-    are added.
+    For `metric="reverse_kl"`, this is the reverse KL to `teacher`. For a text score, these are all text scores and the mean length in
+    tokens.
     """
     found = {"loss": float(means(likelihood(subject, references(data.encoded), batch=settings.batch)["loss"]).mean())}
     reads_text = metric in names_in("quality")

@@ -1,17 +1,18 @@
-"""Metrics with a value at every response token, such as loss or KL. They compare a model with a text or with other models.
+"""Metrics that have a value at every token of an answer, such as loss or KL. They compare a model with a text or with other models.
 
-Logits exist only for a few tokens at a time, to save memory. Axes: N tokens, V vocabulary. q is the student, and p_T is the teacher.
+To save memory, logits exist only for a few tokens at a time. Axes: N tokens, V vocabulary. q is the student, and p_T is the teacher.
 
-The error budget shows how much each model of a path contributes to the divergence from the teacher. For a path T > A1 > … > Ak > q:
+The error budget shows how much each model of a path adds to the student's divergence from the teacher. For a path T > A1 > … > Ak > q
+with k assistants:
 
     KL(q ‖ p_T) = KL(q ‖ p_Ak) + E_q[log p_Ak - log p_A(k-1)] + … + E_q[log p_A1 - log p_T]
 
-Training minimised the first term. Each other term is the difference KL(q ‖ upper model) - KL(q ‖ lower model) of two neighbours. It may
-be negative. All terms are means over the tokens of the student's own answers.
+Training minimised the first term. Each other term belongs to two neighbours of the path. It is KL(q ‖ upper model) minus
+KL(q ‖ lower model), and it may be negative. All terms are means over the tokens of the student's own answers.
 
-Exposure bias follows MiniLLM (arXiv:2306.08543, section 3.4). It compares two errors KL(p ‖ q): after text that the student sampled, and
-after text that the teacher sampled. The value at a position is the mean over the answers that reach it. MiniLLM's released code differs:
-it gives ended answers an error of 0, and starts at the second token.
+Exposure bias follows MiniLLM (arXiv:2306.08543, section 3.4). It compares KL(p ‖ q) after text that the student sampled with KL(p ‖ q)
+after text that the teacher sampled. The value at a position is the mean over the answers that are long enough. MiniLLM's released code
+differs: an ended answer counts as an error of 0, and the second token is the first one that counts.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,7 +48,7 @@ class Subject:
 
     @property
     def pad(self) -> int:
-        """A token id for padding. Any id works, because the lengths tell where padding is."""
+        """A token id for padding. Any id works, because padded positions are never read."""
         eos = self.tokenizer.eos_token_id
         assert isinstance(eos, int)
         return eos
@@ -56,8 +57,8 @@ class Subject:
 def likelihood(subject: Subject, sequences: Seq[Sequence], *, batch: int) -> PerToken:
     """Return three values at each response token: `loss`, `confidence` and `correct`.
 
-    `loss` is -log q of the token, in nats. `confidence` is the largest probability. `correct` is 1 if the token is the most probable
-    one, else 0.
+    `loss` is -log q of the token, in nats. `confidence` is the largest probability of any token. `correct` is 1 if the token is the most
+    probable one, else 0.
     """
 
     def values(logits: Tensor, targets: tuple, tokens: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def entropy(subject: Subject, sequences: Seq[Sequence], *, batch: int, temperature: float) -> list[np.ndarray]:
-    """Return the entropy (nats) of the model's distribution at each response token. It is 0 at temperature 0."""
+    """Return the entropy (nats) of the model's distribution at each token of the answers. It is 0 at temperature 0."""
     if temperature == 0:
         return [np.zeros(len(s.response)) for s in sequences]
 
@@ -87,7 +88,7 @@ def entropy(subject: Subject, sequences: Seq[Sequence], *, batch: int, temperatu
 def divergences(
     subject: Subject, sequences: Seq[Sequence], others: Seq[PreTrainedModel], *, batch: int, tick: Callable[[int], None] = lambda n: None
 ) -> list[PerToken]:
-    """Return `forward_kl` and `reverse_kl` at each response token, once for each model in `others`.
+    """Return `forward_kl` and `reverse_kl` at each response token, for each model in `others`.
 
     forward_kl = KL(p ‖ q) and reverse_kl = KL(q ‖ p), in nats. q is the subject and p is the other model. Both are exact sums over the
     vocabulary. After each batch, `tick` is called with its number of sequences.
@@ -117,10 +118,11 @@ def per_token(
     others: Seq[PreTrainedModel] = (),
     tick: Callable[[int], None] = lambda n: None,
 ) -> PerToken:
-    """Compute the metrics `names` at every response token.
+    """Compute several metrics at every token of the answers.
 
-    `values` computes them for a few tokens at a time. It is called with the subject's logits (N, V), a tuple of the other models'
-    logits, and the token ids (N,). It returns one row per name: (names, N). `tick` gets the number of sequences of each batch.
+    `names` are the metrics. `values` computes them for a few tokens at a time. It is called with the subject's logits (N, V), a tuple of
+    the other models' logits, and the token ids (N,). It returns an array (metrics, N). After each batch, `tick` is called with its number
+    of sequences.
     """
     found: PerToken = {name: [np.empty(0)] * len(sequences) for name in names}
     reader, readers = Reader(subject.model), [Reader(model) for model in others]
@@ -159,7 +161,7 @@ def analyse(
     batch: int,
     tick: Callable[[int], None] = lambda n: None,
 ) -> tuple[dict[str, list[list[float]]], Exposure]:
-    """Compare the subject with the original teacher on one data set.
+    """Compare the subject (the model under evaluation) with the original teacher on one data set.
 
     Args:
         answers: the subject's own answers.
@@ -168,9 +170,9 @@ def analyse(
         tick: called after each batch with its number of sequences.
 
     Returns:
-        Two things. The first is {metric: [prompt][decoding seed]} with forward_kl (on the references) and reverse_kl (on the subject's
-        answers). With assistants it also has the terms of the error budget, from left to right: budget/0, budget/1, …. The second has
-        the exposure curves.
+        Two things: values and curves. The values are {metric: [prompt][decoding seed]}, with forward_kl on the references and reverse_kl on
+        the subject's answers. With assistants, budget/0, budget/1, … are the terms of the error budget, in the order of the formula in this
+        file. The curves show the exposure bias.
     """
     teacher, *assistants = others
     (on_references,) = divergences(subject, references(data.encoded), [teacher], batch=batch, tick=tick)
@@ -205,7 +207,10 @@ def _by_position(per_token: Seq[np.ndarray]) -> dict[str, list[float]]:
 
 
 def overlap(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tensor:
-    """Return the share (N,) of the `k` most probable tokens that student and teacher have in common (Li et al. 2026, arXiv:2604.13016)."""
+    """Return the share (N,) of the teacher's `k` most probable tokens that are also among the student's `k` most probable ones.
+
+    This measure is from Li et al. 2026 (arXiv:2604.13016).
+    """
     k = min(k, student_logits.shape[-1])
     mine, theirs = student_logits.topk(k).indices, teacher_logits.topk(k).indices
     return (mine.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).float().mean(-1)
@@ -230,7 +235,7 @@ def pair_measures(
 ) -> PerToken:
     """Return metrics that tell how well a teacher suits a learner.
 
-    The metrics in `ON_OWN_TEXT` are computed on the learner's own answers. forward_kl is computed on the references.
+    forward_kl is computed on the references, and all other metrics (`ON_OWN_TEXT`) on the learner's own answers.
     """
 
     def of_answers(logits: Tensor, teachers: tuple, tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Scores of generated text, from 0 to 100: agreement with references, correct facts, repetition and variety.
+"""Scores of generated text, from 0 to 100: agreement with references, correct facts, repetition and variety. Words end at white space.
 
 `score_answers` computes the scores of one decoding seed. `score_seeds` and `score_set` need the answers of all decoding seeds. To add a
-text metric, add a line to one of these functions, and a row to `tadistill.metrics`. Words are separated by white space.
+text metric, add a line to one of these functions, and a row to `tadistill.metrics`.
 """
 
 import math
@@ -31,7 +31,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def score_quality(predictions: Sequence[str], examples: Sequence[Example], *, metric: str = "") -> dict[str, list[float]]:
     """Return rouge_l of every prediction, and fact_accuracy if every example has facts. Dev evaluations use only these scores.
 
-    rouge_l_unicode is added in two cases: rouge_l drops too many letters of the references (`UNSEEN`), or `metric` is rouge_l_unicode.
+    rouge_l_unicode is added in two cases: rouge_l ignores too many letters of the references (`UNSEEN`), or `metric` is rouge_l_unicode.
     """
     references = [e.references for e in examples]
     scores = {"rouge_l": rouge_l(predictions, references)}
@@ -43,7 +43,7 @@ def score_quality(predictions: Sequence[str], examples: Sequence[Example], *, me
 
 
 def score_answers(predictions: Sequence[str], tokens: Sequence[Sequence[int]], examples: Sequence[Example]) -> dict[str, list[float]]:
-    """Return all scores of one decoding seed's answers, one value per prompt. `tokens` are the token ids of the answers."""
+    """Return all scores of the answers of one decoding seed, with one value per prompt. `tokens` are the token ids of the answers."""
     return score_quality(predictions, examples) | {
         "exact_match": exact_match(predictions, [e.references for e in examples]),
         "length": [float(len(ids)) for ids in tokens],
@@ -52,12 +52,12 @@ def score_answers(predictions: Sequence[str], tokens: Sequence[Sequence[int]], e
 
 
 def score_seeds(predictions: Mapping[int, Sequence[str]]) -> dict[str, list[float]]:
-    """Return the scores that compare answers of several decoding seeds, one value per prompt. With one seed, the result is empty."""
+    """Compare the answers of several decoding seeds. Return scores with one value per prompt. With one seed, there are no scores."""
     return {"self_bleu": self_bleu(list(zip(*predictions.values(), strict=True)))} if len(predictions) > 1 else {}
 
 
 def score_set(predictions: Mapping[int, Sequence[str]]) -> dict[str, float]:
-    """Return the scores of a whole set: the share of distinct n-grams, averaged over the decoding seeds."""
+    """Return the scores of a whole set: the percentage of different n-grams (`distinct`), averaged over the decoding seeds."""
     return {f"distinct_{n}": float(np.mean([distinct(of_seed, n) for of_seed in predictions.values()])) for n in _DISTINCT}
 
 
@@ -67,7 +67,7 @@ def score_set(predictions: Mapping[int, Sequence[str]]) -> dict[str, float]:
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """Return Rouge-L of each prediction as MiniLLM computes it: the F-measure with Porter stemming, times 100.
 
-    If a prediction has several references, the best match counts.
+    If a prediction has several references, the best score counts.
 
     Raises:
         DataError: the lengths differ, or a prediction has no reference.
@@ -82,7 +82,7 @@ UNSEEN = 0.01
 
 
 def unseen(references: Sequence[Sequence[str]]) -> float:
-    """Return the share (0-1) of the references' letters and digits that `rouge_l` ignores, as a mean over rows.
+    """Return how many of the references' letters and digits `rouge_l` ignores, as a share (0-1) that is averaged over the rows.
 
     `rouge_l` reads only a-z, A-Z and 0-9.
     """
@@ -91,10 +91,12 @@ def unseen(references: Sequence[Sequence[str]]) -> float:
 
 
 def rouge_l_unicode(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """Return Rouge-L over words of any script, times 100. The best reference counts. On ASCII text it equals `rouge_l`.
+    """Return Rouge-L over words of any script, times 100. If there are several references, the best score counts. On ASCII text it equals
+    `rouge_l`.
 
-    A word is a run of letters, marks and digits, after NFKC and lower case. Each character is a word in scripts without spaces (Chinese,
-    Japanese, Thai, Lao, Khmer, Burmese, Tibetan), and so is each symbol that is not ASCII, such as an emoji. Only ASCII words are stemmed.
+    A word is a run of letters, marks and digits, after NFKC and lower case. There are two exceptions. In scripts without spaces (Chinese,
+    Japanese, Thai, Lao, Khmer, Burmese, Tibetan), each character is a word. Each symbol that is not ASCII, such as an emoji, is a word too.
+    Only ASCII words are stemmed.
 
     Raises:
         DataError: the lengths differ, or a prediction has no reference.
@@ -135,8 +137,8 @@ def _stands_alone(c: str) -> bool:
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """Return 100 for each prediction that equals one of its references after normalisation, else 0.
 
-    Normalisation converts to lower case, removes ASCII punctuation, and collapses white space. Articles are kept. This is MiniLLM's
-    variant of SQuAD's rule (arXiv:1606.05250).
+    Normalisation converts to lower case, removes ASCII punctuation, and replaces white space by single spaces. Articles are kept, as in
+    MiniLLM. SQuAD's rule (arXiv:1606.05250) removes them.
 
     Raises:
         DataError: the lengths differ, or a prediction has no reference.
@@ -146,9 +148,9 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def fact_accuracy(predictions: Sequence[str], facts: Sequence[Facts]) -> list[float]:
-    """Return one percentage per prediction: how many of the prompt's facts it states.
+    """Return the percentage of its prompt's facts that each prediction states.
 
-    A prediction states a fact if it contains the fact's value and none of the rival values.
+    A prediction states a fact if it contains the fact's value and none of the wrong values that are listed with the fact.
 
     Raises:
         DataError: the lengths differ, or a prediction has no fact.
@@ -203,7 +205,10 @@ def _check(predictions: Sequence, other: Sequence) -> None:
 
 
 def repetition(responses: Sequence[Sequence[int]], n: int = 4) -> list[float]:
-    """Return the percentage of each answer's token n-grams that occurred earlier in the same answer; 0 for fewer than n tokens."""
+    """Return the percentage of each answer's token n-grams that occurred earlier in the same answer.
+
+    It is 0 for an answer with fewer than n tokens.
+    """
     return [_repeated(ids, n) for ids in responses]
 
 
@@ -213,9 +218,9 @@ def _repeated(ids: Sequence[int], n: int) -> float:
 
 
 def distinct(predictions: Sequence[str], n: int) -> float:
-    """Return distinct-n (Li et al., arXiv:1510.03055): the number of different word n-grams as a percentage of all word n-grams.
+    """Return distinct-n (Li et al., arXiv:1510.03055): the number of different word n-grams, as a percentage of all word n-grams.
 
-    No n-gram crosses the end of a prediction. The result is 0 if no prediction has n words.
+    An n-gram lies inside one prediction. The result is 0 if no prediction has n words.
     """
     grams = [tuple(words[i : i + n]) for words in map(str.split, predictions) for i in range(len(words) - n + 1)]
     return 100 * len(set(grams)) / len(grams) if grams else 0.0
@@ -224,9 +229,9 @@ def distinct(predictions: Sequence[str], n: int) -> float:
 def self_bleu(answers: Sequence[Sequence[str]]) -> list[float]:
     """Return Self-BLEU (Zhu et al., arXiv:1802.01886) of each prompt. High values mean that the answers to a prompt are similar.
 
-    For each answer, BLEU-4 is computed against the prompt's other answers. Self-BLEU is the mean. BLEU is nltk's, with smoothing method 1
-    (Chen & Cherry 2014), which replaces a count of 0 by 0.1. An answer with fewer than four words uses only n-grams up to its length. An
-    empty answer scores 100 if another answer is empty too, else 0.
+    It is the mean of BLEU-4 over the answers: each answer is compared with the other answers to its prompt. BLEU is nltk's, with smoothing
+    method 1 (Chen & Cherry 2014), which replaces a count of 0 by 0.1. An answer with fewer than four words uses only n-grams up to its
+    length. An empty answer scores 100 if another answer is empty too, else 0.
 
     Args:
         answers: for each prompt its answers, one per decoding seed.
@@ -239,7 +244,9 @@ def self_bleu(answers: Sequence[Sequence[str]]) -> list[float]:
     """
     short = next((i for i, row in enumerate(answers) if len(row) < 2), None)
     if short is not None:
-        raise DataError(f"prompt {short + 1} has {len(answers[short])} answers; self-BLEU needs at least two, so use more decoding seeds")
+        raise DataError(
+            f"prompt {short + 1} has {len(answers[short])} answers; self-BLEU needs at least two, so use two or more decoding seeds"
+        )
     return [_likeness([answer.split() for answer in row]) for row in answers]
 
 
@@ -262,7 +269,9 @@ def _bleu(answer: list[str], others: list[list[str]]) -> float:
 
 
 def score_own(functions: Mapping[str, OwnFunction], predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, list[float]]:
-    """Return the scores of each metric, one value per prediction. A metric is called with a prediction and the list of its references.
+    """Return the scores of the user's own metrics, with one value per prediction.
+
+    A metric is called with a prediction and the list of its references.
 
     Raises:
         ConfigError: a metric fails, or returns something other than a finite number.

@@ -1,4 +1,5 @@
-"""Ratings of a study's answers, by a language model behind an OpenAI-compatible endpoint or by people on a blind sheet.
+"""Rate the answers of a study. The raters are a language model behind an OpenAI-compatible endpoint, or people who do not see the arms'
+names.
 
 The command line calls `commands`. docs/reference/judge.md explains how the numbers are computed.
 """

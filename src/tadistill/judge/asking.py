@@ -1,4 +1,4 @@
-"""Ask the judge (a language model that rates answers) in several threads. Estimate the tokens before the first request.
+"""Ask the judge (a language model that rates answers) in several threads. The number of tokens is estimated before the first request.
 
 Every reply is appended to a cache file at once (one JSON object per line). A question with a cached reply is not asked again.
 """
@@ -29,9 +29,9 @@ Scores = tuple[float, float]
 
 @dataclass(frozen=True)
 class RequestEstimate:
-    """The number of questions for the judge, and their tokens, which are estimated from the length of the texts.
+    """How many questions and tokens a run needs. Tokens are estimated from the length of the texts.
 
-    `cached` questions already have a reply. `most_out` is the upper limit of the generated tokens.
+    `cached` is the number of questions that already have a reply. `most_out` is the upper limit of the generated tokens.
     """
 
     questions: int
@@ -42,13 +42,13 @@ class RequestEstimate:
 
     @property
     def requests(self) -> int:
-        """The number of questions without a cached reply. A reply that cannot be parsed costs up to two more requests."""
+        """The number of questions that have no cached reply. If a reply has no two scores, its question is asked up to two more times."""
         return self.questions - self.cached
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The judge's replies. `scores` maps the text of a question to (score of Assistant 1, score of Assistant 2)."""
+    """The judge's replies. `scores` maps the text of a question to its scores (Assistant 1, Assistant 2)."""
 
     scores: dict[str, Scores]
     unparsed: frozenset[str]
@@ -57,7 +57,10 @@ class Verdicts:
 
 
 def question_key(settings: Judge, text: str) -> str:
-    """Return the cache key of a question. It depends on the judge model and its sampling settings, but not on the endpoint's address."""
+    """Return the cache key of a question. It depends on the judge model and its sampling settings.
+
+    It does not depend on the address of the endpoint, so an endpoint that moves keeps its replies.
+    """
     content = [settings.model, settings.temperature, settings.max_tokens, text]
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:32]
 
@@ -92,10 +95,10 @@ class Cache:
 
 @contextmanager
 def open_cache(path: Path) -> Iterator[Cache]:
-    """Open the file of a study's cached replies. Only one process at a time can open it.
+    """Open the file with the replies to a study's questions. Only one process at a time can open it.
 
     Raises:
-        StoreError: another process has the cache open, or a line of the file is damaged.
+        StoreError: another process has opened the file, or a line of it is damaged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,12 +128,14 @@ def _read_replies(path: Path) -> dict[str, Reply]:
             row = json.loads(line)
             replies[row["key"]] = Reply(str(row["text"]), int(row["in"]), int(row["out"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{path}, line {number} is not a reply ({error}); delete the line, and its question is asked again") from error
+            raise StoreError(
+                f"{path}, line {number} is not a reply ({error}); delete this line; its question is then asked again"
+            ) from error
     return replies
 
 
 def estimate_requests(questions: Sequence[Question], settings: Judge, cache: Cache) -> RequestEstimate:
-    """Estimate the requests and tokens of a run. Questions with equal texts share a reply and are counted once."""
+    """Estimate the requests and tokens of a run. Questions with the same text are asked and counted once."""
     texts = list(dict.fromkeys(question.text for question in questions))
     open_texts = [text for text in texts if not _settled(text, settings, cache)]
     tokens_in = sum(len(text) for text in open_texts) // _CHARACTERS_A_TOKEN
@@ -141,14 +146,14 @@ def estimate_requests(questions: Sequence[Question], settings: Judge, cache: Cac
 def ask_all(
     questions: Sequence[Question], settings: Judge, cache: Cache, ask: Callable[[str], Reply], *, tick: Callable[[], None] = lambda: None
 ) -> Verdicts:
-    """Ask every question that has no cached reply, and return all scores. The order in which replies arrive does not change the scores.
+    """Ask every question that has no cached reply, and return all scores. The scores do not depend on the order of the replies.
 
     Args:
         ask: sends a question and returns the reply, or raises `Refused` or `Unavailable`. It is called from `settings.jobs` threads.
-        tick: called after each distinct question that is answered or refused.
+        tick: called after each different question that is answered or refused.
 
     Raises:
-        JudgeFailed: the endpoint stopped answering. The function first waits for the pending requests and saves their replies.
+        JudgeFailed: the endpoint stopped answering. Replies to requests that are on their way are still awaited and saved.
     """
     texts = list(dict.fromkeys(question.text for question in questions))
     run = _Run(settings, cache, ask, tick)

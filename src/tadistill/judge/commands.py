@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm: Callable[[str], bool], command: str) -> Path | None:
     """Let a model rate the answers of a study. Return the path of the summary, or None if the user does not confirm.
 
-    `root` is the directory of the studies and the store. `confirm` asks the user before the first request is sent.
+    `root` is the directory that contains the studies and the store. `confirm` asks the user before the first request is sent.
 
     Raises:
         ConfigError, DataError: the input is wrong. Nothing has been sent.
-        JudgeFailed: the endpoint stopped answering. All replies are saved, and the same command continues.
+        JudgeFailed: the endpoint stopped answering. All replies are saved. The same command continues from them.
     """
     mode, model, against = settings.mode, settings.model, settings.against
     base_url = check_address(settings.base_url)
@@ -60,7 +60,7 @@ def judge(study: str, settings: Judge, *, root: Path, console: Console, confirm:
 
 
 def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Console) -> Path:
-    """Write a blind sheet (page, CSV and key) with answers of a study's first training seed. Return the path of the page."""
+    """Write a sheet (page, CSV and key) for raters who do not see which arm wrote an answer. Return the path of the page."""
     directory = find_study(study, root)
     answers = read_answers(directory, store_of(root), arms=sheet.arms, sets=sheet.sets, limit=sheet.limit)
     name = _file_name(sheet.name)
@@ -74,7 +74,7 @@ def export_sheet(study: str, sheet: BlindSheet, *, root: Path, console: Console)
 
 
 def read_sheets(study: str, files: Sequence[Path], *, root: Path, console: Console, command: str, name: str = "blind") -> Path:
-    """Read the sheets that raters filled in, write the summary ``judge-human-NAME.json``, and return its path."""
+    """Read the sheets that raters filled in. Write their summary as ``judge-human-NAME.json`` and return its path."""
     directory, name = find_study(study, root) / "judge", _file_name(name)
     key = load_key(directory / f"sheet-{name}.key.json")
     summary = summarise_ratings(read_ratings(files, key), key)
@@ -114,16 +114,16 @@ def _announce(console: Console, answers: Answers, plan: RequestEstimate, model: 
         highlight=False,
     )
     if plan.requests:
-        out = f"{plan.tokens_out:,} tokens out (at most {plan.most_out:,})"
+        out = f"{plan.tokens_out:,} output tokens (at most {plan.most_out:,})"
         console.print(
-            f"estimate: {plan.tokens_in:,} tokens in, {out}; a question is asked again if its reply cannot be parsed", highlight=False
+            f"estimate: {plan.tokens_in:,} input tokens, {out}. A question is asked again if its reply has no two scores", highlight=False
         )
 
 
 def _conclude(console: Console, verdicts: Verdicts, plan: RequestEstimate) -> None:
     if verdicts.unparsed:
         console.print(
-            f"the replies to {len(verdicts.unparsed)} of {plan.questions} questions cannot be parsed; these questions are left out"
+            f"the replies to {len(verdicts.unparsed)} of {plan.questions} questions have no two scores; these questions are left out"
         )
     if verdicts.refused:
         reason = next(iter(verdicts.refused.values()))
@@ -144,7 +144,7 @@ def _default_name(mode: str, model: str, against: str) -> str:
 def _file_name(name: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
     if not plain:
-        raise ConfigError(f"the name `{name}` must contain at least one letter or digit (A-Z, a-z, 0-9)")
+        raise ConfigError(f"the name `{name}` has no letter and no digit (A-Z, a-z, 0-9); choose a name that has at least one")
     return plain
 
 

@@ -30,7 +30,7 @@ class Refused(Exception):
 
 
 class Unavailable(Exception):
-    """The endpoint cannot answer any question. The message is a sentence without its subject, such as "cannot be reached"."""
+    """The endpoint cannot answer any question. The message is the end of a sentence about the endpoint, such as "cannot be reached"."""
 
 
 class _Message(BaseModel):
@@ -68,7 +68,7 @@ def check_address(base_url: str) -> str:
 
 
 def connect(base_url: str, *, timeout: float, retries: int = 5) -> "OpenAI":
-    """Create a client. The API key is read from OPENAI_API_KEY. Only the public OpenAI endpoint requires a key.
+    """Create a client for the endpoint. The API key is read from OPENAI_API_KEY. Only the public OpenAI endpoint requires a key.
 
     Raises:
         ConfigError: the `openai` package is missing, or the public endpoint has no key.
@@ -84,10 +84,12 @@ def connect(base_url: str, *, timeout: float, retries: int = 5) -> "OpenAI":
 
 
 def knock(client: "OpenAI") -> None:
-    """Send one cheap request (GET /models, no retries). It finds out whether the endpoint answers and accepts the key.
+    """Test whether the endpoint answers and accepts the key, with one cheap request (GET /models, no retries).
+
+    An endpoint without /models passes the test.
 
     Raises:
-        Unavailable: the endpoint does not answer, or it rejects the key. An endpoint without /models passes the check.
+        Unavailable: the endpoint does not answer, or it rejects the key.
     """
     import openai
 
@@ -104,7 +106,8 @@ def ask(client: "OpenAI", settings: Judge, text: str) -> Reply:
 
     Raises:
         Refused: the endpoint refuses this question.
-        Unavailable: the endpoint is down, too slow or out of quota, rejects the key or the model, or returns no chat completion.
+        Unavailable: the endpoint is down, too slow or out of quota; or it rejects the key or the model; or its answer is not a chat
+            completion.
     """
     import openai
 
@@ -139,7 +142,7 @@ def _complete(client: "OpenAI", settings: Judge, text: str) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Describe an error of the `openai` package in a sentence without its subject (the endpoint), such as "cannot be reached"."""
+    """Describe an error of the `openai` package as the end of a sentence about the endpoint, such as "cannot be reached"."""
     import openai
 
     if isinstance(error, openai.APITimeoutError):

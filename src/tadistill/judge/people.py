@@ -1,7 +1,7 @@
 """Ratings by people. Write a blind sheet with a study's answers, and read the sheets that raters filled in.
 
-A sheet shows prompts with the answers of several arms. Letters in random order replace the arms' names, and a separate key file maps each
-letter to its arm. The summary has mean ratings, win rates and the raters' agreement.
+A sheet shows prompts, each with the answers of several arms. Raters see letters in random order instead of the arms' names. A separate key
+file maps each letter to its arm. The summary has mean ratings, win rates and the raters' agreement.
 """
 
 import csv
@@ -34,7 +34,7 @@ _COLUMNS = ("sheet", "item", "letter", "instruction", "input", "answer", "rating
 
 @dataclass(frozen=True)
 class Sheet:
-    """A blind sheet. Raters see only `shown`. `key` maps the letters to the arms. Both contain the ids of the sheet and of its items."""
+    """A sheet for raters who do not know the arms. They see only `shown`. `key` maps each letter to its arm."""
 
     identity: str
     shown: list[dict[str, Any]]
@@ -42,7 +42,7 @@ class Sheet:
 
 
 def make_sheet(answers: Answers, *, name: str, with_reference: bool, seed: int) -> Sheet:
-    """Make a blind sheet. The prompts, and the answers of each prompt, are in random order.
+    """Make a sheet. Its prompts are in random order, and so are the answers to each prompt.
 
     Raises:
         ConfigError: a prompt has fewer than 2 or more than 26 answers.
@@ -69,7 +69,7 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
     """Write sheet-NAME.html, sheet-NAME.csv and sheet-NAME.key.json, and return the path of the page.
 
     Raises:
-        ConfigError: another sheet has this name. It is not overwritten, because raters may be filling it in.
+        ConfigError: there is another sheet of this name. It is kept, because raters may be filling it in.
     """
     key_path = directory / f"sheet-{name}.key.json"
     if key_path.is_file() and read_json(key_path).get("sheet") != sheet.identity:
@@ -86,7 +86,7 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
 
 
 def render_sheet(sheet: Sheet) -> str:
-    """Return the page of a sheet. It is one HTML file with its script, style and data, and needs no network."""
+    """Return the page of a sheet: one HTML file that works without a network."""
     environment = Environment(
         loader=PackageLoader("tadistill.judge"), autoescape=True, finalize=visible_parts, undefined=StrictUndefined, trim_blocks=True
     )
@@ -142,7 +142,9 @@ def load_key(path: Path) -> dict[str, Any]:
 
 
 def read_ratings(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Rating]:
-    """Read the ratings of all files. A file without a column `rater` counts as one rater. Answers without a rating are skipped.
+    """Read the ratings of all files. Answers without a rating are skipped.
+
+    The column `rater` names the rater of a row. A file without this column counts as one rater.
 
     Raises:
         DataError: a file is not a filled-in copy of this sheet. The message names the file, the line and the problem.
@@ -165,10 +167,10 @@ def read_ratings(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Rating]:
 
 
 def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scores of every arm, the wins of every pair of arms, and the agreement of the raters.
+    """Return the mean ratings of every arm, the wins of every pair of arms, and the agreement of the raters.
 
-    A prompt's score is the mean over its raters, and n is the number of prompts. For a pair of arms, a rater's vote on a prompt is +1, 0
-    or -1. The outcome of the prompt is the sign of the mean vote. Every prompt thus has the same weight.
+    Every prompt has the same weight. Its rating of an arm is the mean over the raters. For a pair of arms, each rater votes +1, 0 or -1,
+    and the sign of the mean vote decides the prompt. n is the number of prompts.
     """
     items = key["items"]
     arms = tuple(sorted({arm for item in items.values() for arm in item["letters"].values()}))
@@ -201,12 +203,12 @@ def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict
 
 
 def agreement(ratings: Sequence[Rating], *, scale: Sequence[int]) -> dict[str, Any]:
-    """Return Krippendorff's alpha (ordinal) over the answers with ratings of at least two raters.
+    """Return how well the raters agree: Krippendorff's alpha (ordinal), over the answers that at least two raters rated.
 
     The entry ``value`` is None if there are no such answers, or if all their ratings are equal.
 
     Raises:
-        ConfigError: the `krippendorff` package is missing and there are several raters.
+        ConfigError: the package `krippendorff` is needed but not installed.
     """
     places = list(dict.fromkeys((r.item, r.letter) for r in ratings))
     raters = list(dict.fromkeys(r.rater for r in ratings))

@@ -1,8 +1,8 @@
 """Select the answers that are judged, write the questions for the judge, and parse its replies.
 
 All arms are judged on the same prompts, with the answers of the first decoding seed. Arms whose evaluation is not finished are left out and
-named. As in MiniLLM (Gu et al. 2024, section 3.1 and appendix), the judge rates each of two answers from 1 to 10, but the wording of the
-question differs. Every pair is asked in both orders, because judges favour a position.
+named. As in MiniLLM (Gu et al. 2024, section 3.1 and appendix), the judge sees two answers and rates each from 1 to 10. The words of the
+question differ from MiniLLM's. Judges may prefer the first or the second answer, so every pair is asked in both orders.
 """
 
 import re
@@ -20,7 +20,7 @@ from tadistill.store import Store
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt. `answers` maps an arm (or `REFERENCE`) to one answer per training seed, in the order of `Answers.seeds`."""
+    """One prompt with its answers. `answers` maps an arm (or `REFERENCE`) to its answers, one per training seed (`Answers.seeds`)."""
 
     set: str
     index: int
@@ -43,10 +43,10 @@ class Answers:
 def read_answers(
     study_dir: Path, store: Store, *, arms: Sequence[str] = (), sets: Sequence[str] = (), all_seeds: bool = False, limit: int | None = None
 ) -> Answers:
-    """Read the chosen prompts with the answers of the chosen arms. By default, all arms of the study are read.
+    """Read the chosen prompts with the answers of the chosen arms. By default, these are all arms of the study.
 
     Args:
-        all_seeds: read every training seed for which all these arms are evaluated, instead of only the first one.
+        all_seeds: read all training seeds for which these arms are evaluated, not only the first one.
         limit: the number of prompts per set. The prompts are evenly spaced over the set, and the same for all arms.
 
     Raises:
@@ -163,9 +163,9 @@ _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Question:
-    """A question about two answers to one prompt. The answer of `left` is shown as Assistant 1, the answer of `right` as Assistant 2.
+    """A question about two answers to one prompt. The answer of `left` is shown as Assistant 1, that of `right` as Assistant 2.
 
-    `seed` is the index of the training seed in `Answers.seeds`.
+    `seed` is the position of the training seed in `Answers.seeds`.
     """
 
     set: str
@@ -177,10 +177,10 @@ class Question:
 
 
 def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> list[Question]:
-    """Write the questions that compare each arm with `against`, in both orders, for every prompt and training seed.
+    """Write the questions that compare each arm with `against`, for every prompt and training seed. Each pair is asked in both orders.
 
     Raises:
-        ConfigError: `against` is not an arm and not `REFERENCE`; or it is the only arm; or it does not fit the mode.
+        ConfigError: `against` is neither an arm nor `REFERENCE`; or it is the only arm; or `mode` is `score` and it is an arm.
     """
     if mode == "score" and against != REFERENCE:
         raise ConfigError(f"mode `score` compares each arm with the reference, not with `{against}`; use --mode pair to compare two arms")
@@ -207,18 +207,18 @@ def write_question(instruction: str, given: str, left: str, right: str) -> str:
 
 
 def with_reminder(text: str, attempt: int) -> str:
-    """Return the question's text for an attempt, counted from 0. From attempt 1 on, a reminder of the required form is added.
+    """Return the text of a question for an attempt. Attempt 0 is the question itself. Later ones add a reminder of the required form.
 
-    The reminders differ, because a judge at temperature 0 gives the same reply to the same text.
+    Each attempt has another reminder, because a judge at temperature 0 gives the same reply to the same text.
     """
     return text if attempt == 0 else f"{text}\n\n{_AGAIN[attempt - 1]}"
 
 
 def parse_scores(reply: str) -> tuple[float, float] | None:
-    """Return the two scores of a reply. Return None if the reply does not have the required form.
+    """Return the two scores of a reply. Return None if the reply does not have the required form, such as ``8 7``.
 
-    In addition to ``8 7``, it accepts commas, ``8/10 7/10``, labels (``Assistant 1: 8, Assistant 2: 7``, also on two lines), Markdown's
-    asterisks, and a ``<think>`` block before the scores. It rejects scores outside 1 to 10 and lines with more than two numbers.
+    Also accepted are commas, ``8/10 7/10``, labels (``Assistant 1: 8, Assistant 2: 7``, also on two lines), Markdown's asterisks, and a
+    ``<think>`` block before the scores. Scores outside 1 to 10 and lines with more than two numbers are not accepted.
     """
     lines = [line for line in (_plain(line) for line in _THOUGHT.sub("", reply, count=1).splitlines()) if line]
     labelled = len(lines) > 1 and all(re.match(rf"(?i)(?:assistant|answer)\s*{n}\b", line) for n, line in enumerate(lines[:2], start=1))

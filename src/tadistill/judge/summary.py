@@ -1,4 +1,4 @@
-"""Compute wins, win rates and scores from the judge's scores, with 95 % intervals.
+"""Compute wins, win rates and scores from the judge's replies, with 95 % intervals.
 
 Axes: S training seeds, N prompts. An arm's row includes a prompt only if all its questions (both orders, every seed) have scores.
 """
@@ -24,11 +24,11 @@ _SHARE = (0.0, 100.0)
 
 
 def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdicts, *, mode: str, against: str = REFERENCE) -> list[Row]:
-    """Return one row per arm and set. With several sets, each arm also gets a row for the mean over sets.
+    """Return one row per arm and test set. With several sets, each arm also gets a row for the mean over sets.
 
-    n is the number of compared pairs of answers: prompts x training seeds.
-    Mode pair: an arm wins if it wins in both orders. If the two orders disagree, it is a tie. win_rate = 100 (wins + ties / 2) / n.
-    Mode score, as in MiniLLM: 100 x sum of the arm's scores / sum of the reference's scores, over both orders.
+    - n is the number of compared pairs of answers (prompts x training seeds).
+    - Mode pair: an arm wins if it wins in both orders. If the two orders disagree, it is a tie. win_rate = 100 (wins + ties / 2) / n.
+    - Mode score, as in MiniLLM: 100 x (sum of the arm's scores) / (sum of the reference's scores), over both orders.
     """
     scores = {(q.set, q.index, q.seed, q.left, q.right): verdicts.scores[q.text] for q in questions if q.text in verdicts.scores}
     make = _pair_rows if mode == "pair" else _score_rows
@@ -40,23 +40,22 @@ def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdict
 
 
 def verdict(first: Scores, second: Scores) -> int:
-    """Return 1 if the arm has the higher score in both orders, -1 if the other answer has it in both orders, else 0.
+    """Return 1 if the arm has the higher score in both orders, -1 if the other answer has the higher score in both, else 0.
 
     Args:
-        first: the scores with the arm shown first.
-        second: the scores with the arm shown second.
+        first: the scores of (first, second) answer when the arm is shown first.
+        second: the same when the arm is shown second.
     """
     signs = {_sign(first[0] - first[1]), _sign(second[1] - second[0])}
     return signs.pop() if len(signs) == 1 else 0
 
 
 def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
-    """Return the 95 % interval of the ratio sum(arm) / sum(other), averaged over sets.
+    """Return the 95 % interval of the ratio sum(arm) / sum(other), averaged over test sets.
 
-    Each array has the shape (training seeds, prompts, 2): scores of the arm, then scores of the other answer. The delta method replaces
-    each
-    ratio by one value per seed and prompt. These values have the same mean and, to first order, the same variance. `macro_interval` then
-    computes the interval.
+    Each array has the shape (training seeds, prompts, 2): scores of the arm, then scores of the other answer. With the delta method, each
+    seed and prompt gets one value. These values have the mean of the ratio and, to first order, its variance. `macro_interval` computes the
+    interval from them.
     """
     linear = []
     for values in strata_SN2:
@@ -67,14 +66,14 @@ def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
 
 
 def write_summary(path: Path, *, mode: str, judge: str, arms: Sequence[str], rows: Sequence[Row], command: str, **more: Any) -> None:
-    """Write the summary of a judge run to `path` (``judge-NAME.json``). The report reads this file."""
+    """Write the summary of the ratings to `path` (``judge-NAME.json``). The report of the study reads this file."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     content = {"mode": mode, "judge": judge, "arms": list(arms), "rows": list(rows), **more, "created": created, "command": command}
     write_json(path, content, allow_nan=False)
 
 
 def pair_row(arm: str, other: str, name: str, outcomes_SN: Array) -> Row:
-    """Return the summary row of one set. `outcomes_SN` has one value per training seed and prompt: 1 is a win, 0 a tie, -1 a loss."""
+    """Return the summary of one test set. `outcomes_SN` has one value per training seed and prompt: 1 is a win, 0 a tie, -1 a loss."""
     wins, losses, n = int((outcomes_SN > 0).sum()), int((outcomes_SN < 0).sum()), int(outcomes_SN.size)
     rate_SN = 50.0 * (outcomes_SN + 1)
     low, high = macro_interval([rate_SN[..., None]], bounds=_SHARE)
@@ -83,7 +82,10 @@ def pair_row(arm: str, other: str, name: str, outcomes_SN: Array) -> Row:
 
 
 def pair_rows(arm: str, other: str, strata_SN: Mapping[str, Array]) -> list[Row]:
-    """Return one row per set. With several sets, add a row with the summed counts and the unweighted mean of the win rates."""
+    """Return one row per test set. With several sets, add a row over all of them.
+
+    That row has the summed counts and the mean of the win rates, in which each set has the same weight.
+    """
     rows = [pair_row(arm, other, name, outcomes) for name, outcomes in strata_SN.items()]
     if len(rows) > 1:
         sums = {field: sum(row[field] for row in rows) for field in ("wins", "ties", "losses")}

@@ -148,7 +148,7 @@ def test_a_clock_that_is_off_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.time, "time", lambda: real() - 60)
     clock = doctor.store(tmp_path)[2]
     assert clock.state == "warning"
-    assert re.match(r"the disk's clock is \+(59\.9|60\.\d) s off", clock.found)
+    assert re.match(r"the disk's clock differs from this machine's clock by \+(59\.9|60\.\d) s", clock.found)
 
 
 def test_data_root(tmp_path):

@@ -110,7 +110,7 @@ def test_embedded_and_random_sources_need_nothing(tmp_path):
 
 def test_missing_names_what_revision_and_command(cache, tmp_path, model_files):
     model, rows, dolly = fetch.missing(recipe(), tmp_path)
-    assert model == "model `org/teacher` at revision `main` is not on this disk; run `tadistill fetch RECIPE` where there is network"
+    assert model == "model `org/teacher` at revision `main` is not on this disk; run `tadistill fetch RECIPE` with network access"
     assert rows.startswith("data set `org/set` at revision `main`")
     assert dolly.startswith("data set `MiniLLM/dolly/valid.jsonl` at revision `main`")
     lay_all(cache, model_files)

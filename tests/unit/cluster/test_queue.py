@@ -43,7 +43,7 @@ def test_a_cancel_that_fails_says_so(programs):
     programs("scancel", "exit 1")
     programs("squeue", "echo '7_1|PENDING|0:00|x|Priority'; echo '8|PENDING|0:00|x|Priority'; echo '9|COMPLETING|0:10|x|None'")
     queue.cancel(["9"])
-    with pytest.raises(TadistillError, match="scancel failed for 7_1, 8; look at `squeue --me`"):
+    with pytest.raises(TadistillError, match="scancel failed for 7_1, 8; run `squeue --me`"):
         queue.cancel(["8", "7_1"])
 
 
