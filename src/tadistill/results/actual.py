@@ -1,7 +1,7 @@
-"""The rows that stages actually read, and the FLOPs that they actually spent. A plan predicts both before any stage has run.
+"""The rows that trainings and evaluations actually read, and the FLOPs that they actually spent. The plan can only predict them.
 
-A row is identified by its number in its split, from 0. All models of a study read the same splits. A model whose tokenizer makes longer
-prompts leaves out more rows. Scores are therefore paired by row, and not by their position in a file.
+Arms are compared on rows that all of them answered. A model whose tokenizer makes longer prompts leaves out more rows. Scores are therefore
+paired by the number of the row in its split (from 0), and not by their position in a file.
 """
 
 import math
@@ -22,20 +22,23 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class UsedRows:
-    """Numbers of rows of one split that some arms used."""
+    """Numbers of rows of one split that arms (paths of models) used."""
 
     role: str
-    """train, dev or test."""
+    """The part of the data: train, dev or test."""
     set: str
     counts: Counts
     arms: tuple[str, ...]
-    """The arms to which these counts apply. Empty if they apply to all arms."""
+    """The arms that used these numbers of rows. Empty if all arms did."""
     compared: int
-    """Number of rows that all arms have. Arms are compared on these rows."""
+    """Number of rows that all arms answered. Arms are compared on these rows."""
 
     @property
     def text(self) -> str:
-        """Return text such as ``dolly (test): 476 of 500 rows; 24 longer than data.max_prompt (256)``; empty if all rows are whole."""
+        """Return text such as ``dolly (test): 476 of 500 rows; 24 longer than data.max_prompt (256)``.
+
+        It is empty if no row was left out or cut.
+        """
         whole = self.counts.text
         if self.compared < self.counts.used:
             whole = f"{whole or f'{self.counts.used} rows'}; compared on the {self.compared} rows that all models have"
@@ -44,15 +47,15 @@ class UsedRows:
 
     @property
     def record(self) -> dict[str, Any]:
-        """Return the counts for ``results.json``."""
+        """Return the numbers as an entry of ``results.json``."""
         return {"role": self.role, "set": self.set, **asdict(self.counts), "used": self.counts.used, "compared": self.compared,
                 "arms": list(self.arms)}  # fmt: skip
 
 
 def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -> dict[str, Rows]:
-    """Return the row numbers that an evaluation answered, for each set, in the order of its scores.
+    """Return the numbers of the rows that an evaluation answered, for each test set, in the order of its scores.
 
-    If an earlier version wrote the evaluation, they are read from its predictions.
+    An earlier version of tadistill did not save these numbers. They are then read from the predictions.
     """
     if all("rows" in found for found in corpus.values()):
         return {name: np.asarray(found["rows"], dtype=np.int64) for name, found in corpus.items()}
@@ -66,7 +69,9 @@ def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -
 
 
 def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[str, Rows]:
-    """Return, for each set, the numbers of the rows that were answered in all evaluations. `rows` maps stage and set to row numbers.
+    """Return, for each test set, the numbers of the rows that all evaluations answered.
+
+    `rows` maps a stage and a set to the numbers of its rows.
 
     Raises:
         StoreError: the evaluations of a set have no row in common.
@@ -85,13 +90,13 @@ def shared_rows(rows: Mapping[str, Mapping[str, Rows]], store: Store) -> dict[st
 
 
 def places(answered: Rows, chosen: Rows) -> NDArray[np.intp]:
-    """Return the positions of the chosen rows among the answered rows, in the order of the rows."""
+    """Return the positions of the rows `chosen` in the array `answered`, in ascending order of the row numbers."""
     order = np.argsort(answered, kind="stable")
     return order[np.isin(answered[order], chosen)]
 
 
 def count_rows(plan: StudyPlan, store: Store, rows: Mapping[str, Mapping[str, Rows]], shared: Mapping[str, Rows]) -> tuple[UsedRows, ...]:
-    """Return the numbers of rows for every split that a finished training or main evaluation read, in the plan's order."""
+    """Count the rows that finished trainings and evaluations read, for every split."""
     found: dict[tuple[str, str], dict[Counts, dict[str, None]]] = {}
     for stage in plan.stages:
         of_stage = rows.get(stage.key)
@@ -117,7 +122,7 @@ def _counts(plan: StudyPlan, store: Store, key: str, rows: Mapping[str, Rows] | 
 
 
 def rows_text(used: Sequence[UsedRows]) -> str:
-    """Return one sentence about all splits with rows that are left out or cut. Return an empty string if there is no such split."""
+    """Describe in one sentence all splits with rows that were left out or cut. The result is empty if there is no such split."""
     found = [text for split in used if (text := split.text)]
     apart = any(split.compared < split.counts.used for split in used)
     whole = " Metrics of whole sets are over each model's own rows." if apart else ""
@@ -125,7 +130,7 @@ def rows_text(used: Sequence[UsedRows]) -> str:
 
 
 def with_spent(plan: StudyPlan, store: Store) -> StudyPlan:
-    """Return the plan with actual values for trainings that stopped early: their measured FLOPs and their number of checkpoints.
+    """Return the plan with measured FLOPs and numbers of checkpoints for trainings that stopped early.
 
     A training with `select.patience` may stop before its last update.
     """

@@ -1,6 +1,7 @@
-"""Quality over compute, for arms (paths) that `budgets` trains at several multiples of a reference arm's FLOPs.
+"""Curves of quality over training compute. The key `budgets` of a recipe trains an arm (a path of models) several times, each time with
+another multiple of a reference arm's FLOPs.
 
-Each curve is compared with the reference arm's curve at every budget, paired by training seed and prompt.
+At every budget, an arm is compared with the reference arm, paired by training seed and prompt.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ _RATES = (0.05, 3.0)  # exponents of the fitted power law
 
 @dataclass(frozen=True)
 class BudgetPoint:
-    """One point of a curve: an arm at one budget."""
+    """One point of a curve: the result of an arm at one budget."""
 
     times: float
     """The budget, as a multiple of the reference arm's FLOPs."""
@@ -33,12 +34,15 @@ class BudgetPoint:
     flops: float | None
     summary: Summary
     gap: Difference | None
-    """The paired difference from the reference arm at the same budget; None for the reference arm itself."""
+    """The paired difference from the reference arm at the same budget. None for the reference arm itself."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The limit of the fitted curve score(t) = value - b * t ** -c at large budgets t, with its 95 % interval."""
+    """The score to which a curve converges at large budgets, with its 95 % interval.
+
+    It is `value` in the fitted curve score(t) = value - b * t ** -c. t is the budget.
+    """
 
     value: float
     low: float
@@ -64,18 +68,17 @@ class BudgetCurve:
     name: str
     points: tuple[BudgetPoint, ...]
     crossing: Crossing | None
-    """None if the two curves do not cross within the budgets, and for the reference arm."""
+    """Where the curve crosses that of the reference arm. None if they do not cross within the budgets, or for the reference arm itself."""
     last_gain: Difference | None
-    """What the last increase of the budget gained. None for a single point."""
+    """Difference between the results at the largest and the second largest budget. None for a single budget."""
     limit: Limit | None
-    """None with fewer than four budgets."""
+    """The score to which the curve converges. None with fewer than four budgets."""
 
 
 def budget_curves(results: Results, metric: str | None = None) -> tuple[BudgetCurve, ...]:
-    """Return the curve of each arm with budgets. The reference arm comes first. Empty if there are no budgets or no results yet.
+    """Return the curve of each arm with several budgets. The reference arm comes first.
 
-    Args:
-        metric: the metric; by default the primary one.
+    The result is empty if the study has no budgets or no results yet. By default, the metric is the primary one.
     """
     name = metric or primary_metric(results)
     return results.once(("budgets", name), lambda: _curves(results, name))
@@ -133,14 +136,15 @@ def _draws(gap: Difference, stream: int) -> Array:
 
 
 def first_crossing(x_N: Array, y_RN: Array, *, rises: bool) -> Array:
-    """Return, for each row of values, the first place at which the line through the values crosses 0.
+    """Return the first place at which each curve crosses 0, with straight lines between its points.
 
-    A row without a crossing gives -inf if all its values have the sign expected after the crossing. Otherwise it gives inf.
+    If a curve does not cross 0, the result is -inf or inf. It is -inf if the curve already has the sign that is expected after the
+    crossing.
 
     Args:
-        x_N: places in ascending order.
-        y_RN: one row of values at these places for each result.
-        rises: True if the values should go from below 0 to above 0, False for the other direction.
+        x_N: places of the points, in ascending order.
+        y_RN: values of each curve at these places.
+        rises: True if a curve is expected to rise from below 0 to above 0, False for the other direction.
     """
     found_R = np.where((y_RN[:, -1] > 0) == rises, -np.inf, np.inf)
     for i in range(len(x_N) - 1, 0, -1):
@@ -167,9 +171,9 @@ def _limit(points: list[BudgetPoint]) -> Limit | None:
 
 
 def fitted_limits(times_N: Array, errors_N: Array, scores_RN: Array) -> Array:
-    """Return a of the weighted least-squares fit scores = a - b times^-c, for each row of scores, (R,). c lies between 0.05 and 3.
+    """Return the score to which each curve converges, (R,): a in the weighted least-squares fit scores = a - b times^-c.
 
-    For a given c the fit is linear, so the best c is found on a fine grid.
+    c lies between 0.05 and 3. For a given c the fit is linear, so the best c is found on a fine grid.
     """
     x_CN = times_N ** -np.geomspace(*_RATES, _GRID)[:, None]
     weights_N = errors_N**-2 / (errors_N**-2).sum()

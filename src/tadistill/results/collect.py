@@ -1,7 +1,7 @@
-"""Finished evaluations of a study: rows, and summaries over training seeds.
+"""The scores of a study's finished evaluations, and summaries over training seeds.
 
-Axes in names: S training seeds, N prompts, K decoding seeds. The summary of an arm contains all finished training seeds. Unfinished
-evaluations are in `Results.missing`, and every output lists them.
+Axes in names: S training seeds, N prompts, K decoding seeds. The summary of an arm contains all finished training seeds. `Results.missing`
+has the unfinished evaluations, and every report lists them.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -29,7 +29,10 @@ Numbers = dict[str, dict[str, float]]  # set -> metric of the whole set -> value
 
 @dataclass(frozen=True)
 class Row:
-    """One value of ``results.json``. Its 95 % interval over prompts is from `low` to `high`, which are None for a whole-set metric."""
+    """One value of ``results.json``. `low` and `high` are the ends of its 95 % interval over prompts.
+
+    They are None for a metric that has only one value per test set.
+    """
 
     arm: str
     model: str
@@ -45,9 +48,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of an arm (a named path of models) on one test set, or the mean over all sets.
+    """The result of an arm (a path of models) on one test set, or the mean over all sets.
 
-    It has the mean over the training seeds, the 95 % interval of this mean (from `low` to `high`), and the value of each seed.
+    It has the mean over the training seeds, the ends `low` and `high` of its 95 % interval, and the value of each seed.
     """
 
     mean: float
@@ -58,7 +61,9 @@ class Summary:
 
 @dataclass(frozen=True)
 class Average:
-    """An arm's mean of a metric that has one value per set, such as perplexity. There are no prompts to resample, so it has no interval."""
+    """An arm's mean of a metric with one value per test set, such as perplexity. It has no interval, because there are no values per
+    prompt.
+    """
 
     mean: float
     per_seed: Mapping[int, float]
@@ -84,17 +89,18 @@ class Results:
     metrics: tuple[str, ...]
     missing: tuple[Missing, ...]
     scores: Mapping[str, Mapping[int, Scores]]
-    """Maps an arm and a training seed to the scores of the finished evaluations."""
+    """Maps an arm and a training seed to the scores of their finished evaluations."""
     numbers: Mapping[str, Mapping[int, Numbers]]
-    """Maps an arm and a training seed to the values of the whole-set metrics."""
+    """Maps an arm and a training seed to metrics that have one value per test set."""
     reference_length: Mapping[str, NDArray[np.int64]]
-    """Maps a set to the number of tokens in each prompt's first reference, (N,)."""
+    """Maps a test set to the number of tokens in each prompt's first reference, (N,)."""
     unseen: Mapping[str, float]
-    """Maps a set to the share (0-1) of the references' letters that ROUGE-L drops. It is 0 if an earlier version evaluated the set."""
+    """Maps a test set to the share (0-1) of the references' letters that ROUGE-L ignores. It is 0 if an earlier version evaluated the set.
+    """
     compared: Mapping[str, NDArray[np.int64]]
-    """Maps a set to the rows of the data set behind the scores, (N,). All evaluations answered these rows."""
+    """Maps a test set to the numbers of the rows that all evaluations answered, (N,). The scores have the same order."""
     used: tuple[UsedRows, ...]
-    """The numbers of used rows, for each split that was read."""
+    """How many rows of each split were used."""
     _kept: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -115,7 +121,7 @@ class Results:
         return next(arm for arm in self.plan.arms if arm.name == name)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return `make()`. It is computed at the first call with this key, and then stored."""
+        """Return `make()`. The result of the first call with a key is stored, and later calls return it."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]  # type: ignore[return-value]
@@ -124,7 +130,7 @@ class Results:
 def read_results(study_dir: Path, store: Store) -> Results:
     """Read the plan of a study and all its finished evaluations.
 
-    Arms are compared only on prompts that all of them answered, because different tokenizers may leave out different rows of a set.
+    Tokenizers differ, so models may leave out different prompts that are too long. Only prompts that all arms answered are kept.
 
     Raises:
         StoreError: a file is damaged or has changed, or the evaluations of a set have no prompt in common.
@@ -202,9 +208,9 @@ class _Reader:
 
 
 def primary_metric(results: Results) -> str:
-    """Return the metric for verdicts and main figures. It is the first quality metric that was measured, or Rouge-L without one.
+    """Return the metric for verdicts and main figures: the first quality metric that was measured, or Rouge-L without one.
 
-    If Rouge-L sees less than half of the references, Rouge-L for all scripts takes its place.
+    If Rouge-L sees less than half of the letters of the references, Rouge-L for all scripts takes its place.
     """
     first = next((name for name in names_in("quality") if name in results.metrics), "rouge_l")
     tables = [table for by_seed in results.scores.values() for of_set in by_seed.values() for table in of_set.values()]
@@ -218,7 +224,7 @@ def seeds_of(results: Results) -> tuple[int, ...]:
 
 
 def sets_with(results: Results, metric: str) -> tuple[str, ...]:
-    """Return the test sets on which the metric was measured for at least one arm. `MEAN` is the mean over these sets."""
+    """Return the test sets on which at least one arm has a value of the metric. The set `MEAN` is the mean over these sets."""
     tables = [table for by_seed in results.scores.values() for table in by_seed.values()]
     return tuple(name for name in results.sets if any(metric in table.get(name, {}) for table in tables))
 
@@ -289,9 +295,9 @@ def _summaries(results: Results) -> dict[tuple[str, str, str], Summary]:
 
 
 def summarise(strata_SNK: Sequence[NDArray[np.float64]], seeds: Sequence[int], metric: str) -> Summary:
-    """Return the summary of a metric: the unweighted mean over sets, with its 95 % interval.
+    """Return the mean of a metric over test sets, with its 95 % interval. Each set has the same weight.
 
-    There is one array per set, with the axes training seeds, prompts and decoding seeds. `seeds` has the training seeds.
+    There is one array per set, with the axes training seeds, prompts and decoding seeds. `seeds` names the training seeds.
     """
     low, high = macro_interval(strata_SNK, bounds=metric_of(metric).bounds)
     means_S = np.mean([values.mean(axis=(1, 2)) for values in strata_SNK], axis=0)
@@ -314,7 +320,7 @@ def _averages(sets: tuple[str, ...], numbers: Mapping[str, Mapping[int, Numbers]
 
 
 def complete_seeds(results: Results, arm: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
-    """Return the arm's finished seeds for which the metric was measured on all of `sets`."""
+    """Return the finished training seeds of an arm for which the metric was measured on all of `sets`."""
     by_seed = results.scores[arm]
     return tuple(seed for seed in sorted(by_seed) if all(metric in by_seed[seed].get(name, {}) for name in sets))
 

@@ -1,10 +1,10 @@
-"""Paired differences between arms: overall, per training seed, by the length of the reference, and with controls for sharpening.
+"""Paired differences between arms (paths of models): overall, per training seed, by the length of the reference, and at equal entropy.
 
 Differences are paired by training seed and prompt.
 
-Sharpening means a higher score without more knowledge. Training with reverse KL lowers the entropy of a student's distribution. Answers
-that are sampled at temperature 1 then score higher. Such a gain vanishes when both arms decode greedily. It also vanishes when each
-arm is decoded at the temperature that gives both arms the same entropy.
+Sharpening means that a student scores higher but does not know more. Training with reverse KL lowers the entropy of a student, and answers
+that are sampled at temperature 1 then score higher. Two controls test for this. One decodes both arms greedily. The other decodes each arm
+at the temperature that gives both arms the same entropy. A gain from sharpening vanishes under them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ BUCKETS: tuple[Bucket, ...] = ((0, 5), (6, 10), (11, None))
 
 
 def compare(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> tuple[Difference, tuple[int, ...]] | None:
-    """Return the paired difference ``arm - other`` and the seeds that both arms have; None if they have no finished seed in common."""
+    """Return the paired difference ``arm - other`` and the training seeds that both arms have. Return None if there is no such seed."""
     return results.once(("compare", arm, other, metric, set_name), lambda: _compare(results, arm, other, metric, set_name))
 
 
@@ -44,13 +44,13 @@ def _compare(results: Results, arm: str, other: str, metric: str, set_name: str)
 
 
 def common_seeds(results: Results, arm: str, other: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
-    """Return the training seeds for which the metric was measured on all of `sets`, for both arms. Empty if `sets` is empty."""
+    """Return the training seeds for which both arms have a value of the metric on all of `sets`. Empty if `sets` is empty."""
     mine, theirs = (complete_seeds(results, name, sets, metric) for name in (arm, other))
     return tuple(seed for seed in mine if seed in theirs) if sets else ()
 
 
 def differences_per_seed(results: Results, arm: str, other: str, metric: str) -> dict[int, float]:
-    """Return the difference ``arm - other`` for each training seed that both arms have finished. It is a mean over the sets."""
+    """Return the difference ``arm - other`` for each training seed that both arms have finished, as a mean over the test sets."""
     sets = sets_with(results, metric)
     seeds = common_seeds(results, arm, other, sets, metric)
     if not seeds:
@@ -60,7 +60,7 @@ def differences_per_seed(results: Results, arm: str, other: str, metric: str) ->
 
 
 def difference(results: Results, arm: str, other: str, metric: str, set_name: str = MEAN) -> Difference | None:
-    """Return the paired difference ``arm - other``. Return None if the arms have no common finished seed."""
+    """Return the paired difference ``arm - other``. Return None if the arms have no finished training seed in common."""
     compared = compare(results, arm, other, metric, set_name)
     return compared[0] if compared else None
 
@@ -71,7 +71,7 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
     """Return the equal-compute baseline of a chain (path with assistants): the direct arm with ``compute: as CHAIN``.
 
-    For a chain at one of several `budgets`, it is the reference arm at the same budget, if that is a direct arm.
+    If the chain has several `budgets`, the baseline is the reference arm at the same budget, provided that it is a direct arm.
     """
     if (reference := reference_at(results, chain)) and reference.is_plain:
         return reference
@@ -88,9 +88,9 @@ def reference_at(results: Results, arm: ArmRecord) -> ArmRecord | None:
 
 
 def direct_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the direct arm: the arm in which the original teacher teaches the same student without assistants.
+    """Return the direct arm, in which the original teacher teaches the same student without assistants.
 
-    For a chain or an equal-compute baseline, an arm with the same method is preferred.
+    If there are several, one with the same method is preferred.
     """
     teacher = (results.plan.teacher or arm.path[0]) if len(arm.path) > 1 else None
     method = arm.method if arm.has_assistant or arm.compute else None
@@ -107,7 +107,7 @@ def budget_models(results: Results, arm: ArmRecord) -> tuple[str, ...]:
 
 
 def bucket_title(bucket: Bucket) -> str:
-    """Return the range of a bucket as text: ``[6, 10]`` or ``[11, ∞)``."""
+    """Return a range of reference lengths as text: ``[6, 10]`` or ``[11, ∞)``."""
     first, last = bucket
     return f"[{first}, ∞)" if last is None else f"[{first}, {last}]"
 
@@ -117,14 +117,16 @@ def bucket_size(results: Results, metric: str, bucket: Bucket) -> int:
 
 
 def bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> Summary | None:
-    """Return an arm's mean over all prompts whose reference length is in the bucket. Return None if there are no scores."""
+    """Return an arm's mean over the prompts whose reference length is in the range `bucket`. Return None if there are no scores."""
     seeds = common_seeds(results, arm, arm, sets_with(results, metric), metric)
     values_SNK = _pooled(results, arm, seeds, metric, bucket)
     return None if values_SNK is None else summarise([values_SNK], seeds, metric)
 
 
 def bucket_difference(results: Results, arm: str, other: str, metric: str, bucket: Bucket) -> Difference | None:
-    """Return the paired difference ``arm - other`` over the bucket's prompts. Return None if the arms have no common scores there."""
+    """Return the paired difference ``arm - other`` over the prompts whose reference length is in the range `bucket`, or None without
+    scores.
+    """
     seeds = common_seeds(results, arm, other, sets_with(results, metric), metric)
     mine, theirs = (_pooled(results, name, seeds, metric, bucket) for name in (arm, other))
     return None if mine is None or theirs is None else macro_difference([mine], [theirs], bounds=metric_of(metric).bounds)
@@ -157,7 +159,7 @@ Curves = Literal["matched", "apart", "not measured"]
 
 @dataclass(frozen=True)
 class Point:
-    """The means of one arm under one decoding: the entropy (nats/token) and a metric. `metric` is METRIC or METRIC@DECODING."""
+    """The entropy (nats/token) and the metric of one arm under one decoding, as means. `metric` is METRIC or METRIC@DECODING."""
 
     entropy: float
     value: float
@@ -170,7 +172,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """Paired differences ``arm - other`` that separate more knowledge from sharper predictions. None means not measured."""
+    """Paired differences ``arm - other`` that show whether a gain is only sharpening (lower entropy). None means not measured."""
 
     forward_kl: Difference | None
     reverse_kl: Difference | None
@@ -178,12 +180,12 @@ class Mechanism:
     greedy: Difference | None
     curves: Curves
     matched: Difference | None
-    """Difference of the metric if both arms have the entropy ``at_entropy``. Each arm's value is interpolated between its decodings."""
+    """Difference of the metric where both arms have the entropy ``at_entropy``. Each arm's value is interpolated between its decodings."""
     at_entropy: float | None
 
 
 def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
-    """Return the differences between two arms that separate more knowledge from sharper predictions. They are means over the sets."""
+    """Return the differences between two arms that show whether a gain is only sharpening. They are means over the test sets."""
     greedy = greedy_decoding(results)
     curves, matched, at_entropy = _at_matched_entropy(results, arm, other, metric)
     return Mechanism(
@@ -198,20 +200,20 @@ def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
 
 
 def greedy_decoding(results: Results) -> str | None:
-    """Return the name of the study's greedy decoding (temperature 0, nothing else changed). Return None if there is none."""
+    """Return the name of the decoding that differs from the main one only in its temperature of 0. Return None if there is none."""
     return next((name for name in temperatures(results) if results.plan.decodings[name]["temperature"] == 0), None)
 
 
 def temperatures(results: Results) -> list[str]:
-    """Return the names of the decodings that differ from the main decoding only in temperature, or in temperature and seeds."""
+    """Return the names of the decodings that differ from the main one only in temperature, or in temperature and seeds."""
     allowed = {"temperature", "seeds"}
     return [name for name, changes in results.plan.decodings.items() if "temperature" in changes and set(changes) <= allowed]
 
 
 def entropy_curve(results: Results, arm: str, metric: str, seeds: Sequence[int], decodings: Iterable[str]) -> list[Point]:
-    """Return one point per decoding, in ascending order of entropy. The main decoding is always included.
+    """Return one point per decoding of an arm, in ascending order of entropy. The main decoding is always included.
 
-    A point's values are means over the seeds and the sets. A decoding that was not measured is omitted.
+    The values of a point are means over training seeds and test sets. A decoding that was not measured is omitted.
     """
     sets = sets_with(results, metric)
     points: list[Point] = []

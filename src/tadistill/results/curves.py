@@ -25,7 +25,7 @@ Series = tuple[list[int], list[float]]  # steps, values
 
 @dataclass(frozen=True)
 class Curve:
-    """The learning curve of one metric in one training. `arm` is None unless the training is the last one of an arm."""
+    """The learning curve of one metric in one training. `arm` is the arm whose final model this training produced, else None."""
 
     name: str
     arm: str | None
@@ -35,7 +35,7 @@ class Curve:
 
 
 def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
-    """Read the log of one training as {metric: {step: value}}. If a step has two lines, the later line is used."""
+    """Read the log of one training as {metric: {step: value}}. If a step has two lines, the later line counts."""
     path = store.artifact(key, "metrics.jsonl")
     series: dict[str, dict[int, float]] = {}
     for line in read_jsonl(path, fix=store.redo(key)):
@@ -48,7 +48,7 @@ def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
 
 
 def learning_curves(results: Results) -> list[Curve]:
-    """Return the learning curves of all finished trainings. The last training of each arm comes first, in the plan's order."""
+    """Return the learning curves of all finished trainings. Trainings of the arms' final models come first, in the plan's order."""
     groups: dict[tuple[str | None, str], dict[int, str]] = {}
     finals: set[str] = set()
     for arm in results.plan.arms:
@@ -71,7 +71,7 @@ def learning_curves(results: Results) -> list[Curve]:
 
 
 def last_dev_value(results: Results, arm: ArmRecord, model: str, metric: str) -> float | None:
-    """Return the last dev value of a model on the arm's path, averaged over seeds. Return None if no training logged the metric."""
+    """Return the last dev value of one model of the arm, averaged over seeds. Return None if no training logged the metric."""
     last: dict[int, float] = {}
     for stage in results.plan.stages:  # a model's distillation comes after its fine-tuning, so its value is kept
         trains_it = arm.name in stage.arms and stage.model == model and stage.kind in TRAINING
@@ -106,9 +106,9 @@ def _thinned(points: Mapping[int, float]) -> Series:
 
 @dataclass(frozen=True)
 class ExposureBias:
-    """Exposure bias (ExAccErr, in per cent) by position, counted from 1. It has the mean over the seeds, and the curve of each seed.
+    """Exposure bias (ExAccErr, in per cent) by position in the answer, from 1: the mean over the seeds, and the curve of each seed.
 
-    In every seed, at least `FEW` answers reach each of the first `solid` positions.
+    Few answers are long. At positions up to `solid`, at least `FEW` answers are left in every seed.
     """
 
     mean: Array
@@ -117,9 +117,9 @@ class ExposureBias:
 
 
 def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Read the KL at each position of the response, and the number of answers that reach it.
+    """Read two KL curves by position in the answer: after text of the student, and after text of the teacher.
 
-    There is one entry per set. Each has two curves: after the student's text, and after the teacher's text.
+    There is one entry per test set. It also has the number of answers that reach each position.
     """
     path = store.artifact(key, "exposure.json")
     content = read_json(path, fix=store.redo(key))
@@ -135,7 +135,7 @@ def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[
 
 
 def exposures(results: Results) -> Mapping[str, ExposureBias]:
-    """Return the exposure bias of each arm over all sets. A set's weight at a position is the number of answers that reach it."""
+    """Return the exposure bias of each arm over all test sets. At each position, a set is weighted by its number of answers."""
     found: dict[str, ExposureBias] = {}
     for arm in results.plan.arms:
         by_seed: dict[int, Array] = {}
@@ -158,8 +158,8 @@ def exposures(results: Results) -> Mapping[str, ExposureBias]:
 def accumulated_error(student_L: Array, teacher_L: Array) -> Array:
     """Return ExAccErr(l) = 100 (R(l) - E(l)) / E(l) for each position l (MiniLLM, section 3.6).
 
-    R(l) is the sum of the KL up to position l after the student's text. E(l) is the same sum after the teacher's text. The result is NaN
-    if E(l) is not positive.
+    R(l) is the sum of the KL up to position l after text of the student, and E(l) after text of the teacher. The result is NaN if E(l) is
+    not positive.
     """
     risk, expected = np.cumsum(student_L), np.cumsum(teacher_L)
     positive = expected > 0
@@ -182,7 +182,9 @@ def _pooled(entries: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Array, Ar
 
 @dataclass(frozen=True)
 class Reliability:
-    """The calibration of an arm over all sets and seeds. Each bin has a mean confidence and a share of correct predictions, in per cent."""
+    """The calibration of an arm over all test sets and seeds. Each bin has a mean confidence and a share of correct predictions, in per
+    cent.
+    """
 
     confidence: Array
     correct: Array
@@ -190,7 +192,7 @@ class Reliability:
 
 
 def reliabilities(results: Results, what: str) -> Mapping[str, Reliability]:
-    """Return each arm's calibration bins. `what` is ``tokens`` (the next token of the reference) or ``labels`` (the chosen answer)."""
+    """Return each arm's calibration bins. `what` is ``tokens`` (next tokens of the references) or ``labels`` (chosen answers)."""
     found: dict[str, Reliability] = {}
     for arm in results.plan.arms:
         tables = [

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def find_study(study: str, root: Path) -> Path:
-    """Return a study's directory. `study` is its name, its path, or its recipe (a path, or the name of a recipe of the package).
+    """Return a study's directory. `study` is its name, its directory, or its recipe (a file, or the name of a recipe of the package).
 
     Raises:
         ConfigError: there is no such study.
@@ -38,7 +38,7 @@ def studies(root: Path) -> list[str]:
 
 
 def arms(study_dir: Path) -> list[str]:
-    """Return the names of a study's arms. Return no name if its plan cannot be read."""
+    """Return the names of a study's arms (paths of models). The result is empty if the plan cannot be read."""
     try:
         return [arm["name"] for arm in json.loads((study_dir / "plan.json").read_text(encoding="utf-8"))["arms"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -46,10 +46,10 @@ def arms(study_dir: Path) -> list[str]:
 
 
 def trained_model(plan: "StudyPlan", store: Store, name: str, seed: int | None) -> tuple[Path, int]:
-    """Return the directory of an arm's trained model in the store, and its training seed. Its files are checked.
+    """Return the directory of an arm's trained model and its training seed. The files of the model are checked.
 
     Args:
-        seed: a training seed; None selects the recipe's first finished seed.
+        seed: a training seed. None selects the recipe's first finished seed.
 
     Raises:
         ConfigError: the arm or the seed does not exist, or the arm trains no model.

@@ -1,4 +1,4 @@
-"""Collect the answers of all arms to the same prompts, and the judges' ratings."""
+"""Collect the answers of all arms to the same prompts, and the ratings by judges."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,9 @@ Samples = dict[str, list[dict[str, Any]]]
 
 
 def samples(results: Results) -> Samples:
-    """Return the first prompts of each set. Each has its references and every arm's answer.
+    """Return the first prompts of each test set, with their references and the answer of every arm.
 
-    The answers are those of an arm's first finished training seed and its first decoding seed, so no answer is chosen by its quality.
+    Answers are not chosen by quality. They come from the first finished training seed and the first decoding seed.
     """
     by_set: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in results.sets}
     shared = {name: set(rows.tolist()) for name, rows in results.compared.items()}
@@ -46,7 +46,7 @@ def samples(results: Results) -> Samples:
 def shown_first(results: Results) -> list[str]:
     """Return the arms whose answers the page shows when it opens.
 
-    These are all arms if there are at most four. Otherwise they are the teacher and the first compared pair.
+    If there are at most four arms, these are all arms. Otherwise they are the teacher and the first pair of compared arms.
     """
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
     if len(names) <= 4:
@@ -85,7 +85,7 @@ def _scores(row: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A table of one judge's ratings. Each row starts with an arm (or a pair of arms) and a set."""
+    """A table of one judge's ratings. Each row starts with an arm (or a pair of arms) and a test set."""
 
     title: str
     note: str

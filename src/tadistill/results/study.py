@@ -1,7 +1,6 @@
-"""Read a study: its plan, and the files of its finished stages in the store. A stage is one step of a study, such as a training.
+"""Read a study: its plan, and the files of its finished stages. A stage is one step of a study, such as a training.
 
-The store says which stages are finished. If a file of a finished stage cannot be read, a `StoreError` names it, because a report must
-not leave out numbers silently.
+If a file of a finished stage cannot be read, a `StoreError` names it, because a report must not leave out numbers silently.
 """
 
 from collections.abc import Container, Mapping
@@ -38,16 +37,16 @@ class StageRecord:
     parents: tuple[str, ...]
     """The keys of the stages whose results this stage uses."""
     like: str | None
-    """The key of the stage whose entropy this stage matches. Its training does not count in an arm's FLOPs."""
+    """The key of the stage whose entropy this stage reproduces by its temperature. FLOPs of an arm do not include that stage."""
     checkpoints: int
-    """Number of checkpoints from which the stage chose the best on dev. It is 0 if it chose none."""
+    """Number of checkpoints among which the best on dev was chosen. It is 0 if the stage chose none."""
     flops: float | None
     """Training FLOPs. None if the plan could not compute them."""
 
 
 @dataclass(frozen=True)
 class PublishedScores:
-    """Published scores for an arm. They map a set to its Rouge-L."""
+    """Scores that a paper reports for an arm. `rouge_l` maps a test set to a score."""
 
     source: str
     rouge_l: Mapping[str, float]
@@ -55,7 +54,10 @@ class PublishedScores:
 
 @dataclass(frozen=True)
 class ArmRecord:
-    """One arm (a named path of models) of the plan. Some fields have one stage key per training seed, in the recipe's order of seeds."""
+    """One arm (a named path of models) of the plan.
+
+    Fields with stage keys map each training seed to a key. Seeds have the order of the recipe.
+    """
 
     name: str
     path: tuple[str, ...]
@@ -63,7 +65,7 @@ class ArmRecord:
     path_text: str
     """The whole path in the notation of a recipe: ``xl > l > s``."""
     models: tuple[str, ...]
-    """All models that the arm uses, also in earlier paths (`then`) and as initialisation."""
+    """All models that the arm uses: in its path, in earlier paths (`then`), and to initialise other models."""
     method: str
     model: str
     compute: str | None
@@ -80,13 +82,13 @@ class ArmRecord:
         return (self.evaluate[seed], *analyse, *(keys[seed] for keys in self.also.values()))
 
     def first_seed(self, finished: Container[int]) -> int:
-        """Return the first finished training seed in the recipe's order. If no seed is finished, return the recipe's first seed."""
+        """Return the first finished training seed, in the order of the recipe. If none is finished, return the first seed."""
         seeds = list(self.final)
         return next((seed for seed in seeds if seed in finished), seeds[0])
 
     @property
     def is_trained(self) -> bool:
-        """True if the study trained the arm's model. The arm's seeds are then seeds of its training."""
+        """True if the study trained the arm's model. Otherwise the arm only uses a finished model."""
         return any(key is not None for key in self.final.values())
 
     @property
@@ -96,29 +98,29 @@ class ArmRecord:
 
     @property
     def is_plain(self) -> bool:
-        """True if the arm has one path, one teacher per learner, and no model that is initialised from another model of the arm."""
+        """True if the arm has one path, in which each model teaches the next one, and starts no model from another model of the arm."""
         text = path_text(self.path)
         return self.path_text == text or (len(self.path) == 2 and self.path_text == f"{text}, dense")  # one teacher: nothing to mix
 
     @property
     def has_assistant(self) -> bool:
-        """True if a teacher assistant is used: in the path, to initialise another model, or as a teacher for some of the updates."""
+        """True if the arm uses a teacher assistant: in its path, as the start of another model, or as a teacher for some of the updates."""
         return len(self.models) > 2
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """The content of ``plan.json``. It is written from the recipe when a study starts."""
+    """The content of ``plan.json``. It is written when a study starts."""
 
     study: str
     created: str
     command: str
     recipe_text: str
     recipe: Mapping[str, Any]
-    """The resolved recipe as plain data."""
+    """The recipe with all defaults, as plain data."""
     teacher: str | None
     margin: float
-    """Two arms count as equivalent if their difference in the primary metric is within this margin, in points."""
+    """Two arms count as equivalent if their difference in the primary metric is at most this margin, in points."""
     decodings: Mapping[str, Mapping[str, Any]]
     """Maps the name of each additional decoding to the settings that it changes."""
     parameters: Mapping[str, int]
@@ -130,7 +132,7 @@ class StudyPlan:
     def ancestors(self, key: str | None, *, paid: bool = False) -> list[StageRecord]:
         """Return a stage and all stages whose results it uses. The list is empty if `key` is None (a model that is not trained).
 
-        With `paid`, stages that do not count in an arm's FLOPs are left out (`StageRecord.like`).
+        With `paid`, stages whose FLOPs do not count for an arm are left out (`StageRecord.like`).
         """
         stages = {stage.key: stage for stage in self.stages}
         found: dict[str, StageRecord] = {}
@@ -150,9 +152,9 @@ class StageManifest:
     seconds: float
     versions: Mapping[str, str]
     flops: float | None
-    """FLOPs that were counted during training, without dev evaluations. None if they were not counted."""
+    """FLOPs that were counted during training, without evaluations on dev. None if they were not counted."""
     counts: Mapping[tuple[str, str], Counts]
-    """Maps a role and a set to its numbers of rows. Empty if an earlier version made the stage."""
+    """Maps a role (train, dev or test) and a set to its numbers of rows. Empty if an earlier version made the stage."""
     checkpoints: int | None
     """Number of dev evaluations of a stage that stopped early. None for other stages."""
 
@@ -189,7 +191,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
 def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
     """Return the uncertainty of each compared arm in the study's report: (arm, metric) -> standard deviation.
 
-    Empty if there is no report.
+    It is empty if there is no report.
     """
     path = study_dir / "results.json"
     if not path.is_file():
@@ -304,7 +306,10 @@ def _table(values: Any) -> NDArray[np.float64] | str:
 
 
 def load_corpus(store: Store, key: str) -> dict[str, dict[str, Any]]:
-    """Read an evaluation's results for whole sets. The keys of each set are numbers, calibration, reference_length, rows and unseen."""
+    """Read the results of an evaluation that belong to whole test sets.
+
+    For each set, the keys are numbers, calibration, reference_length, rows and unseen.
+    """
     path = store.artifact(key, "corpus.json")
     content = read_json(path, fix=store.redo(key))
     try:

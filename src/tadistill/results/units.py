@@ -1,4 +1,4 @@
-"""Format numbers for all outputs, such as reports and terminal tables."""
+"""Numbers as text, for reports and terminal tables."""
 
 from tadistill.metrics import metric_of
 from tadistill.results.collect import Summary
@@ -8,7 +8,7 @@ MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
 
 def number(value: float, metric: str, *, more: int = 0) -> str:
-    """Return a value with the metric's number of decimals and a real minus sign."""
+    """Return a value with the number of decimals of its metric, and with a real minus sign."""
     text = f"{value:.{metric_of(metric).decimals + more}f}"
     return text.replace("-", MINUS) if float(text) else text.lstrip("-")
 
@@ -58,7 +58,7 @@ def parameters_text(count: int) -> str:
 
 
 def flops_text(flops: float | None) -> str:
-    """Return FLOPs as text, such as ``3.1e17``. It is a dash if the plan could not compute them."""
+    """Return FLOPs as text, such as ``3.1e17``. It is a dash if they are not known."""
     if flops is None:
         return DASH
     if flops == 0:

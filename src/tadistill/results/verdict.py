@@ -1,11 +1,12 @@
-"""Decide the verdict of each comparison of a study: every chain (path with assistants) against its equal-compute baseline.
+"""Decide whether each chain (path with assistants) of a study is better than its equal-compute baseline, which is direct distillation with
+the same compute.
 
 The verdict depends on the difference of the primary metric:
 - `gain` or `loss`: the 95 % interval excludes 0, and the p-value is below 0.05 after Holm's adjustment over all comparisons of the study.
-- `equivalent`: two one-sided tests place the difference inside the recipe's margin.
+- `equivalent`: two one-sided tests show that the difference is within the recipe's margin.
 - `no evidence`: all other cases, and fewer than three training seeds.
 
-A gain is credited to the path under two conditions: the divergence from the original teacher is not worse, and the gain is not sharpening
+A gain is credited to the path under two conditions: the student is not farther from the original teacher, and the gain is not sharpening
 (`tadistill.results.compare`). A study without chains compares its models in pairs instead.
 """
 
@@ -33,9 +34,9 @@ Credit = Literal["credited", "sharpening", "farther from the teacher", "not meas
 
 @dataclass(frozen=True)
 class Selection:
-    """The number of checkpoints from which each arm chose the best on dev, and the gain that this choice gives by chance.
+    """How much an arm may gain because it chose its best checkpoint on dev among more checkpoints than the other arm.
 
-    ``sigma`` is the standard deviation of the primary metric over the later half of the checkpoints on dev. It includes progress in
+    ``sigma`` is the standard deviation of the primary metric on dev, over the later half of the checkpoints. It includes progress in
     training, so the gain ``inflation`` is an upper bound. Both are None if dev did not log the metric.
     """
 
@@ -57,32 +58,32 @@ class Comparison:
     n_prompts: int
     seeds: tuple[int, ...]
     trained: bool
-    """False if the study trained neither model. Then only the prompts vary."""
+    """False if the study trained neither model. Differences then vary only over prompts."""
     difference: Difference
     per_seed: dict[int, float]
     p_holm: float
     family: int
-    """The number of comparisons over which Holm's method adjusts the p-value."""
+    """The number of comparisons for which Holm's method adjusts the p-value."""
     sign_flip: SignFlip | None
     """The sign-flip test. None unless the arms are trained and have 2 to 5 seeds in common."""
     margin: float
     equivalent: bool
     detectable: float | None
-    """The smallest true difference that this study would detect with 80 % power. None if nothing varies, or with one training seed."""
+    """The smallest true difference that this study finds with 80 % power. None if nothing varies, or with one training seed."""
     word: Word
     selection: Selection | None
-    """The arm's advantage from choosing among more checkpoints than the other arm. None if it did not."""
+    """What the arm gains if it chose among more checkpoints than the other arm. None if it did not."""
     decoding_seeds: tuple[int, int]
     planned_seeds: tuple[tuple[int, ...], tuple[int, ...]]
     mechanism: Mechanism | None
-    """The controls for sharpening. None for pairs of a study without chains."""
+    """Differences that show whether a gain is only sharpening. None for pairs of a study without chains."""
     credit: Credit | None
-    """The reason why the gain is credited to the path or not. None unless it is a gain over an equal-compute baseline."""
+    """Why a gain is credited to the path, or why not. None unless it is a gain over an equal-compute baseline."""
 
 
 @dataclass(frozen=True)
 class ComparedPair:
-    """Two arms that the study compares. `other` is None if the study has no arm to compare with."""
+    """Two arms that the study compares. `other` is None if the study has no arm with which to compare."""
 
     arm: ArmRecord
     other: ArmRecord | None
@@ -90,7 +91,7 @@ class ComparedPair:
 
 
 def pairs(results: Results) -> list[ComparedPair]:
-    """Return each chain (path with assistants) with the arm to compare it with. Without chains, return all pairs of competing arms."""
+    """Return each chain (path with assistants) with the arm to which it is compared. Without chains, return all pairs of competing arms."""
     chains = [arm for arm in results.plan.arms if arm.has_assistant]
     if chains:
         return [_chain_pair(results, chain) for chain in chains]
@@ -98,7 +99,7 @@ def pairs(results: Results) -> list[ComparedPair]:
 
 
 def competitors(results: Results) -> list[list[ArmRecord]]:
-    """Return groups of arms that train the same student, without the teacher's arm. If nothing is trained, all arms are one group."""
+    """Return groups of arms that train the same student. The teacher itself is left out. If nothing is trained, all arms are one group."""
     if not any(arm.is_trained for arm in results.plan.arms):
         return [list(results.plan.arms)]
     groups: dict[str, list[ArmRecord]] = {}
@@ -202,7 +203,7 @@ def _selection(results: Results, arm: ArmRecord, other: ArmRecord, seeds: tuple[
 
 
 def checkpoints_seen(results: Results, arm: ArmRecord, seed: int) -> int:
-    """Return the number of checkpoints from which all trainings of an arm chose, for one training seed. It is 0 if none chose."""
+    """Return from how many checkpoints an arm chose, over all its trainings with one training seed. It is 0 if it chose none."""
     return sum(stage.checkpoints for stage in results.plan.ancestors(arm.final[seed]))
 
 

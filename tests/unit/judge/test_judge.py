@@ -274,7 +274,7 @@ def test_says_what_it_costs_and_asks_first(judged):
     with serve(honest) as fake:
         assert judged(fake.url, yes=False) is None
         assert fake.asked == []
-        tokens = int(judged.said.split("estimate: ")[1].split(" tokens in")[0].replace(",", ""))
+        tokens = int(judged.said.split("estimate: ")[1].split(" input tokens")[0].replace(",", ""))
         assert f"{40 * 50:,} tokens out (at most {40 * 256:,})" in judged.said
         judged(fake.url)
     assert tokens == sum(map(len, fake.asked)) // 4
