@@ -64,7 +64,8 @@ _NOT_STARTED = StatusRow("", "", "not started", "", "")
 
 
 def continuation(store: Store, key: str, updates: int | None, state: str) -> str:
-    """Return where the next run continues a stage, as a short sentence. It is empty for a stage that runs, is done or has not started.
+    """Return a short sentence that says where the next run continues a stage. It is empty for a stage that runs, is done or has not
+    started.
 
     Args:
         updates: the number of updates of a training, and None for other stages.

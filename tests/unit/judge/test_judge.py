@@ -275,7 +275,7 @@ def test_says_what_it_costs_and_asks_first(judged):
         assert judged(fake.url, yes=False) is None
         assert fake.asked == []
         tokens = int(judged.said.split("estimate: ")[1].split(" input tokens")[0].replace(",", ""))
-        assert f"{40 * 50:,} tokens out (at most {40 * 256:,})" in judged.said
+        assert f"{40 * 50:,} output tokens (at most {40 * 256:,})" in judged.said
         judged(fake.url)
     assert tokens == sum(map(len, fake.asked)) // 4
     assert tokens > 100
