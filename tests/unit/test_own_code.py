@@ -109,7 +109,7 @@ def test_functions_that_would_fail_later_are_found_before_work(study, change, wo
         ("metrics=[nowhere:score]", "there is no file .*nowhere.py, and no module nowhere is installed"),
         ("metrics=[score]", "use only letters"),
         ("metrics=['x:rouge_l']", "tadistill already has a metric `rouge_l`; give your function another name"),
-        ("metrics=['x:a', 'y:a']", "`metrics` has two functions called `a`"),
+        ("metrics=['x:a', 'y:a']", "`metrics` has two functions with the name `a`"),
         ("metrics=['math:sqrt']", "has no Python source"),
         ("runtime.code=nowhere", "`runtime.code` is `nowhere`, which is not a folder"),
         (f"runtime.code={'a' * 3000}", "which is not a folder"),

@@ -1,4 +1,5 @@
-"""Recipes. `load` reads a file, `parse` reads YAML text, and `validate` reads plain data. Each returns a frozen `Recipe`."""
+"""Recipes, the YAML files that describe a study. `load` reads a file, `parse` reads YAML text, and `validate` reads plain data. Each of the
+three functions returns an immutable `Recipe`."""
 
 from tadistill.config.load import load, parse, validate
 from tadistill.config.method import Method, Optim, Sft

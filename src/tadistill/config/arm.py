@@ -21,7 +21,7 @@ ModelPath = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 def path_text(path: Iterable[str]) -> str:
-    """Return a path as a recipe writes it, such as `xl > l > s`."""
+    """Return a path of models as text in the notation of recipes, such as `xl > l > s`."""
     return " > ".join(path)
 
 
@@ -29,7 +29,7 @@ _COMPUTE = re.compile(r"(?:as|(?P<times>\d+(?:\.\d+)?)x) (?P<arm>.+)")
 
 
 class ComparableArm(Protocol):
-    """The properties of an arm that `direct_arm` reads. The last model of `path` is the one that the arm trains."""
+    """The type of the arms that `direct_arm` accepts. An arm trains the last model of its `path`."""
 
     @property
     def path(self) -> tuple[str, ...]: ...
@@ -47,7 +47,7 @@ A = TypeVar("A", bound=ComparableArm)
 def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: object = None, *, any_method: bool = False) -> A | None:
     """Return the first arm in which the teacher itself teaches the student. Return None if there is no such arm.
 
-    Arms with `compute`, and arms that are not plain (`is_plain`), are skipped.
+    Two kinds of arms are skipped: arms whose training budget depends on another arm (`compute` is set), and arms that are not plain.
 
     Args:
         teacher: the original teacher. None accepts any teacher.
@@ -61,43 +61,46 @@ def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: obj
 
 
 class Published(Strict):
-    """A published result for an arm, from a paper for example. The report shows it beside our result."""
+    """A published result of an arm, for example from a paper. The report shows it beside our own result."""
 
     source: str
-    """The publication."""
+    """The publication, as the report shall name it."""
     rouge_l: dict[str, float]
-    """Maps a test set to its Rouge-L."""
+    """Maps the name of a test set to the published Rouge-L."""
 
 
 class Arm(Strict):
-    """A named path of models and its method. A path of a single model evaluates that model or, with `objective`, continues its training.
+    """A path of models in which each model teaches the next one, with the training method.
 
-    `xl > l > s` is two distillations: xl teaches l, and then l teaches s. `l > s then xl > s` continues the training of s with another
-    teacher (a curriculum). `init: {s: l}` initialises s from this arm's model l, pruned to the size of s.
-    With `dense`, all models before a learner in the path teach it together.
+    `xl > l > s` means two distillations: xl teaches l, and then l teaches s. `l > s then xl > s` means that s first learns from l, and then
+    continues with the teacher xl. `init: {s: l}` initialises s with weights of this arm's model l, pruned to the size of s. With `dense`, a
+    student learns from all models before it in the path at once. A path with only one model evaluates this model. If such an arm sets
+    `objective`, it first continues the model's training.
     """
 
     text_sets: ClassVar[str] = "path"
     path: tuple[ModelPath, ...] = Field(min_length=1)
-    """One path or several, one after the other, as `A > B > C then D > C`. A name means the same model in all of them. If a model is taught
-    more than once, its updates are divided equally among these distillations."""
+    """One path, or several paths that run one after the other, such as `A > B > C then D > C`. A name means the same model in all paths. If
+    several distillations train the same model, its updates are divided equally among them."""
     init: dict[str, str] = {}
-    """Maps a learner to the model of this arm that initialises it. The learner's `sft` runs after that."""
+    """Maps a model that this arm trains to an earlier model of this arm. The earlier model provides the first weights. After that, the
+    trained model has its own fine-tuning (`sft`), and then the distillation."""
     method: MethodName | None = Field(default=None, exclude=True)
-    """A published method by name, which sets objective and sampler of this arm. None once it is applied."""
+    """Name of a published method, such as `gkd`. It sets the objective and the sampler of this arm."""  # None once it is applied
     objective: Objective | None = None
-    """Changes to `method.objective`. An objective of another `type` replaces it."""
+    """Changes to the recipe's `method.objective` for this arm. If the `type` differs, this objective replaces the recipe's objective."""
     sampler: Sampler | None = None
-    """Changes to `method.sampler`. A sampler of another `type` replaces it."""
+    """Changes to the recipe's `method.sampler` for this arm. If the `type` differs, this sampler replaces the recipe's sampler."""
     optim: Optim | None = None
-    """Changes to `method.optim`."""
+    """Changes to the recipe's `method.optim` for this arm."""
     select: Select | None = None
-    """Changes to `method.select`."""
+    """Changes to the recipe's `method.select` for this arm."""
     dense: Dense | None = None
-    """Changes to `method.dense`."""
+    """Changes to the recipe's `method.dense` for this arm."""
     compute: str | None = None
-    """`as ARM` gives this arm the same total training FLOPs as ARM, by choosing its number of updates (an equal-compute baseline).
-    `4x ARM` gives it 4 times the training FLOPs of ARM. The original teacher's own training is not counted."""
+    """Training budget of this arm, relative to another arm. `as ARM` gives the same training FLOPs as ARM (an equal-compute baseline).
+    `4x ARM` gives 4 times the training FLOPs of ARM. The number of updates is chosen to match the budget. The original teacher's own
+    training is not counted."""
     published: Published | None = None
 
     @model_validator(mode="before")
@@ -118,14 +121,19 @@ class Arm(Strict):
             for name in path:
                 if path.count(name) > 1:
                     raise ValueError(
-                        f"path `{path_text(path)}` names model {name} twice, but a model cannot teach itself; remove one of them"
+                        f"path `{path_text(path)}` names model {name} twice, but a model cannot teach itself; name each model once"
                     )
         if len(self.path) > 1 and any(len(path) < 2 for path in self.path):
-            raise ValueError(f"path `{self.text}` has a part with only one model, which teaches nothing; write each part as A > B")
+            raise ValueError(
+                f"path `{self.text}` has a part (separated by `then`) with only one model; write each part with two models or more, as A > "
+                "B"
+            )
         for i, path in enumerate(self.path[:-1]):
             used = {m for later in self.path[i + 1 :] for m in later} | set(self.init.values())
             if path[-1] not in used:
-                raise ValueError(f"path `{self.text}` teaches {path[-1]}, but no later part uses {path[-1]}; add a part that uses it")
+                raise ValueError(
+                    f"path `{self.text}` teaches {path[-1]}, but no later part (after `then`) uses {path[-1]}; add a part with {path[-1]}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -148,28 +156,29 @@ class Arm(Strict):
     @classmethod
     def _as_arm(cls, value: str | None) -> str | None:
         if value is not None and _COMPUTE.fullmatch(value) is None:
-            raise ValueError(f"compute is `{value}`; write `as ARM` or `4x ARM` with the name of an arm")
+            raise ValueError(f"compute is `{value}`; write `as ARM` or `4x ARM`, where ARM is the name of an arm")
         return value
 
     @property
     def like(self) -> tuple[float | None, str] | None:
-        """The arm that `compute` names, and the factor on its FLOPs. The factor is None for `as ARM`. Both are None without `compute`."""
+        """The budget in `compute`, as a pair: the factor on the FLOPs, and the name of the other arm. The factor is None for `as ARM`. If
+        `compute` is not set, the property is None."""
         found = _COMPUTE.fullmatch(self.compute) if self.compute else None
         return (float(found["times"]) if found["times"] else None, found["arm"]) if found else None
 
     @property
     def last(self) -> ModelPath:
-        """The last path. It ends with the model that the arm trains."""
+        """The last of the paths. Its last model is the one that the arm trains."""
         return self.path[-1]
 
     @property
     def models(self) -> tuple[str, ...]:
-        """All models of the arm, each once."""
+        """The names of all models in the paths, each once."""
         return tuple(dict.fromkeys(m for path in self.path for m in path))
 
     @property
     def learners(self) -> tuple[str, ...]:
-        """The models that the arm's distillations train, in order."""
+        """The models that the distillations of this arm train, in order."""
         return tuple(m for path in self.path for m in path[1:])
 
     @property
@@ -178,24 +187,26 @@ class Arm(Strict):
 
     @property
     def patch(self) -> MethodPatch:
-        """The changes that this arm makes to the recipe's method."""
+        """The changes of this arm to the recipe's method."""
         return MethodPatch(objective=self.objective, sampler=self.sampler, optim=self.optim, select=self.select, dense=self.dense)
 
 
 class Budgets(Strict):
-    """Training budgets at which arms are compared. Each arm is trained once for each budget, with its updates and its warmup scaled.
+    """Training budgets (FLOPs) at which arms are compared. Each arm is trained once for each budget. Its updates and its warmup are scaled.
 
-    Arm `chain` becomes the arms `chain-1x`, `chain-2x` … with `compute: 1x direct` …, where `direct` is the arm in `of`. The arm in `of`
-    stays as it is, and has the budget 1x.
+    For example, the arm `direct` defines the budget 1x, and the recipe also has the arm `chain`. With `times: [1, 2]`, `chain` is replaced
+    by
+    `chain-1x` and `chain-2x`, and `direct-2x` is added. The arm `direct` itself stays, because its budget is 1x.
     """
 
     text_sets: ClassVar[str] = "times"
     times: tuple[Annotated[float, Field(ge=0.001, le=1e6)], ...] = Field(min_length=2)
-    """The budgets, as multiples of the training FLOPs of the arm in `of`, without the original teacher's own training."""
+    """The budgets, as multiples of the training FLOPs of the arm in `of`. The original teacher's own training is not counted."""
     of: str | None = None
-    """The arm that defines 1x; by default the first arm whose path is a teacher and a student."""
+    """Name of the arm whose training FLOPs are the budget 1x. The default is the first arm with a path of two models,
+    `teacher > student`."""
     arms: tuple[str, ...] | None = None
-    """The arms that are trained at each budget; by default all arms that train a model and have no `compute`."""
+    """Names of the arms that are trained at each budget. The default is all arms that train a model and have no `compute`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -206,25 +217,28 @@ class Budgets(Strict):
     @classmethod
     def _rising(cls, times: tuple[float, ...]) -> tuple[float, ...]:
         if any(a >= b for a, b in pairwise(times)):
-            raise ValueError(f"budgets are {[f'{t:g}' for t in times]}; write rising numbers, such as [1, 2, 4, 8]")
+            raise ValueError(f"budgets are {[f'{t:g}' for t in times]}; write them in rising order, such as [1, 2, 4, 8]")
         return times
 
     def expand(self, arms: dict[str, Arm]) -> dict[str, Arm]:
-        """Return the arms with one arm for each budget. Arms that already have budgets are not changed.
+        """Return the arms of a recipe, in which each arm is replaced by one arm per budget. Arms that already have `compute` stay as they
+        are.
 
         Raises:
-            ValueError: an arm does not exist or cannot be trained at several budgets, or a new name is already used.
+            ValueError: a name is not an arm, an arm cannot be trained at several budgets, or the name of a new arm is already used.
         """
         able = [name for name, arm in arms.items() if arm.compute is None and (arm.learners or arm.objective)]
         of = self.of or next((name for name in able if len(arms[name].learners) == 1 and len(arms[name].last) == 2), None)
         if of is None or of not in able:
             what = f"budgets.of is `{of}`" if of else "no arm has a path `teacher > student`"
             raise ValueError(
-                f"{what}; set budgets.of to an arm that trains a model and has no `compute`: {', '.join(able) or 'there is none'}"
+                f"{what}; set budgets.of to an arm that trains a model and has no `compute` (such arms: {', '.join(able) or 'none'})"
             )
         for name in self.arms or ():
             if name not in able and at_budget(name, self.times[0]) not in arms:
-                raise ValueError(f"budgets.arms names `{name}`; name arms that train a model and have no `compute`: {', '.join(able)}")
+                raise ValueError(
+                    f"budgets.arms names `{name}`; name only arms that train a model and have no `compute` (such arms: {', '.join(able)})"
+                )
         found: dict[str, Arm] = {}
         for name, arm in arms.items():
             if name not in (able if self.arms is None else self.arms):
@@ -237,13 +251,14 @@ class Budgets(Strict):
                 if name == of and times == 1:
                     continue
                 if new in arms and arms[new].compute != compute:
-                    raise ValueError(f"budgets need the name `{new}`, but an arm of the recipe has it; rename that arm")
+                    raise ValueError(f"budgets add an arm `{new}`, but the recipe already has an arm of this name; rename the recipe's arm")
                 found[new] = arm.model_copy(update={"compute": compute, "published": None})
         return found
 
 
 class BudgetOf(NamedTuple):
-    """The budget of an arm that `Budgets.expand` made: the arm that it was made of, the factor, and the arm that defines 1x."""
+    """The budget of an arm that `Budgets.expand` made. `arm` is the original arm, `times` is the factor, and `reference` is the arm whose
+    training FLOPs are the budget 1x."""
 
     arm: str
     times: float
@@ -251,7 +266,7 @@ class BudgetOf(NamedTuple):
 
 
 def budget_of(name: str, compute: str | None) -> BudgetOf | None:
-    """Return the budget from which `Budgets.expand` made the arm `name`; None if it made no such arm."""
+    """Return the budget of the arm `name`, whose key `compute` is `compute`. Return None if `Budgets.expand` did not make this arm."""
     found = _COMPUTE.fullmatch(compute) if compute else None
     if found is None or not found["times"]:
         return None
@@ -260,39 +275,42 @@ def budget_of(name: str, compute: str | None) -> BudgetOf | None:
 
 
 def at_budget(arm: str, times: float) -> str:
-    """Return the name of an arm at a budget, such as `chain-4x`."""
+    """Return the name of the arm that trains like `arm` at `times` the budget, such as `chain-4x`."""
     return f"{arm}-{times:g}x"
 
 
 class Search(Strict):
-    """The paths that `tadistill search` and `tadistill advise` compare, and how they search. They compare paths on the dev set only."""
+    """Settings of `tadistill search` and `tadistill advise`: the models of the paths, and the search strategy. Both commands compare paths
+    on the dev set only."""
 
     teacher: str
-    """The model where all paths start."""
+    """The first model of every path."""
     assistants: tuple[str, ...] = Field(min_length=1)
-    """Candidate assistants, from big to small."""
+    """The models that can be assistants (between teacher and student), from big to small."""
     student: str
-    """The model where all paths end."""
+    """The last model of every path."""
     strategy: Literal["exhaustive", "single", "best_prefix", "beam", "halving"] = "best_prefix"
-    """`exhaustive`: try every path. `single`: try the direct path, and paths with one assistant. `best_prefix`: keep and extend the
-    best path to each model (a heuristic: it is right only where a better teacher makes a better student). `beam`: keep and extend
-    the `width` best paths to each model. `halving`: train every path for a short run, and continue the better half of the paths."""
+    """`exhaustive`: try every path. `single`: try the direct path, and all paths with one assistant. `best_prefix`: for each model, keep
+    only the best path to it, and extend this path. (The result is only right if a better teacher makes a better student.) `beam`: for each
+    model, keep and extend the `width` best paths to it. `halving`: train all paths for a few updates, drop the worse half, and repeat with
+    more updates."""
     max_assistants: int | None = Field(default=None, ge=1, le=MOST)
-    """Largest number of assistants in a path; no limit by default."""
+    """Largest number of assistants in a path. By default, there is no limit."""
     budget: float | None = Field(default=None, gt=0)
-    """Largest cost of a path, as a multiple of the direct path's training FLOPs; no limit by default."""
+    """Largest training cost of a path, as a multiple of the training FLOPs of the direct path (without assistants). By default, there is no
+    limit."""
     width: int = Field(default=2, ge=1, le=MOST)
-    """Number of paths to each model that `beam` keeps."""
+    """Number of paths to each model that the strategy `beam` keeps."""
     rungs: tuple[float, ...] = Field(default=(0.1, 0.3, 1.0), min_length=1)
-    """Used by `halving`, with one number per round. A number is the fraction of all updates that is done after the round. The last one is
-    1."""
+    """The rounds of the strategy `halving`, with one number per round. The number is the length of the training runs in this round, as a
+    fraction of all updates. The last number is 1."""
 
     @model_validator(mode="after")
     def _check(self):
         models = (self.teacher, *self.assistants, self.student)
         for name in models:
             if models.count(name) > 1:
-                raise ValueError(f"search names {name} twice; teacher, assistants and student must be different models")
+                raise ValueError(f"search names the model {name} twice; teacher, assistants and student must be different models")
         if self.rungs[-1] != 1 or any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)) or self.rungs[0] <= 0:
             raise ValueError(f"search.rungs are {list(self.rungs)}; write rising fractions that end with 1, such as [0.1, 0.3, 1]")
         if self.strategy == "halving" and len(self.rungs) < 2:

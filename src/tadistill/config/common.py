@@ -1,4 +1,4 @@
-"""The base class of all parts of a recipe, the settings of sampling, and types of numbers."""
+"""The base class `Strict` of all parts of a recipe, the settings of sampling, and types for names and bounded numbers."""
 
 import functools
 import re
@@ -24,15 +24,16 @@ def _name(value: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_name)]
-"""The name of a study, a model or an arm. It may become a file's name and an argument of a command."""
+"""The name of a study, a model or an arm. It must also be usable as a file name and as an argument of a command."""
 Share = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 Modest = Annotated[float, Field(ge=-100, le=100)]
-"""A parameter of a divergence. Beyond these bounds float32 overflows."""
+"""A parameter of a divergence. A value outside these bounds would overflow in float32."""
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
-"""A divisor of logits. Below 0.01 float32 overflows, and above 100 every distribution is uniform."""
+"""A number by which logits are divided. A value below 0.01 would overflow in float32. A value above 100 would make every distribution
+uniform."""
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-"""MODULE:FUNCTION, a function of the user's own code (`tadistill.own_code`)."""
+"""A function in the user's own code, written as MODULE:FUNCTION. `tadistill.own_code` imports it."""
 MOST = 10**9
 """Upper bound for numbers of rows, tokens, updates and processes."""
 _LARGEST = 2**63 - 1
@@ -40,11 +41,12 @@ _LARGEST = 2**63 - 1
 
 
 class Strict(BaseModel):
-    """Base class of every part of a recipe. It is immutable. Unknown keys and infinite numbers are errors, and `true` is not a number."""
+    """Base class of every part of a recipe. Objects are immutable. Unknown keys and infinite numbers are errors. `true` is not accepted as
+    a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
     text_sets: ClassVar[str] = ""
-    """The key that a recipe sets if it gives a text instead of keys; empty if it must give keys."""
+    """Name of the key that a plain text sets, if a recipe has a text in place of this part's keys. Empty if a text is not allowed there."""
 
     @model_validator(mode="before")
     @classmethod
@@ -57,7 +59,7 @@ class Strict(BaseModel):
     def _bounded(cls, value: Any) -> Any:
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, int) and abs(part) > _LARGEST:
-                raise ValueError(f"the largest whole number is {_LARGEST:,}; write a smaller one")
+                raise ValueError(f"the largest whole number is {_LARGEST:,}; write a smaller number")
         return value
 
 
@@ -79,12 +81,14 @@ def _numbers_only(cls: type[BaseModel], name: object) -> bool:
 
 
 class Decoding(Strict):
-    """Settings of sampling from a model, in the order in which they change the logits. The defaults change nothing."""
+    """Settings of sampling from a model. They are applied to the logits in the order of the fields. The defaults do not change the
+    logits."""
 
     no_repeat_ngram: int | None = Field(default=None, ge=1, le=MOST)
-    """No n-gram of this size occurs twice in prompt and response. (MiniLLM's test script uses 6, which the paper does not mention.)"""
+    """No n-gram of this size may occur twice in prompt and response together. (MiniLLM's test script uses 6, but its paper does not mention
+    this.)"""
     temperature: float = Field(default=1.0, ge=0, le=100)
-    """The logits are divided by the temperature. 0 means greedy decoding."""
+    """Number by which the logits are divided. 0 means greedy decoding."""
     top_k: int | None = Field(default=None, ge=1, le=MOST)
     """Sample only among the `top_k` most probable tokens."""
     top_p: float = Field(default=1.0, gt=0, le=1)

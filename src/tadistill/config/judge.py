@@ -7,7 +7,7 @@ from pydantic import Field
 from tadistill.config.common import MOST, Strict
 
 REFERENCE = "reference"
-"""Name of the reference answers when arms are compared with them."""
+"""The value of `against` that stands for the reference answers of the data set."""
 
 
 class Judge(Strict):
@@ -16,26 +16,26 @@ class Judge(Strict):
     model: str = Field(pattern=r"\S")
     """Name of the judging model at its endpoint."""
     base_url: str = "https://api.openai.com/v1"
-    """An OpenAI-compatible endpoint."""
+    """URL of an OpenAI-compatible endpoint."""
     mode: Literal["pair", "score"] = "pair"
-    """`pair` compares two answers: an answer wins if the judge prefers it in both orders. `score` rates each answer: the result is its
-    score in percent of the reference answer's score."""
+    """`pair`: the judge compares two answers in both orders. An answer wins if the judge prefers it in both. `score`: the judge rates each
+    answer alone. The result is the answer's score in percent of the score of the reference answer."""
     arms: tuple[str, ...] = ()
-    """Arms whose answers are judged; all arms by default."""
+    """Arms whose answers are judged. By default, these are all arms."""
     against: str = REFERENCE
-    """The opponent in the comparison: an arm, or `reference`."""
+    """The other side of the comparison: the name of an arm, or `reference` for the reference answers of the data set."""
     sets: tuple[str, ...] = ()
-    """Test sets to use; all test sets by default."""
+    """Test sets to use. By default, these are all test sets."""
     limit: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of prompts per test set, evenly spaced; all prompts by default."""
+    """Number of prompts to use from each test set, evenly spaced. By default, all prompts are used."""
     all_seeds: bool = False
-    """Judge every training seed for which all arms are finished, not only the first training seed."""
+    """Judge every training seed for which all arms are finished. By default, only the first training seed is judged."""
     name: str | None = None
-    """Part of the summary's file name judge-NAME.json. By default it is made from the mode and the model's name."""
+    """The part NAME of the file judge-NAME.json, which contains the result. The default is made from the mode and the model's name."""
     temperature: float = Field(default=0.0, ge=0, le=2)
     """Sampling temperature of the judge."""
     max_tokens: int = Field(default=256, ge=8)
-    """Largest number of tokens in a reply. Raise it for judges that write their reasoning."""
+    """Largest number of tokens in a reply. Raise it for judges that write down their reasoning."""
     jobs: int = Field(default=4, ge=1, le=64)
     """Number of requests that are sent at the same time."""
     timeout: float = Field(default=120.0, gt=0, le=86400)
@@ -43,17 +43,18 @@ class Judge(Strict):
 
 
 class BlindSheet(Strict):
-    """Settings of a sheet of answers that people rate without knowing the models. The options of `tadistill human` set these fields."""
+    """Settings of a sheet of answers that people rate without knowing which model wrote them. The options of `tadistill human` set these
+    fields."""
 
     name: str = "blind"
-    """Part of the file names sheet-NAME.html, sheet-NAME.csv and sheet-NAME.key.json."""
+    """The part NAME of the file names sheet-NAME.html, sheet-NAME.csv and sheet-NAME.key.json."""
     arms: tuple[str, ...] = ()
-    """Arms whose answers are shown; all arms by default."""
+    """Arms whose answers are shown. By default, these are all arms."""
     sets: tuple[str, ...] = ()
-    """Test sets to use; all test sets by default."""
+    """Test sets to use. By default, these are all test sets."""
     limit: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of prompts per test set, evenly spaced; all prompts by default."""
+    """Number of prompts to use from each test set, evenly spaced. By default, all prompts are used."""
     reference: bool = False
-    """Show the reference as one of the answers."""
+    """Show the reference answer of the data set as one of the answers."""
     seed: int = 0
-    """Seed of the random order of the answers."""
+    """Seed of the random order in which answers are shown."""

@@ -1,6 +1,6 @@
-"""Read a recipe file and apply overrides (`method.optim.lr=1e-4`). An error message names the key and its line.
+"""Read a recipe file and apply overrides, such as `method.optim.lr=1e-4`. Error messages name the key and its line.
 
-A recipe cannot read anything outside its file. OmegaConf's `${…}` is an error, because it could read environment variables.
+A recipe cannot read anything outside its file. References `${…}` of OmegaConf are errors, because they could read environment variables.
 """
 
 import difflib
@@ -24,13 +24,13 @@ from tadistill.errors import ConfigError, about
 
 Settings = typing.TypeVar("Settings", bound=BaseModel)
 _SHOWN = 20
-"""Number of problems that are shown at once."""
+"""Largest number of problems that one error message shows."""
 _DEEPEST = 40
-_NO_REFERENCES = "has `${`, but a recipe refers neither to the environment nor to other keys; write the value itself"
+_NO_REFERENCES = "contains `${`, but a recipe cannot refer to environment variables or to other keys; write the value itself"
 
 
 def study_in(recipe: Path) -> str | None:
-    """Return the study's name from a recipe file. Return None if the file is not a recipe."""
+    """Return the name of the study in a recipe file. Return None if the file is not a recipe."""
     if recipe.suffix not in (".yaml", ".yml") or not recipe.is_file():
         return None
     try:
@@ -45,7 +45,8 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file, or the name of a recipe of the package (`config.shipped`).
-        overrides: `key.sub=value` strings, applied in order. Write a name that contains dots in brackets (`arms[2.D].path=xl > s`).
+        overrides: `key.sub=value` strings, applied in order. A name that contains dots is written in brackets, as in
+            `arms[2.D].path=xl > s`.
 
     Raises:
         ConfigError: the file is missing or not YAML, or the recipe breaks a rule.
@@ -79,11 +80,12 @@ def read(recipe: str | Path) -> tuple[str, Path]:
 
 
 def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = (), *, source: str, folder: Path | None = None) -> Recipe:
-    """Read a recipe from YAML text or plain data, as `load` does. Messages call it `source`. `folder` is the folder of its file."""
+    """Read and validate a recipe from YAML text or plain data, as `load` does. Error messages name the recipe `source`. Relative paths in
+    the recipe start in `folder`."""
     lines = _lines(given, source) if isinstance(given, str) else {}
     raw = _merged(given, overrides, source, "seeds=[10]")
     if not isinstance(raw, dict):
-        raise ConfigError(f"{source} contains no recipe; write a mapping with the keys study, seeds, models, data and arms")
+        raise ConfigError(f"{source} is not a recipe; write a YAML mapping with the keys study, seeds, models, data and arms")
     lines = _with_overrides(lines, overrides)
     recipe = _recipe(_string_keys(raw), source, lines)
     if folder:
@@ -98,13 +100,14 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
         pass
     if not there:
         raise ConfigError(
-            f"{where(source, lines, ('runtime', 'code'))} is `{modules}`, which is not a folder; name the folder of your modules"
+            f"{where(source, lines, ('runtime', 'code'))} is `{modules}`, which is not a folder; set it to the folder of your Python "
+            "modules"
         )
     return recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"code": code})})
 
 
 def validate(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
-    """Build a recipe from plain data, such as a dict. Raises ConfigError if the recipe breaks a rule."""
+    """Build a recipe from plain data (a dict). Raises ConfigError if the recipe breaks a rule."""
     return _recipe(raw, source, {})
 
 
@@ -116,7 +119,7 @@ def _recipe(raw: dict[str, Any], source: str, lines: Lines) -> Recipe:
 
 
 def read_settings(model: type[Settings], given: dict[str, Any], overrides: typing.Sequence[str], *, source: str) -> Settings:
-    """Build the settings of a command from its options and `key=value` overrides.
+    """Return the settings of a command, built from its options (`given`) and its `key=value` overrides.
 
     Raises:
         ConfigError: a key is unknown, or a value breaks a rule.
@@ -130,7 +133,7 @@ def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: L
     except ValidationError as error:
         found = problems(error, raw, model)
         sentences = [f"{where(source, lines, key)}{text}" for key, text in found[:_SHOWN]]
-        rest = [f"{source}: {len(found) - _SHOWN} more problems come after these"] if len(found) > _SHOWN else []
+        rest = [f"{source}: {len(found) - _SHOWN} more problems are not shown; correct these first"] if len(found) > _SHOWN else []
         raise ConfigError(*sentences, *rest) from error
 
 
@@ -141,7 +144,7 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
         if "${" in item:
             raise ConfigError(f"override `{item}` {_NO_REFERENCES}")
         if item.split("=")[0].count(".") > _DEEPEST:
-            raise ConfigError(f"override `{item}` has more than {_DEEPEST} levels of keys, which no recipe needs; correct its key")
+            raise ConfigError(f"override `{item}` has a key with more than {_DEEPEST} levels, which no recipe needs; correct the key")
         try:
             _check_depth(item.split("=", 1)[1], "")
         except yaml.YAMLError as error:
@@ -156,7 +159,6 @@ def _merged(base: str | dict[str, Any], overrides: typing.Sequence[str], source:
 
 
 def _with_overrides(lines: Lines, overrides: typing.Sequence[str]) -> Lines:
-    """Return the places of all keys. The place of a key that an override sets is the override."""
     for item in overrides:
         name, _, value = item.partition("=")
         at = tuple(inner or plain for inner, plain in re.findall(r"\[([^\]]*)\]|([^.\[\]]+)", name))
@@ -181,11 +183,7 @@ def _string_keys(value: Any) -> Any:
 
 
 def _lines(text: str, source: str) -> Lines:
-    """Map each key in a YAML text to its line number, from 1. A key is the path of names that leads to it.
-
-    Raises:
-        ConfigError: the text is not YAML, has too many levels, or refers to something outside itself.
-    """
+    # also refuses too many levels, and references to anything outside the text
     lines: Lines = {}
     seen: set[int] = set()  # an alias stands for a part that was there before
 
@@ -199,7 +197,7 @@ def _lines(text: str, source: str) -> Lines:
             for key, value in node.value:
                 line = key.start_mark.line + 1
                 if key.tag == "tag:yaml.org,2002:null":
-                    raise ConfigError(f"{source}, line {line}: a key has no name; write the name before the colon")
+                    raise ConfigError(f"{source}, line {line}: a key has no name; write its name before the colon")
                 if key.tag == "tag:yaml.org,2002:bool":
                     raise ConfigError(f"{source}, line {line}: YAML reads the key `{key.value}` as true or false; put it in quotes")
                 if (*at, str(key.value)) in lines and key.value != "<<":
@@ -224,19 +222,19 @@ def _lines(text: str, source: str) -> Lines:
 _IN_WORDS = (
     # a part of PyYAML's message -> what is wrong, and how to mend it
     ("found character '\\t'", "a tab stands where spaces belong; indent with spaces only"),
-    ("mapping values are not allowed here", "a colon has no place here; put a text with `: ` in quotes, or correct the indentation"),
-    ("while scanning a quoted scalar", "the quote that opens here has no end; close it, or leave both quotes out"),
-    ("while parsing a flow sequence", "the list that opens here has no end; close it with ], and put a comma between its parts"),
-    ("while parsing a flow mapping", "the braces that open here have no end; close them with }, and put a comma between their parts"),
-    ("found undefined alias", "a value that begins with * refers to another one, and there is none; put the text in quotes"),
+    ("mapping values are not allowed here", "a colon is not allowed here; put the text in quotes, or correct the indentation"),
+    ("while scanning a quoted scalar", "the quote that opens here is never closed; add the second quote, or remove this one"),
+    ("while parsing a flow sequence", "the list that opens here is never closed; close it with ], and put a comma between its items"),
+    ("while parsing a flow mapping", "the braces that open here are never closed; close them with }, and put a comma between the items"),
+    ("found undefined alias", "YAML reads a value that begins with * as a reference; put the text in quotes"),
     ("that cannot start any token", "a value cannot begin with this character; put the text in quotes"),
     ("could not find expected ':'", "a key has no colon; write `key: value`"),
     (
         "expected <block end>",
-        "this line does not fit the lines above; give it their indentation, and close the quotes above",
+        "this line does not fit the lines above it; indent it like them, or close a quote that is still open above",
     ),
-    ("expected '<document start>'", "the file is no YAML mapping; a recipe has the keys study, seeds, models, data and arms"),
-    ("expected a single document", "a second document begins here, but a recipe is one; remove the line with ---"),
+    ("expected '<document start>'", "the file is not a YAML mapping; write a mapping with the keys study, seeds, models, data and arms"),
+    ("expected a single document", "a second YAML document begins here, but a recipe is only one document; remove the line `---`"),
 )
 
 
@@ -257,4 +255,4 @@ def _check_depth(text: str, source: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
             where = f"{source}, line {event.start_mark.line + 1}" if source else f"override `{text}`"
-            raise ConfigError(f"{where}: keys have more than {_DEEPEST} levels, which no recipe needs; correct the brackets")
+            raise ConfigError(f"{where}: keys are nested in more than {_DEEPEST} levels, which no recipe needs; correct the brackets")

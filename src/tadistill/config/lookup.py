@@ -1,4 +1,4 @@
-"""Find the meaning of a word in a recipe. The word is a key (by its name or place), a type, a method or a value."""
+"""Explain a word in a recipe, for `tadistill explain`. The word is a key, a `type`, the name of a method, or an allowed value."""
 
 import difflib
 import re
@@ -20,28 +20,25 @@ class Entry:
     title: str
     meaning: str
     facts: tuple[tuple[str, str], ...] = ()
-    """Labels and texts, such as `default` and `0.0005`."""
+    """Pairs of a label and a text, such as (`default`, `0.0005`)."""
     below: tuple[tuple[str, str], ...] = ()
-    """Keys or values under this entry, with one sentence for each."""
+    """The keys or values that belong to this word, each with one sentence about it."""
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A key with its place. `types` are the groups that share the key."""
-
     place: str
     key: Key
     part: Part
-    missing: int
-    """Number of words in the key's place that the user did not write."""
-    types: tuple[str, ...] = field(default=())
+    missing: int  # number of words in the key's place that the user did not write
+    types: tuple[str, ...] = field(default=())  # of the groups that share the key
 
 
 def explain(asked: str, others: Iterable[str] = ()) -> list[Entry]:
-    """Return the meanings of a word: a key (`lr`, `method.optim.lr`, `arms.X.path`), a `type`, a method by name, or an allowed value.
+    """Return all explanations of a word: a key (`lr`, `method.optim.lr` or `arms.X.path`), a `type`, a method, or an allowed value.
 
     Args:
-        others: words outside recipes that a mistyped word may stand for.
+        others: words that are not from recipes. If nothing has the name `asked`, the error message suggests the most similar known word.
 
     Raises:
         ConfigError: nothing has this name.
@@ -108,7 +105,7 @@ def _entry(found: _Found) -> Entry:
     also = [("also at", ", ".join(each for each in places if each != full))] if len(places) > 1 else []
     more = ("more in", f"docs/{found.part.page}")
     if key.name == "type":
-        text = f"Says which {_split(place)[-1]} it is, and so which other keys stand there."
+        text = f"Selects the kind of {_split(place)[-1]}. The kind decides which other keys are allowed."
         return Entry(full, text, (*also, more), tuple(_types(place)))
     facts = [("type", ", ".join(filter(None, (key.type, "" if key.choices else key.allowed))))]
     facts += [("one of", ", ".join(key.choices))] if key.choices and not _types(full) else []

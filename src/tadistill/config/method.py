@@ -1,6 +1,7 @@
-"""A training method: objective, sampler, optimizer, and selection of a checkpoint. `check_pairing` refuses parts that do not fit together.
+"""The settings of a training method: objective (the loss), sampler (the training text), optimizer, and choice of a checkpoint.
 
-Objectives are in `tadistill.config.objective`, and samplers are in `tadistill.config.sampling`.
+`check_pairing` refuses settings that do not fit together. Objectives are in `tadistill.config.objective`, and samplers are in
+`tadistill.config.sampling`.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -15,45 +16,47 @@ from tadistill.errors import ConfigError
 from tadistill.metrics import SELECTABLE
 
 TEACHER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-"""Maps `optim.precision` to the number format of the frozen teacher during training."""
+"""Maps a value of `optim.precision` to the number format of the frozen teacher during training."""
 
 
 Precision = Literal["fp32", "bf16"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-"""The decay rate of a moving average."""
+"""The decay rate of a moving average. A larger value averages over more updates."""
 
 
 class Optim(Strict):
-    """Settings of AdamW and of the learning rate. Numbers count all devices together: more devices do not change an update."""
+    """Settings of AdamW and of the learning rate. All numbers are totals over all devices, so more devices do not change an update."""
 
     lr: float = Field(default=5e-4, gt=0, le=10)
     """Peak learning rate."""
     steps: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of optimizer updates. Give `steps` or `epochs`."""
+    """Number of optimizer updates. Give either `steps` or `epochs`."""
     epochs: float | None = Field(default=None, gt=0, le=1e6)
-    """Number of passes over the training rows. Rows that are too long count too."""
+    """Number of passes over the training set. All its rows are counted, even those that are left out because they are too long."""
     batch: int = Field(default=32, ge=1, le=MOST)
     """Number of sequences in an update."""
     micro_batch: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of sequences in one forward pass. It must divide `batch`; by default it is the whole batch."""
+    """Number of sequences in one forward pass. It must divide `batch`. The default is the whole batch."""
     warmup: int = Field(default=0, ge=0)
-    """Number of updates in which the learning rate rises linearly to `lr`."""
+    """Number of updates at the start in which the learning rate rises linearly to `lr`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Schedule of the learning rate after the warmup."""
     lr_min: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of the schedules `cosine` and `linear`."""
+    """Learning rate at the last update with the schedule `cosine` or `linear`."""
     weight_decay: float = Field(default=0.01, ge=0, le=100)
-    """AdamW's weight decay (torch's default). It applies to matrices only."""
+    """AdamW's weight decay, for weight matrices only. The default is torch's."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """AdamW's decay rates of both moments (torch's default)."""
+    """AdamW's decay rates of the first and the second moment. The defaults are torch's."""
     eps: float = Field(default=1e-8, ge=1e-30, le=1)
-    """AdamW's epsilon (torch's default)."""
+    """AdamW's epsilon. The default is torch's."""
     clip: float = Field(default=1.0, gt=0, le=1e9)
     """Largest gradient norm. A larger gradient is scaled down to this norm."""
     precision: Precision = "fp32"
-    """`bf16` is mixed precision: float32 weights, bfloat16 matrix products and a bfloat16 teacher."""
+    """Number format of training. With `bf16` (mixed precision), weights are stored in float32, and matrix products and the teacher use
+    bfloat16."""
     gradient_checkpointing: bool = False
-    """Store only each layer's input, and compute the layer again in the backward pass. This saves memory and costs a third more compute."""
+    """Store only the input of each layer, and compute the layer again in the backward pass. This saves memory, but costs a third more
+    compute."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -63,12 +66,11 @@ class Optim(Strict):
             )
         given = self.model_fields_set  # a patch has only some of the numbers; `merge` checks them all
         if {"lr", "lr_min"} <= given and self.lr_min > self.lr:
-            raise ValueError(
-                f"lr_min {self.lr_min} is above lr {self.lr}; the learning rate falls from `lr` to `lr_min`, so lower `lr_min`"
-            )
+            raise ValueError(f"lr_min {self.lr_min} is above lr {self.lr}; the learning rate falls from `lr` to `lr_min`; lower `lr_min`")
         if {"lr", "weight_decay"} <= given and self.lr * self.weight_decay >= 1:
             raise ValueError(
-                f"lr {self.lr} times weight_decay {self.weight_decay} is 1 or more, so weights would change sign; lower one of them"
+                f"lr {self.lr} times weight_decay {self.weight_decay} is 1 or more, so one update could change the sign of a weight; "
+                "lower `lr` or `weight_decay`"
             )
         return self
 
@@ -80,22 +82,22 @@ else:
 
 
 class Select(Strict):
-    """Rule that chooses the checkpoint that a training keeps."""
+    """The choice of the checkpoint that a training keeps."""
 
     metric: SelectMetric = "loss"
-    """The dev metric of `tadistill.metrics` that selects the checkpoint, or `last` for the final weights."""
+    """The metric on the dev set that chooses the checkpoint. With `last`, the final weights are kept."""
     every: int = Field(default=100, ge=1, le=MOST)
-    """Number of updates between two dev evaluations. The last evaluation is always at the end of training."""
+    """Number of updates between two evaluations on the dev set. The last evaluation is always at the end of training."""
     patience: int | None = Field(default=None, ge=1, le=MOST)
-    """Stop the training early if this number of dev evaluations in a row gives no new best value. By default, training never stops early.
-    """
+    """Stop the training if this many evaluations on the dev set, one after the other, give no better value. By default, training never
+    stops early."""
 
     def check(self) -> None:
-        """Raise a ConfigError if `patience` is set but no dev metric is measured."""
+        """Raise a ConfigError if `patience` is set but no metric is measured on the dev set."""
         if self.patience is not None and self.metric == "last":
             raise ConfigError(
-                f"select.patience is {self.patience}, but select.metric `last` measures nothing on dev; set `select.metric` to loss or "
-                "rouge_l, or remove `patience`"
+                f"select.patience is {self.patience}, but with select.metric `last` nothing is measured on the dev set; set "
+                "`select.metric` to `loss` or `rouge_l`, or remove `select.patience`"
             )
 
 
@@ -105,19 +107,21 @@ class Sft(Strict):
     optim: Optim = Optim()
     select: Select = Select()
     keep: tuple[Annotated[int, Field(ge=1, le=MOST)], ...] = ()
-    """Numbers of the updates after which the weights are also kept. Models with `checkpoint` can use these weights."""
+    """Updates after which the weights are also stored, such as [100, 200]. Another model of the recipe can be such a stored state (key
+    `checkpoint`)."""
 
 
 class Dense(Strict):
-    """Dense guidance (Son et al. 2021, DGKD): all models before a learner in its path teach it together, as one mixture."""
+    """Dense guidance (Son et al. 2021, DGKD): all models before a student in its path teach it together. Their distributions are
+    averaged."""
 
     kind: Literal["geometric", "arithmetic"] = "geometric"
-    """Kind of mean that combines the teachers' distributions into one target. `geometric` goes with the reverse KL, and `arithmetic` with
-    the forward KL: then the gradient equals that of the mean of the KLs to the single teachers."""
+    """The mean of the teachers' distributions that is the target. `geometric` fits the objective `reverse_kl`, and `arithmetic` fits
+    `forward_kl`. In both cases, the gradient equals that of the mean of the KLs to the single teachers."""
     weights: tuple[Annotated[float, Field(ge=0, le=1e6)], ...] = ()
-    """One weight per teacher, in the order of the path; equal weights by default."""
+    """One weight per teacher, in the order of the path. By default, all weights are equal."""
     drop: float = Field(default=0.0, ge=0, lt=1)
-    """Probability that a teacher is left out of an update; at least one teacher always stays."""
+    """Probability that a teacher is left out of an update. At least one teacher always stays."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -127,15 +131,17 @@ class Dense(Strict):
 
 
 class Method(Strict):
-    """A distillation method: loss, sequences, optimizer, choice of a checkpoint. `method: NAME` is short for `method: {name: NAME}`."""
+    """A distillation method: the loss, the training text, the optimizer, and the choice of a checkpoint. `method: NAME` is short for
+    `method: {name: NAME}`."""
 
     text_sets: ClassVar[str] = "name"
     name: MethodName | None = Field(default=None, exclude=True)
-    """A published method by name, which sets objective and sampler. The other keys here change it. None once it is applied."""
+    """Name of a published method. It sets the objective and the sampler. Other keys beside `name` change these settings."""
+    # None once it is applied
     objective: Objective = ForwardKL()
-    """The loss of each token, chosen by its `type`."""
+    """The loss of each token. Its `type` chooses the loss."""
     sampler: Sampler = DatasetSampler()
-    """The texts on which the student trains, chosen by their `type`."""
+    """The source of the text on which the student trains. Its `type` chooses the source."""
     optim: Optim = Optim()
     select: Select = Select()
     dense: Dense | None = None
@@ -147,48 +153,49 @@ class Method(Strict):
 
     @property
     def signal(self) -> HiddenSignal | TopKSignal | None:
-        """Settings of the teacher's recorded outputs. None if no outputs are recorded."""
+        """Settings of the teacher outputs that are recorded before training. None if no outputs are recorded."""
         return self.sampler.signal if isinstance(self.sampler, DatasetSampler) else None
 
     @property
     def trains_with_teacher(self) -> bool:
-        """True if the teacher runs during training. This is so if the loss needs the teacher and its outputs are not recorded."""
+        """True if the teacher must run during training: the loss needs its outputs, and they are not recorded before training."""
         return self.objective.needs_teacher and self.signal is None
 
     @property
     def runs_teacher(self) -> bool:
-        """True if the teacher runs during training or during the selection of a checkpoint."""
+        """True if the teacher runs during training, for the loss or for the choice of a checkpoint."""
         return self.trains_with_teacher or self.select.metric == "reverse_kl"
 
     @property
     def round_rollouts(self) -> int:
-        """Number of sequences that are sampled in one round, on all devices together; one batch by default."""
+        """Number of sequences that are sampled before each round of training on them, on all devices together. The default is one batch."""
         return (self.sampler.rollouts if isinstance(self.sampler, Rounds) else None) or self.optim.batch
 
     @property
     def round_updates(self) -> int:
-        """Number of updates on one round of sampled sequences. It is 1 if the sampler has no rounds."""
+        """Number of updates between two times of sampling. It is 1 if the sampler does not work in rounds."""
         epochs = self.sampler.inner_epochs if isinstance(self.sampler, Rounds) else 1
         return self.round_rollouts // self.optim.batch * epochs
 
 
 class MethodPatch(Strict):
-    """The changes that one model or one arm makes to the recipe's method."""
+    """The changes of one model or one arm to the recipe's method."""
 
     objective: Objective | None = None
-    """Overrides of `method.objective`; an objective of another `type` replaces it."""
+    """Changes to the recipe's `method.objective`. If the `type` differs, this objective replaces the recipe's objective."""
     sampler: Sampler | None = None
-    """Overrides of `method.sampler`; a sampler of another `type` replaces it."""
+    """Changes to the recipe's `method.sampler`. If the `type` differs, this sampler replaces the recipe's sampler."""
     optim: Optim | None = None
-    """Overrides of `method.optim`."""
+    """Changes to the recipe's `method.optim`."""
     select: Select | None = None
-    """Overrides of `method.select`."""
+    """Changes to the recipe's `method.select`."""
     dense: Dense | None = None
-    """Overrides of `method.dense`."""
+    """Changes to the recipe's `method.dense`."""
 
 
 def merge_methods(base: Strict, patch: Strict | None) -> Any:
-    """Return `base` with the fields that `patch` sets. If `patch` has another class (another `type`), it replaces `base` entirely."""
+    """Return a copy of `base` with the fields that `patch` sets. Return `patch` itself if its class (its `type`) differs from that of
+    `base`."""
     if patch is None:
         return base
     if type(patch) is not type(base):
@@ -204,11 +211,12 @@ def merge_methods(base: Strict, patch: Strict | None) -> Any:
     except ValidationError as error:
         what = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
         part = type(base).__name__.lower()
-        raise ConfigError(f"the changes of `{part}` by a model or an arm do not fit the method: {what}") from error
+        raise ConfigError(f"a model or an arm changes `{part}` of the method, but the result is not valid: {what}") from error
 
 
 def apply(method: Method, *patches: MethodPatch) -> Method:
-    """Return the method after all `patches`, in order. Raises ConfigError if the parts of the result cannot work together."""
+    """Return the method with the changes of all `patches`, applied in order. Raises a ConfigError if the resulting settings do not fit
+    together."""
     for patch in patches:
         method = Method(**{f: merge_methods(getattr(method, f), getattr(patch, f)) for f in MethodPatch.model_fields})
     if not method.objective.needs_teacher and not any(patch.dense for patch in patches):
@@ -218,7 +226,7 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
 
 
 def check_pairing(method: Method) -> None:
-    """Raise a ConfigError if the objective, the sampler, the recorded teacher outputs and the optimizer cannot work together."""
+    """Raise a ConfigError if the objective, the sampler, the recorded teacher outputs and the optimizer settings do not fit together."""
     _check_text(method)
     _check_signal(method)
     method.select.check()
@@ -231,8 +239,8 @@ def check_pairing(method: Method) -> None:
         )
     if sampler.follows_dev and method.select.metric == "last":
         raise ConfigError(
-            f"sampler `{sampler.type}` needs the dev loss, but select.metric `last` does not measure it; set `select.metric` to `loss` or "
-            "`rouge_l`"
+            f"sampler `{sampler.type}` needs the loss on the dev set, but select.metric `last` does not measure it; set `select.metric` "
+            "to `loss` or `rouge_l`"
         )
     if isinstance(sampler, ReplaySampler) and sampler.capacity < batch:
         raise ConfigError(
@@ -244,17 +252,18 @@ def _check_text(method: Method) -> None:
     objective, sampler = method.objective, method.sampler
     if objective.needs_rounds and not sampler.in_rounds:
         raise ConfigError(
-            f"objective `{objective.type}` needs a sampler that works in rounds, but sampler `{sampler.type}` does not; use sampler: "
-            f"{{type: teacher_mixed}}"
+            f"objective `{objective.type}` needs a sampler that works in rounds, but sampler `{sampler.type}` does not; use "
+            f"`sampler: {{type: teacher_mixed}}`"
         )
     if objective.needs_own_samples and not sampler.student_only:
         raise ConfigError(
             f"objective `{objective.type}` needs samples from the student's own distribution, but sampler `{sampler.type}` does not draw "
-            f"them; use sampler: {{type: student}} with temperature 1 and without top_k, top_p, min_p and no_repeat_ngram"
+            f"them; use `sampler: {{type: student}}` with `temperature` 1, and without `top_k`, `top_p`, `min_p` and `no_repeat_ngram`"
         )
     if objective.needs_rounds and isinstance(sampler, Rounds) and sampler.temperature == 0:
         raise ConfigError(
-            f"objective `{objective.type}` needs random samples, but sampler.temperature is 0 (greedy decoding); set it above 0"
+            f"objective `{objective.type}` needs random samples, but sampler.temperature is 0 (greedy decoding); set "
+            "`sampler.temperature` above 0"
         )
     if objective.needs_pairs != sampler.pairs:
         raise ConfigError(
@@ -262,7 +271,11 @@ def _check_text(method: Method) -> None:
             f"`{sampler.type}`; change one of them"
         )
     if sampler.on_policy and objective.imitates_text:
-        fix = f"kd_ratio is {objective.kd_ratio}; set it to 1" if isinstance(objective, Divergence) else "use a divergence as objective"
+        fix = (
+            f"kd_ratio is {objective.kd_ratio}; set it to 1"
+            if isinstance(objective, Divergence)
+            else "use a divergence, such as `reverse_kl`"
+        )
         raise ConfigError(f"sampler `{sampler.type}` trains on the student's own text, so the loss must not contain cross-entropy; {fix}")
 
 
@@ -273,14 +286,16 @@ def _check_signal(method: Method) -> None:
             f"sampler.signal `{signal.type}` records only one teacher, but `dense` uses several; set `signal: null` in this arm"
         )
     if method.dense and not objective.needs_teacher:
-        raise ConfigError(f"objective `{objective.type}` uses no teacher, so `dense` has no effect; use a divergence as objective")
+        raise ConfigError(
+            f"objective `{objective.type}` uses no teacher, so `dense` has no effect; use an objective with a teacher, such as `reverse_kl`"
+        )
     if signal and not objective.needs_teacher:
         raise ConfigError(
             f"objective `{objective.type}` uses no teacher, so sampler.signal `{signal.type}` has no effect; set `signal: null` in this arm"
         )
     if isinstance(signal, TopKSignal) and isinstance(objective, TopKForwardKL | TopKReverseKL):
         raise ConfigError(
-            f"objective `{objective.type}` selects the teacher's top tokens, but sampler.signal `top_k` has already selected them; use "
+            f"objective `{objective.type}` selects the teacher's top tokens, but sampler.signal `top_k` already records only these; use "
             f"objective `{objective.type.removeprefix('top_k_')}`"
         )
     tempered = isinstance(objective, Divergence) and objective.temperature != 1

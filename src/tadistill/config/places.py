@@ -1,4 +1,5 @@
-"""Find where things are in a recipe. Relative paths are looked for beside the recipe first. Errors name the recipe's file and line."""
+"""The places of keys and files of a recipe. Relative paths start in the folder of the recipe. Error messages name the recipe's file and
+line."""
 
 import functools
 import os
@@ -12,27 +13,27 @@ from tadistill.config.recipe import DataRef, Recipe
 from tadistill.errors import ConfigError, DataError, ModelError
 
 Lines = dict[tuple, int | str]
-"""Maps the path of every key of a recipe to its line number, from 1, or to the override that sets it."""
+"""Maps each key of a recipe (a tuple of names) to its line number, from 1. A key that an override sets is mapped to the override."""
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The file of a recipe."""
+    """The file of a recipe, and the places of its keys."""
 
     source: str
     """The file's path, as messages show it."""
     folder: Path
     lines: Lines
     written: dict[str, str] = field(default_factory=dict)
-    """Maps the path of a model beside the recipe to the text in the recipe. That text stays a part of the stages' keys."""
+    """Maps a resolved path of a model to the text in the recipe. The keys of stored results are made from this text."""
 
 
 def where(source: str, lines: Lines, key: tuple) -> str:
-    """Return the place of a key for messages: the file and line, or the override, and the key.
+    """Return the text that names a key in messages: file, line and key, or the override and the key.
 
-    A key without a place of its own (such as a default) has the place of the group that contains it.
+    A key without a place of its own, such as a default, gets the place of the group that contains it.
     """
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     shown = f" `{'.'.join(map(str, key))}`" if key else ""
@@ -42,7 +43,7 @@ def where(source: str, lines: Lines, key: tuple) -> str:
 
 
 def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
-    """Return a recipe whose relative paths are resolved. They are looked for beside the recipe's file, then in the working directory."""
+    """Return the recipe with resolved relative paths. A path is looked for beside the recipe's file, and then in the working directory."""
     written: dict[str, str] = {}
 
     def found(load: str | None) -> str | None:
@@ -84,7 +85,7 @@ def _folder_beside(folder: Path, root: str | None) -> str | None:
 
 
 def placed(work: Callable[Concatenate[Recipe, Given], Result]) -> Callable[Concatenate[Recipe, Given], Result]:
-    """Wrap a function that checks a recipe. Its errors then name the recipe's file, and the line of the key that is wrong."""
+    """Wrap a function that checks a recipe. Its error messages then name the recipe's file, and the line of the wrong key."""
 
     @functools.wraps(work)
     def checked(recipe: Recipe, /, *args: Given.args, **kwargs: Given.kwargs) -> Result:

@@ -1,6 +1,6 @@
 """Turn pydantic's errors into sentences: the key, what is wrong, and how to mend it.
 
-Users never see pydantic's own sentences. `_FIXES` has one of our sentences for each type of error.
+Users never see pydantic's own texts. `_FIXES` has a text of our own for each type of error.
 """
 
 import difflib
@@ -52,13 +52,13 @@ _WORDS = {
     "trackers": "report_to",
 }
 SYNONYMS = {word: key for key, words in _WORDS.items() for word in words.split()}
-"""A word of another program -> our key."""
+"""Maps a key of another program to our key."""
 
 
 def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tuple[tuple, str]]:
-    """Return each key that has a problem, with the rest of its error sentence. Unknown keys come first, because they cause other problems.
+    """Return pairs of a key and a text that says what is wrong with it. A message shows the text right after the key.
 
-    The key is empty if the sentence is about the whole text.
+    Unknown keys come first, because they cause other problems. The key is empty if the text is about the whole recipe.
     """
     found: dict[tuple, str] = {}
     meant: set[tuple] = set()
@@ -89,7 +89,7 @@ def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tu
 
 
 def _own(sentence: str, key: tuple, raw: Any, value: Any) -> tuple[tuple, str]:
-    """Split an error sentence of our own rules into two parts: the key at its beginning, if there is one; and the rest."""
+    # a sentence of our own rules may begin with a key; returns this key and the rest
     first, _, rest = sentence.partition(" ")
     named = tuple(first.strip("`").split("."))
     sentence = sentence.rstrip(".")
@@ -112,7 +112,7 @@ def _sentence(kind: str, problem: Any, key: tuple, location: tuple, root: type[B
     if kind in ("too_short", "too_long"):
         return _length(kind, value, context, location, root)
     if kind in _MAPPING:
-        return f" is {_shown(value)}, but it needs keys of its own; {_mapping(value, key, location, root)}."
+        return f" is {_shown(value)}, but it must be a group of keys; {_mapping(value, key, location, root)}."
     fix = _FIXES.get(kind, lambda value, context: problem["msg"][0].lower() + problem["msg"][1:].rstrip("."))
     return f" is {_shown(value)}: {fix(value, context)}."
 
@@ -170,7 +170,7 @@ def _empty(kind: str, context: Mapping[str, Any]) -> str:
         return "write its keys below it"
     if kind in ("tuple_type", "list_type"):
         return "write a list, with [ ]"
-    return _choice("", context) if kind == "literal_error" else "write one after the colon"
+    return _choice("", context) if kind == "literal_error" else "write a value after the colon"
 
 
 def _length(kind: str, value: Any, context: Mapping[str, Any], location: tuple, root: type[BaseModel]) -> str:
@@ -210,13 +210,13 @@ def _mapping(value: Any, key: tuple, location: tuple, root: type[BaseModel]) -> 
         return f"write {{type: {value if isinstance(value, str) else _first_type(location, root)}}}"
     names = sorted({name for model in models for name in _fields(model)})
     if key[:1] == ("arms",) and len(key) == 2:
-        return "write a path, such as xl > s, or the key `path` with others below it"
+        return "write a path, such as xl > s, or several keys, one of them `path`"
     if key[:1] == ("models",) and len(key) == 2 and isinstance(value, str):
         return f"write {key[1]}: {{load: {value}}}"
     if not names or (len(key) == 1 and key[0] in ("models", "arms", "resources")):
         return f"write NAME: … lines below {key[-1]}, for instance {_LINES.get(str(key[-1]), 'NAME: …')}"
     few = f"{', '.join(names[:6])} …" if len(names) > 7 else ", ".join(names)
-    return f"write them below {key[-1]}, or in braces (its keys: {few})"
+    return f"write keys below {key[-1]}, or in braces (possible keys: {few})"
 
 
 def _first_type(location: tuple, root: type[BaseModel]) -> str:
@@ -271,8 +271,8 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
             place = next((p for p in found if other in p.split(".")), found[0])
             if place != ".".join(map(str, key)):
                 return "", f"did you mean `{place}`?"
-            return "", f"it belongs to another `type`; known keys here: {', '.join(here)}."
-    return "", f"known keys here: {', '.join(here)}."
+            return "", f"it belongs to another `type`; the keys of this one are: {', '.join(here)}."
+    return "", f"the known keys here are: {', '.join(here)}."
 
 
 @functools.cache

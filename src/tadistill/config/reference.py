@@ -1,6 +1,6 @@
-"""The reference of recipes: every key with its meaning, type, allowed values and default. It is read from the configuration classes.
+"""A description of all keys of recipes, read from the configuration classes. Each key has a meaning, a type, allowed values and a default.
 
-`tadistill explain`, the JSON schema and the documentation use this reference. The meaning of a key is the docstring of its field.
+`tadistill explain`, the JSON schema and the documentation use this description. The meaning of a key is the docstring of its field.
 """
 
 import ast
@@ -24,7 +24,7 @@ from tadistill.config.recipe import Recipe
 from tadistill.config.shorthand import SHORT_KEYS
 
 NAME = "NAME"
-"""Part of a key's place for a name that the user chooses, as in `models.NAME.load`."""
+"""Placeholder for a name that the user chooses, as in the key `models.NAME.load`."""
 _PAGES = {
     "": "reference/recipe.md",
     "arms": "reference/recipe.md#arms",
@@ -42,9 +42,9 @@ _PAGES = {
     "sampler": "concepts/minillm.md",
     "search": "concepts/paths.md",
 }
-"""Maps a place, or the last word of a place, to the page of `docs/` that explains it."""
+"""Maps the place of a group of keys, or the last word of the place, to the page of `docs/` that explains the group."""
 
-_SHORT_FORM = "A teacher and a student instead of `models` and `arms`: one distillation. Nothing is compared with the teacher."
+_SHORT_FORM = "One distillation: a teacher and a student replace `models` and `arms`. The student is not compared with the teacher."
 
 
 @dataclass(frozen=True)
@@ -54,41 +54,43 @@ class Key:
     name: str
     meaning: str
     type: str
-    """The kind of value in words, such as `whole number`."""
+    """The kind of value, in words such as `whole number`."""
     allowed: str
-    """The allowed values in words. Empty if every value of the type is allowed."""
+    """The allowed values, in words such as `at least 1`. Empty if every value of the type is allowed."""
     default: str
-    """The default as a recipe writes it, `none`, or `required`. Empty if the keys below have defaults of their own."""
+    """The default in the notation of recipes, or `none`, or `required`. Empty if the default is a group of keys with defaults of their
+    own."""
     choices: tuple[str, ...] = ()
-    """The allowed values, if there is a fixed list of them."""
+    """All allowed values, if they are a fixed list."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A group of keys that belong together in a recipe, such as the keys of `optim`."""
+    """A group of keys of a recipe, such as the keys of `optim`."""
 
     name: str
-    """The name of the configuration class."""
+    """The name of the class that defines the keys."""
     type: str
-    """The value of the key `type` that selects this group, such as `taid`. Empty if there is no choice."""
+    """The value of the key `type` that chooses this group, such as `taid`. Empty if the group has no key `type`."""
     meaning: str
     places: tuple[str, ...]
-    """All places of the group, such as `method.optim` and `arms.NAME.optim`. The shortest comes first. It is empty at the top level."""
+    """All places of the group in a recipe, such as `method.optim` and `arms.NAME.optim`. The shortest place comes first. The place is empty
+    for the keys at the top level."""
     keys: tuple[Key, ...]
     page: str
-    """The page of `docs/` that explains the group, such as `reference/recipe.md#data`."""
+    """The page of `docs/` about the group, such as `reference/recipe.md#data`."""
 
 
 @functools.cache
 def reference() -> tuple[Part, ...]:
-    """Return all groups of keys of a recipe, in the order in which a recipe has them."""
+    """Return all groups of keys in the order of a recipe."""
     parts = [_part(model, tuple(sorted(places, key=lambda place: place.count(".")))) for model, places in _found().items()]
     keys = tuple(Key(name, text, "text or keys", "", "required") for name, text in SHORT_KEYS.items())
     return (*parts, Part("Short form", "", _SHORT_FORM, ("",), keys, "reference/recipe.md#the-short-form"))
 
 
 def meaning(model: type[BaseModel], field: str) -> str:
-    """Return the docstring of a field. If it has none, return the first paragraph of its class's docstring."""
+    """Return the docstring of a field. If the field has no docstring, return the first paragraph of the docstring of its type."""
     for cls in model.__mro__:
         if text := _docstrings(cls.__module__).get(cls.__qualname__, {}).get(field):
             return text
@@ -97,14 +99,14 @@ def meaning(model: type[BaseModel], field: str) -> str:
 
 
 def classes(annotation: Any) -> list[type[BaseModel]]:
-    """Return the configuration classes that a field's annotation names."""
+    """Return the configuration classes in the annotation of a field."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [cls for part in typing.get_args(annotation) for cls in classes(part)]
 
 
 def tag(model: type[BaseModel]) -> str:
-    """Return the value of `type` that selects a class in a recipe. Return an empty string if `type` does not select it."""
+    """Return the value of `type` that chooses this class in a recipe. Return an empty string for a class without `type`."""
     return str(model.model_fields["type"].default) if "type" in model.model_fields else ""
 
 
@@ -134,7 +136,7 @@ def _key(model: type[BaseModel], name: str, field: FieldInfo) -> Key:
     chosen = _choices(field)
     if name == "type":
         text = " ".join((inspect.getdoc(model) or "").split("\n\n")[0].split())
-        return Key(name, f"`{tag(model)}` selects the keys that stand here. {text}", "text", "", "required", chosen)
+        return Key(name, f"`{tag(model)}` chooses the following keys. {text}", "text", "", "required", chosen)
     return Key(field.alias or name, meaning(model, name), _kind(_written_as(model, name)), _allowed(field, chosen), _default(field), chosen)
 
 

@@ -1,7 +1,8 @@
-"""Settings of the samplers, which provide the training sequences. A recipe chooses a class by `type`. Defaults are those of the papers.
+"""Settings of the samplers, which provide the training text. A recipe chooses a class by `type`. The defaults are those of the papers.
 
-Any objective works with any sampler, except for the pairs that `tadistill.config.method.check_pairing` refuses. To add a sampler, add three
-things: a class here and in the union; code in `tadistill.rollout` that draws its batches; and its cost in `tadistill.plan.costs.ledger`.
+Any objective works with any sampler, except for the pairs that `tadistill.config.method.check_pairing` refuses. A new sampler has three
+parts: a class in this module and in the union; the code in `tadistill.rollout` that draws its batches; and its cost in
+`tadistill.plan.costs.ledger`.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -12,32 +13,32 @@ from tadistill.config.common import MOST, Decoding, Share, Strict
 
 
 class SamplerBase(Strict):
-    """Base class of all samplers. Plans, checks and stages read its class attributes."""
+    """Base class of all samplers. Plans, checks and stages (single steps of work) read its class attributes."""
 
     on_policy: ClassVar[bool] = False
     """The current student samples some or all of the training text."""
     in_rounds: ClassVar[bool] = False
-    """The student samples many sequences (a round), which are then used for several updates."""
+    """The sampler works in rounds: it samples many sequences, which are then used for several updates."""
     teacher_text: ClassVar[bool] = False
-    """The teacher's responses to the training prompts are generated once, in a separate stage."""
+    """The teacher's responses to the training prompts are generated once, before training."""
     pairs: ClassVar[bool] = False
-    """Each prompt has two responses: one of the teacher and one of the student."""
+    """Each prompt has two responses: one from the teacher and one from the student."""
     follows_dev: ClassVar[bool] = False
-    """The dev loss decides what is sampled. It is therefore also measured before training."""
+    """The loss on the dev set decides what is sampled. This loss is therefore also measured before training."""
 
     @property
     def guided(self) -> bool:
-        """True if the teacher takes part in sampling, token by token."""
+        """True if the teacher takes part in sampling every token."""
         return False
 
     @property
     def student_only(self) -> bool:
-        """True if every token is sampled from the student's own distribution, without changes."""
+        """True if every token is sampled from the student's own, unchanged distribution."""
         return False
 
     @property
     def vllm(self) -> bool:
-        """True if vLLM does the sampling."""
+        """True if vLLM samples the text."""
         return False
 
 
@@ -45,11 +46,12 @@ class SamplerBase(Strict):
 
 
 class HiddenSignal(Strict):
-    """Record the teacher's last hidden states on the whole training set. Training then loads only the teacher's head. Exact in float32."""
+    """Record the teacher's last hidden states for the whole training set. Training then loads only the teacher's output head. The result is
+    exact if `dtype` is float32."""
 
     type: Literal["hidden"] = "hidden"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format on disk."""
+    """Number format of the recorded states on disk."""
 
 
 class TopKSignal(Strict):
@@ -59,21 +61,22 @@ class TopKSignal(Strict):
     k: int = Field(default=64, ge=1, le=MOST)
     """Number of recorded tokens per position."""
     tail: Literal["lump", "drop"] = "lump"
-    """What happens to all other tokens. `lump` treats them as one token. `drop` removes them and renormalises."""
+    """What happens to all other tokens. `lump` treats them as one token. `drop` removes them and renormalises the probabilities."""
 
 
 class DatasetSampler(SamplerBase):
-    """The sampler that uses the training set's own responses."""
+    """The sampler that uses the responses in the training set."""
 
     type: Literal["dataset"] = "dataset"
     signal: Annotated[HiddenSignal | TopKSignal, Field(discriminator="type")] | None = None
-    """Which outputs of the teacher are recorded once, for all arms with this teacher. Without it, the teacher runs during training."""
+    """What to record of the teacher before training, once for all arms with this teacher. By default nothing is recorded, and the teacher
+    runs during training."""
 
 
 class TeacherSampler(SamplerBase, Decoding):
-    """The sampler that uses the teacher's responses to the training prompts. They are generated once, in a separate stage.
+    """The sampler that uses the teacher's responses to the training prompts. They are generated once, before training.
 
-    With the objective cross_entropy this is SeqKD (Kim & Rush 2016). With a divergence and kd_ratio 0.5 it is the SeqKD of MiniLLM's
+    With the objective cross_entropy, this is SeqKD (Kim & Rush 2016). With a divergence and kd_ratio 0.5, it is the SeqKD of MiniLLM's
     scripts.
     """
 
@@ -85,14 +88,14 @@ class TeacherSampler(SamplerBase, Decoding):
 
 
 class OnPolicy(SamplerBase, Decoding):
-    """Base class of samplers that sample text from the current student during training."""
+    """Base class of the samplers in which the current student generates text during training."""
 
     on_policy: ClassVar[bool] = True
     engine: Literal["native", "vllm"] = "native"
-    """`native` is the built-in sampling loop. `vllm` needs CUDA and `pip install 'tadistill[vllm]'`, uses other random numbers, and cannot
-    use a teacher while it samples."""
+    """`native`: our own sampling loop. `vllm`: vLLM, which needs CUDA and `pip install 'tadistill[vllm]'`. vLLM uses other random numbers,
+    and no teacher can take part in sampling."""
     chunk: int = Field(default=64, ge=1, le=MOST)
-    """Number of sequences that one device samples at the same time."""
+    """Number of sequences that one device samples in parallel."""
 
     @property
     def vllm(self) -> bool:
@@ -100,17 +103,17 @@ class OnPolicy(SamplerBase, Decoding):
 
 
 class Rounds(OnPolicy):
-    """Base class of samplers that work in rounds. A round samples many sequences, and then trains on them for some epochs."""
+    """Base class of the samplers that work in rounds. A round first samples many sequences, and then trains on them for some epochs."""
 
     in_rounds: ClassVar[bool] = True
     rollouts: int | None = Field(default=None, ge=1, le=MOST)
-    """Number of sequences in a round on all devices together. It must be a multiple of the batch; by default it is one batch."""
+    """Number of sequences in a round, on all devices together. It must be a multiple of the batch size. The default is one batch."""
     inner_epochs: int = Field(default=1, ge=1, le=MOST)
-    """Number of passes over the sequences of a round before new ones are sampled."""
+    """Number of passes over the sequences of a round before new sequences are sampled."""
 
 
 class StudentSampler(Rounds):
-    """The sampler that uses the student's own responses (on-policy distillation; Agarwal et al. 2024 with lambda = 1)."""
+    """The sampler that uses the student's own responses (on-policy distillation). It equals GKD with lambda = 1 (Agarwal et al. 2024)."""
 
     type: Literal["student"] = "student"
 
@@ -120,11 +123,11 @@ class StudentSampler(Rounds):
 
 
 class TeacherMixedSampler(Rounds):
-    """The sampler that draws tokens from a mixture: (1 - alpha) student + alpha teacher (Gu et al. 2024, MiniLLM, Eq. 4)."""
+    """The sampler of MiniLLM. It draws each token from the mixture (1 - alpha) student + alpha teacher (Gu et al. 2024, Eq. 4)."""
 
     type: Literal["teacher_mixed"] = "teacher_mixed"
     alpha: Share = 0.2
-    """The teacher's share of the mixture."""
+    """The teacher's weight in the mixture."""
     rollouts: int | None = Field(default=256, ge=1, le=MOST)
     inner_epochs: int = Field(default=4, ge=1, le=MOST)
 
@@ -138,7 +141,7 @@ class TeacherMixedSampler(Rounds):
 
 
 class SpeculativeSampler(Rounds):
-    """The sampler of SKD: the teacher replaces each of the student's tokens that it finds improbable (Xu et al. 2024)."""
+    """The sampler of SKD (Xu et al. 2024). The student proposes each token, and the teacher replaces a token that it finds improbable."""
 
     type: Literal["speculative"] = "speculative"
     k: int = Field(default=25, ge=1, le=MOST)
@@ -150,41 +153,43 @@ class SpeculativeSampler(Rounds):
 
 
 class MixSampler(OnPolicy):
-    """The sampler of GKD. With probability `lam`, an update uses the student's responses, and otherwise the data set (Agarwal et al. 2024).
+    """The sampler of GKD (Agarwal et al. 2024). An update uses the student's responses with probability `lam`, and otherwise the data set.
 
-    One random draw decides for the whole batch on all devices. With forward_kl and `lam` 0.5 this is ImitKD (Lin et al. 2020).
+    One random draw decides this for the whole batch on all devices. With forward_kl and `lam` 0.5, this is ImitKD (Lin et al. 2020).
     """
 
     type: Literal["mix"] = "mix"
     lam: Share = 0.5
-    """Probability of an update on the student's responses."""
+    """Probability that an update uses the student's responses."""
 
 
 class ReplaySampler(OnPolicy):
-    """DistiLLM's adaptive off-policy buffer (Ko et al. 2024, section 3.2).
+    """The sampler of DistiLLM, with a buffer of older student text (Ko et al. 2024, section 3.2).
 
-    An update uses text of the student with probability phi. phi starts at 0. It rises by `increment` whenever the dev loss is `tolerance`
-    above the loss at the last rise. Until the buffer is full, each of these updates samples new text into the buffer. Later only some
-    of them do (`schedule`), and the others read the buffer. The dev loss is measured before training and every `select.every` updates.
+    An update uses student text with probability phi, and otherwise the data set. phi starts at 0. Each time the dev loss is `tolerance`
+    above its value at the last rise of phi, phi rises by `increment`. At first, each update with student text samples new text into the
+    buffer. When the buffer is full, only some of these updates sample new text (`schedule`), and the others read from the buffer. The dev
+    loss is measured before training and every `select.every` updates.
     """
 
     follows_dev: ClassVar[bool] = True
     type: Literal["replay"] = "replay"
     capacity: int = Field(default=1000, ge=1, le=MOST)
-    """Number of sequences in the buffer. New sequences replace the oldest."""
+    """Number of sequences in the buffer. If it is full, new sequences replace the oldest ones."""
     schedule: Literal["decreasing", "constant", "increasing"] = "decreasing"
-    """Probability of sampling new text at update t of T: `decreasing` phi (1 - t/T), `constant` phi / 2, `increasing` phi t/T."""
+    """Probability that update t of T samples new student text. `decreasing`: phi (1 - t/T). `constant`: phi / 2. `increasing`: phi t/T. phi
+    is the probability that an update uses student text at all."""
     tolerance: float = Field(default=0.1, ge=0)
-    """Increase of the dev loss, in nats, that raises phi."""
+    """Increase of the dev loss (in nats) at which phi rises. phi is the probability that an update uses student text."""
     increment: float = Field(default=0.1, gt=0, le=1)
-    """Amount by which phi rises."""
+    """Amount by which phi rises. phi is the probability that an update uses student text."""
 
 
 class PairSampler(OnPolicy):
-    """The sampler of DistiLLM-2. Each prompt has two responses: the teacher's, generated once in a separate stage; and a new one of the
-    student.
+    """The sampler of DistiLLM-2. It gives two responses to each prompt: one of the teacher (generated before training), and a new one of
+    the student.
 
-    A batch of n prompts makes 2n sequences. The decoding settings apply to both models.
+    A batch of n prompts has 2n sequences. The decoding settings apply to both models.
     """
 
     teacher_text: ClassVar[bool] = True

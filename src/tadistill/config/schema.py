@@ -1,6 +1,7 @@
 """The JSON schema of recipes. Editors use it for completion, descriptions and checks.
 
-`python -m tadistill.config.schema > recipes/schema.json` writes the committed copy. The package contains it beside the recipes.
+`python -m tadistill.config.schema > recipes/schema.json` writes the copy in the repository. An installed package has this copy beside its
+recipes.
 """
 
 import copy
@@ -18,14 +19,14 @@ from tadistill.config.shorthand import SHORT_KEYS, WHOLE_KEYS
 
 
 def schema_file() -> Path:
-    """Return the path of the schema in the package, for the first line of a recipe (`# yaml-language-server: $schema=…`)."""
+    """Return the path of the schema file in the package. A recipe can name it in its first line (`# yaml-language-server: $schema=…`)."""
     return recipes_folder() / "schema.json"
 
 
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes, for their long form and their short form.
 
-    It accepts every valid recipe. It does not contain rules over several keys, such as the names in a path.
+    The schema accepts every valid recipe. It does not check rules about several keys. For example, it accepts paths with unknown models.
     """
     definitions = Recipe.model_json_schema(ref_template="#/$defs/{model}", schema_generator=_Generator)
     parts = definitions.pop("$defs")
@@ -40,8 +41,6 @@ def recipe_schema() -> dict[str, Any]:
 
 
 class _Generator(GenerateJsonSchema):
-    """Adds two things to the schema: the meaning of each key; and the short ways to write a value, such as a string instead of keys."""
-
     def model_schema(self, schema: Any) -> JsonSchemaValue:
         found = super().model_schema(schema)
         part = next(part for part in reference() if part.name == schema["cls"].__name__)

@@ -1,4 +1,4 @@
-"""The recipes of the package, by name: `quickstart`, `methods/gkd`.
+"""The recipes that come with the package. Each has a name, such as `quickstart` or `methods/gkd`.
 
 They are in `recipes/` of the repository, and in the folder `recipes` of an installed package.
 """
@@ -22,22 +22,23 @@ def recipes_folder() -> Path:
 
 @functools.cache
 def shipped() -> dict[str, Path]:
-    """Return all recipes of the package. Names are paths below their folder without `.yaml`, and values are files."""
+    """Return the recipes of the package, as a mapping from name to file. A name is the file's path in the recipes' folder, without
+    `.yaml`."""
     folder = recipes_folder()
     return {str(path.relative_to(folder).with_suffix("").as_posix()): path for path in sorted(folder.rglob("*.yaml"), key=_place)}
 
 
 def summary(recipe: Path) -> str:
-    """Return the first sentence of a recipe's header comment."""
+    """Return the first sentence of the comment at the start of a recipe file."""
     with recipe.open(encoding="utf-8") as lines:
         return re.split(r"(?<=\.) (?=[A-Z])", next(lines, "").strip("# \n"), maxsplit=1)[0]
 
 
 def located(recipe: str | Path) -> Path:
-    """Return the file for a recipe's path or name. If there is no such file, return the path itself.
+    """Return the file of a recipe, given by its path or name. If there is no such file, return the path itself.
 
-    A file of the user wins over a recipe of the package, also as `NAME.yaml`. A recipe of the package is found in three ways: by its name,
-    by the last part of its name if this is unique, and by its path in the repository (`recipes/quickstart.yaml`).
+    If both the user and the package have a file of this name (also NAME.yaml), the user's file is returned. A recipe of the package is
+    found by its name, by the last part of its name if this is unique, or by its path in the repository (`recipes/quickstart.yaml`).
     """
     path = Path(recipe)
     if path.is_file() or path.is_absolute():
@@ -48,13 +49,13 @@ def located(recipe: str | Path) -> Path:
 
 
 def remark(recipe: str | Path) -> str:
-    """Return a sentence if both the package and the user have a recipe of this name. Otherwise return an empty string."""
+    """Return a sentence that says which file the name `recipe` means: the package's or the user's. Return an empty string for a path."""
     path, file = Path(recipe), located(recipe)
     if file == path:
         return ""
     if file.is_relative_to(recipes_folder()):
-        return f"`{recipe}` is a recipe that is shipped with tadistill: {file}"
-    return f"`{recipe}` is the file {file} here, and not the shipped recipe of that name"
+        return f"`{recipe}` is a recipe that comes with tadistill: {file}"
+    return f"`{recipe}` is read from your file {file}, and not from the recipe of tadistill with this name"
 
 
 def _named(path: Path) -> Path | None:

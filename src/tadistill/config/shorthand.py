@@ -1,9 +1,8 @@
-"""Shorter ways to write a recipe. They are turned into the long form before any check.
+"""Two shorter ways to write a recipe. They are turned into the long form before any check.
 
-The first way is a method by name, such as `method: gkd`. Its settings come from `methods.yaml`, which has those of its paper. The second
-way
-is the short form of a whole recipe. It has one teacher, one student, one method and one evaluation of the trained student. It becomes two
-models, one arm, one training seed and one decoding. The student is not compared with the teacher.
+One way is a method by name, such as `method: gkd`. Its settings are those of its paper, and are read from `methods.yaml`. The other way is
+the short form of a whole recipe. It has one teacher, one student, one method and one evaluation of the trained student. It becomes a recipe
+with two models, one arm, one training seed and one decoding. The student is not compared with the teacher.
 """
 
 import difflib
@@ -20,28 +19,28 @@ from tadistill.errors import ConfigError
 METHODS: dict[str, dict[str, Any]] = yaml.safe_load(
     resources.files("tadistill.config").joinpath("methods.yaml").read_text(encoding="utf-8")
 )
-"""Maps the name of a method to its settings of `objective` and `sampler`."""
+"""Maps the name of a published method to its settings of `objective` and `sampler`."""
 MethodName = Annotated[str, Field(json_schema_extra={"enum": [*METHODS]})]
 """The name of a published method."""
 _PARTS = {"objective": TypeAdapter(Objective), "sampler": TypeAdapter(Sampler)}
 WHOLE_KEYS = ("models", "arms", "search")
 SHORT_KEYS = {
-    "teacher": "The teacher of the short form: what a model's `load` holds, or an entry with the keys of a model.",
-    "student": "The student of the short form: what a model's `load` holds, or an entry with the keys of a model.",
+    "teacher": "The teacher, in the short form of a recipe: the value of a model's `load`, or a group with the keys of a model.",
+    "student": "The student, in the short form of a recipe: the value of a model's `load`, or a group with the keys of a model.",
 }
-"""Models of the short form -> their meanings."""
+"""The keys of the short form that name models, with their meanings."""
 
 
 # --- a method by name ----------------------------------------------------------------------------------------------------
 
 
 def written_out(value: Any, *, string: str, name: str) -> Any:
-    """Replace the name of a method, in the keys of a method or an arm, by the method's objective and sampler.
+    """Return the keys of a method or an arm, with the name of a method replaced by this method's objective and sampler.
 
-    If `value` also has an objective or a sampler, its keys replace those of the named method. Another `type` replaces the whole part.
+    Keys that `value` itself gives in its objective or sampler replace those of the named method. Another `type` replaces the whole part.
 
     Args:
-        value: the part of the recipe. A string is read as the value of the key `string`. Other values than mappings are returned unchanged.
+        value: the part of the recipe. A text is read as the value of the key `string`. A value without keys is returned unchanged.
         name: the key that contains the method's name. The result does not have this key.
 
     Raises:
@@ -54,7 +53,7 @@ def written_out(value: Any, *, string: str, name: str) -> Any:
 
 
 def no_method(name: Any) -> str:
-    """Return the error sentence for a name that is not the name of a method."""
+    """Return the error sentence for an unknown method."""
     close = difflib.get_close_matches(str(name).lower(), METHODS, n=1, cutoff=0.5)
     hint = f"did you mean `{close[0]}`? The" if close else "the"
     return f"`{name}` is not a method; {hint} methods are {', '.join(METHODS)}"
@@ -91,12 +90,12 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
     """Turn a recipe in the short form into the long form.
 
     Raises:
-        ConfigError: keys of the long form are there too, `teacher` is missing, or a checkpoint is selected without `data.dev`.
+        ConfigError: the recipe also has keys of the long form, `teacher` is missing, or a checkpoint is chosen without `data.dev`.
     """
     if both := [key for key in WHOLE_KEYS if key in raw]:
-        raise ConfigError(f"the recipe has both `student`, a key of the short form, and `{both[0]}`; remove one of them")
+        raise ConfigError(f"the recipe has `student` (a key of the short form) and also `{both[0]}`; remove one of these two keys")
     if "teacher" not in raw:
-        raise ConfigError("the recipe has a `student` but no `teacher`; add teacher: MODEL")
+        raise ConfigError("the recipe has a `student` but no `teacher`; add the key `teacher` with a model")
     models = {name: {"load": raw[name]} if isinstance(raw[name], str) else raw[name] for name in SHORT_KEYS}
     rest = {key: value for key, value in raw.items() if key not in SHORT_KEYS}
     evaluate = rest.pop("evaluate", None)
@@ -135,5 +134,5 @@ def _data(data: Any) -> Any:
 
 
 def lines_of_whole(lines: dict[tuple, int | str]) -> dict[tuple, int | str]:
-    """Return the line of each key of the long form. `lines` has the lines of the short form."""
+    """Return the line of each key of the long form. `lines` maps the keys of the short form to their lines."""
     return {("models", *key) if key and key[0] in SHORT_KEYS else key: line for key, line in lines.items()}

@@ -44,5 +44,5 @@ def test_explain_proposes_a_word():
 def test_plan_takes_the_name_of_a_shipped_recipe_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = run("plan", "quickstart", "seeds=[10]", "--runs", str(tmp_path / "runs"))
-    assert "`quickstart` is a recipe that is shipped with tadistill" in found.stderr.replace("\n", "")
+    assert "`quickstart` is a recipe that comes with tadistill" in found.stderr.replace("\n", "")
     assert found.stdout.startswith("quickstart: ")

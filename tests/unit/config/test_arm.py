@@ -21,8 +21,8 @@ def test_paths_and_their_models():
     ("arm", "sentence"),
     [
         ("xl > s > s", "names model s twice, but a model cannot teach itself"),
-        ("xl > s then s", "has a part with only one model, which teaches nothing; write each part as A > B"),
-        ("l > s then xl > l", "teaches s, but no later part uses s; add a part that uses it"),
+        ("xl > s then s", "has a part (separated by `then`) with only one model; write each part with two models or more, as A > B"),
+        ("l > s then xl > l", "teaches s, but no later part (after `then`) uses s; add a part with s"),
         ({"path": "xl > s", "init": {"m": "xl"}}, "init names m, but path `xl > s` does not teach m"),
         ({"path": "xl > m > s", "init": {"m": "s"}}, "init starts m from s, but s is not before m in `xl > m > s`"),
         ({"path": "xl > s", "dense": {"drop": 1}}, "less than 1"),
@@ -30,7 +30,7 @@ def test_paths_and_their_models():
     ],
 )
 def test_mistakes(arm, sentence):
-    with pytest.raises(ValidationError, match=sentence.replace("(", r"\(")):
+    with pytest.raises(ValidationError, match=sentence.replace("(", r"\(").replace(")", r"\)")):
         Arm.model_validate(arm)
 
 

@@ -47,7 +47,7 @@ def test_keys_and_types_below_are_listed_once():
     assert ("lr", "Peak learning rate.") in method.below
     assert not arm.below
     (kinds,) = explain("objective.type")
-    assert ("taid", "Cross-entropy to a target that moves from the student (t = 0) to the teacher (t = 1) (Shing et al. 2025, TAID).") in (
+    assert ("taid", "Cross-entropy to a target that moves from the student to the teacher during training (Shing et al. 2025, TAID).") in (
         kinds.below
     )
 

@@ -31,7 +31,7 @@ def test_every_recipe_of_the_repository_is_shipped_and_has_a_line():
 @pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "recipes/quickstart.yaml", "recipes/quickstart"])
 def test_a_shipped_recipe_is_found_by_name(elsewhere, name):
     assert located(name) == recipes_folder() / "quickstart.yaml"
-    assert remark(name) == f"`{name}` is a recipe that is shipped with tadistill: {recipes_folder() / 'quickstart.yaml'}"
+    assert remark(name) == f"`{name}` is a recipe that comes with tadistill: {recipes_folder() / 'quickstart.yaml'}"
     assert load(name).study == "quickstart"
 
 
@@ -44,7 +44,9 @@ def test_a_file_wins_over_a_shipped_recipe(elsewhere):
     own = elsewhere / "quickstart.yaml"
     own.write_text((recipes_folder() / "quickstart.yaml").read_text(encoding="utf-8").replace("study: quickstart", "study: mine"))
     assert load("quickstart").study == load("quickstart.yaml").study == "mine"
-    assert remark("quickstart") == "`quickstart` is the file quickstart.yaml here, and not the shipped recipe of that name"
+    assert (
+        remark("quickstart") == "`quickstart` is read from your file quickstart.yaml, and not from the recipe of tadistill with this name"
+    )
     assert remark("quickstart.yaml") == ""
     assert load(ROOT / "recipes" / "quickstart.yaml").study == "quickstart"
 

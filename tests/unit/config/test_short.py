@@ -46,7 +46,7 @@ def test_without_dev_the_last_weights_are_kept():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"arms": {"a": "x"}}, "has both `student`, a key of the short form, and `arms`"),
+        ({"arms": {"a": "x"}}, "has `student` .a key of the short form. and also `arms`"),
         ({"teacher": None}, "models.teacher"),
         ({"method": "gdk"}, "did you mean `gkd`"),
         ({"data": {"train": "tinyworld"}}, "`data.test` is missing"),

@@ -65,13 +65,13 @@ def test_a_recipe_that_is_read_again_has_the_same_arms():
     ("budgets", "sentence"),
     [
         ([1], "at least 2"),
-        ([2, 1], "write rising numbers, such as"),
+        ([2, 1], "write them in rising order, such as"),
         ([0, 1], "greater than or equal to 0.001|at least 0.001"),
         ({"times": [1, 2], "of": "teacher"}, "`budgets.of` is `teacher`; set budgets.of to an arm that trains a model"),
         ({"times": [1, 2], "of": "nobody"}, "`budgets.of` is `nobody`"),
         (
             {"times": [1, 2], "arms": ["sft"]},
-            "`budgets.arms` names `sft`; name arms that train a model and have no `compute`: longer, direct",
+            "`budgets.arms` names `sft`; name only arms that train a model and have no `compute` .such arms: longer, direct",
         ),
         ([0.001, 1], r"arms.direct-0.001x has `compute: 0.001x direct`, but the budget of .* before its distillation; raise the budget"),
     ],
@@ -82,7 +82,9 @@ def test_mistakes(budgets, sentence):
 
 
 def test_a_name_that_a_budget_takes():
-    with pytest.raises(ConfigError, match="`budgets` need the name `direct-2x`, but an arm of the recipe has it; rename that arm"):
+    with pytest.raises(
+        ConfigError, match="`budgets` add an arm `direct-2x`, but the recipe already has an arm of this name; rename the recipe's arm"
+    ):
         plan(arms=ARMS | {"direct-2x": "xl > s"})
 
 

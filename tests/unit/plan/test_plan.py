@@ -112,7 +112,10 @@ def test_equal_compute_needs_arms_that_do_not_stop_early():
 @pytest.mark.parametrize(
     ("sft", "words"),
     [
-        ({"select": {"metric": "last", "patience": 1}}, "models.s.sft: select.patience is 1, but select.metric `last` measures nothing"),
+        (
+            {"select": {"metric": "last", "patience": 1}},
+            "models.s.sft: select.patience is 1, but with select.metric `last` nothing is measured",
+        ),
         ({"keep": [5], "select": {"patience": 1}}, "models.s.sft has both `keep` and `select.patience`"),
     ],
 )
