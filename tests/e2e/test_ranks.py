@@ -108,7 +108,7 @@ def test_an_error_is_the_one_that_a_rank_raised(tmp_path):
     made = task(tmp_path, {"distill": {"processes": 2}})
     optim = made.spec.optim.model_copy(update={"batch": 7})
     made = replace(made, spec=made.spec.model_copy(update={"optim": optim}))
-    with pytest.raises(ConfigError, match=r"optim.batch 7 is not a multiple of the 2 processes"):
+    with pytest.raises(ConfigError, match=r"optim.batch is 7, but must be a multiple of the 2 processes"):
         run_in_processes(made, threads=2, progress=quiet, alarm=print, stop=lambda: False)
 
 
@@ -118,7 +118,7 @@ def test_fewer_ranks_than_the_stage_asks_for_are_refused(tmp_path):
 
 
 def test_what_cannot_be_laid_out_is_refused_before_anything_runs():
-    with pytest.raises(ConfigError, match=r"distill .*: optim.batch 8 is not a multiple of the 3 processes"):
+    with pytest.raises(ConfigError, match=r"distill .*: `optim.batch` is 8, but it must be a multiple of the 3 processes"):
         check_study(validate(recipe({"distill": {"processes": 3}})))
     sharded = {"distill": {"processes": 2, "teacher": "sharded"}}
     sampler = {"type": "teacher_mixed", "rollouts": 16, "max_new_tokens": 8}

@@ -1,8 +1,8 @@
 """Choose how a model reads a text token by token: with which memory of earlier tokens, and with or without padding.
 
 Most models keep keys and values of every token. Others keep a state (Mamba, RWKV), join tokens into blocks (DeepSeek-V4), or keep nothing
-(the first GPT). In some models, padding on the left changes the logits. `way_of` needs no list of model families. It tries the ways on
-the loaded model, the fastest first. It takes the first way that gives the logits of a forward pass over the whole text.
+(the first GPT). In some models, padding on the left changes the logits. `way_of` needs no list of model families. It tries several ways on
+the loaded model, from fast to slow. It takes the first way whose logits equal those of one forward pass over the whole text.
 
 Axes: B sequences, T positions, V vocabulary.
 """
@@ -38,16 +38,16 @@ class Way:
     padded: bool = True
     """True if rows of different lengths can share a call, with padding on the left."""
     masked: Literal["always", "first"] = "always"
-    """Which calls get the padding mask: `always` means every call, and `first` only the first one, for models whose state needs no mask
-    later."""
+    """The calls that get the padding mask: `always` means every call, and `first` the first call only. Some models with a state must not
+    get it later."""
     drops: bool = True
     """True if a finished row can be removed from the memory while other rows continue."""
     slower: str = ""
 
 
-_GROUPS = "padding changes its logits, so only prompts of equal length are answered together"
-_GROUPS_TO_THE_END = f"{_GROUPS}, and a group is read until its last answer has ended, because its memory cannot drop rows"
-_WHOLE = "no memory of earlier tokens gives the logits of a whole forward pass, so each new token reads the whole text again"
+_GROUPS = "padding changes their logits, so only prompts of equal length are answered together"
+_GROUPS_TO_THE_END = f"{_GROUPS}, and finished answers stay in the batch, because single rows cannot be removed from their cache"
+_WHOLE = "no cache gives the same logits as a forward pass over the whole text, so the whole text is read again for each new token"
 WAYS = (
     Way("ours"),
     Way("ours", masked="first"),
@@ -63,7 +63,7 @@ _FOUND: WeakKeyDictionary[PreTrainedModel, Way] = WeakKeyDictionary()
 
 
 def way_of(model: PreTrainedModel) -> Way:
-    """Return the fastest way to read text that is correct for this model. It is tested once per loaded model, without random numbers."""
+    """Return the fastest way to read text that gives correct logits for this model. The ways are tried once per loaded model."""
     if model not in _FOUND:
         with evaluating(model):
             _FOUND[model] = _first_right(model)
@@ -71,19 +71,19 @@ def way_of(model: PreTrainedModel) -> Way:
 
 
 def slower(model: PreTrainedModel) -> str | None:
-    """Return a sentence that says why sampling from this model takes longer than usual. Return None if it does not."""
+    """Return a sentence that says why sampling from this model takes longer than usual. Return None if it takes the usual time."""
     reason = way_of(model).slower
     return f"models of type {model.config.model_type} are sampled more slowly: {reason}" if reason else None
 
 
 def groups(prompts: list[tuple[int, ...]], padded: bool) -> list[np.ndarray]:
-    """Divide the prompts' indices into groups that are answered together. Without padding, a group contains prompts of equal length."""
+    """Divide prompts into groups that are answered together; return their indices. Without padding, a group has prompts of one length."""
     lengths = np.array([len(prompt) for prompt in prompts])
     return [np.arange(len(prompts))] if padded else [(lengths == n).nonzero()[0] for n in np.unique(lengths)]
 
 
 class Decoder:
-    """A model that reads the rows of a batch, with its memory of the earlier tokens."""
+    """A model and its memory of the tokens that it has read in a batch."""
 
     def __init__(self, model: PreTrainedModel, vocab: int, capacity: int, way: Way):
         self.model, self.vocab, self.way = model, vocab, way
@@ -92,7 +92,7 @@ class Decoder:
         self.memory: Any = in_place_cache(model.config, capacity) if way.memory == "ours" else None
 
     def logits(self, ids_BT: Tensor, attention_BT: Tensor | None, positions_BT: Tensor, start: int) -> Tensor:
-        """Return the logits (B, V) of the token after `ids_BT`. The model has already read the columns before `start`."""
+        """Return the logits (B, V) of the next token after `ids_BT`. Columns before `start` were read in earlier calls."""
         remembers = self.way.memory != "none"
         if remembers and start > 0 and self.way.masked == "first":
             attention_BT = None
@@ -107,7 +107,7 @@ class Decoder:
         return out.logits[:, -1, : self.vocab].float()
 
     def keep(self, index: Tensor) -> None:
-        """Keep only the rows `index` in the memory."""
+        """Remove all rows except the rows `index` from the memory."""
         self.memory = _rows(self.memory, index)
 
 

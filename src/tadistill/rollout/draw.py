@@ -56,8 +56,9 @@ class Mixture:
 class Speculation:
     """Speculative sampling (SKD, Xu et al. 2024): the student proposes each token, and the teacher accepts or replaces it.
 
-    The teacher accepts a proposed token if it is one of its `k` most probable tokens. Otherwise the teacher draws the token. A token y then
-    has the probability b(y) = q(y) [y is in the top k] + (1 - Q) p(y), where Q is the sum of q over the top k.
+    The teacher accepts a proposed token if it is one of the teacher's `k` most probable tokens. Otherwise the teacher draws the token. Let
+    Q be the sum of q over these k tokens. A token y then has the probability b(y) = q(y) + (1 - Q) p(y) if it is one of them, and
+    b(y) = (1 - Q) p(y) if not.
     """
 
     teacher: PreTrainedModel
@@ -73,7 +74,7 @@ class Speculation:
 def processors(decoding: Decoding) -> LogitsProcessorList:
     """Return the decoding settings as logits processors of transformers. The list is empty if no setting changes the logits.
 
-    Temperature 0 adds no processor. It means greedy decoding: the most probable token that the other settings allow.
+    Temperature 0 adds no processor. It means greedy decoding: `next_tokens` takes the most probable token that the other settings allow.
     """
     found = LogitsProcessorList()
     if decoding.no_repeat_ngram is not None:
@@ -94,12 +95,12 @@ def next_tokens(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sample the next token of every row. Return the tokens, and a dict of their log-probabilities.
 
-    The keys `student` and `teacher` are for the models alone, before warping. The key `behaviour` is for the distribution that was sampled
-    from.
+    `student` and `teacher` are log-probabilities under each model alone, at temperature 1. `behaviour` is the log-probability under the
+    distribution from which the token was sampled.
 
     Args:
         logits: (B, V) float32 for "student" and, if there is a guide, for "teacher".
-        scores: the logits after warping (temperature, top-k and so on). Without warping, this is the same dict as `logits`.
+        scores: the logits after temperature, top-k and so on. If no such setting is used, this is the same dict as `logits`.
     """
     raw = {name: z.softmax(-1) for name, z in logits.items()}
     warped = raw if scores is logits else {name: z.softmax(-1) for name, z in scores.items()}
@@ -215,8 +216,8 @@ class Rollout:
     """A sampled response and the log-probabilities of its tokens. The last token is EOS if EOS was sampled.
 
     `values` are float32 in nats. `student` and `teacher` are log-probabilities of each model alone, at temperature 1. `behaviour` is the
-    log-probability under the distribution that was sampled from, after warping and mixing. `hidden` (T, H) contains the inputs of the
-    teacher's output head, on the CPU. It is None if no teacher helped to sample.
+    log-probability under the distribution from which the tokens were sampled. `hidden` (T, H) contains the inputs of the teacher's output
+    head, on the CPU. It is None if no teacher helped to sample.
     """
 
     tokens: tuple[int, ...]
@@ -225,7 +226,7 @@ class Rollout:
 
 
 class Record:
-    """Memory on the CPU for one sampling call. It stores the tokens, log-probabilities and hidden states of all rows."""
+    """Stores the tokens, log-probabilities and hidden states of all rows of one sampling call, in the CPU's memory."""
 
     def __init__(self, rows: int, steps: int, eos: tuple[int, ...], models: Iterable[str]):
         self.tokens = np.zeros((rows, steps), np.int64)
@@ -235,13 +236,13 @@ class Record:
         self.hidden: Tensor | None = None  # allocated when its size is known
 
     def say(self, rows: np.ndarray, t: np.ndarray | int, tokens: np.ndarray) -> None:
-        """Write the rows' tokens at positions `t`. The first EOS of a row sets the row's length."""
+        """Store the tokens of `rows` at positions `t`. The first EOS of a row sets the row's length."""
         self.tokens[rows, t] = tokens
         ended = (tokens[:, None] == self.eos).any(1) & (self.lengths[rows] > t)
         self.lengths[rows[ended]] = np.broadcast_to(t, rows.shape)[ended] + 1
 
     def score(self, rows: np.ndarray, t: np.ndarray | int, log_p: dict[str, Tensor], hidden_NH: Tensor | None) -> None:
-        """Write the log-probabilities and hidden states of the rows' tokens at positions `t`."""
+        """Store the log-probabilities and hidden states of the tokens of `rows` at positions `t`."""
         for name, log_p_N in log_p.items():
             self.values[name][rows, t] = log_p_N.cpu().numpy()
         if hidden_NH is not None:
@@ -250,7 +251,7 @@ class Record:
             self.hidden[torch.from_numpy(rows), torch.as_tensor(t)] = hidden_NH.cpu()
 
     def rollouts(self) -> list[Rollout]:
-        """Return the response of every row, cut at the row's length. All arrays are copies."""
+        """Return the response of every row, up to the row's length. All arrays are copies."""
         found = []
         for b, n in enumerate(self.lengths.tolist()):
             values = {name: array[b, :n].copy() for name, array in self.values.items()}

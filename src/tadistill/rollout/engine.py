@@ -24,7 +24,7 @@ class Engine(Protocol):
     decoding: Decoding
 
     def respond(self, prompts: Seq[tuple[int, ...]], uniforms_BT: np.ndarray, guide: Mixture | Speculation | None = None) -> list[Rollout]:
-        """Return one response per prompt, in order. The random number `uniforms_BT[b, t]` draws token t of response b."""
+        """Return one response per prompt, in order. Token t of response b is drawn with the random number `uniforms_BT[b, t]`."""
         ...
 
 
@@ -41,7 +41,7 @@ class Native:
         guide: Mixture | Speculation | None = None,
         tick: Callable[[int], None] = lambda answered: None,
     ) -> list[Rollout]:
-        """Return responses as `Engine.respond` does. After each batch, call `tick` with the number of prompts in the batch."""
+        """Return responses like `Engine.respond`. After each batch, call `tick` with the number of prompts in the batch."""
         order = np.argsort([len(p) for p in prompts], kind="stable")
         found: dict[int, Rollout] = {}
         for start in range(0, len(order), self.chunk):
@@ -63,8 +63,8 @@ class Native:
 class Vllm:
     """Sampling with vLLM on the student's GPU (`pip install 'tadistill[vllm]'`; CUDA only).
 
-    vLLM has its own copy of the student. Every call first copies the current weights to it. Each sequence has its own seed, derived from
-    its random numbers, so a run can be repeated on the same machine and version. The tokens differ from those of `Native`.
+    vLLM has its own copy of the student. Every call first copies the current weights to it. The seed of a sequence is made from its random
+    numbers, so the same machine and vLLM version give the same tokens again. The tokens differ from those of `Native`.
     """
 
     def __init__(self, student: PreTrainedModel, decoding: Decoding, *, eos: tuple[int, ...], vocab: int):
@@ -89,8 +89,8 @@ class Vllm:
             )
 
     def respond(self, prompts: Seq[tuple[int, ...]], uniforms_BT: np.ndarray, guide: Mixture | Speculation | None = None) -> list[Rollout]:
-        """Return responses as `Engine.respond` does. They have no log-probabilities if the decoding settings change the distribution."""
-        assert guide is None, "vLLM cannot sample with a teacher; the check of the recipe refuses this"
+        """Return responses like `Engine.respond`. They have no log-probabilities if the decoding settings change the distribution."""
+        assert guide is None, "vLLM cannot sample with a teacher, and a recipe that asks for it is refused"
         weights = [(name, parameter.detach()) for name, parameter in self.student.named_parameters()]
         self._llm.apply_model(lambda model: model.load_weights(weights))
         settings = [self._settings(uniforms_BT.shape[1], int(row[0] * 2**31)) for row in uniforms_BT]

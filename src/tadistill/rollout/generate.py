@@ -1,8 +1,8 @@
 """Sample responses in batches from a transformers model, alone or together with a teacher.
 
-This file contains the loop over positions. For a mixture of two models without warping, `lazy` gives the same result faster, if both
-models allow it. `decoder` finds the memory that each model needs, such as a KV cache. The caller gives the random numbers of each
-sequence, so a sequence does not depend on the other sequences in its batch. Finished sequences leave the batch.
+This file contains the loop over positions. `lazy` gives the same result faster for a mixture of two models, but not for all models and
+settings. `decoder` finds the memory that each model needs, such as a KV cache. The caller gives the random numbers of each sequence, so a
+sequence does not depend on the other sequences in its batch. Finished sequences are removed from the batch.
 
 Axes: B sequences, T positions, V vocabulary, H hidden size.
 """
@@ -49,7 +49,7 @@ class _Batch:
         return {name: decoder.logits(*inputs) for name, decoder in self.decoders.items()}
 
     def history(self) -> torch.LongTensor:
-        """Return the tokens so far. Padding gets an id that no model can sample, so that it never matches an n-gram."""
+        """Return the tokens so far, for the ban on repeated n-grams. Padding gets an id that is no token, so it is never an n-gram."""
         ids = self.ids[:, : self.end]
         if self.attention is not None:
             ids = ids.masked_fill(self.attention[:, : self.end] == 0, self.vocab)
@@ -85,8 +85,8 @@ def sample(
 
     Args:
         prompts: token ids without padding.
-        uniforms_BT: (B, max_new_tokens) random numbers in [0, 1). The number [b, t] draws token t of response b. In a mixture, it first
-            selects the model (`Mixture.switch`).
+        uniforms_BT: (B, max_new_tokens) random numbers in [0, 1). Token t of response b is drawn with the number [b, t]. In a mixture, the
+            number first selects the model (`Mixture.switch`).
         vocab: size of the vocabulary that the models share. Token ids beyond it are never sampled.
         decoding: the settings that change each model's logits before mixing. Its `max_new_tokens` is ignored.
         guide: how a teacher helps to sample; None if the student samples alone.

@@ -1,12 +1,12 @@
 """Faster sampling from a mixture of student and teacher. Each model is called less often, and reads several tokens per call.
 
-A token's random number selects the model that draws it (`Mixture.switch`). It is therefore known in advance which model draws which token.
-The selected model continues a row alone. The other model reads these tokens later, when it must draw or must give their log-probabilities.
-A call runs one model for many rows. The student is called until half of the rows wait for the teacher. The teacher then reads several
-tokens of every row in one call. This call takes little longer than a call with one token per row, because it reads the weights once.
+A token's random number selects the model that draws it (`Mixture.switch`). So it is known in advance which model draws which token. The
+selected model continues a row alone. The other model reads these tokens later, when it must draw or must give their log-probabilities. A
+call runs one model for many rows. The student is called until half of the rows wait for the teacher. Then the teacher reads several tokens
+of every row in one call. Such a call takes little longer than a call with one token per row, because it reads the weights only once.
 
 Tokens and probabilities equal those of the loop in `generate`, where both models read every token (tests/unit/rollout/test_lazy.py). On
-a CPU it takes 79 to 93 % of that loop's time (docs/benchmarks/mixture-cpu.md).
+a CPU, this file takes 79 to 93 % of the time of that loop (docs/benchmarks/mixture-cpu.md).
 
 Axes: N tokens of a call, M tokens of the call after which a token is predicted, B rows in the batch, R all rows, w the largest number of
 tokens of one row in a call, L columns of the cache, V vocabulary, H hidden size.
@@ -32,7 +32,7 @@ _ATTENTION = "tadistill_packed"
 
 
 def possible(model: PreTrainedModel, capacity: int) -> bool:
-    """Return True if `fill` supports the model. It needs a tested family with `sdpa` attention, and no sliding window below `capacity`."""
+    """Return True if `fill` supports the model: a tested family, `sdpa` attention, and no sliding window shorter than `capacity` tokens."""
     # Packing does not work with ALiBi (which computes distances from a two-axis mask), recurrent states, missing position ids, or a model's
     # own attention bias. Add a family to the set only when tests/unit/rollout/test_lazy.py covers it.
     if model.config.model_type not in PACKED_FAMILIES or model.config._attn_implementation != "sdpa":
@@ -212,8 +212,8 @@ AttentionInterface.register(_ATTENTION, _attention)
 class _Packed:
     """A model with a KV cache of `rows` x `capacity` tokens. A call may contain a different number of tokens for each row.
 
-    The N tokens of a call are packed into a single row without padding. Only attention needs to know their rows. It unpacks the queries
-    to (B, w), runs transformers' `sdpa` with a mask, and packs the result again.
+    The N tokens of a call are packed into a single row without padding. Only attention needs to know their rows. The attention function
+    unpacks the queries to (B, w), runs transformers' `sdpa` with a mask, and packs the result again.
     """
 
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int):

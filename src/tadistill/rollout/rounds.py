@@ -1,8 +1,8 @@
 """Rounds of sampling and training: sample many sequences from the current student, train on them, then sample again.
 
-The teacher reads each sequence once. If the teacher helps to sample, its outputs are kept: hidden states and log-probabilities. Otherwise
-it reads the sequence after sampling. It does this inside the training step if two conditions hold: each sequence is used only once, and
-the loss does not need log-probabilities earlier. Logits are never stored.
+The teacher reads each sequence once. If the teacher helps to sample, its hidden states and log-probabilities are kept from sampling. If
+not, the teacher usually reads the sequences after sampling. It reads them in the training step instead if each sequence is used only once
+and the loss needs no log-probabilities before that step. Logits are never stored.
 """
 
 from collections.abc import Sequence as Seq
@@ -30,10 +30,10 @@ from tadistill.rollout.samplers import Mix, Pairs, Replay, Sampler, Shard, cut, 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teachers of a student, and which of their outputs the objective needs."""
+    """The teachers of a student, with two flags that say which of their outputs the objective needs."""
 
     models: tuple[PreTrainedModel, ...]
-    """The original teacher, followed by the assistants that also teach the student. Only the original teacher can help to sample."""
+    """The original teacher, and then the assistants that also teach the student. Only the original teacher can help to sample."""
     vocab: int
     scores: bool
     """True if the loss needs the log-probability of every sampled token before the training step."""
@@ -42,15 +42,15 @@ class Teacher:
 
     @classmethod
     def of(cls, objective: Objective, models: tuple[PreTrainedModel, ...], vocab: int) -> "Teacher":
-        """Return the teachers, with the outputs that `objective` needs."""
+        """Return the teachers, with the flags that `objective` needs."""
         return cls(models, vocab, objective.needs_scores, objective.needs_distribution)
 
 
 class Rollouts(Sampler):
     """The sampler that works in rounds. In a round, it samples `rollouts` sequences, and trains on them for `inner_epochs` epochs.
 
-    `Batch.values` contains log-probabilities of the sampled tokens. The key `student` is for the student at the time of sampling. The key
-    `behaviour` is for the distribution that was sampled from. The key `teacher` exists if the objective needs it. With several teachers,
+    `Batch.values` contains log-probabilities of the sampled tokens: `student` under the student at the time of sampling, and `behaviour`
+    under the distribution from which the tokens were sampled. If the objective needs it, there is also `teacher`. With several teachers,
     the keys are `teacher 0`, `teacher 1` and so on.
     """
 

@@ -1,7 +1,7 @@
-"""Samplers give the training batches. For each optimizer update, a sampler returns the micro-batches of this process.
+"""Samplers make the training batches. For each optimizer update, a sampler returns the micro-batches of this process.
 
-A sampler also lets the student generate text, so the training loop does not depend on the algorithm. `Batch.values` contains the tokens'
-log-probabilities from sampling, for the objective. Samplers that work in rounds are in `tadistill.rollout.rounds`.
+If the method trains on the student's own text, the sampler also generates this text. The tokens' log-probabilities during sampling are then
+in `Batch.values`, because some objectives need them. Samplers that work in rounds are in `tadistill.rollout.rounds`.
 """
 
 from collections import deque
@@ -37,11 +37,11 @@ class Shard:
 
 
 class Sampler:
-    """The interface of a sampler. A sampler gives batches to the training loop."""
+    """The interface of a sampler, which makes the batches of the training loop."""
 
     @property
     def wants_dev(self) -> bool:
-        """True if the training loop must call `observe` with the dev metrics of the untrained student, before the first update."""
+        """True if the training loop must evaluate the student on dev before the first update, and call `observe` with the metrics."""
         return False
 
     def micro_batches(self, step: int) -> list[Batch]:
@@ -68,7 +68,7 @@ class Sampler:
 
 
 def shuffled(rows: int, batch: int, step: int, address: tuple) -> np.ndarray:
-    """Return the row indices (batch,) of batch number `step`. Each epoch goes through all rows in a new order, which `address` seeds."""
+    """Return the row indices (batch,) of batch number `step`. Each epoch has all rows in a new order, with `address` as its seed."""
     places = (divmod(position, rows) for position in range(step * batch, (step + 1) * batch))
     return np.array([_order(rows, *address, epoch)[place] for epoch, place in places])
 
@@ -79,7 +79,7 @@ def _order(rows: int, *address: int | str) -> np.ndarray:
 
 
 def cut(optim: Optim, shard: Shard) -> list[np.ndarray]:
-    """Divide an update's batch. Return one array per micro-batch of this process, with the positions of its sequences in the batch."""
+    """Divide an update's batch into micro-batches. Return, for each micro-batch of this process, the positions (n,) in the whole batch."""
     mine = np.arange(optim.batch)[shard.rank :: shard.world]
     size = optim.micro_batch or len(mine)
     return [mine[i : i + size] for i in range(0, len(mine), size)]
@@ -141,7 +141,7 @@ class _WithStudent(Sampler):
         return True
 
     def fresh(self, step: int) -> dict[int, Sequence]:
-        """Return the student's answers to this process's share of the prompts. The keys are positions in the update."""
+        """Return the student's answers to this process's share of the prompts. The keys are positions in the update's batch."""
         rows, mine = self.fixed.rows(step), np.concatenate(cut(self.optim, self.shard)).tolist()
         prompts = [self.sequences[rows[place]].prompt for place in mine]
         return dict(zip(mine, respond(self.engine, prompts, mine, self.seed, "rollout", step), strict=True))
@@ -150,12 +150,12 @@ class _WithStudent(Sampler):
         return [collate([by_place[int(p)] for p in places], pad=self.pad) for places in cut(self.optim, self.shard)]
 
     def draw(self, step: int) -> float:
-        """Return the update's random number in [0, 1). It is the same on all processes."""
+        """Return the random number in [0, 1) that selects the source of an update's text. It is the same on all processes."""
         return rng.generator(self.seed, "source", step).random()
 
 
 class Mix(_WithStudent):
-    """The sampler of GKD. An update uses new text of the student with probability lambda, and otherwise the fixed responses."""
+    """The sampler of GKD. An update trains on new text of the student with probability `lam`, and otherwise on the fixed responses."""
 
     def __init__(self, sequences: Seq[Sequence], config: MixSampler, optim: Optim, **common: Any):
         super().__init__(sequences, optim, **common)
@@ -166,9 +166,9 @@ class Mix(_WithStudent):
 
 
 class Replay(_WithStudent):
-    """The sampler of DistiLLM. It also trains on earlier text of the student, which a buffer stores.
+    """The sampler of DistiLLM. The student also trains on its earlier text, which is stored in a buffer.
 
-    Every process stores the whole buffer. `ReplaySampler` explains the settings.
+    Every process stores the whole buffer. `config.sampling.ReplaySampler` explains the settings.
     """
 
     def __init__(self, sequences: Seq[Sequence], config: ReplaySampler, optim: Optim, **common: Any):
@@ -176,7 +176,7 @@ class Replay(_WithStudent):
         self.config = config
         self.phi = 0.0
         self.mark: float | None = None
-        """The dev loss with which new dev losses are compared. None before the first dev evaluation."""
+        """The earlier dev loss with which a new one is compared. None before the first dev evaluation."""
         self.buffer: deque[Sequence] = deque(maxlen=config.capacity)
 
     @property
@@ -185,7 +185,7 @@ class Replay(_WithStudent):
         return self.mark is None
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Return micro-batches of one source. The source is new text of the student, text from the buffer, or the fixed responses."""
+        """Return the micro-batches of update `step`. All have one source: new text of the student, its buffer, or the fixed responses."""
         u = self.draw(step)
         if u < self._share_of_fresh(step) or (u < self.phi and len(self.buffer) < self.config.capacity):
             found = self.shard.gather(list(self.fresh(step).items()))
@@ -204,8 +204,8 @@ class Replay(_WithStudent):
     def observe(self, dev: Mapping[str, float]) -> None:
         """Raise `phi`, the probability of training on the student's text, if the dev loss has grown by at least the tolerance.
 
-        It is compared with the loss at the last raise (at first, with the first dev loss). A dev loss that falls changes nothing, as in
-        DistiLLM's code.
+        The dev loss is compared with its value at the last raise of `phi`; before the first raise, with the first dev loss. A dev loss that
+        falls changes nothing, as in DistiLLM's code.
         """
         if self.mark is None:
             self.mark = dev["loss"]

@@ -43,7 +43,7 @@ def record(
     pad: int,
     tick: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write the teacher's outputs at every response token of `sequences`. Existing files are not computed again.
+    """Write the teacher's outputs at every response token of `sequences`. Files that already exist are kept.
 
     After each batch, and after each file, `tick` is called with the number of sequences that are done.
     """
@@ -121,7 +121,7 @@ class Signals:
             lengths = [part.get_tensor("lengths").numpy() for part in self._parts]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StoreError(
-                f"the recorded outputs of the teacher in {folder} are damaged ({error}); delete this folder and run again"
+                f"the recorded outputs of the teacher in {folder} are damaged ({error}); delete this folder and run the same command again"
             ) from error
         self._ends = [np.cumsum(n) for n in lengths]
 

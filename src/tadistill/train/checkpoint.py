@@ -1,8 +1,8 @@
 """The files of one training: its log, its two newest training states, and the best weights of each state.
 
-A file is written under a temporary name, flushed to disk and renamed. After a crash, it is therefore either the complete old file or the
-complete new file. The name of a file with best weights contains the number of the update. A resumed training thus finds the best weights
-of its own state, and not those of a later update that was lost.
+A file is written under a temporary name, flushed to disk and renamed. So after a crash it is either the complete old file or the complete
+new file. A file with best weights has the number of its update in its name. So a resumed training finds the best weights of the state from
+which it resumes, even if a later update had better weights before the crash.
 """
 
 import json
@@ -46,10 +46,10 @@ class TrainState:
 
 
 class Checkpoints:
-    """The saved states of one training: state.pt is the newest, state-before.pt the one before it, and best-STEP.pt has best weights."""
+    """The saved files of one training: state.pt has the newest state, state-before.pt the one before it, best-STEP.pt the best weights."""
 
     def __init__(self, directory: Path, seconds: float | None = None):
-        """`seconds` is the pause between two saves. None means 30 seconds, or 20 times the duration of a save if this is longer."""
+        """`seconds` is the pause between two saves. None means 30 seconds or 20 times the duration of a save, whichever is longer."""
         self.directory, self.seconds = directory, seconds
         self.newest, self.before = (directory / name for name in STATES)
         self.took, self.at = 0.0, time.monotonic()
@@ -134,7 +134,7 @@ def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 class RunLog:
-    """The log of one training. When the training resumes, the lines after `resume_step` are removed."""
+    """The log of one training. When the training resumes, lines of updates after `resume_step` are removed."""
 
     def __init__(self, path: Path, *, resume_step: int = 0):
         self.path = path

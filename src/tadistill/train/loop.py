@@ -1,8 +1,8 @@
 """The training loop, built on accelerate. It is the same for every objective and every source of sequences.
 
-An update first draws the micro-batches of this process. The student may have to sample their text. Then the loop counts the loss tokens
-of all micro-batches and processes, and divides the sum of the losses by this count. It updates the weights only if loss and gradient are
-finite. accelerate does not change the loss or the learning rate: gradient_accumulation_steps is 1, and the loop sets the learning rate.
+For each update, the sampler gives the micro-batches of this process. Then the loop counts the loss tokens of all micro-batches and
+processes, and divides the sum of the losses by this count. It updates the weights only if loss and gradient are finite. accelerate changes
+neither the loss nor the learning rate: gradient_accumulation_steps is 1, and the loop sets the learning rate.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class Hooks:
     alarm: Callable[[str], None] = lambda text: None
     """Shows a warning of one line, for example about sampled text that repeats itself."""
     sampled: Callable[[int, Batch], None] = lambda step, batch: None
-    """Called for measured updates with the number of updates done and a few sampled sequences. Only the main process calls it."""
+    """Called after some updates, with the number of updates done and a few sampled sequences. Only the main process calls it."""
     stop: Callable[[], bool] = lambda: False
     """Returns True if training must save its state and end, for example after a signal."""
     kept: frozenset[int] = frozenset()
@@ -61,7 +61,7 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
 
 
 def make_optimizer(model: PreTrainedModel, optim: Optim) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices only, not on biases and norms."""
+    """Return AdamW. Weight decay acts on matrices only, not on biases and norms."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
@@ -89,16 +89,16 @@ def train_stage(
     Args:
         directory: the folder for metrics.jsonl and the saved states. A later run may resume with another number of processes.
         checkpoint_seconds: the pause between two saves in seconds. None means the default of `Checkpoints`.
-        fsdp: split the student over the processes. After the call it is still split.
+        fsdp: shard the student over the processes. It stays sharded after the call.
 
     Raises:
         ConfigError: the batch is not a multiple of the number of processes.
-        StageFailed: a loss or gradient is not finite. The weights were not updated with it.
+        StageFailed: a loss or gradient is not finite. The weights are those before this update.
         Interrupted: `hooks.stop` returned True, and the state was saved.
     """
     assert optim.steps is not None
     if optim.batch % accelerator.num_processes:
-        raise ConfigError(f"optim.batch {optim.batch} is not a multiple of the {accelerator.num_processes} processes; change one of them")
+        raise ConfigError(f"optim.batch is {optim.batch}, but must be a multiple of the {accelerator.num_processes} processes; change it")
     steps, every = optim.steps, max(1, optim.steps // LOG_POINTS)
     model = sharding.shard(student, accelerator.device) if fsdp else accelerator.prepare(student)
     optimizer = accelerator.prepare(make_optimizer(student, optim))
@@ -253,7 +253,7 @@ def _update(
         found = ", ".join(f"{n} {v:.4g}" for n, v in zip(names, logged.tolist(), strict=True))
         found += f", gradient norm {norm:.4g}"
         raise StageFailed(
-            f"the loss or gradient of update {done + 1} is not finite ({found}); the weights were not changed. Lower optim.lr"
+            f"the loss or gradient of update {done + 1} is not finite ({found}), so the weights were not updated; lower optim.lr"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

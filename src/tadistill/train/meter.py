@@ -6,9 +6,9 @@
             ...                                 # counts every call of a model and every fused head
     meter.state()                               # plain numbers, for a checkpoint and for the manifest
 
-Only the shapes of tensors are read, so counting never waits for the GPU. A backward pass counts as two more forward passes (with adapters
-on frozen weights, see `models.counting.adapters`). The meter counts two things: matrix products with weights, and attention. It does
-not count norms, softmax, the optimizer, rotary tables, returns and vLLM.
+Only the shapes of tensors are read, so counting never waits for the GPU. Two things are counted: matrix products with weights, and
+attention. Norms, softmax, rotary tables, the optimizer and vLLM are not counted. A backward pass counts as two forward passes; with LoRA
+adapters, `models.counting.adapters` gives the number.
 """
 
 import time
@@ -42,7 +42,7 @@ class Meter:
     """A counter for the tokens and FLOPs of a student and its teachers."""
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], *, checkpointing: bool = False):
-        """`checkpointing` is True if the backward pass computes the student's layers again. This counts as one more forward pass."""
+        """With gradient checkpointing (`checkpointing`), the backward pass computes the student's layers again. This is counted too."""
         self._again = checkpointing
         self._phase = "training"
         self._sides = [_Side("student", student), *(_Side("teacher", teacher) for teacher in teachers)]
@@ -52,7 +52,7 @@ class Meter:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count every call of a model or of the fused head inside this context."""
+        """Count every call of a model or of the fused head inside the `with` block."""
         handles = [side.model.register_forward_pre_hook(self._body(side), with_kwargs=True) for side in self._sides]
         handles += [side.head.register_forward_hook(self._logits(side)) for side in self._sides]
         try:
@@ -64,7 +64,7 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the calls inside this context under the phase `name`.
+        """Count the calls inside the `with` block under the phase `name`.
 
         In the phase `sampling`, a call in inference mode counts as `rollout`, and any other call as `scoring`.
         """
@@ -76,7 +76,7 @@ class Meter:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Count the calls inside this context under the phase `name`, and add the elapsed seconds to the phase."""
+        """Count the calls inside the `with` block under the phase `name`, and add the elapsed seconds to the phase."""
         # No device is still working for a phase at its end, because each phase ends with numbers on the host.
         start = time.perf_counter()
         try:
@@ -91,7 +91,7 @@ class Meter:
             self._padding += batch.attention_BT.numel() - int(batch.attention_BT.sum())
 
     def state(self, processes: int = 1) -> dict[str, Any]:
-        """Return counts and seconds as plain numbers. The counts are this process's counts times `processes`."""
+        """Return counts and seconds as plain numbers. Counts are multiplied by `processes`, because each process counts only its work."""
         parts = {
             name: {key: value * processes for key, value in vars(part).items()}
             for name, part in sorted(self._parts.items())

@@ -5,8 +5,8 @@
         ...
     weights(student)                        # the ordinary state dict; for a sharded model only on the main process
 
-The models are split with torch's own API, not with accelerate, for two reasons. accelerate supports FSDP on GPUs only, but the tests run
-on CPUs. accelerate wraps a whole model at once, but samplers and the fused head must decide when the weights are gathered.
+torch's own API splits the models, not accelerate, for two reasons. First, accelerate supports FSDP on GPUs only, but the tests run on CPUs.
+Second, accelerate wraps a whole model at once, but samplers and the fused head must decide when the weights are gathered.
 Weights are float32 and autocast computes in bf16, as with DDP. Results differ from those of DDP only by the order of sums.
 """
 
@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Shard a model in place over all processes. Its decoder layers move to `device` one after the other.
 
-    The embeddings, the last norm and the head form one group. It stays gathered from the forward pass to the end of the backward pass,
-    because the fused head reads the head's weight between the two. Without a backward pass, it stays gathered afterwards.
+    The embeddings, the last norm and the head form one group. Its weights stay gathered from the forward pass to the end of the backward
+    pass, because the fused head reads the head's weight between the two. If no backward pass follows, they stay gathered.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = _layers(model)
@@ -47,10 +47,10 @@ def sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def whole(model: nn.Module, when: bool = True) -> Iterator[None]:
-    """Gather the whole model on every process inside this context. All processes must enter it together.
+    """Gather the whole model on every process inside the `with` block. All processes must enter the block together.
 
-    Nothing happens if the model is not sharded or `when` is False. Inside, a forward pass waits for no other process. Sampling needs this,
-    because each process makes a different number of forward passes.
+    Nothing happens if the model is not sharded or `when` is False. A forward pass inside the block waits for no other process. Sampling
+    needs this, because each process makes a different number of forward passes.
     """
     if not (when and isinstance(model, FSDPModule)):
         yield

@@ -1,8 +1,8 @@
-"""The loss of each method. It is a sum of terms, which the fused head computes.
+"""The loss of each method. It is a sum of terms, which `objectives.fused` computes without storing all logits.
 
-`make_step` turns a method into a `Step`, which the training loop calls. An objective becomes a function that returns the terms of a batch.
-A `TeacherTerm` is a divergence from the teacher. A `TokenTerm` is a loss of the tokens' log-probabilities. Their formulas are in
-`tadistill.objectives`.
+`make_step` turns a method into a `Step`, which the training loop calls. The objective becomes a function that returns the terms of a batch.
+A `TeacherTerm` is a divergence from the teacher. A `TokenTerm` is a loss of the tokens' log-probabilities. `tadistill.objectives` has their
+formulas.
 
 Axes: B sequences, T positions, N tokens of the loss, H hidden.
 """
@@ -31,14 +31,14 @@ from tadistill.objectives.targets import Target, TeacherTerm
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of a micro-batch. `total` is the sum of the terms, with a graph. `parts` has the detached value of each term by name."""
+    """The loss of a micro-batch. `total` is the sum of its terms, for the backward pass. `parts` has each term's value by name."""
 
     total: Tensor
     parts: dict[str, Tensor]
 
 
 class Models:
-    """A student and its teachers. Together they compute the loss of a batch."""
+    """A student and its teachers. `loss` runs them on a batch."""
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel, ...], vocab: int):
         self.student_model, self.teachers, self.vocab = student, teachers, vocab
@@ -70,7 +70,7 @@ class Models:
 Sum = Callable[[Tensor], Tensor]
 """Adds up a tensor over all processes."""
 Phase = Callable[[str], AbstractContextManager]
-"""Opens a context in which forward passes count under the given phase (`train.meter.Meter.phase`)."""
+"""Makes a context manager that counts forward passes under the given phase (`train.meter.Meter.phase`)."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Step:
     """TAID's state, which changes once per update and is saved with the training state."""
     phase: Phase = nullcontext
     clip: float | None = None
-    """The objective clips the probability ratio to [1 - clip, 1 + clip]. None if the objective does not clip."""
+    """Half the width of the interval [1 - clip, 1 + clip] to which the objective clips the probability ratio. None if it does not clip."""
 
     def prepare(self, batches: list[Batch], done: int, total: Sum) -> list[Batch]:
         """Return the update's micro-batches of this process, with all values that the loss needs.
@@ -110,7 +110,7 @@ class Step:
 
         Args:
             student: the student or a wrapper around it.
-            per: the divisors of the sums over tokens. It has the same keys as the result of `counts`.
+            per: the number by which each sum over tokens is divided. It has the keys of `counts`.
         """
         found = self.models.loss(student, batch, self.terms(batch), per["response"])
         if batch.corpus is None:
@@ -151,11 +151,11 @@ def make_step(
     seed: int = 0,
     own: Callable[..., Tensor] | None = None,
 ) -> Step:
-    """Return the step (the loss of a batch, for the training loop) of a method.
+    """Return the `Step` of a method, which computes the loss of a batch for the training loop.
 
     Args:
-        teachers: the teachers that run in training, the original one first. It is empty in two cases: the objective uses no teacher, or
-            the batches contain the teacher's outputs.
+        teachers: the teachers that run in training, the original one first. Empty if the objective uses no teacher, or if the batches
+            already contain the teacher's outputs.
         seed: the seed for choosing the teachers that an update leaves out.
         own: the function of objective `custom`.
     """
@@ -197,9 +197,7 @@ def _divergence(objective: config.Divergence, batch: Batch) -> list[Term]:
 
 
 def own_divergence(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap a function of the user's own code so that it also takes the argument `temperature`, like all functions of
-    `tadistill.objectives`.
-    """
+    """Wrap a user's own objective so that it also takes the argument `temperature`, like all functions of `tadistill.objectives`."""
 
     def divergence(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, **settings: Any) -> Tensor:
         if temperature != 1.0:
@@ -248,7 +246,7 @@ def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") 
 
 
 def _advantages(objective: config.MiniLLM, max_new_tokens: int, batches: list[Batch], total: Sum) -> list[Batch]:
-    """Add `values["advantage"]` to each batch: the returns of the scaled rewards. `whitening` normalises them over the whole update."""
+    # the advantage of a token is the return of the scaled rewards; `whitening` normalises it over the whole update
     found = [_returns(objective, batch) for batch in batches]
     if objective.whitening != "none":
         rows, tokens = sum(len(b.ids_BT) for b in batches), sum(int(b.mask_BT.sum()) for b in batches)

@@ -1,7 +1,7 @@
-"""Watch on-policy training. Measure the text that the student samples, and give alarms that say what to change.
+"""Measure the text that the student samples during training. If the text gets worse, give alarms that say what to change.
 
-The loss does not show when sampled text becomes short or repeats itself. In MiniLLM's ablation without length normalisation, the reverse
-KL falls at the same time.
+The loss does not show that sampled text becomes short or repeats itself. The reverse KL may even fall at the same time, as in MiniLLM's
+ablation without length normalisation.
 """
 
 from collections.abc import Mapping
@@ -22,22 +22,22 @@ _GRAM = 4
 def watch(step: Step, batches: list[Batch]) -> dict[str, float]:
     """Return metrics of an update's sampled sequences. Return an empty dict if the text was not sampled in this run.
 
-    p is the teacher and q is the student. q_old is the student at the time of sampling. behaviour is the distribution that was sampled
-    from.
+    p is the probability under the teacher, q under the student, q_old under the student at the time of sampling, and behaviour under the
+    distribution from which the text was sampled.
 
     Over all sequences:
 
     length              tokens per response
-    repetition          share of a response's 4-grams that occurred in it before
+    repetition          share of 4-grams that occurred earlier in the same response
 
     Over the first 8 sequences:
 
-    reverse_kl          mean of the k3 estimator over tokens, weighted by q / behaviour (nats)
+    reverse_kl          mean of the k3 estimator of KL(q || p) over tokens, weighted by q / behaviour (nats)
     reward              mean of log p - log q_old over tokens (nats)
     entropy             entropy of the student's next token (nats)
     teacher_top_mass    probability that the student gives to the teacher's 10 most probable tokens
     weight_min, _max    smallest and largest q_old / behaviour
-    clip_fraction       share of tokens with q / behaviour outside the objective's clip
+    clip_fraction       share of tokens whose q / behaviour the objective clips
     """
     if "student" not in batches[0].values:
         return {}
@@ -97,7 +97,7 @@ def _repetition(batches: list[Batch]) -> float:
 
 
 class Alarms:
-    """Alarms for a run whose metrics become much worse than at its start. An alarm is not repeated while its cause remains."""
+    """Gives alarms if the metrics of sampled text become much worse than at the start. An alarm is not repeated while its cause remains."""
 
     def __init__(self, *, minillm: bool) -> None:
         self.first: dict[str, float] = {}

@@ -37,7 +37,7 @@ def scripts(site: str, *resources: str, account: str = "def-prof", runs: Path = 
         ("trillium", "sft: {hours: 25}", "hours is 25, but trillium allows 0.25 to 24"),
         ("narval", "sft: {hours: 0.5}", "hours is 0.5, but narval allows 1 to 168"),
         ("local", "sft: {gpu: h100}", "profile local has no GPUs"),
-        ("narval", "sft: {processes: 3}", "optim.batch 64 is not a multiple of the 3 processes"),
+        ("narval", "sft: {processes: 3}", "`optim.batch` is 64, but it must be a multiple of the 3 processes"),
     ],
 )
 def test_requests(site, resources, message):

@@ -59,8 +59,8 @@ def test_a_memory_that_forgets_is_not_used():
     model.forward = forgets
     assert way_of(model) == next(way for way in WAYS if way.memory == "none")
     assert slower(model) == (
-        "models of type llama are sampled more slowly: no memory of earlier tokens gives the logits of a whole forward pass, "
-        "so each new token reads the whole text again"
+        "models of type llama are sampled more slowly: no cache gives the same logits as a forward pass over the "
+        "whole text, so the whole text is read again for each new token"
     )
 
 
