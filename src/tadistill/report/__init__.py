@@ -4,7 +4,7 @@
     page = write_report(results)
     console.print(summary_table(results))
 
-A report reads only the plan and the files of finished stages. It can therefore be written while a study is still running.
+A report needs only the plan and the files of finished stages. It can therefore be written while a study is still running.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The analysis of a study: where compared arms (paths of models) differ, and what may explain it.
+"""The analysis of a study: where compared arms (paths of models) differ, and what may explain the differences.
 
-Differences are rows with a mark: better, worse, or no clear difference. There are three possible explanations for the result of a path
-with assistants: sharpening, the error of each step, and compute. If a value was not measured, its row says so.
+Each difference is marked as better, worse, or not clear. For a path with assistants, three explanations are examined: sharpening (lower
+entropy), the errors of its steps, and its compute. If a value was not measured, a sentence says so.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ MARKS: dict[Mark, str] = {"better": "▲", "worse": "▼", "no clear difference"
 
 @dataclass(frozen=True)
 class Row:
-    """The difference of two arms in one metric. `where` is a set, a range of reference lengths, or ``mean`` (over all sets)."""
+    """The difference of two arms in one metric. `where` is a test set, a range of reference lengths, or ``mean`` (over all sets)."""
 
     metric: str
     where: str
@@ -34,12 +34,12 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Return `where` as text for readers."""
+        """Return `where` in words for readers."""
         return "mean over sets" if self.where == MEAN else self.where
 
     @property
     def mark(self) -> Mark:
-        """The verdict from this row's 95 % interval alone. It is not adjusted for the number of rows."""
+        """The mark from the 95 % interval of this row alone. It is not adjusted for the number of rows."""
         if self.difference is None:
             return "not measured"
         if self.difference.covers_zero:
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A possible reason for the result of a path with assistants, with sentences about it."""
+    """A possible reason why a path with assistants is better or worse, with sentences about it."""
 
     title: str
     sentences: tuple[str, ...]
@@ -57,18 +57,18 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Two compared arms: the rows in which they may differ, and possible explanations for a path with assistants."""
+    """The comparison of two arms: their differences in rows, and possible explanations if one is a path with assistants."""
 
     arm: str
     other: str
     rows: tuple[Row, ...]
     whole: tuple[tuple[str, str, str], ...]
-    """Metrics with one value per set, which have no intervals: title, value of the arm, value of the other arm."""
+    """Metrics with one value per test set: title, value of the arm, value of the other arm. They have no intervals."""
     explanations: tuple[Explanation, ...]
 
 
 def analyses(results: Results) -> list[Analysis]:
-    """Return the analysis of each comparison. The list is empty if there are too many pairs to read."""
+    """Return the analysis of each comparison. Return an empty list if there are more pairs of arms than a reader can read."""
     return results.once("analyses", lambda: _analyses(results))
 
 
@@ -111,7 +111,7 @@ def _explanations(results: Results, c: Comparison) -> tuple[Explanation, ...]:
 
 
 def published(results: Results) -> list[str]:
-    """Return one sentence for each arm with published scores. It says which of them this study matches."""
+    """Return one sentence for each arm that has published scores. It says which of these scores this study matches."""
     return [_arm_published(results, arm) for arm in results.plan.arms if arm.published]
 
 
@@ -191,7 +191,7 @@ def sum_of(terms_SNK: list[np.ndarray]) -> np.ndarray:
 
 
 def hop_text(models: tuple[str, ...], j: int) -> str:
-    """Return one step of a path as text, such as ``xl > l``. Steps are counted from the student: 1 leads to the last assistant."""
+    """Return step `j` of a path as text, such as ``xl > l``. Step 0 is the last one, whose learner is the student."""
     return path_text((models[-2 - j], models[-1 - j]))
 
 

@@ -1,4 +1,4 @@
-"""Export a trained model as an ordinary Hugging Face directory, with a model card made from the study."""
+"""Export a trained model as an ordinary Hugging Face directory. Its model card describes the study."""
 
 import shutil
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def export(results: Results, arm: str, seed: int | None, target: Path, *, name: 
 
     Args:
         seed: a training seed. None selects the recipe's first finished seed.
-        name: the id on the Hub under which the card's program loads the model. By default it is `target`.
+        name: the Hub id from which the example program in the card loads the model. By default, it loads `target`.
 
     Raises:
         ConfigError: the arm or the seed does not exist, the arm trains no model, or the target is not an empty directory.
@@ -51,11 +51,11 @@ def export(results: Results, arm: str, seed: int | None, target: Path, *, name: 
 
 
 def model_card(results: Results, arm_name: str, seed: int, folder: Path, name: str) -> str:
-    """Return the model card of an exported model: use, the arm's verdict, scores, the way it was made, and limits.
+    """Return the model card of an exported model: how to use it, the verdict on its arm, its scores, how it was made, and its limits.
 
     Args:
         folder: the trained model.
-        name: the directory or the id on the Hub from which the card's program loads the model.
+        name: the directory or the Hub id from which the example program in the card loads the model.
     """
     arm, plan = results.arm(arm_name), results.plan
     size = parameters_text(plan.parameters[arm.model])

@@ -1,6 +1,6 @@
 """The long sentences of a report: each verdict with its numbers, sample sizes, and warnings. `text` has the short sentences.
 
-`tadistill.results.verdict` decides. This module only writes the sentences.
+`tadistill.results.verdict` decides the verdicts. This module only puts them into words.
 """
 
 from tadistill.evaluation.text_scores import UNSEEN
@@ -16,7 +16,7 @@ from tadistill.visible import one_line, shortened
 
 
 def undecided_text(pair: ComparedPair) -> str:
-    """Return the sentence for a path that cannot be compared yet: no arm to compare it with, or no common finished seed."""
+    """Return the sentence for a path that cannot be compared: there is no arm to compare it with, or no seed that both have finished."""
     name = f"TA path {pair.arm.path_text} ({pair.arm.name})"
     if pair.other is None:
         return f"{name}: no evidence, because the study has no arm to compare it with; add a direct arm with `compute: as {pair.arm.name}`."
@@ -28,7 +28,7 @@ def _other(against: str, name: str) -> str:
 
 
 def verdict_text(results: Results, c: Comparison) -> str:
-    """Return the verdict of a comparison as a sentence. A second sentence says whether a gain is credited to the path."""
+    """Return the verdict of a comparison in words. If it is a gain, a second sentence says whether the path is its cause."""
     unit = f"{metric_unit(c.metric)} of {metric_title(c.metric)}".lstrip()
     value = f"{signed(c.difference.mean, c.metric)} {unit}, 95 % " + span(c.difference, c.metric).partition("95 % ")[2]
     if c.against == "pair":
@@ -95,7 +95,7 @@ def _credit_text(c: Comparison) -> list[str]:
 
 
 def missing_text(results: Results) -> str:
-    """Return the sentence that lists the unfinished evaluations and the command that continues them."""
+    """Return the sentence that lists the unfinished evaluations and names the command that continues them."""
     by_arm: dict[str, list[int]] = {}
     for entry in results.missing:
         by_arm.setdefault(entry.arm, []).append(entry.seed)
@@ -106,7 +106,7 @@ def missing_text(results: Results) -> str:
 
 
 def _failed_text(results: Results) -> str:
-    """Return a sentence that lists the failed stages, with a space at its end. It is empty if no stage failed."""
+    """Return a sentence that lists the failed stages. It ends with a space, and is empty if no stage failed."""
     reasons = {key: reason for run in local_runs(results.study_dir) for key, reason in run.failed.items()}
     texts = []
     for stage in results.plan.stages:
@@ -132,7 +132,9 @@ def sample_text(results: Results, arm: ArmRecord) -> str:
 
 
 def cautions(results: Results) -> list[str]:
-    """Return warnings about the numbers: rows left out, letters that the metric cannot see, unequal arms, and too few seeds."""
+    """Return warnings about the numbers: rows left out, letters that the metric ignores, arms that were not treated equally, and too few
+    seeds.
+    """
     texts = [text for text in (rows_text(results.used), _unseen_text(results)) if text]
     for c in comparisons(results):
         texts += caution_texts(c)
@@ -155,7 +157,7 @@ def _unseen_text(results: Results) -> str:
 
 
 def caution_texts(c: Comparison) -> list[str]:
-    """Return warnings about a comparison whose arms differ in checkpoints on dev, decoding seeds or finished training seeds."""
+    """Return warnings about two compared arms that differ in checkpoints on dev, decoding seeds or finished training seeds."""
     texts: list[str] = []
     if c.selection is not None:
         s = c.selection

@@ -1,4 +1,4 @@
-"""The sections of the page. The heading of each section is its main finding, in one sentence."""
+"""The headings of the sections of the page. Each heading states the main finding of its section, in one sentence."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ _VERBS = {
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page: its anchor, its name in the navigation, and its heading."""
+    """A section of the page: its anchor in the address, its name in the navigation, and its heading."""
 
     anchor: str
     name: str
@@ -36,7 +36,7 @@ class Section:
 
 
 def against(results: Results) -> str:
-    """Return a sentence on how many arms differ clearly from the arm with which they are compared."""
+    """Return a sentence that says how many arms differ clearly from the arm with which they are compared."""
     rows = differences(results)
     if not rows:
         return _sentence(f"{metric_title(primary_metric(results))} by arm and test set")
@@ -60,7 +60,7 @@ def against(results: Results) -> str:
 
 
 def over_compute(results: Results) -> str:
-    """Return a sentence on the budgets at which arms differ clearly from the reference arm."""
+    """Return a sentence that names the arms and budgets with a clear difference from the reference arm."""
     curves = budget_curves(results)
     gaps = [(curve.name, p.times, p.gap) for curve in curves for p in curve.points if p.gap]
     seeds = min(len(p.summary.per_seed) for curve in curves for p in curve.points)
@@ -78,7 +78,7 @@ def over_compute(results: Results) -> str:
 
 
 def paths(results: Results) -> str:
-    """Return a sentence on what the steps of the first path add to its divergence, or else on the number of paths."""
+    """Return a sentence on how much the steps of the first path add to its divergence. Without this measure, give the number of paths."""
     found = budgets(results)
     if found:
         b = found[0]
@@ -97,7 +97,7 @@ def paths(results: Results) -> str:
 
 
 def learning(results: Results, curves: Iterable[Curve]) -> str:
-    """Return a sentence on how many arms had their best dev value at the end of training."""
+    """Return a sentence that says how many arms had their best dev value at the end of training."""
     metric = f"dev/{primary_metric(results)}"
     found = [curve for curve in curves if curve.arm is not None and curve.metric == metric and len(curve.mean[1]) > 1]
     if not found:
@@ -111,7 +111,7 @@ def learning(results: Results, curves: Iterable[Curve]) -> str:
 
 
 def answers(results: Results, found: Samples) -> str:
-    """Return a sentence on how often the first two compared arms give the same answer, among the samples."""
+    """Return a sentence that says how often the first two compared arms give the same answer, among the samples."""
     prompts = [prompt for of_set in found.values() for prompt in of_set]
     compared = comparisons(results)
     if compared:
@@ -124,7 +124,7 @@ def answers(results: Results, found: Samples) -> str:
 
 
 def behaviour(results: Results) -> str:
-    """Return a sentence on how the entropy of the first two compared arms differs, or else on the range of entropies."""
+    """Return a sentence on the difference in entropy of the first two compared arms. Without it, give the range of entropies."""
     compared = [c for c in comparisons(results) if c.mechanism and c.mechanism.entropy]
     if compared:
         c, d = compared[0], compared[0].mechanism.entropy  # type: ignore[union-attr]
@@ -141,7 +141,7 @@ def behaviour(results: Results) -> str:
 
 
 def how(results: Results) -> str:
-    """Return a sentence on the size of the study and its computing time."""
+    """Return a sentence with the numbers of arms, training seeds, test sets and stages, and the computing time."""
     plan = results.plan
     seconds = sum(row.manifest.seconds for row in stage_rows(results) if row.manifest)
     trained = any(arm.is_trained for arm in plan.arms)

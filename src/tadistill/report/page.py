@@ -1,8 +1,9 @@
 """The HTML report: one file with its scripts, styles, data and figures, which needs no network.
 
-The first screen has the question, the answer, one figure and a table of arms. Each section below it begins with its main finding. Tables
-and definitions are folded. To add a section, add three things: its finding in `findings`; its block in ``templates/report.html.j2``; and an
-entry in `_sections`.
+The first screen has the question, the answer, one figure and a table of arms. Each section below begins with its main finding. Tables and
+definitions are closed until the reader opens them.
+
+To add a section, add three things: its heading in `findings`; its block in ``templates/report.html.j2``; and an entry in `_sections`.
 """
 
 import json
@@ -53,12 +54,12 @@ class ArmRow:
     plot: Markup
     best: bool
     done: str
-    """The finished and planned seeds, such as ``1/3 seeds``. Empty if all are finished."""
+    """How many seeds are finished, such as ``1/3 seeds``. Empty if all are finished."""
 
 
 @dataclass(frozen=True)
 class ArmGroup:
-    """The arms that train one model. The best comes first."""
+    """The arms that train one model. The best arm comes first."""
 
     model: str
     role: str
@@ -117,7 +118,7 @@ def _first(results: Results) -> dict[str, Any]:
 
 
 def arm_groups(results: Results) -> list[ArmGroup]:
-    """Return the arms, grouped by the model that they train. The student comes first, then the other models from small to big."""
+    """Group the arms by the model that they train. The student comes first, then the other models from small to big."""
     metric, strip, styles = primary_metric(results), _strip(results), looks(results)
     costs = {row.arm.name: row for row in cost_rows(results)}
     student, parameters = student_of(results), results.plan.parameters

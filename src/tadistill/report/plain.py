@@ -1,4 +1,4 @@
-"""The reports that are text: the Markdown file and the terminal's tables."""
+"""Reports as plain text: the Markdown file and the tables in the terminal."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -127,12 +127,12 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def escape_markdown(value: str) -> str:
-    """Escape a name in Markdown, so that it cannot end its cell, open an element or a link, or hide characters."""
+    """Escape a name for Markdown. It then cannot end its table cell, open an element or a link, or hide characters."""
     return visible(value).replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(").replace("\n", " ")
 
 
 def code(text: str, language: str = "") -> str:
-    """Return text as Markdown code, within a line if `language` is empty, else as a block. Backticks in the text are handled."""
+    """Format text as Markdown code. Without `language` it is part of a line, else a block. Backticks in the text are allowed."""
     most = max((len(run) for run in re.findall("`+", text)), default=0)
     if language:
         fence = "`" * max(4, most + 1)
@@ -148,7 +148,7 @@ _STYLES = {"gain": "green", "best": "green", "loss": "red", "open": "yellow", "u
 
 
 def summary_table(results: Results) -> Group:
-    """Return the answer for the terminal, and a table with one row per arm. The table fits into 80 columns.
+    """Return the answer for the terminal, and a table with one row per arm. The table is at most 80 characters wide.
 
     It shows the main metrics with intervals, and the training FLOPs relative to the direct arm. If an arm has unfinished seeds, its row
     shows the number of finished seeds.
@@ -196,7 +196,7 @@ def _arm_table(results: Results, metrics: Sequence[str], intervals: int, compute
 
 
 def side_by_side(results: Results, show: int) -> Group:
-    """Return the answers of all arms to the first ``show`` prompts of each set, with their scores."""
+    """Return the first ``show`` prompts of each test set, with the answers of all arms and their scores."""
     blocks: list[Text | RichTable] = []
     for name, prompts in samples(results).items() if show else ():
         for prompt in prompts[:show]:

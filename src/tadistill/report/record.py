@@ -36,7 +36,7 @@ def write_results(results: Results) -> None:
 
 
 def _json(content: dict[str, Any]) -> str:
-    """Return JSON with one line for each row of a table: it is quick to write, and two files can be compared by line."""
+    """Return JSON with one line for each row of a table, so that two files can be compared by line."""
 
     def text(value: Any) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -47,7 +47,7 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Replace numbers that JSON cannot hold by null, such as the infinite perplexity of a diverged model."""
+    """Replace numbers that JSON does not allow by null, such as the infinite perplexity of a diverged model."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -56,7 +56,7 @@ def _finite(value: Any) -> Any:
 
 
 def means(results: Results) -> list[dict[str, Any]]:
-    """Return every mean over training seeds that the page shows, for each test set and for the mean over sets (the set `mean`)."""
+    """Return all means over training seeds that the page shows: for each test set, and over all sets (the set `mean`)."""
     found: list[dict[str, Any]] = []
     for (arm, of_set, metric), s in (*results.summaries.items(), *results.averages.items()):
         ends = {name: None if (end := getattr(s, name, None)) is None else _rounded(end) for name in ("low", "high")}
@@ -80,7 +80,7 @@ def differences(results: Results) -> list[dict[str, Any]]:
 
 
 def verdicts(results: Results) -> list[dict[str, str | None]]:
-    """Return the verdicts of a study. Each pair of compared arms has a verdict and a sentence."""
+    """Return the verdict on each pair of compared arms, as a word and as a sentence."""
     decided = {(c.arm, c.other): c for c in comparisons(results)}
     found: list[dict[str, str | None]] = []
     for pair in pairs(results):

@@ -1,4 +1,4 @@
-"""The tables of a report as plain data, so that the page and the Markdown file show the same."""
+"""The tables of a report as plain data. The page and the Markdown file show the same tables."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tadistill.results.verdict import Comparison, comparisons
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """A table of one metric. Its rows are arms and its columns are sets. With several sets, the first column is their mean."""
+    """A table of one metric. Its rows are arms and its columns are test sets. With several sets, the first column is their mean."""
 
     metric: str
     columns: tuple[str, ...]
@@ -34,19 +34,19 @@ class CostRow:
 
 @dataclass(frozen=True)
 class StageRow:
-    """A stage of the plan and its manifest, which is None while the stage is not finished."""
+    """A stage of the plan and the record of its run (manifest), which is None while the stage is not finished."""
 
     stage: StageRecord
     manifest: StageManifest | None
 
 
 def main_metrics(results: Results) -> tuple[str, ...]:
-    """Return the quality metrics that the study measured. The report has a table of scores for each of them."""
+    """Return the quality metrics that the study measured. Each of them has a table of scores in the report."""
     return tuple(metric for metric in names_in("quality") if metric in results.metrics)
 
 
 def score_table(results: Results, metric: str) -> ScoreTable:
-    """Return the table of one metric. An arm without a finished evaluation has a row of empty cells."""
+    """Return the table of one metric. If an arm has no finished evaluation, its cells are empty."""
     sets = sets_with(results, metric)
     columns = (MEAN, *sets) if len(sets) > 1 else sets
     rows = tuple((arm, tuple(results.summaries.get((arm.name, column, metric)) for column in columns)) for arm in results.plan.arms)
@@ -68,7 +68,7 @@ def _best(results: Results, column: str, metric: str) -> frozenset[str]:
 
 
 def cost_rows(results: Results) -> list[CostRow]:
-    """Return every arm's parameters, training FLOPs, and FLOPs relative to the direct arm."""
+    """Return every arm's parameters and training FLOPs, also relative to the direct arm."""
     rows: list[CostRow] = []
     for arm in results.plan.arms:
         direct = direct_of(results, arm)
@@ -81,12 +81,12 @@ def cost_rows(results: Results) -> list[CostRow]:
 
 
 def stage_rows(results: Results) -> list[StageRow]:
-    """Return all stages of the plan with their manifests. Each manifest is read once."""
+    """Return all stages of the plan with the records of their runs (manifests). Each manifest is read once."""
     return results.once("stages", lambda: [StageRow(stage, load_manifest(results.store, stage.key)) for stage in results.plan.stages])
 
 
 def versions(rows: list[StageRow]) -> Mapping[str, str]:
-    """Return all package versions that the finished stages used."""
+    """Return the versions of all packages with which the finished stages ran."""
     seen: dict[str, dict[str, None]] = {}
     for row in rows:
         for package, version in (row.manifest.versions if row.manifest else {}).items():
@@ -99,7 +99,7 @@ def versions(rows: list[StageRow]) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class Column:
-    """The heading of a table column: a title, and a unit or remark in small letters."""
+    """The heading of a table column: a title, and below it a unit or a remark in small letters."""
 
     title: str
     unit: str = ""
@@ -107,7 +107,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell with a value, and its interval or a remark. `value` is a dash if there is no value."""
+    """A table cell: a value, and its interval or a remark. `value` is a dash if nothing was measured."""
 
     value: str = DASH
     interval: str = ""
@@ -119,7 +119,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A secondary table. `name` identifies the table in the HTML; each row starts with an arm or a pair of arms."""
+    """A secondary table. `name` is its id in the HTML. Each row starts with an arm or a pair of arms."""
 
     name: str
     title: str
@@ -129,7 +129,7 @@ class Table:
 
 
 def comparison_table(results: Results) -> Table | None:
-    """Return the table of paired differences, with their tests and verdicts. Return None if the study compares no arms."""
+    """Return the table of paired differences with their tests and verdicts. Return None if the study compares no arms."""
     compared = comparisons(results)
     if not compared:
         return None
@@ -169,7 +169,7 @@ def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
 
 
 def detail_tables(results: Results) -> list[Table]:
-    """Return the secondary tables, with everything that the score tables do not show. Tables and rows without values are omitted."""
+    """Return the secondary tables: everything that the score tables do not show. Tables and rows without values are omitted."""
     main = main_metrics(results)
     budget = sorted(metric for metric in results.metrics if metric.startswith("budget/"))
     tables = [
@@ -194,7 +194,7 @@ def _group(results: Results, name: str, title: str, metrics: Sequence[str]) -> T
 
 
 def mean_cell(results: Results, arm: str, metric: str, set_name: str = MEAN) -> Cell:
-    """Return a table cell with an arm's value of a metric, on one set or on the mean over sets."""
+    """Return a table cell with an arm's value of a metric, on one test set or on the mean over sets."""
     average = results.averages.get((arm, set_name, metric))
     return Cell(number(average.mean, metric)) if average else _cell(results.summaries.get((arm, set_name, metric)), metric)
 

@@ -1,9 +1,9 @@
-"""The short sentences of a report: the question of a study, its answer, and its cost. All forms of the report show the same sentences.
+"""The short sentences of a report: the question of a study, its answer, and its cost. Page, Markdown and terminal show the same sentences.
 
     found = answer(read_results(study_dir, store))
     found.question, found.answer, found.against_sft, found.cost, found.next
 
-`tadistill.results.verdict` decides the verdicts. This module only writes the sentences. `explain` has the long sentences.
+`tadistill.results.verdict` decides the verdicts. This module only puts them into words. `explain` has the long sentences.
 """
 
 from collections.abc import Sequence
@@ -40,18 +40,18 @@ class Answer:
     """The result of a study in sentences. A sentence that does not apply is empty."""
 
     kind: Kind
-    """The verdict. Studies without assistants have a clearly `best` arm or not; a single arm is `measured`."""
+    """The kind of verdict. Without assistants, it is `best` if one arm is clearly the best. A single arm is `measured`."""
     question: str
     answer: str
     against_sft: str
-    """Says whether distillation beat plain fine-tuning, with sampled and with greedy answers."""
+    """Says whether distillation beat plain fine-tuning (SFT), with sampled and with greedy answers."""
     cost: str
     next: str
-    """What to do or to look at next."""
+    """What the user should do or look at next."""
 
     @property
     def badge(self) -> str:
-        """The verdict in one or two words."""
+        """The verdict in one or two words, for the page."""
         return BADGES[self.kind]
 
     @property
@@ -71,7 +71,7 @@ def _make(results: Results) -> Answer:
 
 
 def student_of(results: Results) -> str:
-    """Return the model that the study is about. The first compared arm trains it, or else most of the trained arms."""
+    """Return the model that the study is about: the one that the first compared arm trains, or else the one that most arms train."""
     found = pairs(results)
     if found:
         return found[0].arm.model
@@ -80,7 +80,7 @@ def student_of(results: Results) -> str:
 
 
 def sized(results: Results, model: str, *, words: bool = False) -> str:
-    """Return a model with its number of parameters, such as ``s (23.8 k)``."""
+    """Return the name of a model with its number of parameters, such as ``s (23.8 k)``."""
     count = parameters_text(results.plan.parameters[model])
     return f"{model} ({count} parameters)" if words else f"{model} ({count})"
 
@@ -258,7 +258,7 @@ def _unit(metric: str) -> str:
 
 
 def sft_arm(results: Results) -> ArmRecord | None:
-    """Return the best arm without a teacher: the fine-tuned student with the most training compute."""
+    """Return the arm that fine-tunes the student without a teacher. If there are several, it is the one with the most training compute."""
     model = student_of(results)
     tuned = [arm for arm in results.plan.arms if arm.is_trained and arm.model == model and len(arm.models) == 1]
     return max(tuned, key=lambda arm: arm.flops or 0.0, default=None)

@@ -29,8 +29,8 @@ def usage(results: Results, arm: ArmRecord, folder: Path, name: str) -> str:
     """Return the section `How to use it` of a model card.
 
     Args:
-        folder: the trained model. Its files say which tokens its prompts begin with.
-        name: the directory or the id on the Hub from which a user loads the model.
+        folder: the trained model. Its files say with which tokens a prompt begins.
+        name: the directory or the Hub id from which a user loads the model.
     """
     written = prompt_format(results, arm, folder)
     text = render(Example(_PLACE, "", ("",), verbatim=written == "verbatim"), written, None) if written != "chat" else ""  # type: ignore[arg-type]
@@ -42,7 +42,10 @@ def usage(results: Results, arm: ArmRecord, folder: Path, name: str) -> str:
 
 
 def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
-    """Return the format of the prompts on which a model was trained. Rows with a format of their own do not use the recipe's template."""
+    """Return the format of the prompts on which a model was trained.
+
+    It is the format of the training rows if they have one of their own, and the recipe's template otherwise.
+    """
     template = _data(results)["template"]
     if template == "chat" or not (prompt := _first_prompt(results, arm)):
         return template

@@ -1,4 +1,4 @@
-"""The result of a search for a path: its table, search.json, and the recipe that confirms the chosen path."""
+"""The result of a search for a path: a table, search.json, and a recipe that tests the chosen path again (confirm.yaml)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ _SEEDS = 3
 
 @dataclass(frozen=True)
 class Tried:
-    """One path from teacher to student that was trained in full."""
+    """A path from teacher to student that was trained in full."""
 
     path: ModelPath
     flops: float | None
-    """Training FLOPs of all stages that the path's student depends on, for one seed."""
+    """Training FLOPs of the path for one seed. All stages that the student needs are included."""
     values: tuple[float, ...]
-    """The student's dev value for every seed, in the metric's own unit."""
+    """The student's dev metric. There is one value for each seed."""
 
     @property
     def mean(self) -> float:
@@ -46,17 +46,17 @@ class Choice:
     tried: tuple[Tried, ...]
     """All paths that were trained in full, best first. The first path is the chosen one."""
     rounds: tuple[tuple[Round, dict[ModelPath, float]], ...]
-    """Each round, with the dev value of each path's last model, averaged over seeds."""
+    """The rounds of the search. Each has the dev value of the last model of each path, averaged over seeds."""
     direct: float | None
-    """Training FLOPs of the direct path, for one seed."""
+    """Training FLOPs of direct distillation, for one seed."""
     trained: float | None
-    """Training FLOPs of all stages that the search needed, over all seeds, including the fine-tuning of the models."""
+    """Training FLOPs of the whole search, over all seeds. Fine-tuning of the models is included."""
     discarded: float | None
-    """The part of `trained` that was spent on stages that the chosen path does not need."""
+    """The part of `trained` that the chosen path does not need."""
     distillations: int
     """Number of distillations that the search needed, over all seeds."""
     stages: tuple[str, ...] = ()
-    """Keys of all stages of the search, which `tadistill clean` keeps."""
+    """Keys of all stages of the search. `tadistill clean` does not delete them."""
 
     @property
     def path(self) -> ModelPath:
@@ -64,7 +64,7 @@ class Choice:
 
     @property
     def compared(self) -> int:
-        """Number of paths to the student that were compared, including the paths that `halving` dropped."""
+        """Number of paths to the student that were compared. Paths that the strategy `halving` dropped are included."""
         return len({path for asked, _ in self.rounds for path in asked.paths if path[-1] == self.path[-1]})
 
     def cost(self, tried: Tried) -> float | None:
@@ -72,11 +72,12 @@ class Choice:
         return None if tried.flops is None or self.direct is None else tried.flops / self.direct
 
     def front(self) -> list[Tried]:
-        """Return the Pareto front of cost and quality: the tried paths that no other path equals or beats in both."""
+        """Return the Pareto front of cost and quality: a path is left out if another path is at least as good in both."""
         return undominated(self.tried, lambda t: (t.flops or 0.0, -self.sign * t.mean))
 
     def inflation(self) -> float | None:
-        """Return how much chance alone raises the best value of the compared paths, in the metric's unit. Return None if there is one seed.
+        """Return by how much the best of the compared paths looks better by chance alone, in the metric's unit. Return None if there is one
+        seed.
 
         This is an upper bound, because paths that share stages have correlated values.
         """
@@ -88,7 +89,10 @@ class Choice:
 
 
 def write_choice(choice: Choice, recipe: Recipe, directory: Path) -> Path | None:
-    """Write search.json and, unless the direct path won, confirm.yaml. Return the path of confirm.yaml, or None."""
+    """Write search.json. If a path with assistants won, also write confirm.yaml and return its path.
+
+    confirm.yaml is a recipe that compares this path with direct distillation on new seeds.
+    """
     write_json(directory / "search.json", _record(choice))
     confirm = directory / "confirm.yaml"
     if len(choice.path) == 2:
@@ -99,7 +103,7 @@ def write_choice(choice: Choice, recipe: Recipe, directory: Path) -> Path | None
 
 
 def choice_table(choice: Choice) -> Table:
-    """Build the table of tried paths, best first."""
+    """Return the table of the paths that were tried. The best comes first."""
     table = Table(title=f"{choice.study}: {choice.strategy}, the best of {choice.compared} paths", title_justify="left", box=None)
     for column in ("path", "trainings", "× direct", f"dev {choice.metric}", "seeds", "front", ""):
         table.add_column(column, justify="left" if column in ("path", "front", "") else "right")
@@ -114,7 +118,7 @@ def choice_table(choice: Choice) -> Table:
 
 
 def choice_notes(choice: Choice, confirm: Path | None, runs: Path) -> list[str]:
-    """Return sentences about the cost of the search, the reliability of its best value, and the next command to run."""
+    """Return sentences on the cost of the search, on how reliable its best value is, and on the next command."""
     seeds = len(choice.tried[0].values)
     count = f"{choice.distillations} distillations"
     over = f"{seeds} seed{'s' * (seeds > 1)}"
@@ -186,7 +190,7 @@ def _confirmation(choice: Choice, recipe: Recipe) -> str:
 
 
 def with_parents(recipe: Recipe, names: Iterable[str]) -> set[str]:
-    """Return the named models, and all models from which their weights are made."""
+    """Return the named models, and all models whose weights they start from."""
     found: set[str] = set()
     for name in names:
         at: str | None = name

@@ -1,7 +1,7 @@
 """`tadistill search`: train paths from teacher to student, round by round, until a strategy has chosen one.
 
-The quality of a path is the dev value of its last model at the selected checkpoint, averaged over training seeds. Test sets are not read.
-All rounds use one store, so the beginning of several paths is trained only once. The same command resumes an interrupted search.
+The quality of a path is the dev value of its last model, averaged over training seeds. Test sets are not read. Paths that begin with the
+same models share the training of these models. If a search is interrupted, the same command continues it.
 """
 
 import math
@@ -31,7 +31,7 @@ MOST_PATHS = 256
 
 
 def find_path(recipe: Recipe, *, runs: Path, console: Terminal) -> Choice:
-    """Search the paths of a recipe, print the tried paths, and write RUNS/STUDY/search.json and confirm.yaml.
+    """Search the best path of a recipe, print the paths that were tried, and write RUNS/STUDY/search.json and confirm.yaml.
 
     Raises:
         TadistillError: the recipe is wrong (raised before any training), or a stage failed.
@@ -77,13 +77,13 @@ def find_path(recipe: Recipe, *, runs: Path, console: Terminal) -> Choice:
 
 
 def check_lattice(recipe: Recipe, search: Search) -> None:
-    """Raise a ConfigError if a search has too many paths, or a model whose temperature depends on an arm."""
+    """Raise a ConfigError if a search has too many paths, or if the temperature of a model depends on an arm."""
     for name in sorted(with_parents(recipe, _models(search))):
         temper = recipe.models[name].temper
         if temper and temper.like is not None:
             raise ConfigError(
-                f"model {name} takes its temperature from arm {temper.like}, but a search has no arms; set `temper.tau` of {name}, or "
-                f"remove {name} from the search"
+                f"model {name} takes its temperature from arm {temper.like}, but a search has no arms; set its `temper.tau`, or "
+                "remove the model from the search"
             )
     paths = count_paths(len(search.assistants), search.max_assistants)
     if paths > MOST_PATHS:
@@ -94,10 +94,10 @@ def check_lattice(recipe: Recipe, search: Search) -> None:
 
 
 def _check_metric(recipe: Recipe, search: Search) -> str:
-    """Return the dev metric by which paths are compared.
+    """Return the dev metric with which paths are compared.
 
     Raises:
-        ConfigError: the metric cannot compare students of different teachers, or models are selected by different metrics.
+        ConfigError: the metric cannot compare students of different teachers, or the models use different metrics.
     """
     student = _method(recipe, search.student).select.metric
     compared = (*search.assistants, search.student) if search.strategy in ("best_prefix", "beam") else (search.student,)
@@ -129,7 +129,7 @@ def check_order(recipe: Recipe, search: Search) -> None:
 
 
 def path_arms(paths: Sequence[ModelPath]) -> dict[str, Arm]:
-    """Return one arm for each path, by name. Raises ConfigError if two paths get the same name."""
+    """Return an arm (entry of a recipe) for each path, by name. Raises ConfigError if two paths have the same name."""
     arms: dict[str, Arm] = {}
     for path in paths:
         if (name := path_name(path)) in arms:
@@ -139,14 +139,17 @@ def path_arms(paths: Sequence[ModelPath]) -> dict[str, Arm]:
 
 
 def path_flops(recipe: Recipe, search: Search) -> dict[ModelPath, float | None]:
-    """Return the training FLOPs of each path: all stages that its student needs, for one seed. None if the size of a model is unknown."""
+    """Return the training FLOPs of each path for one seed. All stages that the student needs are included.
+
+    The value is None if the size of a model is unknown.
+    """
     paths = _lattice(search).paths
     plan = make_plan(_round_recipe(recipe, paths).model_copy(update={"seeds": recipe.seeds[:1]}))
     return {path: arm.flops for path, arm in zip(paths, plan.arms, strict=True)}
 
 
 def affordable(search: Search, flops: Mapping[ModelPath, float | None]) -> Lattice:
-    """Return the paths within the budget. Raises ConfigError if no path is within the budget, or if costs are unknown."""
+    """Return the paths within the budget of the search. Raises ConfigError if there is none, or if a cost is unknown."""
     direct = flops[search.teacher, search.student]
     costs = {path: cost / direct for path, cost in flops.items() if cost is not None and direct}
     if search.budget is None:
@@ -206,7 +209,7 @@ def _strategy(search: Search, lattice: Lattice) -> Strategy:
 
 
 class _Training:
-    """Trains the paths of each round of a search, and collects all stages that the search needed."""
+    """Trains the paths of each round, and remembers all stages that the search needed."""
 
     def __init__(self, recipe: Recipe, lattice: Lattice, store: Store, console: Terminal):
         self.recipe, self.lattice, self.store, self.console = recipe, lattice, store, console
@@ -217,7 +220,7 @@ class _Training:
 
     @cached_property
     def jobs(self) -> int:
-        """Number of stages that run at the same time. The first access checks all paths before any stage runs."""
+        """Number of stages that run at the same time. The first access also checks all paths, before any stage runs."""
         from tadistill.runner.preflight import check_study  # imports transformers; not needed if all stages are in the store
 
         return check_study(_round_recipe(self.recipe, self.lattice.paths), self.console)

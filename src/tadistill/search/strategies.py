@@ -1,13 +1,13 @@
 """Paths from a teacher to a student through assistants, strategies that find a good path with few trainings, and rules of thumb.
 
-Models are ordered from big to small: teacher, assistants, student. A path is a tuple of model names, teacher first. In a path, each model
-teaches the next one. A prefix is the beginning of a path. It ends with an assistant.
+Models are ordered from big to small: teacher, assistants, student. A path is a tuple of model names, teacher first. Each model teaches the
+next one. A prefix is the beginning of a path. It ends with an assistant.
 
     chosen = drive(best_prefix(lattice), measure)      # measure(Round) -> {path: quality, higher is better}
 
-A strategy is a generator. It yields rounds of paths to train, receives the quality of each path's last model, and returns the chosen path.
-Tests, simulations (`benchmarks/search.py`) and real training (`tadistill search`) use this code. If two paths are equally good, the path
-with fewer models wins. If their numbers of models are equal too, the path with bigger assistants wins (the order of `Lattice.paths`).
+A strategy is a generator. It yields rounds of paths to train, receives the quality of the last model of each path, and returns the chosen
+path. Tests, simulations (`benchmarks/search.py`) and real training (`tadistill search`) use the same strategies. If two paths are equally
+good, the path with fewer models wins. If they have the same number of models, the path with bigger assistants wins.
 """
 
 import math
@@ -20,37 +20,41 @@ from tadistill.config.arm import ModelPath
 
 @dataclass(frozen=True)
 class Lattice:
-    """The models of a search from big to small, and the paths that may be tried."""
+    """The models of a search, and the paths that may be tried."""
 
     nodes: ModelPath
     """The models from big to small: teacher, assistants, student."""
     paths: tuple[ModelPath, ...]
-    """Paths from teacher to student. Paths with few assistants come first, and then paths with bigger assistants. This order breaks ties.
-    """
+    """Paths from teacher to student. If two are equally good, the first one wins. Paths with few and big assistants come first."""
 
     def prefixes(self) -> tuple[ModelPath, ...]:
-        """Return all beginnings of the paths with at least two models. The paths themselves are included."""
+        """Return all beginnings of the paths that have at least two models. Whole paths are included."""
         return trainings(self.paths)
 
 
 @dataclass(frozen=True)
 class Concordance:
-    """Counts of pairs of paths with the same last two models. A pair is concordant if the better teacher also has the better learner."""
+    """Counts of pairs of paths that end with the same teacher and learner. A pair is concordant if the better teacher made the better
+    learner.
+    """
 
     concordant: int
     discordant: int
     tied: int
-    """Number of pairs in which the two teachers or the two learners have equal quality. `share` ignores these pairs."""
+    """Number of pairs in which the two teachers, or the two learners, are equally good. `share` ignores these pairs."""
 
     @property
     def share(self) -> float | None:
-        """Share of concordant pairs among pairs without ties. 1/2 means that the teacher's quality has no effect. None if all are tied."""
+        """Share of concordant pairs among the pairs without ties. It is None if all pairs are tied.
+
+        1/2 means that the quality of the teacher has no effect.
+        """
         decided = self.concordant + self.discordant
         return self.concordant / decided if decided else None
 
 
 def path_name(path: ModelPath) -> str:
-    """Return a name for a path, such as `xl-l-s`. It needs no quotes in a shell or in an override (`arms.xl-l-s.path=…`)."""
+    """Return a name for a path, such as `xl-l-s`. It needs no quotes in a shell or in a key of a recipe (`arms.xl-l-s.path`)."""
     return "-".join(path)
 
 
@@ -63,7 +67,9 @@ def make_lattice(
     cost: Callable[[ModelPath], float] | None = None,
     budget: float = math.inf,
 ) -> Lattice:
-    """List all 2^n paths through n assistants (from big to small), or only the paths within `max_assistants` and `budget`.
+    """List all paths through the assistants, which are given from big to small. With n assistants there are 2^n paths.
+
+    With `max_assistants` or `budget`, only paths within these limits are listed.
 
     Raises:
         ValueError: a model is named twice.
@@ -83,9 +89,9 @@ def count_paths(assistants: int, max_assistants: int | None = None) -> int:
 
 
 def trainings(paths: Iterable[ModelPath]) -> tuple[ModelPath, ...]:
-    """Return the trainings that these paths need. A training is the beginning of a path, with at least two models.
+    """Return the trainings that these paths need. Each is the beginning of a path, and ends with the trained model.
 
-    A beginning that several paths share is trained once. Shorter ones come first.
+    A beginning that several paths share is trained once. Short beginnings come first.
     """
     found = dict.fromkeys(path[:end] for path in paths for end in range(2, len(path) + 1))
     return tuple(sorted(found, key=len))
@@ -94,7 +100,7 @@ def trainings(paths: Iterable[ModelPath]) -> tuple[ModelPath, ...]:
 def concordance(quality: Mapping[ModelPath, float]) -> Concordance:
     """Count how often a better teacher made a better learner, over all pairs of paths with the same last two models.
 
-    If a better teacher always makes a better learner, `best_prefix` finds the best path (the Bellman condition).
+    If this is always so, the strategy `best_prefix` finds the best path (the Bellman condition).
 
     Args:
         quality: quality of every path and of every beginning of a path. Higher is better. A pair is used only if the qualities of both
@@ -117,7 +123,7 @@ class Round:
 
     paths: tuple[ModelPath, ...]
     share: float = 1.0
-    """Share of each stage's updates that is run. It is below 1 in the short runs of `halving`."""
+    """Share of the updates of each stage that is run. It is below 1 in the short runs of the strategy `halving`."""
 
 
 Quality = Mapping[ModelPath, float]
@@ -130,12 +136,12 @@ class Outcome:
 
     path: ModelPath
     quality: dict[ModelPath, float]
-    """Qualities of paths and prefixes, measured in full runs (share 1)."""
+    """Quality of each path, and of each beginning of a path, that was trained in full."""
     rounds: tuple[Round, ...]
 
     @property
     def trainings(self) -> int:
-        """Number of trainings in the search. Paths with the same beginning share its training, unless their runs differ in length."""
+        """Number of trainings in the search. Paths with the same beginning share its training if their runs have the same length."""
         shares = {r.share for r in self.rounds}
         return sum(len(trainings(p for r in self.rounds if r.share == share for p in r.paths)) for share in shares)
 
@@ -157,12 +163,15 @@ def drive(strategy: Strategy, measure: Callable[[Round], Quality]) -> Outcome:
 
 
 def exhaustive(lattice: Lattice) -> Strategy:
-    """Train every path. With n assistants this needs 2^(n+1) - 1 trainings."""
+    """Train every path. With n assistants, this needs 2^(n+1) - 1 trainings."""
     return (yield from _best_of(lattice, lattice.paths))
 
 
 def single(lattice: Lattice) -> Strategy:
-    """Train the direct path and all paths with one assistant (2n + 1 trainings for n assistants). Raises ValueError without such paths."""
+    """Train the direct path and all paths with one assistant. With n assistants, this needs 2n + 1 trainings.
+
+    Raises ValueError if there is no such path.
+    """
     paths = tuple(path for path in lattice.paths if len(path) <= 3)
     if not paths:
         raise ValueError(
@@ -173,24 +182,24 @@ def single(lattice: Lattice) -> Strategy:
 
 
 def best_prefix(lattice: Lattice) -> Strategy:
-    """For each model, keep only its best checkpoint as a teacher. With n assistants this needs (n+1)(n+2)/2 trainings.
+    """Keep only the best checkpoint of each model as a teacher. With n assistants, this needs (n+1)(n+2)/2 trainings.
 
     This is a heuristic. It finds the best path if a better teacher always makes a better learner (`concordance` counts how often this is
-    so). Otherwise a path through a worse checkpoint may be better, but it is never tried.
+    so). Otherwise a path through a worse teacher may be better, but it is not tried.
     """
     return (yield from beam(lattice, width=1))
 
 
 def beam(lattice: Lattice, *, width: int) -> Strategy:
-    """For each model, keep the `width` best checkpoints as teachers. With n assistants this needs at most width * (n+1)(n+2)/2 trainings.
+    """Keep the `width` best checkpoints of each model as teachers. With n assistants, this needs at most width * (n+1)(n+2)/2 trainings.
 
-    There is one round for each model, from big to small. In this round, its kept checkpoints teach every smaller model.
+    There is one round for each model, from big to small. In this round, its best checkpoints teach every smaller model.
 
     Raises:
         ValueError: `width` is below 1, or there is no path.
     """
     if width < 1:
-        raise ValueError(f"width is {width}; it must be at least 1, because a beam keeps at least one checkpoint of each model")
+        raise ValueError(f"`width` is {width}; it must be at least 1, because a beam keeps at least one checkpoint of each model")
     allowed = lattice.prefixes()
     teacher, *_, student = lattice.nodes
     ways: dict[str, list[ModelPath]] = {node: [] for node in lattice.nodes}
@@ -204,14 +213,14 @@ def beam(lattice: Lattice, *, width: int) -> Strategy:
         for path in asked:
             ways[path[-1]].append(path)
     if not ways[student]:
-        raise ValueError("there is no path from teacher to student; allow at least one")
+        raise ValueError("no path from teacher to student is allowed; allow at least one")
     return _ranked(lattice, ways[student], quality)[0]
 
 
 def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
     """Run successive halving (Jamieson & Talwalkar 2016): train all paths for a few updates, keep the better half, and repeat.
 
-    Each such step is a rung, and the runs of each rung are longer. A longer run starts anew, because its learning-rate schedule differs.
+    Each repetition is a rung, and its trainings are longer. They start anew, because the learning-rate schedule depends on their length.
 
     Args:
         rungs: for each rung, the share of a training's updates that is run. At least two rising values; the last value must be 1.
@@ -220,7 +229,7 @@ def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
         ValueError: `rungs` breaks one of these rules.
     """
     if len(rungs) < 2 or rungs[-1] != 1 or rungs[0] <= 0 or any(a >= b for a, b in pairwise(rungs)):
-        raise ValueError(f"rungs are {list(rungs)}; give at least two rising numbers, the last of them 1")
+        raise ValueError(f"`rungs` is {list(rungs)}; give at least two rising numbers above 0, the last of them 1")
     paths = list(lattice.paths)
     for share in rungs[:-1]:
         if len(paths) > 1:
@@ -252,9 +261,10 @@ def size_law(
     ratio: float = 2.5,
     max_assistants: int | None = None,
 ) -> ModelPath:
-    """Choose a path, from the student upwards. The next model is the bigger model whose size is nearest to `ratio` times the current size.
+    """Choose a path in which each teacher is about `ratio` times as big as its learner.
 
-    The ratio of 2.5 is from Zhang et al. 2025 (arXiv 2311.07052). With `max_assistants`, only the smallest chosen assistants are kept.
+    The path is built from the student upwards: the next model is the bigger one whose size is nearest to `ratio` times the current size.
+    The ratio of 2.5 is from Zhang et al. 2025 (arXiv 2311.07052). With `max_assistants`, only the smallest assistants are kept.
     """
     path, above = [student], [teacher, *assistants]
     while path[0] != teacher:
@@ -266,20 +276,20 @@ def size_law(
 
 
 def performance_mean(teacher: str, assistants: Sequence[str], student: str, scores: Mapping[str, float]) -> ModelPath:
-    """Choose the assistant whose score is nearest to the mean of the teacher's and the student's score (TAKD, Mirzadeh et al. 2020)."""
+    """Choose the assistant whose score is nearest to the mean of the teacher's and the student's scores (TAKD, Mirzadeh et al. 2020)."""
     wanted = (scores[teacher] + scores[student]) / 2
     return (teacher, min(assistants, key=lambda name: abs(scores[name] - wanted)), student)
 
 
 def geometric_mean(teacher: str, assistants: Sequence[str], student: str, sizes: Mapping[str, float]) -> ModelPath:
-    """Choose the assistant whose size is nearest to the geometric mean of the teacher's and the student's size."""
+    """Choose the assistant whose size is nearest to the geometric mean of the teacher's and the student's sizes."""
     wanted = (math.log(sizes[teacher]) + math.log(sizes[student])) / 2
     return (teacher, min(assistants, key=lambda name: abs(math.log(sizes[name]) - wanted)), student)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """One assistant that `lambda_tradeoff` chooses, and the values of lambda (`low` to `high`) for which it does so."""
+    """An assistant that `lambda_tradeoff` chooses for all values of lambda from `low` to `high`."""
 
     assistant: str
     low: float
@@ -287,10 +297,10 @@ class Chosen:
 
 
 def lambda_tradeoff(teacher: str, assistants: Sequence[str], scores: Mapping[str, float], sizes: Mapping[str, float]) -> tuple[Chosen, ...]:
-    """Return the assistants that MiniDisc's trade-off chooses for lambda >= 0, in rising order of lambda.
+    """Return which assistant MiniDisc's rule chooses for each lambda >= 0, in rising order of lambda.
 
-    For a given lambda, it chooses the assistant with the largest score + lambda * (1 - size / size of the teacher). Scores are from 0 to 1.
-    At a lambda where the choice changes, two assistants have the same value. Source: Zhang et al. 2022, arXiv 2205.14570.
+    Lambda is the weight of a small size. The rule takes the assistant with the largest score + lambda * (1 - size / size of the teacher).
+    Scores are from 0 to 1. Where the choice changes, two assistants have the same value. Source: Zhang et al. 2022, arXiv 2205.14570.
     """
     left = {name: (scores[name], 1 - sizes[name] / sizes[teacher]) for name in assistants}
     at, found = 0.0, []

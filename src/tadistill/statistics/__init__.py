@@ -1,4 +1,4 @@
-"""Confidence intervals, significance tests and statistical power. The compared models share training seeds and test prompts."""
+"""Confidence intervals, significance tests and statistical power, for models that share training seeds and test prompts."""
 
 from tadistill.statistics.intervals import ROUNDING, Difference, macro_difference, macro_interval
 from tadistill.statistics.tests import (

@@ -9,16 +9,17 @@ Every seed answers every prompt. The variance of the mean score is A + B - C, wi
     B = (variance between the prompts' mean scores) / N
     C = (variance of the seed x prompt interaction) / (S N)
 
-C is subtracted because A and B both contain it. (B - C is set to 0 if it is negative. With one seed, A and C are 0.) With several test
-sets, B and C are added with the squared weights of the sets in the macro mean. A is computed from the macro means, because a seed
-affects all sets.
+C is subtracted because A and B both contain it. B - C is set to 0 if it is negative. With one seed, A and C are 0. With several test sets,
+the result is a macro mean: the mean of the sets' mean scores. B and C are then added over the sets with squared weights. A is computed from
+the macro means, because a seed affects all sets.
 
 The interval is Student's: mean ± t se, where se is the standard error. Its degrees of freedom df follow from
 1/df = w / (S - 1) + (1 - w) / (df of the prompts), where w = A / (A + B - C).
 
-A score with two bounds gets Wilson's interval with this t and this se. With p = (mean - low) / (high - low), it contains every share s
-with |p - s| <= t sqrt(s (1 - s) / n). Here n = p (1 - p) / se^2 is the effective number of independent answers. No interval crosses a
-bound. Near a bound, the interval is longer on the other side. If there is only one bound, an interval that would cross it ends there.
+If a score has two bounds, such as 0 and 100, the interval is Wilson's with this t and this se. With p = (mean - low) / (high - low), it
+contains every share s with |p - s| <= t sqrt(s (1 - s) / n). n = p (1 - p) / se^2 is the effective number of independent answers. No
+interval crosses a bound. Near a bound, the interval is longer on the other side. If there is only one bound, an interval that would cross
+it ends there.
 
 Sources: E. B. Wilson, JASA 22 (1927); E. L. Korn and B. I. Graubard, Survey Methodology 24 (1998), for the effective number.
 """
@@ -53,9 +54,9 @@ ROUNDING = 1e-6
 class Difference:
     """The mean of a paired difference ``a - b`` and its uncertainty.
 
-    ``low`` and ``high`` are the ends of the confidence interval at the requested level (default 95 %). ``low90`` and ``high90`` are the
-    ends of the 90 % interval, for equivalence tests. ``p`` is the two-sided p-value for a mean of zero. ``se`` is the standard error, and
-    ``df`` is its number of degrees of freedom. ``df`` is infinite if the values do not vary.
+    ``low`` and ``high`` are the ends of the confidence interval (by default 95 %). ``low90`` and ``high90`` are the ends of the 90 %
+    interval, for equivalence tests. ``p`` is the two-sided p-value for a mean of zero. ``se`` is the standard error, and ``df`` is its
+    number of degrees of freedom. ``df`` is infinite if the values do not vary.
     """
 
     mean: float
@@ -74,11 +75,11 @@ class Difference:
 
 
 def macro_interval(strata_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDED, level: float = 0.95) -> tuple[float, float]:
-    """Return the confidence interval (low, high) of a macro mean, which is the mean over test sets of their mean scores.
+    """Return the confidence interval (low, high) of a macro mean: the mean over test sets of their mean scores.
 
     ``strata_SNK`` has one array of scores per set, with the shape (training seeds, prompts, decoding seeds). The number of prompts may
-    differ between sets. All sets have the same training seeds in the same order. With one training seed, the interval shows only how
-    scores vary over prompts, not over trainings. A report must say so.
+    differ between sets. All sets have the same training seeds in the same order. With one training seed, the interval does not show how
+    scores vary over trainings. A report must say so.
 
     If all scores equal one of two bounds, the other end of the interval is the exact (Clopper-Pearson) limit for the prompts.
     """
@@ -88,9 +89,10 @@ def macro_interval(strata_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDE
 def macro_difference(
     a_SNK: Sequence[ArrayLike], b_SNK: Sequence[ArrayLike], *, bounds: Bounds = UNBOUNDED, level: float = 0.95
 ) -> Difference:
-    """Return the macro mean of ``a - b`` with its confidence intervals. Scores are paired by training seed and prompt.
+    """Return the mean of ``a - b`` over test sets, with its confidence intervals. Scores are paired by training seed and prompt.
 
-    ``bounds`` are the bounds of the scores. The difference of two scores is between -(high - low) and high - low.
+    Each set has the same weight. ``bounds`` are the bounds (low, high) of a score. A difference is then between -(high - low) and high -
+    low.
     """
     a_SN, b_SN = _prompt_means(a_SNK), _prompt_means(b_SNK)
     shapes_a, shapes_b = [x.shape for x in a_SN], [x.shape for x in b_SN]
@@ -105,7 +107,7 @@ def macro_difference(
 
 
 class _Estimate:
-    """A macro mean with its standard error `se` and degrees of freedom `df`. `strata_SN` has one array per test set."""
+    """The mean over test sets, with its standard error `se` and degrees of freedom `df`. `strata_SN` has one array per set."""
 
     def __init__(self, strata_SN: list[Array], bounds: Bounds) -> None:
         self.prompts = [values.shape[1] for values in strata_SN]

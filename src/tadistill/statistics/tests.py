@@ -1,4 +1,4 @@
-"""Statistical tests: significance, equivalence, power, the bias of a best-of-k score, and Pareto fronts."""
+"""Statistical tests and related functions: significance, equivalence, power, the bias of a best-of-k score, and Pareto fronts."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,17 +15,19 @@ MOST_SEEDS = 20  # 2^20 sign patterns take one second and 8 MB
 
 @dataclass(frozen=True)
 class SignFlip:
-    """The result of a sign-flip test. ``p`` is the two-sided p-value. ``smallest`` is the smallest p-value with this number of seeds."""
+    """The result of a sign-flip test. ``p`` is the two-sided p-value. ``smallest`` is the smallest p-value that is possible with these
+    seeds.
+    """
 
     p: float
     smallest: float
 
 
 def sign_flip(differences_S: ArrayLike) -> SignFlip:
-    """Return the two-sided p-value of the exact sign-flip test.
+    """Return the two-sided p-value of the exact sign-flip test, for differences of two models.
 
-    ``differences_S`` has one paired difference per training seed. The test compares their sum with the sums for all 2^S choices of
-    signs. It assumes that, without a true difference, each value is symmetric about zero. Source: R. A. Fisher, The Design of
+    ``differences_S`` has one paired difference per training seed. The test flips the signs of the values in all 2^S ways, and compares the
+    sum with these sums. It assumes that, without a true difference, each value is symmetric about zero. Source: R. A. Fisher, The Design of
     Experiments (1935), section 21.
     """
     differences = np.asarray(differences_S, dtype=np.float64)
@@ -44,10 +46,10 @@ def sign_flip(differences_S: ArrayLike) -> SignFlip:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for multiple testing by Holm's method, in the given order.
+    """Return p-values that are corrected for multiple testing by Holm's method, in the given order.
 
-    If hypotheses with a corrected p-value below 0.05 are rejected, the chance of any false rejection is at most 5 %. Source: S. Holm,
-    A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979).
+    If all hypotheses with a corrected p-value below 0.05 are rejected, the chance of one or more false rejections is at most 5 %. Source:
+    S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979).
     """
     p = np.asarray(p_values, dtype=np.float64)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
@@ -60,10 +62,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def equivalent(difference: Difference, margin: float) -> bool:
-    """Return True if the true difference is significantly smaller than ``margin`` in absolute value (5 % level).
+    """Return True if a test at the 5 % level shows that the true difference is between -``margin`` and ``margin``.
 
-    This is the case if the 90 % confidence interval lies inside (-margin, margin). The rule is the same as two one-sided tests at 5 %.
-    Source: D. J. Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987).
+    It does so if the 90 % confidence interval lies between them. This is the same as two one-sided tests at 5 %. Source: D. J. Schuirmann,
+    Journal of Pharmacokinetics and Biopharmaceutics 15 (1987).
     """
     if not margin > 0:
         raise ValueError(f"an equivalence margin must be greater than 0, not {margin}")
@@ -77,8 +79,8 @@ def minimum_detectable_effect(se: float, df: float, power: float = 0.8, level: f
     """Return the smallest true difference that a study detects with probability ``power``, in the unit of ``se``.
 
     A difference is detected if a two-sided t-test is significant at the confidence level ``level``. ``se`` and ``df`` are fields of a
-    `Difference`. The non-central t distribution is used. Significant results with the wrong sign are ignored; at a power of 0.8 their
-    probability is below 1 in 10,000.
+    `Difference`. The power comes from the non-central t distribution. Significant results with the wrong sign are ignored, because they are
+    very rare.
     """
     if not (se >= 0 and df > 0):
         raise ValueError(f"`se` is {se} and `df` is {df}; `se` cannot be negative, and `df` must be greater than 0")
@@ -94,8 +96,8 @@ def detectable(
     """Return the smallest true difference that a planned comparison of two models detects with probability ``power``.
 
     The variance of the difference is s_prompt^2 / prompts + 2 s_seed^2 / seeds + 2 s_decode^2 / (prompts * decodes). ``s_prompt`` is the
-    standard deviation of the paired difference over prompts. ``s_seed`` and ``s_decode`` are standard deviations of one model's score
-    over training seeds and over decoding seeds. All three are treated as exact, so the result is too small for 3 seeds.
+    standard deviation of the paired difference over prompts. ``s_seed`` and ``s_decode`` are standard deviations of the score of one model,
+    over training seeds and over decoding seeds. They are treated as exact, so the result is too small if there are only 3 seeds.
     """
     if min(prompts, seeds, decodes) < 1:
         raise ValueError(f"`prompts`, `seeds` and `decodes` are {prompts}, {seeds} and {decodes}; each must be at least 1")
@@ -106,7 +108,9 @@ def detectable(
 
 
 def spread_claimed(mean: float, half: float, p: float) -> float:
-    """Compute a standard deviation from a 95 % interval, and another from the p-value of a two-sided test. Return the larger one.
+    """Return the standard deviation that a report implies for its mean. One is computed from the 95 % interval, another from the p-value.
+
+    The larger one is returned.
 
     Args:
         half: half the width of the 95 % interval.
@@ -117,7 +121,7 @@ def spread_claimed(mean: float, half: float, p: float) -> float:
 
 
 def seeds_spread(differences_S: ArrayLike) -> float:
-    """Return `spread_claimed` (a standard deviation) for the t-test of paired differences, one per training seed. It is 0 for one seed."""
+    """Return `spread_claimed` (a standard deviation) for a t-test of paired differences, one per training seed. It is 0 for one seed."""
     differences = np.asarray(differences_S, dtype=np.float64)
     df = len(differences) - 1
     if df < 1 or not (se := float(differences.std(ddof=1)) / np.sqrt(df + 1)) > 0:
@@ -127,7 +131,10 @@ def seeds_spread(differences_S: ArrayLike) -> float:
 
 
 def expected_best_of(k: int) -> float:
-    """Return the expected maximum of ``k`` standard normal draws. Chance alone raises the best of k scores by this many deviations."""
+    """Return the expected maximum of ``k`` standard normal draws.
+
+    It is the number of standard deviations by which chance alone raises the best of k equally good scores.
+    """
     if k < 1:
         raise ValueError(f"`k`, the number of draws, is {k}; it must be at least 1")
     x = np.linspace(0.0, 12.0, 12_001)
@@ -136,7 +143,7 @@ def expected_best_of(k: int) -> float:
 
 
 def inflation(k_a: int, k_b: int, sigma: float) -> float:
-    """Return the bias of a - b if model a reports its best of ``k_a`` checkpoints, and model b its best of ``k_b``.
+    """Return the bias of a - b that comes from choosing the best checkpoint: a is the best of ``k_a``, and b the best of ``k_b``.
 
     ``sigma`` is the standard deviation of the measurement error of one checkpoint's score. The bias has the same unit. It is an upper
     bound, because checkpoints of one run have correlated scores.

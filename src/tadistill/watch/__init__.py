@@ -1,1 +1,1 @@
-"""A local page of a running or finished study. It only reads the study's files, and it reads long logs in pieces."""
+"""A page on this machine that shows a running or finished study. It only reads files, and it reads long logs piece by piece."""

@@ -1,6 +1,7 @@
-"""The stages of a study as a graph with few nodes. A node has all seeds of a stage, and the stages that measure its model.
+"""The stages of a study as a small graph. All seeds of a training are one node, together with the stages that measure their models.
 
-In a wide window, nodes are in columns, with parents left of children. In a narrow window, they are a list with arcs beside it.
+In a wide window, nodes are in columns, with parents left of children. In a narrow window, they are a list, and arcs beside it are the
+edges.
 """
 
 import re
@@ -33,14 +34,14 @@ class Node:
 
     @property
     def state(self) -> str:
-        """The state to show: a failure if there is one, else what runs, else what is left to do."""
+        """The state to show for the whole node: a failure if there is one, or else running, or else what is left to do."""
         found = {stage.state for stage in (*self.stages, *self.measures)}
         order = (*sorted(BAD), "running", "stopped", "queued", "waiting", "done")
         return next((state for state in order if state in found), "waiting")
 
     @property
     def says(self) -> str:
-        """The numbers of the node in a few words."""
+        """The states of the node's stages in a few words, with their numbers."""
         every = self.stages or self.measures
         counts = Counter(stage.state for stage in every)
         text = every[0].state if len(every) == 1 else ", ".join(f"{n} {state}" for state, n in counts.items())
@@ -50,15 +51,15 @@ class Node:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A graph with the place of each node, and its edges as SVG paths."""
+    """A graph with two drawings of its edges as SVG paths: one for columns of nodes, one for a list of nodes."""
 
     nodes: tuple[tuple[Node, int, int], ...]
-    """Nodes in the order of the list. Each has its left and top pixel in the wide drawing."""
+    """Nodes in the order of the list. Each has its left and top pixel in the drawing with columns."""
     width: int
     height: int
     edges: tuple[str, ...]
     arcs: tuple[str, ...]
-    """The edges of the list. The height of the list is ROW pixels per node."""
+    """The edges for the list. Each node has a height of ROW pixels there."""
 
 
 def nodes_of(stages: Iterable[StageState]) -> list[Node]:
@@ -89,7 +90,7 @@ def nodes_of(stages: Iterable[StageState]) -> list[Node]:
 
 
 def draw(nodes: Sequence[Node]) -> Drawn:
-    """Place the nodes. A node's column is its number of steps from the start, and a column has at most `_ROWS` nodes."""
+    """Place the nodes. A node is in the column after those of its parents. A column has at most `_ROWS` nodes."""
     depth: dict[str, int] = {}
     for node in nodes:  # parents come before children
         depth[node.id] = 1 + max((depth[parent] for parent in node.parents if parent in depth), default=-1)
@@ -115,9 +116,10 @@ def draw(nodes: Sequence[Node]) -> Drawn:
 
 
 def picked(nodes: Iterable[Node], logs: Mapping[str, TrainingLog], wanted: Iterable[str]) -> tuple[list[StageState], str]:
-    """Return the training stages whose curves are shown, and a sentence about the choice.
+    """Return the trainings whose curves are shown, and a sentence that says which they are.
 
-    These are the nodes in `wanted`. If it is empty, they are the running stages, or else those that ran or wrote last.
+    They are the trainings in the nodes `wanted`. If there are none, they are the running trainings, or else those that were interrupted, or
+    else those whose logs are newest.
     """
     chosen, nodes = set(wanted), list(nodes)
     some = [s for node in nodes if node.id in chosen for s in node.stages if s.key in logs]

@@ -1,11 +1,11 @@
-"""Follow logs that grow. The newest lines are read first, then the older lines in pieces, so that no look at a study takes long.
+"""Follow logs that grow. The newest lines are read first, then older lines piece by piece, so that each reading is short.
 
     log = TrainingLog(folder / "metrics.jsonl")
     log.file.forward()                # the lines since the last call; the first call starts near the end of the file
     while log.file.unread: log.file.backward()
     log.curves["train/loss"].points()
 
-Lines are not kept. A curve has at most `BUCKETS` buckets of steps, each with its lowest, mean and highest value.
+Lines are not kept. A curve has at most `BUCKETS` ranges of steps, each with its lowest, mean and highest value.
 """
 
 import json
@@ -25,10 +25,10 @@ _ALARM = re.compile(r"^(?P<time>[\d: -]*\d:\d\d)(?: \d+)? alarm: (?P<text>.*)$")
 
 
 class Follower:
-    """Reads each line of a growing file once. A file that was replaced or became shorter is read again from its end."""
+    """Reads each line of a growing file once. If the file is replaced or becomes shorter, it is read again from its end."""
 
     def __init__(self, path: Path, take: Callable[[int, bytes], None], forget: Callable[[], None]):
-        """`take` is called with the offset and the bytes of a line. `forget` is called when the file begins anew."""
+        """`take` is called for each line, with its offset in the file and its bytes. `forget` is called if the file was replaced."""
         self.path, self._take, self._forget = path, take, forget
         self._file: int | None = None
         self._low = self._high = 0
@@ -45,7 +45,7 @@ class Follower:
         return self._high
 
     def forward(self) -> bool:
-        """Read at most one piece of the newest lines. Return True if there are more of them."""
+        """Read the next piece of new lines. Return True if more of them are left."""
         try:
             stat = self.path.stat()
             if stat.st_ino != self._file or stat.st_size < self._high:
@@ -89,7 +89,7 @@ class Follower:
 
 
 class Point(NamedTuple):
-    """A point of a curve: the middle of some steps, and the lowest, mean and highest value in these steps."""
+    """A point of a curve. It stands for a range of steps, with their lowest, mean and highest value."""
 
     step: float
     low: float
@@ -98,7 +98,7 @@ class Point(NamedTuple):
 
 
 class Curve:
-    """A curve in at most `BUCKETS` buckets of steps. If a step is behind the last bucket, all buckets become twice as wide."""
+    """A curve in at most `BUCKETS` ranges of steps. If a step does not fit any more, all ranges become twice as wide."""
 
     def __init__(self) -> None:
         self.width = 1
@@ -150,7 +150,7 @@ class TrainingLog:
         return more
 
     def left(self, total: int) -> float | None:
-        """Return the predicted seconds until update `total`, from the growth of the log. Return None before the log has grown."""
+        """Return the predicted seconds until update `total`, from the speed at which the log grows. Return None if it has not grown yet."""
         then, step = self._first or (0.0, self.step)
         seconds, updates = self.file.changed - then, self.step - step
         return (total - self.step) * seconds / updates if updates > 0 and seconds > 0 else None
@@ -180,7 +180,7 @@ class TrainingLog:
 
 
 class RunLog:
-    """The alarms and the last lines of a log, which is the run.log of a study or the log of a Slurm job."""
+    """The last lines and the alarms of a log: the run.log of a study, or the log of a Slurm job."""
 
     def __init__(self, path: Path):
         self.file = Follower(path, self._take, self._forget)
@@ -199,7 +199,7 @@ class RunLog:
 
     @property
     def alarms(self) -> list[str]:
-        """The newest 200 alarms, each with its time in brackets. The oldest comes first."""
+        """The newest 200 alarms (warnings of a training), each with its time in brackets. The oldest comes first."""
         found = (_ALARM.search(text) for _, text in sorted(self._alarms.items()))
         return [f"{alarm['text']} ({alarm['time']})" for alarm in found if alarm]
 

@@ -1,4 +1,4 @@
-"""CPU, memory and GPUs of this machine, and how much of them the processes of a run use."""
+"""The load of this machine: CPU, memory and GPUs, and the part that the processes of a run use."""
 
 import platform
 import shutil
@@ -38,21 +38,21 @@ class Use:
     host: str
     cores: int
     cpu: float
-    """Per cent of all cores."""
+    """CPU load of the machine, in per cent of all cores."""
     memory: int
     total: int
     own_processes: int
-    """Number of processes of the run on this machine. If it is 0, the other values of the run are 0 too."""
+    """Number of the run's processes on this machine. If it is 0, the other values that begin with `own` are 0 too."""
     own_cpu: float
-    """Per cent of one core."""
+    """CPU time of the run's processes, in per cent of one core."""
     own_memory: int
     gpus: tuple[Gpu, ...]
     note: str
-    """A sentence about values that cannot be measured from here. Empty if there are none."""
+    """A sentence about values that cannot be measured on this machine. Empty if there are none."""
 
 
 class Machine:
-    """Measures the load of this machine, for several threads. The load is the mean since the last measurement."""
+    """Measures the load of this machine, as a mean since the last measurement. Several threads may use it."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, float], psutil.Process] = {}
@@ -62,7 +62,7 @@ class Machine:
         psutil.cpu_percent()  # the first call has no load to return
 
     def look(self, runs: Iterable[LocalRun], *, elsewhere: bool) -> Use:
-        """Return the load now, or a measurement that is less than a second old. `elsewhere` is True if Slurm runs stages of the study."""
+        """Return the load now. If the last measurement is less than a second old, return that. `elsewhere` is True if Slurm runs stages."""
         with self._lock:
             if self._last is None or time.monotonic() - self._at >= _PAUSE:
                 self._last, self._at = self._look(runs, elsewhere=elsewhere), time.monotonic()

@@ -1,4 +1,4 @@
-"""The parts of the page as HTML. Every few seconds, the page asks for them and replaces the parts that have changed."""
+"""The page as HTML, in several parts. Every few seconds, the browser asks for the parts and replaces those that have changed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Panel:
 
 
 def shell(moment: Moment, parts: Mapping[str, str]) -> str:
-    """Return the HTML of the whole page. `parts` are the parts that it shows first."""
+    """Return the HTML of the whole page. `parts` is its first content."""
     own = files("tadistill.watch").joinpath("templates")
     style = f"{charts.style()}\n{own.joinpath('watch.css').read_text(encoding='utf-8')}"
     script = f"{charts.script()}\n{own.joinpath('watch.js').read_text(encoding='utf-8')}"
@@ -60,7 +60,7 @@ def shell(moment: Moment, parts: Mapping[str, str]) -> str:
 
 
 def title(moment: Moment) -> str:
-    """Return the title of the page for the browser's tab."""
+    """Return the title that the browser shows for the page."""
     return f"{moment.counts['done']}/{len(moment.stages)} {moment.state} · {moment.name}"
 
 
@@ -68,8 +68,8 @@ def render(moment: Moment, use: Use, wanted: Iterable[str], reports: Sequence[st
     """Return the parts of the page by id.
 
     Args:
-        wanted: ids of the nodes whose curves and samples are shown. If it is empty, the page chooses them.
-        reports: names of the study's files to which the page links.
+        wanted: ids of the graph's nodes whose curves and samples are shown. If it is empty, running stages are shown.
+        reports: names of the study's files to which the page has links.
     """
     nodes = nodes_of(moment.stages)
     wanted = set(wanted) & {node.id for node in nodes}

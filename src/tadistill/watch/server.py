@@ -63,16 +63,16 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print an error, unless it only says that the reader of the page has gone."""
+        """Print an error, unless it only says that the browser has closed the connection."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
     def state(self, wanted: Sequence[str] = (), have: Container[str] = ()) -> dict[str, Any]:
-        """Return the title, the seconds until a page should ask again, and the parts of the page with their digests.
+        """Return the title, the seconds until the browser should ask again, and the parts of the page with their digests.
 
         Args:
-            wanted: ids of the nodes whose curves are shown.
-            have: digests of parts that the page already has. These parts are left out.
+            wanted: ids of the graph's nodes whose curves are shown.
+            have: digests of the parts that the browser already has. These parts are left out.
         """
         moment = self.watched.look()
         use = self.machine.look(moment.runs, elsewhere=any(stage.elapsed for stage in moment.stages))
@@ -83,7 +83,10 @@ class Server(ThreadingHTTPServer):
 
 
 def make_server(study: Path, store: Store, *, port: int) -> Server:
-    """Return a server that listens. Raises ConfigError if the port is not free, and StoreError if the study's plan cannot be read."""
+    """Return a server that listens on the port.
+
+    Raises ConfigError if the port cannot be used, and StoreError if the plan of the study cannot be read.
+    """
     try:
         server = Server(study, store, port)
     except (OSError, OverflowError) as error:
@@ -100,7 +103,7 @@ def make_server(study: Path, store: Store, *, port: int) -> Server:
 
 
 def serve(study: Path, store: Store, port: int, console: Console) -> None:
-    """Serve the page until Ctrl-C, and print its address."""
+    """Print the address of the page, and serve the page until Ctrl-C."""
     with make_server(study, store, port=port) as server:
         number = server.server_address[1]
         console.print(f"{study.resolve().name}: {server.url} (Ctrl-C ends the page, but not the study)", highlight=False, soft_wrap=True)
@@ -183,9 +186,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def read_file(study: Path, name: str) -> bytes | None:
-    """Return the content of a regular file of the study's folder.
+    """Return the content of a file in the study's folder. Return None if it does not exist.
 
-    Return None for a missing file, and for a link, which may lead elsewhere.
+    Links are not followed, because they may lead out of the folder.
     """
     try:
         descriptor = os.open(study / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -196,9 +199,9 @@ def read_file(study: Path, name: str) -> bytes | None:
 
 
 def same_user(address: str, client: int, *, port: int) -> bool:
-    """Return False if a connection from `address` and `client` belongs to another user of this machine (known only on Linux).
+    """Return False if a connection belongs to another user of this machine. This is known only on Linux; elsewhere the result is True.
 
-    A port of 127.0.0.1 is open to all users of a login node. The tunnel of ssh belongs to the user who opened it.
+    All users of a login node can connect to a port of 127.0.0.1. `address` and `client` (a port) are the other end of the connection.
     """
     try:
         lines = _TABLE.read_text(encoding="ascii").splitlines()[1:]

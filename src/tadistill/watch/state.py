@@ -43,7 +43,7 @@ BAD = frozenset({"failed", "killed", "lost", "cancelled", "timeout", "out_of_mem
 
 @dataclass(frozen=True)
 class StageState:
-    """One stage of the plan, and its present state."""
+    """One stage of the plan and its present state."""
 
     key: str
     kind: str
@@ -52,7 +52,7 @@ class StageState:
     seed: int
     parents: Mapping[str, str]
     total: int
-    """The number of updates of a training. Other stages count rows, or nothing (1)."""
+    """The amount of work: updates of a training, rows of another stage, or 1 if a stage counts nothing."""
     state: str = "waiting"
     """One of done, running, waiting, queued, stopped, failed, killed, lost, or another state of Slurm in lower case."""
     note: str = ""
@@ -68,23 +68,23 @@ class StageState:
 
     @property
     def measures(self) -> bool:
-        """True if the stage only measures, and changes no model."""
+        """True if the stage only measures a model, and changes none."""
         return self.kind in KINDS and KINDS[self.kind].measures
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The newest text that a student sampled in one training."""
+    """The newest text that the student of one training has sampled."""
 
     step: int
     rows: tuple[tuple[str, str], ...]
-    """Prompts and responses."""
+    """Pairs of prompt and response."""
     changed: float
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A study at one moment."""
+    """The state of a study at one moment."""
 
     name: str
     at: float
@@ -97,9 +97,9 @@ class Moment:
     rollouts: Mapping[str, Rollouts]
     alarms: tuple[str, ...]
     lines: tuple[str, ...]
-    """The last lines of run.log."""
+    """The last lines of run.log, the log of the study."""
     unread: float
-    """The share of the logs' bytes that has not been read yet."""
+    """The share of the bytes in logs that has not been read yet."""
     damaged: int
     """The number of lines of training logs that cannot be read."""
     problems: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ class Moment:
 
     @property
     def run(self) -> LocalRun | None:
-        """The newest run on a machine."""
+        """The newest run without Slurm, or None."""
         return self.runs[-1] if self.runs else None
 
 
@@ -122,7 +122,7 @@ class _Slurm:
 
 
 class Watched:
-    """A study whose files are read again and again. Several threads may share it."""
+    """A study whose files are read again and again. Several threads may use it."""
 
     def __init__(self, study: Path, store: Store):
         self.study, self.store = study, store
@@ -138,7 +138,7 @@ class Watched:
         self._job_logs: dict[Path, RunLog] = {}
 
     def look(self) -> Moment:
-        """Return the state now, or the last state if it is less than a second old. Raises StoreError if plan.json cannot be read."""
+        """Return the state now. If the last state is less than a second old, return that. Raises StoreError if plan.json cannot be read."""
         with self._lock:
             if self._moment is None or not 0 <= time.time() - self._moment.at < _PAUSE:
                 self._moment = self._look()

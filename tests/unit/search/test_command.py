@@ -226,7 +226,7 @@ def test_a_budget_limits_what_is_tried():
             ["9 assistants make 512 paths", "lower `search.max_assistants`"],
         ),
         ({"models": {"t": model(32), "a": model(24), "s": model(8), "b": {"temper": {"of": "a", "like": "x"}}}, "arms": {"x": "t > s"}},
-         ["b takes its temperature from arm x", "set `temper.tau` of b"]),
+         ["b takes its temperature from arm x", "set its `temper.tau`"]),
     ],
 )  # fmt: skip
 def test_mistakes_cost_one_sentence_and_no_work(changes, words, tmp_path):

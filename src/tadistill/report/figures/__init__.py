@@ -1,1 +1,1 @@
-"""The figures of a report, as HTML elements. A function returns None or an empty dict if the study has no data for its figure."""
+"""The figures of a report, as HTML elements. If the study has no data for a figure, its function returns None or an empty dict."""

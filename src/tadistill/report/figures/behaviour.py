@@ -1,4 +1,4 @@
-"""Figures of training and behaviour: learning curves, exposure bias, calibration, and scores by reference length."""
+"""Figures of training and behaviour: learning curves, exposure bias, calibration, and scores by the length of the reference."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,9 +17,9 @@ _CALIBRATED = Look(GREY, "circle", "5 4")
 
 
 def exposure_figure(results: Results) -> Chart | None:
-    """Draw each arm's exposure bias (ExAccErr) by position. The thick line is the mean, and the faint lines are the seeds.
+    """Draw each arm's exposure bias (ExAccErr) by position in the answer. The thick line is the mean, and each faint line is one seed.
 
-    The mean is dotted at positions that fewer than 10 answers reach.
+    The mean is dotted where fewer than 10 answers are long enough.
     """
     found, styles = exposures(results), looks(results)
     if not found:
@@ -48,7 +48,9 @@ def _points(values: Array, start: int, end: int) -> tuple[list[int], list[float 
 
 
 def calibration_figures(results: Results) -> Mapping[str, Chart]:
-    """Draw the reliability diagrams of next tokens (``tokens``) and chosen labels (``labels``), if they were measured."""
+    """Draw reliability diagrams: ``tokens`` for the next token, ``labels`` for the chosen answer. Those that were not measured are left
+    out.
+    """
     panels: dict[str, Chart] = {}
     for what in ("tokens", "labels"):
         found = reliabilities(results, what)
@@ -64,7 +66,7 @@ def calibration_figures(results: Results) -> Mapping[str, Chart]:
 
 
 def length_figure(results: Results) -> Chart | None:
-    """Draw ROUGE-L by the length of the reference. For each range of lengths, the arms are side by side with 95 % intervals."""
+    """Draw ROUGE-L by the length of the reference, with 95 % intervals. For each range of lengths, the arms are side by side."""
     metric, styles = "rouge_l", looks(results)
     buckets = [bucket for bucket in BUCKETS if bucket_size(results, metric, bucket)]
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
@@ -88,9 +90,9 @@ def length_figure(results: Results) -> Chart | None:
 
 
 def curve_figures(curves: list[Curve], results: Results) -> dict[str, Chart]:
-    """Draw the learning curves. The result maps titles to figures. Training losses of different methods have their own figures.
+    """Draw the learning curves, and return the figures by title. Methods with different training losses have separate figures.
 
-    The thick line is the mean over seeds, and the faint lines are the seeds. The first figure is the primary metric on dev.
+    The thick line is the mean over seeds, and each faint line is one seed. The first figure shows the primary metric on dev.
     """
     first = f"dev/{primary_metric(results)}"
     panels: dict[str, Chart] = {}

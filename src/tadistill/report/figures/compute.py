@@ -1,4 +1,4 @@
-"""Figures of a study with `budgets`: quality over compute, and the difference from the reference arm at each budget."""
+"""Figures of a study with `budgets` (amounts of training compute): quality over compute, and the difference from the reference arm."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ _SHIFT = 1.02  # factor between the points of neighbouring curves, so that their
 
 
 def curves_figure(results: Results) -> Chart | None:
-    """Draw each arm's mean over its budgets, with its 95 % interval as a band. Return None if no arm has two budgets."""
+    """Draw each arm's mean score over its budgets, with its 95 % interval as a band. Return None if no arm has two budgets."""
     curves = [curve for curve in budget_curves(results) if len(curve.points) > 1]
     if not curves:
         return None
@@ -32,7 +32,7 @@ def curves_figure(results: Results) -> Chart | None:
 
 
 def gaps_figure(results: Results) -> Chart | None:
-    """Draw the paired difference of each arm from the reference arm at the same budget, with its 95 % interval."""
+    """Draw how much each arm differs from the reference arm at the same budget. Differences are paired, with 95 % intervals."""
     curves = [curve for curve in budget_curves(results) if any(p.gap for p in curve.points)]
     if not curves:
         return None
@@ -53,7 +53,10 @@ def gaps_figure(results: Results) -> Chart | None:
 
 
 def curve_sentences(results: Results) -> list[str]:
-    """Return the findings on each curve: where it crosses the reference arm's curve, what its last step gained, where it converges."""
+    """Return one sentence for each curve over budgets of training compute.
+
+    It says where the curve crosses that of the reference arm, what the last increase of the budget gained, and where the curve converges.
+    """
     metric, curves = primary_metric(results), budget_curves(results)
     found: list[str] = []
     for curve in curves:

@@ -1,4 +1,4 @@
-"""Figures of paths: the models with the distillations between them, and the error of each path's steps."""
+"""Figures of paths: the models and the distillations between them, and how much each step of a path adds to the divergence."""
 
 import re
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ NodeId = tuple[str, str]
 
 @dataclass
 class Node:
-    """A model in the figure of paths: the original teacher, an assistant or a student. Arms may share a trained assistant."""
+    """A model in the figure of paths: the original teacher, an assistant or a student. Arms that share its training share the node."""
 
     model: str
     row: int
@@ -33,7 +33,9 @@ class Node:
 
 
 def lattice(results: Results) -> Mapping[NodeId, Node]:
-    """Return the models of the figure of paths. A model is in the row of its first arm. Arms that share trained models are neighbours."""
+    """Return the models of the figure of paths. Each model is in the row of the first arm that uses it. Arms with common models are
+    neighbours.
+    """
     nodes: dict[NodeId, Node] = {}
     for row, (arm, ids) in enumerate(_ordered(results)):
         for index, (at, model) in enumerate(zip(ids, arm.path, strict=True)):
@@ -134,7 +136,7 @@ def _add_node(chart: Chart, results: Results, node: Node, at: tuple[float, float
 
 
 def method_looks(results: Results) -> Mapping[str, Look]:
-    """Return the look of each method in the figure of paths."""
+    """Return the look (colour and dash) of each method in the figure of paths."""
     return kinds(dict.fromkeys(node.kind for node in lattice(results).values() if node.parent is not None))
 
 
@@ -146,7 +148,10 @@ _ADDS, _TAKES = Look("var(--worse)"), Look("var(--better)")
 
 @dataclass(frozen=True)
 class Budget:
-    """The error budget of a path (nats/token). Its `terms` add up to KL(student ‖ teacher). `total` is this KL, measured separately."""
+    """How the models of a path add up to the divergence of its student from the teacher, KL(student ‖ teacher), in nats/token.
+
+    The sum of `terms` is this KL. `total` is the same KL, measured separately.
+    """
 
     arm: ArmRecord
     terms: tuple[tuple[str, Summary], ...]
@@ -175,7 +180,7 @@ def budgets(results: Results) -> list[Budget]:
 
 
 def budget_figures(results: Results) -> Mapping[str, Chart]:
-    """Draw each path's error budget as a waterfall chart. All charts have the same scale."""
+    """Draw each path's error budget as a waterfall chart: one bar for each term, and one for the sum. All charts have the same scale."""
     found = budgets(results)
     if not found:
         return {}

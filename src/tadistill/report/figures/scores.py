@@ -23,7 +23,7 @@ _MOST, _LAST = 0.08, 0.985  # shares of the width: how far a point is moved at m
 
 @dataclass(frozen=True)
 class ForestRow:
-    """The paired difference of the primary metric between an arm and its reference arm. `word` is the verdict, if there is one."""
+    """A row in the figure of differences: the paired difference of an arm and its reference arm. `word` is the verdict, if there is one."""
 
     arm: ArmRecord
     other: ArmRecord
@@ -33,7 +33,7 @@ class ForestRow:
 
 
 def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the arm with which an arm is compared: its equal-compute baseline, else the direct arm, else the first competitor."""
+    """Return the arm with which an arm is compared: its equal-compute baseline, or else the direct arm, or else the first competing arm."""
     teacher = results.plan.teacher
     if teacher is not None and arm.path == (teacher,):
         return None
@@ -44,9 +44,9 @@ def reference_of(results: Results, arm: ArmRecord) -> ArmRecord | None:
 
 
 def differences(results: Results) -> list[ForestRow]:
-    """Return the rows of the figure of differences. Paths with assistants come first, and large differences come before small ones.
+    """Return the rows of the figure of differences. Paths with assistants come first. Large differences come before small ones.
 
-    A study that distils nothing and has at most 15 pairs of models gets one row per pair.
+    If a study distils nothing and has at most 15 pairs of models, there is a row for each pair.
     """
     metric, decided = primary_metric(results), comparisons(results)
     if decided and len(decided) <= _PAIRS and all(c.against == "pair" for c in decided):
@@ -63,7 +63,7 @@ def differences(results: Results) -> list[ForestRow]:
 
 
 def difference_figure(results: Results) -> Chart | None:
-    """Draw the paired differences with 95 % intervals, a dot for each training seed, the zero line and the equivalence band."""
+    """Draw the paired differences with 95 % intervals, and a dot for each training seed. Zero and the equivalence margin are marked."""
     rows = differences(results)[::-1]
     if not rows:
         return None
@@ -97,7 +97,7 @@ def _difference_text(d: Difference, metric: str) -> str:
 
 
 def means_figure(results: Results) -> Chart | None:
-    """Draw each arm's mean of the primary metric over sets, with its interval and a dot for each seed. The best arm comes first."""
+    """Draw each arm's mean of the primary metric over test sets, with its interval and a dot for each seed. The best arm comes first."""
     metric, styles = primary_metric(results), looks(results)
     scored = [(results.summaries.get((arm.name, MEAN, metric)), arm) for arm in results.plan.arms]
     ranked: list[tuple[Summary, ArmRecord]] = sorted(((s, arm) for s, arm in scored if s is not None), key=lambda pair: pair[0].mean)
@@ -119,7 +119,7 @@ def means_figure(results: Results) -> Chart | None:
 
 @dataclass(frozen=True)
 class CostPoint:
-    """One arm in the figure of quality over compute. `x` is its place on the axis. Equal costs are moved apart."""
+    """One arm in the figure of quality over compute. `x` is its place on the axis. Points of equal cost are moved apart."""
 
     arm: ArmRecord
     flops: float
@@ -128,7 +128,7 @@ class CostPoint:
 
 
 def cost_points(results: Results, model: str) -> list[CostPoint]:
-    """Return the arms that train `model` and have known FLOPs, in the order of their FLOPs."""
+    """Return the arms that train `model` and have known FLOPs. Cheap arms come first."""
     metric = primary_metric(results)
     known = [
         (arm, arm.flops, s) for arm in results.plan.arms if arm.model == model and (s := results.summaries.get((arm.name, MEAN, metric)))
@@ -138,7 +138,7 @@ def cost_points(results: Results, model: str) -> list[CostPoint]:
 
 
 def cost_figure(results: Results, model: str) -> Chart | None:
-    """Draw the primary metric over training compute for the arms that end in `model`. Return None if there are fewer than two such arms."""
+    """Draw the primary metric over training compute, for the arms that train `model`. Return None if there are fewer than two."""
     points = cost_points(results, model)
     if len(points) < 2:
         return None
@@ -174,7 +174,10 @@ def _compute_axis(cheapest: float, dearest: float, *, log: bool, relative: str) 
 
 
 def _apart(places: Sequence[float]) -> list[float]:
-    """Return the places, in ascending order, moved a little until none hides another; unchanged if that takes more than a little."""
+    """Move places apart until no point hides another, and return them. The places are in ascending order.
+
+    If that needs more than a small move, they are returned unchanged.
+    """
     moved: list[float] = []
     for place in places:
         moved.append(max(place, moved[-1] + _NEAR) if moved else place)
@@ -188,7 +191,7 @@ def _apart(places: Sequence[float]) -> list[float]:
 
 
 def entropy_curves(results: Results) -> Mapping[str, list[Decoded]]:
-    """Return the points (entropy, metric) of each arm. Each decoding gives one point. Arms without a measured point are omitted."""
+    """Return the points (entropy, metric) of each arm, one for each decoding. Arms without a measured point are omitted."""
     metric = primary_metric(results)
     sets, decodings = sets_with(results, metric), list(results.plan.decodings)
     names = [arm.name for arm in results.plan.arms]
@@ -197,7 +200,7 @@ def entropy_curves(results: Results) -> Mapping[str, list[Decoded]]:
 
 
 def plane_figure(results: Results) -> Chart | None:
-    """Draw the primary metric against entropy. A line connects an arm's decodings. Return None if no arm has two decodings."""
+    """Draw the primary metric over entropy. A line connects the decodings of an arm. Return None if no arm has two decodings."""
     metric, styles, curves = primary_metric(results), looks(results), entropy_curves(results)
     if not any(len(points) > 1 for points in curves.values()):
         return None

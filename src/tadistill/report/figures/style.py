@@ -13,12 +13,12 @@ MANY = 12
 
 
 def looks(results: Results) -> Mapping[str, Look]:
-    """Return the look of each arm. It is the same in all figures and tables, and in the sample browser."""
+    """Return the look (colour, marker and dash) of each arm. An arm looks the same in all figures and tables."""
     return {arm.name: look(index) for index, arm in enumerate(results.plan.arms)}
 
 
 def kinds(names: Iterable[str]) -> Mapping[str, Look]:
-    """Return the look (a colour and a dash) of each kind of line, such as methods."""
+    """Return the look (a colour and a dash) for each kind of line, such as each method."""
     return {name: Look(f"var(--c{i % COLOURS})", "circle", _DASHES[i % len(_DASHES)]) for i, name in enumerate(names)}
 
 
@@ -30,10 +30,10 @@ def titled(metric: str) -> str:
 
 
 def rows_axis(count: int) -> Axis:
-    """Return the axis of a figure with `count` rows, which are at 0, 1, … from the bottom."""
+    """Return the axis of a figure with `count` rows. The rows are at 0, 1, … from the bottom."""
     return Axis(-0.5, count - 0.5, marks={}, grid=False)
 
 
 def span_axis(values: Iterable[float], title: str, *, zero: bool = False) -> Axis:
-    """Return a linear axis around the values."""
+    """Return a linear axis that includes the values."""
     return Axis(*nice_span(values, zero=zero), title)
