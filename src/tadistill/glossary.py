@@ -13,7 +13,7 @@ GLOSSARY: dict[str, str] = {
     "assistant": "A teacher assistant (TA): a model of middle size that first learns from the teacher and then teaches the student.",
     "path": "The models from the teacher to the student, such as xl > l > s; each > is one distillation.",
     "direct": "Distillation from the teacher to the student without an assistant.",
-    "hop": "One distillation of a path.",
+    "hop": "One distillation of a path, from one model to the next.",
     "equal-compute baseline": "A direct arm that trains longer, so that it costs as many FLOPs as the path through assistants.",
     "SFT": "Supervised fine-tuning: training on the answers of the data set, without a teacher.",
     "seed": "The number from which random draws start; each training seed gives one trained model, each decoding seed one set of answers.",

@@ -3,8 +3,8 @@
 function = load_function("mymodule:score", "/home/me/study")
 function.check("a metric is called with", "prediction", "references")
 
-MODULE is a file in the given folder (`mymodule.py`; `package.module` is `package/module.py`), or an installed module. The file is hashed,
-so that results change their key when the code changes. Commands that only read results never import the code.
+MODULE is a file in the given folder (`mymodule.py`; `package.module` is `package/module.py`), or an installed module. A stage's key depends
+on a hash of the file, so the stage runs again if the file has changed. Commands that only read results never import the code.
 """
 
 import difflib
@@ -27,7 +27,7 @@ _DIGEST = "__tadistill_source__"  # attribute of a module that was imported here
 
 @dataclass(frozen=True)
 class OwnFunction:
-    """A function of the user's code, with its name, its file and a digest of the file."""
+    """A metric or objective of the user, with its name, its file and a hash of the file."""
 
     name: str
     file: Path
@@ -38,7 +38,7 @@ class OwnFunction:
     def check(self, how: str, *positions: str, **settings: Any) -> None:
         """Raise a ConfigError if the function cannot be called with these arguments.
 
-        The message contains `how`, such as "a metric is called with".
+        `how` is a part of the message, such as "a metric is called with".
         """
         try:
             signature = inspect.signature(self.call)
@@ -54,7 +54,7 @@ class OwnFunction:
 
 
 def load_function(name: str, folder: str | Path | None = None) -> OwnFunction:
-    """Import a function.
+    """Import a metric or objective of the user.
 
     Args:
         name: MODULE:FUNCTION.
@@ -71,7 +71,13 @@ def load_function(name: str, folder: str | Path | None = None) -> OwnFunction:
     if not callable(found):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         close = difflib.get_close_matches(attribute, functions, n=1)
-        what = "is not a function" if found is not None else f"does not exist; did you mean `{close[0]}`?" if close else "does not exist"
+        what = (
+            "is not a function; name a function"
+            if found is not None
+            else f"does not exist; did you mean `{close[0]}`?"
+            if close
+            else "does not exist; correct the name"
+        )
         raise ConfigError(f"`{name}`: {attribute} in {file} {what}")
     return OwnFunction(name, file, digest, found)
 

@@ -1,8 +1,8 @@
 """Random numbers from addresses. The same address, such as (seed, stage, step, purpose), always gives the same random numbers.
 
-No random number depends on earlier draws. Only dropout uses torch's global generator. It is seeded from an address before every update,
-so a resumed run needs no saved generator state. For one seed, all runs of a study use the same data order and random numbers. Their
-differences are therefore less noisy.
+No random number depends on earlier draws. Only dropout uses torch's global generator, which is seeded from an address before every update.
+So a resumed run needs no saved generator state. All arms of a study use the same data order and the same random numbers for the same seed,
+so that their differences are less noisy.
 """
 
 import hashlib
@@ -19,8 +19,7 @@ def generator(*address: int | str) -> np.random.Generator:
 def uniforms(rows: list[int] | range, count: int, *address: int | str) -> np.ndarray:
     """Return float64 random numbers in [0, 1), of shape (len(rows), count).
 
-    The numbers of a row depend only on the row's id and the address. A sequence therefore gets the same numbers in any batch, order or
-    process.
+    The numbers of a row depend only on the row's id and the address. So a sequence gets the same numbers in any batch, order or process.
     """
     return np.stack([generator(*address, int(row)).random(count) for row in rows]) if len(rows) else np.empty((0, count))
 

@@ -42,7 +42,7 @@ def canonical(value: Any) -> str:
 
 
 def key_of(value: Any) -> str:
-    """Return the key of a stage's content. It consists of 16 hex digits of the content's SHA-256."""
+    """Return the key of a stage's content: the first 16 hex digits of the content's SHA-256."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
@@ -66,7 +66,7 @@ class Store:
     """The folders of all stages under one directory."""
 
     def __init__(self, root: Path, command: str = ""):
-        """Open a store. Messages about damaged files show `command`, which makes the damaged stages again."""
+        """Open a store. Messages about damaged files tell the user to run `command`, which makes the damaged stages again."""
         self.root = Path(root)
         self.command = command
 
@@ -87,14 +87,14 @@ class Store:
             ) from error
 
     def label(self, key: str) -> str:
-        """Return `LABEL (KEY)` of a stage for messages. It is only the key if the stage's folder has no label."""
+        """Return `LABEL (KEY)` of a stage, for messages. If the stage's folder has no label, return only the key."""
         try:
             return f"{json.loads((self.folder(key) / _STAGE).read_text(encoding='utf-8'))['label']} ({key})"
         except (OSError, ValueError, KeyError, TypeError):
             return key
 
     def redo(self, *keys: str) -> str:
-        """Return the instruction for damaged stages: which folders to delete, and which command creates them again."""
+        """Return what a user must do about damaged stages: which folders to delete, and which command to run again."""
         command = f"`{self.command}`" if self.command else "the recipe"
         return f"delete {', '.join(str(self.folder(key)) for key in keys)} and run {command} again"
 
@@ -110,7 +110,7 @@ class Store:
         file without a digest in the manifest is not checked.
 
         Raises:
-            StoreError: files have changed. It names all of them, their stages, and how to make the stages again.
+            StoreError: files have changed. The message names all of them, their stages, and how to make the stages again.
         """
         names, changed = tuple(names), dict[str, str]()
         for key in dict.fromkeys(keys):
@@ -171,7 +171,7 @@ class Store:
         return StoreError(f"cannot write to the store at {self.root}: {error.strerror}; set --runs DIR to a writable folder")
 
     def acquire(self, key: str, waiting: Callable[[], None]) -> "FileLock":
-        """Acquire the lock of a stage. Until then, `waiting` is called once a second; it may raise an error to give up."""
+        """Acquire the lock of a stage. If another process has it, call `waiting` once a second. `waiting` may raise an error to give up."""
         from filelock import Timeout
 
         lock = self.lock(key)

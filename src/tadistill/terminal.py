@@ -52,7 +52,7 @@ class Terminal(Console):
 
     @contextmanager
     def working(self, text: str) -> Iterator[None]:
-        """Show a moving sign with a text on a screen, while a command works and shows nothing else."""
+        """Show a spinner with a text on a terminal while the `with` block runs. Other outputs get nothing."""
         if not self.is_interactive or self.detail == "problems" or self.events:
             yield
         else:
@@ -71,10 +71,10 @@ class Terminal(Console):
 
 @contextmanager
 def output() -> Iterator[None]:
-    """Run a command inside this block. Characters that the output's encoding lacks are printed as escapes.
+    """Run a command inside the `with` block. Characters that the output's encoding lacks are printed as escapes.
 
-    The command ends if its output cannot be written. If the reader has gone (`| head`), it ends without a message and with exit code 141.
-    On a full disk it ends with one sentence and exit code 1.
+    The command ends if its output cannot be written. If the reader has closed the pipe (`| head`), the command ends without a message and
+    with exit code 141. On a full disk, it ends with one sentence and exit code 1.
     """
     codecs.register_error("tadistill", _replaced)
     for stream in (sys.stdout, sys.stderr):

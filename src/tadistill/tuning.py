@@ -1,7 +1,7 @@
 """Constants that two parts share: the code that does the work, and the plan that predicts its cost."""
 
 TILE_BYTES = 144 * 2**20
-"""Maximum size in bytes of the logits in one matrix product of the fused loss (`objectives.fused`). Student and teacher count together."""
+"""Maximum size in bytes of the logits of student and teacher together, in one matrix product of the fused loss (`objectives.fused`)."""
 GENERATION_BATCH = 64
 """Number of prompts in a batch when a teacher generates answers."""
 RECORDING_BATCH = 16

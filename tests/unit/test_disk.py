@@ -85,5 +85,5 @@ def test_a_digest_is_of_what_is_there_now(tmp_path):
 def test_a_file_in_the_place_of_a_folder_is_said(tmp_path):
     (tmp_path / "runs").write_text("")
     for write in (write_text, write_rows):
-        with pytest.raises(StoreError, match=r"cannot write .*: .*; a file has the name of one of its folders; choose another folder"):
+        with pytest.raises(StoreError, match=r"cannot write .*: .*; one of the folders in this path is a file; choose another folder"):
             write(tmp_path / "runs" / "study" / "a", "x")

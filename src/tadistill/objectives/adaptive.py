@@ -19,12 +19,11 @@ _HEAD_GUESS = 256
 def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, mu: float = 0.5, temperature: float = 1.0) -> Tensor:
     """Return the adaptive KL of teacher p and student q: w KL(p || q) + (1 - w) KL(q || p). No gradient flows through w.
 
-    The weight w compares p and q on the head and on the rest of the vocabulary. It is the sum of |p - q| over the head, divided by the
-    sum over the whole vocabulary. The head is the smallest set of the teacher's most probable tokens whose total probability is at least
-    `mu`. The authors' code leaves out the last token of this set.
+    Let H be the smallest set of the teacher's most probable tokens whose total probability is at least `mu`. The weight w is the sum of
+    |p - q| over H, divided by the sum of |p - q| over the whole vocabulary. The authors' code leaves out the last token of H.
 
     Args:
-        mu: probability of the head, in [0, 1]. At 0 the result equals `reverse_kl`, and at 1 it equals `forward_kl`.
+        mu: least total probability of H, in [0, 1]. At 0 the result equals `reverse_kl`, and at 1 it equals `forward_kl`.
 
     Other args, returns and errors are as in `forward_kl`. Source: Wu et al. 2025 (AKL), section 4.
     """
@@ -51,7 +50,7 @@ def _head_weight(p: Tensor, q: Tensor, mu: float) -> Tensor:
 
 
 def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> Tensor:
-    """Return the logits (..., V) of TAID's target. They are (1 - t) x the student's logits (detached) + t x the teacher's logits.
+    """Return the logits (..., V) of TAID's target: (1 - t) * student_logits.detach() + t * teacher_logits.
 
     At t = 0 the target is the student itself, and at t = 1 it is the teacher. Source: Shing et al. 2025 (TAID), Eq. 3.
     """
@@ -63,7 +62,7 @@ def taid_target(student_logits: Tensor, teacher_logits: Tensor, *, t: float) -> 
 
 
 def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float, temperature: float = 1.0) -> Tensor:
-    """Return the cross-entropy of the student to the target that `taid_target` returns. Its gradient is that of the forward KL.
+    """Return the cross-entropy of the student to the target of `taid_target`. It has the same gradient as the forward KL to this target.
 
     `TaidSchedule` needs this cross-entropy. For the KL itself, call `forward_kl` with the target as the teacher's logits.
 
@@ -111,12 +110,12 @@ class TaidSchedule:
 def contrastive(
     student_logits: Tensor, teacher_logits: Tensor, from_teacher: Tensor, *, alpha: float | Tensor = 0.1, temperature: float = 1.0
 ) -> Tensor:
-    """Return DistiLLM-2's loss. It is `skew_forward_kl` on the teacher's text, and `skew_reverse_kl` on the student's text.
+    """Return DistiLLM-2's loss: `skew_forward_kl` on text of the teacher, and `skew_reverse_kl` on text of the student.
 
     Args:
         student_logits, teacher_logits: (..., V).
         from_teacher: bool, broadcastable to (...). True where the teacher wrote the text.
-        alpha: skew in [0, 1], or a tensor of skews from `contrastive_alpha`, broadcastable to (...).
+        alpha: the `alpha` of both losses, in [0, 1]: a number, or a tensor from `contrastive_alpha`, broadcastable to (...).
 
     Returns and errors are as in `forward_kl`. Source: Ko et al. 2025 (DistiLLM-2), Eq. 5.
     """
@@ -131,15 +130,15 @@ def contrastive(
 
 
 def contrastive_alpha(gap: Tensor, anchor: float | Tensor, *, base: float = 0.1) -> Tensor:
-    """Return one skew per response: clip(1 - (1 - base) anchor / (gap + 1e-5), 0.01, base).
+    """Return the `alpha` of `contrastive`, one value per response: clip(1 - (1 - base) anchor / (gap + 1e-5), 0.01, base).
 
-    The skew is `base` if teacher and student differ on the response at least as much as usual (gap >= anchor). It is smaller if they differ
-    less. A negative gap also gives `base`.
+    The value is `base` if teacher and student differ on the response at least as much as usual (gap >= anchor). It is smaller if they
+    differ less. A negative gap also gives `base`.
 
     Args:
-        gap: (B,) mean probability of the response's tokens under its author minus the mean under the other model. Means are geometric.
+        gap: (B,) geometric mean of the tokens' probabilities under the model that wrote the response, minus the one under the other model.
         anchor: mean of all gaps so far in training.
-        base: the largest skew, in [0.01, 1].
+        base: the largest value, in [0.01, 1].
 
     Source: Ko et al. 2025 (DistiLLM-2), section 3.3.
     """

@@ -1,7 +1,7 @@
 """Checks of arguments that all objectives use. Each error message names the argument, its value and the allowed range.
 
-The checks look for a NaN in the result (one value per token) and not in the logits. A check therefore costs almost nothing on a CPU, and
-one synchronisation on a GPU. A caller can skip them with `deferred()`.
+The checks look for a NaN in the result, which has one value per token, and not in the logits. So a check takes almost no time on a CPU, and
+one synchronisation on a GPU. A caller can skip these checks with `deferred()`.
 """
 
 import math
@@ -29,7 +29,7 @@ def deferred() -> Iterator[None]:
 
 
 def is_deferred() -> bool:
-    """Return True inside `deferred()` and in code that torch compiles. The checks that read the values of tensors are then skipped."""
+    """Return True if checks that read the values of tensors are skipped: inside `deferred()`, and in code that torch compiles."""
     return _deferred.get() or torch.compiler.is_compiling()
 
 
@@ -47,30 +47,30 @@ def check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
 
 
 def within(name: str, value: float, low: float, high: float) -> None:
-    """Raise an error unless low <= value <= high."""
+    """Raise a ConfigError unless low <= value <= high."""
     if not low <= value <= high:
         raise ConfigError(f"`{name}` is {value}; it must be in [{low:g}, {high:g}]")
 
 
 def positive(name: str, value: float) -> None:
-    """Raise an error unless value is finite and above 0."""
+    """Raise a ConfigError unless `value` is finite and above 0."""
     if not (math.isfinite(value) and value > 0):
         raise ConfigError(f"`{name}` is {value}; it must be a finite number above 0")
 
 
 def finite(name: str, value: float) -> None:
-    """Raise an error unless value is finite."""
+    """Raise a ConfigError unless `value` is finite."""
     if not math.isfinite(value):
         raise ConfigError(f"`{name}` is {value}; it must be a finite number")
 
 
 def result(value: Tensor, **arguments: Tensor) -> Tensor:
-    """Return `value` if it contains no NaN. Otherwise raise an error that names the argument with the NaN."""
+    """Return `value` if it contains no NaN. Otherwise raise a ConfigError that names the argument with the NaN."""
     if is_deferred() or not bool(value.isnan().any()):
         return value
     for name, argument in arguments.items():
         if bool((argument.isnan() | argument.isposinf()).any()):
             raise ConfigError(f"`{name}` contains NaN or +inf, usually because the model has diverged; its values must be finite or -inf")
     raise ConfigError(
-        f"the divergence of {' and '.join(arguments)} is too large for floating point; their finite values must be between -1e15 and 1e15"
+        f"the divergence of {' and '.join(arguments)} is too large for a number of its dtype; all finite logits must be between -1e15 and 1e15"
     )

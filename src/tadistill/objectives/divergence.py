@@ -4,9 +4,8 @@ All functions take logits of shape (..., V) and return values of shape (...). Th
 float32, or in float64 for float64 logits. The temperature divides both logits; the value is not multiplied by the temperature squared.
 To stop the gradient to the teacher, the caller detaches its logits. A logit of -inf means a probability of 0.
 
-The divergences that most runs minimise have a second function, NAME_with_slope, with the same arguments. It returns the value (...) and
-the slope (..., V). The slope is the gradient of the value in the student's logits. Both have no graph. On a CPU this takes half the time
-of autograd.
+The most used divergences have a second function, NAME_with_slope, with the same arguments. It returns the value (...) and the slope
+(..., V), which is the gradient of the value in the student's logits. It uses no autograd, and takes half the time of autograd on a CPU.
 """
 
 import math
@@ -94,7 +93,7 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, *, beta: floa
     special cases: the formula itself goes to 0 at both ends.
 
     Args:
-        beta: weight of the teacher, in [0, 1]. DistiLLM's `lam` and KDFlow's `jsd_beta` are 1 - beta.
+        beta: weight of the teacher, in [0, 1]. The weights `lam` of DistiLLM and `jsd_beta` of KDFlow are equal to 1 - beta.
 
     Other args, returns and errors are as in `forward_kl`. Source: Agarwal et al. 2024 (GKD), Eq. 1.
     """
@@ -217,14 +216,14 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def both_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities (log q, log p) of student and teacher. Shapes and temperature are checked first."""
+    """Check shapes and temperature, and return the log-probabilities of student and teacher (log q, log p), each (..., V)."""
     checks.check_pair(student_logits, teacher_logits)
     checks.positive("temperature", temperature)
     return log_probs(student_logits, temperature), log_probs(teacher_logits, temperature)
 
 
 def mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """Return the log-probabilities of a mixture: log(weight a + (1 - weight) b)."""
+    """Return the log-probabilities (..., V) of a mixture of the distributions a and b: log(weight a + (1 - weight) b)."""
     if weight in (0, 1):
         return log_a if weight == 1 else log_b
     return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))

@@ -26,8 +26,8 @@ def alpha_beta(
     exactly 0, the result is the limit of the formula. If one of them is closer to 0 than 1e-3, float32 loses digits.
 
     Args:
-        alpha, beta: finite. The defaults are ABKD's for GPT-2; ABKD uses 0.5 and 0.5 for OpenLLaMA2. If one of them is negative, the value
-            is unbounded, and it is undefined where a probability is 0.
+        alpha, beta: finite. The defaults are those of ABKD for GPT-2. For OpenLLaMA2, ABKD uses 0.5 and 0.5. If one of them is negative,
+            the divergence is unbounded, and it is undefined where a probability is 0.
 
     Other args, returns and errors are as in `forward_kl`. Source: Wang et al. 2025 (ABKD), Eq. 5; Cichocki et al. 2011.
     """
@@ -53,7 +53,7 @@ def _ab(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
     value = terms.sum(-1)
     if min(alpha, beta, total) < 0 and _overflowed(value, log_p, log_q):
         raise ConfigError(
-            f"`alpha` is {alpha} and `beta` is {beta}; a negative value makes the divergence undefined for probabilities near 0; use "
+            f"`alpha` is {alpha} and `beta` is {beta}; with a negative value, the divergence is not defined for probabilities near 0; use "
             "values >= 0"
         )
     return value
@@ -82,10 +82,10 @@ def alpha_mixture(
     the geometric mixture, and alpha = 3 gives the harmonic mixture. The gradient flows through r.
 
     Args:
-        alpha: a finite number that selects the kind of mixture.
+        alpha: a finite number that selects the kind of mixture, as above.
         lam: the teacher's share of the mixture, in [0, 1].
         pair: which two distributions are compared. For example, `pr` is the divergence from p to r.
-        ab_parameters: (alpha, beta) of `alpha_beta`, which is the divergence. (1, 0) is the KL. AMiD also uses (0.2, 0.7).
+        ab_parameters: alpha and beta of the divergence, which is `alpha_beta`. (1, 0) gives the KL divergence. AMiD also uses (0.2, 0.7).
 
     Other args, returns and errors are as in `forward_kl`. Source: Shin et al. 2025 (AMiD); the defaults are those of the WASD paper.
     """

@@ -3,9 +3,9 @@
     mean, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=mask / mask.sum(), beta=0.1)
     mean.backward()  # the mask includes the factor 1 / count, so no second copy of the head's gradient is made
 
-The tokens are processed in tiles. A matrix product takes a large tile, whose size `TILE_BYTES` limits. The objective takes a small tile,
-which stays in the cache. The forward pass also computes the gradient, either by autograd or by a faster NAME_with_slope function. The
-gradient overwrites the logits. The backward pass only returns it.
+The tokens are processed in tiles (groups of tokens). Matrix products use large tiles of at most `TILE_BYTES`. The objective uses small
+tiles, which stay in the processor's cache. The forward pass already computes the gradient, either by autograd or by a faster
+NAME_with_slope function, and stores it in the memory of the logits. The backward pass only returns this gradient.
 
 Axes: N tokens, n tokens of a small tile, H hidden, V vocabulary, K terms.
 """
@@ -56,14 +56,14 @@ def fused_divergence(
 
     Args:
         divergence: any function of `tadistill.objectives` that takes the logits of two models.
-        student_hidden: (..., H) last hidden states, with a graph.
+        student_hidden: (..., H) last hidden states, with an autograd graph.
         teacher: one target, or several with a `mixture`. No gradient reaches a target.
         mask: (...) bool, True for a token that is included (all tokens by default), or one weight per token.
-        vocab: cut both heads (or teacher logits) to the first `vocab` tokens, and renormalise.
+        vocab: use only the first `vocab` tokens of both heads (or of the teacher's logits), and normalise the probabilities over them.
 
     Returns:
-        Two tensors. The first is the weighted sum, a scalar with a graph to the hidden states and to the head's weight and bias. The second
-        has the detached values (...). Where the mask is zero, nothing is computed and the values are zero.
+        Two tensors. The first is the weighted sum, a scalar with gradients to the hidden states and to the head's weight and bias. The
+        second has the value of each token (...), without a graph. Where the mask is zero, nothing is computed and the values are zero.
 
     Raises:
         ConfigError: shapes do not fit, a parameter is out of range, or a result is NaN.
@@ -95,7 +95,7 @@ def fused_divergence(
 def fused_terms(
     terms: Sequence[Term], hidden: Tensor, head: Head, weights: Tensor, *, teachers: Sequence[Target] = (), vocab: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of several loss terms over the tokens, computed as in `fused_head`."""
+    """Compute several loss terms with `fused_head`. Return their weighted sum over the tokens, and the values (K, N) of each term."""
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
         return torch.stack([term.values(logits, targets, rows) for term in terms])
@@ -147,13 +147,13 @@ def fused_head(
     Args:
         hidden: (N, H).
         values: called on small tiles. Autograd is on if a gradient is needed.
-        weights: (K, N) or (K, 1). They should include the factor 1 / count, because backward then has nothing to scale.
-        slopes: a function that is called instead of `values` if a gradient is needed and `head.plain` is true. It returns the gradient too.
-        teachers: targets over the same N tokens.
+        weights: (K, N) or (K, 1). If they include the factor 1 / count, the backward pass need not scale the gradient.
+        slopes: a function that also returns the gradient. It is called instead of `values` if one is needed and `head.plain` is true.
+        teachers: the teachers' outputs at the same N tokens.
         vocab: as in `fused_divergence`.
 
     Returns:
-        The scalar sum, with a graph; and the detached values (K, N). A NaN is returned and raises no error.
+        The scalar sum, with an autograd graph; and the values (K, N), without a graph. A NaN is returned and raises no error.
     """
     width = _width(head, teachers, vocab)
     _same_tokens(hidden, teachers)
@@ -175,7 +175,7 @@ def _same_tokens(hidden: Tensor, teachers: Sequence[Target]) -> None:
     for target in teachers:
         found, expected = tuple(per_token(target).shape[:-1]), tuple(hidden.shape[:-1])
         if found != expected:
-            raise ConfigError(f"`teacher` has positions {found}, but `student_hidden` has {expected}; give both for the same tokens")
+            raise ConfigError(f"`teacher` has tokens of shape {found}, but `student_hidden` has {expected}; give both for the same tokens")
 
 
 def _width(head: Head, teachers: Sequence[Target], vocab: int | None) -> int:
@@ -197,7 +197,7 @@ _watcher: ContextVar[Callable[[Head, int, int, bool], None] | None] = ContextVar
 
 @contextmanager
 def heads_watched(watcher: Callable[[Head, int, int, bool], None]) -> Iterator[None]:
-    """Inside the block, call `watcher(head, tokens, vocabulary, with_gradient)` for every head that `fused_head` uses."""
+    """Inside the `with` block, call `watcher(head, number of tokens, vocabulary size, with gradient)` for every head that is used."""
     token = _watcher.set(watcher)
     try:
         yield

@@ -7,7 +7,7 @@ p. With ratio = q(y_t) / p~(y_t), the paper's loss at token t (Eq. 7, Algorithm 
 
 The advantage A_t is the length-normalised sum of the later rewards log p(y_s) - log q_old(y_s) (`returns`, Eq. 3 and 6). No gradient
 goes through A_t, nor through the ratio in front of the KL. docs/concepts/minillm.md lists where the released code differs from the paper.
-The functions' parameters select either of the two. `tadistill.train.step` builds a batch's loss from these functions.
+Parameters of the functions select the paper's form or the code's form. `tadistill.train.step` builds the loss of a batch from them.
 
 Axes: B sequences, T positions.
 """
@@ -59,7 +59,7 @@ def returns(
 
 
 def moments(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the sum and the sum of squares of the values where the mask is True, as a float64 tensor. `whiten` takes their totals."""
+    """Return the sum and the sum of squares of the values where the mask is True, as a float64 tensor (2,). `whiten` needs them."""
     values = torch.where(mask_BT, values_BT, torch.zeros_like(values_BT)).double()
     return torch.stack([values.sum(), values.square().sum()])
 
@@ -69,8 +69,7 @@ def whiten(values: Tensor, sums: Tensor, places: float) -> Tensor:
 
     Args:
         sums: `moments` of all values.
-        places: the divisor of both sums. MiniLLM's released code also counts padding here, as values of zero. Otherwise it is the number
-            of values.
+        places: the divisor of both sums, usually the number of values. MiniLLM's released code also counts padding, as values of zero.
     """
     mean, square = (sums / places).unbind()
     variance = (square - mean.square()).clamp(min=0)

@@ -55,10 +55,10 @@ def k3(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
 
 def no_teacher(student_log_probs: Tensor, *, below: float) -> Tensor:
-    """Return log q for tokens with a probability q below `below`, and 0 for all other tokens. It is a control for on-policy distillation.
+    """Return log q for tokens with a probability q below `below`, and 0 for all other tokens.
 
-    On tokens drawn from q, its gradient is a policy gradient with an advantage of -1 on unlikely tokens. These tokens become less likely,
-    without any teacher.
+    This loss is a control for on-policy distillation: unlikely tokens become less likely without a teacher. On tokens drawn from q, its
+    gradient is a policy gradient with an advantage of -1 for the unlikely tokens.
 
     Args:
         student_log_probs: log-probabilities of the tokens, of any shape.
@@ -70,9 +70,9 @@ def no_teacher(student_log_probs: Tensor, *, below: float) -> Tensor:
 
 
 def token_loss_with_slope(student_logits: Tensor, tokens: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the values (...) and the slope (..., V) of a loss that takes the tokens' log-probabilities. Both have no graph.
+    """Return the values (...) of a loss that takes the tokens' log-probabilities, and its gradient in the logits (..., V).
 
-    The slope is the gradient of the value in the logits.
+    Neither of the two has an autograd graph.
     """
     log_q, at = log_probs(student_logits), tokens.unsqueeze(-1)
     leaf = log_q.gather(-1, at).requires_grad_()

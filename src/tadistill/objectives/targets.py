@@ -170,7 +170,7 @@ class TargetMixture:
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's k most probable tokens. A recorded teacher output stores them instead of V logits."""
+    """A teacher's k most probable tokens. Recorded teacher outputs contain them instead of all V logits."""
 
     ids: Tensor
     """Token ids (..., K)."""
@@ -197,14 +197,14 @@ class TopK:
         Use them in a divergence at temperature 1.
 
         Raises:
-            ConfigError: an id is outside the student's vocabulary. Or there is a tail and the temperature is not 1: the probability of the
-                other tokens is known at temperature 1 only.
+            ConfigError: an id is outside the student's vocabulary, or there is a tail and `temperature` is not 1. (The probability of the
+                other tokens is known at temperature 1 only.)
         """
         checks.positive("temperature", temperature)
         width = student_logits.shape[-1]
         if self.ids.shape[:-1] != student_logits.shape[:-1] or self.ids.shape != self.log_probs.shape:
             raise ConfigError(
-                f"`student_logits` {tuple(student_logits.shape)}, `ids` {tuple(self.ids.shape)} and `log_probs` "
+                f"the shapes of `student_logits` {tuple(student_logits.shape)}, `ids` {tuple(self.ids.shape)} and `log_probs` "
                 f"{tuple(self.log_probs.shape)} do not fit; `ids` and `log_probs` need the same shape, and `student_logits` may differ "
                 "only in the last axis"
             )
@@ -228,7 +228,7 @@ Target = Tensor | Hidden | TopK
 
 
 def per_token(target: Target) -> Tensor:
-    """Return the tensor inside a target (logits, hidden states or log-probabilities) with one row per token."""
+    """Return the tensor of a target that has one row per token: its logits, hidden states or log-probabilities."""
     return target.states if isinstance(target, Hidden) else target.log_probs if isinstance(target, TopK) else target
 
 
