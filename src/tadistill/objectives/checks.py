@@ -72,5 +72,5 @@ def result(value: Tensor, **arguments: Tensor) -> Tensor:
         if bool((argument.isnan() | argument.isposinf()).any()):
             raise ConfigError(f"`{name}` contains NaN or +inf, usually because the model has diverged; its values must be finite or -inf")
     raise ConfigError(
-        f"the divergence of {' and '.join(arguments)} is too large for a number of its dtype; all finite logits must be between -1e15 and 1e15"
+        f"the divergence of {' and '.join(arguments)} overflows; all finite values in these arguments must be between -1e15 and 1e15"
     )
