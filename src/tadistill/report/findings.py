@@ -13,8 +13,8 @@ from tadistill.report.tables import stage_rows
 from tadistill.results.budgets import budget_curves
 from tadistill.results.collect import Results, primary_metric, seeds_of
 from tadistill.results.compare import MAIN
-from tadistill.results.curves import Curve
-from tadistill.results.samples import Samples
+from tadistill.results.curves import Curve, learning_curves
+from tadistill.results.samples import Samples, samples
 from tadistill.results.units import number, signed
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, comparisons
 
@@ -33,6 +33,21 @@ class Section:
     anchor: str
     name: str
     finding: str
+
+
+def sections(results: Results) -> list[Section]:
+    """Return the sections of the page with their headings. A section without content is omitted."""
+    measured, curves, found = bool(results.summaries), learning_curves(results), samples(results)
+    candidates = (
+        ("against", "Comparison", measured, lambda: against(results)),
+        ("compute", "Compute", measured and any(len(curve.points) > 1 for curve in budget_curves(results)), lambda: over_compute(results)),
+        ("paths", "Paths", any(len(arm.path) > 1 for arm in results.plan.arms), lambda: paths(results)),
+        ("learning", "Learning", any(curve.arm is not None for curve in curves), lambda: learning(results, curves)),
+        ("answers", "Answers", found, lambda: answers(results, found)),
+        ("behaviour", "Behaviour", measured, lambda: behaviour(results)),
+        ("how", "How", True, lambda: how(results)),
+    )
+    return [Section(anchor, name, finding()) for anchor, name, needed, finding in candidates if needed]
 
 
 def against(results: Results) -> str:

@@ -3,7 +3,8 @@
 The first screen has the question, the answer, one figure and a table of arms. Each section below begins with its main finding. Tables and
 definitions are closed until the reader opens them.
 
-To add a section, add three things: its heading in `findings`; its block in ``templates/report.html.j2``; and an entry in `_sections`.
+To add a section, add three things: its heading and its entry in `findings.sections`; its block in ``templates/report.html.j2``; and the
+numbers that it shows in `record`.
 """
 
 import json
@@ -24,7 +25,6 @@ from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published
 from tadistill.report.explain import cautions, verdict_text
 from tadistill.report.figures import behaviour, compute, paths, scores
 from tadistill.report.figures.style import looks, titled
-from tadistill.report.findings import Section
 from tadistill.report.tables import (
     CostRow,
     comparison_table,
@@ -39,7 +39,7 @@ from tadistill.report.tables import (
 from tadistill.report.text import answer, student_of
 from tadistill.results import units
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, seeds_of
-from tadistill.results.curves import Curve, learning_curves
+from tadistill.results.curves import learning_curves
 from tadistill.results.samples import Samples, judgements, samples, shown_first
 from tadistill.results.verdict import comparisons
 from tadistill.visible import visible, visible_parts
@@ -77,8 +77,7 @@ def render_page(results: Results) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(embedded=_embedded, prose=_prose)
-    curves, found = learning_curves(results), samples(results)
-    shown = {**_first(results), **_sections(results, curves, found), **_samples(results, found)}
+    shown = {**_first(results), **_sections(results), **_samples(results, samples(results))}
     return environment.get_template("report.html.j2").render(charts=charts, **shown)
 
 
@@ -172,23 +171,14 @@ def _progress(results: Results) -> list[tuple[str, int, int]]:
 # --- the sections -----------------------------------------------------------------------------------------------------
 
 
-def _sections(results: Results, curves: list[Curve], found: Samples) -> dict[str, Any]:
+def _sections(results: Results) -> dict[str, Any]:
     measured, stages = bool(results.summaries), stage_rows(results)
     lattice, budgets = paths.lattice_figure(results), paths.budget_figures(results)
     exposure, lengths, plane = behaviour.exposure_figure(results), behaviour.length_figure(results), scores.plane_figure(results)
     over_budgets = compute.curves_figure(results) if measured else None
-    panels, judged = behaviour.curve_figures(curves, results), judgements(results.study_dir)
-    candidates = (
-        ("against", "Comparison", measured, lambda: findings.against(results)),
-        ("compute", "Compute", over_budgets, lambda: findings.over_compute(results)),
-        ("paths", "Paths", lattice, lambda: findings.paths(results)),
-        ("learning", "Learning", panels, lambda: findings.learning(results, curves)),
-        ("answers", "Answers", found, lambda: findings.answers(results, found)),
-        ("behaviour", "Behaviour", measured, lambda: findings.behaviour(results)),
-        ("how", "How", True, lambda: findings.how(results)),
-    )
+    panels, judged = behaviour.curve_figures(learning_curves(results), results), judgements(results.study_dir)
     return {
-        "sections": [Section(anchor, name, finding()) for anchor, name, needed, finding in candidates if needed],
+        "sections": findings.sections(results),
         "differences": _markup(scores.difference_figure(results)) if measured else None,
         "verdicts": [verdict_text(results, c) for c in comparisons(results)] if measured else [],
         "analysis": [(a, [(row, _row_plot(a, row)) for row in a.rows]) for a in analyses(results)] if measured else [],

@@ -4,15 +4,24 @@ import csv
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+import numpy as np
+
 from tadistill.disk import write_text
 from tadistill.report.analysis import analyses
-from tadistill.report.explain import undecided_text, verdict_text
+from tadistill.report.explain import cautions, undecided_text, verdict_text
 from tadistill.report.figures import scores
+from tadistill.report.figures.paths import lattice
+from tadistill.report.findings import sections
+from tadistill.report.tables import CostRow, cost_rows, ledger_rows, stage_rows, versions
 from tadistill.report.text import answer
-from tadistill.results.collect import MEAN, Results, Row, primary_metric
+from tadistill.results.budgets import BudgetCurve, budget_curves
+from tadistill.results.collect import MEAN, Results, Row, Summary, primary_metric
+from tadistill.results.compare import BUCKETS, bucket_size, bucket_summary
+from tadistill.results.curves import exposures, last_dev_value, learning_curves, reliabilities
 from tadistill.results.verdict import Comparison, comparisons, pairs
 from tadistill.statistics import Difference
 from tadistill.visible import guarded
@@ -25,11 +34,25 @@ def write_results(results: Results) -> None:
         "command": results.plan.command,
         "data": [split.record for split in results.used],
         "answer": asdict(answer(results)),
+        "findings": {section.anchor: section.finding for section in sections(results)},
+        "cautions": cautions(results) if results.summaries else [],
+        "models": results.plan.parameters,
+        "arms": [_arm(results, row) for row in cost_rows(results)],
         "rows": [vars(row) for row in results.rows],
         "means": means(results),
         "differences": differences(results),
         "comparisons": [_comparison(comparison) for comparison in comparisons(results)],
         "verdicts": verdicts(results),
+        "explanations": explanations(results),
+        "budgets": [_budget(curve) for curve in budget_curves(results)],
+        "paths": distillations(results),
+        "lengths": lengths(results),
+        "curves": curves(results),
+        "exposure": exposure(results),
+        "calibration": calibration(results),
+        "ledger": [asdict(row) for row in ledger_rows(results)],
+        "stages": [{"key": r.stage.key, "label": r.stage.label, "seconds": r.manifest and r.manifest.seconds} for r in stage_rows(results)],
+        "versions": versions(stage_rows(results)),
     }
     write_text(results.study_dir / "results.json", _json(content))
     write_text(results.study_dir / "results.csv", _csv(results))
@@ -55,28 +78,45 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _arm(results: Results, row: CostRow) -> dict[str, Any]:
+    arm = row.arm
+    return {
+        "arm": arm.name,
+        "path": arm.path_text,
+        "method": arm.method,
+        "model": arm.model,
+        "parameters": row.parameters,
+        "compute": arm.compute,
+        "flops": row.flops,
+        "relative": None if row.relative is None else _rounded(row.relative),
+        "relative_to": row.direct,
+        "seeds": sorted(results.scores[arm.name]),
+        "planned_seeds": sorted(arm.evaluate),
+        "published": asdict(arm.published) if arm.published else None,
+    }
+
+
 def means(results: Results) -> list[dict[str, Any]]:
     """Return all means over training seeds that the page shows: for each test set, and over all sets (the set `mean`)."""
     found: list[dict[str, Any]] = []
     for (arm, of_set, metric), s in (*results.summaries.items(), *results.averages.items()):
         ends = {name: None if (end := getattr(s, name, None)) is None else _rounded(end) for name in ("low", "high")}
-        per_seed = {str(seed): _rounded(value) for seed, value in s.per_seed.items()}
-        found.append({"arm": arm, "set": of_set, "metric": metric, "value": _rounded(s.mean), **ends, "per_seed": per_seed})
+        found.append({"arm": arm, "set": of_set, "metric": metric, "value": _rounded(s.mean), **ends, "per_seed": _per_seed(s.per_seed)})
     return found
 
 
 def differences(results: Results) -> list[dict[str, Any]]:
     """Return the paired differences that the page shows: each arm against its reference arm, and the rows of the analysis."""
     metric = primary_metric(results)
-    shown = (
-        {(row.arm.name, row.other.name, metric, MEAN): row.difference for row in scores.differences(results)} if results.summaries else {}
-    )
+    rows = scores.differences(results) if results.summaries else []
+    shown = {(row.arm.name, row.other.name, metric, MEAN): row.difference for row in rows}
+    per_seed = {(row.arm.name, row.other.name, metric, MEAN): _per_seed(row.per_seed) for row in rows}
     for found in analyses(results) if results.summaries else ():
         for row in found.rows:
             if row.difference is not None:
                 shown[found.arm, found.other, row.metric, row.where] = row.difference
     names = ("arm", "other", "metric", "where")
-    return [dict(zip(names, at, strict=True)) | _difference(d) for at, d in shown.items()]
+    return [dict(zip(names, at, strict=True)) | _difference(d) | {"per_seed": per_seed.get(at)} for at, d in shown.items()]
 
 
 def verdicts(results: Results) -> list[dict[str, str | None]]:
@@ -112,7 +152,7 @@ def _comparison(c: Comparison) -> dict[str, Any]:
         "margin": c.margin,
         "equivalent": c.equivalent,
         "detectable": None if c.detectable is None else _rounded(c.detectable),
-        "per_seed": {str(seed): _rounded(value) for seed, value in c.per_seed.items()},
+        "per_seed": _per_seed(c.per_seed),
         "verdict": c.word,
         "credit": c.credit,
         "controls": {name: None if d is None else _difference(d) for name, d in controls.items()},
@@ -120,6 +160,89 @@ def _comparison(c: Comparison) -> dict[str, Any]:
         "selection": None if c.selection is None else asdict(c.selection),
         "decoding_seeds": list(c.decoding_seeds),
     }
+
+
+def explanations(results: Results) -> list[dict[str, Any]]:
+    """Return the possible explanations of each comparison, as the page shows them."""
+    return [
+        {"arm": found.arm, "other": found.other, "title": e.title, "sentences": e.sentences}
+        for found in (analyses(results) if results.summaries else ())
+        for e in found.explanations
+    ]
+
+
+# --- the values of figures ----------------------------------------------------------------------------------------------
+
+
+def _budget(curve: BudgetCurve) -> dict[str, Any]:
+    points = [
+        {"times": p.times, "arm": p.arm, "flops": p.flops} | _summary(p.summary) | {"gap": p.gap and _difference(p.gap)}
+        for p in curve.points
+    ]
+    ends = {name: None if (found := getattr(curve, name)) is None else asdict(found) for name in ("crossing", "limit")}
+    return {"arm": curve.name, "points": points, **ends, "last_gain": curve.last_gain and _difference(curve.last_gain)}
+
+
+def distillations(results: Results) -> list[dict[str, Any]]:
+    """Return the lines of the figure of paths. Each is one distillation, with the FLOPs of one seed and an assistant's last dev value."""
+    nodes, metric = lattice(results), primary_metric(results)
+    found: list[dict[str, Any]] = []
+    for at, node in nodes.items():
+        if node.parent is not None:
+            dev = None if at[0] == "arm" else last_dev_value(results, node.arms[0], node.model, metric)
+            facts = {"teacher": nodes[node.parent].model, "student": node.model, "method": node.kind, "flops": node.flops}
+            found.append({"arms": [arm.name for arm in node.arms]} | facts | {"dev": None if dev is None else _rounded(dev)})
+    return found
+
+
+def lengths(results: Results) -> list[dict[str, Any]]:
+    """Return each arm's mean of ROUGE-L over the prompts whose first reference has `first` to `last` tokens."""
+    metric = "rouge_l"
+    return [
+        {"arm": arm.name, "metric": metric, "first": b[0], "last": b[1], "prompts": bucket_size(results, metric, b)} | _summary(s)
+        for arm in results.plan.arms
+        for b in BUCKETS
+        if (s := bucket_summary(results, arm.name, metric, b))
+    ]
+
+
+def curves(results: Results) -> list[dict[str, Any]]:
+    """Return the learning curves of the last training of each arm. The seed null is the mean over the seeds."""
+    found: list[dict[str, Any]] = []
+    for curve in (curve for curve in learning_curves(results) if curve.arm is not None):
+        for seed, (steps, values) in {None: curve.mean, **(curve.seeds if len(curve.seeds) > 1 else {})}.items():
+            found.append({"arm": curve.name, "metric": curve.metric, "seed": seed, "steps": steps, "values": values})
+    return found
+
+
+def exposure(results: Results) -> list[dict[str, Any]]:
+    """Return the exposure bias of each arm at the positions 1, 2, ... of a response. The seed null is the mean over the seeds."""
+    found: list[dict[str, Any]] = []
+    for arm, bias in exposures(results).items():
+        series = {None: bias.mean, **(bias.seeds if len(bias.seeds) > 1 else {})}
+        found += [
+            {"arm": arm, "seed": seed, "solid": bias.solid, "values": [round(float(v), 4) for v in values]}
+            for seed, values in series.items()
+            if np.isfinite(values).any()
+        ]
+    return found
+
+
+def calibration(results: Results) -> list[dict[str, Any]]:
+    """Return the reliability diagrams: the mean confidence and the share of correct predictions in each bin, in per cent."""
+    return [
+        {"arm": arm, "what": what} | {name: getattr(bins, name).round(3).tolist() for name in ("confidence", "correct", "count")}
+        for what in ("tokens", "labels")
+        for arm, bins in reliabilities(results, what).items()
+    ]
+
+
+def _summary(s: Summary) -> dict[str, Any]:
+    return {"value": _rounded(s.mean), "low": _rounded(s.low), "high": _rounded(s.high)}
+
+
+def _per_seed(values: Mapping[int, float]) -> dict[str, float]:
+    return {str(seed): _rounded(value) for seed, value in values.items()}
 
 
 def _difference(d: Difference) -> dict[str, float]:

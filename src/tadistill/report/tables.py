@@ -258,21 +258,36 @@ def _cost(results: Results) -> Table:
     )
 
 
-def _ledger(results: Results) -> Table | None:
-    groups: dict[str, list[StageRow]] = {}
+@dataclass(frozen=True)
+class LedgerRow:
+    """The compute of the stages that differ only in their seed: the means of their predicted FLOPs, metered FLOPs and seconds."""
+
+    stage: str
+    predicted: float
+    metered: float
+    seconds: float
+
+
+def ledger_rows(results: Results) -> list[LedgerRow]:
+    """Return the predicted and metered compute of all finished trainings, without dev evaluations."""
+    groups: dict[str, list[tuple[float, float, float]]] = {}
     for row in stage_rows(results):
         if row.manifest is not None and row.manifest.flops is not None and row.stage.flops is not None:
-            groups.setdefault(row.stage.label.rsplit(", seed ", 1)[0], []).append(row)
-    rows = tuple((label, _ledger_cells(group)) for label, group in groups.items())
+            found = row.stage.flops, row.manifest.flops, row.manifest.seconds
+            groups.setdefault(row.stage.label.rsplit(", seed ", 1)[0], []).append(found)
+    return [LedgerRow(label, *(sum(column) / len(found) for column in zip(*found, strict=True))) for label, found in groups.items()]
+
+
+def _ledger(results: Results) -> Table | None:
+    rows = tuple((row.stage, _ledger_cells(row)) for row in ledger_rows(results))
     columns = (Column("predicted FLOPs"), Column("metered FLOPs"), Column("metered / predicted"), Column("time", "of the stage"))
     note = "Means over seeds, without dev evaluations. The plan predicts FLOPs from the recipe alone (docs/concepts/compute.md)."
     return Table("ledger", "Predicted and metered compute", note, columns, rows) if rows else None
 
 
-def _ledger_cells(rows: Sequence[StageRow]) -> tuple[Cell, ...]:
-    found = [(row.stage.flops or 0.0, row.manifest.flops or 0.0, row.manifest.seconds) for row in rows if row.manifest]
-    predicted, metered, seconds = (sum(column) / len(found) for column in zip(*found, strict=True))
-    return Cell(flops_text(predicted)), Cell(flops_text(metered)), Cell(ratio_text(metered / predicted)), Cell(f"{seconds:.0f} s")
+def _ledger_cells(row: LedgerRow) -> tuple[Cell, ...]:
+    ratio = ratio_text(row.metered / row.predicted)
+    return Cell(flops_text(row.predicted)), Cell(flops_text(row.metered)), Cell(ratio), Cell(f"{row.seconds:.0f} s")
 
 
 def _by_arm(

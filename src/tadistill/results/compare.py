@@ -118,6 +118,10 @@ def bucket_size(results: Results, metric: str, bucket: Bucket) -> int:
 
 def bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> Summary | None:
     """Return an arm's mean over the prompts whose reference length is in the range `bucket`. Return None if there are no scores."""
+    return results.once(("bucket", arm, metric, bucket), lambda: _bucket_summary(results, arm, metric, bucket))
+
+
+def _bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> Summary | None:
     seeds = common_seeds(results, arm, arm, sets_with(results, metric), metric)
     values_SNK = _pooled(results, arm, seeds, metric, bucket)
     return None if values_SNK is None else summarise([values_SNK], seeds, metric)

@@ -49,6 +49,10 @@ def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
 
 def learning_curves(results: Results) -> list[Curve]:
     """Return the learning curves of all finished trainings. Trainings of the arms' final models come first, in the plan's order."""
+    return results.once("learning curves", lambda: _learning_curves(results))
+
+
+def _learning_curves(results: Results) -> list[Curve]:
     groups: dict[tuple[str | None, str], dict[int, str]] = {}
     finals: set[str] = set()
     for arm in results.plan.arms:
@@ -72,6 +76,10 @@ def learning_curves(results: Results) -> list[Curve]:
 
 def last_dev_value(results: Results, arm: ArmRecord, model: str, metric: str) -> float | None:
     """Return the last dev value of one model of the arm, averaged over seeds. Return None if no training logged the metric."""
+    return results.once(("last dev value", arm.name, model, metric), lambda: _last_dev_value(results, arm, model, metric))
+
+
+def _last_dev_value(results: Results, arm: ArmRecord, model: str, metric: str) -> float | None:
     last: dict[int, float] = {}
     for stage in results.plan.stages:  # a model's distillation comes after its fine-tuning, so its value is kept
         trains_it = arm.name in stage.arms and stage.model == model and stage.kind in TRAINING
@@ -136,6 +144,10 @@ def load_exposure(store: Store, key: str) -> dict[str, dict[str, dict[str, list[
 
 def exposures(results: Results) -> Mapping[str, ExposureBias]:
     """Return the exposure bias of each arm over all test sets. At each position, a set is weighted by its number of answers."""
+    return results.once("exposures", lambda: _exposures(results))
+
+
+def _exposures(results: Results) -> Mapping[str, ExposureBias]:
     found: dict[str, ExposureBias] = {}
     for arm in results.plan.arms:
         by_seed: dict[int, Array] = {}
@@ -193,6 +205,10 @@ class Reliability:
 
 def reliabilities(results: Results, what: str) -> Mapping[str, Reliability]:
     """Return each arm's calibration bins. `what` is ``tokens`` (next tokens of the references) or ``labels`` (chosen answers)."""
+    return results.once(("reliabilities", what), lambda: _reliabilities(results, what))
+
+
+def _reliabilities(results: Results, what: str) -> Mapping[str, Reliability]:
     found: dict[str, Reliability] = {}
     for arm in results.plan.arms:
         tables = [

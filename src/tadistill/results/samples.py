@@ -26,6 +26,10 @@ def samples(results: Results) -> Samples:
 
     Answers are not chosen by quality. They come from the first finished training seed and the first decoding seed.
     """
+    return results.once("samples", lambda: _samples(results))
+
+
+def _samples(results: Results) -> Samples:
     by_set: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in results.sets}
     shared = {name: set(rows.tolist()) for name, rows in results.compared.items()}
     for arm in results.plan.arms:
