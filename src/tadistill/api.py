@@ -154,7 +154,7 @@ def plan(recipe: Given, overrides: Sequence[str] = (), *, runs: str | Path | Non
 
 
 class _PlanPackage(ModuleType):
-    """Makes the package `tadistill.plan` callable, because it has the same name as the function `plan`."""
+    # `tadistill.plan` is the name of a package and of a function, so the package must be callable
 
     def __call__(self, recipe: Given, overrides: Sequence[str] = (), *, runs: str | Path | None = None) -> PlannedStudy:
         return plan(recipe, overrides, runs=runs)

@@ -60,7 +60,7 @@ class Gathering:
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Put `what` (such as `models.xl`) in front of the message of an error from the block, if it does not begin with such a name yet."""
+    """Put `what` (such as `models.xl`) in front of the message of an error in the block, unless it already begins with `models.`."""
     try:
         yield
     except TadistillError as error:

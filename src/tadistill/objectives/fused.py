@@ -146,9 +146,10 @@ def fused_head(
 
     Args:
         hidden: (N, H).
-        values: called on small tiles. Autograd is on if a gradient is needed.
+        values: a function that computes the terms of a small tile. Autograd is on if a gradient is needed.
         weights: (K, N) or (K, 1). If they include the factor 1 / count, the backward pass need not scale the gradient.
-        slopes: a function that also returns the gradient. It is called instead of `values` if one is needed and `head.plain` is true.
+        slopes: a function that also computes the gradient. If a gradient is needed and `head.plain` is true, it is called instead of
+            `values`.
         teachers: the teachers' outputs at the same N tokens.
         vocab: as in `fused_divergence`.
 

@@ -65,11 +65,11 @@ def moments(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def whiten(values: Tensor, sums: Tensor, places: float) -> Tensor:
-    """Return (values - mean) / sqrt(variance + 1e-8).
+    """Normalise values: return (values - mean) / sqrt(variance + 1e-8).
 
     Args:
-        sums: `moments` of all values.
-        places: the divisor of both sums, usually the number of values. MiniLLM's released code also counts padding, as values of zero.
+        sums: the sum and the sum of squares of all values, from `moments`. Mean and variance are computed from them.
+        places: the number of values. MiniLLM's released code also counts padding positions, as values of zero.
     """
     mean, square = (sums / places).unbind()
     variance = (square - mean.square()).clamp(min=0)

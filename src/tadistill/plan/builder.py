@@ -153,7 +153,9 @@ class StageBuilder:
         optim = self.with_steps(sft.optim)
         assert optim.steps is not None
         if max(sft.keep, default=0) > optim.steps:
-            raise ConfigError(f"models.{name}.sft.keep has {max(sft.keep)}, but the last update is {optim.steps}; write 1 to {optim.steps}")
+            raise ConfigError(
+                f"models.{name}.sft.keep has {max(sft.keep)}, but the last update is {optim.steps}; write numbers from 1 to {optim.steps}"
+            )
         if sft.keep and sft.select.patience:
             raise ConfigError(
                 f"models.{name}.sft has both `keep` and `select.patience`. With patience, training may stop before update "

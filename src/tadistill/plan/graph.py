@@ -94,7 +94,7 @@ class Graph:
 
 
 def with_ancestors(stages: Mapping[str, Stage], keys: Iterable[str], without: str | None = None) -> set[str]:
-    """Return the given keys and the keys of all stages that they depend on. A parent whose role is `without` is ignored."""
+    """Return the given keys, and those of all stages on which they depend. Parents with the role `without` (such as `like`) are ignored."""
     found, todo = set(), list(keys)
     while todo:
         at = todo.pop()

@@ -139,7 +139,7 @@ class Loaded(Part):
 
     @property
     def tokenizer_source(self) -> str:
-        """Path or Hub name of the tokenizer on this machine. Without a tokenizer of its own, the model uses that of its weights."""
+        """Path or Hub name of the tokenizer on this machine. It is the source of the weights if the recipe names no tokenizer."""
         return self.tokenizer_at or self.tokenizer or self.source
 
 

@@ -153,7 +153,7 @@ def _absent(plan: Plan) -> Iterable[str]:
     fix = "`tadistill fetch RECIPE` downloads what is missing."
     if plan.unknown:
         it = "it is not" if len(plan.unknown) == 1 else "they are not"
-        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {it} on this disk. {fix} Keys may then change."
+        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {it} on this disk. {fix} Stages may have other keys then."
     for name, reason in plan.absent.items():
         yield f"Arm {name} is left out of this plan: {reason}."
     trained = any(stage.trains and stage.cost is None for stage in plan.stages.values())

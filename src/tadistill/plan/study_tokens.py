@@ -60,7 +60,7 @@ class StudyTokens:
         return found
 
     def cautions(self) -> list[str]:
-        """Return warnings: about tokenizers that are replaced, about BOS, and about a template that may not fit."""
+        """Return warnings about tokenizers that are replaced, about BOS, and about a template that may not suit chat models."""
         return [sentence for group in self._groups for sentence in self._cautions_of(group)]
 
     def _cautions_of(self, group: tuple[str, ...]) -> list[str]:
@@ -169,7 +169,7 @@ class StudyTokens:
 
     @cached_property
     def bos_matters(self) -> bool:
-        """True if some texts are not written by a chat template. A chat template itself decides about BOS."""
+        """True if the study must decide whether texts begin with BOS. A chat template decides it itself, but not all texts have one."""
         data = self.recipe.data
         return data.corpus is not None or "prompt" in self._forms or (data.template != "chat" and "instruction" in self._forms)
 

@@ -123,7 +123,7 @@ def _rows(memory: Any, index: Tensor) -> Any:
     elif isinstance(memory, (list, tuple)):
         return type(memory)(_rows(value, index) for value in memory)
     elif memory is not None:
-        raise TypeError(f"rows of a {type(memory).__name__}")
+        raise TypeError(f"rows cannot be selected in a {type(memory).__name__}")
     return memory
 
 

@@ -49,7 +49,7 @@ class _Batch:
         return {name: decoder.logits(*inputs) for name, decoder in self.decoders.items()}
 
     def history(self) -> torch.LongTensor:
-        """Return the tokens so far, for the ban on repeated n-grams. Padding gets an id that is no token, so it is never an n-gram."""
+        """Return the tokens so far, for the ban on repeated n-grams. Padding gets an id that no token has, so that it is never banned."""
         ids = self.ids[:, : self.end]
         if self.attention is not None:
             ids = ids.masked_fill(self.attention[:, : self.end] == 0, self.vocab)

@@ -32,7 +32,10 @@ _ATTENTION = "tadistill_packed"
 
 
 def possible(model: PreTrainedModel, capacity: int) -> bool:
-    """Return True if `fill` supports the model: a tested family, `sdpa` attention, and no sliding window shorter than `capacity` tokens."""
+    """Return True if `fill` supports the model.
+
+    Its family must be one of the tested ones, it must use `sdpa` attention, and no sliding window may be shorter than `capacity` tokens.
+    """
     # Packing does not work with ALiBi (which computes distances from a two-axis mask), recurrent states, missing position ids, or a model's
     # own attention bias. Add a family to the set only when tests/unit/rollout/test_lazy.py covers it.
     if model.config.model_type not in PACKED_FAMILIES or model.config._attn_implementation != "sdpa":

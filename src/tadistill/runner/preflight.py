@@ -55,7 +55,7 @@ def check_study(recipe: Recipe, console: Console | None = None) -> int:
 
 @placed
 def check_inputs(recipe: Recipe, console: Console | None = None) -> None:
-    """Check data, tokenizers and models, but not what depends on the machine. Raises the same errors as `check_study`."""
+    """Check everything that does not depend on the machine: data, tokenizers and models. Raises the same errors as `check_study`."""
     found = Gathering()
     with found.about():
         survey.check(recipe)

@@ -23,7 +23,7 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")  # names of one
 
 @dataclass(frozen=True)
 class Texts:
-    """The largest numbers of tokens among all texts of a recipe."""
+    """The lengths of the longest texts of a recipe in tokens, and the largest token id."""
 
     prompt: int
     """Number of tokens of the longest prompt."""

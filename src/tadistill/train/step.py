@@ -56,7 +56,7 @@ class Models:
         return tuple(self.readers[k].target(self.teachers[k], batch) for k in kept)
 
     def loss(self, model: nn.Module, batch: Batch, terms: Sequence[Term], per: float) -> Loss:
-        """Return the loss of a batch. Each term is summed over the response tokens and divided by `per`.
+        """Return the loss of a batch. Each term is summed over the response tokens and divided by the number `per`.
 
         `model` is the student or a wrapper around it."""
         teachers = self.targets(batch) if any(isinstance(t, TeacherTerm) for t in terms) else ()

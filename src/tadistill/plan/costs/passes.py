@@ -1,8 +1,8 @@
 """The lengths of a study's texts in tokens, and the work of running a model on these texts.
 
-Work counts token positions, pairs of attention and positions with logits. Padding is included. Texts are tokenised with tokenizer.json,
-without transformers. If this file is not on the disk, a token is assumed to be four characters. `data.templates.encode` applies the
-template, shortens texts and leaves rows out, as in training.
+Work is a count of token positions, of query-key pairs and of positions with logits. Padding is included. Texts are tokenised with
+tokenizer.json, without transformers. If this file is not on the disk, a token is assumed to be four characters. As in training,
+`data.templates.encode` applies the template, shortens long texts and leaves rows out.
 """
 
 import json
