@@ -65,7 +65,7 @@ class StageBuilder:
         return seed if own is None else own
 
     def trained(self, name: str, seed: int, start: Handle | None = None) -> Handle:
-        """Return a model after its own fine-tuning; without fine-tuning if it has no `sft`. `start` replaces its own initial weights."""
+        """Return a model after its own fine-tuning (`sft`), if it has one. `start` replaces the model's own initial weights."""
         model, seed = self.recipe.models[name], self.seed(name, seed)
         handle = start or self._untrained(name, seed)
         return self.sft(name, handle, model.sft, seed) if model.sft else handle

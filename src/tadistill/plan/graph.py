@@ -105,7 +105,7 @@ def with_ancestors(stages: Mapping[str, Stage], keys: Iterable[str], without: st
 
 
 def distinct_labels(stages: Iterable[tuple[str, str, Collection[str]]], *, short: bool = True) -> dict[str, str]:
-    """Return a different label for each stage, by the stage's key.
+    """Return a label for each stage, by the stage's key. No two stages have the same label.
 
     A full label is, for instance, `distill xl -> s, minillm on teacher_mixed (rounds of 256, 4 updates each), 160 updates, seed 10`. With
     `short`, a label loses its text in brackets and its number of updates if it stays unique. If two full labels are equal, the label also

@@ -1,7 +1,7 @@
 """The kinds of stages. Each kind is a frozen class, whose fields contain everything that changes the stage's results.
 
-A class also has the version of its kind, the name of the function that runs it, and flags: does it train, does it only measure? `KINDS`
-lists all kinds. A new kind needs a class here, a function in `tadistill.stages`, and a call in `plan.builder` or `plan.arms`.
+A class also has the version of its kind, the name of the function that runs it, and two flags: `trains` and `measures`. `KINDS` lists all
+kinds. A new kind needs a class here, a function in `tadistill.stages`, and a call in `plan.builder` or `plan.arms`.
 """
 
 from collections.abc import Iterator

@@ -169,7 +169,7 @@ class StudyTokens:
 
     @cached_property
     def bos_matters(self) -> bool:
-        """True if the study must decide whether texts begin with BOS. A chat template decides it itself, but not all texts have one."""
+        """True if some texts are not written by a chat template. For these, the study must decide whether they begin with BOS."""
         data = self.recipe.data
         return data.corpus is not None or "prompt" in self._forms or (data.template != "chat" and "instruction" in self._forms)
 

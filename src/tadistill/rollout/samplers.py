@@ -185,7 +185,7 @@ class Replay(_WithStudent):
         return self.mark is None
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Return the micro-batches of update `step`. All have one source: new text of the student, its buffer, or the fixed responses."""
+        """Return the micro-batches of update `step`. They are new text of the student, or text from the buffer, or fixed responses."""
         u = self.draw(step)
         if u < self._share_of_fresh(step) or (u < self.phi and len(self.buffer) < self.config.capacity):
             found = self.shard.gather(list(self.fresh(step).items()))
@@ -204,8 +204,8 @@ class Replay(_WithStudent):
     def observe(self, dev: Mapping[str, float]) -> None:
         """Raise `phi`, the probability of training on the student's text, if the dev loss has grown by at least the tolerance.
 
-        The dev loss is compared with its value at the last raise of `phi`; before the first raise, with the first dev loss. A dev loss that
-        falls changes nothing, as in DistiLLM's code.
+        The dev loss is compared with its value at the last raise of `phi`. Before the first raise, it is compared with the first dev loss.
+        A dev loss that falls changes nothing, as in DistiLLM's code.
         """
         if self.mark is None:
             self.mark = dev["loss"]

@@ -6,9 +6,10 @@
         for message in stage.attend(): ...            # (done, total, text), or the text of an alarm
     stage.error                                       # None if the stage succeeded
 
-Each stage gets new processes. So a crash or a changed setting of a library affects one stage only, and its memory is freed. On Linux a
-server process imports torch once and is forked for each stage, which takes milliseconds. The server runs no stage and does not use CUDA. A
-pipe to each process carries its messages, and the request to stop. If the command dies, the pipe breaks, and the process ends.
+Each stage gets new processes. So a crash or a changed setting of a library affects one stage only, and a stage frees all its memory at the
+end. On Linux a server process imports torch once and is forked for each stage, which takes milliseconds. The server runs no stage and does
+not use CUDA. A pipe to each process carries its messages, and the request to stop. If the command dies, the pipe breaks, and the process
+ends.
 """
 
 import multiprocessing

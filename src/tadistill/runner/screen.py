@@ -43,7 +43,7 @@ class Screen:
         self.detailed = self.terminal.detail == "everything" and normal
         self.started: dict[str, float] = {}
         self.saved: dict[str, int] = {}
-        """Key -> the update at which a training that this run has started continues. It is 0 for other stages."""
+        """The update from which each started training continues, by key. It is 0 for other stages."""
         self.reminded = False
         self._minute = time.monotonic()
         self._stack = contextlib.ExitStack()

@@ -39,7 +39,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Read:
-    """What one tokenizer makes of the splits of a study: the lengths of texts, and the rows that are kept."""
+    """The splits of a study after tokenising: the lengths of texts, and the rows that are kept."""
 
     texts: Texts
     counts: dict[tuple[str, str], Counts]
@@ -141,7 +141,7 @@ def trains(recipe: Recipe) -> bool:
 
 
 def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
-    """Return sentences for the user: which splits lose rows, or have rows that are cut; in which test sets the models keep different rows.
+    """Return sentences about rows that are left out or cut, and about test sets in which not all models keep the same rows.
 
     Raises:
         DataError: no row of a test set is kept by all models.
@@ -166,7 +166,7 @@ def rows_notes(read: Mapping[str, Read], *, training: bool) -> list[str]:
 
 
 def script_notes(recipe: Recipe) -> list[str]:
-    """Return a warning for every split in which ROUGE-L ignores a large part of the references. It reads only ASCII characters."""
+    """Return a warning for every split in which ROUGE-L, which reads only ASCII, ignores a large part of the references."""
     data, found = recipe.data, list[str]()
     selects = [*(m.select for m in methods(recipe)), *(m.sft.select for m in recipe.models.values() if m.sft)]
     for role, ref in [("dev", data.dev), *(("test", ref) for ref in data.test)]:

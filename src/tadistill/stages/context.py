@@ -106,7 +106,7 @@ class Context(Generic[AnySpec]):
         return place(model, self.device), tokenizer
 
     def subject(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *others: PreTrainedModel) -> Subject:
-        """Prepare a model for sampling or measuring. Only the logits of tokens that all `others` have too are used."""
+        """Prepare a model for sampling or measuring. Logits of tokens that one of the `others` lacks are left out."""
         ends = self.spec.data.ends or end_tokens(model, tokenizer)
         return Subject(model, tokenizer, shared_vocabulary(tokenizer, model, *others), ends)
 

@@ -5,8 +5,8 @@
         ...
     weights(student)                        # the ordinary state dict; for a sharded model only on the main process
 
-torch's own API splits the models, not accelerate, for two reasons. First, accelerate supports FSDP on GPUs only, but the tests run on CPUs.
-Second, accelerate wraps a whole model at once, but samplers and the fused head must decide when the weights are gathered.
+The models are sharded with torch's own API and not with accelerate, for two reasons. First, accelerate supports FSDP on GPUs only, but the
+tests run on CPUs. Second, accelerate wraps a whole model at once, but samplers and the fused head must decide when weights are gathered.
 Weights are float32 and autocast computes in bf16, as with DDP. Results differ from those of DDP only by the order of sums.
 """
 

@@ -72,11 +72,11 @@ class TrainingCost:
             self.add("corpus/teacher", work * self.used)
 
     def sample(self, answers: Texts, chunk: int, share: float) -> None:
-        """Add the cost of the student's sampling: one batch before an update. `share` (0 to 1) says which part of the updates has it."""
+        """Add the cost of the student's sampling: one batch before an update. `share` (0 to 1) is the part of updates that need it."""
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
-        """Add the cost of the metrics of rollouts (`train.watch`). At most every tenth update has them, and only for its first rows."""
+        """Add the cost of the metrics of sampled text (`train.watch`). At most every tenth update is measured, on its first rows."""
         micro = self.optim.micro_batch or self.optim.batch
         times = share * -(-self.steps // max(1, self.steps // LOG_POINTS, WATCH_EVERY))
         work = passes.training_batch(answers, micro)[0] * (min(micro, WATCHED_ROWS) / micro * times)
