@@ -1,7 +1,7 @@
 """Sequences of token ids (`Sequence`), and padded batches of them (`Batch`).
 
-Axes: B sequences, T positions. The model predicts token t + 1 at position t. Masks and values of a token are therefore stored one position
-before the token. Only this module makes this shift.
+Axes: B sequences, T positions. At position t, the model predicts token t + 1. The mask and all values of token t + 1 are therefore stored
+at position t. Only this module makes this shift.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,42 +27,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids of a prompt and its response. `values` and `states` describe the tokens of the response."""
+    """Token ids of a prompt and its response, with data about the tokens of the response."""
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     values: dict[str, np.ndarray] = field(default_factory=dict)
-    """Maps a name to one number per response token, for example its log-probability during sampling."""
+    """Maps a name to an array with one number per response token, for example the log-probability during sampling."""
     states: tuple[Tensor, ...] = ()
-    """One tensor (response tokens, H) per teacher: its last hidden states at the positions that predict the response."""
+    """The teachers' last hidden states at the positions that predict the response: one tensor (response tokens, H) per teacher."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences padded on the right, ready for a forward pass and a loss."""
+    """Sequences that are padded on the right, ready for a forward pass and a loss."""
 
     ids_BT: Tensor
     attention_BT: Tensor
     """1 at real tokens, and 0 at padding."""
     mask_BT: Tensor
-    """True where the loss uses the prediction of the next token."""
+    """True at the positions whose prediction of the next token is a part of the loss."""
     values: dict[str, Tensor] = field(default_factory=dict)
-    """Maps a name to float32 numbers (B, T), which are 0 where the mask is False."""
+    """Maps a name to float32 numbers of shape (B, T). They are 0 where the mask is False."""
     corpus: "Batch | None" = None
-    """A batch of plain text for an additional language-modelling loss; None if there is no such loss."""
+    """A batch of plain text for an additional language-modelling loss. None if there is no such loss."""
     targets: tuple[Hidden | TopK, ...] = ()
-    """The stored outputs of each teacher where the mask is True, in row-major order. Empty if no outputs were computed in advance."""
+    """The recorded outputs of each teacher at the positions where the mask is True, in row-major order. Empty if nothing was recorded
+    before training."""
     mixture: TargetMixture | None = None
-    """The weights with which this update mixes several teachers."""
+    """The weights of the teachers in this update, if there are several teachers."""
 
     @property
     def targets_BT(self) -> Tensor:
-        """The next token at each position. It has no meaning where the mask is False."""
+        """The token that follows each position. It has no meaning where the mask is False."""
         return self.ids_BT.roll(-1, dims=1)
 
     @property
     def positions_BT(self) -> Tensor:
-        """Position ids (B, T), from 0 in every sequence."""
+        """The position ids (B, T). They start at 0 in every sequence."""
         return (self.attention_BT.cumsum(1) - 1).clamp(min=0)
 
     def first(self, rows: int) -> "Batch":
@@ -80,8 +81,6 @@ class Batch:
 
 
 class _OnDisk(Seq[Sequence]):
-    """Sequences that stay on the disk until they are needed."""
-
     def __init__(self, count: int, read: Callable[[int], Sequence]):
         self._count, self._read = count, read
 
@@ -98,7 +97,8 @@ class _OnDisk(Seq[Sequence]):
 
 
 def references(encoded: Seq[Encoded]) -> Seq[Sequence]:
-    """Return one sequence per prompt, with the first reference as its response. Rows of a large set are read from the disk when needed."""
+    """Return one sequence per prompt, whose response is the first reference. The rows of a large set are read from the disk when they are
+    used."""
 
     def read(i: int) -> Sequence:
         return Sequence(encoded[i].prompt, encoded[i].response)
@@ -107,7 +107,7 @@ def references(encoded: Seq[Encoded]) -> Seq[Sequence]:
 
 
 def responses(file: Path) -> Seq[Sequence]:
-    """Return the prompts and responses in a JSON Lines file. All rows are checked now, but each is read only when it is used.
+    """Return the prompts and responses in a JSON Lines file. The file is checked now, but each row stays on the disk until it is used.
 
     Raises:
         StoreError: the file is missing or damaged.
@@ -122,10 +122,10 @@ def responses(file: Path) -> Seq[Sequence]:
 
 
 def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", length: int, limit: int, *, bos: bool = False) -> list[Sequence]:
-    """Join plain-text documents, with EOS after each document. Cut the text into at most `limit` sequences of `length` tokens.
+    """Return plain text as at most `limit` sequences of `length` tokens. The documents are joined, with EOS after each, and then cut.
 
-    A shorter piece at the end is dropped, unless it is the only one. MiniLLM prepares its pre-training text in this way. With `bos`, the
-    first token of every sequence is BOS.
+    A shorter piece at the end is dropped, unless it is the only one. With `bos`, the first token of every sequence is BOS. MiniLLM prepares
+    its pre-training text in the same way.
 
     Raises:
         DataError: the documents contain no text.
@@ -144,13 +144,14 @@ def chunks(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", lengt
 
 
 def by_length(sequences: Seq[Sequence], size: int) -> list[list[int]]:
-    """Group the indices of the sequences into batches of `size`. The sequences are ordered by length, which needs the least padding."""
+    """Return the indices of the sequences in batches of `size`. Sequences of similar length are in the same batch, so there is little
+    padding."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt) + len(sequences[i].response))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def collate(sequences: Seq[Sequence], *, pad: int, corpus: Batch | None = None, targets: tuple[Hidden | TopK, ...] = ()) -> Batch:
-    """Pad the sequences on the right and return them as a batch. If a prompt is empty, all tokens except the first are predicted."""
+    """Return the sequences as one batch, padded on the right. If a prompt is empty, all tokens except the first are predicted."""
     rows, width = len(sequences), max(len(s.prompt) + len(s.response) for s in sequences)
     ids = np.full((rows, width), pad, np.int64)
     attention = np.zeros((rows, width), np.int64)

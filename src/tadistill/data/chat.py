@@ -1,6 +1,7 @@
 """Chat templates: how they write a conversation as text, and which token ends an answer.
 
-A template is a Jinja program that comes with a tokenizer. Some templates raise an error, leave out a role, or have no generation prompt.
+A template is a Jinja program that comes with a tokenizer. Some templates raise an error, leave out a role, or do not write the start of an
+answer.
 """
 
 import re
@@ -21,9 +22,9 @@ _GENERATION = re.compile(r"(\{%-?)\s*(end)?generation\s*(-?%\})")  # a tag of tr
 
 
 def render(messages: Seq[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
-    """Return a conversation as text, up to where the assistant's answer begins.
+    """Return a conversation as text, up to the point where the assistant's answer begins.
 
-    If the template has no generation prompt, the text that it writes before an answer is added here.
+    If the template does not write the start of an answer when it is asked to, this function adds it.
 
     Args:
         where: the data set and the row, for error messages.
@@ -45,7 +46,7 @@ def render(messages: Seq[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise DataError(
-            f"{where}: the tokenizer's chat template refuses the turns {', '.join(roles)}: {reason}; change or delete the row, or use a "
+            f"{where}: the tokenizer's chat template refuses the turns {', '.join(roles)} ({reason}); change or delete the row, or use a "
             "tokenizer with another template"
         ) from error
     template, specials = _template(tokenizer), _texts(tokenizer.special_tokens_map)
@@ -58,7 +59,7 @@ def render(messages: Seq[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase
 
 
 def closing(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return the token with which the tokenizer's chat template ends an answer. Without such a token, return the EOS token.
+    """Return the id of the token with which the tokenizer's chat template ends an answer. If there is no such token, return the EOS id.
 
     Raises:
         ModelError: the tokenizer has no EOS token.
@@ -73,11 +74,11 @@ def closing(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def end_of_turn(template: str | None, tokens: Mapping[str, int], specials: Mapping[str, Any]) -> int | None:
-    """Return the token that a chat template writes right after an answer. Return None if it does not write a single token there.
+    """Return the id of the token that a chat template writes right after an answer. Return None if it writes no single token there.
 
     Args:
-        tokens: the added tokens of the tokenizer, including special tokens, with their ids.
-        specials: the texts of `bos_token`, `eos_token` and others, which templates may use.
+        tokens: maps the added and special tokens of the tokenizer to their ids.
+        specials: maps names such as `bos_token`, which templates can use, to the texts of these tokens.
     """
     text = _rendered(template, (("user", "hello"), ("assistant", _ANSWER)), _texts(specials), False)
     if text is None or _ANSWER not in text:
@@ -88,7 +89,7 @@ def end_of_turn(template: str | None, tokens: Mapping[str, int], specials: Mappi
 
 
 def default_template(given: Any) -> str | None:
-    """Return the template that is used without tools. `given` is a template, or several templates by name."""
+    """Return the chat template for conversations without tools. `given` is one template, or several templates by name."""
     if isinstance(given, list):  # as in tokenizer_config.json
         given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
     found = given.get("default") if isinstance(given, dict) else given

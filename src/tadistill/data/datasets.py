@@ -26,7 +26,7 @@ class _Named:
     folder: str
     hub: str
     files: dict[str, tuple[str, int | None, int | None]]
-    """Maps a split to (file on the Hub, first row, row after the last one). None means no limit."""
+    """Maps a split to a triple: the file on the Hub, the first row, and the row after the last one. None means no limit."""
 
 
 def _bucket(name: str, lengths: str, last: int | None = None) -> _Named:
@@ -56,14 +56,14 @@ NAMED = {
 
 
 _SHOWN = 8
-"""Most files of a folder that a message names."""
+"""Largest number of files that a message names."""
 
 
 def load(ref: DataRef, role: str, data: Data) -> list[Example]:
-    """Read the examples of one split of a data set. `data.limit` limits their number.
+    """Return the examples of one split of a data set, at most as many as `data.limit` allows.
 
     Args:
-        role: train, dev or test. It selects the limit. It is also the split, unless `ref.split` names another split.
+        role: train, dev or test. It chooses the limit. It is also the name of the split, unless `ref.split` is set.
 
     Raises:
         DataError: the data set is missing or empty, or a row lacks a column.
@@ -72,7 +72,7 @@ def load(ref: DataRef, role: str, data: Data) -> list[Example]:
 
 
 def read(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> list[Example]:
-    """Read the first `limit` examples of one split of a data set. If `limit` is None, read all examples.
+    """Return the first `limit` examples of one split of a data set. If `limit` is None, return all examples.
 
     Raises:
         DataError: the data set is missing or empty, or a row lacks a column.
@@ -84,24 +84,25 @@ def read(ref: DataRef, role: str, *, world: World, root: str | None, limit: int 
 
 
 def stream(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> Iterator[Example]:
-    """Yield the examples that `read` returns, one after the other. Raises DataError if the data set is missing, or a row lacks a column."""
+    """Yield the examples of one split of a data set, as `read` returns them. Raises DataError if the data set is missing, or a row lacks a
+    column."""
     return (example(row, ref, i) for i, row in enumerate(itertools.islice(_rows(ref, role, world, root), limit)))
 
 
 def count(ref: DataRef, role: str, *, world: World, root: str | None, limit: int | None) -> int:
-    """Return the number of rows that `stream` would yield. The rows of a local file are counted without parsing."""
+    """Return the number of rows that `stream` would yield. For a local file, only the lines are counted, which is fast."""
     path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, root)
     rows = jsonl.count(path) if path else _rows(ref, role, world, root)
     return sum(1 for _ in itertools.islice(rows, limit))
 
 
 def empty(ref: DataRef, role: str) -> DataError:
-    """Return the error for a split without rows."""
+    """Return the error for a split that has no rows."""
     return DataError(f"data set `{ref.load}` (split {ref.split or role}) is empty; give a file with at least one row")
 
 
 def check_sources(data: Data) -> None:
-    """Check that every data set exists on this disk, or may exist on the Hub. Nothing is read.
+    """Check that every data set exists on this disk, or has a name that can be on the Hub. No data is read.
 
     Raises:
         DataError: some data sets do not exist. The message names all of them.
@@ -114,7 +115,8 @@ def check_sources(data: Data) -> None:
 
 
 def form(ref: DataRef, role: str, data: Data) -> Form:
-    """Return what the first row of a split contains (`rows.Form`). For a data set of the Hub, its settings decide, and nothing is read."""
+    """Return the form of the first row: an instruction, a conversation or a whole prompt. For a data set on the Hub, no row is read: the
+    keys in its `columns` decide."""
     path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, data.root)
     first = next(jsonl.read(path), None) if path else None
     if first is not None:
@@ -123,7 +125,7 @@ def form(ref: DataRef, role: str, data: Data) -> Form:
 
 
 def check_corpus(ref: DataRef, data: Data) -> None:
-    """Check a plain-text corpus. A corpus on this disk is read whole. For a corpus on the Hub, one document is read.
+    """Check a plain-text corpus. A corpus on this disk is read completely. For a corpus on the Hub, only one document is read.
 
     Raises:
         DataError: a row has no text, or all documents are empty.
@@ -136,7 +138,7 @@ def check_corpus(ref: DataRef, data: Data) -> None:
 
 
 def texts(ref: DataRef, *, world: World, root: str | None) -> Iterator[str]:
-    """Yield the documents of a plain-text corpus, one per row."""
+    """Yield the documents of a plain-text corpus. Each row is one document."""
     column = ref.columns.get("text", "text")
     own = ref.load == "tinyworld"
     rows = tinyworld.corpus(seed=world.seed, people=world.people) if own else _rows(ref, "train", world, root, stream=True)
@@ -147,9 +149,9 @@ def texts(ref: DataRef, *, world: World, root: str | None) -> Iterator[str]:
 
 
 def fingerprint(ref: DataRef, role: str, data: Data) -> str:
-    """Return a string that changes when the rows of a split change. It is a part of the keys of stored results.
+    """Return a string that changes when the rows of a split change. It becomes a part of the keys of stored results.
 
-    It is a digest of a local file, the settings of tinyworld, or the Hub id with its revision.
+    The string is a digest of the local file, the settings of tinyworld, or the Hub id with its revision.
     """
     found = content(ref, role, world=data.world, root=data.root)
     path = None if ref.load in tinyworld.SPLITS else _local_file(ref, role, data.root)
@@ -157,7 +159,7 @@ def fingerprint(ref: DataRef, role: str, data: Data) -> str:
 
 
 def content(ref: DataRef, role: str, *, world: World, root: str | None) -> str | None:
-    """Return a digest of a split's rows. Return None for a data set of the Hub, because its branch may change."""
+    """Return a digest of the rows of a split. Return None for a data set on the Hub, because its content can change."""
     if ref.load in tinyworld.SPLITS:
         return f"{tinyworld.fingerprint(seed=world.seed, people=world.people)}:{ref.load}:{ref.split or role}"
     path = _local_file(ref, role, root)
@@ -193,7 +195,7 @@ def _rows(ref: DataRef, role: str, world: World, root: str | None, *, stream: bo
 
 
 def on_hub(ref: DataRef, role: str, data: Data) -> tuple[str, str | None] | None:
-    """Return (repository, file) of a split on the Hub. Return None if the split is on this disk.
+    """Return a pair: the repository and the file of a split on the Hub. Return None if the split is on this disk.
 
     The file is None if the split is not a single file.
 
@@ -220,28 +222,31 @@ def _may_be_on_hub(ref: DataRef) -> bool:
 
 
 def _check_folder(ref: DataRef, folder: Path, split: str) -> None:
-    """Raise a DataError for a folder that has no file of the split. A folder with the name of a data set of the Hub is accepted."""
+    # refuses a folder without a file of the split, unless it has the name of a data set of the Hub
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     readable = [name for name in names if name.endswith((".jsonl", ".json"))]
     if not readable and _may_be_on_hub(ref):
         return
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    holds = f"it holds {', '.join(names[:_SHOWN])}{more}" if names else "it is empty"
+    holds = f"it contains {', '.join(names[:_SHOWN])}{more}" if names else "it is empty"
     splits = [name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl")]
     fix = f"set `split` of this data set to {' or '.join(splits[:_SHOWN])}, or rename a file" if splits else "write the rows to this file"
-    raise DataError(f"data set `{ref.load}` is the folder {folder}, which has no file {split}.jsonl: {holds}; {fix}")
+    raise DataError(f"data set `{ref.load}` is the folder {folder}, which has no file {split}.jsonl ({holds}); {fix}")
 
 
 def _missing(ref: DataRef) -> str:
     load, path = ref.load, Path(ref.load).expanduser()
     if "://" in load:
-        return f"data set `{load}` is an address of the web; download the file and write its path, or write the hub id (ORG/NAME)"
+        return f"data set `{load}` is a web address; download the file and write its path, or write the hub id (ORG/NAME)"
     if "/" in load or path.suffix:
         return f"data set `{load}` does not exist: {no_file(path, [p.parent for p in ref.paths], ('.jsonl', '.json'))}"
     known, folders = [*NAMED, *tinyworld.SPLITS], " or ".join(str(p.absolute().parent) for p in ref.paths)
     close = difflib.get_close_matches(load, known, n=1)
     hint = f" (did you mean `{close[0]}`?)" if close else ""
-    return f"data set `{load}` does not exist{hint}: it is neither a local file (in {folders}), nor a hub id, nor one of {', '.join(known)}"
+    return (
+        f"data set `{load}` does not exist{hint}: it is not a local file (in {folders}), not a hub id, and not one of {', '.join(known)}; "
+        "correct the name"
+    )
 
 
 def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
@@ -262,7 +267,7 @@ def _local_file(ref: DataRef, role: str, root: str | None) -> Path | None:
             _check_folder(ref, there, split)
     except (OSError, RuntimeError) as error:  # a part of more than 255 characters, or the home of nobody
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"data set `{ref.load}` is not a valid path ({why}); correct it, or data.root") from error
+        raise DataError(f"data set `{ref.load}` is not a valid path ({why}); correct the path, or `data.root`") from error
     return None
 
 
@@ -273,8 +278,8 @@ def _hub_file(ref: DataRef, split: str, repository: str, file: str) -> Iterator[
         path = hub.download(repository, ref.revision, file)
     except DataError as error:
         raise DataError(
-            f"data set `{ref.load}` (split {split}) is not on this disk (as {named.folder}/{split}.jsonl in data.root or TADISTILL_DATA), "
-            f"and could not be loaded from the hub: {error}"
+            f"data set `{ref.load}` (split {split}) is neither on this disk (as {named.folder}/{split}.jsonl in data.root or "
+            f"TADISTILL_DATA), nor can it be loaded from the Hub: {error}"
         ) from error
     return itertools.islice(jsonl.read(path), first, last)
 

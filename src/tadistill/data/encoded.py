@@ -1,7 +1,7 @@
 """Token ids of a large training set, stored in a memory-mapped Arrow file in the cache folder.
 
-A set is tokenised once. All processes and studies then read the same file, and only the rows that they need. The file's name is a digest
-of the rows, the tokenizer, the rules for lengths, and the code. A file that is damaged or incomplete is created again.
+A data set is tokenised only once. After that, all processes and studies read the rows that they need from the file. The file's name is a
+digest of the rows, the tokenizer, the limits of lengths, and the code. A file that is damaged or incomplete is created again.
 
     on_disk = RowsOnDisk(ref, "train", world, root, limit)
     kept = on_disk.kept(tokenizer, lengths, template="alpaca", name="data set `mine`")
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class EncodedRows(Seq[Encoded]):
-    """Rows of a memory-mapped table. A row is read when it is accessed. A slice returns a list of rows."""
+    """The rows of a memory-mapped table, as a sequence. A row is read from the disk when it is accessed. A slice returns a list of rows."""
 
     def __init__(self, table: "pa.Table"):
         self._row, self._prompt, self._response, self._choices = (table.column(name) for name in _COLUMNS)
@@ -55,21 +55,21 @@ class EncodedRows(Seq[Encoded]):
 
 @dataclass(frozen=True)
 class Kept:
-    """A tokenised data set in the cache folder, with the lengths of its longest rows and its largest token id."""
+    """A tokenised data set in the cache folder, with the largest lengths and the largest token id in it."""
 
     rows: EncodedRows
     counts: Counts
     prompt: int
     """Number of tokens of the longest prompt."""
     whole: int
-    """Number of tokens of the longest prompt with its reference response."""
+    """Number of tokens of the longest row: its prompt together with its reference response."""
     top: int
-    """The largest token id."""
+    """The largest token id in the data set."""
 
 
 @dataclass(frozen=True)
 class RowsOnDisk:
-    """The first `limit` rows of a split of a data set."""
+    """The first `limit` rows of one split of a data set."""
 
     ref: DataRef
     role: str
@@ -78,7 +78,8 @@ class RowsOnDisk:
     limit: int | None
 
     def glance(self, tokenizer: "PreTrainedTokenizerBase", lengths: Lengths, *, template: str, name: str) -> Kept | None:
-        """Return the tokenised set if its file is in the cache folder. Otherwise only check that one row is short enough, and return None.
+        """Return the tokenised data set if its file is in the cache folder. Otherwise, only check that a row is short enough, and return
+        None.
 
         Raises:
             DataError: no row is short enough.
@@ -98,14 +99,14 @@ class RowsOnDisk:
         name: str,
         tick: Callable[[int], None] = lambda rows: None,
     ) -> Kept:
-        """Return the tokenised set. It is tokenised now if its file is not in the cache folder.
+        """Return the tokenised data set. If its file is not in the cache folder, it is tokenised now.
 
-        If another process is tokenising the same set, the call waits for it. A data set of the Hub is not stored, because its branch may
-        change.
+        If another process is already tokenising this data set, the call waits for it. A data set of the Hub is not stored in the cache,
+        because its content can change.
 
         Args:
-            name: the name of the set in messages.
-            tick: called with the number of rows done. If it raises an error, nothing is written.
+            name: the name of the data set in messages.
+            tick: called with the number of finished rows. If it raises an error, no file is written.
 
         Raises:
             DataError, ModelError: as in `encode_parts`.
@@ -144,7 +145,7 @@ class RowsOnDisk:
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Return a digest of everything in a tokenizer that decides token ids. Return None if the tokenizer is a Python program."""
+    """Return a digest of everything in a tokenizer that determines token ids. Return None for a tokenizer that is implemented in Python."""
     import tokenizers
     import transformers
 

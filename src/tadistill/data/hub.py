@@ -1,4 +1,4 @@
-"""Find, download or upload files on the Hugging Face Hub. Its errors become one sentence.
+"""Find, download or upload files on the Hugging Face Hub. An error of the Hub is turned into one clear sentence.
 
 cached("tatsu-lab/alpaca", "main")                     # folder of the downloaded repository, or None if it is not on this disk
 download("MiniLLM/dolly", "main", file="raw.jsonl")    # path of this file, from the cache or the network
@@ -18,7 +18,7 @@ _NOT_DATA = (".md", ".gitattributes", ".gitignore", ".yaml")
 def cached(repository: str, revision: str, file: str | None = None) -> Path | None:
     """Return the local path of a downloaded file, or of the whole repository if `file` is None. The network is not used.
 
-    The result is None if the file is not on this disk, or if the repository's folder has no data files.
+    The result is None if the file is not on this disk, or if the folder of the repository has no data files.
 
     Raises:
         DataError: `repository` is not a valid hub id.
@@ -75,7 +75,7 @@ def reachable() -> bool:
 
 
 def offline(error: type[TadistillError], kind: str, name: str, revision: str) -> TadistillError:
-    """Return the error for a repository that is not in the local cache while HF_HUB_OFFLINE=1 forbids downloads."""
+    """Return the error for a repository that is not in the local cache, while HF_HUB_OFFLINE=1 forbids downloads."""
     return error(
         f"{kind} `{name}` at revision `{revision}` is not in the local Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads; "
         "run `tadistill fetch RECIPE` on a machine with network access"
@@ -89,11 +89,11 @@ def invalid(error: type[TadistillError], repository: str, cause: Exception) -> T
 
 @contextmanager
 def explained(error: type[TadistillError], kind: str, repository: str, revision: str, file: str | None = None) -> Iterator[None]:
-    """Turn download errors inside a `with` block into an `error` with one clear sentence.
+    """Inside a `with` block, turn download errors into an exception of the class `error` with one clear sentence.
 
     Args:
         kind: `model` or `data set`, for the sentence.
-        file: the wanted file of the repository; None for the whole repository.
+        file: the file in the repository that is downloaded. None means the whole repository.
     """
     from huggingface_hub import errors
 
@@ -104,13 +104,14 @@ def explained(error: type[TadistillError], kind: str, repository: str, revision:
         raise invalid(error, repository, cause) from cause
     except errors.GatedRepoError as cause:
         raise error(
-            f"{where} at revision `{revision}` is gated; accept its terms on its page on the hub, then log in with `hf auth login`"
+            f"{where} at revision `{revision}` is gated; accept the terms on its page on the Hub, and then log in with `hf auth login`"
         ) from cause
     except errors.RevisionNotFoundError as cause:
         raise error(f"{kind} `{repository}` has no revision `{revision}`; correct `revision`") from cause
     except errors.RepositoryNotFoundError as cause:
         raise error(
-            f"the hub has no {kind} `{repository}` that you can read; correct the id, or log in with `hf auth login` if it is private"
+            f"the Hub has no {kind} `{repository}` that you can read; correct the id; if the repository is private, log in with "
+            "`hf auth login`"
         ) from cause
     except errors.RemoteEntryNotFoundError as cause:
         raise error(f"{kind} `{repository}` has no file `{file}` at revision `{revision}`; correct `revision`") from cause
@@ -122,7 +123,8 @@ def explained(error: type[TadistillError], kind: str, repository: str, revision:
 
 
 def full_name(repository: str) -> str:
-    """Return the id of a model repository on the Hub, as USER/NAME. The user of this machine's token is added to a plain NAME.
+    """Return the id of a model repository on the Hub, in the form USER/NAME. If only NAME is given, USER is the owner of this machine's
+    token.
 
     Raises:
         ModelError: the name is not valid, there is no token, the Hub does not accept the token, or the Hub cannot be reached.
@@ -137,9 +139,9 @@ def full_name(repository: str) -> str:
 
 
 def push(folder: Path, repository: str, *, private: bool, message: str) -> str:
-    """Upload a directory to a model repository of the Hub in one commit. Return the address of its page.
+    """Upload a directory to a model repository of the Hub in one commit. Return the address of the repository's page.
 
-    A missing repository is created. `private` has no effect on an existing one. Other files in the repository stay there.
+    A missing repository is created. `private` has no effect on an existing repository. Other files in the repository stay there.
 
     Raises:
         ModelError: the token has no permission, or the Hub cannot be reached.
@@ -157,7 +159,9 @@ def _sending(repository: str) -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     if constants.HF_HUB_OFFLINE:
-        raise ModelError("HF_HUB_OFFLINE=1 forbids uploads to the Hub; unset it, or export without --push")
+        raise ModelError(
+            "the environment variable HF_HUB_OFFLINE=1 forbids uploads to the Hub; remove the variable, or export without --push"
+        )
     try:
         yield
     except errors.HFValidationError as cause:
@@ -170,10 +174,12 @@ def _sending(repository: str) -> Iterator[None]:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status == 401:
             raise ModelError(
-                "the Hub does not accept this machine's token; log in with `hf auth login` and a token that can write"
+                "the Hub does not accept this machine's token; log in with `hf auth login` and a token that has write permission"
             ) from cause
         if status in (403, 404):
-            raise ModelError(f"the token may not write to `{repository}`; use a token that can, or another repository") from cause
+            raise ModelError(
+                f"the token has no permission to write to `{repository}`; use a token with this permission, or another repository"
+            ) from cause
         why = f"it answered {status}" if status else type(cause).__name__
         raise ModelError(
             f"`{repository}` could not be uploaded to the Hub at {constants.ENDPOINT} ({why}); check the network, and try again"

@@ -8,11 +8,11 @@ from typing import Any
 from tadistill.errors import DataError
 
 _READERS = {".csv": "read_csv", ".parquet": "read_parquet", ".xlsx": "read_excel", ".arrow": "read_feather"}
-_ONE_A_LINE = "`jq -c '.[]' FILE` writes its objects one a line"
+_ONE_A_LINE = "`jq -c '.[]' FILE` writes each of its objects on a line of its own"
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file. Empty lines are skipped.
+    """Yield the JSON object of each line. Empty lines are skipped.
 
     Raises:
         DataError: a line is not one JSON object. The message names the file and the line.
@@ -22,7 +22,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def count(path: Path) -> Iterator[int]:
-    """Yield the line numbers of all rows, without parsing the rows."""
+    """Yield the line number (from 1) of each row. The rows are not parsed."""
     return (number for number, _ in _lines(path))
 
 
@@ -38,7 +38,7 @@ def _row(line: str, path: Path, number: int) -> dict[str, Any]:
     where = f"{path}, line {number}"
     if path.suffix in _READERS and not line.lstrip().startswith("{"):
         read = f"pandas.{_READERS[path.suffix]}({path.name!r}).to_json('{path.stem}.jsonl', orient='records', lines=True)"
-        raise DataError(f"{path} is not a JSON Lines file; convert it, in Python for instance: {read}")
+        raise DataError(f"{path} is not a JSON Lines file; convert it, for instance in Python: {read}")
     try:
         line.encode("utf-8")
     except UnicodeEncodeError as error:  # a byte that is not UTF-8 stands as a surrogate in the line
@@ -60,7 +60,7 @@ def _row(line: str, path: Path, number: int) -> dict[str, Any]:
 def _not_json(line: str, error: json.JSONDecodeError) -> str:
     start = line.strip()
     if start.startswith("version https://git-lfs"):
-        return "part of a pointer of Git LFS (`git lfs pull` in its folder gets the file)"
+        return "part of a pointer of Git LFS (run `git lfs pull` in its folder to get the file)"
     if start[0] == "[":
         return f"the start of a JSON array ({_ONE_A_LINE})"
     if start == "{" or (start[0] == "{" and error.pos >= len(line.rstrip())):

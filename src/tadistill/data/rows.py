@@ -1,7 +1,7 @@
 """Rows of a data set, and how they become examples (`Example`).
 
-A row has one of three forms: instruction/input/output(s), prompt/completion, or messages. The columns `choices` and `facts` are read only
-if the data set's settings name them (`columns: {choices: choices}`), because a user's own columns often have these names.
+A row has one of three forms. It contains an instruction, input and output; or a prompt and a completion; or messages. The columns `choices`
+and `facts` are read only if the recipe names them (`columns: {choices: choices}`), because a user's own columns often have these names.
 """
 
 import json
@@ -15,13 +15,14 @@ from tadistill.data import tinyworld
 from tadistill.errors import DataError
 
 Facts = tuple[tuple[str, tuple[str, ...]], ...]
-"""The facts that an answer must state, as (value, rivals) pairs. The answer must contain the value and none of the rivals."""
+"""The facts that an answer must state, as pairs (value, rivals). An answer states a fact if it contains the value and none of the rivals,
+which are the wrong values."""
 
 Form = Literal["instruction", "messages", "prompt"]
-"""What a row contains: an instruction for a template, a conversation, or the whole prompt."""
+"""The content of a row: an instruction for a template, a conversation, or the whole prompt."""
 
 OPTIONAL = ("choices", "facts")
-"""Columns that are read only if the settings name them."""
+"""Columns that are read only if the recipe names them in `columns`."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 80, 80, 3  # the limits of a value in a message
@@ -35,16 +36,16 @@ class Example:
     input: str
     references: tuple[str, ...]
     messages: tuple[dict[str, str], ...] = ()
-    """The messages before the answer, if the row is a conversation. `instruction` and `input` are then empty."""
+    """The messages before the answer, if the row is a conversation. In this case, `instruction` and `input` are empty."""
     verbatim: bool = False
-    """True if `instruction` is the whole prompt, so that no template is added."""
+    """True if `instruction` is already the whole prompt. No template is then added."""
     facts: Facts = ()
     choices: tuple[str, ...] = ()
-    """All possible answers of a classification task, including the references. Empty for other tasks."""
+    """All possible answers of a classification task, including the references. Empty for any other task."""
 
 
 def example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
-    """Return the example of a row. `index` is the number of the row in the split, from 0.
+    """Return the example that a row contains. `index` is the number of the row in the split, from 0.
 
     Raises:
         DataError: a column is missing, or its value is not text.
@@ -70,7 +71,7 @@ def example(row: dict[str, Any], ref: DataRef, index: int) -> Example:
 
 
 def form_of(row: dict[str, Any], ref: DataRef) -> Form:
-    """Return what a row contains: an instruction, a conversation or a whole prompt."""
+    """Return the form of a row: an instruction, a conversation or a whole prompt."""
     messages = _get("messages", row, ref)
     instructed = ref.instruction is not None or _get("instruction", row, ref) is not None
     # anything but turns in `messages` beside an instruction is a column of the user's own
@@ -81,21 +82,21 @@ def form_of(row: dict[str, Any], ref: DataRef) -> Form:
 
 
 def where_of(ref: DataRef, index: int) -> str:
-    """Return the place of a row for messages: data set, split and row number. `index` counts from 0."""
+    """Return the place of a row for messages: the data set and the row number. `index` counts rows from 0."""
     return f"data set `{ref.load}`, row {index + 1}"
 
 
 def no_column(ref: DataRef, index: int, wanted: str, row: dict[str, Any]) -> str:
-    """Return the error message for a row that lacks the column `wanted`."""
+    """Return the error message for a row without the column `wanted`."""
     names = ", ".join(map(str, row)).encode("utf-8", "backslashreplace").decode()
     fix = "Name the column in `columns` of this data set, for instance columns: {instruction: question, output: answer}"
     if "conversations" in row:  # of ShareGPT
         fix = 'Write the turns as messages: [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
-    return f"{where_of(ref, index)} has no column {wanted}; it has {names[:300]}. {fix}"
+    return f"{where_of(ref, index)} has no column {wanted}; its columns are {names[:300]}. {fix}"
 
 
 def text(value: Any, what: str, where: str) -> str:
-    """Return `value` if it is valid text. Otherwise raise a DataError."""
+    """Return `value` if it is a string that can be written as UTF-8. Otherwise raise a DataError."""
     if not isinstance(value, str):
         raise DataError(f"{where}: {what} is {shown(value)}; it must be a string")
     _check_unicode(value, what, where)
@@ -103,7 +104,7 @@ def text(value: Any, what: str, where: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as it is shown in a message. A long value is cut."""
+    """Return a value as text for a message. A long value is shortened."""
     return _SHORT.repr(value)
 
 
@@ -112,8 +113,8 @@ def _check_unicode(value: str, what: str, where: str) -> None:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: {what} has half of a surrogate pair (\\u{ord(value[error.start]):04x} at character {error.start + 1}); write the "
-            "whole character, or delete the row"
+            f"{where}: {what} has half of a surrogate pair (\\u{ord(value[error.start]):04x} at character {error.start + 1}); write "
+            "the whole character, or delete the row"
         ) from error
 
 
@@ -139,10 +140,12 @@ def _answer(row: dict[str, Any], ref: DataRef, index: int, wanted: str) -> Any:
 
 def _conversation(messages: Any, ref: DataRef, where: str) -> tuple[tuple[dict[str, Any], ...], str | None]:
     if ref.instruction is not None:
-        raise DataError(f"{where} has messages, which contain their own instructions; remove the setting `instruction` of this data set")
+        raise DataError(
+            f"{where} has messages, which contain their own instructions; remove the key `instruction` of this data set from the recipe"
+        )
     turns = isinstance(messages, list) and len(messages) >= 2 and all(isinstance(turn, dict) for turn in messages)
     if not turns or messages[-1].get("role") != "assistant":
-        raise DataError(f"{where}: `messages` must be a list of at least two messages, and the last one must be from the assistant")
+        raise DataError(f"{where}: `messages` must be a list of at least two messages, of which the last one has the role assistant")
     *prompt, answer = (_turn(turn, f"turn {i} of messages", where) for i, turn in enumerate(messages, 1))
     for i, turn in enumerate(prompt, 1):
         if turn.get("content") is None and turn["role"] in ("user", "system"):  # many templates would write "None"
@@ -178,7 +181,7 @@ def _facts(given: Any, where: str) -> Facts:
     for fact in given if isinstance(given, list | tuple) else (given,):
         pair = isinstance(fact, list | tuple) and len(fact) == 2 and isinstance(fact[0], str) and isinstance(fact[1], list | tuple)
         if not pair or not fact[0] or not all(isinstance(rival, str) for rival in fact[1]):
-            raise DataError(f"{where}: the column of facts contains {shown(fact)}; each fact must be a list of [value, [other values]]")
+            raise DataError(f"{where}: the column of facts contains {shown(fact)}; write each fact as [value, [other values]]")
         found.append((text(fact[0], "a fact", where), tuple(text(rival, "a fact", where) for rival in fact[1])))
     return tuple(found)
 
@@ -187,11 +190,11 @@ def _choices(given: Any, where: str) -> tuple[str, ...]:
     if given is None or given == ():
         return ()
     if not isinstance(given, list | tuple) or not all(isinstance(c, str) and c for c in given):
-        raise DataError(f"{where}: choices are {shown(given)}; write a list of strings, and no empty one")
+        raise DataError(f"{where}: choices are {shown(given)}; write a list of strings, none of them empty")
     for choice in given:
         _check_unicode(choice, "a choice", where)
     if len(set(given)) < max(2, len(given)):
-        raise DataError(f"{where}: choices are {', '.join(given) or 'an empty list'}; give at least two choices, which must differ")
+        raise DataError(f"{where}: choices are {', '.join(given) or 'an empty list'}; give at least two different choices")
     return tuple(given)
 
 
@@ -205,12 +208,16 @@ def _references(answer: Any, choices: tuple[str, ...], where: str) -> tuple[str,
         wrong = [a for a in answers if isinstance(a, int) and not 0 <= a < len(choices)]
         if wrong:
             raise DataError(
-                f"{where}: label {shown(wrong[0])} is not from 0 to {len(choices) - 1}; {known}. Use a split with labels in all rows"
+                f"{where}: label {shown(wrong[0])} is outside 0 to {len(choices) - 1}; {known}. Use a split that has labels in all rows"
             )
         answers = [choices[a] if isinstance(a, int) else a for a in answers]
     for answer in answers:
         if not isinstance(answer, str):
-            fix = known if choices else "if it is a label, list the labels in `choices` of this data set, or name their column in `columns`"
+            fix = (
+                known
+                if choices
+                else "if it is a label, list all labels in `choices` of this data set, or name the column of labels in `columns`"
+            )
             raise DataError(f"{where}: the response is {shown(answer)}; it must be a string or a list of strings ({fix})")
         _check_unicode(answer, "the response", where)
         if choices and answer not in choices:
@@ -219,7 +226,7 @@ def _references(answer: Any, choices: tuple[str, ...], where: str) -> tuple[str,
 
 
 def beyond_ascii(text: str) -> float:
-    """Return the share (0-1) of a text's letters, digits and symbols that are not ASCII."""
+    """Return the share (0 to 1) of non-ASCII characters among the letters, digits and symbols of a text."""
     found = [c for c in text.lower() if c.isalnum() or is_symbol(c)]
     return sum(not c.isascii() for c in found) / len(found) if found else 0.0
 

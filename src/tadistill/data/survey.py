@@ -1,8 +1,9 @@
-"""Read every row of a split once, and store what plans and checks need: the number of rows, and a sample of them.
+"""Read all rows of a split once, and store what later checks need: the number of rows, and a sample of them.
 
     survey(recipe.data.train, "train", recipe.data).rows
 
-The result for a large file is stored in the cache folder, under a digest of the data. The next command does not read the rows again.
+The result for a large file is stored in the cache folder, in a file named by a digest of the data. The next command does not read the rows
+again.
 """
 
 import json
@@ -22,39 +23,39 @@ from tadistill.errors import StoreError
 from tadistill.store import key_of
 
 LARGE = 5_000
-"""Limit for the number of rows of a training set. A larger set is stored on the disk, as a survey and as tokens (`data.encoded`)."""
+"""A training set with more rows is large. The tokens of a large set and the survey of its rows are stored on the disk (`data.encoded`)."""
 SAMPLE = 512
 """Largest number of rows in a sample."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Facts about a split, found by reading all its rows."""
+    """Facts about a split, which are known after all its rows are read."""
 
     rows: int
     sample: tuple[Example, ...]
-    """At most SAMPLE examples, evenly spaced."""
+    """At most SAMPLE examples, evenly spaced over the split."""
     conversations: bool
-    """True if a row contains messages."""
+    """True if at least one row is a conversation (messages)."""
     instructions: bool
-    """True if a row contains an instruction for a template."""
+    """True if at least one row has an instruction, around which a template is put."""
     choices: bool
-    """True if a row has choices."""
+    """True if at least one row has answer choices."""
     beyond_ascii: float
-    """Share of the letters, digits and symbols of a row's references that are not ASCII, a mean over rows, 0-1."""
+    """Share (0 to 1) of non-ASCII characters among the letters, digits and symbols of the references. It is the mean over the rows."""
 
     @property
     def large(self) -> bool:
-        """True if the set is so large that its rows stay on the disk."""
+        """True if the data set is so large that its rows stay on the disk."""
         return self.rows > LARGE
 
     def plain(self, template: str) -> bool:
-        """Return True if tokenising cannot fail for any row: there are no choices, and no chat template writes a prompt."""
+        """Return True if no row can cause an error in tokenisation: no row has choices, and no prompt is written by a chat template."""
         return not (self.choices or self.conversations or (self.instructions and template == "chat"))
 
 
 def survey(ref: DataRef, role: str, data: Data) -> Survey:
-    """Read and check all rows of a split that a recipe uses. Return the number of rows and a sample.
+    """Read and check all rows of a split that a recipe uses. Return the number of rows, a sample, and other facts.
 
     Raises:
         DataError: the data set is missing or empty, or a row is wrong. The message names the row.
@@ -66,7 +67,7 @@ def survey(ref: DataRef, role: str, data: Data) -> Survey:
 
 
 def check(recipe: Recipe) -> None:
-    """Read all data sets of a recipe, so that mistakes are found before any training.
+    """Read all data sets of a recipe. Mistakes in them are thus found before any training.
 
     Raises:
         DataError: a file or a column is missing.
@@ -80,7 +81,8 @@ def check(recipe: Recipe) -> None:
 
 
 def key_of_rows(ref: DataRef, limit: int | None, content: str, *code: Any) -> str:
-    """Return a cache key of the first `limit` rows of a split. It also depends on the settings and on the code that reads the rows."""
+    """Return the key for storing facts about the first `limit` rows in the cache. It depends on the rows, on the settings, and on the code
+    that reads the rows."""
     settings = {"columns": ref.columns, "choices": ref.choices, "instruction": ref.instruction}
     return key_of([__version__, content, settings, limit, *_digests(*(module.__file__ for module in (rows, *code)))])
 

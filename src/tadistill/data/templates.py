@@ -1,10 +1,10 @@
 """Convert an `Example` into a prompt text, and into token ids of the prompt and the response.
 
 Two rules differ from MiniLLM's preprocessing:
-- If the tokenizer would merge the end of the prompt with the start of the response, the response is encoded alone. MiniLLM cuts the
-  joint token ids at the prompt's length.
+- Sometimes a tokenizer would merge the end of the prompt with the start of the response. The response is then encoded alone. MiniLLM
+  encodes both together, and cuts the token ids at the length of the prompt.
 - Prompts that are too long are left out, in test sets too, unless `long_prompts` is `cut`. MiniLLM leaves them out of training sets. In
-  test sets it cuts them on the right, which removes "### Response:".
+  test sets, MiniLLM cuts them on the right, which removes "### Response:".
 """
 
 import itertools
@@ -38,46 +38,49 @@ _ALPACA = re.compile(
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example."""
+    """The token ids of one example."""
 
     row: int
-    """The example's index in its split, from 0."""
+    """Index of the example in its split, from 0."""
     prompt: tuple[int, ...]
     response: tuple[int, ...]
-    """The first reference. It ends with the token that ends an answer, unless it was cut to fit the maximum length."""
+    """The token ids of the first reference. They end with the token that ends an answer, unless the reference was cut to the maximum
+    length."""
     choices: tuple[tuple[int, ...], ...] = ()
-    """The tokens of each answer choice, as they follow the prompt. A choice has no EOS and is never cut."""
+    """The token ids of each answer choice, as it follows the prompt. A choice has no EOS and is never cut."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """The rules for long rows in `data` of a recipe."""
+    """The limits of lengths in the part `data` of a recipe."""
 
     max_prompt: int
     max_length: int
     long_prompts: LongPrompts = "drop"
     bos: bool = False
-    """Put BOS before a prompt that does not begin with it. A chat template puts BOS itself, so its prompts are not changed."""
+    """Put BOS before a prompt that does not begin with BOS. Prompts from a chat template are not changed, because the template decides
+    about BOS."""
 
     @property
     def limit(self) -> int:
-        """Largest number of tokens in a prompt. It leaves room for one token of the answer."""
+        """Largest number of tokens in a prompt. There is always room for one token of the answer."""
         return min(self.max_prompt, self.max_length - 1)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of rows of a split, for one tokenizer: all rows, and those that were left out or cut."""
+    """The numbers of rows of a split for one tokenizer: all rows, and those that were left out or cut."""
 
     rows: int
     long: int = 0
-    """Number of rows left out because their prompt has more than `limit` tokens."""
+    """Number of rows that were left out because their prompt has more than `limit` tokens."""
     empty: int = 0
-    """Number of rows left out because their prompt has no token."""
+    """Number of rows that were left out because their prompt has no tokens."""
     cut: int = 0
     """Number of rows whose prompt was cut to `limit` tokens."""
     shortened: int = 0
-    """Number of rows whose response was cut, so that prompt and response have `max_length` tokens. Such a response has no end token."""
+    """Number of rows whose response was cut, because prompt and response had more than `max_length` tokens. A cut response has no end
+    token."""
     limit: int = 0
     max_length: int = 0
 
@@ -87,13 +90,14 @@ class Counts:
         return self.rows - self.long - self.empty
 
     def plus(self, rows: int, long: int, empty: int, cut: int, shortened: int) -> "Counts":
-        """Return the sum of these counts and the given ones."""
+        """Return the sum of two counts."""
         added = {"rows": rows, "long": long, "empty": empty, "cut": cut, "shortened": shortened}
         return replace(self, **{name: getattr(self, name) + number for name, number in added.items()})
 
     @property
     def text(self) -> str:
-        """Return text such as ``476 of 500 rows; 24 longer than data.max_prompt (256)``. It is empty if no row was left out or cut."""
+        """Return text such as ``476 of 500 rows; 24 longer than data.max_prompt (256)``. The text is empty if no row was left out or
+        cut."""
         key = f"data.max_prompt ({self.limit})" if self.limit + 1 < self.max_length else f"data.max_length ({self.max_length})"
         parts = [
             (self.long, f"{self.long} longer than {key}"),
@@ -107,26 +111,27 @@ class Counts:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A named data set, encoded for one tokenizer. `encoded` does not contain prompts that are too long."""
+    """A data set with its name, encoded for one tokenizer. Rows that were left out, such as those with long prompts, are not in
+    `encoded`."""
 
     name: str
     examples: Seq[Example]
-    """Empty for a large training set, because its rows stay on the disk."""
+    """All examples of the data set. Empty for a large training set, whose rows stay on the disk."""
     encoded: Seq[Encoded]
 
     @property
     def rows(self) -> list[Example]:
-        """The examples of `encoded`, in the same order."""
+        """The examples that `encoded` contains, in the same order."""
         return [self.examples[e.row] for e in self.encoded]
 
 
 def in_chat(example: Example, template: str) -> bool:
-    """Return True if the tokenizer's chat template writes the prompt."""
+    """Return True if the prompt of this example is written by the tokenizer's chat template."""
     return not example.verbatim and (template == "chat" or bool(example.messages))
 
 
 def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase", where: str = "data") -> str:
-    """Return the prompt of an example as text. The template is alpaca, chat or plain. `where` names the row in messages."""
+    """Return the prompt of an example as text. `template` is alpaca, chat or plain. `where` is the name of the row in messages."""
     if example.verbatim:
         return example.instruction
     if in_chat(example, template):
@@ -147,9 +152,9 @@ def render(example: Example, template: str, tokenizer: "PreTrainedTokenizerBase"
 
 
 def task_of(example: Example) -> tuple[str, str]:
-    """Return the instruction and the input of an example, without a template, for people to read.
+    """Return the instruction and the input of an example as text for people, without a template.
 
-    The instruction of a conversation contains one line `role: content` per message. Its input is empty.
+    For a conversation, the instruction has one line `role: content` per message, and the input is empty.
     """
     if example.messages:
         return "\n\n".join(f"{m['role']}: {m.get('content') or ''}" for m in example.messages), ""
@@ -157,7 +162,7 @@ def task_of(example: Example) -> tuple[str, str]:
 
 
 def split_prompt(text: str) -> tuple[str, str]:
-    """Return the instruction and the input of a prompt in the alpaca template. For any other prompt, return (prompt, "")."""
+    """Return the instruction and the input that a prompt in the Alpaca template contains. For any other prompt, return (prompt, "")."""
     match = _ALPACA.fullmatch(text.strip())
     if match is None:
         return text.strip(), ""
@@ -174,12 +179,13 @@ def encode(
     bos: bool = False,
     name: str = "data",
 ) -> list[Encoded]:
-    """Encode the prompts, first references and choices of examples. Rows with a prompt longer than `max_prompt` tokens are left out.
+    """Return the token ids of the examples: prompts, first references and choices. Rows whose prompt is too long or empty are left out.
 
-    A reference ends with the token that ends an answer. With a chat template it is the template's own token, otherwise EOS.
+    Each reference ends with a token that ends an answer. This is the chat template's own token if the template writes the prompt, and EOS
+    otherwise.
 
     Args:
-        bos: put BOS before a prompt that does not begin with it. A chat template puts BOS itself, so its prompts are not changed.
+        bos: put BOS before a prompt that does not begin with BOS. Prompts from a chat template are not changed.
 
     Raises:
         DataError: no row is left, a choice is too long, two choices of a row have the same tokens, or a chat template refuses a row.
@@ -191,7 +197,7 @@ def encode(
 def encode_counted(
     examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", lengths: Lengths, *, template: str, name: str = "data"
 ) -> tuple[list[Encoded], Counts]:
-    """Encode examples as `encode` does. Also count the rows that are left out or cut.
+    """Return what `encode` returns, and the counts of the rows that were left out or cut.
 
     Raises:
         DataError, ModelError: as in `encode`.
@@ -206,10 +212,10 @@ def encode_counted(
 def encode_parts(
     examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", lengths: Lengths, *, template: str, name: str = "data"
 ) -> Iterator[tuple[list[Encoded], Counts]]:
-    """Encode examples as `encode_counted` does, some hundred rows at a time. Yield each part with the counts of all rows so far.
+    """Encode examples as `encode` does, some hundred rows at a time. Yield each part, with the counts of all rows up to this part.
 
     Raises:
-        DataError, ModelError: as in `encode`. If no row is left, the error comes after the last part.
+        DataError, ModelError: as in `encode`. The error for a split in which no row is left comes after the last part.
     """
     rows, shortest = iter(examples), 0
     counts = Counts(0, limit=lengths.limit, max_length=lengths.max_length)
@@ -245,7 +251,7 @@ def encode_parts(
 
 def _nothing_left(counts: Counts, shortest: int, name: str) -> str:
     if not counts.long:
-        return f"every row of {name} has an empty prompt: give the rows an instruction or a prompt, or data.template: alpaca"
+        return f"every row of {name} has an empty prompt; give the rows an instruction or a prompt, or set data.template: alpaca"
     key = "data.max_prompt" if counts.limit + 1 < counts.max_length else "data.max_length"
     return (
         f"no row of {name} has a prompt of at most {counts.limit} tokens (the shortest has {shortest}); raise {key}, or set "
@@ -254,13 +260,13 @@ def _nothing_left(counts: Counts, shortest: int, name: str) -> str:
 
 
 def with_bos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the token ids with BOS in front, unless they already begin with BOS. An empty list stays empty."""
+    """Return the token ids with BOS at the start. Ids that already begin with BOS are not changed, and an empty list stays empty."""
     bos = tokenizer.bos_token_id
     return ids if bos is None or ids[:1] in ([], [bos]) else [bos, *ids]  # type: ignore[list-item]
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return True if the tokenizer itself puts BOS before a text."""
+    """Return True if the tokenizer itself puts BOS before each text."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]  # type: ignore[index]
 
@@ -279,7 +285,9 @@ def _check_choices(choices: list[list[int]], labels: Seq[str], room: int, where:
                 f"{where}: choice `{label}` has {len(ids)} tokens; it must have 1 to {room} tokens (data.max_length minus the prompt)"
             )
         if choices.count(ids) > 1:
-            raise DataError(f"{where}: choice `{label}` has the same tokens as another choice, so no model can tell them apart; reword it")
+            raise DataError(
+                f"{where}: choice `{label}` has the same tokens as another choice, so no model can tell them apart; reword one of the two"
+            )
 
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VERSION = 1
-"""The version of the generated rows. Increase it whenever a row changes, because stage keys contain it."""
+"""The version of the generated rows. It is a part of the keys of stored results, so increase it whenever a row changes."""
 
 SPLITS: dict[str, tuple[str, ...]] = {"tinyworld": ("train", "dev", "test")}
 SPLITS |= {f"tinyworld_{part}": ("test",) for part in ("reworded", "open", "lengths", "multi", "choices")}
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fact:
-    """The attribute `kind` of `subject` has this `value`. `rivals` are the other possible values of the attribute."""
+    """A fact of the world: the attribute `kind` of `subject` has this `value`. `rivals` are the other possible values of the attribute."""
 
     kind: str
     subject: str
@@ -53,13 +53,13 @@ class Fact:
     rivals: tuple[str, ...]
 
     def say(self, phrase: str) -> str:
-        """Return `phrase` with the fact's subject and value inserted."""
+        """Return `phrase` with the fact's subject and value filled in."""
         return phrase.format(x=self.subject, v=self.value)
 
 
 @dataclass(frozen=True)
 class FictionalWorld:
-    """The people, places and facts that are generated from one seed."""
+    """The people, places and facts that one seed gives."""
 
     seed: int
     people: int
@@ -70,7 +70,8 @@ class FictionalWorld:
 
 @lru_cache
 def world(seed: int = 0, people: int = 120) -> FictionalWorld:
-    """Generate the people, places and facts of a seed. Raises DataError if `people` is below 10, or above the number of available names."""
+    """Return the people, places and facts of a seed. Raises a DataError if `people` is below 10, or above the number of names that are
+    available."""
     pool = [start + end for start in pieces.NAME_STARTS for end in pieces.NAME_ENDS]
     if not 10 <= people <= len(pool):
         raise DataError(f"tinyworld cannot have {people} people; set `data.world.people` to a number from 10 to {len(pool)}")
@@ -83,10 +84,10 @@ def world(seed: int = 0, people: int = 120) -> FictionalWorld:
 
 
 def world_rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> list[Row]:
-    """Generate the rows of a split. A row has an instruction, an input (may be empty), outputs, and facts as [value, rivals] pairs.
+    """Return the rows of a split. A row has an instruction, an input (which can be empty), outputs, and facts as pairs [value, rivals].
 
-    An answer states a fact if it contains the value and none of the rivals, as whole words. Only rows of tinyworld_multi have several
-    outputs. Rows of tinyworld_choices also have choices: the value and its rivals, sorted.
+    An answer states a fact if it contains the value and none of the rivals (the wrong values), as whole words. Only rows of tinyworld_multi
+    have several outputs. Rows of tinyworld_choices also have choices: the value and its rivals, sorted.
 
     Raises:
         DataError: there is no such split.
@@ -99,7 +100,8 @@ def world_rows(name: str, split: str, *, seed: int = 0, people: int = 120) -> li
 
 
 def corpus(*, seed: int = 0, people: int = 120) -> list[dict[str, str]]:
-    """Generate plain text about the world, for a language-modelling loss. Its sentences are worded differently from the answers."""
+    """Return plain text about the world, for a language-modelling loss. The wording of its sentences differs from the wording of the
+    answers."""
     here = world(seed, people)
     told, residents = _by_subject(here), {place: [f.subject for f in here.facts if f.value == place] for place in here.places}
     documents = []
@@ -127,7 +129,7 @@ def _vocabulary(seed: int, people: int) -> tuple[str, ...]:
 
 
 def words(*, seed: int = 0, people: int = 120) -> list[str]:
-    r"""Return the sorted vocabulary. It contains "\n", but no special tokens."""
+    """Return the sorted vocabulary. It contains the line break, but no special tokens."""
     return list(_vocabulary(seed, people))
 
 
@@ -137,7 +139,7 @@ def fingerprint(*, seed: int = 0, people: int = 120) -> str:
 
 
 def tokenizer(*, seed: int = 0, people: int = 120) -> "PreTrainedTokenizerFast":
-    r"""Return the world's tokenizer. Each word and each "\n" is one token. No special tokens are added to a text."""
+    """Return the tokenizer of the world. Each word is one token, and so is each line break. No special tokens are added to a text."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # imported here, because rows are also needed without these packages
     from transformers import PreTrainedTokenizerFast
 
@@ -276,7 +278,7 @@ def _skill_rows(here: FictionalWorld) -> dict[str, list[Row]]:
 
 
 Task = tuple[str, str, tuple[str, ...]]
-"""(input, value that is the answer, rivals of the value). If the answer is a whole list, it has no rivals."""
+"""A task as a triple: its input, the correct answer, and the rivals (wrong answers). If the answer is a whole list, there are no rivals."""
 Rivals = dict[str, dict[str, tuple[str, ...]]]
 
 

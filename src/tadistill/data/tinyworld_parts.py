@@ -1,10 +1,11 @@
-"""Text and random draws of tinyworld. The text is read from tinyworld.json.
+"""The texts of tinyworld, which are read from tinyworld.json, and its random draws.
 
-All text is lower case with one space between tokens. Punctuation marks are tokens. In the text, `{x}` is replaced by the subject of
-a fact, and `{v}` by its value. The tests check three rules:
-- A word is a value of only one attribute. It does not occur in the wordings.
-- A rewording uses only words that training rows use too.
-- Answers to one question differ in their first words. A model that uses all phrasings thus behaves differently from one that uses one.
+All text is lower case, with one space between tokens. Punctuation marks are tokens. In the text, `{x}` stands for the subject of a fact,
+and `{v}` for its value. The tests check three rules:
+- A word is a value of only one attribute, and does not occur in the wordings.
+- A rewording uses only words that rows of the training set use too.
+- The answers to one question differ in their first words. A model that uses all of them therefore behaves differently from a model that
+  uses only one.
 """
 
 import json
@@ -20,21 +21,21 @@ class Kind:
     """The wordings of questions and answers about one attribute of a person or place."""
 
     domain: str
-    """The set of possible values: a key of DOMAINS, or `place` or `person`."""
+    """The name of the set of possible values: a key of DOMAINS, or `place`, or `person`."""
     asks: tuple[str, ...]
-    """Wordings of the question. For each fact, training does not use one of them."""
+    """Wordings of the question. For each fact, one of them is not used in training."""
     short_asks: tuple[str, ...]
-    """Wordings of a question that is answered by the value alone. For each fact, training does not use one of them."""
+    """Wordings of a question whose answer is only the value. For each fact, one of them is not used in training."""
     rewordings: tuple[str, ...]
-    """Wordings of the question that training never uses."""
+    """Wordings of the question that are never used in training."""
     answers: tuple[str, ...]
     prose: tuple[str, ...]
-    """Sentences that state the fact in the plain-text corpus."""
+    """Sentences for the plain-text corpus that state the fact."""
 
 
 @dataclass(frozen=True)
 class Skill:
-    """The wordings of a task with a given input, such as sorting a list. The module `tinyworld` generates the inputs."""
+    """The wordings of a task that needs an input, such as sorting a list. The module `tinyworld` generates the inputs."""
 
     asks: tuple[str, ...]
     rewordings: tuple[str, ...]
@@ -53,24 +54,25 @@ PLACE_STARTS, PLACE_ENDS = (tuple(_TEXT["places"][part].split()) for part in ("s
 PLACES = 24
 
 DOMAINS = {name: tuple(words.split()) for name, words in _TEXT["domains"].items()}
-"""The possible values of each attribute. People and places are not included, because each world has its own."""
+"""Maps each set of values to its words. People and places are not included, because each world has its own."""
 NUMBERS = tuple(str(n) for n in range(1, 21))
 ANSWER_WEIGHTS = (4, 3, 2, 1)
-"""Relative frequencies of the first to fourth phrasing of an answer in training rows. They are unequal, as in real text."""
+"""Relative frequencies, in training rows, of the four phrasings of an answer. They are unequal, as in real text."""
 
 PERSON_KINDS, PLACE_KINDS = ({name: Kind(**_tuples(e)) for name, e in _TEXT[group].items()} for group in ("person_kinds", "place_kinds"))
 KINDS = PERSON_KINDS | PLACE_KINDS
 PERSON_STORY = ("home", "job", "pet", "colour")
 PLACE_STORY = ("product", "river", "mayor")
-"""The attributes that the answer to an open question states, in this order."""
+"""The attributes of a place that the answer to an open question states, in this order."""
 OPEN_ASKS = tuple(_TEXT["open_asks"])
-"""Five open questions. For each subject, training uses three of them, tinyworld_open a fourth, and tinyworld_lengths the fifth."""
+"""Five open questions. For each subject, three of them are used in training, the fourth in tinyworld_open, and the fifth in
+tinyworld_lengths."""
 SKILLS = {name: Skill(**_tuples(entry)) for name, entry in _TEXT["skills"].items()}
 SALES = tuple(_TEXT["sales"])
-"""Sentences about a sale: the inputs of the skills who, what and where. Their word orders differ."""
+"""Sentences about a sale, in different word orders. They are the inputs of the tasks `who`, `what` and `where`."""
 STORY_OPENINGS = tuple(_TEXT["story_openings"])
 RESIDENTS = _TEXT["residents"]
-"""A sentence of the plain-text corpus about three people of one place."""
+"""A sentence for the plain-text corpus about three people who live in one place."""
 
 
 # --- random draws: each purpose has its own generator ------------------------------------------------------------------------
@@ -79,15 +81,15 @@ T = TypeVar("T")
 
 
 def rng(*address: int | str) -> Random:
-    """Return the random generator of an address, which names one purpose.
+    """Return the random generator for one purpose. `address` is the name of the purpose.
 
-    Call only its method `random`. Python guarantees the same numbers on every machine for this method only.
+    Call only its method `random`. Python guarantees only for this method that the numbers are the same on every machine.
     """
     return Random("|".join(map(str, address)))
 
 
 def pick(items: Sequence[T], rng: Random, weights: Sequence[int] | None = None) -> T:
-    """Draw one item, with equal probability or in proportion to `weights`. Weights without an item are ignored."""
+    """Draw one item, with equal probability or in proportion to `weights`. Additional weights at the end are ignored."""
     if weights is None:
         return items[int(rng.random() * len(items))]
     weights = weights[: len(items)]

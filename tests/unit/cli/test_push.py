@@ -113,7 +113,7 @@ def test_a_model_is_copied_and_sent(server, runs, tmp_path):
         ("a b", "hf_good", "`a b` is not a valid name of a repository .*; write NAME or ORG/NAME"),
         ("small", "", "has no token for the Hugging Face Hub; log in with `hf auth login`, or set HF_TOKEN"),
         ("small", "hf_bad", "does not accept this machine's token"),
-        ("others/small", "hf_good", "the token may not write to `others/small`"),
+        ("others/small", "hf_good", "the token has no permission to write to `others/small`"),
     ],
 )
 def test_what_is_wrong_is_said(server, runs, monkeypatch, repository, token, said):

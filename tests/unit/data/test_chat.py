@@ -42,7 +42,7 @@ def test_prompt_and_end_of_a_template(template, prompt, end):
             STRICT,
             [SYSTEM, USER],
             DataError,
-            r"row 7: the tokenizer's chat template refuses the turns system, user: System role not supported;",
+            r"row 7: the tokenizer's chat template refuses the turns system, user .System role not supported.;",
         ),
         (NO_SYSTEM, [SYSTEM, USER], DataError, "row 7: the tokenizer's chat template leaves out the turn of role `system`"),
         ("{% for m in messages %}{{ m.content }", [USER], ModelError, r"not valid Jinja \(line 1: .*correct `chat_template`"),

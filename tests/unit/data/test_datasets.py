@@ -56,12 +56,12 @@ def test_named_set_under_root_and_limit(tmp_path, monkeypatch):
     [
         (
             ["train.json", "other.jsonl", "notes.txt"],
-            "no file train.jsonl: it holds notes.txt, other.jsonl, train.json; set `split`",
+            "no file train.jsonl .it contains notes.txt, other.jsonl, train.json.; set `split`",
         ),
         (["a.jsonl", "b.jsonl"], "set `split` of this data set to a or b, or rename a file"),
-        (["rows.csv"], "it holds rows.csv; write the rows to this file"),
-        ([f"{i}.jsonl" for i in range(20)], "14.jsonl, 15.jsonl and 12 more; set"),
-        ([], "it is empty; write the rows to this file"),
+        (["rows.csv"], "it contains rows.csv.; write the rows to this file"),
+        ([f"{i}.jsonl" for i in range(20)], "14.jsonl, 15.jsonl and 12 more.; set"),
+        ([], "it is empty.; write the rows to this file"),
     ],
 )
 def test_a_folder_without_the_split_says_what_it_holds(tmp_path, monkeypatch, files, words):
@@ -97,7 +97,7 @@ def test_columns_are_mapped(tmp_path):
         ([], "is empty"),
         (
             [{"instruction": "a", "response": "b"}],
-            r"row 1 has no column `output` \(the response\); it has instruction, response. Name .* for instance columns: {",
+            r"row 1 has no column `output` \(the response\); its columns are instruction, response. Name .* for instance columns: {",
         ),
         ([{"text": "a"}], "no column `instruction`, `prompt` or `messages`"),
         ([{"instruction": "a", "output": 3}], "must be a string"),
@@ -107,7 +107,7 @@ def test_columns_are_mapped(tmp_path):
         ([{"instruction": "a", "output": None}], "row 1: the response is null; give a string .it may be empty., or delete the row"),
         ([{"instruction": "a", "output": "b"}, {"instruction": "a", "outputs": []}], "row 2: the response is an empty list"),
         ([{"instruction": "a", "outputs": ["b", None]}], "the response is None; it must be a string"),
-        ([{"instruction": "a", "output": True}], r"the response is True; .* list the labels in `choices` of this data set"),
+        ([{"instruction": "a", "output": True}], r"the response is True; .* list all labels in `choices` of this data set"),
         ([[1]], r"is a JSON array \(`jq -c .*; every line must be one JSON object"),
     ],
 )
@@ -121,12 +121,12 @@ def test_bad_rows(tmp_path, rows, words):
     [
         ({"instruction": "a", "output": "b", "choices": ["b"]}, "row 1: choices are b; give at least two"),
         ({"instruction": "a", "output": "b", "choices": []}, "choices are an empty list"),
-        ({"instruction": "a", "output": "b", "choices": ["b", "b"]}, "at least two choices, which must differ"),
+        ({"instruction": "a", "output": "b", "choices": ["b", "b"]}, "at least two different choices"),
         ({"instruction": "a", "output": "b", "choices": {"text": ["b"]}}, "write a list of strings"),
-        ({"instruction": "a", "output": "b", "choices": ["b", ""]}, "and no empty one"),
+        ({"instruction": "a", "output": "b", "choices": ["b", ""]}, "none of them empty"),
         ({"instruction": "a", "output": "c", "choices": ["a", "b"]}, "reference `c` is not one of the choices; the choices are a, b"),
-        ({"instruction": "a", "output": 2, "choices": ["a", "b"]}, "label 2 is not from 0 to 1; the choices are a, b"),
-        ({"instruction": "a", "output": -1, "choices": ["a", "b"]}, "label -1 is not from 0 to 1.*Use a split with labels in all rows"),
+        ({"instruction": "a", "output": 2, "choices": ["a", "b"]}, "label 2 is outside 0 to 1; the choices are a, b"),
+        ({"instruction": "a", "output": -1, "choices": ["a", "b"]}, "label -1 is outside 0 to 1.*Use a split that has labels in all rows"),
         ({"instruction": "a", "output": 1.0, "choices": ["a", "b"]}, "the response is 1.0; it must be a string"),
     ],
 )
@@ -178,7 +178,7 @@ def test_choices_under_another_name(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"instruction": "a", "output": "y", "options": ["x", "y"]}])
     (row,) = read({"load": path, "columns": {"choices": "options"}})
     assert row.choices == ("x", "y")
-    with pytest.raises(DataError, match=r"no column `option` \(the choices\); it has instruction, output, options"):
+    with pytest.raises(DataError, match=r"no column `option` \(the choices\); its columns are instruction, output, options"):
         read({"load": path, "columns": {"choices": "option"}})
 
 
@@ -192,8 +192,8 @@ def test_an_instruction_for_every_row_does_not_fit_conversations(tmp_path):
     ("ref", "words"),
     [
         ({"choices": ["yes"]}, "at least two"),
-        ({"choices": ["yes", "yes"]}, "must differ"),
-        ({"choices": ["yes", ""]}, "must not be empty"),
+        ({"choices": ["yes", "yes"]}, "all different"),
+        ({"choices": ["yes", ""]}, "none of them empty"),
         ({"choices": ["no", "yes"], "columns": {"choices": "options"}}, "remove one of the two"),
         ({"instruction": "do", "columns": {"instruction": "question"}}, "remove one of the two"),
         ({"instruction": ""}, "`instruction` is empty"),

@@ -43,7 +43,7 @@ def test_a_table_of_another_kind_says_how_to_convert_it(tmp_path, name, content,
 
 
 def test_conversations_of_sharegpt_say_what_to_write(read):
-    with pytest.raises(DataError, match=r"it has conversations. Write the turns as messages: \[{"):
+    with pytest.raises(DataError, match=r"its columns are conversations. Write the turns as messages: \[{"):
         read({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
 
 
@@ -65,7 +65,7 @@ def test_columns_are_read_when_they_are_asked_for(read):
 
 @pytest.mark.parametrize("value", [5, "ab", [1], [None], [["a"]], [["a", "b"]], [["a", [1]]], [["a", ["b"], "c"]], {"a": 1}])
 def test_facts_that_are_asked_for_must_be_facts(read, value):
-    with pytest.raises(DataError, match=r"row 2: the column of facts contains .*; each fact must be a list of \[value, \[other values\]\]"):
+    with pytest.raises(DataError, match=r"row 2: the column of facts contains .*; write each fact as \[value, \[other values\]\]"):
         read(OK | {"facts": [["hi", []]]}, OK | {"facts": value}, columns={"facts": "facts"})
 
 
