@@ -118,7 +118,9 @@ def advise(
     direct, chains = _check(candidates, margin, level)
     scales = sorted({o.scale for o in history})
     if len(scales) > 1:
-        raise ConfigError(f"history has the metrics {', '.join(scales)}, which have different units; give the observations of one metric")
+        raise ConfigError(
+            f"`history` contains the metrics {', '.join(scales)}, which have different units; give the observations of one metric"
+        )
     pairs = pair_up(history)
     found = predict(chains, direct.edges[0], pairs, margin=margin, family=family)
     return decide(candidates, found, scale=scales[0] if pairs else None, margin=margin, level=level)
@@ -160,7 +162,7 @@ def _check(candidates: Sequence[Candidate], margin: float, level: float) -> tupl
     if len(ends) > 1:
         different = ", ".join(f"{a} to {b}" for a, b in sorted(ends))
         raise ConfigError(
-            f"the candidates have different ends: they lead from {different}; give only paths from one teacher to one student"
+            f"the candidates have different teachers or students ({different}); give only paths from one teacher to one student"
         )
     if len({c.path for c in candidates}) < len(candidates):
         raise ConfigError("two candidates have the same path; give each path once")

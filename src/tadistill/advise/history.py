@@ -1,7 +1,6 @@
-"""Read the results of earlier studies as evidence for forecasts.
+"""Read the results of earlier studies as evidence for forecasts. Only dev values are read.
 
-Each chain (a path with assistants) is paired with its equal-compute baseline, which is direct distillation with the same compute. Only dev
-values are read. Test sets stay unread, so a later test on them is fair.
+Each chain (a path with assistants) is paired with its equal-compute baseline, which is direct distillation with the same compute.
 """
 
 from collections.abc import Mapping, Sequence
@@ -114,7 +113,7 @@ def check_path(path: tuple[str, ...], edges: tuple[Edge, ...]) -> None:
     """Raise a ConfigError unless a path has one edge (teacher and learner) for each pair of neighbours, in order."""
     if len(path) < 2 or [(e.teacher, e.learner) for e in edges] != list(pairwise(path)):
         raise ConfigError(
-            f"path {path_text(path)} must have two or more models, and for each pair of neighbours one edge, in the same order"
+            f"path {path_text(path)} must have two or more models, and one edge (teacher and learner) for each step, in the same order"
         )
 
 
@@ -144,10 +143,9 @@ class History:
 
 
 def history(runs: Path) -> History:
-    """Read the results of all finished arms (distilled paths) of the studies in a directory. Each training seed of an arm is one
-    observation.
+    """Read the results of all finished arms (distilled paths) of the studies in a directory. Each training seed of an arm is one result.
 
-    If two studies share a training, it gives only one observation. Raises StoreError if `runs` is not a directory.
+    If two studies share a training, it is read once. Raises StoreError if `runs` is not a directory.
     """
     if not runs.is_dir():
         raise StoreError(f"{runs} is not a directory; give the --runs directory of earlier studies")
@@ -171,8 +169,6 @@ def history(runs: Path) -> History:
 
 def family_of(models: Mapping[str, ModelConfig], parameters: Mapping[str, int], teacher: str, train: str, method: str) -> str:
     """Return the name of a run's family. Runs of a family have the same original teacher, training data and last method.
-
-    Their students may differ. Runs of one family are not independent evidence.
 
     Args:
         models: the recipe's models.
@@ -246,7 +242,7 @@ def _read_arm(
     direct = direct_arm(plan.arms, arm.path[0], arm.path[-1], arm.method)
     if direct is None or direct.flops is None or arm.flops is None:
         left_out.append(
-            f"{name} has an unknown relative cost, because the study has no direct arm of the same models and method with known FLOPs"
+            f"{name} has an unknown relative cost: the study has no direct arm of the same models and method, or FLOPs are unknown"
         )
         return
     edges = path_edges(arm.path, plan.parameters, measures)
@@ -276,7 +272,7 @@ def _dev_value(store: Store, key: str) -> tuple[str, float | None]:
         value = read_json(folder / "manifest.json")["best_value"]
         return str(metric), None if value is None else float(value)
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{folder} is damaged ({type(error).__name__}: {error}); delete it and run the recipe again") from error
+        raise StoreError(f"{folder} is damaged ({type(error).__name__}: {error}); delete this folder and run the recipe again") from error
 
 
 # --- chains with their twins --------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def with_search(recipe: Recipe) -> Recipe:
         if not between:
             raise ConfigError(
                 f"no model has a size between teacher {teacher} ({sizes[teacher]:,} parameters) and student {student} "
-                f"({sizes[student]:,}); add such a model, or write search: {{teacher: …, assistants: […], student: …}}"
+                f"({sizes[student]:,}); add such a model, or add search: {{teacher: …, assistants: […], student: …}}"
             )
         found = Search(teacher=teacher, assistants=tuple(sorted(between, key=lambda n: -sizes[n])), student=student)
         recipe = recipe.model_copy(update={"search": found})
@@ -211,7 +211,7 @@ def _ends(recipe: Recipe) -> tuple[str, str]:
     if teacher is None or len(students) != 1:
         what = f"students {', '.join(students)}" if students else "no path"
         raise ConfigError(
-            f"the arms have {what}, but advice needs exactly one student; write search: {{teacher: …, assistants: […], student: …}}"
+            f"the arms have {what}, but advice needs exactly one student; add search: {{teacher: …, assistants: […], student: …}}"
         )
     return teacher, students[0]
 

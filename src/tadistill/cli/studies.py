@@ -67,7 +67,9 @@ def export(
     with contextlib.nullcontext(target) if target else tempfile.TemporaryDirectory() as folder:
         copied = export_model(results, arm, seed, Path(folder), name=name)
         if target:
-            console.print(f"{target}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True, highlight=False)
+            console.print(
+                f"{target} contains the model; load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True, highlight=False
+            )
         if push:
             page = hub.push(copied, name, private=not public, message=f"{arm} of study {results.plan.study}")
             console.print(f"sent to {page}", soft_wrap=True, highlight=False)

@@ -89,10 +89,7 @@ def packages(requirements: Iterable[str], extra: str = "") -> Check:
 
 
 def wheelhouse(requirements: Iterable[str]) -> Check | None:
-    """Check that the wheelhouse of the Digital Research Alliance of Canada has all required packages. Return None on other machines.
-
-    A wheelhouse is the folder of Python packages that the clusters of the Alliance share.
-    """
+    """Check the wheelhouse (the shared folder of Python packages on clusters of the Alliance). Return None on other machines."""
     wanted = [r for r in map(Requirement, requirements) if not r.marker or r.marker.evaluate({"extra": ""})]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{r.name}{r.specifier}\n" for r in wanted))
@@ -140,10 +137,7 @@ def slurm(site: str | None) -> Check:
 
 
 def account(pattern: str | None, environment: Mapping[str, str]) -> Check:
-    """Check the Slurm account to which jobs are charged.
-
-    Variables of the environment are read, because they override the account in a batch script.
-    """
+    """Check the Slurm account to which jobs are charged. Variables of the environment override the account in a batch script."""
     given = {name: environment[name] for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT") if environment.get(name)}
     if len(set(given.values())) > 1:
         found = ", ".join(f"{name}={value}" for name, value in given.items())

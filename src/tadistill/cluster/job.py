@@ -165,7 +165,9 @@ class JobRecord:
         write_json(store.folder(key) / RECORD, asdict(self))
 
     def entries(self, queue: Mapping[str, Entry]) -> list[Entry]:
-        """Return this job's entries in Slurm's queue, with running ones first. There are several if several jobs continue the work."""
+        """Return this job's entries in Slurm's queue, running ones first. If the work is split into several jobs, each of them has an
+        entry.
+        """
         here = str(self.place)
         segments = [e for i, e in queue.items() if i.startswith(f"{here}_")] if self.index is None else []
         found = [queue[here]] if here in queue else sorted(segments, key=lambda e: e.state != "RUNNING")
@@ -226,7 +228,7 @@ class StageJob:
 
         failure = Store(Path(task.store)).folder(task.key) / FAILURE
         if self.chain and os.environ.get("SLURM_ARRAY_TASK_ID") != "0" and failure.is_file():
-            raise StageFailed(f"an earlier job of this stage failed: {failure.read_text(encoding='utf-8').strip()}")
+            raise StageFailed(f"an earlier job of this stage failed: {failure.read_text(encoding='utf-8').strip()}; submit the study again")
         if _first():
             failure.unlink(missing_ok=True)
         say(f"{task.label} ({task.key})")

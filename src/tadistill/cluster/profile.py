@@ -103,7 +103,7 @@ def load_profile(name: str) -> Profile:
     try:
         return Profile.model_validate({"name": path.stem} | yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError) as error:
-        raise ConfigError(f"cluster profile {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"cluster profile {path} cannot be read as YAML; correct it: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -194,7 +194,7 @@ class Submission:
         if jobs and queued + number > self.profile.max_jobs:
             raise ConfigError(
                 f"{number} new jobs and {queued} jobs in the queue are more than the {self.profile.max_jobs} that a user may have on "
-                f"{self.profile.name}; submit fewer seeds or arms at a time (seeds=[10]), or wait"
+                f"{self.profile.name}; submit fewer seeds or arms at a time (for instance with seeds=[10]), or wait"
             )
 
     @contextmanager

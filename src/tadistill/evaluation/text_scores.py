@@ -82,7 +82,7 @@ UNSEEN = 0.01
 
 
 def unseen(references: Sequence[Sequence[str]]) -> float:
-    """Return how many of the references' letters and digits `rouge_l` ignores, as a share (0-1) that is averaged over the rows.
+    """Return the share (0-1) of the references' letters and digits that `rouge_l` ignores, averaged over the rows.
 
     `rouge_l` reads only a-z, A-Z and 0-9.
     """

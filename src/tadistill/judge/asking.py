@@ -29,7 +29,7 @@ Scores = tuple[float, float]
 
 @dataclass(frozen=True)
 class RequestEstimate:
-    """How many questions and tokens a run needs. Tokens are estimated from the length of the texts.
+    """The numbers of questions and tokens of a run. Tokens are estimated from the length of the texts.
 
     `cached` is the number of questions that already have a reply. `most_out` is the upper limit of the generated tokens.
     """

@@ -74,5 +74,5 @@ def trained_model(plan: "StudyPlan", store: Store, name: str, seed: int | None) 
         raise StoreError(f"arm {name} with seed {seed} is not trained yet (stage {key}): run `{plan.command}` to finish it")
     store.check([key], [name for name in store.manifest(key).get("files", ()) if name.startswith("model/")])
     if not folder.is_dir():
-        raise StoreError(f"{folder} does not exist: delete the stage's directory and run `{plan.command}` again")
+        raise StoreError(f"{folder} does not exist; delete {folder.parent} and run `{plan.command}` again")
     return folder, seed

@@ -98,7 +98,7 @@ class ArmRecord:
 
     @property
     def is_plain(self) -> bool:
-        """True if the arm has one path, in which each model teaches the next one, and starts no model from another model of the arm."""
+        """True if each model of the arm only teaches the next one: one path, one teacher per model, and no other use of a model."""
         text = path_text(self.path)
         return self.path_text == text or (len(self.path) == 2 and self.path_text == f"{text}, dense")  # one teacher: nothing to mix
 

@@ -131,13 +131,15 @@ def choice_notes(choice: Choice, confirm: Path | None, runs: Path) -> list[str]:
         ]
     if len(equal := [t for t in choice.tried if t.mean == choice.tried[0].mean]) > 1:
         paths = ", ".join(path_text(t.path) for t in equal)
-        notes.append(f"{len(equal)} paths have the same dev value, so the first of the shortest is chosen: {paths}.")
+        notes.append(
+            f"{len(equal)} paths have the same dev value: {paths}. The shortest is chosen, or the first of those that are equally short."
+        )
     k, chance = choice.compared, choice.inflation()
     if k > 1:
         unit = "" if chance is None else f", here up to {chance:.2g}"
         notes.append(
-            f"Chance alone raises the best of {k} equally good paths by {expected_best_of(k):.2f} standard errors{unit}, so the dev "
-            "value of the chosen path above is too optimistic."
+            f"If all {k} paths were equally good, chance alone would raise the best dev value by {expected_best_of(k):.2f} standard "
+            f"errors{unit}. The dev value of the chosen path above is therefore too optimistic."
         )
     if confirm is None:
         return [*notes, "The direct path is the best on dev, so there is no chain to confirm."]

@@ -115,7 +115,7 @@ class _Estimate:
         mean = float(np.mean([values.mean() for values in strata_SN]))
         if np.isfinite(high - low):
             if not low - ROUNDING <= mean <= high + ROUNDING:
-                raise ValueError(f"scores between {low} and {high} cannot have the mean {mean}")
+                raise ValueError(f"scores between {low} and {high} cannot have the mean {mean}; correct the scores or their bounds")
             mean = min(max(mean, low), high)  # rounding
         self.low, self.high, self.mean = low, high, mean
         variance, self.df = _variance(strata_SN)
