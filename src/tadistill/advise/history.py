@@ -95,7 +95,7 @@ class Observation:
     quality: float
     """The dev metric of the selected checkpoint. Higher is better."""
     scale: str
-    """The metric of `quality`."""
+    """The name of the metric in `quality`."""
     study: str = ""
     reported: float = 0.0
     """Standard deviation of the arm's difference to its baseline on the test sets, from the study's report. It is 0 without a report."""

@@ -164,7 +164,7 @@ def cost_figure(report: Report) -> Chart | None:
 
 
 def lambda_figure(report: Report) -> Chart | None:
-    """Draw which assistant the rule of MiniDisc chooses, for each weight lambda of a small size against a good score.
+    """Draw which assistant the rule of MiniDisc chooses for each lambda, the weight of a small size against a good score.
 
     Return None if there are fewer than two assistants.
     """

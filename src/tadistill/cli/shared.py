@@ -138,7 +138,7 @@ def interruptible(terminal: Terminal = console) -> Iterator[None]:
 
 
 def runs_option(runs: Path | None) -> list[str]:
-    """Return the words of the option `--runs`, for a command that is shown to the user. They are empty without the option."""
+    """Return the words of the option `--runs`, for a command that is shown to the user. Empty if the user did not give the option."""
     return ["--runs", str(runs)] if runs else []
 
 

@@ -183,7 +183,7 @@ def modules(wanted: Iterable[str], environment: Mapping[str, str]) -> Check:
 
 
 def quota(places: Mapping[str, Path]) -> list[Check]:
-    """Check the user's disk quotas. A full quota is a problem, and one that is 90 % full gives a warning.
+    """Check the user's disk quotas. A full quota is a problem. A quota that is more than 90 % full gives a warning.
 
     The numbers come from the program `diskusage_report`, or else from `lfs quota`. The list is empty if neither program exists.
     """

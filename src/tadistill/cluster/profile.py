@@ -56,7 +56,7 @@ class Profile(Strict):
     request: Literal["gpus-per-node", "gpus", "count"] = "gpus-per-node"
     """How a job asks Slurm for GPUs: with --gpus-per-node=NAME:N, with --gpus=NAME:N, or with --gpus-per-node=N."""
     cpu: Cpu | None = Cpu()
-    """Resources of a job without a GPU. The job that writes the report is one. null if the cluster refuses such small jobs."""
+    """Resources of jobs without a GPU, such as the job that writes the report. null if the cluster refuses such small jobs."""
     memory_option: bool = True
     """True if the cluster accepts the option --mem."""
     min_hours: float = Field(default=0.0, ge=0)

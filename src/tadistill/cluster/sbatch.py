@@ -126,7 +126,7 @@ class Requests:
         raise ConfigError(
             f"{stages[0].label} needs about {needs / 1e9:.0f} GB on a GPU, but the largest GPU of {self.profile.name} has "
             f"{largest:.0f} GB; spread the stage over several GPUs with resources: "
-            f"{{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}}  (also with teacher: sharded or "
+            f"{{{stages[0].kind} {stages[0].model}: {{processes: 4, parallel: fsdp}}}} (also with teacher: sharded or "
             "offloaded), lower `optim.micro_batch`, or set `gradient_checkpointing`"
         )
 

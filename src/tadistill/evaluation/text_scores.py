@@ -148,7 +148,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def fact_accuracy(predictions: Sequence[str], facts: Sequence[Facts]) -> list[float]:
-    """Return the percentage of its prompt's facts that each prediction states.
+    """Return one percentage per prediction: the share of its prompt's facts that the prediction states.
 
     A prediction states a fact if it contains the fact's value and none of the wrong values that are listed with the fact.
 

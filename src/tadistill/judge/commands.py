@@ -109,8 +109,8 @@ def _announce(console: Console, answers: Answers, plan: RequestEstimate, model: 
     _name_unfinished(console, answers)
     console.print(
         f"{model}: {plan.questions} questions ({len(answers.arms)} arms, {len(answers.items)} prompts, training seed "
-        f"{', '.join(map(str, answers.seeds))}, each pair in both orders); {plan.cached} are already answered, and {plan.requests} requests "
-        "will be sent",
+        f"{', '.join(map(str, answers.seeds))}, each pair in both orders); {plan.cached} are already answered, and {plan.requests} "
+        "requests will be sent",
         highlight=False,
     )
     if plan.requests:

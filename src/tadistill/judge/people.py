@@ -50,7 +50,7 @@ def make_sheet(answers: Answers, *, name: str, with_reference: bool, seed: int) 
     arms = [arm for arm in next(iter(answers.items)).answers if arm in answers.arms or with_reference]
     if not 2 <= len(arms) <= len(ascii_uppercase):
         raise ConfigError(
-            f"a sheet shows 2 to {len(ascii_uppercase)} answers per prompt, but {len(arms)} arms are chosen; choose other arms with --arm"
+            f"a sheet shows 2 to {len(ascii_uppercase)} answers per prompt, but {len(arms)} arms are chosen; change their number with --arm"
         )
     rng = random.Random(seed)
     items = rng.sample(answers.items, len(answers.items))
@@ -126,7 +126,7 @@ def load_key(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: there is no such sheet.
-        DataError: the file is not a key.
+        DataError: the file is not the key of a sheet.
     """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; first write the sheet and its key with `tadistill human STUDY`")
@@ -253,13 +253,13 @@ def _rating(place: str, row: Mapping[str, str], key: Mapping[str, Any], *, rater
     item, letter, text = (row[name].strip() for name in _NEEDED)
     if row.get("sheet", "").strip() not in ("", key["sheet"]):
         raise DataError(
-            f"{place}: the row belongs to sheet {row['sheet'].strip()}, but this sheet is {key['sheet']}; name the right sheet with --name"
+            f"{place}: the row belongs to sheet {row['sheet'].strip()}, but this sheet is {key['sheet']}; give its name with --name"
         )
     if item not in key["items"]:
-        raise DataError(f"{place}: the sheet has no item `{item}`; its items are p001 to {list(key['items'])[-1]}")
+        raise DataError(f"{place}: the sheet has no item `{item}`; use one of its items, p001 to {list(key['items'])[-1]}")
     letters = key["items"][item]["letters"]
     if letter.upper() not in letters:
-        raise DataError(f"{place}: item {item} has no answer `{letter}`; its answers are {', '.join(letters)}")
+        raise DataError(f"{place}: item {item} has no answer `{letter}`; use one of its answers, {', '.join(letters)}")
     if not text:
         return None
     low, high = key["scale"]

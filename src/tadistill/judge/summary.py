@@ -43,8 +43,8 @@ def verdict(first: Scores, second: Scores) -> int:
     """Return 1 if the arm has the higher score in both orders, -1 if the other answer has the higher score in both, else 0.
 
     Args:
-        first: the scores of (first, second) answer when the arm is shown first.
-        second: the same when the arm is shown second.
+        first: the scores of both answers, in the order shown, if the arm is shown first.
+        second: the scores of both answers, in the order shown, if the arm is shown second.
     """
     signs = {_sign(first[0] - first[1]), _sign(second[1] - second[0])}
     return signs.pop() if len(signs) == 1 else 0

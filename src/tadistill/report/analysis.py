@@ -39,7 +39,7 @@ class Row:
 
     @property
     def mark(self) -> Mark:
-        """The mark from the 95 % interval of this row alone. It is not adjusted for the number of rows."""
+        """The mark (better, worse, or not clear) from the 95 % interval of this row alone. It is not adjusted for the number of rows."""
         if self.difference is None:
             return "not measured"
         if self.difference.covers_zero:
@@ -68,7 +68,7 @@ class Analysis:
 
 
 def analyses(results: Results) -> list[Analysis]:
-    """Return the analysis of each comparison. Return an empty list if there are more pairs of arms than a reader can read."""
+    """Return the analysis of each comparison. The list is empty if there are too many pairs of arms for a reader."""
     return results.once("analyses", lambda: _analyses(results))
 
 

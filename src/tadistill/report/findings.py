@@ -93,7 +93,7 @@ def over_compute(results: Results) -> str:
 
 
 def paths(results: Results) -> str:
-    """Return a sentence on how much the steps of the first path add to its divergence. Without this measure, give the number of paths."""
+    """Return a sentence on how much the steps of the first path add to its divergence. If this is unknown, it gives the number of paths."""
     found = budgets(results)
     if found:
         b = found[0]
@@ -139,7 +139,9 @@ def answers(results: Results, found: Samples) -> str:
 
 
 def behaviour(results: Results) -> str:
-    """Return a sentence on the difference in entropy of the first two compared arms. Without it, give the range of entropies."""
+    """Return a sentence on how much the entropies of the first two compared arms differ. If none are compared, it gives the range of
+    entropies.
+    """
     compared = [c for c in comparisons(results) if c.mechanism and c.mechanism.entropy]
     if compared:
         c, d = compared[0], compared[0].mechanism.entropy  # type: ignore[union-attr]

@@ -22,14 +22,14 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class UsedRows:
-    """Numbers of rows of one split that arms (paths of models) used."""
+    """Counts of the rows of one split that the arms of a study (paths of models) used."""
 
     role: str
     """The part of the data: train, dev or test."""
     set: str
     counts: Counts
     arms: tuple[str, ...]
-    """The arms that used these numbers of rows. Empty if all arms did."""
+    """The arms to which these counts apply. Empty if they apply to all arms."""
     compared: int
     """Number of rows that all arms answered. Arms are compared on these rows."""
 
@@ -55,7 +55,7 @@ class UsedRows:
 def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -> dict[str, Rows]:
     """Return the numbers of the rows that an evaluation answered, for each test set, in the order of its scores.
 
-    An earlier version of tadistill did not save these numbers. They are then read from the predictions.
+    If an earlier version of tadistill did not save these numbers, they are read from the predictions.
     """
     if all("rows" in found for found in corpus.values()):
         return {name: np.asarray(found["rows"], dtype=np.int64) for name, found in corpus.items()}

@@ -171,7 +171,7 @@ def _limit(points: list[BudgetPoint]) -> Limit | None:
 
 
 def fitted_limits(times_N: Array, errors_N: Array, scores_RN: Array) -> Array:
-    """Return the score to which each curve converges, (R,): a in the weighted least-squares fit scores = a - b times^-c.
+    """Return the score to which each curve converges, (R,). It is a in the weighted least-squares fit scores = a - b * times ** -c.
 
     c lies between 0.05 and 3. For a given c the fit is linear, so the best c is found on a fine grid.
     """

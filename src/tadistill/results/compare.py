@@ -69,7 +69,7 @@ def difference(results: Results, arm: str, other: str, metric: str, set_name: st
 
 
 def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
-    """Return the equal-compute baseline of a chain (path with assistants): the direct arm with ``compute: as CHAIN``.
+    """Return the equal-compute baseline of a chain (path with assistants): direct distillation with ``compute: as CHAIN``.
 
     If the chain has several `budgets`, the baseline is the reference arm at the same budget, provided that it is a direct arm.
     """
@@ -79,7 +79,10 @@ def twin_of(results: Results, chain: ArmRecord) -> ArmRecord | None:
 
 
 def reference_at(results: Results, arm: ArmRecord) -> ArmRecord | None:
-    """Return the reference arm at the same training budget as `arm`. Return None if `arm` has no budget, or is the reference arm."""
+    """Return the reference arm, with which all arms are compared, at the same training budget as `arm`.
+
+    Return None if `arm` has no budget, or is the reference arm.
+    """
     made = arms.budget_of(arm.name, arm.compute)
     if made is None or made.arm == made.reference:
         return None

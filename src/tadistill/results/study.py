@@ -37,7 +37,9 @@ class StageRecord:
     parents: tuple[str, ...]
     """The keys of the stages whose results this stage uses."""
     like: str | None
-    """The key of the stage whose entropy this stage reproduces by its temperature. FLOPs of an arm do not include that stage."""
+    """Some stages choose the temperature that gives a model the entropy of another model. This is the key of the stage that made the other
+    model. Its FLOPs do not count for this stage's arms.
+    """
     checkpoints: int
     """Number of checkpoints among which the best on dev was chosen. It is 0 if the stage chose none."""
     flops: float | None
@@ -56,7 +58,7 @@ class PublishedScores:
 class ArmRecord:
     """One arm (a named path of models) of the plan.
 
-    Fields with stage keys map each training seed to a key. Seeds have the order of the recipe.
+    `evaluate`, `analyse` and `final` map each training seed to the key of a stage. `also` does so for each additional decoding.
     """
 
     name: str

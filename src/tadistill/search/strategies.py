@@ -89,7 +89,7 @@ def count_paths(assistants: int, max_assistants: int | None = None) -> int:
 
 
 def trainings(paths: Iterable[ModelPath]) -> tuple[ModelPath, ...]:
-    """Return the trainings that these paths need. Each is the beginning of a path, and ends with the trained model.
+    """Return the trainings that these paths need. Each is given as the beginning of a path that ends with the trained model.
 
     A beginning that several paths share is trained once. Short beginnings come first.
     """
@@ -220,7 +220,8 @@ def beam(lattice: Lattice, *, width: int) -> Strategy:
 def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
     """Run successive halving (Jamieson & Talwalkar 2016): train all paths for a few updates, keep the better half, and repeat.
 
-    Each repetition is a rung, and its trainings are longer. They start anew, because the learning-rate schedule depends on their length.
+    Each repetition is a rung, with longer trainings than the rung before. They start anew, because the learning-rate schedule depends on
+    their length.
 
     Args:
         rungs: for each rung, the share of a training's updates that is run. At least two rising values; the last value must be 1.
@@ -229,7 +230,7 @@ def halving(lattice: Lattice, *, rungs: Sequence[float]) -> Strategy:
         ValueError: `rungs` breaks one of these rules.
     """
     if len(rungs) < 2 or rungs[-1] != 1 or rungs[0] <= 0 or any(a >= b for a, b in pairwise(rungs)):
-        raise ValueError(f"`rungs` is {list(rungs)}; give at least two rising numbers above 0, the last of them 1")
+        raise ValueError(f"`rungs` is {list(rungs)}; give at least two rising numbers above 0; the last one must be 1")
     paths = list(lattice.paths)
     for share in rungs[:-1]:
         if len(paths) > 1:

@@ -138,7 +138,7 @@ class Watched:
         self._job_logs: dict[Path, RunLog] = {}
 
     def look(self) -> Moment:
-        """Return the state now. If the last state is less than a second old, return that. Raises StoreError if plan.json cannot be read."""
+        """Return the state now, or the last state if it is less than a second old. Raises StoreError if plan.json cannot be read."""
         with self._lock:
             if self._moment is None or not 0 <= time.time() - self._moment.at < _PAUSE:
                 self._moment = self._look()

@@ -148,8 +148,8 @@ def edit(path: Path, old: str, new: str) -> None:
     ("old", "new", "message"),
     [
         ("letter", "buchstabe", "has no column letter"),
-        ("p002,", "q002,", "the sheet has no item `q002`; its items are p001 to p010"),
-        (",A,", ",Z,", "has no answer `Z`; its answers are A, B"),
+        ("p002,", "q002,", "the sheet has no item `q002`; use one of its items, p001 to p010"),
+        (",A,", ",Z,", "has no answer `Z`; use one of its answers, A, B"),
         (",3", ",6", "line 2: the rating is `6`; it must be a whole number from 1 to 5"),
         (",3", ",2.5", "the rating is `2.5`"),
         (",3", ",good", "the rating is `good`"),

@@ -148,9 +148,9 @@ _ADDS, _TAKES = Look("var(--worse)"), Look("var(--better)")
 
 @dataclass(frozen=True)
 class Budget:
-    """How the models of a path add up to the divergence of its student from the teacher, KL(student ‖ teacher), in nats/token.
+    """The error budget of a path: which part of KL(student ‖ teacher) comes from which step, in nats/token.
 
-    The sum of `terms` is this KL. `total` is the same KL, measured separately.
+    `terms` are the parts, and their sum is this KL. `total` is the same KL, measured separately.
     """
 
     arm: ArmRecord
