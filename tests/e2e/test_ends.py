@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = tadistill("run", str(folder / "recipe.yaml"), "--runs", str(folder / "runs"))
     assert done.code == 0, done.err
-    assert "s uses the tokenizer of t, because its own has no chat template." in done.out
+    assert "s uses the tokenizer of t, because the tokenizer of s has no chat template." in done.out
     return folder
 
 

@@ -108,7 +108,7 @@ def test_an_error_is_the_one_that_a_rank_raised(tmp_path):
     made = task(tmp_path, {"distill": {"processes": 2}})
     optim = made.spec.optim.model_copy(update={"batch": 7})
     made = replace(made, spec=made.spec.model_copy(update={"optim": optim}))
-    with pytest.raises(ConfigError, match=r"optim.batch is 7, but must be a multiple of the 2 processes"):
+    with pytest.raises(ConfigError, match=r"optim.batch is 7, but it must be a multiple of the 2 processes"):
         run_in_processes(made, threads=2, progress=quiet, alarm=print, stop=lambda: False)
 
 

@@ -1,4 +1,4 @@
-"""Compute a loss and its gradients from hidden states, without a tensor of shape [tokens, vocabulary]. It works for any objective.
+"""Compute a loss and its gradients from hidden states, without a tensor of shape [tokens, vocabulary], for any objective.
 
     mean, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=mask / mask.sum(), beta=0.1)
     mean.backward()  # the mask includes the factor 1 / count, so no second copy of the head's gradient is made

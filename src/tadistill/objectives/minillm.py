@@ -97,8 +97,8 @@ def policy_gradient(
 ) -> Tensor:
     """Return the policy-gradient loss, with ratio = q / p~. q is the student, and p~ is the policy that sampled the tokens.
 
-    With clipping `ratio` the value is -A min(ratio, clip(ratio)), where A is the advantage (MiniLLM, Eq. 7 and Algorithm 1). With `ppo` it
-    is max(-A ratio, -A clip(ratio)) (the released code; Schulman et al. 2017).
+    Let A be the advantage. `clipping="ratio"` gives -A min(ratio, clip(ratio)), as in MiniLLM, Eq. 7 and Algorithm 1. `clipping="ppo"`
+    gives max(-A ratio, -A clip(ratio)), as in the released code and in Schulman et al. 2017.
 
     Args:
         log_q: log-probabilities of the sampled tokens under the student, with a graph.

@@ -336,7 +336,7 @@ def _on_top_k(student: Tensor, teacher: Tensor, k: int, tail: Literal["lump", "d
 
 
 def check_head(head: Any, name: str) -> None:
-    """Raise a ConfigError if `head` is not a `Head`, for example a weight or a layer."""
+    """Raise a ConfigError if `head` is not a `Head`, for example if it is a weight or a layer."""
     if not isinstance(head, Head):
         write = "Head(lm_head.weight, lm_head.bias)" if isinstance(head, torch.nn.Module) else "Head(weight) with the weight (V, H)"
         raise ConfigError(f"{name} is a {type(head).__name__}, but it must be a Head; write {write}")

@@ -115,7 +115,7 @@ class StageBuilder:
         wanted, have = self.ledger.config(name), self.ledger.config(source)
         if wanted is None or have is None:
             raise NotHere(
-                f"{name} starts from {source}, but the size of one of these two models is not known, because it is not on this disk; run "
+                f"{name} starts from {source}. This needs the sizes of both models, but at least one of them is not on this disk; run "
                 "`tadistill fetch RECIPE`"
             )
         if wanted["model_type"] != have["model_type"]:

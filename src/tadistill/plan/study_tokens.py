@@ -69,7 +69,7 @@ class StudyTokens:
         for name in group:
             if self.tokenizer(name):
                 why = _join(self._differences(self._of(name), first, text))
-                found.append(f"{name} uses the tokenizer of {lead}, because its own {why}.")
+                found.append(f"{name} uses the tokenizer of {lead}, because the tokenizer of {name} {why}.")
         if first.bos is not None and self.bos_matters:
             if self.recipe.data.bos == "auto":
                 found.append(f"Prompts begin with {text(first.bos)}, the BOS of the tokenizer of {lead}; `data.bos: never` leaves it out.")

@@ -156,7 +156,7 @@ def own_device() -> torch.device:
 class Done:
     """Counts the finished work of a stage and reports the progress.
 
-    A call raises Interrupted if the user asked the run to stop.
+    Call it with the number of newly finished items. The call raises Interrupted if the user asked the run to stop.
     """
 
     def __init__(self, context: Context, total: int, unit: str):
@@ -164,7 +164,7 @@ class Done:
         context.progress(0, total, unit)
 
     def part(self, size: int) -> None:
-        """Begin a part of this size. The call that completes the part does not raise Interrupted, so that the part can be saved."""
+        """Begin a part of `size` items. The call for its last items does not raise Interrupted, so that the whole part can be saved."""
         self.ends += size
 
     def __call__(self, count: int) -> None:

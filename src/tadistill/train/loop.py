@@ -98,7 +98,10 @@ def train_stage(
     """
     assert optim.steps is not None
     if optim.batch % accelerator.num_processes:
-        raise ConfigError(f"optim.batch is {optim.batch}, but must be a multiple of the {accelerator.num_processes} processes; change one")
+        raise ConfigError(
+            f"optim.batch is {optim.batch}, but it must be a multiple of the {accelerator.num_processes} processes; change one of the two "
+            "numbers"
+        )
     steps, every = optim.steps, max(1, optim.steps // LOG_POINTS)
     model = sharding.shard(student, accelerator.device) if fsdp else accelerator.prepare(student)
     optimizer = accelerator.prepare(make_optimizer(student, optim))

@@ -91,7 +91,7 @@ class Meter:
             self._padding += batch.attention_BT.numel() - int(batch.attention_BT.sum())
 
     def state(self, processes: int = 1) -> dict[str, Any]:
-        """Return counts and seconds as plain numbers. Counts are multiplied by `processes`, because each process counts only its work."""
+        """Return counts and seconds as plain numbers. A process counts only its own work, so counts are multiplied by `processes`."""
         parts = {
             name: {key: value * processes for key, value in vars(part).items()}
             for name, part in sorted(self._parts.items())
