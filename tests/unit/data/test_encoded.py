@@ -15,13 +15,15 @@ from tadistill.data.templates import Lengths, encode_counted
 from tadistill.errors import DataError
 
 LENGTHS = Lengths(max_prompt=6, max_length=10)
-ROWS = 2500  # more than two parts
+ROWS = 250  # more than two parts of 100
 
 
 @pytest.fixture(autouse=True)
 def small_is_large(tmp_path, monkeypatch):
     monkeypatch.setenv("TADISTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(survey, "LARGE", 100)
+    monkeypatch.setattr(survey, "SAMPLE", 51)
+    monkeypatch.setattr(templates, "_PART", 100)
     survey._known.cache_clear()
 
 
@@ -54,7 +56,7 @@ def files(tmp_path, folder: str = "encoded", ending: str = "arrow") -> list:
 
 
 @pytest.mark.parametrize("long_prompts", ["drop", "cut"])
-@pytest.mark.parametrize("limit", [None, 1234])
+@pytest.mark.parametrize("limit", [None, 123])
 def test_kept_rows_equal_those_of_a_direct_reading(ref, long_prompts, limit):
     lengths = Lengths(6, 10, long_prompts)
     found, (rows, counts) = kept(ref, lengths=lengths, limit=limit), direct(ref, lengths, limit)
@@ -92,7 +94,7 @@ def test_other_tokens_rules_and_rows_have_their_own_files(tmp_path, ref):
     assert len(files(tmp_path)) == 1  # by content, not by name
     kept(ref, other)
     kept(ref, lengths=Lengths(5, 10))
-    kept(ref, limit=1000)
+    kept(ref, limit=100)
     write(tmp_path / "train.jsonl", ROWS - 1)
     kept(ref)
     assert len(files(tmp_path)) == 5
@@ -118,7 +120,7 @@ def test_a_damaged_file_is_made_again(tmp_path, ref, damage, ending):
 
 def test_an_interrupted_writer_leaves_nothing_that_is_read(tmp_path, ref):
     def stop(done: int) -> None:
-        if done > 1500:
+        if done > 150:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -158,11 +160,11 @@ def test_no_row_is_short_enough(ref):
 
 
 def test_a_survey_counts_rows_and_takes_even_places(ref, monkeypatch):
-    data = Data(train=ref, dev=ref, test=(ref,), limit={"train": 2000})
+    data = Data(train=ref, dev=ref, test=(ref,), limit={"train": 200})
     found, rows = survey.survey(ref, "train", data), datasets.load(ref, "train", data)
-    assert (found.rows, found.instructions, found.conversations, found.choices) == (2000, True, False, False)
+    assert (found.rows, found.instructions, found.conversations, found.choices) == (200, True, False, False)
     assert (found.plain("alpaca"), found.plain("chat")) == (True, False)
-    assert list(found.sample) == [rows[i * 2000 // 512] for i in range(512)]
+    assert list(found.sample) == [rows[i * 200 // 51] for i in range(51)]
     survey._known.cache_clear()
     monkeypatch.setattr(jsonl, "read", None)  # the file is not parsed again
     assert survey.survey(ref, "train", data) == found

