@@ -40,6 +40,7 @@ class StageBuilder:
     def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle], tokens: StudyTokens):
         """`of_arm` is a function that returns the final model of an arm for a seed."""
         self.recipe, self.graph, self.ledger, self.of_arm, self.tokens = recipe, graph, ledger, of_arm, tokens
+        self._splits: dict[tuple[str, str, int | None], Split] = {}
 
     @cached_property
     def _own_metrics(self) -> tuple[OwnCode, ...]:
@@ -299,7 +300,10 @@ class StageBuilder:
         return tuple(self._split(ref, "test", self.recipe.data.limit.test) for ref in self.recipe.data.test)
 
     def _split(self, ref: DataRef, role: Literal["train", "dev", "test"], limit: int | None) -> Split:
-        return Split(ref=ref, fingerprint=datasets.fingerprint(ref, role, self.recipe.data), role=role, limit=limit)
+        key = role, ref.name, limit  # read once: hundreds of stages use the same rows
+        if key not in self._splits:
+            self._splits[key] = Split(ref=ref, fingerprint=datasets.fingerprint(ref, role, self.recipe.data), role=role, limit=limit)
+        return self._splits[key]
 
     def _texts(self, name: str, select: Select) -> dict[str, Any]:
         # the dev data and its decoding are read only if a dev metric selects the checkpoint
