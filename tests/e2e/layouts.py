@@ -39,17 +39,18 @@ class Case:
     teacher: str = "replicated"
     tied: bool = False
     recompute: bool = False
+    precision: str = "fp32"
 
     @property
     def name(self) -> str:
         """Name for folders and test ids."""
-        extra = ["tied"] * self.tied + ["recompute"] * self.recompute
+        extra = ["tied"] * self.tied + ["recompute"] * self.recompute + ["bf16"] * (self.precision == "bf16")
         return "-".join([self.method, "fsdp" if self.fsdp else "ddp", self.teacher, *extra])
 
     @property
     def alone(self) -> "Case":
         """The same case for one process."""
-        return Case(self.method, tied=self.tied, recompute=self.recompute)
+        return Case(self.method, tied=self.tied, recompute=self.recompute, precision=self.precision)
 
 
 CASES = [
@@ -62,6 +63,7 @@ CASES = [
     Case("kd", False, "offloaded"),
     Case("minillm", True, "offloaded"),
 ]
+HALF = [Case("on-policy", fsdp, precision="bf16") for fsdp in (False, True)]
 
 
 @dataclass
@@ -82,16 +84,18 @@ def _losses(directory: Path) -> list[float]:
 def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: False) -> Found:
     """Train; the state stays in `directory`, and the model as a Hugging Face directory in `directory`/model."""
     objective, sampling = METHODS[case.method]
-    optim = Optim(steps=STEPS, batch=BATCH, micro_batch=2, lr=1e-3, eps=1e-4, gradient_checkpointing=case.recompute)
+    optim = Optim(steps=STEPS, batch=BATCH, micro_batch=2, lr=1e-3, eps=1e-4, gradient_checkpointing=case.recompute, precision=case.precision)
     method = Method.model_validate({"objective": objective, "sampler": sampling, "optim": optim})
     check_pairing(method)
     AcceleratorState._reset_state(True)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if case.precision == "bf16" else "no")
     tokenizer = tinyworld.tokenizer(seed=0, people=20)
     student, teacher = _model(1, 16, tokenizer, case.tied), _model(2, 24, tokenizer, False).requires_grad_(False)
     if case.recompute:
         recompute_layers(student)
         student.train()
+    if case.fsdp and accelerator.num_processes > 1:
+        shard(student, torch.device("cpu"))
     if case.teacher != "replicated":
         {"sharded": shard, "offloaded": offload}[case.teacher](teacher, torch.device("cpu"))
     sampler = _sampler(method, student, teacher, tokenizer, Shard(accelerator.process_index, accelerator.num_processes), None)
@@ -119,7 +123,6 @@ def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: Fal
             directory=directory,
             hooks=Hooks(evaluate=evaluate, progress=lambda done, text: None, stop=stop),
             checkpoint_seconds=0.0,
-            fsdp=case.fsdp and accelerator.num_processes > 1,
         )
     except Interrupted:
         return found
@@ -153,7 +156,7 @@ RESUMED = Case("on-policy", True)
 
 def train_all(out: Path) -> None:
     """Train all cases as one of several processes, leave one stage unfinished, and finish one that a single process has begun."""
-    everything = {case.name: vars(train(out / case.name, case)) for case in CASES}
+    everything = {case.name: vars(train(out / case.name, case)) for case in (*CASES, *HALF)}
     interrupted(out / "two-then-one", RESUMED)
     everything["one-then-two"] = vars(train(out / "one-then-two", RESUMED))
     if PartialState().is_main_process:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tests.e2e.inprocess import ranks
-from tests.e2e.layouts import CASES, RESUMED, Case, interrupted, train, train_all
+from tests.e2e.layouts import CASES, HALF, RESUMED, Case, interrupted, train, train_all
 from transformers import AutoModelForCausalLM
 
 
@@ -48,6 +48,12 @@ def test_two_processes_have_the_loss_curve_of_one(case, alone, two, folder):
     model = AutoModelForCausalLM.from_pretrained(folder / case.name / "model")
     for name, value in model.state_dict().items():  # Adam makes up to lr of a gradient near 0
         torch.testing.assert_close(value, expected.weights[name], rtol=0, atol=1e-4)
+
+
+def test_fsdp_in_bf16_samples_and_trains_as_ddp_does(two):
+    ddp, fsdp = (torch.tensor(two[case.name]["losses"]) for case in HALF)
+    torch.testing.assert_close(fsdp[0], ddp[0], rtol=1e-6, atol=0)  # the same text was sampled
+    torch.testing.assert_close(fsdp, ddp, rtol=1e-3, atol=0)
 
 
 def test_one_process_goes_on_from_the_state_of_two(alone, two, folder):

@@ -68,8 +68,13 @@ def adapt(model: PreTrainedModel, settings: Lora, *, seed: int) -> "LoraModel":
 
 
 def merged(tuner: "LoraModel") -> PreTrainedModel:
-    """Return a copy of the model with the adapters merged into its weights. The original keeps its adapters and can be trained further."""
-    whole = copy.deepcopy(tuner).merge_and_unload()
+    """Return a copy of the model with the adapters merged into its weights. The original keeps its adapters and can be trained further.
+
+    The copy is made in this machine's memory, because a GPU may have no room for a second model.
+    """
+    device = next(tuner.parameters()).device
+    whole = copy.deepcopy(tuner.cpu()).merge_and_unload()
+    tuner.to(device)
     assert isinstance(whole, PreTrainedModel)
     return whole
 

@@ -234,8 +234,8 @@ def _through_softmax(q: Tensor, g: Tensor, mean: Tensor, temperature: float) -> 
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    # allocates no tensor for the products
-    return torch.linalg.vecdot(a, b)
+    # `vecdot` allocates no tensor for the products. On a GPU it is a matrix product, which may round float32 to TF32.
+    return torch.linalg.vecdot(a, b) if a.device.type == "cpu" else (a * b).sum(-1)
 
 
 def _over(slope: Tensor, temperature: float) -> Tensor:

@@ -27,7 +27,7 @@ from tadistill.rollout.signals import Signals
 from tadistill.stages.context import MODEL, RESPONSES, SIGNAL, Context, teacher_dtype
 from tadistill.store import ROLLOUTS
 from tadistill.train.loop import Hooks, train_stage
-from tadistill.train.sharding import weights
+from tadistill.train.sharding import shard, weights
 from tadistill.train.step import make_step
 
 _SHOWN, _LETTERS = 4, 1000  # rows and characters of rollouts.json
@@ -71,7 +71,6 @@ def train(context: Context[TrainingSpec]) -> dict[str, Any]:
         directory=context.folder,
         hooks=hooks,
         checkpoint_seconds=context.task.checkpoint_seconds,
-        fsdp=context.task.resources.parallel == "fsdp",
     )
     whole = weights(student)
     if accelerator.is_main_process:
@@ -100,7 +99,10 @@ _Save = Callable[[Path, dict[str, torch.Tensor]], None]
 
 def _student(context: Context[TrainingSpec]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, _Save]:
     spec = context.spec
-    student, tokenizer = context.model(spec.student)
+    fsdp = context.task.resources.parallel == "fsdp"
+    student, tokenizer = context.model(spec.student, device=torch.device("cpu") if fsdp else None)
+    if fsdp:
+        shard(student, context.device)
     ends = spec.data.ends or end_tokens(student, tokenizer)
     if spec.optim.gradient_checkpointing:
         recompute_layers(student)

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,10 @@ class TrainState:
     """The tokens and FLOPs that `train.meter` has counted."""
     pending: list[dict[str, float]] = field(default_factory=list)
     """The measurements of the updates after the last line of the log."""
+
+    def release(self) -> None:
+        """Drop the weights and the optimizer's state, which take the most memory. The model and the optimizer have their own copies."""
+        self.model, self.optimizer = {}, {}
 
 
 class Checkpoints:
@@ -80,7 +85,7 @@ class Checkpoints:
             try:
                 state = TrainState(**load(path))
                 if state.best_step:
-                    load(self.best(state.best_step), mmap=True)
+                    load(self.best(state.best_step))
             except StoreError as error:
                 damage.append(error)
                 continue
@@ -124,12 +129,21 @@ def save(path: Path, content: dict[str, Any]) -> None:
         torch.save(content, temporary)
 
 
-def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Read a file that `save` wrote. With `mmap`, a tensor is read from the disk only when it is used."""
+def load(path: Path) -> dict[str, Any]:
+    """Open a file that `save` wrote. The whole file is checked, but a tensor takes memory only when it is used.
+
+    Several processes that open the same file share this memory.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with zipfile.ZipFile(path) as file:  # a memory map would skip the checksums
+            if damaged := file.testzip():
+                raise ValueError(f"the part {damaged} has a wrong checksum")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # the type depends on where the file is cut off
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise StoreError(f"{path} is damaged ({(str(error) or type(error).__name__).splitlines()[0]})") from error
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, convert_outputs_to_fp32
 from transformers import PreTrainedModel
 
 from tadistill import rng
@@ -82,14 +82,13 @@ def train_stage(
     directory: Path,
     hooks: Hooks,
     checkpoint_seconds: float | None = None,
-    fsdp: bool = False,
 ) -> TrainState:
     """Train `student` in place for at most `optim.steps` updates. At the end, load the weights of the checkpoint that `select` chooses.
 
     Args:
+        student: a model on the accelerator's device. It may be sharded over the processes (`sharding.shard`), and stays sharded.
         directory: the folder for metrics.jsonl and the saved states. A later run may resume with another number of processes.
         checkpoint_seconds: the pause between two saves in seconds. None means the default of `Checkpoints`.
-        fsdp: shard the student over the processes. It stays sharded after the call.
 
     Raises:
         ConfigError: the batch is not a multiple of the number of processes.
@@ -103,7 +102,7 @@ def train_stage(
             "numbers"
         )
     steps, every = optim.steps, max(1, optim.steps // LOG_POINTS)
-    model = sharding.shard(student, accelerator.device) if fsdp else accelerator.prepare(student)
+    model = _prepare_sharded(student, accelerator) if sharding.sharded(student) else accelerator.prepare(student)
     optimizer = accelerator.prepare(make_optimizer(student, optim))
     meter = Meter(student, step.models.teachers, checkpointing=optim.gradient_checkpointing)
     step = replace(step, phase=meter.phase)
@@ -165,6 +164,14 @@ def train_stage(
     return state
 
 
+def _prepare_sharded(student: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    sharding.reshard(student)  # the optimizer needs the sharded parameters
+    # accelerate.prepare does the same for a student that is not sharded, so all its forward passes, also those of sampling, run in bf16
+    if accelerator.mixed_precision == "bf16":
+        student.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, torch.bfloat16)(student.forward))
+    return student
+
+
 @dataclass
 class _Run:
     student: PreTrainedModel
@@ -196,6 +203,7 @@ class _Run:
         state.schedule = self.step.schedule.state() if self.step.schedule else {}
         state.alarms, state.ledger = self.alarms.state(), self.meter.state(self.accelerator.num_processes)
         self.files.save(state)
+        state.release()
 
     def resume(self, alarm: Callable[[str], None]) -> TrainState:
         state = self.files.load(alarm)
@@ -208,6 +216,7 @@ class _Run:
         self.meter.restore(state.ledger, self.accelerator.num_processes)
         if self.step.schedule:
             self.step.schedule.restore(state.schedule)
+        state.release()
         return state
 
     def keep_best(self, state: TrainState, value: float, select: Select) -> None:

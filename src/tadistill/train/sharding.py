@@ -62,9 +62,16 @@ def whole(model: nn.Module, when: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
+        reshard(model)
         for part in parts:
-            part.reshard()
             part.set_reshard_after_forward(part is not model, recurse=False)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the gathered weights of a sharded model, for example after a forward pass. `model.parameters()` are then sharded tensors."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def offload(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -136,7 +143,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 def _like(value: Any, own: Tensor | None) -> Any:
     if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
-        return value
+        return value.clone() if isinstance(value, Tensor) else value  # a memory map of a file ends with its last tensor
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
