@@ -65,6 +65,21 @@ def test_a_damaged_state_does_not_take_the_place_of_the_one_before(tmp_path):
     assert [checkpoint.load(tmp_path / name)["step"] for name in ("state.pt", "state-before.pt")] == [3, 2]
 
 
+def test_a_changed_bit_in_a_weight_is_found(tmp_path):
+    files, weight = Checkpoints(tmp_path), torch.full((64,), 1.25)
+    files.save(state(1))
+    files.save(TrainState(step=2, model={"w": weight}))
+    path = tmp_path / "state.pt"
+    content = path.read_bytes()
+    assert content.count(pattern := weight.numpy().tobytes()) == 1
+    path.write_bytes(content.replace(pattern, pattern[:-1] + b"\x40"))
+    heard = []
+    found = Checkpoints(tmp_path).load(heard.append)
+    assert found is not None
+    assert found.step == 1
+    assert "checksum" in heard[0]
+
+
 def test_best_weights_of_a_lost_update_are_not_kept_as_if_they_were_earned(tmp_path):
     """On a GPU the updates after a resume may turn out a little different, and the lost best one not come again."""
     dev_at = {2: 0.5, 4: 0.1}
