@@ -84,7 +84,8 @@ def _losses(directory: Path) -> list[float]:
 def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: False) -> Found:
     """Train; the state stays in `directory`, and the model as a Hugging Face directory in `directory`/model."""
     objective, sampling = METHODS[case.method]
-    optim = Optim(steps=STEPS, batch=BATCH, micro_batch=2, lr=1e-3, eps=1e-4, gradient_checkpointing=case.recompute, precision=case.precision)
+    how = {"gradient_checkpointing": case.recompute, "precision": case.precision}
+    optim = Optim(steps=STEPS, batch=BATCH, micro_batch=2, lr=1e-3, eps=1e-4, **how)
     method = Method.model_validate({"objective": objective, "sampler": sampling, "optim": optim})
     check_pairing(method)
     AcceleratorState._reset_state(True)

@@ -70,8 +70,8 @@ def test_a_changed_bit_in_a_weight_is_found(tmp_path):
     files.save(state(1))
     files.save(TrainState(step=2, model={"w": weight}))
     path = tmp_path / "state.pt"
-    content = path.read_bytes()
-    assert content.count(pattern := weight.numpy().tobytes()) == 1
+    content, pattern = path.read_bytes(), weight.numpy().tobytes()
+    assert content.count(pattern) == 1
     path.write_bytes(content.replace(pattern, pattern[:-1] + b"\x40"))
     heard = []
     found = Checkpoints(tmp_path).load(heard.append)
