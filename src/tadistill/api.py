@@ -75,7 +75,7 @@ class Study(_Shown):
 
     @property
     def arms(self) -> list[str]:
-        """The names of the arms, in the order of the recipe."""
+        """The names of the arms (paths of models), in the order of the recipe."""
         return [arm.name for arm in self._results.plan.arms]
 
     def __rich__(self) -> RenderableType:
@@ -233,7 +233,7 @@ def evaluate(
     """Evaluate a loaded model on test sets. Return {set: {metric: mean over prompts and decoding seeds}}.
 
     Args:
-        on: one test set or several. Each is a name (dolly, self_inst, tinyworld…), a JSONL file or a hub id. Its test split is read.
+        on: one test set or several. Each is a name (dolly, self_inst, tinyworld…), a JSONL file or a hub id with a test split.
         settings: settings of decoding, also as a dict such as {"seeds": [10], "max_new_tokens": 64}. The default is as in MiniLLM:
             temperature 1, 256 new tokens, seeds 10, 20, 30, 40 and 50.
         limit: the number of rows that are read from the start of each set; None for all rows.

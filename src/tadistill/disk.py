@@ -191,7 +191,7 @@ def publishing(target: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, *, fix: str = "delete its directory and run the recipe again") -> Any:
-    """Parse a JSON file. Raises StoreError if the file is missing or damaged. `fix` tells the user what to do, at the message's end."""
+    """Parse a JSON file. Raises StoreError if the file is missing or damaged. `fix` is the end of the message: what the user should do."""
     try:
         return json.loads(_text(path, fix))
     except ValueError as error:

@@ -74,7 +74,7 @@ class Store:
         return self.root / key[:2] / key
 
     def finished(self, key: str) -> bool:
-        """Return True if the manifest can be read and all files that it names exist. Raises StoreError if the store cannot be read."""
+        """Return True if manifest.json can be read and all files that it names exist. Raises StoreError if the store cannot be read."""
         folder = self.folder(key)
         try:
             files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -122,7 +122,7 @@ class Store:
             raise StoreError(f"{'; '.join(changed.values())}: {self.redo(*changed)}")
 
     def begin(self, key: str, record: dict[str, Any]) -> Path:
-        """Prepare and return the folder of an unfinished stage. stage.json is written, and an invalid manifest is deleted."""
+        """Prepare and return the folder of an unfinished stage. stage.json is written, and an invalid manifest.json is deleted."""
         folder = self.folder(key)
         write_json(folder / _STAGE, record)
         # the manifest of an unfinished stage is damaged or names missing files; it must not describe the new files
@@ -130,7 +130,7 @@ class Store:
         return folder
 
     def manifest(self, key: str) -> dict[str, Any]:
-        """Return the manifest of a finished stage. Raises StoreError if it is missing or damaged."""
+        """Return the content of manifest.json of a finished stage. Raises StoreError if the file is missing or damaged."""
         path = self.folder(key) / MANIFEST
         if not path.exists():
             raise StoreError(f"stage {key} is not in the store at {self.root}; run the recipe again to create it")
@@ -185,7 +185,7 @@ class Store:
                 raise self._unwritable(error) from error
 
     def finish(self, key: str, manifest: dict[str, Any]) -> None:
-        """Write the manifest with the digest of every file. Then delete the files that were needed only to resume."""
+        """Write manifest.json with the digest of every file. Then delete the files that were needed only to resume."""
         folder = self.folder(key)
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _NOT_ARTIFACTS and p.parent.name != _PARTS]
         resume = [p for p in files if any(fnmatch.fnmatch(p.name, pattern) for pattern in _RESUME)]

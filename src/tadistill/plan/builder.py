@@ -1,4 +1,4 @@
-"""The stages of a recipe. `StageBuilder` adds them to the graph, and `tadistill.plan.arms` combines them into arms."""
+"""The stages of a recipe. `StageBuilder` adds them to the graph, and `plan.arms` combines them into arms (paths of models)."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -178,7 +178,7 @@ class StageBuilder:
         """Add the distillation of the model `name`. Its initial weights come from `student`.
 
         Args:
-            teachers: names and models, from big to small. Only a method with `dense` has several.
+            teachers: names and models, from big to small. There is one, unless the method has `dense`: then all bigger models teach.
             turn: number of earlier distillations of this model in the same arm. Each distillation has its own order of prompts.
 
         Raises:

@@ -78,7 +78,7 @@ class Graph:
         return key
 
     def mark(self, key: str, arm: str) -> None:
-        """Record that an arm needs this stage and all its ancestors."""
+        """Record that an arm (a path of models) needs this stage and all stages before it."""
         for ancestor in with_ancestors(self.stages, [key]):
             self.stages[ancestor].arms.add(arm)
 

@@ -1,4 +1,4 @@
-"""The tables of `tadistill plan`: stages with their FLOPs, time and memory, and arms with their total FLOPs."""
+"""The tables of `tadistill plan`: stages with their FLOPs, time and memory, and arms (paths of models) with their total FLOPs."""
 
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
@@ -153,7 +153,7 @@ def _absent(plan: Plan) -> Iterable[str]:
     fix = "`tadistill fetch RECIPE` downloads what is missing."
     if plan.unknown:
         it = "it is not" if len(plan.unknown) == 1 else "they are not"
-        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {it} on this disk. {fix} Stages may have other keys then."
+        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {it} on this disk. {fix} Keys of stages may change then."
     for name, reason in plan.absent.items():
         yield f"Arm {name} is left out of this plan: {reason}."
     trained = any(stage.trains and stage.cost is None for stage in plan.stages.values())

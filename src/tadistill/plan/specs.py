@@ -52,7 +52,7 @@ class Spec(Part):
 
     @property
     def parents(self) -> dict[str, str]:
-        """Keys of the stages that write this stage's inputs, by role, such as `teacher`. They must finish first."""
+        """Keys of the stages that write this stage's inputs, by role, such as `teacher`. These stages must finish first."""
         keys = {role: stage_of(part) for role, part in self._inputs()}
         return {role: key for role, key in keys.items() if key is not None}
 

@@ -77,7 +77,7 @@ def slower(model: PreTrainedModel) -> str | None:
 
 
 def groups(prompts: list[tuple[int, ...]], padded: bool) -> list[np.ndarray]:
-    """Divide prompts into groups that are answered together; return their indices. Without padding, a group has prompts of one length."""
+    """Divide prompts into groups that are answered together, and return their indices. Without padding, a group has equal lengths."""
     lengths = np.array([len(prompt) for prompt in prompts])
     return [np.arange(len(prompts))] if padded else [(lengths == n).nonzero()[0] for n in np.unique(lengths)]
 

@@ -42,7 +42,7 @@ class Teacher:
 
     @classmethod
     def of(cls, objective: Objective, models: tuple[PreTrainedModel, ...], vocab: int) -> "Teacher":
-        """Return the teachers, with the flags that `objective` needs."""
+        """Return the teachers, with flags for the outputs that `objective` needs."""
         return cls(models, vocab, objective.needs_scores, objective.needs_distribution)
 
 

@@ -1,4 +1,4 @@
-"""Experiment trackers: one run for each arm and training seed, in the project of the study.
+"""Experiment trackers: one run for each arm (a path of models) and training seed, in the project of the study.
 
 The run of an arm shows the training of all its stages (`distill s/train/loss` …) while they train. At the end it gets the means on the test
 sets (`test/dolly/rouge_l` …). If several arms share a stage, the run of each arm shows it. runs/STUDY/trackers.json records what was sent.

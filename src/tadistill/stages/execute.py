@@ -1,7 +1,7 @@
 """Run one stage (one step of a study, such as a training) in this process.
 
-`run_stage` locks the stage, does its work in the stage's folder, and writes the manifest last. If an earlier attempt was killed, it
-continues from the files of that attempt (docs/concepts/interruptions.md). The stage's spec names the function that does the work.
+`run_stage` locks the stage, does its work in the stage's folder, and writes manifest.json last. If an earlier attempt was killed, it
+continues from the files of that attempt (docs/concepts/interruptions.md). `plan.specs` names the function that does the work.
 """
 
 import os
@@ -120,7 +120,7 @@ def run_stage(task: Task, *, progress: Progress, alarm: Callable[[str], None], s
 
 
 def work_of(spec: type[Spec]) -> _Work:
-    """Return the function that does the work of a kind of stage. What this function returns is stored in the stage's manifest."""
+    """Return the function that does the work of a kind of stage. Its result is stored in the stage's manifest.json."""
     module, name = spec.work.split(":")
     return getattr(import_module(f"tadistill.stages.{module}"), name)
 

@@ -37,7 +37,7 @@ class Texts:
 
     @property
     def totals(self) -> list[int]:
-        """Tokens of prompt and response together, for each row."""
+        """Number of tokens of prompt and response together, for each row."""
         return [prompt + response for prompt, response in self.rows]
 
     @property

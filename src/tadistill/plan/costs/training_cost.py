@@ -72,7 +72,7 @@ class TrainingCost:
             self.add("corpus/teacher", work * self.used)
 
     def sample(self, answers: Texts, chunk: int, share: float) -> None:
-        """Add the cost of the student's sampling: one batch before an update. `share` (0 to 1) is the part of updates that need it."""
+        """Add the cost of sampling one batch from the student before an update. `share` (0 to 1) is the part of updates with sampling."""
         self.add("rollout/student", passes.sampling(answers, chunk, self.optim.batch) * (self.steps * share))
 
     def watch(self, answers: Texts, share: float = 1.0, *, teacher: bool = False, teacher_head: bool = False) -> None:
